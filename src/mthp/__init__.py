@@ -1,0 +1,1 @@
+"""khugepaged with multi-size transparent huge pages, in user space."""

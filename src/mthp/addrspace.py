@@ -1,0 +1,257 @@
+"""The seam: what the engine needs of an address space, whatever stands behind it.
+
+Behind it stand a live Linux process (:mod:`mthp.linux`), a recorded snapshot (:mod:`mthp.snapshot`) and a simulated
+machine (:mod:`mthp.sim`). An :class:`AddressSpace` lists its mappings as :class:`Vma`, gives its page table entries
+as :class:`PteColumns`, and collapses. Reading is done in blocks of segments, so that memory use stays bounded
+however large the target is; a segment is a half-open pair of page-aligned addresses.
+
+A live address space changes while it is read. What is unmapped in between reads as nothing mapped; a process that
+exits raises :class:`~mthp.errors.TargetVanishedError`; a collapse that fails is a
+:class:`~mthp.results.ScanResult`.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.geometry import Geometry
+from mthp.results import ScanResult
+from mthp.tunables import Switches, Tunables
+
+Segment = tuple[int, int]
+"""A half-open, page-aligned range of addresses: (start, end)."""
+
+ORDER_NONE = -1
+"""In `PteColumns.folio_order`: no folio is mapped here."""
+
+ORDER_UNKNOWN = -2
+"""In `PteColumns.folio_order`: a folio is mapped, but its order cannot be seen with these rights."""
+
+
+class Pte(enum.IntFlag):
+    """Bits of `PteColumns.state`, a uint16 per PTE. A none PTE is 0."""
+
+    PRESENT = 1 << 0
+    """Maps a page, the zero page included."""
+    ZERO = 1 << 1
+    """Maps the shared zero page."""
+    SWAP = 1 << 2
+    """Not present and not none: a swap entry, or a marker that the kernel counts as one."""
+    SHARED = 1 << 3
+    """The folio is mapped by another process too, or more than once."""
+    LAZYFREE = 1 << 4
+    """Freed with MADV_FREE, and clean."""
+    UFFD_WP = 1 << 5
+    """Write-protected by userfaultfd, as a page, a swap entry or a marker."""
+    FILE = 1 << 6
+    """Maps a page of a file or of shared memory."""
+    PMD_MAPPED = 1 << 7
+    """Mapped by a PMD entry, not by a PTE of its own."""
+    UNREFERENCED = 1 << 8
+    """Known not to have been used recently. Where the kernel does not tell, the bit is clear."""
+    GUARD = 1 << 9
+    """A guard marker (MADV_GUARD_INSTALL); SWAP is set with it."""
+    HUGETLB = 1 << 10
+    """Part of a hugetlbfs page, which collapse leaves alone."""
+    PINNED = 1 << 11
+    """Has references besides its mappings."""
+
+
+class VmaKind(enum.StrEnum):
+    """What a mapping is made of."""
+
+    ANON = "anon"
+    """Private memory without a file."""
+    FILE = "file"
+    """A file, shared or private."""
+    SHMEM = "shmem"
+    """Shared memory: tmpfs, memfd, System V, or a shared anonymous mapping."""
+    HUGETLB = "hugetlb"
+    SPECIAL = "special"
+    """Made by a driver or by the kernel itself: vdso, device memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One mapping.
+
+    Attributes:
+        start, end: half-open range of addresses in bytes.
+        permissions: such as ``"rw-p"``.
+        name: the path or the bracketed name of ``/proc/PID/maps``, or ``""``.
+        kind: what it is made of.
+        flags: two-letter words of the VmFlags line of smaps (Documentation/filesystems/proc.rst); empty if they
+            cannot be read.
+        has_anon_vma: whether something was ever written here; None if that cannot be told.
+        node_pages: pages by NUMA node; empty if not asked for or not known.
+    """
+
+    start: int
+    end: int
+    permissions: str
+    name: str = ""
+    kind: VmaKind = VmaKind.ANON
+    flags: frozenset[str] = frozenset()
+    has_anon_vma: bool | None = None
+    node_pages: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+    def pmd_ranges(self, geometry: Geometry) -> Segment:
+        """The part that whole PMD ranges make up, (start, end); empty (start == end) if there is none."""
+        start = -(-self.start // geometry.pmd_size) * geometry.pmd_size
+        return start, max(start, self.end // geometry.pmd_size * geometry.pmd_size)
+
+
+@dataclass(frozen=True, slots=True)
+class PteColumns:
+    """Page table entries of some segments, one after another, as columns.
+
+    Attributes:
+        segments: what was read, in order.
+        state: uint16, shape (pages,): bits of :class:`Pte`.
+        folio_order: int8, shape (pages,): order of the folio that the page lies in (0 for a base page),
+            ``ORDER_NONE`` or ``ORDER_UNKNOWN``.
+        pfn: uint64, shape (pages,): page frame numbers, 0 where not present; None if they cannot be seen.
+    """
+
+    segments: tuple[Segment, ...]
+    state: NDArray[np.uint16]
+    folio_order: NDArray[np.int8]
+    pfn: NDArray[np.uint64] | None = None
+
+    def has(self, bits: Pte) -> NDArray[np.bool_]:
+        """Which entries have at least one of `bits`: bool, shape (pages,)."""
+        chosen: NDArray[np.bool_] = (self.state & np.uint16(bits)) != 0
+        return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class CollapseOutcome:
+    """What one call of :meth:`AddressSpace.collapse` did.
+
+    Attributes:
+        result: SUCCEED, or why not.
+        elapsed_ns: time that the call took, in nanoseconds.
+        errno: the system's error number where there was one, else 0.
+    """
+
+    result: ScanResult
+    elapsed_ns: int
+    errno: int = 0
+
+
+class AddressSpace(abc.ABC):
+    """One address space and the machine around it. A context manager: leaving it lets go of the target."""
+
+    @property
+    @abc.abstractmethod
+    def geometry(self) -> Geometry:
+        """The geometry of the machine."""
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """How to name it to a person, such as ``"1234 (redis-server)"``."""
+
+    @property
+    @abc.abstractmethod
+    def kernel(self) -> str:
+        """The kernel's release, such as ``"6.18.44"``."""
+
+    @property
+    @abc.abstractmethod
+    def switches(self) -> Switches:
+        """The machine's switches at this moment."""
+
+    @property
+    @abc.abstractmethod
+    def tunables(self) -> Tunables:
+        """khugepaged's tunables at this moment."""
+
+    @property
+    @abc.abstractmethod
+    def thp_disabled(self) -> bool:
+        """Whether the process switched THP off for itself (PR_SET_THP_DISABLE)."""
+
+    @property
+    @abc.abstractmethod
+    def missing(self) -> tuple[str, ...]:
+        """What cannot be seen with these rights, each as a sentence that says what would make it visible."""
+
+    @abc.abstractmethod
+    def vmas(self) -> list[Vma]:
+        """The mappings, by ascending address.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+    @abc.abstractmethod
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        """The page table entries of `segments`, one after another.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+    @abc.abstractmethod
+    def collapse(self, address: int, order: int) -> CollapseOutcome:
+        """Collapse the aligned run at `address` to one folio of `order`.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+            UnsupportedError: this backend cannot, at all or at this order.
+            NotPermittedError: these rights do not suffice.
+        """
+
+    def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
+        """The parts of `segments` that may hold something, in whole granules of `granule` bytes.
+
+        What is left out reads as none throughout. A backend that cannot tell cheaply gives `segments` back.
+        """
+        return list(segments)
+
+    def close(self) -> None:
+        """Let go of the target."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Segment]]:
+    """Group and cut `segments` so that each group holds at most `block_size` bytes.
+
+    Cuts fall on multiples of `block_size` from a segment's start, so with a block size that is a multiple of the
+    PMD size a PMD range is never cut.
+    """
+    block: list[Segment] = []
+    room = block_size
+    for start, end in segments:
+        while start < end:
+            if block and end - start > room:
+                yield block
+                block, room = [], block_size
+            stop = min(end, start + room)
+            block.append((start, stop))
+            room -= stop - start
+            start = stop
+    if block:
+        yield block

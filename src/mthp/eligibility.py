@@ -1,0 +1,97 @@
+"""Which folio orders a mapping may be collapsed to, and if none, why not.
+
+Follows ``__thp_vma_allowable_orders`` (mm/huge_memory.c) for the two triggers: ``khugepaged`` obeys the switches,
+``madvise`` (MADV_COLLAPSE, and this project's own doing) does not. Both obey MADV_NOHUGEPAGE and
+PR_SET_THP_DISABLE: who said no is not overruled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mthp.addrspace import Vma, VmaKind
+from mthp.geometry import Geometry
+from mthp.tunables import Switches
+
+Trigger = Literal["khugepaged", "madvise"]
+"""Who wants the collapse: the background scan, or a call for it now."""
+
+NO_COLLAPSE_FLAGS = {
+    "io": "device memory (VM_IO)",
+    "pf": "memory without struct pages (VM_PFNMAP)",
+    "mm": "mixed device memory (VM_MIXEDMAP)",
+    "de": "may not be expanded (VM_DONTEXPAND)",
+    "ht": "hugetlbfs pages",
+}
+"""VmFlags words of VM_NO_KHUGEPAGED (mm.h), and what each says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Eligibility:
+    """What a mapping may have.
+
+    Attributes:
+        orders: allowed folio orders, ascending; empty if none.
+        reason: why there are none, or which condition bounds them; ``""`` if nothing does.
+    """
+
+    orders: tuple[int, ...]
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.orders)
+
+
+def eligibility(
+    vma: Vma,
+    geometry: Geometry,
+    switches: Switches,
+    *,
+    trigger: Trigger = "khugepaged",
+    thp_disabled: bool = False,
+    include_file: bool = False,
+) -> Eligibility:
+    """Say which orders `vma` may be collapsed to.
+
+    Args:
+        switches: the machine's; they count for the trigger ``khugepaged`` only.
+        thp_disabled: whether the process set PR_SET_THP_DISABLE.
+        include_file: count memory of files and shared memory too, which only ever collapses to the PMD order.
+    """
+    if reason := _refused(vma, geometry, thp_disabled):
+        return Eligibility((), reason)
+    if vma.kind in (VmaKind.FILE, VmaKind.SHMEM):
+        what = "memory of a file" if vma.kind is VmaKind.FILE else "shared memory"
+        if include_file:
+            return Eligibility((geometry.pmd_order,), f"{what}: {geometry.label(geometry.pmd_order)} only")
+        return Eligibility((), f"{what}, not anonymous")
+    if vma.has_anon_vma is False:
+        return Eligibility((), "nothing was ever written here")
+    if trigger == "madvise":
+        return Eligibility(geometry.anon_orders)
+    advised = "hg" in vma.flags
+    if orders := switches.orders(advised=advised):
+        return Eligibility(orders)
+    whose = "with" if advised else "without"
+    return Eligibility((), f"no size is enabled for memory {whose} MADV_HUGEPAGE (enabled is {switches.enabled!r})")
+
+
+def _refused(vma: Vma, geometry: Geometry, thp_disabled: bool) -> str:
+    """Why no order at all is possible, whatever the trigger; ``""`` if some may be."""
+    if thp_disabled:
+        return "the process switched THP off for itself (PR_SET_THP_DISABLE)"
+    if vma.kind is VmaKind.HUGETLB:
+        return NO_COLLAPSE_FLAGS["ht"]
+    if vma.kind is VmaKind.SPECIAL:
+        return "made by the kernel or a driver"
+    for word, meaning in NO_COLLAPSE_FLAGS.items():
+        if word in vma.flags:
+            return meaning
+    if "nh" in vma.flags:
+        return "MADV_NOHUGEPAGE is set"
+    start, end = vma.pmd_ranges(geometry)
+    if start == end:
+        size = geometry.label(geometry.pmd_order)
+        return f"smaller than {size}" if vma.size < geometry.pmd_size else f"holds no aligned {size}"
+    return ""

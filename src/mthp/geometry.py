@@ -1,0 +1,195 @@
+"""Page size, PMD order, and the way from orders to bytes to "64K" and back.
+
+A folio of *order* k is 2**k base pages, naturally aligned. The *PMD order* is the order that one entry of the
+second-lowest page table level maps; a *PMD range* is one aligned run of ``2**pmd_order`` pages. Both differ
+between architectures, so everything in this package takes them from a :class:`Geometry`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mthp.errors import UsageError
+
+MIN_ANON_ORDER = 2
+"""The smallest order above 0 that the kernel maps for anonymous memory (THP_ORDERS_ALL_ANON, huge_mm.h)."""
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
+_ORDER = re.compile(r"\s*order\s*=\s*(\d+)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How memory is divided on one kind of machine.
+
+    Attributes:
+        name: such as ``"x86-64"``.
+        page_size: bytes in a base page.
+        pmd_order: order of the folio that one PMD entry maps.
+    """
+
+    name: str
+    page_size: int
+    pmd_order: int
+
+    def __post_init__(self) -> None:
+        if self.page_size < 512 or self.page_size & (self.page_size - 1):
+            raise UsageError(f"page size {self.page_size} is not a power of two of at least 512 bytes")
+        if not MIN_ANON_ORDER <= self.pmd_order <= 16:
+            raise UsageError(f"PMD order {self.pmd_order} is not within {MIN_ANON_ORDER} to 16")
+
+    @property
+    def ptes_per_pmd(self) -> int:
+        """PTEs, and so base pages, in one PMD range."""
+        return 1 << self.pmd_order
+
+    @property
+    def pmd_size(self) -> int:
+        """Bytes in one PMD range."""
+        return self.page_size << self.pmd_order
+
+    @property
+    def anon_orders(self) -> tuple[int, ...]:
+        """Every order above 0 that anonymous memory can be mapped with, smallest first."""
+        return tuple(range(MIN_ANON_ORDER, self.pmd_order + 1))
+
+    def size_of(self, order: int) -> int:
+        """Bytes in a folio of `order`."""
+        return self.page_size << order
+
+    def label(self, order: int) -> str:
+        """The size of a folio of `order` as people write it, such as ``"64K"``."""
+        return format_size(self.size_of(order))
+
+    def sysfs_name(self, order: int) -> str:
+        """The kernel's name of the order's directory, such as ``"hugepages-64kB"``."""
+        return f"hugepages-{self.size_of(order) >> 10}kB"
+
+    def parse_order(self, text: str | int) -> int:
+        """Read one folio size, written ``64K``, ``64kB``, ``65536`` or ``order=4``.
+
+        Args:
+            text: the size; an int is an order.
+
+        Raises:
+            UsageError: not a size, or not one that anonymous folios of this geometry have.
+        """
+        if isinstance(text, int):
+            return self.check_order(text)
+        if match := _ORDER.fullmatch(text):
+            return self.check_order(int(match[1]))
+        size = parse_size(text)
+        order = (size // self.page_size).bit_length() - 1
+        if order < 0 or self.size_of(order) != size:
+            raise UsageError(f"{text!r} is not a folio size on {self.name}", help=self._allowed())
+        return self.check_order(order)
+
+    def check_order(self, order: int) -> int:
+        """Give `order` back if anonymous folios can have it.
+
+        Raises:
+            UsageError: it is below 2 or above the PMD order.
+        """
+        if not MIN_ANON_ORDER <= order <= self.pmd_order:
+            raise UsageError(f"order {order} does not exist on {self.name}", help=self._allowed())
+        return order
+
+    def parse_orders(self, text: str | Iterable[str | int]) -> tuple[int, ...]:
+        """Read a list of folio sizes: ``"16K,64K,2M"``, ``"order=2,order=9"``, ``"all"``, or an iterable of them.
+
+        Returns:
+            The orders, ascending, each once.
+
+        Raises:
+            UsageError: empty, or one of them is not a folio size.
+        """
+        if isinstance(text, str):
+            if text.strip().lower() == "all":
+                return self.anon_orders
+            text = [part for part in text.split(",") if part.strip()]
+        orders = tuple(sorted({self.parse_order(part) for part in text}))
+        if not orders:
+            raise UsageError("no order was given", help=self._allowed())
+        return orders
+
+    def _allowed(self) -> str:
+        return (
+            f"use {', '.join(self.label(order) for order in self.anon_orders)}"
+            f" (order={MIN_ANON_ORDER} to order={self.pmd_order})"
+        )
+
+
+_K = 1 << 10
+GEOMETRIES: dict[str, Geometry] = {
+    geometry.name: geometry
+    for geometry in (
+        Geometry("x86-64", 4 * _K, 9),
+        Geometry("arm64-4k", 4 * _K, 9),
+        Geometry("riscv64", 4 * _K, 9),
+        Geometry("arm64-16k", 16 * _K, 11),
+        Geometry("arm64-64k", 64 * _K, 13),
+        Geometry("ppc64-64k", 64 * _K, 5),
+        Geometry("ppc64-4k", 4 * _K, 9),
+        Geometry("s390x", 4 * _K, 8),
+    )
+}
+"""The geometries of the kernels that have THP, by name."""
+
+X86_64 = GEOMETRIES["x86-64"]
+
+
+def geometry_named(name: str) -> Geometry:
+    """The preset called `name`.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    try:
+        return GEOMETRIES[name]
+    except KeyError:
+        raise UsageError(f"unknown geometry {name!r}", help=f"use {', '.join(GEOMETRIES)}") from None
+
+
+def geometry_for_ptes(ptes_per_pmd: int) -> Geometry:
+    """A geometry with so many PTEs in a PMD range: the first preset that has, else one of 4 KiB pages.
+
+    Raises:
+        UsageError: not a power of two from 4 to 65 536.
+    """
+    for geometry in GEOMETRIES.values():
+        if geometry.ptes_per_pmd == ptes_per_pmd:
+            return geometry
+    if ptes_per_pmd < 4 or ptes_per_pmd > 1 << 16 or ptes_per_pmd & (ptes_per_pmd - 1):
+        raise UsageError(f"{ptes_per_pmd} PTEs per PMD range: it must be a power of two from 4 to 65536")
+    return Geometry(f"{ptes_per_pmd}-ptes", 4 * _K, ptes_per_pmd.bit_length() - 1)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as people write it: ``64K``, ``64kB``, ``64 KiB``, ``1.5G``, ``65536``.
+
+    Units are powers of 1024, as the kernel's are.
+
+    Raises:
+        UsageError: not a number with one of the units, or not a whole number of bytes.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", help="write it as 65536, 64K, 64kB, 2M or 1.5G")
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size != int(size):
+        raise UsageError(f"{text!r} is not a whole number of bytes")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """A number of bytes in the largest unit that keeps it short: ``"64K"``, ``"1.5G"``, ``"0"``."""
+    if size < 0:
+        return "-" + format_size(-size)
+    if size < _K:
+        return str(size)
+    exponent = min((size.bit_length() - 1) // 10, 6)
+    scaled = size / (1 << 10 * exponent)
+    return f"{scaled:.1f}".removesuffix(".0") + "BKMGTPE"[exponent]

@@ -1,0 +1,1 @@
+"""The seam on a live Linux process: procfs, pagemap, kpageflags, sysfs, pidfd, process_madvise."""

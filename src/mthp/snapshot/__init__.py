@@ -1,0 +1,1 @@
+"""The seam on a file: a recorded address space, stored as Parquet."""

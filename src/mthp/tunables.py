@@ -1,0 +1,173 @@
+"""khugepaged's knobs and the per-size switches: what they may be, what they are by default, how sysfs writes them.
+
+:class:`Tunables` are the files of ``/sys/kernel/mm/transparent_hugepage/khugepaged/``; :class:`Switches` are
+``enabled`` beside it and ``hugepages-<size>kB/enabled`` below it. Both are plain values: where they come from (a
+live sysfs, a snapshot, a simulated machine, the command line) is not known here. Kernels differ in the files that
+they have, so nothing expects a fixed set of sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mthp.errors import UsageError
+from mthp.geometry import MIN_ANON_ORDER, Geometry
+
+TOP_WORDS = ("always", "madvise", "never")
+"""Words of the top-level ``enabled`` file."""
+
+SIZE_WORDS = ("always", "inherit", "madvise", "never")
+"""Words of a per-size ``enabled`` file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tunables:
+    """khugepaged's limits and pace, under the kernel's own names.
+
+    Attributes:
+        max_ptes_none: none or zero PTEs that a collapse may fill, per PMD range.
+        max_ptes_swap: swapped-out PTEs that it may read back, per PMD range.
+        max_ptes_shared: pages mapped by another process too that it may copy, per PMD range.
+        pages_to_scan: PTEs looked at in one pass.
+        scan_sleep_millisecs: rest between passes.
+        alloc_sleep_millisecs: rest after a failed allocation.
+        defrag: whether an allocation may compact and reclaim.
+    """
+
+    max_ptes_none: int
+    max_ptes_swap: int
+    max_ptes_shared: int
+    pages_to_scan: int
+    scan_sleep_millisecs: int = 10_000
+    alloc_sleep_millisecs: int = 60_000
+    defrag: bool = True
+
+    @classmethod
+    def defaults(cls, geometry: Geometry) -> Tunables:
+        """What a kernel of this geometry starts with (khugepaged_init, mm/khugepaged.c)."""
+        n = geometry.ptes_per_pmd
+        return cls(max_ptes_none=n - 1, max_ptes_swap=n // 8, max_ptes_shared=n // 2, pages_to_scan=8 * n)
+
+    def checked(self, geometry: Geometry) -> Tunables:
+        """Give these tunables back if a kernel of this geometry would accept every one of them.
+
+        Raises:
+            UsageError: a limit outside 0 to N - 1 for N PTEs per PMD range, or a pace that is not positive.
+        """
+        highest = geometry.ptes_per_pmd - 1
+        for name in LIMITS:
+            value = getattr(self, name)
+            if not 0 <= value <= highest:
+                raise UsageError(f"{name} {value} is not within 0 to {highest}, the PTEs of a PMD range less one")
+        if self.pages_to_scan < 1:
+            raise UsageError(f"pages_to_scan {self.pages_to_scan} is not at least 1")
+        for name in ("scan_sleep_millisecs", "alloc_sleep_millisecs"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} {getattr(self, name)} is below 0")
+        return self
+
+    def replaced(self, geometry: Geometry, **values: int | None) -> Tunables:
+        """These tunables with the `values` that are not None in place of theirs, checked.
+
+        Raises:
+            UsageError: as :meth:`checked`.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        return dataclasses.replace(self, **given).checked(geometry)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_sysfs(cls, texts: Mapping[str, str], geometry: Geometry) -> Tunables:
+        """Read the texts of the khugepaged directory's files, by file name; a missing one takes its default.
+
+        Raises:
+            UsageError: a text that is not a number, or out of range.
+        """
+        values: dict[str, int] = {}
+        for knob in dataclasses.fields(cls):
+            text = texts.get(knob.name)
+            if text is None:
+                continue
+            try:
+                values[knob.name] = int(text)
+            except ValueError:
+                raise UsageError(f"{knob.name}: {text.strip()!r} is not a number") from None
+        tunables = cls.defaults(geometry).replaced(geometry, **values)
+        return dataclasses.replace(tunables, defrag=bool(tunables.defrag))
+
+
+LIMITS = ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")
+"""The three tunables that the kernel bounds by the PTEs of a PMD range less one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """Which folio sizes the system lets anonymous memory have.
+
+    Attributes:
+        enabled: the top-level word.
+        sizes: the word of each order that has a switch.
+    """
+
+    enabled: str = "madvise"
+    sizes: Mapping[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_word(self.enabled, TOP_WORDS, "enabled")
+        for order, word in self.sizes.items():
+            _check_word(word, SIZE_WORDS, f"enabled of order {order}")
+
+    @classmethod
+    def defaults(cls, geometry: Geometry) -> Switches:
+        """What a kernel starts with: the PMD size inherits, the smaller sizes are off."""
+        sizes = dict.fromkeys(geometry.anon_orders, "never") | {geometry.pmd_order: "inherit"}
+        return cls("madvise", sizes)
+
+    @classmethod
+    def from_sysfs(cls, texts: Mapping[str, str], geometry: Geometry) -> Switches:
+        """Read ``enabled`` and ``hugepages-<size>kB/enabled`` texts, by path below the THP directory.
+
+        Sizes that are not anonymous folio sizes of this geometry (some kernels show an 8 kB directory) are left out.
+        A kernel without per-size switches (before 6.8) has the PMD size alone, inheriting.
+
+        Raises:
+            UsageError: a text in which no known word is chosen.
+        """
+        top = chosen_word(texts["enabled"], TOP_WORDS, "enabled") if "enabled" in texts else "never"
+        sizes = {}
+        for order in geometry.anon_orders:
+            path = f"{geometry.sysfs_name(order)}/enabled"
+            if path in texts:
+                sizes[order] = chosen_word(texts[path], SIZE_WORDS, path)
+        return cls(top, sizes or {geometry.pmd_order: "inherit"})
+
+    def orders(self, *, advised: bool) -> tuple[int, ...]:
+        """The orders that are on for memory that carries MADV_HUGEPAGE (`advised`) or no advice, ascending."""
+        words = {"always"} | ({"madvise"} if advised else set())
+        return tuple(
+            sorted(
+                order
+                for order, word in self.sizes.items()
+                if order >= MIN_ANON_ORDER and (self.enabled if word == "inherit" else word) in words
+            )
+        )
+
+
+def chosen_word(text: str, words: Iterable[str], name: str) -> str:
+    """The word in brackets of a sysfs choice such as ``"always [madvise] never"``, or the single word there.
+
+    Raises:
+        UsageError: no word, or one that is not among `words`.
+    """
+    parts = text.split()
+    chosen = [part[1:-1] for part in parts if part.startswith("[") and part.endswith("]")] or parts
+    if len(chosen) != 1:
+        raise UsageError(f"{name}: no choice in {text.strip()!r}")
+    return _check_word(chosen[0], words, name)
+
+
+def _check_word(word: str, words: Iterable[str], name: str) -> str:
+    if word not in words:
+        raise UsageError(f"{name}: {word!r} is not one of {', '.join(words)}")
+    return word
