@@ -1,1 +1,48 @@
-"""khugepaged with multi-size transparent huge pages, in user space."""
+"""khugepaged with multi-size transparent huge pages, in user space.
+
+Everything public is here, and imported when it is first used, so that ``import mthp`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mthp.collapse.occupancy import Runs as Runs
+    from mthp.collapse.plan import Plan as Plan
+    from mthp.collapse.plan import plan_ranges as plan_ranges
+    from mthp.collapse.policy import Limits as Limits
+    from mthp.collapse.policy import Policy as Policy
+    from mthp.collapse.policy import Rules as Rules
+    from mthp.errors import MthpError as MthpError
+    from mthp.geometry import Geometry as Geometry
+    from mthp.results import ScanResult as ScanResult
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Geometry": "mthp.geometry",
+    "Limits": "mthp.collapse.policy",
+    "MthpError": "mthp.errors",
+    "Plan": "mthp.collapse.plan",
+    "Policy": "mthp.collapse.policy",
+    "Rules": "mthp.collapse.policy",
+    "Runs": "mthp.collapse.occupancy",
+    "ScanResult": "mthp.results",
+    "plan_ranges": "mthp.collapse.plan",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mthp' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

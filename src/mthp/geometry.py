@@ -16,6 +16,9 @@ from mthp.errors import UsageError
 MIN_ANON_ORDER = 2
 """The smallest order above 0 that the kernel maps for anonymous memory (THP_ORDERS_ALL_ANON, huge_mm.h)."""
 
+MAX_PMD_ORDER = 15
+"""The largest PMD order that this package counts with; the largest of any architecture is 13."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
 _ORDER = re.compile(r"\s*order\s*=\s*(\d+)\s*", re.IGNORECASE)
@@ -38,8 +41,8 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.page_size < 512 or self.page_size & (self.page_size - 1):
             raise UsageError(f"page size {self.page_size} is not a power of two of at least 512 bytes")
-        if not MIN_ANON_ORDER <= self.pmd_order <= 16:
-            raise UsageError(f"PMD order {self.pmd_order} is not within {MIN_ANON_ORDER} to 16")
+        if not MIN_ANON_ORDER <= self.pmd_order <= MAX_PMD_ORDER:
+            raise UsageError(f"PMD order {self.pmd_order} is not within {MIN_ANON_ORDER} to {MAX_PMD_ORDER}")
 
     @property
     def ptes_per_pmd(self) -> int:
@@ -157,13 +160,13 @@ def geometry_for_ptes(ptes_per_pmd: int) -> Geometry:
     """A geometry with so many PTEs in a PMD range: the first preset that has, else one of 4 KiB pages.
 
     Raises:
-        UsageError: not a power of two from 4 to 65 536.
+        UsageError: not a power of two from 4 to 32 768.
     """
     for geometry in GEOMETRIES.values():
         if geometry.ptes_per_pmd == ptes_per_pmd:
             return geometry
-    if ptes_per_pmd < 4 or ptes_per_pmd > 1 << 16 or ptes_per_pmd & (ptes_per_pmd - 1):
-        raise UsageError(f"{ptes_per_pmd} PTEs per PMD range: it must be a power of two from 4 to 65536")
+    if ptes_per_pmd & (ptes_per_pmd - 1) or not 1 << MIN_ANON_ORDER <= ptes_per_pmd <= 1 << MAX_PMD_ORDER:
+        raise UsageError(f"{ptes_per_pmd} PTEs per PMD range: it must be a power of two from 4 to {1 << MAX_PMD_ORDER}")
     return Geometry(f"{ptes_per_pmd}-ptes", 4 * _K, ptes_per_pmd.bit_length() - 1)
 
 

@@ -1,0 +1,278 @@
+"""What is in a PMD range: planes of bits over its PTEs, and how many of each every aligned run holds.
+
+The walk of a collapse asks one question over and over: of the 2**k PTEs of this aligned run, how many are occupied
+(swapped out, shared, ...)? All runs of an order tile the range, and a run of order k is two runs of order k - 1, so
+the counts of every order form a pyramid. Its base are packed bits, eight PTEs to a byte, whose population counts are
+the runs of order 3 (and of order 2, by nibbles); each level above is the sum of neighbouring pairs of the level
+below. The whole pyramid costs little more than packing the bits, for all PMD ranges together, and levels that
+nobody asks for are never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mthp.errors import UsageError
+from mthp.geometry import Geometry
+
+Bits = NDArray[np.bool_]
+Counts = NDArray[np.unsignedinteger]
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """What the PTEs of some PMD ranges are, one plane of bits per property.
+
+    Every plane has the shape (ranges, ptes_per_pmd); None stands for a plane without a set bit.
+
+    Attributes:
+        present: bool; a page is mapped, the zero page included.
+        zero: bool; the shared zero page is mapped. Only where `present` is.
+        swap: bool; a swap entry, or a marker that counts as one. Only where `present` is not.
+        shared: bool; the page is mapped by another process too.
+        lazyfree: bool; freed with MADV_FREE and clean.
+        uffd: bool; write-protected by userfaultfd: a page or a swap entry.
+        unreferenced: bool; not used recently.
+        folio_order: int8; order of the folio that the page lies in.
+        pmd_mapped: bool, shape (ranges,); one PMD entry maps the whole range already.
+        uffd_armed: bool, shape (ranges,); the mapping is registered with userfaultfd.
+        droppable: bool, shape (ranges,); the mapping is VM_DROPPABLE.
+    """
+
+    present: Bits
+    zero: Bits | None = None
+    swap: Bits | None = None
+    shared: Bits | None = None
+    lazyfree: Bits | None = None
+    uffd: Bits | None = None
+    unreferenced: Bits | None = None
+    folio_order: NDArray[np.int8] | None = None
+    pmd_mapped: Bits | None = None
+    uffd_armed: Bits | None = None
+    droppable: Bits | None = None
+
+    @classmethod
+    def checked(cls, present: ArrayLike, others: Mapping[str, ArrayLike | None]) -> Planes:
+        """Make planes of what a caller gave.
+
+        Args:
+            present: bool or integer, shape (ranges, ptes_per_pmd).
+            others: the other planes by name; scalars are allowed for the planes of shape (ranges,).
+
+        Raises:
+            UsageError: a wrong shape or dtype, or a PTE that is both present and swapped.
+        """
+        bits = _as_bits(present, "present")
+        if bits.ndim != 2:
+            raise UsageError(f"present has shape {bits.shape}: it must be (ranges, PTEs per PMD range)")
+        given: dict[str, NDArray[np.bool_] | NDArray[np.int8]] = {}
+        for name, plane in others.items():
+            if plane is None or plane is False:
+                continue
+            if name in _PER_RANGE:
+                given[name] = np.broadcast_to(_as_bits(plane, name), bits.shape[:1])
+                continue
+            array = _as_orders(plane) if name == "folio_order" else _as_bits(plane, name)
+            if array.shape != bits.shape:
+                raise UsageError(f"{name} has shape {array.shape}, present has {bits.shape}: they must be the same")
+            given[name] = array
+        swap = given.get("swap")
+        if swap is not None and bool((bits & swap).any()):
+            raise UsageError("a PTE cannot be both present and swapped: present and swap overlap")
+        zero = given.get("zero")
+        if zero is not None and bool((zero & ~bits).any()):
+            raise UsageError("a zero page is present: zero has bits that present lacks")
+        return cls(bits, **given)  # type: ignore[arg-type]
+
+    def block(self, start: int, stop: int) -> Planes:
+        """The planes of the PMD ranges from `start` to `stop`, as views."""
+        planes = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: plane[start:stop] for name, plane in planes if plane is not None})
+
+    @property
+    def occupied(self) -> Bits:
+        """Pages with contents: present and not the zero page. Bool, shape (ranges, ptes_per_pmd)."""
+        return self.present if self.zero is None else self.present & ~self.zero
+
+
+_PER_RANGE = ("pmd_mapped", "uffd_armed", "droppable")
+
+
+def _as_bits(plane: ArrayLike, name: str) -> Bits:
+    array = np.asarray(plane)
+    if array.dtype == np.bool_:
+        return array
+    if array.dtype.kind not in "iu":
+        raise UsageError(f"{name} has dtype {array.dtype}: it must be bool or an integer")
+    bits: Bits = array != 0
+    return bits
+
+
+def _as_orders(plane: ArrayLike) -> NDArray[np.int8]:
+    array = np.asarray(plane)
+    if array.dtype.kind not in "iu":
+        raise UsageError(f"folio_order has dtype {array.dtype}: it must be an integer")
+    return array.astype(np.int8, copy=False)
+
+
+class Occupancy:
+    """The counts of every aligned run of some PMD ranges, made when asked for.
+
+    All counts of order k have the shape (ranges, ptes_per_pmd >> k): uint8 up to order 7, uint16 above. A plane
+    that was not given counts 0 everywhere, as an array that broadcasts.
+    """
+
+    def __init__(self, planes: Planes, geometry: Geometry) -> None:
+        self.planes = planes
+        self.geometry = geometry
+        self._packed: dict[str, NDArray[np.uint8]] = {}
+        self._counts: dict[tuple[str, int], Counts] = {}
+        self._largest: dict[int, NDArray[np.int8]] = {}
+
+    def runs(self, order: int) -> Runs:
+        """The aligned runs of `order`."""
+        return Runs(self, order)
+
+    def count(self, name: str, order: int) -> Counts:
+        """How many PTEs of plane `name` each run of `order` has.
+
+        Args:
+            name: ``occupied``, ``referenced``, ``swap``, ``shared``, ``zero``, ``lazyfree`` or ``uffd``.
+            order: 2 or above.
+        """
+        key = name, order
+        if key not in self._counts:
+            if order > 3:
+                self._counts[key] = _pair_sums(self.count(name, order - 1), order)
+            elif (packed := self._pack(name)) is None:
+                self._counts[key] = np.zeros((1, self.geometry.ptes_per_pmd >> order), np.uint8)
+            else:
+                self._counts[key] = np.bitwise_count(packed) if order == 3 else _nibble_counts(packed)
+        return self._counts[key]
+
+    def full_chunks(self, chunk_order: int, order: int) -> Counts:
+        """How many chunks of 2**chunk_order PTEs in each run of `order` are occupied throughout.
+
+        This is the bitmap of the seed: one bit per chunk, set when the chunk is full.
+        """
+        key = f"chunks of {chunk_order}", order
+        if key not in self._counts:
+            if order > chunk_order:
+                self._counts[key] = _pair_sums(self.full_chunks(chunk_order, order - 1), order)
+            else:
+                full = self.count("occupied", chunk_order) == 1 << chunk_order
+                self._counts[key] = full.view(np.uint8)
+        return self._counts[key]
+
+    def largest(self, order: int) -> NDArray[np.int8] | None:
+        """The order of the largest folio that each run of `order` touches: int8; None without that plane."""
+        if self.planes.folio_order is None:
+            return None
+        if order not in self._largest:
+            below = self.largest(order - 1) if order else None
+            if below is None:
+                self._largest[order] = np.where(self.planes.occupied, self.planes.folio_order, np.int8(0))
+            else:
+                self._largest[order] = np.maximum(below[:, 0::2], below[:, 1::2])
+        return self._largest[order]
+
+    def _pack(self, name: str) -> NDArray[np.uint8] | None:
+        """The packed bits of plane `name`: bit i of byte j is PTE 8 * j + i; None without that plane."""
+        if name not in self._packed:
+            plane = self._plane(name)
+            if plane is None:
+                return None
+            self._packed[name] = np.packbits(plane, axis=1, bitorder="little")
+        return self._packed[name]
+
+    def _plane(self, name: str) -> Bits | None:
+        """The plane called `name`, with only those bits set that mean something there."""
+        planes = self.planes
+        if name == "occupied":
+            return planes.occupied
+        if name == "referenced":
+            return planes.occupied if planes.unreferenced is None else planes.occupied & ~planes.unreferenced
+        plane: Bits | None = getattr(planes, name)
+        if plane is None or name in ("zero", "swap"):
+            return plane
+        contents = planes.occupied
+        if name == "uffd" and planes.swap is not None:
+            contents = contents | planes.swap
+        if name == "lazyfree" and planes.droppable is not None:
+            contents = contents & ~planes.droppable[:, None]
+        return plane & contents
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """All aligned runs of one order, as a policy sees them. Arrays have the shape (ranges, runs per range)."""
+
+    occupancy: Occupancy
+    order: int
+
+    @property
+    def size(self) -> int:
+        """PTEs in a run."""
+        return 1 << self.order
+
+    @property
+    def occupied(self) -> Counts:
+        """Present, non-zero PTEs."""
+        return self.occupancy.count("occupied", self.order)
+
+    @property
+    def referenced(self) -> Counts:
+        """Occupied PTEs whose page was used recently, as far as is known."""
+        if self.occupancy.planes.unreferenced is None:
+            return self.occupied
+        return self.occupancy.count("referenced", self.order)
+
+    @property
+    def swap(self) -> Counts:
+        """Swapped-out PTEs."""
+        return self.occupancy.count("swap", self.order)
+
+    @property
+    def shared(self) -> Counts:
+        """PTEs whose page another process maps too."""
+        return self.occupancy.count("shared", self.order)
+
+    @property
+    def none_or_zero(self) -> Counts:
+        """PTEs that a collapse would fill: none, or the zero page."""
+        contents = self.occupied if self.occupancy.planes.swap is None else self.occupied + self.swap
+        none_or_zero: Counts = contents.dtype.type(self.size) - contents
+        return none_or_zero
+
+    @property
+    def largest_folio(self) -> NDArray[np.int8] | None:
+        """Order of the largest folio that the run touches; None if folios are not known."""
+        return self.occupancy.largest(self.order)
+
+    def full_chunks(self, chunk_order: int) -> Counts:
+        """Chunks of 2**chunk_order PTEs that are occupied throughout."""
+        return self.occupancy.full_chunks(chunk_order, self.order)
+
+
+def _nibble_counts(packed: NDArray[np.uint8]) -> Counts:
+    """The set bits of every half byte, lower half first: uint8, shape (ranges, 2 * bytes)."""
+    halves = np.empty((*packed.shape, 2), np.uint8)
+    np.bitwise_count(packed & 15, out=halves[..., 0])
+    np.bitwise_count(packed >> 4, out=halves[..., 1])
+    return halves.reshape(packed.shape[0], -1)
+
+
+def _pair_sums(counts: Counts, order: int) -> Counts:
+    """The sums of neighbouring pairs along each row: the counts of `order`, from those of the order below.
+
+    Strided slices do not vectorise; two bytes read as one 16-bit word do. A byte holds the counts up to order 7.
+    """
+    if counts.dtype != np.uint8:
+        return counts[:, 0::2] + counts[:, 1::2]
+    words = counts.view(np.uint16)
+    sums = (words & 255) + (words >> 8)
+    return sums.astype(np.uint8) if order <= 7 else sums

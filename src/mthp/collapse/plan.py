@@ -1,0 +1,195 @@
+"""Plans: which folios a collapse would make of many PMD ranges, what it would copy and fill, and why not more.
+
+A plan assumes that every attempt succeeds that the PTEs do not rule out. What a real kernel adds (allocation
+failures, locked pages, races) is the matter of the backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mthp.collapse.occupancy import Planes
+from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy, Rules, policy_named
+from mthp.collapse.walk import Attempts, Walk
+from mthp.eligibility import Trigger
+from mthp.errors import UsageError
+from mthp.geometry import Geometry, geometry_for_ptes, geometry_named
+from mthp.tunables import Tunables
+
+T = TypeVar("T", bound=np.generic)
+
+BLOCK_PTES = 1 << 21
+"""PTEs planned at a time: few enough that the working arrays stay in the processor's caches."""
+
+
+class Plan:
+    """What a collapse would make of some PMD ranges. Everything but the walk itself is made when asked for.
+
+    Attributes:
+        policy: the policy's name.
+        geometry: the machine's.
+    """
+
+    def __init__(self, policy: Policy, rules: Rules, walks: list[Walk]) -> None:
+        self.policy = policy.name
+        self.geometry = rules.geometry
+        self._walks = walks
+
+    def __len__(self) -> int:
+        """The number of PMD ranges."""
+        return sum(walk.ranges for walk in self._walks)
+
+    @cached_property
+    def orders(self) -> NDArray[np.int8]:
+        """The order of the folio that each page would lie in afterwards: int8, shape (ranges, ptes_per_pmd).
+
+        0 is a base page, -1 none; a page that is not collapsed keeps the order that it has.
+        """
+        return self._joined([walk.orders() for walk in self._walks], (self.geometry.ptes_per_pmd,), np.int8)
+
+    @cached_property
+    def scan_result(self) -> NDArray[np.int8]:
+        """One :class:`~mthp.results.ScanResult` per PMD range: int8, shape (ranges,).
+
+        SUCCEED if anything is collapsed, else what ended the scan, else the result of the last attempt, else FAIL.
+        """
+        return self._joined([walk.scan_result() for walk in self._walks], (), np.int8)
+
+    @cached_property
+    def copied(self) -> NDArray[np.int32]:
+        """Pages with contents in the collapsed runs, per PMD range: int32, shape (ranges,)."""
+        return self._joined([walk.copied_and_filled()[0] for walk in self._walks], (), np.int32)
+
+    @cached_property
+    def filled(self) -> NDArray[np.int32]:
+        """None and zero PTEs that become memory of their own, per PMD range: int32, shape (ranges,). The bloat."""
+        return self._joined([walk.copied_and_filled()[1] for walk in self._walks], (), np.int32)
+
+    @cached_property
+    def attempts(self) -> Attempts:
+        """All attempts, in the kernel's order."""
+        parts = [walk.attempts() for walk in self._walks]
+        starts = np.cumsum([0, *(walk.ranges for walk in self._walks)])
+        ranges = [part.range + start for part, start in zip(parts, starts, strict=False)]
+        return Attempts(
+            self._joined(ranges, (), np.int64),
+            self._joined([part.offset for part in parts], (), np.int32),
+            self._joined([part.order for part in parts], (), np.int8),
+            self._joined([part.result for part in parts], (), np.int8),
+        )
+
+    @property
+    def folios(self) -> Attempts:
+        """The folios that would be made: the attempts that succeed."""
+        return self.attempts.succeeded
+
+    @staticmethod
+    def _joined(parts: list[NDArray[T]], shape: tuple[int, ...], dtype: type[T]) -> NDArray[T]:
+        return np.concatenate(parts) if parts else np.empty((0, *shape), dtype)
+
+
+def plan_ranges(
+    present: ArrayLike,
+    *,
+    policy: str | Policy = "mainline",
+    orders: Iterable[int] | str | None = None,
+    trigger: Trigger = "khugepaged",
+    max_ptes_none: int | None = None,
+    max_ptes_swap: int | None = None,
+    max_ptes_shared: int | None = None,
+    zero: ArrayLike | None = None,
+    swap: ArrayLike | None = None,
+    shared: ArrayLike | None = None,
+    lazyfree: ArrayLike | None = None,
+    uffd: ArrayLike | None = None,
+    unreferenced: ArrayLike | None = None,
+    folio_order: ArrayLike | None = None,
+    pmd_mapped: ArrayLike | None = None,
+    uffd_armed: ArrayLike = False,
+    droppable: ArrayLike = False,
+    geometry: Geometry | str | None = None,
+    mthp_min_order: int = DEFAULT_MTHP_MIN_ORDER,
+) -> Plan:
+    """Plan the collapse of some PMD ranges.
+
+    All planes have the shape (ranges, ptes_per_pmd), bool or integer, and may be left out; see
+    :class:`~mthp.collapse.occupancy.Planes` for what each means.
+
+    Args:
+        present: the pages that are mapped.
+        policy: a policy's name, or a :class:`~mthp.collapse.policy.Policy`.
+        orders: the enabled orders (or sizes, as ``"64K,2M"``); all that anonymous memory can have by default.
+        trigger: ``khugepaged``; or ``madvise``, which ignores limits and the enabled orders as MADV_COLLAPSE does.
+        max_ptes_none, max_ptes_swap, max_ptes_shared: khugepaged's limits per PMD range; the kernel's defaults.
+        folio_order: int8; the order of the folio that each page lies in now.
+        pmd_mapped, uffd_armed, droppable: bool, shape (ranges,) or one for all.
+        geometry: the machine's, or its name; by default one that has so many PTEs in a PMD range.
+        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``.
+
+    Raises:
+        UsageError: an unknown policy or trigger, an order or limit that does not exist on this geometry, planes
+            whose shapes differ or contradict each other.
+    """
+    planes = Planes.checked(
+        present,
+        {
+            "zero": zero,
+            "swap": swap,
+            "shared": shared,
+            "lazyfree": lazyfree,
+            "uffd": uffd,
+            "unreferenced": unreferenced,
+            "folio_order": folio_order,
+            "pmd_mapped": pmd_mapped,
+            "uffd_armed": uffd_armed,
+            "droppable": droppable,
+        },
+    )
+    ptes = planes.present.shape[1]
+    if geometry is None:
+        geometry = geometry_for_ptes(ptes)
+    elif isinstance(geometry, str):
+        geometry = geometry_named(geometry)
+    if ptes != geometry.ptes_per_pmd:
+        raise UsageError(f"present has {ptes} PTEs per range, a PMD range of {geometry.name} {geometry.ptes_per_pmd}")
+    limits = {"max_ptes_none": max_ptes_none, "max_ptes_swap": max_ptes_swap, "max_ptes_shared": max_ptes_shared}
+    rules = make_rules(
+        geometry,
+        orders=orders,
+        trigger=trigger,
+        tunables=Tunables.defaults(geometry).replaced(geometry, **limits),
+        mthp_min_order=mthp_min_order,
+    )
+    return plan_planes(planes, policy_named(policy), rules)
+
+
+def make_rules(
+    geometry: Geometry,
+    *,
+    orders: Iterable[int] | str | None,
+    trigger: Trigger,
+    tunables: Tunables,
+    mthp_min_order: int = DEFAULT_MTHP_MIN_ORDER,
+) -> Rules:
+    """Check and gather the circumstances of a plan.
+
+    Raises:
+        UsageError: as :func:`plan_ranges`.
+    """
+    if trigger not in ("khugepaged", "madvise"):
+        raise UsageError(f"unknown trigger {trigger!r}", help="use khugepaged or madvise")
+    enabled = geometry.anon_orders if orders is None else geometry.parse_orders(orders)
+    return Rules(geometry, enabled, trigger, tunables.checked(geometry), geometry.check_order(mthp_min_order))
+
+
+def plan_planes(planes: Planes, policy: Policy, rules: Rules) -> Plan:
+    """Plan the collapse of PMD ranges whose planes and rules are checked already."""
+    ranges = planes.present.shape[0]
+    step = max(1, BLOCK_PTES >> rules.geometry.pmd_order)
+    walks = [Walk(planes.block(start, min(start + step, ranges)), policy, rules) for start in range(0, ranges, step)]
+    return Plan(policy, rules, walks)

@@ -1,0 +1,294 @@
+"""Policies: which folio sizes the memory of a PMD range deserves.
+
+A policy answers three questions; everything else (the walk over the range, what hinders a page, what a failure
+leads to) is common to all and lies in :mod:`mthp.collapse.plan`.
+
+1. *Which orders does it walk?* :meth:`Policy.orders_walked`
+2. *Is a run full enough to be tried?* :meth:`Policy.full_enough`
+3. *How many none, swapped and shared PTEs may a run have when it is collapsed?* :meth:`Policy.limits`
+
+The questions are asked for all runs of an order in all PMD ranges at once, so the answers are arrays. A policy of
+one's own is a small class::
+
+    class ThreeQuarters(mthp.Policy):
+        \"\"\"Collapse a run when three quarters of it are there.\"\"\"
+
+        name = "three-quarters"
+
+        def limits(self, order, rules):
+            return Limits(none=(1 << order) // 4, swap=0, shared=0)
+
+It is used by passing an instance wherever a policy's name is taken, and by its name everywhere, the command line
+included, once its package declares it as an entry point of the group ``mthp.policies``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from mthp.collapse.occupancy import Bits, Runs
+from mthp.eligibility import Trigger
+from mthp.errors import UsageError
+from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.tunables import Tunables
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+ENTRY_POINT_GROUP = "mthp.policies"
+
+DEFAULT_MTHP_MIN_ORDER = 3
+"""The seed's MTHP_MIN_ORDER: with it the chunk bitmap of an x86-64 PMD range has 64 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The circumstances of a collapse, which a policy may look at.
+
+    Attributes:
+        geometry: the machine's.
+        orders: the enabled orders, ascending.
+        trigger: ``khugepaged``, or ``madvise`` for MADV_COLLAPSE.
+        tunables: the limits in force.
+        mthp_min_order: the seed's MTHP_MIN_ORDER: order of a chunk of its bitmap, and its smallest folio.
+    """
+
+    geometry: Geometry
+    orders: tuple[int, ...]
+    trigger: Trigger
+    tunables: Tunables
+    mthp_min_order: int = DEFAULT_MTHP_MIN_ORDER
+
+    @property
+    def forced(self) -> bool:
+        """Whether MADV_COLLAPSE asks, which ignores switches, limits and references."""
+        return self.trigger == "madvise"
+
+
+class Limits(NamedTuple):
+    """How many PTEs of each kind a run may have."""
+
+    none: int
+    """None or zero PTEs, which the collapse fills."""
+    swap: int
+    """Swapped-out PTEs, which it reads back."""
+    shared: int
+    """PTEs whose page another process maps too."""
+
+
+class Policy:
+    """Base of all policies, and their default behaviour: that of Linux 7.2 but for what a subclass changes.
+
+    Attributes:
+        name: how it is called on the command line.
+        summary: one line for a person; by default the first line of the docstring.
+        scans_each_run: the PTEs are scanned anew for every run, with that run's limits, instead of once for the
+            whole PMD range; when no order succeeds at an address, the rest of the PMD range is given up.
+    """
+
+    name: ClassVar[str]
+    scans_each_run: ClassVar[bool] = False
+
+    @property
+    def summary(self) -> str:
+        """One line for a person."""
+        return (self.__doc__ or self.name).strip().splitlines()[0]
+
+    def orders_walked(self, rules: Rules) -> tuple[int, ...]:
+        """The orders at which a collapse is attempted, descending; empty if the policy does not run at all."""
+        if rules.forced:
+            return (rules.geometry.pmd_order,)
+        return tuple(order for order in reversed(rules.orders) if order >= MIN_ANON_ORDER)
+
+    def scan_limits(self, rules: Rules) -> Limits | None:
+        """What the scan of a whole PMD range lets pass; None where each run is scanned for itself."""
+        n = rules.geometry.ptes_per_pmd
+        if rules.forced:
+            return Limits(n, n, n)
+        tunables = rules.tunables
+        return Limits(n - 1, tunables.max_ptes_swap, tunables.max_ptes_shared)
+
+    def scan_honours_uffd(self, rules: Rules) -> bool:
+        """Whether the scan already lets no none PTE pass in a mapping armed with userfaultfd."""
+        return rules.forced
+
+    def limits(self, order: int, rules: Rules) -> Limits:
+        """What a run of `order` may have, by the check that isolation makes.
+
+        The caller lifts them for MADV_COLLAPSE, and allows no none PTE where userfaultfd is armed.
+        """
+        raise NotImplementedError(f"policy {self.name} does not define limits()")
+
+    def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
+        """Which runs are full enough to be attempted: bool, shape of ``runs.occupied``; None for all.
+
+        By default those whose occupied PTEs leave no more than ``limits().none`` to be filled.
+        """
+        if rules.forced:
+            return None
+        enough: Bits = runs.occupied >= runs.size - self.limits(runs.order, rules).none
+        return enough
+
+
+class PmdOnly(Policy):
+    """Linux up to 7.1: the PMD order or nothing."""
+
+    name = "pmd-only"
+
+    def orders_walked(self, rules: Rules) -> tuple[int, ...]:
+        pmd_order = rules.geometry.pmd_order
+        return (pmd_order,) if rules.forced or pmd_order in rules.orders else ()
+
+    def scan_limits(self, rules: Rules) -> Limits | None:
+        return super().scan_limits(rules) if rules.forced else self.limits(rules.geometry.pmd_order, rules)
+
+    def scan_honours_uffd(self, rules: Rules) -> bool:
+        return True
+
+    def limits(self, order: int, rules: Rules) -> Limits:
+        return _unscaled(rules)
+
+    def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
+        return None
+
+
+class Rfc(Policy):
+    """The seed (RFC "khugepaged: mTHP support"): a bitmap of full chunks, and a percentage for every order.
+
+    For MADV_COLLAPSE the seed leaves the threshold open. Here every order is then tried whatever its fullness, the
+    PMD order first, so smaller ones come to it only where that failed; a run without contents is left alone.
+    """
+
+    name = "rfc"
+
+    def orders_walked(self, rules: Rules) -> tuple[int, ...]:
+        pmd_order = rules.geometry.pmd_order
+        if rules.forced:
+            smaller = [order for order in reversed(rules.orders) if rules.mthp_min_order <= order < pmd_order]
+            return (pmd_order, *smaller)
+        if pmd_order not in rules.orders:
+            return ()
+        return tuple(order for order in reversed(rules.orders) if order >= rules.mthp_min_order)
+
+    def scan_limits(self, rules: Rules) -> Limits | None:
+        n = rules.geometry.ptes_per_pmd
+        if rules.forced:
+            return Limits(n, n, n)
+        return Limits(n, rules.tunables.max_ptes_swap, rules.tunables.max_ptes_shared)
+
+    def scan_honours_uffd(self, rules: Rules) -> bool:
+        return False
+
+    def limits(self, order: int, rules: Rules) -> Limits:
+        tunables = rules.tunables
+        scaled = tunables.max_ptes_none >> (rules.geometry.pmd_order - order)
+        return Limits(scaled, tunables.max_ptes_swap, tunables.max_ptes_shared)
+
+    def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
+        if rules.forced:
+            contents = runs.occupied + runs.swap
+            return None if runs.order == rules.geometry.pmd_order else contents > 0
+        n = rules.geometry.ptes_per_pmd
+        percent = (n - rules.tunables.max_ptes_none - 1) * 100 // (n - 1)
+        chunks = runs.size >> rules.mthp_min_order
+        threshold = percent * chunks // 100
+        if threshold == 0:
+            return None
+        enough: Bits = runs.full_chunks(rules.mthp_min_order) >= threshold
+        return enough
+
+
+class PerOrder(Policy):
+    """Dev Jain's series: every run scanned for itself, all limits scaled to its order."""
+
+    name = "per-order"
+    scans_each_run = True
+
+    def scan_limits(self, rules: Rules) -> Limits | None:
+        return super().scan_limits(rules) if rules.forced else None
+
+    def limits(self, order: int, rules: Rules) -> Limits:
+        shift = rules.geometry.pmd_order - order
+        return Limits(*(limit >> shift for limit in _unscaled(rules)))
+
+    def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
+        return None
+
+
+class Mainline(Policy):
+    """Linux 7.2 and later: a bitmap of pages; runs below the PMD order are filled fully or not at all."""
+
+    name = "mainline"
+
+    def scan_limits(self, rules: Rules) -> Limits | None:
+        if not rules.forced and self._pmd_alone(rules):
+            return _unscaled(rules)
+        return super().scan_limits(rules)
+
+    def scan_honours_uffd(self, rules: Rules) -> bool:
+        return rules.forced or self._pmd_alone(rules)
+
+    def limits(self, order: int, rules: Rules) -> Limits:
+        if order == rules.geometry.pmd_order:
+            return _unscaled(rules)
+        fill = rules.tunables.max_ptes_none == rules.geometry.ptes_per_pmd - 1
+        return Limits((1 << order) - 1 if fill else 0, 0, 0)
+
+    def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
+        if rules.forced:
+            return None
+        contents = runs.occupied
+        if runs.order == rules.geometry.pmd_order:
+            # The scan counts swap entries apart from its bitmap; only the PMD order may have any.
+            contents = contents + runs.swap
+        enough: Bits = contents >= runs.size - self.limits(runs.order, rules).none
+        return enough
+
+    @staticmethod
+    def _pmd_alone(rules: Rules) -> bool:
+        return rules.orders == (rules.geometry.pmd_order,)
+
+
+def _unscaled(rules: Rules) -> Limits:
+    tunables = rules.tunables
+    return Limits(tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared)
+
+
+BUILT_IN: dict[str, type[Policy]] = {policy.name: policy for policy in (PmdOnly, Rfc, PerOrder, Mainline)}
+"""The four policies that kernels and series have, by name."""
+
+
+def policy_names() -> list[str]:
+    """The names of all policies to be had: the four, then those that installed packages declare."""
+    return [*BUILT_IN, *sorted(set(_declared()) - set(BUILT_IN))]
+
+
+def policy_named(policy: str | Policy) -> Policy:
+    """The policy of that name; a :class:`Policy` is given back as it is.
+
+    Raises:
+        UsageError: there is none of that name, or what a package declares under it is not a policy.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if policy in BUILT_IN:
+        return BUILT_IN[policy]()
+    declared = _declared()
+    if policy not in declared:
+        raise UsageError(f"unknown policy {policy!r}", help=f"use {', '.join(policy_names())}")
+    try:
+        made = declared[policy].load()()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UsageError(f"policy {policy!r} cannot be loaded: {error}") from error
+    if not isinstance(made, Policy):
+        raise UsageError(f"policy {policy!r} is a {type(made).__name__}, not an mthp.Policy")
+    return made
+
+
+def _declared() -> dict[str, EntryPoint]:
+    """The policies that installed packages declare, by name; nothing of theirs is imported yet."""
+    # Imported here: it costs more than the rest of this module, and few commands need it.
+    from importlib.metadata import entry_points  # noqa: PLC0415
+
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -1,0 +1,316 @@
+"""The walk of a collapse over many PMD ranges at once.
+
+The kernel walks one PMD range at a time, depth first: try the largest order; where that is not possible try the
+halves, the left one first; go on behind whatever was collapsed. The runs that it looks at are the nodes of a binary
+tree, and if every attempt ends as its PTEs foretell, no node depends on another but through its ancestors: a run is
+looked at exactly when none of the runs around it was collapsed or skipped. So the walk can be made level by level
+instead, from the PMD order down, for all PMD ranges together, each level a few operations on arrays of counts
+(:mod:`mthp.collapse.occupancy`). What differs between policies is asked of the policy
+(:mod:`mthp.collapse.policy`); single PTEs are looked at only for runs whose counts leave open what stops them
+(:mod:`mthp.collapse.hindrance`).
+
+One policy is not a pure tree: ``per-order`` gives up the rest of a PMD range at the first address where nothing
+succeeds. Nothing before that address depends on what lies behind, so the level-by-level walk is made as for the
+others and then cut there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.collapse.hindrance import Checks, first_hindrances
+from mthp.collapse.occupancy import Bits, Occupancy, Planes, Runs
+from mthp.collapse.policy import Limits, Policy, Rules
+from mthp.results import ScanResult
+
+Doubled = TypeVar("Doubled", np.bool_, np.int8)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """Runs that a collapse tries, one row each, in the order in which the kernel would try them.
+
+    Attributes:
+        range: int64, index of the PMD range.
+        offset: int32, first PTE of the run within its range.
+        order: int8.
+        result: int8, :class:`~mthp.results.ScanResult`.
+    """
+
+    range: NDArray[np.int64]
+    offset: NDArray[np.int32]
+    order: NDArray[np.int8]
+    result: NDArray[np.int8]
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    @property
+    def succeeded(self) -> Attempts:
+        """Those that end in a collapse."""
+        chosen = self.result == ScanResult.SUCCEED
+        return Attempts(self.range[chosen], self.offset[chosen], self.order[chosen], self.result[chosen])
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What became of the runs of one order. Bool arrays of the shape (ranges, runs per range)."""
+
+    attempted: Bits
+    succeeded: Bits
+
+
+@dataclass
+class Walk:
+    """One walk over some PMD ranges. What it amounts to is made when asked for.
+
+    Attributes:
+        ranges: how many PMD ranges.
+        passed: bool, shape (ranges,): which of them the scan lets pass.
+        levels: by order, what became of its runs.
+    """
+
+    planes: Planes
+    policy: Policy
+    rules: Rules
+    levels: dict[int, Level] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ranges = self.planes.present.shape[0]
+        self.occupancy = Occupancy(self.planes, self.rules.geometry)
+        self._pmd_order = self.rules.geometry.pmd_order
+        self.passed = self._passed()
+        self._walk()
+
+    # The scan of whole PMD ranges.
+
+    def _scan_checks(self) -> Checks | None:
+        """What ends the scan of a PMD range; None if the policy has no such scan, or does not run."""
+        rules, policy = self.rules, self.policy
+        limits = policy.scan_limits(rules) if policy.orders_walked(rules) else None
+        if limits is None:
+            return None
+        return Checks(
+            limits,
+            zero_none_if_armed=policy.scan_honours_uffd(rules),
+            uffd=True,
+            lazyfree=not rules.forced,
+            references=0 if rules.forced else rules.geometry.ptes_per_pmd // 2,
+        )
+
+    def _passed(self) -> Bits:
+        """Which PMD ranges the scan lets pass: bool, shape (ranges,)."""
+        whole = self.occupancy.runs(self._pmd_order)
+        passed: Bits = (whole.occupied + whole.swap)[:, 0] > 0
+        if self.planes.pmd_mapped is not None:
+            passed &= ~self.planes.pmd_mapped
+        checks = self._scan_checks()
+        stopped = None if checks is None else self._stopped_by_counts(whole, checks)
+        return passed if stopped is None else passed & ~stopped[:, 0]
+
+    def scanned(self) -> NDArray[np.int8]:
+        """What the scan says of each PMD range: int8 ScanResult, shape (ranges,), SUCCEED where the walk began."""
+        result: NDArray[np.int8] = np.full(self.ranges, ScanResult.SUCCEED, np.int8)
+        rows = np.flatnonzero(~self.passed)
+        if (checks := self._scan_checks()) is not None:
+            result[rows] = first_hindrances(self.planes, self._pmd_order, rows, np.zeros_like(rows), checks)
+        whole = self.occupancy.runs(self._pmd_order)
+        empty = (whole.occupied + whole.swap)[:, 0] == 0
+        result[empty] = ScanResult.NO_PTE_TABLE
+        zero = self.occupancy.count("zero", self._pmd_order)[:, 0]
+        result[empty & (zero > 0)] = ScanResult.EXCEED_NONE_PTE
+        if self.planes.pmd_mapped is not None:
+            result[self.planes.pmd_mapped] = ScanResult.PMD_MAPPED
+        return result
+
+    # The walk, level by level.
+
+    def _walk(self) -> None:
+        orders = self.policy.orders_walked(self.rules)
+        if not orders:
+            return
+        reached: Bits = self.passed[:, None]
+        for order in range(self._pmd_order, orders[-1] - 1, -1):
+            if order in orders:
+                reached = self._step(order, reached)
+            if order > orders[-1]:
+                reached = _doubled(reached)
+        if self.policy.scans_each_run and not self.rules.forced:
+            self._give_up_behind(orders[-1], reached)
+
+    def _step(self, order: int, reached: Bits) -> Bits:
+        """Try the `reached` runs of `order`; give those whose halves are looked at next."""
+        runs = self.occupancy.runs(order)
+        enough = self.policy.full_enough(runs, self.rules)
+        attempted: Bits = reached if enough is None else reached & enough
+        hindered, skipped = self._hindered(runs, attempted)
+        succeeded = attempted if hindered is None else attempted & ~hindered
+        if self.policy.scans_each_run and not self.rules.forced:
+            # Here the scan of a run is its check: one that does not pass is no attempt.
+            attempted = succeeded if skipped is None else succeeded | skipped
+        self.levels[order] = Level(attempted, succeeded)
+        onward = reached & ~succeeded
+        return onward if skipped is None else onward & ~skipped
+
+    def _hindered(self, runs: Runs, attempted: Bits) -> tuple[Bits | None, Bits | None]:
+        """Which runs of an order cannot be collapsed, and which of the attempted ones are skipped for a large folio.
+
+        None stands for "none of them".
+        """
+        checks = self._attempt_checks(runs.order)
+        other = self._stopped_by_counts(runs, checks)
+        largest = runs.largest_folio
+        if largest is None or checks.large is None:
+            return other, None
+        large: Bits = largest >= checks.large
+        skipped = attempted & large
+        hindered = large if other is None else large | other
+        unclear = skipped if other is None else skipped & other
+        if bool(unclear.any()):
+            rows, indices = np.nonzero(unclear)
+            results = first_hindrances(self.planes, runs.order, rows, indices << runs.order, checks)
+            skipped[rows, indices] = results == ScanResult.PTE_MAPPED_HUGEPAGE
+        return hindered, skipped
+
+    def _attempt_checks(self, order: int) -> Checks:
+        """What is checked of a run of `order`: by isolation, or by the run's own scan."""
+        rules = self.rules
+        size = 1 << order
+        own_scan = self.policy.scans_each_run and not rules.forced
+        return Checks(
+            Limits(size, size, size) if rules.forced else self.policy.limits(order, rules),
+            uffd=own_scan,
+            lazyfree=own_scan,
+            large=order if order < self._pmd_order else None,
+            swap_first=not own_scan,
+            references=0 if rules.forced else size // 2 if own_scan else 1,
+        )
+
+    def _stopped_by_counts(self, runs: Runs, checks: Checks) -> Bits | None:
+        """Which runs anything but a large folio stops; None if no run can be stopped."""
+        planes, count = self.planes, self.occupancy.count
+        stopped: Bits | None = None
+
+        def stop(bits: Bits) -> None:
+            nonlocal stopped
+            stopped = bits if stopped is None else stopped | bits
+
+        if checks.limits.none < runs.size:
+            stop(runs.none_or_zero > checks.limits.none)
+        if checks.zero_none_if_armed and planes.uffd_armed is not None:
+            stop(planes.uffd_armed[:, None] & (runs.none_or_zero > 0))
+        if planes.swap is not None and checks.limits.swap < runs.size:
+            stop(runs.swap > checks.limits.swap)
+        if planes.shared is not None and checks.limits.shared < runs.size:
+            stop(runs.shared > checks.limits.shared)
+        if checks.uffd and planes.uffd is not None:
+            stop(count("uffd", runs.order) > 0)
+        if checks.lazyfree and planes.lazyfree is not None:
+            stop(count("lazyfree", runs.order) > 0)
+        if checks.references:
+            # A run that may not be filled throughout has a page; it is referenced unless pages say otherwise.
+            if checks.limits.none >= runs.size - 1 or planes.unreferenced is not None or planes.swap is not None:
+                stop(runs.referenced == 0)
+            if planes.swap is not None and checks.references > 1:
+                stop((runs.swap > 0) & (runs.referenced < checks.references))
+        return stopped
+
+    def _give_up_behind(self, smallest: int, failed: Bits) -> None:
+        """Drop all attempts behind the first run of the smallest order at which nothing succeeded.
+
+        Args:
+            failed: bool, shape (ranges, runs of the smallest order): runs that were reached and failed.
+        """
+        ptes = self.rules.geometry.ptes_per_pmd
+        self.given_up = np.where(failed.any(axis=1), failed.argmax(axis=1) << smallest, ptes)
+        for order, level in self.levels.items():
+            offsets = np.arange(level.attempted.shape[1]) << order
+            kept = offsets < self.given_up[:, None]
+            self.levels[order] = Level(level.attempted & kept, level.succeeded & kept)
+
+    # What the walk amounts to, made when asked for.
+
+    def orders(self) -> NDArray[np.int8]:
+        """The order of each page's folio afterwards: int8, shape (ranges, ptes_per_pmd)."""
+        present, existing = self.planes.present, self.planes.folio_order
+        if existing is None:
+            after: NDArray[np.int8] = present.view(np.int8) - np.int8(1)
+        else:
+            after = np.where(present, existing, np.int8(-1))
+        if not self.levels:
+            return after
+        # Uncollapsed runs are -1 here, so that the larger of the two planes is the answer.
+        collapsed: NDArray[np.int8] = np.full((self.ranges, 1), -1, np.int8)
+        for order in range(self._pmd_order, -1, -1):
+            if order in self.levels:
+                collapsed = np.where(self.levels[order].succeeded, np.int8(order), collapsed)
+            if order:
+                collapsed = _doubled(collapsed)
+        return np.maximum(after, collapsed, out=after)
+
+    def copied_and_filled(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Pages with contents, and PTEs without, in collapsed runs: int32, shape (ranges,) each."""
+        copied, pages = np.zeros(self.ranges, np.int32), np.zeros(self.ranges, np.int32)
+        for order, level in self.levels.items():
+            runs = self.occupancy.runs(order)
+            contents = runs.occupied + runs.swap
+            copied += (contents * level.succeeded).sum(axis=1, dtype=np.int32)
+            pages += level.succeeded.sum(axis=1, dtype=np.int32) << order
+        return copied, pages - copied
+
+    def attempts(self) -> Attempts:
+        """All attempts, sorted as the kernel makes them: by range, then address, the larger order first."""
+        columns: list[tuple[NDArray[np.int64], ...]] = []
+        for order, level in self.levels.items():
+            rows, indices = np.nonzero(level.attempted)
+            results = np.full(len(rows), ScanResult.SUCCEED, np.int8)
+            failed = np.flatnonzero(~level.succeeded[rows, indices])
+            results[failed] = first_hindrances(
+                self.planes, order, rows[failed], indices[failed] << order, self._attempt_checks(order)
+            )
+            columns.append((rows, indices << order, np.full(len(rows), order), results.astype(np.int64)))
+        if not columns:
+            columns = [(np.empty(0, np.int64),) * 4]
+        rows, offsets, orders, results = (np.concatenate(column) for column in zip(*columns, strict=True))
+        walked = np.lexsort((-orders, offsets, rows))
+        return Attempts(
+            rows[walked],
+            offsets[walked].astype(np.int32),
+            orders[walked].astype(np.int8),
+            results[walked].astype(np.int8),
+        )
+
+    def scan_result(self) -> NDArray[np.int8]:
+        """One ScanResult per PMD range: int8, shape (ranges,)."""
+        result = self.scanned()
+        result[result == ScanResult.SUCCEED] = ScanResult.FAIL
+        if self.policy.scans_each_run and self.levels and not self.rules.forced:
+            self._add_run_scans(result)
+        tried = self.attempts()
+        # Of several values stored at one place the last one stays: the last attempt's.
+        result[tried.range] = tried.result
+        for level in self.levels.values():
+            result[level.succeeded.any(axis=1)] = ScanResult.SUCCEED
+        return result
+
+    def _add_run_scans(self, result: NDArray[np.int8]) -> None:
+        """Say what stopped the last run that was scanned, where the rest of a PMD range was given up."""
+        smallest = min(self.levels)
+        rows = np.flatnonzero((self.given_up < self.rules.geometry.ptes_per_pmd) & (result == ScanResult.FAIL))
+        result[rows] = first_hindrances(
+            self.planes, smallest, rows, self.given_up[rows], self._attempt_checks(smallest)
+        )
+
+
+def _doubled(runs: NDArray[Doubled]) -> NDArray[Doubled]:
+    """Every element of each row twice: the runs of an order, as those of the order below.
+
+    Through a 16-bit product, because ``np.repeat`` is slow for small repeats.
+    """
+    wide = np.ascontiguousarray(runs).view(np.uint8).astype(np.uint16)
+    wide *= np.uint16(0x0101)
+    return wide.view(runs.dtype)
