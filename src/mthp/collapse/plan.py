@@ -7,6 +7,7 @@ failures, locked pages, races) is the matter of the backends.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -73,14 +74,10 @@ class Plan:
     @cached_property
     def attempts(self) -> Attempts:
         """All attempts, in the kernel's order."""
-        parts = [walk.attempts() for walk in self._walks]
         starts = np.cumsum([0, *(walk.ranges for walk in self._walks)])
-        ranges = [part.range + start for part, start in zip(parts, starts, strict=False)]
-        return Attempts(
-            self._joined(ranges, (), np.int64),
-            self._joined([part.offset for part in parts], (), np.int32),
-            self._joined([part.order for part in parts], (), np.int8),
-            self._joined([part.result for part in parts], (), np.int8),
+        parts = (walk.attempts() for walk in self._walks)
+        return Attempts.joined(
+            [replace(part, range=part.range + start) for part, start in zip(parts, starts, strict=False)]
         )
 
     @property

@@ -25,35 +25,36 @@ from numpy.typing import NDArray
 from mthp.collapse.hindrance import Checks, first_hindrances
 from mthp.collapse.occupancy import Bits, Occupancy, Planes, Runs
 from mthp.collapse.policy import Limits, Policy, Rules
+from mthp.columns import Table
 from mthp.results import ScanResult
 
 Doubled = TypeVar("Doubled", np.bool_, np.int8)
 
 
-@dataclass(frozen=True, slots=True)
-class Attempts:
+@dataclass(frozen=True)
+class Attempts(Table):
     """Runs that a collapse tries, one row each, in the order in which the kernel would try them.
 
     Attributes:
         range: int64, index of the PMD range.
         offset: int32, first PTE of the run within its range.
         order: int8.
+        filled: int32, PTEs of the run without contents, which its collapse would fill.
         result: int8, :class:`~mthp.results.ScanResult`.
     """
+
+    DTYPES = (np.int64, np.int32, np.int8, np.int32, np.int8)
 
     range: NDArray[np.int64]
     offset: NDArray[np.int32]
     order: NDArray[np.int8]
+    filled: NDArray[np.int32]
     result: NDArray[np.int8]
-
-    def __len__(self) -> int:
-        return len(self.range)
 
     @property
     def succeeded(self) -> Attempts:
         """Those that end in a collapse."""
-        chosen = self.result == ScanResult.SUCCEED
-        return Attempts(self.range[chosen], self.offset[chosen], self.order[chosen], self.result[chosen])
+        return self[self.result == ScanResult.SUCCEED]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +121,10 @@ class Walk:
             result[rows] = first_hindrances(self.planes, self._pmd_order, rows, np.zeros_like(rows), checks)
         whole = self.occupancy.runs(self._pmd_order)
         empty = (whole.occupied + whole.swap)[:, 0] == 0
-        result[empty] = ScanResult.NO_PTE_TABLE
-        zero = self.occupancy.count("zero", self._pmd_order)[:, 0]
-        result[empty & (zero > 0)] = ScanResult.EXCEED_NONE_PTE
+        zero = self.occupancy.count("zero", self._pmd_order)[:, 0] > 0
+        result[empty & ~zero] = ScanResult.NO_PTE_TABLE
+        if self.policy.orders_walked(self.rules):
+            result[empty & zero] = ScanResult.EXCEED_NONE_PTE
         if self.planes.pmd_mapped is not None:
             result[self.planes.pmd_mapped] = ScanResult.PMD_MAPPED
         return result
@@ -264,25 +266,27 @@ class Walk:
 
     def attempts(self) -> Attempts:
         """All attempts, sorted as the kernel makes them: by range, then address, the larger order first."""
-        columns: list[tuple[NDArray[np.int64], ...]] = []
+        parts = []
         for order, level in self.levels.items():
             rows, indices = np.nonzero(level.attempted)
-            results = np.full(len(rows), ScanResult.SUCCEED, np.int8)
+            offsets = indices << order
+            results: NDArray[np.int8] = np.full(len(rows), ScanResult.SUCCEED, np.int8)
             failed = np.flatnonzero(~level.succeeded[rows, indices])
             results[failed] = first_hindrances(
-                self.planes, order, rows[failed], indices[failed] << order, self._attempt_checks(order)
+                self.planes, order, rows[failed], offsets[failed], self._attempt_checks(order)
             )
-            columns.append((rows, indices << order, np.full(len(rows), order), results.astype(np.int64)))
-        if not columns:
-            columns = [(np.empty(0, np.int64),) * 4]
-        rows, offsets, orders, results = (np.concatenate(column) for column in zip(*columns, strict=True))
-        walked = np.lexsort((-orders, offsets, rows))
-        return Attempts(
-            rows[walked],
-            offsets[walked].astype(np.int32),
-            orders[walked].astype(np.int8),
-            results[walked].astype(np.int8),
-        )
+            none = np.broadcast_to(self.occupancy.runs(order).none_or_zero, level.attempted.shape)
+            parts.append(
+                Attempts(
+                    rows.astype(np.int64),
+                    offsets.astype(np.int32),
+                    np.full(len(rows), order, np.int8),
+                    none[rows, indices].astype(np.int32),
+                    results,
+                )
+            )
+        attempts = Attempts.joined(parts)
+        return attempts[np.lexsort((-attempts.order, attempts.offset, attempts.range))]
 
     def scan_result(self) -> NDArray[np.int8]:
         """One ScanResult per PMD range: int8, shape (ranges,)."""

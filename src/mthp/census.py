@@ -1,0 +1,216 @@
+"""What `mthp inspect` tells: the pages of an address space by folio order, mapping by mapping and in all.
+
+Page table entries are read in blocks and reduced at once to runs of equal entries, then to counts per mapping, so
+that memory use depends on the number of mappings alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Vma, VmaKind, in_blocks
+from mthp.eligibility import Eligibility, eligibility
+from mthp.geometry import Geometry
+from mthp.tunables import Switches
+
+BLOCK_PAGES = 1 << 16
+"""Pages read at a time: enough that the cost of a call does not count, little enough to stay in bounds."""
+
+MAX_FOLIO_ORDER = 20
+"""The largest folio order counted: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""
+
+STATES = {
+    "zero": Pte.ZERO,
+    "swap": Pte.SWAP,
+    "shared": Pte.SHARED,
+    "lazyfree": Pte.LAZYFREE,
+    "uffd_wp": Pte.UFFD_WP,
+    "guard": Pte.GUARD,
+    "pmd_mapped": Pte.PMD_MAPPED,
+}
+"""States that are counted, by the name that they have in the output."""
+
+Progress = Callable[[int, int], None]
+"""Told (bytes done, bytes in all) after every block."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageCounts:
+    """How many pages there are of what.
+
+    Attributes:
+        orders: int64, shape (MAX_FOLIO_ORDER + 1,): pages with contents, by the order of their folio.
+        unknown: pages with contents whose folio's order cannot be seen.
+        states: int64, shape (len(STATES),): pages by state, in the order of ``STATES``.
+    """
+
+    orders: NDArray[np.int64]
+    unknown: int
+    states: NDArray[np.int64]
+
+    @property
+    def resident(self) -> int:
+        """Pages with contents; zero pages and swapped ones do not count."""
+        return int(self.orders.sum()) + self.unknown
+
+    def state(self, name: str) -> int:
+        """Pages in the state called `name` in ``STATES``."""
+        return int(self.states[list(STATES).index(name)])
+
+    def by_order(self) -> dict[int, int]:
+        """Pages by folio order, without the orders that have none."""
+        return {order: int(pages) for order, pages in enumerate(self.orders) if pages}
+
+    def share_from(self, order: int) -> float:
+        """The share of the resident pages that lie in folios of `order` or larger; 0.0 if nothing is resident."""
+        return float(self.orders[order:].sum()) / self.resident if self.resident else 0.0
+
+    @classmethod
+    def total(cls, counts: Sequence[PageCounts]) -> PageCounts:
+        """The sum of `counts`."""
+        orders = sum((count.orders for count in counts), np.zeros(MAX_FOLIO_ORDER + 1, np.int64))
+        states = sum((count.states for count in counts), np.zeros(len(STATES), np.int64))
+        return cls(orders, sum(count.unknown for count in counts), states)
+
+
+@dataclass(frozen=True, slots=True)
+class VmaCensus:
+    """One mapping and its pages.
+
+    Attributes:
+        vma: the mapping.
+        pages: its pages.
+        khugepaged: what the kernel's own khugepaged may make of it, with the switches as they are.
+        madvise: what a collapse on request may make of it.
+    """
+
+    vma: Vma
+    pages: PageCounts
+    khugepaged: Eligibility
+    madvise: Eligibility
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """An address space, counted.
+
+    Attributes:
+        label: the target's name.
+        kernel: release of the kernel.
+        geometry: of the machine.
+        switches: as they were.
+        thp_disabled: the process switched THP off for itself.
+        missing: what could not be seen, and what would make it visible.
+        vmas: every mapping, by address.
+    """
+
+    label: str
+    kernel: str
+    geometry: Geometry
+    switches: Switches
+    thp_disabled: bool
+    missing: tuple[str, ...]
+    vmas: tuple[VmaCensus, ...]
+
+    @property
+    def total(self) -> PageCounts:
+        """All pages."""
+        return PageCounts.total([vma.pages for vma in self.vmas])
+
+    @property
+    def anonymous(self) -> PageCounts:
+        """The pages of anonymous mappings, which is what coverage is about."""
+        return PageCounts.total([vma.pages for vma in self.vmas if vma.vma.kind is VmaKind.ANON])
+
+
+def take_census(space: AddressSpace, progress: Progress | None = None) -> Census:
+    """Count the pages of `space`.
+
+    Raises:
+        TargetVanishedError: the process exited meanwhile.
+    """
+    vmas = space.vmas()
+    counts = _Counts(vmas)
+    page_size = space.geometry.page_size
+    segments = space.populated([(vma.start, vma.end) for vma in vmas if vma.kind is not VmaKind.SPECIAL], page_size)
+    size, done = sum(end - start for start, end in segments), 0
+    for block in in_blocks(segments, BLOCK_PAGES * page_size):
+        counts.add(space.read(block), page_size)
+        done += sum(end - start for start, end in block)
+        if progress is not None:
+            progress(done, size)
+    geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
+    return Census(
+        label=space.label,
+        kernel=space.kernel,
+        geometry=geometry,
+        switches=switches,
+        thp_disabled=disabled,
+        missing=space.missing,
+        vmas=tuple(
+            VmaCensus(
+                vma,
+                pages,
+                eligibility(vma, geometry, switches, trigger="khugepaged", thp_disabled=disabled),
+                eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=disabled, include_file=True),
+            )
+            for vma, pages in zip(vmas, counts.result(), strict=True)
+        ),
+    )
+
+
+class _Counts:
+    """Adds up columns by mapping."""
+
+    def __init__(self, vmas: Sequence[Vma]) -> None:
+        self._starts = np.array([vma.start for vma in vmas], np.uint64)
+        self._orders = np.zeros((len(vmas), MAX_FOLIO_ORDER + 1), np.int64)
+        self._unknown = np.zeros(len(vmas), np.int64)
+        self._states = np.zeros((len(vmas), len(STATES)), np.int64)
+
+    def add(self, columns: PteColumns, page_size: int) -> None:
+        """Count the pages of `columns`, whose segments each lie within one mapping."""
+        if not len(columns.state):
+            return
+        first, pages = runs_of_equal(columns, page_size)
+        state, order = columns.state[first], columns.folio_order[first]
+        lengths = [(end - start) // page_size for start, end in columns.segments]
+        segment = np.searchsorted(np.cumsum(lengths), first, side="right")
+        starts = np.array([start for start, _ in columns.segments], np.uint64)
+        vma = (np.searchsorted(self._starts, starts, side="right") - 1)[segment]
+
+        resident = (state & Pte.PRESENT != 0) & (state & Pte.ZERO == 0)
+        known = resident & (order != ORDER_UNKNOWN)
+        np.add.at(self._orders, (vma[known], np.clip(order[known], 0, MAX_FOLIO_ORDER)), pages[known])
+        np.add.at(self._unknown, vma[resident & ~known], pages[resident & ~known])
+        for index, bit in enumerate(STATES.values()):
+            having = state & bit != 0
+            np.add.at(self._states[:, index], vma[having], pages[having])
+
+    def result(self) -> list[PageCounts]:
+        """The counts of every mapping."""
+        return [
+            PageCounts(orders, int(unknown), states)
+            for orders, unknown, states in zip(self._orders, self._unknown, self._states, strict=True)
+        ]
+
+
+def runs_of_equal(columns: PteColumns, page_size: int) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
+    """Cut `columns` into runs of equal state and folio order that do not cross a segment's end.
+
+    Returns:
+        For every run the index of its first page (intp) and its number of pages (int64).
+    """
+    state, order = columns.state, columns.folio_order
+    differs = np.empty(len(state), np.bool_)
+    differs[:1] = True
+    np.not_equal(state[1:], state[:-1], out=differs[1:])
+    differs[1:] |= order[1:] != order[:-1]
+    ends = np.cumsum([(end - start) // page_size for start, end in columns.segments])
+    differs[ends[:-1]] = True
+    first = np.flatnonzero(differs)
+    return first, np.diff(first, append=len(state))
