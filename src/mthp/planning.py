@@ -69,14 +69,16 @@ class Ranges(Table):
     Attributes:
         address: uint64.
         scan_result: int8, :class:`~mthp.results.ScanResult`.
+        resident: int32, pages with contents now.
         copied: int32, pages with contents that would be copied.
         filled: int32, PTEs without contents that would become memory: bloat.
     """
 
-    DTYPES = (np.uint64, np.int8, np.int32, np.int32)
+    DTYPES = (np.uint64, np.int8, np.int32, np.int32, np.int32)
 
     address: NDArray[np.uint64]
     scan_result: NDArray[np.int8]
+    resident: NDArray[np.int32]
     copied: NDArray[np.int32]
     filled: NDArray[np.int32]
 
@@ -146,6 +148,21 @@ class SpacePlan:
     def filled_bytes(self) -> int:
         """Bytes that resident memory would grow by: the bloat."""
         return int(self.ranges.filled.sum(dtype=np.int64)) * self.geometry.page_size
+
+    @property
+    def coverage(self) -> float:
+        """The share of the planned ranges' resident memory that PMD entries map now; 0.0 if nothing is resident."""
+        return self._coverage(0, 0)
+
+    @property
+    def coverage_after(self) -> float:
+        """The same once the plan is carried out."""
+        return self._coverage(self.folios_by_order.get(self.geometry.pmd_order, 0), int(self.ranges.filled.sum()))
+
+    def _coverage(self, folios: int, filled: int) -> float:
+        mapped = folios + self.ranges_by_result.get(ScanResult.PMD_MAPPED, 0)
+        resident = int(self.ranges.resident.sum(dtype=np.int64)) + filled
+        return mapped * self.geometry.ptes_per_pmd / resident if resident else 0.0
 
     @property
     def refused_by_reason(self) -> dict[str, tuple[int, int]]:
@@ -283,7 +300,7 @@ def _plan_block(space: AddressSpace, job: _Job, block: list[Segment], policy: Po
     folios = plan.folios
     offset = folios.offset.astype(np.uint64) * np.uint64(geometry.page_size)
     return (
-        Ranges(address, plan.scan_result, plan.copied, plan.filled),
+        Ranges(address, plan.scan_result, plan.resident, plan.copied, plan.filled),
         Folios(address[folios.range] + offset, folios.order, folios.filled),
     )
 

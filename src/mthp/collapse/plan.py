@@ -62,6 +62,11 @@ class Plan:
         return self._joined([walk.scan_result() for walk in self._walks], (), np.int8)
 
     @cached_property
+    def resident(self) -> NDArray[np.int32]:
+        """Pages with contents that are mapped now, per PMD range: int32, shape (ranges,)."""
+        return self._joined([walk.resident() for walk in self._walks], (), np.int32)
+
+    @cached_property
     def copied(self) -> NDArray[np.int32]:
         """Pages with contents in the collapsed runs, per PMD range: int32, shape (ranges,)."""
         return self._joined([walk.copied_and_filled()[0] for walk in self._walks], (), np.int32)

@@ -254,6 +254,10 @@ class Walk:
                 collapsed = _doubled(collapsed)
         return np.maximum(after, collapsed, out=after)
 
+    def resident(self) -> NDArray[np.int32]:
+        """Present, non-zero pages: int32, shape (ranges,)."""
+        return self.occupancy.runs(self._pmd_order).occupied[:, 0].astype(np.int32)
+
     def copied_and_filled(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Pages with contents, and PTEs without, in collapsed runs: int32, shape (ranges,) each."""
         copied, pages = np.zeros(self.ranges, np.int32), np.zeros(self.ranges, np.int32)
