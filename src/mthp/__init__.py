@@ -9,6 +9,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mthp.api import collapse as collapse
+    from mthp.api import collapse_buffer as collapse_buffer
+    from mthp.api import inspect as inspect
+    from mthp.api import plan as plan
     from mthp.collapse.occupancy import Runs as Runs
     from mthp.collapse.plan import Plan as Plan
     from mthp.collapse.plan import plan_ranges as plan_ranges
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "collapse": "mthp.api",
+    "collapse_buffer": "mthp.api",
+    "inspect": "mthp.api",
+    "plan": "mthp.api",
     "Geometry": "mthp.geometry",
     "Limits": "mthp.collapse.policy",
     "MthpError": "mthp.errors",

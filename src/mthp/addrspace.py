@@ -239,8 +239,8 @@ class AddressSpace(abc.ABC):
 def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Segment]]:
     """Group and cut `segments` so that each group holds at most `block_size` bytes.
 
-    Cuts fall on multiples of `block_size` from a segment's start, so with a block size that is a multiple of the
-    PMD size a PMD range is never cut.
+    Cuts fall on multiples of `block_size` from a segment's start, so segments of whole PMD ranges are cut into such,
+    if the block size is a multiple of the PMD size.
     """
     block: list[Segment] = []
     room = block_size

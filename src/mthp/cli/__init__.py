@@ -1,1 +1,88 @@
-"""The command line: one module per command; parses, calls the library, prints."""
+"""The command line: one module per command; parses, calls the library, prints.
+
+Only this module and click are imported for ``mthp --help``; a command's module is imported when it is run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from mthp import __version__
+from mthp.errors import MthpError
+
+COMMANDS = {
+    "doctor": "What this kernel and these rights allow, and how to get the rest.",
+    "inspect": "Pages by folio order, per mapping and in all; eligible or why not.",
+    "plan": "What a collapse would do: folios by order, bytes copied, bytes of bloat.",
+    "collapse": "Collapse a running process, now.",
+    "snapshot": "Record the page layout of a process in a file, to plan on elsewhere.",
+    "demo": "The whole story on a process of its own: inspect, plan, collapse, measure.",
+}
+"""The commands, in the order of a first day with them; each is the module ``mthp.cli.<name>_command``."""
+
+
+class _Commands(click.Group):
+    """Imports a command's module when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"mthp.cli.{cmd_name}_command").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done; 1 some of it could not be done; 2 wrong usage; 3 not permitted or not supported here;"
+    " 4 the target vanished.",
+)
+@click.version_option(__version__, prog_name="mthp")
+def _mthp() -> None:
+    """khugepaged with multi-size transparent huge pages, in user space.
+
+    A TARGET is a PID, the word self, or a snapshot file. Sizes are written 64K, 2M, or order=4.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, and give the exit code of DESIGN.md's contract.
+
+    Args:
+        arguments: those behind the program's name; by default the process's own.
+    """
+    try:
+        code = _mthp.main(args=arguments, prog_name="mthp", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except MthpError as error:
+        return _explain(error.message, error.help, error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _explain("interrupted", "", 1)
+    except BrokenPipeError:
+        # Whoever read our output has enough. Nothing more can be said there, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _explain(message: str, help: str, code: int) -> int:
+    click.echo(f"mthp: {message}", err=True)
+    for line in help.splitlines():
+        click.echo(f"  {line}", err=True)
+    return code

@@ -1,0 +1,168 @@
+"""``mthp inspect TARGET``: pages by folio order, per mapping and in all; huge coverage; eligible or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
+from mthp.cli.options import json_option, target_argument
+from mthp.cli.output import console, note, percent, print_json, progress_bar, table
+from mthp.eligibility import Eligibility
+from mthp.geometry import Geometry, format_size
+from mthp.targets import open_target
+
+TOP_MAPPINGS = 20
+"""Mappings shown without --all: the largest ones by what is resident."""
+
+
+@click.command("inspect")
+@target_argument
+@click.option("--all", "show_all", is_flag=True, help="Show every mapping, not just the largest.")
+@json_option
+def command(target: str, show_all: bool, as_json: bool) -> None:
+    """Count the pages of TARGET by folio order, per mapping and in all.
+
+    TARGET is a PID, the word self, or a snapshot file.
+    """
+    with open_target(target) as space, progress_bar("reading", hidden=as_json) as progress:
+        census = take_census(space, progress)
+    if as_json:
+        print_json("inspect", census_json(census))
+    else:
+        print_census(console(), census, show_all=show_all)
+
+
+def print_census(out: Console, census: Census, *, show_all: bool = False) -> None:
+    """Print a census as two tables: sizes, then mappings."""
+    geometry = census.geometry
+    out.print(f"{census.label}, Linux {census.kernel}, {geometry.name}", markup=False)
+    out.print(sizes_table(census))
+    ranked = sorted(census.vmas, key=lambda vma: -vma.pages.resident)
+    shown = [vma for vma in ranked if vma.pages.resident or vma.pages.state("swap")]
+    if not show_all:
+        shown = shown[:TOP_MAPPINGS]
+    rows = [_mapping_row(vma, geometry) for vma in (census.vmas if show_all else shown)]
+    title = f"Mappings ({len(rows)} of {len(census.vmas)})"
+    columns = ["address", "perm", "size", "resident", "huge", "folios", "may become", "name"]
+    out.print(table(title, columns, rows, right={2, 3, 4}))
+    note(out, census.missing)
+
+
+def sizes_table(census: Census) -> Any:
+    """Resident memory by folio size."""
+    geometry, every, anon = census.geometry, census.total, census.anonymous
+    rows = [
+        [
+            geometry.label(order),
+            format_size(pages * geometry.page_size),
+            percent(pages / every.resident),
+            format_size(int(anon.orders[order]) * geometry.page_size),
+        ]
+        for order, pages in every.by_order().items()
+    ]
+    if every.unknown:
+        size = format_size(every.unknown * geometry.page_size)
+        anon_size = format_size(anon.unknown * geometry.page_size)
+        rows.append(["not visible", size, percent(every.unknown / every.resident), anon_size])
+    rows.append(["in all", format_size(every.resident * geometry.page_size), "", _size(anon.resident, geometry)])
+    rows += [
+        [name.replace("_", " "), _size(every.state(name), geometry), "", _size(anon.state(name), geometry)]
+        for name in STATES
+        if every.state(name)
+    ]
+    pmd = geometry.label(geometry.pmd_order)
+    title = (
+        f"Resident memory by folio size; of the anonymous memory {percent(anon.share_from(geometry.pmd_order))}"
+        f" lies in {pmd} folios, {percent(anon.share_from(1))} in any above {geometry.label(0)}"
+    )
+    return table(title, ["folio size", "bytes", "share", "anonymous"], rows, right={1, 2, 3})
+
+
+def _mapping_row(vma: VmaCensus, geometry: Geometry) -> list[str]:
+    pages = vma.pages
+    folios = " ".join(f"{geometry.label(order)}:{_size(count, geometry)}" for order, count in pages.by_order().items())
+    return [
+        f"{vma.vma.start:x}-{vma.vma.end:x}",
+        vma.vma.permissions,
+        format_size(vma.vma.size),
+        _size(pages.resident, geometry),
+        percent(pages.share_from(geometry.pmd_order)),
+        folios or "-",
+        _may_become(vma, geometry),
+        vma.vma.name,
+    ]
+
+
+def _may_become(vma: VmaCensus, geometry: Geometry) -> str:
+    """What a mapping may become by the kernel's own doing, or, if nothing, on request; or why not at all."""
+    if vma.khugepaged:
+        return _labels(vma.khugepaged.orders, geometry)
+    if vma.madvise:
+        return f"{_labels(vma.madvise.orders, geometry)} on request"
+    return vma.madvise.reason
+
+
+def _labels(orders: Sequence[int], geometry: Geometry) -> str:
+    """A list of sizes; a run of neighbouring ones by its ends."""
+    if len(orders) > 2 and orders[-1] - orders[0] == len(orders) - 1:
+        return f"{geometry.label(orders[0])} to {geometry.label(orders[-1])}"
+    return ",".join(geometry.label(order) for order in orders)
+
+
+def _size(pages: int, geometry: Geometry) -> str:
+    return format_size(pages * geometry.page_size)
+
+
+def census_json(census: Census) -> dict[str, Any]:
+    """The census as the JSON object of the contract."""
+    return {
+        "target": census.label,
+        "kernel": census.kernel,
+        "geometry": geometry_json(census.geometry),
+        "switches": {
+            "enabled": census.switches.enabled,
+            "sizes": {census.geometry.label(order): word for order, word in census.switches.sizes.items()},
+        },
+        "thp_disabled": census.thp_disabled,
+        "missing": list(census.missing),
+        "total": _counts_json(census.total, census.geometry),
+        "anonymous": _counts_json(census.anonymous, census.geometry),
+        "vmas": [
+            {
+                "start": f"{vma.vma.start:#x}",
+                "end": f"{vma.vma.end:#x}",
+                "permissions": vma.vma.permissions,
+                "name": vma.vma.name,
+                "kind": str(vma.vma.kind),
+                "flags": sorted(vma.vma.flags),
+                "khugepaged": _eligibility_json(vma.khugepaged, census.geometry),
+                "madvise": _eligibility_json(vma.madvise, census.geometry),
+                **_counts_json(vma.pages, census.geometry),
+            }
+            for vma in census.vmas
+        ],
+    }
+
+
+def geometry_json(geometry: Geometry) -> dict[str, Any]:
+    """A geometry as JSON."""
+    return {"name": geometry.name, "page_size": geometry.page_size, "pmd_order": geometry.pmd_order}
+
+
+def _counts_json(pages: PageCounts, geometry: Geometry) -> dict[str, Any]:
+    return {
+        "resident_bytes": pages.resident * geometry.page_size,
+        "pages_by_order": {str(order): count for order, count in pages.by_order().items()},
+        "pages_of_unknown_order": pages.unknown,
+        "pages_by_state": {name: pages.state(name) for name in STATES},
+        "huge_coverage": pages.share_from(geometry.pmd_order),
+        "large_coverage": pages.share_from(1),
+    }
+
+
+def _eligibility_json(eligible: Eligibility, geometry: Geometry) -> dict[str, Any]:
+    return {"sizes": [geometry.label(order) for order in eligible.orders], "reason": eligible.reason}

@@ -1,0 +1,81 @@
+"""How commands print: one JSON object, or tables and progress on a terminal, or plain text when piped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import click
+from rich import box
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_WIDTH = 400
+"""Width of plain text, in columns: wide enough that nothing is cut or wrapped."""
+
+
+def console() -> Console:
+    """A console for standard output: coloured on a terminal, plain and unwrapped when piped."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(width=PLAIN_WIDTH, highlight=False, color_system=None)
+
+
+def print_json(command: str, data: dict[str, Any]) -> None:
+    """Print the one JSON object of `command`; its schema comes first."""
+    click.echo(json.dumps({"schema": f"mthp.{command}/1"} | data, indent=2))
+
+
+def clean(text: str) -> str:
+    """`text` without control characters, for names that a process chose itself."""
+    return "".join(char if unicodedata.category(char)[0] != "C" else "�" for char in text)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> Group:
+    """A titled table.
+
+    Args:
+        right: numbers of the columns that hold figures, and are aligned to the right.
+    """
+    on_terminal = sys.stdout.isatty()
+    made = Table(box=box.SIMPLE_HEAD if on_terminal else None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        cut = on_terminal and index == len(columns) - 1
+        made.add_column(name, justify="right" if index in right else "left", no_wrap=not cut, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(clean(cell)) for cell in row))
+    return Group("", Text(title, style="bold"), made)
+
+
+@contextlib.contextmanager
+def progress_bar(text: str, *, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, where that is a terminal. Gives a function that takes (done, in all)."""
+    if hidden or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn(text), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=max(total, 1))
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a percentage with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def milliseconds(seconds: float) -> str:
+    """A duration in milliseconds."""
+    return f"{1000 * seconds:.2f} ms"
+
+
+def note(out: Console, lines: Sequence[str]) -> None:
+    """Print remarks below a result, each on its own line."""
+    for line in lines:
+        out.print(Text(f"note: {line}", style="yellow"), soft_wrap=True)

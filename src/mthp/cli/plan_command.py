@@ -1,0 +1,98 @@
+"""``mthp plan TARGET``: what a collapse would do: folios by order, bytes copied, bytes of bloat, ranges by outcome."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mthp.cli.inspect_command import geometry_json
+from mthp.cli.options import json_option, plan_options, planned, target_argument
+from mthp.cli.output import console, note, percent, print_json, progress_bar, table
+from mthp.geometry import format_size
+from mthp.planning import SpacePlan, plan_space
+from mthp.targets import open_target
+
+TOP_REASONS = 8
+"""Reasons for leaving mappings alone that are shown, the ones that concern most memory."""
+
+
+@click.command("plan")
+@target_argument
+@plan_options
+@json_option
+def command(target: str, as_json: bool, **options: Any) -> None:
+    """Say what a collapse of TARGET would do, and change nothing.
+
+    TARGET is a PID, the word self, or a snapshot file. Limits are the system's own unless given.
+    """
+    with open_target(target) as space, progress_bar("planning", hidden=as_json) as progress:
+        plan = plan_space(space, planned(options), progress)
+        missing = space.missing
+    if as_json:
+        print_json("plan", plan_json(plan) | {"missing": list(missing)})
+        return
+    out = console()
+    print_plan(out, plan)
+    note(out, missing)
+
+
+def print_plan(out: Console, plan: SpacePlan) -> None:
+    """Print a plan: a heading with the sums, then folios, outcomes, and what is left alone."""
+    geometry = plan.geometry
+    limits = plan.tunables
+    sizes = ",".join(geometry.label(order) for order in plan.orders) or "none"
+    out.print(
+        f"{plan.label}: policy {plan.policy}, sizes {sizes}, max_ptes_none {limits.max_ptes_none},"
+        f" swap {limits.max_ptes_swap}, shared {limits.max_ptes_shared}",
+        markup=False,
+    )
+    out.print(
+        f"would copy {format_size(plan.copied_bytes)}, add {format_size(plan.filled_bytes)} of bloat,"
+        f" and take the share of {geometry.label(geometry.pmd_order)} mappings from {percent(plan.coverage)}"
+        f" to {percent(plan.coverage_after)} of {format_size(_resident(plan))}",
+        markup=False,
+    )
+    rows = [
+        [geometry.label(order), str(count), format_size(count * geometry.size_of(order))]
+        for order, count in plan.folios_by_order.items()
+    ]
+    out.print(table("Folios to be made", ["size", "folios", "bytes"], rows or [["none", "0", "0"]], right={1, 2}))
+    outcomes = [[result.name, str(count), result.meaning] for result, count in plan.ranges_by_result.items()]
+    title = f"PMD ranges of {geometry.label(geometry.pmd_order)} by outcome"
+    out.print(table(title, ["result", "ranges", "meaning"], outcomes, right={1}))
+    reasons = list(plan.refused_by_reason.items())[:TOP_REASONS]
+    left = [[str(mappings), format_size(size), reason] for reason, (mappings, size) in reasons]
+    out.print(table("Left alone", ["mappings", "bytes", "reason"], left, right={0, 1}))
+
+
+def _resident(plan: SpacePlan) -> int:
+    return int(plan.ranges.resident.sum()) * plan.geometry.page_size
+
+
+def plan_json(plan: SpacePlan) -> dict[str, Any]:
+    """A plan as the JSON object of the contract."""
+    geometry, limits = plan.geometry, plan.tunables
+    return {
+        "target": plan.label,
+        "geometry": geometry_json(geometry),
+        "policy": plan.policy,
+        "trigger": plan.trigger,
+        "orders": list(plan.orders),
+        "max_ptes_none": limits.max_ptes_none,
+        "max_ptes_swap": limits.max_ptes_swap,
+        "max_ptes_shared": limits.max_ptes_shared,
+        "planned_bytes": plan.planned_bytes,
+        "resident_bytes": _resident(plan),
+        "copied_bytes": plan.copied_bytes,
+        "bloat_bytes": plan.filled_bytes,
+        "coverage": plan.coverage,
+        "coverage_after": plan.coverage_after,
+        "folios_by_order": {str(order): count for order, count in plan.folios_by_order.items()},
+        "ranges_by_result": {result.name: count for result, count in plan.ranges_by_result.items()},
+        "left_alone": [
+            {"reason": reason, "mappings": mappings, "bytes": size}
+            for reason, (mappings, size) in plan.refused_by_reason.items()
+        ],
+    }

@@ -1,0 +1,266 @@
+"""What a snapshot says besides its runs: the mappings, the machine's settings, where and when it was made.
+
+It is one JSON object in the Parquet file's key-value metadata, under :data:`KEY`. Any Parquet reader shows it, and
+the runs beside it are an ordinary table.
+
+Versions: ``version`` counts changes that an older reader would misunderstand, and such a reader refuses the file.
+Keys that a reader does not know are ignored, so new ones need no new version. The bits of the ``state`` column are
+named in ``state_bits``: a reader finds them by name, and drops the ones that it has no name for.
+
+What is not in it: memory contents, environment, command-line arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypeVar
+
+from mthp.addrspace import Pte, Vma, VmaKind
+from mthp.errors import UsageError
+from mthp.geometry import GEOMETRIES, Geometry
+from mthp.tunables import Switches, Tunables
+
+KEY = "mthp.snapshot"
+VERSION = 1
+SCHEMA = "mthp.snapshot-file/1"
+
+STATE_BITS: Mapping[str, int] = {bit.name: bit.value for bit in Pte if bit.name}
+"""The bits of the `state` column as this version writes them, by name."""
+
+ADDRESS_LIMIT = 1 << 64
+PAGE_SIZE_LIMIT = 1 << 24
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """What a snapshot is, at a glance.
+
+    Attributes:
+        path: the file.
+        label: the recorded process, such as ``"1234 (redis-server)"``.
+        kernel: the release of the kernel that it ran on.
+        recorded_at: when the recording began: UTC, ISO 8601.
+        vmas: number of mappings.
+        pages: base pages that are not none.
+        runs: rows of the file.
+        bytes: size of the file.
+        version: of the format.
+    """
+
+    path: str
+    label: str
+    kernel: str
+    recorded_at: str
+    vmas: int
+    pages: int
+    runs: int
+    bytes: int
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The JSON object as a value. Fields are those of :class:`~mthp.addrspace.AddressSpace` where they share a name.
+
+    Attributes:
+        recorded_at: UTC, ISO 8601.
+        pages: base pages that the runs hold together.
+        state_bits: bits of the `state` column by name, as the file has them.
+    """
+
+    label: str
+    kernel: str
+    recorded_at: str
+    geometry: Geometry
+    switches: Switches
+    tunables: Tunables
+    thp_disabled: bool
+    missing: tuple[str, ...]
+    vmas: tuple[Vma, ...]
+    pages: int
+    state_bits: Mapping[str, int] = dataclasses.field(default_factory=lambda: STATE_BITS)
+
+    def info(self, path: str, runs: int, bytes: int) -> SnapshotInfo:
+        """The summary of the file at `path`, which has so many `runs` and `bytes`."""
+        return SnapshotInfo(path, self.label, self.kernel, self.recorded_at, len(self.vmas), self.pages, runs, bytes)
+
+    def to_json(self) -> str:
+        """The text that :meth:`from_json` reads. ASCII: names that are not UTF-8 keep their surrogates as escapes."""
+        return json.dumps(
+            {
+                "version": VERSION,
+                "schema": SCHEMA,
+                "recorded_at": self.recorded_at,
+                "label": self.label,
+                "kernel": self.kernel,
+                "geometry": dataclasses.asdict(self.geometry),
+                "switches": {
+                    "enabled": self.switches.enabled,
+                    "sizes": {str(order): word for order, word in self.switches.sizes.items()},
+                },
+                "tunables": dataclasses.asdict(self.tunables),
+                "thp_disabled": self.thp_disabled,
+                "missing": list(self.missing),
+                "pages": self.pages,
+                "state_bits": dict(self.state_bits),
+                "vmas": [_vma_to_json(vma) for vma in self.vmas],
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Description:
+        """Read and check the description of a file.
+
+        Raises:
+            UsageError: it is of a newer version, or something in it is missing, of the wrong type or contradictory.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UsageError("damaged: its description is not JSON") from None
+        if not isinstance(data, dict):
+            raise UsageError("damaged: its description is not a JSON object")
+        _check_version(data)
+        geometry = _geometry(_get(data, "geometry", dict))
+        return cls(
+            label=_get(data, "label", str),
+            kernel=_get(data, "kernel", str),
+            recorded_at=_time(_get(data, "recorded_at", str)),
+            geometry=geometry,
+            switches=_switches(_get(data, "switches", dict)),
+            tunables=_tunables(_get(data, "tunables", dict)),
+            thp_disabled=_get(data, "thp_disabled", bool),
+            missing=_strings(_get(data, "missing", list), "missing"),
+            vmas=_vmas(_get(data, "vmas", list), geometry),
+            pages=_get(data, "pages", int),
+            state_bits=_state_bits(_get(data, "state_bits", dict)),
+        )
+
+
+def _get(data: Mapping[str, object], key: str, kind: type[_T]) -> _T:
+    value = data.get(key)
+    # JSON's true is an int to Python.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _damaged(key)
+    return value
+
+
+def _damaged(what: str) -> UsageError:
+    return UsageError(f"damaged: {what!r} in its description is missing or makes no sense")
+
+
+def _strings(values: list[object], what: str) -> tuple[str, ...]:
+    strings = tuple(value for value in values if isinstance(value, str))
+    if len(strings) != len(values):
+        raise _damaged(what)
+    return strings
+
+
+def _check_version(data: Mapping[str, object]) -> None:
+    version = _get(data, "version", int)
+    if version > VERSION:
+        raise UsageError(
+            f"made by a newer mthp: its format is version {version}, this mthp reads version {VERSION}",
+            help="update: pip install --upgrade 'mthp[snapshot]'",
+        )
+    if version < 1 or _get(data, "schema", str) != SCHEMA:
+        raise _damaged("schema")
+
+
+def _time(text: str) -> str:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        raise _damaged("recorded_at") from None
+    return text
+
+
+def _geometry(data: Mapping[str, object]) -> Geometry:
+    """The recorded geometry. Its numbers count; a name that this version knows must stand for the same numbers."""
+    name, page_size, pmd_order = _get(data, "name", str), _get(data, "page_size", int), _get(data, "pmd_order", int)
+    if page_size > PAGE_SIZE_LIMIT:
+        raise _damaged("page_size")
+    try:
+        geometry = Geometry(name, page_size, pmd_order)
+    except UsageError as error:
+        raise UsageError(f"damaged: unknown geometry {name!r}: {error.message}") from None
+    if GEOMETRIES.get(name, geometry) != geometry:
+        raise UsageError(f"damaged: unknown geometry: {name!r} with {page_size}-byte pages and PMD order {pmd_order}")
+    return geometry
+
+
+def _switches(data: Mapping[str, object]) -> Switches:
+    words = _get(data, "sizes", dict)
+    try:
+        return Switches(_get(data, "enabled", str), {int(order): word for order, word in words.items()})
+    except (ValueError, TypeError):
+        raise _damaged("switches") from None
+
+
+def _tunables(data: Mapping[str, object]) -> Tunables:
+    numbers = {knob.name: _get(data, knob.name, int) for knob in dataclasses.fields(Tunables) if knob.name != "defrag"}
+    return Tunables(**numbers, defrag=_get(data, "defrag", bool))
+
+
+def _state_bits(data: Mapping[str, object]) -> dict[str, int]:
+    bits = {name: _get(data, name, int) for name in data}
+    if len(set(bits.values())) != len(bits) or not set(bits.values()) <= {1 << shift for shift in range(16)}:
+        raise _damaged("state_bits")
+    return bits
+
+
+def _vmas(items: list[object], geometry: Geometry) -> tuple[Vma, ...]:
+    """The mapping table, checked to ascend without overlap and to consist of whole pages."""
+    vmas = tuple(_vma_from_json(item) for item in items)
+    end = 0
+    for vma in vmas:
+        if not end <= vma.start < vma.end <= ADDRESS_LIMIT or (vma.start | vma.end) % geometry.page_size:
+            raise UsageError(f"damaged: the mapping at {vma.start:#x} has no whole pages or overlaps another")
+        end = vma.end
+    return vmas
+
+
+def _vma_to_json(vma: Vma) -> dict[str, object]:
+    return {
+        "start": vma.start,
+        "end": vma.end,
+        "permissions": vma.permissions,
+        "name": vma.name,
+        "kind": vma.kind.value,
+        "flags": sorted(vma.flags),
+        "has_anon_vma": vma.has_anon_vma,
+        "node_pages": [list(pair) for pair in vma.node_pages],
+    }
+
+
+def _vma_from_json(item: object) -> Vma:
+    if not isinstance(item, dict):
+        raise _damaged("vmas")
+    try:
+        kind = VmaKind(_get(item, "kind", str))
+    except ValueError:
+        raise _damaged("kind") from None
+    return Vma(
+        start=_get(item, "start", int),
+        end=_get(item, "end", int),
+        permissions=_get(item, "permissions", str),
+        name=_get(item, "name", str),
+        kind=kind,
+        flags=frozenset(_strings(_get(item, "flags", list), "flags")),
+        has_anon_vma=None if item.get("has_anon_vma") is None else _get(item, "has_anon_vma", bool),
+        node_pages=tuple(_node_pages(pair) for pair in _get(item, "node_pages", list)),
+    )
+
+
+def _node_pages(pair: object) -> tuple[int, int]:
+    match pair:
+        case [int(node), int(pages)]:
+            return node, pages
+    raise _damaged("node_pages")

@@ -1,0 +1,217 @@
+"""A recorded address space, read from its file through the seam.
+
+Loading reads the whole file once, row group by row group, to check it and to note which addresses each row group
+covers; afterwards a read decodes the row groups that it needs and keeps the last few. So neither needs more memory
+than a few row groups, whatever the size of the process that was recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, CollapseOutcome, PteColumns, Segment, Vma
+from mthp.errors import UnsupportedError, UsageError
+from mthp.geometry import Geometry
+from mthp.snapshot.description import SnapshotInfo
+from mthp.snapshot.runs import Runs, decode, granules, join_granules, page_numbers
+from mthp.snapshot.table import RunReader
+from mthp.tunables import Switches, Tunables
+
+_ROW_GROUPS_KEPT = 4
+
+
+def load(path: str | os.PathLike[str]) -> SnapshotSpace:
+    """Open the snapshot at `path` as an address space.
+
+    Raises:
+        UsageError: missing, unreadable, not a snapshot, cut short, damaged, inconsistent, or made by a newer mthp.
+        UnsupportedError: pyarrow is missing.
+    """
+    reader = RunReader(path)
+    try:
+        return SnapshotSpace(reader)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def info(path: str | os.PathLike[str]) -> SnapshotInfo:
+    """Say what the snapshot at `path` is. Reads its description only, so damage elsewhere is not seen.
+
+    Raises:
+        UsageError: as :func:`load`, as far as the description tells.
+        UnsupportedError: pyarrow is missing.
+    """
+    reader = RunReader(path)
+    try:
+        return reader.info
+    finally:
+        reader.close()
+
+
+class SnapshotSpace(AddressSpace):
+    """The address space in a file. It can be read and planned on, not collapsed; page frames are not recorded.
+
+    Args:
+        reader: an open file, closed with this.
+
+    Raises:
+        UsageError: the runs contradict the description or each other.
+    """
+
+    def __init__(self, reader: RunReader) -> None:
+        self._reader = reader
+        self._description = reader.description
+        self._runs = functools.lru_cache(_ROW_GROUPS_KEPT)(reader.runs)
+        covered = _checked_cover(reader)
+        self._first, self._end = covered[:, 0], covered[:, 1]
+
+    @property
+    def info(self) -> SnapshotInfo:
+        """The summary of the file."""
+        return self._reader.info
+
+    @property
+    def geometry(self) -> Geometry:
+        """As recorded."""
+        return self._description.geometry
+
+    @property
+    def label(self) -> str:
+        """As recorded."""
+        return self._description.label
+
+    @property
+    def kernel(self) -> str:
+        """As recorded."""
+        return self._description.kernel
+
+    @property
+    def switches(self) -> Switches:
+        """As recorded."""
+        return self._description.switches
+
+    @property
+    def tunables(self) -> Tunables:
+        """As recorded."""
+        return self._description.tunables
+
+    @property
+    def thp_disabled(self) -> bool:
+        """As recorded."""
+        return self._description.thp_disabled
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """As recorded."""
+        return self._description.missing
+
+    def vmas(self) -> list[Vma]:
+        """As recorded."""
+        return list(self._description.vmas)
+
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        """The entries of `segments` as recorded; what was not mapped or not read then is none.
+
+        Raises:
+            UsageError: the file was damaged since it was loaded.
+        """
+        spans = page_numbers(segments, self.geometry.page_size)
+        needed = [self._overlapping(self._runs(index), spans) for index in self._row_groups(spans)]
+        state, folio_order = decode(Runs.concatenate(needed), spans)
+        return PteColumns(tuple(segments), state, folio_order)
+
+    def collapse(self, address: int, order: int) -> CollapseOutcome:
+        """Not possible: nothing runs here.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"{self._reader.path} is a snapshot, which cannot be collapsed",
+            help=f"plan it: mthp plan {self._reader.path}; or name a live process by its PID",
+        )
+
+    def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
+        """The parts of `segments` that hold runs, in aligned granules, clipped to their segment.
+
+        Raises:
+            UsageError: the file was damaged since it was loaded.
+        """
+        page_size = self.geometry.page_size
+        spans = page_numbers(segments, page_size)
+        size = max(1, granule // page_size)
+        parts = [granules(self._runs(index), spans, size) for index in self._row_groups(spans)]
+        if not parts:
+            return []
+        found = np.concatenate(parts)
+        found = join_granules(found[np.argsort(found[:, 0], kind="stable")])
+        return [(first * page_size, end * page_size) for _, first, end in found.tolist()]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._runs.cache_clear()
+        self._reader.close()
+
+    def _row_groups(self, spans: NDArray[np.int64]) -> Iterable[int]:
+        """The row groups that any of `spans` may touch, ascending."""
+        low = np.searchsorted(self._end, spans[:, 0], "right")
+        high = np.searchsorted(self._first, spans[:, 1], "left")
+        # +1 where a span's row groups begin, -1 behind them: the running sum is positive on the needed ones.
+        touched = low < high
+        steps = np.zeros(len(self._first) + 1, np.int64)
+        np.add.at(steps, low[touched], 1)
+        np.add.at(steps, high[touched], -1)
+        needed: list[int] = np.flatnonzero(np.cumsum(steps[:-1])).tolist()
+        return needed
+
+    @staticmethod
+    def _overlapping(runs: Runs, spans: NDArray[np.int64]) -> Runs:
+        """The slice of `runs` from the first to the last that any of `spans` touches."""
+        low = int(np.searchsorted(runs.end, spans[:, 0].min(), "right"))
+        return runs[low : int(np.searchsorted(runs.first, spans[:, 1].max(), "left"))]
+
+
+def _checked_cover(reader: RunReader) -> NDArray[np.int64]:
+    """Check all runs of the file against its mappings and each other.
+
+    Returns:
+        int64, shape (row groups, 2): number of the first page of each row group, and of the page behind it.
+
+    Raises:
+        UsageError: they contradict.
+    """
+    description = reader.description
+    mappings = page_numbers([(vma.start, vma.end) for vma in description.vmas], description.geometry.page_size)
+    covered, total = [], 0
+    end = 0
+    for index in range(reader.row_groups):
+        runs = reader.runs(index)
+        if not len(runs):
+            continue
+        if problem := _contradiction(runs, mappings, end):
+            raise UsageError(f"{reader.path}: damaged: {problem}")
+        end = int(runs.end[-1])
+        covered.append((int(runs.first[0]), end))
+        total += int(runs.pages.sum())
+    if total != description.pages:
+        raise UsageError(f"{reader.path}: damaged: it holds {total} pages, not the {description.pages} that it says")
+    return np.array(covered, np.int64).reshape(-1, 2)
+
+
+def _contradiction(runs: Runs, mappings: NDArray[np.int64], end: int) -> str:
+    """What is wrong with `runs`, which must lie behind page number `end` and in their mappings; ``""`` if nothing."""
+    if (runs.vma < 0).any() or (runs.vma >= len(mappings)).any():
+        return "a run of a mapping that is not listed"
+    if (runs.first < mappings[runs.vma, 0]).any() or (runs.end > mappings[runs.vma, 1]).any():
+        return "a run that leaves its mapping"
+    if runs.first[0] < end or (runs.first[1:] < runs.end[:-1]).any():
+        return "runs that overlap or do not ascend"
+    if (runs.folio_order < ORDER_UNKNOWN).any():
+        return "a folio order below 0"
+    return ""

@@ -1,0 +1,183 @@
+"""Runs of pages with equal state: from columns to runs, and back.
+
+A process of 64 GiB has 16 million page table entries, but its memory was mostly faulted in and freed in stretches:
+a few hundred thousand runs describe it, and none pages need no run at all. This module turns blocks of
+:class:`~mthp.addrspace.PteColumns` into :class:`Runs` and cuts any segments out of runs again.
+
+Everything is counted in page numbers (address / page size), as int64: an address of the highest pages, such as that
+of ``[vsyscall]``, does not fit a signed 64-bit integer, and the end of the address space fits no 64-bit integer at
+all, while their page numbers do.
+
+Encoding marks the page at which a run begins: the first of each segment, and each whose state or folio order differs
+from its predecessor's. Neighbours that two blocks have cut apart are joined afterwards, so the runs do not depend on
+the block size. Decoding finds, for each segment, the slice of runs that overlap it (two binary searches, as runs are
+sorted and disjoint), clips them to it, and lays them out with the gaps in between: gap, run, gap, run, ..., gap. One
+``np.repeat`` over that list is the column, whatever the number of segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_NONE, PteColumns, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Runs by ascending address, disjoint.
+
+    Attributes:
+        vma: int32, shape (runs,): index of the mapping that the run lies in.
+        first: int64, shape (runs,): number of the first page.
+        pages: int64, shape (runs,): base pages in the run.
+        state: uint16, shape (runs,): bits of :class:`~mthp.addrspace.Pte`.
+        folio_order: int8, shape (runs,): as in :class:`~mthp.addrspace.PteColumns`. A run may span many folios.
+    """
+
+    vma: NDArray[np.int32]
+    first: NDArray[np.int64]
+    pages: NDArray[np.int64]
+    state: NDArray[np.uint16]
+    folio_order: NDArray[np.int8]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, chosen: slice | NDArray[np.bool_]) -> Runs:
+        return Runs(*(getattr(self, column.name)[chosen] for column in fields(self)))
+
+    @property
+    def end(self) -> NDArray[np.int64]:
+        """Number of the page behind each run: int64, shape (runs,)."""
+        return self.first + self.pages
+
+    @classmethod
+    def empty(cls) -> Runs:
+        """No runs."""
+        return cls(
+            np.empty(0, np.int32),
+            np.empty(0, np.int64),
+            np.empty(0, np.int64),
+            np.empty(0, np.uint16),
+            np.empty(0, np.int8),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Runs]) -> Runs:
+        """The runs of `parts`, one after another; one part is given back as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = (np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls))
+        return cls(*columns) if parts else cls.empty()
+
+
+def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int64]:
+    """Segments of addresses as page numbers: int64, shape (segments, 2)."""
+    return np.array([(start // page_size, end // page_size) for start, end in segments], np.int64).reshape(-1, 2)
+
+
+def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) -> Runs:
+    """The runs of `columns`, none pages left out.
+
+    Args:
+        columns: of segments that each lie in one mapping.
+        vma_first: int64, shape (vmas,), ascending: number of the first page of each mapping.
+        page_size: in bytes.
+    """
+    if not len(columns.state):
+        return Runs.empty()
+    spans = page_numbers(columns.segments, page_size)
+    lengths = spans[:, 1] - spans[:, 0]
+    offsets = np.cumsum(lengths) - lengths
+    heads = np.empty(len(columns.state), np.bool_)
+    heads[1:] = columns.state[1:] != columns.state[:-1]
+    heads[1:] |= columns.folio_order[1:] != columns.folio_order[:-1]
+    heads[offsets[lengths > 0]] = True
+    at = np.flatnonzero(heads)
+    pages = np.diff(at, append=len(heads))
+    mapped = columns.state[at] != 0
+    at, pages = at[mapped], pages[mapped]
+    segment = np.searchsorted(offsets, at, "right") - 1
+    first = spans[segment, 0] + at - offsets[segment]
+    vma = (np.searchsorted(vma_first, first, "right") - 1).astype(np.int32)
+    return Runs(vma, first, pages, columns.state[at], columns.folio_order[at])
+
+
+def joined(runs: Runs) -> Runs:
+    """`runs` with neighbours of the same mapping, state and order made one."""
+    if not len(runs):
+        return runs
+    heads = np.ones(len(runs), np.bool_)
+    heads[1:] = runs.first[1:] != runs.end[:-1]
+    for column in (runs.vma, runs.state, runs.folio_order):
+        heads[1:] |= column[1:] != column[:-1]
+    at = np.flatnonzero(heads)
+    return Runs(runs.vma[at], runs.first[at], np.add.reduceat(runs.pages, at), runs.state[at], runs.folio_order[at])
+
+
+def decode(runs: Runs, spans: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:
+    """The state and folio order of every page of `spans`, one span after another.
+
+    Args:
+        runs: those that overlap any of the spans; more do no harm.
+        spans: int64, shape (spans, 2): page numbers, half-open, in any order.
+
+    Returns:
+        uint16 and int8, each of shape (pages,).
+    """
+    lengths = spans[:, 1] - spans[:, 0]
+    offsets = np.cumsum(lengths) - lengths
+    span, run, begin, end = _overlaps(runs, spans)
+    at = offsets[span] + begin - spans[span, 0]
+    repeats = np.empty(2 * len(run) + 1, np.int64)
+    repeats[1::2] = end - begin
+    repeats[0::2] = np.append(at, lengths.sum())
+    repeats[2::2] -= at + repeats[1::2]
+    state = np.zeros(len(repeats), np.uint16)
+    state[1::2] = runs.state[run]
+    folio_order = np.full(len(repeats), ORDER_NONE, np.int8)
+    folio_order[1::2] = runs.folio_order[run]
+    return np.repeat(state, repeats), np.repeat(folio_order, repeats)
+
+
+def granules(runs: Runs, spans: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Which aligned granules of `spans` the runs touch, neighbours joined.
+
+    Args:
+        spans: int64, shape (spans, 2): page numbers, half-open.
+        size: pages in a granule.
+
+    Returns:
+        int64, shape (parts, 3): the span's index, the first page, the page behind; clipped to the span.
+    """
+    span, _, begin, end = _overlaps(runs, spans)
+    begin = np.maximum(begin // size * size, spans[span, 0])
+    end = np.minimum(-(-end // size) * size, spans[span, 1])
+    return join_granules(np.stack((span, begin, end), axis=1))
+
+
+def join_granules(parts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`parts` as :func:`granules` gives them, ascending within each span, with those that touch made one."""
+    heads = np.ones(len(parts), np.bool_)
+    heads[1:] = (parts[1:, 0] != parts[:-1, 0]) | (parts[1:, 1] > parts[:-1, 2])
+    lasts = np.append(heads[1:], True)[: len(heads)]
+    return np.column_stack((parts[heads, 0], parts[heads, 1], parts[lasts, 2]))
+
+
+def _overlaps(
+    runs: Runs, spans: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Every pair of a span and a run that overlap: index of the span, of the run, first page, page behind."""
+    # An empty span that lies inside a run overlaps nothing.
+    spans = np.where(spans[:, :1] < spans[:, 1:], spans, 0)
+    low = np.searchsorted(runs.end, spans[:, 0], "right")
+    counts = np.maximum(np.searchsorted(runs.first, spans[:, 1], "left") - low, 0)
+    span = np.repeat(np.arange(len(spans)), counts)
+    run = np.arange(counts.sum()) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+    begin = np.maximum(runs.first[run], spans[span, 0])
+    end = np.minimum(runs.end[run], spans[span, 1])
+    return span, run, begin, end

@@ -1,0 +1,250 @@
+"""The Parquet file itself: the only module here that touches pyarrow, and only when a file is opened.
+
+One row is one run (:mod:`mthp.snapshot.runs`); ``start`` is an address in bytes. Row groups hold about
+:data:`ROW_GROUP_RUNS` rows each, so that writer and reader need the memory of a few row groups, not of the file.
+The runs carry checksums, which the reader verifies: a flipped bit there is an error, not a different process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_NONE
+from mthp.errors import MthpError, UnsupportedError, UsageError
+from mthp.snapshot.description import ADDRESS_LIMIT, KEY, STATE_BITS, Description, SnapshotInfo
+from mthp.snapshot.runs import Runs, joined
+
+ROW_GROUP_RUNS = 1 << 16
+
+COLUMNS = {"vma": "int32", "start": "uint64", "pages": "uint64", "state": "uint16", "folio_order": "int8"}
+"""Columns of the table and their Arrow types."""
+
+
+def pyarrow(module: str = "pyarrow") -> Any:
+    """The optional dependency, imported now.
+
+    Raises:
+        UnsupportedError: it is not installed, or does not work.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"snapshots need pyarrow, which cannot be imported: {error}", help="pip install 'mthp[snapshot]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turn what can go wrong while `path` is written into an :class:`~mthp.errors.MthpError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise MthpError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn what can go wrong while `path` is read into a :class:`~mthp.errors.UsageError` that names it."""
+    arrow = pyarrow()
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}", help=error.help) from error
+    except (OSError, ValueError, MemoryError, arrow.ArrowException) as error:
+        # Arrow raises OSError without an errno for damaged contents, and ArrowMemoryError for absurd sizes in them.
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"damaged or cut short: {first_line}"
+        raise UsageError(f"{path}: {reason}") from error
+
+
+class RunWriter:
+    """Writes runs into a file in row groups. A context manager; without :meth:`finish` the file is not whole.
+
+    Args:
+        file: open for writing, at its start.
+        path: what to call it in errors.
+        page_size: in bytes.
+
+    Attributes:
+        runs: rows written so far.
+        pages: base pages in them.
+    """
+
+    def __init__(self, file: BinaryIO, path: str, page_size: int) -> None:
+        arrow = pyarrow()
+        self._path = path
+        self._page_size = page_size
+        self._table = arrow.table
+        self._schema = arrow.schema([(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()])
+        self._tail = Runs.empty()
+        self._waiting: list[Runs] = []
+        self.runs = 0
+        self.pages = 0
+        with writing(path):
+            self._writer = pyarrow("pyarrow.parquet").ParquetWriter(
+                file,
+                self._schema,
+                compression="zstd",
+                use_dictionary=["vma", "pages", "state", "folio_order"],
+                column_encoding={"start": "DELTA_BINARY_PACKED"},
+                write_page_checksum=True,
+                store_schema=False,
+            )
+
+    def add(self, runs: Runs) -> None:
+        """Append runs that lie behind all before them. The last is held back: the next block may go on with it.
+
+        Raises:
+            MthpError: the file cannot be written.
+        """
+        runs = joined(Runs.concatenate([self._tail, runs]))
+        self._tail = runs[-1:]
+        if len(runs) > 1:
+            self._waiting.append(runs[:-1])
+        if sum(map(len, self._waiting)) >= ROW_GROUP_RUNS:
+            self._flush()
+
+    def finish(self, description: Description) -> Description:
+        """Write what is left, then `description` with the number of pages put in, which is given back.
+
+        Raises:
+            MthpError: the file cannot be written.
+        """
+        self._waiting.append(self._tail)
+        self._flush()
+        description = dataclasses.replace(description, pages=self.pages)
+        with writing(self._path):
+            self._writer.add_key_value_metadata({KEY: description.to_json()})
+            self._writer.close()
+        return description
+
+    def _flush(self) -> None:
+        runs = Runs.concatenate(self._waiting)
+        self._waiting = []
+        if not len(runs):
+            return
+        columns = {
+            "vma": runs.vma,
+            "start": runs.first.astype(np.uint64) * np.uint64(self._page_size),
+            "pages": runs.pages.astype(np.uint64),
+            "state": runs.state,
+            "folio_order": runs.folio_order,
+        }
+        with writing(self._path):
+            self._writer.write_table(self._table(columns, schema=self._schema), row_group_size=len(runs))
+        self.runs += len(runs)
+        self.pages += int(runs.pages.sum())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After a failure the writer would finish its file when it is garbage collected, long after the file is gone.
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+
+class RunReader:
+    """An open snapshot file: its description, and its runs by row group.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        description: checked; what it says of the runs is not compared with them here.
+        row_groups: how many there are.
+
+    Raises:
+        UsageError: missing, unreadable, not a snapshot, damaged, or of a newer version.
+        UnsupportedError: pyarrow is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        with contextlib.ExitStack() as opened, reading(self.path):
+            # Checked before it is opened, as opening a FIFO waits for a writer.
+            if not stat.S_ISREG(Path(path).stat().st_mode):
+                raise UsageError("not a regular file")
+            file = opened.enter_context(open(path, "rb"))
+            self._size = os.fstat(file.fileno()).st_size
+            self._parquet = _open_parquet(file)
+            self.description = _description(self._parquet)
+            self._opened = opened.pop_all()
+        self.row_groups: int = self._parquet.num_row_groups
+
+    @property
+    def info(self) -> SnapshotInfo:
+        """The summary of the file."""
+        return self.description.info(self.path, self._parquet.metadata.num_rows, self._size)
+
+    def runs(self, row_group: int) -> Runs:
+        """The runs of one row group, their state in this version's bits.
+
+        Raises:
+            UsageError: damaged.
+        """
+        with reading(self.path):
+            table = self._parquet.read_row_group(row_group, columns=list(COLUMNS), use_threads=False)
+            if any(column.null_count for column in table.columns):
+                raise UsageError("damaged: a value is missing")
+            vma, start, pages, state, folio_order = (table.column(name).to_numpy() for name in COLUMNS)
+            page_size = self.description.geometry.page_size
+            if (start % page_size).any() or not pages.all() or (pages > ADDRESS_LIMIT // page_size).any():
+                raise UsageError("damaged: a run that has no whole pages")
+        state = self._own_bits(state)
+        folio_order = np.where(state == 0, np.int8(ORDER_NONE), folio_order)
+        return Runs(vma, (start // page_size).astype(np.int64), pages.astype(np.int64), state, folio_order)
+
+    def _own_bits(self, state: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        if self.description.state_bits == STATE_BITS:
+            return state
+        own = np.zeros_like(state)
+        for name, bit in self.description.state_bits.items():
+            own[(state & bit) != 0] |= STATE_BITS.get(name, 0)
+        return own
+
+    def close(self) -> None:
+        """Close the file."""
+        self._opened.close()
+
+
+def _open_parquet(file: BinaryIO) -> Any:
+    """The Parquet file in `file`, which must have this project's columns and key.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    magic = file.read(4)
+    if magic != b"PAR1":
+        raise UsageError("not a snapshot: " + ("not a Parquet file" if magic else "the file is empty"), help=_MAKE_ONE)
+    parquet = pyarrow("pyarrow.parquet").ParquetFile(file, page_checksum_verification=True)
+    if KEY.encode() not in (parquet.metadata.metadata or {}):
+        raise UsageError("not a snapshot: a Parquet file of something else", help=_MAKE_ONE)
+    return parquet
+
+
+_MAKE_ONE = "make one with: mthp snapshot PID -o FILE"
+
+
+def _description(parquet: Any) -> Description:
+    """The file's description; its columns are checked after the version, which may explain why they differ."""
+    description = Description.from_json(parquet.metadata.metadata[KEY.encode()])
+    schema = parquet.schema_arrow
+    for name, kind in COLUMNS.items():
+        if name not in schema.names or str(schema.field(name).type) != kind:
+            raise UsageError(f"damaged: it has no column {name!r} of type {kind}")
+    return description

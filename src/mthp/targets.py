@@ -1,0 +1,83 @@
+"""What a person may name as a target, and the address space behind it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mthp.addrspace import AddressSpace
+from mthp.errors import TargetVanishedError, UsageError
+
+Target = int | str | os.PathLike[str]
+"""A PID, ``"self"``, or the path of a snapshot; a PID may be written as text."""
+
+
+def open_target(target: Target) -> AddressSpace:
+    """Open the address space that `target` names. The caller closes it (it is a context manager).
+
+    Raises:
+        UsageError: neither a PID nor ``self`` nor a file that is there; or a file that is no snapshot.
+        TargetVanishedError: there is no such process.
+        NotPermittedError: its memory is not ours to look at.
+        UnsupportedError: it has no memory to look at; or what reads snapshots is not installed.
+    """
+    if (pid := pid_of(target)) is not None:
+        # The backends are imported where they are chosen: neither is small, and a command needs one of them.
+        from mthp.linux.live import open_live  # noqa: PLC0415
+
+        return open_live("self" if pid == os.getpid() else pid)
+    path = Path(target)  # type: ignore[arg-type]
+    if not path.exists():
+        raise UsageError(
+            f"target {str(target)!r} is neither a PID nor 'self' nor a file that exists",
+            help="give the PID of a process, the word self, or the path of a snapshot that `mthp snapshot` wrote",
+        )
+    from mthp.snapshot.load import load  # noqa: PLC0415
+
+    return load(path)
+
+
+def pid_of(target: Target) -> int | None:
+    """The PID that `target` is, or None if it is a file.
+
+    Raises:
+        TargetVanishedError: a number that no process can have.
+    """
+    if target == "self":
+        return os.getpid()
+    if isinstance(target, str) and not target.lstrip("-").isdecimal():
+        return None
+    if not isinstance(target, int | str):
+        return None
+    pid = int(target)
+    if not 0 < pid <= 1 << 22:
+        # PID_MAX_LIMIT, include/linux/threads.h
+        raise TargetVanishedError(f"no process {pid}: PIDs are 1 to {1 << 22}")
+    return pid
+
+
+def refuse_ancestor(target: Target) -> None:
+    """Refuse to change a process on which this one depends: its shell, its terminal, its service manager.
+
+    Raises:
+        UsageError: `target` is an ancestor of this process.
+    """
+    pid = pid_of(target)
+    parent = os.getppid()
+    while parent > 0:
+        if parent == pid:
+            raise UsageError(
+                f"process {pid} is an ancestor of this mthp (its shell, terminal or service manager)",
+                help="start mthp from elsewhere, for example from another terminal, to collapse this process",
+            )
+        parent = _parent_of(parent)
+
+
+def _parent_of(pid: int) -> int:
+    """The parent's PID; 0 for the first process and for one that is gone or hidden."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return 0
+    # The name in parentheses may hold anything; what follows it does not: state, then the parent (proc_pid_stat(5)).
+    return int(stat.rpartition(")")[2].split()[1])
