@@ -24,7 +24,7 @@ from mthp.tunables import Tunables
 
 T = TypeVar("T", bound=np.generic)
 
-BLOCK_PTES = 1 << 21
+BLOCK_PTES = 1 << 22
 """PTEs planned at a time: few enough that the working arrays stay in the processor's caches."""
 
 
@@ -51,7 +51,12 @@ class Plan:
 
         0 is a base page, -1 none; a page that is not collapsed keeps the order that it has.
         """
-        return self._joined([walk.orders() for walk in self._walks], (self.geometry.ptes_per_pmd,), np.int8)
+        orders = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
+        start = 0
+        for walk in self._walks:
+            walk.orders(orders[start : start + walk.ranges])
+            start += walk.ranges
+        return orders
 
     @cached_property
     def scan_result(self) -> NDArray[np.int8]:
@@ -59,22 +64,22 @@ class Plan:
 
         SUCCEED if anything is collapsed, else what ended the scan, else the result of the last attempt, else FAIL.
         """
-        return self._joined([walk.scan_result() for walk in self._walks], (), np.int8)
+        return self._joined([walk.scan_result() for walk in self._walks], np.int8)
 
     @cached_property
     def resident(self) -> NDArray[np.int32]:
         """Pages with contents that are mapped now, per PMD range: int32, shape (ranges,)."""
-        return self._joined([walk.resident() for walk in self._walks], (), np.int32)
+        return self._joined([walk.resident() for walk in self._walks], np.int32)
 
     @cached_property
     def copied(self) -> NDArray[np.int32]:
         """Pages with contents in the collapsed runs, per PMD range: int32, shape (ranges,)."""
-        return self._joined([walk.copied_and_filled()[0] for walk in self._walks], (), np.int32)
+        return self._joined([walk.copied_and_filled()[0] for walk in self._walks], np.int32)
 
     @cached_property
     def filled(self) -> NDArray[np.int32]:
         """None and zero PTEs that become memory of their own, per PMD range: int32, shape (ranges,). The bloat."""
-        return self._joined([walk.copied_and_filled()[1] for walk in self._walks], (), np.int32)
+        return self._joined([walk.copied_and_filled()[1] for walk in self._walks], np.int32)
 
     @cached_property
     def attempts(self) -> Attempts:
@@ -91,8 +96,8 @@ class Plan:
         return self.attempts.succeeded
 
     @staticmethod
-    def _joined(parts: list[NDArray[T]], shape: tuple[int, ...], dtype: type[T]) -> NDArray[T]:
-        return np.concatenate(parts) if parts else np.empty((0, *shape), dtype)
+    def _joined(parts: list[NDArray[T]], dtype: type[T]) -> NDArray[T]:
+        return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
 def plan_ranges(

@@ -28,7 +28,7 @@ from mthp.collapse.policy import Limits, Policy, Rules
 from mthp.columns import Table
 from mthp.results import ScanResult
 
-Doubled = TypeVar("Doubled", np.bool_, np.int8)
+Repeated = TypeVar("Repeated", np.bool_, np.int8)
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,10 @@ class Walk:
         for order in range(self._pmd_order, orders[-1] - 1, -1):
             if order in orders:
                 reached = self._step(order, reached)
+            if not reached.any():
+                break
             if order > orders[-1]:
-                reached = _doubled(reached)
+                reached = _repeated(reached, 1)
         if self.policy.scans_each_run and not self.rules.forced:
             self._give_up_behind(orders[-1], reached)
 
@@ -236,23 +238,24 @@ class Walk:
 
     # What the walk amounts to, made when asked for.
 
-    def orders(self) -> NDArray[np.int8]:
-        """The order of each page's folio afterwards: int8, shape (ranges, ptes_per_pmd)."""
-        present, existing = self.planes.present, self.planes.folio_order
-        if existing is None:
-            after: NDArray[np.int8] = present.view(np.int8) - np.int8(1)
-        else:
-            after = np.where(present, existing, np.int8(-1))
-        if not self.levels:
-            return after
-        # Uncollapsed runs are -1 here, so that the larger of the two planes is the answer.
-        collapsed: NDArray[np.int8] = np.full((self.ranges, 1), -1, np.int8)
-        for order in range(self._pmd_order, -1, -1):
+    def orders(self, out: NDArray[np.int8]) -> None:
+        """Write the order of each page's folio afterwards to `out`: int8, shape (ranges, ptes_per_pmd)."""
+        # All values are one higher until the end, so that 0 stands for "none", and "not collapsed".
+        now = self.planes.present.view(np.int8)
+        if self.planes.folio_order is not None:
+            now = now * (self.planes.folio_order + np.int8(1))
+        smallest = min(self.levels, default=self._pmd_order)
+        collapsed: NDArray[np.int8] = np.zeros((self.ranges, 1), np.int8)
+        for order in range(self._pmd_order, smallest - 1, -1):
             if order in self.levels:
-                collapsed = np.where(self.levels[order].succeeded, np.int8(order), collapsed)
-            if order:
-                collapsed = _doubled(collapsed)
-        return np.maximum(after, collapsed, out=after)
+                collapsed |= self.levels[order].succeeded.view(np.int8) * np.int8(order + 1)
+            if order > smallest:
+                collapsed = _repeated(collapsed, 1)
+        for shift in (3, 2, 1):
+            while smallest >= shift:
+                collapsed, smallest = _repeated(collapsed, shift), smallest - shift
+        np.maximum(now, collapsed, out=out)
+        out -= 1
 
     def resident(self) -> NDArray[np.int32]:
         """Present, non-zero pages: int32, shape (ranges,)."""
@@ -314,11 +317,15 @@ class Walk:
         )
 
 
-def _doubled(runs: NDArray[Doubled]) -> NDArray[Doubled]:
-    """Every element of each row twice: the runs of an order, as those of the order below.
+_WIDE = {1: np.uint16, 2: np.uint32, 3: np.uint64}
 
-    Through a 16-bit product, because ``np.repeat`` is slow for small repeats.
+
+def _repeated(runs: NDArray[Repeated], shift: int) -> NDArray[Repeated]:
+    """Every element of each row 2**shift times: the runs of an order, as those of `shift` orders below. Up to 3.
+
+    Through the product of a wide word, because ``np.repeat`` is slow for small repeats.
     """
-    wide = np.ascontiguousarray(runs).view(np.uint8).astype(np.uint16)
-    wide *= np.uint16(0x0101)
-    return wide.view(runs.dtype)
+    wide = _WIDE[shift]
+    product = np.ascontiguousarray(runs).view(np.uint8).astype(wide)
+    product *= wide((1 << 8 * (1 << shift)) // 255)
+    return product.view(runs.dtype)
