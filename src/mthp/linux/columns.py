@@ -1,0 +1,237 @@
+"""From a live process to :class:`~mthp.addrspace.PteColumns`: three sources put together for every page.
+
+pagemap says whether and how a page is mapped. kpageflags says what its frame is: of which folio order, the zero page,
+freed lazily. PAGEMAP_SCAN says what neither does: whether a PMD entry maps it. Asking that of everything would cost
+as much as pagemap again, so it is asked only of those PMD ranges whose first and last page lie in the frames that one
+aligned folio of PMD order would put them in; and of a range that a PMD entry maps, kpageflags is read for the head
+alone, which makes memory that is huge already almost free to look at.
+
+Without frame numbers (CAP_SYS_ADMIN), PAGEMAP_SCAN is asked about everything: it knows the zero page too. The order
+of a folio is then known only where a PMD entry maps it, and lazily freed pages look like others.
+
+The three are read one after the other while the process runs, so they may disagree about a page that changed in
+between. Each is right about its moment, and nothing is concluded from two of them that would do harm if wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment
+from mthp.geometry import Geometry
+from mthp.linux import abi
+from mthp.linux.kpageflags import FolioReader, states_of
+from mthp.linux.pagemap import Pagemap, states
+
+_PFRAME_MASK = np.uint64(abi.PM_PFRAME_MASK)
+_PRESENT = np.uint16(Pte.PRESENT)
+_PMD_MAPPED = np.uint16(Pte.PMD_MAPPED)
+_NOT_SHARED_NOR_FILE = np.uint16(0xFFFF & ~int(Pte.SHARED | Pte.FILE))
+
+_Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The parts of segments that lie in one PMD range each, as columns of int64, shape (windows,).
+
+    Attributes:
+        page: page number (address / page size) of the first page.
+        index: where it stands among the pages of the segments.
+        count: pages.
+    """
+
+    page: _Index
+    index: _Index
+    count: _Index
+
+    def __len__(self) -> int:
+        return len(self.page)
+
+    def where(self, chosen: NDArray[np.bool_]) -> Windows:
+        """The windows that are `chosen`: bool, shape (windows,)."""
+        return Windows(self.page[chosen], self.index[chosen], self.count[chosen])
+
+    def indices(self) -> _Index:
+        """Where all their pages stand, one after another."""
+        return spread(self.index, self.count)
+
+
+def windows_of(segments: Sequence[Segment], geometry: Geometry) -> Windows:
+    """Cut `segments` at the borders of PMD ranges."""
+    n = geometry.ptes_per_pmd
+    # Divided before NumPy sees them: [vsyscall] lies beyond what an int64 holds.
+    size = geometry.page_size
+    pages = np.array([(start // size, end // size) for start, end in segments], np.int64).reshape(-1, 2)
+    starts, ends = pages[:, 0], pages[:, 1]
+    sizes = ends - starts
+    first = starts // n
+    counts = np.where(sizes > 0, -(-ends // n) - first, 0)
+    base = spread(first, counts) * n
+    start_of = np.repeat(starts, counts)
+    page = np.maximum(base, start_of)
+    end = np.minimum(base + n, np.repeat(ends, counts))
+    index = page - start_of + np.repeat(np.cumsum(sizes) - sizes, counts)
+    return Windows(page, index, end - page)
+
+
+def spread(starts: _Index, counts: _Index) -> _Index:
+    """The integers of the ranges (start, start + count), one range after another: int64, shape (sum of counts,)."""
+    total = int(counts.sum())
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(total)
+
+
+class ColumnReader:
+    """Reads the page table entries of one process.
+
+    Args:
+        pagemap: of the process.
+        folios: reader of kpageflags, or None if these rights do not include it.
+        geometry: of the machine.
+    """
+
+    def __init__(self, pagemap: Pagemap, folios: FolioReader | None, geometry: Geometry) -> None:
+        self._pagemap = pagemap
+        self._folios = folios
+        self._geometry = geometry
+
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        """The page table entries of `segments`, one after another.
+
+        The order of a zero page is that of its folio: 0, or the PMD order for the huge one.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        words = self._pagemap.read(segments)
+        state = states(words)
+        present = (state & _PRESENT) != 0
+        order = np.where(present, np.int8(ORDER_UNKNOWN), np.int8(ORDER_NONE))
+        pfn = None
+        if self._folios is None:
+            self._paint_scanned(segments, state, order)
+        else:
+            pfn = words
+            pfn &= _PFRAME_MASK
+            if not present.all():
+                pfn[~present] = 0
+            self._paint_folios(self._folios, segments, pfn, state, order)
+        if int(np.bitwise_or.reduce(state)) & Pte.ZERO:
+            state[(state & np.uint16(Pte.ZERO)) != 0] &= _NOT_SHARED_NOR_FILE
+        return PteColumns(tuple(segments), state, order, pfn)
+
+    def _paint_folios(
+        self,
+        folios: FolioReader,
+        segments: Sequence[Segment],
+        pfn: NDArray[np.uint64],
+        state: NDArray[np.uint16],
+        order: NDArray[np.int8],
+    ) -> None:
+        """Add to `state` and `order` what kpageflags says of the frames `pfn`."""
+        singly = (state & _PRESENT) != 0
+        huge = self._pmd_mapped(segments, pfn, state)
+        if len(huge):
+            heads = pfn[huge.index] - (huge.page % self._geometry.ptes_per_pmd).astype(np.uint64)
+            flags = folios.words_at(heads)
+            pages = huge.indices()
+            state[pages] |= _PMD_MAPPED | np.repeat(states_of(flags), huge.count)
+            order[pages] = np.repeat(self._huge_orders(folios, heads, flags), huge.count)
+            singly[pages] = False
+        if singly.all():
+            flags, order[:] = folios.read(pfn)
+            state |= states_of(flags)
+        elif len(chosen := np.flatnonzero(singly)):
+            flags, order[chosen] = folios.read(pfn[chosen])
+            state[chosen] |= states_of(flags)
+        _share_whole_folios(pfn, state, order)
+
+    def _pmd_mapped(self, segments: Sequence[Segment], pfn: NDArray[np.uint64], state: NDArray[np.uint16]) -> Windows:
+        """The windows that a PMD entry maps."""
+        windows = windows_of(segments, self._geometry)
+        if not self._pagemap.can_scan:
+            return windows.where(np.zeros(len(windows), np.bool_))
+        n = self._geometry.ptes_per_pmd
+        last = windows.index + windows.count - 1
+        first_pfn, last_pfn = pfn[windows.index].view(np.int64), pfn[last].view(np.int64)
+        likely = (state[windows.index] & state[last] & _PRESENT) != 0
+        likely &= (first_pfn - windows.page) % n == 0
+        likely &= last_pfn - first_pfn == windows.count - 1
+        windows = windows.where(likely)
+        if not len(windows):
+            return windows
+        regions = self._huge_regions(windows)
+        if not len(regions):
+            return windows.where(np.zeros(len(windows), np.bool_))
+        at = np.maximum(np.searchsorted(regions[:, 0], windows.page, side="right") - 1, 0)
+        return windows.where((regions[at, 0] <= windows.page) & (windows.page < regions[at, 1]))
+
+    def _huge_regions(self, windows: Windows) -> _Index:
+        """Runs that PMD entries map, within `windows`: int64, shape (runs, 2), page numbers, ascending."""
+        page_size = self._geometry.page_size
+        order = np.argsort(windows.page)
+        starts, ends = windows.page[order], (windows.page + windows.count)[order]
+        breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+        runs = zip(starts[np.r_[0, breaks]].tolist(), ends[np.r_[breaks - 1, len(ends) - 1]].tolist(), strict=True)
+        wanted = abi.PAGE_IS_HUGE | abi.PAGE_IS_PRESENT
+        found = [
+            regions[:, :2].astype(np.int64) // page_size
+            for start, end in runs
+            for regions in self._pagemap.scan((start * page_size, end * page_size), all_of=wanted)
+        ]
+        return np.concatenate(found) if found else np.empty((0, 2), np.int64)
+
+    def _huge_orders(
+        self, folios: FolioReader, heads: NDArray[np.uint64], flags: NDArray[np.uint64]
+    ) -> NDArray[np.int8]:
+        """Orders of folios that PMD entries map: the PMD order, but for hugetlbfs, whose pages may be larger."""
+        orders = np.full(len(heads), self._geometry.pmd_order, np.int8)
+        head, order = 0, ORDER_UNKNOWN
+        for at in np.flatnonzero(flags & np.uint64(abi.KPF_HUGE)).tolist():
+            pfn = int(heads[at])
+            if order < 0 or not head <= pfn < head + (1 << order):
+                head, order = folios.folio_of(pfn)
+            orders[at] = order
+        return orders
+
+    def _paint_scanned(self, segments: Sequence[Segment], state: NDArray[np.uint16], order: NDArray[np.int8]) -> None:
+        """Add to `state` and `order` what PAGEMAP_SCAN says, for want of frame numbers."""
+        if not self._pagemap.can_scan:
+            return
+        page_size = self._geometry.page_size
+        offset = 0
+        for segment in segments:
+            for regions in self._pagemap.scan(segment, any_of=abi.PAGE_IS_PFNZERO | abi.PAGE_IS_HUGE):
+                bounds = (regions[:, :2].astype(np.int64) - segment[0]) // page_size + offset
+                counts = bounds[:, 1] - bounds[:, 0]
+                pages = spread(bounds[:, 0], counts)
+                categories = np.repeat(regions[:, 2], counts)
+                still = (state[pages] & _PRESENT) != 0
+                zero = pages[still & ((categories & np.uint64(abi.PAGE_IS_PFNZERO)) != 0)]
+                state[zero] |= np.uint16(Pte.ZERO)
+                order[zero] = 0
+                huge = pages[still & ((categories & np.uint64(abi.PAGE_IS_HUGE)) != 0)]
+                state[huge] |= _PMD_MAPPED
+                order[huge] = self._geometry.pmd_order
+            offset += (segment[1] - segment[0]) // page_size
+
+
+def _share_whole_folios(pfn: NDArray[np.uint64], state: NDArray[np.uint16], order: NDArray[np.int8]) -> None:
+    """Mark every page of an anonymous large folio shared if one is, as khugepaged takes it (folio_maybe_mapped_shared).
+
+    pagemap tells of each page by itself, and another process may map only some of the pages of a folio.
+    """
+    if not (int(np.bitwise_or.reduce(state)) & Pte.SHARED and len(order) and order.max() > 0):
+        return
+    large = (order > 0) & ((state & np.uint16(Pte.FILE | Pte.PMD_MAPPED)) == 0)
+    shared = large & ((state & np.uint16(Pte.SHARED)) != 0)
+    if not shared.any():
+        return
+    pages = np.flatnonzero(large)
+    shifts = order[pages].astype(np.uint64)
+    heads = pfn[pages] >> shifts << shifts
+    state[pages[np.isin(heads, np.unique(heads[shared[pages]]))]] |= np.uint16(Pte.SHARED)

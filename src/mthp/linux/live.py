@@ -1,0 +1,280 @@
+"""The seam on a live process: :class:`LiveAddressSpace`, opened with :func:`open_live`.
+
+All reads are positioned, and every listing of mappings opens its own file, so threads may call
+:meth:`~LiveAddressSpace.vmas` and :meth:`~LiveAddressSpace.read` side by side.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import AddressSpace, CollapseOutcome, PteColumns, Segment, Vma
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
+from mthp.geometry import Geometry
+from mthp.linux import abi, procfs
+from mthp.linux.columns import ColumnReader
+from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
+from mthp.linux.pagemap import Pagemap, can_see_pfns
+from mthp.linux.process import Process
+from mthp.linux.sysfs import ThpSysfs
+from mthp.results import ScanResult, result_of_madvise
+from mthp.tunables import Switches, Tunables
+
+SPARSE_BYTES = 64 << 20
+"""Less than this is read without first asking what of it is populated."""
+
+SPARSE_RATIO = 4
+"""So many times the memory that the process has must be asked for to make the question worth its cost."""
+
+NO_PFNS = (
+    "page frame numbers, and with them the folio orders below the PMD size, lazily freed pages and KSM pages:"
+    " CAP_SYS_ADMIN shows them (run as root)"
+)
+NO_SCAN = "what is mapped by PMD entries: Linux 6.7 or later shows it (PAGEMAP_SCAN)"
+
+
+class LiveAddressSpace(AddressSpace):
+    """One process of this machine.
+
+    Args:
+        process: whose memory; closed with this object.
+        sysfs: the THP directory of the machine.
+
+    Attributes:
+        process: the process.
+        sysfs: the THP directory.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+        NotPermittedError: its memory is not ours to look at.
+    """
+
+    def __init__(self, process: Process, sysfs: ThpSysfs | None = None) -> None:
+        self.process = process
+        self.sysfs = sysfs or ThpSysfs()
+        self._geometry = self.sysfs.geometry()
+        self._pagemap = Pagemap(process)
+        self._folios, self._no_folios = _open_folios(self._geometry)
+        self._columns = ColumnReader(self._pagemap, self._folios, self._geometry)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The geometry of this machine."""
+        return self._geometry
+
+    @property
+    def label(self) -> str:
+        """PID and name: ``"1234 (comm)"``."""
+        return self.process.label
+
+    @property
+    def kernel(self) -> str:
+        """The kernel's release."""
+        return os.uname().release
+
+    @property
+    def switches(self) -> Switches:
+        """The machine's switches at this moment."""
+        return self.sysfs.switches(self._geometry)
+
+    @property
+    def tunables(self) -> Tunables:
+        """khugepaged's tunables at this moment."""
+        return self.sysfs.tunables(self._geometry)
+
+    @property
+    def thp_disabled(self) -> bool:
+        """Whether the process switched THP off for itself (THP_enabled in proc_pid_status(5)).
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return self.process.status("THP_enabled") == "0"
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What cannot be seen with these rights or on this kernel, each with what would show it."""
+        missing = [self._no_folios] if self._no_folios else []
+        if not self._pagemap.can_scan:
+            missing.append(NO_SCAN if self._folios else f"{NO_SCAN}; and the zero page")
+        return tuple(missing)
+
+    def vmas(self) -> list[Vma]:
+        """The mappings, by ascending address.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+            NotPermittedError: its memory is not ours to look at.
+        """
+        return procfs.read_vmas(self.process)
+
+    def numa(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        """Base pages by NUMA node, (node, pages), for each mapping by its start address; empty without NUMA.
+
+        Raises:
+            TargetVanishedError, NotPermittedError: as :meth:`vmas`.
+        """
+        return procfs.read_numa(self.process, self._geometry.page_size)
+
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        """The page table entries of `segments`, one after another. It takes about 50 bytes of memory a page.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+            NotPermittedError: it became somebody else's by execve(2).
+        """
+        return self._columns.read(segments)
+
+    def mapcounts(self, columns: PteColumns) -> NDArray[np.int64]:
+        """How often each page is mapped, by all processes together, from /proc/kpagecount.
+
+        Some kernels count large folios only as a whole, and give the average of their pages (pagemap.rst).
+
+        Returns:
+            int64, shape (pages,), 0 where nothing is present.
+
+        Raises:
+            NotPermittedError: page frames cannot be seen with these rights.
+        """
+        if columns.pfn is None:
+            raise NotPermittedError("how often a page is mapped cannot be seen", help=NO_PFNS)
+        counts = np.zeros(len(columns.pfn), np.int64)
+        present = np.flatnonzero(columns.pfn)
+        reader = FolioReader(self._geometry.pmd_order, KPAGECOUNT)
+        try:
+            counts[present] = reader.words(columns.pfn[present]).view(np.int64)
+        finally:
+            reader.close()
+        return counts
+
+    def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
+        """The parts of `segments` that may hold something, in whole granules of `granule` bytes.
+
+        They are looked for (with PAGEMAP_SCAN) only if `segments` are much larger than what the process has in
+        memory and swap; otherwise reading everything is cheaper, and `segments` come back.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        asked = sum(end - start for start, end in segments)
+        if asked < SPARSE_BYTES or not self._pagemap.can_scan or asked < SPARSE_RATIO * self._resident():
+            return list(segments)
+        found: list[Segment] = []
+        for segment in segments:
+            found += self._populated(segment, granule)
+        return found
+
+    def _resident(self) -> int:
+        """Bytes that the process has in memory and swap."""
+        pages = int(self.process.read("statm").split()[1])
+        swapped = (self.process.status("VmSwap") or "0").split()[0]
+        return pages * self._geometry.page_size + (int(swapped) << 10)
+
+    def _populated(self, segment: Segment, granule: int) -> list[Segment]:
+        found: list[Segment] = []
+        for regions in self._pagemap.scan(segment, any_of=abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED):
+            starts = regions[:, 0].astype(np.int64) // granule * granule
+            ends = -(-regions[:, 1].astype(np.int64) // granule) * granule
+            breaks = np.flatnonzero(starts[1:] > ends[:-1]) + 1
+            firsts, lasts = starts[np.r_[0, breaks]], ends[np.r_[breaks - 1, len(ends) - 1]]
+            for start, end in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                start, end = max(start, segment[0]), min(end, segment[1])
+                if found and start <= found[-1][1]:
+                    start = found.pop()[0]
+                found.append((start, end))
+        return found
+
+    def collapse(self, address: int, order: int) -> CollapseOutcome:
+        """Collapse the PMD range at `address` with MADV_COLLAPSE: process_madvise(2), for this process madvise(2).
+
+        Success does not mean that anything was done: the kernel also says it of a range that was huge before.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+            UnsupportedError: an order other than the PMD order, which MADV_COLLAPSE does not offer.
+            NotPermittedError: CAP_SYS_NICE or the right to look at the process is missing.
+            UsageError: `address` is not aligned.
+        """
+        if order != self._geometry.pmd_order:
+            raise UnsupportedError(
+                f"order {order} needs the move mechanism",
+                help=f"MADV_COLLAPSE makes folios of {self._geometry.label(self._geometry.pmd_order)} only",
+            )
+        size = self._geometry.pmd_size
+        if address % size:
+            raise UsageError(f"{address:#x} is not aligned to {self._geometry.label(order)}")
+        begin = time.perf_counter_ns()
+        if self.process.is_self:
+            error = abi.madvise(address, size, abi.MADV_COLLAPSE)
+        else:
+            error = abi.process_madvise(self.process.pidfd, address, size, abi.MADV_COLLAPSE)
+        elapsed = time.perf_counter_ns() - begin
+        return CollapseOutcome(self._result(error, address, size), elapsed, error)
+
+    def _result(self, error: int, address: int, size: int) -> ScanResult:
+        """The scan result behind errno.
+
+        Raises:
+            As :meth:`collapse`.
+        """
+        if not error:
+            return ScanResult.SUCCEED
+        self.process.check_alive()
+        if error in (errno.EPERM, errno.EACCES):
+            raise NotPermittedError(
+                f"not permitted to collapse memory of process {self.label}",
+                help="process_madvise needs CAP_SYS_NICE, and CAP_SYS_PTRACE or the same user (run as root)",
+            )
+        if error == errno.ENOSYS:
+            raise UnsupportedError("this kernel has no process_madvise", help="Linux 5.10 or later has it")
+        if error == errno.EINVAL and not self.sysfs.exists:
+            raise UnsupportedError("this kernel has no THP", help="it takes CONFIG_TRANSPARENT_HUGEPAGE")
+        if error == errno.ENOMEM and not procfs.is_mapped(self.process, address, address + size):
+            # madvise(2) says ENOMEM both for no memory and for no mapping.
+            return ScanResult.VMA_NULL
+        return result_of_madvise(error)
+
+    def close(self) -> None:
+        """Let go of the process. Closing twice does nothing."""
+        self._pagemap.close()
+        if self._folios:
+            self._folios.close()
+        self.process.close()
+
+
+def open_live(target: int | Literal["self"], sysfs: ThpSysfs | None = None) -> LiveAddressSpace:
+    """Open a process of this machine.
+
+    Args:
+        target: a PID, or ``"self"``.
+        sysfs: the THP directory, if not the system's.
+
+    Raises:
+        TargetVanishedError: there is no such process.
+        UnsupportedError: a zombie or a kernel thread.
+        NotPermittedError: its memory is not ours to look at.
+        UsageError: not a PID, or that of a thread.
+    """
+    process = Process(target)
+    try:
+        return LiveAddressSpace(process, sysfs)
+    except MthpError:
+        process.close()
+        raise
+
+
+def _open_folios(geometry: Geometry) -> tuple[FolioReader | None, str]:
+    """A reader of kpageflags if these rights include frame numbers, and if not, the sentence that says so."""
+    if not can_see_pfns():
+        return None, NO_PFNS
+    try:
+        return FolioReader(geometry.pmd_order), ""
+    except OSError as error:
+        return None, f"folio orders below the PMD size: {KPAGEFLAGS}: {error.strerror} (run as root)"

@@ -1,0 +1,209 @@
+"""``/proc/PID/pagemap``: a 64-bit word for every page, and the PAGEMAP_SCAN ioctl, which gives runs instead.
+
+The words are read in one large pread per segment. They say which pages are present, swapped, of a file, mapped by one
+process only, write-protected by userfaultfd, or guard markers; and, with CAP_SYS_ADMIN, the page frame number (PFN)
+by which /proc/kpageflags is read. They do not say what is mapped by a PMD entry, and without PFNs not what is the
+zero page. PAGEMAP_SCAN (Linux 6.7) knows both, skips over empty page tables, and needs no rights beyond those for
+the file. A populated table costs it as much as reading does, an empty one next to nothing.
+
+Ways to fail: the file gives no bytes once the process has given up its address space, and opening it then gives
+ESRCH. It also gives none above the addresses that a process can have ([vsyscall]), which reads as nothing mapped, and
+none after execve(2), which replaced the address space that the file was opened for: then it is opened anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Pte, Segment
+from mthp.errors import MthpError
+from mthp.linux import abi
+from mthp.linux.process import Process
+
+_REGIONS_PER_CALL = 8192
+_NO_IOCTL = (errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
+_TOP_BYTE = 7 if sys.byteorder == "little" else 0
+
+
+class Pagemap:
+    """The pagemap file of one process.
+
+    Args:
+        process: whose; it stays the caller's.
+
+    Attributes:
+        can_scan: whether this kernel has PAGEMAP_SCAN.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+        NotPermittedError: its memory is not ours to look at.
+        UnsupportedError: a kernel without CONFIG_PROC_PAGE_MONITOR.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._page_size = os.sysconf("SC_PAGESIZE")
+        self._fd = process.open("pagemap")
+        self.can_scan = self._probe_scan()
+
+    def read(self, segments: Sequence[Segment]) -> NDArray[np.uint64]:
+        """The words of `segments`, one after another: uint64, shape (pages,). What is not mapped is 0.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        counts = [(end - start) // self._page_size for start, end in segments]
+        words = np.empty(sum(counts), np.uint64)
+        at = 0
+        for (start, _), count in zip(segments, counts, strict=True):
+            self._fill(words[at : at + count], start)
+            at += count
+        return words
+
+    def _fill(self, words: NDArray[np.uint64], start: int) -> None:
+        """Read the words from address `start` on into `words`."""
+        done = 0
+        reopened = False
+        while done < len(words):
+            offset = (start // self._page_size + done) * abi.PM_ENTRY_BYTES
+            try:
+                size = os.preadv(self._fd, [words[done:].data], offset)
+            except OSError as error:
+                self._process.fail(error, "pagemap")
+            done += size // abi.PM_ENTRY_BYTES
+            if size == 0:
+                self._process.check_memory()
+                if reopened:
+                    words[done:] = 0
+                    return
+                self._reopen()
+                reopened = True
+
+    def _reopen(self) -> None:
+        fd = self._process.open("pagemap")
+        os.close(self._fd)
+        self._fd = fd
+
+    def scan(self, segment: Segment, *, any_of: int = 0, all_of: int = 0) -> Iterator[NDArray[np.uint64]]:
+        """Runs of pages in `segment` that have one of the categories `any_of` and all of `all_of`.
+
+        Only on a kernel with :attr:`can_scan`.
+
+        Args:
+            any_of, all_of: ``PAGE_IS_*`` of include/uapi/linux/fs.h; 0 for no such condition.
+
+        Yields:
+            Some runs: uint64, shape (runs, 3): start and end addresses, and the categories asked for that they have.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        regions = np.zeros((_REGIONS_PER_CALL, 3), np.uint64)
+        start, end = segment
+        while start < end:
+            try:
+                count, walk_end = self._scan_once(regions, start, end, any_of, all_of)
+            except OSError as error:
+                if error.errno == errno.EFAULT:
+                    # Above the addresses that a process can have.
+                    break
+                self._process.fail(error, "PAGEMAP_SCAN")
+            if count:
+                yield regions[:count].copy()
+            if count < len(regions):
+                # All was walked, whatever walk_end says: past its inner buffer of 512 regions the kernel leaves
+                # there where that was last full (do_pagemap_scan, seen on 6.18).
+                break
+            start = walk_end
+        self._process.check_alive()
+
+    def _scan_once(
+        self, regions: NDArray[np.uint64], start: int, end: int, any_of: int, all_of: int
+    ) -> tuple[int, int]:
+        """One call: the number of regions, and the address to go on at if all of `regions` was needed."""
+        argument = bytearray(
+            struct.pack(
+                abi.PM_SCAN_ARG,
+                *(abi.PM_SCAN_ARG_SIZE, 0, start, end, 0),
+                *(regions.ctypes.data, len(regions), 0),
+                *(0, all_of, any_of, any_of | all_of),
+            )
+        )
+        count = fcntl.ioctl(self._fd, abi.PAGEMAP_SCAN, argument)
+        (walk_end,) = struct.unpack_from("=Q", argument, abi.PM_SCAN_ARG_WALK_END)
+        return count, walk_end
+
+    def _probe_scan(self) -> bool:
+        try:
+            self._scan_once(np.zeros((1, 3), np.uint64), 0, self._page_size, abi.PAGE_IS_PRESENT, 0)
+        except OSError as error:
+            if error.errno in _NO_IOCTL:
+                return False
+            self._process.fail(error, "PAGEMAP_SCAN")
+        return True
+
+    def close(self) -> None:
+        """Close the file. Closing twice does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+def _state_of(top: int) -> int:
+    """The :class:`~mthp.addrspace.Pte` bits behind the top byte of a pagemap word."""
+    word = top << 56
+    state = Pte(0)
+    if word & abi.PM_PRESENT:
+        state |= Pte.PRESENT
+        if not word & abi.PM_MMAP_EXCLUSIVE:
+            state |= Pte.SHARED
+    elif word & (abi.PM_SWAP | abi.PM_UFFD_WP | abi.PM_GUARD_REGION):
+        # A userfaultfd marker in hugetlbfs memory comes without the swap bit.
+        state |= Pte.SWAP
+    if word & abi.PM_UFFD_WP:
+        state |= Pte.UFFD_WP
+    if word & abi.PM_FILE:
+        state |= Pte.FILE
+    if word & abi.PM_GUARD_REGION:
+        state |= Pte.GUARD
+    return int(state)
+
+
+_STATES = np.array([_state_of(top) for top in range(256)], np.uint16)
+
+
+def states(words: NDArray[np.uint64]) -> NDArray[np.uint16]:
+    """What pagemap words say, as bits of :class:`~mthp.addrspace.Pte`: uint16, the shape of `words`.
+
+    A zero page comes out as SHARED (a small one) or FILE (a huge one), since only its frame, or PAGEMAP_SCAN, tells.
+    """
+    return _STATES.take(words.view(np.uint8)[_TOP_BYTE::8])
+
+
+def can_see_pfns() -> bool:
+    """Whether this process gets page frame numbers, which takes CAP_SYS_ADMIN in the first user namespace.
+
+    Found out on a page of its own that is certainly there. Without the right the number reads as 0.
+    """
+    page_size = os.sysconf("SC_PAGESIZE")
+    witness = ctypes.create_string_buffer(b"\1")
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        text = os.pread(fd, abi.PM_ENTRY_BYTES, ctypes.addressof(witness) // page_size * abi.PM_ENTRY_BYTES)
+    except OSError as error:
+        raise MthpError(f"/proc/self/pagemap: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    return bool(int.from_bytes(text, sys.byteorder) & abi.PM_PFRAME_MASK)

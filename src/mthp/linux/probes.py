@@ -1,0 +1,184 @@
+"""Trials that find out what the kernel does for these rights, instead of guessing it from versions.
+
+Each trial asks the kernel itself and leaves nothing behind: memory is unmapped, file descriptors are closed, the one
+child process is ended. Two of them rest on what the system calls check before they look at their range:
+
+- An advice over a range of length 0 fails with EINVAL if the kernel does not know the advice, and else succeeds
+  without touching anything (madvise(2), "EINVAL" and "length").
+- process_madvise(2) with nothing to advise still looks up the target and checks the rights over it: EACCES without
+  those to read its memory, EINVAL if this advice cannot be given to others, EPERM without CAP_SYS_NICE. Advising one's
+  own memory needs no rights on newer kernels, so the target must be another process; a child is one that certainly
+  belongs to the same user, and that nobody misses.
+
+For the trial of MADV_COLLAPSE one page must be there that no huge page brought along, whatever the machine's switches
+say: a collapse of what is huge already succeeds without doing anything. Hence the page is touched while the rest of
+its PMD range is inaccessible, and so another mapping; then the two become one again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from mthp.errors import MthpError
+from mthp.geometry import Geometry
+from mthp.linux import abi
+from mthp.linux.pagemap import Pagemap, can_see_pfns
+from mthp.linux.process import Process
+
+LARGEST_TRIAL = 64 << 20
+"""The largest folio, in bytes, that is made for a trial; arm64 with 64 KiB pages has a PMD size of 512 MiB."""
+
+PROT_NONE = 0
+"""include/uapi/asm-generic/mman-common.h; Python's mmap module has the others."""
+
+# --- userfaultfd(2): include/uapi/linux/userfaultfd.h ----------------------------------------------------------------
+
+UFFD_USER_MODE_ONLY = 1
+UFFD_API = 0xAA
+UFFDIO_API = 0xC018AA3F
+"""``_IOWR(0xAA, 0x3F, struct uffdio_api)``; this direction comes out the same on all architectures."""
+UFFDIO_API_ARG = "=3Q"
+"""``struct uffdio_api``: api, features, ioctls."""
+UFFD_FEATURE_MOVE = 1 << 16
+
+NR_USERFAULTFD = {"x86_64": 323, "ppc64": 364, "ppc64le": 364, "s390x": 355, "aarch64": 282, "riscv64": 282}
+"""``userfaultfd`` in each architecture's ``asm/unistd.h``, by machine as ``uname -m`` gives it."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What the trials found; an errno is 0 for success, and None where the trial could not be made.
+
+    Attributes:
+        collapse_known: errno of MADV_COLLAPSE over nothing: EINVAL if the kernel does not know it.
+        collapse: errno of MADV_COLLAPSE over memory of this process.
+        process_madvise: errno of process_madvise(MADV_COLLAPSE) over nothing of a child.
+        pfns: whether pagemap shows page frame numbers.
+        pagemap_scan: whether there is PAGEMAP_SCAN.
+        userfaultfd: errno of making a userfaultfd for faults in user mode and asking for its features.
+        userfaultfd_features: ``UFFD_FEATURE_*`` that the kernel has; 0 if it failed.
+    """
+
+    collapse_known: int
+    collapse: int | None
+    process_madvise: int | None
+    pfns: bool
+    pagemap_scan: bool
+    userfaultfd: int | None
+    userfaultfd_features: int
+
+
+def probe(geometry: Geometry) -> Probed:
+    """Make all trials. Takes a few milliseconds, and twice the PMD size of address space."""
+    known = abi.madvise(0, 0, abi.MADV_COLLAPSE)
+    tried = known == 0 and geometry.pmd_size <= LARGEST_TRIAL
+    uffd_error, features = probe_userfaultfd()
+    return Probed(
+        collapse_known=known,
+        collapse=probe_collapse(geometry) if tried else None,
+        process_madvise=probe_process_madvise(),
+        pfns=can_see_pfns(),
+        pagemap_scan=probe_pagemap_scan(),
+        userfaultfd=uffd_error,
+        userfaultfd_features=features,
+    )
+
+
+def probe_collapse(geometry: Geometry) -> int:
+    """Collapse one PMD range of fresh memory, in which one page was written, and release it.
+
+    Returns:
+        0, or the errno of what failed.
+    """
+    try:
+        memory = mmap.mmap(-1, 2 * geometry.pmd_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        return error.errno or errno.ENOMEM
+    with memory:
+        view = ctypes.c_char.from_buffer(memory)
+        address = -(-ctypes.addressof(view) // geometry.pmd_size) * geometry.pmd_size
+        # The mapping cannot be released while the view exists.
+        del view
+        rest, size = address + geometry.page_size, geometry.pmd_size - geometry.page_size
+        if _libc.mprotect(rest, size, PROT_NONE):
+            return ctypes.get_errno()
+        ctypes.memset(address, 1, 1)
+        if _libc.mprotect(rest, size, mmap.PROT_READ | mmap.PROT_WRITE):
+            return ctypes.get_errno()
+        return abi.madvise(address, geometry.pmd_size, abi.MADV_COLLAPSE)
+
+
+def probe_process_madvise() -> int | None:
+    """Advise nothing to a child process.
+
+    Returns:
+        0, the errno of process_madvise(2) or pidfd_open(2), or None if no child could be started.
+    """
+    try:
+        # It ends by itself, should this process be killed right now.
+        child = subprocess.Popen(
+            [sys.executable, "-ISc", "import time; time.sleep(10)"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError:
+        return None
+    with child:
+        try:
+            pidfd = os.pidfd_open(child.pid)
+        except OSError as error:
+            return error.errno
+        else:
+            try:
+                return abi.process_madvise(pidfd, 0, 0, abi.MADV_COLLAPSE)
+            finally:
+                os.close(pidfd)
+        finally:
+            child.kill()
+
+
+def probe_pagemap_scan() -> bool:
+    """Whether PAGEMAP_SCAN works on this process."""
+    try:
+        with Process("self") as process:
+            pagemap = Pagemap(process)
+            pagemap.close()
+            return pagemap.can_scan
+    except MthpError:
+        # Without pidfds or pagemap there is none either.
+        return False
+
+
+def probe_userfaultfd() -> tuple[int | None, int]:
+    """Make a userfaultfd that sees faults in user mode only, which needs no rights, and ask for its features.
+
+    Returns:
+        (0 or errno, features). The errno is None on an architecture whose system call number is not known here.
+    """
+    number = NR_USERFAULTFD.get(os.uname().machine)
+    if number is None:
+        return None, 0
+    fd = _libc.syscall(ctypes.c_long(number), ctypes.c_long(os.O_CLOEXEC | UFFD_USER_MODE_ONLY))
+    if fd < 0:
+        return ctypes.get_errno(), 0
+    try:
+        answer = fcntl.ioctl(fd, UFFDIO_API, struct.pack(UFFDIO_API_ARG, UFFD_API, 0, 0))
+    except OSError as error:
+        return error.errno, 0
+    finally:
+        os.close(fd)
+    _, features, _ = struct.unpack(UFFDIO_API_ARG, answer)
+    return 0, features

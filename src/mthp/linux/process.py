@@ -1,0 +1,265 @@
+"""One process, held so that it cannot be mistaken for another.
+
+A PID is a number that the kernel gives to somebody else as soon as its owner is gone. Three things together make
+sure that what is read and advised here always concerns the process of the first look:
+
+1. A *pidfd* (pidfd_open(2)) refers to the process itself. It becomes readable when the process exits, and never
+   refers to another one.
+2. A directory handle of ``/proc/PID`` is pinned in the same way: the kernel looks its files up through the
+   ``struct pid`` that the directory was opened for (fs/proc/base.c, get_proc_task), so opening a file relative to it
+   fails with ESRCH once that process is gone, also when a new one has the number.
+3. The two are opened one after the other, and the number could change hands in between. So the pidfd is asked again
+   afterwards: a process that has not exited by then still owns its number, hence the directory is its own.
+
+How it can fail: the process is gone (:class:`~mthp.errors.TargetVanishedError`), was a zombie or a kernel thread from
+the start (:class:`~mthp.errors.UnsupportedError`), or belongs to somebody else
+(:class:`~mthp.errors.NotPermittedError`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NoReturn, Self
+
+from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError, UsageError
+from mthp.linux import abi
+
+_PROC = Path("/proc")
+_READ_CHUNK = 1 << 20
+_GONE = (errno.ESRCH, errno.ENOENT)
+_REFUSED = (errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcStat:
+    """The fields of ``/proc/PID/stat`` that tell what kind of process it is (proc_pid_stat(5)).
+
+    Attributes:
+        state: one letter; Z a zombie, X dead.
+        flags: ``PF_*`` of include/linux/sched.h.
+        starttime: when it started, in clock ticks since boot.
+    """
+
+    state: str
+    flags: int
+    starttime: int
+
+    @classmethod
+    def parse(cls, text: bytes) -> ProcStat:
+        """Read the text of ``/proc/PID/stat``; the name in it may hold spaces and parentheses."""
+        fields = text[text.rindex(b")") + 2 :].split()
+        return cls(state=fields[0].decode(), flags=int(fields[6]), starttime=int(fields[19]))
+
+
+class Process:
+    """A handle of one living process. A context manager; leaving it closes the handle.
+
+    Args:
+        target: a PID, or ``"self"``.
+
+    Attributes:
+        pid: its number.
+        comm: its name, as the kernel has it (at most 15 bytes).
+        is_self: whether it is this process.
+        pidfd: its file descriptor from pidfd_open(2).
+        starttime: when it started, in clock ticks since boot.
+
+    Raises:
+        TargetVanishedError: there is no such process.
+        UnsupportedError: a zombie, a kernel thread, or a kernel without pidfds (before 5.3).
+        NotPermittedError: the process is hidden, or pidfd_open is filtered.
+        UsageError: not a PID, or that of a thread.
+    """
+
+    def __init__(self, target: int | Literal["self"]) -> None:
+        pid = os.getpid() if target == "self" else target
+        if pid <= 0:
+            raise UsageError(f"{pid} is not a PID", help="PIDs are positive; ps(1) and pgrep(1) list them")
+        self.pid = pid
+        self.is_self = pid == os.getpid()
+        self.comm = ""
+        self.pidfd = _open_pidfd(pid)
+        self._directory = -1
+        self._poll = select.poll()
+        self._poll.register(self.pidfd, select.POLLIN)
+        try:
+            self._directory = self._open_directory()
+            self.starttime = self._look()
+        except MthpError:
+            self.close()
+            raise
+
+    def _open_directory(self) -> int:
+        try:
+            return os.open(_PROC / str(self.pid), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in _GONE and self.is_alive():
+                raise NotPermittedError(
+                    f"/proc does not show process {self.pid}",
+                    help="/proc is mounted with hidepid: run as the same user or with CAP_SYS_PTRACE",
+                ) from None
+            self.fail(error, "its directory in /proc")
+
+    def _look(self) -> int:
+        """Check what kind of process it is, and that directory and pidfd are of the same one; give its start time."""
+        stat = ProcStat.parse(self.read("stat"))
+        self.comm = self.read("comm").decode(errors="replace").rstrip("\n")
+        if stat.flags & abi.PF_KTHREAD:
+            raise UnsupportedError(
+                f"process {self.pid} ({self.comm}) is a kernel thread",
+                help="kernel threads have no memory of their own: choose a user process",
+            )
+        if stat.state == "Z":
+            raise UnsupportedError(
+                f"process {self.pid} ({self.comm}) is a zombie",
+                help="it has exited and has no memory; its parent has not waited for it yet",
+            )
+        self.check_alive()
+        return stat.starttime
+
+    @property
+    def label(self) -> str:
+        """How to name it to a person: ``"1234 (comm)"``."""
+        return f"{self.pid} ({self.comm})"
+
+    def is_alive(self) -> bool:
+        """Whether it has not exited yet. Never true for another process that took over the number."""
+        return not self._poll.poll(0)
+
+    def check_alive(self) -> None:
+        """Do nothing if it is alive.
+
+        Raises:
+            TargetVanishedError: it has exited.
+        """
+        if not self.is_alive():
+            self._vanished()
+
+    def check_memory(self) -> None:
+        """Do nothing if it still has an address space, which an exiting process gives up before it is gone.
+
+        Raises:
+            TargetVanishedError: it has exited, or is about to.
+        """
+        self.check_alive()
+        if not any(int(field) for field in self.read("statm").split()):
+            self._vanished()
+
+    def open(self, name: str) -> int:
+        """A new file descriptor for reading ``/proc/PID/<name>``, which the caller closes.
+
+        Raises:
+            TargetVanishedError: it has exited.
+            NotPermittedError: its memory is not ours to look at.
+            UnsupportedError: this kernel has no such file.
+        """
+        try:
+            return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._directory)
+        except OSError as error:
+            self.fail(error, f"/proc/{self.pid}/{name}")
+
+    def read(self, name: str) -> bytes:
+        """The whole of ``/proc/PID/<name>``, for files that are small.
+
+        Raises:
+            TargetVanishedError, NotPermittedError, UnsupportedError: as :meth:`open`.
+        """
+        fd = self.open(name)
+        parts = []
+        try:
+            while part := os.read(fd, _READ_CHUNK):
+                parts.append(part)
+        except OSError as error:
+            self.fail(error, f"/proc/{self.pid}/{name}")
+        finally:
+            os.close(fd)
+        return b"".join(parts)
+
+    def status(self, field: str) -> str | None:
+        """One field of ``/proc/PID/status``, such as ``"THP_enabled"``; None where the kernel has none of that name.
+
+        Raises:
+            TargetVanishedError: it has exited.
+        """
+        return _status_field(self.read("status"), field)
+
+    def fail(self, error: OSError, what: str) -> NoReturn:
+        """Raise the error of this package that `error`, met while using `what`, stands for."""
+        if error.errno == errno.ESRCH or not self.is_alive():
+            self._vanished()
+        if error.errno in _REFUSED:
+            raise NotPermittedError(
+                f"not permitted to look at process {self._name()}: {what}: {error.strerror}",
+                help="run as the user of that process, or with CAP_SYS_PTRACE (root); a process that is not dumpable"
+                " (prctl(2)) or that a security module guards needs the latter",
+            ) from error
+        if error.errno == errno.ENOENT:
+            raise UnsupportedError(f"this kernel has no {what}", help="see `mthp doctor`") from error
+        raise MthpError(f"process {self._name()}: {what}: {error.strerror}") from error
+
+    def _vanished(self) -> NoReturn:
+        raise TargetVanishedError(f"process {self._name()} is gone", help="it exited") from None
+
+    def _name(self) -> str:
+        return self.label if self.comm else str(self.pid)
+
+    def close(self) -> None:
+        """Let go of it. Closing twice does nothing."""
+        for fd in (self.pidfd, self._directory):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self._directory = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OverflowError:
+        raise _no_process(pid) from None
+    except OSError as error:
+        if error.errno == errno.ESRCH:
+            raise _no_process(pid) from None
+        if error.errno in (errno.EINVAL, errno.ENOENT):
+            # The kernel knows the number, but not as that of a process: EINVAL, since Linux 6.15 ENOENT.
+            raise _thread_or_nothing(pid) from None
+        if error.errno == errno.ENOSYS:
+            raise UnsupportedError("this kernel has no pidfd_open", help="Linux 5.3 or later has it") from None
+        raise NotPermittedError(
+            f"pidfd_open of process {pid}: {error.strerror}",
+            help="a seccomp filter (a container's) may forbid pidfd_open: allow it or run outside",
+        ) from error
+
+
+def _no_process(pid: int) -> TargetVanishedError:
+    return TargetVanishedError(f"no process {pid}", help="ps(1) and pgrep(1) list what runs")
+
+
+def _thread_or_nothing(pid: int) -> MthpError:
+    try:
+        owner = _status_field((_PROC / str(pid) / "status").read_bytes(), "Tgid")
+    except OSError:
+        return _no_process(pid)
+    if owner in (None, str(pid)):
+        return _no_process(pid)
+    return UsageError(f"{pid} is a thread of process {owner}", help=f"give the PID {owner}")
+
+
+def _status_field(text: bytes, field: str) -> str | None:
+    for line in text.decode(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return value.strip()
+    return None

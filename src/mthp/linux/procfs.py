@@ -1,0 +1,286 @@
+"""The mappings of a process: smaps, maps, numa_maps and mountinfo as :class:`~mthp.addrspace.Vma` and totals.
+
+smaps is the one file that has the VmFlags line, and with it MADV_HUGEPAGE and what else decides about THP. It is
+text, about 800 bytes a mapping, and a process can have 65 530 mappings and more, so it is read in pieces and each
+mapping is cut out with a few searches for just the fields that are wanted. Where a kernel is built without smaps
+(CONFIG_PROC_PAGE_MONITOR), maps gives the same list without flags.
+
+The list is no snapshot: the kernel writes it piece by piece, and the process may map and unmap meanwhile. What is
+promised (Documentation/filesystems/proc.rst, "/proc/PID/maps") is that ranges ascend and do not overlap. A file that
+is empty, or ends early because the process does, is the sign that the process has exited.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mthp.addrspace import Vma, VmaKind
+from mthp.errors import UnsupportedError
+from mthp.linux.process import Process
+
+_READ_CHUNK = 1 << 20
+_HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$", re.MULTILINE)
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+_SHMEM_NAMES = ("/memfd:", "/SYSV", "/dev/shm/", "[anon_shmem:")
+_ANON_NAMES = ("[heap]", "[stack", "[anon:")
+_SHMEM_FILESYSTEMS = (b"tmpfs", b"devtmpfs")
+_NO_FLAGS: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class SmapsTotals:
+    """What smaps says of the memory of one mapping, in bytes; a field that the kernel does not have is 0.
+
+    Attributes:
+        rss: resident, zero pages not counted.
+        anonymous: resident and not part of a file.
+        anon_huge_pages: anonymous and mapped by PMD entries.
+        shmem_pmd_mapped, file_pmd_mapped: the same for shared memory and for files.
+        lazyfree: freed with MADV_FREE, and clean.
+        swap: swapped out.
+        thp_eligible: whether the kernel would give it some THP order; None on kernels that do not say.
+    """
+
+    rss: int
+    anonymous: int
+    anon_huge_pages: int
+    shmem_pmd_mapped: int
+    file_pmd_mapped: int
+    lazyfree: int
+    swap: int
+    thp_eligible: bool | None
+
+
+def read_vmas(process: Process) -> list[Vma]:
+    """The mappings of `process`, by ascending address.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+        NotPermittedError: its memory is not ours to look at.
+    """
+    return [vma for vma, _ in _read_records(process)]
+
+
+def read_smaps(process: Process) -> list[tuple[Vma, SmapsTotals]]:
+    """The mappings with what smaps says of their memory.
+
+    Raises:
+        TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
+    """
+    return [(vma, parse_totals(block)) for vma, block in _read_records(process)]
+
+
+def is_mapped(process: Process, start: int, end: int) -> bool:
+    """Whether mappings cover all of `start` to `end` at this moment.
+
+    Raises:
+        TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
+    """
+    for match in _HEADER.finditer(process.read("maps")):
+        low, high = int(match[1], 16), int(match[2], 16)
+        if low <= start < high:
+            start = high
+    return start >= end
+
+
+def read_numa(process: Process, page_size: int) -> dict[int, tuple[tuple[int, int], ...]]:
+    """Base pages by NUMA node for each mapping, by its start address; empty on kernels without NUMA.
+
+    The kernel walks the page tables of the whole process for this, about as long as for smaps.
+
+    Raises:
+        TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
+    """
+    try:
+        text = process.read("numa_maps")
+    except UnsupportedError:
+        return {}
+    return dict(parse_numa_line(line, page_size) for line in text.splitlines() if line)
+
+
+def parse_numa_line(line: bytes, page_size: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """One line of numa_maps (numa(7)): its start address, and base pages by node.
+
+    The kernel counts in pages of ``kernelpagesize_kB``, which for hugetlbfs is not the base page.
+    """
+    words = line.split()
+    nodes = []
+    unit = page_size
+    for word in words[2:]:
+        name, _, value = word.partition(b"=")
+        if name == b"kernelpagesize_kB":
+            unit = int(value) << 10
+        elif name[:1] == b"N" and name[1:].isdigit():
+            nodes.append((int(name[1:]), int(value)))
+    return int(words[0], 16), tuple((node, count * unit // page_size) for node, count in nodes)
+
+
+def parse_totals(block: bytes) -> SmapsTotals:
+    """The totals of one mapping's part of smaps."""
+    eligible = _number(block, b"\nTHPeligible:")
+    return SmapsTotals(
+        rss=_kilobytes(block, b"\nRss:"),
+        anonymous=_kilobytes(block, b"\nAnonymous:"),
+        anon_huge_pages=_kilobytes(block, b"\nAnonHugePages:"),
+        shmem_pmd_mapped=_kilobytes(block, b"\nShmemPmdMapped:"),
+        file_pmd_mapped=_kilobytes(block, b"\nFilePmdMapped:"),
+        lazyfree=_kilobytes(block, b"\nLazyFree:"),
+        swap=_kilobytes(block, b"\nSwap:"),
+        thp_eligible=None if eligible is None else bool(eligible),
+    )
+
+
+def shmem_devices(mountinfo: bytes) -> frozenset[str]:
+    """Device numbers of the tmpfs mounts in a mountinfo text, as maps writes them (``"00:1b"``)."""
+    devices = set()
+    for line in mountinfo.splitlines():
+        mount, _, source = line.partition(b" - ")
+        if source.split(b" ", 1)[0] in _SHMEM_FILESYSTEMS:
+            major, _, minor = mount.split()[2].partition(b":")
+            devices.add(f"{int(major):02x}:{int(minor):02x}")
+    return frozenset(devices)
+
+
+class VmaParser:
+    """Makes a :class:`~mthp.addrspace.Vma` of one mapping's part of smaps, or of a line of maps.
+
+    Processes with many mappings have few different names and flag lines, so what is made of those is kept.
+
+    Args:
+        shmem_devices: devices whose files are shared memory, as :func:`shmem_devices` gives them.
+    """
+
+    def __init__(self, shmem_devices: frozenset[str] = frozenset()) -> None:
+        self._shmem_devices = shmem_devices
+        self._flags: dict[bytes, frozenset[str]] = {}
+        self._names: dict[bytes, str] = {}
+
+    def parse(self, header: re.Match[bytes], block: bytes) -> Vma:
+        """The mapping of a header line (a match of the module's pattern) and the lines up to the next one."""
+        start, end, permissions, device, inode, raw_name = header.groups()
+        if (name := self._names.get(raw_name)) is None:
+            name = self._names[raw_name] = _unescape(os.fsdecode(raw_name))
+        flags = self._parse_flags(block)
+        shared = permissions.endswith(b"s")
+        written = any(_number(block, field) for field in (b"\nAnonymous:", b"\nSwap:", b"\nAnonHugePages:"))
+        kind = self._kind(name, flags, device.decode(), shared=shared, has_file=inode != b"0")
+        return Vma(
+            start=int(start, 16),
+            end=int(end, 16),
+            permissions=permissions.decode(),
+            name=name,
+            kind=kind,
+            flags=flags,
+            # Written once and empty now looks like never written: "Anonymous: 0 kB" proves nothing. In shared
+            # memory the swapped pages are those of the file.
+            has_anon_vma=True if written and kind is not VmaKind.SHMEM else None,
+        )
+
+    def _parse_flags(self, block: bytes) -> frozenset[str]:
+        at = block.rfind(b"VmFlags:")
+        if at < 0:
+            return _NO_FLAGS
+        line = block[at + 8 : block.find(b"\n", at)]
+        if (flags := self._flags.get(line)) is None:
+            flags = self._flags[line] = frozenset(line.decode().split())
+        return flags
+
+    def _kind(self, name: str, flags: frozenset[str], device: str, *, shared: bool, has_file: bool) -> VmaKind:
+        if "ht" in flags or name.startswith("/anon_hugepage"):
+            return VmaKind.HUGETLB
+        if "io" in flags or "pf" in flags:
+            return VmaKind.SPECIAL
+        if name.startswith(_SHMEM_NAMES):
+            return VmaKind.SHMEM
+        if name.startswith("/dev/zero"):
+            # A private mapping of /dev/zero is plain anonymous memory that kept the name (mmap_zero, char/mem.c).
+            return VmaKind.SHMEM if shared else VmaKind.ANON
+        if name.startswith(_ANON_NAMES) or not (name or has_file or shared):
+            return VmaKind.ANON
+        if name.startswith("/"):
+            return VmaKind.SHMEM if device in self._shmem_devices else VmaKind.FILE
+        return VmaKind.SPECIAL
+
+
+def split_records(pieces: Iterator[bytes]) -> Iterator[tuple[re.Match[bytes], bytes]]:
+    """Cut smaps or maps text, which comes in `pieces` of any size, into (header match, its block).
+
+    A line that the end of the text cuts is left out.
+    """
+    rest = b""
+    for piece in pieces:
+        text = rest + piece
+        # The last mapping may go on in the next piece.
+        headers = list(_HEADER.finditer(text, 0, text.rfind(b"\n") + 1))
+        if not headers:
+            rest = text
+            continue
+        for header, following in itertools.pairwise(headers):
+            yield header, text[header.start() : following.start()]
+        rest = text[headers[-1].start() :]
+    rest = rest[: rest.rfind(b"\n") + 1]
+    if last := _HEADER.match(rest):
+        yield last, rest
+
+
+def _read_records(process: Process) -> Iterator[tuple[Vma, bytes]]:
+    parser = VmaParser(shmem_devices(_mountinfo(process)))
+    empty = True
+    for header, block in split_records(_pieces(process)):
+        empty = False
+        yield parser.parse(header, block), block
+    if empty:
+        process.check_memory()
+    process.check_alive()
+
+
+def _pieces(process: Process) -> Iterator[bytes]:
+    try:
+        fd = process.open("smaps")
+    except UnsupportedError:
+        fd = process.open("maps")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        # One read gives about a page of text, whatever is asked for: gather them for the search.
+        while part := os.read(fd, _READ_CHUNK):
+            parts.append(part)
+            size += len(part)
+            if size >= _READ_CHUNK:
+                yield b"".join(parts)
+                parts, size = [], 0
+    except OSError as error:
+        process.fail(error, "its mappings")
+    finally:
+        os.close(fd)
+    yield b"".join(parts)
+
+
+def _mountinfo(process: Process) -> bytes:
+    try:
+        return process.read("mountinfo")
+    except UnsupportedError:
+        return b""
+
+
+def _number(block: bytes, field: bytes) -> int | None:
+    at = block.find(field)
+    if at < 0:
+        return None
+    at += len(field)
+    return int(block[at : block.index(b"\n", at)].removesuffix(b"kB"))
+
+
+def _kilobytes(block: bytes, field: bytes) -> int:
+    return (_number(block, field) or 0) << 10
+
+
+def _unescape(name: str) -> str:
+    """Undo what the kernel does to names with a newline in them (seq_file_path): octal after a backslash."""
+    if "\\" not in name:
+        return name
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), name)

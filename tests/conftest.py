@@ -1,0 +1,94 @@
+"""What every test of this project shares: requirements of live tests, and the machine's THP switches.
+
+A test that needs more than any machine has says so with ``@pytest.mark.requires("root", "thp", ...)``; the words are
+the keys of `_REQUIREMENTS`. Elsewhere it is skipped with the reason; with ``MTHP_REQUIRE_LIVE=1`` in the environment
+such a skip is a failure, for machines that are there to run them.
+
+A test that depends on the THP switches takes the fixture ``thp_switches``, which is the only thing here that changes
+them. It holds a lock, so that two test sessions do not change them under each other's feet, and writes down what it
+found before it changes anything, so that a session which was killed is cleaned up after by the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mthp.linux.pagemap import Pagemap, can_see_pfns
+from mthp.linux.process import Process
+from thp_switches import THP_ROOT, ThpSwitches
+
+_STATE = Path(tempfile.gettempdir()) / f"mthp-tests-switches-{os.getuid()}.json"
+_REQUIRE_LIVE = "MTHP_REQUIRE_LIVE"
+
+
+def _has_scan() -> bool:
+    with Process("self") as process:
+        pagemap = Pagemap(process)
+        pagemap.close()
+        return pagemap.can_scan
+
+
+def _can_advise(advice: int) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    with mmap.mmap(-1, 2 * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        view = ctypes.c_char.from_buffer(memory)
+        failed = libc.madvise(ctypes.addressof(view), mmap.PAGESIZE, advice)
+        del view
+    return not failed
+
+
+def _has_swap() -> bool:
+    return len(Path("/proc/swaps").read_text().splitlines()) > 1
+
+
+def _can_write(path: Path) -> bool:
+    return os.access(path, os.W_OK)
+
+
+_REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
+    "root": (lambda: os.geteuid() == 0, "needs root"),
+    "pfns": (can_see_pfns, "needs page frame numbers (CAP_SYS_ADMIN)"),
+    "thp": (lambda: _can_write(THP_ROOT / "enabled"), "needs THP with switches that may be changed"),
+    "mthp": (lambda: _can_write(THP_ROOT / "hugepages-64kB/enabled"), "needs per-size THP switches (Linux 6.8)"),
+    "4k-pages": (lambda: mmap.PAGESIZE == 4096, "needs base pages of 4 KiB"),
+    "pagemap_scan": (_has_scan, "needs PAGEMAP_SCAN (Linux 6.7)"),
+    "guard": (lambda: _can_advise(102), "needs MADV_GUARD_INSTALL (Linux 6.13)"),
+    "swap": (_has_swap, "needs swap"),
+    "ns_last_pid": (lambda: _can_write(Path("/proc/sys/kernel/ns_last_pid")), "needs ns_last_pid to choose PIDs"),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "requires(*words): skip where the machine or the rights lack one of them")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("requires"):
+        for word in mark.args:
+            check, reason = _REQUIREMENTS[word]
+            if not check():
+                if os.environ.get(_REQUIRE_LIVE) == "1":
+                    pytest.fail(f"{reason}, and {_REQUIRE_LIVE}=1 forbids to skip", pytrace=False)
+                pytest.skip(reason)
+
+
+@pytest.fixture
+def thp_switches() -> Iterator[ThpSwitches]:
+    """The machine's THP switches, for this test alone, put back afterwards."""
+    with _STATE.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        switches = ThpSwitches(_STATE)
+        switches.recover()
+        try:
+            yield switches
+        finally:
+            switches.restore()
