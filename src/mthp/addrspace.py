@@ -61,8 +61,6 @@ class Pte(enum.IntFlag):
     """A guard marker (MADV_GUARD_INSTALL); SWAP is set with it."""
     HUGETLB = 1 << 10
     """Part of a hugetlbfs page, which collapse leaves alone."""
-    PINNED = 1 << 11
-    """Has references besides its mappings."""
 
 
 class VmaKind(enum.StrEnum):

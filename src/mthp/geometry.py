@@ -7,9 +7,11 @@ between architectures, so everything in this package takes them from a :class:`G
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mthp.errors import UsageError
 
@@ -19,8 +21,8 @@ MIN_ANON_ORDER = 2
 MAX_PMD_ORDER = 15
 """The largest PMD order that this package counts with; the largest of any architecture is 13."""
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", re.IGNORECASE)
+_UNITS = "BKMGTPE"
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTPE]?)(?:I?B)?\s*", re.IGNORECASE)
 _ORDER = re.compile(r"\s*order\s*=\s*(\d+)\s*", re.IGNORECASE)
 
 
@@ -80,22 +82,26 @@ class Geometry:
         Raises:
             UsageError: not a size, or not one that anonymous folios of this geometry have.
         """
-        if isinstance(text, int):
+        if not isinstance(text, str):
             return self.check_order(text)
         if match := _ORDER.fullmatch(text):
             return self.check_order(int(match[1]))
         size = parse_size(text)
         order = (size // self.page_size).bit_length() - 1
-        if order < 0 or self.size_of(order) != size:
+        if order not in self.anon_orders or self.size_of(order) != size:
             raise UsageError(f"{text!r} is not a folio size on {self.name}", help=self._allowed())
-        return self.check_order(order)
+        return order
 
     def check_order(self, order: int) -> int:
-        """Give `order` back if anonymous folios can have it.
+        """Give `order` back, as an int, if anonymous folios can have it.
 
         Raises:
-            UsageError: it is below 2 or above the PMD order.
+            UsageError: it is below 2 or above the PMD order, or no integer.
         """
+        try:
+            order = operator.index(order)
+        except TypeError:
+            raise UsageError(f"order {order!r} is not an integer", help=self._allowed()) from None
         if not MIN_ANON_ORDER <= order <= self.pmd_order:
             raise UsageError(f"order {order} does not exist on {self.name}", help=self._allowed())
         return order
@@ -181,8 +187,8 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise UsageError(f"{text!r} is not a size", help="write it as 65536, 64K, 64kB, 2M or 1.5G")
-    size = float(match[1]) * _UNITS[match[2].upper()]
-    if size != int(size):
+    size = Fraction(match[1]) * (1 << 10 * _UNITS.index(match[2].upper() or "B"))
+    if size.denominator != 1:
         raise UsageError(f"{text!r} is not a whole number of bytes")
     return int(size)
 
@@ -195,4 +201,4 @@ def format_size(size: int) -> str:
         return str(size)
     exponent = min((size.bit_length() - 1) // 10, 6)
     scaled = size / (1 << 10 * exponent)
-    return f"{scaled:.1f}".removesuffix(".0") + "BKMGTPE"[exponent]
+    return f"{scaled:.1f}".removesuffix(".0") + _UNITS[exponent]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind, in_blocks
 from mthp.collapse.occupancy import Planes
 from mthp.collapse.plan import make_rules, plan_planes
-from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy, Rules, policy_named
+from mthp.collapse.policy import Policy, Rules, policy_named
 from mthp.columns import Table
 from mthp.eligibility import Trigger, eligibility
 from mthp.geometry import Geometry
@@ -46,7 +46,7 @@ class PlanOptions:
             machine's switches allow.
         trigger: ``khugepaged``, which respects the limits, or ``madvise``.
         max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range; the target machine's own by default.
-        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``.
+        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
         include_file: plan memory of files and shared memory too, at the PMD order.
         within: plan this range of addresses only.
     """
@@ -57,7 +57,7 @@ class PlanOptions:
     max_ptes_none: int | None = None
     max_ptes_swap: int | None = None
     max_ptes_shared: int | None = None
-    mthp_min_order: int = DEFAULT_MTHP_MIN_ORDER
+    mthp_min_order: int | None = None
     include_file: bool = False
     within: Segment | None = None
 
@@ -329,6 +329,7 @@ def planes_of(
         present=(state & Pte.PRESENT) != 0,
         zero=plane(Pte.ZERO),
         swap=plane(Pte.SWAP),
+        guard=plane(Pte.GUARD),
         shared=plane(Pte.SHARED),
         lazyfree=plane(Pte.LAZYFREE),
         uffd=plane(Pte.UFFD_WP),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
@@ -56,6 +57,9 @@ class Tunables:
         Raises:
             UsageError: a limit outside 0 to N - 1 for N PTEs per PMD range, or a pace that is not positive.
         """
+        for knob in dataclasses.fields(self):
+            if not isinstance(getattr(self, knob.name), Integral):
+                raise UsageError(f"{knob.name} {getattr(self, knob.name)!r} is not an integer")
         highest = geometry.ptes_per_pmd - 1
         for name in LIMITS:
             value = getattr(self, name)

@@ -41,7 +41,7 @@ _PLAN_OPTIONS = (
     click.option("--max-ptes-swap", type=int, metavar="N", help="Swapped pages it may read back, per PMD range."),
     click.option("--max-ptes-shared", type=int, metavar="N", help="Shared pages it may copy, per PMD range."),
     click.option(
-        "--mthp-min-order", type=int, default=3, show_default=True, metavar="K", help="The chunk order of rfc's bitmap."
+        "--mthp-min-order", type=int, metavar="K", help="The chunk order of rfc's bitmap; 3 by default."
     ),
     click.option("--include-file", is_flag=True, help="Memory of files and shared memory too, at the PMD size."),
 )

@@ -31,7 +31,8 @@ class Checks:
         zero_none_if_armed: no none PTE may be there where the mapping is armed with userfaultfd.
         uffd, lazyfree: write-protected PTEs and clean lazyfree pages hinder.
         large: a page in a folio of this order or larger hinders; None if it does not.
-        swap_first: too many swap entries are met before anything else (swap-in comes before isolation).
+        swap_in: swap entries are read back before anything else is looked at, so too many of them are met first.
+        guard: guard markers hinder, since they cannot be read back.
         references: some page must have been referenced, or LACK_REFERENCED_PAGE; with swap entries in the run at
             least this many if it is above 1.
     """
@@ -41,7 +42,8 @@ class Checks:
     uffd: bool = False
     lazyfree: bool = False
     large: int | None = None
-    swap_first: bool = False
+    swap_in: bool = False
+    guard: bool = False
     references: int = 0
 
 
@@ -60,47 +62,45 @@ def first_hindrances(
         int8, shape (runs,): :class:`~mthp.results.ScanResult`, SUCCEED where nothing hinders.
     """
     run = _RunPlanes(planes, order, rows, offsets)
-    occupied = run.of(planes.present)
-    if (zero := run.plane("zero")) is not None:
-        occupied &= ~zero
     swap = run.plane("swap")
-    none = ~occupied if swap is None else ~(occupied | swap)
+    occupied = run.plane("present") & ~run.plane("zero")
+    contents = occupied | swap
     none_limit: NDArray[np.intp] = np.full(len(rows), checks.limits.none)
     if checks.zero_none_if_armed and planes.uffd_armed is not None:
         none_limit[planes.uffd_armed[rows]] = 0
 
     first = _First(len(rows), 1 << order)
-    first.meet(_exceeds(none, none_limit), ScanResult.EXCEED_NONE_PTE)
-    swap_positions = None if swap is None else _exceeds(swap, np.full(len(rows), checks.limits.swap))
-    if swap_positions is not None:
-        first.meet(swap_positions, ScanResult.EXCEED_SWAP_PTE)
-    uffd = run.plane("uffd") if checks.uffd else None
-    if uffd is not None:
-        contents = occupied if swap is None else occupied | swap
-        first.meet(_first_set(uffd & contents), ScanResult.PTE_UFFD)
-    lazyfree = run.plane("lazyfree") if checks.lazyfree else None
-    if lazyfree is not None:
-        clean = lazyfree & occupied
+    first.meet(_exceeds(~contents, none_limit), ScanResult.EXCEED_NONE_PTE)
+    too_much_swap = _exceeds(swap, np.full(len(rows), checks.limits.swap))
+    first.meet(too_much_swap, ScanResult.EXCEED_SWAP_PTE)
+    if checks.uffd:
+        first.meet(_first_set(run.plane("uffd") & contents), ScanResult.PTE_UFFD)
+    if checks.lazyfree:
+        clean = run.plane("lazyfree") & occupied
         if planes.droppable is not None:
             clean &= ~planes.droppable[rows, None]
         first.meet(_first_set(clean), ScanResult.PAGE_LAZYFREE)
-    shared = run.plane("shared")
-    if shared is not None:
-        limit: NDArray[np.intp] = np.full(len(rows), checks.limits.shared)
-        first.meet(_exceeds(shared & occupied, limit), ScanResult.EXCEED_SHARED_PTE)
+    shared = run.plane("shared") & occupied
+    first.meet(_exceeds(shared, np.full(len(rows), checks.limits.shared)), ScanResult.EXCEED_SHARED_PTE)
     if checks.large is not None and planes.folio_order is not None:
         large = run.of(planes.folio_order) >= checks.large
         first.meet(_first_set(large & occupied), ScanResult.PTE_MAPPED_HUGEPAGE)
-    if checks.swap_first and swap_positions is not None:
-        first.override(swap_positions, ScanResult.EXCEED_SWAP_PTE)
+    guard = run.plane("guard") if checks.guard else np.zeros_like(swap)
+    if checks.swap_in:
+        first.override(_first_set(guard), ScanResult.FAIL)
+        first.override(too_much_swap, ScanResult.EXCEED_SWAP_PTE)
     if checks.references:
-        unreferenced = run.plane("unreferenced")
-        referenced = (occupied if unreferenced is None else occupied & ~unreferenced).sum(axis=1)
-        needed = np.ones(len(rows), np.intp)
-        if swap is not None:
-            needed[swap.any(axis=1)] = max(1, checks.references)
-        first.finish(referenced < needed, ScanResult.LACK_REFERENCED_PAGE)
+        lacking = _lacks_references(occupied & ~run.plane("unreferenced"), swap, checks.references)
+        first.finish(lacking, ScanResult.LACK_REFERENCED_PAGE)
+    first.finish(np.count_nonzero(guard, axis=1) > 0, ScanResult.FAIL)
     return first.result
+
+
+def _lacks_references(referenced: Bits, swap: Bits, with_swap: int) -> Bits:
+    """Which runs have too few referenced pages: none, or fewer than `with_swap` beside swap entries."""
+    count = np.count_nonzero(referenced, axis=1)
+    lacking: Bits = (count == 0) | (swap.any(axis=1) & (count < with_swap))
+    return lacking
 
 
 class _RunPlanes:
@@ -117,10 +117,10 @@ class _RunPlanes:
         cut: NDArray[T] = plane.reshape(plane.shape[0], -1, self._size)[self._rows, self._indices]
         return cut
 
-    def plane(self, name: str) -> Bits | None:
-        """The runs' part of the plane called `name`; None if it was not given."""
+    def plane(self, name: str) -> Bits:
+        """The runs' part of the plane called `name`; all clear if that was not given."""
         plane: Bits | None = getattr(self._planes, name)
-        return None if plane is None else self.of(plane)
+        return np.zeros((len(self._rows), self._size), np.bool_) if plane is None else self.of(plane)
 
 
 class _First:

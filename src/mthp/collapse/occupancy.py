@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mthp.addrspace import ORDER_UNKNOWN
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 
@@ -33,6 +35,7 @@ class Planes:
         present: bool; a page is mapped, the zero page included.
         zero: bool; the shared zero page is mapped. Only where `present` is.
         swap: bool; a swap entry, or a marker that counts as one. Only where `present` is not.
+        guard: bool; a guard marker, which counts as a swap entry that cannot be read back. Only where `swap` is.
         shared: bool; the page is mapped by another process too.
         lazyfree: bool; freed with MADV_FREE and clean.
         uffd: bool; write-protected by userfaultfd: a page or a swap entry.
@@ -46,6 +49,7 @@ class Planes:
     present: Bits
     zero: Bits | None = None
     swap: Bits | None = None
+    guard: Bits | None = None
     shared: Bits | None = None
     lazyfree: Bits | None = None
     uffd: Bits | None = None
@@ -73,16 +77,19 @@ class Planes:
         for name, plane in others.items():
             if plane is None or plane is False:
                 continue
-            if name in _PER_RANGE:
-                given[name] = np.broadcast_to(_as_bits(plane, name), bits.shape[:1])
-                continue
             array = _as_orders(plane) if name == "folio_order" else _as_bits(plane, name)
-            if array.shape != bits.shape:
-                raise UsageError(f"{name} has shape {array.shape}, present has {bits.shape}: they must be the same")
+            shape = bits.shape[:1] if name in _PER_RANGE else bits.shape
+            if name in _PER_RANGE and array.ndim == 0:
+                array = np.full(shape, array)
+            if array.shape != shape:
+                raise UsageError(f"{name} has shape {array.shape}, present has {bits.shape}: it must have {shape}")
             given[name] = array
         swap = given.get("swap")
         if swap is not None and bool((bits & swap).any()):
             raise UsageError("a PTE cannot be both present and swapped: present and swap overlap")
+        guard = given.get("guard")
+        if guard is not None and bool((guard & ~(False if swap is None else swap)).any()):
+            raise UsageError("a guard marker counts as a swap entry: guard has bits that swap lacks")
         zero = given.get("zero")
         if zero is not None and bool((zero & ~bits).any()):
             raise UsageError("a zero page is present: zero has bits that present lacks")
@@ -103,20 +110,31 @@ _PER_RANGE = ("pmd_mapped", "uffd_armed", "droppable")
 
 
 def _as_bits(plane: ArrayLike, name: str) -> Bits:
-    array = np.asarray(plane)
+    array = _as_array(plane, name)
     if array.dtype == np.bool_:
         return array
-    if array.dtype.kind not in "iu":
-        raise UsageError(f"{name} has dtype {array.dtype}: it must be bool or an integer")
     bits: Bits = array != 0
     return bits
 
 
 def _as_orders(plane: ArrayLike) -> NDArray[np.int8]:
-    array = np.asarray(plane)
-    if array.dtype.kind not in "iu":
-        raise UsageError(f"folio_order has dtype {array.dtype}: it must be an integer")
-    return array.astype(np.int8, copy=False)
+    array = _as_array(plane, "folio_order")
+    if array.size and not ORDER_UNKNOWN <= array.min() <= array.max() <= np.iinfo(np.int8).max:
+        raise UsageError(f"folio_order has values from {array.min()} to {array.max()}: folio orders are 0 to 127")
+    # What lies in no folio, or in an unknown one, counts as a base page.
+    orders: NDArray[np.int8] = np.maximum(array, 0).astype(np.int8, copy=False)
+    return orders
+
+
+def _as_array(plane: ArrayLike, name: str) -> NDArray[Any]:
+    """The plane as a C-contiguous array of bool or integers."""
+    try:
+        array = np.ascontiguousarray(plane) if np.ndim(plane) else np.asarray(plane)
+    except ValueError:
+        raise UsageError(f"{name} is ragged: all its rows must have the same length") from None
+    if array.dtype.kind not in "biu":
+        raise UsageError(f"{name} has dtype {array.dtype}: it must be bool or an integer")
+    return array
 
 
 class Occupancy:
@@ -141,7 +159,7 @@ class Occupancy:
         """How many PTEs of plane `name` each run of `order` has.
 
         Args:
-            name: ``occupied``, ``referenced``, ``swap``, ``shared``, ``zero``, ``lazyfree`` or ``uffd``.
+            name: ``occupied``, ``referenced``, ``swap``, ``guard``, ``shared``, ``zero``, ``lazyfree`` or ``uffd``.
             order: 2 or above.
         """
         key = name, order
@@ -197,7 +215,7 @@ class Occupancy:
         if name == "referenced":
             return planes.occupied if planes.unreferenced is None else planes.occupied & ~planes.unreferenced
         plane: Bits | None = getattr(planes, name)
-        if plane is None or name in ("zero", "swap"):
+        if plane is None or name in ("zero", "swap", "guard"):
             return plane
         contents = planes.occupied
         if name == "uffd" and planes.swap is not None:

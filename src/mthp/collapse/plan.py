@@ -49,7 +49,7 @@ class Plan:
     def orders(self) -> NDArray[np.int8]:
         """The order of the folio that each page would lie in afterwards: int8, shape (ranges, ptes_per_pmd).
 
-        0 is a base page, -1 none; a page that is not collapsed keeps the order that it has.
+        0 is a base page, the zero page too, and -1 none; a page that is not collapsed keeps the order that it has.
         """
         orders = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
         start = 0
@@ -111,6 +111,7 @@ def plan_ranges(
     max_ptes_shared: int | None = None,
     zero: ArrayLike | None = None,
     swap: ArrayLike | None = None,
+    guard: ArrayLike | None = None,
     shared: ArrayLike | None = None,
     lazyfree: ArrayLike | None = None,
     uffd: ArrayLike | None = None,
@@ -120,7 +121,7 @@ def plan_ranges(
     uffd_armed: ArrayLike = False,
     droppable: ArrayLike = False,
     geometry: Geometry | str | None = None,
-    mthp_min_order: int = DEFAULT_MTHP_MIN_ORDER,
+    mthp_min_order: int | None = None,
 ) -> Plan:
     """Plan the collapse of some PMD ranges.
 
@@ -136,7 +137,7 @@ def plan_ranges(
         folio_order: int8; the order of the folio that each page lies in now.
         pmd_mapped, uffd_armed, droppable: bool, shape (ranges,) or one for all.
         geometry: the machine's, or its name; by default one that has so many PTEs in a PMD range.
-        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``.
+        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
 
     Raises:
         UsageError: an unknown policy or trigger, an order or limit that does not exist on this geometry, planes
@@ -147,6 +148,7 @@ def plan_ranges(
         {
             "zero": zero,
             "swap": swap,
+            "guard": guard,
             "shared": shared,
             "lazyfree": lazyfree,
             "uffd": uffd,
@@ -181,7 +183,7 @@ def make_rules(
     orders: Iterable[int] | str | None,
     trigger: Trigger,
     tunables: Tunables,
-    mthp_min_order: int = DEFAULT_MTHP_MIN_ORDER,
+    mthp_min_order: int | None = None,
 ) -> Rules:
     """Check and gather the circumstances of a plan.
 
@@ -190,6 +192,8 @@ def make_rules(
     """
     if trigger not in ("khugepaged", "madvise"):
         raise UsageError(f"unknown trigger {trigger!r}", help="use khugepaged or madvise")
+    if mthp_min_order is None:
+        mthp_min_order = min(DEFAULT_MTHP_MIN_ORDER, geometry.pmd_order)
     enabled = geometry.anon_orders if orders is None else geometry.parse_orders(orders)
     return Rules(geometry, enabled, trigger, tunables.checked(geometry), geometry.check_order(mthp_min_order))
 

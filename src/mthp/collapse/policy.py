@@ -85,10 +85,13 @@ class Policy:
         summary: one line for a person; by default the first line of the docstring.
         scans_each_run: the PTEs are scanned anew for every run, with that run's limits, instead of once for the
             whole PMD range; when no order succeeds at an address, the rest of the PMD range is given up.
+        fail_ends_range: an attempt at the PMD order that ends in FAIL, as one over a guard marker does, ends the
+            whole PMD range.
     """
 
     name: ClassVar[str]
     scans_each_run: ClassVar[bool] = False
+    fail_ends_range: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
@@ -161,6 +164,7 @@ class Rfc(Policy):
     """
 
     name = "rfc"
+    fail_ends_range = False
 
     def orders_walked(self, rules: Rules) -> tuple[int, ...]:
         pmd_order = rules.geometry.pmd_order
@@ -204,6 +208,7 @@ class PerOrder(Policy):
 
     name = "per-order"
     scans_each_run = True
+    fail_ends_range = False
 
     def scan_limits(self, rules: Rules) -> Limits | None:
         return super().scan_limits(rules) if rules.forced else None

@@ -158,6 +158,8 @@ class Walk:
             attempted = succeeded if skipped is None else succeeded | skipped
         self.levels[order] = Level(attempted, succeeded)
         onward = reached & ~succeeded
+        if order == self._pmd_order and self.policy.fail_ends_range and self.planes.guard is not None:
+            onward &= ~(attempted & (self.occupancy.count("guard", order) > 0))
         return onward if skipped is None else onward & ~skipped
 
     def _hindered(self, runs: Runs, attempted: Bits) -> tuple[Bits | None, Bits | None]:
@@ -190,7 +192,8 @@ class Walk:
             uffd=own_scan,
             lazyfree=own_scan,
             large=order if order < self._pmd_order else None,
-            swap_first=not own_scan,
+            swap_in=not own_scan,
+            guard=True,
             references=0 if rules.forced else size // 2 if own_scan else 1,
         )
 
@@ -211,6 +214,8 @@ class Walk:
             stop(runs.swap > checks.limits.swap)
         if planes.shared is not None and checks.limits.shared < runs.size:
             stop(runs.shared > checks.limits.shared)
+        if checks.guard and planes.guard is not None:
+            stop(count("guard", runs.order) > 0)
         if checks.uffd and planes.uffd is not None:
             stop(count("uffd", runs.order) > 0)
         if checks.lazyfree and planes.lazyfree is not None:
@@ -243,7 +248,7 @@ class Walk:
         # All values are one higher until the end, so that 0 stands for "none", and "not collapsed".
         now = self.planes.present.view(np.int8)
         if self.planes.folio_order is not None:
-            now = now * (self.planes.folio_order + np.int8(1))
+            now = now + self.planes.occupied * self.planes.folio_order
         smallest = min(self.levels, default=self._pmd_order)
         collapsed: NDArray[np.int8] = np.zeros((self.ranges, 1), np.int8)
         for order in range(self._pmd_order, smallest - 1, -1):

@@ -1,0 +1,333 @@
+"""Starts the demo's workload (:mod:`mthp.demo.workload`) as a process of its own, and talks to it.
+
+The workload never outlives its user: :class:`Workload` ends it when the ``with`` block is left, however it is left,
+and the kernel ends it when the thread that started it ends (PR_SET_PDEATHSIG, prctl(2)). So start it from a thread
+that lives as long as the work does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
+
+MIN_SIZE = 32 << 20
+"""Smallest workload, in bytes: with less, the interpreter's own memory would be most of it."""
+
+ANSWER_TIMEOUT = 120.0
+"""Seconds to wait for a line from the workload, beyond what was asked of it, before it counts as stuck."""
+
+SLOWEST_BYTES_PER_S = 100 << 20
+"""Going through all the data may take this long besides: about a tenth of the speed of an ordinary machine."""
+
+STDERR_TAIL_BYTES = 2000
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done_bytes, total_bytes, phase) while the workload grows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Speed of random lookups in one process.
+
+    Attributes:
+        lookups: how many were made.
+        seconds: how long that took by the clock.
+        lookups_per_s: the median over some hundreds of batches, per second of the workload's processor time.
+        low: lower quartile of the same.
+        high: upper quartile of the same.
+        checksum: of what the first batches found; the same in every measurement as long as the data is.
+    """
+
+    lookups: int
+    seconds: float
+    lookups_per_s: float
+    low: float
+    high: float
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a reading of all the data gave; equal before and after a collapse.
+
+    Attributes:
+        rows: documents.
+        total: sum of their ranks.
+        crc: CRC-32 sums of all bodies, added up with weights that depend on the key.
+        intact: SQLite found its own structures whole.
+    """
+
+    rows: int
+    total: int
+    crc: int
+    intact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadStats:
+    """Memory of the workload, in bytes.
+
+    Attributes:
+        rss_bytes: resident in all.
+        anon_bytes: of that, anonymous.
+        anon_huge_bytes: of that, mapped by PMD entries (AnonHugePages).
+        heap_bytes: size of the mappings that malloc made and that are large enough for a huge page.
+        hole_bytes: of these, what is not mapped to memory.
+    """
+
+    rss_bytes: int
+    anon_bytes: int
+    anon_huge_bytes: int
+    heap_bytes: int
+    hole_bytes: int
+
+
+class Workload:
+    """The workload process, held by a ``with`` block that ends it.
+
+    Example:
+        >>> with Workload() as workload:  # doctest: +SKIP
+        ...     workload.start(fit_size(1 << 30))
+        ...     workload.measure(2.0).lookups_per_s
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr: int | None = None
+        self._pending = b""
+        self._patience = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """PID of the workload.
+
+        Raises:
+            UsageError: it was not started.
+        """
+        return self._running().pid
+
+    def start(self, size: int, progress: Progress | None = None) -> None:
+        """Start the process and wait until it has grown and is ready.
+
+        Args:
+            size: memory to grow to, in bytes; see `fit_size`.
+            progress: called from time to time meanwhile.
+
+        Raises:
+            UsageError: `size` is below `MIN_SIZE`, or the workload runs already.
+            MthpError: it did not start, or ended; the end of its standard error is in ``help``.
+        """
+        if size < MIN_SIZE:
+            raise UsageError(f"size of {size} bytes for the demo's workload: at least {MIN_SIZE} are needed")
+        if self._process is not None:
+            raise UsageError(f"the demo's workload runs already, as PID {self._process.pid}")
+        command = [sys.executable, "-P", "-m", "mthp.demo.workload", "--size", str(size), "--parent", str(os.getpid())]
+        self._patience = ANSWER_TIMEOUT + size / SLOWEST_BYTES_PER_S
+        try:
+            # A file in memory, not a pipe: nobody has to empty it while we wait elsewhere.
+            self._stderr = os.memfd_create("mthp-demo-stderr")
+            # A process group of its own: Ctrl-C on the terminal is for us, also while the child's Python starts up.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, process_group=0
+            )
+            self._await_ready(progress)
+        except OSError as error:
+            self.close()
+            raise MthpError(f"the demo's workload cannot be started: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def measure(self, seconds: float) -> Measurement:
+        """Let it do random lookups for about `seconds`.
+
+        Raises:
+            MthpError: the workload ended, or does not answer.
+        """
+        return Measurement(**self._ask({"cmd": "measure", "seconds": seconds}, seconds))
+
+    def verify(self) -> Verification:
+        """Let it read all its data.
+
+        Raises:
+            MthpError: the workload ended, or does not answer.
+        """
+        return Verification(**self._ask({"cmd": "verify"}))
+
+    def stats(self) -> WorkloadStats:
+        """Its memory now, as it sees it itself.
+
+        Raises:
+            MthpError: the workload ended, or does not answer.
+        """
+        return WorkloadStats(**self._ask({"cmd": "stats"}))
+
+    def close(self) -> None:
+        """End the process and wait for it. May be called at any time, and again.
+
+        It holds nothing worth saving, so it is killed: that works as well when it is busy, stopped or traced.
+        """
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        if self._stderr is not None:
+            os.close(self._stderr)
+            self._stderr = None
+        self._pending = b""
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise UsageError("the demo's workload is not running", help="call start() first")
+        return self._process
+
+    def _await_ready(self, progress: Progress | None) -> None:
+        while (message := self._receive()).get("event") != "ready":
+            if progress is not None:
+                progress(message["done_bytes"], message["total_bytes"], message["phase"])
+
+    def _ask(self, request: dict[str, object], seconds: float = 0.0) -> dict[str, Any]:
+        process = self._running()
+        assert process.stdin is not None
+        try:
+            # Past the buffered writer, which would try again to write at close, and fail there.
+            os.write(process.stdin.fileno(), json.dumps(request).encode() + b"\n")
+        except BrokenPipeError:
+            raise self._ended() from None
+        reply = self._receive(seconds)
+        if "error" in reply:
+            raise MthpError(f"the demo's workload refuses {request}: {reply['error']}")
+        return reply
+
+    def _receive(self, seconds: float = 0.0) -> dict[str, Any]:
+        """The next line from the workload, which was asked to work for `seconds` first."""
+        timeout = seconds + self._patience
+        process = self._running()
+        assert process.stdout is not None
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._pending:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise MthpError(f"the demo's workload, PID {process.pid}, has not answered for {timeout:.0f} s")
+            received = os.read(process.stdout.fileno(), 1 << 16)
+            if not received:
+                raise self._ended()
+            self._pending += received
+        line, _, self._pending = self._pending.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def _ended(self) -> TargetVanishedError:
+        """Why the workload is gone, with the end of what it wrote on standard error."""
+        process, stderr = self._running(), self._stderr
+        assert stderr is not None
+        try:
+            status = process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return TargetVanishedError(f"the demo's workload, PID {process.pid}, closed its output")
+        start = max(0, os.fstat(stderr).st_size - STDERR_TAIL_BYTES)
+        tail = os.pread(stderr, STDERR_TAIL_BYTES, start).decode(errors="replace").strip()
+        how = f"exited with status {status}" if status >= 0 else f"was ended by a signal: {signal.strsignal(-status)}"
+        return TargetVanishedError(
+            f"the demo's workload, PID {process.pid}, {how}",
+            help=tail or "if the system ran out of memory, ask for a smaller size",
+        )
+
+
+def fit_size(wanted: int, *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The size for the workload: `wanted`, or what memory allows if that is less.
+
+    The workload may take half of what is left, of MemAvailable (proc_meminfo(5)) and of each memory limit on the way
+    from this process's control group to the root. While it grows it holds up to a tenth more than in the end.
+
+    Args:
+        wanted: bytes.
+        proc: where procfs is mounted.
+        cgroup: where the control groups are mounted.
+
+    Returns:
+        Bytes, at least `MIN_SIZE`.
+
+    Raises:
+        UsageError: `wanted` is below `MIN_SIZE`.
+        UnsupportedError: memory does not allow `MIN_SIZE`.
+    """
+    if wanted < MIN_SIZE:
+        raise UsageError(f"size of {wanted} bytes for the demo's workload: at least {MIN_SIZE} are needed")
+    left = min((_available(proc), *_cgroup_headroom(proc, cgroup)))
+    allowed = left // 2 * 10 // 11
+    if allowed < MIN_SIZE:
+        raise UnsupportedError(
+            f"{left} bytes of memory are left here, half of which is too little for the demo's workload",
+            help=f"free some, or raise the limit of the control group: {MIN_SIZE} bytes are the least it works with",
+        )
+    return min(wanted, allowed)
+
+
+def _available(proc: Path) -> int:
+    for line in (proc / "meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise UnsupportedError(f"{proc / 'meminfo'} has no MemAvailable", help="Linux has it from 3.14 on")
+
+
+def _cgroup_headroom(proc: Path, cgroup: Path) -> Iterator[int]:
+    """What each limit leaves, in bytes: version 2 (cgroup-v2.rst) and version 1 (cgroup-v1/memory.rst) alike.
+
+    Inactive file cache is counted by the group but makes way, so it is as good as free.
+    """
+    files_of_v2 = ("memory.max", "memory.current", "inactive_file")
+    files_of_v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0":
+            mount, files = cgroup, files_of_v2
+        elif "memory" in controllers.split(","):
+            mount, files = cgroup / "memory", files_of_v1
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        while group.is_relative_to(mount):
+            yield from _headroom(group, *files)
+            group = group.parent
+
+
+def _headroom(group: Path, limit_file: str, usage_file: str, cache_key: str) -> Iterator[int]:
+    """What the limit of one group leaves; nothing where there is no limit, or no such group in our view."""
+    try:
+        limit = (group / limit_file).read_text().strip()
+        usage = int((group / usage_file).read_text())
+        stat = (group / "memory.stat").read_text()
+    except OSError:
+        return
+    if limit != "max":
+        counters = dict(line.split() for line in stat.splitlines())
+        yield max(0, int(limit) - usage + int(counters.get(cache_key, 0)))

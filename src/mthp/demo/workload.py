@@ -1,0 +1,354 @@
+"""The process that `mthp demo` works on: an in-memory SQLite database, run as ``python -m mthp.demo.workload``.
+
+What makes its heap a realistic one
+-----------------------------------
+A collapse is easy to show on one large array and says nothing there. This heap is made by a library that knows
+nothing of huge pages:
+
+- **Growth.** Documents of 3 000 to 5 000 bytes go into a table in small batches. SQLite takes every database page
+  (16 KiB) from malloc, so the heap grows by brk, one page after the other, with the headers between.
+- **Changes.** A part of the documents is deleted and a part rewritten at another length: pages split, move and
+  lie on the free list. They stay resident, as they do in a real service.
+- **Holes.** A second database, of short-lived sessions, grows in between, in runs of very different length. At the
+  end it is dropped, and malloc_trim(3) gives its whole pages back: none PTEs between the documents, a few in some
+  PMD ranges, many in others.
+
+A lookup is the uniformly random read of one document's last column by primary key. It walks the b-tree and steps
+over the document to the column behind it: a handful of cache lines, each in a page of its own, which is what page
+tables are felt in. Lookups are made by one SQL statement for some thousands of them, so that nearly all the time is
+SQLite's and not Python's. All of it follows a fixed seed.
+
+Small pages first
+-----------------
+The comparison needs 4 KiB pages to begin with, whatever the switches of the system say. So the process sets
+PR_SET_THP_DISABLE while it grows, and clears it when it is ready, because MADV_COLLAPSE honours it too
+(``Documentation/admin-guide/mm/transhuge.rst``). The interpreter may have got a huge page before its first line
+ran; execve(2) drops that memory and keeps the flag, so the process sets the flag and starts itself once more.
+
+The conversation
+----------------
+One JSON object a line. On stdout first ``{"event": "progress", "done_bytes", "total_bytes", "phase"}`` some times,
+then ``{"event": "ready"}``. From then on every line on stdin gets one line on stdout: ``{"cmd": "measure",
+"seconds": 2}``, ``{"cmd": "verify"}``, ``{"cmd": "stats"}``, ``{"cmd": "quit"}``; a request that makes no sense
+gets ``{"error": ...}``. The end of stdin ends the process, and so does the end of the thread that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# include/uapi/linux/prctl.h
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+PR_SET_THP_DISABLE = 41
+PR_GET_THP_DISABLE = 42
+
+# malloc.h of the GNU C library; the threshold is the largest that mallopt(3) accepts on 64-bit machines.
+M_MMAP_THRESHOLD = -3
+LARGEST_MMAP_THRESHOLD = 32 << 20
+
+COMM = "mthp-demo"
+SEED = 20_240_117
+
+DATABASE_PAGE_BYTES = 16384
+LONGEST_BODY = 6500
+DOCUMENTS_PER_STEP = 256
+"""About 1 MiB: the grain at which documents and sessions alternate in the heap."""
+SESSION_BYTES = 2180
+"""What one session takes of the heap: half a database page of 4 KiB with its headers."""
+SESSION_RUNS = ((0, 10), (16 << 10, 3), (64 << 10, 3), (256 << 10, 3), (384 << 10, 1))
+"""Lengths in bytes of the runs of sessions, each with its weight; on average 6% of the documents beside them."""
+
+LOOKUPS_PER_BATCH = 4096
+CHECKED_BATCHES = 16
+"""The checksum of a measurement covers this many batches, so that it does not depend on how many there was time for."""
+
+INSERT_DOCUMENTS = """
+    WITH RECURSIVE counter(n) AS (SELECT :first UNION ALL SELECT n + 1 FROM counter WHERE n < :last)
+    INSERT INTO document
+    SELECT n, n % 16, substr(:pool, 1 + (n * 7919) % :span, 3000 + (n * 31) % 2001), (n * 2654435761) % 1000003
+    FROM counter"""
+INSERT_SESSIONS = """
+    WITH RECURSIVE counter(n) AS (SELECT :first UNION ALL SELECT n + 1 FROM counter WHERE n < :last)
+    INSERT INTO cache.session SELECT n, substr(:pool, 1 + (n * 104729) % :span, 1960) FROM counter"""
+REWRITE_DOCUMENTS = f"UPDATE document SET body = substr(:pool, 1 + id % :span, {LONGEST_BODY}) WHERE id % 50 = 11"
+LOOK_UP = """
+    SELECT count(*), total(document.rank)
+    FROM probe CROSS JOIN document ON document.id = 1 + (probe.r * :factor + :shift) % :documents"""
+
+Report = Callable[[int, int, str], None]
+
+
+class Database:
+    """The database and what is done with it.
+
+    Raises:
+        MemoryError: from every method, where the process may not have more memory.
+    """
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect(":memory:", isolation_level=None)
+        self._pool = random.Random(SEED).randbytes(1 << 20)
+        self._documents = 0
+        self._sessions = 0
+        self._db.create_function("crc32", 1, zlib.crc32, deterministic=True)
+        self._db.executescript(f"""
+            PRAGMA page_size = {DATABASE_PAGE_BYTES};
+            PRAGMA journal_mode = OFF;
+            PRAGMA secure_delete = OFF;
+            PRAGMA temp_store = MEMORY;
+            ATTACH ':memory:' AS cache;
+            PRAGMA cache.page_size = 4096;
+            PRAGMA cache.journal_mode = OFF;
+            CREATE TABLE document (id INTEGER PRIMARY KEY, kind INTEGER, body BLOB, rank INTEGER);
+            CREATE TABLE cache.session (id INTEGER PRIMARY KEY, state BLOB);
+            CREATE TEMP TABLE probe (r INTEGER);""")
+        probes = random.Random(SEED + 1)
+        self._db.executemany(
+            "INSERT INTO probe VALUES (?)", ((probes.getrandbits(31),) for _ in range(LOOKUPS_PER_BATCH))
+        )
+
+    def grow(self, size: int, report: Report) -> None:
+        """Fill the database, change it, and leave holes.
+
+        Args:
+            size: anonymous memory that the process is to have at the end, in bytes; it comes out a few percent off.
+            report: called with the bytes done, the bytes in all, and the name of the phase.
+        """
+        runs = random.Random(SEED + 2)
+        lengths, weights = zip(*SESSION_RUNS, strict=True)
+        # The sessions leave again, so the heap has to grow past its size by what they take.
+        while (done := anonymous_bytes() - self._sessions * SESSION_BYTES) < size:
+            report(done, size, "growing")
+            self._documents = self._insert(INSERT_DOCUMENTS, self._documents, DOCUMENTS_PER_STEP)
+            (length,) = runs.choices(lengths, weights)
+            self._sessions = self._insert(INSERT_SESSIONS, self._sessions, length // SESSION_BYTES)
+        report(size, size, "changing")
+        self._db.execute("DELETE FROM document WHERE id % 50 = 7")
+        self._db.execute(REWRITE_DOCUMENTS, self._source())
+        report(size, size, "trimming")
+        self._db.execute("DETACH cache")
+        give_back_free_memory()
+
+    def measure(self, seconds: float) -> dict[str, float]:
+        """Look documents up for some time.
+
+        Returns:
+            `lookups`; `seconds` by the clock; `lookups_per_s`, the median over the batches, with the quartiles `low`
+            and `high`; `checksum` of the first batches, which are the same in every measurement. The rates are per
+            second of processor time: other programs on the machine shall not be taken for an effect.
+        """
+        rng = random.Random(SEED + 3)
+        rates: list[float] = []
+        checksum = 0
+        self._look_up(random.Random(SEED + 4))  # not counted: it brings the code and the b-tree's root to the caches
+        start = time.perf_counter()
+        while len(rates) < CHECKED_BATCHES or time.perf_counter() - start < seconds:
+            begin = time.thread_time()
+            found = self._look_up(rng)
+            rates.append(LOOKUPS_PER_BATCH / (time.thread_time() - begin))
+            if len(rates) <= CHECKED_BATCHES:
+                checksum = zlib.crc32(repr(found).encode(), checksum)
+        low, median, high = statistics.quantiles(rates, n=4)
+        return {
+            "lookups": len(rates) * LOOKUPS_PER_BATCH,
+            "seconds": time.perf_counter() - start,
+            "lookups_per_s": median,
+            "low": low,
+            "high": high,
+            "checksum": checksum,
+        }
+
+    def verify(self) -> dict[str, int | bool]:
+        """Read every byte of every document, and let SQLite check its own structures (PRAGMA integrity_check)."""
+        rows, total, crc = self._db.execute(
+            "SELECT count(*), sum(rank), sum(crc32(body) * (1 + id % 127)) FROM document"
+        ).fetchone()
+        (verdict,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
+        return {"rows": rows, "total": total, "crc": crc, "intact": verdict == "ok"}
+
+    def _insert(self, statement: str, done: int, count: int) -> int:
+        if count:
+            self._db.execute(statement, {"first": done + 1, "last": done + count, **self._source()})
+        return done + count
+
+    def _source(self) -> dict[str, object]:
+        """Where SQL takes contents from: pieces of one random string, cut in C, and from a seed unlike randomblob()."""
+        return {"pool": self._pool, "span": len(self._pool) - LONGEST_BODY}
+
+    def _look_up(self, rng: random.Random) -> tuple[int, float]:
+        """Look up one batch of keys: fixed random numbers, through a line drawn anew for each batch."""
+        values = {"factor": rng.getrandbits(20) | 1, "shift": rng.getrandbits(31), "documents": self._documents}
+        found, ranks = self._db.execute(LOOK_UP, values).fetchone()
+        return found, ranks
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process: resident less shared of ``/proc/self/statm`` (proc_pid_statm(5))."""
+    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGESIZE")
+
+
+def memory_stats() -> dict[str, int]:
+    """This process's memory, in bytes, from ``/proc/self/smaps`` (proc_pid_smaps(5)).
+
+    Returns:
+        `rss_bytes`, `anon_bytes` and `anon_huge_bytes` of the whole process; `heap_bytes`, the mappings that malloc
+        made and that are large enough for a huge page, and `hole_bytes`, what of them is not mapped to memory.
+    """
+    sums = {"rss_bytes": 0, "anon_bytes": 0, "anon_huge_bytes": 0, "heap_bytes": 0, "hole_bytes": 0}
+    for is_heap, fields in _mappings(Path("/proc/self/smaps").read_text()):
+        sums["rss_bytes"] += fields["Rss"]
+        sums["anon_bytes"] += fields["Anonymous"]
+        sums["anon_huge_bytes"] += fields["AnonHugePages"]
+        if is_heap and fields["Size"] >= pmd_bytes():
+            sums["heap_bytes"] += fields["Size"]
+            sums["hole_bytes"] += fields["Size"] - fields["Rss"] - fields["Swap"]
+    return sums
+
+
+def _mappings(smaps: str) -> Iterator[tuple[bool, dict[str, int]]]:
+    """For each mapping, whether it is writable private memory without a file, and its sizes in bytes by name."""
+    header = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (\S+) \S+ \S+ (\d+) *(.*)$", re.MULTILINE)
+    starts = list(header.finditer(smaps))
+    ends = [match.start() for match in starts[1:]] + [len(smaps)]
+    for match, end in zip(starts, ends, strict=True):
+        rights, inode, name = match.groups()
+        sizes = re.findall(r"^(\w+): +(\d+) kB$", smaps[match.end() : end], re.MULTILINE)
+        is_heap = rights == "rw-p" and inode == "0" and (name in ("", "[heap]") or name.startswith("[anon"))
+        yield is_heap, {key: int(value) << 10 for key, value in sizes}
+
+
+def pmd_bytes() -> int:
+    """Size of a PMD range; that of x86-64 where the kernel has no transparent huge pages and does not say."""
+    try:
+        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
+    except OSError:
+        return 2 << 20
+
+
+def keep_the_heap_in_one_piece() -> None:
+    """Let malloc serve large requests from the heap as well.
+
+    SQLite's table of pages grows to some MiB. In a mapping of its own it would lie across PMD range borders, where
+    nothing can be collapsed, and yet every lookup goes through it. Other C libraries than GNU's have no such call.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+
+
+def give_back_free_memory() -> None:
+    """Return free whole pages to the kernel, in the middle of the heap too: malloc_trim(3), where there is one."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def prctl(option: int, argument: int | bytes = 0) -> int:
+    """prctl(2) with one argument. Returns what it returns.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    value = ctypes.c_char_p(argument) if isinstance(argument, bytes) else ctypes.c_ulong(argument)
+    zero = ctypes.c_ulong(0)
+    result: int = libc.prctl(option, value, zero, zero, zero)
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}): {os.strerror(error)}")
+    return result
+
+
+def depend_on(parent: int) -> None:
+    """End together with the process that started this one, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was asked to watch it
+        sys.exit(1)
+
+
+def have_small_pages_only() -> None:
+    """Return in a process that has had PR_SET_THP_DISABLE since its execve(2): this one, or itself started anew."""
+    if not prctl(PR_GET_THP_DISABLE):
+        prctl(PR_SET_THP_DISABLE, 1)
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def say(message: dict[str, object]) -> None:
+    """Write one line of the conversation."""
+    print(json.dumps(message), flush=True)
+
+
+def progress_reporter(interval: float = 0.1) -> Report:
+    """A `Report` that writes progress events: at the start of each phase, and every `interval` seconds."""
+    last_phase, last_time = "", 0.0
+
+    def report(done: int, total: int, phase: str) -> None:
+        nonlocal last_phase, last_time
+        now = time.monotonic()
+        if phase != last_phase or now - last_time >= interval:
+            last_phase, last_time = phase, now
+            say({"event": "progress", "done_bytes": done, "total_bytes": total, "phase": phase})
+
+    return report
+
+
+def answer(database: Database, line: str) -> dict[str, object]:
+    """The reply to one request."""
+    try:
+        request = json.loads(line)
+        command = request["cmd"]
+        seconds = float(request.get("seconds", 1))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {"error": f"not a request: {line.strip()[:200]!r}"}
+    if command == "measure":
+        return {**database.measure(seconds)}
+    if command == "verify":
+        return {**database.verify()}
+    if command == "stats":
+        return {**memory_stats()}
+    if command == "quit":
+        return {}
+    return {"error": f"unknown command: {command!r}"}
+
+
+def main() -> None:
+    """Grow, say that it is ready, then answer until told to quit."""
+    parser = argparse.ArgumentParser(prog="mthp.demo.workload", description="The process that `mthp demo` works on.")
+    parser.add_argument("--size", type=int, required=True, metavar="BYTES", help="memory to grow to")
+    parser.add_argument("--parent", type=int, default=os.getppid(), metavar="PID", help="process to end together with")
+    arguments = parser.parse_args()
+    depend_on(arguments.parent)
+    have_small_pages_only()
+    prctl(PR_SET_NAME, COMM.encode())
+    keep_the_heap_in_one_piece()
+    database = Database()
+    database.grow(arguments.size, progress_reporter())
+    prctl(PR_SET_THP_DISABLE, 0)
+    say({"event": "ready"})
+    for line in sys.stdin:
+        reply = answer(database, line)
+        say(reply)
+        if not reply:
+            break
+    # Freeing every page of the database one by one would take longer than the kernel takes to drop the whole.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

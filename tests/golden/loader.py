@@ -1,0 +1,167 @@
+"""Reads the recorded cases of real kernels: gzip, one JSON object a line (``README.md`` here says what is in them)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.eligibility import Trigger
+from mthp.geometry import X86_64, Geometry, geometry_named
+
+HERE = Path(__file__).parent
+
+ANON_FILES = (
+    "linux-7.3.4-anon.jsonl.gz",
+    "linux-7.3.4-arm64-16k-anon.jsonl.gz",
+    "linux-7.2.13-ppc64-64k-anon.jsonl.gz",
+)
+STATES_FILE = "linux-7.3.4-states.jsonl.gz"
+
+NOT_MAPPED = -1
+"""In :attr:`Case.after`: none, a swap entry, or a marker."""
+
+_SWAP = {"swap", "swap_shared", "guard", "uffd_swap", "uffd_marker"}
+_UFFD = {"uffdwp", "uffd_zero", "uffd_swap", "uffd_marker"}
+_ZERO = {"zero", "uffd_zero"}
+
+Runs = Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One PMD range that a kernel worked on.
+
+    Attributes:
+        id: of the case, unique in its file.
+        raw: the JSON object.
+    """
+
+    id: str
+    raw: dict[str, Any]
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the machine that it was recorded on."""
+        return geometry_named(self.raw["geometry"]) if "geometry" in self.raw else X86_64
+
+    @property
+    def category(self) -> str:
+        """Which kind of state the case is about; ``"anon"`` where the file has but one kind."""
+        return str(self.raw.get("category", "anon"))
+
+    @property
+    def trigger(self) -> Trigger:
+        """Who wanted the collapse."""
+        return "madvise" if self.raw["trigger"] == "madvise" else "khugepaged"
+
+    @property
+    def orders(self) -> frozenset[int]:
+        """The enabled orders."""
+        return frozenset(self.raw["orders_enabled"])
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """max_ptes_none, max_ptes_swap and max_ptes_shared."""
+        return {name: int(self.raw[name]) for name in ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")}
+
+    @property
+    def uffd_armed(self) -> bool:
+        """Whether the VMA was registered with userfaultfd."""
+        return any(flag.startswith("uffd_") for flag in self.raw.get("vma", ()))
+
+    @property
+    def droppable(self) -> bool:
+        """Whether the VMA was VM_DROPPABLE."""
+        return "droppable" in self.raw.get("vma", ())
+
+    @property
+    def before(self) -> list[str]:
+        """The state of each PTE."""
+        return list(_expanded(self.raw["before"]))
+
+    @property
+    def after(self) -> list[int]:
+        """The order of the folio at each PTE after the first pass; 0 for the zero page, else ``NOT_MAPPED``."""
+        words = (0 if word == "zero" else word for word in _expanded(self.raw["after"]))
+        return [word if isinstance(word, int) else NOT_MAPPED for word in words]
+
+    @property
+    def scan_result(self) -> str:
+        """The trace event's word for the first pass; ``""`` if no scan took place."""
+        return str(self.raw["scan_result"] or "")
+
+    @property
+    def scanned(self) -> bool:
+        """Whether the first pass scanned the range at all."""
+        return self.raw["scan_result"] is not None
+
+    @property
+    def attempts(self) -> list[tuple[int, str]]:
+        """The first pass's calls of collapse_huge_page, in order: order, and the trace event's word."""
+        found = []
+        for name, order, *rest in self.raw["passes"][0]["events"]:
+            if name == "collapse":
+                result, times = rest
+                found += [(order, result)] * times
+        return found
+
+    @property
+    def tried_whole_range(self) -> bool:
+        """Whether the first attempt of the first pass was at the PMD order."""
+        return bool(self.attempts) and self.attempts[0][0] == self.geometry.pmd_order
+
+    def planes(self) -> dict[str, NDArray[Any]]:
+        """The planes of ``mthp.plan_ranges`` for `before`: bool, and int8 for folio_order, each (1, N)."""
+        states = self.before
+        flags = list(_expanded(self.raw["before_flags"])) if "before_flags" in self.raw else ["r"] * len(states)
+        orders = [int(state.partition(":")[2] or 0) for state in states]
+
+        def plane(chosen: Iterator[bool]) -> NDArray[np.bool_]:
+            return np.fromiter(chosen, dtype=np.bool_).reshape(1, -1)
+
+        return {
+            "present": plane(state not in _SWAP and state != "none" for state in states),
+            "zero": plane(state in _ZERO for state in states),
+            "swap": plane(state in _SWAP for state in states),
+            "guard": plane(state == "guard" for state in states),
+            "uffd": plane(state in _UFFD for state in states),
+            "shared": plane(iter(_shared(flags, orders))),
+            "lazyfree": plane("l" in flag and state == "lazyfree" for state, flag in zip(states, flags, strict=True)),
+            "unreferenced": plane("r" not in flag for flag in flags),
+            "folio_order": np.array([orders], dtype=np.int8),
+        }
+
+
+def load(name: str) -> list[Case]:
+    """The cases of the file called `name` in this directory."""
+    with gzip.open(HERE / name, "rt", encoding="utf-8") as lines:
+        raws = [json.loads(line) for line in lines]
+    return [Case(raw["id"], raw) for raw in raws]
+
+
+def _shared(flags: list[str], orders: list[int]) -> list[bool]:
+    """Which pages lie in a folio that another mm maps.
+
+    The recorded flag is that of the page alone. The kernel asks the folio (folio_maybe_mapped_shared), so one page
+    that a child kept makes every page of a large folio shared. Large folios were faulted in, and so lie aligned.
+    """
+    shared = ["s" in flag for flag in flags]
+    for i, order in enumerate(orders):
+        if shared[i] and order:
+            first = i >> order << order
+            for j in range(first, first + (1 << order)):
+                shared[j] = shared[j] or orders[j] == order
+    return shared
+
+
+def _expanded(runs: Runs) -> Iterator[Any]:
+    for value, count in runs:
+        for _ in range(count):
+            yield value

@@ -1,0 +1,177 @@
+"""The demo's workload as a real process: its memory, its answers across a collapse, and that it never stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mthp.demo.client import Progress, Workload
+from mthp.demo.workload import pmd_bytes
+from mthp.errors import TargetVanishedError, UsageError
+from mthp.linux.abi import MADV_COLLAPSE, process_madvise
+from thp_switches import ThpSwitches
+
+pytestmark = pytest.mark.live
+
+SIZE = 96 << 20
+
+
+@pytest.fixture
+def workload() -> Iterator[Workload]:
+    with Workload() as workload:
+        workload.start(SIZE)
+        yield workload
+
+
+def status(pid: int, key: str) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith(key + ":"))
+
+
+def ends(pid: int) -> bool:
+    """Whether the process ends within 10 seconds; a zombie that nobody has waited for yet has ended."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            if status(pid, "State").startswith("Z"):
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def collapse_heap(pid: int) -> int:
+    """MADV_COLLAPSE on every whole PMD range of the heap. Returns how many the kernel took."""
+    taken, size = 0, pmd_bytes()
+    pidfd = os.pidfd_open(pid)
+    try:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, rights, *_, inode = line.split()[:5]
+            start, end = (int(address, 16) for address in span.split("-"))
+            if rights == "rw-p" and inode == "0":
+                for address in range(-(-start // size) * size, end - size + 1, size):
+                    taken += process_madvise(pidfd, address, size, MADV_COLLAPSE) == 0
+    finally:
+        os.close(pidfd)
+    return taken
+
+
+def test_size_name_and_holes(workload: Workload) -> None:
+    stats = workload.stats()
+    assert Path(f"/proc/{workload.pid}/comm").read_text() == "mthp-demo\n"
+    assert abs(stats.anon_bytes - SIZE) < SIZE * 0.1
+    assert stats.heap_bytes > SIZE * 0.8
+    assert 0.01 < stats.hole_bytes / stats.heap_bytes < 0.15
+    resident = int(status(workload.pid, "VmRSS").split()[0]) << 10
+    assert abs(stats.rss_bytes - resident) < 4 << 20  # it had its own answer in memory when it looked
+    assert 0 < stats.rss_bytes - stats.anon_bytes < 40 << 20  # the interpreter's and the libraries' files
+
+
+@pytest.mark.requires("thp")
+def test_small_pages_even_where_thp_is_always_on(thp_switches: ThpSwitches) -> None:
+    thp_switches.set("enabled", "always")
+    with Workload() as workload:
+        seen: set[str] = set()
+        workload.start(SIZE, lambda done, total, phase: seen.add(status(workload.pid, "THP_enabled")))
+        assert workload.stats().anon_huge_bytes == 0
+        assert seen == {"0"}  # as proc_pid_status(5) says it: disabled while it grew
+        assert status(workload.pid, "THP_enabled") == "1"
+
+
+@pytest.mark.requires("thp")
+def test_answers_are_the_same_after_a_collapse(workload: Workload) -> None:
+    content, speed, memory = workload.verify(), workload.measure(0.1), workload.stats()
+    assert content.intact
+    assert content.rows > 10_000
+    taken = collapse_heap(workload.pid)
+    assert taken * pmd_bytes() > SIZE * 0.8
+    after = workload.stats()
+    assert after.anon_huge_bytes - memory.anon_huge_bytes == taken * pmd_bytes()
+    assert after.hole_bytes < memory.hole_bytes
+    assert workload.verify() == content
+    assert workload.measure(0.1).checksum == speed.checksum
+
+
+def test_progress_goes_up_through_the_phases() -> None:
+    calls: list[tuple[int, int, str]] = []
+    with Workload() as workload:
+        workload.start(SIZE, lambda *call: calls.append(call))
+    done = [call[0] for call in calls]
+    assert done == sorted(done)
+    assert {total for _, total, _ in calls} == {SIZE}
+    assert list(dict.fromkeys(phase for _, _, phase in calls)) == ["growing", "changing", "trimming"]
+    assert done[-1] == SIZE
+
+
+def test_ctrl_c_is_left_to_the_parent(workload: Workload) -> None:
+    os.kill(workload.pid, signal.SIGINT)
+    assert workload.measure(0.0).lookups > 0
+
+
+def test_second_start_is_refused(workload: Workload) -> None:
+    with pytest.raises(UsageError, match=str(workload.pid)):
+        workload.start(SIZE)
+
+
+def test_killed_in_between(workload: Workload) -> None:
+    os.kill(workload.pid, signal.SIGKILL)
+    with pytest.raises(TargetVanishedError, match="Killed"):
+        workload.verify()
+
+
+def test_close_ends_a_stopped_process_and_may_be_repeated(workload: Workload) -> None:
+    pid = workload.pid
+    os.kill(pid, signal.SIGSTOP)
+    workload.close()
+    workload.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_nothing_stays_when_the_start_is_interrupted(error: type[BaseException]) -> None:
+    pids: list[int] = []
+    workload = Workload()
+
+    def interrupt(done: int, total: int, phase: str) -> None:
+        pids.append(workload.pid)
+        raise error
+
+    progress: Progress = interrupt
+    with pytest.raises(error):
+        workload.start(SIZE, progress)
+    assert len(pids) == 1
+    assert not Path(f"/proc/{pids[0]}").exists()
+
+
+@pytest.mark.parametrize("when", ["growing", "ready"])
+def test_nothing_stays_when_the_parent_is_killed(when: str) -> None:
+    program = (
+        "import sys, time\n"
+        "from mthp.demo.client import Workload\n"
+        "workload = Workload()\n"
+        "show = lambda *_: print(workload.pid, flush=True)\n"
+        f"workload.start({SIZE if when == 'ready' else SIZE * 4}, show if {when == 'growing'} else None)\n"
+        "show()\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    assert ends(child)
+
+
+def test_end_of_stdin_ends_it() -> None:
+    command = [sys.executable, "-m", "mthp.demo.workload", "--size", str(SIZE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0

@@ -1,0 +1,371 @@
+"""The four policies once more, one PMD range at a time, in plain loops: the other reading of the facts.
+
+The engine in ``mthp.collapse`` works on many ranges at once with bit planes and has to be fast; this module has
+to be obviously right. It was written from the table of the four policies and from ``mm/khugepaged.c``
+(``collapse_scan_pmd``, ``mthp_collapse``, ``__collapse_huge_page_isolate``, ``collapse_max_ptes_*``), and shares
+no code with the engine. The property tests let the two contradict each other; the recorded cases of real kernels
+judge both.
+
+Three steps make up every policy. :func:`scan` looks at each PTE in turn and may end the matter. A walk picks
+aligned runs that are full enough. :func:`isolate` looks at such a run again, under the limits of its order; what it
+says is the result of the attempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mthp.results import ScanResult
+
+SMALLEST_ORDER = 2
+"""The smallest order of an anonymous folio above order 0."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """One PMD range: a list of 0 and 1 per property, with one entry per PTE.
+
+    Attributes:
+        present: maps a page; the zero page counts.
+        zero: maps the zero page.
+        swap: swap entry, or a marker that counts as one.
+        guard: such a marker, which cannot be read back.
+        shared, lazyfree, unreferenced: of a page.
+        uffd: write-protected by userfaultfd, a page or a swap entry.
+        folio_order: order of the folio that a page lies in.
+        pmd_mapped, uffd_armed, droppable: of the range, or of its VMA.
+    """
+
+    present: list[int]
+    zero: list[int]
+    swap: list[int]
+    shared: list[int]
+    lazyfree: list[int]
+    unreferenced: list[int]
+    uffd: list[int]
+    folio_order: list[int]
+    guard: list[int]
+    pmd_mapped: bool = False
+    uffd_armed: bool = False
+    droppable: bool = False
+
+    @classmethod
+    def of_pages(cls, present: list[int]) -> Range:
+        """A range of ordinary pages and none PTEs."""
+        no = [0] * len(present)
+        return cls(
+            present, zero=no, swap=no, shared=no, lazyfree=no, unreferenced=no, uffd=no, folio_order=no, guard=no
+        )
+
+    @property
+    def size(self) -> int:
+        """PTEs in the range."""
+        return len(self.present)
+
+    @property
+    def pmd_order(self) -> int:
+        """Order of the whole range."""
+        return self.size.bit_length() - 1
+
+    def is_page(self, i: int) -> bool:
+        """Whether PTE `i` maps a page that is not the zero page."""
+        return bool(self.present[i]) and not self.zero[i]
+
+    def has_contents(self, i: int) -> bool:
+        """Whether PTE `i` stands for something that a collapse would have to copy."""
+        return self.is_page(i) or bool(self.swap[i])
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the person, or sysfs, asks for.
+
+    Attributes:
+        orders: enabled orders.
+        khugepaged: whether khugepaged asks; otherwise MADV_COLLAPSE does.
+        max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range.
+        mthp_min_order: order of a chunk of `rfc`.
+    """
+
+    orders: frozenset[int]
+    khugepaged: bool
+    max_ptes_none: int
+    max_ptes_swap: int
+    max_ptes_shared: int
+    mthp_min_order: int = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many PTEs of each kind one look at a run lets pass."""
+
+    none: int
+    swap: int
+    shared: int
+
+
+@dataclass
+class Walk:
+    """What a policy did to one range.
+
+    Attributes:
+        scan_result: what ended the range without an attempt; None if nothing did.
+        attempts: (offset, order, result), in order.
+    """
+
+    scan_result: ScanResult | None = None
+    attempts: list[tuple[int, int, ScanResult]] = field(default_factory=list)
+
+    def add(self, offset: int, order: int, result: ScanResult) -> ScanResult:
+        """Record an attempt and give its result back."""
+        self.attempts.append((offset, order, result))
+        return result
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One range's part of a plan."""
+
+    orders: list[int]
+    scan_result: ScanResult
+    copied: int
+    filled: int
+    attempts: list[tuple[int, int, ScanResult]]
+
+
+def plan(range_: Range, policy: str, rules: Rules) -> Expected:
+    """What `policy` makes of `range_`."""
+    walk = _unfit(range_, policy, rules) or POLICIES[policy](range_, rules)
+    orders = [range_.folio_order[i] if range_.is_page(i) else 0 if range_.zero[i] else -1 for i in range(range_.size)]
+    copied = filled = 0
+    for offset, order, result in walk.attempts:
+        if result == ScanResult.SUCCEED:
+            for i in range(offset, offset + (1 << order)):
+                orders[i] = order
+                copied += range_.has_contents(i)
+                filled += not range_.has_contents(i)
+    return Expected(orders, _range_result(walk), copied, filled, walk.attempts)
+
+
+def _unfit(range_: Range, policy: str, rules: Rules) -> Walk | None:
+    """What keeps the range from being scanned at all, under any policy."""
+    if range_.pmd_mapped:
+        return Walk(ScanResult.PMD_MAPPED)
+    if not any(range_.present) and not any(range_.swap):
+        return Walk(ScanResult.NO_PTE_TABLE)
+    if policy in ("pmd-only", "rfc") and rules.khugepaged and range_.pmd_order not in rules.orders:
+        return Walk(ScanResult.FAIL)
+    if not any(range_.has_contents(i) for i in range(range_.size)):
+        return Walk(ScanResult.EXCEED_NONE_PTE)
+    return None
+
+
+def _range_result(walk: Walk) -> ScanResult:
+    results = [result for _, _, result in walk.attempts]
+    if ScanResult.SUCCEED in results:
+        return ScanResult.SUCCEED
+    if results:
+        return results[-1]
+    return ScanResult.FAIL if walk.scan_result is None else walk.scan_result
+
+
+def scan(range_: Range, rules: Rules, offset: int, order: int, limits: Limits, *, skip_large: bool) -> ScanResult:
+    """Look at each PTE of a run; the first hindrance is the result (collapse_scan_pmd).
+
+    Args:
+        skip_large: whether a page of a folio of `order` or larger is a hindrance.
+    """
+    none = swapped = shared = referenced = 0
+    for i in range(offset, offset + (1 << order)):
+        if not range_.has_contents(i):
+            none += 1
+            if none > limits.none:
+                return ScanResult.EXCEED_NONE_PTE
+            continue
+        if range_.swap[i]:
+            swapped += 1
+            if swapped > limits.swap:
+                return ScanResult.EXCEED_SWAP_PTE
+            if range_.uffd[i]:
+                return ScanResult.PTE_UFFD
+            continue
+        if range_.uffd[i]:
+            return ScanResult.PTE_UFFD
+        if rules.khugepaged and range_.lazyfree[i] and not range_.droppable:
+            return ScanResult.PAGE_LAZYFREE
+        if range_.shared[i]:
+            shared += 1
+            if shared > limits.shared:
+                return ScanResult.EXCEED_SHARED_PTE
+        if skip_large and range_.folio_order[i] >= order:
+            return ScanResult.PTE_MAPPED_HUGEPAGE
+        referenced += not range_.unreferenced[i]
+    enough = referenced >= (1 << order) // 2 if swapped else referenced > 0
+    return ScanResult.SUCCEED if enough or not rules.khugepaged else ScanResult.LACK_REFERENCED_PAGE
+
+
+def isolate(range_: Range, rules: Rules, offset: int, order: int, limits: Limits) -> ScanResult:
+    """Attempt a run: read swap entries back, then look at each PTE again under the limits of the order.
+
+    Follows __collapse_huge_page_swapin, which goes before everything else, and __collapse_huge_page_isolate.
+    """
+    run = range(offset, offset + (1 << order))
+    if sum(range_.swap[i] for i in run) > limits.swap:
+        return ScanResult.EXCEED_SWAP_PTE
+    if any(range_.guard[i] for i in run):
+        return ScanResult.FAIL
+    none = shared = referenced = 0
+    for i in run:
+        if not range_.has_contents(i):
+            none += 1
+            if none > limits.none:
+                return ScanResult.EXCEED_NONE_PTE
+        elif not range_.swap[i]:
+            shared += range_.shared[i]
+            if shared > limits.shared:
+                return ScanResult.EXCEED_SHARED_PTE
+            if order < range_.pmd_order and range_.folio_order[i] >= order:
+                return ScanResult.PTE_MAPPED_HUGEPAGE
+            referenced += not range_.unreferenced[i]
+    return ScanResult.SUCCEED if referenced or not rules.khugepaged else ScanResult.LACK_REFERENCED_PAGE
+
+
+def scaled(range_: Range, rules: Rules, order: int) -> Limits:
+    """The limits of a run of `order`, each divided down from those of the PMD range (`per-order`)."""
+    if not rules.khugepaged:
+        return Limits(0 if range_.uffd_armed else range_.size, range_.size, range_.size)
+    shift = range_.pmd_order - order
+    none = 0 if range_.uffd_armed else rules.max_ptes_none >> shift
+    return Limits(none, rules.max_ptes_swap >> shift, rules.max_ptes_shared >> shift)
+
+
+def pmd_only(range_: Range, rules: Rules) -> Walk:
+    """Linux up to 7.1: one scan, and if nothing hinders, one attempt at the whole range."""
+    order = range_.pmd_order
+    limits = scaled(range_, rules, order)
+    result = scan(range_, rules, 0, order, limits, skip_large=False)
+    if result != ScanResult.SUCCEED:
+        return Walk(result)
+    walk = Walk()
+    walk.add(0, order, isolate(range_, rules, 0, order, limits))
+    return walk
+
+
+def per_order(range_: Range, rules: Rules) -> Walk:
+    """Jain's series: scan the run again at each order; where no order fits, give the rest of the range up."""
+    orders = sorted(rules.orders if rules.khugepaged else {range_.pmd_order})
+    walk = Walk()
+    offset = 0
+    while offset < range_.size:
+        fitting = [order for order in orders if offset % (1 << order) == 0]
+        for order in reversed(fitting):
+            limits = scaled(range_, rules, order)
+            result = scan(range_, rules, offset, order, limits, skip_large=order < range_.pmd_order)
+            if result == ScanResult.SUCCEED and any(range_.guard[offset : offset + (1 << order)]):
+                # The scan lets a guard marker pass as a swap entry; reading it back fails.
+                result = ScanResult.FAIL
+                if not rules.khugepaged:
+                    walk.add(offset, order, result)
+            if result in (ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE):
+                walk.add(offset, order, result)
+                offset += 1 << order
+                break
+            walk.scan_result = result
+        else:
+            break
+    return walk
+
+
+def rfc(range_: Range, rules: Rules) -> Walk:
+    """The seed: a bit per full chunk, and halves of the range on a stack while they are not full enough."""
+    unlimited = range_.size
+    limits = scaled(range_, rules, range_.pmd_order)
+    # The series took the limit of empty PTEs out of the scan: the whole range is to be seen.
+    result = scan(range_, rules, 0, range_.pmd_order, Limits(unlimited, limits.swap, limits.shared), skip_large=False)
+    if result != ScanResult.SUCCEED:
+        return Walk(result)
+    walk = Walk()
+    enabled = rules.orders if rules.khugepaged else rules.orders | {range_.pmd_order}
+    stack = [(range_.pmd_order, 0)]
+    while stack:
+        order, offset = stack.pop()
+        if order in enabled and _worth_trying(range_, rules, offset, order):
+            # Swap entries and shared pages keep the whole range's limits at every order.
+            none = scaled(range_, rules, order).none
+            result = walk.add(
+                offset, order, isolate(range_, rules, offset, order, Limits(none, limits.swap, limits.shared))
+            )
+            if result in (ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE):
+                continue
+        if order > rules.mthp_min_order:
+            stack.append((order - 1, offset + (1 << (order - 1))))
+            stack.append((order - 1, offset))
+    return walk
+
+
+def _worth_trying(range_: Range, rules: Rules, offset: int, order: int) -> bool:
+    """Whether `rfc` finds a run full enough, in whole percents of its chunks."""
+    if not rules.khugepaged:
+        return any(range_.has_contents(i) for i in range(offset, offset + (1 << order)))
+    chunk = 1 << rules.mthp_min_order
+    full = 0
+    for first in range(offset, offset + (1 << order), chunk):
+        full += all(range_.is_page(i) for i in range(first, first + chunk))
+    chunks = (1 << order) // chunk
+    percent = (range_.size - rules.max_ptes_none - 1) * 100 // (range_.size - 1)
+    return full >= percent * chunks // 100
+
+
+def mainline(range_: Range, rules: Rules) -> Walk:
+    """Linux 7.2 and later: scan, then at each offset the orders downwards (mthp_collapse)."""
+    pmd_order, unlimited = range_.pmd_order, range_.size
+    enabled = rules.orders if rules.khugepaged else frozenset({pmd_order})
+    limits = scaled(range_, rules, pmd_order)
+    # Only where nothing but the PMD size can come of it does the scan stop early at empty PTEs.
+    scan_none = limits.none if enabled == {pmd_order} else range_.size - 1
+    result = scan(range_, rules, 0, pmd_order, Limits(scan_none, limits.swap, limits.shared), skip_large=False)
+    if result != ScanResult.SUCCEED:
+        return Walk(result)
+    walk = Walk()
+    offset, order = 0, pmd_order
+    while offset < range_.size:
+        if order in enabled:
+            if order == pmd_order:
+                needed = range_.size - (rules.max_ptes_none if rules.khugepaged else unlimited)
+                found = sum(range_.has_contents(i) for i in range(range_.size))
+                run_limits = limits
+            else:
+                allowed = (1 << order) - 1 if rules.max_ptes_none == range_.size - 1 else 0
+                needed = (1 << order) - allowed
+                found = sum(range_.is_page(i) for i in range(offset, offset + (1 << order)))
+                run_limits = Limits(0 if range_.uffd_armed else allowed, 0, 0)
+            if found >= needed:
+                result = walk.add(offset, order, isolate(range_, rules, offset, order, run_limits))
+                if result == ScanResult.FAIL:
+                    break
+                if result in (ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE):
+                    offset, order = _behind(range_, offset, order)
+                    continue
+        if order > SMALLEST_ORDER and any(smaller < order for smaller in enabled):
+            order -= 1
+        else:
+            offset, order = _behind(range_, offset, order)
+    return walk
+
+
+def _behind(range_: Range, offset: int, order: int) -> tuple[int, int]:
+    """The offset behind a run, and the largest order that its alignment allows."""
+    offset += 1 << order
+    order = 0
+    while order < range_.pmd_order and offset % (2 << order) == 0:
+        order += 1
+    return offset, order
+
+
+POLICIES: dict[str, Callable[[Range, Rules], Walk]] = {
+    "pmd-only": pmd_only,
+    "rfc": rfc,
+    "per-order": per_order,
+    "mainline": mainline,
+}
