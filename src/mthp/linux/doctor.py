@@ -4,10 +4,6 @@
 (:mod:`mthp.linux.probes`) or from a file that is there or not; the kernel's release is reported but never compared,
 since distributions carry features back and configure them away. Kernel versions stand in remedies only: they say in
 which release of kernel.org the thing came. Nothing is changed, and whatever a trial takes it gives back.
-
-Capabilities are read from ``/proc/self/status``. They can hold in a user namespace (a rootless container) only, where
-the kernel asks for them in the first one (``capable()``, kernel/capability.c); so where a trial is possible the trial
-decides, and the capabilities explain it.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,20 +21,15 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry, format_size
 from mthp.linux.freememory import cgroup_limit, parse_buddyinfo, parse_meminfo
 from mthp.linux.probes import UFFD_FEATURE_MOVE, Probed, probe
+from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
 from mthp.linux.sysfs import ThpSysfs
 from mthp.results import result_of_madvise
-
-CAP_SYS_PTRACE = 19
-CAP_SYS_ADMIN = 21
-CAP_SYS_NICE = 23
-"""Bits of ``CapEff``: include/uapi/linux/capability.h."""
 
 SLOW_SECONDS_PER_GIB = 60
 """A khugepaged that rests longer than this on its way through 1 GiB is called limited."""
 
 _GIB = 1 << 30
-_EVERYBODY = ["0", "0", "4294967295"]
-_CAPABILITIES = {CAP_SYS_PTRACE: "CAP_SYS_PTRACE", CAP_SYS_ADMIN: "CAP_SYS_ADMIN", CAP_SYS_NICE: "CAP_SYS_NICE"}
+_PTRACE_SCOPE = "sys/kernel/yama/ptrace_scope"
 _PLANNED = "for the move mechanism (not built yet: planned only)"
 
 
@@ -102,7 +93,7 @@ class _Facts:
         proc: where proc is mounted.
         geometry: of the machine.
         probed: outcome of the trials.
-        status: the fields of ``/proc/self/status``.
+        rights: of this process.
     """
 
     thp: ThpSysfs
@@ -110,7 +101,7 @@ class _Facts:
     proc: Path
     geometry: Geometry
     probed: Probed
-    status: Mapping[str, str]
+    rights: Rights
 
     @property
     def pmd(self) -> str:
@@ -124,18 +115,10 @@ class _Facts:
         except OSError:
             return None
 
-    def has(self, capability: int) -> bool:
-        """Whether this process has a capability, be it in its own user namespace only."""
-        return bool(int(self.status.get("CapEff", "0"), 16) >> capability & 1)
-
-    def how_to_have(self, capability: int) -> str:
-        """What to do where the kernel refuses something for want of `capability`."""
-        name = _CAPABILITIES[capability]
-        if not self.has(capability):
-            return f"{name} (run as root; in a container --cap-add={name.removeprefix('CAP_')})"
-        if (self.text("self/uid_map") or "").split() != _EVERYBODY:
-            return f"{name} in the first user namespace: this container has it in its own only"
-        return f"{name} is there; a seccomp filter or security module refuses: run outside of it"
+    @property
+    def switched_off(self) -> bool:
+        """Whether this process, or one that it descends from, switched THP off (THP_enabled, proc_pid_status(5))."""
+        return "THP_enabled:\t0" in (self.text("self/status") or "")
 
     def size_list(self, orders: tuple[int, ...]) -> str:
         """Sizes as people write them."""
@@ -158,7 +141,7 @@ def examine(
     """
     thp = ThpSysfs(sysfs / "kernel/mm/transparent_hugepage", proc / "vmstat")
     geometry = geometry or thp.geometry()
-    facts = _Facts(thp, sysfs / "fs/cgroup", proc, geometry, probed or probe(geometry), _fields(proc / "self/status"))
+    facts = _Facts(thp, sysfs / "fs/cgroup", proc, geometry, probed or probe(geometry), Rights.read(proc / "self"))
     has_thp = thp.exists
     findings = []
     for key, title, of_thp, ask in _QUESTIONS:
@@ -174,16 +157,6 @@ def examine(
     return Examination(facts.text("sys/kernel/osrelease") or os.uname().release, geometry, has_thp, tuple(findings))
 
 
-def _fields(path: Path) -> dict[str, str]:
-    """The fields of a ``name: value`` file of proc; empty if it cannot be read."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in lines)
-    return {name: value.strip() for name, _, value in pairs}
-
-
 def _thp(facts: _Facts) -> _Answer:
     if not facts.thp.exists:
         return _Answer(
@@ -192,7 +165,7 @@ def _thp(facts: _Facts) -> _Answer:
             "a kernel with CONFIG_TRANSPARENT_HUGEPAGE, on a CPU with huge pages",
         )
     word = facts.thp.switches(facts.geometry).enabled
-    if facts.status.get("THP_enabled") == "0":
+    if facts.switched_off:
         return _Answer(
             State.LIMITED,
             f"there, enabled is {word}, but switched off for this process",
@@ -252,7 +225,7 @@ def _madv_collapse(facts: _Facts) -> _Answer:
         errno.EBUSY: "room in the memory cgroup: see memory_limit",
         errno.EAGAIN: "try again",
     }
-    if facts.status.get("THP_enabled") == "0":
+    if facts.switched_off:
         remedies[errno.EINVAL] = "a process without prctl(PR_SET_THP_DISABLE): see thp"
     what = f"the kernel knows it, but on memory of its own it failed: {_name(error)}"
     return _Answer(State.LIMITED, f"{what}, {result_of_madvise(error).meaning}", remedies.get(error, ""))
@@ -265,8 +238,8 @@ def _process_madvise(facts: _Facts) -> _Answer:
     if not error:
         return _Answer(State.OK, "works on a child process; others: those whose memory may be looked at")
     remedies = {
-        errno.EPERM: facts.how_to_have(CAP_SYS_NICE),
-        errno.EACCES: facts.how_to_have(CAP_SYS_PTRACE),
+        errno.EPERM: facts.rights.how_to_have(CAP_SYS_NICE),
+        errno.EACCES: facts.rights.how_to_have(CAP_SYS_PTRACE),
         errno.EINVAL: "Linux 6.1 or later, which takes MADV_COLLAPSE there",
         errno.ENOSYS: "Linux 6.1 or later",
     }
@@ -275,19 +248,20 @@ def _process_madvise(facts: _Facts) -> _Answer:
 
 
 def _other_processes(facts: _Facts) -> _Answer:
-    # Reading asks for PTRACE_MODE_READ, which the Yama module does not restrict (yama_ptrace_access_check).
-    if facts.has(CAP_SYS_PTRACE):
+    # Looking takes PTRACE_MODE_READ; Yama restricts PTRACE_MODE_ATTACH alone (yama_ptrace_access_check).
+    if facts.rights.has(CAP_SYS_PTRACE):
         return _Answer(State.OK, "the memory of every process of this user namespace may be looked at")
-    user = (facts.status.get("Uid") or "? ? ? ?").split()[3]
-    what = f"only processes of user {user} that have no more capabilities than this one"
-    return _Answer(State.LIMITED, what, facts.how_to_have(CAP_SYS_PTRACE))
+    what = f"only processes of user {facts.rights.fsuid} that have no more capabilities than this one"
+    if (scope := facts.text(_PTRACE_SCOPE)) is not None:
+        what += f"; Yama's ptrace_scope, which is {scope}, does not matter to this"
+    return _Answer(State.LIMITED, what, facts.rights.how_to_have(CAP_SYS_PTRACE))
 
 
 def _pfns(facts: _Facts) -> _Answer:
     if facts.probed.pfns:
         return _Answer(State.OK, "pagemap shows them")
     what = f"pagemap hides them; folios below {facts.pmd} and lazily freed pages cannot be told from others"
-    return _Answer(State.MISSING, what, facts.how_to_have(CAP_SYS_ADMIN))
+    return _Answer(State.MISSING, what, facts.rights.how_to_have(CAP_SYS_ADMIN))
 
 
 def _kpageflags(facts: _Facts) -> _Answer:
@@ -298,7 +272,9 @@ def _kpageflags(facts: _Facts) -> _Answer:
     except FileNotFoundError:
         return _Answer(State.MISSING, f"there is no {path}", "a kernel with CONFIG_PROC_PAGE_MONITOR")
     except OSError as error:
-        return _Answer(State.MISSING, f"{path}: {error.strerror}", "run as root: the file is root's alone")
+        return _Answer(
+            State.MISSING, f"{path}: {error.strerror}", "run as root of the first user namespace, whose file it is"
+        )
     return _Answer(State.OK, "readable; it tells the folio orders, where page frame numbers are seen")
 
 
@@ -328,6 +304,10 @@ def _khugepaged(facts: _Facts) -> _Answer:
         f" 1 GiB takes {passes} passes of {tunables.pages_to_scan} pages with {rest:g} s of rest after each:"
         f" {passes * rest:g} s and its own work"
     )
+    if not facts.thp.switches(facts.geometry).orders(advised=True):
+        return _Answer(
+            State.LIMITED, f"stands still, since no folio size is on; {what}", "a size that is on: see sizes"
+        )
     folder = f"{facts.thp.root}/khugepaged"
     if passes * rest > SLOW_SECONDS_PER_GIB:
         remedy = f"more in {folder}/pages_to_scan or less in scan_sleep_millisecs; `mthp collapse` does not wait for it"
@@ -383,13 +363,13 @@ def _move_userfaultfd(facts: _Facts) -> _Answer:
 
 def _move_ptrace(facts: _Facts) -> _Answer:
     # Documentation/admin-guide/LSM/Yama.rst; without the module there is no such file, and no such restriction.
-    scope = facts.text("sys/kernel/yama/ptrace_scope") or "0"
-    yama = f"{facts.proc}/sys/kernel/yama/ptrace_scope is {scope}"
+    scope = facts.text(_PTRACE_SCOPE) or "0"
+    yama = f"{facts.proc}/{_PTRACE_SCOPE} is {scope}"
     if scope == "3":
         return _Answer(State.MISSING, f"{yama}: nobody may attach", "boot with a lower kernel.yama.ptrace_scope")
-    if facts.has(CAP_SYS_PTRACE):
+    if facts.rights.has(CAP_SYS_PTRACE):
         return _Answer(State.OK, "every process of this user namespace may be attached to")
-    remedy = facts.how_to_have(CAP_SYS_PTRACE)
+    remedy = facts.rights.how_to_have(CAP_SYS_PTRACE)
     if scope == "2":
         return _Answer(State.MISSING, f"{yama}: it takes CAP_SYS_PTRACE to attach", remedy)
     if scope == "1":

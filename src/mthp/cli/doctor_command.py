@@ -1,0 +1,64 @@
+"""``mthp doctor``: what this kernel and these rights allow, and how to get the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mthp.cli.inspect_command import geometry_json
+from mthp.cli.options import json_option
+from mthp.cli.output import console, print_json, table
+from mthp.linux.doctor import Examination, examine
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> int:
+    """Say what this kernel and these rights allow, and how to get the rest.
+
+    Everything is tried out, and nothing is changed. It exits with 0 whatever it finds, but with 3 where the kernel has
+    no THP at all.
+    """
+    examination = examine()
+    if as_json:
+        print_json("doctor", examination_json(examination))
+    else:
+        print_examination(console(), examination)
+    return 0 if examination.has_thp else 3
+
+
+def print_examination(out: Console, examination: Examination) -> None:
+    """Print the findings as a table, each with its remedy below it."""
+    geometry = examination.geometry
+    out.print(
+        f"Linux {examination.kernel}, {geometry.name}: base pages of {geometry.label(0)},"
+        f" a PMD entry maps {geometry.label(geometry.pmd_order)} (order {geometry.pmd_order})",
+        markup=False,
+    )
+    rows = []
+    for finding in examination.findings:
+        rows.append([finding.state, finding.key, f"{finding.title}: {finding.what}"])
+        if finding.remedy:
+            rows.append(["", "", f"to have more: {finding.remedy}"])
+    out.print(table("What this kernel and these rights allow", ["state", "key", "what is the case"], rows))
+
+
+def examination_json(examination: Examination) -> dict[str, Any]:
+    """An examination as the JSON object of the contract."""
+    geometry = examination.geometry
+    return {
+        "kernel": examination.kernel,
+        "geometry": geometry_json(geometry) | {"pmd_size": geometry.pmd_size},
+        "findings": [
+            {
+                "key": finding.key,
+                "title": finding.title,
+                "state": str(finding.state),
+                "what": finding.what,
+                "remedy": finding.remedy,
+            }
+            for finding in examination.findings
+        ],
+    }

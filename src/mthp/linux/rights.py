@@ -1,0 +1,57 @@
+"""The capabilities of this process, and what to do where one is missing (capabilities(7), user_namespaces(7)).
+
+A capability can hold in a user namespace (a rootless container) only, while the kernel asks for many of them in the
+first one (``capable()``, kernel/capability.c). So this explains a refusal; what is refused is found out by trying.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CAP_SYS_PTRACE = 19
+CAP_SYS_ADMIN = 21
+CAP_SYS_NICE = 23
+"""Bits of ``CapEff``: include/uapi/linux/capability.h."""
+
+_NAMES = {CAP_SYS_PTRACE: "CAP_SYS_PTRACE", CAP_SYS_ADMIN: "CAP_SYS_ADMIN", CAP_SYS_NICE: "CAP_SYS_NICE"}
+_EVERY_UID = ["0", "0", "4294967295"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What a process may do.
+
+    Attributes:
+        fsuid: the user as which it opens files and looks at processes; -1 if not known.
+        effective: bits of the capabilities that it has in its own user namespace.
+        in_first_namespace: whether that is the first one, as far as its map of user IDs tells.
+    """
+
+    fsuid: int
+    effective: int
+    in_first_namespace: bool
+
+    @classmethod
+    def read(cls, directory: Path) -> Rights:
+        """Those of the process whose directory in proc this is; none where it cannot be read."""
+        try:
+            lines = (directory / "status").read_text(errors="replace").splitlines()
+            uid_map = (directory / "uid_map").read_text().split()
+        except OSError:
+            return cls(-1, 0, False)
+        fields = {name: words.split() for name, _, words in (line.partition(":") for line in lines)}
+        return cls(int(fields["Uid"][3]), int(fields["CapEff"][0], 16), uid_map == _EVERY_UID)
+
+    def has(self, capability: int) -> bool:
+        """Whether it has `capability`, be it in its own user namespace only."""
+        return bool(self.effective >> capability & 1)
+
+    def how_to_have(self, capability: int) -> str:
+        """What to do where the kernel refused something that takes `capability`."""
+        name = _NAMES[capability]
+        if not self.has(capability):
+            return f"{name} (run as root; in a container --cap-add={name.removeprefix('CAP_')})"
+        if not self.in_first_namespace:
+            return f"{name} in the first user namespace: this process has it in its own only"
+        return f"{name} is there: a seccomp filter or security module refuses; run outside of it"

@@ -1,0 +1,89 @@
+"""The doctor's trials on the kernel that is there: they tell the truth, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mthp.linux.doctor import Examination, State, examine
+from mthp.linux.probes import probe, probe_collapse, probe_process_madvise, probe_userfaultfd
+from mthp.linux.sysfs import ThpSysfs
+from thp_switches import THP_ROOT, ThpSwitches
+
+pytestmark = pytest.mark.live
+
+
+def what(examination: Examination, key: str) -> str:
+    return next(finding.what for finding in examination.findings if finding.key == key)
+
+
+def descriptors() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+def virtual_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+
+
+def switch_texts() -> dict[Path, str]:
+    names = {"enabled", "shmem_enabled", "defrag", "pages_to_scan", "scan_sleep_millisecs", "max_ptes_none"}
+    return {path: path.read_text() for path in THP_ROOT.rglob("*") if path.name in names}
+
+
+@pytest.mark.requires("thp")
+@pytest.mark.usefixtures("thp_switches")
+def test_trials_leave_nothing_behind() -> None:
+    geometry = ThpSysfs().geometry()
+    probe(geometry)
+    before = descriptors(), switch_texts()
+    size = virtual_bytes()
+    for _ in range(3):
+        probe(geometry)
+    assert (descriptors(), switch_texts()) == before
+    # A trial that kept its memory would have kept twice the PMD size each time.
+    assert virtual_bytes() - size < geometry.pmd_size
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.requires("thp")
+@pytest.mark.parametrize("word", ["always", "madvise", "never"])
+def test_the_trial_of_madv_collapse_really_collapses(thp_switches: ThpSwitches, word: str) -> None:
+    thp_switches.set("enabled", word)
+    thp_switches.set(f"hugepages-{ThpSysfs().geometry().pmd_size >> 10}kB/enabled", "inherit")
+    sysfs = ThpSysfs()
+    before = sysfs.vmstat()
+    assert probe_collapse(sysfs.geometry()) == 0
+    after = sysfs.vmstat()
+    # What is huge already needs no new folio.
+    assert after["thp_collapse_alloc"] > before["thp_collapse_alloc"]
+
+
+@pytest.mark.requires("pfns")
+def test_with_all_rights() -> None:
+    assert probe_process_madvise() == 0
+    examination = examine()
+    states = {finding.key: finding.state for finding in examination.findings}
+    assert {states[key] for key in ("pfns", "kpageflags", "other_processes", "process_madvise")} == {State.OK}
+    assert examination.kernel == os.uname().release
+    assert examination.geometry == ThpSysfs().geometry()
+
+
+@pytest.mark.requires("pagemap_scan")
+def test_pagemap_scan_is_found() -> None:
+    assert probe(ThpSysfs().geometry()).pagemap_scan
+
+
+def test_userfaultfd_tells_features_only_if_it_works() -> None:
+    error, features = probe_userfaultfd()
+    assert (features != 0) == (error == 0)
+
+
+@pytest.mark.requires("mthp", "4k-pages")
+def test_sizes_are_those_that_are_on(thp_switches: ThpSwitches) -> None:
+    thp_switches.only("64kB", "256kB")
+    assert what(examine(), "sizes") == "on for plain memory: none; for MADV_HUGEPAGE memory: 64K, 256K"
+    thp_switches.set("hugepages-128kB/enabled", "always")
+    assert what(examine(), "sizes") == "on for plain memory: 128K; for MADV_HUGEPAGE memory: 64K, 128K, 256K"
