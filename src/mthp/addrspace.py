@@ -151,7 +151,10 @@ class CollapseOutcome:
 
 
 class AddressSpace(abc.ABC):
-    """One address space and the machine around it. A context manager: leaving it lets go of the target."""
+    """One address space and the machine around it. A context manager: leaving it lets go of the target.
+
+    One thread may list the mappings while another reads.
+    """
 
     @property
     @abc.abstractmethod
@@ -213,6 +216,14 @@ class AddressSpace(abc.ABC):
             UnsupportedError: this backend cannot, at all or at this order.
             NotPermittedError: these rights do not suffice.
         """
+
+    def mapped(self) -> list[Segment]:
+        """The ranges of all mappings, by ascending address: :meth:`vmas` without what costs time to find out.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return [(vma.start, vma.end) for vma in self.vmas()]
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
         """The parts of `segments` that may hold something, in whole granules of `granule` bytes.

@@ -7,17 +7,18 @@ that memory use depends on the number of mappings alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Vma, VmaKind, in_blocks
+from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind, in_blocks
 from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
 from mthp.tunables import Switches
 
-BLOCK_PAGES = 1 << 16
+BLOCK_PAGES = 1 << 18
 """Pages read at a time: enough that the cost of a call does not count, little enough to stay in bounds."""
 
 MAX_FOLIO_ORDER = 20
@@ -133,16 +134,21 @@ def take_census(space: AddressSpace, progress: Progress | None = None) -> Census
     Raises:
         TargetVanishedError: the process exited meanwhile.
     """
-    vmas = space.vmas()
-    counts = _Counts(vmas)
     page_size = space.geometry.page_size
-    segments = space.populated([(vma.start, vma.end) for vma in vmas if vma.kind is not VmaKind.SPECIAL], page_size)
-    size, done = sum(end - start for start, end in segments), 0
-    for block in in_blocks(segments, BLOCK_PAGES * page_size):
-        counts.add(space.read(block), page_size)
-        done += sum(end - start for start, end in block)
-        if progress is not None:
-            progress(done, size)
+    # What the kernel tells about a mapping takes it a walk over all its pages, and this process only waits for that.
+    # So another thread asks for it, while this one reads the pages themselves.
+    with ThreadPoolExecutor(1) as pool:
+        listing = pool.submit(space.vmas)
+        mapped = space.mapped()
+        counts = _Counts(mapped)
+        segments = space.populated(mapped, page_size)
+        size, done = sum(end - start for start, end in segments), 0
+        for block in in_blocks(segments, BLOCK_PAGES * page_size):
+            counts.add(space.read(block), page_size)
+            done += sum(end - start for start, end in block)
+            if progress is not None:
+                progress(done, size)
+        vmas = listing.result()
     geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
     return Census(
         label=space.label,
@@ -158,7 +164,7 @@ def take_census(space: AddressSpace, progress: Progress | None = None) -> Census
                 eligibility(vma, geometry, switches, trigger="khugepaged", thp_disabled=disabled),
                 eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=disabled, include_file=True),
             )
-            for vma, pages in zip(vmas, counts.result(), strict=True)
+            for vma, pages in zip(vmas, counts.of(vmas), strict=True)
         ),
     )
 
@@ -166,11 +172,11 @@ def take_census(space: AddressSpace, progress: Progress | None = None) -> Census
 class _Counts:
     """Adds up columns by mapping."""
 
-    def __init__(self, vmas: Sequence[Vma]) -> None:
-        self._starts = np.array([vma.start for vma in vmas], np.uint64)
-        self._orders = np.zeros((len(vmas), MAX_FOLIO_ORDER + 1), np.int64)
-        self._unknown = np.zeros(len(vmas), np.int64)
-        self._states = np.zeros((len(vmas), len(STATES)), np.int64)
+    def __init__(self, mapped: Sequence[Segment]) -> None:
+        self._starts = np.array([start for start, _ in mapped], np.uint64)
+        self._orders = np.zeros((len(mapped), MAX_FOLIO_ORDER + 1), np.int64)
+        self._unknown = np.zeros(len(mapped), np.int64)
+        self._states = np.zeros((len(mapped), len(STATES)), np.int64)
 
     def add(self, columns: PteColumns, page_size: int) -> None:
         """Count the pages of `columns`, whose segments each lie within one mapping."""
@@ -191,11 +197,17 @@ class _Counts:
             having = state & bit != 0
             np.add.at(self._states[:, index], vma[having], pages[having])
 
-    def result(self) -> list[PageCounts]:
-        """The counts of every mapping."""
+    def of(self, vmas: Sequence[Vma]) -> list[PageCounts]:
+        """The counts of each of `vmas`: those of the mappings that began within it when they were read.
+
+        What the kernel or a driver mapped is not the process's memory, and counts as nothing.
+        """
+        first = np.searchsorted(self._starts, np.array([vma.start for vma in vmas], np.uint64))
+        ends = [vma.start if vma.kind is VmaKind.SPECIAL else vma.end for vma in vmas]
+        last = np.searchsorted(self._starts, np.array(ends, np.uint64))
         return [
-            PageCounts(orders, int(unknown), states)
-            for orders, unknown, states in zip(self._orders, self._unknown, self._states, strict=True)
+            PageCounts(self._orders[a:b].sum(axis=0), int(self._unknown[a:b].sum()), self._states[a:b].sum(axis=0))
+            for a, b in zip(first.tolist(), last.tolist(), strict=True)
         ]
 
 

@@ -115,6 +115,9 @@ class LiveAddressSpace(AddressSpace):
         """
         return procfs.read_vmas(self.process)
 
+    def mapped(self) -> list[Segment]:
+        return procfs.read_mapped(self.process)
+
     def numa(self) -> dict[int, tuple[tuple[int, int], ...]]:
         """Base pages by NUMA node, (node, pages), for each mapping by its start address; empty without NUMA.
 

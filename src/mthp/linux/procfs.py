@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mthp.addrspace import Vma, VmaKind
+from mthp.addrspace import Segment, Vma, VmaKind
 from mthp.errors import UnsupportedError
 from mthp.linux.process import Process
 
@@ -74,14 +74,25 @@ def read_smaps(process: Process) -> list[tuple[Vma, SmapsTotals]]:
     return [(vma, parse_totals(block)) for vma, block in _read_records(process)]
 
 
+def read_mapped(process: Process) -> list[Segment]:
+    """The ranges of addresses that are mapped, one for each mapping: a small part of the work of :func:`read_vmas`.
+
+    Raises:
+        TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
+    """
+    segments = [(int(match[1], 16), int(match[2], 16)) for match in _HEADER.finditer(process.read("maps"))]
+    if not segments:
+        process.check_memory()
+    return segments
+
+
 def is_mapped(process: Process, start: int, end: int) -> bool:
     """Whether mappings cover all of `start` to `end` at this moment.
 
     Raises:
         TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
     """
-    for match in _HEADER.finditer(process.read("maps")):
-        low, high = int(match[1], 16), int(match[2], 16)
+    for low, high in read_mapped(process):
         if low <= start < high:
             start = high
     return start >= end
