@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,13 @@ def test_many_runs_of_populated_memory_take_many_calls(puppet: Puppet) -> None:
         assert parts == [(address + 2 * i * PAGE_SIZE, address + (2 * i + 1) * PAGE_SIZE) for i in range(20_000)]
         dense = [(address, address + SPARSE_BYTES // 2)]
         assert space.populated(dense, PMD_SIZE) == dense
+
+
+def test_several_threads_may_ask_whether_it_is_alive() -> None:
+    """A select.poll object refuses a second caller, so the process must not share one between threads."""
+    with Process("self") as process, ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda _: [process.is_alive() for _ in range(2000)], range(4))
+        assert all(all(answer) for answer in answers)
 
 
 def test_reads_and_listings_may_run_in_threads(puppet: Puppet) -> None:

@@ -85,8 +85,6 @@ class Process:
         self.comm = ""
         self.pidfd = _open_pidfd(pid)
         self._directory = -1
-        self._poll = select.poll()
-        self._poll.register(self.pidfd, select.POLLIN)
         try:
             self._directory = self._open_directory()
             self.starttime = self._look()
@@ -129,7 +127,10 @@ class Process:
 
     def is_alive(self) -> bool:
         """Whether it has not exited yet. Never true for another process that took over the number."""
-        return not self._poll.poll(0)
+        # Made anew each time: threads may ask side by side, and a poll object takes one caller at a time.
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
 
     def check_alive(self) -> None:
         """Do nothing if it is alive.
