@@ -15,9 +15,11 @@ import ctypes
 import fcntl
 import mmap
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -27,6 +29,7 @@ from thp_switches import THP_ROOT, ThpSwitches
 
 _STATE = Path(tempfile.gettempdir()) / f"mthp-tests-switches-{os.getuid()}.json"
 _REQUIRE_LIVE = "MTHP_REQUIRE_LIVE"
+_SWAP_BYTES = 32 << 20
 
 
 def _has_scan() -> bool:
@@ -46,10 +49,6 @@ def _can_advise(advice: int) -> bool:
     return not failed
 
 
-def _has_swap() -> bool:
-    return len(Path("/proc/swaps").read_text().splitlines()) > 1
-
-
 def _can_write(path: Path) -> bool:
     return os.access(path, os.W_OK)
 
@@ -62,7 +61,6 @@ _REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "4k-pages": (lambda: mmap.PAGESIZE == 4096, "needs base pages of 4 KiB"),
     "pagemap_scan": (_has_scan, "needs PAGEMAP_SCAN (Linux 6.7)"),
     "guard": (lambda: _can_advise(102), "needs MADV_GUARD_INSTALL (Linux 6.13)"),
-    "swap": (_has_swap, "needs swap"),
     "ns_last_pid": (lambda: _can_write(Path("/proc/sys/kernel/ns_last_pid")), "needs ns_last_pid to choose PIDs"),
 }
 
@@ -76,9 +74,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         for word in mark.args:
             check, reason = _REQUIREMENTS[word]
             if not check():
-                if os.environ.get(_REQUIRE_LIVE) == "1":
-                    pytest.fail(f"{reason}, and {_REQUIRE_LIVE}=1 forbids to skip", pytrace=False)
-                pytest.skip(reason)
+                skip_or_fail(reason)
+
+
+def skip_or_fail(reason: str) -> NoReturn:
+    """Skip the test at hand, or fail it where the environment says that this machine has everything."""
+    if os.environ.get(_REQUIRE_LIVE) == "1":
+        pytest.fail(f"{reason}, and {_REQUIRE_LIVE}=1 forbids to skip", pytrace=False)
+    pytest.skip(reason)
 
 
 @pytest.fixture
@@ -92,3 +95,28 @@ def thp_switches() -> Iterator[ThpSwitches]:
             yield switches
         finally:
             switches.restore()
+
+
+@pytest.fixture(scope="session")
+def swap_space() -> Iterator[None]:
+    """Swap: the machine's own, or a file that is there for this test session only."""
+    if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+        yield
+        return
+    # Not in the temporary directory, which may be tmpfs, where swapon(2) does not work.
+    file = Path("/var/tmp/mthp-tests-swap")
+    file.unlink(missing_ok=True)
+    try:
+        fd = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        os.write(fd, bytes(_SWAP_BYTES))
+        os.close(fd)
+        for command in ("mkswap", "swapon"):
+            subprocess.run([command, file], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        file.unlink(missing_ok=True)
+        skip_or_fail(f"needs swap, and none can be added: {error}")
+    try:
+        yield
+    finally:
+        subprocess.run(["swapoff", file], check=True)
+        file.unlink()

@@ -201,7 +201,7 @@ def test_unreadable_memory_is_read(puppet: Puppet, space: LiveAddressSpace) -> N
     expect(columns, Pte(0), ORDER_NONE, slice(8, N))
 
 
-@pytest.mark.requires("swap")
+@pytest.mark.usefixtures("swap_space")
 def test_swapped_pages(puppet: Puppet, space: LiveAddressSpace) -> None:
     address = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
     puppet.write(address, N)

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mthp.collapsing import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 
 MIN_SIZE = 32 << 20
@@ -92,6 +93,46 @@ class WorkloadStats:
     anon_huge_bytes: int
     heap_bytes: int
     hole_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """What a collapse of the workload did.
+
+    Attributes:
+        by: who made the calls: ``"mthp"`` from outside, or the workload ``"itself"``.
+        collapsed: PMD ranges.
+        failed: PMD ranges that could not be collapsed, by scan result.
+        copied_bytes, filled_bytes: contents of the collapsed ranges, and what they grew by.
+        seconds: how long all of it took.
+        p50, p99, longest: durations of the calls, in seconds.
+    """
+
+    by: str
+    collapsed: int
+    failed: dict[str, int]
+    copied_bytes: int
+    filled_bytes: int
+    seconds: float
+    p50: float
+    p99: float
+    longest: float
+
+    @classmethod
+    def of(cls, report: CollapseReport, *, by: str) -> Deed:
+        """The deed that `report` tells of."""
+        times = report.durations
+        return cls(
+            by=by,
+            collapsed=report.collapsed,
+            failed={result.name: count for result, count in report.failed.items()},
+            copied_bytes=report.copied_bytes,
+            filled_bytes=report.filled_bytes,
+            seconds=report.elapsed,
+            p50=times.p50,
+            p99=times.p99,
+            longest=times.max,
+        )
 
 
 class Workload:
@@ -181,6 +222,14 @@ class Workload:
             MthpError: the workload ended, or does not answer.
         """
         return WorkloadStats(**self._ask({"cmd": "stats"}))
+
+    def collapse_itself(self) -> Deed:
+        """Let it collapse its own memory.
+
+        Raises:
+            MthpError: it cannot, or ended, or does not answer.
+        """
+        return Deed(**self._ask({"cmd": "collapse"}))
 
     def close(self) -> None:
         """End the process and wait for it. May be called at any time, and again.

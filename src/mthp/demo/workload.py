@@ -5,8 +5,8 @@ What makes its heap a realistic one
 A collapse is easy to show on one large array and says nothing there. This heap is made by a library that knows
 nothing of huge pages:
 
-- **Growth.** Documents of 3 000 to 5 000 bytes go into a table in small batches. SQLite takes every database page
-  (16 KiB) from malloc, so the heap grows by brk, one page after the other, with the headers between.
+- **Growth.** Documents of 10 000 to 16 000 bytes go into a table in small batches. SQLite takes every database page
+  (64 KiB) from malloc, so the heap grows by brk, one page after the other, with the headers between.
 - **Changes.** A part of the documents is deleted and a part rewritten at another length: pages split, move and
   lie on the free list. They stay resident, as they do in a real service.
 - **Holes.** A second database, of short-lived sessions, grows in between, in runs of very different length. At the
@@ -29,8 +29,9 @@ The conversation
 ----------------
 One JSON object a line. On stdout first ``{"event": "progress", "done_bytes", "total_bytes", "phase"}`` some times,
 then ``{"event": "ready"}``. From then on every line on stdin gets one line on stdout: ``{"cmd": "measure",
-"seconds": 2}``, ``{"cmd": "verify"}``, ``{"cmd": "stats"}``, ``{"cmd": "quit"}``; a request that makes no sense
-gets ``{"error": ...}``. The end of stdin ends the process, and so does the end of the thread that started it.
+"seconds": 2}``, ``{"cmd": "verify"}``, ``{"cmd": "stats"}``, ``{"cmd": "quit"}``, and ``{"cmd": "collapse"}``, by which
+it collapses its own memory, for which nobody needs rights. A request that makes no sense gets ``{"error": ...}``. The
+end of stdin ends the process, and so does the end of the thread that started it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 # include/uapi/linux/prctl.h
@@ -63,9 +65,9 @@ LARGEST_MMAP_THRESHOLD = 32 << 20
 COMM = "mthp-demo"
 SEED = 20_240_117
 
-DATABASE_PAGE_BYTES = 16384
-LONGEST_BODY = 6500
-DOCUMENTS_PER_STEP = 256
+DATABASE_PAGE_BYTES = 65536
+LONGEST_BODY = 20_000
+DOCUMENTS_PER_STEP = 80
 """About 1 MiB: the grain at which documents and sessions alternate in the heap."""
 SESSION_BYTES = 2180
 """What one session takes of the heap: half a database page of 4 KiB with its headers."""
@@ -79,7 +81,7 @@ CHECKED_BATCHES = 16
 INSERT_DOCUMENTS = """
     WITH RECURSIVE counter(n) AS (SELECT :first UNION ALL SELECT n + 1 FROM counter WHERE n < :last)
     INSERT INTO document
-    SELECT n, n % 16, substr(:pool, 1 + (n * 7919) % :span, 3000 + (n * 31) % 2001), (n * 2654435761) % 1000003
+    SELECT n, n % 16, substr(:pool, 1 + (n * 7919) % :span, 10000 + (n * 31) % 6001), (n * 2654435761) % 1000003
     FROM counter"""
 INSERT_SESSIONS = """
     WITH RECURSIVE counter(n) AS (SELECT :first UNION ALL SELECT n + 1 FROM counter WHERE n < :last)
@@ -220,6 +222,23 @@ def memory_stats() -> dict[str, int]:
     return sums
 
 
+def collapse_own_memory() -> dict[str, object]:
+    """Collapse this process by the kernel's call for one's own memory.
+
+    Returns:
+        The fields of :class:`mthp.demo.client.Deed`; or `error`.
+    """
+    # Imported here: where the demo may collapse from outside, this process has only its own library in it.
+    from mthp.api import collapse  # noqa: PLC0415
+    from mthp.demo.client import Deed  # noqa: PLC0415
+    from mthp.errors import MthpError  # noqa: PLC0415
+
+    try:
+        return asdict(Deed.of(collapse("self"), by="itself"))
+    except MthpError as error:
+        return {"error": error.message}
+
+
 def _mappings(smaps: str) -> Iterator[tuple[bool, dict[str, int]]]:
     """For each mapping, whether it is writable private memory without a file, and its sizes in bytes by name."""
     header = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (\S+) \S+ \S+ (\d+) *(.*)$", re.MULTILINE)
@@ -322,6 +341,8 @@ def answer(database: Database, line: str) -> dict[str, object]:
         return {**database.verify()}
     if command == "stats":
         return {**memory_stats()}
+    if command == "collapse":
+        return collapse_own_memory()
     if command == "quit":
         return {}
     return {"error": f"unknown command: {command!r}"}

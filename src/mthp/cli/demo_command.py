@@ -1,0 +1,162 @@
+"""``mthp demo``: the main job, end to end, on a process that it starts itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from mthp.cli.inspect_command import census_json
+from mthp.cli.options import json_option
+from mthp.cli.output import console, milliseconds, note, percent, print_json, table
+from mthp.cli.plan_command import plan_json
+from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
+from mthp.errors import UsageError
+from mthp.geometry import format_size, parse_size
+from mthp.planning import SpacePlan
+
+
+@click.command("demo")
+@click.option("--size", metavar="SIZE", help="Memory of the workload; 1G by default, or what memory allows.")
+@click.option("--seconds", type=float, default=1.0, show_default=True, help="How long each of 10 measurements takes.")
+@json_option
+def command(size: str | None, seconds: float, as_json: bool) -> int:
+    """Show the whole story on a process of its own: inspect, plan, collapse, and how much faster it got.
+
+    The workload is an in-memory SQLite database, grown, changed and with holes, in a process of its own. It is given
+    4 KiB pages, inspected, planned under four policies, collapsed, inspected again, and measured before and after.
+    Nothing else on the machine is touched.
+    """
+    if not 0 < seconds <= 600:
+        raise UsageError(f"--seconds {seconds:g} is not above 0 and up to 600")
+    with _progress(hidden=as_json) as progress:
+        story = tell(DEFAULT_SIZE if size is None else parse_size(size), seconds, progress)
+    if as_json:
+        print_json("demo", story_json(story))
+    else:
+        print_story(console(), story)
+    return 0 if story.intact else 1
+
+
+@contextmanager
+def _progress(*, hidden: bool) -> Iterator[Progress]:
+    """Progress of several steps: a bar for each on a terminal, else a line for each as it begins."""
+    if hidden:
+        yield lambda what, done, total: None
+    elif sys.stderr.isatty():
+        columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn())
+        with Bars(*columns, console=Console(stderr=True)) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def advance(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what)
+                bars.update(tasks[what], completed=done, total=max(total, 1))
+
+            yield advance
+    else:
+        begun: set[str] = set()
+
+        def tell_once(what: str, done: int, total: int) -> None:
+            if what not in begun:
+                begun.add(what)
+                click.echo(f"{what} ...", err=True)
+
+        yield tell_once
+
+
+def print_story(out: Console, story: Story) -> None:
+    """Print the story: the plans side by side, then before and after."""
+    geometry = story.census.geometry
+    out.print(f"{story.target}, Linux {story.census.kernel}, {geometry.name}", markup=False)
+    columns = ["policy", "max_ptes_none", "bytes by folio size", "copied", "bloat", "2M mappings"]
+    columns[-1] = f"{geometry.label(geometry.pmd_order)} mapped"
+    rows = [_plan_row(plan) for plan in story.plans]
+    out.print(table("What each policy would do", columns, rows, right={1, 3, 4}))
+    if story.before is not None and story.after is not None and story.deed is not None:
+        _print_before_and_after(out, story, story.before, story.after)
+    note(out, story.notes)
+
+
+def _plan_row(plan: SpacePlan) -> list[str]:
+    geometry = plan.geometry
+    sizes = (
+        f"{geometry.label(order)}:{format_size(count * geometry.size_of(order))}"
+        for order, count in plan.folios_by_order.items()
+    )
+    return [
+        plan.policy,
+        str(plan.tunables.max_ptes_none),
+        " ".join(sizes) or "none",
+        format_size(plan.copied_bytes),
+        format_size(plan.filled_bytes),
+        f"{percent(plan.coverage)} -> {percent(plan.coverage_after)}",
+    ]
+
+
+def _print_before_and_after(out: Console, story: Story, before: Moment, after: Moment) -> None:
+    geometry, deed = story.census.geometry, story.deed
+    assert deed is not None
+    pmd = geometry.label(geometry.pmd_order)
+    pages = [moment.census.anonymous for moment in (before, after)]
+    shares = [percent(count.state("pmd_mapped") / max(1, count.resident)) for count in pages]
+    rows = [
+        ["random lookups a second", f"{before.speed.median:,.0f}", f"{after.speed.median:,.0f}", _times(story)],
+        ["  lower to upper quartile", _quartiles(before), _quartiles(after), ""],
+        [f"anonymous memory mapped as {pmd}", *shares, ""],
+        ["AnonHugePages", format_size(before.stats.anon_huge_bytes), format_size(after.stats.anon_huge_bytes), ""],
+        ["resident", format_size(before.stats.rss_bytes), format_size(after.stats.rss_bytes), ""],
+        ["holes in the heap", format_size(before.stats.hole_bytes), format_size(after.stats.hole_bytes), ""],
+        ["data, every byte read", "intact", "the same" if story.intact else "CHANGED", ""],
+    ]
+    out.print(table("Before and after the collapse", ["", "before", "after", "ratio"], rows, right={1, 2}))
+    failed = "".join(f", {count} {name}" for name, count in deed.failed.items())
+    out.print(
+        f"\ncollapsed by {deed.by}: {deed.collapsed} ranges of {pmd} in {deed.seconds:.2f} s{failed};"
+        f" copied {format_size(deed.copied_bytes)}, added {format_size(deed.filled_bytes)};"
+        f" pauses p50 {milliseconds(deed.p50)}, p99 {milliseconds(deed.p99)}, max {milliseconds(deed.longest)}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _times(story: Story) -> str:
+    return f"{story.speedup:.2f} times"
+
+
+def _quartiles(moment: Moment) -> str:
+    return f"{moment.speed.low:,.0f} to {moment.speed.high:,.0f}"
+
+
+def story_json(story: Story) -> dict[str, Any]:
+    """The story as the JSON object of the contract."""
+    return {
+        "target": story.target,
+        "inspect": census_json(story.census),
+        "plans": [plan_json(plan) for plan in story.plans],
+        "before": _moment_json(story.before),
+        "collapse": None if story.deed is None else dataclasses.asdict(story.deed),
+        "after": _moment_json(story.after),
+        "speedup": story.speedup,
+        "intact": story.intact,
+        "notes": story.notes,
+    }
+
+
+def _moment_json(moment: Moment | None) -> dict[str, Any] | None:
+    if moment is None:
+        return None
+    return {
+        "speed": dataclasses.asdict(moment.speed),
+        "stats": dataclasses.asdict(moment.stats),
+        "verification": dataclasses.asdict(moment.verification),
+        "anonymous_pages_by_order": {str(order): n for order, n in moment.census.anonymous.by_order().items()},
+        "anonymous_pmd_mapped_pages": moment.census.anonymous.state("pmd_mapped"),
+    }
