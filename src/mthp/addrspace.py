@@ -199,6 +199,14 @@ class AddressSpace(abc.ABC):
             TargetVanishedError: the process is gone.
         """
 
+    def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
+        """`vmas` with their `node_pages`, where the machine tells; finding out takes about as long as listing them.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return list(vmas)
+
     @abc.abstractmethod
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         """The page table entries of `segments`, one after another.

@@ -128,8 +128,11 @@ class Census:
         return PageCounts.total([vma.pages for vma in self.vmas if vma.vma.kind is VmaKind.ANON])
 
 
-def take_census(space: AddressSpace, progress: Progress | None = None) -> Census:
+def take_census(space: AddressSpace, progress: Progress | None = None, *, nodes: bool = False) -> Census:
     """Count the pages of `space`.
+
+    Args:
+        nodes: find out as well on which NUMA nodes the pages of each mapping lie.
 
     Raises:
         TargetVanishedError: the process exited meanwhile.
@@ -138,7 +141,7 @@ def take_census(space: AddressSpace, progress: Progress | None = None) -> Census
     # What the kernel tells about a mapping takes it a walk over all its pages, and this process only waits for that.
     # So another thread asks for it, while this one reads the pages themselves.
     with ThreadPoolExecutor(1) as pool:
-        listing = pool.submit(space.vmas)
+        listing = pool.submit(lambda: space.with_nodes(space.vmas()) if nodes else space.vmas())
         mapped = space.mapped()
         counts = _Counts(mapped)
         segments = space.populated(mapped, page_size)

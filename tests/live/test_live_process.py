@@ -329,8 +329,15 @@ def test_every_mapping_of_maps_is_listed_and_reads(puppet: Puppet) -> None:
         ]
         segments = [(vma.start, vma.end) for vma in vmas]
         assert len(space.read(segments).state) == sum(vma.size for vma in vmas) // PAGE_SIZE
-        numa = space.numa()
-        assert not numa or set(numa) <= {vma.start for vma in vmas}
+
+
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="a kernel without NUMA")
+def test_the_pages_on_all_nodes_are_the_resident_ones(puppet: Puppet) -> None:
+    address = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
+    puppet.write(address, 7)
+    with open_live(puppet.pid) as space:
+        (vma,) = (vma for vma in space.with_nodes(space.vmas()) if vma.start <= address < vma.end)
+        assert sum(pages for _, pages in vma.node_pages) == 7
 
 
 @pytest.mark.requires("root", "thp", "4k-pages")

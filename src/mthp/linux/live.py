@@ -10,6 +10,7 @@ import errno
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -118,13 +119,9 @@ class LiveAddressSpace(AddressSpace):
     def mapped(self) -> list[Segment]:
         return procfs.read_mapped(self.process)
 
-    def numa(self) -> dict[int, tuple[tuple[int, int], ...]]:
-        """Base pages by NUMA node, (node, pages), for each mapping by its start address; empty without NUMA.
-
-        Raises:
-            TargetVanishedError, NotPermittedError: as :meth:`vmas`.
-        """
-        return procfs.read_numa(self.process, self._geometry.page_size)
+    def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
+        nodes = procfs.read_numa(self.process, self._geometry.page_size)
+        return [replace(vma, node_pages=nodes.get(vma.start, ())) for vma in vmas]
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         """The page table entries of `segments`, one after another. It takes about 50 bytes of memory a page.

@@ -83,7 +83,7 @@ def _describe(space: AddressSpace) -> Description:
         tunables=space.tunables,
         thp_disabled=space.thp_disabled,
         missing=space.missing,
-        vmas=tuple(space.vmas()),
+        vmas=tuple(space.with_nodes(space.vmas())),
         pages=0,
     )
 
