@@ -90,6 +90,7 @@ class Vma:
             cannot be read.
         has_anon_vma: whether something was ever written here; None if that cannot be told.
         node_pages: pages by NUMA node; empty if not asked for or not known.
+        offset: where in its file it begins, in bytes; 0 without a file.
     """
 
     start: int
@@ -100,6 +101,7 @@ class Vma:
     flags: frozenset[str] = frozenset()
     has_anon_vma: bool | None = None
     node_pages: tuple[tuple[int, int], ...] = ()
+    offset: int = 0
 
     @property
     def size(self) -> int:

@@ -65,8 +65,8 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
 def collapse_buffer(buffer: Any, **options: Any) -> CollapseReport:
     """Collapse memory of this process: the whole PMD ranges within a NumPy array, an mmap or another buffer.
 
-    Everything there that holds anything is collapsed to the PMD order, unless `options` say otherwise. Needs no
-    rights.
+    Everything there that holds anything is collapsed to the PMD order, shared memory too (which an mmap is by
+    default), unless `options` say otherwise. Needs no rights.
 
     Args:
         buffer: an object with the buffer protocol, contiguous.
@@ -77,7 +77,12 @@ def collapse_buffer(buffer: Any, **options: Any) -> CollapseReport:
         UnsupportedError: as :func:`mthp.collapsing.collapse_space`.
     """
     start, size = _memory_of(buffer)
-    chosen: dict[str, Any] = {"policy": "pmd-only", "trigger": "madvise", "within": (start, start + size)}
+    chosen: dict[str, Any] = {
+        "policy": "pmd-only",
+        "trigger": "madvise",
+        "include_file": True,
+        "within": (start, start + size),
+    }
     with open_target("self") as space:
         return collapse_space(space, _collapse_options(chosen | options))
 
@@ -86,7 +91,7 @@ def _memory_of(buffer: Any) -> tuple[int, int]:
     """Address and size in bytes of the memory behind `buffer`."""
     try:
         array = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, BufferError) as error:
         raise UsageError(f"a {type(buffer).__name__} is not a buffer that can be collapsed: {error}") from error
     if not array.flags.forc:
         raise UsageError("the array is not contiguous: collapse the array that it is a view of")

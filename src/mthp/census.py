@@ -192,12 +192,12 @@ class _Counts:
         starts = np.array([start for start, _ in columns.segments], np.uint64)
         vma = (np.searchsorted(self._starts, starts, side="right") - 1)[segment]
 
-        resident = (state & Pte.PRESENT != 0) & (state & Pte.ZERO == 0)
+        resident = (state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
         known = resident & (order != ORDER_UNKNOWN)
         np.add.at(self._orders, (vma[known], np.clip(order[known], 0, MAX_FOLIO_ORDER)), pages[known])
         np.add.at(self._unknown, vma[resident & ~known], pages[resident & ~known])
         for index, bit in enumerate(STATES.values()):
-            having = state & bit != 0
+            having = (state & np.uint16(bit)) != 0
             np.add.at(self._states[:, index], vma[having], pages[having])
 
     def of(self, vmas: Sequence[Vma]) -> list[PageCounts]:

@@ -16,13 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, CollapseOutcome, Pte
-from mthp.errors import TargetVanishedError, UnsupportedError
+from mthp.addrspace import AddressSpace, Pte
+from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.planning import BLOCK_PMD_RANGES, PlanOptions, SpacePlan, plan_space
 from mthp.results import ScanResult
 
@@ -30,7 +30,10 @@ Mechanism = Literal["auto", "madvise", "move"]
 """How pages are collapsed: by the kernel's MADV_COLLAPSE, by moving them, or whichever fits the order."""
 
 BATCH = 32
-"""PMD ranges between two looks at the page tables: few enough that what was seen still holds."""
+"""PMD ranges between two looks at the page tables at most: few enough that what was seen still holds."""
+
+PACE = 0.1
+"""Seconds: with a rate, no more is collapsed between two rests than the rate allows in this time."""
 
 Progress = Callable[[int, int], None]
 """Told (ranges done, ranges in all) after every range."""
@@ -44,8 +47,11 @@ class CollapseOptions:
         plan: what shall be collapsed.
         mechanism: by what means.
         max_bloat: bytes by which resident memory may grow; None for no bound.
-        rate: bytes collapsed per second; None for as fast as it goes.
+        rate: bytes collapsed per second, or tried to be; None for as fast as it goes.
         dry_run: plan only.
+
+    Raises:
+        UsageError: a mechanism that does not exist, a budget below 0, or a rate that is not above 0.
     """
 
     plan: PlanOptions = field(default_factory=PlanOptions)
@@ -53,6 +59,15 @@ class CollapseOptions:
     max_bloat: int | None = None
     rate: int | None = None
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mechanism not in get_args(Mechanism):
+            known = ", ".join(get_args(Mechanism))
+            raise UsageError(f"unknown mechanism {self.mechanism!r}", help=f"use one of {known}")
+        if self.max_bloat is not None and self.max_bloat < 0:
+            raise UsageError(f"a budget of {self.max_bloat} bytes of bloat is below 0")
+        if self.rate is not None and self.rate <= 0:
+            raise UsageError(f"a rate of {self.rate} bytes a second is not above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +103,8 @@ class CollapseReport:
         dry_run: nothing was done.
         collapsed: ranges that are mapped by one PMD entry now and were not before.
         unchanged: ranges that were so already when their turn came.
-        failed: ranges that could not be collapsed, by scan result.
+        failed: ranges that could not be collapsed, by scan result; ANY_PROCESS also where the target exited before
+            it could be seen what became of them.
         over_budget: ranges left alone because filling them would have exceeded `max_bloat`.
         needs_move: folios of orders below the PMD order, by order: the kernel's call cannot make them.
         copied_bytes, filled_bytes: contents of the collapsed ranges, and what they grew by.
@@ -184,9 +200,11 @@ class _Run:
     def carry_out(self, addresses: NDArray[np.uint64]) -> None:
         """Collapse the PMD ranges at `addresses`, uint64, in that order."""
         report, total = self._report, len(addresses)
+        size = self._batch_size()
         try:
-            for start in range(0, total, BATCH):
-                self._batch(addresses[start : start + BATCH], total)
+            for start in range(0, total, size):
+                self._keep_pace()
+                self._batch(addresses[start : start + size], total)
                 if report.interrupted:
                     break
             report.coverage = pmd_coverage(self._space, report.plan.ranges.address)
@@ -199,37 +217,48 @@ class _Run:
         """Collapse some PMD ranges, between two looks at their page tables."""
         report = self._report
         before = look_at(self._space, addresses)
-        tried: dict[int, CollapseOutcome] = {}
-        for index, address in enumerate(addresses.tolist()):
-            if self._stop():
-                report.interrupted = True
-                break
-            report.not_tried -= 1
-            if before.pmd_mapped[index]:
-                report.unchanged += 1
-            elif before.contents[index] == 0:
-                report.failed[ScanResult.NO_PTE_TABLE] += 1
-            elif not self._affords(before, [*tried, index]):
-                report.over_budget += 1
-            else:
-                tried[index] = self._space.collapse(address, self._space.geometry.pmd_order)
-                self._seconds.append(tried[index].elapsed_ns / 1e9)
-                self._keep_pace()
-            if self._progress is not None:
-                self._progress(total - report.not_tried, total)
-        self._account(addresses, before, tried)
+        tried: dict[int, ScanResult] = {}
+        try:
+            for index, address in enumerate(addresses.tolist()):
+                if self._stop():
+                    report.interrupted = True
+                    break
+                report.not_tried -= 1
+                if before.pmd_mapped[index]:
+                    report.unchanged += 1
+                elif before.contents[index] == 0:
+                    report.failed[ScanResult.NO_PTE_TABLE] += 1
+                elif not self._affords(before, tried, index):
+                    report.over_budget += 1
+                else:
+                    tried[index] = ScanResult.ANY_PROCESS
+                    tried[index] = self._collapse(address)
+                if self._progress is not None:
+                    self._progress(total - report.not_tried, total)
+            self._account(addresses, before, tried)
+        except TargetVanishedError:
+            report.failed[ScanResult.ANY_PROCESS] += len(tried)
+            raise
 
-    def _affords(self, before: Look, indices: list[int]) -> bool:
-        """Whether filling the ranges at `indices` on top of what was filled so far stays within the budget."""
+    def _collapse(self, address: int) -> ScanResult:
+        outcome = self._space.collapse(address, self._space.geometry.pmd_order)
+        self._seconds.append(outcome.elapsed_ns / 1e9)
+        return outcome.result
+
+    def _affords(self, before: Look, tried: dict[int, ScanResult], index: int) -> bool:
+        """Whether filling the range at `index` on top of what was filled so far stays within the budget."""
         budget = self._options.max_bloat
-        return budget is None or self._report.filled_bytes + self._fill_bytes(before, indices) <= budget
+        if budget is None:
+            return True
+        filled = [each for each, result in tried.items() if result == ScanResult.SUCCEED]
+        return self._report.filled_bytes + self._fill_bytes(before, [*filled, index]) <= budget
 
     def _fill_bytes(self, before: Look, indices: list[int]) -> int:
         geometry = self._space.geometry
         pages = geometry.ptes_per_pmd * len(indices) - int(before.contents[indices].sum())
         return pages * geometry.page_size
 
-    def _account(self, addresses: NDArray[np.uint64], before: Look, tried: dict[int, CollapseOutcome]) -> None:
+    def _account(self, addresses: NDArray[np.uint64], before: Look, tried: dict[int, ScanResult]) -> None:
         """Look again at the ranges that were tried, and count what became of them."""
         if not tried:
             return
@@ -242,16 +271,22 @@ class _Run:
         report.copied_bytes += int(before.contents[worked].sum()) * self._space.geometry.page_size
         for index in set(indices) - set(worked):
             # A call that succeeded on a range that is not huge now: it was split or unmapped again at once.
-            result = tried[index].result
+            result = tried[index]
             report.failed[ScanResult.PTE_NON_PRESENT if result == ScanResult.SUCCEED else result] += 1
 
+    def _batch_size(self) -> int:
+        """PMD ranges between two looks; fewer if a rate makes them take long, as the target does not stand still."""
+        if self._options.rate is None:
+            return BATCH
+        return min(BATCH, max(1, int(PACE * self._options.rate) // self._space.geometry.pmd_size))
+
     def _keep_pace(self) -> None:
-        """Rest until no more bytes a second were collapsed than the rate allows."""
+        """Rest, before a batch, until no more bytes a second were tried than the rate allows."""
         if self._options.rate is None:
             return
         due = self._started + len(self._seconds) * self._space.geometry.pmd_size / self._options.rate
         while (rest := due - time.monotonic()) > 0 and not self._stop():
-            time.sleep(min(rest, 0.1))
+            time.sleep(min(rest, PACE))
 
 
 @dataclass(frozen=True, slots=True)

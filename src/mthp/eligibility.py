@@ -63,6 +63,10 @@ def eligibility(
         return Eligibility((), reason)
     if vma.kind in (VmaKind.FILE, VmaKind.SHMEM):
         what = "memory of a file" if vma.kind is VmaKind.FILE else "shared memory"
+        if (vma.start - vma.offset) % geometry.pmd_size:
+            return Eligibility(
+                (), f"{what}, whose place in the file is not aligned to {geometry.label(geometry.pmd_order)}"
+            )
         if include_file:
             return Eligibility((geometry.pmd_order,), f"{what}: {geometry.label(geometry.pmd_order)} only")
         return Eligibility((), f"{what}, not anonymous")

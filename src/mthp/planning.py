@@ -110,9 +110,9 @@ class SpacePlan:
         policy: the policy's name.
         orders: the orders that were enabled for any mapping.
         trigger, tunables: what the plan was made for.
-        ranges: the PMD ranges that hold or held anything.
+        ranges: the PMD ranges that hold anything.
         folios: the folios that would be made.
-        refused: mappings that are left alone, each with the reason.
+        refused: mappings that are left alone, each with the reason; only those in `within` if that was given.
         planned_bytes: size of the PMD ranges of the mappings that were planned.
     """
 
@@ -152,17 +152,22 @@ class SpacePlan:
     @property
     def coverage(self) -> float:
         """The share of the planned ranges' resident memory that PMD entries map now; 0.0 if nothing is resident."""
-        return self._coverage(0, 0)
+        return self._share(self.ranges.scan_result == ScanResult.PMD_MAPPED, self.ranges.resident)
 
     @property
     def coverage_after(self) -> float:
-        """The same once the plan is carried out."""
-        return self._coverage(self.folios_by_order.get(self.geometry.pmd_order, 0), int(self.ranges.filled.sum()))
+        """The same once the plan is carried out; pages that smaller folios read back from swap are not counted."""
+        ranges, geometry = self.ranges, self.geometry
+        made = np.isin(ranges.address, self.folios.address[self.folios.order == geometry.pmd_order])
+        # A range that becomes one folio is resident throughout: what was swapped out is read back.
+        resident = np.where(made, geometry.ptes_per_pmd, ranges.resident + ranges.filled)
+        return self._share(made | (ranges.scan_result == ScanResult.PMD_MAPPED), resident)
 
-    def _coverage(self, folios: int, filled: int) -> float:
-        mapped = folios + self.ranges_by_result.get(ScanResult.PMD_MAPPED, 0)
-        resident = int(self.ranges.resident.sum(dtype=np.int64)) + filled
-        return mapped * self.geometry.ptes_per_pmd / resident if resident else 0.0
+    @staticmethod
+    def _share(mapped: NDArray[np.bool_], resident: NDArray[np.integer]) -> float:
+        """The part of `resident`, pages per range, that lies in the ranges that are `mapped`."""
+        pages = int(resident.sum(dtype=np.int64))
+        return int(resident[mapped].sum(dtype=np.int64)) / pages if pages else 0.0
 
     @property
     def refused_by_reason(self) -> dict[str, tuple[int, int]]:
@@ -245,18 +250,21 @@ def _sort_out(space: AddressSpace, options: PlanOptions, base: Rules) -> tuple[l
     follow_switches = options.orders == ORDERS_ENABLED
     groups: dict[Rules, list[tuple[Vma, Segment]]] = {}
     refused = []
+    # Asked once, not for each mapping: a live target reads files for it.
+    geometry, switches, thp_disabled = space.geometry, space.switches, space.thp_disabled
     for vma in space.vmas():
         allowed = eligibility(
             vma,
-            space.geometry,
-            space.switches,
+            geometry,
+            switches,
             trigger="khugepaged" if follow_switches else "madvise",
-            thp_disabled=space.thp_disabled,
+            thp_disabled=thp_disabled,
             include_file=options.include_file,
         )
-        segment = _clipped(vma.pmd_ranges(space.geometry), options.within, space.geometry)
+        segment = _clipped(vma.pmd_ranges(geometry), options.within, geometry)
         if not allowed:
-            refused.append((vma, allowed.reason))
+            if options.within is None or (vma.start < options.within[1] and options.within[0] < vma.end):
+                refused.append((vma, allowed.reason))
         elif segment is not None:
             groups.setdefault(_rules_for(vma, allowed.orders, base, follow_switches), []).append((vma, segment))
     jobs = [
@@ -299,8 +307,10 @@ def _plan_block(space: AddressSpace, job: _Job, block: list[Segment], policy: Po
     plan = plan_planes(planes, policy, job.rules)
     folios = plan.folios
     offset = folios.offset.astype(np.uint64) * np.uint64(geometry.page_size)
+    ranges = Ranges(address, plan.scan_result, plan.resident, plan.copied, plan.filled)
     return (
-        Ranges(address, plan.scan_result, plan.resident, plan.copied, plan.filled),
+        # Which empty ranges are read at all depends on the backend and on how full the target is.
+        ranges[ranges.scan_result != ScanResult.NO_PTE_TABLE],
         Folios(address[folios.range] + offset, folios.order, folios.filled),
     )
 
@@ -323,10 +333,10 @@ def planes_of(
     seen = Pte(int(np.bitwise_or.reduce(state, axis=None)))
 
     def plane(bit: Pte) -> NDArray[np.bool_] | None:
-        return (state & bit) != 0 if bit in seen else None
+        return (state & np.uint16(bit)) != 0 if bit in seen else None
 
     return Planes(
-        present=(state & Pte.PRESENT) != 0,
+        present=(state & np.uint16(Pte.PRESENT)) != 0,
         zero=plane(Pte.ZERO),
         swap=plane(Pte.SWAP),
         guard=plane(Pte.GUARD),
@@ -335,7 +345,7 @@ def planes_of(
         uffd=plane(Pte.UFFD_WP),
         unreferenced=plane(Pte.UNREFERENCED),
         folio_order=np.maximum(order, 0) if bool((order > 0).any()) else None,
-        pmd_mapped=(state[:, 0] & Pte.PMD_MAPPED) != 0 if Pte.PMD_MAPPED in seen else None,
+        pmd_mapped=(state[:, 0] & np.uint16(Pte.PMD_MAPPED)) != 0 if Pte.PMD_MAPPED in seen else None,
         uffd_armed=uffd_armed if uffd_armed is not None and uffd_armed.any() else None,
         droppable=droppable if droppable is not None and droppable.any() else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from mthp.addrspace import AddressSpace
@@ -10,6 +11,9 @@ from mthp.errors import TargetVanishedError, UsageError
 
 Target = int | str | os.PathLike[str]
 """A PID, ``"self"``, or the path of a snapshot; a PID may be written as text."""
+
+PID_MAX = 1 << 22
+"""No process has a larger PID (PID_MAX_LIMIT, include/linux/threads.h)."""
 
 
 def open_target(target: Target) -> AddressSpace:
@@ -27,7 +31,7 @@ def open_target(target: Target) -> AddressSpace:
 
         return open_live("self" if pid == os.getpid() else pid)
     path = Path(target)  # type: ignore[arg-type]
-    if not path.exists():
+    if not os.path.lexists(path):
         raise UsageError(
             f"target {str(target)!r} is neither a PID nor 'self' nor a file that exists",
             help="give the PID of a process, the word self, or the path of a snapshot that `mthp snapshot` wrote",
@@ -45,15 +49,16 @@ def pid_of(target: Target) -> int | None:
     """
     if target == "self":
         return os.getpid()
-    if isinstance(target, str) and not target.lstrip("-").isdecimal():
+    if isinstance(target, str):
+        if not re.fullmatch(r"-?[0-9]+", target):
+            return None
+        # Python converts no numbers of thousands of digits; these are as far from a PID as they were.
+        target = int(target[:20])
+    if not isinstance(target, int):
         return None
-    if not isinstance(target, int | str):
-        return None
-    pid = int(target)
-    if not 0 < pid <= 1 << 22:
-        # PID_MAX_LIMIT, include/linux/threads.h
-        raise TargetVanishedError(f"no process {pid}: PIDs are 1 to {1 << 22}")
-    return pid
+    if not 0 < target <= PID_MAX:
+        raise TargetVanishedError(f"no process {target}: PIDs are 1 to {PID_MAX}")
+    return target
 
 
 def refuse_ancestor(target: Target) -> None:

@@ -85,7 +85,7 @@ def test_a_target_that_exits_is_gone_at_the_next_look(puppet: Puppet) -> None:
         for look in (
             lambda: space.read(segments),
             space.vmas,
-            space.numa,
+            lambda: space.with_nodes([]),
             lambda: space.populated([(address, address + TIB)], PMD_SIZE),
             lambda: space.collapse(address, space.geometry.pmd_order),
             lambda: space.thp_disabled,

@@ -100,3 +100,14 @@ def test_what_is_small_depends_on_the_machine() -> None:
 def test_flags_that_nobody_knows_do_no_harm() -> None:
     assert eligibility(vma(flags=frozenset()), X86_64, ALWAYS)
     assert eligibility(flagged("zz", "??"), X86_64, ALWAYS)
+
+
+@pytest.mark.parametrize("kind", [VmaKind.FILE, VmaKind.SHMEM])
+@pytest.mark.parametrize(("offset", "orders"), [(0, (9,)), (4 << 20, (9,)), (1 << 20, ()), (4096, ())])
+def test_file_memory_must_lie_in_the_file_as_in_the_address_space(
+    kind: VmaKind, offset: int, orders: tuple[int, ...]
+) -> None:
+    vma = Vma(2 << 20, 8 << 20, "rw-s", "/file", kind, offset=offset)
+    found = eligibility(vma, X86_64, Switches.defaults(X86_64), trigger="madvise", include_file=True)
+    assert found.orders == orders
+    assert ("not aligned" in found.reason) == (not orders)

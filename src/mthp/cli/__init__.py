@@ -1,11 +1,15 @@
 """The command line: one module per command; parses, calls the library, prints.
 
+Errors are told on standard error. With ``--json`` they are also the one object on standard output: its schema is the
+command's, and ``error`` holds ``message``, ``help`` and ``exit_code``.
+
 Only this module and click are imported for ``mthp --help``; a command's module is imported when it is run.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +17,7 @@ from collections.abc import Sequence
 import click
 
 from mthp import __version__
+from mthp.cli.text import clean
 from mthp.errors import MthpError
 
 COMMANDS = {
@@ -64,25 +69,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: those behind the program's name; by default the process's own.
     """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if sys.stdout is None:
+        # Closed by whoever started us. What is printed then goes nowhere.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        code = _mthp.main(args=arguments, prog_name="mthp", standalone_mode=False)
+        code = _run(given)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except MthpError as error:
-        return _explain(error.message, error.help, error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _explain("interrupted", "", 1)
-    except BrokenPipeError:
-        # Whoever read our output has enough. Nothing more can be said there, at exit neither.
+        return code
+    except OSError as error:
+        # What the output goes to takes no more: a reader that has enough, or a full disk. Nothing that is still
+        # buffered can be written there at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _say(str(error), "")
         return 1
 
 
-def _explain(message: str, help: str, code: int) -> int:
-    click.echo(f"mthp: {message}", err=True)
+def _run(arguments: list[str]) -> int:
+    try:
+        code = _mthp.main(args=arguments, prog_name="mthp", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except MthpError as error:
+        _say(error.message, error.help)
+        return _failed(arguments, error.message, error.help, error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return _failed(arguments, error.format_message(), "", error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted", "")
+        return _failed(arguments, "interrupted", "", 1)
+
+
+def _say(message: str, help: str) -> None:
+    click.echo(f"mthp: {clean(message)}", err=True)
     for line in help.splitlines():
-        click.echo(f"  {line}", err=True)
+        click.echo(f"  {clean(line)}", err=True)
+
+
+def _failed(arguments: list[str], message: str, help: str, code: int) -> int:
+    """Print an error as JSON if that was asked for, and give its exit code."""
+    if "--json" in arguments:
+        command = next((word for word in arguments if word in COMMANDS), None)
+        error = {"message": message, "help": help, "exit_code": code}
+        click.echo(json.dumps({"schema": f"mthp.{command}/1" if command else "mthp/1", "error": error}, indent=2))
     return code

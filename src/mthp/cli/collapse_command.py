@@ -18,7 +18,7 @@ from mthp.cli.options import (
     stopping_on_signals,
     target_argument,
 )
-from mthp.cli.output import console, milliseconds, note, percent, print_json, progress_bar, table
+from mthp.cli.output import console, milliseconds, note, percent, print_json, progress_bar, say, table
 from mthp.cli.plan_command import plan_json, print_plan
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
 from mthp.geometry import format_size, parse_size
@@ -61,7 +61,7 @@ def command(
             plan=planned(options),
             mechanism=mechanism,
             max_bloat=None if max_bloat is None else _bytes_of_bloat(max_bloat, space),
-            rate=None if rate is None else max(1, parse_size(rate)),
+            rate=None if rate is None else parse_size(rate),
             dry_run=dry_run,
         )
         with progress_bar("collapsing", hidden=as_json) as progress:
@@ -111,16 +111,17 @@ def print_report(out: Console, report: CollapseReport, wanted: float | None = No
         )
     times = report.durations
     speed = report.collapsed_bytes / report.elapsed if report.elapsed else 0.0
-    out.print(
-        f"\ncopied {format_size(report.copied_bytes)}, added {format_size(report.filled_bytes)} of bloat,"
+    out.print()
+    say(
+        out,
+        f"copied {format_size(report.copied_bytes)}, added {format_size(report.filled_bytes)} of bloat,"
         f" in {report.elapsed:.2f} s ({format_size(int(speed))}/s);"
         f" share of {pmd} mappings {percent(plan.coverage)} -> {percent(report.coverage)}",
-        markup=False,
     )
-    out.print(
+    say(
+        out,
         f"pauses at most (duration of each of {times.count} calls): p50 {milliseconds(times.p50)},"
         f" p99 {milliseconds(times.p99)}, max {milliseconds(times.max)}",
-        markup=False,
     )
     note(out, _remarks(report, wanted))
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from mthp.cli.inspect_command import census_json
+from mthp.cli.inspect_command import census_json, vmas_json
 from mthp.cli.options import json_option
-from mthp.cli.output import console, milliseconds, note, percent, print_json, table
+from mthp.cli.output import console, milliseconds, note, percent, print_json, say, table
 from mthp.cli.plan_command import plan_json
 from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
 from mthp.errors import UsageError
@@ -75,7 +75,7 @@ def _progress(*, hidden: bool) -> Iterator[Progress]:
 def print_story(out: Console, story: Story) -> None:
     """Print the story: the plans side by side, then before and after."""
     geometry = story.census.geometry
-    out.print(f"{story.target}, Linux {story.census.kernel}, {geometry.name}", markup=False)
+    say(out, f"{story.target}, Linux {story.census.kernel}, {geometry.name}")
     columns = ["policy", "max_ptes_none", "bytes by folio size", "copied", "bloat", "2M mappings"]
     columns[-1] = f"{geometry.label(geometry.pmd_order)} mapped"
     rows = [_plan_row(plan) for plan in story.plans]
@@ -118,12 +118,12 @@ def _print_before_and_after(out: Console, story: Story, before: Moment, after: M
     ]
     out.print(table("Before and after the collapse", ["", "before", "after", "ratio"], rows, right={1, 2}))
     failed = "".join(f", {count} {name}" for name, count in deed.failed.items())
-    out.print(
-        f"\ncollapsed by {deed.by}: {deed.collapsed} ranges of {pmd} in {deed.seconds:.2f} s{failed};"
+    out.print()
+    say(
+        out,
+        f"collapsed by {deed.by}: {deed.collapsed} ranges of {pmd} in {deed.seconds:.2f} s{failed};"
         f" copied {format_size(deed.copied_bytes)}, added {format_size(deed.filled_bytes)};"
         f" pauses p50 {milliseconds(deed.p50)}, p99 {milliseconds(deed.p99)}, max {milliseconds(deed.longest)}",
-        markup=False,
-        soft_wrap=True,
     )
 
 
@@ -139,7 +139,7 @@ def story_json(story: Story) -> dict[str, Any]:
     """The story as the JSON object of the contract."""
     return {
         "target": story.target,
-        "inspect": census_json(story.census),
+        "inspect": census_json(story.census) | {"vmas": list(vmas_json(story.census))},
         "plans": [plan_json(plan) for plan in story.plans],
         "before": _moment_json(story.before),
         "collapse": None if story.deed is None else dataclasses.asdict(story.deed),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.cli.options import json_option, target_argument
-from mthp.cli.output import console, note, percent, print_json, progress_bar, table
+from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
 from mthp.eligibility import Eligibility
 from mthp.geometry import Geometry, format_size
 from mthp.targets import open_target
@@ -22,16 +22,17 @@ TOP_MAPPINGS = 20
 @click.command("inspect")
 @target_argument
 @click.option("--all", "show_all", is_flag=True, help="Show every mapping, not just the largest.")
+@click.option("--numa", is_flag=True, help="Tell as well on which NUMA nodes the pages of each mapping lie.")
 @json_option
-def command(target: str, show_all: bool, as_json: bool) -> None:
+def command(target: str, show_all: bool, numa: bool, as_json: bool) -> None:
     """Count the pages of TARGET by folio order, per mapping and in all.
 
     TARGET is a PID, the word self, or a snapshot file.
     """
     with open_target(target) as space, progress_bar("reading", hidden=as_json) as progress:
-        census = take_census(space, progress)
+        census = take_census(space, progress, nodes=numa)
     if as_json:
-        print_json("inspect", census_json(census))
+        print_json("inspect", census_json(census), vmas=vmas_json(census))
     else:
         print_census(console(), census, show_all=show_all)
 
@@ -39,7 +40,7 @@ def command(target: str, show_all: bool, as_json: bool) -> None:
 def print_census(out: Console, census: Census, *, show_all: bool = False) -> None:
     """Print a census as two tables: sizes, then mappings."""
     geometry = census.geometry
-    out.print(f"{census.label}, Linux {census.kernel}, {geometry.name}", markup=False)
+    say(out, f"{census.label}, Linux {census.kernel}, {geometry.name}")
     out.print(sizes_table(census))
     ranked = sorted(census.vmas, key=lambda vma: -vma.pages.resident)
     shown = [vma for vma in ranked if vma.pages.resident or vma.pages.state("swap")]
@@ -47,7 +48,10 @@ def print_census(out: Console, census: Census, *, show_all: bool = False) -> Non
         shown = shown[:TOP_MAPPINGS]
     rows = [_mapping_row(vma, geometry) for vma in (census.vmas if show_all else shown)]
     title = f"Mappings ({len(rows)} of {len(census.vmas)})"
-    columns = ["address", "perm", "size", "resident", "huge", "folios", "may become", "name"]
+    columns = ["address", "perm", "size", "resident", "huge", "folios", "may become", "nodes", "name"]
+    if not any(vma.vma.node_pages for vma in shown):
+        # Not asked for, or not to be had.
+        rows, columns = [[*row[:-2], row[-1]] for row in rows], [*columns[:-2], columns[-1]]
     out.print(table(title, columns, rows, right={2, 3, 4}))
     note(out, census.missing)
 
@@ -93,6 +97,7 @@ def _mapping_row(vma: VmaCensus, geometry: Geometry) -> list[str]:
         percent(pages.share_from(geometry.pmd_order)),
         folios or "-",
         _may_become(vma, geometry),
+        " ".join(f"{node}:{_size(count, geometry)}" for node, count in vma.vma.node_pages),
         vma.vma.name,
     ]
 
@@ -118,7 +123,7 @@ def _size(pages: int, geometry: Geometry) -> str:
 
 
 def census_json(census: Census) -> dict[str, Any]:
-    """The census as the JSON object of the contract."""
+    """The census as the JSON object of the contract, all but its `vmas`."""
     return {
         "target": census.label,
         "kernel": census.kernel,
@@ -131,21 +136,24 @@ def census_json(census: Census) -> dict[str, Any]:
         "missing": list(census.missing),
         "total": _counts_json(census.total, census.geometry),
         "anonymous": _counts_json(census.anonymous, census.geometry),
-        "vmas": [
-            {
-                "start": f"{vma.vma.start:#x}",
-                "end": f"{vma.vma.end:#x}",
-                "permissions": vma.vma.permissions,
-                "name": vma.vma.name,
-                "kind": str(vma.vma.kind),
-                "flags": sorted(vma.vma.flags),
-                "khugepaged": _eligibility_json(vma.khugepaged, census.geometry),
-                "madvise": _eligibility_json(vma.madvise, census.geometry),
-                **_counts_json(vma.pages, census.geometry),
-            }
-            for vma in census.vmas
-        ],
     }
+
+
+def vmas_json(census: Census) -> Iterator[dict[str, Any]]:
+    """Each mapping of a census as JSON."""
+    for vma in census.vmas:
+        yield {
+            "start": f"{vma.vma.start:#x}",
+            "end": f"{vma.vma.end:#x}",
+            "permissions": vma.vma.permissions,
+            "name": vma.vma.name,
+            "kind": str(vma.vma.kind),
+            "flags": sorted(vma.vma.flags),
+            "pages_by_node": {str(node): pages for node, pages in vma.vma.node_pages},
+            "khugepaged": _eligibility_json(vma.khugepaged, census.geometry),
+            "madvise": _eligibility_json(vma.madvise, census.geometry),
+            **_counts_json(vma.pages, census.geometry),
+        }
 
 
 def geometry_json(geometry: Geometry) -> dict[str, Any]:

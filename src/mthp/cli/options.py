@@ -40,9 +40,7 @@ _PLAN_OPTIONS = (
     click.option("--max-ptes-none", type=int, metavar="N", help="Empty pages a collapse may fill, per PMD range."),
     click.option("--max-ptes-swap", type=int, metavar="N", help="Swapped pages it may read back, per PMD range."),
     click.option("--max-ptes-shared", type=int, metavar="N", help="Shared pages it may copy, per PMD range."),
-    click.option(
-        "--mthp-min-order", type=int, metavar="K", help="The chunk order of rfc's bitmap; 3 by default."
-    ),
+    click.option("--mthp-min-order", type=int, metavar="K", help="The chunk order of rfc's bitmap; 3 by default."),
     click.option("--include-file", is_flag=True, help="Memory of files and shared memory too, at the PMD size."),
 )
 
@@ -74,7 +72,8 @@ def percentage(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%?\s*", text)
     if match is None or float(match[1]) > 100:
         raise UsageError(f"{text!r} is not a percentage", help="write it as 95% or 99.5%, within 0% to 100%")
-    return float(match[1]) / 100
+    # Not divided by 100, which rounds once more: 99.9 would become more than 0.999.
+    return float(f"{match[1]}e-2")
 
 
 @contextmanager

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import unicodedata
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -16,8 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_WIDTH = 400
-"""Width of plain text, in columns: wide enough that nothing is cut or wrapped."""
+from mthp.cli.text import clean
+
+PLAIN_WIDTH = 1 << 16
+"""Width of plain text, in columns: wide enough that nothing is cut or wrapped, the longest path included."""
 
 
 def console() -> Console:
@@ -27,14 +28,20 @@ def console() -> Console:
     return Console(width=PLAIN_WIDTH, highlight=False, color_system=None)
 
 
-def print_json(command: str, data: dict[str, Any]) -> None:
-    """Print the one JSON object of `command`; its schema comes first."""
-    click.echo(json.dumps({"schema": f"mthp.{command}/1"} | data, indent=2))
+def print_json(command: str, data: dict[str, Any], **rows: Iterable[dict[str, Any]]) -> None:
+    """Print the one JSON object of `command`; its schema comes first.
 
-
-def clean(text: str) -> str:
-    """`text` without control characters, for names that a process chose itself."""
-    return "".join(char if unicodedata.category(char)[0] != "C" else "�" for char in text)
+    Args:
+        rows: further keys whose values are lists, written item by item as they are made, however many there are.
+    """
+    text = json.dumps({"schema": f"mthp.{command}/1"} | data, indent=2)
+    click.echo(text.removesuffix("\n}"), nl=False)
+    for key, items in rows.items():
+        click.echo(f",\n  {json.dumps(key)}: [", nl=False)
+        for number, item in enumerate(items):
+            click.echo(f"{',' if number else ''}\n    {json.dumps(item)}", nl=False)
+        click.echo("\n  ]", nl=False)
+    click.echo("\n}")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> Group:
@@ -50,7 +57,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
         made.add_column(name, justify="right" if index in right else "left", no_wrap=not cut, overflow="fold")
     for row in rows:
         made.add_row(*(Text(clean(cell)) for cell in row))
-    return Group("", Text(title, style="bold"), made)
+    return Group("", Text(clean(title), style="bold"), made)
 
 
 @contextlib.contextmanager
@@ -78,4 +85,9 @@ def milliseconds(seconds: float) -> str:
 def note(out: Console, lines: Sequence[str]) -> None:
     """Print remarks below a result, each on its own line."""
     for line in lines:
-        out.print(Text(f"note: {line}", style="yellow"), soft_wrap=True)
+        out.print(Text(clean(f"note: {line}"), style="yellow"), soft_wrap=True)
+
+
+def say(out: Console, line: str) -> None:
+    """Print one line of text, which may hold names that a process or a foreign file chose."""
+    out.print(Text(clean(line)), soft_wrap=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import json_option, plan_options, planned, target_argument
-from mthp.cli.output import console, note, percent, print_json, progress_bar, table
+from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
 from mthp.geometry import format_size
 from mthp.planning import SpacePlan, plan_space
 from mthp.targets import open_target
@@ -43,16 +43,16 @@ def print_plan(out: Console, plan: SpacePlan) -> None:
     geometry = plan.geometry
     limits = plan.tunables
     sizes = ",".join(geometry.label(order) for order in plan.orders) or "none"
-    out.print(
+    say(
+        out,
         f"{plan.label}: policy {plan.policy}, sizes {sizes}, max_ptes_none {limits.max_ptes_none},"
         f" swap {limits.max_ptes_swap}, shared {limits.max_ptes_shared}",
-        markup=False,
     )
-    out.print(
+    say(
+        out,
         f"would copy {format_size(plan.copied_bytes)}, add {format_size(plan.filled_bytes)} of bloat,"
         f" and take the share of {geometry.label(geometry.pmd_order)} mappings from {percent(plan.coverage)}"
         f" to {percent(plan.coverage_after)} of {format_size(_resident(plan))}",
-        markup=False,
     )
     rows = [
         [geometry.label(order), str(count), format_size(count * geometry.size_of(order))]

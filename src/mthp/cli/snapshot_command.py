@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mthp.cli.options import json_option, target_argument
-from mthp.cli.output import console, print_json, progress_bar
+from mthp.cli.output import console, print_json, progress_bar, say
 from mthp.geometry import format_size
 from mthp.targets import open_target
 
@@ -31,8 +31,8 @@ def command(target: str, output: Path, force: bool, as_json: bool) -> None:
     if as_json:
         print_json("snapshot", dataclasses.asdict(info))
         return
-    console().print(
+    say(
+        console(),
         f"{info.path}: {info.label}, {info.vmas} mappings, {info.pages} pages in {info.runs} runs,"
         f" {format_size(info.bytes)}",
-        markup=False,
     )

@@ -24,6 +24,7 @@ included, once its package declares it as an entry point of the group ``mthp.pol
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -77,7 +78,7 @@ class Limits(NamedTuple):
     """PTEs whose page another process maps too."""
 
 
-class Policy:
+class Policy(abc.ABC):
     """Base of all policies, and their default behaviour: that of Linux 7.2 but for what a subclass changes.
 
     Attributes:
@@ -116,12 +117,12 @@ class Policy:
         """Whether the scan already lets no none PTE pass in a mapping armed with userfaultfd."""
         return rules.forced
 
+    @abc.abstractmethod
     def limits(self, order: int, rules: Rules) -> Limits:
         """What a run of `order` may have, by the check that isolation makes.
 
         The caller lifts them for MADV_COLLAPSE, and allows no none PTE where userfaultfd is armed.
         """
-        raise NotImplementedError(f"policy {self.name} does not define limits()")
 
     def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
         """Which runs are full enough to be attempted: bool, shape of ``runs.occupied``; None for all.
@@ -284,11 +285,21 @@ def policy_named(policy: str | Policy) -> Policy:
         raise UsageError(f"unknown policy {policy!r}", help=f"use {', '.join(policy_names())}")
     try:
         made = declared[policy].load()()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UsageError(f"policy {policy!r} cannot be loaded: {error}") from error
+    except (ImportError, AttributeError, TypeError, NameError, SyntaxError, ValueError) as error:
+        raise UsageError(f"policy {policy!r} cannot be loaded: {error}", help=_whose(declared[policy])) from error
     if not isinstance(made, Policy):
-        raise UsageError(f"policy {policy!r} is a {type(made).__name__}, not an mthp.Policy")
+        raise UsageError(
+            f"policy {policy!r} is a {type(made).__name__}, not an mthp.Policy", help=_whose(declared[policy])
+        )
+    if not isinstance(getattr(made, "name", None), str):
+        raise UsageError(f"policy {policy!r} has no attribute `name`", help=_whose(declared[policy]))
     return made
+
+
+def _whose(point: EntryPoint) -> str:
+    """Where to look for a policy that is at fault."""
+    package = f" by {point.dist.name}" if point.dist else ""
+    return f"it is declared{package} as {point.value}"
 
 
 def _declared() -> dict[str, EntryPoint]:

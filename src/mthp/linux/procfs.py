@@ -23,7 +23,7 @@ from mthp.errors import UnsupportedError
 from mthp.linux.process import Process
 
 _READ_CHUNK = 1 << 20
-_HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$", re.MULTILINE)
+_HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$", re.MULTILINE)
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 _SHMEM_NAMES = ("/memfd:", "/SYSV", "/dev/shm/", "[anon_shmem:")
 _ANON_NAMES = ("[heap]", "[stack", "[anon:")
@@ -172,7 +172,7 @@ class VmaParser:
 
     def parse(self, header: re.Match[bytes], block: bytes) -> Vma:
         """The mapping of a header line (a match of the module's pattern) and the lines up to the next one."""
-        start, end, permissions, device, inode, raw_name = header.groups()
+        start, end, permissions, offset, device, inode, raw_name = header.groups()
         if (name := self._names.get(raw_name)) is None:
             name = self._names[raw_name] = _unescape(os.fsdecode(raw_name))
         flags = self._parse_flags(block)
@@ -185,6 +185,7 @@ class VmaParser:
             permissions=permissions.decode(),
             name=name,
             kind=kind,
+            offset=int(offset, 16) if inode != b"0" else 0,
             flags=flags,
             # Written once and empty now looks like never written: "Anonymous: 0 kB" proves nothing. In shared
             # memory the swapped pages are those of the file.

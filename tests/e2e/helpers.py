@@ -1,0 +1,178 @@
+"""The command line as a process of its own, what the kernel says of a process, and targets that prove their contents.
+
+An :class:`Actor` fills pages with a pattern that depends on the address, and can tell afterwards how many of them
+still hold it, as the target itself sees them. It runs without site-packages, so this module needs the standard
+library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import targets
+from targets import PAGE_SIZE, Puppet
+
+NOBODY = 65534
+MTHP = [sys.executable, "-m", "mthp"]
+TESTS = str(Path(targets.__file__).parent)
+
+_HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S{4} ")
+
+
+def mthp(*arguments: object, program: Sequence[str] = MTHP, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line; a traceback is a failure whatever the arguments."""
+    command = [*program, *map(str, arguments)]
+    given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **(given | options), text=True, check=False, timeout=60)
+    assert "Traceback" not in (done.stderr or ""), done.stderr
+    return done
+
+
+def mthp_json(*arguments: object, code: int = 0, **options: Any) -> dict[str, Any]:
+    """Run the command line with --json, which must exit with `code`, and give its object."""
+    done = mthp(*arguments, "--json", **options)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    assert answer["schema"] == f"mthp.{arguments[0]}/1"
+    return answer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a process, or of a part of it, as smaps has them."""
+
+    rss: int
+    anon_huge: int
+    shmem_huge: int
+    file_huge: int
+
+    @property
+    def huge(self) -> int:
+        """Bytes that PMD entries map."""
+        return self.anon_huge + self.shmem_huge + self.file_huge
+
+
+def memory_of(pid: int, start: int = 0, end: int = 1 << 64) -> Memory:
+    """What smaps says of the mappings of `pid` that lie between `start` and `end`."""
+    sums = dict.fromkeys(("Rss", "AnonHugePages", "ShmemPmdMapped", "FilePmdMapped"), 0)
+    counts = False
+    for line in Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines():
+        if header := _HEADER.match(line):
+            counts = start <= int(header[1], 16) and int(header[2], 16) <= end
+            continue
+        name, _, value = line.partition(":")
+        if counts and name in sums:
+            sums[name] += int(value.split()[0]) << 10
+    return Memory(*sums.values())
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Return once `condition` holds."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+class Actor(Puppet):
+    """A puppet that can fill pages with a pattern, and look for it.
+
+    Args:
+        as_nobody: runs without rights.
+    """
+
+    def __init__(self, *, as_nobody: bool = False) -> None:
+        code = f"import sys; sys.path.insert(0, {TESTS!r}); from e2e import helpers; "
+        code += "helpers.become_nobody(); " if as_nobody else ""
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", f"{code} helpers.serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+        assert self._answer() == "ready"
+
+    def fill(self, address: int, pages: int, step: int = 1) -> None:
+        """Write the pattern to `pages` pages, every `step`-th one."""
+        self.tell("fill", address, pages, step)
+
+    def damaged(self, address: int, pages: int, step: int = 1) -> int:
+        """How many of those pages do not hold the pattern."""
+        return self.tell("damaged", address, pages, step)
+
+    def unwritten(self, address: int, pages: int) -> int:
+        """How many of `pages` pages are all zeros."""
+        return self.tell("unwritten", address, pages)
+
+
+def _pattern(address: int) -> bytes:
+    return (address ^ 0x5AFE_C0DE_0BAD_F00D).to_bytes(8, "little") * (PAGE_SIZE // 8)
+
+
+def _fill(address: int, pages: int, step: int) -> int:
+    for page in range(address, address + pages * step * PAGE_SIZE, step * PAGE_SIZE):
+        ctypes.memmove(page, _pattern(page), PAGE_SIZE)
+    return 0
+
+
+def _damaged(address: int, pages: int, step: int) -> int:
+    addresses = range(address, address + pages * step * PAGE_SIZE, step * PAGE_SIZE)
+    return sum(ctypes.string_at(page, PAGE_SIZE) != _pattern(page) for page in addresses)
+
+
+def _unwritten(address: int, pages: int) -> int:
+    addresses = range(address, address + pages * PAGE_SIZE, PAGE_SIZE)
+    return sum(not any(ctypes.string_at(page, PAGE_SIZE)) for page in addresses)
+
+
+def serve() -> None:
+    """Be an actor."""
+    targets._VERBS.update(fill=_fill, damaged=_damaged, unwritten=_unwritten)
+    targets._serve()
+
+
+def become_nobody() -> None:
+    """Give up all rights of this process, but let others of the same user look at it."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    pr_set_dumpable = 4
+    ctypes.CDLL(None).prctl(pr_set_dumpable, 1, 0, 0, 0)
+
+
+_AS_NOBODY = f"""
+import contextlib, io, sys
+sys.path.insert(0, {TESTS!r})
+from e2e.helpers import become_nobody
+from mthp.cli import main
+# What is imported only when it is needed is imported now: it may lie where nobody may read.
+with contextlib.redirect_stdout(io.StringIO()):
+    for arguments in (["inspect", "self"], ["plan", "self"], ["collapse", "self", "--dry-run"]):
+        main(arguments)
+become_nobody()
+sys.exit(main(sys.argv[1:]))
+"""
+MTHP_AS_NOBODY = [sys.executable, "-c", _AS_NOBODY]
+"""The command line without rights; it has to be started by root."""
+
+
+def parent_of(pid: int) -> int:
+    """The PID of the parent."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def unused_pid() -> int:
+    """A PID that nobody has at this moment, nor in the next moments as PIDs are given out in order."""
+    highest = int(Path("/proc/sys/kernel/pid_max").read_text())
+    return next(pid for pid in range(highest - 1, 1, -1) if not os.path.lexists(f"/proc/{pid}"))

@@ -1,0 +1,426 @@
+"""Bad input on the command line: a message that helps, the right exit code, no traceback, and nothing changed.
+
+Most cases run :func:`mthp.cli.main` in this process, where an exception that is not caught fails the test; those
+that are about processes, pipes and signals run the real command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from e2e.helpers import MTHP, Actor, memory_of, mthp, parent_of, unused_pid
+from fakes import FakeSpace, page_runs
+from mthp.addrspace import Pte, Vma
+from mthp.cli import COMMANDS, main
+from targets import PMD_SIZE
+
+BASE = 1 << 40
+TARGETED = ("inspect", "plan", "collapse")
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> Said:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Said(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def actor() -> Iterator[Actor]:
+    with Actor() as actor:
+        yield actor
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    pytest.importorskip("pyarrow")
+    from mthp.snapshot import record  # noqa: PLC0415
+
+    path = tmp_path / "fake.parquet"
+    record(FakeSpace([(Vma(BASE, BASE + PMD_SIZE, "rw-p"), *page_runs((512, Pte.PRESENT, 0)))]), path)
+    return path
+
+
+def refused(said: Said, code: int, *words: str) -> None:
+    """Check that `said` is an error with this code, whose text has all of `words`, and nothing on standard output."""
+    assert said.code == code, said
+    assert said.out == ""
+    for word in words:
+        assert word in said.err, said.err
+
+
+# Targets.
+
+
+@pytest.mark.parametrize("command", TARGETED)
+def test_an_unknown_pid(run: Run, command: str) -> None:
+    pid = unused_pid()
+    refused(run(command, pid), 4, f"no process {pid}")
+
+
+@pytest.mark.parametrize("command", TARGETED)
+@pytest.mark.parametrize("pid", ["0", "99999999", "9" * 5000])
+def test_numbers_that_are_no_pid(run: Run, command: str, pid: str) -> None:
+    refused(run(command, pid), 4, "no process")
+
+
+@pytest.mark.parametrize("command", TARGETED)
+def test_negative_numbers(run: Run, command: str) -> None:
+    refused(run(command, "-1"), 2, "-1")
+    refused(run(command, "--", "-1"), 4, "no process -1")
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("command", TARGETED)
+def test_a_zombie(run: Run, actor: Actor, command: str) -> None:
+    actor.kill_unwaited()
+    refused(run(command, actor.pid), 3, "zombie")
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("command", TARGETED)
+def test_a_kernel_thread(run: Run, command: str) -> None:
+    if not Path("/proc/2/comm").exists() or Path("/proc/2/comm").read_text() != "kthreadd\n":
+        pytest.skip("no kernel thread is visible in this PID namespace")
+    refused(run(command, 2), 3, "kernel thread")
+
+
+@pytest.mark.live
+def test_a_thread(run: Run, actor: Actor) -> None:
+    tid = actor.tell("start_thread")
+    refused(run("plan", tid), 2, f"{tid} is a thread of process {actor.pid}", f"give the PID {actor.pid}")
+
+
+@pytest.mark.live
+def test_an_own_ancestor_is_inspected_but_not_collapsed(run: Run) -> None:
+    pids = [os.getppid(), parent_of(os.getppid())]
+    for pid in filter(None, pids):
+        refused(run("collapse", pid), 2, f"process {pid} is an ancestor")
+        refused(run("collapse", pid, "--dry-run"), 2, "ancestor")
+    # Here this process is the ancestor.
+    done = mthp("collapse", os.getpid())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"process {os.getpid()} is an ancestor" in done.stderr
+    assert mthp("plan", os.getpid()).returncode == 0
+
+
+@pytest.mark.live
+def test_a_pid_that_was_somebody_elses(run: Run, actor: Actor) -> None:
+    actor.kill()
+    refused(run("inspect", actor.pid), 4, f"no process {actor.pid}")
+
+
+# Files as targets.
+
+
+@pytest.mark.parametrize("command", TARGETED)
+@pytest.mark.parametrize("target", ["no-such-file", "", "a" * 300, "--", "no/such/directory/file"])
+def test_a_missing_file(run: Run, command: str, target: str) -> None:
+    refused(run(command, "--", target), 2)
+
+
+def test_a_missing_file_says_what_can_be_given(run: Run) -> None:
+    refused(run("inspect", "no-such-file"), 2, "'no-such-file'", "PID", "self", "mthp snapshot")
+
+
+def text_file(directory: Path) -> Path:
+    path = directory / "notes.txt"
+    path.write_text("PAR2 and more")
+    return path
+
+
+def foreign(directory: Path) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    pq.write_table(pa.table({"a": [1, 2]}), directory / "foreign.parquet")
+    return directory / "foreign.parquet"
+
+
+def empty(directory: Path) -> Path:
+    path = directory / "empty"
+    path.touch()
+    return path
+
+
+def dangling(directory: Path) -> Path:
+    path = directory / "dangling"
+    path.symlink_to("nowhere")
+    return path
+
+
+def fifo(directory: Path) -> Path:
+    path = directory / "fifo"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda directory: directory, "not a regular file"),
+        (lambda _: Path("/dev/null"), "not a regular file"),
+        (fifo, "not a regular file"),
+        (text_file, "not a Parquet file"),
+        (foreign, "a Parquet file of something else"),
+        (empty, "empty"),
+        (dangling, "No such file"),
+    ],
+    ids=["directory", "device", "fifo", "text", "foreign", "empty", "dangling"],
+)
+def test_what_is_no_snapshot(run: Run, tmp_path: Path, make: Callable[[Path], Path], word: str) -> None:
+    path = make(tmp_path)
+    for command in ("inspect", "plan"):
+        refused(run(command, path), 2, str(path), word)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_snapshot(run: Run, snapshot: Path, share: float) -> None:
+    contents = snapshot.read_bytes()
+    snapshot.write_bytes(contents[: int(share * len(contents))])
+    refused(run("inspect", snapshot), 2, str(snapshot))
+
+
+def test_a_snapshot_cannot_be_collapsed(run: Run, snapshot: Path) -> None:
+    refused(run("collapse", snapshot), 3, "is a snapshot", f"mthp plan {snapshot}")
+    assert run("collapse", snapshot, "--dry-run").code == 0
+
+
+# Sizes, limits, policies and other values.
+
+
+@pytest.mark.parametrize("command", ["plan", "collapse"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--orders", "48K"], ["'48K'", "16K, 32K"]),
+        (["--orders", "4M"], ["4M", "order=9"]),
+        (["--orders", "8K"], ["8K"]),
+        (["--orders", "order=1"], ["order 1 does not exist on x86-64", "16K"]),
+        (["--orders", "order=10"], ["order 10"]),
+        (["--orders", ""], ["no order was given"]),
+        (["--orders", ","], ["no order was given"]),
+        (["--orders", "64K,big"], ["'big' is not a size", "64K"]),
+        (["--orders", "9" * 400], ["is not a folio size"]),
+        (["--max-ptes-none", "512"], ["max_ptes_none 512 is not within 0 to 511"]),
+        (["--max-ptes-none", "-1"], ["max_ptes_none -1 is not within 0 to 511"]),
+        (["--max-ptes-swap", "512"], ["max_ptes_swap 512"]),
+        (["--max-ptes-shared", "100000"], ["max_ptes_shared 100000"]),
+        (["--max-ptes-none", "many"], ["--max-ptes-none", "many"]),
+        (["--max-ptes-none", "1.5"], ["--max-ptes-none"]),
+        (["--policy", "bold"], ["unknown policy 'bold'", "pmd-only", "rfc", "per-order", "mainline"]),
+        (["--policy", ""], ["unknown policy"]),
+        (["--mthp-min-order", "1"], ["order 1 does not exist"]),
+        (["--mthp-min-order", "10"], ["order 10 does not exist"]),
+        (["--bold"], ["--bold"]),
+        (["--orders"], ["--orders"]),
+        (["another-target"], ["another-target"]),
+    ],
+)
+def test_values_that_do_not_exist(run: Run, snapshot: Path, command: str, options: list[str], words: list[str]) -> None:
+    refused(run(command, snapshot, *options), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--min-coverage", "101%"], ["'101%' is not a percentage", "95%"]),
+        (["--min-coverage", "much"], ["'much' is not a percentage"]),
+        (["--min-coverage", "-5%"], ["'-5%'"]),
+        (["--max-bloat", "5X"], ["'5X' is not a size"]),
+        (["--max-bloat", "500%"], ["'500%' is not a percentage"]),
+        (["--max-bloat", "-5"], ["'-5'"]),
+        (["--rate", "0"], ["rate of 0", "not above 0"]),
+        (["--rate", "fast"], ["'fast' is not a size"]),
+        (["--rate", "500M/s"], ["'500M/s' is not a size"]),
+        (["--mechanism", "magic"], ["'magic'", "auto", "madvise", "move"]),
+    ],
+)
+def test_values_of_a_collapse(run: Run, snapshot: Path, options: list[str], words: list[str]) -> None:
+    refused(run("collapse", snapshot, "--dry-run", *options), 2, *words)
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["inspect"], ["--bold"], ["snapshot", "self"]])
+def test_commands_that_do_not_exist_or_lack_something(run: Run, arguments: list[str]) -> None:
+    refused(run(*arguments), 2, "Usage: mthp")
+
+
+# Output files.
+
+
+@pytest.mark.live
+def test_a_snapshot_does_not_replace_a_file_unless_told(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "mine.parquet"
+    path.write_text("mine")
+    refused(run("snapshot", "self", "-o", path), 2, f"{path} exists already", "--force")
+    assert path.read_text() == "mine"
+    assert run("snapshot", "self", "-o", path, "--force").code == 0
+    assert run("inspect", path).code == 0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("path", ["/no/such/directory/file", "/proc/file", "/dev/null", "/tmp", "", "x" * 300])
+def test_a_snapshot_that_cannot_be_written(run: Run, path: str) -> None:
+    pytest.importorskip("pyarrow")
+    refused(run("snapshot", "self", "-o", path), 2)
+
+
+@pytest.mark.live
+@pytest.mark.requires("root")
+@pytest.mark.parametrize(
+    ("options", "code", "word"), [("size=4k", 1, "No space left"), ("ro", 2, "Read-only file system")]
+)
+def test_a_disk_that_is_full_or_read_only(tmp_path: Path, options: str, code: int, word: str) -> None:
+    pytest.importorskip("pyarrow")
+    command = ["mount", "-t", "tmpfs", "-o", options, "mthp-test", str(tmp_path)]
+    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        done = mthp("snapshot", "self", "-o", tmp_path / "file")
+        assert (done.returncode, done.stdout) == (code, "")
+        assert str(tmp_path / "file") in done.stderr
+        assert word in done.stderr
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# Standard output.
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("arguments", [["inspect", "self", "--all"], ["inspect", "self", "--json"], ["--help"]])
+def test_a_pipe_that_is_closed_early(arguments: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "w") as pipe:
+        done = mthp(*arguments, stdout=pipe)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.live
+def test_a_reader_that_has_enough_after_a_line() -> None:
+    with subprocess.Popen(
+        [*MTHP, "inspect", "self", "--all"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        # What was printed may have fitted into the pipe.
+        assert running.wait() in {0, 1}
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("arguments", [["inspect", "self"], ["plan", "self", "--json"], ["--version"]])
+def test_standard_output_that_is_full(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = mthp(*arguments, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr
+
+
+# Errors as JSON.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schema", "code", "word"),
+    [
+        (["inspect", "99999999"], "mthp.inspect/1", 4, "no process 99999999"),
+        (["plan", "no-such-file"], "mthp.plan/1", 2, "no-such-file"),
+        (["plan"], "mthp.plan/1", 2, "TARGET"),
+        (["plan", "self", "--bold"], "mthp.plan/1", 2, "--bold"),
+        (["collapse", str(os.getppid())], "mthp.collapse/1", 2, "ancestor"),
+        (["frobnicate"], "mthp/1", 2, "frobnicate"),
+    ],
+)
+def test_with_json_errors_are_an_object_too(run: Run, arguments: list[str], schema: str, code: int, word: str) -> None:
+    said = run(*arguments, "--json")
+    answer = json.loads(said.out)
+    assert list(answer) == ["schema", "error"]
+    assert answer["schema"] == schema
+    assert answer["error"].keys() == {"message", "help", "exit_code"}
+    assert answer["error"]["exit_code"] == said.code == code
+    assert word in answer["error"]["message"]
+    assert answer["error"]["message"] in said.err
+    assert all(line.strip() in said.err for line in answer["error"]["help"].splitlines())
+
+
+def test_without_json_standard_output_stays_empty(run: Run) -> None:
+    for command in COMMANDS.keys() - {"doctor", "demo"}:
+        refused(run(command, "99999999", *(["-o", "x"] if command == "snapshot" else [])), 4)
+
+
+EVIL_NAME = "evil\x1b[31m\x07"
+
+
+@pytest.mark.live
+def test_control_characters_of_a_process_do_not_reach_the_terminal_in_errors(run: Run) -> None:
+    code = f"import sys; open('/proc/self/comm', 'w').write({EVIL_NAME!r}); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as target:
+        assert target.stdout is not None
+        assert target.stdin is not None
+        target.stdout.readline()
+        target.stdin.close()
+        # Ended, and not waited for: a zombie that still has its name.
+        os.waitid(os.P_PID, target.pid, os.WEXITED | os.WNOWAIT)
+        said = run("inspect", target.pid)
+    refused(said, 3, "evil�[31m", "zombie")
+    assert "\x1b" not in said.err
+    assert "\x07" not in said.err
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("command", TARGETED)
+def test_a_target_that_exits_meanwhile(command: str) -> None:
+    for delay in (0.05, 0.12, 0.18, 0.25):
+        with Actor() as actor:
+            address = actor.map(16 * PMD_SIZE)
+            actor.write(address, 8192)
+            killer = threading.Timer(delay, actor.kill)
+            killer.start()
+            done = mthp(command, actor.pid, "--json")
+            killer.join()
+        assert done.returncode in {0, 1, 3, 4}, done
+        answer = json.loads(done.stdout)
+        assert done.returncode != 4 or answer.get("vanished") or answer["error"]["exit_code"] == 4
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(
+    "options", [["--orders", "48K"], ["--policy", "bold"], ["--rate", "0"], ["--max-ptes-none", "512"]]
+)
+def test_bad_options_change_nothing(run: Run, actor: Actor, options: list[str]) -> None:
+    address = actor.map(2 * PMD_SIZE)
+    actor.write(address, 1024)
+    before = memory_of(actor.pid)
+    refused(run("collapse", actor.pid, *options), 2)
+    assert memory_of(actor.pid) == before

@@ -1,0 +1,346 @@
+"""``mthp collapse`` on a real kernel: what it reports is what smaps says, and the target keeps its contents."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp, mthp_json, wait_until
+from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
+
+PAGES = PMD_SIZE // PAGE_SIZE
+FULL, SOME, EMPTY = 4, (300, 200, 1), 2
+"""The layout: PMD ranges that are full, pages in those that are not, and ranges without any."""
+
+
+@pytest.fixture(autouse=True)
+def faults_of_one_page(thp_switches: ThpSwitches) -> None:
+    thp_switches.set("enabled", "madvise")
+
+
+@pytest.fixture
+def actor() -> Iterator[Actor]:
+    with Actor() as actor:
+        yield actor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Memory of an actor: its address, and how much of it holds anything."""
+
+    actor: Actor
+    address: int
+
+    @classmethod
+    def of(cls, actor: Actor) -> Layout:
+        address = actor.map((FULL + len(SOME) + EMPTY) * PMD_SIZE)
+        actor.fill(address, FULL * PAGES)
+        for index, pages in enumerate(SOME, FULL):
+            actor.fill(address + index * PMD_SIZE, pages)
+        # Ten zero pages in the first range that is not full.
+        actor.tell("read", address + FULL * PMD_SIZE + 400 * PAGE_SIZE, 10, 1)
+        return cls(actor, address)
+
+    @property
+    def memory(self) -> Memory:
+        return memory_of(self.actor.pid, self.address, self.address + (FULL + len(SOME) + EMPTY) * PMD_SIZE)
+
+    def check_contents(self) -> None:
+        assert self.actor.damaged(self.address, FULL * PAGES) == 0
+        for index, pages in enumerate(SOME, FULL):
+            start = self.address + index * PMD_SIZE
+            assert self.actor.damaged(start, pages) == 0
+            assert self.actor.unwritten(start + pages * PAGE_SIZE, PAGES - pages) == PAGES - pages
+
+
+def options(*more: object) -> list[object]:
+    return ["--orders", "2M", "--max-ptes-none", PAGES - 1, *more]
+
+
+def accounted(report: dict[str, Any]) -> int:
+    counts = [report[f"{name}_ranges"] for name in ("collapsed", "unchanged", "over_budget", "not_tried")]
+    return sum([*counts, *report["failed_ranges"].values()])
+
+
+def planned(report: dict[str, Any]) -> int:
+    return int(report["plan"]["folios_by_order"].get("9", 0))
+
+
+def check_against_smaps(report: dict[str, Any], before: Memory, after: Memory) -> None:
+    assert accounted(report) == planned(report)
+    assert after.anon_huge - before.anon_huge == report["collapsed_bytes"]
+    assert after.rss - before.rss == report["bloat_bytes"]
+    assert report["copied_bytes"] == report["collapsed_bytes"] - report["bloat_bytes"]
+
+
+def test_what_is_reported_is_what_smaps_says(actor: Actor) -> None:
+    layout = Layout.of(actor)
+    before = memory_of(actor.pid)
+    assert layout.memory == Memory((FULL * PAGES + sum(SOME)) * PAGE_SIZE, 0, 0, 0)
+    report = mthp_json("collapse", actor.pid, *options())
+    check_against_smaps(report, before, memory_of(actor.pid))
+    size = (FULL + len(SOME)) * PMD_SIZE
+    assert layout.memory == Memory(size, size, 0, 0)
+    assert report["collapsed_bytes"] >= size
+    assert report["complete"]
+    assert report["coverage"] == report["plan"]["coverage_after"] == 1.0
+    assert report["pauses"]["calls"] == report["collapsed_ranges"]
+    assert 0 < report["pauses"]["p50_seconds"] <= report["pauses"]["p99_seconds"] <= report["pauses"]["max_seconds"]
+    layout.check_contents()
+
+    again = mthp_json("collapse", actor.pid, *options())
+    assert accounted(again) == planned(again) == again["collapsed_bytes"] == 0
+    assert again["complete"]
+    assert again["coverage_before"] == again["coverage"] == 1.0
+
+
+def test_a_dry_run_changes_nothing(actor: Actor) -> None:
+    layout = Layout.of(actor)
+    before = memory_of(actor.pid)
+    report = mthp_json("collapse", actor.pid, *options("--dry-run"))
+    assert memory_of(actor.pid) == before
+    assert report["dry_run"]
+    assert report["collapsed_bytes"] == 0
+    assert planned(report) >= FULL + len(SOME)
+    plan = mthp_json("plan", actor.pid, *options())
+    assert {key: plan[key] for key in report["plan"]} == report["plan"]
+    layout.check_contents()
+
+
+def test_a_budget_of_nothing_takes_what_is_full(actor: Actor) -> None:
+    layout = Layout.of(actor)
+    before = memory_of(actor.pid)
+    report = mthp_json("collapse", actor.pid, *options("--max-bloat", 0), code=1)
+    check_against_smaps(report, before, memory_of(actor.pid))
+    assert report["bloat_bytes"] == 0
+    assert report["over_budget_ranges"] >= len(SOME)
+    assert layout.memory.anon_huge == FULL * PMD_SIZE
+    layout.check_contents()
+
+
+def test_a_budget_stops_before_it_is_overspent(actor: Actor) -> None:
+    layout = Layout.of(actor)
+    before = memory_of(actor.pid)
+    room = (PAGES - SOME[0]) * PAGE_SIZE + (PAGES - SOME[1]) * PAGE_SIZE + before.rss // 100
+    report = mthp_json("collapse", actor.pid, *options("--max-bloat", room), code=1)
+    check_against_smaps(report, before, memory_of(actor.pid))
+    assert report["bloat_bytes"] <= room
+    assert report["over_budget_ranges"] >= 1
+    layout.check_contents()
+
+
+def test_a_budget_as_a_share_of_what_is_resident(actor: Actor) -> None:
+    Layout.of(actor)
+    before = memory_of(actor.pid)
+    report = mthp_json("collapse", actor.pid, *options("--max-bloat", "10%"), code=1)
+    check_against_smaps(report, before, memory_of(actor.pid))
+    assert report["bloat_bytes"] <= before.rss // 10
+    assert report["over_budget_ranges"]
+
+
+def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> None:
+    layout = Layout.of(actor)
+    # Full ranges only: what is planned is done, but the others stay as they are.
+    full_only = ["--orders", "2M", "--max-ptes-none", 0]
+    report = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", "99.9%", code=1)
+    assert report["complete"]
+    assert not report["min_coverage_reached"]
+    assert report["min_coverage"] == 0.999
+    assert layout.memory.anon_huge == FULL * PMD_SIZE
+    low = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", "5%")
+    assert low["min_coverage_reached"]
+    high = mthp_json("collapse", actor.pid, *options("--min-coverage", "99.9%"))
+    assert high["coverage"] == 1.0
+    foretold = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", "99.9%", "--dry-run")
+    assert foretold["min_coverage_reached"]
+
+
+def test_the_coverage_is_that_of_the_pages(actor: Actor) -> None:
+    # Memory that must stay as it is counts among what is resident, but is not planned.
+    spared = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
+    actor.fill(spared, PAGES)
+    layout = Layout.of(actor)
+    report = mthp_json("collapse", actor.pid, "--orders", "2M", "--max-ptes-none", 0, "--min-coverage", 0)
+    start, end = layout.address, layout.address + (FULL + len(SOME) + EMPTY) * PMD_SIZE
+    assert layout.memory.anon_huge == FULL * PMD_SIZE
+    huge = FULL * PAGES / (FULL * PAGES + sum(SOME))
+    narrow = mthp_json("inspect", actor.pid)
+    (vma,) = [vma for vma in narrow["vmas"] if (vma["start"], vma["end"]) == (hex(start), hex(end))]
+    assert vma["huge_coverage"] == pytest.approx(huge)
+    assert report["coverage"] == pytest.approx(report["plan"]["coverage_after"])
+
+
+def test_who_said_no_is_left_alone(actor: Actor) -> None:
+    spared = actor.map(2 * PMD_SIZE, advice=MADV_NOHUGEPAGE)
+    actor.fill(spared, 2 * PAGES)
+    report = mthp_json("collapse", actor.pid, *options())
+    assert memory_of(actor.pid, spared, spared + 2 * PMD_SIZE).anon_huge == 0
+    assert any(
+        "MADV_NOHUGEPAGE" in left["reason"] and left["bytes"] >= 2 * PMD_SIZE for left in report["plan"]["left_alone"]
+    )
+    assert actor.damaged(spared, 2 * PAGES) == 0
+
+
+def test_a_process_that_said_no_is_left_alone(actor: Actor) -> None:
+    layout = Layout.of(actor)
+    actor.tell("set_thp_disable", 1)
+    before = memory_of(actor.pid)
+    report = mthp_json("collapse", actor.pid, *options())
+    assert memory_of(actor.pid) == before
+    assert planned(report) == report["collapsed_ranges"] == 0
+    assert any("PR_SET_THP_DISABLE" in left["reason"] for left in report["plan"]["left_alone"])
+    layout.check_contents()
+
+
+def test_folios_below_the_pmd_size_need_the_move_mechanism(actor: Actor) -> None:
+    address = actor.map(PMD_SIZE)
+    actor.fill(address, 32)
+    before = memory_of(actor.pid, address, address + PMD_SIZE)
+    report = mthp_json("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0, code=1)
+    assert report["needs_move_folios"]["5"] >= 1
+    assert not report["complete"]
+    assert memory_of(actor.pid, address, address + PMD_SIZE) == before
+    done = mthp("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0)
+    assert done.returncode == 1
+    assert "need the move mechanism" in done.stdout
+    done = mthp("collapse", actor.pid, "--mechanism", "move")
+    assert done.returncode == 3
+    assert "move mechanism" in done.stderr
+
+
+def many(actor: Actor, count: int = 40) -> int:
+    """Some PMD ranges with a page at every fourth place, for a collapse that takes its time."""
+    address = actor.map(count * PMD_SIZE)
+    actor.fill(address, count * PAGES // 4, 4)
+    return address
+
+
+def slowly(actor: Actor, *more: object) -> subprocess.Popen[str]:
+    """A collapse that would take some seconds, once it is under way."""
+    before = memory_of(actor.pid).anon_huge
+    arguments = map(str, options("--rate", "20M", "--json", *more))
+    running = subprocess.Popen(
+        [*MTHP, "collapse", str(actor.pid), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: memory_of(actor.pid).anon_huge > before, "something is collapsed")
+    return running
+
+
+def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
+    out, err = running.communicate(timeout=30)
+    assert "Traceback" not in err, err
+    report = json.loads(out)
+    assert accounted(report) == planned(report)
+    return running.returncode, report
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_middle(actor: Actor, number: signal.Signals) -> None:
+    address = many(actor)
+    before = memory_of(actor.pid)
+    running = slowly(actor)
+    running.send_signal(number)
+    code, report = outcome_of(running)
+    assert code == 1
+    assert report["interrupted"]
+    assert 0 < report["collapsed_ranges"] < planned(report)
+    assert report["not_tried_ranges"] > 0
+    check_against_smaps(report, before, memory_of(actor.pid))
+    assert actor.damaged(address, 40 * PAGES // 4, 4) == 0
+
+
+def test_the_target_is_killed_in_the_middle(actor: Actor) -> None:
+    many(actor)
+    running = slowly(actor)
+    actor.kill()
+    code, report = outcome_of(running)
+    assert code == 4
+    assert report["vanished"]
+    assert report["not_tried_ranges"] > 0
+
+
+def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
+    address = many(actor, 20)
+    running = slowly(actor)
+    actor.tell("munmap", address + 10 * PMD_SIZE, 10 * PMD_SIZE)
+    code, report = outcome_of(running)
+    assert code == 1
+    assert sum(report["failed_ranges"].values()) >= 5
+    assert not report["vanished"]
+    assert memory_of(actor.pid, address, address + 10 * PMD_SIZE).anon_huge == 10 * PMD_SIZE
+    assert actor.damaged(address, 10 * PAGES // 4, 4) == 0
+
+
+def test_the_target_forks_in_the_middle(actor: Actor) -> None:
+    address = many(actor, 20)
+    running = slowly(actor)
+    actor.tell("fork")
+    code, report = outcome_of(running)
+    failed = sum(report["failed_ranges"].values())
+    assert code == (1 if failed else 0)
+    # Only of the memory that nobody writes to meanwhile: a write to what is shared splits it.
+    assert memory_of(actor.pid, address, address + 20 * PMD_SIZE).anon_huge >= (20 - failed) * PMD_SIZE
+    assert actor.damaged(address, 20 * PAGES // 4, 4) == 0
+
+
+def test_a_rate_is_kept(actor: Actor) -> None:
+    many(actor, 10)
+    report = mthp_json("collapse", actor.pid, *options("--rate", "20M"))
+    # The first batch goes ahead at once.
+    assert report["seconds"] >= (report["collapsed_bytes"] - PMD_SIZE) / (20 << 20)
+
+
+def test_shared_memory_when_it_is_wanted(actor: Actor) -> None:
+    address = actor.map(3 * PMD_SIZE, shared=True)
+    actor.fill(address, 2 * PAGES)
+    area = (actor.pid, address, address + 3 * PMD_SIZE)
+    without = mthp_json("collapse", actor.pid, *options())
+    assert memory_of(*area).shmem_huge == 0
+    assert any("shared memory" in left["reason"] for left in without["plan"]["left_alone"])
+
+    before = memory_of(actor.pid)
+    done = mthp("collapse", actor.pid, *options("--include-file", "--json"))
+    report = json.loads(done.stdout)
+    if memory_of(*area).shmem_huge == 0:
+        pytest.skip(f"this kernel does not collapse shared memory: {report['failed_ranges']}")
+    after = memory_of(actor.pid)
+    grown = [
+        after.anon_huge - before.anon_huge,
+        after.shmem_huge - before.shmem_huge,
+        after.file_huge - before.file_huge,
+    ]
+    assert sum(grown) == report["collapsed_bytes"]
+    assert memory_of(*area).shmem_huge == 2 * PMD_SIZE
+    assert accounted(report) == planned(report)
+    assert actor.damaged(address, 2 * PAGES) == 0
+
+
+def test_the_huge_zero_page_is_not_counted_as_covered(actor: Actor, thp_switches: ThpSwitches) -> None:
+    address = actor.map(2 * PMD_SIZE)
+    thp_switches.set("enabled", "always")
+    actor.tell("read", address + PMD_SIZE, 1, 1)
+    thp_switches.set("enabled", "madvise")
+    actor.fill(address, PAGES)
+    plan = mthp_json("plan", actor.pid, *options())
+    assert plan["ranges_by_result"].get("PMD_MAPPED") == 1
+    assert plan["coverage"] == 0.0
+    report = mthp_json("collapse", actor.pid, *options())
+    assert report["coverage"] == report["plan"]["coverage_after"] == 1.0
+
+
+def test_the_table_says_what_the_object_says(actor: Actor) -> None:
+    Layout.of(actor)
+    done = mthp("collapse", actor.pid, *options())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    collapsed = next(line.split() for line in done.stdout.splitlines() if line.startswith("collapsed"))
+    assert int(collapsed[1]) * PMD_SIZE == memory_of(actor.pid).anon_huge

@@ -1,0 +1,82 @@
+"""What may be named as a target."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fakes import FakeSpace, page_runs
+from mthp.addrspace import Pte, Vma
+from mthp.errors import TargetVanishedError, UsageError
+from mthp.targets import PID_MAX, open_target, pid_of, refuse_ancestor
+
+
+@pytest.mark.parametrize(
+    ("target", "pid"),
+    [(1, 1), ("1", 1), ("4194304", PID_MAX), (PID_MAX, PID_MAX), ("self", os.getpid()), (os.getpid(), os.getpid())],
+)
+def test_numbers_are_pids(target: int | str, pid: int) -> None:
+    assert pid_of(target) == pid
+
+
+@pytest.mark.parametrize(
+    "target", ["redis.parquet", "./123", "", "-", "--5", "1-2", "1_000", "+7", " 12", "12\n", "१२", "0x10", Path("12")]
+)
+def test_everything_else_is_a_file(target: str | os.PathLike[str]) -> None:
+    assert pid_of(target) is None
+
+
+@pytest.mark.parametrize("target", [0, "0", -1, "-1", PID_MAX + 1, "99999999", 1 << 70, "9" * 5000, "-" + "9" * 5000])
+def test_numbers_that_no_process_has(target: int | str) -> None:
+    with pytest.raises(TargetVanishedError, match="no process"):
+        pid_of(target)
+
+
+@pytest.mark.parametrize("target", ["no-such-file", "a" * 300, "a/" * 3000, "nul\0byte", "--5", Path("no-such-file")])
+def test_a_file_that_is_not_there(target: str | os.PathLike[str]) -> None:
+    with pytest.raises(UsageError, match="neither a PID nor 'self' nor a file") as caught:
+        open_target(target)
+    assert "mthp snapshot" in caught.value.help
+
+
+def test_a_snapshot_by_its_path(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from mthp.snapshot import record  # noqa: PLC0415
+
+    space = FakeSpace([(Vma(1 << 40, (1 << 40) + 8192, "rw-p"), *page_runs((2, Pte.PRESENT, 0)))], label="7 (a)")
+    path = tmp_path / "7"
+    record(space, path)
+    for target in (path, str(path)):
+        with open_target(target) as opened:
+            assert opened.label == "7 (a)"
+
+
+def test_this_process() -> None:
+    for target in ("self", os.getpid(), str(os.getpid())):
+        with open_target(target) as space:
+            assert space.label.startswith(f"{os.getpid()} (")
+
+
+def test_ancestors_are_refused() -> None:
+    with pytest.raises(UsageError, match=f"process {os.getppid()} is an ancestor") as caught:
+        refuse_ancestor(os.getppid())
+    assert "from elsewhere" in caught.value.help
+    with pytest.raises(UsageError, match="is an ancestor"):
+        refuse_ancestor(str(os.getppid()))
+
+
+def test_the_first_process_is_an_ancestor_of_all_others() -> None:
+    pid = os.getpid()
+    while (parent := int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])) > 0:
+        pid = parent
+    if pid == os.getpid():
+        pytest.skip("nothing started this process")
+    with pytest.raises(UsageError, match=f"process {pid} is an ancestor"):
+        refuse_ancestor(pid)
+
+
+@pytest.mark.parametrize("target", ["self", os.getpid(), "some.parquet", Path("some.parquet")])
+def test_what_is_no_ancestor_is_not_refused(target: int | str | os.PathLike[str]) -> None:
+    refuse_ancestor(target)
