@@ -108,6 +108,16 @@ class Vma:
         """Bytes."""
         return self.end - self.start
 
+    @property
+    def uffd_armed(self) -> bool:
+        """Whether it is registered with userfaultfd, in any of its modes (userfaultfd_armed(), userfaultfd_k.h)."""
+        return not self.flags.isdisjoint(("um", "uw", "ui"))
+
+    @property
+    def droppable(self) -> bool:
+        """Whether the kernel may drop its pages at any time (VM_DROPPABLE)."""
+        return "dp" in self.flags
+
     def pmd_ranges(self, geometry: Geometry) -> Segment:
         """The part that whole PMD ranges make up, (start, end); empty (start == end) if there is none."""
         start = -(-self.start // geometry.pmd_size) * geometry.pmd_size

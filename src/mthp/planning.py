@@ -32,9 +32,6 @@ Progress = Callable[[int, int], None]
 ORDERS_ENABLED = "enabled"
 """Value of the orders that stands for what the machine's switches allow each mapping."""
 
-_UFFD_FLAGS = frozenset(("um", "uw", "ui"))
-"""VmFlags words of a mapping armed with userfaultfd: missing, write-protect, minor (userfaultfd_armed(), mm.h)."""
-
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
@@ -272,8 +269,8 @@ def _sort_out(space: AddressSpace, options: PlanOptions, base: Rules) -> tuple[l
             rules,
             [segment for _, segment in members],
             np.array([vma.start for vma, _ in members], np.uint64),
-            np.array([bool(_UFFD_FLAGS & vma.flags) for vma, _ in members]),
-            np.array(["dp" in vma.flags for vma, _ in members]),
+            np.array([vma.uffd_armed for vma, _ in members]),
+            np.array([vma.droppable for vma, _ in members]),
         )
         for rules, members in groups.items()
     ]
