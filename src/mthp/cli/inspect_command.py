@@ -46,7 +46,7 @@ def print_census(out: Console, census: Census, *, show_all: bool = False) -> Non
     shown = [vma for vma in ranked if vma.pages.resident or vma.pages.state("swap")]
     if not show_all:
         shown = shown[:TOP_MAPPINGS]
-    rows = [_mapping_row(vma, geometry) for vma in (census.vmas if show_all else shown)]
+    rows = [_mapping_row(vma, geometry, short=out.is_terminal) for vma in (census.vmas if show_all else shown)]
     title = f"Mappings ({len(rows)} of {len(census.vmas)})"
     columns = ["address", "perm", "size", "resident", "huge", "folios", "may become", "nodes", "name"]
     if not any(vma.vma.node_pages for vma in shown):
@@ -86,8 +86,9 @@ def sizes_table(census: Census) -> Any:
     return table(title, ["folio size", "bytes", "share", "anonymous"], rows, right={1, 2, 3})
 
 
-def _mapping_row(vma: VmaCensus, geometry: Geometry) -> list[str]:
-    pages = vma.pages
+def _mapping_row(vma: VmaCensus, geometry: Geometry, *, short: bool) -> list[str]:
+    """The cells of one mapping; `short` leaves the directories of a path out, for which a terminal has no room."""
+    pages, name = vma.pages, vma.vma.name
     folios = " ".join(f"{geometry.label(order)}:{_size(count, geometry)}" for order, count in pages.by_order().items())
     return [
         f"{vma.vma.start:x}-{vma.vma.end:x}",
@@ -98,7 +99,7 @@ def _mapping_row(vma: VmaCensus, geometry: Geometry) -> list[str]:
         folios or "-",
         _may_become(vma, geometry),
         " ".join(f"{node}:{_size(count, geometry)}" for node, count in vma.vma.node_pages),
-        vma.vma.name,
+        name.rpartition("/")[2] if short and name.startswith("/") else name,
     ]
 
 
