@@ -82,3 +82,13 @@ def test_a_switch_nobody_knows_is_named(tmp_path: Path) -> None:
     sysfs = make(tmp_path, {"enabled": "[sometimes] never\n"})
     with pytest.raises(UsageError, match="sometimes"):
         sysfs.switches(X86_64)
+
+
+def test_statistics_are_the_numbers_that_are_there(tmp_path: Path) -> None:
+    for size, files in {"64": {"nr_anon": "3\n", "odd": "a word\n"}, "2048": {"nr_anon": "0\n"}, "16": {}}.items():
+        stats = tmp_path / f"hugepages-{size}kB/stats"
+        stats.mkdir(parents=True)
+        for name, text in files.items():
+            (stats / name).write_text(text)
+    (tmp_path / "hugepages-64kB/stats/unreadable").mkdir()
+    assert ThpSysfs(tmp_path).stats(X86_64) == {4: {"nr_anon": 3}, 9: {"nr_anon": 0}}

@@ -87,11 +87,14 @@ class ThpSysfs:
         return Tunables.from_sysfs(texts, geometry)
 
     def stats(self, geometry: Geometry) -> dict[int, dict[str, int]]:
-        """The per-size counters ``hugepages-<size>kB/stats/*``: order, then name, then value since boot."""
+        """The per-size counters ``hugepages-<size>kB/stats/*``: order, then name, then value since boot.
+
+        What is not a number is left out: kernels add files there.
+        """
         counters: dict[int, dict[str, int]] = {}
         for order, path in self.size_directories(geometry.page_size).items():
             files = sorted((path / "stats").glob("*"))
-            values = {file.name: int(text) for file in files if (text := _text(file)) is not None}
+            values = {file.name: int(text) for file in files if (text := _text(file) or "").isdecimal()}
             if values:
                 counters[order] = values
         return counters
