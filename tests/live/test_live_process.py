@@ -123,7 +123,7 @@ def read_for_ever(space: LiveAddressSpace) -> None:
             space.read([(vma.start, vma.end)])
 
 
-@pytest.mark.requires("ns_last_pid")
+@pytest.mark.requires("root", "ns_last_pid")
 def test_a_reused_pid_is_never_touched() -> None:
     with Puppet() as first:
         address = first.map(PMD_SIZE)
@@ -150,6 +150,7 @@ def successor_of(pid: int) -> Puppet:
     pytest.skip("the PID went to another process each time")
 
 
+@pytest.mark.requires("root")
 def test_what_is_unmapped_meanwhile_reads_as_none(puppet: Puppet) -> None:
     address = puppet.map(2 * PMD_SIZE)
     puppet.write(address, 4)

@@ -156,7 +156,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan_with(site: Path, snapshot: Path, policy: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mthp", "plan", str(snapshot), "--policy", policy, "--json"],
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))},
         capture_output=True,
         text=True,
         check=False,
