@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mthp import sim as sim
     from mthp.api import collapse as collapse
     from mthp.api import collapse_buffer as collapse_buffer
     from mthp.api import inspect as inspect
@@ -43,10 +44,15 @@ _HOMES = {
     "plan_ranges": "mthp.collapse.plan",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+_SUBPACKAGES = frozenset(("sim",))
+"""Subpackages that are reached as attributes, without an import of their own."""
+
+__all__ = ["__version__", *_HOMES, *_SUBPACKAGES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> object:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"mthp.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'mthp' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

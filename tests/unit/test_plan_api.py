@@ -213,3 +213,9 @@ def test_a_zero_page_has_no_order_of_its_own_in_a_collapsed_run() -> None:
     plan = mthp.plan_ranges(np.ones((1, 16), np.bool_), zero=zero, folio_order=existing, orders=[2])
     assert plan.orders.tolist() == [[2] * 16]
     assert plan.filled.tolist() == [1]
+
+
+def test_the_simulated_machine_is_reached_as_an_attribute() -> None:
+    command = "import mthp; print(mthp.sim.Machine.__name__, callable(mthp.collapse), 'sim' in dir(mthp))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "Machine True True\n"

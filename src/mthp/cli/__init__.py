@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "What a collapse would do: folios by order, bytes copied, bytes of bloat.",
     "collapse": "Collapse a running process, now.",
     "snapshot": "Record the page layout of a process in a file, to plan on elsewhere.",
+    "conformance": "Replay what real kernels did in the simulated machine.",
     "demo": "The whole story on a process of its own: inspect, plan, collapse, measure.",
 }
 """The commands, in the order of a first day with them; each is the module ``mthp.cli.<name>_command``."""

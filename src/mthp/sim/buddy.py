@@ -1,0 +1,130 @@
+"""The binary buddy allocator: free blocks of 2**order frames, split on the way down and merged on the way up.
+
+Follows the shape of mm/page_alloc.c: a block's buddy is found by flipping the bit of its order in its frame number;
+a free block is always merged with its buddy while that is free and of the same order. A zone hands out nothing that
+would bring it below its ``min`` watermark.
+
+Free blocks of an order are kept in a dict without values: it gives the last one freed first, finds and removes a
+buddy in constant time, and keeps its order from run to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Frames = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Watermarks:
+    """Free frames of a zone below which something happens (``/proc/zoneinfo``).
+
+    Attributes:
+        min: allocations fail.
+        low: reclaim starts.
+        high: reclaim rests.
+    """
+
+    min: int = 0
+    low: int = 0
+    high: int = 0
+
+
+class Zone:
+    """A contiguous range of frames with its free lists.
+
+    Args:
+        start: first frame; a multiple of 2**max_order.
+        frames: how many.
+        max_order: of the largest block that is kept.
+    """
+
+    def __init__(self, start: int, frames: int, max_order: int) -> None:
+        self.start = start
+        self.frames = frames
+        self.max_order = max_order
+        self.free_frames = 0
+        self.watermarks = Watermarks()
+        self._free: list[dict[int, None]] = [{} for _ in range(max_order + 1)]
+        self.free_range(start, frames)
+
+    @property
+    def end(self) -> int:
+        """The frame behind the last."""
+        return self.start + self.frames
+
+    def alloc(self, order: int) -> int | None:
+        """Take a block of `order`: its first frame, or None if there is none or the watermark forbids it."""
+        if order > self.max_order or self.free_frames - (1 << order) < self.watermarks.min:
+            return None
+        for at in range(order, self.max_order + 1):
+            if self._free[at]:
+                head, _ = self._free[at].popitem()
+                break
+        else:
+            return None
+        while at > order:
+            at -= 1
+            self._free[at][head + (1 << at)] = None
+        self.free_frames -= 1 << order
+        return head
+
+    def alloc_pages(self, count: int) -> list[tuple[int, int]]:
+        """Take up to `count` frames, in blocks as large as there are: (first frame, frames) each."""
+        taken: list[tuple[int, int]] = []
+        order = self.max_order
+        while count and order >= 0:
+            head = self.alloc(order) if count >> order else None
+            if head is None:
+                order -= 1
+                continue
+            taken.append((head, 1 << order))
+            count -= 1 << order
+        return taken
+
+    def free(self, head: int, order: int) -> None:
+        """Give a block back, and merge it with its buddies as far as they are free."""
+        self.free_frames += 1 << order
+        while order < self.max_order:
+            buddy = head ^ (1 << order)
+            if buddy not in self._free[order]:
+                break
+            del self._free[order][buddy]
+            head &= ~(1 << order)
+            order += 1
+        self._free[order][head] = None
+
+    def free_range(self, start: int, frames: int) -> None:
+        """Give back any contiguous frames, in blocks as large as their alignment allows."""
+        end = start + frames
+        while start < end:
+            order = min(self.max_order, (end - start).bit_length() - 1)
+            if start:
+                order = min(order, (start & -start).bit_length() - 1)
+            self.free(start, order)
+            start += 1 << order
+
+    def free_counts(self) -> list[int]:
+        """Free blocks by order, as a line of ``/proc/buddyinfo`` has them."""
+        return [len(blocks) for blocks in self._free]
+
+    def free_blocks(self) -> list[tuple[int, int]]:
+        """Every free block as (first frame, order), by order."""
+        return [(head, order) for order, blocks in enumerate(self._free) for head in blocks]
+
+
+def runs_of(frames: Frames) -> list[tuple[int, int]]:
+    """Cut frame numbers into contiguous runs: (first frame, length) each.
+
+    Args:
+        frames: int64, shape (frames,), ascending, each once.
+    """
+    if not len(frames):
+        return []
+    breaks = np.flatnonzero(np.diff(frames) != 1) + 1
+    starts = np.concatenate(([0], breaks))
+    lengths = np.diff(np.concatenate((starts, [len(frames)])))
+    return list(zip(frames[starts].tolist(), lengths.tolist(), strict=True))

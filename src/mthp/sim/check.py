@@ -1,0 +1,201 @@
+"""What must hold of a machine between any two calls, written down once and checked from scratch.
+
+Each part below counts anew from page tables and free lists what the machine keeps account of, and says where the two
+differ. It costs as much as the machine has frames and entries, and is meant for tests.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.sim.memory import Fl, Memory
+from mthp.sim.mm import Mm, P, Pmd
+
+if TYPE_CHECKING:
+    from mthp.sim.machine import Machine
+
+_NO_BITS = np.uint16(0)
+
+
+def check(machine: Machine) -> list[str]:
+    """Everything that does not add up, as sentences; empty if all does."""
+    return [
+        *_frames(machine.parts.memory),
+        *_mappings(machine),
+        *_references(machine),
+        *_swap(machine),
+        *_levels(machine),
+        *(line for mm in machine.mms.values() for line in _page_tables(machine, mm)),
+    ]
+
+
+def _heads(memory: Memory) -> NDArray[np.intp]:
+    """The heads of all folios, ascending: intp, shape (folios,)."""
+    used = np.flatnonzero(memory.flags & Fl.ALLOCATED)
+    heads: NDArray[np.intp] = used[memory.heads(used) == used]
+    return heads
+
+
+def _sizes(memory: Memory, heads: NDArray[np.intp]) -> NDArray[np.int64]:
+    return np.left_shift(np.int64(1), memory.order[heads].astype(np.int64))
+
+
+def _frames(memory: Memory) -> list[str]:
+    """Every frame is free once, or in one folio; free blocks are aligned, and no two free buddies are apart."""
+    wrong = []
+    seen = np.zeros(len(memory.flags), np.int16)
+    for number, zone in enumerate(memory.zones):
+        blocks = zone.free_blocks()
+        for head, order in blocks:
+            seen[head : head + (1 << order)] += 1
+            if head & ((1 << order) - 1):
+                wrong.append(f"free block {head} of order {order} is not aligned")
+            if order < zone.max_order and (head ^ (1 << order), order) in blocks and len(blocks) < 1000:
+                wrong.append(f"free block {head} of order {order} was not merged with its buddy")
+        free = sum(1 << order for _, order in blocks)
+        if free != zone.free_frames:
+            wrong.append(f"zone {number} counts {zone.free_frames} free frames and has {free}")
+    heads = _heads(memory)
+    for order in np.unique(memory.order[heads]).tolist():
+        of_order = heads[memory.order[heads] == order]
+        for page in range(1 << order):
+            seen[of_order + page] += 1
+            if (memory.order[of_order + page] != order).any():
+                wrong.append(f"pages of a folio of order {order} disagree about it")
+    first = memory.zones[0].start
+    if lost := np.flatnonzero(seen[first:] != 1).tolist():
+        wrong.append(f"{len(lost)} frames are in no place or in several, the first is {first + lost[0]}")
+    return wrong
+
+
+def _mapped_pages(machine: Machine) -> dict[int, NDArray[np.int64]]:
+    """The frames that each address space maps, one per entry."""
+    found = {}
+    for number, mm in machine.mms.items():
+        parts = [table.value[(table.bits & (P.PRESENT | P.ZERO)) == P.PRESENT] for table in mm.tables]
+        found[number] = np.concatenate([np.zeros(0, np.uint32), *parts]).astype(np.int64)
+    return found
+
+
+def _mappings(machine: Machine) -> list[str]:
+    """Mapcounts, of pages and of large folios, are those that the page tables give; so are RSS."""
+    memory, wrong = machine.parts.memory, []
+    frames = len(memory.flags)
+    mapped = _mapped_pages(machine)
+    counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *mapped.values()]), minlength=frames)
+    used = (memory.flags & Fl.ALLOCATED) != 0
+    if (counts[~used] > 0).any():
+        wrong.append(f"frame {np.flatnonzero(counts * ~used)[0]} is mapped and free")
+    differ = np.flatnonzero(used & (memory.mapcount != counts))
+    if len(differ):
+        frame = differ[0]
+        wrong.append(f"frame {frame} has mapcount {memory.mapcount[frame]} and is mapped {counts[frame]} times")
+    for head in _heads(memory).tolist():
+        size = memory.size(head)
+        if size == 1:
+            continue
+        total = int(counts[head : head + size].sum())
+        if memory.refcount[head + 1] != total:
+            wrong.append(f"folio {head} counts {memory.refcount[head + 1]} mappings and has {total}")
+        first = int(memory.refcount[head + 3]) & 0xFFFF
+        own = np.count_nonzero((mapped.get(first, counts[:0]) >> int(memory.order[head])) == head // size)
+        if total and memory.refcount[head + 2] != own:
+            wrong.append(f"folio {head} counts {memory.refcount[head + 2]} mappings of its first mm and has {own}")
+    for number, pages in mapped.items():
+        if machine.mms[number].anon_pages != len(pages):
+            wrong.append(f"mm {number} counts {machine.mms[number].anon_pages} pages and maps {len(pages)}")
+    return wrong
+
+
+def _references(machine: Machine) -> list[str]:
+    """References are explained; nothing is locked; every folio is on an LRU list or waits in the batch."""
+    parts, wrong = machine.parts, []
+    memory = parts.memory
+    heads = _heads(memory)
+    sizes = _sizes(memory, heads)
+    expected = np.zeros(len(memory.flags), np.int64)
+    expected[heads] = parts.rmap.mapcounts(heads, heads) + sizes * ((memory.flags[heads] & Fl.SWAPCACHE) != 0)
+    waiting = np.array(parts.lru.waiting, np.int64)
+    np.add.at(expected, waiting, 1)
+    for head, references in machine.pins.items():
+        expected[head] += references
+    differ = heads[memory.refcount[heads] != expected[heads]]
+    if len(differ):
+        head = differ[0]
+        wrong.append(f"folio {head} has {memory.refcount[head]} references, {expected[head]} are explained")
+    if (memory.flags & Fl.LOCKED).any():
+        wrong.append("a folio is still locked")
+    on_list = (memory.flags[heads] & Fl.LRU) != 0
+    waits = np.isin(heads, waiting)
+    if (on_list == waits).any():
+        wrong.append(f"folio {heads[on_list == waits][0]} is on a list and in the batch, or in neither")
+    return wrong
+
+
+def _swap(machine: Machine) -> list[str]:
+    """Slots are counted as often as entries name them, and the swap cache's folios know their slots."""
+    swap, memory, wrong = machine.parts.swap, machine.parts.memory, []
+    named = np.zeros(len(swap.count), np.int64)
+    for number, mm in machine.mms.items():
+        entries = 0
+        for table in mm.tables:
+            slots = table.value[(table.bits & P.SWAP) != _NO_BITS]
+            named += np.bincount(slots, minlength=len(named))
+            entries += len(slots)
+        if mm.swap_entries != entries:
+            wrong.append(f"mm {number} counts {mm.swap_entries} swap entries and has {entries}")
+    differ = np.flatnonzero(named != swap.count)
+    if len(differ):
+        wrong.append(f"slot {differ[0]} is counted {swap.count[differ[0]]} times and named {named[differ[0]]} times")
+    in_cache = set(memory.heads(swap.cached[swap.cached > 0]).tolist())
+    flagged = set(np.flatnonzero(memory.flags & Fl.SWAPCACHE).tolist())
+    if in_cache != flagged:
+        wrong.append(f"folios {sorted(in_cache ^ flagged)[:4]} are in the swap cache for one side only")
+    return wrong
+
+
+def _levels(machine: Machine) -> list[str]:
+    """Counters that are levels, and the charges of memory cgroups, are what memory holds."""
+    memory, wrong = machine.parts.memory, []
+    heads = _heads(memory)
+    anon = heads[(memory.flags[heads] & Fl.ANON) != 0]
+    for order in machine.geometry.anon_orders:
+        of_order = anon[memory.order[anon] == order]
+        partial = np.count_nonzero(memory.flags[of_order] & Fl.PARTIALLY_MAPPED)
+        for name, level in (("nr_anon", len(of_order)), ("nr_anon_partially_mapped", partial)):
+            counter = f"{machine.geometry.sysfs_name(order)}/{name}"
+            if machine.counters[counter] != level:
+                wrong.append(f"{counter} is {machine.counters[counter]}, there are {level}")
+    usage = np.bincount(memory.cgroup[heads], weights=_sizes(memory, heads), minlength=len(memory.cgroups.usage))
+    for number in range(1, len(usage)):
+        if usage[number] != memory.cgroups.usage[number]:
+            wrong.append(
+                f"cgroup {number} is charged {memory.cgroups.usage[number]} frames and has {usage[number]:.0f}"
+            )
+    return wrong
+
+
+def _page_tables(machine: Machine, mm: Mm) -> list[str]:
+    """Entries are in mappings only; a PMD entry and what the PTEs below would be agree."""
+    geometry, memory, wrong = machine.geometry, machine.parts.memory, []
+    for table in mm.tables:
+        for row in np.flatnonzero((table.pmd != Pmd.NONE) | table.bits.any(axis=1)).tolist():
+            address = (table.first + row) * geometry.pmd_size
+            value = table.value[row].astype(np.int64)
+            offsets = np.flatnonzero(table.bits[row])
+            if table.pmd[row] == Pmd.NONE and len(offsets):
+                wrong.append(f"mm {mm.id} has entries below an empty PMD entry at {address:#x}")
+            elif table.pmd[row] == Pmd.HUGE:
+                head = int(value[0])
+                whole = np.array_equal(value, np.arange(head, head + geometry.ptes_per_pmd))
+                if not whole or memory.order[head] != geometry.pmd_order or memory.head(head) != head:
+                    wrong.append(f"mm {mm.id} maps no whole folio by the PMD entry at {address:#x}")
+            for offset in offsets[[0, -1]].tolist() if len(offsets) else []:
+                at = address + offset * geometry.page_size
+                vma = mm.find_vma(at)
+                if vma is None or not vma.start <= at < vma.end:
+                    wrong.append(f"mm {mm.id} has an entry at {at:#x}, where nothing is mapped")
+    return wrong

@@ -1,0 +1,266 @@
+"""Physical memory: one column per property of a frame, and folios over them.
+
+A folio of order k is 2**k frames, aligned to that number, so that its first frame, the *head*, follows from any
+frame and the order that is noted there. What belongs to the folio as a whole is kept at its head. The kernel keeps
+some of it in the ``struct page`` of tail pages, which need no reference count of their own (``struct folio``,
+include/linux/mm_types.h); here too:
+
+========  ==========================================================================================================
+frame     ``refcount`` holds
+========  ==========================================================================================================
+head      the folio's references
+head + 1  how many PTEs map the folio, in all address spaces together (``_large_mapcount``)
+head + 2  how many of them belong to the address space that head + 3 names first (``_mm_id_mapcount[0]``)
+head + 3  the numbers of two address spaces that map it (``_mm_ids``): the first in the low 16 bits, the second
+          above; ``MANY_MMS`` there says that a third one came and was not noted
+========  ==========================================================================================================
+
+A page mapped through a PMD entry counts as if it had a PTE. Sizes are in frames, frame numbers are called pfn.
+A frame costs 17 bytes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.errors import UsageError
+from mthp.geometry import Geometry
+from mthp.sim.buddy import Frames, Zone, runs_of
+from mthp.sim.counters import Counters
+
+MAX_PAGE_ORDER = 10
+"""Order of the largest block of the allocator, unless the PMD order is larger (ARCH_FORCE_MAX_ORDER)."""
+
+MANY_MMS = 0x7FFF
+"""In place of the second address space of a large folio: there are more of them."""
+
+ROOT = 0
+"""Number of the root memory cgroup, which charges nothing and has no limit."""
+
+ZERO_CONTENT = 0
+"""Content of memory that was cleared and never written."""
+
+
+class Fl:
+    """Bits of the `flags` column, a uint16 per frame; all but ALLOCATED and POISONED at the head only.
+
+    Plain numbers, since the flags of an enum cost a microsecond each time two are joined.
+    """
+
+    ALLOCATED = np.uint16(1 << 0)
+    LRU = np.uint16(1 << 1)
+    """On an LRU list (PG_lru); clear while isolated or in a CPU's batch."""
+    LOCKED = np.uint16(1 << 2)
+    REFERENCED = np.uint16(1 << 3)
+    ACTIVE = np.uint16(1 << 4)
+    ANON = np.uint16(1 << 5)
+    SWAPBACKED = np.uint16(1 << 6)
+    """Must be written to swap before it is dropped; clear for lazyfree memory."""
+    SWAPCACHE = np.uint16(1 << 7)
+    DIRTY = np.uint16(1 << 8)
+    UPTODATE = np.uint16(1 << 9)
+    MLOCKED = np.uint16(1 << 10)
+    POISONED = np.uint16(1 << 11)
+    PARTIALLY_MAPPED = np.uint16(1 << 12)
+    """Large, and on the list of folios to be split for that (folio_test_partially_mapped)."""
+    YOUNG = np.uint16(1 << 13)
+    """Idle tracking's bit (folio_test_young)."""
+
+
+class Cgroups:
+    """Memory cgroups, by number: frames charged, and limits.
+
+    Attributes:
+        usage: int64, shape (groups,): frames charged; always 0 for ROOT.
+    """
+
+    def __init__(self) -> None:
+        self.usage: NDArray[np.int64] = np.zeros(1, np.int64)
+        self._limits: list[int | None] = [None]
+
+    def create(self, limit: int | None = None) -> int:
+        """A new cgroup's number.
+
+        Args:
+            limit: frames that may be charged to it (``memory.max``); None for any number.
+        """
+        self.usage = np.append(self.usage, np.int64(0))
+        self._limits.append(limit)
+        return len(self._limits) - 1
+
+    def set_limit(self, cgroup: int, limit: int | None) -> None:
+        """Change a limit; what is charged already stays."""
+        self._limits[cgroup] = limit
+
+    def try_charge(self, cgroup: int, frames: int) -> bool:
+        """Charge so many frames, unless that would exceed the limit."""
+        limit = self._limits[cgroup]
+        if limit is not None and self.usage[cgroup] + frames > limit:
+            return False
+        if cgroup != ROOT:
+            self.usage[cgroup] += frames
+        return True
+
+    def uncharge(self, cgroups: NDArray[np.uint16], frames: int = 1) -> None:
+        """Take the charge of folios back.
+
+        Args:
+            cgroups: uint16, shape (folios,): the cgroup of each.
+            frames: of each.
+        """
+        if len(self.usage) == 1:
+            return
+        self.usage -= np.bincount(cgroups, minlength=len(self.usage)) * frames
+        self.usage[ROOT] = 0
+
+
+class Memory:
+    """The frames of all nodes.
+
+    Args:
+        node_frames: frames of each node; rounded up to whole blocks of the largest order.
+    """
+
+    def __init__(self, geometry: Geometry, node_frames: Sequence[int], counters: Counters) -> None:
+        if not node_frames or min(node_frames) < 1:
+            raise UsageError(f"nodes of {list(node_frames)} frames: at least one node with one frame is needed")
+        self.geometry = geometry
+        self.max_order = max(MAX_PAGE_ORDER, geometry.pmd_order)
+        block = 1 << self.max_order
+        self.zones: list[Zone] = []
+        start = block  # Frame 0 is nobody's, so that pfn 0 can stand for "no page".
+        for frames in node_frames:
+            zone = Zone(start, -(-frames // block) * block, self.max_order)
+            self.zones.append(zone)
+            start = zone.end
+        self._counters = counters
+        self._ends: Frames = np.array([zone.end for zone in self.zones], np.int64)
+        self.flags: NDArray[np.uint16] = np.zeros(start, np.uint16)
+        self.order: NDArray[np.uint8] = np.zeros(start, np.uint8)
+        self.refcount: NDArray[np.int32] = np.zeros(start, np.int32)
+        self.mapcount: NDArray[np.int32] = np.zeros(start, np.int32)
+        self.content: NDArray[np.uint32] = np.zeros(start, np.uint32)
+        self.cgroup: NDArray[np.uint16] = np.zeros(start, np.uint16)
+        self.cgroups = Cgroups()
+
+    def nodes_of(self, pfns: Frames) -> NDArray[np.intp]:
+        """The node of each frame: intp, shape of `pfns`."""
+        return np.searchsorted(self._ends, pfns, side="right")
+
+    def heads(self, pfns: Frames) -> Frames:
+        """The heads of the folios that frames lie in: int64, shape of `pfns`."""
+        sizes: Frames = np.left_shift(np.int64(1), self.order[pfns].astype(np.int64))
+        return pfns & -sizes
+
+    def head(self, pfn: int) -> int:
+        """The head of the folio that a frame lies in."""
+        return pfn & -(1 << int(self.order[pfn]))
+
+    def size(self, head: int) -> int:
+        """Frames of a folio."""
+        return 1 << int(self.order[head])
+
+    def has(self, head: int, flag: np.uint16) -> bool:
+        """Whether a folio has a flag."""
+        return bool(self.flags[head] & flag)
+
+    def set(self, head: int, flag: np.uint16) -> None:
+        """Set a flag of a folio."""
+        self.flags[head] |= flag
+
+    def clear(self, head: int, flag: np.uint16) -> None:
+        """Clear a flag of a folio."""
+        self.flags[head] &= ~flag
+
+    def alloc(self, order: int, nodes: Sequence[int] = ()) -> int | None:
+        """A new folio with one reference, and nothing in it; None if no node has a block.
+
+        Args:
+            nodes: to be asked in this order; the others are asked after them.
+        """
+        rest = [node for node in range(len(self.zones)) if node not in nodes]
+        for node in (*nodes, *rest):
+            head = self.zones[node].alloc(order)
+            if head is not None:
+                self._prepare(head, order)
+                return head
+        return None
+
+    def alloc_small(self, count: int, nodes: Sequence[int] = ()) -> Frames:
+        """New folios of order 0, each with one reference, contiguous as far as memory is.
+
+        Returns:
+            int64, shape (pages,): their frames; fewer than `count` where memory ran out.
+        """
+        taken: list[tuple[int, int]] = []
+        rest = [node for node in range(len(self.zones)) if node not in nodes]
+        for node in (*nodes, *rest):
+            taken += self.zones[node].alloc_pages(count - sum(length for _, length in taken))
+        for start, length in taken:
+            run = slice(start, start + length)
+            self.flags[run] = Fl.ALLOCATED
+            self.refcount[run] = 1
+            self.mapcount[run] = 0
+            self.content[run] = ZERO_CONTENT
+            self.cgroup[run] = ROOT
+        ranges = [np.arange(start, start + length) for start, length in taken]
+        return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+    def charge(self, head: int, cgroup: int) -> bool:
+        """Charge a new folio to a memory cgroup (mem_cgroup_charge); False if that is at its limit."""
+        if not self.cgroups.try_charge(cgroup, self.size(head)):
+            return False
+        self.cgroup[head] = cgroup
+        return True
+
+    def _prepare(self, head: int, order: int) -> None:
+        run = slice(head, head + (1 << order))
+        self.flags[run] = Fl.ALLOCATED
+        self.order[run] = order
+        self.refcount[run] = 0
+        self.refcount[head] = 1
+        self.mapcount[run] = 0
+        self.content[run] = ZERO_CONTENT
+        self.cgroup[head] = ROOT
+
+    def put(self, head: int, references: int = 1) -> None:
+        """Drop references of a folio, and free it with the last (folio_put_refs)."""
+        left = int(self.refcount[head]) - references
+        assert left >= 0, f"folio {head} has {left} references"
+        self.refcount[head] = left
+        if left == 0:
+            self._free(head)
+
+    def put_small(self, pfns: Frames) -> None:
+        """Drop one reference of each of some folios of order 0, and free those that had no other.
+
+        Args:
+            pfns: int64, shape (pages,), each once.
+        """
+        self.refcount[pfns] -= 1
+        freed = np.sort(pfns[self.refcount[pfns] == 0])
+        self.flags[freed] = 0
+        self.cgroups.uncharge(self.cgroup[freed])
+        for start, length in runs_of(freed):
+            self._zone_of(start).free_range(start, length)
+
+    def _zone_of(self, pfn: int) -> Zone:
+        return self.zones[int(np.searchsorted(self._ends, pfn, side="right"))]
+
+    def _free(self, head: int) -> None:
+        order = int(self.order[head])
+        flags = self.flags[head]
+        assert not flags & (Fl.SWAPCACHE | Fl.LOCKED), f"folio {head} is freed with flags {flags:#x}"
+        if order and flags & Fl.ANON:
+            self._counters.count_mthp(order, "nr_anon", -1)
+            if flags & Fl.PARTIALLY_MAPPED:
+                self._counters.count_mthp(order, "nr_anon_partially_mapped", -1)
+        self.cgroups.uncharge(self.cgroup[head : head + 1], 1 << order)
+        run = slice(head, head + (1 << order))
+        self.flags[run] = 0
+        self.order[run] = 0
+        self.refcount[run] = 0
+        self._zone_of(head).free(head, order)

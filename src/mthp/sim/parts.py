@@ -1,0 +1,94 @@
+"""What the paths through the machine work on, and where others are let in between their steps."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mthp.eligibility import Trigger
+from mthp.geometry import Geometry
+from mthp.sim.counters import Counters
+from mthp.sim.lru import LruAddBatch
+from mthp.sim.memory import Fl, Memory
+from mthp.sim.mm import HUGEPAGE, NOHUGEPAGE, Mm, SimVma
+from mthp.sim.rmap import Rmap
+from mthp.sim.swap import Swap
+from mthp.sim.trace import Trace
+from mthp.tunables import Switches, Tunables
+
+
+class Step(enum.Enum):
+    """The steps of collapse_huge_page, and what others may do just before each of them.
+
+    The kernel holds no lock of the address space before ALLOC_CHARGE, REVALIDATE and REVALIDATE_AGAIN: anything may
+    happen there. Before SWAPIN it holds mmap_lock for reading: faults, pins and reclaim go on. From ISOLATE on it
+    holds it for writing and has taken the PMD entry away: memory may still fail, and pages that other address spaces
+    map may be pinned from there.
+    """
+
+    ALLOC_CHARGE = enum.auto()
+    REVALIDATE = enum.auto()
+    SWAPIN = enum.auto()
+    REVALIDATE_AGAIN = enum.auto()
+    ISOLATE = enum.auto()
+    COPY = enum.auto()
+    INSTALL = enum.auto()
+
+
+Hook = Callable[[Step, Mm, int, int], None]
+"""Called before a step with the step, the address space, the address of the run and its order."""
+
+
+@dataclass
+class Parts:
+    """The parts of a machine.
+
+    Attributes:
+        hook: lets other actors in between the steps of a collapse.
+    """
+
+    geometry: Geometry
+    tunables: Tunables
+    switches: Switches
+    memory: Memory
+    swap: Swap
+    lru: LruAddBatch
+    rmap: Rmap
+    counters: Counters
+    trace: Trace
+    hook: Hook | None = None
+
+    def let_in(self, step: Step, mm: Mm, address: int, order: int) -> None:
+        """Give other actors their turn."""
+        if self.hook is not None:
+            self.hook(step, mm, address, order)
+
+    def add_lru_vma(self, vma: SimVma, head: int) -> None:
+        """Put a new folio on the LRU lists (folio_add_lru_vma).
+
+        In a locked mapping it goes through the batch of mlock instead of lru_add: what waits there goes on waiting.
+        """
+        if vma.locked:
+            self.memory.set(head, Fl.MLOCKED | Fl.LRU)
+            self.counters.count("unevictable_pgs_mlocked", self.memory.size(head))
+        else:
+            self.lru.add(head)
+
+    def collapse_orders(self, mm: Mm, vma: SimVma, trigger: Trigger) -> tuple[int, ...]:
+        """Orders to which `vma` may be collapsed, ascending (collapse_possible_orders).
+
+        What :func:`mthp.eligibility.eligibility` says of anonymous memory, without its reasons: this is asked twice
+        for every attempt.
+        """
+        if mm.thp_disabled or NOHUGEPAGE in vma.flags or not vma.anon_vma:
+            return ()
+        if trigger == "madvise":
+            return self.geometry.anon_orders
+        return self.switches.orders(advised=HUGEPAGE in vma.flags)
+
+    def fault_orders(self, mm: Mm, vma: SimVma) -> tuple[int, ...]:
+        """Orders that a fault in `vma` may allocate, ascending (thp_vma_allowable_orders with TVA_PAGEFAULT)."""
+        if mm.thp_disabled or NOHUGEPAGE in vma.flags:
+            return ()
+        return self.switches.orders(advised=HUGEPAGE in vma.flags)

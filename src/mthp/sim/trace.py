@@ -1,0 +1,77 @@
+"""Trace events of the collapse path, as ``include/trace/events/huge_memory.h`` names and fills them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mthp.results import ScanResult
+
+
+@dataclass(frozen=True, slots=True)
+class ScanPmd:
+    """mm_khugepaged_scan_pmd: a PMD range was looked at, and this came of it.
+
+    Attributes:
+        mm: number of the address space.
+        address: of the range, in bytes.
+        result: of the scan, or of the collapse that it led to.
+        referenced, none_or_zero, unmapped: PTEs counted until the scan ended.
+    """
+
+    mm: int
+    address: int
+    result: ScanResult
+    referenced: int
+    none_or_zero: int
+    unmapped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collapse:
+    """mm_collapse_huge_page: an attempt ended."""
+
+    mm: int
+    order: int
+    result: ScanResult
+
+
+@dataclass(frozen=True, slots=True)
+class Isolate:
+    """mm_collapse_huge_page_isolate: the pages of a run were isolated, or were not."""
+
+    order: int
+    result: ScanResult
+    none_or_zero: int
+    referenced: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swapin:
+    """mm_collapse_huge_page_swapin: swap entries of a run were read back, or were not."""
+
+    mm: int
+    order: int
+    result: ScanResult
+    swapped_in: int
+    referenced: int
+
+
+Event = ScanPmd | Collapse | Isolate | Swapin
+
+
+class Trace:
+    """The events in the order in which they happened; kept only while `enabled`."""
+
+    def __init__(self) -> None:
+        self.enabled = False
+        self._events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        """Record an event."""
+        if self.enabled:
+            self._events.append(event)
+
+    def take(self) -> list[Event]:
+        """Give the events recorded so far, and forget them."""
+        events, self._events = self._events, []
+        return events
