@@ -266,7 +266,7 @@ import mthp
 from mthp.collapse import policy
 from mthp.api import collapse
 assert mthp.collapse is collapse
-assert all(callable(getattr(mthp, name)) for name in mthp.__all__ if name != "__version__")
+assert all(callable(getattr(mthp, name)) for name in mthp.__all__ if name not in ("__version__", "sim"))
 assert policy.Policy is mthp.Policy
 """
 

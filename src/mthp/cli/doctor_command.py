@@ -9,18 +9,30 @@ from rich.console import Console
 
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import json_option
-from mthp.cli.output import console, print_json, table
+from mthp.cli.output import console, print_json, say, table
 from mthp.linux.doctor import Examination, examine
+from mthp.linux.mover.journal import Restored, SwitchJournal
 
 
 @click.command("doctor")
+@click.option("--restore", is_flag=True, help="Put back the switches that a run of mthp which was killed has left.")
 @json_option
-def command(as_json: bool) -> int:
+def command(restore: bool, as_json: bool) -> int:
     """Say what this kernel and these rights allow, and how to get the rest.
 
     Everything is tried out, and nothing is changed. It exits with 0 whatever it finds, but with 3 where the kernel has
     no THP at all.
+
+    With --restore it puts back what a run that was killed could not, and nothing else. Switches that somebody else has
+    changed since are left alone.
     """
+    if restore:
+        restored = SwitchJournal().restore_after_crash()
+        if as_json:
+            print_json("doctor", restored_json(restored))
+        else:
+            print_restored(console(), restored)
+        return 0
     examination = examine()
     if as_json:
         print_json("doctor", examination_json(examination))
@@ -61,4 +73,26 @@ def examination_json(examination: Examination) -> dict[str, Any]:
             }
             for finding in examination.findings
         ],
+    }
+
+
+def print_restored(out: Console, restored: list[Restored]) -> None:
+    """Print what became of switches that a run had left changed."""
+    if not restored:
+        say(out, "there is nothing to put back")
+    for switch in restored:
+        if switch.put_back:
+            say(out, f"put back: {switch.switch} from {switch.found} to {switch.was}")
+        else:
+            now = f"is {switch.found} now" if switch.found else "is gone"
+            say(out, f"left alone: {switch.switch} was {switch.was}, and {now}: somebody else changed it since")
+
+
+def restored_json(restored: list[Restored]) -> dict[str, Any]:
+    """What became of switches as the JSON object of the contract."""
+    return {
+        "restored": [
+            {"switch": switch.switch, "found": switch.found, "was": switch.was, "put_back": switch.put_back}
+            for switch in restored
+        ]
     }

@@ -1,0 +1,316 @@
+"""Which blocks of a process must not be moved: a verdict for many blocks at once, from columns.
+
+A *block* is a naturally aligned run of 2**order pages that is to become one folio. It is judged by what was read a
+moment ago; the process may have gone on since. So these verdicts are made twice: before the threads are stopped, to
+spare them a stop for nothing, and after it, when nothing of the process can change the answer any more.
+
+Three kinds of memory inside an otherwise ordinary mapping are used by the kernel on behalf of a thread, also while
+that thread is stopped: the rseq area is written when a thread goes back to user mode on another CPU, the robust list
+is walked when a thread is killed, and a signal frame is pushed below the stack pointer. A block that holds one of them
+is left alone. :func:`special_ranges` finds what can be found:
+
+- robust lists with get_robust_list(2), at any time;
+- stack pointers from ``/proc/PID/task/TID/syscall``, for every thread that does not run at this moment, which means
+  for all of them once they are stopped. The field ``kstkesp`` of ``/proc/PID/stat`` is no help: the kernel fills it in
+  for exiting threads only (do_task_stat, fs/proc/array.c);
+- rseq areas only with PTRACE_GET_RSEQ_CONFIGURATION, which wants the thread stopped and traced. Whoever traces passes
+  them in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Pte, PteColumns, Segment, Vma
+from mthp.linux.columns import spread
+from mthp.linux.mover.taskfiles import read_task_file, task_ids
+from mthp.linux.process import Process
+
+NR_GET_ROBUST_LIST = {"x86_64": 274, "aarch64": 100}
+"""``get_robust_list`` in each architecture's ``asm/unistd.h``."""
+
+ROBUST_LIST_HEAD_BYTES = 24
+"""``sizeof(struct robust_list_head)``, include/uapi/linux/futex.h."""
+
+RED_ZONE_BYTES = 128
+"""What a function may use below its stack pointer (System V ABI of x86-64, 3.2.2; aarch64 has none)."""
+
+WORD_BYTES = 8
+
+_LARGEST_ADDRESS = 1 << 63
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+_Int64s = NDArray[np.int64]
+_Bools = NDArray[np.bool_]
+
+
+class BlockRefusal(enum.IntEnum):
+    """Why a block is not moved, in the order in which the reasons take precedence. NONE is 0: it may be moved."""
+
+    NONE = 0
+    MISALIGNED = enum.auto()
+    NOT_IN_ONE_VMA = enum.auto()
+    VMA = enum.auto()
+    NOT_READ = enum.auto()
+    SPECIAL = enum.auto()
+    MARKER = enum.auto()
+    SWAPPED = enum.auto()
+    NOT_ANON = enum.auto()
+    SHARED = enum.auto()
+    ALREADY = enum.auto()
+    LARGE_FOLIO = enum.auto()
+    EMPTY = enum.auto()
+    ABSENT = enum.auto()
+
+    @property
+    def reason(self) -> str:
+        """What to tell a person; ``""`` for NONE."""
+        return _REASONS[self]
+
+
+_REASONS = {
+    BlockRefusal.NONE: "",
+    BlockRefusal.MISALIGNED: "its address is not a multiple of its size",
+    BlockRefusal.NOT_IN_ONE_VMA: "it does not lie inside one mapping",
+    BlockRefusal.VMA: "its mapping is refused",
+    BlockRefusal.NOT_READ: "its page table entries were not read",
+    BlockRefusal.SPECIAL: "it holds a thread's rseq area, robust list or stack pointer, which the kernel itself uses",
+    BlockRefusal.MARKER: "it holds a guard or userfaultfd marker",
+    BlockRefusal.SWAPPED: "a page of it is swapped out",
+    BlockRefusal.NOT_ANON: "a page of it belongs to a file, to shared memory or to hugetlbfs",
+    BlockRefusal.SHARED: "a page of it is mapped more than once",
+    BlockRefusal.ALREADY: "it lies in one folio of that order or a larger one already",
+    BlockRefusal.LARGE_FOLIO: "a page of it is part of a folio of that order or a larger one",
+    BlockRefusal.EMPTY: "it holds nothing",
+    BlockRefusal.ABSENT: "a page of it is absent or the zero page, and filling is not planned",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialRanges:
+    """Memory that the kernel uses on behalf of threads; half-open ranges of addresses in bytes.
+
+    Attributes:
+        robust_lists: the head of each thread's list.
+        stacks: the red zone and the word at each stack pointer.
+        rseq_areas: each thread's ``struct rseq``.
+        running: threads that ran just then, so that their stack pointers are not known.
+    """
+
+    robust_lists: tuple[Segment, ...] = ()
+    stacks: tuple[Segment, ...] = ()
+    rseq_areas: tuple[Segment, ...] = ()
+    running: tuple[int, ...] = ()
+
+    @property
+    def ranges(self) -> tuple[Segment, ...]:
+        """All of them."""
+        return self.robust_lists + self.stacks + self.rseq_areas
+
+    def with_rseq(self, areas: Iterable[Segment]) -> SpecialRanges:
+        """These and the rseq areas that a tracer learned of (PTRACE_GET_RSEQ_CONFIGURATION)."""
+        return replace(self, rseq_areas=self.rseq_areas + tuple(areas))
+
+
+def special_ranges(process: Process) -> SpecialRanges:
+    """What of :class:`SpecialRanges` can be told at this moment, without stopping anything.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+        NotPermittedError: its threads are not ours to look at.
+    """
+    robust: list[Segment] = []
+    stacks: list[Segment] = []
+    running: list[int] = []
+    for tid in task_ids(process):
+        if head := _robust_list(tid):
+            robust.append((head, head + ROBUST_LIST_HEAD_BYTES))
+        text = read_task_file(process, tid, "syscall")
+        if text is None:
+            continue
+        words = text.split()
+        if len(words) < 3:
+            running.append(tid)
+            continue
+        # Number, arguments, stack pointer, program counter (proc_pid_syscall, fs/proc/base.c).
+        pointer = int(words[-2], 16)
+        stacks.append((max(0, pointer - RED_ZONE_BYTES), pointer + WORD_BYTES))
+    return SpecialRanges(tuple(robust), tuple(stacks), (), tuple(running))
+
+
+def _robust_list(tid: int) -> int:
+    """Address of the head of a thread's robust list; 0 if it has none or is gone."""
+    number = NR_GET_ROBUST_LIST.get(os.uname().machine)
+    head, length = ctypes.c_uint64(), ctypes.c_size_t()
+    if number is None or _libc.syscall(
+        ctypes.c_long(number), ctypes.c_long(tid), ctypes.byref(head), ctypes.byref(length)
+    ):
+        return 0
+    return head.value
+
+
+def refuse_blocks(
+    columns: PteColumns,
+    mapcounts: _Int64s | None,
+    addresses: _Int64s,
+    orders: NDArray[np.int8],
+    *,
+    vmas: Sequence[Vma],
+    refuse_vma: Callable[[Vma], object | None],
+    special: SpecialRanges,
+    page_size: int,
+    fill: bool = False,
+) -> NDArray[np.uint8]:
+    """Judge blocks.
+
+    Pages freed with MADV_FREE are no reason: moving them is as right as writing to them would be. Whether it is
+    wanted is for the plan to say.
+
+    Args:
+        columns: the page table entries around the blocks; segments in any order, not overlapping.
+        mapcounts: how often each page of `columns` is mapped, or None to go by the bit SHARED alone. The bit counts in
+            any case, since for large folios the kernel may give an average only.
+        addresses: start of each block in bytes: int64, shape (blocks,).
+        orders: order of each block: int8, shape (blocks,).
+        vmas: the mappings, ascending.
+        refuse_vma: gives something for a mapping that is refused, None for others.
+        special: memory that the kernel uses.
+        page_size: in bytes.
+        fill: whether holes and zero pages are to be filled.
+
+    Returns:
+        :class:`BlockRefusal` of each block: uint8, shape (blocks,).
+    """
+    verdict = np.zeros(len(addresses), np.uint8)
+    if not len(addresses):
+        return verdict
+    counts = np.int64(1) << orders.astype(np.int64)
+    ends = addresses + counts * page_size
+
+    def refuse(mask: _Bools, why: BlockRefusal) -> None:
+        verdict[mask & (verdict == 0)] = why
+
+    refuse(addresses % (counts * page_size) != 0, BlockRefusal.MISALIGNED)
+    inside, allowed = _by_vma(addresses, ends, vmas, refuse_vma)
+    refuse(~inside, BlockRefusal.NOT_IN_ONE_VMA)
+    refuse(~allowed, BlockRefusal.VMA)
+    first = _first_page(columns, addresses, ends, page_size)
+    refuse(first < 0, BlockRefusal.NOT_READ)
+    refuse(_touches(addresses, ends, special.ranges), BlockRefusal.SPECIAL)
+    open_ = np.flatnonzero(verdict == 0)
+    if len(open_):
+        verdict[open_] = _by_pages(columns, mapcounts, first[open_], counts[open_], orders[open_], fill=fill)
+    return verdict
+
+
+def _by_vma(
+    addresses: _Int64s, ends: _Int64s, vmas: Sequence[Vma], refuse_vma: Callable[[Vma], object | None]
+) -> tuple[_Bools, _Bools]:
+    """Whether each block lies inside one mapping, and whether that one may be touched: bool, shape (blocks,)."""
+    # [vsyscall] lies beyond what an int64 holds.
+    user = [vma for vma in vmas if vma.end < _LARGEST_ADDRESS]
+    if not user:
+        return np.zeros(len(addresses), np.bool_), np.zeros(len(addresses), np.bool_)
+    starts = np.array([vma.start for vma in user], np.int64)
+    vma_ends = np.array([vma.end for vma in user], np.int64)
+    at = np.searchsorted(starts, addresses, side="right") - 1
+    inside = (at >= 0) & (ends <= vma_ends[at])
+    allowed = np.zeros(len(user), np.bool_)
+    for index in np.unique(at[inside]).tolist():
+        allowed[index] = refuse_vma(user[index]) is None
+    return inside, inside & allowed[at]
+
+
+def _first_page(columns: PteColumns, addresses: _Int64s, ends: _Int64s, page_size: int) -> _Int64s:
+    """Where in `columns` each block begins, -1 if one segment does not hold it all: int64, shape (blocks,)."""
+    if not columns.segments:
+        return np.full(len(addresses), -1, np.int64)
+    segments = np.array(columns.segments, np.int64)
+    sizes = (segments[:, 1] - segments[:, 0]) // page_size
+    offsets = np.cumsum(sizes) - sizes
+    order = np.argsort(segments[:, 0])
+    starts = segments[order, 0]
+    at = order[np.maximum(np.searchsorted(starts, addresses, side="right") - 1, 0)]
+    inside = (segments[at, 0] <= addresses) & (ends <= segments[at, 1])
+    return np.where(inside, offsets[at] + (addresses - segments[at, 0]) // page_size, -1)
+
+
+def _touches(addresses: _Int64s, ends: _Int64s, ranges: Sequence[Segment]) -> _Bools:
+    """Which blocks one of `ranges` overlaps: bool, shape (blocks,)."""
+    user = sorted(pair for pair in ranges if pair[1] < _LARGEST_ADDRESS)
+    if not user:
+        return np.zeros(len(addresses), np.bool_)
+    pairs = np.array(user, np.int64)
+    # Of all ranges that start before a block's end, the one that reaches furthest decides.
+    reach = np.maximum.accumulate(pairs[:, 1])
+    before = np.searchsorted(pairs[:, 0], ends, side="left")
+    touched: _Bools = (before > 0) & (reach[np.maximum(before - 1, 0)] > addresses)
+    return touched
+
+
+def _by_pages(
+    columns: PteColumns,
+    mapcounts: _Int64s | None,
+    first: _Int64s,
+    counts: _Int64s,
+    orders: NDArray[np.int8],
+    *,
+    fill: bool,
+) -> NDArray[np.uint8]:
+    """Verdicts from the entries of blocks that lie in `columns` from page `first` on: uint8, shape (blocks,)."""
+    verdict = np.zeros(len(first), np.uint8)
+    pages = spread(first, counts)
+    begins = np.cumsum(counts) - counts
+    state = columns.state[pages]
+    some = np.bitwise_or.reduceat(state, begins)
+
+    def refuse(mask: _Bools, why: BlockRefusal) -> None:
+        verdict[mask & (verdict == 0)] = why
+
+    def has(bits: Pte) -> _Bools:
+        chosen: _Bools = (some & np.uint16(bits)) != 0
+        return chosen
+
+    refuse(has(Pte.GUARD | Pte.UFFD_WP), BlockRefusal.MARKER)
+    refuse(has(Pte.SWAP), BlockRefusal.SWAPPED)
+    refuse(has(Pte.FILE | Pte.HUGETLB), BlockRefusal.NOT_ANON)
+    shared = has(Pte.SHARED)
+    real = (state & np.uint16(Pte.PRESENT | Pte.ZERO)) == np.uint16(Pte.PRESENT)
+    if mapcounts is not None:
+        shared |= np.logical_or.reduceat(real & (mapcounts[pages] > 1), begins)
+    refuse(shared, BlockRefusal.SHARED)
+    large = columns.folio_order[pages] >= np.repeat(orders, counts)
+    large &= real
+    refuse(_one_folio(columns, pages, begins, counts, large), BlockRefusal.ALREADY)
+    refuse(np.logical_or.reduceat(large, begins), BlockRefusal.LARGE_FOLIO)
+    held = np.add.reduceat(real.astype(np.int64), begins)
+    refuse(held == 0, BlockRefusal.EMPTY)
+    if not fill:
+        refuse(held < counts, BlockRefusal.ABSENT)
+    return verdict
+
+
+def _one_folio(columns: PteColumns, pages: _Int64s, begins: _Int64s, counts: _Int64s, large: _Bools) -> _Bools:
+    """Which blocks lie in one folio of their order or more: bool, shape (blocks,).
+
+    Folios are naturally aligned, so such a block's frames are consecutive from one aligned like the block. Without
+    frame numbers only what a PMD entry maps has a known order, and it is whole.
+    """
+    whole: _Bools = np.logical_and.reduceat(large, begins)
+    if columns.pfn is None:
+        return whole
+    frames = columns.pfn[pages].view(np.int64)
+    heads = frames[begins]
+    expected = np.repeat(heads - begins, counts) + np.arange(len(pages))
+    consecutive = np.logical_and.reduceat(frames == expected, begins)
+    whole &= consecutive & (heads % counts == 0)
+    return whole

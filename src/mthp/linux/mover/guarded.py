@@ -1,0 +1,225 @@
+"""Moves memory of this very process into folios of a wanted order, while its other threads go on using it.
+
+No thread is stopped and nothing is traced. Instead a userfaultfd stands guard: whoever touches a page that is away
+waits in its page fault, and goes on when the page is back. For each block, one after another:
+
+1. Register the block with the userfaultfd (MISSING), which makes it a mapping of its own for the moment.
+2. UFFDIO_MOVE takes its pages away into a scratch area. From here on a touch waits. The kernel refuses what is pinned
+   or shared; then what was moved is moved back, and the block stays as it was.
+3. mremap(MREMAP_DONTUNMAP) makes an empty twin of the block's mapping at another address, which nobody knows. Why not
+   fill the block itself? Because UFFDIO_COPY and UFFDIO_MOVE put in single pages, and an ordinary fault would wait for
+   ourselves.
+4. Copying the bytes into the twin faults in one folio. The twin is a mapping of exactly the block's size, so a larger
+   folio does not fit; a smaller one comes if memory is short. Its size must be on: a switch of the system, for which
+   there is a journal (:mod:`~mthp.linux.mover.journal`).
+5. mremap puts the twin in the block's place, folio and all, in one step for everybody else. The kernel then makes one
+   mapping again of it and its neighbours, since it has their flags, their anon_vma and their offsets.
+6. Those that waited are woken, and find the page.
+
+The hard part is who does this. Not Python: another thread may hold the interpreter's lock while it waits for the
+block, and whoever moves the block would then wait for that lock for ever. And the block may hold anything: objects of
+the interpreter, or the very list of blocks. So steps 1 to 6 are done by a hundred and fifty instructions of machine
+code (``guarded_x86_64.S``, kept as bytes in `ownmover`), called through ctypes, which gives the lock away for the time
+of the call. They touch nothing but registers, the stack and memory made for them. What the calling thread itself would
+touch without asking is refused beforehand: a block with its stack, its robust list or its rseq area. Signals are held
+back in this thread, so that no handler runs in between.
+
+What remains visible:
+
+- A system call of another thread that uses the block's memory waits too. That takes a userfaultfd that sees faults in
+  the kernel, which unprivileged users have only with CAP_SYS_PTRACE or ``vm.unprivileged_userfaultfd=1``. Without the
+  *guard* (``guarded=False``) a userfaultfd for faults in user mode is enough, and such a call would fail with EFAULT:
+  then nobody else may use the memory meanwhile.
+- A child forked in the middle would find the block empty. ``os.fork`` waits for us; C code that forks without Python
+  must not do so meanwhile. Starting programs (vfork, posix_spawn) is no matter.
+- Folios of the PMD order are left to MADV_COLLAPSE, which locks others out in the kernel.
+- vmsplice(2) and other references that do not pin a page cannot be seen, as everywhere in the mover.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import time
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mthp.addrspace import ORDER_UNKNOWN, Segment
+from mthp.errors import UnsupportedError, UsageError
+from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.mover.outcome import BlockOutcome, reason_of_move, result_of_move
+from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
+from mthp.linux.mover.refusals import (
+    BlockRefusal,
+    SpecialRanges,
+    refuse_blocks,
+    refuse_process,
+    refuse_vma,
+    special_ranges,
+)
+from mthp.results import ScanResult
+
+STACK_MARGIN = 64 << 10
+"""How far from its stack pointer a thread may use its stack between being looked at and being called, in bytes."""
+
+THREAD_MARGIN = 4096
+"""How far from its robust list, in bytes, a thread's rseq area may be: C libraries keep both in one structure."""
+
+_FOR_OTHERS = frozenset({"itself", "ancestor", "traced", "vfork", "uninterruptible", "shared_vm", "shared_vm_unknown"})
+"""Refusals for processes that are to be stopped from outside. Sharers of the address space meet the guard too."""
+
+_Int64s = NDArray[np.int64]
+
+
+def collapse_buffer_to(
+    buffer: ArrayLike, order: int, *, guarded: bool = True, journal: SwitchJournal | None = None
+) -> list[BlockOutcome]:
+    """As :func:`collapse_own` for the memory of an object with the buffer interface, such as a NumPy array.
+
+    Raises:
+        UsageError: it is not contiguous, or has no such interface.
+        Others: as :func:`collapse_own`.
+    """
+    try:
+        view = memoryview(buffer)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UsageError(f"no buffer: {error}") from None
+    with view:
+        if not view.c_contiguous:
+            raise UsageError("the buffer is not contiguous", help="copy it, with numpy.ascontiguousarray for example")
+        # NumPy takes read-only buffers too, which ctypes does not.
+        address = np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0
+        return collapse_own(address, view.nbytes, order, guarded=guarded, journal=journal)
+
+
+def collapse_own(
+    address: int, length: int, order: int, *, guarded: bool = True, journal: SwitchJournal | None = None
+) -> list[BlockOutcome]:
+    """Move all whole blocks of `order` between two addresses of this process into folios of that order.
+
+    Args:
+        address, length: in bytes; they need not be aligned.
+        order: of the folios.
+        guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Without, nobody
+            but the kernel may.
+        journal: sets the size's switch for the time, if it is off; one in the usual place if not given.
+
+    Returns:
+        What became of each block, by ascending address. A block that could not be moved has its bytes as before.
+
+    Raises:
+        UnsupportedError: not on this machine or kernel, or not for this process; the reason is in the message.
+        NotPermittedError: these rights do not suffice for the guard, or to set the switch.
+        UsageError: no such order.
+    """
+    with open_live("self") as space:
+        size = space.geometry.size_of(space.geometry.check_order(order))
+        first, last = -(-address // size) * size, (address + length) // size * size
+        if first >= last:
+            return []
+        _check_process(space)
+        with contextlib.ExitStack() as stack:
+            mover: _Mover
+            if order == space.geometry.pmd_order:
+                mover = _KernelMover(space)
+            else:
+                mover = stack.enter_context(OwnMover(size, guarded=guarded))
+                if order not in space.switches.orders(advised=False):
+                    stack.enter_context((journal or SwitchJournal()).only(order, leave_others=True))
+            outcomes: list[BlockOutcome] = []
+            step = BLOCKS_PER_CALL * size
+            for start in range(first, last, step):
+                outcomes += _collapse(space, mover, (start, min(last, start + step)), order)
+            return outcomes
+
+
+def _check_process(space: LiveAddressSpace) -> None:
+    for refusal in refuse_process(space.process, space):
+        if refusal.key not in _FOR_OTHERS:
+            raise UnsupportedError(f"this process cannot move its own memory: {refusal.reason}", help=refusal.remedy)
+
+
+def _collapse(space: LiveAddressSpace, mover: _Mover, segment: Segment, order: int) -> list[BlockOutcome]:
+    """Judge the blocks of `segment`, move those that may be, and look at what came out."""
+    addresses = np.arange(*segment, mover.size, dtype=np.int64)
+    columns = space.read([segment])
+    verdict = refuse_blocks(
+        columns,
+        None if columns.pfn is None else space.mapcounts(columns),
+        addresses,
+        np.full(len(addresses), order, np.int8),
+        vmas=space.vmas(),
+        refuse_vma=refuse_vma,
+        special=_special(space),
+        page_size=space.geometry.page_size,
+    )
+    begin = time.perf_counter_ns()
+    errors = mover.move(addresses[verdict == 0])
+    elapsed = (time.perf_counter_ns() - begin) // max(1, len(errors))
+    orders = space.read([segment]).folio_order.reshape(len(addresses), -1)
+    outcomes = []
+    moved = iter(errors.tolist())
+    for address, why, seen in zip(addresses.tolist(), verdict.tolist(), orders, strict=True):
+        if why:
+            result = ScanResult.PTE_MAPPED_HUGEPAGE if why == BlockRefusal.ALREADY else ScanResult.FAIL
+            outcomes.append(BlockOutcome(address, order, result, BlockRefusal(why).reason))
+        else:
+            outcome = _outcome(address, order, next(moved), seen)
+            outcomes.append(replace(outcome, elapsed_ns=elapsed))
+    return outcomes
+
+
+def _outcome(address: int, order: int, error: int, seen: NDArray[np.int8]) -> BlockOutcome:
+    """What became of a block that was tried.
+
+    Args:
+        error: errno, 0 if its bytes lie in new memory.
+        seen: the orders of the folios that its pages lie in now: int8, shape (pages,).
+    """
+    if error:
+        return BlockOutcome(address, order, result_of_move(error), reason_of_move(error), errno=error)
+    size = len(seen) * mmap.PAGESIZE
+    if (seen == ORDER_UNKNOWN).any():
+        return BlockOutcome(address, order, ScanResult.SUCCEED, moved_bytes=size)
+    if (seen == order).all():
+        return BlockOutcome(address, order, ScanResult.SUCCEED, moved_bytes=size, folio_seen=True)
+    reason = f"the kernel gave smaller folios, of orders down to {int(seen.min())}"
+    return BlockOutcome(address, order, ScanResult.ALLOC_HUGE_PAGE_FAIL, reason, moved_bytes=size, folio_seen=True)
+
+
+def _special(space: LiveAddressSpace) -> SpecialRanges:
+    """What threads of this process use without a fault that could wait, with a margin."""
+    found = special_ranges(space.process)
+    return SpecialRanges(
+        robust_lists=tuple((start - THREAD_MARGIN, end + THREAD_MARGIN) for start, end in found.robust_lists),
+        stacks=tuple((start - STACK_MARGIN, end + STACK_MARGIN) for start, end in found.stacks),
+    )
+
+
+class _Mover(Protocol):
+    """Moves blocks of one size."""
+
+    size: int
+
+    def move(self, addresses: _Int64s) -> _Int64s:
+        """Move blocks; give an errno for each."""
+
+
+class _KernelMover:
+    """MADV_COLLAPSE, which may be called at any time, and does the PMD order alone.
+
+    The way of this module could not: mremap hands the block's empty page table over to the twin, where a PMD entry
+    would have to be.
+    """
+
+    def __init__(self, space: LiveAddressSpace) -> None:
+        self.size = space.geometry.pmd_size
+        self._space = space
+
+    def move(self, addresses: _Int64s) -> _Int64s:
+        order = self._space.geometry.pmd_order
+        return np.array([self._space.collapse(address, order).errno for address in addresses.tolist()], np.int64)

@@ -1,0 +1,306 @@
+"""Bring the stub into a target, once, and take it out again.
+
+There is no code of ours in the target yet, so one of its threads is made to do system calls: it is given registers that
+point at a ``syscall`` instruction of the vdso, and is run from one system call stop to the next. (Single-stepping would
+be shorter, but the SIGTRAP of a step is forced on the thread, and that resets a handler of the target's for SIGTRAP if
+the signal is blocked or ignored: force_sig_info_to_task, kernel/signal.c.)
+
+While that thread has such registers, our death would leave it with them. So for this short time, once per target and
+again at the end, PTRACE_O_EXITKILL is set: if we die now, the target dies with us, but is never left running with wrong
+registers. All of what comes between, the moving itself, survives us. The thread is given a real-time policy for as
+long, if that is allowed, so that the time is short on a busy machine too.
+
+What is injected::
+
+    mmap      R-X, for all of it; a mapping that is to be executable must be so from the start (PR_SET_MDWE)
+    mprotect  RW- for all but the code; the code is written through /proc/PID/mem, which does not need PROT_WRITE
+    madvise   MADV_DONTFORK: a child of the target has no use for it
+    userfaultfd(O_CLOEXEC | UFFD_USER_MODE_ONLY), UFFDIO_API with UFFD_FEATURE_MOVE, UFFDIO_REGISTER of the scratch area
+    madvise   MADV_DONTNEED of the scratch area, into which a large fault of the data beside it may have spilled
+
+The VMA layout is as before once all of it is unmapped. The descriptor is closed only if it still is a userfaultfd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import signal
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError
+from mthp.linux.mover import ptrace, stub
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.steps import Observer, Step
+from mthp.linux.mover.tracee import Tracee
+
+NR_CLOSE, NR_MMAP, NR_MPROTECT, NR_MUNMAP, NR_IOCTL, NR_MADVISE, NR_USERFAULTFD = 3, 9, 10, 11, 16, 28, 323
+"""arch/x86/entry/syscalls/syscall_64.tbl."""
+
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x20, 0x4000
+MADV_DONTNEED, MADV_DONTFORK = 4, 10
+
+UFFD_USER_MODE_ONLY = 1
+UFFD_API = 0xAA
+UFFD_FEATURE_MOVE = 1 << 16
+UFFDIO_API = 0xC018AA3F
+UFFDIO_REGISTER = 0xC020AA00
+UFFDIO_REGISTER_MODE_MISSING = 1
+
+_NO_FD = (1 << 64) - 1
+_MAX_ERRNO = 4095
+_SYSCALL_STOP = signal.SIGTRAP | 0x80
+_SYSCALL = b"\x0f\x05"
+_POLL_SECONDS = 5e-6
+_MIN_THREADS = 64
+
+
+class RemoteError(OSError):
+    """A system call that the target made for us failed."""
+
+
+class RemoteCalls:
+    """System calls made by a thread of a stopped target. A context manager; leaving it puts the thread back.
+
+    Args:
+        frozen: the target.
+        observer: told when the thread is ours.
+
+    Raises:
+        UnsupportedError: the target has no vdso.
+    """
+
+    def __init__(self, frozen: FrozenProcess, observer: Observer) -> None:
+        self._frozen = frozen
+        self._observer = observer
+        self._tracee = choose(frozen)
+        self._syscall = _syscall_address(frozen)
+        self._hurried = False
+
+    def __enter__(self) -> Self:
+        tid = self._tracee.tid
+        ptrace.set_options(tid, ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACESYSGOOD)
+        self._tracee.touched = True
+        ptrace.set_signal_mask(tid, ptrace.ALL_SIGNALS)
+        self._hurry()
+        return self
+
+    def _hurry(self) -> None:
+        """Have the thread run as soon as it can: on a busy machine, waiting for a CPU would be most of the time.
+
+        The policy is changed only where it is the ordinary one, which keeps the nice value, so that it can be put back.
+        """
+        with contextlib.suppress(OSError):
+            if os.sched_getscheduler(self._tracee.tid) == os.SCHED_OTHER:
+                os.sched_setscheduler(self._tracee.tid, os.SCHED_FIFO, os.sched_param(1))
+                self._hurried = True
+
+    def _calm_down(self) -> None:
+        if self._hurried:
+            os.sched_setscheduler(self._tracee.tid, os.SCHED_OTHER, os.sched_param(0))
+            self._hurried = False
+
+    def call(self, number: int, *arguments: int) -> int:
+        """Make one system call and give its result.
+
+        Raises:
+            RemoteError: it failed.
+            TargetVanishedError: the target was killed.
+        """
+        tid = self._tracee.tid
+        registers = self._tracee.home
+        registers.rip, registers.rax, registers.orig_rax = self._syscall, number, ptrace.NO_SYSCALL
+        names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+        for name, value in zip(names, arguments + (0,) * (len(names) - len(arguments)), strict=True):
+            setattr(registers, name, value)
+        ptrace.set_registers(tid, registers)
+        self._observer(Step.HIJACKED)
+        self._to_syscall_stop()
+        self._to_syscall_stop()
+        result = ptrace.get_registers(tid).rax
+        error = (1 << 64) - result
+        if error <= _MAX_ERRNO:
+            raise RemoteError(error, os.strerror(error))
+        return result
+
+    def _to_syscall_stop(self) -> None:
+        tid = self._tracee.tid
+        ptrace.run_to_syscall(tid)
+        while (stop := self._frozen.poll(tid)) != _SYSCALL_STOP:
+            if stop is not None:
+                # SIGSTOP, which cannot be blocked, or the stop of the group that follows it.
+                ptrace.run_to_syscall(tid, 0 if stop >> 8 else stop & 0xFF)
+            elif self._frozen.has_exited(tid):
+                raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
+            else:
+                time.sleep(_POLL_SECONDS)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, TargetVanishedError):
+            return
+        tid = self._tracee.tid
+        # The kernel restarts an interrupted system call only on the way out of a signal stop, so it must be in one.
+        ptrace.interrupt(tid)
+        ptrace.cont(tid)
+        if not self._frozen.await_event_stop(tid):
+            raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
+        self._calm_down()
+        self._tracee.put_back()
+        ptrace.set_options(tid, 0)
+
+
+def choose(frozen: FrozenProcess) -> Tracee:
+    """The thread to be given our registers: one outside restartable sequences, if there is one."""
+    tracees = list(frozen.tracees.values())
+    return next((tracee for tracee in tracees if not tracee.rseq_abort), tracees[0])
+
+
+def _syscall_address(frozen: FrozenProcess) -> int:
+    """Address of a ``syscall`` instruction in the target's vdso."""
+    for line in frozen.process.read("maps").splitlines():
+        if line.endswith(b"[vdso]"):
+            start, _, end = line.split()[0].partition(b"-")
+            base = int(start, 16)
+            offset = frozen.read(base, int(end, 16) - base).find(_SYSCALL)
+            if offset >= 0:
+                return base + offset
+    raise UnsupportedError(
+        f"process {frozen.process.label} has no vdso", help="the mover needs its syscall instruction (vdso=1)"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """What is in the target.
+
+    Attributes:
+        layout: where.
+        uffd: the userfaultfd's number in the target.
+        nonce: a number written into the header, to tell this injection from any other.
+    """
+
+    layout: stub.Layout
+    uffd: int
+    nonce: int
+
+    def check(self, frozen: FrozenProcess) -> None:
+        """Do nothing if all of it is still there, as it was written.
+
+        Raises:
+            TargetVanishedError: it is not; the process executed another program.
+        """
+        layout = self.layout
+        try:
+            code = frozen.read(layout.base, layout.code_size)
+            (nonce,) = struct.unpack("=Q", frozen.read(layout.header + stub.NONCE_OFFSET, 8))
+        except TargetVanishedError:
+            raise
+        except MthpError:
+            nonce, code = 0, b""
+        if nonce != self.nonce or not code.startswith(layout.executable()):
+            raise TargetVanishedError(
+                f"process {frozen.process.label} has another memory than before", help="it executed another program"
+            )
+
+    def remove(self, frozen: FrozenProcess, observer: Observer) -> None:
+        """Unmap and close all of it.
+
+        Raises:
+            TargetVanishedError: it is not there any more.
+        """
+        self.check(frozen)
+        with RemoteCalls(frozen, observer) as remote:
+            _remove(frozen, remote, self.layout, self.uffd)
+            observer(Step.UNMAPPED)
+
+
+def inject(
+    frozen: FrozenProcess, *, operations: int, scratch_size: int, observer: Observer, min_threads: int = _MIN_THREADS
+) -> Injection:
+    """Bring the stub into a stopped target, with room for twice its threads.
+
+    Args:
+        operations: blocks of one window.
+        scratch_size: bytes of the largest block.
+
+    Raises:
+        UnsupportedError: the target's kernel or limits do not allow it.
+        NotPermittedError: userfaultfd is forbidden to the target.
+        TargetVanishedError: the target was killed.
+    """
+    planned = stub.Layout(0, max(min_threads, 2 * len(frozen.tracees)), operations, scratch_size)
+    uffd = _NO_FD
+    layout: stub.Layout | None = None
+    with RemoteCalls(frozen, observer) as remote:
+        try:
+            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+            base = remote.call(NR_MMAP, 0, planned.size, PROT_READ | PROT_EXEC, flags, _NO_FD, 0)
+            layout = stub.Layout(base, planned.threads, operations, scratch_size)
+            observer(Step.MAPPED)
+            data = layout.size - layout.code_size
+            remote.call(NR_MPROTECT, layout.header, data, PROT_READ | PROT_WRITE)
+            remote.call(NR_MADVISE, base, layout.size, MADV_DONTFORK)
+            frozen.write(base, layout.executable())
+            uffd = remote.call(NR_USERFAULTFD, os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
+            _register(frozen, remote, layout, uffd)
+        except (OSError, MthpError) as error:
+            if isinstance(error, TargetVanishedError):
+                raise
+            if layout is not None:
+                _remove(frozen, remote, layout, uffd)
+            raise _explained(frozen, error) from error
+    injection = Injection(layout, uffd, secrets.randbits(64))
+    frozen.write(layout.header, stub.pack_header(layout, uffd, injection.nonce, stub.operations_for([], 0)))
+    observer(Step.INJECTED)
+    return injection
+
+
+def _register(frozen: FrozenProcess, remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
+    frozen.write(layout.header, struct.pack("=QQQ", UFFD_API, UFFD_FEATURE_MOVE, 0))
+    remote.call(NR_IOCTL, uffd, UFFDIO_API, layout.header)
+    request = struct.pack("=QQQQ", layout.scratch, layout.scratch_size, UFFDIO_REGISTER_MODE_MISSING, 0)
+    frozen.write(layout.header, request)
+    remote.call(NR_IOCTL, uffd, UFFDIO_REGISTER, layout.header)
+    remote.call(NR_MADVISE, layout.scratch, layout.scratch_size, MADV_DONTNEED)
+
+
+def _remove(frozen: FrozenProcess, remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
+    remote.call(NR_MUNMAP, layout.base, layout.size)
+    if uffd != _NO_FD and _is_userfaultfd(frozen, uffd):
+        with contextlib.suppress(RemoteError):
+            remote.call(NR_CLOSE, uffd)
+
+
+def _is_userfaultfd(frozen: FrozenProcess, fd: int) -> bool:
+    try:
+        return "userfaultfd" in str(Path(f"/proc/{frozen.process.pid}/fd/{fd}").readlink())
+    except OSError:
+        return False
+
+
+def _explained(frozen: FrozenProcess, error: OSError | MthpError) -> MthpError:
+    if isinstance(error, MthpError):
+        return error
+    label = frozen.process.label
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return NotPermittedError(
+            f"process {label} may not create a userfaultfd or executable memory: {error.strerror}",
+            help="a security module forbids it to the target",
+        )
+    if error.errno == errno.ENOSYS:
+        return UnsupportedError("this kernel has no userfaultfd", help="it takes CONFIG_USERFAULTFD")
+    if error.errno == errno.EINVAL:
+        return UnsupportedError(
+            f"process {label}: UFFDIO_MOVE cannot be had", help="Linux 6.8 or later, and no mlockall(MCL_FUTURE)"
+        )
+    return UnsupportedError(f"process {label}: nothing can be injected: {error.strerror}")

@@ -1,0 +1,381 @@
+"""Per-size switches, set for a moment and put back: by us, or after a crash by whoever comes next.
+
+Which folio a page fault brings is decided by switches of the whole system, ``hugepages-<size>kB/enabled``. To get
+folios of just one order the mover turns that size on and others off, for a *window* of milliseconds. Nothing that it
+changes may outlive it, so the order of things is that of a database's undo log:
+
+1. Take a lock (flock(2)), so that two windows do not mistake each other's words for the original ones.
+2. If there are entries in the journal, their writer died in its window: the lock is free. Put back what it left.
+3. Write down, for each switch, the word that is there and the word that is to come. fsync(2). Then write the switch.
+4. Afterwards put back, last change first, then empty the journal.
+
+Whoever dies after 3 leaves entries behind, and those tell exactly what to do: a switch that still has our word gets
+the old one back; one that has another word was changed by somebody else meanwhile, who is not overruled; one that was
+never reached has the old word. Doing it twice does no harm. An entry is one line of JSON. A line that is cut short or
+cannot be understood was not written out before its switch was touched, or is not ours, and is passed over; and since
+only names of switches and words of switches are understood, a forged journal could do no more than choose among these.
+After a reboot the switches are new and entries of an earlier boot mean nothing, so they carry the boot's ID.
+
+The directory is made with mode 0700, and must be a directory of ours in which nobody else may write. Files in it are
+opened relative to the open directory and never through symbolic links.
+
+A signal that raises an exception in Python (Ctrl-C) waits until switches are set or put back. One that kills leaves
+the journal.
+
+Windows may nest in one thread; other threads and other processes wait for their turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
+from mthp.linux.mover.interruptions import interruptions_held_back
+from mthp.linux.sysfs import ThpSysfs
+from mthp.tunables import SIZE_WORDS
+
+LOCK_TIMEOUT = 5.0
+"""Seconds to wait for the windows of others, each of which takes milliseconds."""
+
+_LOCK_PAUSE = 0.001
+_JOURNAL = "switches.journal"
+_LOCK = "switches.lock"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_SWITCH = re.compile(r"hugepages-\d+kB/enabled")
+_CHOSEN = re.compile(r"\[(\w+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One line of the journal.
+
+    Attributes:
+        switch: path below the THP directory, such as ``"hugepages-64kB/enabled"``.
+        was: the word that was there.
+        ours: the word that was put there.
+        boot: ID of the boot that it happened in.
+    """
+
+    switch: str
+    was: str
+    ours: str
+    boot: str
+
+    @classmethod
+    def parse(cls, line: bytes) -> Change | None:
+        """Read a line of the journal; None if it is not one."""
+        try:
+            data = json.loads(line)
+            change = cls(data["switch"], data["was"], data["ours"], data["boot"])
+            words_known = change.was in SIZE_WORDS and change.ours in SIZE_WORDS
+            return change if words_known and _SWITCH.fullmatch(change.switch) else None
+        except (ValueError, TypeError, KeyError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of one switch that a run which crashed had changed.
+
+    Attributes:
+        switch: path below the THP directory.
+        found: the word that was there now, or ``""`` if the switch is gone.
+        was: the word from before that run's change.
+        put_back: whether it was put back; if not, somebody else has changed it since, and it is left alone.
+    """
+
+    switch: str
+    found: str
+    was: str
+    put_back: bool
+
+
+def default_root() -> Path:
+    """Where the journal is: ``/run/mthp`` for root, else in the user's runtime directory.
+
+    Raises:
+        UnsupportedError: there is no runtime directory.
+    """
+    if os.geteuid() == 0:
+        return Path("/run/mthp")
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
+    if not runtime.is_dir():
+        raise UnsupportedError(
+            f"there is no runtime directory {runtime}", help="log in with a session manager, or set XDG_RUNTIME_DIR"
+        )
+    return runtime / "mthp"
+
+
+class SwitchJournal:
+    """Sets switches for a while. Threads may share one.
+
+    Args:
+        root: directory of the journal; :func:`default_root` if not given.
+        sysfs: the THP directory; the system's if not given.
+        lock_timeout: seconds to wait for the windows of other processes.
+    """
+
+    def __init__(
+        self, root: Path | None = None, sysfs: ThpSysfs | None = None, *, lock_timeout: float = LOCK_TIMEOUT
+    ) -> None:
+        self._root = root
+        self._sysfs = sysfs or ThpSysfs()
+        self._lock_timeout = lock_timeout
+        self._turn = threading.RLock()
+        self._changes: list[Change] = []
+        self._files: _Files | None = None
+
+    @contextlib.contextmanager
+    def only(self, order: int, word: str = "always", *, leave_others: bool = False) -> Iterator[None]:
+        """A window in which `order` is the one size that is on.
+
+        Switches that are off, or inherit from a top-level ``never``, are not touched.
+
+        Args:
+            order: its size's switch is set to `word`, all others that are on to ``never``.
+            word: ``always``, or ``madvise`` for memory with MADV_HUGEPAGE alone.
+            leave_others: leave the other sizes as they are, for where a larger folio does not fit anyway.
+
+        Raises:
+            UnsupportedError: this kernel has no switch for that size.
+            UsageError: not a word of a switch.
+            NotPermittedError: these rights do not suffice to set switches, or the journal's directory is not ours.
+            MthpError: another process did not finish its window in time.
+        """
+        if word not in SIZE_WORDS:
+            raise UsageError(f"{word!r} is not one of {', '.join(SIZE_WORDS)}")
+        with self._turn:
+            undo = contextlib.ExitStack()
+            try:
+                with interruptions_held_back():
+                    if self._files is None:
+                        self._open(create=True)
+                        undo.callback(self._close)
+                    undo.callback(self._put_back_to, len(self._changes))
+                    self._set(self._wanted(order, word, leave_others=leave_others))
+                yield
+            finally:
+                try:
+                    with interruptions_held_back():
+                        undo.close()
+                finally:
+                    # Ctrl-C may have come just before signals were held back. What is undone is not undone again.
+                    undo.close()
+
+    def restore_after_crash(self) -> list[Restored]:
+        """Put back what a run that was killed in its window left. Waits for windows that are open just now.
+
+        Returns:
+            What became of each switch that it had changed; empty if there was nothing to do.
+
+        Raises:
+            NotPermittedError: these rights do not suffice, or the journal's directory is not ours.
+            MthpError: another process did not finish its window in time.
+        """
+        with self._turn, interruptions_held_back():
+            if self._files is not None:
+                # In a window of ours: what was left had been put back before it opened.
+                return []
+            if not (self._root or default_root()).exists():
+                return []
+            restored = self._open(create=False)
+            self._close()
+            return restored
+
+    def _open(self, *, create: bool) -> list[Restored]:
+        """Take the lock, and put back what is found in the journal."""
+        files = _Files(self._root or default_root(), create=create)
+        try:
+            files.lock(self._lock_timeout)
+            restored = self._put_back(files.read())
+            files.write(())
+        except BaseException:
+            files.close()
+            raise
+        self._files = files
+        return restored
+
+    def _close(self) -> None:
+        if self._files is not None:
+            self._files.close()
+        self._files = None
+        self._changes = []
+
+    def _wanted(self, order: int, word: str, *, leave_others: bool) -> list[Change]:
+        """The changes that leave one size on, those that turn something off first."""
+        page_size = os.sysconf("SC_PAGESIZE")
+        words = {
+            other: (switch, found)
+            for other, directory in self._sysfs.size_directories(page_size).items()
+            if (found := self._word(switch := f"{directory.name}/enabled")) is not None
+        }
+        if order not in words:
+            raise UnsupportedError(
+                f"this kernel has no switch for folios of order {order}", help="Linux 6.8 or later has one for each"
+            )
+        top_is_off = "[never]" in (self._sysfs.text("enabled") or "")
+        boot = _boot_id()
+        off, on = [], []
+        for other, (switch, was) in words.items():
+            if was not in SIZE_WORDS:
+                raise UnsupportedError(f"{switch} is {was!r}, which this version does not know", help="a newer mthp")
+            if other == order and was != word:
+                on.append(Change(switch, was, word, boot))
+            elif other != order and was != "never" and not (was == "inherit" and top_is_off):
+                off.append(Change(switch, was, "never", boot))
+        return on if leave_others else off + on
+
+    def _set(self, changes: Sequence[Change]) -> None:
+        """Write `changes` down, then make them."""
+        assert self._files is not None
+        self._changes += changes
+        self._files.write(self._changes)
+        for change in changes:
+            self._write(change.switch, change.ours)
+
+    def _put_back_to(self, depth: int) -> None:
+        """Undo all changes but the first `depth`, which belong to outer windows."""
+        assert self._files is not None
+        self._put_back(self._changes[depth:])
+        del self._changes[depth:]
+        self._files.write(self._changes)
+
+    def _put_back(self, changes: Sequence[Change]) -> list[Restored]:
+        """Undo `changes`, last first, where the switch still has our word."""
+        boot = _boot_id()
+        restored = []
+        for change in reversed(changes):
+            found = self._word(change.switch)
+            if change.boot != boot or found == change.was:
+                continue
+            if found == change.ours:
+                self._write(change.switch, change.was)
+            restored.append(Restored(change.switch, found or "", change.was, found == change.ours))
+        return restored
+
+    def _word(self, switch: str) -> str | None:
+        """The word chosen now; None if there is no such switch."""
+        chosen = _CHOSEN.search(self._sysfs.text(switch) or "")
+        return chosen[1] if chosen else None
+
+    def _write(self, switch: str, word: str) -> None:
+        path = self._sysfs.root / switch
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+            try:
+                os.write(fd, word.encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise NotPermittedError(
+                    f"{path} may not be written: {error.strerror}", help="run as root, with /sys mounted read-write"
+                ) from error
+            raise MthpError(f"{path}: {error.strerror}") from error
+
+
+class _Files:
+    """The journal and its lock in an open directory.
+
+    An entry reaches the disk before its switch is touched. That an entry is gone need not: what comes back after a
+    power failure is of an earlier boot.
+    """
+
+    def __init__(self, root: Path, *, create: bool) -> None:
+        self._root = root
+        self._fds: list[int] = []
+        try:
+            if create:
+                with contextlib.suppress(FileExistsError):
+                    root.mkdir(0o700)
+            self._directory = self._keep(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+            self._check(self._directory)
+            self._lock = self._keep(self._open(_LOCK))
+            self._journal = self._keep(self._open(_JOURNAL))
+        except OSError as error:
+            self.close()
+            raise NotPermittedError(
+                f"the journal in {root} cannot be used: {error.strerror}",
+                help="it must be a directory of this user, in which nobody else may write",
+            ) from error
+        except MthpError:
+            self.close()
+            raise
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    def _open(self, name: str) -> int:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, f"{name} is not a regular file")
+        return fd
+
+    def _check(self, fd: int) -> None:
+        status = os.fstat(fd)
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise NotPermittedError(
+                f"{self._root} belongs to somebody else, or others may write in it",
+                help="remove it, or give it to this user with mode 0700",
+            )
+
+    def lock(self, timeout: float) -> None:
+        """Wait until no other process is in a window.
+
+        Raises:
+            MthpError: one still is after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise MthpError(
+                        f"another process has held {self._root / _LOCK} for {timeout:g} s",
+                        help=f"another mthp is at work; fuser(1) tells which: fuser {self._root / _LOCK}",
+                    ) from None
+                time.sleep(_LOCK_PAUSE)
+
+    def read(self) -> list[Change]:
+        """The entries that are whole, in the order in which they were written."""
+        size = os.fstat(self._journal).st_size
+        lines = os.pread(self._journal, size, 0).split(b"\n")
+        # What follows the last newline was cut short.
+        return [change for line in lines[:-1] if (change := Change.parse(line))]
+
+    def write(self, changes: Sequence[Change]) -> None:
+        """Have just these entries in the journal; those that are new are on the disk when this returns.
+
+        It only ever grows or loses its end, so whatever moment it is cut off at, the rest is true.
+        """
+        text = b"".join(json.dumps(dataclasses.asdict(change)).encode() + b"\n" for change in changes)
+        size = os.fstat(self._journal).st_size
+        os.ftruncate(self._journal, min(len(text), size))
+        if len(text) > size:
+            os.pwrite(self._journal, text[size:], size)
+            os.fsync(self._journal)
+
+    def close(self) -> None:
+        """Close all, and so let go of the lock. Closing twice does nothing."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def _boot_id() -> str:
+    return _BOOT_ID.read_text().strip()

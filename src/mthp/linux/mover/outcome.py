@@ -1,0 +1,71 @@
+"""What became of a block."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+from mthp.results import ScanResult
+
+EHWPOISON = 133
+"""include/uapi/asm-generic/errno.h; Python's errno has it from 3.14 on."""
+
+Block = tuple[int, int]
+"""Address, and the order that the memory there is to have."""
+
+_RESULTS = {
+    0: ScanResult.SUCCEED,
+    errno.EAGAIN: ScanResult.PTE_NON_PRESENT,
+    errno.ENOENT: ScanResult.PTE_NON_PRESENT,
+    errno.EBUSY: ScanResult.PAGE_COUNT,
+    errno.EINVAL: ScanResult.VMA_CHECK,
+    errno.EFAULT: ScanResult.VMA_NULL,
+    errno.ENOMEM: ScanResult.ALLOC_HUGE_PAGE_FAIL,
+    EHWPOISON: ScanResult.COPY_MC,
+}
+
+_REASONS = {
+    errno.EAGAIN: "a page is absent, a marker, or held by the kernel at this moment",
+    errno.ENOENT: "nothing is mapped there, or a page is absent",
+    errno.EBUSY: "a page is pinned, or shared with another process",
+    errno.EINVAL: "the kernel does not move memory of this mapping (locked, read-only, or more than one mapping)",
+    errno.EFAULT: "nothing is mapped there, or it may not be written",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOutcome:
+    """What became of one block.
+
+    Attributes:
+        address: where it begins.
+        order: the order that it was to have.
+        result: SUCCEED if its bytes lie in new memory, of the wanted order as far as that can be seen.
+        reason: why not, for a person; ``""`` on success.
+        elapsed_ns: time that the worker spent on it, in nanoseconds; 0 if it was not tried.
+        errno: the system's error number, or 0.
+        moved_bytes: how many of its bytes were moved and copied back.
+        folio_seen: whether the folio's order was looked at afterwards.
+        verified: whether the bytes were the same before and after; None if that was not asked for.
+    """
+
+    address: int
+    order: int
+    result: ScanResult
+    reason: str = ""
+    elapsed_ns: int = 0
+    errno: int = 0
+    moved_bytes: int = 0
+    folio_seen: bool = False
+    verified: bool | None = None
+
+
+def result_of_move(error: int) -> ScanResult:
+    """The scan result nearest to the errno of UFFDIO_MOVE (move_pages, mm/userfaultfd.c) or of populating."""
+    return _RESULTS.get(error, ScanResult.FAIL)
+
+
+def reason_of_move(error: int) -> str:
+    """What that errno says to a person; ``""`` for 0."""
+    return _REASONS.get(error, os.strerror(error)) if error else ""

@@ -1,0 +1,126 @@
+"""How long the target stood still, and how much to do while it does.
+
+A window costs a fixed time (stopping, parking, restoring; it grows with the threads) and a time for each byte moved.
+Both are measured in every window, and the next one is filled so that it should stay below the limit. What was measured
+last counts as much as the average of all before, and the worse of the two is believed, so that a target that has become
+slower is noticed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MARGIN = 0.8
+"""The part of the limit that is planned for; the rest is for what cannot be foreseen."""
+
+_WEIGHT = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """One window, from the first thread that was stopped to the last that was let go. Times in nanoseconds.
+
+    Attributes:
+        blocks: blocks that the worker was given.
+        size: bytes in them.
+        threads: threads of the target.
+        stop_ns: until all threads stood still.
+        park_ns: until all were parked and the operations written.
+        move_ns: while the worker ran, less what copying took.
+        copy_ns: copying bytes back, with the faults that this takes.
+        restore_ns: until all threads were let go.
+    """
+
+    blocks: int
+    size: int
+    threads: int
+    stop_ns: int
+    park_ns: int
+    move_ns: int
+    copy_ns: int
+    restore_ns: int
+
+    @property
+    def total_ns(self) -> int:
+        """All of it."""
+        return self.fixed_ns + self.move_ns + self.copy_ns
+
+    @property
+    def fixed_ns(self) -> int:
+        """What does not grow with the bytes moved."""
+        return self.stop_ns + self.park_ns + self.restore_ns
+
+
+@dataclass(frozen=True, slots=True)
+class PauseSummary:
+    """Pauses of a session.
+
+    Attributes:
+        count: how many there were.
+        p50_ns, p99_ns, max_ns: of their lengths, in nanoseconds; 0 without pauses.
+        median_blocks: blocks in a window.
+    """
+
+    count: int
+    p50_ns: int
+    p99_ns: int
+    max_ns: int
+    median_blocks: int
+
+    @classmethod
+    def of(cls, pauses: Sequence[Pause]) -> PauseSummary:
+        """Summarise `pauses`."""
+        if not pauses:
+            return cls(0, 0, 0, 0, 0)
+        totals = np.array([pause.total_ns for pause in pauses], np.int64)
+        p50, p99 = np.percentile(totals, (50, 99)).astype(np.int64).tolist()
+        blocks = int(np.median([pause.blocks for pause in pauses]))
+        return cls(len(pauses), p50, p99, int(totals.max()), blocks)
+
+
+class PauseBudget:
+    """Says how many blocks the next window may have.
+
+    Args:
+        max_pause_ns: length of a pause that is not to be exceeded, as far as can be foreseen.
+        max_blocks: the most that a window can have.
+    """
+
+    def __init__(self, max_pause_ns: int, max_blocks: int) -> None:
+        self._limit_ns = MARGIN * max_pause_ns
+        self._max_blocks = max_blocks
+        self._fixed_ns = 0.0
+        self._ns_per_byte = 0.0
+        self._measured = False
+
+    def blocks(self, sizes: Sequence[int]) -> int:
+        """How many of the next blocks, of `sizes` bytes, fit into a window: at least 1, and at first 1."""
+        if not self._measured:
+            return 1
+        left = self._limit_ns - self._fixed_ns
+        count = 0
+        for size in sizes[: self._max_blocks]:
+            left -= size * self._ns_per_byte
+            if left < 0:
+                break
+            count += 1
+        return max(count, 1)
+
+    def observe(self, pause: Pause) -> None:
+        """Learn from a window; one in which nothing was moved says nothing about the cost of moving."""
+        self._fixed_ns = self._believe(self._fixed_ns, pause.fixed_ns)
+        if pause.size:
+            self._ns_per_byte = self._believe(self._ns_per_byte, (pause.move_ns + pause.copy_ns) / pause.size)
+            self._measured = True
+
+    def _believe(self, before: float, now: float) -> float:
+        average = now if not self._measured else (1 - _WEIGHT) * before + _WEIGHT * now
+        return max(average, now)
+
+
+def rest_seconds(pause: Pause, duty: float) -> float:
+    """How long to let the target run after `pause`, so that it stands still for the part `duty` of the time at most."""
+    return pause.total_ns * 1e-9 * (1 - duty) / duty

@@ -1,0 +1,425 @@
+"""Which processes the mover refuses; why there are refusals at all stands in :mod:`~mthp.linux.mover.refusals`.
+
+Everything is asked of the kernel at the moment of asking: nothing follows from names of programs or from versions.
+What can change afterwards is asked again once the threads are stopped; being traced by ourselves is no reason then.
+No check stops or changes anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import struct
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+from mthp.addrspace import AddressSpace
+from mthp.errors import MthpError, NotPermittedError
+from mthp.geometry import format_size
+from mthp.linux.freememory import cgroup_limit
+from mthp.linux.mover.headroom import low_memory
+from mthp.linux.mover.kcmp import KCMP_FILES, KCMP_VM, kcmp
+from mthp.linux.mover.refusal import Refusal
+from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
+from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
+from mthp.linux.process import Process
+
+ELFCLASS64 = 2
+ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+"""``EM_X86_64`` and ``EM_AARCH64`` of include/uapi/linux/elf-em.h, by machine as ``uname -m`` gives it."""
+
+PER_MASK = 0xFF
+READ_IMPLIES_EXEC = 0x0400000
+"""include/uapi/linux/personality.h."""
+
+CLONING_CALLS = {"x86_64": (56, 58, 435), "aarch64": (220, 435)}
+"""``clone``, ``vfork`` and ``clone3``: the calls that wait for a child to exec, in ``asm/unistd.h``."""
+
+LOW_MEMORY = 64 << 20
+"""Bytes that must be available on the machine, and left in the target's memory cgroup, for a move to be begun."""
+
+UNINTERRUPTIBLE_LOOKS = 5
+UNINTERRUPTIBLE_PAUSE = 0.002
+"""A thread found in state D each time, with so many seconds between, is taken to stay there; most are there for the
+length of a disk access or a page fault."""
+
+_ELF_HEADER = struct.Struct("<4sB13xH")
+_MAPPED_AIO = re.compile(rb" /\[aio\](?: \(deleted\))?$", re.MULTILINE)
+_MAPPED_IO_URING = re.compile(rb" anon_inode:\[io_uring\]$", re.MULTILINE)
+
+_DEVICES = (
+    ("kvm", ("/dev/kvm", "anon_inode:kvm-"), "a virtual machine's second page table points to its pages"),
+    ("vfio", ("/dev/vfio/", "/dev/iommu", "anon_inode:[vfio"), "a device writes to its pages (VFIO)"),
+    ("infiniband", ("/dev/infiniband/", "anon_inode:[infiniband"), "a network adapter writes to its pages (RDMA)"),
+    ("nvidia", ("/dev/nvidia",), "a GPU may write to its pages"),
+    ("dri", ("/dev/dri/", "/dev/kfd", "/dev/accel/"), "a GPU may write to its pages"),
+    ("video", ("/dev/video", "/dev/media", "/dev/dma_heap/"), "a video device may write to its pages"),
+)
+"""Key, how the targets of links in ``/proc/PID/fd`` begin, and what holding such a file means."""
+
+
+class _Target:
+    """What the checks look at; each thing is read once, when a check first wants it."""
+
+    def __init__(self, process: Process, space: AddressSpace, proc: Path, cgroups: Path) -> None:
+        self.process = process
+        self.space = space
+        self.proc = proc
+        self.cgroups = cgroups
+
+    @cached_property
+    def threads(self) -> list[Thread]:
+        return read_threads(self.process)
+
+    @cached_property
+    def maps(self) -> bytes:
+        return self.process.read("maps")
+
+    @cached_property
+    def links(self) -> list[str]:
+        """What the file descriptors of all threads refer to."""
+        own_tables = [
+            thread.tid
+            for thread in self.threads
+            if thread.tid != self.process.pid and kcmp(self.process.pid, thread.tid, KCMP_FILES) not in (0, None)
+        ]
+        directories = ["fd", *(f"task/{tid}/fd" for tid in own_tables)]
+        return [link for directory in directories for link in _read_links(self.process, directory)]
+
+
+def refuse_process(
+    process: Process, space: AddressSpace, *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
+) -> list[Refusal]:
+    """All that speaks against moving memory of `process` at this moment; empty if nothing does.
+
+    Args:
+        process: the target.
+        space: its address space.
+        proc, cgroups: where the machine's memory is looked up.
+
+    Raises:
+        TargetVanishedError: it is gone.
+    """
+    target = _Target(process, space, proc, cgroups)
+    refused = [refusal for check in _BY_ANYBODY if (refusal := check(target))]
+    if refusal := _not_permitted(target):
+        # The others look at what these rights do not show.
+        return [*refused, refusal]
+    try:
+        for check in _BY_TRACERS:
+            if refusal := check(target):
+                refused.append(refusal)
+        refused += _devices(target)
+    except NotPermittedError as error:
+        # It became somebody else's by execve(2) meanwhile.
+        refused.append(Refusal("not_permitted", error.message, error.help))
+    return refused
+
+
+# --- What anybody may see ---------------------------------------------------------------------------------------------
+
+
+def _itself(target: _Target) -> Refusal | None:
+    if not target.process.is_self:
+        return None
+    return Refusal("itself", "it is this process, which cannot stop itself", "mthp.collapse_buffer moves own memory")
+
+
+def _ancestor(target: _Target) -> Refusal | None:
+    pid = os.getpid()
+    while pid > 1:
+        try:
+            text = (target.proc / str(pid) / "stat").read_bytes()
+        except OSError:
+            return None
+        # The parent is the second field behind the name, which may hold anything (proc_pid_stat(5)).
+        pid = int(text[text.rindex(b")") + 2 :].split()[1])
+        if pid == target.process.pid:
+            return Refusal(
+                "ancestor",
+                "it started this process, which might wait for it while it is stopped",
+                "run mthp from another session",
+            )
+    return None
+
+
+def _machine(target: _Target) -> Refusal | None:
+    machine = os.uname().machine
+    if machine in ELF_MACHINES:
+        return None
+    return Refusal("machine", f"the mover does not know {machine}", "it knows x86_64 and aarch64")
+
+
+def _traced(target: _Target) -> Refusal | None:
+    ours = {int(path.name) for path in Path("/proc/self/task").iterdir()}
+    for thread in target.threads:
+        if thread.tracer and thread.tracer not in ours:
+            return Refusal(
+                "traced",
+                f"thread {thread.tid} is traced by process {thread.tracer}",
+                "end that debugger, strace or other mthp first",
+            )
+    return None
+
+
+def _seccomp(target: _Target) -> Refusal | None:
+    if filtered := [thread for thread in target.threads if thread.seccomp]:
+        return Refusal(
+            "seccomp",
+            f"a seccomp filter guards thread {filtered[0].tid}: a call that it does not know may kill the process",
+            "run it without the filter (in a container --security-opt seccomp=unconfined)",
+        )
+    return None
+
+
+def _io_uring_threads(target: _Target) -> Refusal | None:
+    if workers := [thread for thread in target.threads if thread.comm.startswith("iou-")]:
+        return Refusal(
+            "io_uring_threads",
+            f"thread {workers[0].tid} ({workers[0].comm}) is the kernel's, which reads and writes its memory for it",
+        )
+    return None
+
+
+def _pinned(target: _Target) -> Refusal | None:
+    pinned = (target.process.status("VmPin") or "0 kB").split()[0]
+    if pinned == "0":
+        return None
+    return Refusal("pinned", f"{format_size(int(pinned) << 10)} of it are pinned for devices or io_uring (VmPin)")
+
+
+def _thp_disabled(target: _Target) -> Refusal | None:
+    if not target.space.thp_disabled:
+        return None
+    return Refusal("thp_disabled", "the process switched THP off for itself (PR_SET_THP_DISABLE)")
+
+
+def _userfaultfd(target: _Target) -> Refusal | None:
+    error, features = probe_userfaultfd()
+    if error in (errno.EPERM, errno.EACCES):
+        return Refusal(
+            "userfaultfd_forbidden",
+            f"userfaultfd is forbidden: {os.strerror(error)}",
+            "run outside the seccomp filter or security module that forbids it",
+        )
+    if error == 0 and features & UFFD_FEATURE_MOVE:
+        return None
+    return Refusal(
+        "no_uffdio_move", "this kernel cannot move pages (UFFDIO_MOVE)", "Linux 6.8 or later with CONFIG_USERFAULTFD"
+    )
+
+
+def _low_memory(target: _Target) -> Refusal | None:
+    needed = max(LOW_MEMORY, 2 * target.space.geometry.pmd_size)
+    meminfo = (target.proc / "meminfo").read_text()
+    limit = cgroup_limit(target.cgroups, target.process.read("cgroup").decode(errors="replace"))
+    return low_memory(meminfo, limit, needed)
+
+
+# --- What those may see who may trace it ------------------------------------------------------------------------------
+
+
+def _not_permitted(target: _Target) -> Refusal | None:
+    """Opening ``mem`` takes PTRACE_MODE_ATTACH, Yama and all (proc_mem_open, fs/proc/base.c), and stops nobody."""
+    if target.process.is_self:
+        return None
+    try:
+        os.close(target.process.open("mem"))
+    except NotPermittedError:
+        return Refusal(
+            "not_permitted",
+            f"process {target.process.label} may not be traced with these rights",
+            "CAP_SYS_PTRACE (run as root), or the same user and kernel.yama.ptrace_scope=0",
+        )
+    return None
+
+
+def _bits(target: _Target) -> Refusal | None:
+    try:
+        fd = target.process.open("exe")
+    except MthpError:
+        target.process.check_alive()
+        return Refusal("executable", "its executable cannot be read, to see what machine it is for")
+    try:
+        return foreign_executable(os.pread(fd, _ELF_HEADER.size, 0), os.uname().machine)
+    finally:
+        os.close(fd)
+
+
+def foreign_executable(header: bytes, machine: str) -> Refusal | None:
+    """Whether an executable is of another word size or machine than the stub (elf(5)).
+
+    Args:
+        header: its first bytes.
+        machine: as ``uname -m`` gives it.
+    """
+    if len(header) < _ELF_HEADER.size:
+        return Refusal("executable", "its executable is no ELF file")
+    magic, word_class, kind = _ELF_HEADER.unpack_from(header)
+    if magic != b"\x7fELF":
+        return Refusal("executable", "its executable is no ELF file")
+    if word_class != ELFCLASS64:
+        return Refusal("not_64_bit", "it is not a 64-bit process", "a 64-bit build of the program")
+    if kind != ELF_MACHINES.get(machine):
+        return Refusal("executable", f"its executable is not made for {machine}")
+    return None
+
+
+def _personality(target: _Target) -> Refusal | None:
+    word = int(target.process.read("personality"), 16)
+    if not word & (PER_MASK | READ_IMPLIES_EXEC):
+        return None
+    return Refusal(
+        "personality",
+        f"it runs with personality {word:#x}, in which system calls or mappings are not the usual ones",
+        "start it without setarch(8) or an executable stack",
+    )
+
+
+def _uninterruptible(target: _Target) -> Refusal | None:
+    stuck = [thread.tid for thread in target.threads if thread.state == "D"]
+    for look in range(UNINTERRUPTIBLE_LOOKS):
+        if look and stuck:
+            time.sleep(UNINTERRUPTIBLE_PAUSE)
+        stuck = [tid for tid in stuck if _state(target.process, tid) == "D"]
+        for tid in stuck:
+            if _call(target.process, tid) in CLONING_CALLS.get(os.uname().machine, ()):
+                return Refusal(
+                    "vfork", f"thread {tid} waits in vfork for its child to exec or exit, and cannot be stopped"
+                )
+    if stuck:
+        return Refusal("uninterruptible", f"thread {stuck[0]} is in uninterruptible sleep (D), and cannot be stopped")
+    return None
+
+
+def _state(process: Process, tid: int) -> str:
+    text = read_task_file(process, tid, "stat")
+    return text[text.rindex(b")") + 2 :].split()[0].decode() if text else ""
+
+
+def _call(process: Process, tid: int) -> int:
+    """Number of the system call that a thread waits in, -1 if in none."""
+    words = (read_task_file(process, tid, "syscall") or b"").split()
+    return int(words[0]) if len(words) > 2 else -1
+
+
+def _io_uring(target: _Target) -> Refusal | None:
+    if not _MAPPED_IO_URING.search(target.maps) and "anon_inode:[io_uring]" not in target.links:
+        return None
+    return Refusal("io_uring", "it has an io_uring, which may read or write its memory at any time")
+
+
+def _aio(target: _Target) -> Refusal | None:
+    if not _MAPPED_AIO.search(target.maps):
+        return None
+    return Refusal("aio", "it has a context of asynchronous I/O (io_setup), which may write to its memory at any time")
+
+
+def _sharer(target: _Target) -> Refusal | None:
+    """Somebody else in the same address space, who would go on running while this process is stopped."""
+    pid = target.process.pid
+    unknown = []
+    for other in _process_ids(target.proc):
+        if other == pid:
+            continue
+        answer = kcmp(pid, other, KCMP_VM)
+        if answer == 0:
+            return Refusal("shared_vm", f"process {other} runs in the same address space (CLONE_VM)")
+        if answer is None:
+            unknown.append(other)
+    if not unknown:
+        return None
+    # Processes in one address space have one size. Anybody may read it, and kernel threads have none.
+    size = _vm_size(target.proc, pid)
+    for other in unknown:
+        if size == _vm_size(target.proc, other):
+            return Refusal(
+                "shared_vm_unknown",
+                f"process {other} has exactly its size, and may run in the same address space (CLONE_VM)",
+                "run as root, who can tell (kcmp)",
+            )
+    return None
+
+
+def _process_ids(proc: Path) -> Iterator[int]:
+    return (int(path.name) for path in proc.iterdir() if path.name.isdigit())
+
+
+def _vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
+    """Size, text and data in pages (proc_pid_statm(5))."""
+    try:
+        words = (proc / str(pid) / "statm").read_bytes().split()
+    except OSError:
+        return ()
+    return (words[0], words[3], words[5])
+
+
+def _devices(target: _Target) -> list[Refusal]:
+    return [refusal for key in dict.fromkeys(map(device_of, target.links)) if (refusal := _device_refusal(key))]
+
+
+def device_of(link: str) -> str | None:
+    """Which kind of device, of those that hold on to memory, a link of ``/proc/PID/fd`` leads to."""
+    for key, prefixes, _ in _DEVICES:
+        if link.startswith(prefixes):
+            return key
+    return None
+
+
+def _device_refusal(key: str | None) -> Refusal | None:
+    for name, prefixes, meaning in _DEVICES:
+        if name == key:
+            return Refusal(f"device_{name}", f"it has a file of {prefixes[0]} open: {meaning}")
+    return None
+
+
+def _read_links(process: Process, directory: str) -> list[str]:
+    links = []
+    try:
+        handle = process.open(directory)
+    except NotPermittedError:
+        raise
+    except MthpError:
+        # A thread that has exited.
+        process.check_alive()
+        return []
+    try:
+        with os.scandir(handle) as entries:
+            names = [entry.name for entry in entries]
+        for name in names:
+            try:
+                links.append(os.readlink(name, dir_fd=handle))
+            except FileNotFoundError:
+                continue
+    except OSError as error:
+        process.fail(error, f"/proc/{process.pid}/{directory}")
+    finally:
+        os.close(handle)
+    return links
+
+
+_Check = Callable[[_Target], Refusal | None]
+
+_BY_ANYBODY: tuple[_Check, ...] = (
+    _itself,
+    _ancestor,
+    _machine,
+    _userfaultfd,
+    _traced,
+    _seccomp,
+    _io_uring_threads,
+    _pinned,
+    _thp_disabled,
+    _low_memory,
+)
+_BY_TRACERS: tuple[_Check, ...] = (
+    _bits,
+    _personality,
+    _uninterruptible,
+    _sharer,
+    _io_uring,
+    _aio,
+)

@@ -1,0 +1,106 @@
+"""What the mover refuses, each with its own reason.
+
+The mover takes a page away from under a program and gives the bytes back in another page. That is invisible to the
+program's own threads, which stand still meanwhile. It is visible to whoever else holds on to the page: a device that
+writes to its physical address, an io_uring that remembers the page and not its address, a second process that runs in
+the same address space. Long-term pins are refused by the kernel itself when it is asked to move such a page; the rest
+cannot be seen page by page, so a process that could have such a holder is refused as a whole. Other processes are
+refused since they cannot be stopped, or since what the mover does inside of them would be seen or would kill them.
+
+Refusals come at three levels, each in a module of its own:
+
+- processes: :func:`refuse_process`, in :mod:`~mthp.linux.mover.processrefusals`;
+- mappings: :func:`refuse_vma`, here;
+- blocks: :func:`refuse_blocks`, in :mod:`~mthp.linux.mover.blockrefusals`.
+
+For mappings there is a list of what is allowed rather than of what is not, so that a flag which a later kernel brings
+is refused until somebody has thought about it. On the list are:
+
+- ``rd wr mr mw me``: what it is, and what it may become.
+- ``ac`` and ``nr``: whether it counts against the overcommit limit. Counted was the mapping, when it was made
+  (vm_enough_memory); its pages may come and go. Heaps of glibc's threads and of jemalloc have ``nr``.
+- ``hg``: MADV_HUGEPAGE.
+- ``sd``: soft-dirty (Documentation/admin-guide/mm/soft-dirty.rst). It says that the mapping is newer than the last
+  clearing of such bits, so a checkpointer takes all of its pages as written. A moved page is a written page, and its
+  own bit is set: what was clean is then saved once more, and nothing is missed. Kernels built with
+  CONFIG_MEM_SOFT_DIRTY show it on nearly every mapping.
+
+The protection key of a mapping (pkeys(7)) is no flag, and is not seen here: whoever runs code inside of a target has
+to see to it that a key does not bar that.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from mthp.addrspace import Vma, VmaKind
+from mthp.linux.mover.blockrefusals import BlockRefusal, SpecialRanges, refuse_blocks, special_ranges
+from mthp.linux.mover.processrefusals import refuse_process
+from mthp.linux.mover.refusal import Refusal
+
+__all__ = [
+    "ALLOWED_FLAGS",
+    "BlockRefusal",
+    "Refusal",
+    "SpecialRanges",
+    "refuse_blocks",
+    "refuse_process",
+    "refuse_vma",
+    "special_ranges",
+]
+
+ALLOWED_FLAGS = frozenset({"rd", "wr", "mr", "mw", "me", "ac", "nr", "hg", "sd"})
+"""VmFlags words that do not stand in the way (show_smap_vma_flags, fs/proc/task_mmu.c)."""
+
+_FLAG_REFUSALS = {
+    "sl": Refusal("vma_sealed", "it is sealed (mseal): its contents are not to be taken away"),
+    "gd": Refusal("vma_stack", "it is a stack that grows (VM_GROWSDOWN)"),
+    "lo": Refusal("vma_locked", "it is locked (mlock): its pages must not move", "munlock(2)"),
+    "lf": Refusal("vma_locked", "it is locked (mlock2 on fault): its pages must not move", "munlock(2)"),
+    "nh": Refusal("vma_nohugepage", "MADV_NOHUGEPAGE is set"),
+    "um": Refusal("vma_userfaultfd", "its faults are served by a userfaultfd of its own"),
+    "uw": Refusal("vma_userfaultfd", "a userfaultfd of its own tracks writes to it"),
+    "ui": Refusal("vma_userfaultfd", "its faults are served by a userfaultfd of its own"),
+    "mg": Refusal("vma_mergeable", "its pages are merged with others of the same contents (KSM)"),
+    "dc": Refusal("vma_dontfork", "MADV_DONTFORK is set, as it is on memory that devices write to"),
+    "wf": Refusal("vma_wipeonfork", "MADV_WIPEONFORK is set, as it is on secrets that must not be copied"),
+    "dd": Refusal("vma_dontdump", "MADV_DONTDUMP is set, as it is on secrets and on memory of devices"),
+    "dp": Refusal("vma_droppable", "the kernel may drop its pages at any time (MAP_DROPPABLE)"),
+    "gu": Refusal("vma_guard", "it may hold guard pages (MADV_GUARD_INSTALL)"),
+    "ss": Refusal("vma_shadow_stack", "it is a shadow stack"),
+    "ex": Refusal("vma_executable", "it may be executed"),
+    "mt": Refusal("vma_tagged", "its pages carry memory tags (MTE), which a copy of the bytes would lose"),
+}
+"""Refusals for flags that have a reason of their own; the first that is there is given."""
+
+_NOT_ANON = Refusal("vma_not_anonymous", "it is not anonymous memory", "MADV_COLLAPSE takes memory of files")
+_NOT_PRIVATE = Refusal("vma_not_private", "it is shared memory", "MADV_COLLAPSE takes shared memory")
+_NOT_READ_WRITE = Refusal("vma_not_read_write", "it may not be both read and written")
+_NO_FLAGS = Refusal("vma_flags_unknown", "its flags cannot be seen", "a kernel with CONFIG_PROC_PAGE_MONITOR")
+_STACK = Refusal("vma_stack", "it is the stack of the first thread")
+
+
+def refuse_vma(vma: Vma) -> Refusal | None:
+    """What speaks against moving memory of a mapping; None if nothing does."""
+    return _refuse(vma.permissions, vma.kind, vma.flags, vma.name.startswith("[stack"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _refuse(permissions: str, kind: VmaKind, flags: frozenset[str], stack: bool) -> Refusal | None:
+    """As :func:`refuse_vma`. Of many mappings of a process few differ in these."""
+    if kind is VmaKind.SHMEM or permissions.endswith("s"):
+        return _NOT_PRIVATE
+    if kind is not VmaKind.ANON:
+        return _NOT_ANON
+    if not permissions.startswith("rw"):
+        return _NOT_READ_WRITE
+    if stack:
+        return _STACK
+    if not flags:
+        return _NO_FLAGS
+    for word, refusal in _FLAG_REFUSALS.items():
+        if word in flags:
+            return refusal
+    if unknown := sorted(flags - ALLOWED_FLAGS):
+        return Refusal("vma_flags", f"it has flags that the mover does not know to be harmless: {' '.join(unknown)}")
+    return None

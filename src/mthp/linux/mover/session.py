@@ -1,0 +1,376 @@
+"""A session with one target: :class:`MoverSession`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
+from mthp.geometry import Geometry
+from mthp.linux.columns import ColumnReader
+from mthp.linux.kpageflags import FolioReader
+from mthp.linux.mover import stub
+from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
+from mthp.linux.mover.inject import Injection, inject
+from mthp.linux.mover.outcome import Block, BlockOutcome, reason_of_move, result_of_move
+from mthp.linux.mover.park import park, special_ranges, touches, work
+from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
+from mthp.linux.mover.steps import Observer, Step, ignore
+from mthp.linux.mover.taskfiles import read_threads
+from mthp.linux.mover.tracee import check_threads
+from mthp.linux.pagemap import Pagemap, can_see_pfns
+from mthp.linux.process import Process
+from mthp.results import ScanResult
+
+MAX_PAUSE_NS = 1_000_000
+DUTY = 0.5
+MAX_BLOCKS = 512
+"""Blocks in one window at most."""
+
+MACHINES = ("x86_64",)
+"""Machines that there is a stub for; aarch64 has none yet."""
+
+Recheck = Callable[[FrozenProcess, Sequence[Block]], Sequence[str]]
+"""Called when all threads stand still: gives for each block why it must not be moved after all, or ``""``."""
+
+_PR_SET_TIMERSLACK = 29
+_T = TypeVar("_T")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class MoverSession:
+    """Moves blocks of one process to new folios. A context manager: entering injects the stub, leaving removes it.
+
+    The caller has enabled exactly one folio size for the time of :meth:`move`, and has refused what must be refused
+    (:mod:`mthp.linux.mover.refusals`). If the target is a child of this process, nobody else in it may wait for that
+    child meanwhile: wait(2) would report the stops of a tracee to whoever asks first.
+
+    Args:
+        process: the target; it stays the caller's.
+        geometry: of this machine.
+        max_pause_ns: how long a pause may be, in nanoseconds; measured, and adapted to.
+        duty: the part of the time that the target may stand still, above 0, up to 1.
+        stop_timeout_ns: how long threads may take to stop before they are let go.
+        recheck: asked again for every block once all threads stand still.
+        observer: told of every step; for tests.
+
+    Attributes:
+        pauses: every window so far in which blocks were moved.
+
+    Raises:
+        UnsupportedError: no stub for this machine, or the target is this process.
+        UsageError: `max_pause_ns` or `duty` out of range.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        geometry: Geometry,
+        *,
+        max_pause_ns: int = MAX_PAUSE_NS,
+        duty: float = DUTY,
+        stop_timeout_ns: int = STOP_TIMEOUT_NS,
+        recheck: Recheck | None = None,
+        observer: Observer = ignore,
+    ) -> None:
+        if os.uname().machine not in MACHINES or geometry.page_size != stub.PAGE:
+            raise UnsupportedError(f"the mover has no code for {os.uname().machine}", help=f"it has: {MACHINES[0]}")
+        if process.is_self:
+            raise UnsupportedError("a process cannot trace itself", help="use mthp.collapse_self")
+        if max_pause_ns <= 0:
+            raise UsageError(f"a pause of {max_pause_ns} ns is not above 0")
+        if not 0 < duty <= 1:
+            raise UsageError(f"a duty of {duty} is not above 0 and at most 1")
+        self.pauses: list[Pause] = []
+        self._process = process
+        self._geometry = geometry
+        self._duty = duty
+        self._stop_timeout_ns = stop_timeout_ns
+        self._recheck = recheck
+        self._observer = observer
+        self._budget = PauseBudget(max_pause_ns, MAX_BLOCKS)
+        self._injection: Injection | None = None
+        self._open = False
+        self._populate_first = _has_protection_keys()
+        self._pagemap = Pagemap(process)
+        self._folios = FolioReader(geometry.pmd_order) if can_see_pfns() else None
+
+    @property
+    def pause_summary(self) -> PauseSummary:
+        """How long the pauses were."""
+        return PauseSummary.of(self.pauses)
+
+    def __enter__(self) -> Self:
+        """Inject the stub.
+
+        Raises:
+            CannotStopError, UnsupportedError, NotPermittedError, TargetVanishedError: it cannot be done.
+        """
+        try:
+            _in_own_thread(self._inject)
+            self._open = True
+        finally:
+            if not self._open:
+                self.close()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(TargetVanishedError):
+            self.close()
+
+    def close(self) -> None:
+        """Take the stub out of the target. Closing twice does nothing.
+
+        Raises:
+            CannotStopError: the target does not stop; the stub stays in it, without doing anything.
+            TargetVanishedError: it is gone.
+        """
+        self._open = False
+        try:
+            if self._injection is not None:
+                _in_own_thread(self._remove)
+        finally:
+            self._pagemap.close()
+            if self._folios is not None:
+                self._folios.close()
+
+    def move(self, blocks: Sequence[Block], *, verify: bool = False, fill: bool = False) -> list[BlockOutcome]:
+        """Move each block to new memory, which is one folio of its order if the machine's switches make it so.
+
+        Args:
+            blocks: (address, order) of each; aligned, distinct.
+            verify: compare a hash of the bytes before and after, inside the window.
+            fill: populate absent pages first.
+
+        Returns:
+            The outcome of each block, in their order.
+
+        Raises:
+            UsageError: a block is not aligned, or of an order that does not exist or is the PMD order.
+            CannotStopError: the target does not stop.
+            TargetVanishedError: it is gone.
+        """
+        if not self._open:
+            raise UsageError("the session is not open", help="use it as a context manager")
+        for address, order in blocks:
+            if order == self._geometry.pmd_order:
+                # The page table stays when its pages are moved away, and with it there is no PMD fault.
+                raise UsageError(
+                    f"the mover makes no folios of {self._geometry.label(order)}", help="MADV_COLLAPSE does"
+                )
+            if address % self._geometry.size_of(self._geometry.check_order(order)):
+                raise UsageError(f"{address:#x} is not aligned to {self._geometry.label(order)}")
+        flags = (stub.FLAG_VERIFY if verify else 0) | (stub.FLAG_FILL if fill or self._populate_first else 0)
+        outcomes: list[BlockOutcome] = []
+        while len(outcomes) < len(blocks):
+            ahead = blocks[len(outcomes) : len(outcomes) + MAX_BLOCKS]
+            batch = ahead[: self._budget.blocks([self._geometry.size_of(order) for _, order in ahead])]
+            done, pause = self._window(batch, flags)
+            outcomes += self._look_at_folios(done)
+            if len(outcomes) < len(blocks):
+                time.sleep(rest_seconds(pause, self._duty))
+        return outcomes
+
+    def _window(self, batch: Sequence[Block], flags: int) -> tuple[list[BlockOutcome], Pause]:
+        """Move the blocks of one window."""
+        outcomes, pause = _in_own_thread(lambda: self._stop_and_move(batch, flags))
+        if pause.blocks:
+            self.pauses.append(pause)
+        self._budget.observe(pause)
+        return outcomes, pause
+
+    def _stop_and_move(self, batch: Sequence[Block], flags: int) -> tuple[list[BlockOutcome], Pause]:
+        parked = worked = 0
+        operations = stub.operations_for([], 0)
+        with self._frozen() as frozen:
+            stopped = time.perf_counter_ns()
+            injection = self._ready(frozen)
+            # Lent to the window: it comes back when every thread is known to be out of it. If anything goes wrong
+            # before, threads may be restoring themselves in there, and it stays in the target as it is.
+            self._injection = None
+            fetched = True
+            threads = len(frozen.tracees)
+            reasons = self._refuse(frozen, batch, injection)
+            allowed = [block for block, reason in zip(batch, reasons, strict=True) if not reason]
+            if allowed:
+                sizes = [(address, self._geometry.size_of(order)) for address, order in allowed]
+                operations = stub.operations_for(sizes, flags)
+                worker = park(frozen, injection, operations, self._observer)
+                parked = time.perf_counter_ns()
+                operations, fetched = work(frozen, injection, worker, len(operations), self._observer)
+            worked = time.perf_counter_ns()
+        self._injection = injection if fetched else None
+        copied = _taken(operations["away"], operations["copied"])
+        pause = Pause(
+            blocks=len(operations),
+            size=int(operations["length"].sum()),
+            threads=threads,
+            stop_ns=stopped - frozen.begun_ns,
+            park_ns=(parked or worked) - stopped,
+            move_ns=max(worked - (parked or worked) - int(copied.sum()), 0),
+            copy_ns=int(copied.sum()),
+            restore_ns=time.perf_counter_ns() - worked,
+        )
+        return _outcomes(batch, reasons, operations), pause
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[FrozenProcess]:
+        """The target, every thread of it standing still."""
+        known = check_threads(self._process, read_threads(self._process))
+        frozen = FrozenProcess(self._process, self._stop_timeout_ns)
+        try:
+            frozen.stop(known)
+            self._observer(Step.STOPPED)
+            yield frozen
+        except OSError as error:
+            if error.errno != errno.ESRCH:
+                raise
+            raise TargetVanishedError(f"process {self._process.label} was killed") from error
+        finally:
+            frozen.release(self._observer)
+
+    def _ready(self, frozen: FrozenProcess) -> Injection:
+        """The injection, found as it was left; a larger one if the target has more threads than it has room for."""
+        if self._injection is not None:
+            self._injection.check(frozen)
+            if len(frozen.tracees) <= self._injection.layout.threads:
+                return self._injection
+            self._take_out(frozen)
+        self._injection = inject(
+            frozen, operations=MAX_BLOCKS, scratch_size=self._geometry.pmd_size, observer=self._observer
+        )
+        return self._injection
+
+    def _take_out(self, frozen: FrozenProcess) -> None:
+        if self._injection is not None:
+            injection, self._injection = self._injection, None
+            injection.remove(frozen, self._observer)
+
+    def _inject(self) -> None:
+        with self._frozen() as frozen:
+            self._ready(frozen)
+
+    def _remove(self) -> None:
+        with self._frozen() as frozen:
+            self._take_out(frozen)
+
+    def _refuse(self, frozen: FrozenProcess, batch: Sequence[Block], injection: Injection) -> list[str]:
+        """For each block why it must not be moved after all, now that nothing changes any more."""
+        reasons = list(self._recheck(frozen, batch)) if self._recheck else [""] * len(batch)
+        special = special_ranges(frozen)
+        for index, (address, order) in enumerate(batch):
+            end = address + self._geometry.size_of(order)
+            if injection.layout.overlaps(address, end):
+                reasons[index] = "it is the mover's own memory"
+            elif not reasons[index] and touches(special, address, end):
+                reasons[index] = "it holds a thread's rseq area or stack pointer, which the kernel itself uses"
+        return reasons
+
+    def _look_at_folios(self, outcomes: list[BlockOutcome]) -> list[BlockOutcome]:
+        """The outcomes, those without the folio that was wanted changed to ALLOC_HUGE_PAGE_FAIL."""
+        moved = [index for index, outcome in enumerate(outcomes) if outcome.result is ScanResult.SUCCEED]
+        if not moved or self._folios is None:
+            return outcomes
+        orders = np.array([outcomes[index].order for index in moved], np.int8)
+        sizes = [self._geometry.size_of(outcomes[index].order) for index in moved]
+        starts = [outcomes[index].address for index in moved]
+        segments = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        columns = ColumnReader(self._pagemap, self._folios, self._geometry).read(segments)
+        pages = np.int64(1) << orders.astype(np.int64)
+        begins = np.cumsum(pages) - pages
+        whole = np.logical_and.reduceat(columns.folio_order == np.repeat(orders, pages), begins)
+        if columns.pfn is not None:
+            # Pages of one folio are neighbours in memory, too.
+            offsets = np.arange(len(columns.pfn)) - np.repeat(begins, pages)
+            heads = np.repeat(columns.pfn[begins], pages)
+            whole &= np.logical_and.reduceat(columns.pfn == heads + offsets.astype(np.uint64), begins)
+        for index, has_folio in zip(moved, whole.tolist(), strict=True):
+            outcomes[index] = replace(outcomes[index], folio_seen=True)
+            if not has_folio:
+                outcomes[index] = replace(
+                    outcomes[index],
+                    result=ScanResult.ALLOC_HUGE_PAGE_FAIL,
+                    reason="moved, but the kernel gave it smaller folios",
+                )
+        return outcomes
+
+
+def _outcomes(batch: Sequence[Block], reasons: Sequence[str], operations: NDArray[np.void]) -> list[BlockOutcome]:
+    """The outcome of each block of a window from the operations on those that had no reason against them."""
+    elapsed = _taken(operations["begun"], operations["ended"]).tolist()
+    row = 0
+    outcomes = []
+    for (address, order), reason in zip(batch, reasons, strict=True):
+        if reason:
+            outcomes.append(BlockOutcome(address, order, ScanResult.VMA_CHECK, reason))
+            continue
+        operation = operations[row]
+        error = -int(operation["error"])
+        result, reason, verified = result_of_move(error), reason_of_move(error), None
+        if int(operation["flags"]) & stub.FLAG_VERIFY and int(operation["moved"]):
+            verified = bool(operation["hash_before"] == operation["hash_after"])
+            if not verified:
+                result, reason = ScanResult.FAIL, "its bytes are not what they were before: end the target"
+        outcomes.append(
+            BlockOutcome(
+                address,
+                order,
+                result,
+                reason,
+                elapsed_ns=elapsed[row],
+                errno=error,
+                moved_bytes=int(operation["moved"]),
+                verified=verified,
+            )
+        )
+        row += 1
+    return outcomes
+
+
+def _taken(begun: NDArray[np.void], ended: NDArray[np.void]) -> NDArray[np.int64]:
+    """Nanoseconds between two times of each operation, 0 where one was not taken: int64, shape (operations,)."""
+    first, last = stub.nanoseconds(begun), stub.nanoseconds(ended)
+    return np.where((first > 0) & (last > 0), last - first, 0)
+
+
+def _in_own_thread(deed: Callable[[], _T]) -> _T:
+    """Carry out `deed` in a new thread, and give what it gives.
+
+    A tracer is a thread. The end of this one lets go of whatever is still traced, also of threads that never stopped
+    and so could not be detached. And signal handlers of Python, KeyboardInterrupt among them, run in the main thread
+    only, so nothing interrupts a window: leaving the ``with`` block waits for its end.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mthp-mover", initializer=_hurry) as executor:
+        return executor.submit(deed).result()
+
+
+def _hurry() -> None:
+    """Have this thread, which ends soon, run before the target's threads and sleep no longer than it asks for."""
+    _libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+
+
+def _has_protection_keys() -> bool:
+    """Whether mappings can have protection keys (pkeys(7)).
+
+    A key may bar the worker, which is one thread of the target with its rights, from memory of another one. Populating
+    finds out with an error where the copying would fault.
+    """
+    with contextlib.suppress(OSError):
+        return b" ospke" in Path("/proc/cpuinfo").read_bytes()
+    return False

@@ -1,0 +1,270 @@
+/* What runs inside the target while it stands still: the parking loop of every thread, and the worker.
+ *
+ * The bytes in stub.py are this file, assembled; a test compares the two. The essay in __init__.py tells why it is
+ * built as it is. Rules that every line keeps: no byte of the target's stacks is touched, no vector or FPU register
+ * is used, no system call is made that replaces the thread's restart_block (nanosleep(2) would), there is neither a
+ * call nor a return (shadow stacks), and nothing is read from an address that may be missing.
+ *
+ * rbx  the thread's context, rbp  the shared header; both are set by the tracer.
+ */
+
+/* header */
+#define STATE          0
+#define COUNT          8
+#define SCRATCH        16
+#define UFFD           24
+#define MOVE_DST       32       /* struct uffdio_move */
+#define MOVE_SRC       40
+#define MOVE_LEN       48
+#define MOVE_MODE      56
+#define MOVE_MOVED     64
+#define ALL_SIGNALS    72       /* a signal set with every bit set */
+#define NONCE          80
+#define OPS            128
+
+/* states */
+#define SETUP          0
+#define GO             1
+#define DONE           2
+#define ABORT          3
+
+/* one block to move */
+#define OP_ADDRESS     0
+#define OP_LENGTH      8
+#define OP_FLAGS       16
+#define OP_ERROR       24
+#define OP_MOVED       32
+#define OP_HASH_BEFORE 40
+#define OP_HASH_AFTER  48
+#define OP_POPULATED   56
+#define OP_BEGUN       64       /* struct timespec, all four */
+#define OP_AWAY        80
+#define OP_COPIED      96
+#define OP_ENDED       112
+#define OP_SIZE        128
+#define FLAG_VERIFY    1
+#define FLAG_FILL      2
+
+/* a thread's context */
+#define C_RIP          0
+#define C_RSP          8
+#define C_FLAGS        16
+#define C_RAX          24
+#define C_RBX          32
+#define C_RCX          40
+#define C_RDX          48
+#define C_RSI          56
+#define C_RDI          64
+#define C_RBP          72
+#define C_R8           80
+#define C_R9           88
+#define C_R10          96
+#define C_R11          104
+#define C_R12          112
+#define C_R13          120
+#define C_R14          128
+#define C_R15          136
+#define C_MASK         144
+#define C_TICKS        152
+#define C_NAP          160      /* struct timespec */
+#define C_TRAMPOLINE   176
+#define C_SIZE         256      /* its end is the top of a stack of 64 bytes */
+
+#define NR_RT_SIGPROCMASK 14
+#define NR_IOCTL          16
+#define NR_MADVISE        28
+#define NR_CLOCK_GETTIME  228
+#define NR_PPOLL          271
+
+#define SIG_SETMASK          2
+#define CLOCK_MONOTONIC      1
+#define MADV_DONTNEED        4
+#define MADV_POPULATE_READ   22
+#define MADV_POPULATE_WRITE  23
+#define UFFDIO_MOVE          0xc028aa05
+#define EBUSY                16
+
+#define TICK_NS       5000000   /* a nap while the tracer sets up */
+#define TICKS         100       /* so many of them, and the tracer is taken for dead */
+#define WAIT_NS       200000    /* a nap while the worker works */
+#define GRACE_NS      50000000  /* what a tracer that lives has to fetch the worker */
+
+.macro signal_mask where
+        mov     $NR_RT_SIGPROCMASK, %eax
+        mov     $SIG_SETMASK, %edi
+        lea     \where, %rsi
+        mov     $0, %edx
+        mov     $8, %r10d
+        syscall
+.endm
+
+.macro nap nanoseconds
+        movq    $0, C_NAP(%rbx)
+        movq    $\nanoseconds, C_NAP+8(%rbx)
+        mov     $NR_PPOLL, %eax
+        xor     %edi, %edi
+        xor     %esi, %esi
+        lea     C_NAP(%rbx), %rdx
+        xor     %r10d, %r10d
+        mov     $8, %r8d
+        syscall
+.endm
+
+.macro stamp offset
+        mov     $NR_CLOCK_GETTIME, %eax
+        mov     $CLOCK_MONOTONIC, %edi
+        lea     \offset(%r13), %rsi
+        syscall
+.endm
+
+.macro advise_block advice
+        mov     $NR_MADVISE, %eax
+        mov     OP_ADDRESS(%r13), %rdi
+        mov     OP_LENGTH(%r13), %rsi
+        mov     $\advice, %edx
+        syscall
+.endm
+
+/* A hash of the block's words in order; every change of one word changes it. */
+.macro hash_block result
+        mov     OP_ADDRESS(%r13), %rsi
+        mov     OP_LENGTH(%r13), %rcx
+        movabs  $0x9e3779b97f4a7c15, %rdx
+        mov     %rdx, %rax
+80:     xor     (%rsi), %rax
+        imul    %rdx, %rax
+        rol     $29, %rax
+        add     $8, %rsi
+        sub     $8, %rcx
+        jnz     80b
+        mov     %rax, \result(%r13)
+.endm
+
+        .text
+entry_worker:                                   /* offset 0 */
+        jmp     worker
+
+        .balign 16
+entry_park:                                     /* offset 16 */
+        signal_mask ALL_SIGNALS(%rbp)           /* in case the tracer died before it did that */
+park:
+        mov     STATE(%rbp), %ecx
+        cmp     $DONE, %ecx
+        jae     leave
+        cmp     $SETUP, %ecx
+        jne     working
+        incq    C_TICKS(%rbx)
+        cmpq    $TICKS, C_TICKS(%rbx)
+        jae     give_up
+        nap     TICK_NS
+        jmp     park
+working:
+        nap     WAIT_NS
+        jmp     park
+give_up:
+        mov     $SETUP, %eax
+        mov     $ABORT, %ecx
+        lock cmpxchg %ecx, STATE(%rbp)
+        jmp     park
+
+leave:
+        lea     C_SIZE(%rbx), %rsp
+        pushq   C_FLAGS(%rbx)
+        popfq                                   /* no instruction below changes flags */
+        mov     C_RSP(%rbx), %rsp
+        signal_mask C_MASK(%rbx)                /* a handler may run here, on the thread's own stack */
+        mov     C_RAX(%rbx), %rax
+        mov     C_RCX(%rbx), %rcx
+        mov     C_RDX(%rbx), %rdx
+        mov     C_RSI(%rbx), %rsi
+        mov     C_RDI(%rbx), %rdi
+        mov     C_RBP(%rbx), %rbp
+        mov     C_R8(%rbx), %r8
+        mov     C_R9(%rbx), %r9
+        mov     C_R10(%rbx), %r10
+        mov     C_R11(%rbx), %r11
+        mov     C_R12(%rbx), %r12
+        mov     C_R13(%rbx), %r13
+        mov     C_R14(%rbx), %r14
+        mov     C_R15(%rbx), %r15
+        jmp     *C_TRAMPOLINE(%rbx)             /* which restores rbx, rsp and rip without a register */
+
+worker:
+        mov     $SETUP, %eax
+        mov     $GO, %ecx
+        lock cmpxchg %ecx, STATE(%rbp)
+        jne     park
+        xor     %r12d, %r12d
+        lea     OPS(%rbp), %r13
+next_block:
+        cmp     COUNT(%rbp), %r12
+        jae     done
+        stamp   OP_BEGUN
+        testq   $FLAG_FILL, OP_FLAGS(%r13)
+        jz      1f
+        advise_block MADV_POPULATE_WRITE
+        mov     %rax, OP_ERROR(%r13)
+        test    %rax, %rax
+        jnz     block_ended
+1:      testq   $FLAG_VERIFY, OP_FLAGS(%r13)
+        jz      move_away
+        advise_block MADV_POPULATE_READ         /* an error here is a SIGSEGV spared */
+        mov     %rax, OP_ERROR(%r13)
+        test    %rax, %rax
+        jnz     block_ended
+        hash_block OP_HASH_BEFORE
+
+move_away:
+        mov     SCRATCH(%rbp), %r14
+        mov     %r14, MOVE_DST(%rbp)
+        mov     OP_ADDRESS(%r13), %rax
+        mov     %rax, MOVE_SRC(%rbp)
+        mov     OP_LENGTH(%r13), %rax
+        mov     %rax, MOVE_LEN(%rbp)
+        movq    $0, MOVE_MODE(%rbp)
+        movq    $0, MOVE_MOVED(%rbp)
+        mov     $NR_IOCTL, %eax
+        mov     UFFD(%rbp), %rdi
+        mov     $UFFDIO_MOVE, %esi
+        lea     MOVE_DST(%rbp), %rdx
+        syscall
+        mov     %rax, OP_ERROR(%r13)
+        stamp   OP_AWAY
+        mov     MOVE_MOVED(%rbp), %rcx          /* bytes, or a negative errno */
+        cmp     $0, %rcx
+        jle     nothing_moved
+        mov     %rcx, OP_MOVED(%r13)
+        mov     OP_ADDRESS(%r13), %rdi
+        mov     %r14, %rsi
+        shr     $3, %rcx
+        cld
+        rep movsq                               /* the first store faults the new folio in */
+        stamp   OP_COPIED
+        mov     $NR_MADVISE, %eax
+        mov     %r14, %rdi
+        mov     OP_MOVED(%r13), %rsi
+        mov     $MADV_DONTNEED, %edx
+        syscall
+nothing_moved:
+        cmpq    $-EBUSY, OP_ERROR(%r13)
+        jne     moved
+        cmpq    $0, OP_POPULATED(%r13)
+        jne     moved
+        movq    $1, OP_POPULATED(%r13)
+        advise_block MADV_POPULATE_WRITE        /* what a fork left write-protected is made exclusive again */
+        test    %rax, %rax
+        jz      move_away
+moved:
+        testq   $FLAG_VERIFY, OP_FLAGS(%r13)
+        jz      block_ended
+        hash_block OP_HASH_AFTER
+block_ended:
+        stamp   OP_ENDED
+        inc     %r12
+        add     $OP_SIZE, %r13
+        jmp     next_block
+
+done:
+        movl    $DONE, STATE(%rbp)
+        nap     GRACE_NS
+        jmp     park

@@ -1,0 +1,96 @@
+"""The threads of a process as /proc shows them: which there are, and a file of one of them.
+
+A thread can exit between being listed and being looked at. That is ordinary and not an error: what belongs to such a
+thread reads as None, while a process that is gone raises.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+from mthp.linux.process import Process
+
+_GONE = (errno.ENOENT, errno.ESRCH)
+_READ_SIZE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """What ``/proc/PID/task/TID/status`` says (proc_pid_status(5)); all of it may be read by everybody.
+
+    Attributes:
+        tid: its number.
+        comm: its name.
+        state: one letter; D is uninterruptible sleep.
+        tracer: TID of the thread that traces it, 0 if none does.
+        seccomp: 0 none, 1 strict, 2 a filter.
+    """
+
+    tid: int
+    comm: str
+    state: str
+    tracer: int
+    seccomp: int
+
+    @classmethod
+    def parse(cls, tid: int, text: bytes) -> Thread:
+        """Read the text of a status file; a kernel without seccomp has no line for it."""
+        pairs = (line.partition(":") for line in text.decode(errors="replace").splitlines())
+        fields = {name: value.strip() for name, _, value in pairs}
+        return cls(
+            tid=tid,
+            comm=fields["Name"],
+            state=fields["State"][:1],
+            tracer=int(fields.get("TracerPid", "0")),
+            seccomp=int(fields.get("Seccomp", "0")),
+        )
+
+
+def task_ids(process: Process) -> list[int]:
+    """The threads of `process`, ascending.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    directory = process.open("task")
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(int(entry.name) for entry in entries)
+    except OSError as error:
+        process.fail(error, "its threads")
+    finally:
+        os.close(directory)
+
+
+def read_task_file(process: Process, tid: int, name: str) -> bytes | None:
+    """The text of ``/proc/PID/task/TID/<name>``; None if the thread is gone.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+        NotPermittedError: it is not ours to look at.
+    """
+    directory = process.open("task")
+    try:
+        fd = os.open(f"{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            return os.read(fd, _READ_SIZE)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in _GONE and process.is_alive():
+            return None
+        process.fail(error, f"/proc/{process.pid}/task/{tid}/{name}")
+    finally:
+        os.close(directory)
+
+
+def read_threads(process: Process) -> list[Thread]:
+    """All threads that are still there, by ascending number.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    texts = ((tid, read_task_file(process, tid, "status")) for tid in task_ids(process))
+    return [Thread.parse(tid, text) for tid, text in texts if text]

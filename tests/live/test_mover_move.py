@@ -1,0 +1,333 @@
+"""The mover on living targets: right bytes, wanted orders, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mover_targets import Writers, mappings, wait_for
+from mthp.addrspace import ORDER_NONE
+from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
+from mthp.geometry import X86_64
+from mthp.linux.live import open_live
+from mthp.linux.mover import park, ptrace
+from mthp.linux.mover import session as mover_session
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.inject import Injection
+from mthp.linux.mover.outcome import Block
+from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.steps import Observer
+from mthp.linux.mover.tracee import CannotStopError, Tracee
+from mthp.linux.process import Process
+from mthp.results import ScanResult
+from targets import Puppet
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+
+ORDER = 4
+BLOCK = X86_64.size_of(ORDER)
+
+
+@pytest.fixture
+def only_64k(thp_switches: ThpSwitches) -> None:
+    thp_switches.only("64kB", word="always")
+
+
+def session_of(process: Process, **arguments: float) -> MoverSession:
+    options = {"max_pause_ns": 5_000_000, "duty": 1.0} | arguments
+    return MoverSession(
+        process, X86_64, max_pause_ns=int(options["max_pause_ns"]), duty=options["duty"], stop_timeout_ns=10**9
+    )
+
+
+def blocks_of(target: Writers, order: int = ORDER) -> list[Block]:
+    size = X86_64.size_of(order)
+    return [(address, order) for address in range(target.base, target.base + target.size, size)]
+
+
+def orders_of(pid: int, start: int, end: int) -> set[int]:
+    with open_live(pid) as space:
+        return set(space.read([(start, end)]).folio_order.tolist())
+
+
+@pytest.mark.parametrize(("size", "order"), [("16kB", 2), ("64kB", 4), ("512kB", 7), ("1024kB", 8)])
+def test_one_thread_gets_the_wanted_order(tmp_path: Path, thp_switches: ThpSwitches, size: str, order: int) -> None:
+    thp_switches.only()
+    with Writers(tmp_path, 1, 4) as target:
+        assert orders_of(target.pid, target.base, target.base + target.size) == {0}
+        before = mappings(target.pid)
+        thp_switches.only(size, word="always")
+        with Process(target.pid) as process, session_of(process) as session:
+            outcomes = session.move(blocks_of(target, order), verify=True)
+            assert len(mappings(target.pid)) > len(before)
+        assert mappings(target.pid) == before
+        assert not any("userfaultfd" in str(fd.readlink()) for fd in Path(f"/proc/{target.pid}/fd").iterdir())
+        assert {(outcome.result, outcome.verified, outcome.folio_seen) for outcome in outcomes} == {
+            (ScanResult.SUCCEED, True, True)
+        }
+        assert orders_of(target.pid, target.base, target.base + target.size) == {order}
+        assert os.sched_getscheduler(target.pid) == os.SCHED_OTHER
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+def test_a_block_that_did_not_get_its_order_is_reported(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+    thp_switches.only()
+    with Writers(tmp_path, 1, 2) as target:
+        with Process(target.pid) as process, session_of(process) as session:
+            outcomes = session.move(blocks_of(target)[:3])
+        assert {outcome.result for outcome in outcomes} == {ScanResult.ALLOC_HUGE_PAGE_FAIL}
+        assert {outcome.moved_bytes for outcome in outcomes} == {BLOCK}
+        assert target.finish() == 0
+
+
+def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_64k: None) -> None:
+    """No wrong byte, no lost signal. MTHP_TEST_ROUNDS makes it long: 400 rounds are 100 000 blocks."""
+    rounds = int(os.environ.get("MTHP_TEST_ROUNDS", "8"))
+    with Writers(tmp_path, 8, 16, "fts") as target:
+        sent = 0
+        stop = threading.Event()
+
+        def send() -> None:
+            nonlocal sent
+            while not stop.wait(0.002):
+                target.signal(signal.SIGRTMIN)
+                sent += 1
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        moved = 0
+        try:
+            with Process(target.pid) as process, session_of(process) as session:
+                for number in range(rounds):
+                    outcomes = session.move(blocks_of(target), verify=number % 2 == 1)
+                    moved += sum(outcome.moved_bytes == BLOCK for outcome in outcomes)
+                    assert all(outcome.verified in (None, True) for outcome in outcomes)
+                    assert target.errors == 0
+                assert session.pause_summary.count == len(session.pauses)
+                assert session.pause_summary.p50_ns <= session.pause_summary.p99_ns <= session.pause_summary.max_ns
+        finally:
+            stop.set()
+            sender.join()
+        vmas = [line for line in mappings(target.pid) if line.startswith(f"{target.base:x}-")]
+        assert vmas == [f"{target.base:x}-{target.base + target.size:x} rw-p"]
+        assert wait_for(lambda: target.get("realtime_signals") == sent)
+        assert moved > rounds * target.size // BLOCK // 4
+        assert target.get("forks") > 0
+        assert target.finish() == 0
+
+
+def test_without_stopping_the_target_it_would_go_wrong(
+    tmp_path: Path, only_64k: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: with all threads but the worker let go before the worker runs, the target sees wrong bytes."""
+
+    def careless(
+        frozen: FrozenProcess, injection: Injection, worker: Tracee, blocks: int, observer: Observer
+    ) -> tuple[NDArray[np.void], bool]:
+        for tracee in list(frozen.tracees.values()):
+            if tracee is not worker:
+                tracee.put_back()
+                ptrace.detach(tracee.tid)
+        return park.work(frozen, injection, worker, blocks, observer)
+
+    monkeypatch.setattr(mover_session, "work", careless)
+    with Writers(tmp_path, 4, 4) as target:
+        with Process(target.pid) as process, session_of(process) as session:
+            for _ in range(40):
+                session.move(blocks_of(target)[:16])
+                if target.errors:
+                    break
+        assert target.errors > 0
+
+
+def test_a_stopped_target_stays_stopped(tmp_path: Path, only_64k: None) -> None:
+    with Writers(tmp_path, 3, 4) as target:
+        target.signal(signal.SIGSTOP)
+        assert wait_for(lambda: target.state() == "T")
+        with Process(target.pid) as process, session_of(process) as session:
+            outcomes = session.move(blocks_of(target))
+        assert {outcome.result for outcome in outcomes} == {ScanResult.SUCCEED}
+        assert wait_for(lambda: target.state() == "T", 1)
+        before = target.rounds()
+        time.sleep(0.1)
+        assert target.rounds() == before
+        target.signal(signal.SIGCONT)
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+def test_stop_and_continue_at_any_moment(tmp_path: Path, only_64k: None) -> None:
+    with Writers(tmp_path, 3, 4) as target:
+        stop = threading.Event()
+
+        def disturb() -> None:
+            while not stop.wait(0.001):
+                target.signal(signal.SIGSTOP)
+                target.signal(signal.SIGCONT)
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        try:
+            with Process(target.pid) as process, session_of(process) as session:
+                for _ in range(4):
+                    session.move(blocks_of(target))
+        finally:
+            stop.set()
+            thread.join()
+        target.signal(signal.SIGCONT)
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+def test_a_traced_target_is_refused(tmp_path: Path) -> None:
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+        code = "import ctypes, sys, time; l = ctypes.CDLL(None)\n"
+        code += f"assert l.ptrace(0x4206, {target.pid}, None, None) == 0; print('ready', flush=True); time.sleep(60)"
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as tracer:
+            assert tracer.stdout is not None
+            tracer.stdout.readline()
+            with pytest.raises(CannotStopError, match="traced already"), session_of(process):
+                pass
+            tracer.kill()
+        assert target.progresses()
+
+
+def test_a_target_that_filters_system_calls_is_refused(tmp_path: Path) -> None:
+    code = "import ctypes, time; ctypes.CDLL(None).prctl(22, 1); print('ready', flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as strict:
+        assert strict.stdout is not None
+        strict.stdout.readline()
+        with Process(strict.pid) as process:
+            with pytest.raises(CannotStopError, match="seccomp"), session_of(process):
+                pass
+            assert strict.poll() is None
+        strict.kill()
+
+
+def test_a_target_that_exits_is_an_ordinary_event(tmp_path: Path) -> None:
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process, session_of(process) as session:
+        target.process.kill()
+        with pytest.raises(TargetVanishedError):
+            session.move(blocks_of(target) * 100)
+
+
+def test_a_target_that_executes_another_program_is_left_alone() -> None:
+    code = "import os, sys; print('ready', flush=True); input(); os.execv(sys.executable, [sys.executable, '-c', "
+    code += "\"print('again', flush=True); input()\"])"
+    arguments = [sys.executable, "-c", code]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        with Process(program.pid) as process, session_of(process) as session:
+            program.stdin.write("\n")
+            program.stdin.flush()
+            assert program.stdout.readline() == "again\n"
+            with pytest.raises(TargetVanishedError, match="another"):
+                session.move([(1 << 30, ORDER)])
+        assert program.poll() is None
+        program.stdin.close()
+        assert program.wait() != signal.SIGSEGV
+
+
+def test_what_the_kernel_refuses_stays_as_it_was(thp_switches: ThpSwitches) -> None:
+    thp_switches.only()
+    with Puppet() as puppet:
+        hole, nothing = puppet.map(1 << 20), 1 << 30
+        puppet.write(hole, pages=8)
+        with Process(puppet.pid) as process, session_of(process) as session:
+            outcomes = session.move([(hole, ORDER), (nothing, ORDER)])
+        assert [outcome.result for outcome in outcomes] == [ScanResult.PTE_NON_PRESENT] * 2
+        assert all(outcome.reason for outcome in outcomes)
+        assert orders_of(puppet.pid, hole + 8 * X86_64.page_size, hole + BLOCK) == {ORDER_NONE}
+        assert puppet.tell("read", hole, 16, 1) == 8
+
+
+def test_filling_makes_a_block_with_holes_whole(thp_switches: ThpSwitches) -> None:
+    thp_switches.only()
+    with Puppet() as puppet:
+        hole = puppet.map(1 << 20)
+        puppet.write(hole, pages=8)
+        thp_switches.only("64kB", word="always")
+        with Process(puppet.pid) as process, session_of(process) as session:
+            (outcome,) = session.move([(hole, ORDER)], fill=True, verify=True)
+        assert outcome.result is ScanResult.SUCCEED
+        assert puppet.tell("read", hole, 16, 1) == 8
+        assert orders_of(puppet.pid, hole, hole + BLOCK) == {ORDER}
+
+
+def test_a_block_that_holds_a_stack_pointer_is_left_alone(tmp_path: Path, only_64k: None) -> None:
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process, session_of(process) as session:
+        stack = next(line for line in mappings(target.pid) if line.endswith("[stack]"))
+        end = int(stack.split("-")[1].split()[0], 16)
+        outcomes = session.move([(address, ORDER) for address in range(end // BLOCK * BLOCK - 2 * BLOCK, end, BLOCK)])
+        assert any("stack pointer" in outcome.reason and not outcome.moved_bytes for outcome in outcomes)
+
+
+def test_a_window_with_more_threads_than_there_was_room_for(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+    thp_switches.only()
+    with Puppet() as puppet:
+        memory = puppet.map(1 << 20)
+        puppet.write(memory, pages=256)
+        thp_switches.only("64kB", word="always")
+        with Process(puppet.pid) as process, session_of(process) as session:
+            for _ in range(80):
+                puppet.tell("start_thread")
+            outcomes = session.move([(memory + number * BLOCK, ORDER) for number in range(4)])
+            assert {outcome.result for outcome in outcomes} == {ScanResult.SUCCEED}
+            assert max(pause.threads for pause in session.pauses) == 81
+        assert puppet.tell("read", memory, 256, 1) == 256
+
+
+def test_the_mover_does_not_move_itself(tmp_path: Path) -> None:
+    with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
+        before = {line.split("-")[0] for line in mappings(target.pid)}
+        with session_of(process) as session:
+            ours = [int(line.split("-")[0], 16) for line in mappings(target.pid) if line.split("-")[0] not in before]
+            outcomes = session.move([(address // BLOCK * BLOCK + BLOCK, ORDER) for address in ours[-1:]])
+            assert "mover's own" in outcomes[0].reason
+        session.close()
+
+
+def test_a_changed_byte_would_be_reported(tmp_path: Path, only_64k: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hashes come from the target; were they to differ, the block would not pass for a success."""
+
+    def lying(
+        frozen: FrozenProcess, injection: Injection, worker: Tracee, blocks: int, observer: Observer
+    ) -> tuple[NDArray[np.void], bool]:
+        results, fetched = park.work(frozen, injection, worker, blocks, observer)
+        changed = results.copy()
+        assert (changed["hash_before"] != 0).all()
+        changed["hash_after"] ^= np.uint64(1)
+        return changed, fetched
+
+    monkeypatch.setattr(mover_session, "work", lying)
+    with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process, session_of(process) as session:
+        (outcome,) = session.move(blocks_of(target)[:1], verify=True)
+        assert (outcome.result, outcome.verified) == (ScanResult.FAIL, False)
+
+
+def test_wrong_usage_is_refused(tmp_path: Path) -> None:
+    with Process("self") as myself, pytest.raises(UnsupportedError, match="itself"):
+        MoverSession(myself, X86_64)
+    with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
+        for wrong in ({"duty": 0}, {"duty": 1.5}, {"max_pause_ns": 0}):
+            with pytest.raises(UsageError):
+                session_of(process, **wrong)
+        with pytest.raises(UsageError, match="not open"):
+            session_of(process).move([])
+        with session_of(process) as session, pytest.raises(UsageError, match="aligned"):
+            session.move([(target.base + 4096, ORDER)])
+        with session_of(process) as session, pytest.raises(UsageError, match="2M"):
+            session.move([(target.base, X86_64.pmd_order)])

@@ -1,0 +1,432 @@
+"""Each refusal on a process that really is so: what the kernel shows of it is what the checks look for.
+
+A target is a small Python program that makes itself so through ctypes, says "ready" and waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mthp.errors import TargetVanishedError
+from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.mover import processrefusals
+from mthp.linux.mover.refusals import (
+    BlockRefusal,
+    Refusal,
+    SpecialRanges,
+    refuse_blocks,
+    refuse_process,
+    refuse_vma,
+    special_ranges,
+)
+from targets import PAGE_SIZE, Puppet
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.requires("root"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets make system calls by number"),
+]
+
+PTRACE_SEIZE = 0x4206
+NOBODY = 65534
+NO_RIGHTS = {"not_permitted"}
+
+PREAMBLE = """
+import ctypes, mmap, os, struct, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(1, 9)
+libc.syscall.restype = ctypes.c_long
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+def call(number, *arguments):
+    words = (a if isinstance(a, ctypes.Array) else ctypes.c_long(a) for a in arguments)
+    answer = libc.syscall(ctypes.c_long(number), *words)
+    if answer < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return answer
+def memory(pages):
+    return libc.mmap(None, pages * 4096, 3, 0x22, -1, 0)
+def thread(function, *arguments):
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+def clone(flags):
+    stack = memory(16) + 16 * 4096
+    return libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), ctypes.c_void_p(stack), flags, None)
+"""
+READY = "\nprint('ready', flush=True)\ntime.sleep(60)\n"
+
+SECCOMP = """
+def guard():
+    allow_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow_all)))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program)) == 0
+    time.sleep(60)
+thread(guard)
+time.sleep(0.1)
+"""
+IO_URING = "ring = call(425, 4, ctypes.create_string_buffer(120))"
+SQPOLL = """
+setup = ctypes.create_string_buffer(120)
+struct.pack_into("I", setup, 8, 2)
+ring = call(425, 4, setup)
+time.sleep(0.1)
+"""
+PINNED = f"""
+{IO_URING}
+buffer = memory(16)
+ctypes.memset(buffer, 1, 65536)
+call(427, ring, 0, ctypes.create_string_buffer(struct.pack("QQ", buffer, 65536)), 1)
+"""
+AIO = "call(206, 8, ctypes.create_string_buffer(8))"
+VFORK = "thread(clone, 0x4100 | 17)\ntime.sleep(0.1)"
+SHARER = "clone(0x100 | 17)"
+STUCK = """
+fd = call(323, 0o2000000)
+libc.ioctl(fd, ctypes.c_ulong(0xC018AA3F), ctypes.create_string_buffer(struct.pack("3Q", 0xAA, 0, 0)))
+hole = memory(1)
+libc.ioctl(fd, ctypes.c_ulong(0xC020AA00), ctypes.create_string_buffer(struct.pack("4Q", hole, 4096, 1, 0)))
+def look():
+    to = ctypes.create_string_buffer(8)
+    local = ctypes.create_string_buffer(struct.pack("QQ", ctypes.addressof(to), 8))
+    remote = ctypes.create_string_buffer(struct.pack("QQ", hole, 8))
+    libc.process_vm_readv(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+thread(look)
+time.sleep(0.1)
+"""
+OWN_FILES = """
+def apart():
+    assert libc.unshare(0x400) == 0
+    os.open("/dev/kvm", os.O_RDWR)
+    time.sleep(60)
+thread(apart)
+time.sleep(0.1)
+"""
+
+
+@contextlib.contextmanager
+def target(code: str = "") -> Iterator[LiveAddressSpace]:
+    """A process that ran `code`, and its address space."""
+    with subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", PREAMBLE + code + READY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        try:
+            assert child.stdout.readline() == "ready\n"
+            with open_live(child.pid) as space:
+                yield space
+        finally:
+            # A child from clone(2) does not hear of its parent's death.
+            for pid in (*children_of(child.pid), child.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that `pid` started, with clone(2) too."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def refusals(space: LiveAddressSpace) -> dict[str, Refusal]:
+    found = refuse_process(space.process, space)
+    keys = [refusal.key for refusal in found]
+    assert len(set(keys)) == len(keys)
+    assert all(refusal.reason for refusal in found)
+    return {refusal.key: refusal for refusal in found}
+
+
+def test_an_ordinary_process_is_not_refused() -> None:
+    with target("thread(time.sleep, 60)") as space:
+        assert refusals(space) == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "keys"),
+    [
+        (SECCOMP, {"seccomp"}),
+        (IO_URING, {"io_uring"}),
+        (SQPOLL, {"io_uring", "io_uring_threads"}),
+        (PINNED, {"io_uring", "pinned"}),
+        (AIO, {"aio"}),
+        (VFORK, {"vfork", "shared_vm"}),
+        (SHARER, {"shared_vm"}),
+        (STUCK, {"uninterruptible"}),
+        ("libc.prctl(41, 1, 0, 0, 0)", {"thp_disabled"}),
+        ("libc.personality(ctypes.c_ulong(8))", {"personality"}),
+        ("libc.personality(ctypes.c_ulong(0x0400000))", {"personality"}),
+        pytest.param(
+            "os.open('/dev/kvm', os.O_RDWR)",
+            {"device_kvm"},
+            marks=pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs /dev/kvm"),
+        ),
+        pytest.param(
+            OWN_FILES,
+            {"device_kvm"},
+            marks=pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="needs /dev/kvm"),
+        ),
+    ],
+    ids=[
+        "seccomp", "io_uring", "sqpoll", "pinned", "aio", "vfork", "clone_vm", "stuck", "thp", "linux32", "exec",
+        "kvm", "own_files",
+    ],
+)  # fmt: skip
+def test_a_process_that_is_so(code: str, keys: set[str]) -> None:
+    with target(code) as space:
+        assert set(refusals(space)) == keys
+
+
+def test_addresses_without_random_are_no_reason() -> None:
+    with target("libc.personality(ctypes.c_ulong(0x0040000))") as space:
+        assert refusals(space) == {}
+
+
+def test_the_sharer_is_named() -> None:
+    with target(SHARER) as space:
+        (child,) = children_of(space.process.pid)
+        assert f"process {child} " in refusals(space)["shared_vm"].reason
+
+
+def test_a_sharer_that_cannot_be_compared_is_known_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a kernel without kcmp(2), or where the other process is somebody else's."""
+    monkeypatch.setattr(processrefusals, "kcmp", lambda *_: None)
+    with target(SHARER) as space:
+        assert "shared_vm_unknown" in refusals(space)
+
+
+def test_a_forked_child_shares_no_memory() -> None:
+    with target("if os.fork() == 0: time.sleep(60)") as space:
+        assert refusals(space) == {}
+
+
+def test_somebody_else_traces_it() -> None:
+    tracer = f"""
+tracee = int(sys.argv[1])
+assert libc.ptrace({PTRACE_SEIZE}, tracee, None, None) == 0
+"""
+    with (
+        target() as space,
+        subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", PREAMBLE + tracer + READY, str(space.process.pid)],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as child,
+    ):
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        assert str(child.pid) in refusals(space)["traced"].reason
+        child.kill()
+        child.wait()
+        assert refusals(space) == {}
+
+
+def test_that_we_trace_it_is_no_reason() -> None:
+    """The checks are made again after the stop."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with target() as space:
+        assert libc.ptrace(PTRACE_SEIZE, space.process.pid, None, None) == 0
+        assert refusals(space) == {}
+
+
+def test_itself_and_its_ancestors() -> None:
+    with open_live("self") as space:
+        assert "itself" in refusals(space)
+    with open_live(os.getppid()) as space:
+        assert "ancestor" in refusals(space)
+
+
+def in_child_as_nobody(function: Callable[[], set[str]]) -> set[str]:
+    """What `function` gives in a process without rights."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            os.write(theirs, " ".join(sorted(function())).encode())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(theirs)
+    with open(ours) as answers:
+        answer = answers.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    return set(answer.split())
+
+
+@pytest.mark.parametrize(("code", "keys"), [("", NO_RIGHTS), (SECCOMP, {"seccomp", *NO_RIGHTS})])
+def test_without_rights_over_it(code: str, keys: set[str]) -> None:
+    """What anybody may see is said nevertheless."""
+    with target(code) as space:
+        assert in_child_as_nobody(lambda: set(refusals(space))) == keys
+
+
+def test_a_32_bit_process(tmp_path: Path) -> None:
+    """Made by hand: it calls pause(2) for ever."""
+    code = bytes.fromhex("b81d000000cd80ebf7")
+    header = b"\x7fELF\x01\x01\x01" + bytes(9)
+    header += b"".join(
+        value.to_bytes(size, "little")
+        for value, size in [
+            *((2, 2), (3, 2), (1, 4), (0x08048054, 4), (52, 4), (0, 4), (0, 4), (52, 2), (32, 2), (1, 2)),
+            *((0, 2), (0, 2), (0, 2)),
+            *((1, 4), (0, 4), (0x08048000, 4), (0x08048000, 4), (84 + len(code), 4), (84 + len(code), 4), (5, 4)),
+            (0x1000, 4),
+        ]
+    )
+    program = tmp_path / "pauses"
+    program.write_bytes(header + code)
+    program.chmod(0o755)
+    try:
+        child = subprocess.Popen([program])
+    except OSError as error:
+        pytest.skip(f"this kernel runs no 32-bit programs: {error}")
+    with child:
+        try:
+            time.sleep(0.05)
+            if child.poll() is not None:
+                pytest.skip("this kernel runs no 32-bit programs")
+            with open_live(child.pid) as space:
+                assert set(refusals(space)) == {"not_64_bit", "personality"}
+        finally:
+            child.kill()
+
+
+def test_low_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processrefusals, "LOW_MEMORY", 1 << 60)
+    with target() as space:
+        assert "low_memory" in refusals(space)
+
+
+@pytest.mark.parametrize(
+    ("answer", "key"),
+    [
+        ((1, 0), "userfaultfd_forbidden"),
+        ((38, 0), "no_uffdio_move"),
+        ((0, 0xFFFF), "no_uffdio_move"),
+    ],
+)
+def test_a_kernel_that_cannot_move(monkeypatch: pytest.MonkeyPatch, answer: tuple[int, int], key: str) -> None:
+    monkeypatch.setattr(processrefusals, "probe_userfaultfd", lambda: answer)
+    with target() as space:
+        assert set(refusals(space)) == {key}
+
+
+def test_a_process_that_is_gone() -> None:
+    with Puppet() as puppet, open_live(puppet.pid) as space:
+        puppet.kill()
+        with pytest.raises(TargetVanishedError):
+            refuse_process(space.process, space)
+        with pytest.raises(TargetVanishedError):
+            special_ranges(space.process)
+
+
+# --- Mappings and blocks ----------------------------------------------------------------------------------------------
+
+
+def flags_of(space: LiveAddressSpace, address: int) -> Refusal | None:
+    return next(refuse_vma(vma) for vma in space.vmas() if vma.start <= address < vma.end)
+
+
+def test_mappings() -> None:
+    with Puppet() as puppet, open_live(puppet.pid) as space:
+        plain = puppet.map(2 << 20)
+        assert flags_of(space, plain) is None
+        assert flags_of(space, puppet.map(2 << 20, advice=14)) is None
+        expected = {15: "vma_nohugepage", 10: "vma_dontfork", 16: "vma_dontdump", 18: "vma_wipeonfork"}
+        for advice, key in expected.items():
+            refusal = flags_of(space, puppet.map(2 << 20, advice=advice))
+            assert refusal is not None
+            assert refusal.key == key
+        shared = flags_of(space, puppet.map(2 << 20, shared=True))
+        assert shared is not None
+        assert shared.key == "vma_not_private"
+        puppet.tell("mprotect", plain, 1 << 20, 1)
+        read_only = flags_of(space, plain)
+        assert read_only is not None
+        assert read_only.key == "vma_not_read_write"
+        assert {refusal.key for vma in space.vmas() if vma.name == "[stack]" and (refusal := refuse_vma(vma))} == {
+            "vma_stack"
+        }
+
+
+@pytest.mark.requires("pfns", "4k-pages", "guard")
+def test_blocks() -> None:
+    """16 blocks of 64 KiB, each with a fate of its own."""
+    size = 64 << 10
+    with Puppet() as puppet, open_live(puppet.pid) as space:
+        start = puppet.map(1 << 20, advice=15)
+        puppet.write(start, 128)
+        puppet.tell("read", start + 8 * size, 16, 1)
+        puppet.tell("madvise", start + 2 * size + PAGE_SIZE, PAGE_SIZE, 102)
+        puppet.tell("madvise", start + 3 * size + PAGE_SIZE, PAGE_SIZE, 4)
+        puppet.tell("fork")
+        for block in (0, 1, 3, 4):
+            puppet.write(start + block * size, 16)
+        puppet.write(start + 6 * size, 15)
+        columns = space.read([(start, start + (1 << 20))])
+        addresses = start + np.arange(16, dtype=np.int64) * size
+        verdict = refuse_blocks(
+            columns,
+            space.mapcounts(columns),
+            addresses,
+            np.full(16, 4, np.int8),
+            vmas=space.vmas(),
+            refuse_vma=lambda vma: None,
+            special=SpecialRanges(stacks=((start + size + 5, start + size + 6),)),
+            page_size=PAGE_SIZE,
+        )
+    assert [BlockRefusal(code) for code in verdict.tolist()[:9]] == [
+        BlockRefusal.NONE,
+        BlockRefusal.SPECIAL,
+        BlockRefusal.MARKER,
+        BlockRefusal.NONE,
+        BlockRefusal.NONE,
+        BlockRefusal.SHARED,
+        BlockRefusal.SHARED,
+        BlockRefusal.SHARED,
+        BlockRefusal.EMPTY,
+    ]
+    assert set(verdict.tolist()[9:]) == {BlockRefusal.EMPTY}
+
+
+def test_special_ranges_of_a_sleeping_process() -> None:
+    with Puppet() as puppet, open_live(puppet.pid) as space:
+        puppet.tell("start_thread")
+        time.sleep(0.05)
+        found = special_ranges(space.process)
+        assert found.running == ()
+        assert len(found.robust_lists) == len(found.stacks) == 2
+        vmas = space.vmas()
+        stack = next(vma for vma in vmas if vma.name == "[stack]")
+        assert sum(stack.start <= start < end <= stack.end for start, end in found.stacks) == 1
+        for start, end in found.ranges:
+            assert any(vma.start <= start < end <= vma.end and vma.permissions == "rw-p" for vma in vmas)
+
+
+def test_a_thread_that_runs_is_told() -> None:
+    with target("thread(time.sleep, 60)\ntime.sleep(0.1)\nprint('ready', flush=True)\nwhile True: pass") as space:
+        found = special_ranges(space.process)
+        assert len(found.robust_lists) == 2
+        assert found.running == (space.process.pid,)
+        os.kill(space.process.pid, signal.SIGSTOP)
+        time.sleep(0.05)
+        # Stopped, it tells.
+        assert special_ranges(space.process).running == ()

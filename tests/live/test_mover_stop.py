@@ -1,0 +1,126 @@
+"""Targets that do not stop are let go, and Ctrl-C does not break a window."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mover_targets import Writers, compiled, mappings, wait_for
+from mthp.geometry import X86_64
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.steps import Step
+from mthp.linux.mover.tracee import CannotStopError
+from mthp.linux.process import Process
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+
+
+def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
+    path = tmp_path / "vfork"
+    path.write_bytes(b"\0" * 4096)
+    target = subprocess.Popen([compiled("mover_vfork"), str(path)])
+    with path.open("r+b") as file:
+        control = mmap.mmap(file.fileno(), 4096)
+
+    def word(index: int) -> int:
+        return int(struct.unpack_from("=Q", control, 8 * index)[0])
+
+    def progresses() -> bool:
+        before = word(2)
+        return wait_for(lambda: word(2) > before + 3, 2)
+
+    try:
+        assert wait_for(lambda: word(1) == 1)
+        assert progresses()
+        with Process(target.pid) as process, pytest.raises(CannotStopError, match="does not stop"):
+            MoverSession(process, X86_64, stop_timeout_ns=50_000_000).__enter__()
+        assert progresses()
+        struct.pack_into("=Q", control, 0, 1)
+        assert wait_for(lambda: word(1) == 2), "the thread that waited is still held"
+        assert progresses()
+        with Process(target.pid) as process, MoverSession(process, X86_64):
+            pass
+        assert progresses()
+    finally:
+        target.kill()
+        target.wait()
+        control.close()
+
+
+def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+    thp_switches.only("64kB", word="always")
+    windows = 0
+
+    def interrupt(step: Step) -> None:
+        nonlocal windows
+        if step is Step.PARKED:
+            windows += 1
+            if windows == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.02)
+
+    with Writers(tmp_path, 2, 4) as target:
+        before = mappings(target.pid)
+        blocks = [(address, 4) for address in range(target.base, target.base + target.size, 65536)]
+        with Process(target.pid) as process, MoverSession(process, X86_64, duty=1.0, observer=interrupt) as session:
+            with pytest.raises(KeyboardInterrupt):
+                session.move(blocks * 100)
+            assert session.move(blocks[:1])[0].moved_bytes == 65536
+        assert mappings(target.pid) == before
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+def test_an_error_of_ours_while_the_worker_runs_does_no_harm(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+    """Whatever happens after the worker was let run, the other threads stay parked until it is done."""
+    thp_switches.only("64kB", word="always")
+    failing = Step.WRITTEN
+
+    def fail(step: Step) -> None:
+        if step is failing:
+            raise ZeroDivisionError
+
+    with Writers(tmp_path, 4, 4) as target, Process(target.pid) as process:
+        blocks = [(address, 4) for address in range(target.base, target.base + target.size, 65536)]
+        for failing in (Step.WRITTEN, Step.PARKED, Step.ARMED, Step.RUNNING, Step.DONE, Step.FETCHED, Step.UNPARKED):
+            for _ in range(3):
+                session = MoverSession(process, X86_64, duty=1.0, observer=fail)
+                with session, pytest.raises(ZeroDivisionError):
+                    session.move(blocks)
+                assert target.progresses(), failing.name
+                assert target.errors == 0
+        assert target.finish() == 0
+
+
+def test_threads_that_exit_are_waited_for(tmp_path: Path) -> None:
+    """A thread that exits still writes to memory, so a stopped process has none: only ours, stopped, and zombies."""
+    with Writers(tmp_path, 1, 2, "t") as target, Process(target.pid) as process:
+        for _ in range(300):
+            seen: list[bool] = []
+
+            def look(seen: list[bool] = seen) -> None:
+                frozen = FrozenProcess(process)
+                frozen.stop({})
+                try:
+                    for task in Path(f"/proc/{target.pid}/task").iterdir():
+                        state = (task / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                        seen.append(state in "tZX")
+                finally:
+                    frozen.release()
+
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            assert seen
+            assert all(seen)
+        assert target.finish() == 0

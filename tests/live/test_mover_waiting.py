@@ -1,0 +1,48 @@
+"""Threads that wait in a system call do not notice that they were stopped."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from mover_targets import WAITERS, Waiters
+from mthp.geometry import X86_64
+from mthp.linux.mover import tracee
+from mthp.linux.mover.session import MoverSession
+from mthp.linux.process import Process
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+
+ROUNDS = 20
+
+
+def _move_all(target: Waiters, rounds: int) -> None:
+    blocks = [(address, 4) for address in range(target.base, target.base + target.size, 65536)]
+    with Process(target.pid) as process, MoverSession(process, X86_64, duty=1.0, max_pause_ns=10**7) as session:
+        for _ in range(rounds):
+            assert {outcome.errno for outcome in session.move(blocks)} <= {0, errno.EAGAIN, errno.EBUSY}
+
+
+def test_waiting_threads_notice_nothing(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+    thp_switches.only("64kB", word="always")
+    with Waiters(tmp_path) as target:
+        assert target.not_waiting() == {}
+        _move_all(target, ROUNDS)
+        returned = target.not_waiting()
+        assert set(returned) <= {"nanosleep"}, "a system call returned, though nothing happened that it waits for"
+        assert target.release() == dict.fromkeys(WAITERS, 2)
+
+
+def test_without_the_repair_some_would_return_eintr(
+    tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of calls to repair is needed: this is what a plain stop does to them."""
+    thp_switches.only("64kB", word="always")
+    monkeypatch.setattr(tracee, "EINTR_CALLS", frozenset())
+    with Waiters(tmp_path) as target:
+        _move_all(target, 1)
+        leaked = {name for name, result in target.not_waiting().items() if result == -errno.EINTR}
+    assert {"epoll_wait", "epoll_pwait", "sigtimedwait", "semop", "io_getevents", "recv with timeout"} <= leaked

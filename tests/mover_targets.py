@@ -1,0 +1,184 @@
+"""C targets for the tests of the mover: compiled on first use, driven through a shared file."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+SOURCES = Path(__file__).parent / "programs"
+MAX_THREADS = 128
+_WORDS = (
+    *("stop", "ready", "base", "size", "finished", "final_errors"),
+    *("realtime_signals", "alarms", "forks", "spawned", "other_errors", "longest_gap_ns"),
+)
+_READY_SECONDS = 20
+
+
+@functools.cache
+def compiled(name: str) -> Path:
+    """The program of ``programs/<name>.c``, compiled; skips the test where there is no compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler (cc)")
+    program = Path(tempfile.mkdtemp(prefix="mthp-targets-")) / name
+    source = SOURCES / f"{name}.c"
+    subprocess.run([compiler, "-O2", "-pthread", "-o", str(program), str(source)], check=True)
+    return program
+
+
+def wait_for(condition: object, seconds: float = _READY_SECONDS) -> bool:
+    """Whether the callable `condition` comes true within `seconds`."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+class Writers:
+    """A process of threads that check and rewrite their memory all the time (``programs/mover_writers.c``).
+
+    A context manager; leaving it ends the process.
+
+    Attributes:
+        pid: its PID.
+        base, size: its memory.
+    """
+
+    def __init__(self, directory: Path, threads: int, megabytes: int, flags: str = "-") -> None:
+        self.threads = threads
+        path = directory / f"writers-{time.monotonic_ns()}"
+        path.write_bytes(b"\0" * (8 * (len(_WORDS) + 2 * MAX_THREADS)))
+        self.process = subprocess.Popen([compiled("mover_writers"), str(path), str(threads), str(megabytes), flags])
+        self.pid = self.process.pid
+        fd = os.open(path, os.O_RDWR)
+        self._control = mmap.mmap(fd, 8 * (len(_WORDS) + 2 * MAX_THREADS))
+        os.close(fd)
+        if not wait_for(lambda: self.get("ready")):
+            raise RuntimeError("the target did not become ready")
+        self.base, self.size = self.get("base"), self.get("size")
+
+    def _at(self, index: int) -> int:
+        return int(struct.unpack_from("=Q", self._control, 8 * index)[0])
+
+    def get(self, word: str) -> int:
+        """One of the numbers that the target keeps."""
+        return self._at(_WORDS.index(word))
+
+    def set(self, word: str, value: int) -> None:
+        """Change one of these numbers."""
+        struct.pack_into("=Q", self._control, 8 * _WORDS.index(word), value)
+
+    def rounds(self) -> list[int]:
+        """How far each thread has come."""
+        return [self._at(len(_WORDS) + index) for index in range(self.threads)]
+
+    @property
+    def errors(self) -> int:
+        """Wrong words that were seen so far, and other things that went wrong."""
+        first = len(_WORDS) + MAX_THREADS
+        return sum(self._at(first + index) for index in range(self.threads)) + self.get("other_errors")
+
+    def progresses(self, seconds: float = 5) -> bool:
+        """Whether every thread gets on within `seconds`."""
+        before = self.rounds()
+        return wait_for(lambda: all(now > then for now, then in zip(self.rounds(), before, strict=True)), seconds)
+
+    def finish(self) -> int:
+        """Have it end and check all of its memory a last time: the number of all errors."""
+        self.set("stop", 2)
+        assert wait_for(lambda: self.process.poll() is not None, 30), "the target does not end"
+        assert self.get("finished") == 1, f"the target died: {self.process.returncode}"
+        return self.errors + self.get("final_errors")
+
+    def state(self) -> str:
+        """State letter of the process."""
+        text = Path(f"/proc/{self.pid}/stat").read_text()
+        return text[text.rindex(")") + 2]
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self._control.close()
+
+
+def mappings(pid: int) -> list[str]:
+    """Ranges, permissions and names of all mappings, without the heap's end, which may grow."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [" ".join(line.split()[:2] + line.split()[5:]) for line in lines]
+
+
+WAITERS = (
+    *("nanosleep", "poll", "select", "epoll_wait", "epoll_pwait", "futex", "read", "accept", "recv with timeout"),
+    *("sigtimedwait", "semop", "io_getevents", "waitpid", "pause", "ppoll", "write"),
+)
+"""What the threads of ``programs/mover_waiters.c`` wait in, by number."""
+
+
+class Waiters:
+    """A process whose threads each wait in another system call. A context manager; leaving it ends the process.
+
+    Attributes:
+        pid: its PID.
+        base, size: memory to move.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "waiters"
+        path.write_bytes(b"\0" * 4096)
+        self.process = subprocess.Popen([compiled("mover_waiters"), str(path)])
+        self.pid = self.process.pid
+        with path.open("r+b") as file:
+            self._control = mmap.mmap(file.fileno(), 4096)
+        if not wait_for(lambda: self._at(1)):
+            raise RuntimeError("the target did not become ready")
+        self.base, self.size = self._at(2), self._at(3)
+
+    def _at(self, index: int) -> int:
+        return int(struct.unpack_from("=Q", self._control, 8 * index)[0])
+
+    def not_waiting(self) -> dict[str, int]:
+        """The calls that have returned, with 2 if as they had to, else minus errno."""
+        states = {name: self._at(4 + index) for index, name in enumerate(WAITERS)}
+        errors = {name: self._at(36 + index) for index, name in enumerate(WAITERS)}
+        return {name: 2 if state == 2 else -errors[name] for name, state in states.items() if state != 1}
+
+    def release(self) -> dict[str, int]:
+        """Make happen what they wait for; give what :meth:`not_waiting` says then."""
+        struct.pack_into("=Q", self._control, 0, 1)
+        wait_for(lambda: self.process.poll() is not None, 10)
+        return self.not_waiting()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._control.close()
