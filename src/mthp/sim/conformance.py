@@ -89,7 +89,11 @@ def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
                 number += 1
                 yield case
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UsageError(f"{path}, behind line {number}: {error}", help="give a file of golden cases") from error
+        what = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"{path} cannot be replayed: line {number + 1}: {what}",
+            help="give a file of golden cases: JSON lines, compressed if the name ends in .gz",
+        ) from error
 
 
 def _checked(case: Any) -> dict[str, Any]:
