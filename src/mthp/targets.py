@@ -27,7 +27,7 @@ def open_target(target: Target) -> AddressSpace:
     """
     if (pid := pid_of(target)) is not None:
         # The backends are imported where they are chosen: neither is small, and a command needs one of them.
-        from mthp.linux.live import open_live  # noqa: PLC0415
+        from mthp.linux.live import open_live
 
         return open_live("self" if pid == os.getpid() else pid)
     path = Path(target)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def open_target(target: Target) -> AddressSpace:
             f"target {str(target)!r} is neither a PID nor 'self' nor a file that exists",
             help="give the PID of a process, the word self, or the path of a snapshot that `mthp snapshot` wrote",
         )
-    from mthp.snapshot.load import load  # noqa: PLC0415
+    from mthp.snapshot.load import load
 
     return load(path)
 

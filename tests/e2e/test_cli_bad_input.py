@@ -57,7 +57,7 @@ def actor() -> Iterator[Actor]:
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
     pytest.importorskip("pyarrow")
-    from mthp.snapshot import record  # noqa: PLC0415
+    from mthp.snapshot import record
 
     path = tmp_path / "fake.parquet"
     record(FakeSpace([(Vma(BASE, BASE + PMD_SIZE, "rw-p"), *page_runs((512, Pte.PRESENT, 0)))]), path)
@@ -154,7 +154,7 @@ def text_file(directory: Path) -> Path:
 
 def foreign(directory: Path) -> Path:
     pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"a": [1, 2]}), directory / "foreign.parquet")
     return directory / "foreign.parquet"

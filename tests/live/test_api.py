@@ -239,8 +239,8 @@ def test_inspect_plan_and_collapse_another_process(base_pages: None, actor: Acto
 @pytest.mark.parametrize("policy", ["pmd-only", "rfc", "per-order", "mainline"])
 def test_a_plan_on_a_snapshot_equals_that_on_the_process(actor: Actor, tmp_path: Path, policy: str) -> None:
     pytest.importorskip("pyarrow")
-    from mthp.snapshot import record  # noqa: PLC0415
-    from mthp.targets import open_target  # noqa: PLC0415
+    from mthp.snapshot import record
+    from mthp.targets import open_target
 
     address = actor.map(8 * PMD_SIZE)
     actor.fill(address, 700, 3)

@@ -214,7 +214,7 @@ def test_a_plan_on_a_snapshot_equals_that_on_its_origin(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     pytest.importorskip("pyarrow")
-    from mthp.snapshot import load, record  # noqa: PLC0415
+    from mthp.snapshot import load, record
 
     space = data.draw(layouts())
     options = data.draw(plan_choices(space.geometry)) | {"orders": data.draw(st.sampled_from([None, "enabled"]))}

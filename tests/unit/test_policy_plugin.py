@@ -145,7 +145,7 @@ def site(tmp_path: Path) -> Path:
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A snapshot of one PMD range with 400 pages."""
     pytest.importorskip("pyarrow")
-    from mthp.snapshot import record  # noqa: PLC0415
+    from mthp.snapshot import record
 
     columns = page_runs((400, Pte.PRESENT, 0), (112, 0, ORDER_NONE))
     path = tmp_path_factory.mktemp("snapshot") / "one.parquet"

@@ -43,7 +43,7 @@ def test_a_file_that_is_not_there(target: str | os.PathLike[str]) -> None:
 
 def test_a_snapshot_by_its_path(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    from mthp.snapshot import record  # noqa: PLC0415
+    from mthp.snapshot import record
 
     space = FakeSpace([(Vma(1 << 40, (1 << 40) + 8192, "rw-p"), *page_runs((2, Pte.PRESENT, 0)))], label="7 (a)")
     path = tmp_path / "7"

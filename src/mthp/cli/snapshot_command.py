@@ -24,7 +24,7 @@ def command(target: str, output: Path, force: bool, as_json: bool) -> None:
     The file holds addresses, page states, the names of mappings and the system's switches. It holds no contents of
     memory, no environment and no arguments. `mthp inspect` and `mthp plan` take it in place of a PID.
     """
-    from mthp.snapshot import record  # noqa: PLC0415
+    from mthp.snapshot import record
 
     with open_target(target) as space, progress_bar("recording", hidden=as_json) as progress:
         info = record(space, output, progress=progress, overwrite=force)

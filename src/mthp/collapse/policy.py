@@ -305,6 +305,6 @@ def _whose(point: EntryPoint) -> str:
 def _declared() -> dict[str, EntryPoint]:
     """The policies that installed packages declare, by name; nothing of theirs is imported yet."""
     # Imported here: it costs more than the rest of this module, and few commands need it.
-    from importlib.metadata import entry_points  # noqa: PLC0415
+    from importlib.metadata import entry_points
 
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -125,7 +125,7 @@ def tell(size: int, seconds: float, progress: Progress) -> Story:
 
 def _of_a_process(size: int, seconds: float, progress: Progress) -> Story:
     # Imported here: it can be had on Linux only, and the snapshot can be shown elsewhere.
-    from mthp.linux.live import open_live  # noqa: PLC0415
+    from mthp.linux.live import open_live
 
     fitting = fit_size(size)
     with Workload() as workload:
@@ -185,7 +185,7 @@ def _of_the_example(progress: Progress) -> Story:
     Raises:
         MthpError: it cannot be read; UnsupportedError without pyarrow.
     """
-    from mthp.snapshot import load  # noqa: PLC0415
+    from mthp.snapshot import load
 
     with resources.as_file(resources.files("mthp.demo").joinpath(EXAMPLE)) as path:
         if not path.exists():

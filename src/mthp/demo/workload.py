@@ -229,9 +229,9 @@ def collapse_own_memory() -> dict[str, object]:
         The fields of :class:`mthp.demo.client.Deed`; or `error`.
     """
     # Imported here: where the demo may collapse from outside, this process has only its own library in it.
-    from mthp.api import collapse  # noqa: PLC0415
-    from mthp.demo.client import Deed  # noqa: PLC0415
-    from mthp.errors import MthpError  # noqa: PLC0415
+    from mthp.api import collapse
+    from mthp.demo.client import Deed
+    from mthp.errors import MthpError
 
     try:
         return asdict(Deed.of(collapse("self"), by="itself"))
