@@ -41,7 +41,7 @@ KPAGECOUNT = "/proc/kpagecount"
 
 _BLOCK_FRAMES = 1 << 18
 _LARGEST_TABLE = 1 << 24
-_SMALLER_SHIFTS = (9, 5, 3)
+_SMALLER_SHIFTS = (9, 3)
 _LARGEST_ORDER = 24
 
 _SECONDS_PER_CALL = 1.1e-6
@@ -324,18 +324,22 @@ def _distinct(values: _Frames) -> tuple[_Frames, NDArray[np.int64]]:
 
 def _orders_in(buffer: _Words, shift: int) -> _Orders:
     """The order of the folio of every page in a buffer of whole chunks, `_OPEN` where the folio fills its chunk."""
-    begins = (buffer & _TAIL) == 0
-    begins[:: 1 << shift] = True
+    orders = np.zeros(len(buffer), np.int8)
+    # Most memory is base pages, which need no more looking at.
+    members = np.flatnonzero(buffer & (_HEAD | _TAIL))
+    words = buffer[members]
+    begins = (words & _TAIL) == 0
+    begins |= members & (1 << shift) - 1 == 0
+    begins[1:] |= np.diff(members) != 1
     starts = np.flatnonzero(begins)
-    lengths = np.diff(starts, append=len(buffer))
-    first = buffer[starts]
-    orders = np.zeros(len(starts), np.int8)
-    heads = np.flatnonzero(first & _HEAD)
+    lengths = np.diff(starts, append=len(members))
+    first = words[starts]
     # frexp gives 2**k as 0.5 * 2**(k + 1), exactly.
-    orders[heads] = np.frexp(lengths[heads])[1] - 1
-    orders[heads[lengths[heads] == 1 << shift]] = _OPEN
-    orders[(first & _TAIL) != 0] = _OPEN
-    return np.repeat(orders, lengths)
+    found = (np.frexp(lengths)[1] - 1).astype(np.int8)
+    found[lengths == 1 << shift] = _OPEN
+    found[(first & _TAIL) != 0] = _OPEN
+    orders[members] = np.repeat(found, lengths)
+    return orders
 
 
 def _give_tails_swapbacked(
