@@ -53,7 +53,7 @@ _MOST_THREADS = 4
 _FEWEST_WORDS_A_THREAD = 1 << 14
 """About 1.5 milliseconds of reading, a good deal more than it takes to start a thread."""
 
-_FEWEST_WORDS_A_CALL = 1 << 8
+_FEWEST_WORDS_A_CALL = 1 << 5
 """Shorter calls leave the interpreter little time between them in which it could serve another thread."""
 
 _OPEN = -3
