@@ -103,11 +103,21 @@ def test_flags_that_nobody_knows_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize("kind", [VmaKind.FILE, VmaKind.SHMEM])
-@pytest.mark.parametrize(("offset", "orders"), [(0, (9,)), (4 << 20, (9,)), (1 << 20, ()), (4096, ())])
+@pytest.mark.parametrize(
+    ("start", "offset", "orders"),
+    [
+        (2 * MIB, 0, (9,)),
+        (2 * MIB, 4 * MIB, (9,)),
+        (2 * MIB, 1 * MIB, ()),
+        (2 * MIB, 4096, ()),
+        (2 * MIB + 8192, 8192, (9,)),
+        (2 * MIB + 8192, 0, ()),
+    ],
+)
 def test_file_memory_must_lie_in_the_file_as_in_the_address_space(
-    kind: VmaKind, offset: int, orders: tuple[int, ...]
+    kind: VmaKind, start: int, offset: int, orders: tuple[int, ...]
 ) -> None:
-    vma = Vma(2 << 20, 8 << 20, "rw-s", "/file", kind, offset=offset)
+    vma = Vma(start, start + 6 * MIB, "rw-s", "/file", kind, offset=offset)
     found = eligibility(vma, X86_64, Switches.defaults(X86_64), trigger="madvise", include_file=True)
     assert found.orders == orders
     assert ("not aligned" in found.reason) == (not orders)

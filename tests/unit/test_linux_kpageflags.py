@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mthp.addrspace import Pte
+from mthp.addrspace import ORDER_UNKNOWN, Pte
 from mthp.linux import abi
 from mthp.linux.kpageflags import FolioReader, states_of
 
@@ -122,3 +122,18 @@ def test_what_flags_say_of_a_page() -> None:
     assert states_of(np.array(list(cases), np.uint64)).tolist() == list(cases.values())
     for word, state in cases.items():
         assert states_of(np.array([word] * 3, np.uint64)).tolist() == [state] * 3
+
+
+def test_a_tail_without_its_head_does_not_lengthen_the_folio_before(tmp_path: Path) -> None:
+    """As it is read when a folio is freed or made in the middle of a read."""
+    words = np.full(MEMORY, ANON, np.uint64)
+    words[8] |= np.uint64(abi.KPF_COMPOUND_HEAD)
+    words[9:12] |= np.uint64(abi.KPF_COMPOUND_TAIL)
+    words[13:17] |= np.uint64(abi.KPF_COMPOUND_TAIL)
+    (tmp_path / "kpageflags").write_bytes(words.tobytes())
+    reader = FolioReader(9, str(tmp_path / "kpageflags"))
+    _, orders = reader.read(np.arange(32, dtype=np.uint64))
+    reader.close()
+    assert orders[8:12].tolist() == [2] * 4
+    assert orders[13:17].tolist() == [ORDER_UNKNOWN] * 4
+    assert not np.delete(orders, [*range(8, 12), *range(13, 17)]).any()

@@ -227,7 +227,8 @@ class FolioReader:
         for at, pfn in enumerate((ids << self._top).tolist()):
             if order < 0 or not head <= pfn < head + (1 << order):
                 head, order = self.folio_of(pfn)
-            orders[at] = order
+            # A tail in a chunk that no folio fills has lost its head while it was read.
+            orders[at] = order if order >= self._top else ORDER_UNKNOWN
         return orders[index]
 
     def _choose(self, frames: _Frames, shifts: tuple[int, ...]) -> _Chunks:
