@@ -15,7 +15,7 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.collapse.policy import BUILT_IN, ENTRY_POINT_GROUP, policy_named, policy_names
+from mthp.collapse.policy import ENTRY_POINT_GROUP, policy_named, policy_names
 from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.errors import UsageError
 from mthp.planning import PlanOptions, plan_space
@@ -57,11 +57,6 @@ def test_an_instance_plans_and_collapses_an_address_space() -> None:
     report = collapse_space(space, CollapseOptions(options))
     assert report.plan.policy == "three-quarters"
     assert (report.collapsed, report.filled_bytes) == (1, 112 * 4096)
-
-
-def test_its_summary_is_the_first_line_of_its_docstring() -> None:
-    assert ThreeQuarters().summary == "Collapse a run when three quarters of it are there."
-    assert all(policy().summary for policy in BUILT_IN.values())
 
 
 def test_a_policy_must_say_its_limits() -> None:

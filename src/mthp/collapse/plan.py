@@ -74,18 +74,18 @@ class Plan:
     @cached_property
     def copied(self) -> NDArray[np.int32]:
         """Pages with contents in the collapsed runs, per PMD range: int32, shape (ranges,)."""
-        return self._joined([walk.copied_and_filled()[0] for walk in self._walks], np.int32)
+        return self._joined([walk.copied_and_filled[0] for walk in self._walks], np.int32)
 
     @cached_property
     def filled(self) -> NDArray[np.int32]:
         """None and zero PTEs that become memory of their own, per PMD range: int32, shape (ranges,). The bloat."""
-        return self._joined([walk.copied_and_filled()[1] for walk in self._walks], np.int32)
+        return self._joined([walk.copied_and_filled[1] for walk in self._walks], np.int32)
 
     @cached_property
     def attempts(self) -> Attempts:
         """All attempts, in the kernel's order."""
         starts = np.cumsum([0, *(walk.ranges for walk in self._walks)])
-        parts = (walk.attempts() for walk in self._walks)
+        parts = (walk.attempts for walk in self._walks)
         return Attempts.joined(
             [replace(part, range=part.range + start) for part, start in zip(parts, starts, strict=False)]
         )

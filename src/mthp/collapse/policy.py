@@ -83,7 +83,6 @@ class Policy(abc.ABC):
 
     Attributes:
         name: how it is called on the command line.
-        summary: one line for a person; by default the first line of the docstring.
         scans_each_run: the PTEs are scanned anew for every run, with that run's limits, instead of once for the
             whole PMD range; when no order succeeds at an address, the rest of the PMD range is given up.
         fail_ends_range: an attempt at the PMD order that ends in FAIL, as one over a guard marker does, ends the
@@ -93,11 +92,6 @@ class Policy(abc.ABC):
     name: ClassVar[str]
     scans_each_run: ClassVar[bool] = False
     fail_ends_range: ClassVar[bool] = True
-
-    @property
-    def summary(self) -> str:
-        """One line for a person."""
-        return (self.__doc__ or self.name).strip().splitlines()[0]
 
     def orders_walked(self, rules: Rules) -> tuple[int, ...]:
         """The orders at which a collapse is attempted, descending; empty if the policy does not run at all."""

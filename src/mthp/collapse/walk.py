@@ -17,6 +17,7 @@ others and then cut there.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -266,6 +267,7 @@ class Walk:
         """Present, non-zero pages: int32, shape (ranges,)."""
         return self.occupancy.runs(self._pmd_order).occupied[:, 0].astype(np.int32)
 
+    @cached_property
     def copied_and_filled(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Pages with contents, and PTEs without, in collapsed runs: int32, shape (ranges,) each."""
         copied, pages = np.zeros(self.ranges, np.int32), np.zeros(self.ranges, np.int32)
@@ -276,6 +278,7 @@ class Walk:
             pages += level.succeeded.sum(axis=1, dtype=np.int32) << order
         return copied, pages - copied
 
+    @cached_property
     def attempts(self) -> Attempts:
         """All attempts, sorted as the kernel makes them: by range, then address, the larger order first."""
         parts = []
@@ -306,7 +309,7 @@ class Walk:
         result[result == ScanResult.SUCCEED] = ScanResult.FAIL
         if self.policy.scans_each_run and self.levels and not self.rules.forced:
             self._add_run_scans(result)
-        tried = self.attempts()
+        tried = self.attempts
         # Of several values stored at one place the last one stays: the last attempt's.
         result[tried.range] = tried.result
         for level in self.levels.values():

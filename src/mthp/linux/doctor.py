@@ -30,7 +30,7 @@ SLOW_SECONDS_PER_GIB = 60
 
 _GIB = 1 << 30
 _PTRACE_SCOPE = "sys/kernel/yama/ptrace_scope"
-_PLANNED = "for the move mechanism (not built yet: planned only)"
+_PLANNED = "for the move mechanism (no command uses it yet)"
 
 
 class State(StrEnum):
