@@ -17,7 +17,7 @@ import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,12 @@ from mthp.tunables import Switches, Tunables
 
 Segment = tuple[int, int]
 """A half-open, page-aligned range of addresses: (start, end)."""
+
+Block = tuple[int, int]
+"""An aligned run of memory: its address, and the order of the folio that it is to become."""
+
+Mechanism = Literal["auto", "madvise", "move"]
+"""How pages are collapsed: by the kernel's MADV_COLLAPSE, by moving them, or whichever fits the order."""
 
 ORDER_NONE = -1
 """In `PteColumns.folio_order`: no folio is mapped here."""
@@ -155,11 +161,32 @@ class CollapseOutcome:
         result: SUCCEED, or why not.
         elapsed_ns: time that the call took, in nanoseconds.
         errno: the system's error number where there was one, else 0.
+        reason: why not, for a person, where there is more to say than the result's meaning.
     """
 
     result: ScanResult
     elapsed_ns: int
     errno: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """By what means blocks are collapsed, and what that may cost the target.
+
+    Attributes:
+        mechanism: the kernel's call, the mover, or whichever fits the order.
+        max_pause_ns: how long the target's threads may stand still in one window of the mover, in nanoseconds.
+        duty: the part of the time that they may stand still, above 0, up to 1.
+        fill: whether the mover may fill holes; the kernel's call always does.
+        verify: compare a hash of the bytes of every moved block before and after, inside the window.
+    """
+
+    mechanism: Mechanism = "auto"
+    max_pause_ns: int = 1_000_000
+    duty: float = 0.5
+    fill: bool = False
+    verify: bool = False
 
 
 class AddressSpace(abc.ABC):
@@ -236,6 +263,18 @@ class AddressSpace(abc.ABC):
             UnsupportedError: this backend cannot, at all or at this order.
             NotPermittedError: these rights do not suffice.
         """
+
+    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        """Collapse disjoint `blocks`, as many at a time as `means` allows: the outcome of each, in their order.
+
+        Raises:
+            As :meth:`collapse`.
+        """
+        return [self.collapse(address, order) for address, order in blocks]
+
+    def take_pauses(self) -> list[int]:
+        """How long the target's threads stood still, in nanoseconds, for every window since this was last asked."""
+        return []
 
     def mapped(self) -> list[Segment]:
         """The ranges of all mappings, by ascending address: :meth:`vmas` without what costs time to find out.

@@ -16,18 +16,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Pte
+from mthp.addrspace import AddressSpace, Mechanism, Pte
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.planning import BLOCK_PMD_RANGES, PlanOptions, SpacePlan, plan_space
 from mthp.results import ScanResult
-
-Mechanism = Literal["auto", "madvise", "move"]
-"""How pages are collapsed: by the kernel's MADV_COLLAPSE, by moving them, or whichever fits the order."""
 
 BATCH = 32
 """PMD ranges between two looks at the page tables at most: few enough that what was seen still holds."""

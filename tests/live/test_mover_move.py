@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mover_targets import Writers, mappings, wait_for
-from mthp.addrspace import ORDER_NONE
+from mthp.addrspace import ORDER_NONE, Block
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import X86_64
 from mthp.linux.live import open_live
@@ -23,7 +23,6 @@ from mthp.linux.mover import park, ptrace
 from mthp.linux.mover import session as mover_session
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import Injection
-from mthp.linux.mover.outcome import Block
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Observer
 from mthp.linux.mover.tracee import CannotStopError, Tracee

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mover_targets import compiled, wait_for
+from mthp.addrspace import Block
 from mthp.geometry import X86_64
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.outcome import Block
 from mthp.linux.mover.ptrace import Registers
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import Tracee

@@ -54,13 +54,12 @@ had transferred a part goes on with the rest.
 """
 
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.outcome import Block, BlockOutcome
+from mthp.linux.mover.outcome import BlockOutcome
 from mthp.linux.mover.pause import Pause, PauseSummary
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
 
 __all__ = [
-    "Block",
     "BlockOutcome",
     "CannotStopError",
     "FrozenProcess",

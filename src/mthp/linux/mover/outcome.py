@@ -11,9 +11,6 @@ from mthp.results import ScanResult
 EHWPOISON = 133
 """include/uapi/asm-generic/errno.h; Python's errno has it from 3.14 on."""
 
-Block = tuple[int, int]
-"""Address, and the order that the memory there is to have."""
-
 _RESULTS = {
     0: ScanResult.SUCCEED,
     errno.EAGAIN: ScanResult.PTE_NON_PRESENT,

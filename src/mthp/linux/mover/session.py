@@ -17,6 +17,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.addrspace import Block
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader
@@ -24,7 +25,7 @@ from mthp.linux.kpageflags import FolioReader
 from mthp.linux.mover import stub
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, inject
-from mthp.linux.mover.outcome import Block, BlockOutcome, reason_of_move, result_of_move
+from mthp.linux.mover.outcome import BlockOutcome, reason_of_move, result_of_move
 from mthp.linux.mover.park import park, special_ranges, touches, work
 from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
 from mthp.linux.mover.steps import Observer, Step, ignore
