@@ -41,10 +41,10 @@ def _fates_of_disturbed_sequences(directory: Path) -> list[int]:
 
     disturbed: list[int] = []
 
-    def look(frozen: FrozenProcess, batch: Sequence[Block]) -> list[str]:
+    def look(frozen: FrozenProcess, batch: Sequence[Block]) -> list[None]:
         if frozen.tracees[process.pid].rseq_abort:
             disturbed.append(word(4) % FATES)
-        return [""] * len(batch)
+        return [None] * len(batch)
 
     try:
         if not wait_for(lambda: word(1) or process.poll() is not None) or process.poll() is not None:

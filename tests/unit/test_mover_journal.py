@@ -116,6 +116,17 @@ def test_a_window_leaves_one_size_on(machine: Machine) -> None:
     assert machine.file.read_bytes() == b""
 
 
+def test_only_the_sizes_that_have_to_be_off_are_turned_off(machine: Machine) -> None:
+    for order in (2, 3, 5):
+        machine.set(order, "madvise")
+    before = machine.words()
+    with machine.journal().only(3, off=range(4, 9)):
+        assert machine.words() == {2: "madvise", 3: "always", 4: "never", 5: "never", 9: "inherit"}
+    assert machine.words() == before
+    with machine.journal().only(4, off=()):
+        assert machine.words() == before | {4: "always"}
+
+
 def test_inherit_of_never_is_off(machine: Machine) -> None:
     machine.set_top("never")
     journal = KernelLike(machine)

@@ -11,12 +11,12 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, CollapseOutcome, PteColumns, Segment, Vma
+from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
@@ -28,6 +28,9 @@ from mthp.linux.sysfs import ThpSysfs
 from mthp.results import ScanResult, result_of_madvise
 from mthp.tunables import Switches, Tunables
 
+if TYPE_CHECKING:
+    from mthp.linux.mover.mover import Mover
+
 SPARSE_BYTES = 64 << 20
 """Less than this is read without first asking what of it is populated."""
 
@@ -38,6 +41,8 @@ NO_PFNS = (
     "page frame numbers, and with them the folio orders below the PMD size, lazily freed pages and KSM pages:"
     " CAP_SYS_ADMIN shows them (run as root)"
 )
+NEEDS_MOVER = "MADV_COLLAPSE makes folios of the PMD size only: smaller ones need the mover"
+NEEDS_CALL = "the mover makes no folios of the PMD size: MADV_COLLAPSE does"
 NO_SCAN = "what is mapped by PMD entries: Linux 6.7 or later shows it (PAGEMAP_SCAN)"
 
 
@@ -64,6 +69,7 @@ class LiveAddressSpace(AddressSpace):
         self._pagemap = Pagemap(process)
         self._folios, self._no_folios = _open_folios(self._geometry)
         self._columns = ColumnReader(self._pagemap, self._folios, self._geometry)
+        self._made_mover: Mover | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -192,24 +198,63 @@ class LiveAddressSpace(AddressSpace):
         return found
 
     def collapse(self, address: int, order: int) -> CollapseOutcome:
-        """Collapse the PMD range at `address` with MADV_COLLAPSE: process_madvise(2), for this process madvise(2).
+        """Collapse one run: the PMD order with MADV_COLLAPSE, smaller ones with the mover and its usual means.
 
-        Success does not mean that anything was done: the kernel also says it of a range that was huge before.
+        MADV_COLLAPSE is asked for with process_madvise(2), for this process with madvise(2). Its success does not mean
+        that anything was done: the kernel also says it of a range that was huge before.
 
         Raises:
             TargetVanishedError: the process is gone.
-            UnsupportedError: an order other than the PMD order, which MADV_COLLAPSE does not offer.
+            UnsupportedError: this kernel cannot, or not for this process.
             NotPermittedError: CAP_SYS_NICE or the right to look at the process is missing.
-            UsageError: `address` is not aligned.
+            UsageError: `address` is not aligned, or there is no such order.
         """
-        if order != self._geometry.pmd_order:
-            raise UnsupportedError(
-                f"order {order} needs the move mechanism",
-                help=f"MADV_COLLAPSE makes folios of {self._geometry.label(self._geometry.pmd_order)} only",
-            )
+        return self.collapse_blocks([(address, order)], Means())[0]
+
+    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        """Collapse disjoint `blocks`: the PMD order with MADV_COLLAPSE, smaller ones with the mover.
+
+        With the mechanism ``madvise`` smaller orders, and with ``move`` the PMD order, are left alone, with the reason.
+        If the target exits meanwhile, the outcomes of what was left are ANY_PROCESS.
+
+        Raises:
+            As :meth:`collapse`.
+        """
+        geometry = self._geometry
+        for address, order in blocks:
+            if address % geometry.size_of(geometry.check_order(order)):
+                raise UsageError(f"{address:#x} is not aligned to {geometry.label(order)}")
+        outcomes: dict[Block, CollapseOutcome] = {}
+        by_call = [block for block in blocks if block[1] == geometry.pmd_order]
+        by_move = [block for block in blocks if block[1] != geometry.pmd_order]
+        if means.mechanism == "move":
+            outcomes |= dict.fromkeys(by_call, CollapseOutcome(ScanResult.FAIL, 0, reason=NEEDS_CALL))
+        else:
+            outcomes |= {block: self._madvise(block[0]) for block in by_call}
+        if means.mechanism == "madvise":
+            outcomes |= dict.fromkeys(by_move, CollapseOutcome(ScanResult.FAIL, 0, reason=NEEDS_MOVER))
+        elif by_move:
+            outcomes |= zip(by_move, self._mover().collapse(by_move, means), strict=True)
+        return [outcomes[block] for block in blocks]
+
+    def take_pauses(self) -> list[int]:
+        return self._made_mover.take_pauses() if self._made_mover else []
+
+    def _mover(self) -> Mover:
+        """The mover of this process, made when it is first needed."""
+        if self._made_mover is None:
+            from mthp.linux.mover.mover import Mover
+
+            self._made_mover = Mover(self)
+        return self._made_mover
+
+    def _madvise(self, address: int) -> CollapseOutcome:
+        """MADV_COLLAPSE of the PMD range at `address`.
+
+        Raises:
+            As :meth:`collapse`.
+        """
         size = self._geometry.pmd_size
-        if address % size:
-            raise UsageError(f"{address:#x} is not aligned to {self._geometry.label(order)}")
         begin = time.perf_counter_ns()
         if self.process.is_self:
             error = abi.madvise(address, size, abi.MADV_COLLAPSE)
@@ -249,6 +294,8 @@ class LiveAddressSpace(AddressSpace):
 
     def close(self) -> None:
         """Let go of the process. Closing twice does nothing."""
+        if self._made_mover is not None:
+            self._made_mover.close()
         self._pagemap.close()
         if self._folios:
             self._folios.close()

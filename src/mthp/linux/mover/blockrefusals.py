@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import Pte, PteColumns, Segment, Vma
 from mthp.linux.columns import spread
+from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.taskfiles import read_task_file, task_ids
 from mthp.linux.process import Process
+from mthp.results import ScanResult
 
 NR_GET_ROBUST_LIST = {"x86_64": 274, "aarch64": 100}
 """``get_robust_list`` in each architecture's ``asm/unistd.h``."""
@@ -76,6 +78,27 @@ class BlockRefusal(enum.IntEnum):
         """What to tell a person; ``""`` for NONE."""
         return _REASONS[self]
 
+    @property
+    def objection(self) -> Objection:
+        """The reason with the scan result nearest to it; only for those that are one."""
+        return Objection(_RESULTS[self], _REASONS[self])
+
+
+_RESULTS = {
+    BlockRefusal.MISALIGNED: ScanResult.ADDRESS_RANGE,
+    BlockRefusal.NOT_IN_ONE_VMA: ScanResult.ADDRESS_RANGE,
+    BlockRefusal.VMA: ScanResult.VMA_CHECK,
+    BlockRefusal.NOT_READ: ScanResult.FAIL,
+    BlockRefusal.SPECIAL: ScanResult.PAGE_COUNT,
+    BlockRefusal.MARKER: ScanResult.PTE_UFFD,
+    BlockRefusal.SWAPPED: ScanResult.EXCEED_SWAP_PTE,
+    BlockRefusal.NOT_ANON: ScanResult.PAGE_ANON,
+    BlockRefusal.SHARED: ScanResult.EXCEED_SHARED_PTE,
+    BlockRefusal.ALREADY: ScanResult.PTE_MAPPED_HUGEPAGE,
+    BlockRefusal.LARGE_FOLIO: ScanResult.PTE_MAPPED_HUGEPAGE,
+    BlockRefusal.EMPTY: ScanResult.NO_PTE_TABLE,
+    BlockRefusal.ABSENT: ScanResult.EXCEED_NONE_PTE,
+}
 
 _REASONS = {
     BlockRefusal.NONE: "",
@@ -132,7 +155,7 @@ def special_ranges(process: Process) -> SpecialRanges:
     stacks: list[Segment] = []
     running: list[int] = []
     for tid in task_ids(process):
-        if head := _robust_list(tid):
+        if head := robust_list(tid):
             robust.append((head, head + ROBUST_LIST_HEAD_BYTES))
         text = read_task_file(process, tid, "syscall")
         if text is None:
@@ -147,7 +170,7 @@ def special_ranges(process: Process) -> SpecialRanges:
     return SpecialRanges(tuple(robust), tuple(stacks), (), tuple(running))
 
 
-def _robust_list(tid: int) -> int:
+def robust_list(tid: int) -> int:
     """Address of the head of a thread's robust list; 0 if it has none or is gone."""
     number = NR_GET_ROBUST_LIST.get(os.uname().machine)
     head, length = ctypes.c_uint64(), ctypes.c_size_t()

@@ -129,7 +129,7 @@ def collapse_own(
             else:
                 mover = stack.enter_context(OwnMover(size, guarded=guarded))
                 if order not in space.switches.orders(advised=False):
-                    stack.enter_context((journal or SwitchJournal()).only(order, leave_others=True))
+                    stack.enter_context((journal or SwitchJournal()).only(order, off=()))
             outcomes: list[BlockOutcome] = []
             step = BLOCKS_PER_CALL * size
             for start in range(first, last, step):

@@ -37,7 +37,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +138,7 @@ class SwitchJournal:
         self._files: _Files | None = None
 
     @contextlib.contextmanager
-    def only(self, order: int, word: str = "always", *, leave_others: bool = False) -> Iterator[None]:
+    def only(self, order: int, word: str = "always", *, off: Container[int] | None = None) -> Iterator[None]:
         """A window in which `order` is the one size that is on.
 
         Switches that are off, or inherit from a top-level ``never``, are not touched.
@@ -146,7 +146,7 @@ class SwitchJournal:
         Args:
             order: its size's switch is set to `word`, all others that are on to ``never``.
             word: ``always``, or ``madvise`` for memory with MADV_HUGEPAGE alone.
-            leave_others: leave the other sizes as they are, for where a larger folio does not fit anyway.
+            off: which others have to be off, if not all: those whose folios would fit as well.
 
         Raises:
             UnsupportedError: this kernel has no switch for that size.
@@ -164,7 +164,7 @@ class SwitchJournal:
                         self._open(create=True)
                         undo.callback(self._close)
                     undo.callback(self._put_back_to, len(self._changes))
-                    self._set(self._wanted(order, word, leave_others=leave_others))
+                    self._set(self._wanted(order, word, off))
                 yield
             finally:
                 try:
@@ -213,7 +213,7 @@ class SwitchJournal:
         self._files = None
         self._changes = []
 
-    def _wanted(self, order: int, word: str, *, leave_others: bool) -> list[Change]:
+    def _wanted(self, order: int, word: str, must_be_off: Container[int] | None) -> list[Change]:
         """The changes that leave one size on, those that turn something off first."""
         page_size = os.sysconf("SC_PAGESIZE")
         words = {
@@ -229,13 +229,15 @@ class SwitchJournal:
         boot = _boot_id()
         off, on = [], []
         for other, (switch, was) in words.items():
+            if other != order and must_be_off is not None and other not in must_be_off:
+                continue
             if was not in SIZE_WORDS:
                 raise UnsupportedError(f"{switch} is {was!r}, which this version does not know", help="a newer mthp")
             if other == order and was != word:
                 on.append(Change(switch, was, word, boot))
             elif other != order and was != "never" and not (was == "inherit" and top_is_off):
                 off.append(Change(switch, was, "never", boot))
-        return on if leave_others else off + on
+        return off + on
 
     def _set(self, changes: Sequence[Change]) -> None:
         """Write `changes` down, then make them."""

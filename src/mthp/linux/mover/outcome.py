@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mthp.results import ScanResult
 
@@ -29,6 +30,18 @@ _REASONS = {
     errno.EINVAL: "the kernel does not move memory of this mapping (locked, read-only, or more than one mapping)",
     errno.EFAULT: "nothing is mapped there, or it may not be written",
 }
+
+
+class Objection(NamedTuple):
+    """Why a block is not moved.
+
+    Attributes:
+        result: the scan result nearest to it.
+        reason: for a person, as a sentence without a full stop.
+    """
+
+    result: ScanResult
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

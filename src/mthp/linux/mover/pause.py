@@ -90,11 +90,15 @@ class PauseBudget:
     """
 
     def __init__(self, max_pause_ns: int, max_blocks: int) -> None:
-        self._limit_ns = MARGIN * max_pause_ns
+        self.limit(max_pause_ns)
         self._max_blocks = max_blocks
         self._fixed_ns = 0.0
         self._ns_per_byte = 0.0
         self._measured = False
+
+    def limit(self, max_pause_ns: int) -> None:
+        """Keep to another length from now on."""
+        self._limit_ns = MARGIN * max_pause_ns
 
     def blocks(self, sizes: Sequence[int]) -> int:
         """How many of the next blocks, of `sizes` bytes, fit into a window: at least 1, and at first 1."""

@@ -333,9 +333,9 @@ def _sharer(target: _Target) -> Refusal | None:
     if not unknown:
         return None
     # Processes in one address space have one size. Anybody may read it, and kernel threads have none.
-    size = _vm_size(target.proc, pid)
+    size = vm_size(target.proc, pid)
     for other in unknown:
-        if size == _vm_size(target.proc, other):
+        if size == vm_size(target.proc, other):
             return Refusal(
                 "shared_vm_unknown",
                 f"process {other} has exactly its size, and may run in the same address space (CLONE_VM)",
@@ -348,7 +348,7 @@ def _process_ids(proc: Path) -> Iterator[int]:
     return (int(path.name) for path in proc.iterdir() if path.name.isdigit())
 
 
-def _vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
+def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
     """Size, text and data in pages (proc_pid_statm(5))."""
     try:
         words = (proc / str(pid) / "statm").read_bytes().split()

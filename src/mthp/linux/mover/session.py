@@ -23,9 +23,10 @@ from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader
 from mthp.linux.kpageflags import FolioReader
 from mthp.linux.mover import stub
+from mthp.linux.mover.blockrefusals import BlockRefusal
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, inject
-from mthp.linux.mover.outcome import BlockOutcome, reason_of_move, result_of_move
+from mthp.linux.mover.outcome import BlockOutcome, Objection, reason_of_move, result_of_move
 from mthp.linux.mover.park import park, special_ranges, touches, work
 from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
 from mthp.linux.mover.steps import Observer, Step, ignore
@@ -43,8 +44,8 @@ MAX_BLOCKS = 512
 MACHINES = ("x86_64",)
 """Machines that there is a stub for; aarch64 has none yet."""
 
-Recheck = Callable[[FrozenProcess, Sequence[Block]], Sequence[str]]
-"""Called when all threads stand still: gives for each block why it must not be moved after all, or ``""``."""
+Recheck = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | None]]
+"""Called when all threads stand still: gives for each block why it must not be moved after all, or None."""
 
 _PR_SET_TIMERSLACK = 29
 _T = TypeVar("_T")
@@ -68,7 +69,8 @@ class MoverSession:
         observer: told of every step; for tests.
 
     Attributes:
-        pauses: every window so far in which blocks were moved.
+        uffd: the number of the userfaultfd that was made in the target, -1 if there is none.
+        pauses: every window in which blocks were moved; whoever keeps a session for long may empty the list.
 
     Raises:
         UnsupportedError: no stub for this machine, or the target is this process.
@@ -90,23 +92,33 @@ class MoverSession:
             raise UnsupportedError(f"the mover has no code for {os.uname().machine}", help=f"it has: {MACHINES[0]}")
         if process.is_self:
             raise UnsupportedError("a process cannot trace itself", help="use mthp.collapse_self")
-        if max_pause_ns <= 0:
-            raise UsageError(f"a pause of {max_pause_ns} ns is not above 0")
-        if not 0 < duty <= 1:
-            raise UsageError(f"a duty of {duty} is not above 0 and at most 1")
+        self.uffd = -1
         self.pauses: list[Pause] = []
         self._process = process
         self._geometry = geometry
-        self._duty = duty
         self._stop_timeout_ns = stop_timeout_ns
         self._recheck = recheck
         self._observer = observer
         self._budget = PauseBudget(max_pause_ns, MAX_BLOCKS)
+        self.limit(max_pause_ns, duty)
         self._injection: Injection | None = None
         self._open = False
         self._populate_first = _has_protection_keys()
         self._pagemap = Pagemap(process)
         self._folios = FolioReader(geometry.pmd_order) if can_see_pfns() else None
+
+    def limit(self, max_pause_ns: int, duty: float) -> None:
+        """From now on keep pauses to `max_pause_ns`, and to the part `duty` of the time.
+
+        Raises:
+            UsageError: out of range.
+        """
+        if max_pause_ns <= 0:
+            raise UsageError(f"a pause of {max_pause_ns} ns is not above 0")
+        if not 0 < duty <= 1:
+            raise UsageError(f"a duty of {duty} is not above 0 and at most 1")
+        self._duty = duty
+        self._budget.limit(max_pause_ns)
 
     @property
     def pause_summary(self) -> PauseSummary:
@@ -165,6 +177,16 @@ class MoverSession:
             CannotStopError: the target does not stop.
             TargetVanishedError: it is gone.
         """
+        return [outcome for done in self.windows(blocks, verify=verify, fill=fill) for outcome in done]
+
+    def windows(
+        self, blocks: Sequence[Block], *, verify: bool = False, fill: bool = False
+    ) -> Iterator[list[BlockOutcome]]:
+        """As :meth:`move`, window by window: the outcomes of each, before the next is opened.
+
+        Raises:
+            UsageError, CannotStopError, TargetVanishedError: as :meth:`move`.
+        """
         if not self._open:
             raise UsageError("the session is not open", help="use it as a context manager")
         for address, order in blocks:
@@ -176,15 +198,16 @@ class MoverSession:
             if address % self._geometry.size_of(self._geometry.check_order(order)):
                 raise UsageError(f"{address:#x} is not aligned to {self._geometry.label(order)}")
         flags = (stub.FLAG_VERIFY if verify else 0) | (stub.FLAG_FILL if fill or self._populate_first else 0)
-        outcomes: list[BlockOutcome] = []
-        while len(outcomes) < len(blocks):
-            ahead = blocks[len(outcomes) : len(outcomes) + MAX_BLOCKS]
+        count = 0
+        while count < len(blocks):
+            ahead = blocks[count : count + MAX_BLOCKS]
             batch = ahead[: self._budget.blocks([self._geometry.size_of(order) for _, order in ahead])]
             done, pause = self._window(batch, flags)
-            outcomes += self._look_at_folios(done)
-            if len(outcomes) < len(blocks):
-                time.sleep(rest_seconds(pause, self._duty))
-        return outcomes
+            ended = time.perf_counter()
+            yield self._look_at_folios(done)
+            count += len(done)
+            if count < len(blocks):
+                time.sleep(max(0.0, ended + rest_seconds(pause, self._duty) - time.perf_counter()))
 
     def _window(self, batch: Sequence[Block], flags: int) -> tuple[list[BlockOutcome], Pause]:
         """Move the blocks of one window."""
@@ -205,8 +228,8 @@ class MoverSession:
             self._injection = None
             fetched = True
             threads = len(frozen.tracees)
-            reasons = self._refuse(frozen, batch, injection)
-            allowed = [block for block, reason in zip(batch, reasons, strict=True) if not reason]
+            objections = self._refuse(frozen, batch, injection)
+            allowed = [block for block, objection in zip(batch, objections, strict=True) if objection is None]
             if allowed:
                 sizes = [(address, self._geometry.size_of(order)) for address, order in allowed]
                 operations = stub.operations_for(sizes, flags)
@@ -226,7 +249,7 @@ class MoverSession:
             copy_ns=int(copied.sum()),
             restore_ns=time.perf_counter_ns() - worked,
         )
-        return _outcomes(batch, reasons, operations), pause
+        return _outcomes(batch, objections, operations), pause
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[FrozenProcess]:
@@ -254,6 +277,7 @@ class MoverSession:
         self._injection = inject(
             frozen, operations=MAX_BLOCKS, scratch_size=self._geometry.pmd_size, observer=self._observer
         )
+        self.uffd = self._injection.uffd
         return self._injection
 
     def _take_out(self, frozen: FrozenProcess) -> None:
@@ -269,17 +293,18 @@ class MoverSession:
         with self._frozen() as frozen:
             self._take_out(frozen)
 
-    def _refuse(self, frozen: FrozenProcess, batch: Sequence[Block], injection: Injection) -> list[str]:
+    def _refuse(self, frozen: FrozenProcess, batch: Sequence[Block], injection: Injection) -> list[Objection | None]:
         """For each block why it must not be moved after all, now that nothing changes any more."""
-        reasons = list(self._recheck(frozen, batch)) if self._recheck else [""] * len(batch)
+        none: list[Objection | None] = [None] * len(batch)
+        objections = list(self._recheck(frozen, batch)) if self._recheck else none
         special = special_ranges(frozen)
         for index, (address, order) in enumerate(batch):
             end = address + self._geometry.size_of(order)
             if injection.layout.overlaps(address, end):
-                reasons[index] = "it is the mover's own memory"
-            elif not reasons[index] and touches(special, address, end):
-                reasons[index] = "it holds a thread's rseq area or stack pointer, which the kernel itself uses"
-        return reasons
+                objections[index] = Objection(ScanResult.VMA_CHECK, "it is the mover's own memory")
+            elif objections[index] is None and touches(special, address, end):
+                objections[index] = BlockRefusal.SPECIAL.objection
+        return objections
 
     def _look_at_folios(self, outcomes: list[BlockOutcome]) -> list[BlockOutcome]:
         """The outcomes, those without the folio that was wanted changed to ALLOC_HUGE_PAGE_FAIL."""
@@ -310,14 +335,16 @@ class MoverSession:
         return outcomes
 
 
-def _outcomes(batch: Sequence[Block], reasons: Sequence[str], operations: NDArray[np.void]) -> list[BlockOutcome]:
-    """The outcome of each block of a window from the operations on those that had no reason against them."""
+def _outcomes(
+    batch: Sequence[Block], objections: Sequence[Objection | None], operations: NDArray[np.void]
+) -> list[BlockOutcome]:
+    """The outcome of each block of a window from the operations on those that nothing spoke against."""
     elapsed = _taken(operations["begun"], operations["ended"]).tolist()
     row = 0
     outcomes = []
-    for (address, order), reason in zip(batch, reasons, strict=True):
-        if reason:
-            outcomes.append(BlockOutcome(address, order, ScanResult.VMA_CHECK, reason))
+    for (address, order), objection in zip(batch, objections, strict=True):
+        if objection is not None:
+            outcomes.append(BlockOutcome(address, order, objection.result, objection.reason))
             continue
         operation = operations[row]
         error = -int(operation["error"])

@@ -1,0 +1,238 @@
+"""The mover of one target, ready to use: it judges blocks, sets the switches, moves, and says what came of it.
+
+This is where the parts come together. For a batch of blocks:
+
+1. The process is judged; what speaks against all of it is given as the reason of every block, and nothing is touched.
+   It is asked again in the next batch: a thread that sleeps uninterruptibly now may not do so then.
+2. Mappings and blocks are judged. What is allowed is moved order by order, the largest first; for each order the
+   switches are set so that a fault brings just this one (:mod:`~mthp.linux.mover.journal`), once for the whole batch.
+   Sizes below it and the PMD size may stay on: a fault takes the largest that fits, and one of the PMD size does not
+   where there is a page table.
+3. All threads are stopped, what may have changed is asked again (:mod:`~mthp.linux.mover.recheck`), the blocks are
+   moved, window by window (:mod:`~mthp.linux.mover.session`).
+
+The session stays open from batch to batch, since its injection costs about as much as a window. It is closed with the
+mover, or when the target turns out to be another program than before.
+
+Every block has an outcome, whatever happens: if the target exits in the middle, what was done before is told, and the
+rest is ANY_PROCESS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Block, CollapseOutcome, Means, Segment, Vma
+from mthp.errors import MthpError, TargetVanishedError
+from mthp.linux.live import LiveAddressSpace
+from mthp.linux.mover.blockrefusals import BlockRefusal, refuse_blocks, special_ranges
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.mover.outcome import BlockOutcome, Objection
+from mthp.linux.mover.processrefusals import refuse_process
+from mthp.linux.mover.recheck import Before, Recheck, has_userfaultfd, last_pid, zero_pages_of
+from mthp.linux.mover.refusals import refuse_vma
+from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.steps import Observer, ignore
+from mthp.results import ScanResult
+
+VMAS_AGE_NS = 200_000_000
+"""For so long a list of mappings is good: what changes of it that matters is seen after the stop."""
+
+VMAS_SHARE = 0.1
+"""The part of the time that a target is asked for its list at most, if that takes long."""
+
+
+class Mover:
+    """Moves blocks of one process to folios of their orders.
+
+    Args:
+        space: the target.
+        journal: sets the machine's switches; the one in the usual place if not given.
+        observer: told of every step; for tests.
+    """
+
+    def __init__(
+        self, space: LiveAddressSpace, *, journal: SwitchJournal | None = None, observer: Observer = ignore
+    ) -> None:
+        self._space = space
+        self._process = space.process
+        self._geometry = space.geometry
+        self._journal = journal or SwitchJournal(sysfs=space.sysfs)
+        self._observer = observer
+        self._session: MoverSession | None = None
+        self._recheck = Recheck(space.process, space.geometry)
+        self._before: Before | None = None
+        self._vmas: list[Vma] = []
+        self._vmas_good_until = 0
+        self._pauses: list[int] = []
+
+    def collapse(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        """Move `blocks`, disjoint and below the PMD order: the outcome of each, in their order.
+
+        Raises:
+            TargetVanishedError: the process was gone before anything was moved.
+            NotPermittedError, UnsupportedError, MthpError: nothing was moved, since the switches cannot be set.
+        """
+        outcomes: list[CollapseOutcome | None] = [None] * len(blocks)
+        last = last_pid()
+        if refused := refuse_process(self._process, self._space):
+            return [CollapseOutcome(ScanResult.FAIL, 0, reason=refused[0].reason)] * len(blocks)
+        self._judge(blocks, means, last, outcomes)
+        done = 0
+        for order in sorted({order for _, order in blocks}, reverse=True):
+            indices = [at for at, block in enumerate(blocks) if block[1] == order and outcomes[at] is None]
+            if not indices:
+                continue
+            try:
+                # A fault takes the largest size that fits: the PMD size never does, with a page table there.
+                with self._journal.only(order, off=range(order + 1, self._geometry.pmd_order)):
+                    done += self._move(blocks, indices, means, outcomes)
+            except MthpError as error:
+                if not done:
+                    raise
+                self._give_up(indices, outcomes, ScanResult.FAIL, error)
+        return [outcome or CollapseOutcome(ScanResult.FAIL, 0) for outcome in outcomes]
+
+    def _judge(self, blocks: Sequence[Block], means: Means, last: int, outcomes: list[CollapseOutcome | None]) -> None:
+        """Give those blocks their outcome that are not to be moved; remember what the others were judged by."""
+        uffd = has_userfaultfd(self._process, but=self._session.uffd if self._session else -1)
+        vmas = self._mappings()
+        addresses = np.array([address for address, _ in blocks], np.int64)
+        orders = np.array([order for _, order in blocks], np.int8)
+        columns = self._space.read(_segments(addresses, orders, self._geometry.page_size))
+        verdicts = refuse_blocks(
+            columns,
+            None if columns.pfn is None else self._space.mapcounts(columns),
+            addresses,
+            orders,
+            vmas=vmas,
+            refuse_vma=refuse_vma,
+            special=special_ranges(self._process),
+            page_size=self._geometry.page_size,
+            fill=means.fill,
+        )
+        for at in np.flatnonzero(verdicts).tolist():
+            objection = BlockRefusal(int(verdicts[at])).objection
+            reason = objection.reason
+            if verdicts[at] == BlockRefusal.VMA:
+                reason = _why_not(vmas, blocks[at][0]) or reason
+            outcomes[at] = CollapseOutcome(objection.result, 0, reason=reason)
+        self._before = Before(vmas, zero_pages_of(columns), last, uffd, means.fill)
+
+    def _mappings(self) -> list[Vma]:
+        """The mappings, not older than need be. Writing the list takes the kernel a walk over all page tables."""
+        now = time.monotonic_ns()
+        if now > self._vmas_good_until:
+            self._vmas = self._space.vmas()
+            taken = time.monotonic_ns() - now
+            self._vmas_good_until = now + taken + max(VMAS_AGE_NS, int(taken / VMAS_SHARE))
+        return self._vmas
+
+    def _judge_again(self, frozen: FrozenProcess, blocks: Sequence[Block]) -> list[Objection | None]:
+        """As :meth:`_judge`, now that all threads stand still."""
+        assert self._session is not None
+        assert self._before is not None
+        return self._recheck.objections(frozen, blocks, self._before, self._session.uffd)
+
+    def _move(
+        self,
+        blocks: Sequence[Block],
+        indices: Sequence[int],
+        means: Means,
+        outcomes: list[CollapseOutcome | None],
+    ) -> int:
+        """Move the blocks at `indices`, all of one order; give how many have a folio of their own now."""
+        made = count = 0
+        try:
+            session = self._opened(means)
+            # Populating first makes pages this process's own again that a child which has exited had shared. It fills
+            # no hole that is not to be filled: after the stop such blocks are refused.
+            for done in session.windows([blocks[at] for at in indices], verify=means.verify, fill=True):
+                for at, outcome in zip(indices[count:], done, strict=False):
+                    outcomes[at] = _collapse_outcome(outcome)
+                count += len(done)
+                made += sum(outcome.result is ScanResult.SUCCEED for outcome in done)
+        except TargetVanishedError as error:
+            self._drop_session()
+            self._give_up(indices, outcomes, ScanResult.ANY_PROCESS, error)
+        except MthpError as error:
+            self._drop_session()
+            self._give_up(indices, outcomes, ScanResult.FAIL, error)
+        finally:
+            self._note_pauses()
+        return made
+
+    def _opened(self, means: Means) -> MoverSession:
+        """The session, opened if it is not."""
+        if self._session is None:
+            session = MoverSession(
+                self._process,
+                self._geometry,
+                max_pause_ns=means.max_pause_ns,
+                duty=means.duty,
+                recheck=self._judge_again,
+                observer=self._observer,
+            )
+            session.__enter__()
+            self._session = session
+        self._session.limit(means.max_pause_ns, means.duty)
+        return self._session
+
+    @staticmethod
+    def _give_up(
+        indices: Sequence[int], outcomes: list[CollapseOutcome | None], result: ScanResult, error: MthpError
+    ) -> None:
+        """Give the blocks without an outcome this one."""
+        reason = f"{error.message} ({error.help})" if error.help else error.message
+        for at in indices:
+            if outcomes[at] is None:
+                outcomes[at] = CollapseOutcome(result, 0, reason=reason)
+
+    def take_pauses(self) -> list[int]:
+        """How long each window was, in nanoseconds, since this was last asked."""
+        pauses, self._pauses = self._pauses, []
+        return pauses
+
+    def _note_pauses(self) -> None:
+        if self._session is not None:
+            self._pauses += [pause.total_ns for pause in self._session.pauses]
+            self._session.pauses.clear()
+
+    def _drop_session(self) -> None:
+        """Close the session; what cannot be taken out of the target stays in it, without doing anything."""
+        self._note_pauses()
+        if self._session is not None:
+            session, self._session = self._session, None
+            with contextlib.suppress(MthpError):
+                session.close()
+
+    def close(self) -> None:
+        """Take the injected code out of the target. Closing twice does nothing."""
+        self._drop_session()
+        self._recheck.close()
+
+
+def _segments(addresses: NDArray[np.int64], orders: NDArray[np.int8], page_size: int) -> list[Segment]:
+    """The ranges that the blocks make up, ascending; neighbours are joined."""
+    by_address = np.argsort(addresses)
+    starts = addresses[by_address]
+    ends = starts + (np.int64(page_size) << orders[by_address].astype(np.int64))
+    breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+    firsts, lasts = np.r_[0, breaks], np.r_[breaks - 1, len(ends) - 1]
+    return list(zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True))
+
+
+def _why_not(vmas: Sequence[Vma], address: int) -> str:
+    """Why the mapping at `address` is refused."""
+    refusals = (refuse_vma(vma) for vma in vmas if vma.start <= address < vma.end)
+    return next((refusal.reason for refusal in refusals if refusal), "")
+
+
+def _collapse_outcome(outcome: BlockOutcome) -> CollapseOutcome:
+    return CollapseOutcome(outcome.result, outcome.elapsed_ns, outcome.errno, outcome.reason)

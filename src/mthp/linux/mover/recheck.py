@@ -1,0 +1,295 @@
+"""What is asked once more when all threads of the target stand still, and why that is enough.
+
+Processes, mappings and blocks are judged before the stop (:mod:`mthp.linux.mover.refusals`), which takes milliseconds:
+the kernel walks all page tables to write smaps, every process of the machine is compared, every open file is looked at.
+Nobody may stand still for that long. So afterwards only that is asked which can have changed in between, in a form
+that takes a tenth of a millisecond:
+
+- *Pages*: the pagemap words of the blocks. A page is there, anonymous, without markers, and mapped by this process
+  alone, or the block is left as it is. Folios and counts of other kinds have been looked at, and what a page lies in
+  the kernel looks at itself when it moves it.
+- *Mappings*: one question for each (PROCMAP_QUERY, Linux 6.11; elsewhere maps is read). A mapping that is as large as
+  it was or larger, with the same permissions, has the flags that it had: the kernel joins only what has the same.
+  What can have changed without a trace are flags of the whole mapping. Those that matter are refused by the kernel (one
+  that was locked), or show in what follows.
+- *Sharers of the address space*: nobody new has a PID, or those who have are compared (kcmp(2)). PIDs are given out in
+  order, and /proc/loadavg names the last one.
+- *Pins, THP switched off, system calls filtered*: status of the process. Threads that are new are looked at by whoever
+  stopped them (:mod:`mthp.linux.mover.freeze`), robust lists here.
+- *userfaultfd*: a mapping that was registered with one meanwhile would have the refill wait for a thread of the
+  target's. A process that had none when its mappings were judged, and has none now, cannot have done that. Where so
+  many files are open that this takes long, the earlier answer stands. A process that had one is judged anew, long as
+  it takes.
+- *io_uring, asynchronous I/O, devices*: nothing. What they hold at this moment is pinned, which the kernel sees, and
+  threads that work for them are refused as threads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Block, Pte, PteColumns, Vma
+from mthp.geometry import Geometry
+from mthp.linux import abi, procfs
+from mthp.linux.mover.blockrefusals import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.kcmp import KCMP_VM, kcmp
+from mthp.linux.mover.outcome import Objection
+from mthp.linux.mover.processrefusals import vm_size
+from mthp.linux.mover.refusals import refuse_vma
+from mthp.linux.mover.taskfiles import Thread
+from mthp.linux.pagemap import Pagemap
+from mthp.linux.process import Process
+from mthp.results import ScanResult
+
+PROCMAP_QUERY = 0xC0686611
+"""``_IOWR('f', 17, struct procmap_query)``, include/uapi/linux/fs.h, Linux 6.11."""
+
+_PROCMAP = struct.Struct("=9Q4I2Q")
+"""``struct procmap_query``: size, query_flags, query_addr, vma_start, vma_end, vma_flags, ..., inode, ..."""
+
+_READABLE, _WRITABLE, _EXECUTABLE, _SHARED = 1, 2, 4, 8
+"""``PROCMAP_QUERY_VMA_*``."""
+
+MAX_FILES = 256
+"""Open files that are looked at while the target stands still; about a microsecond each."""
+
+MAX_NEW_PROCESSES = 512
+"""PIDs given out meanwhile that are compared one by one."""
+
+_USERFAULTFD = "anon_inode:[userfaultfd]"
+_CHANGED = Objection(ScanResult.VMA_CHECK, "its mapping changed meanwhile")
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What was found before the stop.
+
+    Attributes:
+        vmas: the mappings, ascending, with their flags.
+        zero_pages: frames of the zero pages in the blocks: uint64, sorted.
+        last_pid: the last PID that the system had given out when the process was judged.
+        has_userfaultfd: whether the process had one of its own then.
+        fill: whether holes are to be filled.
+    """
+
+    vmas: Sequence[Vma]
+    zero_pages: NDArray[np.uint64]
+    last_pid: int
+    has_userfaultfd: bool
+    fill: bool
+
+
+class Recheck:
+    """Asks again. To be called in the thread that traces.
+
+    Args:
+        process: the target.
+        geometry: of the machine.
+    """
+
+    def __init__(self, process: Process, geometry: Geometry) -> None:
+        self._process = process
+        self._geometry = geometry
+        self._pagemap = Pagemap(process)
+
+    def close(self) -> None:
+        """Close what is open. Closing twice does nothing."""
+        self._pagemap.close()
+
+    def objections(
+        self, frozen: FrozenProcess, blocks: Sequence[Block], before: Before, uffd: int
+    ) -> list[Objection | None]:
+        """Why each block must not be moved after all, or None.
+
+        Args:
+            before: what was found before the stop.
+            uffd: the number of the userfaultfd that is ours.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        if objection := self._process_objection(before, uffd):
+            return [objection] * len(blocks)
+        vmas = before.vmas
+        if before.has_userfaultfd:
+            vmas = procfs.read_vmas(self._process)
+        mappings = _Mappings(self._process, vmas)
+        try:
+            objections = [mappings.objection(address, address + self._size(order)) for address, order in blocks]
+        finally:
+            mappings.close()
+        heads = [head for tid in frozen.tracees if (head := robust_list(tid))]
+        for index, (address, order) in enumerate(blocks):
+            end = address + self._size(order)
+            if any(address < head + ROBUST_LIST_HEAD_BYTES and head < end for head in heads):
+                objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
+        self._look_at_pages(blocks, before, objections)
+        return objections
+
+    def _size(self, order: int) -> int:
+        return self._geometry.size_of(order)
+
+    def _process_objection(self, before: Before, uffd: int) -> Objection | None:
+        status = self._process.read("status")
+        thread = Thread.parse(self._process.pid, status)
+        if thread.seccomp:
+            return Objection(ScanResult.FAIL, "the process filters its system calls now (seccomp)")
+        if b"\nTHP_enabled:\t0" in status:
+            return Objection(ScanResult.FAIL, "the process switched THP off for itself meanwhile (PR_SET_THP_DISABLE)")
+        if (at := status.find(b"\nVmPin:")) >= 0 and int(status[at + 7 : status.index(b"kB", at)]):
+            return Objection(ScanResult.PAGE_COUNT, "the process pinned memory meanwhile (VmPin)")
+        if new_sharer(self._process.pid, before.last_pid, last_pid()):
+            return Objection(ScanResult.FAIL, "another process runs in the same address space now (CLONE_VM)")
+        if not before.has_userfaultfd and has_userfaultfd(self._process, but=uffd, at_most=MAX_FILES):
+            return Objection(
+                ScanResult.VMA_CHECK, "the process has a userfaultfd now: its mappings are to be judged again"
+            )
+        return None
+
+    def _look_at_pages(self, blocks: Sequence[Block], before: Before, objections: list[Objection | None]) -> None:
+        """Object to blocks of which a page is not there any more, or not its own."""
+        words = self._pagemap.read([(address, address + self._size(order)) for address, order in blocks])
+        counts = np.array([1 << order for _, order in blocks], np.int64)
+        begins = np.cumsum(counts) - counts
+        own = np.uint64(abi.PM_PRESENT | abi.PM_MMAP_EXCLUSIVE)
+        bad = np.uint64(abi.PM_FILE | abi.PM_SWAP | abi.PM_UFFD_WP | abi.PM_GUARD_REGION)
+        good = ((words & own) == own) & ((words & bad) == 0)
+        if before.fill and not good.all():
+            rest = np.flatnonzero(~good)
+            frames = words[rest] & np.uint64(abi.PM_PFRAME_MASK)
+            zero = ((words[rest] & np.uint64(abi.PM_PRESENT)) != 0) & np.isin(frames, before.zero_pages)
+            # A none PTE's word may still have the soft-dirty bit.
+            nothing = (words[rest] & (own | bad)) == 0
+            good[rest] = zero | nothing
+        for index in np.flatnonzero(~np.logical_and.reduceat(good, begins)).tolist():
+            if objections[index] is None:
+                objections[index] = Objection(ScanResult.PTE_NON_PRESENT, "a page of it went away or is shared now")
+
+
+class _Mappings:
+    """What each mapping is now, against what it was; each is asked about once."""
+
+    def __init__(self, process: Process, vmas: Sequence[Vma]) -> None:
+        self._process = process
+        self._vmas = vmas
+        self._starts = [vma.start for vma in vmas]
+        self._fd = process.open("maps")
+        self._answers: dict[int, Objection | None] = {}
+
+    def objection(self, start: int, end: int) -> Objection | None:
+        """Why the block from `start` to `end` must not be moved, as far as its mapping goes."""
+        at = bisect_right(self._starts, start) - 1
+        vma = self._vmas[at] if at >= 0 else None
+        if vma is None or end > vma.end:
+            return BlockRefusal.NOT_IN_ONE_VMA.objection
+        if vma.start not in self._answers:
+            self._answers[vma.start] = self._ask(vma, start)
+        return self._answers[vma.start]
+
+    def _ask(self, vma: Vma, address: int) -> Objection | None:
+        if refusal := refuse_vma(vma):
+            return Objection(ScanResult.VMA_CHECK, refusal.reason)
+        now = self._query(address)
+        if now is None or now[0] > vma.start or now[1] < vma.end or now[2] != vma.permissions:
+            return _CHANGED
+        return None
+
+    def _query(self, address: int) -> tuple[int, int, str] | None:
+        """Start, end and permissions of the mapping that covers `address`; None if none does."""
+        request = bytearray(_PROCMAP.pack(_PROCMAP.size, 0, address, *(0,) * 6, *(0,) * 4, 0, 0))
+        try:
+            fcntl.ioctl(self._fd, PROCMAP_QUERY, request)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return self._read(address)
+        fields = _PROCMAP.unpack(request)
+        start, end, flags, inode = fields[3], fields[4], fields[5], fields[8]
+        if inode:
+            return None
+        letters = zip((_READABLE, _WRITABLE, _EXECUTABLE), "rwx", strict=True)
+        permissions = "".join(letter if flags & bit else "-" for bit, letter in letters)
+        return start, end, permissions + ("s" if flags & _SHARED else "p")
+
+    def _read(self, address: int) -> tuple[int, int, str] | None:
+        """As :meth:`_query` on kernels that cannot be asked for one mapping."""
+        for line in self._process.read("maps").splitlines():
+            span, permissions, _, _, inode = line.split()[:5]
+            start, end = (int(word, 16) for word in span.split(b"-"))
+            if start <= address < end:
+                return None if inode != b"0" else (start, end, permissions.decode())
+        return None
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def last_pid() -> int:
+    """The PID that was last given out in this PID namespace (loadavg in proc.rst)."""
+    return int(Path("/proc/loadavg").read_bytes().split()[-1])
+
+
+def new_sharer(pid: int, last_then: int, last_now: int) -> bool:
+    """Whether a process that is newer than `last_then` shares the address space of `pid`, or may do so."""
+    if last_now == last_then:
+        return False
+    if not 0 < last_now - last_then <= MAX_NEW_PROCESSES:
+        # The numbers wrapped, or there are too many to ask one by one.
+        return any(_may_share(pid, int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return any(_may_share(pid, other) for other in range(last_then + 1, last_now + 1))
+
+
+def _may_share(pid: int, other: int) -> bool:
+    answer = kcmp(pid, other, KCMP_VM)
+    if answer is None:
+        return vm_size(Path("/proc"), pid) == vm_size(Path("/proc"), other)
+    if answer:
+        return False
+    try:
+        # Threads of the target have numbers of the same kind.
+        return f"\nTgid:\t{pid}\n" not in Path(f"/proc/{other}/status").read_text()
+    except OSError:
+        return False
+
+
+def has_userfaultfd(process: Process, *, but: int = -1, at_most: int = 1 << 30) -> bool:
+    """Whether `process` has a userfaultfd open besides the number `but`; False if it has more than `at_most` files.
+
+    Raises:
+        TargetVanishedError: it is gone.
+        NotPermittedError: its files are not ours to look at.
+    """
+    directory = process.open("fd")
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries]
+        if len(names) > at_most:
+            return False
+        for name in names:
+            try:
+                if int(name) != but and os.readlink(name, dir_fd=directory) == _USERFAULTFD:
+                    return True
+            except FileNotFoundError:
+                continue
+    except OSError as error:
+        process.fail(error, "its files")
+    finally:
+        os.close(directory)
+    return False
+
+
+def zero_pages_of(columns: PteColumns) -> NDArray[np.uint64]:
+    """Frames of the zero pages in `columns`, sorted; empty where frames cannot be seen."""
+    if columns.pfn is None:
+        return np.empty(0, np.uint64)
+    return np.unique(columns.pfn[columns.has(Pte.ZERO)])

@@ -1,0 +1,149 @@
+"""The mover behind the seam: `collapse_blocks` of a living process, with every reason that a block may be given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.helpers import Actor
+from mover_targets import Writers, mappings
+from mthp.addrspace import Block, CollapseOutcome, Means
+from mthp.geometry import X86_64
+from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.results import ScanResult
+from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
+from thp_switches import THP_ROOT, ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
+
+K64 = 64 << 10
+MOVE = Means(mechanism="move", max_pause_ns=20_000_000, duty=1.0)
+
+
+@pytest.fixture(autouse=True)
+def faults_of_one_page(thp_switches: ThpSwitches) -> None:
+    thp_switches.set("enabled", "madvise")
+    thp_switches.only()
+
+
+@pytest.fixture
+def actor() -> Iterator[Actor]:
+    with Actor() as actor:
+        yield actor
+
+
+@pytest.fixture
+def space(actor: Actor) -> Iterator[LiveAddressSpace]:
+    with open_live(actor.pid) as space:
+        yield space
+
+
+def blocks(start: int, size: int, order: int) -> list[Block]:
+    return [(address, order) for address in range(start, start + size, X86_64.size_of(order))]
+
+
+def orders(space: LiveAddressSpace, start: int, size: int) -> dict[int, int]:
+    """Pages by the order of the folio that they lie in."""
+    return dict(Counter(space.read([(start, start + size)]).folio_order.tolist()))
+
+
+def results(outcomes: list[CollapseOutcome]) -> dict[ScanResult, int]:
+    return dict(Counter(outcome.result for outcome in outcomes))
+
+
+def switches() -> dict[Path, str]:
+    return {path: path.read_text() for path in THP_ROOT.glob("hugepages-*kB/enabled")}
+
+
+def test_every_order_in_one_call(actor: Actor, space: LiveAddressSpace) -> None:
+    address = actor.map(4 * PMD_SIZE)
+    actor.fill(address, 4 * PMD_SIZE // PAGE_SIZE)
+    before, words = mappings(actor.pid), switches()
+    wanted = blocks(address, 1 << 20, 2) + blocks(address + PMD_SIZE, PMD_SIZE, 9)
+    wanted += blocks(address + (1 << 20), 1 << 20, 7) + blocks(address + 2 * PMD_SIZE, PMD_SIZE, 4)
+    wanted += blocks(address + 3 * PMD_SIZE, PMD_SIZE, 8)
+    outcomes = space.collapse_blocks(wanted, Means(max_pause_ns=20_000_000, duty=1.0, verify=True))
+    assert results(outcomes) == {ScanResult.SUCCEED: len(wanted)}
+    assert orders(space, address, 4 * PMD_SIZE) == {2: 256, 7: 256, 9: 512, 4: 512, 8: 512}
+    assert switches() == words
+    assert actor.damaged(address, 4 * PMD_SIZE // PAGE_SIZE) == 0
+    pauses = space.take_pauses()
+    assert len(pauses) >= 4
+    assert all(pause > 0 for pause in pauses)
+    assert space.take_pauses() == []
+    # The injected code stays for the next call, and goes with the space.
+    assert len(mappings(actor.pid)) > len(before)
+    space.close()
+    assert mappings(actor.pid) == before
+
+
+def test_the_mechanisms(actor: Actor, space: LiveAddressSpace) -> None:
+    address = actor.map(2 * PMD_SIZE)
+    actor.fill(address, 2 * PMD_SIZE // PAGE_SIZE)
+    wanted = [(address, 9), (address + PMD_SIZE, 4)]
+    by_move = space.collapse_blocks(wanted, MOVE)
+    assert [outcome.result for outcome in by_move] == [ScanResult.FAIL, ScanResult.SUCCEED]
+    assert "MADV_COLLAPSE" in by_move[0].reason
+    by_call = space.collapse_blocks(wanted, Means(mechanism="madvise"))
+    assert [outcome.result for outcome in by_call] == [ScanResult.SUCCEED, ScanResult.FAIL]
+    assert "mover" in by_call[1].reason
+    assert orders(space, address, PMD_SIZE + K64) == {9: 512, 4: 16}
+
+
+def test_each_block_has_its_own_reason(actor: Actor, space: LiveAddressSpace) -> None:
+    address = actor.map(PMD_SIZE)
+    actor.fill(address, 4 * 16)
+    actor.tell("read", address + 4 * K64, 16, 1)
+    actor.tell("madvise", address + K64 + PAGE_SIZE, PAGE_SIZE, 4)
+    spared = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
+    actor.fill(spared, 16)
+    wanted = [(address + at * K64, 4) for at in range(6)] + [(spared, 4), (1 << 30, 4)]
+    outcomes = space.collapse_blocks(wanted, MOVE)
+    assert [outcome.result.name for outcome in outcomes] == [
+        *("SUCCEED", "EXCEED_NONE_PTE", "SUCCEED", "SUCCEED", "NO_PTE_TABLE", "NO_PTE_TABLE"),
+        *("VMA_CHECK", "ADDRESS_RANGE"),
+    ]
+    assert "MADV_NOHUGEPAGE" in outcomes[6].reason
+    assert all(outcome.reason for outcome in outcomes if outcome.result is not ScanResult.SUCCEED)
+    again = space.collapse_blocks(wanted[:1], MOVE)
+    assert results(again) == {ScanResult.PTE_MAPPED_HUGEPAGE: 1}
+    filled = space.collapse_blocks(
+        [wanted[1], wanted[4]], Means(mechanism="move", max_pause_ns=20_000_000, duty=1.0, fill=True, verify=True)
+    )
+    assert [outcome.result.name for outcome in filled] == ["SUCCEED", "NO_PTE_TABLE"]
+    assert actor.damaged(address + 2 * K64, 32) == 0
+    assert actor.damaged(address, 17) == 0
+    assert actor.unwritten(address + K64 + PAGE_SIZE, 1) == 1
+
+
+def test_a_refusal_of_the_process_is_the_reason_of_every_block(actor: Actor, space: LiveAddressSpace) -> None:
+    address = actor.map(PMD_SIZE)
+    actor.fill(address, 64)
+    before = mappings(actor.pid)
+    actor.tell("set_thp_disable", 1)
+    outcomes = space.collapse_blocks(blocks(address, 4 * K64, 4), MOVE)
+    assert {(outcome.result, "PR_SET_THP_DISABLE" in outcome.reason) for outcome in outcomes} == {
+        (ScanResult.FAIL, True)
+    }
+    assert mappings(actor.pid) == before
+    actor.tell("set_thp_disable", 0)
+    assert results(space.collapse_blocks(blocks(address, 4 * K64, 4), MOVE)) == {ScanResult.SUCCEED: 4}
+
+
+def test_under_threads_that_write_and_fork(tmp_path: Path) -> None:
+    with Writers(tmp_path, 6, 8, "fts") as target, open_live(target.pid) as space:
+        moved = 0
+        for order in (2, 4, 3, 6, 5):
+            outcomes = space.collapse_blocks(blocks(target.base, target.size, order), MOVE)
+            moved += sum(outcome.result is ScanResult.SUCCEED for outcome in outcomes)
+            assert all(outcome.reason for outcome in outcomes if outcome.result is not ScanResult.SUCCEED)
+            assert target.errors == 0
+        assert moved > 200
+        assert [line for line in mappings(target.pid) if line.startswith(f"{target.base:x}-")] == [
+            f"{target.base:x}-{target.base + target.size:x} rw-p"
+        ]
+        space.close()
+        assert target.finish() == 0
