@@ -6,14 +6,15 @@ Reads the PMD ranges of the mappings that may be collapsed, in blocks, and plans
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind, in_blocks
+from mthp.collapse.filled import FilledPages
 from mthp.collapse.occupancy import Planes
 from mthp.collapse.plan import make_rules, plan_planes
 from mthp.collapse.policy import Policy, Rules, policy_named
@@ -46,6 +47,7 @@ class PlanOptions:
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
         include_file: plan memory of files and shared memory too, at the PMD order.
         within: plan this range of addresses only.
+        filled: pages that earlier collapses filled, for policies that remember them.
     """
 
     policy: str | Policy = "mainline"
@@ -57,6 +59,7 @@ class PlanOptions:
     mthp_min_order: int | None = None
     include_file: bool = False
     within: Segment | None = None
+    filled: FilledPages | None = None
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,8 @@ def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | N
         TargetVanishedError: the process exited meanwhile.
     """
     policy = policy_named(options.policy)
-    base = _base_rules(space, options)
-    jobs, refused = _sort_out(space, options, base)
+    base = base_rules(space, options)
+    jobs, refused = jobs_of(space, options, base)
     parts: list[tuple[Ranges, Folios]] = []
     granule = space.geometry.pmd_size
     todo = [(job, space.populated(job.segments, granule)) for job in jobs]
@@ -193,7 +196,7 @@ def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | N
     done = 0
     for job, segments in todo:
         for block in in_blocks(segments, BLOCK_PMD_RANGES * granule):
-            parts.append(_plan_block(space, job, block, policy))
+            parts.append(_plan_block(space, job, block, policy, options.filled))
             done += sum(end - start for start, end in block)
             if progress is not None:
                 progress(done, size)
@@ -214,7 +217,7 @@ def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | N
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """Mappings that are planned under the same rules: their PMD ranges, and what each mapping is."""
 
     rules: Rules
@@ -224,7 +227,12 @@ class _Job:
     droppable: NDArray[np.bool_]
 
 
-def _base_rules(space: AddressSpace, options: PlanOptions) -> Rules:
+def base_rules(space: AddressSpace, options: PlanOptions) -> Rules:
+    """The rules for anonymous memory, from `options` and what `space` says where they are silent.
+
+    Raises:
+        UsageError: as :func:`mthp.plan_ranges`.
+    """
     geometry = space.geometry
     tunables = space.tunables.replaced(
         geometry,
@@ -242,14 +250,21 @@ def _base_rules(space: AddressSpace, options: PlanOptions) -> Rules:
     )
 
 
-def _sort_out(space: AddressSpace, options: PlanOptions, base: Rules) -> tuple[list[_Job], list[tuple[Vma, str]]]:
-    """Group the mappings that may be collapsed by the rules that hold for them; name the others with the reason."""
+def jobs_of(
+    space: AddressSpace, options: PlanOptions, base: Rules, vmas: Sequence[Vma] | None = None
+) -> tuple[list[Job], list[tuple[Vma, str]]]:
+    """Group the mappings that may be collapsed by the rules that hold for them; name the others with the reason.
+
+    Args:
+        base: as :func:`base_rules` gives them.
+        vmas: the mappings, if they were listed before.
+    """
     follow_switches = options.orders == ORDERS_ENABLED
     groups: dict[Rules, list[tuple[Vma, Segment]]] = {}
     refused = []
     # Asked once, not for each mapping: a live target reads files for it.
     geometry, switches, thp_disabled = space.geometry, space.switches, space.thp_disabled
-    for vma in space.vmas():
+    for vma in space.vmas() if vmas is None else vmas:
         allowed = eligibility(
             vma,
             geometry,
@@ -265,7 +280,7 @@ def _sort_out(space: AddressSpace, options: PlanOptions, base: Rules) -> tuple[l
         elif segment is not None:
             groups.setdefault(_rules_for(vma, allowed.orders, base, follow_switches), []).append((vma, segment))
     jobs = [
-        _Job(
+        Job(
             rules,
             [segment for _, segment in members],
             np.array([vma.start for vma, _ in members], np.uint64),
@@ -295,12 +310,27 @@ def _clipped(segment: Segment, within: Segment | None, geometry: Geometry) -> Se
     return (start, end) if start < end else None
 
 
-def _plan_block(space: AddressSpace, job: _Job, block: list[Segment], policy: Policy) -> tuple[Ranges, Folios]:
+def read_planes(space: AddressSpace, job: Job, block: list[Segment]) -> tuple[NDArray[np.uint64], Planes]:
+    """Read some PMD ranges of a job: where each begins (uint64, shape (ranges,)), and their planes.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
     columns = space.read(block)
     geometry = space.geometry
     address = np.concatenate([np.arange(start, end, geometry.pmd_size, dtype=np.uint64) for start, end in block])
     vma = np.searchsorted(job.starts, address, side="right") - 1
-    planes = planes_of(columns, geometry, uffd_armed=job.uffd_armed[vma], droppable=job.droppable[vma])
+    return address, planes_of(columns, geometry, uffd_armed=job.uffd_armed[vma], droppable=job.droppable[vma])
+
+
+def _plan_block(
+    space: AddressSpace, job: Job, block: list[Segment], policy: Policy, filled: FilledPages | None
+) -> tuple[Ranges, Folios]:
+    geometry = space.geometry
+    address, planes = read_planes(space, job, block)
+    if filled is not None and (bits := filled.of(address)) is not None:
+        # What was unmapped since is no page any more.
+        planes = replace(planes, filled=bits & planes.present)
     plan = plan_planes(planes, policy, job.rules)
     folios = plan.folios
     offset = folios.offset.astype(np.uint64) * np.uint64(geometry.page_size)

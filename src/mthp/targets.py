@@ -10,17 +10,21 @@ from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError, UsageError
 
 Target = int | str | os.PathLike[str]
-"""A PID, ``"self"``, or the path of a snapshot; a PID may be written as text."""
+"""A PID, ``"self"``, or the path of a snapshot or recording; a PID may be written as text."""
 
 PID_MAX = 1 << 22
 """No process has a larger PID (PID_MAX_LIMIT, include/linux/threads.h)."""
 
 
-def open_target(target: Target) -> AddressSpace:
+def open_target(target: Target, *, at: str | None = None) -> AddressSpace:
     """Open the address space that `target` names. The caller closes it (it is a context manager).
 
+    Args:
+        at: which step of a recording; see :func:`mthp.snapshot.recording.step_at`. The last by default.
+
     Raises:
-        UsageError: neither a PID nor ``self`` nor a file that is there; or a file that is no snapshot.
+        UsageError: neither a PID nor ``self`` nor a file that is there; a file that is neither snapshot nor recording;
+            a step that there is not.
         TargetVanishedError: there is no such process.
         NotPermittedError: its memory is not ours to look at.
         UnsupportedError: it has no memory to look at; or what reads snapshots is not installed.
@@ -29,16 +33,18 @@ def open_target(target: Target) -> AddressSpace:
         # The backends are imported where they are chosen: neither is small, and a command needs one of them.
         from mthp.linux.live import open_live
 
+        if at is not None:
+            raise UsageError(f"a process has no step {at!r}", help="steps are those of a recording: mthp record")
         return open_live("self" if pid == os.getpid() else pid)
     path = Path(target)  # type: ignore[arg-type]
     if not os.path.lexists(path):
         raise UsageError(
             f"target {str(target)!r} is neither a PID nor 'self' nor a file that exists",
-            help="give the PID of a process, the word self, or the path of a snapshot that `mthp snapshot` wrote",
+            help="give the PID of a process, the word self, or the path of what `mthp snapshot` or `record` wrote",
         )
-    from mthp.snapshot.load import load
+    from mthp.snapshot import open_file
 
-    return load(path)
+    return open_file(path, at=at)
 
 
 def pid_of(target: Target) -> int | None:

@@ -207,11 +207,11 @@ def test_a_broken_policy_is_wrong_usage_on_the_command_line(site: Path, snapshot
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
 
 
-def test_declared_policies_are_listed_behind_the_four(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_declared_policies_are_listed_behind_ours(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(site)
     names = policy_names()
-    assert names[:4] == ["pmd-only", "rfc", "per-order", "mainline"]
-    assert {"three-quarters", "stranger"} <= set(names[4:])
-    assert names[4:] == sorted(names[4:])
+    assert names[:5] == ["pmd-only", "rfc", "per-order", "mainline", "no-creep"]
+    assert {"three-quarters", "stranger"} <= set(names[5:])
+    assert names[5:] == sorted(names[5:])
     assert len(names) == len(set(names))
     assert ENTRY_POINT_GROUP == "mthp.policies"

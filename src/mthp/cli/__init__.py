@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "What a collapse would do: folios by order, bytes copied, bytes of bloat.",
     "collapse": "Collapse a running process, now.",
     "snapshot": "Record the page layout of a process in a file, to plan on elsewhere.",
+    "compare": "Policies side by side: coverage, bloat, creep; which are worth a look.",
     "conformance": "Replay what real kernels did in the simulated machine.",
     "demo": "The whole story on a process of its own: inspect, plan, collapse, measure.",
 }

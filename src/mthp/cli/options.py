@@ -20,6 +20,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 target_argument = click.argument("target")
+at_option = click.option(
+    "--at",
+    metavar="STEP",
+    help="Which step of a recording: its number, negative from the end; or a time from its beginning, such as 30s or"
+    " 5m. By default the last.",
+)
 
 
 def plan_options(function: Command) -> Command:

@@ -41,6 +41,8 @@ class Planes:
         uffd: bool; write-protected by userfaultfd: a page or a swap entry.
         unreferenced: bool; not used recently.
         folio_order: int8; order of the folio that the page lies in.
+        filled: bool; a collapse made the page where none was. Policies that remember this count it as none
+            (:mod:`mthp.collapse.filled`), for others it is a page like any.
         pmd_mapped: bool, shape (ranges,); one PMD entry maps the whole range already.
         uffd_armed: bool, shape (ranges,); the mapping is registered with userfaultfd.
         droppable: bool, shape (ranges,); the mapping is VM_DROPPABLE.
@@ -55,6 +57,7 @@ class Planes:
     uffd: Bits | None = None
     unreferenced: Bits | None = None
     folio_order: NDArray[np.int8] | None = None
+    filled: Bits | None = None
     pmd_mapped: Bits | None = None
     uffd_armed: Bits | None = None
     droppable: Bits | None = None
@@ -97,8 +100,23 @@ class Planes:
 
     def block(self, start: int, stop: int) -> Planes:
         """The planes of the PMD ranges from `start` to `stop`, as views."""
+        return self.chosen(slice(start, stop))
+
+    def chosen(self, rows: slice | Bits) -> Planes:
+        """The planes of some PMD ranges: a slice of them, as views, or those that a mask chooses."""
         planes = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(self, **{name: plane[start:stop] for name, plane in planes if plane is not None})
+        return replace(self, **{name: plane[rows] for name, plane in planes if plane is not None})
+
+    def without_filled(self) -> Planes:
+        """The planes as they would be if no collapse had filled anything."""
+        if self.filled is None:
+            return self
+        return replace(
+            self,
+            present=self.present & ~self.filled,
+            zero=None if self.zero is None else self.zero & ~self.filled,
+            filled=None,
+        )
 
     @property
     def occupied(self) -> Bits:

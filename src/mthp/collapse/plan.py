@@ -59,6 +59,21 @@ class Plan:
         return orders
 
     @cached_property
+    def made(self) -> NDArray[np.int8]:
+        """The order of the folio that each page would be collapsed into: int8, shape as `orders`; 0 if none."""
+        made = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
+        start = 0
+        for walk in self._walks:
+            walk.made(made[start : start + walk.ranges])
+            start += walk.ranges
+        return made
+
+    @cached_property
+    def looked_at(self) -> int:
+        """PTEs that one scan of all these PMD ranges reads."""
+        return sum(walk.looked_at() for walk in self._walks)
+
+    @cached_property
     def scan_result(self) -> NDArray[np.int8]:
         """One :class:`~mthp.results.ScanResult` per PMD range: int8, shape (ranges,).
 
@@ -117,6 +132,7 @@ def plan_ranges(
     uffd: ArrayLike | None = None,
     unreferenced: ArrayLike | None = None,
     folio_order: ArrayLike | None = None,
+    filled: ArrayLike | None = None,
     pmd_mapped: ArrayLike | None = None,
     uffd_armed: ArrayLike = False,
     droppable: ArrayLike = False,
@@ -154,6 +170,7 @@ def plan_ranges(
             "uffd": uffd,
             "unreferenced": unreferenced,
             "folio_order": folio_order,
+            "filled": filled,
             "pmd_mapped": pmd_mapped,
             "uffd_armed": uffd_armed,
             "droppable": droppable,

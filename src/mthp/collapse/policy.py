@@ -87,11 +87,13 @@ class Policy(abc.ABC):
             whole PMD range; when no order succeeds at an address, the rest of the PMD range is given up.
         fail_ends_range: an attempt at the PMD order that ends in FAIL, as one over a guard marker does, ends the
             whole PMD range.
+        remembers_filled: pages that a collapse filled count as none (:mod:`mthp.collapse.filled`).
     """
 
     name: ClassVar[str]
     scans_each_run: ClassVar[bool] = False
     fail_ends_range: ClassVar[bool] = True
+    remembers_filled: ClassVar[bool] = False
 
     def orders_walked(self, rules: Rules) -> tuple[int, ...]:
         """The orders at which a collapse is attempted, descending; empty if the policy does not run at all."""
@@ -250,6 +252,28 @@ class Mainline(Policy):
         return rules.orders == (rules.geometry.pmd_order,)
 
 
+class NoCreep(Mainline):
+    """This project's own: fills small runs in proportion, as `per-order` does, and never creeps.
+
+    `mainline` gives up intermediate fill below the PMD order, because a run that was filled looks full to the next
+    scan, which then finds the run around it full enough, and so on up to the PMD. Here the pages that a collapse
+    filled are remembered, and count as none from then on. So a later scan sees the same counts as the first, finds
+    the same runs, and finds them collapsed already: what one scan does is all that ever happens, until the program
+    itself touches more. Every folio of order k was made of more than 2**k minus its scaled limit of the program's
+    own pages, so bloat stays within max_ptes_none / N of what the folios hold, however often the scan comes by.
+
+    The walk, and what swapped and shared pages mean, are mainline's.
+    """
+
+    name = "no-creep"
+    remembers_filled = True
+
+    def limits(self, order: int, rules: Rules) -> Limits:
+        if order == rules.geometry.pmd_order:
+            return _unscaled(rules)
+        return Limits(rules.tunables.max_ptes_none >> (rules.geometry.pmd_order - order), 0, 0)
+
+
 def _unscaled(rules: Rules) -> Limits:
     tunables = rules.tunables
     return Limits(tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared)
@@ -258,10 +282,14 @@ def _unscaled(rules: Rules) -> Limits:
 BUILT_IN: dict[str, type[Policy]] = {policy.name: policy for policy in (PmdOnly, Rfc, PerOrder, Mainline)}
 """The four policies that kernels and series have, by name."""
 
+OWN: dict[str, type[Policy]] = {NoCreep.name: NoCreep}
+"""This project's own policies, by name."""
+
 
 def policy_names() -> list[str]:
-    """The names of all policies to be had: the four, then those that installed packages declare."""
-    return [*BUILT_IN, *sorted(set(_declared()) - set(BUILT_IN))]
+    """The names of all policies to be had: the four, our own, then those that packages declare."""
+    ours = BUILT_IN | OWN
+    return [*ours, *sorted(set(_declared()) - set(ours))]
 
 
 def policy_named(policy: str | Policy) -> Policy:
@@ -272,8 +300,9 @@ def policy_named(policy: str | Policy) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
-    if policy in BUILT_IN:
-        return BUILT_IN[policy]()
+    ours = BUILT_IN | OWN
+    if policy in ours:
+        return ours[policy]()
     declared = _declared()
     if policy not in declared:
         raise UsageError(f"unknown policy {policy!r}", help=f"use {', '.join(policy_names())}")

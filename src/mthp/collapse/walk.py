@@ -83,8 +83,13 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.ranges = self.planes.present.shape[0]
-        self.occupancy = Occupancy(self.planes, self.rules.geometry)
+        # What is there, and what the policy sees of it; one and the same but for policies that remember.
+        self._there = self.occupancy = Occupancy(self.planes, self.rules.geometry)
+        if self.policy.remembers_filled and self.planes.filled is not None:
+            self.planes = self.planes.without_filled()
+            self.occupancy = Occupancy(self.planes, self.rules.geometry)
         self._pmd_order = self.rules.geometry.pmd_order
+        self._reached: int = 0
         self.passed = self._passed()
         self._walk()
 
@@ -130,6 +135,16 @@ class Walk:
             result[self.planes.pmd_mapped] = ScanResult.PMD_MAPPED
         return result
 
+    def looked_at(self) -> int:
+        """PTEs that the scan reads: those of each range that no PMD entry maps, or of every run where each is scanned.
+
+        What a scan that ends early leaves out is counted, and isolation's own check of a run is not.
+        """
+        if self.policy.scans_each_run and not self.rules.forced:
+            return self._reached
+        mapped = 0 if self.planes.pmd_mapped is None else int(np.count_nonzero(self.planes.pmd_mapped))
+        return int(self.ranges - mapped) << self._pmd_order
+
     # The walk, level by level.
 
     def _walk(self) -> None:
@@ -150,6 +165,7 @@ class Walk:
     def _step(self, order: int, reached: Bits) -> Bits:
         """Try the `reached` runs of `order`; give those whose halves are looked at next."""
         runs = self.occupancy.runs(order)
+        self._reached += int(np.count_nonzero(reached)) << order
         enough = self.policy.full_enough(runs, self.rules)
         attempted: Bits = reached if enough is None else reached & enough
         hindered, skipped = self._hindered(runs, attempted)
@@ -247,9 +263,20 @@ class Walk:
     def orders(self, out: NDArray[np.int8]) -> None:
         """Write the order of each page's folio afterwards to `out`: int8, shape (ranges, ptes_per_pmd)."""
         # All values are one higher until the end, so that 0 stands for "none", and "not collapsed".
-        now = self.planes.present.view(np.int8)
-        if self.planes.folio_order is not None:
-            now = now + self.planes.occupied * self.planes.folio_order
+        planes = self._there.planes
+        now = planes.present.view(np.int8)
+        if planes.folio_order is not None:
+            now = now + planes.occupied * planes.folio_order
+        np.maximum(now, self._collapsed(), out=out)
+        out -= 1
+
+    def made(self, out: NDArray[np.int8]) -> None:
+        """Write the order of the folio that each page would be collapsed into, 0 if none, to `out`: int8, as above."""
+        collapsed = self._collapsed()
+        np.subtract(collapsed, collapsed != 0, out=out)
+
+    def _collapsed(self) -> NDArray[np.int8]:
+        """One more than the order of the folio that each page is collapsed into, 0 if none."""
         smallest = min(self.levels, default=self._pmd_order)
         collapsed: NDArray[np.int8] = np.zeros((self.ranges, 1), np.int8)
         for order in range(self._pmd_order, smallest - 1, -1):
@@ -260,19 +287,18 @@ class Walk:
         for shift in (3, 2, 1):
             while smallest >= shift:
                 collapsed, smallest = _repeated(collapsed, shift), smallest - shift
-        np.maximum(now, collapsed, out=out)
-        out -= 1
+        return collapsed
 
     def resident(self) -> NDArray[np.int32]:
         """Present, non-zero pages: int32, shape (ranges,)."""
-        return self.occupancy.runs(self._pmd_order).occupied[:, 0].astype(np.int32)
+        return self._there.runs(self._pmd_order).occupied[:, 0].astype(np.int32)
 
     @cached_property
     def copied_and_filled(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Pages with contents, and PTEs without, in collapsed runs: int32, shape (ranges,) each."""
         copied, pages = np.zeros(self.ranges, np.int32), np.zeros(self.ranges, np.int32)
         for order, level in self.levels.items():
-            runs = self.occupancy.runs(order)
+            runs = self._there.runs(order)
             contents = runs.occupied + runs.swap
             copied += (contents * level.succeeded).sum(axis=1, dtype=np.int32)
             pages += level.succeeded.sum(axis=1, dtype=np.int32) << order
@@ -290,7 +316,7 @@ class Walk:
             results[failed] = first_hindrances(
                 self.planes, order, rows[failed], offsets[failed], self._attempt_checks(order)
             )
-            none = np.broadcast_to(self.occupancy.runs(order).none_or_zero, level.attempted.shape)
+            none = np.broadcast_to(self._there.runs(order).none_or_zero, level.attempted.shape)
             parts.append(
                 Attempts(
                     rows.astype(np.int64),

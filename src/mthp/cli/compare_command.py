@@ -1,0 +1,169 @@
+"""``mthp compare TARGET``: policies side by side: coverage, bloat, creep, and in words which are worth a look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mthp.cli.inspect_command import geometry_json
+from mthp.cli.options import at_option, json_option, target_argument
+from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
+from mthp.errors import UsageError
+from mthp.geometry import format_size
+from mthp.targets import open_target
+
+
+@click.command("compare")
+@target_argument
+@click.option("--policies", metavar="NAMES", help="Policies, separated by commas; the four and no-creep by default.")
+@click.option(
+    "--max-ptes-none", metavar="N,...", help="Empty pages a collapse may fill, per PMD range; several values."
+)
+@click.option("--max-ptes-swap", metavar="N,...", help="Swapped pages it may read back.")
+@click.option("--max-ptes-shared", metavar="N,...", help="Shared pages it may copy.")
+@click.option("--orders", metavar="SIZES", help="Folio sizes, such as 16K,64K,2M; all by default; or 'enabled'.")
+@click.option("--scans", default="1", show_default=True, metavar="N", help="Scans, or 'all': until nothing changes.")
+@click.option("--covered", metavar="SIZE", help="Folio size from which on memory counts as covered; the PMD size.")
+@click.option("--processor", default="skylake", show_default=True, metavar="NAME", help="Whose TLB the figures are of.")
+@click.option("--include-file", is_flag=True, help="Memory of files and shared memory too, at the PMD size.")
+@at_option
+@json_option
+def command(target: str, as_json: bool, at: str | None, scans: str, **options: Any) -> None:
+    """Say what each of several policies would make of TARGET, and which of them are worth a look.
+
+    A policy is on the frontier if no other gives more coverage for the same bloat, or the same for less. With --scans
+    every policy's plan is carried out in memory and scanned again, which shows creep. Nothing of the target changes.
+    """
+    from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
+    from mthp.lab.tlb import Processor
+
+    policies = _words(options["policies"]) if options["policies"] is not None else list(DEFAULT_POLICIES)
+    settings = settings_of(
+        policies,
+        max_ptes_none=_numbers("--max-ptes-none", options["max_ptes_none"]),
+        max_ptes_swap=_numbers("--max-ptes-swap", options["max_ptes_swap"]),
+        max_ptes_shared=_numbers("--max-ptes-shared", options["max_ptes_shared"]),
+        orders=(options["orders"],),
+        include_file=options["include_file"],
+    )
+    with open_target(target, at=at) as space, progress_bar("comparing", hidden=as_json) as progress:
+        covered = options["covered"]
+        result = compare(
+            space,
+            settings,
+            scans=_scans(scans),
+            covered=None if covered is None else space.geometry.parse_order(covered),
+            processor=Processor.named(options["processor"]),
+            progress=progress,
+        )
+        missing = space.missing
+    if as_json:
+        print_json("compare", _json(result) | {"missing": list(missing)})
+        return
+    _print(result)
+    note(console(), missing)
+
+
+def _json(result: Any) -> dict[str, Any]:
+    from mthp.lab.metrics import metric_of
+
+    rows = result.rows
+    columns = [column for column in rows[0] if column.startswith("order_share_") or column in _metric_names()]
+    return {
+        "target": result.label,
+        "geometry": geometry_json(result.geometry),
+        "covered_order": result.covered,
+        "processor": {"name": result.processor.name, "source": result.processor.source},
+        "settings": result.names,
+        "frontier": [name for name, on in zip(result.names, result.frontier, strict=True) if on],
+        "verdict": result.verdict,
+        "metrics": {
+            column: {"unit": metric_of(column).unit, "meaning": metric_of(column).meaning} for column in columns
+        },
+        "rows": rows,
+    }
+
+
+def _metric_names() -> frozenset[str]:
+    from mthp.lab.metrics import METRICS
+
+    return frozenset(METRICS)
+
+
+def _print(result: Any) -> None:
+    out = console()
+    size = result.geometry.label(result.covered)
+    frontier = dict(zip(result.names, result.frontier, strict=True))
+    rows = result.rows
+    last = rows[-1]["scan"]
+    say(
+        out, f"{result.label}: {len(frontier)} settings, {format_size(rows[0]['resident_bytes'])} that may be collapsed"
+    )
+    columns = [
+        "setting",
+        f"{size} coverage",
+        "large folios",
+        "bloat",
+        "copied",
+        "folios",
+        "TLB entries",
+        "CPU",
+        "frontier",
+    ]
+    before, shown = rows[0], [row for row in rows if row["scan"] == last]
+    cells = [_cells(before | {"setting": "now"}, "")]
+    cells += [_cells(row, "yes" if frontier[row["setting"]] else "") for row in shown]
+    title = "After one scan" if last == 1 else f"After {last} scans"
+    out.print(table(title, columns, cells, right=set(range(1, 8))))
+    if last > 1:
+        lines = [
+            [name, *(format_size(row["creep_bytes"]) for row in rows if row["setting"] == name and row["scan"] > 0)]
+            for name in frontier
+        ]
+        heads = ["setting", *(f"scan {scan}" for scan in range(1, last + 1))]
+        out.print(table("Memory added by each scan", heads, lines, right=set(range(1, last + 1))))
+    say(out, "")
+    for sentence in result.verdict:
+        say(out, sentence)
+
+
+def _cells(row: dict[str, Any], on_frontier: str) -> list[str]:
+    return [
+        row["setting"],
+        percent(row["coverage"]),
+        percent(row["large_coverage"]),
+        f"{format_size(row['bloat_bytes'])} ({percent(row['bloat_share'])})",
+        format_size(row["copied_bytes"]),
+        str(row["folios"]),
+        f"{row['translations']:.0f}",
+        f"{row['khugepaged_seconds']:.2f} s",
+        on_frontier,
+    ]
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return list(dict.fromkeys(words))
+
+
+def _numbers(option: str, text: str | None) -> list[int | None]:
+    """Read ``64,511``.
+
+    Raises:
+        UsageError: not a list of numbers.
+    """
+    if text is None:
+        return [None]
+    try:
+        return [int(word) for word in _words(text)] or [None]
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a list of numbers", help=f"write {option} 0,64,511") from None
+
+
+def _scans(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise UsageError(f"--scans {text!r} is neither a number from 1 to 1000 nor 'all'", help="use --scans all")
+    return int(text)

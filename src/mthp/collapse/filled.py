@@ -1,0 +1,92 @@
+"""The pages that collapses filled, remembered from one scan to the next.
+
+A collapse with an intermediate ``max_ptes_none`` makes zero-filled pages where none were. To the next scan they are
+pages like any other, so the run around them looks fuller than it was, and folios grow scan by scan until a few pages
+of the program have become a whole PMD range: creep. The page tables do not tell the two kinds of pages apart, so
+whoever scans again has to remember. :class:`FilledPages` is that memory: a bit for every page of the PMD ranges in
+which anything was filled, 64 bytes for a range of 512 pages. Policies with
+:attr:`~mthp.collapse.policy.Policy.remembers_filled` count these pages as none.
+
+What the program itself writes to such a page later cannot be seen without looking at contents, which nothing here
+does. So a filled page stays one for as long as it is mapped, and the error is on the side of less memory. A page
+that was unmapped since is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.collapse.occupancy import Bits
+from mthp.geometry import Geometry
+
+
+class FilledPages:
+    """The filled pages of one address space.
+
+    Args:
+        geometry: of its machine.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._packed: dict[int, NDArray[np.uint8]] = {}
+
+    def __len__(self) -> int:
+        """The number of pages that are remembered."""
+        return sum(int(np.bitwise_count(bits).sum()) for bits in self._packed.values())
+
+    def of(self, addresses: NDArray[np.uint64]) -> Bits | None:
+        """Which pages of some PMD ranges were filled.
+
+        Args:
+            addresses: uint64, shape (ranges,): where the ranges begin.
+
+        Returns:
+            bool, shape (ranges, ptes_per_pmd); None if none of them were.
+        """
+        if not self._packed:
+            return None
+        found = [(row, bits) for row, at in enumerate(addresses.tolist()) if (bits := self._packed.get(at)) is not None]
+        if not found:
+            return None
+        n = self._geometry.ptes_per_pmd
+        plane: Bits = np.zeros((len(addresses), n), np.bool_)
+        rows = [row for row, _ in found]
+        plane[rows] = np.unpackbits(np.stack([bits for _, bits in found]), axis=1, count=n).view(np.bool_)
+        return plane
+
+    def update(self, addresses: NDArray[np.uint64], filled: Bits) -> None:
+        """Replace what is remembered of some PMD ranges.
+
+        Args:
+            addresses: uint64, shape (ranges,): where the ranges begin.
+            filled: bool, shape (ranges, ptes_per_pmd).
+        """
+        any_filled = np.logical_or.reduce(filled, axis=1)
+        packed = np.packbits(filled, axis=1)
+        for address, has, bits in zip(addresses.tolist(), any_filled.tolist(), packed, strict=True):
+            if has:
+                self._packed[address] = bits.copy()
+            else:
+                self._packed.pop(address, None)
+
+    def add(self, addresses: NDArray[np.uint64], before: Bits, after: Bits, made: Bits) -> None:
+        """Remember what a collapse filled, from the contents of some PMD ranges before it and after.
+
+        Args:
+            addresses: uint64, shape (ranges,): where the ranges begin.
+            before: bool, shape (ranges, ptes_per_pmd): pages with contents before; none and zero pages have none.
+            after: the same afterwards.
+            made: bool, the same shape: pages that lie in a folio that the collapse made.
+        """
+        known = self.of(addresses)
+        filled = made & ~before if known is None else (made & ~before) | known
+        self.update(addresses, filled & after)
+
+    def forget(self, addresses: Iterable[int]) -> None:
+        """Forget whole PMD ranges, such as those of a mapping that is gone."""
+        for address in addresses:
+            self._packed.pop(address, None)

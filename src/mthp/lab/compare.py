@@ -1,0 +1,222 @@
+"""Policies side by side on one target, and in words which of them are worth a look.
+
+A policy is *on the frontier* if no other gives at least the coverage at no more bloat, better in one of the two.
+Coverage is the share of the resident memory in folios of a size to choose, the PMD size by default.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mthp.addrspace import AddressSpace
+from mthp.collapse.policy import policy_names
+from mthp.errors import UsageError
+from mthp.geometry import Geometry, format_size
+from mthp.lab.evaluate import Outcome, Progress, Row, evaluate
+from mthp.lab.metrics import Cost, coverage_from, share
+from mthp.lab.tlb import Processor
+from mthp.planning import PlanOptions
+
+DEFAULT_POLICIES = ("pmd-only", "rfc", "per-order", "mainline", "no-creep")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings compared on one target.
+
+    Attributes:
+        label: the target's name.
+        geometry: of its machine.
+        outcomes: one for each setting.
+        covered: the order from which on a folio counts as covered.
+        processor: whose TLB the figures are about.
+        cost: what khugepaged's work costs.
+    """
+
+    label: str
+    geometry: Geometry
+    outcomes: tuple[Outcome, ...]
+    covered: int
+    processor: Processor
+    cost: Cost
+
+    @property
+    def rows(self) -> list[Row]:
+        """One row for every setting and scan, the state before included: see :meth:`Outcome.rows`.
+
+        Besides the columns there: ``setting``, the setting's name, and ``coverage``.
+        """
+        names = self.names
+        tlb = {
+            "tlb_entries": self.processor.last_level_entries,
+            "coalesced_order": self.processor.coalesced_order(self.geometry.page_size),
+        }
+        return [
+            {"setting": name} | row | {"coverage": self.coverage(outcome, row["scan"])}
+            for name, outcome in zip(names, self.outcomes, strict=True)
+            for row in outcome.rows(self.cost, **tlb)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """What to call each setting: the policy, and where settings differ in more than that, what they differ in."""
+        rows = [outcome.rows()[0] for outcome in self.outcomes]
+        keys = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
+        differing = [key for key in keys if len({row[key] for row in rows}) > 1]
+        return [" ".join([row["policy"], *(f"{key}={row[key]}" for key in differing)]) for row in rows]
+
+    def coverage(self, outcome: Outcome, scan: int = -1) -> float:
+        """The share of the resident memory that is covered after a scan, by default the last."""
+        counts = outcome.scans[scan]
+        if self.covered >= self.geometry.pmd_order:
+            return share(counts.pmd_mapped, int(counts.by_order.sum()))
+        return coverage_from(counts.by_order, self.covered)
+
+    @property
+    def frontier(self) -> list[bool]:
+        """For each setting whether it is on the frontier of coverage against bloat, after the last scan."""
+        points = np.array([(-self.coverage(outcome), outcome.scans[-1].filled) for outcome in self.outcomes])
+        return [
+            not bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any())
+            for point in points.reshape(-1, 2)
+        ]
+
+    @property
+    def verdict(self) -> list[str]:
+        """The comparison in words, one sentence each."""
+        size = self.geometry.label(self.covered)
+        if not any(int(outcome.scans[0].by_order.sum()) for outcome in self.outcomes):
+            return [f"Nothing of {self.label} is in memory that may be collapsed: no policy would do anything."]
+        before = self.coverage(self.outcomes[0], 0)
+        best = [
+            (name, outcome) for name, outcome, on in zip(self.names, self.outcomes, self.frontier, strict=True) if on
+        ]
+        # Settings that come to the same are named in one breath.
+        groups: dict[tuple[float, int], list[str]] = {}
+        for name, outcome in sorted(best, key=lambda pair: self.coverage(pair[1])):
+            groups.setdefault((self.coverage(outcome), outcome.scans[-1].filled), []).append(name)
+        told = [
+            f"{_listed(names)} ({size} coverage {before:.1%} -> {coverage:.1%}, bloat {self._bytes(filled)})"
+            for (coverage, filled), names in groups.items()
+        ]
+        sentences = [f"On the frontier of {size} coverage against bloat: {'; '.join(told)}."]
+        sentences += self._beaten()
+        sentences += self._creep()
+        return sentences
+
+    def _beaten(self) -> list[str]:
+        """A sentence for each setting that another makes pointless."""
+        sentences = []
+        pairs = list(zip(self.names, self.outcomes, strict=True))
+        for (name, outcome), on in zip(pairs, self.frontier, strict=True):
+            if on:
+                continue
+            coverage, filled = self.coverage(outcome), outcome.scans[-1].filled
+            other, by = max(
+                (
+                    (other_name, other)
+                    for other_name, other in pairs
+                    if self.coverage(other) >= coverage
+                    and other.scans[-1].filled <= filled
+                    and (self.coverage(other), -other.scans[-1].filled) != (coverage, -filled)
+                ),
+                key=lambda pair: (self.coverage(pair[1]), -pair[1].scans[-1].filled),
+            )
+            sentences.append(
+                f"{name} is behind {other}: coverage {coverage:.1%} against {self.coverage(by):.1%},"
+                f" bloat {self._bytes(filled)} against {self._bytes(by.scans[-1].filled)}."
+            )
+        return sentences
+
+    def _creep(self) -> list[str]:
+        """A sentence on which settings add memory after the first scan."""
+        creeping = [
+            f"{name} (bloat {self._bytes(outcome.scans[1].filled)} after the first scan,"
+            f" {self._bytes(outcome.scans[-1].filled)} after {_settled(outcome)})"
+            for name, outcome in zip(self.names, self.outcomes, strict=True)
+            if len(outcome.scans) > 2 and outcome.scans[-1].filled > outcome.scans[1].filled
+        ]
+        if creeping:
+            return [f"Creep, which is growth after the first scan: {'; '.join(creeping)}."]
+        if any(len(outcome.scans) > 2 for outcome in self.outcomes):
+            return ["No setting creeps: no scan after the first adds memory."]
+        return []
+
+    def _bytes(self, pages: int) -> str:
+        return format_size(pages * self.geometry.page_size)
+
+
+def _settled(outcome: Outcome) -> int:
+    """The number of the last scan that added memory."""
+    scans = outcome.scans
+    return max(index for index in range(1, len(scans)) if scans[index].filled > scans[index - 1].filled)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def compare(
+    space: AddressSpace,
+    settings: Sequence[PlanOptions],
+    *,
+    scans: int | None = 1,
+    covered: int | None = None,
+    processor: Processor | None = None,
+    cost: Cost | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare `settings` on the memory of `space`; see :func:`mthp.lab.evaluate.evaluate`.
+
+    Args:
+        covered: the order from which on a folio counts as covered; the PMD order by default.
+        processor: whose TLB the figures are about.
+
+    Raises:
+        UsageError: no settings; fewer than one scan; an unknown policy, order or limit.
+        TargetVanishedError: the process exited meanwhile.
+    """
+    if not settings:
+        raise UsageError("no policy was given", help=f"use --policies with some of {', '.join(policy_names())}")
+    if scans is not None and scans < 1:
+        raise UsageError(f"{scans} scans are too few", help="1 shows what the next scan would do; all, where it ends")
+    geometry = space.geometry
+    return Comparison(
+        label=space.label,
+        geometry=geometry,
+        outcomes=tuple(evaluate(space, settings, scans=scans, progress=progress)),
+        covered=geometry.pmd_order if covered is None else geometry.check_order(covered),
+        processor=processor or Processor.named("skylake"),
+        cost=cost or Cost(),
+    )
+
+
+def settings_of(
+    policies: Iterable[str],
+    *,
+    max_ptes_none: Sequence[int | None] = (None,),
+    max_ptes_swap: Sequence[int | None] = (None,),
+    max_ptes_shared: Sequence[int | None] = (None,),
+    orders: Sequence[str | None] = (None,),
+    mthp_min_order: Sequence[int | None] = (None,),
+    include_file: bool = False,
+) -> list[PlanOptions]:
+    """Every combination of the values, as options of a plan; None stands for the target machine's own value."""
+    return [
+        PlanOptions(
+            policy=policy,
+            orders=sizes,
+            max_ptes_none=none,
+            max_ptes_swap=swap,
+            max_ptes_shared=shared,
+            mthp_min_order=chunk,
+            include_file=include_file,
+        )
+        for sizes, none, swap, shared, chunk, policy in itertools.product(
+            orders, max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order, policies
+        )
+    ]

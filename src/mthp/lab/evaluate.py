@@ -1,0 +1,329 @@
+"""What settings make of a target, scan by scan: the numbers behind every comparison.
+
+A scan is planned (:mod:`mthp.collapse.plan`), the plan is carried out on the planes of bits, and the next scan sees
+what that made, until nothing changes any more. PMD ranges do not depend on each other, so this is done block by block:
+each block is read once, and taken through all settings and all scans before the next is read. Memory use depends on
+the size of a block, not of the target.
+
+What is not modelled here: other processes, allocation failures, and what the program does meanwhile. The simulated
+machine does that; here it is one moment's memory, and every attempt succeeds that the PTEs do not rule out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import AddressSpace, Segment, Vma, in_blocks
+from mthp.collapse.occupancy import Bits, Planes
+from mthp.collapse.plan import Plan, plan_planes
+from mthp.collapse.policy import Policy, Rules, policy_named
+from mthp.geometry import Geometry
+from mthp.lab import metrics
+from mthp.lab.metrics import MAX_ORDER, Cost
+from mthp.planning import Job, PlanOptions, base_rules, jobs_of, read_planes
+
+BLOCK_RANGES = 512
+"""PMD ranges read at a time: 256 Ki PTEs on x86-64, so that all planes of a block stay in the processor's caches."""
+
+MAX_SCANS = 64
+"""Scans after which a comparison ends that wants to see the last; creep needs one for every order, and few more."""
+
+Progress = Callable[[int, int], None]
+"""Told (bytes done, bytes in all) after every block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The state after a scan, in pages.
+
+    Attributes:
+        by_order: int64, shape (MAX_ORDER + 1,): resident pages by the order of their folio.
+        pmd_mapped: resident pages that PMD entries map.
+        copied, filled: pages that collapses copied, and made where none were, all scans together.
+        folios: int64, shape (MAX_ORDER + 1,): folios made by order, all scans together.
+        scanned: PTEs that this scan looked at.
+    """
+
+    by_order: NDArray[np.int64]
+    pmd_mapped: int = 0
+    copied: int = 0
+    filled: int = 0
+    folios: NDArray[np.int64] | None = None
+    scanned: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        mine, theirs = _or_none(self.folios), _or_none(other.folios)
+        return Counts(
+            self.by_order + other.by_order,
+            self.pmd_mapped + other.pmd_mapped,
+            self.copied + other.copied,
+            self.filled + other.filled,
+            mine + theirs,
+            self.scanned + other.scanned,
+        )
+
+
+def _or_none(folios: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    return np.zeros(MAX_ORDER + 1, np.int64) if folios is None else folios
+
+
+NOTHING = Counts(np.zeros(MAX_ORDER + 1, np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one setting makes of a target.
+
+    Attributes:
+        options: the setting.
+        policy: the policy's name.
+        rules: what it comes to on the target's machine, for anonymous memory.
+        scans: the state before the first scan, and after each.
+    """
+
+    options: PlanOptions
+    policy: str
+    rules: Rules
+    scans: tuple[Counts, ...]
+
+    @property
+    def geometry(self) -> Geometry:
+        """The machine's."""
+        return self.rules.geometry
+
+    def rows(self, cost: Cost | None = None, *, tlb_entries: int = 1536, coalesced_order: int = 0) -> list[Row]:
+        """The figures of :mod:`mthp.lab.metrics` for the state before the first scan, and after each.
+
+        Args:
+            cost: what khugepaged's work costs.
+            tlb_entries: entries of the last level of the TLB.
+            coalesced_order: order of the largest run of PTEs that one of them holds.
+        """
+        cost = cost or Cost()
+        rows: list[Row] = []
+        scanned = 0
+        page, pmd_order = self.geometry.page_size, self.geometry.pmd_order
+        before = int(self.scans[0].by_order.sum())
+        for index, now in enumerate(self.scans):
+            scanned += now.scanned
+            resident = int(now.by_order.sum())
+            entries = metrics.translations(now.by_order, now.pmd_mapped, pmd_order, coalesced_order)
+            folios = int(_or_none(now.folios).sum())
+            spent = cost.seconds(ptes=scanned, copied=now.copied * page, zeroed=now.filled * page, folios=folios)
+            row: Row = self._settings() | {
+                "scan": index,
+                "resident_bytes": resident * page,
+                "huge_coverage": metrics.share(now.pmd_mapped, resident),
+                "large_coverage": metrics.coverage_from(now.by_order, 2),
+                "bloat_bytes": now.filled * page,
+                "bloat_share": metrics.share(now.filled, before),
+                "creep_bytes": (now.filled - self.scans[index - 1].filled) * page if index else 0,
+                "copied_bytes": now.copied * page,
+                "zeroed_bytes": now.filled * page,
+                "folios": folios,
+                "scanned_pages": scanned,
+                "khugepaged_seconds": spent,
+                "translations": entries,
+                "tlb_reach_bytes": metrics.share(tlb_entries * resident * page, entries),
+            }
+            for order in range(pmd_order + 1):
+                row[metrics.order_column(order)] = metrics.share(int(now.by_order[order]), resident)
+            rows.append(row)
+        return rows
+
+    def _settings(self) -> Row:
+        tunables = self.rules.tunables
+        return {
+            "policy": self.policy,
+            "orders": ",".join(self.geometry.label(order) for order in self.rules.orders),
+            "trigger": self.rules.trigger,
+            "max_ptes_none": tunables.max_ptes_none,
+            "max_ptes_swap": tunables.max_ptes_swap,
+            "max_ptes_shared": tunables.max_ptes_shared,
+            "mthp_min_order": self.rules.mthp_min_order,
+        }
+
+
+Row = dict[str, Any]
+"""One row of a result table: settings, the number of the scan, and metrics by name."""
+
+
+def evaluate(
+    space: AddressSpace, settings: Sequence[PlanOptions], *, scans: int | None = 1, progress: Progress | None = None
+) -> list[Outcome]:
+    """Take the memory of `space` through scans under each of some settings.
+
+    Args:
+        settings: what shall be planned; `within` and `filled` of each count too.
+        scans: how many scans; None for as many as it takes until nothing changes.
+        progress: told after every block.
+
+    Returns:
+        One outcome per setting. All have the same number of scans.
+
+    Raises:
+        UsageError: as :func:`mthp.plan_ranges`.
+        TargetVanishedError: the process exited meanwhile.
+    """
+    limit = MAX_SCANS if scans is None else scans
+    # Listed once: those of a live target change, and all settings are to see the same.
+    vmas = space.vmas()
+    courses = [_Course.of(space, vmas, options, limit) for options in settings]
+    work: dict[_Places, list[_Course]] = {}
+    for course in courses:
+        work.setdefault(course.places(), []).append(course)
+    granule = space.geometry.pmd_size
+    todo = [
+        (members, index, space.populated(list(segments), granule))
+        for places, members in work.items()
+        for index, segments in enumerate(places)
+    ]
+    size, done = sum(end - start for _, _, segments in todo for start, end in segments), 0
+    for members, index, segments in todo:
+        for block in in_blocks(segments, BLOCK_RANGES * granule):
+            _, planes = read_planes(space, members[0].jobs[index], block)
+            planes = _without_empty(planes)
+            before = counted(planes, space.geometry)
+            for course in members:
+                course.add(planes, before, course.jobs[index].rules)
+            done += sum(end - start for start, end in block)
+            if progress is not None:
+                progress(done, size)
+    longest = max((len(course.scans) for course in courses), default=0)
+    return [course.outcome(longest if scans is None else scans + 1) for course in courses]
+
+
+_Places = tuple[tuple[Segment, ...], ...]
+"""For every job of a setting, the addresses that it is about."""
+
+
+@dataclass
+class _Course:
+    """One setting on its way through the blocks."""
+
+    options: PlanOptions
+    policy: Policy
+    base: Rules
+    jobs: list[Job]
+    limit: int
+    scans: list[Counts]
+
+    @classmethod
+    def of(cls, space: AddressSpace, vmas: Sequence[Vma], options: PlanOptions, limit: int) -> _Course:
+        base = base_rules(space, options)
+        jobs, _ = jobs_of(space, options, base, vmas)
+        return cls(options, policy_named(options.policy), base, jobs, limit, [NOTHING])
+
+    def places(self) -> _Places:
+        return tuple(tuple(job.segments) for job in self.jobs)
+
+    def add(self, planes: Planes, before: Counts, rules: Rules) -> None:
+        """Take one more block through all scans."""
+        block = history(planes, before, self.policy, rules, self.limit)
+        # From its last scan on, a block stays as it is: what the sum so far does, and so does what is added to it.
+        length = max(len(self.scans), len(block))
+        self.scans = [_at(self.scans, index) + _at(block, index) for index in range(length)]
+
+    def outcome(self, length: int) -> Outcome:
+        return Outcome(self.options, self.policy.name, self.base, tuple(_at(self.scans, i) for i in range(length)))
+
+
+def _at(scans: Sequence[Counts], index: int) -> Counts:
+    return scans[min(index, len(scans) - 1)]
+
+
+def history(planes: Planes, before: Counts, policy: Policy, rules: Rules, limit: int) -> list[Counts]:
+    """Take some PMD ranges through scans until one makes nothing, or `limit` are done.
+
+    Args:
+        planes: of the ranges.
+        before: their pages, as :func:`counted` gives them.
+
+    Returns:
+        The state before the first scan and after each; the last one, which made nothing, included.
+    """
+    scans = [before]
+    for _ in range(limit):
+        plan = plan_planes(planes, policy, rules)
+        copied, filled = int(plan.copied.sum(dtype=np.int64)), int(plan.filled.sum(dtype=np.int64))
+        last = scans[-1]
+        if not copied + filled:
+            scans.append(replace(last, scanned=plan.looked_at))
+            break
+        planes, now = carried_out(planes, plan)
+        folios = _or_none(last.folios) + _folios_by_order(plan.made)
+        scans.append(
+            replace(
+                now,
+                copied=last.copied + copied,
+                filled=last.filled + filled,
+                folios=folios,
+                scanned=plan.looked_at,
+            )
+        )
+    return scans
+
+
+def _folios_by_order(made: NDArray[np.int8]) -> NDArray[np.int64]:
+    folios = np.zeros(MAX_ORDER + 1, np.int64)
+    for order in range(1, int(made.max(initial=0)) + 1):
+        folios[min(order, MAX_ORDER)] += np.count_nonzero(made == order) >> order
+    return folios
+
+
+def carried_out(planes: Planes, plan: Plan) -> tuple[Planes, Counts]:
+    """The planes and the pages of some PMD ranges once `plan`, which is theirs, is carried out."""
+    made = plan.made
+    inside: Bits = made != 0
+    outside = ~inside
+    geometry = plan.geometry
+
+    def kept(plane: Bits | None) -> Bits | None:
+        return None if plane is None else plane & outside
+
+    had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
+    filled = inside & ~had
+    huge = made[:, 0] == geometry.pmd_order
+    orders = made if planes.folio_order is None else np.where(inside, made, planes.folio_order)
+    after = replace(
+        planes,
+        present=planes.present | inside,
+        zero=kept(planes.zero),
+        swap=kept(planes.swap),
+        guard=kept(planes.guard),
+        shared=kept(planes.shared),
+        lazyfree=kept(planes.lazyfree),
+        uffd=kept(planes.uffd),
+        unreferenced=kept(planes.unreferenced),
+        folio_order=orders,
+        filled=filled if planes.filled is None else planes.filled | filled,
+        pmd_mapped=huge if planes.pmd_mapped is None else planes.pmd_mapped | huge,
+    )
+    return after, counted(after, geometry)
+
+
+def counted(planes: Planes, geometry: Geometry) -> Counts:
+    """The resident pages of some PMD ranges: by the order of their folio, and how many PMD entries map."""
+    occupied = planes.occupied
+    by_order = np.zeros(MAX_ORDER + 1, np.int64)
+    by_order[0] = np.count_nonzero(occupied)
+    orders = planes.folio_order
+    for order in range(1, 0 if orders is None else int(orders.max(initial=0)) + 1):
+        pages = np.count_nonzero((orders == order) & occupied)
+        by_order[min(order, MAX_ORDER)] += pages
+        by_order[0] -= pages
+    huge = 0 if planes.pmd_mapped is None else int(np.count_nonzero(occupied[planes.pmd_mapped]))
+    return Counts(by_order, huge)
+
+
+def _without_empty(planes: Planes) -> Planes:
+    """Without the PMD ranges in which nothing is mapped or swapped out: which of them are read is up to the backend."""
+    some: Bits = np.logical_or.reduce(planes.present, axis=1)
+    if planes.swap is not None:
+        some |= np.logical_or.reduce(planes.swap, axis=1)
+    return planes if some.all() else planes.chosen(some)

@@ -1,0 +1,173 @@
+"""Every figure of this project's comparisons, defined once: its name, its unit, and what it is.
+
+:data:`METRICS` is the dictionary of the definitions; tables use the names as columns, and reports show the meanings.
+The functions below turn raw counts into these figures. Shares are of 1, sizes in bytes, times in seconds.
+
+"Resident" is what the target has in memory in the PMD ranges that may be collapsed: pages with contents, and those
+that a collapse filled; the zero page does not count. Bloat counts from the state before the first collapse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+MAX_ORDER = 20
+"""The largest folio order that is counted: a 1 GiB page of hugetlbfs has 18. Larger ones count as this."""
+
+Better = Literal["more", "less", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure.
+
+    Attributes:
+        name: as a column is called.
+        unit: ``bytes``, ``share`` (of 1), ``seconds``, ``pages``, ``entries``, ``folios``, ``count``, or ``""``.
+        meaning: what it is, for a person.
+        better: whether more of it is better, or less; ``""`` where neither is.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    better: Better = ""
+
+
+_ALL = (
+    Metric("resident_bytes", "bytes", "memory in the PMD ranges that may be collapsed, what was filled included"),
+    Metric("huge_coverage", "share", "part of the resident memory that PMD entries map", "more"),
+    Metric("large_coverage", "share", "part of the resident memory in folios of order 2 or larger", "more"),
+    Metric("order_share", "share", "part of the resident memory in folios of one order; one column for each order"),
+    Metric("bloat_bytes", "bytes", "zero-filled memory that collapses added, all scans together", "less"),
+    Metric("bloat_share", "share", "bloat_bytes as a part of what was resident before the first collapse", "less"),
+    Metric("creep_bytes", "bytes", "bloat that this scan added; with creep it goes on after the first", "less"),
+    Metric("copied_bytes", "bytes", "contents that collapses copied, all scans together", "less"),
+    Metric("zeroed_bytes", "bytes", "memory that collapses cleared because nothing was there to copy", "less"),
+    Metric("folios", "folios", "folios that collapses made, all scans together"),
+    Metric("scanned_pages", "pages", "PTEs that khugepaged looked at, all scans together", "less"),
+    Metric("khugepaged_seconds", "seconds", "processor time of scanning, copying, clearing and installing", "less"),
+    Metric("translations", "entries", "TLB entries that hold all of the resident memory at once", "less"),
+    Metric(
+        "tlb_reach_bytes",
+        "bytes",
+        "memory that the last level of the TLB maps at once, at the target's mean size",
+        "more",
+    ),
+    Metric("tlb_misses", "count", "page walks of a trace of accesses, by the model of a processor's TLB", "less"),
+    Metric("alloc_attempts", "count", "folios that collapses asked the allocator for"),
+    Metric("alloc_failures", "count", "of these, the ones that it did not have", "less"),
+    Metric("alloc_failure_share", "share", "alloc_failures as a part of alloc_attempts", "less"),
+    Metric("time_to_coverage", "seconds", "time until a coverage was reached; infinite if it never was", "less"),
+    Metric("pause_p50", "seconds", "median of the times that the target's threads stood still", "less"),
+    Metric("pause_p99", "seconds", "99th percentile of these times", "less"),
+    Metric("pause_max", "seconds", "longest of these times", "less"),
+    Metric(
+        "fairness",
+        "share",
+        "Jain's index of processes' coverages: 1 if all are equal, 1/n if one has all",
+        "more",
+    ),
+)
+
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _ALL}
+"""The definitions, by name."""
+
+
+def order_column(order: int) -> str:
+    """The name of the column of one order's share: ``"order_share_9"``."""
+    return f"order_share_{order}"
+
+
+def metric_of(column: str) -> Metric:
+    """The definition behind a column of a result table.
+
+    Raises:
+        KeyError: no metric is called so.
+    """
+    return METRICS["order_share" if column.startswith("order_share_") else column]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What khugepaged's work costs, in nanoseconds.
+
+    Figures of one core at about 3 GHz. Scanning: 24 million PTEs a second, measured on Linux 6.18 with
+    scan_sleep_millisecs 0. A collapse: 233 to 523 us for 2 MiB were published and measured, most of it the copy; what
+    is left for the locks, the flush of the TLB and the install is `collapse_ns`.
+
+    Attributes:
+        pte_ns: looking at one PTE.
+        copy_ns: copying one byte.
+        zero_ns: clearing one byte.
+        collapse_ns: making one folio, besides its bytes.
+    """
+
+    pte_ns: float = 42.0
+    copy_ns: float = 0.12
+    zero_ns: float = 0.05
+    collapse_ns: float = 10_000.0
+
+    def seconds(self, *, ptes: float, copied: float, zeroed: float, folios: float) -> float:
+        """The processor time of so many PTEs, bytes copied and cleared, and folios made."""
+        nanoseconds = ptes * self.pte_ns + copied * self.copy_ns + zeroed * self.zero_ns + folios * self.collapse_ns
+        return nanoseconds / 1e9
+
+
+def share(part: float, whole: float) -> float:
+    """`part` of `whole`; 0.0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def coverage_from(pages: ArrayLike, order: int) -> float:
+    """The share of pages in folios of `order` or larger.
+
+    Args:
+        pages: int, shape (orders,): resident pages by the order of their folio.
+    """
+    counts = np.asarray(pages)
+    return share(float(counts[order:].sum()), float(counts.sum()))
+
+
+def translations(pages: ArrayLike, pmd_mapped: float, pmd_order: int, coalesced_order: int = 0) -> float:
+    """TLB entries that it takes to hold all of the pages at once.
+
+    Args:
+        pages: int, shape (orders,): resident pages by the order of their folio.
+        pmd_mapped: how many of them PMD entries map.
+        coalesced_order: order of the largest run of PTEs that the processor holds in one entry; 0 if it does not.
+    """
+    counts = np.array(pages, np.float64)
+    largest = len(counts) - 1
+    counts[min(pmd_order, largest)] -= pmd_mapped
+    per_entry = 1 << np.minimum(np.arange(len(counts)), coalesced_order)
+    return float((counts / per_entry).sum()) + pmd_mapped / (1 << pmd_order)
+
+
+def time_to_coverage(seconds: ArrayLike, coverage: ArrayLike, wanted: float) -> float:
+    """When `coverage` first was at least `wanted`; ``inf`` if never.
+
+    Args:
+        seconds, coverage: float, shape (steps,): when, and how much.
+    """
+    reached = np.flatnonzero(np.asarray(coverage, np.float64) >= wanted)
+    return float(np.asarray(seconds, np.float64)[reached[0]]) if len(reached) else float("inf")
+
+
+def pauses(seconds: ArrayLike) -> dict[str, float]:
+    """``pause_p50``, ``pause_p99`` and ``pause_max`` of the times that threads stood still; 0.0 if they never did."""
+    times: NDArray[np.float64] = np.asarray(seconds, np.float64)
+    p50, p99 = np.percentile(times, [50, 99]) if times.size else (0.0, 0.0)
+    return {"pause_p50": float(p50), "pause_p99": float(p99), "pause_max": float(times.max(initial=0.0))}
+
+
+def fairness(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """Jain's index of what processes have (Jain, Chiu, Hawe 1984): from 1/n to 1; 1.0 if nobody has anything."""
+    shares = np.asarray(values, np.float64)
+    squares = float((shares**2).sum())
+    return float(shares.sum()) ** 2 / (len(shares) * squares) if squares else 1.0

@@ -1,0 +1,49 @@
+"""The definitions of figures, on numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mthp.lab import metrics
+
+
+def test_every_metric_has_a_unit_and_a_meaning() -> None:
+    units = {"bytes", "share", "seconds", "pages", "entries", "folios", "count"}
+    assert {metric.unit for metric in metrics.METRICS.values()} <= units
+    assert all(metric.meaning for metric in metrics.METRICS.values())
+    assert metrics.metric_of("order_share_4") is metrics.METRICS["order_share"]
+
+
+def test_translations_count_entries_by_how_memory_is_mapped() -> None:
+    pages = [100, 0, 16, 0, 32, 0, 0, 0, 0, 1024]
+    assert metrics.translations(pages, 1024, 9) == 100 + 16 + 32 + 2
+    assert metrics.translations(pages, 1024, 9, coalesced_order=2) == 100 + 4 + 8 + 2
+    assert metrics.translations(pages, 512, 9, coalesced_order=4) == 100 + 4 + 2 + 32 + 1
+
+
+def test_coverage_is_a_share_of_what_is_resident() -> None:
+    assert metrics.coverage_from([50, 0, 30, 20], 2) == 0.5
+    assert metrics.coverage_from([0, 0], 1) == 0.0
+
+
+def test_time_to_coverage() -> None:
+    assert metrics.time_to_coverage([0, 1, 2, 3], [0.0, 0.4, 0.9, 0.8], 0.5) == 2.0
+    assert math.isinf(metrics.time_to_coverage([0, 1], [0.0, 0.4], 0.5))
+
+
+def test_pauses_and_none() -> None:
+    assert metrics.pauses([0.1] * 99 + [1.0])["pause_max"] == 1.0
+    assert metrics.pauses([0.1] * 99 + [1.0])["pause_p50"] == pytest.approx(0.1)
+    assert metrics.pauses([]) == {"pause_p50": 0.0, "pause_p99": 0.0, "pause_max": 0.0}
+
+
+@pytest.mark.parametrize(("values", "index"), [([1, 1, 1, 1], 1.0), ([1, 0, 0, 0], 0.25), ([0, 0], 1.0), ([2, 1], 0.9)])
+def test_fairness_is_jains_index(values: list[float], index: float) -> None:
+    assert metrics.fairness(values) == pytest.approx(index)
+
+
+def test_cost_adds_up() -> None:
+    cost = metrics.Cost(pte_ns=10, copy_ns=1, zero_ns=0.5, collapse_ns=1000)
+    assert cost.seconds(ptes=100, copied=1000, zeroed=100, folios=2) == pytest.approx((1000 + 1000 + 50 + 2000) / 1e9)
