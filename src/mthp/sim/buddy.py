@@ -32,6 +32,11 @@ class Watermarks:
     low: int = 0
     high: int = 0
 
+    @classmethod
+    def above(cls, min: int) -> Watermarks:
+        """Those that the kernel sets for a zone of which `min` frames are kept free (__setup_per_zone_wmarks)."""
+        return cls(min, min + min // 4, min + min // 2)
+
 
 class Zone:
     """A contiguous range of frames with its free lists.
@@ -40,7 +45,12 @@ class Zone:
         start: first frame; a multiple of 2**max_order.
         frames: how many.
         max_order: of the largest block that is kept.
+
+    Attributes:
+        name: as in ``/proc/buddyinfo``.
     """
+
+    name = "Normal"
 
     def __init__(self, start: int, frames: int, max_order: int) -> None:
         self.start = start
@@ -106,6 +116,47 @@ class Zone:
                 order = min(order, (start & -start).bit_length() - 1)
             self.free(start, order)
             start += 1 << order
+
+    def take(self, frame: int) -> None:
+        """Take one free frame, and give back the rest of the block that it lies in.
+
+        Raises:
+            ValueError: it is not free.
+        """
+        for order, blocks in enumerate(self._free):
+            head = frame & -(1 << order)
+            if head in blocks:
+                break
+        else:
+            raise ValueError(f"frame {frame} is not free")
+        del self._free[order][head]
+        while order:
+            order -= 1
+            half = 1 << order
+            self._free[order][head + half if frame < head + half else head] = None
+            head += half * (frame >= head + half)
+        self.free_frames -= 1
+
+    def unusable_index(self, order: int) -> float:
+        """The part of free memory that lies in blocks too small for `order` (unusable_free_index, mm/vmstat.c).
+
+        0 says that all of it can be had in blocks of that order, 1 that none can; 1 too where nothing is free.
+        """
+        if not self.free_frames:
+            return 1.0
+        return 1.0 - self.usable_frames(order) / self.free_frames
+
+    def usable_frames(self, order: int) -> int:
+        """Free frames in blocks of `order` and above."""
+        return sum(len(blocks) << at for at, blocks in enumerate(self._free) if at >= order)
+
+    def blocks_of(self, order: int) -> Frames:
+        """All aligned blocks of `order` that are free: int64, shape (blocks,), their first frames, ascending."""
+        parts = [np.zeros(0, np.int64)]
+        for at in range(order, self.max_order + 1):
+            heads = np.fromiter(self._free[at], np.int64, len(self._free[at]))
+            parts.append((heads[:, None] + (np.arange(1 << (at - order)) << order)).ravel())
+        return np.sort(np.concatenate(parts))
 
     def free_counts(self) -> list[int]:
         """Free blocks by order, as a line of ``/proc/buddyinfo`` has them."""

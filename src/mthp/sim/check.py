@@ -118,6 +118,7 @@ def _references(machine: Machine) -> list[str]:
     sizes = _sizes(memory, heads)
     expected = np.zeros(len(memory.flags), np.int64)
     expected[heads] = parts.rmap.mapcounts(heads, heads) + sizes * ((memory.flags[heads] & Fl.SWAPCACHE) != 0)
+    expected[heads] += (memory.flags[heads] & Fl.OWNED) != 0
     waiting = np.array(parts.lru.waiting, np.int64)
     np.add.at(expected, waiting, 1)
     for head, references in machine.pins.items():
@@ -128,6 +129,7 @@ def _references(machine: Machine) -> list[str]:
         wrong.append(f"folio {head} has {memory.refcount[head]} references, {expected[head]} are explained")
     if (memory.flags & Fl.LOCKED).any():
         wrong.append("a folio is still locked")
+    heads = heads[(memory.flags[heads] & Fl.OWNED) == 0]
     on_list = (memory.flags[heads] & Fl.LRU) != 0
     waits = np.isin(heads, waiting)
     if (on_list == waits).any():
@@ -190,9 +192,13 @@ def _page_tables(machine: Machine, mm: Mm) -> list[str]:
                 wrong.append(f"mm {mm.id} has entries below an empty PMD entry at {address:#x}")
             elif table.pmd[row] == Pmd.HUGE:
                 head = int(value[0])
+                zero = table.bits[row, 0] & P.ZERO
                 whole = np.array_equal(value, np.arange(head, head + geometry.ptes_per_pmd))
-                if not whole or memory.order[head] != geometry.pmd_order or memory.head(head) != head:
+                whole = whole and memory.order[head] == geometry.pmd_order and memory.head(head) == head
+                if not (whole or (zero and not value.any())):
                     wrong.append(f"mm {mm.id} maps no whole folio by the PMD entry at {address:#x}")
+                if (table.bits[row] != table.bits[row, 0]).any():
+                    wrong.append(f"mm {mm.id} has differing entries below the PMD entry at {address:#x}")
             for offset in offsets[[0, -1]].tolist() if len(offsets) else []:
                 at = address + offset * geometry.page_size
                 vma = mm.find_vma(at)

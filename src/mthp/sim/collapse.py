@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mthp.collapse.machine_seam import RangeScan
 from mthp.collapse.policy import Limits, Policy, Rules
 from mthp.results import ScanResult
+from mthp.sim.alloc import charge, take_folio
 from mthp.sim.buddy import Frames
 from mthp.sim.faults import do_swap_page
 from mthp.sim.look import Look, isolate_look
@@ -97,14 +98,15 @@ class _Attempt:
         """A folio for the run, from the node that most pages of the PMD range are on; or why there is none."""
         counters, memory = self.parts.counters, self.parts.memory
         nodes = np.flatnonzero(node_load == node_load.max()).tolist()
-        folio = memory.alloc(self.order, nodes)
+        may_wait = self.rules.forced or self.parts.tunables.defrag
+        folio = take_folio(self.parts, self.order, nodes, may_wait=may_wait)
         outcome = "collapse_alloc_failed" if folio is None else "collapse_alloc"
         if self.order == self.pmd_order:
             counters.count(f"thp_{outcome}")
         counters.count_mthp(self.order, outcome)
         if folio is None:
             return ScanResult.ALLOC_HUGE_PAGE_FAIL
-        if not memory.charge(folio, self.mm.charge):
+        if not charge(self.parts, folio, self.mm.charge, may_wait=may_wait):
             memory.put(folio)
             return ScanResult.CGROUP_CHARGE_FAIL
         return folio
@@ -128,6 +130,8 @@ class _Attempt:
         look = self.isolate(vma)
         if look.result is not ScanResult.SUCCEED:
             return look.result
+        self.parts.clock.spend("collapse")
+        self.parts.clock.spend("collapse_pte", len(look.pfns))
         self.let_in(Step.COPY)
         if not self.copy(folio, look):
             self.release(look)
@@ -224,6 +228,9 @@ class _Attempt:
         if (memory.flags[look.pfns] & Fl.POISONED).any():
             return False
         memory.content[folio + look.offsets] = memory.content[look.pfns]
+        page = self.parts.geometry.page_size
+        self.parts.clock.spend("copy_byte", len(look.pfns) * page)
+        self.parts.clock.spend("zero_byte", (self.size - len(look.pfns)) * page)
         return True
 
     def remove_old(self, vma: SimVma, look: Look) -> None:

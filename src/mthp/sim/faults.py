@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mthp.sim.alloc import charge, take_folio
 from mthp.sim.memory import Fl
 from mthp.sim.mm import Mm, P, Ptes, SimVma
 from mthp.sim.parts import Parts
@@ -41,10 +42,10 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
     """Read a folio in, of the largest order that entries and slots allow, and map all of it."""
     memory, swap = parts.memory, parts.swap
     for order in (*_swapin_orders(parts, mm, vma, address, slot), 0):
-        head = memory.alloc(order)
+        head = take_folio(parts, order, may_wait=not order)
         if head is None:
             continue
-        if memory.charge(head, mm.charge):
+        if charge(parts, head, mm.charge, may_wait=not order):
             break
         memory.put(head)
     else:
@@ -57,6 +58,7 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
     swap.add_to_cache(head, slots.start)
     memory.set(head, Fl.UPTODATE)
     parts.counters.count("pswpin", size)
+    parts.clock.spend("swap_in", size)
     parts.counters.count("pgmajfault")
     if order:
         parts.counters.count_mthp(order, "swpin")

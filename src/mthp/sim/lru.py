@@ -49,6 +49,15 @@ class LruAddBatch:
         if through:
             self._flush(through)
 
+    def add_large(self, heads: Frames) -> None:
+        """Queue large folios, one after another, which empties the batch and does not fill it.
+
+        Args:
+            heads: int64, shape (folios,), each once.
+        """
+        self.drain()
+        self._memory.flags[heads] |= Fl.LRU
+
     def drain(self) -> None:
         """Empty the batch (lru_add_drain): its folios get on their lists, or are freed."""
         if self._waiting:

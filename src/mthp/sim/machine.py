@@ -13,6 +13,9 @@ import errno
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from mthp.collapse.policy import Policy, Rules, policy_named
 from mthp.collapse.single_pmd import check_policy, collapse_single_pmd
 from mthp.eligibility import Trigger
@@ -22,7 +25,9 @@ from mthp.results import ScanResult
 from mthp.sim import syscalls
 from mthp.sim.access import Fault, access
 from mthp.sim.check import check
+from mthp.sim.clock import Clock, Costs
 from mthp.sim.counters import Counters
+from mthp.sim.fragment import fragment
 from mthp.sim.khugepaged import Khugepaged
 from mthp.sim.lru import LruAddBatch
 from mthp.sim.memory import Memory
@@ -31,6 +36,8 @@ from mthp.sim.parts import Parts
 from mthp.sim.rmap import Rmap
 from mthp.sim.scan import CollapseControl, SimRange
 from mthp.sim.swap import Swap
+from mthp.sim.sysfs import Sysfs
+from mthp.sim.touch import Touched, touch
 from mthp.sim.trace import Trace
 from mthp.tunables import Switches, Tunables
 
@@ -53,6 +60,7 @@ class Machine:
         swap_slots: pages of the swap device.
         switches, tunables: by default those that a kernel starts with.
         policy: what khugepaged and MADV_COLLAPSE collapse to.
+        costs: what things take, of simulated time.
 
     Raises:
         UnsupportedError: `policy` walks in a manner that is not modelled here.
@@ -61,6 +69,7 @@ class Machine:
         parts: memory, swap, LRU, reverse map, counters and trace.
         mms: the address spaces, by number.
         pins: references that pins hold, by the head of the folio.
+        sysfs: the files below transparent_hugepage, and some of ``/proc``.
     """
 
     def __init__(
@@ -72,6 +81,7 @@ class Machine:
         switches: Switches | None = None,
         tunables: Tunables | None = None,
         policy: str | Policy = "mainline",
+        costs: Costs | None = None,
     ) -> None:
         counters = Counters(geometry)
         memory = Memory(geometry, node_frames or [64 * geometry.ptes_per_pmd], counters)
@@ -85,11 +95,13 @@ class Machine:
             Rmap(memory, counters),
             counters,
             Trace(),
+            Clock(costs),
         )
         self.policy = check_policy(policy_named(policy))
         self.mms: dict[int, Mm] = {}
         self.pins: Counter[int] = Counter()
         self.khugepaged = Khugepaged(self)
+        self.sysfs = Sysfs(self)
 
     @property
     def geometry(self) -> Geometry:
@@ -105,6 +117,11 @@ class Machine:
     def trace(self) -> Trace:
         """The trace events of the collapse path."""
         return self.parts.trace
+
+    @property
+    def clock(self) -> Clock:
+        """Simulated time, and what it went into."""
+        return self.parts.clock
 
     def create_mm(self, cgroup: int = 0) -> Mm:
         """A new, empty address space.
@@ -165,6 +182,67 @@ class Machine:
         """A program writes to the page at `address`, which holds `content` from then on."""
         outcome, _ = access(self.parts, mm, address, content)
         return outcome
+
+    def touch(
+        self,
+        mm: Mm,
+        addresses: ArrayLike,
+        *,
+        write: bool = True,
+        contents: ArrayLike | None = None,
+    ) -> Touched:
+        """A program reads or writes many pages, in order, until an access ends with a signal or memory is out.
+
+        It leaves what as many calls of :meth:`read` or :meth:`write` leave, apart from the numbers of frames, much
+        faster.
+
+        Args:
+            addresses: int64, shape (accesses,): of one byte in each page.
+            write: whether they are writes.
+            contents: uint32, same shape, or one number for all: what the pages hold from then on; by default the number
+                of the page (its address divided by the page size, modulo 2**32), or 1 where that is 0.
+
+        Returns:
+            How many accesses happened, and how the next one ended.
+
+        Raises:
+            UsageError: an address outside user space, or contents for a read.
+        """
+        where = np.asarray(addresses, np.int64).ravel()
+        if len(where) and not 0 <= int(where.min()) <= int(where.max()) < ADDRESS_LIMIT:
+            raise UsageError(f"addresses from {where.min():#x} to {where.max():#x} are not all in user space")
+        if not write:
+            if contents is not None:
+                raise UsageError("a read leaves nothing: give contents for writes only")
+            return touch(self.parts, mm, where, None)
+        if contents is None:
+            contents = np.maximum((where // self.geometry.page_size).astype(np.uint32), 1)
+        return touch(self.parts, mm, where, np.broadcast_to(np.asarray(contents, np.uint32), where.shape))
+
+    def populate(self, mm: Mm, start: int, end: int) -> Touched:
+        """Write to every page of a range, as :meth:`touch` does."""
+        page = self.geometry.page_size
+        return self.touch(mm, np.arange(start // page, -(-end // page), dtype=np.int64) * page)
+
+    def fragment(self, index: float, order: int | None = None, *, movable: float = 0.0, seed: int = 0) -> int:
+        """Fragment free memory until the unusable free space index of `order` is at least `index`.
+
+        The index is the part of the free memory that lies in blocks smaller than `order`: 0 if all of it can be had in
+        blocks of that order, 1 if none. See :func:`mthp.sim.fragment.fragment`.
+
+        Args:
+            order: by default the PMD order.
+            movable: how many of the pages strewn in compaction can move and reclaim can drop, from 0 to 1.
+            seed: chooses where they lie.
+
+        Returns:
+            Pages strewn in.
+
+        Raises:
+            UsageError: an index or a share outside 0 to 1, or an order that the allocator does not have.
+        """
+        order = self.geometry.pmd_order if order is None else order
+        return fragment(self.parts, index, order, movable=movable, seed=seed)
 
     def munmap(self, mm: Mm, start: int, end: int) -> int:
         """Unmap a range: 0 or an error number."""

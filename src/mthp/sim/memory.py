@@ -21,6 +21,7 @@ A frame costs 17 bytes here.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,6 +69,8 @@ class Fl:
     """Large, and on the list of folios to be split for that (folio_test_partially_mapped)."""
     YOUNG = np.uint16(1 << 13)
     """Idle tracking's bit (folio_test_young)."""
+    OWNED = np.uint16(1 << 14)
+    """The kernel's own: held with one reference by a driver, by the kernel itself or by the page cache."""
 
 
 class Cgroups:
@@ -94,6 +97,11 @@ class Cgroups:
     def set_limit(self, cgroup: int, limit: int | None) -> None:
         """Change a limit; what is charged already stays."""
         self._limits[cgroup] = limit
+
+    def room(self, cgroup: int) -> int:
+        """Frames that can be charged to a cgroup before it is at its limit."""
+        limit = self._limits[cgroup]
+        return sys.maxsize if limit is None else max(limit - int(self.usage[cgroup]), 0)
 
     def try_charge(self, cgroup: int, frames: int) -> bool:
         """Charge so many frames, unless that would exceed the limit."""
@@ -189,6 +197,29 @@ class Memory:
                 return head
         return None
 
+    def alloc_many(self, order: int, count: int) -> Frames:
+        """New folios of one order, each with one reference, and nothing in them.
+
+        Returns:
+            int64, shape (folios,): their heads; fewer than `count` where memory ran out.
+        """
+        if not order:
+            return self.alloc_small(count)
+        taken: list[int] = []
+        for zone in self.zones:
+            while len(taken) < count and (head := zone.alloc(order)) is not None:
+                taken.append(head)
+        heads = np.array(taken, np.int64)
+        frames = heads[:, None] + np.arange(1 << order)
+        self.flags[frames] = Fl.ALLOCATED
+        self.order[frames] = order
+        self.refcount[frames] = 0
+        self.refcount[heads] = 1
+        self.mapcount[frames] = 0
+        self.content[frames] = ZERO_CONTENT
+        self.cgroup[heads] = ROOT
+        return heads
+
     def alloc_small(self, count: int, nodes: Sequence[int] = ()) -> Frames:
         """New folios of order 0, each with one reference, contiguous as far as memory is.
 
@@ -208,6 +239,22 @@ class Memory:
             self.cgroup[run] = ROOT
         ranges = [np.arange(start, start + length) for start, length in taken]
         return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+    def own(self, pfns: Frames, *flags: np.uint16) -> None:
+        """Give frames that were taken from a zone to the kernel itself, with one reference each.
+
+        Args:
+            pfns: int64, shape (pages,).
+            flags: that they get, beside ALLOCATED and OWNED.
+        """
+        self.flags[pfns] = Fl.ALLOCATED | Fl.OWNED
+        for flag in flags:
+            self.flags[pfns] |= flag
+        self.order[pfns] = 0
+        self.refcount[pfns] = 1
+        self.mapcount[pfns] = 0
+        self.content[pfns] = ZERO_CONTENT
+        self.cgroup[pfns] = ROOT
 
     def charge(self, head: int, cgroup: int) -> bool:
         """Charge a new folio to a memory cgroup (mem_cgroup_charge); False if that is at its limit."""

@@ -42,6 +42,8 @@ class P:
     DIRTY = np.uint16(1 << 7)
     WRITE = np.uint16(1 << 8)
     UFFD_WP = np.uint16(1 << 9)
+    SPECIAL = np.uint16(1 << 10)
+    """Present: memory of a device, for which there is no frame (pte_special)."""
 
 
 class Pmd(enum.IntEnum):
@@ -90,6 +92,10 @@ class SimVma:
     def droppable(self) -> bool:
         """VM_DROPPABLE."""
         return DROPPABLE in self.flags
+
+    def permits(self, *, write: bool) -> bool:
+        """Whether its permissions allow an access."""
+        return ("w" if write else "r") in self.permissions
 
     def covers(self, start: int, end: int) -> bool:
         """Whether the mapping has all of this range."""
@@ -140,7 +146,7 @@ class Ptes:
 
     def pages(self) -> NDArray[np.bool_]:
         """Which entries map a page that is not the zero page: bool, shape (pages,)."""
-        mask: NDArray[np.bool_] = (self.bits & (P.PRESENT | P.ZERO)) == P.PRESENT
+        mask: NDArray[np.bool_] = (self.bits & (P.PRESENT | P.ZERO | P.SPECIAL)) == P.PRESENT
         return mask
 
 
@@ -245,6 +251,27 @@ class Mm:
             return None
         return self._tables[at], number - self._tables[at].first
 
+    def locate(self, pages: NDArray[np.int64]) -> list[tuple[Table, NDArray[np.intp], NDArray[np.int64]]]:
+        """Where the entries of many pages are.
+
+        Args:
+            pages: int64, shape (pages,): page numbers, which is addresses divided by the page size.
+
+        Returns:
+            By table: the table, which of `pages` lie in it, and the number of the entry of each of those, counted
+            through the table. Pages for which there is no table are left out.
+        """
+        order, found = self._geometry.pmd_order, []
+        firsts = np.array([table.first for table in self._tables], np.int64)
+        at = np.searchsorted(firsts, pages >> order, side="right") - 1
+        for number in np.unique(at).tolist():
+            if number < 0:
+                continue
+            table = self._tables[number]
+            which = np.flatnonzero((at == number) & (pages >> order <= table.last))
+            found.append((table, which, pages[which] - (table.first << order)))
+        return found
+
     def pmd(self, address: int) -> Pmd:
         """The PMD entry at `address`."""
         found = self.row(address)
@@ -265,6 +292,13 @@ class Mm:
         run = slice(start, start + pages)
         assert run.stop <= self._geometry.ptes_per_pmd, f"{pages} pages from {address:#x} cross a PMD range"
         return Ptes(table.bits[row, run], table.value[row, run])
+
+    def entry(self, address: int) -> Ptes:
+        """The entry that maps `address`: of the PTE, or, where the PMD entry maps it, all those that stand for that."""
+        geometry = self._geometry
+        if self.pmd(address) is Pmd.HUGE:
+            return self.ptes(address // geometry.pmd_size * geometry.pmd_size, geometry.ptes_per_pmd)
+        return self.ptes(address, 1)
 
     def ranges(self, start: int, end: int) -> Iterator[tuple[int, int, Ptes]]:
         """Go over the entries of a range of addresses, PMD range by PMD range.

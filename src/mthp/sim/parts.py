@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mthp.eligibility import Trigger
 from mthp.geometry import Geometry
+from mthp.sim.clock import Clock
 from mthp.sim.counters import Counters
+from mthp.sim.knobs import Knobs
 from mthp.sim.lru import LruAddBatch
 from mthp.sim.memory import Fl, Memory
 from mthp.sim.mm import HUGEPAGE, NOHUGEPAGE, Mm, SimVma
@@ -57,6 +59,8 @@ class Parts:
     rmap: Rmap
     counters: Counters
     trace: Trace
+    clock: Clock = field(default_factory=Clock)
+    knobs: Knobs = field(default_factory=Knobs)
     hook: Hook | None = None
 
     def let_in(self, step: Step, mm: Mm, address: int, order: int) -> None:

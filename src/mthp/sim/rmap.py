@@ -38,6 +38,22 @@ class Rmap:
             memory.refcount[head + _IDS] = mm
             self._counters.count_mthp(order, "nr_anon")
 
+    def add_new_anon_many(self, heads: Frames, order: int, mm: int, *, swapbacked: bool) -> None:
+        """Map all of each of many new folios of one order into one address space.
+
+        Args:
+            heads: int64, shape (folios,).
+        """
+        memory, size = self._memory, 1 << order
+        memory.flags[heads] |= Fl.ANON | Fl.SWAPBACKED if swapbacked else Fl.ANON
+        memory.mapcount[heads[:, None] + np.arange(size)] = 1
+        memory.refcount[heads] = size
+        if order:
+            memory.refcount[heads + _ALL] = size
+            memory.refcount[heads + _OF_FIRST] = size
+            memory.refcount[heads + _IDS] = mm
+            self._counters.count_mthp(order, "nr_anon", len(heads))
+
     def add_new_anon_small(self, pfns: Frames, *, swapbacked: bool) -> None:
         """Map new folios of order 0, each by one PTE."""
         self._memory.flags[pfns] |= Fl.ANON | Fl.SWAPBACKED if swapbacked else Fl.ANON

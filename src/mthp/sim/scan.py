@@ -60,7 +60,10 @@ class SimRange:
             return RangeScan(ScanResult.PMD_MAPPED if pmd is Pmd.HUGE else ScanResult.NO_PTE_TABLE)
         ptes = self._mm.ptes(address, parts.geometry.ptes_per_pmd)
         look = scan_look(parts, self._vma, ptes, self._limits(), forced=control.rules.forced)
-        control.progress += min(look.at + 1, parts.geometry.ptes_per_pmd)
+        entries = min(look.at + 1, parts.geometry.ptes_per_pmd)
+        control.progress += entries
+        parts.clock.spend("scan_range")
+        parts.clock.spend("scan_pte", entries)
         referenced = 0 if control.rules.forced else look.referenced
         result = look.result
         if result in _EXCEEDED:
