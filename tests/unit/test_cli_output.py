@@ -20,10 +20,10 @@ from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vm
 from mthp.cli.options import percentage, planned, share_or_size, stopping_on_signals
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
 from mthp.cli.plan_command import plan_json, print_plan
-from mthp.cli.text import clean
 from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.errors import UsageError
 from mthp.planning import PlanOptions, plan_space
+from mthp.text import clean
 
 BASE = 1 << 40
 PMD = 2 << 20

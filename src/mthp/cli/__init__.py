@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import click
 
 from mthp import __version__
-from mthp.cli.text import clean
 from mthp.errors import MthpError
+from mthp.text import clean
 
 COMMANDS = {
     "doctor": "What this kernel and these rights allow, and how to get the rest.",
@@ -27,6 +27,7 @@ COMMANDS = {
     "collapse": "Collapse a running process, now.",
     "snapshot": "Record the page layout of a process in a file, to plan on elsewhere.",
     "compare": "Policies side by side: coverage, bloat, creep; which are worth a look.",
+    "report": "One HTML page: the address space, each policy, and at what price.",
     "conformance": "Replay what real kernels did in the simulated machine.",
     "demo": "The whole story on a process of its own: inspect, plan, collapse, measure.",
 }

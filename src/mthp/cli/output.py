@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from mthp.cli.text import clean
+from mthp.text import clean
 
 PLAIN_WIDTH = 1 << 16
 """Width of plain text, in columns: wide enough that nothing is cut or wrapped, the longest path included."""

@@ -1,4 +1,4 @@
-"""Text that is fit for a terminal. Apart from the rest of the output because errors need it, and it costs nothing."""
+"""Text that is fit to be shown. Apart from the rest of the output because errors need it, and it costs nothing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,123 @@
+"""``mthp report FILE -o OUT.html``: one page on a process: its address space, and what policies would make of it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mthp import __version__
+from mthp.addrspace import AddressSpace
+from mthp.cli.options import json_option, plan_options, planned
+from mthp.cli.output import console, print_json, progress_bar, say
+from mthp.errors import UsageError
+from mthp.geometry import format_size
+from mthp.report.document import Command
+from mthp.targets import open_target, pid_of
+
+
+@click.command("report")
+@click.argument("file")
+@click.option(
+    "-o", "--output", required=True, metavar="OUT.html", type=click.Path(path_type=Path), help="File to write."
+)
+@click.option("--after", metavar="FILE", help="A snapshot of the same process afterwards, to show beside the first.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option(
+    "--with-arguments", is_flag=True, help="Show the command line of the process too, which may hold secrets."
+)
+@plan_options
+@json_option
+def command(
+    file: str, output: Path, after: str | None, force: bool, with_arguments: bool, as_json: bool, **options: Any
+) -> None:
+    """Write one HTML page on FILE: its address space, what each policy would make of it, and at what price.
+
+    FILE is a snapshot, or a PID for a quick look. The page is complete in itself: it loads nothing from anywhere and
+    runs no script. It holds no contents of memory, no environment, and no arguments unless asked for.
+    """
+    from mthp.report import write
+    from mthp.report.gather import Source, report_on
+
+    if output.exists() and not force:
+        raise UsageError(f"{output}: exists already", help="use --force to replace it")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: there is no directory {output.absolute().parent}")
+    pid = pid_of(file)
+    if after is not None and pid_of(after) is not None:
+        raise UsageError("--after takes a snapshot", help=f"make one with: mthp snapshot {after} -o after.parquet")
+    arguments = _arguments(pid) if with_arguments else ""
+    with still(file, hidden=as_json) as (space, recorded_at), progress_bar("reporting", hidden=as_json) as progress:
+        later = None if after is None else open_target(after)
+        source = Source(space, recorded_at, later, arguments)
+        document = report_on(
+            source,
+            planned(options),
+            _commands(file, pid),
+            lambda _, done, total: progress(done, total),
+            version=__version__,
+        )
+    size = write(document, output, overwrite=force)
+    if as_json:
+        print_json("report", {"target": document.title, "output": str(output), "bytes": size})
+    else:
+        say(console(), f"{output}: {document.title}, {format_size(size)}; open it in any browser")
+
+
+@contextmanager
+def still(target: str, *, hidden: bool) -> Iterator[tuple[AddressSpace, str]]:
+    """The address space of `target` at one moment, and which moment that is: a process is recorded first."""
+    from mthp.snapshot import SnapshotSpace, load, record
+
+    if pid_of(target) is None:
+        with open_target(target) as space:
+            assert isinstance(space, SnapshotSpace)
+            yield space, space.info.recorded_at
+        return
+    with tempfile.TemporaryDirectory(prefix="mthp-report-") as directory:
+        path = Path(directory) / "now.parquet"
+        with open_target(target) as live, progress_bar("recording", hidden=hidden) as progress:
+            record(live, path, progress=progress)
+        with load(path) as recorded:
+            yield recorded, datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _arguments(pid: int | None) -> str:
+    """The command line of a process, as a shell would take it.
+
+    Raises:
+        UsageError: it is no process.
+    """
+    if pid is None:
+        raise UsageError("--with-arguments needs a PID: files hold no arguments")
+    from mthp.linux.process import Process
+
+    with Process(pid) as process:
+        words = process.read("cmdline").rstrip(b"\0").split(b"\0")
+    return shlex.join(word.decode(errors="replace") for word in words)
+
+
+def _commands(file: str, pid: int | None) -> tuple[Command, ...]:
+    """What to type to see the same again, and to carry it out."""
+    again = Command("This page", shlex.join(["mthp", *sys.argv[1:]]))
+    if pid is None:
+        name = shlex.quote(file)
+        return (
+            again,
+            Command("The plan", f"mthp plan {name}"),
+            Command("Carry it out on a live process, within a budget", "mthp collapse PID --max-bloat 5%"),
+        )
+    return (
+        again,
+        Command("The same memory in a file, to look at it again", f"mthp snapshot {pid} -o before.parquet"),
+        Command("Carry the plan out, within a budget", f"mthp collapse {pid} --max-bloat 5%"),
+        Command("Show what came of it", f"mthp snapshot {pid} -o after.parquet"),
+        Command("... and set it beside what was", "mthp report before.parquet --after after.parquet -o collapse.html"),
+    )

@@ -1,0 +1,235 @@
+"""Charts as values: axes with their ticks, series with their points, already in the drawing's own coordinates.
+
+Series are told apart by the shape of their marks and by their names, not by colour alone; every point says in words
+what it is, and the chart's table says the same in figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 640, 380
+"""Of the drawing."""
+
+LEFT, RIGHT, TOP, BOTTOM = 78, 20, 16, 62
+"""Margins around the plot."""
+
+MARKS = (
+    "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
+    "M-4.6 -4.6h9.2v9.2h-9.2z",
+    "M0 -6.2L6 4.6H-6z",
+    "M0 -6.6L5.6 0L0 6.6L-5.6 0z",
+    "M-6 -4.6H6L0 6.2z",
+    "M-1.8 -5.6h3.6v3.8h3.8v3.6h-3.8v3.8h-3.6v-3.8h-3.8v-3.6h3.8z",
+)
+"""Shapes of marks as SVG paths around the origin: circle, square, triangle, diamond, triangle down, cross."""
+
+PADDING = 20
+"""Between the vertical axis and 0."""
+
+DODGE = 9
+"""Between marks that would hide each other, in units of the drawing."""
+
+Format = Callable[[float], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A mark of an axis: where it is, and its text."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point: where it is, and what it says."""
+
+    x: float
+    y: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSeries:
+    """A series as drawn: its class, name, mark, points and the line through them (an SVG path, or ``""``)."""
+
+    key: str
+    name: str
+    mark: str
+    points: tuple[Point, ...]
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A chart, ready to be drawn.
+
+    Attributes:
+        title: above it.
+        summary: what it shows, in words.
+        x_name, y_name: of the axes, with their units.
+        x_ticks, y_ticks: their marks.
+        series: what is plotted.
+        frontier: an SVG path behind the series, or ``""``.
+    """
+
+    title: str
+    summary: str
+    x_name: str
+    y_name: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    series: tuple[DrawnSeries, ...]
+    frontier: str = ""
+
+    width, height = WIDTH, HEIGHT
+    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """What is plotted: a name, and points of (x, y, what it says)."""
+
+    name: str
+    points: Sequence[tuple[float, float, str]]
+    joined: bool = False
+
+
+def chart(
+    title: str,
+    summary: str,
+    series: Sequence[Series],
+    *,
+    x_name: str,
+    y_name: str,
+    x_format: Format,
+    y_format: Format,
+    y_range: tuple[float, float] | None = None,
+    frontier: Sequence[tuple[float, float]] = (),
+) -> Chart:
+    """Lay out a chart. Marks of series that are not joined stand side by side where they coincide.
+
+    Args:
+        y_range: ends of the vertical axis; from 0 to the largest value by default.
+        frontier: corners of a staircase that is drawn behind the series, by ascending x.
+    """
+    points = [point for one in series for point in one.points]
+    x_values = nice_ticks(0.0, max((x for x, _, _ in points), default=1.0))
+    y_values = nice_ticks(*(y_range or (0.0, max((y for _, y, _ in points), default=1.0))))
+    across = _scale(x_values[0], x_values[-1], LEFT + PADDING, WIDTH - RIGHT)
+    up = _scale(y_values[0], y_values[-1], HEIGHT - BOTTOM, TOP)
+    places = _side_by_side(
+        [(across(x), up(y)) for x, y, _ in points], DODGE if not any(s.joined for s in series) else 0
+    )
+    drawn = []
+    for number, one in enumerate(series):
+        at = tuple(Point(*next(places), text) for _, _, text in one.points)
+        line = "M" + "L".join(f"{point.x:.1f} {point.y:.1f}" for point in at) if one.joined and len(at) > 1 else ""
+        drawn.append(DrawnSeries(f"s{number % len(MARKS)}", one.name, MARKS[number % len(MARKS)], at, line))
+    stairs = ""
+    if frontier:
+        first, *others = frontier
+        stairs = f"M{across(first[0]):.1f} {up(y_values[0]):.1f}V{up(first[1]):.1f}"
+        stairs += "".join(f"H{across(x):.1f}V{up(y):.1f}" for x, y in others) + f"H{WIDTH - RIGHT}"
+    return Chart(
+        title,
+        summary,
+        x_name,
+        y_name,
+        tuple(Tick(across(value), x_format(value)) for value in x_values),
+        tuple(Tick(up(value), y_format(value)) for value in y_values),
+        tuple(drawn),
+        stairs,
+    )
+
+
+def _side_by_side(places: Sequence[tuple[float, float]], by: float) -> Iterator[tuple[float, float]]:
+    """`places` in their order; those that coincide are set apart, `by` units from one to the next."""
+    number = Counter(places)
+    seen: Counter[tuple[float, float]] = Counter()
+    for x, y in places:
+        yield x + by * (seen[x, y] - (number[x, y] - 1) / 2), y
+        seen[x, y] += 1
+
+
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round values from `low` to at least `high`, in steps of 1, 2, 2.5 or 5 times a power of ten."""
+    if not high > low:
+        high = low + 1.0
+    raw = (high - low) / about
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+@dataclass(frozen=True, slots=True)
+class BarPart:
+    """A part of a bar, in thousandths of the longest: its kind of memory, where it begins, and what it says."""
+
+    key: str
+    start: float
+    width: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A bar: its name, its parts, and all of it in words."""
+
+    name: str
+    parts: tuple[BarPart, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class BarChart:
+    """Bars over one scale, made of kinds of memory.
+
+    Attributes:
+        legend: the kinds that occur: class and label.
+    """
+
+    title: str
+    summary: str
+    bars: tuple[Bar, ...]
+    legend: tuple[tuple[str, str], ...]
+
+
+def bar_chart(
+    title: str,
+    summary: str,
+    rows: Sequence[tuple[str, Sequence[tuple[str, str, int]]]],
+    *,
+    legend: Sequence[tuple[str, str]],
+    size: Callable[[int], str],
+) -> BarChart:
+    """Lay out bars.
+
+    Args:
+        rows: of each bar the name, and of its parts the class, the label and the value.
+        legend: class and label of every kind that may occur, in the order of the legend.
+        size: how a value is written.
+    """
+    whole = max((sum(value for _, _, value in parts) for _, parts in rows), default=0) or 1
+    occurring = {key for _, parts in rows for key, _, value in parts if value}
+    bars = []
+    for name, parts in rows:
+        made, start = [], 0.0
+        for key, label, value in parts:
+            if not value:
+                continue
+            width = 1000 * value / whole
+            made.append(BarPart(key, round(start, 2), round(width, 2), f"{label}: {size(value)}"))
+            start += width
+        bars.append(Bar(name, tuple(made), f"{name}: " + (", ".join(part.text for part in made) or "nothing")))
+    return BarChart(title, summary, tuple(bars), tuple(entry for entry in legend if entry[0] in occurring))

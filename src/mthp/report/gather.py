@@ -1,0 +1,377 @@
+"""The report of one address space: what it is made of, what each policy would make of it, and at what price.
+
+Many plans are made of the same memory here, and a running process does not stand still between them. So a process
+is recorded first, as `mthp snapshot` does, and everything in the report is of that one moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mthp.addrspace import AddressSpace
+from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
+from mthp.collapse.policy import BUILT_IN
+from mthp.geometry import Geometry, format_size
+from mthp.planning import PlanOptions, SpacePlan, plan_space
+from mthp.report.charts import BarChart, Chart, Series, bar_chart, chart
+from mthp.report.document import Cell, Command, Document, Figure, Section, Table
+from mthp.report.memorymap import Kinds, MemoryMap, make_map
+from mthp.report.outcomes import Outcome, outcomes
+
+REST = ("rest", "left as it is")
+"""Class and label of what a collapse does not touch, in bars."""
+
+MAPPINGS = 60
+"""Mappings in the table: those with most memory."""
+
+Progress = Callable[[str, int, int], None]
+"""Told (what is being done, done, in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a report's memory comes from.
+
+    Attributes:
+        space: what is reported on; read more than once, so it must not change meanwhile.
+        recorded_at: when it was as it is, in words.
+        later: the same process afterwards, or None to show what the plan would make of it.
+        arguments: the process's command line if it is to be shown, else ``""``.
+    """
+
+    space: AddressSpace
+    recorded_at: str
+    later: AddressSpace | None = None
+    arguments: str = ""
+
+
+def report_on(
+    source: Source,
+    options: PlanOptions,
+    commands: Sequence[Command],
+    progress: Progress = lambda *_: None,
+    *,
+    version: str = "",
+) -> Document:
+    """The report on an address space.
+
+    Args:
+        options: of the plan that is shown in full; policies and limits are varied for the comparison.
+        commands: how to repeat it.
+        version: of mthp, for the foot of the page.
+
+    Raises:
+        UsageError: as :func:`mthp.planning.plan_space`.
+        TargetVanishedError: the process exited meanwhile.
+    """
+    space = source.space
+    census = take_census(space, lambda done, total: progress("counting pages", done, total))
+    facts = _facts(source, census)
+    if not census.total.resident and not census.total.state("swap"):
+        return Document(
+            title=census.label,
+            verdict="Nothing is resident: the process has no memory of its own, neither in RAM nor in swap,"
+            " so there is nothing to collapse.",
+            facts=facts,
+            notes=census.missing,
+            commands=commands,
+            version=version,
+        )
+    plan = plan_space(space, options, lambda done, total: progress("planning", done, total))
+    after = None if source.later is None else take_census(source.later)
+    found = outcomes(
+        space, options, list(BUILT_IN), _limits(census.geometry), lambda done, total: progress("comparing", done, total)
+    )
+    return Document(
+        title=census.label,
+        verdict=_verdict(census, plan, after),
+        facts=facts,
+        figures=_figures(census, plan, after),
+        sections=(
+            _map_section(source, census, plan, progress),
+            _policy_section(census.geometry, found),
+            _plan_section(plan),
+            _mappings_section(census),
+        ),
+        commands=commands,
+        notes=census.missing,
+        version=version,
+    )
+
+
+def _limits(geometry: Geometry) -> list[int]:
+    n = geometry.ptes_per_pmd
+    return sorted({n - 1, n // 2, n // 8, 0}, reverse=True)
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a percentage with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def _pmd(geometry: Geometry) -> str:
+    return geometry.label(geometry.pmd_order)
+
+
+def _covered(pages: PageCounts) -> float:
+    return pages.state("pmd_mapped") / pages.resident if pages.resident else 0.0
+
+
+def _verdict(census: Census, plan: SpacePlan, after: Census | None) -> str:
+    pmd = _pmd(census.geometry)
+    if after is not None:
+        grown = (after.total.resident - census.total.resident) * census.geometry.page_size
+        return (
+            f"{percent(_covered(census.anonymous))} of the anonymous memory was mapped by {pmd} pages before,"
+            f" {percent(_covered(after.anonymous))} is afterwards; resident memory"
+            f" {'grew' if grown >= 0 else 'shrank'} by {format_size(abs(grown))}."
+        )
+    if not len(plan.folios):
+        return f"There is nothing to collapse with the policy {plan.policy} and these limits."
+    resident = int(plan.ranges.resident.sum()) * plan.geometry.page_size
+    return (
+        f"With the policy {plan.policy}, a collapse would take the memory that {pmd} pages map from"
+        f" {percent(plan.coverage)} to {percent(plan.coverage_after)} of {format_size(resident)}, copy"
+        f" {format_size(plan.copied_bytes)}, and add {format_size(plan.filled_bytes)}."
+    )
+
+
+def _figures(census: Census, plan: SpacePlan, after: Census | None) -> tuple[Figure, ...]:
+    geometry = census.geometry
+    pmd = _pmd(geometry)
+    resident = census.total.resident * geometry.page_size
+    anon = census.anonymous.resident * geometry.page_size
+    figures = [Figure(format_size(resident), "resident", f"{format_size(anon)} of it anonymous")]
+    if after is not None:
+        grown = (after.total.resident - census.total.resident) * geometry.page_size
+        return (
+            *figures,
+            Figure(percent(_covered(census.anonymous)), f"{pmd} pages before", "of the anonymous memory"),
+            Figure(percent(_covered(after.anonymous)), f"{pmd} pages afterwards", "of the anonymous memory"),
+            Figure(format_size(grown), "grown", f"{percent(grown / resident)} of what was resident"),
+        )
+    share = plan.filled_bytes / resident if resident else 0.0
+    return (
+        *figures,
+        Figure(percent(plan.coverage), f"{pmd} pages now", "of what may be collapsed"),
+        Figure(percent(plan.coverage_after), f"{pmd} pages with the plan", f"policy {plan.policy}"),
+        Figure(format_size(plan.filled_bytes), "would be added", f"{percent(share)} of what is resident"),
+    )
+
+
+def _facts(source: Source, census: Census) -> tuple[tuple[str, str], ...]:
+    geometry, tunables = census.geometry, source.space.tunables
+    sizes = ", ".join(f"{geometry.label(order)} {word}" for order, word in sorted(census.switches.sizes.items()))
+    facts = [
+        ("process", census.label),
+        ("as it was", source.recorded_at),
+        (
+            "kernel",
+            f"Linux {census.kernel}, {geometry.name}, pages of {geometry.label(0)}, PMD ranges of {_pmd(geometry)}",
+        ),
+        ("transparent_hugepage/enabled", census.switches.enabled),
+        ("enabled by size", sizes or "no switches by size"),
+        *((f"khugepaged/{knob.name}", str(int(getattr(tunables, knob.name)))) for knob in dataclasses.fields(tunables)),
+    ]
+    if census.thp_disabled:
+        facts.append(("PR_SET_THP_DISABLE", "set: the process switched THP off for itself"))
+    if source.arguments:
+        facts.append(("arguments", source.arguments))
+    return tuple(facts)
+
+
+def _map_section(source: Source, census: Census, plan: SpacePlan, progress: Progress) -> Section:
+    later = "afterwards" if source.later is not None else "with the plan"
+    memory: MemoryMap = make_map(
+        source.space,
+        census,
+        names=("now" if source.later is None else "before", later),
+        folios=plan.folios,
+        later=source.later,
+        progress=lambda done, total: progress("drawing", done, total),
+    )
+    lead = (
+        "Each column is filled from below with what its stretch of addresses holds, the largest folios first."
+        " What is hatched was empty and would become memory."
+    )
+    return Section("The address space", lead, maps=(memory,))
+
+
+def _policy_section(geometry: Geometry, found: Sequence[Outcome]) -> Section:
+    pmd = _pmd(geometry)
+    rows = [
+        (
+            Cell(one.policy, mark=one.on_frontier),
+            Cell(str(one.max_ptes_none), figure=True),
+            Cell(percent(one.huge_coverage), figure=True),
+            Cell(format_size(one.bloat_bytes), figure=True),
+            Cell(percent(one.bloat_share), figure=True),
+            Cell(format_size(one.copied_bytes), figure=True),
+            Cell("yes" if one.on_frontier else ""),
+        )
+        for one in found
+    ]
+    columns = ("policy", "max_ptes_none", f"mapped as {pmd}", "bloat", "bloat %", "copied", "on the frontier")
+    lead = (
+        "A policy says which folios are tried, max_ptes_none how many empty pages of a PMD range a collapse may fill."
+        " Bloat is memory that was not there before. Nothing beats what lies on the frontier in both."
+    )
+    return Section(
+        "What each policy would make of it",
+        lead,
+        bars=(_bars(geometry, found),),
+        charts=(frontier_chart(found, pmd),),
+        tables=(Table("All of them in figures", columns, rows),),
+    )
+
+
+def _bars(geometry: Geometry, found: Sequence[Outcome]) -> BarChart:
+    kinds = Kinds(geometry)
+
+    def parts(one: Outcome) -> list[tuple[str, str, int]]:
+        made = []
+        for order, count in one.folios_by_order.items():
+            kind = kinds.kinds[int(kinds.of_order[order])]
+            made.append((kind.key, kind.label, count * geometry.size_of(order)))
+        return [*made, (*REST, one.resident_bytes - one.copied_bytes)]
+
+    # Where limits do not matter, the bars are equal: the two ends tell enough.
+    chosen = {max(one.max_ptes_none for one in found), geometry.ptes_per_pmd // 8}
+    return bar_chart(
+        "Folios that would be made",
+        "Bytes by folio size. Where a bar is longer than another, the collapse has added memory.",
+        [(f"{one.policy}, {one.max_ptes_none}", parts(one)) for one in found if one.max_ptes_none in chosen],
+        legend=[*((kind.key, kind.label) for kind in kinds.kinds), REST],
+        size=format_size,
+    )
+
+
+def frontier_chart(found: Sequence[Outcome], pmd: str) -> Chart:
+    """Coverage against bloat, a series for each policy, and the frontier of what nothing beats."""
+    policies = list(dict.fromkeys(one.policy for one in found))
+    best = sorted({(one.bloat_bytes, one.huge_coverage) for one in found if one.on_frontier})
+    names: dict[tuple[int, float], list[str]] = {}
+    for one in found:
+        if one.on_frontier:
+            names.setdefault((one.bloat_bytes, one.huge_coverage), []).append(f"{one.policy} {one.max_ptes_none}")
+    ends = "; ".join(
+        f"{' = '.join(names[size, coverage])} ({percent(coverage)} for {format_size(size)})" for size, coverage in best
+    )
+    return chart(
+        "Coverage against bloat",
+        "The dashed line is the frontier: nothing covers more for less. On it lie, with the max_ptes_none of each:"
+        f" {ends}.",
+        [
+            Series(
+                policy,
+                [
+                    (
+                        100 * one.bloat_share,
+                        100 * one.huge_coverage,
+                        f"{one.policy}, max_ptes_none {one.max_ptes_none}: {percent(one.huge_coverage)} mapped as"
+                        f" {pmd}, {format_size(one.bloat_bytes)} ({percent(one.bloat_share)}) of bloat",
+                    )
+                    for one in found
+                    if one.policy == policy
+                ],
+            )
+            for policy in policies
+        ],
+        x_name="bloat, % of what is resident",
+        y_name=f"mapped as {pmd}, %",
+        x_format=lambda value: f"{value:g}%",
+        y_format=lambda value: f"{value:g}%",
+        y_range=(0.0, 100.0),
+        frontier=[(100 * _share(size, found), 100 * coverage) for size, coverage in best],
+    )
+
+
+def _share(size: int, found: Sequence[Outcome]) -> float:
+    return next(one.bloat_share for one in found if one.bloat_bytes == size)
+
+
+def _plan_section(plan: SpacePlan) -> Section:
+    geometry = plan.geometry
+    sizes = [
+        (
+            Cell(geometry.label(order)),
+            Cell(f"{count:,}", figure=True),
+            Cell(format_size(count * geometry.size_of(order)), figure=True),
+        )
+        for order, count in plan.folios_by_order.items()
+    ]
+    results = [
+        (Cell(result.name), Cell(f"{count:,}", figure=True), Cell(result.meaning))
+        for result, count in plan.ranges_by_result.items()
+    ]
+    left = [
+        (Cell(f"{mappings:,}", figure=True), Cell(format_size(size), figure=True), Cell(reason))
+        for reason, (mappings, size) in plan.refused_by_reason.items()
+    ]
+    limits = plan.tunables
+    lead = (
+        f"Policy {plan.policy}, sizes {', '.join(geometry.label(order) for order in plan.orders) or 'none'};"
+        f" max_ptes_none {limits.max_ptes_none}, max_ptes_swap {limits.max_ptes_swap},"
+        f" max_ptes_shared {limits.max_ptes_shared}."
+    )
+    return Section(
+        "The plan",
+        lead,
+        tables=(
+            Table("Folios to be made", ("size", "folios", "bytes"), sizes),
+            Table(f"PMD ranges of {_pmd(geometry)} by outcome", ("result", "ranges", "meaning"), results),
+            Table("Left alone", ("mappings", "bytes", "reason"), left, folded=True),
+        ),
+    )
+
+
+def _mappings_section(census: Census) -> Section:
+    geometry, total = census.geometry, census.total
+    sizes = [
+        (
+            Cell(geometry.label(order)),
+            Cell(format_size(pages * geometry.page_size), figure=True),
+            Cell(percent(pages / max(total.resident, 1)), figure=True),
+            Cell(format_size(int(census.anonymous.orders[order]) * geometry.page_size), figure=True),
+        )
+        for order, pages in total.by_order().items()
+    ]
+    if total.unknown:
+        anonymous = format_size(census.anonymous.unknown * geometry.page_size)
+        size = format_size(total.unknown * geometry.page_size)
+        share = percent(total.unknown / total.resident)
+        sizes.append((Cell("not visible"), Cell(size, True), Cell(share, True), Cell(anonymous, True)))
+    states = [
+        (Cell(name.replace("_", " ")), Cell(format_size(total.state(name) * geometry.page_size), figure=True))
+        for name in STATES
+        if total.state(name)
+    ]
+    largest = sorted(census.vmas, key=lambda vma: -vma.pages.resident)[:MAPPINGS]
+    rows = [_mapping(vma, geometry) for vma in largest if vma.pages.resident or vma.pages.state("swap")]
+    columns = ("address", "size", "resident", _pmd(geometry), "may become", "name")
+    return Section(
+        "What it is made of",
+        tables=(
+            Table("Resident memory by folio size", ("folio size", "bytes", "share", "anonymous"), sizes),
+            Table("States of pages", ("state", "bytes"), states, folded=True),
+            Table(f"Mappings: the largest {len(rows)} of {len(census.vmas)}", columns, rows, folded=True),
+        ),
+    )
+
+
+def _mapping(vma: VmaCensus, geometry: Geometry) -> tuple[Cell, ...]:
+    allowed = vma.madvise
+    return (
+        Cell(f"{vma.vma.start:x}-{vma.vma.end:x} {vma.vma.permissions}"),
+        Cell(format_size(vma.vma.size), figure=True),
+        Cell(format_size(vma.pages.resident * geometry.page_size), figure=True),
+        Cell(percent(_covered(vma.pages)), figure=True),
+        Cell(
+            f"{geometry.label(allowed.orders[0])} to {geometry.label(allowed.orders[-1])}"
+            if allowed
+            else allowed.reason
+        ),
+        Cell(vma.vma.name or "anonymous"),
+    )

@@ -1,0 +1,393 @@
+"""The map of an address space: how much of which folio order lies where.
+
+A process of 64 GiB has 16 million pages and a page of paper has room for some ten thousand cells. So the map is made
+of *columns*: each stands for a stretch of addresses, and is filled from below with what that stretch holds, the
+largest folios first, in eighths. Nothing is chosen as typical and nothing is averaged into another colour: half full
+is drawn half full. Columns are laid in rows, as text is, and every mapping begins a row of its own.
+
+Empty PMD ranges are left out, so that an arena of terabytes with little in it can be seen. What a column stands for
+is a power of two of bytes, the smallest with which the whole map keeps within :data:`MAX_ROWS`; so a map costs the
+same for every size of process. The columns of the page table entries are read in blocks and reduced at once.
+
+The picture is one SVG path per kind of memory, made of horizontal runs (stroked lines of width 1), which takes a few
+bytes per run. Kinds are told apart by lightness, which every eye sees, and what a collapse would add is hatched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Segment, Vma, in_blocks
+from mthp.census import Census, VmaCensus
+from mthp.geometry import Geometry, format_size
+from mthp.planning import Folios
+
+COLUMNS = 256
+"""Columns in a row."""
+
+LEVELS = 8
+"""Heights that a column can be filled to."""
+
+MAX_ROWS = 56
+"""Rows of a whole map, but for those that are not full."""
+
+MAX_STRIPS = 24
+"""Mappings that are drawn: those with most memory. The others are in the tables."""
+
+BLOCK_BYTES = 1 << 30
+"""Addresses read at a time."""
+
+_GAP = 2
+"""Empty lines between rows, in units of levels."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of memory that the map tells apart.
+
+    Attributes:
+        key: its CSS class.
+        label: for the legend.
+    """
+
+    key: str
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One SVG drawing of a strip.
+
+    Attributes:
+        rows: rows of columns in it.
+        paths: the class of a kind, and the path of its runs.
+        summary: in words, for those who cannot see it.
+    """
+
+    rows: int
+    paths: tuple[tuple[str, str], ...]
+    summary: str
+
+    @property
+    def height(self) -> int:
+        """Of the drawing, in units of levels."""
+        return self.rows * (LEVELS + _GAP)
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """One mapping: its picture now and, where there is one, afterwards."""
+
+    name: str
+    address: str
+    size: str
+    before: Picture
+    after: Picture | None
+
+
+@dataclass(frozen=True, slots=True)
+class LegendEntry:
+    """One kind and how much there is of it, before and after."""
+
+    key: str
+    label: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryMap:
+    """The map of an address space.
+
+    Attributes:
+        title: what it shows.
+        scale: what a row and a column stand for.
+        strips: the mappings, by address.
+        legend: the kinds that occur.
+        before_name, after_name: what the two states are called.
+        left_out: a sentence on the mappings that are not drawn, or ``""``.
+    """
+
+    title: str
+    scale: str
+    strips: tuple[Strip, ...]
+    legend: tuple[LegendEntry, ...]
+    before_name: str
+    after_name: str
+    left_out: str
+
+    width = COLUMNS
+
+
+class Kinds:
+    """The kinds of memory on a geometry, the ones at the bottom of a column first.
+
+    Numbers of kinds: the orders from the largest to 0, then those of unknown order, swapped out, and added.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        orders = (*reversed(geometry.anon_orders), 1, 0)
+        self.of_order = np.zeros(128, np.int8)
+        """int8: the kind of each folio order; orders above the PMD order count as that."""
+        for number, order in enumerate(orders):
+            self.of_order[order] = number
+        self.unknown, self.swap, self.added = (np.int8(len(orders) + at) for at in range(3))
+        pmd = geometry.pmd_order
+        self.kinds = [Kind(f"o{_shade(order, geometry)}", _order_label(order, geometry)) for order in orders]
+        self.kinds += [
+            Kind("unknown", "size not visible"),
+            Kind("swap", "swapped out"),
+            Kind("added", "added by the collapse"),
+        ]
+        self.of_order[pmd + 1 :] = self.of_order[pmd]
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def of(self, columns: PteColumns) -> NDArray[np.int8]:
+        """The kind of every page; -1 where nothing is."""
+        order = columns.folio_order
+        kind = np.full(len(order), -1, np.int8)
+        resident = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
+        kind[resident] = self.of_order[np.maximum(order[resident], 0)]
+        kind[resident & (order == ORDER_UNKNOWN)] = self.unknown
+        kind[columns.has(Pte.SWAP)] = self.swap
+        kind[columns.has(Pte.GUARD)] = -1
+        return kind
+
+
+def _shade(order: int, geometry: Geometry) -> int:
+    """Which of the ten shades an order has: 0 for base pages, 9 for the PMD order."""
+    return 0 if order == 0 else max(1, round(9 * order / geometry.pmd_order))
+
+
+def _order_label(order: int, geometry: Geometry) -> str:
+    return f"{geometry.label(order)} folios" if order else f"{geometry.label(0)} pages"
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A mapping that is drawn, and the parts of it that hold anything, in whole PMD ranges or to its ends."""
+
+    vma: Vma
+    segments: tuple[Segment, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of the parts."""
+        return sum(end - start for start, end in self.segments)
+
+
+def stretches(space: AddressSpace, census: Census) -> list[Stretch]:
+    """The :data:`MAX_STRIPS` mappings of `space` that hold most memory, by address."""
+    holding = [vma for vma in census.vmas if _held(vma)]
+    largest = sorted(holding, key=lambda vma: -_held(vma))[:MAX_STRIPS]
+    return [
+        Stretch(vma, tuple(space.populated([(vma.start, vma.end)], space.geometry.pmd_size)))
+        for vma in sorted((each.vma for each in largest), key=lambda vma: vma.start)
+    ]
+
+
+def _held(vma: VmaCensus) -> int:
+    return vma.pages.resident + vma.pages.state("swap")
+
+
+def column_bytes_for(parts: Sequence[Stretch], geometry: Geometry) -> int:
+    """The smallest power of two of bytes per column with which `parts` keep within MAX_ROWS full rows."""
+    size = geometry.page_size
+    while sum(part.bytes for part in parts) > MAX_ROWS * COLUMNS * size:
+        size *= 2
+    return size
+
+
+Shares = list[NDArray[np.int64]]
+"""For each stretch its columns: int64, shape (columns, kinds): pages of each kind."""
+
+
+def shares(
+    space: AddressSpace,
+    parts: Sequence[Stretch],
+    column_bytes: int,
+    folios: Folios | None = None,
+    progress: Progress | None = None,
+) -> Shares:
+    """Read `parts` of `space` and count their pages by column and kind.
+
+    Args:
+        folios: count as if these had been made; what they fill is the kind "added".
+
+    Raises:
+        TargetVanishedError: the process exited meanwhile.
+    """
+    kinds, page_size = Kinds(space.geometry), space.geometry.page_size
+    counted = []
+    done, size = 0, sum(part.bytes for part in parts)
+    for part in parts:
+        counts = np.zeros((-(-part.bytes // column_bytes), len(kinds)), np.int64)
+        offset = 0
+        for block in in_blocks(part.segments, BLOCK_BYTES):
+            kind = kinds.of(space.read(block))
+            if folios is not None:
+                _lay(kind, block, folios, kinds, page_size)
+            _count(counts, kind, offset, column_bytes // page_size)
+            offset += len(kind)
+            if progress is not None:
+                progress(done + offset * page_size, size)
+        done += part.bytes
+        counted.append(counts)
+    return counted
+
+
+def _count(counts: NDArray[np.int64], kind: NDArray[np.int8], offset: int, per_column: int) -> None:
+    """Add pages of `kind`, the first of which is page `offset` of the stretch, to the columns of `counts`."""
+    # A column number for every page would take eight times the memory of the kinds; runs of one kind are few.
+    heads = np.ones(len(kind), np.bool_)
+    heads[1:] = kind[1:] != kind[:-1]
+    heads[-offset % per_column :: per_column] = True
+    at = np.flatnonzero(heads)
+    length = np.diff(at, append=len(kind))
+    held = kind[at] >= 0
+    index = (at[held] + offset) // per_column * counts.shape[1] + kind[at[held]]
+    counts += np.bincount(index, weights=length[held], minlength=counts.size).reshape(counts.shape).astype(np.int64)
+
+
+def _lay(kind: NDArray[np.int8], block: Sequence[Segment], folios: Folios, kinds: Kinds, page_size: int) -> None:
+    """Change the `kind` of the pages of `block` to what it is once `folios` are made."""
+    first = 0
+    for start, end in block:
+        stop = first + (end - start) // page_size
+        low, high = np.searchsorted(folios.address, np.array([start, end], np.uint64)).tolist()
+        # A block may begin within a folio: the one before may reach into it.
+        chosen = folios[np.arange(max(low - 1, 0), high)]
+        count = np.int64(1) << chosen.order.astype(np.int64)
+        page = chosen.address.astype(np.int64) // page_size - start // page_size + first
+        index = np.arange(int(count.sum())) + np.repeat(page - (np.cumsum(count) - count), count)
+        made = np.repeat(kinds.of_order[chosen.order], count)
+        inside = (index >= first) & (index < stop)
+        index, made = index[inside], made[inside]
+        kind[index] = np.where(kind[index] < 0, kinds.added, made)
+        first = stop
+
+
+def draw(counts: NDArray[np.int64], per_column: int, kinds: Kinds, geometry: Geometry) -> Picture:
+    """A strip of columns as a picture.
+
+    Args:
+        counts: int64, shape (columns, kinds): pages.
+        per_column: pages in a full column.
+    """
+    rows = -(-len(counts) // COLUMNS)
+    top = np.rint(np.cumsum(counts, axis=1) * (LEVELS / per_column)).astype(np.int64)
+    padded = np.zeros((rows * COLUMNS, counts.shape[1]), np.int64)
+    padded[: len(top)] = top
+    # The kind at a level is the first whose top is above it: the number of tops that are not.
+    level = np.arange(LEVELS)
+    raster = (padded[:, None, :] <= level[None, :, None]).sum(axis=2).reshape(rows, COLUMNS, LEVELS)
+    lines = raster.transpose(0, 2, 1)[:, ::-1]
+    paths = tuple((kind.key, path) for number, kind in enumerate(kinds.kinds) if (path := _runs(lines == number)))
+    return Picture(rows, paths, _summary(counts.sum(axis=0), kinds, geometry))
+
+
+def _runs(cells: NDArray[np.bool_]) -> str:
+    """The SVG path of the horizontal runs of `cells`: bool, shape (rows, LEVELS, COLUMNS)."""
+    rows, levels, columns = cells.shape
+    edges = np.zeros((rows, levels, columns + 2), np.int8)
+    edges[:, :, 1:-1] = cells
+    change = np.diff(edges, axis=2)
+    row, line, start = np.nonzero(change == 1)
+    length = np.nonzero(change == -1)[2] - start
+    y = row * (LEVELS + _GAP) + line
+    return "".join(f"M{x} {v}.5h{n}" for x, v, n in zip(start.tolist(), y.tolist(), length.tolist(), strict=True))
+
+
+def _summary(pages: NDArray[np.int64], kinds: Kinds, geometry: Geometry) -> str:
+    parts = [
+        f"{format_size(count * geometry.page_size)} {kind.label}"
+        for kind, count in zip(kinds.kinds, pages.tolist(), strict=True)
+        if count
+    ]
+    return ", ".join(parts) or "nothing"
+
+
+def make_map(
+    space: AddressSpace,
+    census: Census,
+    *,
+    names: tuple[str, str],
+    folios: Folios | None = None,
+    later: AddressSpace | None = None,
+    title: str = "Where the folios lie",
+    progress: Progress | None = None,
+) -> MemoryMap:
+    """Draw `space`, and beside it what becomes of it: by making `folios`, or as it is in `later`.
+
+    Args:
+        census: of `space`.
+        names: of the two states.
+
+    Raises:
+        TargetVanishedError: the process exited meanwhile.
+    """
+    geometry = space.geometry
+    parts = stretches(space, census)
+    size = column_bytes_for(parts, geometry)
+    before = shares(space, parts, size, progress=progress)
+    after = None
+    if later is not None:
+        after = shares(later, parts, size)
+    elif folios is not None:
+        after = shares(space, parts, size, folios)
+    kinds, per_column = Kinds(geometry), size // geometry.page_size
+    strips = tuple(
+        Strip(
+            name=part.vma.name or "anonymous",
+            address=f"{part.vma.start:x}-{part.vma.end:x}",
+            size=format_size(int(before[at].sum()) * geometry.page_size),
+            before=draw(before[at], per_column, kinds, geometry),
+            after=None if after is None else draw(after[at], per_column, kinds, geometry),
+        )
+        for at, part in enumerate(parts)
+    )
+    return MemoryMap(
+        title=title,
+        scale=f"A row is {format_size(size * COLUMNS)} of addresses, a column {format_size(size)},"
+        f" filled from below; stretches of {format_size(geometry.pmd_size)} that hold nothing are left out.",
+        strips=strips,
+        legend=_legend(before, after, kinds, geometry),
+        before_name=names[0],
+        after_name=names[1],
+        left_out=_left_out(census, len(parts)),
+    )
+
+
+def _left_out(census: Census, drawn: int) -> str:
+    rest = sorted((held for vma in census.vmas if (held := _held(vma))), reverse=True)[drawn:]
+    if not rest:
+        return ""
+    return (
+        f"{len(rest)} smaller mappings, which hold {format_size(sum(rest) * census.geometry.page_size)} together,"
+        " are not drawn."
+    )
+
+
+def _legend(before: Shares, after: Shares | None, kinds: Kinds, geometry: Geometry) -> tuple[LegendEntry, ...]:
+    def totals(these: Shares | None) -> NDArray[np.int64]:
+        return sum((pages.sum(axis=0) for pages in these or ()), np.zeros(len(kinds), np.int64))
+
+    one, two = totals(before), totals(after)
+    return tuple(
+        LegendEntry(
+            kind.key,
+            kind.label,
+            format_size(int(one[at]) * geometry.page_size),
+            format_size(int(two[at]) * geometry.page_size) if after is not None else "",
+        )
+        for at, kind in enumerate(kinds.kinds)
+        if one[at] or two[at]
+    )

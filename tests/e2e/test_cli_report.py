@@ -1,0 +1,92 @@
+"""``mthp report`` through the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.helpers import Actor, mthp, mthp_json, unused_pid
+from mthp.snapshot import record
+from report_spaces import redis_like
+
+pytest.importorskip("jinja2")
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "before.parquet"
+    record(redis_like(), path)
+    return path
+
+
+@pytest.fixture
+def actor() -> Iterator[Actor]:
+    with Actor() as actor:
+        yield actor
+
+
+def test_a_snapshot_becomes_a_page(snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.html"
+    answer = mthp_json("report", snapshot, "-o", out, "--max-ptes-none", 64)
+    assert answer == {
+        "schema": "mthp.report/1",
+        "target": "4711 (redis-server)",
+        "output": str(out),
+        "bytes": out.stat().st_size,
+    }
+    text = out.read_text("utf-8")
+    assert f"mthp report {snapshot} -o {out} --max-ptes-none 64 --json" in text
+    assert "max_ptes_none 64" in text
+
+
+def test_two_snapshots_are_set_side_by_side(snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.html"
+    assert mthp("report", snapshot, "--after", snapshot, "-o", out).returncode == 0
+    assert "afterwards" in out.read_text("utf-8")
+
+
+def test_a_live_process_for_a_quick_look(actor: Actor, tmp_path: Path) -> None:
+    actor.fill(actor.map(8 << 20), 512)
+    out = tmp_path / "out.html"
+    done = mthp("report", actor.pid, "-o", out)
+    assert done.returncode == 0, done.stderr
+    text = out.read_text("utf-8")
+    assert f"mthp collapse {actor.pid} --max-bloat 5%" in text
+    assert "helpers.serve" not in text, "arguments are shown though nobody asked"
+    assert mthp("report", actor.pid, "-o", out, "--force", "--with-arguments").returncode == 0
+    assert "helpers.serve" in out.read_text("utf-8")
+
+
+def test_what_is_there_is_replaced_only_on_request(snapshot: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.html"
+    out.write_text("precious")
+    done = mthp("report", snapshot, "-o", out)
+    assert (done.returncode, out.read_text()) == (2, "precious")
+    assert "--force" in done.stderr
+    assert mthp("report", snapshot, "-o", out, "--force").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["report", "nowhere.parquet", "-o", "{out}"], 2, "neither a PID"),
+        (["report", "{snapshot}", "-o", "{dir}/nowhere/out.html"], 2, "there is no directory"),
+        (["report", "{snapshot}", "-o", "{out}", "--with-arguments"], 2, "needs a PID"),
+        (["report", "{snapshot}", "-o", "{out}", "--after", "self"], 2, "takes a snapshot"),
+        (["report", "{snapshot}", "-o", "{out}", "--policy", "best"], 2, "best"),
+        (["report", "{text}", "-o", "{out}"], 2, "not a snapshot"),
+        (["report", "{pid}", "-o", "{out}"], 4, "no process"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_leave_nothing(
+    arguments: list[str], code: int, words: str, snapshot: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.parquet"
+    text.write_text("no parquet")
+    values = {"out": tmp_path / "out.html", "snapshot": snapshot, "dir": tmp_path, "text": text, "pid": unused_pid()}
+    done = mthp(*(word.format(**values) for word in arguments))
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == [text]
