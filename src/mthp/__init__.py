@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mthp.errors import MthpError as MthpError
     from mthp.geometry import Geometry as Geometry
     from mthp.results import ScanResult as ScanResult
+    from mthp.scanning import Khugepaged as Khugepaged
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _HOMES = {
     "inspect": "mthp.api",
     "plan": "mthp.api",
     "Geometry": "mthp.geometry",
+    "Khugepaged": "mthp.scanning",
     "Limits": "mthp.collapse.policy",
     "MthpError": "mthp.errors",
     "Plan": "mthp.collapse.plan",

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind, in_blocks
+from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind, in_blocks
 from mthp.collapse.filled import FilledPages
-from mthp.collapse.occupancy import Planes
+from mthp.collapse.occupancy import Planes, planes_of
 from mthp.collapse.plan import make_rules, plan_planes
 from mthp.collapse.policy import Policy, Rules, policy_named
 from mthp.columns import Table
@@ -339,40 +339,4 @@ def _plan_block(
         # Which empty ranges are read at all depends on the backend and on how full the target is.
         ranges[ranges.scan_result != ScanResult.NO_PTE_TABLE],
         Folios(address[folios.range] + offset, folios.order, folios.filled),
-    )
-
-
-def planes_of(
-    columns: PteColumns,
-    geometry: Geometry,
-    *,
-    uffd_armed: NDArray[np.bool_] | None = None,
-    droppable: NDArray[np.bool_] | None = None,
-) -> Planes:
-    """The planes of whole PMD ranges, from the columns that an address space was read as.
-
-    Args:
-        columns: of segments that consist of whole PMD ranges.
-        uffd_armed, droppable: bool, shape (ranges,): properties of each range's mapping.
-    """
-    state = columns.state.reshape(-1, geometry.ptes_per_pmd)
-    order = columns.folio_order.reshape(state.shape)
-    seen = Pte(int(np.bitwise_or.reduce(state, axis=None)))
-
-    def plane(bit: Pte) -> NDArray[np.bool_] | None:
-        return (state & np.uint16(bit)) != 0 if bit in seen else None
-
-    return Planes(
-        present=(state & np.uint16(Pte.PRESENT)) != 0,
-        zero=plane(Pte.ZERO),
-        swap=plane(Pte.SWAP),
-        guard=plane(Pte.GUARD),
-        shared=plane(Pte.SHARED),
-        lazyfree=plane(Pte.LAZYFREE),
-        uffd=plane(Pte.UFFD_WP),
-        unreferenced=plane(Pte.UNREFERENCED),
-        folio_order=np.maximum(order, 0) if bool((order > 0).any()) else None,
-        pmd_mapped=(state[:, 0] & np.uint16(Pte.PMD_MAPPED)) != 0 if Pte.PMD_MAPPED in seen else None,
-        uffd_armed=uffd_armed if uffd_armed is not None and uffd_armed.any() else None,
-        droppable=droppable if droppable is not None and droppable.any() else None,
     )

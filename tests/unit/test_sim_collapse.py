@@ -34,7 +34,7 @@ class World:
         self.machine.map(self.mm, START, START + SMALL.pmd_size, flags={HUGEPAGE})
         for page in range(pages):
             assert self.machine.write(self.mm, START + page * PAGE, page + 1) is Fault.DONE
-        self.machine.khugepaged.mms.append(self.mm)
+        self.machine.khugepaged.visit(self.mm)
         self.machine.trace.enabled = True
 
     def pfn(self, page: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.errors import UnsupportedError, UsageError
+from mthp.errors import UsageError
 from mthp.sim import Machine
 from mthp.sim.access import Fault
 from mthp.sim.buddy import Watermarks, Zone
@@ -77,12 +77,6 @@ def test_a_large_folio_empties_the_batch() -> None:
     assert list(lru.waiting) == [small]
     lru.add(large)
     assert list(lru.waiting) == []
-
-
-@pytest.mark.parametrize("policy", ["rfc", "per-order"])
-def test_a_policy_with_another_walk_is_refused(policy: str) -> None:
-    with pytest.raises(UnsupportedError, match=policy):
-        Machine(policy=policy)
 
 
 def test_nodes_without_frames_are_refused() -> None:

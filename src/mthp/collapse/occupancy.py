@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN
+from mthp.addrspace import ORDER_UNKNOWN, Pte, PteColumns
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 
@@ -153,6 +153,42 @@ def _as_array(plane: ArrayLike, name: str) -> NDArray[Any]:
     if array.dtype.kind not in "biu":
         raise UsageError(f"{name} has dtype {array.dtype}: it must be bool or an integer")
     return array
+
+
+def planes_of(
+    columns: PteColumns,
+    geometry: Geometry,
+    *,
+    uffd_armed: NDArray[np.bool_] | None = None,
+    droppable: NDArray[np.bool_] | None = None,
+) -> Planes:
+    """The planes of whole PMD ranges, from the columns that an address space was read as.
+
+    Args:
+        columns: of segments that consist of whole PMD ranges.
+        uffd_armed, droppable: bool, shape (ranges,): properties of each range's mapping.
+    """
+    state = columns.state.reshape(-1, geometry.ptes_per_pmd)
+    order = columns.folio_order.reshape(state.shape)
+    seen = Pte(int(np.bitwise_or.reduce(state, axis=None)))
+
+    def plane(bit: Pte) -> NDArray[np.bool_] | None:
+        return (state & np.uint16(bit)) != 0 if bit in seen else None
+
+    return Planes(
+        present=(state & np.uint16(Pte.PRESENT)) != 0,
+        zero=plane(Pte.ZERO),
+        swap=plane(Pte.SWAP),
+        guard=plane(Pte.GUARD),
+        shared=plane(Pte.SHARED),
+        lazyfree=plane(Pte.LAZYFREE),
+        uffd=plane(Pte.UFFD_WP),
+        unreferenced=plane(Pte.UNREFERENCED),
+        folio_order=np.maximum(order, 0) if bool((order > 0).any()) else None,
+        pmd_mapped=(state[:, 0] & np.uint16(Pte.PMD_MAPPED)) != 0 if Pte.PMD_MAPPED in seen else None,
+        uffd_armed=uffd_armed if uffd_armed is not None and uffd_armed.any() else None,
+        droppable=droppable if droppable is not None and droppable.any() else None,
+    )
 
 
 class Occupancy:

@@ -1,17 +1,22 @@
 """The collapse of one PMD range: scan it, walk over it, try the runs that are full enough.
 
 One function for khugepaged and for MADV_COLLAPSE, for the simulated machine and for a live process. It decides
-nothing about pages: what can be seen and done lies behind :class:`~mthp.collapse.machine_seam.RangeTarget`, and the
-limits are the policy's. Follows collapse_single_pmd(), collapse_scan_pmd() and mthp_collapse() of mm/khugepaged.c.
+nothing about pages: what can be seen and done lies behind :class:`~mthp.collapse.machine_seam.RangeTarget`, and which
+runs are worth an attempt is the policy's to say. Follows collapse_single_pmd(), collapse_scan_pmd() and
+mthp_collapse() of mm/khugepaged.c.
+
+All policies walk alike. The runs of a PMD range are the nodes of a binary tree, and whether one keeps an explicit
+stack of (order, offset) and pushes the halves of what was not collapsed, as the seed does, or counts an offset
+upwards and lets its alignment say which order comes next, as mainline does, the nodes are met in the same order:
+depth first, the left half first. The policies differ in which nodes are full enough, in whether each run is scanned
+for itself, in what follows when every order failed at an address, and in what an attempt that failed ends. If every
+attempt ends as its PTEs foretell, the walk makes the attempts of :class:`~mthp.collapse.walk.Walk`, which plans.
 """
 
 from __future__ import annotations
 
-import numpy as np
-
 from mthp.collapse.machine_seam import RangeScan, RangeTarget
-from mthp.collapse.policy import Mainline, PmdOnly, Policy, Rules
-from mthp.errors import UnsupportedError
+from mthp.collapse.policy import Policy, Rules
 from mthp.results import ScanResult
 
 LOWER_ORDERS_MAY_SUCCEED = frozenset(
@@ -37,20 +42,6 @@ DONE_THERE = frozenset({ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE})
 """Results of an attempt after which the walk goes on behind the run."""
 
 
-_WALKS_LIKE_MAINLINE = (Policy.full_enough, Mainline.full_enough, PmdOnly.full_enough)
-
-
-def check_policy(policy: Policy) -> Policy:
-    """Give `policy` back if the walk of this module is its walk: limits alone say which run is full enough.
-
-    Raises:
-        UnsupportedError: it has a threshold of its own, or scans each run for itself (``rfc``, ``per-order``).
-    """
-    if policy.scans_each_run or type(policy).full_enough not in _WALKS_LIKE_MAINLINE:
-        raise UnsupportedError(f"policy {policy.name!r} can be planned, not yet carried out range by range")
-    return policy
-
-
 def collapse_single_pmd(target: RangeTarget, address: int, policy: Policy, rules: Rules) -> ScanResult:
     """Collapse what `policy` wants collapsed in the PMD range at `address`.
 
@@ -74,29 +65,27 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
     At an offset the orders are tried downwards; behind a run that was collapsed, or that has a large folio already, or
     at which the smallest order failed, the walk goes on with the largest order that the new offset's alignment allows.
     """
-    assert scan.occupied is not None, "only a range that passed the scan is walked"
+    assert scan.fullness is not None, "only a range that passed the scan is walked"
     geometry = rules.geometry
+    scans_runs = policy.scans_each_run and not rules.forced
     orders = policy.orders_walked(rules)
-    needed = {order: _needed(order, policy, rules) for order in orders}
     highest = [next((order for order in orders if order <= most), None) for most in range(geometry.pmd_order + 1)]
-    # before[i]: occupied entries in front of entry i.
-    before = [0, *np.cumsum(scan.occupied).tolist()]
     last, collapsed, alloc_failed = ScanResult.FAIL, False, False
     offset, order = 0, highest[-1]
     while order is not None and offset < geometry.ptes_per_pmd:
-        occupied = before[offset + (1 << order)] - before[offset]
-        if order == geometry.pmd_order:
-            occupied += scan.unmapped
         result = None
-        if occupied >= needed[order]:
-            result = target.collapse_huge_page(address + offset * geometry.page_size, order, scan)
+        if scan.fullness.enough(order, scan.row, offset >> order):
+            at = address + offset * geometry.page_size
+            result = _try_run(target, at, order, scan, scans_runs=scans_runs)
             collapsed |= result is ScanResult.SUCCEED
             alloc_failed |= result is ScanResult.ALLOC_HUGE_PAGE_FAIL
             last = last if result in DONE_THERE else result
-            if result not in DONE_THERE and result not in LOWER_ORDERS_MAY_SUCCEED:
+            if result not in DONE_THERE and not _goes_on(result, order, policy, rules):
                 break
         if result not in DONE_THERE and (lower := highest[order - 1]) is not None:
             order = lower
+        elif result not in DONE_THERE and scans_runs:
+            break
         else:
             # Every offset is a multiple of the smallest order, so one of the orders fits there.
             offset += 1 << order
@@ -106,9 +95,20 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
     return ScanResult.ALLOC_HUGE_PAGE_FAIL if alloc_failed else last
 
 
-def _needed(order: int, policy: Policy, rules: Rules) -> int:
-    """Occupied entries that a run of `order` must have to be tried."""
-    return 0 if rules.forced else (1 << order) - policy.limits(order, rules).none
+def _try_run(target: RangeTarget, address: int, order: int, scan: RangeScan, *, scans_runs: bool) -> ScanResult:
+    """Attempt one run, after a scan of its own where the policy wants that."""
+    if scans_runs:
+        scan = target.scan_run(address, order)
+        if scan.result is not ScanResult.SUCCEED:
+            return scan.result
+    return target.collapse_huge_page(address, order, scan)
+
+
+def _goes_on(result: ScanResult, order: int, policy: Policy, rules: Rules) -> bool:
+    """Whether an attempt that failed leaves the rest of the PMD range to be tried."""
+    if result is ScanResult.FAIL:
+        return order < rules.geometry.pmd_order or not policy.fail_ends_range
+    return result in LOWER_ORDERS_MAY_SUCCEED
 
 
 def _alignment(offset: int) -> int:

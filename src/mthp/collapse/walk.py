@@ -74,6 +74,8 @@ class Walk:
         ranges: how many PMD ranges.
         passed: bool, shape (ranges,): which of them the scan lets pass.
         levels: by order, what became of its runs.
+        occupancy: of the ranges as the policy sees them.
+        there: of the ranges as they are; the same but for policies that remember what was filled.
     """
 
     planes: Planes
@@ -84,7 +86,7 @@ class Walk:
     def __post_init__(self) -> None:
         self.ranges = self.planes.present.shape[0]
         # What is there, and what the policy sees of it; one and the same but for policies that remember.
-        self._there = self.occupancy = Occupancy(self.planes, self.rules.geometry)
+        self.there = self.occupancy = Occupancy(self.planes, self.rules.geometry)
         if self.policy.remembers_filled and self.planes.filled is not None:
             self.planes = self.planes.without_filled()
             self.occupancy = Occupancy(self.planes, self.rules.geometry)
@@ -176,15 +178,24 @@ class Walk:
         self.levels[order] = Level(attempted, succeeded)
         onward = reached & ~succeeded
         if order == self._pmd_order and self.policy.fail_ends_range and self.planes.guard is not None:
-            onward &= ~(attempted & (self.occupancy.count("guard", order) > 0))
+            onward &= ~self._fails(order, attempted & (self.occupancy.count("guard", order) > 0))
         return onward if skipped is None else onward & ~skipped
+
+    def _fails(self, order: int, attempted: Bits) -> Bits:
+        """Which of the `attempted` runs of `order` end in FAIL, which nothing but a look at their PTEs tells."""
+        failed: Bits = attempted.copy()
+        rows, indices = np.nonzero(attempted)
+        checks = self.attempt_checks(order)
+        results = first_hindrances(self.planes, order, rows, indices << order, checks)
+        failed[rows, indices] = results == ScanResult.FAIL
+        return failed
 
     def _hindered(self, runs: Runs, attempted: Bits) -> tuple[Bits | None, Bits | None]:
         """Which runs of an order cannot be collapsed, and which of the attempted ones are skipped for a large folio.
 
         None stands for "none of them".
         """
-        checks = self._attempt_checks(runs.order)
+        checks = self.attempt_checks(runs.order)
         other = self._stopped_by_counts(runs, checks)
         largest = runs.largest_folio
         if largest is None or checks.large is None:
@@ -199,8 +210,8 @@ class Walk:
             skipped[rows, indices] = results == ScanResult.PTE_MAPPED_HUGEPAGE
         return hindered, skipped
 
-    def _attempt_checks(self, order: int) -> Checks:
-        """What is checked of a run of `order`: by isolation, or by the run's own scan."""
+    def attempt_checks(self, order: int) -> Checks:
+        """What is checked of a run of `order`: by isolation, or by the run's own scan, under the policy's limits."""
         rules = self.rules
         size = 1 << order
         own_scan = self.policy.scans_each_run and not rules.forced
@@ -263,7 +274,7 @@ class Walk:
     def orders(self, out: NDArray[np.int8]) -> None:
         """Write the order of each page's folio afterwards to `out`: int8, shape (ranges, ptes_per_pmd)."""
         # All values are one higher until the end, so that 0 stands for "none", and "not collapsed".
-        planes = self._there.planes
+        planes = self.there.planes
         now = planes.present.view(np.int8)
         if planes.folio_order is not None:
             now = now + planes.occupied * planes.folio_order
@@ -291,14 +302,14 @@ class Walk:
 
     def resident(self) -> NDArray[np.int32]:
         """Present, non-zero pages: int32, shape (ranges,)."""
-        return self._there.runs(self._pmd_order).occupied[:, 0].astype(np.int32)
+        return self.there.runs(self._pmd_order).occupied[:, 0].astype(np.int32)
 
     @cached_property
     def copied_and_filled(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Pages with contents, and PTEs without, in collapsed runs: int32, shape (ranges,) each."""
         copied, pages = np.zeros(self.ranges, np.int32), np.zeros(self.ranges, np.int32)
         for order, level in self.levels.items():
-            runs = self._there.runs(order)
+            runs = self.there.runs(order)
             contents = runs.occupied + runs.swap
             copied += (contents * level.succeeded).sum(axis=1, dtype=np.int32)
             pages += level.succeeded.sum(axis=1, dtype=np.int32) << order
@@ -314,9 +325,9 @@ class Walk:
             results: NDArray[np.int8] = np.full(len(rows), ScanResult.SUCCEED, np.int8)
             failed = np.flatnonzero(~level.succeeded[rows, indices])
             results[failed] = first_hindrances(
-                self.planes, order, rows[failed], offsets[failed], self._attempt_checks(order)
+                self.planes, order, rows[failed], offsets[failed], self.attempt_checks(order)
             )
-            none = np.broadcast_to(self._there.runs(order).none_or_zero, level.attempted.shape)
+            none = np.broadcast_to(self.there.runs(order).none_or_zero, level.attempted.shape)
             parts.append(
                 Attempts(
                     rows.astype(np.int64),
@@ -346,9 +357,10 @@ class Walk:
         """Say what stopped the last run that was scanned, where the rest of a PMD range was given up."""
         smallest = min(self.levels)
         rows = np.flatnonzero((self.given_up < self.rules.geometry.ptes_per_pmd) & (result == ScanResult.FAIL))
-        result[rows] = first_hindrances(
-            self.planes, smallest, rows, self.given_up[rows], self._attempt_checks(smallest)
-        )
+        stopped = first_hindrances(self.planes, smallest, rows, self.given_up[rows], self.attempt_checks(smallest))
+        # A run that nothing hinders was not full enough for its policy, and so not scanned.
+        stopped[stopped == ScanResult.SUCCEED] = ScanResult.FAIL
+        result[rows] = stopped
 
 
 _WIDE = {1: np.uint16, 2: np.uint32, 3: np.uint64}

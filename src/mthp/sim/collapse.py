@@ -7,8 +7,8 @@ and pages that were isolated wait in the CPU's batch with a reference too many.
 =====================  ===============================================================================================
 alloc_charge           take a free folio, charge it to the memory cgroup of the address space
 revalidate             the mapping is still there, covers the whole PMD range, allows the order, is anonymous
-swapin                 PMD order only: read swap entries back one by one; a marker ends it; a smaller order gives up
-                       at the first swap entry
+swapin                 read swap entries back one by one; a marker ends it; a smaller order gives up if there are more
+                       of them than the policy allows it, of which mainline allows none
 revalidate again       after the lock is taken for writing
 isolate                look at every page again; lock it, and take it off the LRU lists
 copy                   copy pages, clear what was none or zero; a poisoned page undoes the isolation
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mthp.collapse.machine_seam import RangeScan
 from mthp.collapse.policy import Limits, Policy, Rules
+from mthp.eligibility import Trigger
 from mthp.results import ScanResult
 from mthp.sim.alloc import charge, take_folio
 from mthp.sim.buddy import Frames
@@ -142,19 +143,11 @@ class _Attempt:
         return ScanResult.SUCCEED
 
     def revalidate(self) -> SimVma | ScanResult:
-        """The mapping, if it and the PMD entry still allow the collapse (hugepage_vma_revalidate, check_pmd_state)."""
-        parts, mm = self.parts, self.mm
-        if mm.exiting or mm.thp_disabled:
-            return ScanResult.ANY_PROCESS
-        vma = mm.find_vma(self.pmd_address)
-        if vma is None:
-            return ScanResult.VMA_NULL
-        # Always the whole PMD range, so that no other mapping has a part of the page table.
-        if not vma.covers(self.pmd_address, self.pmd_address + parts.geometry.pmd_size):
-            return ScanResult.ADDRESS_RANGE
-        if self.order not in parts.collapse_orders(mm, vma, self.rules.trigger):
-            return ScanResult.VMA_CHECK
-        pmd = mm.pmd(self.pmd_address)
+        """The mapping, if it and the PMD entry still allow the collapse (and check_pmd_state)."""
+        vma = revalidate(self.parts, self.mm, self.pmd_address, self.order, self.rules.trigger)
+        if isinstance(vma, ScanResult):
+            return vma
+        pmd = self.mm.pmd(self.pmd_address)
         if pmd is Pmd.TABLE:
             return vma
         return ScanResult.PMD_MAPPED if pmd is Pmd.HUGE else ScanResult.NO_PTE_TABLE
@@ -163,13 +156,13 @@ class _Attempt:
         """Read the run's swap entries back (__collapse_huge_page_swapin)."""
         parts = self.parts
         result, swapped_in = ScanResult.SUCCEED, 0
-        for offset in np.flatnonzero(_unmapped(self.ptes)).tolist():
+        offsets = np.flatnonzero(_unmapped(self.ptes)).tolist()
+        if self.order != self.pmd_order and len(offsets) > self.limits.swap:
+            parts.counters.count_mthp(self.order, "collapse_exceed_swap_pte")
+            result, offsets = ScanResult.EXCEED_SWAP_PTE, []
+        for offset in offsets:
             if self.ptes.bits[offset] & P.PRESENT:
                 continue  # Read back together with an earlier one.
-            if self.order != self.pmd_order:
-                parts.counters.count_mthp(self.order, "collapse_exceed_swap_pte")
-                result = ScanResult.EXCEED_SWAP_PTE
-                break
             if not do_swap_page(parts, self.mm, vma, self.address + offset * parts.geometry.page_size):
                 result = ScanResult.FAIL
                 break
@@ -270,6 +263,19 @@ class _Attempt:
         ptes.bits[:] = P.PRESENT | P.YOUNG | P.DIRTY | P.WRITE
         if self.order == self.pmd_order:
             self.mm.set_pmd(self.address, Pmd.HUGE)
+
+
+def revalidate(parts: Parts, mm: Mm, address: int, order: int, trigger: Trigger) -> SimVma | ScanResult:
+    """The mapping of a PMD range, if it still allows a collapse to `order` there (hugepage_vma_revalidate)."""
+    if mm.exiting or mm.thp_disabled:
+        return ScanResult.ANY_PROCESS
+    vma = mm.find_vma(address)
+    if vma is None:
+        return ScanResult.VMA_NULL
+    # Always the whole PMD range, so that no other mapping has a part of the page table.
+    if not vma.covers(address, address + parts.geometry.pmd_size):
+        return ScanResult.ADDRESS_RANGE
+    return vma if order in parts.collapse_orders(mm, vma, trigger) else ScanResult.VMA_CHECK
 
 
 def _unmapped(ptes: Ptes) -> NDArray[np.bool_]:

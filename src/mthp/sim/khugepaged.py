@@ -1,156 +1,157 @@
-"""khugepaged of the simulated machine: the address spaces that it visits, and how far it got.
-
-Follows khugepaged_do_scan() and collapse_scan_mm_slot() (mm/khugepaged.c). A pass looks at ``pages_to_scan`` entries
-and then rests; the cursor (address space, address) stays between passes. It goes over all address spaces in the order
-in which they came, and counts a full scan when it is behind the last.
-"""
+"""khugepaged and MADV_COLLAPSE of the simulated machine: its address spaces, as the engine goes over them."""
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from mthp.addrspace import Segment
+from mthp.collapse.khugepaged import Scanner
+from mthp.collapse.machine_seam import Found, Passage
+from mthp.geometry import Geometry
 from mthp.results import ScanResult
-from mthp.sim.mm import Mm, Pmd, SimVma
-from mthp.sim.scan import CollapseControl
-from mthp.sim.trace import ScanPmd
+from mthp.sim.clock import Clock
+from mthp.sim.collapse import revalidate
+from mthp.sim.idle import pass_over
+from mthp.sim.mm import Mm, SimVma
+from mthp.sim.scan import CollapseControl, collapse_range
 
 if TYPE_CHECKING:
     from mthp.sim.machine import Machine
 
 
-class Khugepaged:
-    """The daemon's state.
+class _Time:
+    """The machine's clock, as the pace needs it: who rests moves it on."""
 
-    Attributes:
-        mms: the address spaces that are visited (mm_slots), in order.
-        current: the one that the cursor is in, None between full scans.
-        address: the cursor's address in it.
-    """
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def now(self) -> float:
+        return self._clock.now_ns / 1e9
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        self._clock.wait_ns(round(seconds * 1e9))
+
+
+class Visit:
+    """One address space, as khugepaged visits it."""
+
+    def __init__(self, machine: Machine, mm: Mm) -> None:
+        self._machine = machine
+        self.mm = mm
+
+    @property
+    def exiting(self) -> bool:
+        return self.mm.exiting
+
+    @property
+    def thp_disabled(self) -> bool:
+        return self.mm.thp_disabled
+
+    def find(self, address: int) -> Found:
+        machine, size = self._machine, self._machine.geometry.pmd_size
+        passed = 0
+        vma = self.mm.find_vma(address)
+        while vma is not None:
+            if machine.may_collapse(self.mm, vma):
+                start = max(address, -(-vma.start // size) * size)
+                if start + size <= vma.end:
+                    return Found(passed, (start, vma.end // size * size))
+            passed += 1
+            address = vma.end
+            vma = self.mm.find_vma(address)
+        return Found(passed, None)
+
+    def scan(self, stretch: Segment, budget: int) -> Passage:
+        machine, (address, end) = self._machine, stretch
+        vma = self.mm.find_vma(address)
+        assert vma is not None, f"nothing is mapped at {address:#x}"
+        control = machine.control("khugepaged")
+        if (passed := pass_over(machine.parts, self.mm, vma, (address, end), control, budget)) is not None:
+            return passed
+        result = collapse_range(machine.parts, self.mm, vma, address, control)
+        return Passage(
+            address + machine.geometry.pmd_size,
+            control.progress,
+            np.array([address], np.uint64),
+            np.array([result], np.int8),
+            result,
+            control.lock_dropped,
+            tuple(control.attempts),
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Khugepaged(Scanner):
+    """The daemon of one machine."""
 
     def __init__(self, machine: Machine) -> None:
+        super().__init__(lambda: machine.parts.tunables, _Time(machine.parts.clock))
         self._machine = machine
-        self.mms: list[Mm] = []
-        self.current: Mm | None = None
-        self.address = 0
+
+    @property
+    def mms(self) -> list[Mm]:
+        """The address spaces that are visited, in order."""
+        return [slot.mm for slot in self.slots if isinstance(slot, Visit)]
 
     def enter(self, mm: Mm, vma: SimVma) -> None:
         """Visit `mm` from now on, if `vma` may have huge pages (khugepaged_enter_vma)."""
-        parts = self._machine.parts
-        if mm not in self.mms and parts.fault_orders(mm, vma):
-            self.mms.append(mm)
+        if mm not in self.mms and self._machine.parts.fault_orders(mm, vma):
+            self.visit(mm)
+
+    def visit(self, mm: Mm) -> None:
+        """Visit `mm` from now on."""
+        if mm not in self.mms:
+            self.add(Visit(self._machine, mm))
 
     def exit(self, mm: Mm) -> None:
         """Visit `mm` no more (khugepaged_exit)."""
-        if mm is self.current:
-            self._leave(mm)
-        elif mm in self.mms:
-            self.mms.remove(mm)
+        for slot in self.slots:
+            if isinstance(slot, Visit) and slot.mm is mm:
+                self.remove(slot)
 
-    def full_scan(self) -> None:
-        """Pass after pass until every address space was visited once, from the cursor to the last."""
-        before = self._machine.counters["full_scans"]
-        while self.mms and self._machine.counters["full_scans"] == before:
-            self.do_scan()
+    def _begin_pass(self) -> None:
+        self._machine.parts.lru.drain()
 
-    def do_scan(self) -> bool:
-        """One pass.
-
-        Returns:
-            Whether it ended because memory could not be allocated, twice.
-        """
-        machine = self._machine
-        machine.parts.lru.drain()
-        control = machine.control("khugepaged")
-        budget = machine.parts.tunables.pages_to_scan
-        started, waited = 0, False
-        while control.progress < budget and self.mms:
-            if self.current is None:
-                started += 1
-            if started >= 2:
-                break
-            result = self._scan_mm(control, budget)
-            if result is ScanResult.ALLOC_HUGE_PAGE_FAIL and control.progress < budget:
-                if waited:
-                    return True
-                waited = True
-        return False
-
-    def _scan_mm(self, control: CollapseControl, budget: int) -> ScanResult:
-        """Go on in the current address space until a collapse was tried, the budget is spent, or its end."""
-        if self.current is None:
-            self.current, self.address = self.mms[0], 0
-        mm = self.current
-        control.progress += 1
-        result = ScanResult.FAIL
-        while not (mm.exiting or mm.thp_disabled):
-            found = self._next_range(mm, control)
-            if found is None:
-                break
-            vma, address = found
-            if passed := self._pass_over(mm, vma, address, control, budget):
-                result = passed
-                if control.progress >= budget:
-                    return result
-                continue
-            control.lock_dropped = False
-            result = self._machine.collapse_range(mm, vma, address, control)
-            self.address = address + self._machine.geometry.pmd_size
-            if control.lock_dropped or control.progress >= budget:
-                return result
-        self._leave(mm)
-        return result
-
-    def _pass_over(self, mm: Mm, vma: SimVma, address: int, control: CollapseControl, budget: int) -> ScanResult | None:
-        """Pass over adjoining PMD ranges that have no page table to look at, all at once.
-
-        Returns:
-            What the scan of the last of them would say; None if the range at `address` has a page table.
-        """
-        found = mm.row(address)
-        assert found is not None, f"nothing is mapped at {address:#x}"
-        table, row = found
-        size = self._machine.geometry.pmd_size
-        ahead = min((vma.end - address) // size, budget - control.progress)
-        pmds = table.pmd[row : row + ahead]
-        tables = pmds == Pmd.TABLE
-        count = int(tables.argmax()) if tables.any() else len(pmds)
-        if not count:
-            return None
-        if self._machine.trace.enabled:
-            for number, pmd in enumerate(pmds[:count].tolist()):
-                self._machine.trace.emit(ScanPmd(mm.id, address + number * size, _without_table(pmd), 0, 0, 0))
-        control.progress += count
-        self.address = address + count * size
-        return _without_table(int(pmds[count - 1]))
-
-    def _next_range(self, mm: Mm, control: CollapseControl) -> tuple[SimVma, int] | None:
-        """The next PMD range at or behind the cursor that may be collapsed."""
-        size = self._machine.geometry.pmd_size
-        vma = mm.find_vma(self.address)
-        while vma is not None:
-            if self._machine.parts.collapse_orders(mm, vma, "khugepaged"):
-                start = max(self.address, -(-vma.start // size) * size)
-                if start + size <= vma.end:
-                    return vma, start
-            control.progress += 1
-            self.address = max(self.address, vma.end)
-            vma = mm.find_vma(self.address)
-        return None
-
-    def _leave(self, mm: Mm) -> None:
-        """Move the cursor on to the next address space."""
-        at = self.mms.index(mm)
-        if mm.exiting:
-            del self.mms[at]
-        else:
-            at += 1
-        if at < len(self.mms):
-            self.current, self.address = self.mms[at], 0
-        else:
-            self.current = None
-            self._machine.counters.count("full_scans")
+    def _count(self, name: str, by: int) -> None:
+        super()._count(name, by)
+        self._machine.counters.count(name, by)
 
 
-def _without_table(pmd: int) -> ScanResult:
-    """What the scan says of a PMD range without a page table (check_pmd_state)."""
-    return ScanResult.PMD_MAPPED if pmd == Pmd.HUGE else ScanResult.NO_PTE_TABLE
+class Advised:
+    """One address space, as MADV_COLLAPSE goes over it."""
+
+    def __init__(self, machine: Machine, mm: Mm, control: CollapseControl) -> None:
+        self._machine = machine
+        self._mm = mm
+        self._control = control
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._machine.geometry
+
+    def find_vma(self, address: int) -> Segment | None:
+        vma = self._mm.find_vma(address)
+        return None if vma is None else (vma.start, vma.end)
+
+    def possible(self, address: int) -> bool:
+        vma = self._mm.find_vma(address)
+        return vma is not None and bool(self._machine.parts.collapse_orders(self._mm, vma, "madvise"))
+
+    def drain(self) -> None:
+        self._machine.parts.lru.drain()
+
+    def revalidate(self, address: int) -> ScanResult:
+        found = revalidate(self._machine.parts, self._mm, address, self.geometry.pmd_order, "madvise")
+        return found if isinstance(found, ScanResult) else ScanResult.SUCCEED
+
+    def collapse_pmd(self, address: int) -> tuple[ScanResult, bool]:
+        vma = self._mm.find_vma(address)
+        assert vma is not None, f"nothing is mapped at {address:#x}"
+        self._control.lock_dropped = False
+        result = collapse_range(self._machine.parts, self._mm, vma, address, self._control)
+        return result, self._control.lock_dropped

@@ -89,6 +89,25 @@ def isolate_look(
     return look.taken()
 
 
+def run_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, large: int | None) -> Look:
+    """Look at one run as khugepaged does where each run is scanned for itself.
+
+    Args:
+        large: a page of a folio of this order or larger hinders.
+    """
+    look = _Looker(parts, ptes, limits)
+    look.count_swap()
+    if look.some_pages:
+        look.page(look.expected_references != parts.memory.refcount[look.heads], ScanResult.PAGE_COUNT)
+        look.page(look.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
+        look.page(~look.folio_has(Fl.LRU), ScanResult.PAGE_LRU)
+        if large is not None:
+            look.page(parts.memory.order[look.pfns] >= large, ScanResult.PTE_MAPPED_HUGEPAGE)
+        look.count_shared()
+        look.page_itself(vma, forced=False)
+    return look.taken()
+
+
 class _Looker:
     """Notes for each entry the first check that it fails: later calls stand for earlier checks, and overwrite."""
 

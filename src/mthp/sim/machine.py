@@ -8,33 +8,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mthp.collapse.madvise import madvise_collapse
 from mthp.collapse.policy import Policy, Rules, policy_named
-from mthp.collapse.single_pmd import check_policy, collapse_single_pmd
 from mthp.eligibility import Trigger
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
-from mthp.results import ScanResult
 from mthp.sim import syscalls
 from mthp.sim.access import Fault, access
 from mthp.sim.check import check
 from mthp.sim.clock import Clock, Costs
 from mthp.sim.counters import Counters
 from mthp.sim.fragment import fragment
-from mthp.sim.khugepaged import Khugepaged
+from mthp.sim.khugepaged import Advised, Khugepaged
 from mthp.sim.lru import LruAddBatch
 from mthp.sim.memory import Memory
 from mthp.sim.mm import Mm, Pmd, SimVma
 from mthp.sim.parts import Parts
 from mthp.sim.rmap import Rmap
-from mthp.sim.scan import CollapseControl, SimRange
+from mthp.sim.scan import CollapseControl
 from mthp.sim.swap import Swap
 from mthp.sim.sysfs import Sysfs
 from mthp.sim.touch import Touched, touch
@@ -63,7 +60,7 @@ class Machine:
         costs: what things take, of simulated time.
 
     Raises:
-        UnsupportedError: `policy` walks in a manner that is not modelled here.
+        UsageError: there is no policy of that name, a node without a frame, or a limit out of range.
 
     Attributes:
         parts: memory, swap, LRU, reverse map, counters and trace.
@@ -97,7 +94,7 @@ class Machine:
             Trace(),
             Clock(costs),
         )
-        self.policy = check_policy(policy_named(policy))
+        self.policy = policy_named(policy)
         self.mms: dict[int, Mm] = {}
         self.pins: Counter[int] = Counter()
         self.khugepaged = Khugepaged(self)
@@ -162,17 +159,10 @@ class Machine:
         """A fresh account of a collapse, under the limits of this moment."""
         return CollapseControl(self.policy, Rules(self.geometry, orders, trigger, self.parts.tunables))
 
-    def collapse_range(self, mm: Mm, vma: SimVma, address: int, control: CollapseControl) -> ScanResult:
-        """Collapse what is to be collapsed of one PMD range, for khugepaged and MADV_COLLAPSE alike."""
-        control.rules = dataclasses.replace(
-            control.rules,
-            orders=self.parts.collapse_orders(mm, vma, control.rules.trigger),
-            tunables=self.parts.tunables,
-        )
-        result = collapse_single_pmd(SimRange(self.parts, mm, vma, control), address, control.policy, control.rules)
-        if result is ScanResult.SUCCEED and not control.rules.forced:
-            self.counters.count("pages_collapsed")
-        return result
+    def may_collapse(self, mm: Mm, vma: SimVma) -> bool:
+        """Whether khugepaged looks at `vma`: an order is enabled for it, and one that the policy walks."""
+        orders = self.parts.collapse_orders(mm, vma, "khugepaged")
+        return bool(orders) and bool(self.policy.orders_walked(self.control("khugepaged", orders).rules))
 
     def read(self, mm: Mm, address: int) -> tuple[Fault, int]:
         """A program reads the page at `address`: how that ended, and what the page holds."""
@@ -263,7 +253,7 @@ class Machine:
         child.thp_disabled = parent.thp_disabled
         syscalls.fork(self.parts, parent, child)
         if parent in self.khugepaged.mms:
-            self.khugepaged.mms.append(child)
+            self.khugepaged.visit(child)
         return child
 
     def exit(self, mm: Mm) -> None:
@@ -302,52 +292,5 @@ class Machine:
         return check(self)
 
     def madvise_collapse(self, mm: Mm, start: int, end: int) -> int:
-        """madvise(start, end - start, MADV_COLLAPSE) over one mapping: 0 or the error number (madvise_collapse)."""
-        vma = mm.find_vma(start)
-        if vma is None or not vma.covers(start, end):
-            return errno.ENOMEM
-        if not self.parts.collapse_orders(mm, vma, "madvise"):
-            return errno.EINVAL
-        first, stop = dataclasses.replace(vma.described(), start=start, end=end).pmd_ranges(self.geometry)
-        if first >= stop:
-            return 0
-        control = self.control("madvise")
-        self.parts.lru.drain()
-        last_fail, done, address = ScanResult.FAIL, 0, first
-        while address < stop:
-            result = self.collapse_range(mm, vma, address, control)
-            address += self.geometry.pmd_size
-            if result in (ScanResult.SUCCEED, ScanResult.PMD_MAPPED):
-                done += 1
-                continue
-            last_fail = result
-            if result not in _GOES_ON_AFTER:
-                break
-        return 0 if done * self.geometry.pmd_size == stop - first else _ERRNO.get(last_fail, errno.EINVAL)
-
-
-_GOES_ON_AFTER = frozenset(
-    {
-        ScanResult.NO_PTE_TABLE,
-        ScanResult.PTE_NON_PRESENT,
-        ScanResult.PTE_UFFD,
-        ScanResult.LACK_REFERENCED_PAGE,
-        ScanResult.PAGE_NULL,
-        ScanResult.PAGE_COUNT,
-        ScanResult.PAGE_LOCK,
-        ScanResult.PAGE_LRU,
-        ScanResult.DEL_PAGE_LRU,
-    }
-)
-"""Failures of one PMD range after which MADV_COLLAPSE goes on with the next."""
-
-_ERRNO = {
-    ScanResult.ALLOC_HUGE_PAGE_FAIL: errno.ENOMEM,
-    ScanResult.CGROUP_CHARGE_FAIL: errno.EBUSY,
-    ScanResult.EXCEED_NONE_PTE: errno.EBUSY,
-    ScanResult.PAGE_COUNT: errno.EAGAIN,
-    ScanResult.PAGE_LOCK: errno.EAGAIN,
-    ScanResult.PAGE_LRU: errno.EAGAIN,
-    ScanResult.DEL_PAGE_LRU: errno.EAGAIN,
-}
-"""madvise_collapse_errno (mm/khugepaged.c); EINVAL for the rest."""
+        """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.collapse.madvise`)."""
+        return madvise_collapse(Advised(self, mm, self.control("madvise")), start, end)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapse.machine_seam import RangeScan
-from mthp.collapse.policy import Limits, Policy, Rules
-from mthp.errors import UnsupportedError
+from mthp.collapse.fullness import Fullness
+from mthp.collapse.machine_seam import Attempted, RangeScan
+from mthp.collapse.occupancy import Occupancy, Planes, planes_of
+from mthp.collapse.policy import BUILT_IN, Policy, Rules
+from mthp.collapse.single_pmd import collapse_single_pmd
 from mthp.results import ScanResult
 from mthp.sim.collapse import collapse_huge_page
-from mthp.sim.look import scan_look
-from mthp.sim.mm import Mm, Pmd, SimVma
+from mthp.sim.columns import columns_of
+from mthp.sim.look import Look, run_look, scan_look
+from mthp.sim.mm import Mm, P, Pmd, Ptes, SimVma
 from mthp.sim.parts import Parts
 from mthp.sim.trace import ScanPmd
 
@@ -34,6 +38,7 @@ class CollapseControl:
         progress: entries looked at, and ranges and mappings passed over.
         node_load: int64, shape (nodes,): pages of the PMD range at hand on each node.
         lock_dropped: the range at hand passed its scan, so that mmap_lock was let go of for the attempts.
+        attempts: every attempt that was made.
     """
 
     policy: Policy
@@ -41,6 +46,7 @@ class CollapseControl:
     progress: int = 0
     node_load: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
     lock_dropped: bool = False
+    attempts: list[Attempted] = field(default_factory=list)
 
 
 class SimRange:
@@ -59,8 +65,36 @@ class SimRange:
             control.progress += 1
             return RangeScan(ScanResult.PMD_MAPPED if pmd is Pmd.HUGE else ScanResult.NO_PTE_TABLE)
         ptes = self._mm.ptes(address, parts.geometry.ptes_per_pmd)
-        look = scan_look(parts, self._vma, ptes, self._limits(), forced=control.rules.forced)
-        entries = min(look.at + 1, parts.geometry.ptes_per_pmd)
+        limits = control.policy.scan_limits(control.rules)
+        if limits is None or (control.policy.scans_each_run and not control.rules.forced):
+            # Each run is scanned for itself, and counted there.
+            control.lock_dropped = True
+            return RangeScan(ScanResult.SUCCEED, self._fullness(address, ptes))
+        if self._vma.userfaultfd_armed and control.policy.scan_honours_uffd(control.rules):
+            limits = limits._replace(none=0)
+        look = scan_look(parts, self._vma, ptes, limits, forced=control.rules.forced)
+        scan = self._judged(look, parts.geometry.pmd_order)
+        if scan.result is not ScanResult.SUCCEED:
+            return scan
+        control.lock_dropped = True
+        return dataclasses.replace(scan, fullness=self._fullness(address, ptes))
+
+    def scan_run(self, address: int, order: int) -> RangeScan:
+        parts, control = self._parts, self._control
+        if self._mm.pmd(address) is not Pmd.TABLE:
+            # What an attempt just made here may have left behind.
+            return RangeScan(ScanResult.PMD_MAPPED if self._mm.pmd(address) is Pmd.HUGE else ScanResult.NO_PTE_TABLE)
+        limits = control.policy.limits(order, control.rules)
+        if self._vma.userfaultfd_armed:
+            limits = limits._replace(none=0)
+        large = order if order < parts.geometry.pmd_order else None
+        look = run_look(parts, self._vma, self._mm.ptes(address, 1 << order), limits, large=large)
+        return self._judged(look, order)
+
+    def _judged(self, look: Look, order: int) -> RangeScan:
+        """What a look at all entries of a run amounts to: count it, and ask whether enough of it was referenced."""
+        parts, control = self._parts, self._control
+        entries = min(look.at + 1, 1 << order)
         control.progress += entries
         parts.clock.spend("scan_range")
         parts.clock.spend("scan_pte", entries)
@@ -68,35 +102,52 @@ class SimRange:
         result = look.result
         if result in _EXCEEDED:
             of_machine, of_size = _EXCEEDED[result]
-            parts.counters.count(of_machine)
-            parts.counters.count_mthp(parts.geometry.pmd_order, of_size)
+            if order == parts.geometry.pmd_order:
+                parts.counters.count(of_machine)
+            parts.counters.count_mthp(order, of_size)
         elif result is ScanResult.SUCCEED and not control.rules.forced:
-            wanted = parts.geometry.ptes_per_pmd // 2 if look.unmapped else 1
+            wanted = (1 << order) // 2 if look.unmapped else 1
             if referenced < wanted:
                 result = ScanResult.LACK_REFERENCED_PAGE
-        if result is not ScanResult.SUCCEED:
-            return RangeScan(result, None, referenced, look.none_or_zero, look.unmapped)
-        control.lock_dropped = True
-        nodes = parts.memory.nodes_of(look.heads)
-        control.node_load = np.bincount(nodes, minlength=len(parts.memory.zones)).astype(np.int64)
-        return RangeScan(result, ptes.pages(), referenced, look.none_or_zero, look.unmapped)
+        if result is ScanResult.SUCCEED:
+            nodes = parts.memory.nodes_of(look.heads)
+            control.node_load = np.bincount(nodes, minlength=len(parts.memory.zones)).astype(np.int64)
+        return RangeScan(result, None, 0, referenced, look.none_or_zero, look.unmapped)
 
-    def _limits(self) -> Limits:
-        """What the scan lets pass."""
-        policy, rules = self._control.policy, self._control.rules
-        limits = policy.scan_limits(rules)
-        if limits is None:
-            raise UnsupportedError(f"the simulated machine has no walk for policy {policy.name!r}")
-        if self._vma.userfaultfd_armed and policy.scan_honours_uffd(rules):
-            limits = limits._replace(none=0)
-        return limits
+    def _fullness(self, address: int, ptes: Ptes) -> Fullness:
+        """Which runs are full enough, by what the policy may ask about them."""
+        parts, control = self._parts, self._control
+        if type(control.policy) in BUILT_IN.values():
+            # These ask for pages and swap entries alone.
+            pages = ptes.pages()
+            unmapped = (ptes.bits != 0) & ((ptes.bits & P.PRESENT) == 0)
+            planes = Planes(present=pages[None], swap=unmapped[None] if unmapped.any() else None)
+        else:
+            end = address + parts.geometry.pmd_size
+            planes = planes_of(columns_of(parts, self._mm, [(address, end)]), parts.geometry)
+        return Fullness(Occupancy(planes, parts.geometry), control.policy, control.rules)
 
     def collapse_huge_page(self, address: int, order: int, scan: RangeScan) -> ScanResult:
-        control = self._control
-        return collapse_huge_page(
-            self._parts, self._mm, address, order, scan, control.policy, control.rules, control.node_load
+        parts, control = self._parts, self._control
+        pages = self._mm.anon_pages
+        result = collapse_huge_page(
+            parts, self._mm, address, order, scan, control.policy, control.rules, control.node_load
         )
+        filled = self._mm.anon_pages - pages if result is ScanResult.SUCCEED else 0
+        copied = (1 << order) - filled if result is ScanResult.SUCCEED else 0
+        control.attempts.append(Attempted(address, order, result, copied, filled))
+        return result
 
     def scanned(self, address: int, scan: RangeScan, result: ScanResult) -> None:
         event = ScanPmd(self._mm.id, address, result, scan.referenced, scan.none_or_zero, scan.unmapped)
         self._parts.trace.emit(event)
+
+
+def collapse_range(parts: Parts, mm: Mm, vma: SimVma, address: int, control: CollapseControl) -> ScanResult:
+    """Collapse what is to be collapsed of one PMD range, for khugepaged and MADV_COLLAPSE alike."""
+    control.rules = dataclasses.replace(
+        control.rules,
+        orders=parts.collapse_orders(mm, vma, control.rules.trigger),
+        tunables=parts.tunables,
+    )
+    return collapse_single_pmd(SimRange(parts, mm, vma, control), address, control.policy, control.rules)

@@ -1,0 +1,97 @@
+"""MADV_COLLAPSE: collapse a range of addresses now, and say in one errno what came of it.
+
+Follows madvise_walk_vmas() (mm/madvise.c) and madvise_collapse() (mm/khugepaged.c). It ignores switches and limits;
+each PMD range goes through the same function as khugepaged's. The errno is that of the last range that could not be
+collapsed, and 0 only if all were.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from mthp.addrspace import Segment
+from mthp.collapse.machine_seam import AdvisedSpace
+from mthp.results import ScanResult
+
+_GOES_ON_AFTER = frozenset(
+    {
+        ScanResult.NO_PTE_TABLE,
+        ScanResult.PTE_NON_PRESENT,
+        ScanResult.PTE_UFFD,
+        ScanResult.LACK_REFERENCED_PAGE,
+        ScanResult.PAGE_NULL,
+        ScanResult.PAGE_COUNT,
+        ScanResult.PAGE_LOCK,
+        ScanResult.PAGE_LRU,
+        ScanResult.DEL_PAGE_LRU,
+    }
+)
+"""Failures of one PMD range after which MADV_COLLAPSE goes on with the next."""
+
+_ERRNO = {
+    ScanResult.ALLOC_HUGE_PAGE_FAIL: errno.ENOMEM,
+    ScanResult.CGROUP_CHARGE_FAIL: errno.EBUSY,
+    ScanResult.EXCEED_NONE_PTE: errno.EBUSY,
+    ScanResult.PAGE_COUNT: errno.EAGAIN,
+    ScanResult.PAGE_LOCK: errno.EAGAIN,
+    ScanResult.PAGE_LRU: errno.EAGAIN,
+    ScanResult.DEL_PAGE_LRU: errno.EAGAIN,
+}
+"""madvise_collapse_errno (mm/khugepaged.c); EINVAL for the rest."""
+
+
+def madvise_collapse(space: AdvisedSpace, start: int, end: int) -> int:
+    """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number.
+
+    Returns:
+        EINVAL if `start` is not page-aligned, `end` lies before it, or a mapping may not be collapsed; ENOMEM if some
+        of the range is not mapped (what is mapped was collapsed) or memory could not be allocated; EBUSY if the memory
+        cgroup is at its limit or none PTEs must not be filled; EAGAIN if a page is busy, so that another try may do.
+    """
+    page = space.geometry.page_size
+    end = -(-end // page) * page
+    if start % page or end < start:
+        return errno.EINVAL
+    unmapped = 0
+    while start < end:
+        vma = space.find_vma(start)
+        if vma is None or vma[0] > start:
+            unmapped = errno.ENOMEM
+        if vma is None or vma[0] >= end:
+            break
+        start, stop = max(start, vma[0]), min(end, vma[1])
+        if error := _collapse_mapping(space, (start, stop)):
+            return error
+        start = stop
+    return unmapped
+
+
+def _collapse_mapping(space: AdvisedSpace, part: Segment) -> int:
+    """Collapse the whole PMD ranges of a part of one mapping (madvise_collapse)."""
+    size = space.geometry.pmd_size
+    if not space.possible(part[0]):
+        return errno.EINVAL
+    first, stop = -(-part[0] // size) * size, part[1] // size * size
+    if first >= stop:
+        return 0
+    space.drain()
+    last_fail, done, released = ScanResult.FAIL, 0, False
+    address = first
+    while address < stop:
+        if released:
+            last_fail = space.revalidate(address)
+            if last_fail is not ScanResult.SUCCEED:
+                break
+            # The mapping may have become smaller while the lock was let go of.
+            vma = space.find_vma(address)
+            assert vma is not None, "revalidation found the mapping"
+            stop = min(stop, vma[1] // size * size)
+        result, released = space.collapse_pmd(address)
+        address += size
+        if result in (ScanResult.SUCCEED, ScanResult.PMD_MAPPED):
+            done += 1
+            continue
+        last_fail = result
+        if result not in _GOES_ON_AFTER:
+            break
+    return 0 if done * size == stop - first else _ERRNO.get(last_fail, errno.EINVAL)

@@ -1,0 +1,100 @@
+"""`mthp.Khugepaged`: khugepaged in user space, over address spaces of any kind.
+
+>>> import mthp
+>>> from mthp.targets import open_target
+>>> daemon = mthp.Khugepaged(policy="mainline", orders="64K,2M")
+>>> with open_target("self") as space:
+...     daemon.enter(space)
+...     daemon.do_scan()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mthp.addrspace import AddressSpace
+from mthp.collapse.khugepaged import Listener, Scanner
+from mthp.collapse.machine_seam import Clock, WallClock
+from mthp.errors import UsageError
+from mthp.geometry import X86_64
+from mthp.tunables import Tunables
+from mthp.visiting import SpaceVisit, VisitOptions
+
+
+class Khugepaged(Scanner):
+    """Visits address spaces: live processes, simulated ones, whatever has the seam.
+
+    Made by one thread, which scans (:meth:`do_scan`, :meth:`run`); others may call :meth:`enter`, :meth:`exit`,
+    :meth:`wake` and :meth:`stop`, and read the counters.
+
+    Args:
+        tunables: the pace: ``pages_to_scan``, ``scan_sleep_millisecs``, ``alloc_sleep_millisecs``; asked at every pass
+            if a function; by default those of the machine at that moment.
+        clock: the machine's time; that of this machine by default.
+        listener: told of every :class:`~mthp.collapse.machine_seam.Passage`: the ranges that were looked at with their
+            scan results, and the attempts with what they copied and filled. Called in the scanning thread.
+        options: the fields of :class:`~mthp.visiting.VisitOptions`, for spaces that are entered without their own.
+
+    Raises:
+        UsageError: an option that does not exist.
+    """
+
+    def __init__(
+        self,
+        *,
+        tunables: Tunables | Callable[[], Tunables] | None = None,
+        clock: Clock | None = None,
+        listener: Listener | None = None,
+        **options: Any,
+    ) -> None:
+        self._time = clock or WallClock()
+        self._pace = tunables
+        try:
+            self.options = VisitOptions(**options)
+        except TypeError as error:
+            raise UsageError(str(error).replace("VisitOptions.__init__()", "khugepaged's options:")) from None
+        super().__init__(self._current_tunables, self._time, listener)
+
+    @property
+    def visits(self) -> tuple[SpaceVisit, ...]:
+        """The address spaces that are visited, in order."""
+        return tuple(slot for slot in self.slots if isinstance(slot, SpaceVisit))
+
+    def enter(self, space: AddressSpace, options: VisitOptions | None = None) -> bool:
+        """Visit `space` from now on, if anything in it may be collapsed; entering twice is entering once.
+
+        The space stays open: whoever opened it closes it, after :meth:`exit`, or once it is visited no more because its
+        process is gone.
+
+        Args:
+            options: for this space, in place of this object's.
+
+        Returns:
+            Whether it is visited. If not, nothing was kept; try again when the process has grown.
+
+        Raises:
+            UsageError: an unknown policy, or an order or a limit that does not exist on its geometry.
+            TargetVanishedError: the process is gone.
+        """
+        if any(visit.space is space for visit in self.visits):
+            return True
+        visit = SpaceVisit(space, options or self.options, self._time)
+        if not visit.wanted:
+            return False
+        self.add(visit)
+        return True
+
+    def exit(self, space: AddressSpace) -> None:
+        """Visit `space` no more; while it is being scanned, as soon as that is over."""
+        for visit in self.visits:
+            if visit.space is space:
+                self.remove(visit)
+
+    def _current_tunables(self) -> Tunables:
+        if isinstance(self._pace, Tunables):
+            return self._pace
+        if self._pace is not None:
+            return self._pace()
+        visits = self.visits
+        return visits[0].space.tunables if visits else Tunables.defaults(X86_64)
