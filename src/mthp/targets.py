@@ -20,7 +20,7 @@ def open_target(target: Target, *, at: str | None = None) -> AddressSpace:
     """Open the address space that `target` names. The caller closes it (it is a context manager).
 
     Args:
-        at: which step of a recording; see :func:`mthp.snapshot.recording.step_at`. The last by default.
+        at: which step of a recording; see :meth:`mthp.snapshot.recording.Recording.step_at`. The last by default.
 
     Raises:
         UsageError: neither a PID nor ``self`` nor a file that is there; a file that is neither snapshot nor recording;

@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "What a collapse would do: folios by order, bytes copied, bytes of bloat.",
     "collapse": "Collapse a running process, now.",
     "snapshot": "Record the page layout of a process in a file, to plan on elsewhere.",
+    "record": "Record a process over time, or make a recording of a trace of accesses.",
     "compare": "Policies side by side: coverage, bloat, creep; which are worth a look.",
     "report": "One HTML page: the address space, each policy, and at what price.",
     "conformance": "Replay what real kernels did in the simulated machine.",
