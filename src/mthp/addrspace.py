@@ -17,12 +17,13 @@ import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.geometry import Geometry
+from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
 
@@ -34,9 +35,6 @@ Block = tuple[int, int]
 
 Mechanism = Literal["auto", "madvise", "move"]
 """How pages are collapsed: by the kernel's MADV_COLLAPSE, by moving them, or whichever fits the order."""
-
-WATCH_BLOCK = 256 << 20
-"""Bytes of address space that a watch reads at a time."""
 
 ORDER_NONE = -1
 """In `PteColumns.folio_order`: no folio is mapped here."""
@@ -192,23 +190,6 @@ class Means:
     verify: bool = False
 
 
-class Watch(Protocol):
-    """Reads an address space again and again, and leaves out what it knows not to have changed."""
-
-    def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
-        """The entries of those PMD ranges in which anything may have changed since the last look.
-
-        Every part of `segments` that lies in such a PMD range is there, by ascending address.
-
-        Args:
-            segments: what to look at, by ascending address.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        ...
-
-
 class AddressSpace(abc.ABC):
     """One address space and the machine around it. A context manager: leaving it lets go of the target.
 
@@ -296,24 +277,6 @@ class AddressSpace(abc.ABC):
         """How long the target's threads stood still, in nanoseconds, for every window since this was last asked."""
         return []
 
-    def watch(self) -> Watch:
-        """Something that reads the page table entries again and again, as cheaply as the backend can.
-
-        By default it gives everything every time.
-        """
-        return _Reading(self)
-
-    def counters(self) -> dict[str, int]:
-        """What the machine counts at this moment of the target (``minflt``, ``majflt``) and of folios, by name.
-
-        Counters of folio sizes are called as below sysfs: ``hugepages-64kB/anon_fault_alloc``. A machine that counts
-        nothing gives none.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        return {}
-
     def mapped(self) -> list[Segment]:
         """The ranges of all mappings, by ascending address: :meth:`vmas` without what costs time to find out.
 
@@ -329,6 +292,20 @@ class AddressSpace(abc.ABC):
         """
         return list(segments)
 
+    def outline(self, segments: Sequence[Segment]) -> Outline:
+        """What the PMD ranges of `segments`, which are whole and ascend, hold, without looking at their folios.
+
+        A backend that cannot tell cheaply reads everything.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        parts = [
+            _outline_of_block(self.read(block), self.geometry)
+            for block in in_blocks(segments, _OUTLINE_PMD_RANGES * self.geometry.pmd_size)
+        ]
+        return Outline.joined(parts)
+
     def close(self) -> None:
         """Let go of the target."""
         return
@@ -340,46 +317,6 @@ class AddressSpace(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Reading:
-    """The :class:`Watch` of a backend that has no better one."""
-
-    def __init__(self, space: AddressSpace) -> None:
-        self._space = space
-
-    def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
-        """Everything."""
-        for block in in_range_blocks(segments, self._space.geometry, WATCH_BLOCK):
-            yield self._space.read(block)
-
-
-def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[Segment]:
-    """`segments`, those that begin inside a PMD range cut at its end.
-
-    :func:`in_blocks` cuts at multiples of its size from a segment's start, so it cuts these at PMD ranges only.
-    """
-    for start, end in segments:
-        aligned = -(-start // geometry.pmd_size) * geometry.pmd_size
-        if start < aligned < end:
-            yield start, aligned
-            start = aligned
-        yield start, end
-
-
-def in_range_blocks(segments: Iterable[Segment], geometry: Geometry, block_size: int) -> Iterator[list[Segment]]:
-    """As :func:`in_blocks`, but what lies in one PMD range comes in one group, which may be that much larger."""
-    block: list[Segment] = []
-    room = block_size
-    for [segment] in (group for piece in at_pmd_ranges(segments, geometry) for group in in_blocks([piece], block_size)):
-        start, end = segment
-        if block and end - start > room and start // geometry.pmd_size != (block[-1][1] - 1) // geometry.pmd_size:
-            yield block
-            block, room = [], block_size
-        block.append(segment)
-        room -= end - start
-    if block:
-        yield block
 
 
 def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Segment]]:
@@ -401,3 +338,25 @@ def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Seg
             start = stop
     if block:
         yield block
+
+
+_OUTLINE_PMD_RANGES = 128
+"""PMD ranges that are read at a time for an outline."""
+
+
+def _outline_of_block(columns: PteColumns, geometry: Geometry) -> Outline:
+    """The outline of what was read: runs of pages that are alike."""
+    kinds = np.zeros(len(columns.state), np.uint8)
+    for kind, bit in ((PRESENT, Pte.PRESENT), (HUGE, Pte.PMD_MAPPED), (ZERO, Pte.ZERO), (SWAP, Pte.SWAP)):
+        kinds[columns.has(bit)] |= kind
+    pages = [(end - start) // geometry.page_size for start, end in columns.segments]
+    starts = np.array([start for start, _ in columns.segments], np.uint64)
+    first = np.cumsum(pages) - pages
+    heads = np.unique(np.r_[np.flatnonzero(np.r_[True, kinds[1:] != kinds[:-1]]) if len(kinds) else [], first])
+    heads = heads.astype(np.int64)
+    stops = np.r_[heads[1:], len(kinds)]
+    segment = np.searchsorted(first, heads, side="right") - 1
+    begin = starts[segment] + ((heads - first[segment]) * geometry.page_size).astype(np.uint64)
+    end = begin + ((stops - heads) * geometry.page_size).astype(np.uint64)
+    there = kinds[heads] != 0
+    return outline_of(begin[there], end[there], kinds[heads][there], geometry)

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma, Watch
+from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
 from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
+from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
-from mthp.linux.process import Process, ProcStat
+from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
-from mthp.linux.watch import LiveWatch
+from mthp.outline import Outline
 from mthp.results import ScanResult, result_of_madvise
 from mthp.tunables import Switches, Tunables
 
@@ -130,18 +131,6 @@ class LiveAddressSpace(AddressSpace):
         nodes = procfs.read_numa(self.process, self._geometry.page_size)
         return [replace(vma, node_pages=nodes.get(vma.start, ())) for vma in vmas]
 
-    def watch(self) -> Watch:
-        # Without frame numbers a page that moved into a huge one looks like before.
-        return super().watch() if self._folios is None else LiveWatch(self._pagemap, self._columns, self._geometry)
-
-    def counters(self) -> dict[str, int]:
-        stat = ProcStat.parse(self.process.read("stat"))
-        counters = {"minflt": stat.minflt, "majflt": stat.majflt}
-        for order, values in self.sysfs.stats(self._geometry).items():
-            name = self._geometry.sysfs_name(order)
-            counters |= {f"{name}/{counter}": value for counter, value in values.items()}
-        return counters | self.sysfs.vmstat()
-
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         """The page table entries of `segments`, one after another. It takes about 50 bytes of memory a page.
 
@@ -209,6 +198,13 @@ class LiveAddressSpace(AddressSpace):
                     start = found.pop()[0]
                 found.append((start, end))
         return found
+
+    def outline(self, segments: Sequence[Segment]) -> Outline:
+        return (
+            scan_outline(self._pagemap, segments, self._geometry)
+            if self._pagemap.can_scan
+            else super().outline(segments)
+        )
 
     def collapse(self, address: int, order: int) -> CollapseOutcome:
         """Collapse one run: the PMD order with MADV_COLLAPSE, smaller ones with the mover and its usual means.

@@ -109,7 +109,7 @@ class Description:
                 "missing": list(self.missing),
                 "pages": self.pages,
                 "state_bits": dict(self.state_bits),
-                "vmas": [vma_to_json(vma) for vma in self.vmas],
+                "vmas": [_vma_to_json(vma) for vma in self.vmas],
             },
             separators=(",", ":"),
         )
@@ -227,8 +227,7 @@ def _vmas(items: list[object], geometry: Geometry) -> tuple[Vma, ...]:
     return vmas
 
 
-def vma_to_json(vma: Vma) -> dict[str, object]:
-    """One mapping as an entry of ``vmas``."""
+def _vma_to_json(vma: Vma) -> dict[str, object]:
     return {
         "start": vma.start,
         "end": vma.end,

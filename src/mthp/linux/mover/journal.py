@@ -51,7 +51,7 @@ LOCK_TIMEOUT = 5.0
 
 _LOCK_PAUSE = 0.001
 _JOURNAL = "switches.journal"
-_LOCK = "switches.lock"
+LOCK_NAME = "switches.lock"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SWITCH = re.compile(r"hugepages-\d+kB/enabled")
 _CHOSEN = re.compile(r"\[(\w+)\]")
@@ -304,7 +304,7 @@ class _Files:
                     root.mkdir(0o700)
             self._directory = self._keep(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
             self._check(self._directory)
-            self._lock = self._keep(self._open(_LOCK))
+            self._lock = self._keep(self._open(LOCK_NAME))
             self._journal = self._keep(self._open(_JOURNAL))
         except OSError as error:
             self.close()
@@ -349,8 +349,8 @@ class _Files:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise MthpError(
-                        f"another process has held {self._root / _LOCK} for {timeout:g} s",
-                        help=f"another mthp is at work; fuser(1) tells which: fuser {self._root / _LOCK}",
+                        f"another process has held {self._root / LOCK_NAME} for {timeout:g} s",
+                        help=f"another mthp is at work; fuser(1) tells which: fuser {self._root / LOCK_NAME}",
                     ) from None
                 time.sleep(_LOCK_PAUSE)
 

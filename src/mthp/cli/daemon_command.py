@@ -1,0 +1,186 @@
+"""``mthp daemon``: khugepaged in user space, for the processes that rules or options name."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mthp.cli.status_command import run_dir_option
+from mthp.errors import UsageError
+from mthp.text import clean
+
+
+@click.command("daemon")
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="Rules (TOML). SIGHUP has it read again."
+)
+@click.option("--pid", type=int, multiple=True, metavar="PID", help="Work on this process. May be repeated.")
+@click.option("--cgroup", multiple=True, metavar="GLOB", help="Work on these cgroups (v2 path), and those below them.")
+@click.option("--comm", multiple=True, metavar="GLOB", help="Work on processes of this name.")
+@click.option("--all", "everybody", is_flag=True, help="Work on all processes.")
+@click.option("--policy", metavar="NAME", help="How orders are chosen; mainline by default.")
+@click.option("--orders", metavar="SIZES", help="16K,64K,2M; all; or enabled (the default): what the switches allow.")
+@click.option("--max-ptes-none", type=int, metavar="N", help="Empty pages a collapse may fill, per PMD range.")
+@click.option("--max-ptes-swap", type=int, metavar="N", help="Swapped pages it may read back, per PMD range.")
+@click.option("--max-ptes-shared", type=int, metavar="N", help="Shared pages it may copy, per PMD range.")
+@click.option("--mechanism", type=click.Choice(["auto", "madvise", "move"]), help="As in mthp collapse.")
+@click.option("--max-pause", metavar="TIME", help="How long threads may stand still at a time; 1ms by default.")
+@click.option("--max-bloat", metavar="SIZE|%", help="Bytes, or share of what is resident, that filling may add.")
+@click.option("--rate", metavar="SIZE", help="Bytes collapsed per second in one process at most.")
+@click.option("--cpu", metavar="%", help="CPU time, as a share of one core; 10% by default.")
+@click.option("--bytes-per-second", metavar="SIZE", help="Bytes collapsed per second in all processes at most.")
+@click.option("--metrics", metavar="[HOST:]PORT", help="Serve Prometheus metrics there; on the loopback by default.")
+@click.option("--events", type=click.Path(path_type=Path), metavar="FILE", help="Append events as JSON lines.")
+@run_dir_option
+@click.option("--check-config", is_flag=True, help="Read the rules, say what is wrong with them, and end.")
+@click.option("--print-config", is_flag=True, help="Print an example of a rules file that shows every key, and end.")
+@click.option("--print-unit", is_flag=True, help="Print a systemd unit that runs it with these options, and end.")
+@click.option("--install-unit", is_flag=True, help="Install that unit, and end.")
+def command(run_dir: Path | None, **options: Any) -> int:
+    """Collapse the memory of chosen processes to large folios, in the background, as their rules say.
+
+    Who is chosen is said by a rules file, or by --pid, --cgroup, --comm or --all without one. Switches and tunables are
+    at any moment those of /sys/kernel/mm/transparent_hugepage, unless the rules say otherwise.
+
+    It runs in the foreground until SIGTERM or Ctrl-C. `mthp status`, `mthp pause` and `mthp resume` talk to it.
+    """
+    if options["print_config"]:
+        from mthp.daemon.configuration import EXAMPLE
+
+        click.echo(EXAMPLE.read_text(), nl=False)
+        return 0
+    load = _loader(options)
+    if options["print_unit"] or options["install_unit"]:
+        load()
+        return _unit(install=options["install_unit"])
+    if options["check_config"]:
+        configuration = load()
+        click.echo(f"{len(configuration.rules.rules)} rules, nothing wrong with them")
+        return 0
+    from mthp.daemon.service import Daemon, Options
+    from mthp.daemon.values import parse_endpoint
+    from mthp.linux.mover.journal import default_root
+
+    metrics = options["metrics"]
+    Daemon(
+        Options(
+            load=load,
+            run_dir=run_dir or default_root(),
+            say=_say,
+            events=options["events"],
+            metrics=None if metrics is None else parse_endpoint(metrics),
+        )
+    ).run()
+    return 0
+
+
+def _say(line: str) -> None:
+    click.echo(f"mthp daemon: {clean(line)}", err=True)
+
+
+def _loader(options: dict[str, Any]) -> Callable[[], Any]:
+    """What reads the configuration, each time anew."""
+    from mthp.daemon.configuration import load_configuration
+    from mthp.linux.sysfs import ThpSysfs
+
+    geometry = ThpSysfs().geometry()
+    chosen = any(options[name] for name in ("pid", "cgroup", "comm", "everybody"))
+    path: Path | None = options["config"]
+    if path is not None:
+        clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
+        if clash:
+            raise UsageError(
+                f"--config and --{_flag(clash[0])} are given", help="say it in the rules file: [defaults] or [[rule]]"
+            )
+        path = path.absolute()
+        return lambda: _with_daemon_options(load_configuration(path, geometry), options)
+    if not chosen:
+        raise UsageError(
+            "nothing says which processes to work on",
+            help="give --config FILE, or --pid, --cgroup, --comm or --all; mthp daemon --print-config shows a file",
+        )
+    return lambda: _with_daemon_options(_from_options(options, geometry), options)
+
+
+_SETTINGS = (
+    *("policy", "orders", "max_ptes_none", "max_ptes_swap", "max_ptes_shared"),
+    *("mechanism", "max_pause", "max_bloat", "rate"),
+)
+"""Options that are settings, under the names that a rules file has for them."""
+
+_OF_RULES = ("pid", "cgroup", "comm", "everybody", *_SETTINGS)
+"""Options that a rules file says."""
+
+
+def _flag(name: str) -> str:
+    return "all" if name == "everybody" else name.replace("_", "-")
+
+
+def _from_options(options: dict[str, Any], geometry: Any) -> Any:
+    """The configuration that options alone make up: they are what a file would say, and are checked as such."""
+    from mthp.daemon.configuration import configuration_of
+
+    defaults = {name: options[name] for name in _SETTINGS if options[name] is not None}
+    rules = [
+        {"name": f"--{name}", "match": {name: list(options[name])}}
+        for name in ("pid", "cgroup", "comm")
+        if options[name]
+    ]
+    if options["everybody"]:
+        rules.append({"name": "--all", "match": {}})
+    return configuration_of({"defaults": defaults, "rule": rules}, geometry, "options")
+
+
+def _with_daemon_options(configuration: Any, options: dict[str, Any]) -> Any:
+    """`configuration` with what the options say of the daemon itself."""
+    from mthp.cli.options import percentage
+    from mthp.geometry import parse_size
+
+    changes: dict[str, Any] = {}
+    if options["cpu"] is not None:
+        changes["cpu"] = percentage(options["cpu"])
+        if not changes["cpu"]:
+            raise UsageError("--cpu 0% leaves nothing to work with")
+    if options["bytes_per_second"] is not None:
+        changes["bytes_per_second"] = parse_size(options["bytes_per_second"])
+        if not changes["bytes_per_second"]:
+            raise UsageError("--bytes-per-second 0 leaves nothing to work with")
+    return dataclasses.replace(configuration, **changes)
+
+
+def _unit(*, install: bool) -> int:
+    """Print or install the unit that runs the daemon with the arguments of this call."""
+    from mthp.daemon import unit
+
+    arguments = _absolute([word for word in _own_arguments() if word not in ("--print-unit", "--install-unit")])
+    if not install:
+        click.echo(unit.unit_text(arguments), nl=False)
+        return 0
+    path = unit.install(arguments)
+    click.echo(f"installed {path}")
+    click.echo("next: systemctl daemon-reload && systemctl enable --now mthp")
+    return 0
+
+
+def _own_arguments() -> list[str]:
+    """The arguments behind the word ``daemon``."""
+    given: list[str] = click.get_current_context().find_root().meta.get("mthp.arguments", sys.argv[1:])
+    return given[given.index("daemon") + 1 :]
+
+
+def _absolute(arguments: list[str]) -> list[str]:
+    """Arguments with paths that do not depend on the directory in which they were given."""
+    made = []
+    for word, before in zip(arguments, ["", *arguments], strict=False):
+        option, equals, value = word.partition("=")
+        if before in ("--config", "--events", "--run-dir"):
+            word = str(Path(word).absolute())
+        elif equals and option in ("--config", "--events", "--run-dir"):
+            word = f"{option}={Path(value).absolute()}"
+        made.append(word)
+    return made

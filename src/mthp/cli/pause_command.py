@@ -1,0 +1,21 @@
+"""``mthp pause``: have the running daemon begin nothing more, until ``mthp resume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mthp.cli.options import json_option
+from mthp.cli.status_command import run_dir_option, set_paused
+
+
+@click.command("pause")
+@run_dir_option
+@json_option
+def command(run_dir: Path | None, as_json: bool) -> int:
+    """Have the running daemon touch no process until `mthp resume`. It still finds new ones.
+
+    When this returns, it is at rest.
+    """
+    return set_paused("pause", run_dir, as_json)

@@ -1,0 +1,18 @@
+"""``mthp resume``: have the running daemon go on after ``mthp pause``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mthp.cli.options import json_option
+from mthp.cli.status_command import run_dir_option, set_paused
+
+
+@click.command("resume")
+@run_dir_option
+@json_option
+def command(run_dir: Path | None, as_json: bool) -> int:
+    """Have the running daemon go on after `mthp pause`."""
+    return set_paused("resume", run_dir, as_json)

@@ -1,0 +1,106 @@
+"""What the daemon counts, of all processes together and of each target."""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mthp.geometry import Geometry
+from mthp.results import ScanResult
+
+PAUSE_BUCKETS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 100e-3)
+"""Upper bounds of the pause histogram, in seconds."""
+
+RECENT_PAUSES = 1024
+"""So many of the last pauses are kept for percentiles."""
+
+
+class Pauses:
+    """How long threads stood still, or calls kept their memory busy: a histogram, and percentiles of the last ones."""
+
+    def __init__(self) -> None:
+        self.buckets = [0] * (len(PAUSE_BUCKETS) + 1)
+        self.total_ns = 0
+        self.max_ns = 0
+        self._recent: deque[int] = deque(maxlen=RECENT_PAUSES)
+
+    def add(self, pauses_ns: Iterable[int]) -> None:
+        """Take note of some pauses, in nanoseconds."""
+        for pause in pauses_ns:
+            self.buckets[bisect.bisect_left(PAUSE_BUCKETS, pause / 1e9)] += 1
+            self.total_ns += pause
+            self.max_ns = max(self.max_ns, pause)
+            self._recent.append(pause)
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return sum(self.buckets)
+
+    def summary(self) -> dict[str, Any]:
+        """Seconds, as the JSON of `mthp status` has them; p50 and p99 are of the last 1024."""
+        recent = list(self._recent)
+        p50, p99 = np.percentile(recent, [50, 99]) / 1e9 if recent else (0.0, 0.0)
+        return {
+            "count": self.count,
+            "p50": float(p50),
+            "p99": float(p99),
+            "max": self.max_ns / 1e9,
+            "total": self.total_ns / 1e9,
+        }
+
+
+@dataclass
+class Counters:
+    """Work done.
+
+    Attributes:
+        collapsed: folios made, by order.
+        failed: attempts that failed, by scan result.
+        ranges: PMD ranges looked at, by scan result.
+        ptes_scanned: PTEs looked at.
+        copied_bytes, filled_bytes: copied by collapses, and added by filling holes.
+        passes: times that a process was gone through.
+        looks: times that a process was looked at to see whether it had changed.
+        skipped: PMD ranges that were not looked at, since they had not changed since they were finished.
+        stopped: pauses in which all threads of a process stood still.
+        called: calls of the kernel, in which its memory may have been busy.
+    """
+
+    collapsed: Counter[int] = field(default_factory=Counter)
+    failed: Counter[ScanResult] = field(default_factory=Counter)
+    ranges: Counter[ScanResult] = field(default_factory=Counter)
+    ptes_scanned: int = 0
+    copied_bytes: int = 0
+    filled_bytes: int = 0
+    passes: int = 0
+    looks: int = 0
+    skipped: int = 0
+    stopped: Pauses = field(default_factory=Pauses)
+    called: Pauses = field(default_factory=Pauses)
+
+    def collapsed_bytes(self, geometry: Geometry) -> int:
+        """Bytes in the folios that were made."""
+        return sum(count * geometry.size_of(order) for order, count in dict(self.collapsed).items())
+
+    def summary(self, geometry: Geometry) -> dict[str, Any]:
+        """As the JSON of `mthp status` has them; sizes as people write them, results by name."""
+        return {
+            "collapsed": {geometry.label(order): count for order, count in sorted(dict(self.collapsed).items())},
+            "collapsed_bytes": self.collapsed_bytes(geometry),
+            "failed": {result.name: count for result, count in sorted(dict(self.failed).items())},
+            "ranges": {result.name: count for result, count in sorted(dict(self.ranges).items())},
+            "ptes_scanned": self.ptes_scanned,
+            "copied_bytes": self.copied_bytes,
+            "filled_bytes": self.filled_bytes,
+            "passes": self.passes,
+            "looks": self.looks,
+            "ranges_skipped": self.skipped,
+            "pauses": self.stopped.summary(),
+            "calls": self.called.summary(),
+        }

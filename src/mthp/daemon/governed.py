@@ -1,0 +1,99 @@
+"""An address space under the daemon's own rules: its switches and tunables are what the operator says they are.
+
+Everything else is asked of the space behind it. So the engine, which takes switches and tunables from the address
+space, needs no second way to be told.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma
+from mthp.geometry import Geometry
+from mthp.outline import Outline
+from mthp.tunables import Switches, Tunables
+
+
+class GovernedSpace(AddressSpace):
+    """`inner` with other switches and tunables.
+
+    Args:
+        inner: the address space; closed with this one.
+
+    Attributes:
+        governed_switches, governed_tunables: those that hold; set them before each piece of work.
+        reasons: why blocks could not be collapsed, where the space said so.
+        touching: whether the target's memory is being worked on at this moment.
+    """
+
+    def __init__(self, inner: AddressSpace, switches: Switches, tunables: Tunables) -> None:
+        self._inner = inner
+        self.governed_switches = switches
+        self.governed_tunables = tunables
+        self.reasons: Counter[str] = Counter()
+        self.touching = False
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._inner.geometry
+
+    @property
+    def label(self) -> str:
+        return self._inner.label
+
+    @property
+    def kernel(self) -> str:
+        return self._inner.kernel
+
+    @property
+    def switches(self) -> Switches:
+        return self.governed_switches
+
+    @property
+    def tunables(self) -> Tunables:
+        return self.governed_tunables
+
+    @property
+    def thp_disabled(self) -> bool:
+        return self._inner.thp_disabled
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return self._inner.missing
+
+    def vmas(self) -> list[Vma]:
+        return self._inner.vmas()
+
+    def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
+        return self._inner.with_nodes(vmas)
+
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        return self._inner.read(segments)
+
+    def collapse(self, address: int, order: int) -> CollapseOutcome:
+        return self._inner.collapse(address, order)
+
+    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        self.touching = True
+        try:
+            outcomes = self._inner.collapse_blocks(blocks, means)
+        finally:
+            self.touching = False
+        self.reasons.update(outcome.reason for outcome in outcomes if outcome.reason)
+        return outcomes
+
+    def take_pauses(self) -> list[int]:
+        return self._inner.take_pauses()
+
+    def mapped(self) -> list[Segment]:
+        return self._inner.mapped()
+
+    def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
+        return self._inner.populated(segments, granule)
+
+    def outline(self, segments: Sequence[Segment]) -> Outline:
+        return self._inner.outline(segments)
+
+    def close(self) -> None:
+        self._inner.close()

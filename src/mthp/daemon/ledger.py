@@ -1,0 +1,116 @@
+"""What is known of the PMD ranges of one target, so that finished ones are not scanned again.
+
+A range is due when its layout (:class:`~mthp.outline.Outline`) is not what it was when it was last looked at, or when
+its time has come: soon for one that failed for a passing reason, late for one in which nothing was to do, since a folio
+that was split or exchanged for base pages leaves the layout as it is. Waiting times double as long as nothing comes of
+them. No soft-dirty bit is cleared and no write tracking is set up, which others (checkpointers, garbage collectors,
+virtual machine managers) may be using.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.outline import Outline
+from mthp.results import ScanResult
+
+PASSING = (
+    ScanResult.FAIL,
+    ScanResult.PTE_NON_PRESENT,
+    ScanResult.LACK_REFERENCED_PAGE,
+    ScanResult.SCAN_ABORT,
+    ScanResult.PAGE_COUNT,
+    ScanResult.PAGE_LRU,
+    ScanResult.PAGE_LOCK,
+    ScanResult.DEL_PAGE_LRU,
+    ScanResult.ALLOC_HUGE_PAGE_FAIL,
+    ScanResult.CGROUP_CHARGE_FAIL,
+    ScanResult.PAGE_LAZYFREE,
+)
+"""Results that may be others a moment later, without any change of the layout."""
+
+FIRST_AGE, LAST_AGE = 60.0, 3600.0
+"""Seconds after which a finished range is looked at again, at first and in the end."""
+
+FIRST_RETRY, LAST_RETRY = 0.5, 600.0
+"""Seconds after which one that failed for a passing reason is tried again."""
+
+_IS_PASSING = np.zeros(len(ScanResult), np.bool_)
+_IS_PASSING[list(PASSING)] = True
+
+
+class Ledger:
+    """One row per PMD range of the target that holds anything.
+
+    Attributes:
+        address: uint64, shape (ranges,), ascending.
+    """
+
+    def __init__(self) -> None:
+        self.address = np.empty(0, np.uint64)
+        self._layout = np.empty(0, np.uint64)
+        self._due = np.empty(0, np.float64)
+        self._wait = np.empty(0, np.float64)
+        self._passing = np.empty(0, np.bool_)
+
+    def due(self, outline: Outline, now: float, *, touched: bool = True) -> NDArray[np.bool_]:
+        """Which ranges of `outline` are to be looked at, bool, shape (ranges,); what is not in it is forgotten.
+
+        Args:
+            touched: whether the target can have changed anything since it was last asked; if not, age does not count.
+        """
+        row = np.searchsorted(self.address, outline.address)
+        known = row < len(self.address)
+        known[known] = self.address[row[known]] == outline.address[known]
+        row = row[known]
+        layout = np.zeros(len(outline), np.uint64)
+        due, wait = np.full(len(outline), -np.inf), np.zeros(len(outline))
+        passing = np.zeros(len(outline), np.bool_)
+        layout[known], due[known], wait[known] = self._layout[row], self._due[row], self._wait[row]
+        passing[known] = self._passing[row]
+        # Who waits for a second try does so whatever happens meanwhile; its turn comes soon.
+        changed = (layout != outline.layout) & ~passing
+        due[changed], wait[changed] = -np.inf, 0
+        self.address, self._layout = outline.address, layout
+        self._due, self._wait, self._passing = due, wait, passing
+        chosen: NDArray[np.bool_] = due <= now
+        if not touched:
+            chosen &= passing | (due == -np.inf)
+        return chosen
+
+    def next_retry(self) -> float:
+        """When the first range that failed for a passing reason may be tried again; infinity if there is none."""
+        return float(self._due[self._passing].min(initial=np.inf))
+
+    def scanned(
+        self, addresses: NDArray[np.uint64], results: NDArray[np.int8], after: Outline, now: float, retry: float
+    ) -> None:
+        """Take note of what came of some ranges.
+
+        Args:
+            addresses: uint64, shape (ranges,).
+            results: int8, shape (ranges,): :class:`~mthp.results.ScanResult`.
+            after: their outline now.
+            retry: seconds, the shortest time after which a passing failure may be tried again.
+        """
+        row = np.searchsorted(self.address, addresses)
+        there = (row < len(self.address)) & np.isin(addresses, self.address)
+        row, results, addresses = row[there], results[there], addresses[there]
+        passing = _IS_PASSING[results]
+        again = passing == self._passing[row]
+        first = np.where(passing, min(FIRST_RETRY, retry), FIRST_AGE)
+        last = np.where(passing, LAST_RETRY, LAST_AGE)
+        wait = np.where(again & (self._wait[row] > 0), np.minimum(2 * self._wait[row], last), first)
+        wait[results == ScanResult.SUCCEED] = FIRST_AGE
+        self._wait[row], self._passing[row] = wait, passing
+        self._due[row] = now + wait
+        at = np.searchsorted(after.address, addresses)
+        seen = (at < len(after)) & np.isin(addresses, after.address)
+        self._layout[row[seen]] = after.layout[at[seen]]
+
+    def forget(self) -> None:
+        """Everything is due: the rules that it was finished under are no more."""
+        self._due[:] = -np.inf
+        self._wait[:] = 0
+        self._passing[:] = False

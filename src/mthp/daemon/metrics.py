@@ -1,0 +1,125 @@
+"""What the daemon counts, as Prometheus metrics, through the official client (the extra ``mthp[daemon]``).
+
+The counters are the daemon's own; they are put into the client's form when somebody asks for the page, so that nothing
+is counted twice and nothing costs anything while nobody looks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
+from mthp.daemon.pacing import memory_used
+from mthp.errors import UnsupportedError, UsageError
+
+try:
+    from prometheus_client import CollectorRegistry, start_http_server
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise UnsupportedError("metrics need prometheus_client", help="pip install 'mthp[daemon]'") from error
+
+if TYPE_CHECKING:
+    from mthp.daemon.service import Daemon
+
+
+class MetricsServer:
+    """The page of metrics, served by a thread of its own.
+
+    Attributes:
+        url: where it is.
+    """
+
+    def __init__(self, daemon: Daemon, host: str, port: int) -> None:
+        registry = CollectorRegistry()
+        registry.register(_DaemonCollector(daemon))
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise UsageError(
+                f"metrics cannot be served at {host}:{port}: {error.strerror or error}",
+                help="another program may have that port (ss -ltnp tells which): give another with --metrics",
+            ) from error
+        self.url = f"http://{host}:{self._server.server_port}/metrics"
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def serve(daemon: Daemon, host: str, port: int) -> MetricsServer:
+    """Serve the metrics of `daemon`.
+
+    Raises:
+        UsageError: the port is taken, or not ours.
+    """
+    return MetricsServer(daemon, host, port)
+
+
+class _DaemonCollector(Collector):
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    def collect(self) -> Iterator[Metric]:
+        daemon = self._daemon
+        counters, geometry = daemon.environment.total, daemon.geometry
+        yield _by(
+            "mthp_collapses",
+            "Folios made by collapse.",
+            "size",
+            {geometry.label(order): counters.collapsed.get(order, 0) for order in geometry.anon_orders},
+        )
+        yield _by(
+            "mthp_collapse_failures",
+            "Attempts that failed, by scan result.",
+            "result",
+            {result.name: count for result, count in sorted(dict(counters.failed).items())},
+        )
+        yield _by(
+            "mthp_scanned_ranges",
+            "PMD ranges looked at, by scan result.",
+            "result",
+            {result.name: count for result, count in sorted(dict(counters.ranges).items())},
+        )
+        yield CounterMetricFamily("mthp_scanned_ptes", "PTEs looked at.", counters.ptes_scanned)
+        yield CounterMetricFamily(
+            "mthp_skipped_ranges", "PMD ranges passed over because they had not changed.", counters.skipped
+        )
+        yield CounterMetricFamily("mthp_copied_bytes", "Bytes copied by collapses.", counters.copied_bytes)
+        yield CounterMetricFamily(
+            "mthp_filled_bytes", "Bytes that processes grew by, by filling holes.", counters.filled_bytes
+        )
+        yield CounterMetricFamily("mthp_passes", "Times that a process was gone through.", counters.passes)
+        yield CounterMetricFamily("mthp_looks", "Times that a process was asked whether it changed.", counters.looks)
+        yield _histogram("mthp_pause_seconds", "Pauses of all threads of a process (move).", counters.stopped)
+        yield _histogram("mthp_call_seconds", "Calls of MADV_COLLAPSE.", counters.called)
+        yield GaugeMetricFamily("mthp_targets", "Processes worked on.", len(daemon.worker.targets))
+        left_out = sum(bool(target.left_out) for target in list(daemon.worker.targets.values()))
+        yield GaugeMetricFamily("mthp_targets_left_out", "Of these, left out for now.", left_out)
+        yield GaugeMetricFamily("mthp_paused", "Whether it was told to pause.", int(daemon.worker.paused))
+        yield GaugeMetricFamily(
+            "mthp_memory_pressure_ratio", "Share of time in which tasks wait.", daemon.worker.pressure
+        )
+        times = os.times()
+        yield CounterMetricFamily("mthp_cpu_seconds", "CPU time of the daemon.", times.user + times.system)
+        yield GaugeMetricFamily("mthp_resident_memory_bytes", "Memory of the daemon.", memory_used())
+
+
+def _by(name: str, help: str, label: str, values: dict[str, int]) -> Metric:
+    family = CounterMetricFamily(name, help, labels=[label])
+    for word, value in values.items():
+        family.add_metric([word], value)
+    return family
+
+
+def _histogram(name: str, help: str, pauses: Pauses) -> Metric:
+    bounds = [*(str(bound) for bound in PAUSE_BUCKETS), "+Inf"]
+    total, buckets = 0, []
+    for bound, count in zip(bounds, pauses.buckets, strict=True):
+        total += count
+        buckets.append((bound, float(total)))
+    return HistogramMetricFamily(name, help, buckets=buckets, sum_value=pauses.total_ns / 1e9)

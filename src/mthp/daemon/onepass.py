@@ -1,0 +1,178 @@
+"""One way through a target: its address space, opened, and the PMD ranges that are left to do in it.
+
+What is worth a look is sorted by how full it is, the fullest first, so that a budget buys as much as it can; ranges
+that are about equally full are gone through by address, so that neighbours are read and moved together. Scanning and
+collapsing is the engine's (:class:`mthp.visiting.SpaceVisit`); here is what the daemon adds: the switches and tunables
+that hold for this target, a budget of bloat that is never overspent, and no attempts at orders of which the machine has
+no folio.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Means, Segment
+from mthp.collapse.machine_seam import Passage
+from mthp.daemon.environment import Environment
+from mthp.daemon.governed import GovernedSpace
+from mthp.daemon.rules import Settings
+from mthp.errors import MthpError
+from mthp.geometry import Geometry
+from mthp.outline import Outline
+from mthp.results import ScanResult
+from mthp.tunables import Switches, Tunables
+from mthp.visiting import Candidate, SpaceVisit, VisitOptions
+
+_FULLNESS_STEPS = 4
+"""So many classes of fullness are told apart."""
+
+
+class Pass:
+    """One way through a target.
+
+    Args:
+        environment: what all targets share.
+        pid: of the target.
+        settings: how it is worked on.
+        bloat_left: tells how many bytes filling may still add; None for no bound.
+
+    Attributes:
+        space: its address space, opened; closed with this.
+
+    Raises:
+        TargetVanishedError, NotPermittedError, UnsupportedError: it cannot be opened.
+    """
+
+    def __init__(
+        self, environment: Environment, pid: int, settings: Settings, bloat_left: Callable[[], int | None]
+    ) -> None:
+        self._environment = environment
+        self._settings = settings
+        self._bloat_left = bloat_left
+        switches, tunables = _governed(environment, settings)
+        space = environment.opened(pid)
+        self.space = GovernedSpace(space, switches, tunables)
+        try:
+            self._visit = SpaceVisit(self.space, self._options())
+        except MthpError:
+            self.space.close()
+            raise
+        self._stretches: list[tuple[Segment, int]] = []
+        self._pending_fill = 0
+
+    def _options(self) -> VisitOptions:
+        settings = self._settings
+        return VisitOptions(
+            policy=settings.policy,
+            orders=_orders(settings, self._environment.geometry),
+            max_ptes_none=settings.max_ptes_none,
+            max_ptes_swap=settings.max_ptes_swap,
+            max_ptes_shared=settings.max_ptes_shared,
+            means=Means(settings.mechanism, settings.max_pause_ns, settings.pause_share, fill=True),
+            admit=self._admit,
+        )
+
+    def govern(self) -> None:
+        """Have the switches and tunables of this moment hold from now on."""
+        switches, tunables = _governed(self._environment, self._settings)
+        if switches != self.space.governed_switches or tunables != self.space.governed_tunables:
+            self.space.governed_switches, self.space.governed_tunables = switches, tunables
+            self._visit.forget()
+
+    def outline(self) -> Outline:
+        """The outline of all that may be collapsed."""
+        segments: list[Segment] = []
+        address = 0
+        if self._visit.thp_disabled:
+            return Outline.joined([])
+        while (stretch := self._visit.find(address).stretch) is not None:
+            segments.append(stretch)
+            address = stretch[1]
+        return self.space.outline(segments)
+
+    def todo(self, outline: Outline) -> None:
+        """Do these ranges, the fullest first."""
+        size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
+        fullness = outline.present.astype(np.int64) * _FULLNESS_STEPS // n
+        order = np.lexsort((outline.address, -fullness))
+        address, present = outline.address[order], outline.present[order]
+        breaks = np.flatnonzero((np.diff(address.astype(np.int64)) != size) | (np.diff(fullness[order]) != 0)) + 1
+        for first, last in _slices(breaks, len(address)):
+            start, end = int(address[first]), int(address[last - 1]) + size
+            self._stretches.append(((start, end), int(present[first:last].sum())))
+        self._stretches.reverse()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self._stretches
+
+    @property
+    def gain(self) -> int:
+        """Pages in the next stretch to do."""
+        return self._stretches[-1][1] if self._stretches else 0
+
+    def piece(self, ranges: int) -> list[tuple[Passage, Outline]]:
+        """Scan so many ranges at most: what came of them, and their outline afterwards."""
+        size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
+        done: list[tuple[Passage, Outline]] = []
+        self._pending_fill = 0
+        while ranges > 0 and self._stretches and not self._environment.stopping():
+            (start, end), pages = self._stretches.pop()
+            stop = min(end, start + ranges * size)
+            passage = self._visit.scan((start, stop), (stop - start) // size * n)
+            ranges -= max(1, (passage.end - start) // size)
+            if passage.end < end:
+                left = pages * (end - passage.end) // (end - start)
+                self._stretches.append(((passage.end, end), left))
+            if len(passage.addresses):
+                done.append((passage, self.space.outline([(int(passage.addresses[0]), passage.end)])))
+        return done
+
+    def _admit(self, candidate: Candidate) -> ScanResult:
+        """Whether an attempt fits the budget of bloat, and there is a folio for it."""
+        if not self._environment.free.available(candidate.order):
+            return ScanResult.ALLOC_HUGE_PAGE_FAIL
+        fill = candidate.filled * self._environment.geometry.page_size
+        left = self._bloat_left()
+        if left is not None and fill and self._pending_fill + fill > left:
+            return ScanResult.EXCEED_NONE_PTE
+        self._pending_fill += fill
+        return ScanResult.SUCCEED
+
+    def close(self) -> None:
+        """Let go of the address space."""
+        self.space.close()
+
+
+def _governed(environment: Environment, settings: Settings) -> tuple[Switches, Tunables]:
+    """The switches and tunables that hold for a target: sizes that its mechanism does not make are off."""
+    makes = _made_by(settings, environment.geometry)
+    sizes = {order: word if order in makes else "never" for order, word in environment.switches.sizes.items()}
+    return replace(environment.switches, sizes=sizes), environment.tunables
+
+
+def _orders(settings: Settings, geometry: Geometry) -> tuple[int, ...] | str:
+    if settings.orders == "enabled":
+        return "enabled"
+    makes = _made_by(settings, geometry)
+    return tuple(order for order in settings.orders if order in makes)
+
+
+def _made_by(settings: Settings, geometry: Geometry) -> Sequence[int]:
+    """The orders that a mechanism makes."""
+    if settings.mechanism == "madvise":
+        return (geometry.pmd_order,)
+    if settings.mechanism == "move":
+        return geometry.anon_orders[:-1]
+    return geometry.anon_orders
+
+
+def _slices(breaks: NDArray[np.intp], length: int) -> list[tuple[int, int]]:
+    bounds = [0, *breaks.tolist(), length]
+    return [(low, high) for low, high in itertools.pairwise(bounds) if low < high]

@@ -1,0 +1,239 @@
+"""Which processes the daemon works on, and how: rules, matched against what is known of a process.
+
+A rule names properties of a process; all that it names must fit. Texts are shell patterns (fnmatch), in which ``*``
+also stands for slashes. A cgroup's pattern fits a process in that cgroup or in any below it.
+
+Of several rules that fit, one that denies wins; else the most specific one: a rule that names a PID goes before one
+that names an executable, that before a name, a cgroup, a user; of two that name the same properties, the one with more
+characters that are no wildcards. Two rules that are equally specific, may fit the same process and want different
+things clash: such a file is refused, since nobody could say what it means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from mthp.addrspace import Mechanism
+from mthp.errors import UsageError
+
+Patterns = tuple[str, ...]
+
+_WEIGHTS = {"uid": 1, "cgroup": 2, "comm": 4, "exe": 8, "pid": 16}
+"""What a property counts when rules are compared: each more than all before it together."""
+
+_WILDCARDS = re.compile(r"[*?]|\[[^]]*\]")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFacts:
+    """What rules are matched against.
+
+    Attributes:
+        pid: its PID.
+        starttime: when it started, in clock ticks since boot.
+        uid: its real user.
+        comm: its name, as the kernel has it.
+        exe: path of its executable, ``""`` if it cannot be seen.
+        cgroup: path in the version 2 hierarchy, ``""`` without one.
+    """
+
+    pid: int
+    starttime: int
+    uid: int = -1
+    comm: str = ""
+    exe: str = ""
+    cgroup: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The properties that a rule names; empty tuples name nothing.
+
+    Attributes:
+        pid, uid: any of these numbers.
+        comm, exe, cgroup: any of these patterns.
+    """
+
+    pid: tuple[int, ...] = ()
+    uid: tuple[int, ...] = ()
+    comm: Patterns = ()
+    exe: Patterns = ()
+    cgroup: Patterns = ()
+
+    def fits(self, facts: ProcessFacts) -> bool:
+        """Whether all properties that are named are those of a process."""
+        return (
+            (not self.pid or facts.pid in self.pid)
+            and (not self.uid or facts.uid in self.uid)
+            and (not self.comm or any(fnmatchcase(facts.comm, pattern) for pattern in self.comm))
+            and (not self.exe or any(fnmatchcase(facts.exe, pattern) for pattern in self.exe))
+            and (not self.cgroup or _cgroup_fits(facts.cgroup, self.cgroup))
+        )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The properties that are named."""
+        return tuple(name for name in _WEIGHTS if getattr(self, name))
+
+    @property
+    def specificity(self) -> tuple[int, int]:
+        """The larger, the more specific."""
+        patterns = itertools.chain(self.comm, self.exe, self.cgroup)
+        literal = min((len(_WILDCARDS.sub("", pattern)) for pattern in patterns), default=0)
+        return sum(_WEIGHTS[name] for name in self.named), literal
+
+    def may_share_a_process(self, other: Match) -> bool:
+        """Whether some process could fit both, as far as the texts tell."""
+        for name in self.named:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if theirs and not any(_overlap(one, another) for one in ours for another in theirs):
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Bloat:
+    """By how much filling may make a process grow: a share of what is resident, or bytes.
+
+    Attributes:
+        share: of 1; None if `size` says it.
+        size: in bytes; None if `share` says it.
+    """
+
+    share: float | None = None
+    size: int | None = None
+
+    def bytes_of(self, resident: int) -> int:
+        """The bytes that it stands for, in a process with `resident` bytes."""
+        return self.size if self.size is not None else int((self.share or 0.0) * resident)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a process is worked on. None stands for what the level above says.
+
+    Attributes:
+        policy: name of the policy.
+        orders: the orders that may be made, ascending; ``"enabled"`` for what the machine's switches allow.
+        max_ptes_none, max_ptes_swap, max_ptes_shared: limits; the machine's tunables by default.
+        mechanism: by what means.
+        max_pause_ns: how long its threads may stand still at a time, in nanoseconds.
+        pause_share: the part of the time that they may stand still, above 0, up to 1.
+        max_bloat: how much it may grow by filling; None for no bound.
+        rate: bytes collapsed in it per second at most; None for no bound.
+    """
+
+    policy: str = "mainline"
+    orders: tuple[int, ...] | Literal["enabled"] = "enabled"
+    max_ptes_none: int | None = None
+    max_ptes_swap: int | None = None
+    max_ptes_shared: int | None = None
+    mechanism: Mechanism = "auto"
+    max_pause_ns: int = 1_000_000
+    pause_share: float = 0.5
+    max_bloat: Bloat | None = None
+    rate: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule.
+
+    Attributes:
+        name: how to call it to a person.
+        match: whom it is for.
+        deny: leave these processes alone.
+        settings: how to work on them.
+    """
+
+    name: str
+    match: Match
+    deny: bool = False
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """All rules.
+
+    Attributes:
+        rules: the most specific first, those that deny before all others.
+
+    Raises:
+        UsageError: two of them clash.
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        ranked = sorted(self.rules, key=lambda rule: (rule.deny, rule.match.specificity), reverse=True)
+        object.__setattr__(self, "rules", tuple(ranked))
+        for one, other in _clashes(self.rules):
+            raise UsageError(
+                f"rules {one.name!r} and {other.name!r} clash: both are for {_described(one.match)}, equally specific,"
+                f" and differ in {', '.join(_differences(one.settings, other.settings))}",
+                help="make one of them more specific, or give them the same settings",
+            )
+
+    def rule_for(self, facts: ProcessFacts) -> Rule | None:
+        """The rule that holds for a process; None if none fits."""
+        return next((rule for rule in self.rules if rule.match.fits(facts)), None)
+
+    @property
+    def properties(self) -> frozenset[str]:
+        """The properties that any rule names, and so have to be found out of every process."""
+        return frozenset(name for rule in self.rules for name in rule.match.named)
+
+
+def _cgroup_fits(path: str, patterns: Patterns) -> bool:
+    return any(fnmatchcase(each, pattern) for each in _with_parents(path) for pattern in patterns)
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    while path and path != "/":
+        yield path
+        path = path.rpartition("/")[0]
+    yield "/"
+
+
+def _clashes(rules: Iterable[Rule]) -> Iterator[tuple[Rule, Rule]]:
+    for one, other in itertools.combinations(rules, 2):
+        if one.deny or other.deny or one.settings == other.settings:
+            continue
+        if one.match.named != other.match.named or one.match.specificity != other.match.specificity:
+            continue
+        if one.match.may_share_a_process(other.match):
+            yield one, other
+
+
+def _overlap(one: str | int, other: str | int) -> bool:
+    """Whether something may fit both patterns. Where both have wildcards, their fixed ends decide."""
+    if isinstance(one, int) or isinstance(other, int):
+        return one == other
+    if fnmatchcase(one, other) or fnmatchcase(other, one):
+        return True
+    (one_start, one_end), (other_start, other_end) = _fixed_ends(one), _fixed_ends(other)
+    if not _WILDCARDS.search(one) or not _WILDCARDS.search(other):
+        return False
+    starts = one_start.startswith(other_start) or other_start.startswith(one_start)
+    return starts and (one_end.endswith(other_end) or other_end.endswith(one_end))
+
+
+def _fixed_ends(pattern: str) -> tuple[str, str]:
+    pieces = _WILDCARDS.split(pattern)
+    return pieces[0], pieces[-1]
+
+
+def _described(match: Match) -> str:
+    return " and ".join(f"{name} {' or '.join(map(str, getattr(match, name)))}" for name in match.named) or "everything"
+
+
+def _differences(one: Settings, other: Settings) -> list[str]:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    return [name for name in names if getattr(one, name) != getattr(other, name)]

@@ -1,0 +1,103 @@
+"""The machine's switches and tunables, followed live: read again before every piece of work, parsed when they changed.
+
+Reading a kept-open file of sysfs again takes about a microsecond. What is read while another mthp has a window open (a
+moment in which it has set switches to make folios of one order, :mod:`mthp.linux.mover.journal`) is not what the
+operator chose, so the lock of the windows is looked at, and while somebody holds it the last values stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mthp.errors import MthpError
+from mthp.geometry import Geometry
+from mthp.linux.sysfs import ThpSysfs
+from mthp.tunables import Switches, Tunables
+
+
+class SystemKnobs:
+    """Switches and tunables of this machine.
+
+    Args:
+        sysfs: the THP directory.
+        lock: the lock file of windows; None where there is none to look at.
+    """
+
+    def __init__(self, sysfs: ThpSysfs, geometry: Geometry, lock: Path | None = None) -> None:
+        self._sysfs, self._geometry, self._lock = sysfs, geometry, lock
+        self._files = {path: _open(sysfs.root / path) for path in _paths(sysfs, geometry)}
+        self._texts: dict[str, bytes] = {}
+        self.switches = Switches.defaults(geometry)
+        self.tunables = Tunables.defaults(geometry)
+        self.version = 0
+        """Grows with every change."""
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Read again. Gives whether anything changed."""
+        with _unless_locked(self._lock) as undisturbed:
+            if not undisturbed:
+                return False
+            texts = {path: text for path, fd in self._files.items() if (text := _read(fd)) is not None}
+        if texts == self._texts:
+            return False
+        self._texts = texts
+        words = {path: text.decode(errors="replace") for path, text in texts.items()}
+        # A word of a newer kernel, or a number out of range, is no reason to stop: what was known holds.
+        with contextlib.suppress(MthpError):
+            self.switches = Switches.from_sysfs(words, self._geometry)
+        with contextlib.suppress(MthpError):
+            prefix = "khugepaged/"
+            knobs = {path.removeprefix(prefix): word for path, word in words.items() if path.startswith(prefix)}
+            self.tunables = Tunables.from_sysfs(knobs, self._geometry)
+        self.version += 1
+        return True
+
+    def close(self) -> None:
+        """Close the files."""
+        for fd in self._files.values():
+            if fd >= 0:
+                os.close(fd)
+        self._files = {}
+
+
+def _paths(sysfs: ThpSysfs, geometry: Geometry) -> list[str]:
+    sizes = [f"{path.name}/enabled" for path in sysfs.size_directories(geometry.page_size).values()]
+    return ["enabled", *sizes, *(f"khugepaged/{knob.name}" for knob in dataclasses.fields(Tunables))]
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _read(fd: int) -> bytes | None:
+    try:
+        return os.pread(fd, 256, 0) if fd >= 0 else None
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _unless_locked(path: Path | None) -> Iterator[bool]:
+    """Hold the shared lock of a file; gives False if somebody holds it alone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path else -1
+    except OSError:
+        fd = -1
+    try:
+        if fd >= 0:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        if fd >= 0:
+            os.close(fd)

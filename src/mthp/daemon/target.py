@@ -1,0 +1,339 @@
+"""One process that the daemon works on: when to look at it, what to look at in it, and what came of that.
+
+There are three depths of looking, each dearer than the one before and only gone to if the one before gives cause:
+
+1. *Look*: one line of ``/proc/PID/stat``. A process that took no page fault and mapped nothing has nothing new to
+   collapse. This is all that an idle process costs, less and less often.
+2. *Outline*: which PMD ranges its mappings have, and how much each holds (:class:`~mthp.outline.Outline`). What is laid
+   out as it was when it was finished is passed over (:class:`~mthp.daemon.ledger.Ledger`).
+3. *Scan*: the entries of the ranges that are left, the fullest first, and the collapse of what the policy wants, by the
+   same code as the simulated machine's (:class:`mthp.visiting.SpaceVisit`).
+
+A pass is 2 and 3; it is cut into pieces of some milliseconds, and the target may be left between any two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mthp.collapse.machine_seam import Passage
+from mthp.daemon.counters import Counters
+from mthp.daemon.environment import SHORTEST_LOOK, Environment
+from mthp.daemon.governed import GovernedSpace
+from mthp.daemon.ledger import Ledger
+from mthp.daemon.onepass import Pass
+from mthp.daemon.pacing import Budget
+from mthp.daemon.rules import ProcessFacts, Rule, Settings
+from mthp.errors import MthpError, TargetVanishedError
+from mthp.linux.process import Process
+from mthp.outline import Outline
+from mthp.results import ScanResult
+
+PIECE_RANGES = 32
+"""PMD ranges in one piece of work at most."""
+
+PIECE_SECONDS = 0.1
+"""How long a piece should take: as many ranges as that allows, going by the last ones, but at least one."""
+
+FIRST_LOOK = 0.5
+"""Seconds until the next look after something was found. They double up to scan_sleep_millisecs."""
+
+FIRST_LIST = 1.0
+"""Seconds after which the mappings of a process without a fault are listed again: advice may have changed..."""
+
+LAST_LIST = 60
+"""... which doubles, up to so many times scan_sleep_millisecs."""
+
+LIST_SHARE = 0.02
+"""The part of the time that listing the mappings of one process may take."""
+
+LEFT_OUT_SECONDS = 60.0
+"""After which a process that could not be worked on is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What changes in ``/proc/PID/stat`` when memory may have come to be mapped.
+
+    Attributes:
+        faults: page faults so far.
+        mapped: bytes of its mappings.
+        resident: pages; not compared.
+        comm: its name.
+    """
+
+    faults: int
+    mapped: int
+    resident: int = field(compare=False)
+    comm: bytes
+
+    @classmethod
+    def parse(cls, text: bytes) -> Sign:
+        """Read the text of ``/proc/PID/stat`` (proc_pid_stat(5))."""
+        end = text.rindex(b")")
+        fields = text[end + 2 :].split(maxsplit=23)
+        return cls(int(fields[7]) + int(fields[9]), int(fields[20]), int(fields[21]), text[text.index(b"(") + 1 : end])
+
+
+class Target:
+    """One process.
+
+    Args:
+        process: a handle of it; closed with this.
+        facts: what its rule was found by.
+        rule: the rule that holds for it.
+
+    Attributes:
+        facts, rule: as given; may be replaced.
+        counters: of the work done in it.
+        next_at: when to go on with it.
+        gain: pages that the rest of the pass may gain; what is worth most is done first.
+        left_out: why it is not worked on, or ``""``.
+        reasons: why the last attempts failed, where the backend said so, by how often.
+    """
+
+    def __init__(self, process: Process, facts: ProcessFacts, rule: Rule, environment: Environment) -> None:
+        self.process = process
+        self.facts = facts
+        self.rule = rule
+        self.counters = Counters()
+        self.next_at = environment.clock()
+        self.gain = 1 << 62
+        self.left_out = ""
+        self.reasons: Counter[str] = Counter()
+        self._environment = environment
+        self._ledger = Ledger()
+        self._pass: Pass | None = None
+        self._seen: Sign | None = None
+        self._interval = 0.0
+        self._list_at = 0.0
+        self._list_interval = 0.0
+        self._rate = Budget(rule.settings.rate, _burst(rule.settings), environment.clock)
+        self._resident = 0
+        self._at_a_time = 2
+        self.closed = False
+
+    @property
+    def settings(self) -> Settings:
+        """Those of its rule."""
+        return self.rule.settings
+
+    @property
+    def label(self) -> str:
+        """PID and name."""
+        return f"{self.facts.pid} ({self.facts.comm})"
+
+    @property
+    def bloat_left(self) -> int | None:
+        """Bytes that filling may still add; None for no bound."""
+        if self.settings.max_bloat is None:
+            return None
+        return self.settings.max_bloat.bytes_of(self._resident) - self.counters.filled_bytes
+
+    @property
+    def touched_now(self) -> bool:
+        """Whether its memory is being worked on at this moment; callable from any thread."""
+        current = self._pass
+        return current is not None and current.space.touching
+
+    def renew(self, facts: ProcessFacts, rule: Rule) -> None:
+        """Go on under another rule: everything is looked at anew."""
+        self.facts, self.rule = facts, rule
+        self._rate.set(rule.settings.rate, _burst(rule.settings))
+        self.stale()
+
+    def stale(self) -> None:
+        """What was found finished was so under switches, tunables or rules that hold no more."""
+        self._end_pass()
+        self._ledger.forget()
+        self._seen = None
+        self.next_at = self._environment.clock()
+
+    def step(self) -> None:
+        """Do one piece of work, and set `next_at`.
+
+        Raises:
+            TargetVanishedError: it is gone.
+        """
+        try:
+            if self._pass is None:
+                self._look()
+            else:
+                self._work(self._pass)
+        except TargetVanishedError:
+            self.close()
+            raise
+        except MthpError as error:
+            self._end_pass()
+            self._leave_out(f"{error.message}; {error.help}" if error.help else error.message)
+
+    def _leave_out(self, reason: str) -> None:
+        if reason != self.left_out:
+            self._environment.event("left_out", pid=self.facts.pid, comm=self.facts.comm, reason=reason)
+        self.left_out = reason
+        self._seen = None
+        self.next_at = self._environment.clock() + LEFT_OUT_SECONDS
+
+    # Looking.
+
+    def _look(self) -> None:
+        """See whether anything may have changed, and begin a pass if so."""
+        now, longest = self._environment.clock(), self._environment.scan_sleep
+        sign = Sign.parse(self.process.read("stat"))
+        self._resident = sign.resident * self._environment.geometry.page_size
+        self._count("looks")
+        touched = sign != self._seen
+        if touched or now >= min(self._list_at, self._ledger.next_retry()):
+            self._seen = sign
+            first = min(FIRST_LIST, longest)
+            self._list_interval = first if touched else min(2 * self._list_interval, LAST_LIST * longest)
+            self._interval = 0.0 if touched else self._interval
+            self._begin_pass(now, touched)
+        if self._pass is None:
+            first = min(FIRST_LOOK, longest)
+            self._interval = min(max(2 * self._interval, first), longest)
+            self.next_at = _on_grid(
+                min(now + self._interval, max(self._ledger.next_retry(), now + SHORTEST_LOOK)), self._interval
+            )
+
+    def _begin_pass(self, now: float, touched: bool) -> None:
+        self._count("passes")
+        self._pass = Pass(self._environment, self.facts.pid, self.settings, lambda: self.bloat_left)
+        outline = self._pass.outline()
+        due = self._ledger.due(outline, now, touched=touched)
+        self._count("skipped", len(outline) - int(due.sum()))
+        self._pass.todo(outline[due & ~outline.pmd_mapped])
+        taken = self._environment.clock() - now
+        self._list_at = now + max(self._list_interval, taken / LIST_SHARE)
+        self.left_out = ""
+        if self._pass.is_done:
+            self._end_pass()
+        else:
+            self.gain = self._pass.gain
+            self.next_at = self._environment.clock()
+
+    # Working.
+
+    def _work(self, current: Pass) -> None:
+        """Scan some ranges, the fullest that are left."""
+        environment = self._environment
+        begun, ranges = environment.clock(), self._piece_ranges()
+        current.govern()
+        done = current.piece(ranges)
+        taken = max(environment.clock() - begun, 1e-6)
+        self._at_a_time = max(1, min(2 * ranges, PIECE_RANGES, int(ranges * PIECE_SECONDS / taken)))
+        for passage, after in done:
+            self._account(current, passage, after)
+        self._drop_old_reasons(current.space)
+        self.gain = current.gain
+        rest = self._rate.wait()
+        if current.is_done:
+            self._end_pass()
+            # Looked at again soon: what was collapsed may have made more possible, and it is an active process.
+            rest = max(rest, min(FIRST_LOOK, environment.scan_sleep))
+        self.next_at = environment.clock() + rest
+
+    def _piece_ranges(self) -> int:
+        """How many ranges one piece may have: fewer where a rate would make more of them a burst."""
+        rates = [rate for rate in (self.settings.rate, self._environment.configuration.bytes_per_second) if rate]
+        if self._environment.configuration.pace == "kernel":
+            rates.append(self._environment.tunables.pages_to_scan * self._environment.geometry.page_size * 10)
+        return max(1, min([self._at_a_time, *(rate // 10 // self._environment.geometry.pmd_size for rate in rates)]))
+
+    def _account(self, current: Pass, passage: Passage, after: Outline) -> None:
+        environment, geometry = self._environment, self._environment.geometry
+        made: Counter[int] = Counter()
+        failed: Counter[ScanResult] = Counter()
+        copied = filled = 0
+        calls = []
+        for attempt in passage.attempts:
+            if attempt.result is ScanResult.SUCCEED:
+                made[attempt.order] += 1
+                copied += attempt.copied * geometry.page_size
+                filled += attempt.filled * geometry.page_size
+                environment.free.given(attempt.order)
+            elif attempt.result is not ScanResult.PTE_MAPPED_HUGEPAGE:
+                failed[attempt.result] += 1
+                if attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
+                    environment.free.refused(attempt.order, environment.tunables.alloc_sleep_millisecs / 1000)
+            if attempt.order == geometry.pmd_order and attempt.elapsed_ns:
+                calls.append(attempt.elapsed_ns)
+        pauses = current.space.take_pauses()
+        results = {
+            ScanResult(index): count for index, count in enumerate(np.bincount(passage.results).tolist()) if count
+        }
+        for counters in (self.counters, environment.total):
+            counters.collapsed.update(made)
+            counters.failed.update(failed)
+            counters.ranges.update(results)
+            counters.ptes_scanned += passage.progress
+            counters.copied_bytes += copied
+            counters.filled_bytes += filled
+            counters.stopped.add(pauses)
+            counters.called.add(calls)
+        size = sum(geometry.size_of(order) * count for order, count in made.items())
+        self._rate.spend(size)
+        environment.bytes.spend(size)
+        now = environment.clock()
+        self._ledger.scanned(passage.addresses, passage.results, after, now, environment.scan_sleep)
+        if made or failed:
+            environment.event(
+                "collapsed" if made else "failed",
+                pid=self.facts.pid,
+                comm=self.facts.comm,
+                folios={geometry.label(order): count for order, count in sorted(made.items())},
+                failed={result.name: count for result, count in failed.items()},
+                copied_bytes=copied,
+                filled_bytes=filled,
+                longest_pause=max(pauses, default=0) / 1e9,
+            )
+
+    def _drop_old_reasons(self, space: GovernedSpace) -> None:
+        """Keep why the last attempts failed."""
+        if space.reasons:
+            self.reasons = Counter(dict(space.reasons.most_common(8)))
+            space.reasons.clear()
+
+    def _count(self, name: str, by: int = 1) -> None:
+        for counters in (self.counters, self._environment.total):
+            setattr(counters, name, getattr(counters, name) + by)
+
+    def _end_pass(self) -> None:
+        if self._pass is not None:
+            self._pass.close()
+        self._pass = None
+        self.gain = 0
+
+    def close(self) -> None:
+        """Let go of the process. Closing twice does nothing."""
+        self.closed = True
+        self._end_pass()
+        self.process.close()
+
+    def summary(self, now: float) -> dict[str, Any]:
+        """As the JSON of `mthp status` has it."""
+        return {
+            "pid": self.facts.pid,
+            "comm": self.facts.comm,
+            "rule": self.rule.name,
+            "policy": self.settings.policy,
+            "left_out": self.left_out or None,
+            "working": self._pass is not None,
+            "next_look_in": max(0.0, self.next_at - now),
+            "bloat_left": self.bloat_left,
+            "reasons": dict(self.reasons),
+        } | self.counters.summary(self._environment.geometry)
+
+
+def _burst(settings: Settings) -> float:
+    return 0.1 * settings.rate if settings.rate else 0.0
+
+
+def _on_grid(at: float, interval: float) -> float:
+    """`at`, or a little later, so that many quiet targets wake the daemon together."""
+    grid = 0.25 if interval >= 1 else 0.0
+    return at if not grid else -(-at // grid) * grid

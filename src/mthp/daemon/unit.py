@@ -1,0 +1,102 @@
+"""The systemd unit: its text, and where it is put.
+
+What it may do is what it needs, and each right is named with its reason. It cannot be put into a namespace of processes
+or users, nor be denied ptrace or debugging system calls: looking into other processes is its work.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from mthp.errors import MthpError, NotPermittedError
+
+NAME = "mthp.service"
+DIRECTORY = Path("/etc/systemd/system")
+
+CAPABILITIES = {
+    "CAP_SYS_PTRACE": "look at other users' processes, stop their threads and move pages in them",
+    "CAP_SYS_ADMIN": "see page frame numbers, and with them the orders of folios",
+    "CAP_SYS_NICE": "MADV_COLLAPSE in other processes, and short pauses (SCHED_FIFO while threads stand still)",
+    "CAP_DAC_OVERRIDE": "open pagemap and mem of processes of other users",
+    "CAP_NET_ADMIN": "be told of new processes by the kernel; without it they are looked for",
+}
+"""The capabilities of the unit, and what each is for."""
+
+
+def unit_text(arguments: list[str]) -> str:
+    """The unit that runs ``mthp daemon`` with `arguments`."""
+    command = shlex.join([sys.executable, "-m", "mthp", "daemon", *arguments])
+    reasons = "\n".join(f"#   {name}: {reason}" for name, reason in CAPABILITIES.items())
+    capabilities = " ".join(CAPABILITIES)
+    return f"""\
+[Unit]
+Description=khugepaged in user space: collapses the memory of chosen processes to large folios
+Documentation=man:mthp(1)
+ConditionPathIsDirectory=/sys/kernel/mm/transparent_hugepage
+
+[Service]
+Type=notify
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=on-failure
+WatchdogSec=120
+TimeoutStopSec=10
+OOMScoreAdjust=500
+MemoryMax=512M
+LimitNOFILE=524288
+
+# The journal of switches and the lock are here; what a killed run left is put back by the next one.
+RuntimeDirectory=mthp
+RuntimeDirectoryMode=0755
+RuntimeDirectoryPreserve=yes
+LogsDirectory=mthp
+
+# What it needs:
+{reasons}
+CapabilityBoundingSet={capabilities}
+NoNewPrivileges=yes
+
+# What it does not need. It writes to /sys/kernel/mm/transparent_hugepage (switches, for moments, journaled) and to the
+# memory of processes, so /sys stays writable; it looks into all processes, so /proc and PIDs stay visible.
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictNamespaces=yes
+RestrictRealtime=no
+RestrictSUIDSGID=yes
+LockPersonality=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=@system-service @debug process_madvise process_mrelease pidfd_open pidfd_getfd userfaultfd kcmp
+SystemCallErrorNumber=EPERM
+UMask=0027
+IPAddressDeny=any
+IPAddressAllow=localhost
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def install(arguments: list[str], directory: Path = DIRECTORY) -> Path:
+    """Write the unit; gives its path.
+
+    Raises:
+        NotPermittedError: the directory is not ours to write to.
+    """
+    path = directory / NAME
+    try:
+        path.write_text(unit_text(arguments))
+    except PermissionError as error:
+        raise NotPermittedError(f"{path}: {error.strerror}", help="run as root") from error
+    except OSError as error:
+        raise MthpError(f"{path}: {error.strerror}", help="this machine seems to have no systemd") from error
+    return path

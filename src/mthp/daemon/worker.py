@@ -1,0 +1,290 @@
+"""The thread that does the work: it goes through the targets, one piece at a time, within the budgets.
+
+There is just one, so that budgets, the windows of the mover and the switches it reads are nobody else's concern. The
+main thread adds, renews and drops targets, pauses and stops. A piece takes some milliseconds; between two of them the
+worker sees what it was told. Only reading the mappings of a very large process can take longer, and nothing is harmed
+by ending in the middle of that.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from mthp.daemon.configuration import Configuration
+from mthp.daemon.environment import Environment
+from mthp.daemon.pacing import BYTES_BURST_SECONDS, Clock, CpuBudget, MemoryPressure
+from mthp.daemon.rules import ProcessFacts, Rule
+from mthp.daemon.system import SystemKnobs
+from mthp.daemon.target import LEFT_OUT_SECONDS, Target
+from mthp.errors import TargetVanishedError
+
+RESTING_SECONDS = 0.5
+"""Between two questions whether memory pressure has eased."""
+
+
+class Worker:
+    """Works on targets in a thread of its own.
+
+    Args:
+        environment: what the targets share.
+        knobs: the system's switches and tunables.
+        pressure: whether the machine is short of memory.
+        cpu: the CPU budget.
+        say: tells a person what happened.
+
+    Attributes:
+        targets: all of them, by PID.
+        beat: when the worker was last seen at work, or at rest with nothing to do.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        knobs: SystemKnobs,
+        pressure: MemoryPressure,
+        cpu: CpuBudget,
+        say: Callable[[str], None],
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.environment = environment
+        self.targets: dict[int, Target] = {}
+        self.paused = False
+        self._knobs, self._pressure, self._cpu, self._say, self._clock = knobs, pressure, cpu, say, clock
+        self._turn = threading.Condition()
+        self._waiting: list[tuple[float, int, Target]] = []
+        self._ready: list[Target] = []
+        self._renewals: list[tuple[Target, ProcessFacts, Rule]] = []
+        self._numbers = itertools.count()
+        self._busy: Target | None = None
+        self._progress_left = 0
+        self._stop = False
+        self._version = -1
+        self.beat = clock()
+        environment.stopping = self._interrupted
+        self._thread = threading.Thread(target=self._run, name="mthp-worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    # What the main thread tells.
+
+    def add(self, target: Target) -> None:
+        """Work on `target` from now on."""
+        with self._turn:
+            self.targets[target.facts.pid] = target
+            self._ready.append(target)
+            self._turn.notify()
+
+    def drop(self, pid: int) -> Target | None:
+        """Work on a process no more: gives its target, if it was one. It is closed when nobody is at work on it."""
+        with self._turn:
+            target = self.targets.pop(pid, None)
+            if target is not None:
+                target.closed = True
+                if target is not self._busy:
+                    target.close()
+            return target
+
+    def renew(self, target: Target, facts: ProcessFacts, rule: Rule) -> None:
+        """Have another rule hold for a target."""
+        with self._turn:
+            self._renewals.append((target, facts, rule))
+            self._turn.notify()
+
+    def configure(self, configuration: Configuration) -> None:
+        """Have other budgets and rules hold."""
+        with self._turn:
+            environment = self.environment
+            environment.configuration = configuration
+            self._cpu.set(configuration.cpu)
+            self._pressure.limit = configuration.memory_pressure
+            rate = configuration.bytes_per_second
+            environment.bytes.set(rate, BYTES_BURST_SECONDS * (rate or 0))
+            self._version = -1
+
+    def pause(self, paused: bool) -> None:
+        """Begin nothing until told otherwise."""
+        with self._turn:
+            self.paused = paused
+            self._turn.notify()
+
+    def stop(self, timeout: float, longest: float) -> bool:
+        """End after the piece at hand, and let go of all targets; gives whether that was so in time.
+
+        Args:
+            timeout: seconds to wait for it.
+            longest: seconds to wait if a target is being touched: that is brought to its end.
+        """
+        with self._turn:
+            self._stop = True
+            self._turn.notify()
+        begun = self._clock()
+        self._thread.join(timeout)
+        while self._thread.is_alive() and self._touching and self._clock() - begun < longest:
+            self._thread.join(0.01)
+        return not self._thread.is_alive()
+
+    @property
+    def _touching(self) -> bool:
+        target = self._busy
+        return target is not None and target.touched_now
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is at work on a target at this moment."""
+        return self._busy is not None
+
+    @property
+    def resting(self) -> bool:
+        """Whether it waits for memory pressure to ease."""
+        return self._pressure.resting
+
+    @property
+    def pressure(self) -> float:
+        """The share of time in which tasks wait for memory."""
+        return self._pressure.share
+
+    def _interrupted(self) -> bool:
+        return self._stop or self.paused
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                self._once()
+        finally:
+            for target in list(self.targets.values()):
+                target.close()
+
+    def _once(self) -> None:
+        """Do one piece of work, or wait."""
+        if (wait := self._must_wait()) > 0:
+            self._rest(wait)
+            return
+        with self._turn:
+            target = self._next()
+            if target is None:
+                now = self._clock()
+                self._rest_held(max(self._waiting[0][0] - now, 1e-3) if self._waiting else 1.0)
+                return
+            self._busy = target
+        try:
+            self._work_on(target)
+        finally:
+            with self._turn:
+                self._busy = None
+                if target.closed:
+                    target.close()
+                    if self.targets.get(target.facts.pid) is target:
+                        del self.targets[target.facts.pid]
+                else:
+                    heapq.heappush(self._waiting, (target.next_at, next(self._numbers), target))
+                self._turn.notify_all()
+
+    def _must_wait(self) -> float:
+        """Seconds for which nothing may be begun."""
+        if self.paused:
+            return RESTING_SECONDS
+        if not self.targets:
+            return 0.0
+        was = self._pressure.resting
+        if self._pressure.rests():
+            if not was:
+                self._rests(True)
+            return RESTING_SECONDS
+        if was:
+            self._rests(False)
+        return max(self._cpu.wait(), self.environment.bytes.wait(), self._kernel_pace())
+
+    def _rests(self, resting: bool) -> None:
+        share = f"{100 * self._pressure.share:.1f}%"
+        self._say(f"memory pressure is {share}: {'resting' if resting else 'going on'}")
+        self.environment.event("resting" if resting else "going_on", memory_pressure=self._pressure.share)
+
+    def _kernel_pace(self) -> float:
+        """Under the kernel's pace: the rest after every pages_to_scan entries."""
+        environment = self.environment
+        if environment.configuration.pace != "kernel":
+            return 0.0
+        if environment.total.ptes_scanned < self._progress_left:
+            return 0.0
+        first = self._progress_left == 0
+        self._progress_left = environment.total.ptes_scanned + environment.tunables.pages_to_scan
+        return 0.0 if first else environment.tunables.scan_sleep_millisecs / 1000
+
+    def _next(self) -> Target | None:
+        """The target to go on with: of those whose time has come, the one that has most to gain."""
+        now = self._clock()
+        for target, facts, rule in self._renewals:
+            if not target.closed:
+                target.renew(facts, rule)
+        if self._renewals:
+            self._renewals = []
+            self._requeue()
+        while self._waiting and self._waiting[0][0] <= now:
+            self._ready.append(heapq.heappop(self._waiting)[2])
+        self._ready = [target for target in self._ready if not target.closed]
+        if not self._ready:
+            return None
+        best = max(range(len(self._ready)), key=lambda index: self._ready[index].gain)
+        return self._ready.pop(best)
+
+    def _requeue(self) -> None:
+        """Have everybody's turn come anew, but for the one that is being worked on."""
+        self._ready = [target for target in self.targets.values() if target is not self._busy]
+        self._waiting = []
+
+    def _work_on(self, target: Target) -> None:
+        self.beat = self._clock()
+        self._follow_system()
+        try:
+            target.step()
+        except TargetVanishedError:
+            target.closed = True
+        except Exception as error:  # A fault of ours in one target is no reason to leave all others.
+            self._say(f"process {target.label}: {error!r}\n{traceback.format_exc()}")
+            self.environment.event("error", pid=target.facts.pid, comm=target.facts.comm, error=repr(error))
+            target.stale()
+            target.left_out = f"an error of mthp: {error!r}"
+            target.next_at = self._clock() + LEFT_OUT_SECONDS
+        self.beat = self._clock()
+
+    def _follow_system(self) -> None:
+        """Have the switches and tunables of this moment hold; everything is looked at anew if they have changed."""
+        self._knobs.refresh()
+        if self._knobs.version == self._version:
+            return
+        first, self._version = self._version < 0, self._knobs.version
+        environment = self.environment
+        switches = environment.configuration.switches_over(self._knobs.switches)
+        tunables = environment.configuration.tunables_over(self._knobs.tunables, environment.geometry)
+        if (switches, tunables) == (environment.switches, environment.tunables):
+            return
+        environment.switches, environment.tunables = switches, tunables
+        if not first:
+            environment.event("switches", enabled=switches.enabled, sizes=_words(environment, switches.sizes))
+        with self._turn:
+            for other in self.targets.values():
+                other.stale()
+            self._requeue()
+
+    def _rest(self, seconds: float) -> None:
+        with self._turn:
+            self._rest_held(seconds)
+
+    def _rest_held(self, seconds: float) -> None:
+        self.beat = self._clock()
+        if not self._stop:
+            self._turn.wait(min(seconds, 1.0))
+
+
+def _words(environment: Environment, sizes: object) -> dict[str, str]:
+    assert isinstance(sizes, dict)
+    return {environment.geometry.label(order): word for order, word in sorted(sizes.items())}

@@ -1,0 +1,299 @@
+"""Which processes are new, changed or gone: told by the kernel, or found by looking.
+
+:class:`ProcConnector` listens to the process events connector (drivers/connector/cn_proc.c): the kernel sends a netlink
+message for every fork, exec, rename and exit. A socket filter lets through only what concerns whole processes, so a
+program that starts threads costs nothing. It takes CAP_NET_ADMIN and the first PID namespace. Messages are not lost but
+when the buffer overflows, and then the kernel says so.
+
+:class:`ProcPolling` does without rights. PIDs are given out in ascending order, and the last one is in
+``/proc/loadavg`` (proc_loadavg(5)); as long as that stays, nobody was born. When it moved on, only the numbers in
+between are looked at. Every `SWEEP_SECONDS` all of ``/proc`` is listed, since a number can also be chosen (clone3(2),
+ns_last_pid), or come from another PID namespace.
+
+Both give what happened since the last call as :class:`Changes`. A process that was born and ended in between is in none
+of its sets, so it costs its owner nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from mthp.errors import NotPermittedError, UnsupportedError
+
+SWEEP_SECONDS = 10.0
+"""Between two listings of all processes, where they have to be looked for."""
+
+MAX_GAP = 4096
+"""More new PIDs than this since the last look are not tried one by one: all are listed."""
+
+RECEIVE_BUFFER = 8 << 20
+"""Bytes that the kernel may keep for us: some 20 000 events."""
+
+_ACK_SECONDS = 0.5
+
+# include/uapi/linux/netlink.h, connector.h and cn_proc.h
+_NETLINK_CONNECTOR = 11
+_CN_IDX_PROC, _CN_VAL_PROC = 1, 1
+_NLMSG_DONE = 3
+_PROC_CN_MCAST_LISTEN = 1
+_NONE, _FORK, _EXEC, _COMM, _EXIT = 0, 1, 2, 0x200, 0x80000000
+_HEADERS = struct.Struct("=IHHII" + "IIIIHH")
+"""struct nlmsghdr, struct cn_msg."""
+_WHAT = struct.Struct("=I")
+_WORDS = struct.Struct("=4I")
+_WHAT_AT = _HEADERS.size
+_DATA_AT = _WHAT_AT + 16
+"""Behind ``what``, ``cpu`` and ``timestamp_ns`` of struct proc_event."""
+
+# include/uapi/linux/filter.h and bpf_common.h
+_SO_ATTACH_FILTER = 26
+_SO_RCVBUFFORCE = 33
+_LD_WORD, _JUMP, _JEQ_K, _JEQ_X, _TAX, _RET = 0x20, 0x05, 0x15, 0x1D, 0x07, 0x06
+
+
+@dataclass(slots=True)
+class Changes:
+    """What happened to processes since the last look, by PID.
+
+    Attributes:
+        born: were forked.
+        changed: began another program, or took another name.
+        gone: ended, and had been there at the last look.
+        lost: something may be missing: list all processes.
+    """
+
+    born: set[int] = field(default_factory=set)
+    changed: set[int] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)
+    lost: bool = False
+
+
+class ProcessEvents(Protocol):
+    """Where changes come from."""
+
+    name: str
+    """How it finds out, for a person."""
+
+    def fileno(self) -> int:
+        """What becomes readable when something happened; -1 if it has to be asked."""
+
+    def changes(self) -> Changes:
+        """What happened since the last call. Does not wait."""
+
+    def close(self) -> None:
+        """Stop."""
+
+
+class ProcConnector:
+    """The kernel's process events.
+
+    Raises:
+        NotPermittedError: CAP_NET_ADMIN is missing.
+        UnsupportedError: this kernel has no connector, or not for this PID namespace.
+    """
+
+    name = "process events of the kernel (proc connector)"
+
+    def __init__(self) -> None:
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_CONNECTOR)
+        except OSError as error:
+            raise UnsupportedError(
+                f"no netlink connector: {error.strerror}", help="a kernel with CONFIG_CONNECTOR and CONFIG_PROC_EVENTS"
+            ) from error
+        self._buffer = bytearray(256)
+        try:
+            self._listen()
+        except OSError as error:
+            self._socket.close()
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise NotPermittedError(
+                    "not permitted to listen to process events", help="CAP_NET_ADMIN (run as root)"
+                ) from error
+            raise UnsupportedError(
+                f"no process events: {error.strerror or error}",
+                help="a kernel with CONFIG_PROC_EVENTS, and the first PID namespace",
+            ) from error
+
+    def _listen(self) -> None:
+        _attach(self._socket, _only_processes())
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
+        except OSError:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        self._socket.bind((0, _CN_IDX_PROC))
+        wish = _WHAT.pack(_PROC_CN_MCAST_LISTEN)
+        headers = _HEADERS.pack(
+            *(_HEADERS.size + len(wish), _NLMSG_DONE, 0, 0, 0),
+            *(_CN_IDX_PROC, _CN_VAL_PROC, 0, 0, len(wish), 0),
+        )
+        self._socket.send(headers + wish)
+        # In another PID namespace the kernel neither sends events nor says why: it does not answer.
+        self._socket.settimeout(_ACK_SECONDS)
+        deadline = time.monotonic() + _ACK_SECONDS
+        while True:
+            what, words = self._next()
+            if what == _NONE:
+                if words[0]:
+                    raise OSError(words[0], os.strerror(words[0]))
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError("the kernel does not answer")
+        self._socket.setblocking(False)
+
+    def _next(self) -> tuple[int, tuple[int, int, int, int]]:
+        """One message: what happened, and the first words that belong to it."""
+        size = self._socket.recv_into(self._buffer)
+        if size < _DATA_AT + _WORDS.size:
+            self._buffer[size:] = bytes(len(self._buffer) - size)
+        return _WHAT.unpack_from(self._buffer, _WHAT_AT)[0], _WORDS.unpack_from(self._buffer, _DATA_AT)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def changes(self) -> Changes:
+        """All events that have come; what was born and ended since is left out."""
+        changes = Changes()
+        while True:
+            try:
+                what, words = self._next()
+            except BlockingIOError:
+                return changes
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                changes.lost = True
+                continue
+            if what == _FORK:
+                changes.born.add(words[3])
+                changes.gone.discard(words[3])
+            elif what in (_EXEC, _COMM):
+                if words[1] not in changes.born:
+                    changes.changed.add(words[1])
+            elif what == _EXIT:
+                changes.changed.discard(words[1])
+                if words[1] in changes.born:
+                    changes.born.discard(words[1])
+                else:
+                    changes.gone.add(words[1])
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class ProcPolling:
+    """Looks for new processes.
+
+    Args:
+        proc: where proc is mounted.
+        clock: seconds, monotonic.
+    """
+
+    name = "looking at /proc"
+
+    def __init__(self, proc: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic) -> None:
+        self._proc = str(proc)
+        self._clock = clock
+        self._loadavg = os.open(proc / "loadavg", os.O_RDONLY | os.O_CLOEXEC)
+        self._last = self._last_pid()
+        self._known = set(list_pids(self._proc))
+        self._sweep_at = clock() + SWEEP_SECONDS
+
+    def fileno(self) -> int:
+        return -1
+
+    def changes(self) -> Changes:
+        """What is new since the last call; that others are gone shows at the next listing of all."""
+        now, last = self._clock(), self._last_pid()
+        if now >= self._sweep_at or not 0 <= last - self._last <= MAX_GAP:
+            self._sweep_at = now + SWEEP_SECONDS
+            self._last = last
+            return self._listed()
+        born = {pid for pid in range(self._last + 1, last + 1) if self._is_process(pid)} - self._known
+        self._last = last
+        self._known |= born
+        return Changes(born=born)
+
+    def _listed(self) -> Changes:
+        pids = set(list_pids(self._proc))
+        changes = Changes(born=pids - self._known, gone=self._known - pids)
+        self._known = pids
+        return changes
+
+    def _last_pid(self) -> int:
+        return int(os.pread(self._loadavg, 128, 0).split()[-1])
+
+    def _is_process(self, pid: int) -> bool:
+        """Whether it is one, and not a thread, whose directory can be opened but is not listed."""
+        try:
+            with open(f"{self._proc}/{pid}/status", "rb") as file:
+                text = file.read(512)
+        except OSError:
+            return False
+        return b"\nTgid:\t%d\n" % pid in text
+
+    def close(self) -> None:
+        os.close(self._loadavg)
+
+
+def list_pids(proc: str = "/proc") -> list[int]:
+    """The PIDs of all processes at this moment, in no order."""
+    names = os.listdir(proc)  # noqa: PTH208  (Path.iterdir makes an object of each)
+    return [int(name) for name in names if name[0] in "123456789" and name.isdecimal()]
+
+
+def open_events(proc: Path = Path("/proc")) -> tuple[ProcessEvents, str]:
+    """The best source of changes that these rights give, and why not the best of all, or ``""``."""
+    try:
+        return ProcConnector(), ""
+    except (NotPermittedError, UnsupportedError) as error:
+        return ProcPolling(proc), f"{error.message}; {error.help} would tell of new processes at once"
+
+
+Instruction = tuple[int, int, int, int]
+"""struct sock_filter: code, jump if true, jump if false, constant."""
+
+
+def _only_processes() -> list[Instruction]:
+    """A filter that passes events of whole processes: forks of processes, execs, renames and exits of leaders.
+
+    Words are loaded in network order, so the constants are what they look like in it. Jumps are relative.
+    """
+    leader, child, compare, accept, refuse = 6, 10, 13, 14, 15
+    return [
+        (_LD_WORD, 0, 0, _WHAT_AT),
+        (_JEQ_K, accept - 2, 0, socket.htonl(_NONE)),
+        (_JEQ_K, accept - 3, 0, socket.htonl(_EXEC)),
+        (_JEQ_K, child - 4, 0, socket.htonl(_FORK)),
+        (_JEQ_K, leader - 5, 0, socket.htonl(_EXIT)),
+        (_JEQ_K, leader - 6, refuse - 6, socket.htonl(_COMM)),
+        # PID and thread group of who did it.
+        (_LD_WORD, 0, 0, _DATA_AT),
+        (_TAX, 0, 0, 0),
+        (_LD_WORD, 0, 0, _DATA_AT + 4),
+        (_JUMP, 0, 0, compare - 10),
+        # Those of the child.
+        (_LD_WORD, 0, 0, _DATA_AT + 8),
+        (_TAX, 0, 0, 0),
+        (_LD_WORD, 0, 0, _DATA_AT + 12),
+        (_JEQ_X, 0, 1, 0),
+        (_RET, 0, 0, 0xFFFFFFFF),
+        (_RET, 0, 0, 0),
+    ]
+
+
+def _attach(sock: socket.socket, program: Iterable[Instruction]) -> None:
+    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    memory = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog: a count, and a pointer at its natural alignment.
+    count_and_pointer = struct.pack("@HP", len(code) // 8, ctypes.addressof(memory))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, count_and_pointer)

@@ -1,0 +1,74 @@
+"""The outline of an address space: how much each PMD range holds, without looking at its pages one by one.
+
+A live kernel tells runs of pages that are alike (PAGEMAP_SCAN) in a small part of the time that reading all entries and
+the orders of their folios takes. That is enough to know which ranges may have become worth a look: a range whose layout
+is what it was when nothing was left to do in it, has most likely nothing to do in it now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.columns import Table
+from mthp.geometry import Geometry
+
+_MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+
+
+@dataclass(frozen=True)
+class Outline(Table):
+    """The PMD ranges that hold anything, as columns; rows are by ascending address.
+
+    Attributes:
+        address: uint64.
+        present: int32, pages that are present and not zero.
+        pmd_mapped: bool, one PMD entry maps it.
+        layout: uint64, a hash of which of its pages are present, zero, swapped out.
+    """
+
+    DTYPES = (np.uint64, np.int32, np.bool_, np.uint64)
+
+    address: NDArray[np.uint64]
+    present: NDArray[np.int32]
+    pmd_mapped: NDArray[np.bool_]
+    layout: NDArray[np.uint64]
+
+
+PRESENT, HUGE, ZERO, SWAP = 1, 2, 4, 8
+"""Bits of `kinds` in :func:`outline_of`."""
+
+
+def outline_of(
+    starts: NDArray[np.uint64], ends: NDArray[np.uint64], kinds: NDArray[np.uint8], geometry: Geometry
+) -> Outline:
+    """The outline that runs of alike pages make up.
+
+    Args:
+        starts, ends: uint64, shape (runs,): the ranges of addresses of disjoint runs, ascending.
+        kinds: uint8, shape (runs,): what their pages are; never 0.
+    """
+    if not len(starts):
+        return Outline.joined([])
+    size = np.uint64(geometry.pmd_size)
+    first, last = starts // size, (ends - np.uint64(1)) // size
+    pieces = (last - first).astype(np.int64) + 1
+    # A run that goes over the end of a PMD range is cut there.
+    row = np.repeat(np.arange(len(starts)), pieces)
+    begin = np.cumsum(pieces) - pieces
+    number = first[row] + (np.arange(len(row)) - begin[row]).astype(np.uint64)
+    low, high = np.maximum(starts[row], number * size), np.minimum(ends[row], (number + np.uint64(1)) * size)
+    pages = (high - low) // np.uint64(geometry.page_size)
+    kind = kinds[row]
+    heads = np.flatnonzero(np.r_[True, number[1:] != number[:-1]])
+    counted = np.where((kind & PRESENT != 0) & (kind & ZERO == 0), pages, np.uint64(0))
+    hashed = (low ^ (pages << np.uint64(44)) ^ (kind.astype(np.uint64) << np.uint64(60))) * _MIX_1
+    hashed = (hashed ^ (hashed >> np.uint64(31))) * _MIX_2
+    return Outline(
+        number[heads] * size,
+        np.add.reduceat(counted, heads).astype(np.int32),
+        np.logical_and.reduceat(kind & HUGE != 0, heads),
+        np.add.reduceat(hashed, heads),
+    )

@@ -1,0 +1,330 @@
+"""The daemon's smaller parts: lock, socket, event log, signs of life, the system's knobs, the unit, metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import socket
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mthp.daemon.control import MAX_REQUEST, ControlSocket, ask
+from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
+from mthp.daemon.eventlog import EventLog
+from mthp.daemon.lock import DaemonLock
+from mthp.daemon.notify import Notifier
+from mthp.daemon.system import SystemKnobs
+from mthp.daemon.unit import CAPABILITIES, install, unit_text
+from mthp.daemon.values import parse_endpoint
+from mthp.errors import MthpError, NotPermittedError, UsageError
+from mthp.geometry import X86_64
+from mthp.linux.sysfs import ThpSysfs
+
+# The lock.
+
+
+def test_a_second_daemon_is_told_who_the_first_is(tmp_path: Path) -> None:
+    lock = DaemonLock(tmp_path)
+    with pytest.raises(MthpError, match=f"another mthp daemon is running: process {os.getpid()}") as caught:
+        DaemonLock(tmp_path)
+    assert "mthp status" in caught.value.help
+    lock.close()
+    DaemonLock(tmp_path).close()
+
+
+def test_a_lock_that_cannot_be_made_is_a_matter_of_rights(tmp_path: Path) -> None:
+    with pytest.raises(NotPermittedError):
+        DaemonLock(tmp_path / "none")
+
+
+# The socket.
+
+
+class Server:
+    """A control socket, served by a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.selector = selectors.DefaultSelector()
+        self.control = ControlSocket(path, self.selector, self.answer)
+        self.asked: list[dict[str, Any]] = []
+        self._stop = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.asked.append(request)
+        if request.get("command") == "no":
+            raise UsageError("not that", help="this")
+        return {"got": request, "filler": "x" * request.get("size", 0)}
+
+    def _run(self) -> None:
+        while not self._stop:
+            for key, events in self.selector.select(0.02):
+                key.data(events)
+
+    def close(self) -> None:
+        self._stop = True
+        self._thread.join()
+        self.control.close()
+        self.selector.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "s.sock")
+    yield made
+    made.close()
+
+
+def test_it_answers_and_refuses(server: Server) -> None:
+    assert ask(server.path, "status", size=3 << 20)["got"]["command"] == "status"
+    with pytest.raises(MthpError, match="not that") as caught:
+        ask(server.path, "no")
+    assert caught.value.help == "this"
+    assert stat.S_IMODE(server.path.stat().st_mode) == 0o660
+
+
+def test_what_is_no_request_is_answered_and_what_is_too_long_is_dropped(server: Server) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(server.path))
+        sock.sendall(b"what?\n[]\n")
+        lines = b""
+        while lines.count(b"\n") < 2:
+            lines += sock.recv(4096)
+        assert all("error" in json.loads(line) for line in lines.splitlines())
+        sock.sendall(b"x" * (MAX_REQUEST + 1))
+        assert sock.recv(10) == b""
+    assert ask(server.path, "status")
+
+
+def test_clients_that_say_nothing_or_do_not_read_hold_nobody_up(server: Server) -> None:
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for each in silent:
+        each.connect(str(server.path))
+    silent[0].sendall(b'{"command": "status", "size": 10000000}\n')
+    silent[1].sendall(b'{"comm')
+    assert ask(server.path, "status")["got"]
+    for each in silent:
+        each.close()
+    assert ask(server.path, "status")["got"]
+
+
+def test_a_socket_that_is_taken_is_left_alone_and_a_dead_one_is_not(server: Server, tmp_path: Path) -> None:
+    selector = selectors.DefaultSelector()
+    with pytest.raises(UsageError, match="is taken"):
+        ControlSocket(server.path, selector, lambda request: {})
+    file = tmp_path / "file"
+    file.write_text("precious")
+    with pytest.raises(UsageError, match="is no socket"):
+        ControlSocket(file, selector, lambda request: {})
+    assert file.read_text() == "precious"
+    dead = tmp_path / "dead.sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(dead))
+    ControlSocket(dead, selector, lambda request: {}).close()
+    assert not dead.exists()
+    selector.close()
+
+
+def test_asking_without_a_daemon_says_how_to_start_one(tmp_path: Path) -> None:
+    with pytest.raises(MthpError, match="no daemon is running") as caught:
+        ask(tmp_path / "none", "status")
+    assert "mthp daemon" in caught.value.help
+
+
+# The event log.
+
+
+def test_events_are_lines_and_a_log_that_was_moved_away_is_opened_anew(tmp_path: Path) -> None:
+    said: list[str] = []
+    path = tmp_path / "events"
+    log = EventLog(path, said.append)
+    log.write("start", pid=1)
+    path.rename(tmp_path / "old")
+    log.reopen()
+    log.write("stop", pid=2)
+    log.close()
+    assert json.loads((tmp_path / "old").read_text())["event"] == "start"
+    assert json.loads(path.read_text())["pid"] == 2
+    assert said == []
+
+
+def test_a_full_disk_is_said_once_and_what_is_missing_afterwards() -> None:
+    said: list[str] = []
+    log = EventLog(Path("/dev/full"), said.append)
+    for number in range(5):
+        log.write("collapsed", number=number)
+    assert log.lost == 5
+    assert len(said) == 1
+    assert "No space left" in said[0]
+    log.path = Path("/dev/null")
+    log.reopen()
+    log.write("collapsed")
+    assert log.lost == 0
+    assert "5 events are missing" in said[1]
+    log.close()
+
+
+def test_a_line_that_was_cut_short_is_ended_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "events"
+    log = EventLog(path, lambda line: None)
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, text: real(fd, text[:10]))
+    log.write("one")
+    monkeypatch.setattr(os, "write", real)
+    log.write("two")
+    log.close()
+    lines = path.read_bytes().split(b"\n")
+    assert len(lines[0]) == 10
+    assert [json.loads(line)["event"] for line in lines[1:-1]] == ["lost", "two"]
+
+
+def test_a_log_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="event log"):
+        EventLog(tmp_path / "none" / "events", lambda line: None)
+
+
+# Signs of life.
+
+
+def test_a_service_manager_is_told(tmp_path: Path) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(path)
+        notifier = Notifier({"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "3000000"})
+        assert notifier.watchdog == 1.5
+        notifier.ready("fine")
+        notifier.alive("still")
+        notifier.stopping()
+        assert [sock.recv(100).split(b"\n")[0] for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"STOPPING=1"]
+
+
+def test_without_a_manager_or_for_another_process_there_is_nothing_to_tell() -> None:
+    assert Notifier({}).watchdog is None
+    Notifier({}).ready("")
+    assert Notifier({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}).watchdog is None
+    Notifier({"NOTIFY_SOCKET": "/nowhere/at/all"}).ready("")
+
+
+# The system's knobs.
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Path:
+    root = tmp_path / "thp"
+    (root / "hugepages-64kB").mkdir(parents=True)
+    (root / "khugepaged").mkdir()
+    (root / "enabled").write_text("always [madvise] never\n")
+    (root / "hugepages-64kB/enabled").write_text("always inherit madvise [never]\n")
+    (root / "khugepaged/max_ptes_none").write_text("511\n")
+    return root
+
+
+def test_switches_and_tunables_are_followed_live(sysfs: Path) -> None:
+    knobs = SystemKnobs(ThpSysfs(sysfs), X86_64)
+    assert not knobs.refresh()
+    (sysfs / "hugepages-64kB/enabled").write_text("[always] inherit madvise never\n")
+    (sysfs / "khugepaged/max_ptes_none").write_text("7\n")
+    version = knobs.version
+    assert knobs.refresh()
+    assert knobs.switches.orders(advised=False) == (4,)
+    assert knobs.tunables.max_ptes_none == 7
+    assert knobs.version == version + 1
+    knobs.close()
+
+
+def test_what_a_window_of_another_run_has_set_is_not_taken_for_a_choice(sysfs: Path, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    lock = tmp_path / "switches.lock"
+    lock.touch()
+    knobs = SystemKnobs(ThpSysfs(sysfs), X86_64, lock)
+    with lock.open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (sysfs / "hugepages-64kB/enabled").write_text("[always] inherit madvise never\n")
+        assert not knobs.refresh()
+        assert knobs.switches.orders(advised=False) == ()
+        (sysfs / "hugepages-64kB/enabled").write_text("always inherit [madvise] never\n")
+    assert knobs.refresh()
+    assert knobs.switches.orders(advised=True) == (4,)
+    knobs.close()
+
+
+def test_words_of_a_newer_kernel_leave_what_was_known(sysfs: Path) -> None:
+    knobs = SystemKnobs(ThpSysfs(sysfs), X86_64)
+    (sysfs / "hugepages-64kB/enabled").write_text("always [sometimes] never\n")
+    (sysfs / "khugepaged/max_ptes_none").write_text("100000\n")
+    knobs.refresh()
+    assert knobs.switches.sizes[4] == "never"
+    assert knobs.tunables.max_ptes_none == 511
+    knobs.close()
+
+
+# The unit.
+
+
+def test_the_unit_names_every_right_with_its_reason(tmp_path: Path) -> None:
+    path = install(["--config", "/etc/mthp/my rules.toml"], tmp_path)
+    text = path.read_text()
+    assert "'/etc/mthp/my rules.toml'" in text
+    for name, reason in CAPABILITIES.items():
+        assert f"#   {name}: {reason}" in text
+        assert name in next(line for line in text.splitlines() if line.startswith("CapabilityBoundingSet="))
+    for line in ("Type=notify", "RuntimeDirectoryPreserve=yes", "NoNewPrivileges=yes"):
+        assert line in text.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_understands_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
+    unit = tmp_path / "mthp.service"
+    unit.write_text(unit_text(["--all"]))
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "Overall exposure" not in done.stdout:
+        pytest.skip(f"systemd-analyze cannot judge units here: {done.stderr.strip()[:200]}")
+    assert done.stderr == ""
+    level = float(done.stdout.rsplit("mthp.service: ", 1)[1].split()[0])
+    assert level < 5.0
+
+
+# Pauses, and where metrics are served.
+
+
+def test_pauses_fall_into_their_buckets() -> None:
+    pauses = Pauses()
+    pauses.add([10_000, 1_000_000, 1_000_001, 10**9])
+    assert sum(pauses.buckets) == pauses.count == 4
+    assert pauses.buckets[0] == 1
+    assert pauses.buckets[PAUSE_BUCKETS.index(1e-3)] == 1
+    assert pauses.buckets[PAUSE_BUCKETS.index(2.5e-3)] == 1
+    assert pauses.buckets[-1] == 1
+    summary = pauses.summary()
+    assert summary["max"] == 1.0
+    assert summary["p50"] <= summary["p99"] <= summary["max"]
+    assert Pauses().summary()["p99"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("9464", ("127.0.0.1", 9464)),
+        (":80", ("127.0.0.1", 80)),
+        ("0.0.0.0:9464", ("0.0.0.0", 9464)),
+        ("[::1]:9464", ("::1", 9464)),
+        ("localhost", ("localhost", 9464)),
+    ],
+)
+def test_metrics_are_on_the_loopback_unless_said_otherwise(text: str, endpoint: tuple[str, int]) -> None:
+    assert parse_endpoint(text) == endpoint

@@ -1,0 +1,188 @@
+"""Rules: who fits, which of several wins, which clash; and the file that they are written in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mthp.daemon.configuration import EXAMPLE, Configuration, load_configuration, parse_configuration
+from mthp.daemon.rules import Bloat, Match, ProcessFacts, Rule, Rules, Settings
+from mthp.errors import UsageError
+from mthp.geometry import X86_64
+from mthp.tunables import Switches, Tunables
+
+REDIS = ProcessFacts(
+    77, 1, uid=1000, comm="redis-server", exe="/usr/bin/redis-server", cgroup="/system.slice/redis.service/sub"
+)
+
+
+def parsed(text: str) -> Configuration:
+    return parse_configuration(text, X86_64, "rules.toml")
+
+
+def refused(text: str) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        parsed(text)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("match", "fits"),
+    [
+        (Match(), True),
+        (Match(pid=(77,)), True),
+        (Match(pid=(78, 79)), False),
+        (Match(uid=(0, 1000)), True),
+        (Match(comm=("redis*",)), True),
+        (Match(comm=("redis",)), False),
+        (Match(exe=("/usr/bin/*",)), True),
+        (Match(cgroup=("/system.slice/redis.service",)), True),
+        (Match(cgroup=("/system.slice",)), True),
+        (Match(cgroup=("/",)), True),
+        (Match(cgroup=("/system.slice/r",)), False),
+        (Match(comm=("redis*",), uid=(0,)), False),
+    ],
+)
+def test_all_that_a_rule_names_must_fit(match: Match, fits: bool) -> None:
+    assert match.fits(REDIS) is fits
+
+
+def test_the_most_specific_rule_wins_and_denial_before_all() -> None:
+    by_uid = Rule("uid", Match(uid=(1000,)), settings=Settings(policy="rfc"))
+    by_glob = Rule("glob", Match(comm=("redis*",)), settings=Settings(policy="rfc"))
+    by_name = Rule("name", Match(comm=("redis-server",)), settings=Settings(policy="per-order"))
+    by_exe = Rule("exe", Match(exe=("/usr/*",)), settings=Settings(policy="pmd-only"))
+    rules = (by_uid, by_glob, by_name, by_exe)
+    assert Rules(rules).rule_for(REDIS) is by_exe
+    assert Rules(rules[:3]).rule_for(REDIS) is by_name
+    assert Rules(rules[:2]).rule_for(REDIS) is by_glob
+    deny = Rule("deny", Match(uid=(1000,)), deny=True)
+    assert Rules((*rules, deny)).rule_for(REDIS) is deny
+    assert Rules(rules).rule_for(ProcessFacts(1, 1, comm="bash")) is None
+
+
+def test_rules_that_are_equally_specific_and_differ_clash_by_name() -> None:
+    error = refused(
+        '[[rule]]\nname = "one"\nmatch = { comm = "a*" }\npolicy = "rfc"\n'
+        '[[rule]]\nname = "two"\nmatch = { comm = ["b", "a?"] }\nmax_pause = "2ms"\n'
+    )
+    assert "'one'" in error.message
+    assert "'two'" in error.message
+    assert "policy" in error.message
+    assert "max_pause_ns" in error.message
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "settings"),
+    [
+        ('comm = "ab"', 'comm = "cd"', 'policy = "rfc"'),
+        ('comm = "ab*"', 'comm = "cd*"', 'policy = "rfc"'),
+        ('comm = "a*"', 'comm = "ab*"', 'policy = "rfc"'),
+        ('comm = "ab"', 'exe = "/bin/ab"', 'policy = "rfc"'),
+        ("pid = 1", "pid = 2", 'policy = "rfc"'),
+        ('comm = "ab"', 'comm = "ab"', ""),
+    ],
+)
+def test_rules_for_different_processes_or_with_the_same_settings_do_not_clash(
+    one: str, other: str, settings: str
+) -> None:
+    found = parsed(f"[[rule]]\nmatch = {{ {one} }}\n[[rule]]\nmatch = {{ {other} }}\n{settings}\n")
+    assert len(found.rules.rules) == 2
+
+
+@given(
+    pattern=st.text("ab*?", min_size=1, max_size=5),
+    other=st.text("ab*?", min_size=1, max_size=5),
+    name=st.text("ab", max_size=6),
+)
+def test_patterns_that_fit_the_same_name_are_never_taken_for_disjoint(pattern: str, other: str, name: str) -> None:
+    facts = ProcessFacts(1, 1, comm=name)
+    one, two = Match(comm=(pattern,)), Match(comm=(other,))
+    if one.fits(facts) and two.fits(facts):
+        assert one.may_share_a_process(two)
+
+
+def test_the_example_shows_every_key_with_the_value_that_holds_without_it() -> None:
+    text = EXAMPLE.read_text()
+    plain = load_configuration(EXAMPLE, X86_64)
+    full = parsed(re.sub(r'^# (?=[a-z_"0-9MK]+ = )', "", text, flags=re.MULTILINE))
+    assert (plain.cpu, plain.memory_pressure, plain.notice_ns, plain.pace) == (
+        *(full.cpu, full.memory_pressure, full.notice_ns, full.pace),
+    )
+    assert full.tunables == {
+        **{name: getattr(Tunables.defaults(X86_64), name) for name in ("max_ptes_none", "max_ptes_swap")},
+        **{name: getattr(Tunables.defaults(X86_64), name) for name in ("max_ptes_shared", "pages_to_scan")},
+        "scan_sleep_millisecs": 10_000,
+        "alloc_sleep_millisecs": 60_000,
+        "defrag": 1,
+    }
+    assert full.metrics == ("127.0.0.1", 9464)
+    assert [rule.deny for rule in plain.rules.rules] == [True, False, False]
+    assert plain.rules.rules[1].settings.max_bloat == Bloat(share=0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "help"),
+    [
+        (
+            '[[rule]]\nmatch = {}\npolcy = "rfc"',
+            "rules.toml:3: unknown key 'polcy' in [rule]",
+            "did you mean 'policy'?",
+        ),
+        ('[deamon]\ncpu = "1%"', "unknown key 'deamon'", "daemon"),
+        ("[[rule]]\nmatch = { com = 1 }", "rules.toml:2: unknown key 'com' in [rule.match]", "comm"),
+        ('[daemon]\n\ncpu = "much"', "rules.toml:3: cpu: 'much' is not a percentage", "5%"),
+        ('[defaults]\norders = "3K"', "rules.toml:2: orders: '3K' is not a folio size", "16K"),
+        ('[defaults]\npolicy = "best"', "rules.toml:2: policy: unknown policy 'best'", "mainline"),
+        ("[tunables]\nmax_ptes_none = 512", "rules.toml:2: max_ptes_none: 512 is out of range", "0 to 511"),
+        ('[switches]\n"64K" = "on"', "rules.toml:2: 64K: 'on' is not known", "always"),
+        ('[[rule]]\nmatch = { uid = "nobody-of-that-name" }', "there is no user", "getent"),
+        ("[[rule]]\npolicy = 'rfc'", "rules.toml:1: rule 1 has no match", "match ="),
+        ("[[rule]]\nmatch = {}\ndeny = true\npolicy = 'rfc'", "denies, and sets policy", "nothing else"),
+        ("[[rule]]\nmatch = { cgroup = '/sys/fs/cgroup/a' }", "is a path of the file system", "below"),
+        ("[[rule]]\nmatch = { comm = [] }", "an empty list fits nobody", ""),
+        ("[rule]\nmatch = {}", "rules are written [[rule]]", ""),
+        ("a = ", "rules.toml: Invalid value", "TOML"),
+        ('[defaults]\nmax_pause = "1"', "max_pause: '1' is not a duration", "1ms"),
+        ('[defaults]\npause_share = "0%"', "pause_share: '0%' is out of range", "above 0%"),
+        ('[daemon]\nmetrics = "host:99999"', "is not an address to serve metrics at", "9464"),
+        ("[defaults]\nmax_ptes_swap = true", "max_ptes_swap: True is not an integer", ""),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_place_and_what_may_be(text: str, message: str, help: str) -> None:
+    error = refused(text)
+    assert message in error.message
+    assert help in error.help
+    assert error.exit_code == 2
+
+
+def test_the_line_is_that_of_the_rule_which_is_wrong() -> None:
+    good = '[[rule]]\nmatch = { pid = 1 }\npolicy = "rfc"\n'
+    assert refused(good + good.replace("1", "2").replace('"rfc"', '"no"')).message.startswith("rules.toml:6: policy")
+
+
+def test_a_file_that_cannot_be_read_is_a_refusal(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        load_configuration(tmp_path / "none.toml", X86_64)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="is no text"):
+        load_configuration(tmp_path / "binary.toml", X86_64)
+
+
+def test_what_is_set_goes_over_the_system_and_the_rest_stays_live() -> None:
+    found = parsed('[tunables]\nmax_ptes_none = 7\n[switches]\n"64K" = "always"\n')
+    system = Tunables.defaults(X86_64).replaced(X86_64, max_ptes_swap=3)
+    assert found.tunables_over(system, X86_64) == system.replaced(X86_64, max_ptes_none=7)
+    switches = found.switches_over(Switches.defaults(X86_64))
+    assert switches.orders(advised=False) == (4,)
+    assert parsed("").switches_over(Switches("never", {})) == Switches("never", {})
+
+
+def test_defaults_hold_for_every_rule_that_does_not_say_otherwise() -> None:
+    found = parsed('[defaults]\npolicy = "rfc"\nmax_pause = "250us"\n[[rule]]\nmatch = {}\npolicy = "pmd-only"\n')
+    settings = found.rules.rules[0].settings
+    assert (settings.policy, settings.max_pause_ns) == ("pmd-only", 250_000)

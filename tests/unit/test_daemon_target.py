@@ -1,0 +1,278 @@
+"""One target: when it is looked at, what is done in it and in what order, and within which budgets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from fakes import FakeSpace, page_runs
+from mthp.addrspace import ORDER_NONE, Pte, Vma
+from mthp.daemon.configuration import Configuration
+from mthp.daemon.counters import Counters
+from mthp.daemon.environment import Environment
+from mthp.daemon.ledger import FIRST_AGE
+from mthp.daemon.pacing import Budget, FreeFolios
+from mthp.daemon.rules import Bloat, Match, ProcessFacts, Rule, Rules, Settings
+from mthp.daemon.target import LEFT_OUT_SECONDS, Sign, Target
+from mthp.errors import NotPermittedError, TargetVanishedError
+from mthp.geometry import X86_64
+from mthp.linux.process import Process
+from mthp.results import ScanResult
+from mthp.tunables import Switches, Tunables
+
+G = X86_64
+START = 1 << 30
+N = G.ptes_per_pmd
+FULL, HALF, EMPTY = ((N, Pte.PRESENT, 0),), ((N // 2, Pte.PRESENT, 0), (N // 2, 0, ORDER_NONE)), ((N, 0, ORDER_NONE),)
+
+
+class FakeProcess:
+    """What a target asks of its process."""
+
+    def __init__(self) -> None:
+        self.faults, self.vanished, self.closed = 100, False, False
+
+    def read(self, name: str) -> bytes:
+        assert name == "stat"
+        if self.vanished:
+            raise TargetVanishedError("gone")
+        fields = ["S", *"0" * 6, str(self.faults), "0", "3", *"0" * 10, "8000000", "50000", "0", "0"]
+        return f"7 (a (b) c) {' '.join(fields)}\n".encode()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Stage:
+    """A target over a fake address space, and a clock."""
+
+    def __init__(self, *ranges: tuple[tuple[int, int, int], ...], **settings: Any) -> None:
+        state, order = page_runs(*(run for each in ranges for run in each))
+        vma = Vma(START, START + len(state) * G.page_size, "rw-p", flags=frozenset({"hg"}), has_anon_vma=True)
+        self.space = FakeSpace([(vma, state, order)])
+        self.now = 1000.0
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.opened = 0
+        self.error: Exception | None = None
+        tunables = Tunables.defaults(G)
+        self.environment = Environment(
+            geometry=G,
+            configuration=Configuration(Rules(())),
+            switches=Switches.defaults(G),
+            tunables=tunables,
+            free=FreeFolios(Path("/nonexistent/buddyinfo"), self.clock),
+            total=Counters(),
+            bytes=Budget(None, 0, self.clock),
+            opened=self._open,
+            event=lambda event, **values: self.events.append((event, values)),
+            clock=self.clock,
+        )
+        self.process = FakeProcess()
+        rule = Rule("all", Match(), settings=Settings(**settings))
+        facts = ProcessFacts(7, 1, comm="seven")
+        self.target = Target(cast("Process", self.process), facts, rule, self.environment)
+
+    def clock(self) -> float:
+        return self.now
+
+    def _open(self, pid: int) -> FakeSpace:
+        assert pid == 7
+        if self.error is not None:
+            raise self.error
+        self.opened += 1
+        return self.space
+
+    def steps(self, seconds: float) -> None:
+        """Let it have its turns for so long."""
+        end = self.now + seconds
+        while self.target.next_at <= end:
+            self.now = max(self.now, self.target.next_at)
+            self.target.step()
+        self.now = end
+
+    @property
+    def collapsed(self) -> list[int]:
+        """Numbers of the PMD ranges that were tried, in that order."""
+        return [(address - START) // G.pmd_size for address, _ in self.space.attempts]
+
+
+def test_it_collapses_what_the_policy_wants_the_fullest_first_and_then_rests() -> None:
+    stage = Stage(HALF, FULL, EMPTY, FULL)
+    stage.steps(5.0)
+    assert stage.collapsed == [1, 3, 0]
+    assert stage.target.counters.collapsed == {G.pmd_order: 3}
+    assert stage.target.counters.copied_bytes == (2 * N + N // 2) * G.page_size
+    assert stage.target.counters.filled_bytes == N // 2 * G.page_size
+    assert stage.environment.total.collapsed == {G.pmd_order: 3}
+    opened = stage.opened
+    stage.steps(600.0)
+    assert stage.collapsed == [1, 3, 0]
+    assert stage.opened - opened < 10
+
+
+def test_a_quiet_process_costs_a_look_now_and_then_and_no_scan() -> None:
+    stage = Stage(((N, Pte.PRESENT, 9),))
+    stage.steps(60.0)
+    scanned, looks = stage.target.counters.ptes_scanned, stage.target.counters.looks
+    stage.steps(600.0)
+    assert stage.target.counters.ptes_scanned == scanned
+    assert stage.target.counters.looks - looks <= 65
+
+
+def test_ranges_that_did_not_change_are_not_scanned_again() -> None:
+    stage = Stage(*[((100, Pte.PRESENT, 0), (N - 100, 0, ORDER_NONE))] * 3, max_ptes_none=50)
+    stage.steps(2.0)
+    scanned = stage.target.counters.ptes_scanned
+    assert scanned >= 3 * N
+    stage.process.faults += 1
+    stage.space.write(START + G.pmd_size + 200 * G.page_size, int(Pte.PRESENT), 0)
+    stage.steps(10.0)
+    assert stage.target.counters.ptes_scanned == scanned + N
+    assert stage.target.counters.skipped >= 2
+    stage.process.faults += 1
+    stage.now += FIRST_AGE
+    stage.steps(10.0)
+    assert stage.target.counters.ptes_scanned == scanned + 4 * N
+
+
+def test_new_memory_is_found_by_the_faults_that_made_it() -> None:
+    stage = Stage(EMPTY, EMPTY)
+    stage.steps(300.0)
+    assert stage.collapsed == []
+    stage.space.write(START, int(Pte.PRESENT), 0, pages=N)
+    stage.process.faults += N
+    stage.steps(10.5)
+    assert stage.collapsed == [0]
+
+
+def test_advice_without_any_fault_is_found_too() -> None:
+    stage = Stage(FULL)
+    vma, state, order = stage.space._mappings[0]
+    stage.space._mappings[0] = (Vma(vma.start, vma.end, "rw-p", has_anon_vma=True), state, order)
+    stage.steps(2.0)
+    assert stage.collapsed == []
+    stage.space._mappings[0] = (vma, state, order)
+    stage.steps(10.0)
+    assert stage.collapsed == [0]
+
+
+def test_the_bloat_budget_is_never_overspent() -> None:
+    hole = ((N - 100, Pte.PRESENT, 0), (100, 0, ORDER_NONE))
+    budget = 250 * G.page_size
+    stage = Stage(hole, FULL, hole, hole, hole, max_bloat=Bloat(size=budget))
+    stage.steps(5.0)
+    assert stage.target.counters.filled_bytes == 200 * G.page_size
+    assert stage.collapsed == [1, 0, 2]
+    stage.steps(3600.0)
+    assert stage.target.counters.filled_bytes <= budget
+    assert stage.target.bloat_left == 50 * G.page_size
+
+
+def test_a_share_of_bloat_is_of_what_is_resident() -> None:
+    stage = Stage(HALF, max_bloat=Bloat(share=0.001))
+    stage.steps(5.0)
+    assert stage.collapsed == []
+    assert stage.target.bloat_left == int(0.001 * 50_000 * G.page_size)
+
+
+def test_a_rate_holds_back_what_would_be_too_much() -> None:
+    stage = Stage(*[FULL] * 20, rate=4 * G.pmd_size)
+    stage.steps(1.0)
+    assert 4 <= len(stage.collapsed) <= 6
+    stage.steps(2.0)
+    assert 10 <= len(stage.collapsed) <= 14
+    stage.steps(5.0)
+    assert len(stage.collapsed) == 20
+
+
+def test_an_order_that_the_machine_has_no_folio_of_is_not_asked_for_again_and_again() -> None:
+    stage = Stage(*[FULL] * 8)
+    stage.space.fails = {START + at * G.pmd_size: ScanResult.ALLOC_HUGE_PAGE_FAIL for at in range(8)}
+    stage.steps(0.9)
+    first = len(stage.collapsed)
+    assert 1 <= first <= 8
+    stage.steps(300.0)
+    assert len(stage.collapsed) <= 8 * 12
+    stage.space.fails = {}
+    stage.steps(1300.0)
+    assert stage.target.counters.collapsed == {G.pmd_order: 8}
+
+
+def test_passing_failures_are_counted_and_tried_again_later_and_later() -> None:
+    stage = Stage(FULL)
+    stage.space.fails = {START: ScanResult.PAGE_COUNT}
+    stage.steps(60.0)
+    tried = len(stage.collapsed)
+    assert 4 <= tried <= 9
+    assert stage.target.counters.failed == {ScanResult.PAGE_COUNT: tried}
+    stage.space.fails = {}
+    stage.steps(120.0)
+    assert stage.target.counters.collapsed == {G.pmd_order: 1}
+
+
+def test_a_process_that_goes_ends_it_and_nothing_stays_open() -> None:
+    stage = Stage(FULL, FULL)
+    stage.target.step()
+    stage.space.vanished = stage.process.vanished = True
+    with pytest.raises(TargetVanishedError):
+        stage.steps(1.0)
+    assert stage.process.closed
+    assert stage.space.closed
+
+
+def test_a_process_that_may_not_be_looked_at_is_left_out_with_the_reason_and_tried_again() -> None:
+    stage = Stage(FULL)
+    stage.error = NotPermittedError("not yours", help="be root")
+    stage.steps(0.5)
+    assert stage.target.left_out == "not yours; be root"
+    assert [event for event, _ in stage.events] == ["left_out"]
+    stage.error = None
+    stage.steps(LEFT_OUT_SECONDS + 1)
+    assert stage.collapsed == [0]
+    assert stage.target.left_out == ""
+
+
+@pytest.mark.parametrize(("mechanism", "tried"), [("auto", 1), ("madvise", 1), ("move", 0)])
+def test_a_mechanism_is_not_asked_for_orders_that_it_does_not_make(mechanism: str, tried: int) -> None:
+    stage = Stage(FULL, mechanism=mechanism)
+    stage.steps(5.0)
+    assert len(stage.collapsed) == tried
+    assert not stage.target.counters.failed
+
+
+def test_switches_that_change_have_everything_looked_at_anew() -> None:
+    stage = Stage(FULL)
+    stage.environment.switches = Switches("never", {9: "inherit"})
+    stage.steps(5.0)
+    assert stage.collapsed == []
+    stage.environment.switches = Switches.defaults(G)
+    stage.target.stale()
+    stage.steps(1.0)
+    assert stage.collapsed == [0]
+
+
+def test_a_new_rule_holds_from_the_next_turn_on() -> None:
+    stage = Stage(HALF, max_ptes_none=0)
+    stage.steps(5.0)
+    assert stage.collapsed == []
+    stage.target.renew(stage.target.facts, Rule("other", Match(), settings=Settings()))
+    stage.steps(1.0)
+    assert stage.collapsed == [0]
+
+
+def test_faults_and_mappings_are_read_whatever_the_name_is() -> None:
+    process = FakeProcess()
+    sign = Sign.parse(process.read("stat"))
+    assert (sign.faults, sign.mapped, sign.resident, sign.comm) == (103, 8_000_000, 50_000, b"a (b) c")
+
+
+def test_what_it_tells_of_itself_is_json() -> None:
+    stage = Stage(FULL)
+    stage.steps(1.0)
+    told = json.loads(json.dumps(stage.target.summary(stage.now)))
+    assert told["pid"] == 7
+    assert told["collapsed"] == {"2M": 1}
+    assert told["calls"]["count"] == 1

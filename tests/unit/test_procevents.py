@@ -1,0 +1,180 @@
+"""New, changed and gone processes: from the kernel's events, and by looking at a /proc that the test makes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mthp.daemon.discovery import Nursery, read_facts
+from mthp.errors import NotPermittedError, UnsupportedError
+from mthp.linux.procevents import MAX_GAP, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling
+
+
+class FakeProc:
+    """A /proc in which processes come and go."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.last(1)
+
+    def last(self, pid: int) -> None:
+        (self.root / "loadavg").write_text(f"0.00 0.01 0.05 1/123 {pid}\n")
+
+    def add(self, pid: int, tgid: int | None = None) -> None:
+        (self.root / str(pid)).mkdir()
+        (self.root / str(pid) / "status").write_text(f"Name:\tx\nUmask:\t0022\nTgid:\t{tgid or pid}\nPid:\t{pid}\n")
+
+    def remove(self, pid: int) -> None:
+        (self.root / str(pid) / "status").unlink()
+        (self.root / str(pid)).rmdir()
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> FakeProc:
+    return FakeProc(tmp_path)
+
+
+def test_looking_finds_what_was_born_and_no_threads(proc: FakeProc) -> None:
+    proc.add(1)
+    polling = ProcPolling(proc.root, Time())
+    assert polling.changes() == Changes()
+    proc.add(5)
+    proc.add(6, tgid=5)
+    proc.last(7)
+    assert polling.changes() == Changes(born={5})
+    assert polling.changes() == Changes()
+    polling.close()
+
+
+def test_numbers_that_begin_anew_and_large_gaps_are_found_by_listing(proc: FakeProc) -> None:
+    proc.last(4_000_000)
+    polling = ProcPolling(proc.root, Time())
+    proc.add(300)
+    proc.last(301)
+    assert polling.changes() == Changes(born={300})
+    proc.add(302)
+    proc.last(302 + MAX_GAP)
+    assert polling.changes() == Changes(born={302})
+    polling.close()
+
+
+def test_what_does_not_show_in_the_last_number_is_found_by_the_sweep(proc: FakeProc) -> None:
+    clock = Time()
+    proc.add(9)
+    polling = ProcPolling(proc.root, clock)
+    proc.add(4)
+    proc.remove(9)
+    assert polling.changes() == Changes()
+    clock.now += SWEEP_SECONDS
+    assert polling.changes() == Changes(born={4}, gone={9})
+    polling.close()
+
+
+def connector() -> ProcConnector:
+    try:
+        return ProcConnector()
+    except (NotPermittedError, UnsupportedError) as error:
+        pytest.skip(error.message)
+
+
+def until(done: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+@pytest.mark.requires("root")
+def test_the_kernel_tells_of_processes_and_not_of_threads() -> None:
+    events = connector()
+    threads = [threading.Thread(target=lambda: None) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    child = subprocess.Popen(["sleep", "60"])
+    seen = Changes()
+
+    def look() -> Changes:
+        found = events.changes()
+        seen.born |= found.born
+        seen.gone |= found.gone
+        return found
+
+    until(lambda: look().born >= {child.pid} or child.pid in seen.born)
+    assert not seen.born & {thread.native_id for thread in threads}
+    assert os.getpid() not in seen.gone
+    os.kill(child.pid, signal.SIGKILL)
+    until(lambda: child.pid in (look().gone | seen.gone))
+    child.wait()
+    events.close()
+
+
+@pytest.mark.requires("root")
+def test_who_was_born_and_ended_in_between_is_not_told_of() -> None:
+    events = connector()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    time.sleep(0.05)
+    changes = events.changes()
+    assert gone.pid not in changes.born | changes.changed | changes.gone
+    events.close()
+
+
+# The nursery, and what is found out.
+
+
+def test_new_processes_are_left_alone_until_they_have_settled() -> None:
+    clock = Time()
+    nursery = Nursery(0.04, clock)
+    nursery.add([5, 6])
+    assert nursery.take() == []
+    assert nursery.next_due() == 0.04
+    clock.now = 0.03
+    nursery.add([6])
+    nursery.drop([99])
+    clock.now = 0.05
+    assert nursery.take() == [5]
+    clock.now = 0.08
+    assert nursery.take() == [6]
+    assert nursery.next_due() is None
+
+
+def test_a_storm_of_short_lived_processes_is_never_looked_into() -> None:
+    clock = Time()
+    nursery = Nursery(0.04, clock)
+    for pid in range(10_000):
+        nursery.add([pid])
+        nursery.drop([pid])
+    clock.now = 1.0
+    assert nursery.take() == []
+    assert len(nursery) == 0
+    nursery.add(range(1000), at_once=True)
+    assert len(nursery.take(limit=128)) == 128
+
+
+def test_facts_are_those_that_were_asked_for() -> None:
+    facts = read_facts(os.getpid(), frozenset({"uid", "exe", "cgroup"}))
+    assert facts is not None
+    assert facts.uid == os.getuid()
+    assert facts.exe == str(Path("/proc/self/exe").readlink())
+    assert facts.cgroup in Path("/proc/self/cgroup").read_text()
+    less = read_facts(os.getpid(), frozenset())
+    assert less is not None
+    assert (less.uid, less.exe, less.cgroup) == (-1, "", "")
+    assert less.comm == Path("/proc/self/comm").read_text().rstrip("\n")
+    assert read_facts(1 << 23, frozenset()) is None
