@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Means, PteColumns, Segment
+from mthp.addrspace import AddressSpace, CollapseOutcome, Means, PteColumns, Segment
+from mthp.collapse.filled import FilledPages
 from mthp.collapse.fullness import Fullness
 from mthp.collapse.hindrance import first_hindrances
 from mthp.collapse.machine_seam import Attempted, Clock, Found, Passage, RangeScan, WallClock
@@ -135,7 +136,8 @@ class SpaceVisit:
 
     Attributes:
         space: as given.
-        options: may be replaced between passes.
+        options: may be replaced between passes, but for the policy.
+        filled: pages that collapses filled, for policies that remember them.
     """
 
     def __init__(self, space: AddressSpace, options: VisitOptions | None = None, clock: Clock | None = None) -> None:
@@ -146,6 +148,7 @@ class SpaceVisit:
         self._listed: _Listing | None = None
         self._served = False
         self._ahead = 0
+        self.filled = FilledPages(space.geometry)
         self.base_rules()
 
     @property
@@ -347,6 +350,10 @@ class _Block:
             uffd_armed=np.full(count, area.uffd_armed),
             droppable=np.full(count, area.droppable),
         )
+        if self._policy.remembers_filled and (filled := visit.filled.of(addresses)) is not None:
+            # What was unmapped since is no page any more.
+            planes = dataclasses.replace(planes, filled=filled & planes.present)
+        self._planes = planes
         self._walk = Walk(planes, self._policy, self._rules)
         self._fullness = Fullness(self._walk.occupancy, self._policy, self._rules)
         self._results = self._walk.scan_result()
@@ -387,6 +394,18 @@ class _Block:
             if outcome.result in _LISTING_IS_STALE:
                 self._visit.forget()
         self._attempts.sort(key=lambda attempt: (attempt.address, -attempt.order))
+        if self._policy.remembers_filled:
+            self._remember(outcomes)
+
+    def _remember(self, outcomes: list[CollapseOutcome]) -> None:
+        """Note which pages the collapses filled."""
+        before = self._planes.occupied if self._planes.swap is None else self._planes.occupied | self._planes.swap
+        made: Bits = np.zeros_like(before)
+        for (row, candidate), outcome in zip(self._queue, outcomes, strict=True):
+            if outcome.result is ScanResult.SUCCEED:
+                first = (candidate.address - int(self._addresses[row])) // self.page_size
+                made[row, first : first + (1 << candidate.order)] = True
+        self._visit.filled.add(self._addresses, before, before | made, made)
 
     # As one range of it sees the block.
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mthp.collapse.madvise import madvise_collapse
-from mthp.collapse.policy import Policy, Rules, policy_named
+from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy, Rules, policy_named
 from mthp.eligibility import Trigger
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
@@ -58,6 +58,7 @@ class Machine:
         switches, tunables: by default those that a kernel starts with.
         policy: what khugepaged and MADV_COLLAPSE collapse to.
         costs: what things take, of simulated time.
+        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
 
     Raises:
         UsageError: there is no policy of that name, a node without a frame, or a limit out of range.
@@ -79,6 +80,7 @@ class Machine:
         tunables: Tunables | None = None,
         policy: str | Policy = "mainline",
         costs: Costs | None = None,
+        mthp_min_order: int | None = None,
     ) -> None:
         counters = Counters(geometry)
         memory = Memory(geometry, node_frames or [64 * geometry.ptes_per_pmd], counters)
@@ -95,6 +97,8 @@ class Machine:
             Clock(costs),
         )
         self.policy = policy_named(policy)
+        chunk_order = min(DEFAULT_MTHP_MIN_ORDER, geometry.pmd_order) if mthp_min_order is None else mthp_min_order
+        self.mthp_min_order = geometry.check_order(chunk_order)
         self.mms: dict[int, Mm] = {}
         self.pins: Counter[int] = Counter()
         self.khugepaged = Khugepaged(self)
@@ -157,7 +161,8 @@ class Machine:
 
     def control(self, trigger: Trigger, orders: tuple[int, ...] = ()) -> CollapseControl:
         """A fresh account of a collapse, under the limits of this moment."""
-        return CollapseControl(self.policy, Rules(self.geometry, orders, trigger, self.parts.tunables))
+        rules = Rules(self.geometry, orders, trigger, self.parts.tunables, self.mthp_min_order)
+        return CollapseControl(self.policy, rules)
 
     def may_collapse(self, mm: Mm, vma: SimVma) -> bool:
         """Whether khugepaged looks at `vma`: an order is enabled for it, and one that the policy walks."""

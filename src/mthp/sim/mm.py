@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import Vma
+from mthp.collapse.filled import FilledPages
 from mthp.geometry import Geometry
 
 HUGEPAGE, NOHUGEPAGE, LOCKED, DROPPABLE, UFFD_WP, UFFD_MISSING = "hg", "nh", "lo", "dp", "uw", "um"
@@ -159,6 +160,7 @@ class Mm:
         anon_pages, swap_entries: its RSS of anonymous pages, and how many entries name a swap slot.
         exiting: its last user is gone.
         thp_disabled: PR_SET_THP_DISABLE.
+        filled: pages that collapses filled, for policies that remember them.
     """
 
     def __init__(self, id: int, geometry: Geometry, charge: int = 0) -> None:
@@ -168,6 +170,7 @@ class Mm:
         self.swap_entries = 0
         self.exiting = False
         self.thp_disabled = False
+        self.filled = FilledPages(geometry)
         self._geometry = geometry
         self._vmas: list[SimVma] = []
         self._tables: list[Table] = []

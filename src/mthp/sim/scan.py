@@ -125,18 +125,34 @@ class SimRange:
         else:
             end = address + parts.geometry.pmd_size
             planes = planes_of(columns_of(parts, self._mm, [(address, end)]), parts.geometry)
+            filled = self._mm.filled.of(np.array([address], np.uint64)) if control.policy.remembers_filled else None
+            if filled is not None:
+                planes = dataclasses.replace(planes, filled=filled & planes.present).without_filled()
         return Fullness(Occupancy(planes, parts.geometry), control.policy, control.rules)
 
     def collapse_huge_page(self, address: int, order: int, scan: RangeScan) -> ScanResult:
         parts, control = self._parts, self._control
         pages = self._mm.anon_pages
+        before = self._contents(address) if control.policy.remembers_filled else None
         result = collapse_huge_page(
             parts, self._mm, address, order, scan, control.policy, control.rules, control.node_load
         )
         filled = self._mm.anon_pages - pages if result is ScanResult.SUCCEED else 0
         copied = (1 << order) - filled if result is ScanResult.SUCCEED else 0
         control.attempts.append(Attempted(address, order, result, copied, filled))
+        if before is not None and result is ScanResult.SUCCEED:
+            after = self._contents(address)
+            start = address // parts.geometry.pmd_size * parts.geometry.pmd_size
+            self._mm.filled.add(np.array([start], np.uint64), before, after, after & ~before)
         return result
+
+    def _contents(self, address: int) -> NDArray[np.bool_]:
+        """Which pages of the PMD range around `address` have contents: bool, shape (1, ptes_per_pmd)."""
+        geometry = self._parts.geometry
+        start = address // geometry.pmd_size * geometry.pmd_size
+        bits = self._mm.ptes(start, geometry.ptes_per_pmd).bits
+        contents: NDArray[np.bool_] = (bits != 0) & ((bits & P.ZERO) == 0)
+        return contents[None]
 
     def scanned(self, address: int, scan: RangeScan, result: ScanResult) -> None:
         event = ScanPmd(self._mm.id, address, result, scan.referenced, scan.none_or_zero, scan.unmapped)
