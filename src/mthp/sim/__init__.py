@@ -8,5 +8,6 @@ bottom up: frames and folios (:mod:`~mthp.sim.memory`) given out by a buddy allo
 """
 
 from mthp.sim.machine import Machine
+from mthp.sim.space import SimSpace
 
-__all__ = ["Machine"]
+__all__ = ["Machine", "SimSpace"]

@@ -57,9 +57,9 @@ def _fill(
     ptes = Ptes(table.bits.reshape(-1)[run], table.value.reshape(-1)[run])
     bits = ptes.bits
     state[(bits & P.PRESENT) != 0] |= np.uint16(Pte.PRESENT)
-    zero = (bits & P.ZERO) != 0
-    state[zero] |= np.uint16(Pte.ZERO)
-    order[zero] = 0
+    state[(bits & P.ZERO) != 0] |= np.uint16(Pte.ZERO)
+    state[(bits & P.SPECIAL) != 0] |= np.uint16(Pte.FILE)
+    order[(bits & (P.ZERO | P.SPECIAL)) != 0] = 0
     state[(bits & _NOT_PRESENT) != 0] |= np.uint16(Pte.SWAP)
     state[(bits & P.GUARD) != 0] |= np.uint16(Pte.GUARD)
     state[(bits & P.UFFD_WP) != 0] |= np.uint16(Pte.UFFD_WP)

@@ -32,6 +32,7 @@ from mthp.sim.mm import Mm, Pmd, SimVma
 from mthp.sim.parts import Parts
 from mthp.sim.rmap import Rmap
 from mthp.sim.scan import CollapseControl
+from mthp.sim.space import SimSpace
 from mthp.sim.swap import Swap
 from mthp.sim.sysfs import Sysfs
 from mthp.sim.touch import Touched, touch
@@ -136,6 +137,10 @@ class Machine:
         mm = Mm(number, self.geometry, cgroup)
         self.mms[number] = mm
         return mm
+
+    def space(self, mm: Mm) -> SimSpace:
+        """One of the address spaces, as :func:`mthp.planning.plan_space` and their like take it."""
+        return SimSpace(self, mm)
 
     def map(self, mm: Mm, start: int, end: int, *, flags: Iterable[str] = (), anon_vma: bool = False) -> SimVma:
         """Add a private anonymous mapping.

@@ -1,0 +1,159 @@
+"""The seam on the simulated machine: one of its address spaces as an :class:`~mthp.addrspace.AddressSpace`.
+
+What a live process shows through pagemap and kpageflags, a simulated one shows through its page tables and frames, so
+everything above the seam runs on it as it does on a process: inspect, plan, collapse, the daemon.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mthp.addrspace import AddressSpace, CollapseOutcome, PteColumns, Segment, Vma
+from mthp.errors import TargetVanishedError, UsageError
+from mthp.geometry import Geometry
+from mthp.results import ScanResult
+from mthp.sim.columns import columns_of, tables_in
+from mthp.sim.mm import Mm, Pmd
+from mthp.sim.scan import SimRange
+from mthp.tunables import Switches, Tunables
+
+if TYPE_CHECKING:
+    from mthp.sim.machine import Machine
+
+
+class SimSpace(AddressSpace):
+    """One address space of a simulated machine.
+
+    Args:
+        machine: the machine.
+        mm: one of its address spaces.
+    """
+
+    def __init__(self, machine: Machine, mm: Mm) -> None:
+        self._machine = machine
+        self._mm = mm
+
+    @property
+    def geometry(self) -> Geometry:
+        """That of the machine."""
+        return self._machine.geometry
+
+    @property
+    def label(self) -> str:
+        """The number of the address space: ``"1 (simulated)"``."""
+        return f"{self._mm.id} (simulated)"
+
+    @property
+    def kernel(self) -> str:
+        """What is simulated."""
+        return f"simulated, policy {self._machine.policy.name}"
+
+    @property
+    def switches(self) -> Switches:
+        """The machine's switches at this moment."""
+        return self._machine.parts.switches
+
+    @property
+    def tunables(self) -> Tunables:
+        """khugepaged's tunables at this moment."""
+        return self._machine.parts.tunables
+
+    @property
+    def thp_disabled(self) -> bool:
+        """PR_SET_THP_DISABLE."""
+        return self._mm.thp_disabled
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Nothing: all can be seen."""
+        return ()
+
+    def vmas(self) -> list[Vma]:
+        self._check_alive()
+        return [vma.described() for vma in self._mm.vmas]
+
+    def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
+        self._check_alive()
+        memory, counted = self._machine.parts.memory, []
+        for vma in vmas:
+            pfn = columns_of(self._machine.parts, self._mm, [(vma.start, vma.end)]).pfn
+            assert pfn is not None, "the machine sees its own frames"
+            nodes = Counter(memory.nodes_of(pfn[pfn > 0].astype(np.int64)).tolist())
+            counted.append(dataclasses.replace(vma, node_pages=tuple(sorted(nodes.items()))))
+        return counted
+
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        self._check_alive()
+        return columns_of(self._machine.parts, self._mm, segments)
+
+    def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
+        """The parts of `segments` that have page tables or are mapped by PMD entries, in whole granules."""
+        self._check_alive()
+        found: list[Segment] = []
+        for segment in segments:
+            found += self._populated(segment, granule)
+        return found
+
+    def _populated(self, segment: Segment, granule: int) -> list[Segment]:
+        page, n = self.geometry.page_size, self.geometry.ptes_per_pmd
+        found: list[Segment] = []
+        for table, low, high in tables_in(self._mm, segment[0] // page, -(-segment[1] // page), n):
+            rows = np.flatnonzero(table.pmd != Pmd.NONE) + table.first
+            breaks = np.flatnonzero(np.diff(rows) > 1) + 1
+            for run in np.split(rows, breaks) if len(rows) else []:
+                start = max(low, int(run[0]) * n) * page // granule * granule
+                end = -(-min(high, (int(run[-1]) + 1) * n) * page // granule) * granule
+                start, end = max(start, segment[0]), min(end, segment[1])
+                if found and start <= found[-1][1]:
+                    start = found.pop()[0]
+                if start < end:
+                    found.append((start, end))
+        return found
+
+    def collapse(self, address: int, order: int) -> CollapseOutcome:
+        """Collapse one run, of any order: at the PMD order as MADV_COLLAPSE does, below it by the same steps.
+
+        A range that one PMD entry maps already counts as collapsed, as it does to MADV_COLLAPSE.
+
+        Raises:
+            TargetVanishedError: the process exited.
+            UsageError: an order that does not exist on this geometry, or a run that is not aligned to it.
+        """
+        self._check_alive()
+        order = self.geometry.check_order(order)
+        if address % self.geometry.size_of(order):
+            raise UsageError(f"{address:#x} is not aligned to {self.geometry.label(order)}")
+        began = self._machine.clock.now_ns
+        result = self._collapse(address, order)
+        return CollapseOutcome(result, self._machine.clock.now_ns - began)
+
+    def _collapse(self, address: int, order: int) -> ScanResult:
+        machine, geometry = self._machine, self.geometry
+        start = address // geometry.pmd_size * geometry.pmd_size
+        vma = self._mm.find_vma(start)
+        if vma is None or vma.start > address:
+            return ScanResult.VMA_NULL
+        if not vma.covers(start, start + geometry.pmd_size):
+            return ScanResult.ADDRESS_RANGE
+        orders = machine.parts.collapse_orders(self._mm, vma, "madvise")
+        if order not in orders:
+            return ScanResult.VMA_CHECK
+        pmd = self._mm.pmd(start)
+        if pmd is Pmd.HUGE:
+            return ScanResult.SUCCEED
+        if pmd is Pmd.NONE or not self._mm.ptes(address, 1 << order).bits.any():
+            return ScanResult.NO_PTE_TABLE
+        machine.parts.lru.drain()
+        control = machine.control("madvise", orders)
+        target = SimRange(machine.parts, self._mm, vma, control)
+        scan = target.scan_pmd(start)
+        return scan.result if scan.result is not ScanResult.SUCCEED else target.collapse_huge_page(address, order, scan)
+
+    def _check_alive(self) -> None:
+        if self._mm.exiting:
+            raise TargetVanishedError(f"process {self.label} exited")

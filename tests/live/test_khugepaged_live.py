@@ -1,0 +1,132 @@
+"""khugepaged in user space on a living process: it does what a plan foretells, and the seam's own check passes."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+
+import pytest
+
+import mthp
+from mthp.addrspace import Means, Pte
+from mthp.collapse.khugepaged import PassEnd
+from mthp.collapse.madvise import madvise_collapse
+from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.results import ScanResult
+from mthp.testing import check_address_space
+from mthp.tunables import Tunables
+from mthp.visiting import SpaceVisit, VisitOptions
+from targets import MADV_HUGEPAGE, MADV_NOHUGEPAGE, PMD_SIZE, Puppet
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "pfns", "thp", "mthp", "4k-pages")]
+
+PAGE = mmap.PAGESIZE
+N = PMD_SIZE // PAGE
+
+
+@pytest.fixture
+def puppet(thp_switches: ThpSwitches) -> Iterator[Puppet]:
+    """A process that gets small pages, while the kernel's own khugepaged has no size to work with."""
+    thp_switches.only()
+    with Puppet() as puppet:
+        yield puppet
+
+
+@pytest.fixture
+def space(puppet: Puppet) -> Iterator[LiveAddressSpace]:
+    with open_live(puppet.pid) as space:
+        yield space
+
+
+def pace(pages_to_scan: int) -> Tunables:
+    return Tunables(N - 1, N // 8, N // 2, pages_to_scan)
+
+
+def written(puppet: Puppet, *pages: int, advice: int = MADV_HUGEPAGE) -> int:
+    """A mapping of as many PMD ranges, of each of which the first so many pages are written."""
+    address = puppet.map(len(pages) * PMD_SIZE, advice=advice)
+    for row, count in enumerate(pages):
+        puppet.write(address + row * PMD_SIZE, count)
+    return address
+
+
+def test_the_check_passes_on_a_living_process(puppet: Puppet, space: LiveAddressSpace) -> None:
+    written(puppet, N, N // 2, 0, 3)
+    check_address_space(space, collapse=True, end=puppet.kill)
+
+
+def test_it_collapses_what_is_full_enough_and_the_next_round_finds_nothing(
+    puppet: Puppet, space: LiveAddressSpace
+) -> None:
+    address = written(puppet, N, N - 10, 16, 0)
+    within = (address, address + 4 * PMD_SIZE)
+    daemon = mthp.Khugepaged(orders="2M", max_ptes_none=10, within=within, tunables=pace(1 << 20))
+    assert daemon.enter(space)
+    assert daemon.do_scan() is PassEnd.ROUND
+    assert daemon.pages_collapsed == 2
+    assert daemon.statistics.filled == {9: 10}
+    assert daemon.statistics.results[ScanResult.EXCEED_NONE_PTE] == 1
+    huge = space.read([within]).has(Pte.PMD_MAPPED).reshape(4, N)
+    assert huge.all(axis=1).tolist() == [True, True, False, False]
+    daemon.do_scan()
+    assert daemon.statistics.attempts == {(9, ScanResult.SUCCEED): 2}
+
+
+def test_smaller_orders_are_moved(puppet: Puppet, space: LiveAddressSpace) -> None:
+    address = written(puppet, 48, 16)
+    within = (address, address + 2 * PMD_SIZE)
+    daemon = mthp.Khugepaged(
+        orders="64K,2M", max_ptes_none=0, within=within, tunables=pace(1 << 20), means=Means(duty=1.0)
+    )
+    daemon.enter(space)
+    daemon.do_scan()
+    assert daemon.statistics.attempts == {(4, ScanResult.SUCCEED): 4}
+    orders = space.read([within]).folio_order.reshape(2, N)
+    assert orders[0, :49].tolist() == [4] * 48 + [-1]
+    assert orders[1, :17].tolist() == [4] * 16 + [-1]
+    assert space.take_pauses()
+
+
+def test_the_switches_are_obeyed_as_they_are_at_each_moment(
+    puppet: Puppet, space: LiveAddressSpace, thp_switches: ThpSwitches
+) -> None:
+    advised, other = written(puppet, N), written(puppet, N, advice=MADV_NOHUGEPAGE)
+    daemon = mthp.Khugepaged(tunables=pace(1 << 20))
+    assert not daemon.enter(space)
+    thp_switches.set("hugepages-2048kB/enabled", "madvise")
+    assert daemon.enter(space)
+    daemon.do_scan()
+    assert space.read([(advised, advised + PMD_SIZE)]).has(Pte.PMD_MAPPED).all()
+    assert not space.read([(other, other + PMD_SIZE)]).has(Pte.PMD_MAPPED).any()
+
+
+def test_the_budget_spreads_a_round_over_passes(puppet: Puppet, space: LiveAddressSpace) -> None:
+    address = written(puppet, *[N] * 6)
+    within = (address, address + 6 * PMD_SIZE)
+    daemon = mthp.Khugepaged(orders=[9], within=within, tunables=pace(2 * N))
+    daemon.enter(space)
+    collapsed = []
+    for _ in range(4):
+        daemon.do_scan()
+        collapsed.append(daemon.pages_collapsed)
+    assert collapsed == [2, 4, 6, 6]
+    assert daemon.full_scans >= 1
+
+
+def test_a_target_that_dies_is_dropped(puppet: Puppet, space: LiveAddressSpace) -> None:
+    written(puppet, N)
+    daemon = mthp.Khugepaged(orders=[9], tunables=pace(1 << 20))
+    daemon.enter(space)
+    puppet.kill()
+    daemon.do_scan()
+    assert daemon.slots == ()
+
+
+def test_madv_collapse_of_the_engine_agrees_with_the_kernels(puppet: Puppet, space: LiveAddressSpace) -> None:
+    address = written(puppet, N, 5)
+    forced = SpaceVisit(space, VisitOptions(orders=None, trigger="madvise"))
+    assert madvise_collapse(forced, address, address + 2 * PMD_SIZE) == 0
+    assert space.read([(address, address + 2 * PMD_SIZE)]).has(Pte.PMD_MAPPED).all()
+    behind = address + 2 * PMD_SIZE
+    assert madvise_collapse(forced, behind, behind + PMD_SIZE) != 0
