@@ -17,7 +17,7 @@ import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ Block = tuple[int, int]
 
 Mechanism = Literal["auto", "madvise", "move"]
 """How pages are collapsed: by the kernel's MADV_COLLAPSE, by moving them, or whichever fits the order."""
+
+WATCH_BLOCK = 256 << 20
+"""Bytes of address space that a watch reads at a time."""
 
 ORDER_NONE = -1
 """In `PteColumns.folio_order`: no folio is mapped here."""
@@ -190,6 +193,23 @@ class Means:
     verify: bool = False
 
 
+class Watch(Protocol):
+    """Reads an address space again and again, and leaves out what it knows not to have changed."""
+
+    def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
+        """The entries of those PMD ranges in which anything may have changed since the last look.
+
+        Every part of `segments` that lies in such a PMD range is there, by ascending address.
+
+        Args:
+            segments: what to look at, by ascending address.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        ...
+
+
 class AddressSpace(abc.ABC):
     """One address space and the machine around it. A context manager: leaving it lets go of the target.
 
@@ -277,6 +297,24 @@ class AddressSpace(abc.ABC):
         """How long the target's threads stood still, in nanoseconds, for every window since this was last asked."""
         return []
 
+    def watch(self) -> Watch:
+        """Something that reads the page table entries again and again, as cheaply as the backend can.
+
+        By default it gives everything every time.
+        """
+        return _Reading(self)
+
+    def counters(self) -> dict[str, int]:
+        """What the machine counts at this moment of the target (``minflt``, ``majflt``) and of folios, by name.
+
+        Counters of folio sizes are called as below sysfs: ``hugepages-64kB/anon_fault_alloc``. A machine that counts
+        nothing gives none.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return {}
+
     def mapped(self) -> list[Segment]:
         """The ranges of all mappings, by ascending address: :meth:`vmas` without what costs time to find out.
 
@@ -317,6 +355,46 @@ class AddressSpace(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Reading:
+    """The :class:`Watch` of a backend that has no better one."""
+
+    def __init__(self, space: AddressSpace) -> None:
+        self._space = space
+
+    def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
+        """Everything."""
+        for block in in_range_blocks(segments, self._space.geometry, WATCH_BLOCK):
+            yield self._space.read(block)
+
+
+def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[Segment]:
+    """`segments`, those that begin inside a PMD range cut at its end.
+
+    :func:`in_blocks` cuts at multiples of its size from a segment's start, so it cuts these at PMD ranges only.
+    """
+    for start, end in segments:
+        aligned = -(-start // geometry.pmd_size) * geometry.pmd_size
+        if start < aligned < end:
+            yield start, aligned
+            start = aligned
+        yield start, end
+
+
+def in_range_blocks(segments: Iterable[Segment], geometry: Geometry, block_size: int) -> Iterator[list[Segment]]:
+    """As :func:`in_blocks`, but what lies in one PMD range comes in one group, which may be that much larger."""
+    block: list[Segment] = []
+    room = block_size
+    for [segment] in (group for piece in at_pmd_ranges(segments, geometry) for group in in_blocks([piece], block_size)):
+        start, end = segment
+        if block and end - start > room and start // geometry.pmd_size != (block[-1][1] - 1) // geometry.pmd_size:
+            yield block
+            block, room = [], block_size
+        block.append(segment)
+        room -= end - start
+    if block:
+        yield block
 
 
 def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Segment]]:

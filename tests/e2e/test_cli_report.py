@@ -41,6 +41,25 @@ def test_a_snapshot_becomes_a_page(snapshot: Path, tmp_path: Path) -> None:
     assert "max_ptes_none 64" in text
 
 
+def test_a_comparison_becomes_a_page(snapshot: Path, tmp_path: Path) -> None:
+    result, out = tmp_path / "compare.json", tmp_path / "out.html"
+    done = mthp("compare", snapshot, "--max-ptes-none", "64,511", "--scans", "all", "--json")
+    result.write_text(done.stdout)
+    assert mthp("report", result, "-o", out).returncode == 0
+    text = out.read_text("utf-8")
+    for wanted in ("4711 (redis-server)", "Coverage against bloat", "Creep", "no-creep max_ptes_none=64"):
+        assert wanted in text
+    result.write_text(done.stdout[:-40])
+    cut = mthp("report", result, "-o", out, "--force")
+    assert (cut.returncode, "cut short" in cut.stderr) == (2, True)
+    result.write_text(done.stdout.replace('"rows"', '"sows"'))
+    damaged = mthp("report", result, "-o", out, "--force")
+    assert (damaged.returncode, "damaged" in damaged.stderr) == (2, True)
+    result.write_text('{"schema": "mthp.inspect/1"}')
+    other = mthp("report", result, "-o", out, "--force")
+    assert (other.returncode, "not of `mthp compare`" in other.stderr) == (2, True)
+
+
 def test_two_snapshots_are_set_side_by_side(snapshot: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.html"
     assert mthp("report", snapshot, "--after", snapshot, "-o", out).returncode == 0

@@ -15,9 +15,8 @@ from mover_targets import compiled, wait_for
 from mthp.addrspace import Block
 from mthp.geometry import X86_64
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.ptrace import Registers
 from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.tracee import Tracee
+from mthp.linux.mover.tracee import Stopped
 from mthp.linux.process import Process
 from thp_switches import ThpSwitches
 
@@ -71,9 +70,9 @@ def test_a_disturbed_sequence_is_aborted(tmp_path: Path, thp_switches: ThpSwitch
 def test_without_care_it_would_be_committed(
     tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def home(tracee: Tracee) -> Registers:
-        return tracee.registers.copy()
+    def where_it_stopped(stopped: Stopped) -> None:
+        stopped.homes[:] = stopped.registers
 
     thp_switches.only("64kB", word="always")
-    monkeypatch.setattr(Tracee, "home", property(home))
+    monkeypatch.setattr(Stopped, "settle", where_it_stopped)
     assert COMMITTED in _fates_of_disturbed_sequences(tmp_path)

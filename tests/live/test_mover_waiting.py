@@ -9,7 +9,7 @@ import pytest
 
 from mover_targets import WAITERS, Waiters
 from mthp.geometry import X86_64
-from mthp.linux.mover import tracee
+from mthp.linux.mover import x86_64
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.process import Process
 from thp_switches import ThpSwitches
@@ -41,7 +41,7 @@ def test_without_the_repair_some_would_return_eintr(
 ) -> None:
     """The list of calls to repair is needed: this is what a plain stop does to them."""
     thp_switches.only("64kB", word="always")
-    monkeypatch.setattr(tracee, "EINTR_CALLS", frozenset())
+    monkeypatch.setattr(x86_64, "EINTR_CALLS", frozenset())
     with Waiters(tmp_path) as target:
         _move_all(target, 1)
         leaked = {name for name, result in target.not_waiting().items() if result == -errno.EINTR}

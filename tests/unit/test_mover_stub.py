@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from mthp.linux.mover import inject, stub, tracee
-from mthp.linux.mover.ptrace import ALL_SIGNALS, NO_SYSCALL, Registers
+from mthp.errors import UnsupportedError
+from mthp.linux.mover import calls, inject, machine, stub, x86_64
+from mthp.linux.mover.ptrace import ALL_SIGNALS
+from mthp.linux.mover.x86_64 import COLUMN, NO_SYSCALL, X8664
 
-SOURCE = Path(stub.__file__).with_name("stub_x86_64.S")
-LAYOUT = stub.Layout(base=0x7F00_0000_0000, threads=70, operations=32, scratch_size=2 << 20)
+SOURCES = Path(stub.__file__).parent
+SOURCE = SOURCES / "stub_x86_64.S"
+LAYOUT = stub.Layout(0x7F00_0000_0000, 70, 32, 2 << 20, X8664(), 4096)
+
+
+def assembled(source: Path, name: str, directory: Path) -> bytes:
+    """The text section of an assembler file for the machine `name`; skips the test where no tool can make it."""
+    prefixes = (f"{name.replace('_', '-')}-linux-gnu-", f"{name}-linux-gnu-", "")
+    for prefix in prefixes:
+        # The C compiler knows macros of the preprocessor, which the assembler does not; without any, that will do.
+        tools = [shutil.which(prefix + tool) for tool in ("gcc", "as", "objcopy")]
+        compiler, assembler, objcopy = tools
+        tool = compiler or assembler
+        if not tool or not objcopy:
+            continue
+        if not prefix and platform.machine() != name:
+            continue
+        subprocess.run([tool, "-c", "-o", directory / "code.o", source], check=True)
+        subprocess.run([objcopy, "-O", "binary", "-j", ".text", directory / "code.o", directory / "code"], check=True)
+        return (directory / "code").read_bytes()
+    pytest.skip(f"needs an assembler for {name} (Debian: binutils-{name.replace('_', '-')}-linux-gnu)")
 
 
 def test_the_bytes_are_the_source_assembled(tmp_path: Path) -> None:
-    compiler, objcopy = shutil.which("cc"), shutil.which("objcopy")
-    if not compiler or not objcopy:
-        pytest.skip("needs cc and objcopy")
-    if subprocess.run([compiler, "-dumpmachine"], capture_output=True, check=True, text=True).stdout[:6] != "x86_64":
-        pytest.skip("needs a compiler for x86-64")
-    subprocess.run([compiler, "-c", "-o", tmp_path / "stub.o", SOURCE], check=True)
-    subprocess.run([objcopy, "-O", "binary", "-j", ".text", tmp_path / "stub.o", tmp_path / "stub.bin"], check=True)
-    assert (tmp_path / "stub.bin").read_bytes() == stub.CODE
+    assert assembled(SOURCE, "x86_64", tmp_path) == x86_64.CODE
+
+
+@pytest.mark.parametrize("name", calls.CODE)
+def test_the_bytes_of_the_calls_are_their_source_assembled(tmp_path: Path, name: str) -> None:
+    assert assembled(SOURCES / f"calls_{name}.S", name, tmp_path) == calls.CODE[name]
 
 
 def _defines() -> dict[str, int]:
@@ -42,11 +64,11 @@ def test_source_and_layout_agree() -> None:
         assert defines[f"OP_{name.upper()}"] == fields[name][1], name
     assert defines["OP_SIZE"] == stub.OPERATION.itemsize
     assert defines["OPS"] == stub.HEADER_BYTES
-    assert defines["C_SIZE"] == stub.CONTEXT_BYTES
+    assert defines["C_SIZE"] == X8664.context_bytes
     assert defines["NONCE"] == stub.NONCE_OFFSET
     assert [defines[name] for name in ("SETUP", "GO", "DONE", "ABORT")] == [stub.SETUP, stub.GO, stub.DONE, stub.ABORT]
     assert (defines["FLAG_VERIFY"], defines["FLAG_FILL"]) == (stub.FLAG_VERIFY, stub.FLAG_FILL)
-    assert len(stub.CODE) <= stub.PAGE
+    assert len(x86_64.CODE) <= 4096
 
 
 def test_a_header_holds_each_number_where_the_stub_looks() -> None:
@@ -68,42 +90,66 @@ def test_a_header_holds_each_number_where_the_stub_looks() -> None:
     assert word(defines["OPS"] + defines["OP_ERROR"]) == stub.NOT_TRIED
 
 
+def registers_of(**values: int) -> NDArray[np.uint64]:
+    """General registers of one thread."""
+    registers = np.zeros((1, X8664.words), np.uint64)
+    for name, value in values.items():
+        registers[0, COLUMN[name]] = value % (1 << 64)
+    return registers
+
+
 def test_a_context_holds_each_register_where_the_stub_looks() -> None:
     defines = _defines()
-    registers = Registers()
     names = ["rip", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16))]
-    for number, name in enumerate(names):
-        setattr(registers, name, 1000 + number)
-    registers.eflags = 0x246
-    registers.orig_rax = NO_SYSCALL
-    packed = LAYOUT.pack_context(registers, 0xABCD, 3)
-    assert len(packed) == stub.CONTEXT_BYTES
+    values = {name: 1000 + number for number, name in enumerate(names)}
+    home = registers_of(**values, eflags=0x246, orig_rax=NO_SYSCALL)
+    homes = np.concatenate([registers_of(), home])
+    packed = LAYOUT.pack_contexts(homes, np.array([1, 0xABCD], np.uint64))
+    assert len(packed) == 2 * X8664.context_bytes
+    second = packed[X8664.context_bytes :]
 
     def word(name: str) -> int:
         offset = defines[f"C_{name}"]
-        return int.from_bytes(packed[offset : offset + 8], "little")
+        return int.from_bytes(second[offset : offset + 8], "little")
 
     assert [word(name.upper()) for name in names] == [1000 + number for number in range(len(names))]
     assert (word("FLAGS"), word("MASK"), word("TICKS"), word("NAP")) == (0x246, 0xABCD, 0, 0)
-    assert word("TRAMPOLINE") == LAYOUT.trampoline(3)
+    assert word("TRAMPOLINE") == LAYOUT.trampoline(1)
 
 
-@given(threads=st.integers(1, 5000), operations=st.integers(1, 1024))
-def test_the_parts_of_the_mapping_do_not_overlap(threads: int, operations: int) -> None:
-    layout = stub.Layout(1 << 40, threads, operations, 2 << 20)
-    assert len(layout.executable()) <= layout.code_size
-    assert layout.trampoline(threads - 1) + stub.TRAMPOLINE_BYTES <= layout.header
+@given(
+    threads=st.integers(1, 5000),
+    operations=st.integers(1, 1024),
+    name=st.sampled_from(machine.MACHINES),
+    page_size=st.sampled_from([4096, 16384, 65536]),
+)
+def test_the_parts_of_the_mapping_do_not_overlap(threads: int, operations: int, name: str, page_size: int) -> None:
+    layout = stub.Layout(1 << 40, threads, operations, 2 << 20, machine.by_name(name), page_size)
+    assert layout.trampoline(threads - 1) + layout.machine.trampoline_bytes <= layout.header
+    assert layout.trampoline(0) - layout.base >= len(layout.machine.code)
     assert layout.header + stub.HEADER_BYTES + operations * stub.OPERATION.itemsize == layout.context(0)
     assert layout.context(threads) <= layout.scratch
     assert layout.scratch + layout.scratch_size == layout.base + layout.size
-    assert all(part % stub.PAGE == 0 for part in (layout.header, layout.scratch, layout.size))
+    assert all(part % page_size == 0 for part in (layout.header, layout.scratch))
+
+
+@pytest.mark.parametrize("name", machine.MACHINES)
+def test_what_is_executed_begins_with_the_code(name: str) -> None:
+    layout = stub.Layout(1 << 40, 3, 8, 2 << 20, machine.by_name(name), 4096)
+    assert layout.executable.startswith(layout.machine.code)
+    assert len(layout.executable) <= layout.code_size
+
+
+def test_a_machine_without_a_stub_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="riscv64"):
+        machine.by_name("riscv64")
 
 
 def test_a_trampoline_refers_to_its_own_context() -> None:
     defines = _defines()
     for index in (0, 1, LAYOUT.threads - 1):
         at = LAYOUT.trampoline(index)
-        code = LAYOUT.executable()[at - LAYOUT.base :][: stub.TRAMPOLINE_BYTES]
+        code = LAYOUT.executable[at - LAYOUT.base :][: X8664.trampoline_bytes]
         for end, register in ((7, "RBX"), (14, "RSP"), (20, "RIP")):
             target = at + end + int.from_bytes(code[end - 4 : end], "little", signed=True)
             assert target == LAYOUT.context(index) + defines[f"C_{register}"]
@@ -112,30 +158,51 @@ def test_a_trampoline_refers_to_its_own_context() -> None:
 @pytest.mark.parametrize(
     ("call", "result", "expected"),
     [
-        (35, -tracee.ERESTART_RESTARTBLOCK, (tracee.NR_RESTART_SYSCALL, -2)),
-        (0, -tracee.ERESTARTSYS, (0, -2)),
-        (34, -tracee.ERESTARTNOHAND, (34, -2)),
-        (56, -tracee.ERESTARTNOINTR, (56, -2)),
+        (35, -machine.ERESTART_RESTARTBLOCK, (x86_64.NR_RESTART_SYSCALL, -2)),
+        (0, -machine.ERESTARTSYS, (0, -2)),
+        (34, -machine.ERESTARTNOHAND, (34, -2)),
+        (56, -machine.ERESTARTNOINTR, (56, -2)),
         (0, 5, (5, 0)),
         (0, -4, (-4, 0)),
-        (-1, -tracee.ERESTARTSYS, (-tracee.ERESTARTSYS, 0)),
+        (-1, -machine.ERESTARTSYS, (-machine.ERESTARTSYS, 0)),
     ],
 )
 def test_a_thread_that_restores_itself_restarts_its_call(call: int, result: int, expected: tuple[int, int]) -> None:
-    registers = Registers(rip=0x1000, rax=result % (1 << 64), orig_rax=call % (1 << 64))
-    own = stub.alone(registers)
-    assert (own.rax, own.rip) == (expected[0] % (1 << 64), 0x1000 + expected[1])
-    assert (registers.rip, registers.rax) == (0x1000, result % (1 << 64))
+    registers = np.concatenate([registers_of(rip=7), registers_of(rip=0x1000, rax=result, orig_rax=call)])
+    own = x86_64.alone(registers)
+    assert (own[1, COLUMN["rax"]], own[1, COLUMN["rip"]]) == (expected[0] % (1 << 64), 0x1000 + expected[1])
+    assert registers[1, COLUMN["rip"]] == 0x1000
+    assert registers[1, COLUMN["rax"]] == result % (1 << 64)
+    assert own[0, COLUMN["rip"]] == 7
+
+
+def test_only_an_eintr_of_a_listed_call_is_made_good() -> None:
+    eintr = -4
+    rows = [
+        registers_of(orig_rax=232, rax=eintr),
+        registers_of(orig_rax=232, rax=0),
+        registers_of(orig_rax=34, rax=eintr),
+        registers_of(orig_rax=-1, rax=eintr),
+    ]
+    registers = np.concatenate(rows)
+    assert X8664().repair(registers).tolist() == [True, False, False, False]
+    assert registers[:, COLUMN["rax"]].astype(np.int64).tolist() == [-machine.ERESTARTNOHAND, 0, eintr, eintr]
 
 
 def test_a_parked_thread_keeps_its_stack_and_runs_plainly() -> None:
-    home = Registers(rip=1, rsp=0x7FFE_0000, rbx=2, eflags=0x246 | 0x100 | 0x400 | 0x40000, orig_rax=0, cs=0x33)
-    parked = LAYOUT.park(home, 5, stub.ENTRY_PARK)
-    assert parked.rip == LAYOUT.base + stub.ENTRY_PARK
-    assert (parked.rsp, parked.cs) == (home.rsp, home.cs)
-    assert (parked.rbx, parked.rbp) == (LAYOUT.context(5), LAYOUT.header)
-    assert parked.eflags == 0x246
-    assert parked.orig_rax == NO_SYSCALL
-    assert LAYOUT.holds_code(parked.rip)
-    assert not LAYOUT.holds_code(home.rip)
+    flags = 0x246 | 0x100 | 0x400 | 0x40000
+    home = registers_of(rip=1, rsp=0x7FFE_0000, rbx=2, eflags=flags, orig_rax=0, cs=0x33)
+    homes = np.repeat(home, 6, axis=0)
+    for row, parked, entry in (
+        (5, LAYOUT.parked(homes)[5], X8664.entry_park),
+        (3, LAYOUT.parked(homes, worker=3)[0], X8664.entry_worker),
+    ):
+        register = dict(zip(COLUMN, parked.tolist(), strict=True))
+        assert register["rip"] == LAYOUT.base + entry
+        assert (register["rsp"], register["cs"]) == (0x7FFE_0000, 0x33)
+        assert (register["rbx"], register["rbp"]) == (LAYOUT.context(row), LAYOUT.header)
+        assert register["eflags"] == 0x246
+        assert register["orig_rax"] == NO_SYSCALL
+        assert LAYOUT.holds_code(register["rip"])
+    assert homes[5, COLUMN["rip"]] == 1
     assert inject.UFFDIO_API == 0xC0000000 | 24 << 16 | 0xAA << 8 | 0x3F

@@ -15,28 +15,10 @@ from mthp.planning import PlanOptions
 from mthp.report.charts import Series, bar_chart, chart, nice_ticks
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table
 from mthp.report.gather import Source, report_on
-from mthp.report.outcomes import Outcome, marked
 from mthp.report.page import render, write
 from report_spaces import HOSTILE, hostile, redis_like
 
 pytest.importorskip("jinja2")
-
-
-def outcome(coverage: float, bloat: int) -> Outcome:
-    return Outcome("p", 0, coverage, bloat, bloat / 100, 0, {}, 100)
-
-
-def test_the_frontier_is_what_nothing_beats() -> None:
-    found = marked([outcome(0.5, 10), outcome(0.6, 10), outcome(0.6, 10), outcome(0.9, 50), outcome(0.8, 60)])
-    assert [one.on_frontier for one in found] == [False, True, True, True, False]
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=20))
-def test_something_on_the_frontier_is_at_least_as_good_as_anything(points: list[tuple[int, int]]) -> None:
-    found = marked([outcome(coverage / 5, bloat) for coverage, bloat in points])
-    best = [one for one in found if one.on_frontier]
-    for one in found:
-        assert any(b.huge_coverage >= one.huge_coverage and b.bloat_bytes <= one.bloat_bytes for b in best)
 
 
 @given(st.floats(0, 1e12), st.floats(1e-6, 1e12))

@@ -15,12 +15,12 @@ from mthp.census import take_census
 from mthp.geometry import X86_64
 from mthp.planning import Folios, PlanOptions, plan_space
 from mthp.report import memorymap
+from mthp.report.kinds import Kinds
 from mthp.report.memorymap import (
     COLUMNS,
     LEVELS,
     MAX_ROWS,
     MAX_STRIPS,
-    Kinds,
     Stretch,
     column_bytes_for,
     draw,

@@ -30,6 +30,7 @@ COMMANDS = {
     "pause": "Have the running daemon begin nothing more.",
     "resume": "Have the running daemon go on.",
     "snapshot": "Record the page layout of a process in a file, to plan on elsewhere.",
+    "record": "Record a process over time, or make a recording of a trace of accesses.",
     "compare": "Policies side by side: coverage, bloat, creep; which are worth a look.",
     "report": "One HTML page: the address space, each policy, and at what price.",
     "conformance": "Replay what real kernels did in the simulated machine.",

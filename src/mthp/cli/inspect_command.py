@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
-from mthp.cli.options import json_option, target_argument
+from mthp.cli.options import at_option, json_option, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
 from mthp.eligibility import Eligibility
 from mthp.geometry import Geometry, format_size
@@ -23,13 +23,14 @@ TOP_MAPPINGS = 20
 @target_argument
 @click.option("--all", "show_all", is_flag=True, help="Show every mapping, not just the largest.")
 @click.option("--numa", is_flag=True, help="Tell as well on which NUMA nodes the pages of each mapping lie.")
+@at_option
 @json_option
-def command(target: str, show_all: bool, numa: bool, as_json: bool) -> None:
+def command(target: str, show_all: bool, numa: bool, as_json: bool, at: str | None) -> None:
     """Count the pages of TARGET by folio order, per mapping and in all.
 
-    TARGET is a PID, the word self, or a snapshot file.
+    TARGET is a PID, the word self, or a snapshot or recording.
     """
-    with open_target(target) as space, progress_bar("reading", hidden=as_json) as progress:
+    with open_target(target, at=at) as space, progress_bar("reading", hidden=as_json) as progress:
         census = take_census(space, progress, nodes=numa)
     if as_json:
         print_json("inspect", census_json(census), vmas=vmas_json(census))

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from mthp.cli.inspect_command import geometry_json
-from mthp.cli.options import json_option, plan_options, planned, target_argument
+from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
 from mthp.geometry import format_size
 from mthp.planning import SpacePlan, plan_space
@@ -21,13 +21,14 @@ TOP_REASONS = 8
 @click.command("plan")
 @target_argument
 @plan_options
+@at_option
 @json_option
-def command(target: str, as_json: bool, **options: Any) -> None:
+def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
     """Say what a collapse of TARGET would do, and change nothing.
 
-    TARGET is a PID, the word self, or a snapshot file. Limits are the system's own unless given.
+    TARGET is a PID, the word self, or a snapshot or recording. Limits are the system's own unless given.
     """
-    with open_target(target) as space, progress_bar("planning", hidden=as_json) as progress:
+    with open_target(target, at=at) as space, progress_bar("planning", hidden=as_json) as progress:
         plan = plan_space(space, planned(options), progress)
         missing = space.missing
     if as_json:

@@ -40,11 +40,13 @@ def command(
 ) -> None:
     """Write one HTML page on FILE: its address space, what each policy would make of it, and at what price.
 
-    FILE is a snapshot, or a PID for a quick look. The page is complete in itself: it loads nothing from anywhere and
-    runs no script. It holds no contents of memory, no environment, and no arguments unless asked for.
+    FILE is a snapshot, a PID for a quick look, or what `mthp compare --json` printed. The page is complete in itself:
+    it loads nothing from anywhere and runs no script. It holds no contents of memory, no environment, and no
+    arguments unless asked for.
     """
     from mthp.report import write
     from mthp.report.gather import Source, report_on
+    from mthp.report.results import is_json, report_on_comparison
 
     if output.exists() and not force:
         raise UsageError(f"{output}: exists already", help="use --force to replace it")
@@ -54,16 +56,19 @@ def command(
     if after is not None and pid_of(after) is not None:
         raise UsageError("--after takes a snapshot", help=f"make one with: mthp snapshot {after} -o after.parquet")
     arguments = _arguments(pid) if with_arguments else ""
-    with still(file, hidden=as_json) as (space, recorded_at), progress_bar("reporting", hidden=as_json) as progress:
-        later = None if after is None else open_target(after)
-        source = Source(space, recorded_at, later, arguments)
-        document = report_on(
-            source,
-            planned(options),
-            _commands(file, pid),
-            lambda _, done, total: progress(done, total),
-            version=__version__,
-        )
+    if pid is None and is_json(Path(file)):
+        document = report_on_comparison(Path(file), _commands(file, None)[:1], version=__version__)
+    else:
+        with still(file, hidden=as_json) as (space, recorded_at), progress_bar("reporting", hidden=as_json) as progress:
+            later = None if after is None else open_target(after)
+            source = Source(space, recorded_at, later, arguments)
+            document = report_on(
+                source,
+                planned(options),
+                _commands(file, pid),
+                lambda _, done, total: progress(done, total),
+                version=__version__,
+            )
     size = write(document, output, overwrite=force)
     if as_json:
         print_json("report", {"target": document.title, "output": str(output), "bytes": size})

@@ -164,13 +164,13 @@ class ColumnReader:
         windows = windows.where(likely)
         if not len(windows):
             return windows
-        regions = self._huge_regions(windows)
+        regions = self.huge_regions(windows)
         if not len(regions):
             return windows.where(np.zeros(len(windows), np.bool_))
         at = np.maximum(np.searchsorted(regions[:, 0], windows.page, side="right") - 1, 0)
         return windows.where((regions[at, 0] <= windows.page) & (windows.page < regions[at, 1]))
 
-    def _huge_regions(self, windows: Windows) -> _Index:
+    def huge_regions(self, windows: Windows) -> _Index:
         """Runs that PMD entries map, within `windows`: int64, shape (runs, 2), page numbers, ascending."""
         page_size = self._geometry.page_size
         order = np.argsort(windows.page)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma
+from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma, Watch
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
@@ -24,8 +24,9 @@ from mthp.linux.columns import ColumnReader
 from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
 from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
-from mthp.linux.process import Process
+from mthp.linux.process import Process, ProcStat
 from mthp.linux.sysfs import ThpSysfs
+from mthp.linux.watch import LiveWatch
 from mthp.outline import Outline
 from mthp.results import ScanResult, result_of_madvise
 from mthp.tunables import Switches, Tunables
@@ -130,6 +131,18 @@ class LiveAddressSpace(AddressSpace):
     def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
         nodes = procfs.read_numa(self.process, self._geometry.page_size)
         return [replace(vma, node_pages=nodes.get(vma.start, ())) for vma in vmas]
+
+    def watch(self) -> Watch:
+        # Without frame numbers a page that moved into a huge one looks like before.
+        return super().watch() if self._folios is None else LiveWatch(self._pagemap, self._columns, self._geometry)
+
+    def counters(self) -> dict[str, int]:
+        stat = ProcStat.parse(self.process.read("stat"))
+        counters = {"minflt": stat.minflt, "majflt": stat.majflt}
+        for order, values in self.sysfs.stats(self._geometry).items():
+            name = self._geometry.sysfs_name(order)
+            counters |= {f"{name}/{counter}": value for counter, value in values.items()}
+        return counters | self.sysfs.vmstat()
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         """The page table entries of `segments`, one after another. It takes about 50 bytes of memory a page.

@@ -37,25 +37,29 @@ _REFUSED = (errno.EACCES, errno.EPERM)
 
 @dataclass(frozen=True, slots=True)
 class ProcStat:
-    """The fields of ``/proc/PID/stat`` that tell what kind of process it is (proc_pid_stat(5)).
+    """The fields of ``/proc/PID/stat`` that tell what kind of process it is, and its faults (proc_pid_stat(5)).
 
     Attributes:
         state: one letter; Z a zombie, X dead.
         ppid: its parent.
         flags: ``PF_*`` of include/linux/sched.h.
+        minflt, majflt: faults that took no input and output, and such that did.
         starttime: when it started, in clock ticks since boot.
     """
 
     state: str
     ppid: int
     flags: int
+    minflt: int
+    majflt: int
     starttime: int
 
     @classmethod
     def parse(cls, text: bytes) -> ProcStat:
         """Read the text of ``/proc/PID/stat``; the name in it may hold spaces and parentheses."""
         fields = text[text.rindex(b")") + 2 :].split()
-        return cls(state=fields[0].decode(), ppid=int(fields[1]), flags=int(fields[6]), starttime=int(fields[19]))
+        ppid, flags, minflt, majflt, starttime = (int(fields[index]) for index in (1, 6, 7, 9, 19))
+        return cls(fields[0].decode(), ppid, flags, minflt, majflt, starttime)
 
 
 class Process:

@@ -62,7 +62,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page: its heading, a sentence or two, then what there is of maps, charts and tables."""
+    """A part of the page: its heading, a sentence or two, maps, charts, tables, and remarks that can be opened."""
 
     title: str
     lead: str = ""
@@ -70,6 +70,7 @@ class Section:
     bars: Sequence[BarChart] = ()
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
+    remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 
 from mthp.addrspace import AddressSpace
 from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
-from mthp.collapse.policy import BUILT_IN
 from mthp.geometry import Geometry, format_size
+from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
 from mthp.planning import PlanOptions, SpacePlan, plan_space
-from mthp.report.charts import BarChart, Chart, Series, bar_chart, chart
+from mthp.report import compared
+from mthp.report.compared import percent
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table
-from mthp.report.memorymap import Kinds, MemoryMap, make_map
-from mthp.report.outcomes import Outcome, outcomes
-
-REST = ("rest", "left as it is")
-"""Class and label of what a collapse does not touch, in bars."""
+from mthp.report.memorymap import MemoryMap, make_map
 
 MAPPINGS = 60
 """Mappings in the table: those with most memory."""
@@ -81,8 +78,11 @@ def report_on(
         )
     plan = plan_space(space, options, lambda done, total: progress("planning", done, total))
     after = None if source.later is None else take_census(source.later)
-    found = outcomes(
-        space, options, list(BUILT_IN), _limits(census.geometry), lambda done, total: progress("comparing", done, total)
+    comparison = compare(
+        space,
+        settings_of(DEFAULT_POLICIES, max_ptes_none=_limits(census.geometry), include_file=options.include_file),
+        scans=None,
+        progress=lambda done, total: progress("comparing", done, total),
     )
     return Document(
         title=census.label,
@@ -91,7 +91,7 @@ def report_on(
         figures=_figures(census, plan, after),
         sections=(
             _map_section(source, census, plan, progress),
-            _policy_section(census.geometry, found),
+            compared.section(compared.Compared.of(comparison)),
             _plan_section(plan),
             _mappings_section(census),
         ),
@@ -103,12 +103,7 @@ def report_on(
 
 def _limits(geometry: Geometry) -> list[int]:
     n = geometry.ptes_per_pmd
-    return sorted({n - 1, n // 2, n // 8, 0}, reverse=True)
-
-
-def percent(share: float) -> str:
-    """A share of 1 as a percentage with one decimal."""
-    return f"{100 * share:.1f}%"
+    return [n - 1, n // 2, n // 8, 0]
 
 
 def _pmd(geometry: Geometry) -> str:
@@ -197,99 +192,6 @@ def _map_section(source: Source, census: Census, plan: SpacePlan, progress: Prog
         " What is hatched was empty and would become memory."
     )
     return Section("The address space", lead, maps=(memory,))
-
-
-def _policy_section(geometry: Geometry, found: Sequence[Outcome]) -> Section:
-    pmd = _pmd(geometry)
-    rows = [
-        (
-            Cell(one.policy, mark=one.on_frontier),
-            Cell(str(one.max_ptes_none), figure=True),
-            Cell(percent(one.huge_coverage), figure=True),
-            Cell(format_size(one.bloat_bytes), figure=True),
-            Cell(percent(one.bloat_share), figure=True),
-            Cell(format_size(one.copied_bytes), figure=True),
-            Cell("yes" if one.on_frontier else ""),
-        )
-        for one in found
-    ]
-    columns = ("policy", "max_ptes_none", f"mapped as {pmd}", "bloat", "bloat %", "copied", "on the frontier")
-    lead = (
-        "A policy says which folios are tried, max_ptes_none how many empty pages of a PMD range a collapse may fill."
-        " Bloat is memory that was not there before. Nothing beats what lies on the frontier in both."
-    )
-    return Section(
-        "What each policy would make of it",
-        lead,
-        bars=(_bars(geometry, found),),
-        charts=(frontier_chart(found, pmd),),
-        tables=(Table("All of them in figures", columns, rows),),
-    )
-
-
-def _bars(geometry: Geometry, found: Sequence[Outcome]) -> BarChart:
-    kinds = Kinds(geometry)
-
-    def parts(one: Outcome) -> list[tuple[str, str, int]]:
-        made = []
-        for order, count in one.folios_by_order.items():
-            kind = kinds.kinds[int(kinds.of_order[order])]
-            made.append((kind.key, kind.label, count * geometry.size_of(order)))
-        return [*made, (*REST, one.resident_bytes - one.copied_bytes)]
-
-    # Where limits do not matter, the bars are equal: the two ends tell enough.
-    chosen = {max(one.max_ptes_none for one in found), geometry.ptes_per_pmd // 8}
-    return bar_chart(
-        "Folios that would be made",
-        "Bytes by folio size. Where a bar is longer than another, the collapse has added memory.",
-        [(f"{one.policy}, {one.max_ptes_none}", parts(one)) for one in found if one.max_ptes_none in chosen],
-        legend=[*((kind.key, kind.label) for kind in kinds.kinds), REST],
-        size=format_size,
-    )
-
-
-def frontier_chart(found: Sequence[Outcome], pmd: str) -> Chart:
-    """Coverage against bloat, a series for each policy, and the frontier of what nothing beats."""
-    policies = list(dict.fromkeys(one.policy for one in found))
-    best = sorted({(one.bloat_bytes, one.huge_coverage) for one in found if one.on_frontier})
-    names: dict[tuple[int, float], list[str]] = {}
-    for one in found:
-        if one.on_frontier:
-            names.setdefault((one.bloat_bytes, one.huge_coverage), []).append(f"{one.policy} {one.max_ptes_none}")
-    ends = "; ".join(
-        f"{' = '.join(names[size, coverage])} ({percent(coverage)} for {format_size(size)})" for size, coverage in best
-    )
-    return chart(
-        "Coverage against bloat",
-        "The dashed line is the frontier: nothing covers more for less. On it lie, with the max_ptes_none of each:"
-        f" {ends}.",
-        [
-            Series(
-                policy,
-                [
-                    (
-                        100 * one.bloat_share,
-                        100 * one.huge_coverage,
-                        f"{one.policy}, max_ptes_none {one.max_ptes_none}: {percent(one.huge_coverage)} mapped as"
-                        f" {pmd}, {format_size(one.bloat_bytes)} ({percent(one.bloat_share)}) of bloat",
-                    )
-                    for one in found
-                    if one.policy == policy
-                ],
-            )
-            for policy in policies
-        ],
-        x_name="bloat, % of what is resident",
-        y_name=f"mapped as {pmd}, %",
-        x_format=lambda value: f"{value:g}%",
-        y_format=lambda value: f"{value:g}%",
-        y_range=(0.0, 100.0),
-        frontier=[(100 * _share(size, found), 100 * coverage) for size, coverage in best],
-    )
-
-
-def _share(size: int, found: Sequence[Outcome]) -> float:
-    return next(one.bloat_share for one in found if one.bloat_bytes == size)
 
 
 def _plan_section(plan: SpacePlan) -> Section:

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Segment, Vma, in_blocks
+from mthp.addrspace import AddressSpace, Segment, Vma, in_blocks
 from mthp.census import Census, VmaCensus
 from mthp.geometry import Geometry, format_size
 from mthp.planning import Folios
+from mthp.report.kinds import Kinds
 
 COLUMNS = 256
 """Columns in a row."""
@@ -45,19 +46,6 @@ _GAP = 2
 """Empty lines between rows, in units of levels."""
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of memory that the map tells apart.
-
-    Attributes:
-        key: its CSS class.
-        label: for the legend.
-    """
-
-    key: str
-    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,52 +113,6 @@ class MemoryMap:
     width = COLUMNS
 
 
-class Kinds:
-    """The kinds of memory on a geometry, the ones at the bottom of a column first.
-
-    Numbers of kinds: the orders from the largest to 0, then those of unknown order, swapped out, and added.
-    """
-
-    def __init__(self, geometry: Geometry) -> None:
-        orders = (*reversed(geometry.anon_orders), 1, 0)
-        self.of_order = np.zeros(128, np.int8)
-        """int8: the kind of each folio order; orders above the PMD order count as that."""
-        for number, order in enumerate(orders):
-            self.of_order[order] = number
-        self.unknown, self.swap, self.added = (np.int8(len(orders) + at) for at in range(3))
-        pmd = geometry.pmd_order
-        self.kinds = [Kind(f"o{_shade(order, geometry)}", _order_label(order, geometry)) for order in orders]
-        self.kinds += [
-            Kind("unknown", "size not visible"),
-            Kind("swap", "swapped out"),
-            Kind("added", "added by the collapse"),
-        ]
-        self.of_order[pmd + 1 :] = self.of_order[pmd]
-
-    def __len__(self) -> int:
-        return len(self.kinds)
-
-    def of(self, columns: PteColumns) -> NDArray[np.int8]:
-        """The kind of every page; -1 where nothing is."""
-        order = columns.folio_order
-        kind = np.full(len(order), -1, np.int8)
-        resident = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
-        kind[resident] = self.of_order[np.maximum(order[resident], 0)]
-        kind[resident & (order == ORDER_UNKNOWN)] = self.unknown
-        kind[columns.has(Pte.SWAP)] = self.swap
-        kind[columns.has(Pte.GUARD)] = -1
-        return kind
-
-
-def _shade(order: int, geometry: Geometry) -> int:
-    """Which of the ten shades an order has: 0 for base pages, 9 for the PMD order."""
-    return 0 if order == 0 else max(1, round(9 * order / geometry.pmd_order))
-
-
-def _order_label(order: int, geometry: Geometry) -> str:
-    return f"{geometry.label(order)} folios" if order else f"{geometry.label(0)} pages"
-
-
 @dataclass(frozen=True, slots=True)
 class Stretch:
     """A mapping that is drawn, and the parts of it that hold anything, in whole PMD ranges or to its ends."""
@@ -232,7 +174,7 @@ def shares(
         counts = np.zeros((-(-part.bytes // column_bytes), len(kinds)), np.int64)
         offset = 0
         for block in in_blocks(part.segments, BLOCK_BYTES):
-            kind = kinds.of(space.read(block))
+            kind = kinds.numbers(space.read(block))
             if folios is not None:
                 _lay(kind, block, folios, kinds, page_size)
             _count(counts, kind, offset, column_bytes // page_size)
@@ -290,7 +232,7 @@ def draw(counts: NDArray[np.int64], per_column: int, kinds: Kinds, geometry: Geo
     level = np.arange(LEVELS)
     raster = (padded[:, None, :] <= level[None, :, None]).sum(axis=2).reshape(rows, COLUMNS, LEVELS)
     lines = raster.transpose(0, 2, 1)[:, ::-1]
-    paths = tuple((kind.key, path) for number, kind in enumerate(kinds.kinds) if (path := _runs(lines == number)))
+    paths = tuple((kind.key, path) for number, kind in enumerate(kinds.all) if (path := _runs(lines == number)))
     return Picture(rows, paths, _summary(counts.sum(axis=0), kinds, geometry))
 
 
@@ -309,7 +251,7 @@ def _runs(cells: NDArray[np.bool_]) -> str:
 def _summary(pages: NDArray[np.int64], kinds: Kinds, geometry: Geometry) -> str:
     parts = [
         f"{format_size(count * geometry.page_size)} {kind.label}"
-        for kind, count in zip(kinds.kinds, pages.tolist(), strict=True)
+        for kind, count in zip(kinds.all, pages.tolist(), strict=True)
         if count
     ]
     return ", ".join(parts) or "nothing"
@@ -388,6 +330,6 @@ def _legend(before: Shares, after: Shares | None, kinds: Kinds, geometry: Geomet
             format_size(int(one[at]) * geometry.page_size),
             format_size(int(two[at]) * geometry.page_size) if after is not None else "",
         )
-        for at, kind in enumerate(kinds.kinds)
+        for at, kind in enumerate(kinds.all)
         if one[at] or two[at]
     )

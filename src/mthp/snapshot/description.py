@@ -109,7 +109,7 @@ class Description:
                 "missing": list(self.missing),
                 "pages": self.pages,
                 "state_bits": dict(self.state_bits),
-                "vmas": [_vma_to_json(vma) for vma in self.vmas],
+                "vmas": [vma_to_json(vma) for vma in self.vmas],
             },
             separators=(",", ":"),
         )
@@ -227,7 +227,8 @@ def _vmas(items: list[object], geometry: Geometry) -> tuple[Vma, ...]:
     return vmas
 
 
-def _vma_to_json(vma: Vma) -> dict[str, object]:
+def vma_to_json(vma: Vma) -> dict[str, object]:
+    """One mapping as an entry of ``vmas``."""
     return {
         "start": vma.start,
         "end": vma.end,

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, CollapseOutcome, PteColumns, Segment, Vma
-from mthp.errors import UnsupportedError, UsageError
-from mthp.geometry import Geometry
+from mthp.addrspace import ORDER_UNKNOWN, PteColumns, Segment
+from mthp.errors import UsageError
 from mthp.snapshot.description import SnapshotInfo
+from mthp.snapshot.recorded import RecordedSpace
 from mthp.snapshot.runs import Runs, decode, granules, join_granules, page_numbers
 from mthp.snapshot.table import RunReader
-from mthp.tunables import Switches, Tunables
 
 _ROW_GROUPS_KEPT = 4
 
@@ -54,7 +53,7 @@ def info(path: str | os.PathLike[str]) -> SnapshotInfo:
         reader.close()
 
 
-class SnapshotSpace(AddressSpace):
+class SnapshotSpace(RecordedSpace):
     """The address space in a file. It can be read and planned on, not collapsed; page frames are not recorded.
 
     Args:
@@ -65,8 +64,8 @@ class SnapshotSpace(AddressSpace):
     """
 
     def __init__(self, reader: RunReader) -> None:
+        super().__init__(reader.description, reader.path, "snapshot")
         self._reader = reader
-        self._description = reader.description
         self._runs = functools.lru_cache(_ROW_GROUPS_KEPT)(reader.runs)
         covered = _checked_cover(reader)
         self._first, self._end = covered[:, 0], covered[:, 1]
@@ -75,45 +74,6 @@ class SnapshotSpace(AddressSpace):
     def info(self) -> SnapshotInfo:
         """The summary of the file."""
         return self._reader.info
-
-    @property
-    def geometry(self) -> Geometry:
-        """As recorded."""
-        return self._description.geometry
-
-    @property
-    def label(self) -> str:
-        """As recorded."""
-        return self._description.label
-
-    @property
-    def kernel(self) -> str:
-        """As recorded."""
-        return self._description.kernel
-
-    @property
-    def switches(self) -> Switches:
-        """As recorded."""
-        return self._description.switches
-
-    @property
-    def tunables(self) -> Tunables:
-        """As recorded."""
-        return self._description.tunables
-
-    @property
-    def thp_disabled(self) -> bool:
-        """As recorded."""
-        return self._description.thp_disabled
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """As recorded."""
-        return self._description.missing
-
-    def vmas(self) -> list[Vma]:
-        """As recorded."""
-        return list(self._description.vmas)
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         """The entries of `segments` as recorded; what was not mapped or not read then is none.
@@ -125,17 +85,6 @@ class SnapshotSpace(AddressSpace):
         needed = [self._overlapping(self._runs(index), spans) for index in self._row_groups(spans)]
         state, folio_order = decode(Runs.concatenate(needed), spans)
         return PteColumns(tuple(segments), state, folio_order)
-
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
-        """Not possible: nothing runs here.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError(
-            f"{self._reader.path} is a snapshot, which cannot be collapsed",
-            help=f"plan it: mthp plan {self._reader.path}; or name a live process by its PID",
-        )
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
         """The parts of `segments` that hold runs, in aligned granules, clipped to their segment.

@@ -18,9 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind, in_blocks
+from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind, at_pmd_ranges, in_blocks
 from mthp.errors import UsageError
-from mthp.geometry import Geometry
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.runs import Runs, encode, page_numbers
 from mthp.snapshot.table import RunWriter, pyarrow, writing
@@ -59,7 +58,7 @@ def record(
         raise UsageError(f"block size {block_size} is not positive")
     pyarrow()
     target = _checked_target(path, overwrite=overwrite)
-    description = _describe(space)
+    description = describe(space, space.with_nodes(space.vmas()))
     with _appearing(target, os.fspath(path), overwrite=overwrite) as file:
         with RunWriter(file, os.fspath(path), space.geometry.page_size) as writer:
             for runs in _runs(space, description.vmas, block_size, progress or _silent):
@@ -73,7 +72,12 @@ def _silent(done: int, total: int) -> None:
     """No progress wanted."""
 
 
-def _describe(space: AddressSpace) -> Description:
+def describe(space: AddressSpace, vmas: Sequence[Vma]) -> Description:
+    """What `space` is at this moment, with these mappings.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
     return Description(
         label=space.label,
         kernel=space.kernel,
@@ -83,7 +87,7 @@ def _describe(space: AddressSpace) -> Description:
         tunables=space.tunables,
         thp_disabled=space.thp_disabled,
         missing=space.missing,
-        vmas=tuple(space.with_nodes(space.vmas())),
+        vmas=tuple(vmas),
         pages=0,
     )
 
@@ -117,16 +121,7 @@ def _segments(space: AddressSpace, vmas: Sequence[Vma]) -> Iterator[Segment]:
     for vma in vmas:
         if vma.kind is not VmaKind.SPECIAL:
             for segment in space.populated([(vma.start, vma.end)], geometry.pmd_size):
-                yield from _cut_at_pmd(segment, geometry)
-
-
-def _cut_at_pmd(segment: Segment, geometry: Geometry) -> Iterator[Segment]:
-    start, end = segment
-    aligned = -(-start // geometry.pmd_size) * geometry.pmd_size
-    if start < aligned < end:
-        yield start, aligned
-        start = aligned
-    yield start, end
+                yield from at_pmd_ranges([segment], geometry)
 
 
 def _checked_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:

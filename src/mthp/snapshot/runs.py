@@ -47,7 +47,7 @@ class Runs:
     def __len__(self) -> int:
         return len(self.first)
 
-    def __getitem__(self, chosen: slice | NDArray[np.bool_]) -> Runs:
+    def __getitem__(self, chosen: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Runs:
         return Runs(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
     @property

@@ -26,15 +26,21 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.linux.mover import ptrace
+from mthp.linux.mover.machine import Machine, native
 from mthp.linux.mover.steps import Observer, Step, ignore
-from mthp.linux.mover.taskfiles import Thread, read_task_file, task_ids
-from mthp.linux.mover.tracee import CannotStopError, Tracee, check_thread, examine
+from mthp.linux.mover.taskfiles import Thread, read_task_file, task_ids, thread_count
+from mthp.linux.mover.tracee import WALL, CannotStopError, Stopped, Tracee, check_thread
+from mthp.linux.mover.words import read_words
 from mthp.linux.process import Process
 
 STOP_TIMEOUT_NS = 200_000_000
@@ -43,8 +49,11 @@ STOP_TIMEOUT_NS = 200_000_000
 WORKER_TIMEOUT_NS = 10_000_000_000
 """How long the thread that runs our code may take to stop. Only a busy machine delays it."""
 
-_WALL = 0x40000000
 _POLL_SECONDS = 20e-6
+_LONGEST_POLL_SECONDS = 200e-6
+_STOP_SECONDS = 2e-6
+"""What it takes a thread to stop, once it has a processor."""
+
 _DYING = "ZX"
 _EXIT_CODES = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
@@ -57,22 +66,42 @@ class FrozenProcess:
     Args:
         process: the target.
         timeout_ns: how long threads may take to stop.
+        machine: that it runs on; by default the one that we run on.
+        like: threads that were stopped before; what was made for them is used again if they still are the same.
 
     Attributes:
         process: the target.
+        machine: that it runs on.
         tracees: its threads, by TID.
         begun_ns: when :meth:`stop` began, by :func:`time.perf_counter_ns`.
     """
 
-    def __init__(self, process: Process, timeout_ns: int = STOP_TIMEOUT_NS) -> None:
+    def __init__(
+        self,
+        process: Process,
+        timeout_ns: int = STOP_TIMEOUT_NS,
+        machine: Machine | None = None,
+        like: Stopped | None = None,
+    ) -> None:
         self.process = process
+        self.machine = machine or native()
         self.tracees: dict[int, Tracee] = {}
         self.begun_ns = 0
+        self._like = like
+        self._stopped: Stopped | None = None
         self._timeout_ns = timeout_ns
         self._deadline = 0
         self._seized: set[int] = set()
+        self._standing: dict[int, None] = {}
         self._dead: set[int] = set()
         self._memory = -1
+
+    @property
+    def stopped(self) -> Stopped:
+        """What is known of the threads that were stopped, in columns."""
+        if self._stopped is None:
+            raise RuntimeError("the process was not stopped")
+        return self._stopped
 
     @cached_property
     def memory(self) -> int:
@@ -96,44 +125,52 @@ class FrozenProcess:
         """
         self.begun_ns = time.perf_counter_ns()
         self._deadline = time.monotonic_ns() + self._timeout_ns
+        parts = []
         while fresh := self._unstopped():
-            seized = [tid for tid in fresh if self._seize(tid)]
-            for tid in seized:
-                if self._await_our_stop(tid):
-                    if tid not in known:
-                        self._check_stranger(tid)
-                    self.examine(tid)
-            if not seized:
+            part = self._stop(fresh)
+            if part is None:
                 self._rest()
-        if not self.tracees:
+                continue
+            for tid in part.tids:
+                if tid not in known:
+                    self._check_stranger(tid)
+            part.examine(self.process.label, self.read, self.read_words)
+            parts.append(part)
+        if not self._standing:
             self.process.check_alive()
             raise TargetVanishedError(f"process {self.process.label} is exiting")
+        self._stopped = stopped = Stopped.joined(parts)
+        self.tracees = {tid: Tracee(tid, row, stopped) for row, tid in enumerate(stopped.tids) if tid in self._standing}
 
     def _unstopped(self) -> list[int]:
         """Threads that may still run or write: all that were not stopped, less the dead."""
-        return [tid for tid in task_ids(self.process) if tid not in self.tracees and tid not in self._dead]
+        if self._standing and thread_count(self.process) == len(self._standing):
+            return []
+        return [tid for tid in task_ids(self.process) if tid not in self._standing and tid not in self._dead]
 
-    def _seize(self, tid: int) -> bool:
-        """Seize and interrupt; False if the thread is exiting.
+    def _stop(self, tids: list[int]) -> Stopped | None:
+        """Stop those of `tids` that are not exiting; None if all are.
 
         Raises:
             CannotStopError, NotPermittedError: as :meth:`stop`.
         """
-        try:
-            if tid not in self._seized:
-                ptrace.seize(tid)
-                self._seized.add(tid)
-            ptrace.interrupt(tid)
-        except OSError as error:
-            if error.errno not in (errno.ESRCH, errno.EPERM):
-                raise
-            if tid not in self._seized:
-                self._explain(tid, error)
-                return False
-        return True
+        part = self._like if self._like is not None and self._like.tids == tids else Stopped(self.machine, tids)
+        # Before anything else can go wrong: whoever was seized must be let go.
+        self._seized.update(tids)
+        exiting = part.attach()
+        self._seized.difference_update(exiting)
+        for tid, error in exiting.items():
+            self._explain(tid, error)
+        self._await_our_stops([tid for tid in tids if tid not in exiting], part if not exiting else None)
+        standing = [tid for tid in tids if tid in self._standing]
+        if standing == tids:
+            return part
+        return Stopped(self.machine, standing) if standing else None
 
-    def _explain(self, tid: int, error: OSError) -> None:
-        """Do nothing if the thread is exiting, for which the kernel also says EPERM; note whether it is dead already.
+    def _explain(self, tid: int, error: int) -> None:
+        """Do nothing if a thread that could not be seized is exiting; note whether it is dead already.
+
+        For that, too, the kernel says EPERM.
 
         Raises:
             CannotStopError, NotPermittedError: it is not exiting.
@@ -149,15 +186,15 @@ class FrozenProcess:
                 help="a process has one tracer at a time: end the debugger, strace or other mthp",
             )
         # An exiting thread keeps its memory for a moment in which it cannot be seized any more.
-        if error.errno == errno.EPERM and time.monotonic_ns() > self._deadline:
+        if error == errno.EPERM and time.monotonic_ns() > self._deadline:
             raise NotPermittedError(
                 f"not permitted to trace process {self.process.label}",
                 help="run as the same user or with CAP_SYS_PTRACE (root);"
                 " /proc/sys/kernel/yama/ptrace_scope may forbid it",
-            ) from error
+            )
 
-    def _rest(self) -> None:
-        """Wait a moment.
+    def _rest(self, waiting: int = 0) -> None:
+        """Wait a moment, a longer one for many threads, which all need the processors that we leave to them.
 
         Raises:
             CannotStopError: the time is up.
@@ -167,24 +204,34 @@ class FrozenProcess:
                 f"process {self.process.label} does not stop",
                 help="a thread sleeps uninterruptibly (state D), waits in vfork(2), or is exiting: try again later",
             )
-        time.sleep(_POLL_SECONDS)
+        time.sleep(min(_POLL_SECONDS + waiting * _STOP_SECONDS, _LONGEST_POLL_SECONDS))
 
-    def _await_our_stop(self, tid: int) -> bool:
-        """Wait until `tid` stops for PTRACE_INTERRUPT, with every signal before that delivered; False if it exited.
+    def _await_our_stops(self, tids: list[int], together: Stopped | None = None) -> None:
+        """Wait until all of `tids` stop for PTRACE_INTERRUPT, with every signal before that delivered, or exit.
+
+        Args:
+            tids: the threads.
+            together: these threads, if they can be waited for together.
 
         Raises:
             CannotStopError: the time is up.
         """
-        while True:
-            stop = self.poll(tid)
-            if stop is None:
-                if self.has_exited(tid):
-                    return False
-                self._rest()
-            elif stop >> 8 == ptrace.PTRACE_EVENT_STOP:
-                return True
-            else:
-                self.resume(tid, stop)
+        waiting = tids
+        stops = together.wait() if together else None
+        while waiting:
+            still = []
+            for index, tid in enumerate(waiting):
+                stop = stops[index] if stops else self.poll(tid) or 0
+                if stop >> 8 == ptrace.PTRACE_EVENT_STOP:
+                    self._standing[tid] = None
+                elif stop:
+                    self.resume(tid, stop)
+                    still.append(tid)
+                elif stops or not self.has_exited(tid):
+                    still.append(tid)
+            if still:
+                self._rest(len(still))
+            waiting, stops = still, None
 
     def stop_again(self, tid: int) -> bool:
         """Stop a thread that was let run meanwhile; False if it exited.
@@ -202,12 +249,14 @@ class FrozenProcess:
             CannotStopError: the time is up.
         """
         self._deadline = time.monotonic_ns() + WORKER_TIMEOUT_NS
-        return self._await_our_stop(tid)
+        self._standing.pop(tid, None)
+        self._await_our_stops([tid])
+        return tid in self._standing
 
     def poll(self, tid: int) -> int | None:
         """The stop that `tid` is in and that was not reported yet: signal | event << 8; None if there is none."""
         try:
-            status = os.waitid(os.P_PID, tid, os.WSTOPPED | os.WNOHANG | _WALL)
+            status = os.waitid(os.P_PID, tid, os.WSTOPPED | os.WNOHANG | WALL)
         except ChildProcessError:
             return None
         return None if status is None else status.si_status
@@ -218,15 +267,16 @@ class FrozenProcess:
         A leader that is our own child is left to whoever started it: one exit status, one taker.
         """
         try:
-            status = os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL)
+            status = os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL)
             # A stop of a tracee is reported whatever was asked for (wait_task_stopped, kernel/exit.c).
             if status is None or status.si_code not in _EXIT_CODES:
                 return False
             if tid != self.process.pid or not self._is_our_child():
-                os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | _WALL)
+                os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
         except ChildProcessError:
             pass
         self._dead.add(tid)
+        self._standing.pop(tid, None)
         self.tracees.pop(tid, None)
         return True
 
@@ -254,13 +304,15 @@ class FrozenProcess:
         if text := read_task_file(self.process, tid, "status"):
             check_thread(self.process, Thread.parse(tid, text))
 
-    def examine(self, tid: int) -> None:
-        """Take a thread that has just stopped, and runs code of its own, into :attr:`tracees`.
+    def examine_again(self, tid: int) -> None:
+        """Take a thread that has just stopped, and runs code of its own, as it is now.
 
         Raises:
             CannotStopError: it must not be given our code.
         """
-        self.tracees[tid] = examine(self.process.label, tid, self.read)
+        alone = Stopped(self.machine, [tid])
+        alone.examine(self.process.label, self.read, self.read_words)
+        self.tracees[tid] = Tracee(tid, 0, alone)
 
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes of the target's memory.
@@ -276,6 +328,19 @@ class FrozenProcess:
         if len(data) != size:
             raise TargetVanishedError(f"process {self.process.label} gave up its memory")
         return data
+
+    def read_words(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The 64-bit words at `addresses` of the target's memory: uint64, shape (addresses,).
+
+        Raises:
+            TargetVanishedError, MthpError: as :meth:`read`.
+        """
+        words = read_words(self.process.pid, addresses)
+        if words is not None:
+            return words
+        return np.array(
+            [int.from_bytes(self.read(address, 8), sys.byteorder) for address in addresses.tolist()], np.uint64
+        )
 
     def write(self, address: int, data: bytes) -> None:
         """Write to the target's memory, also where it may not write itself.
@@ -293,35 +358,48 @@ class FrozenProcess:
     def abandon(self) -> None:
         """Do nothing more to the threads: the end of the tracing thread lets them go, and they restore themselves."""
         self.tracees.clear()
+        self._standing.clear()
         self._seized.clear()
 
     def release(self, observer: Observer = ignore) -> None:
         """Let all threads go, those first put back whose registers are not their own."""
-        for tracee in list(self.tracees.values()):
-            try:
-                if tracee.touched:
-                    tracee.put_back()
-                    observer(Step.UNPARKED)
-            except OSError as error:
-                self._accept_exit(tracee.tid, error)
-        for tracee in list(self.tracees.values()):
-            try:
-                ptrace.detach(tracee.tid)
-                observer(Step.RELEASED)
-            except OSError as error:
-                self._accept_exit(tracee.tid, error)
-        for tid in self._seized - self.tracees.keys() - self._dead:
+        self._put_back(observer)
+        if self._stopped is not None and self._standing.keys() == set(self._stopped.tids):
+            for tid in self._stopped.detach(observer):
+                self.has_exited(tid)
+        else:
+            for tid in list(self._standing):
+                try:
+                    ptrace.detach(tid)
+                except OSError as error:
+                    self._accept_exit(tid, error)
+        for tid in self._seized - self._standing.keys() - self._dead:
             self.has_exited(tid)
         self.tracees.clear()
+        self._standing.clear()
         if self._memory >= 0:
             os.close(self._memory)
             self._memory = -1
+
+    def _put_back(self, observer: Observer) -> None:
+        touched = [tracee for tracee in self.tracees.values() if tracee.touched]
+        if touched and len(touched) == len(self.stopped.tids):
+            for tid in self.stopped.put_back(observer):
+                self.has_exited(tid)
+            return
+        for tracee in touched:
+            try:
+                tracee.put_back()
+                observer(Step.UNPARKED)
+            except OSError as error:
+                self._accept_exit(tracee.tid, error)
 
     def _accept_exit(self, tid: int, error: OSError) -> None:
         """Reap a thread that `error` shows to have been killed."""
         if error.errno != errno.ESRCH:
             raise error
         self.has_exited(tid)
+        self._standing.pop(tid, None)
         self.tracees.pop(tid, None)
 
 

@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import signal
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,9 +41,6 @@ from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.mover.tracee import Tracee
-
-NR_CLOSE, NR_MMAP, NR_MPROTECT, NR_MUNMAP, NR_IOCTL, NR_MADVISE, NR_USERFAULTFD = 3, 9, 10, 11, 16, 28, 323
-"""arch/x86/entry/syscalls/syscall_64.tbl."""
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x20, 0x4000
@@ -58,7 +56,6 @@ UFFDIO_REGISTER_MODE_MISSING = 1
 _NO_FD = (1 << 64) - 1
 _MAX_ERRNO = 4095
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
-_SYSCALL = b"\x0f\x05"
 _POLL_SECONDS = 5e-6
 _MIN_THREADS = 64
 
@@ -81,6 +78,7 @@ class RemoteCalls:
     def __init__(self, frozen: FrozenProcess, observer: Observer) -> None:
         self._frozen = frozen
         self._observer = observer
+        self._machine = frozen.machine
         self._tracee = choose(frozen)
         self._syscall = _syscall_address(frozen)
         self._hurried = False
@@ -108,24 +106,24 @@ class RemoteCalls:
             os.sched_setscheduler(self._tracee.tid, os.SCHED_OTHER, os.sched_param(0))
             self._hurried = False
 
-    def call(self, number: int, *arguments: int) -> int:
+    def call(self, name: str, *arguments: int) -> int:
         """Make one system call and give its result.
 
         Raises:
             RemoteError: it failed.
             TargetVanishedError: the target was killed.
         """
-        tid = self._tracee.tid
-        registers = self._tracee.home
-        registers.rip, registers.rax, registers.orig_rax = self._syscall, number, ptrace.NO_SYSCALL
-        names = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
-        for name, value in zip(names, arguments + (0,) * (len(names) - len(arguments)), strict=True):
-            setattr(registers, name, value)
+        tid, machine = self._tracee.tid, self._machine
+        registers = self._tracee.home.copy()
+        machine.leave_call(registers)
+        registers[0, machine.pc], registers[0, machine.number] = self._syscall, machine.calls[name]
+        for field, value in itertools.zip_longest(machine.arguments, arguments, fillvalue=0):
+            registers[0, field] = value
         ptrace.set_registers(tid, registers)
         self._observer(Step.HIJACKED)
         self._to_syscall_stop()
         self._to_syscall_stop()
-        result = ptrace.get_registers(tid).rax
+        result = int(ptrace.get_registers(tid, machine.words)[0, machine.result])
         error = (1 << 64) - result
         if error <= _MAX_ERRNO:
             raise RemoteError(error, os.strerror(error))
@@ -171,7 +169,7 @@ def _syscall_address(frozen: FrozenProcess) -> int:
         if line.endswith(b"[vdso]"):
             start, _, end = line.split()[0].partition(b"-")
             base = int(start, 16)
-            offset = frozen.read(base, int(end, 16) - base).find(_SYSCALL)
+            offset = frozen.read(base, int(end, 16) - base).find(frozen.machine.syscall)
             if offset >= 0:
                 return base + offset
     raise UnsupportedError(
@@ -207,7 +205,7 @@ class Injection:
             raise
         except MthpError:
             nonce, code = 0, b""
-        if nonce != self.nonce or not code.startswith(layout.executable()):
+        if nonce != self.nonce or not code.startswith(layout.executable):
             raise TargetVanishedError(
                 f"process {frozen.process.label} has another memory than before", help="it executed another program"
             )
@@ -238,20 +236,20 @@ def inject(
         NotPermittedError: userfaultfd is forbidden to the target.
         TargetVanishedError: the target was killed.
     """
-    planned = stub.Layout(0, max(min_threads, 2 * len(frozen.tracees)), operations, scratch_size)
+    planned = stub.Layout(0, max(min_threads, 2 * len(frozen.stopped.tids)), operations, scratch_size, frozen.machine)
     uffd = _NO_FD
     layout: stub.Layout | None = None
     with RemoteCalls(frozen, observer) as remote:
         try:
             flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-            base = remote.call(NR_MMAP, 0, planned.size, PROT_READ | PROT_EXEC, flags, _NO_FD, 0)
-            layout = stub.Layout(base, planned.threads, operations, scratch_size)
+            base = remote.call("mmap", 0, planned.size, PROT_READ | PROT_EXEC, flags, _NO_FD, 0)
+            layout = replace(planned, base=base)
             observer(Step.MAPPED)
             data = layout.size - layout.code_size
-            remote.call(NR_MPROTECT, layout.header, data, PROT_READ | PROT_WRITE)
-            remote.call(NR_MADVISE, base, layout.size, MADV_DONTFORK)
-            frozen.write(base, layout.executable())
-            uffd = remote.call(NR_USERFAULTFD, os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
+            remote.call("mprotect", layout.header, data, PROT_READ | PROT_WRITE)
+            remote.call("madvise", base, layout.size, MADV_DONTFORK)
+            frozen.write(base, layout.executable)
+            uffd = remote.call("userfaultfd", os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
             _register(frozen, remote, layout, uffd)
         except (OSError, MthpError) as error:
             if isinstance(error, TargetVanishedError):
@@ -267,18 +265,18 @@ def inject(
 
 def _register(frozen: FrozenProcess, remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
     frozen.write(layout.header, struct.pack("=QQQ", UFFD_API, UFFD_FEATURE_MOVE, 0))
-    remote.call(NR_IOCTL, uffd, UFFDIO_API, layout.header)
+    remote.call("ioctl", uffd, UFFDIO_API, layout.header)
     request = struct.pack("=QQQQ", layout.scratch, layout.scratch_size, UFFDIO_REGISTER_MODE_MISSING, 0)
     frozen.write(layout.header, request)
-    remote.call(NR_IOCTL, uffd, UFFDIO_REGISTER, layout.header)
-    remote.call(NR_MADVISE, layout.scratch, layout.scratch_size, MADV_DONTNEED)
+    remote.call("ioctl", uffd, UFFDIO_REGISTER, layout.header)
+    remote.call("madvise", layout.scratch, layout.scratch_size, MADV_DONTNEED)
 
 
 def _remove(frozen: FrozenProcess, remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
-    remote.call(NR_MUNMAP, layout.base, layout.size)
+    remote.call("munmap", layout.base, layout.size)
     if uffd != _NO_FD and _is_userfaultfd(frozen, uffd):
         with contextlib.suppress(RemoteError):
-            remote.call(NR_CLOSE, uffd)
+            remote.call("close", uffd)
 
 
 def _is_userfaultfd(frozen: FrozenProcess, fd: int) -> bool:

@@ -32,27 +32,27 @@ from mthp.linux.mover.inject import Injection, choose
 from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.mover.tracee import Tracee
 
-_POLL_SECONDS = 10e-6
-_RED_ZONE_BYTES = 128
+_POLL_SECONDS = 20e-6
+_PATIENCE = 0.125
 _RSEQ_BYTES = 32
 _WORD_BYTES = 8
+_LONGEST_RANGE = 4096
 
 
 def special_ranges(frozen: FrozenProcess) -> list[tuple[int, int]]:
     """Memory that the kernel uses for threads while they are stopped, sorted: rseq areas and tops of stacks."""
-    ranges = []
-    for tracee in frozen.tracees.values():
-        ranges.append((tracee.registers.rsp - _RED_ZONE_BYTES, tracee.registers.rsp + _WORD_BYTES))
-        if tracee.rseq_area:
-            ranges.append((tracee.rseq_area, tracee.rseq_area + _RSEQ_BYTES))
+    stopped, machine = frozen.stopped, frozen.machine
+    pointers = stopped.registers[:, machine.sp].tolist()
+    ranges = [(pointer - machine.red_zone, pointer + _WORD_BYTES) for pointer in pointers]
+    ranges += [(area, area + _RSEQ_BYTES) for area in stopped.rseq_areas.tolist() if area]
     return sorted(ranges)
 
 
 def touches(ranges: Sequence[tuple[int, int]], start: int, end: int) -> bool:
     """Whether one of the sorted, short `ranges` overlaps the block from `start` to `end`."""
     at = bisect_left(ranges, (end,))
-    # Ranges differ in length by less than a page, so one that reaches in begins at most that far before.
-    while at and ranges[at - 1][0] > start - stub.PAGE:
+    # Ranges differ in length by less than that, so one that reaches in begins at most that far before.
+    while at and ranges[at - 1][0] > start - _LONGEST_RANGE:
         if ranges[at - 1][1] > start:
             return True
         at -= 1
@@ -69,19 +69,13 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
         TargetVanishedError: the target was killed.
         OSError: ESRCH, likewise.
     """
-    layout = injection.layout
-    tracees = list(frozen.tracees.values())
-    homes = [tracee.home for tracee in tracees]
-    contexts = [layout.pack_context(home, tracees[index].mask, index) for index, home in enumerate(homes)]
-    frozen.write(layout.contexts, b"".join(contexts))
+    layout, stopped = injection.layout, frozen.stopped
+    frozen.write(layout.contexts, layout.pack_contexts(stopped.homes, stopped.masks))
     frozen.write(layout.header, stub.pack_header(layout, injection.uffd, injection.nonce, operations))
     observer(Step.WRITTEN)
-    for index, tracee in enumerate(tracees):
+    for tracee in frozen.tracees.values():
         tracee.touched = True
-        ptrace.set_registers(tracee.tid, layout.park(homes[index], index, stub.ENTRY_PARK))
-        observer(Step.PARKED_UNMASKED)
-        ptrace.set_signal_mask(tracee.tid, ptrace.ALL_SIGNALS)
-        observer(Step.PARKED)
+    stopped.park(layout.parked(stopped.homes), observer)
     return choose(frozen)
 
 
@@ -99,10 +93,9 @@ def work(
         TargetVanishedError: the target was killed.
     """
     layout = injection.layout
-    index = list(frozen.tracees).index(worker.tid)
     finished = False
     try:
-        ptrace.set_registers(worker.tid, layout.park(worker.home, index, stub.ENTRY_WORKER))
+        ptrace.set_registers(worker.tid, layout.parked(frozen.stopped.homes, worker=worker.row))
         observer(Step.ARMED)
         ptrace.cont(worker.tid)
         observer(Step.RUNNING)
@@ -120,6 +113,7 @@ def work(
 
 
 def _await_done(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> None:
+    begun = time.monotonic_ns()
     while stub.unpack_state(frozen.read(layout.header, stub.STATE_BYTES)) < stub.DONE:
         stop = frozen.poll(worker.tid)
         if stop is not None:
@@ -128,14 +122,17 @@ def _await_done(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> N
         elif frozen.has_exited(worker.tid):
             raise TargetVanishedError(f"process {frozen.process.label} was killed")
         else:
-            time.sleep(_POLL_SECONDS)
+            # Where the two share a processor, to look is to interrupt the worker: look the less often the longer it
+            # takes.
+            time.sleep(max(_POLL_SECONDS, (time.monotonic_ns() - begun) * 1e-9 * _PATIENCE))
 
 
 def _fetch(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> bool:
     """Stop the worker, which waits for this; False if we were too slow, and it goes its own way."""
     if not frozen.stop_again(worker.tid):
         raise TargetVanishedError(f"process {frozen.process.label} was killed")
-    fetched = layout.holds_code(ptrace.get_registers(worker.tid).rip)
+    machine = frozen.machine
+    fetched = layout.holds_code(int(ptrace.get_registers(worker.tid, machine.words)[0, machine.pc]))
     if not fetched:
-        frozen.examine(worker.tid)
+        frozen.examine_again(worker.tid)
     return fetched

@@ -1,7 +1,8 @@
-"""ptrace(2) as the mover needs it: a few requests on x86-64, each a function that raises OSError.
+"""ptrace(2) as the mover needs it: requests for one thread, each a function that raises OSError.
 
-The numbers are those of include/uapi/linux/ptrace.h, the register file that of arch/x86/include/uapi/asm/ptrace.h
-(``struct user_regs_struct``).
+What is asked of all threads at once goes through :mod:`~mthp.linux.mover.calls`, with the same numbers, which are those
+of include/uapi/linux/ptrace.h. General registers are read and set as the register set NT_PRSTATUS, which every
+architecture has; what is in it is the machine's matter (:mod:`~mthp.linux.mover.machine`).
 
 The C library is called with the interpreter's lock held (:class:`ctypes.PyDLL`): no request here blocks, and letting
 another Python thread in between two of them would lengthen the time for which the target stands still.
@@ -10,16 +11,17 @@ another Python thread in between two of them would lengthen the time for which t
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
-import struct
+
+import numpy as np
+from numpy.typing import NDArray
 
 PTRACE_CONT = 7
-PTRACE_GETREGS = 12
-PTRACE_SETREGS = 13
 PTRACE_DETACH = 17
 PTRACE_SYSCALL = 24
 PTRACE_SETOPTIONS = 0x4200
+PTRACE_GETREGSET = 0x4204
+PTRACE_SETREGSET = 0x4205
 PTRACE_SEIZE = 0x4206
 PTRACE_INTERRUPT = 0x4207
 PTRACE_GETSIGMASK = 0x420A
@@ -34,77 +36,31 @@ PTRACE_O_TRACESYSGOOD = 1 << 0
 PTRACE_O_EXITKILL = 1 << 20
 """If the tracer exits, the kernel kills this tracee."""
 
+NT_PRSTATUS = 1
+"""The general registers (include/uapi/linux/elf.h)."""
+
 SIGSET_BYTES = 8
 ALL_SIGNALS = (1 << 64) - 1
-NO_SYSCALL = (1 << 64) - 1
-"""In ``orig_rax``: not in a system call, so nothing is there to be restarted."""
 
-USER_CS = 0x33
-"""Code segment of a thread that runs 64-bit code (__USER_CS)."""
+RSEQ_CONFIGURATION_WORDS = 3
+"""``struct ptrace_rseq_configuration`` in words of 64 bits; the first is the area's address."""
 
-_RSEQ_CONFIGURATION = "=QIIII"
-_DISPATCH_CONFIG = "=QQQQ"
-
-
-REGISTERS = (
-    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
-    *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
-)
-"""Names of the general registers, in the order of ``struct user_regs_struct``."""
-
-
-class Registers(ctypes.Structure):
-    """``struct user_regs_struct`` of x86-64."""
-
-    r15: int
-    r14: int
-    r13: int
-    r12: int
-    rbp: int
-    rbx: int
-    r11: int
-    r10: int
-    r9: int
-    r8: int
-    rax: int
-    rcx: int
-    rdx: int
-    rsi: int
-    rdi: int
-    orig_rax: int
-    rip: int
-    cs: int
-    eflags: int
-    rsp: int
-    ss: int
-    fs_base: int
-    gs_base: int
-    ds: int
-    es: int
-    fs: int
-    gs: int
-
-    _fields_ = tuple((name, ctypes.c_uint64) for name in REGISTERS)
-
-    def copy(self) -> Registers:
-        """Another one with the same values."""
-        return Registers.from_buffer_copy(self)
-
+DISPATCH_CONFIGURATION_WORDS = 4
+"""``struct ptrace_sud_config``; the first is the mode."""
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
-_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long)
 
 
 def _request(request: int, tid: int, address: int = 0, data: int = 0) -> None:
     if _libc.ptrace(request, tid, address, data) < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"ptrace({request:#x}, {tid}): {os.strerror(error)}")
+        raise failure(request, tid, ctypes.get_errno())
 
 
-def seize(tid: int) -> None:
-    """Become the tracer of `tid` without stopping it."""
-    _request(PTRACE_SEIZE, tid)
+def failure(request: int, tid: int, error: int) -> OSError:
+    """The exception for a request that ended with errno `error`."""
+    return OSError(error, f"ptrace({request:#x}, {tid}): {os.strerror(error)}")
 
 
 def interrupt(tid: int) -> None:
@@ -132,23 +88,18 @@ def set_options(tid: int, options: int) -> None:
     _request(PTRACE_SETOPTIONS, tid, 0, options)
 
 
-def get_registers(tid: int) -> Registers:
-    """The general registers of a stopped thread."""
-    registers = Registers()
-    _request(PTRACE_GETREGS, tid, 0, ctypes.addressof(registers))
+def get_registers(tid: int, words: int) -> NDArray[np.uint64]:
+    """The general registers of a stopped thread: uint64, shape (1, words)."""
+    registers = np.zeros((1, words), np.uint64)
+    vector = vectors(registers)
+    _request(PTRACE_GETREGSET, tid, NT_PRSTATUS, address_of(vector))
     return registers
 
 
-def set_registers(tid: int, registers: Registers) -> None:
-    """Set the general registers of a stopped thread."""
-    _request(PTRACE_SETREGS, tid, 0, ctypes.addressof(registers))
-
-
-def get_signal_mask(tid: int) -> int:
-    """The blocked signals; where a system call set them for its own time, those that it will put back."""
-    mask = ctypes.c_uint64()
-    _request(PTRACE_GETSIGMASK, tid, SIGSET_BYTES, ctypes.addressof(mask))
-    return mask.value
+def set_registers(tid: int, registers: NDArray[np.uint64]) -> None:
+    """Set the general registers of a stopped thread; uint64, shape (1, words)."""
+    vector = vectors(registers)
+    _request(PTRACE_SETREGSET, tid, NT_PRSTATUS, address_of(vector))
 
 
 def set_signal_mask(tid: int, mask: int) -> None:
@@ -157,27 +108,19 @@ def set_signal_mask(tid: int, mask: int) -> None:
     _request(PTRACE_SETSIGMASK, tid, SIGSET_BYTES, ctypes.addressof(value))
 
 
-def rseq_area(tid: int) -> int:
-    """Address of the ``struct rseq`` that a stopped thread registered, 0 if none or if the kernel has no rseq(2)."""
-    size = struct.calcsize(_RSEQ_CONFIGURATION)
-    buffer = ctypes.create_string_buffer(size)
-    try:
-        _request(PTRACE_GET_RSEQ_CONFIGURATION, tid, size, ctypes.addressof(buffer))
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.EINVAL):
-            return 0
-        raise
-    return int(struct.unpack(_RSEQ_CONFIGURATION, buffer.raw)[0])
+def address_of(array: NDArray[np.uint64]) -> int:
+    """Where a contiguous array lies."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
-def dispatches_syscalls(tid: int) -> bool:
-    """Whether a stopped thread has its system calls turned into SIGSYS (prctl(PR_SET_SYSCALL_USER_DISPATCH))."""
-    size = struct.calcsize(_DISPATCH_CONFIG)
-    buffer = ctypes.create_string_buffer(size)
-    try:
-        _request(PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, tid, size, ctypes.addressof(buffer))
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.EINVAL):
-            return False
-        raise
-    return int(struct.unpack(_DISPATCH_CONFIG, buffer.raw)[0]) != 0
+def addresses_of(array: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Where each row of a contiguous array lies: uint64, shape (rows,)."""
+    return address_of(array) + np.arange(len(array), dtype=np.uint64) * np.uint64(array.strides[0])
+
+
+def vectors(registers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A ``struct iovec`` for each row of a contiguous array: uint64, shape (rows, 2)."""
+    made = np.empty((len(registers), 2), np.uint64)
+    made[:, 0], made[:, 1] = addresses_of(registers), registers.strides[0]
+    return made

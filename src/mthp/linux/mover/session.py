@@ -26,12 +26,13 @@ from mthp.linux.mover import stub
 from mthp.linux.mover.blockrefusals import BlockRefusal
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, inject
+from mthp.linux.mover.machine import native
 from mthp.linux.mover.outcome import BlockOutcome, Objection, reason_of_move, result_of_move
 from mthp.linux.mover.park import park, special_ranges, touches, work
 from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
 from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import read_threads
-from mthp.linux.mover.tracee import check_threads
+from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from mthp.results import ScanResult
@@ -40,9 +41,6 @@ MAX_PAUSE_NS = 1_000_000
 DUTY = 0.5
 MAX_BLOCKS = 512
 """Blocks in one window at most."""
-
-MACHINES = ("x86_64",)
-"""Machines that there is a stub for; aarch64 has none yet."""
 
 Recheck = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | None]]
 """Called when all threads stand still: gives for each block why it must not be moved after all, or None."""
@@ -88,12 +86,12 @@ class MoverSession:
         recheck: Recheck | None = None,
         observer: Observer = ignore,
     ) -> None:
-        if os.uname().machine not in MACHINES or geometry.page_size != stub.PAGE:
-            raise UnsupportedError(f"the mover has no code for {os.uname().machine}", help=f"it has: {MACHINES[0]}")
         if process.is_self:
             raise UnsupportedError("a process cannot trace itself", help="use mthp.collapse_self")
         self.uffd = -1
         self.pauses: list[Pause] = []
+        self._machine = native()
+        self._threads: Stopped | None = None
         self._process = process
         self._geometry = geometry
         self._stop_timeout_ns = stop_timeout_ns
@@ -255,9 +253,10 @@ class MoverSession:
     def _frozen(self) -> Iterator[FrozenProcess]:
         """The target, every thread of it standing still."""
         known = check_threads(self._process, read_threads(self._process))
-        frozen = FrozenProcess(self._process, self._stop_timeout_ns)
+        frozen = FrozenProcess(self._process, self._stop_timeout_ns, self._machine, self._threads)
         try:
             frozen.stop(known)
+            self._threads = frozen.stopped
             self._observer(Step.STOPPED)
             yield frozen
         except OSError as error:
@@ -271,7 +270,7 @@ class MoverSession:
         """The injection, found as it was left; a larger one if the target has more threads than it has room for."""
         if self._injection is not None:
             self._injection.check(frozen)
-            if len(frozen.tracees) <= self._injection.layout.threads:
+            if len(frozen.stopped.tids) <= self._injection.layout.threads:
                 return self._injection
             self._take_out(frozen)
         self._injection = inject(

@@ -56,12 +56,24 @@ def task_ids(process: Process) -> list[int]:
     """
     directory = process.open("task")
     try:
-        with os.scandir(directory) as entries:
-            return sorted(int(entry.name) for entry in entries)
+        return sorted(int(name) for name in os.listdir(directory))  # noqa: PTH208 - of an open directory
     except OSError as error:
         process.fail(error, "its threads")
     finally:
         os.close(directory)
+
+
+def thread_count(process: Process) -> int:
+    """How many threads `process` has, those included that are exiting or dead and not reaped.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    try:
+        # Each has a directory in there, besides "." and ".." (proc_task_getattr, fs/proc/base.c).
+        return os.stat(f"/proc/{process.pid}/task").st_nlink - 2  # noqa: PTH116 - a path object costs microseconds
+    except OSError as error:
+        process.fail(error, "its threads")
 
 
 def read_task_file(process: Process, tid: int, name: str) -> bytes | None:

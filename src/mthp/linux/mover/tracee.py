@@ -1,4 +1,7 @@
-"""One thread of a stopped target: what is to be known of it, and how it is put back.
+"""The threads of a stopped target, in columns: what is to be known of them, how they are stopped, parked and put back.
+
+Whatever is done to all threads is one table of system calls (:mod:`~mthp.linux.mover.calls`), made when the threads are
+first met and used again in every window for as long as they are the same.
 
 Two things that a stop does to a thread are made good here, as the essay of :mod:`mthp.linux.mover.freeze` tells: an
 EINTR that only the stop caused, and a restartable sequence that it interrupted.
@@ -6,52 +9,35 @@ EINTR that only the stop caused, and a restartable sequence that it interrupted.
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.ptrace import Registers
+from mthp.linux.mover.calls import Calls
+from mthp.linux.mover.machine import Machine, Registers
+from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.process import Process
 
 Reader = Callable[[int, int], bytes]
 """Gives so many bytes of the target's memory, from an address on."""
 
-ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
-"""What a system call that a signal interrupted leaves in rax, negated (include/linux/errno.h)."""
+WordReader = Callable[[NDArray[np.uint64]], NDArray[np.uint64]]
+"""Gives the 64-bit words at many addresses of the target's memory."""
 
-NR_RESTART_SYSCALL = 219
+WALL = 0x40000000
+"""__WALL of wait(2): threads as well as processes."""
 
-EINTR_CALLS = frozenset(
-    {
-        232,  # epoll_wait
-        281,  # epoll_pwait
-        441,  # epoll_pwait2
-        128,  # rt_sigtimedwait, and so sigwaitinfo
-        65,  # semop
-        220,  # semtimedop
-        208,  # io_getevents
-        333,  # io_pgetevents
-        0,  # read, and those below: of a socket with SO_RCVTIMEO or SO_SNDTIMEO
-        1,  # write
-        19,  # readv
-        20,  # writev
-        42,  # connect
-        43,  # accept
-        288,  # accept4
-        44,  # sendto
-        45,  # recvfrom
-        46,  # sendmsg
-        47,  # recvmsg
-        299,  # recvmmsg
-        307,  # sendmmsg
-    }
-)
-"""System calls of x86-64 that a stop makes return EINTR, where signal(7) has them restarted or not interrupted."""
+_SIGINFO_WORDS = 16
+_SIGINFO_STATUS = 6
+"""Index of ``si_status`` among the 32-bit words of ``siginfo_t`` with 64-bit pointers."""
 
 _RSEQ_CS_OFFSET = 8
 _RSEQ_CS = "=IIQQQ"
@@ -61,80 +47,253 @@ class CannotStopError(UnsupportedError):
     """The threads of the target could not be stopped, or must not be; everything was let go."""
 
 
+class Stopped:
+    """Threads that are stopped together.
+
+    Args:
+        machine: whose registers they have.
+        tids: their numbers; at least one.
+
+    Attributes:
+        machine: whose registers they have.
+        tids: their numbers.
+        registers: as they stopped, an EINTR that only the stop caused made good: uint64, shape (threads, words).
+        masks: their blocked signals; where a system call set them for its own time, those that it will put back:
+            uint64, shape (threads,).
+        rseq_areas: addresses of their ``struct rseq``, or 0: uint64, shape (threads,).
+        rseq_aborts: where they go on if their registers are changed meanwhile, because they stand in a restartable
+            sequence; 0 otherwise: uint64, shape (threads,).
+        homes: registers to go on with once others were set: those of the stop, or the sequence's abort handler.
+    """
+
+    def __init__(self, machine: Machine, tids: list[int]) -> None:
+        self.machine = machine
+        self.tids = tids
+        threads = len(tids)
+        self.registers, self.homes, self._parked = (np.zeros((threads, machine.words), np.uint64) for _ in range(3))
+        self.masks = np.zeros(threads, np.uint64)
+        self._all_signals = np.array([ptrace.ALL_SIGNALS], np.uint64)
+        self._rseq = np.zeros((threads, ptrace.RSEQ_CONFIGURATION_WORDS), np.uint64)
+        self._dispatch = np.zeros((threads, ptrace.DISPATCH_CONFIGURATION_WORDS), np.uint64)
+        self._siginfos = np.zeros((threads, _SIGINFO_WORDS), np.uint64)
+        self.rseq_areas = self._rseq[:, 0]
+        self.rseq_aborts = np.zeros(threads, np.uint64)
+        self._numbers = np.array(tids, np.uint64)
+        self._vectors = [ptrace.vectors(array) for array in (self.registers, self.homes, self._parked)]
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        at, sigset = ptrace.addresses_of, ptrace.SIGSET_BYTES
+        registers, homes, parked = map(at, self._vectors)
+        self._attach = self._table((ptrace.PTRACE_SEIZE, 0, 0), (ptrace.PTRACE_INTERRUPT, 0, 0))
+        self._look = self._table(
+            (ptrace.PTRACE_GETREGSET, ptrace.NT_PRSTATUS, registers),
+            (ptrace.PTRACE_GETSIGMASK, sigset, at(self.masks)),
+            (ptrace.PTRACE_GET_RSEQ_CONFIGURATION, self._rseq.strides[0], at(self._rseq)),
+            (ptrace.PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG, self._dispatch.strides[0], at(self._dispatch)),
+        )
+        self._park = self._table(
+            (ptrace.PTRACE_SETREGSET, ptrace.NT_PRSTATUS, parked),
+            (ptrace.PTRACE_SETSIGMASK, sigset, ptrace.address_of(self._all_signals)),
+        )
+        self._restore = self._table(
+            (ptrace.PTRACE_SETSIGMASK, sigset, at(self.masks)),
+            (ptrace.PTRACE_SETREGSET, ptrace.NT_PRSTATUS, homes),
+        )
+        self._detach = self._table((ptrace.PTRACE_DETACH, 0, 0))
+        self._wait = Calls(len(self.tids))
+        self._wait.table[:, 0], self._wait.table[:, 1] = self.machine.calls["waitid"], os.P_PID
+        self._wait.table[:, 2], self._wait.table[:, 3] = self._numbers, at(self._siginfos)
+        self._wait.table[:, 4] = os.WSTOPPED | os.WNOHANG | WALL
+
+    def _table(self, *requests: tuple[int, int, int | NDArray[np.uint64]]) -> Calls:
+        """A table of ptrace requests with their address and data: each of them for all threads, one after the other."""
+        threads = len(self.tids)
+        calls = Calls(threads * len(requests))
+        calls.table[:, 0] = self.machine.calls["ptrace"]
+        for part, (request, address, data) in enumerate(requests):
+            rows = calls.table[part * threads : (part + 1) * threads]
+            rows[:, 1], rows[:, 2], rows[:, 3], rows[:, 4] = request, self._numbers, address, data
+        return calls
+
+    @classmethod
+    def joined(cls, parts: Sequence[Stopped]) -> Stopped:
+        """One of several, of which there is one at least."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls(parts[0].machine, [tid for part in parts for tid in part.tids])
+        for name in ("registers", "homes", "masks", "_rseq", "rseq_aborts"):
+            getattr(whole, name)[:] = np.concatenate([getattr(part, name) for part in parts])
+        return whole
+
+    def attach(self) -> dict[int, int]:
+        """Become the tracer of all, and have them stop soon; give the errno for those that could not be seized."""
+        self._attach.run()
+        results = self._attach.results[: len(self.tids)]
+        return {self.tids[row]: -int(results[row]) for row in np.flatnonzero(results)} if results.any() else {}
+
+    def wait(self) -> list[int]:
+        """The stop that each thread is in and that was not reported yet: signal | event << 8; 0 if there is none."""
+        self._wait.run()
+        stops: list[int] = self._siginfos.view(np.int32)[:, _SIGINFO_STATUS].tolist()
+        return stops
+
+    def examine(self, label: str, read: Reader, read_words: WordReader) -> None:
+        """Read what is needed of threads that have just stopped and run code of their own; repair their EINTR.
+
+        Args:
+            label: how to name the process.
+            read, read_words: read the target's memory.
+
+        Raises:
+            CannotStopError: one must not be given our code.
+            OSError: ESRCH if one was killed.
+        """
+        threads, machine = len(self.tids), self.machine
+        self._rseq[:], self._dispatch[:] = 0, 0
+        self._look.run()
+        if (self._look.results < 0).any():
+            # The kernel may not know of rseq and of the dispatching of system calls.
+            self._check(self._look, 2 * threads)
+            self._check(self._look, 4 * threads, allowed=(errno.EIO, errno.EINVAL))
+        foreign = (self._vectors[0][:, 1] != self.registers.strides[0]) | machine.foreign(self.registers)
+        if foreign.any():
+            raise CannotStopError(
+                f"process {label}: thread {self.tids[int(foreign.argmax())]} does not run 64-bit code"
+            )
+        if self._dispatch[:, 0].any():
+            raise CannotStopError(
+                f"process {label}: thread {self.tids[int(self._dispatch[:, 0].argmax())]} intercepts its system calls",
+                help="prctl(PR_SET_SYSCALL_USER_DISPATCH), as Wine uses it, does not go together with the mover",
+            )
+        if reason := machine.refuse_extended(self.tids):
+            raise CannotStopError(f"process {label}: {reason}", help="try again later")
+        for row in np.flatnonzero(machine.repair(self.registers)).tolist():
+            ptrace.set_registers(self.tids[row], self.registers[row : row + 1])
+        self.rseq_aborts[:] = rseq_aborts(self, read, read_words)
+        self.settle()
+
+    def settle(self) -> None:
+        """Fill in :attr:`homes`."""
+        self.homes[:] = self.registers
+        aborted = self.rseq_aborts != 0
+        if aborted.any():
+            changed = self.homes[aborted]
+            changed[:, self.machine.pc] = self.rseq_aborts[aborted]
+            self.machine.leave_call(changed)
+            self.homes[aborted] = changed
+
+    def park(self, registers: Registers, observer: Observer) -> None:
+        """Give all threads `registers`, and only then have them block all signals.
+
+        Raises:
+            OSError: ESRCH if one was killed.
+        """
+        self._parked[:] = registers
+        for part, step in enumerate((Step.PARKED_UNMASKED, Step.PARKED)):
+            self._run(self._park, part, step, observer)
+        self._check(self._park, len(self._park.table))
+
+    def put_back(self, observer: Observer) -> list[int]:
+        """Give masks and registers back, in this order: a thread that may run handlers still runs only harmless code.
+
+        Returns:
+            The threads that were killed meanwhile.
+        """
+        self._run(self._restore, 0, None, ignore)
+        self._run(self._restore, 1, Step.UNPARKED, observer)
+        return self._killed(self._restore)
+
+    def detach(self, observer: Observer) -> list[int]:
+        """Let all go; give those that were killed meanwhile."""
+        self._run(self._detach, 0, Step.RELEASED, observer)
+        return self._killed(self._detach)
+
+    def _run(self, calls: Calls, part: int, step: Step | None, observer: Observer) -> None:
+        """Make the calls of one request, and tell the observer of `step` for every thread, if there is one."""
+        threads = len(self.tids)
+        if step is None or observer is ignore:
+            calls.run(part * threads, threads)
+        else:
+            calls.run_each(part * threads, threads, lambda: observer(step))
+
+    def _check(self, calls: Calls, rows: int, allowed: Sequence[int] = ()) -> None:
+        """Do nothing if the first `rows` of calls have succeeded or failed as is allowed.
+
+        Raises:
+            OSError: one has not.
+        """
+        for row in np.flatnonzero(calls.results[:rows] < 0).tolist():
+            error = -int(calls.results[row])
+            if error not in allowed:
+                raise ptrace.failure(int(calls.table[row, 1]), int(calls.table[row, 2]), error)
+
+    def _killed(self, calls: Calls) -> list[int]:
+        rows = np.flatnonzero(calls.results < 0).tolist()
+        if not rows:
+            return []
+        self._check(calls, len(calls.table), allowed=(errno.ESRCH,))
+        return list(dict.fromkeys(self.tids[row % len(self.tids)] for row in rows))
+
+
 @dataclass(slots=True, eq=False)
 class Tracee:
     """One thread that stands still.
 
     Attributes:
         tid: its number.
-        registers: as it stopped, an EINTR that only the stop caused made good.
-        mask: its blocked signals.
-        rseq_area: address of its ``struct rseq``, or 0.
-        rseq_abort: where it goes on if its registers are changed meanwhile, because it stands in a restartable
-            sequence; 0 otherwise.
+        row: where it is in `stopped`.
+        stopped: what is known of it and others.
         touched: whether registers or mask were changed since.
     """
 
     tid: int
-    registers: Registers
-    mask: int
-    rseq_area: int = 0
-    rseq_abort: int = 0
+    row: int
+    stopped: Stopped
     touched: bool = field(default=False)
 
     @property
+    def registers(self) -> Registers:
+        """As it stopped, an EINTR that only the stop caused made good: uint64, shape (1, words)."""
+        return self.stopped.registers[self.row : self.row + 1]
+
+    @property
+    def rseq_abort(self) -> int:
+        """Where it goes on if its registers are changed, 0 if just where it stopped."""
+        return int(self.stopped.rseq_aborts[self.row])
+
+    @property
     def home(self) -> Registers:
-        """Registers to go on with once others were set: those of the stop, or the sequence's abort handler."""
-        home = self.registers.copy()
-        if self.rseq_abort:
-            home.rip = self.rseq_abort
-            home.orig_rax = ptrace.NO_SYSCALL
-        return home
+        """Registers to go on with once others were set: uint64, shape (1, words)."""
+        return self.stopped.homes[self.row : self.row + 1]
 
     def put_back(self) -> None:
-        """Give mask and registers back, in this order: a thread that may run handlers still runs only harmless code.
+        """Give mask and registers back, as :meth:`Stopped.put_back` does for all.
 
         Raises:
             OSError: ESRCH if it was killed.
         """
-        ptrace.set_signal_mask(self.tid, self.mask)
+        ptrace.set_signal_mask(self.tid, int(self.stopped.masks[self.row]))
         ptrace.set_registers(self.tid, self.home)
         self.touched = False
 
 
-def examine(label: str, tid: int, read: Reader) -> Tracee:
-    """Read what is needed of a thread that has just stopped and runs code of its own; repair its EINTR.
+def rseq_aborts(stopped: Stopped, read: Reader, read_words: WordReader) -> NDArray[np.uint64]:
+    """The abort handler of the restartable sequence that each thread is in, 0 if none (include/uapi/linux/rseq.h).
 
-    Args:
-        label: how to name the process.
-        read: reads the target's memory.
+    A thread in a system call is in none: there must be no call inside of one.
 
-    Raises:
-        CannotStopError: it must not be given our code.
+    uint64, shape (threads,).
     """
-    registers = ptrace.get_registers(tid)
-    if registers.cs != ptrace.USER_CS:
-        raise CannotStopError(f"process {label}: thread {tid} does not run 64-bit code")
-    if ptrace.dispatches_syscalls(tid):
-        raise CannotStopError(
-            f"process {label}: thread {tid} intercepts its own system calls",
-            help="prctl(PR_SET_SYSCALL_USER_DISPATCH), as Wine uses it, does not go together with the mover",
-        )
-    if registers.orig_rax in EINTR_CALLS and registers.rax == _negative(errno.EINTR):
-        registers.rax = _negative(ERESTARTNOHAND)
-        ptrace.set_registers(tid, registers)
-    area = ptrace.rseq_area(tid)
-    abort = _rseq_abort(area, registers.rip, read) if area else 0
-    return Tracee(tid, registers, ptrace.get_signal_mask(tid), area, abort)
-
-
-def _rseq_abort(area: int, rip: int, read: Reader) -> int:
-    """The abort handler of the restartable sequence that `rip` lies in, 0 if none (include/uapi/linux/rseq.h)."""
-    (sequence,) = struct.unpack("=Q", read(area + _RSEQ_CS_OFFSET, 8))
-    if not sequence:
-        return 0
-    _, _, start, length, abort = struct.unpack(_RSEQ_CS, read(sequence, struct.calcsize(_RSEQ_CS)))
-    return abort if start <= rip < start + length else 0
+    aborts = np.zeros(len(stopped.tids), np.uint64)
+    rows = np.flatnonzero((stopped.rseq_areas != 0) & ~stopped.machine.in_call(stopped.registers))
+    if len(rows):
+        sequences = read_words(stopped.rseq_areas[rows] + np.uint64(_RSEQ_CS_OFFSET))
+        for row, sequence in zip(rows[sequences != 0].tolist(), sequences[sequences != 0].tolist(), strict=True):
+            _, _, start, length, abort = struct.unpack(_RSEQ_CS, read(sequence, struct.calcsize(_RSEQ_CS)))
+            if start <= int(stopped.registers[row, stopped.machine.pc]) < start + length:
+                aborts[row] = abort
+    return aborts
 
 
 def check_threads(process: Process, threads: list[Thread]) -> dict[int, Thread]:
@@ -163,7 +322,3 @@ def check_thread(process: Process, thread: Thread) -> None:
         raise CannotStopError(
             f"process {process.label} uses io_uring ({thread.comm}), which may hold its pages",
         )
-
-
-def _negative(number: int) -> int:
-    return ctypes.c_uint64(-number).value

@@ -1,0 +1,135 @@
+"""What the mover has to know of a machine: registers, system calls, and the code that runs inside a target.
+
+All else is the same on every architecture. Registers come as columns, one row for each thread, so that whatever is
+done to them is done to those of all threads at once: a stop is paid for by the microsecond, and by the thread.
+
+:func:`native` gives the one that this program runs on. The others can be had by name, for their tests.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.errors import UnsupportedError
+
+Registers = NDArray[np.uint64]
+"""General registers, as the register set NT_PRSTATUS holds them, one row for each thread: uint64, shape (threads,
+:attr:`Machine.words`), contiguous."""
+
+_Addresses = NDArray[np.uint64]
+_Bools = NDArray[np.bool_]
+
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+"""What a system call that a signal interrupted leaves as its result, negated (include/linux/errno.h)."""
+
+MACHINES = ("x86_64",)
+"""Machines that there is a stub for, by their names in ``uname -m``."""
+
+
+class Machine(abc.ABC):
+    """One architecture. Has no state; all is the same for every process.
+
+    Attributes:
+        name: as ``uname -m`` gives it.
+        words: how many general registers there are.
+        pc, sp: columns of the program counter and the stack pointer.
+        number, result: columns of a system call's number and its result.
+        arguments: those of its arguments.
+        syscall: the bytes of the instruction.
+        calls: numbers of the system calls that the tracer makes, or has the target make.
+        red_zone: bytes below the stack pointer that a function may use without moving it.
+        code: the stub, assembled.
+        entry_worker, entry_park: offsets into it.
+        context_bytes: of what a thread restores itself from.
+        trampoline_bytes: of code that every thread has for itself.
+    """
+
+    name: ClassVar[str]
+    words: ClassVar[int]
+    pc: ClassVar[int]
+    sp: ClassVar[int]
+    number: ClassVar[int]
+    result: ClassVar[int]
+    arguments: ClassVar[tuple[int, ...]]
+    syscall: ClassVar[bytes]
+    calls: ClassVar[Mapping[str, int]]
+    red_zone: ClassVar[int]
+    code: ClassVar[bytes]
+    entry_worker: ClassVar[int]
+    entry_park: ClassVar[int]
+    context_bytes: ClassVar[int]
+    trampoline_bytes: ClassVar[int]
+
+    @abc.abstractmethod
+    def foreign(self, registers: Registers) -> _Bools:
+        """Which threads do not run code of this machine's full word size: bool, shape (threads,)."""
+
+    @abc.abstractmethod
+    def in_call(self, registers: Registers) -> _Bools:
+        """Which threads surely stand in a system call: bool, shape (threads,)."""
+
+    @abc.abstractmethod
+    def repair(self, registers: Registers) -> _Bools:
+        """Make good, in place, an EINTR that only the stop caused; which rows were changed: bool, shape (threads,)."""
+
+    @abc.abstractmethod
+    def leave_call(self, registers: Registers) -> None:
+        """Have the kernel take these registers as they are, in place: no system call is to be restarted with them."""
+
+    @abc.abstractmethod
+    def parked(self, homes: Registers, contexts: _Addresses, entry: int, header: int) -> Registers:
+        """The registers of threads that are to run the stub.
+
+        Args:
+            homes: what they had.
+            contexts: addresses of their contexts: uint64, shape (threads,).
+            entry: address that they are to run from.
+            header: address of the header.
+        """
+
+    @abc.abstractmethod
+    def pack_contexts(self, homes: Registers, masks: _Addresses, trampolines: _Addresses) -> _Addresses:
+        """What threads restore themselves from, if nobody else does: uint64, shape (threads, context_bytes / 8).
+
+        Args:
+            homes: what they had.
+            masks: their blocked signals: uint64, shape (threads,).
+            trampolines: addresses of their own code: uint64, shape (threads,).
+        """
+
+    @abc.abstractmethod
+    def trampoline(self, at: int, context: int) -> bytes:
+        """The code at address `at` that a thread with the context at `context` has for itself."""
+
+    def refuse_extended(self, tids: list[int]) -> str:
+        """Why the stub must not run in one of the stopped `tids` for its registers beyond the general; "" if it may."""
+        del tids
+        return ""
+
+
+def by_name(name: str) -> Machine:
+    """The machine that ``uname -m`` calls `name`.
+
+    Raises:
+        UnsupportedError: there is no stub for it.
+    """
+    if name == "x86_64":
+        from mthp.linux.mover.x86_64 import X8664
+
+        return X8664()
+    raise UnsupportedError(f"the mover has no code for {name}", help=f"it has: {', '.join(MACHINES)}")
+
+
+def native() -> Machine:
+    """The machine that this program runs on.
+
+    Raises:
+        UnsupportedError: there is no stub for it.
+    """
+    return by_name(os.uname().machine)

@@ -1,0 +1,207 @@
+"""Policies side by side, as a part of a page: what each makes of memory, at what price, and whether it creeps.
+
+Knows the rows of :mod:`mthp.lab.compare`, whether they were made a moment ago or come from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mthp.geometry import Geometry, format_size
+from mthp.lab.compare import Comparison
+from mthp.lab.metrics import order_column
+from mthp.report.charts import BarChart, Chart, Series, bar_chart, chart
+from mthp.report.document import Cell, Section, Table
+from mthp.report.kinds import Kinds
+
+Row = Mapping[str, Any]
+
+CREEP_SETTINGS = 6
+"""Settings in the chart of creep: as many as there are marks; those that creep most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The result of a comparison.
+
+    Attributes:
+        geometry: of the target's machine.
+        size: the folio size from which on memory counts as covered, such as ``"2M"``.
+        rows: those of :attr:`mthp.lab.compare.Comparison.rows`.
+        frontier: names of the settings on the frontier.
+        verdict: sentences.
+    """
+
+    geometry: Geometry
+    size: str
+    rows: Sequence[Row]
+    frontier: frozenset[str]
+    verdict: Sequence[str]
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> Compared:
+        """What `comparison` says."""
+        on = zip(comparison.names, comparison.frontier, strict=True)
+        return cls(
+            comparison.geometry,
+            comparison.geometry.label(comparison.covered),
+            comparison.rows,
+            frozenset(name for name, best in on if best),
+            comparison.verdict,
+        )
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings' names, in order."""
+        return list(dict.fromkeys(row["setting"] for row in self.rows))
+
+    @property
+    def last(self) -> list[Row]:
+        """The row of every setting after its last scan."""
+        return list({row["setting"]: row for row in self.rows}.values())
+
+    @property
+    def scans(self) -> int:
+        """How many scans there were."""
+        return max((int(row["scan"]) for row in self.rows), default=0)
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a percentage with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def section(compared: Compared) -> Section:
+    """The part of the page."""
+    charts = [frontier_chart(compared)]
+    tables = [_table(compared)]
+    if compared.scans > 1:
+        charts.append(creep_chart(compared))
+        tables.append(_creep_table(compared))
+    scans = f"{compared.scans} scans" if compared.scans > 1 else "one scan"
+    lead = (
+        "A policy says which folios are tried, max_ptes_none how many empty pages of a PMD range a collapse may fill."
+        f" Bloat is memory that was not there before. All figures are those after {scans}."
+    )
+    return Section(
+        "What each policy would make of it",
+        lead,
+        bars=(_bars(compared),),
+        charts=charts,
+        tables=tables,
+        remarks=compared.verdict,
+    )
+
+
+def frontier_chart(compared: Compared) -> Chart:
+    """Coverage against bloat, a series for each policy, and the frontier of what nothing beats."""
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for row in compared.last:
+        text = (
+            f"{row['setting']}: {percent(row['coverage'])} in {compared.size} folios,"
+            f" {format_size(row['bloat_bytes'])} ({percent(row['bloat_share'])}) of bloat"
+        )
+        series.setdefault(row["policy"], []).append((100 * row["bloat_share"], 100 * row["coverage"], text))
+    best = {
+        (100 * row["bloat_share"], 100 * row["coverage"])
+        for row in compared.last
+        if row["setting"] in compared.frontier
+    }
+    return chart(
+        "Coverage against bloat",
+        "Up is better, left is better. Nothing covers more for less than what the dashed line joins.",
+        [Series(policy, points) for policy, points in series.items()],
+        x_name="bloat, % of what was resident",
+        y_name=f"in {compared.size} folios, %",
+        x_format=lambda value: f"{value:g}%",
+        y_format=lambda value: f"{value:g}%",
+        y_range=(0.0, 100.0),
+        frontier=sorted(best),
+    )
+
+
+def creep_chart(compared: Compared) -> Chart:
+    """Bloat scan by scan."""
+    bloat: dict[str, list[tuple[float, float, str]]] = {}
+    for row in compared.rows:
+        text = f"{row['setting']}, after scan {row['scan']}: {format_size(row['bloat_bytes'])} of bloat"
+        bloat.setdefault(row["setting"], []).append((float(row["scan"]), 100 * row["bloat_share"], text))
+
+    def growth(name: str) -> float:
+        points = bloat[name]
+        return points[-1][1] - points[min(1, len(points) - 1)][1]
+
+    shown = sorted(sorted(bloat, key=growth, reverse=True)[:CREEP_SETTINGS], key=list(bloat).index)
+    creeping = [name for name in shown if growth(name) > 0]
+    said = f"It grows for {', '.join(creeping)}." if creeping else "It grows for none of them."
+    return chart(
+        "Creep: bloat that goes on after the first scan",
+        f"Every scan sees what the one before it made. {said}",
+        [Series(name, bloat[name], joined=True) for name in shown],
+        x_name="scans",
+        y_name="bloat, % of what was resident",
+        x_format=lambda value: f"{value:g}",
+        y_format=lambda value: f"{value:g}%",
+    )
+
+
+def _bars(compared: Compared) -> BarChart:
+    kinds = Kinds(compared.geometry)
+
+    def parts(row: Row) -> list[tuple[str, str, int]]:
+        found = []
+        for order in range(compared.geometry.pmd_order, -1, -1):
+            kind = kinds.of(order)
+            share = row.get(order_column(order), 0.0)
+            found.append((kind.key, kind.label, round(share * row["resident_bytes"])))
+        return found
+
+    alike: dict[tuple[tuple[str, str, int], ...], list[str]] = {}
+    for row in compared.last:
+        alike.setdefault(tuple(parts(row)), []).append(row["setting"])
+    now = next(iter(compared.rows))
+    bars = [("now", parts(now))]
+    for made, names in alike.items():
+        others = f" (alike: {', '.join(names[1:])})" if len(names) > 1 else ""
+        bars.append((names[0] + others, list(made)))
+    return bar_chart(
+        "Memory by folio size",
+        "Where a bar is longer than the first, the difference is bloat.",
+        bars,
+        legend=[(kind.key, kind.label) for kind in kinds.all],
+        size=format_size,
+    )
+
+
+def _table(compared: Compared) -> Table:
+    rows = [
+        (
+            Cell(row["setting"], mark=row["setting"] in compared.frontier),
+            Cell(percent(row["coverage"]), figure=True),
+            Cell(percent(row["large_coverage"]), figure=True),
+            Cell(format_size(row["bloat_bytes"]), figure=True),
+            Cell(percent(row["bloat_share"]), figure=True),
+            Cell(format_size(row["copied_bytes"]), figure=True),
+            Cell(f"{row['translations']:,.0f}", figure=True),
+            Cell("yes" if row["setting"] in compared.frontier else ""),
+        )
+        for row in compared.last
+    ]
+    above = f"above {compared.geometry.label(0)}"
+    columns = ("setting", f"in {compared.size}", above, "bloat", "bloat %", "copied", "TLB entries", "frontier")
+    return Table("All of them in figures", columns, rows, folded=len(rows) > 12)
+
+
+def _creep_table(compared: Compared) -> Table:
+    added: dict[str, dict[int, int]] = {}
+    for row in compared.rows:
+        if row["scan"]:
+            added.setdefault(row["setting"], {})[row["scan"]] = row["creep_bytes"]
+    scans = range(1, compared.scans + 1)
+    rows = [
+        (Cell(name), *(Cell(format_size(by_scan.get(scan, 0)), figure=True) for scan in scans))
+        for name, by_scan in added.items()
+    ]
+    return Table("Memory added by each scan", ("setting", *(f"scan {scan}" for scan in scans)), rows, folded=True)

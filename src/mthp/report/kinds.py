@@ -1,0 +1,78 @@
+"""The kinds of memory that pictures tell apart, each with its class and its label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_UNKNOWN, Pte, PteColumns
+from mthp.geometry import Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of memory.
+
+    Attributes:
+        key: its CSS class.
+        label: for the legend.
+    """
+
+    key: str
+    label: str
+
+
+class Kinds:
+    """The kinds of memory on a geometry: the orders from the largest to 0, unknown order, swapped out, and added.
+
+    Args:
+        geometry: of the machine.
+
+    Attributes:
+        all: every kind; what comes first is at the bottom of a column.
+        of_order: int8, shape (128,): the number of the kind of each folio order; what is larger than the PMD order
+            counts as that.
+        unknown, swap, added: numbers of the other kinds.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        orders = (*reversed(geometry.anon_orders), 1, 0)
+        self.of_order: NDArray[np.int8] = np.zeros(128, np.int8)
+        for number, order in enumerate(orders):
+            self.of_order[order] = number
+        self.unknown, self.swap, self.added = (np.int8(len(orders) + at) for at in range(3))
+        self.all = [Kind(f"o{_shade(order, geometry)}", _label(order, geometry)) for order in orders]
+        self.all += [
+            Kind("unknown", "size not visible"),
+            Kind("swap", "swapped out"),
+            Kind("added", "added by the collapse"),
+        ]
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def of(self, order: int) -> Kind:
+        """The kind of folios of `order`."""
+        return self.all[int(self.of_order[order])]
+
+    def numbers(self, columns: PteColumns) -> NDArray[np.int8]:
+        """The number of the kind of every page: int8, shape (pages,); -1 where nothing is."""
+        order = columns.folio_order
+        kind = np.full(len(order), -1, np.int8)
+        resident = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
+        kind[resident] = self.of_order[np.maximum(order[resident], 0)]
+        kind[resident & (order == ORDER_UNKNOWN)] = self.unknown
+        kind[columns.has(Pte.SWAP)] = self.swap
+        kind[columns.has(Pte.GUARD)] = -1
+        return kind
+
+
+def _shade(order: int, geometry: Geometry) -> int:
+    """Which of the ten shades an order has: 0 for base pages, 9 for the PMD order."""
+    return 0 if order == 0 else max(1, round(9 * order / geometry.pmd_order))
+
+
+def _label(order: int, geometry: Geometry) -> str:
+    return f"{geometry.label(order)} folios" if order else f"{geometry.label(0)} pages"

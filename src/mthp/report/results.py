@@ -1,0 +1,91 @@
+"""Reports of results that are in files already: what `mthp compare --json` printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mthp.errors import UsageError
+from mthp.geometry import Geometry
+from mthp.report.compared import Compared, section
+from mthp.report.document import Command, Document
+
+SCHEMA = "mthp.compare/1"
+
+ROW_KEYS = {
+    "setting": str,
+    "policy": str,
+    "scan": int,
+    "coverage": float,
+    "large_coverage": float,
+    "bloat_bytes": int,
+    "bloat_share": float,
+    "creep_bytes": int,
+    "copied_bytes": int,
+    "resident_bytes": int,
+    "translations": float,
+}
+"""What of a row a report needs, and its type."""
+
+
+def is_json(path: Path) -> bool:
+    """Whether the file at `path` begins as a JSON object does; False if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(64).lstrip()[:1] == b"{"
+    except OSError:
+        return False
+
+
+def report_on_comparison(path: Path, commands: Sequence[Command], *, version: str = "") -> Document:
+    """The report on what `mthp compare --json` printed into the file at `path`.
+
+    Raises:
+        UsageError: it is something else, cut short, or damaged.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not a result, or cut short: {error}", help=_MAKE_ONE) from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "error" in data:
+        raise UsageError(f"{path}: JSON, but not of `mthp compare`", help=_MAKE_ONE)
+    try:
+        compared, target = _compared(data), str(data["target"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path}: damaged: {error} is missing or makes no sense", help=_MAKE_ONE) from error
+    return Document(
+        title=target,
+        verdict=compared.verdict[0],
+        facts=(
+            ("process", target),
+            ("machine", f"{compared.geometry.name}, pages of {compared.geometry.label(0)}"),
+            ("TLB", str(data["processor"]["name"])),
+        ),
+        sections=(section(compared),),
+        commands=commands,
+        notes=[str(note) for note in data.get("missing", [])],
+        version=version,
+    )
+
+
+_MAKE_ONE = "make one with: mthp compare TARGET --scans all --json > compare.json"
+
+
+def _compared(data: dict[str, Any]) -> Compared:
+    geometry = Geometry(**{key: data["geometry"][key] for key in ("name", "page_size", "pmd_order")})
+    rows = [_checked(row) for row in data["rows"]]
+    verdict = [str(sentence) for sentence in data["verdict"]]
+    if not rows or not verdict:
+        raise ValueError("rows")
+    order = geometry.check_order(data["covered_order"])
+    return Compared(geometry, geometry.label(order), rows, frozenset(data["frontier"]), verdict)
+
+
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
+    for key, kind in ROW_KEYS.items():
+        value = row[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise TypeError(key)
+    return row

@@ -1,0 +1,149 @@
+"""A recording made of a trace of memory accesses (:mod:`mthp.snapshot.traces`).
+
+A trace says what was used, not what was mapped. So a page counts as mapped, by a base page, from its first use on, and
+as not recently used in the steps in which it was not. Mappings are guessed: pages that lie in one PMD range or in
+neighbouring ones are taken for one anonymous mapping, of whole PMD ranges. The accesses themselves are kept as well,
+in their order, for the model of the TLB.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Vma
+from mthp.geometry import X86_64, Geometry
+from mthp.snapshot.description import Description
+from mthp.snapshot.recorder import StepTaker
+from mthp.snapshot.recording import RecordingSpace, Step, packed_pages
+from mthp.snapshot.runs import Runs, encode
+from mthp.snapshot.stream import StreamWriter
+from mthp.snapshot.traces import Trace
+from mthp.tunables import Switches, Tunables
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedTrace:
+    """What a recording of a trace came to.
+
+    Attributes:
+        path: of the file.
+        label: what the trace is called.
+        kind: of the trace.
+        steps: how many.
+        accesses: in the trace.
+        pages: different pages that were used.
+        skipped: lines that were passed over.
+        bytes: size of the file.
+    """
+
+    path: str
+    label: str
+    kind: str
+    steps: int
+    accesses: int
+    pages: int
+    skipped: int
+    bytes: int
+
+
+def record_trace(
+    trace: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    kind: str | None = None,
+    geometry: Geometry = X86_64,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RecordedTrace:
+    """Make a recording at `path` of the trace at `trace`.
+
+    Args:
+        kind: of the trace; found out if None.
+        geometry: of the machine that it was made on.
+        overwrite: replace a regular file that is there.
+
+    Raises:
+        UsageError: not a trace, or not of that kind; or `path` exists.
+        MthpError: the recording cannot be written.
+        UnsupportedError: pyarrow is missing.
+    """
+    opened = Trace(trace, kind, geometry.page_size)
+    steps = opened.steps(progress)
+    # Before a file is made, the first step shows that there is anything in the trace.
+    step = next(steps, None)
+    space = _TraceSpace(f"{opened.kind} trace {Path(trace).name}", geometry)
+    taker = StepTaker(space)
+    count = accesses = 0
+    with StreamWriter(path, taker.description, overwrite=overwrite) as writer:
+        while step is not None:
+            space.use(step.pages)
+            meta, runs = taker.take()
+            writer.add(runs, meta | {"seconds": step.seconds, "accesses": packed_pages(step.pages)})
+            count, accesses = count + 1, accesses + step.accesses
+            step = next(steps, None)
+        writer.add(Runs.empty(), {"end": "the trace was over"})
+        size = writer.bytes
+    return RecordedTrace(os.fspath(path), space.label, opened.kind, count, accesses, space.pages, opened.skipped, size)
+
+
+class _TraceSpace(RecordingSpace):
+    """The address space that a trace tells of, as it grows."""
+
+    def __init__(self, label: str, geometry: Geometry) -> None:
+        description = Description(
+            label=label,
+            kernel="unknown",
+            recorded_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            geometry=geometry,
+            switches=Switches.defaults(geometry),
+            tunables=Tunables.defaults(geometry),
+            thp_disabled=False,
+            missing=("what a trace does not tell: mappings, and memory that was not used while it was made",),
+            vmas=(),
+            pages=0,
+        )
+        super().__init__(description, Runs.empty(), Step(0, 0.0, 0.0, {}, 0), label)
+        self._seen: NDArray[np.int64] = np.empty(0, np.int64)
+
+    @property
+    def pages(self) -> int:
+        """Different pages that were used so far."""
+        return len(self._seen)
+
+    def use(self, pages: NDArray[np.int64]) -> None:
+        """Use some pages, by number."""
+        used = np.unique(pages)
+        self._seen = np.union1d(self._seen, used)
+        recently = np.isin(self._seen, used, assume_unique=True)
+        state = np.where(recently, np.uint16(Pte.PRESENT), np.uint16(Pte.PRESENT | Pte.UNREFERENCED))
+        self._description = replace(self._description, vmas=self._mappings())
+        self._runs = self._encoded(state)
+
+    def _mappings(self) -> tuple[Vma, ...]:
+        size = self.geometry.pmd_size
+        ranges = np.unique(self._seen // self.geometry.ptes_per_pmd)
+        breaks = np.flatnonzero(np.diff(ranges) > 2) + 1
+        firsts, lasts = ranges[np.r_[0, breaks]], ranges[np.r_[breaks - 1, len(ranges) - 1]] + 1
+        return tuple(
+            Vma(first * size, last * size, "rw-p", has_anon_vma=True)
+            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+        )
+
+    def _encoded(self, state: NDArray[np.uint16]) -> Runs:
+        """The pages seen as runs; neighbours are one only where nothing lies between."""
+        breaks = np.flatnonzero(np.diff(self._seen) != 1) + 1
+        page = self.geometry.page_size
+        firsts, lasts = self._seen[np.r_[0, breaks]], self._seen[np.r_[breaks - 1, len(self._seen) - 1]] + 1
+        segments = tuple(zip((firsts * page).tolist(), (lasts * page).tolist(), strict=True))
+        vma_first = np.array([vma.start // page for vma in self._description.vmas], np.int64)
+        columns = PteColumns(segments, state, np.where(state == 0, np.int8(ORDER_NONE), np.int8(0)))
+        return encode(columns, vma_first, page)

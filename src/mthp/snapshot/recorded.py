@@ -1,0 +1,74 @@
+"""What all recorded address spaces share: they say what was, and nothing happens in them any more."""
+
+from __future__ import annotations
+
+from mthp.addrspace import AddressSpace, CollapseOutcome, Vma
+from mthp.errors import UnsupportedError
+from mthp.geometry import Geometry
+from mthp.snapshot.description import Description
+from mthp.tunables import Switches, Tunables
+
+
+class RecordedSpace(AddressSpace):
+    """The base of address spaces in files. They can be read and planned on, not collapsed; frames are not recorded.
+
+    Args:
+        description: what was recorded of the target and its machine.
+        path: of the file.
+        kind: what to call the file.
+    """
+
+    def __init__(self, description: Description, path: str, kind: str) -> None:
+        self._description = description
+        self._path = path
+        self._kind = kind
+
+    @property
+    def geometry(self) -> Geometry:
+        """As recorded."""
+        return self._description.geometry
+
+    @property
+    def label(self) -> str:
+        """As recorded."""
+        return self._description.label
+
+    @property
+    def kernel(self) -> str:
+        """As recorded."""
+        return self._description.kernel
+
+    @property
+    def switches(self) -> Switches:
+        """As recorded."""
+        return self._description.switches
+
+    @property
+    def tunables(self) -> Tunables:
+        """As recorded."""
+        return self._description.tunables
+
+    @property
+    def thp_disabled(self) -> bool:
+        """As recorded."""
+        return self._description.thp_disabled
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """As recorded."""
+        return self._description.missing
+
+    def vmas(self) -> list[Vma]:
+        """As recorded."""
+        return list(self._description.vmas)
+
+    def collapse(self, address: int, order: int) -> CollapseOutcome:
+        """Not possible: nothing runs here.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"{self._path} is a {self._kind}, which cannot be collapsed",
+            help=f"plan it: mthp plan {self._path}; or name a live process by its PID",
+        )

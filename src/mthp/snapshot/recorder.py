@@ -1,0 +1,299 @@
+"""Recording an address space over time: step after step what changed, at a cost that stays within bounds.
+
+The target is looked at with the seam's :meth:`~mthp.addrspace.AddressSpace.watch`, which leaves out what it knows not
+to have changed. Of what remains each PMD range is encoded to runs, and written if they differ from those that were
+written last (their 64-bit sum is kept, not they themselves). So memory use is a few bytes for each PMD range.
+
+Listing mappings with all their properties makes the kernel walk the whole address space. So it is done when their
+addresses changed, and otherwise only every :data:`MAPPINGS_EVERY` steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_NONE, AddressSpace, PteColumns, Segment, Vma, VmaKind
+from mthp.errors import TargetVanishedError, UsageError
+from mthp.geometry import Geometry
+from mthp.snapshot.description import Description, vma_to_json
+from mthp.snapshot.record import describe
+from mthp.snapshot.runs import Runs, encode, page_numbers
+from mthp.snapshot.stream import Meta, StreamWriter
+
+MAPPINGS_EVERY = 16
+"""Steps after which the properties of all mappings are looked at again."""
+
+PATIENCE = 0.05
+"""Seconds between two looks at whether to stop."""
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """When steps are taken.
+
+    Attributes:
+        every: seconds from one step to the next.
+        duration: seconds after which the recording ends; None for when it is stopped.
+        cpu: the share of one processor that recording may take, above 0; None for no bound. Where a step takes more,
+            the next is put off.
+
+    Raises:
+        UsageError: one of them is not above 0.
+    """
+
+    every: float = 1.0
+    duration: float | None = None
+    cpu: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("interval", self.every), ("duration", self.duration), ("share of a processor", self.cpu)):
+            if value is not None and not value > 0:
+                raise UsageError(f"a {name} of {value:g} is not above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a recording came to.
+
+    Attributes:
+        path: of the file.
+        label: the target's name.
+        steps: how many.
+        seconds: from the first step to the last.
+        bytes: size of the file.
+        cpu_seconds: processor time of this process.
+        end: why it ended.
+        interval: mean seconds from one step to the next; 0.0 for a single step.
+    """
+
+    path: str
+    label: str
+    steps: int
+    seconds: float
+    bytes: int
+    cpu_seconds: float
+    end: str
+    interval: float
+
+
+def record_series(
+    space: AddressSpace,
+    path: str | os.PathLike[str],
+    pace: Pace | None = None,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    overwrite: bool = False,
+    told: Callable[[int, float, int], None] | None = None,
+    clock: Clock = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    cpu_clock: Clock = time.process_time,
+) -> Recorded:
+    """Record `space` into a new file at `path` until `stop` says so, the duration is over, or the target is gone.
+
+    Args:
+        overwrite: replace a regular file that is there.
+        told: called after every step with (steps, seconds, bytes).
+        clock, sleep, cpu_clock: for tests.
+
+    Raises:
+        UsageError: the file exists or cannot be created.
+        MthpError: it cannot be written any more; what was written is there.
+        TargetVanishedError: the target was gone before the first step. No file is left.
+        UnsupportedError: pyarrow is missing.
+    """
+    pace = pace or Pace()
+    begin, cpu_begin = clock(), cpu_clock()
+    taker = StepTaker(space)
+    meta, runs = taker.take()
+    last, steps = 0.0, 0
+    with StreamWriter(path, taker.description, overwrite=overwrite) as writer:
+        end, spent = "stopped", cpu_clock() - cpu_begin
+        while True:
+            writer.add(runs, meta | {"seconds": round(last, 6), "cpu_seconds": round(spent, 6)})
+            steps += 1
+            if told is not None:
+                told(steps, last, writer.bytes)
+            due = begin + last + max(pace.every, spent / pace.cpu if pace.cpu else 0.0)
+            over = None if pace.duration is None else begin + pace.duration
+            if not _wait(due if over is None else min(due, over), stop, clock, sleep):
+                break
+            if over is not None and due > over:
+                end = "the duration was over"
+                break
+            before, last = cpu_clock(), clock() - begin
+            try:
+                meta, runs = taker.take()
+            except TargetVanishedError:
+                end = "the target exited"
+                break
+            spent = cpu_clock() - before
+        writer.add(Runs.empty(), {"end": end, "seconds": round(clock() - begin, 6)})
+        size = writer.bytes
+    seconds = last
+    interval = seconds / (steps - 1) if steps > 1 else 0.0
+    return Recorded(
+        os.fspath(path), taker.description.label, steps, seconds, size, cpu_clock() - cpu_begin, end, interval
+    )
+
+
+def _wait(until: float, stop: Callable[[], bool], clock: Clock, sleep: Callable[[float], None]) -> bool:
+    """Wait; whether nobody wished to stop."""
+    while (rest := until - clock()) > 0:
+        if stop():
+            return False
+        sleep(min(rest, PATIENCE))
+    return not stop()
+
+
+class StepTaker:
+    """Takes one step after the other of an address space.
+
+    Attributes:
+        description: of the target as it was at the first step; its mappings are in the steps.
+
+    Raises:
+        TargetVanishedError: the target is gone.
+    """
+
+    def __init__(self, space: AddressSpace) -> None:
+        self._space = space
+        self._watch = space.watch()
+        self.description: Description = describe(space, ())
+        self._said: dict[str, Any] = _said(self.description)
+        self._mapped: list[Segment] = []
+        self._vmas: dict[int, Vma] = {}
+        self._counters: dict[str, int] = {}
+        self._sums: dict[int, int] = {}
+        self._looked: list[Segment] = []
+        self._number = 0
+
+    def take(self) -> tuple[Meta, Runs]:
+        """What changed since the step before.
+
+        Raises:
+            TargetVanishedError: the target is gone.
+        """
+        meta: Meta = self._mappings()
+        vmas = list(self._vmas.values())
+        geometry = self._space.geometry
+        segments = [
+            segment
+            for vma in vmas
+            if vma.kind is not VmaKind.SPECIAL
+            for segment in self._space.populated([(vma.start, vma.end)], geometry.pmd_size)
+        ]
+        first = page_numbers([(vma.start, vma.end) for vma in vmas], geometry.page_size)[:, 0]
+        parts = [self._changed(columns, first) for columns in self._watch.look(segments)]
+        if segments != self._looked:
+            parts.append(self._emptied(segments))
+            self._looked = segments
+        runs = Runs.concatenate([part for part in parts if len(part)])
+        counters = self._space.counters()
+        if changed := {name: value for name, value in counters.items() if self._counters.get(name) != value}:
+            meta["counters"] = changed
+        self._counters = counters
+        self._number += 1
+        return meta, runs[np.argsort(runs.first, kind="stable")]
+
+    def _mappings(self) -> Meta:
+        """What changed about the mappings and about the machine, as far as it is time to look."""
+        mapped = self._space.mapped()
+        if mapped == self._mapped and self._number % MAPPINGS_EVERY:
+            return {}
+        meta: Meta = {}
+        now = {vma.start: vma for vma in self._space.vmas()}
+        if gone := [start for start in self._vmas if start not in now]:
+            meta["vmas_gone"] = gone
+        if new := [vma_to_json(vma) for start, vma in now.items() if self._vmas.get(start) != vma]:
+            meta["vmas"] = new
+        self._mapped, self._vmas = mapped, now
+        said = _said(describe(self._space, ()))
+        if changed := {key: value for key, value in said.items() if self._said[key] != value}:
+            meta["changed"] = changed
+        self._said = said
+        return meta
+
+    def _changed(self, columns: PteColumns, vma_first: NDArray[np.int64]) -> Runs:
+        """The runs of those PMD ranges in `columns` that differ from what was written of them."""
+        geometry = self._space.geometry
+        cut = tuple(_by_range(columns.segments, geometry))
+        runs = encode(replace(columns, segments=cut), vma_first, geometry.page_size)
+        n = geometry.ptes_per_pmd
+        ranges = np.unique([start // geometry.pmd_size for start, _ in cut])
+        sums = np.zeros(len(ranges), np.uint64)
+        index = np.searchsorted(ranges, runs.first // n)
+        np.add.at(sums, index, _mixed(runs))
+        differs = np.zeros(len(ranges), np.bool_)
+        emptied = []
+        for at, (number, total) in enumerate(zip(ranges.tolist(), sums.tolist(), strict=True)):
+            if self._sums.get(number, 0) != total:
+                differs[at] = True
+                if total:
+                    self._sums[number] = total
+                else:
+                    del self._sums[number]
+                    emptied.append(number)
+        return Runs.concatenate([runs[differs[index]], _nothing_in(emptied, n)])
+
+    def _emptied(self, segments: Sequence[Segment]) -> Runs:
+        """For every PMD range that was written and does not lie in `segments` any more, that it is empty."""
+        size = self._space.geometry.pmd_size
+        known = np.array(sorted(self._sums), np.int64)
+        spans = np.array([(start // size, -(-end // size)) for start, end in segments], np.int64).reshape(-1, 2)
+        at = np.searchsorted(spans[:, 1], known, side="right")
+        inside = at < len(spans)
+        inside[inside] &= spans[at[inside], 0] <= known[inside]
+        gone: list[int] = known[~inside].tolist()
+        for number in gone:
+            del self._sums[number]
+        return _nothing_in(gone, self._space.geometry.ptes_per_pmd)
+
+
+def _said(description: Description) -> dict[str, Any]:
+    """What a description says that may change from step to step."""
+    said: dict[str, Any] = json.loads(description.to_json())
+    return {key: said[key] for key in ("switches", "tunables", "thp_disabled", "missing")}
+
+
+def _by_range(segments: Sequence[Segment], geometry: Geometry) -> Iterator[Segment]:
+    """`segments` cut at the borders of PMD ranges."""
+    size = geometry.pmd_size
+    for start, end in segments:
+        while start < end:
+            stop = min(end, (start // size + 1) * size)
+            yield start, stop
+            start = stop
+
+
+def _nothing_in(numbers: list[int], ptes: int) -> Runs:
+    """Runs that say of some PMD ranges, by number, that they are empty."""
+    count = len(numbers)
+    return Runs(
+        np.zeros(count, np.int32),
+        np.array(numbers, np.int64) * ptes,
+        np.full(count, ptes, np.int64),
+        np.zeros(count, np.uint16),
+        np.full(count, ORDER_NONE, np.int8),
+    )
+
+
+def _mixed(runs: Runs) -> NDArray[np.uint64]:
+    """A 64-bit number for each run that another run hardly ever has, and never 0."""
+    mixed: NDArray[np.uint64] = runs.first.astype(np.uint64)
+    for column in (runs.pages, runs.state, runs.folio_order):
+        mixed ^= mixed >> np.uint64(31)
+        mixed *= np.uint64(0x9E37_79B9_7F4A_7C15)
+        mixed += column.astype(np.int64).view(np.uint64)
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.uint64(0xBF58_476D_1CE4_E5B9)
+    return mixed | np.uint64(1)

@@ -1,0 +1,279 @@
+"""A recording, opened: its steps, and the address space at each of them.
+
+What a step says besides its runs (:mod:`mthp.snapshot.stream`), all of it relative to the step before:
+
+``seconds``      since the first step
+``cpu_seconds``  processor time that taking it took
+``vmas``         mappings that are new, or not what they were; by ``start``
+``vmas_gone``    addresses of mappings that are gone
+``counters``     what the machine counts, where the number is another one (:meth:`mthp.addrspace.AddressSpace.counters`)
+``changed``      keys of the description whose value is another one: switches, tunables, ...
+``accesses``     of a recording made from a trace: the pages that were used, in order (:func:`packed_pages`)
+
+A recording that was cut off in the middle, because its writer was killed or its disk full, has all steps before.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import PteColumns, Segment
+from mthp.errors import UsageError
+from mthp.snapshot.description import Description
+from mthp.snapshot.recorded import RecordedSpace
+from mthp.snapshot.runs import Runs, decode, granules, page_numbers
+from mthp.snapshot.stream import Meta, StreamReader
+
+_PENDING = 64
+"""Steps whose runs are put together at a time."""
+
+_TIME = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a recording.
+
+    Attributes:
+        number: 0 for the first.
+        seconds: since the first step.
+        cpu_seconds: processor time that taking it took.
+        counters: what the machine counted by then, by name.
+        rows: runs that it stored.
+    """
+
+    number: int
+    seconds: float
+    cpu_seconds: float
+    counters: dict[str, int] = field(repr=False)
+    rows: int
+
+
+class Recording:
+    """A recording. Opening it reads the file once, to see how far it goes; each space is read from the file again.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        path: of the file.
+        description: of the target, as the recording began; without mappings.
+        steps: all that are whole, at least one.
+        end: why it ended; ``""`` if it was cut off.
+        trouble: what a person should know of its end; ``""`` if nothing.
+
+    Raises:
+        UsageError: not a recording, or cut off before the end of its first step.
+        UnsupportedError: pyarrow is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._reader = StreamReader(path)
+        self.description = self._reader.description
+        self.end = ""
+        steps: list[Step] = []
+        reason = "it has no end"
+        counters: dict[str, int] = {}
+        for meta, runs in self._reader.steps():
+            if "end" in meta:
+                self.end = str(meta["end"])
+            elif "broken" in meta:
+                reason = str(meta["broken"])
+            else:
+                counters = counters | _checked(self.path, meta, "counters", dict, {})
+                seconds = float(_checked(self.path, meta, "seconds", (int, float), 0.0))
+                cpu_seconds = float(_checked(self.path, meta, "cpu_seconds", (int, float), 0.0))
+                steps.append(Step(len(steps), seconds, cpu_seconds, counters, len(runs)))
+        if not steps:
+            raise UsageError(f"{self.path}: cut off before the end of its first step: {reason}")
+        self.steps: tuple[Step, ...] = tuple(steps)
+        self.trouble = ""
+        if not self.end:
+            last = self.steps[-1]
+            self.trouble = (
+                f"{self.path} was cut off ({reason}): its {len(self.steps)} steps up to {last.seconds:g} s are whole"
+            )
+
+    def step_at(self, text: str | None) -> int:
+        """The number of the step that a person means; the last for None.
+
+        Args:
+            text: a number, counted from the end if it is negative; or a time from the beginning, such as ``30s``,
+                which means the last step by then.
+
+        Raises:
+            UsageError: neither, or there is no such step.
+        """
+        if text is None:
+            return len(self.steps) - 1
+        if match := _TIME.fullmatch(text):
+            wanted = float(match[1]) * _UNITS[match[2]]
+            return max(0, sum(step.seconds <= wanted for step in self.steps) - 1)
+        if not re.fullmatch(r"-?\d{1,18}", text):
+            raise UsageError(f"{text!r} is no step of a recording", help="give its number, or a time such as 30s or 5m")
+        number = int(text)
+        if not -len(self.steps) <= number < len(self.steps):
+            raise UsageError(
+                f"{self.path} has no step {number}",
+                help=f"it has {len(self.steps)}, 0 to {len(self.steps) - 1}, over {self.steps[-1].seconds:g} s",
+            )
+        return number % len(self.steps)
+
+    def space(self, number: int = -1) -> RecordingSpace:
+        """The address space at a step.
+
+        Raises:
+            IndexError: there is no such step.
+            UsageError: the file says something that cannot be.
+        """
+        number = range(len(self.steps))[number]
+        state = _State(self)
+        for at, (meta, runs) in enumerate(self._reader.steps()):
+            state.add(meta, runs)
+            if at == number:
+                break
+        space = state.space(self.steps[number])
+        return space.noting(self.trouble) if self.trouble and number == len(self.steps) - 1 else space
+
+    def walk(self) -> Iterator[RecordingSpace]:
+        """The address space at every step, one after another; much less work than asking for each."""
+        state = _State(self)
+        for step, (meta, runs) in zip(self.steps, self._reader.steps(), strict=False):
+            state.add(meta, runs)
+            yield state.space(step)
+
+    def accesses(self) -> Iterator[NDArray[np.int64]]:
+        """The page numbers that were used in each step, in order, if the recording was made from a trace."""
+        for _, (meta, _) in zip(self.steps, self._reader.steps(), strict=False):
+            if "accesses" in meta:
+                yield unpacked_pages(self.path, meta["accesses"])
+
+
+class RecordingSpace(RecordedSpace):
+    """The address space at one step of a recording.
+
+    Args:
+        description: as it was then.
+        runs: all that was mapped then, by ascending address.
+        step: which.
+        path: of the file.
+    """
+
+    def __init__(self, description: Description, runs: Runs, step: Step, path: str) -> None:
+        super().__init__(description, path, "recording")
+        self._runs = runs
+        self.step = step
+
+    def noting(self, remark: str) -> RecordingSpace:
+        """The same, with one more thing that a person should know."""
+        description = replace(self._description, missing=(*self._description.missing, remark))
+        return RecordingSpace(description, self._runs, self.step, self._path)
+
+    def counters(self) -> dict[str, int]:
+        """As recorded."""
+        return dict(self.step.counters)
+
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        """The entries of `segments` as recorded; what was not mapped then is none."""
+        spans = page_numbers(segments, self.geometry.page_size)
+        state, folio_order = decode(self._runs, spans)
+        return PteColumns(tuple(segments), state, folio_order)
+
+    def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
+        """The parts of `segments` that hold runs, in aligned granules, clipped to their segment."""
+        page_size = self.geometry.page_size
+        found = granules(self._runs, page_numbers(segments, page_size), max(1, granule // page_size))
+        return [(first * page_size, end * page_size) for _, first, end in found.tolist()]
+
+
+class _State:
+    """What is known after some steps."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._path = recording.path
+        self._geometry = recording.description.geometry
+        self._says: dict[str, Any] = json.loads(recording.description.to_json())
+        self._vmas: dict[int, Any] = {}
+        self._runs = Runs.empty()
+        self._pending: list[Runs] = []
+
+    def add(self, meta: Meta, runs: Runs) -> None:
+        """Take one step."""
+        for start in _checked(self._path, meta, "vmas_gone", list, []):
+            self._vmas.pop(start, None)
+        for vma in _checked(self._path, meta, "vmas", list, []):
+            if not isinstance(vma, dict) or not isinstance(vma.get("start"), int):
+                raise UsageError(f"{self._path}: damaged: a mapping without a start")
+            self._vmas[vma["start"]] = vma
+        self._says |= _checked(self._path, meta, "changed", dict, {})
+        self._pending.append(runs)
+        if len(self._pending) >= _PENDING:
+            self._put_together()
+
+    def space(self, step: Step) -> RecordingSpace:
+        """The address space now."""
+        self._put_together()
+        vmas = [self._vmas[start] for start in sorted(self._vmas)]
+        try:
+            description = Description.from_json(json.dumps(self._says | {"vmas": vmas}))
+        except UsageError as error:
+            raise UsageError(f"{self._path}: {error.message}", help=error.help) from error
+        if _overlap(self._runs):
+            raise UsageError(f"{self._path}: damaged: runs that overlap")
+        return RecordingSpace(replace(description, pages=int(self._runs.pages.sum())), self._runs, step, self._path)
+
+    def _put_together(self) -> None:
+        """Of every PMD range the runs of the last step that stored it."""
+        parts = [self._runs, *self._pending]
+        self._pending = []
+        if not any(len(part) for part in parts[1:]):
+            return
+        runs = Runs.concatenate(parts)
+        age = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        order = np.argsort(runs.first, kind="stable")
+        runs, age = runs[order], age[order]
+        ranges = runs.first // self._geometry.ptes_per_pmd
+        begins = np.flatnonzero(np.diff(ranges, prepend=-1))
+        latest = np.repeat(np.maximum.reduceat(age, begins), np.diff(begins, append=len(age)))
+        self._runs = runs[(age == latest) & (runs.state != 0)]
+
+
+def _overlap(runs: Runs) -> bool:
+    return bool((runs.first[1:] < runs.end[:-1]).any() or (runs.pages < 1).any())
+
+
+def _checked(path: str, meta: Meta, key: str, kind: Any, default: Any) -> Any:
+    value = meta.get(key, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UsageError(f"{path}: damaged: {key!r} of a step makes no sense")
+    return value
+
+
+def packed_pages(pages: NDArray[np.int64]) -> str:
+    """Page numbers as text: differences from one to the next, int64, deflated, base 64."""
+    return base64.b64encode(zlib.compress(np.diff(pages, prepend=np.int64(0)).tobytes(), 3)).decode()
+
+
+def unpacked_pages(path: str, text: object) -> NDArray[np.int64]:
+    """What :func:`packed_pages` packed.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        assert isinstance(text, str)
+        return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int64))
+    except (AssertionError, ValueError, zlib.error) as error:
+        raise UsageError(f"{path}: damaged: the accesses of a step make no sense") from error

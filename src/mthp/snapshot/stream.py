@@ -1,0 +1,222 @@
+"""The file of a recording: an Arrow IPC stream, which is whole up to any batch that is.
+
+A Parquet file says at its end what it is, so half of one is nothing. In Arrow's stream format every record batch
+stands for itself behind a header that says how long it is: a writer that is killed, or a disk that is full, costs the
+last batch, and what lies before can be read as if nothing had happened. Any Arrow library reads the file.
+
+One batch is one step. Its rows are runs of pages (:mod:`mthp.snapshot.runs`), cut at the borders of PMD ranges:
+``start`` an address, ``pages``, ``state`` and ``folio_order``. All runs of each PMD range that differs from the step
+before are there, and nothing of the others. A row with ``state`` 0 says that a range is empty now.
+
+What else a step says is one JSON object in the batch's metadata, under :data:`KEY`: see
+:mod:`mthp.snapshot.recording`. Its ``crc`` is that of the rows. The stream's schema has the description of the
+recording under the same key, and the last batch an ``end``, so that a reader knows whether it has seen everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from mthp.errors import UsageError
+from mthp.snapshot.description import Description
+from mthp.snapshot.runs import Runs
+from mthp.snapshot.table import pyarrow, reading, writing
+
+KEY = "mthp.recording"
+MAGIC = b"\xff\xff\xff\xff"
+"""How an Arrow stream begins: the mark before the length of its first message."""
+
+COLUMNS = {"start": "uint64", "pages": "uint64", "state": "uint16", "folio_order": "int8"}
+"""Columns of the table and their Arrow types."""
+
+Meta = dict[str, Any]
+
+
+def is_recording(path: str | os.PathLike[str]) -> bool:
+    """Whether the file at `path` begins as a recording does; what cannot be read does not."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            return False
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC
+    except (OSError, ValueError):
+        return False
+
+
+class StreamWriter:
+    """Writes a recording step by step; each is in the file when :meth:`add` returns. A context manager.
+
+    Args:
+        path: of a new file, readable by its owner only.
+        description: of the recording.
+        overwrite: replace a regular file that is there.
+
+    Attributes:
+        bytes: written so far.
+
+    Raises:
+        UsageError: the file exists or cannot be created.
+        UnsupportedError: pyarrow is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], description: Description, *, overwrite: bool = False) -> None:
+        arrow = pyarrow()
+        self.path = os.fspath(path)
+        self._arrow = arrow
+        self._page_size = description.geometry.page_size
+        fields = [(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()]
+        self._schema = arrow.schema(fields, metadata={KEY: description.to_json()})
+        # Unbuffered: what was written is the kernel's, and stays when this process is killed.
+        self._file = open(_created(self.path, overwrite=overwrite), "wb", buffering=0)  # noqa: SIM115
+        with writing(self.path):
+            options = pyarrow("pyarrow.ipc").IpcWriteOptions(compression="zstd")
+            self._writer = pyarrow("pyarrow.ipc").new_stream(self._file, self._schema, options=options)
+
+    def add(self, runs: Runs, meta: Meta) -> None:
+        """Append one step.
+
+        Args:
+            runs: as the module says; a run of state 0 empties its range.
+            meta: what else the step says; JSON.
+
+        Raises:
+            MthpError: the file cannot be written.
+        """
+        columns = (
+            (runs.first * self._page_size).astype(np.uint64),
+            runs.pages.astype(np.uint64),
+            runs.state,
+            runs.folio_order,
+        )
+        batch = self._arrow.record_batch([self._arrow.array(column) for column in columns], schema=self._schema)
+        text = json.dumps(meta | {"crc": _crc(columns)}, separators=(",", ":"))
+        with writing(self.path):
+            self._writer.write_batch(batch, custom_metadata={KEY: text})
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file so far."""
+        return self._file.tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        self._file.close()
+
+
+def _created(path: str, *, overwrite: bool) -> int:
+    """A descriptor of a new file at `path`.
+
+    Raises:
+        UsageError: it exists or cannot be created.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+    try:
+        if overwrite and os.path.lexists(path):
+            if not stat.S_ISREG(Path(path).stat().st_mode):
+                raise UsageError(f"{path} is not a regular file", help="name a file that does not exist yet")
+            Path(os.path.realpath(path)).unlink()
+        return os.open(os.path.realpath(path), flags | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise UsageError(f"{path} exists already", help="use --force to replace it, or another name") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be created: {getattr(error, 'strerror', error)}") from error
+
+
+def _crc(columns: tuple[np.ndarray[Any, Any], ...]) -> int:
+    value = 0
+    for column in columns:
+        value = zlib.crc32(np.ascontiguousarray(column).data, value)
+    return value
+
+
+class StreamReader:
+    """Reads a recording from its beginning.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        description: of the recording, as it began.
+
+    Raises:
+        UsageError: missing, unreadable, not a recording, or of a newer version.
+        UnsupportedError: pyarrow is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        pyarrow("pyarrow.ipc")
+        with self._opened() as stream:
+            metadata = stream.schema.metadata or {}
+            with reading(self.path):
+                self.description = Description.from_json(metadata[KEY.encode()])
+                for name, kind in COLUMNS.items():
+                    if name not in stream.schema.names or str(stream.schema.field(name).type) != kind:
+                        raise UsageError(f"damaged: it has no column {name!r} of type {kind}")
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        with contextlib.ExitStack() as stack:
+            with reading(self.path):
+                file = stack.enter_context(open(self.path, "rb"))
+                if file.read(4) != MAGIC:
+                    raise UsageError("not a recording", help=_MAKE_ONE)
+                file.seek(0)
+                stream = stack.enter_context(pyarrow("pyarrow.ipc").open_stream(file))
+                if KEY.encode() not in (stream.schema.metadata or {}):
+                    raise UsageError("not a recording: an Arrow stream of something else", help=_MAKE_ONE)
+            yield stream
+
+    def steps(self) -> Iterator[tuple[Meta, Runs]]:
+        """All steps that are whole, from the first one on. After a step that is not nothing is read.
+
+        Yields:
+            What the step says, and its runs; their `vma` is not set. What a step says has ``broken`` as its only key,
+            with the reason, where the file breaks off or is damaged.
+        """
+        arrow = pyarrow()
+        with self._opened() as stream:
+            while True:
+                try:
+                    batch, metadata = stream.read_next_batch_with_custom_metadata()
+                    text = None if metadata is None else metadata.get(KEY.encode())
+                    meta, runs = json.loads(text or "null"), self._runs(batch)
+                    if not isinstance(meta, dict) or meta.get("crc") != self._checksum(batch):
+                        raise ValueError("its checksum is wrong")
+                except StopIteration:
+                    return
+                except (OSError, ValueError, MemoryError, arrow.ArrowException) as error:
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    yield {"broken": reason}, Runs.empty()
+                    return
+                yield meta, runs
+
+    def _runs(self, batch: Any) -> Runs:
+        batch.validate(full=True)
+        start, pages, state, folio_order = (batch.column(name).to_numpy(zero_copy_only=False) for name in COLUMNS)
+        first = (start // np.uint64(self.description.geometry.page_size)).astype(np.int64)
+        vma = np.zeros(len(first), np.int32)
+        return Runs(vma, first, pages.astype(np.int64), state.astype(np.uint16), folio_order.astype(np.int8))
+
+    @staticmethod
+    def _checksum(batch: Any) -> int:
+        return _crc(tuple(batch.column(name).to_numpy(zero_copy_only=False) for name in COLUMNS))
+
+
+_MAKE_ONE = "make one with: mthp record PID -o FILE"

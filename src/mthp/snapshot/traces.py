@@ -1,0 +1,250 @@
+"""Traces of memory accesses, as text that standard tools write: which pages were used, in order, and when.
+
+``lackey``  ``valgrind --tool=lackey --trace-mem=yes --log-file=FILE PROGRAM``: every load and store. Instruction
+            fetches are left out: they go through another TLB. There are no times, so a step is
+            :data:`ACCESSES_A_STEP` lines.
+``perf``    ``perf script > FILE`` of samples that have an address: ``perf mem record``, or ``perf record -d``.
+            Addresses of the kernel are left out. A step is one second.
+``damon``   ``damo report access --raw_form``, in older versions of damo ``damo report raw``: for every interval how
+            often regions were found accessed. A region that was counts as used throughout. A step is one interval.
+
+What a line of another form may be: the program's own output in between, or a remark of the tool. It is passed over,
+and counted.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.errors import UsageError
+
+ACCESSES_A_STEP = 1 << 20
+"""Accesses of a trace without times that make one step."""
+
+SECONDS_A_STEP = 1.0
+
+PROBE_LINES = 2000
+"""Lines by which the kind of a trace is found out."""
+
+USER_LIMIT = 1 << 63
+"""Addresses from here on are the kernel's, on every architecture."""
+
+REGION_LIMIT = 1 << 46
+"""Bytes that one region of DAMON may have to be believed."""
+
+_LACKEY = re.compile(r" [LSM] +([0-9a-f]+),\d+\s*\Z")
+_LACKEY_OTHER = re.compile(r"I  [0-9a-f]+,\d+\s*\Z|==\d+== ")
+_PERF = re.compile(
+    r"\s*(?:(?P<comm>\S.*?)\s+(?P<pid>-?\d+)(?:/-?\d+)?\s+(?:\[\d+\]\s+)?)?"
+    r"(?P<time>\d+\.\d+):\s+(?:(?:\d+\s+)?(?P<event>\S*[^\s\d:]\S*):\s+)?(?P<address>[0-9a-f]+)(?:\s|\Z)"
+)
+_PERF_ADDRESS = re.compile(r"\s+([0-9a-f]{6,16})\s*\Z")
+_REGION = re.compile(r"([0-9a-f]{4,16})-([0-9a-f]{4,16})\s*\([^)]*\)(?::\s*(\d+)|\s+-?\d+((?:\s+\d+)*))\s*\Z")
+_DAMON_OTHER = re.compile(r"(monitoring_|nr_regions:|target_id:|base_time_absolute:|data source:|# +start_addr)")
+_MONITORING_END = re.compile(r"monitoring_end:\s+(.*\S)\s*\Z")
+_TIME = re.compile(r"(\d+(?:\.\d+)?) (h|ms|m|s|us|ns)")
+_NANOSECONDS = {"h": 3600e9, "m": 60e9, "s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
+
+_HOW = (
+    "use what one of these writes: valgrind --tool=lackey --trace-mem=yes --log-file=FILE PROGRAM;"
+    " perf mem record and then perf script > FILE; damo report access --raw_form > FILE"
+)
+_BINARY = {
+    b"PERFILE2": "perf's own file: make text of it with perf script -i {path} > FILE",
+    b"PK": "",
+    b"\x1f\x8b": "",
+}
+
+Progress = Callable[[int, int], None]
+"""Told (bytes read, bytes in all) after every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceStep:
+    """What was used in one step.
+
+    Attributes:
+        seconds: when it ended, from the beginning of the trace; the number of the step where there are no times.
+        pages: int64, shape (uses,): page numbers in order, the same one not twice in a row.
+        accesses: lines that this is from.
+    """
+
+    seconds: float
+    pages: NDArray[np.int64]
+    accesses: int
+
+
+class Trace:
+    """An open trace. Iterating over :meth:`steps` reads it once.
+
+    Args:
+        path: of the file.
+        kind: ``lackey``, ``perf`` or ``damon``; found out if None.
+        page_size: of base pages, in bytes.
+
+    Attributes:
+        kind: of the trace.
+        skipped: lines that were passed over so far.
+
+    Raises:
+        UsageError: missing, unreadable, no trace, or not of that kind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str | None, page_size: int) -> None:
+        self.path = os.fspath(path)
+        self._page_size = page_size
+        self.skipped = 0
+        if kind is not None and kind not in KINDS:
+            raise UsageError(f"unknown trace format {kind!r}", help=f"use {', '.join(KINDS)}")
+        found = _kind_of(self.path)
+        if found is None:
+            raise UsageError(f"{self.path} is no trace that mthp knows{_example(self.path)}", help=_HOW)
+        if kind is not None and kind != found:
+            raise UsageError(
+                f"{self.path} is not a trace of the kind {kind!r}, it looks like {found!r}",
+                help="leave --trace-format out",
+            )
+        self.kind = found
+
+    def steps(self, progress: Progress | None = None) -> Iterator[TraceStep]:
+        """The steps of the trace in which anything was used.
+
+        Raises:
+            UsageError: there is no access in it, or it cannot be read.
+        """
+        some = False
+        size = Path(self.path).stat().st_size
+        try:
+            with open(self.path, "rb") as raw, io.TextIOWrapper(raw, encoding="ascii", errors="replace") as file:
+                for step in KINDS[self.kind](self, file):
+                    some = True
+                    yield step
+                    if progress is not None:
+                        progress(raw.tell(), size)
+        except OSError as error:
+            raise UsageError(f"{self.path}: {error.strerror}") from error
+        if not some:
+            raise UsageError(f"{self.path} has no access to memory of a program", help=_HOW)
+
+    def _lackey(self, file: TextIO) -> Iterator[TraceStep]:
+        number = 0
+        while lines := list(islice(file, ACCESSES_A_STEP)):
+            matches = [match[1] for line in lines if (match := _LACKEY.match(line))]
+            self.skipped += sum(1 for line in lines if not _LACKEY.match(line) and not _LACKEY_OTHER.match(line))
+            number += 1
+            if matches:
+                yield self._step(float(number), [int(address, 16) for address in matches])
+
+    def _perf(self, file: TextIO) -> Iterator[TraceStep]:
+        begin: float | None = None
+        due = SECONDS_A_STEP
+        addresses: list[int] = []
+        for line in file:
+            match = _PERF.match(line)
+            bare = None if match else _PERF_ADDRESS.match(line)
+            if match is None and bare is None:
+                # Lines of a call chain and empty ones are no surprise.
+                self.skipped += bool(line.strip())
+                continue
+            at = float(match["time"]) if match else 0.0
+            begin = at if begin is None else begin
+            if (at - begin >= due or len(addresses) >= ACCESSES_A_STEP) and addresses:
+                yield self._step(due, addresses)
+                addresses = []
+                due = max(due, (at - begin) // SECONDS_A_STEP * SECONDS_A_STEP) + SECONDS_A_STEP
+            address = int(match["address"] if match else bare[1], 16)  # type: ignore[index]
+            if 0 < address < USER_LIMIT:
+                addresses.append(address)
+        if addresses:
+            yield self._step(due, addresses)
+
+    def _damon(self, file: TextIO) -> Iterator[TraceStep]:
+        seconds = 0.0
+        parts: list[NDArray[np.int64]] = []
+        regions = 0
+        for line in file:
+            if match := _MONITORING_END.match(line):
+                if parts:
+                    yield TraceStep(seconds, np.concatenate(parts), regions)
+                    parts, regions = [], 0
+                seconds = _nanoseconds(match[1]) / 1e9
+            elif match := _REGION.match(line):
+                start, end = int(match[1], 16), int(match[2], 16)
+                hits = [int(word) for word in (match[3] or match[4] or "").split()]
+                if not start < end <= USER_LIMIT or end - start > REGION_LIMIT:
+                    self.skipped += 1
+                elif any(hits):
+                    parts.append(np.arange(start // self._page_size, -(-end // self._page_size)))
+                    regions += 1
+            elif line.strip() and not _DAMON_OTHER.match(line):
+                self.skipped += 1
+        if parts:
+            yield TraceStep(seconds, np.concatenate(parts), regions)
+
+    def _step(self, seconds: float, addresses: list[int]) -> TraceStep:
+        pages = (np.array(addresses, np.uint64) // np.uint64(self._page_size)).astype(np.int64)
+        kept = np.ones(len(pages), np.bool_)
+        kept[1:] = pages[1:] != pages[:-1]
+        return TraceStep(seconds, pages[kept], len(pages))
+
+
+KINDS: dict[str, Callable[[Trace, TextIO], Iterator[TraceStep]]] = {
+    "lackey": Trace._lackey,
+    "perf": Trace._perf,
+    "damon": Trace._damon,
+}
+"""The kinds of traces, by name."""
+
+
+def _kind_of(path: str) -> str | None:
+    """The kind of the trace at `path` by its first lines; None if it is none that is known.
+
+    Raises:
+        UsageError: missing, unreadable, or a binary file that has to be made text first.
+    """
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise UsageError(f"{path} is not a regular file")
+        with open(path, "rb") as file:
+            begin = file.read(64)
+        for magic, what in _BINARY.items():
+            if begin.startswith(magic):
+                raise UsageError(f"{path} is not text", help=what.format(path=path) or f"unpack it first; {_HOW}")
+        with open(path, encoding="ascii", errors="replace") as text:
+            lines = list(islice(text, PROBE_LINES))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path}: {getattr(error, 'strerror', error)}") from error
+    votes = {
+        "lackey": sum(1 for line in lines if _LACKEY.match(line) or _LACKEY_OTHER.match(line)),
+        "damon": sum(1 for line in lines if _REGION.match(line) or _DAMON_OTHER.match(line)),
+        "perf": sum(1 for line in lines if _PERF.match(line) or _PERF_ADDRESS.match(line)),
+    }
+    best = max(votes, key=lambda kind: votes[kind])
+    told = sum(1 for line in lines if line.strip())
+    return best if votes[best] and 4 * votes[best] >= told else None
+
+
+def _example(path: str) -> str:
+    with open(path, encoding="ascii", errors="replace") as file:
+        line = next((line.strip() for line in file if line.strip()), "")
+    return f": its first line is {line[:60]!r}" if line else ": it is empty"
+
+
+def _nanoseconds(text: str) -> float:
+    """A time as damo writes it, such as ``2 m 19.834 s``, or nanoseconds."""
+    if text.isdecimal():
+        return float(text)
+    return sum(float(number) * _NANOSECONDS[unit] for number, unit in _TIME.findall(text))

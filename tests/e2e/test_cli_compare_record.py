@@ -1,0 +1,99 @@
+"""compare and record through the command line: what they say, their JSON, and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from e2e.helpers import mthp, mthp_json, unused_pid
+
+pytest.importorskip("pyarrow")
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recording") / "r"
+    done = mthp_json("record", "self", "-o", path, "--every", "100ms", "--for", "350ms", "--cpu", "100%")
+    assert done["steps"] >= 2
+    assert done["end"] == "the duration was over"
+    return path
+
+
+def test_compare_of_a_live_process_has_a_verdict() -> None:
+    answer = mthp_json(
+        "compare", "self", "--policies", "mainline,no-creep", "--max-ptes-none", "0,256", "--scans", "all"
+    )
+    assert len(answer["settings"]) == 4
+    assert set(answer["frontier"]) <= set(answer["settings"])
+    assert "frontier of 2M coverage" in answer["verdict"][0]
+    scans = max(row["scan"] for row in answer["rows"])
+    assert len(answer["rows"]) == 4 * (scans + 1)
+    assert answer["metrics"]["bloat_bytes"]["unit"] == "bytes"
+
+
+def test_compare_of_a_recording_at_its_steps(recording: Path) -> None:
+    first = mthp("compare", recording, "--at", "0", "--policies", "mainline")
+    assert first.returncode == 0, first.stderr
+    assert "On the frontier" in first.stdout
+    assert mthp_json("inspect", recording, "--at", "-1")["target"]
+    assert mthp_json("plan", recording, "--at", "200ms")["policy"] == "mainline"
+
+
+def test_a_recording_that_was_cut_off_says_so(recording: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    whole = recording.read_bytes()
+    cut.write_bytes(whole[: len(whole) - 500])
+    done = mthp("inspect", cut)
+    assert done.returncode == 0, done.stderr
+    assert "was cut off" in done.stdout
+    cut.write_bytes(whole[:5000])
+    done = mthp("inspect", cut)
+    assert done.returncode == 2
+    assert "cut" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["compare", "self", "--policies", "nobody"], 2, "unknown policy 'nobody'"),
+        (["compare", "self", "--policies", ""], 2, "no policy was given"),
+        (["compare", "self", "--max-ptes-none", "many"], 2, "not a list of numbers"),
+        (["compare", "self", "--max-ptes-none", "512"], 2, "not within 0 to 511"),
+        (["compare", "self", "--scans", "0"], 2, "neither a number"),
+        (["compare", "self", "--covered", "3K"], 2, "not a folio size"),
+        (["compare", "self", "--processor", "z80"], 2, "unknown processor 'z80'"),
+        (["compare", "self", "--at", "1"], 2, "a process has no step"),
+        (["compare", "/nonexistent"], 2, "neither a PID"),
+        (["record", "-o", "{tmp}/r"], 2, "nothing to record"),
+        (["record", "{tmp}", "-o", "{tmp}/r"], 2, "is no process"),
+        (["record", "self", "-o", "{tmp}/r", "--every", "0s"], 2, "not a time above 0"),
+        (["record", "self", "-o", "{tmp}/r", "--for", "later"], 2, "not a time above 0"),
+        (["record", "self", "-o", "{tmp}/r", "--cpu", "200%"], 2, "not a percentage"),
+        (["record", "self", "-o", "{tmp}/r", "--cpu", "0%"], 2, "not above 0"),
+        (["record", "self", "-o", "/nonexistent/r"], 2, "cannot be created"),
+        (["record", "self", "-o", "{tmp}/r", "--trace-format", "perf"], 2, "of no use"),
+        (["record", "self", "-o", "{tmp}/r", "--from-trace", "x"], 2, "both a target"),
+        (["record", "--from-trace", "/dev/null", "-o", "{tmp}/r"], 2, "not a regular file"),
+        (["record", "--from-trace", "{tmp}/text", "-o", "{tmp}/r"], 2, "no trace that mthp knows"),
+    ],
+)
+def test_bad_input_has_clear_words(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
+    (tmp_path / "text").write_text("nothing of that kind\n")
+    done = mthp(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_process_that_is_not_there(tmp_path: Path) -> None:
+    assert mthp("record", unused_pid(), "-o", tmp_path / "r").returncode == 4
+    assert mthp("compare", unused_pid()).returncode == 4
+
+
+def test_a_recording_is_not_replaced_unasked(recording: Path) -> None:
+    before = recording.read_bytes()
+    done = mthp("record", "self", "-o", recording, "--for", "10ms")
+    assert done.returncode == 2
+    assert "exists already" in done.stderr
+    assert recording.read_bytes() == before

@@ -1,0 +1,63 @@
+"""The part of a report on policies says what the comparison says."""
+
+from __future__ import annotations
+
+import pytest
+
+from mthp.geometry import X86_64
+from mthp.lab.compare import compare, settings_of
+from mthp.report import compared
+from mthp.report.charts import LEFT
+from report_spaces import redis_like
+
+
+@pytest.fixture(scope="module")
+def result() -> compared.Compared:
+    settings = settings_of(["pmd-only", "per-order", "mainline"], max_ptes_none=[64, 511])
+    return compared.Compared.of(compare(redis_like(), settings, scans=None))
+
+
+def test_every_setting_is_a_point_of_its_policy(result: compared.Compared) -> None:
+    chart = compared.frontier_chart(result)
+    assert [(series.name, len(series.points)) for series in chart.series] == [
+        ("pmd-only", 2),
+        ("per-order", 2),
+        ("mainline", 2),
+    ]
+    by_bloat = {row["setting"]: row["bloat_share"] for row in result.last}
+    points = {point.text.split(":")[0]: point for series in chart.series for point in series.points}
+    assert by_bloat.keys() == points.keys()
+    worst = max(by_bloat, key=lambda name: by_bloat[name])
+    assert points[worst].x == max(point.x for point in points.values())
+    assert all(point.x > LEFT - 20 for point in points.values())
+    assert chart.frontier.count("H") >= 1
+
+
+def test_creep_is_drawn_for_what_creeps(result: compared.Compared) -> None:
+    growing = {row["setting"] for row in result.rows if row["scan"] > 1 and row["creep_bytes"]}
+    assert growing
+    chart = compared.creep_chart(result)
+    assert growing <= {series.name for series in chart.series}
+    for series in chart.series:
+        levels = [point.y for point in series.points[1:]]
+        # The vertical axis of a drawing goes down.
+        assert (levels[0] > levels[-1]) == (series.name in growing)
+        assert series.line
+
+
+def test_tables_hold_the_figures(result: compared.Compared) -> None:
+    section = compared.section(result)
+    figures, creep = section.tables
+    assert [row[0].text for row in figures.rows] == result.settings
+    assert {row[0].text for row in figures.rows if row[0].mark} == set(result.frontier)
+    assert len(creep.columns) == result.scans + 1
+    assert section.remarks == result.verdict
+
+
+def test_settings_that_come_to_the_same_share_a_bar(result: compared.Compared) -> None:
+    (bars,) = compared.section(result).bars
+    assert bars.bars[0].name == "now"
+    named = " ".join(bar.name for bar in bars.bars)
+    assert all(setting in named for setting in result.settings)
+    assert len(bars.bars) < 1 + len(result.settings)
+    assert bars.legend[0] == ("o9", f"{X86_64.label(9)} folios")
