@@ -1,0 +1,109 @@
+"""``mthp top [TARGET]``: processes by what a collapse could gain, kept up to date."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from mthp.addrspace import AddressSpace
+from mthp.cli.options import percentage, plan_options, planned
+from mthp.cli.status_command import ask_daemon
+from mthp.collapse.policy import policy_named
+from mthp.errors import MthpError, UnsupportedError, UsageError
+from mthp.planning import PlanOptions, base_rules
+from mthp.targets import open_target, pid_of, refuse_ancestor
+
+
+@click.command("top")
+@click.argument("target", required=False)
+@click.option(
+    "--cpu", default="10%", show_default=True, metavar="%", help="Share of one processor that looking may take."
+)
+@plan_options
+def command(target: str | None, cpu: str, **options: Any) -> int:
+    """Show processes by what a collapse could gain, and keep it up to date.
+
+    With a TARGET (a PID, a snapshot, a recording) show its mappings; a recording can be gone through in time. The key ?
+    lists the keys. A collapse is asked about first, runs beside the screen, and can be stopped.
+    """
+    share = percentage(cpu)
+    if not share:
+        raise UsageError(f"--cpu {cpu}: with nothing, nothing can be looked at", help="use 1% or more")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UnsupportedError("top needs a terminal", help="in scripts use: mthp inspect TARGET --json")
+    try:
+        from mthp.top.app import TopApp
+    except ImportError as error:
+        raise UnsupportedError(
+            f"top needs Textual, which cannot be imported: {error}", help="pip install 'mthp[top]'"
+        ) from error
+    view = view_of(target, planned(options), share)
+    try:
+        return TopApp(view).run() or 0
+    finally:
+        view.source.close()
+
+
+def view_of(target: str | None, options: PlanOptions, cpu: float) -> Any:
+    """What is to be shown.
+
+    Raises:
+        MthpError: as :func:`mthp.targets.open_target`.
+    """
+    from mthp.top.app import View
+    from mthp.top.mapped import Mapped
+    from mthp.top.survey import Survey
+
+    chosen = "self" if target is None else target
+    with open_target(chosen) as space:
+        geometry, title, switches = space.geometry, space.label, _switches(space)
+        # Told now, where it can be, and not on every row.
+        base_rules(space, options)
+        policy_named(options.policy)
+    if target is None:
+        survey = Survey(options, cpu)
+        survey.start()
+        return View("mthp top", survey, geometry, options, _opened_to_collapse, daemon_status, switches)
+    pid = pid_of(target)
+    steps = () if pid is not None else _steps(target)
+    mapped = Mapped(
+        lambda step: open_target(target, at=None if step is None else str(step)),
+        options,
+        cpu=cpu,
+        steps=steps,
+        live=pid is not None,
+    )
+    mapped.start()
+    opened = None if pid is None else lambda _address: _opened_to_collapse(pid)
+    return View(title, mapped, geometry, options, opened, daemon_status, switches)
+
+
+def _opened_to_collapse(pid: int) -> AddressSpace:
+    refuse_ancestor(pid)
+    return open_target(pid)
+
+
+def _steps(path: str) -> tuple[float, ...]:
+    """The seconds of each step if the file at `path` is a recording."""
+    return ()
+
+
+def _switches(space: AddressSpace) -> str:
+    """The kernel and its switches in one line, sizes that are switched alike together."""
+    geometry, switches = space.geometry, space.switches
+    by_word: dict[str, list[str]] = {}
+    for order, word in sorted(switches.sizes.items(), reverse=True):
+        by_word.setdefault(word, []).append(geometry.label(order))
+    sizes = "; ".join(f"{word}: {' '.join(labels)}" for word, labels in by_word.items())
+    return f"Linux {space.kernel}, enabled: {switches.enabled}; {sizes}"
+
+
+def daemon_status() -> Mapping[str, Any] | None:
+    """What the daemon of this machine says; None if none is running, or it is not ours to ask."""
+    try:
+        return ask_daemon("status", None)
+    except MthpError:
+        return None

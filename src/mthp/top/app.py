@@ -1,0 +1,404 @@
+"""The screen of `mthp top`: a table that keeps itself up to date, bars, and keys.
+
+It draws what the source knows at the moment and never waits for it. Everything that takes time is in threads: the looks
+(:mod:`~mthp.top.survey`, :mod:`~mthp.top.mapped`), the question to the daemon, a collapse (:mod:`~mthp.top.carrying`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from rich.style import Style
+from rich.text import Text
+from textual import work
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.coordinate import Coordinate
+from textual.widgets import DataTable, Footer, Input, Static
+
+from mthp.addrspace import AddressSpace
+from mthp.collapsing import CollapseOptions
+from mthp.geometry import Geometry, format_size
+from mthp.planning import PlanOptions
+from mthp.text import clean
+from mthp.top.carrying import Carrying
+from mthp.top.mapped import Mapped
+from mthp.top.model import SORTS, UNKNOWN, Row, arranged, bar, totals
+from mthp.top.screens import Notice, Question, Running, keys_text, plan_text
+from mthp.top.survey import Source
+
+BAR = 24
+"""Width of a bar, in characters."""
+
+MAX_ROWS = 1000
+"""Rows in the table at most: nobody scrolls through more, and a filter finds the others."""
+
+INTERVAL = 0.5
+"""Seconds between two drawings."""
+
+SHADES = {
+    True: ("#6b6880", "#5561b0", "#3f7fa8", "#27ad81", "#7fd34e", "#fde725"),
+    False: ("#a39c88", "#7f9a3a", "#3f9a63", "#1f7f86", "#2f6897", "#2b3f86"),
+}
+"""Colours of orders from base pages to the PMD order, by whether the theme is dark."""
+
+COLUMNS = (
+    ("id", "pid", 8),
+    ("name", "name", 26),
+    ("resident", "resident", 9),
+    ("huge", "huge", 7),
+    ("gain", "could gain", 10),
+    ("bloat", "adds", 8),
+    ("", "folio sizes", BAR),
+)
+"""What it is sorted by, the head, and the width of each column."""
+
+Opened = Callable[[int], AddressSpace]
+Asked = Callable[[], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What is shown.
+
+    Attributes:
+        title: of the screen.
+        source: where rows come from.
+        geometry: of the machine.
+        options: of plans and collapses.
+        opened: opens a process by its PID, to collapse it; None where nothing can be collapsed.
+        asked: asks the daemon what it does; None as an answer if there is none.
+        switches: the system's, in words.
+    """
+
+    title: str
+    source: Source
+    geometry: Geometry
+    options: PlanOptions
+    opened: Opened | None = None
+    asked: Asked = lambda: None
+    switches: str = ""
+
+
+class TopApp(App[int]):
+    """`mthp top`."""
+
+    TITLE = "mthp top"
+    CSS_PATH = "app.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("p", "plan", "plan"),
+        Binding("c", "collapse", "collapse"),
+        Binding("s", "sort", "sort"),
+        Binding("r", "reverse", "reverse"),
+        Binding("slash", "filter", "filter", key_display="/"),
+        Binding("left", "step(-1)", "step back", show=False, priority=True),
+        Binding("right", "step(1)", "step on", show=False, priority=True),
+        Binding("home", "first", "first step", show=False, priority=True),
+        Binding("end", "last", "last step", show=False, priority=True),
+        Binding("t", "theme", "light/dark"),
+        Binding("question_mark", "keys", "keys", key_display="?"),
+        Binding("escape", "show_all", "show all", show=False),
+        Binding("q", "leave", "quit"),
+    ]
+
+    def __init__(self, view: View) -> None:
+        super().__init__()
+        self.view = view
+        self.sort = "gain"
+        self.reversed = False
+        self.wanted = ""
+        self._drawn: list[int] = []
+        self._cells: dict[tuple[int, int], Text] = {}
+        self._rows: dict[int, Row] = {}
+        self._daemon: Mapping[str, Any] | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="head")
+        yield Input(placeholder="part of a name or number; enter keeps it, escape shows all", id="filter")
+        yield DataTable(id="table", cursor_type="row", zebra_stripes=True)
+        yield Static(id="steps")
+        yield Static(id="detail")
+        yield Static(id="daemon")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        self.query_one("#filter").display = False
+        self.query_one("#steps").display = bool(self._mapped and self._mapped.steps)
+        table = self.table
+        for name, head, width in COLUMNS:
+            if name == "id" and self._mapped:
+                head, width = "address", 12
+            table.add_column(head, width=width, key=head)
+        table.focus()
+        self.draw()
+        self.set_interval(INTERVAL, self.draw)
+        self.ask_daemon()
+        self.set_interval(2.0, self.ask_daemon)
+
+    @property
+    def table(self) -> DataTable[Text]:
+        """The table."""
+        table: DataTable[Text] = self.query_one("#table", DataTable)
+        return table
+
+    @property
+    def chosen(self) -> Row | None:
+        """The row under the cursor."""
+        at = self.table.cursor_row
+        return self._rows.get(self._drawn[at]) if 0 <= at < len(self._drawn) else None
+
+    @property
+    def _mapped(self) -> Mapped | None:
+        return self.view.source if isinstance(self.view.source, Mapped) else None
+
+    def draw(self) -> None:
+        """Bring the screen up to date with what the source knows."""
+        if len(self.screen_stack) > 1:
+            return
+        rows = self.view.source.rows()
+        shown = arranged(rows, self.sort, reverse=self.reversed, wanted=self.wanted)[:MAX_ROWS]
+        self._rows = {row.key: row for row in shown}
+        self._fill([row.key for row in shown])
+        self.view.source.show(self._visible())
+        self._draw_head(len(rows), totals(rows))
+        self._draw_steps()
+        self._draw_detail()
+
+    def _fill(self, keys: list[int]) -> None:
+        """Put the rows `keys` into the table; cells that say what they said are left alone."""
+        table = self.table
+        if len(keys) != len(self._drawn):
+            cursor, scroll = table.cursor_coordinate, table.scroll_offset
+            table.clear()
+            self._cells.clear()
+            for key in keys:
+                table.add_row(*self._row_cells(self._rows[key]))
+            table.move_cursor(row=min(cursor.row, max(0, len(keys) - 1)), animate=False)
+            table.scroll_to(y=scroll.y, animate=False)
+            self._drawn = keys
+            return
+        for at, key in enumerate(keys):
+            for column, cell in enumerate(self._row_cells(self._rows[key])):
+                if self._cells.get((at, column)) != cell:
+                    self._cells[at, column] = cell
+                    table.update_cell_at(Coordinate(at, column), cell)
+        self._drawn = keys
+
+    def _visible(self) -> list[int]:
+        table = self.table
+        first = max(0, int(table.scroll_offset.y))
+        return self._drawn[first : first + max(1, table.size.height)]
+
+    def _row_cells(self, row: Row) -> list[Text]:
+        mark = "" if row.planned or row.gain is None else "~"
+        share = row.huge_share
+        dim = "dim" if row.trouble else ""
+        number = f"{row.key:x}" if self._mapped else str(row.key)
+        return [
+            Text(number, style=dim, justify="right"),
+            Text(clean(row.name), style=dim, overflow="ellipsis", no_wrap=True),
+            Text(format_size(row.resident), style=dim, justify="right"),
+            Text("" if share is None else f"{share:.1%}", style=dim, justify="right"),
+            Text("" if row.gain is None else mark + format_size(row.gain), style=dim or "bold", justify="right"),
+            Text("" if row.bloat is None else format_size(row.bloat), style=dim, justify="right"),
+            self._bar(row),
+        ]
+
+    def _bar(self, row: Row) -> Text:
+        text = Text(no_wrap=True)
+        if row.trouble and row.by_order is None:
+            return text.append("no right to look" if "permitted" in row.trouble else "-", style="dim")
+        shades = SHADES[self.current_theme.dark]
+        top = self.view.geometry.pmd_order
+        for order, characters in bar(row.by_order or {}, self.view.geometry, BAR):
+            shade = 0 if order <= 0 else max(1, round((len(shades) - 1) * min(order, top) / top))
+            text.append(characters, Style(color=None if order == UNKNOWN else shades[shade], dim=order == UNKNOWN))
+        return text
+
+    def _draw_head(self, count: int, sums: tuple[int, int]) -> None:
+        view = self.view
+        mapped = self._mapped
+        title = clean(mapped.label or view.title) if mapped else view.title
+        what = "mappings" if mapped else "processes"
+        order = f"by {self.sort}{', reversed' if self.reversed else ''}"
+        text = Text()
+        text.append(title, style="bold")
+        text.append(f"   {count:,} {what}, {format_size(sums[0])} resident, {format_size(sums[1])} to gain   {order}")
+        if self.wanted:
+            text.append(f"   only {clean(self.wanted)!r} ({len(self._drawn):,})", style="bold")
+        if mapped and mapped.trouble:
+            text.append(f"   {clean(mapped.trouble)}", style="bold red")
+        if view.switches:
+            text.append(f"\n{view.switches}", style="dim")
+        self.query_one("#head", Static).update(text)
+
+    def _draw_steps(self) -> None:
+        mapped = self._mapped
+        if mapped is None or not mapped.steps:
+            return
+        width = max(10, self.size.width - 46)
+        last = max(1, len(mapped.steps) - 1)
+        at = round(mapped.step / last * (width - 1))
+        text = Text("◀ ")
+        text.append("━" * at, style="bold")
+        text.append("●", style="bold")
+        text.append("─" * (width - 1 - at), style="dim")
+        text.append(f" ▶  step {mapped.step + 1} of {len(mapped.steps)}, {mapped.steps[mapped.step]:g} s")
+        if not mapped.arrived:
+            text.append("  reading ...", style="dim")
+        self.query_one("#steps", Static).update(text)
+
+    def _draw_detail(self) -> None:
+        row = self.chosen
+        if row is None:
+            said = "nothing matches" if self.wanted else "nothing is resident"
+            self.query_one("#detail", Static).update(Text(said, style="dim"))
+            return
+        self.query_one("#detail", Static).update(plan_text(row, self.view.geometry, self._policy))
+
+    @property
+    def _policy(self) -> str:
+        policy = self.view.options.policy
+        return policy if isinstance(policy, str) else policy.name
+
+    @work(thread=True, exclusive=True, group="daemon")
+    def ask_daemon(self) -> None:
+        """Ask the daemon, and show what it says."""
+        status = self.view.asked()
+        self.call_from_thread(self._draw_daemon, status)
+
+    def _draw_daemon(self, status: Mapping[str, Any] | None) -> None:
+        self._daemon = status
+        self.query_one("#daemon", Static).update(Text(daemon_line(status)))
+
+    def on_data_table_row_highlighted(self, _event: DataTable.RowHighlighted) -> None:
+        if len(self.screen_stack) == 1:
+            self._draw_detail()
+
+    def on_data_table_row_selected(self, _event: DataTable.RowSelected) -> None:
+        self.action_plan()
+
+    def action_plan(self) -> None:
+        """Show the plan of the chosen row."""
+        if (row := self.chosen) is not None:
+            title = f"{row.name} ({self._number(row)})"
+            self.push_screen(Notice(title, plan_text(row, self.view.geometry, self._policy)))
+
+    def _number(self, row: Row) -> str:
+        return f"{row.key:#x}" if self._mapped else str(row.key)
+
+    @work
+    async def action_collapse(self) -> None:
+        """Collapse the chosen process, after a question."""
+        row, opened = self.chosen, self.view.opened
+        if row is None:
+            return
+        if opened is None:
+            self.notify("Nothing runs here: a file cannot be collapsed.", severity="warning")
+            return
+        if row.trouble:
+            self.notify(clean(row.trouble), severity="warning")
+            return
+        mapped = self._mapped
+        title = f"Collapse {row.name} ({self._number(row)})?"
+        if await self.push_screen_wait(Question(title, plan_text(row, self.view.geometry, self._policy))):
+            plan = replace(self.view.options, within=mapped.range_of(row.key)) if mapped else self.view.options
+            options = CollapseOptions(plan=plan)
+            carrying = Carrying(lambda: opened(row.key), options)
+            try:
+                await self.push_screen_wait(Running(f"Collapsing {row.name}", carrying, self.view.geometry))
+            finally:
+                carrying.stop()
+                self.view.source.refresh(row.key)
+
+    def action_sort(self) -> None:
+        """Sort by the next column."""
+        self.sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)]
+        self.draw()
+
+    def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
+        """Sort by the column that was clicked; a second click turns it round."""
+        if name := COLUMNS[event.column_index][0]:
+            self.reversed = not self.reversed if name == self.sort else False
+            self.sort = name
+            self.draw()
+
+    def action_reverse(self) -> None:
+        """The other way round."""
+        self.reversed = not self.reversed
+        self.draw()
+
+    def action_filter(self) -> None:
+        """Ask for a text that rows must contain."""
+        box = self.query_one("#filter", Input)
+        box.display = True
+        box.focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        self.wanted = event.value
+        self.draw()
+
+    def on_input_submitted(self, _event: Input.Submitted) -> None:
+        self.query_one("#filter").display = bool(self.wanted)
+        self.table.focus()
+
+    def action_show_all(self) -> None:
+        """Forget the filter."""
+        box = self.query_one("#filter", Input)
+        box.value = ""
+        box.display = False
+        self.table.focus()
+
+    def action_step(self, by: int) -> None:
+        """Go through a recording; in the filter the keys move the cursor, as everywhere."""
+        self._go(lambda mapped: mapped.step + by)
+
+    def action_first(self) -> None:
+        """The first step."""
+        self._go(lambda _: 0)
+
+    def action_last(self) -> None:
+        """The last step."""
+        self._go(lambda mapped: len(mapped.steps) - 1)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action in ("step", "first", "last"):
+            return bool(self._mapped and self._mapped.steps) and not isinstance(self.focused, Input)
+        return True
+
+    def _go(self, where: Callable[[Mapped], int]) -> None:
+        if (mapped := self._mapped) is not None and mapped.steps:
+            mapped.go(where(mapped))
+            self._draw_steps()
+
+    def action_theme(self) -> None:
+        """Light or dark."""
+        self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
+        self._cells.clear()
+        self.draw()
+
+    def action_keys(self) -> None:
+        """Show the keys."""
+        self.push_screen(Notice("Keys", keys_text()))
+
+    def action_leave(self) -> None:
+        """End."""
+        self.exit(0)
+
+
+def daemon_line(status: Mapping[str, Any] | None) -> str:
+    """What the daemon does, in one line."""
+    if status is None:
+        return "daemon: not running here (mthp daemon)"
+    state = "paused" if status.get("paused") else "resting" if status.get("resting") else "at work"
+    counters = status.get("counters", {})
+    targets = status.get("targets", [])
+    made = format_size(int(counters.get("collapsed_bytes", 0)))
+    added = format_size(int(counters.get("filled_bytes", 0)))
+    return (
+        f"daemon: process {status.get('pid', '?')}, {state}, {len(targets)} targets,"
+        f" {made} collapsed, {added} of bloat added"
+    )

@@ -1,0 +1,65 @@
+"""A collapse that runs beside the screen, can be watched, and can be told to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from mthp.addrspace import AddressSpace
+from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
+from mthp.errors import MthpError
+
+
+class Carrying:
+    """One collapse, in a thread of its own.
+
+    Args:
+        opened: opens the target.
+        options: of the collapse.
+
+    Attributes:
+        done, total: how far it is.
+        report: what came of it; None until it ends, and if it could not be done.
+        error: why it could not be done.
+    """
+
+    def __init__(self, opened: Callable[[], AddressSpace], options: CollapseOptions) -> None:
+        self._opened, self._options = opened, options
+        self._stopping = threading.Event()
+        self.done, self.total = 0, 0
+        self.report: CollapseReport | None = None
+        self.error: MthpError | None = None
+        self._thread = threading.Thread(target=self._run, name="mthp-collapse", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Begin nothing more; what is being done is finished and accounted for."""
+        self._stopping.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stopping.is_set()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._thread.is_alive()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until it has ended, for so long at most."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        try:
+            with self._opened() as space:
+                self.report = collapse_space(space, self._options, self._progress, self._stopping.is_set)
+        except MthpError as error:
+            self.error = error
+
+    def _progress(self, done: int, total: int) -> None:
+        self.done, self.total = done, total

@@ -1,0 +1,175 @@
+"""What comes up over the table: a plan, the question before a collapse, the collapse, and the keys."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Button, Label, ProgressBar, Static
+
+from mthp.collapsing import CollapseReport
+from mthp.geometry import Geometry, format_size
+from mthp.text import clean
+from mthp.top.carrying import Carrying
+from mthp.top.model import Row, described
+
+KEYS = (
+    ("up, down, page up, page down", "choose a row"),
+    ("enter, p", "its plan in full"),
+    ("c", "collapse it, after a question"),
+    ("s, r", "sort by the next column; the other way round"),
+    ("/", "show only rows whose name or number contains a text; escape shows all"),
+    ("left, right", "on a recording: the step before, the step after; home and end: the first, the last"),
+    ("t", "light or dark"),
+    ("q", "end"),
+)
+
+
+def plan_text(row: Row, geometry: Geometry, policy: str) -> Text:
+    """The plan of `row` in words."""
+    lines = Text()
+
+    def line(name: str, value: str, style: str = "") -> None:
+        lines.append(f"{name:<22}", style="bold")
+        lines.append(clean(value) + "\n", style=style)
+
+    line("resident", format_size(row.resident))
+    if row.by_order is not None:
+        line("  by folio size", described(row.by_order, geometry))
+    share = row.huge_share
+    pmd = geometry.label(geometry.pmd_order)
+    line(f"{pmd} mapped", "not known yet" if share is None else f"{share:.1%} of the anonymous memory")
+    if row.trouble:
+        line("cannot be planned", row.trouble)
+    elif not row.planned:
+        line("plan", "not made yet: a moment")
+    else:
+        folios = ", ".join(f"{count:,} of {geometry.label(order)}" for order, count in row.folios.items())
+        line(f"plan ({policy})", folios or "nothing to collapse")
+        line("  would copy", format_size(row.gain or 0))
+        line("  would add", f"{format_size(row.bloat or 0)} of bloat")
+    return lines
+
+
+class Notice(ModalScreen[None]):
+    """A text that any of escape, enter and q puts away."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q,p,question_mark", "dismiss_me", "back")]
+
+    def __init__(self, title: str, text: Text) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="window"):
+            yield Label(Text(clean(self._title)), classes="title")
+            yield Static(self._text, id="text")
+            yield Label("escape: back", classes="hint")
+
+    def action_dismiss_me(self) -> None:
+        self.dismiss(None)
+
+
+class Question(ModalScreen[bool]):
+    """Whether to go on: y does, and anything that means no does not."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(True)", "yes"),
+        Binding("n,escape,q", "answer(False)", "no"),
+    ]
+
+    def __init__(self, title: str, text: Text) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="window"):
+            yield Label(Text(clean(self._title)), classes="title")
+            yield Static(self._text, id="text")
+            with Horizontal(classes="buttons"):
+                yield Button("No (n)", id="no")
+                yield Button("Yes, collapse it (y)", id="yes", variant="warning")
+
+    def on_mount(self) -> None:
+        self.query_one("#no").focus()
+
+    def on_button_pressed(self, event: Button.Pressed) -> None:
+        self.dismiss(event.button.id == "yes")
+
+    def action_answer(self, answer: bool) -> None:
+        self.dismiss(answer)
+
+
+class Running(ModalScreen[None]):
+    """A collapse at work. Escape stops it; once it has ended, escape puts this away."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter", "stop_or_leave", "stop")]
+
+    def __init__(self, title: str, carrying: Carrying, geometry: Geometry) -> None:
+        super().__init__()
+        self._title, self._carrying, self._geometry = title, carrying, geometry
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="window"):
+            yield Label(Text(clean(self._title)), classes="title")
+            yield ProgressBar(id="progress", show_eta=False)
+            yield Static("", id="text")
+            yield Label("escape: stop after the range at hand", classes="hint")
+
+    def on_mount(self) -> None:
+        self._carrying.start()
+        self.set_interval(0.1, self.look)
+
+    def look(self) -> None:
+        """Show how far it is."""
+        carrying = self._carrying
+        self.query_one(ProgressBar).update(total=max(carrying.total, 1), progress=carrying.done)
+        text = self.query_one("#text", Static)
+        if carrying.running:
+            text.update("stopping ..." if carrying.stopping else f"{carrying.done:,} of {carrying.total:,}")
+            return
+        self.query_one(".hint", Label).update("escape: back")
+        if carrying.error is not None:
+            text.update(Text(clean(f"{carrying.error.message}\n{carrying.error.help}")))
+        elif carrying.report is not None:
+            text.update(report_text(carrying.report, self._geometry))
+
+    def action_stop_or_leave(self) -> None:
+        if self._carrying.running:
+            self._carrying.stop()
+        else:
+            self.dismiss(None)
+
+
+def report_text(report: CollapseReport, geometry: Geometry) -> Text:
+    """What a collapse did, in words."""
+    pmd = geometry.label(geometry.pmd_order)
+    lines = [
+        f"{format_size(report.copied_bytes)} copied, {format_size(report.filled_bytes)} of bloat added,"
+        f" in {report.elapsed:.2f} s",
+        f"{pmd} mapped: {report.plan.coverage:.1%} before, {report.coverage:.1%} now",
+    ]
+    if report.failed:
+        lines.append("not done: " + ", ".join(f"{count} {result.meaning}" for result, count in report.failed.items()))
+    if report.interrupted:
+        lines.append("stopped: what was done stays done")
+    if report.vanished:
+        lines.append("the process exited meanwhile")
+    return Text("\n".join(clean(line) for line in lines))
+
+
+def keys_text() -> Text:
+    """The keys."""
+    text = Text()
+    for keys, meaning in KEYS:
+        text.append(f"{keys:<30}", style="bold")
+        text.append(f"{meaning}\n")
+    text.append(
+        "\ncould gain: bytes that a collapse would bring into larger folios; with a ~ before it is an upper bound,"
+        " until a plan is made of what is on the screen.\nadds: memory that it would take more (bloat).\n"
+    )
+    return text
