@@ -78,6 +78,19 @@ def test_a_live_process_for_a_quick_look(actor: Actor, tmp_path: Path) -> None:
     assert "helpers.serve" in out.read_text("utf-8")
 
 
+def test_a_recording_becomes_a_page_and_is_shown_over_time(actor: Actor, tmp_path: Path) -> None:
+    actor.fill(actor.map(8 << 20), 512)
+    recording, out = tmp_path / "rec.mthp", tmp_path / "out.html"
+    assert mthp("record", actor.pid, "--every", "50ms", "--for", "300ms", "-o", recording).returncode == 0
+    assert mthp("report", recording, "-o", out).returncode == 0
+    text = out.read_text("utf-8")
+    assert "Coverage over time" in text
+    assert "At the beginning and at the end" in text
+    assert mthp("report", recording, "--at", 0, "-o", out, "--force").returncode == 0
+    assert "step 0 of a recording" in out.read_text("utf-8")
+    assert mthp("report", recording, "--at", 999, "-o", out, "--force").returncode == 2
+
+
 def test_what_is_there_is_replaced_only_on_request(snapshot: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.html"
     out.write_text("precious")

@@ -157,7 +157,12 @@ def test_a_map_has_the_same_size_for_every_size_of_process(size: int) -> None:
 
 
 def test_of_many_mappings_the_largest_are_drawn_and_the_rest_is_said() -> None:
-    space = FakeSpace([mixed((at + 1) << 32, 1 + at % 3, 0.9, f"[anon:{at}]", seed=at) for at in range(MAX_STRIPS + 5)])
+    space = FakeSpace(
+        [
+            mixed((at + 1) << 32, 3 if at < MAX_STRIPS else 2, 0.9, f"[anon:{at}]", seed=at)
+            for at in range(MAX_STRIPS + 5)
+        ]
+    )
     census = take_census(space)
     made = make_map(space, census, names=("now", "then"))
     assert len(made.strips) == MAX_STRIPS
@@ -165,6 +170,13 @@ def test_of_many_mappings_the_largest_are_drawn_and_the_rest_is_said() -> None:
     assert [strip.address for strip in made.strips] == sorted(
         (s.address for s in made.strips), key=lambda a: int(a.split("-")[0], 16)
     )
+
+
+def test_what_holds_next_to_nothing_is_not_drawn() -> None:
+    space = FakeSpace([mixed(1 << 32, 300, 0.9), mixed(2 << 32, 1, 0.9)])
+    made = make_map(space, take_census(space), names=("now", "then"))
+    assert [strip.address.split("-")[0] for strip in made.strips] == ["100000000"]
+    assert made.left_out.startswith("1 smaller mappings")
 
 
 def test_empty_ranges_take_no_room() -> None:

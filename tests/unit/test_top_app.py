@@ -125,6 +125,7 @@ def test_processes_stand_by_what_could_be_gained(theme: str, screenshots: Path) 
         assert column(app, 6)[0].count("█") == round(24 * 200 / 900)
         assert "redis" in text_of(app, "#detail") or "290 of 2M, 12 of 64K" in text_of(app, "#detail")
         assert "process 4242, at work, 2 targets, 5G collapsed" in text_of(app, "#daemon")
+        app.draw()
         assert "5 processes" in text_of(app, "#head")
         assert list(source.shown) == [101, 2000, 7, 55, 66]
         path = app.save_screenshot(f"top-{theme}.svg", str(screenshots))

@@ -9,18 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mthp import __version__
 from mthp.addrspace import AddressSpace
-from mthp.cli.options import json_option, plan_options, planned
+from mthp.cli.options import at_option, json_option, plan_options, planned
 from mthp.cli.output import console, print_json, progress_bar, say
 from mthp.errors import UsageError
 from mthp.geometry import format_size
 from mthp.report.document import Command
 from mthp.targets import open_target, pid_of
+
+if TYPE_CHECKING:
+    from mthp.report.timeline import Timeline
 
 
 @click.command("report")
@@ -33,16 +36,24 @@ from mthp.targets import open_target, pid_of
 @click.option(
     "--with-arguments", is_flag=True, help="Show the command line of the process too, which may hold secrets."
 )
+@at_option
 @plan_options
 @json_option
 def command(
-    file: str, output: Path, after: str | None, force: bool, with_arguments: bool, as_json: bool, **options: Any
+    file: str,
+    at: str | None,
+    output: Path,
+    after: str | None,
+    force: bool,
+    with_arguments: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Write one HTML page on FILE: its address space, what each policy would make of it, and at what price.
 
-    FILE is a snapshot, a PID for a quick look, or what `mthp compare --json` printed. The page is complete in itself:
-    it loads nothing from anywhere and runs no script. It holds no contents of memory, no environment, and no
-    arguments unless asked for.
+    FILE is a snapshot, a recording, a PID for a quick look, or what `mthp compare --json` printed. The page is complete
+    in itself: it loads nothing from anywhere and runs no script. It holds no contents of memory, no environment, and
+    no arguments unless asked for.
     """
     from mthp.report import write
     from mthp.report.gather import Source, report_on
@@ -59,9 +70,12 @@ def command(
     if pid is None and is_json(Path(file)):
         document = report_on_comparison(Path(file), _commands(file, None)[:1], version=__version__)
     else:
-        with still(file, hidden=as_json) as (space, recorded_at), progress_bar("reporting", hidden=as_json) as progress:
+        with (
+            still(file, at, hidden=as_json) as (space, recorded_at),
+            progress_bar("reporting", hidden=as_json) as progress,
+        ):
             later = None if after is None else open_target(after)
-            source = Source(space, recorded_at, later, arguments)
+            source = Source(space, recorded_at, later, arguments, None if pid is not None else _timeline(file))
             document = report_on(
                 source,
                 planned(options),
@@ -77,21 +91,46 @@ def command(
 
 
 @contextmanager
-def still(target: str, *, hidden: bool) -> Iterator[tuple[AddressSpace, str]]:
+def still(target: str, at: str | None, *, hidden: bool) -> Iterator[tuple[AddressSpace, str]]:
     """The address space of `target` at one moment, and which moment that is: a process is recorded first."""
-    from mthp.snapshot import SnapshotSpace, load, record
+    from mthp.snapshot import load, record
 
     if pid_of(target) is None:
-        with open_target(target) as space:
-            assert isinstance(space, SnapshotSpace)
-            yield space, space.info.recorded_at
+        with open_target(target, at=at) as space:
+            yield space, _when(space)
         return
     with tempfile.TemporaryDirectory(prefix="mthp-report-") as directory:
         path = Path(directory) / "now.parquet"
-        with open_target(target) as live, progress_bar("recording", hidden=hidden) as progress:
+        with open_target(target, at=at) as live, progress_bar("recording", hidden=hidden) as progress:
             record(live, path, progress=progress)
         with load(path) as recorded:
             yield recorded, datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _when(space: AddressSpace) -> str:
+    """When what a file holds was as it is."""
+    from mthp.snapshot import SnapshotSpace
+    from mthp.snapshot.recording import RecordingSpace
+
+    if isinstance(space, RecordingSpace):
+        return f"step {space.step.number} of a recording, {space.step.seconds:g} s after its first"
+    assert isinstance(space, SnapshotSpace)
+    return space.info.recorded_at
+
+
+def _timeline(path: str) -> Timeline | None:
+    """How memory came to be as it is, if the file at `path` is a recording."""
+    from mthp.report.timeline import chosen_steps, gather
+    from mthp.snapshot.recording import Recording
+    from mthp.snapshot.stream import is_recording
+
+    if not is_recording(path):
+        return None
+    recording = Recording(path)
+    chosen = set(chosen_steps(len(recording.steps)))
+    return gather(
+        ((space.step.seconds, space) for space in recording.walk() if space.step.number in chosen), recording.trouble
+    )
 
 
 def _arguments(pid: int | None) -> str:

@@ -88,7 +88,10 @@ def _opened_to_collapse(pid: int) -> AddressSpace:
 
 def _steps(path: str) -> tuple[float, ...]:
     """The seconds of each step if the file at `path` is a recording."""
-    return ()
+    from mthp.snapshot.recording import Recording
+    from mthp.snapshot.stream import is_recording
+
+    return tuple(step.seconds for step in Recording(path).steps) if is_recording(path) else ()
 
 
 def _switches(space: AddressSpace) -> str:

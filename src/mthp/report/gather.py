@@ -15,10 +15,11 @@ from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.geometry import Geometry, format_size
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
 from mthp.planning import PlanOptions, SpacePlan, plan_space
-from mthp.report import compared
+from mthp.report import compared, timeline
 from mthp.report.compared import percent
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table
 from mthp.report.memorymap import MemoryMap, make_map
+from mthp.report.timeline import Timeline
 
 MAPPINGS = 60
 """Mappings in the table: those with most memory."""
@@ -36,12 +37,14 @@ class Source:
         recorded_at: when it was as it is, in words.
         later: the same process afterwards, or None to show what the plan would make of it.
         arguments: the process's command line if it is to be shown, else ``""``.
+        timeline: how it came to be, where that was recorded.
     """
 
     space: AddressSpace
     recorded_at: str
     later: AddressSpace | None = None
     arguments: str = ""
+    timeline: Timeline | None = None
 
 
 def report_on(
@@ -91,6 +94,7 @@ def report_on(
         figures=_figures(census, plan, after),
         sections=(
             _map_section(source, census, plan, progress),
+            *(() if source.timeline is None else (timeline.section(source.timeline),)),
             compared.section(compared.Compared.of(comparison)),
             _plan_section(plan),
             _mappings_section(census),

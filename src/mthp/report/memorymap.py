@@ -15,6 +15,7 @@ bytes per run. Kinds are told apart by lightness, which every eye sees, and what
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace, Segment, Vma, in_blocks
-from mthp.census import Census, VmaCensus
+from mthp.census import Census, VmaCensus, take_census
 from mthp.geometry import Geometry, format_size
 from mthp.planning import Folios
 from mthp.report.kinds import Kinds
@@ -37,7 +38,10 @@ MAX_ROWS = 56
 """Rows of a whole map, but for those that are not full."""
 
 MAX_STRIPS = 24
-"""Mappings that are drawn: those with most memory. The others are in the tables."""
+"""Mappings that are drawn at most: those with most memory. The others are in the tables."""
+
+MIN_SHARE = 0.01
+"""Of all memory, which a mapping must hold to be drawn; the largest always is."""
 
 BLOCK_BYTES = 1 << 30
 """Addresses read at a time."""
@@ -126,14 +130,45 @@ class Stretch:
         return sum(end - start for start, end in self.segments)
 
 
-def stretches(space: AddressSpace, census: Census) -> list[Stretch]:
-    """The :data:`MAX_STRIPS` mappings of `space` that hold most memory, by address."""
-    holding = [vma for vma in census.vmas if _held(vma)]
-    largest = sorted(holding, key=lambda vma: -_held(vma))[:MAX_STRIPS]
+def stretches(space: AddressSpace, census: Census, later: AddressSpace | None = None) -> list[Stretch]:
+    """The mappings of `space` that hold most memory, by address.
+
+    Args:
+        later: the same process afterwards; its mappings count as well, and what holds anything in either state is
+            part of a stretch.
+    """
+    states = [space] if later is None else [space, later]
+    vmas = list(census.vmas)
+    if later is not None:
+        after = take_census(later).vmas
+        # A mapping that grew or was split is drawn as it is afterwards.
+        ends = [vma.vma.end for vma in after]
+        vmas = [*after, *(vma for vma in vmas if not _reaches_into(vma.vma, after, ends))]
+    ranked = sorted((vma for vma in vmas if _held(vma)), key=lambda vma: -_held(vma))
+    enough = MIN_SHARE * sum(map(_held, ranked))
+    largest = ranked[:1] + [vma for vma in ranked[1:MAX_STRIPS] if _held(vma) >= enough]
+    size = space.geometry.pmd_size
     return [
-        Stretch(vma, tuple(space.populated([(vma.start, vma.end)], space.geometry.pmd_size)))
+        Stretch(vma, _merged([part for each in states for part in each.populated([(vma.start, vma.end)], size)]))
         for vma in sorted((each.vma for each in largest), key=lambda vma: vma.start)
     ]
+
+
+def _reaches_into(vma: Vma, others: Sequence[VmaCensus], ends: Sequence[int]) -> bool:
+    """Whether `vma` has addresses in common with one of `others`, which ascend and have these `ends`."""
+    at = bisect.bisect_right(ends, vma.start)
+    return at < len(others) and others[at].vma.start < vma.end
+
+
+def _merged(segments: list[Segment]) -> tuple[Segment, ...]:
+    """The union of `segments`, ascending."""
+    merged: list[Segment] = []
+    for start, end in sorted(segments):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
 
 
 def _held(vma: VmaCensus) -> int:
@@ -277,7 +312,7 @@ def make_map(
         TargetVanishedError: the process exited meanwhile.
     """
     geometry = space.geometry
-    parts = stretches(space, census)
+    parts = stretches(space, census, later)
     size = column_bytes_for(parts, geometry)
     before = shares(space, parts, size, progress=progress)
     after = None

@@ -1,0 +1,161 @@
+"""A recording, as a part of a page: memory and coverage over time, and where it lay at the beginning and at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mthp.addrspace import AddressSpace
+from mthp.census import take_census
+from mthp.geometry import Geometry, format_size
+from mthp.report.charts import Chart, Series, chart
+from mthp.report.compared import percent
+from mthp.report.document import Cell, Section, Table
+from mthp.report.memorymap import make_map
+
+MAX_MOMENTS = 120
+"""Steps of a recording that are looked at: more than a chart of this size can show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A process at one moment, in bytes of anonymous memory.
+
+    Attributes:
+        seconds: since the first.
+        resident: all that is resident, files included.
+        anonymous: resident anonymous memory.
+        huge: of it, mapped by PMD entries.
+        large: of it, in folios above the base page.
+    """
+
+    seconds: float
+    resident: int
+    anonymous: int
+    huge: int
+    large: int
+
+
+def moment_of(seconds: float, space: AddressSpace) -> Moment:
+    """What `space` holds."""
+    census = take_census(space)
+    page, pages = census.geometry.page_size, census.anonymous
+    return Moment(
+        seconds,
+        census.total.resident * page,
+        pages.resident * page,
+        pages.state("pmd_mapped") * page,
+        int(pages.orders[1:].sum()) * page,
+    )
+
+
+def chosen_steps(count: int, most: int = MAX_MOMENTS) -> list[int]:
+    """Which of `count` steps are looked at: `most` of them at most, evenly, the first and the last always."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(at * (count - 1) / (most - 1)) for at in range(most)})
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A recording.
+
+    Attributes:
+        moments: by ascending time.
+        first, last: the address space at the first and at the last of them.
+        note: what a person should know of it, or ``""``.
+    """
+
+    moments: Sequence[Moment]
+    first: AddressSpace
+    last: AddressSpace
+    note: str = ""
+
+
+def gather(walk: Iterable[tuple[float, AddressSpace]], note: str = "") -> Timeline:
+    """Look at every address space of `walk`, pairs of seconds and the space at that time; there must be one."""
+    moments, first, last = [], None, None
+    for seconds, space in walk:
+        moments.append(moment_of(seconds, space))
+        first, last = first or space, space
+    assert first is not None, "a recording has steps"
+    assert last is not None
+    return Timeline(moments, first, last, note)
+
+
+def section(timeline: Timeline) -> Section:
+    """The part of the page."""
+    geometry = timeline.last.geometry
+    tables = (_table(timeline, geometry),)
+    begin, end = timeline.moments[0], timeline.moments[-1]
+    lead = (
+        f"{len(timeline.moments)} moments over {_time(end.seconds - begin.seconds)}. Resident memory went from"
+        f" {format_size(begin.resident)} to {format_size(end.resident)}. {timeline.note}"
+    )
+    memory = make_map(
+        timeline.first,
+        take_census(timeline.first),
+        names=("at the beginning", "at the end"),
+        later=timeline.last,
+        title="At the beginning and at the end",
+    )
+    return Section("Over time", lead, maps=(memory,), charts=_charts(timeline.moments, geometry), tables=tables)
+
+
+def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart]:
+    pmd, base = geometry.label(geometry.pmd_order), geometry.label(0)
+
+    def share(part: int, moment: Moment) -> float:
+        return 100 * part / moment.anonymous if moment.anonymous else 0.0
+
+    def told(name: str, value: str, moment: Moment) -> str:
+        return f"{name} after {_time(moment.seconds)}: {value}"
+
+    huge = [(m.seconds, share(m.huge, m), told(f"{pmd} mapped", percent(share(m.huge, m) / 100), m)) for m in moments]
+    large = [(m.seconds, share(m.large, m), told("large", percent(share(m.large, m) / 100), m)) for m in moments]
+    resident = [(m.seconds, float(m.resident), told("resident", format_size(m.resident), m)) for m in moments]
+    mapped = [(m.seconds, float(m.huge), told(f"{pmd} mapped", format_size(m.huge), m)) for m in moments]
+    coverage = chart(
+        "Coverage over time",
+        "Of the anonymous memory that is resident at each moment.",
+        [Series(f"mapped as {pmd}", huge, joined=True), Series(f"in folios above {base}", large, joined=True)],
+        x_name="seconds",
+        y_name="% of the anonymous memory",
+        x_format=lambda value: f"{value:g}",
+        y_format=lambda value: f"{value:g}%",
+        y_range=(0.0, 100.0),
+    )
+    memory = chart(
+        "Memory over time",
+        "All that is resident, and what of it is anonymous and mapped by PMD entries.",
+        [Series("resident", resident, joined=True), Series(f"mapped as {pmd}", mapped, joined=True)],
+        x_name="seconds",
+        y_name="bytes",
+        x_format=lambda value: f"{value:g}",
+        y_format=lambda value: format_size(int(value)),
+    )
+    return coverage, memory
+
+
+def _table(timeline: Timeline, geometry: Geometry) -> Table:
+    rows = [
+        (
+            Cell(f"{moment.seconds:g}", figure=True),
+            Cell(format_size(moment.resident), figure=True),
+            Cell(format_size(moment.anonymous), figure=True),
+            Cell(percent(moment.huge / moment.anonymous if moment.anonymous else 0.0), figure=True),
+            Cell(percent(moment.large / moment.anonymous if moment.anonymous else 0.0), figure=True),
+        )
+        for moment in timeline.moments
+    ]
+    pmd, base = geometry.label(geometry.pmd_order), geometry.label(0)
+    columns = ("seconds", "resident", "anonymous", f"mapped as {pmd}", f"above {base}")
+    return Table("Moment by moment", columns, rows, folded=True)
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.3g} s"
