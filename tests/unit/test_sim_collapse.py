@@ -28,7 +28,11 @@ class World:
 
     def __init__(self, pages: int = 16, none: int = 15, limit: int | None = None) -> None:
         self.machine = Machine(
-            SMALL, node_frames=[1024], swap_slots=64, switches=Switches("never"), tunables=Tunables(none, 4, 4, 64)
+            SMALL,
+            node_frames=[1024],
+            swap_slots=64,
+            switches=Switches("never"),
+            tunables=Tunables(none, 4, 4, 64, defrag=False),
         )
         self.mm = self.machine.create_mm(self.machine.parts.memory.cgroups.create(limit))
         self.machine.map(self.mm, START, START + SMALL.pmd_size, flags={HUGEPAGE})

@@ -38,6 +38,23 @@ class Watermarks:
         return cls(min, min + min // 4, min + min // 2)
 
 
+@dataclass(slots=True)
+class Compaction:
+    """What compaction remembers of a zone (defer_compaction, mm/compaction.c).
+
+    Attributes:
+        cursor: the frame from which it goes on.
+        considered: calls that were turned away since it failed last.
+        defer_shift: 2**defer_shift calls are turned away after a failure.
+        order_failed: of the smallest block that it failed for.
+    """
+
+    cursor: int
+    considered: int = 0
+    defer_shift: int = 0
+    order_failed: int = 1 << 30
+
+
 class Zone:
     """A contiguous range of frames with its free lists.
 
@@ -48,6 +65,7 @@ class Zone:
 
     Attributes:
         name: as in ``/proc/buddyinfo``.
+        compaction: how far compaction got, and whether it rests.
     """
 
     name = "Normal"
@@ -58,6 +76,7 @@ class Zone:
         self.max_order = max_order
         self.free_frames = 0
         self.watermarks = Watermarks()
+        self.compaction = Compaction(start)
         self._free: list[dict[int, None]] = [{} for _ in range(max_order + 1)]
         self.free_range(start, frames)
 
@@ -66,9 +85,14 @@ class Zone:
         """The frame behind the last."""
         return self.start + self.frames
 
-    def alloc(self, order: int) -> int | None:
-        """Take a block of `order`: its first frame, or None if there is none or the watermark forbids it."""
-        if order > self.max_order or self.free_frames - (1 << order) < self.watermarks.min:
+    def alloc(self, order: int, *, low: bool = False) -> int | None:
+        """Take a block of `order`: its first frame, or None if there is none or the watermark forbids it.
+
+        Args:
+            low: keep to the ``low`` watermark instead of ``min``.
+        """
+        kept = self.watermarks.low if low else self.watermarks.min
+        if order > self.max_order or self.free_frames - (1 << order) < kept:
             return None
         for at in range(order, self.max_order + 1):
             if self._free[at]:
@@ -82,12 +106,12 @@ class Zone:
         self.free_frames -= 1 << order
         return head
 
-    def alloc_pages(self, count: int) -> list[tuple[int, int]]:
+    def alloc_pages(self, count: int, *, low: bool = False) -> list[tuple[int, int]]:
         """Take up to `count` frames, in blocks as large as there are: (first frame, frames) each."""
         taken: list[tuple[int, int]] = []
         order = self.max_order
         while count and order >= 0:
-            head = self.alloc(order) if count >> order else None
+            head = self.alloc(order, low=low) if count >> order else None
             if head is None:
                 order -= 1
                 continue
@@ -136,6 +160,21 @@ class Zone:
             self._free[order][head + half if frame < head + half else head] = None
             head += half * (frame >= head + half)
         self.free_frames -= 1
+
+    def claim(self, start: int, order: int) -> list[tuple[int, int]]:
+        """Take all free blocks that lie inside of an aligned block of `order`: (first frame, order) each."""
+        claimed, end = [], start + (1 << order)
+        for at in range(order + 1):
+            blocks = self._free[at]
+            if len(blocks) < 1 << (order - at):
+                inside = [head for head in blocks if start <= head < end]
+            else:
+                inside = [head for head in range(start, end, 1 << at) if head in blocks]
+            for head in inside:
+                del blocks[head]
+                self.free_frames -= 1 << at
+                claimed.append((head, at))
+        return claimed
 
     def unusable_index(self, order: int) -> float:
         """The part of free memory that lies in blocks too small for `order` (unusable_free_index, mm/vmstat.c).

@@ -173,10 +173,15 @@ def _levels(machine: Machine) -> list[str]:
                 wrong.append(f"{counter} is {machine.counters[counter]}, there are {level}")
     usage = np.bincount(memory.cgroup[heads], weights=_sizes(memory, heads), minlength=len(memory.cgroups.usage))
     for number in range(1, len(usage)):
-        if usage[number] != memory.cgroups.usage[number]:
-            wrong.append(
-                f"cgroup {number} is charged {memory.cgroups.usage[number]} frames and has {usage[number]:.0f}"
-            )
+        held = int(usage[memory.cgroups.below(number)].sum())
+        if held != memory.cgroups.usage[number]:
+            wrong.append(f"cgroup {number} is charged {memory.cgroups.usage[number]} frames and has {held}")
+    partly = set(anon[(memory.flags[anon] & Fl.PARTIALLY_MAPPED) != 0].tolist())
+    if strays := (partly - memory.deferred.keys()) | (memory.deferred.keys() - set(anon.tolist())):
+        wrong.append(f"folios {sorted(strays)[:4]} are to be split for one side only")
+    cache = set(np.flatnonzero((memory.flags & (Fl.OWNED | Fl.LRU)) == Fl.OWNED | Fl.LRU).tolist())
+    if cache != memory.cache.keys():
+        wrong.append(f"frames {sorted(cache ^ memory.cache.keys())[:4]} are page cache for one side only")
     return wrong
 
 

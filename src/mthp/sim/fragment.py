@@ -47,9 +47,10 @@ def fragment(parts: Parts, index: float, order: int, *, movable: float = 0.0, se
         frames = _chosen(zone, index, order, seed)
         for frame in frames.tolist():
             zone.take(frame)
-        of_cache = _random(frames, seed + 1) < np.uint64(int(movable * (2**64 - 1)))
+        of_cache = (_random(frames, seed + 1) >> np.uint64(11)) < movable * 2**53
         memory.own(frames[~of_cache])
         memory.own(frames[of_cache], Fl.LRU, Fl.UPTODATE)
+        memory.cache.update(dict.fromkeys(frames[of_cache].tolist()))
         count += len(frames)
     return count
 

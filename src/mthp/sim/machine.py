@@ -100,7 +100,7 @@ class Machine:
         self.policy = policy_named(policy)
         chunk_order = min(DEFAULT_MTHP_MIN_ORDER, geometry.pmd_order) if mthp_min_order is None else mthp_min_order
         self.mthp_min_order = geometry.check_order(chunk_order)
-        self.mms: dict[int, Mm] = {}
+        self.mms = self.parts.mms
         self.pins: Counter[int] = Counter()
         self.khugepaged = Khugepaged(self)
         self.sysfs = Sysfs(self)

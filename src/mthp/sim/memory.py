@@ -74,42 +74,81 @@ class Fl:
 
 
 class Cgroups:
-    """Memory cgroups, by number: frames charged, and limits.
+    """Memory cgroups, by number: a tree of them, the frames charged to each, and limits.
+
+    What is charged to a cgroup is charged to those above it, too, and every one of them may be at its limit.
 
     Attributes:
-        usage: int64, shape (groups,): frames charged; always 0 for ROOT.
+        usage: int64, shape (groups,): frames charged to the cgroup and to those below it; always 0 for ROOT.
     """
 
     def __init__(self) -> None:
         self.usage: NDArray[np.int64] = np.zeros(1, np.int64)
         self._limits: list[int | None] = [None]
+        self._parents: list[int] = [ROOT]
 
-    def create(self, limit: int | None = None) -> int:
+    def create(self, limit: int | None = None, parent: int = ROOT) -> int:
         """A new cgroup's number.
 
         Args:
             limit: frames that may be charged to it (``memory.max``); None for any number.
+            parent: the cgroup that it lies in.
+
+        Raises:
+            UsageError: a limit below 0, or a parent that does not exist.
         """
+        if not 0 <= parent < len(self._parents):
+            raise UsageError(f"there is no memory cgroup {parent}")
         self.usage = np.append(self.usage, np.int64(0))
-        self._limits.append(limit)
+        self._limits.append(None)
+        self._parents.append(parent)
+        self.set_limit(len(self._limits) - 1, limit)
         return len(self._limits) - 1
 
     def set_limit(self, cgroup: int, limit: int | None) -> None:
-        """Change a limit; what is charged already stays."""
+        """Change a limit; what is charged already stays.
+
+        Raises:
+            UsageError: a limit below 0, or for the root.
+        """
+        if limit is not None and (limit < 0 or cgroup == ROOT):
+            raise UsageError(f"{limit} frames cannot be the limit of memory cgroup {cgroup}")
         self._limits[cgroup] = limit
 
+    def lineage(self, cgroup: int) -> list[int]:
+        """A cgroup and all above it, without the root."""
+        found = []
+        while cgroup != ROOT:
+            found.append(cgroup)
+            cgroup = self._parents[cgroup]
+        return found
+
+    def below(self, cgroup: int) -> NDArray[np.bool_]:
+        """Which cgroups are this one or lie in it: bool, shape (groups,)."""
+        return np.array([cgroup in (ROOT, *self.lineage(number)) for number in range(len(self._parents))])
+
     def room(self, cgroup: int) -> int:
-        """Frames that can be charged to a cgroup before it is at its limit."""
-        limit = self._limits[cgroup]
-        return sys.maxsize if limit is None else max(limit - int(self.usage[cgroup]), 0)
+        """Frames that can be charged to a cgroup before it, or one above it, is at its limit."""
+        return self._room(cgroup)[0]
+
+    def full(self, cgroup: int, frames: int) -> int | None:
+        """The cgroup, this one or one above it, that has no room for so many frames; None if all have."""
+        room, narrowest = self._room(cgroup)
+        return narrowest if frames > room else None
+
+    def _room(self, cgroup: int) -> tuple[int, int]:
+        rooms = [
+            (max(limit - int(self.usage[group]), 0), group)
+            for group in self.lineage(cgroup)
+            if (limit := self._limits[group]) is not None
+        ]
+        return min(rooms, default=(sys.maxsize, ROOT))
 
     def try_charge(self, cgroup: int, frames: int) -> bool:
-        """Charge so many frames, unless that would exceed the limit."""
-        limit = self._limits[cgroup]
-        if limit is not None and self.usage[cgroup] + frames > limit:
+        """Charge so many frames, unless that would exceed a limit."""
+        if frames > self.room(cgroup):
             return False
-        if cgroup != ROOT:
-            self.usage[cgroup] += frames
+        self.usage[self.lineage(cgroup)] += frames
         return True
 
     def uncharge(self, cgroups: NDArray[np.uint16], frames: int = 1) -> None:
@@ -121,8 +160,12 @@ class Cgroups:
         """
         if len(self.usage) == 1:
             return
-        self.usage -= np.bincount(cgroups, minlength=len(self.usage)) * frames
-        self.usage[ROOT] = 0
+        gone = np.bincount(cgroups, minlength=len(self.usage)) * frames
+        # A parent is older than its children: from the youngest up, each hands on what it lost.
+        for number in range(len(gone) - 1, ROOT, -1):
+            gone[self._parents[number]] += gone[number]
+        gone[ROOT] = 0
+        self.usage -= gone
 
 
 class Memory:
@@ -130,6 +173,10 @@ class Memory:
 
     Args:
         node_frames: frames of each node; rounded up to whole blocks of the largest order.
+
+    Attributes:
+        deferred: heads of the folios that are split when memory is short, in the order in which they came there.
+        cache: frames of the page cache, the oldest first; nobody maps them.
     """
 
     def __init__(self, geometry: Geometry, node_frames: Sequence[int], counters: Counters) -> None:
@@ -153,6 +200,8 @@ class Memory:
         self.content: NDArray[np.uint32] = np.zeros(start, np.uint32)
         self.cgroup: NDArray[np.uint16] = np.zeros(start, np.uint16)
         self.cgroups = Cgroups()
+        self.deferred: dict[int, None] = {}
+        self.cache: dict[int, None] = {}
 
     def nodes_of(self, pfns: Frames) -> NDArray[np.intp]:
         """The node of each frame: intp, shape of `pfns`."""
@@ -183,31 +232,37 @@ class Memory:
         """Clear a flag of a folio."""
         self.flags[head] &= ~flag
 
-    def alloc(self, order: int, nodes: Sequence[int] = ()) -> int | None:
+    @property
+    def free_frames(self) -> int:
+        """Free frames of all nodes."""
+        return sum(zone.free_frames for zone in self.zones)
+
+    def alloc(self, order: int, nodes: Sequence[int] = (), *, low: bool = False) -> int | None:
         """A new folio with one reference, and nothing in it; None if no node has a block.
 
         Args:
             nodes: to be asked in this order; the others are asked after them.
+            low: leave what lies below the ``low`` watermark, too.
         """
         rest = [node for node in range(len(self.zones)) if node not in nodes]
         for node in (*nodes, *rest):
-            head = self.zones[node].alloc(order)
+            head = self.zones[node].alloc(order, low=low)
             if head is not None:
                 self._prepare(head, order)
                 return head
         return None
 
     def alloc_many(self, order: int, count: int) -> Frames:
-        """New folios of one order, each with one reference, and nothing in them.
+        """New folios of one order, each with one reference, and nothing in them, from above the ``low`` watermark.
 
         Returns:
             int64, shape (folios,): their heads; fewer than `count` where memory ran out.
         """
         if not order:
-            return self.alloc_small(count)
+            return self.alloc_small(count, low=True)
         taken: list[int] = []
         for zone in self.zones:
-            while len(taken) < count and (head := zone.alloc(order)) is not None:
+            while len(taken) < count and (head := zone.alloc(order, low=True)) is not None:
                 taken.append(head)
         heads = np.array(taken, np.int64)
         frames = heads[:, None] + np.arange(1 << order)
@@ -220,7 +275,7 @@ class Memory:
         self.cgroup[heads] = ROOT
         return heads
 
-    def alloc_small(self, count: int, nodes: Sequence[int] = ()) -> Frames:
+    def alloc_small(self, count: int, nodes: Sequence[int] = (), *, low: bool = False) -> Frames:
         """New folios of order 0, each with one reference, contiguous as far as memory is.
 
         Returns:
@@ -229,7 +284,7 @@ class Memory:
         taken: list[tuple[int, int]] = []
         rest = [node for node in range(len(self.zones)) if node not in nodes]
         for node in (*nodes, *rest):
-            taken += self.zones[node].alloc_pages(count - sum(length for _, length in taken))
+            taken += self.zones[node].alloc_pages(count - sum(length for _, length in taken), low=low)
         for start, length in taken:
             run = slice(start, start + length)
             self.flags[run] = Fl.ALLOCATED
@@ -292,9 +347,10 @@ class Memory:
         self.flags[freed] = 0
         self.cgroups.uncharge(self.cgroup[freed])
         for start, length in runs_of(freed):
-            self._zone_of(start).free_range(start, length)
+            self.zone_of(start).free_range(start, length)
 
-    def _zone_of(self, pfn: int) -> Zone:
+    def zone_of(self, pfn: int) -> Zone:
+        """The zone that a frame lies in."""
         return self.zones[int(np.searchsorted(self._ends, pfn, side="right"))]
 
     def _free(self, head: int) -> None:
@@ -306,8 +362,14 @@ class Memory:
             if flags & Fl.PARTIALLY_MAPPED:
                 self._counters.count_mthp(order, "nr_anon_partially_mapped", -1)
         self.cgroups.uncharge(self.cgroup[head : head + 1], 1 << order)
+        self.deferred.pop(head, None)
+        self.give_back(head, order)
+
+    def give_back(self, head: int, order: int) -> None:
+        """Make the frames of a block free, whatever is in them."""
         run = slice(head, head + (1 << order))
         self.flags[run] = 0
         self.order[run] = 0
         self.refcount[run] = 0
-        self._zone_of(head).free(head, order)
+        self.mapcount[run] = 0
+        self.zone_of(head).free(head, order)

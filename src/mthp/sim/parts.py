@@ -47,6 +47,8 @@ class Parts:
     """The parts of a machine.
 
     Attributes:
+        mms: the address spaces, by number.
+        reclaim_at: number of the address space, and address in it, where reclaim goes on.
         hook: lets other actors in between the steps of a collapse.
     """
 
@@ -61,6 +63,8 @@ class Parts:
     trace: Trace
     clock: Clock = field(default_factory=Clock)
     knobs: Knobs = field(default_factory=Knobs)
+    mms: dict[int, Mm] = field(default_factory=dict)
+    reclaim_at: tuple[int, int] = (0, 0)
     hook: Hook | None = None
 
     def let_in(self, step: Step, mm: Mm, address: int, order: int) -> None:

@@ -37,6 +37,8 @@ class Rmap:
             memory.refcount[head + _OF_FIRST] = size
             memory.refcount[head + _IDS] = mm
             self._counters.count_mthp(order, "nr_anon")
+        if order == memory.geometry.pmd_order:
+            memory.deferred[head] = None  # It may turn out to be mostly zero (deferred_split_folio).
 
     def add_new_anon_many(self, heads: Frames, order: int, mm: int, *, swapbacked: bool) -> None:
         """Map all of each of many new folios of one order into one address space.
@@ -53,6 +55,8 @@ class Rmap:
             memory.refcount[heads + _OF_FIRST] = size
             memory.refcount[heads + _IDS] = mm
             self._counters.count_mthp(order, "nr_anon", len(heads))
+        if order == memory.geometry.pmd_order:
+            memory.deferred.update(dict.fromkeys(heads.tolist()))
 
     def add_new_anon_small(self, pfns: Frames, *, swapbacked: bool) -> None:
         """Map new folios of order 0, each by one PTE."""
@@ -129,6 +133,9 @@ class Rmap:
             return
         order = int(memory.order[head])
         memory.set(head, Fl.PARTIALLY_MAPPED)
+        memory.deferred[head] = None
+        if order == memory.geometry.pmd_order:
+            self._counters.count("thp_deferred_split_page")
         self._counters.count_mthp(order, "split_deferred")
         self._counters.count_mthp(order, "nr_anon_partially_mapped")
 

@@ -60,6 +60,45 @@ class Swap:
         self.count[slot] = 1
         self.content[slot] = content
 
+    def take_many(self, slots: NDArray[np.int64], contents: NDArray[np.uint32]) -> None:
+        """Write pages to free slots, each on behalf of one page table entry.
+
+        Args:
+            slots: int64, shape (pages,), some of those that :meth:`free_slots` gives.
+            contents: uint32, same shape.
+        """
+        self.count[slots] = 1
+        self.content[slots] = contents
+
+    def free_cluster(self, order: int) -> int | None:
+        """The first of 2**order adjoining free slots, aligned like that; None if there are none."""
+        if not order:
+            free = self.free_slots()
+            return int(free[0]) if len(free) else None
+        size = 1 << order
+        whole = len(self.count) // size * size
+        used = (self.count[:whole] != 0) | (self.cached[:whole] != 0)
+        if whole:
+            used[0] = True
+        free = np.flatnonzero(~used.reshape(-1, size).any(axis=1))
+        return int(free[0]) * size if len(free) else None
+
+    def write(self, head: int, slot: int) -> None:
+        """Write a folio's pages to free slots from `slot` on, which nothing names yet."""
+        size = self._memory.size(head)
+        self.content[slot : slot + size] = self._memory.content[head : head + size]
+
+    def split_cache(self, head: int, size: int) -> None:
+        """A folio in the swap cache was split: each page has its own slot."""
+        slot = self._slot_of[head]
+        self._slot_of |= {head + i: slot + i for i in range(size)}
+
+    def moved(self, old: int, new: int) -> None:
+        """A folio in the swap cache lies somewhere else now."""
+        slot, size = self._slot_of.pop(old), self._memory.size(new)
+        self._slot_of[new] = slot
+        self.cached[slot : slot + size] = np.arange(new, new + size)
+
     def slot_of(self, head: int) -> int:
         """The first slot of a folio in the swap cache."""
         return self._slot_of[head]
@@ -82,11 +121,20 @@ class Swap:
         slot, size = self._slot_of[head], self._memory.size(head)
         if self.count[slot : slot + size].any():
             return False
-        del self._slot_of[head]
+        self.leave_cache(head)
+        return True
+
+    def leave_cache(self, head: int) -> None:
+        """Take a folio out of the swap cache if it is there; its slots keep what was written to them.
+
+        The caller has a reference of its own.
+        """
+        if not self._memory.has(head, Fl.SWAPCACHE):
+            return
+        slot, size = self._slot_of.pop(head), self._memory.size(head)
         self.cached[slot : slot + size] = 0
         self._memory.clear(head, Fl.SWAPCACHE)
         self._memory.put(head, size)
-        return True
 
     def drop(self, slot: int) -> None:
         """One page table entry names the slot no more (swap_free).

@@ -3,8 +3,8 @@
 Accesses are taken a block at a time. Those that need no fault cost no more than a look at their columns. The faults of
 the others are resolved first, for as many pages at a time as may be: a block of new folios of the order that a single
 fault would take, the zero page; swap, copying and whatever is rare go through :mod:`mthp.sim.access` page by page.
-Then all accesses happen. Where memory is so short that what was made present is gone again until then, the block is
-done access by access.
+Then all accesses happen. Blocks are small where memory is short; where it is so short that what was made present is
+gone again until the accesses happen, they happen one by one.
 
 Only the numbers of frames, and which of the pages wait in the LRU batch, may differ from accesses one by one.
 """
@@ -27,6 +27,7 @@ BLOCK = 1 << 15
 """Accesses that are done together."""
 
 _TRIES = 3
+_SINGLE_FAULTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,20 @@ def touch(parts: Parts, mm: Mm, addresses: NDArray[np.int64], contents: NDArray[
     pages = addresses // parts.geometry.page_size
     done = 0
     while done < len(pages):
-        run = slice(done, done + BLOCK)
+        run = slice(done, done + _block_size(parts, mm))
         block = _Block(parts, mm, pages[run], None if contents is None else contents[run])
         happened, outcome = block.run()
         done += happened
         if outcome is not Fault.DONE:
             return Touched(done, outcome)
     return Touched(done, Fault.DONE)
+
+
+def _block_size(parts: Parts, mm: Mm) -> int:
+    """Accesses that can be done together: for all of them there is memory, even if each takes a large folio."""
+    room = min(parts.memory.free_frames, parts.memory.cgroups.room(mm.charge))
+    largest = max((0, *parts.switches.orders(advised=True)))
+    return min(max(room >> largest, _SINGLE_FAULTS), BLOCK)
 
 
 class _Block:
@@ -143,13 +151,13 @@ class _Block:
 
     def all_present(self) -> bool:
         """Resolve the faults of all accesses; False if some page cannot be had, or is gone again."""
-        for _ in range(_TRIES):
-            if not len(self.lacking()):
-                return True
-            for vma, which in self.vmas():
-                if not self.fault_in(vma, which):
-                    return False
-        return False
+        least, tries = len(self.pages) + 1, _TRIES
+        while lacking := len(self.lacking()):
+            tries = _TRIES if lacking < least else tries - 1
+            least = min(least, lacking)
+            if not tries or not all(self.fault_in(vma, which) for vma, which in self.vmas()):
+                return False
+        return True
 
     def fault_in(self, vma: SimVma, which: NDArray[np.intp]) -> bool:
         """Resolve the faults of those accesses that fall into one mapping; False if a page cannot be had."""
@@ -162,7 +170,8 @@ class _Block:
         elif self.parts.geometry.pmd_order not in orders:
             self.map_zero(self.none_among(which))
         lacking = np.intersect1d(self.lacking(), which)
-        for page in _first_seen(self.pages[lacking]).tolist():
+        # After these, there may be enough for all others together again.
+        for page in _first_seen(self.pages[lacking]).tolist()[:_SINGLE_FAULTS]:
             outcome = make_present(self.parts, self.mm, vma, page * self.page_size, write=self.write)
             if outcome is not Fault.DONE:
                 return False
