@@ -79,7 +79,7 @@ class _Access:
         bits = self.ptes.bits[0]
         if bits & P.GUARD:
             return Fault.SIGSEGV
-        if bits & P.UFFD_MARKER or (write and bits & P.UFFD_WP and not bits & P.SWAP):
+        if bits & P.UFFD_MARKER or (write and bits & P.UFFD_WP and bits & P.PRESENT):
             return Fault.USERFAULT
         if bits & P.PRESENT and (not write or bits & P.WRITE):
             return Fault.DONE
@@ -89,7 +89,7 @@ class _Access:
         self.parts.clock.spend("fault")
         if bits == 0:
             return self.allocate(write=write)
-        if bits & P.SWAP:
+        if bits & (P.SWAP | P.MIGRATION):
             if not do_swap_page(self.parts, self.mm, self.vma, self.address):
                 return Fault.OOM
             bits = self.ptes.bits[0]
@@ -105,10 +105,12 @@ class _Access:
         Follows do_huge_pmd_anonymous_page() and do_anonymous_page(). A read gets a folio of the PMD order only where
         the huge zero page is switched off.
         """
-        self.vma.anon_vma |= write
+        if write:
+            self.parts.anon_vma_prepare(self.mm, self.vma)
         for order in self.orders():
             huge = order == self.parts.geometry.pmd_order
-            self.vma.anon_vma |= huge
+            if huge:
+                self.parts.anon_vma_prepare(self.mm, self.vma)
             if not write and huge and self.parts.knobs.use_zero_page:
                 self.map_huge_zero()
                 return Fault.DONE
@@ -124,7 +126,7 @@ class _Access:
     def map_zero(self) -> None:
         """Map the zero page."""
         self.ptes.bits[0] = P.PRESENT | P.ZERO | P.YOUNG
-        self._have_table()
+        self.mm.have_table(self.address)
 
     def map_huge_zero(self) -> None:
         """Map the huge zero page, which is allocated when the first one asks for it (mm_get_huge_zero_folio)."""
@@ -132,10 +134,6 @@ class _Access:
             self.parts.counters.count("thp_zero_page_alloc")
         self.mm.set_pmd(self.address, Pmd.HUGE)
         self.mm.entry(self.address).bits[:] = P.PRESENT | P.ZERO | P.YOUNG
-
-    def _have_table(self) -> None:
-        if self.mm.pmd(self.address) is Pmd.NONE:
-            self.mm.set_pmd(self.address, Pmd.TABLE)
 
     def new_folio(self, order: int) -> int | None:
         """A folio for this fault, and what is counted of it."""
@@ -178,14 +176,14 @@ class _Access:
         ptes.bits[:] = P.PRESENT | P.YOUNG | P.DIRTY | P.WRITE
         ptes.value[:] = np.arange(head, head + size)
         self.mm.anon_pages += size
-        self._have_table()
+        self.mm.have_table(self.address)
         if order == parts.geometry.pmd_order:
             self.mm.set_pmd(self.address, Pmd.HUGE)
 
     def unshare(self) -> Fault:
         """Make a present page writable: as it is if nobody else may see it, else as a copy (do_wp_page)."""
         parts, mm = self.parts, self.mm
-        self.vma.anon_vma = True
+        parts.anon_vma_prepare(mm, self.vma)
         if not self.ptes.pages()[0]:
             return self.replace_zero()
         pfn = self.ptes.value[:1].astype(np.int64)

@@ -75,7 +75,7 @@ def _mapped_pages(machine: Machine) -> dict[int, NDArray[np.int64]]:
     """The frames that each address space maps, one per entry."""
     found = {}
     for number, mm in machine.mms.items():
-        parts = [table.value[(table.bits & (P.PRESENT | P.ZERO)) == P.PRESENT] for table in mm.tables]
+        parts = [table.value[(table.bits & (P.PRESENT | P.ZERO | P.SPECIAL)) == P.PRESENT] for table in mm.tables]
         found[number] = np.concatenate([np.zeros(0, np.uint32), *parts]).astype(np.int64)
     return found
 
@@ -105,8 +105,10 @@ def _mappings(machine: Machine) -> list[str]:
         if total and memory.refcount[head + 2] != own:
             wrong.append(f"folio {head} counts {memory.refcount[head + 2]} mappings of its first mm and has {own}")
     for number, pages in mapped.items():
-        if machine.mms[number].anon_pages != len(pages):
-            wrong.append(f"mm {number} counts {machine.mms[number].anon_pages} pages and maps {len(pages)}")
+        mm = machine.mms[number]
+        count = len(pages) + sum(int(np.count_nonzero(table.bits & P.MIGRATION)) for table in mm.tables)
+        if mm.anon_pages != count:
+            wrong.append(f"mm {number} counts {mm.anon_pages} pages and maps {count}")
     return wrong
 
 
@@ -121,15 +123,17 @@ def _references(machine: Machine) -> list[str]:
     expected[heads] += (memory.flags[heads] & Fl.OWNED) != 0
     waiting = np.array(parts.lru.waiting, np.int64)
     np.add.at(expected, waiting, 1)
-    for head, references in machine.pins.items():
+    for head, references in parts.pins.items():
         expected[head] += references
+    migrating = list(parts.migrating)
+    expected[migrating] += 1
     differ = heads[memory.refcount[heads] != expected[heads]]
     if len(differ):
         head = differ[0]
         wrong.append(f"folio {head} has {memory.refcount[head]} references, {expected[head]} are explained")
-    if (memory.flags & Fl.LOCKED).any():
+    if set(np.flatnonzero(memory.flags & Fl.LOCKED).tolist()) != set(migrating):
         wrong.append("a folio is still locked")
-    heads = heads[(memory.flags[heads] & Fl.OWNED) == 0]
+    heads = heads[((memory.flags[heads] & Fl.OWNED) == 0) & ~np.isin(heads, migrating)]
     on_list = (memory.flags[heads] & Fl.LRU) != 0
     waits = np.isin(heads, waiting)
     if (on_list == waits).any():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.sim.buddy import Zone
+from mthp.sim.buddy import Compaction, Zone
 from mthp.sim.mappings import mappings_of
 from mthp.sim.memory import Fl
 from mthp.sim.parts import Parts
@@ -28,6 +28,18 @@ def compact(parts: Parts, order: int) -> bool:
     done = any(compact_zone(parts, zone, order) for zone in parts.memory.zones)
     parts.counters.count("compact_success" if done else "compact_fail")
     return done
+
+
+def compact_all(parts: Parts) -> None:
+    """Compact every zone at the PMD order as long as that frees another block."""
+    parts.lru.drain()
+    order = parts.geometry.pmd_order
+    for zone in parts.memory.zones:
+        zone.compaction = Compaction(zone.start)
+        usable = -1
+        while usable < zone.usable_frames(order):
+            usable = zone.usable_frames(order)
+            compact_zone(parts, zone, order)
 
 
 def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:

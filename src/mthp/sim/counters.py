@@ -24,11 +24,13 @@ class Counters:
 
     def count(self, name: str, by: int = 1) -> None:
         """Add `by` to a counter of the whole machine (count_vm_events)."""
-        self._values[name] += by
+        if by:
+            self._values[name] += by
 
     def count_mthp(self, order: int, name: str, by: int = 1) -> None:
         """Add `by` to a counter of one folio size (count_mthp_stat, mod_mthp_stat)."""
-        self._values[f"{self._sizes[order]}/{name}"] += by
+        if by:
+            self._values[f"{self._sizes[order]}/{name}"] += by
 
     def values(self) -> dict[str, int]:
         """All counters that were ever touched, by name."""

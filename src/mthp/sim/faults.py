@@ -6,10 +6,11 @@ import numpy as np
 
 from mthp.sim.alloc import charge, take_folio
 from mthp.sim.memory import Fl
+from mthp.sim.migrate import wait_for_migration
 from mthp.sim.mm import Mm, P, Ptes, SimVma
 from mthp.sim.parts import Parts
 
-_MARKERS = P.GUARD | P.UFFD_MARKER | P.MIGRATION
+_MARKERS = P.GUARD | P.UFFD_MARKER
 
 
 def do_swap_page(parts: Parts, mm: Mm, vma: SimVma, address: int) -> bool:
@@ -21,6 +22,9 @@ def do_swap_page(parts: Parts, mm: Mm, vma: SimVma, address: int) -> bool:
     ptes = mm.ptes(address, 1)
     if ptes.bits[0] & _MARKERS:
         return False
+    if ptes.bits[0] & P.MIGRATION:
+        wait_for_migration(parts, mm, address)
+        return True
     slot = int(ptes.value[0])
     pfn = int(parts.swap.cached[slot])
     if pfn:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -20,7 +19,9 @@ from mthp.eligibility import Trigger
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
 from mthp.sim import syscalls
-from mthp.sim.access import Fault, access
+from mthp.sim.access import Fault, access, make_present
+from mthp.sim.advice import madvise
+from mthp.sim.calls import ADDRESS_LIMIT, SystemCalls
 from mthp.sim.check import check
 from mthp.sim.clock import Clock, Costs
 from mthp.sim.counters import Counters
@@ -28,7 +29,7 @@ from mthp.sim.fragment import fragment
 from mthp.sim.khugepaged import Advised, Khugepaged
 from mthp.sim.lru import LruAddBatch
 from mthp.sim.memory import Memory
-from mthp.sim.mm import Mm, Pmd, SimVma
+from mthp.sim.mm import Mm, SimVma
 from mthp.sim.parts import Parts
 from mthp.sim.rmap import Rmap
 from mthp.sim.scan import CollapseControl
@@ -45,11 +46,8 @@ GUP_PIN = 1024
 MAX_MMS = 0x7FFE
 """Address spaces that a machine can have at a time; a large folio has 15 bits for the number of one."""
 
-ADDRESS_LIMIT = 1 << 47
-"""The address behind the last one of user space, as on x86-64."""
 
-
-class Machine:
+class Machine(SystemCalls):
     """One simulated machine with one CPU.
 
     Args:
@@ -67,7 +65,6 @@ class Machine:
     Attributes:
         parts: memory, swap, LRU, reverse map, counters and trace.
         mms: the address spaces, by number.
-        pins: references that pins hold, by the head of the folio.
         sysfs: the files below transparent_hugepage, and some of ``/proc``.
     """
 
@@ -101,7 +98,6 @@ class Machine:
         chunk_order = min(DEFAULT_MTHP_MIN_ORDER, geometry.pmd_order) if mthp_min_order is None else mthp_min_order
         self.mthp_min_order = geometry.check_order(chunk_order)
         self.mms = self.parts.mms
-        self.pins: Counter[int] = Counter()
         self.khugepaged = Khugepaged(self)
         self.sysfs = Sysfs(self)
 
@@ -159,8 +155,10 @@ class Machine:
         next_vma = mm.find_vma(start)
         if next_vma is not None and next_vma.start < end:
             raise UsageError(f"{start:#x}-{end:#x} overlaps the mapping at {next_vma.start:#x}")
-        vma = SimVma(start, end, set(flags), anon_vma)
-        mm.insert_vma(vma)
+        mm.insert_vma(SimVma(start, end, set(flags), self.parts.new_anon_vma() if anon_vma else 0))
+        mm.merge_vmas(start, end)
+        vma = mm.find_vma(start)
+        assert vma is not None, "it was inserted"
         self.khugepaged.enter(mm, vma)
         return vma
 
@@ -244,24 +242,26 @@ class Machine:
         order = self.geometry.pmd_order if order is None else order
         return fragment(self.parts, index, order, movable=movable, seed=seed)
 
-    def munmap(self, mm: Mm, start: int, end: int) -> int:
-        """Unmap a range: 0 or an error number."""
-        return syscalls.munmap(self.parts, mm, start, end)
-
     def madvise(self, mm: Mm, start: int, end: int, advice: str) -> int:
-        """madvise(2) with ``"COLLAPSE"`` or an advice of :func:`mthp.sim.syscalls.madvise`: 0 or an error number."""
+        """madvise(2) with ``"COLLAPSE"`` or an advice of :func:`mthp.sim.advice.madvise`: 0 or an error number."""
         if advice == "COLLAPSE":
             return self.madvise_collapse(mm, start, end)
-        error = syscalls.madvise(self.parts, mm, start, end, advice)
+        error = madvise(self.parts, mm, start, end, advice)
         for vma in mm.vmas_in(start, end) if advice == "HUGEPAGE" else ():
             self.khugepaged.enter(mm, vma)
         return error
 
     def fork(self, parent: Mm) -> Mm:
-        """A child with all that `parent` maps."""
+        """A child with all that `parent` maps.
+
+        Raises:
+            MemoryError: a page that is pinned could not be copied; there is no child.
+        """
         child = self.create_mm(parent.charge)
         child.thp_disabled = parent.thp_disabled
-        syscalls.fork(self.parts, parent, child)
+        if syscalls.fork(self.parts, parent, child):
+            self.exit(child)
+            raise MemoryError("there is no memory for a copy of a pinned page")
         if parent in self.khugepaged.mms:
             self.khugepaged.visit(child)
         return child
@@ -273,15 +273,22 @@ class Machine:
         del self.mms[mm.id]
 
     def pin(self, mm: Mm, address: int) -> int:
-        """Pin the page at `address` as I/O does (pin_user_pages with FOLL_PIN), and give its frame to unpin it by.
+        """Pin the page at `address` as I/O does that writes to it, and give its frame to unpin it by.
+
+        Follows pin_user_pages() with FOLL_WRITE: the page is brought in, and made the program's own, like for a write.
 
         Raises:
-            UsageError: no page is mapped there.
+            UsageError: nothing is mapped there, or a write would end with a signal.
         """
         page = self.geometry.page_size
-        if mm.pmd(address) is Pmd.NONE or not (ptes := mm.ptes(address // page * page, 1)).pages()[0]:
-            raise UsageError(f"no page is mapped at {address:#x}")
-        pfn = int(ptes.value[0])
+        address = address // page * page
+        vma = mm.find_vma(address)
+        if vma is None or vma.start > address or not vma.permits(write=True):
+            raise UsageError(f"nothing that may be written is mapped at {address:#x}")
+        outcome = make_present(self.parts, mm, vma, address, write=True)
+        if outcome is not Fault.DONE or not mm.ptes(address, 1).pages()[0]:
+            raise UsageError(f"the page at {address:#x} cannot be pinned: {outcome.value}")
+        pfn = int(mm.ptes(address, 1).value[0])
         self._hold(pfn, GUP_PIN if self.parts.memory.order[pfn] == 0 else 1)
         return pfn
 
@@ -289,12 +296,12 @@ class Machine:
         """Take back one pin of a frame."""
         head = self.parts.memory.head(pfn)
         references = GUP_PIN if self.parts.memory.order[pfn] == 0 else 1
-        self.pins[head] -= references
+        self.parts.pins[head] -= references
         self.parts.memory.put(head, references)
 
     def _hold(self, pfn: int, references: int) -> None:
         head = self.parts.memory.head(pfn)
-        self.pins[head] += references
+        self.parts.pins[head] += references
         self.parts.memory.refcount[head] += references
 
     def check(self) -> list[str]:

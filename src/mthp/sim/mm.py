@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -64,14 +64,15 @@ class SimVma:
     Attributes:
         start, end: half-open range of addresses in bytes.
         flags: two-letter words of VmFlags.
-        anon_vma: something was written here, or was about to be.
+        anon_vma: 0 until something is written here, or was about to be; from then on a number that mappings have in
+            common whose pages may be looked for together.
         permissions: as in ``/proc/PID/maps``.
     """
 
     start: int
     end: int
     flags: set[str] = field(default_factory=set)
-    anon_vma: bool = False
+    anon_vma: int = 0
     permissions: str = "rw-p"
 
     @property
@@ -103,12 +104,16 @@ class SimVma:
         return self.start <= start and end <= self.end
 
     def alike(self, other: SimVma) -> bool:
-        """Whether the two may become one if they are neighbours."""
-        return (self.flags, self.anon_vma, self.permissions) == (other.flags, other.anon_vma, other.permissions)
+        """Whether the two may become one if they are neighbours (can_vma_merge_before, mm/vma.c)."""
+        if (self.flags, self.permissions) != (other.flags, other.permissions):
+            return False
+        return self.anon_vma == other.anon_vma or not (self.anon_vma and other.anon_vma)
 
     def described(self) -> Vma:
         """The mapping as the seam has it."""
-        return Vma(self.start, self.end, self.permissions, flags=frozenset(self.flags), has_anon_vma=self.anon_vma)
+        return Vma(
+            self.start, self.end, self.permissions, flags=frozenset(self.flags), has_anon_vma=bool(self.anon_vma)
+        )
 
 
 class Table:
@@ -197,33 +202,69 @@ class Mm:
         size = self._geometry.pmd_size
         self._cover(vma.start // size, (vma.end - 1) // size)
 
-    def split_vma(self, address: int) -> None:
-        """Make two mappings of the one that `address` lies inside of, if any (split_vma)."""
+    def is_free(self, start: int, end: int) -> bool:
+        """Whether nothing is mapped in a range."""
+        vma = self.find_vma(start)
+        return vma is None or vma.start >= end
+
+    def free_range(self, size: int, limit: int) -> int | None:
+        """The highest address below `limit` with `size` free bytes, aligned to the PMD size if `size` is a multiple.
+
+        Follows thp_get_unmapped_area(); None if there is none.
+        """
+        geometry = self._geometry
+        align = geometry.page_size if size % geometry.pmd_size else geometry.pmd_size
+        end = limit
+        for start, below in [(vma.start, vma.end) for vma in reversed(self._vmas)] + [(0, geometry.pmd_size)]:
+            at = (end - size) // align * align
+            if at >= below:
+                return at
+            end = start
+        return None
+
+    def grow_vma(self, vma: SimVma, end: int) -> None:
+        """Move the end of a mapping up, over nothing."""
+        size = self._geometry.pmd_size
+        self._cover(vma.end // size, (end - 1) // size)
+        vma.end = end
+        self.merge_vmas(vma.start, end)
+
+    def split_vma(self, address: int) -> bool:
+        """Make two mappings of the one that `address` lies inside of (split_vma); False if there is none."""
         vma = self.find_vma(address)
         if vma is None or vma.start >= address:
-            return
+            return False
         after = dataclasses.replace(vma, start=address, flags=set(vma.flags))
         vma.end = address
-        self._vmas.insert(self._vmas.index(vma) + 1, after)
+        self._vmas.insert(bisect_right(self._vmas, vma.start, key=lambda other: other.start), after)
+        return True
 
-    def merge_vmas(self) -> None:
-        """Make one mapping of neighbours that differ in nothing (vma_merge)."""
-        merged: list[SimVma] = []
-        for vma in self._vmas:
-            last = merged[-1] if merged else None
-            if last and last.end == vma.start and last.alike(vma):
-                last.end = vma.end
+    def merge_vmas(self, start: int, end: int) -> None:
+        """Make one mapping of neighbours in a range, and at its edges, that differ in nothing (vma_merge)."""
+        at = max(bisect_right(self._vmas, start, key=lambda vma: vma.end) - 1, 0)
+        while at + 1 < len(self._vmas) and self._vmas[at].end <= end:
+            here, after = self._vmas[at], self._vmas[at + 1]
+            if here.end == after.start and here.alike(after):
+                here.end = after.end
+                here.anon_vma = here.anon_vma or after.anon_vma
+                del self._vmas[at + 1]
             else:
-                merged.append(vma)
-        self._vmas[:] = merged
+                at += 1
 
     def remove_vmas(self, start: int, end: int) -> None:
         """Take away the mappings of a range; the caller has unmapped its pages, and split what reaches over it."""
-        self._vmas[:] = [vma for vma in self._vmas if vma.end <= start or vma.start >= end]
+        first, last = self._span(start, end)
+        del self._vmas[first:last]
 
     def vmas_in(self, start: int, end: int) -> list[SimVma]:
         """The mappings that have any of a range."""
-        return [vma for vma in self._vmas if vma.start < end and vma.end > start]
+        first, last = self._span(start, end)
+        return self._vmas[first:last]
+
+    def _span(self, start: int, end: int) -> tuple[int, int]:
+        """Where the mappings that have any of a range begin and end in the list."""
+        first = bisect_right(self._vmas, start, key=lambda vma: vma.end)
+        return first, bisect_left(self._vmas, end, lo=first, key=lambda vma: vma.start)
 
     def _cover(self, first: int, last: int) -> None:
         """See to it that every PMD range from `first` to `last` has a row."""
@@ -286,6 +327,11 @@ class Mm:
         assert found is not None, f"nothing is mapped at {address:#x}"
         found[0].pmd[found[1]] = pmd
 
+    def have_table(self, address: int) -> None:
+        """See to it that there is a page table page for `address`, now that an entry there was filled."""
+        if self.pmd(address) is Pmd.NONE:
+            self.set_pmd(address, Pmd.TABLE)
+
     def ptes(self, address: int, pages: int) -> Ptes:
         """`pages` entries from `address` on, which must lie in one PMD range of a mapping."""
         found = self.row(address)
@@ -314,4 +360,12 @@ class Mm:
             stop = min(end, start // size * size + size)
             if self.pmd(start) is not Pmd.NONE:
                 yield start, (stop - start) // page, self.ptes(start, (stop - start) // page)
+            start = stop
+
+    def all_ranges(self, start: int, end: int) -> Iterator[tuple[int, int, Ptes]]:
+        """:meth:`ranges`, with those that have no page table yet; all of it must be mapped."""
+        page, size = self._geometry.page_size, self._geometry.pmd_size
+        while start < end:
+            stop = min(end, start // size * size + size)
+            yield start, (stop - start) // page, self.ptes(start, (stop - start) // page)
             start = stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -48,6 +49,9 @@ class Parts:
 
     Attributes:
         mms: the address spaces, by number.
+        pins: references that pins hold, by the head of the folio.
+        migrating: heads of the folios that are on their way to other frames.
+        anon_vmas: numbers of anon_vmas given out so far.
         reclaim_at: number of the address space, and address in it, where reclaim goes on.
         hook: lets other actors in between the steps of a collapse.
     """
@@ -64,13 +68,30 @@ class Parts:
     clock: Clock = field(default_factory=Clock)
     knobs: Knobs = field(default_factory=Knobs)
     mms: dict[int, Mm] = field(default_factory=dict)
+    pins: Counter[int] = field(default_factory=Counter)
+    migrating: dict[int, None] = field(default_factory=dict)
     reclaim_at: tuple[int, int] = (0, 0)
+    anon_vmas: int = 0
     hook: Hook | None = None
 
     def let_in(self, step: Step, mm: Mm, address: int, order: int) -> None:
         """Give other actors their turn."""
         if self.hook is not None:
             self.hook(step, mm, address, order)
+
+    def new_anon_vma(self) -> int:
+        """The number of a new anon_vma."""
+        self.anon_vmas += 1
+        return self.anon_vmas
+
+    def anon_vma_prepare(self, mm: Mm, vma: SimVma) -> None:
+        """Something is about to be written to a mapping: give it an anon_vma, a neighbour's if they could be one."""
+        if vma.anon_vma:
+            return
+        beside = (mm.find_vma(vma.end), mm.find_vma(vma.start - 1))
+        near = [other for other in beside if other and (other.start == vma.end or other.end == vma.start)]
+        theirs = [other.anon_vma for other in near if other.anon_vma and other.alike(vma)]
+        vma.anon_vma = theirs[0] if theirs else self.new_anon_vma()
 
     def add_lru_vma(self, vma: SimVma, head: int) -> None:
         """Put a new folio on the LRU lists (folio_add_lru_vma).

@@ -107,7 +107,7 @@ class Rmap:
         self._remove_mm(head, count, mm)
         lost = not memory.mapcount[run].all()
         if lost and memory.refcount[head + _ALL]:
-            self._partially_mapped(head)
+            self.partially_mapped(head)
 
     def _remove_mm(self, head: int, count: int, mm: int) -> None:
         refcount = self._memory.refcount
@@ -126,8 +126,18 @@ class Rmap:
             second = 0
         refcount[head + _IDS] = first | second << 16
 
-    def _partially_mapped(self, head: int) -> None:
-        """deferred_split_folio (mm/huge_memory.c), which leaves the swap cache alone."""
+    def forget(self, head: int) -> None:
+        """Nobody maps a folio any more; the pages' own counts are the caller's to clear."""
+        if self._memory.order[head]:
+            self._memory.refcount[head + _ALL] = 0
+            self._memory.refcount[head + _OF_FIRST] = 0
+            self._memory.refcount[head + _IDS] = 0
+
+    def partially_mapped(self, head: int) -> None:
+        """Put a folio with unmapped pages on the list of those to be split (deferred_split_folio).
+
+        What is in the swap cache is left alone.
+        """
         memory = self._memory
         if memory.flags[head] & (Fl.PARTIALLY_MAPPED | Fl.SWAPCACHE) or not memory.flags[head] & Fl.ANON:
             return

@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mthp.sim.buddy import Watermarks
+from mthp.sim.compact import compact_all
 from mthp.sim.knobs import DEFRAG_WORDS
+from mthp.sim.reclaim import drop_cache
 from mthp.tunables import SIZE_WORDS, TOP_WORDS, Switches
 
 if TYPE_CHECKING:
@@ -225,8 +227,21 @@ class Sysfs:
                 lambda: f"{parts.knobs.zone_reclaim_mode}\n",
                 lambda text: self._knob("zone_reclaim_mode", _number(text, _UINT_MAX)),
             ),
+            "/proc/sys/vm/compact_memory": _File(lambda: "0\n", self._compact_memory),
+            "/proc/sys/vm/drop_caches": _File(lambda: "0\n", self._drop_caches),
             "/sys/kernel/debug/extfrag/unusable_index": _File(self._unusable_index),
         }
+
+    def _compact_memory(self, text: str) -> None:
+        """Compact all zones as far as that goes (compact_nodes)."""
+        if _number(text, _UINT_MAX) != 1:
+            raise _error(errno.EINVAL)
+        compact_all(self._machine.parts)
+
+    def _drop_caches(self, text: str) -> None:
+        """Drop all of the page cache; 2 alone drops what this machine does not have."""
+        if _number(text, 4, lowest=1) & 1:
+            drop_cache(self._machine.parts, len(self._machine.parts.memory.cache))
 
     def _buddyinfo(self) -> str:
         lines = []

@@ -62,6 +62,27 @@ def touch(parts: Parts, mm: Mm, addresses: NDArray[np.int64], contents: NDArray[
     return Touched(done, Fault.DONE)
 
 
+def fault_in(parts: Parts, mm: Mm, start: int, end: int, *, write: bool) -> Fault:
+    """Make all pages of a range present, without an access to them (populate_vma_page_range).
+
+    Returns:
+        DONE, or why it ended before.
+    """
+    page = parts.geometry.page_size
+    while start < end:
+        stop = min(end, start + _block_size(parts, mm) * page)
+        pages = np.arange(start // page, stop // page)
+        block = _Block(parts, mm, pages, np.zeros(len(pages), np.uint32) if write else None)
+        strange = block.strange()
+        block.pages = pages[~strange]
+        if not block.all_present():
+            return Fault.OOM
+        if strange.any():
+            return Fault.SIGSEGV
+        start = stop
+    return Fault.DONE
+
+
 def _block_size(parts: Parts, mm: Mm) -> int:
     """Accesses that can be done together: for all of them there is memory, even if each takes a large folio."""
     room = min(parts.memory.free_frames, parts.memory.cgroups.room(mm.charge))
@@ -161,7 +182,8 @@ class _Block:
 
     def fault_in(self, vma: SimVma, which: NDArray[np.intp]) -> bool:
         """Resolve the faults of those accesses that fall into one mapping; False if a page cannot be had."""
-        vma.anon_vma |= self.write
+        if self.write:
+            self.parts.anon_vma_prepare(self.mm, vma)
         orders = self.parts.fault_orders(self.mm, vma)
         if self.write:
             for order in (*reversed(orders), 0):

@@ -23,15 +23,23 @@ def split_at(parts: Parts, mm: Mm, start: int, end: int) -> None:
             split_pmd(parts, mm, edge)
 
 
-def zap(parts: Parts, mm: Mm, start: int, end: int) -> None:
-    """Unmap a range of addresses (zap_page_range_single): pages and slots that nobody else has are freed."""
+def zap(parts: Parts, mm: Mm, start: int, end: int, *, keep_guards: bool = False) -> None:
+    """Unmap a range of addresses (zap_page_range_single): pages and slots that nobody else has are freed.
+
+    Args:
+        keep_guards: leave guard markers, as MADV_DONTNEED does.
+    """
     split_at(parts, mm, start, end)
     for address, pages, ptes in mm.ranges(start, end):
         unmap_entries(parts, mm, ptes, np.flatnonzero(ptes.pages()))
         drop_swap(parts, mm, ptes)
+        mm.anon_pages -= int(np.count_nonzero(ptes.bits & P.MIGRATION))
+        guards = (ptes.bits & P.GUARD) != 0
         ptes.bits[:] = 0
         ptes.value[:] = 0
-        if mm.pmd(address) is Pmd.HUGE or pages == parts.geometry.ptes_per_pmd:
+        if keep_guards and guards.any():
+            ptes.bits[guards] = P.GUARD
+        elif mm.pmd(address) is Pmd.HUGE or pages == parts.geometry.ptes_per_pmd:
             mm.set_pmd(address, Pmd.NONE)
 
 
