@@ -88,6 +88,8 @@ class Clock:
 
     def spend(self, cost: str, times: int = 1) -> None:
         """Something was done `times` times; `cost` is the name of a field of :class:`Costs`."""
+        if not times:
+            return
         ps = getattr(self.costs, cost) * int(times)
         self._spent[cost] += ps
         self._ps += ps
