@@ -1,0 +1,139 @@
+"""A sweep of 1 000 synthetic snapshots of 4 GiB by 16 settings on two processors: a part of it, and what it comes to.
+
+The peer of a sweep is one processor doing the same alone, so the ratio says whether time falls with processors. The
+peak of memory is that of all processes of the sweep together. ``--whole`` makes all 1 000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment, Vma
+from mthp.geometry import X86_64
+from mthp.lab.grid import Grid
+from mthp.lab.runners import local
+from mthp.lab.sweep import inputs_in, sweep
+from mthp.snapshot import record
+from mthp.snapshot.description import Description
+from mthp.snapshot.recorded import RecordedSpace
+from mthp.tunables import Switches, Tunables
+from peers import Pair, show
+
+PAGES = (4 << 30) // 4096
+WHOLE = 1000
+SECONDS_AIM = 600.0
+MEMORY_AIM = 2 << 30
+BASE = 0x7F00_0000_0000
+
+GRID = Grid(policies=("rfc", "per-order", "mainline", "no-creep"), max_ptes_none=(0, 64, 256, 511))
+
+
+class Synthetic(RecordedSpace):
+    """4 GiB of heap with holes: runs of 1 to 96 pages, some in folios, of which a part differing by seed is there."""
+
+    def __init__(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 97, PAGES // 40)
+        there = rng.random(len(lengths)) < rng.uniform(0.6, 0.98)
+        self._state = np.repeat(np.where(there, np.uint16(Pte.PRESENT), np.uint16(0)), lengths)[:PAGES]
+        self._order = np.where(self._state != 0, np.int8(0), np.int8(ORDER_NONE))
+        huge = rng.random(PAGES // 512) < 0.1
+        self._state.reshape(-1, 512)[huge] = Pte.PRESENT | Pte.PMD_MAPPED
+        self._order.reshape(-1, 512)[huge] = 9
+        vma = Vma(BASE, BASE + PAGES * 4096, "rw-p", has_anon_vma=True)
+        switches, tunables = Switches.defaults(X86_64), Tunables.defaults(X86_64)
+        label = f"{seed} (synthetic)"
+        super().__init__(
+            Description(label, "6.18.0", "2026-01-01T00:00:00Z", X86_64, switches, tunables, False, (), (vma,), 0),
+            label,
+            "snapshot",
+        )
+
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        parts = [slice((start - BASE) // 4096, (end - BASE) // 4096) for start, end in segments]
+        state = np.concatenate([self._state[part] for part in parts])
+        return PteColumns(tuple(segments), state, np.concatenate([self._order[part] for part in parts]))
+
+
+class Peak:
+    """The most memory that this process and its descendants had at once, measured meanwhile: proportional set size."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.25):
+            self.bytes = max(self.bytes, sum(map(_memory, _family(os.getpid()))))
+
+
+def _family(pid: int) -> list[int]:
+    children: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children += [int(word) for word in task.read_text().split()]
+        except OSError:
+            continue
+    return [pid, *(each for child in children for each in _family(child))]
+
+
+def _memory(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
+
+
+def timed(directory: Path, output: Path, jobs: int) -> float:
+    begin = time.perf_counter()
+    report = sweep(inputs_in(directory), GRID, output, local(jobs))
+    assert not report.failed
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--whole", action="store_true", help="all 1 000 snapshots")
+    parser.add_argument("--inputs", type=int, default=40, metavar="N", help="how many otherwise")
+    options = parser.parse_args()
+    count = WHOLE if options.whole else options.inputs
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name) / "inputs"
+        directory.mkdir()
+        for seed in range(count):
+            record(Synthetic(seed), directory / f"{seed:04}.parquet")
+        with Peak() as peak:
+            two = timed(directory, Path(name) / "two.parquet", 2)
+        if not options.whole:
+            one = timed(directory, Path(name) / "one.parquet", 1)
+            assert (Path(name) / "one.parquet").read_bytes() == (Path(name) / "two.parquet").read_bytes()
+            show(
+                f"sweep of {count} by {len(GRID.settings())} with 2 processes / with 1", Pair(two, one, two / one), 0.7
+            )
+        whole = two * WHOLE / count
+        print(
+            f"{WHOLE} snapshots of 4 GiB by {len(GRID.settings())} settings: {whole:.0f} s, at most {SECONDS_AIM:.0f}"
+        )
+        print(f"peak memory: {peak.bytes >> 20} MiB, at most {MEMORY_AIM >> 20}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""``mthp sweep DIR --grid GRID.toml``: many snapshots and recordings by many settings, into one Parquet file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from mthp.cli.options import json_option, stopping_on_signals
+from mthp.cli.output import console, print_json, progress_bar, say, table
+
+SHOWN_FAILURES = 20
+
+
+@click.command("sweep")
+@click.argument("directory", metavar="DIR")
+@click.option("--grid", required=True, metavar="FILE", help="Policies and tunables: a TOML file, see below.")
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="Parquet to write."
+)
+@click.option("--jobs", type=int, metavar="N", help="Processes; one for each processor by default.")
+@click.option("--scheduler", metavar="ADDRESS", help="Run on a Dask cluster instead: tcp://HOST:PORT.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@json_option
+def command(
+    directory: str, grid: str, output: Path, jobs: int | None, scheduler: str | None, force: bool, as_json: bool
+) -> int:
+    """Take every snapshot and recording in DIR through every setting of a grid, and write the figures to a table.
+
+    The grid names policies, and lists of values of max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order and
+    orders; every combination is a setting. scans = "all" goes on until nothing changes, steps = "all" takes every step
+    of recordings. A sweep that was interrupted goes on where it was when it is started again. Inputs that cannot be
+    read are reported, and the exit code is 1.
+    """
+    from mthp.errors import UsageError
+    from mthp.lab import runners
+    from mthp.lab.grid import read_grid
+    from mthp.lab.sweep import inputs_in, sweep
+
+    if scheduler is not None and jobs is not None:
+        raise UsageError("--jobs is of no use with --scheduler", help="the cluster has as many as its workers have")
+    settings = read_grid(grid)
+    inputs = inputs_in(directory)
+    runner = runners.local(jobs) if scheduler is None else runners.dask(scheduler)
+    with stopping_on_signals() as stop, progress_bar("sweeping", hidden=as_json) as progress:
+        report = sweep(inputs, settings, output, runner, overwrite=force, progress=progress, stop=stop)
+    code = 1 if report.failed or report.interrupted else 0
+    if as_json:
+        print_json("sweep", dataclasses.asdict(report))
+        return code
+    out = console()
+    if report.interrupted:
+        say(out, f"interrupted: {report.done} of {report.inputs} inputs are done; run the same command again to go on")
+    else:
+        resumed = f" ({report.resumed} of them by an earlier run)" if report.resumed else ""
+        say(
+            out,
+            f"{report.path}: {report.rows} rows, {report.done} of {report.inputs} inputs{resumed}"
+            f" by {report.settings} settings",
+        )
+    if report.failed:
+        shown = [[name, reason] for name, reason in list(report.failed.items())[:SHOWN_FAILURES]]
+        out.print(table(f"Not done: {len(report.failed)}", ["input", "reason"], shown))
+    return code

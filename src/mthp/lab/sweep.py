@@ -1,0 +1,278 @@
+"""Many snapshots and recordings by many settings: the figures of each, in one table.
+
+One input is one task: it is opened once, and taken through all settings (:func:`mthp.lab.evaluate.evaluate`). Tasks
+run in processes of this machine (joblib), or on a cluster (Dask distributed), and give back the bytes of a small Arrow
+table. Only the process that was started writes. What one task gave is kept in a directory beside the result, under a
+name that stands for the input as it is and the grid; so a sweep that was interrupted goes on where it was. When all
+is done the parts become one Parquet file, by the name of the input. Nothing in it depends on where or in which order
+the tasks ran.
+
+An input that cannot be read is reported, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mthp import __version__
+from mthp.errors import MthpError, UsageError
+from mthp.lab.evaluate import Row, evaluate
+from mthp.lab.grid import Grid
+from mthp.lab.metrics import METRICS
+from mthp.snapshot import Recording
+from mthp.snapshot.load import load
+from mthp.snapshot.stream import is_recording
+from mthp.snapshot.table import pyarrow, writing
+
+Progress = Callable[[int, int], None]
+"""Told (inputs done, inputs in all) after every input."""
+
+PARTS_SUFFIX = ".parts"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One input and what shall be done with it.
+
+    Attributes:
+        path: of the file, absolute: wherever the task runs must see it there.
+        name: what the table calls it.
+        grid: the settings.
+    """
+
+    path: str
+    name: str
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of a task.
+
+    Attributes:
+        name: of the input.
+        table: an Arrow IPC file of its rows; ``b""`` if it failed.
+        error: why it failed; ``""`` if it did not.
+    """
+
+    name: str
+    table: bytes
+    error: str = ""
+
+
+Runner = Callable[[Sequence[Task]], Iterator[Done]]
+"""Runs tasks, and gives what became of them in any order."""
+
+
+@dataclass
+class SweepReport:
+    """What a sweep did.
+
+    Attributes:
+        path: of the result; ``""`` if there is none yet.
+        inputs: how many there are.
+        settings: how many for each.
+        resumed: inputs that an earlier run had done.
+        done: inputs that are done, those included.
+        rows: of the result.
+        failed: inputs that could not be done, by name, with the reason.
+        interrupted: it was stopped before all were done.
+    """
+
+    path: str
+    inputs: int
+    settings: int
+    resumed: int = 0
+    done: int = 0
+    rows: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def sweep(
+    inputs: Sequence[tuple[str, Path]],
+    grid: Grid,
+    output: str | os.PathLike[str],
+    runner: Runner,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> SweepReport:
+    """Take all `inputs` through all settings of `grid`, and write the figures to the Parquet file `output`.
+
+    Args:
+        inputs: names and files, as :func:`inputs_in` gives them.
+        runner: :func:`mthp.lab.runners.local` or :func:`mthp.lab.runners.dask`.
+        overwrite: replace a file that is there.
+        stop: asked after every input; what is done is kept for the next run.
+
+    Raises:
+        UsageError: the file exists or cannot be made.
+        MthpError: what runs the tasks went away; what is done is kept for the next run.
+        UnsupportedError: pyarrow is missing.
+    """
+    pyarrow()
+    target = Path(output)
+    _check_target(target, overwrite=overwrite)
+    parts = target.with_name(target.name + PARTS_SUFFIX)
+    places = {name: parts / f"{_key(name, path, grid)}.arrow" for name, path in inputs}
+    report = SweepReport("", len(inputs), len(grid.settings()))
+    try:
+        parts.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{target} cannot be created: {error.strerror}") from error
+    todo = [Task(str(path.resolve()), name, grid) for name, path in inputs if not places[name].exists()]
+    report.resumed = report.done = len(inputs) - len(todo)
+    with contextlib.closing(runner(todo)) as results:  # type: ignore[type-var]
+        for number, result in enumerate(results if todo else (), 1):
+            if result.error:
+                report.failed[result.name] = result.error
+            else:
+                _keep(places[result.name], result.table)
+                report.done += 1
+            if progress is not None:
+                progress(report.resumed + number, len(inputs))
+            if stop():
+                report.interrupted = number < len(todo)
+                break
+    if report.interrupted:
+        return report
+    report.failed = dict(sorted(report.failed.items()))
+    report.rows = _merge([place for place in places.values() if place.exists()], target)
+    report.path = os.fspath(output)
+    for place in parts.iterdir():
+        place.unlink()
+    parts.rmdir()
+    return report
+
+
+def inputs_in(directory: str | os.PathLike[str]) -> list[tuple[str, Path]]:
+    """The files in `directory` and below, by name relative to it; hidden ones and what a sweep writes left out.
+
+    Raises:
+        UsageError: not a directory, or nothing in it.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a directory", help="name a directory of snapshots and recordings")
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(each for each in folders if not each.startswith(".") and not each.endswith(PARTS_SUFFIX))
+        found += [Path(folder) / file for file in files if not file.startswith(".")]
+    if not found:
+        raise UsageError(f"nothing is in {root}", help="make inputs with mthp snapshot or mthp record")
+    return sorted((str(path.relative_to(root)), path) for path in found)
+
+
+def measure(task: Task) -> Done:
+    """Do one task. What is wrong with its input is in what is given back."""
+    try:
+        return Done(task.name, _packed(list(_rows(task))))
+    except MthpError as error:
+        # The name of the input is told with it; the path that errors begin with may be another machine's.
+        return Done(task.name, b"", error.message.removeprefix(f"{task.path}: "))
+
+
+def _rows(task: Task) -> Iterator[Row]:
+    settings = task.grid.settings()
+    for step, at, space in _spaces(task):
+        with space:
+            label = space.label
+            outcomes = evaluate(space, settings, scans=task.grid.scans)
+        for number, outcome in enumerate(outcomes):
+            head = {"input": task.name, "target": label, "step": step, "seconds": at, "setting": number}
+            yield from (head | row for row in outcome.rows())
+
+
+def _spaces(task: Task) -> Iterator[tuple[int, float, Any]]:
+    """The address spaces of an input, with step and seconds."""
+    if not is_recording(task.path):
+        yield 0, 0.0, load(task.path)
+        return
+    recording = Recording(task.path)
+    if task.grid.steps == "all":
+        for space in recording.walk():
+            yield space.step.number, space.step.seconds, space
+    else:
+        last = recording.space()
+        yield last.step.number, last.step.seconds, last
+
+
+def _packed(rows: Sequence[Row]) -> bytes:
+    """Rows as the bytes of an Arrow IPC file; shares and seconds are doubles, counts are int64."""
+    arrow = pyarrow()
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    schema = arrow.schema([(name, _arrow_type(name, values[0])) for name, values in columns.items()])
+    table = arrow.table([arrow.array(columns[field.name], field.type) for field in schema], schema=schema)
+    sink = io.BytesIO()
+    with arrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _arrow_type(name: str, value: object) -> Any:
+    arrow = pyarrow()
+    if isinstance(value, str):
+        return arrow.string()
+    unit = METRICS[name].unit if name in METRICS else "share" if name.startswith("order_share_") else ""
+    whole = isinstance(value, int) and unit not in ("share", "seconds", "entries") and name != "tlb_reach_bytes"
+    return arrow.int64() if whole else arrow.float64()
+
+
+def _key(name: str, path: Path, grid: Grid) -> str:
+    """A name for what comes of an input as it is now, the grid, and this version."""
+    try:
+        there = path.stat()
+        state = (there.st_size, there.st_mtime_ns)
+    except OSError:
+        state = (0, 0)
+    return hashlib.sha256(repr((__version__, name, state, grid.text())).encode()).hexdigest()[:32]
+
+
+def _keep(place: Path, table: bytes) -> None:
+    temporary = place.with_suffix(".tmp")
+    with writing(str(place)):
+        temporary.write_bytes(table)
+        temporary.replace(place)
+
+
+def _merge(places: Sequence[Path], target: Path) -> int:
+    """Write the tables at `places`, in that order, to `target`; give the number of rows."""
+    arrow, parquet = pyarrow(), pyarrow("pyarrow.parquet")
+    schema = arrow.unify_schemas([_opened(place).schema for place in places]) if places else arrow.schema([])
+    temporary = target.with_name(f".{target.name}.tmp")
+    rows = 0
+    with writing(str(target)):
+        try:
+            with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for group in range(0, len(places), 256):
+                    tables = [_opened(place).read_all() for place in places[group : group + 256]]
+                    table = arrow.concat_tables([schema.empty_table(), *tables], promote_options="default")
+                    writer.write_table(table.select(schema.names))
+                    rows += table.num_rows
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return rows
+
+
+def _opened(place: Path) -> Any:
+    return pyarrow("pyarrow.ipc").open_file(io.BytesIO(place.read_bytes()))
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not stat.S_ISREG(target.stat().st_mode):
+        raise UsageError(f"{target} is not a regular file", help="name a file that does not exist yet")
+    if not overwrite:
+        raise UsageError(f"{target} exists already", help="use --force to replace it, or another name")
