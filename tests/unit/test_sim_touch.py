@@ -56,10 +56,11 @@ def seen(machine: Machine, mm: Mm) -> dict[str, object]:
     return {
         "rows": rows,
         "vmas": vmas,
-        "counters": machine.counters.values(),
+        # A counter that was touched and stayed 0 is as good as one that was not.
+        "counters": {name: value for name, value in machine.counters.values().items() if value},
         "rss": (mm.anon_pages, mm.swap_entries),
         "charged": memory.cgroups.usage.tolist(),
-        "spent": machine.clock.spent_ns(),
+        "spent": {name: value for name, value in machine.clock.spent_ns().items() if value},
     }
 
 
