@@ -29,7 +29,7 @@ from mthp.text import clean
 @click.option("--max-ptes-swap", type=int, metavar="N", help="Swapped pages it may read back, per PMD range.")
 @click.option("--max-ptes-shared", type=int, metavar="N", help="Shared pages it may copy, per PMD range.")
 @click.option("--mechanism", type=click.Choice(["auto", "madvise", "move"]), help="As in mthp collapse.")
-@click.option("--max-pause", metavar="TIME", help="How long threads may stand still at a time; 1ms by default.")
+@click.option("--max-pause", metavar="TIME", help="How long threads may stand still at a time; 5ms by default.")
 @click.option("--max-bloat", metavar="SIZE|%", help="Bytes, or share of what is resident, that filling may add.")
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second in one process at most.")
 @click.option("--cpu", metavar="%", help="CPU time, as a share of one core; 10% by default.")

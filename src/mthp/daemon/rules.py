@@ -135,7 +135,7 @@ class Settings:
     max_ptes_swap: int | None = None
     max_ptes_shared: int | None = None
     mechanism: Mechanism = "auto"
-    max_pause_ns: int = 1_000_000
+    max_pause_ns: int = 5_000_000
     pause_share: float = 0.5
     max_bloat: Bloat | None = None
     rate: int | None = None

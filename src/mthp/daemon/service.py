@@ -405,9 +405,9 @@ class Daemon:
         target = self.worker.targets.get(pid)
         if target is None:
             return
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(target.process.pidfd)
-        alive = target.process.pidfd >= 0 and target.process.is_alive()
+        # Before it is closed: its number may soon be that of another file.
+        self._selector.unregister(target.process.pidfd)
+        alive = target.process.is_alive()
         self.worker.drop(pid)
         self._event("left" if alive else "gone", pid=pid, comm=target.facts.comm)
 

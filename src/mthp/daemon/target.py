@@ -94,6 +94,8 @@ class Target:
         gain: pages that the rest of the pass may gain; what is worth most is done first.
         left_out: why it is not worked on, or ``""``.
         reasons: why the last attempts failed, where the backend said so, by how often.
+        vanished: it was found to be gone.
+        closed: it is to be worked on no more.
     """
 
     def __init__(self, process: Process, facts: ProcessFacts, rule: Rule, environment: Environment) -> None:
@@ -115,6 +117,7 @@ class Target:
         self._rate = Budget(rule.settings.rate, _burst(rule.settings), environment.clock)
         self._resident = 0
         self._at_a_time = 2
+        self.vanished = False
         self.closed = False
 
     @property
@@ -165,7 +168,7 @@ class Target:
             else:
                 self._work(self._pass)
         except TargetVanishedError:
-            self.close()
+            self._end_pass()
             raise
         except MthpError as error:
             self._end_pass()
@@ -308,8 +311,12 @@ class Target:
         self._pass = None
         self.gain = 0
 
+    def end(self) -> None:
+        """Leave its memory as it is; what was put into it is taken out."""
+        self._end_pass()
+
     def close(self) -> None:
-        """Let go of the process. Closing twice does nothing."""
+        """Let go of the process. Closing twice does nothing. Nobody may wait for its pidfd any more."""
         self.closed = True
         self._end_pass()
         self.process.close()

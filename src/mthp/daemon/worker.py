@@ -82,7 +82,10 @@ class Worker:
             self._turn.notify()
 
     def drop(self, pid: int) -> Target | None:
-        """Work on a process no more: gives its target, if it was one. It is closed when nobody is at work on it."""
+        """Work on a process no more: gives its target, if it was one. It is closed when nobody is at work on it.
+
+        Nobody may wait for its pidfd any more: the number may soon be that of another file.
+        """
         with self._turn:
             target = self.targets.pop(pid, None)
             if target is not None:
@@ -161,7 +164,7 @@ class Worker:
                 self._once()
         finally:
             for target in list(self.targets.values()):
-                target.close()
+                target.end()
 
     def _once(self) -> None:
         """Do one piece of work, or wait."""
@@ -181,10 +184,9 @@ class Worker:
             with self._turn:
                 self._busy = None
                 if target.closed:
+                    # It was dropped meanwhile.
                     target.close()
-                    if self.targets.get(target.facts.pid) is target:
-                        del self.targets[target.facts.pid]
-                else:
+                elif not target.vanished:
                     heapq.heappush(self._waiting, (target.next_at, next(self._numbers), target))
                 self._turn.notify_all()
 
@@ -230,7 +232,7 @@ class Worker:
             self._requeue()
         while self._waiting and self._waiting[0][0] <= now:
             self._ready.append(heapq.heappop(self._waiting)[2])
-        self._ready = [target for target in self._ready if not target.closed]
+        self._ready = [target for target in self._ready if not (target.closed or target.vanished)]
         if not self._ready:
             return None
         best = max(range(len(self._ready)), key=lambda index: self._ready[index].gain)
@@ -247,7 +249,8 @@ class Worker:
         try:
             target.step()
         except TargetVanishedError:
-            target.closed = True
+            # The main thread hears of it too, and drops it.
+            target.vanished = True
         except Exception as error:  # A fault of ours in one target is no reason to leave all others.
             self._say(f"process {target.label}: {error!r}\n{traceback.format_exc()}")
             self.environment.event("error", pid=target.facts.pid, comm=target.facts.comm, error=repr(error))

@@ -1,0 +1,183 @@
+"""Linux's own test of khugepaged with mTHP, fetched, built and run, with `mthp daemon` and without.
+
+    python tests/live/khugepaged_selftest.py [ORDER ...]
+
+The test is tools/testing/selftests/mm/khugepaged.c of Linux 7.3, from the Debian source package of that kernel. Where
+it comes from is found out on the machine: the archives are those that apt is set up for, asked for the suites in which
+new kernels appear. Nothing of it is kept but what is built, in the directory for temporary files.
+
+The test looks for two full scans of the kernel's khugepaged, and takes them as a sign that everything must be collapsed
+by now. On a busy machine these can go by before anything else has had its turn, and the test fails without having
+waited at all; so it may be tried several times.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+VERSION = "7.3"
+SUITES = ("experimental", "unstable", "testing")
+DIRECTORY = Path(tempfile.gettempdir()) / f"mthp-khugepaged-selftest-{os.getuid()}"
+BINARY = DIRECTORY / "khugepaged"
+TRIES = 3
+RUN_SECONDS = 180
+
+_WANTED = (
+    "tools/testing/selftests/mm/*",
+    "tools/testing/selftests/*.h",
+    "tools/include/*",
+    "tools/arch/*/include/*",
+    "arch/*/include/uapi/*",
+)
+_SOURCES = ("khugepaged.c", "vm_util.c", "hugepage_settings.c")
+
+
+class UnobtainableError(Exception):
+    """The test cannot be had here; the text says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of the test said.
+
+    Attributes:
+        passed, failed: names of its parts.
+        text: all of it.
+    """
+
+    passed: tuple[str, ...]
+    failed: tuple[str, ...]
+    text: str
+
+
+def build() -> Path:
+    """The test's program, fetched and built if it is not there yet.
+
+    Raises:
+        UnobtainableError: it cannot be fetched, or not be built.
+    """
+    if not BINARY.exists():
+        DIRECTORY.mkdir(exist_ok=True, mode=0o700)
+        _unpack(_fetch())
+        _compile()
+    return BINARY
+
+
+def run(*arguments: str) -> Outcome:
+    """Run the test."""
+    done = subprocess.run(
+        [build(), *arguments], capture_output=True, timeout=RUN_SECONDS, check=False, stdin=subprocess.DEVNULL
+    )
+    text = done.stdout.decode(errors="replace")
+    parts = re.findall(r"^(not )?ok \d+ (.*)$", text, re.MULTILINE)
+    return Outcome(
+        tuple(name for no, name in parts if not no), tuple(name for no, name in parts if no), text + str(done.stderr)
+    )
+
+
+def _fetch() -> Path:
+    """The source package."""
+    package = f"linux-source-{VERSION}"
+    archives = _archives()
+    if not archives:
+        raise UnobtainableError("apt knows no archive here")
+    entries = [
+        f"Types: deb\nURIs: {site}\nSuites: {suite}\nComponents: main\n" for site in archives for suite in SUITES
+    ]
+    sources = DIRECTORY / "archives.sources"
+    sources.write_text("\n".join(entries))
+    (DIRECTORY / "lists").mkdir(exist_ok=True)
+    (DIRECTORY / "cache").mkdir(exist_ok=True)
+    options = {
+        "Dir::Etc::SourceList": sources,
+        "Dir::Etc::SourceParts": "/dev/null",
+        "Dir::State::Lists": DIRECTORY / "lists",
+        "Dir::Cache": DIRECTORY / "cache",
+        "APT::Sandbox::User": "root",
+    }
+    apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items())]
+    # Some archives lack some suites; what counts is whether the package is found afterwards.
+    _call([*apt, "update"], may_fail=True)
+    _call([*apt, "download", package])
+    found = sorted(DIRECTORY.glob(f"{package}_*.deb"))
+    if not found:
+        raise UnobtainableError(f"apt has no {package}")
+    return found[-1]
+
+
+def _archives() -> list[str]:
+    """The addresses of the archives of Debian that apt is set up for here."""
+    try:
+        lines = _call(["apt-get", "indextargets", "--format", "$(SITE)|$(LABEL)", "Created-By: Packages"]).splitlines()
+    except UnobtainableError:
+        return []
+    return sorted({site for site, _, label in (line.partition("|") for line in lines) if label == "Debian"})
+
+
+def _unpack(package: Path) -> None:
+    """Take the test and the headers that it needs out of the package, and throw the rest away."""
+    top = f"linux-source-{VERSION}"
+    inner = f"./usr/src/{top}.tar.xz"
+    wanted = " ".join(f"'{top}/{pattern}'" for pattern in _WANTED)
+    _call(
+        [
+            "bash",
+            "-c",
+            f"set -o pipefail; dpkg-deb --fsys-tarfile '{package}' | tar -xO '{inner}' | tar -xJ --wildcards {wanted}",
+        ]
+    )
+    package.unlink()
+
+
+def _compile() -> None:
+    tree = DIRECTORY / f"linux-source-{VERSION}"
+    tests = tree / "tools/testing/selftests/mm"
+    includes = ["-I", str(tests.parent), "-isystem", str(tree / "tools/include/uapi")]
+    _call(["cc", "-O2", "-w", *includes, *(str(tests / name) for name in _SOURCES), "-o", str(BINARY), "-lpthread"])
+
+
+def _call(command: list[str], *, may_fail: bool = False) -> str:
+    try:
+        done = subprocess.run(command, cwd=DIRECTORY, capture_output=True, text=True, timeout=600, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnobtainableError(f"{command[0]}: {error}") from error
+    if done.returncode and not may_fail:
+        raise UnobtainableError(f"{' '.join(command[:2])}: {done.stderr.strip()[-400:]}")
+    return done.stdout
+
+
+def _main(orders: list[str]) -> int:
+    from daemons import RunningDaemon
+
+    bad = 0
+    before = run("khugepaged:anon")
+    print(f"khugepaged:anon without the daemon: {len(before.passed)} passed, failed {', '.join(before.failed) or
+    'none'}") with tempfile.TemporaryDirectory() as directory:
+        with RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%"):
+            for order in orders:
+                for attempt in range(1, TRIES + 1):
+                    outcome = run("-c", order, "mthp_khugepaged:anon")
+                    print(f"order {order}, try {attempt}: {len(outcome.passed)} of 4", *outcome.failed)
+                    if len(outcome.passed) == 4:
+                        break
+                else:
+                    bad += 1
+            after = run("khugepaged:anon")
+        print(f"khugepaged:anon with the daemon: {len(after.passed)} passed, failed {', '.join(after.failed) or
+        'none'}")
+    for order in orders:
+        outcome = run("-c", order, "mthp_khugepaged:anon")
+        print(f"order {order} without the daemon: {len(outcome.passed)} of 4, failed {', '.join(outcome.failed)}")
+        bad += "collapse_full" not in outcome.failed
+    return 1 if bad or len(after.passed) < len(before.passed) else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.exit(_main(sys.argv[1:] or [str(order) for order in range(2, 9)]))
