@@ -166,12 +166,15 @@ class CollapseOutcome:
         elapsed_ns: time that the call took, in nanoseconds.
         errno: the system's error number where there was one, else 0.
         reason: why not, for a person, where there is more to say than the result's meaning.
+        everywhere: whether this holds for the whole address space at this moment, so that other runs would fare no
+            better.
     """
 
     result: ScanResult
     elapsed_ns: int
     errno: int = 0
     reason: str = ""
+    everywhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +298,14 @@ class AddressSpace(abc.ABC):
 
     def take_pauses(self) -> list[int]:
         """How long the target's threads stood still, in nanoseconds, for every window since this was last asked."""
+        return []
+
+    def move_hindrances(self) -> list[str]:
+        """All that speaks against moving memory of this address space at this moment, each as a sentence.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
         return []
 
     def watch(self) -> Watch:

@@ -201,20 +201,22 @@ def test_a_process_that_said_no_is_left_alone(actor: Actor) -> None:
     layout.check_contents()
 
 
-def test_folios_below_the_pmd_size_need_the_move_mechanism(actor: Actor) -> None:
+def test_folios_below_the_pmd_size_are_not_made_by_the_kernels_call(actor: Actor) -> None:
     address = actor.map(PMD_SIZE)
     actor.fill(address, 32)
     before = memory_of(actor.pid, address, address + PMD_SIZE)
-    report = mthp_json("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0, code=1)
+    only_call = ("--mechanism", "madvise")
+    report = mthp_json("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0, *only_call, code=1)
     assert report["needs_move_folios"]["5"] >= 1
+    assert report["folios"] == {}
     assert not report["complete"]
     assert memory_of(actor.pid, address, address + PMD_SIZE) == before
-    done = mthp("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0)
+    done = mthp("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0, *only_call)
     assert done.returncode == 1
-    assert "need the move mechanism" in done.stdout
-    done = mthp("collapse", actor.pid, "--mechanism", "move")
-    assert done.returncode == 3
-    assert "move mechanism" in done.stderr
+    assert "need the mover" in done.stdout
+    done = mthp("collapse", actor.pid, "--mechanism", "move", "--orders", "2M")
+    assert done.returncode == 2
+    assert "no folios of 2M" in done.stderr
 
 
 def many(actor: Actor, count: int = 40) -> int:

@@ -141,7 +141,8 @@ def test_under_threads_that_write_and_fork(tmp_path: Path) -> None:
             moved += sum(outcome.result is ScanResult.SUCCEED for outcome in outcomes)
             assert all(outcome.reason for outcome in outcomes if outcome.result is not ScanResult.SUCCEED)
             assert target.errors == 0
-        assert moved > 200
+        # What is shared with a child at the moment is left alone.
+        assert moved > 50
         assert [line for line in mappings(target.pid) if line.startswith(f"{target.base:x}-")] == [
             f"{target.base:x}-{target.base + target.size:x} rw-p"
         ]

@@ -15,7 +15,7 @@ import pytest
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, Vma, VmaKind
 from mthp.census import take_census
-from mthp.cli.collapse_command import print_report, report_json
+from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vmas_json
 from mthp.cli.options import percentage, planned, share_or_size, stopping_on_signals
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
@@ -149,10 +149,11 @@ def test_json_with_rows_is_one_object(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_json_of_a_report_adds_up() -> None:
-    report = collapse_space(evil_space(), CollapseOptions(PlanOptions(max_ptes_none=0)))
+    report = collapse_space(evil_space(), CollapseOptions(PlanOptions(max_ptes_none=0), mechanism="madvise"))
     data = report_json(report)
     assert (data["collapsed_ranges"], data["collapsed_bytes"]) == (1, PMD)
     assert data["needs_move_folios"] == {"6": 1}
+    assert data["mechanism_by_order"] == {"9": "madvise", "6": None}
     assert data["plan"]["folios_by_order"] == {"9": 1, "6": 1}
     assert data["coverage"] == 512 / 576
     assert not data["complete"]

@@ -12,10 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import COLLAPSE_NS, FakeSpace, page_runs
-from mthp import collapsing
 from mthp.addrspace import ORDER_NONE, CollapseOutcome, Pte, PteColumns, Segment, Vma
-from mthp.collapsing import CollapseOptions, CollapseReport, Durations, collapse_space, look_at, pmd_coverage
-from mthp.errors import NotPermittedError, TargetVanishedError, UnsupportedError, UsageError
+from mthp.collapsing import (
+    CollapseOptions,
+    CollapseReport,
+    Durations,
+    collapse_space,
+    look_at,
+    pmd_coverage,
+    ranges,
+    work,
+)
+from mthp.errors import NotPermittedError, TargetVanishedError, UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.planning import PlanOptions
 from mthp.results import ScanResult
@@ -41,7 +49,7 @@ def space_of(*fullness: int, geometry: Geometry = X86_64, cls: type[FakeSpace] =
 
 
 def carried_out(space: FakeSpace, stop: Any = lambda: False, progress: Any = None, **options: Any) -> CollapseReport:
-    names = ("mechanism", "max_bloat", "rate", "dry_run")
+    names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "duty", "fill", "verify")
     own = {name: options.pop(name) for name in names if name in options}
     plan = PlanOptions(**({"policy": "pmd-only"} | options))
     return collapse_space(space, CollapseOptions(plan, **own), progress, stop)
@@ -80,7 +88,7 @@ def test_everything_is_accounted_for(data: st.DataObject) -> None:
     max_bloat = data.draw(st.one_of(st.none(), st.integers(0, 128).map(lambda pages: pages * PPC.page_size)))
     stops = iter([*[False] * data.draw(st.integers(0, 15)), *[True] * 50])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collapsing, "BATCH", data.draw(st.sampled_from([1, 2, 3, 32])))
+        patch.setattr(ranges, "BATCH", data.draw(st.sampled_from([1, 2, 3, 32])))
         space = space_of(*fullness, geometry=PPC, fails=fails)
         before, bloat_free = contents(space), everything(space)
         report = carried_out(space, lambda: next(stops), max_bloat=max_bloat)
@@ -123,7 +131,7 @@ def test_a_target_that_vanishes_is_accounted_for(fullness: list[int], reads: int
 
     space = space_of(*fullness, geometry=PPC, cls=Dying)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collapsing, "BATCH", 3)
+        patch.setattr(ranges, "BATCH", 3)
         try:
             report = carried_out(space)
         except TargetVanishedError:
@@ -269,28 +277,31 @@ def test_the_plan_foretells_the_coverage(fullness: list[int]) -> None:
     assert report.copied_bytes == report.plan.copied_bytes
 
 
-def test_smaller_folios_need_the_move_mechanism() -> None:
+def test_smaller_folios_are_left_where_only_the_kernels_call_is_allowed() -> None:
     # 64 pages in a range: with no page to be filled, mainline takes them as one run of 64.
-    space = space_of(512, 64)
-    report = carried_out(space, policy="mainline", max_ptes_none=0)
+    space = space_of(512, 64, orders=range(2, 10))
+    report = carried_out(space, policy="mainline", max_ptes_none=0, mechanism="madvise")
     assert report.needs_move == {6: 1}
+    assert report.folios == {}
     assert report.collapsed == 1
     assert not report.complete
     assert [order for _, order in space.attempts] == [9]
     assert carried_out(space_of(512, 64), policy="mainline", max_ptes_none=0, orders="2M").complete
 
 
-def test_the_move_mechanism_is_not_there() -> None:
-    space = space_of(512)
-    with pytest.raises(UnsupportedError, match="move"):
-        carried_out(space, mechanism="move")
-    assert space.attempts == []
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"mechanism": "magic"}, "mechanism 'magic'"),
+        ({"max_pause": 0.0}, "pause"),
+        ({"max_pause": float("nan")}, "pause"),
+        ({"max_pause": 100.0}, "pause"),
+        ({"duty": 0.0}, "duty"),
+        ({"duty": 2.0}, "duty"),
+        ({"duty": float("nan")}, "duty"),
+        ({"mechanism": "madvise", "fill": True}, "fill"),
+        ({"mechanism": "madvise", "verify": True}, "verify"),
+        ({"mechanism": "move", "orders": "2M"}, "no folios of 2M"),
         ({"max_bloat": -1}, "below 0"),
         ({"rate": 0}, "not above 0"),
         ({"rate": -5}, "not above 0"),
@@ -304,6 +315,22 @@ def test_options_that_make_no_sense(options: dict[str, Any], said: str) -> None:
     assert space.attempts == []
 
 
+def test_what_goes_wrong_in_the_middle_does_not_lose_the_report() -> None:
+    class LosesRights(FakeSpace):
+        def collapse(self, address: int, order: int) -> CollapseOutcome:
+            if len(self.attempts) == 2:
+                raise NotPermittedError("not permitted any more", help="CAP_SYS_NICE")
+            return super().collapse(address, order)
+
+    report = carried_out(space_of(512, 512, 512, 512, cls=LosesRights))
+    assert (report.collapsed, report.not_tried) == (2, 1)
+    assert report.failed == {ScanResult.FAIL: 1}
+    assert report.error is not None
+    assert report.error.help == "CAP_SYS_NICE"
+    assert not report.complete
+    assert accounted(report) == 4
+
+
 def test_missing_rights_are_told_at_once() -> None:
     class Guarded(FakeSpace):
         def collapse(self, address: int, order: int) -> CollapseOutcome:
@@ -314,9 +341,10 @@ def test_missing_rights_are_told_at_once() -> None:
 
 
 def test_progress_is_told_after_every_range() -> None:
-    told: list[tuple[int, int]] = []
-    carried_out(space_of(*[512] * 40), progress=lambda done, total: told.append((done, total)))
-    assert told == [(done, 40) for done in range(1, 41)]
+    told: list[tuple[int, int, str]] = []
+    carried_out(space_of(*[512] * 40), progress=lambda done, total, what: told.append((done, total, what)))
+    size = X86_64.pmd_size
+    assert told == [(done * size, 40 * size, "2M") for done in range(1, 41)]
 
 
 # Pace.
@@ -343,7 +371,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(collapsing, "time", SimpleNamespace(monotonic=made.monotonic, sleep=made.sleep))
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=made.monotonic, sleep=made.sleep))
     return made
 
 
@@ -372,7 +400,7 @@ def test_no_more_is_collapsed_than_the_rate_allows(clock: Clock, rate: int) -> N
     start = clock.now
     report = carried_out(space, rate=rate)
     assert report.collapsed == 100
-    burst = max(X86_64.pmd_size, collapsing.PACE * rate)
+    burst = max(X86_64.pmd_size, work.PACE * rate)
     for done, began in enumerate(space.began):
         assert done * X86_64.pmd_size <= rate * (began - start) + burst
     # Nor much less: the work itself takes 25 ms.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from functools import partial
 from typing import Any
 
 import click
@@ -9,6 +12,7 @@ from rich.console import Console
 
 from mthp.addrspace import AddressSpace
 from mthp.census import take_census
+from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.options import (
     json_option,
     percentage,
@@ -18,10 +22,11 @@ from mthp.cli.options import (
     stopping_on_signals,
     target_argument,
 )
-from mthp.cli.output import console, milliseconds, note, percent, print_json, progress_bar, say, table
-from mthp.cli.plan_command import plan_json, print_plan
+from mthp.cli.output import PLAIN_WIDTH, console, milliseconds, percent, print_json, progress_bar, say
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
-from mthp.geometry import format_size, parse_size
+from mthp.durations import parse_duration
+from mthp.geometry import parse_size
+from mthp.planning import SpacePlan
 from mthp.targets import open_target, refuse_ancestor
 
 
@@ -38,6 +43,23 @@ from mthp.targets import open_target, refuse_ancestor
 @click.option("--max-bloat", metavar="SIZE|%", help="Bytes, or share of what is resident, that filling may add.")
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second at most, such as 500M.")
 @click.option("--min-coverage", metavar="%", help="Exit with 1 if less than this share is huge afterwards.")
+@click.option(
+    "--max-pause",
+    metavar="TIME",
+    default="1ms",
+    show_default=True,
+    help="How long TARGET may stand still at a time while pages are moved.",
+)
+@click.option(
+    "--duty",
+    type=float,
+    metavar="SHARE",
+    default=0.5,
+    show_default=True,
+    help="The part of the time that it may stand still then, up to 1.",
+)
+@click.option("--fill", is_flag=True, help="Fill holes by moving, too; MADV_COLLAPSE always does.")
+@click.option("--verify", is_flag=True, help="Compare the bytes of every moved folio before and after.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 def command(
@@ -46,15 +68,22 @@ def command(
     max_bloat: str | None,
     rate: str | None,
     min_coverage: str | None,
+    max_pause: str,
+    duty: float,
+    fill: bool,
+    verify: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
     """Collapse the memory of TARGET, now, as `mthp plan` says with the same options.
 
-    TARGET is a PID, or the word self. The fullest PMD ranges come first. Ctrl-C ends it after the range at hand.
+    TARGET is a PID, or the word self. Folios of the PMD size are made by the kernel's MADV_COLLAPSE, smaller ones by
+    moving pages, for which TARGET is stopped again and again for about a millisecond. The largest come first, and of
+    each size the fullest. Ctrl-C ends it after the range or the batch at hand.
     """
     wanted = None if min_coverage is None else percentage(min_coverage)
+    pause = parse_duration(max_pause) / 1e9
     refuse_ancestor(target)
     with open_target(target) as space, stopping_on_signals() as stop:
         chosen = CollapseOptions(
@@ -62,16 +91,39 @@ def command(
             mechanism=mechanism,
             max_bloat=None if max_bloat is None else _bytes_of_bloat(max_bloat, space),
             rate=None if rate is None else parse_size(rate),
+            max_pause=pause,
+            duty=duty,
+            fill=fill,
+            verify=verify,
             dry_run=dry_run,
         )
         with progress_bar("collapsing", hidden=as_json) as progress:
-            report = collapse_space(space, chosen, progress, stop)
+            report = collapse_space(space, chosen, progress, stop, partial(_announce, space, chosen))
+        hindrances = space.move_hindrances() if dry_run and report.folios else []
     covered = wanted is None or _coverage(report) >= wanted
     if as_json:
-        print_json("collapse", report_json(report) | {"min_coverage": wanted, "min_coverage_reached": covered})
+        more = {"move_hindrances": hindrances, "min_coverage": wanted, "min_coverage_reached": covered}
+        print_json("collapse", report_json(report) | more)
     else:
-        print_report(console(), report, wanted)
+        print_report(console(), report, wanted, hindrances)
     return 4 if report.vanished else 0 if report.complete and covered else 1
+
+
+def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan) -> None:
+    """Say on standard error, before it begins, what moving pages means for a process that is not ours."""
+    if space.label.split()[0] == str(os.getpid()):
+        return
+    out = Console(stderr=True, highlight=False) if sys.stderr.isatty() else Console(stderr=True, width=PLAIN_WIDTH)
+    pause = milliseconds(options.max_pause)
+    for line in (
+        f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
+        f" threads are stopped, for about {pause} at a time and {percent(options.duty)} of the time at most; one of"
+        " them runs a small piece of code that is injected, which moves pages away (UFFDIO_MOVE) and copies them back;",
+        "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. All is"
+        " taken back at the end; if mthp is killed, the process goes on with its memory whole, and `mthp doctor"
+        " --restore` puts the switch back",
+    ):
+        say(out, line)
 
 
 def _bytes_of_bloat(text: str, space: AddressSpace) -> int:
@@ -85,84 +137,3 @@ def _bytes_of_bloat(text: str, space: AddressSpace) -> int:
 
 def _coverage(report: CollapseReport) -> float:
     return report.plan.coverage_after if report.dry_run else report.coverage
-
-
-def print_report(out: Console, report: CollapseReport, wanted: float | None = None) -> None:
-    """Print what a collapse did."""
-    plan, geometry = report.plan, report.plan.geometry
-    if report.dry_run:
-        print_plan(out, plan)
-        note(out, ["dry run: nothing was changed"])
-        return
-    pmd = geometry.label(geometry.pmd_order)
-    rows = [["collapsed", str(report.collapsed), f"{format_size(report.collapsed_bytes)} are mapped as {pmd} now"]]
-    if report.unchanged:
-        rows.append(["huge already", str(report.unchanged), "nothing to do"])
-    rows += [[result.name, str(count), result.meaning] for result, count in report.failed.most_common()]
-    if report.over_budget:
-        rows.append(["over budget", str(report.over_budget), "filling them would exceed --max-bloat"])
-    if report.not_tried:
-        rows.append(["not tried", str(report.not_tried), "it ended early"])
-    out.print(table(f"{plan.label}: PMD ranges of {pmd}", ["outcome", "ranges", "meaning"], rows, right={1}))
-    if report.needs_move:
-        moves = [[geometry.label(order), str(count)] for order, count in report.needs_move.items()]
-        out.print(
-            table("Folios below the PMD size: these need the move mechanism", ["size", "folios"], moves, right={1})
-        )
-    times = report.durations
-    speed = report.collapsed_bytes / report.elapsed if report.elapsed else 0.0
-    out.print()
-    say(
-        out,
-        f"copied {format_size(report.copied_bytes)}, added {format_size(report.filled_bytes)} of bloat,"
-        f" in {report.elapsed:.2f} s ({format_size(int(speed))}/s);"
-        f" share of {pmd} mappings {percent(plan.coverage)} -> {percent(report.coverage)}",
-    )
-    say(
-        out,
-        f"pauses at most (duration of each of {times.count} calls): p50 {milliseconds(times.p50)},"
-        f" p99 {milliseconds(times.p99)}, max {milliseconds(times.max)}",
-    )
-    note(out, _remarks(report, wanted))
-
-
-def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
-    remarks = []
-    if report.interrupted:
-        remarks.append("interrupted: what was done stays done")
-    if report.vanished:
-        remarks.append("the target exited meanwhile")
-    if wanted is not None and report.coverage < wanted:
-        remarks.append(f"{percent(report.coverage)} is less than the {percent(wanted)} that --min-coverage asks for")
-    return remarks
-
-
-def report_json(report: CollapseReport) -> dict[str, Any]:
-    """A report as the JSON object of the contract."""
-    times = report.durations
-    return {
-        "plan": plan_json(report.plan),
-        "dry_run": report.dry_run,
-        "complete": report.complete,
-        "collapsed_ranges": report.collapsed,
-        "collapsed_bytes": report.collapsed_bytes,
-        "unchanged_ranges": report.unchanged,
-        "failed_ranges": {result.name: count for result, count in report.failed.items()},
-        "over_budget_ranges": report.over_budget,
-        "not_tried_ranges": report.not_tried,
-        "needs_move_folios": {str(order): count for order, count in report.needs_move.items()},
-        "copied_bytes": report.copied_bytes,
-        "bloat_bytes": report.filled_bytes,
-        "seconds": report.elapsed,
-        "pauses": {
-            "calls": times.count,
-            "p50_seconds": times.p50,
-            "p99_seconds": times.p99,
-            "max_seconds": times.max,
-            "total_seconds": times.total,
-        },
-        "coverage_before": report.plan.coverage,
-        "coverage": report.coverage,
-        "interrupted": report.interrupted,
-        "vanished": report.vanished,
-    }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import click
 from rich import box
@@ -16,6 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mthp.text import clean
+
+
+class ProgressBar(Protocol):
+    """Shows how far something has come."""
+
+    def __call__(self, done: int, total: int, what: str = "") -> None:
+        """Show that `done` of `total` are done, and what is being worked on."""
+
 
 PLAIN_WIDTH = 1 << 16
 """Width of plain text, in columns: wide enough that nothing is cut or wrapped, the longest path included."""
@@ -61,15 +69,24 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 
 
 @contextlib.contextmanager
-def progress_bar(text: str, *, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, where that is a terminal. Gives a function that takes (done, in all)."""
+def progress_bar(text: str, *, hidden: bool = False) -> Iterator[ProgressBar]:
+    """A progress bar on standard error, where that is a terminal. Gives a function that takes (done, in all, what)."""
     if hidden or not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda done, total, what="": None
         return
-    columns = (TextColumn(text), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=max(total, 1))
+
+        def show(done: int, total: int, what: str = "") -> None:
+            bar.update(task, completed=done, total=max(total, 1), description=f"{text} {what}".rstrip())
+
+        yield show
 
 
 def percent(share: float) -> str:

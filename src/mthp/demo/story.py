@@ -172,7 +172,7 @@ def _plans(space: AddressSpace, progress: Progress) -> list[SpacePlan]:
 
 def _collapse(workload: Workload, space: AddressSpace, progress: Progress) -> Deed:
     try:
-        report = collapse_space(space, CollapseOptions(), lambda done, total: progress("collapsing", done, total))
+        report = collapse_space(space, CollapseOptions(), lambda done, total, _: progress("collapsing", done, total))
     except NotPermittedError:
         progress("collapsing", 0, 1)
         return workload.collapse_itself()

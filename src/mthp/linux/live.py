@@ -32,6 +32,7 @@ from mthp.results import ScanResult, result_of_madvise
 from mthp.tunables import Switches, Tunables
 
 if TYPE_CHECKING:
+    from mthp.linux.mover.guarded import OwnBlocks
     from mthp.linux.mover.mover import Mover
 
 SPARSE_BYTES = 64 << 20
@@ -72,7 +73,7 @@ class LiveAddressSpace(AddressSpace):
         self._pagemap = Pagemap(process)
         self._folios, self._no_folios = _open_folios(self._geometry)
         self._columns = ColumnReader(self._pagemap, self._folios, self._geometry)
-        self._made_mover: Mover | None = None
+        self._made_mover: Mover | OwnBlocks | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -262,12 +263,20 @@ class LiveAddressSpace(AddressSpace):
     def take_pauses(self) -> list[int]:
         return self._made_mover.take_pauses() if self._made_mover else []
 
-    def _mover(self) -> Mover:
+    def move_hindrances(self) -> list[str]:
+        return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover().refusals()]
+
+    def _mover(self) -> Mover | OwnBlocks:
         """The mover of this process, made when it is first needed."""
         if self._made_mover is None:
-            from mthp.linux.mover.mover import Mover
+            if self.process.is_self:
+                from mthp.linux.mover.guarded import OwnBlocks
 
-            self._made_mover = Mover(self)
+                self._made_mover = OwnBlocks(self)
+            else:
+                from mthp.linux.mover.mover import Mover
+
+                self._made_mover = Mover(self)
         return self._made_mover
 
     def _madvise(self, address: int) -> CollapseOutcome:

@@ -41,21 +41,23 @@ from __future__ import annotations
 import contextlib
 import mmap
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, Segment
+from mthp.addrspace import ORDER_UNKNOWN, Block, CollapseOutcome, Means
 from mthp.errors import UnsupportedError, UsageError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.mover.outcome import BlockOutcome, reason_of_move, result_of_move
 from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
 from mthp.linux.mover.refusals import (
-    BlockRefusal,
+    Refusal,
     SpecialRanges,
+    objection_of,
     refuse_blocks,
     refuse_process,
     refuse_vma,
@@ -119,54 +121,109 @@ def collapse_own(
     with open_live("self") as space:
         size = space.geometry.size_of(space.geometry.check_order(order))
         first, last = -(-address // size) * size, (address + length) // size * size
-        if first >= last:
-            return []
-        _check_process(space)
+        blocks = [(block, order) for block in range(first, last, size)]
+        return OwnBlocks(space, guarded=guarded, journal=journal).move(blocks) if blocks else []
+
+
+class OwnBlocks:
+    """Moves blocks of this process to folios of their orders.
+
+    Args:
+        space: of this process.
+        guarded, journal: as for :func:`collapse_own`.
+    """
+
+    def __init__(self, space: LiveAddressSpace, *, guarded: bool = True, journal: SwitchJournal | None = None) -> None:
+        self._space = space
+        self._guarded = guarded
+        self._journal = journal or SwitchJournal(sysfs=space.sysfs)
+
+    def refusals(self) -> list[Refusal]:
+        """All that speaks against moving memory of this process at this moment."""
+        return [each for each in refuse_process(self._space.process, self._space) if each.key not in _FOR_OTHERS]
+
+    def move(self, blocks: Sequence[Block], *, fill: bool = False) -> list[BlockOutcome]:
+        """Move disjoint `blocks`: the outcome of each, in their order.
+
+        Args:
+            fill: whether holes are to be filled.
+
+        Raises:
+            As :func:`collapse_own`.
+        """
+        for refusal in self.refusals():
+            raise UnsupportedError(f"this process cannot move its own memory: {refusal.reason}", help=refusal.remedy)
+        outcomes: dict[Block, BlockOutcome] = {}
+        for order in sorted({order for _, order in blocks}, reverse=True):
+            addresses = np.array([address for address, its in blocks if its == order], np.int64)
+            for outcome in self._move(addresses, order, fill=fill):
+                outcomes[outcome.address, order] = outcome
+        return [outcomes[block] for block in blocks]
+
+    def _move(self, addresses: _Int64s, order: int, *, fill: bool) -> list[BlockOutcome]:
+        """Move blocks of one order."""
+        space, size = self._space, self._space.geometry.size_of(order)
         with contextlib.ExitStack() as stack:
             mover: _Mover
             if order == space.geometry.pmd_order:
                 mover = _KernelMover(space)
             else:
-                mover = stack.enter_context(OwnMover(size, guarded=guarded))
+                mover = stack.enter_context(OwnMover(size, guarded=self._guarded))
                 if order not in space.switches.orders(advised=False):
-                    stack.enter_context((journal or SwitchJournal()).only(order, off=()))
+                    # A larger folio does not fit into the twin, so other sizes may stay on.
+                    stack.enter_context(self._journal.only(order, off=()))
             outcomes: list[BlockOutcome] = []
-            step = BLOCKS_PER_CALL * size
-            for start in range(first, last, step):
-                outcomes += _collapse(space, mover, (start, min(last, start + step)), order)
+            for start in range(0, len(addresses), BLOCKS_PER_CALL):
+                outcomes += _collapse(space, mover, addresses[start : start + BLOCKS_PER_CALL], order, fill=fill)
             return outcomes
 
+    def collapse(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        """As :meth:`move`, for the seam.
 
-def _check_process(space: LiveAddressSpace) -> None:
-    for refusal in refuse_process(space.process, space):
-        if refusal.key not in _FOR_OTHERS:
-            raise UnsupportedError(f"this process cannot move its own memory: {refusal.reason}", help=refusal.remedy)
+        Raises:
+            As :func:`collapse_own`.
+        """
+        if means.verify:
+            raise UnsupportedError(
+                "own memory cannot be verified: other threads go on writing to it", help="leave --verify out"
+            )
+        outcomes = self.move(blocks, fill=means.fill)
+        return [CollapseOutcome(each.result, each.elapsed_ns, each.errno, each.reason) for each in outcomes]
+
+    def take_pauses(self) -> list[int]:
+        """Nobody is stopped."""
+        return []
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
 
-def _collapse(space: LiveAddressSpace, mover: _Mover, segment: Segment, order: int) -> list[BlockOutcome]:
-    """Judge the blocks of `segment`, move those that may be, and look at what came out."""
-    addresses = np.arange(*segment, mover.size, dtype=np.int64)
-    columns = space.read([segment])
+def _collapse(
+    space: LiveAddressSpace, mover: _Mover, addresses: _Int64s, order: int, *, fill: bool
+) -> list[BlockOutcome]:
+    """Judge the blocks at `addresses`, move those that may be, and look at what came out."""
+    segments = [(address, address + mover.size) for address in addresses.tolist()]
+    columns, vmas = space.read(segments), space.vmas()
     verdict = refuse_blocks(
         columns,
         None if columns.pfn is None else space.mapcounts(columns),
         addresses,
         np.full(len(addresses), order, np.int8),
-        vmas=space.vmas(),
+        vmas=vmas,
         refuse_vma=refuse_vma,
         special=_special(space),
         page_size=space.geometry.page_size,
+        fill=fill,
     )
     begin = time.perf_counter_ns()
-    errors = mover.move(addresses[verdict == 0])
+    errors = mover.move(addresses[verdict == 0], fill=fill)
     elapsed = (time.perf_counter_ns() - begin) // max(1, len(errors))
-    orders = space.read([segment]).folio_order.reshape(len(addresses), -1)
+    orders = space.read(segments).folio_order.reshape(len(addresses), -1)
     outcomes = []
     moved = iter(errors.tolist())
     for address, why, seen in zip(addresses.tolist(), verdict.tolist(), orders, strict=True):
         if why:
-            result = ScanResult.PTE_MAPPED_HUGEPAGE if why == BlockRefusal.ALREADY else ScanResult.FAIL
-            outcomes.append(BlockOutcome(address, order, result, BlockRefusal(why).reason))
+            outcomes.append(BlockOutcome(address, order, *objection_of(why, vmas, address)))
         else:
             outcome = _outcome(address, order, next(moved), seen)
             outcomes.append(replace(outcome, elapsed_ns=elapsed))
@@ -205,7 +262,7 @@ class _Mover(Protocol):
 
     size: int
 
-    def move(self, addresses: _Int64s) -> _Int64s:
+    def move(self, addresses: _Int64s, *, fill: bool = False) -> _Int64s:
         """Move blocks; give an errno for each."""
 
 
@@ -220,6 +277,6 @@ class _KernelMover:
         self.size = space.geometry.pmd_size
         self._space = space
 
-    def move(self, addresses: _Int64s) -> _Int64s:
+    def move(self, addresses: _Int64s, *, fill: bool = False) -> _Int64s:
         order = self._space.geometry.pmd_order
         return np.array([self._space.collapse(address, order).errno for address in addresses.tolist()], np.int64)

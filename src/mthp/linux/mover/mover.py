@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +31,14 @@ from numpy.typing import NDArray
 from mthp.addrspace import Block, CollapseOutcome, Means, Segment, Vma
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.live import LiveAddressSpace
-from mthp.linux.mover.blockrefusals import BlockRefusal, refuse_blocks, special_ranges
+from mthp.linux.mover.blockrefusals import refuse_blocks, special_ranges
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.processrefusals import refuse_process
-from mthp.linux.mover.recheck import Before, Recheck, has_userfaultfd, last_pid, zero_pages_of
-from mthp.linux.mover.refusals import refuse_vma
+from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, last_pid, zero_pages_of
+from mthp.linux.mover.refusal import Refusal
+from mthp.linux.mover.refusals import objection_of, refuse_vma
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Observer, ignore
 from mthp.results import ScanResult
@@ -46,6 +48,47 @@ VMAS_AGE_NS = 200_000_000
 
 VMAS_SHARE = 0.1
 """The part of the time that a target is asked for its list at most, if that takes long."""
+
+
+@dataclass
+class _Batch:
+    """Blocks that are moved together.
+
+    Attributes:
+        blocks: all of them.
+        means: what it may cost.
+        last_pid: the last PID that the system had given out before the process was judged.
+        outcomes: of the blocks that have one.
+    """
+
+    blocks: Sequence[Block]
+    means: Means
+    last_pid: int
+    outcomes: dict[Block, CollapseOutcome] = field(default_factory=dict)
+
+    @property
+    def open(self) -> list[Block]:
+        """Those without an outcome, in their order."""
+        return [block for block in self.blocks if block not in self.outcomes]
+
+    @property
+    def done(self) -> bool:
+        """Whether a block was moved."""
+        return any(outcome.result is ScanResult.SUCCEED for outcome in self.outcomes.values())
+
+    def reopen(self, reason: str) -> bool:
+        """Take their outcomes from the blocks that were left for `reason`; give whether there are any."""
+        again = [block for block, outcome in self.outcomes.items() if outcome.reason == reason]
+        for block in again:
+            del self.outcomes[block]
+        return bool(again)
+
+    def give_up(self, blocks: Sequence[Block], result: ScanResult, error: MthpError) -> None:
+        """Give those of `blocks` without an outcome this one."""
+        reason = f"{error.message} ({error.help})" if error.help else error.message
+        outcome = CollapseOutcome(result, 0, reason=reason, everywhere=True)
+        for block in blocks:
+            self.outcomes.setdefault(block, outcome)
 
 
 class Mover:
@@ -67,10 +110,19 @@ class Mover:
         self._observer = observer
         self._session: MoverSession | None = None
         self._recheck = Recheck(space.process, space.geometry)
+        self._broken = ""
         self._before: Before | None = None
         self._vmas: list[Vma] = []
         self._vmas_good_until = 0
         self._pauses: list[int] = []
+
+    def refusals(self) -> list[Refusal]:
+        """All that speaks against moving memory of the process at this moment.
+
+        Raises:
+            TargetVanishedError: it is gone.
+        """
+        return refuse_process(self._process, self._space)
 
     def collapse(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
         """Move `blocks`, disjoint and below the PMD order: the outcome of each, in their order.
@@ -79,28 +131,33 @@ class Mover:
             TargetVanishedError: the process was gone before anything was moved.
             NotPermittedError, UnsupportedError, MthpError: nothing was moved, since the switches cannot be set.
         """
-        outcomes: list[CollapseOutcome | None] = [None] * len(blocks)
-        last = last_pid()
-        if refused := refuse_process(self._process, self._space):
-            return [CollapseOutcome(ScanResult.FAIL, 0, reason=refused[0].reason)] * len(blocks)
-        self._judge(blocks, means, last, outcomes)
-        done = 0
-        for order in sorted({order for _, order in blocks}, reverse=True):
-            indices = [at for at, block in enumerate(blocks) if block[1] == order and outcomes[at] is None]
-            if not indices:
-                continue
+        batch = _Batch(blocks, means, last_pid())
+        if reason := self._broken or "; ".join(why.reason for why in self.refusals()):
+            return [CollapseOutcome(ScanResult.FAIL, 0, reason=reason, everywhere=True)] * len(blocks)
+        self._collapse(batch)
+        if batch.reopen(MAPPING_CHANGED.reason):
+            # The list of mappings that they were judged by was too old.
+            self._vmas_good_until = 0
+            self._collapse(batch)
+        return [batch.outcomes[block] for block in blocks]
+
+    def _collapse(self, batch: _Batch) -> None:
+        """Judge the blocks that have no outcome yet, and move them, the largest first."""
+        self._judge(batch)
+        for order in sorted({order for _, order in batch.open}, reverse=True):
+            blocks = [block for block in batch.open if block[1] == order]
             try:
                 # A fault takes the largest size that fits: the PMD size never does, with a page table there.
                 with self._journal.only(order, off=range(order + 1, self._geometry.pmd_order)):
-                    done += self._move(blocks, indices, means, outcomes)
+                    self._move(blocks, batch)
             except MthpError as error:
-                if not done:
+                if not batch.done:
                     raise
-                self._give_up(indices, outcomes, ScanResult.FAIL, error)
-        return [outcome or CollapseOutcome(ScanResult.FAIL, 0) for outcome in outcomes]
+                batch.give_up(blocks, ScanResult.FAIL, error)
 
-    def _judge(self, blocks: Sequence[Block], means: Means, last: int, outcomes: list[CollapseOutcome | None]) -> None:
+    def _judge(self, batch: _Batch) -> None:
         """Give those blocks their outcome that are not to be moved; remember what the others were judged by."""
+        blocks = batch.open
         uffd = has_userfaultfd(self._process, but=self._session.uffd if self._session else -1)
         vmas = self._mappings()
         addresses = np.array([address for address, _ in blocks], np.int64)
@@ -115,15 +172,13 @@ class Mover:
             refuse_vma=refuse_vma,
             special=special_ranges(self._process),
             page_size=self._geometry.page_size,
-            fill=means.fill,
+            fill=batch.means.fill,
         )
-        for at in np.flatnonzero(verdicts).tolist():
-            objection = BlockRefusal(int(verdicts[at])).objection
-            reason = objection.reason
-            if verdicts[at] == BlockRefusal.VMA:
-                reason = _why_not(vmas, blocks[at][0]) or reason
-            outcomes[at] = CollapseOutcome(objection.result, 0, reason=reason)
-        self._before = Before(vmas, zero_pages_of(columns), last, uffd, means.fill)
+        for block, verdict in zip(blocks, verdicts.tolist(), strict=True):
+            if verdict:
+                result, reason = objection_of(verdict, vmas, block[0])
+                batch.outcomes[block] = CollapseOutcome(result, 0, reason=reason)
+        self._before = Before(vmas, zero_pages_of(columns), batch.last_pid, uffd, batch.means.fill)
 
     def _mappings(self) -> list[Vma]:
         """The mappings, not older than need be. Writing the list takes the kernel a walk over all page tables."""
@@ -140,33 +195,24 @@ class Mover:
         assert self._before is not None
         return self._recheck.objections(frozen, blocks, self._before, self._session.uffd)
 
-    def _move(
-        self,
-        blocks: Sequence[Block],
-        indices: Sequence[int],
-        means: Means,
-        outcomes: list[CollapseOutcome | None],
-    ) -> int:
-        """Move the blocks at `indices`, all of one order; give how many have a folio of their own now."""
-        made = count = 0
+    def _move(self, blocks: Sequence[Block], batch: _Batch) -> None:
+        """Move blocks, all of one order."""
         try:
-            session = self._opened(means)
             # Populating first makes pages this process's own again that a child which has exited had shared. It fills
             # no hole that is not to be filled: after the stop such blocks are refused.
-            for done in session.windows([blocks[at] for at in indices], verify=means.verify, fill=True):
-                for at, outcome in zip(indices[count:], done, strict=False):
-                    outcomes[at] = _collapse_outcome(outcome)
-                count += len(done)
-                made += sum(outcome.result is ScanResult.SUCCEED for outcome in done)
+            for done in self._opened(batch.means).windows(blocks, verify=batch.means.verify, fill=True):
+                batch.outcomes |= {(outcome.address, outcome.order): _collapse_outcome(outcome) for outcome in done}
+                if any(outcome.verified is False for outcome in done):
+                    self._broken = "bytes of another block are not what they were before: end the target"
+                    raise MthpError(self._broken)
         except TargetVanishedError as error:
             self._drop_session()
-            self._give_up(indices, outcomes, ScanResult.ANY_PROCESS, error)
+            batch.give_up(blocks, ScanResult.ANY_PROCESS, error)
         except MthpError as error:
             self._drop_session()
-            self._give_up(indices, outcomes, ScanResult.FAIL, error)
+            batch.give_up(blocks, ScanResult.FAIL, error)
         finally:
             self._note_pauses()
-        return made
 
     def _opened(self, means: Means) -> MoverSession:
         """The session, opened if it is not."""
@@ -183,16 +229,6 @@ class Mover:
             self._session = session
         self._session.limit(means.max_pause_ns, means.duty)
         return self._session
-
-    @staticmethod
-    def _give_up(
-        indices: Sequence[int], outcomes: list[CollapseOutcome | None], result: ScanResult, error: MthpError
-    ) -> None:
-        """Give the blocks without an outcome this one."""
-        reason = f"{error.message} ({error.help})" if error.help else error.message
-        for at in indices:
-            if outcomes[at] is None:
-                outcomes[at] = CollapseOutcome(result, 0, reason=reason)
 
     def take_pauses(self) -> list[int]:
         """How long each window was, in nanoseconds, since this was last asked."""
@@ -226,12 +262,6 @@ def _segments(addresses: NDArray[np.int64], orders: NDArray[np.int8], page_size:
     breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
     firsts, lasts = np.r_[0, breaks], np.r_[breaks - 1, len(ends) - 1]
     return list(zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True))
-
-
-def _why_not(vmas: Sequence[Vma], address: int) -> str:
-    """Why the mapping at `address` is refused."""
-    refusals = (refuse_vma(vma) for vma in vmas if vma.start <= address < vma.end)
-    return next((refusal.reason for refusal in refusals if refusal), "")
 
 
 def _collapse_outcome(outcome: BlockOutcome) -> CollapseOutcome:

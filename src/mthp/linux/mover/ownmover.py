@@ -110,8 +110,11 @@ class OwnMover:
             self.close()
             raise
 
-    def move(self, addresses: _Int64s) -> _Int64s:
+    def move(self, addresses: _Int64s, *, fill: bool = False) -> _Int64s:
         """Move the blocks at `addresses`, at most BLOCKS_PER_CALL.
+
+        Args:
+            fill: populate absent pages first.
 
         Returns:
             An errno for each, 0 for success: int64, shape (blocks,).
@@ -119,6 +122,9 @@ class OwnMover:
         Raises:
             MthpError: a block could not be put back; its bytes are kept and whoever touches it waits.
         """
+        if fill:
+            for address in addresses.tolist():
+                _libc.madvise(address, self.size, MADV_POPULATE_WRITE)
         errors = self._move(addresses)
         # Pages that a child was forked from, and that has exited, are ours alone again only when they are written.
         again = np.flatnonzero((errors == errno.EBUSY) | (errors == errno.EAGAIN))

@@ -67,7 +67,12 @@ MAX_NEW_PROCESSES = 512
 """PIDs given out meanwhile that are compared one by one."""
 
 _USERFAULTFD = "anon_inode:[userfaultfd]"
-_CHANGED = Objection(ScanResult.VMA_CHECK, "its mapping changed meanwhile")
+MAPPING_CHANGED = Objection(ScanResult.VMA_CHECK, "its mapping changed meanwhile")
+"""Given for blocks of a mapping that is smaller than before, or another one; they may be judged again."""
+
+
+_SHARED_NOW = Objection(ScanResult.EXCEED_SHARED_PTE, "a page of it is shared with another process now")
+_GONE = Objection(ScanResult.PTE_NON_PRESENT, "a page of it went away meanwhile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +176,11 @@ class Recheck:
             # A none PTE's word may still have the soft-dirty bit.
             nothing = (words[rest] & (own | bad)) == 0
             good[rest] = zero | nothing
+        present = (words & np.uint64(abi.PM_PRESENT)) != 0
+        shared = np.logical_or.reduceat(~good & present, begins)
         for index in np.flatnonzero(~np.logical_and.reduceat(good, begins)).tolist():
             if objections[index] is None:
-                objections[index] = Objection(ScanResult.PTE_NON_PRESENT, "a page of it went away or is shared now")
+                objections[index] = _SHARED_NOW if shared[index] else _GONE
 
 
 class _Mappings:
@@ -201,7 +208,7 @@ class _Mappings:
             return Objection(ScanResult.VMA_CHECK, refusal.reason)
         now = self._query(address)
         if now is None or now[0] > vma.start or now[1] < vma.end or now[2] != vma.permissions:
-            return _CHANGED
+            return MAPPING_CHANGED
         return None
 
     def _query(self, address: int) -> tuple[int, int, str] | None:

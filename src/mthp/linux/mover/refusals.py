@@ -32,9 +32,11 @@ to see to it that a key does not bar that.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from mthp.addrspace import Vma, VmaKind
 from mthp.linux.mover.blockrefusals import BlockRefusal, SpecialRanges, refuse_blocks, special_ranges
+from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.processrefusals import refuse_process
 from mthp.linux.mover.refusal import Refusal
 
@@ -43,6 +45,7 @@ __all__ = [
     "BlockRefusal",
     "Refusal",
     "SpecialRanges",
+    "objection_of",
     "refuse_blocks",
     "refuse_process",
     "refuse_vma",
@@ -78,6 +81,22 @@ _NOT_PRIVATE = Refusal("vma_not_private", "it is shared memory", "MADV_COLLAPSE 
 _NOT_READ_WRITE = Refusal("vma_not_read_write", "it may not be both read and written")
 _NO_FLAGS = Refusal("vma_flags_unknown", "its flags cannot be seen", "a kernel with CONFIG_PROC_PAGE_MONITOR")
 _STACK = Refusal("vma_stack", "it is the stack of the first thread")
+
+
+def objection_of(verdict: int, vmas: Sequence[Vma], address: int) -> Objection:
+    """What speaks against a block, told as exactly as it can be.
+
+    Args:
+        verdict: of :func:`refuse_blocks`, not NONE.
+        vmas: the mappings that it was judged by.
+        address: of the block.
+    """
+    objection = BlockRefusal(verdict).objection
+    if verdict != BlockRefusal.VMA:
+        return objection
+    refusals = (refuse_vma(vma) for vma in vmas if vma.start <= address < vma.end)
+    reason = next((refusal.reason for refusal in refusals if refusal), objection.reason)
+    return Objection(objection.result, reason)
 
 
 def refuse_vma(vma: Vma) -> Refusal | None:

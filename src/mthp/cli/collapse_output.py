@@ -1,0 +1,183 @@
+"""What a collapse did, as tables and as the JSON object of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from mthp.cli.output import milliseconds, note, percent, say, table
+from mthp.cli.plan_command import plan_json, print_plan
+from mthp.collapsing import CollapseReport, Durations, FolioTally
+from mthp.geometry import format_size
+from mthp.results import ScanResult
+
+
+def print_report(
+    out: Console, report: CollapseReport, wanted: float | None = None, hindrances: Sequence[str] = ()
+) -> None:
+    """Print what a collapse did."""
+    if report.dry_run:
+        print_plan(out, report.plan)
+        _print_mechanisms(out, report)
+        note(out, [*(f"the mover would not begin: {reason}" for reason in hindrances), "dry run: nothing was changed"])
+        return
+    _print_ranges(out, report)
+    if report.folios:
+        _print_folios(out, report)
+    if report.needs_move:
+        moves = [[report.plan.geometry.label(order), str(count)] for order, count in report.needs_move.items()]
+        title = "Folios below the PMD size: these need the mover (--mechanism auto)"
+        out.print(table(title, ["size", "folios"], moves, right={1}))
+    _print_sums(out, report)
+    note(out, _remarks(report, wanted))
+
+
+def _print_mechanisms(out: Console, report: CollapseReport) -> None:
+    """By what each size would be made."""
+    geometry = report.plan.geometry
+    meanings = {
+        "madvise": "MADV_COLLAPSE: nothing is written into the process, and it is not stopped",
+        "move": "the mover: the process is stopped for about a millisecond at a time",
+        None: "not made: it needs the mover (--mechanism auto)",
+    }
+    by_order = mechanisms_by_order(report)
+    rows = [[geometry.label(order), by or "none", meanings[by]] for order, by in by_order.items()]
+    if rows:
+        out.print(table("What makes them", ["size", "mechanism", "meaning"], rows))
+
+
+def mechanisms_by_order(report: CollapseReport) -> dict[int, str | None]:
+    """By which mechanism the folios of each planned order are made; None for those that are not."""
+    pmd_order = report.plan.geometry.pmd_order
+    return {
+        order: "madvise" if order == pmd_order else "move" if order in report.folios else None
+        for order in report.plan.folios_by_order
+    }
+
+
+def _print_ranges(out: Console, report: CollapseReport) -> None:
+    geometry = report.plan.geometry
+    pmd = geometry.label(geometry.pmd_order)
+    rows = [["collapsed", str(report.collapsed), f"{format_size(report.collapsed_bytes)} are mapped as {pmd} now"]]
+    if report.unchanged:
+        rows.append(["huge already", str(report.unchanged), "nothing to do"])
+    rows += [[result.name, str(count), result.meaning] for result, count in report.failed.most_common()]
+    if report.over_budget:
+        rows.append(["over budget", str(report.over_budget), "filling them would exceed --max-bloat"])
+    if report.not_tried:
+        rows.append(["not tried", str(report.not_tried), "it ended early"])
+    out.print(table(f"{report.plan.label}: PMD ranges of {pmd}", ["outcome", "ranges", "meaning"], rows, right={1}))
+
+
+def _print_folios(out: Console, report: CollapseReport) -> None:
+    geometry = report.plan.geometry
+    rows = []
+    for order, tally in report.folios.items():
+        size = geometry.label(order)
+        made = f"{format_size(tally.made * geometry.size_of(order))} lie in folios of {size} now"
+        rows.append([size, "moved", str(tally.made), made + (", verified" if report.verified else "")])
+        if tally.unchanged:
+            rows.append([size, "large already", str(tally.unchanged), "nothing to do"])
+        rows += [[size, result.name, str(count), reason] for (result, reason), count in tally.failed.most_common()]
+        if tally.over_budget:
+            rows.append([size, "over budget", str(tally.over_budget), "filling them would exceed --max-bloat"])
+        if tally.not_tried:
+            rows.append([size, "not tried", str(tally.not_tried), "it ended early"])
+    title = f"{report.plan.label}: folios below {geometry.label(geometry.pmd_order)}"
+    out.print(table(title, ["size", "outcome", "folios", "meaning"], rows, right={2}))
+
+
+def _print_sums(out: Console, report: CollapseReport) -> None:
+    plan, times, windows = report.plan, report.durations, report.windows
+    speed = (report.collapsed_bytes + report.moved_bytes) / report.elapsed if report.elapsed else 0.0
+    out.print()
+    say(
+        out,
+        f"copied {format_size(report.copied_bytes)}, added {format_size(report.filled_bytes)} of bloat,"
+        f" in {report.elapsed:.2f} s ({format_size(int(speed))}/s);"
+        f" share of {plan.geometry.label(plan.geometry.pmd_order)} mappings {percent(plan.coverage)} ->"
+        f" {percent(report.coverage)}",
+    )
+    if times.count or not report.folios:
+        say(out, f"pauses at most (duration of each of {times.count} calls): {_spread(times)}")
+    if windows.count:
+        each = report.moved_blocks / windows.count
+        say(out, f"pauses while pages were moved ({windows.count}, of {each:.1f} folios each): {_spread(windows)}")
+
+
+def _spread(times: Durations) -> str:
+    return f"p50 {milliseconds(times.p50)}, p99 {milliseconds(times.p99)}, max {milliseconds(times.max)}"
+
+
+def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
+    remarks = []
+    if report.interrupted:
+        remarks.append("interrupted: what was done stays done")
+    if report.vanished:
+        remarks.append("the target exited meanwhile")
+    if report.error is not None:
+        remedy = f" ({report.error.help})" if report.error.help else ""
+        remarks.append(f"it ended early: {report.error.message}{remedy}")
+    holes = sum(tally.failed_by_result[ScanResult.EXCEED_NONE_PTE] for tally in report.folios.values())
+    if holes:
+        remarks.append(f"{holes} runs have holes: --fill fills them")
+    if wanted is not None and report.coverage < wanted:
+        remarks.append(f"{percent(report.coverage)} is less than the {percent(wanted)} that --min-coverage asks for")
+    return remarks
+
+
+def report_json(report: CollapseReport) -> dict[str, Any]:
+    """A report as the JSON object of the contract."""
+    times, windows = report.durations, report.windows
+    return {
+        "plan": plan_json(report.plan),
+        "dry_run": report.dry_run,
+        "complete": report.complete,
+        "collapsed_ranges": report.collapsed,
+        "collapsed_bytes": report.collapsed_bytes,
+        "unchanged_ranges": report.unchanged,
+        "failed_ranges": {result.name: count for result, count in report.failed.items()},
+        "over_budget_ranges": report.over_budget,
+        "not_tried_ranges": report.not_tried,
+        "mechanism_by_order": {str(order): by for order, by in mechanisms_by_order(report).items()},
+        "folios": {str(order): _tally_json(tally) for order, tally in report.folios.items()},
+        "moved_bytes": report.moved_bytes,
+        "verified": report.verified,
+        "needs_move_folios": {str(order): count for order, count in report.needs_move.items()},
+        "copied_bytes": report.copied_bytes,
+        "bloat_bytes": report.filled_bytes,
+        "seconds": report.elapsed,
+        "pauses": {"calls": times.count} | _times_json(times),
+        "windows": {"count": windows.count, "moved_blocks": report.moved_blocks} | _times_json(windows),
+        "coverage_before": report.plan.coverage,
+        "coverage": report.coverage,
+        "interrupted": report.interrupted,
+        "vanished": report.vanished,
+        "error": None if report.error is None else {"message": report.error.message, "help": report.error.help},
+    }
+
+
+def _tally_json(tally: FolioTally) -> dict[str, Any]:
+    return {
+        "planned": tally.planned,
+        "made": tally.made,
+        "unchanged": tally.unchanged,
+        "failed": {result.name: count for result, count in tally.failed_by_result.items()},
+        "reasons": [
+            {"result": result.name, "reason": reason, "folios": count}
+            for (result, reason), count in tally.failed.most_common()
+        ],
+        "over_budget": tally.over_budget,
+        "not_tried": tally.not_tried,
+    }
+
+
+def _times_json(times: Durations) -> dict[str, float]:
+    return {
+        "p50_seconds": times.p50,
+        "p99_seconds": times.p99,
+        "max_seconds": times.max,
+        "total_seconds": times.total,
+    }

@@ -1,0 +1,36 @@
+"""What `mthp collapse` does: carry out the plan of an address space, within a budget, and say what came of it.
+
+The kernel's call succeeds for a range that was huge before, and fails with one errno for many reasons. So nothing
+that a backend returns is counted as work: the page table entries of every batch are read before and after, and a run
+counts as collapsed when it lies in a folio of the planned order now and did not before. The same reading before tells
+what filling the run would cost at this moment, so that a bloat budget stops before it is overspent, and leaves out what
+went away since the plan was made.
+
+Two parts follow one another, each with the fullest runs first, so that a budget buys as much as it can:
+
+- :mod:`~mthp.collapsing.ranges`: folios of the PMD order, by the kernel's call, one PMD range each: a call over many
+  stops at the first that cannot be collapsed.
+- :mod:`~mthp.collapsing.blocks`: folios below it, by moving pages, order by order, the largest first, many at a time.
+
+What ends a run early (Ctrl-C, a target that exits, a right that turns out to be missing) leaves a report of what was
+done until then.
+"""
+
+from mthp.collapsing.look import Look, look_at, pmd_coverage
+from mthp.collapsing.options import CollapseOptions
+from mthp.collapsing.report import CollapseReport, Durations, FolioTally
+from mthp.collapsing.run import carry_out, collapse_space
+from mthp.collapsing.work import Progress
+
+__all__ = [
+    "CollapseOptions",
+    "CollapseReport",
+    "Durations",
+    "FolioTally",
+    "Look",
+    "Progress",
+    "carry_out",
+    "collapse_space",
+    "look_at",
+    "pmd_coverage",
+]

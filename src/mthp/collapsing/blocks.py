@@ -1,0 +1,173 @@
+"""The part of a collapse that makes folios below the PMD order: batches of blocks that the backend moves.
+
+A batch is as large as keeps Ctrl-C from waiting long, and holds blocks of one order: the backend turns that order's
+switch on for as long as the batch takes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import CollapseOutcome
+from mthp.collapsing.look import BlockLook, look_at_blocks
+from mthp.collapsing.work import Work
+from mthp.errors import MthpError, TargetVanishedError
+from mthp.planning import Folios
+from mthp.results import ScanResult
+
+FIRST_BATCH, LARGEST_BATCH = 16, 512
+"""Blocks between two looks at the page tables: the first time, and at most."""
+
+LARGEST_BATCH_BYTES = 64 << 20
+
+BATCH_SECONDS = 0.1
+"""How long a batch is to take, rests included."""
+
+PATIENCE = (0.02, 0.1, 0.5)
+"""Seconds to wait before a target that refuses as a whole is asked once more: it may be in vfork(2), for example."""
+
+SPLIT_AGAIN = "it was split or unmapped again at once"
+EXITED = "the target exited before it could be seen what became of it"
+
+
+class Blocks:
+    """Moves blocks.
+
+    Args:
+        folios: those to be made, all below the PMD order.
+
+    Attributes:
+        pauses_ns: how long the target stood still in each window.
+    """
+
+    def __init__(self, work: Work, folios: Folios) -> None:
+        self._work = work
+        self._geometry = work.space.geometry
+        self._todo: dict[int, NDArray[np.uint64]] = {}
+        self._batch_size = FIRST_BATCH
+        self._refused: CollapseOutcome | None = None
+        self.pauses_ns: list[int] = []
+        for order in work.report.folios:
+            of_order = folios[folios.order == order]
+            # Stable, so that what is equally full goes by ascending address.
+            self._todo[order] = of_order.address[np.argsort(of_order.filled, kind="stable")]
+
+    def carry_out(self) -> None:
+        """Move them all.
+
+        Raises:
+            MthpError: it cannot go on; the report holds what was done until then.
+        """
+        for order, addresses in self._todo.items():
+            done = 0
+            while done < len(addresses):
+                self._work.keep_pace()
+                if self._work.told_to_stop():
+                    return
+                size = self._geometry.size_of(order)
+                count = self._work.most_at_once(size, min(self._batch_size, max(1, LARGEST_BATCH_BYTES // size)))
+                self._batch(addresses[done : done + count].tolist(), order)
+                done += count
+
+    def _batch(self, addresses: list[int], order: int) -> None:
+        """Move some blocks of one order, between two looks at their page tables."""
+        tally = self._work.report.folios[order]
+        size = self._geometry.size_of(order)
+        if self._refused is not None:
+            tally.not_tried -= len(addresses)
+            tally.failed[self._refused.result, self._refused.reason] += len(addresses)
+        else:
+            before = look_at_blocks(self._work.space, addresses, order)
+            tally.not_tried -= len(addresses)
+            tried = self._choose(addresses, order, before)
+            if tried:
+                self._move(addresses, order, before, tried)
+        self._work.step(size * len(addresses), self._geometry.label(order))
+
+    def _choose(self, addresses: Sequence[int], order: int, before: BlockLook) -> list[int]:
+        """Which blocks are to be moved; the others are accounted for."""
+        tally = self._work.report.folios[order]
+        tried = []
+        fill_bytes = 0
+        for index in range(len(addresses)):
+            growth = self._growth(before, index, order) if self._work.options.fill else 0
+            if before.large[index]:
+                tally.unchanged += 1
+            elif before.contents[index] == 0:
+                tally.failed[ScanResult.NO_PTE_TABLE, ScanResult.NO_PTE_TABLE.meaning] += 1
+            elif not self._work.affords(fill_bytes + growth):
+                tally.over_budget += 1
+            else:
+                fill_bytes += growth
+                tried.append(index)
+        return tried
+
+    def _growth(self, before: BlockLook, index: int, order: int) -> int:
+        """Bytes of bloat if the block is filled."""
+        return ((1 << order) - int(before.contents[index])) * self._geometry.page_size
+
+    def _move(self, addresses: Sequence[int], order: int, before: BlockLook, tried: Sequence[int]) -> None:
+        blocks = [(addresses[index], order) for index in tried]
+        self._work.tried(len(blocks) * self._geometry.size_of(order))
+        self._work.report.moved_blocks += len(blocks)
+        begin = time.monotonic()
+        try:
+            outcomes = self._patiently(blocks)
+        except MthpError as error:
+            result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
+            self._work.report.folios[order].failed[result, error.message] += len(tried)
+            raise
+        finally:
+            self.pauses_ns += self._work.space.take_pauses()
+        self._adapt(time.monotonic() - begin, len(blocks))
+        if all(outcome.everywhere for outcome in outcomes):
+            self._refused = outcomes[0]
+        elif any(not outcome.everywhere for outcome in outcomes):
+            self._work.began()
+        self._account(addresses, order, before, dict(zip(tried, outcomes, strict=True)))
+
+    def _patiently(self, blocks: Sequence[tuple[int, int]]) -> list[CollapseOutcome]:
+        """What became of `blocks`; a target that refuses as a whole is asked again after a while."""
+        for pause in (*PATIENCE, 0.0):
+            outcomes = self._work.space.collapse_blocks(blocks, self._work.options.means)
+            if not pause or self._work.told_to_stop() or not all(outcome.everywhere for outcome in outcomes):
+                break
+            self._work.rest(pause)
+        return outcomes
+
+    def _adapt(self, seconds: float, blocks: int) -> None:
+        """Choose the size of the next batch by the time that this one took."""
+        fitting = int(blocks * BATCH_SECONDS / max(seconds, 1e-6))
+        self._batch_size = max(1, min(fitting, 2 * self._batch_size, LARGEST_BATCH))
+
+    def _account(
+        self, addresses: Sequence[int], order: int, before: BlockLook, tried: dict[int, CollapseOutcome]
+    ) -> None:
+        """Look again at the blocks that were tried, and count what became of them.
+
+        Raises:
+            TargetVanishedError: it cannot be seen; nothing is said to be made then.
+        """
+        report = self._work.report
+        tally = report.folios[order]
+        indices = list(tried)
+        try:
+            after = look_at_blocks(self._work.space, [addresses[index] for index in indices], order)
+        except TargetVanishedError:
+            tally.failed[ScanResult.ANY_PROCESS, EXITED] += len(tried)
+            raise
+        for index, exact, seen in zip(indices, after.exact.tolist(), after.seen.tolist(), strict=True):
+            outcome = tried[index]
+            succeeded = outcome.result is ScanResult.SUCCEED
+            if exact or (succeeded and not seen):
+                tally.made += 1
+                report.filled_bytes += self._growth(before, index, order)
+                report.copied_bytes += int(before.contents[index]) * self._geometry.page_size
+            elif succeeded:
+                tally.failed[ScanResult.PTE_NON_PRESENT, SPLIT_AGAIN] += 1
+            else:
+                tally.failed[outcome.result, outcome.reason or outcome.result.meaning] += 1

@@ -1,0 +1,82 @@
+"""Looks at the page tables, before something is collapsed and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte
+from mthp.planning import BLOCK_PMD_RANGES
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is in some PMD ranges at one moment.
+
+    Attributes:
+        pmd_mapped: bool, shape (ranges,): one PMD entry maps it.
+        contents: int64, shape (ranges,): pages that are present and not zero, or swapped out.
+        resident: int64, shape (ranges,): those that are present.
+    """
+
+    pmd_mapped: NDArray[np.bool_]
+    contents: NDArray[np.int64]
+    resident: NDArray[np.int64]
+
+
+def look_at(space: AddressSpace, addresses: NDArray[np.uint64]) -> Look:
+    """Read the PMD ranges that begin at `addresses`: uint64, shape (ranges,)."""
+    geometry = space.geometry
+    columns = space.read([(address, address + geometry.pmd_size) for address in addresses.tolist()])
+    shape = (-1, geometry.ptes_per_pmd)
+    present = (columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)).reshape(shape)
+    resident = present.sum(axis=1)
+    swapped = columns.has(Pte.SWAP).reshape(shape).sum(axis=1)
+    return Look(columns.has(Pte.PMD_MAPPED).reshape(shape)[:, 0] & present[:, 0], resident + swapped, resident)
+
+
+def pmd_coverage(space: AddressSpace, addresses: NDArray[np.uint64]) -> float:
+    """The share of the resident pages of some PMD ranges that PMD entries map; 0.0 if none are resident."""
+    huge = resident = 0
+    for start in range(0, len(addresses), BLOCK_PMD_RANGES):
+        look = look_at(space, addresses[start : start + BLOCK_PMD_RANGES])
+        huge += int(look.resident[look.pmd_mapped].sum())
+        resident += int(look.resident.sum())
+    return huge / resident if resident else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLook:
+    """What is in some blocks of one order at one moment.
+
+    Attributes:
+        exact: bool, shape (blocks,): all of it lies in folios of that order, as far as that can be seen.
+        large: bool, shape (blocks,): all of it lies in folios of that order or larger ones.
+        seen: bool, shape (blocks,): whether the orders can be seen.
+        contents: int64, shape (blocks,): pages that are present and not zero, or swapped out.
+    """
+
+    exact: NDArray[np.bool_]
+    large: NDArray[np.bool_]
+    seen: NDArray[np.bool_]
+    contents: NDArray[np.int64]
+
+
+def look_at_blocks(space: AddressSpace, addresses: Sequence[int], order: int) -> BlockLook:
+    """Read the blocks of `order` that begin at `addresses`."""
+    size = space.geometry.size_of(order)
+    columns = space.read([(address, address + size) for address in addresses])
+    shape = (len(addresses), 1 << order)
+    real = (columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)).reshape(shape)
+    orders = columns.folio_order.reshape(shape)
+    exact: NDArray[np.bool_] = np.logical_and.reduce(real & (orders == order), axis=1)
+    large: NDArray[np.bool_] = np.logical_and.reduce(real & (orders >= order), axis=1)
+    return BlockLook(
+        exact=exact,
+        large=large,
+        seen=~(orders == ORDER_UNKNOWN).any(axis=1),
+        contents=real.sum(axis=1) + columns.has(Pte.SWAP).reshape(shape).sum(axis=1),
+    )

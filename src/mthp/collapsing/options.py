@@ -1,0 +1,65 @@
+"""How far a collapse may go, and by what means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from mthp.addrspace import Means, Mechanism
+from mthp.errors import UsageError
+from mthp.planning import PlanOptions
+
+
+@dataclass(frozen=True, slots=True)
+class CollapseOptions:
+    """How far a collapse may go.
+
+    Attributes:
+        plan: what shall be collapsed.
+        mechanism: by what means.
+        max_bloat: bytes by which resident memory may grow; None for no bound.
+        rate: bytes collapsed per second, or tried to be; None for as fast as it goes.
+        dry_run: plan only.
+        max_pause: how long the target may stand still at a time while pages are moved, in seconds.
+        duty: the part of the time that it may stand still then, above 0, up to 1.
+        fill: whether moving may fill holes, as the kernel's call does; without, runs with holes are left as they are.
+        verify: compare a hash of the bytes of every moved run before and after, while the target stands still.
+
+    Raises:
+        UsageError: a mechanism that does not exist, a number out of range, or what the kernel's call cannot do.
+    """
+
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    mechanism: Mechanism = "auto"
+    max_bloat: int | None = None
+    rate: int | None = None
+    dry_run: bool = False
+    max_pause: float = 0.001
+    duty: float = 0.5
+    fill: bool = False
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mechanism not in get_args(Mechanism):
+            known = ", ".join(get_args(Mechanism))
+            raise UsageError(f"unknown mechanism {self.mechanism!r}", help=f"use one of {known}")
+        if self.max_bloat is not None and self.max_bloat < 0:
+            raise UsageError(f"a budget of {self.max_bloat} bytes of bloat is below 0")
+        if self.rate is not None and self.rate <= 0:
+            raise UsageError(f"a rate of {self.rate} bytes a second is not above 0")
+        # Written so that what is no number is refused, too.
+        if not 1e-6 <= self.max_pause <= 60:
+            raise UsageError(f"a pause of {self.max_pause:g} s is not within 1us and 60s", help="the default is 1ms")
+        if not 0 < self.duty <= 1:
+            raise UsageError(f"a duty of {self.duty:g} is not above 0 and at most 1", help="the default is 0.5")
+        for name in ("fill", "verify"):
+            if getattr(self, name) and self.mechanism == "madvise":
+                raise UsageError(
+                    f"{name} is for the mover: MADV_COLLAPSE always fills, and cannot verify",
+                    help="use the mechanism move or auto",
+                )
+
+    @property
+    def means(self) -> Means:
+        """What of this concerns the backend."""
+        return Means(self.mechanism, int(self.max_pause * 1e9), self.duty, self.fill, self.verify)

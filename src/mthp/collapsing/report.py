@@ -1,0 +1,143 @@
+"""What came of a collapse."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mthp.errors import MthpError
+from mthp.planning import SpacePlan
+from mthp.results import ScanResult
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How long some calls, or pauses, took, in seconds.
+
+    Attributes:
+        count: how many there were.
+        p50, p99, max, total: of their durations; 0.0 if there were none.
+    """
+
+    count: int
+    p50: float
+    p99: float
+    max: float
+    total: float
+
+    @classmethod
+    def of(cls, seconds: ArrayLike) -> Durations:
+        """Summarise `seconds`: float64, shape (calls,)."""
+        array = np.asarray(seconds, np.float64)
+        if not len(array):
+            return cls(0, 0.0, 0.0, 0.0, 0.0)
+        p50, p99 = np.percentile(array, [50, 99])
+        return cls(len(array), float(p50), float(p99), float(array.max()), float(array.sum()))
+
+
+@dataclass
+class FolioTally:
+    """What became of the folios of one order below the PMD order.
+
+    Attributes:
+        planned: how many there were to be.
+        made: runs that lie in one folio of this order now and did not before.
+        unchanged: runs that did so already when their turn came, in one of this order or larger.
+        failed: the others that were tried, by scan result and reason.
+        over_budget: runs left alone because filling them would have exceeded `max_bloat`.
+        not_tried: runs left when it ended early.
+    """
+
+    planned: int = 0
+    made: int = 0
+    unchanged: int = 0
+    failed: Counter[tuple[ScanResult, str]] = field(default_factory=Counter)
+    over_budget: int = 0
+    not_tried: int = 0
+
+    @property
+    def failed_by_result(self) -> Counter[ScanResult]:
+        """How many failed, by scan result."""
+        counts: Counter[ScanResult] = Counter()
+        for (result, _), count in self.failed.items():
+            counts[result] += count
+        return counts
+
+    @property
+    def left(self) -> int:
+        """Runs that are not as they were to be."""
+        return self.failed.total() + self.over_budget + self.not_tried
+
+
+@dataclass
+class CollapseReport:
+    """What a collapse did. Counts of PMD ranges unless said otherwise.
+
+    Attributes:
+        plan: what was to be done.
+        dry_run: nothing was done.
+        collapsed: ranges that are mapped by one PMD entry now and were not before.
+        unchanged: ranges that were so already when their turn came.
+        failed: ranges that could not be collapsed, by scan result; ANY_PROCESS also where the target exited before
+            it could be seen what became of them.
+        over_budget: ranges left alone because filling them would have exceeded `max_bloat`.
+        folios: what became of the folios below the PMD order, by order, the largest first.
+        needs_move: folios below the PMD order that the kernel's call cannot make, by order, where no other was allowed.
+        copied_bytes, filled_bytes: contents of all that was collapsed, and what it grew by.
+        durations: of the kernel's calls. While one runs, the target may wait for its memory; it waits no longer.
+        windows: the pauses in which pages were moved.
+        moved_blocks: runs that were given to the mover in these pauses.
+        verified: whether the bytes of every moved run were compared.
+        elapsed: seconds, rests included.
+        coverage: share of the planned mappings' resident memory that PMD entries map afterwards.
+        not_tried: ranges left when it ended early.
+        interrupted: it was told to stop.
+        vanished: the target exited meanwhile.
+        error: what else ended it early; None if nothing did.
+    """
+
+    plan: SpacePlan
+    dry_run: bool = False
+    collapsed: int = 0
+    unchanged: int = 0
+    failed: Counter[ScanResult] = field(default_factory=Counter)
+    over_budget: int = 0
+    folios: dict[int, FolioTally] = field(default_factory=dict)
+    needs_move: dict[int, int] = field(default_factory=dict)
+    copied_bytes: int = 0
+    filled_bytes: int = 0
+    durations: Durations = field(default_factory=lambda: Durations.of(()))
+    windows: Durations = field(default_factory=lambda: Durations.of(()))
+    moved_blocks: int = 0
+    verified: bool = False
+    elapsed: float = 0.0
+    coverage: float = 0.0
+    not_tried: int = 0
+    interrupted: bool = False
+    vanished: bool = False
+    error: MthpError | None = None
+
+    @property
+    def collapsed_bytes(self) -> int:
+        """Bytes that PMD entries map now and did not before."""
+        return self.collapsed * self.plan.geometry.pmd_size
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that lie in folios below the PMD order now, of the orders that were planned, and did not before."""
+        return sum(tally.made * self.plan.geometry.size_of(order) for order, tally in self.folios.items())
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was planned is as it was to be."""
+        left = self.failed.total() + self.over_budget + self.not_tried + sum(self.needs_move.values())
+        left += sum(tally.left for tally in self.folios.values())
+        return self.dry_run or not (left or self.interrupted or self.vanished or self.error)
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether no more is to be begun."""
+        return self.interrupted or self.vanished or self.error is not None

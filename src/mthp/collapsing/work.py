@@ -1,0 +1,96 @@
+"""What the parts of a collapse share: the target, the report, the pace, and the wish to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from mthp.addrspace import AddressSpace
+from mthp.collapsing.options import CollapseOptions
+from mthp.collapsing.report import CollapseReport
+
+PACE = 0.1
+"""Seconds: with a rate, no more is collapsed between two rests than the rate allows in this time."""
+
+Progress = Callable[[int, int, str], None]
+"""Told (bytes done, bytes in all, what is being made) after every step."""
+
+
+class Work:
+    """One carrying-out of a plan.
+
+    Args:
+        total: bytes that are planned.
+
+    Attributes:
+        space, options, report: of the collapse.
+        has_begun: whether anything was carried out that would be lost with an error.
+    """
+
+    def __init__(
+        self,
+        space: AddressSpace,
+        options: CollapseOptions,
+        report: CollapseReport,
+        total: int,
+        progress: Progress | None,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.space = space
+        self.options = options
+        self.report = report
+        self.has_begun = False
+        self._total = total
+        self._done = 0
+        self._tried = 0
+        self._progress = progress
+        self._stop = stop
+        self._started = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._started
+
+    def told_to_stop(self) -> bool:
+        """Whether nothing more is to be begun; noted in the report."""
+        if self._stop():
+            self.report.interrupted = True
+        return self.report.interrupted
+
+    def step(self, size: int, what: str) -> None:
+        """`size` bytes more are done with, be it well or not."""
+        self._done += size
+        if self._progress is not None:
+            self._progress(self._done, self._total, what)
+
+    def began(self) -> None:
+        """Something was carried out."""
+        self.has_begun = True
+
+    def tried(self, size: int) -> None:
+        """`size` bytes were collapsed, or tried to be."""
+        self._tried += size
+
+    def keep_pace(self) -> None:
+        """Rest until no more bytes a second were tried than the rate allows."""
+        if self.options.rate is None:
+            return
+        due = self._started + self._tried / self.options.rate
+        while (rest := due - time.monotonic()) > 0 and not self._stop():
+            time.sleep(min(rest, PACE))
+
+    def rest(self, seconds: float) -> None:
+        """Let some time pass."""
+        time.sleep(seconds)
+
+    def most_at_once(self, size: int, at_most: int) -> int:
+        """How many runs of `size` bytes make a batch: fewer than `at_most` if a rate makes them take long."""
+        if self.options.rate is None:
+            return at_most
+        return min(at_most, max(1, int(PACE * self.options.rate) // size))
+
+    def affords(self, size: int) -> bool:
+        """Whether `size` bytes of bloat more stay within the budget."""
+        budget = self.options.max_bloat
+        return budget is None or self.report.filled_bytes + size <= budget

@@ -1,0 +1,329 @@
+"""``mthp collapse`` below the PMD size on a real kernel: folios as planned, contents intact, each failure's reason."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.helpers import MTHP, Actor, mthp, mthp_json, wait_until
+from mover_targets import Writers, mappings
+from mthp.linux.live import open_live
+from targets import PAGE_SIZE, PMD_SIZE
+from thp_switches import THP_ROOT, ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
+
+K64 = 64 << 10
+PAGES = PMD_SIZE // PAGE_SIZE
+
+
+@pytest.fixture(autouse=True)
+def faults_of_one_page(thp_switches: ThpSwitches) -> None:
+    thp_switches.set("enabled", "madvise")
+    thp_switches.only("2048kB", word="inherit")
+
+
+@pytest.fixture
+def actor() -> Iterator[Actor]:
+    with Actor() as actor:
+        yield actor
+
+
+def folios(pid: int, start: int, size: int) -> dict[int, int]:
+    """Pages by the order of the folio that they lie in."""
+    with open_live(pid) as space:
+        return dict(Counter(space.read([(start, start + size)]).folio_order.tolist()))
+
+
+def switches() -> dict[str, str]:
+    return {str(path): path.read_text() for path in THP_ROOT.glob("hugepages-*kB/enabled")}
+
+
+def check_accounts(report: dict[str, Any]) -> None:
+    """Every planned folio is somewhere, and every reason adds up."""
+    for order, tally in report["folios"].items():
+        failed = sum(tally["failed"].values())
+        assert failed == sum(each["folios"] for each in tally["reasons"])
+        assert all(each["reason"] for each in tally["reasons"])
+        counts = tally["made"] + tally["unchanged"] + failed + tally["over_budget"] + tally["not_tried"]
+        assert counts == tally["planned"] == report["plan"]["folios_by_order"][order]
+
+
+def reasons(report: dict[str, Any]) -> set[str]:
+    return {each["reason"] for tally in report["folios"].values() for each in tally["reasons"]}
+
+
+def test_one_collapse_makes_every_size(actor: Actor) -> None:
+    """A PMD range, and runs of 1 MiB, 64 KiB and 16 KiB in ranges that are not full."""
+    address = actor.map(4 * PMD_SIZE)
+    actor.fill(address, PAGES)
+    actor.fill(address + PMD_SIZE, 256)
+    actor.fill(address + 2 * PMD_SIZE, 16)
+    actor.fill(address + 3 * PMD_SIZE, 4)
+    before, words = mappings(actor.pid), switches()
+    # Room to breathe: how long a pause is depends on the machine that the test shares.
+    done = mthp("collapse", actor.pid, "--max-ptes-none", 0, "--verify", "--max-pause", "20ms", "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["complete"]) in {(0, True), (1, False)}
+    check_accounts(report)
+    assert folios(actor.pid, address, 4 * PMD_SIZE) == {9: 512, 8: 256, 4: 16, 2: 4, -1: 4 * PAGES - 788}
+    for offset, pages in ((0, PAGES), (1, 256), (2, 16), (3, 4)):
+        assert actor.damaged(address + offset * PMD_SIZE, pages) == 0
+    assert mappings(actor.pid) == before
+    assert switches() == words
+    assert report["mechanism_by_order"]["9"] == "madvise"
+    assert report["mechanism_by_order"]["4"] == "move"
+    assert report["verified"]
+    assert report["moved_bytes"] >= (256 + 16 + 4) * PAGE_SIZE
+    windows = report["windows"]
+    assert 0 < windows["p50_seconds"] <= windows["p99_seconds"] <= windows["max_seconds"] < 1
+    assert windows["moved_blocks"] >= windows["count"] >= 3
+    # What it does is said before, and once.
+    assert done.stderr.count("UFFDIO_MOVE") == 1
+    again = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, code=done.returncode)
+    assert again["plan"]["folios_by_order"].get("8", 0) <= report["plan"]["folios_by_order"]["8"] - 1
+
+
+def test_the_table_says_the_same(actor: Actor) -> None:
+    address = actor.map(PMD_SIZE)
+    actor.fill(address, 64)
+    done = mthp("collapse", actor.pid, "--orders", "64K", "--max-ptes-none", 0, "--mechanism", "move")
+    line = next(line.split() for line in done.stdout.splitlines() if line.startswith("64K"))
+    assert line[1] == "moved"
+    assert int(line[2]) >= 4
+    assert "pauses while pages were moved" in done.stdout
+    assert folios(actor.pid, address, 64 * PAGE_SIZE) == {4: 64}
+
+
+def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
+    address = actor.map(2 * PMD_SIZE)
+    actor.fill(address, PAGES + 64)
+    before = folios(actor.pid, address, 2 * PMD_SIZE)
+    report = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run")
+    assert report["mechanism_by_order"]["9"] == "madvise"
+    assert report["mechanism_by_order"]["6"] == "move"
+    assert report["move_hindrances"] == []
+    assert report["windows"]["count"] == 0
+    only_call = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run", "--mechanism", "madvise")
+    assert only_call["mechanism_by_order"]["6"] is None
+    actor.tell("set_thp_disable", 0)
+    assert folios(actor.pid, address, 2 * PMD_SIZE) == before
+    text = mthp("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run").stdout
+    assert "stopped for about a millisecond" in text
+
+
+def test_holes_are_filled_when_that_is_wanted(actor: Actor) -> None:
+    address = actor.map(PMD_SIZE)
+    actor.fill(address, 32, 8)
+    options = ("--orders", "64K", "--mechanism", "move")
+    without = mthp_json("collapse", actor.pid, *options, code=1)
+    check_accounts(without)
+    assert without["folios"]["4"]["failed"]["EXCEED_NONE_PTE"] >= 16
+    assert without["bloat_bytes"] == 0
+    assert "--fill" in mthp("collapse", actor.pid, *options).stdout
+    assert folios(actor.pid, address, PMD_SIZE)[0] == 32
+    report = json.loads(mthp("collapse", actor.pid, *options, "--fill", "--json").stdout)
+    check_accounts(report)
+    assert folios(actor.pid, address, PMD_SIZE) == {4: 256, -1: 256}
+    assert report["bloat_bytes"] >= 16 * 14 * PAGE_SIZE
+    assert actor.damaged(address, 32, 8) == 0
+    assert actor.unwritten(address + PAGE_SIZE, 7) == 7
+
+
+def test_a_budget_holds_for_what_moving_fills(actor: Actor) -> None:
+    address = actor.map(PMD_SIZE)
+    actor.fill(address, 64)
+    actor.fill(address + 64 * PAGE_SIZE, 15)
+    actor.fill(address + 80 * PAGE_SIZE, 32, 8)
+    options = ("--orders", "64K", "--mechanism", "move", "--fill")
+    report = json.loads(mthp("collapse", actor.pid, *options, "--max-bloat", 4096, "--json").stdout)
+    check_accounts(report)
+    assert report["bloat_bytes"] <= 4096
+    assert report["folios"]["4"]["over_budget"] >= 16
+    assert folios(actor.pid, address, 64 * PAGE_SIZE) == {4: 64}
+
+
+def test_a_rate_is_kept(actor: Actor) -> None:
+    address = actor.map(4 * PMD_SIZE)
+    actor.fill(address, 4 * PAGES)
+    report = json.loads(
+        mthp("collapse", actor.pid, "--orders", "256K", "--max-ptes-none", 0, "--rate", "8M", "--json").stdout
+    )
+    assert report["folios"]["6"]["made"] >= 32
+    assert report["seconds"] >= (report["moved_bytes"] - (1 << 20)) / (8 << 20)
+
+
+@pytest.mark.parametrize(("flags", "least"), [("ts", 200), ("fts", 1)])
+def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, least: int) -> None:
+    """With f the target forks all the time, and what is shared with a child just then is left alone."""
+    with Writers(tmp_path, 6, 16, flags) as target:
+        report = json.loads(
+            mthp("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, "--max-pause", "5ms", "--json").stdout
+        )
+        check_accounts(report)
+        assert report["folios"]["4"]["made"] >= least, report["folios"]
+        assert target.errors == 0
+        vmas = [line for line in mappings(target.pid) if line.startswith(f"{target.base:x}-")]
+        assert vmas == [f"{target.base:x}-{target.base + target.size:x} rw-p"]
+        assert target.finish() == 0
+
+
+def test_a_refusal_is_the_reason_of_all(tmp_path: Path) -> None:
+    """seccomp in strict mode, set by a thread of the target itself."""
+    code = "import ctypes, mmap; m = mmap.mmap(-1, 4 << 20, flags=0x22); m.write(b'x' * (4 << 20))\n"
+    code += "libc = ctypes.CDLL(None); libc.prctl(22, 1); print('ready', flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as target:
+        assert target.stdout is not None
+        target.stdout.readline()
+        try:
+            report = mthp_json("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, code=1)
+            check_accounts(report)
+            assert report["folios"]["4"]["made"] == 0
+            assert any("seccomp" in reason for reason in reasons(report))
+            dry = mthp_json("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, "--dry-run")
+            assert any("seccomp" in reason for reason in dry["move_hindrances"])
+            assert target.poll() is None
+        finally:
+            target.kill()
+
+
+def test_a_traced_target_is_told(tmp_path: Path) -> None:
+    code = "import ctypes, sys, time; l = ctypes.CDLL(None)\n"
+    code += "assert l.ptrace(0x4206, int(sys.argv[1]), None, None) == 0; print('ready', flush=True); time.sleep(60)"
+    with (
+        Writers(tmp_path, 2, 4) as target,
+        subprocess.Popen([sys.executable, "-c", code, str(target.pid)], stdout=subprocess.PIPE) as tracer,
+    ):
+        assert tracer.stdout is not None
+        tracer.stdout.readline()
+        report = mthp_json("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, code=1)
+        assert any("traced" in reason and str(tracer.pid) in reason for reason in reasons(report))
+        tracer.kill()
+        tracer.wait()
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+def started(pid: int, *options: object) -> subprocess.Popen[str]:
+    """A collapse that takes some seconds, once something was moved."""
+    arguments = ["collapse", str(pid), "--orders", "64K", "--max-ptes-none", "0", "--json", *map(str, options)]
+    return subprocess.Popen([*MTHP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def has_folios(target: Writers) -> bool:
+    return folios(target.pid, target.base, target.size).get(4, 0) > 0
+
+
+def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
+    out, err = running.communicate(timeout=30)
+    assert "Traceback" not in err, err
+    report = json.loads(out)
+    check_accounts(report)
+    return running.returncode, report
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
+    with Writers(tmp_path, 3, 32) as target:
+        before, words = mappings(target.pid), switches()
+        running = started(target.pid, "--rate", "8M")
+        wait_until(lambda: has_folios(target), "something is moved")
+        running.send_signal(number)
+        code, report = outcome_of(running)
+        assert (code, report["interrupted"]) == (1, True)
+        tally = report["folios"]["4"]
+        assert tally["made"] > 0
+        assert tally["not_tried"] > 0
+        assert mappings(target.pid) == before
+        assert switches() == words
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    """The target is whole; what may be left is code that nobody runs, and a switch that doctor puts back."""
+    with Writers(tmp_path, 3, 16) as target:
+        words = switches()
+        for delay in (0.0, 0.01, 0.03, 0.05):
+            running = started(target.pid, "--max-pause", "5ms", "--duty", "1")
+            wait_until(lambda: has_folios(target), "something is moved")
+            time.sleep(delay)
+            running.kill()
+            running.communicate()
+            assert target.progresses(10)
+            assert target.errors == 0
+            mthp_json("doctor", "--restore")
+            assert switches() == words
+        assert target.finish() == 0
+
+
+def test_the_target_is_killed_in_the_middle(tmp_path: Path) -> None:
+    with Writers(tmp_path, 3, 32) as target:
+        running = started(target.pid, "--rate", "8M")
+        wait_until(lambda: has_folios(target), "something is moved")
+        target.process.kill()
+        code, report = outcome_of(running)
+        assert code == 4
+        assert report["vanished"]
+        assert report["folios"]["4"]["not_tried"] > 0
+
+
+def test_the_target_unmaps_in_the_middle(actor: Actor) -> None:
+    address = actor.map(16 * PMD_SIZE)
+    actor.fill(address, 16 * PAGES)
+    running = started(actor.pid, "--rate", "16M")
+    wait_until(lambda: folios(actor.pid, address, 16 * PMD_SIZE).get(4, 0) > 0, "something is moved")
+    actor.tell("munmap", address + 8 * PMD_SIZE, 8 * PMD_SIZE)
+    code, report = outcome_of(running)
+    assert code == 1
+    assert report["folios"]["4"]["failed"]["NO_PTE_TABLE"] >= 32
+    assert folios(actor.pid, address, 8 * PMD_SIZE) == {4: 8 * PAGES}
+    assert actor.damaged(address, 8 * PAGES) == 0
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    """One of them, or both in turn: whoever finds the target traced says so, and nothing goes wrong."""
+    with Writers(tmp_path, 3, 16) as target:
+        words = switches()
+        both = [started(target.pid, "--max-pause", "5ms") for _ in range(2)]
+        reports = [outcome_of(running)[1] for running in both]
+        assert sum(report["folios"]["4"]["made"] for report in reports) > 0
+        said = reasons(reports[0]) | reasons(reports[1])
+        assert not any("Errno" in reason for reason in said)
+        assert switches() == words
+        assert target.errors == 0
+        assert folios(target.pid, target.base, target.size) == {4: target.size // PAGE_SIZE}
+        assert target.finish() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--max-pause", "0"), "not a duration"),
+        (("--max-pause", "0ms"), "pause"),
+        (("--max-pause", "2h"), "pause"),
+        (("--max-pause", "fast"), "not a duration"),
+        (("--duty", "0"), "duty"),
+        (("--duty", "2"), "duty"),
+        (("--duty", "nan"), "duty"),
+        (("--fill", "--mechanism", "madvise"), "fill"),
+        (("--verify", "--mechanism", "madvise"), "verify"),
+        (("--mechanism", "move", "--orders", "64K,2M"), "no folios of 2M"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(actor: Actor, options: tuple[str, ...], said: str) -> None:
+    before = mappings(actor.pid)
+    done = mthp("collapse", actor.pid, *options)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert mappings(actor.pid) == before

@@ -1,0 +1,296 @@
+"""Folios below the PMD order: every planned one is accounted for, with its reason, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fakes import FakeSpace, page_runs
+from mthp.addrspace import ORDER_NONE, Block, CollapseOutcome, Means, Pte, PteColumns, Segment, Vma
+from mthp.collapsing import CollapseOptions, CollapseReport, FolioTally, blocks, collapse_space, work
+from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
+from mthp.geometry import X86_64, geometry_named
+from mthp.planning import PlanOptions, SpacePlan
+from mthp.results import ScanResult
+
+BASE = 1 << 40
+PPC = geometry_named("ppc64-64k")
+PMD, PAGE = X86_64.pmd_size, X86_64.page_size
+SMALL = range(2, PPC.pmd_order)
+
+
+class MovingSpace(FakeSpace):
+    """A space whose blocks can be moved, in windows of 3, each of a millisecond.
+
+    Attributes:
+        batches: the blocks of every call.
+        refusals: outcomes that the next calls give for everything.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"orders": range(2, 10)} | options)
+        self.batches: list[list[Block]] = []
+        self.means: list[Means] = []
+        self.refusals: list[str] = []
+        self._pauses: list[int] = []
+
+    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        self._check_alive()
+        self.batches.append(list(blocks))
+        self.means.append(means)
+        if self.refusals:
+            return [CollapseOutcome(ScanResult.FAIL, 0, 0, self.refusals.pop(0), True)] * len(blocks)
+        self._pauses += [1_000_000] * -(-len(blocks) // 3)
+        return [self._moved(block, means) for block in blocks]
+
+    def _moved(self, block: Block, means: Means) -> CollapseOutcome:
+        address, order = block
+        state = self.read([(address, address + self.geometry.size_of(order))]).state
+        full = ((state & Pte.PRESENT) != 0) & ((state & Pte.ZERO) == 0)
+        if not (full.all() or means.fill):
+            return CollapseOutcome(ScanResult.EXCEED_NONE_PTE, 0, reason="it has holes")
+        return self.collapse(address, order)
+
+    def take_pauses(self) -> list[int]:
+        pauses, self._pauses = self._pauses, []
+        return pauses
+
+
+def pages_of(*runs: tuple[int, int], cls: type[MovingSpace] = MovingSpace, **more: Any) -> MovingSpace:
+    """One mapping of runs of (pages that are there, pages that are not)."""
+    pairs = [part for full, empty in runs for part in ((full, Pte.PRESENT, 0), (empty, 0, ORDER_NONE))]
+    size = sum(pages for pages, _, _ in pairs) * more.get("geometry", X86_64).page_size
+    return cls([(Vma(BASE, BASE + size, "rw-p"), *page_runs(*pairs))], **more)
+
+
+def moved(space: FakeSpace, stop: Any = lambda: False, **options: Any) -> CollapseReport:
+    names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "duty", "fill", "verify")
+    own = {name: options.pop(name) for name in names if name in options}
+    plan = PlanOptions(**({"max_ptes_none": 0} | options))
+    return collapse_space(space, CollapseOptions(plan, **({"mechanism": "move"} | own)), None, stop)
+
+
+def accounted(tally: FolioTally) -> int:
+    return tally.made + tally.unchanged + tally.left
+
+
+def orders_now(space: FakeSpace) -> list[int]:
+    columns = FakeSpace.read(space, [(vma.start, vma.end) for vma in FakeSpace.vmas(space)])
+    return [int(order) for order in columns.folio_order]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_every_folio_is_accounted_for(data: st.DataObject) -> None:
+    runs = data.draw(st.lists(st.tuples(st.integers(0, 32), st.integers(0, 32)), min_size=1, max_size=6))
+    total = sum(map(sum, runs))
+    runs.append((0, -total % PPC.ptes_per_pmd))
+    fails = data.draw(
+        st.dictionaries(
+            st.integers(0, total // 4).map(lambda block: BASE + block * PPC.size_of(2)),
+            st.sampled_from(list(ScanResult)),
+            max_size=6,
+        )
+    )
+    max_bloat = data.draw(st.one_of(st.none(), st.integers(0, 40).map(lambda pages: pages * PPC.page_size)))
+    fill = data.draw(st.booleans())
+    stops = iter([*[False] * data.draw(st.integers(0, 8)), *[True] * 500])
+    space = pages_of(*runs, geometry=PPC, fails=fails)
+    before = orders_now(space)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "FIRST_BATCH", data.draw(st.sampled_from([1, 2, 16])))
+        report = moved(
+            space,
+            lambda: next(stops),
+            fill=fill,
+            max_bloat=max_bloat,
+            max_ptes_none=data.draw(st.sampled_from([0, 8, PPC.ptes_per_pmd - 1])),
+        )
+
+    planned = report.plan.folios_by_order
+    assert list(report.folios) == list(planned)
+    for order, tally in report.folios.items():
+        assert (tally.planned, accounted(tally)) == (planned[order], planned[order])
+        assert all(tally.failed.values())
+        assert all(reason for _, reason in tally.failed)
+    now = orders_now(space)
+    for order, tally in report.folios.items():
+        assert now.count(order) - before.count(order) == tally.made << order
+    became = sum(1 for was, order in zip(before, now, strict=True) if was == ORDER_NONE != order)
+    assert report.filled_bytes == became * PPC.page_size
+    assert report.filled_bytes == 0 or fill
+    assert max_bloat is None or report.filled_bytes <= max_bloat
+    assert report.moved_bytes == report.copied_bytes + report.filled_bytes
+    assert report.windows.count == sum(-(-len(batch) // 3) for batch in space.batches)
+    assert report.moved_blocks == sum(map(len, space.batches))
+    assert report.complete == (not report.interrupted and not any(tally.left for tally in report.folios.values()))
+
+
+def test_the_largest_come_first_and_of_each_the_fullest() -> None:
+    space = pages_of((16, 0), (31, 1), (32, 0), (64, 0), (368, 0), (512, 0))
+    report = moved(space, max_ptes_none=511, fill=True)
+    assert report.complete
+    orders = [order for batch in space.batches for _, order in batch]
+    assert orders == sorted(orders, reverse=True)
+    assert all(len({order for _, order in batch}) == 1 for batch in space.batches)
+
+
+def test_the_pmd_order_is_made_by_the_call_and_smaller_ones_by_moving() -> None:
+    space = pages_of((512, 0), (64, 448))
+    report = moved(space, mechanism="auto")
+    assert (report.collapsed, report.durations.count) == (1, 1)
+    assert space.batches == [[(BASE + PMD, 6)]]
+    assert report.folios[6].made == 1
+    assert report.complete
+    assert report.copied_bytes == 576 * PAGE
+
+
+def test_the_means_are_handed_on() -> None:
+    space = pages_of((64, 448))
+    moved(space, max_pause=0.002, duty=0.25, verify=True)
+    assert space.means == [Means("move", 2_000_000, 0.25, False, True)]
+
+
+def test_moving_plans_the_orders_below_the_pmd_order() -> None:
+    report = moved(pages_of((512, 0)))
+    assert report.plan.orders == tuple(range(2, 9))
+    assert report.folios[8].made == 2
+
+
+def test_a_dry_run_moves_nothing() -> None:
+    space = pages_of((64, 448))
+    report = moved(space, dry_run=True)
+    assert space.batches == []
+    assert report.folios == {6: FolioTally(planned=1, not_tried=1)}
+    assert report.complete
+
+
+def test_it_is_announced_before_anything_is_moved() -> None:
+    told: list[tuple[str, int]] = []
+    space = pages_of((512, 0), (64, 448))
+
+    def announce(plan: SpacePlan) -> None:
+        told.append((plan.label, len(space.batches)))
+
+    collapse_space(space, CollapseOptions(PlanOptions(max_ptes_none=0)), before_move=announce)
+    assert told == [(space.label, 0)]
+    collapse_space(space, CollapseOptions(PlanOptions(max_ptes_none=0)), before_move=announce)
+    assert len(told) == 1
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work.Work, "rest", lambda self, seconds: None)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_refusal_that_passes_is_waited_for() -> None:
+    space = pages_of((64, 448))
+    space.refusals = ["it waits in vfork"] * 3
+    report = moved(space)
+    assert report.complete
+    assert len(space.batches) == 4
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_refusal_that_stays_is_the_reason_of_all_and_is_not_asked_for_each() -> None:
+    space = pages_of(*[(64, 0), (448, 0)] * 50)
+    space.refusals = ["a filter guards it"] * 1000
+    report = moved(space, orders="16K,64K")
+    assert len(space.batches) == 4
+    assert report.folios[4].failed == {(ScanResult.FAIL, "a filter guards it"): 50 * 32}
+    assert report.folios[4].not_tried == 0
+    assert not report.complete
+
+
+class Failing(MovingSpace):
+    """Raises at the n-th batch."""
+
+    left = 1
+    error: MthpError = NotPermittedError("the switch may not be written", help="run as root")
+
+    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        if self.left == 0:
+            raise self.error
+        self.left -= 1
+        return super().collapse_blocks(blocks, means)
+
+
+def test_an_error_in_the_middle_does_not_lose_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "FIRST_BATCH", 1)
+    space = pages_of(*[(16, 0)] * 32, cls=Failing)
+    report = moved(space, orders="64K")
+    tally = report.folios[4]
+    assert tally.made == 1
+    assert tally.failed == {(ScanResult.FAIL, "the switch may not be written"): 2}
+    assert tally.not_tried == 29
+    assert accounted(tally) == 32
+    assert report.error is Failing.error
+    nothing = pages_of(*[(16, 0)] * 32, cls=Failing)
+    nothing.__dict__["left"] = 0
+    with pytest.raises(NotPermittedError):
+        moved(nothing, orders="64K")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 12), st.booleans())
+def test_a_target_that_vanishes_is_accounted_for(after: int, while_read: bool) -> None:
+    class Dying(MovingSpace):
+        left = after
+
+        def read(self, segments: Sequence[Segment]) -> PteColumns:
+            self.tick(while_read)
+            return super().read(segments)
+
+        def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+            self.tick(not while_read)
+            return super().collapse_blocks(blocks, means)
+
+        def tick(self, counts: bool) -> None:
+            self.vanished |= counts and self.left == 0
+            self.left -= counts
+
+    space = pages_of(*[(16, 0), (8, 8)] * 16, cls=Dying)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "FIRST_BATCH", 2)
+        try:
+            report = moved(space)
+        except TargetVanishedError:
+            assert not space.batches
+            return
+    for tally in report.folios.values():
+        assert accounted(tally) == tally.planned
+    assert report.vanished == space.vanished
+    assert not (report.vanished and report.complete)
+
+
+def test_a_rate_holds_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    now = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    class Time:
+        monotonic = staticmethod(lambda: now[0])
+
+    Time.sleep = staticmethod(sleep)  # type: ignore[attr-defined]
+    monkeypatch.setattr(work, "time", Time)
+    report = moved(pages_of((512, 0), (256, 256), (256, 256)), mechanism="auto", rate=1 << 20)
+    assert report.complete
+    # 2 MiB by the call, then 1 MiB twice: the second waits for 3 s in all.
+    assert sum(slept) == pytest.approx(3.0)
+
+
+def test_what_is_large_already_is_left() -> None:
+    space = pages_of((512, 0))
+    space.write(BASE, Pte.PRESENT, 6, pages=64)
+    report = moved(space, orders="16K,64K")
+    assert report.folios[4].unchanged + report.folios[4].made == report.folios[4].planned
+    assert np.array_equal(orders_now(space)[:64], [6] * 64)
