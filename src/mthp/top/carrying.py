@@ -8,6 +8,7 @@ from collections.abc import Callable
 from mthp.addrspace import AddressSpace
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
 from mthp.errors import MthpError
+from mthp.geometry import format_size
 
 
 class Carrying:
@@ -18,7 +19,7 @@ class Carrying:
         options: of the collapse.
 
     Attributes:
-        done, total: how far it is.
+        done, total: how far it is, in bytes.
         report: what came of it; None until it ends, and if it could not be done.
         error: why it could not be done.
     """
@@ -27,6 +28,7 @@ class Carrying:
         self._opened, self._options = opened, options
         self._stopping = threading.Event()
         self.done, self.total = 0, 0
+        self._what = ""
         self.report: CollapseReport | None = None
         self.error: MthpError | None = None
         self._thread = threading.Thread(target=self._run, name="mthp-collapse", daemon=True)
@@ -61,5 +63,10 @@ class Carrying:
         except MthpError as error:
             self.error = error
 
-    def _progress(self, done: int, total: int) -> None:
-        self.done, self.total = done, total
+    def _progress(self, done: int, total: int, what: str) -> None:
+        self.done, self.total, self._what = done, total, what
+
+    @property
+    def progress(self) -> str:
+        """How far it is, for a person."""
+        return f"{self._what} folios: {format_size(self.done)} of {format_size(self.total)}" if self._what else ""

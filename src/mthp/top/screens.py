@@ -130,7 +130,7 @@ class Running(ModalScreen[None]):
         self.query_one(ProgressBar).update(total=max(carrying.total, 1), progress=carrying.done)
         text = self.query_one("#text", Static)
         if carrying.running:
-            text.update("stopping ..." if carrying.stopping else f"{carrying.done:,} of {carrying.total:,}")
+            text.update("stopping ..." if carrying.stopping else carrying.progress)
             return
         self.query_one(".hint", Label).update("escape: back")
         if carrying.error is not None:
