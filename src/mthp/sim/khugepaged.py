@@ -14,7 +14,7 @@ from mthp.geometry import Geometry
 from mthp.results import ScanResult
 from mthp.sim.clock import Clock
 from mthp.sim.collapse import revalidate
-from mthp.sim.idle import pass_over
+from mthp.sim.idle import MAX_RANGES, pass_over
 from mthp.sim.mm import Mm, SimVma
 from mthp.sim.scan import CollapseControl, collapse_range
 
@@ -41,6 +41,7 @@ class Visit:
     def __init__(self, machine: Machine, mm: Mm) -> None:
         self._machine = machine
         self.mm = mm
+        self._idle = 0
 
     @property
     def exiting(self) -> bool:
@@ -68,10 +69,14 @@ class Visit:
         machine, (address, end) = self._machine, stretch
         vma = self.mm.find_vma(address)
         assert vma is not None, f"nothing is mapped at {address:#x}"
-        control = machine.control("khugepaged")
-        if (passed := pass_over(machine.parts, self.mm, vma, (address, end), control, budget)) is not None:
+        control = machine.control("khugepaged", machine.parts.collapse_orders(self.mm, vma, "khugepaged"))
+        # The more idle ranges came one after another, the more are looked at together; behind a busy one, one alone.
+        ahead = min(MAX_RANGES, 8 * self._idle)
+        if (passed := pass_over(machine.parts, self.mm, vma, (address, end), control, budget, ahead)) is not None:
+            self._idle += len(passed.results)
             return passed
         result = collapse_range(machine.parts, self.mm, vma, address, control)
+        self._idle = 0 if control.attempts else self._idle + 1
         return Passage(
             address + machine.geometry.pmd_size,
             control.progress,
