@@ -36,8 +36,8 @@ from mthp.sim.parts import Parts
 from mthp.sim.scan import CollapseControl
 from mthp.sim.trace import ScanPmd
 
-MAX_RANGES = 256
-"""PMD ranges looked at together: their columns still fit the processor's caches."""
+MAX_RANGES = 1024
+"""PMD ranges looked at together at most; the work around the columns is small beside them then."""
 
 SPARSE = 8
 """Where more than so many frames lie between the lowest and the highest for each entry, they are looked up singly."""
@@ -208,7 +208,6 @@ def _all_ordinary(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bit
     odd = _odd_frames(memory, first, last + 1)
     if not len(odd):
         return np.ones(len(values), np.bool_)
-    odd += first
     between = odd.searchsorted(np.where(mapped, highest + 1, 0)) - odd.searchsorted(np.where(mapped, lowest, 0))
     ordinary: Bits = np.equal(between, 0)
     unclear = np.flatnonzero(~ordinary)
@@ -218,25 +217,39 @@ def _all_ordinary(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bit
 
 
 def _odd_frames(memory: Memory, first: int, end: int) -> NDArray[np.intp]:
-    """Frames from `first` to `end` that are no ordinary folio, less `first`: intp, shape (frames,), ascending."""
+    """Frames from `first` to `end` that are of no ordinary folio: intp, shape (frames,), ascending."""
+    first = memory.head(first)
     run = slice(first, end)
     odd = (memory.flags[run] & _LOOKED_AT) != _WANTED
     odd |= memory.refcount[run] != 1
     odd |= memory.mapcount[run] != 1
-    return np.flatnonzero(odd)
+    order = memory.order[run]
+    if order.any():
+        # A large folio is judged at its head, and speaks for all its frames.
+        odd &= order == 0
+        large = np.flatnonzero(order)
+        heads = large[(large + first) & ((1 << order[large].astype(np.int64)) - 1) == 0] + first
+        for head in heads[~_ordinary_folios(memory, heads, heads)].tolist():
+            odd[head - first : head - first + memory.size(head)] = True
+    return np.flatnonzero(odd) + first
+
+
+def _ordinary_folios(memory: Memory, pfns: NDArray[np.int64], heads: NDArray[np.int64]) -> Bits:
+    """Whether nothing speaks against the folios of some pages: bool, shape (pages,)."""
+    large = memory.order[pfns] > 0
+    # Of a large folio the first tail frame counts the mappings, the second those of its first address space.
+    mappings = np.where(large, memory.refcount[heads + large], memory.mapcount[pfns])
+    alone = np.where(large, memory.refcount[heads + 2 * large], 1)
+    ordinary: Bits = (memory.flags[heads] & _LOOKED_AT) == _WANTED
+    ordinary &= (memory.refcount[heads] == mappings) & (mappings <= alone)
+    return ordinary
 
 
 def _ordinary_one_by_one(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bits:
     """The same as :func:`_all_ordinary`, asking the frames that are mapped and no others."""
     rows, columns = np.nonzero(~none)
     pfns = values[rows, columns].astype(np.int64)
-    large = memory.order[pfns] > 0
-    heads = memory.heads(pfns)
-    # Of a large folio the first tail frame counts the mappings, the second those of its first address space.
-    mappings = np.where(large, memory.refcount[heads + large], memory.mapcount[pfns])
-    alone = np.where(large, memory.refcount[heads + 2 * large], 1)
-    ordinary = (memory.flags[heads] & _LOOKED_AT) == _WANTED
-    ordinary &= (memory.refcount[heads] == mappings) & (mappings <= alone)
+    ordinary = _ordinary_folios(memory, pfns, memory.heads(pfns))
     every: Bits = np.ones(len(values), np.bool_)
     every[rows[~ordinary]] = False
     return every
