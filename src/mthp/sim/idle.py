@@ -85,9 +85,10 @@ def pass_over(
     size = parts.geometry.pmd_size
     rows = min((end - start) // size, budget)
     pmds = table.pmd[row : row + rows]
-    if parts.trace.enabled or parts.knobs.zone_reclaim_mode or not ahead:
-        tables = pmds == Pmd.TABLE
-        seen = _without_tables(pmds[: int(tables.argmax()) if tables.any() else len(pmds)])
+    tables = pmds == Pmd.TABLE
+    leading = int(tables.argmax()) if tables.any() else len(pmds)
+    if parts.trace.enabled or parts.knobs.zone_reclaim_mode or leading >= ahead:
+        seen = _without_tables(pmds[:leading])
     else:
         rows = min(len(pmds), ahead)
         seen = _look(parts, vma, control, (table.pmd, table.bits, table.value), slice(row, row + rows))
@@ -221,8 +222,8 @@ def _odd_frames(memory: Memory, first: int, end: int) -> NDArray[np.intp]:
     first = memory.head(first)
     run = slice(first, end)
     odd = (memory.flags[run] & _LOOKED_AT) != _WANTED
+    # What is mapped and has one reference is mapped once.
     odd |= memory.refcount[run] != 1
-    odd |= memory.mapcount[run] != 1
     order = memory.order[run]
     if order.any():
         # A large folio is judged at its head, and speaks for all its frames.
