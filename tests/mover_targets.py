@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 SOURCES = Path(__file__).parent / "programs"
 MAX_THREADS = 128
@@ -137,6 +139,58 @@ WAITERS = (
     *("sigtimedwait", "semop", "io_getevents", "waitpid", "pause", "ppoll", "write"),
 )
 """What the threads of ``programs/mover_waiters.c`` wait in, by number."""
+
+
+SYSCALLS = (
+    *("nanosleep", "poll", "epoll_wait", "futex", "read", "accept", "recv with timeout", "sigtimedwait", "semop"),
+    *("io_getevents", "waitpid", "pause"),
+)
+"""What the threads of ``programs/mover_syscalls.c`` call, by number."""
+
+_MAX_TURNS = 512
+_RECORD_WORDS = 4
+
+
+class Syscalls:
+    """A process whose threads each make one system call over and over. A context manager; leaving it ends the process.
+
+    Attributes:
+        pid: its PID.
+        base, size: memory to move.
+    """
+
+    def __init__(self, directory: Path, turns: int) -> None:
+        path = directory / f"syscalls-{time.monotonic_ns()}"
+        length = 8 * (4 + len(SYSCALLS) * _MAX_TURNS * _RECORD_WORDS)
+        path.write_bytes(bytes(length))
+        self._turns = turns
+        self.process = subprocess.Popen([compiled("mover_syscalls"), str(path), str(turns)])
+        self.pid = self.process.pid
+        with path.open("r+b") as file:
+            self._control = mmap.mmap(file.fileno(), length)
+        if not wait_for(lambda: self._words()[0]):
+            raise RuntimeError("the target did not become ready")
+        _, _, self.base, self.size = self._words()[:4].tolist()
+
+    def _words(self) -> NDArray[np.int64]:
+        return np.frombuffer(bytes(self._control), np.int64)
+
+    def returned(self) -> dict[str, list[tuple[int, ...]]]:
+        """Wait until it ends: value, errno, what else there was, and untimeliness, of each call in each turn."""
+        assert wait_for(lambda: self.process.poll() is not None, 60), "a system call does not come back"
+        assert self.process.returncode == 0
+        records = self._words()[4:].reshape(len(SYSCALLS), _MAX_TURNS, _RECORD_WORDS)[:, : self._turns]
+        return {name: [tuple(row) for row in part.tolist()] for name, part in zip(SYSCALLS, records, strict=True)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._control.close()
 
 
 class Waiters:

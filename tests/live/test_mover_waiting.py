@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from mover_targets import WAITERS, Waiters
+from mover_targets import SYSCALLS, WAITERS, Syscalls, Waiters
+from mthp.errors import TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.mover import x86_64
 from mthp.linux.mover.session import MoverSession
@@ -17,6 +21,7 @@ from thp_switches import ThpSwitches
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
 
 ROUNDS = 20
+TURNS = int(os.environ.get("MTHP_TEST_TURNS", "40"))
 
 
 def _move_all(target: Waiters, rounds: int) -> None:
@@ -46,3 +51,35 @@ def test_without_the_repair_some_would_return_eintr(
         _move_all(target, 1)
         leaked = {name for name, result in target.not_waiting().items() if result == -errno.EINTR}
     assert {"epoll_wait", "epoll_pwait", "sigtimedwait", "semop", "io_getevents", "recv with timeout"} <= leaked
+
+
+def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+    """Twelve system calls, which time out or get what they wait for, turn by turn: value, errno and all else."""
+    thp_switches.only("64kB", word="always")
+    with Syscalls(tmp_path, TURNS) as alone:
+        expected = alone.returned()
+    assert set(expected) == set(SYSCALLS)
+    assert not any(untimely for turns in expected.values() for *_, untimely in turns)
+    stops: list[int] = []
+    with Syscalls(tmp_path, TURNS) as target:
+        blocks = [(address, 4) for address in range(target.base, target.base + target.size, 65536)]
+
+        def move() -> None:
+            with (
+                contextlib.suppress(TargetVanishedError),
+                Process(target.pid) as process,
+                MoverSession(process, X86_64, duty=1.0, max_pause_ns=10**7) as session,
+            ):
+                while True:
+                    stops.append(len(session.move(blocks[:4])))
+
+        mover = threading.Thread(target=move)
+        mover.start()
+        returned = target.returned()
+        # Nobody else may wait for a child that is being traced, so it is still a zombie of ours.
+        mover.join(20)
+        assert not mover.is_alive()
+    assert len(stops) > TURNS
+    for name in SYSCALLS:
+        assert returned[name] == expected[name], name
+    print(f"{len(stops)} stops during {TURNS} turns of {len(SYSCALLS)} calls")

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
-from mthp.linux.mover import calls, inject, machine, stub, x86_64
+from mthp.linux.mover import aarch64, calls, inject, machine, stub, x86_64
+from mthp.linux.mover.aarch64 import Aarch64
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.mover.x86_64 import COLUMN, NO_SYSCALL, X8664
 
 SOURCES = Path(stub.__file__).parent
-SOURCE = SOURCES / "stub_x86_64.S"
 LAYOUT = stub.Layout(0x7F00_0000_0000, 70, 32, 2 << 20, X8664(), 4096)
 
 
@@ -42,8 +42,9 @@ def assembled(source: Path, name: str, directory: Path) -> bytes:
     pytest.skip(f"needs an assembler for {name} (Debian: binutils-{name.replace('_', '-')}-linux-gnu)")
 
 
-def test_the_bytes_are_the_source_assembled(tmp_path: Path) -> None:
-    assert assembled(SOURCE, "x86_64", tmp_path) == x86_64.CODE
+@pytest.mark.parametrize("name", machine.MACHINES)
+def test_the_bytes_are_the_source_assembled(tmp_path: Path, name: str) -> None:
+    assert assembled(SOURCES / f"stub_{name}.S", name, tmp_path) == machine.by_name(name).code
 
 
 @pytest.mark.parametrize("name", calls.CODE)
@@ -51,24 +52,25 @@ def test_the_bytes_of_the_calls_are_their_source_assembled(tmp_path: Path, name:
     assert assembled(SOURCES / f"calls_{name}.S", name, tmp_path) == calls.CODE[name]
 
 
-def _defines() -> dict[str, int]:
-    found = re.findall(r"^#define\s+(\w+)\s+(0x[0-9a-f]+|\d+)\b", SOURCE.read_text(), re.MULTILINE)
+def _defines(name: str = "x86_64") -> dict[str, int]:
+    source = (SOURCES / f"stub_{name}.S").read_text()
+    found = re.findall(r"^#define\s+(\w+)\s+(0x[0-9a-f]+|\d+)\b", source, re.MULTILINE)
     return {name: int(value, 0) for name, value in found}
 
 
-def test_source_and_layout_agree() -> None:
-    defines = _defines()
+@pytest.mark.parametrize("name", machine.MACHINES)
+def test_source_and_layout_agree(name: str) -> None:
+    defines = _defines(name)
     fields = stub.OPERATION.fields
     assert fields is not None
-    for name in stub.OPERATION.names or ():
-        assert defines[f"OP_{name.upper()}"] == fields[name][1], name
+    for field in stub.OPERATION.names or ():
+        assert defines[f"OP_{field.upper()}"] == fields[field][1], field
     assert defines["OP_SIZE"] == stub.OPERATION.itemsize
     assert defines["OPS"] == stub.HEADER_BYTES
-    assert defines["C_SIZE"] == X8664.context_bytes
+    assert defines["C_SIZE"] == machine.by_name(name).context_bytes
     assert defines["NONCE"] == stub.NONCE_OFFSET
     assert [defines[name] for name in ("SETUP", "GO", "DONE", "ABORT")] == [stub.SETUP, stub.GO, stub.DONE, stub.ABORT]
     assert (defines["FLAG_VERIFY"], defines["FLAG_FILL"]) == (stub.FLAG_VERIFY, stub.FLAG_FILL)
-    assert len(x86_64.CODE) <= 4096
 
 
 def test_a_header_holds_each_number_where_the_stub_looks() -> None:
@@ -206,3 +208,60 @@ def test_a_parked_thread_keeps_its_stack_and_runs_plainly() -> None:
         assert LAYOUT.holds_code(register["rip"])
     assert homes[5, COLUMN["rip"]] == 1
     assert inject.UFFDIO_API == 0xC0000000 | 24 << 16 | 0xAA << 8 | 0x3F
+
+
+# --- aarch64 ----------------------------------------------------------------------------------------------------------
+
+PROGRAM = Path(__file__).parents[1] / "programs/mover_stub_aarch64.c"
+
+
+@pytest.fixture(scope="module")
+def stub_runner(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that runs the stub for aarch64, on such a machine or in an emulator of its programs."""
+    directory = tmp_path_factory.mktemp("aarch64")
+    here = platform.machine() == "aarch64"
+    compiler = shutil.which("cc" if here else "aarch64-linux-gnu-gcc")
+    emulator = None if here else shutil.which("qemu-aarch64")
+    if compiler is None or not (here or emulator):
+        pytest.skip("needs aarch64, or gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user (Debian)")
+    options = ["-O1", "-static", "-pthread", "-o", str(directory / "program")]
+    done = subprocess.run([compiler, *options, str(PROGRAM)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot build programs for aarch64: {done.stderr[-200:]}")
+    (directory / "code").write_bytes(aarch64.CODE)
+    return [*([emulator] if emulator else []), str(directory / "program"), str(directory / "code")]
+
+
+@pytest.mark.parametrize("what", ["park", "abandon", "work"])
+def test_the_stub_for_aarch64_runs(stub_runner: list[str], what: str) -> None:
+    """It parks threads, which restore every register by themselves, and moves blocks; see the program."""
+    done = subprocess.run([*stub_runner, what], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("right\n", 0)
+
+
+def test_an_aarch64_context_is_a_signal_frame() -> None:
+    defines = _defines("aarch64")
+    layout = stub.Layout(1 << 40, 3, 8, 2 << 20, Aarch64(), 16384)
+    homes = np.arange(2 * Aarch64.words, dtype=np.uint64).reshape(2, Aarch64.words)
+    packed = layout.pack_contexts(homes, np.array([5, 6], np.uint64))
+    second = np.frombuffer(packed[Aarch64.context_bytes :], np.uint64)
+    assert second[defines["C_MASK"] // 8] == 6
+    assert second[defines["C_REGS"] // 8 :][: Aarch64.words].tolist() == homes[1].tolist()
+    assert (defines["C_SP"], defines["C_PC"]) == (defines["C_REGS"] + 31 * 8, defines["C_REGS"] + 32 * 8)
+    assert second[defines["C_FPSIMD"] // 8] == 0x46508001 | 528 << 32
+    assert (second[defines["C_END"] // 8], second[defines["C_TICKS"] // 8]) == (0, 0)
+    assert defines["C_END"] == defines["C_FPSIMD"] + 528
+    assert layout.context(0) % 16 == 0
+
+
+def test_a_parked_aarch64_thread() -> None:
+    layout = stub.Layout(1 << 40, 4, 8, 2 << 20, Aarch64(), 65536)
+    homes = np.full((4, Aarch64.words), 3 << 10 | 1 << 31, np.uint64)
+    parked = layout.parked(homes)
+    assert (parked[:, Aarch64.pc] == layout.base + Aarch64.entry_park).all()
+    assert parked[:, 28].tolist() == [layout.context(row) for row in range(4)]
+    assert (parked[:, 27] == layout.header).all()
+    assert (parked[:, 33] == 1 << 31).all()
+    assert (parked[:, Aarch64.sp] == homes[:, Aarch64.sp]).all()
+    homes[:, 33] = [0, 0x10, 0, 0x8000_0000]
+    assert Aarch64().foreign(homes).tolist() == [False, True, False, False]

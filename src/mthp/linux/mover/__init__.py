@@ -10,7 +10,8 @@ again, with the same bytes, while nobody looks:
 3. *Let go* of all threads, as they were.
 
 Only the target itself can fault its own memory in, so step 2 is done by one of its threads, the *worker*, running a few
-hundred bytes of code that were injected before (:mod:`~mthp.linux.mover.inject`, ``stub_x86_64.S``). Of the ways to
+hundred bytes of code that were injected before (:mod:`~mthp.linux.mover.inject`, ``stub_x86_64.S``,
+``stub_aarch64.S``). Of the ways to
 move pages away, UFFDIO_MOVE (Linux 6.8) is the one with which the kernel itself refuses what is pinned, shared or
 locked; nothing in the stub has to guess. It wants its destination registered with a userfaultfd; one that sees only
 faults of user mode can be created without privilege.
@@ -45,8 +46,9 @@ moved a part; with `verify`, it hashes each block before and after, inside the w
 then, too, and the block is reported (:class:`~mthp.linux.mover.outcome.BlockOutcome`).
 
 How long it takes is measured in every window, phase by phase, and the next window is filled accordingly
-(:mod:`~mthp.linux.mover.pause`). What is fixed (stopping, parking, restoring) grows with the threads, about 40
-microseconds each; the injection is paid for once.
+(:mod:`~mthp.linux.mover.pause`). What is fixed (stopping, parking, restoring) grows with the threads, some 20
+microseconds each, nearly all of which the kernel takes for the dozen system calls (:mod:`~mthp.linux.mover.calls`); the
+injection is paid for once.
 
 What is not promised: references that the kernel cannot see as pins (pages in a pipe after vmsplice(2)); other processes
 that write into the target at that moment (process_vm_writev(2), /proc/PID/mem); that an interrupted read or write which

@@ -28,7 +28,7 @@ _Bools = NDArray[np.bool_]
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 """What a system call that a signal interrupted leaves as its result, negated (include/linux/errno.h)."""
 
-MACHINES = ("x86_64",)
+MACHINES = ("x86_64", "aarch64")
 """Machines that there is a stub for, by their names in ``uname -m``."""
 
 
@@ -123,6 +123,10 @@ def by_name(name: str) -> Machine:
         from mthp.linux.mover.x86_64 import X8664
 
         return X8664()
+    if name == "aarch64":
+        from mthp.linux.mover.aarch64 import Aarch64
+
+        return Aarch64()
     raise UnsupportedError(f"the mover has no code for {name}", help=f"it has: {', '.join(MACHINES)}")
 
 

@@ -11,6 +11,7 @@ another Python thread in between two of them would lengthen the time for which t
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 import numpy as np
@@ -94,6 +95,20 @@ def get_registers(tid: int, words: int) -> NDArray[np.uint64]:
     vector = vectors(registers)
     _request(PTRACE_GETREGSET, tid, NT_PRSTATUS, address_of(vector))
     return registers
+
+
+def get_register_set(tid: int, kind: int, words: int) -> NDArray[np.uint64] | None:
+    """The first words of a stopped thread's register set `kind` (``NT_*``); None if this machine has no such set."""
+    registers = np.zeros((1, words), np.uint64)
+    vector = vectors(registers)
+    try:
+        _request(PTRACE_GETREGSET, tid, kind, address_of(vector))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENODEV, errno.EIO):
+            raise
+        return None
+    first: NDArray[np.uint64] = registers[0]
+    return first
 
 
 def set_registers(tid: int, registers: NDArray[np.uint64]) -> None:

@@ -1,0 +1,271 @@
+/* What runs inside the target while it stands still: the parking loop of every thread, and the worker. For aarch64.
+ *
+ * It does what stub_x86_64.S does, with the same header and operations; the bytes in aarch64.py are this file, assembled,
+ * and a test compares the two. The same rules hold: no byte of the target's stacks is touched, there is neither a call
+ * nor a return, and nothing is read from an address that may be missing. What differs:
+ *
+ * No thread can restore its last register and branch without a register, so a thread leaves with rt_sigreturn(2), which
+ * sets all registers and the signal mask at once. Its context begins with the frame which that call reads
+ * (struct rt_sigframe, arch/arm64/kernel/signal.c; records in asm/sigcontext.h). The vector registers, which nothing
+ * here touches, are written into the frame just before.
+ *
+ * x28  the thread's context, x27  the shared header; both are set by the tracer.
+ */
+
+/* header */
+#define STATE          0
+#define COUNT          8
+#define SCRATCH        16
+#define UFFD           24
+#define MOVE_DST       32       /* struct uffdio_move */
+#define MOVE_SRC       40
+#define MOVE_LEN       48
+#define MOVE_MODE      56
+#define MOVE_MOVED     64
+#define ALL_SIGNALS    72       /* a signal set with every bit set */
+#define NONCE          80
+#define OPS            128
+
+/* states */
+#define SETUP          0
+#define GO             1
+#define DONE           2
+#define ABORT          3
+
+/* one block to move */
+#define OP_ADDRESS     0
+#define OP_LENGTH      8
+#define OP_FLAGS       16
+#define OP_ERROR       24
+#define OP_MOVED       32
+#define OP_HASH_BEFORE 40
+#define OP_HASH_AFTER  48
+#define OP_POPULATED   56
+#define OP_BEGUN       64       /* struct timespec, all four */
+#define OP_AWAY        80
+#define OP_COPIED      96
+#define OP_ENDED       112
+#define OP_SIZE        128
+#define FLAG_VERIFY    1
+#define FLAG_FILL      2
+
+/* a thread's context: the frame, then what is ours */
+#define C_MASK         168
+#define C_REGS         312
+#define C_SP           560
+#define C_PC           568
+#define C_PSTATE       576
+#define C_FPSIMD       592      /* struct fpsimd_context */
+#define C_FPSR         600
+#define C_FPCR         604
+#define C_VREGS        608
+#define C_END          1120     /* the empty record that ends the frame */
+#define C_TICKS        1136
+#define C_NAP          1144     /* struct timespec */
+#define C_SIZE         1168
+
+#define NR_IOCTL          29
+#define NR_PPOLL          73
+#define NR_CLOCK_GETTIME  113
+#define NR_RT_SIGPROCMASK 135
+#define NR_RT_SIGRETURN   139
+#define NR_MADVISE        233
+
+#define SIG_SETMASK          2
+#define CLOCK_MONOTONIC      1
+#define MADV_DONTNEED        4
+#define MADV_POPULATE_READ   22
+#define MADV_POPULATE_WRITE  23
+#define EBUSY                16
+
+#define TICK_NS       5000000   /* a nap while the tracer sets up */
+#define TICKS         100       /* so many of them, and the tracer is taken for dead */
+#define WAIT_NS       200000    /* a nap while the worker works */
+#define GRACE_NS      50000000  /* what a tracer that lives has to fetch the worker */
+
+.macro nap nanoseconds
+        movz    x9, #(\nanoseconds & 0xffff)
+        movk    x9, #(\nanoseconds >> 16), lsl #16
+        add     x2, x28, #C_NAP
+        stp     xzr, x9, [x2]
+        mov     x0, #0
+        mov     x1, #0
+        mov     x3, #0
+        mov     x4, #8
+        mov     x8, #NR_PPOLL
+        svc     #0
+.endm
+
+.macro stamp offset
+        mov     x0, #CLOCK_MONOTONIC
+        add     x1, x20, #\offset
+        mov     x8, #NR_CLOCK_GETTIME
+        svc     #0
+.endm
+
+.macro advise_block advice
+        ldp     x0, x1, [x20, #OP_ADDRESS]
+        mov     x2, #\advice
+        mov     x8, #NR_MADVISE
+        svc     #0
+.endm
+
+/* A hash of the block's words in order; every change of one word changes it. */
+.macro hash_block result
+        ldp     x9, x10, [x20, #OP_ADDRESS]
+        movz    x11, #0x7c15
+        movk    x11, #0x7f4a, lsl #16
+        movk    x11, #0x79b9, lsl #32
+        movk    x11, #0x9e37, lsl #48
+        mov     x12, x11
+80:     ldr     x13, [x9], #8
+        eor     x12, x12, x13
+        mul     x12, x12, x11
+        ror     x12, x12, #35
+        subs    x10, x10, #8
+        b.ne    80b
+        str     x12, [x20, #\result]
+.endm
+
+        .text
+entry_worker:                                   /* offset 0 */
+        b       worker
+
+        .balign 16
+entry_park:                                     /* offset 16 */
+        mov     x0, #SIG_SETMASK                /* in case the tracer died before it did that */
+        add     x1, x27, #ALL_SIGNALS
+        mov     x2, #0
+        mov     x3, #8
+        mov     x8, #NR_RT_SIGPROCMASK
+        svc     #0
+park:
+        ldar    w9, [x27]
+        cmp     w9, #DONE
+        b.hs    leave
+        cbnz    w9, working
+        ldr     x10, [x28, #C_TICKS]
+        add     x10, x10, #1
+        str     x10, [x28, #C_TICKS]
+        cmp     x10, #TICKS
+        b.hs    give_up
+        nap     TICK_NS
+        b       park
+working:
+        nap     WAIT_NS
+        b       park
+give_up:
+        mov     w10, #ABORT
+1:      ldaxr   w9, [x27]
+        cbnz    w9, park
+        stlxr   w11, w10, [x27]
+        cbnz    w11, 1b
+        b       park
+
+leave:
+        add     x9, x28, #C_VREGS
+        stp     q0, q1, [x9]
+        stp     q2, q3, [x9, #32]
+        stp     q4, q5, [x9, #64]
+        stp     q6, q7, [x9, #96]
+        stp     q8, q9, [x9, #128]
+        stp     q10, q11, [x9, #160]
+        stp     q12, q13, [x9, #192]
+        stp     q14, q15, [x9, #224]
+        stp     q16, q17, [x9, #256]
+        stp     q18, q19, [x9, #288]
+        stp     q20, q21, [x9, #320]
+        stp     q22, q23, [x9, #352]
+        stp     q24, q25, [x9, #384]
+        stp     q26, q27, [x9, #416]
+        stp     q28, q29, [x9, #448]
+        stp     q30, q31, [x9, #480]
+        mrs     x10, fpsr
+        str     w10, [x28, #C_FPSR]
+        mrs     x10, fpcr
+        str     w10, [x28, #C_FPCR]
+        mov     sp, x28
+        mov     x8, #NR_RT_SIGRETURN
+        svc     #0                              /* does not come back */
+
+worker:
+        mov     w10, #GO
+1:      ldaxr   w9, [x27]
+        cbnz    w9, park
+        stlxr   w11, w10, [x27]
+        cbnz    w11, 1b
+        mov     x19, #0
+        add     x20, x27, #OPS
+next_block:
+        ldr     x9, [x27, #COUNT]
+        cmp     x19, x9
+        b.hs    done
+        stamp   OP_BEGUN
+        ldr     x23, [x20, #OP_FLAGS]
+        tbz     x23, #1, 1f                     /* FLAG_FILL */
+        advise_block MADV_POPULATE_WRITE
+        str     x0, [x20, #OP_ERROR]
+        cbnz    x0, block_ended
+1:      tbz     x23, #0, move_away              /* FLAG_VERIFY */
+        advise_block MADV_POPULATE_READ         /* an error here is a SIGSEGV spared */
+        str     x0, [x20, #OP_ERROR]
+        cbnz    x0, block_ended
+        hash_block OP_HASH_BEFORE
+
+move_away:
+        ldr     x21, [x27, #SCRATCH]
+        ldp     x9, x10, [x20, #OP_ADDRESS]
+        stp     x21, x9, [x27, #MOVE_DST]
+        stp     x10, xzr, [x27, #MOVE_LEN]
+        str     xzr, [x27, #MOVE_MOVED]
+        ldr     x0, [x27, #UFFD]
+        movz    x1, #0xaa05                     /* UFFDIO_MOVE */
+        movk    x1, #0xc028, lsl #16
+        add     x2, x27, #MOVE_DST
+        mov     x8, #NR_IOCTL
+        svc     #0
+        str     x0, [x20, #OP_ERROR]
+        stamp   OP_AWAY
+        ldr     x22, [x27, #MOVE_MOVED]         /* bytes, or a negative errno */
+        cmp     x22, #0
+        b.le    nothing_moved
+        str     x22, [x20, #OP_MOVED]
+        ldr     x9, [x20, #OP_ADDRESS]
+        mov     x10, x21
+        mov     x11, x22
+2:      ldp     x12, x13, [x10], #16
+        ldp     x14, x15, [x10], #16
+        stp     x12, x13, [x9], #16             /* the first store faults the new folio in */
+        stp     x14, x15, [x9], #16
+        subs    x11, x11, #32
+        b.ne    2b
+        stamp   OP_COPIED
+        mov     x0, x21
+        mov     x1, x22
+        mov     x2, #MADV_DONTNEED
+        mov     x8, #NR_MADVISE
+        svc     #0
+nothing_moved:
+        ldr     x9, [x20, #OP_ERROR]
+        cmn     x9, #EBUSY
+        b.ne    moved
+        ldr     x9, [x20, #OP_POPULATED]
+        cbnz    x9, moved
+        mov     x9, #1
+        str     x9, [x20, #OP_POPULATED]
+        advise_block MADV_POPULATE_WRITE        /* what a fork left write-protected is made exclusive again */
+        cbz     x0, move_away
+moved:
+        tbz     x23, #0, block_ended
+        hash_block OP_HASH_AFTER
+block_ended:
+        stamp   OP_ENDED
+        add     x19, x19, #1
+        add     x20, x20, #OP_SIZE
+        b       next_block
+
+done:
+        mov     w9, #DONE
+        stlr    w9, [x27]
+        nap     GRACE_NS
+        b       park
