@@ -157,8 +157,9 @@ def _main(orders: list[str]) -> int:
 
     bad = 0
     before = run("khugepaged:anon")
-    print(f"khugepaged:anon without the daemon: {len(before.passed)} passed, failed {', '.join(before.failed) or
-    'none'}") with tempfile.TemporaryDirectory() as directory:
+    failed = ", ".join(before.failed) or "none"
+    print(f"khugepaged:anon without the daemon: {len(before.passed)} passed, failed {failed}")
+    with tempfile.TemporaryDirectory() as directory:
         with RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%"):
             for order in orders:
                 for attempt in range(1, TRIES + 1):
@@ -169,8 +170,8 @@ def _main(orders: list[str]) -> int:
                 else:
                     bad += 1
             after = run("khugepaged:anon")
-        print(f"khugepaged:anon with the daemon: {len(after.passed)} passed, failed {', '.join(after.failed) or
-        'none'}")
+        failed = ", ".join(after.failed) or "none"
+        print(f"khugepaged:anon with the daemon: {len(after.passed)} passed, failed {failed}")
     for order in orders:
         outcome = run("-c", order, "mthp_khugepaged:anon")
         print(f"order {order} without the daemon: {len(outcome.passed)} of 4, failed {', '.join(outcome.failed)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,12 @@ def built() -> None:
 
 
 @pytest.fixture
-def switches(thp_switches: ThpSwitches) -> Iterator[None]:
+def switches(thp_switches: ThpSwitches) -> None:
     """The test sets switches and tunables itself, and puts them back; this is for when it cannot."""
     thp_switches.only("2048kB", word="inherit")
     for name in ("enabled", "khugepaged/scan_sleep_millisecs", "khugepaged/alloc_sleep_millisecs"):
         text = (Path("/sys/kernel/mm/transparent_hugepage") / name).read_text().strip()
         thp_switches.set(name, text[text.index("[") + 1 : text.index("]")] if "[" in text else text)
-    yield
 
 
 @pytest.mark.usefixtures("built", "switches")

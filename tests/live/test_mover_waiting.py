@@ -15,6 +15,7 @@ from mthp.errors import TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.mover import x86_64
 from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
 from thp_switches import ThpSwitches
 
@@ -68,10 +69,12 @@ def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches:
             with (
                 contextlib.suppress(TargetVanishedError),
                 Process(target.pid) as process,
-                MoverSession(process, X86_64, duty=1.0, max_pause_ns=10**7) as session,
+                MoverSession(process, X86_64, duty=1.0, max_pause_ns=10**7, stop_timeout_ns=10**9) as session,
             ):
                 while True:
-                    stops.append(len(session.move(blocks[:4])))
+                    # A machine with more to do than it can may not let a thread come to its stop in time.
+                    with contextlib.suppress(CannotStopError):
+                        stops.append(len(session.move(blocks[:4])))
 
         mover = threading.Thread(target=move)
         mover.start()
