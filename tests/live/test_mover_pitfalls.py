@@ -1,0 +1,177 @@
+"""What goes wrong with a mover that does not know of it, and is not covered where its own matter is tested."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mover_targets import Writers, compiled, mappings, wait_for
+from mthp.geometry import X86_64
+from mthp.linux.mover import inject
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.tracee import CannotStopError
+from mthp.linux.process import Process
+from mthp.results import ScanResult
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+
+ORDER = 4
+BLOCK = X86_64.size_of(ORDER)
+
+
+@pytest.fixture(autouse=True)
+def only_64k(thp_switches: ThpSwitches) -> None:
+    thp_switches.only("64kB", word="always")
+
+
+@contextlib.contextmanager
+def uring_target(directory: Path) -> Iterator[tuple[int, Callable[[int], int], Callable[[], int]]]:
+    """A process with a registered buffer: its PID, words of its control page, and what is to be called at the end."""
+    path = directory / "uring"
+    path.write_bytes(bytes(4096))
+    process = subprocess.Popen([compiled("mover_uring"), str(path)])
+    with path.open("r+b") as file:
+        control = mmap.mmap(file.fileno(), 4096)
+
+    def word(index: int) -> int:
+        return int(struct.unpack_from("=Q", control, 8 * index)[0])
+
+    def outcome() -> int:
+        struct.pack_into("=Q", control, 0, 1)
+        assert wait_for(lambda: process.poll() is not None)
+        return word(4)
+
+    try:
+        if not wait_for(lambda: word(1) or process.poll() is not None) or process.poll() is not None:
+            pytest.skip("needs io_uring")
+        yield process.pid, word, outcome
+    finally:
+        process.kill()
+        process.wait()
+        control.close()
+
+
+def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(tmp_path: Path) -> None:
+    """Nobody has refused the process here; the kernel refuses the pages."""
+    with uring_target(tmp_path) as (pid, word, outcome):
+        with Process(pid) as process, MoverSession(process, X86_64, duty=1.0, max_pause_ns=10**7) as session:
+            outcomes = session.move([(address, ORDER) for address in range(word(2), word(2) + word(3), BLOCK)])
+        assert {(outcome.result, outcome.errno) for outcome in outcomes} == {(ScanResult.PAGE_COUNT, errno.EBUSY)}
+        assert not any(outcome.moved_bytes for outcome in outcomes)
+        assert outcome() == 1
+
+
+SQPOLL = """
+import ctypes, struct, time
+libc = ctypes.CDLL(None, use_errno=True)
+setup = ctypes.create_string_buffer(120)
+struct.pack_into("I", setup, 8, 2)
+if libc.syscall(425, 4, setup) < 0:
+    print("none", flush=True)
+time.sleep(0.1)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+MDWE = """
+import ctypes, mmap, time
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):
+    print("none", flush=True)
+memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory[:] = b"x" * len(memory)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+print(-(-address // 65536) * 65536, flush=True)
+time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def program(code: str) -> Iterator[tuple[int, str]]:
+    """A Python process: its PID, and what it said first; skips the test if that is "none"."""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = process.stdout.readline().strip()
+            if said == "none":
+                pytest.skip("this kernel or these rights do not have it")
+            yield process.pid, said
+        finally:
+            process.kill()
+
+
+def test_a_thread_of_io_uring_is_not_given_our_code() -> None:
+    with program(SQPOLL) as (pid, _), Process(pid) as process:
+        before = mappings(pid)
+        with pytest.raises(CannotStopError, match="io_uring"), MoverSession(process, X86_64):
+            pass
+        assert mappings(pid) == before
+        assert process.is_alive()
+
+
+def test_a_program_that_may_not_make_memory_executable_is_moved() -> None:
+    """PR_SET_MDWE: what is to be executed must be so from the first, and cannot be written by the program."""
+    with program(MDWE) as (pid, said), Process(pid) as process:
+        with MoverSession(process, X86_64, duty=1.0) as session:
+            (outcome,) = session.move([(int(said), ORDER)], verify=True)
+        assert (outcome.result, outcome.verified) == (ScanResult.SUCCEED, True)
+
+
+def test_a_signal_at_the_moment_of_the_stop_is_not_lost(tmp_path: Path) -> None:
+    """The first stop of a thread may be that of a signal's delivery; so many are sent that it often is."""
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+        sent = 0
+        over = threading.Event()
+
+        def send() -> None:
+            nonlocal sent
+            while not over.is_set():
+                os.kill(target.pid, signal.SIGRTMIN)
+                sent += 1
+
+        def stop() -> None:
+            for _ in range(150):
+                frozen = FrozenProcess(process, 10**9)
+                try:
+                    frozen.stop({})
+                finally:
+                    frozen.release()
+
+        threads = [threading.Thread(target=send), threading.Thread(target=stop)]
+        for thread in threads:
+            thread.start()
+        threads[1].join()
+        over.set()
+        threads[0].join()
+        # The queue of a process's signals has a limit (RLIMIT_SIGPENDING), which as many as these do not come near.
+        assert wait_for(lambda: target.get("realtime_signals") == sent), (target.get("realtime_signals"), sent)
+        assert target.finish() == 0
+
+
+def test_scratch_memory_is_empty_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large fault of the data beside it fills scratch memory, and what is there cannot be moved to (EEXIST)."""
+
+    def spilled(frozen: FrozenProcess, remote: inject.RemoteCalls, layout: object, uffd: int) -> None:
+        register(frozen, remote, layout, uffd)  # type: ignore[arg-type]
+        frozen.write(layout.scratch, b"x")  # type: ignore[attr-defined]
+
+    register = inject._register
+    with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
+        with MoverSession(process, X86_64, duty=1.0) as session:
+            assert session.move([(target.base, ORDER)])[0].errno == 0
+        monkeypatch.setattr(inject, "_register", spilled)
+        with MoverSession(process, X86_64, duty=1.0) as session:
+            assert session.move([(target.base + BLOCK, ORDER)])[0].errno == errno.EEXIST
+        assert target.finish() == 0
