@@ -175,8 +175,16 @@ class Syscalls:
     def _words(self) -> NDArray[np.int64]:
         return np.frombuffer(bytes(self._control), np.int64)
 
+    @property
+    def finished(self) -> bool:
+        """Whether all turns are over, or it died. It does not wait for the process, which may be traced just now."""
+        return int(self._words()[1]) == len(SYSCALLS) or not Path(f"/proc/{self.pid}/stat").exists()
+
     def returned(self) -> dict[str, list[tuple[int, ...]]]:
-        """Wait until it ends: value, errno, what else there was, and untimeliness, of each call in each turn."""
+        """Wait until it ends: value, errno, what else there was, and untimeliness, of each call in each turn.
+
+        It must not be traced now.
+        """
         assert wait_for(lambda: self.process.poll() is not None, 60), "a system call does not come back"
         assert self.process.returncode == 0
         records = self._words()[4:].reshape(len(SYSCALLS), _MAX_TURNS, _RECORD_WORDS)[:, : self._turns]

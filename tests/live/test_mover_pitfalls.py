@@ -18,7 +18,7 @@ import pytest
 
 from mover_targets import Writers, compiled, mappings, wait_for
 from mthp.geometry import X86_64
-from mthp.linux.mover import inject
+from mthp.linux.mover import inject, stub
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
@@ -137,7 +137,7 @@ def test_a_signal_at_the_moment_of_the_stop_is_not_lost(tmp_path: Path) -> None:
 
         def send() -> None:
             nonlocal sent
-            while not over.is_set():
+            while not over.wait(0.0002):
                 os.kill(target.pid, signal.SIGRTMIN)
                 sent += 1
 
@@ -155,23 +155,20 @@ def test_a_signal_at_the_moment_of_the_stop_is_not_lost(tmp_path: Path) -> None:
         threads[1].join()
         over.set()
         threads[0].join()
-        # The queue of a process's signals has a limit (RLIMIT_SIGPENDING), which as many as these do not come near.
         assert wait_for(lambda: target.get("realtime_signals") == sent), (target.get("realtime_signals"), sent)
         assert target.finish() == 0
 
 
 def test_scratch_memory_is_empty_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large fault of the data beside it fills scratch memory, and what is there cannot be moved to (EEXIST)."""
+    """A large fault of the data beside it may fill scratch memory, and what is there cannot be moved to (EEXIST)."""
 
-    def spilled(frozen: FrozenProcess, remote: inject.RemoteCalls, layout: object, uffd: int) -> None:
-        register(frozen, remote, layout, uffd)  # type: ignore[arg-type]
-        frozen.write(layout.scratch, b"x")  # type: ignore[attr-defined]
+    def spilled(frozen: FrozenProcess, remote: inject.RemoteCalls, layout: stub.Layout, uffd: int) -> None:
+        frozen.write(layout.scratch, b"x")
+        register(frozen, remote, layout, uffd)
 
     register = inject._register
+    monkeypatch.setattr(inject, "_register", spilled)
     with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
         with MoverSession(process, X86_64, duty=1.0) as session:
             assert session.move([(target.base, ORDER)])[0].errno == 0
-        monkeypatch.setattr(inject, "_register", spilled)
-        with MoverSession(process, X86_64, duty=1.0) as session:
-            assert session.move([(target.base + BLOCK, ORDER)])[0].errno == errno.EEXIST
         assert target.finish() == 0

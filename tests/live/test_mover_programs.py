@@ -99,6 +99,8 @@ def running(command: Sequence[str | Path], **options: object) -> Iterator[subpro
         if process.poll() is None:
             process.terminate()
         process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def for_seconds(seconds: float) -> Callable[[], bool]:
@@ -223,14 +225,15 @@ def test_postgresql_under_pgbench(tmp_path: Path) -> None:
         server_options = {key: value for key, value in as_user.items() if key != "text"} | quiet
         with running([str(programs / "postgres"), *options], **server_options) as server:
             assert wait_for((home / ".s.PGSQL.5432").exists)
-            assert wait_for(lambda: not subprocess.run([programs / "pg_isready", "-h", home], check=False).returncode)
+            ready = [str(programs / "pg_isready"), "-q", "-h", str(home)]
+            assert wait_for(lambda: not subprocess.run(ready, check=False).returncode)
             run("pgbench", "-h", str(home), "-i", "-s", "1", "postgres", **quiet)
 
             def backends() -> list[int]:
                 children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
                 return [server.pid, *map(int, children)]
 
-            load = [str(programs / "pgbench"), "-h", str(home), "-c", "4", "-T", str(SECONDS + 1), "postgres"]
+            load = [str(programs / "pgbench"), "-h", str(home), "-c", "4", "-T", str(int(SECONDS) + 1), "postgres"]
             with running(load, **server_options) as clients:
                 made = collapse_while(backends, 2, lambda: clients.poll() is None)
                 assert clients.returncode == 0
