@@ -22,6 +22,9 @@ from mthp.sim.mm import P, Ptes, SimVma
 from mthp.sim.parts import Parts
 
 _SUCCEED = np.int8(ScanResult.SUCCEED)
+RECLAIM_DISTANCE = 30
+"""Nodes farther apart do not help each other out (node_reclaim_distance, mm/page_alloc.c)."""
+
 _REFERENCED = Fl.REFERENCED | Fl.YOUNG
 
 
@@ -61,6 +64,7 @@ def scan_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, forced: 
         look.page(look.expected_references != parts.memory.refcount[look.heads], ScanResult.PAGE_COUNT)
         look.page(look.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
         look.page(~look.folio_has(Fl.LRU), ScanResult.PAGE_LRU)
+        look.far_nodes()
         look.count_shared()
         look.page_itself(vma, forced=forced)
     return look.taken()
@@ -101,6 +105,7 @@ def run_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, large: in
         look.page(look.expected_references != parts.memory.refcount[look.heads], ScanResult.PAGE_COUNT)
         look.page(look.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
         look.page(~look.folio_has(Fl.LRU), ScanResult.PAGE_LRU)
+        look.far_nodes()
         if large is not None:
             look.page(parts.memory.order[look.pfns] >= large, ScanResult.PTE_MAPPED_HUGEPAGE)
         look.count_shared()
@@ -118,13 +123,15 @@ class _Looker:
         self._found: NDArray[np.int8] = np.full(len(ptes.bits), _SUCCEED, np.int8)
         pages = ptes.pages()
         self._none = (ptes.bits == 0) | ((ptes.bits & P.ZERO) != 0)
-        self._unmapped = ~(pages | self._none)
+        special = (ptes.bits & P.SPECIAL) != 0
+        self._unmapped = ~(pages | self._none | special)
         self._offsets = np.flatnonzero(pages)
         self.some_pages = len(self._offsets) > 0
         self.pfns = ptes.value[self._offsets].astype(np.int64)
         self.heads = parts.memory.heads(self.pfns)
         self._folio_flags = parts.memory.flags[self.heads]
         self._found[self._over(self._none, limits.none)] = ScanResult.EXCEED_NONE_PTE
+        self._found[special] = ScanResult.PAGE_NULL
 
     @staticmethod
     def _over(mask: NDArray[np.bool_], limit: int) -> NDArray[np.bool_]:
@@ -161,17 +168,30 @@ class _Looker:
         """Any entry that is neither none nor present hinders."""
         self._found[self._unmapped] = ScanResult.PTE_NON_PRESENT
 
+    def far_nodes(self) -> None:
+        """A page too far from an earlier one, where nodes reclaim for themselves (hpage_collapse_scan_abort)."""
+        memory = self._parts.memory
+        if not self._parts.knobs.zone_reclaim_mode:
+            return
+        nodes, first = np.unique(memory.nodes_of(self.pfns), return_index=True)
+        for at, node in sorted(zip(first.tolist(), nodes.tolist(), strict=True)):
+            earlier = nodes[first < at]
+            if (memory.distances[node, earlier] > RECLAIM_DISTANCE).any():
+                self._found[self._offsets[at]] = ScanResult.SCAN_ABORT
+                return
+
     def count_shared(self) -> None:
         """Pages that another address space maps too: too many."""
         shared = self._parts.rmap.maybe_shared(self.pfns, self.heads)
         self.page(self._over(shared, self._limits.shared), ScanResult.EXCEED_SHARED_PTE)
 
     def page_itself(self, vma: SimVma, *, forced: bool) -> None:
-        """What is looked at before anything is counted: clean lazyfree, and before that write-protected pages."""
+        """What is looked at before anything is counted: write-protected pages, pages of a driver, clean lazyfree."""
         bits = self._ptes.bits[self._offsets]
         if not forced and not vma.droppable:
             lazyfree = (self._folio_flags & (Fl.ANON | Fl.SWAPBACKED)) == Fl.ANON
             self.page(lazyfree & ((bits & P.DIRTY) == 0), ScanResult.PAGE_LAZYFREE)
+        self.page(~self.folio_has(Fl.ANON), ScanResult.PAGE_ANON)
         self.page((bits & P.UFFD_WP) != 0, ScanResult.PTE_UFFD)
 
     def taken(self) -> Look:

@@ -57,6 +57,7 @@ class Machine(SystemCalls):
         switches, tunables: by default those that a kernel starts with.
         policy: what khugepaged and MADV_COLLAPSE collapse to.
         costs: what things take, of simulated time.
+        node_distances: of every node to every node, as in ``/sys/devices/system/node/node0/distance``; by default 20.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
 
     Raises:
@@ -78,10 +79,11 @@ class Machine(SystemCalls):
         tunables: Tunables | None = None,
         policy: str | Policy = "mainline",
         costs: Costs | None = None,
+        node_distances: Sequence[Sequence[int]] | None = None,
         mthp_min_order: int | None = None,
     ) -> None:
         counters = Counters(geometry)
-        memory = Memory(geometry, node_frames or [64 * geometry.ptes_per_pmd], counters)
+        memory = Memory(geometry, node_frames or [64 * geometry.ptes_per_pmd], counters, node_distances)
         self.parts = Parts(
             geometry,
             (tunables or Tunables.defaults(geometry)).checked(geometry),

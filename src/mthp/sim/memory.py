@@ -173,15 +173,28 @@ class Memory:
 
     Args:
         node_frames: frames of each node; rounded up to whole blocks of the largest order.
+        distances: of every node to every node; by default 10 to itself and 20 to the others.
 
     Attributes:
+        distances: int64, shape (nodes, nodes).
         deferred: heads of the folios that are split when memory is short, in the order in which they came there.
         cache: frames of the page cache, the oldest first; nobody maps them.
     """
 
-    def __init__(self, geometry: Geometry, node_frames: Sequence[int], counters: Counters) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        node_frames: Sequence[int],
+        counters: Counters,
+        distances: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         if not node_frames or min(node_frames) < 1:
             raise UsageError(f"nodes of {list(node_frames)} frames: at least one node with one frame is needed")
+        count = len(node_frames)
+        near = np.where(np.eye(count, dtype=np.bool_), 10, 20) if distances is None else np.array(distances)
+        if near.shape != (count, count) or (near.diagonal() != 10).any() or (near < 10).any():
+            raise UsageError(f"node distances {near.tolist()} are not a square of {count} with 10 on its diagonal")
+        self.distances: NDArray[np.int64] = near.astype(np.int64)
         self.geometry = geometry
         self.max_order = max(MAX_PAGE_ORDER, geometry.pmd_order)
         block = 1 << self.max_order
