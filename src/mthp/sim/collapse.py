@@ -180,7 +180,8 @@ class _Attempt:
         look = isolate_look(parts, vma, self.ptes, limits, forced=self.rules.forced, large=large)
         referenced = 0 if self.rules.forced else look.referenced
         if len(look.heads):
-            heads = np.unique(look.heads)
+            small, large_heads = self._folios(look)
+            heads = np.concatenate((small, large_heads)) if large_heads else small
             parts.memory.flags[heads] |= Fl.LOCKED
             parts.lru.isolate(heads)
         self._count_exceeded(look.result)

@@ -47,7 +47,7 @@ def fragment(parts: Parts, index: float, order: int, *, movable: float = 0.0, se
         frames = _chosen(zone, index, order, seed)
         for frame in frames.tolist():
             zone.take(frame)
-        of_cache = (_random(frames, seed + 1) >> np.uint64(11)) < movable * 2**53
+        of_cache = (random_numbers(frames, seed + 1) >> np.uint64(11)) < movable * 2**53
         memory.own(frames[~of_cache])
         memory.own(frames[of_cache], Fl.LRU, Fl.UPTODATE)
         memory.cache.update(dict.fromkeys(frames[of_cache].tolist()))
@@ -61,13 +61,13 @@ def _chosen(zone: Zone, index: float, order: int, seed: int) -> Frames:
     unusable = zone.free_frames - len(blocks) * size
     # Each page takes one frame from the free ones and makes size - 1 of them unusable.
     wanted = math.ceil((index * zone.free_frames - unusable) / (size - 1 + index))
-    keys = _random(blocks, seed)
+    keys = random_numbers(blocks, seed)
     chosen = np.argsort(keys, kind="stable")[: max(wanted, 0)]
     frames: Frames = blocks[chosen] + (keys[chosen] & np.uint64(size - 1)).astype(np.int64)
     return frames
 
 
-def _random(numbers: Frames, seed: int) -> NDArray[np.uint64]:
+def random_numbers(numbers: Frames, seed: int) -> NDArray[np.uint64]:
     """A random number for each number, the same everywhere (SplitMix64): uint64, shape of `numbers`."""
     step = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):

@@ -34,6 +34,7 @@ from mthp.sim.parts import Parts
 from mthp.sim.rmap import Rmap
 from mthp.sim.scan import CollapseControl
 from mthp.sim.space import SimSpace
+from mthp.sim.state import columns, digest
 from mthp.sim.swap import Swap
 from mthp.sim.sysfs import Sysfs
 from mthp.sim.touch import Touched, touch
@@ -305,6 +306,14 @@ class Machine(SystemCalls):
         head = self.parts.memory.head(pfn)
         self.parts.pins[head] += references
         self.parts.memory.refcount[head] += references
+
+    def array_bytes(self) -> int:
+        """Bytes of memory in all columns: of frames, of page table entries, of swap slots."""
+        return sum(column.nbytes for column in columns(self))
+
+    def digest(self) -> str:
+        """A checksum of the whole state: the same on any machine after the same calls (:mod:`mthp.sim.state`)."""
+        return digest(self)
 
     def check(self) -> list[str]:
         """Everything that does not add up, as sentences; empty if all does (:mod:`mthp.sim.check`)."""

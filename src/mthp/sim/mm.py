@@ -308,9 +308,7 @@ class Mm:
         order, found = self._geometry.pmd_order, []
         firsts = np.array([table.first for table in self._tables], np.int64)
         at = np.searchsorted(firsts, pages >> order, side="right") - 1
-        for number in np.unique(at).tolist():
-            if number < 0:
-                continue
+        for number in np.flatnonzero(np.bincount(at + 1)[1:]).tolist():
             table = self._tables[number]
             which = np.flatnonzero((at == number) & (pages >> order <= table.last))
             found.append((table, which, pages[which] - (table.first << order)))

@@ -86,7 +86,7 @@ def fault_in(parts: Parts, mm: Mm, start: int, end: int, *, write: bool) -> Faul
 def _block_size(parts: Parts, mm: Mm) -> int:
     """Accesses that can be done together: for all of them there is memory, even if each takes a large folio."""
     room = min(parts.memory.free_frames, parts.memory.cgroups.room(mm.charge))
-    largest = max((0, *parts.switches.orders(advised=True)))
+    largest = max((order for vma in mm.vmas for order in parts.fault_orders(mm, vma)), default=0)
     return min(max(room >> largest, _SINGLE_FAULTS), BLOCK)
 
 

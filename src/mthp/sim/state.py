@@ -1,0 +1,53 @@
+"""The whole state of a machine as one checksum, to tell whether two lives went the same way.
+
+It goes over every column, the free lists in their order, the mappings, the counters and the clock. All of these are
+whole numbers of fixed width, so that the checksum is the same on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from mthp.sim.machine import Machine
+
+
+def columns(machine: Machine) -> Iterator[NDArray[np.integer[Any]]]:
+    """All columns of the machine."""
+    memory, swap = machine.parts.memory, machine.parts.swap
+    yield from (memory.flags, memory.order, memory.refcount, memory.mapcount, memory.content, memory.cgroup)
+    yield from (swap.count, swap.content, swap.cached)
+    for mm in machine.mms.values():
+        for table in mm.tables:
+            yield from (table.pmd, table.bits, table.value)
+
+
+def digest(machine: Machine) -> str:
+    """The checksum, in hexadecimal digits."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for column in columns(machine):
+        hashed.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).data)
+    parts = machine.parts
+    rest = {
+        "free": [zone.free_blocks() for zone in parts.memory.zones],
+        "charged": parts.memory.cgroups.usage.tolist(),
+        "deferred": list(parts.memory.deferred),
+        "cache": list(parts.memory.cache),
+        "batch": parts.lru.waiting,
+        "pins": sorted((head, count) for head, count in parts.pins.items() if count),
+        "mms": [
+            [mm.id, mm.anon_pages, mm.swap_entries, [[v.start, v.end, sorted(v.flags), v.permissions] for v in mm.vmas]]
+            for mm in machine.mms.values()
+        ],
+        "counters": sorted(machine.counters.values().items()),
+        "spent": parts.clock.spent_ns(),
+        "now": parts.clock.now_ns,
+    }
+    hashed.update(json.dumps(rest, sort_keys=True, default=int).encode())
+    return hashed.hexdigest()
