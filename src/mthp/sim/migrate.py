@@ -61,8 +61,9 @@ def finish_migration(parts: Parts, head: int) -> None:
         return
     if order and not memory.mapcount[head : head + size].all():
         parts.rmap.partially_mapped(head)
-    memory.put(head)
+    # Held until then, so that reclaim leaves it alone.
     new = take_folio(parts, order, may_wait=False)
+    memory.put(head)
     if new is not None:
         relocate(parts, {head: new})
 
