@@ -7,6 +7,7 @@ import math
 import pytest
 
 from mthp.lab import metrics
+from mthp.sim.clock import Costs
 
 
 def test_every_metric_has_a_unit_and_a_meaning() -> None:
@@ -45,5 +46,8 @@ def test_fairness_is_jains_index(values: list[float], index: float) -> None:
 
 
 def test_cost_adds_up() -> None:
-    cost = metrics.Cost(pte_ns=10, copy_ns=1, zero_ns=0.5, collapse_ns=1000)
-    assert cost.seconds(ptes=100, copied=1000, zeroed=100, folios=2) == pytest.approx((1000 + 1000 + 50 + 2000) / 1e9)
+    costs = Costs(scan_pte=10, scan_range=7, copy_byte=3, zero_byte=2, collapse=1000, alloc_large=500, collapse_pte=20)
+    spent = metrics.khugepaged_seconds(
+        costs, ptes=100, ranges=5, copied_bytes=1000, zeroed_bytes=100, folios=2, folio_pages=64
+    )
+    assert spent == pytest.approx((1000 + 35 + 3000 + 200 + 3000 + 1280) / 1e12)

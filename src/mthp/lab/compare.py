@@ -17,9 +17,10 @@ from mthp.collapse.policy import policy_names
 from mthp.errors import UsageError
 from mthp.geometry import Geometry, format_size
 from mthp.lab.evaluate import Outcome, Progress, Row, evaluate
-from mthp.lab.metrics import Cost, coverage_from, share
+from mthp.lab.metrics import coverage_from, share
 from mthp.lab.tlb import Processor
 from mthp.planning import PlanOptions
+from mthp.sim.clock import Costs
 
 DEFAULT_POLICIES = ("pmd-only", "rfc", "per-order", "mainline", "no-creep")
 
@@ -34,7 +35,7 @@ class Comparison:
         outcomes: one for each setting.
         covered: the order from which on a folio counts as covered.
         processor: whose TLB the figures are about.
-        cost: what khugepaged's work costs.
+        costs: what khugepaged's work costs.
     """
 
     label: str
@@ -42,7 +43,7 @@ class Comparison:
     outcomes: tuple[Outcome, ...]
     covered: int
     processor: Processor
-    cost: Cost
+    costs: Costs
 
     @property
     def rows(self) -> list[Row]:
@@ -58,7 +59,7 @@ class Comparison:
         return [
             {"setting": name} | row | {"coverage": self.coverage(outcome, row["scan"])}
             for name, outcome in zip(names, self.outcomes, strict=True)
-            for row in outcome.rows(self.cost, **tlb)
+            for row in outcome.rows(self.costs, **tlb)
         ]
 
     @property
@@ -167,7 +168,7 @@ def compare(
     scans: int | None = 1,
     covered: int | None = None,
     processor: Processor | None = None,
-    cost: Cost | None = None,
+    costs: Costs | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare `settings` on the memory of `space`; see :func:`mthp.lab.evaluate.evaluate`.
@@ -191,7 +192,7 @@ def compare(
         outcomes=tuple(evaluate(space, settings, scans=scans, progress=progress)),
         covered=geometry.pmd_order if covered is None else geometry.check_order(covered),
         processor=processor or Processor.named("skylake"),
-        cost=cost or Cost(),
+        costs=costs or Costs(),
     )
 
 

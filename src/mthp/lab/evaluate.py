@@ -24,8 +24,9 @@ from mthp.collapse.plan import Plan, plan_planes
 from mthp.collapse.policy import Policy, Rules, policy_named
 from mthp.geometry import Geometry
 from mthp.lab import metrics
-from mthp.lab.metrics import MAX_ORDER, Cost
+from mthp.lab.metrics import MAX_ORDER
 from mthp.planning import Job, PlanOptions, base_rules, jobs_of, read_planes
+from mthp.sim.clock import Costs
 
 BLOCK_RANGES = 512
 """PMD ranges read at a time: 256 Ki PTEs on x86-64, so that all planes of a block stay in the processor's caches."""
@@ -96,15 +97,15 @@ class Outcome:
         """The machine's."""
         return self.rules.geometry
 
-    def rows(self, cost: Cost | None = None, *, tlb_entries: int = 1536, coalesced_order: int = 0) -> list[Row]:
+    def rows(self, costs: Costs | None = None, *, tlb_entries: int = 1536, coalesced_order: int = 0) -> list[Row]:
         """The figures of :mod:`mthp.lab.metrics` for the state before the first scan, and after each.
 
         Args:
-            cost: what khugepaged's work costs.
+            costs: what khugepaged's work costs.
             tlb_entries: entries of the last level of the TLB.
             coalesced_order: order of the largest run of PTEs that one of them holds.
         """
-        cost = cost or Cost()
+        costs = costs or Costs()
         rows: list[Row] = []
         scanned = 0
         page, pmd_order = self.geometry.page_size, self.geometry.pmd_order
@@ -114,7 +115,15 @@ class Outcome:
             resident = int(now.by_order.sum())
             entries = metrics.translations(now.by_order, now.pmd_mapped, pmd_order, coalesced_order)
             folios = int(_or_none(now.folios).sum())
-            spent = cost.seconds(ptes=scanned, copied=now.copied * page, zeroed=now.filled * page, folios=folios)
+            spent = metrics.khugepaged_seconds(
+                costs,
+                ptes=scanned,
+                ranges=scanned >> pmd_order,
+                copied_bytes=now.copied * page,
+                zeroed_bytes=now.filled * page,
+                folios=folios,
+                folio_pages=now.copied + now.filled,
+            )
             row: Row = self._settings() | {
                 "scan": index,
                 "resident_bytes": resident * page,

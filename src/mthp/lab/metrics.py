@@ -16,6 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mthp.sim.clock import Costs
+
 MAX_ORDER = 20
 """The largest folio order that is counted: a 1 GiB page of hugetlbfs has 18. Larger ones count as this."""
 
@@ -93,30 +95,20 @@ def metric_of(column: str) -> Metric:
     return METRICS["order_share" if column.startswith("order_share_") else column]
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What khugepaged's work costs, in nanoseconds.
+def khugepaged_seconds(
+    costs: Costs, *, ptes: int, ranges: int, copied_bytes: int, zeroed_bytes: int, folios: int, folio_pages: int
+) -> float:
+    """The processor time of khugepaged's work, by the simulated machine's table of costs.
 
-    Figures of one core at about 3 GHz. Scanning: 24 million PTEs a second, measured on Linux 6.18 with
-    scan_sleep_millisecs 0. A collapse: 233 to 523 us for 2 MiB were published and measured, most of it the copy; what
-    is left for the locks, the flush of the TLB and the install is `collapse_ns`.
-
-    Attributes:
-        pte_ns: looking at one PTE.
-        copy_ns: copying one byte.
-        zero_ns: clearing one byte.
-        collapse_ns: making one folio, besides its bytes.
+    Args:
+        ptes, ranges: PTEs and PMD ranges that were looked at.
+        copied_bytes, zeroed_bytes: contents that were copied, and memory that was cleared.
+        folios, folio_pages: folios that were made, and the pages in them.
     """
-
-    pte_ns: float = 42.0
-    copy_ns: float = 0.12
-    zero_ns: float = 0.05
-    collapse_ns: float = 10_000.0
-
-    def seconds(self, *, ptes: float, copied: float, zeroed: float, folios: float) -> float:
-        """The processor time of so many PTEs, bytes copied and cleared, and folios made."""
-        nanoseconds = ptes * self.pte_ns + copied * self.copy_ns + zeroed * self.zero_ns + folios * self.collapse_ns
-        return nanoseconds / 1e9
+    picoseconds = ptes * costs.scan_pte + ranges * costs.scan_range
+    picoseconds += copied_bytes * costs.copy_byte + zeroed_bytes * costs.zero_byte
+    picoseconds += folios * (costs.collapse + costs.alloc_large) + folio_pages * costs.collapse_pte
+    return picoseconds / 1e12
 
 
 def share(part: float, whole: float) -> float:
