@@ -1,0 +1,125 @@
+"""``python -m vm``: the kernel lab's command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from vm.apt import LabError
+from vm.fuzz import Findings, fuzz, write_cases
+from vm.guest import Job, run
+from vm.kernels import OTHERS, SERIES, Kernel, fetch
+
+KERNELS = click.option(
+    "-k",
+    "--kernel",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help=f"A kernel, such as 7.3 or 7.3-arm64-16k; again for more.  [default: {', '.join((*SERIES, *OTHERS))}]",
+)
+
+
+class Lab(click.Group):
+    """The group; what the lab cannot do ends it with a sentence."""
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except LabError as error:
+            click.echo(f"error: {error}", err=True)
+            context.exit(3)
+            return None
+
+
+@click.group(cls=Lab)
+def main() -> None:
+    """Boot real kernels, and hold the simulated machine and mthp against them."""
+
+
+@main.command()
+@KERNELS
+def kernels(names: tuple[str, ...]) -> None:
+    """Fetch and unpack kernels, and say which they are."""
+    for name in names or (*SERIES, *OTHERS):
+        kernel = fetch(name)
+        note = "" if kernel.modules else "  (its modules are gone from the archive: no swap)"
+        click.echo(f"{name:16} {kernel.release}{note}")
+
+
+@main.command("run")
+@KERNELS
+@click.option("--seconds", default=120.0, show_default=True, help="The time limit.")
+@click.option("--memory", "memory_mb", default=1024, show_default=True, help="Of the guest, in MiB.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where what is left in /out goes.")
+@click.argument("script")
+def run_command(names: tuple[str, ...], seconds: float, memory_mb: int, output: Path | None, script: str) -> None:
+    """Run the shell SCRIPT in a guest, and bring back what it leaves in /out."""
+    for name in names or SERIES[-1:]:
+        outcome = run(fetch(name), Job(script, seconds=seconds, memory_mb=memory_mb), echo=True)
+        for path, data in outcome.files.items():
+            if output:
+                place = output / name / path
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(data)
+        if outcome.exit_code != 0:
+            click.echo("the time limit ended it" if outcome.timed_out else f"exit code {outcome.exit_code}", err=True)
+            sys.exit(1)
+
+
+@main.command()
+@KERNELS
+@click.option("--cases", default=500, show_default=True, help="So many for each kernel.")
+@click.option("--seed", default=1, show_default=True)
+@click.option("--seconds", default=1200.0, show_default=True, help="At most so long for each kernel.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the golden files.")
+def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, output: Path) -> None:
+    """Record golden cases, one file for each kernel, and replay each at once."""
+    _each(names or ("7.3",), lambda kernel: fuzz(kernel, seed=seed, cases=cases, seconds=seconds, say=_say), output)
+
+
+@main.command("fuzz")
+@KERNELS
+@click.option("--minutes", default=10.0, show_default=True, help="For each kernel.")
+@click.option("--seed", default=1, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory for the cases that differ.")
+def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, output: Path | None) -> None:
+    """Compare random cases for some minutes; save the smallest variant of each that differs."""
+
+    def one(kernel: Kernel) -> Findings:
+        found = fuzz(kernel, seed=seed, cases=1 << 30, seconds=60 * minutes, say=_say)
+        found.cases = [case for case, _ in found.mismatches]
+        return found
+
+    _each(names or ("7.3",), one, output)
+
+
+def _each(names: tuple[str, ...], work: Callable[[Kernel], Findings], output: Path | None) -> None:
+    """Do the work for every kernel, write its cases, and exit with 1 if any differ."""
+    differing = 0
+    for name in names:
+        kernel = fetch(name)
+        found = work(kernel)
+        differing += len(found.mismatches)
+        _say(f"{kernel.release}: {found.summary}")
+        for state, count in sorted(found.states.items()):
+            _say(f"  {state:16} {count}")
+        for reason, count in found.refused.most_common(5):
+            _say(f"  refused {count}: {reason}")
+        if output and found.cases:
+            platform = "" if kernel.platform.name == "x86-64" else f"-{kernel.platform.name}"
+            path = output / f"linux-{kernel.version}{platform}-random.jsonl.gz"
+            write_cases(path, found.cases)
+            _say(f"  {path}")
+    sys.exit(1 if differing else 0)
+
+
+def _say(text: str) -> None:
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m vm")

@@ -1,0 +1,198 @@
+"""Packages of the distribution, for any architecture, without touching what the machine has installed.
+
+An apt of our own: a directory with its own configuration, lists and status, one for each architecture, whose sources
+are derived from the machine's: the same archive and the same keys, other suites. So it is apt that fetches, and apt
+that checks signatures and hashes, and no address is written down here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SUITES = ("bookworm", "bookworm-backports", "trixie", "trixie-backports", "unstable", "experimental")
+"""Where kernels of many versions are, from the oldest to the newest; backports keep what they had before."""
+
+FRESH_SECONDS = 24 * 3600
+"""So long lists count as fresh."""
+
+_SYSTEM = Path("/etc/apt")
+
+
+class LabError(Exception):
+    """The lab cannot do what was asked; the text says what would make it so."""
+
+
+def cache_directory() -> Path:
+    """Where the lab keeps what it fetches and builds: ``$XDG_CACHE_HOME/mthp-vm``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mthp-vm"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An archive that the machine trusts: its address, and the option that names its keys, or nothing."""
+
+    uri: str
+    signed_by: str
+
+
+def system_source() -> Source:
+    """The archive of the distribution, as the machine's own apt is told of it.
+
+    Raises:
+        LabError: apt is told of none.
+    """
+    texts = [path.read_text() for path in _source_files() if path.exists()]
+    for text in texts:
+        for stanza in re.split(r"\n\s*\n", text):
+            if (source := _deb822(stanza)) and "main" in stanza:
+                return source
+        for line in text.splitlines():
+            if match := re.match(r"deb\s+(\[[^]]*\]\s+)?(\S+)\s+\S+\s+main", line):
+                signed = re.search(r"signed-by=([^\]\s]+)", match[1] or "")
+                return Source(match[2], signed[1] if signed else "")
+    raise LabError("apt has no sources of a Debian archive; the lab fetches its kernels from there")
+
+
+def _source_files() -> list[Path]:
+    return [_SYSTEM / "sources.list.d/debian.sources", _SYSTEM / "sources.list"]
+
+
+def _deb822(stanza: str) -> Source | None:
+    """The archive in a stanza of a ``.sources`` file (sources.list(5))."""
+    lines = [line for line in stanza.splitlines() if line and not line.startswith("#")]
+    fields = dict(line.split(":", 1) for line in lines if ":" in line and not line[0].isspace())
+    if "deb" not in fields.get("Types", "").split() or not fields.get("URIs"):
+        return None
+    return Source(fields["URIs"].split()[0], fields.get("Signed-By", "").strip())
+
+
+class Apt:
+    """An apt for one architecture.
+
+    Args:
+        architecture: Debian's word: amd64, arm64, ppc64el.
+        suites: what it may fetch from.
+        root: its directory; one below the lab's cache, if not given.
+    """
+
+    def __init__(self, architecture: str, suites: Sequence[str] = SUITES, root: Path | None = None) -> None:
+        self.architecture = architecture
+        self.suites = tuple(suites)
+        self.root = root or cache_directory() / "apt" / f"{architecture}-{'-'.join(self.suites)}"
+
+    def pool(self) -> Path:
+        """Where downloaded packages are."""
+        return self.root / "cache/archives"
+
+    def refresh(self) -> None:
+        """Fetch the lists of the suites, if those here are not fresh.
+
+        Raises:
+            LabError: none can be had.
+        """
+        stamp = self.root / "refreshed"
+        if stamp.exists() and time.time() - stamp.stat().st_mtime < FRESH_SECONDS:
+            return
+        self._configure()
+        # A list that is just being replaced in the archive is no reason to do without the others.
+        done = self._run(["apt-get", "update"], check=False)
+        if not any((self.root / "lists").glob("*_Packages*")):
+            raise LabError(f"no package lists can be had: {done.stderr.strip()[-400:]}")
+        self.names.cache_clear()
+        stamp.touch()
+
+    def _configure(self) -> None:
+        source = system_source()
+        for directory in ("lists/partial", "cache/archives/partial"):
+            (self.root / directory).mkdir(parents=True, exist_ok=True)
+        (self.root / "status").touch()
+        option = f"[signed-by={source.signed_by}] " if source.signed_by else ""
+        lines = [f"deb {option}{source.uri} {suite} main\n" for suite in self.suites]
+        (self.root / "sources.list").write_text("".join(lines))
+        settings = {
+            "Dir::Etc::sourcelist": self.root / "sources.list",
+            "Dir::Etc::sourceparts": "/dev/null",
+            "Dir::Etc::preferences": "/dev/null",
+            "Dir::Etc::preferencesparts": "/dev/null",
+            "Dir::State": self.root,
+            "Dir::State::lists": self.root / "lists",
+            "Dir::State::status": self.root / "status",
+            "Dir::Cache": self.root / "cache",
+            "APT::Architecture": self.architecture,
+            "Acquire::Languages": "none",
+            "Acquire::Retries": "2",
+            "APT::Sandbox::User": "root",
+            "APT::Install-Recommends": "false",
+            "APT::Get::Assume-Yes": "true",
+            "Debug::NoLocking": "true",
+        }
+        text = "".join(f'{key} "{value}";\n' for key, value in settings.items())
+        text += f'#clear APT::Architectures;\nAPT::Architectures {{ "{self.architecture}"; }};\n'
+        # What the machine does after its own installs is no concern of ours, nor may it empty our cache.
+        text += "#clear DPkg::Post-Invoke;\n#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n"
+        (self.root / "apt.conf").write_text(text)
+
+    def _run(self, command: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"APT_CONFIG": str(self.root / "apt.conf"), "LC_ALL": "C"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=self.pool())
+        if check and done.returncode:
+            raise LabError(f"{' '.join(command[:3])} ...: {done.stderr.strip()[-400:]}")
+        return done
+
+    @functools.cache  # noqa: B019 -- there are a few of these in a run
+    def names(self, prefix: str) -> list[str]:
+        """The packages whose names begin with `prefix`."""
+        self.refresh()
+        return self._run(["apt-cache", "pkgnames", prefix]).stdout.split()
+
+    def fields(self, package: str) -> dict[str, str] | None:
+        """What the lists say of the newest version of a package; None if it cannot be fetched."""
+        self.refresh()
+        done = self._run(["apt-cache", "show", "--no-all-versions", package], check=False)
+        lines = [line for line in done.stdout.splitlines() if ": " in line and not line[0].isspace()]
+        fields = dict(line.split(": ", 1) for line in lines)
+        return fields if "Filename" in fields else None
+
+    def download(self, packages: Sequence[str]) -> list[Path]:
+        """The files of `packages`, fetched unless they are here.
+
+        Raises:
+            LabError: one cannot be had.
+        """
+        self.refresh()
+        found = {}
+        for package in packages:
+            fields = self.fields(package)
+            if fields is None:
+                raise LabError(f"package {package} is not in {', '.join(self.suites)}")
+            version = fields["Version"].replace(":", "%3a")
+            found[package] = self.pool() / f"{package}_{version}_{fields['Architecture']}.deb"
+        if missing := [package for package, path in found.items() if not path.exists()]:
+            self._run(["apt-get", "download", *missing])
+        return list(found.values())
+
+    def with_dependencies(self, packages: Sequence[str]) -> list[Path]:
+        """The files of `packages` and of all they depend on, fetched unless they are here.
+
+        Raises:
+            LabError: they cannot be had.
+        """
+        self.refresh()
+        plan = self._run(["apt-get", "install", "--simulate", *packages]).stdout
+        names = re.findall(r"^Inst (\S+)", plan, re.MULTILINE)
+        return self.download([name.partition(":")[0] for name in names])
+
+
+def unpack(files: Sequence[Path], root: Path) -> None:
+    """Unpack packages into `root`, without running anything of theirs."""
+    root.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        subprocess.run(["dpkg-deb", "--extract", file, root], check=True)

@@ -1,0 +1,233 @@
+"""A machine under QEMU that boots a kernel, runs one job, brings its files back, and ends in time.
+
+KVM is used where it works for the guest's architecture, else QEMU translates (TCG). The guest has no network and no
+disk but a copy-on-write view of the `world`. Whatever it does, its process is gone when the `with` block is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vm.apt import LabError
+from vm.initramfs import CHANNEL_PORT, FILES_PORT, build, job_archive
+from vm.kernels import Kernel
+
+QUIET = "quiet loglevel=3 panic=-1 random.trust_cpu=on"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a guest is to do.
+
+    Attributes:
+        script: a shell script; what it leaves in ``/out`` comes back.
+        files: files beside it, by name.
+        world: a disk to have as ``/dev/vda``, written to only for the guest's own eyes.
+        seconds: its time limit, the boot included.
+        memory_mb: of the machine, in MiB.
+        cpus: of the machine.
+        parameters: more words for the kernel's command line.
+    """
+
+    script: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    world: Path | None = None
+    seconds: float = 120
+    memory_mb: int = 1024
+    cpus: int = 1
+    parameters: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        exit_code: of the script; None if the guest did not get to its end.
+        console: what it printed, with the kernel's own messages.
+        files: what it left in ``/out``, by path.
+        seconds: how long it took, the boot included.
+        timed_out: it was ended because its time was over.
+    """
+
+    exit_code: int | None
+    console: str
+    files: dict[str, bytes]
+    seconds: float
+    timed_out: bool
+
+
+class Guest:
+    """A guest that is booting or running; a context manager, which ends it.
+
+    Args:
+        kernel: what to boot.
+        job: what to do.
+        echo: print the console as it comes.
+    """
+
+    def __init__(self, kernel: Kernel, job: Job, *, echo: bool = False) -> None:
+        self.kernel = kernel
+        self._job = job
+        self._echo = echo
+        self._directory = Path(tempfile.mkdtemp(prefix="mthp-vm-"))
+        self._console = bytearray()
+        self._began = time.monotonic()
+        self._deadline = self._began + job.seconds
+        self._channel: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Guest:
+        try:
+            self._process = self._start()
+        except BaseException:
+            shutil.rmtree(self._directory)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._channel:
+            self._channel.close()
+        self._end()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        job, platform = self._job, self.kernel.platform
+        if not shutil.which(platform.qemu[0]):
+            raise LabError(f"no {platform.qemu[0]}: apt-get install {platform.needs}")
+        (self._directory / "initrd").write_bytes(build(self.kernel) + job_archive(job.script, job.files))
+        (self._directory / "files").touch()
+        return subprocess.Popen(
+            self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
+        )
+
+    def _command(self) -> list[str]:
+        job, platform, directory = self._job, self.kernel.platform, self._directory
+        cpu = [] if "-cpu" in platform.qemu else ["-cpu", "max"]
+        accelerators = ["-accel", "tcg,thread=multi"]
+        disk = []
+        if job.world:
+            drive = f"file={job.world},format=raw,if=none,id=world,snapshot=on"
+            disk = ["-drive", drive, "-device", "virtio-blk-pci,drive=world"]
+        return [
+            "setpriv", "--pdeathsig", "KILL", "--",  # or a guest would outlive a lab that was killed
+            *platform.qemu, *cpu, *accelerators,
+            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
+            "-m", str(job.memory_mb), "-smp", str(job.cpus),
+            "-kernel", str(self.kernel.image), "-initrd", str(directory / "initrd"),
+            "-append", f"console={platform.console} {QUIET} {job.parameters}",
+            "-device", "virtio-serial-pci", "-device", "virtio-rng-pci",
+            "-chardev", f"file,id=files,path={directory / 'files'}",
+            "-device", f"virtserialport,chardev=files,name={FILES_PORT}",
+            "-chardev", f"socket,id=channel,path={directory / 'channel'},server=on,wait=off",
+            "-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT}",
+            *disk,
+        ]  # fmt: skip
+
+    @property
+    def channel(self) -> socket.socket:
+        """The other end of the port that the job has as ``$CHANNEL``.
+
+        Raises:
+            LabError: QEMU did not come up.
+        """
+        if self._channel is None:
+            self._channel = socket.socket(socket.AF_UNIX)
+            for _ in range(100):
+                with contextlib.suppress(OSError):
+                    self._channel.connect(str(self._directory / "channel"))
+                    break
+                self.drain()
+                time.sleep(0.1)
+            else:
+                raise LabError(f"the guest does not come up: {self.console[-800:]}")
+        return self._channel
+
+    @property
+    def console(self) -> str:
+        """What it printed so far."""
+        return self._console.decode(errors="replace").replace("\r", "")
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until its time is over."""
+        return self._deadline - time.monotonic()
+
+    def drain(self) -> None:
+        """Take what the console holds."""
+        for chunk in self._chunks(0):
+            self._keep(chunk)
+
+    def wait(self) -> Outcome:
+        """Wait for the job's end, or its time limit's."""
+        for chunk in self._chunks(None):
+            self._keep(chunk)
+        timed_out = self.remaining <= 0
+        self._end()
+        exit_code, files = _unpacked((self._directory / "files").read_bytes())
+        return Outcome(exit_code, self.console, files, time.monotonic() - self._began, timed_out)
+
+    def _keep(self, chunk: bytes) -> None:
+        self._console += chunk
+        if self._echo:
+            sys.stdout.write(chunk.decode(errors="replace"))
+            sys.stdout.flush()
+
+    def _chunks(self, patience: float | None) -> Iterator[bytes]:
+        """What comes from the console, until it closes, time is over, or nothing came for `patience` seconds."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while self.remaining > 0:
+                if not selector.select(self.remaining if patience is None else patience):
+                    return
+                chunk = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    return
+                yield chunk
+
+    def _end(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0 if self.remaining <= 0 else 2)
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def run(kernel: Kernel, job: Job, *, echo: bool = False) -> Outcome:
+    """Boot, run, and wait."""
+    with Guest(kernel, job, echo=echo) as guest:
+        return guest.wait()
+
+
+def _unpacked(stream: bytes) -> tuple[int | None, dict[str, bytes]]:
+    """The exit code and the files in a tar stream that may have been cut off."""
+    files: dict[str, bytes] = {}
+    with contextlib.suppress(tarfile.TarError, EOFError), tarfile.open(fileobj=io.BytesIO(stream)) as archive:
+        for member in archive:
+            content = archive.extractfile(member)
+            if content:
+                files[member.name.removeprefix("./")] = content.read()
+    code = files.pop(".exit-code", None)
+    return (None if code is None else int(code)), files

@@ -1,0 +1,180 @@
+"""The kernels of the lab: which the distribution has, and an unpacked one.
+
+A kernel is asked for as ``7.3``, ``6.1`` (x86-64), ``7.3-arm64-16k`` or ``7.2-ppc64-64k``, and is the newest of that
+series to be had.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vm.apt import Apt, LabError, cache_directory, unpack
+
+SERIES = ("6.1", "6.12", "6.18", "7.0", "7.1", "7.2", "7.3")
+"""The kernels that the x86-64 matrix runs on."""
+
+OTHERS = ("7.3-arm64-16k", "7.2-ppc64-64k")
+"""Kernels of other geometries."""
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A kind of machine.
+
+    Attributes:
+        name: how it is called in a kernel's name; the geometry's name, where it is not x86-64.
+        machine: as ``uname -m`` says.
+        debian: Debian's word for the architecture.
+        flavour: of the kernel packages.
+        compiler: builds the recorder.
+        qemu: the emulator and what it needs to be told of the machine.
+        console: its serial console.
+        headers: the package of the C library that a cross compiler needs, for a message.
+    """
+
+    name: str
+    machine: str
+    debian: str
+    flavour: str
+    compiler: str
+    qemu: tuple[str, ...]
+    console: str
+    needs: str
+
+
+PLATFORMS = {
+    platform.name: platform
+    for platform in (
+        Platform(
+            "x86-64", "x86_64", "amd64", "cloud-amd64", "x86_64-linux-gnu-gcc",
+            ("qemu-system-x86_64", "-M", "q35"), "ttyS0", "qemu-system-x86 gcc",
+        ),
+        Platform(
+            "arm64-16k", "aarch64", "arm64", "arm64-16k", "aarch64-linux-gnu-gcc",
+            ("qemu-system-aarch64", "-M", "virt", "-cpu", "max,lpa2=off"), "ttyAMA0",
+            "qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+        ),
+        Platform(
+            "ppc64-64k", "ppc64le", "ppc64el", "powerpc64le-64k", "powerpc64le-linux-gnu-gcc",
+            ("qemu-system-ppc64", "-M", "pseries", "-cpu", "power9"), "hvc0",
+            "qemu-system-ppc gcc-powerpc64le-linux-gnu libc6-dev-ppc64el-cross",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that is unpacked.
+
+    Attributes:
+        name: as it was asked for.
+        release: of the package, such as ``7.3.4+deb13-cloud-amd64``.
+        platform: what it runs on.
+        root: where it is unpacked.
+    """
+
+    name: str
+    release: str
+    platform: Platform
+    root: Path
+
+    @property
+    def version(self) -> str:
+        """The version alone: ``7.3.4``."""
+        match = re.match(r"[\d.]*\d", self.release)
+        assert match
+        return match[0]
+
+    @property
+    def image(self) -> Path:
+        """The file to boot."""
+        places = [*self.root.glob("boot/vmlinu[xz]-*"), *self.root.glob("usr/lib/modules/*/vmlinu[xz]")]
+        if not places:
+            raise LabError(f"the packages of {self.release} hold no kernel")
+        return places[0]
+
+    @property
+    def modules(self) -> list[Path]:
+        """The files of its modules."""
+        return [*self.root.glob("usr/lib/modules/**/*.ko*"), *self.root.glob("lib/modules/**/*.ko*")]
+
+
+def split_name(name: str) -> tuple[str, Platform]:
+    """The series and the platform in a kernel's name.
+
+    Raises:
+        LabError: no such platform.
+    """
+    series, _, platform = name.partition("-")
+    if (platform or "x86-64") not in PLATFORMS or not re.fullmatch(r"\d+\.\d+(\.\d+)?", series):
+        raise LabError(f"no kernel is called {name!r}: say {', '.join((*SERIES, *OTHERS))}")
+    return series, PLATFORMS[platform or "x86-64"]
+
+
+def releases(name: str) -> list[str]:
+    """The releases of a series that the distribution names, newest first.
+
+    Raises:
+        LabError: package lists cannot be had.
+    """
+    series, platform = split_name(name)
+    pattern = re.compile(rf"linux-image-({re.escape(series)}([.+-].*)?)-{platform.flavour}")
+    names = Apt(platform.debian).names("linux-")
+    found = [match[1] + "-" + platform.flavour for name in names if (match := pattern.fullmatch(name))]
+    return sorted(found, key=_version_key, reverse=True)
+
+
+def fetch(name: str) -> Kernel:
+    """The newest kernel of a series, fetched and unpacked unless it is here.
+
+    Raises:
+        LabError: there is none.
+    """
+    _, platform = split_name(name)
+    apt = Apt(platform.debian)
+    without_modules: list[tuple[str, list[str]]] = []
+    for release in releases(name):
+        packages, complete = _packages(apt, release)
+        if packages and complete:
+            return _unpacked(name, release, apt, packages)
+        if packages:
+            without_modules.append((release, packages))
+    if without_modules:
+        release, packages = without_modules[0]
+        return _unpacked(name, release, apt, packages)
+    raise LabError(f"no kernel {name} is in {', '.join(apt.suites)}")
+
+
+def _unpacked(name: str, release: str, apt: Apt, packages: list[str]) -> Kernel:
+    root = cache_directory() / "kernels" / release
+    if not (root / "unpacked").exists():
+        unpack(apt.download(packages), root)
+        (root / "unpacked").touch()
+    return Kernel(name, release, split_name(name)[1], root)
+
+
+def _packages(apt: Apt, release: str) -> tuple[list[str], bool]:
+    """The packages that make up a kernel, and whether its modules are among them; none if it cannot be had.
+
+    Until 6.19 it is one package; later ``linux-image`` only asks for ``linux-binary`` and ``linux-modules``, and the
+    modules of some are gone from the archive. Such a kernel boots, and has no swap.
+    """
+    image = f"linux-image-{release}"
+    fields = apt.fields(image)
+    if fields is None:
+        return [], False  # known only because some other package speaks of it
+    wanted = re.findall(rf"linux-(?:binary|modules)-{re.escape(release)}(?![\w.-])", fields.get("Depends", ""))
+    named = set(apt.names("linux-"))
+    parts = [part for part in wanted if part in named]
+    if wanted and f"linux-binary-{release}" not in parts:
+        return [], False
+    return [image, *parts], parts == wanted
+
+
+@functools.cache
+def _version_key(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release.partition("-")[0]))
