@@ -12,6 +12,7 @@ from vm.apt import LabError
 from vm.fuzz import Findings, fuzz, write_cases
 from vm.guest import Job, run
 from vm.kernels import OTHERS, SERIES, Kernel, fetch
+from vm.matrix import examine, live_files, table
 
 KERNELS = click.option(
     "-k",
@@ -31,8 +32,7 @@ class Lab(click.Group):
             return super().invoke(context)
         except LabError as error:
             click.echo(f"error: {error}", err=True)
-            context.exit(3)
-            return None
+            sys.exit(3)
 
 
 @click.group(cls=Lab)
@@ -78,7 +78,11 @@ def run_command(names: tuple[str, ...], seconds: float, memory_mb: int, output: 
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the golden files.")
 def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, output: Path) -> None:
     """Record golden cases, one file for each kernel, and replay each at once."""
-    _each(names or ("7.3",), lambda kernel: fuzz(kernel, seed=seed, cases=cases, seconds=seconds, say=_say), output)
+    _each(
+        names or ("7.3",),
+        lambda kernel: fuzz(kernel, seed=seed, cases=cases, seconds=seconds, say=_say, shrink=False),
+        output,
+    )
 
 
 @main.command("fuzz")
@@ -95,6 +99,27 @@ def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, output: Path
         return found
 
     _each(names or ("7.3",), one, output)
+
+
+@main.command()
+@KERNELS
+@click.option("--tests", multiple=True, metavar="WORD", help="Only live tests whose file's name holds it; or `none`.")
+@click.option("--seconds", default=2400.0, show_default=True, help="The time limit for each kernel.")
+@click.option("--verbose", is_flag=True, help="Show what the guests print.")
+def matrix(names: tuple[str, ...], tests: tuple[str, ...], seconds: float, verbose: bool) -> None:
+    """Run mthp's commands and live tests on kernels, and print what came of it as a table."""
+    rows = []
+    for name in names or (*SERIES, *OTHERS[:1]):
+        _say(f"{name}: booting")
+        row = examine(fetch(name), live_files(tests), seconds=seconds, echo=verbose)
+        rows.append(row)
+        for result in row.tests.values():
+            for failure in result.failures:
+                _say(f"{name}: failed: {failure}")
+        if not row.smoke:
+            _say(f"{name}: did not come to an end:\n{row.console}")
+        _say(table(rows))
+    sys.exit(1 if any(row.failed for row in rows) else 0)
 
 
 def _each(names: tuple[str, ...], work: Callable[[Kernel], Findings], output: Path | None) -> None:

@@ -137,7 +137,9 @@ class Apt:
         text = "".join(f'{key} "{value}";\n' for key, value in settings.items())
         text += f'#clear APT::Architectures;\nAPT::Architectures {{ "{self.architecture}"; }};\n'
         # What the machine does after its own installs is no concern of ours, nor may it empty our cache.
-        text += "#clear DPkg::Post-Invoke;\n#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n"
+        text += (
+            "#clear DPkg::Post-Invoke;\n#clear APT::Update::Post-Invoke;\n#clear APT::Update::Post-Invoke-Success;\n"
+        )
         (self.root / "apt.conf").write_text(text)
 
     def _run(self, command: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -187,8 +189,9 @@ class Apt:
         """
         self.refresh()
         plan = self._run(["apt-get", "install", "--simulate", *packages]).stdout
-        names = re.findall(r"^Inst (\S+)", plan, re.MULTILINE)
-        return self.download([name.partition(":")[0] for name in names])
+        self._run(["apt-get", "install", "--download-only", *packages])
+        found = re.findall(r"^Inst (\S+) \((\S+) .*\[(\w+)\]\)", plan, re.MULTILINE)
+        return [self.pool() / f"{name}_{version.replace(':', '%3a')}_{kind}.deb" for name, version, kind in found]
 
 
 def unpack(files: Sequence[Path], root: Path) -> None:

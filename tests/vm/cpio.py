@@ -39,7 +39,7 @@ class Archive:
         self.directory(str(Path(name).parent))
         self._add(name, stat.S_IFLNK | 0o777, target.encode())
 
-    def bytes(self) -> bytes:
+    def packed(self) -> bytes:
         """The archive."""
         return b"".join([*self._parts, _entry(_TRAILER, 0, 0, b"")])
 

@@ -32,20 +32,23 @@ class Findings:
         cases: golden cases, all that were recorded.
         mismatches: of those that differ, the smallest variant: the case, and how it differs.
         refused: how often a case could not be staged, by the reason.
+        passing: differences that the same case did not show again: something else on the machine held a page.
         states: cases in which a state occurs.
     """
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     mismatches: list[tuple[dict[str, Any], CaseReport]] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
+    passing: int = 0
     states: Counter[str] = field(default_factory=Counter)
 
     @property
     def summary(self) -> str:
         """One line, as the replay's."""
         differing = len(self.mismatches)
-        refused = f", refused {self.refused.total()}" if self.refused else ""
-        return f"cases {len(self.cases)}, match {len(self.cases) - differing}, mismatch {differing}{refused}"
+        others = f", refused {self.refused.total()}" if self.refused else ""
+        others += f", passing {self.passing}" if self.passing else ""
+        return f"cases {len(self.cases)}, match {len(self.cases) - differing}, mismatch {differing}{others}"
 
 
 def fuzz(kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, shrink: bool = True) -> Findings:
@@ -119,10 +122,14 @@ def _specs(kernel: Kernel, lab: _Lab, seed: int) -> Iterator[Spec]:
 def _one(lab: _Lab, spec: Spec, name: str, found: Findings, say: Say, *, shrink: bool) -> None:
     try:
         case = lab.record(spec, name)
+        report = replay_case(case)
+        if report.mismatches:
+            case = lab.record(spec, name)
+            report = replay_case(case)
+            found.passing += not report.mismatches
     except RefusedError as error:
         found.refused[str(error)] += 1
         return
-    report = replay_case(case)
     found.cases.append(case)
     found.states.update({state.rstrip("~").partition(":")[0] for state in spec.states})
     if not report.mismatches:

@@ -1,7 +1,7 @@
 """A machine under QEMU that boots a kernel, runs one job, brings its files back, and ends in time.
 
-KVM is used where it works for the guest's architecture, else QEMU translates (TCG). The guest has no network and no
-disk but a copy-on-write view of the `world`. Whatever it does, its process is gone when the `with` block is left.
+QEMU translates (TCG): nested KVM often does not work, and what the lab does takes seconds either way. The guest has
+neither network nor disk. Whatever it does, its process is gone when the ``with`` block is left.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from vm.apt import LabError
 from vm.initramfs import CHANNEL_PORT, FILES_PORT, build, job_archive
 from vm.kernels import Kernel
+from vm.world import project, world
 
 QUIET = "quiet loglevel=3 panic=-1 random.trust_cpu=on"
 
@@ -36,7 +37,7 @@ class Job:
     Attributes:
         script: a shell script; what it leaves in ``/out`` comes back.
         files: files beside it, by name.
-        world: a disk to have as ``/dev/vda``, written to only for the guest's own eyes.
+        with_python: have the `world` and the project, at ``/mthp``.
         seconds: its time limit, the boot included.
         memory_mb: of the machine, in MiB.
         cpus: of the machine.
@@ -45,7 +46,7 @@ class Job:
 
     script: str
     files: dict[str, bytes] = field(default_factory=dict)
-    world: Path | None = None
+    with_python: bool = False
     seconds: float = 120
     memory_mb: int = 1024
     cpus: int = 1
@@ -109,7 +110,11 @@ class Guest:
         job, platform = self._job, self.kernel.platform
         if not shutil.which(platform.qemu[0]):
             raise LabError(f"no {platform.qemu[0]}: apt-get install {platform.needs}")
-        (self._directory / "initrd").write_bytes(build(self.kernel) + job_archive(job.script, job.files))
+        archives = [world(platform)] if job.with_python else []
+        files = {f"mthp/{name}": data for name, data in (project() if job.with_python else {}).items()}
+        files |= {f"job/{name}": data for name, data in job.files.items()}
+        archives += [build(self.kernel), job_archive(job.script, files)]
+        (self._directory / "initrd").write_bytes(b"".join(archives))
         (self._directory / "files").touch()
         return subprocess.Popen(
             self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
@@ -119,10 +124,6 @@ class Guest:
         job, platform, directory = self._job, self.kernel.platform, self._directory
         cpu = [] if "-cpu" in platform.qemu else ["-cpu", "max"]
         accelerators = ["-accel", "tcg,thread=multi"]
-        disk = []
-        if job.world:
-            drive = f"file={job.world},format=raw,if=none,id=world,snapshot=on"
-            disk = ["-drive", drive, "-device", "virtio-blk-pci,drive=world"]
         return [
             "setpriv", "--pdeathsig", "KILL", "--",  # or a guest would outlive a lab that was killed
             *platform.qemu, *cpu, *accelerators,
@@ -135,7 +136,6 @@ class Guest:
             "-device", f"virtserialport,chardev=files,name={FILES_PORT}",
             "-chardev", f"socket,id=channel,path={directory / 'channel'},server=on,wait=off",
             "-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT}",
-            *disk,
         ]  # fmt: skip
 
     @property

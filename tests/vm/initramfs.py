@@ -27,9 +27,10 @@ FILES_PORT, CHANNEL_PORT = "mthp.files", "mthp.channel"
 
 _HERE = Path(__file__).parent
 
-_INIT = """#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin HOME=/root
+_INIT = """#!/busybox/busybox sh
+/busybox/busybox --install -s /busybox
+export PATH=/usr/bin:/busybox HOME=/root
+[ -e /bin ] || ln -s busybox /bin
 mkdir -p /proc /sys /dev /tmp /out /root
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -68,8 +69,8 @@ def build(kernel: Kernel) -> bytes:
     """
     recorder = compiled_recorder(kernel.platform)
     archive = Archive()
-    archive.file("bin/busybox", _busybox(kernel.platform).read_bytes(), 0o755)
-    archive.file("bin/recorder", recorder.read_bytes(), 0o755)
+    archive.file("busybox/busybox", _busybox(kernel.platform).read_bytes(), 0o755)
+    archive.file("busybox/recorder", recorder.read_bytes(), 0o755)
     words = {"SWAP_KB": str(SWAP_KB), "FILES": FILES_PORT, "CHANNEL": CHANNEL_PORT}
     archive.file("init", re.sub(r"@(\w+)@", lambda match: words[match[1]], _INIT).encode(), 0o755)
     for directory in ("dev", "proc", "sys", "job"):
@@ -78,16 +79,16 @@ def build(kernel: Kernel) -> bytes:
     for name, data in modules:
         archive.file(f"modules/{name}", data)
     archive.file("modules/order", "\n".join(name for name, _ in modules).encode())
-    return archive.bytes()
+    return archive.packed()
 
 
 def job_archive(script: str, files: dict[str, bytes] | None = None) -> bytes:
-    """An archive with a job: the shell script ``/job/run``, and files beside it."""
+    """An archive with a job: the shell script ``/job/run``, and other files by their paths."""
     archive = Archive()
     for name, data in (files or {}).items():
-        archive.file(f"job/{name}", data, 0o755)
+        archive.file(name, data, 0o755)
     archive.file("job/run", script.encode(), 0o755)
-    return archive.bytes()
+    return archive.packed()
 
 
 def compiled_recorder(platform: Platform) -> Path:
@@ -103,7 +104,7 @@ def compiled_recorder(platform: Platform) -> Path:
     if not shutil.which(platform.compiler):
         raise LabError(f"no {platform.compiler} to compile the recorder: apt-get install {platform.needs}")
     binary.parent.mkdir(parents=True, exist_ok=True)
-    command = [platform.compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", binary, source]
+    command = [platform.compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", str(binary), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LabError(f"the recorder does not compile: {done.stderr[-800:]}")

@@ -947,6 +947,7 @@ int main(int argc, char **argv)
 	MUST(kpageflags);
 	MUST(kpagecount);
 	try_write("/sys/kernel/mm/lru_gen/enabled", "y");
+	try_write("/proc/sys/vm/page-cluster", "0"); /* kernels before 7.0 read ahead what a fork shares */
 	write_text(TRACE "events/huge_memory/enable", "1");
 	occupy_khugepaged();
 	FILE *in = fdopen(dup(out_fd), "r");

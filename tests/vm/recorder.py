@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from mthp.geometry import GEOMETRIES, Geometry
@@ -159,13 +158,13 @@ class Recorder:
 @contextmanager
 def recorder(kernel: Kernel, seconds: float) -> Iterator[Recorder]:
     """A guest with the recorder in it, for so long."""
-    job = Job("exec /bin/recorder $CHANNEL", seconds=seconds, memory_mb=768)
+    job = Job("exec recorder $CHANNEL", seconds=seconds, memory_mb=768)
     with Guest(kernel, job) as guest:
         found = Recorder(guest)
         yield found
         try:
             found.quit()
-        except (OSError, socket.timeout):
+        except (TimeoutError, OSError):
             return
 
 
@@ -204,7 +203,7 @@ def golden_case(spec: Spec, answer: dict[str, Any], version: str, geometry: Geom
     looks = [_Look(raw["look"], spec) for raw in answer["passes"]]
     orders = [runs_of(look.orders) for look in looks]
     case["after"] = orders[0]
-    for number, (one, other) in enumerate(zip(orders, orders[1:], strict=False), 2):
+    for number, (one, other) in enumerate(pairwise(orders), 2):
         if one != other:
             case[f"after_pass{number}"] = other
     if before.swap:
@@ -244,10 +243,9 @@ def _events(lines: list[str], pmd_order: int) -> tuple[dict[str, Any] | None, Ru
     """The scan, and the other events, each with how often it came in succession."""
     scan, rows = None, []
     for line in lines:
-        for name, pattern in _TRACE.items():
-            if match := pattern.match(line):
-                break
-        else:
+        matches = ((name, pattern.match(line)) for name, pattern in _TRACE.items())
+        name, match = next(((name, match) for name, match in matches if match), ("", None))
+        if match is None:
             continue
         if name == "scan":
             referenced, none_or_zero, status, unmapped = match.groups()

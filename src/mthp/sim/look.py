@@ -188,7 +188,7 @@ class _Looker:
     def page_itself(self, vma: SimVma, *, forced: bool) -> None:
         """What is looked at before anything is counted: write-protected pages, pages of a driver, clean lazyfree."""
         bits = self._ptes.bits[self._offsets]
-        if not forced and not vma.droppable:
+        if self._parts.lazyfree_stops and not forced and not vma.droppable:
             lazyfree = (self._folio_flags & (Fl.ANON | Fl.SWAPBACKED)) == Fl.ANON
             self.page(lazyfree & ((bits & P.DIRTY) == 0), ScanResult.PAGE_LAZYFREE)
         self.page(~self.folio_has(Fl.ANON), ScanResult.PAGE_ANON)

@@ -60,6 +60,7 @@ class Machine(SystemCalls):
         costs: what things take, of simulated time.
         node_distances: of every node to every node, as in ``/sys/devices/system/node/node0/distance``; by default 20.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
+        lazyfree_stops: khugepaged leaves ranges with clean lazyfree pages alone, as Linux 7.1 and later do.
 
     Raises:
         UsageError: there is no policy of that name, a node without a frame, or a limit out of range.
@@ -82,6 +83,7 @@ class Machine(SystemCalls):
         costs: Costs | None = None,
         node_distances: Sequence[Sequence[int]] | None = None,
         mthp_min_order: int | None = None,
+        lazyfree_stops: bool = True,
     ) -> None:
         counters = Counters(geometry)
         memory = Memory(geometry, node_frames or [64 * geometry.ptes_per_pmd], counters, node_distances)
@@ -96,6 +98,7 @@ class Machine(SystemCalls):
             counters,
             Trace(),
             Clock(costs),
+            lazyfree_stops=lazyfree_stops,
         )
         self.policy = policy_named(policy)
         chunk_order = min(DEFAULT_MTHP_MIN_ORDER, geometry.pmd_order) if mthp_min_order is None else mthp_min_order

@@ -54,6 +54,7 @@ class Parts:
         anon_vmas: numbers of anon_vmas given out so far.
         reclaim_at: number of the address space, and address in it, where reclaim goes on.
         hook: lets other actors in between the steps of a collapse.
+        lazyfree_stops: khugepaged leaves ranges with clean lazyfree pages alone, as Linux 7.1 and later do.
     """
 
     geometry: Geometry
@@ -73,6 +74,7 @@ class Parts:
     reclaim_at: tuple[int, int] = (0, 0)
     anon_vmas: int = 0
     hook: Hook | None = None
+    lazyfree_stops: bool = True
 
     def let_in(self, step: Step, mm: Mm, address: int, order: int) -> None:
         """Give other actors their turn."""

@@ -23,6 +23,12 @@ from mthp.sim.memory import Fl
 from mthp.sim.mm import DROPPABLE, HUGEPAGE, LOCKED, NOHUGEPAGE, UFFD_MISSING, UFFD_WP, Mm, P, Pmd, Ptes
 from mthp.tunables import Switches, Tunables
 
+MTHP_COLLAPSE = (7, 2)
+"""The first release whose khugepaged collapses to orders below PMD order, and counts per size what it does."""
+
+LAZYFREE_STOPS = (7, 1)
+"""The first release whose khugepaged leaves ranges with clean lazyfree pages alone."""
+
 _VMA_WORDS = {
     "uffd_wp_registered": UFFD_WP,
     "uffd_missing_registered": UFFD_MISSING,
@@ -66,6 +72,18 @@ _FOLIO_FLAGS = {"r": Fl.REFERENCED, "m": Fl.MLOCKED}
 Runs = list[list[Any]]
 
 
+def release_of(case: dict[str, Any]) -> tuple[int, int]:
+    """Major and minor number of the kernel that a case was recorded on; the newest that is known if it names none.
+
+    Raises:
+        UsageError: what it names is no release.
+    """
+    numbers = str(case.get("kernel", "7.3")).split(".")[:2]
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise UsageError(f"kernel {case['kernel']!r} is no release", help="use two or three numbers: 7.3.4")
+    return int(numbers[0]), int(numbers[1])
+
+
 def runs_of(values: Iterable[Any]) -> Runs:
     """Run lengths: [value, count] of equal neighbours."""
     return [[value, len(list(group))] for value, group in groupby(values)]
@@ -104,6 +122,7 @@ class Stage:
         geometry = geometry_named(case["geometry"]) if "geometry" in case else X86_64
         self.n = geometry.ptes_per_pmd
         self.forced = case["trigger"] == "madvise"
+        release = release_of(case)
         states = _expanded(case, "before", self.n)
         orders = {state: _order_of(state, geometry.pmd_order) for state in set(states)}
         self._kinds = np.array([state.partition(":")[0] for state in states])
@@ -117,6 +136,8 @@ class Stage:
             node_frames=[24 << max(geometry.pmd_order, 10)],
             swap_slots=int(self._slots.max()),
             switches=Switches("madvise", dict.fromkeys(case["orders_enabled"], "madvise")),
+            policy="mainline" if release >= MTHP_COLLAPSE else "pmd-only",
+            lazyfree_stops=release >= LAZYFREE_STOPS,
             tunables=Tunables.defaults(geometry).replaced(
                 geometry, **{name: case[name] for name in ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")}
             ),

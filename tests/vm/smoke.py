@@ -1,0 +1,147 @@
+"""Runs in a guest: every command of mthp that matters there, once, on a target that knows what it wrote.
+
+``python3 -m vm.smoke FILE`` writes a JSON object: for each command a short sentence of what it did, or ``FAILED``
+and why. Needs nothing but the package and the standard library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mthp.linux.sysfs import ThpSysfs
+
+RANGES = 4
+"""PMD ranges of the target."""
+
+_TARGET = """
+import ctypes, mmap, sys
+ranges, pmd, page = map(int, sys.argv[1:4])
+memory = mmap.mmap(-1, (ranges + 1) * pmd, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+first = -start % pmd
+libc = ctypes.CDLL(None)
+libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+libc.madvise(start + first, ranges * pmd, 15)  # MADV_NOHUGEPAGE: base pages, whatever the switches
+for i in range(0, ranges * pmd, page):
+    memory[first + i:first + i + 8] = (i + 1).to_bytes(8, "little")
+libc.madvise(start + first, ranges * pmd, 14)
+print(start + first, flush=True)
+for line in sys.stdin:
+    wrong = sum(memory[first + i:first + i + 8] != (i + 1).to_bytes(8, "little") for i in range(0, ranges * pmd, page))
+    print("intact" if not wrong else f"{wrong} pages are wrong", flush=True)
+"""
+
+
+class _Target:
+    """A process with a few PMD ranges of written base pages."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.pid = process.pid
+        assert process.stdout
+        self.address = int(process.stdout.readline())
+
+    def check(self) -> str:
+        """``intact``, or what is not."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write("check\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def _target() -> Iterator[_Target]:
+    pmd = ThpSysfs().geometry().pmd_size
+    command = [sys.executable, "-c", _TARGET, str(RANGES), str(pmd), str(mmap.PAGESIZE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield _Target(process)
+        finally:
+            process.kill()
+
+
+def _mthp(*arguments: object, codes: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    words = [str(argument) for argument in arguments]
+    command = [sys.executable, "-m", "mthp", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in codes:
+        raise AssertionError(f"exit code {done.returncode}: {(done.stderr or done.stdout)[-300:]}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def doctor() -> str:
+    """What is not ok here."""
+    checks = _mthp("doctor")["checks"]
+    lacking = [check["key"] for check in checks if check["state"] == "missing"]
+    return f"{len(checks)} checks, missing: {', '.join(lacking) or 'none'}"
+
+
+def inspect() -> str:
+    """The orders that are seen."""
+    with _target() as target:
+        _mthp("inspect", target.pid)
+    return "ok"
+
+
+def plan() -> str:
+    """How much of the target would be collapsed."""
+    with _target() as target:
+        answer = _mthp("plan", target.pid)
+    planned = sum(answer["folios_by_order"].values())
+    assert planned >= RANGES, answer["folios_by_order"]
+    return "ok"
+
+
+def collapse() -> str:
+    """The target, to the PMD order."""
+    with _target() as target:
+        answer = _mthp("collapse", target.pid, "--orders", _pmd_label(), codes=(0, 1))
+        assert answer["collapsed_ranges"] + answer["unchanged_ranges"] >= RANGES, answer["failed_ranges"]
+        assert target.check() == "intact"
+        huge = _anon_huge_kb(target)
+    assert huge >= RANGES * ThpSysfs().geometry().pmd_size >> 10, huge
+    return "ok"
+
+
+def _pmd_label() -> str:
+    geometry = ThpSysfs().geometry()
+    return geometry.label(geometry.pmd_order)
+
+
+def _anon_huge_kb(target: _Target) -> int:
+    text = Path(f"/proc/{target.pid}/smaps_rollup").read_text()
+    return int(text.partition("AnonHugePages:")[2].split()[0])
+
+
+COMMANDS: dict[str, Callable[[], str]] = {
+    "doctor": doctor,
+    "inspect": inspect,
+    "plan": plan,
+    "collapse": collapse,
+}
+
+
+def main(file: str) -> int:
+    """Run all; write the report; 1 if one failed."""
+    report = {}
+    for name, command in COMMANDS.items():
+        try:
+            report[name] = command()
+        except (AssertionError, OSError, KeyError, ValueError) as error:
+            report[name] = f"FAILED: {error!r}"
+        print(f"{name}: {report[name]}", flush=True)
+    Path(file).write_text(json.dumps(report))
+    return int(any(word.startswith("FAILED") for word in report.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
