@@ -80,7 +80,7 @@ def _mthp(*arguments: object, codes: tuple[int, ...] = (0,)) -> dict[str, Any]:
 
 def doctor() -> str:
     """What is not ok here."""
-    checks = _mthp("doctor")["checks"]
+    checks = _mthp("doctor")["findings"]
     lacking = [check["key"] for check in checks if check["state"] == "missing"]
     return f"{len(checks)} checks, missing: {', '.join(lacking) or 'none'}"
 

@@ -11,6 +11,9 @@ of a folio is then known only where a PMD entry maps it, and lazily freed pages 
 
 The three are read one after the other while the process runs, so they may disagree about a page that changed in
 between. Each is right about its moment, and nothing is concluded from two of them that would do harm if wrong.
+
+Before Linux 6.7 there is no PAGEMAP_SCAN. What PMD entries map is then told from smaps, which says how much of a
+mapping they map, but not where: see :meth:`ColumnReader._told_by_smaps`.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.kpageflags import FolioReader, states_of
 from mthp.linux.pagemap import Pagemap, states
+from mthp.linux.procfs import read_smaps
 
 _PFRAME_MASK = np.uint64(abi.PM_PFRAME_MASK)
 _PRESENT = np.uint16(Pte.PRESENT)
@@ -134,7 +138,7 @@ class ColumnReader:
     ) -> None:
         """Add to `state` and `order` what kpageflags says of the frames `pfn`."""
         singly = (state & _PRESENT) != 0
-        huge = self._pmd_mapped(segments, pfn, state)
+        huge = self._pmd_mapped(folios, segments, pfn, state)
         if len(huge):
             heads = pfn[huge.index] - (huge.page % self._geometry.ptes_per_pmd).astype(np.uint64)
             flags = folios.words_at(heads)
@@ -150,11 +154,11 @@ class ColumnReader:
             state[chosen] |= states_of(flags)
         _share_whole_folios(pfn, state, order)
 
-    def _pmd_mapped(self, segments: Sequence[Segment], pfn: NDArray[np.uint64], state: NDArray[np.uint16]) -> Windows:
+    def _pmd_mapped(
+        self, folios: FolioReader, segments: Sequence[Segment], pfn: NDArray[np.uint64], state: NDArray[np.uint16]
+    ) -> Windows:
         """The windows that a PMD entry maps."""
         windows = windows_of(segments, self._geometry)
-        if not self._pagemap.can_scan:
-            return windows.where(np.zeros(len(windows), np.bool_))
         n = self._geometry.ptes_per_pmd
         last = windows.index + windows.count - 1
         first_pfn, last_pfn = pfn[windows.index].view(np.int64), pfn[last].view(np.int64)
@@ -164,11 +168,34 @@ class ColumnReader:
         windows = windows.where(likely)
         if not len(windows):
             return windows
+        if not self._pagemap.can_scan:
+            return self._told_by_smaps(folios, windows, pfn)
         regions = self.huge_regions(windows)
         if not len(regions):
             return windows.where(np.zeros(len(windows), np.bool_))
         at = np.maximum(np.searchsorted(regions[:, 0], windows.page, side="right") - 1, 0)
         return windows.where((regions[at, 0] <= windows.page) & (windows.page < regions[at, 1]))
+
+    def _told_by_smaps(self, folios: FolioReader, windows: Windows, pfn: NDArray[np.uint64]) -> Windows:
+        """Of `windows` whose frames lie as one PMD entry would map them, those that one does map, for want of a scan.
+
+        They must lie in one folio of PMD order, and in a mapping of which smaps says that PMD entries map something.
+        Such a folio that PTEs map, beside one in the same mapping that a PMD entry maps, is taken for the other: no
+        interface of these kernels tells them apart.
+        """
+        orders = folios.read(pfn[windows.index])[1]
+        huge = [vma for vma, totals in read_smaps(self._pagemap.process) if totals.pmd_mapped]
+        windows = windows.where(orders >= self._geometry.pmd_order)
+        return self._within(windows, [(vma.start, vma.end) for vma in huge])
+
+    def _within(self, windows: Windows, parts: Sequence[Segment]) -> Windows:
+        """Those of `windows` that begin within one of `parts`, which ascend."""
+        size = self._geometry.page_size
+        bounds = np.array([(start // size, end // size) for start, end in parts], np.int64).reshape(-1, 2)
+        at = np.searchsorted(bounds[:, 0], windows.page, side="right") - 1
+        inside = at >= 0
+        inside[inside] = windows.page[inside] < bounds[at[inside], 1]
+        return windows.where(inside)
 
     def huge_regions(self, windows: Windows) -> _Index:
         """Runs that PMD entries map, within `windows`: int64, shape (runs, 2), page numbers, ascending."""
@@ -201,6 +228,7 @@ class ColumnReader:
     def _paint_scanned(self, segments: Sequence[Segment], state: NDArray[np.uint16], order: NDArray[np.int8]) -> None:
         """Add to `state` and `order` what PAGEMAP_SCAN says, for want of frame numbers."""
         if not self._pagemap.can_scan:
+            self._paint_wholly_huge(segments, state, order)
             return
         page_size = self._geometry.page_size
         offset = 0
@@ -218,6 +246,19 @@ class ColumnReader:
                 state[huge] |= _PMD_MAPPED
                 order[huge] = self._geometry.pmd_order
             offset += (segment[1] - segment[0]) // page_size
+
+
+    def _paint_wholly_huge(
+        self, segments: Sequence[Segment], state: NDArray[np.uint16], order: NDArray[np.int8]
+    ) -> None:
+        """Add what smaps alone tells: the mappings in which PMD entries map every PMD range."""
+        found = read_smaps(self._pagemap.process)
+        ranges = [(vma.pmd_ranges(self._geometry), totals.pmd_mapped) for vma, totals in found if totals.pmd_mapped]
+        whole = [(start, end) for (start, end), mapped in ranges if mapped == end - start]
+        pages = self._within(windows_of(segments, self._geometry), whole).indices()
+        pages = pages[(state[pages] & _PRESENT) != 0]
+        state[pages] |= _PMD_MAPPED
+        order[pages] = self._geometry.pmd_order
 
 
 def _share_whole_folios(pfn: NDArray[np.uint64], state: NDArray[np.uint16], order: NDArray[np.int8]) -> None:

@@ -281,7 +281,7 @@ def _kpageflags(facts: _Facts) -> _Answer:
 def _pagemap_scan(facts: _Facts) -> _Answer:
     if facts.probed.pagemap_scan:
         return _Answer(State.OK, "works; it tells what is mapped by PMD entries, and the zero page")
-    what = "not there; what is mapped by PMD entries, and without page frame numbers the zero page, is not seen"
+    what = "not there; where PMD entries map is told from smaps, and the zero page from page frame numbers alone"
     return _Answer(State.MISSING, what, "Linux 6.7 or later with CONFIG_PROC_PAGE_MONITOR")
 
 

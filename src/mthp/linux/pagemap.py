@@ -40,6 +40,7 @@ class Pagemap:
         process: whose; it stays the caller's.
 
     Attributes:
+        process: whose.
         can_scan: whether this kernel has PAGEMAP_SCAN.
 
     Raises:
@@ -49,7 +50,7 @@ class Pagemap:
     """
 
     def __init__(self, process: Process) -> None:
-        self._process = process
+        self.process = process
         self._page_size = os.sysconf("SC_PAGESIZE")
         self._fd = process.open("pagemap")
         self.can_scan = self._probe_scan()
@@ -77,10 +78,10 @@ class Pagemap:
             try:
                 size = os.preadv(self._fd, [words[done:].data], offset)
             except OSError as error:
-                self._process.fail(error, "pagemap")
+                self.process.fail(error, "pagemap")
             done += size // abi.PM_ENTRY_BYTES
             if size == 0:
-                self._process.check_memory()
+                self.process.check_memory()
                 if reopened:
                     words[done:] = 0
                     return
@@ -88,7 +89,7 @@ class Pagemap:
                 reopened = True
 
     def _reopen(self) -> None:
-        fd = self._process.open("pagemap")
+        fd = self.process.open("pagemap")
         os.close(self._fd)
         self._fd = fd
 
@@ -115,7 +116,7 @@ class Pagemap:
                 if error.errno == errno.EFAULT:
                     # Above the addresses that a process can have.
                     break
-                self._process.fail(error, "PAGEMAP_SCAN")
+                self.process.fail(error, "PAGEMAP_SCAN")
             if count:
                 yield regions[:count].copy()
             if count < len(regions):
@@ -123,7 +124,7 @@ class Pagemap:
                 # there where that was last full (do_pagemap_scan, seen on 6.18).
                 break
             start = walk_end
-        self._process.check_alive()
+        self.process.check_alive()
 
     def _scan_once(
         self, regions: NDArray[np.uint64], start: int, end: int, any_of: int, all_of: int
@@ -147,7 +148,7 @@ class Pagemap:
         except OSError as error:
             if error.errno in _NO_IOCTL:
                 return False
-            self._process.fail(error, "PAGEMAP_SCAN")
+            self.process.fail(error, "PAGEMAP_SCAN")
         return True
 
     def close(self) -> None:

@@ -54,6 +54,11 @@ class SmapsTotals:
     swap: int
     thp_eligible: bool | None
 
+    @property
+    def pmd_mapped(self) -> int:
+        """Bytes that PMD entries map, of whatever kind."""
+        return self.anon_huge_pages + self.shmem_pmd_mapped + self.file_pmd_mapped
+
 
 def read_vmas(process: Process) -> list[Vma]:
     """The mappings of `process`, by ascending address.
