@@ -247,7 +247,6 @@ class ColumnReader:
                 order[huge] = self._geometry.pmd_order
             offset += (segment[1] - segment[0]) // page_size
 
-
     def _paint_wholly_huge(
         self, segments: Sequence[Segment], state: NDArray[np.uint16], order: NDArray[np.int8]
     ) -> None:
