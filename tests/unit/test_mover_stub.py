@@ -147,6 +147,14 @@ def test_a_machine_without_a_stub_is_refused() -> None:
         machine.by_name("riscv64")
 
 
+def test_an_instruction_is_found_where_one_can_be() -> None:
+    x86, arm = X8664(), Aarch64()
+    assert inject.find_instruction(b"abc" + x86.syscall, x86) == 3
+    assert inject.find_instruction(b"ab" + arm.syscall + b"ab" + arm.syscall, arm) == 8
+    assert inject.find_instruction(b"ab" + arm.syscall, arm) == -1
+    assert inject.find_instruction(b"nothing", x86) == -1
+
+
 def test_a_trampoline_refers_to_its_own_context() -> None:
     defines = _defines()
     for index in (0, 1, LAYOUT.threads - 1):

@@ -75,6 +75,7 @@ class Aarch64(Machine):
     pc, sp, number, result = _PC, _SP, _X8, _X0
     arguments = (0, 1, 2, 3, 4, 5)
     syscall = b"\x01\x00\x00\xd4"
+    alignment = 4
     calls = MappingProxyType(
         {
             "ioctl": 29,

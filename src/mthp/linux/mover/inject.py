@@ -39,6 +39,7 @@ from typing import Self
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError
 from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.machine import Machine
 from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.mover.tracee import Tracee
 
@@ -169,12 +170,20 @@ def _syscall_address(frozen: FrozenProcess) -> int:
         if line.endswith(b"[vdso]"):
             start, _, end = line.split()[0].partition(b"-")
             base = int(start, 16)
-            offset = frozen.read(base, int(end, 16) - base).find(frozen.machine.syscall)
+            offset = find_instruction(frozen.read(base, int(end, 16) - base), frozen.machine)
             if offset >= 0:
                 return base + offset
     raise UnsupportedError(
         f"process {frozen.process.label} has no vdso", help="the mover needs its syscall instruction (vdso=1)"
     )
+
+
+def find_instruction(code: bytes, machine: Machine) -> int:
+    """Where in `code`, which begins on a page, the machine's system call instruction is; -1 if nowhere."""
+    offset = code.find(machine.syscall)
+    while offset % machine.alignment and offset >= 0:
+        offset = code.find(machine.syscall, offset + 1)
+    return offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ class Machine(abc.ABC):
         number, result: columns of a system call's number and its result.
         arguments: those of its arguments.
         syscall: the bytes of the instruction.
+        alignment: of instructions, in bytes.
         calls: numbers of the system calls that the tracer makes, or has the target make.
         red_zone: bytes below the stack pointer that a function may use without moving it.
         code: the stub, assembled.
@@ -58,6 +59,7 @@ class Machine(abc.ABC):
     result: ClassVar[int]
     arguments: ClassVar[tuple[int, ...]]
     syscall: ClassVar[bytes]
+    alignment: ClassVar[int]
     calls: ClassVar[Mapping[str, int]]
     red_zone: ClassVar[int]
     code: ClassVar[bytes]

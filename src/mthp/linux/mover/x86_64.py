@@ -106,6 +106,7 @@ class X8664(Machine):
     pc, sp, number, result = _RIP, COLUMN["rsp"], _RAX, _RAX
     arguments = tuple(COLUMN[name] for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
     syscall = _SYSCALL
+    alignment = 1
     calls = MappingProxyType(
         {
             "close": 3,
