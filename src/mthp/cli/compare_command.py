@@ -11,7 +11,7 @@ from mthp.cli.options import at_option, json_option, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
 from mthp.errors import UsageError
 from mthp.geometry import format_size
-from mthp.targets import open_target
+from mthp.targets import open_target, pid_of
 
 
 @click.command("compare")
@@ -55,6 +55,7 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
             scans=_scans(scans),
             covered=None if covered is None else space.geometry.parse_order(covered),
             processor=Processor.named(options["processor"]),
+            accesses=_accesses(target),
             progress=progress,
         )
         missing = space.missing
@@ -63,6 +64,18 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
         return
     _print(result)
     note(console(), missing)
+
+
+def _accesses(target: str) -> Any:
+    """The trace that the recording `target` was made of, as :func:`compare` takes it; None for other targets."""
+    from mthp.snapshot.stream import is_recording
+
+    if pid_of(target) is not None or not is_recording(target):
+        return None
+    from mthp.snapshot import Recording
+
+    recording = Recording(target)
+    return recording.accesses if next(iter(recording.accesses()), None) is not None else None
 
 
 def _json(result: Any) -> dict[str, Any]:
@@ -115,7 +128,10 @@ def _print(result: Any) -> None:
     cells = [_cells(before | {"setting": "now"}, "")]
     cells += [_cells(row, "yes" if frontier[row["setting"]] else "") for row in shown]
     title = "After one scan" if last == 1 else f"After {last} scans"
-    out.print(table(title, columns, cells, right=set(range(1, 8))))
+    if "tlb_misses" in before:
+        columns.append("page walks")
+        cells = [[*row, f"{shown['tlb_misses']:,}"] for row, shown in zip(cells, [before, *shown], strict=True)]
+    out.print(table(title, columns, cells, right={*range(1, 8), 9}))
     if last > 1:
         lines = [
             [name, *(format_size(row["creep_bytes"]) for row in rows if row["setting"] == name and row["scan"] > 0)]

@@ -18,7 +18,8 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry, format_size
 from mthp.lab.evaluate import Outcome, Progress, Row, evaluate
 from mthp.lab.metrics import coverage_from, share
-from mthp.lab.tlb import Processor
+from mthp.lab.replay import Accesses, misses
+from mthp.lab.tlb import Processor, TlbCounts
 from mthp.planning import PlanOptions
 from mthp.sim.clock import Costs
 
@@ -36,6 +37,8 @@ class Comparison:
         covered: the order from which on a folio counts as covered.
         processor: whose TLB the figures are about.
         costs: what khugepaged's work costs.
+        misses_before, misses: what the target's trace does to that TLB, now and after the last scan under each
+            setting; None and empty if it has no trace.
     """
 
     label: str
@@ -44,23 +47,34 @@ class Comparison:
     covered: int
     processor: Processor
     costs: Costs
+    misses_before: TlbCounts | None = None
+    misses: tuple[TlbCounts, ...] = ()
 
     @property
     def rows(self) -> list[Row]:
         """One row for every setting and scan, the state before included: see :meth:`Outcome.rows`.
 
-        Besides the columns there: ``setting``, the setting's name, and ``coverage``.
+        Besides the columns there: ``setting``, the setting's name, and ``coverage``; with a trace ``tlb_misses``, of
+        the state before and after the last scan, None in between.
         """
         names = self.names
         tlb = {
             "tlb_entries": self.processor.last_level_entries,
             "coalesced_order": self.processor.coalesced_order(self.geometry.page_size),
         }
-        return [
+        rows = [
             {"setting": name} | row | {"coverage": self.coverage(outcome, row["scan"])}
             for name, outcome in zip(names, self.outcomes, strict=True)
             for row in outcome.rows(self.costs, **tlb)
         ]
+        return rows if self.misses_before is None else [row | {"tlb_misses": self._walks(row)} for row in rows]
+
+    def _walks(self, row: Row) -> int | None:
+        """The page walks of the trace in the state that a row is about, if that is known."""
+        if row["scan"] == 0 and self.misses_before is not None:
+            return self.misses_before.walks
+        index = self.names.index(row["setting"])
+        return self.misses[index].walks if row["scan"] == len(self.outcomes[index].scans) - 1 else None
 
     @property
     def names(self) -> list[str]:
@@ -107,6 +121,7 @@ class Comparison:
         sentences = [f"On the frontier of {size} coverage against bloat: {'; '.join(told)}."]
         sentences += self._beaten()
         sentences += self._creep()
+        sentences += self._trace()
         return sentences
 
     def _beaten(self) -> list[str]:
@@ -147,6 +162,16 @@ class Comparison:
             return ["No setting creeps: no scan after the first adds memory."]
         return []
 
+    def _trace(self) -> list[str]:
+        """A sentence on the page walks of the trace."""
+        if self.misses_before is None:
+            return []
+        told = (f"{counts.walks:,} ({name})" for name, counts in zip(self.names, self.misses, strict=True))
+        return [
+            f"On {self.processor.title}, the {self.misses_before.accesses:,} accesses of the trace that go to another"
+            f" page than the one before take {self.misses_before.walks:,} page walks as it is; {', '.join(told)}."
+        ]
+
     def _bytes(self, pages: int) -> str:
         return format_size(pages * self.geometry.page_size)
 
@@ -169,6 +194,7 @@ def compare(
     covered: int | None = None,
     processor: Processor | None = None,
     costs: Costs | None = None,
+    accesses: Accesses | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare `settings` on the memory of `space`; see :func:`mthp.lab.evaluate.evaluate`.
@@ -176,6 +202,7 @@ def compare(
     Args:
         covered: the order from which on a folio counts as covered; the PMD order by default.
         processor: whose TLB the figures are about.
+        accesses: the trace that the memory was recorded from, if there is one.
 
     Raises:
         UsageError: no settings; fewer than one scan; an unknown policy, order or limit.
@@ -186,13 +213,18 @@ def compare(
     if scans is not None and scans < 1:
         raise UsageError(f"{scans} scans are too few", help="1 shows what the next scan would do; all, where it ends")
     geometry = space.geometry
+    processor = processor or Processor.named("skylake")
+    outcomes = evaluate(space, settings, scans=scans, progress=progress)
+    before, after = (None, []) if accesses is None else misses(space, settings, accesses, processor, scans)
     return Comparison(
         label=space.label,
         geometry=geometry,
-        outcomes=tuple(evaluate(space, settings, scans=scans, progress=progress)),
+        outcomes=tuple(outcomes),
         covered=geometry.pmd_order if covered is None else geometry.check_order(covered),
-        processor=processor or Processor.named("skylake"),
+        processor=processor,
         costs=costs or Costs(),
+        misses_before=before,
+        misses=tuple(after),
     )
 
 

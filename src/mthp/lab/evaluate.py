@@ -246,6 +246,16 @@ def _at(scans: Sequence[Counts], index: int) -> Counts:
     return scans[min(index, len(scans) - 1)]
 
 
+def settled(planes: Planes, policy: Policy, rules: Rules, limit: int) -> Planes:
+    """Some PMD ranges as they are once a scan makes nothing any more, or after `limit` scans."""
+    for _ in range(limit):
+        plan = plan_planes(planes, policy, rules)
+        if not plan.made.any():
+            break
+        planes, _ = carried_out(planes, plan)
+    return planes
+
+
 def history(planes: Planes, before: Counts, policy: Policy, rules: Rules, limit: int) -> list[Counts]:
     """Take some PMD ranges through scans until one makes nothing, or `limit` are done.
 

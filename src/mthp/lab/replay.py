@@ -1,0 +1,107 @@
+"""A trace of accesses replayed against the memory that each of some settings makes, for the model of the TLB.
+
+The memory is that of the trace's last step, taken through all scans at once and then left alone: what is compared is
+the folios, not when they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import AddressSpace, in_blocks
+from mthp.collapse.occupancy import Planes
+from mthp.collapse.policy import policy_named
+from mthp.lab.evaluate import BLOCK_RANGES, MAX_SCANS, settled
+from mthp.lab.tlb import Processor, Tlb, TlbCounts
+from mthp.planning import PlanOptions, base_rules, jobs_of, read_planes
+
+Accesses = Callable[[], Iterable[NDArray[np.int64]]]
+"""Gives the page numbers of a trace, in order, from its beginning: int64, shape (accesses,), a part at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """How pages are mapped, by ascending page number. What is not there is a base page.
+
+    Attributes:
+        page: int64, shape (pages,): page numbers.
+        order: int8, the same shape: order of the folio.
+        huge: bool, the same shape: a PMD entry maps it.
+    """
+
+    page: NDArray[np.int64]
+    order: NDArray[np.int8]
+    huge: NDArray[np.bool_]
+
+    def of(self, pages: NDArray[np.int64]) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
+        """Order and huge of some page numbers, in any order: int8 and bool, their shape."""
+        if not len(self.page):
+            return np.zeros(len(pages), np.int8), np.zeros(len(pages), np.bool_)
+        at = np.minimum(np.searchsorted(self.page, pages), len(self.page) - 1)
+        there = self.page[at] == pages
+        return np.where(there, self.order[at], np.int8(0)), there & self.huge[at]
+
+
+def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -> Mapped:
+    """How the large folios of `space` are mapped after some scans under one setting.
+
+    Args:
+        scans: how many; 0 for as it is, None for as many as it takes until nothing changes.
+
+    Raises:
+        UsageError: as :func:`mthp.plan_ranges`.
+        TargetVanishedError: the process exited meanwhile.
+    """
+    policy, base = policy_named(options.policy), base_rules(space, options)
+    jobs, _ = jobs_of(space, options, base)
+    parts: list[Mapped] = []
+    granule = space.geometry.pmd_size
+    for job in jobs:
+        for block in in_blocks(space.populated(job.segments, granule), BLOCK_RANGES * granule):
+            address, planes = read_planes(space, job, block)
+            planes = settled(planes, policy, job.rules, MAX_SCANS if scans is None else scans)
+            parts.append(_large(address // np.uint64(space.geometry.page_size), planes))
+    page = np.concatenate([part.page for part in parts] or [np.empty(0, np.int64)])
+    order = np.concatenate([part.order for part in parts] or [np.empty(0, np.int8)])
+    huge = np.concatenate([part.huge for part in parts] or [np.empty(0, np.bool_)])
+    by_page = np.argsort(page)
+    return Mapped(page[by_page], order[by_page], huge[by_page])
+
+
+def _large(first: NDArray[np.uint64], planes: Planes) -> Mapped:
+    """The pages of large folios in some PMD ranges that begin at the page numbers `first`."""
+    if planes.folio_order is None:
+        return Mapped(np.empty(0, np.int64), np.empty(0, np.int8), np.empty(0, np.bool_))
+    rows, offsets = np.nonzero((planes.folio_order > 0) & planes.occupied)
+    huge = np.zeros(len(first), np.bool_) if planes.pmd_mapped is None else planes.pmd_mapped
+    return Mapped(first.astype(np.int64)[rows] + offsets, planes.folio_order[rows, offsets], huge[rows])
+
+
+def misses(
+    space: AddressSpace, settings: Sequence[PlanOptions], accesses: Accesses, processor: Processor, scans: int | None
+) -> tuple[TlbCounts, list[TlbCounts]]:
+    """What a trace does to a TLB, with the memory as it is, and as each of `settings` makes it.
+
+    Raises:
+        As :func:`mapped_after`.
+    """
+    before = mapped_after(space, settings[0], 0)
+    return (
+        replayed(accesses, before, processor, space.geometry.page_size),
+        [
+            replayed(accesses, mapped_after(space, options, scans), processor, space.geometry.page_size)
+            for options in settings
+        ],
+    )
+
+
+def replayed(accesses: Accesses, mapped: Mapped, processor: Processor, page_size: int) -> TlbCounts:
+    """What a trace does to a TLB that is empty at first."""
+    tlb = Tlb(processor, page_size)
+    for pages in accesses():
+        tlb.access(pages, *mapped.of(pages))
+    return tlb.counts
