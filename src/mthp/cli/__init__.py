@@ -33,6 +33,7 @@ COMMANDS = {
     "record": "Record a process over time, or make a recording of a trace of accesses.",
     "compare": "Policies side by side: coverage, bloat, creep; which are worth a look.",
     "sweep": "Many snapshots and recordings by many settings, into one table.",
+    "simulate": "Programs and khugepaged on a simulated machine, from a scenario file.",
     "top": "Processes by what a collapse could gain, kept up to date.",
     "report": "One HTML page: the address space, each policy, and at what price.",
     "conformance": "Replay what real kernels did in the simulated machine.",

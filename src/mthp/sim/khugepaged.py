@@ -9,6 +9,7 @@ import numpy as np
 
 from mthp.addrspace import Segment
 from mthp.collapse.khugepaged import Scanner
+from mthp.collapse.machine_seam import Clock as RestClock
 from mthp.collapse.machine_seam import Found, Passage
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
@@ -97,6 +98,10 @@ class Khugepaged(Scanner):
     def __init__(self, machine: Machine) -> None:
         super().__init__(lambda: machine.parts.tunables, _Time(machine.parts.clock))
         self._machine = machine
+
+    def rest_by(self, clock: RestClock) -> None:
+        """Rest by another clock: one that lets others act meanwhile, for example."""
+        self._clock = clock
 
     @property
     def mms(self) -> list[Mm]:

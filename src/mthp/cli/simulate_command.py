@@ -1,0 +1,138 @@
+"""``mthp simulate SCENARIO.toml``: programs and khugepaged on a simulated machine, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mthp import __version__
+from mthp.cli.options import json_option, stopping_on_signals
+from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
+from mthp.errors import UsageError
+from mthp.geometry import format_size
+
+if TYPE_CHECKING:
+    from mthp.lab.scenario import Scenario
+    from mthp.lab.simulation import Outcome
+
+WANTED = 0.5
+"""The coverage until which time is told."""
+
+
+@click.command("simulate")
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option(
+    "--policies", metavar="NAMES", help="Run once under each, separated by commas; the scenario's by default."
+)
+@click.option("--seed", type=int, metavar="N", help="In place of the scenario's.")
+@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the rows as Parquet.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@json_option
+def command(
+    scenario: Path, policies: str | None, seed: int | None, output: Path | None, force: bool, as_json: bool
+) -> int:
+    """Run programs, as SCENARIO.toml describes them, on a simulated machine with khugepaged.
+
+    The machine does page for page what a real kernel does; time is simulated, and the same seed gives the same rows to
+    the byte. `mthp report` shows the output. Ctrl-C ends the run; what was simulated is kept.
+    """
+    from mthp.lab import simulated
+    from mthp.lab.scenario import load_scenario
+    from mthp.lab.simulation import simulate
+
+    if seed is not None and seed < 0:
+        raise UsageError(f"--seed {seed} is below 0")
+    if output is not None and output.exists() and not force:
+        raise UsageError(f"{output}: exists already", help="use --force to replace it")
+    loaded = load_scenario(scenario)
+    names = [loaded.settings.policy] if policies is None else _names(policies)
+    outcomes = []
+    with stopping_on_signals() as stop, progress_bar("simulating", hidden=as_json) as progress:
+        for number, name in enumerate(names):
+            outcomes.append(
+                simulate(
+                    loaded,
+                    policy=name,
+                    seed=seed,
+                    progress=lambda done, total, n=number: progress(  # type: ignore[misc]
+                        int(1000 * (n * total + done)), int(1000 * total * len(names))
+                    ),
+                    stop=stop,
+                )
+            )
+            if outcomes[-1].interrupted:
+                break
+    told = simulated.about(loaded, loaded.settings.seed if seed is None else seed, names, __version__)
+    if output is not None:
+        simulated.write(output, outcomes, told, overwrite=force)
+    interrupted = outcomes[-1].interrupted
+    if as_json:
+        rows = (row for outcome in outcomes for row in outcome.rows)
+        print_json("simulate", {key: told[key] for key in _TOLD} | {"interrupted": interrupted}, rows=rows)
+    else:
+        _print(loaded, outcomes)
+        if output is not None:
+            console().print()
+            say(console(), f"{output}: see it with: mthp report {output} -o simulation.html")
+    return 1 if interrupted else 0
+
+
+_TOLD = ("name", "seed", "policies", "geometry")
+
+
+def _names(text: str) -> list[str]:
+    from mthp.collapse.policy import policy_named
+
+    names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not names:
+        raise UsageError("--policies names none")
+    return [policy_named(name).name for name in names]
+
+
+def _print(scenario: Scenario, outcomes: list[Outcome]) -> None:
+    out = console()
+    settings, pmd = scenario.settings, scenario.geometry.label(scenario.geometry.pmd_order)
+    say(
+        out,
+        f"{Path(scenario.path).name}: {format_size(scenario.machine.memory)} of memory, {outcomes[0].last['processes']}"
+        f" processes, {settings.duration:g} s",
+    )
+    heads = ["policy", f"{pmd} mapped", "large folios", "resident", "bloat", "copied", "khugepaged", "not allocated"]
+    rows = [_cells(outcome) for outcome in outcomes]
+    columns = [*heads, f"{WANTED:.0%} after", "killed"]
+    out.print(table("At the end", columns, rows, right=set(range(1, len(columns)))))
+    for outcome in outcomes:
+        last = [row for row in outcome.rows if row["seconds"] == outcome.last["seconds"] and row["process"]]
+        cells = [
+            [
+                row["process"],
+                format_size(row["resident_bytes"]),
+                percent(row["huge_coverage"]),
+                percent(row["large_coverage"]),
+            ]
+            for row in last
+        ]
+        heads = ["process", "resident", f"{pmd} mapped", "large folios"]
+        out.print(table(f"Processes under {outcome.policy}", heads, cells, right={1, 2, 3}))
+    if outcomes[-1].interrupted:
+        note(out, [f"interrupted after {outcomes[-1].last['seconds']:g} s"])
+
+
+def _cells(outcome: Outcome) -> list[Any]:
+    last = outcome.last
+    reached = outcome.time_to_coverage(WANTED)
+    return [
+        outcome.policy,
+        percent(last["huge_coverage"]),
+        percent(last["large_coverage"]),
+        format_size(last["resident_bytes"]),
+        format_size(last["bloat_bytes"]),
+        format_size(last["copied_bytes"]),
+        f"{last['khugepaged_seconds']:.2f} s",
+        percent(last["alloc_failure_share"]),
+        "never" if math.isinf(reached) else f"{reached:g} s",
+        str(last["killed"]),
+    ]

@@ -1,0 +1,397 @@
+"""Scenarios: what `mthp simulate` runs, as a TOML file.
+
+    seed = 1
+    duration = "60s"
+    policy = "mainline"
+
+    [machine]
+    memory = "1G"
+    fragmentation = "30%"
+
+    [switches]
+    enabled = "madvise"
+    64K = "inherit"
+
+    [tunables]
+    max_ptes_none = 64
+
+    [[process]]
+    workload = "redis"
+    memory = "400M"
+
+    [[fault]]
+    at = "30s"
+    kind = "fragment"
+    share = "90%"
+
+Every table is a dataclass here, and a key of the file is one of its fields; what a field is written as, is its type
+(:mod:`mthp.lab.workloads.parameters`). A key that no field has, a unit that does not exist, a number below 0 and a
+machine too small for its programs are errors that name the place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from mthp.collapse.policy import policy_named
+from mthp.errors import UsageError
+from mthp.geometry import Geometry, geometry_named, parse_size
+from mthp.lab.workloads import MODELS
+from mthp.lab.workloads.parameters import Count, Duration, Share, Size
+from mthp.lab.workloads.program import Model
+from mthp.tunables import Switches, Tunables
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)\s*")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """The table ``[machine]``.
+
+    Attributes:
+        memory: of all nodes together.
+        nodes: NUMA nodes.
+        swap: the size of the swap device.
+        geometry: page size and PMD order, by the name of a kernel's.
+        fragmentation: the part of the free memory that cannot be had in blocks of the PMD order, at the start.
+        movable: the part of the pages that are in the way which compaction can move.
+    """
+
+    memory: Size = 1 << 30
+    nodes: Count = 1
+    swap: Size = 0
+    geometry: str = "x86-64"
+    fragmentation: Share = 0.0
+    movable: Share = 0.0
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """A table ``[[process]]``, without what is the model's own.
+
+    Attributes:
+        workload: the model.
+        name: in the results; the workload's by default.
+        count: how many of them.
+        start: when they begin.
+        stop: when they end; 0 for at the end.
+        advise: whether their memory carries MADV_HUGEPAGE.
+        advise_after: how long after its start a process asks for that; until then its memory is faulted in small, and
+            what becomes large is khugepaged's doing.
+        limit: ``memory.max`` of a cgroup of its own, for each of them; 0 for none.
+    """
+
+    workload: str
+    name: str = ""
+    count: Count = 1
+    start: Duration = 0.0
+    stop: Duration = 0.0
+    advise: bool = True
+    advise_after: Duration = 0.0
+    limit: Size = 0
+
+
+FAULTS = ("fragment", "kill", "pin", "limit")
+
+
+@dataclass(frozen=True)
+class FaultSettings:
+    """A table ``[[fault]]``: something that goes wrong.
+
+    Attributes:
+        at: when.
+        kind: ``fragment``: free memory is fragmented to `share`; ``kill``: processes called `process` die; ``pin``: for
+            `lasts`, `share` of their pages are pinned, as I/O does; ``limit``: the cgroup of each gets `size` as its
+            limit.
+        process: name of the processes.
+        share, size, lasts: see above.
+    """
+
+    at: Duration
+    kind: str
+    process: str = ""
+    share: Share = 0.5
+    size: Size = 0
+    lasts: Duration = 5.0
+
+
+@dataclass(frozen=True)
+class ProcessPlan:
+    """Processes of one model: the settings, and the model with its parameters."""
+
+    settings: ProcessSettings
+    model: Model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stands above all tables.
+
+    Attributes:
+        duration: how long it runs.
+        seed: of all chance.
+        policy: what khugepaged collapses to.
+        step: from one tick of the programs to the next.
+        sample: from one row of the results to the next.
+        khugepaged: whether it runs.
+    """
+
+    duration: Duration
+    seed: Count = 0
+    policy: str = "mainline"
+    step: Duration = 0.1
+    sample: Duration = 1.0
+    khugepaged: bool = True
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A scenario, checked.
+
+    Attributes:
+        path: of the file.
+        text: its contents.
+        settings, machine, processes, faults: its tables.
+        geometry, switches, tunables: of the machine.
+    """
+
+    path: str
+    text: str
+    settings: Settings
+    machine: MachineSettings
+    processes: tuple[ProcessPlan, ...]
+    faults: tuple[FaultSettings, ...]
+    geometry: Geometry
+    switches: Switches = field(default_factory=Switches)
+    tunables: Tunables | None = None
+
+
+def load_scenario(path: Path) -> Scenario:
+    """Read and check the scenario at `path`.
+
+    Raises:
+        UsageError: it is not there, not TOML, or says something that cannot be; the message names the place.
+    """
+    try:
+        text = path.read_bytes().decode()
+        data = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: not TOML: {error}") from error
+    try:
+        return _scenario(path, text, data)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}", help=error.help) from error
+
+
+_TABLES = ("machine", "switches", "tunables", "process", "fault")
+
+
+def _scenario(path: Path, text: str, data: dict[str, Any]) -> Scenario:
+    settings = _made(Settings, {k: v for k, v in data.items() if k not in _TABLES}, "", path, extra=_TABLES)
+    for name in ("step", "sample", "duration"):
+        if not getattr(settings, name) > 0:
+            raise UsageError(f"{name} is not above 0")
+    policy_named(settings.policy)
+    machine = _made(MachineSettings, _table(data, "machine"), "machine", path)
+    geometry = geometry_named(machine.geometry)
+    for name in ("fragmentation", "movable"):
+        if getattr(machine, name) > 1:
+            raise UsageError(f"machine.{name} is more than 100%")
+    if machine.nodes < 1:
+        raise UsageError("machine.nodes is not at least 1")
+    if machine.memory // machine.nodes < geometry.pmd_size:
+        raise UsageError(f"machine.memory: a node has less than one PMD range of {geometry.label(geometry.pmd_order)}")
+    processes = tuple(_process(table, number, path) for number, table in enumerate(_tables(data, "process"), 1))
+    if not processes:
+        raise UsageError("it has no [[process]]", help=f"workloads are {', '.join(MODELS)}")
+    _check_room(processes, machine)
+    faults = tuple(_fault(table, number, path, processes) for number, table in enumerate(_tables(data, "fault"), 1))
+    return Scenario(
+        str(path),
+        text,
+        settings,
+        machine,
+        processes,
+        faults,
+        geometry,
+        _switches(_table(data, "switches"), geometry),
+        _tunables(_table(data, "tunables"), geometry),
+    )
+
+
+def _process(table: Mapping[str, Any], number: int, path: Path) -> ProcessPlan:
+    place = f"process {number}"
+    workload = table.get("workload")
+    if not isinstance(workload, str) or workload not in MODELS:
+        raise UsageError(f"{place}: workload {workload!r} does not exist", help=f"use one of {', '.join(MODELS)}")
+    own = {f.name for f in dataclasses.fields(ProcessSettings)}
+    model_type = MODELS[workload]
+    theirs = [f.name for f in dataclasses.fields(model_type)]  # type: ignore[arg-type]
+    settings = _made(ProcessSettings, {k: v for k, v in table.items() if k in own}, place, path)
+    model = _made(model_type, {k: v for k, v in table.items() if k not in own}, place, path, extra=own | set(theirs))
+    if settings.stop and settings.stop <= settings.start:
+        raise UsageError(f"{place}: it stops before it starts")
+    return ProcessPlan(dataclasses.replace(settings, name=settings.name or workload), model)
+
+
+def _fault(table: Mapping[str, Any], number: int, path: Path, processes: tuple[ProcessPlan, ...]) -> FaultSettings:
+    place = f"fault {number}"
+    fault = _made(FaultSettings, table, place, path)
+    if fault.kind not in FAULTS:
+        raise UsageError(f"{place}: kind {fault.kind!r} does not exist", help=f"use one of {', '.join(FAULTS)}")
+    names = [process.settings.name for process in processes]
+    if fault.kind != "fragment" and fault.process not in names:
+        raise UsageError(f"{place}: there is no process called {fault.process!r}", help=f"there are {', '.join(names)}")
+    if fault.share > 1:
+        raise UsageError(f"{place}: share is more than 100%")
+    return fault
+
+
+def _check_room(processes: tuple[ProcessPlan, ...], machine: MachineSettings) -> None:
+    """Refuse what cannot fit: it would only show the kernel's killing."""
+    wanted = 0
+    for process in processes:
+        most = process.model.most * process.settings.count
+        wanted += min(most, process.settings.limit * process.settings.count or most)
+    room = machine.memory + machine.swap
+    if wanted > room:
+        raise UsageError(
+            f"the processes want {_size(wanted)} at their fullest, and the machine has {_size(room)}, swap included",
+            help="give the machine more memory or swap, or the processes less",
+        )
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"
+
+
+def _switches(table: Mapping[str, Any], geometry: Geometry) -> Switches:
+    default = Switches.defaults(geometry)
+    sizes = dict(default.sizes)
+    for key, word in table.items():
+        if key != "enabled":
+            try:
+                sizes[geometry.parse_order(key)] = word
+            except UsageError as error:
+                raise UsageError(f"switches: {error.message}", help=error.help) from error
+    try:
+        return Switches(table.get("enabled", default.enabled), sizes)
+    except UsageError as error:
+        raise UsageError(f"switches: {error.message}", help=error.help) from error
+
+
+def _tunables(table: Mapping[str, Any], geometry: Geometry) -> Tunables:
+    known = [f.name for f in dataclasses.fields(Tunables)]
+    for key in table:
+        if key not in known:
+            raise _unknown(f"tunables.{key}", key, known)
+    try:
+        return dataclasses.replace(Tunables.defaults(geometry), **table).checked(geometry)
+    except UsageError as error:
+        raise UsageError(f"tunables: {error.message}", help=error.help) from error
+
+
+def _table(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = data.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{name} is not a table", help=f"write [{name}] on a line of its own")
+    return table
+
+
+def _tables(data: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    tables = data.get(name, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{name} is not a list of tables", help=f"write [[{name}]] on a line of its own, for each")
+    return tables
+
+
+def _made(kind: type[_T], table: Mapping[str, Any], place: str, path: Path, *, extra: Any = ()) -> _T:
+    """A dataclass from a table; what is missing or unknown is an error that names `place`."""
+    before = f"{place}." if place else ""
+    hints = get_type_hints(kind, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in table.items():
+        if key not in fields:
+            raise _unknown(f"{before}{key}", key, [*fields, *extra])
+        values[key] = _value(value, hints[key], f"{before}{key}", path)
+    for name, each in fields.items():
+        if name not in values and each.default is dataclasses.MISSING:
+            raise UsageError(f"{before}{name} is missing")
+    return kind(**values)
+
+
+def _unknown(place: str, key: str, known: list[str]) -> UsageError:
+    close = difflib.get_close_matches(key, known, 1)
+    known_words = f"known are {', '.join(dict.fromkeys(known))}"
+    return UsageError(f"{place} does not exist", help=f"did you mean {close[0]}?" if close else known_words)
+
+
+def _value(value: Any, hint: Any, place: str, path: Path) -> Any:
+    """`value` as the type `hint` wants it.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    how = next((word for word in get_args(hint)[1:] if isinstance(word, str)), "")
+    if hint is bool or hint is str:
+        if not isinstance(value, hint):
+            raise UsageError(f"{place} {value!r} is not {'true or false' if hint is bool else 'a text'}")
+        return value
+    if how == "file" and isinstance(value, str):
+        return str(path.parent / value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+        raise UsageError(f"{place} {value} is below 0")
+    found = {"size": _as_size, "duration": _as_seconds, "share": _as_share, "count": _as_count}[how](value)
+    if found is None:
+        raise UsageError(f"{place} {value!r} is not a {how}", help=f"write {_EXAMPLES[how]}")
+    return found
+
+
+_EXAMPLES = {
+    "size": '"400M", "64K" or a number of bytes',
+    "duration": '"500ms", "30s", "5m", or a number of seconds',
+    "share": '"30%" or 0.3',
+    "count": "a whole number",
+    "file": "the path of a file, as a text",
+}
+
+
+def _as_size(value: Any) -> int | None:
+    if isinstance(value, str):
+        try:
+            return parse_size(value)
+        except UsageError:
+            return None
+    return _as_count(value)
+
+
+def _as_count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _as_seconds(value: Any) -> float | None:
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        return float(match[1]) * _SECONDS[match[2]] if match else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _as_share(value: Any) -> float | None:
+    if isinstance(value, str):
+        match = _PERCENT.fullmatch(value)
+        return float(match[1]) / 100 if match else None
+    return _as_seconds(value)

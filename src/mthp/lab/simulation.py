@@ -1,0 +1,338 @@
+"""A scenario, run: programs and khugepaged on one simulated machine, in simulated time.
+
+Everything that happens is an event with a time: ticks of programs, faults, samples. khugepaged scans and rests as it
+does on a real machine, and what it sleeps through is when the others act: its clock's sleep is the loop over the
+events. What an event costs moves the clock on, so a machine that is too slow for its programs falls behind, as a real
+one would. Events of the same time happen in the order of their making. Nothing depends on the time or the chance of the
+machine that simulates, so two runs of one scenario give the same table, byte for byte.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Pte
+from mthp.census import take_census
+from mthp.lab import metrics
+from mthp.lab.scenario import FaultSettings, ProcessPlan, Scenario
+from mthp.lab.workloads.program import KilledError, Program
+from mthp.sim import Machine
+
+Row = dict[str, Any]
+
+Progress = Callable[[float, float], None]
+"""Told (simulated seconds done, in all)."""
+
+MOST_PINS = 4096
+"""Pages of one process that a fault pins at most."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Attributes:
+        policy: under which it ran.
+        rows: one for each sample and process, and one for all processes together, whose `process` is ``""``; the
+            names are those of :mod:`mthp.lab.metrics`, besides ``policy``, ``seconds``, ``process``, ``processes``
+            (how many live), ``free_bytes`` and ``killed`` (how many died of want of memory).
+        interrupted: it was told to stop.
+    """
+
+    policy: str
+    rows: list[Row]
+    interrupted: bool = False
+
+    @property
+    def last(self) -> Row:
+        """The last row of all processes together."""
+        return next(row for row in reversed(self.rows) if not row["process"])
+
+    def time_to_coverage(self, wanted: float) -> float:
+        """Simulated seconds until PMD entries mapped the part `wanted` of all memory; infinite if they never did."""
+        whole = [row for row in self.rows if not row["process"]]
+        return metrics.time_to_coverage(
+            [row["seconds"] for row in whole], [row["huge_coverage"] for row in whole], wanted
+        )
+
+
+def simulate(
+    scenario: Scenario,
+    *,
+    policy: str | None = None,
+    seed: int | None = None,
+    progress: Progress = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Run `scenario`.
+
+    Args:
+        policy, seed: in place of the scenario's own.
+        stop: asked all the time; once it says True the run ends, and the rows up to then are given.
+
+    Raises:
+        UsageError: a policy that does not exist.
+    """
+    return _Run(scenario, policy or scenario.settings.policy, seed, progress, stop).run()
+
+
+@dataclass
+class _Member:
+    """A program, its plan, and its life."""
+
+    plan: ProcessPlan
+    program: Program
+    life: Any
+    began: float
+    cgroup: int
+
+
+class _Time:
+    """khugepaged's clock: while it sleeps, the events happen."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+
+    def now(self) -> float:
+        return self._run.now
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        clock = self._run.machine.clock
+        before = clock.now_ns
+        self._run.until(self._run.now + seconds)
+        if clock.now_ns == before:
+            # Less than a nanosecond: who sleeps until then would sleep for ever.
+            clock.wait_ns(1)
+
+
+class _Run:
+    def __init__(
+        self, scenario: Scenario, policy: str, seed: int | None, progress: Progress, stop: Callable[[], bool]
+    ) -> None:
+        self._scenario, self._progress, self._stop = scenario, progress, stop
+        machine, geometry = scenario.machine, scenario.geometry
+        frames = machine.memory // machine.nodes // geometry.pmd_size * geometry.ptes_per_pmd
+        self.machine = Machine(
+            geometry,
+            node_frames=[frames] * machine.nodes,
+            swap_slots=machine.swap // geometry.page_size,
+            switches=scenario.switches,
+            tunables=scenario.tunables,
+            policy=policy,
+        )
+        self._policy = policy
+        self._seed = scenario.settings.seed if seed is None else seed
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._made = 0
+        self._members: list[_Member] = []
+        self._rows: list[Row] = []
+        self._programs_ns = 0
+        self._killed = 0
+        self._interrupted = False
+
+    @property
+    def now(self) -> float:
+        """Simulated seconds."""
+        return self.machine.clock.now_ns / 1e9
+
+    def run(self) -> Outcome:
+        """Everything, from the first event to the end."""
+        settings, machine = self._scenario.settings, self.machine
+        if self._scenario.machine.fragmentation:
+            where = self._scenario.machine
+            machine.fragment(where.fragmentation, movable=where.movable, seed=self._seed)
+        self._at(0.0, self._sample)
+        number = 0
+        for plan in self._scenario.processes:
+            for copy in range(plan.settings.count):
+                self._at(plan.settings.start, lambda p=plan, c=copy, n=number: self._begin(p, c, n))  # type: ignore[misc]
+                number += 1
+        for fault in self._scenario.faults:
+            self._at(fault.at, lambda f=fault: self._fault(f))  # type: ignore[misc]
+        machine.khugepaged.rest_by(_Time(self))
+        if settings.khugepaged:
+            machine.khugepaged.run(lambda: self._over)
+        else:
+            self.until(settings.duration)
+        return Outcome(self._policy, self._rows, self._interrupted)
+
+    @property
+    def _over(self) -> bool:
+        self._interrupted = self._interrupted or self._stop()
+        return self._interrupted or self.now >= self._scenario.settings.duration
+
+    def _at(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (seconds, self._made, action))
+        self._made += 1
+
+    def until(self, seconds: float) -> None:
+        """Let happen what is due until then, and let that time come."""
+        end = min(seconds, self._scenario.settings.duration)
+        while self._events and self._events[0][0] <= end and not self._interrupted:
+            due, _, action = heapq.heappop(self._events)
+            self._wait(due)
+            action()
+            self._interrupted = self._interrupted or self._stop()
+        self._wait(end)
+
+    def _wait(self, seconds: float) -> None:
+        behind = round(seconds * 1e9) - self.machine.clock.now_ns
+        if behind > 0:
+            self.machine.clock.wait_ns(behind)
+
+    # Programs.
+
+    def _begin(self, plan: ProcessPlan, copy: int, number: int) -> None:
+        settings, page = plan.settings, self._scenario.geometry.page_size
+        groups = self.machine.parts.memory.cgroups
+        cgroup = groups.create(settings.limit // page) if settings.limit or self._limited(settings.name) else 0
+        if cgroup and not settings.limit:
+            groups.set_limit(cgroup, None)
+        program = Program(
+            self.machine,
+            f"{settings.name}-{copy + 1}" if settings.count > 1 else settings.name,
+            np.random.default_rng([self._seed, number]),
+            cgroup=cgroup,
+            advise=settings.advise and not settings.advise_after,
+            tick=self._scenario.settings.step,
+        )
+        member = _Member(plan, program, plan.model.live(program), self.now, cgroup)
+        self._members.append(member)
+        if settings.stop:
+            self._at(settings.stop, program.end)
+        if settings.advise and settings.advise_after:
+            self._at(self.now + settings.advise_after, program.advise)
+        if self._act(member, lambda: next(member.life)):
+            self._at(self.now, lambda: self._tick(member))
+
+    def _limited(self, name: str) -> bool:
+        return any(fault.kind == "limit" and fault.process == name for fault in self._scenario.faults)
+
+    def _tick(self, member: _Member) -> None:
+        began = self.now
+        if self._act(member, lambda: member.life.send(began - member.began)):
+            # Who takes longer than a tick has no time left to wait.
+            self._at(max(began + self._scenario.settings.step, self.now), lambda: self._tick(member))
+
+    def _act(self, member: _Member, move: Callable[[], object]) -> bool:
+        """Let a program move: whether it lives afterwards."""
+        if not member.program.alive:
+            return False
+        before = self._spent_ns()
+        try:
+            move()
+        except KilledError:
+            self._killed += 1
+            member.program.end()
+        self._programs_ns += self._spent_ns() - before
+        return member.program.alive
+
+    def _spent_ns(self) -> int:
+        return sum(self.machine.clock.spent_ns().values())
+
+    # Faults.
+
+    def _fault(self, fault: FaultSettings) -> None:
+        if fault.kind == "fragment":
+            self.machine.fragment(fault.share, movable=self._scenario.machine.movable, seed=self._seed + 1)
+            return
+        for member in self._members:
+            if member.plan.settings.name != fault.process or not member.program.alive:
+                continue
+            if fault.kind == "kill":
+                member.program.end()
+            elif fault.kind == "limit":
+                page = self._scenario.geometry.page_size
+                self.machine.parts.memory.cgroups.set_limit(member.cgroup, fault.size // page)
+            else:
+                self._pin(member.program, fault)
+
+    def _pin(self, program: Program, fault: FaultSettings) -> None:
+        present = _present(program)
+        count = min(MOST_PINS, int(len(present) * fault.share))
+        chosen = np.sort(program.rng.choice(present, count, replace=False)) if count else present[:0]
+        pins = [self.machine.pin(program.mm, address) for address in chosen.tolist()]
+
+        def unpin() -> None:
+            for pfn in pins:
+                self.machine.unpin(pfn)
+
+        self._at(self.now + fault.lasts, unpin)
+
+    # Samples.
+
+    def _sample(self) -> None:
+        settings = self._scenario.settings
+        living = [member.program for member in self._members if member.program.alive]
+        rows = [self._row_of(program) for program in living]
+        self._rows += [row for row, _, _ in rows]
+        self._rows.append(self._whole(rows))
+        self._progress(self.now, settings.duration)
+        if (due := self.now + settings.sample) <= settings.duration:
+            self._at(due, self._sample)
+
+    def _row_of(self, program: Program) -> tuple[Row, NDArray[np.int64], int]:
+        pages = take_census(self.machine.space(program.mm)).anonymous
+        by_order, huge = pages.orders, pages.state("pmd_mapped")
+        return self._row(program.name, by_order, huge), by_order, huge
+
+    def _row(self, name: str, by_order: NDArray[np.int64], huge: int) -> Row:
+        geometry = self._scenario.geometry
+        resident = int(by_order.sum())
+        row: Row = {
+            "policy": self._policy,
+            "seconds": round(self.now, 6),
+            "process": name,
+            "resident_bytes": resident * geometry.page_size,
+            "huge_coverage": metrics.share(huge, resident),
+            "large_coverage": metrics.coverage_from(by_order, 2),
+            "translations": metrics.translations(by_order, huge, geometry.pmd_order),
+        }
+        for order in range(geometry.pmd_order + 1):
+            row[metrics.order_column(order)] = metrics.share(int(by_order[order]), resident)
+        return row
+
+    def _whole(self, rows: Sequence[tuple[Row, NDArray[np.int64], int]]) -> Row:
+        machine, page = self.machine, self._scenario.geometry.page_size
+        none = np.zeros(metrics.MAX_ORDER + 1, np.int64)
+        row = self._row("", sum((by_order for _, by_order, _ in rows), none), sum(huge for _, _, huge in rows))
+        done = machine.khugepaged.statistics
+        bloat = done.filled.total() * page
+        counters = machine.counters.values()
+        made = {name: sum(v for key, v in counters.items() if key.endswith(f"/{name}")) for name in _ALLOCATIONS}
+        return row | {
+            "bloat_bytes": bloat,
+            "bloat_share": metrics.share(bloat, max(row["resident_bytes"] - bloat, 0)),
+            "copied_bytes": done.copied.total() * page,
+            "zeroed_bytes": bloat,
+            "scanned_pages": done.progress,
+            "khugepaged_seconds": (self._spent_ns() - self._programs_ns) / 1e9,
+            "alloc_attempts": sum(made.values()),
+            "alloc_failures": made["collapse_alloc_failed"],
+            "alloc_failure_share": metrics.share(made["collapse_alloc_failed"], sum(made.values())),
+            "fairness": metrics.fairness([one["huge_coverage"] for one, _, _ in rows] or [0.0]),
+            "processes": len(rows),
+            "killed": self._killed,
+            "free_bytes": machine.parts.memory.free_frames * page,
+        }
+
+
+_ALLOCATIONS = ("collapse_alloc", "collapse_alloc_failed")
+
+
+def _present(program: Program) -> NDArray[np.int64]:
+    """Addresses of the pages that a program has in memory."""
+    space = program.machine.space(program.mm)
+    found = [np.empty(0, np.int64)]
+    for start, end in space.mapped():
+        columns = space.read([(start, end)])
+        at = np.flatnonzero(columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO))
+        found.append(start + at.astype(np.int64) * program.page)
+    return np.concatenate(found)

@@ -1,0 +1,67 @@
+"""Much address space and little in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.lab.workloads.parameters import Duration, Share, Size
+from mthp.lab.workloads.program import Life, Program
+
+
+@dataclass(frozen=True)
+class SparseArena:
+    """A few hundred megabytes strewn over gigabytes: a process of 369 MB that huge pages made gigabytes of.
+
+    Operators of servers with many threads report this of their programs, and it is why they switch THP off. Each
+    thread has heaps of 64 MiB of its own (malloc/arena.c of glibc, HEAP_MAX_SIZE on 64-bit), touches short runs of
+    pages all over them, and stays idle most of the time.
+
+    Attributes:
+        memory: what is touched.
+        reserve: what is mapped.
+        run: bytes that are touched together.
+        grow: how long it takes.
+        reuse: part of what is touched that is written again every second.
+    """
+
+    SOURCE: ClassVar[str] = "glibc malloc/arena.c (HEAP_MAX_SIZE); reports of operators: 369 MB became gigabytes"
+
+    memory: Size = 369 << 20
+    reserve: Size = 4 << 30
+    run: Size = 16 << 10
+    grow: Duration = 10.0
+    reuse: Share = 0.05
+
+    HEAP: ClassVar[int] = 64 << 20
+
+    @property
+    def most(self) -> int:
+        """What is touched; what a collapse fills comes on top."""
+        return self.memory
+
+    def live(self, program: Program) -> Life:
+        """Touch runs at random, then some of them again."""
+        rng, per_run = program.rng, program.pages(self.run)
+        size = min(self.HEAP, self.reserve)
+        heaps = [program.map(size) for _ in range(max(1, -(-self.reserve // self.HEAP)))]
+        slots = program.pages(size) // per_run
+        order = rng.permutation(len(heaps) * slots)[: program.pages(self.memory) // per_run]
+        done = 0
+
+        def write(chosen: NDArray[np.int64]) -> None:
+            whose, at = np.divmod(chosen, slots)
+            for number in np.unique(whose).tolist():
+                runs = at[whose == number]
+                program.write(heaps[number], (runs[:, None] * per_run + np.arange(per_run)).ravel())
+
+        while True:
+            now = yield
+            until = len(order) if now >= self.grow else int(len(order) * now / self.grow)
+            write(order[done:until])
+            done = until
+            if done:
+                write(rng.choice(order[:done], int(done * self.reuse * program.tick)))

@@ -1,0 +1,79 @@
+"""A garbage-collected heap whose runtime gives free memory back in the background."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mthp.lab.workloads.parameters import Duration, Share, Size
+from mthp.lab.workloads.program import Life, Program
+
+
+@dataclass(frozen=True)
+class GoHeap:
+    """A Go heap: allocation up to a goal, a collection, and a scavenger behind it.
+
+    The heap grows from what was live after the last collection to (1 + GOGC/100) times as much, then dead spans become
+    free and are used again from the lowest address up (runtime/mgc.go, runtime/mpagealloc.go). What is free beyond the
+    goal and a tenth is given back to the kernel in the background with MADV_DONTNEED, from the highest address down, at
+    a bounded pace (runtime/mgcscavenge.go). Spans are 8 KiB and up; the heap is mapped in arenas of 64 MiB.
+
+    Attributes:
+        live_memory: what survives a collection.
+        allocate: bytes allocated every second.
+        gogc: growth between collections, as a share of what is live.
+        span: pages' worth of bytes that live and die together.
+        phase: every so often half of what is live becomes garbage, as when a cache is dropped; 0 for never.
+    """
+
+    SOURCE: ClassVar[str] = "Go runtime: mgc.go, mgcscavenge.go, mpagealloc.go; A Guide to the Go Garbage Collector"
+
+    live_memory: Size = 64 << 20
+    allocate: Size = 64 << 20
+    gogc: Share = 1.0
+    span: Size = 8 << 10
+    phase: Duration = 30.0
+
+    ARENA: ClassVar[int] = 64 << 20
+    SCAVENGE_SHARE: ClassVar[float] = 0.05
+
+    @property
+    def most(self) -> int:
+        """The goal, and the tenth that the scavenger leaves."""
+        return int(self.live_memory * (1 + self.gogc) * 1.1)
+
+    def live(self, program: Program) -> Life:
+        """Allocate, collect, scavenge."""
+        rng, per_span = program.rng, program.pages(self.span)
+        size = -(-self.most // self.ARENA) * self.ARENA
+        heap = program.map(size)
+        spans = program.pages(size) // per_span
+        in_use, resident = np.zeros(spans, np.bool_), np.zeros(spans, np.bool_)
+        live = max(1, int(self.live_memory / self.span))
+        next_phase = self.phase
+        while True:
+            now = yield
+            goal = int(live * (1 + self.gogc))
+            wanted = int(self.allocate * program.tick / self.span)
+            while wanted > 0:
+                room = max(0, goal - int(in_use.sum()))
+                new = np.flatnonzero(~in_use)[: min(wanted, room)]
+                in_use[new] = resident[new] = True
+                program.write(heap, (new[:, None] * per_span + np.arange(per_span)).ravel())
+                wanted -= len(new)
+                if len(new) < room:
+                    break
+                # A collection: old and new die alike, as what is reachable is strewn over the heap.
+                users = np.flatnonzero(in_use)
+                in_use[rng.permutation(users)[live:]] = False
+            if self.phase and now >= next_phase:
+                users = np.flatnonzero(in_use)
+                in_use[rng.permutation(users)[: len(users) // 2]] = False
+                next_phase += self.phase
+            idle = np.flatnonzero(resident & ~in_use)
+            excess = int(resident.sum()) - int(goal * 1.1)
+            gone = idle[::-1][: max(0, min(excess, int(len(idle) * self.SCAVENGE_SHARE) + 1))]
+            resident[gone] = False
+            program.give_back(heap, (gone[:, None] * per_span + np.arange(per_span)).ravel())

@@ -1,0 +1,75 @@
+"""Worker processes that make batches for training."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mthp.lab.workloads.parameters import Count, Duration, Share, Size
+from mthp.lab.workloads.program import Life, Program
+from mthp.sim.mm import Mm
+
+
+@dataclass(frozen=True)
+class TorchLoader:
+    """A data loader: a parent with a dataset, forked workers that copy it by reading it, and batches that come and go.
+
+    Workers are forked when an epoch begins and end with it (torch.utils.data.DataLoader, ``num_workers``); each keeps
+    ``prefetch_factor`` batches, 2 by default. Reading a Python object writes its reference count, so a page of the
+    dataset that a worker reads is copied for it (PyTorch issue 13246). A batch is larger than malloc's threshold, so it
+    is mapped, filled from end to end, and unmapped (mallopt(3), M_MMAP_THRESHOLD).
+
+    Attributes:
+        dataset: bytes of Python objects in the parent.
+        workers: forked processes.
+        batch: bytes of one batch.
+        batches: batches made every second, by all workers together.
+        prefetch: batches that are kept, for each worker.
+        epoch: how long workers live.
+        objects: part of a page's worth of objects of the dataset that each batch reads, for one byte of batch.
+    """
+
+    SOURCE: ClassVar[str] = "torch.utils.data.DataLoader; PyTorch issue 13246; mallopt(3) M_MMAP_THRESHOLD"
+
+    dataset: Size = 96 << 20
+    workers: Count = 2
+    batch: Size = 8 << 20
+    batches: Count = 4
+    prefetch: Count = 2
+    epoch: Duration = 20.0
+    objects: Share = 0.02
+
+    @property
+    def most(self) -> int:
+        """The dataset, copied for every worker in the end, and the batches."""
+        return self.dataset * (1 + self.workers) + self.batch * (self.prefetch * max(1, self.workers) + 1)
+
+    def live(self, program: Program) -> Life:
+        """Load the dataset, then epoch after epoch."""
+        data, total = program.map(self.dataset), program.pages(self.dataset)
+        program.write(data, np.arange(total))
+        workers: list[Mm] = []
+        kept: deque[int] = deque()
+        due, ends = 0.0, 0.0
+        while True:
+            now = yield
+            if now >= ends:
+                for worker in workers:
+                    program.end_child(worker)
+                workers = [program.fork() for _ in range(self.workers)]
+                ends = now + self.epoch
+            due += self.batches * program.tick
+            for _ in range(int(due)):
+                due -= 1
+                if workers:
+                    worker = workers[int(program.rng.integers(len(workers)))]
+                    sample = program.rng.integers(0, total, int(program.pages(self.batch) * self.objects) + 1)
+                    program.write(data, sample, mm=worker)
+                start = program.map(self.batch)
+                program.write(start, np.arange(program.pages(self.batch)))
+                kept.append(start)
+                while len(kept) > self.prefetch * max(1, self.workers):
+                    program.unmap(kept.popleft(), self.batch)

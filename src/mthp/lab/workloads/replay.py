@@ -1,0 +1,93 @@
+"""A recording, lived again on the simulated machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from mthp.addrspace import AddressSpace, Pte, VmaKind
+from mthp.lab.workloads.parameters import FilePath, Share
+from mthp.lab.workloads.program import Life, Program
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What `mthp record` saw: pages that came are written, pages that went are given back, at the time of their step.
+
+    Only anonymous memory is replayed. What happened between two steps is not known, and not made up.
+
+    Attributes:
+        file: a recording; a snapshot is one of one step.
+        speed: how much faster than it was; 200% is twice as fast.
+    """
+
+    SOURCE: ClassVar[str] = "mthp record"
+
+    file: FilePath
+    speed: Share = 1.0
+
+    @property
+    def most(self) -> int:
+        """What was resident at the fullest step."""
+        return max((int(held.sum()) * self._page for _, held in self._steps), default=0)
+
+    @cached_property
+    def _segments(self) -> list[tuple[int, int]]:
+        """The ranges of anonymous memory of all steps together, in whole pages, merged."""
+        found: list[tuple[int, int]] = []
+        for _, space in self._walk():
+            found += [(vma.start, vma.end) for vma in space.vmas() if vma.kind is VmaKind.ANON]
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted(found):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((start, end))
+        return merged
+
+    @cached_property
+    def _page(self) -> int:
+        return next(space for _, space in self._walk()).geometry.page_size
+
+    @cached_property
+    def _steps(self) -> list[tuple[float, np.ndarray[tuple[int], np.dtype[np.bool_]]]]:
+        """For each step its time, and which pages of the segments held anything."""
+        return [(seconds, _held(space, self._segments)) for seconds, space in self._walk()]
+
+    def _walk(self) -> Iterator[tuple[float, AddressSpace]]:
+        # Recordings are a backend; the lab reads them only here.
+        from mthp.snapshot import load
+        from mthp.snapshot.recording import Recording
+        from mthp.snapshot.stream import is_recording
+
+        if is_recording(self.file):
+            for space in Recording(self.file).walk():
+                yield space.step.seconds, space
+            return
+        with load(self.file) as snapshot:
+            yield 0.0, snapshot
+
+    def live(self, program: Program) -> Life:
+        """Step after step."""
+        starts = [program.map(end - start, at=start) for start, end in self._segments]
+        before = np.zeros(sum(end - start for start, end in self._segments) // self._page, np.bool_)
+        ends = np.cumsum([(end - start) // self._page for start, end in self._segments])
+        for seconds, held in self._steps:
+            while (yield) < seconds / self.speed:
+                pass
+            for start, first, last in zip(starts, [0, *ends[:-1]], ends, strict=True):
+                was, now = before[first:last], held[first:last]
+                program.give_back(start, np.flatnonzero(was & ~now))
+                program.write(start, np.flatnonzero(now & ~was))
+            before = held
+        while True:
+            yield
+
+
+def _held(space: AddressSpace, segments: list[tuple[int, int]]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    columns = space.read(segments)
+    return columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO) | columns.has(Pte.SWAP)

@@ -1,0 +1,59 @@
+"""A small service, of which a machine runs many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mthp.lab.workloads.parameters import Duration, Share, Size
+from mthp.lab.workloads.program import Life, Program
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service in a memory cgroup: a steady core, work that comes in bursts, and long idle times.
+
+    The core is what a runtime and its libraries hold; a burst of requests takes memory from the top of the heap and
+    gives most of it back when it is over, as glibc does when the top of the heap is free beyond M_TRIM_THRESHOLD
+    (mallopt(3)). Holes stay where objects outlive the burst. Services of one machine are not in step.
+
+    Attributes:
+        core: bytes that are always there.
+        burst: bytes that a burst takes more.
+        every: from one burst to the next, about.
+        lasts: how long a burst lasts.
+        stays: part of a burst's pages that outlive it.
+    """
+
+    SOURCE: ClassVar[str] = "mallopt(3) M_TRIM_THRESHOLD; memory cgroups, one for each service"
+
+    core: Size = 12 << 20
+    burst: Size = 8 << 20
+    every: Duration = 8.0
+    lasts: Duration = 2.0
+    stays: Share = 0.05
+
+    @property
+    def most(self) -> int:
+        """The core and a burst."""
+        return self.core + self.burst
+
+    def live(self, program: Program) -> Life:
+        """Idle, burst, idle."""
+        rng = program.rng
+        heap, core, extra = program.map(self.most), program.pages(self.core), program.pages(self.burst)
+        program.write(heap, np.arange(core))
+        begins = float(rng.uniform(0, self.every))
+        ends: float | None = None
+        while True:
+            now = yield
+            if ends is None and now >= begins:
+                program.write(heap, core + np.arange(extra))
+                ends = now + self.lasts
+            elif ends is not None and now >= ends:
+                stay = rng.random(extra) < self.stays
+                program.give_back(heap, core + np.flatnonzero(~stay))
+                begins, ends = now + float(rng.exponential(self.every)), None
+            program.write(heap, rng.integers(0, core, max(1, core // 200)))

@@ -1,0 +1,141 @@
+"""The report on a simulation: coverage, memory and bloat over simulated time, a line for each policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mthp.errors import UsageError
+from mthp.geometry import Geometry, format_size
+from mthp.lab.metrics import METRICS
+from mthp.report.charts import MARKS, Chart, Series, chart
+from mthp.report.compared import percent
+from mthp.report.document import Cell, Command, Document, Section, Table
+
+Row = Mapping[str, Any]
+
+CHARTS = (
+    ("huge_coverage", "Memory mapped by PMD entries", "% of what is resident"),
+    ("large_coverage", "Memory in large folios", "% of what is resident"),
+    ("resident_bytes", "Resident memory", "bytes"),
+    ("bloat_bytes", "Bloat", "bytes"),
+    ("khugepaged_seconds", "khugepaged's processor time", "seconds"),
+    ("alloc_failure_share", "Folios that could not be allocated", "% of the attempts"),
+)
+"""Metric, title and unit of each chart."""
+
+
+def report_on_simulation(
+    rows: Sequence[Row], about: Mapping[str, Any], commands: Sequence[Command], *, version: str = ""
+) -> Document:
+    """The report on what `mthp simulate` found.
+
+    Args:
+        rows: those of :mod:`mthp.lab.simulation`.
+        about: what is told beside them.
+
+    Raises:
+        UsageError: something is missing in them.
+    """
+    try:
+        geometry = Geometry(**about["geometry"])
+        whole = [row for row in rows if not row["process"]]
+        last = {row["policy"]: row for row in whole}
+        return Document(
+            title=str(about["name"]),
+            verdict=_verdict(last, geometry),
+            facts=(
+                ("scenario", str(about["name"])),
+                ("seed", str(about["seed"])),
+                ("machine", f"simulated: {geometry.name}, pages of {geometry.label(0)}"),
+                ("policies", ", ".join(map(str, about["policies"]))),
+                ("simulated by", f"mthp {about['version']}"),
+            ),
+            sections=(
+                _over_time(whole),
+                _processes(rows, last),
+                Section("The scenario", tables=(_text(str(about["scenario"])),)),
+            ),
+            commands=commands,
+            version=version,
+        )
+    except (KeyError, TypeError, StopIteration) as error:
+        raise UsageError(f"damaged: {error} is missing in the results") from error
+
+
+def _verdict(last: Mapping[str, Row], geometry: Geometry) -> str:
+    pmd = geometry.label(geometry.pmd_order)
+    said = [
+        f"{policy}: {percent(row['huge_coverage'])} mapped as {pmd}, {format_size(row['bloat_bytes'])} of bloat"
+        for policy, row in last.items()
+    ]
+    seconds = next(iter(last.values()))["seconds"]
+    return f"After {seconds:g} simulated seconds, {'; '.join(said)}."
+
+
+def _over_time(whole: Sequence[Row]) -> Section:
+    charts = [_chart(whole, name, title, unit) for name, title, unit in CHARTS if any(row[name] for row in whole)]
+    table = Table(
+        "Sample by sample",
+        ("policy", "seconds", *(name for name, _, _ in CHARTS)),
+        [
+            (
+                Cell(row["policy"]),
+                Cell(f"{row['seconds']:g}", figure=True),
+                *(Cell(_form(name)(row[name]), figure=True) for name, _, _ in CHARTS),
+            )
+            for row in whole
+        ],
+        folded=True,
+    )
+    return Section("Over simulated time", "All processes together.", charts=charts, tables=(table,))
+
+
+def _form(name: str) -> Callable[[Any], str]:
+    unit = METRICS[name].unit
+    if unit == "share":
+        return percent
+    return (lambda value: format_size(int(value))) if unit == "bytes" else (lambda value: f"{value:.2f} s")
+
+
+def _chart(whole: Sequence[Row], name: str, title: str, unit: str) -> Chart:
+    form, scale = _form(name), 100.0 if METRICS[name].unit == "share" else 1.0
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for row in whole:
+        text = f"{row['policy']} after {row['seconds']:g} s: {form(row[name])}"
+        lines.setdefault(row["policy"], []).append((float(row["seconds"]), scale * row[name], text))
+    return chart(
+        title,
+        METRICS[name].meaning[0].upper() + METRICS[name].meaning[1:] + ".",
+        [Series(policy, points, joined=True) for policy, points in list(lines.items())[: len(MARKS)]],
+        x_name="simulated seconds",
+        y_name=unit,
+        x_format=lambda value: f"{value:g}",
+        y_format=(lambda value: f"{value:g}%") if scale > 1 else (lambda value: _axis(value, unit)),
+        y_range=(0.0, 100.0) if name.endswith("coverage") else None,
+    )
+
+
+def _axis(value: float, unit: str) -> str:
+    return format_size(int(value)) if unit == "bytes" else f"{value:g}"
+
+
+def _processes(rows: Sequence[Row], last: Mapping[str, Row]) -> Section:
+    cells = [
+        (
+            Cell(row["policy"]),
+            Cell(row["process"]),
+            Cell(format_size(row["resident_bytes"]), figure=True),
+            Cell(percent(row["huge_coverage"]), figure=True),
+            Cell(percent(row["large_coverage"]), figure=True),
+        )
+        for row in rows
+        if row["process"] and row["seconds"] == last[row["policy"]]["seconds"]
+    ]
+    columns = ("policy", "process", "resident", "mapped by PMD entries", "in large folios")
+    return Section("The processes at the end", tables=(Table("Process by process", columns, cells),))
+
+
+def _text(scenario: str) -> Table:
+    lines = [(Cell(str(number), figure=True), Cell(line)) for number, line in enumerate(scenario.splitlines(), 1)]
+    return Table("Line by line", ("line", "text"), lines, folded=True)

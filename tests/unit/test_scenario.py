@@ -1,0 +1,124 @@
+"""Scenario files: what they may say, and what is said where they say something else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mthp.errors import UsageError
+from mthp.lab.scenario import Scenario, load_scenario
+from mthp.lab.workloads import MODELS
+from mthp.lab.workloads.redis import Redis
+
+GOOD = """
+duration = "90s"
+seed = 7
+step = "250ms"
+policy = "rfc"
+[machine]
+memory = "1.5G"
+nodes = 2
+fragmentation = "30%"
+[switches]
+enabled = "always"
+64K = "inherit"
+[tunables]
+max_ptes_none = 64
+[[process]]
+workload = "redis"
+memory = "400M"
+churn = 0.05
+[[process]]
+workload = "service"
+name = "web"
+count = 3
+limit = "24M"
+[[fault]]
+at = "1m"
+kind = "kill"
+process = "web"
+"""
+
+
+def loaded(tmp_path: Path, text: str) -> Scenario:
+    path = tmp_path / "scenario.toml"
+    path.write_text(text)
+    return load_scenario(path)
+
+
+def test_every_table_is_read_in_its_units(tmp_path: Path) -> None:
+    scenario = loaded(tmp_path, GOOD)
+    settings, machine = scenario.settings, scenario.machine
+    assert (settings.duration, settings.seed, settings.step, settings.policy) == (90.0, 7, 0.25, "rfc")
+    assert (machine.memory, machine.nodes, machine.fragmentation) == (3 << 29, 2, 0.3)
+    assert scenario.switches.enabled == "always"
+    assert scenario.switches.sizes[4] == "inherit"
+    assert scenario.switches.sizes[9] == "inherit"
+    assert scenario.tunables is not None
+    assert (scenario.tunables.max_ptes_none, scenario.tunables.max_ptes_swap) == (64, 64)
+    first, second = scenario.processes
+    assert first.model == Redis(memory=400 << 20, churn=0.05)
+    assert (first.settings.name, second.settings.name, second.settings.count) == ("redis", "web", 3)
+    assert scenario.faults[0].at == 60.0
+
+
+PROCESS = '[[process]]\nworkload = "service"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("duration = ", "not TOML"),
+        (PROCESS, "duration is missing"),
+        ('duration = "10s"', "no [[process]]"),
+        ('duration = "10 parsecs"\n' + PROCESS, "'10 parsecs' is not a duration"),
+        ('duration = "0s"\n' + PROCESS, "duration is not above 0"),
+        ("duration = -5\n" + PROCESS, "duration -5 is below 0"),
+        ("duration = true\n" + PROCESS, "duration True is not a duration"),
+        ("duration = 1\ndurration = 1\n" + PROCESS, "did you mean duration?"),
+        ('duration = 1\npolicy = "best"\n' + PROCESS, "best"),
+        ("duration = 1\nseed = 1.5\n" + PROCESS, "seed 1.5 is not a count"),
+        ('duration = 1\nkhugepaged = "yes"\n' + PROCESS, "khugepaged 'yes' is not true or false"),
+        ("duration = 1\nmachine = 5\n" + PROCESS, "machine is not a table"),
+        ('duration = 1\n[machine]\nmemory = "-1G"\n' + PROCESS, "machine.memory '-1G' is not a size"),
+        ("duration = 1\n[machine]\nmemory = -1\n" + PROCESS, "machine.memory -1 is below 0"),
+        ('duration = 1\n[machine]\nmemory = "1X"\n' + PROCESS, "machine.memory '1X' is not a size"),
+        ('duration = 1\n[machine]\nmemory = "1M"\n' + PROCESS, "less than one PMD range"),
+        ('duration = 1\n[machine]\nmemroy = "1G"\n' + PROCESS, "machine.memroy does not exist"),
+        ('duration = 1\n[machine]\nfragmentation = "130%"\n' + PROCESS, "machine.fragmentation is more than 100%"),
+        ('duration = 1\n[machine]\ngeometry = "pdp-11"\n' + PROCESS, "unknown geometry"),
+        ('duration = 1\n[switches]\n65K = "always"\n' + PROCESS, "switches: '65K'"),
+        ('duration = 1\n[switches]\n64K = "sometimes"\n' + PROCESS, "sometimes"),
+        ("duration = 1\n[tunables]\nmax_ptes_none = 600\n" + PROCESS, "max_ptes_none 600"),
+        ("duration = 1\n[tunables]\nmax_ptes = 6\n" + PROCESS, "tunables.max_ptes does not exist"),
+        ('duration = 1\n[[process]]\nworkload = "emacs"\n', "workload 'emacs' does not exist"),
+        ("duration = 1\n[process]\n", "process is not a list of tables"),
+        ("duration = 1\n" + PROCESS + 'memory = "1G"\n', "process 1.memory does not exist"),
+        ("duration = 1\n" + PROCESS + "start = 5\nstop = 4\n", "stops before it starts"),
+        ("duration = 1\n" + PROCESS + 'core = "3G"\n', "the processes want 3080 MiB"),
+        ("duration = 1\n" + PROCESS + '[[fault]]\nat = 1\nkind = "flood"\n', "kind 'flood' does not exist"),
+        ("duration = 1\n" + PROCESS + '[[fault]]\nat = 1\nkind = "kill"\nprocess = "x"\n', "no process called 'x'"),
+        ("duration = 1\n" + PROCESS + '[[fault]]\nkind = "fragment"\n', "fault 1.at is missing"),
+    ],
+)
+def test_what_cannot_be_is_said_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        loaded(tmp_path, text)
+    assert words in f"{caught.value.message} {caught.value.help}"
+    assert "scenario.toml" in caught.value.message
+
+
+def test_what_is_no_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        load_scenario(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_says_what_it_follows_and_each_parameter(name: str) -> None:
+    model = MODELS[name]
+    assert model.SOURCE
+    documented = model.__doc__ or ""
+    for parameter in dataclasses.fields(model):  # type: ignore[arg-type]
+        assert f"{parameter.name}:" in documented

@@ -1,0 +1,187 @@
+"""Scenarios, run: the same every time, and what programs and faults do shows in the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fakes import FakeSpace
+from mthp.addrspace import Pte
+from mthp.lab import simulated
+from mthp.lab.metrics import METRICS
+from mthp.lab.scenario import load_scenario
+from mthp.lab.simulation import Outcome, _Run, simulate
+from mthp.report.simulation import report_on_simulation
+from mthp.snapshot import record
+from report_spaces import mixed
+
+HEAD = """
+duration = "{seconds}s"
+sample = "1s"
+step = "200ms"
+[machine]
+memory = "{memory}"
+[tunables]
+scan_sleep_millisecs = 500
+"""
+SMALL = {
+    "redis": 'memory = "12M"\ngrow = "2s"\nsave_every = "3s"\nsave_takes = "1s"\nchurn = "5%"',
+    "go-heap": 'live_memory = "4M"\nallocate = "8M"\nphase = "2s"',
+    "sparse-arena": 'memory = "4M"\nreserve = "64M"\ngrow = "2s"',
+    "torch-loader": 'dataset = "4M"\nbatch = "1M"\nepoch = "2s"',
+    "service": 'core = "3M"\nburst = "2M"\nevery = "2s"\nlasts = "1s"',
+}
+
+
+def run(tmp_path: Path, *tables: str, seconds: int = 6, memory: str = "128M", **options: object) -> Outcome:
+    path = tmp_path / "scenario.toml"
+    path.write_text(HEAD.format(seconds=seconds, memory=memory) + "\n".join(tables))
+    return simulate(load_scenario(path), **options)  # type: ignore[arg-type]
+
+
+def process(name: str, more: str = "") -> str:
+    return f'[[process]]\nworkload = "{name}"\n{SMALL[name]}\n{more}\n'
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_workload_runs_and_khugepaged_collapses_it(tmp_path: Path, name: str) -> None:
+    outcome = run(tmp_path, process(name, "advise = true"))
+    whole = [row for row in outcome.rows if not row["process"]]
+    assert [row["seconds"] for row in whole] == pytest.approx(range(7), abs=0.2)
+    assert outcome.last["resident_bytes"] > 2 << 20
+    assert outcome.last["killed"] == 0
+    assert outcome.last["scanned_pages"] > 0
+    assert whole[0]["resident_bytes"] == 0
+
+
+def test_what_the_programs_of_a_machine_leave_adds_up(tmp_path: Path) -> None:
+    path = tmp_path / "scenario.toml"
+    path.write_text(HEAD.format(seconds=4, memory="256M") + "".join(process(name) for name in SMALL))
+    scenario = load_scenario(path)
+    inside = _Run(scenario, "mainline", None, lambda done, total: None, lambda: False)
+    outcome = inside.run()
+    assert inside.machine.check() == []
+    assert {row["process"] for row in outcome.rows} == {"", *SMALL}
+    last = [row for row in outcome.rows if row["seconds"] == outcome.last["seconds"]]
+    parts = [row for row in last if row["process"]]
+    assert sum(row["resident_bytes"] for row in parts) == outcome.last["resident_bytes"]
+    shares = [value for name, value in outcome.last.items() if name.startswith("order_share_")]
+    assert sum(shares) == pytest.approx(1.0)
+    own = {"policy", "seconds", "process", "processes", "killed", "free_bytes"}
+    assert {name for name in outcome.last if not name.startswith("order_share_")} - own <= set(METRICS)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
+    tables = (process("redis"), process("service", "count = 2"))
+    files = []
+    for number, seed in enumerate((3, 3, 4)):
+        outcome = run(tmp_path, *tables, seconds=4, seed=seed)
+        files.append(tmp_path / f"{number}.parquet")
+        simulated.write(files[-1], [outcome], {"schema": simulated.SCHEMA})
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes() != files[2].read_bytes()
+    assert simulated.is_simulated(files[0])
+    assert not simulated.is_simulated(tmp_path / "scenario.toml")
+    assert simulated.read(files[0]).rows[0]["seconds"] == 0.0
+
+
+def test_policies_differ_on_sparse_memory(tmp_path: Path) -> None:
+    # Faulted in small: what becomes large is khugepaged's doing.
+    table = process("sparse-arena", 'advise_after = "2500ms"')
+    fills = run(tmp_path, table, seconds=8, policy="pmd-only").last
+    path = (tmp_path / "scenario.toml").read_text()
+    (tmp_path / "strict").mkdir()
+    strict = tmp_path / "strict" / "scenario.toml"
+    strict.write_text(path.replace("scan_sleep_millisecs", "max_ptes_none = 0\nscan_sleep_millisecs"))
+    sparing = simulate(load_scenario(strict), policy="pmd-only").last
+    assert fills["resident_bytes"] > 3 * sparing["resident_bytes"]
+    assert sparing["bloat_bytes"] == 0
+    assert fills["bloat_bytes"] == fills["resident_bytes"] - sparing["resident_bytes"]
+
+
+def test_without_huge_pages_a_sparse_arena_is_what_it_touches(tmp_path: Path) -> None:
+    last = run(tmp_path, process("sparse-arena", "advise = false")).last
+    assert last["resident_bytes"] == 4 << 20
+    assert last["huge_coverage"] == 0.0
+
+
+def test_processes_begin_and_end_when_they_are_to(tmp_path: Path) -> None:
+    outcome = run(tmp_path, process("service", 'start = "2s"\nstop = "4s"\nname = "web"'))
+    living = {round(row["seconds"]): row["processes"] for row in outcome.rows if not row["process"]}
+    assert (living[1], living[3], living[5]) == (0, 1, 0)
+
+
+def test_a_killed_process_is_gone_and_its_memory_free(tmp_path: Path) -> None:
+    fault = '[[fault]]\nat = "3s"\nkind = "kill"\nprocess = "redis"\n'
+    outcome = run(tmp_path, process("redis"), fault)
+    assert outcome.last["processes"] == 0
+    assert outcome.last["free_bytes"] > 120 << 20
+    assert outcome.last["killed"] == 0
+
+
+def test_a_limit_that_is_too_small_kills(tmp_path: Path) -> None:
+    fault = '[[fault]]\nat = "1s"\nkind = "limit"\nprocess = "redis"\nsize = "1M"\n'
+    outcome = run(tmp_path, process("redis", "advise = false"), process("service"), fault)
+    assert outcome.last["killed"] == 1
+    assert outcome.last["processes"] == 1
+
+
+def test_pinned_pages_are_left_alone_and_let_go(tmp_path: Path) -> None:
+    fault = '[[fault]]\nat = "2500ms"\nkind = "pin"\nprocess = "service"\nshare = "10%"\nlasts = "1s"\n'
+    path = tmp_path / "scenario.toml"
+    path.write_text(HEAD.format(seconds=5, memory="64M") + process("service") + fault)
+    inside = _Run(load_scenario(path), "mainline", None, lambda done, total: None, lambda: False)
+    inside.run()
+    assert not +inside.machine.parts.pins
+    assert inside.machine.check() == []
+
+
+def test_on_a_fragmented_machine_large_folios_are_rare(tmp_path: Path) -> None:
+    text = HEAD.format(seconds=3, memory="64M")
+    rows = {}
+    for share in ("0%", "95%"):
+        path = tmp_path / "scenario.toml"
+        path.write_text(
+            text.replace('memory = "64M"', f'memory = "64M"\nfragmentation = "{share}"') + process("service")
+        )
+        rows[share] = simulate(load_scenario(path)).last
+    assert rows["0%"]["huge_coverage"] > 0.5
+    assert rows["95%"]["huge_coverage"] < rows["0%"]["huge_coverage"]
+
+
+def test_khugepaged_can_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "scenario.toml"
+    path.write_text("khugepaged = false\n" + HEAD.format(seconds=3, memory="64M") + process("service"))
+    last = simulate(load_scenario(path)).last
+    assert (last["scanned_pages"], last["khugepaged_seconds"]) == (0, 0.0)
+
+
+def test_it_stops_when_it_is_told_and_keeps_what_was(tmp_path: Path) -> None:
+    asked = iter(range(10_000))
+    outcome = run(tmp_path, process("service"), seconds=60, stop=lambda: next(asked) > 30)
+    assert outcome.interrupted
+    assert 0 < len(outcome.rows) < 60
+
+
+def test_a_recording_is_lived_again(tmp_path: Path) -> None:
+    space = FakeSpace([mixed(0x7F00_0000_0000, 4, 0.6)])
+    record(space, tmp_path / "before.parquet")
+    state = space.read([(0x7F00_0000_0000, 0x7F00_0000_0000 + (4 << 21))]).state
+    held = int(np.count_nonzero((state & (Pte.PRESENT | Pte.SWAP)) != 0))
+    table = '[[process]]\nworkload = "recording"\nfile = "before.parquet"\nadvise = false\n'
+    assert run(tmp_path, table, seconds=2).last["resident_bytes"] == held * 4096
+
+
+def test_results_become_a_report(tmp_path: Path) -> None:
+    outcomes = [run(tmp_path, process("service"), seconds=3, policy=policy) for policy in ("mainline", "pmd-only")]
+    scenario = load_scenario(tmp_path / "scenario.toml")
+    path = tmp_path / "out.parquet"
+    simulated.write(path, outcomes, simulated.about(scenario, 0, ["mainline", "pmd-only"], "0"))
+    found = simulated.read(path)
+    document = report_on_simulation(found.rows, found.about, [])
+    assert document.title == "scenario.toml"
+    charts = document.sections[0].charts
+    assert [series.name for series in charts[0].series] == ["mainline", "pmd-only"]
+    assert len(charts[0].series[0].points) == 4
