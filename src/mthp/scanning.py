@@ -31,7 +31,8 @@ class Khugepaged(Scanner):
     Args:
         tunables: the pace: ``pages_to_scan``, ``scan_sleep_millisecs``, ``alloc_sleep_millisecs``; asked at every pass
             if a function; by default those of the machine at that moment.
-        clock: the machine's time; that of this machine by default.
+        clock: the machine's time; that of this machine by default. For a simulated one give its ``machine.time``, so
+            that rests pass there at once.
         listener: told of every :class:`~mthp.collapse.machine_seam.Passage`: the ranges that were looked at with their
             scan results, and the attempts with what they copied and filled. Called in the scanning thread.
         options: the fields of :class:`~mthp.visiting.VisitOptions`, for spaces that are entered without their own.

@@ -233,6 +233,20 @@ def test_khugepaged_of_the_library_does_there_what_a_plan_foretells() -> None:
     assert machine.check() == []
 
 
+def test_khugepaged_of_the_library_rests_in_the_machines_time() -> None:
+    machine = Machine(SMALL, node_frames=[1024], switches=Switches("never"))
+    mm = machine.create_mm()
+    machine.map(mm, SIZE, 2 * SIZE, flags={HUGEPAGE})
+    for page in range(16):
+        machine.write(mm, SIZE + page * 4096, 1)
+    machine.parts.memory.alloc_small(2048)
+    daemon = Khugepaged(policy="pmd-only", orders=[4], clock=machine.time)
+    daemon.enter(machine.space(mm))
+    daemon.do_scan()
+    assert daemon.statistics.attempts[4, ScanResult.ALLOC_HUGE_PAGE_FAIL] > 0
+    assert machine.clock.now_ns >= 60_000_000_000
+
+
 def test_what_cannot_be_asked_of_it() -> None:
     machine, mm = lived_in()
     space = SimSpace(machine, mm)

@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from mthp.sim.machine import Machine
 
 
-class _Time:
-    """The machine's clock, as the pace needs it: who rests moves it on."""
+class SimTime:
+    """The machine's clock, as a khugepaged needs it (:class:`~mthp.collapse.machine_seam.Clock`): rests move it on.
+
+    Args:
+        clock: the machine's.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -96,7 +100,7 @@ class Khugepaged(Scanner):
     """The daemon of one machine."""
 
     def __init__(self, machine: Machine) -> None:
-        super().__init__(lambda: machine.parts.tunables, _Time(machine.parts.clock))
+        super().__init__(lambda: machine.parts.tunables, machine.time)
         self._machine = machine
 
     def rest_by(self, clock: RestClock) -> None:

@@ -26,6 +26,7 @@ RECLAIM_DISTANCE = 30
 """Nodes farther apart do not help each other out (node_reclaim_distance, mm/page_alloc.c)."""
 
 _REFERENCED = Fl.REFERENCED | Fl.YOUNG
+_PLAIN = P.PRESENT | P.ZERO | P.SPECIAL | P.UFFD_WP
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,9 @@ def isolate_look(
         forced: MADV_COLLAPSE asks.
         large: a page of a folio of this order or larger hinders.
     """
+    if large is not None and _begins_with_large(parts, ptes, large):
+        nothing = np.zeros(0, np.int64)
+        return Look(ScanResult.PTE_MAPPED_HUGEPAGE, 0, 0, 0, 0, nothing.astype(np.intp), nothing, nothing)
     look = _Looker(parts, ptes, limits)
     look.no_swap()
     if look.some_pages:
@@ -91,6 +95,21 @@ def isolate_look(
         look.count_shared()
         look.page_itself(vma, forced=forced)
     return look.taken()
+
+
+def _begins_with_large(parts: Parts, ptes: Ptes, large: int) -> bool:
+    """Whether the first entry already says that the run has a folio of this order or larger.
+
+    Mostly it does where folios were made by an earlier scan. What is asked before that must not hinder: userfaultfd,
+    lazyfree, a folio that others map.
+    """
+    bits, pfn = ptes.bits[0], int(ptes.value[0])
+    if bits & _PLAIN != P.PRESENT or parts.memory.order[pfn] < large:
+        return False
+    head, refcount = parts.memory.head(pfn), parts.memory.refcount
+    swapbacked = parts.memory.flags[head] & Fl.SWAPBACKED
+    # The first tail frame counts the mappings, the second those of the first address space.
+    return bool(swapbacked and refcount[head + 1] == refcount[head + 2])
 
 
 def run_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, large: int | None) -> Look:

@@ -26,7 +26,7 @@ from mthp.sim.check import check
 from mthp.sim.clock import Clock, Costs
 from mthp.sim.counters import Counters
 from mthp.sim.fragment import fragment
-from mthp.sim.khugepaged import Advised, Khugepaged
+from mthp.sim.khugepaged import Advised, Khugepaged, SimTime
 from mthp.sim.lru import LruAddBatch
 from mthp.sim.memory import Memory
 from mthp.sim.mm import Mm, SimVma
@@ -126,6 +126,11 @@ class Machine(SystemCalls):
     def clock(self) -> Clock:
         """Simulated time, and what it went into."""
         return self.parts.clock
+
+    @property
+    def time(self) -> SimTime:
+        """The clock for a :class:`mthp.Khugepaged` that visits address spaces of this machine."""
+        return SimTime(self.parts.clock)
 
     def create_mm(self, cgroup: int = 0) -> Mm:
         """A new, empty address space.
