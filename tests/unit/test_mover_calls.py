@@ -71,3 +71,17 @@ def test_words_are_64_bits() -> None:
     table.run()
     assert table.results.tolist() == [far]
     os.close(file)
+
+
+def test_memory_that_may_not_be_executed_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under SELinux without execmem, or PR_SET_MDWE."""
+
+    class Refusing:
+        mmap, munmap = calls._libc.mmap, calls._libc.munmap
+
+        @staticmethod
+        def mprotect(*_: int) -> int:
+            return -1
+
+    monkeypatch.setattr(calls, "_libc", Refusing)
+    assert calls._machine_code(calls.CODE[platform.machine()]) is None

@@ -44,6 +44,7 @@ _libc.syscall.argtypes = (ctypes.c_long,) * 7
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Calls:
@@ -89,6 +90,7 @@ def _machine_code(code: bytes) -> Callable[[int, int], None] | None:
         return None
     ctypes.memmove(address, code, len(code))
     if _libc.mprotect(address, len(code), mmap.PROT_READ | PROT_EXEC):
+        _libc.munmap(address, len(code))
         return None
     return ctypes.PYFUNCTYPE(None, ctypes.c_long, ctypes.c_long)(address)
 

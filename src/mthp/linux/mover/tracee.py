@@ -150,7 +150,8 @@ class Stopped:
             OSError: ESRCH if one was killed.
         """
         threads, machine = len(self.tids), self.machine
-        self._rseq[:], self._dispatch[:] = 0, 0
+        # What is kept from the last time must not pass for an answer of this one.
+        self._rseq[:], self._dispatch[:], self._vectors[0][:, 1] = 0, 0, self.registers.strides[0]
         self._look.run()
         if (self._look.results < 0).any():
             # The kernel may not know of rseq and of the dispatching of system calls.
