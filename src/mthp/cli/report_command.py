@@ -51,15 +51,17 @@ def command(
 ) -> None:
     """Write one HTML page on FILE: its address space, what each policy would make of it, and at what price.
 
-    FILE is a snapshot, a recording, a PID for a quick look, what `mthp compare --json` printed, or what `mthp simulate
-    -o` wrote. The page is complete in itself: it loads nothing from anywhere and runs no script. It holds no contents
-    of memory, no environment, and no arguments unless asked for.
+    FILE is a snapshot, a recording, a PID for a quick look, what `mthp compare --json` printed, or what `mthp sweep`
+    or `mthp simulate` wrote. The page is complete in itself: it loads nothing from anywhere and runs no script. It
+    holds no contents of memory, no environment, and no arguments unless asked for.
     """
+    from mthp.lab import swept
     from mthp.lab.simulated import is_simulated, read
     from mthp.report import write
     from mthp.report.gather import Source, report_on
     from mthp.report.results import is_json, report_on_comparison
     from mthp.report.simulation import report_on_simulation
+    from mthp.report.swept import report_on_sweep
 
     if output.exists() and not force:
         raise UsageError(f"{output}: exists already", help="use --force to replace it")
@@ -72,6 +74,12 @@ def command(
     if pid is None and is_simulated(Path(file)):
         found = read(Path(file))
         document = report_on_simulation(found.rows, found.about, _commands(file, None)[:1], version=__version__)
+    elif pid is None and swept.is_sweep(Path(file)):
+        rows = swept.read(Path(file))
+        again = _commands(file, None)[:1]
+        document = report_on_sweep(
+            Path(file), rows, swept.summed(rows), swept.geometry_of(rows), again, version=__version__
+        )
     elif pid is None and is_json(Path(file)):
         document = report_on_comparison(Path(file), _commands(file, None)[:1], version=__version__)
     else:

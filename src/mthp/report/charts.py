@@ -109,17 +109,21 @@ def chart(
     x_format: Format,
     y_format: Format,
     y_range: tuple[float, float] | None = None,
+    y_bytes: bool = False,
     frontier: Sequence[tuple[float, float]] = (),
 ) -> Chart:
     """Lay out a chart. Marks of series that are not joined stand side by side where they coincide.
 
     Args:
         y_range: ends of the vertical axis; from 0 to the largest value by default.
+        y_bytes: the vertical axis is in bytes, and its ticks are to be round numbers of 1024 to some power.
         frontier: corners of a staircase that is drawn behind the series, by ascending x.
     """
     points = [point for one in series for point in one.points]
     x_values = nice_ticks(0.0, max((x for x, _, _ in points), default=1.0))
-    y_values = nice_ticks(*(y_range or (0.0, max((y for _, y, _ in points), default=1.0))))
+    low, high = y_range or (0.0, max((y for _, y, _ in points), default=1.0))
+    unit = 1024.0 ** int(math.log(high, 1024)) if y_bytes and high >= 1 else 1.0
+    y_values = [value * unit for value in nice_ticks(low / unit, high / unit)]
     across = _scale(x_values[0], x_values[-1], LEFT + PADDING, WIDTH - RIGHT)
     up = _scale(y_values[0], y_values[-1], HEIGHT - BOTTOM, TOP)
     places = _side_by_side(

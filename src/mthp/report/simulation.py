@@ -113,6 +113,7 @@ def _chart(whole: Sequence[Row], name: str, title: str, unit: str) -> Chart:
         x_format=lambda value: f"{value:g}",
         y_format=(lambda value: f"{value:g}%") if scale > 1 else (lambda value: _axis(value, unit)),
         y_range=(0.0, 100.0) if name.endswith("coverage") else None,
+        y_bytes=unit == "bytes",
     )
 
 

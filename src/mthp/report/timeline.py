@@ -133,6 +133,7 @@ def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart
         y_name="bytes",
         x_format=lambda value: f"{value:g}",
         y_format=lambda value: format_size(int(value)),
+        y_bytes=True,
     )
     return coverage, memory
 

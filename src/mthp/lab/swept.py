@@ -1,0 +1,93 @@
+"""The table of a sweep, read back, and summed up over its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mthp.errors import UsageError
+from mthp.geometry import GEOMETRIES, X86_64, Geometry, parse_size
+from mthp.lab.metrics import share
+from mthp.snapshot.table import pyarrow, reading
+
+COLUMNS = ("input", "target", "setting", "policy", "orders", "scan", "resident_bytes", "huge_coverage", "bloat_bytes")
+"""Columns by which the table of a sweep is known."""
+
+SETTING = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
+"""Columns that make up a setting, besides the policy."""
+
+Row = dict[str, Any]
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether the file at `path` is the table of a sweep; False if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PAR1":
+                return False
+        return set(COLUMNS) <= set(pyarrow("pyarrow.parquet").read_schema(path).names)
+    except (OSError, ValueError):
+        return False
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of the sweep at `path`, of a recording the last step's only.
+
+    Raises:
+        UsageError: it is something else, empty, or damaged.
+    """
+    with reading(str(path)):
+        rows: list[Row] = pyarrow("pyarrow.parquet").read_table(path).to_pylist()
+    if not rows or not set(COLUMNS) <= rows[0].keys():
+        raise UsageError(f"{path}: no table of a sweep, or an empty one")
+    last = {row["input"]: row["step"] for row in sorted(rows, key=lambda row: row["step"])}
+    return [row for row in rows if row["step"] == last[row["input"]]]
+
+
+def geometry_of(rows: Sequence[Row]) -> Geometry:
+    """The geometry that the orders and their sizes tell; that of x86-64 where they tell none."""
+    orders = max(int(name.rpartition("_")[2]) for name in rows[0] if name.startswith("order_share_"))
+    largest = max(parse_size(label) for label in str(rows[0]["orders"]).split(","))
+    found = (each for each in GEOMETRIES.values() if (each.pmd_order, each.pmd_size) == (orders, largest))
+    return next(found, X86_64)
+
+
+def summed(rows: Sequence[Row]) -> list[Row]:
+    """One row for each setting and scan: all inputs together, as if they were one.
+
+    Sums of bytes and counts; shares are of the sum. An input whose scans ended earlier stays as its last scan left it.
+    """
+    names = _names(rows)
+    scans = max(row["scan"] for row in rows)
+    by_setting: dict[int, dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        by_setting.setdefault(row["setting"], {}).setdefault(row["input"], {})[row["scan"]] = row
+    return [
+        _sum([_at(by_scan, scan) for by_scan in inputs.values()], names[setting], scan)
+        for setting, inputs in by_setting.items()
+        for scan in range(min(row["scan"] for row in rows), scans + 1)
+    ]
+
+
+def _at(by_scan: dict[int, Row], scan: int) -> Row:
+    row = by_scan[max(at for at in by_scan if at <= max(scan, min(by_scan)))]
+    # What a scan that was not needed adds is nothing.
+    return row if row["scan"] == scan else row | {"creep_bytes": 0}
+
+
+def _sum(rows: Sequence[Row], name: str, scan: int) -> Row:
+    resident = sum(row["resident_bytes"] for row in rows)
+    made: Row = {"setting": name, "policy": rows[0]["policy"], "scan": scan, "resident_bytes": resident}
+    for key in ("bloat_bytes", "creep_bytes", "copied_bytes", "translations"):
+        made[key] = sum(row[key] for row in rows)
+    for key in rows[0]:
+        if key.startswith("order_share_") or key in ("huge_coverage", "large_coverage"):
+            made[key] = share(sum(row[key] * row["resident_bytes"] for row in rows), resident)
+    made["bloat_share"] = share(made["bloat_bytes"], resident - made["bloat_bytes"])
+    return made | {"coverage": made["huge_coverage"]}
+
+
+def _names(rows: Sequence[Row]) -> dict[int, str]:
+    differing = [key for key in SETTING if len({row.get(key) for row in rows}) > 1]
+    return {row["setting"]: " ".join([row["policy"], *(f"{key}={row[key]}" for key in differing)]) for row in rows}

@@ -1,0 +1,80 @@
+"""The report on a sweep: all inputs together, and how far they lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mthp.geometry import Geometry, format_size
+from mthp.report.compared import Compared, percent, section
+from mthp.report.document import Cell, Command, Document, Figure, Section, Table
+
+Row = dict[str, Any]
+
+
+def report_on_sweep(
+    path: Path, rows: Sequence[Row], sums: Sequence[Row], geometry: Geometry, commands: Sequence[Command], version: str
+) -> Document:
+    """The report on a sweep.
+
+    Args:
+        path: of its table.
+        rows: of the table.
+        sums: one row for each setting and scan, all inputs together.
+        geometry: of the inputs' machines.
+    """
+    last = list({row["setting"]: row for row in sums}.values())
+    frontier = frozenset(row["setting"] for row in last if not any(_beats(other, row) for other in last))
+    inputs = list(dict.fromkeys(row["input"] for row in rows))
+    size = geometry.label(geometry.pmd_order)
+    best = max((row for row in last if row["setting"] in frontier), key=lambda row: row["coverage"])
+    verdict = (
+        f"Over {len(inputs)} inputs together, {best['setting']} covers most: {percent(best['coverage'])} in {size}"
+        f" folios, for {format_size(best['bloat_bytes'])} of bloat."
+    )
+    resident = sum(row["resident_bytes"] for row in rows if (row["setting"], row["scan"]) == _first(rows))
+    return Document(
+        title=f"{path.name}: a sweep",
+        verdict=verdict,
+        figures=(
+            Figure(f"{len(inputs):,}", "inputs", f"{format_size(resident)} resident together"),
+            Figure(f"{len(last):,}", "settings", f"{len(frontier)} of them on the frontier"),
+        ),
+        facts=(("table", path.name), ("machine", f"{geometry.name}, pages of {geometry.label(0)}")),
+        sections=(
+            section(Compared(geometry, size, sums, frontier, [verdict])),
+            Section("How far inputs lie apart", tables=(_spread(rows, sums),)),
+        ),
+        commands=commands,
+        version=version,
+    )
+
+
+def _first(rows: Sequence[Row]) -> tuple[int, int]:
+    return rows[0]["setting"], min(row["scan"] for row in rows)
+
+
+def _beats(one: Row, other: Row) -> bool:
+    return (
+        one["coverage"] >= other["coverage"]
+        and one["bloat_bytes"] <= other["bloat_bytes"]
+        and (one["coverage"], one["bloat_bytes"]) != (other["coverage"], other["bloat_bytes"])
+    )
+
+
+def _spread(rows: Sequence[Row], sums: Sequence[Row]) -> Table:
+    names = list(dict.fromkeys(row["setting"] for row in sums))
+    last: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        last.setdefault(row["setting"], {})[row["input"]] = row
+    cells = []
+    for name, inputs in zip(names, last.values(), strict=True):
+        coverage = np.percentile([row["huge_coverage"] for row in inputs.values()], [0, 50, 100])
+        bloat = np.percentile([row["bloat_share"] for row in inputs.values()], [0, 50, 100])
+        figures = (Cell(percent(float(value)), figure=True) for value in (*coverage, *bloat))
+        cells.append((Cell(name), *figures))
+    columns = ("setting", "coverage, least", "median", "most", "bloat, least", "median", "most")
+    return Table("Coverage and bloat of single inputs", columns, cells)
