@@ -143,7 +143,7 @@ class Comparison:
                 key=lambda pair: (self.coverage(pair[1]), -pair[1].scans[-1].filled),
             )
             sentences.append(
-                f"{name} is behind {other}: coverage {coverage:.1%} against {self.coverage(by):.1%},"
+                f"{name} is behind {other}: coverage {coverage:.2%} against {self.coverage(by):.2%},"
                 f" bloat {self._bytes(filled)} against {self._bytes(by.scans[-1].filled)}."
             )
         return sentences
