@@ -346,18 +346,6 @@ def test_a_migration_is_waited_for(machine: Machine, mm: Mm) -> None:
     assert machine.counters["hugepages-64kB/split_deferred"] == 1
 
 
-def test_a_migration_that_wakes_reclaim_does_not_lose_its_folio(machine: Machine, mm: Mm) -> None:
-    memory = machine.parts.memory
-    machine.sysfs.write("/proc/sys/vm/min_free_kbytes", "32")
-    memory.own(memory.alloc_small(memory.free_frames - 9))
-    machine.madvise(mm, START, START + 2 * SIZE, "COLD")
-    assert machine.start_migration(mm, START) == 0
-    machine.finish_migrations()
-    assert machine.counters["pswpout"] > 0
-    assert machine.check() == []
-    assert held(machine, mm, 0, 32) == [START // PAGE + page for page in range(32)]
-
-
 def test_what_is_pinned_does_not_migrate(machine: Machine, mm: Mm) -> None:
     pfn = machine.pin(mm, START)
     assert machine.start_migration(mm, START) == errno.EBUSY

@@ -407,3 +407,14 @@ TestLife.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+def test_a_migration_that_wakes_reclaim_does_not_lose_its_folio() -> None:
+    """A life that went wrong once."""
+    life = Life()
+    life.start(none=0, limit=None, left=60, slots=7, synchronous=False, kept=8, policy="mainline", movable=None)
+    life.touch(span=(118784, 200704), step=1, which=0)
+    life.start_migration(address=65536, which=0)
+    life.finish_migrations()
+    life.everything_adds_up()
+    life.pages_hold_what_was_written()
