@@ -168,6 +168,14 @@ def test_mremap_moves_pages_and_pmd_entries(machine: Machine, mm: Mm) -> None:
     assert machine.read(mm, END + SIZE + 4 * PAGE) == (Fault.DONE, START // PAGE + 3)
 
 
+def test_what_is_moved_is_write_protected_no_more(machine: Machine, mm: Mm) -> None:
+    assert machine.uffd_register(mm, START, END, ["wp"]) == 0
+    assert machine.uffd_writeprotect(mm, START, START + SIZE, on=True) == 0
+    to = machine.mremap(mm, START, START + SIZE, SIZE, Remap.MAYMOVE | Remap.DONTUNMAP)
+    assert not mm.vmas[-1].userfaultfd_armed
+    assert machine.write(mm, to, 5) is Fault.DONE
+
+
 def test_mremap_takes_pages_away_and_leaves_the_mapping(machine: Machine, mm: Mm) -> None:
     to = machine.mremap(mm, START, START + SIZE, SIZE, Remap.MAYMOVE | Remap.DONTUNMAP)
     assert to > 0

@@ -84,6 +84,15 @@ def test_pinned_and_locked_pages_stay() -> None:
     assert machine.check() == []
 
 
+def test_pages_read_back_into_a_locked_mapping_stay() -> None:
+    machine, mm = machine_with(8, swap=100)
+    assert machine.madvise(mm, START, START + 8 * PAGE, "PAGEOUT") == 0
+    assert machine.mlock(mm, START, START + 8 * PAGE) == 0
+    while reclaim(machine.parts, 32):
+        pass
+    assert (mm.anon_pages, mm.swap_entries) == (8, 0)
+
+
 def test_lazyfree_pages_go_without_swap_unless_they_are_dirty_again() -> None:
     machine, mm = machine_with(32)
     machine.madvise(mm, START, START + 32 * PAGE, "FREE")
