@@ -57,7 +57,7 @@ def test_tables_hold_the_figures(result: compared.Compared) -> None:
 def test_settings_that_come_to_the_same_share_a_bar(result: compared.Compared) -> None:
     (bars,) = compared.section(result).bars
     assert bars.bars[0].name == "now"
-    named = " ".join(bar.name for bar in bars.bars)
+    named = " ".join(bar.text for bar in bars.bars)
     assert all(setting in named for setting in result.settings)
     assert len(bars.bars) < 1 + len(result.settings)
     assert bars.legend[0] == ("o9", f"{X86_64.label(9)} folios")

@@ -125,6 +125,8 @@ def test_pictures_are_told_in_words_and_tables_have_heads(browser: Browser, repo
 def test_it_prints(browser: Browser, report: Path) -> None:
     browser.open(report, scheme="dark", media="print")
     assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    shown = "[...document.querySelectorAll('details td')].every(e => e.checkVisibility({contentVisibilityAuto: true}))"
+    assert browser.ask(shown), "what is folded on a screen is open on paper"
     printed = base64.b64decode(browser.tell("Page.printToPDF", printBackground=False)["data"])
     (browser.screenshots / "report.pdf").write_bytes(printed)
     assert printed.startswith(b"%PDF")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 380
@@ -215,6 +215,7 @@ def bar_chart(
     rows: Sequence[tuple[str, Sequence[tuple[str, str, int]]]],
     *,
     legend: Sequence[tuple[str, str]],
+    full_names: Mapping[str, str] | None = None,
     size: Callable[[int], str],
 ) -> BarChart:
     """Lay out bars.
@@ -222,6 +223,7 @@ def bar_chart(
     Args:
         rows: of each bar the name, and of its parts the class, the label and the value.
         legend: class and label of every kind that may occur, in the order of the legend.
+        full_names: of bars whose names are short for something, by that name.
         size: how a value is written.
     """
     whole = max((sum(value for _, _, value in parts) for _, parts in rows), default=0) or 1
@@ -235,5 +237,11 @@ def bar_chart(
             width = 1000 * value / whole
             made.append(BarPart(key, round(start, 2), round(width, 2), f"{label}: {size(value)}"))
             start += width
-        bars.append(Bar(name, tuple(made), f"{name}: " + (", ".join(part.text for part in made) or "nothing")))
+        bars.append(
+            Bar(
+                name,
+                tuple(made),
+                f"{(full_names or {}).get(name, name)}: {', '.join(part.text for part in made) or 'nothing'}",
+            )
+        )
     return BarChart(title, summary, tuple(bars), tuple(entry for entry in legend if entry[0] in occurring))

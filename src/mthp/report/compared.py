@@ -162,15 +162,17 @@ def _bars(compared: Compared) -> BarChart:
     for row in compared.last:
         alike.setdefault(tuple(parts(row)), []).append(row["setting"])
     now = next(iter(compared.rows))
-    bars = [("now", parts(now))]
+    bars, full_names = [("now", parts(now))], {}
     for made, names in alike.items():
-        others = f" (alike: {', '.join(names[1:])})" if len(names) > 1 else ""
-        bars.append((names[0] + others, list(made)))
+        name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
+        full_names[name] = " = ".join(names)
+        bars.append((name, list(made)))
     return bar_chart(
         "Memory by folio size",
         "Where a bar is longer than the first, the difference is bloat.",
         bars,
         legend=[(kind.key, kind.label) for kind in kinds.all],
+        full_names=full_names,
         size=format_size,
     )
 
