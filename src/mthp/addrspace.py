@@ -33,7 +33,7 @@ Segment = tuple[int, int]
 Block = tuple[int, int]
 """An aligned run of memory: its address, and the order of the folio that it is to become."""
 
-Mechanism = Literal["auto", "madvise", "move"]
+Mechanism = Literal["auto", "madvise", "move", "khugepaged"]
 """How pages are collapsed: by the kernel's MADV_COLLAPSE, by moving them, or whichever fits the order."""
 
 WATCH_BLOCK = 256 << 20
@@ -182,7 +182,7 @@ class Means:
     """By what means blocks are collapsed, and what that may cost the target.
 
     Attributes:
-        mechanism: the kernel's call, the mover, or whichever fits the order.
+        mechanism: the kernel's call, the mover, whichever of the two fits the order, or the kernel's own khugepaged.
         max_pause_ns: how long the target's threads may stand still in one window of the mover, in nanoseconds.
         duty: the part of the time that they may stand still, above 0, up to 1.
         fill: whether the mover may fill holes; the kernel's call always does.

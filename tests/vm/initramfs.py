@@ -31,7 +31,7 @@ _INIT = """#!/busybox/busybox sh
 /busybox/busybox --install -s /busybox
 export PATH=/usr/bin:/busybox HOME=/root
 [ -e /bin ] || ln -s busybox /bin
-mkdir -p /proc /sys /dev /tmp /out /root
+mkdir -p /proc /sys /dev /tmp /out /root /run /var/tmp
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

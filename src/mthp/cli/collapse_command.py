@@ -35,10 +35,10 @@ from mthp.targets import open_target, refuse_ancestor
 @plan_options
 @click.option(
     "--mechanism",
-    type=click.Choice(["auto", "madvise", "move"]),
+    type=click.Choice(["auto", "madvise", "move", "khugepaged"]),
     default="auto",
     show_default=True,
-    help="The kernel's MADV_COLLAPSE, moving pages, or whichever fits the order.",
+    help="The kernel's MADV_COLLAPSE, moving pages, whichever fits the order; or driving the kernel's khugepaged.",
 )
 @click.option("--max-bloat", metavar="SIZE|%", help="Bytes, or share of what is resident, that filling may add.")
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second at most, such as 500M.")
@@ -81,6 +81,10 @@ def command(
     TARGET is a PID, or the word self. Folios of the PMD size are made by the kernel's MADV_COLLAPSE, smaller ones by
     moving pages, for which TARGET is stopped again and again for about a millisecond. The largest come first, and of
     each size the fullest. Ctrl-C ends it after the range or the batch at hand.
+
+    On Linux 7.2 and later the mechanism khugepaged has the kernel's own do it, for all sizes: TARGET is not stopped and
+    nothing is injected, so it is the way for what may not be moved; but khugepaged goes by its own order, works for
+    all processes meanwhile, and knows only memory that was mapped or advised while a size was on.
     """
     wanted = None if min_coverage is None else percentage(min_coverage)
     pause = parse_duration(max_pause) / 1e9
@@ -112,6 +116,14 @@ def command(
 def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan) -> None:
     """Say on standard error, before it begins, what moving pages means for a process that is not ours."""
     if space.label.split()[0] == str(os.getpid()):
+        return
+    if options.mechanism == "khugepaged":
+        click.echo(
+            "driving the kernel's khugepaged: the planned sizes are on for the whole system while it works, and it may"
+            " collapse memory of other processes too. All switches are put back at the end; if mthp is killed, `mthp"
+            " doctor --restore` does it",
+            err=True,
+        )
         return
     out = Console(stderr=True, highlight=False) if sys.stderr.isatty() else Console(stderr=True, width=PLAIN_WIDTH)
     pause = milliseconds(options.max_pause)

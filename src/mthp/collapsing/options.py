@@ -52,6 +52,11 @@ class CollapseOptions:
             raise UsageError(f"a pause of {self.max_pause:g} s is not within 1us and 60s", help="the default is 1ms")
         if not 0 < self.duty <= 1:
             raise UsageError(f"a duty of {self.duty:g} is not above 0 and at most 1", help="the default is 0.5")
+        if self.mechanism == "khugepaged" and (self.max_bloat is not None or self.rate is not None or self.verify):
+            raise UsageError(
+                "the kernel's khugepaged keeps to no budget or rate, and verifies nothing",
+                help="leave these out, or use the mechanism auto",
+            )
         for name in ("fill", "verify"):
             if getattr(self, name) and self.mechanism == "madvise":
                 raise UsageError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from mthp.addrspace import AddressSpace
 from mthp.collapsing.blocks import Blocks
+from mthp.collapsing.kernel import by_khugepaged
 from mthp.collapsing.look import pmd_coverage
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.ranges import Ranges
@@ -83,6 +84,8 @@ def carry_out(
         NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error that comes when
             something was done already is in the report.
     """
+    if options.mechanism == "khugepaged":
+        return by_khugepaged(space, plan, options, progress, stop, before_move)
     report = CollapseReport(plan, dry_run=options.dry_run, coverage=plan.coverage)
     pmd_order = space.geometry.pmd_order
     targets = plan.folios[plan.folios.order == pmd_order]

@@ -247,6 +247,10 @@ class LiveAddressSpace(AddressSpace):
         for address, order in blocks:
             if address % geometry.size_of(geometry.check_order(order)):
                 raise UsageError(f"{address:#x} is not aligned to {geometry.label(order)}")
+        if means.mechanism == "khugepaged":
+            from mthp.linux.kernel_khugepaged import KernelKhugepaged
+
+            return KernelKhugepaged(self).collapse(blocks, fill=means.fill)
         outcomes: dict[Block, CollapseOutcome] = {}
         by_call = [block for block in blocks if block[1] == geometry.pmd_order]
         by_move = [block for block in blocks if block[1] != geometry.pmd_order]

@@ -37,7 +37,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,7 @@ _JOURNAL = "switches.journal"
 LOCK_NAME = "switches.lock"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SWITCH = re.compile(r"hugepages-\d+kB/enabled")
+_NUMBER = re.compile(r"khugepaged/(pages_to_scan|scan_sleep_millisecs|max_ptes_none)")
 _CHOSEN = re.compile(r"\[(\w+)\]")
 
 
@@ -79,8 +80,11 @@ class Change:
         try:
             data = json.loads(line)
             change = cls(data["switch"], data["was"], data["ours"], data["boot"])
-            words_known = change.was in SIZE_WORDS and change.ours in SIZE_WORDS
-            return change if words_known and _SWITCH.fullmatch(change.switch) else None
+            words = (change.was, change.ours)
+            if _SWITCH.fullmatch(change.switch):
+                return change if all(word in SIZE_WORDS for word in words) else None
+            numbers = _NUMBER.fullmatch(change.switch) and all(word.isdecimal() for word in words)
+            return change if numbers else None
         except (ValueError, TypeError, KeyError):
             return None
 
@@ -156,6 +160,26 @@ class SwitchJournal:
         """
         if word not in SIZE_WORDS:
             raise UsageError(f"{word!r} is not one of {', '.join(SIZE_WORDS)}")
+        with self._window(lambda: self._wanted(order, word, off)):
+            yield
+
+    @contextlib.contextmanager
+    def settings(self, wanted: Mapping[str, str]) -> Iterator[None]:
+        """A window in which switches of sizes and numbers of khugepaged's are as `wanted`, set in that order.
+
+        Args:
+            wanted: by path below the THP directory, such as ``"khugepaged/pages_to_scan"``.
+
+        Raises:
+            UnsupportedError: this kernel lacks one of them.
+            NotPermittedError, MthpError: as :meth:`only`.
+        """
+        with self._window(lambda: self._differing(wanted)):
+            yield
+
+    @contextlib.contextmanager
+    def _window(self, changes: Callable[[], list[Change]]) -> Iterator[None]:
+        """A window with `changes`, which are asked for once the lock is held."""
         with self._turn:
             undo = contextlib.ExitStack()
             try:
@@ -164,7 +188,7 @@ class SwitchJournal:
                         self._open(create=True)
                         undo.callback(self._close)
                     undo.callback(self._put_back_to, len(self._changes))
-                    self._set(self._wanted(order, word, off))
+                    self._set(changes())
                 yield
             finally:
                 try:
@@ -239,6 +263,21 @@ class SwitchJournal:
                 off.append(Change(switch, was, "never", boot))
         return off + on
 
+    def _differing(self, wanted: Mapping[str, str]) -> list[Change]:
+        """The changes that make everything as `wanted`."""
+        boot = _boot_id()
+        changes = []
+        for switch, word in wanted.items():
+            was = self._word(switch)
+            if was is None:
+                raise UnsupportedError(f"this kernel has no {switch}", help="Linux 7.2 or later has all of them")
+            change = Change(switch, was, word, boot)
+            if Change.parse(json.dumps(dataclasses.asdict(change)).encode()) is None:
+                raise UsageError(f"{switch} cannot be set from {was!r} to {word!r}")
+            if was != word:
+                changes.append(change)
+        return changes
+
     def _set(self, changes: Sequence[Change]) -> None:
         """Write `changes` down, then make them."""
         assert self._files is not None
@@ -268,9 +307,10 @@ class SwitchJournal:
         return restored
 
     def _word(self, switch: str) -> str | None:
-        """The word chosen now; None if there is no such switch."""
-        chosen = _CHOSEN.search(self._sysfs.text(switch) or "")
-        return chosen[1] if chosen else None
+        """The word or number chosen now; None if there is no such switch."""
+        text = self._sysfs.text(switch) or ""
+        chosen = _CHOSEN.search(text)
+        return chosen[1] if chosen else text if text.isdecimal() else None
 
     def _write(self, switch: str, word: str) -> None:
         path = self._sysfs.root / switch

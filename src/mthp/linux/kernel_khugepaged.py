@@ -1,0 +1,154 @@
+"""The kernel's own khugepaged, driven: on Linux 7.2 and later it collapses to orders below PMD order, too.
+
+It cannot be told what to collapse. What it can be told is which sizes are wanted, whether holes are filled, and how
+fast it goes; so for a *window* of seconds the sizes that are planned are on and all others off, its budget is without
+bound, and its rest is short. All of that is written down first and put back afterwards
+(:mod:`mthp.linux.mover.journal`).
+
+Compared with the mover, the target is not stopped, nothing is injected into it, and its pages are moved by those who
+own them: it is the better way for a process that may not be stopped or traced, or that the mover refuses. It is the
+worse one wherever the rest of the system matters: the switches hold for all processes, khugepaged works for all whose
+memory it knows, and it knows those alone that mapped or advised memory while a size was on. What it left as it is, it
+does not explain.
+
+Progress is read where the kernel shows it: full_scans, the counters of each size, and then the page tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Block, CollapseOutcome
+from mthp.errors import UnsupportedError
+from mthp.linux.mover.journal import SwitchJournal
+from mthp.results import ScanResult
+
+if TYPE_CHECKING:
+    from mthp.linux.live import LiveAddressSpace
+
+WINDOW_SECONDS = 5.0
+"""A window takes no longer."""
+
+FULL_SCANS = 2
+"""After so many, khugepaged has seen all it knows at least once with our settings."""
+
+POLL_SECONDS = 0.02
+
+NOT_KNOWN = (
+    "khugepaged collapsed nothing: it may not know this process, as it knows those that mapped or advised memory while"
+    " a size was on"
+)
+LEFT = "khugepaged left it as it is"
+NOT_IN_TIME = f"khugepaged did not come to it within {WINDOW_SECONDS:g} s"
+
+_REST = "10"
+_UNBOUNDED = "1000000000"
+
+
+class KernelKhugepaged:
+    """Drives the machine's khugepaged for one process.
+
+    Args:
+        space: of the process.
+        journal: of the switches; the system's if not given.
+    """
+
+    def __init__(self, space: LiveAddressSpace, journal: SwitchJournal | None = None) -> None:
+        self._space = space
+        self._geometry = space.geometry
+        self._sysfs = space.sysfs
+        self._journal = journal or SwitchJournal(sysfs=space.sysfs)
+
+    def collapse(self, blocks: Sequence[Block], *, fill: bool) -> list[CollapseOutcome]:
+        """Have khugepaged at work for a window: what became of each of `blocks`.
+
+        Args:
+            fill: whether runs with holes may be filled.
+
+        Raises:
+            UnsupportedError: this kernel's khugepaged does not collapse to orders below PMD order.
+            NotPermittedError: these rights do not suffice to set switches.
+            MthpError: another process did not finish its window in time.
+            TargetVanishedError: the process is gone.
+        """
+        begin = time.perf_counter_ns()
+        orders = sorted({order for _, order in blocks})
+        settings = self._settings(orders, blocks, fill=fill)
+        before = self._counted()
+        made = self._made(blocks)
+        with self._journal.settings(settings):
+            end, scans = time.monotonic() + WINDOW_SECONDS, self._full_scans()
+            counted = before
+            while not made.all() and time.monotonic() < end:
+                over = self._full_scans() - scans > FULL_SCANS
+                if over or self._counted() != counted:
+                    counted = self._counted()
+                    made = self._made(blocks)
+                if over:
+                    break
+                time.sleep(POLL_SECONDS)
+            else:
+                over = False
+        made = self._made(blocks)
+        elapsed = (time.perf_counter_ns() - begin) // max(1, len(blocks))
+        why = NOT_IN_TIME if not over else LEFT if self._counted() != before else NOT_KNOWN
+        done, left = CollapseOutcome(ScanResult.SUCCEED, elapsed), CollapseOutcome(ScanResult.FAIL, elapsed, reason=why)
+        return [done if one else left for one in made.tolist()]
+
+    def _settings(self, orders: Sequence[int], blocks: Sequence[Block], *, fill: bool) -> dict[str, str]:
+        """What khugepaged is told, those switches that turn sizes off last.
+
+        Raises:
+            UnsupportedError: as :meth:`collapse`.
+        """
+        stats = self._sysfs.stats(self._geometry)
+        if "collapse_alloc" not in stats.get(min(orders), {}):
+            label = self._geometry.label(min(orders))
+            raise UnsupportedError(
+                f"this kernel's khugepaged makes no folios of {label}",
+                help="Linux 7.2 or later does; the mechanism auto needs no such kernel",
+            )
+        settings = {
+            "khugepaged/max_ptes_none": str(self._geometry.ptes_per_pmd - 1 if fill else 0),
+            "khugepaged/pages_to_scan": _UNBOUNDED,
+        }
+        word = "madvise" if self._all_advised(blocks) else "always"
+        directories = self._sysfs.size_directories(self._geometry.page_size)
+        switches = {order: f"{path.name}/enabled" for order, path in directories.items() if (path / "enabled").exists()}
+        settings |= {switches[order]: word for order in orders}
+        settings |= {switch: "never" for order, switch in switches.items() if order not in orders}
+        # Last: to write it wakes khugepaged.
+        return settings | {"khugepaged/scan_sleep_millisecs": _REST}
+
+    def _all_advised(self, blocks: Sequence[Block]) -> bool:
+        """Whether all blocks lie in memory with MADV_HUGEPAGE: then nobody else's needs a size to be on for it."""
+        advised = [(vma.start, vma.end) for vma in self._space.vmas() if "hg" in vma.flags]
+        starts = np.array([start for start, _ in advised], np.int64)
+        ends = np.array([end for _, end in advised], np.int64)
+        addresses = np.array([address for address, _ in blocks], np.int64)
+        at = np.searchsorted(starts, addresses, side="right") - 1
+        return bool((at >= 0).all() and (addresses < ends[at]).all()) if advised else False
+
+    def _made(self, blocks: Sequence[Block]) -> NDArray[np.bool_]:
+        """Which blocks lie in folios of their order or larger: bool, shape (blocks,)."""
+        size = self._geometry.size_of
+        columns = self._space.read([(address, address + size(order)) for address, order in blocks])
+        counts = np.array([1 << order for _, order in blocks], np.int64)
+        wanted = np.repeat(np.array([order for _, order in blocks], np.int8), counts)
+        made: NDArray[np.bool_] = np.logical_and.reduceat(
+            columns.folio_order >= wanted, np.cumsum(counts) - counts, dtype=np.bool_
+        )
+        return made
+
+    def _full_scans(self) -> int:
+        return int(self._sysfs.text("khugepaged/full_scans") or 0)
+
+    def _counted(self) -> int:
+        """Folios that khugepaged has allocated since boot, of all sizes."""
+        stats = self._sysfs.stats(self._geometry)
+        return sum(counters.get("collapse_alloc", 0) for counters in stats.values())
