@@ -79,8 +79,9 @@ class KernelLike(SwitchJournal):
         self.journaled.append((switch, word, self.machine.file.read_bytes()))
         super()._write(switch, word)
         self.writes.append((switch, word))
-        order = next(each for each in ORDERS if switch.startswith(f"{self.machine.directory(each)}/"))
-        self.machine.set(order, word)
+        for order in ORDERS:
+            if switch.startswith(f"{self.machine.directory(order)}/"):
+                self.machine.set(order, word)
 
 
 class DiedError(BaseException):
@@ -457,3 +458,73 @@ def test_in_other_threads_there_is_nothing_to_hold_back() -> None:
     thread.start()
     thread.join()
     assert done == [signal.default_int_handler]
+
+
+def _numbers(machine: Machine) -> dict[str, str]:
+    directory = machine.root / "khugepaged"
+    directory.mkdir(exist_ok=True)
+    for name, text in (("pages_to_scan", "4096\n"), ("scan_sleep_millisecs", "10000\n"), ("max_ptes_none", "511\n")):
+        (directory / name).write_text(text)
+    return {
+        "khugepaged/max_ptes_none": "0",
+        f"{machine.directory(4)}/enabled": "madvise",
+        f"{machine.directory(9)}/enabled": "never",
+        "khugepaged/scan_sleep_millisecs": "10",
+    }
+
+
+def _all(machine: Machine) -> dict[str, str]:
+    return {str(file.relative_to(machine.root)): file.read_text().strip() for file in machine.root.rglob("*_*")}
+
+
+def test_a_window_of_settings(machine: Machine) -> None:
+    wanted = _numbers(machine)
+    before, words = _all(machine), machine.words()
+    journal = machine.journal()
+    assert isinstance(journal, KernelLike)
+    with journal.settings(wanted):
+        assert (machine.word(4), machine.word(9)) == ("madvise", "never")
+        assert _all(machine)["khugepaged/scan_sleep_millisecs"] == "10"
+        assert _all(machine)["khugepaged/max_ptes_none"] == "0"
+        assert [switch for switch, _ in journal.writes] == list(wanted)
+    assert _all(machine) == before
+    assert machine.words() == words
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_settings_are_put_back_after_a_death(machine: Machine, writes: int) -> None:
+    wanted = _numbers(machine)
+    before, words = _all(machine), machine.words()
+    pid = os.fork()
+    if pid == 0:
+        journal = machine.journal()
+        assert isinstance(journal, KernelLike)
+        journal._put_back_to = lambda depth: os._exit(0)  # type: ignore[method-assign]
+        journal.die_at = writes
+        try:
+            with journal.settings(wanted):
+                os._exit(0)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    restored = machine.journal().restore_after_crash()
+    assert len(restored) == writes
+    assert _all(machine) == before
+    assert machine.words() == words
+
+
+@pytest.mark.parametrize(
+    ("switch", "word", "error"),
+    [
+        ("khugepaged/pages_to_scan", "many", UsageError),
+        ("khugepaged/defrag", "1", UnsupportedError),
+        ("hugepages-64kB/enabled", "sometimes", UsageError),
+        ("../../etc/passwd", "1", UnsupportedError),
+    ],
+)
+def test_what_cannot_be_a_setting(machine: Machine, switch: str, word: str, error: type[Exception]) -> None:
+    _numbers(machine)
+    before = _all(machine)
+    with pytest.raises(error), machine.journal().settings({switch: word}):
+        pass
+    assert _all(machine) == before

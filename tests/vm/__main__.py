@@ -116,6 +116,8 @@ def matrix(names: tuple[str, ...], tests: tuple[str, ...], seconds: float, verbo
         for result in row.tests.values():
             for failure in result.failures:
                 _say(f"{name}: failed: {failure}")
+        for command, said in row.smoke.items():
+            _say(f"{name}: mthp {command}: {said}")
         if not row.smoke:
             _say(f"{name}: did not come to an end:\n{row.console}")
         _say(table(rows))

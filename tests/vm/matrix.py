@@ -16,6 +16,9 @@ from vm.kernels import Kernel
 
 LIVE = Path(__file__).resolve().parents[1] / "live"
 
+CELL = 32
+"""Characters in a cell of the table."""
+
 _SETUP = "cd /mthp; export PYTHONPATH=/mthp/src:/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140\n"
 
 
@@ -114,9 +117,15 @@ def table(rows: list[Row]) -> str:
     titles = ["", *(f"{row.kernel.version} {row.kernel.platform.name}" for row in rows)]
     lines = [titles]
     for command in dict.fromkeys(name for row in rows for name in row.smoke):
-        lines.append([f"mthp {command}", *(row.smoke.get(command, "-") for row in rows)])
+        lines.append([f"mthp {command}", *(_short(row.smoke.get(command, "-")) for row in rows)])
     for name in dict.fromkeys(name for row in rows for name in row.tests):
         lines.append([name, *(row.tests[name].cell if name in row.tests else "-" for row in rows)])
     lines.append(["seconds", *(f"{row.seconds:.0f}" for row in rows)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _short(text: str) -> str:
+    """A sentence for a cell; what is longer is said beside the table."""
+    text = " ".join(text.split())
+    return text if len(text) <= CELL else "FAILED" if text.startswith("FAILED") else f"{text[: CELL - 3]}..."

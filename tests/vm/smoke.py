@@ -82,7 +82,7 @@ def doctor() -> str:
     """What is not ok here."""
     checks = _mthp("doctor")["findings"]
     lacking = [check["key"] for check in checks if check["state"] == "missing"]
-    return f"{len(checks)} checks, missing: {', '.join(lacking) or 'none'}"
+    return f"{len(checks)} checks, missing {', '.join(lacking) or 'none'}"
 
 
 def inspect() -> str:
@@ -114,15 +114,34 @@ def collapse() -> str:
 
 def move() -> str:
     """The target, to folios of 16 pages, by moving them."""
-    return _to_small_folios("move")
+    with _only(None):
+        return _to_small_folios("move")
 
 
 def khugepaged() -> str:
     """The same, by the kernel's own khugepaged, whose switches are put back."""
-    before = _switches()
-    said = _to_small_folios("khugepaged")
-    assert _switches() == before, "switches were not put back"
+    # It has to know the target, and so some size has to be on; the smallest spoils nothing.
+    with _only(2):
+        before = _switches()
+        said = _to_small_folios("khugepaged")
+        assert _switches() == before, "switches were not put back"
     return said
+
+
+@contextlib.contextmanager
+def _only(order: int | None) -> Iterator[None]:
+    """No size on but that of `order`, for memory with MADV_HUGEPAGE: khugepaged by itself makes nothing larger."""
+    thp = ThpSysfs()
+    directories = thp.size_directories(mmap.PAGESIZE)
+    files = {size: path / "enabled" for size, path in directories.items() if (path / "enabled").exists()}
+    words = {file: file.read_text().partition("[")[2].partition("]")[0] for file in files.values()}
+    for size, file in files.items():
+        file.write_text("madvise" if size == order else "never")
+    try:
+        yield
+    finally:
+        for file, word in words.items():
+            file.write_text(word)
 
 
 def _to_small_folios(mechanism: str) -> str:

@@ -1,0 +1,60 @@
+"""The newest kernel to be had boots once, mthp's commands run there, and fresh cases of it replay.
+
+It takes QEMU, a compiler, and packages of the distribution; where one is missing, it says so and is skipped.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from mthp.sim.conformance import replay_case
+from vm.apt import LabError
+from vm.cases import random_specs
+from vm.kernels import Kernel, fetch
+from vm.matrix import examine
+from vm.recorder import RefusedError, recorder
+
+NEWEST = ("7.3", "7.2")
+CASES = 12
+
+pytestmark = pytest.mark.vm
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    for tool in ("qemu-system-x86_64", "x86_64-linux-gnu-gcc", "apt-get", "dpkg-deb"):
+        if not shutil.which(tool):
+            pytest.skip(f"needs {tool}")
+    why = ""
+    for name in NEWEST:
+        try:
+            return fetch(name)
+        except LabError as error:
+            why = str(error)
+    pytest.skip(f"needs a kernel from the distribution's archive: {why}")
+
+
+def test_every_command_does_its_work_there(kernel: Kernel) -> None:
+    try:
+        row = examine(kernel, [], seconds=110)
+    except LabError as error:
+        pytest.skip(f"needs Python for the guest: {error}")
+    assert row.smoke, row.console
+    assert not row.failed, row.smoke
+    assert {"collapse", "move", "khugepaged"} <= row.smoke.keys()
+
+
+def test_what_it_does_is_what_the_simulated_machine_does(kernel: Kernel) -> None:
+    with recorder(kernel, 60) as guest:
+        specs = random_specs(guest.geometry, seed=73, mthp=True)
+        recorded = 0
+        while recorded < CASES:
+            try:
+                case = guest.record(next(specs), f"smoke-{recorded}")
+            except RefusedError:
+                continue
+            recorded += 1
+            assert case["data_intact"]
+            assert replay_case(case).mismatches == (), case["before"]
