@@ -157,26 +157,34 @@ def _main(orders: list[str]) -> int:
 
     bad = 0
     before = run("khugepaged:anon")
-    failed = ", ".join(before.failed) or "none"
-    print(f"khugepaged:anon without the daemon: {len(before.passed)} passed, failed {failed}")
-    with tempfile.TemporaryDirectory() as directory:
-        with RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%"):
-            for order in orders:
-                for attempt in range(1, TRIES + 1):
-                    outcome = run("-c", order, "mthp_khugepaged:anon")
-                    print(f"order {order}, try {attempt}: {len(outcome.passed)} of 4", *outcome.failed)
-                    if len(outcome.passed) == 4:
-                        break
-                else:
-                    bad += 1
-            after = run("khugepaged:anon")
-        failed = ", ".join(after.failed) or "none"
-        print(f"khugepaged:anon with the daemon: {len(after.passed)} passed, failed {failed}")
+    print("khugepaged:anon without the daemon:", _told(before))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%"),
+    ):
+        for order in orders:
+            bad += not _passes(order)
+        after = run("khugepaged:anon")
+    print("khugepaged:anon with the daemon:", _told(after))
     for order in orders:
         outcome = run("-c", order, "mthp_khugepaged:anon")
-        print(f"order {order} without the daemon: {len(outcome.passed)} of 4, failed {', '.join(outcome.failed)}")
+        print(f"order {order} without the daemon:", _told(outcome))
         bad += "collapse_full" not in outcome.failed
     return 1 if bad or len(after.passed) < len(before.passed) else 0
+
+
+def _passes(order: str) -> bool:
+    for attempt in range(1, TRIES + 1):
+        outcome = run("-c", order, "mthp_khugepaged:anon")
+        print(f"order {order} with the daemon, try {attempt}:", _told(outcome))
+        if len(outcome.passed) == 4:
+            return True
+    return False
+
+
+def _told(outcome: Outcome) -> str:
+    failed = ", ".join(outcome.failed) or "none"
+    return f"{len(outcome.passed)} of {len(outcome.passed) + len(outcome.failed)} passed, failed: {failed}"
 
 
 if __name__ == "__main__":
