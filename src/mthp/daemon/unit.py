@@ -20,7 +20,7 @@ CAPABILITIES = {
     "CAP_SYS_ADMIN": "see page frame numbers, and with them the orders of folios",
     "CAP_SYS_NICE": "MADV_COLLAPSE in other processes, and short pauses (SCHED_FIFO while threads stand still)",
     "CAP_DAC_OVERRIDE": "open pagemap and mem of processes of other users",
-    "CAP_NET_ADMIN": "be told of new processes by the kernel; without it they are looked for",
+    "CAP_NET_ADMIN": "be told of new processes by the kernel (before Linux 6.6); without it they are looked for",
 }
 """The capabilities of the unit, and what each is for."""
 

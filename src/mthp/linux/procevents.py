@@ -2,8 +2,8 @@
 
 :class:`ProcConnector` listens to the process events connector (drivers/connector/cn_proc.c): the kernel sends a netlink
 message for every fork, exec, rename and exit. A socket filter lets through only what concerns whole processes, so a
-program that starts threads costs nothing. It takes CAP_NET_ADMIN and the first PID namespace. Messages are not lost but
-when the buffer overflows, and then the kernel says so.
+program that starts threads costs nothing. It is there in the first PID and network namespaces, and took CAP_NET_ADMIN
+before Linux 6.6. Messages are lost only when the buffer overflows, and then the kernel says so.
 
 :class:`ProcPolling` does without rights. PIDs are given out in ascending order, and the last one is in
 ``/proc/loadavg`` (proc_loadavg(5)); as long as that stays, nobody was born. When it moved on, only the numbers in
@@ -108,7 +108,8 @@ class ProcConnector:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_CONNECTOR)
         except OSError as error:
             raise UnsupportedError(
-                f"no netlink connector: {error.strerror}", help="a kernel with CONFIG_CONNECTOR and CONFIG_PROC_EVENTS"
+                f"no netlink connector: {error.strerror}",
+                help="the first network namespace, and a kernel with CONFIG_PROC_EVENTS",
             ) from error
         self._buffer = bytearray(256)
         try:
@@ -121,7 +122,7 @@ class ProcConnector:
                 ) from error
             raise UnsupportedError(
                 f"no process events: {error.strerror or error}",
-                help="a kernel with CONFIG_PROC_EVENTS, and the first PID namespace",
+                help="the first PID and network namespaces, and a kernel with CONFIG_PROC_EVENTS",
             ) from error
 
     def _listen(self) -> None:

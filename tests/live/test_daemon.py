@@ -1,0 +1,396 @@
+"""The daemon on living processes: what it finds, what it does, what it is told, and what goes wrong around it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from daemons import PATIENCE, RunningDaemon, events_of, threads_of, until
+from targets import MADV_HUGEPAGE, PMD_SIZE, Puppet
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages")]
+
+PAGES = PMD_SIZE // 4096
+RANGES = 4
+
+
+def small_pages(puppet: Puppet, ranges: int = RANGES) -> int:
+    """Memory in base pages, advised only after it was filled."""
+    address = puppet.map(ranges * PMD_SIZE)
+    puppet.tell("madvise", address, ranges * PMD_SIZE, 15)
+    puppet.write(address, ranges * PAGES)
+    puppet.tell("madvise", address, ranges * PMD_SIZE, MADV_HUGEPAGE)
+    return address
+
+
+def huge_bytes(pid: int) -> int:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(text.split("AnonHugePages:")[1].split()[0]) << 10
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "mthp", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def pmd_only(thp_switches: ThpSwitches) -> ThpSwitches:
+    """Every size is off, so that the kernel's khugepaged stays out of the way; the daemon is told the size itself."""
+    thp_switches.only()
+    return thp_switches
+
+
+HUGE = ("--orders", "2M", "--cpu", "100%")
+
+
+@pytest.mark.usefixtures("pmd_only")
+def test_it_collapses_its_target_tells_of_it_and_leaves_everything_as_it_was(run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "events"
+    with Puppet() as puppet:
+        address = small_pages(puppet)
+        with RunningDaemon(run, "--pid", str(puppet.pid), *HUGE, "--events", str(log)) as daemon:
+            until(lambda: daemon.collapsed(puppet.pid) >= RANGES * PMD_SIZE, "the collapse")
+            shown = cli("status", "--run-dir", str(run))
+            told = json.loads(cli("status", "--json", "--run-dir", str(run)).stdout)
+            assert daemon.stop() < 1.5
+        assert huge_bytes(puppet.pid) >= RANGES * PMD_SIZE
+        assert puppet.tell("read", address, RANGES * PAGES, 1) == RANGES * PAGES
+    assert shown.returncode == 0
+    assert str(puppet.pid) in shown.stdout
+    assert told["schema"] == "mthp.status/1"
+    assert told["counters"]["collapsed"]["2M"] >= RANGES
+    assert told["counters"]["calls"]["count"] >= RANGES
+    assert {"target", "start", "collapsed", "stop"} <= {event["event"] for event in events_of(log)}
+    assert not daemon.socket.exists()
+
+
+@pytest.mark.usefixtures("pmd_only")
+def test_new_processes_are_noticed_within_the_time_and_ones_that_end_leave_nothing(run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "events"
+    with RunningDaemon(run, "--comm", "sleep", "--events", str(log)) as daemon:
+        delays = []
+        for _ in range(5):
+            begun = time.time()
+            child = subprocess.Popen(["sleep", "60"])
+            until(lambda child=child: daemon.target(child.pid) is not None, "the new process")  # type: ignore[misc]
+            found = next(e for e in events_of(log) if e["event"] == "target" and e["pid"] == child.pid)
+            delays.append(_seconds(found["time"]) - begun)
+            child.kill()
+            child.wait()
+            until(lambda child=child: daemon.target(child.pid) is None, "the end of the process")  # type: ignore[misc]
+    # On a busy machine single ones are late; the best shows what it does.
+    assert min(delays) < 0.1
+
+
+def _seconds(text: str) -> float:
+    import datetime
+
+    return datetime.datetime.fromisoformat(text).timestamp()
+
+
+@pytest.mark.usefixtures("pmd_only")
+def test_thousands_of_short_lived_processes_are_passed_over(run: Path) -> None:
+    with RunningDaemon(run, "--comm", "true") as daemon:
+        before = daemon.status()
+        subprocess.run(["bash", "-c", "for i in $(seq 2000); do /bin/true; done"], check=True)
+        after = daemon.status()
+        assert after["cpu_seconds"] - before["cpu_seconds"] < 2.0
+        until(lambda: not daemon.status()["targets"], "all of them to be gone")
+        assert len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir())) < 60
+    assert "error" not in daemon.said
+
+
+@pytest.mark.usefixtures("pmd_only")
+def test_pause_and_resume(run: Path) -> None:
+    with Puppet() as puppet, RunningDaemon(run, "--pid", str(puppet.pid), *HUGE) as daemon:
+        until(lambda: daemon.target(puppet.pid) is not None, "the target")
+        assert cli("pause", "--run-dir", str(run)).stdout == "paused\n"
+        small_pages(puppet)
+        time.sleep(1.0)
+        assert daemon.collapsed(puppet.pid) == 0
+        assert daemon.status()["paused"]
+        assert json.loads(cli("resume", "--json", "--run-dir", str(run)).stdout)["paused"] is False
+        until(lambda: daemon.collapsed(puppet.pid) > 0, "the collapse")
+
+
+@pytest.mark.usefixtures("pmd_only")
+def test_rules_are_read_again_on_sighup_and_bad_ones_are_refused_as_a_whole(run: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nmatch = { comm = "nobody" }\n')
+    with Puppet() as puppet, RunningDaemon(run, "--config", str(rules)) as daemon:
+        rules.write_text(f'[[rule]]\nmatch = {{ pid = {puppet.pid} }}\npolicy = "best"\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: daemon.status()["refused_reloads"] == 1, "the refusal")
+        assert "unknown policy 'best'" in daemon.said
+        assert daemon.target(puppet.pid) is None
+        rules.write_text(f'[[rule]]\nname = "mine"\nmatch = {{ pid = {puppet.pid} }}\npolicy = "rfc"\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: daemon.target(puppet.pid) is not None, "the new rule")
+        assert (daemon.target(puppet.pid) or {})["policy"] == "rfc"
+        rules.write_text(f"[[rule]]\nmatch = {{ pid = {puppet.pid} }}\ndeny = true\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: daemon.target(puppet.pid) is None, "the denial")
+        assert threads_of(puppet.pid)
+
+
+def test_switches_of_the_system_are_followed(run: Path, pmd_only: ThpSwitches) -> None:
+    with Puppet() as puppet, RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%") as daemon:
+        small_pages(puppet)
+        until(lambda: ((daemon.target(puppet.pid) or {}).get("passes", 0)) > 0, "a first look")
+        time.sleep(0.5)
+        assert daemon.collapsed(puppet.pid) == 0
+        pmd_only.set("hugepages-512kB/enabled", "madvise")
+        until(lambda: daemon.collapsed(puppet.pid) >= RANGES * PMD_SIZE, "the collapse")
+
+
+@pytest.mark.usefixtures("pmd_only")
+def test_metrics_are_read_by_a_parser_of_prometheus(run: Path) -> None:
+    port = _free_port()
+    with Puppet() as puppet:
+        small_pages(puppet)
+        arguments = ("--pid", str(puppet.pid), *HUGE, "--metrics", str(port))
+        with RunningDaemon(run, *arguments) as daemon:
+            until(lambda: daemon.collapsed(puppet.pid) >= RANGES * PMD_SIZE, "the collapse")
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE).read().decode()
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    by_size = {sample.labels["size"]: sample.value for sample in families["mthp_collapses"].samples}
+    assert by_size["2M"] >= RANGES
+    assert by_size["64K"] == 0
+    assert families["mthp_copied_bytes"].samples[0].value >= RANGES * PMD_SIZE
+    assert families["mthp_call_seconds"].type == "histogram"
+    assert families["mthp_targets"].samples[0].value == 1
+    assert {"mthp_pause_seconds", "mthp_collapse_failures", "mthp_scanned_ptes", "mthp_cpu_seconds"} <= set(families)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+# What goes wrong at the start.
+
+
+def refused(run: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
+    """Exit code and output of a daemon that does not start."""
+    daemon = RunningDaemon(run, *arguments, wait=False, prefix=prefix)
+    return daemon.process.wait(PATIENCE), daemon.said
+
+
+def test_a_second_daemon_is_refused_and_told_who_the_first_is(run: Path) -> None:
+    with RunningDaemon(run, "--comm", "nobody") as daemon:
+        code, said = refused(run, "--comm", "nobody")
+        assert code == 1
+        assert f"another mthp daemon is running: process {daemon.process.pid}" in said
+        assert daemon.status()["pid"] == daemon.process.pid
+
+
+def test_a_port_that_is_taken(run: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        code, said = refused(run, "--all", "--metrics", str(sock.getsockname()[1]))
+    assert code == 2
+    assert "metrics cannot be served" in said
+    assert "Traceback" not in said
+
+
+def test_a_socket_whose_place_is_taken(run: Path) -> None:
+    run.mkdir()
+    (run / "daemon.sock").write_text("not a socket")
+    code, said = refused(run, "--all")
+    assert code == 2
+    assert "is no socket" in said
+    assert (run / "daemon.sock").read_text() == "not a socket"
+
+
+def test_without_rights_it_says_which_are_missing(run: Path) -> None:
+    drop = ("setpriv", "--bounding-set", "-sys_ptrace,-sys_nice", "--inh-caps", "-sys_ptrace,-sys_nice")
+    code, said = refused(run, "--all", prefix=drop)
+    assert code == 3
+    assert "CAP_SYS_PTRACE" in said
+    assert "CAP_SYS_NICE" in said
+    assert "CAP_SYS_ADMIN" not in said
+
+
+def test_where_the_kernel_tells_of_no_processes_it_looks_for_them_itself(run: Path) -> None:
+    # The connector is in the first network namespace only.
+    with RunningDaemon(run, "--comm", "sleep", prefix=("unshare", "--net")) as daemon:
+        assert "no process events" in daemon.said
+        assert daemon.status()["finds_processes_by"] == "looking at /proc"
+        child = subprocess.Popen(["sleep", "60"])
+        until(lambda: daemon.target(child.pid) is not None, "the new process")
+        child.kill()
+        child.wait()
+        until(lambda: daemon.target(child.pid) is None, "the end of the process")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "nothing says which processes"),
+        (("--config", "/nonexistent/rules.toml"), "No such file"),
+        (("--all", "--orders", "3K"), "is not a folio size"),
+        (("--all", "--policy", "best"), "unknown policy"),
+        (("--all", "--cpu", "0%"), "leaves nothing"),
+        (("--all", "--metrics", "nowhere:x"), "not an address"),
+        (("--config", "x", "--all"), "--config and --all"),
+        (("--all", "--events", "/nonexistent/events"), "event log"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_is_wrong(run: Path, arguments: tuple[str, ...], said: str) -> None:
+    code, text = refused(run, *arguments)
+    assert code == 2
+    assert said in text
+    assert "Traceback" not in text
+
+
+def test_status_without_a_daemon(run: Path) -> None:
+    done = cli("status", "--run-dir", str(run))
+    assert done.returncode == 1
+    assert "no daemon is running" in done.stderr
+    assert json.loads(cli("pause", "--json", "--run-dir", str(run)).stdout)["error"]["exit_code"] == 1
+
+
+# What goes wrong meanwhile.
+
+
+@contextlib.contextmanager
+def at_work(run: Path, switches: ThpSwitches, *arguments: str) -> Iterator[tuple[RunningDaemon, Puppet, int]]:
+    """A daemon that moves pages of a puppet to folios of 64K, slowly enough to be met at work."""
+    switches.only("64kB")
+    with Puppet() as puppet:
+        address = small_pages(puppet, 32)
+        with RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%", "--rate", "64M", *arguments) as daemon:
+            until(lambda: daemon.collapsed(puppet.pid) > 0, f"work to begin: {daemon.said}")
+            yield daemon, puppet, address
+
+
+def test_a_target_that_is_killed_is_a_normal_event(run: Path, thp_switches: ThpSwitches) -> None:
+    with at_work(run, thp_switches) as (daemon, puppet, _):
+        puppet.kill()
+        until(lambda: not daemon.status()["targets"], "the target to be dropped")
+        assert "Traceback" not in daemon.said
+
+
+def test_a_target_that_is_stopped_stays_stopped_and_goes_on_when_told(run: Path, thp_switches: ThpSwitches) -> None:
+    with at_work(run, thp_switches) as (daemon, puppet, address):
+        os.kill(puppet.pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        assert set(threads_of(puppet.pid).values()) <= {"T", "t"}
+        daemon.stop()
+        assert set(threads_of(puppet.pid).values()) == {"T"}
+        os.kill(puppet.pid, signal.SIGCONT)
+        assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
+
+
+def test_a_target_that_forks_unmaps_and_maps_meanwhile_is_never_harmed(run: Path, thp_switches: ThpSwitches) -> None:
+    with at_work(run, thp_switches) as (daemon, puppet, address):
+        for _ in range(5):
+            puppet.tell("fork")
+            other = small_pages(puppet, 2)
+            time.sleep(0.05)
+            assert puppet.tell("read", other, 2 * PAGES, 1) == 2 * PAGES
+            puppet.tell("munmap", other, 2 * PMD_SIZE)
+        assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
+        assert "Traceback" not in daemon.said
+        assert daemon.target(puppet.pid) is not None
+
+
+def test_a_target_that_becomes_another_program_is_matched_anew(run: Path, thp_switches: ThpSwitches) -> None:
+    thp_switches.only()
+    script = "sleep 0.6; exec -a other /bin/sleep 60"
+    with RunningDaemon(run, "--comm", "bash") as daemon:
+        child = subprocess.Popen(["bash", "-c", script])
+        until(lambda: daemon.target(child.pid) is not None, "the shell")
+        until(lambda: daemon.target(child.pid) is None, "the program that it became")
+        assert child.poll() is None
+        child.kill()
+        child.wait()
+
+
+def test_ended_at_work_every_switch_is_back_and_every_thread_runs(run: Path, thp_switches: ThpSwitches) -> None:
+    with at_work(run, thp_switches) as (daemon, puppet, address):
+        assert daemon.stop() < 2.0
+        assert "[madvise]" in _switch("64kB")
+        assert set(threads_of(puppet.pid).values()) <= {"S", "R"}
+        assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
+
+
+def test_killed_at_work_the_next_start_puts_right_what_was_left(run: Path, thp_switches: ThpSwitches) -> None:
+    with at_work(run, thp_switches) as (daemon, puppet, address):
+        daemon.stop(signal.SIGKILL)
+        assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
+        with RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%") as after:
+            assert "[madvise]" in _switch("64kB") or after.status()["busy"]
+            until(lambda: after.collapsed(puppet.pid) > 0, "the next one to go on")
+        assert "[madvise]" in _switch("64kB")
+        assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
+
+
+def _switch(size: str) -> str:
+    return Path(f"/sys/kernel/mm/transparent_hugepage/hugepages-{size}/enabled").read_text()
+
+
+def test_a_full_disk_under_the_event_log_is_said_and_stops_nothing(run: Path, thp_switches: ThpSwitches) -> None:
+    with at_work(run, thp_switches, "--events", "/dev/full") as (daemon, puppet, _):
+        before = daemon.collapsed(puppet.pid)
+        until(lambda: daemon.collapsed(puppet.pid) > before, "work to go on")
+        assert daemon.said.count("No space left on device") == 1
+
+
+def test_a_service_manager_hears_of_readiness_and_life(run: Path, tmp_path: Path, pmd_only: ThpSwitches) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(path))
+        sock.settimeout(PATIENCE)
+        prefix = ("env", f"NOTIFY_SOCKET={path}", "WATCHDOG_USEC=400000")
+        told: list[bytes] = []
+        with RunningDaemon(run, "--comm", "nobody", prefix=prefix) as daemon:
+            while not any(b"WATCHDOG=1" in message for message in told):
+                told.append(sock.recv(1000))
+            daemon.stop()
+        while not any(b"STOPPING=1" in message for message in told):
+            told.append(sock.recv(1000))
+    assert told[0].startswith(b"READY=1")
+
+
+def test_it_leaves_itself_and_those_it_descends_from_alone(run: Path, pmd_only: ThpSwitches) -> None:
+    with RunningDaemon(run, "--all") as daemon:
+        until(lambda: bool(daemon.status()["targets"]), "targets")
+        pids = {target["pid"] for target in daemon.status()["targets"]}
+        assert not pids & {os.getpid(), os.getppid(), daemon.process.pid, 1, 2}
+
+
+def test_the_unit_is_printed_with_absolute_paths(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mthp", "daemon", "--config", "rules.toml", "--print-unit"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=_with_rules(tmp_path),
+    )
+    assert done.returncode == 0
+    assert f"daemon --config {tmp_path}/rules.toml\n" in done.stdout
+
+
+def _with_rules(directory: Path) -> Path:
+    (directory / "rules.toml").write_text("[[rule]]\nmatch = {}\n")
+    return directory
