@@ -15,8 +15,6 @@ from mthp.geometry import parse_size
 METRICS_HOST = "127.0.0.1"
 METRICS_PORT = 9464
 
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|ms|s|min)\s*")
-_NANOSECONDS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "min": 60_000_000_000}
 _PERCENTAGE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 Convert = Callable[[Any], Any]
@@ -63,18 +61,6 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise UsageError(f"{text!r} is not an address to serve metrics at", help="write it as 127.0.0.1:9464 or 9464")
     return host.strip("[]") or METRICS_HOST, int(port)
-
-
-def parse_duration(text: str) -> int:
-    """Nanoseconds of a duration as people write it: ``250us``, ``1ms``, ``10s``.
-
-    Raises:
-        UsageError: not a number with one of the units.
-    """
-    match = _DURATION.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{text!r} is not a duration", help="write it as 250us, 1ms, 10s or 2min")
-    return round(float(match[1]) * _NANOSECONDS[match[2]])
 
 
 def text(convert: Callable[[str], Any]) -> Convert:
