@@ -20,6 +20,7 @@ from mover_targets import Writers, mappings, wait_for
 from mthp.addrspace import ORDER_NONE, Block
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import X86_64
+from mthp.linux import abi
 from mthp.linux.live import open_live
 from mthp.linux.mover import park, ptrace
 from mthp.linux.mover import session as mover_session
@@ -113,6 +114,9 @@ def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_64k:
             with Process(target.pid) as process, session_of(process) as session:
                 while moved < rounds * target.size // BLOCK:
                     tried += 1
+                    # Folios that forks left in pieces are refused for good; the kernel's collapse makes new ones.
+                    for address in range(target.base, target.base + target.size, X86_64.pmd_size):
+                        abi.process_madvise(process.pidfd, address, X86_64.pmd_size, abi.MADV_COLLAPSE)
                     try:
                         outcomes = session.move(blocks_of(target), verify=tried % 2 == 0)
                     except CannotStopError:

@@ -82,7 +82,8 @@ static void call_nanosleep(struct waiter *w, int event, struct record *r)
     struct timespec rest = {SENTINEL, SENTINEL};
     (void)w, (void)event;
     r->value = nanosleep(&brief, &rest);
-    r->more = rest.tv_sec * 1000 + rest.tv_nsec;
+    /* The kernel writes there at every stop; it means something to the caller of a call that failed. */
+    r->more = r->value ? rest.tv_sec * 1000 + rest.tv_nsec : 0;
 }
 
 static void call_poll(struct waiter *w, int event, struct record *r)
