@@ -43,11 +43,15 @@ class LruAddBatch:
         Args:
             pfns: int64, shape (pages,), each once.
         """
+        through = (len(self._waiting) + len(pfns)) // BATCH_SIZE * BATCH_SIZE
+        if through:
+            # The batch is filled and emptied again and again: all but what is left at the end just pass through it.
+            passing = through - len(self._waiting)
+            self.drain()
+            self._memory.flags[pfns[:passing]] |= Fl.LRU
+            pfns = pfns[passing:]
         self._memory.refcount[pfns] += 1
         self._waiting += pfns.tolist()
-        through = len(self._waiting) // BATCH_SIZE * BATCH_SIZE
-        if through:
-            self._flush(through)
 
     def add_large(self, heads: Frames) -> None:
         """Queue large folios, one after another, which empties the batch and does not fill it.
@@ -60,13 +64,11 @@ class LruAddBatch:
 
     def drain(self) -> None:
         """Empty the batch (lru_add_drain): its folios get on their lists, or are freed."""
-        if self._waiting:
-            self._flush(len(self._waiting))
-
-    def _flush(self, count: int) -> None:
+        if not self._waiting:
+            return
         memory = self._memory
-        heads = np.array(self._waiting[:count], np.int64)
-        del self._waiting[:count]
+        heads = np.array(self._waiting, np.int64)
+        self._waiting.clear()
         memory.flags[heads] |= Fl.LRU
         large = memory.order[heads] > 0
         memory.put_small(heads[~large])

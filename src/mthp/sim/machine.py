@@ -48,6 +48,10 @@ MAX_MMS = 0x7FFE
 """Address spaces that a machine can have at a time; a large folio has 15 bits for the number of one."""
 
 
+_POPULATED = 1 << 18
+"""Pages that are populated at a time, so that their addresses take little memory."""
+
+
 class Machine(SystemCalls):
     """One simulated machine with one CPU.
 
@@ -230,8 +234,13 @@ class Machine(SystemCalls):
 
     def populate(self, mm: Mm, start: int, end: int) -> Touched:
         """Write to every page of a range, as :meth:`touch` does."""
-        page = self.geometry.page_size
-        return self.touch(mm, np.arange(start // page, -(-end // page), dtype=np.int64) * page)
+        page, done = self.geometry.page_size, 0
+        for first in range(start, end, _POPULATED * page):
+            touched = self.touch(mm, np.arange(first, min(end, first + _POPULATED * page), page, dtype=np.int64))
+            done += touched.done
+            if touched.outcome is not Fault.DONE:
+                return Touched(done, touched.outcome)
+        return Touched(done, Fault.DONE)
 
     def fragment(self, index: float, order: int | None = None, *, movable: float = 0.0, seed: int = 0) -> int:
         """Fragment free memory until the unusable free space index of `order` is at least `index`.
