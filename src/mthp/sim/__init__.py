@@ -4,8 +4,8 @@ It is deterministic: the same calls give the same frames, counters and events on
 (:mod:`~mthp.sim.state` sums them up). The parts, from the bottom up:
 
 - frames and folios (:mod:`~mthp.sim.memory`), given out by a buddy allocator (:mod:`~mthp.sim.buddy`) whose free memory
-  can be fragmented to order (:mod:`~mthp.sim.fragment`); swap (:mod:`~mthp.sim.swap`); the per-CPU batch in front of the
-  LRU lists (:mod:`~mthp.sim.lru`);
+  can be fragmented to order (:mod:`~mthp.sim.fragment`); swap (:mod:`~mthp.sim.swap`); the per-CPU batch in front of
+  the LRU lists (:mod:`~mthp.sim.lru`);
 - address spaces (:mod:`~mthp.sim.mm`), and who maps what (:mod:`~mthp.sim.rmap`, :mod:`~mthp.sim.mappings`);
 - memory that is short: :mod:`~mthp.sim.alloc`, :mod:`~mthp.sim.reclaim`, :mod:`~mthp.sim.compact`,
   :mod:`~mthp.sim.split`, :mod:`~mthp.sim.migrate`;
