@@ -7,9 +7,10 @@ and after: AnonHugePages and Anonymous. Of folios below the PMD size smaps tells
 folios of any size is measured from kpageflags. Throughput and p99 are medians of some runs before and after, with
 lowest and highest.
 
-    python bench/bench_prediction.py [--programs redis,sqlite] [--runs 5] [--keep DIRECTORY]
+    python bench/bench_prediction.py [--programs redis,sqlite,jvm] [--runs 5] [--keep DIRECTORY]
 
-Programs that are not installed are left out, and said so: redis-server and redis-benchmark (Debian: redis).
+Programs that are not installed are left out, and said so: redis-server and redis-benchmark (Debian: redis), java
+(Debian: default-jdk-headless).
 """
 
 from __future__ import annotations
@@ -115,8 +116,61 @@ for line in sys.stdin:
 @contextlib.contextmanager
 def sqlite(directory: Path) -> Iterator[Running]:
     """SQLite in Python: a table in memory with 500 000 rows of 900 bytes, deleted in part; random lookups."""
+    with _asked([sys.executable, "-c", SQLITE]) as running:
+        yield running
+
+
+JAVA = """
+public class Heap {
+    public static void main(String[] arguments) throws Exception {
+        byte[][] values = new byte[500_000][];
+        java.util.Random random = new java.util.Random(1);
+        for (int round = 0; round < 3; round++)
+            for (int at = 0; at < values.length; at++)
+                if (random.nextInt(3) == 0 || round == 0) values[at] = new byte[600 + random.nextInt(600)];
+        System.gc();
+        System.out.println("ready");
+        long[] times = new long[200_000];
+        long sum = 0;
+        while (System.in.read() >= 0) {
+            for (int at = 0; at < times.length; at++) {
+                long begin = System.nanoTime();
+                byte[] value = values[random.nextInt(values.length)];
+                sum += value[random.nextInt(value.length)];
+                times[at] = System.nanoTime() - begin;
+            }
+            double total = java.util.Arrays.stream(times).sum() / 1e9;
+            java.util.Arrays.sort(times);
+            System.out.println("[" + times.length / total + ", " + times[times.length * 99 / 100] / 1e9 + "]");
+        }
+        System.err.println(sum);
+    }
+}
+"""
+
+
+@contextlib.contextmanager
+def jvm(directory: Path) -> Iterator[Running]:
+    """A Java heap of 1 GiB with 500 000 arrays of 600 to 1 200 bytes, a part replaced; random reads."""
+    source = directory / "Heap.java"
+    source.write_text(JAVA)
+    command = ["java", "-Xms1g", "-Xmx1g", "-XX:+UseSerialGC", "-XX:-UseTransparentHugePages", str(source)]
+    with _asked(command) as running:
+        yield running
+
+
+PROGRAMS: dict[str, tuple[Callable[[Path], contextlib.AbstractContextManager[Running]], tuple[str, ...]]] = {
+    "redis": (redis, ("redis-server", "redis-benchmark", "redis-cli")),
+    "sqlite": (sqlite, ()),
+    "jvm": (jvm, ("java",)),
+}
+
+
+@contextlib.contextmanager
+def _asked(command: list[str]) -> Iterator[Running]:
+    """A program that says "ready", and then takes a measurement for every line that it is sent."""
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", SQLITE], stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
@@ -129,12 +183,6 @@ def sqlite(directory: Path) -> Iterator[Running]:
 
         yield Running(process.pid, measure)
         stdin.close()
-
-
-PROGRAMS: dict[str, tuple[Callable[[Path], contextlib.AbstractContextManager[Running]], tuple[str, ...]]] = {
-    "redis": (redis, ("redis-server", "redis-benchmark", "redis-cli")),
-    "sqlite": (sqlite, ()),
-}
 
 
 def _run(command: list[str]) -> str:
@@ -199,11 +247,13 @@ def judge(name: str, policy: str, options: list[str], more: list[str], runs: int
         large = mthp("compare", running.pid, "--policies", "pmd-only", "--orders", "2M")["rows"][0]["large_coverage"]
         mthp("report", recording, "-o", directory / f"{name}.html", "--force")
         after = [running.measure() for _ in range(runs)]
+    huge = predicted["huge_coverage"] * predicted["resident_bytes"]
     grown = (now.anonymous - was.anonymous) / was.anonymous
     return Result(
-        coverage=(predicted["huge_coverage"], now.coverage),
+        # compare speaks of the PMD ranges that may be collapsed, smaps of all anonymous memory.
+        coverage=(huge / (was.anonymous + predicted["bloat_bytes"]), now.coverage),
         large=(predicted["large_coverage"], large),
-        bloat=(predicted["bloat_share"], grown),
+        bloat=(predicted["bloat_bytes"] / was.anonymous, grown),
         before=before,
         after=after,
     )
@@ -217,7 +267,7 @@ def spread(values: list[float], factor: float = 1.0) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", default="redis,sqlite", help="which, separated by commas")
+    parser.add_argument("--programs", default="redis,sqlite,jvm", help="which, separated by commas")
     parser.add_argument("--runs", type=int, default=3, help="measurements of speed before and after")
     parser.add_argument("--keep", type=Path, help="a directory that recordings and reports stay in")
     options = parser.parse_args()
