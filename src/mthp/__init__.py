@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mthp import sim as sim
     from mthp.api import collapse as collapse
     from mthp.api import collapse_buffer as collapse_buffer
+    from mthp.api import collapse_self as collapse_self
     from mthp.api import inspect as inspect
     from mthp.api import plan as plan
     from mthp.collapse.occupancy import Runs as Runs
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "collapse": "mthp.api",
     "collapse_buffer": "mthp.api",
+    "collapse_self": "mthp.api",
     "inspect": "mthp.api",
     "plan": "mthp.api",
     "Geometry": "mthp.geometry",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mthp.census import Census, take_census
-from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
+from mthp.collapsing import CollapseOptions, CollapseReport, carry_out, collapse_space, plan_blocks
 from mthp.errors import UsageError
 from mthp.planning import PlanOptions, SpacePlan, plan_space
 from mthp.targets import Target, open_target, refuse_ancestor
@@ -62,21 +62,51 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
         return collapse_space(space, _collapse_options(options))
 
 
-def collapse_buffer(buffer: Any, **options: Any) -> CollapseReport:
-    """Collapse memory of this process: the whole PMD ranges within a NumPy array, an mmap or another buffer.
+def collapse_self(**options: Any) -> CollapseReport:
+    """Collapse this process itself, while its other threads go on.
 
-    Everything there that holds anything is collapsed to the PMD order, shared memory too (which an mmap is by
-    default), unless `options` say otherwise. Needs no rights.
+    Folios of the PMD order are made by the kernel's call, smaller ones by moving pages behind a userfaultfd, which has
+    whoever touches a page that is away wait for it (:mod:`mthp.linux.mover.guarded`). Nothing is traced and nobody is
+    stopped. What it takes is said at :func:`collapse_buffer`.
 
     Args:
-        buffer: an object with the buffer protocol, contiguous.
         options: as for :func:`collapse`.
 
     Raises:
-        UsageError: not a contiguous buffer; as :func:`plan`.
+        UsageError, NotPermittedError, UnsupportedError: as :func:`collapse`.
+    """
+    return collapse("self", **options)
+
+
+def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = True, **options: Any) -> CollapseReport:
+    """Collapse memory of this process: a NumPy array, an mmap or another buffer.
+
+    Without `order`, everything in the whole PMD ranges within it that holds anything is collapsed to the PMD order,
+    shared memory too (which an mmap is by default), unless `options` say otherwise. That needs no rights.
+
+    With `order`, every aligned run of 2**order pages within it becomes one folio, if it is private memory and full, or
+    may be filled. Other threads may go on using the memory, also in system calls. That takes:
+
+    - the switch of that size: it is turned on for the time, as root; without rights it has to be on;
+    - a userfaultfd that sees faults in the kernel, which users have with CAP_SYS_PTRACE or with
+      ``vm.unprivileged_userfaultfd=1``. Without it, ``guarded=False`` will do, as long as nobody else uses the memory
+      meanwhile;
+    - x86-64, and Linux 6.8.
+
+    Args:
+        buffer: an object with the buffer protocol, contiguous.
+        order: of the folios; the PMD order if not given.
+        guarded: whether others may use the memory meanwhile.
+        options: as for :func:`collapse`; with `order` only those of :class:`mthp.collapsing.CollapseOptions`.
+
+    Raises:
+        UsageError: not a contiguous buffer; no such order; as :func:`plan`.
+        NotPermittedError: the switch is off, or the guard is not permitted.
         UnsupportedError: as :func:`mthp.collapsing.collapse_space`.
     """
     start, size = _memory_of(buffer)
+    if order is not None:
+        return _collapse_blocks(start, size, order, guarded, options)
     chosen: dict[str, Any] = {
         "policy": "pmd-only",
         "trigger": "madvise",
@@ -85,6 +115,19 @@ def collapse_buffer(buffer: Any, **options: Any) -> CollapseReport:
     }
     with open_target("self") as space:
         return collapse_space(space, _collapse_options(chosen | options))
+
+
+def _collapse_blocks(start: int, size: int, order: int, guarded: bool, options: dict[str, Any]) -> CollapseReport:
+    """Collapse every block of `order` within some memory of this process."""
+    from mthp.linux.live import open_live
+
+    unknown = options.keys() & _PLAN_FIELDS
+    if unknown:
+        raise UsageError(f"{', '.join(sorted(unknown))}: with an order, nothing is left to be planned")
+    with open_live("self") as space:
+        space.guarded = guarded
+        plan = plan_blocks(space, start, start + size, order)
+        return carry_out(space, plan, _collapse_options(options))
 
 
 def _memory_of(buffer: Any) -> tuple[int, int]:

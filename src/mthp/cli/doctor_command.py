@@ -10,7 +10,8 @@ from rich.console import Console
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import json_option
 from mthp.cli.output import console, print_json, say, table
-from mthp.linux.doctor import Examination, examine
+from mthp.linux.doctor import examine
+from mthp.linux.findings import Examination
 from mthp.linux.mover.journal import Restored, SwitchJournal
 
 

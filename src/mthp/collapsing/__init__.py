@@ -16,7 +16,7 @@ What ends a run early (Ctrl-C, a target that exits, a right that turns out to be
 done until then.
 """
 
-from mthp.collapsing.look import Look, look_at, pmd_coverage
+from mthp.collapsing.look import Look, look_at, plan_blocks, pmd_coverage
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport, Durations, FolioTally
 from mthp.collapsing.run import carry_out, collapse_space
@@ -32,5 +32,6 @@ __all__ = [
     "carry_out",
     "collapse_space",
     "look_at",
+    "plan_blocks",
     "pmd_coverage",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte
-from mthp.planning import BLOCK_PMD_RANGES
+from mthp.planning import BLOCK_PMD_RANGES, Folios, Ranges, SpacePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +79,37 @@ def look_at_blocks(space: AddressSpace, addresses: Sequence[int], order: int) ->
         large=large,
         seen=~(orders == ORDER_UNKNOWN).any(axis=1),
         contents=real.sum(axis=1) + columns.has(Pte.SWAP).reshape(shape).sum(axis=1),
+    )
+
+
+def plan_blocks(space: AddressSpace, start: int, end: int, order: int) -> SpacePlan:
+    """The plan that makes every aligned block of `order` between two addresses one folio, if it holds anything.
+
+    It says nothing about PMD ranges.
+
+    Raises:
+        UsageError: there is no such order.
+    """
+    geometry = space.geometry
+    size = geometry.size_of(geometry.check_order(order))
+    addresses = range(-(-start // size) * size, end // size * size, size)
+    at_a_time = max(1, BLOCK_PMD_RANGES * geometry.pmd_size // size)
+    parts = []
+    for first in range(0, len(addresses), at_a_time):
+        chosen = addresses[first : first + at_a_time]
+        contents = look_at_blocks(space, chosen, order).contents
+        filled = ((1 << order) - contents).astype(np.int32)
+        folios = Folios(np.array(chosen, np.uint64), np.full(len(chosen), order, np.int8), filled)
+        parts.append(folios[contents > 0])
+    return SpacePlan(
+        label=space.label,
+        geometry=geometry,
+        policy="every block",
+        orders=(order,),
+        trigger="madvise",
+        tunables=space.tunables,
+        ranges=Ranges.joined([]),
+        folios=Folios.joined(parts),
+        refused=(),
+        planned_bytes=len(addresses) * size,
     )

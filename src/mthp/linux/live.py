@@ -60,6 +60,7 @@ class LiveAddressSpace(AddressSpace):
     Attributes:
         process: the process.
         sysfs: the THP directory.
+        guarded: for this process itself: whether others may use memory that is being moved. To be set before.
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -68,6 +69,7 @@ class LiveAddressSpace(AddressSpace):
 
     def __init__(self, process: Process, sysfs: ThpSysfs | None = None) -> None:
         self.process = process
+        self.guarded = True
         self.sysfs = sysfs or ThpSysfs()
         self._geometry = self.sysfs.geometry()
         self._pagemap = Pagemap(process)
@@ -276,7 +278,7 @@ class LiveAddressSpace(AddressSpace):
             if self.process.is_self:
                 from mthp.linux.mover.guarded import OwnBlocks
 
-                self._made_mover = OwnBlocks(self)
+                self._made_mover = OwnBlocks(self, guarded=self.guarded)
             else:
                 from mthp.linux.mover.mover import Mover
 

@@ -181,6 +181,9 @@ class SwitchJournal:
     def _window(self, changes: Callable[[], list[Change]]) -> Iterator[None]:
         """A window with `changes`, which are asked for once the lock is held."""
         with self._turn:
+            if not self._may_have_to_write(self._wanted(order, word, off)):
+                yield
+                return
             undo = contextlib.ExitStack()
             try:
                 with interruptions_held_back():
@@ -197,6 +200,21 @@ class SwitchJournal:
                 finally:
                     # Ctrl-C may have come just before signals were held back. What is undone is not undone again.
                     undo.close()
+
+    def _may_have_to_write(self, wanted: Sequence[Change]) -> bool:
+        """Whether a window takes the lock. Who can set no switch and need not set one has nothing to hold on to.
+
+        Raises:
+            NotPermittedError: a switch would have to be set, and may not be.
+        """
+        for change in wanted:
+            path = self._sysfs.root / change.switch
+            if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                raise NotPermittedError(
+                    f"{path} is {change.was}, would have to be {change.ours}, and may not be written",
+                    help=f"run as root with /sys mounted read-write, or have root do it: echo {change.ours} > {path}",
+                )
+        return bool(wanted) or os.geteuid() == 0
 
     def restore_after_crash(self) -> list[Restored]:
         """Put back what a run that was killed in its window left. Waits for windows that are open just now.
