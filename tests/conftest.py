@@ -5,14 +5,14 @@ the keys of `_REQUIREMENTS`. Elsewhere it is skipped with the reason; with ``MTH
 such a skip is a failure, for machines that are there to run them.
 
 A test that depends on the THP switches takes the fixture ``thp_switches``, which is the only thing here that changes
-them. It holds a lock, so that two test sessions do not change them under each other's feet, and writes down what it
-found before it changes anything, so that a session which was killed is cleaned up after by the next.
+them. It holds the lock of the mover's journal, so that two test sessions, or a test and somebody else's mover, do not
+change them under each other's feet, and writes down what it found before it changes anything, so that a session which
+was killed is cleaned up after by the next.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import mmap
 import os
 import subprocess
@@ -23,12 +23,16 @@ from typing import NoReturn
 
 import pytest
 
+from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from thp_switches import THP_ROOT, ThpSwitches
 
 _STATE = Path(tempfile.gettempdir()) / f"mthp-tests-switches-{os.getuid()}.json"
 _REQUIRE_LIVE = "MTHP_REQUIRE_LIVE"
+_PATIENCE = 600.0
+"""Seconds to wait for another test session."""
+
 _SWAP_BYTES = 32 << 20
 
 
@@ -85,12 +89,17 @@ def skip_or_fail(reason: str) -> NoReturn:
 
 
 @pytest.fixture
-def thp_switches() -> Iterator[ThpSwitches]:
-    """The machine's THP switches, for this test alone, put back afterwards."""
-    with _STATE.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def thp_switches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThpSwitches]:
+    """The machine's THP switches, for this test alone, put back afterwards.
+
+    Movers of others are kept out with the lock of the journal of switches; those that the test itself starts have a
+    journal elsewhere.
+    """
+    _STATE.touch()
+    with SwitchJournal(lock_timeout=_PATIENCE).hold():
         switches = ThpSwitches(_STATE)
         switches.recover()
+        monkeypatch.setenv("MTHP_RUN_DIR", str(tmp_path_factory.mktemp("run") / "mthp"))
         try:
             yield switches
         finally:

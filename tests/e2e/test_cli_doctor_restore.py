@@ -8,11 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from e2e.helpers import mthp, mthp_json
+from mthp.linux.mover.journal import LOCK_NAME, default_root
 from thp_switches import THP_ROOT, ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]
@@ -77,7 +77,7 @@ def test_leaves_alone_what_somebody_else_changed(before: dict[str, str], thp_swi
 def test_another_at_work(before: dict[str, str]) -> None:
     crash()
     left = words()
-    with Path("/run/mthp/switches.lock").open("rb") as lock:
+    with (default_root() / LOCK_NAME).open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = mthp("doctor", "--restore", "--json")
     assert done.returncode == 1

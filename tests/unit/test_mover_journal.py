@@ -128,6 +128,46 @@ def test_only_the_sizes_that_have_to_be_off_are_turned_off(machine: Machine) -> 
         assert machine.words() == before | {4: "always"}
 
 
+def test_who_holds_it_keeps_windows_out_and_changes_nothing(machine: Machine) -> None:
+    before = machine.words()
+    with machine.journal().hold():
+        assert machine.words() == before
+        with pytest.raises(MthpError, match="another process"), machine.journal(lock_timeout=0.01).only(4):
+            pass
+    with machine.journal(lock_timeout=0.01).only(4):
+        pass
+    abandon(machine, 4)
+    with machine.journal().hold():
+        assert machine.words() == before
+
+
+def test_the_directory_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MTHP_RUN_DIR", str(tmp_path))
+    assert default_root() == tmp_path
+
+
+def test_a_switch_that_may_not_be_set_is_named(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    with (
+        pytest.raises(NotPermittedError, match="would have to be never") as caught,
+        machine.journal().only(4),
+    ):
+        pass
+    assert "echo never" in caught.value.help
+    with (
+        pytest.raises(NotPermittedError, match=f"{PAGE_KB << 4}kB/enabled is never"),
+        machine.journal().only(4, off=()),
+    ):
+        pass
+    assert not machine.journal_root.exists()
+    machine.set(4, "always")
+    machine.set(9, "never")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with machine.journal().only(4):
+        # Nothing is to be set, so there is nothing to hold on to.
+        assert not machine.journal_root.exists()
+
+
 def test_inherit_of_never_is_off(machine: Machine) -> None:
     machine.set_top("never")
     journal = KernelLike(machine)

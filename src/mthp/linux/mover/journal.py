@@ -109,9 +109,14 @@ class Restored:
 def default_root() -> Path:
     """Where the journal is: ``/run/mthp`` for root, else in the user's runtime directory.
 
+    The environment variable MTHP_RUN_DIR names another directory. Windows of two directories do not wait for each
+    other, so it is for tests, which hold the usual one themselves, and for machines without either.
+
     Raises:
         UnsupportedError: there is no runtime directory.
     """
+    if chosen := os.environ.get("MTHP_RUN_DIR"):
+        return Path(chosen)
     if os.geteuid() == 0:
         return Path("/run/mthp")
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
@@ -181,7 +186,7 @@ class SwitchJournal:
     def _window(self, changes: Callable[[], list[Change]]) -> Iterator[None]:
         """A window with `changes`, which are asked for once the lock is held."""
         with self._turn:
-            if not self._may_have_to_write(self._wanted(order, word, off)):
+            if not self._may_have_to_write(changes()):
                 yield
                 return
             undo = contextlib.ExitStack()
@@ -200,6 +205,21 @@ class SwitchJournal:
                 finally:
                     # Ctrl-C may have come just before signals were held back. What is undone is not undone again.
                     undo.close()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep windows of others out, without setting anything; what a crash has left is put back first.
+
+        Raises:
+            NotPermittedError: the journal's directory is not ours.
+            MthpError: another process did not finish its window in time.
+        """
+        with self._turn:
+            self._open(create=True)
+            try:
+                yield
+            finally:
+                self._close()
 
     def _may_have_to_write(self, wanted: Sequence[Change]) -> bool:
         """Whether a window takes the lock. Who can set no switch and need not set one has nothing to hold on to.
