@@ -20,8 +20,9 @@ _PS_PER_NS = 1000
 class Costs:
     """What things take, in picoseconds each.
 
-    The defaults were measured by ``bench/measure_costs.py`` on one virtual machine (x86-64, Linux 6.18, 4 KiB pages);
-    it says how. They are right in their proportions; for another machine, run it there and give its table.
+    The defaults are those of a virtual machine on an x86-64 server (Linux 6.18, 4 KiB pages), rounded: `scan_pte` from
+    khugepaged's 24 million entries a second at full throttle, the others estimates. ``bench/measure_costs.py`` measures
+    all of them on the kernel that it runs on, and says how; where simulated time matters, give its table.
 
     Attributes:
         fault: entering and leaving a page fault, and its entry in the page table.
