@@ -101,6 +101,67 @@ def test_the_budget_ends_a_pass_and_the_next_goes_on_there() -> None:
     assert sorted(target.attempts) == [(at(16 * row), 4) for row in range(5)]
 
 
+def test_cheap_ranges_are_read_far_ahead_and_dear_ones_behind_them_not_past_the_budget() -> None:
+    target = space(pages(8 * 16, HUGE), *[pages(16) for _ in range(10)], tunables=Tunables(0, 2, 8, 40))
+    daemon = entered(target)
+    assert daemon.do_scan() is PassEnd.BUDGET
+    assert target.attempts == [(at(8 * 16), 4), (at(9 * 16), 4)]
+    # Eight ranges that PMD entries map, two that were collapsed, and a visit for each end of one.
+    assert daemon.statistics.progress == 8 + 2 * 16 + 2
+
+
+def test_what_is_passed_over_counts_once() -> None:
+    forbidden = Vma(SIZE, 2 * SIZE, "rw-p", flags=frozenset({"nh"}), has_anon_vma=True)
+    sparse = Vma(3 * SIZE, 8 * SIZE, "rw-p", flags=frozenset({"hg"}), has_anon_vma=True)
+    target = FakeSpace(
+        [
+            (forbidden, *page_runs(pages(16))),
+            (sparse, *page_runs(pages(16), pages(16), pages(32, NONE), pages(16))),
+        ],
+        geometry=SMALL,
+        switches=ALL_ON,
+        tunables=Tunables(0, 2, 8, 17),
+        orders=range(2, 5),
+    )
+    daemon = entered(target)
+    found = []
+    for _ in range(4):
+        before = daemon.statistics.progress
+        daemon.do_scan()
+        found.append((daemon.statistics.progress - before, daemon.address // SIZE))
+    # The mapping that is not to be touched and the visit, and a range; a range; the stretch that is empty, and a range.
+    assert found[:3] == [(18, 4), (17, 5), (18, 8)]
+
+
+def test_a_listing_that_proves_stale_is_made_anew() -> None:
+    target = space(pages(16), pages(16), pages(16), tunables=Tunables(0, 2, 8, 16))
+    listings = []
+    original = target.vmas
+
+    def noting() -> list[Vma]:
+        listings.append(len(target.attempts))
+        return original()
+
+    target.vmas = noting  # type: ignore[method-assign]
+    daemon = entered(target)
+    daemon.do_scan()
+    assert listings == [0]
+    target.fails[at(16)] = ScanResult.VMA_CHECK
+    daemon.do_scan()
+    daemon.do_scan()
+    assert listings == [0, 2]
+
+
+@pytest.mark.parametrize(("policy", "rests"), [("no-creep", 2), ("per-order", 3)])
+def test_what_was_filled_is_remembered_where_the_policy_asks(policy: str, rests: int) -> None:
+    """Seven and six pages of sixteen, where two may be filled: without a memory, the whole comes next."""
+    target = space(pages(7), pages(1, NONE), pages(6), pages(2, NONE), tunables=Tunables(2, 2, 8, 1000))
+    daemon = entered(target, policy=policy)
+    for _ in range(4):
+        daemon.do_scan()
+    assert target.attempts == [(at(0), 3), (at(8), 2), (at(0), 4)][:rests]
+
+
 def test_a_failure_is_counted_and_tried_again() -> None:
     target = space(pages(16), pages(16), fails={at(16): ScanResult.PAGE_COUNT})
     daemon = entered(target)
