@@ -49,7 +49,11 @@ def move_for_ever(pid: int, base: int, size: int, observer: Observer, begun: Cal
     begun()
     with Process(pid) as process:
         while True:
-            with MoverSession(process, X86_64, max_pause_ns=5_000_000, duty=1.0, observer=observer) as session:
+            # A busy machine may take its time to let threads come to a stop.
+            session = MoverSession(
+                process, X86_64, max_pause_ns=5_000_000, duty=1.0, stop_timeout_ns=3_000_000_000, observer=observer
+            )
+            with session:
                 for _ in range(20):
                     session.move(random.sample(everything, min(BLOCKS, len(everything))), verify=True)
 

@@ -50,7 +50,8 @@ WORKER_TIMEOUT_NS = 10_000_000_000
 """How long the thread that runs our code may take to stop. Only a busy machine delays it."""
 
 _POLL_SECONDS = 20e-6
-_LONGEST_POLL_SECONDS = 200e-6
+_LONGEST_POLL_SECONDS = 5e-3
+_PATIENCE = 0.125
 _STOP_SECONDS = 2e-6
 """What it takes a thread to stop, once it has a processor."""
 
@@ -90,7 +91,7 @@ class FrozenProcess:
         self._like = like
         self._stopped: Stopped | None = None
         self._timeout_ns = timeout_ns
-        self._deadline = 0
+        self._deadline = self._waiting_since = 0
         self._seized: set[int] = set()
         self._standing: dict[int, None] = {}
         self._dead: set[int] = set()
@@ -124,7 +125,7 @@ class FrozenProcess:
             TargetVanishedError: the process is gone.
         """
         self.begun_ns = time.perf_counter_ns()
-        self._deadline = time.monotonic_ns() + self._timeout_ns
+        self._begin_to_wait(self._timeout_ns)
         parts = []
         while fresh := self._unstopped():
             part = self._stop(fresh)
@@ -193,18 +194,27 @@ class FrozenProcess:
                 " /proc/sys/kernel/yama/ptrace_scope may forbid it",
             )
 
+    def _begin_to_wait(self, timeout_ns: int) -> None:
+        self._waiting_since = time.monotonic_ns()
+        self._deadline = self._waiting_since + timeout_ns
+
     def _rest(self, waiting: int = 0) -> None:
-        """Wait a moment, a longer one for many threads, which all need the processors that we leave to them.
+        """Wait a moment: for many threads, or after a long time, a longer one.
+
+        They need the processors that we leave to them, and where there is much else to do, to look often is to be in
+        the way.
 
         Raises:
             CannotStopError: the time is up.
         """
-        if time.monotonic_ns() > self._deadline:
+        now = time.monotonic_ns()
+        if now > self._deadline:
             raise CannotStopError(
                 f"process {self.process.label} does not stop",
                 help="a thread sleeps uninterruptibly (state D), waits in vfork(2), or is exiting: try again later",
             )
-        time.sleep(min(_POLL_SECONDS + waiting * _STOP_SECONDS, _LONGEST_POLL_SECONDS))
+        waited = (now - self._waiting_since) * 1e-9
+        time.sleep(min(_POLL_SECONDS + max(waiting * _STOP_SECONDS, waited * _PATIENCE), _LONGEST_POLL_SECONDS))
 
     def _await_our_stops(self, tids: list[int], together: Stopped | None = None) -> None:
         """Wait until all of `tids` stop for PTRACE_INTERRUPT, with every signal before that delivered, or exit.
@@ -248,7 +258,7 @@ class FrozenProcess:
         Raises:
             CannotStopError: the time is up.
         """
-        self._deadline = time.monotonic_ns() + WORKER_TIMEOUT_NS
+        self._begin_to_wait(WORKER_TIMEOUT_NS)
         self._standing.pop(tid, None)
         self._await_our_stops([tid])
         return tid in self._standing
