@@ -147,6 +147,9 @@ SYSCALLS = (
 )
 """What the threads of ``programs/mover_syscalls.c`` call, by number."""
 
+SYSCALL_TIMEOUT = 0.02
+"""After so many seconds those that can time out do, in every second turn."""
+
 _MAX_TURNS = 512
 _RECORD_WORDS = 4
 
