@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma
+from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma, VmaKind
 from mthp.geometry import Geometry
 from mthp.outline import Outline
 from mthp.tunables import Switches, Tunables
@@ -24,6 +24,7 @@ class GovernedSpace(AddressSpace):
     Attributes:
         governed_switches, governed_tunables: those that hold; set them before each piece of work.
         reasons: why blocks could not be collapsed, where the space said so.
+        has_room: whether any anonymous mapping is as large as a PMD range.
         touching: whether the target's memory is being worked on at this moment.
     """
 
@@ -33,6 +34,7 @@ class GovernedSpace(AddressSpace):
         self.governed_tunables = tunables
         self.reasons: Counter[str] = Counter()
         self.touching = False
+        self.has_room = True
 
     @property
     def geometry(self) -> Geometry:
@@ -63,7 +65,9 @@ class GovernedSpace(AddressSpace):
         return self._inner.missing
 
     def vmas(self) -> list[Vma]:
-        return self._inner.vmas()
+        vmas = self._inner.vmas()
+        self.has_room = any(vma.kind is VmaKind.ANON and vma.size >= self.geometry.pmd_size for vma in vmas)
+        return vmas
 
     def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
         return self._inner.with_nodes(vmas)

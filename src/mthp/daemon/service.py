@@ -61,7 +61,7 @@ STUCK_SECONDS = 60.0
 """A worker that was not seen for so long gives no sign of life any more, for the watchdog to see."""
 
 REMATCH_SECONDS = 10.0
-"""Between two looks at the names and cgroups of all processes, which may change without an event."""
+"""Between two listings of all processes; what may change without an event is looked at anew then."""
 
 NEEDED = {
     CAP_SYS_PTRACE: "to look at other users' processes and to stop their threads",
@@ -349,11 +349,12 @@ class Daemon:
             self._nursery.add(list_pids())
 
     def _rematch(self) -> None:
-        """Look at all processes again: names and cgroups change without an event, and PIDs were not told everywhere."""
+        """Look at all processes again that may have changed without an event: moved to another cgroup, above all."""
         pids = set(list_pids())
         for pid in self._known.keys() - pids:
             del self._known[pid]
-        self._nursery.add(pids - {pid for pid, starttime in self._known.items() if starttime < 0})
+        told_of = self._changes.fileno() >= 0 and not self.configuration.rules.properties & {"cgroup", "uid"}
+        self._nursery.add(pids - {pid for pid, starttime in self._known.items() if told_of or starttime < 0})
 
     def _look_into(self) -> None:
         """Look into processes that have settled."""

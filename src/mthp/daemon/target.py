@@ -14,6 +14,7 @@ A pass is 2 and 3; it is cut into pieces of some milliseconds, and the target ma
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +139,11 @@ class Target:
         return self.settings.max_bloat.bytes_of(self._resident) - self.counters.filled_bytes
 
     @property
+    def working(self) -> bool:
+        """Whether it is in the middle of a pass."""
+        return self._pass is not None
+
+    @property
     def touched_now(self) -> bool:
         """Whether its memory is being worked on at this moment; callable from any thread."""
         current = self._pass
@@ -211,7 +217,9 @@ class Target:
         self._count("skipped", len(outline) - int(due.sum()))
         self._pass.todo(outline[due & ~outline.pmd_mapped])
         taken = self._environment.clock() - now
-        self._list_at = now + max(self._list_interval, taken / LIST_SHARE)
+        # Advice makes nothing of a process that has no room for a PMD range: only a new mapping can, and that shows.
+        may_be_advised = self._pass.space.has_room
+        self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if may_be_advised else math.inf
         self.left_out = ""
         if self._pass.is_done:
             self._end_pass()

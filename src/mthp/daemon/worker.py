@@ -23,6 +23,9 @@ from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import LEFT_OUT_SECONDS, Target
 from mthp.errors import TargetVanishedError
 
+FOLLOW_SECONDS = 0.1
+"""While nothing is collapsed, the system's switches are read no more often than that."""
+
 RESTING_SECONDS = 0.5
 """Between two questions whether memory pressure has eased."""
 
@@ -64,6 +67,7 @@ class Worker:
         self._progress_left = 0
         self._stop = False
         self._version = -1
+        self._followed = clock()
         self.beat = clock()
         environment.stopping = self._interrupted
         self._thread = threading.Thread(target=self._run, name="mthp-worker", daemon=True)
@@ -245,7 +249,7 @@ class Worker:
 
     def _work_on(self, target: Target) -> None:
         self.beat = self._clock()
-        self._follow_system()
+        self._follow_system(at_once=target.working)
         try:
             target.step()
         except TargetVanishedError:
@@ -259,9 +263,16 @@ class Worker:
             target.next_at = self._clock() + LEFT_OUT_SECONDS
         self.beat = self._clock()
 
-    def _follow_system(self) -> None:
-        """Have the switches and tunables of this moment hold; everything is looked at anew if they have changed."""
-        self._knobs.refresh()
+    def _follow_system(self, *, at_once: bool) -> None:
+        """Have the switches and tunables of this moment hold; everything is looked at anew if they have changed.
+
+        Args:
+            at_once: something is about to be collapsed under them; if not, they may be some moments old.
+        """
+        now = self._clock()
+        if at_once or self._version < 0 or now - self._followed >= FOLLOW_SECONDS:
+            self._followed = now
+            self._knobs.refresh()
         if self._knobs.version == self._version:
             return
         first, self._version = self._version < 0, self._knobs.version

@@ -1,0 +1,74 @@
+"""The soak: many targets whose threads write, check and fork, while the daemon works on them. No byte may be wrong.
+
+MTHP_TEST_SECONDS says for how long; some seconds by default, 600 for the whole of it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from daemons import RunningDaemon, threads_of, until
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages")]
+
+SECONDS = float(os.environ.get("MTHP_TEST_SECONDS", "5"))
+TARGETS = 20
+SIZE = 12 << 20
+PROGRAM = Path(__file__).parent.parent / "daemon_soak_target.py"
+
+
+def test_no_byte_is_wrong_no_target_dies_and_the_daemon_does_not_grow(
+    thp_switches: ThpSwitches, tmp_path: Path
+) -> None:
+    thp_switches.only("16kB", "64kB", "512kB")
+    command = [sys.executable, str(PROGRAM), str(SIZE)]
+    targets = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(TARGETS)
+    ]
+    try:
+        for target in targets:
+            assert target.stdout is not None
+            assert target.stdout.readline() == "ready\n"
+        sizes = "|".join(str(target.pid) for target in targets)
+        rules = tmp_path / "rules.toml"
+        rules.write_text(
+            f'[daemon]\ncpu = "60%"\n[tunables]\nscan_sleep_millisecs = 200\n'
+            f"[[rule]]\nmatch = {{ pid = [{sizes.replace('|', ', ')}] }}\n"
+        )
+        with RunningDaemon(tmp_path / "run", "--config", str(rules)) as daemon:
+            until(lambda: len(daemon.status()["targets"]) == TARGETS, "all targets")
+            until(lambda: daemon.status()["counters"]["collapsed_bytes"] > 0, "the first collapse")
+            begun = time.monotonic()
+            time.sleep(min(SECONDS / 4, 30))
+            before = daemon.status()
+            while time.monotonic() - begun < SECONDS:
+                time.sleep(0.5)
+                assert all(target.poll() is None for target in targets), "a target died"
+            after = daemon.status()
+            assert "Traceback" not in daemon.said
+        for target in targets:
+            assert set(threads_of(target.pid).values()) <= {"R", "S", "D"}
+        done = [target.communicate(timeout=60) for target in targets]
+    finally:
+        for target in targets:
+            if target.poll() is None:
+                target.kill()
+                target.wait()
+    assert [target.returncode for target in targets] == [0] * TARGETS, [error for _, error in done]
+    assert all(int(output.split()[0]) > 0 for output, _ in done)
+    assert after["counters"]["collapsed_bytes"] > 0
+    assert after["memory_bytes"] - before["memory_bytes"] < 8 << 20
+    rounds, forks = (sum(int(output.split()[at]) for output, _ in done) for at in (0, 1))
+    counters = after["counters"]
+    print(
+        f"{rounds} pages checked, {forks} forks, {counters['collapsed']} folios made, failed {counters['failed']};"
+        f" pauses {counters['pauses']}; memory {before['memory_bytes'] >> 20} to {after['memory_bytes'] >> 20} MiB"
+    )
