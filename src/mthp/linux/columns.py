@@ -28,7 +28,7 @@ from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment
 from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.kpageflags import FolioReader, states_of
-from mthp.linux.pagemap import Pagemap, states
+from mthp.linux.pagemap import Pagemap, own_frame, states
 from mthp.linux.procfs import read_smaps
 
 _PFRAME_MASK = np.uint64(abi.PM_PFRAME_MASK)
@@ -102,6 +102,7 @@ class ColumnReader:
         self._pagemap = pagemap
         self._folios = folios
         self._geometry = geometry
+        self._believed = _believed(folios)
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         """The page table entries of `segments`, one after another.
@@ -143,15 +144,15 @@ class ColumnReader:
             heads = pfn[huge.index] - (huge.page % self._geometry.ptes_per_pmd).astype(np.uint64)
             flags = folios.words_at(heads)
             pages = huge.indices()
-            state[pages] |= _PMD_MAPPED | np.repeat(states_of(flags), huge.count)
+            state[pages] |= _PMD_MAPPED | np.repeat(states_of(flags & self._believed), huge.count)
             order[pages] = np.repeat(self._huge_orders(folios, heads, flags), huge.count)
             singly[pages] = False
         if singly.all():
             flags, order[:] = folios.read(pfn)
-            state |= states_of(flags)
+            state |= states_of(flags & self._believed)
         elif len(chosen := np.flatnonzero(singly)):
             flags, order[chosen] = folios.read(pfn[chosen])
-            state[chosen] |= states_of(flags)
+            state[chosen] |= states_of(flags & self._believed)
         _share_whole_folios(pfn, state, order)
 
     def _pmd_mapped(
@@ -258,6 +259,17 @@ class ColumnReader:
         pages = pages[(state[pages] & _PRESENT) != 0]
         state[pages] |= _PMD_MAPPED
         order[pages] = self._geometry.pmd_order
+
+
+def _believed(folios: FolioReader | None) -> np.uint64:
+    """The flags of kpageflags that mean what they say, as a mask.
+
+    Linux 6.12 to 7.0, some of their stable releases excepted, show KPF_KSM for every anonymous page (stable_page_flags,
+    fs/proc/page.c). There it means nothing, and it shows on a page of this process that nobody can have merged.
+    """
+    frame = own_frame() if folios else 0
+    lies = folios is not None and frame and int(folios.words_at(np.array([frame], np.uint64))[0]) & abi.KPF_KSM
+    return np.uint64(0xFFFFFFFFFFFFFFFF & ~abi.KPF_KSM if lies else 0xFFFFFFFFFFFFFFFF)
 
 
 def _share_whole_folios(pfn: NDArray[np.uint64], state: NDArray[np.uint16], order: NDArray[np.int8]) -> None:

@@ -190,20 +190,25 @@ def states(words: NDArray[np.uint64]) -> NDArray[np.uint16]:
 
 
 def can_see_pfns() -> bool:
-    """Whether this process gets page frame numbers, which takes CAP_SYS_ADMIN in the first user namespace.
+    """Whether this process gets page frame numbers, which takes CAP_SYS_ADMIN in the first user namespace."""
+    return bool(own_frame())
 
-    Found out on a page of its own that is certainly there. Without the right the number reads as 0.
+
+def own_frame() -> int:
+    """The frame of a page of this process that is certainly there: private, anonymous and never merged.
+
+    Without the right to see frame numbers, or without pagemap, it is 0.
     """
     page_size = os.sysconf("SC_PAGESIZE")
     witness = ctypes.create_string_buffer(b"\1")
     try:
         fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return False
+        return 0
     try:
         text = os.pread(fd, abi.PM_ENTRY_BYTES, ctypes.addressof(witness) // page_size * abi.PM_ENTRY_BYTES)
     except OSError:
-        return False
+        return 0
     finally:
         os.close(fd)
-    return bool(int.from_bytes(text, sys.byteorder) & abi.PM_PFRAME_MASK)
+    return int.from_bytes(text, sys.byteorder) & abi.PM_PFRAME_MASK
