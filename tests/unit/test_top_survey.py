@@ -18,7 +18,7 @@ from mthp.planning import PlanOptions, plan_space
 from mthp.top.looks import Stopped, first_look, mappings, second_look
 from mthp.top.mapped import Mapped
 from mthp.top.model import Row
-from mthp.top.survey import FRESH, LARGEST, ROUND, Survey
+from mthp.top.survey import BURST, FRESH, LARGEST, ROUND, Survey
 from report_spaces import mixed, redis_like
 
 
@@ -136,7 +136,7 @@ def test_it_rests_so_much_that_it_keeps_to_its_share() -> None:
 
     class Closing:
         def is_set(self) -> bool:
-            return len(waits) >= 20
+            return len(waits) >= 50
 
         def wait(self, seconds: float) -> None:
             waits.append(seconds)
@@ -151,7 +151,36 @@ def test_it_rests_so_much_that_it_keeps_to_its_share() -> None:
     survey.list_all()
     survey._run()
     # With half of a processor it rests as long as it works.
-    assert waits == pytest.approx([0.03] * 20)
+    burst = next(at for at, wait in enumerate(waits) if wait)
+    assert (burst - 1) * 0.03 <= BURST <= (burst + 1) * 0.03
+    assert waits[:burst] == [0.0] * burst
+    assert waits[burst:] == pytest.approx([0.03] * (50 - burst))
+
+
+def test_listing_thousands_leaves_time_for_looking_closely() -> None:
+    host, used = Host(50), [0.0]
+
+    def first() -> Iterable[Row]:
+        used[0] += 0.2
+        return host.first()
+
+    survey = Survey(
+        PlanOptions(),
+        0.1,
+        first=first,
+        second=host.second,
+        third=host.third,
+        clock=lambda: host.now,
+        spent=lambda: used[0],
+    )
+    survey.list_all()
+    work_off(survey)
+    host.now = 7.9
+    assert not survey.work()
+    # 0.2 s are a quarter of what a tenth of a processor is in 8 s.
+    host.now = 8.1
+    survey.work()
+    assert host.looked["first", 0] == 2
 
 
 def fake_process(proc: Path, pid: int, *, statm: str, comm: str = "x\n", rollup: str | None = None) -> None:

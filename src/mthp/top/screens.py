@@ -124,6 +124,11 @@ class Running(ModalScreen[None]):
         self._carrying.start()
         self.set_interval(0.1, self.look)
 
+    @property
+    def at_work(self) -> bool:
+        """Whether the collapse has not ended yet."""
+        return self._carrying.running
+
     def look(self) -> None:
         """Show how far it is."""
         carrying = self._carrying

@@ -24,6 +24,12 @@ LARGEST = 64
 ROUND = 2.0
 """Seconds between two first looks at least."""
 
+BURST = 1.0
+"""Seconds of processor time that are used before the first rest: who has just started it wants to see something."""
+
+LISTING = 0.25
+"""The part of what looking may take that first looks may take."""
+
 FRESH = 10.0
 """Seconds for which a second or third look counts as new."""
 
@@ -80,6 +86,7 @@ class Survey:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._listed = float("-inf")
+        self._round = ROUND
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -107,15 +114,18 @@ class Survey:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        burst = BURST
         while not self._closing.is_set():
             before = self._spent()
             worked = self.work()
-            pause = (self._spent() - before) * (1 / self._cpu - 1)
+            used = self._spent() - before
+            burst -= used
+            pause = used * (1 / self._cpu - 1) if burst <= 0 else 0.0
             self._closing.wait(pause if worked else max(pause, 0.1))
 
     def work(self) -> bool:
         """Do the next piece of work: False if everything that is wanted is fresh."""
-        if self._clock() - self._listed >= ROUND:
+        if self._clock() - self._listed >= self._round:
             self.list_all()
             return True
         if (known := self._next_second()) is not None:
@@ -126,7 +136,10 @@ class Survey:
 
     def list_all(self) -> None:
         """The first look at everybody; who is gone is forgotten, and what is known of the others is kept."""
+        before = self._spent()
         found = {row.key: row for row in self._first()}
+        # With thousands of processes this alone would take all that may be taken.
+        self._round = max(ROUND, (self._spent() - before) / (LISTING * self._cpu))
         with self._lock:
             for key in self._known.keys() - found.keys():
                 del self._known[key]
