@@ -60,6 +60,9 @@ TOUCHING_SECONDS = 8.0
 STUCK_SECONDS = 60.0
 """A worker that was not seen for so long gives no sign of life any more, for the watchdog to see."""
 
+RESTORE_SECONDS = 5.0
+"""Between two tries to put back what a killed run has left."""
+
 REMATCH_SECONDS = 10.0
 """Between two listings of all processes; what may change without an event is looked at anew then."""
 
@@ -187,8 +190,16 @@ class Daemon:
         return self.configuration.notice_ns / 1e9
 
     def _restore(self) -> None:
-        """Put back the switches that a run which was killed has left changed."""
-        for switch in SwitchJournal().restore_after_crash():
+        """Put back the switches that a run which was killed has left changed; later, while another run is at work."""
+        try:
+            restored = SwitchJournal().restore_after_crash()
+        except NotPermittedError:
+            raise
+        except MthpError as error:
+            self._say(f"switches that a killed mthp may have left are looked at later: {error.message}")
+            self._after("restore", RESTORE_SECONDS, self._restore)
+            return
+        for switch in restored:
             what = f"put back to {switch.was}" if switch.put_back else f"left at {switch.found}: changed since"
             self._say(f"{switch.switch}, which a killed mthp had changed: {what}")
 
