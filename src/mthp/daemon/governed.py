@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma, VmaKind
+from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma, VmaKind, Watch
 from mthp.geometry import Geometry
 from mthp.outline import Outline
 from mthp.tunables import Switches, Tunables
@@ -89,6 +89,15 @@ class GovernedSpace(AddressSpace):
 
     def take_pauses(self) -> list[int]:
         return self._inner.take_pauses()
+
+    def move_hindrances(self) -> list[str]:
+        return self._inner.move_hindrances()
+
+    def watch(self) -> Watch:
+        return self._inner.watch()
+
+    def counters(self) -> dict[str, int]:
+        return self._inner.counters()
 
     def mapped(self) -> list[Segment]:
         return self._inner.mapped()
