@@ -80,7 +80,7 @@ def _compile(platform: Platform, root: Path, key: str) -> None:
     places = [str(path) for path in (root / "usr/lib").glob("python3*")]
     command = [str(loader), "--library-path", libraries, str(interpreter), "-S", "-m", "compileall"]
     # Hashes that nobody checks: the archive has no times of modification.
-    command += ["-q", "-j", "2", "--invalidation-mode", "unchecked-hash", "-s", str(root), *places]
+    command += ["-q", "--invalidation-mode", "unchecked-hash", "-s", str(root), *places]
     environment = {"PYTHONHOME": str(home / "usr"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if not list(root.glob("usr/lib/python3*/__pycache__")):
