@@ -10,7 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mthp.geometry import X86_64
 from mthp.linux.mover import inject, stub
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.tracee import CannotStopError
+from mthp.linux.mover.tracee import CannotStopError, Stopped
 from mthp.linux.process import Process
 from mthp.results import ScanResult
 from thp_switches import ThpSwitches
@@ -129,32 +129,27 @@ def test_a_program_that_may_not_make_memory_executable_is_moved() -> None:
         assert (outcome.result, outcome.verified) == (ScanResult.SUCCEED, True)
 
 
-def test_a_signal_at_the_moment_of_the_stop_is_not_lost(tmp_path: Path) -> None:
-    """The first stop of a thread may be that of a signal's delivery; so many are sent that it often is."""
+def test_a_signal_between_seizing_and_interrupting_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stop of a thread is then that of the signal's delivery, and it waits for our leave to deliver it."""
+    sent = 0
+
+    def attach(stopped: Stopped) -> dict[int, int]:
+        nonlocal sent
+        threads = len(stopped.tids)
+        stopped._attach.run(0, threads)
+        for _ in range(3):
+            os.kill(target.pid, signal.SIGRTMIN)
+            sent += 1
+            time.sleep(0.002)
+        stopped._attach.run(threads, threads)
+        return {}
+
+    monkeypatch.setattr(Stopped, "attach", attach)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        sent = 0
-        over = threading.Event()
-
-        def send() -> None:
-            nonlocal sent
-            while not over.wait(0.0002):
-                os.kill(target.pid, signal.SIGRTMIN)
-                sent += 1
-
-        def stop() -> None:
-            for _ in range(150):
-                frozen = FrozenProcess(process, 10**9)
-                try:
-                    frozen.stop({})
-                finally:
-                    frozen.release()
-
-        threads = [threading.Thread(target=send), threading.Thread(target=stop)]
-        for thread in threads:
-            thread.start()
-        threads[1].join()
-        over.set()
-        threads[0].join()
+        with MoverSession(process, X86_64, duty=1.0, stop_timeout_ns=10**9) as session:
+            for number in range(10):
+                session.move([(target.base + number * BLOCK, ORDER)])
+        assert sent > 30
         assert wait_for(lambda: target.get("realtime_signals") == sent), (target.get("realtime_signals"), sent)
         assert target.finish() == 0
 
