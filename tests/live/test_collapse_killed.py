@@ -1,0 +1,83 @@
+"""``mthp collapse`` dies at a numbered step: the target is whole and gets on, and `doctor --restore` cleans up.
+
+While its thread makes system calls for the mover, and only then, the target may die with it (PTRACE_O_EXITKILL).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from e2e.helpers import mthp_json
+from mover_targets import Writers, wait_for
+from mthp.linux.mover.steps import Step
+from thp_switches import THP_ROOT, ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
+
+FAULTY = [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py")]
+OPTIONS = ("--orders", "64K", "--max-ptes-none", "0", "--max-pause", "60s", "--duty", "1")
+MAY_DIE = {"HIJACKED", "MAPPED", "UNMAPPED"}
+STRIDE = max(1, 8 // int(os.environ.get("MTHP_TEST_ROUNDS", "1")))
+"""Every so-many-th step; MTHP_TEST_ROUNDS=8 takes them all."""
+
+
+@pytest.fixture(autouse=True)
+def faults_of_one_page(thp_switches: ThpSwitches) -> None:
+    thp_switches.set("enabled", "madvise")
+    thp_switches.only("2048kB", word="inherit")
+
+
+def switches() -> dict[str, str]:
+    return {str(path): path.read_text() for path in THP_ROOT.glob("hugepages-*kB/enabled")}
+
+
+def collapse(pid: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*FAULTY, "collapse", str(pid), *OPTIONS],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_killed_at_numbered_steps(tmp_path: Path) -> None:
+    words = switches()
+    record = tmp_path / "steps"
+    with Writers(tmp_path, 2, 4) as target:
+        done = collapse(target.pid, MTHP_TEST_STEPS=str(record))
+        assert done.returncode in (0, 1), done.stderr
+        assert target.finish() == 0
+    steps = record.read_text().split()
+    assert {Step[name] for name in steps} == set(Step)
+    fates: Counter[str] = Counter()
+    for number in range(1, len(steps) + 1, STRIDE):
+        when = ("before", "after")[number % 2]
+        with Writers(tmp_path, 2, 4) as target:
+            assert collapse(target.pid, MTHP_TEST_DIE=f"{when}:{number + (when == 'before')}").returncode == -9
+            step = steps[number - 1]
+            died = wait_for(lambda target=target: target.process.poll() is not None, 0.05)
+            if died:
+                assert step in MAY_DIE, f"the target died when mthp was killed {when} step {number}, {step}"
+                assert target.process.returncode == -signal.SIGKILL
+            else:
+                assert target.progresses(10), f"stuck after {step}"
+            fates["dead" if died else "intact"] += 1
+            mthp_json("doctor", "--restore")
+            assert switches() == words
+            if not died:
+                # Whatever is left in it does not stand in the way of the next.
+                again = collapse(target.pid)
+                assert again.returncode in (0, 1), again.stderr
+                assert "lie in folios of 64K now" in again.stdout
+                assert target.finish() == 0
+    print(dict(fates))
+    assert fates["intact"] > fates["dead"]
