@@ -24,7 +24,9 @@ from mthp.cli import COMMANDS, main
 from targets import PMD_SIZE
 
 BASE = 1 << 40
-TARGETED = ("inspect", "plan", "collapse")
+TARGETED = ("inspect", "plan", "collapse", "compare")
+WRITING = ("snapshot", "record", "report")
+"""Those that want a file to write, too."""
 
 
 class Said(NamedTuple):
@@ -374,9 +376,16 @@ def test_with_json_errors_are_an_object_too(run: Run, arguments: list[str], sche
     assert all(line.strip() in said.err for line in answer["error"]["help"].splitlines())
 
 
-def test_without_json_standard_output_stays_empty(run: Run) -> None:
-    for command in COMMANDS.keys() - {"doctor", "demo", "conformance"}:
-        refused(run(command, "99999999", *(["-o", "x"] if command == "snapshot" else [])), 4)
+@pytest.mark.parametrize("command", [*TARGETED, *WRITING])
+def test_without_json_standard_output_stays_empty(run: Run, command: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    refused(run(command, "99999999", *(["-o", output] if command in WRITING else [])), 4)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS.keys() - {"doctor", "demo", "status", "pause", "resume", "conformance"})
+def test_an_unknown_option_is_refused(run: Run, command: str) -> None:
+    refused(run(command, "--bold"), 2, "--bold")
 
 
 EVIL_NAME = "evil\x1b[31m\x07"
