@@ -161,8 +161,8 @@ class FakeSpace(AddressSpace):
         if not (state & Pte.PRESENT).any():
             return ScanResult.NO_PTE_TABLE
         # A range that is huge already is no failure to MADV_COLLAPSE.
-        if not (folio_order >= order).all():
-            mapped = Pte.PRESENT | Pte.PMD_MAPPED if order == geometry.pmd_order else Pte.PRESENT
+        mapped = Pte.PRESENT | Pte.PMD_MAPPED if order == geometry.pmd_order else Pte.PRESENT
+        if not (folio_order >= order).all() or not (state & mapped == mapped).all():
             self._set(address, 1 << order, mapped, order)
         return ScanResult.SUCCEED
 

@@ -7,8 +7,9 @@ a block are read at once, and those that have nothing to be collapsed are passed
 :func:`~mthp.collapse.single_pmd.collapse_single_pmd` as in the simulated machine; its attempts are judged by the
 columns, as a plan judges them, and taken for granted where these show no hindrance. That is sound because the attempts
 of a range are disjoint, and none depends on the success of an earlier one. At the end of the block all are carried out
-as one batch. What the columns do not show (a page that is locked, or waits for its LRU list) shows as an outcome; the
-smaller orders that the kernel would try in its place are tried in the next pass, if the range still looks the same.
+as one batch, and what was made of PMD ranges is counted by their entries afterwards, not by what the call returned.
+What the columns do not show (a page that is locked, or waits for its LRU list) shows as an outcome; the smaller orders
+that the kernel would try in its place are tried in the next pass, if the range still looks the same.
 """
 
 from __future__ import annotations
@@ -381,7 +382,7 @@ class _Block:
     def _collapse_queued(self, results: NDArray[np.int8]) -> None:
         """Collapse what the walks have queued, and put what came of it into `results`."""
         blocks = [(candidate.address, candidate.order) for _, candidate in self._queue]
-        outcomes = self._visit.space.collapse_blocks(blocks, self._visit.options.means)
+        outcomes = self._seen(self._visit.space.collapse_blocks(blocks, self._visit.options.means))
         done: dict[int, bool] = {}
         for (row, candidate), outcome in zip(self._queue, outcomes, strict=True):
             succeeded = outcome.result is ScanResult.SUCCEED
@@ -396,6 +397,27 @@ class _Block:
         self._attempts.sort(key=lambda attempt: (attempt.address, -attempt.order))
         if self._policy.remembers_filled:
             self._remember(outcomes)
+
+    def _seen(self, outcomes: list[CollapseOutcome]) -> list[CollapseOutcome]:
+        """`outcomes`, less the successes of the PMD order that the page tables do not show.
+
+        Smaller folios were looked at by the mover that made them.
+        """
+        order, size = self._visit.geometry.pmd_order, self._visit.geometry.pmd_size
+        claimed = sorted(
+            candidate.address
+            for (_, candidate), outcome in zip(self._queue, outcomes, strict=True)
+            if candidate.order == order and outcome.result is ScanResult.SUCCEED
+        )
+        if not claimed:
+            return outcomes
+        outline = self._visit.space.outline([(address, address + size) for address in claimed])
+        missing = set(claimed) - set(outline.address[outline.pmd_mapped].tolist())
+        # A call that succeeded on a range that is not huge now: it was split or unmapped again at once.
+        return [
+            dataclasses.replace(outcome, result=ScanResult.PTE_NON_PRESENT) if candidate.address in missing else outcome
+            for (_, candidate), outcome in zip(self._queue, outcomes, strict=True)
+        ]
 
     def _remember(self, outcomes: list[CollapseOutcome]) -> None:
         """Note which pages the collapses filled."""
