@@ -33,6 +33,7 @@ from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.mover.tracee import Tracee
 
 _POLL_SECONDS = 20e-6
+_LONGEST_POLL_SECONDS = 1e-3
 _PATIENCE = 0.125
 _RSEQ_BYTES = 32
 _WORD_BYTES = 8
@@ -119,12 +120,14 @@ def _await_done(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> N
         if stop is not None:
             # SIGSTOP and the stop of the group are passed. A fault of the worker's own kills the target, as it should.
             frozen.resume(worker.tid, stop)
+            begun = time.monotonic_ns()
         elif frozen.has_exited(worker.tid):
             raise TargetVanishedError(f"process {frozen.process.label} was killed")
         else:
             # Where the two share a processor, to look is to interrupt the worker: look the less often the longer it
-            # takes.
-            time.sleep(max(_POLL_SECONDS, (time.monotonic_ns() - begun) * 1e-9 * _PATIENCE))
+            # takes, up to a bound: it may be stopped by a signal, and stands still with all others until we see it.
+            waited = (time.monotonic_ns() - begun) * 1e-9
+            time.sleep(min(max(_POLL_SECONDS, waited * _PATIENCE), _LONGEST_POLL_SECONDS))
 
 
 def _fetch(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> bool:
