@@ -165,12 +165,16 @@ def test_a_rate_is_kept(actor: Actor) -> None:
 @pytest.mark.parametrize(("flags", "least"), [("ts", 200), ("fts", 1)])
 def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, least: int) -> None:
     """With f the target forks all the time, and what is shared with a child just then is left alone."""
+    made = 0
     with Writers(tmp_path, 6, 16, flags) as target:
-        report = json.loads(
-            mthp("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, "--max-pause", "5ms", "--json").stdout
-        )
-        check_accounts(report)
-        assert report["folios"]["4"]["made"] >= least, report["folios"]
+        for _ in range(20):
+            words = ("--orders", "64K", "--max-ptes-none", 0, "--max-pause", "5ms", "--json")
+            report = json.loads(mthp("collapse", target.pid, *words).stdout)
+            check_accounts(report)
+            made += report["folios"]["4"]["made"] if report["folios"] else 0
+            if made >= least:
+                break
+        assert made >= least, report["folios"]
         assert target.errors == 0
         vmas = [line for line in mappings(target.pid) if line.startswith(f"{target.base:x}-")]
         assert vmas == [f"{target.base:x}-{target.base + target.size:x} rw-p"]

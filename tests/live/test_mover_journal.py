@@ -112,7 +112,7 @@ def test_switches_that_may_not_be_written(machine_words: dict[str, str]) -> None
             os._exit(2)
     try:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert (directory / "mthp/switches.journal").read_bytes() == b""
+        assert not (directory / "mthp").exists()
     finally:
         shutil.rmtree(directory)
     assert words() == machine_words
