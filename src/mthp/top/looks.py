@@ -28,7 +28,10 @@ def first_look(proc: str = "/proc") -> Iterator[Row]:
     """All processes that have memory, from ``statm`` and ``comm``: some ten microseconds for each."""
     page = os.sysconf("SC_PAGE_SIZE")
     own = os.getpid()
-    for entry in os.scandir(proc):
+    with os.scandir(proc) as listing:
+        # Closed at once: whoever asks may stop in the middle.
+        entries = list(listing)
+    for entry in entries:
         if not entry.name.isdigit():
             continue
         try:

@@ -1,0 +1,81 @@
+"""`mthp top` on live processes: what it finds is what the kernel says, and its collapse is one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from e2e.helpers import Actor, memory_of
+
+pytest.importorskip("textual")
+
+from mthp.cli.top_command import view_of
+from mthp.planning import PlanOptions
+from mthp.top.app import TopApp
+from mthp.top.looks import first_look, second_look, third_look
+from mthp.top.screens import Question, Running
+
+pytestmark = pytest.mark.live
+
+SIZE = 16 << 20
+
+
+@pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")
+def test_the_three_looks_agree_with_smaps() -> None:
+    with Actor() as actor:
+        actor.fill(actor.map(SIZE), SIZE >> 12)
+        row = next(row for row in first_look() if row.key == actor.pid)
+        kernel = memory_of(actor.pid)
+        assert abs(row.resident - kernel.rss) < 4 << 20
+        second = second_look(row)
+        assert abs(second.resident - kernel.rss) < 1 << 20
+        assert second.huge == kernel.anon_huge
+        third = third_look(second, PlanOptions())
+        assert third.planned
+        assert (third.gain or 0) >= SIZE - kernel.anon_huge
+        assert sum((third.by_order or {}).values()) == third.resident
+
+
+@pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")
+def test_a_mapping_is_collapsed_from_the_screen() -> None:
+    with Actor() as actor:
+        address = actor.map(SIZE)
+        actor.fill(address, SIZE >> 12)
+        view = view_of(str(actor.pid), PlanOptions(policy="pmd-only"), 0.5)
+
+        async def drive() -> None:
+            app = TopApp(view)
+            async with app.run_test(size=(110, 32)) as pilot:
+                await pilot.pause()
+                chosen = app.chosen
+                assert chosen is not None
+                assert chosen.key <= address < chosen.key + (64 << 20)
+                await pilot.press("c")
+                for wanted in (Question, Running):
+                    for _ in range(200):
+                        if isinstance(app.screen, wanted):
+                            break
+                        await pilot.pause(0.05)
+                    assert isinstance(app.screen, wanted)
+                    if wanted is Question:
+                        await pilot.press("y")
+                running = app.screen
+                assert isinstance(running, Running)
+                for _ in range(400):
+                    if not running.at_work:
+                        break
+                    await pilot.pause(0.05)
+                await pilot.press("escape")
+
+        try:
+            asyncio.run(drive())
+        finally:
+            view.source.close()
+        assert memory_of(actor.pid).anon_huge >= SIZE - (2 << 20)
+        assert actor.damaged(address, SIZE >> 12) == 0
+
+
+def test_it_finds_itself() -> None:
+    assert any(row.key == os.getpid() and "this mthp" in row.name for row in first_look())
