@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,7 +228,24 @@ class Job:
     droppable: NDArray[np.bool_]
 
 
-def base_rules(space: AddressSpace, options: PlanOptions) -> Rules:
+class Circumstances(Protocol):
+    """What decides on the rules, of all who plan and collapse; the fields are those of :class:`PlanOptions`."""
+
+    @property
+    def orders(self) -> Iterable[int] | str | None: ...
+    @property
+    def trigger(self) -> Trigger: ...
+    @property
+    def max_ptes_none(self) -> int | None: ...
+    @property
+    def max_ptes_swap(self) -> int | None: ...
+    @property
+    def max_ptes_shared(self) -> int | None: ...
+    @property
+    def mthp_min_order(self) -> int | None: ...
+
+
+def base_rules(space: AddressSpace, options: Circumstances) -> Rules:
     """The rules for anonymous memory, from `options` and what `space` says where they are silent.
 
     Raises:

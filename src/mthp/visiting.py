@@ -28,13 +28,12 @@ from mthp.collapse.fullness import Fullness
 from mthp.collapse.hindrance import first_hindrances
 from mthp.collapse.machine_seam import Attempted, Clock, Found, Passage, RangeScan, WallClock
 from mthp.collapse.occupancy import Bits, planes_of
-from mthp.collapse.plan import make_rules
 from mthp.collapse.policy import Policy, Rules, policy_named
 from mthp.collapse.single_pmd import DONE_THERE, collapse_single_pmd
 from mthp.collapse.walk import Walk
 from mthp.eligibility import Trigger, eligibility
 from mthp.geometry import Geometry
-from mthp.planning import BLOCK_PMD_RANGES, ORDERS_ENABLED
+from mthp.planning import BLOCK_PMD_RANGES, ORDERS_ENABLED, base_rules
 from mthp.results import ScanResult
 
 FRESH = 1.0
@@ -150,7 +149,7 @@ class SpaceVisit:
         self._served = False
         self._ahead = 0
         self.filled = FilledPages(space.geometry)
-        self.base_rules()
+        base_rules(self.space, self.options)
 
     @property
     def geometry(self) -> Geometry:
@@ -183,28 +182,6 @@ class SpaceVisit:
     def close(self) -> None:
         """Nothing is held; the address space stays open, since whoever opened it closes it."""
 
-    def base_rules(self) -> Rules:
-        """The limits of this moment.
-
-        Raises:
-            UsageError: an order or a limit that does not exist on this geometry.
-        """
-        options, geometry = self.options, self.geometry
-        tunables = self.space.tunables.replaced(
-            geometry,
-            max_ptes_none=options.max_ptes_none,
-            max_ptes_swap=options.max_ptes_swap,
-            max_ptes_shared=options.max_ptes_shared,
-        )
-        orders = None if options.orders == ORDERS_ENABLED else options.orders
-        return make_rules(
-            geometry,
-            orders=orders,
-            trigger=options.trigger,
-            tunables=tunables,
-            mthp_min_order=options.mthp_min_order,
-        )
-
     # The mappings.
 
     def _listing(self) -> _Listing:
@@ -215,7 +192,7 @@ class SpaceVisit:
         return self._listed
 
     def _list(self, now: float) -> _Listing:
-        space, geometry, base = self.space, self.geometry, self.base_rules()
+        space, geometry, base = self.space, self.geometry, base_rules(self.space, self.options)
         switches, thp_disabled = space.switches, space.thp_disabled
         areas: list[_Area] = []
         passed = 0
