@@ -29,6 +29,8 @@ from thp_switches import ThpSwitches
 PMD_SIZE = 2 << 20
 EXTRAPOLATED_FROM = 20.0
 IDLE_PROCESSES, IDLE_SECONDS = 500, 60.0
+SETTLED_LOOKS = 5
+"""Looks at a process after which they come about as seldom as they ever will."""
 
 TARGET = """
 import ctypes, mmap, random, sys
@@ -145,8 +147,9 @@ def idle(processes: int, seconds: float) -> tuple[float, int]:
         ):
             while len(daemon.status()["targets"]) < processes:
                 time.sleep(0.1)
-            # The first look at each is work, and is over soon.
-            time.sleep(15.0)
+            # The first looks at each are work, and come within seconds.
+            while min(target["looks"] for target in daemon.status()["targets"]) < SETTLED_LOOKS:
+                time.sleep(2.0)
             before = daemon.status()
             time.sleep(seconds)
             after = daemon.status()

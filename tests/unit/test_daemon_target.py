@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,9 +51,15 @@ class FakeProcess:
 class Stage:
     """A target over a fake address space, and a clock."""
 
-    def __init__(self, *ranges: tuple[tuple[int, int, int], ...], **settings: Any) -> None:
+    def __init__(self, *ranges: tuple[tuple[int, int, int], ...], advised: bool = True, **settings: Any) -> None:
         state, order = page_runs(*(run for each in ranges for run in each))
-        vma = Vma(START, START + len(state) * G.page_size, "rw-p", flags=frozenset({"hg"}), has_anon_vma=True)
+        vma = Vma(
+            START,
+            START + len(state) * G.page_size,
+            "rw-p",
+            flags=frozenset({"hg"} if advised else ()),
+            has_anon_vma=True,
+        )
         self.space = FakeSpace([(vma, state, order)])
         self.now = 1000.0
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -253,6 +260,54 @@ def test_switches_that_change_have_everything_looked_at_anew() -> None:
     assert stage.collapsed == []
     stage.environment.switches = Switches.defaults(G)
     stage.target.stale()
+    stage.steps(1.0)
+    assert stage.collapsed == [0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "advised", "opened"),
+    [
+        ({9: "always"}, True, 0),
+        ({9: "inherit", 4: "madvise"}, True, 1),
+        ({9: "inherit", 4: "madvise"}, False, 0),
+        ({9: "inherit", 4: "always"}, False, 1),
+    ],
+)
+def test_switches_that_change_nothing_for_its_mappings_cost_it_nothing(
+    sizes: dict[int, str], advised: bool, opened: int
+) -> None:
+    stage = Stage(FULL, advised=advised)
+    stage.steps(5.0)
+    before = stage.opened
+    stage.environment.switches = Switches("madvise", sizes)
+    stage.target.follow()
+    stage.steps(0.0)
+    assert stage.opened - before == opened
+
+
+def test_a_process_without_room_for_a_range_is_not_concerned_by_any_switch() -> None:
+    stage = Stage(((N // 2, Pte.PRESENT, 0),))
+    stage.steps(5.0)
+    before = stage.opened
+    stage.environment.switches = Switches("always", dict.fromkeys(range(2, 10), "always"))
+    stage.environment.tunables = replace(stage.environment.tunables, max_ptes_none=0)
+    stage.target.follow()
+    stage.steps(60.0)
+    assert stage.opened == before == 1
+
+
+def test_limits_that_change_have_everything_looked_at_anew_and_a_shorter_rest_holds_at_once() -> None:
+    stage = Stage(HALF, max_ptes_swap=0)
+    stage.environment.tunables = replace(stage.environment.tunables, max_ptes_none=0)
+    stage.steps(60.0)
+    assert stage.collapsed == []
+    opened, looks = stage.opened, stage.target.counters.looks
+    stage.environment.tunables = replace(stage.environment.tunables, scan_sleep_millisecs=100)
+    stage.target.follow()
+    stage.steps(0.1)
+    assert (stage.opened, stage.target.counters.looks) == (opened, looks + 1)
+    stage.environment.tunables = replace(stage.environment.tunables, max_ptes_none=511)
+    stage.target.follow()
     stage.steps(1.0)
     assert stage.collapsed == [0]
 

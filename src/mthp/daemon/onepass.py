@@ -54,7 +54,7 @@ class Pass:
         self._environment = environment
         self._settings = settings
         self._bloat_left = bloat_left
-        switches, tunables = _governed(environment, settings)
+        switches, tunables = governed(environment, settings)
         space = environment.opened(pid)
         self.space = GovernedSpace(space, switches, tunables)
         try:
@@ -79,7 +79,7 @@ class Pass:
 
     def govern(self) -> None:
         """Have the switches and tunables of this moment hold from now on."""
-        switches, tunables = _governed(self._environment, self._settings)
+        switches, tunables = governed(self._environment, self._settings)
         if switches != self.space.governed_switches or tunables != self.space.governed_tunables:
             self.space.governed_switches, self.space.governed_tunables = switches, tunables
             self._visit.forget()
@@ -150,7 +150,7 @@ class Pass:
         self.space.close()
 
 
-def _governed(environment: Environment, settings: Settings) -> tuple[Switches, Tunables]:
+def governed(environment: Environment, settings: Settings) -> tuple[Switches, Tunables]:
     """The switches and tunables that hold for a target: sizes that its mechanism does not make are off."""
     makes = _made_by(settings, environment.geometry)
     sizes = {order: word if order in makes else "never" for order, word in environment.switches.sizes.items()}

@@ -26,7 +26,7 @@ from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.ledger import Ledger
-from mthp.daemon.onepass import Pass
+from mthp.daemon.onepass import Pass, governed
 from mthp.daemon.pacing import Budget
 from mthp.daemon.rules import ProcessFacts, Rule, Settings
 from mthp.errors import MthpError, TargetVanishedError
@@ -112,6 +112,8 @@ class Target:
         self._ledger = Ledger()
         self._pass: Pass | None = None
         self._seen: Sign | None = None
+        self._room: frozenset[bool] = frozenset()
+        self._found_under: object = None
         self._interval = 0.0
         self._list_at = 0.0
         self._list_interval = 0.0
@@ -154,6 +156,28 @@ class Target:
         self.facts, self.rule = facts, rule
         self._rate.set(rule.settings.rate, _burst(rule.settings))
         self.stale()
+
+    def follow(self) -> None:
+        """The system's switches or tunables are others now: if that matters here, everything is looked at anew."""
+        if self._rules_of_the_moment() != self._found_under:
+            self.stale()
+        elif not self.left_out:
+            self.next_at = min(self.next_at, self._environment.clock() + self._environment.scan_sleep)
+
+    def _rules_of_the_moment(self) -> object:
+        """What of the switches and tunables decides what is to be done in the mappings that it was seen to have.
+
+        Most processes have none that may ever be collapsed, so that nothing does. One that gets such a mapping later
+        shows that by its size, and has its mappings listed again.
+        """
+        switches, tunables = governed(self._environment, self.settings)
+        orders: list[tuple[int, ...]] = []
+        if self.settings.orders != "enabled":
+            orders = [self.settings.orders] if self._room else []
+        else:
+            orders = [switches.orders(advised=advised) for advised in sorted(self._room)]
+        limits = tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
+        return (orders, limits) if any(orders) else ()
 
     def stale(self) -> None:
         """What was found finished was so under switches, tunables or rules that hold no more."""
@@ -218,8 +242,9 @@ class Target:
         self._pass.todo(outline[due & ~outline.pmd_mapped])
         taken = self._environment.clock() - now
         # Advice makes nothing of a process that has no room for a PMD range: only a new mapping can, and that shows.
-        may_be_advised = self._pass.space.has_room
-        self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if may_be_advised else math.inf
+        self._room = self._pass.space.room
+        self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._room else math.inf
+        self._found_under = self._rules_of_the_moment()
         self.left_out = ""
         if self._pass.is_done:
             self._end_pass()

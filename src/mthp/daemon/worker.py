@@ -60,11 +60,12 @@ class Worker:
         self._knobs, self._pressure, self._cpu, self._say, self._clock = knobs, pressure, cpu, say, clock
         self._turn = threading.Condition()
         self._waiting: list[tuple[float, int, Target]] = []
-        self._ready: list[Target] = []
+        self._ready: list[tuple[int, int, Target]] = []
         self._renewals: list[tuple[Target, ProcessFacts, Rule]] = []
         self._numbers = itertools.count()
         self._busy: Target | None = None
-        self._progress_left = 0
+        self._scanned_until: int | None = None
+        self._rests_until = 0.0
         self._stop = False
         self._version = -1
         self._followed = clock()
@@ -82,7 +83,7 @@ class Worker:
         """Work on `target` from now on."""
         with self._turn:
             self.targets[target.facts.pid] = target
-            self._ready.append(target)
+            self._queue(target)
             self._turn.notify()
 
     def drop(self, pid: int) -> Target | None:
@@ -191,7 +192,7 @@ class Worker:
                     # It was dropped meanwhile.
                     target.close()
                 elif not target.vanished:
-                    heapq.heappush(self._waiting, (target.next_at, next(self._numbers), target))
+                    self._queue(target)
                 self._turn.notify_all()
 
     def _must_wait(self) -> float:
@@ -216,14 +217,15 @@ class Worker:
 
     def _kernel_pace(self) -> float:
         """Under the kernel's pace: the rest after every pages_to_scan entries."""
-        environment = self.environment
+        environment, now = self.environment, self._clock()
         if environment.configuration.pace != "kernel":
             return 0.0
-        if environment.total.ptes_scanned < self._progress_left:
-            return 0.0
-        first = self._progress_left == 0
-        self._progress_left = environment.total.ptes_scanned + environment.tunables.pages_to_scan
-        return 0.0 if first else environment.tunables.scan_sleep_millisecs / 1000
+        scanned = environment.total.ptes_scanned
+        if self._scanned_until is None or scanned >= self._scanned_until:
+            if self._scanned_until is not None:
+                self._rests_until = now + environment.tunables.scan_sleep_millisecs / 1000
+            self._scanned_until = scanned + environment.tunables.pages_to_scan
+        return max(self._rests_until - now, 0.0)
 
     def _next(self) -> Target | None:
         """The target to go on with: of those whose time has come, the one that has most to gain."""
@@ -235,17 +237,24 @@ class Worker:
             self._renewals = []
             self._requeue()
         while self._waiting and self._waiting[0][0] <= now:
-            self._ready.append(heapq.heappop(self._waiting)[2])
-        self._ready = [target for target in self._ready if not (target.closed or target.vanished)]
-        if not self._ready:
-            return None
-        best = max(range(len(self._ready)), key=lambda index: self._ready[index].gain)
-        return self._ready.pop(best)
+            _, number, target = heapq.heappop(self._waiting)
+            heapq.heappush(self._ready, (-target.gain, number, target))
+        while self._ready:
+            _, _, target = heapq.heappop(self._ready)
+            if not (target.closed or target.vanished):
+                return target
+        return None
+
+    def _queue(self, target: Target) -> None:
+        """Have its turn come when it wants."""
+        heapq.heappush(self._waiting, (target.next_at, next(self._numbers), target))
 
     def _requeue(self) -> None:
-        """Have everybody's turn come anew, but for the one that is being worked on."""
-        self._ready = [target for target in self.targets.values() if target is not self._busy]
-        self._waiting = []
+        """The same for all, but for the one that is being worked on: they may want it earlier now."""
+        self._ready, self._waiting = [], []
+        for target in self.targets.values():
+            if target is not self._busy and not target.vanished:
+                self._queue(target)
 
     def _work_on(self, target: Target) -> None:
         self.beat = self._clock()
@@ -264,7 +273,7 @@ class Worker:
         self.beat = self._clock()
 
     def _follow_system(self, *, at_once: bool) -> None:
-        """Have the switches and tunables of this moment hold; everything is looked at anew if they have changed.
+        """Have the switches and tunables of this moment hold; what they matter to is looked at anew if they changed.
 
         Args:
             at_once: something is about to be collapsed under them; if not, they may be some moments old.
@@ -286,7 +295,7 @@ class Worker:
             environment.event("switches", enabled=switches.enabled, sizes=_words(environment, switches.sizes))
         with self._turn:
             for other in self.targets.values():
-                other.stale()
+                other.follow()
             self._requeue()
 
     def _rest(self, seconds: float) -> None:

@@ -1,0 +1,130 @@
+"""The worker's turns: who comes first, and how long it rests, by a clock that a test sets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from mthp.daemon.configuration import Configuration, Pace
+from mthp.daemon.counters import Counters
+from mthp.daemon.environment import Environment
+from mthp.daemon.pacing import Budget, CpuBudget, FreeFolios, MemoryPressure
+from mthp.daemon.rules import ProcessFacts, Rules
+from mthp.daemon.system import SystemKnobs
+from mthp.daemon.target import Target
+from mthp.daemon.worker import Worker
+from mthp.geometry import X86_64
+from mthp.tunables import Switches, Tunables
+
+G = X86_64
+NOWHERE = Path("/nonexistent")
+PIECE = 1024
+
+
+class FakeKnobs:
+    """Switches and tunables as a test sets them."""
+
+    def __init__(self) -> None:
+        self.version = 1
+        self.switches, self.tunables = Switches.defaults(G), Tunables.defaults(G)
+
+    def refresh(self) -> bool:
+        return False
+
+
+class FakeTarget:
+    """A target that scans a piece at every turn, and wants the next at once."""
+
+    working = closed = vanished = False
+
+    def __init__(self, stage: Stage, pid: int, gain: int) -> None:
+        self.facts = ProcessFacts(pid, 1, comm="fake")
+        self.gain, self.next_at, self.followed = gain, stage.now, 0
+        self._stage = stage
+
+    def step(self) -> None:
+        self._stage.turns.append((self._stage.now, self.facts.pid))
+        self._stage.environment.total.ptes_scanned += PIECE
+
+    def follow(self) -> None:
+        self.followed += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Stage:
+    """A worker whose thread does not run: a test has it take its turns, and resting lets the clock go on."""
+
+    def __init__(self, pace: Pace = "cpu", pages_to_scan: int = 4 * PIECE) -> None:
+        self.now = 50.0
+        self.turns: list[tuple[float, int]] = []
+        self.knobs = FakeKnobs()
+        self.knobs.tunables = replace(self.knobs.tunables, pages_to_scan=pages_to_scan)
+        self.environment = Environment(
+            geometry=G,
+            configuration=Configuration(Rules(()), pace=pace),
+            switches=self.knobs.switches,
+            tunables=self.knobs.tunables,
+            free=FreeFolios(NOWHERE, self.clock),
+            total=Counters(),
+            bytes=Budget(None, 0, self.clock),
+            opened=cast("Any", None),
+            event=lambda event, **values: None,
+            clock=self.clock,
+        )
+        pressure, cpu = MemoryPressure(0.1, NOWHERE, self.clock), CpuBudget(1.0, self.clock, lambda: 0.0)
+        knobs = cast("SystemKnobs", self.knobs)
+        self.worker = Worker(self.environment, knobs, pressure, cpu, lambda text: None, self.clock)
+        self.worker._rest_held = self._rest  # type: ignore[method-assign]
+
+    def clock(self) -> float:
+        return self.now
+
+    def _rest(self, seconds: float) -> None:
+        # No longer than the real one rests between two looks at what it was told.
+        self.now += min(seconds, 1.0)
+
+    def add(self, pid: int, gain: int = 0) -> FakeTarget:
+        target = FakeTarget(self, pid, gain)
+        self.worker.add(cast("Target", target))
+        return target
+
+    def run(self, turns: int) -> None:
+        while len(self.turns) < turns:
+            self.worker._once()
+
+
+def test_under_the_kernels_pace_it_rests_for_scan_sleep_after_every_pages_to_scan() -> None:
+    stage = Stage("kernel")
+    stage.add(1)
+    stage.run(12)
+    assert [round(at - 50.0, 6) for at, _ in stage.turns] == [0.0] * 4 + [10.0] * 4 + [20.0] * 4
+
+
+def test_under_its_own_pace_only_budgets_hold_it_back() -> None:
+    stage = Stage("cpu")
+    stage.add(1)
+    stage.run(12)
+    assert {at for at, _ in stage.turns} == {50.0}
+
+
+def test_those_with_most_to_gain_come_first_and_equals_in_turn() -> None:
+    stage = Stage()
+    small, large, gone, other = stage.add(1, 5), stage.add(2, 9), stage.add(3, 20), stage.add(4, 5)
+    gone.closed = True
+    for target in (small, large, other):
+        target.next_at = 51.0
+    stage.run(3)
+    assert [pid for _, pid in stage.turns] == [2, 1, 4]
+
+
+def test_switches_that_change_are_told_to_every_target() -> None:
+    stage = Stage()
+    targets = [stage.add(pid) for pid in (1, 2, 3)]
+    stage.run(3)
+    assert [target.followed for target in targets] == [0, 0, 0]
+    stage.knobs.switches, stage.knobs.version = Switches("never", {9: "inherit"}), 2
+    stage.run(4)
+    assert [target.followed for target in targets] == [1, 1, 1]
