@@ -1,0 +1,51 @@
+"""The main thread's loop: it waits for whatever comes first of files to read, timers and a given moment."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Callable
+
+
+class Loop:
+    """Files and timers, and who is called for each.
+
+    Attributes:
+        selector: what is registered in it has a function as its data, called with the events.
+    """
+
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
+
+    def after(self, name: str, seconds: float, act: Callable[[], None]) -> None:
+        """Call `act` once, so much later; a timer of that name is replaced."""
+        self._timers[name] = time.monotonic() + seconds, act
+
+    def every(self, name: str, seconds: float, act: Callable[[], None]) -> None:
+        """Call `act` again and again, with so much time between."""
+
+        def again() -> None:
+            self.after(name, seconds, again)
+            act()
+
+        self.after(name, seconds, again)
+
+    def once(self, due: float | None = None) -> None:
+        """Wait for what comes first, `due` at the latest (of the monotonic clock), and see to all that is there."""
+        moments = [at for at, _ in self._timers.values()]
+        if due is not None:
+            moments.append(due)
+        timeout = max(min(moments) - time.monotonic(), 0) if moments else None
+        for key, events in self.selector.select(timeout):
+            key.data(events)
+        now = time.monotonic()
+        for name, (at, act) in list(self._timers.items()):
+            if at <= now:
+                if self._timers.get(name) == (at, act):
+                    del self._timers[name]
+                act()
+
+    def close(self) -> None:
+        """Let go of the selector; what was registered stays open."""
+        self.selector.close()
