@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ SUITES = ("experimental", "unstable", "testing")
 DIRECTORY = Path(tempfile.gettempdir()) / f"mthp-khugepaged-selftest-{os.getuid()}"
 BINARY = DIRECTORY / "khugepaged"
 TRIES = 3
+PARTS = 4
+"""Parts of the test about mTHP."""
+
 RUN_SECONDS = 180
 
 _WANTED = (
@@ -62,18 +66,24 @@ def build() -> Path:
     Raises:
         UnobtainableError: it cannot be fetched, or not be built.
     """
-    if not BINARY.exists():
-        DIRECTORY.mkdir(exist_ok=True, mode=0o700)
-        _unpack(_fetch())
-        _compile()
+    try:
+        if not BINARY.exists():
+            DIRECTORY.mkdir(exist_ok=True, mode=0o700)
+            _unpack(_fetch())
+            _compile()
+    except OSError as error:
+        raise UnobtainableError(f"{DIRECTORY}: {error}") from error
     return BINARY
 
 
 def run(*arguments: str) -> Outcome:
-    """Run the test."""
-    done = subprocess.run(
-        [build(), *arguments], capture_output=True, timeout=RUN_SECONDS, check=False, stdin=subprocess.DEVNULL
-    )
+    """Run the test. One that does not end in time has failed as a whole."""
+    try:
+        done = subprocess.run(
+            [build(), *arguments], capture_output=True, timeout=RUN_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired as error:
+        return Outcome((), (f"ending within {RUN_SECONDS} s",), str(error.stdout))
     text = done.stdout.decode(errors="replace")
     parts = re.findall(r"^(not )?ok \d+ (.*)$", text, re.MULTILINE)
     return Outcome(
@@ -173,13 +183,19 @@ def _main(orders: list[str]) -> int:
     return 1 if bad or len(after.passed) < len(before.passed) else 0
 
 
-def _passes(order: str) -> bool:
-    for attempt in range(1, TRIES + 1):
+def tries(order: str) -> Iterator[Outcome]:
+    """Run the part about mTHP until all of it passes, or it was tried often enough."""
+    for _ in range(TRIES):
         outcome = run("-c", order, "mthp_khugepaged:anon")
+        yield outcome
+        if len(outcome.passed) == PARTS:
+            break
+
+
+def _passes(order: str) -> bool:
+    for attempt, outcome in enumerate(tries(order), 1):
         print(f"order {order} with the daemon, try {attempt}:", _told(outcome))
-        if len(outcome.passed) == 4:
-            return True
-    return False
+    return len(outcome.passed) == PARTS
 
 
 def _told(outcome: Outcome) -> str:

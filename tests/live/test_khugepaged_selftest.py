@@ -42,10 +42,6 @@ def test_the_daemon_passes_where_the_kernel_alone_fails(order: str, tmp_path: Pa
         pytest.skip("this kernel's khugepaged makes mTHPs itself")
     assert {"collapse_full", "collapse_single_mthp"} <= set(alone.failed)
     with RunningDaemon(tmp_path / "run", "--comm", "khugepaged", "--cpu", "100%"):
-        outcomes = []
-        for _ in range(selftest.TRIES):
-            outcomes.append(selftest.run("-c", order, "mthp_khugepaged:anon"))
-            if len(outcomes[-1].passed) == 4:
-                break
-    assert outcomes[-1].failed == (), outcomes[-1].text
-    assert len(outcomes[-1].passed) == 4
+        *_, last = selftest.tries(order)
+    assert last.failed == (), last.text
+    assert len(last.passed) == selftest.PARTS
