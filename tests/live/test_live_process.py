@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import targets
 from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, VmaKind
 from mthp.eligibility import eligibility
 from mthp.errors import NotPermittedError, TargetVanishedError, UnsupportedError, UsageError
-from mthp.linux import procfs
+from mthp.linux import abi, procfs
 from mthp.linux.live import SPARSE_BYTES, LiveAddressSpace, open_live
 from mthp.linux.process import Process
 from mthp.results import ScanResult
@@ -75,10 +76,12 @@ def test_a_thread_names_its_process(puppet: Puppet) -> None:
         open_live(tid)
 
 
-def test_a_target_that_exits_is_gone_at_the_next_look(puppet: Puppet) -> None:
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_target_that_exits_is_gone_at_the_next_look(puppet: Puppet, scan: bool) -> None:
     address = puppet.map(PMD_SIZE)
     puppet.write(address)
     with open_live(puppet.pid) as space:
+        space._pagemap.can_scan &= scan  # without PAGEMAP_SCAN as on Linux before 6.7
         segments = [(address, address + PMD_SIZE)]
         assert space.read(segments).has(Pte.PRESENT).any()
         puppet.kill()
@@ -180,6 +183,19 @@ def test_collapse_makes_one_huge_page(puppet: Puppet, thp_switches: ThpSwitches)
             space.collapse(address, 1)
         with pytest.raises(UsageError, match="aligned"):
             space.collapse(address + PAGE_SIZE, order)
+
+
+@pytest.mark.parametrize(
+    ("answers", "result"), [([errno.EAGAIN, 0], ScanResult.SUCCEED), ([errno.EAGAIN] * 2, ScanResult.PAGE_COUNT)]
+)
+def test_what_is_to_be_tried_again_is_tried_once_more(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch, answers: list[int], result: ScanResult
+) -> None:
+    left = list(answers)
+    monkeypatch.setattr(abi, "process_madvise", lambda *_: left.pop(0))
+    with open_live(puppet.pid) as space:
+        outcome = space.collapse(puppet.map(PMD_SIZE), space.geometry.pmd_order)
+    assert (outcome.result, outcome.errno, left) == (result, answers[-1], [])
 
 
 @pytest.mark.requires("pagemap_scan")

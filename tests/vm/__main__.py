@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from vm.apt import LabError
+from vm.apt import LabError, cache_directory
 from vm.fuzz import Findings, fuzz, write_cases
 from vm.guest import Job, run
 from vm.kernels import OTHERS, SERIES, Kernel, fetch
@@ -89,16 +89,21 @@ def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, output
 @KERNELS
 @click.option("--minutes", default=10.0, show_default=True, help="For each kernel.")
 @click.option("--seed", default=1, show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory for the cases that differ.")
-def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, output: Path | None) -> None:
+@click.option(
+    "-o",
+    "--output",
+    default=cache_directory() / "found",
+    type=click.Path(path_type=Path),
+    help="Directory for the cases that differ.  [default: found, in the lab's cache]",
+)
+def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, output: Path) -> None:
     """Compare random cases for some minutes; save the smallest variant of each that differs."""
-
-    def one(kernel: Kernel) -> Findings:
-        found = fuzz(kernel, seed=seed, cases=1 << 30, seconds=60 * minutes, say=_say)
-        found.cases = [case for case, _ in found.mismatches]
-        return found
-
-    _each(names or ("7.3",), one, output)
+    _each(
+        names or ("7.3",),
+        lambda kernel: fuzz(kernel, seed=seed, cases=1 << 30, seconds=60 * minutes, say=_say),
+        output,
+        only_differing=True,
+    )
 
 
 @main.command()
@@ -124,7 +129,9 @@ def matrix(names: tuple[str, ...], tests: tuple[str, ...], seconds: float, verbo
     sys.exit(1 if any(row.failed for row in rows) else 0)
 
 
-def _each(names: tuple[str, ...], work: Callable[[Kernel], Findings], output: Path | None) -> None:
+def _each(
+    names: tuple[str, ...], work: Callable[[Kernel], Findings], output: Path, *, only_differing: bool = False
+) -> None:
     """Do the work for every kernel, write its cases, and exit with 1 if any differ."""
     differing = 0
     for name in names:
@@ -136,11 +143,18 @@ def _each(names: tuple[str, ...], work: Callable[[Kernel], Findings], output: Pa
             _say(f"  {state:16} {count}")
         for reason, count in found.refused.most_common(5):
             _say(f"  refused {count}: {reason}")
-        if output and found.cases:
-            platform = "" if kernel.platform.name == "x86-64" else f"-{kernel.platform.name}"
-            path = output / f"linux-{kernel.version}{platform}-random.jsonl.gz"
-            write_cases(path, found.cases)
-            _say(f"  {path}")
+        platform = "" if kernel.platform.name == "x86-64" else f"-{kernel.platform.name}"
+        stem = f"linux-{kernel.version}{platform}"
+        cases = [case for case, _ in found.mismatches] if only_differing else found.cases
+        kept = {
+            output / f"{stem}-random.jsonl.gz": cases,
+            # Not beside the others: a replay of these has to differ.
+            output / "unstable" / f"{stem}.jsonl.gz": [case for case, _ in found.unstable],
+        }
+        for path, chosen in kept.items():
+            if chosen:
+                write_cases(path, chosen)
+                _say(f"  {path}")
     sys.exit(1 if differing else 0)
 
 

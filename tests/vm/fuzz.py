@@ -21,6 +21,9 @@ from vm.recorder import Recorder, RefusedError, Spec, recorder
 GUEST_SECONDS = 1800
 """A guest is replaced by a fresh one after so long."""
 
+SHRINK_SECONDS = 60
+"""Making a case smaller may go on for so long when time is over."""
+
 Say = Callable[[str], None]
 
 
@@ -32,14 +35,14 @@ class Findings:
         cases: golden cases, all that were recorded.
         mismatches: of those that differ, the smallest variant: the case, and how it differs.
         refused: how often a case could not be staged, by the reason.
-        passing: differences that the same case did not show again: something else on the machine held a page.
+        unstable: cases that differed, and did not when recorded once more: as first recorded, and how they differed.
         states: cases in which a state occurs.
     """
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     mismatches: list[tuple[dict[str, Any], CaseReport]] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
-    passing: int = 0
+    unstable: list[tuple[dict[str, Any], CaseReport]] = field(default_factory=list)
     states: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -47,7 +50,7 @@ class Findings:
         """One line, as the replay's."""
         differing = len(self.mismatches)
         others = f", refused {self.refused.total()}" if self.refused else ""
-        others += f", passing {self.passing}" if self.passing else ""
+        others += f", unstable {len(self.unstable)}" if self.unstable else ""
         return f"cases {len(self.cases)}, match {len(self.cases) - differing}, mismatch {differing}{others}"
 
 
@@ -73,7 +76,7 @@ def fuzz(kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, shr
         for number, spec in enumerate(_specs(kernel, lab, seed)):
             if len(found.cases) >= cases or time.monotonic() > end:
                 break
-            _one(lab, spec, f"{kernel.version}-{seed}-{number}", found, say, shrink=shrink)
+            _one(lab, spec, f"{kernel.version}-{seed}-{number}", found, say, end + SHRINK_SECONDS if shrink else 0)
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 say(f"{kernel.name}: {found.summary}")
@@ -119,14 +122,17 @@ def _specs(kernel: Kernel, lab: _Lab, seed: int) -> Iterator[Spec]:
     return random_specs(lab.geometry, seed, mthp=series >= (7, 2), without=frozenset(without))
 
 
-def _one(lab: _Lab, spec: Spec, name: str, found: Findings, say: Say, *, shrink: bool) -> None:
+def _one(lab: _Lab, spec: Spec, name: str, found: Findings, say: Say, shrink_until: float) -> None:
     try:
         case = lab.record(spec, name)
         report = replay_case(case)
         if report.mismatches:
+            first = case, report
             case = lab.record(spec, name)
             report = replay_case(case)
-            found.passing += not report.mismatches
+            if not report.mismatches:
+                found.unstable.append(first)
+                _tell(*first, "differs, and not when recorded once more", say)
     except RefusedError as error:
         found.refused[str(error)] += 1
         return
@@ -134,24 +140,28 @@ def _one(lab: _Lab, spec: Spec, name: str, found: Findings, say: Say, *, shrink:
     found.states.update({state.rstrip("~").partition(":")[0] for state in spec.states})
     if not report.mismatches:
         return
-    smallest = case
-    if shrink:
-        smallest, report = _shrunk(lab, spec, name, case, report)
+    smallest, report = _shrunk(lab, spec, name, case, report, shrink_until)
     found.mismatches.append((smallest, report))
-    say(f"case {name} differs: {json.dumps(smallest['before'])}, orders {smallest['orders_enabled']}")
+    _tell(smallest, report, "differs", say)
+
+
+def _tell(case: dict[str, Any], report: CaseReport, what: str, say: Say) -> None:
+    say(f"case {case['id']} {what}: {json.dumps(case['before'])}, orders {case['orders_enabled']}")
     for mismatch in report.mismatches:
         say(f"  {mismatch.where}\n    kernel:    {mismatch.expected}\n    simulated: {mismatch.got}")
 
 
 def _shrunk(
-    lab: _Lab, spec: Spec, name: str, case: dict[str, Any], report: CaseReport
+    lab: _Lab, spec: Spec, name: str, case: dict[str, Any], report: CaseReport, until: float
 ) -> tuple[dict[str, Any], CaseReport]:
-    """The smallest variant that differs in the same respect."""
+    """The smallest variant found by then that differs in the same respect."""
     best = (case, report)
     kind = report.mismatches[0].where.partition(": ")[2]
 
     def differs(candidate: Spec) -> bool:
         nonlocal best
+        if time.monotonic() > until:
+            return False
         try:
             recorded = lab.record(candidate, f"{name}-small")
         except RefusedError:

@@ -88,7 +88,6 @@ class Guest:
         self._directory = Path(tempfile.mkdtemp(prefix="mthp-vm-"))
         self._console = bytearray()
         self._began = time.monotonic()
-        self._deadline = self._began + job.seconds
         self._channel: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -116,6 +115,7 @@ class Guest:
         archives += [build(self.kernel), job_archive(job.script, files)]
         (self._directory / "initrd").write_bytes(b"".join(archives))
         (self._directory / "files").touch()
+        self._began = time.monotonic()  # what had to be fetched and built first is none of the job's time
         return subprocess.Popen(
             self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
         )
@@ -165,7 +165,7 @@ class Guest:
     @property
     def remaining(self) -> float:
         """Seconds until its time is over."""
-        return self._deadline - time.monotonic()
+        return self._began + self._job.seconds - time.monotonic()
 
     def drain(self) -> None:
         """Take what the console holds."""

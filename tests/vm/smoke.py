@@ -11,15 +11,20 @@ import json
 import mmap
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mthp.geometry import Geometry
 from mthp.linux.sysfs import ThpSysfs
 
 RANGES = 4
 """PMD ranges of the target."""
+
+PATIENCE = 100
+"""Seconds that the daemon is given; under emulation most of it goes into starting."""
 
 _TARGET = """
 import ctypes, mmap, sys
@@ -119,6 +124,30 @@ def move() -> str:
         return _to_small_folios("move")
 
 
+def daemon() -> str:
+    """The same, by the daemon, which is left alone to do it."""
+    with _only(None), _target() as target, tempfile.TemporaryDirectory() as directory:
+        geometry, order, label = _small()
+        words = ("--pid", target.pid, "--orders", label, "--mechanism", "move", "--cpu", "100%", "--run-dir", directory)
+        command = [sys.executable, "-m", "mthp", "daemon", *map(str, words)]
+        begin = time.monotonic()
+        made, wanted = 0, RANGES * geometry.ptes_per_pmd >> order
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            try:
+                while made < wanted * 9 // 10 and process.poll() is None and time.monotonic() < begin + PATIENCE:
+                    time.sleep(1)
+                    made = _folios(target, order)
+            finally:
+                process.terminate()
+            said, _ = process.communicate()
+        assert target.check() == "intact"
+        if why := _not_here(process.returncode, said):
+            return why
+        assert process.returncode == 0, (process.returncode, said[-300:])
+        assert made >= wanted * 9 // 10, (made, wanted, said[-300:])
+    return f"ok: {made} folios of {label}"
+
+
 def khugepaged() -> str:
     """The same, by the kernel's own khugepaged, whose switches are put back."""
     # It has to know the target, and so some size has to be on; the smallest spoils nothing.
@@ -146,26 +175,41 @@ def _only(order: int | None) -> Iterator[None]:
 
 
 def _to_small_folios(mechanism: str) -> str:
-    geometry = ThpSysfs().geometry()
-    order = min(4, geometry.pmd_order - 1)
-    label = geometry.label(order)
+    geometry, order, label = _small()
     with _target() as target:
         words = ("collapse", target.pid, "--orders", label, "--mechanism", mechanism)
         done = subprocess.run(
             [sys.executable, "-m", "mthp", *map(str, words), "--json"], capture_output=True, text=True, check=False
         )
         assert target.check() == "intact"
-        if done.returncode == 3:
-            return (
-                f"not here: {done.stderr.strip().splitlines()[-1][:60] if done.stderr.strip() else done.stdout[-60:]}"
-            )
-        if done.returncode == 1 and not ThpSysfs().size_directories(mmap.PAGESIZE):
-            return "not here: no switches by size"
-        answer = _mthp("inspect", target.pid)
+        if why := _not_here(done.returncode, done.stderr or done.stdout):
+            return why
+        made = _folios(target, order)
     wanted = RANGES * geometry.ptes_per_pmd >> order
-    made = answer["total"]["pages_by_order"].get(str(order), 0) >> order
     assert made >= wanted * 9 // 10, (done.returncode, made, wanted, done.stdout[-600:], done.stderr[-300:])
     return f"ok: {made} folios of {label}"
+
+
+def _small() -> tuple[Geometry, int, str]:
+    """The geometry, the order of the small folios, and its label."""
+    geometry = ThpSysfs().geometry()
+    order = min(4, geometry.pmd_order - 1)
+    return geometry, order, geometry.label(order)
+
+
+def _not_here(code: int, said: str) -> str:
+    """Why this kernel does not offer what a command asked for; empty if it does."""
+    if code == 3:
+        return f"not here: {said.strip().splitlines()[-1][:60] if said.strip() else 'no reason given'}"
+    if code in (0, 1) and not ThpSysfs().size_directories(mmap.PAGESIZE):
+        return "not here: no switches by size"
+    return ""
+
+
+def _folios(target: _Target, order: int) -> int:
+    """Folios of an order that the target has."""
+    found: int = _mthp("inspect", target.pid)["total"]["pages_by_order"].get(str(order), 0)
+    return found >> order
 
 
 def _switches() -> dict[str, str]:
@@ -191,15 +235,28 @@ COMMANDS: dict[str, Callable[[], str]] = {
     "plan": plan,
     "collapse": collapse,
     "move": move,
+    "daemon": daemon,
     "khugepaged": khugepaged,
 }
 
 
-def main(file: str) -> int:
-    """Run all; write the report; 1 if one failed."""
-    # The kernel's own khugepaged is to let the targets alone. To write this wakes it a last time.
+def silence() -> mmap.mmap:
+    """Have the kernel's own khugepaged let the targets alone; gives memory to keep until the end.
+
+    It sleeps as long as it is told to only while it knows some process: the first to come onto its empty list wakes it
+    (__khugepaged_enter). So this process is on its list all the time, with a mapping of its own.
+    """
+    memory = mmap.mmap(-1, 2 * ThpSysfs().geometry().pmd_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    # To write this wakes it a last time.
     (ThpSysfs().root / "khugepaged/scan_sleep_millisecs").write_text("1000000000")
     time.sleep(1)
+    return memory
+
+
+def main(file: str) -> int:
+    """Run all; write the report; 1 if one failed."""
+    kept = silence()
     report = {}
     for name, command in COMMANDS.items():
         try:
@@ -207,6 +264,7 @@ def main(file: str) -> int:
         except (AssertionError, OSError, KeyError, ValueError) as error:
             report[name] = f"FAILED: {error!r}"
         print(f"{name}: {report[name]}", flush=True)
+    kept.close()
     Path(file).write_text(json.dumps(report))
     return int(any(word.startswith("FAILED") for word in report.values()))
 

@@ -187,6 +187,7 @@ class LiveAddressSpace(AddressSpace):
         Raises:
             TargetVanishedError: the process is gone.
         """
+        self.process.check_alive()
         asked = sum(end - start for start, end in segments)
         if asked < SPARSE_BYTES or not self._pagemap.can_scan or asked < SPARSE_RATIO * self._resident():
             return list(segments)
@@ -286,19 +287,24 @@ class LiveAddressSpace(AddressSpace):
         return self._made_mover
 
     def _madvise(self, address: int) -> CollapseOutcome:
-        """MADV_COLLAPSE of the PMD range at `address`.
+        """MADV_COLLAPSE of the PMD range at `address`, asked for a second time if it says EAGAIN.
 
         Raises:
             As :meth:`collapse`.
         """
         size = self._geometry.pmd_size
         begin = time.perf_counter_ns()
-        if self.process.is_self:
-            error = abi.madvise(address, size, abi.MADV_COLLAPSE)
-        else:
-            error = abi.process_madvise(self.process.pidfd, address, size, abi.MADV_COLLAPSE)
+        error = self._advise(address, size)
+        if error == errno.EAGAIN:
+            # What hinders it passes (madvise(2), EAGAIN): often a page that is on its way to the LRU lists.
+            error = self._advise(address, size)
         elapsed = time.perf_counter_ns() - begin
         return CollapseOutcome(self._result(error, address, size), elapsed, error)
+
+    def _advise(self, address: int, size: int) -> int:
+        if self.process.is_self:
+            return abi.madvise(address, size, abi.MADV_COLLAPSE)
+        return abi.process_madvise(self.process.pidfd, address, size, abi.MADV_COLLAPSE)
 
     def _result(self, error: int, address: int, size: int) -> ScanResult:
         """The scan result behind errno.
