@@ -20,10 +20,10 @@ from typing import Any
 from mthp.geometry import Geometry
 from mthp.linux.sysfs import ThpSysfs
 
-RANGES = 4
-"""PMD ranges of the target."""
+RANGES = 4 if mmap.PAGESIZE == 4096 else 1
+"""PMD ranges of the target: 8 MiB, or one range of what is much larger."""
 
-PATIENCE = 100
+PATIENCE = 60
 """Seconds that the daemon is given; under emulation most of it goes into starting."""
 
 _TARGET = """
@@ -119,7 +119,7 @@ def collapse() -> str:
 
 
 def move() -> str:
-    """The target, to folios of 16 pages, by moving them."""
+    """The target, to folios much smaller than a PMD range, by moving them."""
     with _only(None):
         return _to_small_folios("move")
 
@@ -191,9 +191,9 @@ def _to_small_folios(mechanism: str) -> str:
 
 
 def _small() -> tuple[Geometry, int, str]:
-    """The geometry, the order of the small folios, and its label."""
+    """The geometry, the order of the small folios, and its label: 64K on x86-64, 1M on arm64 with 16K pages."""
     geometry = ThpSysfs().geometry()
-    order = min(4, geometry.pmd_order - 1)
+    order = max(2, geometry.pmd_order - 5)
     return geometry, order, geometry.label(order)
 
 
