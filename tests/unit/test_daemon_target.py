@@ -51,13 +51,13 @@ class FakeProcess:
 class Stage:
     """A target over a fake address space, and a clock."""
 
-    def __init__(self, *ranges: tuple[tuple[int, int, int], ...], advised: bool = True, **settings: Any) -> None:
+    def __init__(self, *ranges: tuple[tuple[int, int, int], ...], **settings: Any) -> None:
         state, order = page_runs(*(run for each in ranges for run in each))
         vma = Vma(
             START,
             START + len(state) * G.page_size,
             "rw-p",
-            flags=frozenset({"hg"} if advised else ()),
+            flags=frozenset({"hg"}),
             has_anon_vma=True,
         )
         self.space = FakeSpace([(vma, state, order)])
@@ -265,18 +265,11 @@ def test_switches_that_change_have_everything_looked_at_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "advised", "opened"),
-    [
-        ({9: "always"}, True, 0),
-        ({9: "inherit", 4: "madvise"}, True, 1),
-        ({9: "inherit", 4: "madvise"}, False, 0),
-        ({9: "inherit", 4: "always"}, False, 1),
-    ],
+    ("sizes", "opened"),
+    [({9: "madvise"}, 0), ({9: "inherit", 4: "never"}, 0), ({9: "inherit", 4: "madvise"}, 1), ({9: "always"}, 1)],
 )
-def test_switches_that_change_nothing_for_its_mappings_cost_it_nothing(
-    sizes: dict[int, str], advised: bool, opened: int
-) -> None:
-    stage = Stage(FULL, advised=advised)
+def test_switches_that_change_no_size_for_it_cost_it_nothing(sizes: dict[int, str], opened: int) -> None:
+    stage = Stage(FULL)
     stage.steps(5.0)
     before = stage.opened
     stage.environment.switches = Switches("madvise", sizes)

@@ -24,8 +24,7 @@ class GovernedSpace(AddressSpace):
     Attributes:
         governed_switches, governed_tunables: those that hold; set them before each piece of work.
         reasons: why blocks could not be collapsed, where the space said so.
-        room: whether anonymous mappings as large as a PMD range carry MADV_HUGEPAGE: both at first, and what was
-            found of them (nothing, if there are none) once they were listed.
+        has_room: whether any anonymous mapping is as large as a PMD range.
         touching: whether the target's memory is being worked on at this moment.
     """
 
@@ -35,7 +34,7 @@ class GovernedSpace(AddressSpace):
         self.governed_tunables = tunables
         self.reasons: Counter[str] = Counter()
         self.touching = False
-        self.room = frozenset({True, False})
+        self.has_room = True
 
     @property
     def geometry(self) -> Geometry:
@@ -67,9 +66,7 @@ class GovernedSpace(AddressSpace):
 
     def vmas(self) -> list[Vma]:
         vmas = self._inner.vmas()
-        self.room = frozenset(
-            "hg" in vma.flags for vma in vmas if vma.kind is VmaKind.ANON and vma.size >= self.geometry.pmd_size
-        )
+        self.has_room = any(vma.kind is VmaKind.ANON and vma.size >= self.geometry.pmd_size for vma in vmas)
         return vmas
 
     def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:

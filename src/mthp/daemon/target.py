@@ -112,7 +112,7 @@ class Target:
         self._ledger = Ledger()
         self._pass: Pass | None = None
         self._seen: Sign | None = None
-        self._room: frozenset[bool] = frozenset()
+        self._has_room = False
         self._found_under: object = None
         self._interval = 0.0
         self._list_at = 0.0
@@ -165,19 +165,17 @@ class Target:
             self.next_at = min(self.next_at, self._environment.clock() + self._environment.scan_sleep)
 
     def _rules_of_the_moment(self) -> object:
-        """What of the switches and tunables decides what is to be done in the mappings that it was seen to have.
+        """What of the switches and tunables decides what is to be done in it.
 
-        Most processes have none that may ever be collapsed, so that nothing does. One that gets such a mapping later
-        shows that by its size, and has its mappings listed again.
+        Most processes have no mapping with room for a PMD range, so that nothing does. One that gets such a mapping
+        later shows that by its size, and has its mappings listed again.
         """
+        if not self._has_room:
+            return ()
         switches, tunables = governed(self._environment, self.settings)
-        orders: list[tuple[int, ...]] = []
-        if self.settings.orders != "enabled":
-            orders = [self.settings.orders] if self._room else []
-        else:
-            orders = [switches.orders(advised=advised) for advised in sorted(self._room)]
-        limits = tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
-        return (orders, limits) if any(orders) else ()
+        # Advice may have come since, so that both count, whatever its mappings had.
+        sizes = [switches.orders(advised=advised) for advised in (True, False)]
+        return sizes, tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
 
     def stale(self) -> None:
         """What was found finished was so under switches, tunables or rules that hold no more."""
@@ -242,8 +240,8 @@ class Target:
         self._pass.todo(outline[due & ~outline.pmd_mapped])
         taken = self._environment.clock() - now
         # Advice makes nothing of a process that has no room for a PMD range: only a new mapping can, and that shows.
-        self._room = self._pass.space.room
-        self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._room else math.inf
+        self._has_room = self._pass.space.has_room
+        self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._has_room else math.inf
         self._found_under = self._rules_of_the_moment()
         self.left_out = ""
         if self._pass.is_done:
