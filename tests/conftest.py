@@ -12,6 +12,7 @@ was killed is cleaned up after by the next.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -27,6 +28,13 @@ from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from thp_switches import THP_ROOT, ThpSwitches
+
+with contextlib.suppress(ImportError):
+    # No test judges by time. (The guests of the kernel lab have no Hypothesis.)
+    from hypothesis import settings
+
+    settings.register_profile("mthp", deadline=None)
+    settings.load_profile("mthp")
 
 _STATE = Path(tempfile.gettempdir()) / f"mthp-tests-switches-{os.getuid()}.json"
 _REQUIRE_LIVE = "MTHP_REQUIRE_LIVE"

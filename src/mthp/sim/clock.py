@@ -20,9 +20,11 @@ _PS_PER_NS = 1000
 class Costs:
     """What things take, in picoseconds each.
 
-    The defaults are those of a virtual machine on an x86-64 server (Linux 6.18, 4 KiB pages), rounded: `scan_pte` from
-    khugepaged's 24 million entries a second at full throttle, the others estimates. ``bench/measure_costs.py`` measures
-    all of them on the kernel that it runs on, and says how; where simulated time matters, give its table.
+    The defaults are those of a virtual machine of two cores on an x86-64 server (Linux 6.18, 4 KiB pages), rounded
+    medians of three runs of ``bench/measure_costs.py``, which says how each is measured; give its table where another
+    machine's time matters. `scan_pte` is that of khugepaged at full throttle over 4 GiB (``bench/bench_idle_scan.py``:
+    24 to 27 million entries a second). Estimated are `collapse`, which cannot be told from the clearing beside it, and
+    `split_folio` and `split_page`.
 
     Attributes:
         fault: entering and leaving a page fault, and its entry in the page table.
@@ -41,22 +43,22 @@ class Costs:
         split_folio, split_page: splitting a folio, and each page of it.
     """
 
-    fault: int = 450_000
-    syscall: int = 150_000
-    zero_byte: int = 90
-    copy_byte: int = 150
-    alloc_small: int = 80_000
-    alloc_large: int = 250_000
-    free_folio: int = 60_000
+    fault: int = 900_000
+    syscall: int = 200_000
+    zero_byte: int = 85
+    copy_byte: int = 63
+    alloc_small: int = 380_000
+    alloc_large: int = 1_250_000
+    free_folio: int = 210_000
     scan_pte: int = 41_000
-    scan_range: int = 300_000
+    scan_range: int = 190_000
     collapse: int = 9_000_000
-    collapse_pte: int = 120_000
-    reclaim_pte: int = 30_000
-    swap_out: int = 3_000_000
-    swap_in: int = 4_000_000
-    compact_frame: int = 20_000
-    migrate_folio: int = 900_000
+    collapse_pte: int = 760_000
+    reclaim_pte: int = 55_000
+    swap_out: int = 2_450_000
+    swap_in: int = 1_760_000
+    compact_frame: int = 9_000
+    migrate_folio: int = 1_500_000
     split_folio: int = 4_000_000
     split_page: int = 60_000
 
