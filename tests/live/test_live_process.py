@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import targets
 from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, VmaKind
 from mthp.eligibility import eligibility
 from mthp.errors import NotPermittedError, TargetVanishedError, UnsupportedError, UsageError
@@ -295,7 +294,7 @@ print(json.dumps(answer))
 def test_the_unprivileged_view(puppet: Puppet, thp_switches: ThpSwitches) -> None:
     done = subprocess.run(
         [sys.executable, "-c", UNPRIVILEGED, str(puppet.pid)],
-        env={**os.environ, "PYTHONPATH": str(Path(targets.__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,
