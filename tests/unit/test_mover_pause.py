@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.linux.mover.park import touches
+from mthp.linux.mover.blockrefusals import touches
 from mthp.linux.mover.pause import MARGIN, Pause, PauseBudget, PauseSummary, rest_seconds
 
 
@@ -74,11 +75,12 @@ def test_rests_keep_to_the_duty() -> None:
     assert rest_seconds(stood, 0.25) == pytest.approx(0.003)
 
 
-@given(
-    ranges=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 4096)), max_size=20),
-    start=st.integers(0, 1 << 20),
-    size=st.integers(1, 1 << 18),
-)
-def test_touching_is_overlapping(ranges: list[tuple[int, int]], start: int, size: int) -> None:
-    pairs = sorted((low, low + length) for low, length in ranges)
-    assert touches(pairs, start, start + size) == any(low < start + size and high > start for low, high in pairs)
+BLOCK = st.tuples(st.integers(0, 1 << 20), st.integers(1, 1 << 18))
+
+
+@given(ranges=st.lists(BLOCK, max_size=20), blocks=st.lists(BLOCK, min_size=1, max_size=20))
+def test_touching_is_overlapping(ranges: list[tuple[int, int]], blocks: list[tuple[int, int]]) -> None:
+    pairs = [(low, low + length) for low, length in ranges]
+    starts, lengths = np.array(blocks, np.int64).T
+    wanted = [any(low < start + size and high > start for low, high in pairs) for start, size in blocks]
+    assert touches(starts, starts + lengths, pairs).tolist() == wanted

@@ -228,7 +228,7 @@ def refuse_blocks(
     refuse(~allowed, BlockRefusal.VMA)
     first = _first_page(columns, addresses, ends, page_size)
     refuse(first < 0, BlockRefusal.NOT_READ)
-    refuse(_touches(addresses, ends, special.ranges), BlockRefusal.SPECIAL)
+    refuse(touches(addresses, ends, special.ranges), BlockRefusal.SPECIAL)
     open_ = np.flatnonzero(verdict == 0)
     if len(open_):
         verdict[open_] = _by_pages(columns, mapcounts, first[open_], counts[open_], orders[open_], fill=fill)
@@ -267,8 +267,13 @@ def _first_page(columns: PteColumns, addresses: _Int64s, ends: _Int64s, page_siz
     return np.where(inside, offsets[at] + (addresses - segments[at, 0]) // page_size, -1)
 
 
-def _touches(addresses: _Int64s, ends: _Int64s, ranges: Sequence[Segment]) -> _Bools:
-    """Which blocks one of `ranges` overlaps: bool, shape (blocks,)."""
+def touches(addresses: _Int64s, ends: _Int64s, ranges: Sequence[Segment]) -> _Bools:
+    """Which blocks one of `ranges` overlaps: bool, shape (blocks,).
+
+    Args:
+        addresses, ends: of the blocks: int64, shape (blocks,).
+        ranges: half-open, in any order, of any lengths; those beyond user space touch nothing.
+    """
     user = sorted(pair for pair in ranges if pair[1] < _LARGEST_ADDRESS)
     if not user:
         return np.zeros(len(addresses), np.bool_)

@@ -19,8 +19,6 @@ in this very program, is answered by doing nothing: the tracing thread ends, and
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,31 +31,19 @@ from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.mover.tracee import Tracee
 
 _POLL_SECONDS = 20e-6
-_LONGEST_POLL_SECONDS = 1e-3
+_LONGEST_POLL_SECONDS = 250e-6
 _PATIENCE = 0.125
 _RSEQ_BYTES = 32
 _WORD_BYTES = 8
-_LONGEST_RANGE = 4096
 
 
 def special_ranges(frozen: FrozenProcess) -> list[tuple[int, int]]:
-    """Memory that the kernel uses for threads while they are stopped, sorted: rseq areas and tops of stacks."""
+    """Memory that the kernel uses for threads while they are stopped: rseq areas and tops of stacks."""
     stopped, machine = frozen.stopped, frozen.machine
     pointers = stopped.registers[:, machine.sp].tolist()
     ranges = [(pointer - machine.red_zone, pointer + _WORD_BYTES) for pointer in pointers]
     ranges += [(area, area + _RSEQ_BYTES) for area in stopped.rseq_areas.tolist() if area]
-    return sorted(ranges)
-
-
-def touches(ranges: Sequence[tuple[int, int]], start: int, end: int) -> bool:
-    """Whether one of the sorted, short `ranges` overlaps the block from `start` to `end`."""
-    at = bisect_left(ranges, (end,))
-    # Ranges differ in length by less than that, so one that reaches in begins at most that far before.
-    while at and ranges[at - 1][0] > start - _LONGEST_RANGE:
-        if ranges[at - 1][1] > start:
-            return True
-        at -= 1
-    return False
+    return ranges
 
 
 def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.void], observer: Observer) -> Tracee:

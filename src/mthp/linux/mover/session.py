@@ -23,12 +23,12 @@ from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader
 from mthp.linux.kpageflags import FolioReader
 from mthp.linux.mover import stub
-from mthp.linux.mover.blockrefusals import BlockRefusal
+from mthp.linux.mover.blockrefusals import BlockRefusal, touches
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, inject
 from mthp.linux.mover.machine import native
 from mthp.linux.mover.outcome import BlockOutcome, Objection, reason_of_move, result_of_move
-from mthp.linux.mover.park import park, special_ranges, touches, work
+from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
 from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import read_threads
@@ -296,13 +296,12 @@ class MoverSession:
         """For each block why it must not be moved after all, now that nothing changes any more."""
         none: list[Objection | None] = [None] * len(batch)
         objections = list(self._recheck(frozen, batch)) if self._recheck else none
-        special = special_ranges(frozen)
-        for index, (address, order) in enumerate(batch):
-            end = address + self._geometry.size_of(order)
-            if injection.layout.overlaps(address, end):
-                objections[index] = Objection(ScanResult.VMA_CHECK, "it is the mover's own memory")
-            elif objections[index] is None and touches(special, address, end):
-                objections[index] = BlockRefusal.SPECIAL.objection
+        addresses, orders = np.array(batch, np.int64).T
+        ends = addresses + (self._geometry.page_size << orders)
+        for index in np.flatnonzero(touches(addresses, ends, special_ranges(frozen))).tolist():
+            objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
+        for index in np.flatnonzero(touches(addresses, ends, [injection.layout.extent])).tolist():
+            objections[index] = Objection(ScanResult.VMA_CHECK, "it is the mover's own memory")
         return objections
 
     def _look_at_folios(self, outcomes: list[BlockOutcome]) -> list[BlockOutcome]:

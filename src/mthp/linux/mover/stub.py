@@ -132,9 +132,10 @@ class Layout:
         """Whether the program counter `pc` lies in what was injected."""
         return self.base <= pc < self.base + self.code_size
 
-    def overlaps(self, start: int, end: int) -> bool:
-        """Whether the range from `start` to `end` holds something that was injected."""
-        return start < self.base + self.size and end > self.base
+    @property
+    def extent(self) -> tuple[int, int]:
+        """All that was injected: where it begins and ends."""
+        return self.base, self.base + self.size
 
     def parked(self, homes: Registers, *, worker: int | None = None) -> Registers:
         """The registers of threads that wait in the parking loop; or of the one in row `worker`, which is to work."""
