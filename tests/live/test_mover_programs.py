@@ -24,7 +24,7 @@ import pytest
 from conftest import skip_or_fail
 from mover_targets import wait_for
 from mthp.addrspace import Block, Means, Pte
-from mthp.errors import MthpError, TargetVanishedError
+from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.refusals import refuse_vma
 from mthp.results import ScanResult
@@ -74,7 +74,8 @@ def collapse_while(pids: Callable[[], Sequence[int]], order: int, working: Calla
     results: Counter[str] = Counter()
     while working():
         for pid in pids():
-            with contextlib.suppress(TargetVanishedError), open_live(pid) as space:
+            # Gone, or ended and not yet waited for.
+            with contextlib.suppress(TargetVanishedError, UnsupportedError), open_live(pid) as space:
                 blocks = movable(space, order)
                 chosen = [blocks[at] for at in rng.permutation(len(blocks))[:AT_ONCE].tolist()]
                 if not chosen:
