@@ -86,3 +86,19 @@ def test_every_processor_has_whole_sets_and_a_source() -> None:
             for structure in level:
                 assert structure.sets * structure.ways == structure.entries
                 assert structure.sets & (structure.sets - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "order"),
+    [
+        ("skylake", 4096, 0),
+        ("zen", 4096, 3),
+        ("zen4", 4096, 2),
+        ("zen4", 65536, 0),
+        ("neoverse-n1", 4096, 4),
+        ("neoverse-n1", 16384, 7),
+        ("neoverse-n1", 65536, 5),
+    ],
+)
+def test_how_large_a_run_is_coalesced_depends_on_the_base_page(name: str, page_size: int, order: int) -> None:
+    assert Processor.named(name).coalesced_order(page_size) == order

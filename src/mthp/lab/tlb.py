@@ -13,8 +13,12 @@ prev[t] + 1.
 Counting how many values to the left are smaller is done for all accesses at once, by merging sorted blocks. Sets only
 have to lie one after another.
 
+*Sources.* Every processor names the documents that its figures are from, by title and number, and says where one is
+assumed. That Zen 4 has 72 and 3 072 entries is also what its CPUID says (leaves 8000_0005h and 8000_0006h).
+
 Simplifications: true LRU (processors approximate it), data accesses of one thread only, no prefetching of
-translations, no sharing with instructions, and a walk fills all levels.
+translations, no sharing with instructions or page directory entries, and a walk fills all levels. A folio smaller than
+the largest run that a processor coalesces takes one entry, and all levels coalesce alike.
 """
 
 from __future__ import annotations
@@ -62,16 +66,17 @@ class Processor:
     Attributes:
         name: what to call it on the command line.
         title: what it is.
-        source: where its figures are from.
+        source: where its figures are from, and what is assumed.
         levels: the first level first; each is one structure or several, ordered by the sizes that they hold.
-        coalesced: bytes of the largest run of PTEs that one entry holds; 0 if it coalesces nothing.
+        coalesced: for sizes of base pages the bytes of the largest run of PTEs that one entry holds; with others
+            nothing is coalesced.
     """
 
     name: str
     title: str
     source: str
     levels: tuple[tuple[Structure, ...], ...]
-    coalesced: int = 0
+    coalesced: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def named(cls, name: str) -> Processor:
@@ -91,36 +96,42 @@ class Processor:
 
     def coalesced_order(self, page_size: int) -> int:
         """Order of the largest run of PTEs that one entry holds."""
-        return max(0, (self.coalesced // page_size).bit_length() - 1)
+        return (dict(self.coalesced).get(page_size, page_size) // page_size).bit_length() - 1
 
 
 _ALL = (
     Processor(
         "skylake",
         "Intel Skylake and Cascade Lake",
-        "Intel 64 and IA-32 Architectures Optimization Reference Manual, TLB parameters of Skylake",
+        "Intel 64 and IA-32 Architectures Optimization Reference Manual (248966-045), table 2-15, TLB Parameters of the"
+        " Skylake Client Microarchitecture. The few entries for 1 GiB pages are left out.",
         ((Structure(64, 4, 4 * _KB), Structure(32, 4, 4 * _MB)), (Structure(1536, 12, 4 * _MB),)),
     ),
     Processor(
         "zen",
         "AMD Zen (family 17h, models 00h to 2Fh)",
-        "Software Optimization Guide for AMD Family 17h Processors (55723), 2.7 Memory Address Translation",
+        "Software Optimization Guide for AMD Family 17h Processors (55723), Memory Address Translation. Runs of 32 KiB:"
+        " Processor Programming Reference for AMD Family 17h Models 01h,08h (54945), PMCx045, whose third size of page"
+        " is 32K; that runs of 16 KiB are coalesced too is assumed.",
         ((Structure(64, 64, _GB),), (Structure(1536, 12, 2 * _MB),)),
-        coalesced=16 * _KB,
+        coalesced=((4 * _KB, 32 * _KB),),
     ),
     Processor(
         "zen4",
-        "AMD Zen 4 (family 19h)",
-        "Software Optimization Guide for the AMD Zen4 Microarchitecture (57647), 2.7 Memory Address Translation",
+        "AMD Zen 4 (of family 19h)",
+        "Software Optimization Guide for the AMD Zen4 Microarchitecture (57647), Memory Address Translation. Runs of 16"
+        " KiB: there, and in the description of PMCx045: a coalesced page is made of four adjacent 4 KiB pages.",
         ((Structure(72, 72, _GB),), (Structure(3072, 24, 2 * _MB),)),
-        coalesced=16 * _KB,
+        coalesced=((4 * _KB, 16 * _KB),),
     ),
     Processor(
         "neoverse-n1",
-        "Arm Neoverse N1 and Cortex-A76, with the contiguous bit that Linux sets on runs of 64 KiB",
-        "Arm Neoverse N1 Core Technical Reference Manual (100616), A5.2 TLB organization",
+        "Arm Cortex-A76 and Neoverse N1, with the contiguous bit that Linux sets on whole runs",
+        "Arm Cortex-A76 Core Technical Reference Manual (100798), A5.2 TLB organization; Neoverse N1 is derived from it"
+        " and assumed to be the same. Runs: Arm Architecture Reference Manual for A-profile (DDI 0487), the Contiguous"
+        " bit: 16 entries of 4 KiB, 128 of 16 KiB, 32 of 64 KiB.",
         ((Structure(48, 48, 512 * _MB),), (Structure(1280, 5, _GB),)),
-        coalesced=64 * _KB,
+        coalesced=((4 * _KB, 64 * _KB), (16 * _KB, 2 * _MB), (64 * _KB, 2 * _MB)),
     ),
 )
 
