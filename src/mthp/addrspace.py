@@ -22,6 +22,7 @@ from typing import Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.errors import UnsupportedError
 from mthp.geometry import Geometry
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
 from mthp.results import ScanResult
@@ -277,6 +278,21 @@ class AddressSpace(abc.ABC):
         Raises:
             TargetVanishedError: the process is gone.
         """
+
+    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
+        """Which of the present pages of `columns`, just read, hold nothing but zeroes: bool, shape (pages,).
+
+        The only question about contents. A page that went away meanwhile counts as one that does not.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+            UnsupportedError: this backend knows no contents.
+            NotPermittedError: these rights do not suffice.
+        """
+        raise UnsupportedError(
+            f"{self.label} has no contents, so it cannot tell pages of nothing but zeroes",
+            help="ask it of the running process",
+        )
 
     @abc.abstractmethod
     def collapse(self, address: int, order: int) -> CollapseOutcome:

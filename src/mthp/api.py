@@ -16,18 +16,19 @@ from mthp.targets import Target, open_target, refuse_ancestor
 _PLAN_FIELDS = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 
 
-def inspect(target: Target) -> Census:
+def inspect(target: Target, *, zero_filled: bool = False) -> Census:
     """Count the pages of `target` by folio order, per mapping and in all.
 
     Args:
         target: a PID, ``"self"``, or the path of a snapshot.
+        zero_filled: read the contents too, and count the pages of nothing but zeroes.
 
     Raises:
         UsageError, TargetVanishedError, NotPermittedError, UnsupportedError: as
             :func:`mthp.targets.open_target`.
     """
     with open_target(target) as space:
-        return take_census(space)
+        return take_census(space, zero_filled=zero_filled)
 
 
 def plan(target: Target, **options: Any) -> SpacePlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from mthp.tunables import Switches
 
 BLOCK_PAGES = 1 << 18
 """Pages read at a time: enough that the cost of a call does not count, little enough to stay in bounds."""
+
+CONTENTS_PAGES = 1 << 14
+"""Pages whose contents are read between two reports of progress."""
 
 MAX_FOLIO_ORDER = 20
 """The largest folio order counted: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""
@@ -47,11 +50,14 @@ class PageCounts:
         orders: int64, shape (MAX_FOLIO_ORDER + 1,): pages with contents, by the order of their folio.
         unknown: pages with contents whose folio's order cannot be seen.
         states: int64, shape (len(STATES),): pages by state, in the order of ``STATES``.
+        zero_filled: int64, shape (MAX_FOLIO_ORDER + 2,): pages with contents that are nothing but zeroes, by the order
+            of their folio, those whose order cannot be seen last; None if that was not looked for.
     """
 
     orders: NDArray[np.int64]
     unknown: int
     states: NDArray[np.int64]
+    zero_filled: NDArray[np.int64] | None = None
 
     @property
     def resident(self) -> int:
@@ -75,7 +81,9 @@ class PageCounts:
         """The sum of `counts`."""
         orders = sum((count.orders for count in counts), np.zeros(MAX_FOLIO_ORDER + 1, np.int64))
         states = sum((count.states for count in counts), np.zeros(len(STATES), np.int64))
-        return cls(orders, sum(count.unknown for count in counts), states)
+        looked = [count.zero_filled for count in counts if count.zero_filled is not None]
+        zero_filled = sum(looked, np.zeros(MAX_FOLIO_ORDER + 2, np.int64)) if looked else None
+        return cls(orders, sum(count.unknown for count in counts), states, zero_filled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +136,22 @@ class Census:
         return PageCounts.total([vma.pages for vma in self.vmas if vma.vma.kind is VmaKind.ANON])
 
 
-def take_census(space: AddressSpace, progress: Progress | None = None, *, nodes: bool = False) -> Census:
+def take_census(
+    space: AddressSpace, progress: Progress | None = None, *, nodes: bool = False, zero_filled: bool = False
+) -> Census:
     """Count the pages of `space`.
 
     Args:
         nodes: find out as well on which NUMA nodes the pages of each mapping lie.
+        zero_filled: read the contents of anonymous mappings too, and count the pages of nothing but zeroes.
 
     Raises:
         TargetVanishedError: the process exited meanwhile.
+        UnsupportedError: `zero_filled` of an address space that has no contents.
     """
     page_size = space.geometry.page_size
+    if zero_filled:
+        space.zero_filled(space.read([]))  # says at once if it cannot
     # What the kernel tells about a mapping takes it a walk over all its pages, and this process only waits for that.
     # So another thread asks for it, while this one reads the pages themselves.
     with ThreadPoolExecutor(1) as pool:
@@ -152,6 +166,10 @@ def take_census(space: AddressSpace, progress: Progress | None = None, *, nodes:
             if progress is not None:
                 progress(done, size)
         vmas = listing.result()
+    totals = counts.of(vmas)
+    if zero_filled:
+        for index, zeroes in _zero_filled(space, vmas, progress).items():
+            totals[index] = replace(totals[index], zero_filled=zeroes)
     geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
     return Census(
         label=space.label,
@@ -167,9 +185,29 @@ def take_census(space: AddressSpace, progress: Progress | None = None, *, nodes:
                 eligibility(vma, geometry, switches, trigger="khugepaged", thp_disabled=disabled),
                 eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=disabled, include_file=True),
             )
-            for vma, pages in zip(vmas, counts.of(vmas), strict=True)
+            for vma, pages in zip(vmas, totals, strict=True)
         ),
     )
+
+
+def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | None) -> dict[int, NDArray[np.int64]]:
+    """:attr:`PageCounts.zero_filled` of each anonymous mapping of `vmas`, by its index."""
+    page_size, found = space.geometry.page_size, {}
+    anonymous = [(index, vma) for index, vma in enumerate(vmas) if vma.kind is VmaKind.ANON]
+    populated = {index: space.populated([(vma.start, vma.end)], page_size) for index, vma in anonymous}
+    size, done = sum(end - start for segments in populated.values() for start, end in segments), 0
+    for index, segments in populated.items():
+        found[index] = np.zeros(MAX_FOLIO_ORDER + 2, np.int64)
+        for block in in_blocks(segments, CONTENTS_PAGES * page_size):
+            columns = space.read(block)
+            resident = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
+            order = columns.folio_order[resident & space.zero_filled(columns)]
+            column = np.where(order == ORDER_UNKNOWN, MAX_FOLIO_ORDER + 1, np.clip(order, 0, MAX_FOLIO_ORDER))
+            found[index] += np.bincount(column, minlength=MAX_FOLIO_ORDER + 2)
+            done += sum(end - start for start, end in block)
+            if progress is not None:
+                progress(done, size)
+    return found
 
 
 class _Counts:

@@ -144,6 +144,12 @@ def test_the_story_of_a_process(actor: Actor, thp_switches: ThpSwitches, tmp_pat
     grown = after["total"]["pages_by_state"]["pmd_mapped"] - before["total"]["pages_by_state"]["pmd_mapped"]
     assert grown * PAGE_SIZE == report["collapsed_bytes"]
     assert actor.damaged(address, 4 * PAGES) == 0
+    assert before["total"]["zero_filled_pages_by_order"] is None
+    zeroes = mthp_json("inspect", actor.pid, "--zero-filled")["total"]["zero_filled_pages_by_order"]
+    assert all(0 < pages <= after["total"]["pages_by_order"].get(order, 0) for order, pages in zeroes.items())
+    assert "zero-filled" in mthp("inspect", actor.pid, "--zero-filled").stdout
+    refused = mthp("inspect", file, "--zero-filled")
+    assert (refused.returncode, "has no contents" in refused.stderr) == (3, True)
     text = mthp("snapshot", actor.pid, "-o", file, "--force")
     assert text.stdout.startswith(f"{file}: {actor.pid} (")
 

@@ -15,8 +15,10 @@ from fakes import FakeSpace, page_runs
 from mthp import census
 from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Vma, VmaKind
 from mthp.census import MAX_FOLIO_ORDER, STATES, Census, PageCounts, runs_of_equal, take_census
-from mthp.errors import TargetVanishedError
+from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64, Geometry, geometry_named
+from mthp.sim import Machine
+from mthp.sim.mm import HUGEPAGE
 from mthp.tunables import Switches
 
 PAGE = 4096
@@ -241,3 +243,21 @@ def test_runs_of_equal_end_with_their_segment() -> None:
     assert first.tolist() == [0, 2, 4, 7]
     assert pages.tolist() == [2, 2, 3, 3]
     assert pages.dtype == np.int64
+
+
+def test_pages_of_zeroes_in_a_simulated_machine() -> None:
+    machine = Machine(switches=Switches("madvise", {9: "inherit"}))
+    mm = machine.create_mm()
+    machine.map(mm, HEAP, HEAP + 2 * PMD, flags={HUGEPAGE})
+    machine.write(mm, HEAP + 5 * PAGE, 77)
+    machine.read(mm, HEAP + PMD)
+    counted = take_census(machine.space(mm), zero_filled=True).anonymous
+    assert counted.zero_filled is not None
+    # The zero page holds nothing that could be got back.
+    assert {order: int(pages) for order, pages in enumerate(counted.zero_filled) if pages} == {9: 511}
+    assert take_census(machine.space(mm)).anonymous.zero_filled is None
+
+
+def test_an_address_space_without_contents_says_so() -> None:
+    with pytest.raises(UnsupportedError, match="has no contents"):
+        take_census(FakeSpace([mapping(HEAP, (1, Pte.PRESENT, 0))]), zero_filled=True)

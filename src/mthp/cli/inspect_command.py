@@ -23,15 +23,18 @@ TOP_MAPPINGS = 20
 @target_argument
 @click.option("--all", "show_all", is_flag=True, help="Show every mapping, not just the largest.")
 @click.option("--numa", is_flag=True, help="Tell as well on which NUMA nodes the pages of each mapping lie.")
+@click.option("--zero-filled", is_flag=True, help="Read the contents, and count the pages of nothing but zeroes.")
 @at_option
 @json_option
-def command(target: str, show_all: bool, numa: bool, as_json: bool, at: str | None) -> None:
+def command(target: str, show_all: bool, numa: bool, zero_filled: bool, as_json: bool, at: str | None) -> None:
     """Count the pages of TARGET by folio order, per mapping and in all.
 
-    TARGET is a PID, the word self, or a snapshot or recording.
+    TARGET is a PID, the word self, or a snapshot or recording. Pages of zeroes in large folios are what huge pages
+    cost: the kernel frees those of a PMD-sized folio when memory gets scarce, if shrink_underused is on and the folio
+    has more of them than max_ptes_none.
     """
     with open_target(target, at=at) as space, progress_bar("reading", hidden=as_json) as progress:
-        census = take_census(space, progress, nodes=numa)
+        census = take_census(space, progress, nodes=numa, zero_filled=zero_filled)
     if as_json:
         print_json("inspect", census_json(census), vmas=vmas_json(census))
     else:
@@ -60,22 +63,25 @@ def print_census(out: Console, census: Census, *, show_all: bool = False) -> Non
 def sizes_table(census: Census) -> Any:
     """Resident memory by folio size."""
     geometry, every, anon = census.geometry, census.total, census.anonymous
+    zeroes = anon.zero_filled
     rows = [
         [
             geometry.label(order),
-            format_size(pages * geometry.page_size),
+            _size(pages, geometry),
             percent(pages / every.resident),
-            format_size(int(anon.orders[order]) * geometry.page_size),
+            _size(int(anon.orders[order]), geometry),
+            *([] if zeroes is None else [_size(int(zeroes[order]), geometry)]),
         ]
         for order, pages in every.by_order().items()
     ]
     if every.unknown:
-        size = format_size(every.unknown * geometry.page_size)
-        anon_size = format_size(anon.unknown * geometry.page_size)
-        rows.append(["not visible", size, percent(every.unknown / every.resident), anon_size])
-    rows.append(["in all", format_size(every.resident * geometry.page_size), "", _size(anon.resident, geometry)])
+        row = [_size(every.unknown, geometry), percent(every.unknown / every.resident), _size(anon.unknown, geometry)]
+        rows.append(["not visible", *row, *([] if zeroes is None else [_size(int(zeroes[-1]), geometry)])])
+    row = [_size(every.resident, geometry), "", _size(anon.resident, geometry)]
+    rows.append(["in all", *row, *([] if zeroes is None else [_size(int(zeroes.sum()), geometry)])])
     rows += [
         [name.replace("_", " "), _size(every.state(name), geometry), "", _size(anon.state(name), geometry)]
+        + ([] if zeroes is None else [""])
         for name in STATES
         if every.state(name)
     ]
@@ -84,7 +90,8 @@ def sizes_table(census: Census) -> Any:
         f"Resident memory by folio size; of the anonymous memory {percent(anon.share_from(geometry.pmd_order))}"
         f" lies in {pmd} folios, {percent(anon.share_from(1))} in any above {geometry.label(0)}"
     )
-    return table(title, ["folio size", "bytes", "share", "anonymous"], rows, right={1, 2, 3})
+    columns = ["folio size", "bytes", "share", "anonymous", *([] if zeroes is None else ["zero-filled"])]
+    return table(title, columns, rows, right={1, 2, 3, 4})
 
 
 def _mapping_row(vma: VmaCensus, geometry: Geometry, *, short: bool) -> list[str]:
@@ -169,9 +176,19 @@ def _counts_json(pages: PageCounts, geometry: Geometry) -> dict[str, Any]:
         "pages_by_order": {str(order): count for order, count in pages.by_order().items()},
         "pages_of_unknown_order": pages.unknown,
         "pages_by_state": {name: pages.state(name) for name in STATES},
+        "zero_filled_pages_by_order": _zero_filled_json(pages),
         "huge_coverage": pages.share_from(geometry.pmd_order),
         "large_coverage": pages.share_from(1),
     }
+
+
+def _zero_filled_json(pages: PageCounts) -> dict[str, int] | None:
+    """Null if it was not looked for; pages of folios whose order cannot be seen under ``unknown``."""
+    if pages.zero_filled is None:
+        return None
+    *orders, unknown = pages.zero_filled.tolist()
+    counted = {str(order): count for order, count in enumerate(orders) if count}
+    return counted | ({"unknown": unknown} if unknown else {})
 
 
 def _eligibility_json(eligible: Eligibility, geometry: Geometry) -> dict[str, Any]:

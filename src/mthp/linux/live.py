@@ -21,6 +21,7 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageErr
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
+from mthp.linux.contents import Contents
 from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
 from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
@@ -76,6 +77,7 @@ class LiveAddressSpace(AddressSpace):
         self._folios, self._no_folios = _open_folios(self._geometry)
         self._columns = ColumnReader(self._pagemap, self._folios, self._geometry)
         self._made_mover: Mover | OwnBlocks | None = None
+        self._contents: Contents | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -155,6 +157,11 @@ class LiveAddressSpace(AddressSpace):
             NotPermittedError: it became somebody else's by execve(2).
         """
         return self._columns.read(segments)
+
+    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
+        if self._contents is None:
+            self._contents = Contents(self.process, self._geometry.page_size)
+        return self._contents.zero_filled(columns)
 
     def mapcounts(self, columns: PteColumns) -> NDArray[np.int64]:
         """How often each page is mapped, by all processes together, from /proc/kpagecount.
@@ -339,6 +346,9 @@ class LiveAddressSpace(AddressSpace):
         """Let go of the process. Closing twice does nothing."""
         if self._made_mover is not None:
             self._made_mover.close()
+        if self._contents is not None:
+            self._contents.close()
+            self._contents = None
         self._pagemap.close()
         if self._folios:
             self._folios.close()

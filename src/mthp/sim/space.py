@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, CollapseOutcome, PteColumns, Segment, Vma
+from mthp.addrspace import AddressSpace, CollapseOutcome, Pte, PteColumns, Segment, Vma
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
@@ -90,6 +91,14 @@ class SimSpace(AddressSpace):
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         self._check_alive()
         return columns_of(self._machine.parts, self._mm, segments)
+
+    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
+        """Which present pages hold the content 0, as what a collapse filled does."""
+        self._check_alive()
+        assert columns.pfn is not None, "the machine sees its own frames"
+        contents = self._machine.parts.memory.content[columns.pfn.astype(np.int64)]
+        zero: NDArray[np.bool_] = columns.has(Pte.PRESENT) & (columns.has(Pte.ZERO) | (contents == 0))
+        return zero
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
         """The parts of `segments` that have page tables or are mapped by PMD entries, in whole granules."""

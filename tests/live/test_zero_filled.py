@@ -1,0 +1,88 @@
+"""Pages of nothing but zeroes, counted in a process that knows which of its pages are."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import mthp
+from mthp.census import Census
+from mthp.errors import TargetVanishedError
+from mthp.linux import contents
+from mthp.linux.live import LiveAddressSpace, open_live
+from targets import MADV_GUARD_INSTALL, MADV_HUGEPAGE, MADV_NOHUGEPAGE, PMD_SIZE, PROT_NONE, Puppet
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("pfns", "thp", "4k-pages")]
+
+PAGE = mmap.PAGESIZE
+N = PMD_SIZE // PAGE
+
+
+@pytest.fixture
+def puppet() -> Iterator[Puppet]:
+    with Puppet() as puppet:
+        yield puppet
+
+
+def zero_pages(space: LiveAddressSpace, address: int, pages: int) -> list[int]:
+    return np.flatnonzero(space.zero_filled(space.read([(address, address + pages * PAGE)]))).tolist()
+
+
+def orders_at(census: Census, address: int) -> dict[int, int]:
+    """Zero-filled pages by folio order in the mapping at `address`."""
+    [pages] = [each.pages for each in census.vmas if each.vma.start <= address < each.vma.end]
+    assert pages.zero_filled is not None
+    return {order: int(count) for order, count in enumerate(pages.zero_filled) if count}
+
+
+def test_what_a_huge_fault_filled_is_counted(puppet: Puppet, thp_switches: ThpSwitches) -> None:
+    thp_switches.only("2048kB")
+    huge = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
+    small = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
+    puppet.write(huge, 10, 7)
+    puppet.write(small, 10, 7)
+    census = mthp.inspect(puppet.pid, zero_filled=True)
+    assert orders_at(census, huge) == {9: N - 10}
+    assert orders_at(census, small) == {}
+    assert mthp.inspect(puppet.pid).total.zero_filled is None
+
+
+def test_page_by_page_through_protections_and_over_guards(
+    puppet: Puppet, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "PIECE", 8 * PAGE)
+    thp_switches.only("2048kB")
+    address = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
+    puppet.write(address, N // 3, 3)
+    puppet.tell("mprotect", address, PMD_SIZE, PROT_NONE)
+    with open_live(puppet.pid) as space:
+        assert zero_pages(space, address, N) == [page for page in range(N) if page % 3 or page >= N // 3 * 3]
+        # The page table entries are those of before, and what they spoke of is gone.
+        columns = space.read([(address, address + PMD_SIZE)])
+        puppet.tell("madvise", address + 4 * PAGE, 2 * PAGE, MADV_GUARD_INSTALL)
+        expected = [page for page in range(N) if (page % 3 or page >= N // 3 * 3) and page not in (4, 5)]
+        assert np.flatnonzero(space.zero_filled(columns)).tolist() == expected
+
+
+def test_one_byte_anywhere_in_a_page_is_no_zero(puppet: Puppet) -> None:
+    address = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
+    for page, offset in ((0, 0), (1, 63), (2, 64), (3, PAGE - 1)):
+        puppet.tell("write", address + page * PAGE + offset, 1, 1)
+    puppet.tell("read", address + 4 * PAGE, 1, 1)
+    with open_live(puppet.pid) as space:
+        assert zero_pages(space, address, 16) == [4]  # the zero page
+
+
+def test_a_target_that_is_gone(puppet: Puppet) -> None:
+    address = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
+    puppet.write(address, 3)
+    with open_live(puppet.pid) as space:
+        columns = space.read([(address, address + PMD_SIZE)])
+        space.zero_filled(columns)
+        puppet.kill()
+        with pytest.raises(TargetVanishedError):
+            space.zero_filled(columns)
