@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from golden.loader import HERE
-from mthp.sim.conformance import read_cases, replay, replay_case
+from mthp.sim.conformance import replay, replay_case
+from mthp.sim.golden import read_cases
 
 FILES = sorted(HERE.glob("*.jsonl.gz"))
 

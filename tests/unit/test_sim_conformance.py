@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from click.testing import CliRunner, Result
 
 from mthp.cli.conformance_command import command
 from mthp.errors import UsageError
-from mthp.sim.conformance import read_cases, replay, replay_case
+from mthp.sim.conformance import replay, replay_case
+from mthp.sim.golden import read_cases
 
 CASE: dict[str, Any] = {
     "id": "one",
@@ -95,13 +98,148 @@ def test_a_damaged_gzip_file_is_refused(tmp_path: Path, damage: str) -> None:
         ("before", [["anonymous", 32]]),
         ("before", [["large:9", 32]]),
         ("before", 5),
+        ("before", [["anon", -1], ["none", 33]]),
+        ("before", [["anon", 10**12]]),
+        ("before", [["anon:2", 32]]),
+        ("before", [[["anon"], 32]]),
+        ("before_flags", [["r", 31]]),
+        ("before_flags", [[1, 32]]),
+        ("after", [[2, 31]]),
+        ("after_pass1", [[2, 31]]),
+        ("trigger", "kswapd"),
+        ("orders_enabled", [6]),
+        ("orders_enabled", ["2"]),
+        ("orders_enabled", 2),
         ("max_ptes_none", 32),
+        ("max_ptes_swap", "4"),
+        ("max_ptes_shared", None),
         ("vma", ["hugetlb"]),
+        ("kernel", "newest"),
+        ("swap_offsets", [[0, 1]]),
+        ("swap_offsets", [[31, 1, 2]]),
+        ("swap_offsets", [[0, 0, 1]]),
+        ("swap_offsets", [[0, 10**12, 1]]),
+        ("passes", [7]),
+        ("passes", [{"stats": {"full_scans": "1"}}]),
+        ("passes", [{"flags": [["m", 33]]}]),
     ],
 )
 def test_a_case_that_cannot_be_is_refused(key: str, value: object) -> None:
-    with pytest.raises(UsageError, match="case one"):
+    with pytest.raises(UsageError, match="case one: "):
         replay_case(CASE | {key: value})
+
+
+def test_two_entries_with_one_slot_are_refused() -> None:
+    swapped = {"before": [["swap", 8], ["none", 24]], "swap_offsets": [[0, 1, 4], [4, 4, 4]]}
+    with pytest.raises(UsageError, match="one slot"):
+        replay_case(CASE | swapped)
+
+
+def _damaged(chance: random.Random, part: Any, depth: int = 0) -> Any:
+    """The JSON value with one thing in it gone, or made something else."""
+    junk: list[Any] = [
+        None,
+        [],
+        {},
+        "",
+        "x",
+        -1,
+        0,
+        1.5,
+        10**12,
+        True,
+        [["anon", "3"]],
+        [[1]],
+        ["a"],
+        [99],
+        [[0, 0, 0]],
+        "7.x",
+    ]
+    if not isinstance(part, dict | list) or not part or (depth and chance.random() < 0.3):
+        return chance.choice(junk)
+    key: Any = chance.choice(list(part)) if isinstance(part, dict) else chance.randrange(len(part))
+    if chance.random() < 0.25:
+        del part[key]
+    else:
+        part[key] = _damaged(chance, part[key], depth + 1)
+    return part
+
+
+def test_a_damaged_case_is_replayed_or_refused(tmp_path: Path) -> None:
+    whole = CASE | {
+        "kernel": "7.2.13", "vma": ["mlocked"], "setup": "no_fork", "before_flags": [["mr", 7], ["", 25]],
+        "swap_offsets": [[3, 9, 2]], "scan_result": "succeeded",
+        "passes": [{"scan": None, "events": [["isolate", 2, "succeeded", 0, 4, 1]], "stats": {"full_scans": 1}}],
+    }  # fmt: skip
+    refused = 0
+    for seed in range(300):
+        case = _damaged(random.Random(seed), copy.deepcopy(whole))
+        try:
+            replay(read_cases(written(tmp_path / "case.jsonl", case)))
+        except UsageError:
+            refused += 1
+    assert 0 < refused < 300
+
+
+def test_fields_that_nobody_knows_are_passed_over() -> None:
+    assert replay_case(CASE | {"weather": "fine", "setup": "by hand"}).mismatches == ()
+
+
+def test_without_passes_the_scan_result_and_the_counters_of_the_case_are_compared() -> None:
+    assert (
+        replay_case(
+            CASE
+            | {
+                "scan_result": "succeeded",
+                "stats": {"full_scans": 1, "pages_collapsed": 1}
+                | {"hugepages-256kB/collapse_alloc": 1, "hugepages-256kB/nr_anon": 1},
+            }
+        ).mismatches
+        == ()
+    )
+    (wrong,) = replay_case(CASE | {"scan_result": "failed"}).mismatches
+    assert (wrong.where, wrong.expected, wrong.got) == ("pass 1: scan_result", "failed", "succeeded")
+    (wrong,) = replay_case(CASE | {"stats": {}}).mismatches
+    assert wrong.where == "pass 1: stats"
+
+
+@pytest.mark.parametrize(
+    ("before", "vma", "after", "result"),
+    [
+        ([["anon", 31], ["lazyfree", 1]], [], [[0, 32]], "page_lazyfree"),
+        ([["anon", 31], ["lazyfree_dirty", 1]], [], [[2, 32]], "succeeded"),
+        ([["cold", 32]], [], [[0, 32]], "lack_referenced_page"),
+        ([["mlocked", 32]], ["mlocked"], [[2, 32]], "succeeded"),
+        ([["anon", 32]], ["droppable"], [[2, 32]], "succeeded"),
+    ],
+)
+def test_without_flags_pages_have_those_of_their_state(
+    before: list[list[Any]], vma: list[str], after: list[list[Any]], result: str
+) -> None:
+    case = CASE | {"before": before, "vma": vma, "after": after, "scan_result": result}
+    assert replay_case(case).mismatches == ()
+
+
+def test_what_was_seen_shared_the_child_has_too() -> None:
+    shared = {"before": [["anon", 32]], "before_flags": [["r", 30], ["rs", 2]], "max_ptes_shared": 1}
+    case = CASE | shared | {"after": [[0, 32]], "scan_result": "exceed_shared_pte"}
+    assert replay_case(case).mismatches == ()
+
+
+def test_a_large_folio_that_may_be_dropped_is_seen_as_such() -> None:
+    flags = [["lr", 32]]
+    case = CASE | {"before": [["large:4", 16], ["anon", 16]], "before_flags": flags, "vma": ["droppable"]}
+    recorded = [
+        {"events": [["isolate", 5, "succeeded", 0, 32, 1], ["collapse", 5, "succeeded", 1]], "flags": [["l", 32]]}
+    ]
+    assert replay_case(case | {"orders_enabled": [5], "after": [[5, 32]], "passes": recorded}).mismatches == ()
+
+
+def test_a_folio_of_which_some_pages_are_seen_used_is_used_through_their_entries() -> None:
+    case = CASE | {"before": [["large:4", 16], ["none", 16]], "before_flags": [["", 13], ["r", 3], ["", 16]]}
+    scan = {"result": "failed", "referenced": 3, "none_or_zero": 16, "unmapped": 0}
+    done = replay_case(case | {"after": [[4, 16], ["none", 16]], "passes": [{"scan": scan}]})
+    assert done.mismatches == ()
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

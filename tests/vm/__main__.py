@@ -23,6 +23,8 @@ KERNELS = click.option(
     help=f"A kernel, such as 7.3 or 7.3-arm64-16k; again for more.  [default: {', '.join((*SERIES, *OTHERS))}]",
 )
 
+CORNERS = click.option("--corners", is_flag=True, help="Cases from the corners, which random ones reach seldom.")
+
 
 class Lab(click.Group):
     """The group; what the lab cannot do ends it with a sentence."""
@@ -75,13 +77,15 @@ def run_command(names: tuple[str, ...], seconds: float, memory_mb: int, output: 
 @click.option("--cases", default=500, show_default=True, help="So many for each kernel.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--seconds", default=1200.0, show_default=True, help="At most so long for each kernel.")
+@CORNERS
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the golden files.")
-def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, output: Path) -> None:
+def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, corners: bool, output: Path) -> None:
     """Record golden cases, one file for each kernel, and replay each at once."""
     _each(
         names or ("7.3",),
-        lambda kernel: fuzz(kernel, seed=seed, cases=cases, seconds=seconds, say=_say, shrink=False),
+        lambda kernel: fuzz(kernel, seed=seed, cases=cases, seconds=seconds, say=_say, corners=corners, shrink=False),
         output,
+        "corners" if corners else "random",
     )
 
 
@@ -89,6 +93,7 @@ def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, output
 @KERNELS
 @click.option("--minutes", default=10.0, show_default=True, help="For each kernel.")
 @click.option("--seed", default=1, show_default=True)
+@CORNERS
 @click.option(
     "-o",
     "--output",
@@ -96,12 +101,13 @@ def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, output
     type=click.Path(path_type=Path),
     help="Directory for the cases that differ.  [default: found, in the lab's cache]",
 )
-def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, output: Path) -> None:
+def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, corners: bool, output: Path) -> None:
     """Compare random cases for some minutes; save the smallest variant of each that differs."""
     _each(
         names or ("7.3",),
-        lambda kernel: fuzz(kernel, seed=seed, cases=1 << 30, seconds=60 * minutes, say=_say),
+        lambda kernel: fuzz(kernel, seed=seed, cases=1 << 30, seconds=60 * minutes, say=_say, corners=corners),
         output,
+        "corners" if corners else "random",
         only_differing=True,
     )
 
@@ -130,7 +136,7 @@ def matrix(names: tuple[str, ...], tests: tuple[str, ...], seconds: float, verbo
 
 
 def _each(
-    names: tuple[str, ...], work: Callable[[Kernel], Findings], output: Path, *, only_differing: bool = False
+    names: tuple[str, ...], work: Callable[[Kernel], Findings], output: Path, kind: str, *, only_differing: bool = False
 ) -> None:
     """Do the work for every kernel, write its cases, and exit with 1 if any differ."""
     differing = 0
@@ -147,9 +153,9 @@ def _each(
         stem = f"linux-{kernel.version}{platform}"
         cases = [case for case, _ in found.mismatches] if only_differing else found.cases
         kept = {
-            output / f"{stem}-random.jsonl.gz": cases,
+            output / f"{stem}-{kind}.jsonl.gz": cases,
             # Not beside the others: a replay of these has to differ.
-            output / "unstable" / f"{stem}.jsonl.gz": [case for case, _ in found.unstable],
+            output / "unstable" / f"{stem}-{kind}.jsonl.gz": [case for case, _ in found.unstable],
         }
         for path, chosen in kept.items():
             if chosen:

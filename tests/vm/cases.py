@@ -51,7 +51,7 @@ THEMES = {
     "uffd_missing": Theme(("anon", "none", "zero", "shared"), ("uffd_missing_registered",)),
 }
 
-_NEVER_OLD = {"none", "zero", "uffd_zero", "uffd_marker", "swap", "swap_shared", "uffd_swap", "guard", "cold"}
+NEVER_OLD = {"none", "zero", "uffd_zero", "uffd_marker", "swap", "swap_shared", "uffd_swap", "guard", "cold"}
 
 
 def random_specs(geometry: Geometry, seed: int, *, mthp: bool, without: frozenset[str] = frozenset()) -> Iterator[Spec]:
@@ -70,14 +70,15 @@ def random_specs(geometry: Geometry, seed: int, *, mthp: bool, without: frozense
         palette = tuple(state for state in theme.states if state not in without)
         yield Spec(
             trigger="madvise" if chance.random() < 0.15 else "khugepaged",
-            orders=_orders(chance, geometry) if mthp else (geometry.pmd_order,),
+            orders=random_orders(chance, geometry) if mthp else (geometry.pmd_order,),
             limits=_limits(chance, geometry.ptes_per_pmd),
             vma=theme.vma,
             states=tuple(_states(chance, palette, geometry, mthp=mthp)),
         )
 
 
-def _orders(chance: random.Random, geometry: Geometry) -> tuple[int, ...]:
+def random_orders(chance: random.Random, geometry: Geometry) -> tuple[int, ...]:
+    """Orders to enable: all, the PMD's alone, one, or some."""
     every = range(2, geometry.pmd_order + 1)
     kind = chance.random()
     if kind < 0.2:
@@ -112,10 +113,10 @@ def _states(chance: random.Random, palette: tuple[str, ...], geometry: Geometry,
                 continue
             length = chance.randint(1, longest)
             first = chance.randrange(n)
-            old = "~" if state not in _NEVER_OLD and chance.random() < 0.15 else ""
+            old = "~" if state not in NEVER_OLD and chance.random() < 0.15 else ""
             pages[first : first + length] = [state + old] * len(pages[first : first + length])
             placed += length
-    return _one_folio_a_block(pages)
+    return one_folio_a_block(pages)
 
 
 def _block_orders(geometry: Geometry, *, mthp: bool) -> list[int]:
@@ -130,7 +131,7 @@ def _place_block(chance: random.Random, pages: list[str], state: str, order: int
     return size
 
 
-def _one_folio_a_block(pages: list[str]) -> list[str]:
+def one_folio_a_block(pages: list[str]) -> list[str]:
     """The pages, where a block of a large folio that another cut into is made small.
 
     A folio is faulted in as a whole, so no two may overlap, and whether it looks used is one thing for all its pages.

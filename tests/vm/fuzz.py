@@ -15,6 +15,7 @@ from typing import Any
 from mthp.sim.conformance import CaseReport, replay_case
 from vm.apt import LabError
 from vm.cases import random_specs, shrunk
+from vm.corners import corner_specs
 from vm.kernels import Kernel
 from vm.recorder import Recorder, RefusedError, Spec, recorder
 
@@ -54,7 +55,9 @@ class Findings:
         return f"cases {len(self.cases)}, match {len(self.cases) - differing}, mismatch {differing}{others}"
 
 
-def fuzz(kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, shrink: bool = True) -> Findings:
+def fuzz(
+    kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, corners: bool = False, shrink: bool = True
+) -> Findings:
     """Record random cases until there are so many, or time is over.
 
     Args:
@@ -63,6 +66,7 @@ def fuzz(kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, shr
         cases: at most so many.
         seconds: for at most so long.
         say: told of progress and of every difference.
+        corners: draw from the corners (:mod:`vm.corners`).
         shrink: look for the smallest case that still differs.
 
     Raises:
@@ -73,7 +77,7 @@ def fuzz(kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, shr
     said = time.monotonic()
     with ExitStack() as stack:
         lab = _Lab(kernel, stack, seconds)
-        for number, spec in enumerate(_specs(kernel, lab, seed)):
+        for number, spec in enumerate(_specs(kernel, lab, seed, corner_specs if corners else random_specs)):
             if len(found.cases) >= cases or time.monotonic() > end:
                 break
             _one(lab, spec, f"{kernel.version}-{seed}-{number}", found, say, end + SHRINK_SECONDS if shrink else 0)
@@ -110,7 +114,7 @@ class _Lab:
             raise RefusedError(f"the guest is gone: {str(error)[-200:]}") from error
 
 
-def _specs(kernel: Kernel, lab: _Lab, seed: int) -> Iterator[Spec]:
+def _specs(kernel: Kernel, lab: _Lab, seed: int, draw: Callable[..., Iterator[Spec]]) -> Iterator[Spec]:
     series = tuple(int(number) for number in kernel.version.split(".")[:2])
     without = set()
     if series < (6, 15):
@@ -119,7 +123,7 @@ def _specs(kernel: Kernel, lab: _Lab, seed: int) -> Iterator[Spec]:
         without |= {"uffdwp", "uffd_zero", "uffd_swap", "uffd_marker"}  # no write-protection by userfaultfd there
     if not kernel.modules:
         without |= {"swap", "swap_shared", "swapcache", "swapped_back", "uffd_swap"}  # and no swap
-    return random_specs(lab.geometry, seed, mthp=series >= (7, 2), without=frozenset(without))
+    return draw(lab.geometry, seed, mthp=series >= (7, 2), without=frozenset(without))
 
 
 def _one(lab: _Lab, spec: Spec, name: str, found: Findings, say: Say, shrink_until: float) -> None:

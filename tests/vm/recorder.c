@@ -94,7 +94,7 @@ struct a_case {
 	int forced, passes, npages;
 	uint64_t orders;
 	int max_none, max_swap, max_shared;
-	int wp, missing, mlocked, droppable, forks;
+	int wp, missing, mlocked, droppable, forks, keeps_all;
 	unsigned char state[MAX_PAGES], order[MAX_PAGES], old[MAX_PAGES];
 };
 
@@ -596,7 +596,8 @@ static void be_child(void)
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	advise(0, the_case.npages, MADV_NOHUGEPAGE);
-	each_run(~KEPT_BY_CHILD, drop);
+	if (!the_case.keeps_all)
+		each_run(~KEPT_BY_CHILD, drop);
 	if (write(from_child[1], &word, 1) != 1 || read(to_child[0], &word, 1) != 1)
 		_exit(1);
 	word = 'y';
@@ -882,6 +883,7 @@ static void parse(char *line)
 	the_case.mlocked = !!strstr(vma, "mlocked");
 	the_case.droppable = !!strstr(vma, "droppable");
 	the_case.forks = strcmp(setup, "no_fork");
+	the_case.keeps_all = !!strstr(setup, "keeps_all");
 	parse_states(states);
 }
 

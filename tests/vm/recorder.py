@@ -69,6 +69,8 @@ class Spec:
         vma: words of the mapping.
         states: one word a page, a ``~`` behind it if the page is to look unused.
         passes: full scans, or calls.
+        child_keeps_all: where something is shared: the child keeps all it has, not only that, and the parent writes
+            to the rest again.
     """
 
     trigger: str
@@ -77,6 +79,7 @@ class Spec:
     vma: tuple[str, ...]
     states: tuple[str, ...]
     passes: int = 3
+    child_keeps_all: bool = False
 
     @property
     def forks(self) -> bool:
@@ -86,7 +89,9 @@ class Spec:
     @property
     def setup(self) -> str:
         """The record's word for that."""
-        return "fork_child_keeps_only_shared" if self.forks else "no_fork"
+        if not self.forks:
+            return "no_fork"
+        return "fork_child_keeps_all_parent_rewrites_anon" if self.child_keeps_all else "fork_child_keeps_only_shared"
 
     def line(self, name: str) -> str:
         """The case as the recorder reads it."""

@@ -8,7 +8,8 @@ import click
 
 from mthp.cli.options import json_option
 from mthp.cli.output import console, print_json, progress_bar, say
-from mthp.sim.conformance import CaseReport, Replay, read_cases, replay_case
+from mthp.sim.conformance import CaseReport, Replay, replay_case
+from mthp.sim.golden import read_cases
 
 SHOWN_CASES = 20
 """Cases that do not agree and are printed; the JSON object has them all."""

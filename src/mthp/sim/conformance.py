@@ -9,17 +9,13 @@ machine knows nothing of the case.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from mthp.errors import UsageError
-from mthp.sim.stage import MTHP_COLLAPSE, Observation, Runs, Stage, release_of, runs_of
+from mthp.sim.golden import MTHP_COLLAPSE, Case, Pass, Runs, case_of, runs_of
+from mthp.sim.stage import Observation, Stage
 from mthp.sim.trace import Collapse, Event, Isolate, ScanPmd, Swapin
 
 _UNCOUNTED = re.compile("thp_split_pmd")
@@ -27,8 +23,6 @@ _UNCOUNTED = re.compile("thp_split_pmd")
 
 _UNCOUNTED_BEFORE = re.compile("thp_split_pmd|hugepages-[0-9]+kB/collapse_.*")
 """The same, and the counters that came with collapse to orders below PMD order."""
-
-_KEYS = ("id", "trigger", "orders_enabled", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "before", "after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,47 +71,11 @@ class Replay:
             self.failed.append(report)
 
 
-def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The cases of a golden file: JSON lines, compressed if the name ends in ``.gz``.
-
-    Raises:
-        UsageError: it cannot be read, or a line is not a case.
-    """
-    path = Path(path)
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                case = _checked(json.loads(line))
-                number += 1
-                yield case
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise UsageError(
-            f"{path} cannot be replayed: line {number + 1}: {what}",
-            help="give a file of golden cases: JSON lines, compressed if the name ends in .gz",
-        ) from error
-
-
-def _checked(case: Any) -> dict[str, Any]:
-    """The case, if it has what every case has.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if not isinstance(case, dict):
-        raise ValueError("not a JSON object")
-    if missing := [key for key in _KEYS if key not in case]:
-        raise ValueError(f"a case without {', '.join(missing)}")
-    return case
-
-
 def replay(cases: Iterable[dict[str, Any]]) -> Replay:
     """Replay cases one after another.
 
     Raises:
-        UsageError: a case has a state, a geometry or a limit that does not exist.
+        UsageError: a case cannot be (:mod:`mthp.sim.golden`).
     """
     totals = Replay()
     for case in cases:
@@ -128,34 +86,30 @@ def replay(cases: Iterable[dict[str, Any]]) -> Replay:
 def replay_case(case: dict[str, Any]) -> CaseReport:
     """Build a case's state, run its passes, and compare after each.
 
+    Args:
+        case: the JSON object.
+
     Raises:
-        UsageError: the case has a state, a geometry or a limit that does not exist, or is not put together right.
+        UsageError: the case cannot be (:mod:`mthp.sim.golden`).
     """
-    return CaseReport(str(case["id"]), _mismatches(case, _staged(case)))
+    known = case_of(case)
+    return CaseReport(known.id, _mismatches(known))
 
 
-def _staged(case: dict[str, Any]) -> Stage:
-    try:
-        return Stage(case)
-    except UsageError as error:
-        raise UsageError(f"case {case['id']}: {error.message}", help=error.help) from error
-    except (TypeError, KeyError, ValueError) as error:
-        raise UsageError(f"case {case['id']} is not put together right: {error!r}") from error
-
-
-def _mismatches(case: dict[str, Any], stage: Stage) -> tuple[Mismatch, ...]:
+def _mismatches(case: Case) -> tuple[Mismatch, ...]:
     """The differences of the first pass that has any."""
-    orders = case["after"]
+    stage = Stage(case)
     before = stage.observe()
-    uncounted = _UNCOUNTED if release_of(case) >= MTHP_COLLAPSE else _UNCOUNTED_BEFORE
-    for number, recorded in enumerate(case.get("passes") or [{}], 1):
-        orders = case.get(f"after_pass{number}", orders)
+    uncounted = _UNCOUNTED if case.release >= MTHP_COLLAPSE else _UNCOUNTED_BEFORE
+    for number, recorded in enumerate(case.passes, 1):
         counters = stage.machine.counters.values()
         error = stage.run_pass()
         now = stage.observe()
         found = _seen(stage, before, now, counters) | {"errno": error}
         found["stats"] = {name: by for name, by in found["stats"].items() if not uncounted.fullmatch(name)}
-        wanted = _recorded(recorded) | {"orders": orders, "contents": "intact"}
+        wanted = _recorded(recorded)
+        if case.intact:
+            wanted["contents"] = "intact"
         differing = [what for what, value in wanted.items() if value != found[what]]
         if differing:
             return tuple(
@@ -165,17 +119,22 @@ def _mismatches(case: dict[str, Any], stage: Stage) -> tuple[Mismatch, ...]:
     return ()
 
 
-def _recorded(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What a pass is to be compared with."""
-    if not recorded:
-        return {}
+def _recorded(recorded: Pass) -> dict[str, Any]:
+    """What a pass is to be compared with: what the record has of it."""
+    seen = recorded.seen
     wanted: dict[str, Any] = {
-        name: recorded[name] for name in ("scan", "events", "pmd_mapped", "moved", "errno") if name in recorded
+        name: seen[name] for name in ("scan", "events", "pmd_mapped", "moved", "errno") if name in seen
     }
-    wanted["stats"] = {name: by for name, by in recorded["stats"].items() if by and not _UNCOUNTED.fullmatch(name)}
-    wanted["swap_offsets"] = recorded.get("swap_offsets", [])
-    if "flags" in recorded:
-        wanted["flags"] = [["".join(sorted(letters)), count] for letters, count in recorded["flags"]]
+    wanted["orders"] = recorded.orders
+    if "scan" not in seen and "scan_result" in seen:
+        wanted["scan_result"] = seen["scan_result"]
+    if seen.get("stats") is not None:
+        wanted["stats"] = {name: by for name, by in seen["stats"].items() if by and not _UNCOUNTED.fullmatch(name)}
+    if seen.get("events") is not None:
+        # A full record, in which nothing said of slots and flags says that there are none.
+        entries = sum(count for _, count in recorded.orders)
+        wanted["swap_offsets"] = seen.get("swap_offsets") or []
+        wanted["flags"] = [["".join(sorted(letters)), count] for letters, count in seen.get("flags") or [["", entries]]]
     return wanted
 
 
@@ -183,9 +142,11 @@ def _seen(stage: Stage, before: Observation, now: Observation, counters: dict[st
     """A pass of the machine, in the form of the record."""
     events = stage.machine.trace.take()
     changed = stage.machine.counters.since(counters)
+    scan = _scan(events)
     return {
         "orders": runs_of(now.orders),
-        "scan": _scan(events),
+        "scan": scan,
+        "scan_result": scan and scan["result"],
         "events": _rows(events),
         "stats": changed,
         "pmd_mapped": now.pmd_mapped,
