@@ -113,7 +113,9 @@ def judge(
 
 def left(report: dict[str, Any]) -> str:
     """What a collapse did not do, and why."""
-    return json.dumps({key: report[key] for key in ("failed", "folios", "error") if report.get(key)})
+    reasons = {size: tally["reasons"] for size, tally in report["folios"].items() if tally["reasons"]}
+    said = {"ranges": report["failed_ranges"], "folios": reasons, "error": report["error"]}
+    return json.dumps({key: value for key, value in said.items() if value})
 
 
 def spread(values: Sequence[float], factor: float = 1.0) -> str:

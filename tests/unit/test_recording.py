@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +211,47 @@ def test_a_target_that_is_gone_at_once_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(TargetVanishedError):
         recorded(space, tmp_path / "r", Clock())
     assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Files can have `size` bytes at most: what lies beyond is written in part, and then not at all, as on a disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_the_last_step_and_says_what_is_there(tmp_path: Path) -> None:
+    path, space, clock = tmp_path / "r", space_of(15), Clock()
+    history = [columns(space)]
+    rng = np.random.default_rng(3)
+
+    def change() -> None:
+        _, state, order = space._mappings[0]
+        there = rng.random(len(state)) < 0.5
+        state[:], order[:] = np.where(there, P, 0), np.where(there, 0, ORDER_NONE)
+        history.append(columns(space))
+
+    clock.at = {0.5 + step: change for step in range(20)}
+    with room_for(64 << 10), pytest.raises(MthpError, match="cannot be written: File too large") as caught:
+        recorded(space, path, clock, duration=20)
+    recording = Recording(path)
+    steps = len(recording.steps)
+    assert 2 < steps < 20
+    assert caught.value.help == f"the {steps} steps before are whole, and can be read"
+    for number in range(steps):
+        assert same(columns(recording.space(number)), history[number])
+
+
+def test_a_disk_without_room_for_one_step_leaves_no_file(tmp_path: Path) -> None:
+    whole = record_series(space_of(), tmp_path / "whole", Pace(duration=0.01)).bytes
+    for size in (100, whole // 3, whole // 2):
+        with room_for(size), pytest.raises(MthpError, match="cannot be written"):
+            recorded(space_of(), tmp_path / "r", Clock())
+        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 def test_a_recording_cut_anywhere_has_all_steps_before(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from report_spaces import HOSTILE, mixed, redis_like
 pytest.importorskip("textual")
 
 from textual.pilot import Pilot
-from textual.widgets import Static
+from textual.widgets import Label, Static
 
 from mthp.top.app import TopApp, View, daemon_line
 from mthp.top.screens import Notice, Question, Running
@@ -88,7 +88,7 @@ def drive(
 ) -> None:
     async def run() -> None:
         app = TopApp(shown)
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=True) as pilot:
             await pilot.pause()
             await script(app, pilot)
 
@@ -212,10 +212,11 @@ def test_a_collapse_runs_beside_the_screen_and_says_what_came_of_it(screenshots:
     async def script(app: TopApp, pilot: Pilot[int]) -> None:
         await pilot.press("c")
         await until(pilot, lambda: isinstance(app.screen, Question))
-        app.save_screenshot("top-question.svg", str(screenshots))
+        assert "MADV_COLLAPSE" in text_of(app, "#text")
         await pilot.press("y")
         await until(pilot, lambda: isinstance(app.screen, Running) and "copied" in text_of(app, "#text"))
         assert "before" in text_of(app, "#text")
+        app.save_screenshot("top-collapsed.svg", str(screenshots))
         await pilot.press("escape")
         await until(pilot, lambda: not isinstance(app.screen, Running))
 
@@ -224,6 +225,45 @@ def test_a_collapse_runs_beside_the_screen_and_says_what_came_of_it(screenshots:
     assert source.refreshed == [101]
     assert space.attempts
     assert space.closed
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "not_said"),
+    [
+        (ROWS[0], ("MADV_COLLAPSE", "Folios of 64K: by moving pages", "about 1 ms", "holes are left"), ()),
+        (ROWS[2], ("MADV_COLLAPSE", "smaller than 2M, if the plan has any: by moving pages"), ()),
+        (Row(9, "[red]sh", 1, 1, gain=1, folios={9: 3}, planned=True), ("MADV_COLLAPSE",), ("by moving", "holes")),
+        (Row(9, "x", 1, 1, gain=1, folios={3: 3}, planned=True), ("Folios of 32K: by moving",), ("MADV_COLLAPSE",)),
+    ],
+)
+def test_the_question_says_what_a_collapse_means(
+    row: Row, said: Sequence[str], not_said: Sequence[str], screenshots: Path
+) -> None:
+    async def script(app: TopApp, pilot: Pilot[int]) -> None:
+        await pilot.press("c")
+        await until(pilot, lambda: isinstance(app.screen, Question))
+        asked = " ".join(text_of(app, "#text").split())
+        assert [text for text in said if text not in asked] == []
+        assert [text for text in not_said if text in asked] == []
+        assert row.name in str(app.screen.query_one(".title", Label).render())
+        app.save_screenshot("top-question-dark.svg" if row is ROWS[0] else "top-question-other.svg", str(screenshots))
+        if row is ROWS[0]:
+            await pilot.press("n", "t", "c")
+            await until(pilot, lambda: isinstance(app.screen, Question))
+            app.save_screenshot("top-question-light.svg", str(screenshots))
+
+    drive(view(Rows([row]), opened=lambda _: redis_like()), script)
+
+
+def test_a_reason_why_nothing_can_be_done_is_text_whatever_is_in_it() -> None:
+    trouble = "[/red] not permitted [bold"
+
+    async def script(app: TopApp, pilot: Pilot[int]) -> None:
+        await pilot.press("c")
+        await until(pilot, lambda: bool(app.screen.query("Toast")))
+        assert trouble in str(app.screen.query_one("Toast").render())
+
+    drive(view(Rows([Row(55, "sshd", 5 * M, 1 * M, trouble=trouble)]), opened=lambda _: redis_like()), script)
 
 
 class Slow(FakeSpace):
@@ -272,7 +312,9 @@ def test_a_recording_is_gone_through_in_time(screenshots: Path) -> None:
         assert "4711 (redis-server)" in text_of(app, "#head")
         assert "step 1 of 2, 0 s" in text_of(app, "#steps")
         assert len(column(app)) == 3
-        app.save_screenshot("top-recording.svg", str(screenshots))
+        app.save_screenshot("top-recording-dark.svg", str(screenshots))
+        await pilot.press("t")
+        app.save_screenshot("top-recording-light.svg", str(screenshots))
         await pilot.press("right")
         await until(pilot, lambda: mapped.arrived)
         app.draw()

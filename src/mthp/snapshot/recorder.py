@@ -107,7 +107,7 @@ def record_series(
 
     Raises:
         UsageError: the file exists or cannot be created.
-        MthpError: it cannot be written any more; what was written is there.
+        MthpError: it cannot be written any more. The steps that were written are there; without any, no file is.
         TargetVanishedError: the target was gone before the first step. No file is left.
         UnsupportedError: pyarrow is missing.
     """

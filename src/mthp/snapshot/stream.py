@@ -16,6 +16,7 @@ recording under the same key, and the last batch an ``end``, so that a reader kn
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import stat
@@ -27,7 +28,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mthp.errors import UsageError
+from mthp.errors import MthpError, UsageError
 from mthp.snapshot.description import Description
 from mthp.snapshot.runs import Runs
 from mthp.snapshot.table import pyarrow, reading, writing
@@ -63,9 +64,11 @@ class StreamWriter:
 
     Attributes:
         bytes: written so far.
+        steps: that are whole.
 
     Raises:
         UsageError: the file exists or cannot be created.
+        MthpError: it cannot be written. No file is left.
         UnsupportedError: pyarrow is missing.
     """
 
@@ -73,14 +76,18 @@ class StreamWriter:
         arrow = pyarrow()
         self.path = os.fspath(path)
         self._arrow = arrow
+        self.steps = 0
         self._page_size = description.geometry.page_size
         fields = [(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()]
         self._schema = arrow.schema(fields, metadata={KEY: description.to_json()})
-        # Unbuffered: what was written is the kernel's, and stays when this process is killed.
-        self._file = open(_created(self.path, overwrite=overwrite), "wb", buffering=0)  # noqa: SIM115
-        with writing(self.path):
-            options = pyarrow("pyarrow.ipc").IpcWriteOptions(compression="zstd")
-            self._writer = pyarrow("pyarrow.ipc").new_stream(self._file, self._schema, options=options)
+        self._file = _WholeWrites(_created(self.path, overwrite=overwrite), "wb")
+        try:
+            with writing(self.path):
+                options = pyarrow("pyarrow.ipc").IpcWriteOptions(compression="zstd")
+                self._writer = pyarrow("pyarrow.ipc").new_stream(self._file, self._schema, options=options)
+        except MthpError:
+            self._discard()
+            raise
 
     def add(self, runs: Runs, meta: Meta) -> None:
         """Append one step.
@@ -90,7 +97,7 @@ class StreamWriter:
             meta: what else the step says; JSON.
 
         Raises:
-            MthpError: the file cannot be written.
+            MthpError: the file cannot be written. If this is the first step, no file is left.
         """
         columns = (
             (runs.first * self._page_size).astype(np.uint64),
@@ -100,8 +107,15 @@ class StreamWriter:
         )
         batch = self._arrow.record_batch([self._arrow.array(column) for column in columns], schema=self._schema)
         text = json.dumps(meta | {"crc": _crc(columns)}, separators=(",", ":"))
-        with writing(self.path):
-            self._writer.write_batch(batch, custom_metadata={KEY: text})
+        try:
+            with writing(self.path):
+                self._writer.write_batch(batch, custom_metadata={KEY: text})
+        except MthpError as error:
+            if not self.steps:
+                self._discard()
+                raise
+            raise MthpError(error.message, help=f"the {self.steps} steps before are whole, and can be read") from error
+        self.steps += 1
 
     @property
     def bytes(self) -> int:
@@ -114,9 +128,28 @@ class StreamWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._writer.close()
         self._file.close()
+
+    def _discard(self) -> None:
+        """Remove the file, which nothing can be read from."""
+        self._file.close()
+        Path(self.path).unlink(missing_ok=True)
+
+
+class _WholeWrites(io.FileIO):
+    """A file without a buffer: what was written is the kernel's, and stays when this process is killed.
+
+    A disk that is nearly full takes a part of what is written, which Arrow does not notice; here the rest is tried
+    again, and so either written or an error.
+    """
+
+    def write(self, data: Any, /) -> int:
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            rest = rest[super().write(rest) :]
+        return memoryview(data).nbytes
 
 
 def _created(path: str, *, overwrite: bool) -> int:

@@ -26,7 +26,7 @@ from mthp.text import clean
 from mthp.top.carrying import Carrying
 from mthp.top.mapped import Mapped
 from mthp.top.model import SORTS, UNKNOWN, Row, arranged, bar, totals
-from mthp.top.screens import Notice, Question, Running, keys_text, plan_text
+from mthp.top.screens import Notice, Question, Running, keys_text, plan_text, question_text
 from mthp.top.survey import Source
 
 BAR = 24
@@ -131,7 +131,8 @@ class TopApp(App[int]):
         for name, head, width in COLUMNS:
             if name == "id" and self._mapped:
                 head, width = "address", 12
-            table.add_column(head, width=width, key=head)
+            figures = name not in ("name", "")
+            table.add_column(Text(head, justify="right" if figures else "left"), width=width, key=head)
         table.focus()
         self.draw()
         self.set_interval(INTERVAL, self.draw)
@@ -222,7 +223,7 @@ class TopApp(App[int]):
         view = self.view
         mapped = self._mapped
         title = clean(mapped.label or view.title) if mapped else view.title
-        what = "mappings" if mapped else "processes"
+        what = ("mapping" if mapped else "process", "mappings" if mapped else "processes")[count != 1]
         order = f"by {self.sort}{', reversed' if self.reversed else ''}"
         text = Text()
         text.append(title, style="bold")
@@ -300,13 +301,13 @@ class TopApp(App[int]):
             self.notify("Nothing runs here: a file cannot be collapsed.", severity="warning")
             return
         if row.trouble:
-            self.notify(clean(row.trouble), severity="warning")
+            self.notify(clean(row.trouble), severity="warning", markup=False)
             return
         mapped = self._mapped
+        plan = replace(self.view.options, within=mapped.range_of(row.key)) if mapped else self.view.options
+        options = CollapseOptions(plan=plan)
         title = f"Collapse {row.name} ({self._number(row)})?"
-        if await self.push_screen_wait(Question(title, plan_text(row, self.view.geometry, self._policy))):
-            plan = replace(self.view.options, within=mapped.range_of(row.key)) if mapped else self.view.options
-            options = CollapseOptions(plan=plan)
+        if await self.push_screen_wait(Question(title, question_text(row, self.view.geometry, options))):
             carrying = Carrying(lambda: opened(row.key), options)
             try:
                 await self.push_screen_wait(Running(f"Collapsing {row.name}", carrying, self.view.geometry))

@@ -11,7 +11,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, Label, ProgressBar, Static
 
-from mthp.collapsing import CollapseReport
+from mthp.collapsing import CollapseOptions, CollapseReport
 from mthp.geometry import Geometry, format_size
 from mthp.text import clean
 from mthp.top.carrying import Carrying
@@ -53,6 +53,33 @@ def plan_text(row: Row, geometry: Geometry, policy: str) -> Text:
         line("  would copy", format_size(row.gain or 0))
         line("  would add", f"{format_size(row.bloat or 0)} of bloat")
     return lines
+
+
+def question_text(row: Row, geometry: Geometry, options: CollapseOptions) -> Text:
+    """The plan of `row`, and what it means for the process and for the machine if it is carried out."""
+    policy = options.plan.policy
+    text = plan_text(row, geometry, policy if isinstance(policy, str) else policy.name)
+    pmd = geometry.label(geometry.pmd_order)
+    below = [order for order in row.folios if order < geometry.pmd_order]
+
+    def say(head: str, body: str) -> None:
+        text.append(f"\n{head}: ", style="bold")
+        text.append(body)
+
+    if not row.planned or len(below) < len(row.folios):
+        say(f"Folios of {pmd}", "by the kernel's MADV_COLLAPSE. The process waits at most for the range at hand.")
+    if below or not row.planned:
+        sizes = ", ".join(map(geometry.label, below)) or f"smaller than {pmd}, if the plan has any"
+        say(
+            f"Folios of {sizes}",
+            "by moving pages. All threads of the process are stopped, for about"
+            f" {1000 * options.max_pause:g} ms at a time and {options.duty:.0%} of the time; one of them runs a small"
+            " piece of code that is injected. Meanwhile the switch of one folio size is `always` for the whole system."
+            " All is taken back at the end.",
+        )
+        if not options.fill:
+            say("Holes", f"only folios of {pmd} fill them; smaller runs with holes are left as they are.")
+    return text
 
 
 class Notice(ModalScreen[None]):
@@ -150,16 +177,32 @@ class Running(ModalScreen[None]):
             self.dismiss(None)
 
 
+MAX_REASONS = 5
+"""Reasons for what was not done that are told; the command line tells all."""
+
+
 def report_text(report: CollapseReport, geometry: Geometry) -> Text:
     """What a collapse did, in words."""
     pmd = geometry.label(geometry.pmd_order)
+    made = {geometry.pmd_order: report.collapsed} | {order: tally.made for order, tally in report.folios.items()}
+    folios = ", ".join(f"{count:,} of {geometry.label(order)}" for order, count in made.items() if count)
     lines = [
+        f"folios made: {folios or 'none'}",
         f"{format_size(report.copied_bytes)} copied, {format_size(report.filled_bytes)} of bloat added,"
         f" in {report.elapsed:.2f} s",
         f"{pmd} mapped: {report.plan.coverage:.1%} before, {report.coverage:.1%} now",
     ]
-    if report.failed:
-        lines.append("not done: " + ", ".join(f"{count} {result.meaning}" for result, count in report.failed.items()))
+    if report.windows.count:
+        lines.append(f"it stood still {report.windows.count:,} times, for {1000 * report.windows.p50:.2f} ms at a time")
+    left = [(count, pmd, result.meaning) for result, count in report.failed.items()]
+    for order, tally in report.folios.items():
+        left += [(count, geometry.label(order), reason) for (_, reason), count in tally.failed.items()]
+    left.sort(key=lambda entry: -entry[0])
+    lines += [f"not made: {count:,} of {size}: {reason}" for count, size, reason in left[:MAX_REASONS]]
+    if len(left) > MAX_REASONS:
+        lines.append(f"not made for other reasons: {sum(count for count, _, _ in left[MAX_REASONS:]):,}")
+    if report.error is not None:
+        lines.append(f"it ended early: {report.error.message}")
     if report.interrupted:
         lines.append("stopped: what was done stays done")
     if report.vanished:
