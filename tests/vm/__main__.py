@@ -12,7 +12,7 @@ from vm.apt import LabError, cache_directory
 from vm.fuzz import Findings, fuzz, write_cases
 from vm.guest import Job, run
 from vm.kernels import OTHERS, SERIES, Kernel, fetch
-from vm.matrix import examine, live_files, table
+from vm.matrix import GUEST_SECONDS, Row, examine, live_files, saved, skips, table
 
 KERNELS = click.option(
     "-k",
@@ -115,24 +115,54 @@ def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, corners: boo
 @main.command()
 @KERNELS
 @click.option("--tests", multiple=True, metavar="WORD", help="Only live tests whose file's name holds it; or `none`.")
-@click.option("--seconds", default=2400.0, show_default=True, help="The time limit for each kernel.")
+@click.option("--smoke/--no-smoke", default=True, show_default=True, help="Run mthp's commands on a small target.")
+@click.option("--resume", is_flag=True, help="Leave out what passed or was skipped there before.")
+@click.option("--seconds", default=GUEST_SECONDS, show_default=True, help="The time limit of each guest.")
 @click.option("--verbose", is_flag=True, help="Show what the guests print.")
-def matrix(names: tuple[str, ...], tests: tuple[str, ...], seconds: float, verbose: bool) -> None:
+def matrix(
+    names: tuple[str, ...], tests: tuple[str, ...], smoke: bool, resume: bool, seconds: float, verbose: bool
+) -> None:
     """Run mthp's commands and live tests on kernels, and print what came of it as a table."""
     rows = []
-    for name in names or (*SERIES, *OTHERS[:1]):
-        _say(f"{name}: booting")
-        row = examine(fetch(name), live_files(tests), seconds=seconds, echo=verbose)
-        rows.append(row)
-        for result in row.tests.values():
-            for failure in result.failures:
-                _say(f"{name}: failed: {failure}")
-        for command, said in row.smoke.items():
-            _say(f"{name}: mthp {command}: {said}")
-        if not row.smoke:
-            _say(f"{name}: did not come to an end:\n{row.console}")
-        _say(table(rows))
-    sys.exit(1 if any(row.failed for row in rows) else 0)
+    files = live_files(tests)
+    for name in names or (*SERIES, *OTHERS):
+        kernel = fetch(name)
+        _say(f"{name}: booting {kernel.release}")
+        row = _known(kernel, files, again=not resume)
+        rows.append(examine(kernel, files, smoke=smoke, row=row, seconds=seconds, echo=verbose, keep=True, say=_say))
+    _show(rows)
+
+
+@main.command("table")
+@KERNELS
+def show_table(names: tuple[str, ...]) -> None:
+    """Print what came of the kernels when `matrix` was last run on each."""
+    _show([row for name in names or (*SERIES, *OTHERS) if (row := saved(name))])
+
+
+def _known(kernel: Kernel, files: list[str], *, again: bool) -> Row:
+    """What is kept of a kernel, without what is to be run: all tests of `files` `again`, or those that failed."""
+    row = saved(kernel.name)
+    if row is None or row.release != kernel.release:
+        return Row(kernel.name, kernel.release)
+    row.seconds *= not again
+    chosen = {name for name in row.tests if name.partition("::")[0].rpartition("/")[2] in files}
+    row.tests = {
+        name: test
+        for name, test in row.tests.items()
+        if name not in chosen or (not again and test.outcome in ("passed", "skipped"))
+    }
+    return row
+
+
+def _show(rows: list[Row]) -> None:
+    """Print the table, why tests were skipped, and what failed; exit with 1 if anything did."""
+    _say(table(rows))
+    _say(skips(rows))
+    failures = [f"{row.name}: {failure}" for row in rows for failure in row.failures]
+    for failure in failures:
+        _say(failure)
+    sys.exit(1 if failures else 0)
 
 
 def _each(

@@ -24,6 +24,10 @@ FRESH_SECONDS = 24 * 3600
 
 _SYSTEM = Path("/etc/apt")
 
+_KEEP_BINARY_LISTS = ("-oDir::Cache::pkgcache=pkgcache.bin", "-oDir::Cache::srcpkgcache=srcpkgcache.bin")
+"""Machines made of container images have apt parse all lists at every question, which takes it seconds. Their setting
+is read behind that of a file of ours."""
+
 
 class LabError(Exception):
     """The lab cannot do what was asked; the text says what would make it so."""
@@ -144,7 +148,8 @@ class Apt:
 
     def _run(self, command: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"APT_CONFIG": str(self.root / "apt.conf"), "LC_ALL": "C"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=self.pool())
+        words = [command[0], *_KEEP_BINARY_LISTS, *command[1:]]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False, cwd=self.pool())
         if check and done.returncode:
             raise LabError(f"{' '.join(command[:3])} ...: {done.stderr.strip()[-400:]}")
         return done

@@ -1,12 +1,14 @@
 """A machine under QEMU that boots a kernel, runs one job, brings its files back, and ends in time.
 
-QEMU translates (TCG): nested KVM often does not work, and what the lab does takes seconds either way. The guest has
-neither network nor disk. Whatever it does, its process is gone when the ``with`` block is left.
+The host's processor runs it where that works (KVM), which one short boot finds out; otherwise QEMU translates (TCG).
+A boot takes seconds either way. The guest has neither network nor disk. Whatever it does, its process is gone when the
+``with`` block is left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import selectors
@@ -18,16 +20,25 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vm.apt import LabError
+from vm.apt import LabError, cache_directory
 from vm.initramfs import CHANNEL_PORT, FILES_PORT, build, job_archive
 from vm.kernels import Kernel
+from vm.tools import need
 from vm.world import project, world
 
 QUIET = "quiet loglevel=3 panic=-1 random.trust_cpu=on"
+
+_TCG = "tcg,thread=multi"
+
+PROBE_SECONDS = 20
+"""So long a guest may take to show that KVM works; it takes a second or two."""
+
+Listen = Callable[[str], None]
+"""Told of every line that the job writes to ``$CHANNEL``."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class Job:
         memory_mb: of the machine, in MiB.
         cpus: of the machine.
         parameters: more words for the kernel's command line.
+        silence: seconds without a word, on console or channel, after which the guest counts as stuck.
+        accelerator: ``kvm`` or ``tcg``; the better one that works, if empty.
     """
 
     script: str
@@ -51,6 +64,8 @@ class Job:
     memory_mb: int = 1024
     cpus: int = 1
     parameters: str = ""
+    silence: float = float("inf")
+    accelerator: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class Outcome:
         console: what it printed, with the kernel's own messages.
         files: what it left in ``/out``, by path.
         seconds: how long it took, the boot included.
-        timed_out: it was ended because its time was over.
+        timed_out: it was ended because its time was over, or it said nothing for too long.
     """
 
     exit_code: int | None
@@ -107,26 +122,26 @@ class Guest:
 
     def _start(self) -> subprocess.Popen[bytes]:
         job, platform = self._job, self.kernel.platform
-        if not shutil.which(platform.qemu[0]):
-            raise LabError(f"no {platform.qemu[0]}: apt-get install {platform.needs}")
+        need(platform.qemu[0], [platform.emulator])
         archives = [world(platform)] if job.with_python else []
         files = {f"mthp/{name}": data for name, data in (project() if job.with_python else {}).items()}
         files |= {f"job/{name}": data for name, data in job.files.items()}
         archives += [build(self.kernel), job_archive(job.script, files)]
         (self._directory / "initrd").write_bytes(b"".join(archives))
         (self._directory / "files").touch()
-        self._began = time.monotonic()  # what had to be fetched and built first is none of the job's time
+        command = self._command()
+        self._began = time.monotonic()  # what had to be fetched, built and probed first is none of the job's time
         return subprocess.Popen(
-            self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
         )
 
     def _command(self) -> list[str]:
         job, platform, directory = self._job, self.kernel.platform, self._directory
-        cpu = [] if "-cpu" in platform.qemu else ["-cpu", "max"]
-        accelerators = ["-accel", "tcg,thread=multi"]
+        accelerator = job.accelerator or ("kvm" if kvm_works(self.kernel) else "tcg")
+        machine = ["-cpu", "host", "-accel", "kvm"] if accelerator == "kvm" else ["-cpu", platform.cpu, "-accel", _TCG]
         return [
             "setpriv", "--pdeathsig", "KILL", "--",  # or a guest would outlive a lab that was killed
-            *platform.qemu, *cpu, *accelerators,
+            *platform.qemu, *machine,
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
             "-m", str(job.memory_mb), "-smp", str(job.cpus),
             "-kernel", str(self.kernel.image), "-initrd", str(directory / "initrd"),
@@ -169,17 +184,37 @@ class Guest:
 
     def drain(self) -> None:
         """Take what the console holds."""
-        for chunk in self._chunks(0):
-            self._keep(chunk)
+        self._follow(0, None)
 
-    def wait(self) -> Outcome:
-        """Wait for the job's end, or its time limit's."""
-        for chunk in self._chunks(None):
-            self._keep(chunk)
-        timed_out = self.remaining <= 0
+    def wait(self, listen: Listen | None = None) -> Outcome:
+        """Wait for the job's end, or its time limit's; `listen` is told of each line that comes through the channel."""
+        ended = self._follow(self._job.silence, listen)
         self._end()
         exit_code, files = _unpacked((self._directory / "files").read_bytes())
-        return Outcome(exit_code, self.console, files, time.monotonic() - self._began, timed_out)
+        return Outcome(exit_code, self.console, files, time.monotonic() - self._began, not ended)
+
+    def _follow(self, patience: float, listen: Listen | None) -> bool:
+        """Take what comes from the console, and from the channel if somebody listens.
+
+        Returns:
+            Whether they closed; otherwise time is over, or nothing came for `patience` seconds.
+        """
+        assert self._process is not None
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ, self._keep)
+            if listen:
+                selector.register(self.channel, selectors.EVENT_READ, _by_line(listen))
+            while selector.get_map():
+                ready = selector.select(min(self.remaining, patience)) if self.remaining > 0 else []
+                if not ready:
+                    return False
+                for key, _ in ready:
+                    if chunk := os.read(key.fd, 1 << 16):
+                        key.data(chunk)
+                    else:
+                        selector.unregister(key.fileobj)
+        return True
 
     def _keep(self, chunk: bytes) -> None:
         self._console += chunk
@@ -187,26 +222,12 @@ class Guest:
             sys.stdout.write(chunk.decode(errors="replace"))
             sys.stdout.flush()
 
-    def _chunks(self, patience: float | None) -> Iterator[bytes]:
-        """What comes from the console, until it closes, time is over, or nothing came for `patience` seconds."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while self.remaining > 0:
-                if not selector.select(self.remaining if patience is None else patience):
-                    return
-                chunk = os.read(self._process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    return
-                yield chunk
-
     def _end(self) -> None:
         process = self._process
         if process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0 if self.remaining <= 0 else 2)
+            process.wait(0 if self.remaining <= 0 else 2)  # it has switched itself off, or will not
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -215,10 +236,42 @@ class Guest:
             process.stdout.close()
 
 
-def run(kernel: Kernel, job: Job, *, echo: bool = False) -> Outcome:
-    """Boot, run, and wait."""
+def run(kernel: Kernel, job: Job, *, echo: bool = False, listen: Listen | None = None) -> Outcome:
+    """Boot, run, and wait; `listen` is told of each line that the job writes to ``$CHANNEL``."""
     with Guest(kernel, job, echo=echo) as guest:
-        return guest.wait()
+        return guest.wait(listen)
+
+
+@functools.cache
+def kvm_works(kernel: Kernel) -> bool:
+    """Whether the host's own processor runs a kernel.
+
+    That /dev/kvm is there says little: a guest may die of what the machine, often a guest itself, does not pass on. So
+    a short boot finds it out, once for each kernel while the machine is up.
+    """
+    if kernel.platform.machine != os.uname().machine or not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    up = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    known = cache_directory() / "kvm" / f"{up}-{kernel.release}"
+    if not known.exists():
+        outcome = run(kernel, Job("true", seconds=PROBE_SECONDS, memory_mb=512, accelerator="kvm"))
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text("works" if outcome.exit_code == 0 else outcome.console[-4000:] or "says nothing")
+    return known.read_text() == "works"
+
+
+def _by_line(listen: Listen) -> Callable[[bytes], None]:
+    """Takes chunks, and tells `listen` of whole lines."""
+    kept = bytearray()
+
+    def take(chunk: bytes) -> None:
+        kept.extend(chunk)
+        *lines, rest = kept.split(b"\n")
+        kept[:] = rest
+        for line in lines:
+            listen(line.decode(errors="replace"))
+
+    return take
 
 
 def _unpacked(stream: bytes) -> tuple[int | None, dict[str, bytes]]:

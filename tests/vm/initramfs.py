@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import lzma
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 from vm.apt import Apt, LabError, cache_directory, unpack
 from vm.cpio import Archive
 from vm.kernels import Kernel, Platform
+from vm.tools import need
 
 MODULES = ("virtio_pci", "virtio_console", "virtio_rng", "brd")
 """What is loaded where it is not built in."""
@@ -101,8 +101,7 @@ def compiled_recorder(platform: Platform) -> Path:
     binary = cache_directory() / f"recorder-{platform.machine}"
     if binary.exists() and binary.stat().st_mtime > source.stat().st_mtime:
         return binary
-    if not shutil.which(platform.compiler):
-        raise LabError(f"no {platform.compiler} to compile the recorder: apt-get install {platform.needs}")
+    need(platform.compiler, platform.compilers)
     binary.parent.mkdir(parents=True, exist_ok=True)
     command = [platform.compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", str(binary), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -7,6 +7,7 @@ series to be had.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,38 +30,50 @@ class Platform:
         machine: as ``uname -m`` says.
         debian: Debian's word for the architecture.
         flavour: of the kernel packages.
-        compiler: builds the recorder.
-        qemu: the emulator and what it needs to be told of the machine.
+        qemu: the emulator and the machine it emulates.
+        cpu: the processor it emulates.
         console: its serial console.
-        headers: the package of the C library that a cross compiler needs, for a message.
+        emulator: the package of the emulator.
+        cross: the packages that compile for it elsewhere.
     """
 
     name: str
     machine: str
     debian: str
     flavour: str
-    compiler: str
     qemu: tuple[str, ...]
+    cpu: str
     console: str
-    needs: str
+    emulator: str
+    cross: tuple[str, ...]
+
+    @property
+    def compiler(self) -> str:
+        """Builds the recorder."""
+        return f"{self.machine.replace('ppc64le', 'powerpc64le')}-linux-gnu-gcc"
+
+    @property
+    def compilers(self) -> tuple[str, ...]:
+        """The packages with the compiler and the C library, on this machine."""
+        return ("gcc", "libc6-dev") if self.machine == os.uname().machine else self.cross
 
 
 PLATFORMS = {
     platform.name: platform
     for platform in (
         Platform(
-            "x86-64", "x86_64", "amd64", "cloud-amd64", "x86_64-linux-gnu-gcc",
-            ("qemu-system-x86_64", "-M", "q35"), "ttyS0", "qemu-system-x86 gcc",
+            "x86-64", "x86_64", "amd64", "cloud-amd64", ("qemu-system-x86_64", "-M", "q35"), "max", "ttyS0",
+            "qemu-system-x86", ("gcc-x86-64-linux-gnu", "libc6-dev-amd64-cross"),
+        ),
+        # Signing pointers as the architecture says takes an emulator most of its time; this is a way of its own.
+        Platform(
+            "arm64-16k", "aarch64", "arm64", "arm64-16k", ("qemu-system-aarch64", "-M", "virt"),
+            "max,lpa2=off,pauth-impdef=on", "ttyAMA0", "qemu-system-arm",
+            ("gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"),
         ),
         Platform(
-            "arm64-16k", "aarch64", "arm64", "arm64-16k", "aarch64-linux-gnu-gcc",
-            ("qemu-system-aarch64", "-M", "virt", "-cpu", "max,lpa2=off"), "ttyAMA0",
-            "qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
-        ),
-        Platform(
-            "ppc64-64k", "ppc64le", "ppc64el", "powerpc64le-64k", "powerpc64le-linux-gnu-gcc",
-            ("qemu-system-ppc64", "-M", "pseries", "-cpu", "power9"), "hvc0",
-            "qemu-system-ppc gcc-powerpc64le-linux-gnu libc6-dev-ppc64el-cross",
+            "ppc64-64k", "ppc64le", "ppc64el", "powerpc64le-64k", ("qemu-system-ppc64", "-M", "pseries"), "power9",
+            "hvc0", "qemu-system-ppc", ("gcc-powerpc64le-linux-gnu", "libc6-dev-ppc64el-cross"),
         ),
     )
 }  # fmt: skip

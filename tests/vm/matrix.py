@@ -2,47 +2,67 @@
 
 The live tests run as on any machine: what a kernel does not offer is skipped with the reason. The commands are run on
 a target that checks its own contents (`smoke.py`), and what became of it is read from the guest's own page tables.
+
+A guest tells of every test as it begins and as it ends (`telling.py`), so nothing is lost, whatever becomes of it. One
+whose time is over, or that has not said anything for long, is ended; the test it was at has failed, and a fresh guest
+goes on with the rest. What came of each test is kept in the lab's cache, by kernel.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
-import xml.etree.ElementTree as ET
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vm.apt import cache_directory
 from vm.guest import Job, Outcome, run
 from vm.kernels import Kernel
+from vm.smoke import COMMANDS
+from vm.world import project
 
 LIVE = Path(__file__).resolve().parents[1] / "live"
 
 CELL = 32
 """Characters in a cell of the table."""
 
-_SETUP = "cd /mthp; export PYTHONPATH=/mthp/src:/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140\n"
+GUEST_SECONDS = 2400
+"""A guest is replaced by a fresh one after so long."""
+
+SILENCE_SECONDS = 900
+"""And after so long without a word: one test takes less, on any machine."""
+
+PATIENCE = 20
+"""By so much more than elsewhere the tests wait for what takes its time: an emulated processor is that slow."""
+
+LOST = "the guest was lost in it"
+
+_SETUP = f"""cd /mthp; export PYTHONPATH=/mthp/src:/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
+export MTHP_TEST_PATIENCE={PATIENCE}
+"""
+_SMOKE = "python3 -m vm.smoke; smoke=$?\n"
+_TESTS = "python3 -m pytest -q -p no:cacheprovider -p vm.telling --continue-on-collection-errors --tb=short {files}\n"
+
+Say = Callable[[str], None]
 
 
 @dataclass
-class Result:
-    """What came of one test file on a kernel.
+class Test:
+    """What came of one test.
 
     Attributes:
-        passed, failed, skipped: tests.
-        failures: the names of those that failed.
+        outcome: ``passed``, ``failed`` or ``skipped``; ``began`` until then.
+        seconds: how long it took.
+        why: it was skipped, or how it failed.
+        tree: the state of mthp and its tests, see `tree`.
     """
 
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def cell(self) -> str:
-        """For a table."""
-        parts = [f"{self.passed} ok"] if self.passed else []
-        parts += [f"{self.failed} FAILED"] if self.failed else []
-        parts += [f"{self.skipped} skip"] if self.skipped else []
-        return ", ".join(parts) or "-"
+    outcome: str = "began"
+    seconds: float = 0
+    why: str = ""
+    tree: str = ""
 
 
 @dataclass
@@ -50,23 +70,65 @@ class Row:
     """What came of a kernel.
 
     Attributes:
-        kernel: which.
+        name, release: which, as in `Kernel`.
         smoke: what the commands did: a word of `smoke.py`'s report, by command.
-        tests: by test file.
-        seconds: how long it took.
-        console: the end of what the guest printed.
+        tests: by name.
+        seconds: how long it took, all guests together.
+        console: the end of what the last guest printed.
     """
 
-    kernel: Kernel
+    name: str
+    release: str
     smoke: dict[str, str] = field(default_factory=dict)
-    tests: dict[str, Result] = field(default_factory=dict)
+    tests: dict[str, Test] = field(default_factory=dict)
     seconds: float = 0
     console: str = ""
 
     @property
-    def failed(self) -> bool:
-        """Whether anything did."""
-        return any(result.failed for result in self.tests.values()) or not self.smoke or "FAILED" in str(self.smoke)
+    def failures(self) -> list[str]:
+        """What failed, and why."""
+        lines = [f"mthp {command}: {said}" for command, said in self.smoke.items() if said.startswith("FAILED")]
+        lines += [f"{name}: {test.why}" for name, test in self.tests.items() if test.outcome in ("failed", "began")]
+        return lines if self.smoke or self.tests else [f"nothing came of it:\n{self.console}"]
+
+    def file(self, name: str) -> list[Test]:
+        """The tests of a file."""
+        return [test for nodeid, test in self.tests.items() if _file_of(nodeid) == name]
+
+    def save(self) -> None:
+        """Keep it for `saved`."""
+        path = _place(self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self), indent=1))
+        part.rename(path)
+
+
+def saved(name: str) -> Row | None:
+    """What was kept of a kernel."""
+    if not _place(name).exists():
+        return None
+    row = Row(**json.loads(_place(name).read_text()))
+    row.tests = {name: Test(**test) for name, test in row.tests.items()}  # type: ignore[arg-type]
+    return row
+
+
+def _place(name: str) -> Path:
+    return cache_directory() / "results" / f"{name}.json"
+
+
+def _file_of(nodeid: str) -> str:
+    return Path(nodeid.partition("::")[0]).name
+
+
+@functools.cache
+def tree() -> str:
+    """A short word for the state of mthp and its tests."""
+    files = hashlib.sha256()
+    for name, data in sorted(project().items()):
+        if not name.startswith("tests/vm/"):
+            files.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
+    return files.hexdigest()[:12]
 
 
 def live_files(chosen: tuple[str, ...] = ()) -> list[str]:
@@ -75,54 +137,118 @@ def live_files(chosen: tuple[str, ...] = ()) -> list[str]:
     return [name for name in names if not chosen or any(word in name for word in chosen)]
 
 
-def examine(kernel: Kernel, files: list[str], *, seconds: float, echo: bool = False) -> Row:
-    """Run the commands and the live tests `files` on a kernel, for at most so many `seconds`."""
-    script = _SETUP + "python3 -m vm.smoke /out/smoke.json; smoke=$?\n"
-    for name in files:
-        # A file of its own for each, so that what a time limit cuts off is the rest and not all.
-        script += f"python3 -m pytest -q -p no:cacheprovider --junitxml=/out/{name}.xml tests/live/{name}\n"
-        script += f"echo $? >/out/{name}.rc\n"
-    outcome = run(kernel, Job(script + "exit $smoke", seconds=seconds, memory_mb=2048, with_python=True), echo=echo)
-    return _row(kernel, files, outcome)
+def examine(
+    kernel: Kernel,
+    files: list[str],
+    *,
+    smoke: bool = True,
+    row: Row | None = None,
+    seconds: float = GUEST_SECONDS,
+    echo: bool = False,
+    keep: bool = False,
+    say: Say = lambda _: None,
+) -> Row:
+    """Run the commands and the live tests `files` on a kernel, in as many guests as it takes.
 
-
-def _row(kernel: Kernel, files: list[str], outcome: Outcome) -> Row:
-    row = Row(kernel, seconds=outcome.seconds, console=outcome.console[-4000:])
-    if report := outcome.files.get("smoke.json"):
-        row.smoke = json.loads(report)
-    for name in files:
-        if f"{name}.xml" in outcome.files:
-            row.tests[name] = _result(outcome.files[f"{name}.xml"])
-        else:
-            row.tests[name] = Result(failed=1, failures=[f"{name}: did not come to an end"])
+    Args:
+        kernel: which.
+        files: of `live_files`.
+        smoke: run the commands, too.
+        row: what is known already; tests that are in it are not run.
+        seconds: the time limit of each guest.
+        echo: print what the guests print.
+        keep: save the row whenever a guest has ended.
+        say: told of every test that failed, and of every file that is done.
+    """
+    row = row or Row(kernel.name, kernel.release)
+    while smoke or files:
+        known = len(row.tests)
+        outcome = _guest(kernel, files, smoke, row, seconds, echo, say)
+        row.seconds += outcome.seconds
+        row.console = outcome.console[-4000:]
+        if lost := [name for name, test in row.tests.items() if test.outcome == "began"]:
+            row.tests[lost[-1]] = Test("failed", 0, LOST, tree())
+            say(f"{kernel.name}: {lost[-1]}: {LOST}")
+        if smoke:
+            row.smoke = dict.fromkeys(COMMANDS, "FAILED: " + LOST) | row.smoke
+        if keep:
+            row.save()
+        if outcome.exit_code is not None or (len(row.tests) == known and not smoke):
+            break  # it came to its end, or nowhere
+        smoke = False
     return row
 
 
-def _result(xml: bytes) -> Result:
-    result = Result()
-    for case in ET.fromstring(xml).iter("testcase"):
-        kinds = {child.tag for child in case}
-        if kinds & {"failure", "error"}:
-            result.failed += 1
-            result.failures.append(f"{case.get('classname')}::{case.get('name')}")
-        elif "skipped" in kinds:
-            result.skipped += 1
-        else:
-            result.passed += 1
-    return result
+def _guest(kernel: Kernel, files: list[str], smoke: bool, row: Row, seconds: float, echo: bool, say: Say) -> Outcome:
+    script = _SETUP + (_SMOKE if smoke else "smoke=0\n")
+    if files:
+        script += _TESTS.format(files=" ".join(f"tests/live/{name}" for name in files))
+    done = "\n".join(row.tests).encode()
+    job = Job(
+        script + "exit $smoke",
+        files={"done": done},
+        with_python=True,
+        seconds=seconds,
+        memory_mb=2048,
+        silence=SILENCE_SECONDS,
+    )
+    at = ""
+
+    def listen(line: str) -> None:
+        nonlocal at
+        what = json.loads(line)
+        if "command" in what:
+            row.smoke[what["command"]] = what["said"]
+            say(f"{kernel.name}: mthp {what['command']}: {what['said']}")
+            return
+        name = what.pop("test")
+        row.tests[name] = Test(**what, tree=tree())
+        if what.get("outcome") == "failed":
+            say(f"{kernel.name}: FAILED {name}\n{what['why']}")
+        if at and at != _file_of(name):
+            say(f"{kernel.name}: {at}: {_cell(row.file(at))}")
+        at = _file_of(name)
+
+    return run(kernel, job, echo=echo, listen=listen)
 
 
 def table(rows: list[Row]) -> str:
     """The kernels by what was run, as text."""
-    titles = ["", *(f"{row.kernel.version} {row.kernel.platform.name}" for row in rows)]
+    titles = ["", *(row.release.partition("+")[0] + _flavour(row.name) for row in rows)]
     lines = [titles]
     for command in dict.fromkeys(name for row in rows for name in row.smoke):
         lines.append([f"mthp {command}", *(_short(row.smoke.get(command, "-")) for row in rows)])
-    for name in dict.fromkeys(name for row in rows for name in row.tests):
-        lines.append([name, *(row.tests[name].cell if name in row.tests else "-" for row in rows)])
+    for name in sorted({_file_of(nodeid) for row in rows for nodeid in row.tests}):
+        lines.append([name, *(_cell(row.file(name)) for row in rows)])
+    lines.append(["all live tests", *(_cell(list(row.tests.values())) for row in rows)])
     lines.append(["seconds", *(f"{row.seconds:.0f}" for row in rows)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return text + ("\n* with some of an earlier state of mthp and its tests" if "*" in text else "")
+
+
+def skips(rows: list[Row]) -> str:
+    """Why tests were skipped, and how many on each kernel, as text."""
+    lines = []
+    for row in rows:
+        counts: dict[str, int] = {}
+        for test in row.tests.values():
+            if test.outcome == "skipped":
+                counts[test.why] = counts.get(test.why, 0) + 1
+        lines += [f"{row.name}: {count} skipped: {why}" for why, count in sorted(counts.items())]
+    return "\n".join(lines)
+
+
+def _flavour(name: str) -> str:
+    return name[name.index("-") :] if "-" in name else ""
+
+
+def _cell(tests: list[Test]) -> str:
+    count = {word: sum(test.outcome == word for test in tests) for word in ("passed", "failed", "skipped", "began")}
+    parts = [f"{count['passed']} ok"] if count["passed"] else []
+    parts += [f"{failed} FAILED"] if (failed := count["failed"] + count["began"]) else []
+    parts += [f"{count['skipped']} skip"] if count["skipped"] else []
+    return (", ".join(parts) or "-") + ("*" if any(test.tree != tree() for test in tests) else "")
 
 
 def _short(text: str) -> str:
