@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from mthp.daemon.control import NAME, ask
 from mthp.errors import MthpError
+from patience import patient
 
 PATIENCE = 20.0
 """Seconds in which anything is expected to happen; on a calm machine it takes a small part of that."""
@@ -76,7 +77,7 @@ class RunningDaemon:
         """End it; gives how many seconds that took."""
         begun = time.monotonic()
         self.process.send_signal(number)
-        self.process.wait(timeout=PATIENCE)
+        self.process.wait(timeout=patient(PATIENCE))
         return time.monotonic() - begun
 
     def __enter__(self) -> Self:
@@ -91,7 +92,7 @@ class RunningDaemon:
 
 def until(done: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     """Wait for something."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not done():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.02)

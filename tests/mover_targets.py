@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from patience import patient
+
 SOURCES = Path(__file__).parent / "programs"
 MAX_THREADS = 128
 _WORDS = (
@@ -30,20 +32,32 @@ _READY_SECONDS = 20
 
 @functools.cache
 def compiled(name: str) -> Path:
-    """The program of ``programs/<name>.c``, compiled; skips the test where there is no compiler."""
+    """The program of ``programs/<name>.c``, or the library if the name ends in ``.so``; skips where it cannot be had.
+
+    Machines without a compiler may have all of them in the directory that MTHP_TEST_PROGRAMS names.
+    """
+    brought = Path(os.environ.get("MTHP_TEST_PROGRAMS", "/nonexistent")) / name
+    if brought.exists():
+        return brought
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler (cc)")
     program = Path(tempfile.mkdtemp(prefix="mthp-targets-")) / name
-    source = SOURCES / f"{name}.c"
-    subprocess.run([compiler, "-O2", "-pthread", "-o", str(program), str(source)], check=True)
+    subprocess.run(compilation(compiler, name, program), check=True)
     return program
+
+
+def compilation(compiler: str, name: str, program: Path) -> list[str]:
+    """The command that compiles one of `SOURCES`; ``NAME.so`` is the library of ``NAME.c``."""
+    kind = ["-shared", "-fPIC"] if name.endswith(".so") else []
+    source = SOURCES / f"{name.removesuffix('.so')}.c"
+    return [compiler, "-O2", *kind, "-pthread", "-o", str(program), str(source)]
 
 
 def wait_for(condition: object, seconds: float = _READY_SECONDS) -> bool:
     """Whether the callable `condition` comes true within `seconds`."""
     assert callable(condition)
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > deadline:
             return False

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import targets
+from patience import patient
 from targets import PAGE_SIZE, Puppet
 
 NOBODY = 65534
@@ -33,7 +34,7 @@ def mthp(*arguments: object, program: Sequence[str] = MTHP, **options: Any) -> s
     """Run the command line; a traceback is a failure whatever the arguments."""
     command = [*program, *map(str, arguments)]
     given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    done = subprocess.run(command, **(given | options), text=True, check=False, timeout=60)
+    done = subprocess.run(command, **(given | options), text=True, check=False, timeout=patient(60))
     assert "Traceback" not in (done.stderr or ""), done.stderr
     return done
 
@@ -78,7 +79,7 @@ def memory_of(pid: int, start: int = 0, end: int = 1 << 64) -> Memory:
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Return once `condition` holds."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patient(20)
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
         time.sleep(0.01)

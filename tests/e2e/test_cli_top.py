@@ -11,6 +11,7 @@ import time
 import pytest
 
 from e2e.helpers import MTHP, mthp, unused_pid
+from patience import patient
 
 pytest.importorskip("textual")
 
@@ -61,4 +62,4 @@ def on_terminal(command: list[str]) -> tuple[str, int]:
     else:
         process.kill()
     os.close(leader)
-    return text.decode(errors="replace"), process.wait(timeout=20)
+    return text.decode(errors="replace"), process.wait(timeout=patient(20))

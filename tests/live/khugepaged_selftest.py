@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from patience import patient
+
 VERSION = "7.3"
 SUITES = ("experimental", "unstable", "testing")
 DIRECTORY = Path(tempfile.gettempdir()) / f"mthp-khugepaged-selftest-{os.getuid()}"
@@ -33,7 +35,7 @@ TRIES, MOST_TRIES = 3, 20
 PARTS = 4
 """Parts of the test about mTHP."""
 
-RUN_SECONDS = 180
+RUN_SECONDS = patient(180)
 
 _WANTED = (
     "tools/testing/selftests/mm/*",

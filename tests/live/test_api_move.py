@@ -18,6 +18,7 @@ import mthp
 from mthp.errors import UnsupportedError, UsageError
 from mthp.linux.live import open_live
 from mthp.results import ScanResult
+from patience import patient
 from targets import PAGE_SIZE, map_aligned
 from thp_switches import THP_ROOT, ThpSwitches
 
@@ -168,7 +169,8 @@ except mthp.MthpError as error:
 
 def in_python(code: str) -> str:
     code = code.format(tests=str(Path(__file__).parents[1]))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(60), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

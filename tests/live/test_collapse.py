@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp, mthp_json, wait_until
+from patience import patient
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
 
@@ -238,7 +239,7 @@ def slowly(actor: Actor, *more: object) -> subprocess.Popen[str]:
 
 
 def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=patient(30))
     assert "Traceback" not in err, err
     report = json.loads(out)
     assert accounted(report) == planned(report)

@@ -19,6 +19,7 @@ import pytest
 from e2e.helpers import MTHP, Actor, mthp, mthp_json, wait_until
 from mover_targets import Writers, mappings
 from mthp.linux.live import open_live
+from patience import patient
 from targets import PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
 
@@ -163,7 +164,7 @@ def test_a_target_that_becomes_another_program_in_the_middle() -> None:
         target.stdin.write("\n")
         target.stdin.flush()
         assert target.stdout.readline() == "again\n"
-        out, err = running.communicate(timeout=60)
+        out, err = running.communicate(timeout=patient(60))
         assert "Traceback" not in err
         report = json.loads(out)
         assert running.returncode in (1, 4)

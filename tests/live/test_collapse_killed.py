@@ -17,6 +17,7 @@ import pytest
 from e2e.helpers import mthp_json
 from mover_targets import Writers, wait_for
 from mthp.linux.mover.steps import Step
+from patience import patient
 from thp_switches import THP_ROOT, ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
@@ -45,7 +46,7 @@ def collapse(pid: int, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=patient(60),
     )
 
 

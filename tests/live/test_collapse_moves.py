@@ -17,6 +17,7 @@ import pytest
 from e2e.helpers import MTHP, Actor, mthp, mthp_json, wait_until
 from mover_targets import Writers, mappings
 from mthp.linux.live import open_live
+from patience import patient
 from targets import PAGE_SIZE, PMD_SIZE
 from thp_switches import THP_ROOT, ThpSwitches
 
@@ -228,7 +229,7 @@ def has_folios(target: Writers) -> bool:
 
 
 def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
-    out, err = running.communicate(timeout=30)
+    out, err = running.communicate(timeout=patient(30))
     assert "Traceback" not in err, err
     report = json.loads(out)
     check_accounts(report)

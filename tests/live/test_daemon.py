@@ -18,6 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from daemons import PATIENCE, RunningDaemon, events_of, threads_of, until
+from patience import patient
 from targets import MADV_HUGEPAGE, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches
 
@@ -171,7 +172,7 @@ def test_metrics_are_read_by_a_parser_of_prometheus(run: Path) -> None:
         arguments = ("--pid", str(puppet.pid), *HUGE, "--metrics", str(port))
         with RunningDaemon(run, *arguments) as daemon:
             until(lambda: daemon.collapsed(puppet.pid) >= RANGES * PMD_SIZE, "the collapse")
-            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE).read().decode()
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=patient(PATIENCE)).read().decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
     by_size = {sample.labels["size"]: sample.value for sample in families["mthp_collapses"].samples}
     assert by_size["2M"] >= RANGES
@@ -194,7 +195,7 @@ def _free_port() -> int:
 def refused(run: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
     """Exit code and output of a daemon that does not start."""
     daemon = RunningDaemon(run, *arguments, wait=False, prefix=prefix)
-    return daemon.process.wait(PATIENCE), daemon.said
+    return daemon.process.wait(patient(PATIENCE)), daemon.said
 
 
 def test_a_second_daemon_is_refused_and_told_who_the_first_is(run: Path) -> None:
@@ -363,7 +364,7 @@ def test_a_service_manager_hears_of_readiness_and_life(run: Path, tmp_path: Path
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(path))
-        sock.settimeout(PATIENCE)
+        sock.settimeout(patient(PATIENCE))
         prefix = ("env", f"NOTIFY_SOCKET={path}", "WATCHDOG_USEC=400000")
         told: list[bytes] = []
         with RunningDaemon(run, "--comm", "nobody", prefix=prefix) as daemon:

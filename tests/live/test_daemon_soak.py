@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from daemons import RunningDaemon, threads_of, until
+from patience import patient
 from thp_switches import ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages")]
@@ -56,7 +57,7 @@ def test_no_byte_is_wrong_no_target_dies_and_the_daemon_does_not_grow(
             assert "Traceback" not in daemon.said
         for target in targets:
             assert set(threads_of(target.pid).values()) <= {"R", "S", "D"}
-        done = [target.communicate(timeout=60) for target in targets]
+        done = [target.communicate(timeout=patient(60)) for target in targets]
     finally:
         for target in targets:
             if target.poll() is None:

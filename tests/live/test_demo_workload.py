@@ -16,6 +16,7 @@ from mthp.demo.client import Progress, Workload
 from mthp.demo.workload import pmd_bytes
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.linux.abi import MADV_COLLAPSE, process_madvise
+from patience import patient
 from thp_switches import ThpSwitches
 
 pytestmark = pytest.mark.live
@@ -36,8 +37,8 @@ def status(pid: int, key: str) -> str:
 
 
 def ends(pid: int) -> bool:
-    """Whether the process ends within 10 seconds; a zombie that nobody has waited for yet has ended."""
-    deadline = time.monotonic() + 10
+    """Whether the process ends soon; a zombie that nobody has waited for yet has ended."""
+    deadline = time.monotonic() + patient(10)
     while time.monotonic() < deadline:
         try:
             if status(pid, "State").startswith("Z"):
@@ -174,4 +175,4 @@ def test_end_of_stdin_ends_it() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=patient(60)) == 0

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mover_targets import compiled
 from mthp.errors import NotPermittedError, UnsupportedError, UsageError
 from mthp.linux.live import open_live
 from mthp.linux.mover import guarded, ownmover
@@ -30,6 +31,7 @@ from mthp.linux.mover.outcome import BlockOutcome
 from mthp.linux.mover.ownmover import CODE, OwnMover
 from mthp.linux.mover.refusals import refuse_blocks
 from mthp.results import ScanResult
+from patience import patient
 from targets import PAGE_SIZE, map_aligned
 from targets import madvise as advise
 from thp_switches import THP_ROOT, ThpSwitches
@@ -41,7 +43,6 @@ pytestmark = [
 ]
 
 SOURCE = Path(guarded.__file__).with_name("guarded_x86_64.S")
-HAMMER = Path(__file__).parents[1] / "programs/mover_hammer.c"
 K64 = 64 << 10
 NOBODY = 65534
 
@@ -71,14 +72,9 @@ def memory(journal: SwitchJournal) -> Iterator[Callable[[int], int]]:
 
 
 @pytest.fixture(scope="module")
-def hammer(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def hammer() -> ctypes.CDLL:
     """The threads of mover_hammer.c."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    library = tmp_path_factory.mktemp("hammer") / "hammer.so"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-pthread", "-o", library, HAMMER], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(compiled("mover_hammer.so")))
     loaded.hammer_start.restype = ctypes.c_void_p
     loaded.hammer_start.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64)
     loaded.hammer_stop.restype = ctypes.c_uint64
@@ -267,7 +263,7 @@ print(len(wrong), good, moved, min(rounds) > 10)
 """
 
 
-def in_python(code: str, *arguments: object, limit: float = 40) -> str:
+def in_python(code: str, *arguments: object, limit: float = patient(40)) -> str:
     """What a program of its own prints; TimeoutExpired if it hangs."""
     code = code.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run(
@@ -424,7 +420,7 @@ def test_a_pinned_page_stays(memory: Callable[[int], int], journal: SwitchJourna
     finally:
         os.close(ring)
         # The kernel lets go of the pages a moment later.
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + patient(10)
         while "VmPin:\t       0 kB" not in Path("/proc/self/status").read_text() and time.monotonic() < deadline:
             time.sleep(0.01)
     assert intact(address, size)

@@ -19,6 +19,7 @@ from mthp.linux.watch import ROUNDS
 from mthp.snapshot import Recording
 from mthp.snapshot.recorder import StepTaker
 from mthp.snapshot.recording import Step, _State
+from patience import patient
 from targets import MADV_COLLAPSE, MADV_FREE, MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE, Puppet
 
 pytest.importorskip("pyarrow")
@@ -107,7 +108,7 @@ def test_what_pagemap_does_not_tell_is_seen_some_steps_later() -> None:
 def _recorder(pid: int, path: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mthp", "record", str(pid), "-o", str(path), "--every", "50ms", "--cpu", "100%"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patient(20)
     while not _steps(path) >= 3:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
@@ -142,7 +143,7 @@ def test_a_signal_ends_a_recording_in_order(tmp_path: Path, number: signal.Signa
     with Puppet() as puppet:
         recorder = _recorder(puppet.pid, tmp_path / "r")
         recorder.send_signal(number)
-        out, err = recorder.communicate(timeout=20)
+        out, err = recorder.communicate(timeout=patient(20))
         assert recorder.returncode == 0, err
         assert "ended because it was stopped" in out
         assert Recording(tmp_path / "r").end == "stopped"
@@ -152,7 +153,7 @@ def test_a_recording_survives_the_end_of_its_target(tmp_path: Path) -> None:
     with Puppet() as puppet:
         recorder = _recorder(puppet.pid, tmp_path / "r")
         puppet.kill()
-        out, err = recorder.communicate(timeout=20)
+        out, err = recorder.communicate(timeout=patient(20))
         assert recorder.returncode == 0, err
         assert "ended because the target exited" in out
         recording = Recording(tmp_path / "r")

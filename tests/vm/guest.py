@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vm.apt import LabError, cache_directory
-from vm.initramfs import CHANNEL_PORT, FILES_PORT, build, job_archive
+from vm.initramfs import CHANNEL_PORT, FILES_PORT, build, compiled_targets, job_archive
 from vm.kernels import Kernel
 from vm.tools import need
 from vm.world import project, world
@@ -123,9 +123,11 @@ class Guest:
     def _start(self) -> subprocess.Popen[bytes]:
         job, platform = self._job, self.kernel.platform
         need(platform.qemu[0], [platform.emulator])
-        archives = [world(platform)] if job.with_python else []
-        files = {f"mthp/{name}": data for name, data in (project() if job.with_python else {}).items()}
-        files |= {f"job/{name}": data for name, data in job.files.items()}
+        archives, files = [], {f"job/{name}": data for name, data in job.files.items()}
+        if job.with_python:
+            archives = [world(platform)]
+            files |= {f"mthp/{name}": data for name, data in project().items()}
+            files |= {f"programs/{name}": data for name, data in compiled_targets(platform).items()}
         archives += [build(self.kernel), job_archive(job.script, files)]
         (self._directory / "initrd").write_bytes(b"".join(archives))
         (self._directory / "files").touch()

@@ -12,6 +12,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from mover_targets import SOURCES, compilation
 from vm.apt import Apt, LabError, cache_directory, unpack
 from vm.cpio import Archive
 from vm.kernels import Kernel, Platform
@@ -99,15 +100,37 @@ def compiled_recorder(platform: Platform) -> Path:
     """
     source = _HERE / "recorder.c"
     binary = cache_directory() / f"recorder-{platform.machine}"
+    command = [platform.compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", str(binary), str(source)]
+    if why := _compiled(platform, command, source, binary):
+        raise LabError(f"the recorder does not compile: {why}")
+    return binary
+
+
+def compiled_targets(platform: Platform) -> dict[str, bytes]:
+    """The programs of the live tests for a platform, by name: a guest has no compiler.
+
+    Those that are written for another processor are left out.
+
+    Raises:
+        LabError: there is no compiler.
+    """
+    found = {}
+    for source in SOURCES.glob("*.c"):
+        name = source.stem + ("" if "int main(" in source.read_text() else ".so")
+        binary = cache_directory() / f"programs-{platform.machine}" / name
+        if not _compiled(platform, compilation(platform.compiler, name, binary), source, binary):
+            found[name] = binary.read_bytes()
+    return found
+
+
+def _compiled(platform: Platform, command: list[str], source: Path, binary: Path) -> str:
+    """Compile a program unless it is here and newer than its source; why it cannot be, or nothing."""
     if binary.exists() and binary.stat().st_mtime > source.stat().st_mtime:
-        return binary
+        return ""
     need(platform.compiler, platform.compilers)
     binary.parent.mkdir(parents=True, exist_ok=True)
-    command = [platform.compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", str(binary), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LabError(f"the recorder does not compile: {done.stderr[-800:]}")
-    return binary
+    return (done.stderr[-800:] or "no reason given") if done.returncode else ""
 
 
 def _busybox(platform: Platform) -> Path:

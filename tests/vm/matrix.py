@@ -40,7 +40,7 @@ PATIENCE = 20
 LOST = "the guest was lost in it"
 
 _SETUP = f"""cd /mthp; export PYTHONPATH=/mthp/src:/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
-export MTHP_TEST_PATIENCE={PATIENCE}
+export MTHP_TEST_PATIENCE={PATIENCE} MTHP_TEST_PROGRAMS=/programs
 """
 _SMOKE = "python3 -m vm.smoke; smoke=$?\n"
 _TESTS = "python3 -m pytest -q -p no:cacheprovider -p vm.telling --continue-on-collection-errors --tb=short {files}\n"
@@ -167,13 +167,13 @@ def examine(
         row.seconds += outcome.seconds
         row.console = outcome.console[-4000:]
         if lost := [name for name, test in row.tests.items() if test.outcome == "began"]:
-            row.tests[lost[-1]] = Test("failed", 0, LOST, tree())
+            row.tests[lost[-1]] = Test("failed", 0, f"{LOST}:\n{row.console}", tree())
             say(f"{kernel.name}: {lost[-1]}: {LOST}")
         if smoke:
             row.smoke = dict.fromkeys(COMMANDS, "FAILED: " + LOST) | row.smoke
         if keep:
             row.save()
-        if outcome.exit_code is not None or (len(row.tests) == known and not smoke):
+        if (outcome.exit_code is not None and not lost) or (len(row.tests) == known and not smoke):
             break  # it came to its end, or nowhere
         smoke = False
     return row

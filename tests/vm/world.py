@@ -17,7 +17,10 @@ from vm.apt import Apt, LabError, cache_directory, unpack
 from vm.cpio import Archive
 from vm.kernels import PLATFORMS, Platform
 
-PACKAGES = ("python3", "python3-numpy", "python3-click", "python3-rich", "python3-pytest", "python3-hypothesis")
+PACKAGES = (
+    "python3", "python3-numpy", "python3-click", "python3-rich", "python3-pytest", "python3-hypothesis",
+    "python3-prometheus-client", "python3-textual",
+)  # fmt: skip
 SUITES = ("trixie",)
 
 _LEFT_OUT = (
