@@ -127,6 +127,7 @@ class Guest:
         if job.with_python:
             archives = [world(platform)]
             files |= {f"mthp/{name}": data for name, data in project().items()}
+            files["usr/lib/python3/dist-packages/mthp.pth"] = b"/mthp/src\n"  # as an editable install has it
             files |= {f"programs/{name}": data for name, data in compiled_targets(platform).items()}
         archives += [build(self.kernel), job_archive(job.script, files)]
         (self._directory / "initrd").write_bytes(b"".join(archives))

@@ -39,7 +39,7 @@ PATIENCE = 20
 
 LOST = "the guest was lost in it"
 
-_SETUP = f"""cd /mthp; export PYTHONPATH=/mthp/src:/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
+_SETUP = f"""cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
 export MTHP_TEST_PATIENCE={PATIENCE} MTHP_TEST_PROGRAMS=/programs
 """
 _SMOKE = "python3 -m vm.smoke; smoke=$?\n"
