@@ -211,3 +211,22 @@ def test_the_same_calls_give_the_same_machine() -> None:
         return world.machine.counters.values(), world.mm.ptes(START, 16).value.tolist()
 
     assert lived() == lived()
+
+
+def test_mappings_count_as_progress_only_where_khugepaged_may_not_look_or_is_past_them() -> None:
+    machine = Machine(SMALL, switches=Switches("madvise", {4: "madvise"}))
+    mm = machine.create_mm()
+    size = SMALL.pmd_size
+    # Whole ranges and a tail; without a whole range; the same, before the cursor by then; not advised; whole again.
+    mappings = [
+        (START, START + 2 * size + 3 * PAGE, HUGEPAGE),
+        (START + 3 * size + PAGE, START + 3 * size + 2 * PAGE, HUGEPAGE),
+        (START + 3 * size + 4 * PAGE, START + 3 * size + 5 * PAGE, HUGEPAGE),
+        (START + 5 * size, START + 6 * size, ""),
+        (START + 7 * size, START + 8 * size, HUGEPAGE),
+    ]
+    for start, end, word in mappings:
+        machine.map(mm, start, end, flags={word} - {""}, anon_vma=True)
+    machine.khugepaged.full_scan()
+    ranges_without_tables = 3
+    assert machine.khugepaged.statistics.progress == 1 + ranges_without_tables + 2

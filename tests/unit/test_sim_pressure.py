@@ -139,6 +139,18 @@ def test_large_folios_are_split_where_swap_is_in_pieces() -> None:
     assert machine.check() == []
 
 
+def test_without_swap_large_folios_stay_whole() -> None:
+    machine, mm = machine_with(64, orders=(4,))
+    assert reclaim(machine.parts, 512) == 0
+    assert [mm.pmd(START + at * SIZE) for at in range(4)] == [Pmd.HUGE] * 4
+    assert machine.counters["pgscan_direct"] == machine.counters["hugepages-64kB/split"] == 0
+    machine.madvise(mm, START, START + SIZE, "FREE")
+    machine.parts.clock.wait_ns(1)
+    assert reclaim(machine.parts, 512) == 16
+    assert [mm.pmd(START + at * SIZE) for at in range(1, 4)] == [Pmd.HUGE] * 3
+    assert machine.check() == []
+
+
 def test_a_folio_with_unmapped_pages_is_split_when_memory_is_short() -> None:
     machine, mm = machine_with(16, orders=(4,))
     machine.madvise(mm, START, START + 5 * PAGE, "DONTNEED")
@@ -221,6 +233,8 @@ def test_it_fails_where_they_cannot_and_then_rests() -> None:
     assert mm.anon_pages == 6
     assert machine.counters["thp_fault_fallback"] == 6
     assert machine.counters["compact_fail"] >= 6
+    machine.populate(mm, START, START + 6 * SIZE)
+    assert machine.counters["thp_fault_fallback"] == 6, "only the first page of a range asks for a huge folio"
     scanned = machine.clock.spent_ns()["compact_frame"]
     assert scanned < 6 * 1024 * machine.clock.costs.compact_frame // 1000
     assert machine.check() == []
@@ -315,3 +329,31 @@ def test_a_page_that_is_copied_is_not_reclaimed_under_the_copy() -> None:
     assert contents(machine, child, 1000) == list(range(1, 1001))
     assert np.count_nonzero(machine.parts.memory.flags & Fl.LOCKED) == 0
     assert LOCKED not in mm.vmas[0].flags
+
+
+def test_a_slot_in_the_swap_cache_makes_its_neighbours_come_back_singly() -> None:
+    machine, mm = machine_with(16, swap=100, orders=(2,))
+    assert machine.madvise(mm, START, START + SIZE, "PAGEOUT") == 0
+    assert mm.swap_entries == 16
+    child = machine.fork(mm)
+    machine.read(child, START + PAGE)
+    assert machine.counters["hugepages-16kB/swpin"] == 1, "none of the block was in the cache"
+    machine.madvise(child, START, START + 4 * PAGE, "DONTNEED")
+    single = machine.fork(mm)
+    machine.parts.switches = Switches("never")
+    machine.read(single, START + 5 * PAGE)
+    machine.parts.switches = Switches("madvise", {2: "madvise"})
+    assert machine.read(mm, START + 4 * PAGE)[1] == START // PAGE + 4
+    assert machine.counters["hugepages-16kB/swpin_fallback"] == 1
+    assert [int(bits) & int(P.SWAP) > 0 for bits in mm.ptes(START + 4 * PAGE, 4).bits] == [False, True, True, True]
+    assert machine.check() == []
+
+
+def test_a_cgroup_without_room_for_a_large_folio_gets_a_small_one_back() -> None:
+    machine, mm = machine_with(16, swap=100, orders=(2,))
+    assert machine.madvise(mm, START, START + SIZE, "PAGEOUT") == 0
+    machine.parts.memory.cgroups.set_limit(mm.charge, 3)
+    assert machine.read(mm, START)[1] == START // PAGE
+    assert machine.counters["hugepages-16kB/swpin_fallback_charge"] == 1
+    assert machine.counters["hugepages-16kB/swpin_fallback"] == 1
+    assert mm.anon_pages == 1

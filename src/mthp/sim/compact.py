@@ -8,6 +8,8 @@ each time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +20,7 @@ from mthp.sim.parts import Parts
 
 _MAX_DEFER_SHIFT = 6
 _FRAMES = 1 << 15
-"""Frames that are looked at together, at least."""
+"""Frames that are looked at together, once nothing was found among fewer."""
 
 
 def compact(parts: Parts, order: int) -> bool:
@@ -50,10 +52,9 @@ def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
     if order >= state.order_failed and state.considered < (1 << state.defer_shift) - 1:
         state.considered += 1
         return False
-    begin = state.cursor & -size
-    if any(_compact_part(parts, zone, order, at) for at in _starts(zone, begin, size)):
+    if any(_compact_part(parts, zone, order, start, end) for start, end in _stretches(zone, state.cursor, size)):
         state.considered = state.defer_shift = 0
-        state.order_failed = 1 << 30
+        state.order_failed = max(state.order_failed, order + 1)
         return True
     state.order_failed = min(state.order_failed, order)
     state.defer_shift = min(state.defer_shift + 1, _MAX_DEFER_SHIFT)
@@ -62,17 +63,21 @@ def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
     return False
 
 
-def _starts(zone: Zone, begin: int, size: int) -> list[int]:
-    """Where parts of the zone start: from `begin` to its end, and then from its start."""
-    step = max(size, _FRAMES)
-    first = zone.start + (begin - zone.start) // step * step
-    return [*range(first, zone.end, step), *range(zone.start, first, step)]
+def _stretches(zone: Zone, cursor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Stretches of the zone, from the block at the cursor to its end, and then from its start: first frame, and end.
+
+    They begin with one block, since mostly the first one will do, and grow.
+    """
+    begin, step = cursor & -size, size
+    for at, end in ((begin, zone.end), (zone.start, begin)):
+        while at < end:
+            yield at, min(at + step, end)
+            at, step = at + step, max(size, min(2 * step, _FRAMES))
 
 
-def _compact_part(parts: Parts, zone: Zone, order: int, start: int) -> bool:
+def _compact_part(parts: Parts, zone: Zone, order: int, start: int, end: int) -> bool:
     """Free a block of some frames of the zone, if one can be."""
     size = 1 << order
-    end = min(start + max(size, _FRAMES), zone.end)
     used, fixed = _used_and_fixed(parts, start, end, order)
     blocks = np.flatnonzero((fixed.reshape(-1, size).sum(axis=1) == 0) & used.reshape(-1, size).any(axis=1))
     parts.clock.spend("compact_frame", end - start)

@@ -46,12 +46,11 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
     """Read a folio in, of the largest order that entries and slots allow, and map all of it."""
     memory, swap = parts.memory, parts.swap
     for order in (*_swapin_orders(parts, mm, vma, address, slot), 0):
-        head = take_folio(parts, order, may_wait=not order)
-        if head is None:
-            continue
-        if charge(parts, head, mm.charge, may_wait=not order):
+        head = _folio_for(parts, mm, order, slot & -(1 << order))
+        if head is not None:
             break
-        memory.put(head)
+        if order:
+            parts.counters.count_mthp(order, "swpin_fallback")
     else:
         return False
     size = 1 << order
@@ -75,11 +74,24 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
     return True
 
 
+def _folio_for(parts: Parts, mm: Mm, order: int, slot: int) -> int | None:
+    """A charged folio to read the slots from `slot` on into (__swap_cache_alloc); None if that cannot be."""
+    if order and parts.swap.cached[slot : slot + (1 << order)].any():
+        return None
+    head = take_folio(parts, order, may_wait=not order)
+    if head is None or charge(parts, head, mm.charge, may_wait=not order):
+        return head
+    if order:
+        parts.counters.count_mthp(order, "swpin_fallback_charge")
+    parts.memory.put(head)
+    return None
+
+
 def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -> list[int]:
     """Orders that a folio read in for `address` may have, the largest first, without 0.
 
-    Follows alloc_swap_folio: the device is synchronous, userfaultfd is not armed, the mapping has all of the aligned
-    block, and its entries name adjoining slots, aligned alike, of which none is in the swap cache.
+    Follows thp_swapin_suitable_orders: the device is synchronous, userfaultfd is not armed, the mapping has all of the
+    aligned block, and its entries name adjoining slots, aligned alike.
     """
     if not parts.swap.synchronous or vma.userfaultfd_armed:
         return []
@@ -97,7 +109,7 @@ def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -
         ptes = mm.ptes(first, size)
         slots = np.arange(slot - slot % size, slot - slot % size + size)
         alike = (ptes.bits == ptes.bits[(page % size)]).all() and np.array_equal(ptes.value, slots)
-        if alike and not parts.swap.cached[slots].any():
+        if alike:
             return [smaller for smaller in reversed(parts.fault_orders(mm, vma)) if smaller <= order]
     return []
 

@@ -61,13 +61,15 @@ class Visit:
         passed = 0
         vma = self.mm.find_vma(address)
         while vma is not None:
-            if machine.may_collapse(self.mm, vma):
-                start = max(address, -(-vma.start // size) * size)
-                if start + size <= vma.end:
-                    return Found(passed, (start, vma.end // size * size))
-            passed += 1
-            address = vma.end
-            vma = self.mm.find_vma(address)
+            start, end = -(-vma.start // size) * size, vma.end // size * size
+            if address > end or not machine.may_collapse(self.mm, vma):
+                passed += 1
+            else:
+                # A mapping without a whole range counts for nothing, but moves the cursor, too.
+                address = max(address, start)
+                if address < end:
+                    return Found(passed, (address, end))
+            vma = self.mm.find_vma(vma.end)
         return Found(passed, None)
 
     def scan(self, stretch: Segment, budget: int) -> Passage:

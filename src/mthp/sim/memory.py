@@ -237,6 +237,11 @@ class Memory:
         """Whether a folio has a flag."""
         return bool(self.flags[head] & flag)
 
+    def has_lazyfree(self) -> bool:
+        """Whether there is an anonymous folio on the lists that need not be written anywhere before it is dropped."""
+        wanted = Fl.LRU | Fl.ANON
+        return bool(((self.flags & (wanted | Fl.SWAPBACKED)) == wanted).any())
+
     def set(self, head: int, flag: np.uint16) -> None:
         """Set a flag of a folio."""
         self.flags[head] |= flag

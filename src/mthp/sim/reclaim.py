@@ -4,7 +4,8 @@ The kernel's multi-generational LRU finds out which pages are used by walking ov
 mm/vmscan.c), and so does this. A sweep goes over the entries of all address spaces, from where the last one stopped. A
 page whose entry was used since the last visit is noted as referenced, and as active if it was so already; one that was
 not used steps down by one such grade; one at the bottom goes: to swap, or, if it is clean lazyfree memory, to nowhere.
-What is easier to have goes first: page cache, and the parts of large folios that nobody maps or that are zero.
+What is easier to have goes first: page cache, and the parts of large folios that nobody maps or that are zero. Without
+room on a swap device, what would have to be written there is not even looked at (get_swappiness).
 
 The order in which pages go is thus not the kernel's to the page. What it depends on is: use, pins, locked mappings, the
 limits of memory cgroups, room on the swap device.
@@ -64,6 +65,7 @@ class _Reclaim:
         self.cgroup = cgroup
         self.by = by
         self.groups = parts.memory.cgroups.below(cgroup)
+        self.swappable = False
         self.before = self._level()
 
     def _level(self) -> int:
@@ -89,6 +91,9 @@ class _Reclaim:
 
     def _sweep(self) -> bool:
         """Go over all address spaces once, or until enough is freed; False if there was nothing to look at."""
+        self.swappable = self.parts.swap.has_room()
+        if not self.swappable and not self.parts.memory.has_lazyfree():
+            return False
         start_mm, start_address = self.parts.reclaim_at
         numbers = sorted(self.parts.mms)
         at = next((i for i, number in enumerate(numbers) if number >= start_mm), 0)
@@ -135,6 +140,8 @@ class _Reclaim:
         heads, inverse = np.unique(memory.heads(frames), return_inverse=True)
         ours = (memory.flags[heads] & (Fl.LRU | Fl.ANON | Fl.LOCKED | Fl.MLOCKED)) == Fl.LRU | Fl.ANON
         ours &= self.groups[memory.cgroup[heads]]
+        if not self.swappable:
+            ours &= (memory.flags[heads] & Fl.SWAPBACKED) == 0
         if not ours.any():
             return False
         used = np.bincount(inverse, weights=young, minlength=len(heads)) > 0

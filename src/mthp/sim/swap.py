@@ -49,6 +49,10 @@ class Swap:
         free[0] = False
         return np.flatnonzero(free)
 
+    def has_room(self) -> bool:
+        """Whether a slot is free."""
+        return bool(((self.count[1:] == 0) & (self.cached[1:] == 0)).any())
+
     def take(self, slot: int, content: int) -> None:
         """Write a page to a free slot, on behalf of one page table entry.
 

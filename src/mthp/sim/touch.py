@@ -11,6 +11,7 @@ Only the numbers of frames, and which of the pages wait in the LRU batch, may di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,19 +186,31 @@ class _Block:
         if self.write:
             self.parts.anon_vma_prepare(self.mm, vma)
         orders = self.parts.fault_orders(self.mm, vma)
+        short = 0
         if self.write:
-            for order in (*reversed(orders), 0):
-                if not _NewFolios(self, vma, order).fill(self.none_among(which)):
-                    break
+            short = self.fill(vma, (*reversed(orders), 0), which)
         elif self.parts.geometry.pmd_order not in orders:
             self.map_zero(self.none_among(which))
         lacking = np.intersect1d(self.lacking(), which)
-        # After these, there may be enough for all others together again.
-        for page in _first_seen(self.pages[lacking]).tolist()[:_SINGLE_FAULTS]:
+        # Folios that are short are asked for one by one, each by the first page of its block. What is left of the block
+        # has smaller ones. After some of these there may be enough for all others together again.
+        _, first = np.unique(self.pages[lacking] >> short, return_index=True)
+        for at in np.sort(first)[:_SINGLE_FAULTS].tolist():
+            page = int(self.pages[lacking[at]])
             outcome = make_present(self.parts, self.mm, vma, page * self.page_size, write=self.write)
             if outcome is not Fault.DONE:
                 return False
+            if short:
+                smaller = [order for order in reversed(orders) if order < short]
+                self.fill(vma, (*smaller, 0), lacking[self.pages[lacking] >> short == page >> short])
         return True
+
+    def fill(self, vma: SimVma, orders: Sequence[int], which: NDArray[np.intp]) -> int:
+        """Put new folios where nothing is, the largest first: the order of which there are too few, 0 if of none."""
+        for order in orders:
+            if not _NewFolios(self, vma, order).fill(self.none_among(which)):
+                return order
+        return 0
 
     def none_among(self, which: NDArray[np.intp]) -> Frames:
         """The pages among some accesses where nothing is, each once, in the order in which they come."""
