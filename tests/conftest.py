@@ -18,6 +18,7 @@ import mmap
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -112,6 +113,42 @@ def thp_switches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
             yield switches
         finally:
             switches.restore()
+
+
+@pytest.fixture
+def frozen_cgroup() -> Iterator[Callable[[int], None]]:
+    """Freezes a process by its cgroup (version 2). At the end it is thawed, and back in the cgroup where it was."""
+    mounts = [Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines() if " cgroup2 " in line]
+    if not mounts:
+        skip_or_fail("needs cgroups (version 2)")
+    cgroup = mounts[0] / f"mthp-test-{os.getpid()}"
+    try:
+        cgroup.mkdir()
+    except OSError as error:
+        skip_or_fail(f"needs a cgroup of its own: {error}")
+    before: dict[int, str] = {}
+
+    def freeze(pid: int) -> None:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        before[pid] = next(line[4:] for line in lines if line.startswith("0::"))
+        (cgroup / "cgroup.procs").write_text(str(pid))
+        (cgroup / "cgroup.freeze").write_text("1")
+        deadline = time.monotonic() + 10
+        while "frozen 1" not in (cgroup / "cgroup.events").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    try:
+        yield freeze
+    finally:
+        (cgroup / "cgroup.freeze").write_text("0")
+        for pid, path in before.items():
+            with contextlib.suppress(OSError):
+                (mounts[0] / path / "cgroup.procs").write_text(str(pid))
+        deadline = time.monotonic() + 10
+        while "populated 1" in (cgroup / "cgroup.events").read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        cgroup.rmdir()
 
 
 @pytest.fixture(scope="session")

@@ -251,6 +251,23 @@ def test_itself_and_its_ancestors() -> None:
         assert "ancestor" in refusals(space)
 
 
+def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rights do not reach it, its number alone is looked at."""
+    with target() as space:
+        monkeypatch.setattr(space.process, "pid", 1)
+        init = processrefusals._init(processrefusals._Target(space.process, space, Path("/proc"), Path("/none")))
+        assert init is not None
+        assert init.key == "init"
+        monkeypatch.undo()
+        assert "init" not in refusals(space)
+
+
+def test_a_frozen_process(frozen_cgroup: Callable[[int], None]) -> None:
+    with target() as space:
+        frozen_cgroup(space.process.pid)
+        assert set(refusals(space)) == {"frozen"}
+
+
 def in_child_as_nobody(function: Callable[[], set[str]]) -> set[str]:
     """What `function` gives in a process without rights."""
     ours, theirs = os.pipe()

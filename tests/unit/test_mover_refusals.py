@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Vma, VmaKind
-from mthp.linux.freememory import CgroupLimit
+from mthp.linux.freememory import CgroupLimit, cgroup_limit, is_frozen
+from mthp.linux.mover.devices import device_of, is_harmless, refuse_files
 from mthp.linux.mover.headroom import low_memory
-from mthp.linux.mover.processrefusals import device_of, foreign_executable
+from mthp.linux.mover.processrefusals import foreign_executable
 from mthp.linux.mover.refusals import BlockRefusal, SpecialRanges, refuse_blocks, refuse_vma
 from mthp.linux.mover.taskfiles import Thread
 
@@ -302,6 +304,10 @@ def test_every_verdict_has_a_reason() -> None:
         ("/dev/nvidia-uvm", "nvidia"),
         ("/dev/dri/renderD128", "dri"),
         ("/dev/video0", "video"),
+        ("/dev/vhost-net", "vhost"),
+        ("/dev/mshv", "hypervisor"),
+        ("/dev/dsa/wq0.0", "sva"),
+        ("/dev/xpmem", "xpmem"),
         ("/dev/null", None),
         ("/home/user/dev/kvm", None),
         ("socket:[4711]", None),
@@ -310,6 +316,32 @@ def test_every_verdict_has_a_reason() -> None:
 )
 def test_devices(link: str, kind: str | None) -> None:
     assert device_of(link) == kind
+    assert {refusal.key for refusal in refuse_files([(link, 0)])} == ({f"device_{kind}"} if kind else set())
+
+
+@pytest.mark.parametrize(
+    ("link", "number", "harmless"),
+    [
+        ("/dev/null", (1, 3), True),
+        ("/jail/null", (1, 3), True),
+        ("/dev/urandom", (1, 9), True),
+        ("/dev/mem", (1, 1), False),
+        ("/dev/pts/0", (136, 0), True),
+        ("/dev/tty", (5, 0), True),
+        ("/dev/fuse", (10, 229), True),
+        ("/jail/dev/net/tun", (10, 200), True),
+        ("/dev/rtc0", (251, 0), True),
+        ("/dev/of-a-later-kernel", (10, 300), False),
+        ("/tmp/kvm-by-another-name", (10, 232), False),
+        ("/dev/neuron0", (240, 0), False),
+    ],
+)
+def test_a_device_that_nobody_thought_about_is_refused(link: str, number: tuple[int, int], harmless: bool) -> None:
+    device = os.makedev(*number)
+    assert is_harmless(link, device) == harmless
+    refusals = refuse_files([(link, device), ("socket:[4711]", 0), ("/etc/passwd", 0)])
+    assert [refusal.key for refusal in refusals] == ([] if harmless else ["device_unknown"])
+    assert all(link in refusal.reason for refusal in refusals)
 
 
 def elf(word_class: int = 2, machine: int = 62) -> bytes:
@@ -357,6 +389,35 @@ def test_memory_of_the_cgroup(tmp_path: Path, statistics: str | None, low: bool)
         (tmp_path / "memory.stat").write_text(statistics)
     refusal = low_memory("MemAvailable: 99999999 kB\n", CgroupLimit(tmp_path, 10 << 20, 9 << 20), 2 << 20)
     assert (refusal and refusal.key) == ("low_cgroup_memory" if low else None)
+
+
+@pytest.mark.parametrize(
+    ("membership", "file", "word", "frozen"),
+    [
+        ("0::/a/b\n", "a/b/cgroup.freeze", "1\n", True),
+        ("0::/a/b\n", "a/cgroup.freeze", "1\n", True),
+        ("0::/a/b\n", "a/b/cgroup.freeze", "0\n", False),
+        ("0::/a/b\n", "a/c/cgroup.freeze", "1\n", False),
+        ("0::/a/b\n", "unified/a/b/cgroup.freeze", "1\n", True),
+        ("3:freezer:/a\n0::/\n", "freezer/a/freezer.state", "FROZEN\n", True),
+        ("3:freezer:/a\n0::/\n", "freezer/a/freezer.state", "FREEZING\n", True),
+        ("3:freezer:/a\n0::/\n", "freezer/a/freezer.state", "THAWED\n", False),
+        ("3:memory:/a\n", "memory/a/freezer.state", "FROZEN\n", False),
+    ],
+)
+def test_a_frozen_cgroup(tmp_path: Path, membership: str, file: str, word: str, frozen: bool) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(word)
+    assert is_frozen(tmp_path, membership) == frozen
+
+
+def test_above_memory_high_threads_are_made_to_wait(tmp_path: Path) -> None:
+    for name, value in (("max", 100 << 20), ("high", 50 << 20), ("current", 49 << 20)):
+        (tmp_path / f"memory.{name}").write_text(f"{value}\n")
+    limit = cgroup_limit(tmp_path, "0::/\n")
+    assert limit == CgroupLimit(tmp_path, 50 << 20, 49 << 20)
+    assert low_memory("MemAvailable: 99999999 kB\n", limit, 2 << 20) is not None
 
 
 def test_thread_status() -> None:

@@ -8,6 +8,7 @@ bound: watermarks, and zones kept for devices, withhold some of it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,26 @@ def cgroup_limit(mounts: Path, membership: str) -> CgroupLimit | None:
     Returns:
         The one with the least left; None if there is no limit, or no memory cgroup.
     """
-    limits = [limit for directory in _directories(mounts, membership) if (limit := _limit_of(directory))]
+    limits = [limit for directory in _directories(mounts, membership, "memory") for limit in _limits_of(directory)]
     return min(limits, key=lambda limit: limit.limit - limit.used, default=None)
 
 
-def _directories(mounts: Path, membership: str) -> Iterator[Path]:
-    """Directories of the memory cgroup and of all above it.
+def is_frozen(mounts: Path, membership: str) -> bool:
+    """Whether the cgroup of a process, or one above it, is frozen (cgroup-v2.rst, freezer-subsystem.rst).
+
+    Args:
+        mounts, membership: as for :func:`cgroup_limit`.
+    """
+    for directory in _directories(mounts, membership, "freezer"):
+        for file, word in (("cgroup.freeze", "1"), ("freezer.state", "FROZEN"), ("freezer.state", "FREEZING")):
+            with contextlib.suppress(OSError):
+                if (directory / file).read_text().strip() == word:
+                    return True
+    return False
+
+
+def _directories(mounts: Path, membership: str, controller: str) -> Iterator[Path]:
+    """Directories of the cgroup that a process is in as far as `controller` goes, and of all above it.
 
     In a container the path may be one that only the host knows; of its ancestors here the topmost one is the
     container's own then.
@@ -101,8 +116,8 @@ def _directories(mounts: Path, membership: str) -> Iterator[Path]:
         number, controllers, path = line.split(":", 2)
         if number == "0":
             bases: Iterable[Path] = (mounts, mounts / "unified")
-        elif "memory" in controllers.split(","):
-            bases = (mounts / "memory",)
+        elif controller in controllers.split(","):
+            bases = (mounts / controller,)
         else:
             continue
         parts = [part for part in path.split("/") if part not in ("", "..")]
@@ -111,12 +126,14 @@ def _directories(mounts: Path, membership: str) -> Iterator[Path]:
                 yield base.joinpath(*parts[:depth])
 
 
-def _limit_of(directory: Path) -> CgroupLimit | None:
-    for limit_file, used_file in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        try:
+def _limits_of(directory: Path) -> Iterator[CgroupLimit]:
+    """Its limits. Above memory.high a process is made to wait for every page, and so its threads for a move."""
+    for limit_file, used_file in (
+        ("memory.max", "memory.current"),
+        ("memory.high", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError):
             limit, used = (directory / limit_file).read_text().strip(), (directory / used_file).read_text()
-        except OSError:
-            continue
-        if limit != "max" and int(limit) < _V1_NO_LIMIT:
-            return CgroupLimit(directory, int(limit), int(used))
-    return None
+            if limit != "max" and int(limit) < _V1_NO_LIMIT:
+                yield CgroupLimit(directory, int(limit), int(used))

@@ -19,7 +19,8 @@ from pathlib import Path
 from mthp.addrspace import AddressSpace
 from mthp.errors import MthpError, NotPermittedError
 from mthp.geometry import format_size
-from mthp.linux.freememory import cgroup_limit
+from mthp.linux.freememory import cgroup_limit, is_frozen
+from mthp.linux.mover.devices import open_files, refuse_files
 from mthp.linux.mover.headroom import low_memory
 from mthp.linux.mover.kcmp import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.mover.refusal import Refusal
@@ -50,16 +51,6 @@ _ELF_HEADER = struct.Struct("<4sB13xH")
 _MAPPED_AIO = re.compile(rb" /\[aio\](?: \(deleted\))?$", re.MULTILINE)
 _MAPPED_IO_URING = re.compile(rb" anon_inode:\[io_uring\]$", re.MULTILINE)
 
-_DEVICES = (
-    ("kvm", ("/dev/kvm", "anon_inode:kvm-"), "a virtual machine's second page table points to its pages"),
-    ("vfio", ("/dev/vfio/", "/dev/iommu", "anon_inode:[vfio"), "a device writes to its pages (VFIO)"),
-    ("infiniband", ("/dev/infiniband/", "anon_inode:[infiniband"), "a network adapter writes to its pages (RDMA)"),
-    ("nvidia", ("/dev/nvidia",), "a GPU may write to its pages"),
-    ("dri", ("/dev/dri/", "/dev/kfd", "/dev/accel/"), "a GPU may write to its pages"),
-    ("video", ("/dev/video", "/dev/media", "/dev/dma_heap/"), "a video device may write to its pages"),
-)
-"""Key, how the targets of links in ``/proc/PID/fd`` begin, and what holding such a file means."""
-
 
 class _Target:
     """What the checks look at; each thing is read once, when a check first wants it."""
@@ -79,15 +70,15 @@ class _Target:
         return self.process.read("maps")
 
     @cached_property
-    def links(self) -> list[str]:
-        """What the file descriptors of all threads refer to."""
+    def files(self) -> list[tuple[str, int]]:
+        """What the file descriptors of all threads refer to, as :func:`open_files` gives it."""
         own_tables = [
             thread.tid
             for thread in self.threads
             if thread.tid != self.process.pid and kcmp(self.process.pid, thread.tid, KCMP_FILES) not in (0, None)
         ]
         directories = ["fd", *(f"task/{tid}/fd" for tid in own_tables)]
-        return [link for directory in directories for link in _read_links(self.process, directory)]
+        return [file for directory in directories for file in open_files(self.process, directory)]
 
 
 def refuse_process(
@@ -112,7 +103,7 @@ def refuse_process(
         for check in _BY_TRACERS:
             if refusal := check(target):
                 refused.append(refusal)
-        refused += _devices(target)
+        refused += refuse_files(target.files)
     except NotPermittedError as error:
         # It became somebody else's by execve(2) meanwhile.
         refused.append(Refusal("not_permitted", error.message, error.help))
@@ -126,6 +117,12 @@ def _itself(target: _Target) -> Refusal | None:
     if not target.process.is_self:
         return None
     return Refusal("itself", "it is this process, which cannot stop itself", "mthp.collapse_buffer moves own memory")
+
+
+def _init(target: _Target) -> Refusal | None:
+    if target.process.pid != 1:
+        return None
+    return Refusal("init", "it is process 1: the system would end with it if mthp died while it prepares the move")
 
 
 def _ancestor(target: _Target) -> Refusal | None:
@@ -219,6 +216,14 @@ def _low_memory(target: _Target) -> Refusal | None:
     return low_memory(meminfo, limit, needed)
 
 
+def _frozen(target: _Target) -> Refusal | None:
+    """Frozen threads stop for a tracer, but run nothing of ours until they are thawed (do_freezer_trap)."""
+    membership = target.process.read("cgroup").decode(errors="replace")
+    if not is_frozen(target.cgroups, membership):
+        return None
+    return Refusal("frozen", "its cgroup is frozen, so that it could not run what moves its pages", "thaw it first")
+
+
 # --- What those may see who may trace it ------------------------------------------------------------------------------
 
 
@@ -307,7 +312,7 @@ def _call(process: Process, tid: int) -> int:
 
 
 def _io_uring(target: _Target) -> Refusal | None:
-    if not _MAPPED_IO_URING.search(target.maps) and "anon_inode:[io_uring]" not in target.links:
+    if not _MAPPED_IO_URING.search(target.maps) and all(link != "anon_inode:[io_uring]" for link, _ in target.files):
         return None
     return Refusal("io_uring", "it has an io_uring, which may read or write its memory at any time")
 
@@ -357,54 +362,11 @@ def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
     return (words[0], words[3], words[5])
 
 
-def _devices(target: _Target) -> list[Refusal]:
-    return [refusal for key in dict.fromkeys(map(device_of, target.links)) if (refusal := _device_refusal(key))]
-
-
-def device_of(link: str) -> str | None:
-    """Which kind of device, of those that hold on to memory, a link of ``/proc/PID/fd`` leads to."""
-    for key, prefixes, _ in _DEVICES:
-        if link.startswith(prefixes):
-            return key
-    return None
-
-
-def _device_refusal(key: str | None) -> Refusal | None:
-    for name, prefixes, meaning in _DEVICES:
-        if name == key:
-            return Refusal(f"device_{name}", f"it has a file of {prefixes[0]} open: {meaning}")
-    return None
-
-
-def _read_links(process: Process, directory: str) -> list[str]:
-    links = []
-    try:
-        handle = process.open(directory)
-    except NotPermittedError:
-        raise
-    except MthpError:
-        # A thread that has exited.
-        process.check_alive()
-        return []
-    try:
-        with os.scandir(handle) as entries:
-            names = [entry.name for entry in entries]
-        for name in names:
-            try:
-                links.append(os.readlink(name, dir_fd=handle))
-            except FileNotFoundError:
-                continue
-    except OSError as error:
-        process.fail(error, f"/proc/{process.pid}/{directory}")
-    finally:
-        os.close(handle)
-    return links
-
-
 _Check = Callable[[_Target], Refusal | None]
 
 _BY_ANYBODY: tuple[_Check, ...] = (
     _itself,
+    _init,
     _ancestor,
     _machine,
     _userfaultfd,
@@ -414,6 +376,7 @@ _BY_ANYBODY: tuple[_Check, ...] = (
     _pinned,
     _thp_disabled,
     _low_memory,
+    _frozen,
 )
 _BY_TRACERS: tuple[_Check, ...] = (
     _bits,

@@ -1,0 +1,133 @@
+"""Open files of a process behind which somebody may hold on to its pages, or use its memory while it stands still.
+
+A driver can pin pages, which the kernel shows when they are to be moved. But it can also keep a second page table that
+points to them (a virtual machine), let a thread of the kernel's write to the process's memory (vhost), let another
+process map it (XPMEM), or let a device use the process's own page table (shared virtual addressing). Nothing of that is
+seen page by page, and who holds such a file is known by the file alone.
+
+As with flags of mappings there is a list of what is allowed: a character device that nobody has thought about is
+refused. Block devices and files of file systems pin what they transfer.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+
+from mthp.errors import MthpError, NotPermittedError
+from mthp.linux.mover.refusal import Refusal
+from mthp.linux.process import Process
+
+_HOLDERS = (
+    ("kvm", ("/dev/kvm", "anon_inode:kvm-"), "a virtual machine's second page table points to its pages"),
+    ("hypervisor", ("/dev/mshv", "/dev/acrn", "/dev/gunyah", "/dev/xen/"), "a virtual machine uses its pages"),
+    ("vhost", ("/dev/vhost-",), "a thread of the kernel's writes to its memory (vhost)"),
+    ("vfio", ("/dev/vfio/", "/dev/iommu", "anon_inode:[vfio"), "a device writes to its pages (VFIO)"),
+    ("infiniband", ("/dev/infiniband/", "anon_inode:[infiniband"), "a network adapter writes to its pages (RDMA)"),
+    ("nvidia", ("/dev/nvidia",), "a GPU may write to its pages"),
+    ("dri", ("/dev/dri/", "/dev/kfd", "/dev/accel/"), "a GPU may write to its pages"),
+    ("video", ("/dev/video", "/dev/media", "/dev/dma_heap/"), "a video device may write to its pages"),
+    ("sva", ("/dev/dsa/", "/dev/iax/", "/dev/hisi_"), "a device uses its page table (shared virtual addressing)"),
+    ("xpmem", ("/dev/xpmem",), "other processes may have mapped its memory (XPMEM)"),
+)
+"""Key, how the targets of links in ``/proc/PID/fd`` begin, and what holding such a file means."""
+
+_KMEM = ((1, 1), (1, 2), (1, 4))
+"""``mem``, ``kmem`` and ``port``: of major number 1, what is not as harmless as ``null`` and ``random``."""
+
+_HARMLESS_MAJORS = frozenset({1, 4, 5, 13, *range(136, 144)})
+"""Memory devices (null, zero, random), terminals, input (Documentation/admin-guide/devices.txt)."""
+
+_HARMLESS_NAMES = (
+    *("autofs", "btrfs-control", "bus/usb/", "cpu_dma_latency", "cuse", "fb", "fuse", "gpiochip", "hidraw", "hpet"),
+    *("hvc", "hwrng", "i2c-", "ipmi", "loop-control", "mapper/control", "mei", "net/", "nvme", "ppp", "pps", "ptp"),
+    *("rfkill", "rtc", "snd/", "tpm", "ttyA", "ttyS", "ttyU", "uhid", "uinput", "userfaultfd", "vcs", "vga_arbiter"),
+    *("vsock", "watchdog"),
+)
+"""Devices of other numbers, many of which are given out as they come, by how their names below ``/dev`` begin. All of
+these copy what they read and write, or pin it while they transfer it."""
+
+
+def open_files(process: Process, directory: str) -> list[tuple[str, int]]:
+    """What the descriptors in ``/proc/PID/<directory>`` refer to: link, and number of the character device or 0.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+        NotPermittedError: its files are not ours to look at.
+    """
+    files = []
+    try:
+        handle = process.open(directory)
+    except NotPermittedError:
+        raise
+    except MthpError:
+        # A thread that has exited.
+        process.check_alive()
+        return []
+    try:
+        with os.scandir(handle) as entries:
+            names = [entry.name for entry in entries]
+        for name in names:
+            try:
+                link = os.readlink(name, dir_fd=handle)
+                files.append((link, _device(name, handle) if link.startswith("/") else 0))
+            except FileNotFoundError:
+                continue
+    except OSError as error:
+        process.fail(error, f"/proc/{process.pid}/{directory}")
+    finally:
+        os.close(handle)
+    return files
+
+
+def _device(name: str, directory: int) -> int:
+    """Number of the character device that a descriptor refers to, 0 if it refers to anything else."""
+    status = os.stat(name, dir_fd=directory)
+    return status.st_rdev if stat.S_ISCHR(status.st_mode) else 0
+
+
+def refuse_files(files: Iterable[tuple[str, int]]) -> list[Refusal]:
+    """What speaks against moving memory of a process that has `files` open, as :func:`open_files` gives them."""
+    refused: dict[str, Refusal] = {}
+    for link, device in dict.fromkeys(files):
+        key = device_of(link)
+        if key is not None:
+            refused.setdefault(key, _holder(key))
+        elif device and not is_harmless(link, device):
+            refused.setdefault(
+                "unknown",
+                Refusal(
+                    "device_unknown",
+                    f"it has {link} open, a device of which the mover does not know whether it holds on to memory"
+                    f" ({os.major(device)}:{os.minor(device)})",
+                    "close it",
+                ),
+            )
+    return list(refused.values())
+
+
+def device_of(link: str) -> str | None:
+    """Which kind of device, of those that hold on to memory, a link of ``/proc/PID/fd`` leads to."""
+    for key, prefixes, _ in _HOLDERS:
+        if link.startswith(prefixes):
+            return key
+    return None
+
+
+def is_harmless(link: str, device: int) -> bool:
+    """Whether a character device is known not to hold on to memory.
+
+    Args:
+        link: its path, as ``/proc/PID/fd`` has it.
+        device: its number.
+    """
+    major, minor = os.major(device), os.minor(device)
+    if major in _HARMLESS_MAJORS:
+        return (major, minor) not in _KMEM
+    return link.rpartition("/dev/")[2].startswith(_HARMLESS_NAMES)
+
+
+def _holder(key: str) -> Refusal:
+    prefixes, meaning = next((prefixes, meaning) for name, prefixes, meaning in _HOLDERS if name == key)
+    return Refusal(f"device_{key}", f"it has a file of {prefixes[0]} open: {meaning}")
