@@ -2,7 +2,8 @@
 
 The environment variable MTHP_TEST_DIE says where: ``after:7`` is when the seventh step of the run has just been done
 (:mod:`mthp.linux.mover.steps`; steps that are done for every thread count once for each), ``before:7`` when it is about
-to be, which is right after the sixth. MTHP_TEST_STEPS names a file that the steps are written to, one a line.
+to be, which is right after the sixth. With ``suspend:7`` it is stopped then as Ctrl-Z stops it. MTHP_TEST_STEPS names a
+file that the steps are written to, one a line.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from mthp.cli import main
 from mthp.linux.mover.mover import Mover
 from mthp.linux.mover.steps import Step
+
+SUSPENDED_SECONDS = 0.05
+"""What it takes at most until a process that was told to stop does."""
 
 
 def _observer() -> None:
@@ -30,7 +35,8 @@ def _observer() -> None:
             with Path(record).open("a") as file:
                 file.write(step.name + "\n")
         if done == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTSTP if when == "suspend" else signal.SIGKILL)
+            time.sleep(SUSPENDED_SECONDS)
 
     defaults = Mover.__init__.__kwdefaults__
     assert defaults is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -268,6 +269,33 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
             assert target.errors == 0
             mthp_json("doctor", "--restore")
             assert switches() == words
+        assert target.finish() == 0
+
+
+@pytest.mark.parametrize("step", [1, 2, 30, 80])
+def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
+    """Ctrl-Z stops mthp when the target runs and switches are back, and it goes on when told."""
+    with Writers(tmp_path, 3, 16) as target:
+        words = switches()
+        arguments = ["collapse", str(target.pid), "--orders", "64K", "--max-ptes-none", "0", "--json"]
+        running = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py"), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "MTHP_TEST_DIE": f"suspend:{step}"},
+            process_group=0,
+        )
+        try:
+            _, status = os.waitpid(running.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            assert target.progresses()
+            assert switches() == words
+        finally:
+            running.send_signal(signal.SIGCONT)
+        code, report = outcome_of(running)
+        assert report["folios"]["4"]["made"] > 0
+        assert code in (0, 1)
         assert target.finish() == 0
 
 

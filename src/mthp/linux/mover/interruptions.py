@@ -3,6 +3,10 @@
 To block the signals in the thread is not enough: the kernel delivers a process's signal to any thread that does not
 block it, such as a worker of a numerical library, and Python then runs the handler in its main thread nevertheless.
 So for the time it is the handlers that are exchanged. A signal whose default action ends the process is left alone.
+
+Ctrl-Z stops the process rather than to raise anything, and stops it wherever it is: a target whose threads stand still
+would do so until somebody says ``fg``, and a switch would stay changed. So it waits, too, and longer. (SIGSTOP cannot
+be held back, and leaves both as they are until SIGCONT.)
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 _USUAL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 @contextlib.contextmanager
@@ -22,12 +28,39 @@ def interruptions_held_back() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    with _held_back({number: handler for number in _USUAL if callable(handler := signal.getsignal(number))}):
+        yield
+
+
+@contextlib.contextmanager
+def suspension_held_back() -> Iterator[None]:
+    """Have Ctrl-Z (SIGTSTP) stop this process afterwards, if the main thread is what runs this.
+
+    A background process that writes to its terminal is not stopped for it meanwhile either (SIGTTOU).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    to_write = signal.getsignal(signal.SIGTTOU)
+    ctrl_z = signal.getsignal(signal.SIGTSTP)
+    with _held_back({} if ctrl_z in (signal.SIG_IGN, None) else {signal.SIGTSTP: ctrl_z}):
+        try:
+            if to_write is not None:
+                signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            yield
+        finally:
+            if to_write is not None:
+                signal.signal(signal.SIGTTOU, to_write)
+
+
+@contextlib.contextmanager
+def _held_back(handlers: Mapping[int, _Handler]) -> Iterator[None]:
+    """Take note of signals, and raise them once their `handlers` are back."""
     arrived: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         arrived.append(number)
 
-    handlers = {number: handler for number in _USUAL if callable(handler := signal.getsignal(number))}
     try:
         for number in handlers:
             signal.signal(number, note)

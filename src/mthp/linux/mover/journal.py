@@ -19,8 +19,8 @@ After a reboot the switches are new and entries of an earlier boot mean nothing,
 The directory is made with mode 0700, and must be a directory of ours in which nobody else may write. Files in it are
 opened relative to the open directory and never through symbolic links.
 
-A signal that raises an exception in Python (Ctrl-C) waits until switches are set or put back. One that kills leaves
-the journal.
+A signal that raises an exception in Python (Ctrl-C) waits until switches are set or put back, and Ctrl-Z until the
+window is over. A signal that kills leaves the journal.
 
 Windows may nest in one thread; other threads and other processes wait for their turn.
 """
@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
-from mthp.linux.mover.interruptions import interruptions_held_back
+from mthp.linux.mover.interruptions import interruptions_held_back, suspension_held_back
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
 
@@ -185,7 +185,7 @@ class SwitchJournal:
     @contextlib.contextmanager
     def _window(self, changes: Callable[[], list[Change]]) -> Iterator[None]:
         """A window with `changes`, which are asked for once the lock is held."""
-        with self._turn:
+        with self._turn, suspension_held_back():
             if not self._may_have_to_write(changes()):
                 yield
                 return

@@ -33,6 +33,7 @@ from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.live import LiveAddressSpace
 from mthp.linux.mover.blockrefusals import refuse_blocks, special_ranges
 from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.interruptions import suspension_held_back
 from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.processrefusals import refuse_process
@@ -134,11 +135,12 @@ class Mover:
         batch = _Batch(blocks, means, last_pid())
         if reason := self._broken or "; ".join(why.reason for why in self.refusals()):
             return [CollapseOutcome(ScanResult.FAIL, 0, reason=reason, everywhere=True)] * len(blocks)
-        self._collapse(batch)
-        if batch.reopen(MAPPING_CHANGED.reason):
-            # The list of mappings that they were judged by was too old.
-            self._vmas_good_until = 0
+        with suspension_held_back():
             self._collapse(batch)
+            if batch.reopen(MAPPING_CHANGED.reason):
+                # The list of mappings that they were judged by was too old.
+                self._vmas_good_until = 0
+                self._collapse(batch)
         return [batch.outcomes[block] for block in blocks]
 
     def _collapse(self, batch: _Batch) -> None:
@@ -250,7 +252,8 @@ class Mover:
 
     def close(self) -> None:
         """Take the injected code out of the target. Closing twice does nothing."""
-        self._drop_session()
+        with suspension_held_back():
+            self._drop_session()
         self._recheck.close()
 
 
