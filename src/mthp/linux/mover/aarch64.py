@@ -78,6 +78,7 @@ class Aarch64(Machine):
     alignment = 4
     calls = MappingProxyType(
         {
+            "fcntl": 25,
             "ioctl": 29,
             "close": 57,
             "waitid": 95,

@@ -47,7 +47,7 @@ STOP_TIMEOUT_NS = 200_000_000
 """How long threads may take to stop before all of them are let go. Those that can stop do so in microseconds."""
 
 WORKER_TIMEOUT_NS = 10_000_000_000
-"""How long the thread that runs our code may take to stop. Only a busy machine delays it."""
+"""How long the thread that runs our code may take to stop, or to get on. Only a busy machine delays it."""
 
 _POLL_SECONDS = 20e-6
 _LONGEST_POLL_SECONDS = 5e-3
@@ -56,6 +56,8 @@ _STOP_SECONDS = 2e-6
 """What it takes a thread to stop, once it has a processor."""
 
 _DYING = "ZX"
+_STOPS_OF_OURS = (signal.SIGTRAP, signal.SIGTRAP | 0x80)
+"""Those at a system call; these "signals" are none of the target's."""
 _EXIT_CODES = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
 
@@ -134,7 +136,7 @@ class FrozenProcess:
                 continue
             for tid in part.tids:
                 if tid not in known:
-                    self._check_stranger(tid)
+                    self.check_thread(tid)
             part.examine(self.process.label, self.read, self.read_words)
             parts.append(part)
         if not self._standing:
@@ -298,15 +300,15 @@ class FrozenProcess:
 
     def resume(self, tid: int, stop: int) -> None:
         """Let `tid` go on from `stop`, with its signal if it is one of delivery. A stopped group keeps being so."""
-        delivered = stop & 0xFF if not stop >> 8 and stop & 0xFF != signal.SIGTRAP else 0
+        delivered = stop if not stop >> 8 and stop not in _STOPS_OF_OURS else 0
         try:
             ptrace.cont(tid, delivered)
         except OSError as error:
             if error.errno != errno.ESRCH:
                 raise
 
-    def _check_stranger(self, tid: int) -> None:
-        """Do nothing if a thread that has just appeared may be given our code.
+    def check_thread(self, tid: int) -> None:
+        """Do nothing if a stopped thread, as it is now, may be given our code.
 
         Raises:
             CannotStopError: it must not.

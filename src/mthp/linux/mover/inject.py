@@ -16,9 +16,14 @@ What is injected::
     mprotect  RW- for all but the code; the code is written through /proc/PID/mem, which does not need PROT_WRITE
     madvise   MADV_DONTFORK: a child of the target has no use for it
     userfaultfd(O_CLOEXEC | UFFD_USER_MODE_ONLY), UFFDIO_API with UFFD_FEATURE_MOVE, UFFDIO_REGISTER of the scratch area
+    fcntl     F_DUPFD_CLOEXEC, and close: a program that closes a descriptor counts on the next one to have its number
     madvise   MADV_DONTNEED of the scratch area, into which a large fault of the data beside it may have spilled
 
-The VMA layout is as before once all of it is unmapped. The descriptor is closed only if it still is a userfaultfd.
+The VMA layout is as before once all of it is unmapped. The descriptor is closed only if it still is a userfaultfd, and
+nothing is unmapped if the program has mapped something of its own over a part of it.
+
+A target may be frozen by its cgroup: it stops for a tracer, but runs nothing until it is thawed. That is refused
+beforehand; if it happens now, the thread gets its registers back after some seconds.
 """
 
 from __future__ import annotations
@@ -38,14 +43,17 @@ from typing import Self
 
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError
 from mthp.linux.mover import ptrace, stub
-from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.machine import Machine
 from mthp.linux.mover.steps import Observer, Step
-from mthp.linux.mover.tracee import Tracee
+from mthp.linux.mover.taskfiles import read_task_file
+from mthp.linux.mover.tracee import CannotStopError, Tracee
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x20, 0x4000
 MADV_DONTNEED, MADV_DONTFORK = 4, 10
+
+F_DUPFD_CLOEXEC = 1030
 
 UFFD_USER_MODE_ONLY = 1
 UFFD_API = 0xAA
@@ -74,6 +82,7 @@ class RemoteCalls:
 
     Raises:
         UnsupportedError: the target has no vdso.
+        CannotStopError: the thread must not be given our code, by now.
     """
 
     def __init__(self, frozen: FrozenProcess, observer: Observer) -> None:
@@ -81,6 +90,8 @@ class RemoteCalls:
         self._observer = observer
         self._machine = frozen.machine
         self._tracee = choose(frozen)
+        frozen.check_thread(self._tracee.tid)
+        self._running = False
         self._syscall = _syscall_address(frozen)
         self._hurried = False
 
@@ -107,12 +118,18 @@ class RemoteCalls:
             os.sched_setscheduler(self._tracee.tid, os.SCHED_OTHER, os.sched_param(0))
             self._hurried = False
 
+    @property
+    def tid(self) -> int:
+        """The thread that makes them."""
+        return self._tracee.tid
+
     def call(self, name: str, *arguments: int) -> int:
         """Make one system call and give its result.
 
         Raises:
             RemoteError: it failed.
             TargetVanishedError: the target was killed.
+            CannotStopError: the thread does not run.
         """
         tid, machine = self._tracee.tid, self._machine
         registers = self._tracee.home.copy()
@@ -133,14 +150,22 @@ class RemoteCalls:
     def _to_syscall_stop(self) -> None:
         tid = self._tracee.tid
         ptrace.run_to_syscall(tid)
+        self._running = True
+        deadline = time.monotonic_ns() + WORKER_TIMEOUT_NS
         while (stop := self._frozen.poll(tid)) != _SYSCALL_STOP:
             if stop is not None:
                 # SIGSTOP, which cannot be blocked, or the stop of the group that follows it.
                 ptrace.run_to_syscall(tid, 0 if stop >> 8 else stop & 0xFF)
             elif self._frozen.has_exited(tid):
                 raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
+            elif time.monotonic_ns() > deadline:
+                raise CannotStopError(
+                    f"thread {tid} of process {self._frozen.process.label} does not run",
+                    help="its cgroup is frozen, or leaves it no time: try again later",
+                )
             else:
                 time.sleep(_POLL_SECONDS)
+        self._running = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -150,7 +175,8 @@ class RemoteCalls:
         tid = self._tracee.tid
         # The kernel restarts an interrupted system call only on the way out of a signal stop, so it must be in one.
         ptrace.interrupt(tid)
-        ptrace.cont(tid)
+        if not self._running:
+            ptrace.cont(tid)
         if not self._frozen.await_event_stop(tid):
             raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
         self._calm_down()
@@ -223,9 +249,11 @@ class Injection:
         """Unmap and close all of it.
 
         Raises:
-            TargetVanishedError: it is not there any more.
+            TargetVanishedError: it is not there any more, or not all of it.
         """
         self.check(frozen)
+        if not is_untouched(frozen.process.read("maps"), self.layout):
+            raise TargetVanishedError(f"process {frozen.process.label} mapped memory of its own over the mover's")
         with RemoteCalls(frozen, observer) as remote:
             _remove(frozen, remote, self.layout, self.uffd)
             observer(Step.UNMAPPED)
@@ -244,6 +272,7 @@ def inject(
         UnsupportedError: the target's kernel or limits do not allow it.
         NotPermittedError: userfaultfd is forbidden to the target.
         TargetVanishedError: the target was killed.
+        CannotStopError: it must not be given our code, or does not run.
     """
     planned = stub.Layout(0, max(min_threads, 2 * len(frozen.stopped.tids)), operations, scratch_size, frozen.machine)
     uffd = _NO_FD
@@ -259,9 +288,10 @@ def inject(
             remote.call("madvise", base, layout.size, MADV_DONTFORK)
             frozen.write(base, layout.executable)
             uffd = remote.call("userfaultfd", os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
+            uffd = _out_of_the_way(frozen, remote, uffd)
             _register(frozen, remote, layout, uffd)
         except (OSError, MthpError) as error:
-            if isinstance(error, TargetVanishedError):
+            if isinstance(error, (TargetVanishedError, CannotStopError)):
                 raise
             if layout is not None:
                 _remove(frozen, remote, layout, uffd)
@@ -270,6 +300,24 @@ def inject(
     frozen.write(layout.header, stub.pack_header(layout, uffd, injection.nonce, stub.operations_for([], 0)))
     observer(Step.INJECTED)
     return injection
+
+
+def _out_of_the_way(frozen: FrozenProcess, remote: RemoteCalls, fd: int) -> int:
+    """Give a descriptor another number: the last that fits into the table of files as it is, or one behind it.
+
+    It keeps its number where it may have no such one (RLIMIT_NOFILE).
+    """
+    status = (read_task_file(frozen.process, remote.tid, "status") or b"").decode(errors="replace")
+    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("FDSize:")]
+    last = int(sizes[0]) - 1 if sizes else -1
+    if fd >= last:
+        return fd
+    try:
+        moved = remote.call("fcntl", fd, F_DUPFD_CLOEXEC, last)
+    except RemoteError:
+        return fd
+    remote.call("close", fd)
+    return moved
 
 
 def _register(frozen: FrozenProcess, remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
@@ -286,6 +334,23 @@ def _remove(frozen: FrozenProcess, remote: RemoteCalls, layout: stub.Layout, uff
     if uffd != _NO_FD and _is_userfaultfd(frozen, uffd):
         with contextlib.suppress(RemoteError):
             remote.call("close", uffd)
+
+
+def is_untouched(maps: bytes, layout: stub.Layout) -> bool:
+    """Whether the text `maps` of ``/proc/PID/maps`` shows where `layout` is what was injected, and nothing else."""
+    begin, end = layout.extent
+    expected = [
+        (begin, layout.header, b"r-xp"),
+        (layout.header, layout.scratch, b"rw-p"),
+        (layout.scratch, end, b"rw-p"),
+    ]
+    found = []
+    for line in maps.splitlines():
+        span, permissions, _, _, inode = line.split()[:5]
+        start, stop = (int(word, 16) for word in span.split(b"-"))
+        if start < end and begin < stop:
+            found.append((start, stop, permissions if inode == b"0" else b""))
+    return found == expected
 
 
 def _is_userfaultfd(frozen: FrozenProcess, fd: int) -> bool:

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from mthp.errors import TargetVanishedError
 from mthp.linux.mover import ptrace, stub
-from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, choose
 from mthp.linux.mover.steps import Observer, Step
-from mthp.linux.mover.tracee import Tracee
+from mthp.linux.mover.tracee import CannotStopError, Tracee
 
 _POLL_SECONDS = 20e-6
 _LONGEST_POLL_SECONDS = 250e-6
@@ -55,7 +55,12 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
     Raises:
         TargetVanishedError: the target was killed.
         OSError: ESRCH, likewise.
+        CannotStopError: the worker must not be given our code, by now.
     """
+    worker = choose(frozen)
+    if worker.tid != frozen.process.pid:
+        # The first thread was looked at once more with all else; another one may filter its calls by now, too.
+        frozen.check_thread(worker.tid)
     layout, stopped = injection.layout, frozen.stopped
     frozen.write(layout.contexts, layout.pack_contexts(stopped.homes, stopped.masks))
     frozen.write(layout.header, stub.pack_header(layout, injection.uffd, injection.nonce, operations))
@@ -63,7 +68,7 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
     for tracee in frozen.tracees.values():
         tracee.touched = True
     stopped.park(layout.parked(stopped.homes), observer)
-    return choose(frozen)
+    return worker
 
 
 def work(
@@ -109,6 +114,11 @@ def _await_done(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> N
             begun = time.monotonic_ns()
         elif frozen.has_exited(worker.tid):
             raise TargetVanishedError(f"process {frozen.process.label} was killed")
+        elif time.monotonic_ns() - begun > WORKER_TIMEOUT_NS:
+            raise CannotStopError(
+                f"thread {worker.tid} of process {frozen.process.label}, which moves its pages, does not get on",
+                help="its cgroup is frozen, or leaves it no time; once it runs, it finishes by itself",
+            )
         else:
             # Where the two share a processor, to look is to interrupt the worker: look the less often the longer it
             # takes, up to a bound: it may be stopped by a signal, and stands still with all others until we see it.

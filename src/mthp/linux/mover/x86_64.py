@@ -61,6 +61,7 @@ EINTR_CALLS = frozenset(
         1,  # write
         19,  # readv
         20,  # writev
+        40,  # sendfile
         42,  # connect
         43,  # accept
         288,  # accept4
@@ -70,6 +71,9 @@ EINTR_CALLS = frozenset(
         47,  # recvmsg
         299,  # recvmmsg
         307,  # sendmmsg
+        275,  # splice
+        327,  # preadv2
+        328,  # pwritev2
     }
 )
 """System calls that a stop makes return EINTR, where signal(7) has them restarted or not interrupted."""
@@ -115,6 +119,7 @@ class X8664(Machine):
             "munmap": 11,
             "ioctl": 16,
             "madvise": 28,
+            "fcntl": 72,
             "ptrace": 101,
             "waitid": 247,
             "userfaultfd": 323,
