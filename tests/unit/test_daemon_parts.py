@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import shutil
 import socket
@@ -38,6 +39,14 @@ def test_a_second_daemon_is_told_who_the_first_is(tmp_path: Path) -> None:
     assert "mthp status" in caught.value.help
     lock.close()
     DaemonLock(tmp_path).close()
+
+
+def test_a_lock_with_another_name_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "daemon.lock").hardlink_to(tmp_path / "precious")
+    with pytest.raises(NotPermittedError, match="no file of its own"):
+        DaemonLock(tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_lock_that_cannot_be_made_is_a_matter_of_rights(tmp_path: Path) -> None:
@@ -188,6 +197,39 @@ def test_a_line_that_was_cut_short_is_ended_before_the_next(tmp_path: Path, monk
     assert [json.loads(line)["event"] for line in lines[1:-1]] == ["lost", "two"]
 
 
+def test_a_log_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    """Who may write in its directory could have the daemon write to any file."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    log = tmp_path / "events.jsonl"
+    log.hardlink_to(precious)
+    with pytest.raises(UsageError, match="several names"):
+        EventLog(log, print)
+    log.unlink()
+    log.symlink_to(precious)
+    if os.geteuid() == 0:
+        os.lchown(log, 65534, 65534)
+        with pytest.raises(UsageError, match="symbolic links"):
+            EventLog(log, print)
+        os.lchown(log, 0, 0)
+    assert precious.read_text() == "precious"
+    EventLog(log, print).close()
+
+
+def test_a_log_that_is_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
+    pipe = tmp_path / "events"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match=re.escape(str(pipe))):
+        EventLog(pipe, print)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    log = EventLog(pipe, print)
+    while not log.lost:
+        log.write("event", text="x" * 4096)
+    os.close(reader)
+    log.write("event")
+    log.close()
+
+
 def test_a_log_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="event log"):
         EventLog(tmp_path / "none" / "events", lambda line: None)
@@ -272,7 +314,7 @@ def test_words_of_a_newer_kernel_leave_what_was_known(sysfs: Path) -> None:
 
 
 def test_the_unit_names_every_right_with_its_reason(tmp_path: Path) -> None:
-    path = install(["--config", "/etc/mthp/my rules.toml"], tmp_path)
+    path = install(unit_text(["--config", "/etc/mthp/my rules.toml"]), tmp_path)
     text = path.read_text()
     assert "'/etc/mthp/my rules.toml'" in text
     for name, reason in CAPABILITIES.items():
@@ -280,6 +322,15 @@ def test_the_unit_names_every_right_with_its_reason(tmp_path: Path) -> None:
         assert name in next(line for line in text.splitlines() if line.startswith("CapabilityBoundingSet="))
     for line in ("Type=notify", "RuntimeDirectoryPreserve=yes", "NoNewPrivileges=yes"):
         assert line in text.splitlines()
+
+
+def test_the_unit_lets_the_daemon_reach_what_its_options_name() -> None:
+    plain = unit_text(["--all"])
+    assert "ReadWritePaths" not in plain
+    assert "IPAddressDeny=any" in plain.splitlines()
+    assert unit_text(["--all"], Path("/var/log/mthp/events.jsonl"), ("127.0.0.1", 1)) == plain
+    assert "ReadWritePaths=/srv/log" in unit_text(["--all"], Path("/srv/log/events.jsonl")).splitlines()
+    assert "IPAddressDeny" not in unit_text(["--all"], metrics=("0.0.0.0", 9464))
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
@@ -295,6 +346,8 @@ def test_systemd_understands_the_unit_and_finds_it_hardened(tmp_path: Path) -> N
     if "Overall exposure" not in done.stdout:
         pytest.skip(f"systemd-analyze cannot judge units here: {done.stderr.strip()[:200]}")
     assert done.stderr == ""
+    verified = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert (verified.returncode, verified.stderr) == (0, "")
     level = float(done.stdout.rsplit("mthp.service: ", 1)[1].split()[0])
     assert level < 5.0
 

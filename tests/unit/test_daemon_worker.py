@@ -36,7 +36,7 @@ class FakeKnobs:
 class FakeTarget:
     """A target that scans a piece at every turn, and wants the next at once."""
 
-    working = closed = vanished = False
+    working = closed = vanished = ended = False
 
     def __init__(self, stage: Stage, pid: int, gain: int) -> None:
         self.facts = ProcessFacts(pid, 1, comm="fake")
@@ -49,6 +49,9 @@ class FakeTarget:
 
     def follow(self) -> None:
         self.followed += 1
+
+    def end(self) -> None:
+        self.ended = True
 
     def close(self) -> None:
         self.closed = True
@@ -118,6 +121,19 @@ def test_those_with_most_to_gain_come_first_and_equals_in_turn() -> None:
         target.next_at = 51.0
     stage.run(3)
     assert [pid for _, pid in stage.turns] == [2, 1, 4]
+
+
+def test_a_worker_that_cannot_go_on_says_so() -> None:
+    """A daemon that goes on without its worker would do nothing, and nobody would know."""
+    stage, died = Stage(), []
+    worker = stage.worker
+    worker._died = lambda: died.append(True)
+    worker._follow_system = lambda *, at_once: 1 // 0  # type: ignore[method-assign, assignment]
+    target = stage.add(1)
+    worker._run()
+    assert worker.failed
+    assert died
+    assert target.ended
 
 
 def test_switches_that_change_are_told_to_every_target() -> None:

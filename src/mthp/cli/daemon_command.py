@@ -56,27 +56,32 @@ def command(run_dir: Path | None, **options: Any) -> int:
         return 0
     load = _loader(options)
     if options["print_unit"] or options["install_unit"]:
-        load()
-        return _unit(install=options["install_unit"])
+        configuration = load()
+        events = options["events"] or configuration.events
+        return _unit(events, _endpoint(options) or configuration.metrics, install=options["install_unit"])
     if options["check_config"]:
         configuration = load()
         click.echo(f"{len(configuration.rules.rules)} rules, nothing wrong with them")
         return 0
     from mthp.daemon.service import Daemon, Options
-    from mthp.daemon.values import parse_endpoint
     from mthp.linux.mover.journal import default_root
 
-    metrics = options["metrics"]
     Daemon(
         Options(
             load=load,
             run_dir=run_dir or default_root(),
             say=_say,
             events=options["events"],
-            metrics=None if metrics is None else parse_endpoint(metrics),
+            metrics=_endpoint(options),
         )
     ).run()
     return 0
+
+
+def _endpoint(options: dict[str, Any]) -> tuple[str, int] | None:
+    from mthp.daemon.values import parse_endpoint
+
+    return None if options["metrics"] is None else parse_endpoint(options["metrics"])
 
 
 def _say(line: str) -> None:
@@ -153,15 +158,16 @@ def _with_daemon_options(configuration: Any, options: dict[str, Any]) -> Any:
     return dataclasses.replace(configuration, **changes)
 
 
-def _unit(*, install: bool) -> int:
+def _unit(events: Path | None, metrics: tuple[str, int] | None, *, install: bool) -> int:
     """Print or install the unit that runs the daemon with the arguments of this call."""
     from mthp.daemon import unit
 
     arguments = _absolute([word for word in _own_arguments() if word not in ("--print-unit", "--install-unit")])
+    text = unit.unit_text(arguments, events and events.absolute(), metrics)
     if not install:
-        click.echo(unit.unit_text(arguments), nl=False)
+        click.echo(text, nl=False)
         return 0
-    path = unit.install(arguments)
+    path = unit.install(text)
     click.echo(f"installed {path}")
     click.echo("next: systemctl daemon-reload && systemctl enable --now mthp")
     return 0

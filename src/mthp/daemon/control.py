@@ -53,7 +53,8 @@ class ControlSocket:
         selector.register(self._socket, selectors.EVENT_READ, self._accept)
 
     def _accept(self, _events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
+        # Nobody is there any more, or there is no file descriptor left: no reason to end.
+        with contextlib.suppress(OSError):
             connection, _ = self._socket.accept()
             if len(self._clients) >= MAX_CLIENTS:
                 connection.close()
@@ -129,6 +130,8 @@ def _answered(line: bytes, answer: Answer) -> dict[str, Any]:
         return answer(request)
     except MthpError as error:
         return {"error": error.message, "help": error.help}
+    except Exception as error:  # A question that cannot be answered is no reason to end.
+        return {"error": f"an error of mthp: {error!r}", "help": ""}
 
 
 def _bound(path: Path) -> socket.socket:

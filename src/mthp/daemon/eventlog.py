@@ -2,13 +2,18 @@
 
 A full disk stops nothing: what cannot be written is counted, that is said once, and when writing works again a line
 tells how much is missing. A line that was cut short by a full disk is ended first, so that readers can pass over it.
+
+The daemon has all rights, and the file may be named in a directory in which others write, too. So links are followed
+only if they are the daemon's user's or root's, and a file with several names is not written to.
 """
 
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +93,19 @@ class EventLog:
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    # Without O_NONBLOCK a pipe that nobody reads would hold us up.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW, 0o640)
+    except OSError as error:
+        if error.errno != errno.ELOOP or path.lstat().st_uid not in (0, os.geteuid()):
+            raise
+        fd = os.open(path, flags, 0o640)
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+        os.close(fd)
+        raise OSError(errno.EMLINK, "it has several names, of which one may be somebody else's")
+    return fd
 
 
 def _line(event: str, values: dict[str, Any]) -> bytes:

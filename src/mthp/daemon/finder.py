@@ -1,5 +1,6 @@
 """Which processes are targets: those that a rule fits, found when they come, change and go.
 
+A rule that names a PID means the process that has it when the rules are read, and not one that gets the number later.
 Changes of processes are told by the kernel or looked for (:mod:`mthp.linux.procevents`). Who changed is let settle and
 looked into (:mod:`~mthp.daemon.discovery`), and becomes a target, stays one under another rule, or is let go. Every so
 often all processes are listed, for what changes without an event.
@@ -11,6 +12,7 @@ import os
 import selectors
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from mthp.daemon.discovery import SETTLE_SHARE, Nursery, read_facts
@@ -21,6 +23,9 @@ from mthp.daemon.worker import Worker
 from mthp.errors import MthpError
 from mthp.linux.process import Process, ProcStat
 from mthp.linux.procevents import Changes, list_pids, open_events
+
+NOBODY = 0
+"""In place of a PID that no rule means."""
 
 REMATCH_SECONDS = 10.0
 """Between two listings of all processes; what may change without an event is looked at anew then."""
@@ -43,6 +48,7 @@ class Finder:
         self._worker, self._loop, self._say = worker, loop, say
         self._environment = worker.environment
         self._known: dict[int, int] = {}
+        self._named: dict[int, int] = {}
         self._ancestors = _ancestors()
         self._nursery = Nursery(self._tick)
         self._changes, hint = open_events()
@@ -67,6 +73,7 @@ class Finder:
     def start(self) -> None:
         """Look into all processes, and into those that change from now on."""
         self._watch_processes()
+        self._take_names()
         self._nursery.add(list_pids(), at_once=True)
         self.look_into()
         self._loop.every("rematch", REMATCH_SECONDS, self._rematch)
@@ -75,7 +82,19 @@ class Finder:
         """There are other rules now: look into all processes anew."""
         self._nursery.settle = self._tick
         self._known.clear()
+        self._take_names()
         self._nursery.add(list_pids(), at_once=True)
+
+    def _take_names(self) -> None:
+        """Note who has the PIDs that rules name."""
+        rules = self._environment.configuration.rules.rules
+        self._named = {}
+        for pid in sorted({pid for rule in rules for pid in rule.match.pid}):
+            facts = read_facts(pid, frozenset())
+            if facts is None:
+                self._say(f"there is no process {pid}, which a rule names")
+            else:
+                self._named[pid] = facts.starttime
 
     def close(self) -> None:
         """Hear of no more changes."""
@@ -129,7 +148,8 @@ class Finder:
                 self._known[pid] = -1
                 continue
             self._known[pid] = facts.starttime
-            rule = rules.rule_for(facts)
+            was_named = self._named.get(pid) == facts.starttime
+            rule = rules.rule_for(facts if was_named else replace(facts, pid=NOBODY))
             if rule is not None and (rule.deny or pid in self._ancestors):
                 rule = None
             self._match(facts, rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError
@@ -30,6 +31,11 @@ class DaemonLock:
             raise NotPermittedError(
                 f"{path}: {error.strerror}", help="run as root, or give a directory of yours with --run-dir"
             ) from error
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            # It is written to, and what has another name might be somebody else's.
+            os.close(self._fd)
+            raise NotPermittedError(f"{path} is no file of its own", help="remove it, or give another --run-dir")
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -164,6 +164,7 @@ class Daemon:
             MemoryPressure(configuration.memory_pressure),
             CpuBudget(configuration.cpu),
             self._say,
+            died=lambda: signal.raise_signal(signal.SIGTERM),
         )
         self._finder = Finder(self.worker, self._loop, self._say)
         self._undo.callback(self._finder.close)
@@ -218,7 +219,11 @@ class Daemon:
     # The loop.
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT."""
+        """Work until SIGTERM or SIGINT.
+
+        Raises:
+            MthpError: it ended for an error of its own.
+        """
         with self._undo, self._signals():
             self.worker.start()
             self._finder.start()
@@ -231,6 +236,8 @@ class Daemon:
                 self._loop.once(self._finder.next_due)
                 self._finder.look_into()
             self._end()
+        if self.worker.failed:
+            raise MthpError("the daemon ended for an error of mthp", help="its log says which; please report it")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -249,7 +256,7 @@ class Daemon:
             while wanted:
                 self._obey(wanted.pop(0))
 
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTSTP)
         before = {number: signal.signal(number, note) for number in numbers}
         wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._loop.selector.register(ours, selectors.EVENT_READ, obey)
@@ -266,8 +273,20 @@ class Daemon:
     def _obey(self, number: int) -> None:
         if number == signal.SIGHUP:
             self.reload()
+        elif number == signal.SIGTSTP:
+            self._suspend()
         else:
             self._stopping = True
+
+    def _suspend(self) -> None:
+        """Be stopped by Ctrl-Z once nothing is being worked on: a target would stand still for as long."""
+        paused = self.worker.paused
+        self.worker.pause(True)
+        self.worker.wait_for_rest(TOUCHING_SECONDS)
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+        self.worker.pause(paused)
 
     def _sign_of_life(self) -> None:
         if time.monotonic() - self.worker.beat < STUCK_SECONDS:

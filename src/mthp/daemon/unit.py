@@ -14,6 +14,8 @@ from mthp.errors import MthpError, NotPermittedError
 
 NAME = "mthp.service"
 DIRECTORY = Path("/etc/systemd/system")
+LOGS = Path("/var/log/mthp")
+"""LogsDirectory of the unit."""
 
 CAPABILITIES = {
     "CAP_SYS_PTRACE": "look at other users' processes, stop their threads and move pages in them",
@@ -25,15 +27,24 @@ CAPABILITIES = {
 """The capabilities of the unit, and what each is for."""
 
 
-def unit_text(arguments: list[str]) -> str:
-    """The unit that runs ``mthp daemon`` with `arguments`."""
+def unit_text(arguments: list[str], events: Path | None = None, metrics: tuple[str, int] | None = None) -> str:
+    """The unit that runs ``mthp daemon`` with `arguments`.
+
+    Args:
+        events: file of the event log, whose directory has to be writable.
+        metrics: (host, port) of the metrics page, which is shut off from other machines unless it is for them.
+    """
     command = shlex.join([sys.executable, "-m", "mthp", "daemon", *arguments])
     reasons = "\n".join(f"#   {name}: {reason}" for name, reason in CAPABILITIES.items())
     capabilities = " ".join(CAPABILITIES)
+    local = metrics is None or metrics[0] == "localhost" or metrics[0] == "::1" or metrics[0].startswith("127.")
+    network = (
+        "IPAddressDeny=any\nIPAddressAllow=localhost" if local else "# The metrics page is for other machines, too."
+    )
+    writable = "" if events is None or events.is_relative_to(LOGS) else f"ReadWritePaths={events.parent}\n"
     return f"""\
 [Unit]
 Description=khugepaged in user space: collapses the memory of chosen processes to large folios
-Documentation=man:mthp(1)
 ConditionPathIsDirectory=/sys/kernel/mm/transparent_hugepage
 
 [Service]
@@ -42,7 +53,7 @@ ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 WatchdogSec=120
-TimeoutStopSec=10
+TimeoutStopSec=30
 OOMScoreAdjust=500
 MemoryMax=512M
 LimitNOFILE=524288
@@ -61,7 +72,7 @@ NoNewPrivileges=yes
 # What it does not need. It writes to /sys/kernel/mm/transparent_hugepage (switches, for moments, journaled) and to the
 # memory of processes, so /sys stays writable; it looks into all processes, so /proc and PIDs stay visible.
 ProtectSystem=strict
-ProtectHome=read-only
+{writable}ProtectHome=read-only
 PrivateTmp=yes
 PrivateDevices=yes
 ProtectClock=yes
@@ -78,23 +89,22 @@ SystemCallArchitectures=native
 SystemCallFilter=@system-service @debug process_madvise process_mrelease pidfd_open pidfd_getfd userfaultfd kcmp
 SystemCallErrorNumber=EPERM
 UMask=0027
-IPAddressDeny=any
-IPAddressAllow=localhost
+{network}
 
 [Install]
 WantedBy=multi-user.target
 """
 
 
-def install(arguments: list[str], directory: Path = DIRECTORY) -> Path:
-    """Write the unit; gives its path.
+def install(text: str, directory: Path = DIRECTORY) -> Path:
+    """Write the unit `text`; gives its path.
 
     Raises:
         NotPermittedError: the directory is not ours to write to.
     """
     path = directory / NAME
     try:
-        path.write_text(unit_text(arguments))
+        path.write_text(text)
     except PermissionError as error:
         raise NotPermittedError(f"{path}: {error.strerror}", help="run as root") from error
     except OSError as error:

@@ -39,9 +39,11 @@ class Worker:
         pressure: whether the machine is short of memory.
         cpu: the CPU budget.
         say: tells a person what happened.
+        died: called in the worker's thread if it ends for an error of ours.
 
     Attributes:
         targets: all of them, by PID.
+        failed: whether it did.
         beat: when the worker was last seen at work, or at rest with nothing to do.
     """
 
@@ -53,10 +55,13 @@ class Worker:
         cpu: CpuBudget,
         say: Callable[[str], None],
         clock: Clock = time.monotonic,
+        died: Callable[[], None] = lambda: None,
     ) -> None:
         self.environment = environment
         self.targets: dict[int, Target] = {}
         self.paused = False
+        self.failed = False
+        self._died = died
         self._knobs, self._pressure, self._cpu, self._say, self._clock = knobs, pressure, cpu, say, clock
         self._turn = threading.Condition()
         self._waiting: list[tuple[float, int, Target]] = []
@@ -122,6 +127,11 @@ class Worker:
             self.paused = paused
             self._turn.notify()
 
+    def wait_for_rest(self, timeout: float) -> bool:
+        """Wait until no target is worked on, so many seconds at most; gives whether that is so."""
+        with self._turn:
+            return self._turn.wait_for(lambda: self._busy is None, timeout)
+
     def stop(self, timeout: float, longest: float) -> bool:
         """End after the piece at hand, and let go of all targets; gives whether that was so in time.
 
@@ -167,6 +177,10 @@ class Worker:
         try:
             while not self._stop:
                 self._once()
+        except BaseException:
+            self.failed = True
+            self._say(f"the worker ends for an error of mthp\n{traceback.format_exc()}")
+            self._died()
         finally:
             for target in list(self.targets.values()):
                 target.end()
