@@ -91,20 +91,26 @@ class Zone:
         Args:
             low: keep to the ``low`` watermark instead of ``min``.
         """
-        kept = self.watermarks.low if low else self.watermarks.min
-        if order > self.max_order or self.free_frames - (1 << order) < kept:
+        at = self._order_of_block(order, low=low)
+        if at is None:
             return None
-        for at in range(order, self.max_order + 1):
-            if self._free[at]:
-                head, _ = self._free[at].popitem()
-                break
-        else:
-            return None
+        head, _ = self._free[at].popitem()
         while at > order:
             at -= 1
             self._free[at][head + (1 << at)] = None
         self.free_frames -= 1 << order
         return head
+
+    def has(self, order: int, *, low: bool = False) -> bool:
+        """Whether :meth:`alloc` would give a block."""
+        return self._order_of_block(order, low=low) is not None
+
+    def _order_of_block(self, order: int, *, low: bool) -> int | None:
+        """The order of the block that a block of `order` would be taken from."""
+        kept = self.watermarks.low if low else self.watermarks.min
+        if self.free_frames - (1 << order) < kept:
+            return None
+        return next((at for at in range(order, self.max_order + 1) if self._free[at]), None)
 
     def alloc_pages(self, count: int, *, low: bool = False) -> list[tuple[int, int]]:
         """Take up to `count` frames, in blocks as large as there are: (first frame, frames) each."""

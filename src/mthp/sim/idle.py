@@ -10,7 +10,9 @@ behind it. Here the answers for ordinary entries are found in a few passes over 
   passes; where that is, the packed bits of the none PTEs tell.
 - The frames of a range mostly adjoin. So whether its folios are ordinary is asked of the frames between its lowest and
   its highest, as slices of the frames' columns; only where one of those is not are the range's own frames looked up.
-- A range that passes its scan is idle too if no run in it is full enough for the policy.
+- A range that passes its scan is idle too if no run in it is full enough for the policy, or none that is not in a
+  large folio already. In the latter khugepaged tries to collapse time and again: it takes a free folio, finds at the
+  first page that the run has one, and gives it back. That leaves nothing behind but counts, which are made here.
 
 Any other range ends the run of idle ones, and is looked at for itself. While events are traced nothing but ranges
 without page tables is passed over, because events have counts that are not made here; nor while the distance of nodes
@@ -19,14 +21,14 @@ matters (zone_reclaim_mode).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import Segment
 from mthp.collapse.fullness import Fullness
-from mthp.collapse.machine_seam import Passage
+from mthp.collapse.machine_seam import Attempted, Passage
 from mthp.collapse.occupancy import Bits, Occupancy, Planes
 from mthp.collapse.policy import BUILT_IN
 from mthp.results import ScanResult
@@ -56,7 +58,8 @@ class _Idle:
         results: int8, shape (ranges,): ScanResult where `idle`.
         entries: int64, shape (ranges,): entries that the scan looks at where `idle`.
         scanned: bool, shape (ranges,): it has a page table.
-        passed: bool, shape (ranges,): the scan lets it pass, though no run in it is full enough.
+        passed: bool, shape (ranges,): the scan lets it pass, though nothing in it can be collapsed.
+        tried: by order, which runs it tries in vain: bool, shape (ranges, runs per range).
     """
 
     idle: Bits
@@ -64,6 +67,7 @@ class _Idle:
     entries: NDArray[np.int64]
     scanned: Bits
     passed: Bits
+    tried: dict[int, Bits] = field(default_factory=dict)
 
 
 def pass_over(
@@ -91,7 +95,7 @@ def pass_over(
         seen = _without_tables(pmds[:leading])
     else:
         rows = min(len(pmds), ahead)
-        seen = _look(parts, vma, control, (table.pmd, table.bits, table.value), slice(row, row + rows))
+        seen = _look(parts, mm, vma, control, (table.pmd, table.bits, table.value), slice(row, row + rows))
     busy = np.flatnonzero(~seen.idle)
     count = int(busy[0]) if len(busy) else len(seen.idle)
     if not count:
@@ -119,7 +123,20 @@ def _passage(parts: Parts, mm: Mm, seen: _Idle, count: int, start: int, budget: 
             parts.trace.emit(ScanPmd(mm.id, address, ScanResult(result), 0, 0, 0))
     last = ScanResult(int(results[-1]))
     end, released = start + count * size, bool(seen.passed[count - 1])
-    return Passage(end, int(progress[count - 1]), addresses, results, last, released)
+    attempts = _attempts(parts, seen, count, start)
+    return Passage(end, int(progress[count - 1]), addresses, results, last, released, attempts)
+
+
+def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[Attempted, ...]:
+    """The attempts in the first `count` ranges, which begin at `start`: counted, timed, and in order."""
+    geometry, found = parts.geometry, []
+    for order, runs in seen.tried.items():
+        rows, indices = np.nonzero(runs[:count])
+        at = start + (rows * geometry.ptes_per_pmd + (indices << order)) * geometry.page_size
+        parts.counters.count_mthp(order, "collapse_alloc", len(at))
+        parts.clock.spend("alloc_large", len(at))
+        found += [Attempted(address, order, ScanResult.PTE_MAPPED_HUGEPAGE) for address in at.tolist()]
+    return tuple(sorted(found))
 
 
 def _without_tables(pmds: NDArray[np.uint8]) -> _Idle:
@@ -133,6 +150,7 @@ def _without_tables(pmds: NDArray[np.uint8]) -> _Idle:
 
 def _look(
     parts: Parts,
+    mm: Mm,
     vma: SimVma,
     control: CollapseControl,
     columns: tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint32]],
@@ -171,7 +189,12 @@ def _look(
     exceeded = total > limit
     passed = ordinary & ~exceeded & young
     if passed.any():
-        passed[passed] = _nothing_full_enough(parts, control, ~none[passed])
+        rows_passed = np.flatnonzero(passed)
+        done, tried = _nothing_to_do(parts, mm, control, ~none[passed], values[passed])
+        passed[rows_passed] = done
+        for order, runs in tried.items():
+            seen.tried[order] = np.zeros((len(pmds), runs.shape[1]), np.bool_)
+            seen.tried[order][tables[rows_passed]] = runs
     seen.idle[tables] = ordinary & exceeded | passed
     seen.results[tables] = np.where(exceeded, np.int8(ScanResult.EXCEED_NONE_PTE), np.int8(ScanResult.FAIL))
     entries: NDArray[np.int64] = np.full(len(tables), n, np.int64)
@@ -256,25 +279,54 @@ def _ordinary_one_by_one(memory: Memory, values: NDArray[np.uint32], none: Bits)
     return every
 
 
-def _nothing_full_enough(parts: Parts, control: CollapseControl, pages: Bits) -> Bits:
-    """In which ranges the policy finds no run full enough: bool, shape (ranges,); none where it asks for more.
+def _nothing_to_do(
+    parts: Parts, mm: Mm, control: CollapseControl, pages: Bits, values: NDArray[np.uint32]
+) -> tuple[Bits, dict[int, Bits]]:
+    """In which ranges the policy finds no run to collapse, and which runs it tries there all the same.
+
+    As the walk does: a run that is full enough is tried; if its first page lies in a folio of the order, that is all,
+    and its halves are not looked at.
 
     Args:
         pages: bool, shape (ranges, ptes_per_pmd): pages that are not the zero page.
+        values: uint32, same shape: their frames.
+
+    Returns:
+        bool, shape (ranges,), all False where the policy asks for more; and by order: bool, shape (ranges, runs).
     """
-    policy, rules = control.policy, control.rules
+    policy, rules, pmd_order = control.policy, control.rules, parts.geometry.pmd_order
     nothing: Bits = np.zeros(len(pages), np.bool_)
-    if type(policy) not in BUILT_IN.values():
-        return nothing
+    orders = policy.orders_walked(rules)
+    if type(policy) not in BUILT_IN.values() or parts.hook is not None or not orders:
+        return nothing, {}
     fullness = Fullness(Occupancy(Planes(pages), parts.geometry), policy, rules)
     nothing[:] = True
-    for order in policy.orders_walked(rules):
-        enough = fullness.of(order)
-        if enough is None:
-            nothing[:] = False
-            break
-        nothing &= ~enough.any(axis=1)
-    return nothing
+    reached: Bits = np.ones((len(pages), 1), np.bool_)
+    tried: dict[int, Bits] = {}
+    for order in range(pmd_order, min(orders) - 1, -1):
+        if order in orders:
+            enough = fullness.of(order)
+            runs = reached if enough is None else reached & enough
+            if runs.any():
+                nothing &= ~(runs & ~_can_be_tried_in_vain(parts, mm, order, pages, values)).any(axis=1)
+                if not nothing.any():
+                    return nothing, {}
+                tried[order] = runs
+                reached = reached & ~runs
+        if order > min(orders):
+            reached = np.repeat(reached, 2, axis=1)
+    return nothing, {order: runs & nothing[:, None] for order, runs in tried.items()}
+
+
+def _can_be_tried_in_vain(parts: Parts, mm: Mm, order: int, pages: Bits, values: NDArray[np.uint32]) -> Bits:
+    """Which runs begin with a page of a folio of the order, and a folio can be had for the attempt: bool, by run."""
+    memory = parts.memory
+    first: Bits = pages[:, :: 1 << order]
+    if order == parts.geometry.pmd_order or memory.cgroups.room(mm.charge) < 1 << order:
+        return np.zeros_like(first)
+    if not any(zone.has(order, low=True) for zone in memory.zones):
+        return np.zeros_like(first)
+    return first & (memory.order[values[:, :: 1 << order]] >= order)
 
 
 def _nth_set(packed: NDArray[np.uint8], counts: NDArray[np.uint8], before: int) -> NDArray[np.int64]:

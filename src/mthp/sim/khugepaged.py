@@ -83,7 +83,8 @@ class Visit:
             self._idle += len(passed.results)
             return passed
         result = collapse_range(machine.parts, self.mm, vma, address, control)
-        self._idle = 0 if control.attempts else self._idle + 1
+        in_vain = all(attempt.result is ScanResult.PTE_MAPPED_HUGEPAGE for attempt in control.attempts)
+        self._idle = self._idle + 1 if in_vain and not ahead else 0
         return Passage(
             address + machine.geometry.pmd_size,
             control.progress,
