@@ -66,8 +66,13 @@ def _can_write(path: Path) -> bool:
     return os.access(path, os.W_OK)
 
 
+def _is_root() -> bool:
+    """Root of the machine: that of a user namespace of its own has neither all users nor rights over the rest."""
+    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+
+
 _REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
-    "root": (lambda: os.geteuid() == 0, "needs root"),
+    "root": (_is_root, "needs root"),
     "pfns": (can_see_pfns, "needs page frame numbers (CAP_SYS_ADMIN)"),
     "thp": (lambda: _can_write(THP_ROOT / "enabled"), "needs THP with switches that may be changed"),
     "mthp": (lambda: _can_write(THP_ROOT / "hugepages-64kB/enabled"), "needs per-size THP switches (Linux 6.8)"),
@@ -76,6 +81,10 @@ _REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "guard": (lambda: _can_advise(102), "needs MADV_GUARD_INSTALL (Linux 6.13)"),
     "ns_last_pid": (lambda: _can_write(Path("/proc/sys/kernel/ns_last_pid")), "needs ns_last_pid to choose PIDs"),
 }
+
+
+_RIGHTS = {"root", "pfns", "thp", "mthp"}
+"""What MTHP_REQUIRE_LIVE demands. The rest depends on the kernel's version, its configuration and the processor."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -87,7 +96,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         for word in mark.args:
             check, reason = _REQUIREMENTS[word]
             if not check():
-                skip_or_fail(reason)
+                (skip_or_fail if word in _RIGHTS else pytest.skip)(reason)
 
 
 def skip_or_fail(reason: str) -> NoReturn:
@@ -99,17 +108,21 @@ def skip_or_fail(reason: str) -> NoReturn:
 
 @pytest.fixture
 def thp_switches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThpSwitches]:
-    """The machine's THP switches, for this test alone, put back afterwards.
+    """The machine's THP switches, for this test alone: at first as a kernel has them, put back afterwards.
 
     Movers of others are kept out with the lock of the journal of switches; those that the test itself starts have a
-    journal elsewhere.
+    journal elsewhere. Where switches may not be written they are what they are.
     """
+    if not _can_write(THP_ROOT / "enabled"):
+        yield ThpSwitches(_STATE)
+        return
     _STATE.touch()
     with SwitchJournal(lock_timeout=_PATIENCE).hold():
         switches = ThpSwitches(_STATE)
         switches.recover()
         monkeypatch.setenv("MTHP_RUN_DIR", str(tmp_path_factory.mktemp("run") / "mthp"))
         try:
+            switches.default()
             yield switches
         finally:
             switches.restore()
@@ -168,7 +181,7 @@ def swap_space() -> Iterator[None]:
             subprocess.run([command, file], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         file.unlink(missing_ok=True)
-        skip_or_fail(f"needs swap, and none can be added: {error}")
+        pytest.skip(f"needs swap, and none can be added: {error}")
     try:
         yield
     finally:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from mthp.daemon.control import NAME, ask
 from mthp.errors import MthpError
-from patience import patient
-
-PATIENCE = 20.0
-"""Seconds in which anything is expected to happen; on a calm machine it takes a small part of that."""
+from waiting import PATIENCE, until
 
 
 class RunningDaemon:
@@ -42,7 +36,7 @@ class RunningDaemon:
         with self._output.open("ab") as output:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         if wait:
-            until(self._answers, f"the daemon to answer: {self.said}")
+            until(self._answers, lambda: f"the daemon to answer: {self.said}")
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, f"it ended: {self.said}"
@@ -73,12 +67,10 @@ class RunningDaemon:
         target = self.target(pid)
         return int(target["collapsed_bytes"]) if target else 0
 
-    def stop(self, number: int = signal.SIGTERM) -> float:
-        """End it; gives how many seconds that took."""
-        begun = time.monotonic()
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it."""
         self.process.send_signal(number)
-        self.process.wait(timeout=patient(PATIENCE))
-        return time.monotonic() - begun
+        self.process.wait(timeout=PATIENCE)
 
     def __enter__(self) -> Self:
         return self
@@ -90,23 +82,6 @@ class RunningDaemon:
             self.stop()
 
 
-def until(done: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-    """Wait for something."""
-    deadline = time.monotonic() + patient(seconds)
-    while not done():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
 def events_of(path: Path) -> list[dict[str, Any]]:
     """The whole lines of an event log."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
-
-
-def threads_of(pid: int) -> dict[int, str]:
-    """The threads of a process, and the state of each."""
-    states = {}
-    for tid in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
-        text = Path(f"/proc/{pid}/task/{tid}/stat").read_text()
-        states[int(tid)] = text.rpartition(")")[2].split()[0]
-    return states

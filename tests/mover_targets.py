@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import mmap
 import os
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from patience import patient
+from targets import threads_of
+from waiting import PATIENCE, wait_for
 
 SOURCES = Path(__file__).parent / "programs"
 MAX_THREADS = 128
@@ -27,7 +29,6 @@ _WORDS = (
     *("stop", "ready", "base", "size", "finished", "final_errors"),
     *("realtime_signals", "alarms", "forks", "spawned", "other_errors", "longest_gap_ns"),
 )
-_READY_SECONDS = 20
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def compiled(name: str) -> Path:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler (cc)")
-    program = Path(tempfile.mkdtemp(prefix="mthp-targets-")) / name
+    program = Path(_programs().name) / name
     subprocess.run(compilation(compiler, name, program), check=True)
     return program
 
@@ -54,15 +55,10 @@ def compilation(compiler: str, name: str, program: Path) -> list[str]:
     return [compiler, "-O2", *kind, "-pthread", "-o", str(program), str(source)]
 
 
-def wait_for(condition: object, seconds: float = _READY_SECONDS) -> bool:
-    """Whether the callable `condition` comes true within `seconds`."""
-    assert callable(condition)
-    deadline = time.monotonic() + patient(seconds)
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
+@functools.cache
+def _programs() -> tempfile.TemporaryDirectory[str]:
+    """Where they are; it goes with this process."""
+    return tempfile.TemporaryDirectory(prefix="mthp-targets-", ignore_cleanup_errors=True)
 
 
 class Writers:
@@ -109,15 +105,30 @@ class Writers:
         first = len(_WORDS) + MAX_THREADS
         return sum(self._at(first + index) for index in range(self.threads)) + self.get("other_errors")
 
-    def progresses(self, seconds: float = 5) -> bool:
-        """Whether every thread gets on within `seconds`."""
+    def progresses(self, seconds: float = PATIENCE) -> bool:
+        """Whether every thread gets on, before the process ends and within `seconds`."""
         before = self.rounds()
-        return wait_for(lambda: all(now > then for now, then in zip(self.rounds(), before, strict=True)), seconds)
+
+        def got_on() -> bool:
+            return all(now > then for now, then in zip(self.rounds(), before, strict=True))
+
+        wait_for(lambda: got_on() or self.process.poll() is not None, seconds)
+        return got_on()
+
+    def survives(self) -> bool:
+        """Whether it gets on, after its tracer was killed; if not, the kernel has killed it with the tracer.
+
+        That is allowed only while a thread of it makes system calls for the tracer (PTRACE_O_EXITKILL). The signal is
+        sent before the tracer is gone, so after that no thread gets on any more.
+        """
+        assert self.progresses() or self.process.poll() is not None, f"stuck in state {self.state()}"
+        assert self.process.poll() in (None, -signal.SIGKILL), f"it crashed: {self.process.returncode}"
+        return self.process.poll() is None
 
     def finish(self) -> int:
         """Have it end and check all of its memory a last time: the number of all errors."""
         self.set("stop", 2)
-        assert wait_for(lambda: self.process.poll() is not None, 30), "the target does not end"
+        assert wait_for(lambda: self.process.poll() is not None), "the target does not end"
         assert self.get("finished") == 1, f"the target died: {self.process.returncode}"
         return self.errors + self.get("final_errors")
 
@@ -202,7 +213,7 @@ class Syscalls:
 
         It must not be traced now.
         """
-        assert wait_for(lambda: self.process.poll() is not None, 60), "a system call does not come back"
+        assert wait_for(lambda: self.process.poll() is not None), "a system call does not come back"
         assert self.process.returncode == 0
         records = self._words()[4:].reshape(len(SYSCALLS), _MAX_TURNS, _RECORD_WORDS)[:, : self._turns]
         return {name: [tuple(row) for row in part.tolist()] for name, part in zip(SYSCALLS, records, strict=True)}
@@ -233,9 +244,14 @@ class Waiters:
         self.pid = self.process.pid
         with path.open("r+b") as file:
             self._control = mmap.mmap(file.fileno(), 4096)
-        if not wait_for(lambda: self._at(1)):
+        if not wait_for(lambda: self._at(1) and self._all_wait()):
             raise RuntimeError("the target did not become ready")
         self.base, self.size = self._at(2), self._at(3)
+
+    def _all_wait(self) -> bool:
+        """Whether each thread sleeps in its system call."""
+        asleep = [state == "S" for state in threads_of(self.pid).values()]
+        return sum(asleep) == len(asleep) == len(WAITERS) + 1 and not self.not_waiting()
 
     def _at(self, index: int) -> int:
         return int(struct.unpack_from("=Q", self._control, 8 * index)[0])
@@ -246,10 +262,14 @@ class Waiters:
         errors = {name: self._at(36 + index) for index, name in enumerate(WAITERS)}
         return {name: 2 if state == 2 else -errors[name] for name, state in states.items() if state != 1}
 
+    def interrupted(self) -> set[str]:
+        """The calls that have returned with EINTR."""
+        return {name for name, result in self.not_waiting().items() if result == -errno.EINTR}
+
     def release(self) -> dict[str, int]:
         """Make happen what they wait for; give what :meth:`not_waiting` says then."""
         struct.pack_into("=Q", self._control, 0, 1)
-        wait_for(lambda: self.process.poll() is not None, 10)
+        wait_for(lambda: self.process.poll() is not None)
         return self.not_waiting()
 
     def __enter__(self) -> Self:

@@ -10,13 +10,16 @@ for.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -75,6 +78,27 @@ class Puppet:
         """Write to `pages` pages, every `step`-th one."""
         self.tell("write", address, pages, step)
 
+    def stay_on_one_cpu(self) -> None:
+        """Do not let it go from one CPU to another."""
+        os.sched_setaffinity(self.pid, {min(os.sched_getaffinity(self.pid))})
+
+    def drain_lru_batches(self) -> None:
+        """Have enough pages put on the LRU that those before them have left their CPU's batch (mm/swap.c).
+
+        It takes a process that stays on one CPU.
+        """
+        address = self.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
+        self.write(address, 256)
+        self.tell("madvise", address, PMD_SIZE, MADV_FREE)
+
+    def died_with_its_tracer(self) -> bool:
+        """Whether the kernel killed it, as it may when a mover is killed that was making system calls in it."""
+        try:
+            self.tell("read", 0, 0, 1)
+        except (RuntimeError, BrokenPipeError):
+            return self._process.wait() == -signal.SIGKILL
+        return False
+
     def kill(self) -> None:
         """End it at once, and wait until it is gone and its PID is free."""
         self._process.kill()
@@ -94,7 +118,18 @@ class Puppet:
         self.kill()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                # What it was told last, if it died before it heard of it.
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+
+def threads_of(pid: int) -> dict[int, str]:
+    """The threads of a process, and the state of each."""
+    states = {}
+    for tid in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+        text = Path(f"/proc/{pid}/task/{tid}/stat").read_text()
+        states[int(tid)] = text.rpartition(")")[2].split()[0]
+    return states
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

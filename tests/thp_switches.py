@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 THP_ROOT = Path("/sys/kernel/mm/transparent_hugepage")
@@ -22,11 +24,13 @@ class ThpSwitches:
     def set(self, path: str, word: str) -> None:
         """Choose `word` in the file `path` below the THP directory, such as ``"hugepages-64kB/enabled"``."""
         file = THP_ROOT / path
+        text = file.read_text()
+        now = text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
         if path not in self._original:
-            text = file.read_text()
-            self._original[path] = text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
+            self._original[path] = now
             self._state.write_text(json.dumps(self._original))
-        file.write_text(word)
+        if now != word:
+            file.write_text(word)
 
     def only(self, *sizes: str, word: str = "madvise") -> None:
         """Enable the sizes given, such as ``"64kB"``, for memory with MADV_HUGEPAGE, and no other."""
@@ -34,6 +38,17 @@ class ThpSwitches:
             if (directory / "enabled").exists():
                 size = directory.name.removeprefix("hugepages-")
                 self.set(f"{directory.name}/enabled", word if size in sizes else "never")
+
+    def default(self) -> None:
+        """Set what tests depend on, whatever the machine is tuned to.
+
+        It is what a kernel begins with: folios of the PMD size for memory with MADV_HUGEPAGE, no others. But faults
+        make room for a large folio where there is none, as free memory may well be in pieces.
+        """
+        for path, word in _defaults():
+            if (THP_ROOT / path).exists():
+                self.set(path, word)
+        self.only(f"{_pmd_size() >> 10}kB", word="inherit")
 
     def recover(self) -> None:
         """Put back what a session that did not end well left."""
@@ -48,3 +63,19 @@ class ThpSwitches:
             (THP_ROOT / path).write_text(word)
         self._original = {}
         self._state.write_text("")
+
+
+def _pmd_size() -> int:
+    return int((THP_ROOT / "hpage_pmd_size").read_text())
+
+
+def _defaults() -> Iterator[tuple[str, str]]:
+    ptes = _pmd_size() // mmap.PAGESIZE
+    yield "enabled", "madvise"
+    yield "defrag", "always"
+    yield "shmem_enabled", "never"
+    yield "use_zero_page", "1"
+    yield "khugepaged/defrag", "1"
+    yield "khugepaged/max_ptes_none", str(ptes - 1)
+    yield "khugepaged/max_ptes_swap", str(ptes // 8)
+    yield "khugepaged/max_ptes_shared", str(ptes // 2)

@@ -13,19 +13,23 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import targets
-from patience import patient
 from targets import PAGE_SIZE, Puppet
+from waiting import PATIENCE
 
 NOBODY = 65534
 MTHP = [sys.executable, "-m", "mthp"]
 TESTS = str(Path(targets.__file__).parent)
+
+_CPUS = os.cpu_count() or 1
+COUNTER_ERROR = max(32, 2 * _CPUS) * _CPUS * PAGE_SIZE
+"""How far statm and status may lie from what smaps counts, in bytes: each CPU keeps a part of the sum to itself
+(lib/percpu_counter.c)."""
 
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S{4} ")
 
@@ -34,7 +38,7 @@ def mthp(*arguments: object, program: Sequence[str] = MTHP, **options: Any) -> s
     """Run the command line; a traceback is a failure whatever the arguments."""
     command = [*program, *map(str, arguments)]
     given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    done = subprocess.run(command, **(given | options), text=True, check=False, timeout=patient(60))
+    done = subprocess.run(command, **(given | options), text=True, check=False, timeout=2 * PATIENCE)
     assert "Traceback" not in (done.stderr or ""), done.stderr
     return done
 
@@ -75,14 +79,6 @@ def memory_of(pid: int, start: int = 0, end: int = 1 << 64) -> Memory:
         if counts and name in sums:
             sums[name] += int(value.split()[0]) << 10
     return Memory(*sums.values())
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Return once `condition` holds."""
-    deadline = time.monotonic() + patient(20)
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
 
 
 class Actor(Puppet):
@@ -168,9 +164,12 @@ MTHP_AS_NOBODY = [sys.executable, "-c", _AS_NOBODY]
 """The command line without rights; it has to be started by root."""
 
 
-def parent_of(pid: int) -> int:
-    """The PID of the parent."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+def ancestors() -> list[int]:
+    """The PIDs of this process's parent, its parent, and so on, as far as they can be seen."""
+    found, pid = [], os.getpid()
+    while pid := int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]):
+        found.append(pid)
+    return found
 
 
 def unused_pid() -> int:

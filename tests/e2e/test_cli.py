@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,21 +51,17 @@ def test_help_of_a_command(command: str) -> None:
     assert "--json" in done.stdout
 
 
-def test_help_comes_at_once() -> None:
-    best = float("inf")
-    for _ in range(5):
-        begin = time.perf_counter()
-        mthp("--help")
-        best = min(best, time.perf_counter() - begin)
-    # The promise is 200 ms on a quiet machine.
-    assert best < 0.5
+def test_help_comes_at_once_for_it_imports_nothing_heavy() -> None:
+    """The promise is 200 ms, of which the interpreter and click take most."""
+    code = "import sys; from mthp.cli import main; main(['--help']); print(*sys.modules)"
+    loaded = {*printed_by(code).splitlines()[-1].split()}
+    assert not loaded & {"numpy", "rich", "pyarrow", "importlib.metadata", "asyncio", "mthp.linux", "mthp.sim"}
+    # As few of its own, and of the library, as the list of commands takes.
+    assert len(loaded) < len(printed_by("import sys, click; print(*sys.modules)").split()) + 60
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from mthp.cli import main; main(['--help']); print([m for m in sys.modules if m in HEAVY])"
-    heavy = "HEAVY = {'numpy', 'rich', 'pyarrow', 'importlib.metadata'}; "
-    done = subprocess.run([sys.executable, "-c", heavy + code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+def printed_by(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--all"], ["plan"], ["collapse", "--dry-run"]])
@@ -164,11 +159,12 @@ def test_orders_enabled_follow_the_switches(actor: Actor, thp_switches: ThpSwitc
     address = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
     actor.fill(address, PAGES)
     assert mthp_json("plan", actor.pid, "--orders", "enabled")["folios_by_order"] == {}
-    thp_switches.only("64kB", "2048kB")
+    # Not the PMD size: with it, the kernel's khugepaged may be first.
+    thp_switches.only("64kB", "512kB")
     actor.tell("madvise", address, PMD_SIZE, 14)
     plan = mthp_json("plan", actor.pid, "--orders", "enabled")
-    assert plan["orders"] == [4, 9]
-    assert plan["folios_by_order"] == {"9": 1}
+    assert plan["orders"] == [4, 7]
+    assert plan["folios_by_order"] == {"7": 4}
 
 
 # Names that act on a terminal.

@@ -14,7 +14,7 @@ pytest.importorskip("pyarrow")
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recording") / "r"
-    done = mthp_json("record", "self", "-o", path, "--every", "100ms", "--for", "350ms", "--cpu", "100%")
+    done = mthp_json("record", "self", "-o", path, "--every", "100ms", "--for", "1s", "--cpu", "100%")
     assert done["steps"] >= 2
     assert done["end"] == "the duration was over"
     return path

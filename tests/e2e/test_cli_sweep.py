@@ -6,13 +6,13 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from e2e.helpers import mthp, mthp_json, wait_until
+from e2e.helpers import mthp, mthp_json
+from waiting import PATIENCE, until
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("joblib")
@@ -50,7 +50,7 @@ def cluster(directory: Path, workers: int = 2) -> Iterator[tuple[str, subprocess
     worker = ("distributed.cli.dask_worker", "--nthreads", 1, "--no-dashboard", "--no-nanny", "--host", "127.0.0.1")
     with contextlib.ExitStack() as stack:
         started = stack.enter_context(process(*scheduler, "--scheduler-file", file))
-        wait_until(lambda: file.exists() and bool(file.read_text()), "the scheduler is there")
+        until(lambda: file.exists() and bool(file.read_text()), "the scheduler is there")
         for _ in range(workers):
             local = directory / "workers"
             stack.enter_context(process(*worker, "--scheduler-file", file, "--local-directory", local))
@@ -68,6 +68,16 @@ def test_a_cluster_of_two_workers_gives_the_local_bytes(inputs: Path, tmp_path: 
     assert (tmp_path / "dask").read_bytes() == (tmp_path / "local").read_bytes()
 
 
+HAS_TASKS = """
+import sys, time
+import distributed
+with distributed.Client(sys.argv[1]) as client:
+    while not client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)):
+        time.sleep(0.02)
+"""
+"""Waits until a scheduler has tasks."""
+
+
 def test_a_scheduler_that_goes_away_is_told_and_what_is_done_is_kept(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     places = [str(inputs / "in"), "--grid", str(inputs / "grid.toml"), "-o", str(out)]
@@ -75,11 +85,11 @@ def test_a_scheduler_that_goes_away_is_told_and_what_is_done_is_kept(inputs: Pat
     with cluster(tmp_path, workers=0) as (address, scheduler):
         # Without workers the tasks wait at the scheduler until it is gone.
         with subprocess.Popen([*command, "--scheduler", address], stderr=subprocess.PIPE, text=True) as sweeping:
-            wait_until((tmp_path / "out.parts").exists, "the sweep has begun")
-            time.sleep(3)
+            until((tmp_path / "out.parts").exists, "the sweep has begun")
+            subprocess.run([sys.executable, "-W", "ignore", "-c", HAS_TASKS, address], check=True, timeout=PATIENCE)
             running = sweeping.poll() is None
             scheduler.kill()
-            _, err = sweeping.communicate(timeout=60)
+            _, err = sweeping.communicate(timeout=PATIENCE)
         assert running, err
     assert sweeping.returncode == 1, err
     assert f"the Dask scheduler at {address} went away" in err

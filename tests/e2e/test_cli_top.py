@@ -11,7 +11,7 @@ import time
 import pytest
 
 from e2e.helpers import MTHP, mthp, unused_pid
-from patience import patient
+from waiting import PATIENCE
 
 pytest.importorskip("textual")
 
@@ -44,7 +44,7 @@ def on_terminal(command: list[str]) -> tuple[str, int]:
     process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment)
     os.close(follower)
     text, asked = b"", False
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if select.select([leader], [], [], 0.2)[0]:
             try:
@@ -62,4 +62,4 @@ def on_terminal(command: list[str]) -> tuple[str, int]:
     else:
         process.kill()
     os.close(leader)
-    return text.decode(errors="replace"), process.wait(timeout=patient(20))
+    return text.decode(errors="replace"), process.wait(timeout=PATIENCE)

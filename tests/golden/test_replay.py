@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from golden.loader import HERE
-from mthp.sim.conformance import replay, replay_case
+from mthp.sim.conformance import replay_case
 from mthp.sim.golden import read_cases
 
 FILES = sorted(HERE.glob("*.jsonl.gz"))
 
 
+@pytest.fixture(scope="module")
+def processors() -> Iterator[Executor]:
+    """Processes that replay cases side by side."""
+    workers = min(8, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name.partition(".jsonl")[0])
-def test_every_case_agrees(path: Path) -> None:
-    totals = replay(read_cases(path))
-    assert totals.cases > 0
-    assert totals.failed == []
+def test_every_case_agrees(path: Path, processors: Executor) -> None:
+    reports = list(processors.map(replay_case, read_cases(path), chunksize=20))
+    assert reports
+    assert [report for report in reports if report.mismatches] == []
 
 
 @pytest.fixture(scope="module")

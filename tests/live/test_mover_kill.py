@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import Writers, wait_for
+from mover_targets import Writers
 from mthp.linux.mover.steps import Step
 from thp_switches import ThpSwitches
 
@@ -51,19 +50,15 @@ class Victim:
         self._tracer.stdin.flush()
         assert self._tracer.stdout.readline() == "-9\n", f"the tracer was not killed at {command}"
 
-    def fate(self, seconds: float = 10) -> str:
+    def fate(self) -> str:
         """``"intact"``, ``"dead"``, or what is wrong."""
-        exited = wait_for(lambda: self.target.process.poll() is not None, 0.02)
-        if not exited and not self.target.progresses(seconds):
-            # It may have been killed a moment ago and not be gone yet.
-            exited = self.target.process.poll() is not None
-            if not exited:
-                return f"stuck in state {self.target.state()}"
+        try:
+            survives = self.target.survives()
+        except AssertionError as error:
+            return str(error)
         if self.target.errors:
             return f"{self.target.errors} errors"
-        if exited and self.target.process.returncode != -signal.SIGKILL:
-            return f"crashed: {self.target.process.returncode}"
-        return "dead" if exited else "intact"
+        return "intact" if survives else "dead"
 
     def close(self) -> None:
         """End both."""

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mover_targets import Writers, mappings, wait_for
+from mover_targets import Writers, mappings
 from mthp.addrspace import ORDER_NONE, Block
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import X86_64
@@ -33,8 +33,12 @@ from mthp.linux.process import Process
 from mthp.results import ScanResult
 from targets import Puppet
 from thp_switches import ThpSwitches
+from waiting import wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+
+STOP_TIMEOUT_NS = 60 * 10**9
+"""On a machine with more to do than it can, a thread may not get to stopping for seconds."""
 
 ORDER = 4
 BLOCK = X86_64.size_of(ORDER)
@@ -48,7 +52,11 @@ def only_64k(thp_switches: ThpSwitches) -> None:
 def session_of(process: Process, **arguments: float) -> MoverSession:
     options = {"max_pause_ns": 5_000_000, "duty": 1.0} | arguments
     return MoverSession(
-        process, X86_64, max_pause_ns=int(options["max_pause_ns"]), duty=options["duty"], stop_timeout_ns=10**9
+        process,
+        X86_64,
+        max_pause_ns=int(options["max_pause_ns"]),
+        duty=options["duty"],
+        stop_timeout_ns=STOP_TIMEOUT_NS,
     )
 
 
@@ -114,25 +122,19 @@ def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_64k:
 
         sender = threading.Thread(target=send)
         sender.start()
-        moved = tried = unstopped = 0
+        moved = tried = 0
         results: Counter[ScanResult] = Counter()
         try:
             with Process(target.pid) as process, session_of(process) as session:
                 while moved < rounds * target.size // BLOCK:
                     tried += 1
                     make_whole(process, target)
-                    try:
-                        outcomes = session.move(blocks_of(target), verify=tried % 2 == 0)
-                    except CannotStopError:
-                        # On a machine with more to do than it can, a thread may not get to stopping for a second.
-                        unstopped += 1
-                        assert unstopped <= rounds // 10
-                        continue
+                    outcomes = session.move(blocks_of(target), verify=tried % 2 == 0)
                     results.update(outcome.result for outcome in outcomes)
                     moved += sum(outcome.moved_bytes == BLOCK for outcome in outcomes)
                     assert all(outcome.verified in (None, True) for outcome in outcomes)
                     assert target.errors == 0
-                    assert tried < 20 * rounds, f"moved only {moved} blocks: {results}"
+                    assert tried < 200 * rounds, f"moved only {moved} blocks: {results}"
                 assert session.pause_summary.count == len(session.pauses)
                 assert session.pause_summary.p50_ns <= session.pause_summary.p99_ns <= session.pause_summary.max_ns
                 stop.set()
@@ -158,7 +160,7 @@ def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_64k:
         assert target.get("forks") > 0
         assert target.finish() == 0
         counts = {result.name: number for result, number in results.items()}
-        print(f"{moved} blocks moved in {tried} rounds ({unstopped} not stopped), {sent} signals,", end=" ")
+        print(f"{moved} blocks moved in {tried} rounds, {sent} signals,", end=" ")
         print(f"{target.get('forks')} forks, {target.get('spawned')} threads: {counts}")
 
 
@@ -179,7 +181,8 @@ def test_without_stopping_the_target_it_would_go_wrong(
     monkeypatch.setattr(mover_session, "work", careless)
     with Writers(tmp_path, 4, 4) as target:
         with Process(target.pid) as process, session_of(process) as session:
-            for _ in range(40):
+            # With one processor, it takes a switch of threads in the middle.
+            for _ in range(4000):
                 session.move(blocks_of(target)[:16])
                 if target.errors:
                     break
@@ -193,7 +196,7 @@ def test_a_stopped_target_stays_stopped(tmp_path: Path, only_64k: None) -> None:
         with Process(target.pid) as process, session_of(process) as session:
             outcomes = session.move(blocks_of(target))
         assert {outcome.result for outcome in outcomes} == {ScanResult.SUCCEED}
-        assert wait_for(lambda: target.state() == "T", 1)
+        assert wait_for(lambda: target.state() == "T")
         before = target.rounds()
         time.sleep(0.1)
         assert target.rounds() == before
@@ -228,7 +231,7 @@ def test_stop_and_continue_at_any_moment(tmp_path: Path, only_64k: None) -> None
 def test_a_traced_target_is_refused(tmp_path: Path) -> None:
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         code = "import ctypes, sys, time; l = ctypes.CDLL(None)\n"
-        code += f"assert l.ptrace(0x4206, {target.pid}, None, None) == 0; print('ready', flush=True); time.sleep(60)"
+        code += f"assert l.ptrace(0x4206, {target.pid}, None, None) == 0; print('ready', flush=True); time.sleep(600)"
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as tracer:
             assert tracer.stdout is not None
             tracer.stdout.readline()

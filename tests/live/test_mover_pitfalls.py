@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import Writers, compiled, mappings, wait_for
+from mover_targets import Writers, compiled, mappings
 from mthp.geometry import X86_64
 from mthp.linux.mover import inject, park, stub
 from mthp.linux.mover.freeze import FrozenProcess
@@ -26,6 +26,7 @@ from mthp.linux.mover.tracee import CannotStopError, Stopped
 from mthp.linux.process import Process
 from mthp.results import ScanResult
 from thp_switches import ThpSwitches
+from waiting import wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
 
@@ -84,7 +85,7 @@ if libc.syscall(425, 4, setup) < 0:
     print("none", flush=True)
 time.sleep(0.1)
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 SECCOMP = """
@@ -105,7 +106,7 @@ memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory[:] = b"x" * len(memory)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 print(-(-address // 65536) * 65536, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -280,7 +281,7 @@ def test_a_signal_between_seizing_and_interrupting_is_not_lost(tmp_path: Path, m
 
     monkeypatch.setattr(Stopped, "attach", attach)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        with MoverSession(process, X86_64, duty=1.0, stop_timeout_ns=10**9) as session:
+        with MoverSession(process, X86_64, duty=1.0, stop_timeout_ns=60 * 10**9) as session:
             for number in range(10):
                 session.move([(target.base + number * BLOCK, ORDER)])
         assert sent > 30

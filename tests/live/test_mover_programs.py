@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,14 +22,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import skip_or_fail
-from mover_targets import wait_for
 from mthp.addrspace import Block, Means, Pte
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.refusals import refuse_vma
 from mthp.results import ScanResult
 from thp_switches import ThpSwitches
+from waiting import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
 
@@ -68,11 +68,17 @@ def movable(space: LiveAddressSpace, order: int) -> list[Block]:
     return found
 
 
-def collapse_while(pids: Callable[[], Sequence[int]], order: int, working: Callable[[], bool]) -> int:
-    """Collapse blocks of `pids`, for as long as they work: how many became folios of `order`."""
+def collapse_while(
+    pids: Callable[[], Sequence[int]], order: int, working: Callable[[], bool], *, lasts: bool = False
+) -> int:
+    """Collapse blocks of `pids`, for as long as they work: how many became folios of `order`.
+
+    A program that `lasts` works for longer if need be, until there is one.
+    """
     rng = np.random.default_rng(1)
     results: Counter[str] = Counter()
-    while working():
+    begun = time.monotonic()
+    while working() or (lasts and not results[ScanResult.SUCCEED.name] and time.monotonic() < begun + PATIENCE):
         for pid in pids():
             # Gone, or ended and not yet waited for.
             with contextlib.suppress(TargetVanishedError, UnsupportedError), open_live(pid) as space:
@@ -99,7 +105,7 @@ def running(command: Sequence[str | Path], **options: object) -> Iterator[subpro
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE)
         if process.stdout is not None:
             process.stdout.close()
 
@@ -123,7 +129,7 @@ class Redis:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(30)
+        self._socket.settimeout(PATIENCE)
         self._socket.connect(str(path))
         self._file = self._socket.makefile("rb")
 
@@ -181,7 +187,7 @@ def test_redis(tmp_path: Path) -> None:
             "-q",
         ]
         with running(load, stdout=subprocess.DEVNULL) as clients:
-            made = collapse_while(lambda: [server.pid], 4, for_seconds(SECONDS))
+            made = collapse_while(lambda: [server.pid], 4, for_seconds(SECONDS), lasts=True)
             assert clients.poll() is None
         assert made > 0
         assert client.wrong() == 0
@@ -204,7 +210,7 @@ def test_postgresql_under_pgbench(tmp_path: Path) -> None:
     try:
         user = pwd.getpwnam("postgres")
     except KeyError:
-        skip_or_fail("needs the user postgres: the server does not run as root")
+        pytest.skip("needs the user postgres: the server does not run as root")
     # The server's user has to come through to its data.
     home = Path("/var/tmp") / f"mthp-tests-postgres-{os.getpid()}"
     home.mkdir(mode=0o700)
@@ -336,7 +342,7 @@ def _computes(command: Sequence[str | Path]) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         made = collapse_while(lambda: [process.pid], 4, lambda: process.poll() is None)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0
         assert "ready\n" + process.stdout.read() == alone
         assert made > 0
 

@@ -12,7 +12,6 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +30,8 @@ from mthp.linux.mover.refusals import (
     refuse_vma,
     special_ranges,
 )
-from targets import PAGE_SIZE, Puppet
+from targets import PAGE_SIZE, Puppet, threads_of
+from waiting import until
 
 pytestmark = [
     pytest.mark.live,
@@ -64,23 +64,21 @@ def clone(flags):
     stack = memory(16) + 16 * 4096
     return libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), ctypes.c_void_p(stack), flags, None)
 """
-READY = "\nprint('ready', flush=True)\ntime.sleep(60)\n"
+READY = "\nprint('ready', flush=True)\ntime.sleep(600)\n"
 
 SECCOMP = """
 def guard():
     allow_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow_all)))
     assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program)) == 0
-    time.sleep(60)
+    time.sleep(600)
 thread(guard)
-time.sleep(0.1)
 """
 IO_URING = "ring = call(425, 4, ctypes.create_string_buffer(120))"
 SQPOLL = """
 setup = ctypes.create_string_buffer(120)
 struct.pack_into("I", setup, 8, 2)
 ring = call(425, 4, setup)
-time.sleep(0.1)
 """
 PINNED = f"""
 {IO_URING}
@@ -89,7 +87,7 @@ ctypes.memset(buffer, 1, 65536)
 call(427, ring, 0, ctypes.create_string_buffer(struct.pack("QQ", buffer, 65536)), 1)
 """
 AIO = "call(206, 8, ctypes.create_string_buffer(8))"
-VFORK = "thread(clone, 0x4100 | 17)\ntime.sleep(0.1)"
+VFORK = "thread(clone, 0x4100 | 17)"
 SHARER = "clone(0x100 | 17)"
 STUCK = """
 fd = call(323, 0o2000000)
@@ -102,15 +100,13 @@ def look():
     remote = ctypes.create_string_buffer(struct.pack("QQ", hole, 8))
     libc.process_vm_readv(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
 thread(look)
-time.sleep(0.1)
 """
 OWN_FILES = """
 def apart():
     assert libc.unshare(0x400) == 0
     os.open("/dev/kvm", os.O_RDWR)
-    time.sleep(60)
+    time.sleep(600)
 thread(apart)
-time.sleep(0.1)
 """
 
 
@@ -152,9 +148,14 @@ def refusals(space: LiveAddressSpace) -> dict[str, Refusal]:
     return {refusal.key: refusal for refusal in found}
 
 
+def comes_to_be(space: LiveAddressSpace, keys: set[str]) -> None:
+    """Wait until these are the refusals: its threads take their time to do what they were started for."""
+    until(lambda: set(refusals(space)) == keys, lambda: f"{keys}: {set(refusals(space))}")
+
+
 def test_an_ordinary_process_is_not_refused() -> None:
-    with target("thread(time.sleep, 60)") as space:
-        assert refusals(space) == {}
+    with target("thread(time.sleep, 600)") as space:
+        comes_to_be(space, set())
 
 
 @pytest.mark.parametrize(
@@ -189,16 +190,17 @@ def test_an_ordinary_process_is_not_refused() -> None:
 )  # fmt: skip
 def test_a_process_that_is_so(code: str, keys: set[str]) -> None:
     with target(code) as space:
-        assert set(refusals(space)) == keys
+        comes_to_be(space, keys)
 
 
 def test_addresses_without_random_are_no_reason() -> None:
     with target("libc.personality(ctypes.c_ulong(0x0040000))") as space:
-        assert refusals(space) == {}
+        comes_to_be(space, set())
 
 
 def test_the_sharer_is_named() -> None:
     with target(SHARER) as space:
+        comes_to_be(space, {"shared_vm"})
         (child,) = children_of(space.process.pid)
         assert f"process {child} " in refusals(space)["shared_vm"].reason
 
@@ -207,12 +209,12 @@ def test_a_sharer_that_cannot_be_compared_is_known_by_its_size(monkeypatch: pyte
     """As on a kernel without kcmp(2), or where the other process is somebody else's."""
     monkeypatch.setattr(processrefusals, "kcmp", lambda *_: None)
     with target(SHARER) as space:
-        assert "shared_vm_unknown" in refusals(space)
+        until(lambda: "shared_vm_unknown" in refusals(space), "the one who shares the memory")
 
 
 def test_a_forked_child_shares_no_memory() -> None:
-    with target("if os.fork() == 0: time.sleep(60)") as space:
-        assert refusals(space) == {}
+    with target("if os.fork() == 0: time.sleep(600)") as space:
+        comes_to_be(space, set())
 
 
 def test_somebody_else_traces_it() -> None:
@@ -233,7 +235,7 @@ assert libc.ptrace({PTRACE_SEIZE}, tracee, None, None) == 0
         assert str(child.pid) in refusals(space)["traced"].reason
         child.kill()
         child.wait()
-        assert refusals(space) == {}
+        comes_to_be(space, set())
 
 
 def test_that_we_trace_it_is_no_reason() -> None:
@@ -241,14 +243,19 @@ def test_that_we_trace_it_is_no_reason() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     with target() as space:
         assert libc.ptrace(PTRACE_SEIZE, space.process.pid, None, None) == 0
-        assert refusals(space) == {}
+        comes_to_be(space, set())
 
 
 def test_itself_and_its_ancestors() -> None:
     with open_live("self") as space:
         assert "itself" in refusals(space)
-    with open_live(os.getppid()) as space:
-        assert "ancestor" in refusals(space)
+    parent = os.getpid()
+
+    def of_the_parent() -> set[str]:
+        with open_live(parent) as space:
+            return set(refusals(space))
+
+    assert "ancestor" in in_child(of_the_parent)
 
 
 def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,18 +272,19 @@ def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_frozen_process(frozen_cgroup: Callable[[int], None]) -> None:
     with target() as space:
         frozen_cgroup(space.process.pid)
-        assert set(refusals(space)) == {"frozen"}
+        comes_to_be(space, {"frozen"})
 
 
-def in_child_as_nobody(function: Callable[[], set[str]]) -> set[str]:
-    """What `function` gives in a process without rights."""
+def in_child(function: Callable[[], set[str]], *, as_nobody: bool = False) -> set[str]:
+    """What `function` gives in a child of this process, without rights if that is wanted."""
     ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            if as_nobody:
+                os.setgroups([])
+                os.setresgid(NOBODY, NOBODY, NOBODY)
+                os.setresuid(NOBODY, NOBODY, NOBODY)
             os.write(theirs, " ".join(sorted(function())).encode())
             os._exit(0)
         finally:
@@ -292,7 +300,8 @@ def in_child_as_nobody(function: Callable[[], set[str]]) -> set[str]:
 def test_without_rights_over_it(code: str, keys: set[str]) -> None:
     """What anybody may see is said nevertheless."""
     with target(code) as space:
-        assert in_child_as_nobody(lambda: set(refusals(space))) == keys
+        comes_to_be(space, keys - NO_RIGHTS)
+        assert in_child(lambda: set(refusals(space)), as_nobody=True) == keys
 
 
 def test_a_32_bit_process(tmp_path: Path) -> None:
@@ -317,11 +326,12 @@ def test_a_32_bit_process(tmp_path: Path) -> None:
         pytest.skip(f"this kernel runs no 32-bit programs: {error}")
     with child:
         try:
-            time.sleep(0.05)
+            # It waits in its one system call, or was killed for it.
+            until(lambda: child.poll() is not None or threads_of(child.pid) == {child.pid: "S"}, "it to pause")
             if child.poll() is not None:
                 pytest.skip("this kernel runs no 32-bit programs")
             with open_live(child.pid) as space:
-                assert set(refusals(space)) == {"not_64_bit", "personality"}
+                comes_to_be(space, {"not_64_bit", "personality"})
         finally:
             child.kill()
 
@@ -427,9 +437,8 @@ def test_blocks() -> None:
 def test_special_ranges_of_a_sleeping_process() -> None:
     with Puppet() as puppet, open_live(puppet.pid) as space:
         puppet.tell("start_thread")
-        time.sleep(0.05)
+        until(lambda: not special_ranges(space.process).running, "all threads to sleep")
         found = special_ranges(space.process)
-        assert found.running == ()
         assert len(found.robust_lists) == len(found.stacks) == 2
         vmas = space.vmas()
         stack = next(vma for vma in vmas if vma.name == "[stack]")
@@ -439,11 +448,10 @@ def test_special_ranges_of_a_sleeping_process() -> None:
 
 
 def test_a_thread_that_runs_is_told() -> None:
-    with target("thread(time.sleep, 60)\ntime.sleep(0.1)\nprint('ready', flush=True)\nwhile True: pass") as space:
-        found = special_ranges(space.process)
-        assert len(found.robust_lists) == 2
-        assert found.running == (space.process.pid,)
-        os.kill(space.process.pid, signal.SIGSTOP)
-        time.sleep(0.05)
+    with target("thread(time.sleep, 600)\nprint('ready', flush=True)\nwhile True: pass") as space:
+        pid = space.process.pid
+        until(lambda: special_ranges(space.process).running == (pid,), "the one thread to run, the other to sleep")
+        assert len(special_ranges(space.process).robust_lists) == 2
+        os.kill(pid, signal.SIGSTOP)
         # Stopped, it tells.
-        assert special_ranges(space.process).running == ()
+        until(lambda: special_ranges(space.process).running == (), "the stop")

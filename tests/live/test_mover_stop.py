@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import Writers, compiled, mappings, wait_for
+from mover_targets import Writers, compiled, mappings
 from mthp.geometry import X86_64
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
@@ -21,6 +21,7 @@ from mthp.linux.mover.steps import Step
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
 from thp_switches import ThpSwitches
+from waiting import wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
 
@@ -37,7 +38,7 @@ def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
 
     def progresses() -> bool:
         before = word(2)
-        return wait_for(lambda: word(2) > before + 3, 2)
+        return wait_for(lambda: word(2) > before + 3)
 
     try:
         assert wait_for(lambda: word(1) == 1)

@@ -16,9 +16,9 @@ from mthp.errors import TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.mover import x86_64
 from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
 from thp_switches import ThpSwitches
+from waiting import wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
 
@@ -47,12 +47,13 @@ def test_without_the_repair_some_would_return_eintr(
     tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The list of calls to repair is needed: this is what a plain stop does to them."""
+    leaking = {"epoll_wait", "epoll_pwait", "sigtimedwait", "semop", "io_getevents", "recv with timeout"}
     thp_switches.only("64kB", word="always")
     monkeypatch.setattr(x86_64, "EINTR_CALLS", frozenset())
     with Waiters(tmp_path) as target:
         _move_all(target, 1)
-        leaked = {name for name, result in target.not_waiting().items() if result == -errno.EINTR}
-    assert {"epoll_wait", "epoll_pwait", "sigtimedwait", "semop", "io_getevents", "recv with timeout"} <= leaked
+        wait_for(lambda: leaking <= target.interrupted())
+        assert leaking <= target.interrupted()
 
 
 def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches: ThpSwitches) -> None:
@@ -71,16 +72,14 @@ def test_calls_return_what_they_return_undisturbed(tmp_path: Path, thp_switches:
         with (
             Process(target.pid) as process,
             contextlib.suppress(TargetVanishedError),
-            MoverSession(process, X86_64, duty=0.5, max_pause_ns=10**7, stop_timeout_ns=10**9) as session,
+            MoverSession(process, X86_64, duty=0.5, max_pause_ns=10**7, stop_timeout_ns=60 * 10**9) as session,
         ):
             while not target.finished:
-                # A machine with more to do than it can may not let a thread come to its stop in time.
-                with contextlib.suppress(CannotStopError):
-                    session.move(blocks[:4])
-                    stops += 1
+                session.move(blocks[:4])
+                stops += 1
                 time.sleep(random.uniform(0, 2.5 * SYSCALL_TIMEOUT))
         returned = target.returned()
-    assert stops > TURNS // 2
+    assert stops > 5
     for name in SYSCALLS:
         assert returned[name] == expected[name], name
     print(f"{stops} stops during {TURNS} turns of {len(SYSCALLS)} calls")

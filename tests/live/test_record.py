@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,11 +18,15 @@ from mthp.linux.watch import ROUNDS
 from mthp.snapshot import Recording
 from mthp.snapshot.recorder import StepTaker
 from mthp.snapshot.recording import Step, _State
-from patience import patient
 from targets import MADV_COLLAPSE, MADV_FREE, MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE, Puppet
+from waiting import PATIENCE, until
 
 pytest.importorskip("pyarrow")
-pytestmark = [pytest.mark.live, pytest.mark.requires("pfns", "thp", "4k-pages", "pagemap_scan")]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.requires("pfns", "thp", "4k-pages", "pagemap_scan"),
+    pytest.mark.usefixtures("thp_switches"),
+]
 
 SIZE = 24 * PMD_SIZE
 
@@ -95,11 +98,13 @@ def test_a_collapse_and_a_split_are_seen_at_the_next_step() -> None:
 
 def test_what_pagemap_does_not_tell_is_seen_some_steps_later() -> None:
     with Puppet() as puppet:
+        puppet.stay_on_one_cpu()
         address = puppet.map(SIZE, advice=MADV_NOHUGEPAGE)
         puppet.write(address, SIZE // PAGE_SIZE)
         replay = _Replay(puppet.pid)
         replay.step()
         puppet.tell("madvise", address, SIZE, MADV_FREE)
+        puppet.drain_lru_batches()
         for _ in range(ROUNDS):
             replay.step()
         assert replay.differs(address) == 0
@@ -108,11 +113,8 @@ def test_what_pagemap_does_not_tell_is_seen_some_steps_later() -> None:
 def _recorder(pid: int, path: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mthp", "record", str(pid), "-o", str(path), "--every", "50ms", "--cpu", "100%"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + patient(20)
-    while not _steps(path) >= 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    until(lambda: _steps(path) >= 3 or process.poll() is not None, "three steps")
+    assert process.poll() is None, process.communicate()
     return process
 
 
@@ -143,7 +145,7 @@ def test_a_signal_ends_a_recording_in_order(tmp_path: Path, number: signal.Signa
     with Puppet() as puppet:
         recorder = _recorder(puppet.pid, tmp_path / "r")
         recorder.send_signal(number)
-        out, err = recorder.communicate(timeout=patient(20))
+        out, err = recorder.communicate(timeout=PATIENCE)
         assert recorder.returncode == 0, err
         assert "ended because it was stopped" in out
         assert Recording(tmp_path / "r").end == "stopped"
@@ -153,7 +155,7 @@ def test_a_recording_survives_the_end_of_its_target(tmp_path: Path) -> None:
     with Puppet() as puppet:
         recorder = _recorder(puppet.pid, tmp_path / "r")
         puppet.kill()
-        out, err = recorder.communicate(timeout=patient(20))
+        out, err = recorder.communicate(timeout=PATIENCE)
         assert recorder.returncode == 0, err
         assert "ended because the target exited" in out
         recording = Recording(tmp_path / "r")

@@ -8,8 +8,16 @@ import pytest
 import targets
 from mthp.addrspace import ORDER_UNKNOWN, Pte, PteColumns
 from mthp.linux.live import LiveAddressSpace, open_live
+from thp_switches import ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("thp", "pagemap_scan", "4k-pages")]
+
+
+@pytest.fixture(autouse=True)
+def only_on_demand(thp_switches: ThpSwitches) -> None:
+    """Neither faults nor the kernel's khugepaged make huge pages here; MADV_COLLAPSE asks no switch."""
+    thp_switches.set("enabled", "never")
+
 
 PAGES = targets.PMD_SIZE // targets.PAGE_SIZE
 

@@ -34,7 +34,7 @@
 #define MAX_TURNS 512
 #define TIMEOUT_MS 20
 #define FEED_MS 8
-#define LATE_MS 3000
+#define LATE_MS 50000
 #define SENTINEL 77
 
 struct record {

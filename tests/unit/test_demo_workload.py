@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import stat
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -192,12 +191,10 @@ class TestBadChild:
         assert "memory" in caught.value.help
 
     def test_never_ready(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.play(monkeypatch, tmp_path, "exec sleep 60")
+        self.play(monkeypatch, tmp_path, "exec sleep 10000")
         monkeypatch.setattr(client, "ANSWER_TIMEOUT", 0.2)
-        start = time.monotonic()
         with Workload() as child, pytest.raises(MthpError, match="has not answered"):
             child.start(MIN_SIZE)
-        assert time.monotonic() - start < 10
 
     def test_not_there(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +14,7 @@ from mthp.collapse.machine_seam import Attempted, Found, Passage
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.results import ScanResult
 from mthp.tunables import Tunables
+from waiting import PATIENCE, until
 
 RANGE = 16
 
@@ -201,10 +201,9 @@ def test_stop_from_another_thread_ends_a_rest_at_once() -> None:
     daemon.add(Stub(2))
     thread = threading.Thread(target=daemon.run)
     thread.start()
-    while not daemon.statistics.passes:
-        time.sleep(0.001)
+    until(lambda: daemon.statistics.passes > 0, "the first pass")
     daemon.stop()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert daemon.statistics.passes == 1
 
@@ -213,13 +212,10 @@ def test_the_first_to_come_wakes_an_idle_daemon() -> None:
     daemon = Scanner(lambda: Tunables(15, 2, 8, 64, 3_600_000, 60_000))
     thread = threading.Thread(target=daemon.run)
     thread.start()
-    while not daemon.statistics.passes:
-        time.sleep(0.001)
+    until(lambda: daemon.statistics.passes > 0, "the first pass")
     space = Stub(1)
     daemon.add(space)
-    deadline = time.monotonic() + 10
-    while not space.seen and time.monotonic() < deadline:
-        time.sleep(0.001)
+    until(lambda: bool(space.seen), "it to be looked at")
     daemon.stop()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert space.seen == [0]

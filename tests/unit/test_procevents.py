@@ -7,7 +7,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from mthp.daemon.discovery import Nursery, read_facts
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.linux.procevents import MAX_GAP, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling
+from waiting import until
 
 
 class FakeProc:
@@ -92,13 +92,6 @@ def connector() -> ProcConnector:
         pytest.skip(error.message)
 
 
-def until(done: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.01)
-
-
 @pytest.mark.requires("root")
 def test_the_kernel_tells_of_processes_and_not_of_threads() -> None:
     events = connector()
@@ -115,11 +108,11 @@ def test_the_kernel_tells_of_processes_and_not_of_threads() -> None:
         seen.gone |= found.gone
         return found
 
-    until(lambda: look().born >= {child.pid} or child.pid in seen.born)
+    until(lambda: look().born >= {child.pid} or child.pid in seen.born, "its birth")
     assert not seen.born & {thread.native_id for thread in threads}
     assert os.getpid() not in seen.gone
     os.kill(child.pid, signal.SIGKILL)
-    until(lambda: child.pid in (look().gone | seen.gone))
+    until(lambda: child.pid in (look().gone | seen.gone), "its end")
     child.wait()
     events.close()
 

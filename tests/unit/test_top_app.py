@@ -26,6 +26,7 @@ from textual.widgets import Label, Static
 
 from mthp.top.app import TopApp, View, daemon_line
 from mthp.top.screens import Notice, Question, Running
+from waiting import until_shown
 
 M = 1 << 20
 ROWS = [
@@ -177,14 +178,6 @@ def test_a_plan_comes_up_and_goes_away(screenshots: Path) -> None:
     drive(view(Rows(ROWS)), script)
 
 
-async def until(pilot: Pilot[int], condition: Callable[[], bool]) -> None:
-    for _ in range(200):
-        if condition():
-            return
-        await pilot.pause(0.02)
-    raise AssertionError("waited in vain")
-
-
 @pytest.mark.parametrize("answer", ["n", "escape", "enter"])
 def test_nothing_is_collapsed_unless_the_answer_is_yes(answer: str) -> None:
     def opened(_pid: int) -> AddressSpace:
@@ -192,10 +185,10 @@ def test_nothing_is_collapsed_unless_the_answer_is_yes(answer: str) -> None:
 
     async def script(app: TopApp, pilot: Pilot[int]) -> None:
         await pilot.press("c")
-        await until(pilot, lambda: isinstance(app.screen, Question))
+        await until_shown(pilot, lambda: isinstance(app.screen, Question))
         # Enter presses the button that has the focus, which is no.
         await pilot.press(answer)
-        await until(pilot, lambda: not isinstance(app.screen, Question))
+        await until_shown(pilot, lambda: not isinstance(app.screen, Question))
         assert not isinstance(app.screen, Running)
 
     drive(view(Rows(ROWS), opened=opened), script)
@@ -211,14 +204,14 @@ def test_a_collapse_runs_beside_the_screen_and_says_what_came_of_it(screenshots:
 
     async def script(app: TopApp, pilot: Pilot[int]) -> None:
         await pilot.press("c")
-        await until(pilot, lambda: isinstance(app.screen, Question))
-        assert "MADV_COLLAPSE" in text_of(app, "#text")
+        await until_shown(pilot, lambda: isinstance(app.screen, Question))
+        app.save_screenshot("top-question.svg", str(screenshots))
         await pilot.press("y")
-        await until(pilot, lambda: isinstance(app.screen, Running) and "copied" in text_of(app, "#text"))
+        await until_shown(pilot, lambda: isinstance(app.screen, Running) and "copied" in text_of(app, "#text"))
         assert "before" in text_of(app, "#text")
         app.save_screenshot("top-collapsed.svg", str(screenshots))
         await pilot.press("escape")
-        await until(pilot, lambda: not isinstance(app.screen, Running))
+        await until_shown(pilot, lambda: not isinstance(app.screen, Running))
 
     drive(view(source, opened=opened), script)
     assert asked == [101]
@@ -241,7 +234,7 @@ def test_the_question_says_what_a_collapse_means(
 ) -> None:
     async def script(app: TopApp, pilot: Pilot[int]) -> None:
         await pilot.press("c")
-        await until(pilot, lambda: isinstance(app.screen, Question))
+        await until_shown(pilot, lambda: isinstance(app.screen, Question))
         asked = " ".join(text_of(app, "#text").split())
         assert [text for text in said if text not in asked] == []
         assert [text for text in not_said if text in asked] == []
@@ -249,7 +242,7 @@ def test_the_question_says_what_a_collapse_means(
         app.save_screenshot("top-question-dark.svg" if row is ROWS[0] else "top-question-other.svg", str(screenshots))
         if row is ROWS[0]:
             await pilot.press("n", "t", "c")
-            await until(pilot, lambda: isinstance(app.screen, Question))
+            await until_shown(pilot, lambda: isinstance(app.screen, Question))
             app.save_screenshot("top-question-light.svg", str(screenshots))
 
     drive(view(Rows([row]), opened=lambda _: redis_like()), script)
@@ -260,7 +253,7 @@ def test_a_reason_why_nothing_can_be_done_is_text_whatever_is_in_it() -> None:
 
     async def script(app: TopApp, pilot: Pilot[int]) -> None:
         await pilot.press("c")
-        await until(pilot, lambda: bool(app.screen.query("Toast")))
+        await until_shown(pilot, lambda: bool(app.screen.query("Toast")))
         assert trouble in str(app.screen.query_one("Toast").render())
 
     drive(view(Rows([Row(55, "sshd", 5 * M, 1 * M, trouble=trouble)]), opened=lambda _: redis_like()), script)
@@ -282,12 +275,12 @@ def test_escape_stops_a_collapse_after_the_range_at_hand() -> None:
 
     async def script(app: TopApp, pilot: Pilot[int]) -> None:
         await pilot.press("c")
-        await until(pilot, lambda: isinstance(app.screen, Question))
+        await until_shown(pilot, lambda: isinstance(app.screen, Question))
         await pilot.press("y")
-        await until(pilot, lambda: len(space.attempts) == 2)
+        await until_shown(pilot, lambda: len(space.attempts) == 2)
         await pilot.press("escape")
         space.let.release(100)
-        await until(pilot, lambda: isinstance(app.screen, Running) and "stopped" in text_of(app, "#text"))
+        await until_shown(pilot, lambda: isinstance(app.screen, Running) and "stopped" in text_of(app, "#text"))
         assert len(space.attempts) <= 4
 
     drive(view(Rows(ROWS), opened=lambda _: space), script)
@@ -316,7 +309,7 @@ def test_a_recording_is_gone_through_in_time(screenshots: Path) -> None:
         await pilot.press("t")
         app.save_screenshot("top-recording-light.svg", str(screenshots))
         await pilot.press("right")
-        await until(pilot, lambda: mapped.arrived)
+        await until_shown(pilot, lambda: mapped.arrived)
         app.draw()
         assert "step 2 of 2, 12.5 s" in text_of(app, "#steps")
         assert column(app) == ["100000000"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from mthp.top.mapped import Mapped
 from mthp.top.model import Row
 from mthp.top.survey import BURST, FRESH, LARGEST, ROUND, Survey
 from report_spaces import mixed, redis_like
+from waiting import until
 
 
 class Host:
@@ -246,9 +246,7 @@ def test_a_recording_is_shown_at_the_step_that_is_chosen() -> None:
     try:
         assert mapped.label == "step 1"
         mapped.go(99)
-        deadline = time.monotonic() + 10
-        while not mapped.arrived and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: mapped.arrived, "the step")
         assert (mapped.step, mapped.label) == (2, "step 3")
         (row,) = mapped.rows()
         assert mapped.range_of(row.key) == (1 << 32, (1 << 32) + (3 << 21))

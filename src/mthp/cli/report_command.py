@@ -57,7 +57,7 @@ def command(
     """
     from mthp.lab import swept
     from mthp.lab.simulated import is_simulated, read
-    from mthp.report import write
+    from mthp.report import load_template, write
     from mthp.report.gather import Source, report_on
     from mthp.report.results import is_json, report_on_comparison
     from mthp.report.simulation import report_on_simulation
@@ -71,6 +71,7 @@ def command(
     if after is not None and pid_of(after) is not None:
         raise UsageError("--after takes a snapshot", help=f"make one with: mthp snapshot {after} -o after.parquet")
     arguments = _arguments(pid) if with_arguments else ""
+    load_template()
     if pid is None and is_simulated(Path(file)):
         found = read(Path(file))
         document = report_on_simulation(found.rows, found.about, _commands(file, None)[:1], version=__version__)

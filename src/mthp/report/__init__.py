@@ -10,6 +10,6 @@ read out, and cost a few kilobytes: a plotting library would give none of the fi
 """
 
 from mthp.report.document import Document
-from mthp.report.page import render, write
+from mthp.report.page import load_template, render, write
 
-__all__ = ["Document", "render", "write"]
+__all__ = ["Document", "load_template", "render", "write"]

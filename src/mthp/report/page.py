@@ -26,7 +26,7 @@ def render(document: Document) -> str:
     Raises:
         UnsupportedError: Jinja2 is not installed.
     """
-    template, style = _template()
+    template, style = load_template()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = POLICY.format(style=f"sha256-{digest}")
     text: str = template.render(document=document, style=style, policy=policy)
@@ -70,8 +70,12 @@ def _umask() -> int:
 
 
 @cache
-def _template() -> tuple[Any, str]:
-    """The template, and the style that goes into it."""
+def load_template() -> tuple[Any, str]:
+    """The template, and the style that goes into it; called beforehand, it says beforehand what is missing.
+
+    Raises:
+        UnsupportedError: Jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError as error:

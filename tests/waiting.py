@@ -1,0 +1,43 @@
+"""Waiting in tests: for conditions, never for times.
+
+The one time here is a limit on the waiting itself, after which a test gives up. It says nothing about how fast anything
+is: a machine that is slow, cold, or busy with other things needs many times what a calm one does. Where it is emulated,
+MTHP_TEST_PATIENCE makes the limit longer.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from textual.pilot import Pilot
+
+FACTOR = float(os.environ.get("MTHP_TEST_PATIENCE", "1"))
+PATIENCE = 120.0 * FACTOR
+"""Seconds after which something will not happen any more."""
+
+
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
+    """Whether `condition` comes true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def until(condition: Callable[[], object], what: str | Callable[[], str]) -> None:
+    """Return once `condition` is true; `what` says in the error what was waited for."""
+    assert wait_for(condition), f"waited in vain for {what if isinstance(what, str) else what()}"
+
+
+async def until_shown(pilot: Pilot[Any], condition: Callable[[], object]) -> None:
+    """Return once `condition` is true of the application that `pilot` drives."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await pilot.pause(0.02)
