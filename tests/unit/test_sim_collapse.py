@@ -162,6 +162,18 @@ def test_a_page_pinned_at_any_moment_is_not_moved_from_under_its_user(step: Step
     assert world.machine.check() == []
 
 
+def test_only_nodes_that_most_pages_are_on_give_the_folio() -> None:
+    world = World()
+    memory = world.machine.parts.memory
+    held = memory.alloc_small(memory.zones[0].free_frames, nodes=[0])
+    memory.own(held)
+    assert world.scan() is ScanResult.ALLOC_HUGE_PAGE_FAIL
+    assert world.machine.counters["thp_collapse_alloc_failed"] == 1
+    memory.put_small(held)
+    assert world.scan() is ScanResult.SUCCEED
+    assert memory.nodes_of(np.array([world.pfn(0)])).tolist() == [0]
+
+
 def test_what_is_wrong_with_one_page_ends_madvise_with_the_kernels_errno() -> None:
     world = World()
     pfn = world.machine.pin(world.mm, START)

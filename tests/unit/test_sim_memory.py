@@ -48,11 +48,44 @@ def test_a_watermark_keeps_frames_back() -> None:
 def test_small_folios_come_from_every_node_before_memory_is_out() -> None:
     machine = Machine(node_frames=[1024, 1024])
     memory = machine.parts.memory
-    pfns = memory.alloc_small(1500, nodes=[1])
+    pfns = memory.alloc_small(1500)
     assert len(np.unique(pfns)) == 1500
-    assert np.bincount(memory.nodes_of(pfns)).tolist() == [476, 1024]
+    assert np.bincount(memory.nodes_of(pfns)).tolist() == [1024, 476]
     assert len(memory.alloc_small(1000)) == 548
     assert memory.alloc(0) is None
+
+
+def test_the_highest_zone_is_asked_first_and_the_lowest_keeps_a_reserve() -> None:
+    machine = Machine(node_frames=[3 * 1024, 1024], low_frames=1024)
+    memory = machine.parts.memory
+    assert [(zone.node, zone.name, zone.frames) for zone in memory.zones] == [
+        (0, "DMA32", 1024), (0, "Normal", 2048), (1, "Normal", 1024),
+    ]  # fmt: skip
+    assert [line[:21] for line in machine.sysfs.read("/proc/buddyinfo").splitlines()] == [
+        "Node 0, zone    DMA32", "Node 0, zone   Normal", "Node 1, zone   Normal",
+    ]  # fmt: skip
+    dma32, normal, other = memory.zones
+    assert len(memory.alloc_small(2048)) == 2048
+    assert (dma32.free_frames, normal.free_frames, other.free_frames) == (1024, 0, 1024)
+    assert memory.nodes_of(np.array([dma32.start, normal.start, other.start])).tolist() == [0, 0, 1]
+    # All of it but the reserve, and only then the other node.
+    assert len(memory.alloc_small(1024)) == 1024
+    assert (dma32.free_frames, other.free_frames) == (2048 // 256, 1024 - 8)
+    assert len(memory.alloc_small(2000)) == 1024 - 8
+    assert (dma32.free_frames, memory.free_frames) == (8, 8)
+    assert memory.alloc(0) is None
+
+
+def test_a_machine_may_have_low_memory_alone() -> None:
+    machine = Machine(node_frames=[1024], low_frames=1024)
+    assert [zone.name for zone in machine.parts.memory.zones] == ["DMA32"]
+    assert len(machine.parts.memory.alloc_small(2000)) == 1024
+
+
+@pytest.mark.parametrize("low", [-1, 1025])
+def test_low_memory_that_cannot_be_is_refused(low: int) -> None:
+    with pytest.raises(UsageError, match="low frames"):
+        Machine(node_frames=[1024], low_frames=low)
 
 
 def test_the_batch_holds_a_reference_until_it_is_full() -> None:

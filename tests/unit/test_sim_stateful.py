@@ -54,6 +54,7 @@ class Life(RuleBasedStateMachine):
         kept=st.sampled_from([0, 8]),
         policy=st.sampled_from(["mainline", "mainline", "pmd-only", "rfc", "per-order"]),
         movable=st.sampled_from([None, 0.0, 0.5, 1.0]),
+        low=st.sampled_from([0, 1024]),
     )
     def start(
         self,
@@ -65,10 +66,12 @@ class Life(RuleBasedStateMachine):
         kept: int,
         policy: str,
         movable: float | None,
+        low: int = 0,
     ) -> None:
         self.machine = Machine(
             GEOMETRY,
-            node_frames=[1024, 1024],
+            node_frames=[1024 + low, 1024],
+            low_frames=low,
             swap_slots=slots,
             tunables=Tunables(none, 15, 15, 64),
             policy=policy,

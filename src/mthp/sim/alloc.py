@@ -22,7 +22,7 @@ def take_folio(parts: Parts, order: int, nodes: Sequence[int] = (), *, may_wait:
     """A new folio with one reference, charged to nobody: its head, or None.
 
     Args:
-        nodes: to be asked first.
+        nodes: no others are asked; by default all.
         may_wait: compact and reclaim memory for it, if there is none.
     """
     head = parts.memory.alloc(order, nodes, low=True)
@@ -48,12 +48,12 @@ def _small(parts: Parts, nodes: Sequence[int]) -> int | None:
 
 def _large(parts: Parts, order: int, nodes: Sequence[int]) -> int | None:
     """A large folio: compaction, then reclaim of as much as it needs, then compaction once more."""
-    if compact(parts, order) and (head := parts.memory.alloc(order, nodes)) is not None:
+    if compact(parts, order, nodes) and (head := parts.memory.alloc(order, nodes)) is not None:
         return head
     if not reclaim(parts, 2 << order):
         return None
     head = parts.memory.alloc(order, nodes)
-    if head is None and compact(parts, order):
+    if head is None and compact(parts, order, nodes):
         head = parts.memory.alloc(order, nodes)
     return head
 

@@ -62,19 +62,22 @@ class Zone:
         start: first frame; a multiple of 2**max_order.
         frames: how many.
         max_order: of the largest block that is kept.
+        node: that it is a part of.
+        name: as in ``/proc/buddyinfo``.
 
     Attributes:
-        name: as in ``/proc/buddyinfo``.
+        reserve: frames that it keeps for those who can use no other zone (lowmem_reserve), on top of a watermark.
         compaction: how far compaction got, and whether it rests.
     """
 
-    name = "Normal"
-
-    def __init__(self, start: int, frames: int, max_order: int) -> None:
+    def __init__(self, start: int, frames: int, max_order: int, node: int = 0, name: str = "Normal") -> None:
         self.start = start
         self.frames = frames
         self.max_order = max_order
         self.free_frames = 0
+        self.node = node
+        self.name = name
+        self.reserve = 0
         self.watermarks = Watermarks()
         self.compaction = Compaction(start)
         self._free: list[dict[int, None]] = [{} for _ in range(max_order + 1)]
@@ -107,7 +110,7 @@ class Zone:
 
     def _order_of_block(self, order: int, *, low: bool) -> int | None:
         """The order of the block that a block of `order` would be taken from."""
-        kept = self.watermarks.low if low else self.watermarks.min
+        kept = self.reserve + (self.watermarks.low if low else self.watermarks.min)
         if self.free_frames - (1 << order) < kept:
             return None
         return next((at for at in range(order, self.max_order + 1) if self._free[at]), None)

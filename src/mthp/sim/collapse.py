@@ -96,7 +96,7 @@ class _Attempt:
         return result
 
     def alloc_charge(self, node_load: NDArray[np.int64]) -> int | ScanResult:
-        """A folio for the run, from the node that most pages of the PMD range are on; or why there is none."""
+        """A folio for the run, from a node that most pages of the PMD range are on; or why there is none."""
         counters, memory = self.parts.counters, self.parts.memory
         nodes = np.flatnonzero(node_load == node_load.max()).tolist()
         may_wait = self.rules.forced or self.parts.tunables.defrag

@@ -8,7 +8,7 @@ each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,11 @@ _FRAMES = 1 << 15
 """Frames that are looked at together, once nothing was found among fewer."""
 
 
-def compact(parts: Parts, order: int) -> bool:
-    """Make a free block of `order`, in whatever zone that succeeds (try_to_compact_pages)."""
+def compact(parts: Parts, order: int, nodes: Sequence[int] = ()) -> bool:
+    """Make a free block of `order`, in whatever zone of `nodes`, or of all, that succeeds (try_to_compact_pages)."""
     parts.counters.count("compact_stall")
     parts.lru.drain()
-    done = any(compact_zone(parts, zone, order) for zone in parts.memory.zones)
+    done = any(compact_zone(parts, zone, order) for zone in parts.memory.zonelist(nodes))
     parts.counters.count("compact_success" if done else "compact_fail")
     return done
 
@@ -47,7 +47,7 @@ def compact_all(parts: Parts) -> None:
 def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
     """Make a free block of `order` in one zone, unless it rests or has too little free memory to move pages to."""
     state, size = zone.compaction, 1 << order
-    if order > zone.max_order or zone.free_frames < zone.watermarks.min + 2 * size:
+    if order > zone.max_order or zone.free_frames < zone.reserve + zone.watermarks.min + 2 * size:
         return False
     if order >= state.order_failed and state.considered < (1 << state.defer_shift) - 1:
         state.considered += 1

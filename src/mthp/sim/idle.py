@@ -324,7 +324,7 @@ def _can_be_tried_in_vain(parts: Parts, mm: Mm, order: int, pages: Bits, values:
     first: Bits = pages[:, :: 1 << order]
     if order == parts.geometry.pmd_order or memory.cgroups.room(mm.charge) < 1 << order:
         return np.zeros_like(first)
-    if not any(zone.has(order, low=True) for zone in memory.zones):
+    if not all(any(zone.has(order, low=True) for zone in memory.zonelist([node])) for node in range(memory.nodes)):
         return np.zeros_like(first)
     return first & (memory.order[values[:, :: 1 << order]] >= order)
 

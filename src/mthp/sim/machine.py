@@ -58,6 +58,7 @@ class Machine(SystemCalls):
     Args:
         geometry: page size and PMD order.
         node_frames: frames of each NUMA node; by default one node of 64 PMD ranges.
+        low_frames: of the first node, how many lie in the zone DMA32, which is asked last; by default there is none.
         swap_slots: pages of the swap device.
         switches, tunables: by default those that a kernel starts with.
         policy: what khugepaged and MADV_COLLAPSE collapse to.
@@ -80,6 +81,7 @@ class Machine(SystemCalls):
         geometry: Geometry = X86_64,
         *,
         node_frames: Sequence[int] | None = None,
+        low_frames: int = 0,
         swap_slots: int = 0,
         switches: Switches | None = None,
         tunables: Tunables | None = None,
@@ -90,7 +92,8 @@ class Machine(SystemCalls):
         lazyfree_stops: bool = True,
     ) -> None:
         counters = Counters(geometry)
-        memory = Memory(geometry, node_frames or [64 * geometry.ptes_per_pmd], counters, node_distances)
+        frames = node_frames or [64 * geometry.ptes_per_pmd]
+        memory = Memory(geometry, frames, counters, node_distances, low_frames)
         self.parts = Parts(
             geometry,
             (tunables or Tunables.defaults(geometry)).checked(geometry),

@@ -38,6 +38,9 @@ MAX_PAGE_ORDER = 10
 MANY_MMS = 0x7FFF
 """In place of the second address space of a large folio: there are more of them."""
 
+LOWMEM_RESERVE_RATIO = 256
+"""One frame of a lower zone is kept for each so many of the zones above it (sysctl_lowmem_reserve_ratio)."""
+
 ROOT = 0
 """Number of the root memory cgroup, which charges nothing and has no limit."""
 
@@ -174,8 +177,11 @@ class Memory:
     Args:
         node_frames: frames of each node; rounded up to whole blocks of the largest order.
         distances: of every node to every node; by default 10 to itself and 20 to the others.
+        low_frames: of the first node, how many lie in the zone DMA32, below the others; rounded up alike.
 
     Attributes:
+        zones: in order of address.
+        nodes: how many.
         distances: int64, shape (nodes, nodes).
         deferred: heads of the folios that are split when memory is short, in the order in which they came there.
         cache: frames of the page cache, the oldest first; nobody maps them.
@@ -187,25 +193,35 @@ class Memory:
         node_frames: Sequence[int],
         counters: Counters,
         distances: Sequence[Sequence[int]] | None = None,
+        low_frames: int = 0,
     ) -> None:
         if not node_frames or min(node_frames) < 1:
             raise UsageError(f"nodes of {list(node_frames)} frames: at least one node with one frame is needed")
-        count = len(node_frames)
-        near = np.where(np.eye(count, dtype=np.bool_), 10, 20) if distances is None else np.array(distances)
-        if near.shape != (count, count) or (near.diagonal() != 10).any() or (near < 10).any():
-            raise UsageError(f"node distances {near.tolist()} are not a square of {count} with 10 on its diagonal")
+        number = len(node_frames)
+        near = np.where(np.eye(number, dtype=np.bool_), 10, 20) if distances is None else np.array(distances)
+        if near.shape != (number, number) or (near.diagonal() != 10).any() or (near < 10).any():
+            raise UsageError(f"node distances {near.tolist()} are not a square of {number} with 10 on its diagonal")
         self.distances: NDArray[np.int64] = near.astype(np.int64)
         self.geometry = geometry
         self.max_order = max(MAX_PAGE_ORDER, geometry.pmd_order)
         block = 1 << self.max_order
+        if not 0 <= low_frames <= node_frames[0]:
+            raise UsageError(f"{low_frames} low frames are not a part of the {node_frames[0]} of the first node")
         self.zones: list[Zone] = []
         start = block  # Frame 0 is nobody's, so that pfn 0 can stand for "no page".
-        for frames in node_frames:
-            zone = Zone(start, -(-frames // block) * block, self.max_order)
-            self.zones.append(zone)
-            start = zone.end
+        for node, frames in enumerate(node_frames):
+            low = low_frames if node == 0 else 0
+            for name, count in (("DMA32", low), ("Normal", frames - low)):
+                if count:
+                    self.zones.append(Zone(start, -(-count // block) * block, self.max_order, node, name))
+                    start = self.zones[-1].end
+        self.nodes = len(node_frames)
+        if low_frames and self.zones[1:] and self.zones[1].node == 0:
+            self.zones[0].reserve = self.zones[1].frames // LOWMEM_RESERVE_RATIO
         self._counters = counters
         self._ends: Frames = np.array([zone.end for zone in self.zones], np.int64)
+        self._zonelist = self.zonelist(range(self.nodes))
+        self._zone_nodes: NDArray[np.intp] = np.array([zone.node for zone in self.zones], np.intp)
         self.flags: NDArray[np.uint16] = np.zeros(start, np.uint16)
         self.order: NDArray[np.uint8] = np.zeros(start, np.uint8)
         self.refcount: NDArray[np.int32] = np.zeros(start, np.int32)
@@ -218,7 +234,17 @@ class Memory:
 
     def nodes_of(self, pfns: Frames) -> NDArray[np.intp]:
         """The node of each frame: intp, shape of `pfns`."""
-        return np.searchsorted(self._ends, pfns, side="right")
+        return self._zone_nodes[np.searchsorted(self._ends, pfns, side="right")]
+
+    def zonelist(self, nodes: Sequence[int] = ()) -> list[Zone]:
+        """The zones in the order in which they are asked: node by node, of each the highest first.
+
+        Args:
+            nodes: no others are asked; by default all.
+        """
+        if not len(nodes):
+            return self._zonelist
+        return [zone for node in nodes for zone in reversed(self.zones) if zone.node == node]
 
     def heads(self, pfns: Frames) -> Frames:
         """The heads of the folios that frames lie in: int64, shape of `pfns`."""
@@ -259,13 +285,11 @@ class Memory:
         """A new folio with one reference, and nothing in it; None if no node has a block.
 
         Args:
-            nodes: to be asked in this order; the others are asked after them.
+            nodes: as for :meth:`zonelist`.
             low: leave what lies below the ``low`` watermark, too.
         """
-        rest = [node for node in range(len(self.zones)) if node not in nodes]
-        for node in (*nodes, *rest):
-            head = self.zones[node].alloc(order, low=low)
-            if head is not None:
+        for zone in self.zonelist(nodes):
+            if (head := zone.alloc(order, low=low)) is not None:
                 self._prepare(head, order)
                 return head
         return None
@@ -279,7 +303,7 @@ class Memory:
         if not order:
             return self.alloc_small(count, low=True)
         taken: list[int] = []
-        for zone in self.zones:
+        for zone in self.zonelist():
             while len(taken) < count and (head := zone.alloc(order, low=True)) is not None:
                 taken.append(head)
         heads = np.array(taken, np.int64)
@@ -296,13 +320,16 @@ class Memory:
     def alloc_small(self, count: int, nodes: Sequence[int] = (), *, low: bool = False) -> Frames:
         """New folios of order 0, each with one reference, contiguous as far as memory is.
 
+        Args:
+            nodes: as for :meth:`zonelist`.
+            low: leave what lies below the ``low`` watermark, too.
+
         Returns:
             int64, shape (pages,): their frames; fewer than `count` where memory ran out.
         """
         taken: list[tuple[int, int]] = []
-        rest = [node for node in range(len(self.zones)) if node not in nodes]
-        for node in (*nodes, *rest):
-            taken += self.zones[node].alloc_pages(count - sum(length for _, length in taken), low=low)
+        for zone in self.zonelist(nodes):
+            taken += zone.alloc_pages(count - sum(length for _, length in taken), low=low)
         for start, length in taken:
             run = slice(start, start + length)
             self.flags[run] = Fl.ALLOCATED

@@ -111,7 +111,7 @@ class SimRange:
                 result = ScanResult.LACK_REFERENCED_PAGE
         if result is ScanResult.SUCCEED:
             nodes = parts.memory.nodes_of(look.heads)
-            control.node_load = np.bincount(nodes, minlength=len(parts.memory.zones)).astype(np.int64)
+            control.node_load = np.bincount(nodes, minlength=parts.memory.nodes).astype(np.int64)
         return RangeScan(result, None, 0, referenced, look.none_or_zero, look.unmapped)
 
     def _fullness(self, address: int, ptes: Ptes) -> Fullness:

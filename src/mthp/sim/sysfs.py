@@ -245,23 +245,22 @@ class Sysfs:
 
     def _buddyinfo(self) -> str:
         lines = []
-        for node, zone in enumerate(self._machine.parts.memory.zones):
+        for zone in self._machine.parts.memory.zones:
             counts = "".join(f"{count:6d} " for count in zone.free_counts())
-            lines.append(f"Node {node}, zone {zone.name:>8} {counts}\n")
+            lines.append(f"Node {zone.node}, zone {zone.name:>8} {counts}\n")
         return "".join(lines)
 
     def _unusable_index(self) -> str:
         lines = []
-        for node, zone in enumerate(self._machine.parts.memory.zones):
+        for zone in self._machine.parts.memory.zones:
             numbers = [int(zone.unusable_index(order) * 1000) for order in range(zone.max_order + 1)]
             values = "".join(f"{number // 1000}.{number % 1000:03d} " for number in numbers)
-            lines.append(f"Node {node}, zone {zone.name:>8} {values}\n")
+            lines.append(f"Node {zone.node}, zone {zone.name:>8} {values}\n")
         return "".join(lines)
 
     def _vmstat(self) -> str:
-        free = sum(zone.free_frames for zone in self._machine.parts.memory.zones)
         counted = "".join(f"{name} {self._machine.counters[name]}\n" for name in VMSTAT)
-        return f"nr_free_pages {free}\n{counted}"
+        return f"nr_free_pages {self._machine.parts.memory.free_frames}\n{counted}"
 
     def _min_free_kbytes(self) -> int:
         frames = sum(zone.watermarks.min for zone in self._machine.parts.memory.zones)
