@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -26,6 +26,7 @@ from mthp.errors import UnsupportedError
 from mthp.geometry import Geometry
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
 from mthp.results import ScanResult
+from mthp.segments import in_blocks, in_range_blocks
 from mthp.tunables import Switches, Tunables
 
 Segment = tuple[int, int]
@@ -394,55 +395,6 @@ class _Reading:
         """Everything."""
         for block in in_range_blocks(segments, self._space.geometry, WATCH_BLOCK):
             yield self._space.read(block)
-
-
-def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[Segment]:
-    """`segments`, those that begin inside a PMD range cut at its end.
-
-    :func:`in_blocks` cuts at multiples of its size from a segment's start, so it cuts these at PMD ranges only.
-    """
-    for start, end in segments:
-        aligned = -(-start // geometry.pmd_size) * geometry.pmd_size
-        if start < aligned < end:
-            yield start, aligned
-            start = aligned
-        yield start, end
-
-
-def in_range_blocks(segments: Iterable[Segment], geometry: Geometry, block_size: int) -> Iterator[list[Segment]]:
-    """As :func:`in_blocks`, but what lies in one PMD range comes in one group, which may be that much larger."""
-    block: list[Segment] = []
-    room = block_size
-    for [segment] in (group for piece in at_pmd_ranges(segments, geometry) for group in in_blocks([piece], block_size)):
-        start, end = segment
-        if block and end - start > room and start // geometry.pmd_size != (block[-1][1] - 1) // geometry.pmd_size:
-            yield block
-            block, room = [], block_size
-        block.append(segment)
-        room -= end - start
-    if block:
-        yield block
-
-
-def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Segment]]:
-    """Group and cut `segments` so that each group holds at most `block_size` bytes.
-
-    Cuts fall on multiples of `block_size` from a segment's start, so segments of whole PMD ranges are cut into such,
-    if the block size is a multiple of the PMD size.
-    """
-    block: list[Segment] = []
-    room = block_size
-    for start, end in segments:
-        while start < end:
-            if block and end - start > room:
-                yield block
-                block, room = [], block_size
-            stop = min(end, start + room)
-            block.append((start, stop))
-            room -= stop - start
-            start = stop
-    if block:
-        yield block
 
 
 _OUTLINE_PMD_RANGES = 128

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind, in_blocks
+from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind
 from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
+from mthp.segments import in_blocks
 from mthp.tunables import Switches
 
 BLOCK_PAGES = 1 << 18

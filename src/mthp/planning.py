@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind, in_blocks
+from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind
 from mthp.collapse.filled import FilledPages
 from mthp.collapse.occupancy import Planes, planes_of
 from mthp.collapse.plan import make_rules, plan_planes
@@ -23,6 +23,7 @@ from mthp.columns import Table
 from mthp.eligibility import Trigger, eligibility
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
+from mthp.segments import in_blocks
 from mthp.tunables import Tunables
 
 BLOCK_PMD_RANGES = 128

@@ -30,12 +30,12 @@ from mthp.addrspace import (
     Segment,
     Vma,
     VmaKind,
-    in_blocks,
 )
 from mthp.eligibility import eligibility
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
+from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 
 MAX_PAGES = 1 << 18

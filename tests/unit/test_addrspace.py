@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.addrspace import AddressSpace, CollapseOutcome, Pte, PteColumns, Segment, Vma, in_blocks
+from mthp.addrspace import AddressSpace, CollapseOutcome, Pte, PteColumns, Segment, Vma
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.results import ScanResult
+from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 
 PAGE = 4096

@@ -18,7 +18,8 @@ from mthp.geometry import Geometry
 from mthp.results import ScanResult
 from mthp.scanning import Khugepaged
 from mthp.tunables import Switches, Tunables
-from mthp.visiting import Candidate, SpaceVisit, VisitOptions
+from mthp.visited_block import Candidate
+from mthp.visiting import SpaceVisit, VisitOptions
 
 SMALL = Geometry("16-ptes", 4096, 4)
 SIZE = SMALL.pmd_size

@@ -26,7 +26,8 @@ from mthp.geometry import Geometry
 from mthp.outline import Outline
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
-from mthp.visiting import Candidate, SpaceVisit, VisitOptions
+from mthp.visited_block import Candidate
+from mthp.visiting import SpaceVisit, VisitOptions
 
 _FULLNESS_STEPS = 4
 """So many classes of fullness are told apart."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Segment, Vma, in_blocks
+from mthp.addrspace import AddressSpace, Segment, Vma
 from mthp.collapse.occupancy import Bits, Planes
 from mthp.collapse.plan import Plan, plan_planes
 from mthp.collapse.policy import Policy, Rules, policy_named
@@ -26,6 +26,7 @@ from mthp.geometry import Geometry
 from mthp.lab import metrics
 from mthp.lab.metrics import MAX_ORDER
 from mthp.planning import Job, PlanOptions, base_rules, jobs_of, read_planes
+from mthp.segments import in_blocks
 from mthp.sim.clock import Costs
 
 BLOCK_RANGES = 512

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, in_blocks
+from mthp.addrspace import AddressSpace
 from mthp.collapse.occupancy import Planes
 from mthp.collapse.policy import policy_named
 from mthp.lab.evaluate import BLOCK_RANGES, MAX_SCANS, settled
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
 from mthp.planning import PlanOptions, base_rules, jobs_of, read_planes
+from mthp.segments import in_blocks
 
 Accesses = Callable[[], Iterable[NDArray[np.int64]]]
 """Gives the page numbers of a trace, in order, from its beginning: int64, shape (accesses,), a part at a time."""

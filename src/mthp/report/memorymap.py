@@ -22,11 +22,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Segment, Vma, in_blocks
+from mthp.addrspace import AddressSpace, Segment, Vma
 from mthp.census import Census, VmaCensus, take_census
 from mthp.geometry import Geometry, format_size
 from mthp.planning import Folios
 from mthp.report.kinds import Kinds
+from mthp.segments import in_blocks
 
 COLUMNS = 256
 """Columns in a row."""

@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind, at_pmd_ranges, in_blocks
+from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind
 from mthp.errors import UsageError
+from mthp.segments import at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.runs import Runs, encode, page_numbers
 from mthp.snapshot.table import RunWriter, pyarrow, writing
