@@ -365,3 +365,15 @@ def test_touching_ends_at_a_signal(machine: Machine, mm: Mm) -> None:
     addresses = np.arange(START, END + 4 * PAGE, PAGE)
     touched = machine.touch(mm, addresses)
     assert (touched.done, touched.outcome) == (64, Fault.SIGSEGV)
+
+
+def test_giving_memory_back_takes_time() -> None:
+    machine = Machine(SMALL, switches=Switches("madvise", {4: "madvise"}))
+    mm = machine.create_mm()
+    machine.map(mm, START, START + 2 * SMALL.pmd_size, flags={HUGEPAGE})
+    machine.write(mm, START, 1)
+    machine.parts.switches = Switches("never")
+    machine.populate(mm, START + SMALL.pmd_size, START + 2 * SMALL.pmd_size)
+    assert machine.clock.spent_ns().get("free_folio", 0) == 0
+    machine.madvise(mm, START, START + 2 * SMALL.pmd_size, "DONTNEED")
+    assert machine.clock.spent_ns()["free_folio"] == 17 * machine.clock.costs.free_folio // 1000

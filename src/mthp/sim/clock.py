@@ -31,7 +31,7 @@ class Costs:
         syscall: entering and leaving a system call.
         zero_byte, copy_byte: clearing and copying memory.
         alloc_small, alloc_large: taking a folio of order 0, or of a larger one, from the free lists.
-        free_folio: giving one back.
+        free_folio: unmapping one where a program has no use for it any more, and giving it back.
         scan_pte: khugepaged's look at one entry.
         scan_range: its look at one PMD range as a whole.
         collapse: all of one collapse that does not depend on the order: locks, flushing the TLB, the new entry.

@@ -92,12 +92,17 @@ class _Attempt:
             return folio
         result = self.fill(folio)
         if result is not ScanResult.SUCCEED:
-            self.parts.memory.put(folio)
+            self.give_back(folio)
         return result
+
+    def give_back(self, folio: int) -> None:
+        """Free the folio that was taken for the run."""
+        self.parts.memory.put(folio)
+        self.parts.clock.spend("free_folio")
 
     def alloc_charge(self, node_load: NDArray[np.int64]) -> int | ScanResult:
         """A folio for the run, from a node that most pages of the PMD range are on; or why there is none."""
-        counters, memory = self.parts.counters, self.parts.memory
+        counters = self.parts.counters
         nodes = np.flatnonzero(node_load == node_load.max()).tolist()
         may_wait = self.rules.forced or self.parts.tunables.defrag
         folio = take_folio(self.parts, self.order, nodes, may_wait=may_wait)
@@ -108,7 +113,7 @@ class _Attempt:
         if folio is None:
             return ScanResult.ALLOC_HUGE_PAGE_FAIL
         if not charge(self.parts, folio, self.mm.charge, may_wait=may_wait):
-            memory.put(folio)
+            self.give_back(folio)
             return ScanResult.CGROUP_CHARGE_FAIL
         return folio
 

@@ -135,6 +135,7 @@ def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[Attemp
         at = start + (rows * geometry.ptes_per_pmd + (indices << order)) * geometry.page_size
         parts.counters.count_mthp(order, "collapse_alloc", len(at))
         parts.clock.spend("alloc_large", len(at))
+        parts.clock.spend("free_folio", len(at))
         found += [Attempted(address, order, ScanResult.PTE_MAPPED_HUGEPAGE) for address in at.tolist()]
     return tuple(sorted(found))
 

@@ -62,10 +62,7 @@ def scan_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, forced: 
     look = _Looker(parts, ptes, limits)
     look.count_swap()
     if look.some_pages:
-        look.page(look.expected_references != parts.memory.refcount[look.heads], ScanResult.PAGE_COUNT)
-        look.page(look.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
-        look.page(~look.folio_has(Fl.LRU), ScanResult.PAGE_LRU)
-        look.far_nodes()
+        look.folios()
         look.count_shared()
         look.page_itself(vma, forced=forced)
     return look.taken()
@@ -121,10 +118,7 @@ def run_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, large: in
     look = _Looker(parts, ptes, limits)
     look.count_swap()
     if look.some_pages:
-        look.page(look.expected_references != parts.memory.refcount[look.heads], ScanResult.PAGE_COUNT)
-        look.page(look.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
-        look.page(~look.folio_has(Fl.LRU), ScanResult.PAGE_LRU)
-        look.far_nodes()
+        look.folios()
         if large is not None:
             look.page(parts.memory.order[look.pfns] >= large, ScanResult.PTE_MAPPED_HUGEPAGE)
         look.count_shared()
@@ -186,6 +180,13 @@ class _Looker:
     def no_swap(self) -> None:
         """Any entry that is neither none nor present hinders."""
         self._found[self._unmapped] = ScanResult.PTE_NON_PRESENT
+
+    def folios(self) -> None:
+        """What a scan asks of every page's folio."""
+        self.page(self.expected_references != self._parts.memory.refcount[self.heads], ScanResult.PAGE_COUNT)
+        self.page(self.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
+        self.page(~self.folio_has(Fl.LRU), ScanResult.PAGE_LRU)
+        self.far_nodes()
 
     def far_nodes(self) -> None:
         """A page too far from an earlier one, where nodes reclaim for themselves (hpage_collapse_scan_abort)."""

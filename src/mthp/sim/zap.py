@@ -31,7 +31,9 @@ def zap(parts: Parts, mm: Mm, start: int, end: int, *, keep_guards: bool = False
     """
     split_at(parts, mm, start, end)
     for address, pages, ptes in mm.ranges(start, end):
-        unmap_entries(parts, mm, ptes, np.flatnonzero(ptes.pages()))
+        mapped = np.flatnonzero(ptes.pages())
+        parts.clock.spend("free_folio", len(np.unique(parts.memory.heads(ptes.value[mapped].astype(np.int64)))))
+        unmap_entries(parts, mm, ptes, mapped)
         drop_swap(parts, mm, ptes)
         mm.anon_pages -= int(np.count_nonzero(ptes.bits & P.MIGRATION))
         guards = (ptes.bits & P.GUARD) != 0
