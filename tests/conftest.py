@@ -16,9 +16,9 @@ import contextlib
 import ctypes
 import mmap
 import os
+import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -29,6 +29,7 @@ from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from thp_switches import THP_ROOT, ThpSwitches
+from waiting import until
 
 with contextlib.suppress(ImportError):
     # No test judges by time. (The guests of the kernel lab have no Hypothesis.)
@@ -89,6 +90,9 @@ _RIGHTS = {"root", "pfns", "thp", "mthp"}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(*words): skip where the machine or the rights lack one of them")
+    # A shell has its jobs in the background ignore Ctrl-C, and so would every process that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -133,12 +137,12 @@ def frozen_cgroup() -> Iterator[Callable[[int], None]]:
     """Freezes a process by its cgroup (version 2). At the end it is thawed, and back in the cgroup where it was."""
     mounts = [Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines() if " cgroup2 " in line]
     if not mounts:
-        skip_or_fail("needs cgroups (version 2)")
+        pytest.skip("needs cgroups (version 2)")
     cgroup = mounts[0] / f"mthp-test-{os.getpid()}"
     try:
         cgroup.mkdir()
     except OSError as error:
-        skip_or_fail(f"needs a cgroup of its own: {error}")
+        pytest.skip(f"needs a cgroup of its own: {error}")
     before: dict[int, str] = {}
 
     def freeze(pid: int) -> None:
@@ -146,10 +150,7 @@ def frozen_cgroup() -> Iterator[Callable[[int], None]]:
         before[pid] = next(line[4:] for line in lines if line.startswith("0::"))
         (cgroup / "cgroup.procs").write_text(str(pid))
         (cgroup / "cgroup.freeze").write_text("1")
-        deadline = time.monotonic() + 10
-        while "frozen 1" not in (cgroup / "cgroup.events").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        until(lambda: "frozen 1" in (cgroup / "cgroup.events").read_text(), "the process to be frozen")
 
     try:
         yield freeze
@@ -157,10 +158,8 @@ def frozen_cgroup() -> Iterator[Callable[[int], None]]:
         (cgroup / "cgroup.freeze").write_text("0")
         for pid, path in before.items():
             with contextlib.suppress(OSError):
-                (mounts[0] / path / "cgroup.procs").write_text(str(pid))
-        deadline = time.monotonic() + 10
-        while "populated 1" in (cgroup / "cgroup.events").read_text() and time.monotonic() < deadline:
-            time.sleep(0.01)
+                (mounts[0] / path.lstrip("/") / "cgroup.procs").write_text(str(pid))
+        until(lambda: "populated 0" in (cgroup / "cgroup.events").read_text(), "the process to leave")
         cgroup.rmdir()
 
 

@@ -109,7 +109,7 @@ def test_a_block_that_did_not_get_its_order_is_reported(tmp_path: Path, thp_swit
 
 def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_64k: None) -> None:
     """No wrong byte, no lost signal. MTHP_TEST_ROUNDS makes it long: 400 rounds are over 100 000 blocks moved."""
-    rounds = int(os.environ.get("MTHP_TEST_ROUNDS", "8"))
+    rounds = int(os.environ.get("MTHP_TEST_ROUNDS", "4"))
     with Writers(tmp_path, 8, 16, "fts") as target:
         sent = 0
         stop = threading.Event()

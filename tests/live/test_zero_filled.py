@@ -51,6 +51,7 @@ def test_what_a_huge_fault_filled_is_counted(puppet: Puppet, thp_switches: ThpSw
     assert mthp.inspect(puppet.pid).total.zero_filled is None
 
 
+@pytest.mark.requires("guard")
 def test_page_by_page_through_protections_and_over_guards(
     puppet: Puppet, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

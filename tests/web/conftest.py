@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A headless Chromium for all tests of this session."""
     try:
         from selenium import webdriver
+        from selenium.common.exceptions import WebDriverException
     except ImportError:
         _absent("needs selenium")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -97,8 +99,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     chosen = os.environ.get("MTHP_SCREENSHOTS")
     screenshots = Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
     screenshots.mkdir(parents=True, exist_ok=True)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
-        yield Browser(chrome, screenshots)
-    finally:
-        chrome.quit()
+    # Not in a directory of pytest's: a socket's name must be short.
+    with tempfile.TemporaryDirectory(prefix="mthp-web-", ignore_cleanup_errors=True) as own:
+        service = webdriver.ChromeService(driver, env=os.environ | {"TMPDIR": own})
+        try:
+            chrome = webdriver.Chrome(options=options, service=service)
+        except WebDriverException:
+            # Where everything has yet to be read from the disk, the driver may lose its patience.
+            chrome = webdriver.Chrome(options=options, service=service)
+        try:
+            yield Browser(chrome, screenshots)
+        finally:
+            chrome.quit()
