@@ -33,9 +33,9 @@ from waiting import until
 
 with contextlib.suppress(ImportError):
     # No test judges by time. (The guests of the kernel lab have no Hypothesis.)
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("mthp", deadline=None)
+    settings.register_profile("mthp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("mthp")
 
 _STATE = Path(tempfile.gettempdir()) / f"mthp-tests-switches-{os.getuid()}.json"
@@ -90,7 +90,7 @@ _RIGHTS = {"root", "pfns", "thp", "mthp"}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(*words): skip where the machine or the rights lack one of them")
-    # A shell has its jobs in the background ignore Ctrl-C, and so would every process that a test starts and interrupts.
+    # A shell has its jobs in the background ignore Ctrl-C, and so would the processes that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -7,6 +7,7 @@ the time, and each example takes its PTEs from a small palette of states, so tha
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,14 @@ from numpy.typing import NDArray
 
 from mthp.geometry import GEOMETRIES, MIN_ANON_ORDER
 from oracle import Range, Rules
+
+ROUNDS = int(os.environ.get("MTHP_TEST_ROUNDS", "1"))
+
+
+def examples(count: int) -> int:
+    """How many examples a property is tried on: so many, times MTHP_TEST_ROUNDS."""
+    return count * ROUNDS
+
 
 SMALL_SIZES = (16, 32, 64)
 """PTEs per PMD range at which Hypothesis can search well."""

@@ -267,11 +267,34 @@ print(len(wrong), good, moved)
 """
 
 
-def in_python(code: str, *arguments: object, limit: float = 2 * PATIENCE) -> str:
+FIRST_PROCESS = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import ctypes
+from targets import map_aligned
+from mthp.linux.mover.guarded import collapse_own
+from mthp.linux.mover.journal import SwitchJournal
+address = map_aligned(1 << 20, 0)
+ctypes.memset(address, 7, 1 << 20)
+outcomes = collapse_own(address, 1 << 20, 4, journal=SwitchJournal(Path(sys.argv[1])))
+print(os.getpid(), sum(not outcome.reason for outcome in outcomes))
+"""
+
+
+@pytest.mark.usefixtures("journal")
+def test_the_first_process_of_a_container_may_collapse_itself(tmp_path: Path) -> None:
+    inner = ("unshare", "--pid", "--fork", "--mount-proc")
+    if shutil.which("unshare") is None or subprocess.run([*inner, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs PID namespaces")
+    assert in_python(FIRST_PROCESS, tmp_path / "mthp", prefix=inner).split() == ["1", "16"]
+
+
+def in_python(code: str, *arguments: object, limit: float = 2 * PATIENCE, prefix: tuple[str, ...] = ()) -> str:
     """What a program of its own prints; TimeoutExpired if it hangs."""
     code = code.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [*prefix, sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=limit,
@@ -333,13 +356,16 @@ def test_shared_after_a_fork_is_left_and_moved_once_the_child_is_gone(
         os.close(theirs)
         os.read(ours, 1)
         os._exit(0 if intact(address, size) else 1)
-    outcomes = collapse_own(address, size, 4, journal=journal)
+    try:
+        outcomes = collapse_own(address, size, 4, journal=journal)
+    finally:
+        # It holds what this process holds, the lock of the switches too, until it is gone.
+        os.close(theirs)
+        _, status = os.waitpid(pid, 0)
+        os.close(ours)
+    assert status == 0
     assert results(outcomes) == {ScanResult.EXCEED_SHARED_PTE: 16}
     assert "mapped more than once" in outcomes[0].reason
-    os.write(theirs, b"x")
-    assert os.waitpid(pid, 0)[1] == 0
-    os.close(ours)
-    os.close(theirs)
     # Not exclusive until written: UFFDIO_MOVE says EBUSY at first.
     assert results(collapse_own(address, size, 4, journal=journal)) == {ScanResult.SUCCEED: 16}
     assert intact(address, size)

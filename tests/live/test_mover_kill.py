@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")
 TRACER = Path(__file__).parents[1] / "mover_tracer.py"
 THREADS = 4
 MEGABYTES = 4
-KILLS = int(os.environ.get("MTHP_TEST_KILLS", "110"))
+KILLS = int(os.environ.get("MTHP_TEST_KILLS", "80"))
 """How many there are in all; the issue's thousand are for a machine that has the time."""
 
 MAY_DIE = {Step.HIJACKED, Step.MAPPED, Step.UNMAPPED}

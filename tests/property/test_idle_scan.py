@@ -19,6 +19,7 @@ from mthp.sim.access import Fault
 from mthp.sim.memory import Fl
 from mthp.sim.mm import HUGEPAGE, UFFD_WP, Mm, P
 from mthp.tunables import Switches, Tunables
+from strategies import examples
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 SMALL = Geometry("16-ptes", 4096, 4)
@@ -170,7 +171,7 @@ def check(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(world=worlds(SMALL, 40))
-@settings(max_examples=200, deadline=None, suppress_health_check=[*SLOW, HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(70), deadline=None, suppress_health_check=[*SLOW, HealthCheck.function_scoped_fixture])
 def test_small_ranges(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     check(world, monkeypatch)
 

@@ -15,7 +15,7 @@ from mthp.collapse.policy import Rules, policy_named
 from mthp.geometry import geometry_for_ptes
 from mthp.lab.evaluate import carried_out, counted, history
 from mthp.tunables import Tunables
-from strategies import SMALL_SIZES, Problem, problems
+from strategies import SMALL_SIZES, Problem, examples, problems
 
 SIZES = (*SMALL_SIZES, 512)
 LIMITS = ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")
@@ -38,7 +38,7 @@ def posed(problem: Problem) -> tuple[Planes, Rules]:
 
 
 @given(problem=problems(SIZES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_no_scan_after_the_first_fills_anything(problem: Problem) -> None:
     planes, rules = posed(problem)
     scans = history(planes, counted(planes, rules.geometry), policy_named("no-creep"), rules, 8)
@@ -46,7 +46,7 @@ def test_no_scan_after_the_first_fills_anything(problem: Problem) -> None:
 
 
 @given(problem=problems(SIZES))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_every_folio_holds_more_of_the_programs_own_than_its_limit_leaves(problem: Problem) -> None:
     planes, rules = posed(problem)
     policy = policy_named("no-creep")
@@ -58,7 +58,7 @@ def test_every_folio_holds_more_of_the_programs_own_than_its_limit_leaves(proble
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_what_a_plan_says_is_what_is_there_once_it_is_carried_out(policy: str, problem: Problem) -> None:
     planes, rules = posed(problem)
     plan = plan_planes(planes, policy_named(policy), rules)

@@ -12,7 +12,7 @@ import oracle
 from mthp.collapse.plan import Plan
 from mthp.geometry import GEOMETRIES
 from mthp.results import ScanResult
-from strategies import SMALL_SIZES, Problem, problems, rules
+from strategies import SMALL_SIZES, Problem, examples, problems, rules
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
@@ -41,7 +41,7 @@ def readable(plan: Plan) -> list[tuple[int, int, int, str]]:
 
 @POLICIES
 @given(problem=problems(SMALL_SIZES), omit_empty=st.booleans())
-@settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(100), deadline=None, suppress_health_check=SLOW)
 def test_small_ranges(policy: str, problem: Problem, omit_empty: bool) -> None:
     check(problem, policy, omit_empty=omit_empty)
 

@@ -15,6 +15,7 @@ from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, Segment, Vma, VmaKind
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.snapshot import load, record
 from mthp.tunables import SIZE_WORDS, TOP_WORDS, Switches, Tunables
+from strategies import examples
 
 pytest.importorskip("pyarrow")
 
@@ -99,7 +100,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("snapshots") / "x.parquet"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(50))
 @given(data=st.data(), space=address_spaces(), blocks=st.integers(1, 3))
 def test_a_snapshot_reads_as_its_process(file: Path, data: st.DataObject, space: FakeSpace, blocks: int) -> None:
     record(space, file, block_size=blocks * space.geometry.pmd_size, overwrite=True)
@@ -114,7 +115,7 @@ def test_a_snapshot_reads_as_its_process(file: Path, data: st.DataObject, space:
         np.testing.assert_array_equal(got.folio_order, expected.folio_order)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(40))
 @given(data=st.data(), space=address_spaces(), granule_order=st.integers(0, 10))
 def test_populated_leaves_out_only_what_reads_as_none(
     file: Path, data: st.DataObject, space: FakeSpace, granule_order: int

@@ -22,7 +22,7 @@ from mthp.collapse.walk import Walk
 from mthp.geometry import GEOMETRIES, geometry_for_ptes
 from mthp.results import ScanResult
 from mthp.tunables import Tunables
-from strategies import PLANES, RANGE_FLAGS, SMALL_SIZES, Problem, problems
+from strategies import PLANES, RANGE_FLAGS, SMALL_SIZES, Problem, examples, problems
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
@@ -127,7 +127,7 @@ BY_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 @BY_POLICY
 @given(problem=problems(SMALL_SIZES))
-@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(70), deadline=None, suppress_health_check=SLOW)
 def test_small_ranges(policy: Policy, problem: Problem) -> None:
     check(problem, policy)
 

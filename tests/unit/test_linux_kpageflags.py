@@ -39,7 +39,7 @@ def lay_out(path: Path, orders: list[int], flags: int = ANON) -> NDArray[np.int8
 
 
 @pytest.mark.parametrize("pmd_order", [5, 8, 9, 11, 13])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(orders=st.lists(st.integers(0, 12), min_size=1, max_size=200), seed=st.integers(0, 2**32), data=st.data())
 def test_every_frame_has_the_order_of_its_folio(
     tmp_path: Path, pmd_order: int, orders: list[int], seed: int, data: st.DataObject

@@ -301,7 +301,7 @@ def test_entries_of_an_earlier_boot_mean_nothing(machine: Machine) -> None:
     assert machine.file.read_bytes() == b""
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=list(HealthCheck), max_examples=40, deadline=None)
 @given(data=st.data())
 def test_a_truncated_or_damaged_journal(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Whole lines that were not touched are obeyed, whatever follows or surrounds them; nothing else is written."""

@@ -71,7 +71,9 @@ STACK_MARGIN = 64 << 10
 THREAD_MARGIN = 4096
 """How far from its robust list, in bytes, a thread's rseq area may be: C libraries keep both in one structure."""
 
-_FOR_OTHERS = frozenset({"itself", "ancestor", "traced", "vfork", "uninterruptible", "shared_vm", "shared_vm_unknown"})
+_FOR_OTHERS = frozenset(
+    {"itself", "init", "ancestor", "traced", "vfork", "uninterruptible", "shared_vm", "shared_vm_unknown"}
+)
 """Refusals for processes that are to be stopped from outside. Sharers of the address space meet the guard too."""
 
 _Int64s = NDArray[np.int64]
