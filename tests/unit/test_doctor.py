@@ -335,6 +335,22 @@ def test_khugepaged_stands_still(tmp_path: Path) -> None:
     assert "stands still" in found.what
 
 
+@pytest.mark.parametrize(
+    ("scope", "when"),
+    [("0", "the better way for processes that may not be stopped"), ("3", "the only way to these here, for want of")],
+)
+def test_when_it_is_better_to_drive_the_kernel_s_khugepaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str, when: str
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "host", "7.3", "#1", "x86_64")))
+    files = MODERN | {f"{THP}/hugepages-64kB/stats/collapse_alloc": "0", "proc/sys/kernel/yama/ptrace_scope": scope}
+    found = finding(look(tmp_path, files), "mthp_khugepaged")
+    assert found.state is State.OK
+    assert "--mechanism khugepaged" in found.what
+    assert when in found.what
+    assert ("move_ptrace" in found.what) == (scope == "3")
+
+
 def test_only_counters_below_the_pmd_size_speak_for_mthp(tmp_path: Path) -> None:
     found = finding(look(tmp_path, MODERN | {f"{THP}/hugepages-64kB/stats/collapse_alloc": None}), "mthp_khugepaged")
     assert found.state is State.MISSING

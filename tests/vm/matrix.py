@@ -156,14 +156,14 @@ def examine(
         smoke: run the commands, too.
         row: what is known already; tests that are in it are not run.
         seconds: the time limit of each guest.
-        echo: print what the guests print.
-        keep: save the row whenever a guest has ended.
+        echo: print what the guests print, and tell of every test.
+        keep: save the row after every test.
         say: told of every test that failed, and of every file that is done.
     """
     row = row or Row(kernel.name, kernel.release)
     while smoke or files:
         known = len(row.tests)
-        outcome = _guest(kernel, files, smoke, row, seconds, echo, say)
+        outcome = _guest(kernel, files, smoke, row, seconds, echo, keep, say)
         row.seconds += outcome.seconds
         row.console = outcome.console[-4000:]
         if lost := [name for name, test in row.tests.items() if test.outcome == "began"]:
@@ -179,7 +179,9 @@ def examine(
     return row
 
 
-def _guest(kernel: Kernel, files: list[str], smoke: bool, row: Row, seconds: float, echo: bool, say: Say) -> Outcome:
+def _guest(
+    kernel: Kernel, files: list[str], smoke: bool, row: Row, seconds: float, echo: bool, keep: bool, say: Say
+) -> Outcome:
     script = _SETUP + (_SMOKE if smoke else "smoke=0\n")
     if files:
         script += _TESTS.format(files=" ".join(f"tests/live/{name}" for name in files))
@@ -203,8 +205,12 @@ def _guest(kernel: Kernel, files: list[str], smoke: bool, row: Row, seconds: flo
             return
         name = what.pop("test")
         row.tests[name] = Test(**what, tree=tree())
+        if echo and what:
+            say(f"{what['outcome']} after {what['seconds']:.1f} s: {name}")
         if what.get("outcome") == "failed":
             say(f"{kernel.name}: FAILED {name}\n{what['why']}")
+        if keep:
+            row.save()
         if at and at != _file_of(name):
             say(f"{kernel.name}: {at}: {_cell(row.file(at))}")
         at = _file_of(name)

@@ -192,9 +192,16 @@ def _pagemap_scan(facts: Facts) -> Answer:
 
 def _mthp_khugepaged(facts: Facts) -> Answer:
     stats = facts.thp.stats(facts.geometry)
-    if any("collapse_alloc" in names for order, names in stats.items() if order < facts.geometry.pmd_order):
-        return Answer(State.OK, "collapses to sizes below the PMD size too, and counts by size")
-    return Answer(State.MISSING, f"collapses to {facts.pmd} only", "Linux 7.2 or later")
+    if not any("collapse_alloc" in names for order, names in stats.items() if order < facts.geometry.pmd_order):
+        return Answer(State.MISSING, f"collapses to {facts.pmd} only", "Linux 7.2 or later")
+    lacking = [key for key, _, _, question in MOVE_QUESTIONS if question(facts).state is State.MISSING]
+    if lacking:
+        when = f"the only way to these here, for want of {', '.join(lacking)}"
+    else:
+        when = "the better way for processes that may not be stopped or traced, or that moving refuses"
+    what = "collapses to sizes below the PMD size too, and counts by size"
+    how = f"`mthp collapse --mechanism khugepaged` drives it: {when} (switches change for the whole system meanwhile)"
+    return Answer(State.OK, f"{what}; {how}")
 
 
 def _khugepaged(facts: Facts) -> Answer:
