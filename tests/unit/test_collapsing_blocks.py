@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,6 +130,38 @@ def test_every_folio_is_accounted_for(data: st.DataObject) -> None:
     assert report.windows.count == sum(-(-len(batch) // 3) for batch in space.batches)
     assert report.moved_blocks == sum(map(len, space.batches))
     assert report.complete == (not report.interrupted and not any(tally.left for tally in report.folios.values()))
+
+
+class SlowSpace(MovingSpace):
+    """Takes `fixed` seconds to make ready and `each` for a block, by its own clock."""
+
+    now, fixed, each = 0.0, 0.0, 0.0
+
+    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        SlowSpace.now += self.fixed + self.each * len(blocks)
+        return super().collapse_blocks(blocks, means)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "last"),
+    [
+        (0.0, 0.001, (90, 110)),  # a tenth of a second
+        (0.05, 0.001, (40, 60)),
+        (0.3, 0.01, (16, 16)),  # to make ready takes longer than that alone
+        (0.3, 0.1, (6, 8)),  # about a second
+        (3.0, 0.1, (1, 2)),
+    ],
+)
+def test_what_it_takes_to_make_ready_is_not_spent_on_every_block(
+    monkeypatch: pytest.MonkeyPatch, fixed: float, each: float, last: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(blocks, "time", types.SimpleNamespace(monotonic=lambda: SlowSpace.now))
+    monkeypatch.setattr(SlowSpace, "fixed", fixed)
+    monkeypatch.setattr(SlowSpace, "each", each)
+    space = pages_of((4096, 0), cls=SlowSpace)
+    assert moved(space, orders=(2,)).complete
+    low, high = last
+    assert all(low <= len(batch) <= high for batch in space.batches[-5:-1])
 
 
 def test_the_largest_come_first_and_of_each_the_fullest() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
+from mthp.sim.golden import read_cases
 from vm.apt import LabError, cache_directory
 from vm.fuzz import Findings, fuzz, write_cases
 from vm.guest import Job, run
 from vm.kernels import OTHERS, SERIES, Kernel, fetch
 from vm.matrix import GUEST_SECONDS, Row, examine, live_files, saved, skips, table
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 KERNELS = click.option(
     "-k",
@@ -163,6 +167,23 @@ def _show(rows: list[Row]) -> None:
     for failure in failures:
         _say(failure)
     sys.exit(1 if failures else 0)
+
+
+@main.command()
+@click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
+def states(files: tuple[Path, ...]) -> None:
+    """Count the golden cases in which each state occurs, by kernel.  [default: all of tests/golden]"""
+    counts: dict[str, Counter[str]] = {"all cases": Counter()}
+    for file in files or sorted(GOLDEN.glob("*.jsonl.gz")):
+        for case in read_cases(file):
+            kernel = case.get("kernel", "7.3.4") + (f" {case['geometry']}" if "geometry" in case else "")
+            counts["all cases"][kernel] += 1
+            for state in {state.partition(":")[0] for state, _ in case["before"]}:
+                counts.setdefault(state, Counter())[kernel] += 1
+    kernels = sorted(counts["all cases"])
+    _say("".join(f"{word:>18}" for word in ("", *kernels, "in all")))
+    for state, found in sorted(counts.items(), key=lambda each: -each[1].total()):
+        _say(f"{state:>18}" + "".join(f"{found[kernel]:18}" for kernel in kernels) + f"{found.total():18}")
 
 
 def _each(

@@ -27,6 +27,10 @@ LARGEST_BATCH_BYTES = 64 << 20
 BATCH_SECONDS = 0.1
 """How long a batch is to take, rests included."""
 
+SMALL_BATCH_SECONDS = 1.0
+"""And one of no more than `FIRST_BATCH` blocks: to make ready for a batch takes its time too, on a slow or busy machine
+more than a batch is to take, and then that time must not be spent on every single block."""
+
 PATIENCE = (0.02, 0.1, 0.5)
 """Seconds to wait before a target that refuses as a whole is asked once more: it may be in vfork(2), for example."""
 
@@ -141,7 +145,8 @@ class Blocks:
 
     def _adapt(self, seconds: float, blocks: int) -> None:
         """Choose the size of the next batch by the time that this one took."""
-        fitting = int(blocks * BATCH_SECONDS / max(seconds, 1e-6))
+        each = max(seconds, 1e-6) / blocks
+        fitting = max(int(BATCH_SECONDS / each), min(FIRST_BATCH, int(SMALL_BATCH_SECONDS / each)))
         self._batch_size = max(1, min(fitting, 2 * self._batch_size, LARGEST_BATCH))
 
     def _account(
