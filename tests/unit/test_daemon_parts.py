@@ -340,7 +340,7 @@ def test_systemd_understands_the_unit_and_finds_it_hardened(tmp_path: Path) -> N
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     if "Overall exposure" not in done.stdout:

@@ -339,6 +339,16 @@ def test_thousands_of_rows_stay_quick_to_draw_and_keep_the_cursor() -> None:
     drive(view(source), script)
 
 
+def test_a_tick_while_the_screen_is_taken_down_is_not_an_error() -> None:
+    async def script(app: TopApp, pilot: Pilot[int]) -> None:
+        await app.query_one("#head").remove()
+        await app.query_one("#daemon").remove()
+        app._draw_again()
+        app._draw_daemon(None)
+
+    drive(view(Rows(ROWS)), script)
+
+
 def test_no_daemon_is_said() -> None:
     assert "not running" in daemon_line(None)
     assert "paused" in daemon_line(dict(STATUS) | {"paused": True})

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma, VmaKind, Watch
 from mthp.geometry import Geometry
 from mthp.outline import Outline
@@ -74,6 +77,9 @@ class GovernedSpace(AddressSpace):
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         return self._inner.read(segments)
+
+    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
+        return self._inner.zero_filled(columns)
 
     def collapse(self, address: int, order: int) -> CollapseOutcome:
         return self._inner.collapse(address, order)

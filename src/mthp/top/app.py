@@ -6,6 +6,7 @@ It draws what the source knows at the moment and never waits for it. Everything 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from textual import work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.coordinate import Coordinate
+from textual.css.query import NoMatches
 from textual.widgets import DataTable, Footer, Input, Static
 
 from mthp.addrspace import AddressSpace
@@ -135,7 +137,7 @@ class TopApp(App[int]):
             table.add_column(Text(head, justify="right" if figures else "left"), width=width, key=head)
         table.focus()
         self.draw()
-        self.set_interval(INTERVAL, self.draw)
+        self.set_interval(INTERVAL, self._draw_again)
         self.ask_daemon()
         self.set_interval(2.0, self.ask_daemon)
 
@@ -154,6 +156,11 @@ class TopApp(App[int]):
     @property
     def _mapped(self) -> Mapped | None:
         return self.view.source if isinstance(self.view.source, Mapped) else None
+
+    def _draw_again(self) -> None:
+        # At the end, widgets go one after the other.
+        with contextlib.suppress(NoMatches):
+            self.draw()
 
     def draw(self) -> None:
         """Bring the screen up to date with what the source knows."""
@@ -273,7 +280,8 @@ class TopApp(App[int]):
 
     def _draw_daemon(self, status: Mapping[str, Any] | None) -> None:
         self._daemon = status
-        self.query_one("#daemon", Static).update(Text(daemon_line(status)))
+        with contextlib.suppress(NoMatches):
+            self.query_one("#daemon", Static).update(Text(daemon_line(status)))
 
     def on_data_table_row_highlighted(self, _event: DataTable.RowHighlighted) -> None:
         if len(self.screen_stack) == 1:
