@@ -24,6 +24,7 @@ from mthp.linux import abi, procfs
 from mthp.linux.live import SPARSE_BYTES, LiveAddressSpace, open_live
 from mthp.linux.process import Process
 from mthp.results import ScanResult
+from pids import successor_of
 from targets import MADV_HUGEPAGE, MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches
 
@@ -120,6 +121,32 @@ def test_a_target_that_exits_while_it_is_read() -> None:
                 killer.join()
 
 
+@pytest.mark.requires("root")
+def test_a_proc_of_another_namespace_is_not_believed() -> None:
+    """Its numbers are those of other processes than the ones that system calls would stop."""
+    code = "from mthp.linux.process import Process; Process('self')"
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    if "unshare failed" in done.stderr:
+        pytest.skip(f"needs PID namespaces: {done.stderr}")
+    assert "UnsupportedError: /proc shows the processes of another PID namespace" in done.stderr
+
+
+def test_a_process_whose_first_thread_has_exited_is_no_zombie() -> None:
+    code = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(60,)).start()"
+    with subprocess.Popen([sys.executable, "-c", code + "; ctypes.CDLL(None).pthread_exit(None)"]) as child:
+        try:
+            deadline = time.monotonic() + 20
+            while "\nState:\tZ" not in Path(f"/proc/{child.pid}/status").read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with pytest.raises(UnsupportedError, match="first thread"):
+                Process(child.pid)
+        finally:
+            child.kill()
+
+
 def read_for_ever(space: LiveAddressSpace) -> None:
     while True:
         for vma in space.vmas():
@@ -140,17 +167,6 @@ def test_a_reused_pid_is_never_touched() -> None:
             with pytest.raises(TargetVanishedError):
                 space.collapse(address, space.geometry.pmd_order)
         space.close()
-
-
-def successor_of(pid: int) -> Puppet:
-    """A new process with a PID that was just freed."""
-    for _ in range(200):
-        Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
-        puppet = Puppet()
-        if puppet.pid == pid:
-            return puppet
-        puppet.__exit__(None, None, None)
-    pytest.skip("the PID went to another process each time")
 
 
 @pytest.mark.requires("root")

@@ -44,6 +44,7 @@ class ProcStat:
         ppid: its parent.
         flags: ``PF_*`` of include/linux/sched.h.
         minflt, majflt: faults that took no input and output, and such that did.
+        threads: how many it has, one that has exited and is its first among them.
         starttime: when it started, in clock ticks since boot.
     """
 
@@ -52,14 +53,15 @@ class ProcStat:
     flags: int
     minflt: int
     majflt: int
+    threads: int
     starttime: int
 
     @classmethod
     def parse(cls, text: bytes) -> ProcStat:
         """Read the text of ``/proc/PID/stat``; the name in it may hold spaces and parentheses."""
         fields = text[text.rindex(b")") + 2 :].split()
-        ppid, flags, minflt, majflt, starttime = (int(fields[index]) for index in (1, 6, 7, 9, 19))
-        return cls(fields[0].decode(), ppid, flags, minflt, majflt, starttime)
+        ppid, flags, minflt, majflt, threads, starttime = (int(fields[index]) for index in (1, 6, 7, 9, 17, 19))
+        return cls(fields[0].decode(), ppid, flags, minflt, majflt, threads, starttime)
 
 
 class Process:
@@ -77,7 +79,8 @@ class Process:
 
     Raises:
         TargetVanishedError: there is no such process.
-        UnsupportedError: a zombie, a kernel thread, or a kernel without pidfds (before 5.3).
+        UnsupportedError: a zombie, a kernel thread, a kernel without pidfds (before 5.3), or a /proc of another PID
+            namespace.
         NotPermittedError: the process is hidden, or pidfd_open is filtered.
         UsageError: not a PID, or that of a thread.
     """
@@ -89,6 +92,7 @@ class Process:
         self.pid = pid
         self.is_self = pid == os.getpid()
         self.comm = ""
+        _check_proc()
         self.pidfd = _open_pidfd(pid)
         self._directory = -1
         try:
@@ -117,6 +121,11 @@ class Process:
             raise UnsupportedError(
                 f"process {self.pid} ({self.comm}) is a kernel thread",
                 help="kernel threads have no memory of their own: choose a user process",
+            )
+        if stat.state == "Z" and stat.threads > 1:
+            raise UnsupportedError(
+                f"the first thread of process {self.pid} ({self.comm}) has exited, while others go on",
+                help="/proc shows no memory of such a process",
             )
         if stat.state == "Z":
             raise UnsupportedError(
@@ -229,6 +238,24 @@ class Process:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_proc() -> None:
+    """Do nothing if PIDs mean in /proc what they mean in system calls (pid_namespaces(7)).
+
+    Raises:
+        UnsupportedError: what would be read were another process than the one that is advised, or stopped.
+    """
+    try:
+        ours = (_PROC / "self").readlink().name
+    except OSError:
+        # There is no /proc: that will be said of its files.
+        return
+    if ours != str(os.getpid()):
+        raise UnsupportedError(
+            "/proc shows the processes of another PID namespace than this process's",
+            help="mount it anew (unshare --mount-proc, or mount -t proc proc /proc)",
+        )
 
 
 def _open_pidfd(pid: int) -> int:
