@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import mmap
@@ -10,8 +11,10 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -281,3 +284,53 @@ class Waiters:
         self.process.kill()
         self.process.wait()
         self._control.close()
+
+
+@contextlib.contextmanager
+def program(code: str) -> Iterator[tuple[int, str]]:
+    """A Python process: its PID, and what it said first; skips the test if that is "none"."""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = process.stdout.readline().strip()
+            if said == "none":
+                pytest.skip("this kernel or these rights do not have it")
+            yield process.pid, said
+        finally:
+            process.kill()
+
+
+SQPOLL = """
+import ctypes, struct, time
+libc = ctypes.CDLL(None, use_errno=True)
+setup = ctypes.create_string_buffer(120)
+struct.pack_into("I", setup, 8, 2)
+if libc.syscall(425, 4, setup) < 0:
+    print("none", flush=True)
+time.sleep(0.1)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+PREAMBLE = """
+import ctypes, mmap, os, struct, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(1, 9)
+libc.syscall.restype = ctypes.c_long
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+def call(number, *arguments):
+    words = (a if isinstance(a, ctypes.Array) else ctypes.c_long(a) for a in arguments)
+    answer = libc.syscall(ctypes.c_long(number), *words)
+    if answer < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return answer
+def memory(pages):
+    return libc.mmap(None, pages * 4096, 3, 0x22, -1, 0)
+def thread(function, *arguments):
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+def clone(flags):
+    stack = memory(16) + 16 * 4096
+    return libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), ctypes.c_void_p(stack), flags, None)
+"""
+"""What a target that is written in Python begins with: system calls by number, memory, threads, clone(2)."""

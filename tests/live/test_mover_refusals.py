@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mover_targets import PREAMBLE
 from mthp.errors import TargetVanishedError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover import processrefusals
@@ -43,27 +44,6 @@ PTRACE_SEIZE = 0x4206
 NOBODY = 65534
 NO_RIGHTS = {"not_permitted"}
 
-PREAMBLE = """
-import ctypes, mmap, os, struct, sys, threading, time
-libc = ctypes.CDLL(None, use_errno=True)
-libc.prctl(1, 9)
-libc.syscall.restype = ctypes.c_long
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-def call(number, *arguments):
-    words = (a if isinstance(a, ctypes.Array) else ctypes.c_long(a) for a in arguments)
-    answer = libc.syscall(ctypes.c_long(number), *words)
-    if answer < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return answer
-def memory(pages):
-    return libc.mmap(None, pages * 4096, 3, 0x22, -1, 0)
-def thread(function, *arguments):
-    threading.Thread(target=function, args=arguments, daemon=True).start()
-def clone(flags):
-    stack = memory(16) + 16 * 4096
-    return libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), ctypes.c_void_p(stack), flags, None)
-"""
 READY = "\nprint('ready', flush=True)\ntime.sleep(600)\n"
 
 SECCOMP = """

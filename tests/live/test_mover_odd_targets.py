@@ -1,0 +1,372 @@
+"""Targets that are odd, or out of luck, when the mover comes to them: left as they were, and told why.
+
+No test here needs a switch set: what matters is what happens to the target, not which folios it gets.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mover_targets import SQPOLL, Writers, mappings, program
+from mthp.errors import UnsupportedError
+from mthp.geometry import X86_64
+from mthp.linux.mover import inject, park
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.steps import Step
+from mthp.linux.mover.tracee import CannotStopError, Stopped
+from mthp.linux.process import Process
+from waiting import wait_for
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+
+ORDER = 4
+BLOCK = X86_64.size_of(ORDER)
+
+SECCOMP = """
+import ctypes, struct, time
+libc = ctypes.CDLL(None)
+allow_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow_all)))
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program)) == 0
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_thread_of_the_kernel_is_known_by_its_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is called: a process may rename its threads, and vhost has some, too."""
+    monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: {})
+    monkeypatch.setattr("mthp.linux.mover.freeze.check_thread", lambda *_: None)
+    with program(SQPOLL) as (pid, _), Process(pid) as process:
+        before = mappings(pid)
+        with pytest.raises(CannotStopError, match="kernel's"), MoverSession(process, X86_64):
+            pass
+        assert mappings(pid) == before
+        assert process.is_alive()
+
+
+def test_a_thread_that_has_come_to_filter_its_calls_is_not_given_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All threads were looked at just before the stop; whoever is to run our code is looked at again after it."""
+    monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: dict.fromkeys(range(1 << 22)))
+    with program(SECCOMP) as (pid, _), Process(pid) as process:
+        before = mappings(pid)
+        with pytest.raises(CannotStopError, match="seccomp"), MoverSession(process, X86_64):
+            pass
+        assert mappings(pid) == before
+        assert process.is_alive()
+
+
+def test_a_frozen_target_gets_its_registers_back(
+    tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threads can be stopped, but run nothing of ours; and whoever kills us meanwhile would kill it."""
+    monkeypatch.setattr(inject, "WORKER_TIMEOUT_NS", 300_000_000)
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+        frozen_cgroup(target.pid)
+        before = mappings(target.pid)
+        with pytest.raises(CannotStopError, match="does not run"), MoverSession(process, X86_64):
+            pass
+        assert mappings(target.pid) == before
+        target_cgroup = Path(f"/proc/{target.pid}/cgroup").read_text()
+        assert "mthp-test" in target_cgroup
+        thawed(target.pid)
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+def test_a_target_frozen_at_work_is_left_to_itself(
+    tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finishes the window by itself when it is thawed; nobody waits for that."""
+    monkeypatch.setattr(park, "WORKER_TIMEOUT_NS", 300_000_000)
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+
+        def freeze(step: Step) -> None:
+            if step is Step.ARMED:
+                frozen_cgroup(target.pid)
+
+        session = MoverSession(process, X86_64, duty=1.0, observer=freeze)
+        with session, pytest.raises(CannotStopError, match="does not get on"):
+            session.move([(target.base, ORDER), (target.base + BLOCK, ORDER)])
+        assert not target.progresses(0.2)
+        thawed(target.pid)
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+def thawed(pid: int) -> None:
+    """Thaw the cgroup of a process."""
+    path = next(line[3:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if line.startswith("0::"))
+    mount = next(line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if " cgroup2 " in line)
+    Path(mount + path, "cgroup.freeze").write_text("0")
+
+
+def test_the_next_file_that_a_program_opens_has_the_number_that_it_expects(tmp_path: Path) -> None:
+    """It may have closed one just now, to open another one in its place (dup2 by hand)."""
+    with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
+        numbers = {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()}
+        size = int(process.status("FDSize") or 0)
+        with MoverSession(process, X86_64) as session:
+            now = {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()}
+            assert now - numbers == {session.uffd}
+            assert session.uffd == size - 1
+            assert process.status("FDSize") == str(size)
+        assert {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()} == numbers
+        assert target.finish() == 0
+
+
+LIMITS = """
+import os, resource, sys, time
+fd = os.open("/dev/null", os.O_RDONLY)
+size = int(open("/proc/self/statm").read().split()[0]) * 4096
+limits = {"files": (resource.RLIMIT_NOFILE, fd + 1), "memory": (resource.RLIMIT_AS, size)}
+resource.setrlimit(limits[WHAT][0], (limits[WHAT][1],) * 2)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("what", ["files", "memory"])
+def test_a_target_at_its_limits_is_left_as_it_was(what: str) -> None:
+    with program(f"WHAT = {what!r}\n{LIMITS}") as (pid, _), Process(pid) as process:
+        before, files = mappings(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        with pytest.raises(UnsupportedError, match="nothing can be injected"), MoverSession(process, X86_64):
+            pass
+        assert mappings(pid) == before
+        assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
+        assert process.is_alive()
+
+
+REPLACE = """
+import ctypes, mmap, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+print("ready", flush=True)
+start, end = (int(word) for word in sys.stdin.readline().split())
+assert libc.mmap(start, end - start, 3, 0x32, -1, 0) == start
+ctypes.memset(start, 7, end - start)
+print("mapped", flush=True)
+sys.stdin.readline()
+assert ctypes.string_at(start, end - start) == bytes([7]) * (end - start)
+print("intact", flush=True)
+"""
+
+
+def test_what_a_program_maps_over_the_mover_is_not_unmapped_with_it() -> None:
+    """A program with an address space of its own making may use MAP_FIXED where it knows that there is nothing."""
+    with subprocess.Popen(
+        [sys.executable, "-c", REPLACE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+
+        def says(word: str, told: str = "") -> None:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(told)
+            child.stdin.flush()
+            assert child.stdout.readline() == word + "\n"
+
+        says("ready")
+        with Process(child.pid) as process:
+            with MoverSession(process, X86_64) as session:
+                assert session._injection is not None
+                layout = session._injection.layout
+                end = layout.scratch + layout.scratch_size
+                says("mapped", f"{end - 16 * X86_64.page_size} {end}\n")
+            says("intact", "\n")
+
+
+GUARDED_THREAD = """
+import threading
+def guard():
+    import ctypes, struct, time
+    libc = ctypes.CDLL(None)
+    allow_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 1, ctypes.addressof(allow_all)))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program)) == 0
+    print("ready", flush=True)
+    time.sleep(600)
+threading.Thread(target=guard).start()
+"""
+
+
+def test_a_thread_that_has_just_come_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    with program(GUARDED_THREAD) as (pid, _), Process(pid) as process:
+        monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: {pid: None})
+        with pytest.raises(CannotStopError, match="seccomp"), MoverSession(process, X86_64):
+            pass
+        assert process.is_alive()
+
+
+DISPATCH = """
+import ctypes, time
+if ctypes.CDLL(None).prctl(59, 1, ctypes.c_ulong(0), ctypes.c_ulong(1 << 47), 0):
+    print("none", flush=True)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_program_that_intercepts_its_system_calls_is_refused() -> None:
+    """As Wine does; ours would be handed to its handler, too."""
+    with program(DISPATCH) as (pid, _), Process(pid) as process:
+        before = mappings(pid)
+        with pytest.raises(CannotStopError, match="intercepts"), MoverSession(process, X86_64):
+            pass
+        assert mappings(pid) == before
+        assert process.is_alive()
+
+
+OTHER_SEGMENT = """
+import ctypes, mmap, struct, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+# push 0x23; push address; retfq; and there, in 32-bit code: jmp to itself
+at = libc.mmap(None, 4096, 7, 0x62, -1, 0)
+if at == ctypes.c_void_p(-1).value:
+    print("none", flush=True)
+code = bytes([0x6A, 0x23, 0x68]) + struct.pack("I", at + 16) + bytes([0x48, 0xCB])
+ctypes.memmove(at, code.ljust(16, bytes([0x90])) + bytes([0xEB, 0xFE]), 18)
+threading.Thread(target=ctypes.CFUNCTYPE(None)(at), daemon=True).start()
+time.sleep(0.1)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="it is machine code")
+def test_a_thread_that_runs_32_bit_code_in_a_64_bit_process_is_refused() -> None:
+    with program(OTHER_SEGMENT) as (pid, _), Process(pid) as process:
+        before = mappings(pid)
+        with pytest.raises(CannotStopError, match="64-bit"), MoverSession(process, X86_64):
+            pass
+        assert mappings(pid) == before
+        assert process.is_alive()
+
+
+def test_a_child_has_nothing_of_the_mover(tmp_path: Path) -> None:
+    """A forked child has no use for it, and nobody would take it out of there."""
+    with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
+        with MoverSession(process, X86_64) as session:
+            assert session._injection is not None
+            begin, end = session._injection.layout.extent
+            flags = []
+            inside = False
+            for line in process.read("smaps").decode().splitlines():
+                span = line.split()[0].split("-")
+                if len(span) == 2 and not line.startswith("VmFlags"):
+                    inside = begin <= int(span[0], 16) < end
+                elif line.startswith("VmFlags:") and inside:
+                    flags.append("dc" in line.split())
+            assert flags == [True] * 3
+        assert target.finish() == 0
+
+
+CLOSING = """
+import os, sys
+print("ready", flush=True)
+number = int(sys.stdin.readline())
+os.close(number)
+os.dup2(1, number)
+print("closed", flush=True)
+sys.stdin.readline()
+os.write(number, b"open\\n")
+"""
+
+
+def test_a_file_that_has_come_by_the_number_of_the_mover_is_not_closed() -> None:
+    """As a program that closes all files which it does not know may do."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CLOSING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        with Process(child.pid) as process:
+            with MoverSession(process, X86_64) as session:
+                child.stdin.write(f"{session.uffd}\n")
+                child.stdin.flush()
+                assert child.stdout.readline() == "closed\n"
+            child.stdin.write("\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "open\n"
+
+
+def test_a_thread_that_cannot_be_seized_yet_runs_to_its_end_before_anything_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says EPERM of a thread that is exiting, which still writes to memory."""
+    attach, left = Stopped.attach, 3
+
+    def refusing(stopped: Stopped) -> dict[int, int]:
+        nonlocal left
+        if victim not in stopped.tids or not left:
+            return attach(stopped)
+        left -= 1
+        if others := [tid for tid in stopped.tids if tid != victim]:
+            assert attach(Stopped(stopped.machine, others)) == {}
+        return {victim: 1}
+
+    monkeypatch.setattr(Stopped, "attach", refusing)
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+        victim = max(int(path.name) for path in Path(f"/proc/{target.pid}/task").iterdir())
+        frozen = FrozenProcess(process, 10**10)
+        try:
+            frozen.stop({})
+            assert victim in frozen.tracees
+            assert left == 0
+        finally:
+            frozen.release()
+        assert target.finish() == 0
+
+
+LEADERLESS = """
+import ctypes, sys, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+print("ready", flush=True)
+sys.stdin.readline()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_dead_first_thread_is_not_waited_for() -> None:
+    """It stays a zombie as long as others live, and cannot be seized."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LEADERLESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdin is not None
+            assert child.stdout.readline() == "ready\n"
+            with Process(child.pid) as process:
+                child.stdin.write("\n")
+                child.stdin.flush()
+                assert wait_for(lambda: b"\nState:\tZ" in process.read("status"))
+                frozen = FrozenProcess(process, 10**10)
+                try:
+                    frozen.stop({})
+                    assert list(frozen.tracees) != [child.pid]
+                finally:
+                    frozen.release()
+        finally:
+            child.kill()
+
+
+def test_a_thread_outside_of_restartable_sequences_is_preferred() -> None:
+    """Whoever is inside of one has to begin it again after having run our code."""
+    tracees = {tid: SimpleNamespace(tid=tid, rseq_abort=abort) for tid, abort in ((1, 7), (2, 0), (3, 0))}
+    assert inject.choose(cast("Any", SimpleNamespace(tracees=tracees))).tid == 2
+    tracees[2].rseq_abort = tracees[3].rseq_abort = 7
+    assert inject.choose(cast("Any", SimpleNamespace(tracees=tracees))).tid == 1
