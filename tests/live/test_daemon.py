@@ -22,6 +22,7 @@ from daemons import RunningDaemon, events_of
 from e2e.helpers import ancestors
 from mthp.daemon.finder import REMATCH_SECONDS
 from mthp.linux.live import open_live
+from pids import successor_of
 from targets import MADV_HUGEPAGE, PMD_SIZE, Puppet, threads_of
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, until
@@ -102,6 +103,26 @@ def test_new_processes_are_noticed_and_ones_that_end_leave_nothing(run: Path, tm
             assert child.pid in {event["pid"] for event in events_of(log) if event["event"] == "target"}
     # Not first when all processes are listed anew; a tenth of a second is what a benchmark measures.
     assert min(delays) < REMATCH_SECONDS / 2
+
+
+@pytest.mark.usefixtures("pmd_only")
+@pytest.mark.requires("ns_last_pid")
+def test_a_number_that_a_rule_names_means_the_process_that_had_it(run: Path) -> None:
+    with Puppet() as first, RunningDaemon(run, "--pid", str(first.pid), "--comm", "sleep") as daemon:
+        until(lambda: daemon.target(first.pid) is not None, "the process")
+        first.kill()
+        until(lambda: daemon.target(first.pid) is None, "its end")
+        with successor_of(first.pid) as second, subprocess.Popen(["sleep", "60"]) as later:
+            until(lambda: daemon.target(later.pid) is not None, "whoever came after it")
+            assert daemon.target(second.pid) is None
+            later.kill()
+
+
+def test_a_number_that_nobody_has_is_told(run: Path) -> None:
+    with Puppet() as gone:
+        gone.kill()
+    with RunningDaemon(run, "--pid", str(gone.pid)) as daemon:
+        assert f"no process {gone.pid}" in daemon.said
 
 
 @pytest.mark.usefixtures("pmd_only")
@@ -331,6 +352,17 @@ def test_a_target_that_becomes_another_program_is_matched_anew(run: Path, thp_sw
         assert child.poll() is None
         child.kill()
         child.wait()
+
+
+def test_suspended_at_work_every_switch_is_back_and_every_thread_runs(run: Path, thp_switches: ThpSwitches) -> None:
+    with at_work(run, thp_switches) as (daemon, puppet, address):
+        os.kill(daemon.process.pid, signal.SIGTSTP)
+        until(lambda: "T" in threads_of(daemon.process.pid).values(), "it to be suspended")
+        assert "[madvise]" in _switch("64kB")
+        assert set(threads_of(puppet.pid).values()) <= {"S", "R"}
+        assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
+        os.kill(daemon.process.pid, signal.SIGCONT)
+        assert not daemon.status()["paused"]
 
 
 def test_ended_at_work_every_switch_is_back_and_every_thread_runs(run: Path, thp_switches: ThpSwitches) -> None:

@@ -27,6 +27,7 @@ from mthp.results import ScanResult
 from pids import successor_of
 from targets import MADV_HUGEPAGE, MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches
+from waiting import until
 
 pytestmark = pytest.mark.live
 
@@ -137,10 +138,7 @@ def test_a_process_whose_first_thread_has_exited_is_no_zombie() -> None:
     code = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(60,)).start()"
     with subprocess.Popen([sys.executable, "-c", code + "; ctypes.CDLL(None).pthread_exit(None)"]) as child:
         try:
-            deadline = time.monotonic() + 20
-            while "\nState:\tZ" not in Path(f"/proc/{child.pid}/status").read_text():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            until(lambda: "\nState:\tZ" in Path(f"/proc/{child.pid}/status").read_text(), "its first thread to exit")
             with pytest.raises(UnsupportedError, match="first thread"):
                 Process(child.pid)
         finally:
