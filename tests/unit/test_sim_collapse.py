@@ -13,7 +13,7 @@ from mthp.results import ScanResult
 from mthp.sim import Machine
 from mthp.sim.access import Fault
 from mthp.sim.memory import Fl
-from mthp.sim.mm import DROPPABLE, HUGEPAGE, UFFD_WP, Pmd
+from mthp.sim.mm import DROPPABLE, HUGEPAGE, UFFD_WP, P, Pmd
 from mthp.sim.parts import Step
 from mthp.sim.trace import Collapse
 from mthp.tunables import Switches
@@ -183,6 +183,17 @@ def test_what_is_wrong_with_one_page_ends_madvise_with_the_kernels_errno() -> No
     assert world.machine.madvise(world.mm, *world.range(), "COLLAPSE") == 0
     assert world.machine.madvise(world.mm, START, START + 2 * SMALL.pmd_size, "COLLAPSE") == errno.ENOMEM
     assert world.machine.madvise(world.mm, *world.range(), "WILLNEED?") == errno.EINVAL
+
+
+def test_a_folio_that_idle_tracking_found_young_counts_as_referenced() -> None:
+    """Idle tracking takes the accessed bits out of the entries, and notes them there (folio_test_young)."""
+    world = World()
+    world.mm.ptes(START, 16).bits[:] &= ~P.YOUNG
+    frames = world.mm.ptes(START, 16).value
+    world.machine.parts.memory.flags[frames] &= ~Fl.REFERENCED
+    assert world.scan() is ScanResult.LACK_REFERENCED_PAGE
+    world.machine.parts.memory.set(int(frames[3]), Fl.YOUNG)
+    assert world.scan() is ScanResult.SUCCEED
 
 
 def test_an_armed_mapping_is_not_filled() -> None:

@@ -357,3 +357,25 @@ def test_a_cgroup_without_room_for_a_large_folio_gets_a_small_one_back() -> None
     assert machine.counters["hugepages-16kB/swpin_fallback_charge"] == 1
     assert machine.counters["hugepages-16kB/swpin_fallback"] == 1
     assert mm.anon_pages == 1
+
+
+@pytest.mark.parametrize("armed", [False, True])
+@pytest.mark.parametrize(("in_front", "aligned"), [(0, False), (3, True)])
+def test_large_folios_come_back_from_aligned_slots_and_not_where_userfaultfd_watches(
+    in_front: int, aligned: bool, armed: bool
+) -> None:
+    machine, mm = machine_with(16, swap=100)
+    machine.parts.switches = Switches("madvise", {2: "madvise"})
+    if in_front:
+        other = machine.create_mm()
+        machine.map(other, START, START + in_front * PAGE)
+        machine.populate(other, START, START + in_front * PAGE)
+        assert machine.madvise(other, START, START + in_front * PAGE, "PAGEOUT") == 0
+    assert machine.madvise(mm, START, START + SIZE, "PAGEOUT") == 0
+    # Slot 0 is the header's.
+    assert mm.ptes(START, 16).value.tolist() == list(range(in_front + 1, in_front + 17))
+    if armed:
+        assert machine.uffd_register(mm, START, START + SIZE, ["wp"]) == 0
+    assert machine.read(mm, START + 5 * PAGE)[1] == START // PAGE + 5
+    assert machine.counters["hugepages-16kB/swpin"] == int(aligned and not armed)
+    assert machine.check() == []

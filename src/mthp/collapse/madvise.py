@@ -79,8 +79,8 @@ def _collapse_mapping(space: AdvisedSpace, part: Segment) -> int:
     address = first
     while address < stop:
         if released:
-            last_fail = space.revalidate(address)
-            if last_fail is not ScanResult.SUCCEED:
+            if (found := space.revalidate(address)) is not ScanResult.SUCCEED:
+                last_fail = found
                 break
             # The mapping may have become smaller while the lock was let go of.
             vma = space.find_vma(address)
