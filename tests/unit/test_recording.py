@@ -241,9 +241,33 @@ def test_a_full_disk_costs_the_last_step_and_says_what_is_there(tmp_path: Path) 
     recording = Recording(path)
     steps = len(recording.steps)
     assert 2 < steps < 20
-    assert caught.value.help == f"the {steps} steps before are whole, and can be read"
+    assert caught.value.help == f"what was recorded before is whole, and can be read; steps: {steps}"
     for number in range(steps):
         assert same(columns(recording.space(number)), history[number])
+
+
+def test_not_even_the_last_byte_of_a_step_may_be_missing(tmp_path: Path) -> None:
+    def record(told: Callable[[int, float, int], None] | None = None) -> None:
+        clock = Clock()
+        pace = Pace(duration=1.5)
+        record_series(
+            space_of(),
+            tmp_path / "r",
+            pace,
+            overwrite=True,
+            told=told,
+            clock=clock,
+            sleep=clock.sleep,
+            cpu_clock=clock.cpu_clock,
+        )
+
+    sizes: list[int] = []
+    record(lambda steps, at, size: sizes.append(size))
+    for short in range(1, 17):
+        with room_for(sizes[1] - short), pytest.raises(MthpError) as caught:
+            record()
+        assert caught.value.help.endswith("steps: 1")
+        assert len(Recording(tmp_path / "r").steps) == 1
 
 
 def test_a_disk_without_room_for_one_step_leaves_no_file(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ class StreamWriter:
             if not self.steps:
                 self._discard()
                 raise
-            raise MthpError(error.message, help=f"the {self.steps} steps before are whole, and can be read") from error
+            said = f"what was recorded before is whole, and can be read; steps: {self.steps}"
+            raise MthpError(error.message, help=said) from error
         self.steps += 1
 
     @property
