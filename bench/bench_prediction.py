@@ -4,8 +4,8 @@ Each program (:mod:`programs`) is started anew for every setting, loaded, and me
 ``compare`` of the recording, ``collapse`` of the process and ``report``, all through the command line. Predicted are
 the share of the memory that PMD entries map and the memory added (bloat); measured is what the kernel says of it in
 smaps_rollup, before and after: AnonHugePages and Anonymous. Of folios below the PMD size smaps tells nothing: the share
-of memory in large folios of any size is measured from kpageflags. Throughput and p99 are medians of some runs before
-and after, with lowest and highest.
+of memory in large folios of any size is measured from kpageflags. Throughput, p99 and processor time for each operation
+are medians of some runs before and after, with lowest and highest; the last depends little on what else goes on.
 
     python bench/bench_prediction.py [--programs redis,postgres,jvm,sqlite] [--runs 5] [--keep DIRECTORY]
 
@@ -149,7 +149,17 @@ def show(results: Sequence[Result]) -> None:
         ],
     )
     table(
-        ("program", "setting", "RSS MiB", "operations a second before", "after", "ratio", "p99 µs before", "after"),
+        (
+            "program",
+            "setting",
+            "RSS MiB",
+            "operations/s before",
+            "after",
+            "ratio",
+            "p99 µs before",
+            "after",
+            *COST_HEADS,
+        ),
         [
             (
                 each.program,
@@ -157,16 +167,22 @@ def show(results: Sequence[Result]) -> None:
                 " to ".join(str(memory.rss >> 20) for memory in each.memory),
                 spread([one.rate for one in each.before]),
                 spread([one.rate for one in each.after]),
-                f"{_median(each.after) / _median(each.before):.2f}",
+                _ratio([one.rate for one in each.after], [one.rate for one in each.before]),
                 *(spread([one.p99 for one in side], 1e6) for side in (each.before, each.after)),
+                *(spread([one.cost for one in side], 1e6) for side in (each.before, each.after)),
+                _ratio([one.cost for one in each.after], [one.cost for one in each.before]),
             )
             for each in results
         ],
     )
 
 
-def _median(speeds: Sequence[Speed]) -> float:
-    return statistics.median(one.rate for one in speeds)
+COST_HEADS = ("processor µs/operation before", "after", "ratio")
+
+
+def _ratio(after: Sequence[float], before: Sequence[float]) -> str:
+    """Of the medians."""
+    return f"{statistics.median(after) / statistics.median(before):.2f}"
 
 
 def main() -> None:
