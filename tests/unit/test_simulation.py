@@ -56,6 +56,20 @@ def test_every_workload_runs_and_khugepaged_collapses_it(tmp_path: Path, name: s
     assert whole[0]["resident_bytes"] == 0
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_every_workload_runs_on_a_machine_that_starts_fragmented(tmp_path: Path, name: str) -> None:
+    coverage = {}
+    for share in ("0%", "97%"):
+        path = tmp_path / "scenario.toml"
+        text = HEAD.format(seconds=6, memory="128M").replace("[tunables]", f'fragmentation = "{share}"\n[tunables]')
+        path.write_text(text + process(name))
+        outcome = simulate(load_scenario(path))
+        assert outcome.last["killed"] == 0
+        assert outcome.last["resident_bytes"] > 2 << 20
+        coverage[share] = outcome.last["huge_coverage"]
+    assert coverage["97%"] < coverage["0%"] - 0.2
+
+
 def test_what_the_programs_of_a_machine_leave_adds_up(tmp_path: Path) -> None:
     path = tmp_path / "scenario.toml"
     path.write_text(HEAD.format(seconds=4, memory="256M") + "".join(process(name) for name in SMALL))

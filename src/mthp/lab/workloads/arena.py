@@ -16,9 +16,10 @@ from mthp.lab.workloads.program import Life, Program
 class SparseArena:
     """A few hundred megabytes strewn over gigabytes: a process of 369 MB that huge pages made gigabytes of.
 
-    Operators of servers with many threads report this of their programs, and it is why they switch THP off. Each
-    thread has heaps of 64 MiB of its own (malloc/arena.c of glibc, HEAP_MAX_SIZE on 64-bit), touches short runs of
-    pages all over them, and stays idle most of the time.
+    Operators of servers report this of their programs, and it is why they switch THP off; gperftools issue 1494 is an
+    example, in which khugepaged's max_ptes_none lets it happen. Each thread has heaps of 64 MiB of its own
+    (malloc/arena.c of glibc, HEAP_MAX_SIZE on 64-bit), touches short runs of pages all over them, and stays idle most
+    of the time.
 
     Attributes:
         memory: what is touched.
@@ -28,7 +29,7 @@ class SparseArena:
         reuse: part of what is touched that is written again every second.
     """
 
-    SOURCE: ClassVar[str] = "glibc malloc/arena.c (HEAP_MAX_SIZE); reports of operators: 369 MB became gigabytes"
+    SOURCE: ClassVar[str] = "glibc malloc/arena.c (HEAP_MAX_SIZE); gperftools issue 1494"
 
     memory: Size = 369 << 20
     reserve: Size = 4 << 30
