@@ -11,56 +11,32 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment, Vma
-from mthp.geometry import X86_64
 from mthp.lab.grid import Grid
 from mthp.lab.runners import local
 from mthp.lab.sweep import inputs_in, sweep
 from mthp.snapshot import record
-from mthp.snapshot.description import Description
-from mthp.snapshot.recorded import RecordedSpace
-from mthp.tunables import Switches, Tunables
 from peers import Pair, show
+from synthetic import Synthetic
 
 PAGES = (4 << 30) // 4096
 WHOLE = 1000
 SECONDS_AIM = 600.0
 MEMORY_AIM = 2 << 30
-BASE = 0x7F00_0000_0000
 
 GRID = Grid(policies=("rfc", "per-order", "mainline", "no-creep"), max_ptes_none=(0, 64, 256, 511))
 
 
-class Synthetic(RecordedSpace):
-    """4 GiB of heap with holes: runs of 1 to 96 pages, some in folios, of which a part differing by seed is there."""
-
-    def __init__(self, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        lengths = rng.integers(1, 97, PAGES // 40)
-        there = rng.random(len(lengths)) < rng.uniform(0.6, 0.98)
-        self._state = np.repeat(np.where(there, np.uint16(Pte.PRESENT), np.uint16(0)), lengths)[:PAGES]
-        self._order = np.where(self._state != 0, np.int8(0), np.int8(ORDER_NONE))
-        huge = rng.random(PAGES // 512) < 0.1
-        self._state.reshape(-1, 512)[huge] = Pte.PRESENT | Pte.PMD_MAPPED
-        self._order.reshape(-1, 512)[huge] = 9
-        vma = Vma(BASE, BASE + PAGES * 4096, "rw-p", has_anon_vma=True)
-        switches, tunables = Switches.defaults(X86_64), Tunables.defaults(X86_64)
-        label = f"{seed} (synthetic)"
-        super().__init__(
-            Description(label, "6.18.0", "2026-01-01T00:00:00Z", X86_64, switches, tunables, False, (), (vma,), 0),
-            label,
-            "snapshot",
-        )
-
-    def read(self, segments: Sequence[Segment]) -> PteColumns:
-        parts = [slice((start - BASE) // 4096, (end - BASE) // 4096) for start, end in segments]
-        state = np.concatenate([self._state[part] for part in parts])
-        return PteColumns(tuple(segments), state, np.concatenate([self._order[part] for part in parts]))
+def heap(seed: int) -> Synthetic:
+    """4 GiB of heap with holes: runs of 1 to 96 pages, of which a part differing by seed is there, and some folios."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 97, PAGES // 40)
+    there = rng.random(len(lengths)) < rng.uniform(0.6, 0.98)
+    pages = np.repeat(there, lengths)[:PAGES]
+    return Synthetic(pages, rng.random(PAGES // 512) < 0.1, label=str(seed))
 
 
 class Peak:
@@ -119,7 +95,7 @@ def main() -> None:
         directory = Path(name) / "inputs"
         directory.mkdir()
         for seed in range(count):
-            record(Synthetic(seed), directory / f"{seed:04}.parquet")
+            record(heap(seed), directory / f"{seed:04}.parquet")
         with Peak() as peak:
             two = timed(directory, Path(name) / "two.parquet", 2)
         if not options.whole:
