@@ -1,8 +1,8 @@
 """What intermediate fill is worth: `no-creep` against the four, on a recording of redis and on memory of some shapes.
 
 For each memory and policy, with max_ptes_none at 64 of 512: the share of memory in folios of 64 KiB and more, and
-mapped as 2 MiB, once scans change nothing any more; what the first scan adds and what all do; and how many scans add anything.
-The peer of `no-creep` is every other policy: it is marked where none of them covers as much for as little.
+mapped as 2 MiB, once scans change nothing any more; what the first scan adds, and what all do; how many scans add
+anything. The peer of `no-creep` is every other policy: it is marked where none of them covers as much for as little.
 
     python bench/bench_policies.py [--keep DIRECTORY]
 
