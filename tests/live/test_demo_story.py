@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mthp.collapse.policy import BUILT_IN
+from mthp.collapse.policy import BUILT_IN, OWN
 from mthp.demo import story
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.planning import SpacePlan
@@ -19,7 +19,7 @@ def silent(what: str, done: int, total: int) -> None:
 def check_plans(plans: list[SpacePlan]) -> None:
     limits = {plan.tunables.max_ptes_none for plan in plans}
     assert sorted((plan.policy, plan.tunables.max_ptes_none) for plan in plans) == sorted(
-        (name, limit) for name in BUILT_IN for limit in limits
+        (name, limit) for name in BUILT_IN | OWN for limit in limits
     )
     for plan in plans:
         copied_and_filled = sum(count * plan.geometry.size_of(order) for order, count in plan.folios_by_order.items())

@@ -31,7 +31,7 @@ def command(size: str | None, seconds: float, as_json: bool) -> int:
     """Show the whole story on a process of its own: inspect, plan, collapse, and how much faster it got.
 
     The workload is an in-memory SQLite database, grown, changed and with holes, in a process of its own. It is given
-    4 KiB pages, inspected, planned under four policies, collapsed, inspected again, and measured before and after.
+    4 KiB pages, inspected, planned under five policies, collapsed, inspected again, and measured before and after.
     Nothing else on the machine is touched.
     """
     if not 0 < seconds <= 600:

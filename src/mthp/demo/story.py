@@ -14,7 +14,7 @@ from importlib import resources
 
 from mthp.addrspace import AddressSpace
 from mthp.census import Census, take_census
-from mthp.collapse.policy import BUILT_IN
+from mthp.collapse.policy import BUILT_IN, OWN
 from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.demo.client import Deed, Measurement, Verification, Workload, WorkloadStats, fit_size
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
@@ -161,7 +161,9 @@ def _look(workload: Workload, space: AddressSpace, seconds: float, progress: Pro
 def _plans(space: AddressSpace, progress: Progress) -> list[SpacePlan]:
     """A plan by every policy, with the system's limit of empty pages and with one eighth of a PMD range."""
     limits = (space.tunables.max_ptes_none, space.geometry.ptes_per_pmd // 8)
-    chosen = [PlanOptions(policy=name, max_ptes_none=limit) for limit in dict.fromkeys(limits) for name in BUILT_IN]
+    chosen = [
+        PlanOptions(policy=name, max_ptes_none=limit) for limit in dict.fromkeys(limits) for name in BUILT_IN | OWN
+    ]
     plans = []
     for number, options in enumerate(chosen):
         progress("planning", number, len(chosen))

@@ -24,6 +24,9 @@ CHARTS = (
 )
 """Metric, title and unit of each chart."""
 
+MEANINGS = {"resident_bytes": "memory that all programs have together, what collapses filled included"}
+"""Where a simulation means something else by a metric than a comparison, which looks at PMD ranges."""
+
 
 def report_on_simulation(
     rows: Sequence[Row], about: Mapping[str, Any], commands: Sequence[Command], *, version: str = ""
@@ -99,6 +102,7 @@ def _form(name: str) -> Callable[[Any], str]:
 
 
 def _chart(whole: Sequence[Row], name: str, title: str, unit: str) -> Chart:
+    meaning = MEANINGS.get(name, METRICS[name].meaning)
     form, scale = _form(name), 100.0 if METRICS[name].unit == "share" else 1.0
     lines: dict[str, list[tuple[float, float, str]]] = {}
     for row in whole:
@@ -106,7 +110,7 @@ def _chart(whole: Sequence[Row], name: str, title: str, unit: str) -> Chart:
         lines.setdefault(row["policy"], []).append((float(row["seconds"]), scale * row[name], text))
     return chart(
         title,
-        METRICS[name].meaning[0].upper() + METRICS[name].meaning[1:] + ".",
+        f"{meaning[0].upper()}{meaning[1:]}.",
         [Series(policy, points, joined=True) for policy, points in list(lines.items())[: len(MARKS)]],
         x_name="simulated seconds",
         y_name=unit,
