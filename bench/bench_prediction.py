@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -191,6 +192,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="measurements of speed before and after")
     parser.add_argument("--keep", type=Path, help="a directory that recordings and reports stay in")
     options = parser.parse_args()
+    # Whoever ends it early sees what was measured until then.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     results: list[Result] = []
     with contextlib.ExitStack() as stack:
         place = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -70,6 +70,11 @@ def test_every_workload_runs_on_a_machine_that_starts_fragmented(tmp_path: Path,
     assert coverage["97%"] < coverage["0%"] - 0.2
 
 
+def test_a_heap_that_may_not_grow_is_collected_all_the_time(tmp_path: Path) -> None:
+    outcome = run(tmp_path, '[[process]]\nworkload = "go-heap"\nlive_memory = "1M"\nallocate = "1M"\ngogc = 0')
+    assert outcome.last["resident_bytes"] >= 1 << 20
+
+
 def test_what_the_programs_of_a_machine_leave_adds_up(tmp_path: Path) -> None:
     path = tmp_path / "scenario.toml"
     path.write_text(HEAD.format(seconds=4, memory="256M") + "".join(process(name) for name in SMALL))

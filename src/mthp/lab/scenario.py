@@ -33,6 +33,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -42,7 +44,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from mthp.collapse.policy import policy_named
 from mthp.errors import UsageError
-from mthp.geometry import Geometry, geometry_named, parse_size
+from mthp.geometry import Geometry, format_size, geometry_named, parse_size
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.parameters import Count, Duration, Share, Size
 from mthp.lab.workloads.program import Model
@@ -214,6 +216,7 @@ def _scenario(path: Path, text: str, data: dict[str, Any]) -> Scenario:
         raise UsageError("machine.nodes is not at least 1")
     if machine.memory // machine.nodes < geometry.pmd_size:
         raise UsageError(f"machine.memory: a node has less than one PMD range of {geometry.label(geometry.pmd_order)}")
+    _check_feasible(machine, geometry)
     processes = tuple(_process(table, number, path) for number, table in enumerate(_tables(data, "process"), 1))
     if not processes:
         raise UsageError("it has no [[process]]", help=f"workloads are {', '.join(MODELS)}")
@@ -258,6 +261,22 @@ def _fault(table: Mapping[str, Any], number: int, path: Path, processes: tuple[P
     if fault.share > 1:
         raise UsageError(f"{place}: share is more than 100%")
     return fault
+
+
+BYTES_PER_PAGE = 20
+"""Memory that a simulated machine takes for each of its pages, about."""
+
+
+def _check_feasible(machine: MachineSettings, geometry: Geometry) -> None:
+    """Refuse a machine that this one cannot hold."""
+    needed = (machine.memory + machine.swap) // geometry.page_size * BYTES_PER_PAGE
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there // 2:
+        raise UsageError(
+            f"machine.memory: to simulate {format_size(machine.memory + machine.swap)}, swap included, takes about"
+            f" {format_size(needed)} of memory here, and there is {format_size(there)}",
+            help="simulate a smaller machine, or larger pages (machine.geometry)",
+        )
 
 
 def _check_room(processes: tuple[ProcessPlan, ...], machine: MachineSettings) -> None:
@@ -328,6 +347,9 @@ def _made(kind: type[_T], table: Mapping[str, Any], place: str, path: Path, *, e
         if key not in fields:
             raise _unknown(f"{before}{key}", key, [*fields, *extra])
         values[key] = _value(value, hints[key], f"{before}{key}", path)
+        # Where none is a sensible amount of memory, it is the default.
+        if hints[key] == Size and values[key] == 0 and fields[key].default:
+            raise UsageError(f"{before}{key} is 0", help="leave it out for the default")
     for name, each in fields.items():
         if name not in values and each.default is dataclasses.MISSING:
             raise UsageError(f"{before}{name} is missing")
@@ -356,7 +378,7 @@ def _value(value: Any, hint: Any, place: str, path: Path) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
         raise UsageError(f"{place} {value} is below 0")
     found = {"size": _as_size, "duration": _as_seconds, "share": _as_share, "count": _as_count}[how](value)
-    if found is None:
+    if found is None or not math.isfinite(found):
         raise UsageError(f"{place} {value!r} is not a {how}", help=f"write {_EXAMPLES[how]}")
     return found
 

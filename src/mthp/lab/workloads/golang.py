@@ -55,7 +55,7 @@ class GoHeap:
         next_phase = self.phase
         while True:
             now = yield
-            goal = int(live * (1 + self.gogc))
+            goal = max(live + 1, int(live * (1 + self.gogc)))
             wanted = int(self.allocate * program.tick / self.span)
             while wanted > 0:
                 room = max(0, goal - int(in_use.sum()))

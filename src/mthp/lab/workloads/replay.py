@@ -77,7 +77,7 @@ class Replay:
         before = np.zeros(sum(end - start for start, end in self._segments) // self._page, np.bool_)
         ends = np.cumsum([(end - start) // self._page for start, end in self._segments])
         for seconds, held in self._steps:
-            while (yield) < seconds / self.speed:
+            while (yield) * self.speed < seconds:
                 pass
             for start, first, last in zip(starts, [0, *ends[:-1]], ends, strict=True):
                 was, now = before[first:last], held[first:last]
