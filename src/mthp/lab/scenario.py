@@ -190,7 +190,10 @@ def load_scenario(path: Path) -> Scenario:
         data = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        said = 'a recording is simulated by a scenario whose process has workload = "recording" and file = "..."'
+        raise UsageError(f"{path}: not TOML, and no text", help=said) from error
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not TOML: {error}") from error
     try:
         return _scenario(path, text, data)
