@@ -223,6 +223,30 @@ def test_put_back_after_an_exception(machine: Machine) -> None:
     assert machine.words() == before
 
 
+def test_one_that_cannot_be_put_back_keeps_none_of_the_others(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.set(3, "always")
+    machine.set(5, "always")
+    before = machine.words()
+    journal = machine.journal()
+    write = SwitchJournal._write
+
+    def failing(self: SwitchJournal, switch: str, word: str) -> None:
+        if (switch, word) == (f"{machine.directory(5)}/enabled", "always"):
+            raise MthpError("no such luck")
+        write(self, switch, word)
+
+    with pytest.raises(MthpError, match="no such luck"), journal.only(4):
+        monkeypatch.setattr(SwitchJournal, "_write", failing)
+    assert machine.words() == before | {5: "never"}
+    monkeypatch.undo()
+    assert [restored.switch for restored in machine.journal().restore_after_crash()] == [
+        f"{machine.directory(5)}/enabled"
+    ]
+    assert machine.words() == before
+
+
 def test_a_foreign_change_is_not_overruled(machine: Machine) -> None:
     with machine.journal().only(4):
         machine.set(4, "madvise")

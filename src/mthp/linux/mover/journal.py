@@ -332,16 +332,27 @@ class SwitchJournal:
         self._files.write(self._changes)
 
     def _put_back(self, changes: Sequence[Change]) -> list[Restored]:
-        """Undo `changes`, last first, where the switch still has our word."""
+        """Undo `changes`, last first, where the switch still has our word.
+
+        Raises:
+            NotPermittedError, MthpError: one could not be undone; all others were.
+        """
         boot = _boot_id()
         restored = []
+        failed: MthpError | None = None
         for change in reversed(changes):
             found = self._word(change.switch)
             if change.boot != boot or found == change.was:
                 continue
             if found == change.ours:
-                self._write(change.switch, change.was)
+                try:
+                    self._write(change.switch, change.was)
+                except MthpError as error:
+                    # The others are put back all the same; this one stays in the journal.
+                    failed = error
             restored.append(Restored(change.switch, found or "", change.was, found == change.ours))
+        if failed is not None:
+            raise failed
         return restored
 
     def _word(self, switch: str) -> str | None:
