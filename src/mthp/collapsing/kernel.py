@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from mthp.addrspace import AddressSpace, Block, CollapseOutcome
-from mthp.collapsing.look import look_at_blocks, pmd_coverage
+from mthp.collapsing.look import look_at_blocks
 from mthp.collapsing.options import CollapseOptions
-from mthp.collapsing.report import CollapseReport, Durations, FolioTally
+from mthp.collapsing.report import CollapseReport, FolioTally
 from mthp.collapsing.work import Progress, Work
-from mthp.errors import MthpError, TargetVanishedError
 from mthp.planning import SpacePlan
 
 
@@ -36,18 +33,8 @@ def by_khugepaged(
     size = space.geometry.size_of
     work = Work(space, options, report, sum(size(order) for _, order in blocks), progress, stop)
     before(plan)
-    try:
+    with work.reported():
         _in_windows(work, blocks)
-        report.coverage = pmd_coverage(space, plan.ranges.address)
-    except TargetVanishedError:
-        report.vanished = True
-    except MthpError as error:
-        if not work.has_begun:
-            raise
-        report.error = error
-    report.elapsed = work.elapsed
-    report.durations = Durations.of(np.array([]))
-    report.windows = Durations.of(np.array([]))
     return report
 
 

@@ -10,12 +10,11 @@ import numpy as np
 from mthp.addrspace import AddressSpace
 from mthp.collapsing.blocks import Blocks
 from mthp.collapsing.kernel import by_khugepaged
-from mthp.collapsing.look import pmd_coverage
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.ranges import Ranges
 from mthp.collapsing.report import CollapseReport, Durations, FolioTally
 from mthp.collapsing.work import Progress, Work
-from mthp.errors import MthpError, TargetVanishedError, UsageError
+from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.planning import ORDERS_ENABLED, PlanOptions, SpacePlan, plan_space
 
@@ -102,20 +101,12 @@ def carry_out(
     # Stable, so that ranges equally full are collapsed by ascending address.
     ranges = Ranges(work, targets.address[np.argsort(targets.filled, kind="stable")])
     blocks = Blocks(work, smaller)
-    try:
+    with work.reported():
         ranges.carry_out()
         if len(smaller) and not report.ended_early:
             before_move(plan)
             blocks.carry_out()
             report.verified = options.verify
-        report.coverage = pmd_coverage(space, plan.ranges.address)
-    except TargetVanishedError:
-        report.vanished = True
-    except MthpError as error:
-        if not work.has_begun:
-            raise
-        report.error = error
-    report.elapsed = work.elapsed
     report.durations = Durations.of(ranges.seconds)
     report.windows = Durations.of(np.array(blocks.pauses_ns) / 1e9)
     return report

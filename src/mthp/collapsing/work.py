@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mthp.addrspace import AddressSpace
+from mthp.collapsing.look import pmd_coverage
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport
+from mthp.errors import MthpError, TargetVanishedError
 
 PACE = 0.1
 """Seconds: with a rate, no more is collapsed between two rests than the rate allows in this time."""
@@ -79,6 +82,24 @@ class Work:
         due = self._started + self._tried / self.options.rate
         while (rest := due - time.monotonic()) > 0 and not self._stop():
             time.sleep(min(rest, PACE))
+
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """Carry something out: whatever ends it, the report says how far it came, and what is huge then.
+
+        Raises:
+            MthpError: nothing had begun that would be lost with it.
+        """
+        try:
+            yield
+            self.report.coverage = pmd_coverage(self.space, self.report.plan.ranges.address)
+        except TargetVanishedError:
+            self.report.vanished = True
+        except MthpError as error:
+            if not self.has_begun:
+                raise
+            self.report.error = error
+        self.report.elapsed = self.elapsed
 
     def rest(self, seconds: float) -> None:
         """Let some time pass."""
