@@ -54,8 +54,10 @@ def move_for_ever(pid: int, base: int, size: int, observer: Observer, begun: Cal
                 process, X86_64, max_pause_ns=5_000_000, duty=1.0, stop_timeout_ns=3_000_000_000, observer=observer
             )
             with session:
-                for _ in range(20):
+                for _ in range(10):
                     session.move(random.sample(everything, min(BLOCKS, len(everything))), verify=True)
+                    # Neighbours are moved together, if nothing is to be verified.
+                    session.move(everything[random.randrange(len(everything) // 2) :][:BLOCKS])
 
 
 def _child(pid: int, base: int, size: int, words: list[str], begun: Callable[[], None]) -> None:

@@ -292,6 +292,43 @@ def test_what_the_kernel_refuses_stays_as_it_was(thp_switches: ThpSwitches) -> N
         assert puppet.tell("read", hole, 16, 1) == 8
 
 
+def test_neighbours_are_moved_together_and_a_failure_stays_with_its_block(
+    thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run with a hole the blocks before it are done at once, and the others when they are moved alone."""
+    lengths: list[list[int]] = []
+
+    def counting(
+        frozen: FrozenProcess, injection: Injection, worker: Tracee, blocks: int, observer: Observer
+    ) -> tuple[NDArray[np.void], bool]:
+        results, fetched = park.work(frozen, injection, worker, blocks, observer)
+        lengths.append((results["length"] // BLOCK).tolist())
+        return results, fetched
+
+    monkeypatch.setattr(mover_session, "work", counting)
+    thp_switches.only()
+    with Puppet() as puppet:
+        memory = puppet.map(1 << 20)
+        hole = memory + 5 * BLOCK + 3 * X86_64.page_size
+        puppet.write(memory, pages=5 * 16 + 3)
+        puppet.write(hole + X86_64.page_size, pages=10 * 16 + 12)
+        thp_switches.only("64kB", word="always")
+        blocks = [(memory + number * BLOCK, ORDER) for number in range(16)]
+        with Process(puppet.pid) as process, session_of(process, max_pause_ns=10**9) as session:
+            # The first window has one block, from which the session learns.
+            outcomes = session.move(blocks)
+        assert lengths == [[1], [15], [1] * 11]
+        assert [(outcome.address, outcome.order) for outcome in outcomes] == blocks
+        expected = [ScanResult.SUCCEED] * 16
+        expected[5] = ScanResult.PTE_NON_PRESENT
+        assert [outcome.result for outcome in outcomes] == expected
+        assert outcomes[5].errno == errno.EAGAIN
+        assert orders_of(puppet.pid, memory, memory + 5 * BLOCK) == {ORDER}
+        assert orders_of(puppet.pid, memory + 6 * BLOCK, memory + (1 << 20)) == {ORDER}
+        assert orders_of(puppet.pid, hole, hole + X86_64.page_size) == {ORDER_NONE}
+        assert puppet.tell("read", memory, 256, 1) == 255
+
+
 def test_filling_makes_a_block_with_holes_whole(thp_switches: ThpSwitches) -> None:
     thp_switches.only()
     with Puppet() as puppet:

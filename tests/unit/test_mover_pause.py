@@ -11,8 +11,8 @@ from mthp.linux.mover.blockrefusals import touches
 from mthp.linux.mover.pause import MARGIN, Pause, PauseBudget, PauseSummary, rest_seconds
 
 
-def pause(*, fixed: int = 0, work: int = 0, size: int = 0, blocks: int = 1) -> Pause:
-    return Pause(blocks, size, 1, fixed, 0, work, 0, 0)
+def pause(*, fixed: int = 0, work: int = 0, size: int = 0, blocks: int = 1, waiting: int = 0) -> Pause:
+    return Pause(blocks, size, 1, fixed, 0, waiting + work, 0, 0, work)
 
 
 def test_the_first_window_has_one_block() -> None:
@@ -26,6 +26,12 @@ def test_windows_fill_what_the_limit_leaves() -> None:
     assert budget.blocks([65536] * 100) == left // 50_000
     assert budget.blocks([65536 * 4] * 100) == left // 200_000
     assert budget.blocks([1] * 1000) == 100
+
+
+def test_waiting_for_the_worker_is_no_cost_of_a_byte() -> None:
+    budget = PauseBudget(1_000_000, 100)
+    budget.observe(pause(fixed=300_000, work=50_000, size=65536, waiting=150_000))
+    assert budget.blocks([65536] * 100) == (MARGIN * 1_000_000 - 450_000) // 50_000
 
 
 def test_a_slower_target_is_believed_at_once_and_a_faster_one_by_and_by() -> None:

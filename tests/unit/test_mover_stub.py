@@ -75,7 +75,7 @@ def test_source_and_layout_agree(name: str) -> None:
 
 def test_a_header_holds_each_number_where_the_stub_looks() -> None:
     defines = _defines()
-    packed = stub.pack_header(LAYOUT, 17, 99, stub.operations_for([(0x10000, 65536)], stub.FLAG_VERIFY))
+    packed = stub.pack_header(LAYOUT, 17, 99, stub.operations_for([0x10000], [65536], stub.FLAG_VERIFY))
 
     def word(offset: int) -> int:
         return int.from_bytes(packed[offset : offset + 8], "little")

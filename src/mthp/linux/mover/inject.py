@@ -297,7 +297,7 @@ def inject(
                 _remove(frozen, remote, layout, uffd)
             raise _explained(frozen, error) from error
     injection = Injection(layout, uffd, secrets.randbits(64))
-    frozen.write(layout.header, stub.pack_header(layout, uffd, injection.nonce, stub.operations_for([], 0)))
+    frozen.write(layout.header, stub.pack_header(layout, uffd, injection.nonce, stub.operations_for([], [], 0)))
     observer(Step.INJECTED)
     return injection
 

@@ -1,7 +1,8 @@
 """How long the target stood still, and how much to do while it does.
 
-A window costs a fixed time (stopping, parking, restoring; it grows with the threads) and a time for each byte moved.
-Both are measured in every window, and the next one is filled so that it should stay below the limit. What was measured
+A window costs a fixed time (stopping, parking, restoring, and waiting for the worker; it grows with the threads) and a
+time for each byte moved, which the worker measures itself. The two are kept apart in every window, also in the first
+one, which has one block; and the next one is filled so that it should stay below the limit. What was measured
 last counts as much as the average of all before, and the worse of the two is believed, so that a target that has become
 slower is noticed at once.
 """
@@ -32,6 +33,7 @@ class Pause:
         move_ns: while the worker ran, less what copying took.
         copy_ns: copying bytes back, with the faults that this takes.
         restore_ns: until all threads were let go.
+        work_ns: what the worker spent on the blocks by its own clock; a part of moving and copying.
     """
 
     blocks: int
@@ -42,6 +44,7 @@ class Pause:
     move_ns: int
     copy_ns: int
     restore_ns: int
+    work_ns: int
 
     @property
     def total_ns(self) -> int:
@@ -50,7 +53,7 @@ class Pause:
 
     @property
     def fixed_ns(self) -> int:
-        """What does not grow with the bytes moved."""
+        """All but moving and copying."""
         return self.stop_ns + self.park_ns + self.restore_ns
 
 
@@ -115,9 +118,9 @@ class PauseBudget:
 
     def observe(self, pause: Pause) -> None:
         """Learn from a window; one in which nothing was moved says nothing about the cost of moving."""
-        self._fixed_ns = self._believe(self._fixed_ns, pause.fixed_ns)
+        self._fixed_ns = self._believe(self._fixed_ns, pause.total_ns - pause.work_ns)
         if pause.size:
-            self._ns_per_byte = self._believe(self._ns_per_byte, (pause.move_ns + pause.copy_ns) / pause.size)
+            self._ns_per_byte = self._believe(self._ns_per_byte, pause.work_ns / pause.size)
             self._measured = True
 
     def _believe(self, before: float, now: float) -> float:

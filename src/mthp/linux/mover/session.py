@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +28,10 @@ from mthp.linux.mover.blockrefusals import BlockRefusal, touches
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, inject
 from mthp.linux.mover.machine import native
-from mthp.linux.mover.outcome import BlockOutcome, Objection, reason_of_move, result_of_move
+from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
+from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
 from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
@@ -46,6 +48,7 @@ Recheck = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | None]]
 """Called when all threads stand still: gives for each block why it must not be moved after all, or None."""
 
 _PR_SET_TIMERSLACK = 29
+_Int64s = NDArray[np.int64]
 _T = TypeVar("_T")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -175,12 +178,14 @@ class MoverSession:
             CannotStopError: the target does not stop.
             TargetVanishedError: it is gone.
         """
-        return [outcome for done in self.windows(blocks, verify=verify, fill=fill) for outcome in done]
+        windows = self.windows(blocks, verify=verify, fill=fill)
+        outcomes = {(outcome.address, outcome.order): outcome for done in windows for outcome in done}
+        return [outcomes[block] for block in blocks]
 
     def windows(
         self, blocks: Sequence[Block], *, verify: bool = False, fill: bool = False
     ) -> Iterator[list[BlockOutcome]]:
-        """As :meth:`move`, window by window: the outcomes of each, before the next is opened.
+        """As :meth:`move`, window by window: the outcomes of each, before the next is opened, in any order.
 
         Raises:
             UsageError, CannotStopError, TargetVanishedError: as :meth:`move`.
@@ -197,27 +202,40 @@ class MoverSession:
                 raise UsageError(f"{address:#x} is not aligned to {self._geometry.label(order)}")
         flags = (stub.FLAG_VERIFY if verify else 0) | (stub.FLAG_FILL if fill or self._populate_first else 0)
         count = 0
-        while count < len(blocks):
-            ahead = blocks[count : count + MAX_BLOCKS]
+        left: list[Block] = []
+        while left or count < len(blocks):
+            ahead = left or blocks[count : count + MAX_BLOCKS]
             batch = ahead[: self._budget.blocks([self._geometry.size_of(order) for _, order in ahead])]
-            done, pause = self._window(batch, flags)
+            done, failed, pause = self._window(batch, flags, alone=verify or bool(left))
             ended = time.perf_counter()
             yield self._look_at_folios(done)
-            count += len(done)
-            if count < len(blocks):
+            if left:
+                left = left[len(batch) :]
+            else:
+                left = failed
+                count += len(batch)
+            if left or count < len(blocks):
                 time.sleep(max(0.0, ended + rest_seconds(pause, self._duty) - time.perf_counter()))
 
-    def _window(self, batch: Sequence[Block], flags: int) -> tuple[list[BlockOutcome], Pause]:
-        """Move the blocks of one window."""
-        outcomes, pause = _in_own_thread(lambda: self._stop_and_move(batch, flags))
+    def _window(
+        self, batch: Sequence[Block], flags: int, *, alone: bool
+    ) -> tuple[list[BlockOutcome], list[Block], Pause]:
+        """Move the blocks of one window; give the outcomes, and the blocks that are to be moved again, each alone."""
+        addresses, orders = np.array(batch, np.int64).T
+        sizes = np.int64(self._geometry.page_size) << orders
+        deed = functools.partial(self._stop_and_move, batch, addresses, sizes, flags, alone=alone)
+        objections, operations, lengths, pause = _in_own_thread(deed)
         if pause.blocks:
             self.pauses.append(pause)
         self._budget.observe(pause)
-        return outcomes, pause
+        return *outcomes_of(batch, objections, operations, lengths), pause
 
-    def _stop_and_move(self, batch: Sequence[Block], flags: int) -> tuple[list[BlockOutcome], Pause]:
+    def _stop_and_move(
+        self, batch: Sequence[Block], addresses: _Int64s, sizes: _Int64s, flags: int, *, alone: bool
+    ) -> tuple[Sequence[Objection | None], NDArray[np.void], _Int64s, Pause]:
+        """Carry out a window: what speaks against each block, the operations on the others, and the lengths of runs."""
         parked = worked = 0
-        operations = stub.operations_for([], 0)
+        lengths, operations = np.empty(0, np.int64), stub.operations_for([], [], 0)
         with self._frozen() as frozen:
             stopped = time.perf_counter_ns()
             injection = self._ready(frozen)
@@ -226,28 +244,31 @@ class MoverSession:
             self._injection = None
             fetched = True
             threads = len(frozen.tracees)
-            objections = self._refuse(frozen, batch, injection)
-            allowed = [block for block, objection in zip(batch, objections, strict=True) if objection is None]
-            if allowed:
-                sizes = [(address, self._geometry.size_of(order)) for address, order in allowed]
-                operations = stub.operations_for(sizes, flags)
+            objections = self._refuse(frozen, batch, addresses, addresses + sizes, injection)
+            rows = np.flatnonzero([objection is None for objection in objections])
+            if len(rows):
+                addresses, sizes = addresses[rows], sizes[rows]
+                reach = injection.layout.scratch_size
+                lengths = np.ones(len(rows), np.int64) if alone else run_lengths(addresses, sizes, reach)
+                operations = operations_of(addresses, sizes, lengths, flags)
                 worker = park(frozen, injection, operations, self._observer)
                 parked = time.perf_counter_ns()
                 operations, fetched = work(frozen, injection, worker, len(operations), self._observer)
             worked = time.perf_counter_ns()
         self._injection = injection if fetched else None
-        copied = _taken(operations["away"], operations["copied"])
+        copied = int(taken(operations["away"], operations["copied"]).sum())
         pause = Pause(
-            blocks=len(operations),
+            blocks=len(rows),
             size=int(operations["length"].sum()),
             threads=threads,
             stop_ns=stopped - frozen.begun_ns,
             park_ns=(parked or worked) - stopped,
-            move_ns=max(worked - (parked or worked) - int(copied.sum()), 0),
-            copy_ns=int(copied.sum()),
+            move_ns=max(worked - (parked or worked) - copied, 0),
+            copy_ns=copied,
             restore_ns=time.perf_counter_ns() - worked,
+            work_ns=min(int(taken(operations["begun"], operations["ended"]).sum()), worked - (parked or worked)),
         )
-        return _outcomes(batch, objections, operations), pause
+        return objections, operations, lengths, pause
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[FrozenProcess]:
@@ -292,12 +313,12 @@ class MoverSession:
         with self._frozen() as frozen:
             self._take_out(frozen)
 
-    def _refuse(self, frozen: FrozenProcess, batch: Sequence[Block], injection: Injection) -> list[Objection | None]:
+    def _refuse(
+        self, frozen: FrozenProcess, batch: Sequence[Block], addresses: _Int64s, ends: _Int64s, injection: Injection
+    ) -> list[Objection | None]:
         """For each block why it must not be moved after all, now that nothing changes any more."""
         none: list[Objection | None] = [None] * len(batch)
         objections = list(self._recheck(frozen, batch)) if self._recheck else none
-        addresses, orders = np.array(batch, np.int64).T
-        ends = addresses + (self._geometry.page_size << orders)
         for index in np.flatnonzero(touches(addresses, ends, special_ranges(frozen))).tolist():
             objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
         for index in np.flatnonzero(touches(addresses, ends, [injection.layout.extent])).tolist():
@@ -331,46 +352,6 @@ class MoverSession:
                     reason="moved, but the kernel gave it smaller folios",
                 )
         return outcomes
-
-
-def _outcomes(
-    batch: Sequence[Block], objections: Sequence[Objection | None], operations: NDArray[np.void]
-) -> list[BlockOutcome]:
-    """The outcome of each block of a window from the operations on those that nothing spoke against."""
-    elapsed = _taken(operations["begun"], operations["ended"]).tolist()
-    row = 0
-    outcomes = []
-    for (address, order), objection in zip(batch, objections, strict=True):
-        if objection is not None:
-            outcomes.append(BlockOutcome(address, order, objection.result, objection.reason))
-            continue
-        operation = operations[row]
-        error = -int(operation["error"])
-        result, reason, verified = result_of_move(error), reason_of_move(error), None
-        if int(operation["flags"]) & stub.FLAG_VERIFY and int(operation["moved"]):
-            verified = bool(operation["hash_before"] == operation["hash_after"])
-            if not verified:
-                result, reason = ScanResult.FAIL, "its bytes are not what they were before: end the target"
-        outcomes.append(
-            BlockOutcome(
-                address,
-                order,
-                result,
-                reason,
-                elapsed_ns=elapsed[row],
-                errno=error,
-                moved_bytes=int(operation["moved"]),
-                verified=verified,
-            )
-        )
-        row += 1
-    return outcomes
-
-
-def _taken(begun: NDArray[np.void], ended: NDArray[np.void]) -> NDArray[np.int64]:
-    """Nanoseconds between two times of each operation, 0 where one was not taken: int64, shape (operations,)."""
-    first, last = stub.nanoseconds(begun), stub.nanoseconds(ended)
-    return np.where((first > 0) & (last > 0), last - first, 0)
 
 
 def _in_own_thread(deed: Callable[[], _T]) -> _T:

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mthp.linux.mover.machine import Machine, Registers, native
 from mthp.linux.mover.ptrace import ALL_SIGNALS
@@ -55,7 +54,7 @@ OPERATION = np.dtype(
         ("ended", _TIME),
     ]
 )
-"""One block to move, as the worker reads and writes it."""
+"""A block to move, or a run of neighbours (:mod:`~mthp.linux.mover.runs`), as the worker reads and writes it."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +158,10 @@ def pack_header(layout: Layout, uffd: int, nonce: int, operations: NDArray[np.vo
     return header.ljust(HEADER_BYTES, b"\0") + operations.tobytes()
 
 
-def operations_for(blocks: Sequence[tuple[int, int]], flags: int) -> NDArray[np.void]:
-    """Operations to move blocks of (address, bytes): :data:`OPERATION`, shape (blocks,)."""
-    operations = np.zeros(len(blocks), OPERATION)
-    if blocks:
-        pairs = np.array(blocks, np.uint64)
-        operations["address"], operations["length"] = pairs[:, 0], pairs[:, 1]
+def operations_for(addresses: ArrayLike, lengths: ArrayLike, flags: int) -> NDArray[np.void]:
+    """Operations to move `lengths` bytes from each of `addresses` on: :data:`OPERATION`, shape (operations,)."""
+    operations = np.zeros(np.shape(addresses), OPERATION)
+    operations["address"], operations["length"] = addresses, lengths
     operations["flags"] = flags
     operations["error"] = NOT_TRIED
     return operations

@@ -1,0 +1,106 @@
+"""Blocks that lie side by side are moved together, and what became of each is told from that.
+
+To move a block costs the kernel something besides what each page does: a system call to move, another to drop what was
+moved, and the address translations that both make void. With 16 pages that is as much as the pages themselves. So
+neighbours of one order become one operation of the worker, a *run*, which never reaches beyond the range of one page
+table, and so fits into the scratch area.
+
+The worker does with a run what it does with a block: move it away, copy it back, drop it. Each block still gets a folio
+of its own, since a fault takes the largest size that is enabled, and no larger one is. What a run may not do is to blur
+what is said of a block:
+
+- The kernel moves page by page and ends at the first that it refuses, so the blocks before that one are done. All
+  others of a run that failed are to be moved once more, each alone, and only then is an error the block's own.
+- A page that is shared after a fork has the worker populate and begin anew. For a run that would be to move again what
+  was moved already; it is told not to, and leaves that to the second time, too.
+- A hash is of an operation, so blocks whose bytes are to be verified are moved alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Block
+from mthp.linux.mover import stub
+from mthp.linux.mover.outcome import BlockOutcome, Objection, reason_of_move, result_of_move
+from mthp.results import ScanResult
+
+_Int64s = NDArray[np.int64]
+
+
+def run_lengths(addresses: _Int64s, sizes: _Int64s, reach: int) -> _Int64s:
+    """How many blocks each run has, if neighbours of one size within a range of `reach` bytes make one.
+
+    Args:
+        addresses, sizes: of the blocks, in the order in which they are to be moved: int64, shape (blocks,).
+        reach: a multiple of every size.
+
+    Returns:
+        int64, shape (runs,); the sum is the number of blocks.
+    """
+    begins = np.ones(len(addresses), np.bool_)
+    begins[1:] = addresses[1:] != addresses[:-1] + sizes[:-1]
+    begins[1:] |= (sizes[1:] != sizes[:-1]) | (addresses[1:] // reach != addresses[:-1] // reach)
+    return np.diff(np.flatnonzero(begins), append=len(addresses))
+
+
+def operations_of(addresses: _Int64s, sizes: _Int64s, lengths: _Int64s, flags: int) -> NDArray[np.void]:
+    """An operation for each run of `lengths` blocks: :data:`~mthp.linux.mover.stub.OPERATION`, shape (runs,)."""
+    firsts = np.cumsum(lengths) - lengths
+    operations = stub.operations_for(addresses[firsts], sizes[firsts] * lengths, flags)
+    operations["populated"] = lengths > 1
+    return operations
+
+
+def outcomes_of(
+    blocks: Sequence[Block],
+    objections: Sequence[Objection | None],
+    operations: NDArray[np.void],
+    lengths: _Int64s,
+) -> tuple[list[BlockOutcome], list[Block]]:
+    """What became of the blocks of a window.
+
+    Args:
+        blocks: all of them.
+        objections: what spoke against each; the others were in the runs, in this order.
+        operations: of the runs, with their results: :data:`~mthp.linux.mover.stub.OPERATION`, shape (runs,).
+        lengths: blocks in each run: int64, shape (runs,).
+
+    Returns:
+        The outcomes of those that have one, in their order; and the blocks that are to be moved again, each alone.
+    """
+    run = np.repeat(np.arange(len(lengths)), lengths)
+    size = operations["length"].astype(np.int64)[run] // lengths[run]
+    before = (np.arange(len(run)) - (np.cumsum(lengths) - lengths)[run]) * size
+    moved = np.clip(operations["moved"][run] - before, 0, size)
+    error, alone = -operations["error"][run], lengths[run] == 1
+    again = ~alone & (error != 0) & (moved < size)
+    error[~alone] = 0
+    hashed = (operations["flags"][run] & np.uint64(stub.FLAG_VERIFY) != 0) & (moved > 0)
+    same = (operations["hash_before"] == operations["hash_after"])[run]
+    elapsed = taken(operations["begun"], operations["ended"])[run] // lengths[run]
+    rows = zip(*(column.tolist() for column in (again, error, moved, hashed, same, elapsed)), strict=True)
+    outcomes, left = [], []
+    for (address, order), objection in zip(blocks, objections, strict=True):
+        if objection is not None:
+            outcomes.append(BlockOutcome(address, order, objection.result, objection.reason))
+            continue
+        is_left, errno, moved_bytes, was_hashed, is_same, elapsed_ns = next(rows)
+        if is_left:
+            left.append((address, order))
+            continue
+        result, reason = result_of_move(errno), reason_of_move(errno)
+        if was_hashed and not is_same:
+            result, reason = ScanResult.FAIL, "its bytes are not what they were before: end the target"
+        verified = is_same if was_hashed else None
+        outcomes.append(BlockOutcome(address, order, result, reason, elapsed_ns, errno, moved_bytes, verified=verified))
+    return outcomes, left
+
+
+def taken(begun: NDArray[np.void], ended: NDArray[np.void]) -> _Int64s:
+    """Nanoseconds between two times of each operation, 0 where one was not taken: int64, shape (operations,)."""
+    first, last = stub.nanoseconds(begun), stub.nanoseconds(ended)
+    return np.where((first > 0) & (last > 0), last - first, 0)
