@@ -58,7 +58,17 @@ class Victim:
             return str(error)
         if self.target.errors:
             return f"{self.target.errors} errors"
+        if survives and self.blocked_signals():
+            return f"signals blocked: {self.blocked_signals():#x}"
         return "intact" if survives else "dead"
+
+    def blocked_signals(self) -> int:
+        """The signals that a thread of the target blocks besides that of the handler that it may be in."""
+        blocked = 0
+        for status in Path(f"/proc/{self.target.pid}/task").glob("*/status"):
+            mask = next(line for line in status.read_text().splitlines() if line.startswith("SigBlk:"))
+            blocked |= int(mask.split()[1], 16)
+        return blocked & ~(1 << signal.SIGALRM - 1)
 
     def close(self) -> None:
         """End both."""

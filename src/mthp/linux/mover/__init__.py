@@ -5,8 +5,9 @@ size that is enabled to the first fault in an empty, aligned range. So the mover
 again, with the same bytes, while nobody looks:
 
 1. *Stop* every thread of the target (:mod:`~mthp.linux.mover.freeze`).
-2. For each block, *move* its pages away into scratch memory (UFFDIO_MOVE), *copy* the bytes back, which faults in one
-   folio of the wanted order, and drop the scratch pages.
+2. For each block, or for a run of neighbours together (:mod:`~mthp.linux.mover.runs`), *move* the pages away into
+   scratch memory (UFFDIO_MOVE), *copy* the bytes back, which faults in one folio of the wanted order for each block,
+   and drop the scratch pages.
 3. *Let go* of all threads, as they were.
 
 Only the target itself can fault its own memory in, so step 2 is done by one of its threads, the *worker*, running a few
@@ -40,7 +41,10 @@ interrupts, and whose end makes the kernel let go of whatever is still held: for
 is harmless (see above). In doubt the code ends that thread rather than try to repair.
 
 *The bytes are wrong.* The stub copies exactly the bytes that the kernel says it moved, and only those, also when it
-moved a part; with `verify`, it hashes each block before and after, inside the window.
+moved a part; with `verify`, it hashes each block before and after, inside the window. That neighbours are away at the
+same time changes nothing: to the stub a run is one block, of the size of the scratch area at most, and whoever must
+not see one block away must not see two. What is new is that a page may be refused when blocks before it were moved;
+they are back in their place then, as the first part of a block is, and the others are moved again, alone.
 
 *The order is wrong.* If the kernel has no folio of the enabled size, it falls back to smaller ones. The bytes are right
 then, too, and the block is reported (:class:`~mthp.linux.mover.outcome.BlockOutcome`).
