@@ -9,6 +9,9 @@ threads, against the floor: the same ptrace requests for as many threads, made b
 (``ptrace_floor.c``), plus the time for which the moved blocks' own system calls and copies take. The medians of the
 phases show where the rest goes.
 
+*Asking again.* What is asked once more of process, mappings and pages when all threads stand still comes on top where
+blocks are judged beforehand, as `mthp collapse` does; the session alone, which is measured above, does not ask.
+
 Needs root; sets the per-size switches through the mover's own journal and puts them back.
 """
 
@@ -21,13 +24,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
+from mthp.addrspace import Block
 from mthp.geometry import X86_64 as GEOMETRY
 from mthp.linux import abi
+from mthp.linux.live import open_live
+from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.pause import Pause
+from mthp.linux.mover.recheck import Before, Recheck, last_pid
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.process import Process
 from mthp.results import ScanResult
@@ -38,7 +48,7 @@ WINDOW_NS = 50_000_000
 ORDERS = (4, 5, 6, 7, 8)
 AIM_BELOW, AIM_FROM_512K = 0.7, 1.0
 PAUSE_AIMS_MS = {1: 1.5, 8: 1.5, 64: 4.0}
-BLOCKS, PAUSES = 8, 60
+BLOCKS, PAUSES, RECHECKS = 8, 60, 30
 PHASES = ("stop", "park", "move", "copy", "restore")
 
 TARGET = """
@@ -199,12 +209,43 @@ def show_pauses() -> None:
     print("  (the floor and its ratio are of stop, park and restore)")
 
 
+def recheck_ns(threads: int, count: int) -> list[int]:
+    """How long it takes to ask again for `count` neighbours of 64 KiB while the target stands still."""
+    size = GEOMETRY.size_of(4)
+    taken: list[int] = []
+    with target(count * size, threads) as ours, open_live(ours.pid) as space, SwitchJournal().only(4):
+        recheck = Recheck(space.process, GEOMETRY)
+        before = Before(space.vmas(), np.empty(0, np.uint64), last_pid(), has_userfaultfd=False, fill=True)
+
+        def ask(frozen: FrozenProcess, blocks: Sequence[Block]) -> list[Objection | None]:
+            began = time.perf_counter_ns()
+            objections = recheck.objections(frozen, blocks, before, session.uffd)
+            if len(blocks) == count:
+                taken.append(time.perf_counter_ns() - began)
+            return objections
+
+        with MoverSession(space.process, GEOMETRY, max_pause_ns=10**9, duty=1.0, recheck=ask) as session:
+            for _ in range(RECHECKS):
+                session.move([(ours.start + number * size, 4) for number in range(count)])
+        recheck.close()
+        ours.check()
+    return taken
+
+
+def show_recheck() -> None:
+    print("\nasking again after the stop, in ms, medians")
+    for threads, count in ((1, BLOCKS), (64, BLOCKS), (1, 512)):
+        took = statistics.median(recheck_ns(threads, count))
+        print(f"  {threads:2} threads, {count:3} blocks of 64 KiB {took / 1e6:7.2f}", flush=True)
+
+
 def main() -> None:
     if os.geteuid() or os.uname().machine != "x86_64" or mmap.PAGESIZE != 4096:
         print("skipped: needs root on x86-64")
         return
     show_throughput()
     show_pauses()
+    show_recheck()
 
 
 if __name__ == "__main__":
