@@ -31,7 +31,7 @@ def test_neighbours_within_the_range_of_a_page_table_make_a_run() -> None:
     assert run_lengths(*columns(), REACH).tolist() == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 63)), unique=True, max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 63)), unique=True, max_size=60).map(sorted))
 def test_a_run_is_one_range_of_blocks_of_one_size(blocks: list[tuple[int, int]]) -> None:
     sizes = np.array([4096 << order for order, _ in blocks], np.int64)
     addresses = np.array([at for _, at in blocks], np.int64) * sizes
@@ -74,6 +74,7 @@ def test_of_a_run_that_failed_the_blocks_before_are_done_and_the_rest_goes_again
     addresses, sizes = columns(0, 1, 2, 3)
     lengths = run_lengths(addresses, sizes, REACH)
     blocks = [(address, 4) for address in addresses.tolist()]
+    assert operations_of(addresses, sizes, lengths, 0)["populated"].tolist() == [1]
     for moved, done in ((0, 0), (4096, 0), (2 * BLOCK, 2), (2 * BLOCK + 4096, 2), (4 * BLOCK - 4096, 3)):
         operations = operations_of(addresses, sizes, lengths, 0)
         operations["error"], operations["moved"] = -errno.EBUSY, moved
