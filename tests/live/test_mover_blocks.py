@@ -13,6 +13,9 @@ from mover_targets import Writers, mappings
 from mthp.addrspace import Block, CollapseOutcome, Means
 from mthp.geometry import X86_64
 from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.mover import recheck
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.taskfiles import Thread
 from mthp.results import ScanResult
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
 from thp_switches import THP_ROOT, ThpSwitches
@@ -118,6 +121,46 @@ def test_each_block_has_its_own_reason(actor: Actor, space: LiveAddressSpace) ->
     assert actor.damaged(address + 2 * K64, 32) == 0
     assert actor.damaged(address, 17) == 0
     assert actor.unwritten(address + K64 + PAGE_SIZE, 1) == 1
+
+
+@pytest.mark.parametrize("query", [recheck.PROCMAP_QUERY, 0xC06866FF], ids=["query", "as before Linux 6.11"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("madvise", PAGE_SIZE, PAGE_SIZE, 4), "went away meanwhile"),
+        (("mprotect", PAGE_SIZE, PAGE_SIZE, 1), "not lie inside one mapping"),
+    ],
+    ids=["page dropped", "mapping split"],
+)
+def test_a_change_before_the_stop_is_the_reason_of_its_block(
+    actor: Actor,
+    space: LiveAddressSpace,
+    monkeypatch: pytest.MonkeyPatch,
+    change: tuple[str, int, int, int],
+    reason: str,
+    query: int,
+) -> None:
+    """The blocks beside it are moved, also those that are judged again because their mapping is another now."""
+    address = actor.map(PMD_SIZE)
+    actor.fill(address, 4 * 16)
+    stop, stops = FrozenProcess.stop, 0
+
+    def late(self: FrozenProcess, known: dict[int, Thread]) -> None:
+        nonlocal stops
+        stops += 1
+        if stops == 2:  # The first is that of the injection.
+            verb, offset, *rest = change
+            actor.tell(verb, address + offset, *rest)
+        stop(self, known)
+
+    monkeypatch.setattr(FrozenProcess, "stop", late)
+    monkeypatch.setattr(recheck, "PROCMAP_QUERY", query)
+    first, *others = space.collapse_blocks(blocks(address, 4 * K64, 4), MOVE)
+    assert first.result is not ScanResult.SUCCEED
+    assert reason in first.reason
+    assert results(others) == {ScanResult.SUCCEED: 3}
+    assert orders(space, address + K64, 3 * K64) == {4: 48}
+    assert actor.damaged(address + K64, 48) == 0
 
 
 def test_a_refusal_of_the_process_is_the_reason_of_every_block(actor: Actor, space: LiveAddressSpace) -> None:
