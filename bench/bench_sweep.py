@@ -40,10 +40,16 @@ def heap(seed: int) -> Synthetic:
 
 
 class Peak:
-    """The most memory that this process and its descendants had at once, measured meanwhile: proportional set size."""
+    """What this process and its descendants take, looked at meanwhile.
+
+    Attributes:
+        bytes: the most memory that they had at once: proportional set size.
+        seconds: their processor time.
+    """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.bytes, self.seconds = 0, 0.0
+        self._begin = sum(map(_processor_time, _family(os.getpid())))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -57,7 +63,9 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._over.wait(0.25):
-            self.bytes = max(self.bytes, sum(map(_memory, _family(os.getpid()))))
+            family = _family(os.getpid())
+            self.bytes = max(self.bytes, sum(map(_memory, family)))
+            self.seconds = max(self.seconds, sum(map(_processor_time, family)) - self._begin)
 
 
 def _family(pid: int) -> list[int]:
@@ -76,6 +84,14 @@ def _memory(pid: int) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
+
+
+def _processor_time(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def timed(directory: Path, output: Path, jobs: int) -> float:
@@ -106,7 +122,8 @@ def main() -> None:
             )
         whole = two * WHOLE / count
         print(
-            f"{WHOLE} snapshots of 4 GiB by {len(GRID.settings())} settings: {whole:.0f} s, at most {SECONDS_AIM:.0f}"
+            f"{WHOLE} snapshots of 4 GiB by {len(GRID.settings())} settings: {whole:.0f} s, at most {SECONDS_AIM:.0f};"
+            f" {peak.seconds * WHOLE / count:.0f} s of processor time"
         )
         print(f"peak memory: {peak.bytes >> 20} MiB, at most {MEMORY_AIM >> 20}")
 
