@@ -12,7 +12,8 @@ import sys
 import pytest
 
 from e2e.helpers import mthp, mthp_json
-from mthp.linux.mover.journal import LOCK_NAME, default_root
+from mthp.linux.mover.journal import default_root
+from mthp.linux.mover.journalfiles import LOCK_NAME
 from thp_switches import THP_ROOT, ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]

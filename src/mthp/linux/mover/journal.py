@@ -30,63 +30,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import re
-import stat
 import threading
-import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.linux.mover.interruptions import interruptions_held_back, suspension_held_back
+from mthp.linux.mover.journalfiles import Change, JournalFiles
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
 
 LOCK_TIMEOUT = 5.0
 """Seconds to wait for the windows of others, each of which takes milliseconds."""
 
-_LOCK_PAUSE = 0.001
-_JOURNAL = "switches.journal"
-LOCK_NAME = "switches.lock"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_SWITCH = re.compile(r"hugepages-\d+kB/enabled")
-_NUMBER = re.compile(r"khugepaged/(pages_to_scan|scan_sleep_millisecs|max_ptes_none)")
 _CHOSEN = re.compile(r"\[(\w+)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One line of the journal.
-
-    Attributes:
-        switch: path below the THP directory, such as ``"hugepages-64kB/enabled"``.
-        was: the word that was there.
-        ours: the word that was put there.
-        boot: ID of the boot that it happened in.
-    """
-
-    switch: str
-    was: str
-    ours: str
-    boot: str
-
-    @classmethod
-    def parse(cls, line: bytes) -> Change | None:
-        """Read a line of the journal; None if it is not one."""
-        try:
-            data = json.loads(line)
-            change = cls(data["switch"], data["was"], data["ours"], data["boot"])
-            words = (change.was, change.ours)
-            if _SWITCH.fullmatch(change.switch):
-                return change if all(word in SIZE_WORDS for word in words) else None
-            numbers = _NUMBER.fullmatch(change.switch) and all(word.isdecimal() for word in words)
-            return change if numbers else None
-        except (ValueError, TypeError, KeyError):
-            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +106,7 @@ class SwitchJournal:
         self._lock_timeout = lock_timeout
         self._turn = threading.RLock()
         self._changes: list[Change] = []
-        self._files: _Files | None = None
+        self._files: JournalFiles | None = None
 
     @contextlib.contextmanager
     def only(self, order: int, word: str = "always", *, off: Container[int] | None = None) -> Iterator[None]:
@@ -258,7 +220,7 @@ class SwitchJournal:
 
     def _open(self, *, create: bool) -> list[Restored]:
         """Take the lock, and put back what is found in the journal."""
-        files = _Files(self._root or default_root(), create=create)
+        files = JournalFiles(self._root or default_root(), create=create)
         try:
             files.lock(self._lock_timeout)
             restored = self._put_back(files.read())
@@ -375,97 +337,6 @@ class SwitchJournal:
                     f"{path} may not be written: {error.strerror}", help="run as root, with /sys mounted read-write"
                 ) from error
             raise MthpError(f"{path}: {error.strerror}") from error
-
-
-class _Files:
-    """The journal and its lock in an open directory.
-
-    An entry reaches the disk before its switch is touched. That an entry is gone need not: what comes back after a
-    power failure is of an earlier boot.
-    """
-
-    def __init__(self, root: Path, *, create: bool) -> None:
-        self._root = root
-        self._fds: list[int] = []
-        try:
-            if create:
-                with contextlib.suppress(FileExistsError):
-                    root.mkdir(0o700)
-            self._directory = self._keep(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
-            self._check(self._directory)
-            self._lock = self._keep(self._open(LOCK_NAME))
-            self._journal = self._keep(self._open(_JOURNAL))
-        except OSError as error:
-            self.close()
-            raise NotPermittedError(
-                f"the journal in {root} cannot be used: {error.strerror}",
-                help="it must be a directory of this user, in which nobody else may write",
-            ) from error
-        except MthpError:
-            self.close()
-            raise
-
-    def _keep(self, fd: int) -> int:
-        self._fds.append(fd)
-        return fd
-
-    def _open(self, name: str) -> int:
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(errno.EINVAL, f"{name} is not a regular file")
-        return fd
-
-    def _check(self, fd: int) -> None:
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise NotPermittedError(
-                f"{self._root} belongs to somebody else, or others may write in it",
-                help="remove it, or give it to this user with mode 0700",
-            )
-
-    def lock(self, timeout: float) -> None:
-        """Wait until no other process is in a window.
-
-        Raises:
-            MthpError: one still is after `timeout` seconds.
-        """
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise MthpError(
-                        f"another process has held {self._root / LOCK_NAME} for {timeout:g} s",
-                        help=f"another mthp is at work; fuser(1) tells which: fuser {self._root / LOCK_NAME}",
-                    ) from None
-                time.sleep(_LOCK_PAUSE)
-
-    def read(self) -> list[Change]:
-        """The entries that are whole, in the order in which they were written."""
-        size = os.fstat(self._journal).st_size
-        lines = os.pread(self._journal, size, 0).split(b"\n")
-        # What follows the last newline was cut short.
-        return [change for line in lines[:-1] if (change := Change.parse(line))]
-
-    def write(self, changes: Sequence[Change]) -> None:
-        """Have just these entries in the journal; those that are new are on the disk when this returns.
-
-        It only ever grows or loses its end, so whatever moment it is cut off at, the rest is true.
-        """
-        text = b"".join(json.dumps(dataclasses.asdict(change)).encode() + b"\n" for change in changes)
-        size = os.fstat(self._journal).st_size
-        os.ftruncate(self._journal, min(len(text), size))
-        if len(text) > size:
-            os.pwrite(self._journal, text[size:], size)
-            os.fsync(self._journal)
-
-    def close(self) -> None:
-        """Close all, and so let go of the lock. Closing twice does nothing."""
-        while self._fds:
-            os.close(self._fds.pop())
 
 
 def _boot_id() -> str:
