@@ -144,10 +144,28 @@ def test_without_swap_large_folios_stay_whole() -> None:
     assert reclaim(machine.parts, 512) == 0
     assert [mm.pmd(START + at * SIZE) for at in range(4)] == [Pmd.HUGE] * 4
     assert machine.counters["pgscan_direct"] == machine.counters["hugepages-64kB/split"] == 0
+    machine.madvise(mm, START, START + 4 * SIZE, "COLD")
     machine.madvise(mm, START, START + SIZE, "FREE")
-    machine.parts.clock.wait_ns(1)
     assert reclaim(machine.parts, 512) == 16
     assert [mm.pmd(START + at * SIZE) for at in range(1, 4)] == [Pmd.HUGE] * 3
+    assert machine.check() == []
+
+
+def test_a_folio_in_the_swap_cache_is_not_listed_to_be_split() -> None:
+    machine, mm = machine_with(16, swap=100)
+    machine.parts.switches = Switches("madvise", {2: "madvise"})
+    other = machine.create_mm()
+    machine.map(other, START, START + 3 * PAGE)
+    machine.populate(other, START, START + 3 * PAGE)
+    machine.madvise(other, START, START + 3 * PAGE, "PAGEOUT")
+    machine.madvise(mm, START, START + SIZE, "PAGEOUT")
+    child = machine.fork(mm)
+    machine.read(mm, START)
+    head = int(mm.ptes(START, 1).value[0])
+    assert machine.parts.memory.has(head, Fl.SWAPCACHE), "the child names its slots, too"
+    assert machine.madvise(mm, START, START + PAGE, "DONTNEED") == 0
+    assert (machine.counters["hugepages-16kB/split_deferred"], machine.parts.memory.deferred) == (0, {})
+    machine.exit(child)
     assert machine.check() == []
 
 
