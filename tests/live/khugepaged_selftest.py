@@ -175,18 +175,18 @@ def _main(orders: list[str]) -> int:
 
     bad = 0
     before = run("khugepaged:anon")
-    print("khugepaged:anon without the daemon:", _told(before))
+    print("khugepaged:anon without the daemon:", told(before))
     with (
         tempfile.TemporaryDirectory() as directory,
         RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%"),
     ):
         for order in orders:
-            bad += not _passes(order)
+            bad += not passes(order)
         after = run("khugepaged:anon")
-    print("khugepaged:anon with the daemon:", _told(after))
+    print("khugepaged:anon with the daemon:", told(after))
     for order in orders:
         outcome = run("-c", order, "mthp_khugepaged:anon")
-        print(f"order {order} without the daemon:", _told(outcome))
+        print(f"order {order} without the daemon:", told(outcome))
         bad += "collapse_full" not in outcome.failed
     return 1 if bad or len(after.passed) < len(before.passed) else 0
 
@@ -202,13 +202,15 @@ def tries(order: str) -> Iterator[Outcome]:
             break
 
 
-def _passes(order: str) -> bool:
+def passes(order: str) -> bool:
+    """Whether the part about mTHP passes, within so many tries, each of which is printed."""
     for attempt, outcome in enumerate(tries(order), 1):
-        print(f"order {order} with the daemon, try {attempt}:", _told(outcome))
+        print(f"order {order} with the daemon, try {attempt}:", told(outcome))
     return len(outcome.passed) == PARTS
 
 
-def _told(outcome: Outcome) -> str:
+def told(outcome: Outcome) -> str:
+    """An outcome in a line."""
     failed = (", ".join(outcome.failed) or "none") + (" (without a wait)" if outcome.hasty else "")
     return f"{len(outcome.passed)} of {len(outcome.passed) + len(outcome.failed)} passed, failed: {failed}"
 

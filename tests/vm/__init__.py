@@ -14,6 +14,10 @@ the guest's architecture, and a Debian machine, whose own package sources it fet
 `cases`         cases to record: random, and smaller variants of one
 `fuzz`          real against simulated, until a minute is over; what differs is made small and saved
 `matrix`        mthp's own tests and commands on each kernel
+`smoke`         in a guest: every command, once, on a target that checks its own contents
+`telling`       in a guest: a plugin of pytest that tells the host of every test, through a `port`
+`selftest`      Linux's own test of khugepaged, with the daemon in khugepaged's place
+`tools`         emulators and compilers, installed where that can be done without asking
 ==============  ==================================================================================================
 
 Nothing here is part of the installed package, and nothing is written into the tree but what is asked for: packages,

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import click
 
+from live.khugepaged_selftest import UnobtainableError
 from mthp.sim.golden import read_cases
 from vm.apt import LabError, cache_directory
 from vm.fuzz import Findings, fuzz, write_cases
 from vm.guest import Job, run
 from vm.kernels import OTHERS, SERIES, Kernel, fetch
 from vm.matrix import GUEST_SECONDS, Row, examine, live_files, saved, skips, table
+from vm.selftest import in_guest
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -167,6 +169,18 @@ def _show(rows: list[Row]) -> None:
     for failure in failures:
         _say(failure)
     sys.exit(1 if failures else 0)
+
+
+@main.command("selftest")
+@KERNELS
+@click.option("--order", "orders", multiple=True, type=int, default=(4,), show_default=True)
+def run_selftest(names: tuple[str, ...], orders: tuple[int, ...]) -> None:
+    """Run Linux's own test of khugepaged with the kernel's asleep and mthp's daemon in its place."""
+    try:
+        codes = [in_guest(fetch(name), orders) for name in names or ("7.3",)]
+    except UnobtainableError as error:
+        raise LabError(str(error)) from None
+    sys.exit(1 if any(codes) or None in codes else 0)
 
 
 @main.command()
