@@ -107,8 +107,12 @@ class Apt:
             return
         self._configure()
         # A list that is just being replaced in the archive is no reason to do without the others.
-        done = self._run(["apt-get", "update"], check=False)
-        if not any((self.root / "lists").glob("*_Packages*")):
+        for patience in (5, 15, 0):
+            done = self._run(["apt-get", "update"], check=False)
+            if any((self.root / "lists").glob("*_Packages*")):
+                break
+            time.sleep(patience)
+        else:
             raise LabError(f"no package lists can be had: {done.stderr.strip()[-400:]}")
         self.names.cache_clear()
         stamp.touch()

@@ -1,9 +1,9 @@
 """Python for a guest: the distribution's own packages, unpacked into the first file system beside busybox.
 
-The packages are those of the current stable release, for the guest's architecture, with everything that only people
-read left out, and with every module compiled beforehand: a guest without hardware help takes minutes for that. The
-byte code is made by the interpreter of the host's own architecture; it is the same for all. mthp and its tests are no
-part of the archive, which is kept, but of the job.
+The packages are those of the current stable release, where they can be had, for the guest's architecture, with
+everything that only people read left out, and with every module compiled beforehand: a guest without hardware help
+takes minutes for that. The byte code is made by the interpreter of the host's own architecture; it is the same for all.
+mthp and its tests are no part of the archive, which is kept, but of the job.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ PACKAGES = (
     "python3", "python3-numpy", "python3-click", "python3-rich", "python3-pytest", "python3-hypothesis",
     "python3-prometheus-client", "python3-textual",
 )  # fmt: skip
-SUITES = ("trixie",)
+SUITES = ("trixie", "unstable")
+"""Where they are fetched from: the first of these whose lists can be had for the architecture."""
 
 _LEFT_OUT = (
     "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian", "usr/include",
@@ -44,15 +45,19 @@ def world(platform: Platform) -> bytes:
     Raises:
         LabError: the packages cannot be had.
     """
-    key = hashlib.sha256(repr((PACKAGES, SUITES, _LEFT_OUT)).encode()).hexdigest()[:12]
-    file = cache_directory() / f"world-{platform.debian}-{key}.cpio"
-    if not file.exists():
-        root = _unpacked(platform, key)
-        _compile(platform, root, key)
-        part = file.with_suffix(".part")
-        part.write_bytes(_archived(root))
-        part.rename(file)
-    return file.read_bytes()
+    for suite in SUITES:
+        file = _directory(platform, suite).with_suffix(".cpio")
+        try:
+            if not file.exists():
+                root = _unpacked(platform, suite)
+                _compile(platform, root, suite)
+                part = file.with_suffix(".part")
+                part.write_bytes(_archived(root))
+                part.rename(file)
+            return file.read_bytes()
+        except LabError as error:
+            why = str(error)
+    raise LabError(why)
 
 
 def project() -> dict[str, bytes]:
@@ -65,18 +70,23 @@ def project() -> dict[str, bytes]:
     return found
 
 
-def _unpacked(platform: Platform, key: str) -> Path:
-    root = cache_directory() / f"world-{platform.debian}-{key}"
+def _directory(platform: Platform, suite: str) -> Path:
+    key = hashlib.sha256(repr((PACKAGES, _LEFT_OUT)).encode()).hexdigest()[:12]
+    return cache_directory() / f"world-{platform.debian}-{suite}-{key}"
+
+
+def _unpacked(platform: Platform, suite: str) -> Path:
+    root = _directory(platform, suite)
     if not (root / ".unpacked").exists():
-        unpack(Apt(platform.debian, SUITES).with_dependencies(PACKAGES), root)
+        unpack(Apt(platform.debian, [suite]).with_dependencies(PACKAGES), root)
         (root / ".unpacked").touch()
     return root
 
 
-def _compile(platform: Platform, root: Path, key: str) -> None:
+def _compile(platform: Platform, root: Path, suite: str) -> None:
     """Write the byte code beside the modules, with the native world's interpreter."""
     native = next((each for each in PLATFORMS.values() if each.machine == os.uname().machine), platform)
-    home = _unpacked(native, key)
+    home = _unpacked(native, suite)
     loader = next(home.glob("usr/lib*/ld-linux*"), None) or next(home.glob("usr/lib/*/ld-linux*"))
     libraries = ":".join(str(path) for path in (home / "usr/lib").glob("*-linux-gnu"))
     interpreter = sorted(home.glob("usr/bin/python3.*[0-9]"))[-1]
