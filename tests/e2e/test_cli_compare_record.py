@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +102,31 @@ def test_a_recording_is_not_replaced_unasked(recording: Path) -> None:
     assert done.returncode == 2
     assert "exists already" in done.stderr
     assert recording.read_bytes() == before
+
+
+NAMED = r"""
+import ctypes, sys
+ctypes.CDLL(None).prctl(15, b"[/red]\x1b[5m", 0, 0, 0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_name_that_looks_like_markup_is_text_on_a_terminal(tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", NAMED], stdin=pipe, stdout=pipe) as target:
+        assert target.stdout is not None
+        target.stdout.readline()
+        done = mthp("record", target.pid, "-o", tmp_path / "r", "--every", "50ms", "--for", "300ms", stderr=slave)
+        target.terminate()
+    os.close(slave)
+    shown = b""
+    # Nobody writes any more, which reading tells by an error.
+    with contextlib.suppress(OSError):
+        while part := os.read(master, 1 << 16):
+            shown += part
+    os.close(master)
+    assert done.returncode == 0, shown
+    assert b"recording %d ([/red]" % target.pid in shown
+    assert b"\x1b[5m" not in shown

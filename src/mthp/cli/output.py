@@ -75,16 +75,16 @@ def progress_bar(text: str, *, hidden: bool = False) -> Iterator[ProgressBar]:
         yield lambda done, total, what="": None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(text, total=None)
+        task = bar.add_task(clean(text), total=None)
 
         def show(done: int, total: int, what: str = "") -> None:
-            bar.update(task, completed=done, total=max(total, 1), description=f"{text} {what}".rstrip())
+            bar.update(task, completed=done, total=max(total, 1), description=clean(f"{text} {what}".rstrip()))
 
         yield show
 

@@ -10,12 +10,14 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 from mthp.cli.options import json_option, percentage, stopping_on_signals
 from mthp.cli.output import console, note, print_json, say
 from mthp.errors import UsageError
 from mthp.geometry import format_size
 from mthp.targets import open_target, pid_of
+from mthp.text import clean
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -82,7 +84,8 @@ def _record(
             status.stop()
 
         def told(steps: int, at: float, size: int) -> None:
-            status.update(f"recording {space.label}: {steps} steps, {at:.0f} s, {format_size(size)}; Ctrl-C ends it")
+            line = f"recording {space.label}: {steps} steps, {at:.0f} s, {format_size(size)}; Ctrl-C ends it"
+            status.update(Text(clean(line)))
 
         done = record_series(space, output, pace, stop=stop, overwrite=force, told=told)
         missing = space.missing
