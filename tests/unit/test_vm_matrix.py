@@ -121,8 +121,8 @@ def test_a_probe_of_kvm_is_made_once_and_believed(monkeypatch: pytest.MonkeyPatc
         return Outcome(None, "KVM internal error", {}, 20.0, True)
 
     monkeypatch.setattr(guest, "run", run)
-    monkeypatch.setattr(guest.os, "access", lambda *_: True)
-    monkeypatch.setattr(guest.os, "uname", lambda: type("Name", (), {"machine": "x86_64"}))
+    monkeypatch.setattr("os.access", lambda *_: True)
+    monkeypatch.setattr("os.uname", lambda: type("Name", (), {"machine": "x86_64"}))
     for _ in range(2):
         guest.kvm_works.cache_clear()
         assert not guest.kvm_works(KERNEL)

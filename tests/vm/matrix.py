@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vm.apt import cache_directory
 from vm.guest import Job, Outcome, run
-from vm.kernels import Kernel
+from vm.kernels import Kernel, split_name
 from vm.smoke import COMMANDS
 from vm.world import project
 
@@ -220,7 +220,7 @@ def _guest(
 
 def table(rows: list[Row]) -> str:
     """The kernels by what was run, as text."""
-    titles = ["", *(row.release.partition("+")[0] + _flavour(row.name) for row in rows)]
+    titles = ["", *map(_title, rows)]
     lines = [titles]
     for command in dict.fromkeys(name for row in rows for name in row.smoke):
         lines.append([f"mthp {command}", *(_short(row.smoke.get(command, "-")) for row in rows)])
@@ -245,8 +245,11 @@ def skips(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _flavour(name: str) -> str:
-    return name[name.index("-") :] if "-" in name else ""
+def _title(row: Row) -> str:
+    """The release without what is the same for all of a platform: ``6.1.0-50``, ``7.3.4-arm64-16k``."""
+    _, dash, platform = row.name.partition("-")
+    flavour = split_name(row.name)[1].flavour
+    return row.release.removesuffix(f"-{flavour}").partition("+")[0] + dash + platform
 
 
 def _cell(tests: list[Test]) -> str:
