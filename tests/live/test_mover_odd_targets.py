@@ -6,9 +6,11 @@ No test here needs a switch set: what matters is what happens to the target, not
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,9 +18,10 @@ from typing import Any, cast
 import pytest
 
 from mover_targets import SQPOLL, Writers, mappings, program
-from mthp.errors import UnsupportedError
+from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64
 from mthp.linux.mover import inject, park
+from mthp.linux.mover.blockrefusals import BlockRefusal
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
@@ -370,3 +373,60 @@ def test_a_thread_outside_of_restartable_sequences_is_preferred() -> None:
     assert inject.choose(cast("Any", SimpleNamespace(tracees=tracees))).tid == 2
     tracees[2].rseq_abort = tracees[3].rseq_abort = 7
     assert inject.choose(cast("Any", SimpleNamespace(tracees=tracees))).tid == 1
+
+
+def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path) -> None:
+    """It cannot be blocked, and stops the thread that makes them; afterwards the process is stopped, as it was told."""
+    sent = 0
+
+    def stop(step: Step) -> None:
+        nonlocal sent
+        if step is Step.HIJACKED and sent < 3:
+            sent += 1
+            target.signal(signal.SIGSTOP)
+
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+        with MoverSession(process, X86_64, observer=stop):
+            pass
+        assert sent == 3
+        assert wait_for(lambda: target.state() == "T")
+        target.signal(signal.SIGCONT)
+        assert target.progresses()
+        assert target.finish() == 0
+
+
+@pytest.mark.parametrize("step", [step for step in Step if step is not Step.UNMAPPED])
+def test_a_target_that_is_killed_at_any_step_has_vanished(tmp_path: Path, step: Step) -> None:
+    def kill(done: Step) -> None:
+        if done is step:
+            target.signal(signal.SIGKILL)
+
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+        with (
+            pytest.raises(TargetVanishedError),
+            MoverSession(process, X86_64, duty=1.0, observer=kill) as session,
+        ):
+            session.move([(target.base, ORDER)] * 3)
+        assert wait_for(lambda: target.process.poll() is not None), "it was not reaped"
+
+
+def test_a_block_that_holds_an_rseq_area_is_left_alone(tmp_path: Path) -> None:
+    """The kernel writes there when the thread goes back to its program."""
+    with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
+
+        def look() -> list[int]:
+            frozen = FrozenProcess(process)
+            try:
+                frozen.stop({})
+                return [int(area) for area in frozen.stopped.rseq_areas if area]
+            finally:
+                frozen.release()
+
+        with ThreadPoolExecutor(1) as executor:
+            areas = executor.submit(look).result()
+        if not areas:
+            pytest.skip("needs a C library that registers rseq areas")
+        blocks = sorted({(area & ~0x3FFF, 2) for area in areas})
+        with MoverSession(process, X86_64, duty=1.0) as session:
+            assert {outcome.reason for outcome in session.move(blocks)} == {BlockRefusal.SPECIAL.reason}
+        assert target.finish() == 0

@@ -282,6 +282,8 @@ class FrozenProcess:
             status = os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL)
             # A stop of a tracee is reported whatever was asked for (wait_task_stopped, kernel/exit.c).
             if status is None or status.si_code not in _EXIT_CODES:
+                if tid == self.process.pid:
+                    self._reap_killed()
                 return False
             if tid != self.process.pid or not self._is_our_child():
                 os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
@@ -291,6 +293,16 @@ class FrozenProcess:
         self._standing.pop(tid, None)
         self.tracees.pop(tid, None)
         return True
+
+    def _reap_killed(self) -> None:
+        """Reap threads that stood still and have exited, as only SIGKILL makes them: the whole process is ending.
+
+        The end of its first thread is not told before all others are reaped (delay_group_leader, kernel/exit.c), and
+        those that are traced are reaped by nobody else.
+        """
+        for tid in list(self._standing):
+            if tid != self.process.pid and not self.has_exited(tid):
+                return
 
     def _is_our_child(self) -> bool:
         try:
