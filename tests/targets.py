@@ -132,6 +132,20 @@ def threads_of(pid: int) -> dict[int, str]:
     return states
 
 
+STRICT = """
+import ctypes
+prctl = ctypes.CDLL(None).prctl
+prctl(22, 1)
+while True: pass
+"""
+"""A program in seccomp's strict mode, in which nearly every system call is the end: it makes none."""
+
+
+def is_strict(pid: int) -> bool:
+    """Whether it is so by now."""
+    return "\nSeccomp:\t1\n" in Path(f"/proc/{pid}/status").read_text()
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)

@@ -18,7 +18,7 @@ import pytest
 from e2e.helpers import MTHP, Actor, mthp, mthp_json
 from mover_targets import Writers, mappings
 from mthp.linux.live import open_live
-from targets import PAGE_SIZE, PMD_SIZE
+from targets import PAGE_SIZE, PMD_SIZE, STRICT, is_strict
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import PATIENCE, until
 
@@ -185,11 +185,9 @@ def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, l
 
 def test_a_refusal_is_the_reason_of_all(tmp_path: Path) -> None:
     """seccomp in strict mode, set by a thread of the target itself."""
-    code = "import ctypes, mmap; m = mmap.mmap(-1, 4 << 20, flags=0x22); m.write(b'x' * (4 << 20))\n"
-    code += "libc = ctypes.CDLL(None); libc.prctl(22, 1); print('ready', flush=True)\nwhile True: pass"
+    code = "import mmap; m = mmap.mmap(-1, 4 << 20, flags=0x22); m.write(b'x' * (4 << 20))\n" + STRICT
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as target:
-        assert target.stdout is not None
-        target.stdout.readline()
+        until(lambda: is_strict(target.pid), "seccomp")
         try:
             report = mthp_json("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, code=1)
             check_accounts(report)

@@ -31,9 +31,9 @@ from mthp.linux.mover.steps import Observer
 from mthp.linux.mover.tracee import CannotStopError, Tracee
 from mthp.linux.process import Process
 from mthp.results import ScanResult
-from targets import Puppet
+from targets import STRICT, Puppet, is_strict
 from thp_switches import ThpSwitches
-from waiting import wait_for
+from waiting import until, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
 
@@ -242,10 +242,8 @@ def test_a_traced_target_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_target_that_filters_system_calls_is_refused(tmp_path: Path) -> None:
-    code = "import ctypes, time; ctypes.CDLL(None).prctl(22, 1); print('ready', flush=True)\nwhile True: pass"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as strict:
-        assert strict.stdout is not None
-        strict.stdout.readline()
+    with subprocess.Popen([sys.executable, "-c", STRICT], stdout=subprocess.PIPE) as strict:
+        until(lambda: is_strict(strict.pid), "seccomp")
         with Process(strict.pid) as process:
             with pytest.raises(CannotStopError, match="seccomp"), session_of(process):
                 pass
