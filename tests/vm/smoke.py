@@ -10,6 +10,7 @@ import contextlib
 import json
 import mmap
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mthp.geometry import Geometry
+from mthp.linux.mover.machine import MACHINES
 from mthp.linux.sysfs import ThpSysfs
 from vm.port import Port
 
@@ -135,10 +137,12 @@ def move() -> str:
 
 
 def daemon() -> str:
-    """The same, by the daemon, which is left alone to do it."""
+    """The same, by the daemon, which is left alone to do it; where nothing can be moved, to the PMD order."""
     with _only(None), _target() as target, tempfile.TemporaryDirectory() as directory:
         geometry, order, label = _small()
-        words = ("--pid", target.pid, "--orders", label, "--mechanism", "move", "--cpu", "100%", "--run-dir", directory)
+        if platform.machine() not in MACHINES:
+            order, label = geometry.pmd_order, _pmd_label()
+        words = ("--pid", target.pid, "--orders", label, "--cpu", "100%", "--run-dir", directory)
         command = [sys.executable, "-m", "mthp", "daemon", *map(str, words)]
         begin = time.monotonic()
         made, wanted = 0, RANGES * geometry.ptes_per_pmd >> order
@@ -194,7 +198,7 @@ def _to_small_folios(mechanism: str) -> str:
                 [sys.executable, "-m", "mthp", *map(str, words), "--json"], capture_output=True, text=True, check=False
             )
             assert target.check() == "intact"
-            if why := _not_here(done.returncode, done.stderr or done.stdout):
+            if why := _not_here(done.returncode, done.stdout + done.stderr):
                 return why
             made = _folios(target, order)
             if made >= wanted * 9 // 10:
@@ -212,6 +216,8 @@ def _small() -> tuple[Geometry, int, str]:
 
 def _not_here(code: int, said: str) -> str:
     """Why this kernel does not offer what a command asked for; empty if it does."""
+    if refused := re.search(f"the mover does not know {platform.machine()}", said):
+        return f"not here: {refused[0]}"
     if code == 3:
         return f"not here: {said.strip().splitlines()[-1][:60] if said.strip() else 'no reason given'}"
     if code in (0, 1) and not ThpSysfs().size_directories(mmap.PAGESIZE):
