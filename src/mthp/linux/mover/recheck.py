@@ -3,7 +3,8 @@
 Processes, mappings and blocks are judged before the stop (:mod:`mthp.linux.mover.refusals`), which takes milliseconds:
 the kernel walks all page tables to write smaps, every process of the machine is compared, every open file is looked at.
 Nobody may stand still for that long. So afterwards only that is asked which can have changed in between, in a form
-that takes a tenth of a millisecond:
+that takes a fraction of a millisecond (bench/bench_mover.py; 0.3 ms for 8 blocks, and 0.6 ms with 64 threads, on a busy
+machine):
 
 - *Pages*: the pagemap words of the blocks. A page is there, anonymous, without markers, and mapped by this process
   alone, or the block is left as it is. Folios and counts of other kinds have been looked at, and what a page lies in
@@ -40,7 +41,7 @@ from numpy.typing import NDArray
 from mthp.addrspace import Block, Pte, PteColumns, Vma
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
-from mthp.linux.mover.blockrefusals import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list
+from mthp.linux.mover.blockrefusals import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list, touches
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.kcmp import KCMP_VM, kcmp
 from mthp.linux.mover.outcome import Objection
@@ -66,6 +67,7 @@ MAX_FILES = 256
 MAX_NEW_PROCESSES = 512
 """PIDs given out meanwhile that are compared one by one."""
 
+_Int64s = NDArray[np.int64]
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 MAPPING_CHANGED = Objection(ScanResult.VMA_CHECK, "its mapping changed meanwhile")
 """Given for blocks of a mapping that is smaller than before, or another one; they may be judged again."""
@@ -134,11 +136,12 @@ class Recheck:
         finally:
             mappings.close()
         heads = [head for tid in frozen.tracees if (head := robust_list(tid))]
-        for index, (address, order) in enumerate(blocks):
-            end = address + self._size(order)
-            if any(address < head + ROBUST_LIST_HEAD_BYTES and head < end for head in heads):
-                objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
-        self._look_at_pages(blocks, before, objections)
+        addresses, orders = np.array(blocks, np.int64).T
+        ends = addresses + (self._geometry.page_size << orders)
+        lists = [(head, head + ROBUST_LIST_HEAD_BYTES) for head in heads]
+        for index in np.flatnonzero(touches(addresses, ends, lists)).tolist():
+            objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
+        self._look_at_pages(addresses, ends, before, objections)
         return objections
 
     def _size(self, order: int) -> int:
@@ -161,10 +164,15 @@ class Recheck:
             )
         return None
 
-    def _look_at_pages(self, blocks: Sequence[Block], before: Before, objections: list[Objection | None]) -> None:
+    def _look_at_pages(
+        self, addresses: _Int64s, ends: _Int64s, before: Before, objections: list[Objection | None]
+    ) -> None:
         """Object to blocks of which a page is not there any more, or not its own."""
-        words = self._pagemap.read([(address, address + self._size(order)) for address, order in blocks])
-        counts = np.array([1 << order for _, order in blocks], np.int64)
+        # Blocks that follow one another are read together.
+        breaks = np.flatnonzero(addresses[1:] != ends[:-1]) + 1
+        firsts, lasts = np.r_[0, breaks], np.r_[breaks, len(ends)] - 1
+        words = self._pagemap.read(list(zip(addresses[firsts].tolist(), ends[lasts].tolist(), strict=True)))
+        counts = (ends - addresses) // self._geometry.page_size
         begins = np.cumsum(counts) - counts
         own = np.uint64(abi.PM_PRESENT | abi.PM_MMAP_EXCLUSIVE)
         bad = np.uint64(abi.PM_FILE | abi.PM_SWAP | abi.PM_UFFD_WP | abi.PM_GUARD_REGION)
