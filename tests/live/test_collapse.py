@@ -16,7 +16,7 @@ from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages")]
 
 PAGES = PMD_SIZE // PAGE_SIZE
 FULL, SOME, EMPTY = 4, (300, 200, 1), 2
@@ -327,6 +327,7 @@ def test_shared_memory_when_it_is_wanted(actor: Actor) -> None:
     assert actor.damaged(address, 2 * PAGES) == 0
 
 
+@pytest.mark.requires("pagemap_scan")
 def test_the_huge_zero_page_is_not_counted_as_covered(actor: Actor, thp_switches: ThpSwitches) -> None:
     address = actor.map(2 * PMD_SIZE)
     thp_switches.set("enabled", "always")

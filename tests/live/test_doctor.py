@@ -57,7 +57,7 @@ def test_trials_leave_nothing_behind() -> None:
 @pytest.mark.parametrize("word", ["always", "madvise", "never"])
 def test_the_trial_of_madv_collapse_really_collapses(thp_switches: ThpSwitches, word: str) -> None:
     thp_switches.set("enabled", word)
-    thp_switches.set(f"hugepages-{ThpSysfs().geometry().pmd_size >> 10}kB/enabled", "inherit")
+    thp_switches.only(f"{ThpSysfs().geometry().pmd_size >> 10}kB", word="inherit")
     sysfs = ThpSysfs()
     before = sysfs.vmstat()
     assert probe_collapse(sysfs.geometry()) == 0
