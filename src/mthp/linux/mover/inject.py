@@ -191,7 +191,12 @@ def choose(frozen: FrozenProcess) -> Tracee:
 
 
 def _syscall_address(frozen: FrozenProcess) -> int:
-    """Address of a ``syscall`` instruction in the target's vdso."""
+    """Address of a ``syscall`` instruction in the target's vdso.
+
+    Raises:
+        UnsupportedError: there is none.
+        TargetVanishedError: the target was killed.
+    """
     for line in frozen.process.read("maps").splitlines():
         if line.endswith(b"[vdso]"):
             start, _, end = line.split()[0].partition(b"-")
@@ -199,6 +204,8 @@ def _syscall_address(frozen: FrozenProcess) -> int:
             offset = find_instruction(frozen.read(base, int(end, 16) - base), frozen.machine)
             if offset >= 0:
                 return base + offset
+    # The mappings of a process that was just killed are gone, too.
+    frozen.process.check_memory()
     raise UnsupportedError(
         f"process {frozen.process.label} has no vdso", help="the mover needs its syscall instruction (vdso=1)"
     )
