@@ -331,6 +331,7 @@ def test_devices(link: str, kind: str | None) -> None:
         ("/dev/fuse", (10, 229), True),
         ("/jail/dev/net/tun", (10, 200), True),
         ("/dev/rtc0", (251, 0), True),
+        ("/dev/vport0p2", (246, 2), True),
         ("/dev/of-a-later-kernel", (10, 300), False),
         ("/tmp/kvm-by-another-name", (10, 232), False),
         ("/dev/neuron0", (240, 0), False),

@@ -1,6 +1,8 @@
 """Which pages of a process hold nothing but zeroes: the one thing that mthp reads contents for.
 
-The bytes come from /proc/PID/mem, which reads through protections, piece by piece into one buffer, and nothing is kept.
+The bytes come from /proc/PID/mem, piece by piece into one buffer, and nothing is kept. It reads through protections,
+where the kernel lets others than tracers do so (proc_mem.force_override, since Linux 6.12); pages that cannot be read
+count as not zero.
 Only pages that were there a moment ago are read. One that was swapped out since is read back, and for one that was
 freed since the kernel maps the zero page, so no byte that the process sees changes; that its pages were used just now
 the kernel notes as for any access.

@@ -43,7 +43,7 @@ _HARMLESS_NAMES = (
     *("autofs", "btrfs-control", "bus/usb/", "cpu_dma_latency", "cuse", "fb", "fuse", "gpiochip", "hidraw", "hpet"),
     *("hvc", "hwrng", "i2c-", "ipmi", "loop-control", "mapper/control", "mei", "net/", "nvme", "ppp", "pps", "ptp"),
     *("rfkill", "rtc", "snd/", "tpm", "ttyA", "ttyS", "ttyU", "uhid", "uinput", "userfaultfd", "vcs", "vga_arbiter"),
-    *("vsock", "watchdog"),
+    *("vport", "vsock", "watchdog"),
 )
 """Devices of other numbers, many of which are given out as they come, by how their names below ``/dev`` begin. All of
 these copy what they read and write, or pin it while they transfer it."""
