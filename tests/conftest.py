@@ -26,6 +26,7 @@ from typing import NoReturn
 import pytest
 
 from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.mover.machine import MACHINES
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from thp_switches import THP_ROOT, ThpSwitches
@@ -76,7 +77,11 @@ _REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "root": (_is_root, "needs root"),
     "pfns": (can_see_pfns, "needs page frame numbers (CAP_SYS_ADMIN)"),
     "thp": (lambda: _can_write(THP_ROOT / "enabled"), "needs THP with switches that may be changed"),
-    "mthp": (lambda: _can_write(THP_ROOT / "hugepages-64kB/enabled"), "needs per-size THP switches (Linux 6.8)"),
+    "mthp": (
+        lambda: _can_write(THP_ROOT / f"hugepages-{4 * mmap.PAGESIZE >> 10}kB/enabled"),
+        "needs per-size THP switches (Linux 6.8)",
+    ),
+    "mover": (lambda: os.uname().machine in MACHINES, "needs a machine that the mover has code for"),
     "4k-pages": (lambda: mmap.PAGESIZE == 4096, "needs base pages of 4 KiB"),
     "pagemap_scan": (_has_scan, "needs PAGEMAP_SCAN (Linux 6.7)"),
     "guard": (lambda: _can_advise(102), "needs MADV_GUARD_INSTALL (Linux 6.13)"),

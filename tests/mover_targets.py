@@ -23,8 +23,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mthp.linux.sysfs import ThpSysfs
 from targets import threads_of
 from waiting import PATIENCE, wait_for
+
+GEOMETRY = ThpSysfs().geometry()
+"""Of this machine."""
+
+ORDER = 4
+BLOCK = GEOMETRY.size_of(ORDER)
+"""What the tests move, if they do not say otherwise: there is such an order on every machine."""
+
+
+def size_name(order: int) -> str:
+    """A folio size as :class:`~thp_switches.ThpSwitches` names it, such as ``"64kB"``."""
+    return GEOMETRY.sysfs_name(order).removeprefix("hugepages-")
+
+
+BLOCK_SIZE = size_name(ORDER)
 
 SOURCES = Path(__file__).parent / "programs"
 MAX_THREADS = 128
@@ -71,11 +87,12 @@ class Writers:
 
     Attributes:
         pid: its PID.
-        base, size: its memory.
+        base, size: its memory: so many MiB with pages of 4 KiB, and as many pages with others.
     """
 
     def __init__(self, directory: Path, threads: int, megabytes: int, flags: str = "-") -> None:
         self.threads = threads
+        megabytes *= GEOMETRY.page_size // 4096
         path = directory / f"writers-{time.monotonic_ns()}"
         path.write_bytes(b"\0" * (8 * (len(_WORDS) + 2 * MAX_THREADS)))
         self.process = subprocess.Popen([compiled("mover_writers"), str(path), str(threads), str(megabytes), flags])
@@ -312,8 +329,12 @@ print("ready", flush=True)
 time.sleep(600)
 """
 
-PREAMBLE = """
+_NUMBERS = {"x86_64": (206, 323, 273), "ppc64le": (227, 364, 300)}.get(os.uname().machine, (0, 282, 99))
+
+PREAMBLE = f"""
 import ctypes, mmap, os, struct, sys, threading, time
+PAGE = mmap.PAGESIZE
+IO_SETUP, USERFAULTFD, SET_ROBUST_LIST = {_NUMBERS}
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl(1, 9)
 libc.syscall.restype = ctypes.c_long
@@ -326,11 +347,14 @@ def call(number, *arguments):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return answer
 def memory(pages):
-    return libc.mmap(None, pages * 4096, 3, 0x22, -1, 0)
+    return libc.mmap(None, pages * PAGE, 3, 0x22, -1, 0)
 def thread(function, *arguments):
     threading.Thread(target=function, args=arguments, daemon=True).start()
 def clone(flags):
-    stack = memory(16) + 16 * 4096
+    stack = memory(16) + 16 * PAGE
     return libc.clone(ctypes.cast(libc.pause, ctypes.c_void_p), ctypes.c_void_p(stack), flags, None)
 """
-"""What a target that is written in Python begins with: system calls by number, memory, threads, clone(2)."""
+"""What a target that is written in Python begins with: system calls by number, memory, threads, clone(2).
+
+Numbers that are not named here are the same on every machine.
+"""

@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable
 
 from mthp.errors import MthpError
-from mthp.geometry import X86_64
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.process import Process
+from mthp.linux.sysfs import ThpSysfs
 
+GEOMETRY = ThpSysfs().geometry()
 ORDER = 4
 BLOCKS = 64
 
@@ -44,14 +45,14 @@ def killer(name: str, count: int) -> Observer:
 
 def move_for_ever(pid: int, base: int, size: int, observer: Observer, begun: Callable[[], None]) -> None:
     """Open and close sessions, with some windows in each; let `begun` know when it starts."""
-    block = X86_64.size_of(ORDER)
+    block = GEOMETRY.size_of(ORDER)
     everything = [(address, ORDER) for address in range(base, base + size, block)]
     begun()
     with Process(pid) as process:
         while True:
             # A busy machine may take its time to let threads come to a stop.
             session = MoverSession(
-                process, X86_64, max_pause_ns=5_000_000, duty=1.0, stop_timeout_ns=3_000_000_000, observer=observer
+                process, GEOMETRY, max_pause_ns=5_000_000, duty=1.0, stop_timeout_ns=3_000_000_000, observer=observer
             )
             with session:
                 for _ in range(10):

@@ -27,8 +27,18 @@ PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 MADV_FREE, MADV_HUGEPAGE, MADV_NOHUGEPAGE = 8, 14, 15
 MADV_PAGEOUT, MADV_COLLAPSE, MADV_GUARD_INSTALL = 21, 25, 102
-PMD_SIZE = 2 << 20
 PAGE_SIZE = os.sysconf("SC_PAGESIZE")
+
+
+def _pmd_size() -> int:
+    try:
+        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
+    except FileNotFoundError:
+        return PAGE_SIZE * (PAGE_SIZE // 8)
+
+
+PMD_SIZE = _pmd_size()
+"""What one entry of the PMD maps; without THP what it maps on most machines, whose tables are pages of 64-bit words."""
 
 
 class Puppet:
@@ -68,7 +78,7 @@ class Puppet:
         return int(self._answer())
 
     def map(self, size: int, *, shared: bool = False, advice: int | None = None) -> int:
-        """Map `size` bytes of anonymous memory, alone and aligned to 2 MiB, and give the address."""
+        """Map `size` bytes of anonymous memory, alone and aligned to a PMD range, and give the address."""
         address = self.tell("map", size, int(shared))
         if advice is not None:
             self.tell("madvise", address, size, advice)
@@ -166,7 +176,7 @@ def _mmap(address: int, size: int, protection: int, flags: int) -> int:
 
 
 def map_aligned(size: int, shared: int) -> int:
-    """Map `size` bytes at a multiple of 2 MiB, with nothing mapped on either side that could merge with it."""
+    """Map `size` bytes at the beginning of a PMD range, with nothing mapped on either side that could merge with it."""
     reserved = _mmap(0, size + 3 * PMD_SIZE, PROT_NONE, MAP_PRIVATE)
     address = -(-reserved // PMD_SIZE) * PMD_SIZE + PMD_SIZE
     return _mmap(address, size, PROT_READ | PROT_WRITE, MAP_FIXED | (MAP_SHARED if shared else MAP_PRIVATE))

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from e2e.helpers import Actor
-from mover_targets import Writers, mappings
+from mover_targets import BLOCK, GEOMETRY, Writers, mappings
 from mthp.addrspace import Block, CollapseOutcome, Means
-from mthp.geometry import X86_64
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover import recheck
 from mthp.linux.mover.freeze import FrozenProcess
@@ -21,9 +20,8 @@ from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
 
-K64 = 64 << 10
 MOVE = Means(mechanism="move", max_pause_ns=20_000_000, duty=1.0)
 
 
@@ -46,7 +44,7 @@ def space(actor: Actor) -> Iterator[LiveAddressSpace]:
 
 
 def blocks(start: int, size: int, order: int) -> list[Block]:
-    return [(address, order) for address in range(start, start + size, X86_64.size_of(order))]
+    return [(address, order) for address in range(start, start + size, GEOMETRY.size_of(order))]
 
 
 def orders(space: LiveAddressSpace, start: int, size: int) -> dict[int, int]:
@@ -94,17 +92,17 @@ def test_the_mechanisms(actor: Actor, space: LiveAddressSpace) -> None:
     by_call = space.collapse_blocks(wanted, Means(mechanism="madvise"))
     assert [outcome.result for outcome in by_call] == [ScanResult.SUCCEED, ScanResult.FAIL]
     assert "mover" in by_call[1].reason
-    assert orders(space, address, PMD_SIZE + K64) == {9: 512, 4: 16}
+    assert orders(space, address, PMD_SIZE + BLOCK) == {9: 512, 4: 16}
 
 
 def test_each_block_has_its_own_reason(actor: Actor, space: LiveAddressSpace) -> None:
     address = actor.map(PMD_SIZE)
     actor.fill(address, 4 * 16)
-    actor.tell("read", address + 4 * K64, 16, 1)
-    actor.tell("madvise", address + K64 + PAGE_SIZE, PAGE_SIZE, 4)
+    actor.tell("read", address + 4 * BLOCK, 16, 1)
+    actor.tell("madvise", address + BLOCK + PAGE_SIZE, PAGE_SIZE, 4)
     spared = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
     actor.fill(spared, 16)
-    wanted = [(address + at * K64, 4) for at in range(6)] + [(spared, 4), (1 << 30, 4)]
+    wanted = [(address + at * BLOCK, 4) for at in range(6)] + [(spared, 4), (1 << 30, 4)]
     outcomes = space.collapse_blocks(wanted, MOVE)
     assert [outcome.result.name for outcome in outcomes] == [
         *("SUCCEED", "EXCEED_NONE_PTE", "SUCCEED", "SUCCEED", "NO_PTE_TABLE", "NO_PTE_TABLE"),
@@ -118,9 +116,9 @@ def test_each_block_has_its_own_reason(actor: Actor, space: LiveAddressSpace) ->
         [wanted[1], wanted[4]], Means(mechanism="move", max_pause_ns=20_000_000, duty=1.0, fill=True, verify=True)
     )
     assert [outcome.result.name for outcome in filled] == ["SUCCEED", "NO_PTE_TABLE"]
-    assert actor.damaged(address + 2 * K64, 32) == 0
+    assert actor.damaged(address + 2 * BLOCK, 32) == 0
     assert actor.damaged(address, 17) == 0
-    assert actor.unwritten(address + K64 + PAGE_SIZE, 1) == 1
+    assert actor.unwritten(address + BLOCK + PAGE_SIZE, 1) == 1
 
 
 @pytest.mark.parametrize("query", [recheck.PROCMAP_QUERY, 0xC06866FF], ids=["query", "as before Linux 6.11"])
@@ -155,12 +153,12 @@ def test_a_change_before_the_stop_is_the_reason_of_its_block(
 
     monkeypatch.setattr(FrozenProcess, "stop", late)
     monkeypatch.setattr(recheck, "PROCMAP_QUERY", query)
-    first, *others = space.collapse_blocks(blocks(address, 4 * K64, 4), MOVE)
+    first, *others = space.collapse_blocks(blocks(address, 4 * BLOCK, 4), MOVE)
     assert first.result is not ScanResult.SUCCEED
     assert reason in first.reason
     assert results(others) == {ScanResult.SUCCEED: 3}
-    assert orders(space, address + K64, 3 * K64) == {4: 48}
-    assert actor.damaged(address + K64, 48) == 0
+    assert orders(space, address + BLOCK, 3 * BLOCK) == {4: 48}
+    assert actor.damaged(address + BLOCK, 48) == 0
 
 
 def test_a_refusal_of_the_process_is_the_reason_of_every_block(actor: Actor, space: LiveAddressSpace) -> None:
@@ -168,13 +166,13 @@ def test_a_refusal_of_the_process_is_the_reason_of_every_block(actor: Actor, spa
     actor.fill(address, 64)
     before = mappings(actor.pid)
     actor.tell("set_thp_disable", 1)
-    outcomes = space.collapse_blocks(blocks(address, 4 * K64, 4), MOVE)
+    outcomes = space.collapse_blocks(blocks(address, 4 * BLOCK, 4), MOVE)
     assert {(outcome.result, "PR_SET_THP_DISABLE" in outcome.reason) for outcome in outcomes} == {
         (ScanResult.FAIL, True)
     }
     assert mappings(actor.pid) == before
     actor.tell("set_thp_disable", 0)
-    assert results(space.collapse_blocks(blocks(address, 4 * K64, 4), MOVE)) == {ScanResult.SUCCEED: 4}
+    assert results(space.collapse_blocks(blocks(address, 4 * BLOCK, 4), MOVE)) == {ScanResult.SUCCEED: 4}
 
 
 def test_under_threads_that_write_and_fork(tmp_path: Path) -> None:

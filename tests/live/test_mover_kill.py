@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import Writers
+from mover_targets import BLOCK_SIZE, Writers
 from mthp.linux.mover.steps import Step
 from thp_switches import ThpSwitches
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 TRACER = Path(__file__).parents[1] / "mover_tracer.py"
 THREADS = 4
@@ -82,7 +82,7 @@ class Victim:
 
 @pytest.fixture
 def small_folios(thp_switches: ThpSwitches) -> None:
-    thp_switches.only("64kB", word="always")
+    thp_switches.only(BLOCK_SIZE, word="always")
 
 
 def _commands() -> list[tuple[str, Step | None]]:

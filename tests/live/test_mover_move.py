@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mover_targets import Writers, mappings
+from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, mappings, size_name
 from mthp.addrspace import ORDER_NONE, Block
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
-from mthp.geometry import X86_64
 from mthp.linux import abi
 from mthp.linux.live import open_live
 from mthp.linux.mover import park, ptrace
@@ -35,25 +34,22 @@ from targets import STRICT, Puppet, is_strict
 from thp_switches import ThpSwitches
 from waiting import until, wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 STOP_TIMEOUT_NS = 60 * 10**9
 """On a machine with more to do than it can, a thread may not get to stopping for seconds."""
 
-ORDER = 4
-BLOCK = X86_64.size_of(ORDER)
-
 
 @pytest.fixture
-def only_64k(thp_switches: ThpSwitches) -> None:
-    thp_switches.only("64kB", word="always")
+def only_blocks(thp_switches: ThpSwitches) -> None:
+    thp_switches.only(BLOCK_SIZE, word="always")
 
 
 def session_of(process: Process, **arguments: float) -> MoverSession:
     options = {"max_pause_ns": 5_000_000, "duty": 1.0} | arguments
     return MoverSession(
         process,
-        X86_64,
+        GEOMETRY,
         max_pause_ns=int(options["max_pause_ns"]),
         duty=options["duty"],
         stop_timeout_ns=STOP_TIMEOUT_NS,
@@ -61,14 +57,14 @@ def session_of(process: Process, **arguments: float) -> MoverSession:
 
 
 def blocks_of(target: Writers, order: int = ORDER) -> list[Block]:
-    size = X86_64.size_of(order)
+    size = GEOMETRY.size_of(order)
     return [(address, order) for address in range(target.base, target.base + target.size, size)]
 
 
 def make_whole(process: Process, target: Writers) -> None:
     """Have the kernel's collapse make new folios of those that forks left in pieces, which are refused for good."""
-    for address in range(target.base, target.base + target.size, X86_64.pmd_size):
-        abi.process_madvise(process.pidfd, address, X86_64.pmd_size, abi.MADV_COLLAPSE)
+    for address in range(target.base, target.base + target.size, GEOMETRY.pmd_size):
+        abi.process_madvise(process.pidfd, address, GEOMETRY.pmd_size, abi.MADV_COLLAPSE)
 
 
 def orders_of(pid: int, start: int, end: int) -> set[int]:
@@ -76,13 +72,13 @@ def orders_of(pid: int, start: int, end: int) -> set[int]:
         return set(space.read([(start, end)]).folio_order.tolist())
 
 
-@pytest.mark.parametrize(("size", "order"), [("16kB", 2), ("64kB", 4), ("512kB", 7), ("1024kB", 8)])
-def test_one_thread_gets_the_wanted_order(tmp_path: Path, thp_switches: ThpSwitches, size: str, order: int) -> None:
+@pytest.mark.parametrize("order", [2, 4, 7, 8])
+def test_one_thread_gets_the_wanted_order(tmp_path: Path, thp_switches: ThpSwitches, order: int) -> None:
     thp_switches.only()
     with Writers(tmp_path, 1, 4) as target:
         assert orders_of(target.pid, target.base, target.base + target.size) == {0}
         before = mappings(target.pid)
-        thp_switches.only(size, word="always")
+        thp_switches.only(size_name(order), word="always")
         with Process(target.pid) as process, session_of(process) as session:
             outcomes = session.move(blocks_of(target, order), verify=True)
             assert len(mappings(target.pid)) > len(before)
@@ -107,7 +103,7 @@ def test_a_block_that_did_not_get_its_order_is_reported(tmp_path: Path, thp_swit
         assert target.finish() == 0
 
 
-def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_64k: None) -> None:
+def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_blocks: None) -> None:
     """No wrong byte, no lost signal. MTHP_TEST_ROUNDS makes it long: 400 rounds are over 100 000 blocks moved."""
     rounds = int(os.environ.get("MTHP_TEST_ROUNDS", "4"))
     with Writers(tmp_path, 8, 16, "fts") as target:
@@ -165,7 +161,7 @@ def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_64k:
 
 
 def test_without_stopping_the_target_it_would_go_wrong(
-    tmp_path: Path, only_64k: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, only_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control: with all threads but the worker let go before the worker runs, the target sees wrong bytes."""
 
@@ -189,7 +185,7 @@ def test_without_stopping_the_target_it_would_go_wrong(
         assert target.errors > 0
 
 
-def test_a_stopped_target_stays_stopped(tmp_path: Path, only_64k: None) -> None:
+def test_a_stopped_target_stays_stopped(tmp_path: Path, only_blocks: None) -> None:
     with Writers(tmp_path, 3, 4) as target:
         target.signal(signal.SIGSTOP)
         assert wait_for(lambda: target.state() == "T")
@@ -205,7 +201,7 @@ def test_a_stopped_target_stays_stopped(tmp_path: Path, only_64k: None) -> None:
         assert target.finish() == 0
 
 
-def test_stop_and_continue_at_any_moment(tmp_path: Path, only_64k: None) -> None:
+def test_stop_and_continue_at_any_moment(tmp_path: Path, only_blocks: None) -> None:
     with Writers(tmp_path, 3, 4) as target:
         stop = threading.Event()
 
@@ -280,13 +276,13 @@ def test_a_target_that_executes_another_program_is_left_alone() -> None:
 def test_what_the_kernel_refuses_stays_as_it_was(thp_switches: ThpSwitches) -> None:
     thp_switches.only()
     with Puppet() as puppet:
-        hole, nothing = puppet.map(1 << 20), 1 << 30
+        hole, nothing = puppet.map(16 * BLOCK), 1 << 30
         puppet.write(hole, pages=8)
         with Process(puppet.pid) as process, session_of(process) as session:
             outcomes = session.move([(hole, ORDER), (nothing, ORDER)])
         assert [outcome.result for outcome in outcomes] == [ScanResult.PTE_NON_PRESENT] * 2
         assert all(outcome.reason for outcome in outcomes)
-        assert orders_of(puppet.pid, hole + 8 * X86_64.page_size, hole + BLOCK) == {ORDER_NONE}
+        assert orders_of(puppet.pid, hole + 8 * GEOMETRY.page_size, hole + BLOCK) == {ORDER_NONE}
         assert puppet.tell("read", hole, 16, 1) == 8
 
 
@@ -306,11 +302,11 @@ def test_neighbours_are_moved_together_and_a_failure_stays_with_its_block(
     monkeypatch.setattr(mover_session, "work", counting)
     thp_switches.only()
     with Puppet() as puppet:
-        memory = puppet.map(1 << 20)
-        hole = memory + 5 * BLOCK + 3 * X86_64.page_size
+        memory = puppet.map(16 * BLOCK)
+        hole = memory + 5 * BLOCK + 3 * GEOMETRY.page_size
         puppet.write(memory, pages=5 * 16 + 3)
-        puppet.write(hole + X86_64.page_size, pages=10 * 16 + 12)
-        thp_switches.only("64kB", word="always")
+        puppet.write(hole + GEOMETRY.page_size, pages=10 * 16 + 12)
+        thp_switches.only(BLOCK_SIZE, word="always")
         blocks = [(memory + number * BLOCK, ORDER) for number in range(16)]
         with Process(puppet.pid) as process, session_of(process, max_pause_ns=10**9) as session:
             # The first window has one block, from which the session learns.
@@ -322,17 +318,17 @@ def test_neighbours_are_moved_together_and_a_failure_stays_with_its_block(
         assert [outcome.result for outcome in outcomes] == expected
         assert outcomes[5].errno == errno.EAGAIN
         assert orders_of(puppet.pid, memory, memory + 5 * BLOCK) == {ORDER}
-        assert orders_of(puppet.pid, memory + 6 * BLOCK, memory + (1 << 20)) == {ORDER}
-        assert orders_of(puppet.pid, hole, hole + X86_64.page_size) == {ORDER_NONE}
+        assert orders_of(puppet.pid, memory + 6 * BLOCK, memory + 16 * BLOCK) == {ORDER}
+        assert orders_of(puppet.pid, hole, hole + GEOMETRY.page_size) == {ORDER_NONE}
         assert puppet.tell("read", memory, 256, 1) == 255
 
 
 def test_filling_makes_a_block_with_holes_whole(thp_switches: ThpSwitches) -> None:
     thp_switches.only()
     with Puppet() as puppet:
-        hole = puppet.map(1 << 20)
+        hole = puppet.map(16 * BLOCK)
         puppet.write(hole, pages=8)
-        thp_switches.only("64kB", word="always")
+        thp_switches.only(BLOCK_SIZE, word="always")
         with Process(puppet.pid) as process, session_of(process) as session:
             (outcome,) = session.move([(hole, ORDER)], fill=True, verify=True)
         assert outcome.result is ScanResult.SUCCEED
@@ -340,7 +336,7 @@ def test_filling_makes_a_block_with_holes_whole(thp_switches: ThpSwitches) -> No
         assert orders_of(puppet.pid, hole, hole + BLOCK) == {ORDER}
 
 
-def test_a_block_that_holds_a_stack_pointer_is_left_alone(tmp_path: Path, only_64k: None) -> None:
+def test_a_block_that_holds_a_stack_pointer_is_left_alone(tmp_path: Path, only_blocks: None) -> None:
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process, session_of(process) as session:
         stack = next(line for line in mappings(target.pid) if line.endswith("[stack]"))
         end = int(stack.split("-")[1].split()[0], 16)
@@ -351,9 +347,9 @@ def test_a_block_that_holds_a_stack_pointer_is_left_alone(tmp_path: Path, only_6
 def test_a_window_with_more_threads_than_there_was_room_for(tmp_path: Path, thp_switches: ThpSwitches) -> None:
     thp_switches.only()
     with Puppet() as puppet:
-        memory = puppet.map(1 << 20)
+        memory = puppet.map(16 * BLOCK)
         puppet.write(memory, pages=256)
-        thp_switches.only("64kB", word="always")
+        thp_switches.only(BLOCK_SIZE, word="always")
         with Process(puppet.pid) as process, session_of(process) as session:
             for _ in range(80):
                 puppet.tell("start_thread")
@@ -373,7 +369,7 @@ def test_the_mover_does_not_move_itself(tmp_path: Path) -> None:
         session.close()
 
 
-def test_a_changed_byte_would_be_reported(tmp_path: Path, only_64k: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_byte_would_be_reported(tmp_path: Path, only_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hashes come from the target; were they to differ, the block would not pass for a success."""
 
     def lying(
@@ -393,7 +389,7 @@ def test_a_changed_byte_would_be_reported(tmp_path: Path, only_64k: None, monkey
 
 def test_wrong_usage_is_refused(tmp_path: Path) -> None:
     with Process("self") as myself, pytest.raises(UnsupportedError, match="itself"):
-        MoverSession(myself, X86_64)
+        MoverSession(myself, GEOMETRY)
     with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
         for wrong in ({"duty": 0}, {"duty": 1.5}, {"max_pause_ns": 0}):
             with pytest.raises(UsageError):
@@ -401,6 +397,6 @@ def test_wrong_usage_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="not open"):
             session_of(process).move([])
         with session_of(process) as session, pytest.raises(UsageError, match="aligned"):
-            session.move([(target.base + 4096, ORDER)])
-        with session_of(process) as session, pytest.raises(UsageError, match="2M"):
-            session.move([(target.base, X86_64.pmd_order)])
+            session.move([(target.base + GEOMETRY.page_size, ORDER)])
+        with session_of(process) as session, pytest.raises(UsageError, match=GEOMETRY.label(GEOMETRY.pmd_order)):
+            session.move([(target.base, GEOMETRY.pmd_order)])

@@ -17,9 +17,8 @@ from typing import Any, cast
 
 import pytest
 
-from mover_targets import SQPOLL, Writers, mappings, program
+from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, program
 from mthp.errors import TargetVanishedError, UnsupportedError
-from mthp.geometry import X86_64
 from mthp.linux.mover import inject, park
 from mthp.linux.mover.blockrefusals import BlockRefusal
 from mthp.linux.mover.freeze import FrozenProcess
@@ -29,10 +28,7 @@ from mthp.linux.mover.tracee import CannotStopError, Stopped
 from mthp.linux.process import Process
 from waiting import wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
-
-ORDER = 4
-BLOCK = X86_64.size_of(ORDER)
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 SECCOMP = """
 import ctypes, struct, time
@@ -51,7 +47,7 @@ def test_a_thread_of_the_kernel_is_known_by_its_registers(monkeypatch: pytest.Mo
     monkeypatch.setattr("mthp.linux.mover.freeze.check_thread", lambda *_: None)
     with program(SQPOLL) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="kernel's"), MoverSession(process, X86_64):
+        with pytest.raises(CannotStopError, match="kernel's"), MoverSession(process, GEOMETRY):
             pass
         assert mappings(pid) == before
         assert process.is_alive()
@@ -62,7 +58,7 @@ def test_a_thread_that_has_come_to_filter_its_calls_is_not_given_our_code(monkey
     monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: dict.fromkeys(range(1 << 22)))
     with program(SECCOMP) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="seccomp"), MoverSession(process, X86_64):
+        with pytest.raises(CannotStopError, match="seccomp"), MoverSession(process, GEOMETRY):
             pass
         assert mappings(pid) == before
         assert process.is_alive()
@@ -76,7 +72,7 @@ def test_a_frozen_target_gets_its_registers_back(
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         frozen_cgroup(target.pid)
         before = mappings(target.pid)
-        with pytest.raises(CannotStopError, match="does not run"), MoverSession(process, X86_64):
+        with pytest.raises(CannotStopError, match="does not run"), MoverSession(process, GEOMETRY):
             pass
         assert mappings(target.pid) == before
         target_cgroup = Path(f"/proc/{target.pid}/cgroup").read_text()
@@ -97,7 +93,7 @@ def test_a_target_frozen_at_work_is_left_to_itself(
             if step is Step.ARMED:
                 frozen_cgroup(target.pid)
 
-        session = MoverSession(process, X86_64, duty=1.0, observer=freeze)
+        session = MoverSession(process, GEOMETRY, duty=1.0, observer=freeze)
         with session, pytest.raises(CannotStopError, match="does not get on"):
             session.move([(target.base, ORDER), (target.base + BLOCK, ORDER)])
         assert not target.progresses(0.2)
@@ -118,7 +114,7 @@ def test_the_next_file_that_a_program_opens_has_the_number_that_it_expects(tmp_p
     with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
         numbers = {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()}
         size = int(process.status("FDSize") or 0)
-        with MoverSession(process, X86_64) as session:
+        with MoverSession(process, GEOMETRY) as session:
             now = {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()}
             assert now - numbers == {session.uffd}
             assert session.uffd == size - 1
@@ -130,7 +126,7 @@ def test_the_next_file_that_a_program_opens_has_the_number_that_it_expects(tmp_p
 LIMITS = """
 import os, resource, sys, time
 fd = os.open("/dev/null", os.O_RDONLY)
-size = int(open("/proc/self/statm").read().split()[0]) * 4096
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limits = {"files": (resource.RLIMIT_NOFILE, fd + 1), "memory": (resource.RLIMIT_AS, size)}
 resource.setrlimit(limits[WHAT][0], (limits[WHAT][1],) * 2)
 print("ready", flush=True)
@@ -142,7 +138,7 @@ time.sleep(600)
 def test_a_target_at_its_limits_is_left_as_it_was(what: str) -> None:
     with program(f"WHAT = {what!r}\n{LIMITS}") as (pid, _), Process(pid) as process:
         before, files = mappings(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        with pytest.raises(UnsupportedError, match="nothing can be injected"), MoverSession(process, X86_64):
+        with pytest.raises(UnsupportedError, match="nothing can be injected"), MoverSession(process, GEOMETRY):
             pass
         assert mappings(pid) == before
         assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
@@ -182,11 +178,11 @@ def test_what_a_program_maps_over_the_mover_is_not_unmapped_with_it() -> None:
 
         says("ready")
         with Process(child.pid) as process:
-            with MoverSession(process, X86_64) as session:
+            with MoverSession(process, GEOMETRY) as session:
                 assert session._injection is not None
                 layout = session._injection.layout
                 end = layout.scratch + layout.scratch_size
-                says("mapped", f"{end - 16 * X86_64.page_size} {end}\n")
+                says("mapped", f"{end - 16 * GEOMETRY.page_size} {end}\n")
             says("intact", "\n")
 
 
@@ -207,7 +203,7 @@ threading.Thread(target=guard).start()
 def test_a_thread_that_has_just_come_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     with program(GUARDED_THREAD) as (pid, _), Process(pid) as process:
         monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: {pid: None})
-        with pytest.raises(CannotStopError, match="seccomp"), MoverSession(process, X86_64):
+        with pytest.raises(CannotStopError, match="seccomp"), MoverSession(process, GEOMETRY):
             pass
         assert process.is_alive()
 
@@ -225,7 +221,7 @@ def test_a_program_that_intercepts_its_system_calls_is_refused() -> None:
     """As Wine does; ours would be handed to its handler, too."""
     with program(DISPATCH) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="intercepts"), MoverSession(process, X86_64):
+        with pytest.raises(CannotStopError, match="intercepts"), MoverSession(process, GEOMETRY):
             pass
         assert mappings(pid) == before
         assert process.is_alive()
@@ -253,7 +249,7 @@ time.sleep(600)
 def test_a_thread_that_runs_32_bit_code_in_a_64_bit_process_is_refused() -> None:
     with program(OTHER_SEGMENT) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="64-bit"), MoverSession(process, X86_64):
+        with pytest.raises(CannotStopError, match="64-bit"), MoverSession(process, GEOMETRY):
             pass
         assert mappings(pid) == before
         assert process.is_alive()
@@ -262,7 +258,7 @@ def test_a_thread_that_runs_32_bit_code_in_a_64_bit_process_is_refused() -> None
 def test_a_child_has_nothing_of_the_mover(tmp_path: Path) -> None:
     """A forked child has no use for it, and nobody would take it out of there."""
     with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
-        with MoverSession(process, X86_64) as session:
+        with MoverSession(process, GEOMETRY) as session:
             assert session._injection is not None
             begin, end = session._injection.layout.extent
             flags = []
@@ -298,7 +294,7 @@ def test_a_file_that_has_come_by_the_number_of_the_mover_is_not_closed() -> None
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         with Process(child.pid) as process:
-            with MoverSession(process, X86_64) as session:
+            with MoverSession(process, GEOMETRY) as session:
                 child.stdin.write(f"{session.uffd}\n")
                 child.stdin.flush()
                 assert child.stdout.readline() == "closed\n"
@@ -386,7 +382,7 @@ def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path
             target.signal(signal.SIGSTOP)
 
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        with MoverSession(process, X86_64, observer=stop):
+        with MoverSession(process, GEOMETRY, observer=stop):
             pass
         assert sent == 3
         assert wait_for(lambda: target.state() == "T")
@@ -404,7 +400,7 @@ def test_a_target_that_is_killed_at_any_step_has_vanished(tmp_path: Path, step: 
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         with (
             pytest.raises(TargetVanishedError),
-            MoverSession(process, X86_64, duty=1.0, observer=kill) as session,
+            MoverSession(process, GEOMETRY, duty=1.0, observer=kill) as session,
         ):
             session.move([(target.base, ORDER)] * 3)
         assert wait_for(lambda: target.process.poll() is not None), "it was not reaped"
@@ -426,7 +422,7 @@ def test_a_block_that_holds_an_rseq_area_is_left_alone(tmp_path: Path) -> None:
             areas = executor.submit(look).result()
         if not areas:
             pytest.skip("needs a C library that registers rseq areas")
-        blocks = sorted({(area & ~0x3FFF, 2) for area in areas})
-        with MoverSession(process, X86_64, duty=1.0) as session:
+        blocks = sorted({(area & -GEOMETRY.size_of(2), 2) for area in areas})
+        with MoverSession(process, GEOMETRY, duty=1.0) as session:
             assert {outcome.reason for outcome in session.move(blocks)} == {BlockRefusal.SPECIAL.reason}
         assert target.finish() == 0

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import SQPOLL, Writers, compiled, mappings, program
-from mthp.geometry import X86_64
+from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, SQPOLL, Writers, compiled, mappings, program
 from mthp.linux.mover import inject, stub
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
@@ -26,15 +25,12 @@ from mthp.results import ScanResult
 from thp_switches import ThpSwitches
 from waiting import wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
-
-ORDER = 4
-BLOCK = X86_64.size_of(ORDER)
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 
 @pytest.fixture(autouse=True)
-def only_64k(thp_switches: ThpSwitches) -> None:
-    thp_switches.only("64kB", word="always")
+def only_blocks(thp_switches: ThpSwitches) -> None:
+    thp_switches.only(BLOCK_SIZE, word="always")
 
 
 @contextlib.contextmanager
@@ -67,21 +63,21 @@ def uring_target(directory: Path) -> Iterator[tuple[int, Callable[[int], int], C
 def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(tmp_path: Path) -> None:
     """Nobody has refused the process here; the kernel refuses the pages."""
     with uring_target(tmp_path) as (pid, word, outcome):
-        with Process(pid) as process, MoverSession(process, X86_64, duty=1.0, max_pause_ns=10**7) as session:
+        with Process(pid) as process, MoverSession(process, GEOMETRY, duty=1.0, max_pause_ns=10**7) as session:
             outcomes = session.move([(address, ORDER) for address in range(word(2), word(2) + word(3), BLOCK)])
         assert {(outcome.result, outcome.errno) for outcome in outcomes} == {(ScanResult.PAGE_COUNT, errno.EBUSY)}
         assert not any(outcome.moved_bytes for outcome in outcomes)
         assert outcome() == 1
 
 
-MDWE = """
+MDWE = f"""
 import ctypes, mmap, time
 if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):
     print("none", flush=True)
-memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory = mmap.mmap(-1, 4 * {BLOCK}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 memory[:] = b"x" * len(memory)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-print(-(-address // 65536) * 65536, flush=True)
+print(-(-address // {BLOCK}) * {BLOCK}, flush=True)
 time.sleep(600)
 """
 
@@ -89,7 +85,7 @@ time.sleep(600)
 def test_a_thread_of_io_uring_is_not_given_our_code() -> None:
     with program(SQPOLL) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="io_uring"), MoverSession(process, X86_64):
+        with pytest.raises(CannotStopError, match="io_uring"), MoverSession(process, GEOMETRY):
             pass
         assert mappings(pid) == before
         assert process.is_alive()
@@ -98,7 +94,7 @@ def test_a_thread_of_io_uring_is_not_given_our_code() -> None:
 def test_a_program_that_may_not_make_memory_executable_is_moved() -> None:
     """PR_SET_MDWE: what is to be executed must be so from the first, and cannot be written by the program."""
     with program(MDWE) as (pid, said), Process(pid) as process:
-        with MoverSession(process, X86_64, duty=1.0) as session:
+        with MoverSession(process, GEOMETRY, duty=1.0) as session:
             (outcome,) = session.move([(int(said), ORDER)], verify=True)
         assert (outcome.result, outcome.verified) == (ScanResult.SUCCEED, True)
 
@@ -120,7 +116,7 @@ def test_a_signal_between_seizing_and_interrupting_is_not_lost(tmp_path: Path, m
 
     monkeypatch.setattr(Stopped, "attach", attach)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        with MoverSession(process, X86_64, duty=1.0, stop_timeout_ns=60 * 10**9) as session:
+        with MoverSession(process, GEOMETRY, duty=1.0, stop_timeout_ns=60 * 10**9) as session:
             for number in range(10):
                 session.move([(target.base + number * BLOCK, ORDER)])
         assert sent > 30
@@ -138,6 +134,6 @@ def test_scratch_memory_is_empty_before_it_is_used(tmp_path: Path, monkeypatch: 
     register = inject._register
     monkeypatch.setattr(inject, "_register", spilled)
     with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
-        with MoverSession(process, X86_64, duty=1.0) as session:
+        with MoverSession(process, GEOMETRY, duty=1.0) as session:
             assert session.move([(target.base, ORDER)])[0].errno == 0
         assert target.finish() == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -31,13 +30,12 @@ from mthp.linux.mover.refusals import (
     refuse_vma,
     special_ranges,
 )
-from targets import PAGE_SIZE, Puppet, threads_of
+from targets import PAGE_SIZE, PMD_SIZE, Puppet, threads_of
 from waiting import until
 
 pytestmark = [
     pytest.mark.live,
-    pytest.mark.requires("root"),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets make system calls by number"),
+    pytest.mark.requires("root", "mover"),
 ]
 
 PTRACE_SEIZE = 0x4206
@@ -63,17 +61,17 @@ ring = call(425, 4, setup)
 PINNED = f"""
 {IO_URING}
 buffer = memory(16)
-ctypes.memset(buffer, 1, 65536)
-call(427, ring, 0, ctypes.create_string_buffer(struct.pack("QQ", buffer, 65536)), 1)
+ctypes.memset(buffer, 1, 16 * PAGE)
+call(427, ring, 0, ctypes.create_string_buffer(struct.pack("QQ", buffer, 16 * PAGE)), 1)
 """
-AIO = "call(206, 8, ctypes.create_string_buffer(8))"
+AIO = "call(IO_SETUP, 8, ctypes.create_string_buffer(8))"
 VFORK = "thread(clone, 0x4100 | 17)"
 SHARER = "clone(0x100 | 17)"
 STUCK = """
-fd = call(323, 0o2000000)
+fd = call(USERFAULTFD, 0o2000000)
 libc.ioctl(fd, ctypes.c_ulong(0xC018AA3F), ctypes.create_string_buffer(struct.pack("3Q", 0xAA, 0, 0)))
 hole = memory(1)
-libc.ioctl(fd, ctypes.c_ulong(0xC020AA00), ctypes.create_string_buffer(struct.pack("4Q", hole, 4096, 1, 0)))
+libc.ioctl(fd, ctypes.c_ulong(0xC020AA00), ctypes.create_string_buffer(struct.pack("4Q", hole, PAGE, 1, 0)))
 def look():
     to = ctypes.create_string_buffer(8)
     local = ctypes.create_string_buffer(struct.pack("QQ", ctypes.addressof(to), 8))
@@ -354,18 +352,18 @@ def flags_of(space: LiveAddressSpace, address: int) -> Refusal | None:
 
 def test_mappings() -> None:
     with Puppet() as puppet, open_live(puppet.pid) as space:
-        plain = puppet.map(2 << 20)
+        plain = puppet.map(PMD_SIZE)
         assert flags_of(space, plain) is None
-        assert flags_of(space, puppet.map(2 << 20, advice=14)) is None
+        assert flags_of(space, puppet.map(PMD_SIZE, advice=14)) is None
         expected = {15: "vma_nohugepage", 10: "vma_dontfork", 16: "vma_dontdump", 18: "vma_wipeonfork"}
         for advice, key in expected.items():
-            refusal = flags_of(space, puppet.map(2 << 20, advice=advice))
+            refusal = flags_of(space, puppet.map(PMD_SIZE, advice=advice))
             assert refusal is not None
             assert refusal.key == key
-        shared = flags_of(space, puppet.map(2 << 20, shared=True))
+        shared = flags_of(space, puppet.map(PMD_SIZE, shared=True))
         assert shared is not None
         assert shared.key == "vma_not_private"
-        puppet.tell("mprotect", plain, 1 << 20, 1)
+        puppet.tell("mprotect", plain, PMD_SIZE // 2, 1)
         read_only = flags_of(space, plain)
         assert read_only is not None
         assert read_only.key == "vma_not_read_write"
@@ -374,12 +372,12 @@ def test_mappings() -> None:
         }
 
 
-@pytest.mark.requires("pfns", "4k-pages", "guard")
+@pytest.mark.requires("pfns", "guard")
 def test_blocks() -> None:
-    """16 blocks of 64 KiB, each with a fate of its own."""
-    size = 64 << 10
+    """16 blocks of 16 pages, each with a fate of its own."""
+    size = 16 * PAGE_SIZE
     with Puppet() as puppet, open_live(puppet.pid) as space:
-        start = puppet.map(1 << 20, advice=15)
+        start = puppet.map(16 * size, advice=15)
         puppet.write(start, 128)
         puppet.tell("read", start + 8 * size, 16, 1)
         puppet.tell("madvise", start + 2 * size + PAGE_SIZE, PAGE_SIZE, 102)
@@ -388,7 +386,7 @@ def test_blocks() -> None:
         for block in (0, 1, 3, 4):
             puppet.write(start + block * size, 16)
         puppet.write(start + 6 * size, 15)
-        columns = space.read([(start, start + (1 << 20))])
+        columns = space.read([(start, start + 16 * size)])
         addresses = start + np.arange(16, dtype=np.int64) * size
         verdict = refuse_blocks(
             columns,

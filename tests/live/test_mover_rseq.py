@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import compiled
+from mover_targets import BLOCK_SIZE, GEOMETRY, ORDER, compiled
 from mthp.addrspace import Block
-from mthp.geometry import X86_64
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import Stopped
@@ -21,7 +20,7 @@ from mthp.linux.process import Process
 from thp_switches import ThpSwitches
 from waiting import wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 WINDOWS = 40
 FATES = 2048
@@ -49,9 +48,9 @@ def _fates_of_disturbed_sequences(directory: Path) -> list[int]:
     try:
         if not wait_for(lambda: word(1) or process.poll() is not None) or process.poll() is not None:
             pytest.skip("needs rseq(2) and a C library that registers it")
-        with Process(process.pid) as target, MoverSession(target, X86_64, duty=1.0, recheck=look) as session:
+        with Process(process.pid) as target, MoverSession(target, GEOMETRY, duty=1.0, recheck=look) as session:
             for _ in range(WINDOWS):
-                session.move([(word(2), 4)])
+                session.move([(word(2), ORDER)])
                 time.sleep(0.01)
         wait_for(lambda: all(control[40 + number] for number in disturbed))
         return [control[40 + number] for number in disturbed]
@@ -62,7 +61,7 @@ def _fates_of_disturbed_sequences(directory: Path) -> list[int]:
 
 
 def test_a_disturbed_sequence_is_aborted(tmp_path: Path, thp_switches: ThpSwitches) -> None:
-    thp_switches.only("64kB", word="always")
+    thp_switches.only(BLOCK_SIZE, word="always")
     fates = _fates_of_disturbed_sequences(tmp_path)
     assert fates
     assert set(fates) == {ABORTED}
@@ -74,6 +73,6 @@ def test_without_care_it_would_be_committed(
     def where_it_stopped(stopped: Stopped) -> None:
         stopped.homes[:] = stopped.registers
 
-    thp_switches.only("64kB", word="always")
+    thp_switches.only(BLOCK_SIZE, word="always")
     monkeypatch.setattr(Stopped, "settle", where_it_stopped)
     assert COMMITTED in _fates_of_disturbed_sequences(tmp_path)

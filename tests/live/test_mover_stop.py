@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import Writers, compiled, mappings
-from mthp.geometry import X86_64
+from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, compiled, mappings
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
@@ -23,7 +22,7 @@ from mthp.linux.process import Process
 from thp_switches import ThpSwitches
 from waiting import wait_for
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 
 def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
@@ -44,12 +43,12 @@ def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
         assert wait_for(lambda: word(1) == 1)
         assert progresses()
         with Process(target.pid) as process, pytest.raises(CannotStopError, match="does not stop"):
-            MoverSession(process, X86_64, stop_timeout_ns=50_000_000).__enter__()
+            MoverSession(process, GEOMETRY, stop_timeout_ns=50_000_000).__enter__()
         assert progresses()
         struct.pack_into("=Q", control, 0, 1)
         assert wait_for(lambda: word(1) == 2), "the thread that waited is still held"
         assert progresses()
-        with Process(target.pid) as process, MoverSession(process, X86_64):
+        with Process(target.pid) as process, MoverSession(process, GEOMETRY):
             pass
         assert progresses()
     finally:
@@ -59,7 +58,7 @@ def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, thp_switches: ThpSwitches) -> None:
-    thp_switches.only("64kB", word="always")
+    thp_switches.only(BLOCK_SIZE, word="always")
     windows = 0
 
     def interrupt(step: Step) -> None:
@@ -72,11 +71,11 @@ def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, thp_switch
 
     with Writers(tmp_path, 2, 4) as target:
         before = mappings(target.pid)
-        blocks = [(address, 4) for address in range(target.base, target.base + target.size, 65536)]
-        with Process(target.pid) as process, MoverSession(process, X86_64, duty=1.0, observer=interrupt) as session:
+        blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
+        with Process(target.pid) as process, MoverSession(process, GEOMETRY, duty=1.0, observer=interrupt) as session:
             with pytest.raises(KeyboardInterrupt):
                 session.move(blocks * 100)
-            assert session.move(blocks[:1])[0].moved_bytes == 65536
+            assert session.move(blocks[:1])[0].moved_bytes == BLOCK
         assert mappings(target.pid) == before
         assert target.progresses()
         assert target.finish() == 0
@@ -84,7 +83,7 @@ def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, thp_switch
 
 def test_an_error_of_ours_while_the_worker_runs_does_no_harm(tmp_path: Path, thp_switches: ThpSwitches) -> None:
     """Whatever happens after the worker was let run, the other threads stay parked until it is done."""
-    thp_switches.only("64kB", word="always")
+    thp_switches.only(BLOCK_SIZE, word="always")
     failing = Step.WRITTEN
 
     def fail(step: Step) -> None:
@@ -92,10 +91,10 @@ def test_an_error_of_ours_while_the_worker_runs_does_no_harm(tmp_path: Path, thp
             raise ZeroDivisionError
 
     with Writers(tmp_path, 4, 4) as target, Process(target.pid) as process:
-        blocks = [(address, 4) for address in range(target.base, target.base + target.size, 65536)]
+        blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
         for failing in (Step.WRITTEN, Step.PARKED, Step.ARMED, Step.RUNNING, Step.DONE, Step.FETCHED, Step.UNPARKED):
             for _ in range(3):
-                session = MoverSession(process, X86_64, duty=1.0, observer=fail)
+                session = MoverSession(process, GEOMETRY, duty=1.0, observer=fail)
                 with session, pytest.raises(ZeroDivisionError):
                     session.move(blocks)
                 assert target.progresses(), failing.name

@@ -3,7 +3,7 @@
  * mover_rseq FILE
  *
  * FILE is mapped shared. Each sequence has a number; fate[number % FATES] becomes 1 when it was committed and 2 when it
- * was aborted. x86-64 only, and glibc 2.35 or later, which registers rseq for every thread.
+ * was aborted. It takes glibc 2.35 or later, which registers rseq for every thread.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -16,6 +16,12 @@
 #include <unistd.h>
 
 #define FATES 2048
+
+#ifdef __aarch64__
+#define NINTH "x9"
+#else
+#define NINTH "r9"
+#endif
 
 struct control {
     volatile uint64_t stop, ready, base, size, number;
@@ -30,7 +36,7 @@ int main(int count, char **words)
     int fd = open(words[1], O_RDWR);
     struct control *control = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     struct rseq *area = (void *)((char *)__builtin_thread_pointer() + __rseq_offset);
-    const size_t size = 1 << 20;
+    const size_t size = 256 * sysconf(_SC_PAGESIZE);
     char *memory = mmap(NULL, 2 * size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memory = (char *)(((uintptr_t)memory + size - 1) / size * size);
     memset(memory, 7, size);
@@ -39,7 +45,7 @@ int main(int count, char **words)
     control->ready = 1;
     while (!control->stop) {
         uint64_t turns = 8000000;
-        int aborted = 0;
+        long aborted = 0;
         control->number++;
         control->fate[control->number % FATES] = 0;
         __asm__ volatile(
@@ -48,20 +54,34 @@ int main(int count, char **words)
             "3: .long 0, 0\n"
             ".quad 1f, (2f - 1f), 4f\n"
             ".popsection\n"
-            "lea 3b(%%rip), %%rax\n"
-            "mov %%rax, %c[offset](%[area])\n"
+#ifdef __aarch64__
+            "adrp x9, 3b\n"
+            "add x9, x9, :lo12:3b\n"
+            "str x9, [%[area], %[offset]]\n"
+            "1:\n"
+            "5: subs %[turns], %[turns], #1\n"
+            "b.ne 5b\n"
+            "2:\n"
+            "b 6f\n"
+            ".long %c[signature]\n"
+            "4:\n"
+            "mov %[aborted], #1\n"
+#else
+            "lea 3b(%%rip), %%r9\n"
+            "mov %%r9, %c[offset](%[area])\n"
             "1:\n"
             "5: dec %[turns]\n"
             "jnz 5b\n"
             "2:\n"
             "jmp 6f\n"
-            ".long 0x53053053\n"
+            ".long %c[signature]\n"
             "4:\n"
             "mov $1, %[aborted]\n"
+#endif
             "6:\n"
             : [turns] "+r"(turns), [aborted] "+r"(aborted)
-            : [area] "r"(area), [offset] "i"(offsetof(struct rseq, rseq_cs))
-            : "rax", "memory", "cc");
+            : [area] "r"(area), [offset] "i"(offsetof(struct rseq, rseq_cs)), [signature] "i"(RSEQ_SIG)
+            : NINTH, "memory", "cc");
         area->rseq_cs = 0;
         control->fate[control->number % FATES] = aborted ? 2 : 1;
     }

@@ -306,7 +306,7 @@ int main(int count, char **words)
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     int fd = open(words[1], O_RDWR);
     control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    const size_t size = 1 << 20;
+    const size_t size = 256 * sysconf(_SC_PAGESIZE);
     char *memory = mmap(NULL, 2 * size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memory = (char *)(((uintptr_t)memory + size - 1) / size * size);
     memset(memory, 7, size);

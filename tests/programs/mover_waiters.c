@@ -243,7 +243,7 @@ int main(int count, char **words)
     getsockname(listener, (struct sockaddr *)&address, &address_length);
     semaphores = semget(IPC_PRIVATE, 1, 0600);
 
-    const size_t size = 1 << 20;
+    const size_t size = 256 * sysconf(_SC_PAGESIZE);
     char *memory = mmap(NULL, 2 * size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memory = (char *)(((uintptr_t)memory + size - 1) / size * size);
     memset(memory, 7, size);

@@ -188,7 +188,7 @@ int main(int count, char **words)
     sequence = map(lines * sizeof *sequence, MAP_SHARED | MAP_ANONYMOUS, -1);
     tally = map(lines / BLOCK_LINES * sizeof *tally + 4096, MAP_SHARED | MAP_ANONYMOUS, -1);
     alarm_tally = tally + lines / BLOCK_LINES;
-    const size_t huge = 2 << 20;
+    const size_t page = sysconf(_SC_PAGESIZE), huge = page * (page / 8);
     char *reserved = mmap(NULL, size + 3 * huge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     memory = (char *)(((uintptr_t)reserved + huge - 1) / huge * huge) + huge;
     mmap(memory, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
