@@ -273,3 +273,10 @@ def test_a_parked_aarch64_thread() -> None:
     assert (parked[:, Aarch64.sp] == homes[:, Aarch64.sp]).all()
     homes[:, 33] = [0, 0x10, 0, 0x8000_0000]
     assert Aarch64().foreign(homes).tolist() == [False, True, False, False]
+
+
+def test_an_aarch64_thread_that_has_just_branched_makes_calls_for_us() -> None:
+    """BTYPE wants a landing pad, which a system call instruction is not."""
+    registers = np.full((1, Aarch64.words), 1 << 31 | 3 << 10, np.uint64)
+    Aarch64().leave_call(registers)
+    assert int(registers[0, 33]) == 1 << 31

@@ -4,12 +4,14 @@ What is different from x86-64, as far as the kernel shows it (arch/arm64/kernel/
 
 - When a thread stops, the kernel has already rewound it to its interrupted system call, and has forgotten the call: the
   registers are whole without its help. So there is nothing to do to leave a call or to restart one alone. Relative
-  timeouts of the worker, and of threads that restore themselves, start again.
+  timeouts of the worker, and of threads that restore themselves, start again. What a signal makes of the worker's call
+  is a matter of its own (:mod:`~mthp.linux.mover.reentry`).
 - For the same reason an EINTR that only the stop caused (epoll_wait(2), semop(2) and the others of
   :mod:`~mthp.linux.mover.x86_64`) cannot be told from one that a handler of the program caused, and the first argument
   of the call is gone from the registers. It is not made good: these calls return EINTR, as after SIGSTOP and SIGCONT.
 - System calls throw away the parts of SVE registers beyond the vector registers, and rt_sigreturn(2), with which a
-  thread restores itself, leaves the streaming mode of SME and wants a token on a guarded control stack. A thread in
+  thread restores itself, leaves the streaming mode of SME and wants a token on a guarded control stack; and on
+  processors with permission overlays, some kernels set those at random if the frame says nothing of them. A thread in
   such a state is not given our code.
 """
 
@@ -43,7 +45,7 @@ CODE = bytes.fromhex(
     """
 )
 
-NT_ARM_SVE, NT_ARM_SSVE, NT_ARM_GCS = 0x405, 0x40B, 0x410
+NT_ARM_SVE, NT_ARM_SSVE, NT_ARM_POE, NT_ARM_GCS = 0x405, 0x40B, 0x40F, 0x410
 """Register sets of include/uapi/linux/elf.h."""
 
 SVE_PT_REGS_SVE = 1
@@ -56,8 +58,8 @@ _WORDS = 34
 """``struct user_pt_regs`` of arch/arm64/include/uapi/asm/ptrace.h: x0 to x30, sp, pc, pstate."""
 
 _MODE = 0x1F
-_BRANCH_TYPE = 3 << 10
-"""PSTATE.BTYPE: what kind of branch came before, which only the place that was branched to is to be asked about."""
+_NO_BRANCH_TYPE = np.uint64(~(3 << 10) & ((1 << 64) - 1))
+"""All but PSTATE.BTYPE: what kind of branch came before, which only the place that was branched to is to know of."""
 
 _FPSIMD_MAGIC, _FPSIMD_BYTES = 0x46508001, 528
 """The head of ``struct fpsimd_context``."""
@@ -76,6 +78,7 @@ class Aarch64(Machine):
     arguments = (0, 1, 2, 3, 4, 5)
     syscall = b"\x01\x00\x00\xd4"
     alignment = 4
+    forgets_calls = True
     calls = MappingProxyType(
         {
             "fcntl": 25,
@@ -112,12 +115,13 @@ class Aarch64(Machine):
         return np.zeros(len(registers), np.bool_)
 
     def leave_call(self, registers: Registers) -> None:
-        """The kernel has forgotten the call already."""
+        """The kernel has forgotten the call already; but a branch may just have been taken, and not to where we go."""
+        registers[:, _PSTATE] &= _NO_BRANCH_TYPE
 
     def parked(self, homes: Registers, contexts: NDArray[np.uint64], entry: int, header: int) -> Registers:
         registers = homes.copy()
         registers[:, _PC], registers[:, _X28], registers[:, _X27] = entry, contexts, header
-        registers[:, _PSTATE] &= np.uint64(~_BRANCH_TYPE & ((1 << 64) - 1))
+        registers[:, _PSTATE] &= _NO_BRANCH_TYPE
         return registers
 
     def pack_contexts(
@@ -144,4 +148,6 @@ class Aarch64(Machine):
             shadow = ptrace.get_register_set(tid, NT_ARM_GCS, 1)
             if shadow is not None and int(shadow[0]) & PR_SHADOW_STACK_ENABLE:
                 return f"thread {tid} has a guarded control stack, with which it cannot be put back after our death"
+            if ptrace.get_register_set(tid, NT_ARM_POE, 1) is not None:
+                return f"thread {tid} has permission overlays (POR_EL0), which it could not put back after our death"
         return ""

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.machine import Machine, native
+from mthp.linux.mover.reentry import before_calls, make_again
 from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import Thread, read_task_file, task_ids, thread_count
 from mthp.linux.mover.tracee import WALL, CannotStopError, Stopped, Tracee, check_thread
@@ -76,6 +77,7 @@ class FrozenProcess:
         process: the target.
         machine: that it runs on.
         tracees: its threads, by TID.
+        ran: those of them that ran our code, and so have left the stop in which they were found.
         begun_ns: when :meth:`stop` began, by :func:`time.perf_counter_ns`.
     """
 
@@ -89,6 +91,7 @@ class FrozenProcess:
         self.process = process
         self.machine = machine or native()
         self.tracees: dict[int, Tracee] = {}
+        self.ran: set[int] = set()
         self.begun_ns = 0
         self._like = like
         self._stopped: Stopped | None = None
@@ -337,6 +340,7 @@ class FrozenProcess:
         alone = Stopped(self.machine, [tid])
         alone.examine(self.process.label, self.read, self.read_words)
         self.tracees[tid] = Tracee(tid, 0, alone)
+        self.ran.discard(tid)
 
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes of the target's memory.
@@ -388,13 +392,16 @@ class FrozenProcess:
     def release(self, observer: Observer = ignore) -> None:
         """Let all threads go, those first put back whose registers are not their own."""
         self._put_back(observer)
-        if self._stopped is not None and self._standing.keys() == set(self._stopped.tids):
+        again = before_calls(self, self.ran)
+        if not again and self._stopped is not None and self._standing.keys() == set(self._stopped.tids):
             for tid in self._stopped.detach(observer):
                 self.has_exited(tid)
         else:
-            for tid in list(self._standing):
+            # Those that are not let go at once come last.
+            for tid in sorted(self._standing, key=again.__contains__):
                 try:
-                    ptrace.detach(tid)
+                    make_again(self, tid) if tid in again else ptrace.detach(tid)
+                    observer(Step.RELEASED)
                 except OSError as error:
                     self._accept_exit(tid, error)
         for tid in self._seized - self._standing.keys() - self._dead:

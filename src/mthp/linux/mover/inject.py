@@ -33,7 +33,6 @@ import errno
 import itertools
 import os
 import secrets
-import signal
 import struct
 import time
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, Unsup
 from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.machine import Machine
+from mthp.linux.mover.reentry import SYSCALL_STOP
 from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.mover.taskfiles import read_task_file
 from mthp.linux.mover.tracee import CannotStopError, Tracee
@@ -64,7 +64,6 @@ UFFDIO_REGISTER_MODE_MISSING = 1
 
 _NO_FD = (1 << 64) - 1
 _MAX_ERRNO = 4095
-_SYSCALL_STOP = signal.SIGTRAP | 0x80
 _POLL_SECONDS = 5e-6
 _MIN_THREADS = 64
 
@@ -151,8 +150,9 @@ class RemoteCalls:
         tid = self._tracee.tid
         ptrace.run_to_syscall(tid)
         self._running = True
+        self._frozen.ran.add(tid)
         deadline = time.monotonic_ns() + WORKER_TIMEOUT_NS
-        while (stop := self._frozen.poll(tid)) != _SYSCALL_STOP:
+        while (stop := self._frozen.poll(tid)) != SYSCALL_STOP:
             if stop is not None:
                 # SIGSTOP, which cannot be blocked, or the stop of the group that follows it.
                 ptrace.run_to_syscall(tid, 0 if stop >> 8 else stop & 0xFF)

@@ -43,6 +43,8 @@ class Machine(abc.ABC):
         arguments: those of its arguments.
         syscall: the bytes of the instruction.
         alignment: of instructions, in bytes.
+        forgets_calls: whether the kernel forgets which system call a stop has interrupted, once the thread goes on from
+            there (:mod:`~mthp.linux.mover.reentry`).
         calls: numbers of the system calls that the tracer makes, or has the target make.
         red_zone: bytes below the stack pointer that a function may use without moving it.
         code: the stub, assembled.
@@ -60,6 +62,7 @@ class Machine(abc.ABC):
     arguments: ClassVar[tuple[int, ...]]
     syscall: ClassVar[bytes]
     alignment: ClassVar[int]
+    forgets_calls: ClassVar[bool]
     calls: ClassVar[Mapping[str, int]]
     red_zone: ClassVar[int]
     code: ClassVar[bytes]

@@ -89,6 +89,7 @@ def work(
     try:
         ptrace.set_registers(worker.tid, layout.parked(frozen.stopped.homes, worker=worker.row))
         observer(Step.ARMED)
+        frozen.ran.add(worker.tid)
         ptrace.cont(worker.tid)
         observer(Step.RUNNING)
         _await_done(frozen, layout, worker)

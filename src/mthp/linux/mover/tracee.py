@@ -157,15 +157,15 @@ class Stopped:
             # The kernel may not know of rseq and of the dispatching of system calls.
             self._check(self._look, 2 * threads)
             self._check(self._look, 4 * threads, allowed=(errno.EIO, errno.EINVAL))
-        foreign = (self._vectors[0][:, 1] != self.registers.strides[0]) | machine.foreign(self.registers)
-        if foreign.any():
-            raise CannotStopError(
-                f"process {label}: thread {self.tids[int(foreign.argmax())]} does not run 64-bit code"
-            )
-        # So that nobody runs them (copy_thread, arch/x86/kernel/process.c). They read and write for io_uring or vhost.
-        if (kernels := self.registers[:, machine.pc] == 0).any():
+        short = self._vectors[0][:, 1] != self.registers.strides[0]
+        # So that nobody runs them (copy_thread, arch/*/kernel/process.c). They read and write for io_uring or vhost.
+        if (kernels := ~short & (self.registers[:, machine.pc] == 0)).any():
             raise CannotStopError(
                 f"process {label}: thread {self.tids[int(kernels.argmax())]} is the kernel's, and may hold its pages"
+            )
+        if (foreign := short | machine.foreign(self.registers)).any():
+            raise CannotStopError(
+                f"process {label}: thread {self.tids[int(foreign.argmax())]} does not run 64-bit code"
             )
         if self._dispatch[:, 0].any():
             raise CannotStopError(

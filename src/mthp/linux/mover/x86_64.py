@@ -111,6 +111,7 @@ class X8664(Machine):
     arguments = tuple(COLUMN[name] for name in ("rdi", "rsi", "rdx", "r10", "r8", "r9"))
     syscall = _SYSCALL
     alignment = 1
+    forgets_calls = False
     calls = MappingProxyType(
         {
             "close": 3,

@@ -1,0 +1,104 @@
+"""Have a thread make its interrupted system call again, before any signal reaches it.
+
+Where a signal interrupts a system call, it depends on the call and on the signal's handler whether the call is made
+again or returns EINTR. The kernel decides that when it delivers the signal. On x86-64 what it has to know for that is
+in the registers, and is put back with them. On aarch64 it is known to one visit to the kernel alone: a thread that
+stopped in a call is rewound to the call's instruction, and the kernel keeps to itself that there was one (do_signal,
+arch/arm64/kernel/signal.c). Threads that stand still for the whole window do not leave that visit. But the one that ran
+our code has: if it were let go with a signal pending, it would run the handler as if it had not been waiting, and then
+begin to wait. Whoever waits for that very signal, in pause(2) or in a read(2) with an alarm, would do so for ever.
+
+So such a thread, back at its instruction, is led into the call first, and is let go at its entry. From there on all is
+the kernel's matter again. Signals that are pending are blocked on the way; one that comes on the way shows itself by a
+stop before its delivery, and goes back to where it came from as soon as it is blocked (ptrace_signal, kernel/signal.c).
+While they are blocked for our sake, our death would leave them so. So for this short time PTRACE_O_EXITKILL is set, as
+it is while the code is brought in; without a signal it is not.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from mthp.errors import MthpError
+from mthp.linux.mover import ptrace
+from mthp.linux.mover.taskfiles import read_task_file
+
+if TYPE_CHECKING:
+    from mthp.linux.mover.freeze import FrozenProcess
+
+TIMEOUT_NS = 10_000_000_000
+"""How long a thread may take to get to its call. Only a busy machine, or a frozen cgroup, delays it."""
+
+SYSCALL_STOP = signal.SIGTRAP | 0x80
+"""The stop at a system call, with PTRACE_O_TRACESYSGOOD."""
+
+_POLL_SECONDS = 5e-6
+
+
+def before_calls(frozen: FrozenProcess, tids: Iterable[int]) -> list[int]:
+    """Those of the stopped `tids`, put back by now, of whose interrupted system calls the kernel knows no more."""
+    return [tid for tid in tids if tid in frozen.tracees and _is_before_call(frozen, tid)]
+
+
+def _is_before_call(frozen: FrozenProcess, tid: int) -> bool:
+    machine = frozen.machine
+    if not machine.forgets_calls:
+        return False
+    try:
+        return frozen.read(int(frozen.tracees[tid].home[0, machine.pc]), len(machine.syscall)) == machine.syscall
+    except MthpError:
+        return False  # The thread has nothing there to run.
+
+
+def make_again(frozen: FrozenProcess, tid: int) -> None:
+    """Lead a stopped thread that has its own registers again into the system call before which it stands; let it go.
+
+    Raises:
+        OSError: ESRCH if it was killed.
+        CannotStopError: it neither runs nor stops.
+    """
+    mask = int(frozen.tracees[tid].stopped.masks[frozen.tracees[tid].row])
+    held = bool(_pending(frozen, tid) & ~mask)
+    if held:
+        _hold(tid)
+    else:
+        ptrace.set_options(tid, ptrace.PTRACE_O_TRACESYSGOOD)
+    ptrace.run_to_syscall(tid)
+    deadline = time.monotonic_ns() + TIMEOUT_NS
+    while (stop := frozen.poll(tid)) != SYSCALL_STOP:
+        if stop is not None:
+            delivered = 0 if stop >> 8 else stop & 0xFF
+            if delivered and not held:
+                held = True
+                _hold(tid)
+            ptrace.run_to_syscall(tid, delivered)
+        elif frozen.has_exited(tid):
+            return
+        elif time.monotonic_ns() > deadline:
+            if not frozen.stop_again(tid):
+                return
+            break
+        else:
+            time.sleep(_POLL_SECONDS)
+    if held:
+        ptrace.set_signal_mask(tid, mask)
+    ptrace.detach(tid)
+
+
+def _hold(tid: int) -> None:
+    """Block all signals of a stopped thread; if we die before they are let go, so does the target."""
+    ptrace.set_options(tid, ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACESYSGOOD)
+    ptrace.set_signal_mask(tid, ptrace.ALL_SIGNALS)
+
+
+def _pending(frozen: FrozenProcess, tid: int) -> int:
+    """Signals that wait for a thread, or for its process, as a set."""
+    text = read_task_file(frozen.process, tid, "status") or b""
+    fields = (line.split() for line in text.splitlines() if line.startswith((b"SigPnd:", b"ShdPnd:")))
+    found = 0
+    for _, value in fields:
+        found |= int(value, 16)
+    return found
