@@ -179,6 +179,12 @@ class CollapseOutcome:
     everywhere: bool = False
 
 
+MAX_PAUSE_NS = 1_000_000
+DUTY = 0.2
+"""How long a target stands still at a time by default, and for what part of the time: a busy server keeps most of its
+throughput (bench/bench_redis.py)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Means:
     """By what means blocks are collapsed, and what that may cost the target.
@@ -192,8 +198,8 @@ class Means:
     """
 
     mechanism: Mechanism = "auto"
-    max_pause_ns: int = 1_000_000
-    duty: float = 0.5
+    max_pause_ns: int = MAX_PAUSE_NS
+    duty: float = DUTY
     fill: bool = False
     verify: bool = False
 

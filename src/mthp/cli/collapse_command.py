@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from mthp.addrspace import AddressSpace
+from mthp.addrspace import DUTY, AddressSpace
 from mthp.census import take_census
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.options import (
@@ -54,7 +54,7 @@ from mthp.targets import open_target, refuse_ancestor
     "--duty",
     type=float,
     metavar="SHARE",
-    default=0.5,
+    default=DUTY,
     show_default=True,
     help="The part of the time that it may stand still then, up to 1.",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from mthp.addrspace import Means, Mechanism
+from mthp.addrspace import DUTY, MAX_PAUSE_NS, Means, Mechanism
 from mthp.errors import UsageError
 from mthp.planning import PlanOptions
 
@@ -34,8 +34,8 @@ class CollapseOptions:
     max_bloat: int | None = None
     rate: int | None = None
     dry_run: bool = False
-    max_pause: float = 0.001
-    duty: float = 0.5
+    max_pause: float = MAX_PAUSE_NS * 1e-9
+    duty: float = DUTY
     fill: bool = False
     verify: bool = False
 
@@ -51,7 +51,7 @@ class CollapseOptions:
         if not 1e-6 <= self.max_pause <= 60:
             raise UsageError(f"a pause of {self.max_pause:g} s is not within 1us and 60s", help="the default is 1ms")
         if not 0 < self.duty <= 1:
-            raise UsageError(f"a duty of {self.duty:g} is not above 0 and at most 1", help="the default is 0.5")
+            raise UsageError(f"a duty of {self.duty:g} is not above 0 and at most 1", help=f"the default is {DUTY:g}")
         if self.mechanism == "khugepaged" and (self.max_bloat is not None or self.rate is not None or self.verify):
             raise UsageError(
                 "the kernel's khugepaged keeps to no budget or rate, and verifies nothing",

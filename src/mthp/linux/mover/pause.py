@@ -5,6 +5,10 @@ time for each byte moved, which the worker measures itself. The two are kept apa
 one, which has one block; and the next one is filled so that it should stay below the limit. What was measured
 last counts as much as the average of all before, and the worse of the two is believed, so that a target that has become
 slower is noticed at once.
+
+Where the fixed time alone is over the limit, or so near that no block fits, no window can keep to it. The fewer blocks
+each had, the more of them there would be, each almost as long: such windows are a part longer than need be
+(:data:`UNAVOIDABLE`), and have many blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ import numpy as np
 
 MARGIN = 0.8
 """The part of the limit that is planned for; the rest is for what cannot be foreseen."""
+
+UNAVOIDABLE = 0.5
+"""For how long blocks are moved where the limit cannot be kept to: by so much of the fixed time the pause is longer."""
 
 _WEIGHT = 0.5
 
@@ -107,14 +114,9 @@ class PauseBudget:
         """How many of the next blocks, of `sizes` bytes, fit into a window: at least 1, and at first 1."""
         if not self._measured:
             return 1
-        left = self._limit_ns - self._fixed_ns
-        count = 0
-        for size in sizes[: self._max_blocks]:
-            left -= size * self._ns_per_byte
-            if left < 0:
-                break
-            count += 1
-        return max(count, 1)
+        costs = np.cumsum(np.array(sizes[: self._max_blocks]) * self._ns_per_byte)
+        fitting = int(np.searchsorted(costs, self._limit_ns - self._fixed_ns, side="right"))
+        return fitting or max(1, int(np.searchsorted(costs, UNAVOIDABLE * self._fixed_ns, side="right")))
 
     def observe(self, pause: Pause) -> None:
         """Learn from a window; one in which nothing was moved says nothing about the cost of moving."""

@@ -14,7 +14,8 @@ machine):
   What can have changed without a trace are flags of the whole mapping. Those that matter are refused by the kernel (one
   that was locked), or show in what follows.
 - *Sharers of the address space*: nobody new has a PID, or those who have are compared (kcmp(2)). PIDs are given out in
-  order, and /proc/loadavg names the last one.
+  order, and /proc/loadavg names the last one. Who was compared once while all threads stood still is not compared
+  again: only who shares an address space can make another process share it.
 - *Pins, THP switched off, system calls filtered*: status of the process. Threads that are new are looked at by whoever
   stopped them (:mod:`mthp.linux.mover.freeze`), robust lists here.
 - *userfaultfd*: a mapping that was registered with one meanwhile would have the refill wait for a thread of the
@@ -77,14 +78,14 @@ _SHARED_NOW = Objection(ScanResult.EXCEED_SHARED_PTE, "a page of it is shared wi
 _GONE = Objection(ScanResult.PTE_NON_PRESENT, "a page of it went away meanwhile")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Before:
-    """What was found before the stop.
+    """What was found before the stop, or in an earlier window since.
 
     Attributes:
         vmas: the mappings, ascending, with their flags.
         zero_pages: frames of the zero pages in the blocks: uint64, sorted.
-        last_pid: the last PID that the system had given out when the process was judged.
+        last_pid: the last PID that the system had given out when other processes were last compared.
         has_userfaultfd: whether the process had one of its own then.
         fill: whether holes are to be filled.
     """
@@ -156,8 +157,10 @@ class Recheck:
             return Objection(ScanResult.FAIL, "the process switched THP off for itself meanwhile (PR_SET_THP_DISABLE)")
         if (at := status.find(b"\nVmPin:")) >= 0 and int(status[at + 7 : status.index(b"kB", at)]):
             return Objection(ScanResult.PAGE_COUNT, "the process pinned memory meanwhile (VmPin)")
-        if new_sharer(self._process.pid, before.last_pid, last_pid()):
+        newest = last_pid()
+        if new_sharer(self._process.pid, before.last_pid, newest):
             return Objection(ScanResult.FAIL, "another process runs in the same address space now (CLONE_VM)")
+        before.last_pid = newest
         if not before.has_userfaultfd and has_userfaultfd(self._process, but=uffd, at_most=MAX_FILES):
             return Objection(
                 ScanResult.VMA_CHECK, "the process has a userfaultfd now: its mappings are to be judged again"

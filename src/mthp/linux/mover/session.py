@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block
+from mthp.addrspace import DUTY, MAX_PAUSE_NS, Block
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader
@@ -39,8 +39,6 @@ from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from mthp.results import ScanResult
 
-MAX_PAUSE_NS = 1_000_000
-DUTY = 0.5
 MAX_BLOCKS = 512
 """Blocks in one window at most."""
 
