@@ -2,7 +2,7 @@
 
 The one time here is a limit on the waiting itself, after which a test gives up. It says nothing about how fast anything
 is: a machine that is slow, cold, or busy with other things needs many times what a calm one does. Where it is emulated,
-MTHP_TEST_PATIENCE makes the limit longer.
+MTHP_TEST_PATIENCE makes the limit longer by a factor, and so the pauses that tests allow to the mover.
 """
 
 from __future__ import annotations

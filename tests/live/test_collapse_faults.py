@@ -20,7 +20,7 @@ from mover_targets import Writers, mappings
 from mthp.linux.live import open_live
 from targets import PAGE_SIZE, PMD_SIZE
 from thp_switches import ThpSwitches
-from waiting import PATIENCE, until
+from waiting import FACTOR, PATIENCE, until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
 
@@ -104,7 +104,7 @@ def test_a_target_that_is_stopped_stays_so(tmp_path: Path) -> None:
     with Writers(tmp_path, 3, 4) as target:
         target.signal(signal.SIGSTOP)
         until(lambda: target.state() == "T", "it is stopped")
-        report = mthp_json("collapse", target.pid, *OPTIONS, "--max-pause", "20ms")
+        report = mthp_json("collapse", target.pid, *OPTIONS, "--max-pause", f"{round(20 * FACTOR)}ms")
         assert report["folios"]["4"]["made"] >= 64
         until(lambda: target.state() == "T", "it is stopped again")
         before = target.rounds()

@@ -20,10 +20,11 @@ from mover_targets import Writers, mappings
 from mthp.linux.live import open_live
 from targets import PAGE_SIZE, PMD_SIZE, STRICT, is_strict
 from thp_switches import THP_ROOT, ThpSwitches
-from waiting import PATIENCE, until
+from waiting import FACTOR, PATIENCE, until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
 
+PAUSE, LONG_PAUSE = f"{round(5 * FACTOR)}ms", f"{round(20 * FACTOR)}ms"
 K64 = 64 << 10
 PAGES = PMD_SIZE // PAGE_SIZE
 
@@ -73,7 +74,7 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
     actor.fill(address + 3 * PMD_SIZE, 4)
     before, words = mappings(actor.pid), switches()
     # Room to breathe: how long a pause is depends on the machine that the test shares.
-    done = mthp("collapse", actor.pid, "--max-ptes-none", 0, "--verify", "--max-pause", "20ms", "--json")
+    done = mthp("collapse", actor.pid, "--max-ptes-none", 0, "--verify", "--max-pause", LONG_PAUSE, "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["complete"]) in {(0, True), (1, False)}
     check_accounts(report)
@@ -170,7 +171,7 @@ def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, l
     made = 0
     with Writers(tmp_path, 6, 16, flags) as target:
         for _ in range(200):
-            words = ("--orders", "64K", "--max-ptes-none", 0, "--max-pause", "5ms", "--json")
+            words = ("--orders", "64K", "--max-ptes-none", 0, "--max-pause", PAUSE, "--json")
             report = json.loads(mthp("collapse", target.pid, *words).stdout)
             check_accounts(report)
             made += report["folios"]["4"]["made"] if report["folios"] else 0
@@ -259,7 +260,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     survivors = 0
     for delay in (0.0, 0.01, 0.03, 0.05):
         with Writers(tmp_path, 3, 16) as target:
-            running = started(target.pid, "--max-pause", "5ms", "--duty", "0.2")
+            running = started(target.pid, "--max-pause", PAUSE, "--duty", "0.2")
             until(lambda target=target: has_folios(target), "something is moved")  # type: ignore[misc]
             time.sleep(delay)
             running.kill()
@@ -336,7 +337,7 @@ def test_two_at_once(tmp_path: Path) -> None:
     """One of them, or both in turn: whoever finds the target traced says so, and nothing goes wrong."""
     with Writers(tmp_path, 3, 16) as target:
         words = switches()
-        both = [started(target.pid, "--max-pause", "5ms") for _ in range(2)]
+        both = [started(target.pid, "--max-pause", PAUSE) for _ in range(2)]
         reports = [outcome_of(running)[1] for running in both]
         assert sum(report["folios"]["4"]["made"] for report in reports) > 0
         said = reasons(reports[0]) | reasons(reports[1])

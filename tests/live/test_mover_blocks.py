@@ -18,11 +18,12 @@ from mthp.linux.mover.taskfiles import Thread
 from mthp.results import ScanResult
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
 from thp_switches import THP_ROOT, ThpSwitches
-from waiting import until
+from waiting import FACTOR, until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
 
-MOVE = Means(mechanism="move", max_pause_ns=20_000_000, duty=1.0)
+PAUSE_NS = int(20_000_000 * FACTOR)
+MOVE = Means(mechanism="move", max_pause_ns=PAUSE_NS, duty=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def test_every_order_in_one_call(actor: Actor, space: LiveAddressSpace) -> None:
     wanted = blocks(address, 1 << 20, 2) + blocks(address + PMD_SIZE, PMD_SIZE, 9)
     wanted += blocks(address + (1 << 20), 1 << 20, 7) + blocks(address + 2 * PMD_SIZE, PMD_SIZE, 4)
     wanted += blocks(address + 3 * PMD_SIZE, PMD_SIZE, 8)
-    outcomes = space.collapse_blocks(wanted, Means(max_pause_ns=20_000_000, duty=1.0, verify=True))
+    outcomes = space.collapse_blocks(wanted, Means(max_pause_ns=PAUSE_NS, duty=1.0, verify=True))
     assert results(outcomes) == {ScanResult.SUCCEED: len(wanted)}
     assert orders(space, address, 4 * PMD_SIZE) == {2: 256, 7: 256, 9: 512, 4: 512, 8: 512}
     assert switches() == words
@@ -113,7 +114,7 @@ def test_each_block_has_its_own_reason(actor: Actor, space: LiveAddressSpace) ->
     again = space.collapse_blocks(wanted[:1], MOVE)
     assert results(again) == {ScanResult.PTE_MAPPED_HUGEPAGE: 1}
     filled = space.collapse_blocks(
-        [wanted[1], wanted[4]], Means(mechanism="move", max_pause_ns=20_000_000, duty=1.0, fill=True, verify=True)
+        [wanted[1], wanted[4]], Means(mechanism="move", max_pause_ns=PAUSE_NS, duty=1.0, fill=True, verify=True)
     )
     assert [outcome.result.name for outcome in filled] == ["SUCCEED", "NO_PTE_TABLE"]
     assert actor.damaged(address + 2 * BLOCK, 32) == 0

@@ -32,7 +32,7 @@ from mthp.linux.process import Process
 from mthp.results import ScanResult
 from targets import STRICT, Puppet, is_strict
 from thp_switches import ThpSwitches
-from waiting import until, wait_for
+from waiting import FACTOR, until, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
@@ -46,7 +46,7 @@ def only_blocks(thp_switches: ThpSwitches) -> None:
 
 
 def session_of(process: Process, **arguments: float) -> MoverSession:
-    options = {"max_pause_ns": 5_000_000, "duty": 1.0} | arguments
+    options = {"max_pause_ns": 5_000_000 * FACTOR, "duty": 1.0} | arguments
     return MoverSession(
         process,
         GEOMETRY,

@@ -28,11 +28,11 @@ from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.refusals import refuse_vma
 from mthp.results import ScanResult
 from thp_switches import ThpSwitches
-from waiting import PATIENCE, wait_for
+from waiting import FACTOR, PATIENCE, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
 
-MEANS = Means(mechanism="move", max_pause_ns=3_000_000, duty=0.5, verify=True)
+MEANS = Means(mechanism="move", max_pause_ns=int(3_000_000 * FACTOR), duty=0.5, verify=True)
 AT_ONCE = 64
 SECONDS = float(os.environ.get("MTHP_TEST_SECONDS", "3"))
 """How long each program is worked on."""

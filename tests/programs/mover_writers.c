@@ -6,7 +6,7 @@
  * one thread, which checks seven words of it, raises the line's sequence number, and writes them anew. The eighth word
  * of some lines is an atomic counter of all threads. What a line ought to hold is kept in shared memory, which the mover
  * does not touch. FLAGS: f a thread forks all the time, t a thread makes and joins threads, s an interval timer's
- * handler writes to the memory, r queued real-time signals are counted.
+ * handler writes to the memory, r queued real-time signals are counted, n all threads let other processes go first.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -18,6 +18,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -178,6 +179,8 @@ int main(int count, char **words)
     if (count != 5)
         return 2;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (strchr(words[4], 'n'))
+        setpriority(PRIO_PROCESS, 0, 19);
     int fd = open(words[1], O_RDWR | O_CREAT, 0600);
     if (fd < 0 || ftruncate(fd, sizeof *control))
         return 2;

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +41,8 @@ PATIENCE = 20
 LOST = "the guest was lost in it"
 
 _SETUP = f"""cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
-export MTHP_TEST_PATIENCE={PATIENCE} MTHP_TEST_PROGRAMS=/programs MTHP_TEST_KILLS=22 MTHP_TEST_TURNS=8
+export MTHP_TEST_PROGRAMS=/programs MTHP_TEST_PATIENCE={PATIENCE}
+export MTHP_TEST_ROUNDS=1 MTHP_TEST_KILLS=22 MTHP_TEST_TURNS=8
 """
 _SMOKE = "python3 -m vm.smoke; smoke=$?\n"
 _TESTS = "python3 -m pytest -q -p no:cacheprovider -p vm.telling --continue-on-collection-errors --tb=short {files}\n"
@@ -56,7 +58,7 @@ class Test:
         outcome: ``passed``, ``failed`` or ``skipped``; ``began`` until then.
         seconds: how long it took.
         why: it was skipped, or how it failed.
-        tree: the state of mthp and its tests, see `tree`.
+        tree: the state of mthp and of what the test uses, see `tree`.
     """
 
     outcome: str = "began"
@@ -91,9 +93,9 @@ class Row:
         lines += [f"{name}: {test.why}" for name, test in self.tests.items() if test.outcome in ("failed", "began")]
         return lines if self.smoke or self.tests else [f"nothing came of it:\n{self.console}"]
 
-    def file(self, name: str) -> list[Test]:
+    def file(self, name: str) -> dict[str, Test]:
         """The tests of a file."""
-        return [test for nodeid, test in self.tests.items() if _file_of(nodeid) == name]
+        return {nodeid: test for nodeid, test in self.tests.items() if _file_of(nodeid) == name}
 
     def save(self) -> None:
         """Keep it for `saved`."""
@@ -122,13 +124,19 @@ def _file_of(nodeid: str) -> str:
 
 
 @functools.cache
-def tree() -> str:
-    """A short word for the state of mthp and its tests."""
+def tree(test_file: str) -> str:
+    """A short word for the state of mthp and of what a file of live tests uses: all but the lab and other tests."""
     files = hashlib.sha256()
-    for name, data in sorted(project().items()):
-        if not name.startswith("tests/vm/"):
-            files.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
+    for name, digest in _digests():
+        if not Path(name).name.startswith("test_") or Path(name).name == test_file:
+            files.update(name.encode() + b"\0" + digest)
     return files.hexdigest()[:12]
+
+
+@functools.cache
+def _digests() -> list[tuple[str, bytes]]:
+    files = sorted(project().items())
+    return [(name, hashlib.sha256(data).digest()) for name, data in files if not name.startswith("tests/vm/")]
 
 
 def live_files(chosen: tuple[str, ...] = ()) -> list[str]:
@@ -167,7 +175,7 @@ def examine(
         row.seconds += outcome.seconds
         row.console = outcome.console[-4000:]
         if lost := [name for name, test in row.tests.items() if test.outcome == "began"]:
-            row.tests[lost[-1]] = Test("failed", 0, f"{LOST}:\n{row.console}", tree())
+            row.tests[lost[-1]] = Test("failed", 0, f"{LOST}:\n{row.console}", tree(_file_of(lost[-1])))
             say(f"{kernel.name}: {lost[-1]}: {LOST}")
         if smoke:
             row.smoke = dict.fromkeys(COMMANDS, "FAILED: " + LOST) | row.smoke
@@ -204,7 +212,7 @@ def _guest(
             say(f"{kernel.name}: mthp {what['command']}: {what['said']}")
             return
         name = what.pop("test")
-        row.tests[name] = Test(**what, tree=tree())
+        row.tests[name] = Test(**what, tree=tree(_file_of(name)))
         if echo and what:
             say(f"{what['outcome']} after {what['seconds']:.1f} s: {name}")
         if what.get("outcome") == "failed":
@@ -226,7 +234,7 @@ def table(rows: list[Row]) -> str:
         lines.append([f"mthp {command}", *(_short(row.smoke.get(command, "-")) for row in rows)])
     for name in sorted({_file_of(nodeid) for row in rows for nodeid in row.tests}):
         lines.append([name, *(_cell(row.file(name)) for row in rows)])
-    lines.append(["all live tests", *(_cell(list(row.tests.values())) for row in rows)])
+    lines.append(["all live tests", *(_cell(row.tests) for row in rows)])
     lines.append(["seconds", *(f"{row.seconds:.0f}" for row in rows)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
     text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -252,12 +260,13 @@ def _title(row: Row) -> str:
     return row.release.removesuffix(f"-{flavour}").partition("+")[0] + dash + platform
 
 
-def _cell(tests: list[Test]) -> str:
-    count = {word: sum(test.outcome == word for test in tests) for word in ("passed", "failed", "skipped", "began")}
+def _cell(tests: dict[str, Test]) -> str:
+    count = Counter(test.outcome for test in tests.values())
+    old = any(test.tree != tree(_file_of(name)) for name, test in tests.items())
     parts = [f"{count['passed']} ok"] if count["passed"] else []
     parts += [f"{failed} FAILED"] if (failed := count["failed"] + count["began"]) else []
     parts += [f"{count['skipped']} skip"] if count["skipped"] else []
-    return (", ".join(parts) or "-") + ("*" if any(test.tree != tree() for test in tests) else "")
+    return (", ".join(parts) or "-") + ("*" if old else "")
 
 
 def _short(text: str) -> str:
