@@ -134,11 +134,12 @@ class Puppet:
 
 
 def threads_of(pid: int) -> dict[int, str]:
-    """The threads of a process, and the state of each."""
+    """The threads of a process, and the state of each; one that ends just then is left out."""
     states = {}
     for tid in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
-        text = Path(f"/proc/{pid}/task/{tid}/stat").read_text()
-        states[int(tid)] = text.rpartition(")")[2].split()[0]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            text = Path(f"/proc/{pid}/task/{tid}/stat").read_text()
+            states[int(tid)] = text.rpartition(")")[2].split()[0]
     return states
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -129,7 +130,7 @@ def test_a_number_that_nobody_has_is_told(run: Path) -> None:
 def test_thousands_of_short_lived_processes_are_passed_over(run: Path) -> None:
     with RunningDaemon(run, "--comm", "true") as daemon:
         before, own_before = daemon.status(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(["bash", "-c", "for i in $(seq 1000); do /bin/true; done"], check=True)
+        subprocess.run(["bash", "-c", f"for i in $(seq 1000); do {shutil.which('true')}; done"], check=True)
         after, own = daemon.status(), resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = own.ru_utime + own.ru_stime - own_before.ru_utime - own_before.ru_stime
         assert after["cpu_seconds"] - before["cpu_seconds"] < spent
@@ -341,7 +342,7 @@ def test_a_target_that_forks_unmaps_and_maps_meanwhile_is_never_harmed(run: Path
 
 def test_a_target_that_becomes_another_program_is_matched_anew(run: Path, thp_switches: ThpSwitches) -> None:
     thp_switches.only()
-    script = "read; exec -a other sleep 600"
+    script = "read; exec sleep 600"
     with RunningDaemon(run, "--comm", "bash") as daemon:
         child = subprocess.Popen(["bash", "-c", script], stdin=subprocess.PIPE, text=True)
         until(lambda: daemon.target(child.pid) is not None, "the shell")

@@ -44,6 +44,7 @@ mount -t tmpfs shm /dev/shm
 ln -sf /proc/self/fd /dev/fd
 mount -t tracefs trace /sys/kernel/tracing
 mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup /sys/fs/cgroup 2>/dev/null
+echo +memory >/sys/fs/cgroup/cgroup.subtree_control
 for module in $(cat /modules/order); do
   case $module in
     brd.ko) insmod /modules/$module rd_nr=1 rd_size=@SWAP_KB@ ;;

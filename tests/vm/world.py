@@ -19,7 +19,7 @@ from vm.kernels import PLATFORMS, Platform
 
 PACKAGES = (
     "python3", "python3-numpy", "python3-click", "python3-rich", "python3-pytest", "python3-hypothesis",
-    "python3-prometheus-client", "python3-textual",
+    "python3-prometheus-client", "python3-textual", "bash", "util-linux",
 )  # fmt: skip
 SUITES = ("trixie", "unstable")
 """Where they are fetched from: the first of these whose lists can be had for the architecture."""
