@@ -19,6 +19,7 @@ from mthp.linux.mover import aarch64, calls, inject, machine, stub, x86_64
 from mthp.linux.mover.aarch64 import Aarch64
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.mover.x86_64 import COLUMN, NO_SYSCALL, X8664
+from mthp.linux.probes import UFFDIO_API
 
 SOURCES = Path(stub.__file__).parent
 LAYOUT = stub.Layout(0x7F00_0000_0000, 70, 32, 2 << 20, X8664(), 4096)
@@ -215,7 +216,7 @@ def test_a_parked_thread_keeps_its_stack_and_runs_plainly() -> None:
         assert register["orig_rax"] == NO_SYSCALL
         assert LAYOUT.holds_code(register["rip"])
     assert homes[5, COLUMN["rip"]] == 1
-    assert inject.UFFDIO_API == 0xC0000000 | 24 << 16 | 0xAA << 8 | 0x3F
+    assert UFFDIO_API == 0xC0000000 | 24 << 16 | 0xAA << 8 | 0x3F
 
 
 # --- aarch64 ----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,6 @@ class Aarch64(Machine):
     calls = MappingProxyType(
         {
             "fcntl": 25,
-            "ioctl": 29,
             "close": 57,
             "waitid": 95,
             "ptrace": 117,

@@ -15,9 +15,13 @@ What is injected::
     mmap      R-X, for all of it; a mapping that is to be executable must be so from the start (PR_SET_MDWE)
     mprotect  RW- for all but the code; the code is written through /proc/PID/mem, which does not need PROT_WRITE
     madvise   MADV_DONTFORK: a child of the target has no use for it
-    userfaultfd(O_CLOEXEC | UFFD_USER_MODE_ONLY), UFFDIO_API with UFFD_FEATURE_MOVE, UFFDIO_REGISTER of the scratch area
+    userfaultfd(O_CLOEXEC | UFFD_USER_MODE_ONLY)
     fcntl     F_DUPFD_CLOEXEC, and close: a program that closes a descriptor counts on the next one to have its number
-    madvise   MADV_DONTNEED of the scratch area, into which a large fault of the data beside it may have spilled
+    madvise   MADV_DONTNEED of the scratch area, which nothing may lie in; locked memory (mlockall(2)) refuses it
+
+Whatever else there is to do with the descriptor we do ourselves, with a copy of it (pidfd_getfd(2)): UFFDIO_API with
+UFFD_FEATURE_MOVE, and UFFDIO_REGISTER of the scratch area. A userfaultfd belongs to the address space that it was made
+in, whoever holds it.
 
 The VMA layout is as before once all of it is unmapped. The descriptor is closed only if it still is a userfaultfd, and
 nothing is unmapped if the program has mapped something of its own over a part of it.
@@ -29,7 +33,9 @@ beforehand; if it happens now, the thread gets its registers back after some sec
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import itertools
 import os
 import secrets
@@ -43,11 +49,14 @@ from typing import Self
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError
 from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
+from mthp.linux.mover.kcmp import KCMP_FILES, kcmp
 from mthp.linux.mover.machine import Machine
 from mthp.linux.mover.reentry import SYSCALL_STOP
 from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.mover.taskfiles import read_task_file
 from mthp.linux.mover.tracee import CannotStopError, Tracee
+from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE, UFFD_USER_MODE_ONLY, UFFDIO_API, UFFDIO_API_ARG
+from mthp.linux.process import Process
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x20, 0x4000
@@ -55,17 +64,22 @@ MADV_DONTNEED, MADV_DONTFORK = 4, 10
 
 F_DUPFD_CLOEXEC = 1030
 
-UFFD_USER_MODE_ONLY = 1
-UFFD_API = 0xAA
-UFFD_FEATURE_MOVE = 1 << 16
-UFFDIO_API = 0xC018AA3F
 UFFDIO_REGISTER = 0xC020AA00
 UFFDIO_REGISTER_MODE_MISSING = 1
+"""include/uapi/linux/userfaultfd.h."""
+
+NR_PIDFD_GETFD = 438
+"""The same on all architectures (asm/unistd.h)."""
 
 _NO_FD = (1 << 64) - 1
 _MAX_ERRNO = 4095
 _POLL_SECONDS = 5e-6
+_SPIN_NS = 200_000
 _MIN_THREADS = 64
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.syscall.argtypes = (ctypes.c_long,) * 4
 
 
 class RemoteError(OSError):
@@ -151,7 +165,8 @@ class RemoteCalls:
         ptrace.run_to_syscall(tid)
         self._running = True
         self._frozen.ran.add(tid)
-        deadline = time.monotonic_ns() + WORKER_TIMEOUT_NS
+        now = time.monotonic_ns()
+        impatient, deadline = now + _SPIN_NS, now + WORKER_TIMEOUT_NS
         while (stop := self._frozen.poll(tid)) != SYSCALL_STOP:
             if stop is not None:
                 # SIGSTOP, which cannot be blocked, or the stop of the group that follows it.
@@ -163,6 +178,9 @@ class RemoteCalls:
                     f"thread {tid} of process {self._frozen.process.label} does not run",
                     help="its cgroup is frozen, or leaves it no time: try again later",
                 )
+            elif self._hurried and time.monotonic_ns() < impatient:
+                # To sleep would take longer than the call. On one processor the thread runs now, having our priority.
+                os.sched_yield()
             else:
                 time.sleep(_POLL_SECONDS)
         self._running = False
@@ -185,9 +203,15 @@ class RemoteCalls:
 
 
 def choose(frozen: FrozenProcess) -> Tracee:
-    """The thread to be given our registers: one outside restartable sequences, if there is one."""
-    tracees = list(frozen.tracees.values())
-    return next((tracee for tracee in tracees if not tracee.rseq_abort), tracees[0])
+    """The thread to be given our registers: one outside restartable sequences, if there is one.
+
+    It has the table of files of the first thread, in which the userfaultfd is.
+    """
+    pid, tracees = frozen.process.pid, list(frozen.tracees.values())
+    chosen = next((tracee for tracee in tracees if not tracee.rseq_abort), tracees[0])
+    if chosen.tid != pid and kcmp(pid, chosen.tid, KCMP_FILES) not in (0, None):
+        return frozen.tracees.get(pid, chosen)
+    return chosen
 
 
 def _syscall_address(frozen: FrozenProcess) -> int:
@@ -261,8 +285,9 @@ class Injection:
         self.check(frozen)
         if not is_untouched(frozen.process.read("maps"), self.layout):
             raise TargetVanishedError(f"process {frozen.process.label} mapped memory of its own over the mover's")
+        uffd = self.uffd if _is_userfaultfd(frozen, self.uffd) else _NO_FD
         with RemoteCalls(frozen, observer) as remote:
-            _remove(frozen, remote, self.layout, self.uffd)
+            _remove(remote, self.layout, uffd)
             observer(Step.UNMAPPED)
 
 
@@ -282,41 +307,54 @@ def inject(
         CannotStopError: it must not be given our code, or does not run.
     """
     planned = stub.Layout(0, max(min_threads, 2 * len(frozen.stopped.tids)), operations, scratch_size, frozen.machine)
+    calls = RemoteCalls(frozen, observer)
+    last = _last_descriptor(frozen.process, calls.tid)
     uffd = _NO_FD
     layout: stub.Layout | None = None
-    with RemoteCalls(frozen, observer) as remote:
-        try:
-            flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-            base = remote.call("mmap", 0, planned.size, PROT_READ | PROT_EXEC, flags, _NO_FD, 0)
-            layout = replace(planned, base=base)
-            observer(Step.MAPPED)
-            data = layout.size - layout.code_size
-            remote.call("mprotect", layout.header, data, PROT_READ | PROT_WRITE)
-            remote.call("madvise", base, layout.size, MADV_DONTFORK)
-            frozen.write(base, layout.executable)
-            uffd = remote.call("userfaultfd", os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
-            uffd = _out_of_the_way(frozen, remote, uffd)
-            _register(frozen, remote, layout, uffd)
-        except (OSError, MthpError) as error:
-            if isinstance(error, (TargetVanishedError, CannotStopError)):
+    try:
+        with calls as remote:
+            try:
+                flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+                base = remote.call("mmap", 0, planned.size, PROT_READ | PROT_EXEC, flags, _NO_FD, 0)
+                layout = replace(planned, base=base)
+                observer(Step.MAPPED)
+                data = layout.size - layout.code_size
+                remote.call("mprotect", layout.header, data, PROT_READ | PROT_WRITE)
+                remote.call("madvise", base, layout.size, MADV_DONTFORK)
+                remote.call("madvise", layout.scratch, layout.scratch_size, MADV_DONTNEED)
+                uffd = remote.call("userfaultfd", os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
+                uffd = _out_of_the_way(remote, uffd, last)
+            except RemoteError:
+                if layout is not None:
+                    _remove(remote, layout, uffd)
                 raise
-            if layout is not None:
-                _remove(frozen, remote, layout, uffd)
-            raise _explained(frozen, error) from error
-    injection = Injection(layout, uffd, secrets.randbits(64))
-    frozen.write(layout.header, stub.pack_header(layout, uffd, injection.nonce, stub.operations_for([], [], 0)))
+        injection = Injection(layout, uffd, secrets.randbits(64))
+        try:
+            _register(frozen.process, layout, uffd)
+            frozen.write(layout.base, layout.executable)
+            frozen.write(layout.header, stub.pack_header(layout, uffd, injection.nonce, stub.operations_for([], [], 0)))
+        except (OSError, MthpError):
+            with RemoteCalls(frozen, observer) as remote:
+                _remove(remote, layout, uffd)
+            raise
+    except OSError as error:
+        raise _explained(frozen.process.label, error) from error
     observer(Step.INJECTED)
     return injection
 
 
-def _out_of_the_way(frozen: FrozenProcess, remote: RemoteCalls, fd: int) -> int:
+def _last_descriptor(process: Process, tid: int) -> int:
+    """The last number in a thread's table of files as large as it is; -1 if that is not known."""
+    status = (read_task_file(process, tid, "status") or b"").decode(errors="replace")
+    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("FDSize:")]
+    return int(sizes[0]) - 1 if sizes else -1
+
+
+def _out_of_the_way(remote: RemoteCalls, fd: int, last: int) -> int:
     """Give a descriptor another number: the last that fits into the table of files as it is, or one behind it.
 
     It keeps its number where it may have no such one (RLIMIT_NOFILE).
     """
-    status = (read_task_file(frozen.process, remote.tid, "status") or b"").decode(errors="replace")
-    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("FDSize:")]
-    last = int(sizes[0]) - 1 if sizes else -1
     if fd >= last:
         return fd
     try:
@@ -327,18 +365,26 @@ def _out_of_the_way(frozen: FrozenProcess, remote: RemoteCalls, fd: int) -> int:
     return moved
 
 
-def _register(frozen: FrozenProcess, remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
-    frozen.write(layout.header, struct.pack("=QQQ", UFFD_API, UFFD_FEATURE_MOVE, 0))
-    remote.call("ioctl", uffd, UFFDIO_API, layout.header)
-    request = struct.pack("=QQQQ", layout.scratch, layout.scratch_size, UFFDIO_REGISTER_MODE_MISSING, 0)
-    frozen.write(layout.header, request)
-    remote.call("ioctl", uffd, UFFDIO_REGISTER, layout.header)
-    remote.call("madvise", layout.scratch, layout.scratch_size, MADV_DONTNEED)
+def _register(process: Process, layout: stub.Layout, uffd: int) -> None:
+    """Have the target's userfaultfd `uffd` cover the scratch area.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    copy = int(_libc.syscall(NR_PIDFD_GETFD, process.pidfd, uffd, 0))
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    try:
+        fcntl.ioctl(copy, UFFDIO_API, struct.pack(UFFDIO_API_ARG, UFFD_API, UFFD_FEATURE_MOVE, 0))
+        request = struct.pack("=4Q", layout.scratch, layout.scratch_size, UFFDIO_REGISTER_MODE_MISSING, 0)
+        fcntl.ioctl(copy, UFFDIO_REGISTER, request)
+    finally:
+        os.close(copy)
 
 
-def _remove(frozen: FrozenProcess, remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
+def _remove(remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
     remote.call("munmap", layout.base, layout.size)
-    if uffd != _NO_FD and _is_userfaultfd(frozen, uffd):
+    if uffd != _NO_FD:
         with contextlib.suppress(RemoteError):
             remote.call("close", uffd)
 
@@ -364,10 +410,9 @@ def _is_userfaultfd(frozen: FrozenProcess, fd: int) -> bool:
         return False
 
 
-def _explained(frozen: FrozenProcess, error: OSError | MthpError) -> MthpError:
-    if isinstance(error, MthpError):
-        return error
-    label = frozen.process.label
+def _explained(label: str, error: OSError) -> MthpError:
+    if error.errno == errno.ESRCH:
+        return TargetVanishedError(f"process {label} was killed")
     if error.errno in (errno.EPERM, errno.EACCES):
         return NotPermittedError(
             f"process {label} may not create a userfaultfd or executable memory: {error.strerror}",

@@ -118,7 +118,6 @@ class X8664(Machine):
             "mmap": 9,
             "mprotect": 10,
             "munmap": 11,
-            "ioctl": 16,
             "madvise": 28,
             "fcntl": 72,
             "ptrace": 101,
