@@ -118,7 +118,9 @@ def test_the_next_file_that_a_program_opens_has_the_number_that_it_expects(tmp_p
             now = {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()}
             assert now - numbers == {session.uffd}
             assert session.uffd == size - 1
-            assert process.status("FDSize") == str(size)
+            with MoverSession(process, GEOMETRY) as second:
+                assert second.uffd == size - 2, "the last number is taken"
+            assert process.status("FDSize") == str(size), "to make the table larger takes long"
         assert {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()} == numbers
         assert target.finish() == 0
 
@@ -366,9 +368,47 @@ def test_a_dead_first_thread_is_not_waited_for() -> None:
 def test_a_thread_outside_of_restartable_sequences_is_preferred() -> None:
     """Whoever is inside of one has to begin it again after having run our code."""
     tracees = {tid: SimpleNamespace(tid=tid, rseq_abort=abort) for tid, abort in ((1, 7), (2, 0), (3, 0))}
-    assert inject.choose(cast("Any", SimpleNamespace(tracees=tracees))).tid == 2
+    frozen = cast("Any", SimpleNamespace(tracees=tracees, process=SimpleNamespace(pid=1)))
+    assert inject.choose(frozen).tid == 2
     tracees[2].rseq_abort = tracees[3].rseq_abort = 7
-    assert inject.choose(cast("Any", SimpleNamespace(tracees=tracees))).tid == 1
+    assert inject.choose(frozen).tid == 1
+
+
+OWN_FILES = """
+import ctypes, os, threading, time
+libc = ctypes.CDLL(None)
+def work():
+    assert libc.unshare(0x400) == 0
+    print(threading.get_native_id(), flush=True)
+    time.sleep(600)
+threading.Thread(target=work).start()
+time.sleep(600)
+"""
+
+
+def test_a_thread_with_files_of_its_own_is_not_chosen() -> None:
+    """The userfaultfd is a number of the first thread's table."""
+    with program(OWN_FILES) as (pid, said):
+        other = int(said)
+        tracees = {tid: SimpleNamespace(tid=tid, rseq_abort=abort) for tid, abort in ((pid, 7), (other, 0))}
+        frozen = cast("Any", SimpleNamespace(tracees=tracees, process=SimpleNamespace(pid=pid)))
+        assert inject.choose(frozen).tid == pid
+        del tracees[pid]
+        assert inject.choose(frozen).tid == other
+
+
+def test_a_program_that_locks_whatever_it_maps_is_left_as_it_was() -> None:
+    """Locked pages cannot be moved, so the mover's own memory would be of no use."""
+    source = (
+        "import ctypes, time\nassert ctypes.CDLL(None).mlockall(2) == 0\nprint('ready', flush=True)\ntime.sleep(600)"
+    )
+    with program(source) as (pid, _), Process(pid) as process:
+        before, files = mappings(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        with pytest.raises(UnsupportedError) as raised, MoverSession(process, GEOMETRY):
+            pass
+        assert "mlockall" in str(raised.value.help)
+        assert mappings(pid) == before
+        assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
 
 
 def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ WORKER_TIMEOUT_NS = 10_000_000_000
 _POLL_SECONDS = 20e-6
 _LONGEST_POLL_SECONDS = 5e-3
 _PATIENCE = 0.125
+_SPIN_NS = 30_000
+"""For so long we look without sleeping, which would take longer than a thread needs to stop that has a processor."""
+
 _STOP_SECONDS = 2e-6
 """What it takes a thread to stop, once it has a processor."""
 
@@ -218,6 +221,9 @@ class FrozenProcess:
                 f"process {self.process.label} does not stop",
                 help="a thread sleeps uninterruptibly (state D), waits in vfork(2), or is exiting: try again later",
             )
+        if now - self._waiting_since < _SPIN_NS:
+            os.sched_yield()
+            return
         waited = (now - self._waiting_since) * 1e-9
         time.sleep(min(_POLL_SECONDS + max(waiting * _STOP_SECONDS, waited * _PATIENCE), _LONGEST_POLL_SECONDS))
 

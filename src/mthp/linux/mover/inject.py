@@ -76,6 +76,7 @@ _MAX_ERRNO = 4095
 _POLL_SECONDS = 5e-6
 _SPIN_NS = 200_000
 _MIN_THREADS = 64
+_NUMBERS_TRIED = 64
 
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -308,7 +309,7 @@ def inject(
     """
     planned = stub.Layout(0, max(min_threads, 2 * len(frozen.stopped.tids)), operations, scratch_size, frozen.machine)
     calls = RemoteCalls(frozen, observer)
-    last = _last_descriptor(frozen.process, calls.tid)
+    number = _descriptor(frozen.process, calls.tid)
     uffd = _NO_FD
     layout: stub.Layout | None = None
     try:
@@ -323,7 +324,7 @@ def inject(
                 remote.call("madvise", base, layout.size, MADV_DONTFORK)
                 remote.call("madvise", layout.scratch, layout.scratch_size, MADV_DONTNEED)
                 uffd = remote.call("userfaultfd", os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
-                uffd = _out_of_the_way(remote, uffd, last)
+                uffd = _out_of_the_way(remote, uffd, number)
             except RemoteError:
                 if layout is not None:
                     _remove(remote, layout, uffd)
@@ -343,22 +344,25 @@ def inject(
     return injection
 
 
-def _last_descriptor(process: Process, tid: int) -> int:
-    """The last number in a thread's table of files as large as it is; -1 if that is not known."""
+def _descriptor(process: Process, tid: int) -> int:
+    """The highest free number in a thread's table of files as large as it is; -1 if none is seen near its end.
+
+    A table that is shared by threads and must grow takes the kernel tens of milliseconds (expand_fdtable, fs/file.c).
+    """
     status = (read_task_file(process, tid, "status") or b"").decode(errors="replace")
     sizes = [line.split()[1] for line in status.splitlines() if line.startswith("FDSize:")]
-    return int(sizes[0]) - 1 if sizes else -1
+    last = int(sizes[0]) - 1 if sizes else -1
+    files = Path(f"/proc/{process.pid}/task/{tid}/fd")
+    near = range(last, max(last - _NUMBERS_TRIED, -1), -1)
+    return next((number for number in near if not os.path.lexists(files / str(number))), -1)
 
 
-def _out_of_the_way(remote: RemoteCalls, fd: int, last: int) -> int:
-    """Give a descriptor another number: the last that fits into the table of files as it is, or one behind it.
-
-    It keeps its number where it may have no such one (RLIMIT_NOFILE).
-    """
-    if fd >= last:
+def _out_of_the_way(remote: RemoteCalls, fd: int, number: int) -> int:
+    """Give a descriptor the higher number that is free; it keeps its own where it may not have that (RLIMIT_NOFILE)."""
+    if fd >= number:
         return fd
     try:
-        moved = remote.call("fcntl", fd, F_DUPFD_CLOEXEC, last)
+        moved = remote.call("fcntl", fd, F_DUPFD_CLOEXEC, number)
     except RemoteError:
         return fd
     remote.call("close", fd)
