@@ -12,10 +12,9 @@ again, with the same bytes, while nobody looks:
 
 Only the target itself can fault its own memory in, so step 2 is done by one of its threads, the *worker*, running a few
 hundred bytes of code that were injected before (:mod:`~mthp.linux.mover.inject`, ``stub_x86_64.S``,
-``stub_aarch64.S``). Of the ways to
-move pages away, UFFDIO_MOVE (Linux 6.8) is the one with which the kernel itself refuses what is pinned, shared or
-locked; nothing in the stub has to guess. It wants its destination registered with a userfaultfd; one that sees only
-faults of user mode can be created without privilege.
+``stub_aarch64.S``). Of the ways to move pages away, UFFDIO_MOVE (Linux 6.8) is the one with which the kernel itself
+refuses what is pinned, shared or locked; nothing in the stub has to guess. It wants its destination registered with a
+userfaultfd; one that sees only faults of user mode can be created without privilege.
 
 What could go wrong, and why it does not
 ----------------------------------------
@@ -34,7 +33,7 @@ the target, without a thread that uses it.
 
 *We die while injecting.* At that time, once at the beginning and once at the end of a session, a thread has registers
 that cannot restore themselves, so PTRACE_O_EXITKILL is set: the target dies with us, but never runs on with wrong
-registers. It is a fraction of a millisecond.
+registers. It is about a millisecond, of which calls made by the target are most.
 
 *Something breaks inside of us.* Every window runs in a thread of its own, which no signal handler of Python's
 interrupts, and whose end makes the kernel let go of whatever is still held: for the target, that is our death, which
