@@ -6,7 +6,6 @@ A target carries out what it is told, line by line, after it was judged and befo
 from __future__ import annotations
 
 import contextlib
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from mover_targets import PREAMBLE
+from mover_targets import BLOCK, ORDER, PREAMBLE
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.outcome import Objection
@@ -25,14 +24,11 @@ from mthp.results import ScanResult
 
 pytestmark = [
     pytest.mark.live,
-    pytest.mark.requires("root", "pfns", "4k-pages"),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets make system calls by number"),
+    pytest.mark.requires("root", "pfns", "mover"),
 ]
 
-ORDER = 4
-BLOCK = 65536
-
 OBEY = f"""
+BLOCK = {BLOCK}
 # A gap on each side keeps the mapping from being joined with others.
 start = libc.mmap(None, 6 * {BLOCK}, 0, 0x22, -1, 0)
 base = -(-start // {BLOCK}) * {BLOCK} + {BLOCK}
@@ -126,7 +122,7 @@ SECCOMP = (
 )
 PINNED = (
     "ring = call(425, 4, ctypes.create_string_buffer(120));"
-    "call(427, ring, 0, ctypes.create_string_buffer(struct.pack('QQ', base + 65536, 65536)), 1)"
+    "call(427, ring, 0, ctypes.create_string_buffer(struct.pack('QQ', base + BLOCK, BLOCK)), 1)"
 )
 
 
@@ -137,14 +133,14 @@ PINNED = (
         ("assert libc.prctl(41, 1, 0, 0, 0) == 0", ScanResult.FAIL, "PR_SET_THP_DISABLE"),
         (PINNED, ScanResult.PAGE_COUNT, "VmPin"),
         ("children.append(clone(0x100 | 17))", ScanResult.FAIL, "CLONE_VM"),
-        ("call(323, 0o2000000)", ScanResult.VMA_CHECK, "userfaultfd"),
-        ("call(273, base + 128, 24)", ScanResult.PAGE_COUNT, "robust list"),
+        ("call(USERFAULTFD, 0o2000000)", ScanResult.VMA_CHECK, "userfaultfd"),
+        ("call(SET_ROBUST_LIST, base + 128, 24)", ScanResult.PAGE_COUNT, "robust list"),
         ("children.append(os.fork() or time.sleep(600))", ScanResult.EXCEED_SHARED_PTE, "shared"),
-        ("assert libc.madvise(base + 4096, 4096, 4) == 0", ScanResult.PTE_NON_PRESENT, "went away"),
-        ("assert libc.munmap(base, 4096, 0) == 0", ScanResult.VMA_CHECK, MAPPING_CHANGED.reason),
-        ("assert libc.munmap(base + 65536, 4096, 0) == 0", ScanResult.VMA_CHECK, MAPPING_CHANGED.reason),
-        ("assert libc.mprotect(base, 131072, 1) == 0", ScanResult.VMA_CHECK, MAPPING_CHANGED.reason),
-        ("assert libc.mmap(base, 65536, 3, 0x31, -1, 0) == base", ScanResult.VMA_CHECK, MAPPING_CHANGED.reason),
+        ("assert libc.madvise(base + PAGE, PAGE, 4) == 0", ScanResult.PTE_NON_PRESENT, "went away"),
+        ("assert libc.munmap(base, PAGE, 0) == 0", ScanResult.VMA_CHECK, MAPPING_CHANGED.reason),
+        ("assert libc.munmap(base + BLOCK, PAGE, 0) == 0", ScanResult.VMA_CHECK, MAPPING_CHANGED.reason),
+        ("assert libc.mprotect(base, 2 * BLOCK, 1) == 0", ScanResult.VMA_CHECK, MAPPING_CHANGED.reason),
+        ("assert libc.mmap(base, BLOCK, 3, 0x31, -1, 0) == base", ScanResult.VMA_CHECK, MAPPING_CHANGED.reason),
     ],
     ids=[
         "seccomp", "thp", "pinned", "clone_vm", "userfaultfd", "robust", "fork", "dontneed", "munmap", "shrunk",
@@ -164,8 +160,8 @@ def test_a_change_meanwhile_is_noticed(change: str, result: ScanResult, reason: 
 
 @pytest.mark.parametrize("second", [False, True])
 def test_flags_of_a_part_of_the_mapping_that_change_show_in_its_extent(second: bool) -> None:
-    at = "base + 65536" if second else "base"
-    assert objection_after(f"assert libc.madvise({at}, 65536, 10) == 0", second=second) == MAPPING_CHANGED
+    at = "base + BLOCK" if second else "base"
+    assert objection_after(f"assert libc.madvise({at}, BLOCK, 10) == 0", second=second) == MAPPING_CHANGED
 
 
 def test_who_was_compared_once_is_not_compared_again() -> None:
