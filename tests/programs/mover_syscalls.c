@@ -54,7 +54,7 @@ struct waiter {
     aio_context_t context;
     struct iocb block;
     volatile int wants; /* the number of the turn that waits to be fed, or 0 */
-    volatile int word;
+    volatile int word, idle;
 };
 
 static struct waiter waiters[CALLS];
@@ -108,7 +108,8 @@ static void call_epoll_wait(struct waiter *w, int event, struct record *r)
 
 static void call_futex(struct waiter *w, int event, struct record *r)
 {
-    r->value = syscall(SYS_futex, &w->word, FUTEX_WAIT, 0, event ? &ample : &brief, NULL, 0);
+    /* A wake-up that comes too late for one turn must not end the next. */
+    r->value = syscall(SYS_futex, event ? &w->word : &w->idle, FUTEX_WAIT, 0, event ? &ample : &brief, NULL, 0);
 }
 
 static void call_read(struct waiter *w, int event, struct record *r)
