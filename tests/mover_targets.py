@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from mthp.linux.sysfs import ThpSysfs
 from targets import threads_of
+from thp_switches import size_name
 from waiting import FACTOR, PATIENCE, wait_for
 
 GEOMETRY = ThpSysfs().geometry()
@@ -33,12 +34,6 @@ GEOMETRY = ThpSysfs().geometry()
 ORDER = 4
 BLOCK = GEOMETRY.size_of(ORDER)
 """What the tests move, if they do not say otherwise: there is such an order on every machine."""
-
-
-def size_name(order: int) -> str:
-    """A folio size as :class:`~thp_switches.ThpSwitches` names it, such as ``"64kB"``."""
-    return GEOMETRY.sysfs_name(order).removeprefix("hugepages-")
-
 
 BLOCK_SIZE = size_name(ORDER)
 

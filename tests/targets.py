@@ -40,6 +40,8 @@ def _pmd_size() -> int:
 PMD_SIZE = _pmd_size()
 """What one entry of the PMD maps; without THP what it maps on most machines, whose tables are pages of 64-bit words."""
 
+PMD_ORDER = (PMD_SIZE // PAGE_SIZE).bit_length() - 1
+
 
 class Puppet:
     """A process that does what it is told. A context manager: leaving it ends the process.

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp, mthp_json
-from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
+from mthp.geometry import format_size
+from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp")]
 
 PAGES = PMD_SIZE // PAGE_SIZE
 FULL, SOME, EMPTY = 4, (300, 200, 1), 2
@@ -64,7 +65,7 @@ class Layout:
 
 
 def options(*more: object) -> list[object]:
-    return ["--orders", "2M", "--max-ptes-none", PAGES - 1, *more]
+    return ["--orders", f"order={PMD_ORDER}", "--max-ptes-none", PAGES - 1, *more]
 
 
 def accounted(report: dict[str, Any]) -> int:
@@ -73,7 +74,7 @@ def accounted(report: dict[str, Any]) -> int:
 
 
 def planned(report: dict[str, Any]) -> int:
-    return int(report["plan"]["folios_by_order"].get("9", 0))
+    return int(report["plan"]["folios_by_order"].get(str(PMD_ORDER), 0))
 
 
 def check_against_smaps(report: dict[str, Any], before: Memory, after: Memory) -> None:
@@ -151,7 +152,7 @@ def test_a_budget_as_a_share_of_what_is_resident(actor: Actor) -> None:
 def test_the_coverage_that_is_asked_for_decides_the_exit_code(actor: Actor) -> None:
     layout = Layout.of(actor)
     # Full ranges only: what is planned is done, but the others stay as they are.
-    full_only = ["--orders", "2M", "--max-ptes-none", 0]
+    full_only = ["--orders", f"order={PMD_ORDER}", "--max-ptes-none", 0]
     report = mthp_json("collapse", actor.pid, *full_only, "--min-coverage", "99.9%", code=1)
     assert report["complete"]
     assert not report["min_coverage_reached"]
@@ -170,7 +171,9 @@ def test_the_coverage_is_that_of_the_pages(actor: Actor) -> None:
     spared = actor.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
     actor.fill(spared, PAGES)
     layout = Layout.of(actor)
-    report = mthp_json("collapse", actor.pid, "--orders", "2M", "--max-ptes-none", 0, "--min-coverage", 0)
+    report = mthp_json(
+        "collapse", actor.pid, "--orders", f"order={PMD_ORDER}", "--max-ptes-none", 0, "--min-coverage", 0
+    )
     start, end = layout.address, layout.address + (FULL + len(SOME) + EMPTY) * PMD_SIZE
     assert layout.memory.anon_huge == FULL * PMD_SIZE
     huge = FULL * PAGES / (FULL * PAGES + sum(SOME))
@@ -215,9 +218,9 @@ def test_folios_below_the_pmd_size_are_not_made_by_the_kernels_call(actor: Actor
     done = mthp("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0, *only_call)
     assert done.returncode == 1
     assert "need the mover" in done.stdout
-    done = mthp("collapse", actor.pid, "--mechanism", "move", "--orders", "2M")
+    done = mthp("collapse", actor.pid, "--mechanism", "move", "--orders", f"order={PMD_ORDER}")
     assert done.returncode == 2
-    assert "no folios of 2M" in done.stderr
+    assert f"no folios of {format_size(PMD_SIZE)}" in done.stderr
 
 
 def many(actor: Actor, count: int = 40) -> int:

@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 
 from e2e.helpers import mthp_json
-from mover_targets import Writers
+from mover_targets import GEOMETRY, Writers
 from mthp.linux.mover.steps import Step
-from thp_switches import THP_ROOT, ThpSwitches
+from targets import PMD_ORDER
+from thp_switches import THP_ROOT, ThpSwitches, size_name
 from waiting import PATIENCE
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
 
 FAULTY = [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py")]
-OPTIONS = ("--orders", "64K", "--max-ptes-none", "0", "--max-pause", "60s", "--duty", "1")
+OPTIONS = ("--orders", "order=4", "--max-ptes-none", "0", "--max-pause", "60s", "--duty", "1")
 MAY_DIE = {"HIJACKED", "MAPPED", "UNMAPPED"}
 STRIDE = int(os.environ.get("MTHP_TEST_STRIDE", "16"))
 """Every so-many-th step; MTHP_TEST_STRIDE=1 takes them all."""
@@ -32,7 +33,7 @@ STRIDE = int(os.environ.get("MTHP_TEST_STRIDE", "16"))
 @pytest.fixture(autouse=True)
 def faults_of_one_page(thp_switches: ThpSwitches) -> None:
     thp_switches.set("enabled", "madvise")
-    thp_switches.only("2048kB", word="inherit")
+    thp_switches.only(size_name(PMD_ORDER), word="inherit")
 
 
 def switches() -> dict[str, str]:
@@ -85,7 +86,7 @@ def test_killed_at_numbered_steps(tmp_path: Path) -> None:
                 again = collapse(target.pid)
                 assert again.returncode in (0, 1), again.stderr
                 # Killed late, the first may have done all that there was to do.
-                assert again.returncode == 0 or "lie in folios of 64K now" in again.stdout
+                assert again.returncode == 0 or f"lie in folios of {GEOMETRY.label(4)} now" in again.stdout
                 assert target.finish() == 0
     print(dict(fates))
     assert fates["intact"] > fates["dead"]

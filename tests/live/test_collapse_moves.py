@@ -16,23 +16,22 @@ from typing import Any
 import pytest
 
 from e2e.helpers import MTHP, Actor, mthp, mthp_json
-from mover_targets import Writers, mappings
+from mover_targets import GEOMETRY, Writers, mappings
 from mthp.linux.live import open_live
-from targets import PAGE_SIZE, PMD_SIZE, STRICT, is_strict
-from thp_switches import THP_ROOT, ThpSwitches
+from targets import PAGE_SIZE, PMD_ORDER, PMD_SIZE, STRICT, is_strict
+from thp_switches import THP_ROOT, ThpSwitches, size_name
 from waiting import FACTOR, PATIENCE, until
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
 
 PAUSE, LONG_PAUSE = f"{round(5 * FACTOR)}ms", f"{round(20 * FACTOR)}ms"
-K64 = 64 << 10
 PAGES = PMD_SIZE // PAGE_SIZE
 
 
 @pytest.fixture(autouse=True)
 def faults_of_one_page(thp_switches: ThpSwitches) -> None:
     thp_switches.set("enabled", "madvise")
-    thp_switches.only("2048kB", word="inherit")
+    thp_switches.only(size_name(PMD_ORDER), word="inherit")
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def reasons(report: dict[str, Any]) -> set[str]:
 
 
 def test_one_collapse_makes_every_size(actor: Actor) -> None:
-    """A PMD range, and runs of 1 MiB, 64 KiB and 16 KiB in ranges that are not full."""
+    """A PMD range, and runs of 256, 16 and 4 pages in ranges that are not full."""
     address = actor.map(4 * PMD_SIZE)
     actor.fill(address, PAGES)
     actor.fill(address + PMD_SIZE, 256)
@@ -78,12 +77,18 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
     report = json.loads(done.stdout)
     assert (done.returncode, report["complete"]) in {(0, True), (1, False)}
     check_accounts(report)
-    assert folios(actor.pid, address, 4 * PMD_SIZE) == {9: 512, 8: 256, 4: 16, 2: 4, -1: 4 * PAGES - 788}
+    assert folios(actor.pid, address, 4 * PMD_SIZE) == {
+        PMD_ORDER: PAGES,
+        8: 256,
+        4: 16,
+        2: 4,
+        -1: 3 * PAGES - 276,
+    }
     for offset, pages in ((0, PAGES), (1, 256), (2, 16), (3, 4)):
         assert actor.damaged(address + offset * PMD_SIZE, pages) == 0
     assert mappings(actor.pid) == before
     assert switches() == words
-    assert report["mechanism_by_order"]["9"] == "madvise"
+    assert report["mechanism_by_order"][str(PMD_ORDER)] == "madvise"
     assert report["mechanism_by_order"]["4"] == "move"
     assert report["verified"]
     assert report["moved_bytes"] >= (256 + 16 + 4) * PAGE_SIZE
@@ -99,8 +104,8 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
 def test_the_table_says_the_same(actor: Actor) -> None:
     address = actor.map(PMD_SIZE)
     actor.fill(address, 64)
-    done = mthp("collapse", actor.pid, "--orders", "64K", "--max-ptes-none", 0, "--mechanism", "move")
-    line = next(line.split() for line in done.stdout.splitlines() if line.startswith("64K"))
+    done = mthp("collapse", actor.pid, "--orders", "order=4", "--max-ptes-none", 0, "--mechanism", "move")
+    line = next(line.split() for line in done.stdout.splitlines() if line.startswith(GEOMETRY.label(4)))
     assert line[1] == "moved"
     assert int(line[2]) >= 4
     assert "pauses while pages were moved" in done.stdout
@@ -112,7 +117,7 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
     actor.fill(address, PAGES + 64)
     before = folios(actor.pid, address, 2 * PMD_SIZE)
     report = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run")
-    assert report["mechanism_by_order"]["9"] == "madvise"
+    assert report["mechanism_by_order"][str(PMD_ORDER)] == "madvise"
     assert report["mechanism_by_order"]["6"] == "move"
     assert report["move_hindrances"] == []
     assert report["windows"]["count"] == 0
@@ -127,7 +132,7 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
 def test_holes_are_filled_when_that_is_wanted(actor: Actor) -> None:
     address = actor.map(PMD_SIZE)
     actor.fill(address, 32, 8)
-    options = ("--orders", "64K", "--mechanism", "move")
+    options = ("--orders", "order=4", "--mechanism", "move")
     without = mthp_json("collapse", actor.pid, *options, code=1)
     check_accounts(without)
     assert without["folios"]["4"]["failed"]["EXCEED_NONE_PTE"] >= 16
@@ -136,7 +141,7 @@ def test_holes_are_filled_when_that_is_wanted(actor: Actor) -> None:
     assert folios(actor.pid, address, PMD_SIZE)[0] == 32
     report = json.loads(mthp("collapse", actor.pid, *options, "--fill", "--json").stdout)
     check_accounts(report)
-    assert folios(actor.pid, address, PMD_SIZE) == {4: 256, -1: 256}
+    assert folios(actor.pid, address, PMD_SIZE) == {4: 256, -1: PAGES - 256}
     assert report["bloat_bytes"] >= 16 * 14 * PAGE_SIZE
     assert actor.damaged(address, 32, 8) == 0
     assert actor.unwritten(address + PAGE_SIZE, 7) == 7
@@ -147,10 +152,10 @@ def test_a_budget_holds_for_what_moving_fills(actor: Actor) -> None:
     actor.fill(address, 64)
     actor.fill(address + 64 * PAGE_SIZE, 15)
     actor.fill(address + 80 * PAGE_SIZE, 32, 8)
-    options = ("--orders", "64K", "--mechanism", "move", "--fill")
-    report = json.loads(mthp("collapse", actor.pid, *options, "--max-bloat", 4096, "--json").stdout)
+    options = ("--orders", "order=4", "--mechanism", "move", "--fill")
+    report = json.loads(mthp("collapse", actor.pid, *options, "--max-bloat", PAGE_SIZE, "--json").stdout)
     check_accounts(report)
-    assert report["bloat_bytes"] <= 4096
+    assert report["bloat_bytes"] <= PAGE_SIZE
     assert report["folios"]["4"]["over_budget"] >= 16
     assert folios(actor.pid, address, 64 * PAGE_SIZE) == {4: 64}
 
@@ -159,7 +164,7 @@ def test_a_rate_is_kept(actor: Actor) -> None:
     address = actor.map(4 * PMD_SIZE)
     actor.fill(address, 4 * PAGES)
     report = json.loads(
-        mthp("collapse", actor.pid, "--orders", "256K", "--max-ptes-none", 0, "--rate", "8M", "--json").stdout
+        mthp("collapse", actor.pid, "--orders", "order=6", "--max-ptes-none", 0, "--rate", "8M", "--json").stdout
     )
     assert report["folios"]["6"]["made"] >= 32
     assert report["seconds"] >= (report["moved_bytes"] - (1 << 20)) / (8 << 20)
@@ -171,7 +176,7 @@ def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, l
     made = 0
     with Writers(tmp_path, 6, 16, flags) as target:
         for _ in range(200):
-            words = ("--orders", "64K", "--max-ptes-none", 0, "--max-pause", PAUSE, "--json")
+            words = ("--orders", "order=4", "--max-ptes-none", 0, "--max-pause", PAUSE, "--json")
             report = json.loads(mthp("collapse", target.pid, *words).stdout)
             check_accounts(report)
             made += report["folios"]["4"]["made"] if report["folios"] else 0
@@ -186,15 +191,15 @@ def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, l
 
 def test_a_refusal_is_the_reason_of_all(tmp_path: Path) -> None:
     """seccomp in strict mode, set by a thread of the target itself."""
-    code = "import mmap; m = mmap.mmap(-1, 4 << 20, flags=0x22); m.write(b'x' * (4 << 20))\n" + STRICT
+    code = "import mmap; m = mmap.mmap(-1, 64 << 20, flags=0x22); m.write(b'x' * (64 << 20))\n" + STRICT
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as target:
         until(lambda: is_strict(target.pid), "seccomp")
         try:
-            report = mthp_json("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, code=1)
+            report = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, code=1)
             check_accounts(report)
             assert report["folios"]["4"]["made"] == 0
             assert any("seccomp" in reason for reason in reasons(report))
-            dry = mthp_json("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, "--dry-run")
+            dry = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, "--dry-run")
             assert any("seccomp" in reason for reason in dry["move_hindrances"])
             assert target.poll() is None
         finally:
@@ -210,7 +215,7 @@ def test_a_traced_target_is_told(tmp_path: Path) -> None:
     ):
         assert tracer.stdout is not None
         tracer.stdout.readline()
-        report = mthp_json("collapse", target.pid, "--orders", "64K", "--max-ptes-none", 0, code=1)
+        report = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, code=1)
         assert any("traced" in reason and str(tracer.pid) in reason for reason in reasons(report))
         tracer.kill()
         tracer.wait()
@@ -220,7 +225,7 @@ def test_a_traced_target_is_told(tmp_path: Path) -> None:
 
 def started(pid: int, *options: object) -> subprocess.Popen[str]:
     """A collapse that takes some seconds, once something was moved."""
-    arguments = ["collapse", str(pid), "--orders", "64K", "--max-ptes-none", "0", "--json", *map(str, options)]
+    arguments = ["collapse", str(pid), "--orders", "order=4", "--max-ptes-none", "0", "--json", *map(str, options)]
     return subprocess.Popen([*MTHP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -291,7 +296,7 @@ def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
 
 def suspended(pid: int, step: int) -> subprocess.Popen[str]:
     """A collapse that was told to stop at a step of the mover's, and has."""
-    arguments = ["collapse", str(pid), "--orders", "64K", "--max-ptes-none", "0", "--json"]
+    arguments = ["collapse", str(pid), "--orders", "order=4", "--max-ptes-none", "0", "--json"]
     for _ in range(20):
         running = subprocess.Popen(
             [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py"), *arguments],
@@ -360,7 +365,10 @@ def test_two_at_once(tmp_path: Path) -> None:
         (("--duty", "nan"), "duty"),
         (("--fill", "--mechanism", "madvise"), "fill"),
         (("--verify", "--mechanism", "madvise"), "verify"),
-        (("--mechanism", "move", "--orders", "64K,2M"), "no folios of 2M"),
+        (
+            ("--mechanism", "move", "--orders", f"order=4,order={PMD_ORDER}"),
+            f"no folios of {GEOMETRY.label(PMD_ORDER)}",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(actor: Actor, options: tuple[str, ...], said: str) -> None:

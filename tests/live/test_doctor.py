@@ -11,7 +11,7 @@ from mthp.linux.doctor import examine
 from mthp.linux.findings import Examination, State
 from mthp.linux.probes import probe, probe_collapse, probe_process_madvise, probe_userfaultfd
 from mthp.linux.sysfs import ThpSysfs
-from thp_switches import THP_ROOT, ThpSwitches
+from thp_switches import THP_ROOT, ThpSwitches, size_name
 
 pytestmark = pytest.mark.live
 
@@ -86,9 +86,12 @@ def test_userfaultfd_tells_features_only_if_it_works() -> None:
     assert (features != 0) == (error == 0)
 
 
-@pytest.mark.requires("mthp", "4k-pages")
+@pytest.mark.requires("mthp")
 def test_sizes_are_those_that_are_on(thp_switches: ThpSwitches) -> None:
-    thp_switches.only("64kB", "256kB")
-    assert what(examine(), "sizes") == "on for plain memory: none; for MADV_HUGEPAGE memory: 64K, 256K"
-    thp_switches.set("hugepages-128kB/enabled", "always")
-    assert what(examine(), "sizes") == "on for plain memory: 128K; for MADV_HUGEPAGE memory: 64K, 128K, 256K"
+    label = ThpSysfs().geometry().label
+    thp_switches.only(size_name(4), size_name(6))
+    assert what(examine(), "sizes") == f"on for plain memory: none; for MADV_HUGEPAGE memory: {label(4)}, {label(6)}"
+    thp_switches.set(f"hugepages-{size_name(5)}/enabled", "always")
+    assert what(examine(), "sizes") == (
+        f"on for plain memory: {label(5)}; for MADV_HUGEPAGE memory: {label(4)}, {label(5)}, {label(6)}"
+    )

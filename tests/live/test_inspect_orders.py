@@ -20,15 +20,16 @@ from targets import (
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,
     MADV_PAGEOUT,
+    PMD_ORDER,
     PMD_SIZE,
     PROT_NONE,
     Puppet,
 )
-from thp_switches import ThpSwitches
+from thp_switches import ThpSwitches, size_name
 
 pytestmark = [
     pytest.mark.live,
-    pytest.mark.requires("pfns", "thp", "4k-pages"),
+    pytest.mark.requires("pfns", "thp"),
     pytest.mark.usefixtures("thp_switches"),
 ]
 
@@ -64,8 +65,8 @@ def test_every_order_that_was_faulted_in_is_seen(
 ) -> None:
     layout = {}
     # The PMD size first: while it is enabled, khugepaged collapses whatever has been advised by then.
-    for label, order in (("2048kB", 9), ("512kB", 7), ("64kB", 4), ("16kB", 2)):
-        thp_switches.only(label)
+    for order in (PMD_ORDER, 7, 4, 2):
+        thp_switches.only(size_name(order))
         address = layout[order] = puppet.map(2 * PMD_SIZE, advice=MADV_HUGEPAGE)
         puppet.write(address, 2 * N >> order, 1 << order)
     layout[0] = puppet.map(2 * PMD_SIZE, advice=MADV_NOHUGEPAGE)
@@ -73,10 +74,10 @@ def test_every_order_that_was_faulted_in_is_seen(
 
     for order, address in layout.items():
         columns = space.read([(address, address + 2 * PMD_SIZE)])
-        expect(columns, Pte.PRESENT | (Pte.PMD_MAPPED if order == 9 else Pte(0)), order)
+        expect(columns, Pte.PRESENT | (Pte.PMD_MAPPED if order == PMD_ORDER else Pte(0)), order)
         totals = totals_at(space, address)
         assert totals.rss == totals.anonymous == 2 * PMD_SIZE
-        assert totals.anon_huge_pages == (2 * PMD_SIZE if order == 9 else 0)
+        assert totals.anon_huge_pages == (2 * PMD_SIZE if order == PMD_ORDER else 0)
 
     # The same in one read, in another order, cut inside PMD ranges: orders do not depend on what is read together.
     cuts = [(address + 5 * PAGE, address + PMD_SIZE + 300 * PAGE) for address in reversed(layout.values())]
@@ -84,7 +85,7 @@ def test_every_order_that_was_faulted_in_is_seen(
     each = (cuts[0][1] - cuts[0][0]) // PAGE
     assert together.folio_order.tolist() == [order for order in reversed(layout) for _ in range(each)]
     mapped = together.has(Pte.PMD_MAPPED).reshape(len(layout), each).all(axis=1)
-    assert mapped.tolist() == [order == 9 for order in reversed(layout)]
+    assert mapped.tolist() == [order == PMD_ORDER for order in reversed(layout)]
 
 
 def test_a_split_huge_page_is_of_pmd_order_but_not_pmd_mapped(
@@ -94,8 +95,8 @@ def test_a_split_huge_page_is_of_pmd_order_but_not_pmd_mapped(
     puppet.write(address, 2, N)
     puppet.tell("mprotect", address + PMD_SIZE, PAGE, PROT_NONE)
     columns = space.read([(address, address + 2 * PMD_SIZE)])
-    expect(columns, Pte.PRESENT | Pte.PMD_MAPPED, 9, slice(0, N))
-    expect(columns, Pte.PRESENT, 9, slice(N, 2 * N))
+    expect(columns, Pte.PRESENT | Pte.PMD_MAPPED, PMD_ORDER, slice(0, N))
+    expect(columns, Pte.PRESENT, PMD_ORDER, slice(N, 2 * N))
     whole = sum(
         totals.anon_huge_pages
         for vma, totals in procfs.read_smaps(space.process)
@@ -121,7 +122,7 @@ def test_holes_and_zero_pages(puppet: Puppet, space: LiveAddressSpace) -> None:
 def test_the_huge_zero_page(puppet: Puppet, space: LiveAddressSpace, thp_switches: ThpSwitches) -> None:
     address = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
     puppet.tell("read", address, 1, 1)
-    expect(space.read([(address, address + PMD_SIZE)]), Pte.PRESENT | Pte.ZERO | Pte.PMD_MAPPED, 9)
+    expect(space.read([(address, address + PMD_SIZE)]), Pte.PRESENT | Pte.ZERO | Pte.PMD_MAPPED, PMD_ORDER)
 
 
 def test_lazily_freed_pages(puppet: Puppet, space: LiveAddressSpace) -> None:
@@ -138,7 +139,7 @@ def test_lazily_freed_pages(puppet: Puppet, space: LiveAddressSpace) -> None:
 
 @pytest.mark.requires("mthp")
 def test_a_lazily_freed_large_folio(puppet: Puppet, space: LiveAddressSpace, thp_switches: ThpSwitches) -> None:
-    thp_switches.only("64kB")
+    thp_switches.only(size_name(4))
     address = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
     puppet.write(address, 2, 16)
     puppet.drain_lru_batches()
@@ -151,7 +152,7 @@ def test_a_lazily_freed_large_folio(puppet: Puppet, space: LiveAddressSpace, thp
 
 @pytest.mark.requires("mthp")
 def test_pages_that_a_child_maps_too(puppet: Puppet, space: LiveAddressSpace, thp_switches: ThpSwitches) -> None:
-    thp_switches.only("64kB")
+    thp_switches.only(size_name(4))
     large = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
     puppet.write(large, 2, 16)
     small = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
@@ -177,7 +178,7 @@ def test_a_large_folio_is_shared_as_a_whole(puppet: Puppet, space: LiveAddressSp
     puppet.tell("madvise", address, PMD_SIZE // 2, keep_out_of_child)
     puppet.tell("fork")
     columns = space.read([(address, address + PMD_SIZE)])
-    expect(columns, Pte.PRESENT | Pte.SHARED, 9)
+    expect(columns, Pte.PRESENT | Pte.SHARED, PMD_ORDER)
 
 
 @pytest.mark.requires("guard")

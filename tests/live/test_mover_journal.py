@@ -16,7 +16,7 @@ import pytest
 from mthp.errors import NotPermittedError
 from mthp.linux.live import open_live
 from mthp.linux.mover.journal import SwitchJournal
-from targets import Puppet
+from targets import PMD_ORDER, PMD_SIZE, Puppet
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import wait_for
 
@@ -49,16 +49,16 @@ def machine_words(thp_switches: ThpSwitches) -> dict[str, str]:
     return words()
 
 
-@pytest.mark.requires("pfns", "4k-pages")
-@pytest.mark.parametrize("order", [2, 4, 7, 9])
+@pytest.mark.requires("pfns")
+@pytest.mark.parametrize("order", [2, 4, 7, PMD_ORDER])
 def test_faults_bring_that_size(machine_words: dict[str, str], tmp_path: Path, order: int) -> None:
     journal = SwitchJournal(tmp_path / "mthp")
     with Puppet() as puppet, open_live(puppet.pid) as space:
-        address = puppet.map(2 << 20)
+        address = puppet.map(PMD_SIZE)
         with journal.only(order):
             puppet.write(address)
         assert words() == machine_words
-        columns = space.read([(address, address + (2 << 20))])
+        columns = space.read([(address, address + (PMD_SIZE))])
     assert columns.folio_order[: 1 << order].tolist() == [order] * (1 << order)
     assert not (columns.state[1 << order :]).any()
 

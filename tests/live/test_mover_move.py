@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, mappings, size_name
+from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, mappings
 from mthp.addrspace import ORDER_NONE, Block
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.linux import abi
@@ -31,7 +31,7 @@ from mthp.linux.mover.tracee import CannotStopError, Tracee
 from mthp.linux.process import Process
 from mthp.results import ScanResult
 from targets import STRICT, Puppet, is_strict
-from thp_switches import ThpSwitches
+from thp_switches import ThpSwitches, size_name
 from waiting import FACTOR, until, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]

@@ -10,7 +10,7 @@ from mthp.addrspace import ORDER_UNKNOWN, Pte, PteColumns
 from mthp.linux.live import LiveAddressSpace, open_live
 from thp_switches import ThpSwitches
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("thp", "pagemap_scan", "4k-pages")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("thp", "pagemap_scan")]
 
 
 @pytest.fixture(autouse=True)

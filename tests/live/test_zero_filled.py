@@ -13,10 +13,10 @@ from mthp.census import Census
 from mthp.errors import TargetVanishedError
 from mthp.linux import contents
 from mthp.linux.live import LiveAddressSpace, open_live
-from targets import MADV_GUARD_INSTALL, MADV_HUGEPAGE, MADV_NOHUGEPAGE, PMD_SIZE, PROT_NONE, Puppet
-from thp_switches import ThpSwitches
+from targets import MADV_GUARD_INSTALL, MADV_HUGEPAGE, MADV_NOHUGEPAGE, PMD_ORDER, PMD_SIZE, PROT_NONE, Puppet
+from thp_switches import ThpSwitches, size_name
 
-pytestmark = [pytest.mark.live, pytest.mark.requires("pfns", "thp", "4k-pages")]
+pytestmark = [pytest.mark.live, pytest.mark.requires("pfns", "thp")]
 
 PAGE = mmap.PAGESIZE
 N = PMD_SIZE // PAGE
@@ -40,13 +40,13 @@ def orders_at(census: Census, address: int) -> dict[int, int]:
 
 
 def test_what_a_huge_fault_filled_is_counted(puppet: Puppet, thp_switches: ThpSwitches) -> None:
-    thp_switches.only("2048kB")
+    thp_switches.only(size_name(PMD_ORDER))
     huge = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
     small = puppet.map(PMD_SIZE, advice=MADV_NOHUGEPAGE)
     puppet.write(huge, 10, 7)
     puppet.write(small, 10, 7)
     census = mthp.inspect(puppet.pid, zero_filled=True)
-    assert orders_at(census, huge) == {9: N - 10}
+    assert orders_at(census, huge) == {PMD_ORDER: N - 10}
     assert orders_at(census, small) == {}
     assert mthp.inspect(puppet.pid).total.zero_filled is None
 
@@ -55,7 +55,7 @@ def test_what_a_huge_fault_filled_is_counted(puppet: Puppet, thp_switches: ThpSw
 def sparse(puppet: Puppet, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch) -> int:
     """A huge page of which every third page was written to, but the last two; read in pieces of a few pages."""
     monkeypatch.setattr(contents, "PIECE", 8 * PAGE)
-    thp_switches.only("2048kB")
+    thp_switches.only(size_name(PMD_ORDER))
     address = puppet.map(PMD_SIZE, advice=MADV_HUGEPAGE)
     puppet.write(address, N // 3, 3)
     return address
