@@ -16,13 +16,14 @@ from mthp.linux.mover import recheck
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.taskfiles import Thread
 from mthp.results import ScanResult
-from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE
+from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import FACTOR, until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
 
-PAUSE_NS = int(20_000_000 * FACTOR)
+PAGES = PMD_SIZE // PAGE_SIZE
+HALF = PMD_SIZE // 2
 MOVE = Means(mechanism="move", max_pause_ns=PAUSE_NS, duty=1.0)
 
 
@@ -65,12 +66,16 @@ def test_every_order_in_one_call(actor: Actor, space: LiveAddressSpace) -> None:
     address = actor.map(4 * PMD_SIZE)
     actor.fill(address, 4 * PMD_SIZE // PAGE_SIZE)
     before, words = mappings(actor.pid), switches()
-    wanted = blocks(address, 1 << 20, 2) + blocks(address + PMD_SIZE, PMD_SIZE, 9)
-    wanted += blocks(address + (1 << 20), 1 << 20, 7) + blocks(address + 2 * PMD_SIZE, PMD_SIZE, 4)
+    wanted = blocks(address, HALF, 2) + blocks(address + PMD_SIZE, PMD_SIZE, PMD_ORDER)
+    wanted += blocks(address + HALF, HALF, 7) + blocks(address + 2 * PMD_SIZE, PMD_SIZE, 4)
     wanted += blocks(address + 3 * PMD_SIZE, PMD_SIZE, 8)
     outcomes = space.collapse_blocks(wanted, Means(max_pause_ns=PAUSE_NS, duty=1.0, verify=True))
     assert results(outcomes) == {ScanResult.SUCCEED: len(wanted)}
-    assert orders(space, address, 4 * PMD_SIZE) == {2: 256, 7: 256, 9: 512, 4: 512, 8: 512}
+    assert orders(space, address, 4 * PMD_SIZE) == {
+        2: PAGES // 2,
+        7: PAGES // 2,
+        **dict.fromkeys((PMD_ORDER, 4, 8), PAGES),
+    }
     assert switches() == words
     assert actor.damaged(address, 4 * PMD_SIZE // PAGE_SIZE) == 0
     pauses = space.take_pauses()
@@ -86,14 +91,14 @@ def test_every_order_in_one_call(actor: Actor, space: LiveAddressSpace) -> None:
 def test_the_mechanisms(actor: Actor, space: LiveAddressSpace) -> None:
     address = actor.map(2 * PMD_SIZE)
     actor.fill(address, 2 * PMD_SIZE // PAGE_SIZE)
-    wanted = [(address, 9), (address + PMD_SIZE, 4)]
+    wanted = [(address, PMD_ORDER), (address + PMD_SIZE, 4)]
     by_move = space.collapse_blocks(wanted, MOVE)
     assert [outcome.result for outcome in by_move] == [ScanResult.FAIL, ScanResult.SUCCEED]
     assert "MADV_COLLAPSE" in by_move[0].reason
     by_call = space.collapse_blocks(wanted, Means(mechanism="madvise"))
     assert [outcome.result for outcome in by_call] == [ScanResult.SUCCEED, ScanResult.FAIL]
     assert "mover" in by_call[1].reason
-    assert orders(space, address, PMD_SIZE + BLOCK) == {9: 512, 4: 16}
+    assert orders(space, address, PMD_SIZE + BLOCK) == {PMD_ORDER: PAGES, 4: 16}
 
 
 def test_each_block_has_its_own_reason(actor: Actor, space: LiveAddressSpace) -> None:

@@ -121,6 +121,8 @@ SECCOMP = (
     "libc.prctl(38, 1, 0, 0, 0); assert libc.prctl(22, 2, ctypes.byref(rules)) == 0"
 )
 PINNED = (
+    # Root may pin what it likes, and since Linux 7.2 nobody counts that.
+    "os.setresuid(65534, 65534, 65534);"
     "ring = call(425, 4, ctypes.create_string_buffer(120));"
     "call(427, ring, 0, ctypes.create_string_buffer(struct.pack('QQ', base + BLOCK, BLOCK)), 1)"
 )

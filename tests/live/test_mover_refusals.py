@@ -58,7 +58,9 @@ setup = ctypes.create_string_buffer(120)
 struct.pack_into("I", setup, 8, 2)
 ring = call(425, 4, setup)
 """
+# Root may pin what it likes, and since Linux 7.2 nobody counts that.
 PINNED = f"""
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
 {IO_URING}
 buffer = memory(16)
 ctypes.memset(buffer, 1, 16 * PAGE)
