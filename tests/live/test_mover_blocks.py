@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "p
 
 PAGES = PMD_SIZE // PAGE_SIZE
 HALF = PMD_SIZE // 2
+PAUSE_NS = int(20_000_000 * FACTOR)
 MOVE = Means(mechanism="move", max_pause_ns=PAUSE_NS, duty=1.0)
 
 
