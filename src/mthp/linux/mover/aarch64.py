@@ -5,7 +5,7 @@ What is different from x86-64, as far as the kernel shows it (arch/arm64/kernel/
 - When a thread stops, the kernel has already rewound it to its interrupted system call, and has forgotten the call: the
   registers are whole without its help. So there is nothing to do to leave a call or to restart one alone. Relative
   timeouts of the worker, and of threads that restore themselves, start again. What a signal makes of the worker's call
-  is a matter of its own (:mod:`~mthp.linux.mover.reentry`).
+  is a matter of its own (:mod:`~mthp.linux.mover.reentry`); to threads that restore themselves nobody sees in this way.
 - For the same reason an EINTR that only the stop caused (epoll_wait(2), semop(2) and the others of
   :mod:`~mthp.linux.mover.x86_64`) cannot be told from one that a handler of the program caused, and the first argument
   of the call is gone from the registers. It is not made good: these calls return EINTR, as after SIGSTOP and SIGCONT.
