@@ -34,7 +34,10 @@ class RunningDaemon:
         directory.mkdir(exist_ok=True)
         command = [*prefix, sys.executable, "-m", "mthp", "daemon", "--run-dir", str(directory), *arguments]
         with self._output.open("ab") as output:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            # A process group of its own, as a shell gives it: in an orphaned one SIGTSTP stops nobody.
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
+            )
         if wait:
             until(self._answers, lambda: f"the daemon to answer: {self.said}")
 

@@ -1,6 +1,6 @@
 """The soak: many targets whose threads write, check and fork, while the daemon works on them. No byte may be wrong.
 
-MTHP_TEST_SECONDS says for how long; some seconds by default, 600 for the whole of it.
+MTHP_TEST_SECONDS says for how long; some seconds by default, 600 for the whole of it. MTHP_TEST_TARGETS says how many.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from waiting import PATIENCE, until
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages")]
 
 SECONDS = float(os.environ.get("MTHP_TEST_SECONDS", "5"))
-TARGETS = 20
+TARGETS = int(os.environ.get("MTHP_TEST_TARGETS", "20"))
 SIZE = 12 << 20
 PROGRAM = Path(__file__).parent.parent / "daemon_soak_target.py"
 

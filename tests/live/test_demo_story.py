@@ -74,6 +74,8 @@ def test_without_the_right_to_advise_others_the_workload_collapses_itself(monkey
 
 
 def test_without_thp_the_story_is_told_of_the_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+
     def refuse(_size: int) -> int:
         raise UnsupportedError("this kernel has no transparent huge pages", help="boot another")
 

@@ -73,7 +73,8 @@ def test_a_signal_at_any_moment(machine_words: dict[str, str], tmp_path: Path, n
         ) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
-            time.sleep(0.001 + 0.0007 * attempt)
+            assert wait_for(lambda: words() != machine_words), "no window begins"
+            time.sleep(0.0007 * attempt)
             # The interpreter swallows a KeyboardInterrupt in a few of its places.
             child.send_signal(number)
             while not wait_for(lambda child=child: child.poll() is not None, 10):  # type: ignore[misc]

@@ -33,6 +33,10 @@ class LabError(Exception):
     """The lab cannot do what was asked; the text says what would make it so."""
 
 
+class UnreachableError(LabError):
+    """The archive does not answer, and nothing else that is fetched from it can be had either."""
+
+
 def cache_directory() -> Path:
     """Where the lab keeps what it fetches and builds: ``$XDG_CACHE_HOME/mthp-vm``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -100,22 +104,27 @@ class Apt:
         """Fetch the lists of the suites, if those here are not fresh.
 
         Raises:
-            LabError: none can be had.
+            LabError: none can be had; UnreachableError if that is because nobody answers.
         """
         stamp = self.root / "refreshed"
         if stamp.exists() and time.time() - stamp.stat().st_mtime < FRESH_SECONDS:
             return
         self._configure()
         # A list that is just being replaced in the archive is no reason to do without the others.
-        for patience in (5, 15, 0):
-            done = self._run(["apt-get", "update"], check=False)
-            if any((self.root / "lists").glob("*_Packages*")):
-                break
+        for patience in (0, 5, 15):
             time.sleep(patience)
+            done = self._run(["apt-get", "update", "-oAcquire::Retries=0"], check=False)
+            if self._has("*_Packages*"):
+                break
+            if not self._has("*Release"):
+                raise UnreachableError(f"the archive cannot be reached: {done.stderr.strip()[-400:]}")
         else:
             raise LabError(f"no package lists can be had: {done.stderr.strip()[-400:]}")
         self.names.cache_clear()
         stamp.touch()
+
+    def _has(self, pattern: str) -> bool:
+        return any((self.root / "lists").glob(pattern))
 
     def _configure(self) -> None:
         source = system_source()
@@ -137,6 +146,8 @@ class Apt:
             "APT::Architecture": self.architecture,
             "Acquire::Languages": "none",
             "Acquire::Retries": "2",
+            "Acquire::http::Timeout": "10",
+            "Acquire::https::Timeout": "10",
             "APT::Sandbox::User": "root",
             "APT::Install-Recommends": "false",
             "APT::Get::Assume-Yes": "true",

@@ -42,7 +42,7 @@ LOST = "the guest was lost in it"
 
 _SETUP = f"""cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
 export MTHP_TEST_PROGRAMS=/programs MTHP_TEST_PATIENCE={PATIENCE}
-export MTHP_TEST_ROUNDS=1 MTHP_TEST_STRIDE=32 MTHP_TEST_KILLS=22 MTHP_TEST_TURNS=8
+export MTHP_TEST_ROUNDS=1 MTHP_TEST_STRIDE=32 MTHP_TEST_KILLS=22 MTHP_TEST_TURNS=8 MTHP_TEST_TARGETS=6
 """
 _SMOKE = "python3 -m vm.smoke; smoke=$?\n"
 _TESTS = "python3 -m pytest -q -p no:cacheprovider -p vm.telling --continue-on-collection-errors --tb=short {files}\n"

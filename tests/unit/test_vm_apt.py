@@ -1,0 +1,56 @@
+"""The lab's apt: an archive that does not answer is given up at once; one that is just being written is asked again."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from vm import apt
+from vm.apt import Apt, LabError, Source, UnreachableError
+
+ANSWERS = """#!/bin/sh
+echo called >>"$CALLS"
+lists=$(dirname "$APT_CONFIG")/lists
+"""
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where each call of the ``apt-get`` in the same directory leaves a line."""
+    monkeypatch.setattr(apt, "system_source", lambda: Source("file:/nonexistent", ""))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    return tmp_path / "calls"
+
+
+def script(calls: Path, text: str) -> None:
+    program = calls.with_name("apt-get")
+    program.write_text(ANSWERS + text)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+
+def test_an_archive_that_does_not_answer_is_asked_once(calls: Path, tmp_path: Path) -> None:
+    script(calls, "echo nobody answers >&2; exit 100")
+    with pytest.raises(UnreachableError, match="nobody answers"):
+        Apt("amd64", ["suite"], tmp_path / "root").refresh()
+    assert len(calls.read_text().split()) == 1
+
+
+def test_one_without_lists_is_asked_again(calls: Path, tmp_path: Path) -> None:
+    script(calls, "touch $lists/suite_InRelease; [ $(wc -l <$CALLS) -lt 3 ] || touch $lists/suite_Packages.lz4")
+    machine = Apt("amd64", ["suite"], tmp_path / "root")
+    machine.refresh()
+    machine.refresh()
+    assert len(calls.read_text().split()) == 3
+
+
+def test_and_given_up_in_the_end(calls: Path, tmp_path: Path) -> None:
+    script(calls, "touch $lists/suite_InRelease; echo hash sum mismatch >&2; exit 100")
+    with pytest.raises(LabError, match="no package lists can be had: hash sum mismatch"):
+        Apt("amd64", ["suite"], tmp_path / "root").refresh()
+    assert len(calls.read_text().split()) == 3
