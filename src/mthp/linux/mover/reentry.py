@@ -12,7 +12,9 @@ So such a thread, back at its instruction, is led into the call first, and is le
 the kernel's matter again. Signals that are pending are blocked on the way; one that comes on the way shows itself by a
 stop before its delivery, and goes back to where it came from as soon as it is blocked (ptrace_signal, kernel/signal.c).
 While they are blocked for our sake, our death would leave them so. So for this short time PTRACE_O_EXITKILL is set, as
-it is while the code is brought in; without a signal it is not.
+it is while the code is brought in; without a signal it is not. (To block them from the first would have the target die
+with us more often, and would spare it this: a real-time signal that comes in these microseconds goes back behind those
+of its number that came right after it.)
 """
 
 from __future__ import annotations
