@@ -12,9 +12,8 @@ So such a thread, back at its instruction, is led into the call first, and is le
 the kernel's matter again. Signals that are pending are blocked on the way; one that comes on the way shows itself by a
 stop before its delivery, and goes back to where it came from as soon as it is blocked (ptrace_signal, kernel/signal.c).
 While they are blocked for our sake, our death would leave them so. So for this short time PTRACE_O_EXITKILL is set, as
-it is while the code is brought in; without a signal it is not. (To block them from the first would have the target die
-with us more often, and would spare it this: a real-time signal that comes in these microseconds goes back behind those
-of its number that came right after it.)
+it is while the code is brought in; without a signal it is not. But a real-time signal that goes back does so behind
+those of its number that came right after it. So of programs that handle such signals they are blocked from the first.
 """
 
 from __future__ import annotations
@@ -36,6 +35,10 @@ TIMEOUT_NS = 10_000_000_000
 
 SYSCALL_STOP = signal.SIGTRAP | 0x80
 """The stop at a system call, with PTRACE_O_TRACESYSGOOD."""
+
+_SIGNAL_SETS = (b"SigPnd:", b"ShdPnd:", b"SigCgt:")
+_QUEUED = ptrace.ALL_SIGNALS & -(1 << 33)
+"""Real-time signals, from 34 on: the two before are the C library's own, and carry nothing (nptl(7))."""
 
 _POLL_SECONDS = 5e-6
 
@@ -63,7 +66,7 @@ def make_again(frozen: FrozenProcess, tid: int) -> None:
         CannotStopError: it neither runs nor stops.
     """
     mask = int(frozen.tracees[tid].stopped.masks[frozen.tracees[tid].row])
-    held = bool(_pending(frozen, tid) & ~mask)
+    held = _is_to_be_held(frozen, tid, mask)
     if held:
         _hold(tid)
     else:
@@ -96,11 +99,9 @@ def _hold(tid: int) -> None:
     ptrace.set_signal_mask(tid, ptrace.ALL_SIGNALS)
 
 
-def _pending(frozen: FrozenProcess, tid: int) -> int:
-    """Signals that wait for a thread, or for its process, as a set."""
+def _is_to_be_held(frozen: FrozenProcess, tid: int, mask: int) -> bool:
+    """Whether a signal is pending that is not in `mask`, or may come whose place in its queue matters."""
     text = read_task_file(frozen.process, tid, "status") or b""
-    fields = (line.split() for line in text.splitlines() if line.startswith((b"SigPnd:", b"ShdPnd:")))
-    found = 0
-    for _, value in fields:
-        found |= int(value, 16)
-    return found
+    fields = {line[:7]: int(line[7:], 16) for line in text.splitlines() if line[:7] in _SIGNAL_SETS}
+    pending = fields.get(b"SigPnd:", 0) | fields.get(b"ShdPnd:", 0)
+    return bool(pending & ~mask or fields.get(b"SigCgt:", 0) & _QUEUED)
