@@ -82,12 +82,14 @@ class Writers:
 
     Attributes:
         pid: its PID.
-        base, size: its memory: so many MiB with pages of 4 KiB, and as many pages with others.
+        base, size: its memory: so many MiB with pages of 4 KiB, and with others as many pages, but a PMD range at least
+            where 4 KiB make two.
     """
 
     def __init__(self, directory: Path, threads: int, megabytes: int, flags: str = "-") -> None:
         self.threads = threads
-        megabytes *= GEOMETRY.page_size // 4096
+        whole_ranges = GEOMETRY.pmd_size >> 20 if megabytes >= 4 else 0
+        megabytes = max(megabytes * GEOMETRY.page_size // 4096, whole_ranges)
         path = directory / f"writers-{time.monotonic_ns()}"
         path.write_bytes(b"\0" * (8 * (len(_WORDS) + 2 * MAX_THREADS)))
         # An emulated processor is too slow to be shared with so many: what is tested goes first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from mover_targets import (
     WAITERS,
     Syscalls,
     Waiters,
+    compiled,
 )
 from mthp.errors import TargetVanishedError
 from mthp.linux.mover import x86_64
@@ -43,6 +46,9 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
 ROUNDS = 20
 TURNS = int(os.environ.get("MTHP_TEST_TURNS", "40"))
+
+QUEUED = 10 * TURNS
+"""Signals."""
 
 LEAKING = {"epoll_wait", "epoll_pwait", "sigtimedwait", "semop", "io_getevents", "recv with timeout"}
 """What a plain stop has return EINTR."""
@@ -209,4 +215,42 @@ def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
                 target.stdin.flush()
                 assert answers.readline() == "1 0\n"
         finally:
+            target.kill()
+
+
+def test_queued_signals_keep_their_order_and_nobody_waits_for_what_has_come(
+    thp_switches: ThpSwitches, machine: None
+) -> None:
+    """Real-time signals, numbered, one after the other and in bursts, at a thread that waits for nothing else."""
+    thp_switches.only(BLOCK_SIZE, word="always")
+    send = ctypes.CDLL(None, use_errno=True).sigqueue
+    send.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+    moving = threading.Event()
+
+    def queue() -> None:
+        moving.wait()
+        for number in range(1, QUEUED + 1):
+            assert send(target.pid, signal.SIGRTMIN + 6, number) == 0
+            time.sleep(random.choice((0, 0, 0.0002, 0.001, 0.003)))
+
+    with subprocess.Popen([compiled("mover_queue"), str(BLOCK)], stdout=subprocess.PIPE, text=True) as target:
+        assert target.stdout is not None
+        address = int(target.stdout.readline())
+        sender = threading.Thread(target=queue)
+        sender.start()
+        try:
+            with (
+                Process(target.pid) as process,
+                MoverSession(process, GEOMETRY, duty=1.0, max_pause_ns=10**7, stop_timeout_ns=60 * 10**9) as session,
+            ):
+                moving.set()
+                while sender.is_alive():
+                    session.move([(address + random.randrange(16) * BLOCK, ORDER)])
+            # It waits, and the next one is the last.
+            until(lambda: threads_of(target.pid) == {target.pid: "S"}, "it to wait")
+            assert send(target.pid, signal.SIGRTMIN + 6, 0) == 0
+            assert wait_for(lambda: target.poll() is not None), "it waits on"
+            assert target.stdout.readline() == f"{QUEUED} in order, 0 not\n"
+        finally:
+            moving.set()
             target.kill()
