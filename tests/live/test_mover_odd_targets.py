@@ -235,11 +235,12 @@ import ctypes, mmap, struct, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-# push 0x23; push address; retfq; and there, in 32-bit code: jmp to itself
+# a far jmp to a pointer that lies behind it, segment 0x23 (QEMU does not emulate a far ret), and there, in 32-bit code:
+# jmp to itself
 at = libc.mmap(None, 4096, 7, 0x62, -1, 0)
 if at == ctypes.c_void_p(-1).value:
     print("none", flush=True)
-code = bytes([0x6A, 0x23, 0x68]) + struct.pack("I", at + 16) + bytes([0x48, 0xCB])
+code = bytes([0xFF, 0x2D, 0, 0, 0, 0]) + struct.pack("=IH", at + 16, 0x23)
 ctypes.memmove(at, code.ljust(16, bytes([0x90])) + bytes([0xEB, 0xFE]), 18)
 threading.Thread(target=ctypes.CFUNCTYPE(None)(at), daemon=True).start()
 time.sleep(0.1)
