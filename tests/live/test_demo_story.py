@@ -26,7 +26,7 @@ def check_plans(plans: list[SpacePlan]) -> None:
         assert plan.copied_bytes + plan.filled_bytes == copied_and_filled > 0
 
 
-@pytest.mark.requires("root", "thp", "pfns")
+@pytest.mark.requires("root", "thp", "pfns", "pagemap_scan")
 @pytest.mark.usefixtures("thp_switches")
 def test_a_live_process_is_collapsed_and_keeps_its_data() -> None:
     told = story.tell(SIZE, 0.05, silent)

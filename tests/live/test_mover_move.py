@@ -273,6 +273,13 @@ def test_a_target_that_executes_another_program_is_left_alone() -> None:
         assert program.wait() != signal.SIGSEGV
 
 
+@pytest.fixture
+def as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has holes is not filled first, as it is on processors with protection keys."""
+    monkeypatch.setattr(mover_session, "_has_protection_keys", lambda: False)
+
+
+@pytest.mark.usefixtures("as_it_is")
 def test_what_the_kernel_refuses_stays_as_it_was(thp_switches: ThpSwitches) -> None:
     thp_switches.only()
     with Puppet() as puppet:
@@ -286,6 +293,7 @@ def test_what_the_kernel_refuses_stays_as_it_was(thp_switches: ThpSwitches) -> N
         assert puppet.tell("read", hole, 16, 1) == 8
 
 
+@pytest.mark.usefixtures("as_it_is")
 def test_neighbours_are_moved_together_and_a_failure_stays_with_its_block(
     thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

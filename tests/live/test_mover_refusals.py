@@ -35,7 +35,7 @@ from waiting import until
 
 pytestmark = [
     pytest.mark.live,
-    pytest.mark.requires("root", "mover"),
+    pytest.mark.requires("root", "mover", "mthp"),
 ]
 
 PTRACE_SEIZE = 0x4206
