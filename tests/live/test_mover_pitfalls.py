@@ -18,8 +18,11 @@ import pytest
 from numpy.typing import NDArray
 
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, SQPOLL, Writers, compiled, mappings, program
+from mthp.addrspace import Means
 from mthp.linux import abi
+from mthp.linux.live import open_live
 from mthp.linux.mover import inject, stub
+from mthp.linux.mover.held import HELD
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError, Stopped
 from mthp.linux.pagemap import Pagemap
@@ -63,14 +66,50 @@ def uring_target(directory: Path) -> Iterator[tuple[int, Callable[[int], int], C
         control.close()
 
 
-def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(tmp_path: Path) -> None:
+def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(
+    tmp_path: Path, thp_switches: ThpSwitches
+) -> None:
     """Nobody has refused the process here; the kernel refuses the pages."""
+    # Some kernels would try to split a pinned folio for as long as it is pinned: linux/mover/held.
+    thp_switches.only()
     with uring_target(tmp_path) as (pid, word, outcome):
         with Process(pid) as process, MoverSession(process, GEOMETRY, duty=1.0, max_pause_ns=10**7) as session:
             outcomes = session.move([(address, ORDER) for address in range(word(2), word(2) + word(3), BLOCK)])
         assert {(outcome.result, outcome.errno) for outcome in outcomes} == {(ScanResult.PAGE_COUNT, errno.EBUSY)}
         assert not any(outcome.moved_bytes for outcome in outcomes)
         assert outcome() == 1
+
+
+IN_A_PIPE = f"""
+import ctypes, mmap, os, time
+memory = mmap.mmap(-1, 8 * {BLOCK}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+base = -(-address // {2 * BLOCK}) * {2 * BLOCK}
+ctypes.memset(base, 7, 4 * {BLOCK})
+class Vector(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+pipe, end = os.pipe()
+page = mmap.PAGESIZE
+assert ctypes.CDLL(None).vmsplice(end, ctypes.byref(Vector(base + page, page)), 1, 0) == page
+print(base, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_large_folio_that_a_pipe_holds_is_left_alone() -> None:
+    """Some kernels would try to split it for as long as it is held, while the target stands still."""
+    order, size = ORDER + 1, 2 * BLOCK
+    with program(IN_A_PIPE) as (pid, said), open_live(pid) as space:
+        base = int(said)
+        segment = [(base, base + 2 * size)]
+        assert set(space.read(segment).folio_order.tolist()) == {ORDER}
+        means = Means(mechanism="move", max_pause_ns=10**9, duty=1.0, verify=True)
+        held, free = space.collapse_blocks([(base, order), (base + size, order)], means)
+        assert (held.result, held.reason) == (HELD.result, HELD.reason)
+        assert free.result is ScanResult.SUCCEED
+        orders = space.read(segment).folio_order
+        assert set(orders[: 1 << ORDER].tolist()) == {ORDER}, "that could not be split"
+        assert set(orders[2 << ORDER :].tolist()) == {order}
 
 
 MDWE = f"""

@@ -56,6 +56,7 @@ PF_KTHREAD = 0x00200000
 
 # --- madvise(2): include/uapi/asm-generic/mman-common.h --------------------------------------------------------------
 
+MADV_COLD = 20
 MADV_COLLAPSE = 25
 
 # --- system calls without a wrapper in older C libraries: include/uapi/asm-generic/unistd.h --------------------------

@@ -33,6 +33,7 @@ from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.live import LiveAddressSpace
 from mthp.linux.mover.blockrefusals import refuse_blocks, special_ranges
 from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.interruptions import suspension_held_back
 from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.mover.outcome import BlockOutcome, Objection
@@ -180,6 +181,9 @@ class Mover:
             if verdict:
                 result, reason = objection_of(verdict, vmas, block[0])
                 batch.outcomes[block] = CollapseOutcome(result, 0, reason=reason)
+        if batch.open and has_large_folios(columns):
+            for block in split_large_folios(self._space, sorted(batch.open)):
+                batch.outcomes[block] = CollapseOutcome(HELD.result, 0, reason=HELD.reason)
         self._before = Before(vmas, zero_pages_of(columns), batch.last_pid, uffd, batch.means.fill)
 
     def _mappings(self) -> list[Vma]:

@@ -1,0 +1,67 @@
+"""Large folios that somebody holds: they are found by splitting them before anything stands still.
+
+UFFDIO_MOVE splits the large folios that it comes to. Where somebody holds one (a pin, a page in a pipe) that fails, and
+some kernels then try again for as long as it lasts (move_pages, mm/userfaultfd.c; seen on 6.12, 7.0 and 7.2, while 6.18
+and 7.3 say EBUSY). All threads of the target would stand still meanwhile, and perhaps it is one of them that is to let
+go of the folio. No interface tells who holds a page. But MADV_COLD over a part of a large folio splits it, too, and
+leaves it as it is where it cannot (madvise_cold_or_pageout_pte_range, mm/madvise.c). So the large folios in blocks that
+are to be moved are split that way, and a block that still has one after that is not moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Block, Pte, PteColumns, Segment
+from mthp.linux import abi
+from mthp.linux.live import LiveAddressSpace
+from mthp.linux.mover.outcome import Objection
+from mthp.results import ScanResult
+
+HELD = Objection(
+    ScanResult.PAGE_COUNT, "it has a large folio that cannot be split: it is pinned, or referenced from elsewhere"
+)
+
+
+def has_large_folios(columns: PteColumns) -> bool:
+    """Whether a large folio is among the pages, as far as frames can be seen."""
+    return columns.pfn is not None and bool(_large(columns).any())
+
+
+def split_large_folios(space: LiveAddressSpace, blocks: Sequence[Block]) -> list[Block]:
+    """Split the large folios that `blocks` lie in; give the blocks that still have one.
+
+    Args:
+        space: the target; it need not stand still.
+        blocks: disjoint, ascending.
+
+    Raises:
+        TargetVanishedError, NotPermittedError: as reading the address space.
+    """
+    size = space.geometry.page_size
+    counts = np.array([1 << order for _, order in blocks], np.int64)
+    begins = np.cumsum(counts) - counts
+    starts = np.array([address for address, _ in blocks], np.int64)
+    pages = np.repeat(starts - begins * size, counts) + np.arange(counts.sum()) * size
+    segments: list[Segment] = [(address, address + space.geometry.size_of(order)) for address, order in blocks]
+    columns = space.read(segments)
+    rows = np.flatnonzero(_large(columns))
+    if columns.pfn is None or not len(rows):
+        return []
+    # A folio of order n begins at a frame that is a multiple of 2^n.
+    shifts = columns.folio_order[rows].astype(np.uint64)
+    _, firsts = np.unique(columns.pfn[rows] >> shifts << shifts, return_index=True)
+    for page in pages[rows[firsts]].tolist():
+        abi.process_madvise(space.process.pidfd, page, size, abi.MADV_COLD)
+    left = np.logical_or.reduceat(_large(space.read(segments)), begins)
+    return [block for block, is_left in zip(blocks, left.tolist(), strict=True) if is_left]
+
+
+def _large(columns: PteColumns) -> NDArray[np.bool_]:
+    """Which pages are those of a large folio."""
+    mapped = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == np.uint16(Pte.PRESENT)
+    large: NDArray[np.bool_] = mapped & (columns.folio_order > 0)
+    return large
