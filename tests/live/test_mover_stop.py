@@ -75,7 +75,10 @@ def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, thp_switch
     with Writers(tmp_path, 2, 4) as target:
         before = mappings(target.pid)
         blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
-        with Process(target.pid) as process, MoverSession(process, GEOMETRY, duty=1.0, observer=interrupt) as session:
+        with (
+            Process(target.pid) as process,
+            MoverSession(process, GEOMETRY, duty=1.0, stop_timeout_ns=STOP_TIMEOUT_NS, observer=interrupt) as session,
+        ):
             with pytest.raises(KeyboardInterrupt):
                 session.move(blocks * 100)
             assert session.move(blocks[:1])[0].moved_bytes == BLOCK

@@ -26,7 +26,7 @@ UFFDIO_REGISTER_MODE_MISSING = 1
 NR_USERFAULTFD = 323
 
 pytestmark = [
-    pytest.mark.requires("root", "thp", "4k-pages"),
+    pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan"),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the system call's number is that of x86-64"),
 ]
 
