@@ -349,6 +349,8 @@ def test_two_at_once(tmp_path: Path) -> None:
         assert not any("Errno" in reason for reason in said)
         assert switches() == words
         assert target.errors == 0
+        # A block that each of them came to while the other traced the target is left to whoever comes next.
+        outcome_of(started(target.pid, "--max-pause", PAUSE))
         assert folios(target.pid, target.base, target.size) == {4: target.size // PAGE_SIZE}
         assert target.finish() == 0
 
