@@ -15,7 +15,7 @@ import pytest
 
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, compiled, mappings
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.session import MoverSession, _in_own_thread
 from mthp.linux.mover.steps import Step
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
@@ -85,6 +85,27 @@ def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, thp_switch
         assert mappings(target.pid) == before
         assert target.progresses()
         assert target.finish() == 0
+
+
+def test_an_interrupt_while_the_thread_of_a_window_starts_keeps_it_from_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody would wait for its end."""
+    begun: list[None] = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _in_own_thread(lambda: begun.append(None))
+    for thread in threading.enumerate():
+        if thread.name.startswith("mthp-mover"):
+            thread.join()
+    assert begun == []
 
 
 def test_an_error_of_ours_while_the_worker_runs_does_no_harm(tmp_path: Path, thp_switches: ThpSwitches) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -357,10 +358,18 @@ def _in_own_thread(deed: Callable[[], _T]) -> _T:
 
     A tracer is a thread. The end of this one lets go of whatever is still traced, also of threads that never stopped
     and so could not be detached. And signal handlers of Python, KeyboardInterrupt among them, run in the main thread
-    only, so nothing interrupts a window: leaving the ``with`` block waits for its end.
+    only, so nothing interrupts a window: leaving the ``with`` block waits for its end. An interruption that comes while
+    the thread is being started may leave it unknown to the executor, so it begins only when it is told to.
     """
+    begin: SimpleQueue[bool] = SimpleQueue()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mthp-mover", initializer=_hurry) as executor:
-        return executor.submit(deed).result()
+        try:
+            future = executor.submit(lambda: deed() if begin.get() else None)
+            begin.put(True)
+            return cast("_T", future.result())
+        except BaseException:
+            begin.put(False)  # read by nobody if it was told to begin
+            raise
 
 
 def _hurry() -> None:
