@@ -33,9 +33,9 @@ import numpy as np
 from mthp.addrspace import Block
 from mthp.geometry import X86_64 as GEOMETRY
 from mthp.linux import abi
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.pause import Pause
 from mthp.linux.mover.recheck import Before, Recheck, last_pid

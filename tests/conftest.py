@@ -25,7 +25,7 @@ from typing import NoReturn
 
 import pytest
 
-from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.machine import MACHINES
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process

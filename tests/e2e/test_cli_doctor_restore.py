@@ -12,15 +12,15 @@ import sys
 import pytest
 
 from e2e.helpers import mthp, mthp_json
-from mthp.linux.mover.journal import default_root
-from mthp.linux.mover.journalfiles import LOCK_NAME
+from mthp.linux.journal.files import LOCK_NAME
+from mthp.linux.journal.switches import default_root
 from thp_switches import THP_ROOT, ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]
 
 CRASH = """
 import os, signal
-from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.journal.switches import SwitchJournal
 with SwitchJournal().only(4):
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -22,10 +22,10 @@ import pytest
 
 from mover_targets import compiled
 from mthp.errors import NotPermittedError, UnsupportedError, UsageError
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.mover import guarded, ownmover
 from mthp.linux.mover.guarded import collapse_buffer_to, collapse_own
-from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.mover.outcome import BlockOutcome
 from mthp.linux.mover.ownmover import CODE, OwnMover
 from mthp.linux.mover.refusals import refuse_blocks
@@ -218,7 +218,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from targets import map_aligned
 from mthp.linux.mover.guarded import collapse_own
-from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.journal.switches import SwitchJournal
 import ctypes
 sys.setswitchinterval(0.0005)
 size = 4 << 20
@@ -274,7 +274,7 @@ sys.path.insert(0, {tests!r})
 import ctypes
 from targets import map_aligned
 from mthp.linux.mover.guarded import collapse_own
-from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.journal.switches import SwitchJournal
 address = map_aligned(1 << 20, 0)
 ctypes.memset(address, 7, 1 << 20)
 outcomes = collapse_own(address, 1 << 20, 4, journal=SwitchJournal(Path(sys.argv[1])))

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from mthp.errors import NotPermittedError
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
-from mthp.linux.mover.journal import SwitchJournal
 from targets import PMD_ORDER, PMD_SIZE, Puppet
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import wait_for
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]
 WINDOWS = """
 import sys
 from pathlib import Path
-from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.journal.switches import SwitchJournal
 journal = SwitchJournal(Path(sys.argv[1]))
 print("ready", flush=True)
 while True:

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
+from mthp.linux.journal.switches import Restored, SwitchJournal, default_root
 from mthp.linux.mover.interruptions import interruptions_held_back
-from mthp.linux.mover.journal import Restored, SwitchJournal, default_root
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
 

@@ -12,7 +12,7 @@ from mthp.cli.options import json_option
 from mthp.cli.output import console, print_json, say, table
 from mthp.linux.doctor import examine
 from mthp.linux.findings import Examination
-from mthp.linux.mover.journal import Restored, SwitchJournal
+from mthp.linux.journal.switches import Restored, SwitchJournal
 
 
 @click.command("doctor")

@@ -42,9 +42,9 @@ from mthp.daemon.pacing import (
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
+from mthp.linux.journal.files import LOCK_NAME
+from mthp.linux.journal.switches import SwitchJournal, default_root
 from mthp.linux.live import open_live
-from mthp.linux.mover.journal import SwitchJournal, default_root
-from mthp.linux.mover.journalfiles import LOCK_NAME
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
 from mthp.linux.sysfs import ThpSysfs
 

@@ -1,7 +1,7 @@
 """The machine's switches and tunables, followed live: read again before every piece of work, parsed when they changed.
 
 Reading a kept-open file of sysfs again takes about a microsecond. What is read while another mthp has a window open (a
-moment in which it has set switches to make folios of one order, :mod:`mthp.linux.mover.journal`) is not what the
+moment in which it has set switches to make folios of one order, :mod:`mthp.linux.journal`) is not what the
 operator chose, so the lock of the windows is looked at, and while somebody holds it the last values stay.
 """
 

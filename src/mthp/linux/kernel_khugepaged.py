@@ -3,7 +3,7 @@
 It cannot be told what to collapse. What it can be told is which sizes are wanted, whether holes are filled, and how
 fast it goes; so for a *window* of seconds the sizes that are planned are on and all others off, its budget is without
 bound, and its rest is short. All of that is written down first and put back afterwards
-(:mod:`mthp.linux.mover.journal`).
+(:mod:`mthp.linux.journal`).
 
 Compared with the mover, the target is not stopped, nothing is injected into it, and its pages are moved by those who
 own them: it is the better way for a process that may not be stopped or traced, or that the mover refuses. It is the
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import Block, CollapseOutcome
 from mthp.errors import UnsupportedError
-from mthp.linux.mover.journal import SwitchJournal
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.results import ScanResult
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ waits in its page fault, and goes on when the page is back. For each block, one 
    ourselves.
 4. Copying the bytes into the twin faults in one folio. The twin is a mapping of exactly the block's size, so a larger
    folio does not fit; a smaller one comes if memory is short. Its size must be on: a switch of the system, for which
-   there is a journal (:mod:`~mthp.linux.mover.journal`).
+   there is a journal (:mod:`~mthp.linux.journal`).
 5. mremap puts the twin in the block's place, folio and all, in one step for everybody else. The kernel then makes one
    mapping again of it and its neighbours, since it has their flags, their anon_vma and their offsets.
 6. Those that waited are woken, and find the page.
@@ -50,8 +50,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from mthp.addrspace import ORDER_UNKNOWN, Block, CollapseOutcome, Means
 from mthp.errors import UnsupportedError, UsageError
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import LiveAddressSpace, open_live
-from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.mover.outcome import BlockOutcome, reason_of_move, result_of_move
 from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
 from mthp.linux.mover.refusals import (

@@ -5,7 +5,7 @@ This is where the parts come together. For a batch of blocks:
 1. The process is judged; what speaks against all of it is given as the reason of every block, and nothing is touched.
    It is asked again in the next batch: a thread that sleeps uninterruptibly now may not do so then.
 2. Mappings and blocks are judged. What is allowed is moved order by order, the largest first; for each order the
-   switches are set so that a fault brings just this one (:mod:`~mthp.linux.mover.journal`), once for the whole batch.
+   switches are set so that a fault brings just this one (:mod:`mthp.linux.journal`), once for the whole batch.
    Sizes below it and the PMD size may stay on: a fault takes the largest that fits, and one of the PMD size does not
    where there is a page table.
 3. All threads are stopped, what may have changed is asked again (:mod:`~mthp.linux.mover.recheck`), the blocks are
@@ -30,12 +30,12 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import Block, CollapseOutcome, Means, Segment, Vma
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import LiveAddressSpace
 from mthp.linux.mover.blockrefusals import refuse_blocks, special_ranges
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.interruptions import suspension_held_back
-from mthp.linux.mover.journal import SwitchJournal
 from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.processrefusals import refuse_process
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, last_pid, zero_pages_of

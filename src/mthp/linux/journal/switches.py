@@ -39,8 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
+from mthp.linux.journal.files import Change, JournalFiles
 from mthp.linux.mover.interruptions import interruptions_held_back, suspension_held_back
-from mthp.linux.mover.journalfiles import Change, JournalFiles
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
 

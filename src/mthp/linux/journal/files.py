@@ -1,6 +1,6 @@
 """The file of the journal of switches, and its lock: what is written in it, and how it is kept from others.
 
-What it is for stands in :mod:`mthp.linux.mover.journal`.
+What it is for stands in :mod:`mthp.linux.journal.switches`.
 """
 
 from __future__ import annotations
