@@ -32,6 +32,9 @@ from mthp.linux.process import Process
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import until
 
+# Commands that print to a pipe follow it; the tests want the layout that scripts get.
+os.environ.pop("COLUMNS", None)
+
 with contextlib.suppress(ImportError):
     # No test judges by time. (The guests of the kernel lab have no Hypothesis.)
     from hypothesis import HealthCheck, settings

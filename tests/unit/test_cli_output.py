@@ -18,8 +18,9 @@ from mthp.census import take_census
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vmas_json
 from mthp.cli.options import percentage, planned, share_or_size, stopping_on_signals
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
+from mthp.cli.output import PLAIN_WIDTH, console, note, percent, print_json, progress_bar, say
 from mthp.cli.plan_command import plan_json, print_plan
+from mthp.cli.render.tables import Table
 from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.errors import UsageError
 from mthp.planning import PlanOptions, plan_space
@@ -101,7 +102,7 @@ def test_clean_replaces_what_is_not_text() -> None:
 def test_a_pipe_gets_long_names_whole(capsys: pytest.CaptureFixture[str]) -> None:
     path = "/very" + "/long" * 1000
     out = console()
-    out.print(table("title", ["a", "name"], [["1", path], ["2", "short"]]))
+    out.print(Table("title", ["a", "name"], [["1", path], ["2", "short"]]))
     note(out, [path])
     say(out, path)
     lines = printed(capsys).splitlines()
@@ -109,9 +110,22 @@ def test_a_pipe_gets_long_names_whole(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_table_lines_up(capsys: pytest.CaptureFixture[str]) -> None:
-    console().print(table("sizes", ["size", "bytes", "name"], [["4K", "1", "x"], ["2M", "1000", "y"]], right={1}))
+    console().print(Table("sizes", ["size", "bytes", "name"], [["4K", "1", "x"], ["2M", "1000", "y"]], right={1}))
     lines = [line.rstrip() for line in printed(capsys).splitlines()]
     assert lines == ["", "sizes", "size  bytes  name", "4K        1  x", "2M     1000  y"]
+
+
+@pytest.mark.parametrize(("columns", "width"), [("60", 60), ("10", 40), ("0", PLAIN_WIDTH), ("wide", PLAIN_WIDTH)])
+def test_columns_sets_the_width_of_a_pipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    out = console()
+    assert out.width == width
+    out.print(Table("title", ["figure", "text"], [["13.7G", "several words " * 20]], right={0}))
+    note(out, ["several words " * 20])
+    say(out, "several words " * 20)
+    assert all(len(line) <= width for line in printed(capsys).splitlines())
 
 
 def test_json_is_one_object_with_its_schema_first(capsys: pytest.CaptureFixture[str]) -> None:

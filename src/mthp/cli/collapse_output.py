@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from mthp.cli.output import milliseconds, note, percent, say, table
+from mthp.cli.output import milliseconds, note, percent, say
 from mthp.cli.plan_command import plan_json, print_plan
+from mthp.cli.render.tables import Table
 from mthp.collapsing import CollapseReport, Durations, FolioTally
 from mthp.geometry import format_size
 from mthp.results import ScanResult
@@ -29,7 +30,7 @@ def print_report(
     if report.needs_move:
         moves = [[report.plan.geometry.label(order), str(count)] for order, count in report.needs_move.items()]
         title = "Folios below the PMD size: these need the mover (--mechanism auto)"
-        out.print(table(title, ["size", "folios"], moves, right={1}))
+        out.print(Table(title, ["size", "folios"], moves, right={1}))
     _print_sums(out, report)
     note(out, _remarks(report, wanted))
 
@@ -45,7 +46,7 @@ def _print_mechanisms(out: Console, report: CollapseReport) -> None:
     by_order = mechanisms_by_order(report)
     rows = [[geometry.label(order), by or "none", meanings[by]] for order, by in by_order.items()]
     if rows:
-        out.print(table("What makes them", ["size", "mechanism", "meaning"], rows))
+        out.print(Table("What makes them", ["size", "mechanism", "meaning"], rows))
 
 
 def mechanisms_by_order(report: CollapseReport) -> dict[int, str | None]:
@@ -68,7 +69,7 @@ def _print_ranges(out: Console, report: CollapseReport) -> None:
         rows.append(["over budget", str(report.over_budget), "filling them would exceed --max-bloat"])
     if report.not_tried:
         rows.append(["not tried", str(report.not_tried), "it ended early"])
-    out.print(table(f"{report.plan.label}: PMD ranges of {pmd}", ["outcome", "ranges", "meaning"], rows, right={1}))
+    out.print(Table(f"{report.plan.label}: PMD ranges of {pmd}", ["outcome", "ranges", "meaning"], rows, right={1}))
 
 
 def _print_folios(out: Console, report: CollapseReport) -> None:
@@ -86,7 +87,7 @@ def _print_folios(out: Console, report: CollapseReport) -> None:
         if tally.not_tried:
             rows.append([size, "not tried", str(tally.not_tried), "it ended early"])
     title = f"{report.plan.label}: folios below {geometry.label(geometry.pmd_order)}"
-    out.print(table(title, ["size", "outcome", "folios", "meaning"], rows, right={2}))
+    out.print(Table(title, ["size", "outcome", "folios", "meaning"], rows, right={2}))
 
 
 def _print_sums(out: Console, report: CollapseReport) -> None:

@@ -8,7 +8,8 @@ import click
 
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, target_argument
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
+from mthp.cli.output import console, note, percent, print_json, progress_bar, say
+from mthp.cli.render.tables import Table
 from mthp.errors import UsageError
 from mthp.geometry import format_size
 from mthp.targets import open_target, pid_of
@@ -131,14 +132,14 @@ def _print(result: Any) -> None:
     if "tlb_misses" in before:
         columns.append("page walks")
         cells = [[*row, f"{shown['tlb_misses']:,}"] for row, shown in zip(cells, [before, *shown], strict=True)]
-    out.print(table(title, columns, cells, right={*range(1, 8), 9}))
+    out.print(Table(title, columns, cells, right={*range(1, 8), 9}))
     if last > 1:
         lines = [
             [name, *(format_size(row["creep_bytes"]) for row in rows if row["setting"] == name and row["scan"] > 0)]
             for name in frontier
         ]
         heads = ["setting", *(f"scan {scan}" for scan in range(1, last + 1))]
-        out.print(table("Memory added by each scan", heads, lines, right=set(range(1, last + 1))))
+        out.print(Table("Memory added by each scan", heads, lines, right=set(range(1, last + 1))))
     say(out, "")
     for sentence in result.verdict:
         say(out, sentence)

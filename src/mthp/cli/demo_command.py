@@ -15,8 +15,9 @@ from rich.progress import Progress as Bars
 
 from mthp.cli.inspect_command import census_json, vmas_json
 from mthp.cli.options import json_option
-from mthp.cli.output import console, milliseconds, note, percent, print_json, say, table
+from mthp.cli.output import console, milliseconds, note, percent, print_json, say
 from mthp.cli.plan_command import plan_json
+from mthp.cli.render.tables import Table
 from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
 from mthp.errors import UsageError
 from mthp.geometry import format_size, parse_size
@@ -79,7 +80,7 @@ def print_story(out: Console, story: Story) -> None:
     columns = ["policy", "max_ptes_none", "bytes by folio size", "copied", "bloat", "2M mappings"]
     columns[-1] = f"{geometry.label(geometry.pmd_order)} mapped"
     rows = [_plan_row(plan) for plan in story.plans]
-    out.print(table("What each policy would do", columns, rows, right={1, 3, 4}))
+    out.print(Table("What each policy would do", columns, rows, right={1, 3, 4}))
     if story.before is not None and story.after is not None and story.deed is not None:
         _print_before_and_after(out, story, story.before, story.after)
     note(out, story.notes)
@@ -116,7 +117,7 @@ def _print_before_and_after(out: Console, story: Story, before: Moment, after: M
         ["holes in the heap", format_size(before.stats.hole_bytes), format_size(after.stats.hole_bytes), ""],
         ["data, every byte read", "intact", "the same" if story.intact else "CHANGED", ""],
     ]
-    out.print(table("Before and after the collapse", ["", "before", "after", "ratio"], rows, right={1, 2}))
+    out.print(Table("Before and after the collapse", ["", "before", "after", "ratio"], rows, right={1, 2}))
     failed = "".join(f", {count} {name}" for name, count in deed.failed.items())
     out.print()
     say(

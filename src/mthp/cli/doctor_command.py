@@ -9,7 +9,8 @@ from rich.console import Console
 
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import json_option
-from mthp.cli.output import console, print_json, say, table
+from mthp.cli.output import console, print_json, say
+from mthp.cli.render.tables import Table
 from mthp.linux.doctor import examine
 from mthp.linux.findings import Examination
 from mthp.linux.journal.switches import Restored, SwitchJournal
@@ -55,7 +56,7 @@ def print_examination(out: Console, examination: Examination) -> None:
         rows.append([finding.state, finding.key, f"{finding.title}: {finding.what}"])
         if finding.remedy:
             rows.append(["", "", f"to have more: {finding.remedy}"])
-    out.print(table("What this kernel and these rights allow", ["state", "key", "what is the case"], rows))
+    out.print(Table("What this kernel and these rights allow", ["state", "key", "what is the case"], rows))
 
 
 def examination_json(examination: Examination) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.cli.options import at_option, json_option, target_argument
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
+from mthp.cli.output import console, note, percent, print_json, progress_bar, say
+from mthp.cli.render.tables import Table
 from mthp.eligibility import Eligibility
 from mthp.geometry import Geometry, format_size
 from mthp.targets import open_target
@@ -50,18 +51,18 @@ def print_census(out: Console, census: Census, *, show_all: bool = False) -> Non
     shown = [vma for vma in ranked if vma.pages.resident or vma.pages.state("swap")]
     if not show_all:
         shown = shown[:TOP_MAPPINGS]
-    rows = [_mapping_row(vma, geometry, short=out.is_terminal) for vma in (census.vmas if show_all else shown)]
+    rows = [_mapping_row(vma, geometry) for vma in (census.vmas if show_all else shown)]
     title = f"Mappings ({len(rows)} of {len(census.vmas)})"
     columns = ["address", "perm", "size", "resident", "huge", "folios", "may become", "nodes", "name"]
     if not any(vma.vma.node_pages for vma in shown):
         # Not asked for, or not to be had.
         rows, columns = [[*row[:-2], row[-1]] for row in rows], [*columns[:-2], columns[-1]]
-    out.print(table(title, columns, rows, right={2, 3, 4}))
+    out.print(Table(title, columns, rows, right={2, 3, 4}, names={len(columns) - 1}))
     note(out, census.missing)
 
 
-def sizes_table(census: Census) -> Any:
-    """Resident memory by folio size."""
+def sizes_table(census: Census) -> Table:
+    """Return the table of resident memory by folio size."""
     geometry, every, anon = census.geometry, census.total, census.anonymous
     zeroes = anon.zero_filled
     rows = [
@@ -91,12 +92,11 @@ def sizes_table(census: Census) -> Any:
         f" lies in {pmd} folios, {percent(anon.share_from(1))} in any above {geometry.label(0)}"
     )
     columns = ["folio size", "bytes", "share", "anonymous", *([] if zeroes is None else ["zero-filled"])]
-    return table(title, columns, rows, right={1, 2, 3, 4})
+    return Table(title, columns, rows, right={1, 2, 3, 4})
 
 
-def _mapping_row(vma: VmaCensus, geometry: Geometry, *, short: bool) -> list[str]:
-    """The cells of one mapping; `short` leaves the directories of a path out, for which a terminal has no room."""
-    pages, name = vma.pages, vma.vma.name
+def _mapping_row(vma: VmaCensus, geometry: Geometry) -> list[str]:
+    pages = vma.pages
     folios = " ".join(f"{geometry.label(order)}:{_size(count, geometry)}" for order, count in pages.by_order().items())
     return [
         f"{vma.vma.start:x}-{vma.vma.end:x}",
@@ -107,7 +107,7 @@ def _mapping_row(vma: VmaCensus, geometry: Geometry, *, short: bool) -> list[str
         folios or "-",
         _may_become(vma, geometry),
         " ".join(f"{node}:{_size(count, geometry)}" for node, count in vma.vma.node_pages),
-        name.rpartition("/")[2] if short and name.startswith("/") else name,
+        vma.vma.name,
     ]
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import click
-from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
+from mthp.cli.render.tables import MIN_WIDTH, wrapped
 from mthp.text import clean
 
 
@@ -29,11 +30,25 @@ PLAIN_WIDTH = 1 << 16
 """Width of plain text, in columns: wide enough that nothing is cut or wrapped, the longest path included."""
 
 
-def console() -> Console:
-    """A console for standard output: coloured on a terminal, plain and unwrapped when piped."""
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(width=PLAIN_WIDTH, highlight=False, color_system=None)
+def console(*, stderr: bool = False) -> Console:
+    """Return a console for standard output, or for standard error.
+
+    On a terminal it is coloured and as wide as the terminal. Elsewhere it is plain and :data:`PLAIN_WIDTH` columns
+    wide: every row of a table is one line, which scripts can read. COLUMNS in the environment sets the width of both.
+    """
+    on_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    width = _columns() or (None if on_terminal else PLAIN_WIDTH)
+    made = Console(stderr=stderr, width=width, highlight=False, color_system="auto" if on_terminal else None)
+    made.width = max(made.width, MIN_WIDTH)
+    return made
+
+
+def _columns() -> int | None:
+    """Return the width that the environment asks for; None if it does not."""
+    text = os.environ.get("COLUMNS", "")
+    if not re.fullmatch("[0-9]{1,5}", text) or not int(text):
+        return None
+    return min(int(text), PLAIN_WIDTH)
 
 
 def print_json(command: str, data: dict[str, Any], **rows: Iterable[dict[str, Any]]) -> None:
@@ -50,22 +65,6 @@ def print_json(command: str, data: dict[str, Any], **rows: Iterable[dict[str, An
             click.echo(f"{',' if number else ''}\n    {json.dumps(item)}", nl=False)
         click.echo("\n  ]", nl=False)
     click.echo("\n}")
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> Group:
-    """A titled table.
-
-    Args:
-        right: numbers of the columns that hold figures, and are aligned to the right.
-    """
-    on_terminal = sys.stdout.isatty()
-    made = Table(box=box.SIMPLE_HEAD if on_terminal else None, pad_edge=False, header_style="bold")
-    for index, name in enumerate(columns):
-        cut = on_terminal and index == len(columns) - 1
-        made.add_column(name, justify="right" if index in right else "left", no_wrap=not cut, overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(clean(cell)) for cell in row))
-    return Group("", Text(clean(title), style="bold"), made)
 
 
 @contextlib.contextmanager
@@ -100,11 +99,16 @@ def milliseconds(seconds: float) -> str:
 
 
 def note(out: Console, lines: Sequence[str]) -> None:
-    """Print remarks below a result, each on its own line."""
+    """Print remarks below a result, each on a line of its own."""
     for line in lines:
-        out.print(Text(clean(f"note: {line}"), style="yellow"), soft_wrap=True)
+        _print_wrapped(out, f"note: {line}", "yellow")
 
 
 def say(out: Console, line: str) -> None:
     """Print one line of text, which may hold names that a process or a foreign file chose."""
-    out.print(Text(clean(line)), soft_wrap=True)
+    _print_wrapped(out, line)
+
+
+def _print_wrapped(out: Console, text: str, style: str = "") -> None:
+    for line in wrapped(clean(text), out.width):
+        out.print(Text(line, style=style), soft_wrap=True)

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
+from mthp.cli.output import console, note, percent, print_json, progress_bar, say
+from mthp.cli.render.tables import Table
 from mthp.geometry import format_size
 from mthp.planning import SpacePlan, plan_space
 from mthp.targets import open_target
@@ -59,13 +60,13 @@ def print_plan(out: Console, plan: SpacePlan) -> None:
         [geometry.label(order), str(count), format_size(count * geometry.size_of(order))]
         for order, count in plan.folios_by_order.items()
     ]
-    out.print(table("Folios to be made", ["size", "folios", "bytes"], rows or [["none", "0", "0"]], right={1, 2}))
+    out.print(Table("Folios to be made", ["size", "folios", "bytes"], rows or [["none", "0", "0"]], right={1, 2}))
     outcomes = [[result.name, str(count), result.meaning] for result, count in plan.ranges_by_result.items()]
     title = f"PMD ranges of {geometry.label(geometry.pmd_order)} by outcome"
-    out.print(table(title, ["result", "ranges", "meaning"], outcomes, right={1}))
+    out.print(Table(title, ["result", "ranges", "meaning"], outcomes, right={1}))
     reasons = list(plan.refused_by_reason.items())[:TOP_REASONS]
     left = [[str(mappings), format_size(size), reason] for reason, (mappings, size) in reasons]
-    out.print(table("Left alone", ["mappings", "bytes", "reason"], left, right={0, 1}))
+    out.print(Table("Left alone", ["mappings", "bytes", "reason"], left, right={0, 1}))
 
 
 def _resident(plan: SpacePlan) -> int:

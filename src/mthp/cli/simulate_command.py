@@ -10,7 +10,8 @@ import click
 
 from mthp import __version__
 from mthp.cli.options import json_option, stopping_on_signals
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say, table
+from mthp.cli.output import console, note, percent, print_json, progress_bar, say
+from mthp.cli.render.tables import Table
 from mthp.errors import UsageError
 from mthp.geometry import format_size
 
@@ -103,7 +104,7 @@ def _print(scenario: Scenario, outcomes: list[Outcome]) -> None:
     heads = ["policy", f"{pmd} mapped", "large folios", "resident", "bloat", "copied", "khugepaged", "not allocated"]
     rows = [_cells(outcome) for outcome in outcomes]
     columns = [*heads, f"{WANTED:.0%} after", "killed"]
-    out.print(table("At the end", columns, rows, right=set(range(1, len(columns)))))
+    out.print(Table("At the end", columns, rows, right=set(range(1, len(columns)))))
     for outcome in outcomes:
         last = [row for row in outcome.rows if row["seconds"] == outcome.last["seconds"] and row["process"]]
         cells = [
@@ -116,7 +117,7 @@ def _print(scenario: Scenario, outcomes: list[Outcome]) -> None:
             for row in last
         ]
         heads = ["process", "resident", f"{pmd} mapped", "large folios"]
-        out.print(table(f"Processes under {outcome.policy}", heads, cells, right={1, 2, 3}))
+        out.print(Table(f"Processes under {outcome.policy}", heads, cells, right={1, 2, 3}, names={0}))
     if outcomes[-1].interrupted:
         note(out, [f"interrupted after {outcomes[-1].last['seconds']:g} s"])
 

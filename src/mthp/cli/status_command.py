@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import json_option
-from mthp.cli.output import console, milliseconds, percent, print_json, say, table
+from mthp.cli.output import console, milliseconds, percent, print_json, say
+from mthp.cli.render.tables import Table
 from mthp.geometry import format_size
 
 PAUSE_SECONDS = 10.0
@@ -90,7 +91,7 @@ def print_status(out: Console, status: dict[str, Any]) -> None:
         say(out, f"not asked for at the moment, since the machine had none: {', '.join(status['orders_refused'])}")
     rows = [_row(target) for target in sorted(status["targets"], key=lambda target: -target["collapsed_bytes"])]
     columns = ["pid", "name", "rule", "policy", "collapsed", "filled", "longest pause", "state"]
-    out.print(table(f"{len(rows)} targets", columns, rows, right=(0, 4, 5, 6)))
+    out.print(Table(f"{len(rows)} targets", columns, rows, right={0, 4, 5, 6}, names={1, 2}))
     for reason, count in status["left_out"].items():
         say(out, f"left out {count}: {reason}")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from mthp.cli.options import json_option, stopping_on_signals
-from mthp.cli.output import console, print_json, progress_bar, say, table
+from mthp.cli.output import console, print_json, progress_bar, say
+from mthp.cli.render.tables import Table
 
 SHOWN_FAILURES = 20
 
@@ -61,5 +62,5 @@ def command(
         )
     if report.failed:
         shown = [[name, reason] for name, reason in list(report.failed.items())[:SHOWN_FAILURES]]
-        out.print(table(f"Not done: {len(report.failed)}", ["input", "reason"], shown))
+        out.print(Table(f"Not done: {len(report.failed)}", ["input", "reason"], shown, names={0}))
     return code

@@ -1,0 +1,233 @@
+"""Tables for a terminal of any width: no figure is ever cut.
+
+A cell is one of three kinds:
+
+- a *figure* stands whole on one line;
+- a *name* may be shortened in the middle, with an ellipsis, because its ends identify it;
+- any other *text* is wrapped between words.
+
+A table that is too wide first wraps its texts and heads and shortens its names. If that is not enough, the columns that
+do not fit go below each row, every cell with its head::
+
+    policy    2M mapped  resident
+    mainline      50.0%      400M
+        bloat: 3.0M  copied: 20M  khugepaged: 0.20 s
+
+Narrower than :data:`MIN_WIDTH` no table becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rich.cells import cell_len, chop_cells, set_cell_size
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from mthp.text import clean
+
+MIN_WIDTH = 40
+"""Columns of the narrowest layout: a terminal that is narrower breaks the lines itself, and cuts nothing either."""
+
+GAP = 2
+"""Blanks between two columns."""
+
+INDENT = 4
+"""Blanks before the cells that stand below their row."""
+
+TEXT_WIDTH = 30
+"""A text column becomes this narrow before columns go below the row: narrower ones become towers of single words."""
+
+NAME_WIDTH = 24
+"""The same for a column of names: the ends of a path that identify a library fit in it."""
+
+ELLIPSIS = "…"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A titled table that rich prints.
+
+    Attributes:
+        title: a line above it.
+        columns: heads.
+        rows: cells, as many in each row as there are heads.
+        right: indexes of the columns that hold figures, and are aligned to the right.
+        names: indexes of the columns that hold names, which may be shortened.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: Collection[int] = ()
+    names: Collection[int] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("")
+        for line in wrapped(clean(self.title), options.max_width):
+            yield Text(line, style="bold")
+        heads, lines = self.laid_out(max(options.max_width, MIN_WIDTH))
+        for line in heads:
+            yield _line(line, "bold")
+        if console.is_terminal and heads:
+            yield _line("─" * max(map(cell_len, [*heads, *lines])))
+        for line in lines:
+            yield _line(line)
+
+    def laid_out(self, width: int) -> tuple[list[str], list[str]]:
+        """Return the lines of the heads, and those of the rows, none longer than `width`.
+
+        Only a figure that is longer than `width` itself makes a longer line.
+        """
+        columns = [
+            _Column(clean(head), [clean(row[index]) for row in self.rows], index in self.right, index in self.names)
+            for index, head in enumerate(self.columns)
+        ]
+        beside = _beside(columns, width)
+        widths = _widths(columns[:beside], width)
+        below = columns[beside:]
+        heads = list(_side_by_side([column.head_in(room) for column, room in _pairs(columns, widths)], widths, columns))
+        # The head of one text need not stand in front of every cell.
+        alone = len(below) == 1 and not below[0].figures
+        if alone:
+            heads += _indented(wrapped(below[0].head, width - INDENT))
+            below = [replace(below[0], head="")]
+        lines: list[str] = []
+        for row in range(len(self.rows)):
+            cells = [column.cell_in(row, room) for column, room in _pairs(columns, widths)]
+            side_by_side = list(_side_by_side(cells, widths, columns))
+            lines += [line for line in side_by_side if line or not below]
+            lines += _below(below, row, width)
+        return heads, lines
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return the lines of `text` broken between words; a word is broken only where it is longer than a line."""
+    if cell_len(text) <= width:
+        return [text]
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if cell_len(joined) <= width:
+            lines[-1] = joined
+            continue
+        pieces = chop_cells(word, width)
+        lines[len(lines) - (not lines[-1]) :] = pieces
+    return lines
+
+
+def shortened(name: str, width: int) -> str:
+    """Return `name` in at most `width` columns: its end, which says more than its beginning, keeps two thirds."""
+    if cell_len(name) <= width:
+        return name
+    tail = 2 * (width - 1) // 3
+    # A double-width character that does not fit is replaced by a blank: cut it off on both sides.
+    front = set_cell_size(name, width - 1 - tail).rstrip()
+    back = set_cell_size(name[::-1], tail).rstrip()[::-1]
+    return front + ELLIPSIS + back
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    head: str
+    cells: list[str]
+    figures: bool
+    names: bool
+
+    @property
+    def natural(self) -> int:
+        """The width at which nothing is wrapped or shortened."""
+        return max(map(cell_len, [self.head, *self.cells]))
+
+    @property
+    def least(self) -> int:
+        """The smallest width in which a reader would want it."""
+        widest = max(map(cell_len, self.cells), default=0)
+        head = _longest_word(self.head)
+        if self.figures:
+            return max(widest, head)
+        if self.names:
+            return max(min(widest, NAME_WIDTH), head)
+        return max(min(widest, TEXT_WIDTH), head, *map(_longest_word, self.cells), 0)
+
+    def head_in(self, width: int) -> list[str]:
+        return wrapped(self.head, width)
+
+    def cell_in(self, row: int, width: int) -> list[str]:
+        cell = self.cells[row]
+        if self.figures:
+            return [cell]
+        return [shortened(cell, width)] if self.names else wrapped(cell, width)
+
+
+def _beside(columns: Sequence[_Column], width: int) -> int:
+    """Return how many of the leading columns fit beside each other."""
+    used = -GAP
+    for count, column in enumerate(columns):
+        used += GAP + column.least
+        if used > width:
+            return max(count, 1)
+    return len(columns)
+
+
+def _widths(columns: Sequence[_Column], width: int) -> list[int]:
+    """Return the widths of `columns` within `width` in all: the smallest wishes for more are granted first."""
+    least = [column.least if len(columns) > 1 else min(column.least, width) for column in columns]
+    widths = list(least)
+    spare = width - sum(least) - GAP * (len(columns) - 1)
+    wishes = sorted((column.natural - least[index], index) for index, column in enumerate(columns))
+    for wish, index in wishes:
+        extra = max(0, min(wish, spare))
+        widths[index] += extra
+        spare -= extra
+    return widths
+
+
+def _pairs(columns: Sequence[_Column], widths: Sequence[int]) -> Iterator[tuple[_Column, int]]:
+    return zip(columns, widths, strict=False)
+
+
+def _side_by_side(cells: Sequence[list[str]], widths: Sequence[int], columns: Sequence[_Column]) -> Iterator[str]:
+    """The lines of one row of `cells`, each of which has lines of its own."""
+    for number in range(max(map(len, cells), default=0)):
+        line = []
+        for cell, width, column in zip(cells, widths, columns, strict=False):
+            text = cell[number] if number < len(cell) else ""
+            blanks = " " * max(0, width - cell_len(text))
+            line.append(blanks + text if column.figures else text + blanks)
+        yield (" " * GAP).join(line).rstrip()
+
+
+def _below(columns: Sequence[_Column], row: int, width: int) -> list[str]:
+    """The lines below a row: the cells of `columns` that are not empty, each with its head."""
+    room = width - INDENT
+    lines = [""]
+    for column in columns:
+        if not column.cells[row]:
+            continue
+        label = f"{column.head}: " if column.head else ""
+        item = label + column.cells[row]
+        if column.names and cell_len(item) > room:
+            item = label + shortened(column.cells[row], max(room - cell_len(label), room // 2))
+        joined = f"{lines[-1]}{' ' * GAP}{item}" if lines[-1] else item
+        if cell_len(joined) <= room:
+            lines[-1] = joined
+        else:
+            # A figure that does not fit behind its head has a line of its own: wrapping keeps it whole.
+            pieces = [*wrapped(label, room), column.cells[row]] if column.figures else wrapped(item, room)
+            whole = [item] if cell_len(item) <= room else pieces
+            lines[len(lines) - (not lines[-1]) :] = [piece.rstrip() for piece in whole]
+    return _indented([line for line in lines if line])
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [" " * INDENT + line for line in lines]
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ignore")
