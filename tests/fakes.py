@@ -1,4 +1,4 @@
-"""An address space in memory, for tests of what stands above the seam."""
+"""An address space in memory and a clock, for tests of what stands above the seam."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ from mthp.tunables import Switches, Tunables
 
 COLLAPSE_NS = 250_000
 """What every collapse of a :class:`FakeSpace` takes."""
+
+
+class FakeClock:
+    """A clock that the test sets.
+
+    Attributes:
+        now: the time.
+    """
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def page_runs(*runs: tuple[int, int, int]) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:

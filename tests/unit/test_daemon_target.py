@@ -16,12 +16,13 @@ from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.ledger import FIRST_AGE
-from mthp.daemon.pacing import Budget, FreeFolios
+from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Bloat, Match, ProcessFacts, Rule, Rules, Settings
 from mthp.daemon.target import LEFT_OUT_SECONDS, Sign, Target
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
+from mthp.pacing import ByteBudget
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
 
@@ -73,7 +74,7 @@ class Stage:
             tunables=tunables,
             free=FreeFolios(Path("/nonexistent/buddyinfo"), self.clock),
             total=Counters(),
-            bytes=Budget(None, 0, self.clock),
+            bytes=ByteBudget(None, self.clock),
             opened=self._open,
             event=lambda event, **values: self.events.append((event, values)),
             clock=self.clock,

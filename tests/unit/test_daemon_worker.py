@@ -9,12 +9,13 @@ from typing import Any, cast
 from mthp.daemon.configuration import Configuration, Pace
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
-from mthp.daemon.pacing import Budget, CpuBudget, FreeFolios, MemoryPressure
+from mthp.daemon.pressure import FreeFolios, MemoryPressure
 from mthp.daemon.rules import ProcessFacts, Rules
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.geometry import X86_64
+from mthp.pacing import ByteBudget, CpuBudget
 from mthp.tunables import Switches, Tunables
 
 G = X86_64
@@ -72,7 +73,7 @@ class Stage:
             tunables=self.knobs.tunables,
             free=FreeFolios(NOWHERE, self.clock),
             total=Counters(),
-            bytes=Budget(None, 0, self.clock),
+            bytes=ByteBudget(None, self.clock),
             opened=cast("Any", None),
             event=lambda event, **values: None,
             clock=self.clock,

@@ -8,8 +8,9 @@ khugepaged goes through the memory of all processes at one pace. The daemon goes
 - Each that a rule fits is a :class:`~mthp.daemon.target.Target`: looked at cheaply, gone through when it has changed
   (:mod:`~mthp.daemon.onepass`), with what is finished remembered (:mod:`~mthp.daemon.ledger`). What is collapsed, and
   how, is the engine's matter (:mod:`mthp.visiting`).
-- One thread works on targets in turn (:mod:`~mthp.daemon.worker`), within budgets and as the machine has memory
-  (:mod:`~mthp.daemon.pacing`), under switches and tunables that are followed live (:mod:`~mthp.daemon.system`).
+- One thread works on targets in turn (:mod:`~mthp.daemon.worker`), within budgets (:mod:`mthp.pacing`) and as the
+  machine has memory (:mod:`~mthp.daemon.pressure`), under switches and tunables that are followed live
+  (:mod:`~mthp.daemon.system`).
 - The main thread (:mod:`~mthp.daemon.service`, around :mod:`~mthp.daemon.loop`) obeys: signals, and the socket of
   ``mthp status``, ``pause`` and ``resume`` (:mod:`~mthp.daemon.control`).
 - What was done is counted (:mod:`~mthp.daemon.counters`), and told as metrics, as events, and to the service manager.

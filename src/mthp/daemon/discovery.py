@@ -13,10 +13,10 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from mthp.daemon.pacing import Clock
 from mthp.daemon.rules import ProcessFacts
 from mthp.linux import abi
 from mthp.linux.process import ProcStat
+from mthp.pacing import Clock
 
 AT_A_TIME = 128
 """Processes looked into between two looks at the other things that the daemon does."""

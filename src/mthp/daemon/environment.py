@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from mthp.addrspace import AddressSpace
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
-from mthp.daemon.pacing import Budget, Clock, FreeFolios
+from mthp.daemon.pressure import FreeFolios
 from mthp.geometry import Geometry
+from mthp.pacing import ByteBudget, Clock
 from mthp.tunables import Switches, Tunables
 
 SHORTEST_LOOK = 0.02
@@ -40,7 +41,7 @@ class Environment:
     tunables: Tunables
     free: FreeFolios
     total: Counters
-    bytes: Budget
+    bytes: ByteBudget
     opened: Callable[[int], AddressSpace]
     event: Callable[..., None]
     stopping: Callable[[], bool] = lambda: False

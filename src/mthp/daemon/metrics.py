@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
-from mthp.daemon.pacing import memory_used
+from mthp.daemon.pressure import memory_used
 from mthp.errors import UnsupportedError, UsageError
 
 try:

@@ -30,15 +30,7 @@ from mthp.daemon.finder import Finder
 from mthp.daemon.lock import DaemonLock
 from mthp.daemon.loop import Loop
 from mthp.daemon.notify import Notifier
-from mthp.daemon.pacing import (
-    BYTES_BURST_SECONDS,
-    Budget,
-    CpuBudget,
-    FreeFolios,
-    MemoryPressure,
-    memory_used,
-    raise_open_files_limit,
-)
+from mthp.daemon.pressure import FreeFolios, MemoryPressure, memory_used, raise_open_files_limit
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
@@ -47,6 +39,7 @@ from mthp.linux.journal.switches import SwitchJournal, default_root
 from mthp.linux.live import open_live
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
 from mthp.linux.sysfs import ThpSysfs
+from mthp.pacing import ByteBudget, CpuBudget
 
 STOP_SECONDS = 0.8
 """For so long the piece of work at hand is waited for when the daemon is told to end."""
@@ -147,7 +140,6 @@ class Daemon:
         self.knobs = SystemKnobs(sysfs, geometry, default_root() / LOCK_NAME)
         self._undo.callback(self.knobs.close)
         configuration = self.configuration
-        rate = configuration.bytes_per_second
         self.environment = Environment(
             geometry=geometry,
             configuration=configuration,
@@ -155,7 +147,7 @@ class Daemon:
             tunables=configuration.tunables_over(self.knobs.tunables, geometry),
             free=FreeFolios(),
             total=Counters(),
-            bytes=Budget(rate, BYTES_BURST_SECONDS * (rate or 0)),
+            bytes=ByteBudget(configuration.bytes_per_second),
             opened=self._opened,
             event=self._event,
         )

@@ -27,11 +27,11 @@ from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.ledger import Ledger
 from mthp.daemon.onepass import Pass, governed
-from mthp.daemon.pacing import Budget
 from mthp.daemon.rules import ProcessFacts, Rule, Settings
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.outline import Outline
+from mthp.pacing import ByteBudget
 from mthp.results import ScanResult
 
 PIECE_RANGES = 32
@@ -117,7 +117,7 @@ class Target:
         self._interval = 0.0
         self._list_at = 0.0
         self._list_interval = 0.0
-        self._rate = Budget(rule.settings.rate, _burst(rule.settings), environment.clock)
+        self._rate = ByteBudget(rule.settings.rate, environment.clock)
         self._resident = 0
         self._at_a_time = 2
         self.vanished = False
@@ -154,7 +154,7 @@ class Target:
     def renew(self, facts: ProcessFacts, rule: Rule) -> None:
         """Go on under another rule: everything is looked at anew."""
         self.facts, self.rule = facts, rule
-        self._rate.set(rule.settings.rate, _burst(rule.settings))
+        self._rate.set_rate(rule.settings.rate)
         self.stale()
 
     def follow(self) -> None:
@@ -365,10 +365,6 @@ class Target:
             "bloat_left": self.bloat_left,
             "reasons": dict(self.reasons),
         } | self.counters.summary(self._environment.geometry)
-
-
-def _burst(settings: Settings) -> float:
-    return 0.1 * settings.rate if settings.rate else 0.0
 
 
 def _on_grid(at: float, interval: float) -> float:

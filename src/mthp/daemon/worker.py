@@ -17,11 +17,12 @@ from collections.abc import Callable
 
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.environment import Environment
-from mthp.daemon.pacing import BYTES_BURST_SECONDS, Clock, CpuBudget, MemoryPressure
+from mthp.daemon.pressure import MemoryPressure
 from mthp.daemon.rules import ProcessFacts, Rule
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import LEFT_OUT_SECONDS, Target
 from mthp.errors import TargetVanishedError
+from mthp.pacing import Clock, CpuBudget
 
 FOLLOW_SECONDS = 0.1
 """While nothing is collapsed, the system's switches are read no more often than that."""
@@ -117,8 +118,7 @@ class Worker:
             environment.configuration = configuration
             self._cpu.set(configuration.cpu)
             self._pressure.limit = configuration.memory_pressure
-            rate = configuration.bytes_per_second
-            environment.bytes.set(rate, BYTES_BURST_SECONDS * (rate or 0))
+            environment.bytes.set_rate(configuration.bytes_per_second)
             self._version = -1
 
     def pause(self, paused: bool) -> None:

@@ -1,26 +1,16 @@
-"""How fast the daemon goes, and when it rests: budgets of CPU time and bytes, memory pressure, free folios.
+"""What the machine and this process have left: memory pressure, free folios, file descriptors, resident memory.
 
-All of these are asked before work is begun, and told afterwards what it took. None of them sleeps; they say how long
-there is to wait. Times are of a monotonic clock, so setting the calendar changes nothing.
+The worker checks pressure and free folios before it begins work. Neither sleeps; budgets are in :mod:`mthp.pacing`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from mthp.linux.freememory import parse_buddyinfo
-
-Clock = Callable[[], float]
-"""Seconds since some moment; never goes back."""
-
-CPU_BURST = 0.25
-"""Seconds of CPU time that may be saved up while nothing is to be done."""
-
-BYTES_BURST_SECONDS = 0.1
-"""How much of a byte rate may be saved up, as the time in which it is earned."""
+from mthp.pacing import Clock
 
 ASK_SECONDS = 0.5
 """The machine is asked for its pressure and its free memory no more often than that."""
@@ -30,67 +20,6 @@ FIRST_RETRY_SECONDS = 1.0
 
 _EASED = 0.5
 """Once it rests, pressure must fall to this part of the limit before work goes on."""
-
-
-class Budget:
-    """An allowance per second that can be saved up to a bound, and overdrawn by one piece of work.
-
-    Args:
-        rate: earned per second; None for no bound.
-        burst: saved up at most.
-        clock: the time.
-    """
-
-    def __init__(self, rate: float | None, burst: float, clock: Clock = time.monotonic) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
-        self._saved = burst
-        self._at = clock()
-
-    def set(self, rate: float | None, burst: float) -> None:
-        """Go on with another allowance; what was overdrawn stays so."""
-        self.wait()
-        self._rate, self._burst = rate, burst
-        self._saved = min(self._saved, burst)
-
-    def spend(self, amount: float) -> None:
-        """Take note of what was used."""
-        self._saved -= amount
-
-    def wait(self) -> float:
-        """Seconds until something may be used; 0.0 for now."""
-        now = self._clock()
-        elapsed, self._at = max(now - self._at, 0.0), now
-        if self._rate is None:
-            self._saved = self._burst
-            return 0.0
-        self._saved = min(self._saved + elapsed * self._rate, self._burst)
-        return 0.0 if self._saved > 0 else -self._saved / self._rate + 1e-4
-
-
-class CpuBudget:
-    """The CPU time of this whole process, as a share of one core.
-
-    Args:
-        share: of one core.
-        clock: the time.
-        used: CPU seconds that this process has used so far.
-    """
-
-    def __init__(self, share: float, clock: Clock = time.monotonic, used: Clock = time.process_time) -> None:
-        self._budget = Budget(share, CPU_BURST, clock)
-        self._used = used
-        self._before = used()
-
-    def set(self, share: float) -> None:
-        """Go on with another share."""
-        self._budget.set(share, CPU_BURST)
-
-    def wait(self) -> float:
-        """Seconds until work may be done."""
-        used = self._used()
-        self._budget.spend(used - self._before)
-        self._before = used
-        return self._budget.wait()
 
 
 class MemoryPressure:
