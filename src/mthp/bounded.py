@@ -1,0 +1,284 @@
+"""Read what somebody else wrote, within bounds: small files, JSON, TOML and deflated bytes.
+
+A file that arrives by mail may be made to hurt its reader: brackets nested a hundred thousand deep, a number of a
+million digits, four kilobytes that inflate to eight gibibytes. So every reader of this package names its bounds as
+:class:`Bound`, and checks them before it allocates. Each is far above what mthp writes itself; where that is not
+enough, :data:`FACTOR_VARIABLE` in the environment multiplies all of them, and the error says by how much.
+
+All errors are :class:`~mthp.errors.UsageError`. None of them repeats more than a few words of the input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tomllib
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mthp.errors import UsageError
+
+FACTOR_VARIABLE = "MTHP_INPUT_FACTOR"
+"""The environment variable by which every bound on input is multiplied: a whole number, 1 by default."""
+
+MAX_FACTOR = 1 << 16
+"""The largest factor. Above it a bound would not be a bound on any machine of today."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The most of something that is read.
+
+    Attributes:
+        most: the number, before :data:`FACTOR_VARIABLE` multiplies it.
+        what: what is counted, in the plural, as it stands in the error: ``"bytes of JSON"``.
+    """
+
+    most: int
+    what: str
+
+    @property
+    def now(self) -> int:
+        """The number, multiplied by the factor of the environment.
+
+        Raises:
+            UsageError: the environment variable is not a factor.
+        """
+        return self.most * factor()
+
+    def check(self, count: int) -> None:
+        """Do nothing if `count` is within the bound.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if count > self.now:
+            self.exceeded(count)
+
+    def exceeded(self, count: int | None = None) -> NoReturn:
+        """Raise the error for `count`, or for a number that is not known but above the bound."""
+        found = "more" if count is None else f"{count:,}" if count < 1 << 64 else "far more"
+        needed = 2 * factor() if count is None else math.ceil(min(count, 1 << 64) / self.most)
+        raise UsageError(
+            f"too many {self.what}: {found}, and {self.now:,} are read at most",
+            help=f"set {FACTOR_VARIABLE}={needed} in the environment if you trust its source: it multiplies every bound"
+            if needed <= MAX_FACTOR
+            else "",
+        )
+
+
+DEPTH = Bound(64, "levels of nesting")
+"""Of JSON and TOML. What mthp writes nests 5 deep; beyond some hundred, Python's own recursion ends."""
+
+JSON_BYTES = Bound(64 << 20, "bytes of JSON")
+"""A snapshot's description takes 170 bytes a mapping: this is six times the mappings of vm.max_map_count."""
+
+JSON_VALUES = Bound(1 << 22, "values in JSON")
+"""A value takes up to 100 bytes of memory and may be 2 bytes of text, so the bytes alone bound little."""
+
+TOML_BYTES = Bound(1 << 20, "bytes of TOML")
+"""A rules file with a thousand rules is 100 KiB; Python's parser takes a second for this much."""
+
+KEY_PARTS = Bound(64, "parts of a dotted key")
+"""The parser's time grows with the square of them."""
+
+DIGITS = 20
+"""Digits of a whole number: 2**64 has 20."""
+
+_JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_JSON_STRUCTURE = re.compile(r"[^\[\]{},:]++")
+_TOML_TEXT = re.compile(
+    r'"""(?:[^"\\]++|\\.|"(?!""))*+"""|\'\'\'(?:[^\']++|\'(?!\'\'))*+\'\'\''
+    r'|"(?:[^"\\\n]++|\\.)*+"|\'[^\'\n]*+\'|#[^\n]*+',
+    re.DOTALL,
+)
+_BRACKETS = str.maketrans("{}", "[]")
+
+
+def factor() -> int:
+    """Return the factor of the environment.
+
+    Raises:
+        UsageError: it is not a whole number within bounds.
+    """
+    text = os.environ.get(FACTOR_VARIABLE, "1")
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_FACTOR:
+        raise UsageError(
+            f"{FACTOR_VARIABLE} in the environment is not a factor: {text[:40]!r}",
+            help=f"use a whole number from 1 to {MAX_FACTOR}, or unset it",
+        )
+    return int(text)
+
+
+def read_small(path: str | os.PathLike[str], bound: Bound) -> bytes:
+    """Return the contents of the file at `path`; of a pipe too, until its writer closes it.
+
+    Raises:
+        UsageError: it cannot be read, or is larger than `bound`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(bound.now + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{os.fspath(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > bound.now:
+        with named(path):
+            bound.exceeded()
+    return data
+
+
+class named:  # noqa: N801 - reads as a statement
+    """Put the name of a file before the message of every UsageError that is raised in the block."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UsageError) and not error.message.startswith(self._path):
+            raise UsageError(f"{self._path}: {error.message}", help=error.help) from error
+
+
+def parse_json(text: bytes | str, *, size: Bound = JSON_BYTES) -> Any:
+    """Return the value of a JSON text, whose numbers are finite and fit 64 bits.
+
+    Raises:
+        UsageError: not JSON, not UTF-8, or beyond a bound.
+    """
+    size.check(len(text))
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        _check_json(text)
+        return json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_no_number)
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not JSON: {_said(error)}") from error
+
+
+def _check_json(text: str) -> None:
+    """Count values and nesting on the text, in which strings are left out."""
+    if text.count("[") + text.count("{") + text.count(",") + text.count(":") <= DEPTH.most:
+        return
+    structure = _JSON_STRUCTURE.sub("", _JSON_STRING.sub("", text))
+    JSON_VALUES.check(len(structure) - structure.count("]") - structure.count("}"))
+    _check_depth(re.sub("[,:]+", "", structure))
+
+
+def _check_depth(brackets: str) -> None:
+    """Check the nesting of a text of brackets alone: each round of removing empty pairs takes away one level."""
+    rest = brackets.translate(_BRACKETS)
+    for _ in range(DEPTH.now):
+        if "[]" not in rest:
+            return
+        rest = rest.replace("[]", "")
+    if rest:
+        DEPTH.exceeded()
+
+
+def parse_toml(text: bytes | str) -> dict[str, Any]:
+    """Return the tables of a TOML text, whose whole numbers fit 64 bits, as TOML says.
+
+    Raises:
+        UsageError: not TOML, not UTF-8, or beyond a bound.
+    """
+    TOML_BYTES.check(len(text))
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        bare = _TOML_TEXT.sub("0", text)
+        _check_depth(re.sub(r"[^\[\]{}]+", "", bare))
+        # The look back keeps the search from beginning in the middle of a word, as often as the word is long.
+        if re.search(rf"(?<![\w \t-])(?:[\w-]*+[ \t]*+\.[ \t]*+){{{KEY_PARTS.now}}}", bare):
+            KEY_PARTS.exceeded()
+        data = tomllib.loads(text)
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not TOML: {_said(error)}", help="it must be TOML (toml.io)") from error
+    _check_tables(data)
+    return data
+
+
+def read_toml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """Return the text and the tables of the TOML file at `path`.
+
+    Raises:
+        UsageError: it cannot be read, or as :func:`parse_toml`; the message begins with the path.
+    """
+    data = read_small(path, TOML_BYTES)
+    with named(path):
+        tables = parse_toml(data)
+    return data.decode(), tables
+
+
+def _check_tables(data: dict[str, Any]) -> None:
+    """Check numbers and nesting of parsed TOML: several headers may nest one table in another."""
+    waiting: list[tuple[Any, int]] = [(data, 1)]
+    deepest = DEPTH.now
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, dict | list):
+            if depth > deepest:
+                DEPTH.exceeded()
+            waiting += [(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise UsageError(
+                "a whole number has more than 64 bits", help="TOML has none larger than 9223372036854775807"
+            )
+
+
+def inflate(data: bytes, bound: Bound, *, unit: int = 1) -> bytes:
+    """Return what the zlib stream `data` inflates to.
+
+    Args:
+        bound: of what is counted, `unit` bytes each.
+
+    Raises:
+        UsageError: it inflates to more, or is damaged.
+    """
+    most = bound.now * unit
+    stream = zlib.decompressobj()
+    try:
+        inflated = stream.decompress(data, most + 1)
+    except zlib.error as error:
+        raise UsageError(f"damaged: {error}") from error
+    if len(inflated) > most:
+        bound.exceeded()
+    if not stream.eof:
+        raise UsageError("damaged: compressed data that is cut short")
+    return inflated
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS + 1 or abs(number := int(digits)) > 1 << 64:
+        raise UsageError("a whole number has more than 64 bits")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise UsageError("a number is too large")
+    return number
+
+
+def _no_number(word: str) -> NoReturn:
+    raise UsageError(f"not JSON: {word} is not a number")
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of what a parser says, which repeats parts of the input."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}"
+    lines = str(error).split("\n")
+    return lines[0][:200] or type(error).__name__
