@@ -196,7 +196,7 @@ def parse_toml(text: bytes | str) -> dict[str, Any]:
         bare = _TOML_TEXT.sub("0", text)
         _check_depth(re.sub(r"[^\[\]{}]+", "", bare))
         # The look back keeps the search from beginning in the middle of a word, as often as the word is long.
-        if re.search(rf"(?<![\w \t-])(?:[\w-]*+[ \t]*+\.[ \t]*+){{{KEY_PARTS.now}}}", bare):
+        if re.search(rf"(?<![\w \t-])[ \t]*+(?:[\w-]*+[ \t]*+\.[ \t]*+){{{KEY_PARTS.now}}}", bare):
             KEY_PARTS.exceeded()
         data = tomllib.loads(text)
     except UsageError:

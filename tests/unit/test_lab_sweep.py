@@ -182,6 +182,33 @@ def test_a_result_is_not_replaced_unasked(directory: Path, tmp_path: Path) -> No
     assert rows_of(out)
 
 
+def test_a_planted_directory_of_parts_is_refused(directory: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("precious")
+    parts = tmp_path / "out.parquet.parts"
+    parts.symlink_to(precious)
+    with pytest.raises(UsageError, match="cannot be created"):
+        sweep(inputs_in(directory), GRID, tmp_path / "out.parquet", local(1))
+    assert (precious / "file").read_text() == "precious"
+    parts.unlink()
+    parts.mkdir(0o700)
+    parts.chmod(0o777)
+    with pytest.raises(UsageError, match="others may write"):
+        sweep(inputs_in(directory), GRID, tmp_path / "out.parquet", local(1))
+
+
+def test_a_part_that_was_cut_short_is_done_again_and_other_files_stay(directory: Path, tmp_path: Path) -> None:
+    inputs = inputs_in(directory)
+    sweep(inputs, GRID, tmp_path / "out.parquet", local(1), stop=lambda: True)
+    [part] = (tmp_path / "out.parquet.parts").iterdir()
+    part.write_bytes(part.read_bytes()[:100])
+    (part.parent / "notes").write_text("mine")
+    report = sweep(inputs, GRID, tmp_path / "out.parquet", local(1))
+    assert (report.resumed, report.done, report.failed) == (0, 6, {})
+    assert [path.name for path in part.parent.iterdir()] == ["notes"]
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a directory"):
         inputs_in(tmp_path / "no")

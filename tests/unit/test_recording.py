@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma
+from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma, Watch
 from mthp.census import take_census
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.planning import PlanOptions, plan_space
@@ -340,6 +340,20 @@ def test_the_file_is_private_and_never_overwritten_unasked(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="not a regular file"):
         record_series(space_of(), tmp_path / "pipe", overwrite=True)
+
+
+def test_what_is_replaced_stays_until_there_is_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    path.write_text("old")
+
+    class Gone(Counting):
+        def watch(self) -> Watch:
+            raise TargetVanishedError("gone")
+
+    with pytest.raises(TargetVanishedError):
+        record_series(Gone([]), path, Pace(duration=0.01), overwrite=True)
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize(("every", "duration", "cpu"), [(0.0, None, None), (1.0, -1.0, None), (1.0, None, 0.0)])

@@ -291,13 +291,15 @@ class TestOutput:
             record(process(), file, progress=take_the_name)
         assert file.read_text() == "precious"
 
-    def test_a_symbolic_link_is_followed(self, file: Path, tmp_path: Path) -> None:
+    def test_a_symbolic_link_is_not_followed(self, file: Path, tmp_path: Path) -> None:
         link = tmp_path / "link"
         link.symlink_to(file)
-        record(process(), link)
+        with pytest.raises(UsageError, match="exists"):
+            record(process(), link)
+        assert not file.exists()
         record(process(), link, overwrite=True)
-        assert link.is_symlink()
-        assert info(file).runs == 7
+        assert not link.is_symlink()
+        assert not file.exists()
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_devices_and_directories_are_refused(self, tmp_path: Path, overwrite: bool) -> None:

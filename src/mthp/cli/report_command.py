@@ -18,6 +18,7 @@ from mthp.addrspace import AddressSpace
 from mthp.cli.options import at_option, json_option, plan_options, planned
 from mthp.cli.output import console, print_json, progress_bar, say
 from mthp.errors import UsageError
+from mthp.files import check_output
 from mthp.geometry import format_size
 from mthp.report.document import Command
 from mthp.targets import open_target, pid_of
@@ -63,10 +64,7 @@ def command(
     from mthp.report.simulation import report_on_simulation
     from mthp.report.swept import report_on_sweep
 
-    if output.exists() and not force:
-        raise UsageError(f"{output}: exists already", help="use --force to replace it")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: there is no directory {output.absolute().parent}")
+    check_output(output, overwrite=force)
     pid = pid_of(file)
     if after is not None and pid_of(after) is not None:
         raise UsageError("--after takes a snapshot", help=f"make one with: mthp snapshot {after} -o after.parquet")

@@ -13,6 +13,7 @@ from mthp.cli.options import json_option, stopping_on_signals
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.errors import UsageError
+from mthp.files import check_output
 from mthp.geometry import format_size
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def command(
 
     if seed is not None and seed < 0:
         raise UsageError(f"--seed {seed} is below 0")
-    if output is not None and output.exists() and not force:
-        raise UsageError(f"{output}: exists already", help="use --force to replace it")
+    if output is not None:
+        check_output(output, overwrite=force)
     loaded = load_scenario(scenario)
     names = [loaded.settings.policy] if policies is None else _names(policies)
     outcomes = []

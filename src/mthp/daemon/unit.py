@@ -6,11 +6,13 @@ or users, nor be denied ptrace or debugging system calls: looking into other pro
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError
+from mthp.files import write_whole
 
 NAME = "mthp.service"
 DIRECTORY = Path("/etc/systemd/system")
@@ -97,16 +99,16 @@ WantedBy=multi-user.target
 
 
 def install(text: str, directory: Path = DIRECTORY) -> Path:
-    """Write the unit `text`; gives its path.
+    """Write the unit `text`, in place of one that is there or the link that masks it, and return its path.
 
     Raises:
-        NotPermittedError: the directory is not ours to write to.
+        NotPermittedError: this process may not write to the directory.
+        MthpError: there is no such directory, or the file cannot be written.
     """
     path = directory / NAME
-    try:
-        path.write_text(text)
-    except PermissionError as error:
-        raise NotPermittedError(f"{path}: {error.strerror}", help="run as root") from error
-    except OSError as error:
-        raise MthpError(f"{path}: {error.strerror}", help="this machine seems to have no systemd") from error
+    if not directory.is_dir():
+        raise MthpError(f"there is no directory {directory}", help="this machine seems to have no systemd")
+    if not os.access(directory, os.W_OK):
+        raise NotPermittedError(f"{path} cannot be written", help="run as root")
+    write_whole(path, text.encode(), overwrite=True)
     return path

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mthp.errors import MthpError, UnsupportedError, UsageError
+from mthp.errors import UnsupportedError, UsageError
+from mthp.files import PUBLIC, creating
 from mthp.lab.scenario import Scenario
 from mthp.lab.simulation import Outcome, Row
 
@@ -55,13 +56,8 @@ def write(path: Path, outcomes: Sequence[Outcome], told: dict[str, Any], *, over
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = arrow.table({name: [row.get(name) for row in rows] for name in names})
     table = table.replace_schema_metadata({KEY: json.dumps(told)})
-    try:
-        with open(path, "wb" if overwrite else "xb") as file:
-            parquet.write_table(table, file, compression="zstd")
-    except FileExistsError as error:
-        raise MthpError(f"{path}: exists already", help="use --force to replace it") from error
-    except OSError as error:
-        raise MthpError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with creating(path, overwrite=overwrite, mode=PUBLIC) as file:
+        parquet.write_table(table, file, compression="zstd")
 
 
 def is_simulated(path: Path) -> bool:

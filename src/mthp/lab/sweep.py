@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,15 @@ from typing import Any
 
 from mthp import __version__
 from mthp.errors import MthpError, UsageError
+from mthp.files import PUBLIC, check_output, creating
 from mthp.lab.evaluate import Row, evaluate
 from mthp.lab.grid import Grid
 from mthp.lab.metrics import METRICS
+from mthp.lab.parts import Parts
 from mthp.snapshot import Recording
 from mthp.snapshot.load import load
 from mthp.snapshot.stream import is_recording
-from mthp.snapshot.table import pyarrow, writing
+from mthp.snapshot.table import pyarrow
 
 Progress = Callable[[int, int], None]
 """Told (inputs done, inputs in all) after every input."""
@@ -121,38 +122,44 @@ def sweep(
         UnsupportedError: pyarrow is missing.
     """
     pyarrow()
+    check_output(output, overwrite=overwrite)
     target = Path(output)
-    _check_target(target, overwrite=overwrite)
-    parts = target.with_name(target.name + PARTS_SUFFIX)
-    places = {name: parts / f"{_key(name, path, grid)}.arrow" for name, path in inputs}
+    keys = {name: _key(name, path, grid) for name, path in inputs}
     report = SweepReport("", len(inputs), len(grid.settings()))
-    try:
-        parts.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{target} cannot be created: {error.strerror}") from error
-    todo = [Task(str(path.resolve()), name, grid) for name, path in inputs if not places[name].exists()]
-    report.resumed = report.done = len(inputs) - len(todo)
-    with contextlib.closing(runner(todo)) as results:  # type: ignore[type-var]
-        for number, result in enumerate(results if todo else (), 1):
-            if result.error:
-                report.failed[result.name] = result.error
-            else:
-                _keep(places[result.name], result.table)
-                report.done += 1
-            if progress is not None:
-                progress(report.resumed + number, len(inputs))
-            if stop():
-                report.interrupted = number < len(todo)
-                break
-    if report.interrupted:
-        return report
-    report.failed = dict(sorted(report.failed.items()))
-    report.rows = _merge([place for place in places.values() if place.exists()], target)
-    report.path = os.fspath(output)
-    for place in parts.iterdir():
-        place.unlink()
-    parts.rmdir()
+    with Parts(target.with_name(target.name + PARTS_SUFFIX)) as parts:
+        todo = [Task(str(path.resolve()), name, grid) for name, path in inputs if not _done(parts, keys[name])]
+        report.resumed = report.done = len(inputs) - len(todo)
+        with contextlib.closing(runner(todo)) as results:  # type: ignore[type-var]
+            for number, result in enumerate(results if todo else (), 1):
+                if result.error:
+                    report.failed[result.name] = result.error
+                else:
+                    parts.keep(keys[result.name], result.table)
+                    report.done += 1
+                if progress is not None:
+                    progress(report.resumed + number, len(inputs))
+                if stop():
+                    report.interrupted = number < len(todo)
+                    break
+        if report.interrupted:
+            return report
+        report.failed = dict(sorted(report.failed.items()))
+        report.rows = _merge(parts, [key for key in keys.values() if key in parts], target, overwrite=overwrite)
+        report.path = os.fspath(output)
+        parts.remove()
     return report
+
+
+def _done(parts: Parts, key: str) -> bool:
+    """Whether an earlier run did it. A part that a power failure cut short is done again."""
+    if key not in parts:
+        return False
+    try:
+        _opened(parts, key)
+    except (OSError, pyarrow().ArrowException):
+        parts.drop(key)
+        return False
+    return True
 
 
 def inputs_in(directory: str | os.PathLike[str]) -> list[tuple[str, Path]]:
@@ -238,41 +245,22 @@ def _key(name: str, path: Path, grid: Grid) -> str:
     return hashlib.sha256(repr((__version__, name, state, grid.text())).encode()).hexdigest()[:32]
 
 
-def _keep(place: Path, table: bytes) -> None:
-    temporary = place.with_suffix(".tmp")
-    with writing(str(place)):
-        temporary.write_bytes(table)
-        temporary.replace(place)
-
-
-def _merge(places: Sequence[Path], target: Path) -> int:
-    """Write the tables at `places`, in that order, to `target`; give the number of rows."""
+def _merge(parts: Parts, keys: Sequence[str], target: Path, *, overwrite: bool) -> int:
+    """Write the tables called `keys`, in that order, to `target`; return the number of rows."""
     arrow, parquet = pyarrow(), pyarrow("pyarrow.parquet")
-    schema = arrow.unify_schemas([_opened(place).schema for place in places]) if places else arrow.schema([])
-    temporary = target.with_name(f".{target.name}.tmp")
+    schema = arrow.unify_schemas([_opened(parts, key).schema for key in keys]) if keys else arrow.schema([])
     rows = 0
-    with writing(str(target)):
-        try:
-            with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                for group in range(0, len(places), 256):
-                    tables = [_opened(place).read_all() for place in places[group : group + 256]]
-                    table = arrow.concat_tables([schema.empty_table(), *tables], promote_options="default")
-                    writer.write_table(table.select(schema.names))
-                    rows += table.num_rows
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with (
+        creating(target, overwrite=overwrite, mode=PUBLIC) as file,
+        parquet.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        for group in range(0, len(keys), 256):
+            tables = [_opened(parts, key).read_all() for key in keys[group : group + 256]]
+            table = arrow.concat_tables([schema.empty_table(), *tables], promote_options="default")
+            writer.write_table(table.select(schema.names))
+            rows += table.num_rows
     return rows
 
 
-def _opened(place: Path) -> Any:
-    return pyarrow("pyarrow.ipc").open_file(io.BytesIO(place.read_bytes()))
-
-
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    if not os.path.lexists(target):
-        return
-    if not stat.S_ISREG(target.stat().st_mode):
-        raise UsageError(f"{target} is not a regular file", help="name a file that does not exist yet")
-    if not overwrite:
-        raise UsageError(f"{target} exists already", help="use --force to replace it, or another name")
+def _opened(parts: Parts, key: str) -> Any:
+    return pyarrow("pyarrow.ipc").open_file(io.BytesIO(parts.read(key)))

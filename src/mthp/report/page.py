@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
-import os
-import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mthp.errors import MthpError, UnsupportedError
+from mthp.errors import UnsupportedError
+from mthp.files import write_whole
 from mthp.report.document import Document
 from mthp.text import clean
 
@@ -42,31 +40,8 @@ def write(document: Document, path: Path, *, overwrite: bool = False) -> int:
     """
     # Names that are not UTF-8 hold surrogates, which no encoding has.
     data = render(document).encode("utf-8", "replace")
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-        try:
-            # Made for its owner alone; a report is to have the rights of any new file.
-            temporary.chmod(0o666 & ~_umask())
-            if overwrite:
-                temporary.replace(path)
-            else:
-                path.hardlink_to(temporary)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-    except FileExistsError as error:
-        raise MthpError(f"{path}: exists already", help="use --force to replace it") from error
-    except OSError as error:
-        raise MthpError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_whole(path, data, overwrite=overwrite)
     return len(data)
-
-
-def _umask() -> int:
-    value = os.umask(0o077)
-    os.umask(value)
-    return value
 
 
 @cache

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Vma
+from mthp.files import check_output
 from mthp.geometry import X86_64, Geometry
 from mthp.snapshot.description import Description
 from mthp.snapshot.recorder import StepTaker
@@ -69,13 +70,14 @@ def record_trace(
     Args:
         kind: of the trace; found out if None.
         geometry: of the machine that it was made on.
-        overwrite: replace a regular file that is there.
+        overwrite: replace a regular file or a symbolic link of that name.
 
     Raises:
         UsageError: not a trace, or not of that kind; or `path` exists.
         MthpError: the recording cannot be written.
         UnsupportedError: pyarrow is missing.
     """
+    check_output(path, overwrite=overwrite)
     opened = Trace(trace, kind, geometry.page_size)
     steps = opened.steps(progress)
     # Before a file is made, the first step shows that there is anything in the trace.

@@ -1,29 +1,22 @@
 """Recording an address space into a file.
 
-The file appears under its name whole or not at all: it is written beside it under a temporary name, synced, and then
-linked to the name, which fails if somebody else took the name meanwhile, or renamed over it where that is wanted.
-Like ``perf.data`` it is readable by its owner only, since it shows where a live process keeps what.
+The file appears under its name whole or not at all (:mod:`mthp.files`). Like ``perf.data`` it is readable by its owner
+only, since it shows where a live process keeps what.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
 import os
-import stat
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import BinaryIO
 
 from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind
 from mthp.errors import UsageError
+from mthp.files import check_output, creating
 from mthp.segments import at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.runs import Runs, encode, page_numbers
-from mthp.snapshot.table import RunWriter, pyarrow, writing
+from mthp.snapshot.table import RunWriter, pyarrow
 
 BLOCK_SIZE = 256 << 20
 """Bytes of address space read at a time: 65 536 entries of 4 KiB."""
@@ -47,7 +40,7 @@ def record(
     Args:
         block_size: bytes of address space read at a time, rounded up to whole PMD ranges.
         progress: called after each block.
-        overwrite: replace a regular file that is there already.
+        overwrite: replace a regular file or a symbolic link of that name.
 
     Raises:
         UsageError: `path` exists, is not a regular file, or cannot be created; `block_size` is not positive.
@@ -58,9 +51,9 @@ def record(
     if block_size < 1:
         raise UsageError(f"block size {block_size} is not positive")
     pyarrow()
-    target = _checked_target(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite)
     description = describe(space, space.with_nodes(space.vmas()))
-    with _appearing(target, os.fspath(path), overwrite=overwrite) as file:
+    with creating(path, overwrite=overwrite) as file:
         with RunWriter(file, os.fspath(path), space.geometry.page_size) as writer:
             for runs in _runs(space, description.vmas, block_size, progress or _silent):
                 writer.add(runs)
@@ -123,74 +116,3 @@ def _segments(space: AddressSpace, vmas: Sequence[Vma]) -> Iterator[Segment]:
         if vma.kind is not VmaKind.SPECIAL:
             for segment in space.populated([(vma.start, vma.end)], geometry.pmd_size):
                 yield from at_pmd_ranges([segment], geometry)
-
-
-def _checked_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Where to write, symbolic links resolved, if a file may appear there.
-
-    Raises:
-        UsageError: it exists or cannot be looked at.
-    """
-    try:
-        there = Path(path).stat()
-    except FileNotFoundError:
-        return Path(os.path.realpath(path))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{os.fspath(path)!r} cannot be written: {getattr(error, 'strerror', error)}") from error
-    if not stat.S_ISREG(there.st_mode):
-        raise UsageError(f"{os.fspath(path)} is not a regular file", help="name a file that does not exist yet")
-    if not overwrite:
-        raise _exists(os.fspath(path))
-    return Path(os.path.realpath(path))
-
-
-def _exists(path: str) -> UsageError:
-    return UsageError(f"{path} exists already", help="use --force to replace it, or another name")
-
-
-@contextlib.contextmanager
-def _appearing(target: Path, path: str, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """A file to write that appears at `target` when the block is left, and nowhere when it is left by an exception.
-
-    Args:
-        path: what the user calls `target`.
-
-    Raises:
-        UsageError: it cannot be created, or `target` exists by now.
-        MthpError: it cannot be synced or put into its place.
-    """
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=".mthp-", suffix=".tmp", dir=target.parent)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be created: {error.strerror}") from error
-    temporary = Path(name)
-    file = io.BufferedWriter(io.FileIO(descriptor, "wb"))
-    try:
-        yield file
-        with writing(path):
-            file.flush()
-            os.fsync(descriptor)
-            _publish(temporary, target, path, overwrite=overwrite)
-    finally:
-        # Closing writes what is buffered, which fails again on a full disk; that was reported already.
-        with contextlib.suppress(OSError):
-            file.close()
-        temporary.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, target: Path, path: str, *, overwrite: bool) -> None:
-    """Give `temporary` the name `target`, which replaces a file there only if `overwrite`."""
-    if overwrite:
-        temporary.replace(target)
-        return
-    try:
-        try:
-            target.hardlink_to(temporary)
-        except OSError as error:
-            # FAT and some network file systems have no hard links; there an empty file claims the name first.
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            target.touch(exist_ok=False)
-            temporary.replace(target)
-    except FileExistsError as error:
-        raise _exists(path) from error

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_NONE, AddressSpace, PteColumns, Segment, Vma, VmaKind
 from mthp.errors import TargetVanishedError, UsageError
+from mthp.files import check_output
 from mthp.geometry import Geometry
 from mthp.snapshot.description import Description, vma_to_json
 from mthp.snapshot.record import describe
@@ -101,7 +102,7 @@ def record_series(
     """Record `space` into a new file at `path` until `stop` says so, the duration is over, or the target is gone.
 
     Args:
-        overwrite: replace a regular file that is there.
+        overwrite: replace a regular file or a symbolic link of that name.
         told: called after every step with (steps, seconds, bytes).
         clock, sleep, cpu_clock: for tests.
 
@@ -112,6 +113,7 @@ def record_series(
         UnsupportedError: pyarrow is missing.
     """
     pace = pace or Pace()
+    check_output(path, overwrite=overwrite)
     begin, cpu_begin = clock(), cpu_clock()
     taker = StepTaker(space)
     meta, runs = taker.take()

@@ -16,22 +16,20 @@ recording under the same key, and the last batch an ``end``, so that a reader kn
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-import stat
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from mthp.errors import MthpError, UsageError
+from mthp.files import NewFile, begins, writing
 from mthp.snapshot.description import Description
 from mthp.snapshot.runs import Runs
-from mthp.snapshot.table import pyarrow, reading, writing
+from mthp.snapshot.table import pyarrow, reading
 
 KEY = "mthp.recording"
 MAGIC = b"\xff\xff\xff\xff"
@@ -45,22 +43,18 @@ Meta = dict[str, Any]
 
 def is_recording(path: str | os.PathLike[str]) -> bool:
     """Whether the file at `path` begins as a recording does; what cannot be read does not."""
-    try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            return False
-        with open(path, "rb") as file:
-            return file.read(4) == MAGIC
-    except (OSError, ValueError):
-        return False
+    return begins(path, len(MAGIC)) == MAGIC
 
 
 class StreamWriter:
     """Writes a recording step by step; each is in the file when :meth:`add` returns. A context manager.
 
+    The file has its name from the first step on: what was there before is replaced by something that can be read.
+
     Args:
         path: of a new file, readable by its owner only.
         description: of the recording.
-        overwrite: replace a regular file that is there.
+        overwrite: replace a regular file or a symbolic link of that name.
 
     Attributes:
         bytes: written so far.
@@ -80,13 +74,13 @@ class StreamWriter:
         self._page_size = description.geometry.page_size
         fields = [(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()]
         self._schema = arrow.schema(fields, metadata={KEY: description.to_json()})
-        self._file = _WholeWrites(_created(self.path, overwrite=overwrite), "wb")
+        self._new = NewFile(path, overwrite=overwrite)
         try:
             with writing(self.path):
                 options = pyarrow("pyarrow.ipc").IpcWriteOptions(compression="zstd")
-                self._writer = pyarrow("pyarrow.ipc").new_stream(self._file, self._schema, options=options)
-        except MthpError:
-            self._discard()
+                self._writer = pyarrow("pyarrow.ipc").new_stream(self._new.raw, self._schema, options=options)
+        except BaseException:
+            self._new.close()
             raise
 
     def add(self, runs: Runs, meta: Meta) -> None:
@@ -112,16 +106,18 @@ class StreamWriter:
                 self._writer.write_batch(batch, custom_metadata={KEY: text})
         except MthpError as error:
             if not self.steps:
-                self._discard()
                 raise
             said = f"what was recorded before is whole, and can be read; steps: {self.steps}"
             raise MthpError(error.message, help=said) from error
+        if not self.steps:
+            # Only now is there something to read.
+            self._new.publish()
         self.steps += 1
 
     @property
     def bytes(self) -> int:
         """Size of the file so far."""
-        return self._file.tell()
+        return self._new.raw.tell()
 
     def __enter__(self) -> Self:
         return self
@@ -131,45 +127,7 @@ class StreamWriter:
     ) -> None:
         with contextlib.suppress(OSError, ValueError):
             self._writer.close()
-        self._file.close()
-
-    def _discard(self) -> None:
-        """Remove the file, which nothing can be read from."""
-        self._file.close()
-        Path(self.path).unlink(missing_ok=True)
-
-
-class _WholeWrites(io.FileIO):
-    """A file without a buffer: what was written is the kernel's, and stays when this process is killed.
-
-    A disk that is nearly full takes a part of what is written, which Arrow does not notice; here the rest is tried
-    again, and so either written or an error.
-    """
-
-    def write(self, data: Any, /) -> int:
-        rest = memoryview(data).cast("B")
-        while len(rest):
-            rest = rest[super().write(rest) :]
-        return memoryview(data).nbytes
-
-
-def _created(path: str, *, overwrite: bool) -> int:
-    """A descriptor of a new file at `path`.
-
-    Raises:
-        UsageError: it exists or cannot be created.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-    try:
-        if overwrite and os.path.lexists(path):
-            if not stat.S_ISREG(Path(path).stat().st_mode):
-                raise UsageError(f"{path} is not a regular file", help="name a file that does not exist yet")
-            Path(os.path.realpath(path)).unlink()
-        return os.open(os.path.realpath(path), flags | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise UsageError(f"{path} exists already", help="use --force to replace it, or another name") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be created: {getattr(error, 'strerror', error)}") from error
+        self._new.close()
 
 
 def _crc(columns: tuple[np.ndarray[Any, Any], ...]) -> int:

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_NONE
-from mthp.errors import MthpError, UnsupportedError, UsageError
+from mthp.errors import UnsupportedError, UsageError
+from mthp.files import writing
 from mthp.snapshot.description import ADDRESS_LIMIT, KEY, STATE_BITS, Description, SnapshotInfo
 from mthp.snapshot.runs import Runs, joined
 
@@ -43,15 +44,6 @@ def pyarrow(module: str = "pyarrow") -> Any:
         raise UnsupportedError(
             f"snapshots need pyarrow, which cannot be imported: {error}", help="pip install 'mthp[snapshot]'"
         ) from error
-
-
-@contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Turn what can go wrong while `path` is written into an :class:`~mthp.errors.MthpError` that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise MthpError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
