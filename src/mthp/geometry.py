@@ -8,12 +8,11 @@ between architectures, so everything in this package takes them from a :class:`G
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 
 from mthp.errors import UsageError
+from mthp.units import parse_order_or_size
 
 MIN_ANON_ORDER = 2
 """The smallest order above 0 that the kernel maps for anonymous memory (THP_ORDERS_ALL_ANON, huge_mm.h)."""
@@ -22,8 +21,6 @@ MAX_PMD_ORDER = 15
 """The largest PMD order that this package counts with; the largest of any architecture is 13."""
 
 _UNITS = "BKMGTPE"
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTPE]?)(?:I?B)?\s*", re.IGNORECASE)
-_ORDER = re.compile(r"\s*order\s*=\s*(\d+)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +81,10 @@ class Geometry:
         """
         if not isinstance(text, str):
             return self.check_order(text)
-        if match := _ORDER.fullmatch(text):
-            return self.check_order(int(match[1]))
-        size = parse_size(text)
+        named, size = parse_order_or_size(text)
+        if named is not None:
+            return self.check_order(named)
+        assert size is not None
         order = (size // self.page_size).bit_length() - 1
         if order not in self.anon_orders or self.size_of(order) != size:
             raise UsageError(f"{text!r} is not a folio size on {self.name}", help=self._allowed())
@@ -174,23 +172,6 @@ def geometry_for_ptes(ptes_per_pmd: int) -> Geometry:
     if ptes_per_pmd & (ptes_per_pmd - 1) or not 1 << MIN_ANON_ORDER <= ptes_per_pmd <= 1 << MAX_PMD_ORDER:
         raise UsageError(f"{ptes_per_pmd} PTEs per PMD range: it must be a power of two from 4 to {1 << MAX_PMD_ORDER}")
     return Geometry(f"{ptes_per_pmd}-ptes", 4 * _K, ptes_per_pmd.bit_length() - 1)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size as people write it: ``64K``, ``64kB``, ``64 KiB``, ``1.5G``, ``65536``.
-
-    Units are powers of 1024, as the kernel's are.
-
-    Raises:
-        UsageError: not a number with one of the units, or not a whole number of bytes.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{text!r} is not a size", help="write it as 65536, 64K, 64kB, 2M or 1.5G")
-    size = Fraction(match[1]) * (1 << 10 * _UNITS.index(match[2].upper() or "B"))
-    if size.denominator != 1:
-        raise UsageError(f"{text!r} is not a whole number of bytes")
-    return int(size)
 
 
 def format_size(size: int) -> str:

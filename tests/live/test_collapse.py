@@ -133,7 +133,7 @@ def test_a_budget_stops_before_it_is_overspent(actor: Actor) -> None:
     layout = Layout.of(actor)
     before = memory_of(actor.pid)
     room = (PAGES - SOME[0]) * PAGE_SIZE + (PAGES - SOME[1]) * PAGE_SIZE + before.rss // 100
-    report = mthp_json("collapse", actor.pid, *options("--max-bloat", room), code=1)
+    report = mthp_json("collapse", actor.pid, *options("--max-bloat", f"{room}B"), code=1)
     check_against_smaps(report, before, memory_of(actor.pid))
     assert report["bloat_bytes"] <= room
     assert report["over_budget_ranges"] >= 1

@@ -153,7 +153,7 @@ def test_a_budget_holds_for_what_moving_fills(actor: Actor) -> None:
     actor.fill(address + 64 * PAGE_SIZE, 15)
     actor.fill(address + 80 * PAGE_SIZE, 32, 8)
     options = ("--orders", "order=4", "--mechanism", "move", "--fill")
-    report = json.loads(mthp("collapse", actor.pid, *options, "--max-bloat", PAGE_SIZE, "--json").stdout)
+    report = json.loads(mthp("collapse", actor.pid, *options, "--max-bloat", f"{PAGE_SIZE}B", "--json").stdout)
     check_accounts(report)
     assert report["bloat_bytes"] <= PAGE_SIZE
     assert report["folios"]["4"]["over_budget"] >= 16
@@ -265,7 +265,7 @@ def test_killed_in_the_middle(tmp_path: Path) -> None:
     survivors = 0
     for delay in (0.0, 0.01, 0.03, 0.05):
         with Writers(tmp_path, 3, 16) as target:
-            running = started(target.pid, "--max-pause", PAUSE, "--duty", "0.2")
+            running = started(target.pid, "--max-pause", PAUSE, "--duty", "20%")
             until(lambda target=target: has_folios(target), "something is moved")  # type: ignore[misc]
             time.sleep(delay)
             running.kill()
@@ -358,7 +358,7 @@ def test_two_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--max-pause", "0"), "not a duration"),
+        (("--max-pause", "0"), "not above 0"),
         (("--max-pause", "0ms"), "pause"),
         (("--max-pause", "2h"), "pause"),
         (("--max-pause", "fast"), "not a duration"),

@@ -274,7 +274,7 @@ def test_where_the_kernel_tells_of_no_processes_it_looks_for_them_itself(run: Pa
         (("--config", "/nonexistent/rules.toml"), "No such file"),
         (("--all", "--orders", "3K"), "is not a folio size"),
         (("--all", "--policy", "best"), "unknown policy"),
-        (("--all", "--cpu", "0%"), "leaves nothing"),
+        (("--all", "--cpu", "0%"), "not above 0"),
         (("--all", "--metrics", "nowhere:x"), "not an address"),
         (("--config", "x", "--all"), "--config and --all"),
         (("--all", "--events", "/nonexistent/events"), "event log"),

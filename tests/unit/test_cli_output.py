@@ -17,12 +17,11 @@ from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, Vma, VmaKind
 from mthp.census import take_census
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vmas_json
-from mthp.cli.options import percentage, planned, share_or_size, stopping_on_signals
+from mthp.cli.options import planned, stopping_on_signals
 from mthp.cli.output import PLAIN_WIDTH, console, note, percent, print_json, progress_bar, say
 from mthp.cli.plan_command import plan_json, print_plan
 from mthp.cli.render.tables import Table
 from mthp.collapsing import CollapseOptions, collapse_space
-from mthp.errors import UsageError
 from mthp.planning import PlanOptions, plan_space
 from mthp.text import clean
 
@@ -208,28 +207,6 @@ def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
         progress(1, 2)
         progress(0, 0)
     assert printed(capsys) == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "share"), [("95%", 0.95), ("95", 0.95), (" 99.5 % ", 0.995), ("0", 0), ("100%", 1), ("99.9", 0.999)]
-)
-def test_percentages(text: str, share: float) -> None:
-    assert percentage(text) == share
-
-
-@pytest.mark.parametrize("text", ["", "%", "101%", "100.1", "-5%", "a%", "5%%", "nan", "inf", "1e1", "9" * 400])
-def test_what_is_no_percentage(text: str) -> None:
-    with pytest.raises(UsageError, match="not a percentage"):
-        percentage(text)
-
-
-def test_bloat_is_a_share_or_a_size() -> None:
-    assert share_or_size("5%") == (0.05, None)
-    assert share_or_size("64M") == (None, 64 << 20)
-    assert share_or_size("0") == (None, 0)
-    for text in ("", "x%", "64X", "-1"):
-        with pytest.raises(UsageError):
-            share_or_size(text)
 
 
 def test_options_of_a_plan_are_picked_out() -> None:

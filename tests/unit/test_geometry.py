@@ -16,7 +16,6 @@ from mthp.geometry import (
     format_size,
     geometry_for_ptes,
     geometry_named,
-    parse_size,
 )
 
 KIB = 1 << 10
@@ -143,20 +142,6 @@ def test_geometries_that_cannot_be(page_size: int, pmd_order: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
-    [("0", 0), ("1", 1), ("1K", KIB), ("1.5G", 3 << 29), ("2 MiB", 2 * MIB), ("0.5K", 512), ("1T", 1 << 40), ("7B", 7)],
-)
-def test_sizes_in_bytes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "K", "1.2", "0.3K", "1Z", "1 2K", "nan", "inf", "-1", "1,5G"])
-def test_bytes_that_cannot_be(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_size(text)
-
-
-@pytest.mark.parametrize(
     ("size", "text"),
     [
         (0, "0"),
@@ -171,12 +156,6 @@ def test_bytes_that_cannot_be(text: str) -> None:
 )
 def test_sizes_as_people_write_them(size: int, text: str) -> None:
     assert format_size(size) == text
-
-
-@given(st.integers(0, 4), st.integers(1, 1023))
-def test_whole_numbers_of_a_unit_read_back(unit: int, number: int) -> None:
-    size = number << 10 * unit
-    assert parse_size(format_size(size)) == size
 
 
 @given(st.integers(0, 1 << 50))

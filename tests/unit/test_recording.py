@@ -160,17 +160,28 @@ def test_verbs_take_a_recording_at_any_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("0", 0), ("-1", 5), ("-6", 0), ("0s", 0), ("2.5s", 2), ("1m", 5), ("999ms", 0), (None, 5)],
+    [
+        ("0", 0),
+        ("-1", 5),
+        ("-6", 0),
+        ("0s", 0),
+        ("2.5s", 2),
+        ("5.5s", 5),
+        ("2 s", 2),
+        ("0min", 0),
+        ("999ms", 0),
+        (None, 5),
+    ],
 )
 def test_a_step_is_named_by_number_or_time(tmp_path: Path, text: str | None, number: int) -> None:
     eventful(tmp_path / "r")
     assert Recording(tmp_path / "r").step_at(text) == number
 
 
-@pytest.mark.parametrize("text", ["6", "-7", "soon", "1 s", "", "5x", "1e3"])
+@pytest.mark.parametrize("text", ["6", "-7", "soon", "", "5x", "1e3", "1m", "9" * 400 + "s"])
 def test_a_step_that_there_is_not_is_refused(tmp_path: Path, text: str) -> None:
     eventful(tmp_path / "r")
-    with pytest.raises(UsageError, match="no step"):
+    with pytest.raises(UsageError, match=r"no step|not a step"):
         Recording(tmp_path / "r").step_at(text)
 
 

@@ -14,18 +14,19 @@ from mthp.addrspace import DUTY, AddressSpace
 from mthp.census import take_census
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.options import (
+    DURATION,
+    RATE,
+    SHARE,
+    SHARE_OR_SIZE,
+    SHARE_OR_ZERO,
     json_option,
-    percentage,
     plan_options,
     planned,
-    share_or_size,
     stopping_on_signals,
     target_argument,
 )
 from mthp.cli.output import PLAIN_WIDTH, console, milliseconds, percent, print_json, progress_bar, say
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
-from mthp.durations import parse_duration
-from mthp.geometry import parse_size
 from mthp.planning import SpacePlan
 from mthp.targets import open_target, refuse_ancestor
 
@@ -40,23 +41,26 @@ from mthp.targets import open_target, refuse_ancestor
     show_default=True,
     help="The kernel's MADV_COLLAPSE, moving pages, whichever fits the order; or driving the kernel's khugepaged.",
 )
-@click.option("--max-bloat", metavar="SIZE|%", help="Bytes, or share of what is resident, that filling may add.")
-@click.option("--rate", metavar="SIZE", help="Bytes collapsed per second at most, such as 500M.")
-@click.option("--min-coverage", metavar="%", help="Exit with 1 if less than this share is huge afterwards.")
+@click.option(
+    "--max-bloat",
+    type=SHARE_OR_SIZE,
+    help="Bytes, or share of what is resident, that filling may add.",
+)
+@click.option("--rate", type=RATE, help="Bytes collapsed per second at most, such as 500M.")
+@click.option("--min-coverage", type=SHARE_OR_ZERO, help="Exit with 1 if less than this share is huge afterwards.")
 @click.option(
     "--max-pause",
-    metavar="TIME",
+    type=DURATION,
     default="1ms",
     show_default=True,
     help="How long TARGET may stand still at a time while pages are moved.",
 )
 @click.option(
     "--duty",
-    type=float,
-    metavar="SHARE",
-    default=DUTY,
+    type=SHARE,
+    default=f"{DUTY:.0%}",
     show_default=True,
-    help="The part of the time that it may stand still then, up to 1.",
+    help="The part of the time that it may stand still then.",
 )
 @click.option("--fill", is_flag=True, help="Fill holes by moving, too; MADV_COLLAPSE always does.")
 @click.option("--verify", is_flag=True, help="Compare the bytes of every moved folio before and after.")
@@ -65,10 +69,10 @@ from mthp.targets import open_target, refuse_ancestor
 def command(
     target: str,
     mechanism: Any,
-    max_bloat: str | None,
-    rate: str | None,
-    min_coverage: str | None,
-    max_pause: str,
+    max_bloat: tuple[float | None, int | None] | None,
+    rate: int | None,
+    min_coverage: float | None,
+    max_pause: float,
     duty: float,
     fill: bool,
     verify: bool,
@@ -86,16 +90,14 @@ def command(
     nothing is injected, so it is the way for what may not be moved; but khugepaged goes by its own order, works for
     all processes meanwhile, and knows only memory that was mapped or advised while a size was on.
     """
-    wanted = None if min_coverage is None else percentage(min_coverage)
-    pause = parse_duration(max_pause) / 1e9
     refuse_ancestor(target)
     with open_target(target) as space, stopping_on_signals() as stop:
         chosen = CollapseOptions(
             plan=planned(options),
             mechanism=mechanism,
-            max_bloat=None if max_bloat is None else _bytes_of_bloat(max_bloat, space),
-            rate=None if rate is None else parse_size(rate),
-            max_pause=pause,
+            max_bloat=None if max_bloat is None else _bytes_of_bloat(*max_bloat, space),
+            rate=rate,
+            max_pause=max_pause,
             duty=duty,
             fill=fill,
             verify=verify,
@@ -104,12 +106,12 @@ def command(
         with progress_bar("collapsing", hidden=as_json) as progress:
             report = collapse_space(space, chosen, progress, stop, partial(_announce, space, chosen))
         hindrances = space.move_hindrances() if dry_run and report.folios else []
-    covered = wanted is None or _coverage(report) >= wanted
+    covered = min_coverage is None or _coverage(report) >= min_coverage
     if as_json:
-        more = {"move_hindrances": hindrances, "min_coverage": wanted, "min_coverage_reached": covered}
+        more = {"move_hindrances": hindrances, "min_coverage": min_coverage, "min_coverage_reached": covered}
         print_json("collapse", report_json(report) | more)
     else:
-        print_report(console(), report, wanted, hindrances)
+        print_report(console(), report, min_coverage, hindrances)
     return 4 if report.vanished else 0 if report.complete and covered else 1
 
 
@@ -138,9 +140,8 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan) ->
         say(out, line)
 
 
-def _bytes_of_bloat(text: str, space: AddressSpace) -> int:
-    """The budget that `text` says, of what is resident now where it is a share."""
-    share, size = share_or_size(text)
+def _bytes_of_bloat(share: float | None, size: int | None, space: AddressSpace) -> int:
+    """Return the budget in bytes; a share is one of what is resident now."""
     if size is not None:
         return size
     assert share is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from mthp.cli.options import RATE, SHARE
 from mthp.cli.status_command import run_dir_option
 from mthp.errors import UsageError
 from mthp.text import clean
@@ -32,8 +33,8 @@ from mthp.text import clean
 @click.option("--max-pause", metavar="TIME", help="How long threads may stand still at a time; 5ms by default.")
 @click.option("--max-bloat", metavar="SIZE|%", help="Bytes, or share of what is resident, that filling may add.")
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second in one process at most.")
-@click.option("--cpu", metavar="%", help="CPU time, as a share of one core; 10% by default.")
-@click.option("--bytes-per-second", metavar="SIZE", help="Bytes collapsed per second in all processes at most.")
+@click.option("--cpu", type=SHARE, help="CPU time, as a share of one core; 10% by default.")
+@click.option("--bytes-per-second", type=RATE, help="Bytes collapsed per second in all processes at most.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve Prometheus metrics there; on the loopback by default.")
 @click.option("--events", type=click.Path(path_type=Path), metavar="FILE", help="Append events as JSON lines.")
 @run_dir_option
@@ -143,18 +144,11 @@ def _from_options(options: dict[str, Any], geometry: Any) -> Any:
 
 def _with_daemon_options(configuration: Any, options: dict[str, Any]) -> Any:
     """`configuration` with what the options say of the daemon itself."""
-    from mthp.cli.options import percentage
-    from mthp.geometry import parse_size
-
     changes: dict[str, Any] = {}
     if options["cpu"] is not None:
-        changes["cpu"] = percentage(options["cpu"])
-        if not changes["cpu"]:
-            raise UsageError("--cpu 0% leaves nothing to work with")
+        changes["cpu"] = options["cpu"]
     if options["bytes_per_second"] is not None:
-        changes["bytes_per_second"] = parse_size(options["bytes_per_second"])
-        if not changes["bytes_per_second"]:
-            raise UsageError("--bytes-per-second 0 leaves nothing to work with")
+        changes["bytes_per_second"] = options["bytes_per_second"]
     return dataclasses.replace(configuration, **changes)
 
 

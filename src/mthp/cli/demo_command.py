@@ -14,21 +14,27 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from mthp.cli.inspect_command import census_json, vmas_json
-from mthp.cli.options import json_option
+from mthp.cli.options import SECONDS, SIZE, json_option
 from mthp.cli.output import console, milliseconds, note, percent, print_json, say
 from mthp.cli.plan_command import plan_json
 from mthp.cli.render.tables import Table
 from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
 from mthp.errors import UsageError
-from mthp.geometry import format_size, parse_size
+from mthp.geometry import format_size
 from mthp.planning import SpacePlan
 
 
 @click.command("demo")
-@click.option("--size", metavar="SIZE", help="Memory of the workload; 1G by default, or what memory allows.")
-@click.option("--seconds", type=float, default=1.0, show_default=True, help="How long each of 10 measurements takes.")
+@click.option("--size", type=SIZE, help="Memory of the workload; 1G by default, or what memory allows.")
+@click.option(
+    "--seconds",
+    type=SECONDS,
+    default="1s",
+    show_default=True,
+    help="How long each of 10 measurements takes.",
+)
 @json_option
-def command(size: str | None, seconds: float, as_json: bool) -> int:
+def command(size: int | None, seconds: float, as_json: bool) -> int:
     """Show the whole story on a process of its own: inspect, plan, collapse, and how much faster it got.
 
     The workload is an in-memory SQLite database, grown, changed and with holes, in a process of its own. It is given
@@ -38,7 +44,7 @@ def command(size: str | None, seconds: float, as_json: bool) -> int:
     if not 0 < seconds <= 600:
         raise UsageError(f"--seconds {seconds:g} is not above 0 and up to 600")
     with _progress(hidden=as_json) as progress:
-        story = tell(DEFAULT_SIZE if size is None else parse_size(size), seconds, progress)
+        story = tell(DEFAULT_SIZE if size is None else size, seconds, progress)
     if as_json:
         print_json("demo", story_json(story))
     else:

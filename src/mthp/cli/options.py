@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +12,56 @@ from typing import Any, TypeVar
 import click
 
 from mthp.errors import UsageError
-from mthp.geometry import parse_size
 from mthp.planning import PlanOptions
+from mthp.units import above_zero, parse_duration, parse_rate, parse_share, parse_share_or_size, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """The type of an option with a unit: how its help shows it, how its text is read, and whether it may be 0.
+
+    What is refused is a :class:`~mthp.errors.UsageError` that names the option, not click's own error, because that
+    has no instruction.
+    """
+
+    def __init__(self, name: str, read: Callable[[object], Any], *, zero: bool = False) -> None:
+        self.name = name
+        self._read, self._zero = read, zero
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            # click converts what it has converted again, as well as a default.
+            return value
+        try:
+            read = self._read(value)
+            if not self._zero:
+                above_zero(value, read)
+        except UsageError as error:
+            option = param.opts[-1] if param is not None else self.name
+            raise UsageError(f"{option}: {error.message}", help=error.help) from error
+        return read
+
+
+SHARE = Quantity("%", parse_share)
+"""A share above 0, as a float."""
+
+SHARE_OR_ZERO = Quantity("%", parse_share, zero=True)
+
+SHARE_OR_SIZE = Quantity("SIZE|%", parse_share_or_size, zero=True)
+"""A pair: (share, None) or (None, bytes)."""
+
+SIZE = Quantity("SIZE", lambda text: parse_size(text, bare=False))
+"""Bytes, above 0."""
+
+RATE = Quantity("SIZE", parse_rate)
+"""Bytes a second, above 0."""
+
+DURATION = Quantity("TIME", lambda text: parse_duration(text) / 1e9)
+"""Seconds, above 0."""
+
+SECONDS = Quantity("TIME", lambda text: parse_duration(text, bare="s") / 1e9)
+"""The same; a number without a unit is seconds."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 target_argument = click.argument("target")
@@ -56,30 +101,6 @@ PLAN_NAMES = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 def planned(options: dict[str, Any]) -> PlanOptions:
     """The :class:`PlanOptions` among a command's `options`."""
     return PlanOptions(**{name: value for name, value in options.items() if name in PLAN_NAMES})
-
-
-def share_or_size(text: str) -> tuple[float | None, int | None]:
-    """Read ``5%`` as (0.05, None), and ``64M`` as (None, bytes).
-
-    Raises:
-        UsageError: neither a percentage nor a size.
-    """
-    if text.endswith("%"):
-        return percentage(text), None
-    return None, parse_size(text)
-
-
-def percentage(text: str) -> float:
-    """Read ``95%`` or ``95`` as 0.95.
-
-    Raises:
-        UsageError: not a number, or not within 0 to 100.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%?\s*", text)
-    if match is None or float(match[1]) > 100:
-        raise UsageError(f"{text!r} is not a percentage", help="write it as 95% or 99.5%, within 0% to 100%")
-    # Not divided by 100, which rounds once more: 99.9 would become more than 0.999.
-    return float(f"{match[1]}e-2")
 
 
 @contextmanager

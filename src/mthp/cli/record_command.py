@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,12 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from mthp.cli.options import json_option, percentage, stopping_on_signals
-from mthp.cli.output import console, note, print_json, say
+from mthp.cli.options import SECONDS, SHARE, json_option, stopping_on_signals
+from mthp.cli.output import console, note, percent, print_json, say
 from mthp.errors import UsageError
 from mthp.geometry import format_size
 from mthp.targets import open_target, pid_of
 from mthp.text import clean
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 STRETCHED = 1.5
 """From so many times the wanted interval on, a person is told that steps came later."""
@@ -29,13 +25,13 @@ STRETCHED = 1.5
 @click.command("record")
 @click.argument("target", required=False)
 @click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="File to write.")
-@click.option("--every", default="1s", show_default=True, metavar="TIME", help="From one step to the next.")
-@click.option("--for", "duration", metavar="TIME", help="How long; until Ctrl-C or the target's end by default.")
+@click.option("--every", type=SECONDS, default="1s", show_default=True, help="From one step to the next.")
+@click.option("--for", "duration", type=SECONDS, help="How long; until Ctrl-C or the target's end by default.")
 @click.option(
     "--cpu",
+    type=SHARE,
     default="2%",
     show_default=True,
-    metavar="SHARE",
     help="Of one processor, which recording may take; steps come later where they would take more. 100% for no bound.",
 )
 @click.option(
@@ -66,18 +62,13 @@ def command(
 
 
 def _record(
-    target: str, output: Path, *, every: str, duration: str | None, cpu: str, force: bool, as_json: bool
+    target: str, output: Path, *, every: float, duration: float | None, cpu: float, force: bool, as_json: bool
 ) -> None:
     from mthp.snapshot.recorder import Pace, record_series
 
     if pid_of(target) is None:
         raise UsageError(f"{target!r} is no process", help="record takes a PID, or the word self")
-    share = percentage(cpu)
-    pace = Pace(
-        every=seconds("--every", every),
-        duration=None if duration is None else seconds("--for", duration),
-        cpu=None if share >= 1 else share,
-    )
+    pace = Pace(every=every, duration=duration, cpu=None if cpu >= 1 else cpu)
     err = Console(stderr=True)
     with open_target(target) as space, stopping_on_signals() as stop, Status("recording", console=err) as status:
         if as_json or not err.is_terminal:
@@ -99,7 +90,7 @@ def _record(
         f" {done.cpu_seconds:.2f} s of processor time; ended because {_why(done.end)}",
     )
     if done.interval > STRETCHED * pace.every:
-        lines = [f"steps came every {done.interval:.1f} s, not {pace.every:g} s: --cpu {cpu} allows no more"]
+        lines = [f"steps came every {done.interval:.1f} s, not {pace.every:g} s: --cpu {percent(cpu)} allows no more"]
         note(out, lines)
     note(out, missing)
 
@@ -122,15 +113,3 @@ def _from_trace(trace: str, kind: str | None, output: Path, *, as_json: bool, fo
         f"{done.path}: {done.label}, {done.accesses} accesses to {done.pages} pages in {done.steps} steps,"
         f" {format_size(done.bytes)}",
     )
-
-
-def seconds(option: str, text: str) -> float:
-    """Read ``1s``, ``500ms``, ``5m``, ``1h`` or a number of seconds.
-
-    Raises:
-        UsageError: something else, or nothing at all.
-    """
-    match = _DURATION.fullmatch(text.strip())
-    if match is None or float(match[1]) == 0:
-        raise UsageError(f"{option} {text!r} is not a time above 0", help="write it as 500ms, 1s, 5m or 1h")
-    return float(match[1]) * _UNITS[match[2] or "s"]

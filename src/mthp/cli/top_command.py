@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from mthp.addrspace import AddressSpace
-from mthp.cli.options import percentage, plan_options, planned
+from mthp.cli.options import SHARE, plan_options, planned
 from mthp.cli.status_command import ask_daemon
 from mthp.collapse.policy import policy_named
-from mthp.errors import MthpError, UnsupportedError, UsageError
+from mthp.errors import MthpError, UnsupportedError
 from mthp.planning import PlanOptions, base_rules
 from mthp.targets import open_target, pid_of, refuse_ancestor
 
@@ -20,18 +20,19 @@ from mthp.targets import open_target, pid_of, refuse_ancestor
 @click.command("top")
 @click.argument("target", required=False)
 @click.option(
-    "--cpu", default="10%", show_default=True, metavar="%", help="Share of one processor that looking may take."
+    "--cpu",
+    type=SHARE,
+    default="10%",
+    show_default=True,
+    help="Share of one processor that looking may take.",
 )
 @plan_options
-def command(target: str | None, cpu: str, **options: Any) -> int:
+def command(target: str | None, cpu: float, **options: Any) -> int:
     """Show processes by what a collapse could gain, and keep it up to date.
 
     With a TARGET (a PID, a snapshot, a recording) show its mappings; a recording can be gone through in time. The key ?
     lists the keys. A collapse is asked about first, runs beside the screen, and can be stopped.
     """
-    share = percentage(cpu)
-    if not share:
-        raise UsageError(f"--cpu {cpu}: with nothing, nothing can be looked at", help="use 1% or more")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UnsupportedError("top needs a terminal", help="in scripts use: mthp inspect TARGET --json")
     try:
@@ -40,7 +41,7 @@ def command(target: str | None, cpu: str, **options: Any) -> int:
         raise UnsupportedError(
             f"top needs Textual, which cannot be imported: {error}", help="pip install 'mthp[top]'"
         ) from error
-    view = view_of(target, planned(options), share)
+    view = view_of(target, planned(options), cpu)
     try:
         return TopApp(view).run() or 0
     finally:

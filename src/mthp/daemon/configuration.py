@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args
 from mthp.addrspace import Mechanism
 from mthp.daemon import values
 from mthp.daemon.rules import Match, Rule, Rules, Settings
-from mthp.durations import parse_duration
 from mthp.errors import MthpError, UsageError
-from mthp.geometry import Geometry, parse_size
+from mthp.geometry import Geometry
 from mthp.tunables import LIMITS, SIZE_WORDS, TOP_WORDS, Switches, Tunables
+from mthp.units import parse_duration, parse_rate, parse_share
 
 Pace = Literal["cpu", "kernel"]
 """What decides how fast it goes: the CPU budget, or pages_to_scan and scan_sleep_millisecs as in the kernel."""
@@ -120,10 +120,10 @@ class _Reader:
             "orders": ("orders", self._orders),
             **{each: (each, limit) for each in LIMITS},
             "mechanism": ("mechanism", values.one_of(*get_args(Mechanism))),
-            "max_pause": ("max_pause_ns", values.positive(values.text(parse_duration))),
-            "pause_share": ("pause_share", values.share_up_to_1),
-            "max_bloat": ("max_bloat", values.text(values.parse_bloat)),
-            "rate": ("rate", values.positive(values.text(parse_size))),
+            "max_pause": ("max_pause_ns", values.positive(parse_duration)),
+            "pause_share": ("pause_share", values.positive(parse_share)),
+            "max_bloat": ("max_bloat", values.parse_bloat),
+            "rate": ("rate", parse_rate),
         }
 
     def configuration(self, data: dict[str, Any]) -> Configuration:
@@ -263,10 +263,10 @@ _MATCH_KEYS: dict[str, tuple[str, values.Convert]] = {
 }
 
 _DAEMON_KEYS: dict[str, tuple[str, values.Convert]] = {
-    "cpu": ("cpu", values.positive(values.text(values.parse_share))),
-    "bytes_per_second": ("bytes_per_second", values.positive(values.text(parse_size))),
-    "memory_pressure": ("memory_pressure", values.positive(values.text(values.parse_share))),
-    "notice": ("notice_ns", values.positive(values.text(parse_duration))),
+    "cpu": ("cpu", values.positive(parse_share)),
+    "bytes_per_second": ("bytes_per_second", parse_rate),
+    "memory_pressure": ("memory_pressure", values.positive(parse_share)),
+    "notice": ("notice_ns", values.positive(parse_duration)),
     "pace": ("pace", values.one_of(*get_args(Pace))),
     "metrics": ("metrics", values.text(values.parse_endpoint)),
     "events": ("events", values.text(Path)),

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import pwd
-import re
 from collections.abc import Callable
 from typing import Any
 
 from mthp.collapse.policy import policy_named
 from mthp.daemon.rules import Bloat
 from mthp.errors import UsageError
-from mthp.geometry import parse_size
+from mthp.units import above_zero, parse_share_or_size
 
 METRICS_HOST = "127.0.0.1"
 METRICS_PORT = 9464
-
-_PERCENTAGE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 Convert = Callable[[Any], Any]
 
@@ -28,25 +25,13 @@ class RefusedError(Exception):
         self.message, self.help = message, help
 
 
-def parse_share(text: str) -> float:
-    """Read ``5%`` as 0.05.
-
-    Raises:
-        UsageError: not a percentage.
-    """
-    match = _PERCENTAGE.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{text!r} is not a percentage", help="write it as 5% or 0.5%")
-    return float(match[1]) / 100
-
-
-def parse_bloat(text: str) -> Bloat:
+def parse_bloat(value: Any) -> Bloat:
     """Read ``5%`` or ``64M``.
 
     Raises:
         UsageError: neither.
     """
-    return Bloat(share=parse_share(text)) if text.rstrip().endswith("%") else Bloat(size=parse_size(text))
+    return Bloat(*parse_share_or_size(value))
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
@@ -93,8 +78,7 @@ def positive(convert: Convert) -> Convert:
 
     def converted(value: Any) -> Any:
         number = convert(value)
-        if number <= 0:
-            raise RefusedError(f"{value!r} is not above 0")
+        above_zero(value, number)
         return number
 
     return converted
@@ -128,14 +112,6 @@ def table_itself(value: Any) -> dict[str, Any]:
 def policy_name(value: Any) -> str:
     """The name of a policy that there is."""
     return policy_named(text(str)(value)).name
-
-
-def share_up_to_1(value: Any) -> float:
-    """A percentage above 0% and at most 100%, as a share of 1."""
-    share: float = text(parse_share)(value)
-    if not 0 < share <= 1:
-        raise RefusedError(f"{value!r} is out of range", "it may be above 0% and at most 100%")
-    return share
 
 
 def list_of(convert: Convert) -> Convert:

@@ -33,26 +33,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
-import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from mthp.collapse.policy import policy_named
 from mthp.errors import UsageError
-from mthp.geometry import Geometry, format_size, geometry_named, parse_size
+from mthp.geometry import Geometry, format_size, geometry_named
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.parameters import Count, Duration, Share, Size
 from mthp.lab.workloads.program import Model
 from mthp.tunables import Switches, Tunables
-
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)\s*")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+from mthp.units import parse_duration, parse_share, parse_size
 
 _T = TypeVar("_T")
 
@@ -212,9 +207,6 @@ def _scenario(path: Path, text: str, data: dict[str, Any]) -> Scenario:
     policy_named(settings.policy)
     machine = _made(MachineSettings, _table(data, "machine"), "machine", path)
     geometry = geometry_named(machine.geometry)
-    for name in ("fragmentation", "movable"):
-        if getattr(machine, name) > 1:
-            raise UsageError(f"machine.{name} is more than 100%")
     if machine.nodes < 1:
         raise UsageError("machine.nodes is not at least 1")
     if machine.memory // machine.nodes < geometry.pmd_size:
@@ -261,8 +253,6 @@ def _fault(table: Mapping[str, Any], number: int, path: Path, processes: tuple[P
     names = [process.settings.name for process in processes]
     if fault.kind != "fragment" and fault.process not in names:
         raise UsageError(f"{place}: there is no process called {fault.process!r}", help=f"there are {', '.join(names)}")
-    if fault.share > 1:
-        raise UsageError(f"{place}: share is more than 100%")
     return fault
 
 
@@ -380,43 +370,27 @@ def _value(value: Any, hint: Any, place: str, path: Path) -> Any:
         return str(path.parent / value)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
         raise UsageError(f"{place} {value} is below 0")
-    found = {"size": _as_size, "duration": _as_seconds, "share": _as_share, "count": _as_count}[how](value)
-    if found is None or not math.isfinite(found):
-        raise UsageError(f"{place} {value!r} is not a {how}", help=f"write {_EXAMPLES[how]}")
-    return found
+    try:
+        return _READERS[how](value)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error.message}", help=error.help) from error
 
 
-_EXAMPLES = {
-    "size": '"400M", "64K" or a number of bytes',
-    "duration": '"500ms", "30s", "5m", or a number of seconds',
-    "share": '"30%" or 0.3',
-    "count": "a whole number",
-    "file": "the path of a file, as a text",
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{value!r} is not a count", help="write a whole number")
+    return value
+
+
+def _path(value: Any) -> str:
+    raise UsageError(f"{value!r} is not a file", help="write the path of a file, as a text")
+
+
+_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "size": parse_size,
+    "duration": lambda value: parse_duration(value, bare="s") / 1e9,
+    "share": parse_share,
+    "count": _count,
+    "file": _path,
 }
-
-
-def _as_size(value: Any) -> int | None:
-    if isinstance(value, str):
-        try:
-            return parse_size(value)
-        except UsageError:
-            return None
-    return _as_count(value)
-
-
-def _as_count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _as_seconds(value: Any) -> float | None:
-    if isinstance(value, str):
-        match = _DURATION.fullmatch(value)
-        return float(match[1]) * _SECONDS[match[2]] if match else None
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _as_share(value: Any) -> float | None:
-    if isinstance(value, str):
-        match = _PERCENT.fullmatch(value)
-        return float(match[1]) / 100 if match else None
-    return _as_seconds(value)
+"""How a value is read, by the word in its type (:mod:`mthp.lab.workloads.parameters`)."""

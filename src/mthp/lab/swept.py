@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mthp.errors import UsageError
-from mthp.geometry import GEOMETRIES, X86_64, Geometry, parse_size
+from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.lab.metrics import share
 from mthp.snapshot.table import pyarrow, reading
+from mthp.units import parse_size
 
 COLUMNS = ("input", "target", "setting", "policy", "orders", "scan", "resident_bytes", "huge_coverage", "bloat_bytes")
 """Columns by which the table of a sweep is known."""

@@ -33,12 +33,10 @@ from mthp.snapshot.description import Description
 from mthp.snapshot.recorded import RecordedSpace
 from mthp.snapshot.runs import Runs, decode, granules, page_numbers
 from mthp.snapshot.stream import Meta, StreamReader
+from mthp.units import parse_duration
 
 _PENDING = 64
 """Steps whose runs are put together at a time."""
-
-_TIME = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +116,8 @@ class Recording:
         """
         if text is None:
             return len(self.steps) - 1
-        if match := _TIME.fullmatch(text):
-            wanted = float(match[1]) * _UNITS[match[2]]
-            return max(0, sum(step.seconds <= wanted for step in self.steps) - 1)
-        if not re.fullmatch(r"-?\d{1,18}", text):
-            raise UsageError(f"{text!r} is no step of a recording", help="give its number, or a time such as 30s or 5m")
+        if not re.fullmatch(r"-?[0-9]{1,18}", text):
+            return self._step_by(text)
         number = int(text)
         if not -len(self.steps) <= number < len(self.steps):
             raise UsageError(
@@ -130,6 +125,23 @@ class Recording:
                 help=f"it has {len(self.steps)}, 0 to {len(self.steps) - 1}, over {self.steps[-1].seconds:g} s",
             )
         return number % len(self.steps)
+
+    def _step_by(self, text: str) -> int:
+        """Return the number of the last step by a time from the beginning."""
+        try:
+            wanted = parse_duration(text) / 1e9
+        except UsageError as error:
+            said = "give its number, or a time such as 30s or 5m"
+            raise UsageError(f"{text!r} is not a step of a recording", help=said) from error
+        last = self.steps[-1].seconds
+        # The last step shows the memory until the next would have come: a recording of 30 s ends with a step before.
+        interval = last / max(1, len(self.steps) - 1)
+        if wanted > last + interval:
+            raise UsageError(
+                f"{self.path} has no step at {text}: its last step is at {last:g} s",
+                help=f"use a time up to {last:g}s, or --at -1 for the last step",
+            )
+        return max(0, sum(step.seconds <= wanted for step in self.steps) - 1)
 
     def space(self, number: int = -1) -> RecordingSpace:
         """The address space at a step.
