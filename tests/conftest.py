@@ -32,8 +32,10 @@ from mthp.linux.process import Process
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import until
 
-# Commands that print to a pipe follow it; the tests want the layout that scripts get.
+# Commands that print to a pipe follow COLUMNS; the tests want the layout that scripts get. readline, which pytest
+# imports, sets it behind the back of os.environ (rl_change_environment), so that it must be unset there too.
 os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 
 with contextlib.suppress(ImportError):
     # No test judges by time. (The guests of the kernel lab have no Hypothesis.)
