@@ -20,8 +20,10 @@ from datetime import datetime
 from typing import TypeVar
 
 from mthp.addrspace import Pte, Vma, VmaKind
+from mthp.bounded import parse_json
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.snapshot.bounds import MAPPINGS, PAGES, TEXT
 from mthp.tunables import Switches, Tunables
 
 KEY = "mthp.snapshot"
@@ -122,11 +124,20 @@ class Description:
             UsageError: it is of a newer version, or something in it is missing, of the wrong type or contradictory.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
-            raise UsageError("damaged: its description is not JSON") from None
+            data = parse_json(text)
+        except UsageError as error:
+            raise UsageError(f"damaged: its description: {error.message}", help=error.help) from None
         if not isinstance(data, dict):
             raise UsageError("damaged: its description is not a JSON object")
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, object]) -> Description:
+        """Check the description that is the JSON object `data`.
+
+        Raises:
+            UsageError: as :meth:`from_json`.
+        """
         _check_version(data)
         geometry = _geometry(_get(data, "geometry", dict))
         return cls(
@@ -134,12 +145,12 @@ class Description:
             kernel=_get(data, "kernel", str),
             recorded_at=_time(_get(data, "recorded_at", str)),
             geometry=geometry,
-            switches=_switches(_get(data, "switches", dict)),
-            tunables=_tunables(_get(data, "tunables", dict)),
+            switches=_switches(_get(data, "switches", dict), geometry),
+            tunables=_tunables(_get(data, "tunables", dict), geometry),
             thp_disabled=_get(data, "thp_disabled", bool),
             missing=_strings(_get(data, "missing", list), "missing"),
             vmas=_vmas(_get(data, "vmas", list), geometry),
-            pages=_get(data, "pages", int),
+            pages=_pages(_get(data, "pages", int)),
             state_bits=_state_bits(_get(data, "state_bits", dict)),
         )
 
@@ -149,7 +160,16 @@ def _get(data: Mapping[str, object], key: str, kind: type[_T]) -> _T:
     # JSON's true is an int to Python.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise _damaged(key)
+    if isinstance(value, str):
+        TEXT.check(len(value))
     return value
+
+
+def _pages(count: int) -> int:
+    if count < 0:
+        raise _damaged("pages")
+    PAGES.check(count)
+    return count
 
 
 def _damaged(what: str) -> UsageError:
@@ -196,17 +216,23 @@ def _geometry(data: Mapping[str, object]) -> Geometry:
     return geometry
 
 
-def _switches(data: Mapping[str, object]) -> Switches:
+def _switches(data: Mapping[str, object], geometry: Geometry) -> Switches:
     words = _get(data, "sizes", dict)
     try:
-        return Switches(_get(data, "enabled", str), {int(order): word for order, word in words.items()})
+        sizes = {int(order): word for order, word in words.items()}
+        if not all(0 < order <= geometry.pmd_order for order in sizes):
+            raise _damaged("switches")
+        return Switches(_get(data, "enabled", str), sizes)
     except (ValueError, TypeError):
         raise _damaged("switches") from None
 
 
-def _tunables(data: Mapping[str, object]) -> Tunables:
+def _tunables(data: Mapping[str, object], geometry: Geometry) -> Tunables:
     numbers = {knob.name: _get(data, knob.name, int) for knob in dataclasses.fields(Tunables) if knob.name != "defrag"}
-    return Tunables(**numbers, defrag=_get(data, "defrag", bool))
+    try:
+        return Tunables(**numbers, defrag=_get(data, "defrag", bool)).checked(geometry)
+    except UsageError as error:
+        raise UsageError(f"damaged: {error.message}") from None
 
 
 def _state_bits(data: Mapping[str, object]) -> dict[str, int]:
@@ -218,10 +244,11 @@ def _state_bits(data: Mapping[str, object]) -> dict[str, int]:
 
 def _vmas(items: list[object], geometry: Geometry) -> tuple[Vma, ...]:
     """The mapping table, checked to ascend without overlap and to consist of whole pages."""
+    MAPPINGS.check(len(items))
     vmas = tuple(_vma_from_json(item) for item in items)
     end = 0
     for vma in vmas:
-        if not end <= vma.start < vma.end <= ADDRESS_LIMIT or (vma.start | vma.end) % geometry.page_size:
+        if not end <= vma.start < vma.end < ADDRESS_LIMIT or (vma.start | vma.end) % geometry.page_size:
             raise UsageError(f"damaged: the mapping at {vma.start:#x} has no whole pages or overlaps another")
         end = vma.end
     return vmas

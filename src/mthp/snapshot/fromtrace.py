@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Vma
 from mthp.files import check_output
 from mthp.geometry import X86_64, Geometry
+from mthp.snapshot.bounds import TRACED_PAGES
 from mthp.snapshot.description import Description
 from mthp.snapshot.recorder import StepTaker
 from mthp.snapshot.recording import RecordingSpace, Step, packed_pages
@@ -125,6 +126,7 @@ class _TraceSpace(RecordingSpace):
         """Use some pages, by number."""
         used = np.unique(pages)
         self._seen = np.union1d(self._seen, used)
+        TRACED_PAGES.check(len(self._seen))
         recently = np.isin(self._seen, used, assume_unique=True)
         state = np.where(recently, np.uint16(Pte.PRESENT), np.uint16(Pte.PRESENT | Pte.UNREFERENCED))
         self._description = replace(self._description, vmas=self._mappings())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_UNKNOWN, PteColumns, Segment
 from mthp.errors import UsageError
+from mthp.snapshot.bounds import PAGES
 from mthp.snapshot.description import SnapshotInfo
 from mthp.snapshot.recorded import RecordedSpace
 from mthp.snapshot.runs import Runs, decode, granules, join_granules, page_numbers
@@ -148,6 +149,7 @@ def _checked_cover(reader: RunReader) -> NDArray[np.int64]:
         end = int(runs.end[-1])
         covered.append((int(runs.first[0]), end))
         total += int(runs.pages.sum())
+        PAGES.check(total)
     if total != description.pages:
         raise UsageError(f"{reader.path}: damaged: it holds {total} pages, not the {description.pages} that it says")
     return np.array(covered, np.int64).reshape(-1, 2)

@@ -26,6 +26,7 @@ from mthp.files import check_output
 from mthp.geometry import Geometry
 from mthp.snapshot.description import Description, vma_to_json
 from mthp.snapshot.record import describe
+from mthp.snapshot.recording import CHANGING
 from mthp.snapshot.runs import Runs, encode, page_numbers
 from mthp.snapshot.stream import Meta, StreamWriter
 
@@ -264,7 +265,7 @@ class StepTaker:
 def _said(description: Description) -> dict[str, Any]:
     """What a description says that may change from step to step."""
     said: dict[str, Any] = json.loads(description.to_json())
-    return {key: said[key] for key in ("switches", "tunables", "thp_disabled", "missing")}
+    return {key: said[key] for key in CHANGING}
 
 
 def _by_range(segments: Sequence[Segment], geometry: Geometry) -> Iterator[Segment]:

@@ -28,12 +28,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import PteColumns, Segment
+from mthp.bounded import inflate, named
 from mthp.errors import UsageError
+from mthp.snapshot.bounds import ACCESSES, COUNTERS, MAPPINGS, RUNS, STEPS
 from mthp.snapshot.description import Description
 from mthp.snapshot.recorded import RecordedSpace
 from mthp.snapshot.runs import Runs, decode, granules, page_numbers
 from mthp.snapshot.stream import Meta, StreamReader
 from mthp.units import parse_duration
+
+CHANGING = ("switches", "tunables", "thp_disabled", "missing")
+"""Keys of the description that may change from step to step."""
 
 _PENDING = 64
 """Steps whose runs are put together at a time."""
@@ -90,7 +95,12 @@ class Recording:
             elif "broken" in meta:
                 reason = str(meta["broken"])
             else:
-                counters = counters | _checked(self.path, meta, "counters", dict, {})
+                if changed := _checked(self.path, meta, "counters", dict, {}):
+                    counters = counters | _checked_counters(self.path, changed)
+                    with named(self.path):
+                        COUNTERS.check(len(counters))
+                with named(self.path):
+                    STEPS.check(len(steps) + 1)
                 seconds = float(_checked(self.path, meta, "seconds", (int, float), 0.0))
                 cpu_seconds = float(_checked(self.path, meta, "cpu_seconds", (int, float), 0.0))
                 steps.append(Step(len(steps), seconds, cpu_seconds, counters, len(runs)))
@@ -224,27 +234,33 @@ class _State:
     def add(self, meta: Meta, runs: Runs) -> None:
         """Take one step."""
         for start in _checked(self._path, meta, "vmas_gone", list, []):
+            if not isinstance(start, int):
+                raise UsageError(f"{self._path}: damaged: a mapping that is gone has no address")
             self._vmas.pop(start, None)
         for vma in _checked(self._path, meta, "vmas", list, []):
             if not isinstance(vma, dict) or not isinstance(vma.get("start"), int):
                 raise UsageError(f"{self._path}: damaged: a mapping without a start")
             self._vmas[vma["start"]] = vma
-        self._says |= _checked(self._path, meta, "changed", dict, {})
+        changed = _checked(self._path, meta, "changed", dict, {})
+        self._says |= {key: changed[key] for key in CHANGING if key in changed}
         self._pending.append(runs)
-        if len(self._pending) >= _PENDING:
-            self._put_together()
+        with named(self._path):
+            MAPPINGS.check(len(self._vmas))
+            if len(self._pending) >= _PENDING or sum(map(len, self._pending)) >= RUNS.now:
+                self._put_together()
+                RUNS.check(len(self._runs))
 
     def space(self, step: Step) -> RecordingSpace:
         """The address space now."""
         self._put_together()
         vmas = [self._vmas[start] for start in sorted(self._vmas)]
-        try:
-            description = Description.from_json(json.dumps(self._says | {"vmas": vmas}))
-        except UsageError as error:
-            raise UsageError(f"{self._path}: {error.message}", help=error.help) from error
         if _overlap(self._runs):
             raise UsageError(f"{self._path}: damaged: runs that overlap")
-        return RecordingSpace(replace(description, pages=int(self._runs.pages.sum())), self._runs, step, self._path)
+        with named(self._path):
+            # They do not overlap, so their sum fits 64 bits.
+            pages = int(self._runs.pages.sum())
+            description = Description.from_data(self._says | {"vmas": vmas, "pages": pages})
+        return RecordingSpace(description, self._runs, step, self._path)
 
     def _put_together(self) -> None:
         """Of every PMD range the runs of the last step that stored it."""
@@ -273,6 +289,12 @@ def _checked(path: str, meta: Meta, key: str, kind: Any, default: Any) -> Any:
     return value
 
 
+def _checked_counters(path: str, counters: dict[str, Any]) -> dict[str, int]:
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in counters.values()):
+        raise UsageError(f"{path}: damaged: a counter of a step is not a whole number")
+    return counters
+
+
 def packed_pages(pages: NDArray[np.int64]) -> str:
     """Page numbers as text: differences from one to the next, int64, deflated, base 64."""
     return base64.b64encode(zlib.compress(np.diff(pages, prepend=np.int64(0)).tobytes(), 3)).decode()
@@ -284,8 +306,14 @@ def unpacked_pages(path: str, text: object) -> NDArray[np.int64]:
     Raises:
         UsageError: it is something else.
     """
-    try:
-        assert isinstance(text, str)
-        return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int64))
-    except (AssertionError, ValueError, zlib.error) as error:
-        raise UsageError(f"{path}: damaged: the accesses of a step make no sense") from error
+    with named(path):
+        try:
+            data = base64.b64decode(text if isinstance(text, str) else "!", validate=True)
+            pages = np.cumsum(np.frombuffer(inflate(data, ACCESSES, unit=8), np.int64))
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError("damaged: the accesses of a step make no sense") from error
+        if (pages < 0).any() or (pages >= 1 << 52).any():
+            raise UsageError("damaged: the accesses of a step lie outside of the address space")
+    return pages

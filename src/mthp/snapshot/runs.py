@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_NONE, PteColumns, Segment
+from mthp.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,19 @@ class Runs:
             return parts[0]
         columns = (np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls))
         return cls(*columns) if parts else cls.empty()
+
+
+def checked_runs(columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_size: int, address_limit: int) -> Runs:
+    """The runs that the columns `start`, `pages`, `state` and `folio_order` of a file stand for.
+
+    Raises:
+        UsageError: one of them has no whole pages, or does not lie below `address_limit`.
+    """
+    start, pages, state, folio_order = columns
+    first, most = start // page_size, address_limit // page_size
+    if (start % page_size).any() or not pages.all() or (pages > most).any() or (first + pages > most).any():
+        raise UsageError("damaged: a run that has no whole pages")
+    return Runs(vma, first.astype(np.int64), pages.astype(np.int64), state, folio_order)
 
 
 def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int64]:

@@ -21,14 +21,16 @@ import os
 import zlib
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from mthp.bounded import parse_json
 from mthp.errors import MthpError, UsageError
-from mthp.files import NewFile, begins, writing
-from mthp.snapshot.description import Description
-from mthp.snapshot.runs import Runs
+from mthp.files import NewFile, begins, open_regular, writing
+from mthp.snapshot.batches import check_message
+from mthp.snapshot.description import ADDRESS_LIMIT, Description
+from mthp.snapshot.runs import Runs, checked_runs
 from mthp.snapshot.table import pyarrow, reading
 
 KEY = "mthp.recording"
@@ -154,26 +156,26 @@ class StreamReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         pyarrow("pyarrow.ipc")
-        with self._opened() as stream:
+        with self._opened() as (_, stream):
             metadata = stream.schema.metadata or {}
             with reading(self.path):
                 self.description = Description.from_json(metadata[KEY.encode()])
-                for name, kind in COLUMNS.items():
-                    if name not in stream.schema.names or str(stream.schema.field(name).type) != kind:
-                        raise UsageError(f"damaged: it has no column {name!r} of type {kind}")
+                if [(field.name, str(field.type)) for field in stream.schema] != list(COLUMNS.items()):
+                    raise UsageError(f"damaged: its columns are not {', '.join(COLUMNS)}")
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _opened(self) -> Iterator[tuple[BinaryIO, Any]]:
         with contextlib.ExitStack() as stack:
             with reading(self.path):
-                file = stack.enter_context(open(self.path, "rb"))
+                file = stack.enter_context(open_regular(self.path))
                 if file.read(4) != MAGIC:
                     raise UsageError("not a recording", help=_MAKE_ONE)
                 file.seek(0)
+                check_message(file, len(COLUMNS))
                 stream = stack.enter_context(pyarrow("pyarrow.ipc").open_stream(file))
                 if KEY.encode() not in (stream.schema.metadata or {}):
                     raise UsageError("not a recording: an Arrow stream of something else", help=_MAKE_ONE)
-            yield stream
+            yield file, stream
 
     def steps(self) -> Iterator[tuple[Meta, Runs]]:
         """All steps that are whole, from the first one on. After a step that is not nothing is read.
@@ -183,15 +185,22 @@ class StreamReader:
             with the reason, where the file breaks off or is damaged.
         """
         arrow = pyarrow()
-        with self._opened() as stream:
+        with self._opened() as (file, stream):
             while True:
                 try:
+                    check_message(file, len(COLUMNS))
                     batch, metadata = stream.read_next_batch_with_custom_metadata()
                     text = None if metadata is None else metadata.get(KEY.encode())
-                    meta, runs = json.loads(text or "null"), self._runs(batch)
+                    meta, runs = parse_json(text or "null"), self._runs(batch)
                     if not isinstance(meta, dict) or meta.get("crc") != self._checksum(batch):
                         raise ValueError("its checksum is wrong")
                 except StopIteration:
+                    return
+                except UsageError as error:
+                    # What passes a bound is not a file that broke off: its reader has to know.
+                    if error.help:
+                        raise UsageError(f"{self.path}: {error.message}", help=error.help) from error
+                    yield {"broken": error.message}, Runs.empty()
                     return
                 except (OSError, ValueError, MemoryError, arrow.ArrowException) as error:
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -201,10 +210,11 @@ class StreamReader:
 
     def _runs(self, batch: Any) -> Runs:
         batch.validate(full=True)
-        start, pages, state, folio_order = (batch.column(name).to_numpy(zero_copy_only=False) for name in COLUMNS)
-        first = (start // np.uint64(self.description.geometry.page_size)).astype(np.int64)
-        vma = np.zeros(len(first), np.int32)
-        return Runs(vma, first, pages.astype(np.int64), state.astype(np.uint16), folio_order.astype(np.int8))
+        if any(column.null_count for column in batch.columns):
+            raise UsageError("damaged: a value is missing")
+        columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in COLUMNS]
+        vma = np.zeros(batch.num_rows, np.int32)
+        return checked_runs(columns, vma, self.description.geometry.page_size, ADDRESS_LIMIT)
 
     @staticmethod
     def _checksum(batch: Any) -> int:

@@ -11,9 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
-import stat
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
@@ -22,9 +20,11 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_NONE
 from mthp.errors import UnsupportedError, UsageError
-from mthp.files import writing
+from mthp.files import open_regular, writing
+from mthp.snapshot.bounds import RUNS, RUNS_IN_ALL
 from mthp.snapshot.description import ADDRESS_LIMIT, KEY, STATE_BITS, Description, SnapshotInfo
-from mthp.snapshot.runs import Runs, joined
+from mthp.snapshot.parquetpages import inflated_bytes
+from mthp.snapshot.runs import Runs, checked_runs, joined
 
 ROW_GROUP_RUNS = 1 << 16
 
@@ -168,13 +168,11 @@ class RunReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         with contextlib.ExitStack() as opened, reading(self.path):
-            # Checked before it is opened, as opening a FIFO waits for a writer.
-            if not stat.S_ISREG(Path(path).stat().st_mode):
-                raise UsageError("not a regular file")
-            file = opened.enter_context(open(path, "rb"))
+            file = self._file = opened.enter_context(open_regular(path))
             self._size = os.fstat(file.fileno()).st_size
-            self._parquet = _open_parquet(file)
+            self._parquet = _snapshot(file)
             self.description = _description(self._parquet)
+            RUNS_IN_ALL.check(self._parquet.metadata.num_rows)
             self._opened = opened.pop_all()
         self.row_groups: int = self._parquet.num_row_groups
 
@@ -190,16 +188,15 @@ class RunReader:
             UsageError: damaged.
         """
         with reading(self.path):
+            _check_row_group(self._parquet, self._file, row_group)
             table = self._parquet.read_row_group(row_group, columns=list(COLUMNS), use_threads=False)
             if any(column.null_count for column in table.columns):
                 raise UsageError("damaged: a value is missing")
-            vma, start, pages, state, folio_order = (table.column(name).to_numpy() for name in COLUMNS)
-            page_size = self.description.geometry.page_size
-            if (start % page_size).any() or not pages.all() or (pages > ADDRESS_LIMIT // page_size).any():
-                raise UsageError("damaged: a run that has no whole pages")
-        state = self._own_bits(state)
-        folio_order = np.where(state == 0, np.int8(ORDER_NONE), folio_order)
-        return Runs(vma, (start // page_size).astype(np.int64), pages.astype(np.int64), state, folio_order)
+            vma, *columns = (table.column(name).to_numpy() for name in COLUMNS)
+            runs = checked_runs(columns, vma, self.description.geometry.page_size, ADDRESS_LIMIT)
+        state = self._own_bits(runs.state)
+        folio_order = np.where(state == 0, np.int8(ORDER_NONE), runs.folio_order)
+        return dataclasses.replace(runs, state=state, folio_order=folio_order)
 
     def _own_bits(self, state: NDArray[np.uint16]) -> NDArray[np.uint16]:
         if self.description.state_bits == STATE_BITS:
@@ -214,16 +211,47 @@ class RunReader:
         self._opened.close()
 
 
-def _open_parquet(file: BinaryIO) -> Any:
+PARQUET_MAGIC = b"PAR1"
+"""How a Parquet file begins."""
+
+_FOOTER = {"thrift_string_size_limit": 1 << 27, "thrift_container_size_limit": 1 << 20}
+"""What Arrow takes of a footer: bytes of one text, which the description is, and elements of one list."""
+
+
+def open_parquet(file: BinaryIO, **options: Any) -> Any:
+    """The Parquet file in `file`; nothing of its columns is read yet.
+
+    Raises:
+        ArrowException, OSError: it is something else, or damaged; :func:`reading` turns them into a UsageError.
+    """
+    return pyarrow("pyarrow.parquet").ParquetFile(file, page_checksum_verification=True, **_FOOTER, **options)
+
+
+def _check_row_group(parquet: Any, file: BinaryIO, number: int) -> None:
+    """Check what reading a row group would take.
+
+    Raises:
+        UsageError: too much, or the file contradicts itself.
+    """
+    group = parquet.metadata.row_group(number)
+    RUNS.check(group.num_rows)
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        # A value of the widest column has 8 bytes; besides there are levels, a dictionary, and checksums.
+        if chunk.path_in_schema in COLUMNS and inflated_bytes(file, chunk) > 16 * group.num_rows + (1 << 20):
+            raise UsageError("damaged: its columns are larger than its rows")
+
+
+def _snapshot(file: BinaryIO) -> Any:
     """The Parquet file in `file`, which must have this project's columns and key.
 
     Raises:
         UsageError: it is something else.
     """
     magic = file.read(4)
-    if magic != b"PAR1":
+    if magic != PARQUET_MAGIC:
         raise UsageError("not a snapshot: " + ("not a Parquet file" if magic else "the file is empty"), help=_MAKE_ONE)
-    parquet = pyarrow("pyarrow.parquet").ParquetFile(file, page_checksum_verification=True)
+    parquet = open_parquet(file)
     if KEY.encode() not in (parquet.metadata.metadata or {}):
         raise UsageError("not a snapshot: a Parquet file of something else", help=_MAKE_ONE)
     return parquet

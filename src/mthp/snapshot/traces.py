@@ -15,9 +15,10 @@ and counted.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
-import stat
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +28,10 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.bounded import named
 from mthp.errors import UsageError
+from mthp.files import open_regular
+from mthp.snapshot.bounds import ACCESSES
 
 ACCESSES_A_STEP = 1 << 20
 """Accesses of a trace without times that make one step."""
@@ -43,17 +47,25 @@ USER_LIMIT = 1 << 63
 REGION_LIMIT = 1 << 46
 """Bytes that one region of DAMON may have to be believed."""
 
-_LACKEY = re.compile(r" [LSM] +([0-9a-f]+),\d+\s*\Z")
+MOST_DIGITS = 20
+"""Digits of nanoseconds: of 64-bit ones."""
+
+LINE_LIMIT = 1 << 10
+"""Characters of a line; a longer one, such as a program's output, is passed over. The tools write at most 300."""
+
+_LACKEY = re.compile(r" [LSM] +([0-9a-f]{1,16}),\d+\s*\Z")
 _LACKEY_OTHER = re.compile(r"I  [0-9a-f]+,\d+\s*\Z|==\d+== ")
 _PERF = re.compile(
-    r"\s*(?:(?P<comm>\S.*?)\s+(?P<pid>-?\d+)(?:/-?\d+)?\s+(?:\[\d+\]\s+)?)?"
-    r"(?P<time>\d+\.\d+):\s+(?:(?:\d+\s+)?(?P<event>\S*[^\s\d:]\S*):\s+)?(?P<address>[0-9a-f]+)(?:\s|\Z)"
+    # A name of a process ends at a word's end, which keeps the search from trying every character of a long line.
+    r"\s*+(?:\S.*?(?<=\S)\s++-?\d++(?:/-?\d++)?\s++(?:\[\d++\]\s++)?)?"
+    r"(?P<time>\d{1,15}\.\d{1,15}):\s++(?:(?:\d++\s++)?(?=[\d:]*+[^\s\d:])\S++(?<=:)\s++)?"
+    r"(?P<address>[0-9a-f]{1,16})(?:\s|\Z)"
 )
 _PERF_ADDRESS = re.compile(r"\s+([0-9a-f]{6,16})\s*\Z")
 _REGION = re.compile(r"([0-9a-f]{4,16})-([0-9a-f]{4,16})\s*\([^)]*\)(?::\s*(\d+)|\s+-?\d+((?:\s+\d+)*))\s*\Z")
 _DAMON_OTHER = re.compile(r"(monitoring_|nr_regions:|target_id:|base_time_absolute:|data source:|# +start_addr)")
 _MONITORING_END = re.compile(r"monitoring_end:\s+(.*\S)\s*\Z")
-_TIME = re.compile(r"(\d+(?:\.\d+)?) (h|ms|m|s|us|ns)")
+_TIME = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) (h|ms|m|s|us|ns)")
 _NANOSECONDS = {"h": 3600e9, "m": 60e9, "s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
 
 _HOW = (
@@ -126,8 +138,8 @@ class Trace:
         some = False
         size = Path(self.path).stat().st_size
         try:
-            with open(self.path, "rb") as raw, io.TextIOWrapper(raw, encoding="ascii", errors="replace") as file:
-                for step in KINDS[self.kind](self, file):
+            with open_regular(self.path) as raw, io.TextIOWrapper(raw, encoding="ascii", errors="replace") as file:
+                for step in KINDS[self.kind](self, _lines(file)):
                     some = True
                     yield step
                     if progress is not None:
@@ -137,19 +149,23 @@ class Trace:
         if not some:
             raise UsageError(f"{self.path} has no access to memory of a program", help=_HOW)
 
-    def _lackey(self, file: TextIO) -> Iterator[TraceStep]:
-        number = 0
-        while lines := list(islice(file, ACCESSES_A_STEP)):
-            matches = [match[1] for line in lines if (match := _LACKEY.match(line))]
-            self.skipped += sum(1 for line in lines if not _LACKEY.match(line) and not _LACKEY_OTHER.match(line))
-            number += 1
-            if matches:
-                yield self._step(float(number), [int(address, 16) for address in matches])
+    def _lackey(self, file: Iterator[str]) -> Iterator[TraceStep]:
+        for number in itertools.count(1):
+            addresses, line = array("Q"), ""
+            for line in islice(file, ACCESSES_A_STEP):
+                if not (match := _LACKEY.match(line)):
+                    self.skipped += not _LACKEY_OTHER.match(line)
+                elif (address := int(match[1], 16)) < USER_LIMIT:
+                    addresses.append(address)
+            if addresses:
+                yield self._step(float(number), addresses)
+            if not line:
+                return
 
-    def _perf(self, file: TextIO) -> Iterator[TraceStep]:
+    def _perf(self, file: Iterator[str]) -> Iterator[TraceStep]:
         begin: float | None = None
         due = SECONDS_A_STEP
-        addresses: list[int] = []
+        addresses = array("Q")
         for line in file:
             match = _PERF.match(line)
             bare = None if match else _PERF_ADDRESS.match(line)
@@ -161,7 +177,7 @@ class Trace:
             begin = at if begin is None else begin
             if (at - begin >= due or len(addresses) >= ACCESSES_A_STEP) and addresses:
                 yield self._step(due, addresses)
-                addresses = []
+                addresses = array("Q")
                 due = max(due, (at - begin) // SECONDS_A_STEP * SECONDS_A_STEP) + SECONDS_A_STEP
             address = int(match["address"] if match else bare[1], 16)  # type: ignore[index]
             if 0 < address < USER_LIMIT:
@@ -169,37 +185,51 @@ class Trace:
         if addresses:
             yield self._step(due, addresses)
 
-    def _damon(self, file: TextIO) -> Iterator[TraceStep]:
+    def _damon(self, file: Iterator[str]) -> Iterator[TraceStep]:
         seconds = 0.0
         parts: list[NDArray[np.int64]] = []
-        regions = 0
+        regions = pages = 0
         for line in file:
             if match := _MONITORING_END.match(line):
                 if parts:
                     yield TraceStep(seconds, np.concatenate(parts), regions)
-                    parts, regions = [], 0
+                    parts, regions, pages = [], 0, 0
                 seconds = _nanoseconds(match[1]) / 1e9
             elif match := _REGION.match(line):
                 start, end = int(match[1], 16), int(match[2], 16)
-                hits = [int(word) for word in (match[3] or match[4] or "").split()]
+                # A number of accesses that is not 0, however many digits it has.
+                hits = (match[3] or match[4] or "").replace("0", "").split()
                 if not start < end <= USER_LIMIT or end - start > REGION_LIMIT:
                     self.skipped += 1
-                elif any(hits):
-                    parts.append(np.arange(start // self._page_size, -(-end // self._page_size)))
+                elif hits:
+                    span = range(start // self._page_size, -(-end // self._page_size))
+                    pages += len(span)
+                    with named(self.path):
+                        ACCESSES.check(pages)
+                    parts.append(np.arange(span.start, span.stop))
                     regions += 1
             elif line.strip() and not _DAMON_OTHER.match(line):
                 self.skipped += 1
         if parts:
             yield TraceStep(seconds, np.concatenate(parts), regions)
 
-    def _step(self, seconds: float, addresses: list[int]) -> TraceStep:
-        pages = (np.array(addresses, np.uint64) // np.uint64(self._page_size)).astype(np.int64)
+    def _step(self, seconds: float, addresses: array[int]) -> TraceStep:
+        pages = (np.frombuffer(addresses, np.uint64) // np.uint64(self._page_size)).astype(np.int64)
         kept = np.ones(len(pages), np.bool_)
         kept[1:] = pages[1:] != pages[:-1]
         return TraceStep(seconds, pages[kept], len(pages))
 
 
-KINDS: dict[str, Callable[[Trace, TextIO], Iterator[TraceStep]]] = {
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of `file`; of one that is too long only an empty one, so that it is neither an access nor memory."""
+    while line := file.readline(LINE_LIMIT):
+        whole = True
+        while len(line) == LINE_LIMIT and not line.endswith("\n"):
+            whole, line = False, file.readline(LINE_LIMIT) or "\n"
+        yield line if whole else "?\n"
+
+
+KINDS: dict[str, Callable[[Trace, Iterator[str]], Iterator[TraceStep]]] = {
     "lackey": Trace._lackey,
     "perf": Trace._perf,
     "damon": Trace._damon,
@@ -214,15 +244,13 @@ def _kind_of(path: str) -> str | None:
         UsageError: missing, unreadable, or a binary file that has to be made text first.
     """
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise UsageError(f"{path} is not a regular file")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             begin = file.read(64)
         for magic, what in _BINARY.items():
             if begin.startswith(magic):
                 raise UsageError(f"{path} is not text", help=what.format(path=path) or f"unpack it first; {_HOW}")
         with open(path, encoding="ascii", errors="replace") as text:
-            lines = list(islice(text, PROBE_LINES))
+            lines = list(islice(_lines(text), PROBE_LINES))
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
@@ -239,12 +267,12 @@ def _kind_of(path: str) -> str | None:
 
 def _example(path: str) -> str:
     with open(path, encoding="ascii", errors="replace") as file:
-        line = next((line.strip() for line in file if line.strip()), "")
+        line = next((line.strip() for line in islice(_lines(file), PROBE_LINES) if line.strip()), "")
     return f": its first line is {line[:60]!r}" if line else ": it is empty"
 
 
 def _nanoseconds(text: str) -> float:
     """A time as damo writes it, such as ``2 m 19.834 s``, or nanoseconds."""
     if text.isdecimal():
-        return float(text)
+        return float(text[:MOST_DIGITS])
     return sum(float(number) * _NANOSECONDS[unit] for number, unit in _TIME.findall(text))

@@ -1,0 +1,127 @@
+"""What the batches of an Arrow stream hold, found out from their headers, before Arrow reads and inflates them.
+
+A message of the stream is a mark, the length of a header, the header and a body (Arrow Columnar Format, "Encapsulated
+message format"). The header is a FlatBuffer with the lengths of the body and of its buffers; a compressed buffer begins
+with the length that it inflates to. Arrow allocates by these lengths whatever they are, so they are checked here: each
+against the file, and against the rows that the batch says it has.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import BinaryIO
+
+from mthp.bounded import JSON_BYTES
+from mthp.errors import UsageError
+from mthp.snapshot.bounds import RUNS
+
+_MARK = 0xFFFF_FFFF
+_SCHEMA, _RECORD_BATCH = 1, 3
+"""Types of messages (Message.fbs, MessageHeader); others, such as dictionaries, recordings do not have."""
+
+_WIDEST = 8
+"""Bytes of a value of the widest column."""
+
+_PADDING = 1 << 10
+"""Bytes that a buffer may be longer than its values: Arrow pads to 64."""
+
+
+def check_message(file: BinaryIO, columns: int) -> None:
+    """Check the message that begins where `file` is, and leave `file` there.
+
+    A message that is cut off is left to Arrow, which tells so.
+
+    Args:
+        columns: that a batch has.
+
+    Raises:
+        UsageError: it would take more memory than is allowed, or its header makes no sense.
+    """
+    begin = file.tell()
+    try:
+        _check(file, os.fstat(file.fileno()).st_size - begin, columns)
+    except (struct.error, IndexError) as error:
+        raise UsageError("damaged: the header of a step makes no sense") from error
+    finally:
+        file.seek(begin)
+
+
+def _check(file: BinaryIO, there: int, columns: int) -> None:
+    position, begin = file.tell(), file.read(8)
+    if len(begin) < 8:
+        return
+    mark, size = struct.unpack("<II", begin)
+    if mark != _MARK:
+        raise UsageError("damaged: there is no step where one should begin")
+    # What a step says is in its header.
+    JSON_BYTES.check(size)
+    if size == 0 or size > there - 8:
+        return
+    header = file.read(size)
+    message = _Table(header, struct.unpack_from("<I", header)[0])
+    kind, body = message.number(1, "<B"), message.number(3, "<q")
+    if kind not in (_SCHEMA, _RECORD_BATCH) or body < 0:
+        raise UsageError("damaged: a step that is no table")
+    if body > there - 8 - size or kind == _SCHEMA:
+        return
+    batch = message.table(2)
+    rows = batch.number(0, "<q")
+    if rows < 0:
+        raise UsageError("damaged: the rows of a step make no sense")
+    RUNS.check(rows)
+    buffers, count = batch.vector(2)
+    if count != 2 * columns:
+        raise UsageError("damaged: a step has not the columns of a recording")
+    compressed = batch.has(3)
+    for number in range(count):
+        offset, length = struct.unpack_from("<qq", header, buffers + 16 * number)
+        if offset < 0 or length < 0 or offset + length > body:
+            raise UsageError("damaged: a column of a step lies outside of it")
+        if compressed and length:
+            file.seek(position + 8 + size + offset)
+            (inflated,) = struct.unpack("<q", file.read(8))
+            length = length if inflated < 0 else inflated
+        if length > _WIDEST * rows + _PADDING:
+            raise UsageError("damaged: a column of a step is larger than its rows")
+
+
+class _Table:
+    """A table of a FlatBuffer: what its fields are is found by number (FlatBuffer Internals, "Tables")."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        self._data, self._at = data, at
+        self._fields = at - struct.unpack_from("<i", data, at)[0]
+        if self._fields < 0:
+            raise struct.error
+
+    def _offset(self, field: int) -> int:
+        """Where a field lies behind the table's beginning; 0 if it is not there."""
+        size: int = struct.unpack_from("<H", self._data, self._fields)[0]
+        place = 4 + 2 * field
+        return int(struct.unpack_from("<H", self._data, self._fields + place)[0]) if place < size else 0
+
+    def has(self, field: int) -> bool:
+        """Whether a field is there."""
+        return self._offset(field) != 0
+
+    def number(self, field: int, form: str) -> int:
+        """A number; 0 if the field is not there."""
+        offset = self._offset(field)
+        return int(struct.unpack_from(form, self._data, self._at + offset)[0]) if offset else 0
+
+    def _target(self, field: int) -> int:
+        offset = self._offset(field)
+        if not offset:
+            raise struct.error
+        at = self._at + offset
+        return at + int(struct.unpack_from("<I", self._data, at)[0])
+
+    def table(self, field: int) -> _Table:
+        """A table that a field refers to."""
+        return _Table(self._data, self._target(field))
+
+    def vector(self, field: int) -> tuple[int, int]:
+        """Where the elements of a vector begin, and how many there are."""
+        at = self._target(field)
+        return at + 4, int(struct.unpack_from("<I", self._data, at)[0])

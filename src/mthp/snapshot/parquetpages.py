@@ -1,0 +1,131 @@
+"""What the pages of a Parquet file inflate to, found out from their headers, before Arrow inflates them.
+
+The footer says how large each column chunk is, compressed and not, but only the header in front of each page is what
+Arrow allocates by: up to 2 GiB for every few kilobytes of file. So the headers are walked here. They are structures of
+Thrift's compact protocol (parquet.thrift, ``PageHeader``): field 2 is the size of the page when inflated, field 3 that
+in the file. Nothing else of them matters here, but all of it is passed over to find where the header ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO
+
+from mthp.errors import UsageError
+
+HEADER_BYTES = 1 << 16
+"""A header is some 50 bytes; statistics in it may hold two values of a text column."""
+
+MOST_PAGES = 1 << 16
+"""Pages of one column chunk. Writers make one for each megabyte."""
+
+_DEPTH = 8
+"""Structures in structures: a header has three."""
+
+
+def inflated_bytes(file: BinaryIO, chunk: Any) -> int:
+    """Return the bytes that the pages of a column chunk inflate to together, and at least those that its footer names.
+
+    Args:
+        file: the Parquet file.
+        chunk: pyarrow's metadata of the column chunk.
+
+    Raises:
+        UsageError: the headers do not fill the chunk as the footer says.
+    """
+    at = chunk.data_page_offset
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+        at = min(at, chunk.dictionary_page_offset)
+    end, total = at + chunk.total_compressed_size, 0
+    if at < 0 or chunk.total_compressed_size < 0:
+        raise _damaged()
+    for _ in range(MOST_PAGES):
+        if at >= end:
+            return max(total, int(chunk.total_uncompressed_size))
+        file.seek(at)
+        header = _Thrift(file.read(min(HEADER_BYTES, end - at)))
+        inflated, compressed = header.page_sizes()
+        if inflated < 0 or compressed < 0:
+            raise _damaged()
+        total += inflated
+        at += header.at + compressed
+    raise _damaged()
+
+
+def _damaged() -> UsageError:
+    return UsageError("damaged or cut short: the sizes of its pages contradict each other")
+
+
+class _Thrift:
+    """Reads one structure of Thrift's compact protocol."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.at = 0
+
+    def page_sizes(self) -> tuple[int, int]:
+        """Return the fields 2 and 3 of the structure, which are 32-bit integers, and go behind it."""
+        found = {2: -1, 3: -1}
+        try:
+            self._structure(found, 0)
+        except IndexError:
+            raise _damaged() from None
+        return found[2], found[3]
+
+    def _structure(self, wanted: dict[int, int], depth: int) -> None:
+        if depth > _DEPTH:
+            raise _damaged()
+        number = 0
+        while head := self._byte():
+            kind, delta = head & 15, head >> 4
+            number = number + delta if delta else self._integer()
+            if kind == 5 and number in wanted:
+                wanted[number] = self._integer()
+            else:
+                self._skip(kind, depth)
+
+    def _skip(self, kind: int, depth: int) -> None:
+        if kind in (1, 2):  # a truth value, which is in the kind
+            return
+        if kind == 3:
+            self._go(1)
+        elif kind in (4, 5, 6):
+            self._integer()
+        elif kind == 7:
+            self._go(8)
+        elif kind == 8:
+            self._go(self._unsigned())
+        elif kind in (9, 10):
+            head = self._byte()
+            size = head >> 4 if head >> 4 != 15 else self._unsigned()
+            for _ in range(size):
+                # Truth values of a list take a byte each.
+                self._skip(3 if head & 15 in (1, 2) else head & 15, depth + 1)
+                self._go(0)
+        elif kind == 12:
+            self._structure({}, depth + 1)
+        else:
+            raise _damaged()
+
+    def _byte(self) -> int:
+        self.at += 1
+        return self._data[self.at - 1]
+
+    def _go(self, size: int) -> None:
+        self.at += size
+        if self.at > len(self._data):
+            raise _damaged()
+
+    def _unsigned(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise _damaged()
+
+    def _integer(self) -> int:
+        value = self._unsigned()
+        return (value >> 1) ^ -(value & 1)
