@@ -18,6 +18,7 @@ Narrower than :data:`MIN_WIDTH` no table becomes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,9 @@ NAME_WIDTH = 24
 """The same for a column of names: the ends of a path that identify a library fit in it."""
 
 ELLIPSIS = "…"
+
+_WORD = re.compile(r"[0-9.,]+ [num]?s\b\S*|\S+")
+"""What is not broken: a word, and a number with its unit of time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +107,22 @@ class Table:
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Return the lines of `text` broken between words; a word is broken only where it is longer than a line."""
+    """Return the lines of `text` broken between words, each with the blanks that `text` begins with.
+
+    A word is broken only where it is longer than a line.
+    """
     if cell_len(text) <= width:
         return [text]
+    indent = " " * min(len(text) - len(text.lstrip(" ")), width // 2)
+    room = width - len(indent)
     lines = [""]
-    for word in text.split():
+    for word in _WORD.findall(text):
         joined = f"{lines[-1]} {word}" if lines[-1] else word
-        if cell_len(joined) <= width:
+        if cell_len(joined) <= room:
             lines[-1] = joined
             continue
-        pieces = chop_cells(word, width)
-        lines[len(lines) - (not lines[-1]) :] = pieces
-    return lines
+        lines[len(lines) - (not lines[-1]) :] = chop_cells(word, room)
+    return [indent + line for line in lines]
 
 
 def shortened(name: str, width: int) -> str:
@@ -226,7 +234,7 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 
 def _longest_word(text: str) -> int:
-    return max(map(cell_len, text.split()), default=0)
+    return max(map(cell_len, _WORD.findall(text)), default=0)
 
 
 def _line(text: str, style: str = "") -> Text:

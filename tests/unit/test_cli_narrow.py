@@ -1,0 +1,177 @@
+"""What every command prints on a narrow terminal: every figure that a pipe gets, whole, and no line too long."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+
+from fakes import FakeSpace, page_runs
+from golden.loader import HERE
+from mthp.addrspace import Pte, Vma
+from mthp.census import take_census
+from mthp.cli import main, status_command
+from mthp.cli.collapse_output import print_report
+from mthp.cli.demo_command import print_story
+from mthp.cli.doctor_command import print_examination
+from mthp.cli.output import console
+from mthp.collapsing import CollapseOptions, collapse_space
+from mthp.daemon.counters import Counters
+from mthp.demo.client import Deed, Verification, WorkloadStats
+from mthp.demo.story import Moment, Speed, Story
+from mthp.geometry import X86_64
+from mthp.linux.findings import Examination, Finding, State
+from mthp.planning import PlanOptions, plan_space
+
+WIDTHS = pytest.mark.parametrize("width", [40, 80, 120])
+EXAMPLE = str(resources.files("mthp.demo") / "example.parquet")
+MB2 = 2 << 20
+BASE = 1 << 40
+
+SCENARIO = """
+duration = "2s"
+[machine]
+memory = "64M"
+[[process]]
+workload = "service"
+name = "a-service-of-a-name-that-is-much-too-long-for-any-table"
+core = "4M"
+burst = "2M"
+every = "1s"
+count = 2
+"""
+
+Print = Callable[[], object]
+
+
+def check(print_it: Print, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print it for a pipe, and again for `width` columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    capsys.readouterr()
+    print_it()
+    wide = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_it()
+    narrow = capsys.readouterr().out
+    assert figures(wide), "it has figures to lose"
+    assert not figures(wide) - figures(narrow)
+    assert [line for line in narrow.splitlines() if cell_len(line) > width] == []
+
+
+def figures(text: str) -> Counter[str]:
+    """The words of `text` that have a digit, but for paths and long names, which may be shortened."""
+    return Counter(word for word in re.findall(r"\S*[0-9]\S*", text) if "/" not in word and len(word) < 40)
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with inputs of every command, which is the current one."""
+    (tmp_path / "scenario.toml").write_text(SCENARIO)
+    (tmp_path / "grid.toml").write_text('policies = ["rfc"]\n')
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "9.parquet").write_text("not a snapshot")
+    with gzip.open(HERE / "linux-7.2.13-ppc64-64k-anon.jsonl.gz", "rt", encoding="utf-8") as lines:
+        case = json.loads(next(lines))
+    case["after"] = [["none", sum(count for _, count in case["before"])]]
+    (tmp_path / "cases.jsonl").write_text(json.dumps(case))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@WIDTHS
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", EXAMPLE, "--all"],
+        ["plan", EXAMPLE, "--orders", "all", "--max-ptes-none", "64"],
+        ["collapse", EXAMPLE, "--dry-run"],
+        ["compare", EXAMPLE, "--max-ptes-none", "64,511", "--scans", "2"],
+        ["simulate", "scenario.toml", "--policies", "mainline,pmd-only"],
+        ["sweep", "in", "--grid", "grid.toml", "-o", "out.parquet", "--force"],
+        ["conformance", "replay", "cases.jsonl"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.usefixtures("directory")
+def test_commands_on_files(
+    arguments: list[str], width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    check(lambda: main(arguments), width, capsys, monkeypatch)
+
+
+def space() -> FakeSpace:
+    runs = [(512, Pte.PRESENT, 0), (64, Pte.PRESENT, 0), (448, 0, -1)]
+    return FakeSpace([(Vma(BASE, BASE + 2 * MB2, "rw-p", "[heap]"), *page_runs(*runs))], label="4711 (server)")
+
+
+@WIDTHS
+def test_collapse(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    report = collapse_space(space(), CollapseOptions(PlanOptions(max_ptes_none=0)))
+    check(lambda: print_report(console(), report, 0.99), width, capsys, monkeypatch)
+
+
+@WIDTHS
+def test_demo(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    census = take_census(space())
+    plans = [plan_space(space(), PlanOptions(policy=policy)) for policy in ("mainline", "pmd-only")]
+    speed = Speed(1234567.0, 1134567.0, 1334567.0)
+    moment = Moment(
+        census, WorkloadStats(1 << 30, 1 << 30, 900 << 20, 1 << 30, 77 << 20), speed, Verification(1, 2, 3, True)
+    )
+    deed = Deed("mthp", 512, {"SCAN_EXCEED_NONE_PTE": 77}, 1 << 30, 44 << 20, 1.25, 0.00025, 0.00035, 0.00045)
+    story = Story("4711 (server)", census, plans, moment, moment, deed, ["99 things could not be done"])
+    check(lambda: print_story(console(), story), width, capsys, monkeypatch)
+
+
+@WIDTHS
+def test_doctor(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = (
+        Finding("move_machine", "the mover, for folios below the PMD size", State.OK, "there is code for x86_64", ""),
+        Finding(
+            "khugepaged", "the kernel's", State.LIMITED, "640 s of rest in 64 passes of 4096 pages", "lower it to 10"
+        ),
+    )
+    examination = Examination("6.18.44", X86_64, has_thp=True, findings=findings)
+    check(lambda: print_examination(console(), examination), width, capsys, monkeypatch)
+
+
+@WIDTHS
+def test_status(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    counters = Counters().summary(X86_64)
+    target: dict[str, Any] = {
+        "pid": 4194303,
+        "comm": "redis-server",
+        "rule": "everything in the service slice",
+        "policy": "no-creep",
+        "left_out": None,
+        "working": False,
+        "next_look_in": 12.5,
+        "bloat_left": None,
+        "reasons": {"64 pages are shared with other processes": 3},
+    }
+    status = {
+        "pid": 4711,
+        "uptime": 86400.0,
+        "paused": False,
+        "busy": False,
+        "resting": False,
+        "cpu_seconds": 864.25,
+        "cpu_limit": 0.1,
+        "memory_bytes": 64 << 20,
+        "finds_processes_by": "netlink",
+        "orders_refused": ["64K"],
+        "left_out": {"kernel threads": 77},
+        "counters": counters,
+        "targets": [target | counters],
+    }
+    monkeypatch.setattr(status_command, "ask_daemon", lambda *_: status)
+    check(lambda: main(["status"]), width, capsys, monkeypatch)
