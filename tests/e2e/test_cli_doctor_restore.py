@@ -1,4 +1,4 @@
-"""``mthp doctor --restore`` as a person runs it after a crash."""
+"""``mthp doctor --restore`` as a person runs it after a crash of mthp and of its watcher, as of a whole cgroup."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import sys
 import pytest
 
 from e2e.helpers import mthp, mthp_json
-from mthp.linux.journal.files import LOCK_NAME
-from mthp.linux.journal.switches import default_root
+from mthp.linux.journal.files import LOCK_NAME, default_root
 from thp_switches import THP_ROOT, ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]
@@ -21,7 +20,7 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]
 CRASH = """
 import os, signal
 from mthp.linux.journal.switches import SwitchJournal
-with SwitchJournal().only(4):
+with SwitchJournal(watched=False).only(4):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 SIZE = f"hugepages-{os.sysconf('SC_PAGESIZE') >> 6}kB/enabled"

@@ -1,4 +1,4 @@
-"""``mthp collapse`` dies at a numbered step: the target is whole and gets on, and `doctor --restore` cleans up.
+"""``mthp collapse`` dies at a numbered step: the target is whole and continues, and switches are put back.
 
 While its thread makes system calls for the mover, and only then, the target may die with it (PTRACE_O_EXITKILL).
 """
@@ -19,7 +19,7 @@ from mover_targets import GEOMETRY, Writers
 from mthp.linux.mover.steps import Step
 from targets import PMD_ORDER
 from thp_switches import THP_ROOT, ThpSwitches, size_name
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
 
@@ -79,8 +79,8 @@ def test_killed_at_numbered_steps(tmp_path: Path) -> None:
             survives = target.survives()
             assert survives or step in MAY_DIE, f"the target died when mthp was killed {when} step {number}, {step}"
             fates["intact" if survives else "dead"] += 1
-            mthp_json("doctor", "--restore")
-            assert switches() == words
+            until(lambda: switches() == words, "the watcher to put switches back")
+            assert mthp_json("doctor", "--restore")["restored"] == []
             if survives:
                 # Whatever is left in it does not stand in the way of the next.
                 again = collapse(target.pid)

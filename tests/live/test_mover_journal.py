@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from journal_owners import watchers_of
 from mthp.errors import NotPermittedError
+from mthp.linux.journal.files import has_entries
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from targets import PMD_ORDER, PMD_SIZE, Puppet
-from thp_switches import THP_ROOT, ThpSwitches
-from waiting import wait_for
+from thp_switches import THP_ROOT, ThpSwitches, size_name
+from waiting import until, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("mthp", "root")]
 
@@ -35,8 +38,18 @@ while True:
 """
 
 
+ENDS = [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGKILL,), (signal.SIGSTOP, signal.SIGKILL)]
+KILLS = int(os.environ.get("MTHP_TEST_KILLS", "5"))
+"""How many there are of each kind."""
+
+
 def words() -> dict[str, str]:
     return {str(path): path.read_text() for path in sorted(THP_ROOT.glob("hugepages-*kB/enabled"))}
+
+
+def is_settled(root: Path, wanted: dict[str, str]) -> bool:
+    """Whether all switches are as `wanted`, the journal in `root` is empty, and no watcher is left."""
+    return words() == wanted and not has_entries(root) and not watchers_of(root)
 
 
 @pytest.fixture
@@ -63,31 +76,49 @@ def test_faults_bring_that_size(machine_words: dict[str, str], tmp_path: Path, o
     assert not (columns.state[1 << order :]).any()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_at_any_moment(machine_words: dict[str, str], tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("numbers", ENDS, ids=lambda numbers: "+".join(each.name for each in numbers))
+def test_a_signal_at_any_moment(
+    machine_words: dict[str, str], tmp_path: Path, numbers: tuple[signal.Signals, ...]
+) -> None:
     root = tmp_path / "mthp"
-    left = 0
-    for attempt in range(8):
+    slowest, left = 0.0, 0
+    for _ in range(KILLS):
         with subprocess.Popen(
-            [sys.executable, "-c", WINDOWS, str(root)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [sys.executable, "-c", WINDOWS, str(root)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            process_group=0,
         ) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
             assert wait_for(lambda: words() != machine_words), "no window begins"
-            time.sleep(0.0007 * attempt)
+            time.sleep(random.random() / 100)
+            for number in numbers:
+                os.killpg(child.pid, number)
             # The interpreter swallows a KeyboardInterrupt in a few of its places.
-            child.send_signal(number)
             while not wait_for(lambda child=child: child.poll() is not None, 10):  # type: ignore[misc]
-                child.send_signal(number)
+                os.killpg(child.pid, numbers[-1])
+        begin = time.perf_counter()
         left += words() != machine_words
-        restored = SwitchJournal(root).restore_after_crash()
-        assert words() == machine_words
-        assert all(each.put_back for each in restored)
-    if number == signal.SIGINT:
-        assert left == 0
-    else:
-        # Otherwise nothing was tried: nearly all of the time it is in a window.
-        assert left
+        until(lambda: is_settled(root, machine_words), lambda: f"{machine_words}: {words()}")
+        slowest = max(slowest, time.perf_counter() - begin)
+    print(f"{KILLS} times {numbers}: {left} left switches changed, put back after {slowest:.3f} s at most")
+
+
+def test_what_an_administrator_has_set_meanwhile_stays(
+    machine_words: dict[str, str], thp_switches: ThpSwitches, tmp_path: Path
+) -> None:
+    root = tmp_path / "mthp"
+    program = WINDOWS.replace("pass", "sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", program, str(root)], stdin=subprocess.PIPE) as child:
+        # The inner window turns the order of the outer one off again.
+        inner = f"hugepages-{size_name(5)}/enabled"
+        until(lambda: "[always]" in (THP_ROOT / inner).read_text(), "the inner window")
+        thp_switches.set(inner, "madvise")
+        wanted = machine_words | {str(THP_ROOT / inner): (THP_ROOT / inner).read_text()}
+        child.kill()
+    until(lambda: is_settled(root, wanted), lambda: f"{wanted}: {words()}")
 
 
 def test_two_processes_at_once(machine_words: dict[str, str], tmp_path: Path) -> None:

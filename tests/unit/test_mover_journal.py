@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
-from mthp.linux.journal.switches import Restored, SwitchJournal, default_root
+from mthp.linux.journal.files import default_root
+from mthp.linux.journal.putback import Restored
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.interruptions import interruptions_held_back
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
@@ -67,7 +69,7 @@ class KernelLike(SwitchJournal):
     """A journal whose writes the machine's switches answer as the kernel's do; it can be made to die at a write."""
 
     def __init__(self, machine: Machine, **options: float) -> None:
-        super().__init__(machine.journal_root, ThpSysfs(machine.root), **options)
+        super().__init__(machine.journal_root, ThpSysfs(machine.root), watched=False, **options)
         self.machine = machine
         self.die_at: int | None = None
         self.writes: list[tuple[str, str]] = []

@@ -122,8 +122,8 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan) ->
     if options.mechanism == "khugepaged":
         click.echo(
             "driving the kernel's khugepaged: the planned sizes are on for the whole system while it works, and it may"
-            " collapse memory of other processes too. All switches are put back at the end; if mthp is killed, `mthp"
-            " doctor --restore` does it",
+            " collapse memory of other processes too. All switches are put back at the end, and if mthp is"
+            " killed",
             err=True,
         )
         return
@@ -133,9 +133,8 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan) ->
         f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
         f" threads are stopped, for about {pause} at a time and {percent(options.duty)} of the time at most; one of"
         " them runs a small piece of code that is injected, which moves pages away (UFFDIO_MOVE) and copies them back;",
-        "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. All is"
-        " taken back at the end; if mthp is killed, the process goes on with its memory whole, and `mthp doctor"
-        " --restore` puts the switch back",
+        "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. It is"
+        " put back at the end, and if mthp is killed; then the process goes on with its memory whole",
     ):
         say(out, line)
 

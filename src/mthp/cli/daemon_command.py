@@ -65,7 +65,7 @@ def command(run_dir: Path | None, **options: Any) -> int:
         click.echo(f"{len(configuration.rules.rules)} rules, nothing wrong with them")
         return 0
     from mthp.daemon.service import Daemon, Options
-    from mthp.linux.journal.switches import default_root
+    from mthp.linux.journal.files import default_root
 
     Daemon(
         Options(

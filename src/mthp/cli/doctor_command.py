@@ -13,11 +13,14 @@ from mthp.cli.output import console, print_json, say
 from mthp.cli.render.tables import Table
 from mthp.linux.doctor import examine
 from mthp.linux.findings import Examination
-from mthp.linux.journal.switches import Restored, SwitchJournal
+from mthp.linux.journal.putback import Restored
+from mthp.linux.journal.switches import SwitchJournal
 
 
 @click.command("doctor")
-@click.option("--restore", is_flag=True, help="Put back the switches that a run of mthp which was killed has left.")
+@click.option(
+    "--restore", is_flag=True, help="Put back the switches that mthp left when it was killed with its watcher."
+)
 @json_option
 def command(restore: bool, as_json: bool) -> int:
     """Say what this kernel and these rights allow, and how to get the rest.
@@ -25,8 +28,8 @@ def command(restore: bool, as_json: bool) -> int:
     Everything is tried out, and nothing is changed. It exits with 0 whatever it finds, but with 3 where the kernel has
     no THP at all.
 
-    With --restore it puts back what a run that was killed could not, and nothing else. Switches that somebody else has
-    changed since are left alone.
+    With --restore it puts back what a run left that was killed with its watcher, and nothing else. Switches that were
+    changed since by another program are left alone.
     """
     if restore:
         restored = SwitchJournal().restore_after_crash()
@@ -83,11 +86,7 @@ def print_restored(out: Console, restored: list[Restored]) -> None:
     if not restored:
         say(out, "there is nothing to put back")
     for switch in restored:
-        if switch.put_back:
-            say(out, f"put back: {switch.switch} from {switch.found} to {switch.was}")
-        else:
-            now = f"is {switch.found} now" if switch.found else "is gone"
-            say(out, f"left alone: {switch.switch} was {switch.was}, and {now}: somebody else changed it since")
+        say(out, str(switch))
 
 
 def restored_json(restored: list[Restored]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ run_dir_option = click.option(
 def ask_daemon(command: str, run_dir: Path | None) -> dict[str, Any]:
     """Ask the daemon whose socket is in `run_dir`."""
     from mthp.daemon.control import NAME, ask
-    from mthp.linux.journal.switches import default_root
+    from mthp.linux.journal.files import default_root
 
     return ask((run_dir or default_root()) / NAME, command)
 

@@ -34,8 +34,8 @@ from mthp.daemon.pressure import FreeFolios, MemoryPressure, memory_used, raise_
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
-from mthp.linux.journal.files import LOCK_NAME
-from mthp.linux.journal.switches import SwitchJournal, default_root
+from mthp.linux.journal.files import LOCK_NAME, default_root
+from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
 from mthp.linux.sysfs import ThpSysfs

@@ -1,1 +1,17 @@
-"""The undo log of everything that mthp changes on a machine (:mod:`~mthp.linux.journal.switches`)."""
+"""The undo log of everything that mthp changes on a machine, and the process that carries it out when mthp dies.
+
+:mod:`~mthp.linux.journal.switches` sets switches for a *window* and puts them back. What it is about to change stands
+in :mod:`~mthp.linux.journal.files` first. :mod:`~mthp.linux.journal.putback` undoes what stands there. A window ends
+without its owner in three ways:
+
+1. *The owner dies* (SIGKILL, the OOM killer). A watcher process, which :mod:`~mthp.linux.journal.guard` starts before
+   the first change, sees the end of the owner's pidfd and puts everything back within milliseconds
+   (:mod:`~mthp.linux.journal.watcher`).
+2. *The owner is stopped* (SIGSTOP, a debugger). It holds the lock for as long, so the watcher puts its switches back
+   without the lock. The owner finds them so when it continues: the orders of folios are verified after every batch.
+3. *The watcher dies, too* (cgroup.kill, the end of a container). The next mthp that starts, or ``mthp doctor
+   --restore``, finds the entries and puts everything back.
+
+The modules that the watcher imports use the standard library alone, because the watcher must start quickly and stay
+small: some 30 ms of processor time and 10 MB.
+"""

@@ -1,6 +1,9 @@
 """The file of the journal of switches, and its lock: what is written in it, and how it is kept from others.
 
 What it is for stands in :mod:`mthp.linux.journal.switches`.
+
+A lock of flock(2) belongs to the open file, which a child of fork(2) shares, and would hold after the death of its
+parent. So a child made by Python closes these files at once.
 """
 
 from __future__ import annotations
@@ -14,19 +17,55 @@ import os
 import re
 import stat
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mthp.errors import MthpError, NotPermittedError
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.tunables import SIZE_WORDS
 
 LOCK_NAME = "switches.lock"
+JOURNAL_NAME = "switches.journal"
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LOCK_PAUSE = 0.001
-_JOURNAL = "switches.journal"
 _SWITCH = re.compile(r"hugepages-\d+kB/enabled")
 _NUMBER = re.compile(r"khugepaged/(pages_to_scan|scan_sleep_millisecs|max_ptes_none)")
+
+
+def default_root() -> Path:
+    """Return the directory of the journal: ``/run/mthp`` for root, else one in the user's runtime directory.
+
+    The environment variable MTHP_RUN_DIR names another directory. Windows of two directories do not wait for each
+    other, so it is for tests, which hold the usual one themselves, and for machines without either.
+
+    Raises:
+        UnsupportedError: there is no runtime directory.
+    """
+    if chosen := os.environ.get("MTHP_RUN_DIR"):
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/run/mthp")
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
+    if not runtime.is_dir():
+        raise UnsupportedError(
+            f"there is no runtime directory {runtime}", help="log in with a session manager, or set XDG_RUNTIME_DIR"
+        )
+    return runtime / "mthp"
+
+
+def has_entries(root: Path) -> bool:
+    """Return whether a window is open, or a run died in one. It costs one stat(2)."""
+    try:
+        return (root / JOURNAL_NAME).stat().st_size > 0
+    except OSError:
+        return False
+
+
+def boot_id() -> str:
+    """Return the ID of this boot of the machine."""
+    return _BOOT_ID.read_text().strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +77,22 @@ class Change:
         was: the word that was there.
         ours: the word that was put there.
         boot: ID of the boot that it happened in.
+        owner: the process whose window it is, as :func:`owner_of` writes it, and behind another colon the number of
+            the window in that process; ``""`` in entries of earlier versions.
     """
 
     switch: str
     was: str
     ours: str
     boot: str
+    owner: str = ""
 
     @classmethod
     def parse(cls, line: bytes) -> Change | None:
         """Read a line of the journal; None if it is not one."""
         try:
             data = json.loads(line)
-            change = cls(data["switch"], data["was"], data["ours"], data["boot"])
+            change = cls(data["switch"], data["was"], data["ours"], data["boot"], str(data.get("owner", "")))
             words = (change.was, change.ours)
             if _SWITCH.fullmatch(change.switch):
                 return change if all(word in SIZE_WORDS for word in words) else None
@@ -58,6 +100,21 @@ class Change:
             return change if numbers else None
         except (ValueError, TypeError, KeyError):
             return None
+
+
+def owner_of(pid: int) -> str:
+    """Return what tells the process `pid` from all others of this boot: its PID and its start in clock ticks."""
+    # The name in parentheses may contain anything; the start is the 20th field behind it (proc_pid_stat(5)).
+    return f"{pid}:{stat_of(pid).split()[19]}"
+
+
+def stat_of(pid: int) -> str:
+    """Return the fields of /proc/PID/stat that follow the name, which begin with the state.
+
+    Raises:
+        OSError: there is no such process, or no /proc.
+    """
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
 
 
 class JournalFiles:
@@ -70,6 +127,7 @@ class JournalFiles:
     def __init__(self, root: Path, *, create: bool) -> None:
         self._root = root
         self._fds: list[int] = []
+        _open_files.add(self)
         try:
             if create:
                 with contextlib.suppress(FileExistsError):
@@ -77,7 +135,7 @@ class JournalFiles:
             self._directory = self._keep(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
             self._check(self._directory)
             self._lock = self._keep(self._open(LOCK_NAME))
-            self._journal = self._keep(self._open(_JOURNAL))
+            self._journal = self._keep(self._open(JOURNAL_NAME))
         except OSError as error:
             self.close()
             raise NotPermittedError(
@@ -114,17 +172,30 @@ class JournalFiles:
             MthpError: one still is after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise MthpError(
-                        f"another process has held {self._root / LOCK_NAME} for {timeout:g} s",
-                        help=f"another mthp is at work; fuser(1) tells which: fuser {self._root / LOCK_NAME}",
-                    ) from None
-                time.sleep(_LOCK_PAUSE)
+        while not self.try_lock():
+            if time.monotonic() >= deadline:
+                raise MthpError(
+                    f"another process has held {self._root / LOCK_NAME} for {timeout:g} s",
+                    help=f"another mthp is at work; fuser(1) tells which: fuser {self._root / LOCK_NAME}",
+                )
+            time.sleep(_LOCK_PAUSE)
+
+    def try_lock(self) -> bool:
+        """Take the lock if no process has it, and return whether this one has it now."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Release the lock."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are no entries. It costs one fstat(2)."""
+        return os.fstat(self._journal).st_size == 0
 
     def read(self) -> list[Change]:
         """The entries that are whole, in the order in which they were written."""
@@ -149,3 +220,14 @@ class JournalFiles:
         """Close all, and so let go of the lock. Closing twice does nothing."""
         while self._fds:
             os.close(self._fds.pop())
+
+
+_open_files: weakref.WeakSet[JournalFiles] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for files in list(_open_files):
+        files.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

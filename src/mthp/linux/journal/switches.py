@@ -1,4 +1,4 @@
-"""Per-size switches, set for a moment and put back: by us, or after a crash by whoever comes next.
+"""Per-size switches, set for a moment and put back: by us, or after our death by the watcher.
 
 Which folio a page fault brings is decided by switches of the whole system, ``hugepages-<size>kB/enabled``. To get
 folios of just one order the mover turns that size on and others off, for a *window* of milliseconds. Nothing that it
@@ -6,12 +6,13 @@ changes may outlive it, so the order of things is that of a database's undo log:
 
 1. Take a lock (flock(2)), so that two windows do not mistake each other's words for the original ones.
 2. If there are entries in the journal, their writer died in its window: the lock is free. Put back what it left.
-3. Write down, for each switch, the word that is there and the word that is to come. fsync(2). Then write the switch.
-4. Afterwards put back, last change first, then empty the journal.
+3. Have a watcher process (:mod:`mthp.linux.journal.guard`), which does step 2 as soon as this process dies.
+4. Write down, for each switch, the word that is there and the word that is to come. fsync(2). Then write the switch.
+5. Afterwards put back, last change first, then empty the journal.
 
-Whoever dies after 3 leaves entries behind, and those tell exactly what to do: a switch that still has our word gets
-the old one back; one that has another word was changed by somebody else meanwhile, who is not overruled; one that was
-never reached has the old word. Doing it twice does no harm. An entry is one line of JSON. A line that is cut short or
+A process that dies after 4 leaves entries behind, and those tell exactly what to do: a switch that still has our word
+gets the old one back; one that has another word was changed by another program meanwhile, and stays; one that was never
+reached has the old word. Doing it twice does no harm. An entry is one line of JSON. A line that is cut short or
 cannot be understood was not written out before its switch was touched, or is not ours, and is passed over; and since
 only names of switches and words of switches are understood, a forged journal could do no more than choose among these.
 After a reboot the switches are new and entries of an earlier boot mean nothing, so they carry the boot's ID.
@@ -20,7 +21,7 @@ The directory is made with mode 0700, and must be a directory of ours in which n
 opened relative to the open directory and never through symbolic links.
 
 A signal that raises an exception in Python (Ctrl-C) waits until switches are set or put back, and Ctrl-Z until the
-window is over. A signal that kills leaves the journal.
+window is over. A signal that kills leaves the journal to the watcher.
 
 Windows may nest in one thread; other threads and other processes wait for their turn.
 """
@@ -29,17 +30,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
+import itertools
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
-from mthp.linux.journal.files import Change, JournalFiles
+from mthp.errors import NotPermittedError, UnsupportedError, UsageError
+from mthp.linux.journal.files import Change, JournalFiles, boot_id, default_root, owner_of
+from mthp.linux.journal.guard import Guard, guard_of
+from mthp.linux.journal.putback import Restored, put_back, read_word, settle, write_word
 from mthp.linux.mover.interruptions import interruptions_held_back, suspension_held_back
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
@@ -47,46 +48,8 @@ from mthp.tunables import SIZE_WORDS
 LOCK_TIMEOUT = 5.0
 """Seconds to wait for the windows of others, each of which takes milliseconds."""
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_CHOSEN = re.compile(r"\[(\w+)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What became of one switch that a run which crashed had changed.
-
-    Attributes:
-        switch: path below the THP directory.
-        found: the word that was there now, or ``""`` if the switch is gone.
-        was: the word from before that run's change.
-        put_back: whether it was put back; if not, somebody else has changed it since, and it is left alone.
-    """
-
-    switch: str
-    found: str
-    was: str
-    put_back: bool
-
-
-def default_root() -> Path:
-    """Where the journal is: ``/run/mthp`` for root, else in the user's runtime directory.
-
-    The environment variable MTHP_RUN_DIR names another directory. Windows of two directories do not wait for each
-    other, so it is for tests, which hold the usual one themselves, and for machines without either.
-
-    Raises:
-        UnsupportedError: there is no runtime directory.
-    """
-    if chosen := os.environ.get("MTHP_RUN_DIR"):
-        return Path(chosen)
-    if os.geteuid() == 0:
-        return Path("/run/mthp")
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
-    if not runtime.is_dir():
-        raise UnsupportedError(
-            f"there is no runtime directory {runtime}", help="log in with a session manager, or set XDG_RUNTIME_DIR"
-        )
-    return runtime / "mthp"
+_numbers = itertools.count()
+"""Tell windows of this process apart."""
 
 
 class SwitchJournal:
@@ -96,14 +59,23 @@ class SwitchJournal:
         root: directory of the journal; :func:`default_root` if not given.
         sysfs: the THP directory; the system's if not given.
         lock_timeout: seconds to wait for the windows of other processes.
+        watched: whether a watcher process puts everything back if this one dies.
     """
 
     def __init__(
-        self, root: Path | None = None, sysfs: ThpSysfs | None = None, *, lock_timeout: float = LOCK_TIMEOUT
+        self,
+        root: Path | None = None,
+        sysfs: ThpSysfs | None = None,
+        *,
+        lock_timeout: float = LOCK_TIMEOUT,
+        watched: bool = True,
     ) -> None:
         self._root = root
         self._sysfs = sysfs or ThpSysfs()
         self._lock_timeout = lock_timeout
+        self._watched = watched
+        self._guard: Guard | None = None
+        self._watched = watched
         self._turn = threading.RLock()
         self._changes: list[Change] = []
         self._files: JournalFiles | None = None
@@ -223,8 +195,7 @@ class SwitchJournal:
         files = JournalFiles(self._root or default_root(), create=create)
         try:
             files.lock(self._lock_timeout)
-            restored = self._put_back(files.read())
-            files.write(())
+            restored = settle(files, self._sysfs.root, write=self._write)
         except BaseException:
             files.close()
             raise
@@ -232,6 +203,8 @@ class SwitchJournal:
         return restored
 
     def _close(self) -> None:
+        if self._guard is not None:
+            self._guard.reap()
         if self._files is not None:
             self._files.close()
         self._files = None
@@ -250,7 +223,7 @@ class SwitchJournal:
                 f"this kernel has no switch for folios of order {order}", help="Linux 6.8 or later has one for each"
             )
         top_is_off = "[never]" in (self._sysfs.text("enabled") or "")
-        boot = _boot_id()
+        boot = boot_id()
         off, on = [], []
         for other, (switch, was) in words.items():
             if other != order and must_be_off is not None and other not in must_be_off:
@@ -265,7 +238,7 @@ class SwitchJournal:
 
     def _differing(self, wanted: Mapping[str, str]) -> list[Change]:
         """The changes that make everything as `wanted`."""
-        boot = _boot_id()
+        boot = boot_id()
         changes = []
         for switch, word in wanted.items():
             was = self._word(switch)
@@ -281,7 +254,13 @@ class SwitchJournal:
     def _set(self, changes: Sequence[Change]) -> None:
         """Write `changes` down, then make them."""
         assert self._files is not None
-        self._changes += changes
+        if not changes:
+            return
+        if self._watched:
+            self._guard = guard_of(self._root or default_root(), self._sysfs.root)
+            self._guard.ensure()
+        owner = f"{owner_of(os.getpid())}:{next(_numbers)}"
+        self._changes += [dataclasses.replace(change, owner=owner) for change in changes]
         self._files.write(self._changes)
         for change in changes:
             self._write(change.switch, change.ours)
@@ -289,55 +268,12 @@ class SwitchJournal:
     def _put_back_to(self, depth: int) -> None:
         """Undo all changes but the first `depth`, which belong to outer windows."""
         assert self._files is not None
-        self._put_back(self._changes[depth:])
+        put_back(self._sysfs.root, self._changes[depth:], self._write)
         del self._changes[depth:]
         self._files.write(self._changes)
 
-    def _put_back(self, changes: Sequence[Change]) -> list[Restored]:
-        """Undo `changes`, last first, where the switch still has our word.
-
-        Raises:
-            NotPermittedError, MthpError: one could not be undone; all others were.
-        """
-        boot = _boot_id()
-        restored = []
-        failed: MthpError | None = None
-        for change in reversed(changes):
-            found = self._word(change.switch)
-            if change.boot != boot or found == change.was:
-                continue
-            if found == change.ours:
-                try:
-                    self._write(change.switch, change.was)
-                except MthpError as error:
-                    # The others are put back all the same; this one stays in the journal.
-                    failed = error
-            restored.append(Restored(change.switch, found or "", change.was, found == change.ours))
-        if failed is not None:
-            raise failed
-        return restored
-
     def _word(self, switch: str) -> str | None:
-        """The word or number chosen now; None if there is no such switch."""
-        text = self._sysfs.text(switch) or ""
-        chosen = _CHOSEN.search(text)
-        return chosen[1] if chosen else text if text.isdecimal() else None
+        return read_word(self._sysfs.root, switch)
 
     def _write(self, switch: str, word: str) -> None:
-        path = self._sysfs.root / switch
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
-            try:
-                os.write(fd, word.encode())
-            finally:
-                os.close(fd)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise NotPermittedError(
-                    f"{path} may not be written: {error.strerror}", help="run as root, with /sys mounted read-write"
-                ) from error
-            raise MthpError(f"{path}: {error.strerror}") from error
-
-
-def _boot_id() -> str:
-    return _BOOT_ID.read_text().strip()
+        write_word(self._sysfs.root, switch, word)

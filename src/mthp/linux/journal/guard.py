@@ -1,0 +1,174 @@
+"""Starts the watcher of this process (:mod:`mthp.linux.journal.watcher`), and knows whether there is one.
+
+The watcher is spawned rather than forked: a fork of a process with threads may hold their locks for ever, and one of a
+large process costs its page tables. Nothing has to wait until the watcher is ready, because once the program has been
+replaced (posix_spawn(3) returns after that), the death of this process cannot prevent it from starting. It makes itself
+a child of init: a program that uses this library may wait for any child of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mthp.errors import MthpError, UnsupportedError
+from mthp.linux.journal import watcher
+from mthp.linux.journal.files import owner_of
+
+READY_SECONDS = 10.0
+"""How long a second watcher is waited for if the first ended before it was ready."""
+
+REAP_SECONDS = 0.5
+"""How long the parent of the watcher is waited for. It ends after some 10 ms, when its interpreter has started."""
+
+_PROGRAM = """\
+import os, sys
+if os.fork():
+    os._exit(0)
+sys.path.append(sys.argv[1])
+from mthp.linux.journal.watcher import main
+main(*sys.argv[2:])
+"""
+
+
+class Guard:
+    """The watcher of this process for one journal. The caller of each method holds the journal's lock.
+
+    Args:
+        root: directory of the journal.
+        sysfs: the THP directory.
+    """
+
+    def __init__(self, root: Path, sysfs: Path) -> None:
+        self._root, self._sysfs = root, sysfs
+        self._owner = 0
+        """PID of the process that started the watcher. A child of fork(2) needs one of its own."""
+        self._parent = self._status = -1
+        self._watcher = b""
+        """What the watcher wrote when it was ready: its PID."""
+
+    def ensure(self) -> None:
+        """Start a watcher if there is none.
+
+        Raises:
+            UnsupportedError: there is no interpreter to run it with.
+            MthpError: it cannot be started.
+        """
+        first = self._owner != os.getpid()
+        if not first and self._alive():
+            return
+        failed = not first and not self._watcher
+        if self._status >= 0:
+            os.close(self._status)
+            self._status = -1
+        self.reap()
+        if not first:
+            _reap_adopted(self._watcher)
+        self._start()
+        if failed and not (select.select([self._status], [], [], READY_SECONDS)[0] and self._alive()):
+            raise MthpError(
+                "the watcher process ends as soon as it is started",
+                help=f"find out why: {_interpreter()} -I -S -c 'import json, pathlib, select'",
+            )
+
+    def _alive(self) -> bool:
+        """Whether the other end of the pipe is open."""
+        while True:
+            try:
+                read = os.read(self._status, 16)
+            except BlockingIOError:
+                return True
+            if not read:
+                return False
+            self._watcher = read
+
+    def _start(self) -> None:
+        python = _interpreter()
+        pid = os.getpid()
+        package = Path(__file__).parents[3]
+        arguments = [package, self._root, self._sysfs, pid, owner_of(pid)]
+        # What the dynamic linker finds the interpreter's libraries by is all that it needs.
+        environment = {name: value for name, value in os.environ.items() if name.startswith("LD_")}
+        with contextlib.ExitStack() as stack:
+            owner = _opened(stack, os.pidfd_open(pid))
+            ours, theirs = (_opened(stack, fd) for fd in os.pipe())
+            actions = [
+                (os.POSIX_SPAWN_DUP2, owner, watcher.OWNER),
+                (os.POSIX_SPAWN_DUP2, theirs, watcher.STATUS),
+                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
+            ]
+            self._parent = os.posix_spawn(
+                python,
+                [python, "-I", "-S", "-c", _PROGRAM, *map(str, arguments)],
+                environment,
+                file_actions=actions,
+                setsid=True,
+                # Blocked signals stay blocked in the new program, from its first instruction to its last.
+                setsigmask=signal.valid_signals(),
+            )
+            self._status = os.dup(ours)
+        os.set_blocking(self._status, False)
+        self._owner, self._watcher = pid, b""
+
+    def reap(self) -> None:
+        """Leave no zombie of the process that made the watcher."""
+        begin = time.monotonic()
+        while self._parent >= 0 and self._owner == os.getpid() and time.monotonic() - begin < REAP_SECONDS:
+            try:
+                done, _ = os.waitpid(self._parent, os.WNOHANG)
+            except ChildProcessError:
+                # The program ignores SIGCHLD, or waits for any child.
+                done = self._parent
+            if done:
+                self._parent = -1
+            else:
+                time.sleep(0.001)
+
+
+_guards: dict[tuple[Path, Path], Guard] = {}
+
+
+def guard_of(root: Path, sysfs: Path) -> Guard:
+    """Return this process's guard of the journal in `root`: one for all who change its switches."""
+    key = (root.absolute(), sysfs.absolute())
+    return _guards.setdefault(key, Guard(*key))
+
+
+def _reap_adopted(pid: bytes) -> None:
+    """Leave no zombie of a watcher that ended, where this process adopts orphans: as PID 1 of a container, say."""
+    with contextlib.suppress(OSError):
+        # Where it is not a zombie of ours, its PID may be that of another child by now.
+        if Path(f"/proc/{pid.decode()}/comm").read_text() == f"{watcher.NAME}\n":
+            os.waitpid(int(pid), os.WNOHANG)
+
+
+def _opened(stack: contextlib.ExitStack, fd: int) -> int:
+    """Return a duplicate of `fd` above the standard ones, which the watcher's replace, closed with `stack`."""
+    try:
+        higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+    stack.callback(os.close, higher)
+    return higher
+
+
+def _interpreter() -> str:
+    """Return the path of a Python like this one. A program that embeds Python is its own `sys.executable`.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for path in (sys.executable, f"{sys.base_exec_prefix}/bin/{name}"):
+        if path and Path(path).name.startswith("python") and os.access(path, os.X_OK):
+            return path
+    raise UnsupportedError(
+        f"there is no Python interpreter {path}, which would put switches back if this process died",
+        help=f"install {name}",
+    )

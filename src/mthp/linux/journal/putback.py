@@ -1,0 +1,150 @@
+"""Reads and writes switches, and undoes the changes of a journal."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mthp.errors import MthpError, NotPermittedError
+from mthp.linux.journal.files import Change, JournalFiles, boot_id
+
+_CHOSEN = re.compile(r"\[(\w+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of one switch that a run which crashed had changed.
+
+    Attributes:
+        switch: path below the THP directory.
+        found: the word that was there now, or ``""`` if the switch is gone.
+        was: the word from before that run's change.
+        put_back: whether it was put back; if not, another program has changed it since, and it is left alone.
+    """
+
+    switch: str
+    found: str
+    was: str
+    put_back: bool
+
+    def __str__(self) -> str:
+        if self.put_back:
+            return f"put back: {self.switch} from {self.found} to {self.was}"
+        now = f"is {self.found} now" if self.found else "is gone"
+        return f"left alone: {self.switch} was {self.was}, and {now}: it was changed since"
+
+
+def read_word(sysfs: Path, switch: str) -> str | None:
+    """Return the word or number that is chosen now; None if there is no such switch.
+
+    Args:
+        sysfs: the THP directory.
+        switch: path below it.
+    """
+    try:
+        text = (sysfs / switch).read_text().rstrip("\n")
+    except OSError:
+        return None
+    chosen = _CHOSEN.search(text)
+    return chosen[1] if chosen else text if text.isdecimal() else None
+
+
+def write_word(sysfs: Path, switch: str, word: str) -> None:
+    """Choose `word`.
+
+    Raises:
+        NotPermittedError: these rights do not suffice.
+        MthpError: the kernel refuses it.
+    """
+    path = sysfs / switch
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+        try:
+            os.write(fd, word.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise NotPermittedError(
+                f"{path} may not be written: {error.strerror}", help="run as root, with /sys mounted read-write"
+            ) from error
+        raise MthpError(f"{path}: {error.strerror}") from error
+
+
+Write = Callable[[str, str], None]
+"""Writes a word (second) to a switch (first)."""
+
+
+def put_back(sysfs: Path, changes: Sequence[Change], write: Write | None = None) -> list[Restored]:
+    """Undo `changes`, last first, where the switch still has our word.
+
+    Args:
+        sysfs: the THP directory.
+        changes: of one journal, in its order.
+        write: in place of :func:`write_word`.
+
+    Raises:
+        NotPermittedError, MthpError: one could not be undone; all others were.
+    """
+    boot = boot_id()
+    restored = []
+    failed: MthpError | None = None
+    for change in reversed(changes):
+        found = read_word(sysfs, change.switch)
+        if change.boot != boot or found == change.was:
+            continue
+        if found == change.ours:
+            try:
+                write(change.switch, change.was) if write else write_word(sysfs, change.switch, change.was)
+            except MthpError as error:
+                # The others are put back all the same; this one stays in the journal.
+                failed = error
+        restored.append(Restored(change.switch, found or "", change.was, found == change.ours))
+    if failed is not None:
+        raise failed
+    return restored
+
+
+def settle(
+    files: JournalFiles, sysfs: Path, *, but: Collection[Change] = (), write: Write | None = None
+) -> list[Restored]:
+    """Put back what stands in the journal, and empty it. The caller holds the lock, so the writers are dead.
+
+    Args:
+        files: the journal.
+        sysfs: the THP directory.
+        but: entries that were put back before; what has the same word now was set since.
+        write: as for :func:`put_back`.
+
+    Raises:
+        NotPermittedError, MthpError: as :func:`put_back`; the journal is as it was.
+    """
+    restored = put_back(sysfs, [change for change in files.read() if change not in but], write)
+    files.write(())
+    return restored
+
+
+def restore(root: Path, sysfs: Path, timeout: float) -> list[Restored]:
+    """Put back what runs that died left in the journal of the directory `root`, and return what was found.
+
+    Args:
+        root: directory of the journal; it need not exist.
+        sysfs: the THP directory.
+        timeout: seconds to wait for windows that are open.
+
+    Raises:
+        NotPermittedError: these rights do not suffice, or the directory is not ours.
+        MthpError: another process did not finish its window in time.
+    """
+    if not root.exists():
+        return []
+    files = JournalFiles(root, create=False)
+    try:
+        files.lock(timeout)
+        return settle(files, sysfs)
+    finally:
+        files.close()
