@@ -4,7 +4,24 @@ from __future__ import annotations
 
 import unicodedata
 
+ELLIPSIS = "…"
+"""Stands for what a shortened name has lost."""
+
 
 def clean(text: str) -> str:
     """`text` without control characters, for names that a process chose itself."""
     return "".join(char if unicodedata.category(char)[0] != "C" else "�" for char in text)
+
+
+def shortened(name: str, width: int) -> str:
+    """Return `name` in at most `width` columns: its end, which says more than its beginning, keeps two thirds."""
+    # Errors import this module, and need nothing of rich.
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(name) <= width:
+        return name
+    tail = 2 * (width - 1) // 3
+    # A double-width character that does not fit is replaced by a blank: cut it off on both sides.
+    front = set_cell_size(name, width - 1 - tail).rstrip()
+    back = set_cell_size(name[::-1], tail).rstrip()[::-1]
+    return front + ELLIPSIS + back

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from mthp.cli.render.tables import ELLIPSIS, Table
+from mthp.cli.render.tables import Table
+from mthp.text import ELLIPSIS
 
 FIGURES = st.one_of(
     st.from_regex(r"[1-9][0-9]{0,9}(\.[0-9])?[KMGT%]?", fullmatch=True),

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from rich.style import Style
 from rich.text import Text
 from textual import work
 from textual.app import App, ComposeResult
@@ -26,36 +25,17 @@ from mthp.geometry import Geometry, format_size
 from mthp.planning import PlanOptions
 from mthp.text import clean
 from mthp.top.carrying import Carrying
+from mthp.top.columns import COLUMNS, PADDING, column_heads, column_widths, row_cells
 from mthp.top.mapped import Mapped
-from mthp.top.model import SORTS, UNKNOWN, Row, arranged, bar, totals
+from mthp.top.model import SORTS, Row, arranged, totals
 from mthp.top.screens import Notice, Question, Running, keys_text, plan_text, question_text
 from mthp.top.survey import Source
-
-BAR = 24
-"""Width of a bar, in characters."""
 
 MAX_ROWS = 1000
 """Rows in the table at most: nobody scrolls through more, and a filter finds the others."""
 
 INTERVAL = 0.5
 """Seconds between two drawings."""
-
-SHADES = {
-    True: ("#6b6880", "#5561b0", "#3f7fa8", "#27ad81", "#7fd34e", "#fde725"),
-    False: ("#a39c88", "#7f9a3a", "#3f9a63", "#1f7f86", "#2f6897", "#2b3f86"),
-}
-"""Colours of orders from base pages to the PMD order, by whether the theme is dark."""
-
-COLUMNS = (
-    ("id", "pid", 8),
-    ("name", "name", 26),
-    ("resident", "resident", 9),
-    ("huge", "huge", 7),
-    ("gain", "could gain", 10),
-    ("bloat", "adds", 8),
-    ("", "folio sizes", BAR),
-)
-"""What it is sorted by, the head, and the width of each column."""
 
 Opened = Callable[[int], AddressSpace]
 Asked = Callable[[], Mapping[str, Any] | None]
@@ -113,6 +93,7 @@ class TopApp(App[int]):
         self.reversed = False
         self.wanted = ""
         self._drawn: list[int] = []
+        self._widths: list[int] = []
         self._cells: dict[tuple[int, int], Text] = {}
         self._rows: dict[int, Row] = {}
         self._daemon: Mapping[str, Any] | None = None
@@ -129,13 +110,7 @@ class TopApp(App[int]):
     def on_mount(self) -> None:
         self.query_one("#filter").display = False
         self.query_one("#steps").display = bool(self._mapped and self._mapped.steps)
-        table = self.table
-        for name, head, width in COLUMNS:
-            if name == "id" and self._mapped:
-                head, width = "address", 12
-            figures = name not in ("name", "")
-            table.add_column(Text(head, justify="right" if figures else "left"), width=width, key=head)
-        table.focus()
+        self.table.focus()
         self.draw()
         self.set_interval(INTERVAL, self._draw_again)
         self.ask_daemon()
@@ -166,30 +141,48 @@ class TopApp(App[int]):
         """Bring the screen up to date with what the source knows."""
         if len(self.screen_stack) > 1:
             return
+        cursor = self.table.cursor_row
+        self._lay_out()
         rows = self.view.source.rows()
         shown = arranged(rows, self.sort, reverse=self.reversed, wanted=self.wanted)[:MAX_ROWS]
         self._rows = {row.key: row for row in shown}
-        self._fill([row.key for row in shown])
+        self._fill([row.key for row in shown], cursor)
         self.view.source.show(self._visible())
         self._draw_head(len(rows), totals(rows))
         self._draw_steps()
         self._draw_detail()
 
-    def _fill(self, keys: list[int]) -> None:
-        """Put the rows `keys` into the table; cells that say what they said are left alone."""
+    def on_resize(self) -> None:
+        self._draw_again()
+
+    def _lay_out(self) -> None:
+        """Choose columns that fit the terminal. A table of other columns begins empty."""
+        widths = column_widths(self.size.width, mapped=self._mapped is not None)
+        if widths == self._widths:
+            return
+        table = self.table
+        table.clear(columns=True)
+        for head, width in zip(column_heads(widths, mapped=self._mapped is not None), widths, strict=True):
+            table.add_column(head, width=width)
+        self._widths = widths
+        self._cells.clear()
+        self._drawn = []
+
+    def _fill(self, keys: list[int], cursor: int) -> None:
+        """Put the rows `keys` into the table, the cursor in row `cursor`. Leave unchanged cells alone."""
         table = self.table
         if len(keys) != len(self._drawn):
-            cursor, scroll = table.cursor_coordinate, table.scroll_offset
+            scroll = table.scroll_offset
             table.clear()
             self._cells.clear()
             for key in keys:
-                table.add_row(*self._row_cells(self._rows[key]))
-            table.move_cursor(row=min(cursor.row, max(0, len(keys) - 1)), animate=False)
+                table.add_row(*self._cells_of(self._rows[key]))
+            table.move_cursor(row=min(cursor, max(0, len(keys) - 1)), animate=False)
             table.scroll_to(y=scroll.y, animate=False)
             self._drawn = keys
             return
         for at, key in enumerate(keys):
-            for column, cell in enumerate(self._row_cells(self._rows[key])):
+            for column, cell in enumerate(self._cells_of(self._rows[key])):
                 if self._cells.get((at, column)) != cell:
                     self._cells[at, column] = cell
                     table.update_cell_at(Coordinate(at, column), cell)
@@ -200,31 +193,9 @@ class TopApp(App[int]):
         first = max(0, int(table.scroll_offset.y))
         return self._drawn[first : first + max(1, table.size.height)]
 
-    def _row_cells(self, row: Row) -> list[Text]:
-        mark = "" if row.planned or row.gain is None else "~"
-        share = row.huge_share
-        dim = "dim" if row.trouble else ""
-        number = f"{row.key:x}" if self._mapped else str(row.key)
-        return [
-            Text(number, style=dim, justify="right"),
-            Text(clean(row.name), style=dim, overflow="ellipsis", no_wrap=True),
-            Text(format_size(row.resident), style=dim, justify="right"),
-            Text("" if share is None else f"{share:.1%}", style=dim, justify="right"),
-            Text("" if row.gain is None else mark + format_size(row.gain), style=dim or "bold", justify="right"),
-            Text("" if row.bloat is None else format_size(row.bloat), style=dim, justify="right"),
-            self._bar(row),
-        ]
-
-    def _bar(self, row: Row) -> Text:
-        text = Text(no_wrap=True)
-        if row.trouble and row.by_order is None:
-            return text.append("no right to look" if "permitted" in row.trouble else "-", style="dim")
-        shades = SHADES[self.current_theme.dark]
-        top = self.view.geometry.pmd_order
-        for order, characters in bar(row.by_order or {}, self.view.geometry, BAR):
-            shade = 0 if order <= 0 else max(1, round((len(shades) - 1) * min(order, top) / top))
-            text.append(characters, Style(color=None if order == UNKNOWN else shades[shade], dim=order == UNKNOWN))
-        return text
+    def _cells_of(self, row: Row) -> list[Text]:
+        mapped = self._mapped is not None
+        return row_cells(row, self._widths, self.view.geometry, dark=self.current_theme.dark, mapped=mapped)
 
     def _draw_head(self, count: int, sums: tuple[int, int]) -> None:
         view = self.view
@@ -247,16 +218,17 @@ class TopApp(App[int]):
         mapped = self._mapped
         if mapped is None or not mapped.steps:
             return
-        width = max(10, self.size.width - 46)
+        where = f" ▶  step {mapped.step + 1} of {len(mapped.steps)}, {mapped.steps[mapped.step]:g} s"
+        reading = "" if mapped.arrived else "  reading ..."
+        width = max(10, self.size.width - len(f"◀ {where}  reading ...") - PADDING)
         last = max(1, len(mapped.steps) - 1)
         at = round(mapped.step / last * (width - 1))
         text = Text("◀ ")
         text.append("━" * at, style="bold")
         text.append("●", style="bold")
         text.append("─" * (width - 1 - at), style="dim")
-        text.append(f" ▶  step {mapped.step + 1} of {len(mapped.steps)}, {mapped.steps[mapped.step]:g} s")
-        if not mapped.arrived:
-            text.append("  reading ...", style="dim")
+        text.append(where)
+        text.append(reading, style="dim")
         self.query_one("#steps", Static).update(text)
 
     def _draw_detail(self) -> None:

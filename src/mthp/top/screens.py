@@ -107,6 +107,8 @@ class Question(ModalScreen[bool]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "yes"),
         Binding("n,escape,q", "answer(False)", "no"),
+        Binding("up,pageup", "scroll(-1)", "up"),
+        Binding("down,pagedown", "scroll(1)", "down"),
     ]
 
     def __init__(self, title: str, text: Text) -> None:
@@ -116,7 +118,8 @@ class Question(ModalScreen[bool]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="window"):
             yield Label(Text(clean(self._title)), classes="title")
-            yield Static(self._text, id="text")
+            with VerticalScroll(classes="body"):
+                yield Static(self._text, id="text")
             with Horizontal(classes="buttons"):
                 yield Button("No (n)", id="no")
                 yield Button("Yes, collapse it (y)", id="yes", variant="warning")
@@ -126,6 +129,10 @@ class Question(ModalScreen[bool]):
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         self.dismiss(event.button.id == "yes")
+
+    def action_scroll(self, by: int) -> None:
+        """Scroll the text, which has not the focus: enter is to mean no."""
+        self.query_one(".body").scroll_relative(y=by, animate=False)
 
     def action_answer(self, answer: bool) -> None:
         self.dismiss(answer)
@@ -144,7 +151,8 @@ class Running(ModalScreen[None]):
         with Vertical(classes="window"):
             yield Label(Text(clean(self._title)), classes="title")
             yield ProgressBar(id="progress", show_eta=False)
-            yield Static("", id="text")
+            with VerticalScroll(classes="body"):
+                yield Static("", id="text")
             yield Label("escape: stop after the range at hand", classes="hint")
 
     def on_mount(self) -> None:

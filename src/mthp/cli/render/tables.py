@@ -22,11 +22,11 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rich.cells import cell_len, chop_cells, set_cell_size
+from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from mthp.text import clean
+from mthp.text import clean, shortened
 
 MIN_WIDTH = 40
 """Columns of the narrowest layout: a terminal that is narrower breaks the lines itself, and cuts nothing either."""
@@ -42,8 +42,6 @@ TEXT_WIDTH = 30
 
 NAME_WIDTH = 24
 """The same for a column of names: the ends of a path that identify a library fit in it."""
-
-ELLIPSIS = "…"
 
 _WORD = re.compile(r"[0-9.,]+ [num]?s\b\S*|\S+")
 """What is not broken: a word, and a number with its unit of time."""
@@ -123,17 +121,6 @@ def wrapped(text: str, width: int) -> list[str]:
             continue
         lines[len(lines) - (not lines[-1]) :] = chop_cells(word, room)
     return [indent + line for line in lines]
-
-
-def shortened(name: str, width: int) -> str:
-    """Return `name` in at most `width` columns: its end, which says more than its beginning, keeps two thirds."""
-    if cell_len(name) <= width:
-        return name
-    tail = 2 * (width - 1) // 3
-    # A double-width character that does not fit is replaced by a blank: cut it off on both sides.
-    front = set_cell_size(name, width - 1 - tail).rstrip()
-    back = set_cell_size(name[::-1], tail).rstrip()[::-1]
-    return front + ELLIPSIS + back
 
 
 @dataclass(frozen=True, slots=True)
