@@ -35,7 +35,7 @@ def test_what_is_left_out_is_the_machines_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("policies = [", "is not TOML"),
+        ("policies = [", "not TOML"),
         ("", "no policies are named"),
         ('policies = ["nobody"]', "unknown policy 'nobody'"),
         ('policies = ["rfc"]\nmax_pte_none = [1]', "unknown key 'max_pte_none'"),

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mthp.addrspace import Mechanism
+from mthp.bounded import named, parse_toml, read_toml
 from mthp.daemon import values
 from mthp.daemon.rules import Match, Rule, Rules, Settings
 from mthp.errors import MthpError, UsageError
@@ -73,13 +73,8 @@ def load_configuration(path: Path, geometry: Geometry) -> Configuration:
     Raises:
         UsageError: it cannot be read, is no TOML, or says something that cannot be.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", help="`mthp daemon --print-config` prints an example") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no text: {error.reason} at byte {error.start}") from error
-    return parse_configuration(text, geometry, str(path))
+    text, data = read_toml(path)
+    return _Reader(text, str(path), geometry).configuration(data)
 
 
 def parse_configuration(text: str, geometry: Geometry, name: str = "configuration") -> Configuration:
@@ -91,10 +86,8 @@ def parse_configuration(text: str, geometry: Geometry, name: str = "configuratio
     Raises:
         UsageError: it is no TOML, or says something that cannot be.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{name}: {error}", help="it must be TOML (toml.io)") from error
+    with named(name):
+        data = parse_toml(text)
     return _Reader(text, name, geometry).configuration(data)
 
 

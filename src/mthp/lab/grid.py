@@ -16,17 +16,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from mthp.bounded import Bound, named, read_toml
 from mthp.collapse.policy import policy_named
 from mthp.errors import UsageError
 from mthp.lab.compare import settings_of
 from mthp.planning import PlanOptions
+
+SETTINGS = Bound(1 << 14, "settings of a grid")
+"""Each is a plan of every input."""
 
 NUMBERS = ("max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
 
@@ -77,17 +80,11 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     Raises:
         UsageError: missing, not TOML, an unknown key, a value of the wrong kind, or an unknown policy.
     """
-    name = os.fspath(path)
-    try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{name}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name} is not TOML: {error}") from error
-    try:
-        return _grid(data)
-    except UsageError as error:
-        raise UsageError(f"{name}: {error.message}", help=error.help) from error
+    _, data = read_toml(path)
+    with named(path):
+        grid = _grid(data)
+        SETTINGS.check(math.prod(max(1, len(getattr(grid, key))) for key in ("policies", *NUMBERS, "orders")))
+    return grid
 
 
 def _grid(data: dict[str, Any]) -> Grid:

@@ -34,14 +34,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from mthp.bounded import named, read_toml
 from mthp.collapse.policy import policy_named
 from mthp.errors import UsageError
+from mthp.files import begins
 from mthp.geometry import Geometry, format_size, geometry_named
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.parameters import Count, Duration, Share, Size
@@ -180,20 +181,17 @@ def load_scenario(path: Path) -> Scenario:
     Raises:
         UsageError: it is not there, not TOML, or says something that cannot be; the message names the place.
     """
-    try:
-        text = path.read_bytes().decode()
-        data = tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
+    if _is_foreign(path):
         said = 'a recording is simulated by a scenario whose process has workload = "recording" and file = "..."'
-        raise UsageError(f"{path}: not TOML, and no text", help=said) from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not TOML: {error}") from error
-    try:
+        raise UsageError(f"{path}: not TOML, and no text", help=said)
+    text, data = read_toml(path)
+    with named(path):
         return _scenario(path, text, data)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error.message}", help=error.help) from error
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether the file at `path` begins as no text does."""
+    return begins(path, 4) in (b"PAR1", b"\xff\xff\xff\xff")
 
 
 _TABLES = ("machine", "switches", "tunables", "process", "fault")

@@ -8,13 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mthp.errors import UnsupportedError, UsageError
+from mthp.bounded import named, parse_json
+from mthp.errors import UsageError
 from mthp.files import PUBLIC, creating
+from mthp.lab.rows import checked_rows
 from mthp.lab.scenario import Scenario
 from mthp.lab.simulation import Outcome, Row
+from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
+from mthp.snapshot.table import pyarrow
 
 KEY = b"mthp.simulate"
 SCHEMA = "mthp.simulate-file/1"
+
+_KINDS = {
+    **dict.fromkeys(("policy", "process"), str),
+    **dict.fromkeys(("seconds", "huge_coverage", "large_coverage"), float),
+    "resident_bytes": int,
+}
+"""What every row has."""
+
+_KINDS_OF_ALL = {
+    **dict.fromkeys(("khugepaged_seconds", "alloc_failure_share", "bloat_share"), float),
+    **dict.fromkeys(("bloat_bytes", "copied_bytes"), int),
+}
+"""What the row of all processes together has besides."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ def write(path: Path, outcomes: Sequence[Outcome], told: dict[str, Any], *, over
         MthpError: the file exists, or cannot be written.
         UnsupportedError: pyarrow is not installed.
     """
-    arrow, parquet = _arrow()
+    arrow, parquet = pyarrow(), pyarrow("pyarrow.parquet")
     rows = [row for outcome in outcomes for row in outcome.rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = arrow.table({name: [row.get(name) for row in rows] for name in names})
@@ -62,14 +79,7 @@ def write(path: Path, outcomes: Sequence[Outcome], told: dict[str, Any], *, over
 
 def is_simulated(path: Path) -> bool:
     """Whether the file at `path` holds results of a simulation; False if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"PAR1":
-                return False
-        _, parquet = _arrow()
-        return KEY in (parquet.read_metadata(path).metadata or {})
-    except (OSError, ValueError):
-        return False
+    return KEY in columns_and_metadata(path)[1]
 
 
 def read(path: Path) -> Simulated:
@@ -79,24 +89,11 @@ def read(path: Path) -> Simulated:
         UsageError: it is something else, or damaged.
         UnsupportedError: pyarrow is not installed.
     """
-    arrow, parquet = _arrow()
-    try:
-        table = parquet.read_table(path)
-        told = json.loads(table.schema.metadata[KEY])
-        rows = table.to_pylist()
-    except (OSError, ValueError, KeyError, TypeError, arrow.ArrowException) as error:
-        raise UsageError(f"{path}: no result of `mthp simulate`, or damaged: {error}") from error
-    if told.get("schema") != SCHEMA or not rows:
-        raise UsageError(f"{path}: no result of `mthp simulate`, or empty")
+    rows, metadata = read_rows(path)
+    with named(path):
+        told = parse_json(metadata.get(KEY, b"null"))
+        if not isinstance(told, dict) or told.get("schema") != SCHEMA or not rows:
+            raise UsageError("not a result of `mthp simulate`, or an empty one")
+        rows = checked_rows(rows, _KINDS)
+        checked_rows([row for row in rows if not row["process"]], _KINDS_OF_ALL)
     return Simulated(rows, told)
-
-
-def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UnsupportedError(
-            f"results need pyarrow, which cannot be imported: {error}", help="pip install 'mthp[snapshot]'"
-        ) from error
-    return pyarrow, parquet

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mthp.bounded import named
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.lab.metrics import share
-from mthp.snapshot.table import pyarrow, reading
+from mthp.lab.rows import checked_rows
+from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.units import parse_size
 
 COLUMNS = ("input", "target", "setting", "policy", "orders", "scan", "resident_bytes", "huge_coverage", "bloat_bytes")
@@ -18,18 +20,19 @@ COLUMNS = ("input", "target", "setting", "policy", "orders", "scan", "resident_b
 SETTING = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
 """Columns that make up a setting, besides the policy."""
 
+_KINDS = {
+    **dict.fromkeys(("input", "target", "policy", "orders"), str),
+    **dict.fromkeys(("step", "setting", "scan", "resident_bytes", "bloat_bytes", "creep_bytes", "copied_bytes"), int),
+    **dict.fromkeys(("translations", "huge_coverage", "large_coverage", "bloat_share"), float),
+}
+"""What of a row a report needs, and its type."""
+
 Row = dict[str, Any]
 
 
 def is_sweep(path: Path) -> bool:
     """Whether the file at `path` is the table of a sweep; False if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"PAR1":
-                return False
-        return set(COLUMNS) <= set(pyarrow("pyarrow.parquet").read_schema(path).names)
-    except (OSError, ValueError):
-        return False
+    return set(COLUMNS) <= set(columns_and_metadata(path)[0])
 
 
 def read(path: Path) -> list[Row]:
@@ -38,18 +41,24 @@ def read(path: Path) -> list[Row]:
     Raises:
         UsageError: it is something else, empty, or damaged.
     """
-    with reading(str(path)):
-        rows: list[Row] = pyarrow("pyarrow.parquet").read_table(path).to_pylist()
+    rows, _ = read_rows(path)
     if not rows or not set(COLUMNS) <= rows[0].keys():
         raise UsageError(f"{path}: no table of a sweep, or an empty one")
+    with named(path):
+        rows = checked_rows(rows, _KINDS)
+        if len(set(_names(rows).values())) < len({row["setting"] for row in rows}):
+            raise UsageError("damaged: two settings have the same values")
     last = {row["input"]: row["step"] for row in sorted(rows, key=lambda row: row["step"])}
     return [row for row in rows if row["step"] == last[row["input"]]]
 
 
 def geometry_of(rows: Sequence[Row]) -> Geometry:
     """The geometry that the orders and their sizes tell; that of x86-64 where they tell none."""
-    orders = max(int(name.rpartition("_")[2]) for name in rows[0] if name.startswith("order_share_"))
-    largest = max(parse_size(label) for label in str(rows[0]["orders"]).split(","))
+    orders = max((int(name[12:]) for name in rows[0] if name.startswith("order_share_")), default=0)
+    try:
+        largest = max(parse_size(label) for label in str(rows[0]["orders"]).split(","))
+    except UsageError:
+        return X86_64
     found = (each for each in GEOMETRIES.values() if (each.pmd_order, each.pmd_size) == (orders, largest))
     return next(found, X86_64)
 
@@ -84,11 +93,12 @@ def _sum(rows: Sequence[Row], name: str, scan: int) -> Row:
         made[key] = sum(row[key] for row in rows)
     for key in rows[0]:
         if key.startswith("order_share_") or key in ("huge_coverage", "large_coverage"):
-            made[key] = share(sum(row[key] * row["resident_bytes"] for row in rows), resident)
+            # An input of another machine may have no folios of this order.
+            made[key] = share(sum((row[key] or 0.0) * row["resident_bytes"] for row in rows), resident)
     made["bloat_share"] = share(made["bloat_bytes"], resident - made["bloat_bytes"])
     return made | {"coverage": made["huge_coverage"]}
 
 
 def _names(rows: Sequence[Row]) -> dict[int, str]:
     differing = [key for key in SETTING if len({row.get(key) for row in rows}) > 1]
-    return {row["setting"]: " ".join([row["policy"], *(f"{key}={row[key]}" for key in differing)]) for row in rows}
+    return {row["setting"]: " ".join([row["policy"], *(f"{key}={row.get(key)}" for key in differing)]) for row in rows}

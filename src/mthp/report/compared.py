@@ -154,7 +154,8 @@ def _bars(compared: Compared) -> BarChart:
         found = []
         for order in range(compared.geometry.pmd_order, -1, -1):
             kind = kinds.of(order)
-            share = row.get(order_column(order), 0.0)
+            # A table of several machines has None for orders that one of them does not have.
+            share = row.get(order_column(order)) or 0.0
             found.append((kind.key, kind.label, round(share * row["resident_bytes"])))
         return found
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mthp.bounded import JSON_BYTES, parse_json, read_small
 from mthp.errors import UsageError
+from mthp.files import begins
 from mthp.geometry import Geometry
+from mthp.lab.rows import checked_rows
 from mthp.report.compared import Compared, section
 from mthp.report.document import Command, Document
 
@@ -32,11 +34,7 @@ ROW_KEYS = {
 
 def is_json(path: Path) -> bool:
     """Whether the file at `path` begins as a JSON object does; False if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(64).lstrip()[:1] == b"{"
-    except OSError:
-        return False
+    return begins(path, 64).lstrip()[:1] == b"{"
 
 
 def report_on_comparison(path: Path, commands: Sequence[Command], *, version: str = "") -> Document:
@@ -45,14 +43,18 @@ def report_on_comparison(path: Path, commands: Sequence[Command], *, version: st
     Raises:
         UsageError: it is something else, cut short, or damaged.
     """
+    text = read_small(path, JSON_BYTES)
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not a result, or cut short: {error}", help=_MAKE_ONE) from error
+        data = parse_json(text)
+    except UsageError as error:
+        raise UsageError(f"{path}: not a result, or cut short: {error}", help=error.help or _MAKE_ONE) from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or "error" in data:
         raise UsageError(f"{path}: JSON, but not of `mthp compare`", help=_MAKE_ONE)
     try:
-        compared, target = _compared(data), str(data["target"])
+        compared, target, processor = _compared(data), str(data["target"]), str(data["processor"]["name"])
+        notes = [str(note) for note in data.get("missing", [])]
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}", help=error.help or _MAKE_ONE) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: damaged: {error} is missing or makes no sense", help=_MAKE_ONE) from error
     return Document(
@@ -61,11 +63,11 @@ def report_on_comparison(path: Path, commands: Sequence[Command], *, version: st
         facts=(
             ("process", target),
             ("machine", f"{compared.geometry.name}, pages of {compared.geometry.label(0)}"),
-            ("TLB", str(data["processor"]["name"])),
+            ("TLB", processor),
         ),
         sections=(section(compared),),
         commands=commands,
-        notes=[str(note) for note in data.get("missing", [])],
+        notes=notes,
         version=version,
     )
 
@@ -75,17 +77,9 @@ _MAKE_ONE = "make one with: mthp compare TARGET --scans all --json > compare.jso
 
 def _compared(data: dict[str, Any]) -> Compared:
     geometry = Geometry(**{key: data["geometry"][key] for key in ("name", "page_size", "pmd_order")})
-    rows = [_checked(row) for row in data["rows"]]
+    rows = checked_rows(data["rows"], ROW_KEYS)
     verdict = [str(sentence) for sentence in data["verdict"]]
     if not rows or not verdict:
         raise ValueError("rows")
     order = geometry.check_order(data["covered_order"])
     return Compared(geometry, geometry.label(order), rows, frozenset(data["frontier"]), verdict)
-
-
-def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    for key, kind in ROW_KEYS.items():
-        value = row[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise TypeError(key)
-    return row

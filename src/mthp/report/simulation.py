@@ -62,7 +62,7 @@ def report_on_simulation(
             commands=commands,
             version=version,
         )
-    except (KeyError, TypeError, StopIteration) as error:
+    except (KeyError, TypeError, StopIteration, AttributeError) as error:
         raise UsageError(f"damaged: {error} is missing in the results") from error
 
 

@@ -10,8 +10,12 @@ from typing import ClassVar
 import numpy as np
 
 from mthp.addrspace import AddressSpace, Pte, VmaKind
+from mthp.bounded import Bound
 from mthp.lab.workloads.parameters import FilePath, Share
 from mthp.lab.workloads.program import Life, Program
+
+HELD = Bound(1 << 30, "pages of all steps of a recording together")
+"""A byte of memory each: what is mapped by any step, times the steps."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Replay:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:
                 merged.append((start, end))
+        from mthp.snapshot.bounds import PAGES
+
+        PAGES.check(sum(end - start for start, end in merged) // self._page)
         return merged
 
     @cached_property
@@ -56,7 +63,13 @@ class Replay:
     @cached_property
     def _steps(self) -> list[tuple[float, np.ndarray[tuple[int], np.dtype[np.bool_]]]]:
         """For each step its time, and which pages of the segments held anything."""
-        return [(seconds, _held(space, self._segments)) for seconds, space in self._walk()]
+        segments, page = self._segments, self._page
+        pages = sum(end - start for start, end in segments) // page
+        steps: list[tuple[float, np.ndarray[tuple[int], np.dtype[np.bool_]]]] = []
+        for seconds, space in self._walk():
+            HELD.check(pages * (len(steps) + 1))
+            steps.append((seconds, _held(space, segments)))
+        return steps
 
     def _walk(self) -> Iterator[tuple[float, AddressSpace]]:
         # Recordings are a backend; the lab reads them only here.
