@@ -249,14 +249,14 @@ def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
     return running.returncode, report
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_in_the_middle(actor: Actor, number: signal.Signals) -> None:
     address = many(actor)
     before = memory_of(actor.pid)
     running = slowly(actor)
     running.send_signal(number)
     code, report = outcome_of(running)
-    assert code == 1
+    assert code == 128 + number
     assert report["interrupted"]
     assert 0 < report["collapsed_ranges"] < planned(report)
     assert report["not_tried_ranges"] > 0

@@ -241,7 +241,7 @@ def outcome_of(running: subprocess.Popen[str]) -> tuple[int, dict[str, Any]]:
     return running.returncode, report
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_in_the_middle(tmp_path: Path, number: signal.Signals) -> None:
     with Writers(tmp_path, 3, 32) as target:
         before, words = mappings(target.pid), switches()
@@ -249,7 +249,7 @@ def test_interrupted_in_the_middle(tmp_path: Path, number: signal.Signals) -> No
         until(lambda: has_folios(target), "something is moved")
         running.send_signal(number)
         code, report = outcome_of(running)
-        assert (code, report["interrupted"]) == (1, True)
+        assert (code, report["interrupted"]) == (128 + number, True)
         tally = report["folios"]["4"]
         assert tally["made"] > 0
         assert tally["not_tried"] > 0

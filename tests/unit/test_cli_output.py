@@ -17,10 +17,11 @@ from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, Vma, VmaKind
 from mthp.census import take_census
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vmas_json
-from mthp.cli.options import planned, stopping_on_signals
+from mthp.cli.options import planned
 from mthp.cli.output import PLAIN_WIDTH, console, note, percent, print_json, progress_bar, say
 from mthp.cli.plan_command import plan_json, print_plan
 from mthp.cli.render.tables import Table
+from mthp.cli.signals import stopping_on_signals
 from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.planning import PlanOptions, plan_space
 from mthp.text import clean
@@ -219,7 +220,7 @@ def test_figures() -> None:
     assert percent(1) == "100.0%"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_a_wish_and_the_second_acts(number: signal.Signals) -> None:
     came: list[int] = []
     before = signal.signal(number, lambda got, _frame: came.append(got))

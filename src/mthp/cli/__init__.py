@@ -8,6 +8,7 @@ Only this module and click are imported for ``mthp --help``; a command's module 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,7 +18,8 @@ from collections.abc import Sequence
 import click
 
 from mthp import __version__
-from mthp.errors import MthpError
+from mthp.cli.signals import exit_code_if_ended, exit_code_of, raising_on_signals
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.text import clean
 
 COMMANDS = {
@@ -64,7 +66,7 @@ class _Commands(click.Group):
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done; 1 some of it could not be done; 2 wrong usage; 3 not permitted or not supported here;"
-    " 4 the target vanished.",
+    " 4 the target vanished; 128 and N: signal N ended it.",
 )
 @click.version_option(__version__, prog_name="mthp")
 def _mthp() -> None:
@@ -72,6 +74,32 @@ def _mthp() -> None:
 
     A TARGET is a PID, the word self, or a snapshot file. Sizes are written 64K, 2M, or order=4.
     """
+    # These two do it themselves: one says what it did, the other tries again later.
+    if click.get_current_context().invoked_subcommand not in ("doctor", "daemon"):
+        _put_back_leftovers()
+
+
+def _put_back_leftovers() -> None:
+    """Put back the switches that an mthp left which was killed with its watcher, as by cgroup.kill."""
+    from mthp.linux.journal.files import default_root, has_entries
+
+    with contextlib.suppress(UnsupportedError):
+        root = default_root()
+        if not has_entries(root):
+            return
+        from mthp.linux.journal.putback import restore
+        from mthp.linux.sysfs import THP_ROOT
+
+        try:
+            restored = restore(root, THP_ROOT, timeout=0)
+        except NotPermittedError as error:
+            _say(f"a killed mthp has left switches changed: {error.message}", "run `mthp doctor --restore` as root")
+        except MthpError:
+            # Another mthp is in a window, and the entries are its own.
+            return
+        else:
+            for switch in restored:
+                _say(f"a killed mthp had changed this switch; {switch}", "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,16 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Closed by whoever started us. What is printed then goes nowhere.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
-        code = _run(given)
-        sys.stdout.flush()
-        return code
+        with raising_on_signals():
+            code = _run(given)
+            sys.stdout.flush()
+            return code
     except OSError as error:
-        # What the output goes to takes no more: a reader that has enough, or a full disk. Nothing that is still
-        # buffered can be written there at exit either.
+        # What the output goes to takes no more: a reader that has enough, a full disk, or a terminal that is closed.
+        # Nothing that is still buffered can be written there at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            _say(str(error), "")
-        return 1
+            with contextlib.suppress(OSError):
+                _say(str(error), "")
+        return exit_code_if_ended() or 1
 
 
 def _run(arguments: list[str]) -> int:
@@ -107,9 +137,9 @@ def _run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return _failed(arguments, error.format_message(), "", error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         _say("interrupted", "")
-        return _failed(arguments, "interrupted", "", 1)
+        return _failed(arguments, "interrupted", "", exit_code_of(error))
 
 
 def _say(message: str, help: str) -> None:

@@ -22,10 +22,10 @@ from mthp.cli.options import (
     json_option,
     plan_options,
     planned,
-    stopping_on_signals,
     target_argument,
 )
 from mthp.cli.output import PLAIN_WIDTH, console, milliseconds, percent, print_json, progress_bar, say
+from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
 from mthp.planning import SpacePlan
 from mthp.targets import open_target, refuse_ancestor
@@ -112,6 +112,8 @@ def command(
         print_json("collapse", report_json(report) | more)
     else:
         print_report(console(), report, min_coverage, hindrances)
+    if report.interrupted and stop():
+        return exit_code(stop.number)
     return 4 if report.vanished else 0 if report.complete and covered else 1
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -101,26 +98,3 @@ PLAN_NAMES = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 def planned(options: dict[str, Any]) -> PlanOptions:
     """The :class:`PlanOptions` among a command's `options`."""
     return PlanOptions(**{name: value for name, value in options.items() if name in PLAN_NAMES})
-
-
-@contextmanager
-def stopping_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop, which the function that is given tells.
-
-    The work at hand is finished and accounted for. A second one acts as ever.
-    """
-    wishes: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def wish(number: int, _frame: FrameType | None) -> None:
-        wishes.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, wish)
-    try:
-        yield lambda: bool(wishes)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from mthp.cli.options import SECONDS, SHARE, json_option, stopping_on_signals
+from mthp.cli.options import SECONDS, SHARE, json_option
 from mthp.cli.output import console, note, percent, print_json, say
+from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
 from mthp.geometry import format_size
 from mthp.targets import open_target, pid_of
@@ -42,7 +44,7 @@ STRETCHED = 1.5
 @json_option
 def command(
     target: str | None, output: Path, from_trace: str | None, trace_format: str | None, as_json: bool, **options: Any
-) -> None:
+) -> int:
     """Record which pages of TARGET are mapped, and how, again and again: what changed from step to step.
 
     Stops at Ctrl-C, after --for, or when the target exits. What was written can be read whatever becomes of the
@@ -53,17 +55,17 @@ def command(
         if target is not None:
             raise UsageError(f"both a target ({target}) and --from-trace {from_trace}", help="give one of them")
         _from_trace(from_trace, trace_format, output, as_json=as_json, force=options["force"])
-        return
+        return 0
     if target is None:
         raise UsageError("nothing to record was named", help="give a PID, or --from-trace FILE")
     if trace_format is not None:
         raise UsageError("--trace-format is of no use without --from-trace")
-    _record(target, output, as_json=as_json, **options)
+    return _record(target, output, as_json=as_json, **options)
 
 
 def _record(
     target: str, output: Path, *, every: float, duration: float | None, cpu: float, force: bool, as_json: bool
-) -> None:
+) -> int:
     from mthp.snapshot.recorder import Pace, record_series
 
     if pid_of(target) is None:
@@ -80,9 +82,11 @@ def _record(
 
         done = record_series(space, output, pace, stop=stop, overwrite=force, told=told)
         missing = space.missing
+    # Ctrl-C is how a recording without --for is ended.
+    code = 0 if stop.number in (0, signal.SIGINT) else exit_code(stop.number)
     if as_json:
         print_json("record", dataclasses.asdict(done) | {"every": pace.every, "missing": list(missing)})
-        return
+        return code
     out = console()
     say(
         out,
@@ -93,6 +97,7 @@ def _record(
         lines = [f"steps came every {done.interval:.1f} s, not {pace.every:g} s: --cpu {percent(cpu)} allows no more"]
         note(out, lines)
     note(out, missing)
+    return code
 
 
 def _why(end: str) -> str:

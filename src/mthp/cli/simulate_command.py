@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mthp import __version__
-from mthp.cli.options import json_option, stopping_on_signals
+from mthp.cli.options import json_option
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
+from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
 from mthp.files import check_output
 from mthp.geometry import format_size
@@ -79,7 +80,7 @@ def command(
         if output is not None:
             console().print()
             say(console(), f"{output}: see it with: mthp report {output} -o simulation.html")
-    return 1 if interrupted else 0
+    return exit_code(stop.number) if interrupted else 0
 
 
 _TOLD = ("name", "seed", "policies", "geometry")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from mthp.cli.options import json_option, stopping_on_signals
+from mthp.cli.options import json_option
 from mthp.cli.output import console, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
+from mthp.cli.signals import exit_code, stopping_on_signals
 
 SHOWN_FAILURES = 20
 
@@ -46,7 +47,7 @@ def command(
     runner = runners.local(jobs) if scheduler is None else runners.dask(scheduler)
     with stopping_on_signals() as stop, progress_bar("sweeping", hidden=as_json) as progress:
         report = sweep(inputs, settings, output, runner, overwrite=force, progress=progress, stop=stop)
-    code = 1 if report.failed or report.interrupted else 0
+    code = exit_code(stop.number) if report.interrupted else 1 if report.failed else 0
     if as_json:
         print_json("sweep", dataclasses.asdict(report))
         return code

@@ -42,9 +42,11 @@ def command(target: str | None, cpu: float, **options: Any) -> int:
             f"top needs Textual, which cannot be imported: {error}", help="pip install 'mthp[top]'"
         ) from error
     view = view_of(target, planned(options), cpu)
+    app = TopApp(view)
     try:
-        return TopApp(view).run() or 0
+        return app.run() or 0
     finally:
+        app.wait_for_collapse()
         view.source.close()
 
 

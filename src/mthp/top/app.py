@@ -6,7 +6,10 @@ It draws what the source knows at the moment and never waits for it. Everything 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -97,6 +100,7 @@ class TopApp(App[int]):
         self._cells: dict[tuple[int, int], Text] = {}
         self._rows: dict[int, Row] = {}
         self._daemon: Mapping[str, Any] | None = None
+        self._carrying: Carrying | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(id="head")
@@ -111,6 +115,7 @@ class TopApp(App[int]):
         self.query_one("#filter").display = False
         self.query_one("#steps").display = bool(self._mapped and self._mapped.steps)
         self.table.focus()
+        self._end_on_signals()
         self.draw()
         self.set_interval(INTERVAL, self._draw_again)
         self.ask_daemon()
@@ -288,7 +293,7 @@ class TopApp(App[int]):
         options = CollapseOptions(plan=plan)
         title = f"Collapse {row.name} ({self._number(row)})?"
         if await self.push_screen_wait(Question(title, question_text(row, self.view.geometry, options))):
-            carrying = Carrying(lambda: opened(row.key), options)
+            self._carrying = carrying = Carrying(lambda: opened(row.key), options)
             try:
                 await self.push_screen_wait(Running(f"Collapsing {row.name}", carrying, self.view.geometry))
             finally:
@@ -368,6 +373,19 @@ class TopApp(App[int]):
     def action_leave(self) -> None:
         """End."""
         self.exit(0)
+
+    def _end_on_signals(self) -> None:
+        """End in order when the terminal is closed (SIGHUP), or by SIGTERM, with the exit code of a shell."""
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            # Signals reach the main thread alone. nohup(1) has SIGHUP ignored.
+            if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
+                asyncio.get_running_loop().add_signal_handler(number, self.exit, 128 + number)
+
+    def wait_for_collapse(self) -> None:
+        """Wait until a collapse that the screen has begun is finished or undone, at the step that it is at."""
+        if self._carrying is not None:
+            self._carrying.stop()
+            self._carrying.wait()
 
 
 def daemon_line(status: Mapping[str, Any] | None) -> str:

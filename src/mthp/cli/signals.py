@@ -1,0 +1,108 @@
+"""What ends a command: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal is closed). Each ends it in order.
+
+A command that works in steps asks :func:`stopping_on_signals` between two steps, finishes what it is at, and reports.
+In all other code these signals raise KeyboardInterrupt or a subclass, so everything that is open is closed. A second
+signal does so while a step is finished. The exit code is 128 and the signal's number, as a shell has it.
+
+A signal that was ignored when mthp started stays ignored: nohup(1) has SIGHUP ignored, and a shell without job control
+has its background processes ignore SIGINT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+_came: list[int] = []
+"""Signals that came during this command."""
+
+
+class EndedBySignalError(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code of a command that a signal ended."""
+    return 128 + number
+
+
+def exit_code_of(error: BaseException | None) -> int:
+    """Return the exit code of a command that `error` ended, a KeyboardInterrupt or one that has it as its cause."""
+    while error is not None:
+        if isinstance(error, EndedBySignalError):
+            return exit_code(error.number)
+        error = error.__cause__
+    return exit_code(signal.SIGINT)
+
+
+def exit_code_if_ended() -> int:
+    """Return the exit code if a signal has come; else 0."""
+    return exit_code(_came[-1]) if _came else 0
+
+
+@contextlib.contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise :class:`EndedBySignalError`, as SIGINT raises KeyboardInterrupt."""
+    _came.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL]
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        _came.append(number)
+        raise EndedBySignalError(number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Wish:
+    """Calling it returns whether to stop.
+
+    Attributes:
+        number: the signal that came; 0 before one does.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self) -> bool:
+        return self.number != 0
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[Wish]:
+    """Turn the first of the signals into a wish to stop. A second one acts as it did before."""
+    wish = Wish()
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        wish.number = number
+        _came.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield wish
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
