@@ -134,7 +134,7 @@ def parse_share(value: object) -> float:
     if match[2] is None and number and "." not in match[1]:
         raise UsageError(
             f"{_shown(value)} has no unit: a share is a percentage, or a part of 1 with a decimal point",
-            help=f"write {match[1]}% or {_part_of_1(number)}" if number <= 100 else "write it as 20% or 0.2",
+            help=_both_shares(match[1], number),
         )
     share = number / 100 if match[2] else number
     if share > 1:
@@ -199,6 +199,10 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 
 
-def _part_of_1(percentage: Fraction) -> str:
-    text = f"{float(percentage / 100):g}"
-    return text if "." in text else f"{text}.0"
+def _both_shares(text: str, number: Fraction) -> str:
+    """Return how to write what a whole number may have meant as a share."""
+    if number == 1:
+        return "write 1% or 100%"
+    if number == 100:
+        return "write 100%"
+    return f"write {text}% or {float(number / 100):g}" if number < 100 else "write it as 20% or 0.2"

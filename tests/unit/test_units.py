@@ -139,7 +139,7 @@ def test_shares_that_cannot_be(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "help"), [("95", "write 95% or 0.95"), (1, "write 1% or 0.01"), ("100", "100% or 1.0")]
+    ("value", "help"), [("95", "write 95% or 0.95"), (1, "write 1% or 100%"), ("100", "write 100%")]
 )
 def test_a_whole_number_is_refused_as_a_share_with_both_ways_to_write_it(value: object, help: str) -> None:
     with pytest.raises(UsageError, match="has no unit") as refused:

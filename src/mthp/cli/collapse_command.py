@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from typing import Any
 
 import click
-from rich.console import Console
 
 from mthp.addrspace import DUTY, AddressSpace
 from mthp.census import take_census
@@ -24,7 +22,7 @@ from mthp.cli.options import (
     planned,
     target_argument,
 )
-from mthp.cli.output import PLAIN_WIDTH, console, milliseconds, percent, print_json, progress_bar, say
+from mthp.cli.output import console, milliseconds, percent, print_json, progress_bar, say
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
 from mthp.planning import SpacePlan
@@ -129,7 +127,7 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan) ->
             err=True,
         )
         return
-    out = Console(stderr=True, highlight=False) if sys.stderr.isatty() else Console(stderr=True, width=PLAIN_WIDTH)
+    out = console(stderr=True)
     pause = milliseconds(options.max_pause)
     for line in (
         f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
