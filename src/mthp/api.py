@@ -10,7 +10,8 @@ import numpy as np
 from mthp.census import Census, take_census
 from mthp.collapsing import CollapseOptions, CollapseReport, carry_out, collapse_space, plan_blocks
 from mthp.errors import UsageError
-from mthp.planning import PlanOptions, SpacePlan, plan_space
+from mthp.planning import PlanOptions, plan_space
+from mthp.space_plan import SpacePlan
 from mthp.targets import Target, open_target, refuse_ancestor
 
 _PLAN_FIELDS = frozenset(f.name for f in dataclasses.fields(PlanOptions))

@@ -16,17 +16,21 @@ from numpy.typing import NDArray
 from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind
 from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
-from mthp.segments import in_blocks
+from mthp.metrics import (
+    ALIGNMENTS,
+    BLOCK_PAGES,
+    MAX_FOLIO_ORDER,
+    ORDERS,
+    Coverage,
+    CoverageCounter,
+    anonymous_pages,
+    resident_pages,
+)
+from mthp.segments import in_blocks, in_range_blocks
 from mthp.tunables import Switches
-
-BLOCK_PAGES = 1 << 18
-"""Pages read at a time: enough that the cost of a call does not count, little enough to stay in bounds."""
 
 CONTENTS_PAGES = 1 << 14
 """Pages whose contents are read between two reports of progress."""
-
-MAX_FOLIO_ORDER = 20
-"""The largest folio order counted: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""
 
 STATES = {
     "zero": Pte.ZERO,
@@ -50,6 +54,8 @@ class PageCounts:
     Attributes:
         orders: int64, shape (MAX_FOLIO_ORDER + 1,): pages with contents, by the order of their folio.
         unknown: pages with contents whose folio's order cannot be seen.
+        coverage: what of the pages with contents lies in folios of each size as the hardware uses them.
+        alignments: int64, shape (len(ALIGNMENTS), ORDERS): pages of large folios by how the folio is mapped, and order.
         states: int64, shape (len(STATES),): pages by state, in the order of ``STATES``.
         zero_filled: int64, shape (MAX_FOLIO_ORDER + 2,): pages with contents that are nothing but zeroes, by the order
             of their folio, those whose order cannot be seen last; None if that was not looked for.
@@ -57,6 +63,8 @@ class PageCounts:
 
     orders: NDArray[np.int64]
     unknown: int
+    coverage: Coverage
+    alignments: NDArray[np.int64]
     states: NDArray[np.int64]
     zero_filled: NDArray[np.int64] | None = None
 
@@ -73,18 +81,20 @@ class PageCounts:
         """Pages by folio order, without the orders that have none."""
         return {order: int(pages) for order, pages in enumerate(self.orders) if pages}
 
-    def share_from(self, order: int) -> float:
-        """The share of the resident pages that lie in folios of `order` or larger; 0.0 if nothing is resident."""
-        return float(self.orders[order:].sum()) / self.resident if self.resident else 0.0
+    def mapped_as(self, alignment: int, order: int) -> int:
+        """Pages of folios of `order` that are mapped as this index into ``ALIGNMENTS`` says."""
+        return int(self.alignments[alignment, order])
 
     @classmethod
     def total(cls, counts: Sequence[PageCounts]) -> PageCounts:
         """The sum of `counts`."""
-        orders = sum((count.orders for count in counts), np.zeros(MAX_FOLIO_ORDER + 1, np.int64))
+        orders = sum((count.orders for count in counts), np.zeros(ORDERS, np.int64))
+        alignments = sum((count.alignments for count in counts), np.zeros((len(ALIGNMENTS), ORDERS), np.int64))
+        coverage = Coverage.total([count.coverage for count in counts])
         states = sum((count.states for count in counts), np.zeros(len(STATES), np.int64))
         looked = [count.zero_filled for count in counts if count.zero_filled is not None]
         zero_filled = sum(looked, np.zeros(MAX_FOLIO_ORDER + 2, np.int64)) if looked else None
-        return cls(orders, sum(count.unknown for count in counts), states, zero_filled)
+        return cls(orders, sum(count.unknown for count in counts), coverage, alignments, states, zero_filled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +104,14 @@ class VmaCensus:
     Attributes:
         vma: the mapping.
         pages: its pages.
+        anonymous: those of them that are anonymous memory (:func:`mthp.metrics.anonymous_pages`).
         khugepaged: what the kernel's own khugepaged may make of it, with the switches as they are.
         madvise: what a collapse on request may make of it.
     """
 
     vma: Vma
     pages: PageCounts
+    anonymous: PageCounts
     khugepaged: Eligibility
     madvise: Eligibility
 
@@ -133,8 +145,8 @@ class Census:
 
     @property
     def anonymous(self) -> PageCounts:
-        """The pages of anonymous mappings, which is what coverage is about."""
-        return PageCounts.total([vma.pages for vma in self.vmas if vma.vma.kind is VmaKind.ANON])
+        """The anonymous pages, which is what coverage is about."""
+        return PageCounts.total([vma.anonymous for vma in self.vmas])
 
 
 def take_census(
@@ -158,11 +170,11 @@ def take_census(
     with ThreadPoolExecutor(1) as pool:
         listing = pool.submit(lambda: space.with_nodes(space.vmas()) if nodes else space.vmas())
         mapped = space.mapped()
-        counts = _Counts(mapped)
+        counts = _Counts(mapped, space.geometry)
         segments = space.populated(mapped, page_size)
         size, done = sum(end - start for start, end in segments), 0
-        for block in in_blocks(segments, BLOCK_PAGES * page_size):
-            counts.add(space.read(block), page_size)
+        for block in in_range_blocks(segments, space.geometry, BLOCK_PAGES * page_size):
+            counts.add(space.read(block))
             done += sum(end - start for start, end in block)
             if progress is not None:
                 progress(done, size)
@@ -170,7 +182,7 @@ def take_census(
     totals = counts.of(vmas)
     if zero_filled:
         for index, zeroes in _zero_filled(space, vmas, progress).items():
-            totals[index] = replace(totals[index], zero_filled=zeroes)
+            totals[index] = tuple(replace(pages, zero_filled=zeroes) for pages in totals[index])
     geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
     return Census(
         label=space.label,
@@ -183,10 +195,11 @@ def take_census(
             VmaCensus(
                 vma,
                 pages,
+                anonymous,
                 eligibility(vma, geometry, switches, trigger="khugepaged", thp_disabled=disabled),
                 eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=disabled, include_file=True),
             )
-            for vma, pages in zip(vmas, totals, strict=True)
+            for vma, (pages, anonymous) in zip(vmas, totals, strict=True)
         ),
     )
 
@@ -201,8 +214,7 @@ def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | 
         found[index] = np.zeros(MAX_FOLIO_ORDER + 2, np.int64)
         for block in in_blocks(segments, CONTENTS_PAGES * page_size):
             columns = space.read(block)
-            resident = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
-            order = columns.folio_order[resident & space.zero_filled(columns)]
+            order = columns.folio_order[resident_pages(columns) & space.zero_filled(columns)]
             column = np.where(order == ORDER_UNKNOWN, MAX_FOLIO_ORDER + 1, np.clip(order, 0, MAX_FOLIO_ORDER))
             found[index] += np.bincount(column, minlength=MAX_FOLIO_ORDER + 2)
             done += sum(end - start for start, end in block)
@@ -212,34 +224,28 @@ def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | 
 
 
 class _Counts:
-    """Adds up columns by mapping."""
+    """Adds up columns by mapping: all pages, and the anonymous ones."""
 
-    def __init__(self, mapped: Sequence[Segment]) -> None:
-        self._starts = np.array([start for start, _ in mapped], np.uint64)
-        self._orders = np.zeros((len(mapped), MAX_FOLIO_ORDER + 1), np.int64)
-        self._unknown = np.zeros(len(mapped), np.int64)
-        self._states = np.zeros((len(mapped), len(STATES)), np.int64)
+    def __init__(self, mapped: Sequence[Segment], geometry: Geometry) -> None:
+        self._page_size = geometry.page_size
+        starts = [start for start, _ in mapped]
+        self._starts = np.array(starts, np.uint64)
+        self._every = _Sums(CoverageCounter(starts, geometry), len(mapped), resident_pages)
+        self._anonymous = _Sums(CoverageCounter(starts, geometry), len(mapped), anonymous_pages, but=Pte.FILE)
 
-    def add(self, columns: PteColumns, page_size: int) -> None:
+    def add(self, columns: PteColumns) -> None:
         """Count the pages of `columns`, whose segments each lie within one mapping."""
         if not len(columns.state):
             return
-        first, pages = runs_of_equal(columns, page_size)
-        state, order = columns.state[first], columns.folio_order[first]
-        lengths = [(end - start) // page_size for start, end in columns.segments]
+        first, pages = runs_of_equal(columns, self._page_size)
+        lengths = [(end - start) // self._page_size for start, end in columns.segments]
         segment = np.searchsorted(np.cumsum(lengths), first, side="right")
         starts = np.array([start for start, _ in columns.segments], np.uint64)
         vma = (np.searchsorted(self._starts, starts, side="right") - 1)[segment]
+        for sums in (self._every, self._anonymous):
+            sums.add(columns, first, pages, vma)
 
-        resident = (state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
-        known = resident & (order != ORDER_UNKNOWN)
-        np.add.at(self._orders, (vma[known], np.clip(order[known], 0, MAX_FOLIO_ORDER)), pages[known])
-        np.add.at(self._unknown, vma[resident & ~known], pages[resident & ~known])
-        for index, bit in enumerate(STATES.values()):
-            having = (state & np.uint16(bit)) != 0
-            np.add.at(self._states[:, index], vma[having], pages[having])
-
-    def of(self, vmas: Sequence[Vma]) -> list[PageCounts]:
+    def of(self, vmas: Sequence[Vma]) -> list[tuple[PageCounts, ...]]:
         """The counts of each of `vmas`: those of the mappings that began within it when they were read.
 
         What the kernel or a driver mapped is not the process's memory, and counts as nothing.
@@ -247,10 +253,67 @@ class _Counts:
         first = np.searchsorted(self._starts, np.array([vma.start for vma in vmas], np.uint64))
         ends = [vma.start if vma.kind is VmaKind.SPECIAL else vma.end for vma in vmas]
         last = np.searchsorted(self._starts, np.array(ends, np.uint64))
+        # Not all backends know which pages of shared memory are a file's.
+        own = np.where([vma.kind in (VmaKind.ANON, VmaKind.FILE) for vma in vmas], last, first)
         return [
-            PageCounts(self._orders[a:b].sum(axis=0), int(self._unknown[a:b].sum()), self._states[a:b].sum(axis=0))
-            for a, b in zip(first.tolist(), last.tolist(), strict=True)
+            (self._every.of(a, b), self._anonymous.of(a, c))
+            for a, b, c in zip(first.tolist(), last.tolist(), own.tolist(), strict=True)
         ]
+
+
+class _Sums:
+    """The counts of some of the pages, by mapping.
+
+    Args:
+        coverage: counts the coverage of the same mappings.
+        mappings: how many there are.
+        choose: returns which entries map a page that counts: bool, shape (pages,).
+        but: entries with one of these bits count for no state.
+    """
+
+    def __init__(
+        self,
+        coverage: CoverageCounter,
+        mappings: int,
+        choose: Callable[[PteColumns], NDArray[np.bool_]],
+        but: int = 0,
+    ) -> None:
+        self._coverage = coverage
+        self._choose = choose
+        self._but = np.uint16(but)
+        self._orders = np.zeros((mappings, ORDERS), np.int64)
+        self._unknown = np.zeros(mappings, np.int64)
+        self._states = np.zeros((mappings, len(STATES)), np.int64)
+
+    def add(
+        self, columns: PteColumns, first: NDArray[np.intp], pages: NDArray[np.int64], vma: NDArray[np.intp]
+    ) -> None:
+        """Count what counts of `columns`.
+
+        Args:
+            first, pages: runs of equal entries, as :func:`runs_of_equal` returns them.
+            vma: the number of each run's mapping.
+        """
+        chosen = self._choose(columns)
+        self._coverage.add(columns, chosen)
+        state, order, counted = columns.state[first], columns.folio_order[first], chosen[first]
+        state = np.where(state & self._but, np.uint16(0), state)
+        known = counted & (order != ORDER_UNKNOWN)
+        np.add.at(self._orders, (vma[known], np.clip(order[known], 0, MAX_FOLIO_ORDER)), pages[known])
+        np.add.at(self._unknown, vma[counted & ~known], pages[counted & ~known])
+        for index, bit in enumerate(STATES.values()):
+            having = (state & np.uint16(bit)) != 0
+            np.add.at(self._states[:, index], vma[having], pages[having])
+
+    def of(self, first: int, last: int) -> PageCounts:
+        """The counts of the mappings from number `first` up to but not including `last`."""
+        return PageCounts(
+            self._orders[first:last].sum(axis=0),
+            int(self._unknown[first:last].sum()),
+            self._coverage.coverage(first, last),
+            self._coverage.alignments(first, last),
+            self._states[first:last].sum(axis=0),
+        )
 
 
 def runs_of_equal(columns: PteColumns, page_size: int) -> tuple[NDArray[np.intp], NDArray[np.int64]]:

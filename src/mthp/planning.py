@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -19,12 +18,12 @@ from mthp.collapse.filled import FilledPages
 from mthp.collapse.occupancy import Planes, planes_of
 from mthp.collapse.plan import make_rules, plan_planes
 from mthp.collapse.policy import Policy, Rules, policy_named
-from mthp.columns import Table
 from mthp.eligibility import Trigger, eligibility
 from mthp.geometry import Geometry
+from mthp.metrics import Coverage, Measured, Scope, measure
 from mthp.results import ScanResult
 from mthp.segments import in_blocks
-from mthp.tunables import Tunables
+from mthp.space_plan import Folios, Ranges, SpacePlan
 
 BLOCK_PMD_RANGES = 128
 """PMD ranges read and planned at a time: 65 536 PTEs on x86-64."""
@@ -64,123 +63,6 @@ class PlanOptions:
     filled: FilledPages | None = None
 
 
-@dataclass(frozen=True)
-class Ranges(Table):
-    """The PMD ranges that were looked at, as columns; rows are by ascending address.
-
-    Attributes:
-        address: uint64.
-        scan_result: int8, :class:`~mthp.results.ScanResult`.
-        resident: int32, pages with contents now.
-        copied: int32, pages with contents that would be copied.
-        filled: int32, PTEs without contents that would become memory: bloat.
-    """
-
-    DTYPES = (np.uint64, np.int8, np.int32, np.int32, np.int32)
-
-    address: NDArray[np.uint64]
-    scan_result: NDArray[np.int8]
-    resident: NDArray[np.int32]
-    copied: NDArray[np.int32]
-    filled: NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Folios(Table):
-    """The folios that would be made, as columns; rows are by ascending address.
-
-    Attributes:
-        address: uint64.
-        order: int8.
-        filled: int32, PTEs without contents in it.
-    """
-
-    DTYPES = (np.uint64, np.int8, np.int32)
-
-    address: NDArray[np.uint64]
-    order: NDArray[np.int8]
-    filled: NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class SpacePlan:
-    """What a collapse would make of an address space.
-
-    Attributes:
-        label: the target's name.
-        geometry: of its machine.
-        policy: the policy's name.
-        orders: the orders that were enabled for any mapping.
-        trigger, tunables: what the plan was made for.
-        ranges: the PMD ranges that hold anything.
-        folios: the folios that would be made.
-        refused: mappings that are left alone, each with the reason; only those in `within` if that was given.
-        planned_bytes: size of the PMD ranges of the mappings that were planned.
-    """
-
-    label: str
-    geometry: Geometry
-    policy: str
-    orders: tuple[int, ...]
-    trigger: Trigger
-    tunables: Tunables
-    ranges: Ranges
-    folios: Folios
-    refused: tuple[tuple[Vma, str], ...]
-    planned_bytes: int
-
-    @cached_property
-    def folios_by_order(self) -> dict[int, int]:
-        """How many folios of which order would be made, the largest order first."""
-        counts = np.bincount(self.folios.order, minlength=1)
-        return {int(order): int(counts[order]) for order in np.flatnonzero(counts)[::-1]}
-
-    @cached_property
-    def ranges_by_result(self) -> dict[ScanResult, int]:
-        """How many PMD ranges have which outcome, the most frequent first."""
-        counts = np.bincount(self.ranges.scan_result, minlength=len(ScanResult))
-        return {ScanResult(index): int(counts[index]) for index in np.argsort(-counts, kind="stable") if counts[index]}
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes that would be copied."""
-        return int(self.ranges.copied.sum(dtype=np.int64)) * self.geometry.page_size
-
-    @property
-    def filled_bytes(self) -> int:
-        """Bytes that resident memory would grow by: the bloat."""
-        return int(self.ranges.filled.sum(dtype=np.int64)) * self.geometry.page_size
-
-    @property
-    def coverage(self) -> float:
-        """The share of the planned ranges' resident memory that PMD entries map now; 0.0 if nothing is resident."""
-        return self._share(self.ranges.scan_result == ScanResult.PMD_MAPPED, self.ranges.resident)
-
-    @property
-    def coverage_after(self) -> float:
-        """The same once the plan is carried out; pages that smaller folios read back from swap are not counted."""
-        ranges, geometry = self.ranges, self.geometry
-        made = np.isin(ranges.address, self.folios.address[self.folios.order == geometry.pmd_order])
-        # A range that becomes one folio is resident throughout: what was swapped out is read back.
-        resident = np.where(made, geometry.ptes_per_pmd, ranges.resident + ranges.filled)
-        return self._share(made | (ranges.scan_result == ScanResult.PMD_MAPPED), resident)
-
-    @staticmethod
-    def _share(mapped: NDArray[np.bool_], resident: NDArray[np.integer]) -> float:
-        """The part of `resident`, pages per range, that lies in the ranges that are `mapped`."""
-        pages = int(resident.sum(dtype=np.int64))
-        return int(resident[mapped].sum(dtype=np.int64)) / pages if pages else 0.0
-
-    @property
-    def refused_by_reason(self) -> dict[str, tuple[int, int]]:
-        """(mappings, bytes) that are left alone, by reason, the largest first."""
-        by_reason: dict[str, tuple[int, int]] = {}
-        for vma, reason in self.refused:
-            mappings, size = by_reason.get(reason, (0, 0))
-            by_reason[reason] = mappings + 1, size + vma.size
-        return dict(sorted(by_reason.items(), key=lambda item: -item[1][1]))
-
-
 def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | None = None) -> SpacePlan:
     """Plan the collapse of `space`.
 
@@ -190,7 +72,8 @@ def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | N
     """
     policy = policy_named(options.policy)
     base = base_rules(space, options)
-    jobs, refused = jobs_of(space, options, base)
+    vmas = space.vmas()
+    jobs, refused = jobs_of(space, options, base, vmas)
     parts: list[tuple[Ranges, Folios]] = []
     granule = space.geometry.pmd_size
     todo = [(job, space.populated(job.segments, granule)) for job in jobs]
@@ -204,18 +87,45 @@ def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | N
                 progress(done, size)
     ranges = Ranges.joined([part for part, _ in parts])
     folios = Folios.joined([part for _, part in parts])
+    folios = folios[np.argsort(folios.address)]
+    orders = tuple(sorted({order for job in jobs for order in job.rules.orders}))
+    scope = Scope(options.within, options.include_file)
+    measured = measure(space, vmas, scope, addresses=folios.address, orders=folios.order)
+    eligible, refused_resident = _split(measured, vmas, refused)
     return SpacePlan(
         label=space.label,
         geometry=space.geometry,
         policy=policy.name,
-        orders=tuple(sorted({order for job in jobs for order in job.rules.orders})),
+        orders=orders,
         trigger=base.trigger,
         tunables=base.tunables,
         ranges=ranges[np.argsort(ranges.address)],
-        folios=folios[np.argsort(folios.address)],
+        folios=folios,
         refused=tuple(refused),
         planned_bytes=sum(end - start for job in jobs for start, end in job.segments),
+        asked_order=_asked_order(options, base, orders),
+        scope=scope,
+        before=measured.now,
+        after=measured.planned,
+        eligible=eligible,
+        refused_resident=refused_resident,
     )
+
+
+def _asked_order(options: PlanOptions, base: Rules, enabled: Sequence[int]) -> int:
+    """Return the order that coverage is stated for; `enabled` orders are those of all mappings together."""
+    if options.orders is None:
+        return base.geometry.pmd_order
+    return min(enabled if options.orders == ORDERS_ENABLED else base.orders, default=base.geometry.pmd_order)
+
+
+def _split(
+    measured: Measured, vmas: Sequence[Vma], refused: Sequence[tuple[Vma, str]]
+) -> tuple[Coverage, tuple[int, ...]]:
+    """Return the coverage of the eligible mappings, and the resident pages of each refused one."""
+    by_start = {vma.start: coverage for vma, coverage in zip(vmas, measured.by_vma, strict=True)}
+    resident = tuple(by_start.pop(vma.start).resident for vma, _ in refused)
+    return Coverage.total(list(by_start.values())), resident
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from mthp.addrspace import (
 from mthp.eligibility import eligibility
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.geometry import Geometry
+from mthp.metrics import MAX_FOLIO_ORDER
 from mthp.results import ScanResult
 from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
@@ -43,9 +44,6 @@ MAX_PAGES = 1 << 18
 
 LOOKS = 3
 """How often something is looked at before a difference counts."""
-
-MAX_FOLIO_ORDER = 20
-"""The largest order of any folio: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""
 
 _NEEDS_PRESENT = Pte.ZERO | Pte.SHARED | Pte.LAZYFREE | Pte.FILE | Pte.PMD_MAPPED | Pte.UNREFERENCED | Pte.HUGETLB
 

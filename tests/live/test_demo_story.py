@@ -7,7 +7,7 @@ import pytest
 from mthp.collapse.policy import BUILT_IN, OWN
 from mthp.demo import story
 from mthp.errors import NotPermittedError, UnsupportedError
-from mthp.planning import SpacePlan
+from mthp.space_plan import SpacePlan
 
 SIZE = 64 << 20
 

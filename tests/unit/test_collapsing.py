@@ -19,7 +19,6 @@ from mthp.collapsing import (
     Durations,
     collapse_space,
     look_at,
-    pmd_coverage,
     ranges,
     work,
 )
@@ -104,7 +103,7 @@ def test_everything_is_accounted_for(data: st.DataObject) -> None:
     assert report.coverage == pytest.approx(coverage_of(space))
     assert report.durations.count == len(space.attempts)
     left = [report.failed.total(), report.over_budget, report.not_tried, report.interrupted]
-    assert report.complete == (not any(left))
+    assert report.complete == (not any(left) and not report.done_nothing)
     for address, _ in space.attempts:
         assert fails.get(address) in {None, ScanResult.SUCCEED} or report.failed[fails[address]]
 
@@ -458,13 +457,65 @@ def test_a_look_counts_contents_and_what_of_them_is_resident() -> None:
     look = look_at(space, addresses)
     assert look.pmd_mapped.tolist() == [False, True, False]
     assert look.contents.tolist() == [120, 512, 0]
-    assert look.resident.tolist() == [100, 512, 0]
-    assert pmd_coverage(space, addresses) == 512 / 612
-    assert pmd_coverage(space, addresses[:0]) == 0.0
 
 
-def test_coverage_is_read_in_blocks() -> None:
-    fullness = [512 if index % 3 else -1 for index in range(300)]
-    space = space_of(*fullness)
-    addresses = np.array([BASE + i * X86_64.pmd_size for i in range(300)], np.uint64)
-    assert pmd_coverage(space, addresses) == pytest.approx(100 / 300)
+# Nothing done is not success.
+
+
+def test_nothing_done_is_not_complete_and_has_its_reasons() -> None:
+    space = space_of(512, 100)
+    disabled = FakeSpace(
+        [(vma, *page_runs((vma.size // 4096, Pte.PRESENT, 0))) for vma in space.vmas()], thp_disabled=True
+    )
+    report = carried_out(disabled)
+    assert report.done_nothing
+    assert not report.complete
+    (left,) = report.plan.left
+    assert "PR_SET_THP_DISABLE" in left.reason
+    assert left.size == left.resident == 2 * X86_64.pmd_size
+
+
+@pytest.mark.parametrize("fullness", [[], [0, 0]])
+def test_a_process_without_anything_to_collapse_is_not_complete(fullness: list[int]) -> None:
+    report = carried_out(space_of(*fullness) if fullness else FakeSpace([]))
+    assert (report.done_nothing, report.complete) == (True, False)
+
+
+def test_all_that_can_be_done_is_done_already() -> None:
+    space = space_of(-1, -1)
+    report = carried_out(space)
+    assert (report.done_nothing, report.complete) == (False, True)
+    assert report.plan.already_bytes == 2 * X86_64.pmd_size
+
+
+def test_the_same_run_again_has_the_same_end_whatever_its_limits_leave_alone() -> None:
+    options = CollapseOptions(plan=PlanOptions(policy="pmd-only", max_ptes_none=0))
+    space = space_of(512, 100)
+    first, second = collapse_space(space, options), collapse_space(space, options)
+    assert (first.collapsed, first.complete) == (1, True)
+    assert (second.collapsed, second.complete, second.plan.finished) == (0, True, True)
+
+
+def test_a_limit_that_leaves_memory_alone_is_not_success() -> None:
+    options = CollapseOptions(plan=PlanOptions(policy="pmd-only", max_ptes_none=0))
+    report = collapse_space(space_of(100), options)
+    assert report.done_nothing
+    assert [left.resident for left in report.plan.left] == [100 * 4096]
+    assert "EXCEED_NONE_PTE" in report.plan.left[0].reason
+
+
+def test_coverage_is_of_the_process_and_not_of_what_is_eligible() -> None:
+    small = Vma(BASE - 64 * X86_64.pmd_size, BASE - 64 * X86_64.pmd_size + 1536 * 4096 - 4096, "rw-p")
+    # Moved by a page, so that it has two whole PMD ranges, and ends that belong to none.
+    heap = (small, *page_runs((small.size // 4096, Pte.PRESENT, 0)))
+    tiny = [
+        (
+            Vma(BASE + at * X86_64.pmd_size, BASE + at * X86_64.pmd_size + 65536, "rw-p"),
+            *page_runs((16, Pte.PRESENT, 0)),
+        )
+        for at in range(100)
+    ]
+    report = carried_out(FakeSpace([heap, *tiny]))
+    assert report.collapsed == 2
+    assert report.coverage == report.plan.coverage_after == 1024 / (1535 + 1600)
+    assert sum(left.resident for left in report.plan.left) == (511 + 1600) * 4096

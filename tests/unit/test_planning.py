@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp import planning
+from mthp import metrics, planning
 from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Segment, Vma, VmaKind
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry, geometry_named
-from mthp.planning import PlanOptions, SpacePlan, plan_space
+from mthp.planning import PlanOptions, plan_space
 from mthp.results import ScanResult
+from mthp.space_plan import SpacePlan
 from mthp.tunables import Switches, Tunables
 
 BASE = 1 << 40
@@ -271,7 +272,7 @@ def test_what_must_not_be_collapsed_is_not_planned(properties: dict[str, Any], r
     plan = planned(FakeSpace([filled(kept), filled(spared)]))
     assert addresses(plan) == [kept.start]
     assert plan.refused == ((spared, reason),)
-    assert plan.refused_by_reason == {reason: (1, spared.size)}
+    assert [(left.reason, left.mappings, left.size) for left in plan.left] == [(reason, 1, spared.size)]
 
 
 def test_a_process_that_switched_thp_off_is_left_alone() -> None:
@@ -284,9 +285,9 @@ def test_a_process_that_switched_thp_off_is_left_alone() -> None:
 def test_reasons_are_summed_up_the_most_memory_first() -> None:
     mappings = [anon(0, 1, kind=VmaKind.FILE), anon(3, 1, kind=VmaKind.FILE), anon(6, 5, flags=frozenset({"nh"}))]
     plan = planned(FakeSpace([filled(vma) for vma in mappings]))
-    assert list(plan.refused_by_reason.items()) == [
-        ("MADV_NOHUGEPAGE is set", (1, 5 * X86_64.pmd_size)),
-        ("memory of a file, not anonymous", (2, 2 * X86_64.pmd_size)),
+    assert [(left.reason, left.mappings, left.size) for left in plan.left] == [
+        ("MADV_NOHUGEPAGE is set", 1, 5 * X86_64.pmd_size),
+        ("memory of a file, not anonymous", 2, 2 * X86_64.pmd_size),
     ]
 
 
@@ -346,7 +347,9 @@ def test_coverage_counts_what_smaller_folios_fill() -> None:
     columns = page_runs((8, Pte.PRESENT, 0), (504, 0, ORDER_NONE))
     plan = planned(FakeSpace([huge, (anon(1, 1), *columns)]), orders="64K", max_ptes_none=511)
     assert folios(plan) == [(BASE + X86_64.pmd_size, 4, 8)]
-    assert (plan.coverage, plan.coverage_after) == (512 / 520, 512 / 528)
+    # Coverage is that of the sizes asked for; that of the PMD size is smaller afterwards.
+    assert (plan.coverage, plan.coverage_after) == (512 / 520, 1.0)
+    assert (plan.before.share(9), plan.after.share(9)) == (512 / 520, 512 / 528)
 
 
 SWITCHES = Switches("madvise", {2: "never", 4: "inherit", 6: "always", 9: "madvise"})
@@ -488,9 +491,11 @@ def test_reads_stay_small_and_progress_ends_at_the_sum() -> None:
     space = Measured([filled(anon(0, 5, PPC), PPC), filled(anon(9, 4, PPC), PPC)], geometry=PPC)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "BLOCK_PMD_RANGES", 2)
+        patch.setattr(metrics, "BLOCK_PAGES", 2 * PPC.ptes_per_pmd)
         plan_space(space, PlanOptions(), lambda done, total: told.append((done, total)))
     assert max(read) == 2 * PPC.pmd_size
-    assert sum(read) == 9 * PPC.pmd_size
+    # Once to plan, and once to measure the coverage.
+    assert sum(read) == 2 * 9 * PPC.pmd_size
     assert told == sorted(told)
     assert told[-1] == (9 * PPC.pmd_size, 9 * PPC.pmd_size)
 

@@ -13,7 +13,7 @@ from fakes import FakeSpace
 from mthp.addrspace import ORDER_NONE, Pte, Vma, VmaKind
 from mthp.census import take_census
 from mthp.geometry import X86_64
-from mthp.planning import Folios, PlanOptions, plan_space
+from mthp.planning import PlanOptions, plan_space
 from mthp.report import memorymap
 from mthp.report.kinds import Kinds
 from mthp.report.memorymap import (
@@ -28,6 +28,7 @@ from mthp.report.memorymap import (
     shares,
     stretches,
 )
+from mthp.space_plan import Folios
 from report_spaces import HugeSpace, mixed
 
 PAGE = X86_64.page_size

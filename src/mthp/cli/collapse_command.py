@@ -25,7 +25,7 @@ from mthp.cli.options import (
 from mthp.cli.output import console, milliseconds, percent, print_json, progress_bar, say
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
-from mthp.planning import SpacePlan
+from mthp.space_plan import SpacePlan
 from mthp.targets import open_target, refuse_ancestor
 
 

@@ -8,11 +8,21 @@ from typing import Any
 from rich.console import Console
 
 from mthp.cli.output import milliseconds, note, percent, say
-from mthp.cli.plan_command import plan_json, print_plan
+from mthp.cli.plan_command import (
+    coverage_json,
+    left_table,
+    plan_json,
+    print_plan,
+    scope_name,
+    size_and_more,
+)
 from mthp.cli.render.tables import Table
 from mthp.collapsing import CollapseReport, Durations, FolioTally
 from mthp.geometry import format_size
 from mthp.results import ScanResult
+
+MAX_REASONS = 5
+"""Reasons why nothing was done that are printed as remarks; the table has more."""
 
 
 def print_report(
@@ -24,6 +34,11 @@ def print_report(
         _print_mechanisms(out, report)
         note(out, [*(f"the mover would not begin: {reason}" for reason in hindrances), "dry run: nothing was changed"])
         return
+    if report.done_nothing or report.plan.finished:
+        out.print(coverage_table(report))
+        out.print(left_table(report.plan))
+        note(out, _remarks(report, wanted))
+        return
     _print_ranges(out, report)
     if report.folios:
         _print_folios(out, report)
@@ -31,6 +46,9 @@ def print_report(
         moves = [[report.plan.geometry.label(order), str(count)] for order, count in report.needs_move.items()]
         title = "Folios below the PMD size: these need the mover (--mechanism auto)"
         out.print(Table(title, ["size", "folios"], moves, right={1}))
+    out.print(coverage_table(report))
+    if report.plan.left:
+        out.print(left_table(report.plan))
     _print_sums(out, report)
     note(out, _remarks(report, wanted))
 
@@ -90,16 +108,32 @@ def _print_folios(out: Console, report: CollapseReport) -> None:
     out.print(Table(title, ["size", "outcome", "folios", "meaning"], rows, right={2}))
 
 
+def coverage_table(report: CollapseReport) -> Table:
+    """Return the coverage before and after, for every size that was asked for, and for the PMD size."""
+    plan, geometry = report.plan, report.plan.geometry
+    orders = sorted({*plan.orders, plan.asked_order, geometry.pmd_order}, reverse=True)
+    rows = [
+        [
+            geometry.label(order) + ("" if order == geometry.pmd_order else " and more"),
+            percent(report.before.share(order)),
+            percent(report.after.share(order)),
+        ]
+        for order in orders
+    ]
+    page = geometry.page_size
+    before, after = (format_size(each.resident * page) for each in (report.before, report.after))
+    title = f"Share {scope_name(plan)}, {before} before and {after} after, that is mapped as"
+    return Table(title, ["size", "before", "after"], rows, right={1, 2})
+
+
 def _print_sums(out: Console, report: CollapseReport) -> None:
-    plan, times, windows = report.plan, report.durations, report.windows
+    times, windows = report.durations, report.windows
     speed = (report.collapsed_bytes + report.moved_bytes) / report.elapsed if report.elapsed else 0.0
     out.print()
     say(
         out,
         f"copied {format_size(report.copied_bytes)}, added {format_size(report.filled_bytes)} of bloat,"
-        f" in {report.elapsed:.2f} s ({format_size(int(speed))}/s);"
-        f" share of {plan.geometry.label(plan.geometry.pmd_order)} mappings {percent(plan.coverage)} ->"
-        f" {percent(report.coverage)}",
+        f" in {report.elapsed:.2f} s ({format_size(int(speed))}/s)",
     )
     if times.count or not report.folios:
         say(out, f"pauses at most (duration of each of {times.count} calls): {_spread(times)}")
@@ -124,9 +158,26 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     holes = sum(tally.failed_by_result[ScanResult.EXCEED_NONE_PTE] for tally in report.folios.values())
     if holes:
         remarks.append(f"{holes} runs have holes: --fill fills them")
+    remarks += _nothing_done(report)
     if wanted is not None and report.coverage < wanted:
-        remarks.append(f"{percent(report.coverage)} is less than the {percent(wanted)} that --min-coverage asks for")
+        remarks.append(
+            f"{percent(report.coverage)} {scope_name(report.plan)} is mapped as {size_and_more(report.plan)}:"
+            f" less than the {percent(wanted)} that --min-coverage asks for"
+        )
     return remarks
+
+
+def _nothing_done(report: CollapseReport) -> list[str]:
+    """Return why nothing was done, if so: the work is finished, or reasons with their bytes."""
+    plan = report.plan
+    if plan.finished:
+        return [f"nothing left to do: {format_size(plan.already_bytes)} already in folios of the sizes asked for"]
+    if not report.done_nothing:
+        return []
+    reasons = [f"{left.reason} ({format_size(left.resident)} resident)" for left in plan.left if left.resident]
+    if not reasons:
+        return ["nothing was done: no memory of this process could be collapsed"]
+    return [f"nothing was done: {reasons[0]}", *(f"also: {reason}" for reason in reasons[1:MAX_REASONS])]
 
 
 def report_json(report: CollapseReport) -> dict[str, Any]:
@@ -154,6 +205,10 @@ def report_json(report: CollapseReport) -> dict[str, Any]:
         "windows": {"count": windows.count, "moved_blocks": report.moved_blocks} | _times_json(windows),
         "coverage_before": report.plan.coverage,
         "coverage": report.coverage,
+        "coverage_order": report.plan.asked_order,
+        "measured": coverage_json(report.after, report.plan.geometry),
+        "done_nothing": report.done_nothing,
+        "nothing_left_to_do": report.plan.finished,
         "interrupted": report.interrupted,
         "vanished": report.vanished,
         "error": None if report.error is None else {"message": report.error.message, "help": report.error.help},

@@ -21,7 +21,7 @@ from mthp.cli.render.tables import Table
 from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
 from mthp.errors import UsageError
 from mthp.geometry import format_size
-from mthp.planning import SpacePlan
+from mthp.space_plan import SpacePlan
 
 
 @click.command("demo")
@@ -113,7 +113,7 @@ def _print_before_and_after(out: Console, story: Story, before: Moment, after: M
     assert deed is not None
     pmd = geometry.label(geometry.pmd_order)
     pages = [moment.census.anonymous for moment in (before, after)]
-    shares = [percent(count.state("pmd_mapped") / max(1, count.resident)) for count in pages]
+    shares = [percent(count.coverage.share(geometry.pmd_order)) for count in pages]
     rows = [
         ["random lookups a second", f"{before.speed.median:,.0f}", f"{after.speed.median:,.0f}", _times(story)],
         ["  lower to upper quartile", _quartiles(before), _quartiles(after), ""],

@@ -14,6 +14,7 @@ from mthp.cli.output import console, note, percent, print_json, progress_bar, sa
 from mthp.cli.render.tables import Table
 from mthp.eligibility import Eligibility
 from mthp.geometry import Geometry, format_size
+from mthp.metrics import ALIGNED, ALIGNMENTS, PARTIAL, PMD, UNALIGNED
 from mthp.targets import open_target
 
 TOP_MAPPINGS = 20
@@ -71,28 +72,39 @@ def sizes_table(census: Census) -> Table:
             _size(pages, geometry),
             percent(pages / every.resident),
             _size(int(anon.orders[order]), geometry),
+            *_alignments(every, order, geometry),
             *([] if zeroes is None else [_size(int(zeroes[order]), geometry)]),
         ]
         for order, pages in every.by_order().items()
     ]
     if every.unknown:
         row = [_size(every.unknown, geometry), percent(every.unknown / every.resident), _size(anon.unknown, geometry)]
-        rows.append(["not visible", *row, *([] if zeroes is None else [_size(int(zeroes[-1]), geometry)])])
+        rows.append(["not visible", *row, "", "", "", *([] if zeroes is None else [_size(int(zeroes[-1]), geometry)])])
     row = [_size(every.resident, geometry), "", _size(anon.resident, geometry)]
-    rows.append(["in all", *row, *([] if zeroes is None else [_size(int(zeroes.sum()), geometry)])])
+    rows.append(["in all", *row, "", "", "", *([] if zeroes is None else [_size(int(zeroes.sum()), geometry)])])
     rows += [
-        [name.replace("_", " "), _size(every.state(name), geometry), "", _size(anon.state(name), geometry)]
+        [name.replace("_", " "), _size(every.state(name), geometry), "", _size(anon.state(name), geometry), "", "", ""]
         + ([] if zeroes is None else [""])
         for name in STATES
         if every.state(name)
     ]
     pmd = geometry.label(geometry.pmd_order)
     title = (
-        f"Resident memory by folio size; of the anonymous memory {percent(anon.share_from(geometry.pmd_order))}"
-        f" lies in {pmd} folios, {percent(anon.share_from(1))} in any above {geometry.label(0)}"
+        f"Resident memory by folio size; of the anonymous memory {percent(anon.coverage.share(geometry.pmd_order))}"
+        f" is mapped as {pmd}, {percent(anon.coverage.share(1))} as any size above {geometry.label(0)}"
     )
-    columns = ["folio size", "bytes", "share", "anonymous", *([] if zeroes is None else ["zero-filled"])]
-    return Table(title, columns, rows, right={1, 2, 3, 4})
+    columns = ["folio size", "bytes", "share", "anonymous", "aligned", "unaligned", "partial"]
+    columns += [*([] if zeroes is None else ["zero-filled"])]
+    return Table(title, columns, rows, right=range(1, len(columns)))
+
+
+def _alignments(pages: PageCounts, order: int, geometry: Geometry) -> list[str]:
+    """How the folios of an order are mapped: all of each, at a multiple of its size or not, or a part of it."""
+    if not order:
+        return ["", "", ""]
+    aligned = pages.mapped_as(PMD, order) + pages.mapped_as(ALIGNED, order)
+    others = (pages.mapped_as(kind, order) for kind in (UNALIGNED, PARTIAL))
+    return [_size(count, geometry) for count in (aligned, *others)]
 
 
 def _mapping_row(vma: VmaCensus, geometry: Geometry) -> list[str]:
@@ -103,7 +115,7 @@ def _mapping_row(vma: VmaCensus, geometry: Geometry) -> list[str]:
         vma.vma.permissions,
         format_size(vma.vma.size),
         _size(pages.resident, geometry),
-        percent(pages.share_from(geometry.pmd_order)),
+        percent(pages.coverage.share(geometry.pmd_order)),
         folios or "-",
         _may_become(vma, geometry),
         " ".join(f"{node}:{_size(count, geometry)}" for node, count in vma.vma.node_pages),
@@ -175,10 +187,15 @@ def _counts_json(pages: PageCounts, geometry: Geometry) -> dict[str, Any]:
         "resident_bytes": pages.resident * geometry.page_size,
         "pages_by_order": {str(order): count for order, count in pages.by_order().items()},
         "pages_of_unknown_order": pages.unknown,
+        "pages_by_alignment": {
+            str(order): {name: pages.mapped_as(index, order) for index, name in enumerate(ALIGNMENTS)}
+            for order in pages.by_order()
+            if order
+        },
         "pages_by_state": {name: pages.state(name) for name in STATES},
         "zero_filled_pages_by_order": _zero_filled_json(pages),
-        "huge_coverage": pages.share_from(geometry.pmd_order),
-        "large_coverage": pages.share_from(1),
+        "huge_coverage": pages.coverage.share(geometry.pmd_order),
+        "large_coverage": pages.coverage.share(1),
     }
 
 

@@ -11,12 +11,14 @@ from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.geometry import format_size
-from mthp.planning import SpacePlan, plan_space
+from mthp.geometry import Geometry, format_size
+from mthp.metrics import Coverage
+from mthp.planning import plan_space
+from mthp.space_plan import SpacePlan
 from mthp.targets import open_target
 
 TOP_REASONS = 8
-"""Reasons for leaving mappings alone that are shown, the ones that concern most memory."""
+"""Reasons for leaving memory alone that are shown, the ones that concern most memory."""
 
 
 @click.command("plan")
@@ -40,6 +42,19 @@ def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
     note(out, missing)
 
 
+def size_and_more(plan: SpacePlan) -> str:
+    """Name the sizes that the coverage of a plan is stated for."""
+    geometry = plan.geometry
+    more = "" if plan.asked_order == geometry.pmd_order else " and more"
+    return f"{geometry.label(plan.asked_order)}{more}"
+
+
+def scope_name(plan: SpacePlan) -> str:
+    """Name the memory that the coverage of a plan is a share of."""
+    kind = "memory" if plan.scope.files else "anonymous memory"
+    return f"of the {kind}" + ("" if plan.scope.within is None else " in the chosen range")
+
+
 def print_plan(out: Console, plan: SpacePlan) -> None:
     """Print a plan: a heading with the sums, then folios, outcomes, and what is left alone."""
     geometry = plan.geometry
@@ -53,8 +68,8 @@ def print_plan(out: Console, plan: SpacePlan) -> None:
     say(
         out,
         f"would copy {format_size(plan.copied_bytes)}, add {format_size(plan.filled_bytes)} of bloat,"
-        f" and take the share of {geometry.label(geometry.pmd_order)} mappings from {percent(plan.coverage)}"
-        f" to {percent(plan.coverage_after)} of {format_size(_resident(plan))}",
+        f" and take the share {scope_name(plan)} ({format_size(plan.before.resident * geometry.page_size)}) that is"
+        f" mapped as {size_and_more(plan)} from {percent(plan.coverage)} to {percent(plan.coverage_after)}",
     )
     rows = [
         [geometry.label(order), str(count), format_size(count * geometry.size_of(order))]
@@ -64,13 +79,33 @@ def print_plan(out: Console, plan: SpacePlan) -> None:
     outcomes = [[result.name, str(count), result.meaning] for result, count in plan.ranges_by_result.items()]
     title = f"PMD ranges of {geometry.label(geometry.pmd_order)} by outcome"
     out.print(Table(title, ["result", "ranges", "meaning"], outcomes, right={1}))
-    reasons = list(plan.refused_by_reason.items())[:TOP_REASONS]
-    left = [[str(mappings), format_size(size), reason] for reason, (mappings, size) in reasons]
-    out.print(Table("Left alone", ["mappings", "bytes", "reason"], left, right={0, 1}))
+    out.print(left_table(plan))
 
 
-def _resident(plan: SpacePlan) -> int:
-    return int(plan.ranges.resident.sum()) * plan.geometry.page_size
+def left_table(plan: SpacePlan) -> Table:
+    """Return what the plan does not reach, by reason."""
+    rows = [
+        [format_size(left.resident), format_size(left.size), str(left.mappings or ""), left.reason]
+        for left in plan.left[:TOP_REASONS]
+    ]
+    return Table("Left alone", ["resident", "bytes", "mappings", "reason"], rows, right={0, 1, 2})
+
+
+def left_json(plan: SpacePlan) -> list[dict[str, Any]]:
+    """Return the same as JSON."""
+    return [
+        {"reason": left.reason, "mappings": left.mappings, "bytes": left.size, "resident_bytes": left.resident}
+        for left in plan.left
+    ]
+
+
+def coverage_json(coverage: Coverage, geometry: Geometry) -> dict[str, Any]:
+    """Return a coverage as JSON: resident bytes, and the share of them in folios of each size or a larger one."""
+    return {
+        "resident_bytes": coverage.resident * geometry.page_size,
+        "bytes_of_unknown_order": coverage.unknown * geometry.page_size,
+        "share_by_order": {str(order): coverage.share(order) for order in geometry.anon_orders},
+    }
 
 
 def plan_json(plan: SpacePlan) -> dict[str, Any]:
@@ -86,15 +121,16 @@ def plan_json(plan: SpacePlan) -> dict[str, Any]:
         "max_ptes_swap": limits.max_ptes_swap,
         "max_ptes_shared": limits.max_ptes_shared,
         "planned_bytes": plan.planned_bytes,
-        "resident_bytes": _resident(plan),
+        "resident_bytes": int(plan.ranges.resident.sum()) * geometry.page_size,
         "copied_bytes": plan.copied_bytes,
         "bloat_bytes": plan.filled_bytes,
         "coverage": plan.coverage,
         "coverage_after": plan.coverage_after,
+        "coverage_order": plan.asked_order,
+        "measured": coverage_json(plan.before, geometry),
+        "measured_after": coverage_json(plan.after, geometry),
+        "already_bytes": plan.already_bytes,
         "folios_by_order": {str(order): count for order, count in plan.folios_by_order.items()},
         "ranges_by_result": {result.name: count for result, count in plan.ranges_by_result.items()},
-        "left_alone": [
-            {"reason": reason, "mappings": mappings, "bytes": size}
-            for reason, (mappings, size) in plan.refused_by_reason.items()
-        ],
+        "left_alone": left_json(plan),
     }

@@ -16,7 +16,7 @@ What ends a run early (Ctrl-C, a target that exits, a right that turns out to be
 done until then.
 """
 
-from mthp.collapsing.look import Look, look_at, plan_blocks, pmd_coverage
+from mthp.collapsing.look import Look, look_at, plan_blocks
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport, Durations, FolioTally
 from mthp.collapsing.run import carry_out, collapse_space
@@ -33,5 +33,4 @@ __all__ = [
     "collapse_space",
     "look_at",
     "plan_blocks",
-    "pmd_coverage",
 ]

@@ -16,8 +16,8 @@ from mthp.addrspace import CollapseOutcome
 from mthp.collapsing.look import BlockLook, look_at_blocks
 from mthp.collapsing.work import Work
 from mthp.errors import MthpError, TargetVanishedError
-from mthp.planning import Folios
 from mthp.results import ScanResult
+from mthp.space_plan import Folios
 
 FIRST_BATCH, LARGEST_BATCH = 16, 512
 """Blocks between two looks at the page tables: the first time, and at most."""

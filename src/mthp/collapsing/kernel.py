@@ -13,7 +13,7 @@ from mthp.collapsing.look import look_at_blocks
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport, FolioTally
 from mthp.collapsing.work import Progress, Work
-from mthp.planning import SpacePlan
+from mthp.space_plan import SpacePlan
 
 
 def by_khugepaged(
@@ -25,7 +25,7 @@ def by_khugepaged(
     before: Callable[[SpacePlan], None],
 ) -> CollapseReport:
     """Carry out `plan` by the mechanism ``khugepaged``; arguments and errors as of `mthp.collapsing.carry_out`."""
-    report = CollapseReport(plan, dry_run=options.dry_run, coverage=plan.coverage)
+    report = CollapseReport(plan, dry_run=options.dry_run)
     report.folios = {order: FolioTally(planned=n, not_tried=n) for order, n in plan.folios_by_order.items() if n}
     if options.dry_run or not len(plan.folios):
         return report

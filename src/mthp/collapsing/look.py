@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte
-from mthp.planning import BLOCK_PMD_RANGES, Folios, Ranges, SpacePlan
+from mthp.metrics import Scope, measure
+from mthp.planning import BLOCK_PMD_RANGES
+from mthp.space_plan import Folios, Ranges, SpacePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +21,10 @@ class Look:
     Attributes:
         pmd_mapped: bool, shape (ranges,): one PMD entry maps it.
         contents: int64, shape (ranges,): pages that are present and not zero, or swapped out.
-        resident: int64, shape (ranges,): those that are present.
     """
 
     pmd_mapped: NDArray[np.bool_]
     contents: NDArray[np.int64]
-    resident: NDArray[np.int64]
 
 
 def look_at(space: AddressSpace, addresses: NDArray[np.uint64]) -> Look:
@@ -33,19 +33,8 @@ def look_at(space: AddressSpace, addresses: NDArray[np.uint64]) -> Look:
     columns = space.read([(address, address + geometry.pmd_size) for address in addresses.tolist()])
     shape = (-1, geometry.ptes_per_pmd)
     present = (columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)).reshape(shape)
-    resident = present.sum(axis=1)
     swapped = columns.has(Pte.SWAP).reshape(shape).sum(axis=1)
-    return Look(columns.has(Pte.PMD_MAPPED).reshape(shape)[:, 0] & present[:, 0], resident + swapped, resident)
-
-
-def pmd_coverage(space: AddressSpace, addresses: NDArray[np.uint64]) -> float:
-    """The share of the resident pages of some PMD ranges that PMD entries map; 0.0 if none are resident."""
-    huge = resident = 0
-    for start in range(0, len(addresses), BLOCK_PMD_RANGES):
-        look = look_at(space, addresses[start : start + BLOCK_PMD_RANGES])
-        huge += int(look.resident[look.pmd_mapped].sum())
-        resident += int(look.resident.sum())
-    return huge / resident if resident else 0.0
+    return Look(columns.has(Pte.PMD_MAPPED).reshape(shape)[:, 0] & present[:, 0], present.sum(axis=1) + swapped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +90,9 @@ def plan_blocks(space: AddressSpace, start: int, end: int, order: int) -> SpaceP
         filled = ((1 << order) - contents).astype(np.int32)
         folios = Folios(np.array(chosen, np.uint64), np.full(len(chosen), order, np.int8), filled)
         parts.append(folios[contents > 0])
+    folios = Folios.joined(parts)
+    scope = Scope((start, end), files=True)
+    measured = measure(space, space.vmas(), scope, addresses=folios.address, orders=folios.order)
     return SpacePlan(
         label=space.label,
         geometry=geometry,
@@ -109,7 +101,12 @@ def plan_blocks(space: AddressSpace, start: int, end: int, order: int) -> SpaceP
         trigger="madvise",
         tunables=space.tunables,
         ranges=Ranges.joined([]),
-        folios=Folios.joined(parts),
+        folios=folios,
         refused=(),
         planned_bytes=len(addresses) * size,
+        asked_order=order,
+        scope=scope,
+        before=measured.now,
+        after=measured.planned,
+        eligible=measured.now,
     )

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mthp.errors import MthpError
-from mthp.planning import SpacePlan
+from mthp.metrics import Coverage
 from mthp.results import ScanResult
+from mthp.space_plan import SpacePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class CollapseReport:
         moved_blocks: runs that were given to the mover in these pauses.
         verified: whether the bytes of every moved run were compared.
         elapsed: seconds, rests included.
-        coverage: share of the planned mappings' resident memory that PMD entries map afterwards.
+        after: the coverage when it ended, of the same memory as `before`, with which it begins.
         not_tried: ranges left when it ended early.
         interrupted: it was told to stop.
         vanished: the target exited meanwhile.
@@ -114,11 +115,30 @@ class CollapseReport:
     moved_blocks: int = 0
     verified: bool = False
     elapsed: float = 0.0
-    coverage: float = 0.0
+    after: Coverage = field(default_factory=Coverage)
     not_tried: int = 0
     interrupted: bool = False
     vanished: bool = False
     error: MthpError | None = None
+
+    def __post_init__(self) -> None:
+        if not self.after.resident:
+            self.after = self.plan.before
+
+    @property
+    def before(self) -> Coverage:
+        """The coverage before anything was done."""
+        return self.plan.before
+
+    @property
+    def coverage(self) -> float:
+        """The share of `after` in folios of the sizes asked for or larger ones."""
+        return self.after.share(self.plan.asked_order)
+
+    @property
+    def done_nothing(self) -> bool:
+        """Whether nothing was to be done, although not everything is as it was asked for."""
+        return not self.dry_run and not len(self.plan.folios) and not self.plan.finished
 
     @property
     def collapsed_bytes(self) -> int:
@@ -132,10 +152,12 @@ class CollapseReport:
 
     @property
     def complete(self) -> bool:
-        """Whether everything that was planned is as it was to be."""
+        """Whether everything that was planned is as it was to be; nothing planned is complete if nothing was left."""
         left = self.failed.total() + self.over_budget + self.not_tried + sum(self.needs_move.values())
         left += sum(tally.left for tally in self.folios.values())
-        return self.dry_run or not (left or self.interrupted or self.vanished or self.error)
+        return self.dry_run or not (
+            left or self.done_nothing or self.interrupted or self.vanished or self.error is not None
+        )
 
     @property
     def ended_early(self) -> bool:

@@ -16,7 +16,8 @@ from mthp.collapsing.report import CollapseReport, Durations, FolioTally
 from mthp.collapsing.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
-from mthp.planning import ORDERS_ENABLED, PlanOptions, SpacePlan, plan_space
+from mthp.planning import ORDERS_ENABLED, PlanOptions, plan_space
+from mthp.space_plan import SpacePlan
 
 
 def collapse_space(
@@ -85,7 +86,7 @@ def carry_out(
     """
     if options.mechanism == "khugepaged":
         return by_khugepaged(space, plan, options, progress, stop, before_move)
-    report = CollapseReport(plan, dry_run=options.dry_run, coverage=plan.coverage)
+    report = CollapseReport(plan, dry_run=options.dry_run)
     pmd_order = space.geometry.pmd_order
     targets = plan.folios[plan.folios.order == pmd_order]
     smaller = plan.folios[plan.folios.order < (0 if options.mechanism == "madvise" else pmd_order)]

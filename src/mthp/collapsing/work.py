@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from mthp.addrspace import AddressSpace
-from mthp.collapsing.look import pmd_coverage
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.metrics import measure
 
 PACE = 0.1
 """Seconds: with a rate, no more is collapsed between two rests than the rate allows in this time."""
@@ -92,7 +92,7 @@ class Work:
         """
         try:
             yield
-            self.report.coverage = pmd_coverage(self.space, self.report.plan.ranges.address)
+            self.report.after = measure(self.space, self.space.vmas(), self.report.plan.scope).now
         except TargetVanishedError:
             self.report.vanished = True
         except MthpError as error:

@@ -18,7 +18,8 @@ from mthp.collapse.policy import BUILT_IN, OWN
 from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.demo.client import Deed, Measurement, Verification, Workload, WorkloadStats, fit_size
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
-from mthp.planning import PlanOptions, SpacePlan, plan_space
+from mthp.planning import PlanOptions, plan_space
+from mthp.space_plan import SpacePlan
 
 DEFAULT_SIZE = 1 << 30
 """Bytes of memory that the workload grows to, where there is room."""

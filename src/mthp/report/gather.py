@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mthp.addrspace import AddressSpace
-from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
+from mthp.census import STATES, Census, VmaCensus, take_census
 from mthp.geometry import Geometry, format_size
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
-from mthp.planning import PlanOptions, SpacePlan, plan_space
+from mthp.planning import PlanOptions, plan_space
 from mthp.report import compared, timeline
 from mthp.report.compared import percent
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table
 from mthp.report.memorymap import MemoryMap, make_map
 from mthp.report.timeline import Timeline
+from mthp.space_plan import SpacePlan
 
 MAPPINGS = 60
 """Mappings in the table: those with most memory."""
@@ -114,8 +115,8 @@ def _pmd(geometry: Geometry) -> str:
     return geometry.label(geometry.pmd_order)
 
 
-def _covered(pages: PageCounts) -> float:
-    return pages.state("pmd_mapped") / pages.resident if pages.resident else 0.0
+def _covered(census: Census) -> float:
+    return census.anonymous.coverage.share(census.geometry.pmd_order)
 
 
 def _verdict(census: Census, plan: SpacePlan, after: Census | None) -> str:
@@ -123,16 +124,17 @@ def _verdict(census: Census, plan: SpacePlan, after: Census | None) -> str:
     if after is not None:
         grown = (after.total.resident - census.total.resident) * census.geometry.page_size
         return (
-            f"{percent(_covered(census.anonymous))} of the anonymous memory was mapped by {pmd} pages before,"
-            f" {percent(_covered(after.anonymous))} is afterwards; resident memory"
+            f"{percent(_covered(census))} of the anonymous memory was mapped by {pmd} pages before,"
+            f" {percent(_covered(after))} is afterwards; resident memory"
             f" {'grew' if grown >= 0 else 'shrank'} by {format_size(abs(grown))}."
         )
     if not len(plan.folios):
         return f"There is nothing to collapse with the policy {plan.policy} and these limits."
-    resident = int(plan.ranges.resident.sum()) * plan.geometry.page_size
+    resident = plan.before.resident * plan.geometry.page_size
     return (
         f"With the policy {plan.policy}, a collapse would take the memory that {pmd} pages map from"
-        f" {percent(plan.coverage)} to {percent(plan.coverage_after)} of {format_size(resident)}, copy"
+        f" {percent(plan.before.share(plan.geometry.pmd_order))} to"
+        f" {percent(plan.after.share(plan.geometry.pmd_order))} of {format_size(resident)}, copy"
         f" {format_size(plan.copied_bytes)}, and add {format_size(plan.filled_bytes)}."
     )
 
@@ -147,15 +149,15 @@ def _figures(census: Census, plan: SpacePlan, after: Census | None) -> tuple[Fig
         grown = (after.total.resident - census.total.resident) * geometry.page_size
         return (
             *figures,
-            Figure(percent(_covered(census.anonymous)), f"{pmd} pages before", "of the anonymous memory"),
-            Figure(percent(_covered(after.anonymous)), f"{pmd} pages afterwards", "of the anonymous memory"),
+            Figure(percent(_covered(census)), f"{pmd} pages before", "of the anonymous memory"),
+            Figure(percent(_covered(after)), f"{pmd} pages afterwards", "of the anonymous memory"),
             Figure(format_size(grown), "grown", f"{percent(grown / resident)} of what was resident"),
         )
     share = plan.filled_bytes / resident if resident else 0.0
     return (
         *figures,
-        Figure(percent(plan.coverage), f"{pmd} pages now", "of what may be collapsed"),
-        Figure(percent(plan.coverage_after), f"{pmd} pages with the plan", f"policy {plan.policy}"),
+        Figure(percent(plan.before.share(geometry.pmd_order)), f"{pmd} pages now", "of the anonymous memory"),
+        Figure(percent(plan.after.share(geometry.pmd_order)), f"{pmd} pages with the plan", f"policy {plan.policy}"),
         Figure(format_size(plan.filled_bytes), "would be added", f"{percent(share)} of what is resident"),
     )
 
@@ -213,8 +215,13 @@ def _plan_section(plan: SpacePlan) -> Section:
         for result, count in plan.ranges_by_result.items()
     ]
     left = [
-        (Cell(f"{mappings:,}", figure=True), Cell(format_size(size), figure=True), Cell(reason))
-        for reason, (mappings, size) in plan.refused_by_reason.items()
+        (
+            Cell(format_size(left.resident), figure=True),
+            Cell(format_size(left.size), figure=True),
+            Cell(f"{left.mappings or ''}", figure=True),
+            Cell(left.reason),
+        )
+        for left in plan.left
     ]
     limits = plan.tunables
     lead = (
@@ -228,7 +235,7 @@ def _plan_section(plan: SpacePlan) -> Section:
         tables=(
             Table("Folios to be made", ("size", "folios", "bytes"), sizes),
             Table(f"PMD ranges of {_pmd(geometry)} by outcome", ("result", "ranges", "meaning"), results),
-            Table("Left alone", ("mappings", "bytes", "reason"), left, folded=True),
+            Table("Left alone", ("resident", "bytes", "mappings", "reason"), left, folded=True),
         ),
     )
 
@@ -273,7 +280,7 @@ def _mapping(vma: VmaCensus, geometry: Geometry) -> tuple[Cell, ...]:
         Cell(f"{vma.vma.start:x}-{vma.vma.end:x} {vma.vma.permissions}"),
         Cell(format_size(vma.vma.size), figure=True),
         Cell(format_size(vma.pages.resident * geometry.page_size), figure=True),
-        Cell(percent(_covered(vma.pages)), figure=True),
+        Cell(percent(vma.pages.coverage.share(geometry.pmd_order)), figure=True),
         Cell(
             f"{geometry.label(allowed.orders[0])} to {geometry.label(allowed.orders[-1])}"
             if allowed

@@ -44,8 +44,8 @@ def moment_of(seconds: float, space: AddressSpace) -> Moment:
         seconds,
         census.total.resident * page,
         pages.resident * page,
-        pages.state("pmd_mapped") * page,
-        int(pages.orders[1:].sum()) * page,
+        pages.coverage.pages[census.geometry.pmd_order] * page,
+        pages.coverage.pages[1] * page,
     )
 
 

@@ -13,7 +13,8 @@ from mthp.addrspace import AddressSpace, VmaKind
 from mthp.census import PageCounts, take_census
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.geometry import Geometry
-from mthp.planning import PlanOptions, SpacePlan, plan_space
+from mthp.planning import PlanOptions, plan_space
+from mthp.space_plan import SpacePlan
 from mthp.targets import open_target
 from mthp.top.model import UNKNOWN, Row
 

@@ -198,7 +198,8 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
         f"folios made: {folios or 'none'}",
         f"{format_size(report.copied_bytes)} copied, {format_size(report.filled_bytes)} of bloat added,"
         f" in {report.elapsed:.2f} s",
-        f"{pmd} mapped: {report.plan.coverage:.1%} before, {report.coverage:.1%} now",
+        f"{pmd} mapped: {report.before.share(geometry.pmd_order):.1%} before,"
+        f" {report.after.share(geometry.pmd_order):.1%} now",
     ]
     if report.windows.count:
         lines.append(f"it stood still {report.windows.count:,} times, for {1000 * report.windows.p50:.2f} ms at a time")

@@ -1,0 +1,326 @@
+"""Coverage: the share of anonymous resident memory that lies in folios of a size, as the hardware uses them.
+
+A folio saves TLB entries only where it is mapped in one piece and aligned: the PMD size by a PMD entry, smaller sizes
+by a naturally aligned run of PTEs whose frames are aligned alike. So a page counts for an order if the aligned block of
+that order around it is mapped throughout, in one folio, at frames that are aligned as the addresses are. A 2M folio
+that mremap(2) moved off its alignment counts as nothing of 2M; if it was moved by 64K, it still counts for 64K.
+
+Anonymous memory is what the kernel counts as RssAnon (proc_pid_status(5)) and smaps as Anonymous: pages without a file,
+copies of a private file mapping's pages included; zero pages and hugetlbfs pages are not among them.
+
+How each folio is mapped is told as tools/mm/thpmaps of the kernel tells it: by a PMD entry, or by PTEs and aligned,
+unaligned (all of it, at an address that is not a multiple of its size) or partial. Where frame numbers cannot be seen
+(snapshots, no CAP_SYS_ADMIN), frames are taken to be aligned as the addresses are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind
+from mthp.geometry import Geometry
+from mthp.segments import in_range_blocks
+
+MAX_FOLIO_ORDER = 20
+"""The largest folio order that is counted: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""
+
+ORDERS = MAX_FOLIO_ORDER + 1
+
+BLOCK_PAGES = 1 << 18
+"""Pages read at a time: enough that the cost of a call does not count, little enough to stay in bounds."""
+
+PMD, ALIGNED, UNALIGNED, PARTIAL = range(4)
+ALIGNMENTS = ("pmd_mapped", "aligned", "unaligned", "partial")
+"""How a folio is mapped, by the names that the output has; the order is that of the constants above."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) after every block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of some resident memory lies in folios of each size, as the hardware uses them.
+
+    Attributes:
+        pages: pages in blocks of each order or a larger one; index 0 counts all resident pages.
+        unknown: of these, the pages whose folio's order cannot be seen; they count for order 0 alone.
+    """
+
+    pages: tuple[int, ...] = (0,) * ORDERS
+    unknown: int = 0
+
+    @property
+    def resident(self) -> int:
+        """All resident pages."""
+        return self.pages[0]
+
+    def share(self, order: int) -> float:
+        """The share of the resident pages in blocks of `order` or larger; 0.0 if nothing is resident."""
+        return self.pages[min(order, MAX_FOLIO_ORDER)] / self.resident if self.resident else 0.0
+
+    @classmethod
+    def total(cls, parts: Sequence[Coverage]) -> Coverage:
+        """The sum of `parts`."""
+        pages = np.array([part.pages for part in parts], np.int64).reshape(-1, ORDERS).sum(axis=0)
+        return cls(tuple(pages.tolist()), sum(part.unknown for part in parts))
+
+
+@dataclass(frozen=True, slots=True)
+class MappedRuns:
+    """Runs of pages of large folios: neighbours in the folio and in the address space. Columns of shape (runs,).
+
+    Attributes:
+        index: int64, where the first page is among the columns that were read.
+        page: int64, its address divided by the page size.
+        frame: int64, its frame number, or `page` where frame numbers cannot be seen.
+        order: int64, of the folio.
+        count: int64, pages.
+        pmd_mapped: bool.
+    """
+
+    index: NDArray[np.int64]
+    page: NDArray[np.int64]
+    frame: NDArray[np.int64]
+    order: NDArray[np.int64]
+    count: NDArray[np.int64]
+    pmd_mapped: NDArray[np.bool_]
+
+    def usable(self, order: int, geometry: Geometry) -> NDArray[np.int64]:
+        """Return how many pages of each run lie in blocks of `order` that the hardware can use: int64, shape (runs,).
+
+        A PMD entry maps its whole range, so pages under it count without looking at their neighbours, which may not
+        have been read.
+        """
+        by_pmd = np.where(self.pmd_mapped & (self.order >= order), self.count, 0)
+        if order >= geometry.pmd_order:
+            return by_pmd
+        size = 1 << order
+        first, end = (self.page + size - 1) >> order, (self.page + self.count) >> order
+        whole = np.maximum(end - first, 0) << order
+        fits = (self.order >= order) & (((self.page ^ self.frame) & (size - 1)) == 0)
+        return np.where(self.pmd_mapped, by_pmd, np.where(fits, whole, 0))
+
+    def alignment(self) -> NDArray[np.int64]:
+        """Return how each run maps its folio, as an index into `ALIGNMENTS`: int64, shape (runs,)."""
+        size = np.int64(1) << self.order
+        aligned = np.where(self.page % size == 0, ALIGNED, UNALIGNED)
+        return np.where(self.pmd_mapped, PMD, np.where(self.count == size, aligned, PARTIAL))
+
+
+def resident_pages(columns: PteColumns) -> NDArray[np.bool_]:
+    """Return which entries map a page with contents: bool, shape (pages,)."""
+    resident: NDArray[np.bool_] = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
+    return resident
+
+
+def anonymous_pages(columns: PteColumns) -> NDArray[np.bool_]:
+    """Return which entries map anonymous memory: bool, shape (pages,)."""
+    mask = Pte.PRESENT | Pte.ZERO | Pte.FILE | Pte.HUGETLB
+    anonymous: NDArray[np.bool_] = (columns.state & np.uint16(mask)) == Pte.PRESENT
+    return anonymous
+
+
+def page_numbers(columns: PteColumns, page_size: int) -> NDArray[np.int64]:
+    """Return the address of each entry divided by the page size: int64, shape (pages,)."""
+    # Divided before NumPy sees them: [vsyscall] lies beyond what an int64 holds.
+    starts = np.array([start // page_size for start, _ in columns.segments], np.int64)
+    counts = np.array([(end - start) // page_size for start, end in columns.segments], np.int64)
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(len(columns.state))
+
+
+def mapped_runs(
+    columns: PteColumns,
+    page_size: int,
+    chosen: NDArray[np.bool_],
+    group: NDArray[np.int64] | None = None,
+) -> MappedRuns:
+    """Cut the large folios of `columns` into runs.
+
+    Args:
+        chosen: bool, shape (pages,): the pages that count.
+        group: int64, shape (pages,): cut where it changes.
+    """
+    index = np.flatnonzero(chosen & (columns.folio_order > 0))
+    page = page_numbers(columns, page_size)[index]
+    frame = page if columns.pfn is None else columns.pfn[index].astype(np.int64)
+    order = np.minimum(columns.folio_order[index], MAX_FOLIO_ORDER).astype(np.int64)
+    pmd_mapped = (columns.state[index] & np.uint16(Pte.PMD_MAPPED)) != 0
+    head = (frame & ((np.int64(1) << order) - 1)) == 0
+    parts = [page - np.arange(len(page)), frame - page, order, pmd_mapped]
+    parts += [] if group is None else [group[index]]
+    for part in parts:
+        head[1:] |= part[1:] != part[:-1]
+    head[:1] = True
+    at = np.flatnonzero(head)
+    count = np.diff(at, append=len(index))
+    return MappedRuns(index[at], page[at], frame[at], order[at], count, pmd_mapped[at])
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a coverage is of: anonymous memory, of the whole process by default.
+
+    Attributes:
+        within: the whole pages in this range of addresses alone.
+        files: memory of files and shared memory, too.
+    """
+
+    within: Segment | None = None
+    files: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The coverage of an address space at one moment.
+
+    Attributes:
+        now: as it is.
+        planned: as it will be once some folios are made.
+        by_vma: the coverage of each mapping that was given.
+    """
+
+    now: Coverage
+    planned: Coverage
+    by_vma: tuple[Coverage, ...]
+
+
+def measure(
+    space: AddressSpace,
+    vmas: Sequence[Vma],
+    scope: Scope | None = None,
+    *,
+    addresses: NDArray[np.uint64] | None = None,
+    orders: NDArray[np.int8] | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Measure the coverage of an address space.
+
+    Args:
+        vmas: its mappings, by ascending address.
+        scope: what counts; the anonymous memory of all of them by default.
+        addresses, orders: folios that are to be made, by ascending address: uint64 and int8, shape (folios,).
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    page_size = space.geometry.page_size
+    counter = CoverageCounter([vma.start for vma in vmas], space.geometry)
+    plan = _Planned(addresses, orders, space.geometry)
+    scope = scope or Scope()
+    wanted = [segment for vma in vmas if (segment := _counted(vma, scope, page_size)) is not None]
+    segments = space.populated(wanted, page_size)
+    size, done = sum(end - start for start, end in segments), 0
+    # Cut at PMD ranges, so that no block that the hardware could use falls into two reads.
+    for block in in_range_blocks(segments, space.geometry, BLOCK_PAGES * page_size):
+        columns = space.read(block)
+        chosen = resident_pages(columns) & ~columns.has(Pte.HUGETLB) if scope.files else anonymous_pages(columns)
+        counter.add(columns, chosen)
+        plan.add(columns, chosen)
+        done += sum(end - start for start, end in block)
+        if progress is not None:
+            progress(done, size)
+    by_vma = tuple(counter.coverage(at, at + 1) for at in range(len(vmas)))
+    now = Coverage.total(by_vma)
+    return Measured(now, plan.after(now), by_vma)
+
+
+def _counted(vma: Vma, scope: Scope, page_size: int) -> Segment | None:
+    """Return the part of a mapping that may hold pages that count; None if there is none."""
+    # A private mapping of a file holds anonymous memory once something was written; smaps says so at once.
+    private = vma.kind is VmaKind.FILE and vma.has_anon_vma is True and not vma.permissions.endswith("s")
+    if vma.kind is not VmaKind.ANON and not private and not (scope.files and vma.kind in (VmaKind.FILE, VmaKind.SHMEM)):
+        return None
+    start, end = vma.start, vma.end
+    if scope.within is not None:
+        low, high = scope.within
+        start, end = max(start, -(-low // page_size) * page_size), min(end, high // page_size * page_size)
+    return (start, end) if start < end else None
+
+
+class CoverageCounter:
+    """Adds up the coverage of mappings.
+
+    Args:
+        starts: where the mappings begin, ascending; what lies in none of them counts for the one below.
+    """
+
+    def __init__(self, starts: Sequence[int], geometry: Geometry) -> None:
+        self._geometry = geometry
+        # [vsyscall] lies beyond what an int64 holds, page numbers do not.
+        self._starts = np.array([start // geometry.page_size for start in starts], np.int64)
+        self._pages = np.zeros((len(starts), ORDERS), np.int64)
+        self._unknown = np.zeros(len(starts), np.int64)
+        self._alignments = np.zeros((len(starts), len(ALIGNMENTS), ORDERS), np.int64)
+
+    def add(self, columns: PteColumns, chosen: NDArray[np.bool_]) -> None:
+        """Count the pages that are `chosen`: bool, shape (pages,)."""
+        page_size = self._geometry.page_size
+        bounds = np.cumsum([0, *((end - start) // page_size for start, end in columns.segments)])
+        owner = self._owner(np.array([start // page_size for start, _ in columns.segments], np.int64))
+        unknown = chosen & (columns.folio_order < 0)
+        for sums, pages in ((self._pages[:, 0], chosen), (self._unknown, unknown)):
+            np.add.at(sums, owner, np.diff(np.r_[0, np.cumsum(pages)][bounds]))
+        runs = mapped_runs(columns, page_size, chosen)
+        if not len(runs.index):
+            return
+        owner = self._owner(runs.page)
+        for order in range(1, int(runs.order.max()) + 1):
+            np.add.at(self._pages[:, order], owner, runs.usable(order, self._geometry))
+        np.add.at(self._alignments, (owner, runs.alignment(), runs.order), runs.count)
+
+    def _owner(self, pages: NDArray[np.int64]) -> NDArray[np.intp]:
+        return np.searchsorted(self._starts, pages, side="right") - 1
+
+    def coverage(self, first: int, last: int) -> Coverage:
+        """Return the coverage of the mappings from number `first` up to but not including `last`."""
+        return Coverage(tuple(self._pages[first:last].sum(axis=0).tolist()), int(self._unknown[first:last].sum()))
+
+    def alignments(self, first: int, last: int) -> NDArray[np.int64]:
+        """Return their pages in large folios by `ALIGNMENTS` and order: int64, shape (4, ORDERS)."""
+        alignments: NDArray[np.int64] = self._alignments[first:last].sum(axis=0)
+        return alignments
+
+
+class _Planned:
+    """What of the memory that is counted lies where folios are to be made.
+
+    A planned folio of some order is aligned to its size, so every block of that order or a smaller one lies either in
+    it or outside of it: what such blocks count for now is taken away, and the folio is put in their place.
+    """
+
+    def __init__(
+        self, addresses: NDArray[np.uint64] | None, orders: NDArray[np.int8] | None, geometry: Geometry
+    ) -> None:
+        self._geometry = geometry
+        self._page = self._order = np.empty(0, np.int64)
+        if addresses is not None and orders is not None:
+            self._page = (addresses // np.uint64(geometry.page_size)).astype(np.int64)
+            self._order = orders.astype(np.int64)
+        self._inside = np.zeros(ORDERS, np.int64)
+        self._unknown = 0
+
+    def add(self, columns: PteColumns, chosen: NDArray[np.bool_]) -> None:
+        """Count the pages that are `chosen` and lie in planned folios."""
+        if not len(self._page) or not len(columns.state):
+            return
+        page = page_numbers(columns, self._geometry.page_size)
+        at = np.searchsorted(self._page, page, side="right") - 1
+        inside = chosen & (at >= 0)
+        inside &= page < self._page[at] + (np.int64(1) << self._order[at])
+        self._inside[0] += np.count_nonzero(inside)
+        self._unknown += int(np.count_nonzero(inside & (columns.folio_order < 0)))
+        runs = mapped_runs(columns, self._geometry.page_size, inside, at)
+        planned = self._order[at[runs.index]]
+        for order in range(1, int(runs.order.max(initial=0)) + 1):
+            self._inside[order] += int(runs.usable(order, self._geometry)[planned >= order].sum())
+
+    def after(self, now: Coverage) -> Coverage:
+        """Return the coverage once the folios are made."""
+        made = np.bincount(self._order, weights=np.exp2(self._order), minlength=ORDERS).astype(np.int64)
+        in_larger = np.cumsum(made[::-1])[::-1]
+        pages = np.array(now.pages, np.int64) - self._inside + in_larger[:ORDERS]
+        return Coverage(tuple(pages.tolist()), now.unknown - self._unknown)

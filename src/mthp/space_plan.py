@@ -1,0 +1,177 @@
+"""The plan of an address space: which folios a collapse would make, at what price, and what it does not reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Vma
+from mthp.columns import Table
+from mthp.eligibility import Trigger
+from mthp.geometry import Geometry
+from mthp.metrics import Coverage, Scope
+from mthp.results import ScanResult
+from mthp.tunables import Tunables
+
+
+@dataclass(frozen=True)
+class Ranges(Table):
+    """The PMD ranges that were looked at, as columns; rows are by ascending address.
+
+    Attributes:
+        address: uint64.
+        scan_result: int8, :class:`~mthp.results.ScanResult`.
+        resident: int32, pages with contents now.
+        copied: int32, pages with contents that would be copied.
+        filled: int32, PTEs without contents that would become memory: bloat.
+    """
+
+    DTYPES = (np.uint64, np.int8, np.int32, np.int32, np.int32)
+
+    address: NDArray[np.uint64]
+    scan_result: NDArray[np.int8]
+    resident: NDArray[np.int32]
+    copied: NDArray[np.int32]
+    filled: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Folios(Table):
+    """The folios that would be made, as columns; rows are by ascending address.
+
+    Attributes:
+        address: uint64.
+        order: int8.
+        filled: int32, PTEs without contents in it.
+    """
+
+    DTYPES = (np.uint64, np.int8, np.int32)
+
+    address: NDArray[np.uint64]
+    order: NDArray[np.int8]
+    filled: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Memory that a plan does not reach, for one reason.
+
+    Attributes:
+        reason: why.
+        mappings: how many mappings it is in; 0 where the reason is not one of a mapping.
+        size: bytes of these mappings, or of the PMD ranges.
+        resident: bytes of them that count for the coverage.
+    """
+
+    reason: str
+    mappings: int
+    size: int
+    resident: int
+
+
+@dataclass(frozen=True)
+class SpacePlan:
+    """What a collapse would make of an address space.
+
+    Attributes:
+        label: the target's name.
+        geometry: of its machine.
+        policy: the policy's name.
+        orders: the orders that were enabled for any mapping.
+        trigger, tunables: what the plan was made for.
+        ranges: the PMD ranges that hold anything.
+        folios: the folios that would be made.
+        refused: mappings that are left alone, each with the reason; only those in `within` if that was given.
+        planned_bytes: size of the PMD ranges of the mappings that were planned.
+        asked_order: coverage is stated for folios of this order and larger ones: the smallest that was asked for, and
+            the PMD order where no orders were named.
+        scope: what the coverage is of.
+        before, after: the coverage now, and once the plan is carried out.
+        eligible: as `before`, of those mappings alone that may be collapsed.
+        refused_resident: pages that count for the coverage in each of the `refused` mappings.
+    """
+
+    label: str
+    geometry: Geometry
+    policy: str
+    orders: tuple[int, ...]
+    trigger: Trigger
+    tunables: Tunables
+    ranges: Ranges
+    folios: Folios
+    refused: tuple[tuple[Vma, str], ...]
+    planned_bytes: int
+    asked_order: int
+    scope: Scope = field(default_factory=Scope)
+    before: Coverage = field(default_factory=Coverage)
+    after: Coverage = field(default_factory=Coverage)
+    eligible: Coverage = field(default_factory=Coverage)
+    refused_resident: tuple[int, ...] = ()
+
+    @cached_property
+    def folios_by_order(self) -> dict[int, int]:
+        """How many folios of which order would be made, the largest order first."""
+        counts = np.bincount(self.folios.order, minlength=1)
+        return {int(order): int(counts[order]) for order in np.flatnonzero(counts)[::-1]}
+
+    @cached_property
+    def ranges_by_result(self) -> dict[ScanResult, int]:
+        """How many PMD ranges have which outcome, the most frequent first."""
+        counts = np.bincount(self.ranges.scan_result, minlength=len(ScanResult))
+        return {ScanResult(index): int(counts[index]) for index in np.argsort(-counts, kind="stable") if counts[index]}
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that would be copied."""
+        return int(self.ranges.copied.sum(dtype=np.int64)) * self.geometry.page_size
+
+    @property
+    def filled_bytes(self) -> int:
+        """Bytes that resident memory would grow by: the bloat."""
+        return int(self.ranges.filled.sum(dtype=np.int64)) * self.geometry.page_size
+
+    @property
+    def coverage(self) -> float:
+        """The share of `before` in folios of `asked_order` or larger; 0.0 if nothing is resident."""
+        return self.before.share(self.asked_order)
+
+    @property
+    def coverage_after(self) -> float:
+        """The same of `after`."""
+        return self.after.share(self.asked_order)
+
+    @property
+    def already_bytes(self) -> int:
+        """Bytes that may be collapsed and lie in folios of the sizes asked for already."""
+        return self.eligible.pages[self.asked_order] * self.geometry.page_size
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that may be collapsed under these limits is as asked for already, and some memory is."""
+        return not len(self.folios) and self.already_bytes > 0
+
+    @cached_property
+    def left(self) -> tuple[Left, ...]:
+        """What the plan does not reach and why, by resident bytes, the most first."""
+        page, pmd = self.geometry.page_size, self.geometry.label(self.geometry.pmd_order)
+        found: dict[str, Left] = {}
+        for (vma, reason), resident in zip(self.refused, self.refused_resident, strict=False):
+            one = found.get(reason, Left(reason, 0, 0, 0))
+            found[reason] = Left(reason, one.mappings + 1, one.size + vma.size, one.resident + resident * page)
+        left = list(found.values())
+        for result, count in self.ranges_by_result.items():
+            if result not in _NOT_HINDERED:
+                resident = int(self.ranges.resident[self.ranges.scan_result == result].sum(dtype=np.int64))
+                reason = f"{result.name}: {result.meaning}"
+                left.append(Left(reason, 0, count * self.geometry.pmd_size, resident * page))
+        ends = (self.eligible.resident - int(self.ranges.resident.sum(dtype=np.int64))) * page
+        if ends > 0:
+            left.append(Left(f"at the ends of mappings, outside of whole {pmd} ranges", 0, ends, ends))
+        return tuple(sorted(left, key=lambda one: (-one.resident, -one.size)))
+
+
+_NOT_HINDERED = frozenset({ScanResult.SUCCEED, ScanResult.PMD_MAPPED, ScanResult.NO_PTE_TABLE})
+"""Results of PMD ranges of which something is made, or in which there is nothing to do."""
