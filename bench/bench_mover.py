@@ -236,7 +236,7 @@ def recheck_ns(threads: int, count: int) -> list[int]:
 
         def ask(frozen: FrozenProcess, blocks: Sequence[Block]) -> list[Objection | None]:
             began = time.perf_counter_ns()
-            objections = recheck.objections(frozen, blocks, before, session.uffd)
+            objections = recheck.objections(frozen, blocks, before)
             if len(blocks) == count:
                 taken.append(time.perf_counter_ns() - began)
             return objections

@@ -23,6 +23,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mthp.linux.mover.outcome import BlockOutcome
+from mthp.linux.mover.session import MoverSession
+from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
 from targets import threads_of
 from thp_switches import size_name
@@ -303,9 +306,9 @@ class Waiters:
 
 
 @contextlib.contextmanager
-def program(code: str) -> Iterator[tuple[int, str]]:
+def program(code: str, *arguments: str) -> Iterator[tuple[int, str]]:
     """A Python process: its PID, and what it said first; skips the test if that is "none"."""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             said = process.stdout.readline().strip()
@@ -357,3 +360,23 @@ def clone(flags):
 
 Numbers that are not named here are the same on every machine.
 """
+
+
+def open_window(process: Process, **arguments: object) -> list[BlockOutcome]:
+    """Move a block of some private memory of a process, and return what came of it."""
+    size = GEOMETRY.size_of(2)
+    for line in process.read("maps").decode().splitlines():
+        span, permissions, _, _, inode, *name = line.split()
+        start, end = (int(word, 16) for word in span.split("-"))
+        block = -(-start // size) * size
+        if permissions == "rw-p" and inode == "0" and not name and block + size <= end:
+            with MoverSession(process, GEOMETRY, duty=1.0, **arguments) as session:  # type: ignore[arg-type]
+                return session.move([(block, 2)])
+    raise AssertionError("the target has no private memory")
+
+
+def belongings(pid: int) -> tuple[list[str], list[str], list[str]]:
+    """Return what a process has: its mappings, open files and threads."""
+    process = Path(f"/proc/{pid}")
+    files = sorted(path.name for path in (process / "fd").iterdir())
+    return mappings(pid), files, sorted(path.name for path in (process / "task").iterdir())

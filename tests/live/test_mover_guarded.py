@@ -22,10 +22,12 @@ import pytest
 
 from mover_targets import compiled
 from mthp.errors import NotPermittedError, UnsupportedError, UsageError
+from mthp.linux import abi
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.mover import guarded, ownmover
 from mthp.linux.mover.guarded import collapse_buffer_to, collapse_own
+from mthp.linux.mover.held import HELD
 from mthp.linux.mover.outcome import BlockOutcome
 from mthp.linux.mover.ownmover import CODE, OwnMover
 from mthp.linux.mover.refusals import refuse_blocks
@@ -456,6 +458,28 @@ def test_a_pinned_page_stays(memory: Callable[[int], int], journal: SwitchJourna
         until(lambda: "VmPin:\t       0 kB" in Path("/proc/self/status").read_text(), "the pages to be let go")
     assert intact(address, size)
     assert orders(address, size) == {4: 240, 0: 16}
+
+
+def test_a_large_folio_that_a_pipe_holds_is_left_alone(
+    memory: Callable[[int], int], journal: SwitchJournal, thp_switches: ThpSwitches
+) -> None:
+    """Some kernels would try to move it for as long as it is held, and this thread could not let go of it."""
+    address = memory(4 * K64)
+    collapse_own(address, 4 * K64, 4, journal=journal)
+    assert orders(address, 4 * K64) == {4: 64}
+    read_end, write_end = os.pipe()
+    try:
+        vector = abi.IoVec(address, PAGE_SIZE)
+        assert ctypes.CDLL(None).vmsplice(write_end, ctypes.byref(vector), ctypes.c_ulong(1), 0) == PAGE_SIZE
+        outcomes = collapse_own(address, 4 * K64, 5, journal=journal)
+        assert [(each.result, each.reason) for each in outcomes] == [
+            (HELD.result, HELD.reason),
+            (ScanResult.SUCCEED, ""),
+        ]
+        assert orders(address, 4 * K64) == {4: 16, 0: 16, 5: 32}
+    finally:
+        os.close(read_end)
+        os.close(write_end)
 
 
 def test_a_buffer(journal: SwitchJournal) -> None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import pytest
 
-from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, program
+from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, open_window, program
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.linux.mover import inject, park
 from mthp.linux.mover.blockrefusals import BlockRefusal
@@ -48,8 +48,8 @@ def test_a_thread_of_the_kernel_is_known_by_its_registers(monkeypatch: pytest.Mo
     monkeypatch.setattr("mthp.linux.mover.freeze.check_thread", lambda *_: None)
     with program(SQPOLL) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="kernel's"), MoverSession(process, GEOMETRY):
-            pass
+        with pytest.raises(CannotStopError, match="kernel's"):
+            open_window(process)
         assert mappings(pid) == before
         assert process.is_alive()
 
@@ -59,8 +59,8 @@ def test_a_thread_that_has_come_to_filter_its_calls_is_not_given_our_code(monkey
     monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: dict.fromkeys(range(1 << 22)))
     with program(SECCOMP) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="seccomp"), MoverSession(process, GEOMETRY):
-            pass
+        with pytest.raises(CannotStopError, match="seccomp"):
+            open_window(process)
         assert mappings(pid) == before
         assert process.is_alive()
 
@@ -73,8 +73,8 @@ def test_a_frozen_target_gets_its_registers_back(
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         frozen_cgroup(target.pid)
         before = mappings(target.pid)
-        with pytest.raises(CannotStopError, match="does not run"), MoverSession(process, GEOMETRY):
-            pass
+        with pytest.raises(CannotStopError, match="does not run"):
+            open_window(process)
         assert mappings(target.pid) == before
         target_cgroup = Path(f"/proc/{target.pid}/cgroup").read_text()
         assert "mthp-test" in target_cgroup
@@ -110,22 +110,6 @@ def thawed(pid: int) -> None:
     Path(mount + path, "cgroup.freeze").write_text("0")
 
 
-def test_the_next_file_that_a_program_opens_has_the_number_that_it_expects(tmp_path: Path) -> None:
-    """It may have closed one just now, to open another one in its place (dup2 by hand)."""
-    with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
-        numbers = {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()}
-        size = int(process.status("FDSize") or 0)
-        with MoverSession(process, GEOMETRY) as session:
-            now = {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()}
-            assert now - numbers == {session.uffd}
-            assert session.uffd == size - 1
-            with MoverSession(process, GEOMETRY) as second:
-                assert second.uffd == size - 2, "the last number is taken"
-            assert process.status("FDSize") == str(size), "to make the table larger takes long"
-        assert {int(path.name) for path in Path(f"/proc/{target.pid}/fd").iterdir()} == numbers
-        assert target.finish() == 0
-
-
 LIMITS = """
 import os, resource, sys, time
 fd = os.open("/dev/null", os.O_RDONLY)
@@ -141,52 +125,11 @@ time.sleep(600)
 def test_a_target_at_its_limits_is_left_as_it_was(what: str) -> None:
     with program(f"WHAT = {what!r}\n{LIMITS}") as (pid, _), Process(pid) as process:
         before, files = mappings(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        with pytest.raises(UnsupportedError, match="nothing can be injected"), MoverSession(process, GEOMETRY):
-            pass
+        with pytest.raises(UnsupportedError, match="nothing can be injected"):
+            open_window(process)
         assert mappings(pid) == before
         assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
         assert process.is_alive()
-
-
-REPLACE = """
-import ctypes, mmap, sys
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
-print("ready", flush=True)
-start, end = (int(word) for word in sys.stdin.readline().split())
-assert libc.mmap(start, end - start, 3, 0x32, -1, 0) == start
-ctypes.memset(start, 7, end - start)
-print("mapped", flush=True)
-sys.stdin.readline()
-assert ctypes.string_at(start, end - start) == bytes([7]) * (end - start)
-print("intact", flush=True)
-"""
-
-
-def test_what_a_program_maps_over_the_mover_is_not_unmapped_with_it() -> None:
-    """A program with an address space of its own making may use MAP_FIXED where it knows that there is nothing."""
-    with subprocess.Popen(
-        [sys.executable, "-c", REPLACE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-
-        def says(word: str, told: str = "") -> None:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(told)
-            child.stdin.flush()
-            assert child.stdout.readline() == word + "\n"
-
-        says("ready")
-        with Process(child.pid) as process:
-            with MoverSession(process, GEOMETRY) as session:
-                assert session._injection is not None
-                layout = session._injection.layout
-                end = layout.scratch + layout.scratch_size
-                says("mapped", f"{end - 16 * GEOMETRY.page_size} {end}\n")
-            says("intact", "\n")
 
 
 GUARDED_THREAD = """
@@ -206,8 +149,8 @@ threading.Thread(target=guard).start()
 def test_a_thread_that_has_just_come_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     with program(GUARDED_THREAD) as (pid, _), Process(pid) as process:
         monkeypatch.setattr("mthp.linux.mover.session.check_threads", lambda *_: {pid: None})
-        with pytest.raises(CannotStopError, match="seccomp"), MoverSession(process, GEOMETRY):
-            pass
+        with pytest.raises(CannotStopError, match="seccomp"):
+            open_window(process)
         assert process.is_alive()
 
 
@@ -224,8 +167,8 @@ def test_a_program_that_intercepts_its_system_calls_is_refused() -> None:
     """As Wine does; ours would be handed to its handler, too."""
     with program(DISPATCH) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="intercepts"), MoverSession(process, GEOMETRY):
-            pass
+        with pytest.raises(CannotStopError, match="intercepts"):
+            open_window(process)
         assert mappings(pid) == before
         assert process.is_alive()
 
@@ -253,58 +196,10 @@ time.sleep(600)
 def test_a_thread_that_runs_32_bit_code_in_a_64_bit_process_is_refused() -> None:
     with program(OTHER_SEGMENT) as (pid, _), Process(pid) as process:
         before = mappings(pid)
-        with pytest.raises(CannotStopError, match="64-bit"), MoverSession(process, GEOMETRY):
-            pass
+        with pytest.raises(CannotStopError, match="64-bit"):
+            open_window(process)
         assert mappings(pid) == before
         assert process.is_alive()
-
-
-def test_a_child_has_nothing_of_the_mover(tmp_path: Path) -> None:
-    """A forked child has no use for it, and nobody would take it out of there."""
-    with Writers(tmp_path, 1, 2) as target, Process(target.pid) as process:
-        with MoverSession(process, GEOMETRY) as session:
-            assert session._injection is not None
-            begin, end = session._injection.layout.extent
-            flags = []
-            inside = False
-            for line in process.read("smaps").decode().splitlines():
-                span = line.split()[0].split("-")
-                if len(span) == 2 and not line.startswith("VmFlags"):
-                    inside = begin <= int(span[0], 16) < end
-                elif line.startswith("VmFlags:") and inside:
-                    flags.append("dc" in line.split())
-            assert flags == [True] * 3
-        assert target.finish() == 0
-
-
-CLOSING = """
-import os, sys
-print("ready", flush=True)
-number = int(sys.stdin.readline())
-os.close(number)
-os.dup2(1, number)
-print("closed", flush=True)
-sys.stdin.readline()
-os.write(number, b"open\\n")
-"""
-
-
-def test_a_file_that_has_come_by_the_number_of_the_mover_is_not_closed() -> None:
-    """As a program that closes all files which it does not know may do."""
-    with subprocess.Popen(
-        [sys.executable, "-c", CLOSING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        with Process(child.pid) as process:
-            with MoverSession(process, GEOMETRY) as session:
-                child.stdin.write(f"{session.uffd}\n")
-                child.stdin.flush()
-                assert child.stdout.readline() == "closed\n"
-            child.stdin.write("\n")
-            child.stdin.flush()
-            assert child.stdout.readline() == "open\n"
 
 
 def test_a_thread_that_cannot_be_seized_yet_runs_to_its_end_before_anything_is_moved(
@@ -410,8 +305,8 @@ def test_a_program_that_locks_whatever_it_maps_is_left_as_it_was() -> None:
     )
     with program(source) as (pid, _), Process(pid) as process:
         before, files = mappings(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        with pytest.raises(UnsupportedError) as raised, MoverSession(process, GEOMETRY):
-            pass
+        with pytest.raises(UnsupportedError) as raised:
+            open_window(process)
         assert "mlockall" in str(raised.value.help)
         assert mappings(pid) == before
         assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
@@ -423,13 +318,12 @@ def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path
 
     def stop(step: Step) -> None:
         nonlocal sent
-        if step is Step.HIJACKED and sent < 3:
+        if step is Step.MAPPED and sent < 3:
             sent += 1
             target.signal(signal.SIGSTOP)
 
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        with MoverSession(process, GEOMETRY, observer=stop):
-            pass
+        open_window(process, observer=stop)
         assert sent == 3
         assert wait_for(lambda: target.state() == "T")
         target.signal(signal.SIGCONT)
@@ -437,7 +331,7 @@ def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path
         assert target.finish() == 0
 
 
-@pytest.mark.parametrize("step", [step for step in Step if step is not Step.UNMAPPED])
+@pytest.mark.parametrize("step", Step)
 def test_a_target_that_is_killed_at_any_step_has_vanished(tmp_path: Path, step: Step) -> None:
     def kill(done: Step) -> None:
         if done is step:

@@ -100,7 +100,7 @@ def asked(space: LiveAddressSpace, block: int, before: Before) -> Objection | No
         recheck = Recheck(space.process, space.geometry)
         try:
             frozen.stop(dict.fromkeys(task_ids(space.process)))  # type: ignore[arg-type]
-            (objection,) = recheck.objections(frozen, [(block, ORDER)], before, -1)
+            (objection,) = recheck.objections(frozen, [(block, ORDER)], before)
             return objection
         finally:
             frozen.release()

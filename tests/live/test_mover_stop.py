@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, compiled, mappings
+from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, compiled, mappings, open_window
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.session import MoverSession, _in_own_thread
+from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
 from mthp.linux.mover.tracee import CannotStopError
+from mthp.linux.mover.tracing_thread import in_tracing_thread
 from mthp.linux.process import Process
 from thp_switches import ThpSwitches
 from waiting import wait_for
@@ -46,13 +47,13 @@ def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
         assert wait_for(lambda: word(1) == 1)
         assert progresses()
         with Process(target.pid) as process, pytest.raises(CannotStopError, match="does not stop"):
-            MoverSession(process, GEOMETRY, stop_timeout_ns=50_000_000).__enter__()
+            open_window(process, stop_timeout_ns=50_000_000)
         assert progresses()
         struct.pack_into("=Q", control, 0, 1)
         assert wait_for(lambda: word(1) == 2), "the thread that waited is still held"
         assert progresses()
-        with Process(target.pid) as process, MoverSession(process, GEOMETRY):
-            pass
+        with Process(target.pid) as process:
+            open_window(process)
         assert progresses()
     finally:
         target.kill()
@@ -101,7 +102,7 @@ def test_an_interrupt_while_the_thread_of_a_window_starts_keeps_it_from_beginnin
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            _in_own_thread(lambda: begun.append(None))
+            in_tracing_thread(lambda: begun.append(None))
     for thread in threading.enumerate():
         if thread.name.startswith("mthp-mover"):
             thread.join()

@@ -23,15 +23,24 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-#define HEADER_BYTES 128
+#define HEADER_BYTES 256
 #define OPERATION_WORDS 16
-#define CONTEXT_BYTES 1168
+#define CONTEXT_BYTES 1248
 #define C_MASK 168
 #define C_REGS 312
 #define C_FPSIMD 592
 #define C_TICKS 1136
 #define ENTRY_WORKER 0
 #define ENTRY_PARK 16
+#define W_UFFD 3                /* words of the header */
+#define W_MOVE 4
+#define W_PREPARED 10
+#define W_API 12
+#define W_REGISTER 15
+#define W_SCRATCH_SIZE 19
+#define NR_IOCTL 29
+#define NR_USERFAULTFD 282
+#define A_DESCRIPTOR 33
 #define SVC 0xd4000001u
 #define BRK 0xd4200000u
 #define BLOCK 65536
@@ -63,13 +72,35 @@ static void take(int number, siginfo_t *info, void *argument)
         sigfillset(&where->uc_sigmask);
 }
 
+/* The preparation: whether this call is part of it. */
+static int prepare(unsigned long long *registers)
+{
+    static unsigned stage = 1;
+    if (stage == 1 && registers[8] == NR_USERFAULTFD && registers[0] == 0x80001)
+        registers[0] = A_DESCRIPTOR;
+    else if (registers[0] == A_DESCRIPTOR && ((stage == 2 && registers[1] == 0xc018aa3fu &&
+                                               registers[2] == (uint64_t)(header + W_API)) ||
+                                              (stage == 3 && registers[1] == 0xc020aa00u &&
+                                               registers[2] == (uint64_t)(header + W_REGISTER))))
+        registers[0] = 0;
+    else
+        return 0;
+    if (header[W_PREPARED] != ++stage)
+        WRONG("stage %lu instead of %u", (unsigned long)header[W_PREPARED], stage);
+    return 1;
+}
+
 /* The kernel's part of UFFDIO_MOVE. */
 static void move(int number, siginfo_t *info, void *argument)
 {
     ucontext_t *where = argument;
-    uint64_t *request = header + 4;
+    uint64_t *request = header + W_MOVE;
     (void)number, (void)info;
-    if (where->uc_mcontext.regs[0] != header[3] || where->uc_mcontext.regs[1] != 0xc028aa05u ||
+    if (prepare(where->uc_mcontext.regs)) {
+        where->uc_mcontext.pc += 4;
+        return;
+    }
+    if (header[W_UFFD] != A_DESCRIPTOR || where->uc_mcontext.regs[0] != header[W_UFFD] || where->uc_mcontext.regs[1] != 0xc028aa05u ||
         where->uc_mcontext.regs[2] != (uint64_t)request || request[0] != (uint64_t)scratch)
         WRONG("the request is not the expected one");
     static int asked;
@@ -181,11 +212,16 @@ static void work(void)
     char *copy = malloc(3 * BLOCK);
     for (int i = 0; i < 3 * BLOCK; i++)
         copy[i] = memory[i] = i * 7 + i / 4096 * 3 + 1;
-    for (uint32_t *word = (uint32_t *)code; (char *)word < code + code_size; word++)
-        if (word[0] == SVC && word[-1] == (0xd2800008u | 29 << 5)) /* mov x8, #29: ioctl */
-            word[0] = BRK;
+    int number = 0;
+    for (uint32_t *word = (uint32_t *)code; (char *)word < code + code_size; word++) {
+        if ((*word & 0xffe0001fu) == 0xd2800008u) /* mov x8, #number */
+            number = *word >> 5 & 0xffff;
+        if (*word == SVC && (number == NR_IOCTL || number == NR_USERFAULTFD))
+            *word = BRK;
+    }
     __builtin___clear_cache(code, code + code_size);
     header[1] = 3;
+    header[W_SCRATCH_SIZE] = BLOCK;
     for (int i = 0; i < 3; i++) {
         uint64_t *operation = header + HEADER_BYTES / 8 + i * OPERATION_WORDS;
         operation[0] = (uint64_t)memory + i * BLOCK;

@@ -6,6 +6,8 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
-from mthp.linux.mover import aarch64, calls, inject, machine, stub, x86_64
+from mthp.linux.mover import aarch64, calls, machine, stub, x86_64
 from mthp.linux.mover.aarch64 import Aarch64
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.mover.x86_64 import COLUMN, NO_SYSCALL, X8664
-from mthp.linux.probes import UFFDIO_API
+from mthp.linux.probes import UFFD_API, UFFDIO_API
 
 SOURCES = Path(stub.__file__).parent
 LAYOUT = stub.Layout(0x7F00_0000_0000, 70, 32, 2 << 20, X8664(), 4096)
@@ -48,6 +50,15 @@ def test_the_bytes_are_the_source_assembled(tmp_path: Path, name: str) -> None:
     assert assembled(SOURCES / f"stub_{name}.S", name, tmp_path) == machine.by_name(name).code
 
 
+@pytest.mark.parametrize("name", machine.MACHINES)
+def test_the_boot_code_is_its_source_assembled(tmp_path: Path, name: str) -> None:
+    """Behind the code lies data, of which the source has zeroes."""
+    code, made = machine.by_name(name).boot, assembled(SOURCES / f"boot_{name}.S", name, tmp_path)
+    assert made.startswith(code)
+    assert not any(made[len(code) :])
+    assert len(made) + 8 <= machine.by_name(name).slot_bytes
+
+
 @pytest.mark.parametrize("name", calls.CODE)
 def test_the_bytes_of_the_calls_are_their_source_assembled(tmp_path: Path, name: str) -> None:
     assert assembled(SOURCES / f"calls_{name}.S", name, tmp_path) == calls.CODE[name]
@@ -69,14 +80,17 @@ def test_source_and_layout_agree(name: str) -> None:
     assert defines["OP_SIZE"] == stub.OPERATION.itemsize
     assert defines["OPS"] == stub.HEADER_BYTES
     assert defines["C_SIZE"] == machine.by_name(name).context_bytes
-    assert defines["NONCE"] == stub.NONCE_OFFSET
+    assert defines["PREPARED"] == stub.PREPARED_OFFSET
+    assert defines["C_HERE"] == 8 * machine.by_name(name).keeper_word
+    stages = [defines[name] for name in ("EMPTY", "CREATE", "HANDSHAKE", "ARM")]
+    assert stages == [stub.EMPTY, stub.CREATE, stub.HANDSHAKE, stub.ARM]
     assert [defines[name] for name in ("SETUP", "GO", "DONE", "ABORT")] == [stub.SETUP, stub.GO, stub.DONE, stub.ABORT]
     assert (defines["FLAG_VERIFY"], defines["FLAG_FILL"]) == (stub.FLAG_VERIFY, stub.FLAG_FILL)
 
 
 def test_a_header_holds_each_number_where_the_stub_looks() -> None:
     defines = _defines()
-    packed = stub.pack_header(LAYOUT, 17, 99, stub.operations_for([0x10000], [65536], stub.FLAG_VERIFY))
+    packed = stub.pack_header(LAYOUT, 0x77777, stub.operations_for([0x10000], [65536], stub.FLAG_VERIFY))
 
     def word(offset: int) -> int:
         return int.from_bytes(packed[offset : offset + 8], "little")
@@ -84,9 +98,15 @@ def test_a_header_holds_each_number_where_the_stub_looks() -> None:
     assert word(defines["STATE"]) == stub.SETUP
     assert word(defines["COUNT"]) == 1
     assert word(defines["SCRATCH"]) == LAYOUT.scratch
-    assert word(defines["UFFD"]) == 17
+    assert word(defines["UFFD"]) == stub.NO_FD
     assert word(defines["ALL_SIGNALS"]) == ALL_SIGNALS
-    assert word(defines["NONCE"]) == 99
+    assert (word(defines["PREPARED"]), word(defines["ERROR"])) == (stub.NO_STAGE, 0)
+    assert word(defines["API"]) == UFFD_API
+    assert (word(defines["REGISTER"]), word(defines["REGISTER"] + 8)) == (LAYOUT.scratch, LAYOUT.scratch_size)
+    assert word(defines["SCRATCH_SIZE"]) == LAYOUT.scratch_size
+    assert (word(defines["BASE"]), word(defines["CODE_END"])) == (LAYOUT.base, LAYOUT.header)
+    assert (word(defines["CONTEXTS"]), word(defines["THREADS"])) == (LAYOUT.contexts, LAYOUT.threads)
+    assert (word(defines["UNMAP"]), word(defines["PASSES"]), word(defines["GOOD"])) == (0x77777, 0, 0)
     assert word(defines["OPS"] + defines["OP_ADDRESS"]) == 0x10000
     assert word(defines["OPS"] + defines["OP_LENGTH"]) == 65536
     assert word(defines["OPS"] + defines["OP_FLAGS"]) == stub.FLAG_VERIFY
@@ -107,7 +127,7 @@ def test_a_context_holds_each_register_where_the_stub_looks() -> None:
     values = {name: 1000 + number for number, name in enumerate(names)}
     home = registers_of(**values, eflags=0x246, orig_rax=NO_SYSCALL)
     homes = np.concatenate([registers_of(), home])
-    packed = LAYOUT.pack_contexts(homes, np.array([1, 0xABCD], np.uint64))
+    packed = LAYOUT.pack_contexts(homes, np.array([1, 0xABCD], np.uint64), [77, 4194303], keeper=1)
     assert len(packed) == 2 * X8664.context_bytes
     second = packed[X8664.context_bytes :]
 
@@ -118,6 +138,13 @@ def test_a_context_holds_each_register_where_the_stub_looks() -> None:
     assert [word(name.upper()) for name in names] == [1000 + number for number in range(len(names))]
     assert (word("FLAGS"), word("MASK"), word("TICKS"), word("NAP")) == (0x246, 0xABCD, 0, 0)
     assert word("TRAMPOLINE") == LAYOUT.trampoline(1)
+    assert (word("HERE"), word("LEFT"), word("USED"), word("KEEPER")) == (0, 0, 0, 1)
+    assert word("CLOCK") == time.pthread_getcpuclockid(threading.get_ident()) % (1 << 64) - 8 * (
+        4194303 - threading.get_native_id()
+    )
+    path = second[defines["C_PATH"] : defines["C_PATH"] + 48]
+    assert path.rstrip(b"\0") == b"/proc/self/task/4194303/syscall"
+    assert path.endswith(b"\0")
 
 
 @given(
@@ -146,14 +173,6 @@ def test_what_is_executed_begins_with_the_code(name: str) -> None:
 def test_a_machine_without_a_stub_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="riscv64"):
         machine.by_name("riscv64")
-
-
-def test_an_instruction_is_found_where_one_can_be() -> None:
-    x86, arm = X8664(), Aarch64()
-    assert inject.find_instruction(b"abc" + x86.syscall, x86) == 3
-    assert inject.find_instruction(b"ab" + arm.syscall + b"ab" + arm.syscall, arm) == 8
-    assert inject.find_instruction(b"ab" + arm.syscall, arm) == -1
-    assert inject.find_instruction(b"nothing", x86) == -1
 
 
 def test_a_trampoline_refers_to_its_own_context() -> None:
@@ -252,7 +271,7 @@ def test_an_aarch64_context_is_a_signal_frame() -> None:
     defines = _defines("aarch64")
     layout = stub.Layout(1 << 40, 3, 8, 2 << 20, Aarch64(), 16384)
     homes = np.arange(2 * Aarch64.words, dtype=np.uint64).reshape(2, Aarch64.words)
-    packed = layout.pack_contexts(homes, np.array([5, 6], np.uint64))
+    packed = layout.pack_contexts(homes, np.array([5, 6], np.uint64), [1, 2], keeper=0)
     second = np.frombuffer(packed[Aarch64.context_bytes :], np.uint64)
     assert second[defines["C_MASK"] // 8] == 6
     assert second[defines["C_REGS"] // 8 :][: Aarch64.words].tolist() == homes[1].tolist()

@@ -10,11 +10,11 @@ again, with the same bytes, while nobody looks:
    and drop the scratch pages.
 3. *Let go* of all threads, as they were.
 
-Only the target itself can fault its own memory in, so step 2 is done by one of its threads, the *worker*, running a few
-hundred bytes of code that were injected before (:mod:`~mthp.linux.mover.inject`, ``stub_x86_64.S``,
-``stub_aarch64.S``). Of the ways to move pages away, UFFDIO_MOVE (Linux 6.8) is the one with which the kernel itself
-refuses what is pinned, shared or locked; nothing in the stub has to guess. It wants its destination registered with a
-userfaultfd; one that sees only faults of user mode can be created without privilege.
+Only the target itself can fault its own memory in, so step 2 is done by one of its threads, the *worker*. It runs a few
+hundred bytes of code (``stub_x86_64.S``, ``stub_aarch64.S``) in a mapping that exists for the time of the window, brought
+in by code in the padding behind the target's own (:mod:`~mthp.linux.mover.inject`). Of the ways to move pages away,
+UFFDIO_MOVE (Linux 6.8) is the one with which the kernel itself refuses what is pinned, shared or locked. It wants its
+destination registered with a userfaultfd; one that sees only faults of user mode can be created without privilege.
 
 What could go wrong, and why it does not
 ----------------------------------------
@@ -22,18 +22,21 @@ What could go wrong, and why it does not
 those that were made meanwhile, and those that were exiting are waited for, since they still write (freeze). What other
 processes could do (CLONE_VM, pins, io_uring) is refused beforehand (:mod:`~mthp.linux.mover.refusals`), not here.
 
-*We die.* A tracer that dies lets go of its tracees at once, wherever they are. So before the worker may do anything,
-every thread is *parked* (:mod:`~mthp.linux.mover.park`): it gets the registers of a loop in the injected page that
-waits, and at last restores the thread by itself, from a context in the target's own memory. The worker begins by
-changing the state from SETUP to GO with an atomic instruction. Before that, parked threads that nobody talks to give
-up after half a second and restore themselves: nothing has happened. After that, the worker carries all blocks to the
-end, with or without us, says DONE, and everybody restores himself. A tracer that lives restores every thread exactly;
-one that does not costs at most an EINTR that was due and the restart of a timeout. The injected memory then stays in
-the target, without a thread that uses it.
+*Another process reaches what is ours.* The userfaultfd is created and closed by the worker within the window, while no
+thread can fork, and processes that share the table of files are refused. Between two windows the target has nothing of
+ours: no descriptor, no mapping, no thread.
 
-*We die while injecting.* At that time, once at the beginning and once at the end of a session, a thread has registers
-that cannot restore themselves, so PTRACE_O_EXITKILL is set: the target dies with us, but never runs on with wrong
-registers. It is about a millisecond, of which calls made by the target are most.
+*We die.* A tracer that dies releases its tracees at once, wherever they are. So before the worker may do anything, every
+thread is *parked* (:mod:`~mthp.linux.mover.park`): it gets the registers of a loop in the stub that waits, and at last
+restores the thread by itself, from a context in the target's own memory. The worker begins by changing the state from
+SETUP to GO with an atomic instruction. Before that, parked threads that no tracer restores give up after half a second
+and restore themselves: nothing has happened. After that, the worker carries all blocks to the end, with or without us,
+closes the userfaultfd, says DONE, and all threads restore themselves. The worker is the last: it waits until no other
+thread can be in the mapping, and unmaps it. A tracer that lives restores every thread exactly; one that does not costs
+at most an EINTR that was due and the restart of a timeout.
+
+*We die while the mapping is made or unmapped.* The thread that does it runs code that has all its registers as data and
+ends by restoring it (:mod:`~mthp.linux.mover.inject`); it needs no tracer from the first instruction on.
 
 *Something breaks inside of us.* Every window runs in a thread of its own, which no signal handler of Python's
 interrupts, and whose end makes the kernel let go of whatever is still held: for the target, that is our death, which
@@ -50,8 +53,7 @@ then, too, and the block is reported (:class:`~mthp.linux.mover.outcome.BlockOut
 
 How long it takes is measured in every window, phase by phase, and the next window is filled accordingly
 (:mod:`~mthp.linux.mover.pause`). What is fixed (stopping, parking, restoring) grows with the threads, some 20
-microseconds each, nearly all of which the kernel takes for the dozen system calls (:mod:`~mthp.linux.mover.calls`); the
-injection is paid for once.
+microseconds each, nearly all of which the kernel takes for the dozen system calls (:mod:`~mthp.linux.mover.calls`).
 
 What is not promised: references that the kernel cannot see as pins (pages in a pipe after vmsplice(2)); other processes
 that write into the target at that moment (process_vm_writev(2), /proc/PID/mem); that an interrupted read or write which

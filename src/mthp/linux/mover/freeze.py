@@ -418,13 +418,15 @@ class FrozenProcess:
             os.close(self._memory)
             self._memory = -1
 
+    def put_back_others(self, worker: Tracee, observer: Observer) -> None:
+        """Restore the registers of all threads but `worker`, which is the last."""
+        for tid in self.stopped.put_back(observer, worker.row):
+            self.has_exited(tid)
+        for tracee in self.tracees.values():
+            tracee.touched = tracee is worker
+
     def _put_back(self, observer: Observer) -> None:
-        touched = [tracee for tracee in self.tracees.values() if tracee.touched]
-        if touched and len(touched) == len(self.stopped.tids):
-            for tid in self.stopped.put_back(observer):
-                self.has_exited(tid)
-            return
-        for tracee in touched:
+        for tracee in [tracee for tracee in self.tracees.values() if tracee.touched]:
             try:
                 tracee.put_back()
                 observer(Step.UNPARKED)

@@ -52,6 +52,7 @@ from mthp.addrspace import ORDER_UNKNOWN, Block, CollapseOutcome, Means
 from mthp.errors import UnsupportedError, UsageError
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.outcome import BlockOutcome, reason_of_move, result_of_move
 from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
 from mthp.linux.mover.refusals import (
@@ -217,15 +218,21 @@ def _collapse(
         page_size=space.geometry.page_size,
         fill=fill,
     )
+    held = np.zeros(len(addresses), np.bool_)
+    if order < space.geometry.pmd_order and has_large_folios(columns):
+        # UFFDIO_MOVE does not return on some kernels while such a folio is held (see `held`), and threads would wait.
+        left = split_large_folios(space, [(address, order) for address in addresses[verdict == 0].tolist()])
+        held = np.isin(addresses, [address for address, _ in left])
     begin = time.perf_counter_ns()
-    errors = mover.move(addresses[verdict == 0], fill=fill)
+    errors = mover.move(addresses[(verdict == 0) & ~held], fill=fill)
     elapsed = (time.perf_counter_ns() - begin) // max(1, len(errors))
     orders = space.read(segments).folio_order.reshape(len(addresses), -1)
     outcomes = []
     moved = iter(errors.tolist())
-    for address, why, seen in zip(addresses.tolist(), verdict.tolist(), orders, strict=True):
-        if why:
-            outcomes.append(BlockOutcome(address, order, *objection_of(why, vmas, address)))
+    for address, why, kept, seen in zip(addresses.tolist(), verdict.tolist(), held.tolist(), orders, strict=True):
+        if why or kept:
+            objection = objection_of(why, vmas, address) if why else HELD
+            outcomes.append(BlockOutcome(address, order, *objection))
         else:
             outcome = _outcome(address, order, next(moved), seen)
             outcomes.append(replace(outcome, elapsed_ns=elapsed))

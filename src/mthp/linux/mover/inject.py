@@ -1,173 +1,140 @@
-"""Bring the stub into a target, once, and take it out again.
+"""Bring the stub into a stopped target for one window, and take it out again.
 
-There is no code of ours in the target yet, so one of its threads is made to do system calls: it is given registers that
-point at a ``syscall`` instruction of the vdso, and is run from one system call stop to the next. (Single-stepping would
-be shorter, but the SIGTRAP of a step is forced on the thread, and that resets a handler of the target's for SIGTRAP if
-the signal is blocked or ignored: force_sig_info_to_task, kernel/signal.c.)
+There is no code of ours in the target, so one of its threads is made to do the first system calls. A tracer that lives
+could make it do so from outside, call by call; one that dies in between would leave it with registers that are not its
+own. So the calls are made by code that needs no tracer, the *boot code* (``boot_x86_64.S``). It is written, with all of
+the thread's registers as data, into the padding behind the code of the target
+(:mod:`~mthp.linux.mover.padding`); then one PTRACE_SETREGSET sends the thread there. From that moment on the thread
+finds its way home by itself. We follow it from system call to system call, and stop it where it is wanted::
 
-While that thread has such registers, our death would leave it with them. So for this short time, once per target and
-again at the end, PTRACE_O_EXITKILL is set: if we die now, the target dies with us, but is never left running with wrong
-registers. All of what comes between, the moving itself, survives us. The thread is given a real-time policy for as
-long, if that is allowed, so that the time is short on a busy machine too.
-
-What is injected::
-
-    mmap      R-X, for all of it; a mapping that is to be executable must be so from the start (PR_SET_MDWE)
+    mmap      R-X, at a free address; a mapping that is to be executable must be so from the start (PR_SET_MDWE)
     mprotect  RW- for all but the code; the code is written through /proc/PID/mem, which does not need PROT_WRITE
-    madvise   MADV_DONTFORK: a child of the target has no use for it
-    userfaultfd(O_CLOEXEC | UFFD_USER_MODE_ONLY)
-    fcntl     F_DUPFD_CLOEXEC, and close: a program that closes a descriptor counts on the next one to have its number
-    madvise   MADV_DONTNEED of the scratch area, which nothing may lie in; locked memory (mlockall(2)) refuses it
+    madvise   MADV_DONTFORK: a child has no use for it
+              here a living tracer takes the thread, and the window goes on; without one it continues:
+    munmap
+              and restores itself
 
-Whatever else there is to do with the descriptor we do ourselves, with a copy of it (pidfd_getfd(2)): UFFDIO_API with
-UFFD_FEATURE_MOVE, and UFFDIO_REGISTER of the scratch area. A userfaultfd belongs to the address space that it was made
-in, whoever holds it.
+At the end of the window the last call is made alone, once all other threads have their own registers again. Then the
+thread is put back through ptrace, exactly, and the padding is zero again. Nothing of a window is left in the target
+but a private copy of that page of code.
 
-The VMA layout is as before once all of it is unmapped. The descriptor is closed only if it still is a userfaultfd, and
-nothing is unmapped if the program has mapped something of its own over a part of it.
+If we die while threads are parked, the parked worker unmaps everything (``keeper`` in the stub) through the same code.
 
 A target may be frozen by its cgroup: it stops for a tracer, but runs nothing until it is thawed. That is refused
-beforehand; if it happens now, the thread gets its registers back after some seconds.
+beforehand; if it happens now, the thread goes on by itself once it is thawed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
-import fcntl
-import itertools
 import os
-import secrets
-import struct
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import TracebackType
-from typing import Self
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError
 from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.kcmp import KCMP_FILES, kcmp
-from mthp.linux.mover.machine import Machine
+from mthp.linux.mover.mapping import find_gap, query_mapping, read_mappings
+from mthp.linux.mover.padding import Padding, find_padding, is_left, occupant_of, pack_slot
 from mthp.linux.mover.reentry import SYSCALL_STOP
 from mthp.linux.mover.steps import Observer, Step
-from mthp.linux.mover.taskfiles import read_task_file
 from mthp.linux.mover.tracee import CannotStopError, Tracee
-from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE, UFFD_USER_MODE_ONLY, UFFDIO_API, UFFDIO_API_ARG
-from mthp.linux.process import Process
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
-MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x20, 0x4000
-MADV_DONTNEED, MADV_DONTFORK = 4, 10
+MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x4000, 0x100000
+MADV_DONTFORK = 10
+"""include/uapi/asm-generic/mman-common.h."""
 
-F_DUPFD_CLOEXEC = 1030
+CALLS = 4
+"""Rows of the table of the boot code; the last one is made alone at the end."""
 
-UFFDIO_REGISTER = 0xC020AA00
-UFFDIO_REGISTER_MODE_MISSING = 1
-"""include/uapi/linux/userfaultfd.h."""
-
-NR_PIDFD_GETFD = 438
-"""The same on all architectures (asm/unistd.h)."""
-
-_NO_FD = (1 << 64) - 1
-_MAX_ERRNO = 4095
+_FIRST_ERROR = (1 << 64) - 4095
 _POLL_SECONDS = 5e-6
-_SPIN_NS = 200_000
-_MIN_THREADS = 64
-_NUMBERS_TRIED = 64
-
-_libc = ctypes.PyDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_libc.syscall.argtypes = (ctypes.c_long,) * 4
+_Calls = NDArray[np.uint64]
 
 
 class RemoteError(OSError):
     """A system call that the target made for us failed."""
 
 
-class RemoteCalls:
-    """System calls made by a thread of a stopped target. A context manager; leaving it puts the thread back.
+class BootedThread:
+    """A stopped thread that runs the boot code, from one system call to the next.
 
     Args:
         frozen: the target.
-        observer: told when the thread is ours.
-
-    Raises:
-        UnsupportedError: the target has no vdso.
-        CannotStopError: the thread must not be given our code, by now.
+        tracee: the thread.
+        slot: address of the padding that it runs in.
+        calls: number and six arguments of each: uint64, shape (CALLS, 7).
+        observer: told of every step.
     """
 
-    def __init__(self, frozen: FrozenProcess, observer: Observer) -> None:
+    def __init__(self, frozen: FrozenProcess, tracee: Tracee, slot: int, calls: _Calls, observer: Observer) -> None:
+        self.tracee = tracee
         self._frozen = frozen
-        self._observer = observer
         self._machine = frozen.machine
-        self._tracee = choose(frozen)
-        frozen.check_thread(self._tracee.tid)
-        self._running = False
-        self._syscall = _syscall_address(frozen)
-        self._hurried = False
-
-    def __enter__(self) -> Self:
-        tid = self._tracee.tid
-        ptrace.set_options(tid, ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACESYSGOOD)
-        self._tracee.touched = True
-        ptrace.set_signal_mask(tid, ptrace.ALL_SIGNALS)
-        self._hurry()
-        return self
-
-    def _hurry(self) -> None:
-        """Have the thread run as soon as it can: on a busy machine, waiting for a CPU would be most of the time.
-
-        The policy is changed only where it is the ordinary one, which keeps the nice value, so that it can be put back.
-        """
-        with contextlib.suppress(OSError):
-            if os.sched_getscheduler(self._tracee.tid) == os.SCHED_OTHER:
-                os.sched_setscheduler(self._tracee.tid, os.SCHED_FIFO, os.sched_param(1))
-                self._hurried = True
-
-    def _calm_down(self) -> None:
-        if self._hurried:
-            os.sched_setscheduler(self._tracee.tid, os.SCHED_OTHER, os.sched_param(0))
-            self._hurried = False
+        self._slot = slot
+        self._observer = observer
+        mask = int(tracee.stopped.masks[tracee.row])
+        boot = self._machine.pack_boot(tracee.tid, tracee.home, mask, calls)
+        frozen.write(slot, pack_slot(boot, tracee.tid, self._machine.slot_bytes))
+        observer(Step.LOADED)
 
     @property
-    def tid(self) -> int:
-        """The thread that makes them."""
-        return self._tracee.tid
+    def unmap(self) -> int:
+        """Address of the code that makes the last call."""
+        return self._slot + self._machine.boot_unmap
 
-    def call(self, name: str, *arguments: int) -> int:
-        """Make one system call and give its result.
+    def start(self) -> None:
+        """Send the thread to the first call. It blocks all signals itself, in case we cannot any more.
 
         Raises:
-            RemoteError: it failed.
+            OSError: ESRCH, it was killed.
+        """
+        ptrace.set_options(self.tracee.tid, ptrace.PTRACE_O_TRACESYSGOOD)
+        self._jump(self._machine.boot_entry)
+        self._observer(Step.BOOTED)
+        ptrace.set_signal_mask(self.tracee.tid, ptrace.ALL_SIGNALS)
+        self._jump(self._machine.boot_begin)
+
+    def resume(self) -> None:
+        """Send the thread, which runs the stub and blocks all signals, to the last call.
+
+        Raises:
+            OSError: ESRCH, it was killed.
+        """
+        ptrace.set_options(self.tracee.tid, ptrace.PTRACE_O_TRACESYSGOOD)
+        self._jump(self._machine.boot_unmap)
+
+    def _jump(self, offset: int) -> None:
+        self.tracee.touched = True
+        nothing = np.zeros(1, np.uint64)
+        registers = self._machine.parked(self.tracee.home, nothing, self._slot + offset, 0)
+        ptrace.set_registers(self.tracee.tid, registers)
+
+    def call(self) -> int:
+        """Let the thread make its next call, and return the result.
+
+        Raises:
+            RemoteError: the call failed.
             TargetVanishedError: the target was killed.
             CannotStopError: the thread does not run.
         """
-        tid, machine = self._tracee.tid, self._machine
-        registers = self._tracee.home.copy()
-        machine.leave_call(registers)
-        registers[0, machine.pc], registers[0, machine.number] = self._syscall, machine.calls[name]
-        for field, value in itertools.zip_longest(machine.arguments, arguments, fillvalue=0):
-            registers[0, field] = value
-        ptrace.set_registers(tid, registers)
-        self._observer(Step.HIJACKED)
         self._to_syscall_stop()
         self._to_syscall_stop()
-        result = int(ptrace.get_registers(tid, machine.words)[0, machine.result])
-        error = (1 << 64) - result
-        if error <= _MAX_ERRNO:
-            raise RemoteError(error, os.strerror(error))
+        result = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.result])
+        if result >= _FIRST_ERROR:
+            raise RemoteError((1 << 64) - result, os.strerror((1 << 64) - result))
         return result
 
     def _to_syscall_stop(self) -> None:
-        tid = self._tracee.tid
+        tid = self.tracee.tid
         ptrace.run_to_syscall(tid)
-        self._running = True
         self._frozen.ran.add(tid)
-        now = time.monotonic_ns()
-        impatient, deadline = now + _SPIN_NS, now + WORKER_TIMEOUT_NS
+        deadline = time.monotonic_ns() + WORKER_TIMEOUT_NS
         while (stop := self._frozen.poll(tid)) != SYSCALL_STOP:
             if stop is not None:
                 # SIGSTOP, which cannot be blocked, or the stop of the group that follows it.
@@ -179,34 +146,169 @@ class RemoteCalls:
                     f"thread {tid} of process {self._frozen.process.label} does not run",
                     help="its cgroup is frozen, or leaves it no time: try again later",
                 )
-            elif self._hurried and time.monotonic_ns() < impatient:
-                # To sleep would take longer than the call. On one processor the thread runs now, having our priority.
-                os.sched_yield()
             else:
                 time.sleep(_POLL_SECONDS)
-        self._running = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, TargetVanishedError):
-            return
-        tid = self._tracee.tid
+    def put_back(self) -> None:
+        """Restore the thread exactly, and make the padding zero again.
+
+        Raises:
+            TargetVanishedError: the target was killed.
+            OSError: ESRCH, likewise.
+        """
+        tid = self.tracee.tid
         # The kernel restarts an interrupted system call only on the way out of a signal stop, so it must be in one.
         ptrace.interrupt(tid)
-        if not self._running:
-            ptrace.cont(tid)
+        ptrace.cont(tid)
         if not self._frozen.await_event_stop(tid):
             raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
-        self._calm_down()
-        self._tracee.put_back()
+        self.tracee.put_back()
         ptrace.set_options(tid, 0)
+        self._frozen.write(self._slot, bytes(self._machine.slot_bytes))
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a target has room for the stub; found once, and looked at again in every window.
+
+    Attributes:
+        padding: that of its code, the largest first.
+        base: a free address.
+        size: bytes that are free there.
+    """
+
+    padding: list[Padding]
+    base: int
+    size: int
+
+    @classmethod
+    def find(cls, frozen: FrozenProcess, size: int, alignment: int) -> Place:
+        """Look for room for `size` bytes.
+
+        Raises:
+            UnsupportedError: there is none.
+            TargetVanishedError: the target is gone.
+        """
+        padding = find_padding(frozen.process, frozen.machine.slot_bytes, frozen.read)
+        base = find_gap(read_mappings(frozen.process), size, alignment)
+        if not base:
+            raise UnsupportedError(f"process {frozen.process.label} has no free addresses for {size} bytes")
+        return cls(padding, base, size)
+
+    def slot(self, frozen: FrozenProcess) -> int:
+        """Return the address of a slot that is free, or that no thread can return to any more.
+
+        Raises:
+            TargetVanishedError: the target executed another program.
+            UnsupportedError: all slots may be needed still.
+        """
+        machine = frozen.machine
+        pointers = frozen.stopped.registers[:, [machine.pc, machine.sp]].tolist()
+        threads = [(tid, pc, stack) for tid, (pc, stack) in zip(frozen.stopped.tids, pointers, strict=True)]
+        maps = frozen.process.open("maps")
+        try:
+            for padding in self.padding:
+                if not padding.mapping.is_like(query_mapping(frozen.process, maps, padding.start)):
+                    raise TargetVanishedError(
+                        f"process {frozen.process.label} has another memory than before", help="it executed a program"
+                    )
+                for slot in padding.slots(machine.slot_bytes):
+                    content = frozen.read(slot, machine.slot_bytes)
+                    occupant = occupant_of(content, machine)
+                    inside = range(slot, slot + machine.slot_bytes)
+                    if not any(content) or (occupant and is_left(inside, occupant, threads, frozen.read)):
+                        return slot
+        finally:
+            os.close(maps)
+        raise UnsupportedError(
+            f"process {frozen.process.label}: threads may return to the code of a mover that was killed",
+            help="try again later, when their signal handlers have ended",
+        )
+
+
+@dataclass(slots=True)
+class Injection:
+    """What is in the target during a window.
+
+    Attributes:
+        layout: where.
+        worker: the thread that brought it in, and that is to move the blocks.
+    """
+
+    layout: stub.Layout
+    worker: Tracee
+    _booted: BootedThread = field(repr=False)
+
+    @property
+    def unmap(self) -> int:
+        """Address of the code, outside of the mapping, that unmaps it."""
+        return self._booted.unmap
+
+    def take_out(self, observer: Observer) -> None:
+        """Have the worker unmap everything, and put it back. All other threads have their own registers by now.
+
+        Raises:
+            TargetVanishedError: the target was killed.
+            RemoteError: it could not be unmapped.
+            OSError: ESRCH, the target was killed.
+        """
+        self._booted.resume()
+        observer(Step.UNMAPPING)
+        self._booted.call()
+        observer(Step.UNMAPPED)
+        self._booted.put_back()
+
+
+def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout, observer: Observer) -> Injection:
+    """Map the stub's memory in a stopped target.
+
+    Args:
+        planned: a layout without a base.
+
+    Raises:
+        UnsupportedError: the target's limits do not allow it, or it has no room.
+        NotPermittedError: a security module forbids it.
+        TargetVanishedError: the target was killed.
+        CannotStopError: it must not be given our code, or does not run.
+    """
+    worker = choose(frozen)
+    # The first thread was looked at once more with all else; another one may filter its calls by now, too.
+    frozen.check_thread(worker.tid)
+    layout = replace(planned, base=place.base)
+    calls = _calls(frozen, layout)
+    booted = BootedThread(frozen, worker, place.slot(frozen), calls, observer)
+    booted.start()
+    for done in range(CALLS - 1):
+        try:
+            booted.call()
+        except RemoteError as error:
+            # Without the mapping, what lies at its address is the target's own.
+            if done:
+                booted.resume()
+                booted.call()
+            booted.put_back()
+            raise _explained(frozen.process.label, error) from error
+        observer(Step.MAPPED)
+    return Injection(layout, worker, booted)
+
+
+def _calls(frozen: FrozenProcess, layout: stub.Layout) -> _Calls:
+    numbers = frozen.machine.calls
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
+    rows = (
+        (numbers["mmap"], layout.base, layout.size, PROT_READ | PROT_EXEC, flags, stub.NO_FD, 0),
+        (numbers["mprotect"], layout.header, layout.size - layout.code_size, PROT_READ | PROT_WRITE, 0, 0, 0),
+        (numbers["madvise"], layout.base, layout.size, MADV_DONTFORK, 0, 0, 0),
+        (numbers["munmap"], layout.base, layout.size, 0, 0, 0, 0),
+    )
+    return np.array(rows, np.uint64)
 
 
 def choose(frozen: FrozenProcess) -> Tracee:
-    """The thread to be given our registers: one outside restartable sequences, if there is one.
+    """Return the thread to be given our registers: one outside restartable sequences, if there is one.
 
-    It has the table of files of the first thread, in which the userfaultfd is.
+    It has the table of files of the first thread, which no other process shares
+    (:func:`~mthp.linux.mover.recheck.new_sharer`).
     """
     pid, tracees = frozen.process.pid, list(frozen.tracees.values())
     chosen = next((tracee for tracee in tracees if not tracee.rseq_abort), tracees[0])
@@ -215,203 +317,15 @@ def choose(frozen: FrozenProcess) -> Tracee:
     return chosen
 
 
-def _syscall_address(frozen: FrozenProcess) -> int:
-    """Address of a ``syscall`` instruction in the target's vdso.
-
-    Raises:
-        UnsupportedError: there is none.
-        TargetVanishedError: the target was killed.
-    """
-    for line in frozen.process.read("maps").splitlines():
-        if line.endswith(b"[vdso]"):
-            start, _, end = line.split()[0].partition(b"-")
-            base = int(start, 16)
-            offset = find_instruction(frozen.read(base, int(end, 16) - base), frozen.machine)
-            if offset >= 0:
-                return base + offset
-    # The mappings of a process that was just killed are gone, too.
-    frozen.process.check_memory()
-    raise UnsupportedError(
-        f"process {frozen.process.label} has no vdso", help="the mover needs its syscall instruction (vdso=1)"
-    )
-
-
-def find_instruction(code: bytes, machine: Machine) -> int:
-    """Where in `code`, which begins on a page, the machine's system call instruction is; -1 if nowhere."""
-    offset = code.find(machine.syscall)
-    while offset % machine.alignment and offset >= 0:
-        offset = code.find(machine.syscall, offset + 1)
-    return offset
-
-
-@dataclass(frozen=True, slots=True)
-class Injection:
-    """What is in the target.
-
-    Attributes:
-        layout: where.
-        uffd: the userfaultfd's number in the target.
-        nonce: a number written into the header, to tell this injection from any other.
-    """
-
-    layout: stub.Layout
-    uffd: int
-    nonce: int
-
-    def check(self, frozen: FrozenProcess) -> None:
-        """Do nothing if all of it is still there, as it was written.
-
-        Raises:
-            TargetVanishedError: it is not; the process executed another program.
-        """
-        layout = self.layout
-        try:
-            code = frozen.read(layout.base, layout.code_size)
-            (nonce,) = struct.unpack("=Q", frozen.read(layout.header + stub.NONCE_OFFSET, 8))
-        except TargetVanishedError:
-            raise
-        except MthpError:
-            nonce, code = 0, b""
-        if nonce != self.nonce or not code.startswith(layout.executable):
-            raise TargetVanishedError(
-                f"process {frozen.process.label} has another memory than before", help="it executed another program"
-            )
-
-    def remove(self, frozen: FrozenProcess, observer: Observer) -> None:
-        """Unmap and close all of it.
-
-        Raises:
-            TargetVanishedError: it is not there any more, or not all of it.
-        """
-        self.check(frozen)
-        if not is_untouched(frozen.process.read("maps"), self.layout):
-            raise TargetVanishedError(f"process {frozen.process.label} mapped memory of its own over the mover's")
-        uffd = self.uffd if _is_userfaultfd(frozen, self.uffd) else _NO_FD
-        with RemoteCalls(frozen, observer) as remote:
-            _remove(remote, self.layout, uffd)
-            observer(Step.UNMAPPED)
-
-
-def inject(
-    frozen: FrozenProcess, *, operations: int, scratch_size: int, observer: Observer, min_threads: int = _MIN_THREADS
-) -> Injection:
-    """Bring the stub into a stopped target, with room for twice its threads.
-
-    Args:
-        operations: blocks of one window.
-        scratch_size: bytes of the largest block.
-
-    Raises:
-        UnsupportedError: the target's kernel or limits do not allow it.
-        NotPermittedError: userfaultfd is forbidden to the target.
-        TargetVanishedError: the target was killed.
-        CannotStopError: it must not be given our code, or does not run.
-    """
-    planned = stub.Layout(0, max(min_threads, 2 * len(frozen.stopped.tids)), operations, scratch_size, frozen.machine)
-    calls = RemoteCalls(frozen, observer)
-    number = _descriptor(frozen.process, calls.tid)
-    uffd = _NO_FD
-    layout: stub.Layout | None = None
-    try:
-        with calls as remote:
-            try:
-                flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-                base = remote.call("mmap", 0, planned.size, PROT_READ | PROT_EXEC, flags, _NO_FD, 0)
-                layout = replace(planned, base=base)
-                observer(Step.MAPPED)
-                data = layout.size - layout.code_size
-                remote.call("mprotect", layout.header, data, PROT_READ | PROT_WRITE)
-                remote.call("madvise", base, layout.size, MADV_DONTFORK)
-                remote.call("madvise", layout.scratch, layout.scratch_size, MADV_DONTNEED)
-                uffd = remote.call("userfaultfd", os.O_CLOEXEC | UFFD_USER_MODE_ONLY)
-                uffd = _out_of_the_way(remote, uffd, number)
-            except RemoteError:
-                if layout is not None:
-                    _remove(remote, layout, uffd)
-                raise
-        injection = Injection(layout, uffd, secrets.randbits(64))
-        try:
-            _register(frozen.process, layout, uffd)
-            frozen.write(layout.base, layout.executable)
-            frozen.write(layout.header, stub.pack_header(layout, uffd, injection.nonce, stub.operations_for([], [], 0)))
-        except (OSError, MthpError):
-            with RemoteCalls(frozen, observer) as remote:
-                _remove(remote, layout, uffd)
-            raise
-    except OSError as error:
-        raise _explained(frozen.process.label, error) from error
-    observer(Step.INJECTED)
-    return injection
-
-
-def _descriptor(process: Process, tid: int) -> int:
-    """The highest free number in a thread's table of files as large as it is; -1 if none is seen near its end.
-
-    A table that is shared by threads and must grow takes the kernel tens of milliseconds (expand_fdtable, fs/file.c).
-    """
-    status = (read_task_file(process, tid, "status") or b"").decode(errors="replace")
-    sizes = [line.split()[1] for line in status.splitlines() if line.startswith("FDSize:")]
-    last = int(sizes[0]) - 1 if sizes else -1
-    files = Path(f"/proc/{process.pid}/task/{tid}/fd")
-    near = range(last, max(last - _NUMBERS_TRIED, -1), -1)
-    return next((number for number in near if not os.path.lexists(files / str(number))), -1)
-
-
-def _out_of_the_way(remote: RemoteCalls, fd: int, number: int) -> int:
-    """Give a descriptor the higher number that is free; it keeps its own where it may not have that (RLIMIT_NOFILE)."""
-    if fd >= number:
-        return fd
-    try:
-        moved = remote.call("fcntl", fd, F_DUPFD_CLOEXEC, number)
-    except RemoteError:
-        return fd
-    remote.call("close", fd)
-    return moved
-
-
-def _register(process: Process, layout: stub.Layout, uffd: int) -> None:
-    """Have the target's userfaultfd `uffd` cover the scratch area.
-
-    Raises:
-        OSError: the kernel refuses.
-    """
-    copy = int(_libc.syscall(NR_PIDFD_GETFD, process.pidfd, uffd, 0))
-    if copy < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    try:
-        fcntl.ioctl(copy, UFFDIO_API, struct.pack(UFFDIO_API_ARG, UFFD_API, UFFD_FEATURE_MOVE, 0))
-        request = struct.pack("=4Q", layout.scratch, layout.scratch_size, UFFDIO_REGISTER_MODE_MISSING, 0)
-        fcntl.ioctl(copy, UFFDIO_REGISTER, request)
-    finally:
-        os.close(copy)
-
-
-def _remove(remote: RemoteCalls, layout: stub.Layout, uffd: int) -> None:
-    remote.call("munmap", layout.base, layout.size)
-    if uffd != _NO_FD:
-        with contextlib.suppress(RemoteError):
-            remote.call("close", uffd)
-
-
-def is_untouched(maps: bytes, layout: stub.Layout) -> bool:
-    """Whether the text `maps` of ``/proc/PID/maps`` shows where `layout` is what was injected, and nothing else."""
-    begin, end = layout.extent
-    found = []
-    for line in maps.splitlines():
-        span, permissions, _, _, inode = line.split()[:5]
-        start, stop = (int(word, 16) for word in span.split(b"-"))
-        if start < end and begin < stop:
-            found.append((start, stop, permissions if inode == b"0" else b""))
-    code, data = (begin, layout.header, b"r-xp"), (layout.header, layout.scratch, b"rw-p")
-    # Once the target has closed the userfaultfd, nothing keeps the last two apart.
-    return found in ([code, data, (layout.scratch, end, b"rw-p")], [code, (layout.header, end, b"rw-p")])
-
-
-def _is_userfaultfd(frozen: FrozenProcess, fd: int) -> bool:
-    try:
-        return "userfaultfd" in str(Path(f"/proc/{frozen.process.pid}/fd/{fd}").readlink())
-    except OSError:
-        return False
+def explain_preparation(label: str, stage: int, error: int) -> MthpError:
+    """Return the exception for a stage of the worker's preparation that failed with an errno."""
+    if stage == stub.EMPTY:
+        return UnsupportedError(f"process {label} locks all memory that it maps", help="it called mlockall(MCL_FUTURE)")
+    if stage == stub.CREATE:
+        return _explained(label, OSError(error, os.strerror(error)))
+    if stage == stub.HANDSHAKE:
+        return UnsupportedError("this kernel cannot move pages (UFFDIO_MOVE)", help="it takes Linux 6.8 or later")
+    return UnsupportedError(f"process {label}: scratch memory cannot be armed: {os.strerror(error)}")
 
 
 def _explained(label: str, error: OSError) -> MthpError:
@@ -424,8 +338,4 @@ def _explained(label: str, error: OSError) -> MthpError:
         )
     if error.errno == errno.ENOSYS:
         return UnsupportedError("this kernel has no userfaultfd", help="it takes CONFIG_USERFAULTFD")
-    if error.errno == errno.EINVAL:
-        return UnsupportedError(
-            f"process {label}: UFFDIO_MOVE cannot be had", help="Linux 6.8 or later, and no mlockall(MCL_FUTURE)"
-        )
     return UnsupportedError(f"process {label}: nothing can be injected: {error.strerror}")

@@ -49,7 +49,13 @@ class Machine(abc.ABC):
         red_zone: bytes below the stack pointer that a function may use without moving it.
         code: the stub, assembled.
         entry_worker, entry_park: offsets into it.
+        boot: the code that maps and unmaps the stub's memory, assembled.
+        boot_entry, boot_begin, boot_unmap: offsets into it: for a thread with its own signal mask, for one that blocks
+            all signals, and of the last call alone.
+        slot_bytes: what the boot code takes up with its data, a multiple of 64.
+        boot_stack: offset behind it of the stack pointer that the thread is restored with.
         context_bytes: of what a thread restores itself from.
+        keeper_word: index of the first of a context's words that :class:`~mthp.linux.mover.stub.Layout` fills in.
         trampoline_bytes: of code that every thread has for itself.
     """
 
@@ -68,7 +74,14 @@ class Machine(abc.ABC):
     code: ClassVar[bytes]
     entry_worker: ClassVar[int]
     entry_park: ClassVar[int]
+    boot: ClassVar[bytes]
+    boot_entry: ClassVar[int]
+    boot_begin: ClassVar[int]
+    boot_unmap: ClassVar[int]
+    boot_stack: ClassVar[int]
+    slot_bytes: ClassVar[int]
     context_bytes: ClassVar[int]
+    keeper_word: ClassVar[int]
     trampoline_bytes: ClassVar[int]
 
     @abc.abstractmethod
@@ -106,6 +119,17 @@ class Machine(abc.ABC):
             homes: what they had.
             masks: their blocked signals: uint64, shape (threads,).
             trampolines: addresses of their own code: uint64, shape (threads,).
+        """
+
+    @abc.abstractmethod
+    def pack_boot(self, tid: int, home: Registers, mask: int, calls: NDArray[np.uint64]) -> bytes:
+        """Return :attr:`boot` with what follows it: the thread to be restored, and the calls that it makes.
+
+        Args:
+            tid: the thread, which is stopped.
+            home: its general registers: uint64, shape (1, words).
+            mask: its blocked signals.
+            calls: number and six arguments of each: uint64, shape (4, 7).
         """
 
     @abc.abstractmethod

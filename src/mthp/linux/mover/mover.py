@@ -11,8 +11,8 @@ This is where the parts come together. For a batch of blocks:
 3. All threads are stopped, what may have changed is asked again (:mod:`~mthp.linux.mover.recheck`), the blocks are
    moved, window by window (:mod:`~mthp.linux.mover.session`).
 
-The session stays open from batch to batch, since its injection costs about as much as a window. It is closed with the
-mover, or when the target turns out to be another program than before.
+The session stays open from batch to batch, since it has measured how long a window takes. It is closed with the mover,
+or when the target turns out to be another program than before.
 
 Every block has an outcome, whatever happens: if the target exits in the middle, what was done before is told, and the
 rest is ANY_PROCESS.
@@ -20,7 +20,6 @@ rest is ANY_PROCESS.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -161,7 +160,7 @@ class Mover:
     def _judge(self, batch: _Batch) -> None:
         """Give those blocks their outcome that are not to be moved; remember what the others were judged by."""
         blocks = batch.open
-        uffd = has_userfaultfd(self._process, but=self._session.uffd if self._session else -1)
+        uffd = has_userfaultfd(self._process)
         vmas = self._mappings()
         addresses = np.array([address for address, _ in blocks], np.int64)
         orders = np.array([order for _, order in blocks], np.int8)
@@ -197,9 +196,8 @@ class Mover:
 
     def _judge_again(self, frozen: FrozenProcess, blocks: Sequence[Block]) -> list[Objection | None]:
         """As :meth:`_judge`, now that all threads stand still."""
-        assert self._session is not None
         assert self._before is not None
-        return self._recheck.objections(frozen, blocks, self._before, self._session.uffd)
+        return self._recheck.objections(frozen, blocks, self._before)
 
     def _move(self, blocks: Sequence[Block], batch: _Batch) -> None:
         """Move blocks, all of one order."""
@@ -247,17 +245,14 @@ class Mover:
             self._session.pauses.clear()
 
     def _drop_session(self) -> None:
-        """Close the session; what cannot be taken out of the target stays in it, without doing anything."""
         self._note_pauses()
         if self._session is not None:
             session, self._session = self._session, None
-            with contextlib.suppress(MthpError):
-                session.close()
+            session.close()
 
     def close(self) -> None:
-        """Take the injected code out of the target. Closing twice does nothing."""
-        with suspension_held_back():
-            self._drop_session()
+        """Close what is open; there is nothing in the target. Closing twice does nothing."""
+        self._drop_session()
         self._recheck.close()
 
 

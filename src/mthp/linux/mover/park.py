@@ -1,4 +1,4 @@
-"""Park all threads, let one of them move blocks, and fetch it again.
+"""Park all threads, let one of them move blocks, fetch it again, and restore all of them.
 
 The order of things is what makes the tracer's death harmless at every point:
 
@@ -6,11 +6,12 @@ The order of things is what makes the tracer's death harmless at every point:
    itself.
 2. Each thread is given the registers of the parking loop, and only then has all signals blocked. In between it could
    run a handler, but in the loop, on its own stack, and the loop blocks the signals itself.
-3. The worker is parked like the others. As the very last step it is given the worker's entry, where it first changes
-   the state from SETUP to GO, atomically. If we die before that, the threads wait half a second, change SETUP to ABORT
-   and restore themselves; nothing was moved. If we die later, the worker finishes all blocks, sets DONE, and everybody
-   restores himself.
-4. A living tracer waits for DONE, stops the worker again, and gives every thread exactly what it had.
+3. The worker is parked like the others, but first. As the very last step it is given the worker's entry, where it
+   changes the state from SETUP to GO, atomically. If we die before that, the threads wait half a second, change SETUP
+   to ABORT and restore themselves; nothing was moved. If we die later, the worker finishes all blocks, closes the
+   userfaultfd, sets DONE, and the threads restore themselves.
+4. A living tracer waits for DONE, stops the worker again, restores every thread exactly as it was, and has the worker
+   unmap everything. After our death the worker waits until all others have left, and unmaps everything then.
 
 Once the worker may run, nothing but DONE makes it right to let another thread go. Whatever goes wrong in between, even
 in this very program, is answered by doing nothing: the tracing thread ends, and the target restores itself.
@@ -26,8 +27,9 @@ from numpy.typing import NDArray
 from mthp.errors import TargetVanishedError
 from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
-from mthp.linux.mover.inject import Injection, choose
+from mthp.linux.mover.inject import Injection, explain_preparation
 from mthp.linux.mover.steps import Observer, Step
+from mthp.linux.mover.taskfiles import inner_tids
 from mthp.linux.mover.tracee import CannotStopError, Tracee
 
 _POLL_SECONDS = 20e-6
@@ -46,8 +48,8 @@ def special_ranges(frozen: FrozenProcess) -> list[tuple[int, int]]:
     return ranges
 
 
-def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.void], observer: Observer) -> Tracee:
-    """Park all threads and give the worker, which is parked too.
+def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.void], observer: Observer) -> None:
+    """Park all threads, the worker first.
 
     Args:
         operations: :data:`~mthp.linux.mover.stub.OPERATION`, shape (blocks,).
@@ -55,36 +57,32 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
     Raises:
         TargetVanishedError: the target was killed.
         OSError: ESRCH, likewise.
-        CannotStopError: the worker must not be given our code, by now.
     """
-    worker = choose(frozen)
-    if worker.tid != frozen.process.pid:
-        # The first thread was looked at once more with all else; another one may filter its calls by now, too.
-        frozen.check_thread(worker.tid)
-    layout, stopped = injection.layout, frozen.stopped
-    frozen.write(layout.contexts, layout.pack_contexts(stopped.homes, stopped.masks))
-    frozen.write(layout.header, stub.pack_header(layout, injection.uffd, injection.nonce, operations))
+    layout, stopped, worker = injection.layout, frozen.stopped, injection.worker
+    numbers = inner_tids(frozen.process, stopped.tids)
+    frozen.write(layout.base, layout.executable)
+    frozen.write(layout.contexts, layout.pack_contexts(stopped.homes, stopped.masks, numbers, worker.row))
+    frozen.write(layout.header, stub.pack_header(layout, injection.unmap, operations))
     observer(Step.WRITTEN)
+    # Until the worker is parked, it would unmap everything after our death; from then on it waits for the others.
+    parked = layout.parked(stopped.homes)
+    ptrace.set_registers(worker.tid, parked[worker.row : worker.row + 1])
     for tracee in frozen.tracees.values():
         tracee.touched = True
-    stopped.park(layout.parked(stopped.homes), observer)
-    return worker
+    stopped.park(parked, observer)
 
 
-def work(
-    frozen: FrozenProcess, injection: Injection, worker: Tracee, blocks: int, observer: Observer
-) -> tuple[NDArray[np.void], bool]:
-    """Have the worker carry out the operations, and stop it again.
+def work(frozen: FrozenProcess, injection: Injection, blocks: int, observer: Observer) -> NDArray[np.void]:
+    """Have the worker carry out the operations, restore all threads, and take everything out of the target.
 
     Returns:
-        The operations with their results, :data:`~mthp.linux.mover.stub.OPERATION`, shape (blocks,); and whether the
-        worker was fetched in time. If not, it has restored itself, or is doing so: it may be in a signal handler from
-        which it returns to the stub, whose memory is not to be written or unmapped any more, then.
+        The operations with their results, :data:`~mthp.linux.mover.stub.OPERATION`, shape (blocks,).
 
     Raises:
         TargetVanishedError: the target was killed.
+        UnsupportedError, NotPermittedError: the target may not have a userfaultfd; nothing was moved.
     """
-    layout = injection.layout
+    layout, worker = injection.layout, injection.worker
     finished = False
     try:
         ptrace.set_registers(worker.tid, layout.parked(frozen.stopped.homes, worker=worker.row))
@@ -98,11 +96,19 @@ def work(
     finally:
         if not finished:
             frozen.abandon()
+    prepared = frozen.read(layout.header + stub.PREPARED_OFFSET, stub.PREPARED_BYTES)
     size = blocks * stub.OPERATION.itemsize
     results: NDArray[np.void] = np.frombuffer(frozen.read(layout.header + stub.HEADER_BYTES, size), stub.OPERATION)
     fetched = _fetch(frozen, layout, worker)
     observer(Step.FETCHED)
-    return results, fetched
+    frozen.put_back_others(worker, observer)
+    if fetched:  # Otherwise we were so slow that it restores itself, and unmaps everything, as after our death.
+        injection.take_out(observer)
+        observer(Step.UNPARKED)
+    stage, error = stub.unpack_preparation(prepared)
+    if error:
+        raise explain_preparation(frozen.process.label, stage, error)
+    return results
 
 
 def _await_done(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> None:

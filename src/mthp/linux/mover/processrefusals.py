@@ -333,6 +333,9 @@ def _sharer(target: _Target) -> Refusal | None:
         answer = kcmp(pid, other, KCMP_VM)
         if answer == 0:
             return Refusal("shared_vm", f"process {other} runs in the same address space (CLONE_VM)")
+        if kcmp(pid, other, KCMP_FILES) == 0:
+            # It would run during a window, and could pass on the userfaultfd.
+            return Refusal("shared_files", f"process {other} shares its table of open files (CLONE_FILES)")
         if answer is None:
             unknown.append(other)
     if not unknown:

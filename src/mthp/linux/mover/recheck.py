@@ -28,9 +28,7 @@ machine):
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +42,8 @@ from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.mover.blockrefusals import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list, touches
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.kcmp import KCMP_VM, kcmp
+from mthp.linux.mover.kcmp import KCMP_FILES, KCMP_VM, kcmp
+from mthp.linux.mover.mapping import query_mapping
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.processrefusals import vm_size
 from mthp.linux.mover.refusals import refuse_vma
@@ -52,15 +51,6 @@ from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
 from mthp.results import ScanResult
-
-PROCMAP_QUERY = 0xC0686611
-"""``_IOWR('f', 17, struct procmap_query)``, include/uapi/linux/fs.h, Linux 6.11."""
-
-_PROCMAP = struct.Struct("=9Q4I2Q")
-"""``struct procmap_query``: size, query_flags, query_addr, vma_start, vma_end, vma_flags, ..., inode, ..."""
-
-_READABLE, _WRITABLE, _EXECUTABLE, _SHARED = 1, 2, 4, 8
-"""``PROCMAP_QUERY_VMA_*``."""
 
 MAX_FILES = 256
 """Open files that are looked at while the target stands still; about a microsecond each."""
@@ -114,19 +104,16 @@ class Recheck:
         """Close what is open. Closing twice does nothing."""
         self._pagemap.close()
 
-    def objections(
-        self, frozen: FrozenProcess, blocks: Sequence[Block], before: Before, uffd: int
-    ) -> list[Objection | None]:
+    def objections(self, frozen: FrozenProcess, blocks: Sequence[Block], before: Before) -> list[Objection | None]:
         """Why each block must not be moved after all, or None.
 
         Args:
             before: what was found before the stop.
-            uffd: the number of the userfaultfd that is ours.
 
         Raises:
             TargetVanishedError: the process is gone.
         """
-        if objection := self._process_objection(before, uffd):
+        if objection := self._process_objection(before):
             return [objection] * len(blocks)
         vmas = before.vmas
         if before.has_userfaultfd:
@@ -148,7 +135,7 @@ class Recheck:
     def _size(self, order: int) -> int:
         return self._geometry.size_of(order)
 
-    def _process_objection(self, before: Before, uffd: int) -> Objection | None:
+    def _process_objection(self, before: Before) -> Objection | None:
         status = self._process.read("status")
         thread = Thread.parse(self._process.pid, status)
         if thread.seccomp:
@@ -159,9 +146,9 @@ class Recheck:
             return Objection(ScanResult.PAGE_COUNT, "the process pinned memory meanwhile (VmPin)")
         newest = last_pid()
         if new_sharer(self._process.pid, before.last_pid, newest):
-            return Objection(ScanResult.FAIL, "another process runs in the same address space now (CLONE_VM)")
+            return Objection(ScanResult.FAIL, "another process shares its memory or files now (CLONE_VM, CLONE_FILES)")
         before.last_pid = newest
-        if not before.has_userfaultfd and has_userfaultfd(self._process, but=uffd, at_most=MAX_FILES):
+        if not before.has_userfaultfd and has_userfaultfd(self._process, at_most=MAX_FILES):
             return Objection(
                 ScanResult.VMA_CHECK, "the process has a userfaultfd now: its mappings are to be judged again"
             )
@@ -217,35 +204,9 @@ class _Mappings:
     def _ask(self, vma: Vma, address: int) -> Objection | None:
         if refusal := refuse_vma(vma):
             return Objection(ScanResult.VMA_CHECK, refusal.reason)
-        now = self._query(address)
-        if now is None or now[0] > vma.start or now[1] < vma.end or now[2] != vma.permissions:
+        now = query_mapping(self._process, self._fd, address)
+        if now is None or now.inode or now.start > vma.start or now.end < vma.end or now.permissions != vma.permissions:
             return MAPPING_CHANGED
-        return None
-
-    def _query(self, address: int) -> tuple[int, int, str] | None:
-        """Start, end and permissions of the mapping that covers `address`; None if none does."""
-        request = bytearray(_PROCMAP.pack(_PROCMAP.size, 0, address, *(0,) * 6, *(0,) * 4, 0, 0))
-        try:
-            fcntl.ioctl(self._fd, PROCMAP_QUERY, request)
-        except FileNotFoundError:
-            return None
-        except OSError:
-            return self._read(address)
-        fields = _PROCMAP.unpack(request)
-        start, end, flags, inode = fields[3], fields[4], fields[5], fields[8]
-        if inode:
-            return None
-        letters = zip((_READABLE, _WRITABLE, _EXECUTABLE), "rwx", strict=True)
-        permissions = "".join(letter if flags & bit else "-" for bit, letter in letters)
-        return start, end, permissions + ("s" if flags & _SHARED else "p")
-
-    def _read(self, address: int) -> tuple[int, int, str] | None:
-        """As :meth:`_query` on kernels that cannot be asked for one mapping."""
-        for line in self._process.read("maps").splitlines():
-            span, permissions, _, _, inode = line.split()[:5]
-            start, end = (int(word, 16) for word in span.split(b"-"))
-            if start <= address < end:
-                return None if inode != b"0" else (start, end, permissions.decode())
         return None
 
     def close(self) -> None:
@@ -258,7 +219,10 @@ def last_pid() -> int:
 
 
 def new_sharer(pid: int, last_then: int, last_now: int) -> bool:
-    """Whether a process that is newer than `last_then` shares the address space of `pid`, or may do so."""
+    """Return whether a process newer than `last_then` shares the address space or the table of files of `pid`.
+
+    One that shares the files alone would run during a window, and could pass on the userfaultfd.
+    """
     if last_now == last_then:
         return False
     if not 0 < last_now - last_then <= MAX_NEW_PROCESSES:
@@ -271,7 +235,7 @@ def _may_share(pid: int, other: int) -> bool:
     answer = kcmp(pid, other, KCMP_VM)
     if answer is None:
         return vm_size(Path("/proc"), pid) == vm_size(Path("/proc"), other)
-    if answer:
+    if answer and kcmp(pid, other, KCMP_FILES):
         return False
     try:
         # Threads of the target have numbers of the same kind.
@@ -280,8 +244,8 @@ def _may_share(pid: int, other: int) -> bool:
         return False
 
 
-def has_userfaultfd(process: Process, *, but: int = -1, at_most: int = 1 << 30) -> bool:
-    """Whether `process` has a userfaultfd open besides the number `but`; False if it has more than `at_most` files.
+def has_userfaultfd(process: Process, *, at_most: int = 1 << 30) -> bool:
+    """Return whether `process` has a userfaultfd open; False if it has more than `at_most` files.
 
     Raises:
         TargetVanishedError: it is gone.
@@ -295,7 +259,7 @@ def has_userfaultfd(process: Process, *, but: int = -1, at_most: int = 1 << 30) 
             return False
         for name in names:
             try:
-                if int(name) != but and os.readlink(name, dir_fd=directory) == _USERFAULTFD:
+                if os.readlink(name, dir_fd=directory) == _USERFAULTFD:
                     return True
             except FileNotFoundError:
                 continue

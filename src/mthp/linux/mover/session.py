@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
-from typing import Self, TypeVar, cast
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import DUTY, MAX_PAUSE_NS, Block
-from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
+from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader
 from mthp.linux.kpageflags import FolioReader
 from mthp.linux.mover import stub
 from mthp.linux.mover.blockrefusals import BlockRefusal, touches
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
-from mthp.linux.mover.inject import Injection, inject
+from mthp.linux.mover.inject import Injection, Place, inject
 from mthp.linux.mover.machine import native
 from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.park import park, special_ranges, work
@@ -36,6 +32,7 @@ from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
 from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
+from mthp.linux.mover.tracing_thread import in_tracing_thread
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from mthp.results import ScanResult
@@ -46,14 +43,11 @@ MAX_BLOCKS = 512
 Recheck = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | None]]
 """Called when all threads stand still: gives for each block why it must not be moved after all, or None."""
 
-_PR_SET_TIMERSLACK = 29
 _Int64s = NDArray[np.int64]
-_T = TypeVar("_T")
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class MoverSession:
-    """Moves blocks of one process to new folios. A context manager: entering injects the stub, leaving removes it.
+    """Moves blocks of one process to new folios. A context manager; between two windows nothing of it is in the target.
 
     The caller has enabled exactly one folio size for the time of :meth:`move`, and has refused what must be refused
     (:mod:`mthp.linux.mover.refusals`). If the target is a child of this process, nobody else in it may wait for that
@@ -69,7 +63,6 @@ class MoverSession:
         observer: told of every step; for tests.
 
     Attributes:
-        uffd: the number of the userfaultfd that was made in the target, -1 if there is none.
         pauses: every window in which blocks were moved; whoever keeps a session for long may empty the list.
 
     Raises:
@@ -90,7 +83,6 @@ class MoverSession:
     ) -> None:
         if process.is_self:
             raise UnsupportedError("a process cannot trace itself", help="use mthp.collapse_self")
-        self.uffd = -1
         self.pauses: list[Pause] = []
         self._machine = native()
         self._threads: Stopped | None = None
@@ -101,7 +93,7 @@ class MoverSession:
         self._observer = observer
         self._budget = PauseBudget(max_pause_ns, MAX_BLOCKS)
         self.limit(max_pause_ns, duty)
-        self._injection: Injection | None = None
+        self._place: Place | None = None
         self._open = False
         self._populate_first = _has_protection_keys()
         self._pagemap = Pagemap(process)
@@ -126,40 +118,21 @@ class MoverSession:
         return PauseSummary.of(self.pauses)
 
     def __enter__(self) -> Self:
-        """Inject the stub.
-
-        Raises:
-            CannotStopError, UnsupportedError, NotPermittedError, TargetVanishedError: it cannot be done.
-        """
-        try:
-            _in_own_thread(self._inject)
-            self._open = True
-        finally:
-            if not self._open:
-                self.close()
+        """Open the session: the target is not touched before the first window."""
+        self._open = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(TargetVanishedError):
-            self.close()
+        self.close()
 
     def close(self) -> None:
-        """Take the stub out of the target. Closing twice does nothing.
-
-        Raises:
-            CannotStopError: the target does not stop; the stub stays in it, without doing anything.
-            TargetVanishedError: it is gone.
-        """
+        """Close what is open. Closing twice does nothing."""
         self._open = False
-        try:
-            if self._injection is not None:
-                _in_own_thread(self._remove)
-        finally:
-            self._pagemap.close()
-            if self._folios is not None:
-                self._folios.close()
+        self._pagemap.close()
+        if self._folios is not None:
+            self._folios.close()
 
     def move(self, blocks: Sequence[Block], *, verify: bool = False, fill: bool = False) -> list[BlockOutcome]:
         """Move each block to new memory, which is one folio of its order if the machine's switches make it so.
@@ -223,7 +196,7 @@ class MoverSession:
         addresses, orders = np.array(batch, np.int64).T
         sizes = np.int64(self._geometry.page_size) << orders
         deed = functools.partial(self._stop_and_move, batch, addresses, sizes, flags, alone=alone)
-        objections, operations, lengths, pause = _in_own_thread(deed)
+        objections, operations, lengths, pause = in_tracing_thread(deed)
         if pause.blocks:
             self.pauses.append(pause)
         self._budget.observe(pause)
@@ -237,25 +210,21 @@ class MoverSession:
         lengths, operations = np.empty(0, np.int64), stub.operations_for([], [], 0)
         with self._frozen() as frozen:
             stopped = time.perf_counter_ns()
-            injection = self._ready(frozen)
-            # Lent to the window: it comes back when every thread is known to be out of it. If anything goes wrong
-            # before, threads may be restoring themselves in there, and it stays in the target as it is.
-            self._injection = None
-            fetched = True
             threads = len(frozen.tracees)
-            objections = self._refuse(frozen, batch, addresses, addresses + sizes, injection)
+            objections = self._refuse(frozen, batch, addresses, addresses + sizes)
             rows = np.flatnonzero([objection is None for objection in objections])
             if len(rows):
                 addresses, sizes = addresses[rows], sizes[rows]
-                reach = injection.layout.scratch_size
+                reach = self._geometry.pmd_size
                 lengths = np.ones(len(rows), np.int64) if alone else run_lengths(addresses, sizes, reach)
                 operations = operations_of(addresses, sizes, lengths, flags)
-                worker = park(frozen, injection, operations, self._observer)
+                injection = self._inject(frozen, len(operations))
+                park(frozen, injection, operations, self._observer)
                 parked = time.perf_counter_ns()
-                operations, fetched = work(frozen, injection, worker, len(operations), self._observer)
+                operations = work(frozen, injection, len(operations), self._observer)
             worked = time.perf_counter_ns()
-        self._injection = injection if fetched else None
         copied = int(taken(operations["away"], operations["copied"]).sum())
+        spent = int(taken(operations["begun"], operations["ended"]).sum())
         pause = Pause(
             blocks=len(rows),
             size=int(operations["length"].sum()),
@@ -265,7 +234,7 @@ class MoverSession:
             move_ns=max(worked - (parked or worked) - copied, 0),
             copy_ns=copied,
             restore_ns=time.perf_counter_ns() - worked,
-            work_ns=min(int(taken(operations["begun"], operations["ended"]).sum()), worked - (parked or worked)),
+            work_ns=min(spent, worked - (parked or worked)),
         )
         return objections, operations, lengths, pause
 
@@ -286,42 +255,27 @@ class MoverSession:
         finally:
             frozen.release(self._observer)
 
-    def _ready(self, frozen: FrozenProcess) -> Injection:
-        """The injection, found as it was left; a larger one if the target has more threads than it has room for."""
-        if self._injection is not None:
-            self._injection.check(frozen)
-            if len(frozen.stopped.tids) <= self._injection.layout.threads:
-                return self._injection
-            self._take_out(frozen)
-        self._injection = inject(
-            frozen, operations=MAX_BLOCKS, scratch_size=self._geometry.pmd_size, observer=self._observer
-        )
-        self.uffd = self._injection.uffd
-        return self._injection
-
-    def _take_out(self, frozen: FrozenProcess) -> None:
-        if self._injection is not None:
-            injection, self._injection = self._injection, None
-            injection.remove(frozen, self._observer)
-
-    def _inject(self) -> None:
-        with self._frozen() as frozen:
-            self._ready(frozen)
-
-    def _remove(self) -> None:
-        with self._frozen() as frozen:
-            self._take_out(frozen)
+    def _inject(self, frozen: FrozenProcess, operations: int) -> Injection:
+        """Map the stub's memory in the target."""
+        scratch = self._geometry.pmd_size
+        layout = stub.Layout(0, len(frozen.stopped.tids), operations, scratch, frozen.machine)
+        if self._place is None or self._place.size < layout.size:
+            self._place = Place.find(frozen, layout.size, scratch)
+        try:
+            return inject(frozen, self._place, layout, self._observer)
+        except MthpError:
+            # What was free may be taken by now.
+            self._place = None
+            raise
 
     def _refuse(
-        self, frozen: FrozenProcess, batch: Sequence[Block], addresses: _Int64s, ends: _Int64s, injection: Injection
+        self, frozen: FrozenProcess, batch: Sequence[Block], addresses: _Int64s, ends: _Int64s
     ) -> list[Objection | None]:
-        """For each block why it must not be moved after all, now that nothing changes any more."""
+        """Return for each block why it must not be moved after all, now that nothing changes any more."""
         none: list[Objection | None] = [None] * len(batch)
         objections = list(self._recheck(frozen, batch)) if self._recheck else none
         for index in np.flatnonzero(touches(addresses, ends, special_ranges(frozen))).tolist():
             objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
-        for index in np.flatnonzero(touches(addresses, ends, [injection.layout.extent])).tolist():
-            objections[index] = Objection(ScanResult.VMA_CHECK, "it is the mover's own memory")
         return objections
 
     def _look_at_folios(self, outcomes: list[BlockOutcome]) -> list[BlockOutcome]:
@@ -351,32 +305,6 @@ class MoverSession:
                     reason="moved, but the kernel gave it smaller folios",
                 )
         return outcomes
-
-
-def _in_own_thread(deed: Callable[[], _T]) -> _T:
-    """Carry out `deed` in a new thread, and give what it gives.
-
-    A tracer is a thread. The end of this one lets go of whatever is still traced, also of threads that never stopped
-    and so could not be detached. And signal handlers of Python, KeyboardInterrupt among them, run in the main thread
-    only, so nothing interrupts a window: leaving the ``with`` block waits for its end. An interruption that comes while
-    the thread is being started may leave it unknown to the executor, so it begins only when it is told to.
-    """
-    begin: SimpleQueue[bool] = SimpleQueue()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mthp-mover", initializer=_hurry) as executor:
-        try:
-            future = executor.submit(lambda: deed() if begin.get() else None)
-            begin.put(True)
-            return cast("_T", future.result())
-        except BaseException:
-            begin.put(False)  # read by nobody if it was told to begin
-            raise
-
-
-def _hurry() -> None:
-    """Have this thread, which ends soon, run before the target's threads and sleep no longer than it asks for."""
-    _libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
 def _has_protection_keys() -> bool:

@@ -11,12 +11,12 @@ class Step(enum.IntEnum):
 
     STOPPED = enum.auto()
     """All threads stand still."""
-    HIJACKED = enum.auto()
-    """One thread has the registers of a system call of ours, and PTRACE_O_EXITKILL."""
+    LOADED = enum.auto()
+    """The boot code lies in the padding; no register was changed yet."""
+    BOOTED = enum.auto()
+    """One thread has the registers of the boot code, and still its own signal mask."""
     MAPPED = enum.auto()
-    """The mapping is there, and empty."""
-    INJECTED = enum.auto()
-    """Code, userfaultfd and scratch are ready, the thread has its own registers again."""
+    """That thread has made one more of the calls that map the memory for the stub."""
     WRITTEN = enum.auto()
     """Contexts and operations are in place; no register was changed yet."""
     PARKED_UNMASKED = enum.auto()
@@ -33,10 +33,12 @@ class Step(enum.IntEnum):
     """The worker stands still again."""
     UNPARKED = enum.auto()
     """One more thread has its own registers and mask."""
-    RELEASED = enum.auto()
-    """One more thread was let go."""
+    UNMAPPING = enum.auto()
+    """All but the worker have their own registers; the worker is about to unmap everything."""
     UNMAPPED = enum.auto()
     """The mapping is gone."""
+    RELEASED = enum.auto()
+    """One more thread was let go."""
 
 
 Observer = Callable[[Step], None]

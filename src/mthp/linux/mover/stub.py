@@ -1,10 +1,10 @@
 """The memory that the code inside a target works on: where it lies, and what stands in it.
 
 The code itself is each machine's own (:mod:`~mthp.linux.mover.machine`); header, operations and the order of things are
-the same for all. The code is position-independent. What is injected is one mapping::
+the same for all. The code is position-independent. It is one mapping, which exists for one window::
 
     code | trampolines, one for each thread | header, operations, contexts | scratch
-    R-X  | R-X                              | RW-                          | RW-, registered with userfaultfd
+    R-X  | R-X                              | RW-                          | RW-, armed with a userfaultfd meanwhile
 
 Each part begins on a page of its own. What a trampoline does is the machine's matter, too: on x86-64 it restores the
 last registers of one thread.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,9 +23,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from mthp.linux.mover.machine import Machine, Registers, native
 from mthp.linux.mover.ptrace import ALL_SIGNALS
+from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE
 
 SETUP, GO, DONE, ABORT = range(4)
 """States of the header: the tracer sets up, the worker works, it has finished, nothing was begun and nothing will."""
+
+NO_FD = (1 << 64) - 1
+"""-1: the number of a descriptor that is not there."""
 
 FLAG_VERIFY = 1
 FLAG_FILL = 2
@@ -32,10 +37,23 @@ FLAG_FILL = 2
 NOT_TRIED = 1
 """In an operation's error field until the worker has come to it; errors are negative, success is 0."""
 
-HEADER_BYTES = 128
+HEADER_BYTES = 256
+
+NO_STAGE, EMPTY, CREATE, HANDSHAKE, ARM = range(5)
+"""Stages of the worker's preparation: empty the scratch memory, and create, shake hands with and arm a userfaultfd."""
+
+UFFDIO_REGISTER_MODE_MISSING = 1
+"""include/uapi/linux/userfaultfd.h."""
 
 _STATE = "=I"
-_HEADER = "=QQQQ5QQQ"
+_HEADER = "=28Q"
+_PREPARED = struct.Struct("=Qq")
+PREPARED_OFFSET = 80
+
+_CPUCLOCK_PERTHREAD, _CPUCLOCK_SCHED = 4, 2
+"""Bits of the clock of a thread's processor time (include/linux/posix-timers.h)."""
+
+_PATH_BYTES = 48
 
 _TIME = np.dtype([("seconds", np.int64), ("nanoseconds", np.int64)])
 OPERATION = np.dtype(
@@ -143,18 +161,40 @@ class Layout:
         contexts = (self.contexts + rows * self.machine.context_bytes).astype(np.uint64)
         return self.machine.parked(homes[rows], contexts, self.base + entry, self.header)
 
-    def pack_contexts(self, homes: Registers, masks: NDArray[np.uint64]) -> bytes:
-        """What threads restore themselves from, if nobody else does; as it is written to :attr:`contexts`."""
+    def pack_contexts(self, homes: Registers, masks: NDArray[np.uint64], numbers: Sequence[int], keeper: int) -> bytes:
+        """Return what threads restore themselves from after our death, as it is written to :attr:`contexts`.
+
+        Args:
+            homes: their registers: uint64, shape (threads, words).
+            masks: their blocked signals: uint64, shape (threads,).
+            numbers: their TIDs in the target's PID namespace.
+            keeper: row of the one that unmaps everything.
+        """
         own_code = self._trampolines + np.arange(len(homes)) * self.machine.trampoline_bytes
-        return self.machine.pack_contexts(homes, masks, own_code.astype(np.uint64)).tobytes()
+        contexts = self.machine.pack_contexts(homes, masks, own_code.astype(np.uint64))
+        _here, _left, clock, _used, kept, path = range(self.machine.keeper_word, self.machine.keeper_word + 6)
+        clocks = (~np.array(numbers, np.int64) << 3) | _CPUCLOCK_PERTHREAD | _CPUCLOCK_SCHED
+        contexts[:, clock], contexts[keeper, kept] = clocks.view(np.uint64), 1
+        paths = np.array([f"/proc/self/task/{number}/syscall" for number in numbers], f"S{_PATH_BYTES}")
+        contexts[:, path : path + _PATH_BYTES // 8] = paths.view(np.uint64).reshape(len(numbers), -1)
+        return contexts.tobytes()
 
     def _whole_pages(self, size: int) -> int:
         return -(-size // self.page_size) * self.page_size
 
 
-def pack_header(layout: Layout, uffd: int, nonce: int, operations: NDArray[np.void]) -> bytes:
-    """Header and operations for one window, in the state SETUP."""
-    header = struct.pack(_HEADER, SETUP, len(operations), layout.scratch, uffd, 0, 0, 0, 0, 0, ALL_SIGNALS, nonce)
+def pack_header(layout: Layout, unmap: int, operations: NDArray[np.void]) -> bytes:
+    """Return header and operations for one window, in the state SETUP.
+
+    Args:
+        unmap: address of the code that unmaps `layout`.
+        operations: :data:`OPERATION`, shape (operations,).
+    """
+    move, api = (0,) * 5, (UFFD_API, UFFD_FEATURE_MOVE, 0)
+    register = (layout.scratch, layout.scratch_size, UFFDIO_REGISTER_MODE_MISSING, 0)
+    code = (layout.base, layout.base + layout.code_size, layout.contexts, layout.threads, unmap)
+    head = (SETUP, len(operations), layout.scratch, NO_FD, *move, ALL_SIGNALS, NO_STAGE, 0)
+    header = struct.pack(_HEADER, *head, *api, *register, layout.scratch_size, *code, 0, 0, 0)
     return header.ljust(HEADER_BYTES, b"\0") + operations.tobytes()
 
 
@@ -167,7 +207,6 @@ def operations_for(addresses: ArrayLike, lengths: ArrayLike, flags: int) -> NDAr
     return operations
 
 
-NONCE_OFFSET = 80
 STATE_BYTES = struct.calcsize(_STATE)
 
 
@@ -180,3 +219,12 @@ def nanoseconds(times: NDArray[np.void]) -> NDArray[np.int64]:
     """Times of the target's monotonic clock in nanoseconds, 0 where none was taken: int64, shape (operations,)."""
     total: NDArray[np.int64] = times["seconds"] * 1_000_000_000 + times["nanoseconds"]
     return total
+
+
+def unpack_preparation(data: bytes) -> tuple[int, int]:
+    """Return the stage that the worker began last, and its errno, from what stands at :data:`PREPARED_OFFSET`."""
+    stage, error = _PREPARED.unpack(data)
+    return stage, -error
+
+
+PREPARED_BYTES = _PREPARED.size

@@ -16,15 +16,27 @@
 #define STATE          0
 #define COUNT          8
 #define SCRATCH        16
-#define UFFD           24
+#define UFFD           24       /* -1 while there is none */
 #define MOVE_DST       32       /* struct uffdio_move */
 #define MOVE_SRC       40
 #define MOVE_LEN       48
 #define MOVE_MODE      56
 #define MOVE_MOVED     64
 #define ALL_SIGNALS    72       /* a signal set with every bit set */
-#define NONCE          80
-#define OPS            128
+#define PREPARED       80       /* the stage that was begun last, and its error */
+#define ERROR          88
+#define API            96       /* struct uffdio_api */
+#define REGISTER       120      /* struct uffdio_register */
+#define SCRATCH_SIZE   152
+#define BASE           160      /* what the stub may be executed from */
+#define CODE_END       168
+#define CONTEXTS       176
+#define THREADS        184
+#define UNMAP          192      /* code outside the mapping that unmaps it */
+#define PASSES         200
+#define GOOD           208
+#define NOW            216      /* struct timespec */
+#define OPS            256
 
 /* states */
 #define SETUP          0
@@ -62,14 +74,24 @@
 #define C_END          1120     /* the empty record that ends the frame */
 #define C_TICKS        1136
 #define C_NAP          1144     /* struct timespec */
-#define C_SIZE         1168
+#define C_HERE         1160     /* 1 once the thread runs here, and once it leaves */
+#define C_LEFT         1168
+#define C_CLOCK        1176     /* the clock of its processor time, and what it showed first */
+#define C_USED         1184
+#define C_KEEPER       1192     /* 1 for the thread that unmaps everything in the end */
+#define C_PATH         1200     /* /proc/self/task/TID/syscall */
+#define C_SIZE         1248
 
 #define NR_IOCTL          29
+#define NR_OPENAT         56
+#define NR_CLOSE          57
+#define NR_READ           63
 #define NR_PPOLL          73
 #define NR_CLOCK_GETTIME  113
 #define NR_RT_SIGPROCMASK 135
 #define NR_RT_SIGRETURN   139
 #define NR_MADVISE        233
+#define NR_USERFAULTFD    282
 
 #define SIG_SETMASK          2
 #define CLOCK_MONOTONIC      1
@@ -77,11 +99,24 @@
 #define MADV_POPULATE_READ   22
 #define MADV_POPULATE_WRITE  23
 #define EBUSY                16
+#define UFFD_USER_MODE_ONLY  1
+#define O_CLOEXEC            0x80000
+#define AT_FDCWD             -100
+
+/* stages of the preparation */
+#define EMPTY          1        /* scratch memory must hold nothing: what is locked cannot be emptied */
+#define CREATE         2
+#define HANDSHAKE      3
+#define ARM            4
 
 #define TICK_NS       5000000   /* a nap while the tracer sets up */
 #define TICKS         100       /* so many of them, and the tracer is taken for dead */
 #define WAIT_NS       200000    /* a nap while the worker works */
 #define GRACE_NS      50000000  /* what a tracer that lives has to fetch the worker */
+#define KEEP_NS       5000000   /* a nap of the keeper */
+#define MAX_PASSES    400       /* so many of them, and the mapping stays */
+#define GOOD_PASSES   3         /* so many in a row find all threads outside: a handler may have run in between */
+#define CPU_NS        50000000  /* leaving takes a microsecond: a thread that has used so much has left */
 
 .macro nap nanoseconds
         movz    x9, #(\nanoseconds & 0xffff)
@@ -101,6 +136,18 @@
         add     x1, x20, #\offset
         mov     x8, #NR_CLOCK_GETTIME
         svc     #0
+.endm
+
+.macro prepare stage
+        mov     x9, #\stage
+        str     x9, [x27, #PREPARED]
+        svc     #0
+        tbnz    x0, #63, not_prepared
+.endm
+
+.macro number register, value
+        movz    \register, #(\value & 0xffff)
+        movk    \register, #(\value >> 16), lsl #16
 .endm
 
 .macro advise_block advice
@@ -133,6 +180,8 @@ entry_worker:                                   /* offset 0 */
 
         .balign 16
 entry_park:                                     /* offset 16 */
+        mov     x9, #1
+        str     x9, [x28, #C_HERE]
         mov     x0, #SIG_SETMASK                /* in case the tracer died before it did that */
         add     x1, x27, #ALL_SIGNALS
         mov     x2, #0
@@ -163,6 +212,11 @@ give_up:
         b       park
 
 leave:
+        ldr     x9, [x28, #C_KEEPER]
+        cbnz    x9, keeper
+restore:
+        mov     x9, #1
+        str     x9, [x28, #C_LEFT]
         add     x9, x28, #C_VREGS
         stp     q0, q1, [x9]
         stp     q2, q3, [x9, #32]
@@ -194,6 +248,27 @@ worker:
         cbnz    w9, park
         stlxr   w11, w10, [x27]
         cbnz    w11, 1b
+
+        /* The userfaultfd exists from here to `done`, while no other thread runs: no child can inherit it. */
+        ldr     x0, [x27, #SCRATCH]
+        ldr     x1, [x27, #SCRATCH_SIZE]
+        mov     x2, #MADV_DONTNEED
+        mov     x8, #NR_MADVISE
+        prepare EMPTY
+        number  x0, (O_CLOEXEC | UFFD_USER_MODE_ONLY)
+        mov     x8, #NR_USERFAULTFD
+        prepare CREATE
+        str     x0, [x27, #UFFD]
+        number  x1, 0xc018aa3f                  /* UFFDIO_API */
+        add     x2, x27, #API
+        mov     x8, #NR_IOCTL
+        prepare HANDSHAKE
+        ldr     x0, [x27, #UFFD]
+        number  x1, 0xc020aa00                  /* UFFDIO_REGISTER */
+        add     x2, x27, #REGISTER
+        mov     x8, #NR_IOCTL
+        prepare ARM
+
         mov     x19, #0
         add     x20, x27, #OPS
 next_block:
@@ -264,8 +339,114 @@ block_ended:
         add     x20, x20, #OP_SIZE
         b       next_block
 
+not_prepared:
+        str     x0, [x27, #ERROR]
 done:
-        mov     w9, #DONE
+        ldr     x0, [x27, #UFFD]
+        tbnz    x0, #63, 1f
+        mov     x8, #NR_CLOSE
+        svc     #0
+1:      mov     w9, #DONE
         stlr    w9, [x27]
         nap     GRACE_NS
         b       park
+
+/* The tracer is dead: wait until no other thread can need this mapping, and have it unmapped by code outside of it.
+ * A thread is outside if it is gone, sleeps at an address outside, or has used more processor time than leaving takes.
+ */
+keeper:
+        ldr     x20, [x27, #CONTEXTS]
+        ldr     x21, [x27, #THREADS]
+        mov     x22, #0
+next_thread:
+        cmp     x20, x28
+        b.eq    outside
+        ldr     x9, [x20, #C_HERE]
+        ldr     x10, [x20, #C_LEFT]
+        cmp     x9, x10
+        b.ne    inside
+        ldr     x0, [x20, #C_CLOCK]
+        add     x1, x27, #NOW
+        mov     x8, #NR_CLOCK_GETTIME
+        svc     #0
+        cbnz    x0, outside                     /* it is gone */
+        ldp     x9, x10, [x27, #NOW]
+        number  x11, 1000000000
+        madd    x9, x9, x11, x10
+        ldr     x12, [x20, #C_USED]
+        cbnz    x12, 1f
+        add     x9, x9, #1
+        str     x9, [x20, #C_USED]
+        b       2f
+1:      number  x11, CPU_NS
+        add     x12, x12, x11
+        cmp     x9, x12
+        b.hi    outside
+2:      mov     x0, #AT_FDCWD
+        add     x1, x20, #C_PATH
+        mov     x2, #O_CLOEXEC
+        mov     x3, #0
+        mov     x8, #NR_OPENAT
+        svc     #0
+        tbnz    x0, #63, inside
+        mov     x23, x0
+        ldr     x1, [x27, #SCRATCH]
+        mov     x2, #256
+        mov     x8, #NR_READ
+        svc     #0
+        mov     x24, x0
+        mov     x0, x23
+        mov     x8, #NR_CLOSE
+        svc     #0
+        cmp     x24, #2
+        b.lt    inside
+        ldr     x9, [x27, #SCRATCH]
+        ldrb    w10, [x9]
+        cmp     w10, #'r'                       /* "running" */
+        b.eq    inside
+        add     x11, x9, x24                    /* the line ends with the program counter in hexadecimal */
+        sub     x11, x11, #1
+3:      sub     x11, x11, #1
+        cmp     x11, x9
+        b.ls    inside
+        ldrb    w10, [x11]
+        cmp     w10, #'x'
+        b.ne    3b
+        mov     x12, #0
+4:      ldrb    w10, [x11, #1]!
+        cmp     w10, #10
+        b.eq    5f
+        lsr     w13, w10, #6                    /* 1 for a letter */
+        add     w13, w13, w13, lsl #3
+        and     w10, w10, #15
+        add     w10, w10, w13
+        add     x12, x10, x12, lsl #4
+        b       4b
+5:      ldr     x9, [x27, #BASE]
+        cmp     x12, x9
+        b.lo    outside
+        ldr     x9, [x27, #CODE_END]
+        cmp     x12, x9
+        b.hs    outside
+inside:
+        add     x22, x22, #1
+outside:
+        add     x20, x20, #C_SIZE
+        subs    x21, x21, #1
+        b.ne    next_thread
+        ldr     x9, [x27, #PASSES]
+        add     x9, x9, #1
+        str     x9, [x27, #PASSES]
+        ldr     x10, [x27, #GOOD]
+        add     x10, x10, #1
+        cmp     x22, #0
+        csel    x10, x10, xzr, eq
+        str     x10, [x27, #GOOD]
+        cmp     x10, #GOOD_PASSES
+        b.hs    6f
+        cmp     x9, #MAX_PASSES
+        b.hs    restore
+        nap     KEEP_NS
+        b       keeper
+6:      ldr     x16, [x27, #UNMAP]
+        br      x16

@@ -12,15 +12,27 @@
 #define STATE          0
 #define COUNT          8
 #define SCRATCH        16
-#define UFFD           24
+#define UFFD           24       /* -1 while there is none */
 #define MOVE_DST       32       /* struct uffdio_move */
 #define MOVE_SRC       40
 #define MOVE_LEN       48
 #define MOVE_MODE      56
 #define MOVE_MOVED     64
 #define ALL_SIGNALS    72       /* a signal set with every bit set */
-#define NONCE          80
-#define OPS            128
+#define PREPARED       80       /* the stage that was begun last, and its error */
+#define ERROR          88
+#define API            96       /* struct uffdio_api */
+#define REGISTER       120      /* struct uffdio_register */
+#define SCRATCH_SIZE   152
+#define BASE           160      /* what the stub may be executed from */
+#define CODE_END       168
+#define CONTEXTS       176
+#define THREADS        184
+#define UNMAP          192      /* code outside the mapping that unmaps it */
+#define PASSES         200
+#define GOOD           208
+#define NOW            216      /* struct timespec */
+#define OPS            256
 
 /* states */
 #define SETUP          0
@@ -68,26 +80,51 @@
 #define C_TICKS        152
 #define C_NAP          160      /* struct timespec */
 #define C_TRAMPOLINE   176
-#define C_SIZE         256      /* its end is the top of a stack of 64 bytes */
+#define C_HERE         184      /* 1 once the thread runs here, and once it has its signal mask again */
+#define C_LEFT         192
+#define C_CLOCK        200      /* the clock of its processor time, and what it showed first */
+#define C_USED         208
+#define C_KEEPER       216      /* 1 for the thread that unmaps everything in the end */
+#define C_PATH         224      /* /proc/self/task/TID/syscall */
+#define C_SIZE         384      /* its end is the top of a stack of 64 bytes */
 
+#define NR_READ           0
+#define NR_CLOSE          3
 #define NR_RT_SIGPROCMASK 14
 #define NR_IOCTL          16
 #define NR_MADVISE        28
 #define NR_CLOCK_GETTIME  228
+#define NR_OPENAT         257
 #define NR_PPOLL          271
+#define NR_USERFAULTFD    323
 
 #define SIG_SETMASK          2
 #define CLOCK_MONOTONIC      1
 #define MADV_DONTNEED        4
 #define MADV_POPULATE_READ   22
 #define MADV_POPULATE_WRITE  23
+#define UFFDIO_API           0xc018aa3f
+#define UFFDIO_REGISTER      0xc020aa00
 #define UFFDIO_MOVE          0xc028aa05
+#define UFFD_FLAGS           0x80001    /* O_CLOEXEC | UFFD_USER_MODE_ONLY */
+#define AT_FDCWD             -100
+#define O_CLOEXEC            0x80000
 #define EBUSY                16
+
+/* stages of the preparation */
+#define EMPTY          1        /* scratch memory must hold nothing: what is locked cannot be emptied */
+#define CREATE         2
+#define HANDSHAKE      3
+#define ARM            4
 
 #define TICK_NS       5000000   /* a nap while the tracer sets up */
 #define TICKS         100       /* so many of them, and the tracer is taken for dead */
 #define WAIT_NS       200000    /* a nap while the worker works */
 #define GRACE_NS      50000000  /* what a tracer that lives has to fetch the worker */
+#define KEEP_NS       5000000   /* a nap of the keeper */
+#define MAX_PASSES    400       /* so many of them, and the mapping stays */
+#define GOOD_PASSES   3         /* so many in a row find all threads outside: a handler may have run in between */
+#define CPU_NS        50000000  /* leaving takes a microsecond: a thread that has used so much has left */
 
 .macro signal_mask where
         mov     $NR_RT_SIGPROCMASK, %eax
@@ -115,6 +152,13 @@
         mov     $CLOCK_MONOTONIC, %edi
         lea     \offset(%r13), %rsi
         syscall
+.endm
+
+.macro prepare stage
+        movq    $\stage, PREPARED(%rbp)
+        syscall
+        test    %rax, %rax
+        js      not_prepared
 .endm
 
 .macro advise_block advice
@@ -146,6 +190,7 @@ entry_worker:                                   /* offset 0 */
 
         .balign 16
 entry_park:                                     /* offset 16 */
+        movq    $1, C_HERE(%rbx)
         signal_mask ALL_SIGNALS(%rbp)           /* in case the tracer died before it did that */
 park:
         mov     STATE(%rbp), %ecx
@@ -168,6 +213,9 @@ give_up:
         jmp     park
 
 leave:
+        cmpq    $0, C_KEEPER(%rbx)
+        jne     keeper
+restore:
         lea     C_SIZE(%rbx), %rsp
         pushq   C_FLAGS(%rbx)
         popfq                                   /* no instruction below changes flags */
@@ -187,6 +235,7 @@ leave:
         mov     C_R13(%rbx), %r13
         mov     C_R14(%rbx), %r14
         mov     C_R15(%rbx), %r15
+        movq    $1, C_LEFT(%rbx)
         jmp     *C_TRAMPOLINE(%rbx)             /* which restores rbx, rsp and rip without a register */
 
 worker:
@@ -194,6 +243,28 @@ worker:
         mov     $GO, %ecx
         lock cmpxchg %ecx, STATE(%rbp)
         jne     park
+
+        /* The userfaultfd exists from here to `done`, while no other thread runs: no child can inherit it. */
+        mov     $NR_MADVISE, %eax
+        mov     SCRATCH(%rbp), %rdi
+        mov     SCRATCH_SIZE(%rbp), %rsi
+        mov     $MADV_DONTNEED, %edx
+        prepare EMPTY
+        mov     $NR_USERFAULTFD, %eax
+        mov     $UFFD_FLAGS, %edi
+        prepare CREATE
+        mov     %rax, UFFD(%rbp)
+        mov     $NR_IOCTL, %eax
+        mov     UFFD(%rbp), %rdi
+        mov     $UFFDIO_API, %esi
+        lea     API(%rbp), %rdx
+        prepare HANDSHAKE
+        mov     $NR_IOCTL, %eax
+        mov     UFFD(%rbp), %rdi
+        mov     $UFFDIO_REGISTER, %esi
+        lea     REGISTER(%rbp), %rdx
+        prepare ARM
+
         xor     %r12d, %r12d
         lea     OPS(%rbp), %r13
 next_block:
@@ -264,7 +335,108 @@ block_ended:
         add     $OP_SIZE, %r13
         jmp     next_block
 
+not_prepared:
+        mov     %rax, ERROR(%rbp)
 done:
-        movl    $DONE, STATE(%rbp)
+        mov     UFFD(%rbp), %rdi
+        test    %rdi, %rdi
+        js      1f
+        mov     $NR_CLOSE, %eax
+        syscall
+1:      movl    $DONE, STATE(%rbp)
         nap     GRACE_NS
         jmp     park
+
+/* The tracer is dead: wait until no other thread can need this mapping, and have it unmapped by code outside of it.
+ * A thread is outside if it is gone, sleeps at an address outside, or has used more processor time than leaving takes.
+ */
+keeper:
+        mov     CONTEXTS(%rbp), %r13
+        mov     THREADS(%rbp), %r14
+        xor     %r15d, %r15d
+next_thread:
+        cmp     %rbx, %r13
+        je      outside
+        mov     C_HERE(%r13), %rax
+        cmp     C_LEFT(%r13), %rax
+        jne     inside
+        mov     $NR_CLOCK_GETTIME, %eax
+        mov     C_CLOCK(%r13), %rdi
+        lea     NOW(%rbp), %rsi
+        syscall
+        test    %rax, %rax
+        jnz     outside                         /* it is gone */
+        imul    $1000000000, NOW(%rbp), %rax
+        add     NOW+8(%rbp), %rax
+        mov     C_USED(%r13), %rcx
+        test    %rcx, %rcx
+        jnz     1f
+        inc     %rax
+        mov     %rax, C_USED(%r13)
+        jmp     2f
+1:      add     $CPU_NS, %rcx
+        cmp     %rcx, %rax
+        ja      outside
+2:      mov     $NR_OPENAT, %eax
+        mov     $AT_FDCWD, %rdi
+        lea     C_PATH(%r13), %rsi
+        mov     $O_CLOEXEC, %edx
+        syscall
+        test    %rax, %rax
+        js      inside
+        mov     %rax, %r12
+        mov     $NR_READ, %eax
+        mov     %r12, %rdi
+        mov     SCRATCH(%rbp), %rsi
+        mov     $256, %edx
+        syscall
+        mov     %rax, %r9
+        mov     $NR_CLOSE, %eax
+        mov     %r12, %rdi
+        syscall
+        cmp     $2, %r9
+        jl      inside
+        mov     SCRATCH(%rbp), %rsi
+        cmpb    $'r', (%rsi)                    /* "running" */
+        je      inside
+        lea     -1(%rsi,%r9), %rdi              /* the line ends with the program counter in hexadecimal */
+3:      dec     %rdi
+        cmp     %rsi, %rdi
+        jbe     inside
+        cmpb    $'x', (%rdi)
+        jne     3b
+        xor     %eax, %eax
+4:      inc     %rdi
+        movzbl  (%rdi), %ecx
+        cmp     $10, %ecx
+        je      5f
+        mov     %ecx, %edx
+        shr     $6, %edx                        /* 1 for a letter */
+        lea     (%rdx,%rdx,8), %edx
+        and     $15, %ecx
+        add     %edx, %ecx
+        shl     $4, %rax
+        add     %rcx, %rax
+        jmp     4b
+5:      cmp     BASE(%rbp), %rax
+        jb      outside
+        cmp     CODE_END(%rbp), %rax
+        jae     outside
+inside:
+        inc     %r15d
+outside:
+        add     $C_SIZE, %r13
+        dec     %r14
+        jnz     next_thread
+        incq    PASSES(%rbp)
+        incq    GOOD(%rbp)
+        test    %r15d, %r15d
+        jz      6f
+        movq    $0, GOOD(%rbp)
+6:      cmpq    $GOOD_PASSES, GOOD(%rbp)
+        jae     7f
+        cmpq    $MAX_PASSES, PASSES(%rbp)
+        jae     restore
+        nap     KEEP_NS
+        jmp     keeper
+7:      jmp     *UNMAP(%rbp)

@@ -106,3 +106,20 @@ def read_threads(process: Process) -> list[Thread]:
     """
     texts = ((tid, read_task_file(process, tid, "status")) for tid in task_ids(process))
     return [Thread.parse(tid, text) for tid, text in texts if text]
+
+
+def inner_tids(process: Process, tids: list[int]) -> list[int]:
+    """Return the numbers of threads in the PID namespace that their process lives in (NSpid, proc_pid_status(5)).
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    if len(_namespace_tids(process.read("status"), process.pid)) == 1:
+        # We live in the same namespace.
+        return tids
+    return [_namespace_tids(read_task_file(process, tid, "status") or b"", tid)[-1] for tid in tids]
+
+
+def _namespace_tids(status: bytes, tid: int) -> list[int]:
+    lines = (line for line in status.splitlines() if line.startswith(b"NSpid:"))
+    return [int(word) for word in next(lines, b"").split()[1:]] or [tid]

@@ -200,14 +200,18 @@ class Stopped:
             self._run(self._park, part, step, observer)
         self._check(self._park, len(self._park.table))
 
-    def put_back(self, observer: Observer) -> list[int]:
-        """Give masks and registers back, in this order: a thread that may run handlers still runs only harmless code.
+    def put_back(self, observer: Observer, but: int) -> list[int]:
+        """Restore the masks and registers of all threads but that in row `but`.
+
+        Masks come first: a thread that may run handlers still runs only harmless code.
 
         Returns:
             The threads that were killed meanwhile.
         """
-        self._run(self._restore, 0, None, ignore)
-        self._run(self._restore, 1, Step.UNPARKED, observer)
+        self._restore.results[:] = 0
+        for part, step in enumerate((None, Step.UNPARKED)):
+            self._run(self._restore, part, step, observer, range(but))
+            self._run(self._restore, part, step, observer, range(but + 1, len(self.tids)))
         return self._killed(self._restore)
 
     def detach(self, observer: Observer) -> list[int]:
@@ -215,13 +219,14 @@ class Stopped:
         self._run(self._detach, 0, Step.RELEASED, observer)
         return self._killed(self._detach)
 
-    def _run(self, calls: Calls, part: int, step: Step | None, observer: Observer) -> None:
-        """Make the calls of one request, and tell the observer of `step` for every thread, if there is one."""
-        threads = len(self.tids)
+    def _run(self, calls: Calls, part: int, step: Step | None, observer: Observer, rows: range | None = None) -> None:
+        """Make one request of all threads, or of those in `rows`; report `step`, if there is one, for each of them."""
+        rows = range(len(self.tids)) if rows is None else rows
+        first = part * len(self.tids) + rows.start
         if step is None or observer is ignore:
-            calls.run(part * threads, threads)
+            calls.run(first, len(rows))
         else:
-            calls.run_each(part * threads, threads, lambda: observer(step))
+            calls.run_each(first, len(rows), lambda: observer(step))
 
     def _check(self, calls: Calls, rows: int, allowed: Sequence[int] = ()) -> None:
         """Do nothing if the first `rows` of calls have succeeded or failed as is allowed.

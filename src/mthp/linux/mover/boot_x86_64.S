@@ -1,0 +1,95 @@
+/* What is written into the padding behind code of the target: it maps or unmaps the memory for a window, and restores the
+ * thread that ran it, whether or not the tracer lives on.
+ *
+ * Nothing here is written to while it runs (the padding may only be executed), no byte of a stack is touched, no vector or
+ * FPU register is used, and there is neither a call nor a return. A tracer follows from one system call to the next.
+ */
+
+#define NR_RT_SIGPROCMASK 14
+#define SIG_SETMASK       2
+#define ROW               56            /* a call: number and six arguments */
+#define ROWS              4
+
+.macro signal_mask where
+        mov     $NR_RT_SIGPROCMASK, %eax
+        mov     $SIG_SETMASK, %edi
+        lea     \where(%rip), %rsi
+        mov     $0, %edx
+        mov     $8, %r10d
+        syscall
+.endm
+
+        .text
+entry:                                          /* offset 0 */
+        signal_mask all                         /* in case the tracer died before it did that */
+        jmp     begin
+
+        .balign 32
+begin:                                          /* offset 32 */
+        lea     rows(%rip), %r12
+next:
+        mov     (%r12), %rax
+        mov     8(%r12), %rdi
+        mov     16(%r12), %rsi
+        mov     24(%r12), %rdx
+        mov     32(%r12), %r10
+        mov     40(%r12), %r8
+        mov     48(%r12), %r9
+        syscall
+        cmp     $-4095, %rax
+        jae     failed
+        add     $ROW, %r12
+        lea     end(%rip), %rax
+        cmp     %rax, %r12
+        jb      next
+leave:
+        lea     flags(%rip), %rsp
+        popfq                                   /* no instruction below changes flags */
+        mov     stack(%rip), %rsp
+        signal_mask mask                        /* a handler may run here, on the thread's own stack */
+        mov     registers+0(%rip), %rax
+        mov     registers+8(%rip), %rbx
+        mov     registers+16(%rip), %rcx
+        mov     registers+24(%rip), %rdx
+        mov     registers+32(%rip), %rsi
+        mov     registers+40(%rip), %rdi
+        mov     registers+48(%rip), %rbp
+        mov     registers+56(%rip), %r8
+        mov     registers+64(%rip), %r9
+        mov     registers+72(%rip), %r10
+        mov     registers+80(%rip), %r11
+        mov     registers+88(%rip), %r12
+        mov     registers+96(%rip), %r13
+        mov     registers+104(%rip), %r14
+        mov     registers+112(%rip), %r15
+        jmp     *home(%rip)
+failed:                                         /* without the first there is nothing to unmap */
+        lea     rows(%rip), %rax
+        cmp     %rax, %r12
+        je      leave
+        lea     end(%rip), %rax
+        cmp     %rax, %r12
+        jae     leave
+        lea     unmap(%rip), %rax
+        cmp     %rax, %r12
+        jae     leave
+
+        .balign 8
+entry_unmap:
+        lea     unmap(%rip), %r12
+        jmp     next
+
+        .balign 8
+data:                                           /* the end of the code; the rest is written by the tracer */
+home:   .quad   0
+stack:  .quad   0
+flags:  .quad   0
+registers:
+        .fill   15, 8, 0
+mask:   .quad   0
+all:    .quad   0
+rows:
+        .fill   (ROWS - 1) * ROW, 1, 0
+unmap:
+        .fill   ROW, 1, 0
+end:

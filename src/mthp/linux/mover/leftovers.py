@@ -1,0 +1,157 @@
+"""Find and remove what a killed mover left in a process.
+
+Older versions kept the mapping of the stub and a userfaultfd in a target for as long as a session, and left them there
+when they were killed. This one has both for the time of a window only. After its death the target unmaps everything by
+itself, unless a thread cannot be shown to have left within two seconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mthp.errors import MthpError, TargetVanishedError
+from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.inject import CALLS, BootedThread, Place, choose
+from mthp.linux.mover.machine import MACHINES, by_name
+from mthp.linux.mover.mapping import Mapping, read_mappings
+from mthp.linux.mover.steps import ignore
+from mthp.linux.mover.taskfiles import read_threads
+from mthp.linux.mover.tracee import CannotStopError, check_threads
+from mthp.linux.mover.tracing_thread import in_tracing_thread
+from mthp.linux.process import Process
+
+_MARK = slice(16, 48)
+"""The bytes of the stub's code that tell it from all else; its first instruction jumps to another place in each."""
+
+_OLD_MARKS = (
+    bytes.fromhex("b80e000000bf02000000488d7548ba0000000041ba080000000f058b4d0083f902"),
+    bytes.fromhex("400080d261230191020080d2030180d2e81080d2010000d469ffdf883f090071"),
+)
+"""Those of the versions that kept it for a session, on x86-64 and aarch64."""
+
+_HEADER = struct.Struct("=4Q")
+"""State, number of operations, address of the scratch memory, number of the userfaultfd; the same in all versions."""
+
+_USERFAULTFD = "anon_inode:[userfaultfd]"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What is left in a process.
+
+    Attributes:
+        pid: the process.
+        start, end: of the mappings.
+        uffd: number of the userfaultfd, -1 if there is none.
+    """
+
+    pid: int
+    start: int
+    end: int
+    uffd: int
+
+    def __str__(self) -> str:
+        also = f" and userfaultfd {self.uffd}" if self.uffd >= 0 else ""
+        return f"process {self.pid}: code of a mover at {self.start:#x}{also}"
+
+
+def find_leftovers(scratch_size: int, proc: Path = Path("/proc")) -> Iterator[Leftover]:
+    """Yield what is left in any process that we may look into.
+
+    Args:
+        scratch_size: bytes of the mover's scratch memory: a PMD range.
+    """
+    marks = (*_OLD_MARKS, *(by_name(name).code[_MARK] for name in MACHINES))
+    for path in proc.iterdir():
+        if not path.name.isdigit() or int(path.name) == os.getpid():
+            continue
+        try:
+            with Process(int(path.name)) as process:
+                yield from _leftovers_of(process, tuple(mark[:32] for mark in marks), scratch_size)
+        except (MthpError, OSError):
+            continue
+
+
+def _leftovers_of(process: Process, marks: tuple[bytes, ...], scratch_size: int) -> Iterator[Leftover]:
+    mappings = read_mappings(process)
+    code = [each for each in mappings if each.permissions == "r-xp" and not each.inode and not each.name]
+    if not code:
+        return
+    memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for mapping in code:
+            if os.pread(memory, 32, mapping.start + 16) in marks:
+                _, _, scratch, uffd = _HEADER.unpack(os.pread(memory, _HEADER.size, mapping.end))
+                end = scratch + scratch_size
+                if _is_whole(mappings, mapping, end):
+                    yield Leftover(process.pid, mapping.start, end, uffd if _is_userfaultfd(process.pid, uffd) else -1)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+    finally:
+        os.close(memory)
+
+
+def _is_whole(mappings: list[Mapping], code: Mapping, end: int) -> bool:
+    """Return whether from `code` to `end` there is private memory without a gap, and nothing of the program's own."""
+    at = code.end
+    for mapping in mappings[mappings.index(code) + 1 :]:
+        if mapping.start != at or mapping.permissions != "rw-p" or mapping.inode or mapping.end > end:
+            break
+        at = mapping.end
+    return at == end
+
+
+def _is_userfaultfd(pid: int, number: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{number}") == _USERFAULTFD  # noqa: PTH115 - as text
+    except OSError:
+        return False
+
+
+def remove(leftover: Leftover) -> None:
+    """Unmap and close what is left in a process, by one of its threads.
+
+    Raises:
+        CannotStopError: the process does not stop, or a thread is in there.
+        UnsupportedError, NotPermittedError: its memory has no room for the code that does it, or it is not ours.
+        TargetVanishedError: it is gone.
+    """
+    with Process(leftover.pid) as process:
+        in_tracing_thread(lambda: _remove(process, leftover))
+
+
+def _remove(process: Process, leftover: Leftover) -> None:
+    known = check_threads(process, read_threads(process))
+    frozen = FrozenProcess(process)
+    try:
+        frozen.stop(known)
+        machine = frozen.machine
+        inside = range(leftover.start, leftover.end)
+        if any(int(pc) in inside for pc in frozen.stopped.registers[:, machine.pc]):
+            raise CannotStopError(f"process {process.label}: a thread runs the code that is left", help="try again")
+        numbers = machine.calls
+        rows = np.zeros((CALLS, 7), np.uint64)
+        rows[:, 0] = numbers["getpid"]
+        rows[0, :3] = numbers["munmap"], leftover.start, leftover.end - leftover.start
+        if leftover.uffd >= 0:
+            rows[1, :2] = numbers["close"], leftover.uffd
+        place = Place.find(frozen, 0, 1 << 21)
+        booted = BootedThread(frozen, choose(frozen), place.slot(frozen), rows, ignore)
+        booted.start()
+        for _ in range(2):
+            booted.call()
+        booted.put_back()
+    except OSError as error:
+        if error.errno != errno.ESRCH:
+            raise
+        raise TargetVanishedError(f"process {process.label} was killed") from error
+    finally:
+        frozen.release()

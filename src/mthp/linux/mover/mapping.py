@@ -1,0 +1,104 @@
+"""The mappings of a process without their flags: all from /proc/PID/maps, or one by PROCMAP_QUERY."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import struct
+from dataclasses import dataclass
+
+from mthp.linux.process import Process
+
+PROCMAP_QUERY = 0xC0686611
+"""``_IOWR('f', 17, struct procmap_query)``, include/uapi/linux/fs.h, Linux 6.11."""
+
+_PROCMAP = struct.Struct("=9Q4I2Q")
+"""``struct procmap_query``: size, query_flags, query_addr, vma_start, vma_end, vma_flags, vma_page_size, vma_offset,
+inode, dev_major, dev_minor, vma_name_size, build_id_size, vma_name_addr, build_id_addr."""
+
+_READABLE, _WRITABLE, _EXECUTABLE, _SHARED = 1, 2, 4, 8
+"""``PROCMAP_QUERY_VMA_*``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A line of /proc/PID/maps.
+
+    Attributes:
+        start, end: addresses.
+        permissions: as ``rw-p``.
+        offset: of the file, in bytes.
+        device, inode: of the file; an inode of 0 is no file.
+        name: of the file; "" where that was not asked.
+    """
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    device: tuple[int, int]
+    inode: int
+    name: str = ""
+
+    @classmethod
+    def parse(cls, line: bytes) -> Mapping:
+        """Read a line of /proc/PID/maps."""
+        span, permissions, offset, device, inode, *name = line.split(maxsplit=5)
+        start, end = (int(word, 16) for word in span.split(b"-"))
+        major, minor = (int(word, 16) for word in device.split(b":"))
+        text = name[0].decode(errors="replace") if name else ""
+        return cls(start, end, permissions.decode(), int(offset, 16), (major, minor), int(inode), text)
+
+    def is_like(self, other: Mapping | None) -> bool:
+        """Return whether `other` is the same mapping, whatever it is called."""
+        return other is not None and self._key() == other._key()
+
+    def _key(self) -> tuple[int, int, str, int, tuple[int, int], int]:
+        return self.start, self.end, self.permissions, self.offset, self.device, self.inode
+
+
+def read_mappings(process: Process) -> list[Mapping]:
+    """Return all mappings of `process`, ascending.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+        NotPermittedError: its mappings are not ours to read.
+    """
+    return [Mapping.parse(line) for line in process.read("maps").splitlines()]
+
+
+def query_mapping(process: Process, maps: int, address: int) -> Mapping | None:
+    """Return the mapping that covers `address`, or None.
+
+    Args:
+        maps: a descriptor of its /proc/PID/maps, opened since it executed its program.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    request = bytearray(_PROCMAP.pack(_PROCMAP.size, 0, address, *(0,) * 6, *(0,) * 4, 0, 0))
+    try:
+        fcntl.ioctl(maps, PROCMAP_QUERY, request)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        # A kernel before 6.11.
+        return next((each for each in read_mappings(process) if each.start <= address < each.end), None)
+    _, _, _, start, end, flags, _, offset, inode, major, minor, *_ = _PROCMAP.unpack(request)
+    letters = zip((_READABLE, _WRITABLE, _EXECUTABLE), "rwx", strict=True)
+    permissions = "".join(letter if flags & bit else "-" for bit, letter in letters)
+    return Mapping(start, end, permissions + ("s" if flags & _SHARED else "p"), offset, (major, minor), inode)
+
+
+def find_gap(mappings: list[Mapping], size: int, alignment: int) -> int:
+    """Return an aligned address in the middle of the largest gap between `mappings`; 0 if `size` does not fit.
+
+    There it is in the way of nothing that grows: neither the heap, nor a stack, nor the mappings.
+    """
+    gaps = ((after.start - before.end, before.end) for before, after in itertools.pairwise(mappings))
+    # The last mapping may be the vsyscall page of x86, behind all that a program can map.
+    fitting = [gap for gap in gaps if gap[0] >= size + 2 * alignment and gap[1] + gap[0] < 1 << 56]
+    if not fitting:
+        return 0
+    length, start = max(fitting)
+    return (start + (length - size) // 2) // alignment * alignment

@@ -1,0 +1,185 @@
+"""Find room for the boot code in a target: the zero padding behind the code of its executable, loader or C library.
+
+A segment of code ends somewhere in its last page, and the linker fills the rest of the file's page with zeroes. The
+kernel maps that page as a whole, so the padding can be executed, but nothing refers to it. Only files that stay mapped
+for the life of the program are used: a plugin may be unloaded while a thread that lost its tracer is still in there.
+
+After the death of a tracer the code stays, without a thread in it. It is not overwritten before that is certain,
+since a signal handler may return to it (:func:`is_left`): the next tracer takes the next slot.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mthp.errors import MthpError, UnsupportedError
+from mthp.linux.mover.machine import Machine
+from mthp.linux.mover.mapping import Mapping, read_mappings
+from mthp.linux.process import Process
+
+AT_BASE, AT_ENTRY = 7, 9
+"""include/uapi/linux/auxvec.h: where the loader was mapped, and where the executable begins to run."""
+
+PT_LOAD, PF_X = 1, 1
+"""include/uapi/linux/elf.h."""
+
+MAX_SEGMENTS = 64
+"""Program headers that are read; executables have about a dozen."""
+
+LONGEST_SEARCH = 1 << 20
+"""Bytes of a stack that are searched for a return to a slot."""
+
+_C_LIBRARY = re.compile(r"/(libc\.so\.6|libc-2\.[0-9]+\.so|libc\.musl-[^/]*|ld-musl-[^/]*)$")
+_ELF_HEADER = struct.Struct("=16s2HI3QI6H")
+_PROGRAM_HEADER = struct.Struct("=2I6Q")
+
+Reader = Callable[[int, int], bytes]
+"""Returns the target's memory: so many bytes from an address on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Zero padding behind code.
+
+    Attributes:
+        start, end: addresses.
+        mapping: the mapping that it is part of.
+    """
+
+    start: int
+    end: int
+    mapping: Mapping
+
+    def slots(self, size: int) -> range:
+        """Return the addresses of the slots of `size` bytes in it."""
+        return range(self.start, self.end - size + 1, size)
+
+
+def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:
+    """Return the padding of a process that has room for a slot, the largest first.
+
+    Args:
+        size: of a slot, in bytes.
+        read: reads its memory.
+
+    Raises:
+        UnsupportedError: there is none.
+        TargetVanishedError: the process is gone.
+    """
+    mappings = read_mappings(process)
+    addresses = _loaded_at(process)
+    kept = {(each.device, each.inode) for each in mappings if each.inode and _is_kept(each, addresses)}
+    found = []
+    for mapping in mappings:
+        if mapping.permissions == "r-xp" and (mapping.device, mapping.inode) in kept:
+            first = next(each for each in mappings if (each.device, each.inode) == (mapping.device, mapping.inode))
+            start = _aligned(_end_of_code(first, mapping, read), 64)
+            if mapping.end - mmap.PAGESIZE < start <= mapping.end - size:
+                found.append(Padding(start, mapping.end, mapping))
+    if not found:
+        process.check_memory()
+        raise UnsupportedError(
+            f"process {process.label} has no room behind its code for the mover's",
+            help=f"use --mechanism madvise; moving takes {size} bytes of padding in executable, loader or C library",
+        )
+    return sorted(found, key=lambda each: each.start - each.end)
+
+
+def _loaded_at(process: Process) -> list[int]:
+    """Return an address in the executable and one in its loader, if it has one."""
+    vector = process.read("auxv")
+    words = struct.unpack(f"={len(vector) // 8}Q", vector[: len(vector) // 8 * 8])
+    values = dict(zip(words[::2], words[1::2], strict=False))
+    return [address for key in (AT_ENTRY, AT_BASE) if (address := values.get(key, 0))]
+
+
+def _is_kept(mapping: Mapping, addresses: list[int]) -> bool:
+    """Return whether a file stays mapped as long as the program runs: it is at one of `addresses`, or the C library."""
+    inside = any(mapping.start <= address < mapping.end for address in addresses)
+    return inside or _C_LIBRARY.search(mapping.name) is not None
+
+
+def _end_of_code(first: Mapping, mapping: Mapping, read: Reader) -> int:
+    """Return the address behind the code of the segment that `mapping` maps; 0 if the file's headers do not say."""
+    if first.offset:
+        return 0
+    try:
+        header = _ELF_HEADER.unpack(read(first.start, _ELF_HEADER.size))
+        ident, offset, size, count = header[0], header[5], header[9], header[10]
+        if ident[:4] != b"\x7fELF" or size != _PROGRAM_HEADER.size or count > MAX_SEGMENTS:
+            return 0
+        if offset + size * count > first.end - first.start:
+            return 0
+        table = read(first.start + offset, size * count)
+    except MthpError:
+        return 0
+    for kind, flags, at, _, _, in_file, in_memory, _ in _PROGRAM_HEADER.iter_unpack(table):
+        inside = mapping.offset <= at < mapping.offset + (mapping.end - mapping.start)
+        if kind == PT_LOAD and flags & PF_X and inside and in_file == in_memory:
+            return int(mapping.start + (at - mapping.offset) + in_file)
+    return 0
+
+
+def _aligned(address: int, unit: int) -> int:
+    return -(-address // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Occupant:
+    """The thread that left its boot code in a slot.
+
+    Attributes:
+        tid: its number, 0 if that is not known.
+        stack: its stack pointer then.
+    """
+
+    tid: int
+    stack: int
+
+
+def is_left(slot: range, occupant: Occupant, pointers: Iterable[tuple[int, int, int]], read: Reader) -> bool:
+    """Return whether no stopped thread can return to the boot code in a slot.
+
+    Args:
+        slot: its addresses.
+        occupant: the thread that ran it.
+        pointers: TID, program counter and stack pointer of every thread.
+        read: reads the target's memory.
+
+    A thread is in there if its program counter is. It may also have been interrupted by a signal while it left: then
+    the handler's frame, with the address, lies on its stack below the pointer that it was to leave with.
+    """
+    for tid, pc, stack in pointers:
+        if pc in slot:
+            return False
+        if tid != occupant.tid or stack >= occupant.stack:
+            continue
+        if occupant.stack - stack > LONGEST_SEARCH:
+            return False
+        try:
+            words = np.frombuffer(read(stack, (occupant.stack - stack) // 8 * 8), np.uint64)
+        except MthpError:
+            return False
+        if ((words >= slot.start) & (words < slot.stop)).any():
+            return False
+    return True
+
+
+def pack_slot(boot: bytes, tid: int, size: int) -> bytes:
+    """Return what is written into a slot: boot code with its data, and the number of the thread that runs it."""
+    return boot.ljust(size - 8, b"\0") + struct.pack("=Q", tid)
+
+
+def occupant_of(content: bytes, machine: Machine) -> Occupant | None:
+    """Return the thread whose boot code `content`, a slot, holds; None if it is not boot code."""
+    if not content.startswith(machine.boot):
+        return None
+    (stack,) = struct.unpack_from("=Q", content, len(machine.boot) + machine.boot_stack)
+    (tid,) = struct.unpack_from("=Q", content, machine.slot_bytes - 8)
+    return Occupant(tid, stack)
