@@ -249,6 +249,11 @@ def test_a_window_needs_a_watcher(tunables: Tunables, monkeypatch: pytest.Monkey
     with pytest.raises(UnsupportedError, match="no Python interpreter"), tunables.journal().settings(OUTER):
         pytest.fail("the window opened")
     monkeypatch.undo()
+    monkeypatch.setattr("sys.executable", "/dev/null/python3")
+    monkeypatch.setattr(os, "access", lambda *_path, **_options: True)
+    with pytest.raises(MthpError, match="cannot be started: Not a directory"), tunables.journal().settings(OUTER):
+        pytest.fail("the window opened")
+    monkeypatch.undo()
     monkeypatch.setattr(guard, "_PROGRAM", "raise SystemExit(1)")
     journal = tunables.journal()
     with journal.settings(OUTER):

@@ -415,6 +415,17 @@ def test_a_directory_that_others_may_write_in_is_not_used(machine: Machine) -> N
     assert machine.word(4) == "never"
 
 
+def test_a_full_disk(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the entries fit. Nothing is changed, and nothing is left."""
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, text, offset: write(fd, text[: len(text) // 2], offset))
+    before = machine.words()
+    with pytest.raises(MthpError, match="cannot be written: No space left"), machine.journal().only(4):
+        pytest.fail("the window opened")
+    assert machine.words() == before
+    assert machine.file.read_bytes() == b""
+
+
 def test_something_else_in_the_place_of_the_journal(machine: Machine) -> None:
     machine.journal_root.mkdir(0o700)
     os.mkfifo(machine.file)

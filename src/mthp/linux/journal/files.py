@@ -208,13 +208,25 @@ class JournalFiles:
         """Have just these entries in the journal; those that are new are on the disk when this returns.
 
         It only ever grows or loses its end, so whatever moment it is cut off at, the rest is true.
+
+        Raises:
+            MthpError: there is no room for them.
         """
         text = b"".join(json.dumps(dataclasses.asdict(change)).encode() + b"\n" for change in changes)
         size = os.fstat(self._journal).st_size
         os.ftruncate(self._journal, min(len(text), size))
         if len(text) > size:
-            os.pwrite(self._journal, text[size:], size)
-            os.fsync(self._journal)
+            try:
+                # On a full disk a part may be written, which is an entry cut short.
+                if os.pwrite(self._journal, text[size:], size) < len(text) - size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._journal)
+            except OSError as error:
+                os.ftruncate(self._journal, size)
+                raise MthpError(
+                    f"the journal in {self._root} cannot be written: {error.strerror}",
+                    help="make room there; no switch is changed before that is written down",
+                ) from error
 
     def close(self) -> None:
         """Close all, and so let go of the lock. Closing twice does nothing."""

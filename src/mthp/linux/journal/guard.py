@@ -70,7 +70,13 @@ class Guard:
         self.reap()
         if not first:
             _reap_adopted(self._watcher)
-        self._start()
+        try:
+            self._start()
+        except OSError as error:
+            raise MthpError(
+                f"the watcher process cannot be started: {error.strerror}",
+                help="allow this process to run another (limits of processes and memory, seccomp)",
+            ) from error
         if failed and not (select.select([self._status], [], [], READY_SECONDS)[0] and self._alive()):
             raise MthpError(
                 "the watcher process ends as soon as it is started",
