@@ -32,6 +32,9 @@ from typing import Any
 
 from programs import PROGRAMS, Memory, Speed, lacking, memory_of
 
+BOUNDS = ("--mechanism", "madvise,move", "--max-bloat", "none")
+"""What is predicted is the whole plan, so that nothing may be left out."""
+
 POINTS_AIM = 2.0
 """Percentage points by which a prediction may be wrong."""
 
@@ -92,7 +95,7 @@ def judge(
         mthp("record", running.pid, "-o", recording, "--force", "--every", "500ms", "--for", "1200ms", "--cpu", "100%")
         [_, predicted] = mthp("compare", recording, "--policies", policy, *options)["rows"]
         was = memory_of(running.pid)
-        report = mthp("collapse", running.pid, "--policy", policy, *options, *more)
+        report = mthp("collapse", running.pid, "--policy", policy, *BOUNDS, *options, *more)
         now = memory_of(running.pid)
         large = mthp("compare", running.pid, "--policies", "pmd-only", "--orders", "2M")["rows"][0]["large_coverage"]
         mthp("report", recording, "-o", directory / f"{name}.html", "--force")

@@ -22,6 +22,7 @@ from typing import Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.budget import Amount, MemoryBound
 from mthp.errors import UnsupportedError
 from mthp.geometry import Geometry
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
@@ -35,8 +36,9 @@ Segment = tuple[int, int]
 Block = tuple[int, int]
 """An aligned run of memory: its address, and the order of the folio that it is to become."""
 
-Mechanism = Literal["auto", "madvise", "move", "khugepaged"]
-"""How pages are collapsed: by the kernel's MADV_COLLAPSE, by moving them, or whichever fits the order."""
+Mechanism = Literal["auto", "madvise", "move", "madvise,move", "khugepaged"]
+"""How pages are collapsed: by MADV_COLLAPSE, by the mover, by each where it fits the order, or by the kernel's own
+khugepaged. ``auto`` is whatever the kernel does by itself: the mover injects code, so it must be asked for by name."""
 
 WATCH_BLOCK = 256 << 20
 """Bytes of address space that a watch reads at a time."""
@@ -170,6 +172,7 @@ class CollapseOutcome:
         reason: why not, for a person, where there is more to say than the result's meaning.
         everywhere: whether this holds for the whole address space at this moment, so that other runs would fare no
             better.
+        passing: whether it may be otherwise a moment later, so that another try is worth it.
     """
 
     result: ScanResult
@@ -177,6 +180,7 @@ class CollapseOutcome:
     errno: int = 0
     reason: str = ""
     everywhere: bool = False
+    passing: bool = False
 
 
 MAX_PAUSE_NS = 1_000_000
@@ -190,11 +194,13 @@ class Means:
     """By what means blocks are collapsed, and what that may cost the target.
 
     Attributes:
-        mechanism: the kernel's call, the mover, whichever of the two fits the order, or the kernel's own khugepaged.
+        mechanism: what collapses them; see :data:`Mechanism`.
         max_pause_ns: how long the target's threads may stand still in one window of the mover, in nanoseconds.
         duty: the part of the time that they may stand still, above 0, up to 1.
         fill: whether the mover may fill holes; the kernel's call always does.
         verify: compare a hash of the bytes of every moved block before and after, inside the window.
+        reserve: memory that must stay free below every limit of the target; None for the default.
+        max_threads: refuse to move memory of a target with more threads; None for what `max_pause_ns` allows.
     """
 
     mechanism: Mechanism = "auto"
@@ -202,6 +208,12 @@ class Means:
     duty: float = DUTY
     fill: bool = False
     verify: bool = False
+    reserve: Amount | None = None
+    max_threads: int | None = None
+
+
+USUAL_MEANS = Means()
+"""What holds where a caller says nothing."""
 
 
 class Watch(Protocol):
@@ -319,12 +331,53 @@ class AddressSpace(abc.ABC):
         """
         return [self.collapse(address, order) for address, order in blocks]
 
+    def mechanism_for(self, order: int, asked: Mechanism) -> Mechanism | None:
+        """Return what makes a folio of `order` if the mechanism `asked` is chosen; None if nothing does."""
+        if asked == "khugepaged":
+            return asked
+        if order == self.geometry.pmd_order:
+            return None if asked == "move" else "madvise"
+        return "move" if "move" in asked else None
+
+    def drives_khugepaged(self, order: int) -> bool:
+        """Return whether the machine's own khugepaged makes folios of `order`, and may be driven with these rights."""
+        return False
+
     def take_pauses(self) -> list[int]:
         """How long the target's threads stood still, in nanoseconds, for every window since this was last asked."""
         return []
 
-    def move_hindrances(self) -> list[str]:
-        """All that speaks against moving memory of this address space at this moment, each as a sentence.
+    def threads(self) -> int:
+        """Return how many threads run in this address space.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return 1
+
+    def resident_bytes(self) -> int:
+        """Return how many bytes of the process are in memory.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        pages = 0
+        mapped = self.populated(self.mapped(), self.geometry.pmd_size)
+        for block in in_blocks(mapped, WATCH_BLOCK):
+            columns = self.read(block)
+            pages += int((columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)).sum())
+        return pages * self.geometry.page_size
+
+    def memory_bounds(self) -> list[MemoryBound]:
+        """Return the limits that new memory of the process counts against, as they are at this moment.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return []
+
+    def move_hindrances(self, means: Means) -> list[str]:
+        """Return all that speaks against moving memory by `means` at this moment, each as a sentence.
 
         Raises:
             TargetVanishedError: the process is gone.

@@ -67,9 +67,9 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
 def collapse_self(**options: Any) -> CollapseReport:
     """Collapse this process itself, while its other threads go on.
 
-    Folios of the PMD order are made by the kernel's call, smaller ones by moving pages behind a userfaultfd, which has
-    whoever touches a page that is away wait for it (:mod:`mthp.linux.mover.guarded`). Nothing is traced and nobody is
-    stopped. What it takes is said at :func:`collapse_buffer`.
+    The kernel's call makes folios of the PMD order. With ``mechanism="madvise,move"`` smaller ones are made by moving
+    pages behind a userfaultfd: a thread that touches a page that is away waits for it, and nothing is traced or stopped
+    (:mod:`mthp.linux.mover.guarded`). What that takes is in :func:`collapse_buffer`.
 
     Args:
         options: as for :func:`collapse`.
@@ -84,7 +84,8 @@ def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = Tr
     """Collapse memory of this process: a NumPy array, an mmap or another buffer.
 
     Without `order`, everything in the whole PMD ranges within it that holds anything is collapsed to the PMD order,
-    shared memory too (which an mmap is by default), unless `options` say otherwise. That needs no rights.
+    shared memory too (which an mmap is by default), unless `options` say otherwise. That needs no rights. There is no
+    bloat budget by default, because the caller named the memory; the reserve holds.
 
     With `order`, every aligned run of 2**order pages within it becomes one folio, if it is private memory and full, or
     may be filled. Other threads may go on using the memory, also in system calls. That takes:
@@ -114,6 +115,7 @@ def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = Tr
         "trigger": "madvise",
         "include_file": True,
         "within": (start, start + size),
+        "max_bloat": None,
     }
     with open_target("self") as space:
         return collapse_space(space, _collapse_options(chosen | options))
@@ -126,10 +128,12 @@ def _collapse_blocks(start: int, size: int, order: int, guarded: bool, options: 
     unknown = options.keys() & _PLAN_FIELDS
     if unknown:
         raise UsageError(f"{', '.join(sorted(unknown))}: with an order, nothing is left to be planned")
+    # The caller named this memory and this size: there is nothing to be asked for by name.
+    chosen = _collapse_options({"mechanism": "madvise,move", "max_bloat": None} | options)
     with open_live("self") as space:
         space.guarded = guarded
         plan = plan_blocks(space, start, start + size, order)
-        return carry_out(space, plan, _collapse_options(options))
+        return carry_out(space, plan, chosen)
 
 
 def _memory_of(buffer: Any) -> tuple[int, int]:

@@ -296,13 +296,13 @@ class _Check:
     def _outcome(self, address: int, order: int) -> CollapseOutcome | None:
         """The outcome of one collapse; None where the backend cannot."""
         try:
-            return self.space.collapse_blocks([(address, order)], Means(fill=True))[0]
+            return self.space.collapse_blocks([(address, order)], Means("madvise,move", fill=True))[0]
         except UnsupportedError:
             return None
 
     def _blocks(self, blocks: list[tuple[int, int]]) -> list[CollapseOutcome] | None:
         try:
-            return self.space.collapse_blocks(blocks, Means(fill=True))
+            return self.space.collapse_blocks(blocks, Means("madvise,move", fill=True))
         except UnsupportedError:
             return None
 

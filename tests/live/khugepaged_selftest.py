@@ -30,6 +30,9 @@ BINARY = DIRECTORY / "khugepaged"
 TRIES, MOST_TRIES = 3, 20
 """How often the test is tried, and how often with those that fail without a wait."""
 
+DAEMON = ("--mechanism", "move", "--max-bloat", "none")
+"""Options of the daemon: sizes below the PMD size take the mover, and folios for single pages are bloat."""
+
 PARTS = 4
 """Parts of the test about mTHP."""
 
@@ -178,7 +181,7 @@ def _main(orders: list[str]) -> int:
     print("khugepaged:anon without the daemon:", told(before))
     with (
         tempfile.TemporaryDirectory() as directory,
-        RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%"),
+        RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%", *DAEMON),
     ):
         for order in orders:
             bad += not passes(order)

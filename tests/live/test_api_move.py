@@ -143,7 +143,7 @@ from targets import map_aligned
 address = map_aligned(8 << 20, 0)
 array = np.frombuffer(memoryview((ctypes.c_char * (8 << 20)).from_address(address)).cast("B"), np.uint64)
 array[:] = 7
-report = mthp.collapse_self(orders="64K", max_ptes_none=0)
+report = mthp.collapse_self(orders="64K", max_ptes_none=0, mechanism="move")
 print(report.folios[4].made, int((array == 7).all()), report.windows.count)
 """
 

@@ -65,8 +65,11 @@ class Layout:
             assert self.actor.unwritten(start + pages * PAGE_SIZE, PAGES - pages) == PAGES - pages
 
 
+PLANNED = ("--orders", f"order={PMD_ORDER}", "--max-ptes-none", PAGES - 1)
+
+
 def options(*more: object) -> list[object]:
-    return ["--orders", f"order={PMD_ORDER}", "--max-ptes-none", PAGES - 1, *more]
+    return [*PLANNED, "--max-bloat", "none", *more]
 
 
 def share_by_smaps(pid: int) -> float:
@@ -124,7 +127,7 @@ def test_a_dry_run_changes_nothing(actor: Actor) -> None:
     assert report["dry_run"]
     assert report["collapsed_bytes"] == 0
     assert planned(report) >= FULL + len(SOME)
-    plan = mthp_json("plan", actor.pid, *options())
+    plan = mthp_json("plan", actor.pid, *PLANNED)
     assert {key: plan[key] for key in report["plan"]} == report["plan"]
     layout.check_contents()
 
@@ -233,7 +236,7 @@ def test_folios_below_the_pmd_size_are_not_made_by_the_kernels_call(actor: Actor
     assert memory_of(actor.pid, address, address + PMD_SIZE) == before
     done = mthp("collapse", actor.pid, "--orders", "128K", "--max-ptes-none", 0, *only_call)
     assert done.returncode == 1
-    assert "need the mover" in done.stdout
+    assert "only the mover makes them" in done.stdout
     done = mthp("collapse", actor.pid, "--mechanism", "move", "--orders", f"order={PMD_ORDER}")
     assert done.returncode == 2
     assert f"no folios of {format_size(PMD_SIZE)}" in done.stderr
@@ -353,7 +356,7 @@ def test_the_huge_zero_page_is_not_counted_as_covered(actor: Actor, thp_switches
     actor.tell("read", address + PMD_SIZE, 1, 1)
     thp_switches.set("enabled", "madvise")
     actor.fill(address, PAGES)
-    plan = mthp_json("plan", actor.pid, *options())
+    plan = mthp_json("plan", actor.pid, *PLANNED)
     assert plan["ranges_by_result"].get("PMD_MAPPED") == 1
     assert plan["coverage"] == 0.0
     report = mthp_json("collapse", actor.pid, *options())

@@ -25,7 +25,7 @@ from waiting import FACTOR, PATIENCE, until
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
 
 PAGES = PMD_SIZE // PAGE_SIZE
-OPTIONS = ("--orders", "64K", "--max-ptes-none", "0")
+OPTIONS = ("--orders", "64K", "--max-ptes-none", "0", "--mechanism", "move")
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 

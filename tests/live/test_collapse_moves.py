@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "p
 
 PAUSE, LONG_PAUSE = f"{round(5 * FACTOR)}ms", f"{round(20 * FACTOR)}ms"
 PAGES = PMD_SIZE // PAGE_SIZE
+MOVE, BOTH = ("--mechanism", "move"), ("--mechanism", "madvise,move")
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
     actor.fill(address + 3 * PMD_SIZE, 4)
     before, words = mappings(actor.pid), switches()
     # Room to breathe: how long a pause is depends on the machine that the test shares.
-    done = mthp("collapse", actor.pid, "--max-ptes-none", 0, "--verify", "--max-pause", LONG_PAUSE, "--json")
+    done = mthp("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--verify", "--max-pause", LONG_PAUSE, "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["complete"]) in {(0, True), (1, False)}
     check_accounts(report)
@@ -97,7 +98,7 @@ def test_one_collapse_makes_every_size(actor: Actor) -> None:
     assert windows["moved_blocks"] >= windows["count"] >= 3
     # What it does is said before, and once.
     assert done.stderr.count("UFFDIO_MOVE") == 1
-    again = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, code=done.returncode)
+    again = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, code=done.returncode)
     assert again["plan"]["folios_by_order"].get("8", 0) <= report["plan"]["folios_by_order"]["8"] - 1
 
 
@@ -116,7 +117,7 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
     address = actor.map(2 * PMD_SIZE)
     actor.fill(address, PAGES + 64)
     before = folios(actor.pid, address, 2 * PMD_SIZE)
-    report = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run")
+    report = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run")
     assert report["mechanism_by_order"][str(PMD_ORDER)] == "madvise"
     assert report["mechanism_by_order"]["6"] == "move"
     assert report["move_hindrances"] == []
@@ -125,8 +126,31 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
     assert only_call["mechanism_by_order"]["6"] is None
     actor.tell("set_thp_disable", 0)
     assert folios(actor.pid, address, 2 * PMD_SIZE) == before
-    text = mthp("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run").stdout
+    text = mthp("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run").stdout
     assert "stopped for about a millisecond" in text
+
+
+def test_by_default_nothing_is_injected_and_the_price_is_named(actor: Actor) -> None:
+    """The PMD range is made; the smaller sizes are not, and that is no success."""
+    address = actor.map(2 * PMD_SIZE)
+    actor.fill(address, PAGES + 64)
+    with open_live(actor.pid) as space:
+        if space.drives_khugepaged(4):
+            pytest.skip("the kernel's khugepaged makes these sizes")
+    before = mappings(actor.pid)
+    done = mthp("collapse", actor.pid, "--max-ptes-none", 0, "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["complete"]) == (1, False)
+    assert report["folios"] == {}
+    assert report["windows"]["count"] == 0
+    assert report["needs_move_folios"]["6"] >= 1
+    assert "1 ms" in report["move_price"]
+    assert "injected" not in done.stderr
+    assert mappings(actor.pid) == before
+    assert folios(actor.pid, address, 2 * PMD_SIZE) == {PMD_ORDER: PAGES, 0: 64, -1: PAGES - 64}
+    text = mthp("collapse", actor.pid, "--max-ptes-none", 0).stdout
+    assert "--mechanism move" in text
+    assert "injects code" in text
 
 
 def test_holes_are_filled_when_that_is_wanted(actor: Actor) -> None:
@@ -139,7 +163,7 @@ def test_holes_are_filled_when_that_is_wanted(actor: Actor) -> None:
     assert without["bloat_bytes"] == 0
     assert "--fill" in mthp("collapse", actor.pid, *options).stdout
     assert folios(actor.pid, address, PMD_SIZE)[0] == 32
-    report = json.loads(mthp("collapse", actor.pid, *options, "--fill", "--json").stdout)
+    report = json.loads(mthp("collapse", actor.pid, *options, "--fill", "--max-bloat", "none", "--json").stdout)
     check_accounts(report)
     assert folios(actor.pid, address, PMD_SIZE) == {4: 256, -1: PAGES - 256}
     assert report["bloat_bytes"] >= 16 * 14 * PAGE_SIZE
@@ -164,7 +188,7 @@ def test_a_rate_is_kept(actor: Actor) -> None:
     address = actor.map(4 * PMD_SIZE)
     actor.fill(address, 4 * PAGES)
     report = json.loads(
-        mthp("collapse", actor.pid, "--orders", "order=6", "--max-ptes-none", 0, "--rate", "8M", "--json").stdout
+        mthp("collapse", actor.pid, "--orders", "order=6", "--max-ptes-none", 0, *MOVE, "--rate", "8M", "--json").stdout
     )
     assert report["folios"]["6"]["made"] >= 32
     assert report["seconds"] >= (report["moved_bytes"] - (1 << 20)) / (8 << 20)
@@ -176,7 +200,7 @@ def test_under_threads_that_write_and_take_signals(tmp_path: Path, flags: str, l
     made = 0
     with Writers(tmp_path, 6, 16, flags) as target:
         for _ in range(200):
-            words = ("--orders", "order=4", "--max-ptes-none", 0, "--max-pause", PAUSE, "--json")
+            words = ("--orders", "order=4", "--max-ptes-none", 0, *MOVE, "--max-pause", PAUSE, "--json")
             report = json.loads(mthp("collapse", target.pid, *words).stdout)
             check_accounts(report)
             made += report["folios"]["4"]["made"] if report["folios"] else 0
@@ -195,11 +219,11 @@ def test_a_refusal_is_the_reason_of_all(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as target:
         until(lambda: is_strict(target.pid), "seccomp")
         try:
-            report = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, code=1)
+            report = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, code=1)
             check_accounts(report)
             assert report["folios"]["4"]["made"] == 0
             assert any("seccomp" in reason for reason in reasons(report))
-            dry = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, "--dry-run")
+            dry = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, "--dry-run")
             assert any("seccomp" in reason for reason in dry["move_hindrances"])
             assert target.poll() is None
         finally:
@@ -215,7 +239,7 @@ def test_a_traced_target_is_told(tmp_path: Path) -> None:
     ):
         assert tracer.stdout is not None
         tracer.stdout.readline()
-        report = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, code=1)
+        report = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, code=1)
         assert any("traced" in reason and str(tracer.pid) in reason for reason in reasons(report))
         tracer.kill()
         tracer.wait()
@@ -225,7 +249,17 @@ def test_a_traced_target_is_told(tmp_path: Path) -> None:
 
 def started(pid: int, *options: object) -> subprocess.Popen[str]:
     """A collapse that takes some seconds, once something was moved."""
-    arguments = ["collapse", str(pid), "--orders", "order=4", "--max-ptes-none", "0", "--json", *map(str, options)]
+    arguments = [
+        "collapse",
+        str(pid),
+        "--orders",
+        "order=4",
+        "--max-ptes-none",
+        "0",
+        *MOVE,
+        "--json",
+        *map(str, options),
+    ]
     return subprocess.Popen([*MTHP, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -296,7 +330,7 @@ def test_suspended_in_the_middle(tmp_path: Path, step: int) -> None:
 
 def suspended(pid: int, step: int) -> subprocess.Popen[str]:
     """A collapse that was told to stop at a step of the mover's, and has."""
-    arguments = ["collapse", str(pid), "--orders", "order=4", "--max-ptes-none", "0", "--json"]
+    arguments = ["collapse", str(pid), "--orders", "order=4", "--max-ptes-none", "0", *MOVE, "--json"]
     for _ in range(20):
         running = subprocess.Popen(
             [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py"), *arguments],

@@ -64,6 +64,7 @@ def pmd_only(thp_switches: ThpSwitches) -> ThpSwitches:
     return thp_switches
 
 
+MOVE = ("--mechanism", "move")
 HUGE = ("--orders", "2M", "--cpu", "100%")
 
 
@@ -303,7 +304,7 @@ def at_work(run: Path, switches: ThpSwitches, *arguments: str) -> Iterator[tuple
     switches.only("64kB")
     with Puppet() as puppet:
         address = small_pages(puppet, 32)
-        with RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%", "--rate", "8M", *arguments) as daemon:
+        with RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%", *MOVE, "--rate", "8M", *arguments) as daemon:
             until(lambda: daemon.collapsed(puppet.pid) > 0, f"work to begin: {daemon.said}")
             yield daemon, puppet, address
 
@@ -390,7 +391,7 @@ def test_killed_at_work_the_next_start_puts_right_what_was_left(run: Path, thp_s
 
 def _check_the_next(run: Path, puppet: Puppet, address: int) -> None:
     assert puppet.tell("read", address, 32 * PAGES, 1) == 32 * PAGES
-    with RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%") as after:
+    with RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%", *MOVE) as after:
         until(lambda: "[madvise]" in _switch("64kB"), "the switch to be as it was")
         until(lambda: after.collapsed(puppet.pid) > 0, "the next one to go on")
     assert "[madvise]" in _switch("64kB")

@@ -43,6 +43,7 @@ def test_no_byte_is_wrong_no_target_dies_and_the_daemon_does_not_grow(
         rules = tmp_path / "rules.toml"
         rules.write_text(
             f'[daemon]\ncpu = "60%"\n[tunables]\nscan_sleep_millisecs = 200\n'
+            f'[defaults]\nmechanism = "madvise,move"\nmax_bloat = "none"\n'
             f"[[rule]]\nmatch = {{ pid = [{sizes.replace('|', ', ')}] }}\n"
         )
         with RunningDaemon(tmp_path / "run", "--config", str(rules)) as daemon:

@@ -77,7 +77,11 @@ def test_smaller_orders_are_moved(puppet: Puppet, space: LiveAddressSpace) -> No
     address = written(puppet, 48, 16)
     within = (address, address + 2 * PMD_SIZE)
     daemon = mthp.Khugepaged(
-        orders="64K,2M", max_ptes_none=0, within=within, tunables=pace(1 << 20), means=Means(duty=1.0)
+        orders="64K,2M",
+        max_ptes_none=0,
+        within=within,
+        tunables=pace(1 << 20),
+        means=Means("madvise,move", duty=1.0),
     )
     daemon.enter(space)
     daemon.do_scan()

@@ -70,7 +70,7 @@ def test_every_order_in_one_call(actor: Actor, space: LiveAddressSpace) -> None:
     wanted = blocks(address, HALF, 2) + blocks(address + PMD_SIZE, PMD_SIZE, PMD_ORDER)
     wanted += blocks(address + HALF, HALF, 7) + blocks(address + 2 * PMD_SIZE, PMD_SIZE, 4)
     wanted += blocks(address + 3 * PMD_SIZE, PMD_SIZE, 8)
-    outcomes = space.collapse_blocks(wanted, Means(max_pause_ns=PAUSE_NS, duty=1.0, verify=True))
+    outcomes = space.collapse_blocks(wanted, Means("madvise,move", PAUSE_NS, duty=1.0, verify=True))
     assert results(outcomes) == {ScanResult.SUCCEED: len(wanted)}
     assert orders(space, address, 4 * PMD_SIZE) == {
         2: PAGES // 2,
@@ -97,7 +97,7 @@ def test_the_mechanisms(actor: Actor, space: LiveAddressSpace) -> None:
     assert "MADV_COLLAPSE" in by_move[0].reason
     by_call = space.collapse_blocks(wanted, Means(mechanism="madvise"))
     assert [outcome.result for outcome in by_call] == [ScanResult.SUCCEED, ScanResult.FAIL]
-    assert "mover" in by_call[1].reason
+    assert "mechanism move" in by_call[1].reason
     assert orders(space, address, PMD_SIZE + BLOCK) == {PMD_ORDER: PAGES, 4: 16}
 
 

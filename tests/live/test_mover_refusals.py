@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 from mover_targets import PREAMBLE
+from mthp.addrspace import USUAL_MEANS, Means
+from mthp.budget import Amount
 from mthp.errors import TargetVanishedError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover import processrefusals
@@ -30,6 +32,7 @@ from mthp.linux.mover.refusals import (
     refuse_vma,
     special_ranges,
 )
+from mthp.price import THREAD_STOP_NS, WINDOW_FACTOR
 from targets import PAGE_SIZE, PMD_SIZE, Puppet, threads_of
 from waiting import until
 
@@ -242,7 +245,7 @@ def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rights do not reach it, its number alone is looked at."""
     with target() as space:
         monkeypatch.setattr(space.process, "pid", 1)
-        init = processrefusals._init(processrefusals._Target(space.process, space, Path("/proc"), Path("/none")))
+        init = processrefusals._init(processrefusals._Target(space.process, space, USUAL_MEANS, Path("/proc")))
         assert init is not None
         assert init.key == "init"
         monkeypatch.undo()
@@ -316,10 +319,30 @@ def test_a_32_bit_process(tmp_path: Path) -> None:
             child.kill()
 
 
-def test_low_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processrefusals, "LOW_MEMORY", 1 << 60)
+def test_low_memory() -> None:
     with target() as space:
-        assert "low_memory" in refusals(space)
+        means = Means(reserve=Amount(size=1 << 60))
+        assert "low_memory" in {refusal.key for refusal in refuse_process(space.process, space, means)}
+
+
+def test_many_threads() -> None:
+    """What they cost in every window is in the reason, and how to accept it."""
+    code = "import threading; e = threading.Event()\n"
+    code += "for _ in range(9): threading.Thread(target=e.wait, daemon=True).start()\n"
+    code += "print('ready', flush=True); e.wait()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        with open_live(child.pid) as space:
+            found = {why.key: why for why in refuse_process(space.process, space, Means(max_threads=9))}
+            assert "10 threads" in found["threads"].reason
+            assert "ms at a time" in found["threads"].reason
+            assert "--max-threads 10" in found["threads"].remedy
+            for means in (Means(), Means(max_threads=10), Means(max_pause_ns=10**6)):
+                assert "threads" not in {why.key for why in refuse_process(space.process, space, means)}
+            brief = Means(max_pause_ns=9 * THREAD_STOP_NS // WINDOW_FACTOR)
+            assert "threads" in {why.key for why in refuse_process(space.process, space, brief)}
+        child.kill()
 
 
 @pytest.mark.parametrize(

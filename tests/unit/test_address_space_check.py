@@ -214,7 +214,7 @@ def test_collapse_carries_the_plan_out_there() -> None:
     machine, mm = lived_in()
     space = machine.space(mm)
     plan = plan_space(space, PlanOptions(policy="pmd-only"))
-    report = collapse_space(space, CollapseOptions(plan=PlanOptions(policy="pmd-only")))
+    report = collapse_space(space, CollapseOptions(plan=PlanOptions(policy="pmd-only"), max_bloat=None))
     assert report.collapsed == plan.folios_by_order[4] > 0
     assert not plan_space(space, PlanOptions(policy="pmd-only")).folios_by_order
     assert machine.check() == []

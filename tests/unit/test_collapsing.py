@@ -51,7 +51,7 @@ def carried_out(space: FakeSpace, stop: Any = lambda: False, progress: Any = Non
     names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "duty", "fill", "verify")
     own = {name: options.pop(name) for name in names if name in options}
     plan = PlanOptions(**({"policy": "pmd-only"} | options))
-    return collapse_space(space, CollapseOptions(plan, **own), progress, stop)
+    return collapse_space(space, CollapseOptions(plan, **({"max_bloat": None} | own)), progress, stop)
 
 
 def accounted(report: CollapseReport) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Block, CollapseOutcome, Means, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import ORDER_NONE, Block, CollapseOutcome, Means, Mechanism, Pte, PteColumns, Segment, Vma
 from mthp.collapsing import CollapseOptions, CollapseReport, FolioTally, blocks, collapse_space, work
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64, geometry_named
@@ -23,6 +23,7 @@ from mthp.space_plan import SpacePlan
 BASE = 1 << 40
 PPC = geometry_named("ppc64-64k")
 PMD, PAGE = X86_64.pmd_size, X86_64.page_size
+VFORK = "it waits in vfork"
 SMALL = range(2, PPC.pmd_order)
 
 
@@ -46,7 +47,9 @@ class MovingSpace(FakeSpace):
         self.batches.append(list(blocks))
         self.means.append(means)
         if self.refusals:
-            return [CollapseOutcome(ScanResult.FAIL, 0, 0, self.refusals.pop(0), True)] * len(blocks)
+            reason = self.refusals.pop(0)
+            passing = reason == VFORK
+            return [CollapseOutcome(ScanResult.FAIL, 0, 0, reason, True, passing)] * len(blocks)
         self._pauses += [1_000_000] * -(-len(blocks) // 3)
         return [self._moved(block, means) for block in blocks]
 
@@ -74,7 +77,7 @@ def moved(space: FakeSpace, stop: Any = lambda: False, **options: Any) -> Collap
     names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "duty", "fill", "verify")
     own = {name: options.pop(name) for name in names if name in options}
     plan = PlanOptions(**({"max_ptes_none": 0} | options))
-    return collapse_space(space, CollapseOptions(plan, **({"mechanism": "move"} | own)), None, stop)
+    return collapse_space(space, CollapseOptions(plan, **({"mechanism": "move", "max_bloat": None} | own)), None, stop)
 
 
 def accounted(tally: FolioTally) -> int:
@@ -177,7 +180,7 @@ def test_the_largest_come_first_and_of_each_the_fullest() -> None:
 
 def test_the_pmd_order_is_made_by_the_call_and_smaller_ones_by_moving() -> None:
     space = pages_of((512, 0), (64, 448))
-    report = moved(space, mechanism="auto")
+    report = moved(space, mechanism="madvise,move")
     assert (report.collapsed, report.durations.count) == (1, 1)
     assert space.batches == [[(BASE + PMD, 6)]]
     assert report.folios[6].made == 1
@@ -208,13 +211,15 @@ def test_a_dry_run_moves_nothing() -> None:
 def test_it_is_announced_before_anything_is_moved() -> None:
     told: list[tuple[str, int]] = []
     space = pages_of((512, 0), (64, 448))
+    options = CollapseOptions(PlanOptions(max_ptes_none=0), mechanism="madvise,move")
 
-    def announce(plan: SpacePlan) -> None:
+    def announce(plan: SpacePlan, mechanism: Mechanism) -> None:
+        assert mechanism == "move"
         told.append((plan.label, len(space.batches)))
 
-    collapse_space(space, CollapseOptions(PlanOptions(max_ptes_none=0)), before_move=announce)
+    collapse_space(space, options, before_move=announce)
     assert told == [(space.label, 0)]
-    collapse_space(space, CollapseOptions(PlanOptions(max_ptes_none=0)), before_move=announce)
+    collapse_space(space, options, before_move=announce)
     assert len(told) == 1
 
 
@@ -226,7 +231,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("patient")
 def test_a_refusal_that_passes_is_waited_for() -> None:
     space = pages_of((64, 448))
-    space.refusals = ["it waits in vfork"] * 3
+    space.refusals = [VFORK] * 3
     report = moved(space)
     assert report.complete
     assert len(space.batches) == 4
@@ -237,10 +242,43 @@ def test_a_refusal_that_stays_is_the_reason_of_all_and_is_not_asked_for_each() -
     space = pages_of(*[(64, 0), (448, 0)] * 50)
     space.refusals = ["a filter guards it"] * 1000
     report = moved(space, orders="16K,64K")
-    assert len(space.batches) == 4
+    assert len(space.batches) == 1
     assert report.folios[4].failed == {(ScanResult.FAIL, "a filter guards it"): 50 * 32}
     assert report.folios[4].not_tried == 0
     assert not report.complete
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_thread_that_never_stops_is_not_waited_for_again_and_again() -> None:
+    space = pages_of(*[(64, 0), (448, 0)] * 50)
+    space.refusals = [VFORK] * 1000
+    report = moved(space, orders="16K,64K")
+    tries = len(blocks.PATIENCE) + 1
+    assert len(space.batches) == tries
+    assert report.folios[4].failed == {(ScanResult.FAIL, f"{VFORK} (tried {tries} times)"): 50 * 32}
+
+
+class Stuck(MovingSpace):
+    """Every second block of a batch is refused since a thread does not stop, but a block that is alone."""
+
+    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        outcomes = super().collapse_blocks(blocks, means)
+        if len(blocks) == 1:
+            return outcomes
+        stuck = CollapseOutcome(ScanResult.FAIL, 0, 0, VFORK, True, True)
+        for index in range(1, len(blocks), 2):
+            self.write(blocks[index][0], int(Pte.PRESENT), 0, 1 << blocks[index][1])
+            outcomes[index] = stuck
+        return outcomes
+
+
+@pytest.mark.usefixtures("patient")
+def test_only_the_blocks_that_were_refused_are_tried_again() -> None:
+    space = pages_of((64, 448), cls=Stuck)
+    report = moved(space, orders="64K")
+    assert report.complete
+    assert [len(batch) for batch in space.batches] == [4, 2, 1]
+    assert report.folios[4].made == 4
 
 
 class Failing(MovingSpace):
@@ -317,7 +355,7 @@ def test_a_rate_holds_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Time.sleep = staticmethod(sleep)  # type: ignore[attr-defined]
     monkeypatch.setattr(work, "time", Time)
-    report = moved(pages_of((512, 0), (256, 256), (256, 256)), mechanism="auto", rate=1 << 20)
+    report = moved(pages_of((512, 0), (256, 256), (256, 256)), mechanism="madvise,move", rate=1 << 20)
     assert report.complete
     # 2 MiB by the call, then 1 MiB twice: the second waits for 3 s in all.
     assert sum(slept) == pytest.approx(3.0)

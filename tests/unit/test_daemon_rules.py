@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mthp.budget import DEFAULT_BLOAT
 from mthp.daemon.configuration import EXAMPLE, Configuration, load_configuration, parse_configuration
-from mthp.daemon.rules import Bloat, Match, ProcessFacts, Rule, Rules, Settings
+from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
 from mthp.errors import UsageError
 from mthp.geometry import X86_64
 from mthp.tunables import Switches, Tunables
@@ -122,7 +123,8 @@ def test_the_example_shows_every_key_with_the_value_that_holds_without_it() -> N
     }
     assert full.metrics == ("127.0.0.1", 9464)
     assert [rule.deny for rule in plain.rules.rules] == [True, False, False]
-    assert plain.rules.rules[1].settings.max_bloat == Bloat(share=0.05)
+    assert [rule.settings for rule in plain.rules.rules if rule.name == "not these"] == [Settings()]
+    assert plain.rules.rules[0].settings.max_bloat == full.rules.rules[0].settings.max_bloat == DEFAULT_BLOAT
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma
+from mthp.budget import Amount
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.pressure import FreeFolios
-from mthp.daemon.rules import Bloat, Match, ProcessFacts, Rule, Rules, Settings
+from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
 from mthp.daemon.target import LEFT_OUT_SECONDS, Sign, Target
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
@@ -171,7 +172,7 @@ def test_advice_without_any_fault_is_found_too() -> None:
 def test_the_bloat_budget_is_never_overspent() -> None:
     hole = ((N - 100, Pte.PRESENT, 0), (100, 0, ORDER_NONE))
     budget = 250 * G.page_size
-    stage = Stage(hole, FULL, hole, hole, hole, max_bloat=Bloat(size=budget))
+    stage = Stage(hole, FULL, hole, hole, hole, max_bloat=Amount(size=budget))
     stage.steps(5.0)
     assert stage.target.counters.filled_bytes == 200 * G.page_size
     assert stage.collapsed == [1, 0, 2]
@@ -181,7 +182,7 @@ def test_the_bloat_budget_is_never_overspent() -> None:
 
 
 def test_a_share_of_bloat_is_of_what_is_resident() -> None:
-    stage = Stage(HALF, max_bloat=Bloat(share=0.001))
+    stage = Stage(HALF, max_bloat=Amount(share=0.001))
     stage.steps(5.0)
     assert stage.collapsed == []
     assert stage.target.bloat_left == int(0.001 * 50_000 * G.page_size)
@@ -270,7 +271,7 @@ def test_switches_that_change_have_everything_looked_at_anew() -> None:
     [({9: "madvise"}, 0), ({9: "inherit", 4: "never"}, 0), ({9: "inherit", 4: "madvise"}, 1), ({9: "always"}, 1)],
 )
 def test_switches_that_change_no_size_for_it_cost_it_nothing(sizes: dict[int, str], opened: int) -> None:
-    stage = Stage(FULL)
+    stage = Stage(FULL, mechanism="madvise,move")
     stage.steps(5.0)
     before = stage.opened
     stage.environment.switches = Switches("madvise", sizes)

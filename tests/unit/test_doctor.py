@@ -17,7 +17,7 @@ from mthp.cli import doctor_command, main
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.linux.doctor import examine
 from mthp.linux.findings import Examination, Finding, State
-from mthp.linux.freememory import cgroup_limit, parse_buddyinfo, parse_meminfo
+from mthp.linux.freememory import parse_buddyinfo, parse_meminfo
 from mthp.linux.mover.machine import MACHINES
 from mthp.linux.probes import UFFD_FEATURE_MOVE, Probed
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
@@ -388,49 +388,11 @@ def test_a_field_of_meminfo() -> None:
     assert parse_meminfo("MemFree: 1 kB\n", "MemAvailable") is None
 
 
-def test_the_limit_with_the_least_left_counts(tmp_path: Path) -> None:
-    limits = {
-        "a/memory.max": "1000",
-        "a/memory.current": "900",
-        "a/b/memory.max": "500",
-        "a/b/memory.current": "100",
-        "a/b/c/memory.max": "max",
-        "a/b/c/memory.current": "50",
-    }
-    write_tree(tmp_path, limits)
-    found = cgroup_limit(tmp_path, "1:name=systemd:/x\n0::/a/b/c\n")
-    assert found is not None
-    assert (found.path, found.limit, found.used) == (tmp_path / "a", 1000, 900)
-    assert cgroup_limit(tmp_path, "0::/elsewhere\n") is None
-    assert cgroup_limit(tmp_path, "") is None
-
-
-def test_a_limit_of_cgroup_version_1_in_a_container(tmp_path: Path) -> None:
-    limits = {"memory/memory.limit_in_bytes": "4096\n", "memory/memory.usage_in_bytes": "1024\n"}
-    write_tree(tmp_path, limits)
-    found = cgroup_limit(tmp_path, "4:cpu,memory:/docker/known-to-the-host-only\n0::/\n")
-    assert found is not None
-    assert (found.limit, found.used) == (4096, 1024)
-
-
-def test_no_limit_of_cgroup_version_1(tmp_path: Path) -> None:
-    limits = {
-        "memory/one/memory.limit_in_bytes": "9223372036854771712\n",
-        "memory/one/memory.usage_in_bytes": "1024\n",
-    }
-    write_tree(tmp_path, limits)
-    assert cgroup_limit(tmp_path, "4:memory:/one\n") is None
-
-
-def test_a_path_cannot_lead_out_of_the_mount(tmp_path: Path) -> None:
-    write_tree(tmp_path, {"memory.max": "1", "memory.current": "0", "mounts/nothing": ""})
-    assert cgroup_limit(tmp_path / "mounts", "0::/../\n") is None
-
-
 def test_a_memory_limit_is_a_finding(tmp_path: Path) -> None:
     files = {
         "sys/fs/cgroup/work/memory.max": str(2 << 30),
         "sys/fs/cgroup/work/memory.current": str(1 << 30),
+        "proc/self/mountinfo": f"31 23 0:28 / {tmp_path}/sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
     }
     found = finding(look(tmp_path, MODERN | files), "memory_limit")
     assert found.state is State.LIMITED

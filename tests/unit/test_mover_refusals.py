@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Vma, VmaKind
-from mthp.linux.freememory import CgroupLimit, cgroup_limit, is_frozen
 from mthp.linux.mover.devices import device_of, is_harmless, refuse_files
-from mthp.linux.mover.headroom import low_memory
 from mthp.linux.mover.processrefusals import foreign_executable
 from mthp.linux.mover.refusals import BlockRefusal, SpecialRanges, refuse_blocks, refuse_vma
 from mthp.linux.mover.taskfiles import Thread
@@ -365,60 +362,6 @@ def elf(word_class: int = 2, machine: int = 62) -> bytes:
 def test_executables(header: bytes, machine: str, key: str | None) -> None:
     refusal = foreign_executable(header, machine)
     assert (refusal and refusal.key) == key
-
-
-def test_memory_of_the_machine() -> None:
-    text = "MemTotal: 4096 kB\nMemAvailable:    1024 kB\n"
-    assert low_memory(text, None, 1 << 20) is None
-    refusal = low_memory(text, None, (1 << 20) + 1)
-    assert refusal is not None
-    assert refusal.key == "low_memory"
-    assert low_memory("MemTotal: 4096 kB\n", None, 1 << 40) is None
-
-
-@pytest.mark.parametrize(
-    ("statistics", "low"),
-    [
-        (None, True),
-        ("anon 99\ninactive_file 1048576\n", False),
-        ("anon 99\ninactive_file 1048575\n", True),
-        ("inactive_file 99999999\ntotal_inactive_file 0\n", True),
-    ],
-)
-def test_memory_of_the_cgroup(tmp_path: Path, statistics: str | None, low: bool) -> None:
-    if statistics is not None:
-        (tmp_path / "memory.stat").write_text(statistics)
-    refusal = low_memory("MemAvailable: 99999999 kB\n", CgroupLimit(tmp_path, 10 << 20, 9 << 20), 2 << 20)
-    assert (refusal and refusal.key) == ("low_cgroup_memory" if low else None)
-
-
-@pytest.mark.parametrize(
-    ("membership", "file", "word", "frozen"),
-    [
-        ("0::/a/b\n", "a/b/cgroup.freeze", "1\n", True),
-        ("0::/a/b\n", "a/cgroup.freeze", "1\n", True),
-        ("0::/a/b\n", "a/b/cgroup.freeze", "0\n", False),
-        ("0::/a/b\n", "a/c/cgroup.freeze", "1\n", False),
-        ("0::/a/b\n", "unified/a/b/cgroup.freeze", "1\n", True),
-        ("3:freezer:/a\n0::/\n", "freezer/a/freezer.state", "FROZEN\n", True),
-        ("3:freezer:/a\n0::/\n", "freezer/a/freezer.state", "FREEZING\n", True),
-        ("3:freezer:/a\n0::/\n", "freezer/a/freezer.state", "THAWED\n", False),
-        ("3:memory:/a\n", "memory/a/freezer.state", "FROZEN\n", False),
-    ],
-)
-def test_a_frozen_cgroup(tmp_path: Path, membership: str, file: str, word: str, frozen: bool) -> None:
-    path = tmp_path / file
-    path.parent.mkdir(parents=True)
-    path.write_text(word)
-    assert is_frozen(tmp_path, membership) == frozen
-
-
-def test_above_memory_high_threads_are_made_to_wait(tmp_path: Path) -> None:
-    for name, value in (("max", 100 << 20), ("high", 50 << 20), ("current", 49 << 20)):
-        (tmp_path / f"memory.{name}").write_text(f"{value}\n")
-    limit = cgroup_limit(tmp_path, "0::/\n")
-    assert limit == CgroupLimit(tmp_path, 50 << 20, 49 << 20)
-    assert low_memory("MemAvailable: 99999999 kB\n", limit, 2 << 20) is not None
 
 
 def test_thread_status() -> None:

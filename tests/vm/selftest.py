@@ -58,7 +58,7 @@ def main(orders: list[str]) -> int:
         bad += "collapse_full" in alone.passed
     with (
         tempfile.TemporaryDirectory() as directory,
-        RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%"),
+        RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%", *selftest.DAEMON),
     ):
         for order in orders:
             bad += not selftest.passes(order)

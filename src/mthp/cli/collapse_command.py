@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from mthp.addrspace import DUTY, AddressSpace
-from mthp.census import take_census
+from mthp.addrspace import DUTY, AddressSpace, Mechanism
+from mthp.budget import Amount
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.options import (
     DURATION,
     RATE,
     SHARE,
-    SHARE_OR_SIZE,
     SHARE_OR_ZERO,
+    bounds_options,
     json_option,
     plan_options,
     planned,
@@ -25,6 +25,7 @@ from mthp.cli.options import (
 from mthp.cli.output import console, milliseconds, percent, print_json, progress_bar, say
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
+from mthp.price import window_ns
 from mthp.space_plan import SpacePlan
 from mthp.targets import open_target, refuse_ancestor
 
@@ -34,16 +35,13 @@ from mthp.targets import open_target, refuse_ancestor
 @plan_options
 @click.option(
     "--mechanism",
-    type=click.Choice(["auto", "madvise", "move", "khugepaged"]),
+    type=click.Choice(get_args(Mechanism)),
     default="auto",
     show_default=True,
-    help="The kernel's MADV_COLLAPSE, moving pages, whichever fits the order; or driving the kernel's khugepaged.",
+    help="madvise: MADV_COLLAPSE, for the PMD size. move: inject code that moves pages, for sizes below. madvise,move:"
+    " each where it fits. khugepaged: drive the kernel's own. auto: what needs no injected code.",
 )
-@click.option(
-    "--max-bloat",
-    type=SHARE_OR_SIZE,
-    help="Bytes, or share of what is resident, that filling may add.",
-)
+@bounds_options
 @click.option("--rate", type=RATE, help="Bytes collapsed per second at most, such as 500M.")
 @click.option("--min-coverage", type=SHARE_OR_ZERO, help="Exit with 1 if less than this share is huge afterwards.")
 @click.option(
@@ -67,7 +65,9 @@ from mthp.targets import open_target, refuse_ancestor
 def command(
     target: str,
     mechanism: Any,
-    max_bloat: tuple[float | None, int | None] | None,
+    max_bloat: Amount | None,
+    reserve: Amount | None,
+    max_threads: int | None,
     rate: int | None,
     min_coverage: float | None,
     max_pause: float,
@@ -80,20 +80,25 @@ def command(
 ) -> int:
     """Collapse the memory of TARGET, now, as `mthp plan` says with the same options.
 
-    TARGET is a PID, or the word self. Folios of the PMD size are made by the kernel's MADV_COLLAPSE, smaller ones by
-    moving pages, for which TARGET is stopped again and again for about a millisecond. The largest come first, and of
-    each size the fullest. Ctrl-C ends it after the range or the batch at hand.
+    TARGET is a PID, or the word self. The kernel's MADV_COLLAPSE makes folios of the PMD size. Smaller ones are made by
+    the kernel's khugepaged on Linux 7.2 and later, else only by --mechanism move, which injects code into TARGET and
+    stops it again and again for about a millisecond. The largest come first, and of each size the fullest. Ctrl-C ends
+    it after the range or the batch at hand.
 
-    On Linux 7.2 and later the mechanism khugepaged has the kernel's own do it, for all sizes: TARGET is not stopped and
-    nothing is injected, so it is the way for what may not be moved; but khugepaged goes by its own order, works for
-    all processes meanwhile, and knows only memory that was mapped or advised while a size was on.
+    khugepaged goes by its own order, works for all processes while it is driven, and knows only memory that was mapped
+    or advised while a size was on.
+
+    Holes are filled up to --max-bloat, and memory is left free below every limit of TARGET's cgroups and of the
+    machine, as --reserve says. The first failed charge ends the run.
     """
     refuse_ancestor(target)
     with open_target(target) as space, stopping_on_signals() as stop:
         chosen = CollapseOptions(
             plan=planned(options),
             mechanism=mechanism,
-            max_bloat=None if max_bloat is None else _bytes_of_bloat(*max_bloat, space),
+            max_bloat=max_bloat,
+            reserve=reserve,
+            max_threads=max_threads,
             rate=rate,
             max_pause=max_pause,
             duty=duty,
@@ -103,7 +108,7 @@ def command(
         )
         with progress_bar("collapsing", hidden=as_json) as progress:
             report = collapse_space(space, chosen, progress, stop, partial(_announce, space, chosen))
-        hindrances = space.move_hindrances() if dry_run and report.folios else []
+        hindrances = space.move_hindrances(chosen.means) if dry_run and report.folios else []
     covered = min_coverage is None or _coverage(report) >= min_coverage
     if as_json:
         more = {"move_hindrances": hindrances, "min_coverage": min_coverage, "min_coverage_reached": covered}
@@ -115,11 +120,11 @@ def command(
     return 4 if report.vanished else 0 if report.complete and covered else 1
 
 
-def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan) -> None:
+def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan, mechanism: Mechanism) -> None:
     """Say on standard error, before it begins, what moving pages means for a process that is not ours."""
     if space.label.split()[0] == str(os.getpid()):
         return
-    if options.mechanism == "khugepaged":
+    if mechanism == "khugepaged":
         click.echo(
             "driving the kernel's khugepaged: the planned sizes are on for the whole system while it works, and it may"
             " collapse memory of other processes too. All switches are put back at the end, and if mthp is"
@@ -128,23 +133,17 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan) ->
         )
         return
     out = console(stderr=True)
-    pause = milliseconds(options.max_pause)
+    threads = space.threads()
+    pause = milliseconds(window_ns(threads, options.means.max_pause_ns) / 1e9)
     for line in (
         f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
-        f" threads are stopped, for about {pause} at a time and {percent(options.duty)} of the time at most; one of"
-        " them runs a small piece of code that is injected, which moves pages away (UFFDIO_MOVE) and copies them back;",
+        f" {threads} threads are stopped, for about {pause} at a time and {percent(options.duty)} of the time at most;"
+        " one of them runs a small piece of code that is injected, which moves pages away (UFFDIO_MOVE) and copies them"
+        " back;",
         "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. It is"
         " put back at the end, and if mthp is killed; then the process goes on with its memory whole",
     ):
         say(out, line)
-
-
-def _bytes_of_bloat(share: float | None, size: int | None, space: AddressSpace) -> int:
-    """Return the budget in bytes; a share is one of what is resident now."""
-    if size is not None:
-        return size
-    assert share is not None
-    return int(share * take_census(space).total.resident * space.geometry.page_size)
 
 
 def _coverage(report: CollapseReport) -> float:

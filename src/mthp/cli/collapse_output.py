@@ -9,9 +9,11 @@ from rich.console import Console
 
 from mthp.cli.output import milliseconds, note, percent, say
 from mthp.cli.plan_command import (
+    allowed_json,
     coverage_json,
     left_table,
     plan_json,
+    print_allowed,
     print_plan,
     scope_name,
     size_and_more,
@@ -19,6 +21,7 @@ from mthp.cli.plan_command import (
 from mthp.cli.render.tables import Table
 from mthp.collapsing import CollapseReport, Durations, FolioTally
 from mthp.geometry import format_size
+from mthp.price import needs_move_reason
 from mthp.results import ScanResult
 
 MAX_REASONS = 5
@@ -32,6 +35,8 @@ def print_report(
     if report.dry_run:
         print_plan(out, report.plan)
         _print_mechanisms(out, report)
+        if report.allowed is not None:
+            print_allowed(out, report.plan, report.allowed)
         note(out, [*(f"the mover would not begin: {reason}" for reason in hindrances), "dry run: nothing was changed"])
         return
     if report.done_nothing or report.plan.finished:
@@ -43,9 +48,9 @@ def print_report(
     if report.folios:
         _print_folios(out, report)
     if report.needs_move:
-        moves = [[report.plan.geometry.label(order), str(count)] for order, count in report.needs_move.items()]
-        title = "Folios below the PMD size: these need the mover (--mechanism auto)"
-        out.print(Table(title, ["size", "folios"], moves, right={1}))
+        why = needs_move_reason(report.move_price)
+        moves = [[report.plan.geometry.label(order), str(count), why] for order, count in report.needs_move.items()]
+        out.print(Table("Folios not made", ["size", "folios", "reason"], moves, right={1}))
     out.print(coverage_table(report))
     if report.plan.left:
         out.print(left_table(report.plan))
@@ -59,21 +64,12 @@ def _print_mechanisms(out: Console, report: CollapseReport) -> None:
     meanings = {
         "madvise": "MADV_COLLAPSE: nothing is written into the process, and it is not stopped",
         "move": "the mover: the process is stopped for about a millisecond at a time",
-        None: "not made: it needs the mover (--mechanism auto)",
+        "khugepaged": "the kernel's own khugepaged: switches change for the whole system meanwhile",
+        None: needs_move_reason(report.move_price),
     }
-    by_order = mechanisms_by_order(report)
-    rows = [[geometry.label(order), by or "none", meanings[by]] for order, by in by_order.items()]
+    rows = [[geometry.label(order), by or "none", meanings[by]] for order, by in report.mechanisms.items()]
     if rows:
         out.print(Table("What makes them", ["size", "mechanism", "meaning"], rows))
-
-
-def mechanisms_by_order(report: CollapseReport) -> dict[int, str | None]:
-    """By which mechanism the folios of each planned order are made; None for those that are not."""
-    pmd_order = report.plan.geometry.pmd_order
-    return {
-        order: "madvise" if order == pmd_order else "move" if order in report.folios else None
-        for order in report.plan.folios_by_order
-    }
 
 
 def _print_ranges(out: Console, report: CollapseReport) -> None:
@@ -85,6 +81,8 @@ def _print_ranges(out: Console, report: CollapseReport) -> None:
     rows += [[result.name, str(count), result.meaning] for result, count in report.failed.most_common()]
     if report.over_budget:
         rows.append(["over budget", str(report.over_budget), "filling them would exceed --max-bloat"])
+    if report.over_reserve:
+        rows.append(["no room", str(report.over_reserve), f"{report.room}: --reserve"])
     if report.not_tried:
         rows.append(["not tried", str(report.not_tried), "it ended early"])
     out.print(Table(f"{report.plan.label}: PMD ranges of {pmd}", ["outcome", "ranges", "meaning"], rows, right={1}))
@@ -102,6 +100,8 @@ def _print_folios(out: Console, report: CollapseReport) -> None:
         rows += [[size, result.name, str(count), reason] for (result, reason), count in tally.failed.most_common()]
         if tally.over_budget:
             rows.append([size, "over budget", str(tally.over_budget), "filling them would exceed --max-bloat"])
+        if tally.over_reserve:
+            rows.append([size, "no room", str(tally.over_reserve), f"{report.room}: --reserve"])
         if tally.not_tried:
             rows.append([size, "not tried", str(tally.not_tried), "it ended early"])
     title = f"{report.plan.label}: folios below {geometry.label(geometry.pmd_order)}"
@@ -152,6 +152,8 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
         remarks.append("interrupted: what was done stays done")
     if report.vanished:
         remarks.append("the target exited meanwhile")
+    if report.out_of_memory:
+        remarks.append(f"it ended at the first failed charge: {report.out_of_memory}")
     if report.error is not None:
         remedy = f" ({report.error.help})" if report.error.help else ""
         remarks.append(f"it ended early: {report.error.message}{remedy}")
@@ -192,12 +194,18 @@ def report_json(report: CollapseReport) -> dict[str, Any]:
         "unchanged_ranges": report.unchanged,
         "failed_ranges": {result.name: count for result, count in report.failed.items()},
         "over_budget_ranges": report.over_budget,
+        "over_reserve_ranges": report.over_reserve,
+        "bloat_budget_bytes": report.bloat_budget,
+        "room": report.room or None,
+        "out_of_memory": report.out_of_memory or None,
+        "allowed": None if report.allowed is None else allowed_json(report.plan, report.allowed),
         "not_tried_ranges": report.not_tried,
-        "mechanism_by_order": {str(order): by for order, by in mechanisms_by_order(report).items()},
+        "mechanism_by_order": {str(order): by for order, by in report.mechanisms.items()},
         "folios": {str(order): _tally_json(tally) for order, tally in report.folios.items()},
         "moved_bytes": report.moved_bytes,
         "verified": report.verified,
         "needs_move_folios": {str(order): count for order, count in report.needs_move.items()},
+        "move_price": report.move_price or None,
         "copied_bytes": report.copied_bytes,
         "bloat_bytes": report.filled_bytes,
         "seconds": report.elapsed,
@@ -226,6 +234,7 @@ def _tally_json(tally: FolioTally) -> dict[str, Any]:
             for (result, reason), count in tally.failed.most_common()
         ],
         "over_budget": tally.over_budget,
+        "over_reserve": tally.over_reserve,
         "not_tried": tally.not_tried,
     }
 

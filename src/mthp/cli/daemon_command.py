@@ -6,10 +6,11 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from mthp.addrspace import Mechanism
 from mthp.cli.options import RATE, SHARE
 from mthp.cli.status_command import run_dir_option
 from mthp.errors import UsageError
@@ -23,15 +24,20 @@ from mthp.text import clean
 @click.option("--pid", type=int, multiple=True, metavar="PID", help="Work on this process. May be repeated.")
 @click.option("--cgroup", multiple=True, metavar="GLOB", help="Work on these cgroups (v2 path), and those below them.")
 @click.option("--comm", multiple=True, metavar="GLOB", help="Work on processes of this name.")
+@click.option("--exe", multiple=True, metavar="GLOB", help="Work on processes of this executable.")
+@click.option("--uid", multiple=True, metavar="USER", help="Work on processes of this user.")
 @click.option("--all", "everybody", is_flag=True, help="Work on all processes.")
 @click.option("--policy", metavar="NAME", help="How orders are chosen; mainline by default.")
 @click.option("--orders", metavar="SIZES", help="16K,64K,2M; all; or enabled (the default): what the switches allow.")
 @click.option("--max-ptes-none", type=int, metavar="N", help="Empty pages a collapse may fill, per PMD range.")
 @click.option("--max-ptes-swap", type=int, metavar="N", help="Swapped pages it may read back, per PMD range.")
 @click.option("--max-ptes-shared", type=int, metavar="N", help="Shared pages it may copy, per PMD range.")
-@click.option("--mechanism", type=click.Choice(["auto", "madvise", "move"]), help="As in mthp collapse.")
+@click.option("--mechanism", type=click.Choice(get_args(Mechanism)), help="As in mthp collapse; auto by default.")
 @click.option("--max-pause", metavar="TIME", help="How long threads may stand still at a time; 5ms by default.")
-@click.option("--max-bloat", metavar="SIZE|%", help="Bytes, or share of what is resident, that filling may add.")
+@click.option("--pause-share", metavar="%", help="The part of the time that they may; 50% by default.")
+@click.option("--max-bloat", metavar="SIZE|%|none", help="Bytes, or share of what is resident, that filling may add.")
+@click.option("--reserve", metavar="SIZE|%", help="As in mthp collapse.")
+@click.option("--max-threads", type=click.IntRange(1), metavar="N", help="As in mthp collapse.")
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second in one process at most.")
 @click.option("--cpu", type=SHARE, help="CPU time, as a share of one core; 10% by default.")
 @click.option("--bytes-per-second", type=RATE, help="Bytes collapsed per second in all processes at most.")
@@ -45,7 +51,7 @@ from mthp.text import clean
 def command(run_dir: Path | None, **options: Any) -> int:
     """Collapse the memory of chosen processes to large folios, in the background, as their rules say.
 
-    Who is chosen is said by a rules file, or by --pid, --cgroup, --comm or --all without one. Switches and tunables are
+    A rules file chooses them, or --pid, --exe, --comm, --cgroup, --uid or --all without one. Switches and tunables are
     at any moment those of /sys/kernel/mm/transparent_hugepage, unless the rules say otherwise.
 
     It runs in the foreground until SIGTERM or Ctrl-C. `mthp status`, `mthp pause` and `mthp resume` talk to it.
@@ -95,7 +101,7 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
     from mthp.linux.sysfs import ThpSysfs
 
     geometry = ThpSysfs().geometry()
-    chosen = any(options[name] for name in ("pid", "cgroup", "comm", "everybody"))
+    chosen = any(options[name] for name in (*_MATCHES, "everybody"))
     path: Path | None = options["config"]
     if path is not None:
         clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
@@ -108,18 +114,22 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
     if not chosen:
         raise UsageError(
             "nothing says which processes to work on",
-            help="give --config FILE, or --pid, --cgroup, --comm or --all; mthp daemon --print-config shows a file",
+            help="give --config FILE, or --pid, --exe, --comm, --cgroup, --uid or --all;"
+            " mthp daemon --print-config shows a file",
         )
     return lambda: _with_daemon_options(_from_options(options, geometry), options)
 
 
 _SETTINGS = (
     *("policy", "orders", "max_ptes_none", "max_ptes_swap", "max_ptes_shared"),
-    *("mechanism", "max_pause", "max_bloat", "rate"),
+    *("mechanism", "max_pause", "pause_share", "max_bloat", "reserve", "max_threads", "rate"),
 )
 """Options that are settings, under the names that a rules file has for them."""
 
-_OF_RULES = ("pid", "cgroup", "comm", "everybody", *_SETTINGS)
+_MATCHES = ("pid", "exe", "comm", "cgroup", "uid")
+"""Options that say what a rule matches, under its names."""
+
+_OF_RULES = (*_MATCHES, "everybody", *_SETTINGS)
 """Options that a rules file says."""
 
 
@@ -133,13 +143,18 @@ def _from_options(options: dict[str, Any], geometry: Any) -> Any:
 
     defaults = {name: options[name] for name in _SETTINGS if options[name] is not None}
     rules = [
-        {"name": f"--{name}", "match": {name: list(options[name])}}
-        for name in ("pid", "cgroup", "comm")
+        {"name": f"--{name}", "match": {name: [_user(each) if name == "uid" else each for each in options[name]]}}
+        for name in _MATCHES
         if options[name]
     ]
     if options["everybody"]:
         rules.append({"name": "--all", "match": {}})
     return configuration_of({"defaults": defaults, "rule": rules}, geometry, "options")
+
+
+def _user(text: str) -> str | int:
+    """Return a user as a rules file has it: by number or by name."""
+    return int(text) if text.isdecimal() else text
 
 
 def _with_daemon_options(configuration: Any, options: dict[str, Any]) -> Any:

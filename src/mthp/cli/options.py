@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import click
 
+from mthp.budget import DEFAULT_BLOAT, parse_amount, parse_bloat
 from mthp.errors import UsageError
 from mthp.planning import PlanOptions
-from mthp.units import above_zero, parse_duration, parse_rate, parse_share, parse_share_or_size, parse_size
+from mthp.units import above_zero, parse_duration, parse_rate, parse_share, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,8 +46,11 @@ SHARE = Quantity("%", parse_share)
 
 SHARE_OR_ZERO = Quantity("%", parse_share, zero=True)
 
-SHARE_OR_SIZE = Quantity("SIZE|%", parse_share_or_size, zero=True)
-"""A pair: (share, None) or (None, bytes)."""
+AMOUNT = Quantity("SIZE|%", parse_amount, zero=True)
+"""A share or a size, as an :class:`~mthp.budget.Amount`."""
+
+BLOAT = Quantity("SIZE|%|none", parse_bloat, zero=True)
+"""The same; None for no bound."""
 
 SIZE = Quantity("SIZE", lambda text: parse_size(text, bare=False))
 """Bytes, above 0."""
@@ -98,3 +102,33 @@ PLAN_NAMES = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 def planned(options: dict[str, Any]) -> PlanOptions:
     """The :class:`PlanOptions` among a command's `options`."""
     return PlanOptions(**{name: value for name, value in options.items() if name in PLAN_NAMES})
+
+
+def bounds_options(function: Command) -> Command:
+    """Add the options that bound what a collapse may add, and what it may cost."""
+    for option in reversed(_BOUNDS_OPTIONS):
+        function = option(function)
+    return function
+
+
+_BOUNDS_OPTIONS = (
+    click.option(
+        "--max-bloat",
+        type=BLOAT,
+        default=str(DEFAULT_BLOAT),
+        show_default=True,
+        help="Bytes, or share of what is resident, that filling may add.",
+    ),
+    click.option(
+        "--reserve",
+        type=AMOUNT,
+        help="Memory that stays free below each limit of TARGET's cgroups and of the machine; 10% of the limit by"
+        " default, within 64M and 1G.",
+    ),
+    click.option(
+        "--max-threads",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Move memory of a TARGET of up to N threads; by default what keeps a stop within 10 times --max-pause.",
+    ),
+)

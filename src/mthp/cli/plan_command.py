@@ -11,6 +11,7 @@ from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
+from mthp.collapsing import Allowed, CollapseOptions, allowed_of
 from mthp.geometry import Geometry, format_size
 from mthp.metrics import Coverage
 from mthp.planning import plan_space
@@ -27,18 +28,22 @@ TOP_REASONS = 8
 @at_option
 @json_option
 def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
-    """Say what a collapse of TARGET would do, and change nothing.
+    """Say what a collapse of TARGET could do, what of it `mthp collapse` would do by default, and change nothing.
 
     TARGET is a PID, the word self, or a snapshot or recording. Limits are the system's own unless given.
     """
     with open_target(target, at=at) as space, progress_bar("planning", hidden=as_json) as progress:
-        plan = plan_space(space, planned(options), progress)
+        chosen = CollapseOptions(planned(options))
+        plan = plan_space(space, chosen.plan, progress)
+        allowed = allowed_of(space, plan, chosen)
         missing = space.missing
     if as_json:
-        print_json("plan", plan_json(plan) | {"missing": list(missing)})
+        by_default = allowed_json(plan, allowed)
+        print_json("plan", plan_json(plan) | {"by_default": by_default, "missing": list(missing)})
         return
     out = console()
     print_plan(out, plan)
+    print_allowed(out, plan, allowed)
     note(out, missing)
 
 
@@ -105,6 +110,41 @@ def coverage_json(coverage: Coverage, geometry: Geometry) -> dict[str, Any]:
         "resident_bytes": coverage.resident * geometry.page_size,
         "bytes_of_unknown_order": coverage.unknown * geometry.page_size,
         "share_by_order": {str(order): coverage.share(order) for order in geometry.anon_orders},
+    }
+
+
+def print_allowed(out: Console, plan: SpacePlan, allowed: Allowed) -> None:
+    """Print what of a plan `mthp collapse` would do within its bounds, and why it would leave the rest."""
+    geometry = plan.geometry
+    made = sum(allowed.folios_by_order.values())
+    bound = "no bound" if allowed.bloat_budget is None else f"at most {format_size(allowed.bloat_budget)}"
+    out.print()
+    say(
+        out,
+        f"mthp collapse would make {made} of these {len(plan.folios)} folios"
+        f" and add {format_size(allowed.filled_bytes)} of bloat (--max-bloat: {bound})",
+    )
+    rows = [[geometry.label(left.order), str(left.count), left.reason] for left in allowed.left]
+    if rows:
+        out.print(Table("It would leave", ["size", "folios", "reason"], rows, right={1}))
+
+
+def allowed_json(plan: SpacePlan, allowed: Allowed) -> dict[str, Any]:
+    """Return what a collapse would do as the JSON object of the contract."""
+    size_of = plan.geometry.size_of
+    return {
+        "folios_by_order": {str(order): count for order, count in allowed.folios_by_order.items()},
+        "bloat_bytes": allowed.filled_bytes,
+        "bloat_budget_bytes": allowed.bloat_budget,
+        "left": [
+            {
+                "order": left.order,
+                "folios": left.count,
+                "bytes": left.count * size_of(left.order),
+                "reason": left.reason,
+            }
+            for left in allowed.left
+        ],
     }
 
 

@@ -102,6 +102,8 @@ def _row(target: dict[str, Any]) -> list[str]:
         state = f"left out: {target['left_out']}"
     elif target["reasons"]:
         state += f"; not collapsed: {next(iter(target['reasons']))}"
+    elif target.get("needs_move"):
+        state += f"; not collapsed: {target['needs_move']}"
     return [
         str(target["pid"]),
         target["comm"],

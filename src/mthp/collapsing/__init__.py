@@ -10,12 +10,16 @@ Two parts follow one another, each with the fullest runs first, so that a budget
 
 - :mod:`~mthp.collapsing.ranges`: folios of the PMD order, by the kernel's call, one PMD range each: a call over many
   stops at the first that cannot be collapsed.
-- :mod:`~mthp.collapsing.blocks`: folios below it, by moving pages, order by order, the largest first, many at a time.
+- :mod:`~mthp.collapsing.blocks`: folios below it, by moving pages, order by order, the largest first, many at a time;
+  or :mod:`~mthp.collapsing.kernel`, by the kernel's own khugepaged.
+
+What it may add and must leave free is in :mod:`mthp.budget`.
 
 What ends a run early (Ctrl-C, a target that exits, a right that turns out to be missing) leaves a report of what was
 done until then.
 """
 
+from mthp.collapsing.allowed import Allowed, allowed_of
 from mthp.collapsing.look import Look, look_at, plan_blocks
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport, Durations, FolioTally
@@ -23,12 +27,14 @@ from mthp.collapsing.run import carry_out, collapse_space
 from mthp.collapsing.work import Progress
 
 __all__ = [
+    "Allowed",
     "CollapseOptions",
     "CollapseReport",
     "Durations",
     "FolioTally",
     "Look",
     "Progress",
+    "allowed_of",
     "carry_out",
     "collapse_space",
     "look_at",

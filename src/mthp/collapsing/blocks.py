@@ -6,6 +6,7 @@ switch on for as long as the batch takes.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -31,8 +32,12 @@ SMALL_BATCH_SECONDS = 1.0
 """And one of no more than `FIRST_BATCH` blocks: to make ready for a batch takes its time too, on a slow or busy machine
 more than a batch is to take, and then that time must not be spent on every single block."""
 
-PATIENCE = (0.02, 0.1, 0.5)
-"""Seconds to wait before a target that refuses as a whole is asked once more: it may be in vfork(2), for example."""
+PATIENCE = (0.02, 0.1, 0.5, 2.0)
+"""Seconds to wait before blocks are tried again that were refused for what passes: a thread in vfork(2) or state D.
+
+A child of vfork(2) executes another program within milliseconds, and a disk answers within a second. What lasts longer
+than all of this hardly ends while we wait.
+"""
 
 SPLIT_AGAIN = "it was split or unmapped again at once"
 EXITED = "the target exited before it could be seen what became of it"
@@ -74,28 +79,34 @@ class Blocks:
                     return
                 size = self._geometry.size_of(order)
                 count = self._work.most_at_once(size, min(self._batch_size, max(1, LARGEST_BATCH_BYTES // size)))
-                self._batch(addresses[done : done + count].tolist(), order)
-                done += count
+                done += self._batch(addresses[done : done + count].tolist(), order)
 
-    def _batch(self, addresses: list[int], order: int) -> None:
-        """Move some blocks of one order, between two looks at their page tables."""
+    def _batch(self, addresses: list[int], order: int) -> int:
+        """Move some blocks of one order, between two looks at their page tables; return how many are done with."""
         tally = self._work.report.folios[order]
         size = self._geometry.size_of(order)
         if self._refused is not None:
             tally.not_tried -= len(addresses)
             tally.failed[self._refused.result, self._refused.reason] += len(addresses)
+            done = len(addresses)
         else:
+            self._work.room.renew()
             before = look_at_blocks(self._work.space, addresses, order)
-            tally.not_tried -= len(addresses)
-            tried = self._choose(addresses, order, before)
+            tried, done = self._choose(addresses, order, before)
+            tally.not_tried -= done
             if tried:
                 self._move(addresses, order, before, tried)
-        self._work.step(size * len(addresses), self._geometry.label(order))
+        self._work.step(size * done, self._geometry.label(order))
+        return done
 
-    def _choose(self, addresses: Sequence[int], order: int, before: BlockLook) -> list[int]:
-        """Which blocks are to be moved; the others are accounted for."""
+    def _choose(self, addresses: Sequence[int], order: int, before: BlockLook) -> tuple[list[int], int]:
+        """Return which of the first blocks are to be moved, and how many these are; the others are accounted for.
+
+        They are fewer than all where no more fit into the target's memory limits at once.
+        """
         tally = self._work.report.folios[order]
-        tried = []
+        size = self._geometry.size_of(order)
+        tried: list[int] = []
         fill_bytes = 0
         for index in range(len(addresses)):
             growth = self._growth(before, index, order) if self._work.options.fill else 0
@@ -105,10 +116,15 @@ class Blocks:
                 tally.failed[ScanResult.NO_PTE_TABLE, ScanResult.NO_PTE_TABLE.meaning] += 1
             elif not self._work.affords(fill_bytes + growth):
                 tally.over_budget += 1
+            elif not self._work.fits(size + int(before.swapped[index]) * self._geometry.page_size):
+                # The new folios of a window are charged, and pages read back, before the old pages are freed.
+                if tried:
+                    return tried, index
+                tally.over_reserve += 1
             else:
                 fill_bytes += growth
                 tried.append(index)
-        return tried
+        return tried, len(addresses)
 
     def _growth(self, before: BlockLook, index: int, order: int) -> int:
         """Bytes of bloat if the block is filled."""
@@ -132,16 +148,26 @@ class Blocks:
             self._refused = outcomes[0]
         elif any(not outcome.everywhere for outcome in outcomes):
             self._work.began()
+        for outcome in outcomes:
+            self._work.tried_with(outcome.result)
         self._account(addresses, order, before, dict(zip(tried, outcomes, strict=True)))
 
     def _patiently(self, blocks: Sequence[tuple[int, int]]) -> list[CollapseOutcome]:
-        """What became of `blocks`; a target that refuses as a whole is asked again after a while."""
-        for pause in (*PATIENCE, 0.0):
-            outcomes = self._work.space.collapse_blocks(blocks, self._work.options.means)
-            if not pause or self._work.told_to_stop() or not all(outcome.everywhere for outcome in outcomes):
+        """Collapse `blocks`, and try those again, after longer and longer rests, that were refused for what passes."""
+        outcomes: dict[tuple[int, int], CollapseOutcome] = {}
+        left = list(blocks)
+        tries = 0
+        for pause in (*PATIENCE, None):
+            tries += 1
+            outcomes |= zip(left, self._work.space.collapse_blocks(left, self._work.options.means), strict=True)
+            left = [block for block in left if outcomes[block].passing]
+            if not left or pause is None or self._work.told_to_stop():
                 break
             self._work.rest(pause)
-        return outcomes
+        for block in left:
+            why = f"{outcomes[block].reason} (tried {tries} times)" if tries > 1 else outcomes[block].reason
+            outcomes[block] = dataclasses.replace(outcomes[block], reason=why)
+        return [outcomes[block] for block in blocks]
 
     def _adapt(self, seconds: float, blocks: int) -> None:
         """Choose the size of the next batch by the time that this one took."""

@@ -1,49 +1,37 @@
-"""The collapse of all orders at once by the kernel's own khugepaged: in windows, as long as they bring something.
+"""The collapse of some orders by the kernel's own khugepaged: in windows, as long as they bring something.
 
-khugepaged goes by its own order, so nothing is left out for a budget, and what is counted is what the page tables
-show after each window.
+khugepaged goes by its own order, so nothing is left out for a budget: it fills no holes unless there is no budget. What
+is counted is what the page tables show after each window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome
+from mthp.addrspace import Block, CollapseOutcome
 from mthp.collapsing.look import look_at_blocks
-from mthp.collapsing.options import CollapseOptions
-from mthp.collapsing.report import CollapseReport, FolioTally
-from mthp.collapsing.work import Progress, Work
-from mthp.space_plan import SpacePlan
+from mthp.collapsing.work import Work
+from mthp.space_plan import Folios
 
 
-def by_khugepaged(
-    space: AddressSpace,
-    plan: SpacePlan,
-    options: CollapseOptions,
-    progress: Progress | None,
-    stop: Callable[[], bool],
-    before: Callable[[SpacePlan], None],
-) -> CollapseReport:
-    """Carry out `plan` by the mechanism ``khugepaged``; arguments and errors as of `mthp.collapsing.carry_out`."""
-    report = CollapseReport(plan, dry_run=options.dry_run)
-    report.folios = {order: FolioTally(planned=n, not_tried=n) for order, n in plan.folios_by_order.items() if n}
-    if options.dry_run or not len(plan.folios):
-        return report
-    blocks = list(zip(plan.folios.address.tolist(), plan.folios.order.tolist(), strict=True))
-    size = space.geometry.size_of
-    work = Work(space, options, report, sum(size(order) for _, order in blocks), progress, stop)
-    before(plan)
-    with work.reported():
-        _in_windows(work, blocks)
-    return report
+def in_windows(work: Work, folios: Folios) -> None:
+    """Let the machine's khugepaged at `folios` until a window brings nothing new.
 
-
-def _in_windows(work: Work, blocks: list[Block]) -> None:
-    """Let khugepaged at `blocks` until a window brings nothing new."""
+    Raises:
+        MthpError: it cannot go on; the report holds what was done until then.
+    """
+    blocks = list(zip(folios.address.tolist(), folios.order.tolist(), strict=True))
+    means = dataclasses.replace(work.options.means, mechanism="khugepaged")
     contents = _contents(work, blocks)
     outcomes: list[CollapseOutcome] = []
     while blocks and not work.told_to_stop():
-        outcomes = work.space.collapse_blocks(blocks, work.options.means)
+        work.room.renew()
+        if not work.fits(0, work.space.geometry.pmd_size):
+            for _, order in blocks:
+                work.report.folios[order].not_tried -= 1
+                work.report.folios[order].over_reserve += 1
+            return
+        outcomes = work.space.collapse_blocks(blocks, means)
         work.began()
         left = _account(work, blocks, contents)
         if len(left) == len(blocks):

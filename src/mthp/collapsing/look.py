@@ -21,10 +21,12 @@ class Look:
     Attributes:
         pmd_mapped: bool, shape (ranges,): one PMD entry maps it.
         contents: int64, shape (ranges,): pages that are present and not zero, or swapped out.
+        swapped: int64, shape (ranges,): those that are swapped out.
     """
 
     pmd_mapped: NDArray[np.bool_]
     contents: NDArray[np.int64]
+    swapped: NDArray[np.int64]
 
 
 def look_at(space: AddressSpace, addresses: NDArray[np.uint64]) -> Look:
@@ -34,7 +36,8 @@ def look_at(space: AddressSpace, addresses: NDArray[np.uint64]) -> Look:
     shape = (-1, geometry.ptes_per_pmd)
     present = (columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)).reshape(shape)
     swapped = columns.has(Pte.SWAP).reshape(shape).sum(axis=1)
-    return Look(columns.has(Pte.PMD_MAPPED).reshape(shape)[:, 0] & present[:, 0], present.sum(axis=1) + swapped)
+    mapped = columns.has(Pte.PMD_MAPPED).reshape(shape)[:, 0] & present[:, 0]
+    return Look(mapped, present.sum(axis=1) + swapped, swapped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,14 @@ class BlockLook:
         large: bool, shape (blocks,): all of it lies in folios of that order or larger ones.
         seen: bool, shape (blocks,): whether the orders can be seen.
         contents: int64, shape (blocks,): pages that are present and not zero, or swapped out.
+        swapped: int64, shape (blocks,): those that are swapped out.
     """
 
     exact: NDArray[np.bool_]
     large: NDArray[np.bool_]
     seen: NDArray[np.bool_]
     contents: NDArray[np.int64]
+    swapped: NDArray[np.int64]
 
 
 def look_at_blocks(space: AddressSpace, addresses: Sequence[int], order: int) -> BlockLook:
@@ -63,11 +68,13 @@ def look_at_blocks(space: AddressSpace, addresses: Sequence[int], order: int) ->
     orders = columns.folio_order.reshape(shape)
     exact: NDArray[np.bool_] = np.logical_and.reduce(real & (orders == order), axis=1)
     large: NDArray[np.bool_] = np.logical_and.reduce(real & (orders >= order), axis=1)
+    swapped = columns.has(Pte.SWAP).reshape(shape).sum(axis=1)
     return BlockLook(
         exact=exact,
         large=large,
         seen=~(orders == ORDER_UNKNOWN).any(axis=1),
-        contents=real.sum(axis=1) + columns.has(Pte.SWAP).reshape(shape).sum(axis=1),
+        contents=real.sum(axis=1) + swapped,
+        swapped=swapped,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from mthp.addrspace import DUTY, MAX_PAUSE_NS, Means, Mechanism
+from mthp.addrspace import DUTY, MAX_PAUSE_NS, AddressSpace, Means, Mechanism
+from mthp.budget import DEFAULT_BLOAT, Amount, Room, as_amount
 from mthp.errors import UsageError
 from mthp.planning import PlanOptions
 
@@ -17,7 +18,11 @@ class CollapseOptions:
     Attributes:
         plan: what shall be collapsed.
         mechanism: by what means.
-        max_bloat: bytes by which resident memory may grow; None for no bound.
+        max_bloat: by how much resident memory may grow, in bytes or as a share of what is resident; None for no bound.
+        reserve: what must stay free below every memory limit of the target, in bytes or as a share of the limit; None
+            for the default (:func:`mthp.budget.kept_free`).
+        max_threads: refuse to move memory of a target with more threads; None for what `max_pause` allows
+            (:func:`mthp.price.most_threads`).
         rate: bytes collapsed per second, or tried to be; None for as fast as it goes.
         dry_run: plan only.
         max_pause: how long the target may stand still at a time while pages are moved, in seconds.
@@ -31,7 +36,9 @@ class CollapseOptions:
 
     plan: PlanOptions = field(default_factory=PlanOptions)
     mechanism: Mechanism = "auto"
-    max_bloat: int | None = None
+    max_bloat: Amount | int | None = DEFAULT_BLOAT
+    reserve: Amount | int | None = None
+    max_threads: int | None = None
     rate: int | None = None
     dry_run: bool = False
     max_pause: float = MAX_PAUSE_NS * 1e-9
@@ -43,8 +50,10 @@ class CollapseOptions:
         if self.mechanism not in get_args(Mechanism):
             known = ", ".join(get_args(Mechanism))
             raise UsageError(f"unknown mechanism {self.mechanism!r}", help=f"use one of {known}")
-        if self.max_bloat is not None and self.max_bloat < 0:
-            raise UsageError(f"a budget of {self.max_bloat} bytes of bloat is below 0")
+        for value in (self.max_bloat, self.reserve):
+            as_amount(value)
+        if self.max_threads is not None and self.max_threads < 1:
+            raise UsageError(f"max_threads is below 1: {self.max_threads}", help="use the number of threads to allow")
         if self.rate is not None and self.rate <= 0:
             raise UsageError(f"a rate of {self.rate} bytes a second is not above 0")
         # Written so that what is no number is refused, too.
@@ -52,19 +61,51 @@ class CollapseOptions:
             raise UsageError(f"a pause of {self.max_pause:g} s is not within 1us and 60s", help="the default is 1ms")
         if not 0 < self.duty <= 1:
             raise UsageError(f"a duty of {self.duty:g} is not above 0 and at most 1", help=f"the default is {DUTY:g}")
-        if self.mechanism == "khugepaged" and (self.max_bloat is not None or self.rate is not None or self.verify):
+        if self.mechanism == "khugepaged" and (self.rate is not None or self.verify):
             raise UsageError(
-                "the kernel's khugepaged keeps to no budget or rate, and verifies nothing",
-                help="leave these out, or use the mechanism auto",
+                "the kernel's khugepaged keeps to no rate, and verifies nothing",
+                help="leave these out, or use another mechanism",
+            )
+        if self.mechanism == "khugepaged" and self.fill and self.max_bloat is not None:
+            raise UsageError(
+                "the kernel's khugepaged cannot keep to a bloat budget when it fills holes",
+                help="leave fill out, or lift the budget: max-bloat none",
             )
         for name in ("fill", "verify"):
-            if getattr(self, name) and self.mechanism == "madvise":
+            if getattr(self, name) and self.mechanism in ("auto", "madvise"):
                 raise UsageError(
                     f"{name} is for the mover: MADV_COLLAPSE always fills, and cannot verify",
-                    help="use the mechanism move or auto",
+                    help="use the mechanism move, or madvise,move",
                 )
 
     @property
     def means(self) -> Means:
         """What of this concerns the backend."""
-        return Means(self.mechanism, int(self.max_pause * 1e9), self.duty, self.fill, self.verify)
+        return Means(
+            self.mechanism,
+            int(self.max_pause * 1e9),
+            self.duty,
+            self.fill,
+            self.verify,
+            reserve=as_amount(self.reserve),
+            max_threads=self.max_threads,
+        )
+
+    def bloat_budget(self, space: AddressSpace) -> int | None:
+        """Return the bytes that filling may add to `space` as it is now; None for no bound.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        bloat = as_amount(self.max_bloat)
+        if bloat is None or bloat.share is None:
+            return None if bloat is None else bloat.size
+        return bloat.of(space.resident_bytes())
+
+    def room(self, space: AddressSpace) -> Room:
+        """Return what fits below the memory limits of `space`.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return Room(space.memory_bounds, as_amount(self.reserve))

@@ -43,12 +43,13 @@ class Ranges:
         for start in range(0, len(self._addresses), size):
             self._work.keep_pace()
             self._batch(self._addresses[start : start + size])
-            if self._work.report.interrupted:
+            if self._work.report.ended_early:
                 break
 
     def _batch(self, addresses: NDArray[np.uint64]) -> None:
         """Collapse some PMD ranges, between two looks at their page tables."""
         report = self._work.report
+        self._work.room.renew()
         before = look_at(self._work.space, addresses)
         tried: dict[int, ScanResult] = {}
         try:
@@ -62,9 +63,12 @@ class Ranges:
                     report.failed[ScanResult.NO_PTE_TABLE] += 1
                 elif not self._affords(before, tried, index):
                     report.over_budget += 1
+                elif not self._fits(before, index):
+                    report.over_reserve += 1
                 else:
                     tried[index] = ScanResult.ANY_PROCESS
                     tried[index] = self._collapse(address)
+                    self._work.tried_with(tried[index])
                 self._work.step(self._geometry.pmd_size, self._geometry.label(self._geometry.pmd_order))
         except MthpError as error:
             if tried and not isinstance(error, TargetVanishedError):
@@ -85,6 +89,15 @@ class Ranges:
         """Whether filling the range at `index` on top of what was filled so far stays within the budget."""
         filled = [each for each, result in tried.items() if result == ScanResult.SUCCEED]
         return self._work.affords(self._fill_bytes(before, [*filled, index]))
+
+    def _fits(self, before: Look, index: int) -> bool:
+        """Whether collapsing the range at `index` stays within the target's memory limits.
+
+        The kernel charges a whole new folio, and reads back what was swapped out, before it frees the old pages
+        (collapse_huge_page(), mm/khugepaged.c).
+        """
+        swapped = int(before.swapped[index]) * self._geometry.page_size
+        return self._work.fits(self._fill_bytes(before, [index]) + swapped, self._geometry.pmd_size + swapped)
 
     def _fill_bytes(self, before: Look, indices: list[int]) -> int:
         pages = self._geometry.ptes_per_pmd * len(indices) - int(before.contents[indices].sum())

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mthp.addrspace import Mechanism
+from mthp.collapsing.allowed import Allowed
 from mthp.errors import MthpError
 from mthp.metrics import Coverage
 from mthp.results import ScanResult
@@ -49,6 +51,7 @@ class FolioTally:
         unchanged: runs that did so already when their turn came, in one of this order or larger.
         failed: the others that were tried, by scan result and reason.
         over_budget: runs left alone because filling them would have exceeded `max_bloat`.
+        over_reserve: runs left alone because they would have taken memory that must stay free.
         not_tried: runs left when it ended early.
     """
 
@@ -57,6 +60,7 @@ class FolioTally:
     unchanged: int = 0
     failed: Counter[tuple[ScanResult, str]] = field(default_factory=Counter)
     over_budget: int = 0
+    over_reserve: int = 0
     not_tried: int = 0
 
     @property
@@ -70,7 +74,7 @@ class FolioTally:
     @property
     def left(self) -> int:
         """Runs that are not as they were to be."""
-        return self.failed.total() + self.over_budget + self.not_tried
+        return self.failed.total() + self.over_budget + self.over_reserve + self.not_tried
 
 
 @dataclass
@@ -80,13 +84,19 @@ class CollapseReport:
     Attributes:
         plan: what was to be done.
         dry_run: nothing was done.
+        allowed: what would be done, if nothing was; else None.
         collapsed: ranges that are mapped by one PMD entry now and were not before.
         unchanged: ranges that were so already when their turn came.
         failed: ranges that could not be collapsed, by scan result; ANY_PROCESS also where the target exited before
             it could be seen what became of them.
         over_budget: ranges left alone because filling them would have exceeded `max_bloat`.
+        over_reserve: ranges left alone because they would have taken memory that must stay free.
+        bloat_budget: bytes that filling may add; None for no bound.
+        room: why memory must stay free, as a sentence; ``""`` where there is no limit.
+        mechanisms: what makes the folios of each planned order; None for nothing.
         folios: what became of the folios below the PMD order, by order, the largest first.
-        needs_move: folios below the PMD order that the kernel's call cannot make, by order, where no other was allowed.
+        needs_move: folios below the PMD order that only the mover makes, by order, where it was not asked for.
+        move_price: what the mover would cost the target, as a clause, where `needs_move` has any.
         copied_bytes, filled_bytes: contents of all that was collapsed, and what it grew by.
         durations: of the kernel's calls. While one runs, the target may wait for its memory; it waits no longer.
         windows: the pauses in which pages were moved.
@@ -97,17 +107,24 @@ class CollapseReport:
         not_tried: ranges left when it ended early.
         interrupted: it was told to stop.
         vanished: the target exited meanwhile.
+        out_of_memory: the failed charge that ended it, as a sentence; ``""`` if none did.
         error: what else ended it early; None if nothing did.
     """
 
     plan: SpacePlan
     dry_run: bool = False
+    allowed: Allowed | None = None
     collapsed: int = 0
     unchanged: int = 0
     failed: Counter[ScanResult] = field(default_factory=Counter)
     over_budget: int = 0
+    over_reserve: int = 0
+    bloat_budget: int | None = None
+    room: str = ""
+    mechanisms: dict[int, Mechanism | None] = field(default_factory=dict)
     folios: dict[int, FolioTally] = field(default_factory=dict)
     needs_move: dict[int, int] = field(default_factory=dict)
+    move_price: str = ""
     copied_bytes: int = 0
     filled_bytes: int = 0
     durations: Durations = field(default_factory=lambda: Durations.of(()))
@@ -119,6 +136,7 @@ class CollapseReport:
     not_tried: int = 0
     interrupted: bool = False
     vanished: bool = False
+    out_of_memory: str = ""
     error: MthpError | None = None
 
     def __post_init__(self) -> None:
@@ -153,13 +171,12 @@ class CollapseReport:
     @property
     def complete(self) -> bool:
         """Whether everything that was planned is as it was to be; nothing planned is complete if nothing was left."""
-        left = self.failed.total() + self.over_budget + self.not_tried + sum(self.needs_move.values())
+        left = self.failed.total() + self.over_budget + self.over_reserve + self.not_tried
+        left += sum(self.needs_move.values())
         left += sum(tally.left for tally in self.folios.values())
-        return self.dry_run or not (
-            left or self.done_nothing or self.interrupted or self.vanished or self.error is not None
-        )
+        return self.dry_run or not (left or self.done_nothing or self.ended_early)
 
     @property
     def ended_early(self) -> bool:
         """Whether no more is to be begun."""
-        return self.interrupted or self.vanished or self.error is not None
+        return self.interrupted or self.vanished or bool(self.out_of_memory) or self.error is not None

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mthp.addrspace import AddressSpace
+from mthp.addrspace import AddressSpace, Mechanism
+from mthp.collapsing.allowed import allowed_of, mechanisms_of
 from mthp.collapsing.blocks import Blocks
-from mthp.collapsing.kernel import by_khugepaged
+from mthp.collapsing.kernel import in_windows
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.ranges import Ranges
 from mthp.collapsing.report import CollapseReport, Durations, FolioTally
@@ -17,7 +18,10 @@ from mthp.collapsing.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.planning import ORDERS_ENABLED, PlanOptions, plan_space
-from mthp.space_plan import SpacePlan
+from mthp.price import price_of_moving
+from mthp.space_plan import Folios, SpacePlan
+
+BeforeMove = Callable[[SpacePlan, Mechanism], None]
 
 
 def collapse_space(
@@ -25,7 +29,7 @@ def collapse_space(
     options: CollapseOptions,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
-    before_move: Callable[[SpacePlan], None] = lambda plan: None,
+    before_move: BeforeMove = lambda plan, mechanism: None,
 ) -> CollapseReport:
     """Plan `space` and carry the plan out.
 
@@ -34,7 +38,7 @@ def collapse_space(
     Args:
         stop: asked before every range and every batch; once it says True nothing more is begun, and the report says
             what was done.
-        before_move: told of the plan before the first page is moved.
+        before_move: called with the plan and the mechanism before the first page is moved, or khugepaged is driven.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`; the PMD order, and the mechanism ``move``, which cannot make it.
@@ -61,7 +65,7 @@ def _to_be_planned(options: CollapseOptions, geometry: Geometry) -> PlanOptions:
     if geometry.pmd_order in parsed:
         raise UsageError(
             f"moving makes no folios of {geometry.label(geometry.pmd_order)}",
-            help="leave that size out, or use the mechanism auto, which has the kernel's call make it",
+            help="leave that size out, or use madvise,move, which has the kernel's call make it",
         )
     return dataclasses.replace(options.plan, orders=parsed)
 
@@ -72,7 +76,7 @@ def carry_out(
     options: CollapseOptions,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
-    before_move: Callable[[SpacePlan], None] = lambda plan: None,
+    before_move: BeforeMove = lambda plan, mechanism: None,
 ) -> CollapseReport:
     """Carry out `plan`.
 
@@ -84,33 +88,42 @@ def carry_out(
         NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error that comes when
             something was done already is in the report.
     """
-    if options.mechanism == "khugepaged":
-        return by_khugepaged(space, plan, options, progress, stop, before_move)
+    geometry = space.geometry
     report = CollapseReport(plan, dry_run=options.dry_run)
-    pmd_order = space.geometry.pmd_order
-    targets = plan.folios[plan.folios.order == pmd_order]
-    smaller = plan.folios[plan.folios.order < (0 if options.mechanism == "madvise" else pmd_order)]
-    if options.mechanism == "madvise":
-        report.needs_move = {order: count for order, count in plan.folios_by_order.items() if order != pmd_order}
-    counts = [(order, count) for order, count in plan.folios_by_order.items() if (smaller.order == order).any()]
-    report.folios = {order: FolioTally(planned=count, not_tried=count) for order, count in counts}
+    report.mechanisms = mechanisms_of(space, plan, options)
+    targets, moved, driven = (_made_by(plan.folios, report.mechanisms, by) for by in ("madvise", "move", "khugepaged"))
+    report.needs_move = {order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] is None}
+    if report.needs_move:
+        report.move_price = price_of_moving(space.threads(), options.means.max_pause_ns)
+    counts = {
+        order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] not in ("madvise", None)
+    }
+    report.folios = {order: FolioTally(planned=count, not_tried=count) for order, count in counts.items()}
     report.not_tried = len(targets)
     if options.dry_run:
+        report.allowed = allowed_of(space, plan, options)
         return report
-    total = len(targets) * space.geometry.pmd_size + _bytes_of(smaller.order, space.geometry)
+    total = sum(_bytes_of(folios.order, geometry) for folios in (targets, moved, driven))
     work = Work(space, options, report, total, progress, stop)
     # Stable, so that ranges equally full are collapsed by ascending address.
     ranges = Ranges(work, targets.address[np.argsort(targets.filled, kind="stable")])
-    blocks = Blocks(work, smaller)
+    blocks = Blocks(work, moved)
     with work.reported():
         ranges.carry_out()
-        if len(smaller) and not report.ended_early:
-            before_move(plan)
+        if len(driven) and not report.ended_early:
+            before_move(plan, "khugepaged")
+            in_windows(work, driven)
+        if len(moved) and not report.ended_early:
+            before_move(plan, "move")
             blocks.carry_out()
             report.verified = options.verify
     report.durations = Durations.of(ranges.seconds)
     report.windows = Durations.of(np.array(blocks.pauses_ns) / 1e9)
     return report
+
+
+def _made_by(folios: Folios, mechanisms: dict[int, Mechanism | None], by: str) -> Folios:
+    return folios[np.isin(folios.order, [order for order, mechanism in mechanisms.items() if mechanism == by])]
 
 
 def _bytes_of(orders: np.typing.NDArray[np.int8], geometry: Geometry) -> int:

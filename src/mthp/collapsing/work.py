@@ -11,6 +11,7 @@ from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.metrics import measure
+from mthp.results import ScanResult
 
 PACE = 0.1
 """Seconds: with a rate, no more is collapsed between two rests than the rate allows in this time."""
@@ -27,6 +28,7 @@ class Work:
 
     Attributes:
         space, options, report: of the collapse.
+        room: what fits below the target's memory limits; renewed before every batch.
         has_begun: whether anything was carried out that would be lost with an error.
     """
 
@@ -42,6 +44,8 @@ class Work:
         self.space = space
         self.options = options
         self.report = report
+        self.room = options.room(space)
+        report.bloat_budget = options.bloat_budget(space)
         self.has_begun = False
         self._total = total
         self._done = 0
@@ -59,7 +63,7 @@ class Work:
         """Whether nothing more is to be begun; noted in the report."""
         if self._stop():
             self.report.interrupted = True
-        return self.report.interrupted
+        return self.report.interrupted or bool(self.report.out_of_memory)
 
     def step(self, size: int, what: str) -> None:
         """`size` bytes more are done with, be it well or not."""
@@ -113,5 +117,18 @@ class Work:
 
     def affords(self, size: int) -> bool:
         """Whether `size` bytes of bloat more stay within the budget."""
-        budget = self.options.max_bloat
+        budget = self.report.bloat_budget
         return budget is None or self.report.filled_bytes + size <= budget
+
+    def fits(self, added: int, at_once: int = 0) -> bool:
+        """Take some of the room as :meth:`mthp.budget.Room.take` does; note in the report why it does not fit."""
+        fits = self.room.take(added, at_once)
+        if not fits:
+            self.report.room = self.room.reason
+        return fits
+
+    def tried_with(self, result: ScanResult) -> None:
+        """End the run if `result` is a failed charge: the target is at a limit, whatever was measured before."""
+        charge = result is ScanResult.CGROUP_CHARGE_FAIL
+        if charge or (result is ScanResult.ALLOC_HUGE_PAGE_FAIL and self.room.limited):
+            self.report.out_of_memory = self.report.out_of_memory or f"{result.name}: {result.meaning}"

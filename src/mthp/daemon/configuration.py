@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from mthp.addrspace import Mechanism
 from mthp.bounded import named, parse_toml, read_toml
+from mthp.budget import parse_amount, parse_bloat
 from mthp.daemon import values
 from mthp.daemon.rules import Match, Rule, Rules, Settings
 from mthp.errors import MthpError, UsageError
@@ -115,7 +116,9 @@ class _Reader:
             "mechanism": ("mechanism", values.one_of(*get_args(Mechanism))),
             "max_pause": ("max_pause_ns", values.positive(parse_duration)),
             "pause_share": ("pause_share", values.positive(parse_share)),
-            "max_bloat": ("max_bloat", values.parse_bloat),
+            "max_bloat": ("max_bloat", parse_bloat),
+            "reserve": ("reserve", parse_amount),
+            "max_threads": ("max_threads", values.integer(1)),
             "rate": ("rate", parse_rate),
         }
 

@@ -12,7 +12,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma, VmaKind, Watch
+from mthp.addrspace import (
+    AddressSpace,
+    Block,
+    CollapseOutcome,
+    Means,
+    Mechanism,
+    PteColumns,
+    Segment,
+    Vma,
+    VmaKind,
+    Watch,
+)
+from mthp.budget import MemoryBound
 from mthp.geometry import Geometry
 from mthp.outline import Outline
 from mthp.tunables import Switches, Tunables
@@ -93,11 +105,26 @@ class GovernedSpace(AddressSpace):
         self.reasons.update(outcome.reason for outcome in outcomes if outcome.reason)
         return outcomes
 
+    def mechanism_for(self, order: int, asked: Mechanism) -> Mechanism | None:
+        return self._inner.mechanism_for(order, asked)
+
+    def drives_khugepaged(self, order: int) -> bool:
+        return self._inner.drives_khugepaged(order)
+
     def take_pauses(self) -> list[int]:
         return self._inner.take_pauses()
 
-    def move_hindrances(self) -> list[str]:
-        return self._inner.move_hindrances()
+    def threads(self) -> int:
+        return self._inner.threads()
+
+    def resident_bytes(self) -> int:
+        return self._inner.resident_bytes()
+
+    def memory_bounds(self) -> list[MemoryBound]:
+        return self._inner.memory_bounds()
+
+    def move_hindrances(self, means: Means) -> list[str]:
+        return self._inner.move_hindrances(means)
 
     def watch(self) -> Watch:
         return self._inner.watch()

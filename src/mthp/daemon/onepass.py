@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import Means, Segment
+from mthp.budget import Room
 from mthp.collapse.machine_seam import Passage
 from mthp.daemon.environment import Environment
 from mthp.daemon.governed import GovernedSpace
@@ -44,6 +45,7 @@ class Pass:
 
     Attributes:
         space: its address space, opened; closed with this.
+        out_of_memory: the limit at which a charge failed, which ends the pass; ``""`` if none did.
 
     Raises:
         TargetVanishedError, NotPermittedError, UnsupportedError: it cannot be opened.
@@ -55,6 +57,7 @@ class Pass:
         self._environment = environment
         self._settings = settings
         self._bloat_left = bloat_left
+        self.out_of_memory = ""
         switches, tunables = governed(environment, settings)
         space = environment.opened(pid)
         self.space = GovernedSpace(space, switches, tunables)
@@ -65,6 +68,7 @@ class Pass:
             raise
         self._stretches: list[tuple[Segment, int]] = []
         self._pending_fill = 0
+        self._room = Room(self.space.memory_bounds, settings.reserve)
 
     def _options(self) -> VisitOptions:
         settings = self._settings
@@ -74,9 +78,29 @@ class Pass:
             max_ptes_none=settings.max_ptes_none,
             max_ptes_swap=settings.max_ptes_swap,
             max_ptes_shared=settings.max_ptes_shared,
-            means=Means(settings.mechanism, settings.max_pause_ns, settings.pause_share, fill=True),
+            means=self.means,
             admit=self._admit,
         )
+
+    @property
+    def means(self) -> Means:
+        """By what means blocks are collapsed."""
+        settings = self._settings
+        return Means(
+            settings.mechanism,
+            settings.max_pause_ns,
+            settings.pause_share,
+            fill=True,
+            reserve=settings.reserve,
+            max_threads=settings.max_threads,
+        )
+
+    @property
+    def needs_move(self) -> tuple[int, ...]:
+        """The orders that are wanted and that only the mover makes, which the rule does not ask for."""
+        geometry, orders = self._environment.geometry, self._settings.orders
+        wanted = self._environment.switches.orders(advised=True) if orders == "enabled" else orders
+        return tuple(sorted(set(wanted) - {geometry.pmd_order} - set(_made_by(self._settings, geometry))))
 
     def govern(self) -> None:
         """Have the switches and tunables of this moment hold from now on."""
@@ -123,6 +147,7 @@ class Pass:
         size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
         done: list[tuple[Passage, Outline]] = []
         self._pending_fill = 0
+        self._room.renew()
         while ranges > 0 and self._stretches and not self._environment.stopping():
             (start, end), pages = self._stretches.pop()
             stop = min(end, start + ranges * size)
@@ -131,18 +156,33 @@ class Pass:
             if passage.end < end:
                 left = pages * (end - passage.end) // (end - start)
                 self._stretches.append(((passage.end, end), left))
+            if any(self._failed_charge(attempt.result) for attempt in passage.attempts):
+                self.out_of_memory = self._room.reason or ScanResult.CGROUP_CHARGE_FAIL.meaning
+                self._stretches.clear()
             if len(passage.addresses):
                 done.append((passage, self.space.outline([(int(passage.addresses[0]), passage.end)])))
         return done
 
+    def _failed_charge(self, result: ScanResult) -> bool:
+        """Whether `result` means that the target is at a memory limit, so that more attempts could only hurt it."""
+        if result is ScanResult.ALLOC_HUGE_PAGE_FAIL:
+            return self._room.limited
+        return result is ScanResult.CGROUP_CHARGE_FAIL
+
     def _admit(self, candidate: Candidate) -> ScanResult:
-        """Whether an attempt fits the budget of bloat, and there is a folio for it."""
+        """Whether an attempt fits the budget of bloat and the memory limits, and there is a folio for it."""
         if not self._environment.free.available(candidate.order):
             return ScanResult.ALLOC_HUGE_PAGE_FAIL
         fill = candidate.filled * self._environment.geometry.page_size
         left = self._bloat_left()
         if left is not None and fill and self._pending_fill + fill > left:
             return ScanResult.EXCEED_NONE_PTE
+        # New folios are charged before old pages are freed: one PMD range at a time, blocks by the window.
+        size = self._environment.geometry.size_of(candidate.order)
+        by_call = candidate.order == self._environment.geometry.pmd_order
+        if not self._room.take(fill if by_call else size, size):
+            self.space.reasons[self._room.reason] += 1
+            return ScanResult.CGROUP_CHARGE_FAIL
         self._pending_fill += fill
         return ScanResult.SUCCEED
 
@@ -167,7 +207,8 @@ def _orders(settings: Settings, geometry: Geometry) -> tuple[int, ...] | str:
 
 def _made_by(settings: Settings, geometry: Geometry) -> Sequence[int]:
     """The orders that a mechanism makes."""
-    if settings.mechanism == "madvise":
+    if settings.mechanism in ("auto", "madvise"):
+        # Where the kernel's own khugepaged makes smaller folios, it does so without being driven: it runs all the time.
         return (geometry.pmd_order,)
     if settings.mechanism == "move":
         return geometry.anon_orders[:-1]

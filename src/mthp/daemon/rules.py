@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from mthp.addrspace import Mechanism
+from mthp.budget import DEFAULT_BLOAT, Amount
 from mthp.errors import UsageError
 
 Patterns = tuple[str, ...]
@@ -98,23 +99,6 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True)
-class Bloat:
-    """By how much filling may make a process grow: a share of what is resident, or bytes.
-
-    Attributes:
-        share: of 1; None if `size` says it.
-        size: in bytes; None if `share` says it.
-    """
-
-    share: float | None = None
-    size: int | None = None
-
-    def bytes_of(self, resident: int) -> int:
-        """The bytes that it stands for, in a process with `resident` bytes."""
-        return self.size if self.size is not None else int((self.share or 0.0) * resident)
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """How a process is worked on. None stands for what the level above says.
 
@@ -126,6 +110,8 @@ class Settings:
         max_pause_ns: how long its threads may stand still at a time, in nanoseconds.
         pause_share: the part of the time that they may stand still, above 0, up to 1.
         max_bloat: how much it may grow by filling; None for no bound.
+        reserve: what must stay free below every memory limit of the target; None for the default.
+        max_threads: how many threads a target of the mover may have; None for what `max_pause_ns` allows.
         rate: bytes collapsed in it per second at most; None for no bound.
     """
 
@@ -137,7 +123,9 @@ class Settings:
     mechanism: Mechanism = "auto"
     max_pause_ns: int = 5_000_000
     pause_share: float = 0.5
-    max_bloat: Bloat | None = None
+    max_bloat: Amount | None = DEFAULT_BLOAT
+    reserve: Amount | None = None
+    max_threads: int | None = None
     rate: int | None = None
 
 

@@ -32,6 +32,7 @@ from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.outline import Outline
 from mthp.pacing import ByteBudget
+from mthp.price import needs_move_reason, price_of_moving
 from mthp.results import ScanResult
 
 PIECE_RANGES = 32
@@ -95,6 +96,7 @@ class Target:
         gain: pages that the rest of the pass may gain; what is worth most is done first.
         left_out: why it is not worked on, or ``""``.
         reasons: why the last attempts failed, where the backend said so, by how often.
+        needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
         vanished: it was found to be gone.
         closed: it is to be worked on no more.
     """
@@ -108,6 +110,7 @@ class Target:
         self.gain = 1 << 62
         self.left_out = ""
         self.reasons: Counter[str] = Counter()
+        self.needs_move = ""
         self._environment = environment
         self._ledger = Ledger()
         self._pass: Pass | None = None
@@ -138,7 +141,7 @@ class Target:
         """Bytes that filling may still add; None for no bound."""
         if self.settings.max_bloat is None:
             return None
-        return self.settings.max_bloat.bytes_of(self._resident) - self.counters.filled_bytes
+        return self.settings.max_bloat.of(self._resident) - self.counters.filled_bytes
 
     @property
     def working(self) -> bool:
@@ -244,11 +247,20 @@ class Target:
         self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._has_room else math.inf
         self._found_under = self._rules_of_the_moment()
         self.left_out = ""
+        self.needs_move = self._needs_move(self._pass) if self._has_room else ""
         if self._pass.is_done:
             self._end_pass()
         else:
             self.gain = self._pass.gain
             self.next_at = self._environment.clock()
+
+    def _needs_move(self, current: Pass) -> str:
+        """Return which sizes the rule's mechanism does not make, and how to have them; ``""`` if it makes all."""
+        if not current.needs_move:
+            return ""
+        sizes = ", ".join(self._environment.geometry.label(order) for order in current.needs_move)
+        price = price_of_moving(current.space.threads(), current.means.max_pause_ns)
+        return f"{sizes}: {needs_move_reason(price)}"
 
     # Working.
 
@@ -263,6 +275,10 @@ class Target:
         for passage, after in done:
             self._account(current, passage, after)
         self._drop_old_reasons(current.space)
+        if current.out_of_memory:
+            self._end_pass()
+            self._leave_out(f"a charge failed: {current.out_of_memory}")
+            return
         self.gain = current.gain
         rest = self._rate.wait()
         if current.is_done:
@@ -364,6 +380,7 @@ class Target:
             "next_look_in": max(0.0, self.next_at - now),
             "bloat_left": self.bloat_left,
             "reasons": dict(self.reasons),
+            "needs_move": self.needs_move or None,
         } | self.counters.summary(self._environment.geometry)
 
 

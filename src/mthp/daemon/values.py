@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mthp.collapse.policy import policy_named
-from mthp.daemon.rules import Bloat
 from mthp.errors import UsageError
-from mthp.units import above_zero, parse_share_or_size
+from mthp.units import above_zero
 
 METRICS_HOST = "127.0.0.1"
 METRICS_PORT = 9464
@@ -23,15 +22,6 @@ class RefusedError(Exception):
     def __init__(self, message: str, help: str = "") -> None:
         super().__init__(message)
         self.message, self.help = message, help
-
-
-def parse_bloat(value: Any) -> Bloat:
-    """Read ``5%`` or ``64M``.
-
-    Raises:
-        UsageError: neither.
-    """
-    return Bloat(*parse_share_or_size(value))
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from mthp.errors import UsageError
 from mthp.geometry import Geometry, format_size
+from mthp.linux.cgroups import cgroup_mounts
 from mthp.linux.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
-from mthp.linux.freememory import cgroup_limit, parse_buddyinfo, parse_meminfo
+from mthp.linux.freememory import parse_buddyinfo, parse_meminfo
+from mthp.linux.headroom import cgroup_bounds
 from mthp.linux.movefindings import MOVE_QUESTIONS
 from mthp.linux.probes import Probed, probe
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
@@ -46,7 +48,7 @@ def examine(
     """
     thp = ThpSysfs(sysfs / "kernel/mm/transparent_hugepage", proc / "vmstat")
     geometry = geometry or thp.geometry()
-    facts = Facts(thp, sysfs / "fs/cgroup", proc, geometry, probed or probe(geometry), Rights.read(proc / "self"))
+    facts = Facts(thp, proc, geometry, probed or probe(geometry), Rights.read(proc / "self"))
     has_thp = thp.exists
     findings = []
     for key, title, of_thp, ask in _QUESTIONS:
@@ -244,10 +246,12 @@ def _free_memory(facts: Facts) -> Answer:
 
 
 def _memory_limit(facts: Facts) -> Answer:
-    limit = cgroup_limit(facts.cgroups, facts.text("self/cgroup") or "")
-    if limit is None:
+    mounts = cgroup_mounts(facts.text("self/mountinfo") or "")
+    bounds = cgroup_bounds(mounts, facts.text("self/cgroup") or "")
+    bound = min(bounds, key=lambda each: each.left, default=None)
+    if bound is None:
         return Answer(State.OK, "none for this process; a collapse is charged to the target's cgroup")
-    what = f"{format_size(limit.used)} of {format_size(limit.limit)} are used in {limit.path}"
+    what = f"{format_size(max(0, bound.left))} of {format_size(bound.limit)} are left in {bound.name}"
     return Answer(State.LIMITED, what, "a higher limit there; a collapse is charged to the target's cgroup")
 
 

@@ -75,7 +75,6 @@ class Facts:
 
     Attributes:
         thp: the THP directory.
-        cgroups: where cgroup file systems are mounted.
         proc: where proc is mounted.
         geometry: of the machine.
         probed: outcome of the trials.
@@ -83,7 +82,6 @@ class Facts:
     """
 
     thp: ThpSysfs
-    cgroups: Path
     proc: Path
     geometry: Geometry
     probed: Probed

@@ -16,6 +16,7 @@ Progress is read where the kernel shows it: full_scans, the counters of each siz
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -100,18 +101,25 @@ class KernelKhugepaged:
         done, left = CollapseOutcome(ScanResult.SUCCEED, elapsed), CollapseOutcome(ScanResult.FAIL, elapsed, reason=why)
         return [done if one else left for one in made.tolist()]
 
+    def makes(self, order: int) -> bool:
+        """Return whether khugepaged makes folios of `order`, and its settings may be changed with these rights."""
+        return self._counts(order) and os.access(self._sysfs.root / "khugepaged/scan_sleep_millisecs", os.W_OK)
+
+    def _counts(self, order: int) -> bool:
+        """Return whether khugepaged counts what it makes of `order`, which it does for every size that it makes."""
+        return "collapse_alloc" in self._sysfs.stats(self._geometry).get(order, {})
+
     def _settings(self, orders: Sequence[int], blocks: Sequence[Block], *, fill: bool) -> dict[str, str]:
         """What khugepaged is told, those switches that turn sizes off last.
 
         Raises:
             UnsupportedError: as :meth:`collapse`.
         """
-        stats = self._sysfs.stats(self._geometry)
-        if "collapse_alloc" not in stats.get(min(orders), {}):
+        if not self._counts(min(orders)):
             label = self._geometry.label(min(orders))
             raise UnsupportedError(
                 f"this kernel's khugepaged makes no folios of {label}",
-                help="Linux 7.2 or later does; the mechanism auto needs no such kernel",
+                help="use Linux 7.2 or later, or the mechanism move",
             )
         settings = {
             "khugepaged/max_ptes_none": str(self._geometry.ptes_per_pmd - 1 if fill else 0),

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, PteColumns, Segment, Vma, Watch
+from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, Mechanism, PteColumns, Segment, Vma, Watch
+from mthp.budget import MACHINE, MemoryBound
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
+from mthp.linux.headroom import memory_bounds
 from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
 from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
@@ -33,6 +35,7 @@ from mthp.results import ScanResult, result_of_madvise
 from mthp.tunables import Switches, Tunables
 
 if TYPE_CHECKING:
+    from mthp.linux.kernel_khugepaged import KernelKhugepaged
     from mthp.linux.mover.guarded import OwnBlocks
     from mthp.linux.mover.mover import Mover
 
@@ -46,7 +49,7 @@ NO_PFNS = (
     "page frame numbers, and with them the folio orders below the PMD size, lazily freed pages and KSM pages:"
     " CAP_SYS_ADMIN shows them (run as root)"
 )
-NEEDS_MOVER = "MADV_COLLAPSE makes folios of the PMD size only: smaller ones need the mover"
+NEEDS_MOVER = "MADV_COLLAPSE makes folios of the PMD size only: smaller ones need the mechanism move"
 NEEDS_CALL = "the mover makes no folios of the PMD size: MADV_COLLAPSE does"
 NO_SCAN = "where PMD entries map, beyond what smaps tells of whole mappings: Linux 6.7 or later shows it (PAGEMAP_SCAN)"
 
@@ -196,18 +199,17 @@ class LiveAddressSpace(AddressSpace):
         """
         self.process.check_alive()
         asked = sum(end - start for start, end in segments)
-        if asked < SPARSE_BYTES or not self._pagemap.can_scan or asked < SPARSE_RATIO * self._resident():
+        if asked < SPARSE_BYTES or not self._pagemap.can_scan or asked < SPARSE_RATIO * self._in_memory_or_swap():
             return list(segments)
         found: list[Segment] = []
         for segment in segments:
             found += self._populated(segment, granule)
         return found
 
-    def _resident(self) -> int:
+    def _in_memory_or_swap(self) -> int:
         """Bytes that the process has in memory and swap."""
-        pages = int(self.process.read("statm").split()[1])
         swapped = (self.process.status("VmSwap") or "0").split()[0]
-        return pages * self._geometry.page_size + (int(swapped) << 10)
+        return self.resident_bytes() + (int(swapped) << 10)
 
     def _populated(self, segment: Segment, granule: int) -> list[Segment]:
         found: list[Segment] = []
@@ -231,7 +233,7 @@ class LiveAddressSpace(AddressSpace):
         )
 
     def collapse(self, address: int, order: int) -> CollapseOutcome:
-        """Collapse one run: the PMD order with MADV_COLLAPSE, smaller ones with the mover and its usual means.
+        """Collapse one run with the mechanism ``auto``.
 
         MADV_COLLAPSE is asked for with process_madvise(2), for this process with madvise(2). Its success does not mean
         that anything was done: the kernel also says it of a range that was huge before.
@@ -245,10 +247,10 @@ class LiveAddressSpace(AddressSpace):
         return self.collapse_blocks([(address, order)], Means())[0]
 
     def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
-        """Collapse disjoint `blocks`: the PMD order with MADV_COLLAPSE, smaller ones with the mover.
+        """Collapse disjoint `blocks`, each by what :meth:`mechanism_for` says of its order.
 
-        With the mechanism ``madvise`` smaller orders, and with ``move`` the PMD order, are left alone, with the reason.
-        If the target exits meanwhile, the outcomes of what was left are ANY_PROCESS.
+        Where that is nothing, a block is left alone, with the reason. If the target exits meanwhile, the outcomes of
+        what was left are ANY_PROCESS.
 
         Raises:
             As :meth:`collapse`.
@@ -257,28 +259,49 @@ class LiveAddressSpace(AddressSpace):
         for address, order in blocks:
             if address % geometry.size_of(geometry.check_order(order)):
                 raise UsageError(f"{address:#x} is not aligned to {geometry.label(order)}")
-        if means.mechanism == "khugepaged":
-            from mthp.linux.kernel_khugepaged import KernelKhugepaged
-
-            return KernelKhugepaged(self).collapse(blocks, fill=means.fill)
+        by: dict[Mechanism | None, list[Block]] = {}
+        for block in blocks:
+            by.setdefault(self.mechanism_for(block[1], means.mechanism), []).append(block)
         outcomes: dict[Block, CollapseOutcome] = {}
-        by_call = [block for block in blocks if block[1] == geometry.pmd_order]
-        by_move = [block for block in blocks if block[1] != geometry.pmd_order]
-        if means.mechanism == "move":
-            outcomes |= dict.fromkeys(by_call, CollapseOutcome(ScanResult.FAIL, 0, reason=NEEDS_CALL))
-        else:
-            outcomes |= {block: self._madvise(block[0]) for block in by_call}
-        if means.mechanism == "madvise":
-            outcomes |= dict.fromkeys(by_move, CollapseOutcome(ScanResult.FAIL, 0, reason=NEEDS_MOVER))
-        elif by_move:
-            outcomes |= zip(by_move, self._mover().collapse(by_move, means), strict=True)
+        for mechanism, chosen in by.items():
+            outcomes |= zip(chosen, self._collapse_by(mechanism, chosen, means), strict=True)
         return [outcomes[block] for block in blocks]
+
+    def _collapse_by(self, mechanism: Mechanism | None, blocks: list[Block], means: Means) -> list[CollapseOutcome]:
+        """Collapse `blocks` by one mechanism; None leaves them alone."""
+        if mechanism == "madvise":
+            return self._madvise_all([address for address, _ in blocks])
+        if mechanism == "move":
+            return self._mover().collapse(blocks, means)
+        if mechanism == "khugepaged":
+            return self._khugepaged().collapse(blocks, fill=means.fill)
+        needs = {True: NEEDS_CALL, False: NEEDS_MOVER}
+        pmd_order = self._geometry.pmd_order
+        return [CollapseOutcome(ScanResult.FAIL, 0, reason=needs[order == pmd_order]) for _, order in blocks]
+
+    def drives_khugepaged(self, order: int) -> bool:
+        return self._khugepaged().makes(order)
+
+    def _khugepaged(self) -> KernelKhugepaged:
+        # Imported here: it reads the switch journal, which reading alone does not need.
+        from mthp.linux.kernel_khugepaged import KernelKhugepaged
+
+        return KernelKhugepaged(self)
 
     def take_pauses(self) -> list[int]:
         return self._made_mover.take_pauses() if self._made_mover else []
 
-    def move_hindrances(self) -> list[str]:
-        return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover().refusals()]
+    def threads(self) -> int:
+        return int(self.process.status("Threads") or 1)
+
+    def resident_bytes(self) -> int:
+        return int(self.process.read("statm").split()[1]) * self._geometry.page_size
+
+    def memory_bounds(self) -> list[MemoryBound]:
+        return memory_bounds(self.process.read("cgroup").decode(errors="replace"))
+
+    def move_hindrances(self, means: Means) -> list[str]:
+        return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover().refusals(means)]
 
     def _mover(self) -> Mover | OwnBlocks:
         """The mover of this process, made when it is first needed."""
@@ -292,6 +315,24 @@ class LiveAddressSpace(AddressSpace):
 
                 self._made_mover = Mover(self)
         return self._made_mover
+
+    def _madvise_all(self, addresses: list[int]) -> list[CollapseOutcome]:
+        """MADV_COLLAPSE of PMD ranges; after a failed charge no more are tried, since the target is at a limit.
+
+        Raises:
+            As :meth:`collapse`.
+        """
+        outcomes: list[CollapseOutcome] = []
+        for address in addresses:
+            outcome = self._madvise(address)
+            outcomes.append(outcome)
+            if outcome.result is ScanResult.CGROUP_CHARGE_FAIL or (
+                outcome.result is ScanResult.ALLOC_HUGE_PAGE_FAIL
+                and any(bound.name != MACHINE for bound in self.memory_bounds())
+            ):
+                break
+        left = len(addresses) - len(outcomes)
+        return outcomes + [CollapseOutcome(outcomes[-1].result, 0, outcomes[-1].errno, everywhere=True)] * left
 
     def _madvise(self, address: int) -> CollapseOutcome:
         """MADV_COLLAPSE of the PMD range at `address`, asked for a second time if it says EAGAIN.

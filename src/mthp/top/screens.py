@@ -13,6 +13,7 @@ from textual.widgets import Button, Label, ProgressBar, Static
 
 from mthp.collapsing import CollapseOptions, CollapseReport
 from mthp.geometry import Geometry, format_size
+from mthp.price import needs_move_reason, price_of_moving
 from mthp.text import clean
 from mthp.top.carrying import Carrying
 from mthp.top.model import Row, described
@@ -72,13 +73,10 @@ def question_text(row: Row, geometry: Geometry, options: CollapseOptions) -> Tex
         sizes = ", ".join(map(geometry.label, below)) or f"smaller than {pmd}, if the plan has any"
         say(
             f"Folios of {sizes}",
-            "by moving pages. All threads of the process are stopped, for about"
-            f" {1000 * options.max_pause:g} ms at a time and {options.duty:.0%} of the time; one of them runs a small"
-            " piece of code that is injected. Meanwhile the switch of one folio size is `always` for the whole system."
-            " All is taken back at the end.",
+            "not made from here unless the kernel's khugepaged makes them (Linux 7.2), for which switches change for"
+            " the whole system meanwhile: `mthp collapse PID --mechanism move`"
+            f" {price_of_moving(1, options.means.max_pause_ns)}.",
         )
-        if not options.fill:
-            say("Holes", f"only folios of {pmd} fill them; smaller runs with holes are left as they are.")
     return text
 
 
@@ -204,12 +202,17 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
     if report.windows.count:
         lines.append(f"it stood still {report.windows.count:,} times, for {1000 * report.windows.p50:.2f} ms at a time")
     left = [(count, pmd, result.meaning) for result, count in report.failed.items()]
+    left += [(report.over_budget, pmd, "filling them would exceed the bloat budget")] if report.over_budget else []
+    left += [(report.over_reserve, pmd, report.room)] if report.over_reserve else []
+    left += [(n, geometry.label(order), needs_move_reason(report.move_price)) for order, n in report.needs_move.items()]
     for order, tally in report.folios.items():
         left += [(count, geometry.label(order), reason) for (_, reason), count in tally.failed.items()]
     left.sort(key=lambda entry: -entry[0])
     lines += [f"not made: {count:,} of {size}: {reason}" for count, size, reason in left[:MAX_REASONS]]
     if len(left) > MAX_REASONS:
         lines.append(f"not made for other reasons: {sum(count for count, _, _ in left[MAX_REASONS:]):,}")
+    if report.out_of_memory:
+        lines.append(f"it ended at the first failed charge: {report.out_of_memory}")
     if report.error is not None:
         lines.append(f"it ended early: {report.error.message}")
     if report.interrupted:

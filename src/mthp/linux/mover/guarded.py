@@ -48,7 +48,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, Block, CollapseOutcome, Means
+from mthp.addrspace import ORDER_UNKNOWN, USUAL_MEANS, Block, CollapseOutcome, Means
 from mthp.errors import UnsupportedError, UsageError
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import LiveAddressSpace, open_live
@@ -73,7 +73,7 @@ THREAD_MARGIN = 4096
 """How far from its robust list, in bytes, a thread's rseq area may be: C libraries keep both in one structure."""
 
 _FOR_OTHERS = frozenset(
-    {"itself", "init", "ancestor", "traced", "vfork", "uninterruptible", "shared_vm", "shared_vm_unknown"}
+    {"itself", "init", "ancestor", "traced", "threads", "vfork", "uninterruptible", "shared_vm", "shared_vm_unknown"}
 )
 """Refusals for processes that are to be stopped from outside. Sharers of the address space meet the guard too."""
 
@@ -141,20 +141,22 @@ class OwnBlocks:
         self._guarded = guarded
         self._journal = journal or SwitchJournal(sysfs=space.sysfs)
 
-    def refusals(self) -> list[Refusal]:
-        """All that speaks against moving memory of this process at this moment."""
-        return [each for each in refuse_process(self._space.process, self._space) if each.key not in _FOR_OTHERS]
+    def refusals(self, means: Means) -> list[Refusal]:
+        """Return all that speaks against moving memory of this process by `means` at this moment."""
+        refusals = refuse_process(self._space.process, self._space, means)
+        return [each for each in refusals if each.key not in _FOR_OTHERS]
 
-    def move(self, blocks: Sequence[Block], *, fill: bool = False) -> list[BlockOutcome]:
+    def move(self, blocks: Sequence[Block], *, fill: bool = False, means: Means = USUAL_MEANS) -> list[BlockOutcome]:
         """Move disjoint `blocks`: the outcome of each, in their order.
 
         Args:
             fill: whether holes are to be filled.
+            means: what it may cost this process and the machine.
 
         Raises:
             As :func:`collapse_own`.
         """
-        for refusal in self.refusals():
+        for refusal in self.refusals(means):
             raise UnsupportedError(f"this process cannot move its own memory: {refusal.reason}", help=refusal.remedy)
         outcomes: dict[Block, BlockOutcome] = {}
         for order in sorted({order for _, order in blocks}, reverse=True):
@@ -190,7 +192,7 @@ class OwnBlocks:
             raise UnsupportedError(
                 "own memory cannot be verified: other threads go on writing to it", help="leave --verify out"
             )
-        outcomes = self.move(blocks, fill=means.fill)
+        outcomes = self.move(blocks, fill=means.fill, means=means)
         return [CollapseOutcome(each.result, each.elapsed_ns, each.errno, each.reason) for each in outcomes]
 
     def take_pauses(self) -> list[int]:

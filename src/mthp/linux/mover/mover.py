@@ -36,12 +36,13 @@ from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.interruptions import suspension_held_back
 from mthp.linux.mover.outcome import BlockOutcome, Objection
-from mthp.linux.mover.processrefusals import refuse_process
+from mthp.linux.mover.processrefusals import PASSING, refuse_process
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, last_pid, zero_pages_of
 from mthp.linux.mover.refusal import Refusal
 from mthp.linux.mover.refusals import objection_of, refuse_vma
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Observer, ignore
+from mthp.linux.mover.tracee import CannotStopError
 from mthp.results import ScanResult
 
 VMAS_AGE_NS = 200_000_000
@@ -87,7 +88,8 @@ class _Batch:
     def give_up(self, blocks: Sequence[Block], result: ScanResult, error: MthpError) -> None:
         """Give those of `blocks` without an outcome this one."""
         reason = f"{error.message} ({error.help})" if error.help else error.message
-        outcome = CollapseOutcome(result, 0, reason=reason, everywhere=True)
+        passing = isinstance(error, CannotStopError)
+        outcome = CollapseOutcome(result, 0, reason=reason, everywhere=True, passing=passing)
         for block in blocks:
             self.outcomes.setdefault(block, outcome)
 
@@ -117,13 +119,13 @@ class Mover:
         self._vmas_good_until = 0
         self._pauses: list[int] = []
 
-    def refusals(self) -> list[Refusal]:
-        """All that speaks against moving memory of the process at this moment.
+    def refusals(self, means: Means) -> list[Refusal]:
+        """Return all that speaks against moving memory of the process by `means` at this moment.
 
         Raises:
             TargetVanishedError: it is gone.
         """
-        return refuse_process(self._process, self._space)
+        return refuse_process(self._process, self._space, means)
 
     def collapse(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
         """Move `blocks`, disjoint and below the PMD order: the outcome of each, in their order.
@@ -133,8 +135,10 @@ class Mover:
             NotPermittedError, UnsupportedError, MthpError: nothing was moved, since the switches cannot be set.
         """
         batch = _Batch(blocks, means, last_pid())
-        if reason := self._broken or "; ".join(why.reason for why in self.refusals()):
-            return [CollapseOutcome(ScanResult.FAIL, 0, reason=reason, everywhere=True)] * len(blocks)
+        refusals = [] if self._broken else self.refusals(means)
+        if reason := self._broken or "; ".join(why.reason for why in refusals):
+            passing = bool(refusals) and all(why.key in PASSING for why in refusals)
+            return [CollapseOutcome(ScanResult.FAIL, 0, reason=reason, everywhere=True, passing=passing)] * len(blocks)
         with suspension_held_back():
             self._collapse(batch)
             if batch.reopen(MAPPING_CHANGED.reason):

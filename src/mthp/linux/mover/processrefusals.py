@@ -16,17 +16,19 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from mthp.addrspace import AddressSpace
+from mthp.addrspace import USUAL_MEANS, AddressSpace, Means
+from mthp.budget import Room
 from mthp.errors import MthpError, NotPermittedError
-from mthp.geometry import format_size
-from mthp.linux.freememory import cgroup_limit, is_frozen
+from mthp.geometry import Geometry, format_size
+from mthp.linux.cgroups import cgroup_mounts, is_frozen
+from mthp.linux.headroom import memory_bounds
 from mthp.linux.mover.devices import open_files, refuse_files
-from mthp.linux.mover.headroom import low_memory
 from mthp.linux.mover.kcmp import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.mover.refusal import Refusal
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
 from mthp.linux.process import Process
+from mthp.price import most_threads, price_of_moving
 
 ELFCLASS64 = 2
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
@@ -39,13 +41,13 @@ READ_IMPLIES_EXEC = 0x0400000
 CLONING_CALLS = {"x86_64": (56, 58, 435), "aarch64": (220, 435)}
 """``clone``, ``vfork`` and ``clone3``: the calls that wait for a child to exec, in ``asm/unistd.h``."""
 
-LOW_MEMORY = 64 << 20
-"""Bytes that must be available on the machine, and left in the target's memory cgroup, for a move to be begun."""
-
 UNINTERRUPTIBLE_LOOKS = 5
 UNINTERRUPTIBLE_PAUSE = 0.002
 """A thread found in state D each time, with so many seconds between, is taken to stay there; most are there for the
 length of a disk access or a page fault."""
+
+PASSING = frozenset({"vfork", "uninterruptible"})
+"""Keys of refusals that may be over a moment later."""
 
 _ELF_HEADER = struct.Struct("<4sB13xH")
 _MAPPED_AIO = re.compile(rb" /\[aio\](?: \(deleted\))?$", re.MULTILINE)
@@ -55,11 +57,11 @@ _MAPPED_IO_URING = re.compile(rb" anon_inode:\[io_uring\]$", re.MULTILINE)
 class _Target:
     """What the checks look at; each thing is read once, when a check first wants it."""
 
-    def __init__(self, process: Process, space: AddressSpace, proc: Path, cgroups: Path) -> None:
+    def __init__(self, process: Process, space: AddressSpace, means: Means, proc: Path) -> None:
         self.process = process
         self.space = space
+        self.means = means
         self.proc = proc
-        self.cgroups = cgroups
 
     @cached_property
     def threads(self) -> list[Thread]:
@@ -82,19 +84,20 @@ class _Target:
 
 
 def refuse_process(
-    process: Process, space: AddressSpace, *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
+    process: Process, space: AddressSpace, means: Means = USUAL_MEANS, *, proc: Path = Path("/proc")
 ) -> list[Refusal]:
     """All that speaks against moving memory of `process` at this moment; empty if nothing does.
 
     Args:
         process: the target.
         space: its address space.
-        proc, cgroups: where the machine's memory is looked up.
+        means: what moving may cost the target and the machine.
+        proc: where the machine's memory is looked up.
 
     Raises:
         TargetVanishedError: it is gone.
     """
-    target = _Target(process, space, proc, cgroups)
+    target = _Target(process, space, means, proc)
     refused = [refusal for check in _BY_ANYBODY if (refusal := check(target))]
     if refusal := _not_permitted(target):
         # The others look at what these rights do not show.
@@ -162,6 +165,19 @@ def _traced(target: _Target) -> Refusal | None:
     return None
 
 
+def _threads(target: _Target) -> Refusal | None:
+    """Stopping takes time for every thread, so that a target of thousands stands still for long in every window."""
+    threads, pause = target.space.threads(), target.means.max_pause_ns
+    most = target.means.max_threads or most_threads(pause)
+    if threads <= most:
+        return None
+    return Refusal(
+        "threads",
+        f"it has {threads} threads, more than {most}: moving {price_of_moving(threads, pause)}",
+        f"accept that (--max-threads {threads}), or allow a longer --max-pause",
+    )
+
+
 def _seccomp(target: _Target) -> Refusal | None:
     if filtered := [thread for thread in target.threads if thread.seccomp]:
         return Refusal(
@@ -210,16 +226,23 @@ def _userfaultfd(target: _Target) -> Refusal | None:
 
 
 def _low_memory(target: _Target) -> Refusal | None:
-    needed = max(LOW_MEMORY, 2 * target.space.geometry.pmd_size)
-    meminfo = (target.proc / "meminfo").read_text()
-    limit = cgroup_limit(target.cgroups, target.process.read("cgroup").decode(errors="replace"))
-    return low_memory(meminfo, limit, needed)
+    """A move takes a second set of pages for a moment; if there were none, the OOM killer might end the target."""
+    membership = target.process.read("cgroup").decode(errors="replace")
+    return low_memory(Room(lambda: memory_bounds(membership, target.proc), target.means.reserve), target.space.geometry)
+
+
+def low_memory(room: Room, geometry: Geometry) -> Refusal | None:
+    """Return whether there is too little room for the smallest move: one window with a page table of its own."""
+    if room.take(2 * geometry.pmd_size):
+        return None
+    return Refusal("low_memory", room.reason, "free some memory, raise the limit, or lower the reserve (--reserve)")
 
 
 def _frozen(target: _Target) -> Refusal | None:
     """Frozen threads stop for a tracer, but run nothing of ours until they are thawed (do_freezer_trap)."""
     membership = target.process.read("cgroup").decode(errors="replace")
-    if not is_frozen(target.cgroups, membership):
+    mounts = cgroup_mounts((target.proc / "self/mountinfo").read_text())
+    if not is_frozen(mounts, membership):
         return None
     return Refusal("frozen", "its cgroup is frozen, so that it could not run what moves its pages", "thaw it first")
 
@@ -374,6 +397,7 @@ _BY_ANYBODY: tuple[_Check, ...] = (
     _machine,
     _userfaultfd,
     _traced,
+    _threads,
     _seccomp,
     _io_uring_threads,
     _pinned,

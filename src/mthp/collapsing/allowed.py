@@ -1,0 +1,97 @@
+"""What of a plan a collapse would do, as its mechanism and its bounds allow at this moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mthp.addrspace import AddressSpace, Mechanism
+from mthp.collapsing.options import CollapseOptions
+from mthp.price import needs_move_reason, price_of_moving
+from mthp.space_plan import SpacePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Folios of one order that would not be made.
+
+    Attributes:
+        order: of the folios.
+        count: how many.
+        reason: why, as a clause with the way to have them made.
+    """
+
+    order: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a collapse would do.
+
+    Attributes:
+        folios_by_order: how many folios of which order it would make, the largest order first.
+        filled_bytes: what that would add.
+        bloat_budget: bytes that filling may add; None for no bound.
+        left: planned folios that it would not make.
+    """
+
+    folios_by_order: dict[int, int]
+    filled_bytes: int
+    bloat_budget: int | None
+    left: tuple[Left, ...]
+
+
+def mechanisms_of(space: AddressSpace, plan: SpacePlan, options: CollapseOptions) -> dict[int, Mechanism | None]:
+    """Return what makes the folios of each planned order, the largest first; None for nothing that was asked for."""
+    found: dict[int, Mechanism | None] = {}
+    for order in plan.folios_by_order:
+        made = space.mechanism_for(order, options.mechanism)
+        if made is None and order == space.geometry.pmd_order:
+            # Planned since the system's switches or the caller want it: those who ask for moving only are refused.
+            made = "madvise"
+        # khugepaged keeps to no rate.
+        if made is None and options.mechanism == "auto" and not options.rate and space.drives_khugepaged(order):
+            made = "khugepaged"
+        found[order] = made
+    return found
+
+
+def allowed_of(space: AddressSpace, plan: SpacePlan, options: CollapseOptions) -> Allowed:
+    """Return what a collapse of `space` would do now.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    budget, room = options.bloat_budget(space), options.room(space)
+    spare, page_size = room.spare, plan.geometry.page_size
+    made: dict[int, int] = {}
+    left: list[Left] = []
+    filled_bytes = 0
+    for order, mechanism in mechanisms_of(space, plan, options).items():
+        size = plan.geometry.size_of(order)
+        # As a collapse goes: the fullest first, so that a bound cuts the list in two.
+        fill = np.sort(plan.folios.filled[plan.folios.order == order].astype(np.int64)) * page_size
+        if mechanism is None:
+            price = price_of_moving(space.threads(), options.means.max_pause_ns)
+            left.append(Left(order, len(fill), needs_move_reason(price)))
+            continue
+        if mechanism != "madvise" and not options.fill:
+            fill = fill[fill == 0]
+            if holes := plan.folios_by_order[order] - len(fill):
+                left.append(Left(order, holes, "they have holes: --fill fills them"))
+        through = filled_bytes + np.cumsum(fill)
+        within = len(fill) if budget is None else int(np.searchsorted(through, budget, side="right"))
+        fitting = len(fill) if spare is None else int(np.searchsorted(through - fill + size, spare, side="right"))
+        if within < min(fitting, len(fill)):
+            left.append(
+                Left(order, len(fill) - within, f"filling them would add more than --max-bloat {options.max_bloat}")
+            )
+        elif fitting < len(fill):
+            left.append(Left(order, len(fill) - fitting, f"{room.reason}: --reserve"))
+        if count := min(within, fitting):
+            made[order] = count
+            filled_bytes = int(through[count - 1])
+    return Allowed(made, filled_bytes, budget, tuple(left))

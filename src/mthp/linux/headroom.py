@@ -1,0 +1,78 @@
+"""The limits that new memory of a process counts against, and what each leaves: cgroups at every level, the machine.
+
+A page is charged to the memory cgroup of the process and to all above it; the first that is at its limit has the kernel
+reclaim memory, and end a process of it if that does not help (try_charge_memcg(), mm/memcontrol.c). Above
+``memory.high`` threads are made to wait for every page instead, and so are those that a collapse works for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mthp.budget import MACHINE, MemoryBound
+from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
+from mthp.linux.freememory import parse_meminfo
+
+_V1_NO_LIMIT = 1 << 62
+"""No limit in a version 1 memory cgroup is the largest number of whole pages, just below 2**63 bytes."""
+
+_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory.high", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    # Memory and swap together; what is swapped out does not make way in it.
+    ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"),
+)
+
+
+def memory_bounds(membership: str, proc: Path = Path("/proc")) -> list[MemoryBound]:
+    """Return the limits that hold for a process.
+
+    Args:
+        membership: text of its ``/proc/PID/cgroup``.
+        proc: where the machine's memory and our mounts are looked up.
+    """
+    mounts = cgroup_mounts(_text(proc / "self/mountinfo"))
+    return [*machine_bounds(_text(proc / "meminfo")), *cgroup_bounds(mounts, membership)]
+
+
+def machine_bounds(meminfo: str) -> list[MemoryBound]:
+    """Return the machine's memory as a limit, from a text of ``/proc/meminfo``; nothing if it does not have it."""
+    total, available = parse_meminfo(meminfo, "MemTotal"), parse_meminfo(meminfo, "MemAvailable")
+    return [] if total is None or available is None else [MemoryBound(MACHINE, total, available)]
+
+
+def cgroup_bounds(mounts: Sequence[CgroupMount], membership: str) -> Iterator[MemoryBound]:
+    """Return the limits of the memory cgroup of a process, and of all above it."""
+    for directory in cgroup_directories(mounts, membership, "memory"):
+        droppable: int | None = None
+        for limit_file, used_file in _FILES:
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (directory / limit_file).read_text().strip(), int((directory / used_file).read_text())
+                if limit == "max" or int(limit) >= _V1_NO_LIMIT:
+                    continue
+                if droppable is None:
+                    droppable = _droppable(directory)
+                yield MemoryBound(str(directory), int(limit), int(limit) - used + droppable)
+
+
+def _droppable(cgroup: Path) -> int:
+    """Return the bytes of file memory that reclaim takes first: inactive and clean (memory.stat, cgroup-v2.rst)."""
+    words = _text(cgroup / "memory.stat").split()
+    counters = dict(zip(words[::2], words[1::2], strict=False))
+
+    def bytes_of(name: str, name_v1: str) -> int:
+        # Version 1 has the sums of the cgroups below under other names.
+        return int(counters.get(f"total_{name_v1}", counters.get(name, 0)))
+
+    unclean = bytes_of("file_dirty", "dirty") + bytes_of("file_writeback", "writeback")
+    return max(0, bytes_of("inactive_file", "inactive_file") - unclean)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
