@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mthp.daemon.control import MAX_REQUEST, ControlSocket, ask
+from mthp.daemon.control import MAX_CLIENTS, MAX_REQUEST, ControlSocket, ask
 from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
 from mthp.daemon.eventlog import EventLog
 from mthp.daemon.lock import DaemonLock
@@ -125,6 +125,72 @@ def test_clients_that_say_nothing_or_do_not_read_hold_nobody_up(server: Server) 
     for each in silent:
         each.close()
     assert ask(server.path, "status")["got"]
+
+
+def test_clients_that_are_idle_make_room_for_others(server: Server) -> None:
+    idle = [socket.socket(socket.AF_UNIX) for _ in range(3 * MAX_CLIENTS)]
+    for each in idle:
+        each.connect(str(server.path))
+        each.sendall(b'{"comm')
+    assert ask(server.path, "status")["got"]
+    # One that is not idle keeps its place.
+    with socket.socket(socket.AF_UNIX) as lively:
+        lively.connect(str(server.path))
+        for each in idle[: 2 * MAX_CLIENTS]:
+            lively.sendall(b'{"command": "status"}\n')
+            assert lively.recv(4096).endswith(b"\n")
+            each.close()
+            with socket.socket(socket.AF_UNIX) as more:
+                more.connect(str(server.path))
+                assert ask(server.path, "status")["got"]
+    for each in idle:
+        each.close()
+
+
+def test_many_requests_at_once_take_no_more_memory_than_one(server: Server) -> None:
+    asked = b'{"command": "status", "size": 8000000}\n' * 100
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(server.path))
+        sock.sendall(asked[: MAX_REQUEST - MAX_REQUEST % 39])
+        assert ask(server.path, "status")["got"]
+        # Answers that are not read are not made.
+        assert len(server.asked) <= 3
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(server.path))
+        sock.sendall(b'{"command": "status"}\n' * 50)
+        lines = b""
+        while lines.count(b"\n") < 50:
+            lines += sock.recv(1 << 16)
+
+
+@pytest.mark.parametrize("line", [b"[" * 2000, b'{"a":' * 700, b"9" * 3000, b"\xff", b"\x00", b'{"command": [[]]}'])
+def test_a_line_that_is_made_to_hurt_is_answered(server: Server, line: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(server.path))
+        sock.sendall(line + b"\n")
+        assert json.loads(sock.recv(1 << 16))
+    assert ask(server.path, "status")["got"]
+
+
+@pytest.mark.parametrize(
+    "answer", [b"[]\n", b"null\n", b"[" * 5000 + b"\n", b'{"error": {"a": 1}}\n', b"\xff\n", b"", b"{"]
+)
+def test_an_answer_that_makes_no_sense_is_an_error(tmp_path: Path, answer: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "daemon.sock"))
+        listening.listen()
+
+        def speak() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        with pytest.raises(MthpError):
+            ask(tmp_path / "daemon.sock", "status")
+        thread.join()
 
 
 def test_a_socket_that_is_taken_is_left_alone_and_a_dead_one_is_not(server: Server, tmp_path: Path) -> None:

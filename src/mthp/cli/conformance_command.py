@@ -9,7 +9,7 @@ import click
 from mthp.cli.options import json_option
 from mthp.cli.output import console, print_json, progress_bar, say
 from mthp.sim.conformance import CaseReport, Replay, replay_case
-from mthp.sim.golden import read_cases
+from mthp.sim.golden import case_lines, parse_case
 
 SHOWN_CASES = 20
 """Cases that do not agree and are printed; the JSON object has them all."""
@@ -33,10 +33,10 @@ def replay_command(context: click.Context, files: tuple[str, ...], as_json: bool
     totals = Replay()
     out = console()
     for file in files:
-        cases = list(read_cases(file))
+        cases = case_lines(file)
         with progress_bar(file, hidden=as_json) as progress:
             for done, case in enumerate(cases, 1):
-                report = replay_case(case)
+                report = replay_case(parse_case(case))
                 totals.add(report)
                 progress(done, len(cases))
                 if report.mismatches and not as_json and len(totals.failed) <= SHOWN_CASES:

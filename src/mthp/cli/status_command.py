@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from rich.console import Console
 from mthp.cli.options import json_option
 from mthp.cli.output import console, milliseconds, percent, print_json, say
 from mthp.cli.render.tables import Table
+from mthp.errors import MthpError
 from mthp.geometry import format_size
 
 PAUSE_SECONDS = 10.0
@@ -42,12 +45,32 @@ def command(run_dir: Path | None, as_json: bool) -> int:
     if as_json:
         print_json("status", status)
     else:
-        print_status(console(), status)
+        with of_this_version():
+            print_status(console(), status)
     return 0
+
+
+@contextmanager
+def of_this_version() -> Iterator[None]:
+    """Refuse an answer in which something is missing: a daemon of another version, or something else, made it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, MthpError):
+            raise
+        raise MthpError(
+            f"the daemon's answer makes no sense: {str(error)[:60]}",
+            help="it may be of another version than this mthp: restart it",
+        ) from error
 
 
 def set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
     """Tell the daemon to pause or to resume; a pause is there when this returns."""
+    with of_this_version():
+        return _set_paused(word, run_dir, as_json)
+
+
+def _set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
     answer = ask_daemon(word, run_dir)
     deadline = time.monotonic() + PAUSE_SECONDS
     while answer["paused"] and answer["busy"] and time.monotonic() < deadline:

@@ -1,7 +1,8 @@
 """The daemon's socket: ``mthp status``, ``pause`` and ``resume`` ask here.
 
 A client sends one JSON object in a line, ``{"command": "status"}``, and gets one back; then it may send the next.
-Nobody can hold the daemon up: a client that sends too much, or does not read what it is given, is dropped.
+No client can hold the daemon up, or another client: one that sends too much, or does not read its answer, is dropped,
+and when all places are taken, the one that has been silent for longest makes room.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import os
 import selectors
 import socket
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mthp.bounded import parse_json
 from mthp.errors import MthpError, NotPermittedError, UsageError
 
 NAME = "daemon.sock"
@@ -24,10 +27,17 @@ MODE = 0o660
 
 MAX_REQUEST = 4096
 MAX_CLIENTS = 32
+BACKLOG = 128
+"""Clients that wait to be accepted."""
+
 MAX_UNREAD = 16 << 20
 """Bytes of answers that wait for one client at most."""
 
 CLIENT_TIMEOUT = 5.0
+"""Seconds to wait for the next part of an answer."""
+
+ANSWER_TIMEOUT = 30.0
+"""Seconds to wait for all of it."""
 
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -46,10 +56,11 @@ class ControlSocket:
 
     def __init__(self, path: Path, selector: selectors.BaseSelector, answer: Answer) -> None:
         self._path, self._selector, self._answer = path, selector, answer
-        self._clients: dict[int, _Client] = {}
+        # In the order of when they were last heard of.
+        self._clients: dict[_Client, None] = {}
         self._socket = _bound(path)
         self._socket.setblocking(False)
-        self._socket.listen(MAX_CLIENTS)
+        self._socket.listen(BACKLOG)
         selector.register(self._socket, selectors.EVENT_READ, self._accept)
 
     def _accept(self, _events: int) -> None:
@@ -57,27 +68,31 @@ class ControlSocket:
         with contextlib.suppress(OSError):
             connection, _ = self._socket.accept()
             if len(self._clients) >= MAX_CLIENTS:
-                connection.close()
-                return
+                self._drop(next(iter(self._clients)))
             client = _Client(connection, self._answer)
-            self._clients[client.fileno()] = client
+            self._clients[client] = None
             self._selector.register(connection, selectors.EVENT_READ, lambda events: self._serve(client, events))
 
     def _serve(self, client: _Client, events: int) -> None:
-        if client.serve(events):
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.unread else 0)
-            self._selector.modify(client.socket, wanted, lambda events: self._serve(client, events))
-        else:
+        if client not in self._clients:
+            # It was dropped after the selector had seen something of it.
+            return
+        if not client.serve(events):
             self._drop(client)
+            return
+        self._clients.pop(client)
+        self._clients[client] = None
+        wanted = selectors.EVENT_WRITE if client.unread else selectors.EVENT_READ
+        self._selector.modify(client.socket, wanted, lambda events: self._serve(client, events))
 
     def _drop(self, client: _Client) -> None:
-        self._clients.pop(client.fileno(), None)
+        self._clients.pop(client)
         self._selector.unregister(client.socket)
         client.socket.close()
 
     def close(self) -> None:
         """Stop listening; the socket's file is removed."""
-        for client in list(self._clients.values()):
+        for client in list(self._clients):
             self._drop(client)
         self._selector.unregister(self._socket)
         self._socket.close()
@@ -94,35 +109,32 @@ class _Client:
         self._answer = answer
         self._asked = b""
 
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
     def serve(self, events: int) -> bool:
         """Read, answer and write what can be; False once it is to be dropped."""
         try:
-            if events & selectors.EVENT_READ and not self._read():
-                return False
-            if self.unread:
+            if events & selectors.EVENT_READ:
+                part = self.socket.recv(MAX_REQUEST)
+                self._asked += part
+                if not part or len(self._asked) > 2 * MAX_REQUEST:
+                    return False
+            # The next request is answered when the answer to the one before is on its way: however many a client
+            # sends at once, it has one answer in our memory.
+            while self.unread or b"\n" in self._asked:
+                if not self.unread:
+                    line, _, self._asked = self._asked.partition(b"\n")
+                    self.unread = json.dumps(_answered(line, self._answer)).encode() + b"\n"
                 self.unread = self.unread[self.socket.send(self.unread) :]
         except BlockingIOError:
             pass
         except OSError:
             return False
-        return len(self.unread) <= MAX_UNREAD
-
-    def _read(self) -> bool:
-        part = self.socket.recv(MAX_REQUEST)
-        self._asked += part
-        while b"\n" in self._asked:
-            line, _, self._asked = self._asked.partition(b"\n")
-            self.unread += json.dumps(_answered(line, self._answer)).encode() + b"\n"
-        return bool(part) and len(self._asked) <= MAX_REQUEST
+        return len(self.unread) <= MAX_UNREAD and (b"\n" in self._asked or len(self._asked) <= MAX_REQUEST)
 
 
 def _answered(line: bytes, answer: Answer) -> dict[str, Any]:
     try:
-        request = json.loads(line)
-    except ValueError:
+        request = parse_json(line)
+    except UsageError:
         request = None
     if not isinstance(request, dict):
         return {"error": "a request is one JSON object in a line", "help": '{"command": "status"}'}
@@ -174,6 +186,18 @@ def _clear(path: Path) -> None:
     raise UsageError(f"socket {path} is taken: somebody listens there", help="`mthp status` asks who it is")
 
 
+def _connect(sock: socket.socket, path: str, deadline: float) -> None:
+    """Connect `sock`, and wait where other clients crowd: connect(2) of a local socket does not wait by itself."""
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError from None
+            time.sleep(0.01)
+
+
 def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
     """Ask the running daemon, and give its answer.
 
@@ -183,16 +207,19 @@ def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
     """
     request = json.dumps({"command": command} | values).encode() + b"\n"
     parts: list[bytes] = []
+    deadline = time.monotonic() + ANSWER_TIMEOUT
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(CLIENT_TIMEOUT)
         try:
-            sock.connect(str(path))
+            _connect(sock, str(path), deadline)
             sock.sendall(request)
             while not parts or not parts[-1].endswith(b"\n"):
                 part = sock.recv(1 << 16)
                 if not part:
                     break
                 parts.append(part)
+                if sum(map(len, parts)) > MAX_UNREAD or time.monotonic() > deadline:
+                    raise MthpError(f"the answer of what listens at {path} does not end", help="see who: ss -xlp")
         except PermissionError as error:
             raise NotPermittedError(
                 f"not permitted to ask the daemon at {path}", help="run as root, or as a member of the socket's group"
@@ -205,10 +232,11 @@ def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
                 help="start one: mthp daemon, or systemctl start mthp",
             ) from error
     try:
-        answer = json.loads(b"".join(parts))
-    except ValueError:
+        answer = parse_json(b"".join(parts))
+    except UsageError:
         raise MthpError(f"the daemon at {path} ended in the middle of its answer") from None
+    if not isinstance(answer, dict):
+        raise MthpError(f"what listens at {path} is not a daemon of mthp")
     if "error" in answer:
-        raise MthpError(answer["error"], help=answer.get("help", ""))
-    assert isinstance(answer, dict)
+        raise MthpError(str(answer["error"]), help=str(answer.get("help", "")))
     return answer

@@ -7,15 +7,17 @@ is counted twice and nothing costs anything while nobody looks.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mthp.daemon.boundedserver import BoundedServer
 from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
 from mthp.daemon.pressure import memory_used
 from mthp.errors import UnsupportedError, UsageError
 
 try:
-    from prometheus_client import CollectorRegistry, start_http_server
+    from prometheus_client import CollectorRegistry, make_wsgi_app
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.registry import Collector
 except ImportError as error:
@@ -36,12 +38,14 @@ class MetricsServer:
         registry = CollectorRegistry()
         registry.register(_DaemonCollector(daemon))
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            self._server = BoundedServer(host, port, make_wsgi_app(registry))
         except OSError as error:
             raise UsageError(
                 f"metrics cannot be served at {host}:{port}: {error.strerror or error}",
                 help="another program may have that port (ss -ltnp tells which): give another with --metrics",
             ) from error
+        self._thread = threading.Thread(target=self._server.serve_forever, name="mthp-metrics", daemon=True)
+        self._thread.start()
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def close(self) -> None:

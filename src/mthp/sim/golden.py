@@ -8,7 +8,8 @@ case and of the field, so that nothing behind this module meets a surprise.
 from __future__ import annotations
 
 import gzip
-import json
+import io
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.bounded import Bound, parse_json, read_small
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.tunables import LIMITS, Tunables
@@ -52,6 +54,18 @@ VMA_WORDS = ("uffd_wp_registered", "uffd_missing_registered", "mlocked", "droppa
 
 MAX_SLOT = 1 << 22
 """Largest swap slot of a case; a device has room for all up to the largest that is named."""
+
+FILE_BYTES = Bound(1 << 28, "bytes of golden cases")
+"""Also when inflated; the largest of the recorded files has 20 MiB."""
+
+LINES = Bound(1 << 17, "lines of golden cases")
+"""The largest of the recorded files has 3 924."""
+
+CASE_BYTES = Bound(1 << 20, "bytes of one golden case")
+"""The largest that was recorded has 124 KiB."""
+
+PASSES = Bound(16, "passes of one golden case")
+"""Three are recorded. Each is simulated."""
 
 Runs = list[list[Any]]
 
@@ -114,35 +128,62 @@ def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a golden file: one a line, compressed if the name ends in ``.gz``.
 
     Raises:
-        UsageError: it cannot be read, or a line has not what every case has.
+        UsageError: as :func:`case_lines`.
+    """
+    return map(parse_case, case_lines(path))
+
+
+def case_lines(path: str | Path) -> list[bytes]:
+    """The lines of a golden file that hold a case, each checked to have what every case has.
+
+    Raises:
+        UsageError: it cannot be read, is too large, or a line has not what every case has.
     """
     path = Path(path)
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    data = io.BytesIO(read_small(path, FILE_BYTES))
+    lines: list[bytes] = []
+    number = total = 0
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    yield _with_all_keys(json.loads(line))
+        with gzip.GzipFile(fileobj=data) if path.suffix == ".gz" else data as file:
+            while line := file.readline(CASE_BYTES.now + 1):
                 number += 1
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise UsageError(
-            f"{path} cannot be replayed: line {number + 1}: {what}",
-            help="give a file of golden cases: JSON lines, compressed if the name ends in .gz",
-        ) from error
+                LINES.check(number)
+                total += len(line)
+                CASE_BYTES.check(len(line))
+                FILE_BYTES.check(total)
+                if line.strip():
+                    parse_case(line)
+                    lines.append(line)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        what, hint = getattr(error, "strerror", None) or str(error), getattr(error, "help", "")
+        # A line that was read is at fault, or the next could not be read.
+        number += not isinstance(error, UsageError)
+        raise UsageError(f"{path} cannot be replayed: line {number}: {what}", help=hint or _HOW) from error
+    return lines
+
+
+_HOW = "give a file of golden cases: JSON lines, compressed if the name ends in .gz"
+
+
+def parse_case(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line, which has what every case has.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    return _with_all_keys(parse_json(line, size=CASE_BYTES))
 
 
 def _with_all_keys(case: Any) -> dict[str, Any]:
     """The case, if it has what every case has.
 
     Raises:
-        ValueError: it has not.
+        UsageError: it has not.
     """
     if not isinstance(case, dict):
-        raise ValueError("not a JSON object")
+        raise UsageError("not a JSON object")
     if missing := [key for key in REQUIRED if key not in case]:
-        raise ValueError(f"a case without {', '.join(missing)}")
+        raise UsageError(f"a case without {', '.join(missing)}")
     return case
 
 
@@ -155,7 +196,7 @@ def case_of(raw: dict[str, Any]) -> Case:
     try:
         return _case(raw)
     except UsageError as error:
-        raise UsageError(f"case {raw.get('id')}: {error.message}", help=error.help) from error
+        raise UsageError(f"case {str(raw.get('id'))[:60]}: {error.message}", help=error.help) from error
 
 
 def _case(raw: dict[str, Any]) -> Case:
@@ -229,8 +270,8 @@ def _words(raw: dict[str, Any], key: str, known: tuple[str, ...]) -> tuple[str, 
 def _release(kernel: Any) -> tuple[int, int]:
     """Major and minor number of a kernel's release."""
     numbers = str(kernel).split(".")[:2]
-    if len(numbers) != 2 or not all(number.isascii() and number.isdecimal() for number in numbers):
-        raise UsageError(f"kernel {kernel!r} is no release", help="use two or three numbers: 7.3.4")
+    if len(numbers) != 2 or not all(re.fullmatch("[0-9]{1,4}", number) for number in numbers):
+        raise _wrong("kernel", kernel, "use two or three numbers: 7.3.4")
     return int(numbers[0]), int(numbers[1])
 
 
@@ -284,6 +325,7 @@ def _slots(raw: dict[str, Any], kinds: NDArray[np.str_]) -> NDArray[np.int64]:
 def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
     """What was recorded of each pass; orders that did not change are not written again."""
     recorded = _list(raw, "passes")
+    PASSES.check(len(recorded))
     if not recorded:
         # What the first pass has is at the top of the case, too, and then only there.
         recorded = [{key: raw[key] for key in ("scan_result", "stats") if key in raw}]
