@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from importlib import resources
@@ -106,6 +109,15 @@ def test_commands_on_files(
 ) -> None:
     pytest.importorskip("pyarrow")
     check(lambda: main(arguments), width, capsys, monkeypatch)
+
+
+@pytest.mark.usefixtures("directory")
+def test_a_terminal_that_has_no_ellipsis_gets_another_sign() -> None:
+    pytest.importorskip("pyarrow")
+    command = [sys.executable, "-m", "mthp", "simulate", "scenario.toml"]
+    environment = os.environ | {"COLUMNS": "60", "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="latin-1", check=True)
+    assert re.search(r"a-servi\S*\?\S*-table-2 ", done.stdout), done.stdout
 
 
 def space() -> FakeSpace:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import sys
@@ -113,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         # Closed by whoever started us. What is printed then goes nowhere.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A locale without the characters of a name, or without an ellipsis, gets question marks and no traceback.
+        sys.stdout.reconfigure(errors="replace")
     try:
         with raising_on_signals():
             code = _run(given)

@@ -37,7 +37,7 @@ GAP = 2
 INDENT = 4
 """Blanks before the cells that stand below their row."""
 
-TEXT_WIDTH = 30
+TEXT_WIDTH = 20
 """A text column becomes this narrow before columns go below the row: narrower ones become towers of single words."""
 
 NAME_WIDTH = 24
