@@ -275,7 +275,7 @@ def test_a_target_that_executes_another_program_is_left_alone() -> None:
 @pytest.fixture
 def as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has holes is not filled first, as it is on processors with protection keys."""
-    monkeypatch.setattr(mover_session, "_has_protection_keys", lambda: False)
+    monkeypatch.setattr(mover_session, "has_protection_keys", lambda: False)
 
 
 @pytest.mark.usefixtures("as_it_is")

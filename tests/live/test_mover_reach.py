@@ -10,7 +10,7 @@ import pytest
 
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, belongings, program
 from mthp.linux.mover import leftovers
-from mthp.linux.mover.leftovers import find_leftovers, remove
+from mthp.linux.mover.leftovers import find_leftovers, remove_leftovers
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
 from mthp.linux.probes import NR_USERFAULTFD
@@ -155,7 +155,8 @@ def test_what_an_older_version_left_is_found_and_removed(mark: bytes) -> None:
         before = belongings(pid)
         (leftover,) = [each for each in find_leftovers(GEOMETRY.pmd_size) if each.pid == pid]
         assert (leftover.uffd, leftover.end - leftover.start) == (int(said), 2 * GEOMETRY.page_size + GEOMETRY.pmd_size)
-        remove(leftover)
+        (removed,) = [each for each in remove_leftovers() if each.pid == pid]
+        assert str(removed).startswith("removed: ")
         after = belongings(pid)
         assert set(before[1]) - set(after[1]) == {said}
         assert len(before[0]) - len(after[0]) == 2

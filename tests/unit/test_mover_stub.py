@@ -300,3 +300,15 @@ def test_an_aarch64_thread_that_has_just_branched_makes_calls_for_us() -> None:
     registers = np.full((1, Aarch64.words), 1 << 31 | 3 << 10, np.uint64)
     Aarch64().leave_call(registers)
     assert int(registers[0, 33]) == 1 << 31
+
+
+def test_a_thread_that_is_barred_from_ordinary_memory_is_seen() -> None:
+    state = np.zeros(512, np.uint64)
+    for offset in (832, 2432, 2688):
+        state.view(np.uint32)[offset // 4] = 0b01
+        assert not x86_64.bars_key_0(state, offset), "not present: the initial value, which bars nothing"
+    state[64] = 1 << 9
+    assert all(x86_64.bars_key_0(state, offset) for offset in (832, 2432, 2688))
+    for rights, barred in ((0x55555554, False), (0x55555556, True), (0, False)):
+        state.view(np.uint32)[2688 // 4] = rights
+        assert x86_64.bars_key_0(state, 2688) is barred

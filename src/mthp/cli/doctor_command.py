@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from mthp.linux.doctor import examine
 from mthp.linux.findings import Examination
 from mthp.linux.journal.putback import Restored
 from mthp.linux.journal.switches import SwitchJournal
+from mthp.linux.mover.leftovers import Removed, remove_leftovers
 
 
 @click.command("doctor")
@@ -28,16 +30,17 @@ def command(restore: bool, as_json: bool) -> int:
     Everything is tried out, and nothing is changed. It exits with 0 whatever it finds, but with 3 where the kernel has
     no THP at all.
 
-    With --restore it puts back what a run left that was killed with its watcher, and nothing else. Switches that were
-    changed since by another program are left alone.
+    With --restore it puts back what a run left that was killed with its watcher, and removes what an older version left
+    in a process, and nothing else. Switches that were changed since by another program are left alone.
     """
     if restore:
         restored = SwitchJournal().restore_after_crash()
+        removed = remove_leftovers()
         if as_json:
-            print_json("doctor", restored_json(restored))
+            print_json("doctor", restored_json(restored) | {"removed": [asdict(each) for each in removed]})
         else:
-            print_restored(console(), restored)
-        return 0
+            print_restored(console(), restored, removed)
+        return 1 if any(each.reason for each in removed) else 0
     examination = examine()
     if as_json:
         print_json("doctor", examination_json(examination))
@@ -81,12 +84,12 @@ def examination_json(examination: Examination) -> dict[str, Any]:
     }
 
 
-def print_restored(out: Console, restored: list[Restored]) -> None:
-    """Print what became of switches that a run had left changed."""
-    if not restored:
+def print_restored(out: Console, restored: list[Restored], removed: list[Removed]) -> None:
+    """Print what was put back of the system, and what was removed from processes."""
+    if not restored and not removed:
         say(out, "there is nothing to put back")
-    for switch in restored:
-        say(out, str(switch))
+    for each in (*restored, *removed):
+        say(out, str(each))
 
 
 def restored_json(restored: list[Restored]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ again, with the same bytes, while nobody looks:
 3. *Let go* of all threads, as they were.
 
 Only the target itself can fault its own memory in, so step 2 is done by one of its threads, the *worker*. It runs some
-code (``stub_x86_64.S``, ``stub_aarch64.S``) in a mapping that exists for the time of the window. That mapping is brought
-in by code in the padding behind the target's own (:mod:`~mthp.linux.mover.inject`). Of the ways to move pages away,
-UFFDIO_MOVE (Linux 6.8) is the one with which the kernel itself refuses what is pinned, shared or locked. It wants its
-destination registered with a userfaultfd; one that sees only faults of user mode can be created without privilege.
+code (``stub_x86_64.S``, ``stub_aarch64.S``) in a mapping that exists for the time of the window. That mapping is
+brought in by code in the padding behind the target's own (:mod:`~mthp.linux.mover.inject`). Of the ways to move pages
+away, UFFDIO_MOVE (Linux 6.8) is the one with which the kernel itself refuses what is pinned, shared or locked. It wants
+its destination registered with a userfaultfd; one that sees only faults of user mode can be created without privilege.
 
 What could go wrong, and why it does not
 ----------------------------------------
@@ -27,13 +27,13 @@ thread can fork, and processes that share the table of files are refused. Betwee
 ours: no descriptor, no mapping, no thread.
 
 *We die.* A tracer that dies releases its tracees at once, wherever they are. So before the worker may do anything,
-every thread is *parked* (:mod:`~mthp.linux.mover.park`): it gets the registers of a loop in the stub that waits, and at last
-restores the thread by itself, from a context in the target's own memory. The worker begins by changing the state from
-SETUP to GO with an atomic instruction. Before that, parked threads that no tracer restores give up after half a second
-and restore themselves: nothing has happened. After that, the worker carries all blocks to the end, with or without us,
-closes the userfaultfd, says DONE, and all threads restore themselves. The worker is the last: it waits until no other
-thread can be in the mapping, and unmaps it. A tracer that lives restores every thread exactly; one that does not costs
-at most an EINTR that was due and the restart of a timeout.
+every thread is *parked* (:mod:`~mthp.linux.mover.park`): it gets the registers of a loop in the stub that waits, and at
+last restores the thread by itself, from a context in the target's own memory. The worker begins by changing the state
+from SETUP to GO with an atomic instruction. Before that, parked threads that no tracer restores give up after half a
+second and restore themselves: nothing has happened. After that, the worker carries all blocks to the end, with or
+without us, closes the userfaultfd, says DONE, and all threads restore themselves. The worker is the last: it waits
+until no other thread can be in the mapping, and unmaps it. A tracer that lives restores every thread exactly; one that
+does not costs at most an EINTR that was due and the restart of a timeout.
 
 *We die while the mapping is made or unmapped.* The thread that does it runs code that has all its registers as data and
 ends by restoring it (:mod:`~mthp.linux.mover.inject`); it needs no tracer from the first instruction on.

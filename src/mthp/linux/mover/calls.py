@@ -78,21 +78,23 @@ class Calls:
 @functools.cache
 def _runner() -> Callable[[int, int], None]:
     """What makes the calls of so many rows from an address on."""
-    code = CODE.get(os.uname().machine)
-    return (code and _machine_code(code)) or one_by_one
+    address = executable(CODE.get(os.uname().machine, b""))
+    return ctypes.PYFUNCTYPE(None, ctypes.c_long, ctypes.c_long)(address) if address else one_by_one
 
 
-def _machine_code(code: bytes) -> Callable[[int, int], None] | None:
-    """`code` as a function; None where memory cannot be made executable."""
+def executable(code: bytes) -> int:
+    """Return the address of a copy of `code` that can be called; 0 if there is none, or memory cannot be executed."""
+    if not code:
+        return 0
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     address = _libc.mmap(None, len(code), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if address in (None, ctypes.c_void_p(-1).value):
-        return None
+        return 0
     ctypes.memmove(address, code, len(code))
     if _libc.mprotect(address, len(code), mmap.PROT_READ | PROT_EXEC):
         _libc.munmap(address, len(code))
-        return None
-    return ctypes.PYFUNCTYPE(None, ctypes.c_long, ctypes.c_long)(address)
+        return 0
+    return int(address)
 
 
 def one_by_one(address: int, rows: int) -> None:

@@ -21,11 +21,13 @@ from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import CALLS, BootedThread, Place, choose
 from mthp.linux.mover.machine import MACHINES, by_name
 from mthp.linux.mover.mapping import Mapping, read_mappings
+from mthp.linux.mover.padding import memory_reader
 from mthp.linux.mover.steps import ignore
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import CannotStopError, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
 from mthp.linux.process import Process
+from mthp.linux.sysfs import ThpSysfs
 
 _MARK = slice(16, 48)
 """The bytes of the stub's code that tell it from all else; its first instruction jumps to another place in each."""
@@ -57,10 +59,6 @@ class Leftover:
     end: int
     uffd: int
 
-    def __str__(self) -> str:
-        also = f" and userfaultfd {self.uffd}" if self.uffd >= 0 else ""
-        return f"process {self.pid}: code of a mover at {self.start:#x}{also}"
-
 
 def find_leftovers(scratch_size: int, proc: Path = Path("/proc")) -> Iterator[Leftover]:
     """Yield what is left in any process that we may look into.
@@ -84,19 +82,14 @@ def _leftovers_of(process: Process, marks: tuple[bytes, ...], scratch_size: int)
     code = [each for each in mappings if each.permissions == "r-xp" and not each.inode and not each.name]
     if not code:
         return
-    memory = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with memory_reader(process) as read:
         for mapping in code:
-            if os.pread(memory, 32, mapping.start + 16) in marks:
-                _, _, scratch, uffd = _HEADER.unpack(os.pread(memory, _HEADER.size, mapping.end))
-                end = scratch + scratch_size
-                if _is_whole(mappings, mapping, end):
-                    yield Leftover(process.pid, mapping.start, end, uffd if _is_userfaultfd(process.pid, uffd) else -1)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-    finally:
-        os.close(memory)
+            if read(mapping.start + _MARK.start, 32) not in marks:
+                continue
+            _, _, scratch, uffd = _HEADER.unpack(read(mapping.end, _HEADER.size))
+            end = scratch + scratch_size
+            if _is_whole(mappings, mapping, end):
+                yield Leftover(process.pid, mapping.start, end, uffd if _is_userfaultfd(process.pid, uffd) else -1)
 
 
 def _is_whole(mappings: list[Mapping], code: Mapping, end: int) -> bool:
@@ -114,6 +107,39 @@ def _is_userfaultfd(pid: int, number: int) -> bool:
         return os.readlink(f"/proc/{pid}/fd/{number}") == _USERFAULTFD  # noqa: PTH115 - as text
     except OSError:
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A leftover that was to be removed.
+
+    Attributes:
+        pid, start, uffd: as of the leftover.
+        reason: why it was not removed; "" if it was.
+    """
+
+    pid: int
+    start: int
+    uffd: int
+    reason: str
+
+    def __str__(self) -> str:
+        also = f" and its userfaultfd {self.uffd}" if self.uffd >= 0 else ""
+        did = f"not removed ({self.reason})" if self.reason else "removed"
+        return f"{did}: a mover's code at {self.start:#x}{also} in process {self.pid}"
+
+
+def remove_leftovers() -> list[Removed]:
+    """Remove what killed movers left in any process; return what was found."""
+    found = []
+    for leftover in list(find_leftovers(ThpSysfs().geometry().pmd_size)):
+        reason = ""
+        try:
+            remove(leftover)
+        except MthpError as error:
+            reason = f"{error.message}: {error.help}" if error.help else error.message
+        found.append(Removed(leftover.pid, leftover.start, leftover.uffd, reason))
+    return found
 
 
 def remove(leftover: Leftover) -> None:

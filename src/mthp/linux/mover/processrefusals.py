@@ -18,12 +18,14 @@ from pathlib import Path
 
 from mthp.addrspace import USUAL_MEANS, AddressSpace, Means
 from mthp.budget import Room
-from mthp.errors import MthpError, NotPermittedError
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry, format_size
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
 from mthp.linux.headroom import memory_bounds
 from mthp.linux.mover.devices import open_files, refuse_files
 from mthp.linux.mover.kcmp import KCMP_FILES, KCMP_VM, kcmp
+from mthp.linux.mover.machine import native
+from mthp.linux.mover.padding import find_padding, memory_reader
 from mthp.linux.mover.refusal import Refusal
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
@@ -388,6 +390,18 @@ def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
     return (words[0], words[3], words[5])
 
 
+def _padding(target: _Target) -> Refusal | None:
+    """Code of ours starts in the padding behind the target's own (:mod:`~mthp.linux.mover.padding`)."""
+    if _bits(target):
+        return None  # Its executable is not one of ours, which is reason enough.
+    try:
+        with memory_reader(target.process) as read:
+            find_padding(target.process, native().slot_bytes, read)
+    except UnsupportedError as error:
+        return Refusal("padding", error.message, error.help)
+    return None
+
+
 _Check = Callable[[_Target], Refusal | None]
 
 _BY_ANYBODY: tuple[_Check, ...] = (
@@ -412,4 +426,5 @@ _BY_TRACERS: tuple[_Check, ...] = (
     _sharer,
     _io_uring,
     _aio,
+    _padding,
 )

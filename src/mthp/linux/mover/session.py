@@ -8,7 +8,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +32,7 @@ from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
+from mthp.linux.mover.x86_64 import has_protection_keys
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from mthp.results import ScanResult
@@ -95,7 +95,9 @@ class MoverSession:
         self.limit(max_pause_ns, duty)
         self._place: Place | None = None
         self._open = False
-        self._populate_first = _has_protection_keys()
+        # A protection key may bar the worker, one thread of the target with its rights, from another one's memory.
+        # Populating finds out with an error where the copying would fault.
+        self._populate_first = has_protection_keys()
         self._pagemap = Pagemap(process)
         self._folios = FolioReader(geometry.pmd_order) if can_see_pfns() else None
 
@@ -305,14 +307,3 @@ class MoverSession:
                     reason="moved, but the kernel gave it smaller folios",
                 )
         return outcomes
-
-
-def _has_protection_keys() -> bool:
-    """Whether mappings can have protection keys (pkeys(7)).
-
-    A key may bar the worker, which is one thread of the target with its rights, from memory of another one. Populating
-    finds out with an error where the copying would fault.
-    """
-    with contextlib.suppress(OSError):
-        return b" ospke" in Path("/proc/cpuinfo").read_bytes()
-    return False

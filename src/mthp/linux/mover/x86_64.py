@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import functools
 import struct
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux.mover import ptrace
+from mthp.linux.mover.calls import executable
 from mthp.linux.mover.machine import (
     ERESTART_RESTARTBLOCK,
     ERESTARTNOHAND,
@@ -124,6 +129,19 @@ CONTEXT = (
 """The first words of a context; what the keeper wants to know of a thread follows."""
 
 _CONTEXT_BYTES = 384
+NT_X86_XSTATE = 0x202
+"""The register set with all that XSAVE saves (include/uapi/linux/elf.h)."""
+
+_XSTATE_WORDS = 2048
+"""Room for it: 16 KiB, of which AMX, the largest, needs 11."""
+
+_XSTATE_BV, _PKRU_COMPONENT, _PKRU_KEY_0 = 512, 9, 0b11
+"""Offset of the components that are present; the number of PKRU; its bits that bar accesses and writes to key 0."""
+
+_XSTATE_LEAF = 0x0D
+_CPUID = bytes.fromhex("5389f889f10fa289d85bc3")
+"""push rbx; mov eax, edi; mov ecx, esi; cpuid; mov eax, ebx; pop rbx; ret: the offset of a component of XSAVE."""
+
 _BOOT_ENTRY, _BOOT_BEGIN, _BOOT_UNMAP = 0, 32, 312
 """Offsets into :data:`BOOT`."""
 _IN_CONTEXT = [COLUMN[name] for name in CONTEXT[:18]]
@@ -206,6 +224,18 @@ class X8664(Machine):
         signals = np.array([mask, ptrace.ALL_SIGNALS], np.uint64)
         return BOOT + alone(home)[0, _IN_CONTEXT].tobytes() + signals.tobytes() + calls.tobytes()
 
+    def refuse_extended(self, tids: list[int]) -> str:
+        """Our memory has protection key 0: a thread barred from that would die of its first access (pkeys(7))."""
+        if not has_protection_keys():
+            return ""
+        offset = _pkru_offset()
+        for tid in tids:
+            state = ptrace.get_register_set(tid, NT_X86_XSTATE, _XSTATE_WORDS)
+            if offset and state is not None and not bars_key_0(state, offset):
+                continue
+            return f"thread {tid} is barred from ordinary memory by its protection keys, or that cannot be seen"
+        return ""
+
     def trampoline(self, at: int, context: int) -> bytes:
         def relative(name: str, end: int) -> bytes:
             return struct.pack("=i", context + 8 * CONTEXT.index(name) - (at + end))
@@ -232,6 +262,34 @@ def alone(homes: Registers) -> Registers:
     registers[on, _RAX] = NR_RESTART_SYSCALL
     registers[again | on, _RIP] -= np.uint64(len(_SYSCALL))
     return registers
+
+
+def bars_key_0(state: NDArray[np.uint64], offset: int) -> bool:
+    """Return whether a thread may not read or write memory with protection key 0.
+
+    Args:
+        state: its register set NT_X86_XSTATE in the standard format: uint64.
+        offset: where PKRU is in it, in bytes.
+    """
+    present = int(state[_XSTATE_BV // 8]) >> _PKRU_COMPONENT & 1
+    # A component that is not present has its initial value, with which nothing is barred.
+    return bool(present and int(state.view(np.uint32)[offset // 4]) & _PKRU_KEY_0)
+
+
+@functools.cache
+def has_protection_keys() -> bool:
+    """Return whether mappings can have protection keys."""
+    with contextlib.suppress(OSError):
+        return b" ospke" in Path("/proc/cpuinfo").read_bytes()
+    return False
+
+
+@functools.cache
+def _pkru_offset() -> int:
+    """Return where PKRU is in the standard format of XSAVE, in bytes; 0 if that cannot be found out."""
+    address = executable(_CPUID)
+    function = ctypes.PYFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32)
+    return function(address)(_XSTATE_LEAF, _PKRU_COMPONENT) if address else 0
 
 
 def _negative(number: int) -> int:
