@@ -1,10 +1,13 @@
-"""The four policies once more, one PMD range at a time, in plain loops: the other reading of the facts.
+"""The five policies once more, one PMD range at a time, in plain loops: the other reading of the facts.
 
 The engine in ``mthp.collapse`` works on many ranges at once with bit planes and has to be fast; this module has
-to be obviously right. It was written from the table of the four policies and from ``mm/khugepaged.c``
-(``collapse_scan_pmd``, ``mthp_collapse``, ``__collapse_huge_page_isolate``, ``collapse_max_ptes_*``), and shares
-no code with the engine. The property tests let the two contradict each other; the recorded cases of real kernels
-judge both.
+to be obviously right. It was written from ``mm/khugepaged.c`` (``collapse_scan_pmd``, ``mthp_collapse``,
+``__collapse_huge_page_isolate``, ``collapse_max_ptes_*``), from the patches of Dev Jain's series
+(``hpage_collapse_scan_ptes``) and of the seed's second version (``khugepaged_scan_pmd``, ``khugepaged_scan_bitmap``),
+and from what kernels built with the series were recorded doing. It shares no code with the engine. The property tests
+let the two contradict each other; the recorded cases judge both.
+
+All runs are aligned here, as in a plan. (Dev Jain's series goes on behind a large folio at any page.)
 
 Three steps make up every policy. :func:`scan` looks at each PTE in turn and may end the matter. A walk picks
 aligned runs that are full enough. :func:`isolate` looks at such a run again, under the limits of its order; what it
@@ -83,6 +86,7 @@ class Rules:
 
     Attributes:
         orders: enabled orders.
+        always: those of them whose own switch is ``always``.
         khugepaged: whether khugepaged asks; otherwise MADV_COLLAPSE does.
         max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range.
         mthp_min_order: order of a chunk of `rfc`.
@@ -94,6 +98,7 @@ class Rules:
     max_ptes_swap: int
     max_ptes_shared: int
     mthp_min_order: int = 3
+    always: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def _unfit(range_: Range, policy: str, rules: Rules) -> Walk | None:
         return Walk(ScanResult.PMD_MAPPED)
     if not any(range_.present) and not any(range_.swap):
         return Walk(ScanResult.NO_PTE_TABLE)
-    if policy in ("pmd-only", "rfc") and rules.khugepaged and range_.pmd_order not in rules.orders:
+    if policy in ("pmd-only", "rfc", "rfc2") and rules.khugepaged and range_.pmd_order not in rules.orders:
         return Walk(ScanResult.FAIL)
     if not any(range_.has_contents(i) for i in range(range_.size)):
         return Walk(ScanResult.EXCEED_NONE_PTE)
@@ -170,7 +175,9 @@ def _range_result(walk: Walk) -> ScanResult:
     return ScanResult.FAIL if walk.scan_result is None else walk.scan_result
 
 
-def scan(range_: Range, rules: Rules, offset: int, order: int, limits: Limits, *, skip_large: bool) -> ScanResult:
+def scan(
+    range_: Range, rules: Rules, offset: int, order: int, limits: Limits, *, skip_large: bool = False
+) -> ScanResult:
     """Look at each PTE of a run; the first hindrance is the result (collapse_scan_pmd).
 
     Args:
@@ -194,21 +201,27 @@ def scan(range_: Range, rules: Rules, offset: int, order: int, limits: Limits, *
             return ScanResult.PTE_UFFD
         if rules.khugepaged and range_.lazyfree[i] and not range_.droppable:
             return ScanResult.PAGE_LAZYFREE
+        if skip_large and range_.folio_order[i] >= order:
+            return ScanResult.PTE_MAPPED_HUGEPAGE
         if range_.shared[i]:
             shared += 1
             if shared > limits.shared:
                 return ScanResult.EXCEED_SHARED_PTE
-        if skip_large and range_.folio_order[i] >= order:
-            return ScanResult.PTE_MAPPED_HUGEPAGE
         referenced += not range_.unreferenced[i]
     enough = referenced >= (1 << order) // 2 if swapped else referenced > 0
     return ScanResult.SUCCEED if enough or not rules.khugepaged else ScanResult.LACK_REFERENCED_PAGE
 
 
-def isolate(range_: Range, rules: Rules, offset: int, order: int, limits: Limits) -> ScanResult:
+def isolate(
+    range_: Range, rules: Rules, offset: int, order: int, limits: Limits, *, series: bool = False
+) -> ScanResult:
     """Attempt a run: read swap entries back, then look at each PTE again under the limits of the order.
 
     Follows __collapse_huge_page_swapin, which goes before everything else, and __collapse_huge_page_isolate.
+
+    Args:
+        series: the kernel was built with one. Those look for a large folio before they count a shared page, and their
+            kernels, before 6.18, collapse nothing without a page that may be written.
     """
     run = range(offset, offset + (1 << order))
     if sum(range_.swap[i] for i in run) > limits.swap:
@@ -222,12 +235,17 @@ def isolate(range_: Range, rules: Rules, offset: int, order: int, limits: Limits
             if none > limits.none:
                 return ScanResult.EXCEED_NONE_PTE
         elif not range_.swap[i]:
+            large = order < range_.pmd_order and range_.folio_order[i] >= order
+            if series and large:
+                return ScanResult.PTE_MAPPED_HUGEPAGE
             shared += range_.shared[i]
             if shared > limits.shared:
                 return ScanResult.EXCEED_SHARED_PTE
-            if order < range_.pmd_order and range_.folio_order[i] >= order:
+            if large:
                 return ScanResult.PTE_MAPPED_HUGEPAGE
             referenced += not range_.unreferenced[i]
+    if series and not rules.khugepaged and none == 1 << order:
+        return ScanResult.PAGE_RO
     return ScanResult.SUCCEED if referenced or not rules.khugepaged else ScanResult.LACK_REFERENCED_PAGE
 
 
@@ -244,7 +262,7 @@ def pmd_only(range_: Range, rules: Rules) -> Walk:
     """Linux up to 7.1: one scan, and if nothing hinders, one attempt at the whole range."""
     order = range_.pmd_order
     limits = scaled(range_, rules, order)
-    result = scan(range_, rules, 0, order, limits, skip_large=False)
+    result = scan(range_, rules, 0, order, limits)
     if result != ScanResult.SUCCEED:
         return Walk(result)
     walk = Walk()
@@ -253,50 +271,87 @@ def pmd_only(range_: Range, rules: Rules) -> Walk:
 
 
 def per_order(range_: Range, rules: Rules) -> Walk:
-    """Jain's series: scan the run again at each order; where no order fits, give the rest of the range up."""
-    orders = sorted(rules.orders if rules.khugepaged else {range_.pmd_order})
+    """Jain's series: scan the run again at each order; an order that failed is not tried again in the range.
+
+    MADV_COLLAPSE begins with the PMD order, then tries those that are enabled.
+    """
+    left = set(rules.orders) if rules.khugepaged else rules.orders | {range_.pmd_order}
     walk = Walk()
-    offset = 0
-    while offset < range_.size:
-        fitting = [order for order in orders if offset % (1 << order) == 0]
-        for order in reversed(fitting):
-            limits = scaled(range_, rules, order)
-            result = scan(range_, rules, offset, order, limits, skip_large=order < range_.pmd_order)
-            if result == ScanResult.SUCCEED and any(range_.guard[offset : offset + (1 << order)]):
-                # The scan lets a guard marker pass as a swap entry; reading it back fails.
-                result = ScanResult.FAIL
-                if not rules.khugepaged:
-                    walk.add(offset, order, result)
-            if result in (ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE):
-                walk.add(offset, order, result)
-                offset += 1 << order
-                break
-            walk.scan_result = result
-        else:
+    offset, order = 0, max(left)
+    while left and offset < range_.size:
+        limits = scaled(range_, rules, order)
+        result = scan(range_, rules, offset, order, limits, skip_large=order < range_.pmd_order)
+        run = range(offset, offset + (1 << order))
+        scanned = result == ScanResult.SUCCEED
+        if scanned and not rules.khugepaged and not any(range_.has_contents(i) for i in run):
+            result, scanned = ScanResult.PAGE_RO, False
+        if scanned and any(range_.guard[i] for i in run):
+            # The scan lets a guard marker pass as a swap entry; reading it back fails.
+            result = ScanResult.FAIL
+        if scanned or result == ScanResult.PTE_MAPPED_HUGEPAGE:
+            walk.add(offset, order, result)
+        if result in (ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE):
+            # The largest order that the address allows if that is left, else the largest that is left.
+            offset, aligned = _behind(range_, offset, order)
+            order = aligned if aligned in left else max(left)
+            continue
+        if scanned and offset + (1 << order) == range_.size:
+            # The loop is left when an attempt, successful or not, has reached the end of the range.
             break
+        walk.scan_result = result
+        left -= {order}
+        order = max(left, default=0)
     return walk
 
 
 def rfc(range_: Range, rules: Rules) -> Walk:
-    """The seed: a bit per full chunk, and halves of the range on a stack while they are not full enough."""
-    unlimited = range_.size
+    """The seed: a bit per full chunk, a percentage of bits for each order."""
+    percent = (range_.size - rules.max_ptes_none - 1) * 100 // (range_.size - 1)
+
+    def enough(offset: int, order: int) -> bool:
+        chunks = 1 << order - rules.mthp_min_order
+        return _chunk_bits(range_, rules, offset, order, 0) >= percent * chunks // 100
+
+    return _seed(range_, rules, enough, swap_below_pmd=True)
+
+
+def rfc2(range_: Range, rules: Rules) -> Walk:
+    """The seed's second version: chunks may have none PTEs; swap and shared pages at the PMD order alone."""
+    scaled_none = rules.max_ptes_none >> range_.pmd_order - rules.mthp_min_order
+
+    def enough(offset: int, order: int) -> bool:
+        threshold = (range_.size - rules.max_ptes_none - 1) >> range_.pmd_order - (order - rules.mthp_min_order)
+        # A bit needs fewer none PTEs than the scaled limit, so a limit of 0 allows none.
+        bits = _chunk_bits(range_, rules, offset, order, scaled_none - 1) if scaled_none else 0
+        return order in rules.always or bits > threshold
+
+    return _seed(range_, rules, enough, swap_below_pmd=False)
+
+
+def _seed(range_: Range, rules: Rules, enough: Callable[[int, int], bool], *, swap_below_pmd: bool) -> Walk:
+    """Scan a range as the seed does, then go over its halves on a stack, those of every run that was not collapsed.
+
+    MADV_COLLAPSE has the same thresholds, over all orders from the smallest chunk up; isolation has no limits then.
+    """
     limits = scaled(range_, rules, range_.pmd_order)
-    # The series took the limit of empty PTEs out of the scan: the whole range is to be seen.
-    result = scan(range_, rules, 0, range_.pmd_order, Limits(unlimited, limits.swap, limits.shared), skip_large=False)
+    # The series took the limit of none PTEs out of the scan: the whole range is to be seen. Only where userfaultfd is
+    # armed one of them ends it.
+    scan_none = 0 if range_.uffd_armed else range_.size
+    result = scan(range_, rules, 0, range_.pmd_order, Limits(scan_none, limits.swap, limits.shared))
     if result != ScanResult.SUCCEED:
         return Walk(result)
     walk = Walk()
-    enabled = rules.orders if rules.khugepaged else rules.orders | {range_.pmd_order}
+    enabled = rules.orders if rules.khugepaged else frozenset(range(SMALLEST_ORDER, range_.pmd_order + 1))
     stack = [(range_.pmd_order, 0)]
     while stack:
         order, offset = stack.pop()
-        if order in enabled and _worth_trying(range_, rules, offset, order):
-            # Swap entries and shared pages keep the whole range's limits at every order.
-            none = scaled(range_, rules, order).none
-            result = walk.add(
-                offset, order, isolate(range_, rules, offset, order, Limits(none, limits.swap, limits.shared))
-            )
-            if result in (ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE):
+        if order in enabled and enough(offset, order):
+            # Swap entries and shared pages keep the whole range's limits at every order, or are refused below it.
+            none, swap, shared = scaled(range_, rules, order).none, limits.swap, limits.shared
+            if order < range_.pmd_order and not swap_below_pmd:
+                swap = shared = 0
+            result = isolate(range_, rules, offset, order, Limits(none, swap, shared), series=True)
+            if walk.add(offset, order, result) == ScanResult.SUCCEED:
                 continue
         if order > rules.mthp_min_order:
             stack.append((order - 1, offset + (1 << (order - 1))))
@@ -304,17 +359,14 @@ def rfc(range_: Range, rules: Rules) -> Walk:
     return walk
 
 
-def _worth_trying(range_: Range, rules: Rules, offset: int, order: int) -> bool:
-    """Whether `rfc` finds a run full enough, in whole percents of its chunks."""
-    if not rules.khugepaged:
-        return any(range_.has_contents(i) for i in range(offset, offset + (1 << order)))
+def _chunk_bits(range_: Range, rules: Rules, offset: int, order: int, allowed_none: int) -> int:
+    """How many chunks of a run have a bit: few none PTEs, and the scan got past a page at the chunk's end."""
     chunk = 1 << rules.mthp_min_order
-    full = 0
+    bits = 0
     for first in range(offset, offset + (1 << order), chunk):
-        full += all(range_.is_page(i) for i in range(first, first + chunk))
-    chunks = (1 << order) // chunk
-    percent = (range_.size - rules.max_ptes_none - 1) * 100 // (range_.size - 1)
-    return full >= percent * chunks // 100
+        none = sum(not range_.has_contents(i) for i in range(first, first + chunk))
+        bits += none <= allowed_none and range_.is_page(first + chunk - 1)
+    return bits
 
 
 def mainline(range_: Range, rules: Rules) -> Walk:
@@ -324,7 +376,7 @@ def mainline(range_: Range, rules: Rules) -> Walk:
     limits = scaled(range_, rules, pmd_order)
     # Only where nothing but the PMD size can come of it does the scan stop early at empty PTEs.
     scan_none = limits.none if enabled == {pmd_order} else range_.size - 1
-    result = scan(range_, rules, 0, pmd_order, Limits(scan_none, limits.swap, limits.shared), skip_large=False)
+    result = scan(range_, rules, 0, pmd_order, Limits(scan_none, limits.swap, limits.shared))
     if result != ScanResult.SUCCEED:
         return Walk(result)
     walk = Walk()
@@ -366,6 +418,7 @@ def _behind(range_: Range, offset: int, order: int) -> tuple[int, int]:
 POLICIES: dict[str, Callable[[Range, Rules], Walk]] = {
     "pmd-only": pmd_only,
     "rfc": rfc,
+    "rfc2": rfc2,
     "per-order": per_order,
     "mainline": mainline,
 }

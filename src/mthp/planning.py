@@ -24,6 +24,7 @@ from mthp.metrics import Coverage, Measured, Scope, measure
 from mthp.results import ScanResult
 from mthp.segments import in_blocks
 from mthp.space_plan import Folios, Ranges, SpacePlan
+from mthp.tunables import Switches
 
 BLOCK_PMD_RANGES = 128
 """PMD ranges read and planned at a time: 65 536 PTEs on x86-64."""
@@ -207,7 +208,8 @@ def jobs_of(
             if options.within is None or (vma.start < options.within[1] and options.within[0] < vma.end):
                 refused.append((vma, allowed.reason))
         elif segment is not None:
-            groups.setdefault(_rules_for(vma, allowed.orders, base, follow_switches), []).append((vma, segment))
+            rules = _rules_for(vma, allowed.orders, base, switches, follow_switches=follow_switches)
+            groups.setdefault(rules, []).append((vma, segment))
     jobs = [
         Job(
             rules,
@@ -221,13 +223,17 @@ def jobs_of(
     return jobs, refused
 
 
-def _rules_for(vma: Vma, allowed: tuple[int, ...], base: Rules, follow_switches: bool) -> Rules:
+def _rules_for(vma: Vma, allowed: tuple[int, ...], base: Rules, switches: Switches, *, follow_switches: bool) -> Rules:
     if vma.kind is not VmaKind.ANON:
         # The limits and the smaller orders are matters of anonymous memory.
-        return Rules(base.geometry, (base.geometry.pmd_order,), "madvise", base.tunables)
-    if follow_switches:
-        return Rules(base.geometry, allowed, base.trigger, base.tunables, base.mthp_min_order)
-    return base
+        return Rules(base.geometry, (base.geometry.pmd_order,), "madvise", base.tunables, of_file=True)
+    return switched(base, allowed, switches) if follow_switches else base
+
+
+def switched(base: Rules, allowed: tuple[int, ...], switches: Switches) -> Rules:
+    """The rules of a mapping whose orders are those that the machine's switches allow it."""
+    always = tuple(order for order in allowed if switches.sizes.get(order) == "always")
+    return replace(base, orders=allowed, always=always)
 
 
 def _clipped(segment: Segment, within: Segment | None, geometry: Geometry) -> Segment | None:

@@ -39,6 +39,7 @@ class ScanResult(enum.IntEnum):
     ALLOC_HUGE_PAGE_FAIL = 23
     CGROUP_CHARGE_FAIL = 24
     COPY_MC = 25
+    PAGE_RO = 26
 
     @property
     def meaning(self) -> str:
@@ -78,6 +79,7 @@ _MEANING = {
     ScanResult.ALLOC_HUGE_PAGE_FAIL: "no free folio of this order",
     ScanResult.CGROUP_CHARGE_FAIL: "the memory cgroup is at its limit",
     ScanResult.COPY_MC: "a page is poisoned",
+    ScanResult.PAGE_RO: "no page there may be written",
 }
 
 _TRACE_WORDS = {
@@ -98,6 +100,7 @@ _TRACE_WORDS = {
     ScanResult.ALLOC_HUGE_PAGE_FAIL: "alloc_huge_page_failed",
     ScanResult.CGROUP_CHARGE_FAIL: "ccgroup_charge_failed",
     ScanResult.COPY_MC: "copy_poisoned_page",
+    ScanResult.PAGE_RO: "no_writable_page",
 }
 
 _FROM_ERRNO = {

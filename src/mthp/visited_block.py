@@ -212,6 +212,8 @@ _NOT_FORETOLD = ScanResult.EXCEED_NONE_PTE
 class _Target:
     """The :class:`~mthp.collapse.machine_seam.RangeTarget` of one range of a block."""
 
+    as_it_was = False
+
     def __init__(self, block: VisitedBlock, row: int, start: int) -> None:
         self._block = block
         self._row = row
@@ -224,8 +226,10 @@ class _Target:
 
     def scan_run(self, address: int, order: int) -> RangeScan:
         result, _ = self._expected(address, order)
-        # A large folio in a run is found by its scan here, and reported as the attempt that it stands for.
-        return self._block.scan_of(self._row) if result in DONE_THERE else RangeScan(result)
+        # A large folio in a run is found by its scan here, and reported as the attempt that it stands for. FAIL is what
+        # an attempt comes to at a guard marker, which a scan lets pass.
+        passed = result in DONE_THERE or result is ScanResult.FAIL
+        return self._block.scan_of(self._row) if passed else RangeScan(result)
 
     def collapse_huge_page(self, address: int, order: int, scan: RangeScan) -> ScanResult:
         result, filled = self._expected(address, order)

@@ -22,7 +22,7 @@ from mthp.collapse.occupancy import Bits
 from mthp.collapse.policy import Policy, Rules, policy_named
 from mthp.eligibility import Trigger, eligibility
 from mthp.geometry import Geometry
-from mthp.planning import BLOCK_PMD_RANGES, ORDERS_ENABLED, base_rules
+from mthp.planning import BLOCK_PMD_RANGES, ORDERS_ENABLED, base_rules, switched
 from mthp.results import ScanResult
 from mthp.visited_block import Admit, VisitedBlock
 
@@ -171,7 +171,7 @@ class SpaceVisit:
                 trigger="khugepaged" if follow_switches else "madvise",
                 thp_disabled=thp_disabled,
             )
-            rules = dataclasses.replace(base, orders=allowed.orders) if follow_switches else base
+            rules = switched(base, allowed.orders, switches) if follow_switches else base
             whole = self._clipped(vma.pmd_ranges(geometry)) if allowed else None
             if whole is None or not self._policy.orders_walked(rules):
                 passed += 1

@@ -16,7 +16,7 @@ from mthp.results import ScanResult
 from oracle import Range
 from strategies import SMALL_SIZES, Problem, problems
 
-POLICIES = pytest.mark.parametrize("policy", ["mainline", "no-creep", "per-order", "pmd-only", "rfc"])
+POLICIES = pytest.mark.parametrize("policy", ["mainline", "no-creep", "per-order", "pmd-only", "rfc", "rfc2"])
 SIZES = (*SMALL_SIZES, 256, 512)
 
 

@@ -56,11 +56,12 @@ POLICIES = {**{name: policy() for name, policy in BUILT_IN.items()}, "own": Neig
 class Page:
     """One PMD range whose attempts end as its planes say, which it notes."""
 
+    as_it_was = False
+
     def __init__(self, planes: Planes, policy: Policy, rules: Rules) -> None:
         self.planes, self.rules = planes, rules
         self.walk = Walk(planes, policy, rules)
         self.fullness = Fullness(self.walk.occupancy, policy, rules)
-        self.own_scans = policy.scans_each_run and not rules.forced
         self.attempts: list[tuple[int, int, str]] = []
         self.result: ScanResult | None = None
 
@@ -77,7 +78,8 @@ class Page:
         if result is ScanResult.PTE_MAPPED_HUGEPAGE:
             # A plan shows it among the attempts.
             self.attempts.append((address // self.rules.geometry.page_size, order, result.name))
-        return RangeScan(result)
+        # A guard marker passes a scan, and makes the attempt fail.
+        return RangeScan(ScanResult.SUCCEED if result is ScanResult.FAIL else result)
 
     def collapse_huge_page(self, address: int, order: int, scan: RangeScan) -> ScanResult:
         result = self._judged(address, order)

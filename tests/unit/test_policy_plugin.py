@@ -210,8 +210,8 @@ def test_a_broken_policy_is_wrong_usage_on_the_command_line(site: Path, snapshot
 def test_declared_policies_are_listed_behind_ours(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(site)
     names = policy_names()
-    assert names[:5] == ["pmd-only", "rfc", "per-order", "mainline", "no-creep"]
-    assert {"three-quarters", "stranger"} <= set(names[5:])
-    assert names[5:] == sorted(names[5:])
+    assert names[:6] == ["pmd-only", "rfc", "rfc2", "per-order", "mainline", "no-creep"]
+    assert {"three-quarters", "stranger"} <= set(names[6:])
+    assert names[6:] == sorted(names[6:])
     assert len(names) == len(set(names))
     assert ENTRY_POINT_GROUP == "mthp.policies"

@@ -12,6 +12,7 @@ from mthp.geometry import GEOMETRIES, Geometry
 from mthp.results import ScanResult
 from mthp.sim import Machine
 from mthp.sim.access import Fault
+from mthp.sim.kernel import kernel_of
 from mthp.sim.memory import Fl
 from mthp.sim.mm import DROPPABLE, HUGEPAGE, UFFD_WP, P, Pmd
 from mthp.sim.parts import Step
@@ -55,6 +56,12 @@ def with_more_holes_than_allowed(world: World) -> None:
     assert world.machine.madvise(world.mm, START, START + 4 * PAGE, "DONTNEED") == 0
 
 
+def read_only_since_a_fork(world: World) -> None:
+    """On a kernel before 6.18. The child is gone, and nothing was written since."""
+    world.machine.parts.kernel = kernel_of((6, 12))
+    world.machine.exit(world.machine.fork(world.mm))
+
+
 def take_all_memory(world: World) -> None:
     memory = world.machine.parts.memory
     memory.own(memory.alloc_small(memory.free_frames))
@@ -77,6 +84,7 @@ CAUSES: dict[ScanResult, Callable[[World], object]] = {
     ScanResult.PAGE_COUNT: lambda world: world.machine.pin(world.mm, START),
     ScanResult.PAGE_LAZYFREE: lambda world: world.machine.madvise(world.mm, START, START + PAGE, "FREE"),
     ScanResult.PAGE_LRU: off_the_lists,
+    ScanResult.PAGE_RO: read_only_since_a_fork,
     ScanResult.PAGE_LOCK: lambda world: world.machine.parts.memory.set(world.pfn(0), Fl.LOCKED),
     ScanResult.COPY_MC: lambda world: world.machine.parts.memory.set(world.pfn(3), Fl.POISONED),
     ScanResult.CGROUP_CHARGE_FAIL: lambda world: world.machine.parts.memory.cgroups.set_limit(1, 20),

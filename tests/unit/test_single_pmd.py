@@ -32,6 +32,8 @@ ENDINGS = [(result, order) for result in R for order in (4, 3) if (result, order
 class Scripted:
     """A full range whose attempts end as they are told to, and otherwise succeed."""
 
+    as_it_was = False
+
     def __init__(self, results: dict[Run, ScanResult]) -> None:
         self.results = results
         self.tried: list[Run] = []

@@ -21,6 +21,8 @@ from mthp.results import ScanResult
 
 T = TypeVar("T", bound=np.generic)
 
+_SHARED = ScanResult.EXCEED_SHARED_PTE
+
 
 @dataclass(frozen=True, slots=True)
 class Checks:
@@ -31,6 +33,8 @@ class Checks:
         zero_none_if_armed: no none PTE may be there where the mapping is armed with userfaultfd.
         uffd, lazyfree: write-protected PTEs and clean lazyfree pages hinder.
         large: a page in a folio of this order or larger hinders; None if it does not.
+        large_first: that is looked for before a shared page is counted.
+        page: a run without contents hinders.
         swap_in: swap entries are read back before anything else is looked at, so too many of them are met first.
         guard: guard markers hinder, since they cannot be read back.
         references: some page must have been referenced, or LACK_REFERENCED_PAGE; with swap entries in the run at
@@ -42,6 +46,8 @@ class Checks:
     uffd: bool = False
     lazyfree: bool = False
     large: int | None = None
+    large_first: bool = False
+    page: bool = False
     swap_in: bool = False
     guard: bool = False
     references: int = 0
@@ -80,15 +86,18 @@ def first_hindrances(
         if planes.droppable is not None:
             clean &= ~planes.droppable[rows, None]
         first.meet(_first_set(clean), ScanResult.PAGE_LAZYFREE)
-    shared = run.plane("shared") & occupied
-    first.meet(_exceeds(shared, np.full(len(rows), checks.limits.shared)), ScanResult.EXCEED_SHARED_PTE)
+    met = [(_exceeds(run.plane("shared") & occupied, np.full(len(rows), checks.limits.shared)), _SHARED)]
     if checks.large is not None and planes.folio_order is not None:
         large = run.of(planes.folio_order) >= checks.large
-        first.meet(_first_set(large & occupied), ScanResult.PTE_MAPPED_HUGEPAGE)
+        met.insert(0 if checks.large_first else 1, (_first_set(large & occupied), ScanResult.PTE_MAPPED_HUGEPAGE))
+    for positions, result in met:
+        first.meet(positions, result)
     guard = run.plane("guard") if checks.guard else np.zeros_like(swap)
     if checks.swap_in:
         first.override(_first_set(guard), ScanResult.FAIL)
         first.override(too_much_swap, ScanResult.EXCEED_SWAP_PTE)
+    if checks.page:
+        first.finish(np.count_nonzero(contents, axis=1) == 0, ScanResult.PAGE_RO)
     if checks.references:
         lacking = _lacks_references(occupied & ~run.plane("unreferenced"), swap, checks.references)
         first.finish(lacking, ScanResult.LACK_REFERENCED_PAGE)

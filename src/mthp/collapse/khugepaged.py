@@ -239,11 +239,14 @@ class Scanner:
 
     def _account(self, slot: VisitedSpace, passage: Passage) -> None:
         self.statistics.add(passage)
-        collapsed = int(np.count_nonzero(passage.results == ScanResult.SUCCEED))
-        if collapsed:
+        if collapsed := self._collapsed(passage):
             self._count("pages_collapsed", collapsed)
         if self._listener is not None:
             self._listener(slot, passage)
+
+    def _collapsed(self, passage: Passage) -> int:
+        """How many PMD ranges count as collapsed."""
+        return int(np.count_nonzero(passage.results == ScanResult.SUCCEED))
 
     def _leave(self, slot: VisitedSpace, *, gone: bool) -> None:
         """Move the cursor on to the next address space, and drop this one if it is gone."""

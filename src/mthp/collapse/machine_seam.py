@@ -32,6 +32,7 @@ class RangeScan:
         fullness: which runs are full enough; None unless `result` is SUCCEED.
         row: the row that the range has in `fullness`.
         referenced, none_or_zero, unmapped: entries counted until the scan ended.
+        behind: where the walk goes on after a large folio was hit, if not behind the run.
     """
 
     result: ScanResult
@@ -40,10 +41,15 @@ class RangeScan:
     referenced: int = 0
     none_or_zero: int = 0
     unmapped: int = 0
+    behind: int | None = None
 
 
 class RangeTarget(Protocol):
     """A mapping of an address space, as the collapse of one of its PMD ranges sees it."""
+
+    @property
+    def as_it_was(self) -> bool:
+        """Whether what is a bug of a policy's series is kept (:mod:`mthp.collapse.single_pmd`)."""
 
     def scan_pmd(self, address: int) -> RangeScan:
         """Look at the PMD range at `address` (collapse_scan_pmd up to its walk)."""

@@ -226,18 +226,25 @@ class Occupancy:
                 self._counts[key] = np.bitwise_count(packed) if order == 3 else _nibble_counts(packed)
         return self._counts[key]
 
-    def full_chunks(self, chunk_order: int, order: int) -> Counts:
-        """How many chunks of 2**chunk_order PTEs in each run of `order` are occupied throughout.
+    def chunks(self, chunk_order: int, order: int, none: int) -> Counts:
+        """How many chunks of 2**chunk_order PTEs in each run of `order` have a bit in the seed's bitmap.
 
-        This is the bitmap of the seed: one bit per chunk, set when the chunk is full.
+        A chunk has one if at most `none` of its PTEs are none or zero, and the last one maps a page: the scan sets the
+        bit when it gets past that page. A swap entry does not count as none.
         """
-        key = f"chunks of {chunk_order}", order
+        key = f"chunks of {chunk_order} with {none} none", order
         if key not in self._counts:
             if order > chunk_order:
-                self._counts[key] = _pair_sums(self.full_chunks(chunk_order, order - 1), order)
+                self._counts[key] = _pair_sums(self.chunks(chunk_order, order - 1, none), order)
             else:
-                full = self.count("occupied", chunk_order) == 1 << chunk_order
-                self._counts[key] = full.view(np.uint8)
+                size, planes = 1 << chunk_order, self.planes
+                contents = self.count("occupied", chunk_order)
+                bits: Bits = contents >= max(size - none, 0)
+                if planes.swap is not None:
+                    bits = contents + self.count("swap", chunk_order) >= max(size - none, 0)
+                if none or planes.swap is not None:
+                    bits &= planes.occupied[:, size - 1 :: size]
+                self._counts[key] = bits.view(np.uint8)
         return self._counts[key]
 
     def largest(self, order: int) -> NDArray[np.int8] | None:
@@ -325,9 +332,9 @@ class Runs:
         """Order of the largest folio that the run touches; None if folios are not known."""
         return self.occupancy.largest(self.order)
 
-    def full_chunks(self, chunk_order: int) -> Counts:
-        """Chunks of 2**chunk_order PTEs that are occupied throughout."""
-        return self.occupancy.full_chunks(chunk_order, self.order)
+    def chunks(self, chunk_order: int, none: int) -> Counts:
+        """Chunks of 2**chunk_order PTEs that have at most `none` none PTEs, and a page at the end."""
+        return self.occupancy.chunks(chunk_order, self.order, none)
 
 
 def _nibble_counts(packed: NDArray[np.uint8]) -> Counts:

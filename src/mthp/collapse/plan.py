@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mthp.collapse.occupancy import Planes
-from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy, Rules, policy_named
+from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, PmdOnly, Policy, Rules, policy_named
 from mthp.collapse.walk import Attempts, Walk
 from mthp.eligibility import Trigger
 from mthp.errors import UsageError
@@ -217,6 +217,8 @@ def make_rules(
 
 def plan_planes(planes: Planes, policy: Policy, rules: Rules) -> Plan:
     """Plan the collapse of PMD ranges whose planes and rules are checked already."""
+    if rules.of_file:
+        policy = PmdOnly()
     ranges = planes.present.shape[0]
     step = max(1, BLOCK_PTES >> rules.geometry.pmd_order)
     walks = [Walk(planes.block(start, min(start + step, ranges)), policy, rules) for start in range(0, ranges, step)]

@@ -1,11 +1,14 @@
 """Policies: which folio sizes the memory of a PMD range deserves.
 
-A policy answers three questions; everything else (the walk over the range, what hinders a page, what a failure
-leads to) is common to all and lies in :mod:`mthp.collapse.plan`.
+A policy answers three questions; everything else (the walk over the range, what hinders a page) is common to all and
+lies in :mod:`mthp.collapse.plan`.
 
 1. *Which orders does it walk?* :meth:`Policy.orders_walked`
 2. *Is a run full enough to be tried?* :meth:`Policy.full_enough`
 3. *How many none, swapped and shared PTEs may a run have when it is collapsed?* :meth:`Policy.limits`
+
+Its class attributes say how the walk goes on after a failure. Those of ``rfc``, ``rfc2`` and ``per-order`` were
+recorded from kernels built with the series (``docs/policies.md``).
 
 The questions are asked for all runs of an order in all PMD ranges at once, so the answers are arrays. A policy of
 one's own is a small class::
@@ -53,6 +56,9 @@ class Rules:
         trigger: ``khugepaged``, or ``madvise`` for MADV_COLLAPSE.
         tunables: the limits in force.
         mthp_min_order: the seed's MTHP_MIN_ORDER: order of a chunk of its bitmap, and its smallest folio.
+        always: those of `orders` whose own switch is ``always``.
+        of_file: memory of a file, which another function of the kernel collapses, to the PMD order alone
+            (collapse_file).
     """
 
     geometry: Geometry
@@ -60,6 +66,8 @@ class Rules:
     trigger: Trigger
     tunables: Tunables
     mthp_min_order: int = DEFAULT_MTHP_MIN_ORDER
+    always: tuple[int, ...] = ()
+    of_file: bool = False
 
     @property
     def forced(self) -> bool:
@@ -83,16 +91,28 @@ class Policy(abc.ABC):
 
     Attributes:
         name: how it is called on the command line.
-        scans_each_run: the PTEs are scanned anew for every run, with that run's limits, instead of once for the
-            whole PMD range; when no order succeeds at an address, the rest of the PMD range is given up.
+        scans_each_run: the PTEs are scanned again for every run, with that run's limits, instead of once for the
+            whole PMD range. An order that failed once is not tried again in the PMD range, and when the smallest one
+            failed, the rest of the range is given up.
         fail_ends_range: an attempt at the PMD order that ends in FAIL, as one over a guard marker does, ends the
             whole PMD range.
+        halves_after_failure: any failed attempt leads to the two halves of the run, a folio that is large enough
+            already included. By default that folio is skipped, and some results end the PMD range.
+        large_before_shared: isolation looks for a folio that is large enough before it counts a shared page.
+        leaves_empty_runs: MADV_COLLAPSE makes no folio of a run without contents, because kernels before 6.18 want
+            one PTE that may be written (SCAN_PAGE_RO).
+        counts_mapped: the kernel's pages_collapsed rises for MADV_COLLAPSE too, and at every scan of a PMD range that
+            one PMD entry maps already.
         remembers_filled: pages that a collapse filled count as none (:mod:`mthp.collapse.filled`).
     """
 
     name: ClassVar[str]
     scans_each_run: ClassVar[bool] = False
     fail_ends_range: ClassVar[bool] = True
+    halves_after_failure: ClassVar[bool] = False
+    large_before_shared: ClassVar[bool] = False
+    leaves_empty_runs: ClassVar[bool] = False
+    counts_mapped: ClassVar[bool] = False
     remembers_filled: ClassVar[bool] = False
 
     def orders_walked(self, rules: Rules) -> tuple[int, ...]:
@@ -100,6 +120,10 @@ class Policy(abc.ABC):
         if rules.forced:
             return (rules.geometry.pmd_order,)
         return tuple(order for order in reversed(rules.orders) if order >= MIN_ANON_ORDER)
+
+    def orders_allocated(self, rules: Rules) -> tuple[int, ...]:
+        """The orders for which a folio is allocated, descending: those that are walked, and those that fail then."""
+        return self.orders_walked(rules)
 
     def scan_limits(self, rules: Rules) -> Limits | None:
         """What the scan of a whole PMD range lets pass; None where each run is scanned for itself."""
@@ -115,10 +139,15 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def limits(self, order: int, rules: Rules) -> Limits:
-        """What a run of `order` may have, by the check that isolation makes.
+        """What a run of `order` may have for khugepaged, by the check that isolation makes."""
 
-        The caller lifts them for MADV_COLLAPSE, and allows no none PTE where userfaultfd is armed.
+    def attempt_limits(self, order: int, rules: Rules) -> Limits:
+        """The same for either trigger: by default MADV_COLLAPSE has no limits.
+
+        The caller allows no none PTE where userfaultfd is armed.
         """
+        n = 1 << order
+        return Limits(n, n, n) if rules.forced else self.limits(order, rules)
 
     def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
         """Which runs are full enough to be attempted: bool, shape of ``runs.occupied``; None for all.
@@ -156,21 +185,27 @@ class PmdOnly(Policy):
 class Rfc(Policy):
     """The seed (RFC "khugepaged: mTHP support"): a bitmap of full chunks, and a percentage for every order.
 
-    For MADV_COLLAPSE the seed leaves the threshold open. Here every order is then tried whatever its fullness, the
-    PMD order first, so smaller ones come to it only where that failed; a run without contents is left alone.
+    MADV_COLLAPSE uses the same bitmap and the same thresholds as khugepaged, over all orders that anonymous memory can
+    have; only isolation's limits are lifted for it.
     """
 
     name = "rfc"
     fail_ends_range = False
+    halves_after_failure = True
+    large_before_shared = True
+    leaves_empty_runs = True
+    counts_mapped = True
 
     def orders_walked(self, rules: Rules) -> tuple[int, ...]:
-        pmd_order = rules.geometry.pmd_order
-        if rules.forced:
-            smaller = [order for order in reversed(rules.orders) if rules.mthp_min_order <= order < pmd_order]
-            return (pmd_order, *smaller)
-        if pmd_order not in rules.orders:
+        if not rules.forced and rules.geometry.pmd_order not in rules.orders:
             return ()
-        return tuple(order for order in reversed(rules.orders) if order >= rules.mthp_min_order)
+        orders = rules.geometry.anon_orders if rules.forced else rules.orders
+        return tuple(order for order in reversed(orders) if order >= rules.mthp_min_order)
+
+    def orders_allocated(self, rules: Rules) -> tuple[int, ...]:
+        walked = self.orders_walked(rules)
+        # Only orders above the highest enabled one are skipped: the others fail when the mapping is checked again.
+        return tuple(range(walked[0], rules.mthp_min_order - 1, -1)) if walked else ()
 
     def scan_limits(self, rules: Rules) -> Limits | None:
         n = rules.geometry.ptes_per_pmd
@@ -179,36 +214,73 @@ class Rfc(Policy):
         return Limits(n, rules.tunables.max_ptes_swap, rules.tunables.max_ptes_shared)
 
     def scan_honours_uffd(self, rules: Rules) -> bool:
-        return False
+        return True
 
     def limits(self, order: int, rules: Rules) -> Limits:
-        tunables = rules.tunables
-        scaled = tunables.max_ptes_none >> (rules.geometry.pmd_order - order)
-        return Limits(scaled, tunables.max_ptes_swap, tunables.max_ptes_shared)
+        return _unscaled(rules)._replace(none=_scaled_none(order, rules))
 
     def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
-        if rules.forced:
-            contents = runs.occupied + runs.swap
-            return None if runs.order == rules.geometry.pmd_order else contents > 0
         n = rules.geometry.ptes_per_pmd
         percent = (n - rules.tunables.max_ptes_none - 1) * 100 // (n - 1)
         chunks = runs.size >> rules.mthp_min_order
         threshold = percent * chunks // 100
         if threshold == 0:
             return None
-        enough: Bits = runs.full_chunks(rules.mthp_min_order) >= threshold
+        enough: Bits = runs.chunks(rules.mthp_min_order, none=0) >= threshold
+        return enough
+
+
+class Rfc2(Rfc):
+    """The seed's second version: chunks may have none PTEs too, and only the PMD order takes swap and shared pages.
+
+    A chunk counts when it has fewer none PTEs than max_ptes_none scaled to it. With the default chunks that allows
+    nothing below 64, so that then no run is full enough.
+    """
+
+    name = "rfc2"
+
+    def orders_allocated(self, rules: Rules) -> tuple[int, ...]:
+        return self.orders_walked(rules)
+
+    def limits(self, order: int, rules: Rules) -> Limits:
+        return self._below_pmd(order, rules, super().limits(order, rules))
+
+    def attempt_limits(self, order: int, rules: Rules) -> Limits:
+        return self._below_pmd(order, rules, super().attempt_limits(order, rules))
+
+    @staticmethod
+    def _below_pmd(order: int, rules: Rules, limits: Limits) -> Limits:
+        return limits if order == rules.geometry.pmd_order else limits._replace(swap=0, shared=0)
+
+    def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
+        if runs.order in rules.always:
+            return None
+        n, level = rules.geometry.ptes_per_pmd, runs.order - rules.mthp_min_order
+        threshold = (n - rules.tunables.max_ptes_none - 1) >> (rules.geometry.pmd_order - level)
+        none = _scaled_none(rules.mthp_min_order, rules) - 1
+        enough: Bits = runs.chunks(rules.mthp_min_order, none=none) > threshold
         return enough
 
 
 class PerOrder(Policy):
-    """Dev Jain's series: every run scanned for itself, all limits scaled to its order."""
+    """Dev Jain's series: every run scanned for itself, all limits scaled to its order.
+
+    MADV_COLLAPSE tries the PMD order, then the smaller orders that are enabled, without limits.
+    """
 
     name = "per-order"
     scans_each_run = True
     fail_ends_range = False
+    large_before_shared = True
+    leaves_empty_runs = True
+
+    def orders_walked(self, rules: Rules) -> tuple[int, ...]:
+        enabled = tuple(order for order in reversed(rules.orders) if order >= MIN_ANON_ORDER)
+        pmd_order = rules.geometry.pmd_order
+        return (pmd_order, *(order for order in enabled if order < pmd_order)) if rules.forced else enabled
 
     def scan_limits(self, rules: Rules) -> Limits | None:
-        return super().scan_limits(rules) if rules.forced else None
+        return None
 
     def limits(self, order: int, rules: Rules) -> Limits:
         shift = rules.geometry.pmd_order - order
@@ -271,7 +343,12 @@ class NoCreep(Mainline):
     def limits(self, order: int, rules: Rules) -> Limits:
         if order == rules.geometry.pmd_order:
             return _unscaled(rules)
-        return Limits(rules.tunables.max_ptes_none >> (rules.geometry.pmd_order - order), 0, 0)
+        return Limits(_scaled_none(order, rules), 0, 0)
+
+
+def _scaled_none(order: int, rules: Rules) -> int:
+    """max_ptes_none, scaled from the PMD range to a run of `order`."""
+    return rules.tunables.max_ptes_none >> (rules.geometry.pmd_order - order)
 
 
 def _unscaled(rules: Rules) -> Limits:
@@ -279,15 +356,15 @@ def _unscaled(rules: Rules) -> Limits:
     return Limits(tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared)
 
 
-BUILT_IN: dict[str, type[Policy]] = {policy.name: policy for policy in (PmdOnly, Rfc, PerOrder, Mainline)}
-"""The four policies that kernels and series have, by name."""
+BUILT_IN: dict[str, type[Policy]] = {policy.name: policy for policy in (PmdOnly, Rfc, Rfc2, PerOrder, Mainline)}
+"""The five policies that kernels and series have, by name."""
 
 OWN: dict[str, type[Policy]] = {NoCreep.name: NoCreep}
 """This project's own policies, by name."""
 
 
 def policy_names() -> list[str]:
-    """The names of all policies to be had: the four, our own, then those that packages declare."""
+    """The names of all policies to be had: the five, our own, then those that packages declare."""
     ours = BUILT_IN | OWN
     return [*ours, *sorted(set(_declared()) - set(ours))]
 

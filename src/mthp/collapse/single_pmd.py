@@ -8,9 +8,17 @@ mthp_collapse() of mm/khugepaged.c.
 All policies walk alike. The runs of a PMD range are the nodes of a binary tree, and whether one keeps an explicit
 stack of (order, offset) and pushes the halves of what was not collapsed, as the seed does, or counts an offset
 upwards and lets its alignment say which order comes next, as mainline does, the nodes are met in the same order:
-depth first, the left half first. The policies differ in which nodes are full enough, in whether each run is scanned
-for itself, in what follows when every order failed at an address, and in what an attempt that failed ends. If every
+depth first, the left half first. The policies differ in which nodes are full enough, and in what a failed attempt ends.
+Only where each run is scanned for itself, as in Dev Jain's series, the walk is another one, :func:`scan_runs`. If every
 attempt ends as its PTEs foretell, the walk makes the attempts of :class:`~mthp.collapse.walk.Walk`, which plans.
+
+The series have bugs. A target keeps them if it is :attr:`~mthp.collapse.machine_seam.RangeTarget.as_it_was`, as the
+simulated machine is and a live process is not:
+
+- the seed allocates folios of orders that are not enabled. Its only result for a range without a collapse is FAIL, so
+  that khugepaged does not rest after a failed allocation;
+- Dev Jain's series goes on at any page behind a large folio, aligned or not, even behind the PMD range, and the result
+  of the range is that of the last run alone.
 """
 
 from __future__ import annotations
@@ -41,6 +49,11 @@ that is large enough aside, nothing more is tried in the PMD range."""
 DONE_THERE = frozenset({ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE})
 """Results of an attempt after which the walk goes on behind the run."""
 
+_SUCCEED_ALONE = frozenset({ScanResult.SUCCEED})
+
+_NO_TABLE = frozenset({ScanResult.NO_PTE_TABLE, ScanResult.PMD_MAPPED})
+"""Results of a run's scan where there are no PTEs to scan."""
+
 
 def collapse_single_pmd(target: RangeTarget, address: int, policy: Policy, rules: Rules) -> ScanResult:
     """Collapse what `policy` wants collapsed in the PMD range at `address`.
@@ -54,7 +67,10 @@ def collapse_single_pmd(target: RangeTarget, address: int, policy: Policy, rules
     scan = target.scan_pmd(address)
     result = scan.result
     if result is ScanResult.SUCCEED:
-        result = mthp_collapse(target, address, scan, policy, rules)
+        if policy.scans_each_run:
+            scan, result = scan_runs(target, address, scan, policy, rules)
+        else:
+            result = mthp_collapse(target, address, scan, policy, rules)
     target.scanned(address, scan, result)
     return result
 
@@ -67,8 +83,8 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
     """
     assert scan.fullness is not None, "only a range that passed the scan is walked"
     geometry = rules.geometry
-    scans_runs = policy.scans_each_run and not rules.forced
-    orders = policy.orders_walked(rules)
+    done_there = _SUCCEED_ALONE if policy.halves_after_failure else DONE_THERE
+    orders = policy.orders_allocated(rules) if target.as_it_was else policy.orders_walked(rules)
     highest = [next((order for order in orders if order <= most), None) for most in range(geometry.pmd_order + 1)]
     last, collapsed, alloc_failed = ScanResult.FAIL, False, False
     offset, order = 0, highest[-1]
@@ -76,36 +92,82 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
         result = None
         if scan.fullness.enough(order, scan.row, offset >> order):
             at = address + offset * geometry.page_size
-            result = _try_run(target, at, order, scan, scans_runs=scans_runs)
+            result = target.collapse_huge_page(at, order, scan)
             collapsed |= result is ScanResult.SUCCEED
             alloc_failed |= result is ScanResult.ALLOC_HUGE_PAGE_FAIL
-            last = last if result in DONE_THERE else result
-            if result not in DONE_THERE and not _goes_on(result, order, policy, rules):
+            last = last if result in done_there else result
+            if result not in done_there and not _goes_on(result, order, policy, rules):
                 break
-        if result not in DONE_THERE and (lower := highest[order - 1]) is not None:
+        if result not in done_there and (lower := highest[order - 1]) is not None:
             order = lower
-        elif result not in DONE_THERE and scans_runs:
-            break
         else:
             # Every offset is a multiple of the smallest order, so one of the orders fits there.
             offset += 1 << order
             order = highest[min(_alignment(offset), geometry.pmd_order)]
     if collapsed:
         return ScanResult.SUCCEED
+    if target.as_it_was and policy.halves_after_failure:
+        return ScanResult.FAIL
     return ScanResult.ALLOC_HUGE_PAGE_FAIL if alloc_failed else last
 
 
-def _try_run(target: RangeTarget, address: int, order: int, scan: RangeScan, *, scans_runs: bool) -> ScanResult:
-    """Attempt one run, after a scan of its own where the policy wants that."""
-    if scans_runs:
-        scan = target.scan_run(address, order)
-        if scan.result is not ScanResult.SUCCEED:
-            return scan.result
-    return target.collapse_huge_page(address, order, scan)
+def scan_runs(
+    target: RangeTarget, address: int, scan: RangeScan, policy: Policy, rules: Rules
+) -> tuple[RangeScan, ScanResult]:
+    """Scan a run and try to collapse it, run after run (hpage_collapse_scan_ptes of Dev Jain's series).
+
+    It begins with the largest order. An order that fails is not tried again, and when none is left, the rest of the
+    range is given up. Behind a run that was collapsed or skipped it goes on with the order that the address is aligned
+    to if that is left, else with the largest that is left. An attempt that reaches the range's end is the last.
+
+    Returns:
+        The scan of the last run, and the result of the range.
+    """
+    page, left = rules.geometry.page_size, list(policy.orders_walked(rules))
+    last, collapsed, alloc_failed = ScanResult.FAIL, False, False
+    at, end, whole = address, address + rules.geometry.pmd_size, scan
+    order = left[0] if left else None
+    while order is not None and (target.as_it_was or at < end):
+        behind, result = at + (page << order), None
+        if _full(whole, order, (at - address) // page):
+            scan = target.scan_run(at, order)
+            last = result = scan.result
+            if result in _NO_TABLE:
+                break
+            if result is ScanResult.SUCCEED:
+                last = result = target.collapse_huge_page(at, order, scan)
+                collapsed |= result is ScanResult.SUCCEED
+                alloc_failed |= result is ScanResult.ALLOC_HUGE_PAGE_FAIL
+                if behind == end:
+                    break
+        if result in DONE_THERE:
+            at = behind if scan.behind is None else scan.behind
+            order = aligned if (aligned := _alignment(at // page)) in left else left[0]
+        else:
+            left = [other for other in left if other != order]
+            order = left[0] if left else None
+    if target.as_it_was:
+        return scan, last
+    return scan, ScanResult.SUCCEED if collapsed else ScanResult.ALLOC_HUGE_PAGE_FAIL if alloc_failed else last
+
+
+def _full(scan: RangeScan, order: int, offset: int) -> bool:
+    """Whether the run of `order` at `offset` is full enough.
+
+    Runs that are not aligned belong to a series that does not ask.
+
+    Args:
+        scan: of the PMD range.
+    """
+    fullness = scan.fullness
+    assert fullness is not None, "only a range that passed the scan is walked"
+    return fullness.of(order) is None or fullness.enough(order, scan.row, offset >> order)
 
 
 def _goes_on(result: ScanResult, order: int, policy: Policy, rules: Rules) -> bool:
     """Whether an attempt that failed leaves the rest of the PMD range to be tried."""
+    if policy.halves_after_failure:
+        return True
     if result is ScanResult.FAIL:
         return order < rules.geometry.pmd_order or not policy.fail_ends_range
     return result in LOWER_ORDERS_MAY_SUCCEED

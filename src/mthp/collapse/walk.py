@@ -9,13 +9,16 @@ instead, from the PMD order down, for all PMD ranges together, each level a few 
 (:mod:`mthp.collapse.policy`); single PTEs are looked at only for runs whose counts leave open what stops them
 (:mod:`mthp.collapse.hindrance`).
 
-One policy is not a pure tree: ``per-order`` gives up the rest of a PMD range at the first address where nothing
-succeeds. Nothing before that address depends on what lies behind, so the level-by-level walk is made as for the
-others and then cut there.
+One policy walks no tree. Where each run is scanned for itself, as ``per-order`` does, an order that failed once is not
+tried again in the PMD range. So the walk goes over the runs of the largest order up to the first that fails, then from
+there on over those of the next smaller order, and so on: a few operations for each order, too. (Dev Jain's series
+itself goes on at any page behind a large folio that it hits, and so makes folios that are not aligned. A plan goes on
+behind the run; the simulated machine does as the series.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -25,7 +28,7 @@ from numpy.typing import NDArray
 
 from mthp.collapse.hindrance import Checks, first_hindrances
 from mthp.collapse.occupancy import Bits, Occupancy, Planes, Runs
-from mthp.collapse.policy import Limits, Policy, Rules
+from mthp.collapse.policy import Policy, Rules
 from mthp.columns import Table
 from mthp.results import ScanResult
 
@@ -142,7 +145,7 @@ class Walk:
 
         What a scan that ends early leaves out is counted, and isolation's own check of a run is not.
         """
-        if self.policy.scans_each_run and not self.rules.forced:
+        if self.policy.scans_each_run:
             return self._reached
         mapped = 0 if self.planes.pmd_mapped is None else int(np.count_nonzero(self.planes.pmd_mapped))
         return int(self.ranges - mapped) << self._pmd_order
@@ -151,6 +154,9 @@ class Walk:
 
     def _walk(self) -> None:
         orders = self.policy.orders_walked(self.rules)
+        if self.policy.scans_each_run:
+            self._walk_runs(orders)
+            return
         if not orders:
             return
         reached: Bits = self.passed[:, None]
@@ -161,25 +167,50 @@ class Walk:
                 break
             if order > orders[-1]:
                 reached = _repeated(reached, 1)
-        if self.policy.scans_each_run and not self.rules.forced:
-            self._give_up_behind(orders[-1], reached)
 
     def _step(self, order: int, reached: Bits) -> Bits:
         """Try the `reached` runs of `order`; give those whose halves are looked at next."""
-        runs = self.occupancy.runs(order)
-        self._reached += int(np.count_nonzero(reached)) << order
-        enough = self.policy.full_enough(runs, self.rules)
-        attempted: Bits = reached if enough is None else reached & enough
-        hindered, skipped = self._hindered(runs, attempted)
-        succeeded = attempted if hindered is None else attempted & ~hindered
-        if self.policy.scans_each_run and not self.rules.forced:
-            # Here the scan of a run is its check: one that does not pass is no attempt.
-            attempted = succeeded if skipped is None else succeeded | skipped
+        attempted, succeeded, skipped = self._tried(order, reached)
         self.levels[order] = Level(attempted, succeeded)
         onward = reached & ~succeeded
         if order == self._pmd_order and self.policy.fail_ends_range and self.planes.guard is not None:
             onward &= ~self._fails(order, attempted & (self.occupancy.count("guard", order) > 0))
-        return onward if skipped is None else onward & ~skipped
+        return onward if skipped is None or self.policy.halves_after_failure else onward & ~skipped
+
+    def _tried(self, order: int, reached: Bits) -> tuple[Bits, Bits, Bits | None]:
+        """Return which of the `reached` runs are attempted, collapsed, and skipped for a large folio (None: none)."""
+        runs = self.occupancy.runs(order)
+        enough = self.policy.full_enough(runs, self.rules)
+        attempted: Bits = reached if enough is None else reached & enough
+        hindered, skipped = self._hindered(runs, attempted)
+        return attempted, attempted if hindered is None else attempted & ~hindered, skipped
+
+    def _walk_runs(self, orders: tuple[int, ...]) -> None:
+        """Walk where each run is scanned for itself: each order as far as its runs pass, then the next smaller one."""
+        n = self.rules.geometry.ptes_per_pmd
+        at: NDArray[np.intp] = np.where(self.passed, 0, n)
+        for order in orders:
+            if not (at < n).any():
+                break
+            number = np.arange(n >> order)
+            ahead: Bits = number >= (at >> order)[:, None]
+            attempted, succeeded, skipped = self._tried(order, ahead)
+            done = succeeded if skipped is None else succeeded | skipped
+            failing = ahead & ~done
+            first = np.where(failing.any(axis=1), failing.argmax(axis=1), n >> order)
+            self._reached += int((np.minimum(first + 1, n >> order) - (at >> order)).clip(0).sum()) << order
+            before = number < first[:, None]
+            tried = done & before
+            at = first << order
+            if self.planes.guard is not None:
+                # A guard marker passes the scan of a run as a swap entry, and makes the attempt fail.
+                guarded = self.occupancy.count("guard", order) > 0
+                failed = self._fails(order, attempted & guarded & (number == first[:, None]))
+                tried |= failed
+                # The series leaves a range when an attempt, successful or not, has reached the range's end.
+                at[failed[:, -1]] = n
+            self.levels[order] = Level(tried, succeeded & before)
+        self.given_up = at
 
     def _fails(self, order: int, attempted: Bits) -> Bits:
         """Which of the `attempted` runs of `order` end in FAIL, which nothing but a look at their PTEs tells."""
@@ -214,12 +245,14 @@ class Walk:
         """What is checked of a run of `order`: by isolation, or by the run's own scan, under the policy's limits."""
         rules = self.rules
         size = 1 << order
-        own_scan = self.policy.scans_each_run and not rules.forced
+        own_scan = self.policy.scans_each_run
         return Checks(
-            Limits(size, size, size) if rules.forced else self.policy.limits(order, rules),
+            self.policy.attempt_limits(order, rules),
             uffd=own_scan,
-            lazyfree=own_scan,
+            lazyfree=own_scan and not rules.forced,
             large=order if order < self._pmd_order else None,
+            large_first=self.policy.large_before_shared,
+            page=rules.forced and self.policy.leaves_empty_runs,
             swap_in=not own_scan,
             guard=True,
             references=0 if rules.forced else size // 2 if own_scan else 1,
@@ -227,47 +260,36 @@ class Walk:
 
     def _stopped_by_counts(self, runs: Runs, checks: Checks) -> Bits | None:
         """Which runs anything but a large folio stops; None if no run can be stopped."""
-        planes, count = self.planes, self.occupancy.count
         stopped: Bits | None = None
-
-        def stop(bits: Bits) -> None:
-            nonlocal stopped
+        for bits in self._stops(runs, checks):
             stopped = bits if stopped is None else stopped | bits
+        return stopped
 
+    def _stops(self, runs: Runs, checks: Checks) -> Iterator[Bits]:
+        """Yield the runs that each hindrance but a large folio stops."""
+        planes, count = self.planes, self.occupancy.count
         if checks.limits.none < runs.size:
-            stop(runs.none_or_zero > checks.limits.none)
+            yield runs.none_or_zero > checks.limits.none
         if checks.zero_none_if_armed and planes.uffd_armed is not None:
-            stop(planes.uffd_armed[:, None] & (runs.none_or_zero > 0))
+            yield planes.uffd_armed[:, None] & (runs.none_or_zero > 0)
         if planes.swap is not None and checks.limits.swap < runs.size:
-            stop(runs.swap > checks.limits.swap)
+            yield runs.swap > checks.limits.swap
         if planes.shared is not None and checks.limits.shared < runs.size:
-            stop(runs.shared > checks.limits.shared)
+            yield runs.shared > checks.limits.shared
         if checks.guard and planes.guard is not None:
-            stop(count("guard", runs.order) > 0)
+            yield count("guard", runs.order) > 0
         if checks.uffd and planes.uffd is not None:
-            stop(count("uffd", runs.order) > 0)
+            yield count("uffd", runs.order) > 0
         if checks.lazyfree and planes.lazyfree is not None:
-            stop(count("lazyfree", runs.order) > 0)
+            yield count("lazyfree", runs.order) > 0
+        if checks.page:
+            yield (runs.occupied == 0) if planes.swap is None else (runs.occupied + runs.swap == 0)
         if checks.references:
             # A run that may not be filled throughout has a page; it is referenced unless pages say otherwise.
             if checks.limits.none >= runs.size - 1 or planes.unreferenced is not None or planes.swap is not None:
-                stop(runs.referenced == 0)
+                yield runs.referenced == 0
             if planes.swap is not None and checks.references > 1:
-                stop((runs.swap > 0) & (runs.referenced < checks.references))
-        return stopped
-
-    def _give_up_behind(self, smallest: int, failed: Bits) -> None:
-        """Drop all attempts behind the first run of the smallest order at which nothing succeeded.
-
-        Args:
-            failed: bool, shape (ranges, runs of the smallest order): runs that were reached and failed.
-        """
-        ptes = self.rules.geometry.ptes_per_pmd
-        self.given_up = np.where(failed.any(axis=1), failed.argmax(axis=1) << smallest, ptes)
-        for order, level in self.levels.items():
-            offsets = np.arange(level.attempted.shape[1]) << order
-            kept = offsets < self.given_up[:, None]
-            self.levels[order] = Level(level.attempted & kept, level.succeeded & kept)
+                yield (runs.swap > 0) & (runs.referenced < checks.references)
 
     # What the walk amounts to, made when asked for.
 
@@ -344,7 +366,7 @@ class Walk:
         """One ScanResult per PMD range: int8, shape (ranges,)."""
         result = self.scanned()
         result[result == ScanResult.SUCCEED] = ScanResult.FAIL
-        if self.policy.scans_each_run and self.levels and not self.rules.forced:
+        if self.policy.scans_each_run and self.levels:
             self._add_run_scans(result)
         tried = self.attempts
         # Of several values stored at one place the last one stays: the last attempt's.

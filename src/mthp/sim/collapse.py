@@ -19,11 +19,13 @@ install                let go of the old pages, map the new folio: by a PMD entr
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.collapse.machine_seam import RangeScan
-from mthp.collapse.policy import Limits, Policy, Rules
+from mthp.collapse.policy import Policy, Rules
 from mthp.eligibility import Trigger
 from mthp.results import ScanResult
 from mthp.sim.alloc import charge, take_folio
@@ -68,12 +70,12 @@ class _Attempt:
         self.address = address
         self.order = order
         self.scan = scan
+        self.policy = policy
         self.rules = rules
         self.size = 1 << order
         self.pmd_order = parts.geometry.pmd_order
         self.pmd_address = address // parts.geometry.pmd_size * parts.geometry.pmd_size
-        n = self.size
-        self.limits = Limits(n, n, n) if rules.forced else policy.limits(order, rules)
+        self.limits = policy.attempt_limits(order, rules)
 
     @property
     def ptes(self) -> Ptes:
@@ -102,14 +104,11 @@ class _Attempt:
 
     def alloc_charge(self, node_load: NDArray[np.int64]) -> int | ScanResult:
         """A folio for the run, from a node that most pages of the PMD range are on; or why there is none."""
-        counters = self.parts.counters
         nodes = np.flatnonzero(node_load == node_load.max()).tolist()
         may_wait = self.rules.forced or self.parts.tunables.defrag
         folio = take_folio(self.parts, self.order, nodes, may_wait=may_wait)
         outcome = "collapse_alloc_failed" if folio is None else "collapse_alloc"
-        if self.order == self.pmd_order:
-            counters.count(f"thp_{outcome}")
-        counters.count_mthp(self.order, outcome)
+        self.parts.count_order(self.order, f"thp_{outcome}", outcome)
         if folio is None:
             return ScanResult.ALLOC_HUGE_PAGE_FAIL
         if not charge(self.parts, folio, self.mm.charge, may_wait=may_wait):
@@ -182,7 +181,9 @@ class _Attempt:
         parts = self.parts
         limits = self.limits._replace(none=0) if vma.userfaultfd_armed else self.limits
         large = None if self.order == self.pmd_order else self.order
-        look = isolate_look(parts, vma, self.ptes, limits, forced=self.rules.forced, large=large)
+        large_first = self.policy.large_before_shared
+        forced = self.rules.forced
+        look = isolate_look(parts, vma, self.ptes, limits, forced=forced, large=large, large_first=large_first)
         referenced = 0 if self.rules.forced else look.referenced
         if len(look.heads):
             small, large_heads = self._folios(look)
@@ -190,21 +191,28 @@ class _Attempt:
             parts.memory.flags[heads] |= Fl.LOCKED
             parts.lru.isolate(heads)
         self._count_exceeded(look.result)
-        if look.result is ScanResult.SUCCEED and not referenced and not self.rules.forced:
-            look = _with_result(look, ScanResult.LACK_REFERENCED_PAGE)
+        if look.result is ScanResult.SUCCEED and not self._writable(look):
+            look = dataclasses.replace(look, result=ScanResult.PAGE_RO)
+        elif look.result is ScanResult.SUCCEED and not referenced and not self.rules.forced:
+            look = dataclasses.replace(look, result=ScanResult.LACK_REFERENCED_PAGE)
         if look.result is not ScanResult.SUCCEED and len(look.heads):
             self.release(look)
         parts.trace.emit(Isolate(self.order, look.result, look.none_or_zero, referenced))
         return look
 
+    def _writable(self, look: Look) -> bool:
+        """Whether the run may be collapsed though none of its pages can be written, or one can."""
+        if self.parts.kernel.wants_writable:
+            return look.writable
+        leaves = self.parts.kernel.leaves_empty_runs and self.policy.leaves_empty_runs and self.rules.forced
+        return bool(len(look.offsets)) or not leaves
+
     def _count_exceeded(self, result: ScanResult) -> None:
-        counters = self.parts.counters
         names = {ScanResult.EXCEED_NONE_PTE: ("none", "none"), ScanResult.EXCEED_SHARED_PTE: ("shared", "share")}
         if result in names:
             of_size, of_machine = names[result]
-            if self.order == self.pmd_order:
-                counters.count(f"thp_scan_exceed_{of_machine}_pte")
-            counters.count_mthp(self.order, f"collapse_exceed_{of_size}_pte")
+            names_of_both = f"thp_scan_exceed_{of_machine}_pte", f"collapse_exceed_{of_size}_pte"
+            self.parts.count_order(self.order, *names_of_both)
 
     def release(self, look: Look) -> None:
         """Put back what was isolated: small folios from the last to the first, then large ones (release_pte_pages)."""
@@ -245,7 +253,10 @@ class _Attempt:
             swap.free_cache(head)
         memory.put_small(small)
         is_large = memory.order[look.pfns] > 0
-        for pfn, count in rmap.batches(look.offsets[is_large], look.pfns[is_large]):
+        batches = rmap.batches(look.offsets[is_large], look.pfns[is_large])
+        if self.parts.kernel.unmaps_one_by_one:
+            batches = [(pfn, 1) for pfn in look.pfns[is_large].tolist()]
+        for pfn, count in batches:
             head = memory.head(pfn)
             rmap.remove_large(pfn, count, self.mm.id)
             memory.put(head, count)
@@ -288,8 +299,3 @@ def _unmapped(ptes: Ptes) -> NDArray[np.bool_]:
     """Which entries are neither none nor present: bool, shape (pages,)."""
     mask: NDArray[np.bool_] = (ptes.bits != 0) & ((ptes.bits & P.PRESENT) == 0)
     return mask
-
-
-def _with_result(look: Look, result: ScanResult) -> Look:
-    """The same look with another result."""
-    return Look(result, look.at, look.none_or_zero, look.unmapped, look.referenced, look.offsets, look.pfns, look.heads)

@@ -95,6 +95,8 @@ def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -
     """
     if not parts.swap.synchronous or vma.userfaultfd_armed:
         return []
+    if parts.kernel.swaps_in_shared_singly and parts.swap.count[slot] > 1:
+        return []
     geometry = parts.geometry
     page = address // geometry.page_size
     for order in reversed(parts.fault_orders(mm, vma)):
@@ -115,9 +117,10 @@ def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -
 
 
 def _replace_entries(parts: Parts, mm: Mm, ptes: Ptes, pfn: int, slot: int) -> None:
-    """Make entries that name slots from `slot` on name frames from `pfn` on, for reading."""
+    """Make entries that name slots from `slot` on name frames from `pfn` on."""
     size = len(ptes.bits)
-    ptes.bits[:] = (P.PRESENT | P.YOUNG) | (ptes.bits & P.UFFD_WP)
+    # A swap entry that may be written is that of an exclusive page (pte_swp_exclusive); only golden cases have any.
+    ptes.bits[:] = (P.PRESENT | P.YOUNG) | (ptes.bits & (P.UFFD_WP | P.WRITE))
     ptes.value[:] = np.arange(pfn, pfn + size)
     parts.swap.count[slot : slot + size] -= np.uint16(1)
     mm.swap_entries -= size

@@ -32,12 +32,6 @@ TRIGGERS = ("khugepaged", "madvise")
 NEWEST = "7.3"
 """The kernel of a case that names none."""
 
-MTHP_COLLAPSE = (7, 2)
-"""The first release whose khugepaged collapses to orders below PMD order, and counts per size what it does."""
-
-LAZYFREE_STOPS = (7, 1)
-"""The first release whose khugepaged leaves ranges with clean lazyfree pages alone."""
-
 NO_PAGE = frozenset({"none", "zero", "guard", "uffd_zero", "uffd_marker"})
 SWAPPED = frozenset({"swap", "swap_shared", "uffd_swap"})
 LARGE = frozenset({"large", "large_shared"})
@@ -75,6 +69,11 @@ def runs_of(values: Iterable[Any]) -> Runs:
     return [[value, len(list(group))] for value, group in groupby(values)]
 
 
+def expanded(runs: Runs) -> list[Any]:
+    """Values, from run lengths."""
+    return [value for value, count in runs for _ in range(count)]
+
+
 @dataclass(frozen=True)
 class Pass:
     """What was recorded of a full scan, or of a call of MADV_COLLAPSE.
@@ -94,6 +93,8 @@ class Case:
 
     Attributes:
         release: major and minor number of the kernel.
+        series: what it was built with, if it is no release; the rules are the series' then (:mod:`mthp.sim.kernel`).
+        setup: how its pages came to be: the word of :data:`SETUPS`; ``""`` if the case does not say.
         forced: MADV_COLLAPSE was called; otherwise khugepaged scanned.
         orders: enabled.
         tunables: with the case's limits.
@@ -107,6 +108,8 @@ class Case:
 
     id: str
     release: tuple[int, int]
+    series: str | None
+    setup: str
     geometry: Geometry
     forced: bool
     orders: tuple[int, ...]
@@ -215,6 +218,8 @@ def _case(raw: dict[str, Any]) -> Case:
     return Case(
         id=str(raw["id"]),
         release=_release(raw.get("kernel", NEWEST)),
+        series=None if raw.get("series") is None else _word(raw, "series", raw["series"]),
+        setup=raw["setup"] if isinstance(raw.get("setup"), str) else "",
         geometry=geometry,
         forced=trigger == "madvise",
         orders=tuple(
@@ -289,7 +294,7 @@ def _expanded(raw: dict[str, Any], key: str, size: int) -> list[Any]:
     runs = _runs(raw, key)
     if (entries := sum(count for _, count in runs)) != size:
         raise UsageError(f"{key} has {entries} entries, a PMD range has {size}")
-    return [value for value, count in runs for _ in range(count)]
+    return expanded(runs)
 
 
 def _kind(state: str, pmd_order: int) -> tuple[str, int]:

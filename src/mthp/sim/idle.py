@@ -16,7 +16,7 @@ behind it. Here the answers for ordinary entries are found in a few passes over 
 
 Any other range ends the run of idle ones, and is looked at for itself. While events are traced nothing but ranges
 without page tables is passed over, because events have counts that are not made here; nor while the distance of nodes
-matters (zone_reclaim_mode).
+matters (zone_reclaim_mode), or that of entries which may be written.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def pass_over(
     pmds = table.pmd[row : row + rows]
     tables = pmds == Pmd.TABLE
     leading = int(tables.argmax()) if tables.any() else len(pmds)
-    if parts.trace.enabled or parts.knobs.zone_reclaim_mode or leading >= ahead:
+    everything = parts.trace.enabled or parts.knobs.zone_reclaim_mode or parts.kernel.wants_writable
+    if everything or leading >= ahead:
         seen = _without_tables(pmds[:leading])
     else:
         rows = min(len(pmds), ahead)
@@ -133,11 +134,11 @@ def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[Attemp
     for order, runs in seen.tried.items():
         rows, indices = np.nonzero(runs[:count])
         at = start + (rows * geometry.ptes_per_pmd + (indices << order)) * geometry.page_size
-        parts.counters.count_mthp(order, "collapse_alloc", len(at))
+        parts.count_order(order, "thp_collapse_alloc", "collapse_alloc", len(at))
         parts.clock.spend("alloc_large", len(at))
         parts.clock.spend("free_folio", len(at))
         found += [Attempted(address, order, ScanResult.PTE_MAPPED_HUGEPAGE) for address in at.tolist()]
-    return tuple(sorted(found))
+    return tuple(sorted(found, key=lambda attempt: (attempt.address, -attempt.order)))
 
 
 def _without_tables(pmds: NDArray[np.uint8]) -> _Idle:
@@ -286,7 +287,7 @@ def _nothing_to_do(
     """In which ranges the policy finds no run to collapse, and which runs it tries there all the same.
 
     As the walk does: a run that is full enough is tried; if its first page lies in a folio of the order, that is all,
-    and its halves are not looked at.
+    and its halves are not looked at unless the policy has failures lead there.
 
     Args:
         pages: bool, shape (ranges, ptes_per_pmd): pages that are not the zero page.
@@ -299,6 +300,8 @@ def _nothing_to_do(
     nothing: Bits = np.zeros(len(pages), np.bool_)
     orders = policy.orders_walked(rules)
     if type(policy) not in BUILT_IN.values() or parts.hook is not None or not orders:
+        return nothing, {}
+    if policy.orders_allocated(rules) != orders:
         return nothing, {}
     fullness = Fullness(Occupancy(Planes(pages), parts.geometry), policy, rules)
     nothing[:] = True
@@ -313,7 +316,7 @@ def _nothing_to_do(
                 if not nothing.any():
                     return nothing, {}
                 tried[order] = runs
-                reached = reached & ~runs
+                reached = reached if policy.halves_after_failure else reached & ~runs
         if order > min(orders):
             reached = np.repeat(reached, 2, axis=1)
     return nothing, {order: runs & nothing[:, None] for order, runs in tried.items()}

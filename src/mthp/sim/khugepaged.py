@@ -131,6 +131,15 @@ class Khugepaged(Scanner):
             if isinstance(slot, Visit) and slot.mm is mm:
                 self.remove(slot)
 
+    def _collapsed(self, passage: Passage) -> int:
+        mapped = self._machine.policy.counts_mapped * np.count_nonzero(passage.results == ScanResult.PMD_MAPPED)
+        return super()._collapsed(passage) + int(mapped)
+
+    def count_advised(self, result: ScanResult) -> None:
+        """Count a PMD range that MADV_COLLAPSE went over, if the policy's series does that."""
+        if self._machine.policy.counts_mapped and result in (ScanResult.SUCCEED, ScanResult.PMD_MAPPED):
+            self._count("pages_collapsed", 1)
+
     def _begin_pass(self) -> None:
         self._machine.parts.lru.drain()
 
@@ -171,4 +180,5 @@ class Advised:
         assert vma is not None, f"nothing is mapped at {address:#x}"
         self._control.lock_dropped = False
         result = collapse_range(self._machine.parts, self._mm, vma, address, self._control)
+        self._machine.khugepaged.count_advised(result)
         return result, self._control.lock_dropped

@@ -38,6 +38,7 @@ class Look:
         at: the number of the entry that hindered; that of all entries if none did.
         none_or_zero, unmapped: entries without a page, and swap entries or markers, up to and with that entry.
         referenced: pages before it that were used recently.
+        writable: one of the pages up to and with that entry may be written, or the kernel does not ask.
         offsets: intp, shape (pages,): the entries before it that map a page other than the zero page.
         pfns, heads: int64, same shape: their frames, and the heads of the folios.
     """
@@ -47,6 +48,7 @@ class Look:
     none_or_zero: int
     unmapped: int
     referenced: int
+    writable: bool
     offsets: NDArray[np.intp]
     pfns: Frames
     heads: Frames
@@ -69,7 +71,14 @@ def scan_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, forced: 
 
 
 def isolate_look(
-    parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, forced: bool, large: int | None = None
+    parts: Parts,
+    vma: SimVma,
+    ptes: Ptes,
+    limits: Limits,
+    *,
+    forced: bool,
+    large: int | None = None,
+    large_first: bool = False,
 ) -> Look:
     """Look at a run as __collapse_huge_page_isolate does.
 
@@ -77,19 +86,23 @@ def isolate_look(
         limits: how many none and shared entries may be there; any swap entry hinders.
         forced: MADV_COLLAPSE asks.
         large: a page of a folio of this order or larger hinders.
+        large_first: that is looked for before a shared page is counted.
     """
     if large is not None and _begins_with_large(parts, ptes, large):
         nothing = np.zeros(0, np.int64)
-        return Look(ScanResult.PTE_MAPPED_HUGEPAGE, 0, 0, 0, 0, nothing.astype(np.intp), nothing, nothing)
+        return Look(ScanResult.PTE_MAPPED_HUGEPAGE, 0, 0, 0, 0, False, nothing.astype(np.intp), nothing, nothing)
     look = _Looker(parts, ptes, limits)
     look.no_swap()
     if look.some_pages:
         look.page(~look.folio_has(Fl.LRU), ScanResult.DEL_PAGE_LRU)
         look.page(look.expected_references != parts.memory.refcount[look.heads], ScanResult.PAGE_COUNT)
         look.page(look.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
+        if large_first:
+            look.count_shared()
         if large is not None:
             look.page(parts.memory.order[look.pfns] >= large, ScanResult.PTE_MAPPED_HUGEPAGE)
-        look.count_shared()
+        if not large_first:
+            look.count_shared()
         look.page_itself(vma, forced=forced)
     return look.taken()
 
@@ -109,20 +122,21 @@ def _begins_with_large(parts: Parts, ptes: Ptes, large: int) -> bool:
     return bool(swapbacked and refcount[head + 1] == refcount[head + 2])
 
 
-def run_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, large: int | None) -> Look:
-    """Look at one run as khugepaged does where each run is scanned for itself.
+def run_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, forced: bool, large: int | None) -> Look:
+    """Look at one run as is done where each run is scanned for itself.
 
     Args:
+        forced: MADV_COLLAPSE asks.
         large: a page of a folio of this order or larger hinders.
     """
     look = _Looker(parts, ptes, limits)
     look.count_swap()
     if look.some_pages:
         look.folios()
+        look.count_shared()
         if large is not None:
             look.page(parts.memory.order[look.pfns] >= large, ScanResult.PTE_MAPPED_HUGEPAGE)
-        look.count_shared()
-        look.page_itself(vma, forced=False)
+        look.page_itself(vma, forced=forced)
     return look.taken()
 
 
@@ -208,11 +222,17 @@ class _Looker:
     def page_itself(self, vma: SimVma, *, forced: bool) -> None:
         """What is looked at before anything is counted: write-protected pages, pages of a driver, clean lazyfree."""
         bits = self._ptes.bits[self._offsets]
-        if self._parts.lazyfree_stops and not forced and not vma.droppable:
+        if self._parts.kernel.lazyfree_stops and not forced and not vma.droppable:
             lazyfree = (self._folio_flags & (Fl.ANON | Fl.SWAPBACKED)) == Fl.ANON
             self.page(lazyfree & ((bits & P.DIRTY) == 0), ScanResult.PAGE_LAZYFREE)
         self.page(~self.folio_has(Fl.ANON), ScanResult.PAGE_ANON)
         self.page((bits & P.UFFD_WP) != 0, ScanResult.PTE_UFFD)
+
+    def _writable(self, at: int) -> bool:
+        """Whether one of the pages up to entry `at` may be written; True where the kernel does not ask."""
+        if not self._parts.kernel.wants_writable:
+            return True
+        return bool((self._ptes.bits[self._offsets[self._offsets <= at]] & P.WRITE).any())
 
     def taken(self) -> Look:
         """The look as a whole."""
@@ -232,6 +252,7 @@ class _Looker:
             int(np.count_nonzero(self._none[through])),
             int(np.count_nonzero(self._unmapped[through])),
             int(np.count_nonzero(referenced)),
+            self._writable(at),
             offsets,
             self.pfns[before],
             self.heads[before],

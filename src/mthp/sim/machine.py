@@ -26,6 +26,7 @@ from mthp.sim.check import check
 from mthp.sim.clock import Clock, Costs
 from mthp.sim.counters import Counters
 from mthp.sim.fragment import fragment
+from mthp.sim.kernel import NEWEST, Kernel
 from mthp.sim.khugepaged import Advised, Khugepaged, SimTime
 from mthp.sim.lru import LruAddBatch
 from mthp.sim.memory import Memory
@@ -65,7 +66,7 @@ class Machine(SystemCalls):
         costs: what things take, of simulated time.
         node_distances: of every node to every node, as in ``/sys/devices/system/node/node0/distance``; by default 20.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
-        lazyfree_stops: khugepaged leaves ranges with clean lazyfree pages alone, as Linux 7.1 and later do.
+        kernel: the rules of the kernel, apart from the policy; those of the newest release by default.
 
     Raises:
         UsageError: there is no policy of that name, a node without a frame, or a limit out of range.
@@ -89,7 +90,7 @@ class Machine(SystemCalls):
         costs: Costs | None = None,
         node_distances: Sequence[Sequence[int]] | None = None,
         mthp_min_order: int | None = None,
-        lazyfree_stops: bool = True,
+        kernel: Kernel = NEWEST,
     ) -> None:
         counters = Counters(geometry)
         frames = node_frames or [64 * geometry.ptes_per_pmd]
@@ -101,11 +102,11 @@ class Machine(SystemCalls):
             memory,
             Swap(memory, swap_slots),
             LruAddBatch(memory),
-            Rmap(memory, counters),
+            Rmap(memory, counters, by_first_page=kernel.shared_by_first_page),
             counters,
             Trace(),
             Clock(costs),
-            lazyfree_stops=lazyfree_stops,
+            kernel=kernel,
         )
         self.policy = policy_named(policy)
         chunk_order = min(DEFAULT_MTHP_MIN_ORDER, geometry.pmd_order) if mthp_min_order is None else mthp_min_order

@@ -11,6 +11,7 @@ from mthp.eligibility import Trigger
 from mthp.geometry import Geometry
 from mthp.sim.clock import Clock
 from mthp.sim.counters import Counters
+from mthp.sim.kernel import NEWEST, Kernel
 from mthp.sim.knobs import Knobs
 from mthp.sim.lru import LruAddBatch
 from mthp.sim.memory import Fl, Memory
@@ -54,7 +55,9 @@ class Parts:
         anon_vmas: numbers of anon_vmas given out so far.
         reclaim_at: number of the address space, and address in it, where reclaim goes on.
         hook: lets other actors in between the steps of a collapse.
-        lazyfree_stops: khugepaged leaves ranges with clean lazyfree pages alone, as Linux 7.1 and later do.
+        kernel: the rules of the kernel, apart from the policy.
+        beyond_table: address of the first run in which a series read entries behind the end of a page table; nothing
+            tells what they hold.
     """
 
     geometry: Geometry
@@ -74,7 +77,14 @@ class Parts:
     reclaim_at: tuple[int, int] = (0, 0)
     anon_vmas: int = 0
     hook: Hook | None = None
-    lazyfree_stops: bool = True
+    kernel: Kernel = NEWEST
+    beyond_table: int | None = None
+
+    def count_order(self, order: int, of_machine: str, of_size: str, by: int = 1) -> None:
+        """Count under a name of ``/proc/vmstat``, which most kernels do for the PMD order alone, and under a size's."""
+        if order == self.geometry.pmd_order or self.kernel.counts_every_order:
+            self.counters.count(of_machine, by)
+        self.counters.count_mthp(order, of_size, by)
 
     def let_in(self, step: Step, mm: Mm, address: int, order: int) -> None:
         """Give other actors their turn."""

@@ -19,11 +19,16 @@ _ALL, _OF_FIRST, _IDS = 1, 2, 3
 
 
 class Rmap:
-    """The reverse map of a machine's memory."""
+    """The reverse map of a machine's memory.
 
-    def __init__(self, memory: Memory, counters: Counters) -> None:
+    Args:
+        by_first_page: guess from its first page whether a large folio is shared (:class:`mthp.sim.kernel.Kernel`).
+    """
+
+    def __init__(self, memory: Memory, counters: Counters, *, by_first_page: bool = False) -> None:
         self._memory = memory
         self._counters = counters
+        self._by_first_page = by_first_page
 
     def add_new_anon(self, head: int, mm: int, *, swapbacked: bool) -> None:
         """Map all of a new folio into one address space (folio_add_new_anon_rmap)."""
@@ -181,6 +186,10 @@ class Rmap:
         """
         memory = self._memory
         large = memory.order[pfns] > 0
+        if self._by_first_page:
+            counts, sizes = self.mapcounts(pfns, heads), np.left_shift(1, memory.order[pfns].astype(np.int32))
+            guessed: NDArray[np.bool_] = (counts > 1) & ((counts > sizes) | (memory.mapcount[heads] > 1))
+            return guessed
         of_first = np.where(large, memory.refcount[heads + 2 * large], 1)
         shared: NDArray[np.bool_] = self.mapcounts(pfns, heads) > of_first
         return shared

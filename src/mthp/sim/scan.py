@@ -52,11 +52,14 @@ class CollapseControl:
 class SimRange:
     """The :class:`~mthp.collapse.machine_seam.RangeTarget` of the simulated machine."""
 
+    as_it_was = True
+
     def __init__(self, parts: Parts, mm: Mm, vma: SimVma, control: CollapseControl) -> None:
         self._parts = parts
         self._mm = mm
         self._vma = vma
         self._control = control
+        self._writable = False
 
     def scan_pmd(self, address: int) -> RangeScan:
         parts, control = self._parts, self._control
@@ -66,7 +69,7 @@ class SimRange:
             return RangeScan(ScanResult.PMD_MAPPED if pmd is Pmd.HUGE else ScanResult.NO_PTE_TABLE)
         ptes = self._mm.ptes(address, parts.geometry.ptes_per_pmd)
         limits = control.policy.scan_limits(control.rules)
-        if limits is None or (control.policy.scans_each_run and not control.rules.forced):
+        if limits is None or control.policy.scans_each_run:
             # Each run is scanned for itself, and counted there.
             control.lock_dropped = True
             return RangeScan(ScanResult.SUCCEED, self._fullness(address, ptes))
@@ -82,14 +85,24 @@ class SimRange:
     def scan_run(self, address: int, order: int) -> RangeScan:
         parts, control = self._parts, self._control
         if self._mm.pmd(address) is not Pmd.TABLE:
-            # What an attempt just made here may have left behind.
+            # What an attempt just made here may have left behind, or the walk has got behind the range.
             return RangeScan(ScanResult.PMD_MAPPED if self._mm.pmd(address) is Pmd.HUGE else ScanResult.NO_PTE_TABLE)
-        limits = control.policy.limits(order, control.rules)
+        limits = control.policy.attempt_limits(order, control.rules)
         if self._vma.userfaultfd_armed:
             limits = limits._replace(none=0)
         large = order if order < parts.geometry.pmd_order else None
-        look = run_look(parts, self._vma, self._mm.ptes(address, 1 << order), limits, large=large)
-        return self._judged(look, order)
+        page, size = parts.geometry.page_size, parts.geometry.pmd_size
+        ptes = self._mm.ptes(address, min(1 << order, (size - address % size) // page))
+        look = run_look(parts, self._vma, ptes, limits, forced=control.rules.forced, large=large)
+        if look.result is ScanResult.SUCCEED and len(ptes.bits) < 1 << order:
+            # A run that is not aligned may reach over the end of the page table: what lies there are no entries.
+            parts.beyond_table = address
+            look = dataclasses.replace(look, result=ScanResult.PAGE_NULL)
+        scan = self._judged(look, order)
+        if scan.result is ScanResult.PTE_MAPPED_HUGEPAGE:
+            large_pages = 1 << int(parts.memory.order[ptes.value[look.at]])
+            return dataclasses.replace(scan, behind=address + (look.at + large_pages) * page)
+        return scan
 
     def _judged(self, look: Look, order: int) -> RangeScan:
         """What a look at all entries of a run amounts to: count it, and ask whether enough of it was referenced."""
@@ -101,10 +114,10 @@ class SimRange:
         referenced = 0 if control.rules.forced else look.referenced
         result = look.result
         if result in _EXCEEDED:
-            of_machine, of_size = _EXCEEDED[result]
-            if order == parts.geometry.pmd_order:
-                parts.counters.count(of_machine)
-            parts.counters.count_mthp(order, of_size)
+            parts.count_order(order, *_EXCEEDED[result])
+        may_be_written = self._may_be_written(look)
+        if result is ScanResult.SUCCEED and not may_be_written:
+            result = ScanResult.PAGE_RO
         elif result is ScanResult.SUCCEED and not control.rules.forced:
             wanted = (1 << order) // 2 if look.unmapped else 1
             if referenced < wanted:
@@ -113,6 +126,18 @@ class SimRange:
             nodes = parts.memory.nodes_of(look.heads)
             control.node_load = np.bincount(nodes, minlength=parts.memory.nodes).astype(np.int64)
         return RangeScan(result, None, 0, referenced, look.none_or_zero, look.unmapped)
+
+    def _may_be_written(self, look: Look) -> bool:
+        """Whether what was seen may be collapsed though none of its pages can be written, or one can.
+
+        A page that was seen in an earlier run of the PMD range counts, too: the series never forgets it.
+        """
+        parts, control = self._parts, self._control
+        self._writable |= look.writable
+        if parts.kernel.wants_writable:
+            return self._writable
+        leaves = parts.kernel.leaves_empty_runs and control.policy.leaves_empty_runs and control.rules.forced
+        return not leaves or bool(len(look.offsets)) or look.unmapped > 0
 
     def _fullness(self, address: int, ptes: Ptes) -> Fullness:
         """Which runs are full enough, by what the policy may ask about them."""
@@ -163,7 +188,8 @@ def collapse_range(parts: Parts, mm: Mm, vma: SimVma, address: int, control: Col
     """Collapse what is to be collapsed of one PMD range, for khugepaged and MADV_COLLAPSE alike."""
     control.rules = dataclasses.replace(
         control.rules,
-        orders=parts.collapse_orders(mm, vma, control.rules.trigger),
+        orders=parts.collapse_orders(mm, vma, "khugepaged"),
+        always=tuple(sorted(order for order, word in parts.switches.sizes.items() if word == "always")),
         tunables=parts.tunables,
     )
     return collapse_single_pmd(SimRange(parts, mm, vma, control), address, control.policy, control.rules)

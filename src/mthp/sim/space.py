@@ -160,7 +160,8 @@ class SimSpace(AddressSpace):
         machine.parts.lru.drain()
         control = machine.control("madvise", orders)
         target = SimRange(machine.parts, self._mm, vma, control)
-        scan = target.scan_pmd(start)
+        scans_runs = machine.policy.scans_each_run
+        scan = target.scan_run(address, order) if scans_runs else target.scan_pmd(start)
         return scan.result if scan.result is not ScanResult.SUCCEED else target.collapse_huge_page(address, order, scan)
 
     def _check_alive(self) -> None:

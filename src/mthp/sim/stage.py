@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.collapse.policy import Policy
 from mthp.sim.buddy import Frames
-from mthp.sim.golden import LARGE, LAZYFREE_STOPS, MTHP_COLLAPSE, NO_PAGE, SMALL, SWAPPED, Case, Runs
+from mthp.sim.golden import LARGE, NO_PAGE, SMALL, SWAPPED, Case, Runs
+from mthp.sim.kernel import Kernel
 from mthp.sim.machine import Machine
 from mthp.sim.memory import Fl
 from mthp.sim.mm import DROPPABLE, HUGEPAGE, LOCKED, NOHUGEPAGE, UFFD_MISSING, UFFD_WP, Mm, P, Pmd, Ptes
@@ -52,6 +54,11 @@ _ENTRIES = {
 """The bits of an entry, by its kind. PTEs are old: the references that the case has are those of the folio."""
 
 _CHILD_HAS = ("shared", "large_shared", "swap_shared")
+_REWRITTEN = ("anon", "cold", "lazyfree", "lazyfree_dirty", "mlocked", "pinned", "swapped_back")
+"""What the recorder wrote to once more after it had forked, so that it could be written again (tests/vm/recorder.c)."""
+
+_WRITTEN = ("anon", "cold", "lazyfree_dirty", "mlocked", "pinned", "large", "swap")
+"""What a process that never forked can write: what is swapped out is its own then, and is read back for writing."""
 _NEVER_WRITTEN = {"none", "zero", "uffd_zero", "uffd_marker"}
 """What a mapping can hold without an anon_vma."""
 
@@ -82,19 +89,24 @@ class Stage:
 
     Args:
         case: as it was recorded.
+        policy: of the kernel that is simulated.
+        kernel: its other rules.
+        doubtful_writable: entries of which nothing recorded tells may be written. By default those may of which the
+            recorder's way of staging a case says so.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writable: bool = False) -> None:
         geometry = case.geometry
         self.n = geometry.ptes_per_pmd
         self._case = case
+        self._doubtful_writable = doubtful_writable
         self.machine = Machine(
             geometry,
             node_frames=[24 << max(geometry.pmd_order, 10)],
             swap_slots=int(case.slots.max()),
             switches=Switches("madvise", dict.fromkeys(case.orders, "madvise")),
-            policy="mainline" if case.release >= MTHP_COLLAPSE else "pmd-only",
-            lazyfree_stops=case.release >= LAZYFREE_STOPS,
+            policy=policy,
+            kernel=kernel,
             tunables=case.tunables,
         )
         self.start = geometry.pmd_size
@@ -123,6 +135,7 @@ class Stage:
     def _build(self) -> None:
         ptes = self._ptes(self.mm)
         ptes.bits[:] = [_ENTRIES[kind] for kind in self._case.kinds]
+        ptes.bits[self._writable()] |= P.WRITE
         self._build_swapped(ptes, np.flatnonzero(self._are(*SWAPPED)))
         small = np.flatnonzero(self._are(*SMALL))
         if len(small):
@@ -137,6 +150,13 @@ class Stage:
                 mm.set_pmd(self.start, Pmd.TABLE)
         for i in np.flatnonzero(self._are("pinned")).tolist():
             self.machine.pin(self.mm, self.start + i * self.machine.geometry.page_size)
+
+    def _writable(self) -> NDArray[np.bool_]:
+        """Which entries may be written, or, if they are swapped out, once they are read back: bool, shape (pages,)."""
+        alone = ~self._child_has & self._are(*SMALL, *LARGE, "swap") & ~self._are("uffdwp")
+        if self._doubtful_writable:
+            return alone
+        return alone & self._are(*(_WRITTEN if self._case.setup == "no_fork" else _REWRITTEN))
 
     def _build_swapped(self, ptes: Ptes, offsets: NDArray[np.intp]) -> None:
         swap = self.machine.parts.swap
@@ -208,6 +228,16 @@ class Stage:
             return self.machine.madvise_collapse(self.mm, self.start, self.start + self.machine.geometry.pmd_size)
         self.machine.khugepaged.full_scan()
         return None
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """Of the case's kernel."""
+        return self._case.release
+
+    def entries_told(self) -> int | None:
+        """How many entries there are in front of a run that was read beyond the page table; None if none was."""
+        beyond = self.machine.parts.beyond_table
+        return None if beyond is None else (beyond - self.start) // self.machine.geometry.page_size
 
     def observe(self) -> Observation:
         """What pagemap and kpageflags show now."""

@@ -1,0 +1,97 @@
+"""What kernels do differently apart from the policy: the rules of releases, and of series that were built on one.
+
+A golden case names its release, and its series if the kernel was built with one. A series has a policy of its own, and
+the rules of the release that it was built on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mthp.errors import UsageError
+
+Release = tuple[int, int]
+"""Major and minor number."""
+
+MTHP_COLLAPSE: Release = (7, 2)
+"""The first release whose khugepaged collapses to orders below the PMD order, and counts per size what it does."""
+
+LAZYFREE_STOPS: Release = (7, 1)
+"""The first release whose khugepaged leaves ranges with clean lazyfree pages alone."""
+
+SWAPIN_THROUGH_CACHE: Release = (7, 0)
+"""The first release that reads a large folio back from swap even where another address space has its entries, too.
+Before, do_swap_page() (mm/memory.c) did so only for entries that one PTE names."""
+
+NO_PTE_TABLE: Release = (7, 0)
+"""The first release known to have one scan result for a PMD entry without a page table; 6.18 has two."""
+
+NO_WRITABLE: Release = (6, 18)
+"""The first release that does not want a PTE that may be written (SCAN_PAGE_RO is gone)."""
+
+BATCHES: Release = (6, 17)
+"""The first release in which a collapse unmaps adjoining pages of an old large folio together."""
+
+SWPIN: Release = (6, 13)
+"""The first release with the counter swpin of each size."""
+
+MM_IDS: Release = (6, 15)
+"""The first release whose large folios know the address spaces that map them (folio_maybe_mapped_shared)."""
+
+SERIES = {"jain-rfc-2024-12": "per-order", "pache-rfc1-reconstructed": "rfc", "pache-rfc2": "rfc2"}
+"""The series of which there are recordings, and the policy of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The rules of a kernel; by default those of the newest release.
+
+    Attributes:
+        lazyfree_stops: khugepaged leaves ranges with clean lazyfree pages alone.
+        wants_writable: a scan, and an isolation, that met no PTE that may be written ends in PAGE_RO.
+        leaves_empty_runs: what is left of that rule where the policy has it: MADV_COLLAPSE makes no folio of a run
+            without contents.
+        shared_by_first_page: whether a large folio counts as shared is guessed from its first page
+            (folio_likely_mapped_shared, include/linux/mm.h of Linux 6.12).
+        swaps_in_shared_singly: a swap entry that is not one PTE's alone is read back as a single page.
+        unmaps_one_by_one: a collapse unmaps the pages of an old large folio one after another, so that each such folio
+            counts as partially mapped for a moment (split_deferred).
+        counts_every_order: thp_collapse_alloc and thp_scan_exceed_* of ``/proc/vmstat`` count all orders, as in the
+            series, and not the PMD order alone.
+    """
+
+    lazyfree_stops: bool = True
+    wants_writable: bool = False
+    leaves_empty_runs: bool = True
+    shared_by_first_page: bool = False
+    swaps_in_shared_singly: bool = False
+    unmaps_one_by_one: bool = False
+    counts_every_order: bool = False
+
+
+NEWEST = Kernel()
+
+
+def kernel_of(release: Release, series: str | None = None) -> Kernel:
+    """Return the rules of a release, or of a series that was built on it."""
+    return Kernel(
+        lazyfree_stops=release >= LAZYFREE_STOPS,
+        wants_writable=release < NO_WRITABLE,
+        shared_by_first_page=release < MM_IDS,
+        swaps_in_shared_singly=release < SWAPIN_THROUGH_CACHE,
+        unmaps_one_by_one=release < BATCHES,
+        counts_every_order=series is not None,
+    )
+
+
+def policy_of(release: Release, series: str | None = None) -> str:
+    """Return the name of the policy of a release, or of a series that was built on it.
+
+    Raises:
+        UsageError: nothing is known of the series.
+    """
+    if series is None:
+        return "mainline" if release >= MTHP_COLLAPSE else "pmd-only"
+    if series not in SERIES:
+        raise UsageError(f"unknown series {series!r}", help=f"use {', '.join(SERIES)}, or name its policy")
+    return SERIES[series]
