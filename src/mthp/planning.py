@@ -17,7 +17,8 @@ from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind
 from mthp.collapse.filled import FilledPages
 from mthp.collapse.occupancy import Planes, planes_of
 from mthp.collapse.plan import make_rules, plan_planes
-from mthp.collapse.policy import Policy, Rules, policy_named
+from mthp.collapse.policy import Policy, Rules
+from mthp.collapse.policy_lookup import policy_named
 from mthp.eligibility import Trigger, eligibility
 from mthp.geometry import Geometry
 from mthp.metrics import Coverage, Measured, Scope, measure

@@ -19,7 +19,8 @@ from mthp.addrspace import AddressSpace, Means, PteColumns, Segment
 from mthp.collapse.filled import FilledPages
 from mthp.collapse.machine_seam import Clock, Found, Passage, WallClock
 from mthp.collapse.occupancy import Bits
-from mthp.collapse.policy import Policy, Rules, policy_named
+from mthp.collapse.policy import Policy, Rules
+from mthp.collapse.policy_lookup import policy_named
 from mthp.eligibility import Trigger, eligibility
 from mthp.geometry import Geometry
 from mthp.planning import BLOCK_PMD_RANGES, ORDERS_ENABLED, base_rules, switched

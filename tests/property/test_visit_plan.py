@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.collapse.policy import policy_names
+from mthp.collapse.policy_lookup import policy_names
 from mthp.geometry import Geometry
 from mthp.planning import PlanOptions, plan_space
 from mthp.results import ScanResult

@@ -15,7 +15,7 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.collapse.policy import ENTRY_POINT_GROUP, policy_named, policy_names
+from mthp.collapse.policy_lookup import ENTRY_POINT_GROUP, policy_named, policy_names
 from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.errors import UsageError
 from mthp.planning import PlanOptions, plan_space

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mthp.collapse.occupancy import Planes
-from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, PmdOnly, Policy, Rules, policy_named
+from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, PmdOnly, Policy, Rules
+from mthp.collapse.policy_lookup import policy_named
 from mthp.collapse.walk import Attempts, Walk
 from mthp.eligibility import Trigger
 from mthp.errors import UsageError

@@ -22,25 +22,20 @@ one's own is a small class::
             return Limits(none=(1 << order) // 4, swap=0, shared=0)
 
 It is used by passing an instance wherever a policy's name is taken, and by its name everywhere, the command line
-included, once its package declares it as an entry point of the group ``mthp.policies``.
+included, once its package declares it as an entry point of the group ``mthp.policies``
+(:mod:`mthp.collapse.policy_lookup`).
 """
 
 from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from mthp.collapse.occupancy import Bits, Runs
 from mthp.eligibility import Trigger
-from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.tunables import Tunables
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-ENTRY_POINT_GROUP = "mthp.policies"
 
 DEFAULT_MTHP_MIN_ORDER = 3
 """The seed's MTHP_MIN_ORDER: with it the chunk bitmap of an x86-64 PMD range has 64 bits."""
@@ -361,50 +356,3 @@ BUILT_IN: dict[str, type[Policy]] = {policy.name: policy for policy in (PmdOnly,
 
 OWN: dict[str, type[Policy]] = {NoCreep.name: NoCreep}
 """This project's own policies, by name."""
-
-
-def policy_names() -> list[str]:
-    """The names of all policies to be had: the five, our own, then those that packages declare."""
-    ours = BUILT_IN | OWN
-    return [*ours, *sorted(set(_declared()) - set(ours))]
-
-
-def policy_named(policy: str | Policy) -> Policy:
-    """The policy of that name; a :class:`Policy` is given back as it is.
-
-    Raises:
-        UsageError: there is none of that name, or what a package declares under it is not a policy.
-    """
-    if isinstance(policy, Policy):
-        return policy
-    ours = BUILT_IN | OWN
-    if policy in ours:
-        return ours[policy]()
-    declared = _declared()
-    if policy not in declared:
-        raise UsageError(f"unknown policy {policy!r}", help=f"use {', '.join(policy_names())}")
-    try:
-        made = declared[policy].load()()
-    except (ImportError, AttributeError, TypeError, NameError, SyntaxError, ValueError) as error:
-        raise UsageError(f"policy {policy!r} cannot be loaded: {error}", help=_whose(declared[policy])) from error
-    if not isinstance(made, Policy):
-        raise UsageError(
-            f"policy {policy!r} is a {type(made).__name__}, not an mthp.Policy", help=_whose(declared[policy])
-        )
-    if not isinstance(getattr(made, "name", None), str):
-        raise UsageError(f"policy {policy!r} has no attribute `name`", help=_whose(declared[policy]))
-    return made
-
-
-def _whose(point: EntryPoint) -> str:
-    """Where to look for a policy that is at fault."""
-    package = f" by {point.dist.name}" if point.dist else ""
-    return f"it is declared{package} as {point.value}"
-
-
-def _declared() -> dict[str, EntryPoint]:
-    """The policies that installed packages declare, by name; nothing of theirs is imported yet."""
-    # Imported here: it costs more than the rest of this module, and few commands need it.
-    from importlib.metadata import entry_points
-
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

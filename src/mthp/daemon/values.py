@@ -6,7 +6,7 @@ import pwd
 from collections.abc import Callable
 from typing import Any
 
-from mthp.collapse.policy import policy_named
+from mthp.collapse.policy_lookup import policy_named
 from mthp.errors import UsageError
 from mthp.units import above_zero
 

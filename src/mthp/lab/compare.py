@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mthp.addrspace import AddressSpace
-from mthp.collapse.policy import policy_names
+from mthp.collapse.policy_lookup import policy_names
 from mthp.errors import UsageError
 from mthp.geometry import Geometry, format_size
 from mthp.lab.evaluate import Outcome, Progress, Row, evaluate

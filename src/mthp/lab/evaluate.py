@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace, Segment, Vma
 from mthp.collapse.occupancy import Bits, Planes
 from mthp.collapse.plan import Plan, plan_planes
-from mthp.collapse.policy import Policy, Rules, policy_named
+from mthp.collapse.policy import Policy, Rules
+from mthp.collapse.policy_lookup import policy_named
 from mthp.geometry import Geometry
 from mthp.lab import metrics
 from mthp.lab.metrics import MAX_ORDER

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from mthp.bounded import Bound, named, read_toml
-from mthp.collapse.policy import policy_named
+from mthp.collapse.policy_lookup import policy_named
 from mthp.errors import UsageError
 from mthp.lab.compare import settings_of
 from mthp.planning import PlanOptions

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
 from mthp.collapse.occupancy import Planes
-from mthp.collapse.policy import policy_named
+from mthp.collapse.policy_lookup import policy_named
 from mthp.lab.evaluate import BLOCK_RANGES, MAX_SCANS, settled
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
 from mthp.planning import PlanOptions, base_rules, jobs_of, read_planes

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from mthp.bounded import named, read_toml
-from mthp.collapse.policy import policy_named
+from mthp.collapse.policy_lookup import policy_named
 from mthp.errors import UsageError
 from mthp.files import begins
 from mthp.geometry import Geometry, format_size, geometry_named

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mthp.collapse.madvise import madvise_collapse
-from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy, Rules, policy_named
+from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy, Rules
+from mthp.collapse.policy_lookup import policy_named
 from mthp.eligibility import Trigger
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
