@@ -23,6 +23,14 @@ ANON_FILES = (
     "linux-7.2.13-ppc64-64k-anon.jsonl.gz",
 )
 STATES_FILE = "linux-7.3.4-states.jsonl.gz"
+SERIES = {"jain-rfc-2024-12": "per-order", "pache-rfc1-reconstructed": "rfc", "pache-rfc2": "rfc2"}
+"""The series that kernels were built with, and the policy of each."""
+
+
+def series_file(series: str, kind: str) -> str:
+    """The file of one series: `kind` is ``anon``, ``states`` or ``states-nowr``."""
+    return f"linux-6.12.117-{series}-{kind}.jsonl.gz"
+
 
 NOT_MAPPED = -1
 """In :attr:`Case.after`: none, a swap entry, or a marker."""

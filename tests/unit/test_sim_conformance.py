@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mthp.cli.conformance_command import command
+from mthp.collapse.policy_lookup import policy_in_file
 from mthp.errors import UsageError
-from mthp.sim.conformance import replay, replay_case
+from mthp.sim.conformance import BEYOND_TABLE, WRITABLE, replay, replay_case
+from mthp.sim.differences import difference
 from mthp.sim.golden import read_cases
 
 CASE: dict[str, Any] = {
@@ -63,6 +65,123 @@ def test_json_is_one_object(tmp_path: Path) -> None:
     assert result["schema"] == "mthp.conformance/1"
     assert (result["cases"], result["match"], result["mismatch"]) == (2, 1, 1)
     assert [case["case"] for case in result["mismatches"]] == ["other"]
+
+
+MINE = """
+import mthp
+
+class Everything(mthp.Policy):
+    name = "everything"
+
+    def limits(self, order, rules):
+        return mthp.Limits(1 << order, 0, 0)
+
+class Broken(Everything):
+    def limits(self, order, rules):
+        return 1 // 0
+"""
+
+
+def test_a_policy_of_ones_own_in_a_file(tmp_path: Path) -> None:
+    file, case = tmp_path / "mine.py", str(written(tmp_path / "case.jsonl", CASE))
+    file.write_text(MINE)
+    done = run("--policy", f"{file}:Everything", case)
+    assert done.exit_code == 1
+    assert "PTEs 4-6: base pages" in done.stdout
+    assert run("--policy", "mainline", case).exit_code == 0
+    failed = run("--policy", f"{file}:Broken", case)
+    assert isinstance(failed.exception, UsageError)
+    assert "'everything' failed at case one" in failed.exception.message
+    assert failed.exception.help == f"see {file}, line 12"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("raise ValueError('so')", "Mine"), ("Mine = 7", "Mine"), (MINE, "Other"), ("import mthp", "Mine"),
+     ("import mthp\nclass Mine(mthp.Policy): pass", "Mine"), ("class (", "Mine"), (None, "Mine")],
+)  # fmt: skip
+def test_a_file_without_the_policy_is_refused(tmp_path: Path, text: str | None, name: str) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        policy_in_file(f"{file}:{name}")
+    assert "\n" not in refused.value.message
+    assert (f"{file}:Everything" in (refused.value.help or "")) == (name == "Other")
+
+
+def on_old_kernel(**others: object) -> dict[str, Any]:
+    """A case of 6.12: everything was written before a fork, nothing since, and nothing is shared any more."""
+    before = {"before": [["large:4", 16], ["none", 16]], "setup": "fork_child_keeps_only_shared"}
+    limits = {"orders_enabled": [5], "max_ptes_none": 31}
+    after = {"after": [[4, 16], ["none", 16]], "scan_result": "no_writable_page"}
+    return CASE | before | limits | after | {"kernel": "6.12.117"} | others
+
+
+def test_what_rests_on_a_pte_that_may_be_written_is_counted_apart(tmp_path: Path) -> None:
+    report = replay_case(on_old_kernel())
+    assert (report.mismatches, report.apart) == ((), WRITABLE)
+    # If it was written since, the kernel collapses it: that needs no such PTE told.
+    collapsed = on_old_kernel(after=[[5, 32]], scan_result="succeeded")
+    assert replay_case(collapsed).apart == ""
+    assert replay_case(collapsed).mismatches == ()
+    # In a process that never forked what was written may be written.
+    assert replay_case(on_old_kernel(setup="no_fork")).mismatches
+    # What all states agree on is no doubt: zero pages, and what a child maps too.
+    zero = on_old_kernel(before=[["zero", 8], ["shared", 24]], after=[["zero", 8], [0, 24]], max_ptes_shared=31)
+    assert (replay_case(zero).mismatches, replay_case(zero).apart) == ((), "")
+    both = written(tmp_path / "both.jsonl", on_old_kernel(), collapsed)
+    done = run(str(both))
+    assert done.exit_code == 0
+    *_, apart, totals = done.stdout.splitlines()
+    assert apart.startswith(f"apart 1, {WRITABLE}: ")
+    assert totals == "cases 2, match 1, mismatch 0"
+    assert json.loads(run("--json", str(both)).stdout)["apart"] == {WRITABLE: ["one"]}
+
+
+def test_what_was_read_behind_the_page_table_is_counted_apart() -> None:
+    """The run at 3, behind a folio of which pages 1 and 2 are left, and so on: the last would begin at 31."""
+    states = [["anon", 1], ["large:2", 2], ["anon", 29]]
+    of_series = {"kernel": "6.12.117", "series": "jain-rfc-2024-12", "before": states, "setup": "no_fork"}
+    case = CASE | of_series | {"max_ptes_none": 16, "max_ptes_shared": 31, "scan_result": "page_null"}
+    told = [[0, 1], [2, 2], [0, 2], [2, 24], [0, 3]]
+    assert replay_case(case | {"after": told}).apart == BEYOND_TABLE
+    # Whatever became of what lies behind; what lies in front is compared.
+    assert replay_case(case | {"after": [*told[:-1], [2, 3]]}).apart == BEYOND_TABLE
+    assert replay_case(case | {"after": [[0, 32]]}).mismatches
+
+
+def test_a_series_that_is_not_known_is_refused_unless_its_policy_is_named() -> None:
+    with pytest.raises(UsageError, match="unknown series 'mine'"):
+        replay_case(CASE | {"series": "mine"})
+    assert replay_case(CASE | {"series": "mine"}, "mainline").mismatches == ()
+
+
+FIRST = "from event 1 on:"
+
+
+@pytest.mark.parametrize(
+    ("what", "wanted", "found", "words"),
+    [
+        ("orders", [[2, 4], [0, 28]], [[0, 32]], ("PTEs 0-3: order 2", "PTEs 0-3: base pages")),
+        ("orders", [["none", 1], [0, 31]], [[0, 32]], ("PTE 0: none", "PTE 0: base pages")),
+        ("orders", [[2, 4]], [], ("PTEs 0-3: order 2", "PTEs 0-3: no entry")),
+        ("flags", [["rs", 2]], [["", 2]], ("PTEs 0-1: referenced, shared", "PTEs 0-1: no flags")),
+        ("moved", [[1, 2]], [[0, 2]], ("PTEs 0-1: moved", "PTEs 0-1: not moved")),
+        ("events", [], [["collapse", 2, "failed", 3]], ("no events", f"{FIRST} collapse order 2: failed, 3 times")),
+        ("swap_offsets", [[0, 5, 2]], [], ("2 from PTE 0 on in slots from 5 on", "no other swap entries")),
+        ("stats", {"a": 1, "b": 2}, {"a": 1}, ("b 2", "b 0")),
+        ("errno", 22, 0, ("22", "0")),
+    ],
+)  # fmt: skip
+def test_differences_are_said_in_words(what: str, wanted: Any, found: Any, words: tuple[str, str]) -> None:
+    assert difference(what, wanted, found) == words
+
+
+def test_a_long_difference_is_cut() -> None:
+    wanted, found = difference("orders", [[page % 2, 1] for page in range(16)], [[0, 16]])
+    assert wanted.endswith("PTE 5: order 1; and 5 more")
+    assert found.endswith("PTE 5: base pages; and 5 more")
 
 
 def test_gzip_is_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,9 +60,12 @@ def policy_in_file(text: str) -> Policy:
     if spec is None or spec.loader is None:
         raise UsageError(f"{text!r} is not a class in a Python file", help="write file.py:Class")
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses in the file look for their module there.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         # Whatever the file does wrong is the author's to see, in one line.
         raise UsageError(f"policy file {path} cannot be run: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)

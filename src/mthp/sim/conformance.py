@@ -10,13 +10,13 @@ machine knows nothing of the case.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mthp.collapse.policy import Policy
 from mthp.results import ScanResult
+from mthp.sim.differences import difference
 from mthp.sim.golden import Case, Pass, Runs, case_of, expanded, runs_of
 from mthp.sim.kernel import MTHP_COLLAPSE, NO_PTE_TABLE, SWPIN, Kernel, Release, kernel_of, policy_of
 from mthp.sim.stage import Observation, Stage
@@ -49,11 +49,13 @@ class Mismatch:
     got: str
 
 
-WRITABLE = "a writable PTE before 6.18"
-"""Kernels before 6.18 want a PTE that may be written. Of a page that nobody shares nothing tells whether it may be."""
+WRITABLE, BEYOND_TABLE = "writable-pte", "beyond-page-table"
 
-BEYOND_TABLE = "entries behind the page table"
-"""Dev Jain's series reads on behind the end of the page table, where a run that is not aligned reaches over it."""
+APART = {
+    WRITABLE: "a kernel before 6.18 wants a PTE that may be written, and nothing recorded tells whether one may",
+    BEYOND_TABLE: "the series reads on behind the end of the page table, and nothing recorded tells what is there",
+}
+"""Why cases are counted apart, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,8 @@ class CaseReport:
 
     Attributes:
         mismatches: the differences of the first pass that has any; none if the case agrees.
-        apart: what decided the case, where nothing recorded tells it: :data:`WRITABLE` or :data:`BEYOND_TABLE`. Such a
-            case agrees for one state that it may have been in, and is no match.
+        apart: what decided the case, where nothing recorded tells it: a name of :data:`APART`. Such a case agrees for
+            one of the states that it may have been in, and is not a match.
     """
 
     id: str
@@ -78,17 +80,17 @@ class Replay:
     Attributes:
         cases: cases replayed.
         failed: the reports of those that do not agree.
-        apart: how many are counted apart, by what decided them.
+        apart: the cases that are counted apart, by a name of :data:`APART`.
     """
 
     cases: int = 0
     failed: list[CaseReport] = field(default_factory=list)
-    apart: Counter[str] = field(default_factory=Counter)
+    apart: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def matches(self) -> int:
         """Cases that agree."""
-        return self.cases - len(self.failed) - self.apart.total()
+        return self.cases - len(self.failed) - sum(map(len, self.apart.values()))
 
     def add(self, report: CaseReport) -> None:
         """Count a case."""
@@ -96,7 +98,7 @@ class Replay:
         if report.mismatches:
             self.failed.append(report)
         elif report.apart:
-            self.apart[report.apart] += 1
+            self.apart.setdefault(report.apart, []).append(report.id)
 
 
 def replay(cases: Iterable[dict[str, Any]], policy: str | Policy | None = None) -> Replay:
@@ -162,7 +164,7 @@ def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writab
         differing = [what for what, value in wanted.items() if value != found[what]]
         if differing:
             mismatches = (
-                Mismatch(f"pass {number}: {what}", *_difference(wanted[what], found[what])) for what in differing
+                Mismatch(f"pass {number}: {what}", *difference(what, wanted[what], found[what])) for what in differing
             )
             return CaseReport(case.id, tuple(mismatches))
         if beyond is not None:
@@ -174,8 +176,9 @@ def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writab
 def _up_to(entry: int, wanted: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a pass did before it read behind the page table: the orders in front of `entry`, and the events."""
     events = found["events"]
-    early = {"orders": expanded(found["orders"])[:entry], "events": events}
-    return {"orders": expanded(wanted["orders"])[:entry], "events": wanted.get("events", events)[: len(events)]}, early
+    early = {"orders": runs_of(expanded(found["orders"])[:entry]), "events": events}
+    recorded = wanted.get("events", events)[: len(events)]
+    return {"orders": runs_of(expanded(wanted["orders"])[:entry]), "events": recorded}, early
 
 
 def _stats(case: Case, changed: dict[str, int]) -> dict[str, int]:
@@ -265,23 +268,3 @@ def _rows(events: list[Event], release: Release) -> Runs:
             number = int(event.result) + (shift if event.result > ScanResult.NO_PTE_TABLE else 0)
             rows.append(["swapin", event.order, number, event.swapped_in])
     return [[*row, times] for row, times in runs_of(rows)]
-
-
-def _difference(wanted: Any, found: Any) -> tuple[str, str]:
-    """The first part in which two values differ, of each."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        names = [name for name in sorted({*wanted, *found}) if wanted.get(name, 0) != found.get(name, 0)]
-        return _items(wanted, names), _items(found, names)
-    if isinstance(wanted, list) and isinstance(found, list):
-        pairs = enumerate(zip(wanted, found, strict=False))
-        at = next((i for i, (one, other) in pairs if one != other), min(len(wanted), len(found)))
-        return _part(wanted, at), _part(found, at)
-    return str(wanted), str(found)
-
-
-def _items(values: dict[str, Any], names: list[str]) -> str:
-    return ", ".join(f"{name} {values.get(name, 0)}" for name in names)
-
-
-def _part(values: list[Any], at: int) -> str:
-    return f"from item {at}: {values[at : at + 3]}" if at < len(values) else f"only {len(values)} items"
