@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from fakes import FakeSpace, page_runs
+from fakes import FakeClock, FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma
 from mthp.budget import Amount
 from mthp.daemon.configuration import Configuration
@@ -17,9 +18,10 @@ from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.ledger import FIRST_AGE
+from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
-from mthp.daemon.target import LEFT_OUT_SECONDS, Sign, Target
+from mthp.daemon.target import LEFT_OUT_SECONDS, WAKE_GRID, Sign, Target
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
@@ -38,9 +40,11 @@ class FakeProcess:
 
     def __init__(self) -> None:
         self.faults, self.vanished, self.closed = 100, False, False
+        self.cost: Callable[[], None] = lambda: None
 
     def read(self, name: str) -> bytes:
         assert name == "stat"
+        self.cost()
         if self.vanished:
             raise TargetVanishedError("gone")
         fields = ["S", *"0" * 6, str(self.faults), "0", "3", *"0" * 10, "8000000", "50000", "0", "0"]
@@ -123,13 +127,59 @@ def test_it_collapses_what_the_policy_wants_the_fullest_first_and_then_rests() -
     assert stage.opened - opened < 10
 
 
-def test_a_quiet_process_costs_a_look_now_and_then_and_no_scan() -> None:
+def test_an_idle_process_costs_looks_and_no_scan() -> None:
     stage = Stage(((N, Pte.PRESENT, 9),))
     stage.steps(60.0)
-    scanned, looks = stage.target.counters.ptes_scanned, stage.target.counters.looks
+    scanned, opened, looks = stage.target.counters.ptes_scanned, stage.opened, stage.target.counters.looks
     stage.steps(600.0)
     assert stage.target.counters.ptes_scanned == scanned
-    assert stage.target.counters.looks - looks <= 65
+    assert stage.opened - opened <= 10
+    assert stage.target.counters.looks - looks <= 600 / SHORTEST_ROUND
+
+
+def test_new_memory_is_noticed_within_a_second_however_long_the_process_was_idle() -> None:
+    stage = Stage(FULL, EMPTY)
+    stage.steps(3600.0)
+    assert stage.collapsed == [0]
+    stage.space.write(START + G.pmd_size, Pte.PRESENT, 0, pages=N)
+    stage.process.faults += N
+    stage.steps(1.0)
+    assert stage.collapsed == [0, 1]
+
+
+def test_looks_that_take_long_come_less_often_up_to_scan_sleep() -> None:
+    stage = Stage(FULL)
+    spent = FakeClock()
+    looks = stage.environment.looks = Looks(spent)
+    for number in range(299):
+        looks.put(number, eligible=True)
+
+    def looks_in(seconds: float, cost: float) -> int:
+        stage.process.cost = lambda: setattr(spent, "now", spent.now + cost)
+        stage.steps(3000.0)
+        before = stage.target.counters.looks
+        stage.steps(seconds)
+        return stage.target.counters.looks - before
+
+    assert looks_in(100.0, 1e-6) >= 99 / (SHORTEST_ROUND + WAKE_GRID)
+    # 300 such targets take their share of a core.
+    assert 300 * 20e-6 * looks_in(100.0, 20e-6) / 100 <= LOOK_SHARE
+    assert looks_in(100.0, 0.01) == pytest.approx(100 / stage.environment.scan_sleep, abs=1)
+    for number in range(299):
+        looks.drop(number)
+    assert looks_in(100.0, 1e-6) >= 99 / (SHORTEST_ROUND + WAKE_GRID)
+
+
+def test_targets_without_a_mapping_for_folios_do_not_delay_the_others() -> None:
+    stage = Stage(FULL)
+    looks = stage.environment.looks = Looks(FakeClock())
+    for number in range(10_000):
+        looks.put(number, eligible=False)
+    looks.took(1.0)
+    stage.steps(10.0)
+    assert looks.interval(stage.target) < looks.interval(0)
+    looks.put(0, eligible=True)
+    assert looks.interval(0) == looks.interval(stage.target)
 
 
 def test_ranges_that_did_not_change_are_not_scanned_again() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mthp.addrspace import AddressSpace
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
+from mthp.daemon.looks import Looks
 from mthp.daemon.pressure import FreeFolios
 from mthp.geometry import Geometry
 from mthp.pacing import ByteBudget, Clock
@@ -31,6 +32,7 @@ class Environment:
         bytes: the budget of bytes per second of all together.
         opened: opens the address space of a PID.
         event: writes an event.
+        looks: how often targets are looked at.
         stopping: asked between pieces: whether to end.
         clock: the time.
     """
@@ -44,6 +46,7 @@ class Environment:
     bytes: ByteBudget
     opened: Callable[[int], AddressSpace]
     event: Callable[..., None]
+    looks: Looks = field(default_factory=Looks)
     stopping: Callable[[], bool] = lambda: False
     clock: Clock = time.monotonic
 

@@ -9,6 +9,8 @@ virtual machine managers) may be using.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -81,6 +83,8 @@ class Ledger:
 
     def next_retry(self) -> float:
         """When the first range that failed for a passing reason may be tried again; infinity if there is none."""
+        if not len(self._due):  # Most targets hold nothing, and are looked at often.
+            return math.inf
         return float(self._due[self._passing].min(initial=np.inf))
 
     def scanned(

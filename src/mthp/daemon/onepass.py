@@ -46,6 +46,7 @@ class Pass:
     Attributes:
         space: its address space, opened; closed with this.
         out_of_memory: the limit at which a charge failed, which ends the pass; ``""`` if none did.
+        eligible: whether :meth:`outline` found a mapping in which folios may be made.
 
     Raises:
         TargetVanishedError, NotPermittedError, UnsupportedError: it cannot be opened.
@@ -69,6 +70,7 @@ class Pass:
         self._stretches: list[tuple[Segment, int]] = []
         self._pending_fill = 0
         self._room = Room(self.space.memory_bounds, settings.reserve)
+        self.eligible = False
 
     def _options(self) -> VisitOptions:
         settings = self._settings
@@ -118,6 +120,7 @@ class Pass:
         while (stretch := self._visit.find(address).stretch) is not None:
             segments.append(stretch)
             address = stretch[1]
+        self.eligible = bool(segments)
         return self.space.outline(segments)
 
     def todo(self, outline: Outline) -> None:

@@ -3,7 +3,7 @@
 There are three depths of looking, each dearer than the one before and only gone to if the one before gives cause:
 
 1. *Look*: one line of ``/proc/PID/stat``. A process that took no page fault and mapped nothing has nothing new to
-   collapse. This is all that an idle process costs, less and less often.
+   collapse. This is all that an idle process costs, as often as :mod:`mthp.daemon.looks` allows.
 2. *Outline*: which PMD ranges its mappings have, and how much each holds (:class:`~mthp.outline.Outline`). What is laid
    out as it was when it was finished is passed over (:class:`~mthp.daemon.ledger.Ledger`).
 3. *Scan*: the entries of the ranges that are left, the fullest first, and the collapse of what the policy wants, by the
@@ -42,7 +42,11 @@ PIECE_SECONDS = 0.1
 """How long a piece should take: as many ranges as that allows, going by the last ones, but at least one."""
 
 FIRST_LOOK = 0.5
-"""Seconds until the next look after something was found. They double up to scan_sleep_millisecs."""
+"""Seconds until the next look after something was found. They double up to the interval of :mod:`mthp.daemon.looks`, or
+to scan_sleep_millisecs if that is shorter."""
+
+WAKE_GRID = 0.25
+"""Seconds: the looks of idle targets begin at multiples of this, because each wake costs more than a look."""
 
 FIRST_LIST = 1.0
 """Seconds after which the mappings of a process without a fault are listed again: advice may have changed..."""
@@ -216,8 +220,10 @@ class Target:
 
     def _look(self) -> None:
         """See whether anything may have changed, and begin a pass if so."""
-        now, longest = self._environment.clock(), self._environment.scan_sleep
+        environment, looks = self._environment, self._environment.looks
+        now, longest, spent = environment.clock(), environment.scan_sleep, looks.spent()
         sign = Sign.parse(self.process.read("stat"))
+        looks.took(looks.spent() - spent)
         self._resident = sign.resident * self._environment.geometry.page_size
         self._count("looks")
         touched = sign != self._seen
@@ -228,8 +234,7 @@ class Target:
             self._interval = 0.0 if touched else self._interval
             self._begin_pass(now, touched)
         if self._pass is None:
-            first = min(FIRST_LOOK, longest)
-            self._interval = min(max(2 * self._interval, first), longest)
+            self._interval = min(max(2 * self._interval, FIRST_LOOK), looks.interval(self), longest)
             self.next_at = _on_grid(
                 min(now + self._interval, max(self._ledger.next_retry(), now + SHORTEST_LOOK)), self._interval
             )
@@ -238,6 +243,7 @@ class Target:
         self._count("passes")
         self._pass = Pass(self._environment, self.facts.pid, self.settings, lambda: self.bloat_left)
         outline = self._pass.outline()
+        self._environment.looks.put(self, eligible=self._pass.eligible)
         due = self._ledger.due(outline, now, touched=touched)
         self._count("skipped", len(outline) - int(due.sum()))
         self._pass.todo(outline[due & ~outline.pmd_mapped])
@@ -365,6 +371,7 @@ class Target:
     def close(self) -> None:
         """Let go of the process. Closing twice does nothing. Nobody may wait for its pidfd any more."""
         self.closed = True
+        self._environment.looks.drop(self)
         self._end_pass()
         self.process.close()
 
@@ -385,6 +392,5 @@ class Target:
 
 
 def _on_grid(at: float, interval: float) -> float:
-    """`at`, or a little later, so that many quiet targets wake the daemon together."""
-    grid = 0.25 if interval >= 1 else 0.0
-    return at if not grid else -(-at // grid) * grid
+    """Return `at`, or a little later, so that many idle targets wake the daemon together."""
+    return -(-at // WAKE_GRID) * WAKE_GRID if interval >= FIRST_LOOK else at

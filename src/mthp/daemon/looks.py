@@ -1,0 +1,53 @@
+"""How often targets are looked at: as often as a small share of a core allows, on this machine and with these targets.
+
+A look is one read of ``/proc/PID/stat``. Targets in which folios may be made, and those in which no mapping allows it,
+have a share each: a thousand idle shells do not delay the look that notices new memory of an advised process.
+"""
+
+from __future__ import annotations
+
+import time
+
+from mthp.pacing import Clock
+
+LOOK_SHARE = 0.0015
+"""The part of a core that the looks at one kind of targets may take. Waking up and choosing the target cost two to
+three times as much as the look (measured, with warm and with cold caches), so all of it costs half a percent."""
+
+SHORTEST_ROUND = 0.5
+"""Seconds between two looks at the same idle target at least: new memory is then worked on within a second."""
+
+_WEIGHT = 1 / 64
+"""Of the last look in the mean of what a look takes."""
+
+
+class Looks:
+    """What a look takes, and how many targets share the looks.
+
+    Args:
+        spent: CPU seconds of the calling thread.
+    """
+
+    def __init__(self, spent: Clock = time.thread_time) -> None:
+        self.spent = spent
+        self._mean = 0.0
+        self._targets: dict[bool, set[object]] = {True: set(), False: set()}
+
+    def took(self, seconds: float) -> None:
+        """Note the CPU time of one look."""
+        self._mean += (seconds - self._mean) * _WEIGHT
+
+    def put(self, target: object, *, eligible: bool) -> None:
+        """Note whether folios may be made in a target."""
+        self._targets[not eligible].discard(target)
+        self._targets[eligible].add(target)
+
+    def drop(self, target: object) -> None:
+        """Forget a target."""
+        for kind in self._targets.values():
+            kind.discard(target)
+
+    def interval(self, target: object) -> float:
+        """Return the seconds between two looks at a target in which nothing happens."""
+        kind = self._targets[target in self._targets[True]]
+        return max(SHORTEST_ROUND, len(kind) * self._mean / LOOK_SHARE)
