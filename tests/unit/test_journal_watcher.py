@@ -5,8 +5,10 @@ On a directory that stands for sysfs, with the tunables of khugepaged, which the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -45,6 +47,14 @@ def settled(tunables: Tunables, values: dict[str, str] = BEFORE) -> None:
     until(lambda: tunables.settled(values), lambda: f"{values}: {tunables.values()}, {tunables.watchers()}")
 
 
+def ready_watcher(tunables: Tunables) -> int:
+    """Wait until there is one watcher, its parent has ended, and it has the journal open; return its PID."""
+    until(lambda: [_comm(each) for each in tunables.watchers()] == [watcher.NAME], "one watcher")
+    (found,) = tunables.watchers()
+    until(lambda: JOURNAL_NAME in " ".join(_descriptors(found)), "its files")
+    return found
+
+
 def test_one_watcher_for_all_journals_of_a_process(tunables: Tunables) -> None:
     def work() -> None:
         for _ in range(3):
@@ -54,8 +64,8 @@ def test_one_watcher_for_all_journals_of_a_process(tunables: Tunables) -> None:
             signal.pause()
 
     pid = forked(work)
-    until(lambda: tunables.values()["max_ptes_none"] == "0" and tunables.watchers(), "a window")
-    assert len(tunables.watchers()) == 1
+    until(lambda: tunables.values()["max_ptes_none"] == "0", "a window")
+    ready_watcher(tunables)
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     settled(tunables)
@@ -154,7 +164,8 @@ def test_another_that_is_stopped_does_not_disturb_a_window(tunables: Tunables) -
         signal.pause()
 
     pid = forked(work)
-    until(lambda: (tunables.thp / "done").exists() and tunables.watchers(), "a window")
+    until((tunables.thp / "done").exists, "a window")
+    ready_watcher(tunables)
     os.kill(pid, signal.SIGSTOP)
     try:
         with tunables.journal(watched=False).settings(OUTER):
@@ -171,8 +182,7 @@ def test_a_killed_watcher_is_replaced(tunables: Tunables) -> None:
         journal = tunables.journal()
         for _ in range(3):
             with journal.settings(OUTER):
-                until(tunables.watchers, "a watcher")
-                os.kill(tunables.watchers()[0], signal.SIGKILL)
+                os.kill(ready_watcher(tunables), signal.SIGKILL)
                 until(lambda: not tunables.watchers(), "its end")
         in_a_window(tunables)
 
@@ -183,11 +193,25 @@ def test_a_killed_watcher_is_replaced(tunables: Tunables) -> None:
     settled(tunables)
 
 
+def test_a_journal_that_was_removed_has_a_new_watcher(tunables: Tunables) -> None:
+    def work() -> None:
+        journal = tunables.journal()
+        with journal.settings(INNER):
+            ready_watcher(tunables)
+        shutil.rmtree(tunables.root)
+        in_a_window(tunables)
+
+    pid = forked(work)
+    until(lambda: tunables.values()["max_ptes_none"] == "0", "a window in the new directory")
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
+    settled(tunables)
+
+
 def test_without_owner_and_watcher_the_next_window_puts_back(tunables: Tunables) -> None:
     pid = forked(lambda: in_a_window(tunables))
     opened(tunables)
-    until(tunables.watchers, "a watcher")
-    for each in (*tunables.watchers(), pid):
+    for each in (ready_watcher(tunables), pid):
         os.kill(each, signal.SIGKILL)
     ended(pid)
     assert tunables.values() != BEFORE
@@ -274,9 +298,7 @@ def test_nothing_of_the_owner_is_kept(tunables: Tunables) -> None:
 
     pid = forked(work)
     opened(tunables)
-    until(lambda: [_comm(each) for each in tunables.watchers()] == [watcher.NAME], "a watcher")
-    (found,) = tunables.watchers()
-    until(lambda: JOURNAL_NAME in " ".join(_descriptors(found)), "its files")
+    found = ready_watcher(tunables)
     assert not [each for each in _descriptors(found) if "zero" in each]
     assert os.getsid(found) != os.getsid(pid)
     assert Path(f"/proc/{found}/cwd").readlink() == Path("/")
@@ -290,7 +312,9 @@ def test_watchers_of_other_journals_are_not_taken_for_ours(tunables: Tunables) -
 
 
 def _comm(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _descriptors(pid: int) -> list[str]:

@@ -193,6 +193,12 @@ class JournalFiles:
         fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     @property
+    def identity(self) -> tuple[int, int]:
+        """What tells this journal from one in a directory that was removed and made again."""
+        status = os.fstat(self._journal)
+        return status.st_dev, status.st_ino
+
+    @property
     def empty(self) -> bool:
         """Whether there are no entries. It costs one fstat(2)."""
         return os.fstat(self._journal).st_size == 0

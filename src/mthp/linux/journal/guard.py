@@ -50,24 +50,31 @@ class Guard:
         self._owner = 0
         """PID of the process that started the watcher. A child of fork(2) needs one of its own."""
         self._parent = self._status = -1
+        self._journal = (0, 0)
+        """Identity of the journal that the watcher has open."""
         self._watcher = b""
         """What the watcher wrote when it was ready: its PID."""
 
-    def ensure(self) -> None:
+    def ensure(self, journal: tuple[int, int]) -> None:
         """Start a watcher if there is none.
+
+        Args:
+            journal: identity of the file, see :class:`~mthp.linux.journal.files.JournalFiles`.
 
         Raises:
             UnsupportedError: there is no interpreter to run it with.
             MthpError: it cannot be started.
         """
         first = self._owner != os.getpid()
-        if not first and self._alive():
+        alive = not first and self._alive()
+        if alive and journal == self._journal:
             return
-        failed = not first and not self._watcher
+        failed = not first and not alive and not self._watcher
         if self._status >= 0:
             os.close(self._status)
             self._status = -1
         self.reap()
+        self._journal = journal
         if not first:
             _reap_adopted(self._watcher)
         try:

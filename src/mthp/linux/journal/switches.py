@@ -258,7 +258,7 @@ class SwitchJournal:
             return
         if self._watched:
             self._guard = guard_of(self._root or default_root(), self._sysfs.root)
-            self._guard.ensure()
+            self._guard.ensure(self._files.identity)
         owner = f"{owner_of(os.getpid())}:{next(_numbers)}"
         self._changes += [dataclasses.replace(change, owner=owner) for change in changes]
         self._files.write(self._changes)
