@@ -24,6 +24,7 @@ from textual.pilot import Pilot
 from textual.widgets import Static
 
 from mthp.top.app import TopApp, View
+from mthp.top.columns import NAME_WIDTHS, PADDING, SCROLL_BAR, column_widths
 from mthp.top.screens import Notice, Question
 from waiting import until_shown
 
@@ -122,6 +123,14 @@ def test_every_figure_of_the_table_is_there_with_its_unit(size: tuple[int, int])
             assert head in text, text
 
     drive(script, size=size)
+
+
+@pytest.mark.parametrize(("mapped", "narrowest"), [(False, 60), (True, 65)])
+def test_the_columns_fit_every_terminal_in_which_names_have_room(mapped: bool, narrowest: int) -> None:
+    for room in range(narrowest, 300):
+        widths = column_widths(room, mapped=mapped)
+        assert sum(widths) + PADDING * len(widths) + SCROLL_BAR <= room
+        assert widths[1] >= NAME_WIDTHS[0]
 
 
 def test_the_plan_and_the_daemon_below_it_are_whole() -> None:
