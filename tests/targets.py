@@ -224,10 +224,10 @@ def munmap(address: int, size: int) -> int:
     return _checked(_libc.munmap(address, size))
 
 
-def set_thp_disable(disable: int) -> int:
-    """prctl(PR_SET_THP_DISABLE)."""
+def set_thp_disable(disable: int, flags: int = 0) -> int:
+    """prctl(PR_SET_THP_DISABLE); flag 2 is PR_THP_DISABLE_EXCEPT_ADVISED (Linux 6.18)."""
     pr_set_thp_disable = 41
-    return _checked(_libc.prctl(pr_set_thp_disable, disable, 0, 0, 0))
+    return _checked(_libc.prctl(pr_set_thp_disable, disable, flags, 0, 0))
 
 
 def start_thread() -> int:

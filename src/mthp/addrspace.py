@@ -384,6 +384,16 @@ class AddressSpace(abc.ABC):
         """
         return []
 
+    def free_bytes(self, order: int) -> int | None:
+        """Return the bytes that the machine can make folios of `order` of at once.
+
+        None where that cannot be seen.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return None
+
     def watch(self) -> Watch:
         """Something that reads the page table entries again and again, as cheaply as the backend can.
 

@@ -57,3 +57,15 @@ def test_a_refused_order_rests_twice_as_long_each_time_up_to_alloc_sleep(tmp_pat
     free.refused(4, alloc_sleep=6.0)
     clock.now += 1
     assert free.available(4)
+
+
+def test_a_refusal_is_the_machines_fault_only_if_it_has_no_such_folio(tmp_path: Path) -> None:
+    clock, file = FakeClock(), tmp_path / "buddyinfo"
+    # 16 TiB in blocks of order 10: more than any reserve.
+    file.write_text(buddyinfo(*[0] * 10, 1 << 22))
+    free = FreeFolios(file, clock)
+    free.refused(4, alloc_sleep=6.0)
+    assert free.exhausted() == []
+    file.write_text(buddyinfo(1000, 0, 0, 0, 1))
+    free.refused(4, alloc_sleep=6.0)
+    assert free.exhausted() == [4]

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import CollapseOutcome
+from mthp import thp_unadvised
+from mthp.addrspace import CollapseOutcome, Segment
 from mthp.collapsing.look import BlockLook, look_at_blocks
 from mthp.collapsing.work import Work
 from mthp.errors import MthpError, TargetVanishedError
@@ -59,6 +60,7 @@ class Blocks:
         self._todo: dict[int, NDArray[np.uint64]] = {}
         self._batch_size = FIRST_BATCH
         self._refused: CollapseOutcome | None = None
+        self._advised: list[Segment] | None = None
         self.pauses_ns: list[int] = []
         for order in work.report.folios:
             of_order = folios[folios.order == order]
@@ -85,9 +87,10 @@ class Blocks:
         """Move some blocks of one order, between two looks at their page tables; return how many are done with."""
         tally = self._work.report.folios[order]
         size = self._geometry.size_of(order)
-        if self._refused is not None:
+        addresses, failed = self._alike(addresses)
+        if failed is not None:
             tally.not_tried -= len(addresses)
-            tally.failed[self._refused.result, self._refused.reason] += len(addresses)
+            tally.failed[failed.result, failed.reason] += len(addresses)
             done = len(addresses)
         else:
             self._work.room.renew()
@@ -98,6 +101,15 @@ class Blocks:
                 self._move(addresses, order, before, tried)
         self._work.step(size * done, self._geometry.label(order))
         return done
+
+    def _alike(self, addresses: list[int]) -> tuple[list[int], CollapseOutcome | None]:
+        """Return the first blocks that share one fate, and their outcome where it is known before they are tried."""
+        if self._refused is not None or self._advised is None:
+            return addresses, self._refused
+        spared = [thp_unadvised.lies_in(address, self._advised) for address in addresses]
+        other = not spared[0]
+        count = spared.index(other) if other in spared else len(spared)
+        return addresses[:count], None if spared[0] else thp_unadvised.OUTCOME
 
     def _choose(self, addresses: Sequence[int], order: int, before: BlockLook) -> tuple[list[int], int]:
         """Return which of the first blocks are to be moved, and how many these are; the others are accounted for.
@@ -136,7 +148,9 @@ class Blocks:
         self._work.report.moved_blocks += len(blocks)
         begin = time.monotonic()
         try:
-            outcomes = self._patiently(blocks)
+            outcomes = thp_unadvised.corrected(self._work.space, blocks, self._patiently(blocks))
+            if any(outcome.reason == thp_unadvised.REASON for outcome in outcomes):
+                self._advised = thp_unadvised.advised(self._work.space)
         except MthpError as error:
             result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
             self._work.report.folios[order].failed[result, error.message] += len(tried)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp import thp_unadvised
 from mthp.addrspace import (
     AddressSpace,
     Block,
@@ -41,6 +42,7 @@ class GovernedSpace(AddressSpace):
         reasons: why blocks could not be collapsed, where the space said so.
         has_room: whether any anonymous mapping is as large as a PMD range.
         touching: whether the target's memory is being worked on at this moment.
+        unadvised_small: whether the mover can make folios only in advised memory of it (mthp.thp_unadvised).
     """
 
     def __init__(self, inner: AddressSpace, switches: Switches, tunables: Tunables) -> None:
@@ -50,6 +52,7 @@ class GovernedSpace(AddressSpace):
         self.reasons: Counter[str] = Counter()
         self.touching = False
         self.has_room = True
+        self.unadvised_small = False
 
     @property
     def geometry(self) -> Geometry:
@@ -99,9 +102,10 @@ class GovernedSpace(AddressSpace):
     def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
         self.touching = True
         try:
-            outcomes = self._inner.collapse_blocks(blocks, means)
+            outcomes = thp_unadvised.corrected(self._inner, blocks, self._inner.collapse_blocks(blocks, means))
         finally:
             self.touching = False
+        self.unadvised_small |= any(outcome.reason == thp_unadvised.REASON for outcome in outcomes)
         self.reasons.update(outcome.reason for outcome in outcomes if outcome.reason)
         return outcomes
 
@@ -122,6 +126,9 @@ class GovernedSpace(AddressSpace):
 
     def memory_bounds(self) -> list[MemoryBound]:
         return self._inner.memory_bounds()
+
+    def free_bytes(self, order: int) -> int | None:
+        return self._inner.free_bytes(order)
 
     def move_hindrances(self, means: Means) -> list[str]:
         return self._inner.move_hindrances(means)

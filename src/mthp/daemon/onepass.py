@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp import thp_unadvised
 from mthp.addrspace import Means, Segment
 from mthp.budget import Room
 from mthp.collapse.machine_seam import Passage
@@ -71,6 +72,7 @@ class Pass:
         self._pending_fill = 0
         self._room = Room(self.space.memory_bounds, settings.reserve)
         self.eligible = False
+        self._advised: list[Segment] | None = None
 
     def _options(self) -> VisitOptions:
         settings = self._settings
@@ -174,6 +176,11 @@ class Pass:
 
     def _admit(self, candidate: Candidate) -> ScanResult:
         """Whether an attempt fits the budget of bloat and the memory limits, and there is a folio for it."""
+        if self.space.unadvised_small and candidate.order < self._environment.geometry.pmd_order:
+            if self._advised is None:
+                self._advised = thp_unadvised.advised(self.space)
+            if not thp_unadvised.lies_in(candidate.address, self._advised):
+                return thp_unadvised.OUTCOME.result
         if not self._environment.free.available(candidate.order):
             return ScanResult.ALLOC_HUGE_PAGE_FAIL
         fill = candidate.filled * self._environment.geometry.page_size

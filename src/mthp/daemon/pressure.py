@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from mthp.linux.freememory import parse_buddyinfo
+from mthp.linux.freememory import free_beyond_reserve, parse_buddyinfo
 from mthp.pacing import Clock
 
 ASK_SECONDS = 0.5
@@ -72,7 +72,12 @@ class FreeFolios:
         return now >= until
 
     def refused(self, order: int, alloc_sleep: float) -> None:
-        """The kernel had no folio of `order`: do not ask for a while, `alloc_sleep` seconds at most."""
+        """The kernel had no folio of `order`: do not ask for a while, `alloc_sleep` seconds at most.
+
+        Where the machine has such folios free, the reason lies in the target, and other targets need not wait.
+        """
+        if free_beyond_reserve(order, self._path):
+            return
         now = self._clock()
         until, rest = self._refused.get(order, (0.0, 0.0))
         if now < until:

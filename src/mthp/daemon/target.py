@@ -61,6 +61,10 @@ LEFT_OUT_SECONDS = 60.0
 """After which a process that could not be worked on is tried again."""
 
 
+LAST_UNADVISED_SECONDS = 3600.0
+"""The longest time after which moving is tried again in memory in which no folio could be had (mthp.thp_unadvised)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sign:
     """What changes in ``/proc/PID/stat`` when memory may have come to be mapped.
@@ -127,6 +131,8 @@ class Target:
         self._rate = ByteBudget(rule.settings.rate, environment.clock)
         self._resident = 0
         self._at_a_time = 2
+        self._unadvised_until = 0.0
+        self._unadvised_wait = 0.0
         self.vanished = False
         self.closed = False
 
@@ -242,6 +248,7 @@ class Target:
     def _begin_pass(self, now: float, touched: bool) -> None:
         self._count("passes")
         self._pass = Pass(self._environment, self.facts.pid, self.settings, lambda: self.bloat_left)
+        self._pass.space.unadvised_small = now < self._unadvised_until
         outline = self._pass.outline()
         self._environment.looks.put(self, eligible=self._pass.eligible)
         due = self._ledger.due(outline, now, touched=touched)
@@ -285,6 +292,10 @@ class Target:
             self._end_pass()
             self._leave_out(f"a charge failed: {current.out_of_memory}")
             return
+        if current.space.unadvised_small and environment.clock() >= self._unadvised_until:
+            # The process may take its prctl back, so that it is tried again, but less and less often.
+            self._unadvised_wait = min(max(2 * self._unadvised_wait, LEFT_OUT_SECONDS), LAST_UNADVISED_SECONDS)
+            self._unadvised_until = environment.clock() + self._unadvised_wait
         self.gain = current.gain
         rest = self._rate.wait()
         if current.is_done:

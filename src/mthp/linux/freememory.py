@@ -8,7 +8,9 @@ bound: watermarks, and zones kept for devices, withhold some of it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,28 @@ def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
         for order, count in enumerate(counts):
             blocks[order] += count
     return tuple(FreeBlocks(node, tuple(blocks)) for node, blocks in sorted(nodes.items()))
+
+
+def free_beyond_reserve(
+    order: int, buddyinfo: Path = Path("/proc/buddyinfo"), min_free: Path = Path("/proc/sys/vm/min_free_kbytes")
+) -> int | None:
+    """Return the bytes in free blocks of `order` or larger that the kernel does not hold back.
+
+    Below its high watermark a zone may refuse, which is above min_free_kbytes by half at most by default
+    (__setup_per_zone_wmarks, mm/page_alloc.c).
+
+    Returns:
+        None if it cannot be seen.
+    """
+    try:
+        nodes = parse_buddyinfo(buddyinfo.read_text())
+        reserve = int(min_free.read_text()) << 10
+    except (OSError, ValueError):
+        return None
+    if not nodes:
+        return None
+    free = sum(node.folios(order) for node in nodes) * (os.sysconf("SC_PAGESIZE") << order)
+    return max(0, free - reserve * 3 // 2)
 
 
 def parse_meminfo(text: str, field: str) -> int | None:

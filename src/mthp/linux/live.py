@@ -23,6 +23,7 @@ from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
+from mthp.linux.freememory import free_beyond_reserve
 from mthp.linux.headroom import memory_bounds
 from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
 from mthp.linux.outline import scan_outline
@@ -139,6 +140,9 @@ class LiveAddressSpace(AddressSpace):
     def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
         nodes = procfs.read_numa(self.process, self._geometry.page_size)
         return [replace(vma, node_pages=nodes.get(vma.start, ())) for vma in vmas]
+
+    def free_bytes(self, order: int) -> int | None:
+        return free_beyond_reserve(order)
 
     def watch(self) -> Watch:
         # Without frame numbers a page that moved into a huge one looks like before.
