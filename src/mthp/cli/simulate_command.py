@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mthp import __version__
+from mthp.cli.forecast import Forecast
 from mthp.cli.options import json_option
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
@@ -53,19 +54,15 @@ def command(
     loaded = load_scenario(scenario)
     names = [loaded.settings.policy] if policies is None else _names(policies)
     outcomes = []
+    forecast = Forecast("the simulation", "Ctrl-C ends it, and what was simulated by then is kept")
     with stopping_on_signals() as stop, progress_bar("simulating", hidden=as_json) as progress:
         for number, name in enumerate(names):
-            outcomes.append(
-                simulate(
-                    loaded,
-                    policy=name,
-                    seed=seed,
-                    progress=lambda done, total, n=number: progress(  # type: ignore[misc]
-                        int(1000 * (n * total + done)), int(1000 * total * len(names))
-                    ),
-                    stop=stop,
-                )
-            )
+
+            def shown(done: float, total: float, before: int = number) -> None:
+                forecast(before * total + done, total * len(names))
+                progress(int(1000 * (before * total + done)), int(1000 * total * len(names)))
+
+            outcomes.append(simulate(loaded, policy=name, seed=seed, progress=shown, stop=stop))
             if outcomes[-1].interrupted:
                 break
     told = simulated.about(loaded, loaded.settings.seed if seed is None else seed, names, __version__)

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,8 @@ from mthp.bounded import named, read_toml
 from mthp.collapse.policy_lookup import policy_named
 from mthp.errors import UsageError
 from mthp.files import begins
-from mthp.geometry import Geometry, format_size, geometry_named
+from mthp.geometry import Geometry, geometry_named
+from mthp.lab.feasible import check_machine, check_processes
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.parameters import Count, Duration, Share, Size
 from mthp.lab.workloads.program import Model
@@ -209,11 +209,11 @@ def _scenario(path: Path, text: str, data: dict[str, Any]) -> Scenario:
         raise UsageError("machine.nodes is not at least 1")
     if machine.memory // machine.nodes < geometry.pmd_size:
         raise UsageError(f"machine.memory: a node has less than one PMD range of {geometry.label(geometry.pmd_order)}")
-    _check_feasible(machine, geometry)
+    check_machine(machine, geometry)
     processes = tuple(_process(table, number, path) for number, table in enumerate(_tables(data, "process"), 1))
     if not processes:
         raise UsageError("it has no [[process]]", help=f"workloads are {', '.join(MODELS)}")
-    _check_room(processes, machine)
+    check_processes(processes, machine, settings, geometry)
     faults = tuple(_fault(table, number, path, processes) for number, table in enumerate(_tables(data, "fault"), 1))
     return Scenario(
         str(path),
@@ -252,40 +252,6 @@ def _fault(table: Mapping[str, Any], number: int, path: Path, processes: tuple[P
     if fault.kind != "fragment" and fault.process not in names:
         raise UsageError(f"{place}: there is no process called {fault.process!r}", help=f"there are {', '.join(names)}")
     return fault
-
-
-BYTES_PER_PAGE = 20
-"""Memory that a simulated machine takes for each of its pages, about."""
-
-
-def _check_feasible(machine: MachineSettings, geometry: Geometry) -> None:
-    """Refuse a machine that this one cannot hold."""
-    needed = (machine.memory + machine.swap) // geometry.page_size * BYTES_PER_PAGE
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there // 2:
-        raise UsageError(
-            f"machine.memory: to simulate {format_size(machine.memory + machine.swap)}, swap included, takes about"
-            f" {format_size(needed)} of memory here, and there is {format_size(there)}",
-            help="simulate a smaller machine, or larger pages (machine.geometry)",
-        )
-
-
-def _check_room(processes: tuple[ProcessPlan, ...], machine: MachineSettings) -> None:
-    """Refuse what cannot fit: it would only show the kernel's killing."""
-    wanted = 0
-    for process in processes:
-        most = process.model.most * process.settings.count
-        wanted += min(most, process.settings.limit * process.settings.count or most)
-    room = machine.memory + machine.swap
-    if wanted > room:
-        raise UsageError(
-            f"the processes want {_size(wanted)} at their fullest, and the machine has {_size(room)}, swap included",
-            help="give the machine more memory or swap, or the processes less",
-        )
-
-
-def _size(size: int) -> str:
-    return f"{size / (1 << 20):.0f} MiB"
 
 
 def _switches(table: Mapping[str, Any], geometry: Geometry) -> Switches:

@@ -28,7 +28,7 @@ from mthp.sim import Machine
 Row = dict[str, Any]
 
 Progress = Callable[[float, float], None]
-"""Told (simulated seconds done, in all)."""
+"""Told (simulated seconds done, in all), after whatever happens."""
 
 MOST_PINS = 4096
 """Pages of one process that a fault pins at most."""
@@ -161,11 +161,15 @@ class _Run:
             machine.khugepaged.run(lambda: self._over)
         else:
             self.until(settings.duration)
+        if not self._rows:
+            # It was stopped before anything happened.
+            self._sample()
         return Outcome(self._policy, self._rows, self._interrupted)
 
     @property
     def _over(self) -> bool:
         self._interrupted = self._interrupted or self._stop()
+        self._progress(self.now, self._scenario.settings.duration)
         return self._interrupted or self.now >= self._scenario.settings.duration
 
     def _at(self, seconds: float, action: Callable[[], None]) -> None:
@@ -180,6 +184,7 @@ class _Run:
             self._wait(due)
             action()
             self._interrupted = self._interrupted or self._stop()
+            self._progress(self.now, self._scenario.settings.duration)
         self._wait(end)
 
     def _wait(self, seconds: float) -> None:
@@ -274,7 +279,6 @@ class _Run:
         rows = [self._row_of(program) for program in living]
         self._rows += [row for row, _, _ in rows]
         self._rows.append(self._whole(rows))
-        self._progress(self.now, settings.duration)
         if (due := self.now + settings.sample) <= settings.duration:
             self._at(due, self._sample)
 

@@ -1,0 +1,118 @@
+"""How large a scenario may be: what its simulation takes of this machine, checked before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mthp.bounded import Bound
+from mthp.errors import UsageError
+from mthp.geometry import Geometry, format_size
+
+if TYPE_CHECKING:
+    from mthp.lab.scenario import MachineSettings, ProcessPlan, Settings
+
+BYTES_PER_PAGE = 20
+"""Memory that a simulated machine takes for each of its pages, about."""
+
+BYTES_PER_PTE = 6
+"""Memory that it takes for each page that a program maps, touched or not."""
+
+PROCESSES = Bound(1 << 12, "processes")
+"""A simulated machine has room for 32 766 address spaces, and each process may fork some."""
+
+ROWS = Bound(1 << 18, "rows of results")
+"""One for each sample of each process, and one for all together, of some 2 KiB each."""
+
+COUNT = Bound(1 << 12, "workers, batches or the like of a workload")
+"""Each is a process, or an action in every simulated second."""
+
+NODES = Bound(1 << 10, "nodes")
+"""MAX_NUMNODES (include/linux/numa.h) is 1 << NODES_SHIFT, of which x86-64 has 10."""
+
+LONGEST_STEP = 10.0
+"""Seconds that a program may do at once: in between, nothing else happens, Ctrl-C included."""
+
+TIMES_ITS_MACHINE = 64
+"""So many times the machine's memory and swap a size of a workload may be: a part of it that is mapped, or allocated
+in a second."""
+
+
+def check_machine(machine: MachineSettings, geometry: Geometry) -> None:
+    """Refuse a machine that this one cannot hold.
+
+    Raises:
+        UsageError: it is too large, or has too many nodes.
+    """
+    NODES.check(machine.nodes)
+    _check_memory("machine.memory", machine, (machine.memory + machine.swap) // geometry.page_size * BYTES_PER_PAGE)
+
+
+def _check_memory(place: str, machine: MachineSettings, needed: int) -> None:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there // 2:
+        raise UsageError(
+            f"{place}: to simulate {format_size(machine.memory + machine.swap)}, swap included, takes about"
+            f" {format_size(needed)} of memory here, and there is {format_size(there)}",
+            help="simulate a smaller machine, or larger pages (machine.geometry)",
+        )
+
+
+def check_processes(
+    processes: Sequence[ProcessPlan], machine: MachineSettings, settings: Settings, geometry: Geometry
+) -> None:
+    """Refuse processes that are too many, map too much, or whose results would take too much memory.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if settings.step > LONGEST_STEP:
+        raise UsageError(
+            f"step is longer than {LONGEST_STEP:g}s", help="programs act once in a step: the default is 100ms"
+        )
+    count = sum(process.settings.count for process in processes)
+    PROCESSES.check(count)
+    ROWS.check(int((settings.duration / settings.sample + 2) * (count + 1)))
+    room, mapped = machine.memory + machine.swap, 0
+    for number, process in enumerate(processes, 1):
+        for name, value in _whole_numbers(process.model):
+            if name in _COUNTED:
+                COUNT.check(value)
+            elif value > TIMES_ITS_MACHINE * room:
+                raise UsageError(
+                    f"process {number}.{name}: {format_size(value)} is more than {TIMES_ITS_MACHINE} times what the"
+                    f" machine has, {format_size(room)} with swap",
+                    help="give the machine more memory or swap, or the workload less",
+                )
+        reserve = getattr(process.model, "reserve", 0)
+        mapped += reserve * process.settings.count
+    _check_memory("process.reserve", machine, mapped // geometry.page_size * BYTES_PER_PTE)
+    _check_room(processes, machine)
+
+
+_COUNTED = ("workers", "batches", "prefetch")
+
+
+def _whole_numbers(model: Any) -> list[tuple[str, int]]:
+    values = ((field.name, getattr(model, field.name)) for field in dataclasses.fields(model))
+    return [(name, value) for name, value in values if isinstance(value, int) and not isinstance(value, bool)]
+
+
+def _check_room(processes: Sequence[ProcessPlan], machine: MachineSettings) -> None:
+    """Refuse what cannot fit: it would only show the kernel's killing."""
+    wanted = 0
+    for process in processes:
+        most = process.model.most * process.settings.count
+        wanted += min(most, process.settings.limit * process.settings.count or most)
+    room = machine.memory + machine.swap
+    if wanted > room:
+        raise UsageError(
+            f"the processes want {_size(wanted)} at their fullest, and the machine has {_size(room)}, swap included",
+            help="give the machine more memory or swap, or the processes less",
+        )
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"
