@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import AnyStr
 
 ELLIPSIS = "…"
 """Stands for what a shortened name has lost."""
+
+
+def lines(text: AnyStr) -> list[AnyStr]:
+    """Return the lines of a text of the kernel, which end at newlines and nowhere else.
+
+    Names in it are chosen by processes. The kernel escapes a newline in them, but not a carriage return or the other
+    ends of lines of ``splitlines()``. By these a name such as ``x``, CR, ``NSpid: 1`` would become a field of its own.
+    """
+    newline = "\n" if isinstance(text, str) else b"\n"
+    return text.removesuffix(newline).split(newline) if text else []
 
 
 def clean(text: str) -> str:

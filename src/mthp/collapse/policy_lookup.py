@@ -38,7 +38,7 @@ def policy_named(policy: str | Policy) -> Policy:
         raise UsageError(f"unknown policy {policy!r}", help=f"use {', '.join(policy_names())}")
     try:
         made = declared[policy].load()()
-    except (ImportError, AttributeError, TypeError, NameError, SyntaxError, ValueError) as error:
+    except Exception as error:  # It is another package's code, which may raise anything.
         raise UsageError(f"policy {policy!r} cannot be loaded: {error}", help=_whose(declared[policy])) from error
     if not isinstance(made, Policy):
         raise UsageError(

@@ -112,8 +112,8 @@ def _exe(directory: str) -> str:
 
 
 def _cgroup(directory: str) -> str:
-    with open(f"{directory}/cgroup", errors="replace") as file:
+    with open(f"{directory}/cgroup", errors="replace", newline="\n") as file:
         for line in file:
             if line.startswith("0::"):
-                return line[3:].rstrip("\n")
+                return line[3:].removesuffix("\n")
     return ""

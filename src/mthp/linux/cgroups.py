@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mthp.text import lines
+
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
@@ -44,7 +46,7 @@ class CgroupMount:
 def cgroup_mounts(mountinfo: str) -> tuple[CgroupMount, ...]:
     """Return the cgroup file systems in a text of ``/proc/PID/mountinfo``."""
     mounts = []
-    for line in mountinfo.splitlines():
+    for line in lines(mountinfo):
         # 35 31 0:32 / /sys/fs/cgroup/memory rw,relatime shared:1 - cgroup cgroup rw,memory
         before, separator, after = line.partition(" - ")
         fields, (kind, *rest) = before.split(" "), after.split(" ") if separator else [""]
@@ -63,7 +65,7 @@ def cgroup_directories(mounts: Sequence[CgroupMount], membership: str, controlle
         mounts: what is mounted here.
         membership: text of the process's ``/proc/PID/cgroup``.
     """
-    for line in membership.splitlines():
+    for line in lines(membership):
         number, controllers, path = line.split(":", 2)
         if number != "0" and controller not in controllers.split(","):
             continue

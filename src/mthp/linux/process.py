@@ -28,6 +28,7 @@ from typing import Literal, NoReturn, Self
 
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.linux import abi
+from mthp.text import lines
 
 _PROC = Path("/proc")
 _READ_CHUNK = 1 << 20
@@ -292,7 +293,7 @@ def _thread_or_nothing(pid: int) -> MthpError:
 
 
 def _status_field(text: bytes, field: str) -> str | None:
-    for line in text.decode(errors="replace").splitlines():
+    for line in lines(text.decode(errors="replace")):
         name, _, value = line.partition(":")
         if name == field:
             return value.strip()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from mthp.addrspace import Segment, Vma, VmaKind
 from mthp.errors import UnsupportedError
 from mthp.linux.process import Process
+from mthp.text import lines
 
 _READ_CHUNK = 1 << 20
 _HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$", re.MULTILINE)
@@ -115,7 +116,7 @@ def read_numa(process: Process, page_size: int) -> dict[int, tuple[tuple[int, in
         text = process.read("numa_maps")
     except UnsupportedError:
         return {}
-    return dict(parse_numa_line(line, page_size) for line in text.splitlines() if line)
+    return dict(parse_numa_line(line, page_size) for line in lines(text) if line)
 
 
 def parse_numa_line(line: bytes, page_size: int) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -153,7 +154,7 @@ def parse_totals(block: bytes) -> SmapsTotals:
 def shmem_devices(mountinfo: bytes) -> frozenset[str]:
     """Device numbers of the tmpfs mounts in a mountinfo text, as maps writes them (``"00:1b"``)."""
     devices = set()
-    for line in mountinfo.splitlines():
+    for line in lines(mountinfo):
         mount, _, source = line.partition(b" - ")
         if source.split(b" ", 1)[0] in _SHMEM_FILESYSTEMS:
             major, _, minor = mount.split()[2].partition(b":")

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mthp.text import lines
+
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 CAP_SYS_NICE = 23
@@ -36,11 +38,11 @@ class Rights:
     def read(cls, directory: Path) -> Rights:
         """Those of the process whose directory in proc this is; none where it cannot be read."""
         try:
-            lines = (directory / "status").read_text(errors="replace").splitlines()
+            status = lines((directory / "status").read_bytes().decode(errors="replace"))
             uid_map = (directory / "uid_map").read_text().split()
         except OSError:
             return cls(-1, 0, False)
-        fields = {name: words.split() for name, _, words in (line.partition(":") for line in lines)}
+        fields = {name: words.split() for name, _, words in (line.partition(":") for line in status)}
         return cls(int(fields["Uid"][3]), int(fields["CapEff"][0], 16), uid_map == _EVERY_UID)
 
     def has(self, capability: int) -> bool:

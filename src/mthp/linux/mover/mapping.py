@@ -8,6 +8,7 @@ import struct
 from dataclasses import dataclass
 
 from mthp.linux.process import Process
+from mthp.text import lines
 
 PROCMAP_QUERY = 0xC0686611
 """``_IOWR('f', 17, struct procmap_query)``, include/uapi/linux/fs.h, Linux 6.11."""
@@ -64,7 +65,7 @@ def read_mappings(process: Process) -> list[Mapping]:
         TargetVanishedError: the process is gone.
         NotPermittedError: its mappings are not ours to read.
     """
-    return [Mapping.parse(line) for line in process.read("maps").splitlines()]
+    return [Mapping.parse(line) for line in lines(process.read("maps"))]
 
 
 def query_mapping(process: Process, maps: int, address: int) -> Mapping | None:

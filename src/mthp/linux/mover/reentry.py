@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from mthp.errors import MthpError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.taskfiles import read_task_file
+from mthp.text import lines
 
 if TYPE_CHECKING:
     from mthp.linux.mover.freeze import FrozenProcess
@@ -102,6 +103,6 @@ def _hold(tid: int) -> None:
 def _is_to_be_held(frozen: FrozenProcess, tid: int, mask: int) -> bool:
     """Whether a signal is pending that is not in `mask`, or may come whose place in its queue matters."""
     text = read_task_file(frozen.process, tid, "status") or b""
-    fields = {line[:7]: int(line[7:], 16) for line in text.splitlines() if line[:7] in _SIGNAL_SETS}
+    fields = {line[:7]: int(line[7:], 16) for line in lines(text) if line[:7] in _SIGNAL_SETS}
     pending = fields.get(b"SigPnd:", 0) | fields.get(b"ShdPnd:", 0)
     return bool(pending & ~mask or fields.get(b"SigCgt:", 0) & _QUEUED)

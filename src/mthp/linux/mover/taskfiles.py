@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 
 from mthp.linux.process import Process
+from mthp.text import lines
 
 _GONE = (errno.ENOENT, errno.ESRCH)
 _READ_SIZE = 1 << 16
@@ -37,7 +38,7 @@ class Thread:
     @classmethod
     def parse(cls, tid: int, text: bytes) -> Thread:
         """Read the text of a status file; a kernel without seccomp has no line for it."""
-        pairs = (line.partition(":") for line in text.decode(errors="replace").splitlines())
+        pairs = (line.partition(":") for line in lines(text.decode(errors="replace")))
         fields = {name: value.strip() for name, _, value in pairs}
         return cls(
             tid=tid,
@@ -121,5 +122,5 @@ def inner_tids(process: Process, tids: list[int]) -> list[int]:
 
 
 def _namespace_tids(status: bytes, tid: int) -> list[int]:
-    lines = (line for line in status.splitlines() if line.startswith(b"NSpid:"))
-    return [int(word) for word in next(lines, b"").split()[1:]] or [tid]
+    found = (line for line in lines(status) if line.startswith(b"NSpid:"))
+    return [int(word) for word in next(found, b"").split()[1:]] or [tid]
