@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Means, PteColumns, Segment
+from mthp.addrspace import AddressSpace, Means, PteColumns, Segment, VmaKind
 from mthp.collapse.filled import FilledPages
 from mthp.collapse.machine_seam import Clock, Found, Passage, WallClock
 from mthp.collapse.occupancy import Bits
@@ -88,6 +88,7 @@ class _Listing:
     thp_disabled: bool
     areas: list[_Area]
     passed_behind: int
+    refused: dict[tuple[VmaKind, str], tuple[int, int]]
 
 
 class SpaceVisit:
@@ -133,6 +134,15 @@ class SpaceVisit:
         return self._listing().thp_disabled
 
     @property
+    def refused(self) -> dict[tuple[VmaKind, str], tuple[int, int]]:
+        """How many mappings, and bytes, may not be collapsed, by what they are made of and the reason.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return self._listing().refused
+
+    @property
     def wanted(self) -> bool:
         """Whether anything in it may be collapsed, so that a visit is worth it (khugepaged_enter_vma).
 
@@ -162,6 +172,7 @@ class SpaceVisit:
         space, geometry, base = self.space, self.geometry, base_rules(self.space, self.options)
         switches, thp_disabled = space.switches, space.thp_disabled
         areas: list[_Area] = []
+        refused: dict[tuple[VmaKind, str], tuple[int, int]] = {}
         passed = 0
         follow_switches = self.options.orders == ORDERS_ENABLED
         for vma in space.vmas():
@@ -172,6 +183,9 @@ class SpaceVisit:
                 trigger="khugepaged" if follow_switches else "madvise",
                 thp_disabled=thp_disabled,
             )
+            if not allowed:
+                mappings, size = refused.get((vma.kind, allowed.reason), (0, 0))
+                refused[vma.kind, allowed.reason] = mappings + 1, size + vma.size
             rules = switched(base, allowed.orders, switches) if follow_switches else base
             whole = self._clipped(vma.pmd_ranges(geometry)) if allowed else None
             if whole is None or not self._policy.orders_walked(rules):
@@ -183,7 +197,7 @@ class SpaceVisit:
                 areas.append(_Area(start, end, rules, vma.uffd_armed, vma.droppable, passed))
                 passed, behind = 0, end
             passed += behind < whole[1]
-        return _Listing(now, thp_disabled, areas, passed)
+        return _Listing(now, thp_disabled, areas, passed, refused)
 
     def _clipped(self, segment: Segment) -> Segment | None:
         """The whole PMD ranges of `segment` that are wanted; None if there are none."""

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, Vma, VmaKind
+from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Means, Pte, Vma, VmaKind
 from mthp.census import take_census
+from mthp.cli import plan_command
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vmas_json
 from mthp.cli.options import planned
@@ -23,6 +24,7 @@ from mthp.cli.plan_command import plan_json, print_plan
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import stopping_on_signals
 from mthp.collapsing import CollapseOptions, collapse_space
+from mthp.geometry import X86_64
 from mthp.planning import PlanOptions, plan_space
 from mthp.text import clean
 
@@ -236,3 +238,19 @@ def test_the_first_signal_is_a_wish_and_the_second_acts(number: signal.Signals) 
         assert came == [number, number]
     finally:
         signal.signal(number, before)
+
+
+def test_a_plan_says_beforehand_what_the_mover_would_refuse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Guarded(FakeSpace):
+        def move_hindrances(self, means: Means) -> list[str]:
+            assert means.mechanism == "move"
+            return ["a seccomp filter guards it"]
+
+    vma = Vma(1 << 40, (1 << 40) + X86_64.pmd_size, "rw-p")
+    for orders, there in (("64K", True), ("2M", False)):
+        space = Guarded([(vma, *page_runs((512, Pte.PRESENT, 0)))])
+        monkeypatch.setattr(plan_command, "open_target", lambda target, at=None, space=space: space)
+        plan_command.command.main(["7", "--orders", orders], standalone_mode=False)
+        assert ("would not begin: a seccomp filter guards it" in capsys.readouterr().out) == there

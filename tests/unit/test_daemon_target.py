@@ -22,6 +22,7 @@ from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
 from mthp.daemon.target import LEFT_OUT_SECONDS, WAKE_GRID, Sign, Target
+from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
@@ -384,3 +385,29 @@ def test_what_it_tells_of_itself_is_json() -> None:
 def test_a_governed_space_asks_the_space_behind_it_for_all_but_switches_and_tunables() -> None:
     public = {name for name in vars(AddressSpace) if not name.startswith("_")}
     assert public <= set(vars(GovernedSpace))
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_why_nothing_is_done_in_a_target_is_in_its_summary(disabled: bool) -> None:
+    stage = Stage(FULL, FULL)
+    size = 2 * G.pmd_size
+    vma = Vma(START, START + size, "rw-p", flags=frozenset({"nh"}), has_anon_vma=True)
+    stage.space = FakeSpace([(vma, *page_runs(*FULL, *FULL))], thp_disabled=disabled)
+    stage.steps(2)
+    (left,) = stage.target.summary(stage.now)["left_alone"]
+    assert ("PR_SET_THP_DISABLE" if disabled else "MADV_NOHUGEPAGE") in left["reason"]
+    assert (left["mappings"], left["bytes"]) == (1, size)
+    assert stage.target.summary(stage.now)["collapsed_bytes"] == 0
+
+
+def test_unadvised_memory_is_tried_again_less_and_less_often() -> None:
+    known, now, waits = Unadvised(), 0.0, []
+    for _ in range(9):
+        known.found(now)
+        begun = now
+        while known.holds(now):
+            known.found(now)
+            now += 30.0
+        waits.append(now - begun)
+    assert waits[:3] == [FIRST_SECONDS, 2 * FIRST_SECONDS, 4 * FIRST_SECONDS]
+    assert waits[-1] == LAST_SECONDS

@@ -43,7 +43,12 @@ from mthp.targets import open_target, refuse_ancestor
 )
 @bounds_options
 @click.option("--rate", type=RATE, help="Bytes collapsed per second at most, such as 500M.")
-@click.option("--min-coverage", type=SHARE_OR_ZERO, help="Exit with 1 if less than this share is huge afterwards.")
+@click.option(
+    "--min-coverage",
+    type=SHARE_OR_ZERO,
+    help="Exit with 1 if less than this share of the anonymous memory is mapped in folios of the sizes asked for"
+    " (--orders; the PMD size without) or larger ones afterwards.",
+)
 @click.option(
     "--max-pause",
     type=DURATION,
@@ -137,11 +142,11 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan, me
     pause = milliseconds(window_ns(threads, options.means.max_pause_ns) / 1e9)
     for line in (
         f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
-        f" {threads} threads are stopped, for about {pause} at a time and {percent(options.duty)} of the time at most;"
-        " one of them runs a small piece of code that is injected, which moves pages away (UFFDIO_MOVE) and copies them"
-        " back;",
+        f" {threads} threads are stopped again and again. The aim is {pause} at a time and {percent(options.duty)} of"
+        " the time; the result says how long the pauses were. One thread runs a small piece of code that is injected,"
+        " which moves pages away (UFFDIO_MOVE) and copies them back;",
         "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. It is"
-        " put back at the end, and if mthp is killed; then the process goes on with its memory whole",
+        " put back at the end, and if mthp is killed",
     ):
         say(out, line)
 

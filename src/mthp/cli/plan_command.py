@@ -7,6 +7,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from mthp.addrspace import Means
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
@@ -37,14 +38,17 @@ def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
         plan = plan_space(space, chosen.plan, progress)
         allowed = allowed_of(space, plan, chosen)
         missing = space.missing
+        smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
+        hindrances = space.move_hindrances(Means(mechanism="move")) if smaller else []
     if as_json:
         by_default = allowed_json(plan, allowed)
-        print_json("plan", plan_json(plan) | {"by_default": by_default, "missing": list(missing)})
+        more = {"by_default": by_default, "missing": list(missing), "move_hindrances": hindrances}
+        print_json("plan", plan_json(plan) | more)
         return
     out = console()
     print_plan(out, plan)
     print_allowed(out, plan, allowed)
-    note(out, missing)
+    note(out, [*(f"the mover (--mechanism move) would not begin: {reason}" for reason in hindrances), *missing])
 
 
 def size_and_more(plan: SpacePlan) -> str:

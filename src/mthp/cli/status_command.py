@@ -127,6 +127,9 @@ def _row(target: dict[str, Any]) -> list[str]:
         state += f"; not collapsed: {next(iter(target['reasons']))}"
     elif target.get("needs_move"):
         state += f"; not collapsed: {target['needs_move']}"
+    elif not target["collapsed_bytes"] and target["left_alone"]:
+        left = target["left_alone"][0]
+        state += f"; left alone: {left['reason']} ({format_size(left['bytes'])})"
     return [
         str(target["pid"]),
         target["comm"],

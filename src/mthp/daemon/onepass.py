@@ -12,12 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp import thp_unadvised
-from mthp.addrspace import Means, Segment
+from mthp.addrspace import Means, Segment, VmaKind
 from mthp.budget import Room
 from mthp.collapse.machine_seam import Passage
 from mthp.daemon.environment import Environment
@@ -136,6 +137,16 @@ class Pass:
             start, end = int(address[first]), int(address[last - 1]) + size
             self._stretches.append(((start, end), int(present[first:last].sum())))
         self._stretches.reverse()
+
+    @property
+    def left_alone(self) -> list[dict[str, Any]]:
+        """The mappings in which nothing may be made, by reason, as the JSON of `mthp plan` has them.
+
+        Anonymous memory comes first, and the most memory.
+        """
+        refused = self._visit.refused
+        ranked = sorted(refused, key=lambda one: (one[0] is not VmaKind.ANON, -refused[one][1]))
+        return [{"reason": one[1], "mappings": refused[one][0], "bytes": refused[one][1]} for one in ranked]
 
     @property
     def is_done(self) -> bool:

@@ -28,6 +28,7 @@ from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.ledger import Ledger
 from mthp.daemon.onepass import Pass, governed
 from mthp.daemon.rules import ProcessFacts, Rule, Settings
+from mthp.daemon.unadvised import Unadvised
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.outline import Outline
@@ -59,10 +60,6 @@ LIST_SHARE = 0.02
 
 LEFT_OUT_SECONDS = 60.0
 """After which a process that could not be worked on is tried again."""
-
-
-LAST_UNADVISED_SECONDS = 3600.0
-"""The longest time after which moving is tried again in memory in which no folio could be had (mthp.thp_unadvised)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +128,8 @@ class Target:
         self._rate = ByteBudget(rule.settings.rate, environment.clock)
         self._resident = 0
         self._at_a_time = 2
-        self._unadvised_until = 0.0
-        self._unadvised_wait = 0.0
+        self._unadvised = Unadvised()
+        self._left_alone: list[dict[str, Any]] = []
         self.vanished = False
         self.closed = False
 
@@ -248,8 +245,9 @@ class Target:
     def _begin_pass(self, now: float, touched: bool) -> None:
         self._count("passes")
         self._pass = Pass(self._environment, self.facts.pid, self.settings, lambda: self.bloat_left)
-        self._pass.space.unadvised_small = now < self._unadvised_until
+        self._pass.space.unadvised_small = self._unadvised.holds(now)
         outline = self._pass.outline()
+        self._left_alone = self._pass.left_alone
         self._environment.looks.put(self, eligible=self._pass.eligible)
         due = self._ledger.due(outline, now, touched=touched)
         self._count("skipped", len(outline) - int(due.sum()))
@@ -292,10 +290,8 @@ class Target:
             self._end_pass()
             self._leave_out(f"a charge failed: {current.out_of_memory}")
             return
-        if current.space.unadvised_small and environment.clock() >= self._unadvised_until:
-            # The process may take its prctl back, so that it is tried again, but less and less often.
-            self._unadvised_wait = min(max(2 * self._unadvised_wait, LEFT_OUT_SECONDS), LAST_UNADVISED_SECONDS)
-            self._unadvised_until = environment.clock() + self._unadvised_wait
+        if current.space.unadvised_small:
+            self._unadvised.found(environment.clock())
         self.gain = current.gain
         rest = self._rate.wait()
         if current.is_done:
@@ -398,6 +394,7 @@ class Target:
             "next_look_in": max(0.0, self.next_at - now),
             "bloat_left": self.bloat_left,
             "reasons": dict(self.reasons),
+            "left_alone": self._left_alone,
             "needs_move": self.needs_move or None,
         } | self.counters.summary(self._environment.geometry)
 
