@@ -447,3 +447,14 @@ def test_pauses_fall_into_their_buckets() -> None:
 )
 def test_metrics_are_on_the_loopback_unless_said_otherwise(text: str, endpoint: tuple[str, int]) -> None:
     assert parse_endpoint(text) == endpoint
+
+
+@pytest.mark.parametrize("usec", ["9" * 5000, "x", "-1", "", "1e9"])
+def test_a_watchdog_that_makes_no_sense_is_none(usec: str) -> None:
+    assert Notifier({"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": usec}).watchdog is None
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "host:" + "9" * 5000, "host:\u0663", "host:0", "65536"])
+def test_ports_that_there_are_not(text: str) -> None:
+    with pytest.raises(UsageError, match="is not an address"):
+        parse_endpoint(text)

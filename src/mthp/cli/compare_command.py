@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
@@ -181,6 +182,6 @@ def _numbers(option: str, text: str | None) -> list[int | None]:
 def _scans(text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= 1000:
         raise UsageError(f"--scans {text!r} is neither a number from 1 to 1000 nor 'all'", help="use --scans all")
     return int(text)

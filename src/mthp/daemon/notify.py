@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 
@@ -23,7 +24,8 @@ class Notifier:
         self._address = values.get("NOTIFY_SOCKET", "")
         usec = values.get("WATCHDOG_USEC", "")
         mine = values.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog = int(usec) / 2e6 if usec.isdecimal() and mine and self._address else None
+        allowed = re.fullmatch("[0-9]{1,18}", usec)
+        self.watchdog = int(usec) / 2e6 if allowed and mine and self._address else None
 
     def ready(self, status: str) -> None:
         """It works now."""

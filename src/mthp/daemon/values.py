@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pwd
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,10 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     host, separator, port = text.strip().rpartition(":")
     if not separator and not port.isdecimal():
         host, port = port, str(METRICS_PORT)
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"{text!r} is not an address to serve metrics at", help="write it as 127.0.0.1:9464 or 9464")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"{text[:60]!r} is not an address to serve metrics at", help="write it as 127.0.0.1:9464 or 9464"
+        )
     return host.strip("[]") or METRICS_HOST, int(port)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mthp.bounded import parse_json
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.tunables import SIZE_WORDS
 
@@ -91,7 +92,7 @@ class Change:
     def parse(cls, line: bytes) -> Change | None:
         """Read a line of the journal; None if it is not one."""
         try:
-            data = json.loads(line)
+            data = parse_json(line)
             change = cls(data["switch"], data["was"], data["ours"], data["boot"], str(data.get("owner", "")))
             words = (change.was, change.ours)
             if _SWITCH.fullmatch(change.switch):
