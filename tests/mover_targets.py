@@ -138,11 +138,7 @@ class Writers:
         return got_on()
 
     def survives(self) -> bool:
-        """Whether it gets on, after its tracer was killed; if not, the kernel has killed it with the tracer.
-
-        That is allowed only while a thread of it makes system calls for the tracer (PTRACE_O_EXITKILL). The signal is
-        sent before the tracer is gone, so after that no thread gets on any more.
-        """
+        """Return whether it continues after its tracer was killed; False if it was killed as well."""
         assert self.progresses() or self.process.poll() is not None, f"stuck in state {self.state()}"
         assert self.process.poll() in (None, -signal.SIGKILL), f"it crashed: {self.process.returncode}"
         return self.process.poll() is None

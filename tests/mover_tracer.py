@@ -4,7 +4,7 @@ Run as a program, it reads commands from standard input, one a line, carries eac
 is imported twice), and answers with the exit code of the child, -9 if it was killed:
 
 ``step NAME COUNT``   kill yourself when the step NAME comes for the COUNT-th time
-``random MICROSECONDS``   be killed that long after the first session is begun
+``random MICROSECONDS SIGNAL``   be sent KILL, HUP, or STOP and then KILL that long after the first session is begun
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from mthp.linux.sysfs import ThpSysfs
 GEOMETRY = ThpSysfs().geometry()
 ORDER = 4
 BLOCKS = 64
+STOPPED_SECONDS = 0.1
+"""Longer than a worker that is done waits for its tracer."""
 
 
 def killer(name: str, count: int) -> Observer:
@@ -87,7 +89,10 @@ def main() -> None:
             while not struct.unpack_from("=Q", shared)[0]:
                 time.sleep(0.0001)
             time.sleep(int(words[1]) * 1e-6)
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, signal.Signals[f"SIG{words[2]}"])
+            if words[2] == "STOP":
+                time.sleep(STOPPED_SECONDS)
+                os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

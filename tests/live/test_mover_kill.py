@@ -26,6 +26,9 @@ KILLS = int(os.environ.get("MTHP_TEST_KILLS", "80"))
 """How many there are in all; the issue's thousand are for a machine that has the time."""
 
 PER_THREAD = {Step.PARKED_UNMASKED, Step.PARKED, Step.UNPARKED, Step.RELEASED}
+SIGNALS = ("KILL", "KILL", "HUP", "STOP")
+"""What ends a mover at a random moment: a kill, a closed terminal, or a suspension that ends in a kill."""
+
 LEFT_SECONDS = 3.0 * FACTOR
 """How long something of ours may be in a target after our death."""
 
@@ -47,7 +50,7 @@ class Victim:
         assert self._tracer.stdout is not None
         self._tracer.stdin.write(command + "\n")
         self._tracer.stdin.flush()
-        assert self._tracer.stdout.readline() == "-9\n", f"the tracer was not killed at {command}"
+        assert self._tracer.stdout.readline() in ("-9\n", "-1\n"), f"the tracer was not killed at {command}"
 
     def fate(self) -> str:
         """``"intact"``, ``"dead"``, or what is wrong."""
@@ -92,7 +95,7 @@ def _commands() -> list[tuple[str, Step | None]]:
         counts = range(1, 2 * THREADS + 1) if step in PER_THREAD else (1, 2, 3, 7)
         chosen += [(f"step {step.name} {count}", step) for count in counts]
     while len(chosen) < KILLS:
-        chosen.append((f"random {random.randrange(150_000)}", None))
+        chosen.append((f"random {random.randrange(150_000)} {random.choice(SIGNALS)}", None))
     return chosen
 
 
