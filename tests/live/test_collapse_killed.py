@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,10 @@ def collapse(pid: int, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _has(pid: int, what: object) -> bool:
+    return belongings(pid) == what
+
+
 def test_killed_at_numbered_steps(tmp_path: Path) -> None:
     words = switches()
 
@@ -74,7 +79,7 @@ def test_killed_at_numbered_steps(tmp_path: Path) -> None:
                 continue
             step = steps[-1]
             assert target.survives(), f"the target died when mthp was killed {when} step {number}, {step}"
-            until(lambda now=before: belongings(target.pid) == now, "nothing of mthp to be left in it")
+            until(partial(_has, target.pid, before), "nothing of mthp to be left in the target")
             until(lambda: switches() == words, "the watcher to put switches back")
             restored = mthp_json("doctor", "--restore")
             assert (restored["restored"], restored["removed"]) == ([], [])
