@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from e2e.helpers import MTHP, Actor, mthp, mthp_json
+from memory_cgroups import memory_cgroup
 from mover_targets import Writers, mappings
 from mthp.linux.live import open_live
 from targets import PAGE_SIZE, PMD_SIZE
@@ -26,7 +26,6 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages",
 
 PAGES = PMD_SIZE // PAGE_SIZE
 OPTIONS = ("--orders", "64K", "--max-ptes-none", "0", "--mechanism", "move")
-V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
 @pytest.fixture(autouse=True)
@@ -51,42 +50,24 @@ def reasons(report: dict[str, Any]) -> set[str]:
     return {each["reason"] for tally in report["folios"].values() for each in tally["reasons"]}
 
 
-@pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """A memory cgroup: its limit. Who was put into it has ended when it is taken away."""
-    v1 = (V1 / "memory.limit_in_bytes").exists()
-    group = (V1 if v1 else V2) / f"mthp-test-{os.getpid()}"
-    limit = group / ("memory.limit_in_bytes" if v1 else "memory.max")
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"needs a memory cgroup: {error}")
-    try:
-        if not limit.exists():
-            pytest.skip("needs a memory cgroup")
-        yield limit
-    finally:
-        group.rmdir()
-
-
-def test_little_memory_left_in_its_cgroup(cgroup: Path, actor: Actor) -> None:
+def test_little_memory_left_in_its_cgroup(actor: Actor) -> None:
     """A refill that is over the limit would end the target, so it is not begun."""
-    try:
-        (cgroup.parent / "cgroup.procs").write_text(str(actor.pid))
-        cgroup.write_text(str(40 << 20))
-    except OSError as error:
-        pytest.skip(f"needs a memory cgroup: {error}")
-    address = actor.map(4 * PMD_SIZE)
-    actor.fill(address, 4 * PAGES)
-    report = mthp_json("collapse", actor.pid, *OPTIONS, code=1)
-    assert any("are left in" in reason for reason in reasons(report)), reasons(report)
-    assert report["folios"]["4"]["made"] == 0
-    assert folios(actor.pid, address, 4 * PMD_SIZE) == {0: 4 * PAGES}
-    assert actor.damaged(address, 4 * PAGES) == 0
-    cgroup.write_text(str(1 << 30))
-    report = json.loads(mthp("collapse", actor.pid, *OPTIONS, "--json").stdout)
-    assert report["folios"]["4"]["made"] >= 128
-    assert actor.damaged(address, 4 * PAGES) == 0
+    with memory_cgroup() as cgroup:
+        cgroup.enter(actor.pid)
+        cgroup.limit(40 << 20)
+        address = actor.map(4 * PMD_SIZE)
+        actor.fill(address, 4 * PAGES)
+        report = mthp_json("collapse", actor.pid, *OPTIONS, code=1)
+        assert f"of 40M are left in {cgroup.directory}" in report["room"]
+        assert report["folios"]["4"]["made"] == 0
+        assert report["folios"]["4"]["over_reserve"] >= 128
+        assert folios(actor.pid, address, 4 * PMD_SIZE) == {0: 4 * PAGES}
+        assert actor.damaged(address, 4 * PAGES) == 0
+        cgroup.limit(1 << 30)
+        report = json.loads(mthp("collapse", actor.pid, *OPTIONS, "--json").stdout)
+        assert report["folios"]["4"]["made"] >= 128
+        assert actor.damaged(address, 4 * PAGES) == 0
+        actor.kill()
 
 
 def test_a_process_without_rights_needs_none() -> None:

@@ -176,8 +176,30 @@ def test_rules_are_read_again_on_sighup_and_bad_ones_are_refused_as_a_whole(run:
         assert threads_of(puppet.pid)
 
 
+@pytest.mark.usefixtures("thp_switches")
+def test_sizes_that_take_the_mover_are_left_with_the_price(run: Path) -> None:
+    with (
+        Puppet() as puppet,
+        RunningDaemon(run, "--pid", str(puppet.pid), "--orders", "64K", "--cpu", "100%") as daemon,
+    ):
+        small_pages(puppet)
+        until(lambda: (daemon.target(puppet.pid) or {}).get("left_out"), "the reason")
+        said = (daemon.target(puppet.pid) or {})["left_out"]
+        assert said.startswith("64K: ")
+        assert "5 ms at a time: --mechanism move" in said
+        assert daemon.collapsed(puppet.pid) == 0
+        assert "--mechanism move" in cli("status", "--run-dir", str(run)).stdout
+
+
+def test_the_command_line_takes_what_a_rule_takes(run: Path) -> None:
+    words = ("--mechanism", "madvise,move", "--reserve", "1G", "--max-threads", "5", "--pause-share", "20%")
+    done = cli("daemon", "--all", "--exe", "/bin/x*", "--uid", "root", "--uid", "7", *words, "--check-config")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 rules")
+
+
 def test_switches_of_the_system_are_followed(run: Path, pmd_only: ThpSwitches) -> None:
-    with Puppet() as puppet, RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%") as daemon:
+    with Puppet() as puppet, RunningDaemon(run, "--pid", str(puppet.pid), "--cpu", "100%", *MOVE) as daemon:
         small_pages(puppet)
         until(lambda: ((daemon.target(puppet.pid) or {}).get("passes", 0)) > 0, "a first look")
         time.sleep(0.5)

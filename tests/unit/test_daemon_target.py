@@ -12,7 +12,7 @@ import pytest
 
 from fakes import FakeClock, FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma
-from mthp.budget import Amount
+from mthp.budget import Amount, MemoryBound
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
@@ -411,3 +411,37 @@ def test_unadvised_memory_is_tried_again_less_and_less_often() -> None:
         waits.append(now - begun)
     assert waits[:3] == [FIRST_SECONDS, 2 * FIRST_SECONDS, 4 * FIRST_SECONDS]
     assert waits[-1] == LAST_SECONDS
+
+
+def test_sizes_that_only_the_mover_makes_are_named_with_its_price() -> None:
+    stage = Stage(FULL, orders=(4, 9))
+    stage.steps(5.0)
+    assert stage.collapsed == [0]
+    assert stage.target.needs_move.startswith("64K: only the mover makes them")
+    assert stage.target.summary(stage.now)["needs_move"] == stage.target.needs_move
+    nothing = Stage(FULL, orders=(4,))
+    nothing.steps(5.0)
+    assert nothing.collapsed == []
+    assert nothing.target.left_out.startswith("64K: only the mover makes them")
+
+
+@pytest.mark.parametrize(("left", "collapsed"), [(64 << 20, []), ((66 << 20) - 1, []), (66 << 20, [0])])
+def test_memory_that_must_stay_free_is_not_taken(
+    left: int, collapsed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(FULL)
+    monkeypatch.setattr(stage.space, "memory_bounds", lambda: [MemoryBound("/sys/fs/cgroup/x", 400 << 20, left)])
+    stage.steps(5.0)
+    assert stage.collapsed == collapsed
+    assert any("must stay free" in reason for reason in stage.target.reasons) == (not collapsed)
+
+
+def test_the_first_failed_charge_leaves_the_target_alone() -> None:
+    stage = Stage(FULL, FULL, FULL)
+    stage.space.fails = dict.fromkeys(range(START, START + 3 * G.pmd_size, G.pmd_size), ScanResult.CGROUP_CHARGE_FAIL)
+    stage.steps(5.0)
+    assert not stage.target.counters.collapsed
+    assert stage.target.left_out.startswith("a charge failed")
+    tried = len(stage.space.attempts)
+    stage.steps(LEFT_OUT_SECONDS / 2)
+    assert len(stage.space.attempts) == tried

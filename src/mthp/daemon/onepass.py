@@ -24,9 +24,10 @@ from mthp.collapse.machine_seam import Passage
 from mthp.daemon.environment import Environment
 from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.rules import Settings
-from mthp.errors import MthpError
+from mthp.errors import MthpError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.outline import Outline
+from mthp.price import needs_move_reason, price_of_moving
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.visited_block import Candidate
@@ -65,6 +66,8 @@ class Pass:
         space = environment.opened(pid)
         self.space = GovernedSpace(space, switches, tunables)
         try:
+            if settings.orders != "enabled" and not _orders(settings, environment.geometry):
+                raise UnsupportedError(self.needs_move or "the rule's mechanism makes none of its sizes")
             self._visit = SpaceVisit(self.space, self._options())
         except MthpError:
             self.space.close()
@@ -101,11 +104,15 @@ class Pass:
         )
 
     @property
-    def needs_move(self) -> tuple[int, ...]:
-        """The orders that are wanted and that only the mover makes, which the rule does not ask for."""
+    def needs_move(self) -> str:
+        """Which sizes the rule's mechanism does not make, with the price of the mover; ``""`` if it makes all."""
         geometry, orders = self._environment.geometry, self._settings.orders
         wanted = self._environment.switches.orders(advised=True) if orders == "enabled" else orders
-        return tuple(sorted(set(wanted) - {geometry.pmd_order} - set(_made_by(self._settings, geometry))))
+        left = sorted(set(wanted) - {geometry.pmd_order} - set(_made_by(self._settings, geometry)))
+        if not left:
+            return ""
+        price = price_of_moving(self.space.threads(), self._settings.max_pause_ns)
+        return f"{', '.join(map(geometry.label, left))}: {needs_move_reason(price)}"
 
     def govern(self) -> None:
         """Have the switches and tunables of this moment hold from now on."""

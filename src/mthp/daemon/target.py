@@ -33,7 +33,6 @@ from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.outline import Outline
 from mthp.pacing import ByteBudget
-from mthp.price import needs_move_reason, price_of_moving
 from mthp.results import ScanResult
 
 PIECE_RANGES = 32
@@ -258,20 +257,12 @@ class Target:
         self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._has_room else math.inf
         self._found_under = self._rules_of_the_moment()
         self.left_out = ""
-        self.needs_move = self._needs_move(self._pass) if self._has_room else ""
+        self.needs_move = self._pass.needs_move if self._has_room else ""
         if self._pass.is_done:
             self._end_pass()
         else:
             self.gain = self._pass.gain
             self.next_at = self._environment.clock()
-
-    def _needs_move(self, current: Pass) -> str:
-        """Return which sizes the rule's mechanism does not make, and how to have them; ``""`` if it makes all."""
-        if not current.needs_move:
-            return ""
-        sizes = ", ".join(self._environment.geometry.label(order) for order in current.needs_move)
-        price = price_of_moving(current.space.threads(), current.means.max_pause_ns)
-        return f"{sizes}: {needs_move_reason(price)}"
 
     # Working.
 
