@@ -278,6 +278,9 @@ def _said(error: Exception) -> str:
     """Return the first line of what a parser says, which repeats parts of the input."""
     if isinstance(error, RecursionError):
         return "nested too deep"
+    if type(error) is ValueError:
+        # Python's own, which advises to change a setting of Python.
+        return "a number of thousands of digits"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}"
     lines = str(error).split("\n")

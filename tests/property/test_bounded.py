@@ -95,6 +95,11 @@ def test_toml_beyond_bounds(text: str) -> None:
         parse_toml(text.encode("latin-1"))
 
 
+def test_advice_of_python_is_not_passed_on() -> None:
+    with pytest.raises(UsageError, match="not TOML: a number of thousands of digits"):
+        parse_toml("a = " + "9" * 5000)
+
+
 @pytest.mark.parametrize("text", ["1" + "0" * 5000, "18446744073709551617", "-1e999", "NaN", "Infinity", b"\xff", "é["])
 def test_numbers_and_bytes_that_are_not_json(text: str | bytes) -> None:
     with pytest.raises(UsageError):
