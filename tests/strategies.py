@@ -15,7 +15,12 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mthp.geometry import GEOMETRIES, MIN_ANON_ORDER
+from mthp.addrspace import ORDER_NONE
+from mthp.collapse import policy
+from mthp.collapse.occupancy import Planes
+from mthp.collapse.plan import make_rules
+from mthp.geometry import GEOMETRIES, MIN_ANON_ORDER, geometry_for_ptes
+from mthp.tunables import Tunables
 from oracle import Range, Rules
 
 ROUNDS = int(os.environ.get("MTHP_TEST_ROUNDS", "1"))
@@ -191,3 +196,25 @@ def problems(draw: st.DrawFn, sizes: tuple[int, ...], max_ranges: int = 4) -> Pr
     """Up to `max_ranges` ranges of one of `sizes`, and rules for them."""
     size = draw(st.sampled_from(sizes))
     return Problem(draw(st.lists(ranges(size), min_size=1, max_size=max_ranges)), draw(rules(size)))
+
+
+def planes_of(problem: Problem, index: int) -> Planes:
+    """The planes of one of a problem's ranges."""
+    arguments = problem.arguments()
+    planes = {name: arguments[name][index : index + 1] for name in (*PLANES, *RANGE_FLAGS)}
+    planes["folio_order"] = np.where(planes["folio_order"] == ORDER_NONE, 0, planes["folio_order"])
+    return Planes.checked(planes.pop("present"), planes)
+
+
+def rules_of(problem: Problem) -> policy.Rules:
+    """A problem's rules, as the engine has them."""
+    geometry = geometry_for_ptes(problem.ranges[0].size)
+    arguments = problem.arguments()
+    limits = {name: arguments[name] for name in ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")}
+    return make_rules(
+        geometry,
+        orders=arguments["orders"],
+        trigger=arguments["trigger"],
+        tunables=Tunables.defaults(geometry).replaced(geometry, **limits),
+        mthp_min_order=arguments["mthp_min_order"],
+    )

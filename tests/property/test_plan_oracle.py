@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,10 +11,11 @@ from hypothesis import strategies as st
 
 import mthp
 import oracle
-from mthp.collapse.plan import Plan
+from mthp.collapse.plan import Plan, plan_planes
+from mthp.collapse.policy_lookup import policy_named
 from mthp.geometry import GEOMETRIES
 from mthp.results import ScanResult
-from strategies import SMALL_SIZES, Problem, examples, problems, rules
+from strategies import SMALL_SIZES, Problem, examples, planes_of, problems, rules, rules_of
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
@@ -89,3 +92,16 @@ def test_every_pattern_of_a_few_pages(policy: str, data: st.DataObject) -> None:
     patterns = data.draw(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=128, unique=True))
     drawn = [oracle.Range.of_pages([pattern >> bit & 1 for bit in range(16)]) for pattern in patterns]
     check(Problem(drawn, limits), policy, omit_empty=True)
+
+
+@given(problem=problems(SMALL_SIZES), data=st.data())
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=SLOW)
+def test_sizes_that_are_always_on(problem: Problem, data: st.DataObject) -> None:
+    """Only the seed's second version asks which they are; a caller of plan_ranges cannot name them."""
+    always = data.draw(st.frozensets(st.sampled_from(sorted(problem.rules.orders))))
+    ours = replace(rules_of(problem), always=tuple(sorted(always)))
+    theirs = replace(problem.rules, always=always)
+    for policy in ("rfc2", "mainline"):
+        for index, one in enumerate(problem.ranges):
+            plan = plan_planes(planes_of(problem, index), policy_named(policy), ours)
+            assert plan.orders.tolist() == [oracle.plan(one, policy, theirs).orders]

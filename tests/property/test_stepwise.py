@@ -10,19 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mthp
-from mthp.addrspace import ORDER_NONE
 from mthp.collapse.fullness import Fullness
 from mthp.collapse.hindrance import first_hindrances
 from mthp.collapse.machine_seam import RangeScan
 from mthp.collapse.occupancy import Bits, Planes, Runs
-from mthp.collapse.plan import make_rules
 from mthp.collapse.policy import BUILT_IN, Limits, Policy, Rules
 from mthp.collapse.single_pmd import collapse_single_pmd
 from mthp.collapse.walk import Walk
-from mthp.geometry import GEOMETRIES, geometry_for_ptes
+from mthp.geometry import GEOMETRIES
 from mthp.results import ScanResult
-from mthp.tunables import Tunables
-from strategies import PLANES, RANGE_FLAGS, SMALL_SIZES, Problem, examples, problems
+from strategies import SMALL_SIZES, Problem, examples, planes_of, problems, rules_of
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
@@ -102,26 +99,6 @@ def check(problem: Problem, policy: Policy) -> None:
         assert page.attempts == [(offset, order, ScanResult(what).name) for offset, order, what in rows]
         assert (result is ScanResult.SUCCEED) == (plan.scan_result[index] == ScanResult.SUCCEED)
         assert page.result is result
-
-
-def planes_of(problem: Problem, index: int) -> Planes:
-    arguments = problem.arguments()
-    planes = {name: arguments[name][index : index + 1] for name in (*PLANES, *RANGE_FLAGS)}
-    planes["folio_order"] = np.where(planes["folio_order"] == ORDER_NONE, 0, planes["folio_order"])
-    return Planes.checked(planes.pop("present"), planes)
-
-
-def rules_of(problem: Problem) -> Rules:
-    geometry = geometry_for_ptes(problem.ranges[0].size)
-    arguments = problem.arguments()
-    limits = {name: arguments[name] for name in ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")}
-    return make_rules(
-        geometry,
-        orders=arguments["orders"],
-        trigger=arguments["trigger"],
-        tunables=Tunables.defaults(geometry).replaced(geometry, **limits),
-        mthp_min_order=arguments["mthp_min_order"],
-    )
 
 
 BY_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)

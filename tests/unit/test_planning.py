@@ -25,7 +25,7 @@ from mthp.tunables import Switches, Tunables
 BASE = 1 << 40
 """A multiple of every geometry's PMD size."""
 
-POLICIES = ("pmd-only", "rfc", "per-order", "mainline")
+POLICIES = ("pmd-only", "rfc", "rfc2", "per-order", "mainline")
 PPC = geometry_named("ppc64-64k")
 
 PALETTE: tuple[tuple[int, int], ...] = (
@@ -505,3 +505,21 @@ def test_a_target_that_vanishes() -> None:
     space.vanished = True
     with pytest.raises(TargetVanishedError):
         planned(space)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_memory_of_files_becomes_pmd_folios_under_every_policy(policy: str) -> None:
+    """Another function of the kernel collapses it, which knows no bitmap and no smaller order."""
+    half = page_runs((256, Pte.PRESENT, 0), (256, 0, ORDER_NONE))
+    space = FakeSpace([(anon(0, 1, kind=VmaKind.FILE, offset=0), *half)])
+    assert planned(space, include_file=True, policy=policy, max_ptes_none=0).folios_by_order == {9: 1}
+
+
+def test_a_size_that_is_always_needs_no_bits_of_the_seeds_second_version() -> None:
+    """Order 4 is tried without, order 5 is not; the limit of isolation holds for both."""
+    switches = Switches("never", {4: "always", 5: "madvise", 9: "madvise"})
+    columns = page_runs((15, Pte.PRESENT, 0), (497, 0, ORDER_NONE))
+    space = FakeSpace([(anon(0, 1, flags=frozenset({"hg"})), *columns)], switches=switches)
+    options: dict[str, Any] = {"policy": "rfc2", "max_ptes_none": 63}
+    assert planned(space, orders="enabled", **options).folios_by_order == {4: 1}
+    assert planned(space, orders="64K,128K,2M", **options).folios_by_order == {}
