@@ -1,15 +1,17 @@
-# Everything sets itself up: a virtual environment in .venv, with the package and what its tests need.
+# Everything sets itself up: a virtual environment in .venv, with the package and, for all but the demo, what its tests
+# need.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUNS := $(VENV)/.runs
 MINUTES ?= 10
 KERNELS ?= 7.3
 
 .PHONY: demo test lint types bench vm vm-fuzz clean
 
-demo: $(STAMP)  ## the whole story on a live process
+demo: $(RUNS)  ## the whole story on a live process
 	$(BIN)/mthp demo
 
 test: $(STAMP)  ## all tests
@@ -31,11 +33,28 @@ vm: $(STAMP)  ## mthp's tests on kernels of the distribution, in virtual machine
 vm-fuzz: $(STAMP)  ## real kernels against the simulated machine, MINUTES=10 of random cases for each of KERNELS=7.3
 	PYTHONPATH=tests $(BIN)/python -m vm fuzz --minutes $(MINUTES) $(KERNELS:%=-k %) $(ARGS)
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "mthp needs Python 3.11 or later: make PYTHON=python3.12"'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+
+# Debian has the module venv in python3, and what it needs (ensurepip) in another package.
+define make-venv
+@command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): install Python 3.11 or later, or name one: \
+	make PYTHON=python3.12" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: \
+	mthp needs Python 3.11 or later: make PYTHON=python3.12" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make a virtual environment: install the \
+	package python3-venv (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+$(PYTHON) -m venv $(VENV)
+endef
+
+$(RUNS): pyproject.toml
+	$(make-venv)
+	$(PIP) .
 	touch $@
+
+$(STAMP): pyproject.toml
+	$(make-venv)
+	$(PIP) '.[dev]'
+	touch $(RUNS) $@
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
