@@ -152,8 +152,10 @@ _AS_NOBODY = f"""
 import contextlib, io, sys
 sys.path.insert(0, {TESTS!r})
 from e2e.helpers import become_nobody
+from early_imports import import_all
 from mthp.cli import main
-# What is imported only when it is needed is imported now: it may lie where nobody may read.
+import_all()
+# Rich loads its tables of cell widths when it prints.
 with contextlib.redirect_stdout(io.StringIO()):
     for arguments in (["inspect", "self"], ["plan", "self"], ["collapse", "self", "--dry-run"]):
         main(arguments)

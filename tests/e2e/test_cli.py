@@ -281,7 +281,8 @@ sys.path.insert(0, {TESTS!r})
 import numpy as np
 import mthp
 from e2e.helpers import become_nobody
-mthp.collapse_buffer(b"")
+from early_imports import import_all
+import_all()
 become_nobody()
 array = np.frombuffer(mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 array[:] = 1

@@ -151,7 +151,9 @@ NOBODY = """
 import os, sys
 sys.path.insert(0, {tests!r})
 import mthp, mthp.api, mthp.linux.mover.guarded, numpy as np, ctypes, contextlib
+from early_imports import import_all
 from targets import map_aligned
+import_all()
 address = map_aligned(1 << 20, 0)
 array = np.frombuffer(memoryview((ctypes.c_char * (1 << 20)).from_address(address)).cast("B"), np.uint64)
 array[:] = 7

@@ -273,7 +273,9 @@ import numpy as np
 from mthp.linux.live import open_live
 from mthp.errors import MthpError
 import targets
+from early_imports import import_all
 
+import_all()
 zero_and_base = targets.map_aligned(targets.PMD_SIZE, 0)
 targets.madvise(zero_and_base, targets.PMD_SIZE, targets.MADV_NOHUGEPAGE)
 targets.write_pages(zero_and_base, 10, 1)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from early_imports import import_all
 from mover_targets import compiled
 from mthp.errors import NotPermittedError, UnsupportedError, UsageError
 from mthp.linux import abi
@@ -515,6 +516,7 @@ def test_without_rights_for_the_guard(memory: Callable[[int], int], journal: Swi
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() == "1":
         pytest.skip("everybody may have a userfaultfd here")
     address = memory(1 << 20)
+    import_all()
     pid = os.fork()
     if pid == 0:
         try:

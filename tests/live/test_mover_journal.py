@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from early_imports import import_all
 from journal_owners import watchers_of
 from mthp.errors import NotPermittedError
 from mthp.linux.journal.files import has_entries
@@ -135,6 +136,7 @@ def test_switches_that_may_not_be_written(machine_words: dict[str, str]) -> None
     nobody = 65534
     directory = Path(tempfile.mkdtemp())
     os.chown(directory, nobody, nobody)
+    import_all()
     pid = os.fork()
     if pid == 0:
         try:

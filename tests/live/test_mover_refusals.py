@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from early_imports import import_all
 from mover_targets import PREAMBLE
 from mthp.addrspace import USUAL_MEANS, Means
 from mthp.budget import Amount
@@ -261,6 +262,7 @@ def test_a_frozen_process(frozen_cgroup: Callable[[int], None]) -> None:
 def in_child(function: Callable[[], set[str]], *, as_nobody: bool = False) -> set[str]:
     """What `function` gives in a child of this process, without rights if that is wanted."""
     ours, theirs = os.pipe()
+    import_all()
     pid = os.fork()
     if pid == 0:
         try:
