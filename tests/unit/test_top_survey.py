@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fakes import FakeSpace
+from fakes import FakeClock, FakeSpace
 from mthp.addrspace import AddressSpace
 from mthp.census import take_census
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.pacing import CPU_SLICE
 from mthp.planning import PlanOptions, plan_space
 from mthp.top.looks import Stopped, first_look, mappings, second_look
 from mthp.top.mapped import Mapped
@@ -128,33 +129,40 @@ def test_trouble_is_told_and_not_tried_all_the_time() -> None:
     assert rows[1].planned
 
 
-def test_it_rests_so_much_that_it_keeps_to_its_share() -> None:
-    host = Host(50)
-    used = [0.0]
-    survey = Survey(PlanOptions(), 0.5, first=host.first, second=host.second, third=host.third, spent=lambda: used[0])
-    waits: list[float] = []
+@pytest.mark.parametrize("look", [0.0001, 0.03])
+def test_it_keeps_to_its_share_and_rests_seldom(look: float) -> None:
+    share, wake, host, clock, spent = 0.1, 0.0002, Host(50), FakeClock(), FakeClock()
+    looks: list[float] = []
+    rests: list[float] = []
+
+    def use(seconds: float) -> None:
+        clock.now += seconds
+        spent.now += seconds
+
+    def second(row: Row) -> Row:
+        use(look)
+        looks.append(look)
+        return replace(row, huge=0, gain=0)
 
     class Closing:
         def is_set(self) -> bool:
-            return len(waits) >= 50
+            return clock.now - begun > 60
 
         def wait(self, seconds: float) -> None:
-            waits.append(seconds)
-            used[0] += 0
+            clock.now += seconds
+            use(wake)
+            rests.append(seconds)
 
-    def second(row: Row) -> Row:
-        used[0] += 0.03
-        return replace(row, huge=0, gain=0)
-
-    survey._second = second
+    survey = Survey(PlanOptions(), share, first=host.first, second=second, third=host.third, clock=clock, spent=spent)
+    survey._next_second = lambda: survey._known[1]  # type: ignore[method-assign]
     survey._closing = Closing()  # type: ignore[assignment]
+    begun = clock.now
     survey.list_all()
     survey._run()
-    # With half of a processor it rests as long as it works.
-    burst = next(at for at, wait in enumerate(waits) if wait)
-    assert (burst - 1) * 0.03 <= BURST <= (burst + 1) * 0.03
-    assert waits[:burst] == [0.0] * burst
-    assert waits[burst:] == pytest.approx([0.03] * (50 - burst))
+    earned = BURST + share * (clock.now - begun)
+    assert spent.now - 1000 <= earned + look + wake
+    assert sum(looks) >= 0.9 * earned
+    assert len(rests) <= 1 + earned / CPU_SLICE
 
 
 def test_listing_thousands_leaves_time_for_looking_closely() -> None:

@@ -1,8 +1,8 @@
 """Who looks, at whom, and how often: one thread that keeps the rows up to date and within its share of a processor.
 
 It goes round: everybody with the first look; then the largest few with the second, and those on the screen with the
-third, those first that were never looked at, then those whose look is oldest. After each piece of work it rests in
-proportion to the processor time that the piece took, so a host with more processes is shown later, not at more cost.
+third, those first that were never looked at, then those whose look is oldest. A budget of processor time
+(:mod:`mthp.pacing`) holds it back, so a host with more processes is shown later, not at more cost.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.pacing import CpuBudget
 from mthp.planning import PlanOptions
 from mthp.top.looks import Stopped, first_look, second_look, third_look
 from mthp.top.model import Row
@@ -26,6 +27,9 @@ ROUND = 2.0
 
 BURST = 1.0
 """Seconds of processor time that are used before the first rest: who has just started it wants to see something."""
+
+REST = 0.1
+"""Seconds for which it rests when all that is wanted is fresh."""
 
 LISTING = 0.25
 """The part of what looking may take that first looks may take."""
@@ -114,14 +118,12 @@ class Survey:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        burst = BURST
+        budget = CpuBudget(self._cpu, self._clock, self._spent, BURST)
         while not self._closing.is_set():
-            before = self._spent()
-            worked = self.work()
-            used = self._spent() - before
-            burst -= used
-            pause = used * (1 / self._cpu - 1) if burst <= 0 else 0.0
-            self._closing.wait(pause if worked else max(pause, 0.1))
+            if pause := budget.wait():
+                self._closing.wait(pause)
+            elif not self.work():
+                self._closing.wait(REST)
 
     def work(self) -> bool:
         """Do the next piece of work: False if everything that is wanted is fresh."""
