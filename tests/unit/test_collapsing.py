@@ -24,6 +24,7 @@ from mthp.collapsing import (
 )
 from mthp.errors import NotPermittedError, TargetVanishedError, UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
+from mthp.pacing import BYTES_BURST_SECONDS, BYTES_SLICE_SECONDS
 from mthp.planning import PlanOptions
 from mthp.results import ScanResult
 
@@ -399,12 +400,18 @@ def test_no_more_is_collapsed_than_the_rate_allows(clock: Clock, rate: int) -> N
     start = clock.now
     report = carried_out(space, rate=rate)
     assert report.collapsed == 100
-    burst = max(X86_64.pmd_size, work.PACE * rate)
+    burst = BYTES_BURST_SECONDS * rate + max(X86_64.pmd_size, work.PACE * rate)
     for done, began in enumerate(space.began):
         assert done * X86_64.pmd_size <= rate * (began - start) + burst
     # Nor much less: the work itself takes 25 ms.
     assert report.elapsed <= 100 * X86_64.pmd_size / rate + 100 * COLLAPSE_NS / 1e9 + 1e-6
     assert report.elapsed == pytest.approx(clock.now - start)
+
+
+def test_few_long_rests_instead_of_many_short_ones(clock: Clock) -> None:
+    begun = clock.now
+    carried_out(timed(clock, *[512] * 500), rate=1 << 30)
+    assert 0 < len(clock.slept) <= 1 + (clock.now - begun) / BYTES_SLICE_SECONDS
 
 
 def test_without_a_rate_nobody_rests(clock: Clock) -> None:

@@ -11,6 +11,7 @@ from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.metrics import measure
+from mthp.pacing import ByteBudget
 from mthp.results import ScanResult
 
 PACE = 0.1
@@ -49,7 +50,7 @@ class Work:
         self.has_begun = False
         self._total = total
         self._done = 0
-        self._tried = 0
+        self._budget = ByteBudget(options.rate, time.monotonic)
         self._progress = progress
         self._stop = stop
         self._started = time.monotonic()
@@ -77,14 +78,11 @@ class Work:
 
     def tried(self, size: int) -> None:
         """`size` bytes were collapsed, or tried to be."""
-        self._tried += size
+        self._budget.spend(size)
 
     def keep_pace(self) -> None:
         """Rest until no more bytes a second were tried than the rate allows."""
-        if self.options.rate is None:
-            return
-        due = self._started + self._tried / self.options.rate
-        while (rest := due - time.monotonic()) > 0 and not self._stop():
+        while (rest := self._budget.wait()) > 0 and not self._stop():
             time.sleep(min(rest, PACE))
 
     @contextlib.contextmanager
