@@ -120,7 +120,7 @@ def test_an_error_of_ours_while_the_worker_runs_does_no_harm(tmp_path: Path, thp
 
     with Writers(tmp_path, 4, 4) as target, Process(target.pid) as process:
         blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
-        for failing in (Step.WRITTEN, Step.PARKED, Step.ARMED, Step.RUNNING, Step.DONE, Step.FETCHED, Step.UNPARKED):
+        for failing in (Step.WRITTEN, Step.PARKED, Step.RUNNING, Step.DONE, Step.FETCHED, Step.UNPARKED):
             for _ in range(3):
                 session = MoverSession(process, GEOMETRY, duty=1.0, stop_timeout_ns=STOP_TIMEOUT_NS, observer=fail)
                 with session, pytest.raises(ZeroDivisionError):

@@ -173,7 +173,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("mthp.linux.mover.session.native", Forgetful)
 
 
-@pytest.mark.parametrize("step", [Step.BOOTED, Step.PARKED, Step.FETCHED, Step.UNMAPPED])
+@pytest.mark.parametrize("step", [Step.BOOTED, Step.WRITTEN, Step.DONE, Step.UNMAPPED])
 @pytest.mark.parametrize("call", ["pause", "read", "restarted read", "nanosleep", "epoll_wait"])
 def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
     thp_switches: ThpSwitches, machine: None, call: str, step: Step

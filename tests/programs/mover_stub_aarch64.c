@@ -30,8 +30,13 @@
 #define C_REGS 312
 #define C_FPSIMD 592
 #define C_TICKS 1136
-#define ENTRY_WORKER 0
-#define ENTRY_PARK 16
+#define W_ALL_SIGNALS 9
+#define W_CONTEXTS 22
+#define W_THREADS 23
+#define W_PASSES 25
+#define W_START 31
+#define C_KEEPER 1192
+#define MAX_PASSES 400
 #define W_UFFD 3                /* words of the header */
 #define W_MOVE 4
 #define W_PREPARED 10
@@ -50,7 +55,7 @@ static char *code;
 static size_t code_size;
 static uint64_t *header, *context;
 static char *scratch;
-static uint64_t entry;
+static int is_worker;
 static volatile int stop;
 
 static void take(int number, siginfo_t *info, void *argument)
@@ -67,8 +72,9 @@ static void take(int number, siginfo_t *info, void *argument)
     context[C_FPSIMD / 8] = 0x46508001u | 528ull << 32;
     where->uc_mcontext.regs[28] = (uint64_t)context;
     where->uc_mcontext.regs[27] = (uint64_t)header;
-    where->uc_mcontext.pc = (uint64_t)code + entry;
-    if (entry == ENTRY_PARK)
+    where->uc_mcontext.pc = (uint64_t)code;
+    context[C_KEEPER / 8] = is_worker;
+    if (!is_worker)
         sigfillset(&where->uc_sigmask);
 }
 
@@ -170,7 +176,6 @@ static int gets_on(void)
 static void park(int abandon)
 {
     pthread_t thread;
-    entry = ENTRY_PARK;
     pthread_create(&thread, NULL, spin, NULL);
     if (!gets_on())
         WRONG("the thread does not run at first");
@@ -230,7 +235,13 @@ static void work(void)
         operation[3] = 1;
     }
     pthread_t thread;
-    entry = ENTRY_WORKER;
+    is_worker = 1;
+    header[W_START] = 1;
+    header[W_ALL_SIGNALS] = ~(1ull << (SIGTRAP - 1)); /* that of the break point */
+    /* It waits for a tracer, and then for other threads, of which there are none; it has waited long enough. */
+    header[W_CONTEXTS] = (uint64_t)context;
+    header[W_THREADS] = 1;
+    header[W_PASSES] = MAX_PASSES;
     pthread_create(&thread, NULL, do_work, NULL);
     pthread_join(thread, NULL);
     if (*(uint32_t *)header != 2)

@@ -223,12 +223,10 @@ def test_a_parked_thread_keeps_its_stack_and_runs_plainly() -> None:
     flags = 0x246 | 0x100 | 0x400 | 0x40000
     home = registers_of(rip=1, rsp=0x7FFE_0000, rbx=2, eflags=flags, orig_rax=0, cs=0x33)
     homes = np.repeat(home, 6, axis=0)
-    for row, parked, entry in (
-        (5, LAYOUT.parked(homes)[5], X8664.entry_park),
-        (3, LAYOUT.parked(homes, worker=3)[0], X8664.entry_worker),
-    ):
+    for row in (5, 3):
+        parked = LAYOUT.parked(homes)[row]
         register = dict(zip(COLUMN, parked.tolist(), strict=True))
-        assert register["rip"] == LAYOUT.base + entry
+        assert register["rip"] == LAYOUT.base
         assert (register["rsp"], register["cs"]) == (0x7FFE_0000, 0x33)
         assert (register["rbx"], register["rbp"]) == (LAYOUT.context(row), LAYOUT.header)
         assert register["eflags"] == 0x246
@@ -286,7 +284,7 @@ def test_a_parked_aarch64_thread() -> None:
     layout = stub.Layout(1 << 40, 4, 8, 2 << 20, Aarch64(), 65536)
     homes = np.full((4, Aarch64.words), 3 << 10 | 1 << 31, np.uint64)
     parked = layout.parked(homes)
-    assert (parked[:, Aarch64.pc] == layout.base + Aarch64.entry_park).all()
+    assert (parked[:, Aarch64.pc] == layout.base).all()
     assert parked[:, 28].tolist() == [layout.context(row) for row in range(4)]
     assert (parked[:, 27] == layout.header).all()
     assert (parked[:, 33] == 1 << 31).all()

@@ -1,14 +1,22 @@
 /* What is written into the padding behind code of the target: it maps or unmaps the memory for a window, and restores the
- * thread that ran it, whether or not the tracer lives on.
+ * thread that ran it, whether or not the tracer lives on. Between the two the thread runs the stub.
  *
  * Nothing here is written to while it runs (the padding may only be executed), no byte of a stack is touched, no vector or
- * FPU register is used, and there is neither a call nor a return. A tracer follows from one system call to the next.
+ * FPU register is used, and there is neither a call nor a return.
  */
 
 #define NR_RT_SIGPROCMASK 14
+#define NR_PPOLL          271
 #define SIG_SETMASK       2
 #define ROW               56            /* a call: number and six arguments */
 #define ROWS              4
+
+/* words of the header, see stub_x86_64.S */
+#define MAPPED            232
+#define WRITTEN           240
+
+#define SPINS             20000         /* looks at a word between two naps, about half a millisecond */
+#define TICKS             400           /* so many naps, and the tracer is taken for dead */
 
 .macro signal_mask where
         mov     $NR_RT_SIGPROCMASK, %eax
@@ -19,6 +27,16 @@
         syscall
 .endm
 
+.macro nap time
+        mov     $NR_PPOLL, %eax
+        xor     %edi, %edi
+        xor     %esi, %esi
+        lea     \time(%rip), %rdx               /* the kernel cannot write the rest of the time there, and does not mind */
+        xor     %r10d, %r10d
+        mov     $8, %r8d
+        syscall
+.endm
+
         .text
 entry:                                          /* offset 0 */
         signal_mask all                         /* in case the tracer died before it did that */
@@ -26,6 +44,7 @@ entry:                                          /* offset 0 */
 
         .balign 32
 begin:                                          /* offset 32 */
+        xor     %r13d, %r13d                    /* the error of a call that failed */
         lea     rows(%rip), %r12
 next:
         mov     (%r12), %rax
@@ -39,9 +58,31 @@ next:
         cmp     $-4095, %rax
         jae     failed
         add     $ROW, %r12
-        lea     end(%rip), %rax
+        lea     unmap(%rip), %rax
         cmp     %rax, %r12
         jb      next
+        ja      rest
+
+        mov     header(%rip), %rbp              /* mapped: wait for the tracer to write the stub */
+        test    %rbp, %rbp
+        jz      rest
+        movq    $1, MAPPED(%rbp)
+        mov     $TICKS, %r15d
+1:      mov     $SPINS, %r14d
+2:      cmpq    $0, WRITTEN(%rbp)
+        jne     3f
+        pause
+        dec     %r14d
+        jnz     2b
+        nap     tick
+        dec     %r15d
+        jnz     1b
+        jmp     entry_unmap
+3:      mov     context(%rip), %rbx
+        jmp     *park(%rip)
+
+rest:                                           /* a tracer that lives takes the thread here */
+        nap     patience
 leave:
         lea     flags(%rip), %rsp
         popfq                                   /* no instruction below changes flags */
@@ -63,21 +104,23 @@ leave:
         mov     registers+104(%rip), %r14
         mov     registers+112(%rip), %r15
         jmp     *home(%rip)
-failed:                                         /* without the first there is nothing to unmap */
+failed:                                         /* without the first call there is nothing to unmap */
+        mov     %rax, %r13
         lea     rows(%rip), %rax
         cmp     %rax, %r12
-        je      leave
-        lea     end(%rip), %rax
-        cmp     %rax, %r12
-        jae     leave
+        je      rest
         lea     unmap(%rip), %rax
         cmp     %rax, %r12
-        jae     leave
+        jae     rest
 
         .balign 8
 entry_unmap:
         lea     unmap(%rip), %r12
         jmp     next
+
+tick:   .quad   0, 1000000                      /* struct timespec */
+patience:
+        .quad   0, 50000000
 
         .balign 8
 data:                                           /* the end of the code; the rest is written by the tracer */
@@ -88,6 +131,10 @@ registers:
         .fill   15, 8, 0
 mask:   .quad   0
 all:    .quad   0
+header: .quad   0                               /* 0: there is no stub, only calls to be made */
+context:
+        .quad   0
+park:   .quad   0
 rows:
         .fill   (ROWS - 1) * ROW, 1, 0
 unmap:

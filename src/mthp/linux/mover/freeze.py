@@ -39,7 +39,7 @@ from mthp.linux.mover import ptrace
 from mthp.linux.mover.machine import Machine, native
 from mthp.linux.mover.reentry import before_calls, make_again
 from mthp.linux.mover.steps import Observer, Step, ignore
-from mthp.linux.mover.taskfiles import Thread, read_task_file, task_ids, thread_count
+from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count
 from mthp.linux.mover.tracee import WALL, CannotStopError, Stopped, Tracee, check_thread
 from mthp.linux.mover.words import read_words
 from mthp.linux.process import Process
@@ -120,6 +120,16 @@ class FrozenProcess:
         except OSError as error:
             self.process.fail(error, "its memory")
         return self._memory
+
+    def inner_tids(self) -> list[int]:
+        """Return the numbers of the stopped threads in the PID namespace of their process.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        if not self.stopped.inner_tids:
+            self.stopped.inner_tids = inner_tids(self.process, self.stopped.tids)
+        return self.stopped.inner_tids
 
     def stop(self, known: Mapping[int, Thread]) -> None:
         """Stop all threads.

@@ -5,18 +5,19 @@ could make it do so from outside, call by call; one that dies in between would l
 own. So the calls are made by code that needs no tracer, the *boot code* (``boot_x86_64.S``). It is written, with all of
 the thread's registers as data, into the padding behind the code of the target
 (:mod:`~mthp.linux.mover.padding`); then one PTRACE_SETREGSET sends the thread there. From that moment on the thread
-finds its way home by itself. We follow it from system call to system call, and stop it where it is wanted::
+finds its way home by itself, and we only watch words of its memory::
 
     mmap      R-X, at a free address; a mapping that is to be executable must be so from the start (PR_SET_MDWE)
     mprotect  RW- for all but the code; the code is written through /proc/PID/mem, which does not need PROT_WRITE
     madvise   MADV_DONTFORK: a child has no use for it
-              here a living tracer takes the thread, and the window goes on; without one it continues:
+              here the thread waits for us to write the stub, and goes there; without us it continues:
     munmap
               and restores itself
 
-At the end of the window the last call is made alone, once all other threads have their own registers again. Then the
-thread is put back through ptrace, exactly, and the padding is zero again. Nothing of a window is left in the target
-but a private copy of that page of code.
+At the end of the window, once all other threads have their own registers again, it comes back for the last call. Then
+it is put back through ptrace, exactly, and the padding is zero again. Nothing of a window is left in the target but a
+private copy of that page of code. The thread is stopped once on the way: on a busy machine, to wait for it to run
+again and again would take longer than all that it does.
 
 If we die while threads are parked, the parked worker unmaps everything (``keeper`` in the stub) through the same code.
 
@@ -26,9 +27,12 @@ beforehand; if it happens now, the thread goes on by itself once it is thawed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -40,9 +44,9 @@ from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.kcmp import KCMP_FILES, kcmp
 from mthp.linux.mover.mapping import find_gap, query_mapping, read_mappings
 from mthp.linux.mover.padding import Padding, find_padding, is_left, occupant_of, pack_slot
-from mthp.linux.mover.reentry import SYSCALL_STOP
 from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.mover.tracee import CannotStopError, Tracee
+from mthp.linux.mover.words import read_words
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x4000, 0x100000
@@ -52,8 +56,14 @@ MADV_DONTFORK = 10
 CALLS = 4
 """Rows of the table of the boot code; the last one is made alone at the end."""
 
+_CALL_BYTES = 56
 _FIRST_ERROR = (1 << 64) - 4095
 _POLL_SECONDS = 5e-6
+_LONGEST_POLL_SECONDS = 250e-6
+
+IMPATIENCE_NS = 20_000_000
+"""After how long a thread that does not say that it has made its calls is stopped, to see whether one failed."""
+
 _Calls = NDArray[np.uint64]
 
 
@@ -62,24 +72,34 @@ class RemoteError(OSError):
 
 
 class BootedThread:
-    """A stopped thread that runs the boot code, from one system call to the next.
+    """A thread of a stopped target that runs the boot code.
 
     Args:
         frozen: the target.
         tracee: the thread.
         slot: address of the padding that it runs in.
         calls: number and six arguments of each: uint64, shape (CALLS, 7).
+        layout: where the stub will be; None if only calls are to be made, all but the last.
         observer: told of every step.
     """
 
-    def __init__(self, frozen: FrozenProcess, tracee: Tracee, slot: int, calls: _Calls, observer: Observer) -> None:
+    def __init__(
+        self,
+        frozen: FrozenProcess,
+        tracee: Tracee,
+        slot: int,
+        calls: _Calls,
+        layout: stub.Layout | None,
+        observer: Observer,
+    ) -> None:
         self.tracee = tracee
         self._frozen = frozen
         self._machine = frozen.machine
         self._slot = slot
         self._observer = observer
         mask = int(tracee.stopped.masks[tracee.row])
-        boot = self._machine.pack_boot(tracee.tid, tracee.home, mask, calls)
+        stub_at = (layout.header, layout.context(tracee.row), layout.base) if layout else (0, 0, 0)
+        boot = self._machine.pack_boot(tracee.tid, tracee.home, mask, stub_at, calls)
         frozen.write(slot, pack_slot(boot, tracee.tid, self._machine.slot_bytes))
         observer(Step.LOADED)
 
@@ -89,25 +109,17 @@ class BootedThread:
         return self._slot + self._machine.boot_unmap
 
     def start(self) -> None:
-        """Send the thread to the first call. It blocks all signals itself, in case we cannot any more.
+        """Send the thread to its calls. It blocks all signals itself, in case we cannot any more.
 
         Raises:
             OSError: ESRCH, it was killed.
         """
-        ptrace.set_options(self.tracee.tid, ptrace.PTRACE_O_TRACESYSGOOD)
         self._jump(self._machine.boot_entry)
         self._observer(Step.BOOTED)
         ptrace.set_signal_mask(self.tracee.tid, ptrace.ALL_SIGNALS)
         self._jump(self._machine.boot_begin)
-
-    def resume(self) -> None:
-        """Send the thread, which runs the stub and blocks all signals, to the last call.
-
-        Raises:
-            OSError: ESRCH, it was killed.
-        """
-        ptrace.set_options(self.tracee.tid, ptrace.PTRACE_O_TRACESYSGOOD)
-        self._jump(self._machine.boot_unmap)
+        self._frozen.ran.add(self.tracee.tid)
+        ptrace.cont(self.tracee.tid)
 
     def _jump(self, offset: int) -> None:
         self.tracee.touched = True
@@ -115,55 +127,73 @@ class BootedThread:
         registers = self._machine.parked(self.tracee.home, nothing, self._slot + offset, 0)
         ptrace.set_registers(self.tracee.tid, registers)
 
-    def call(self) -> int:
-        """Let the thread make its next call, and return the result.
+    def await_that(self, condition: Callable[[], bool], impatience_ns: int = IMPATIENCE_NS) -> None:
+        """Wait until `condition` holds, while the thread runs.
 
         Raises:
-            RemoteError: the call failed.
+            RemoteError: a call failed; the thread is stopped.
             TargetVanishedError: the target was killed.
             CannotStopError: the thread does not run.
         """
-        self._to_syscall_stop()
-        self._to_syscall_stop()
-        result = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.result])
-        if result >= _FIRST_ERROR:
-            raise RemoteError((1 << 64) - result, os.strerror((1 << 64) - result))
-        return result
-
-    def _to_syscall_stop(self) -> None:
-        tid = self.tracee.tid
-        ptrace.run_to_syscall(tid)
-        self._frozen.ran.add(tid)
-        deadline = time.monotonic_ns() + WORKER_TIMEOUT_NS
-        while (stop := self._frozen.poll(tid)) != SYSCALL_STOP:
-            if stop is not None:
-                # SIGSTOP, which cannot be blocked, or the stop of the group that follows it.
-                ptrace.run_to_syscall(tid, 0 if stop >> 8 else stop & 0xFF)
+        tid, begun = self.tracee.tid, time.monotonic_ns()
+        impatient = begun + impatience_ns
+        while not condition():
+            now = time.monotonic_ns()
+            if (stop := self._frozen.poll(tid)) is not None:
+                # SIGSTOP and the stop of the group are passed. A fault of its own kills the target, as it should.
+                self._frozen.resume(tid, stop)
             elif self._frozen.has_exited(tid):
                 raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
-            elif time.monotonic_ns() > deadline:
+            elif now - begun > WORKER_TIMEOUT_NS:
                 raise CannotStopError(
                     f"thread {tid} of process {self._frozen.process.label} does not run",
                     help="its cgroup is frozen, or leaves it no time: try again later",
                 )
+            elif now > impatient:
+                impatient = now + 4 * (now - begun)
+                self._look_for_error()
             else:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(min(_POLL_SECONDS + (now - begun) * 1e-9 / 8, _LONGEST_POLL_SECONDS))
 
-    def put_back(self) -> None:
-        """Restore the thread exactly, and make the padding zero again.
+    def _look_for_error(self) -> None:
+        if not self.stop():
+            return
+        error = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.boot_error])
+        # Without the first call nothing is to be undone; otherwise the last one undoes it, and must be over.
+        if self.is_inside and error >= _FIRST_ERROR and self._calls_made() in (0, CALLS):
+            raise RemoteError((1 << 64) - error, os.strerror((1 << 64) - error))
+        ptrace.cont(self.tracee.tid)
+
+    def stop(self) -> bool:
+        """Stop the thread; return False if the target was killed.
 
         Raises:
-            TargetVanishedError: the target was killed.
-            OSError: ESRCH, likewise.
+            CannotStopError: it does not stop.
         """
-        tid = self.tracee.tid
-        # The kernel restarts an interrupted system call only on the way out of a signal stop, so it must be in one.
-        ptrace.interrupt(tid)
-        ptrace.cont(tid)
-        if not self._frozen.await_event_stop(tid):
-            raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
+        return self._frozen.stop_again(self.tracee.tid)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the thread, which is stopped, still is in the boot code."""
+        pc = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.pc])
+        return self._slot <= pc < self._slot + self._machine.slot_bytes
+
+    @property
+    def has_made_calls(self) -> bool:
+        """Whether the thread, which is stopped, has made all calls but the last."""
+        return self.is_inside and self._calls_made() >= CALLS - 1
+
+    def _calls_made(self) -> int:
+        row = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.boot_row])
+        return (row - self._slot - self._machine.boot_rows) // _CALL_BYTES
+
+    def put_back(self) -> None:
+        """Restore the thread, which is stopped, exactly, and make the padding zero again.
+
+        Raises:
+            OSError: ESRCH, the target was killed.
+        """
         self.tracee.put_back()
-        ptrace.set_options(tid, 0)
         self._frozen.write(self._slot, bytes(self._machine.slot_bytes))
 
 
@@ -237,6 +267,7 @@ class Injection:
 
     layout: stub.Layout
     worker: Tracee
+    _frozen: FrozenProcess = field(repr=False)
     _booted: BootedThread = field(repr=False)
 
     @property
@@ -249,14 +280,42 @@ class Injection:
 
         Raises:
             TargetVanishedError: the target was killed.
-            RemoteError: it could not be unmapped.
+            CannotStopError: the worker does not get on; it unmaps everything and restores itself when it does.
             OSError: ESRCH, the target was killed.
         """
-        self._booted.resume()
+        start = self.layout.header + stub.START_OFFSET
+        # We may have been so slow that it has unmapped everything by itself.
+        with contextlib.suppress(MthpError):
+            self._frozen.write(start, stub.UNMAP_ALL.to_bytes(8, sys.byteorder))
         observer(Step.UNMAPPING)
-        self._booted.call()
+        self._booted.await_that(lambda: not self._is_mapped())
         observer(Step.UNMAPPED)
-        self._booted.put_back()
+        if not self._booted.stop():
+            raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
+        observer(Step.FETCHED)
+        if self._booted.is_inside:
+            self._booted.put_back()
+        else:
+            # It has restored itself, and is as it is now.
+            self._frozen.examine_again(self.worker.tid)
+
+    def _is_mapped(self) -> bool:
+        return words_at(self._frozen.process.pid, self.layout.header + stub.MAPPED_OFFSET) is not None
+
+    def await_mapping(self) -> None:
+        """Wait until the worker has mapped everything.
+
+        Raises:
+            RemoteError, TargetVanishedError, CannotStopError: as :meth:`BootedThread.await_that`.
+        """
+        at = self.layout.header + stub.MAPPED_OFFSET
+        self._booted.await_that(lambda: words_at(self._frozen.process.pid, at) == 1)
+
+
+def words_at(pid: int, address: int) -> int | None:
+    """Return the 64-bit word at `address` in the memory of `pid`; None if nothing is mapped there."""
+    words = read_words(pid, np.array([address], np.uint64))
+    return None if words is None else int(words[0])
 
 
 def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout, observer: Observer) -> Injection:
@@ -272,24 +331,27 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout, observer: 
         CannotStopError: it must not be given our code, or does not run.
     """
     worker = choose(frozen)
-    # The first thread was looked at once more with all else; another one may filter its calls by now, too.
+    # It may have come to filter its calls since all threads were looked at.
     frozen.check_thread(worker.tid)
     layout = replace(planned, base=place.base)
-    calls = _calls(frozen, layout)
-    booted = BootedThread(frozen, worker, place.slot(frozen), calls, observer)
-    booted.start()
-    for done in range(CALLS - 1):
-        try:
-            booted.call()
-        except RemoteError as error:
-            # Without the mapping, what lies at its address is the target's own.
-            if done:
-                booted.resume()
-                booted.call()
-            booted.put_back()
-            raise _explained(frozen.process.label, error) from error
-        observer(Step.MAPPED)
-    return Injection(layout, worker, booted)
+    booted = BootedThread(frozen, worker, place.slot(frozen), _calls(frozen, layout), layout, observer)
+    injection = Injection(layout, worker, frozen, booted)
+    begun = False
+    try:
+        booted.start()
+        injection.await_mapping()
+        begun = True
+    except RemoteError as error:
+        # What was mapped is unmapped by now: the thread waits behind its last call.
+        booted.put_back()
+        begun = True
+        raise _explained(frozen.process.label, error) from error
+    finally:
+        if not begun:
+            # It goes on without us.
+            frozen.abandon()
+    observer(Step.MAPPED)
+    return injection
 
 
 def _calls(frozen: FrozenProcess, layout: stub.Layout) -> _Calls:

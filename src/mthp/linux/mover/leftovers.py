@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.linux.mover import ptrace
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import CALLS, BootedThread, Place, choose
 from mthp.linux.mover.machine import MACHINES, by_name
@@ -40,6 +42,9 @@ _OLD_MARKS = (
 
 _HEADER = struct.Struct("=4Q")
 """State, number of operations, address of the scratch memory, number of the userfaultfd; the same in all versions."""
+
+_MOMENT = 0.005
+"""Seconds between two looks at a thread that makes the calls."""
 
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 
@@ -154,6 +159,17 @@ def remove(leftover: Leftover) -> None:
         in_tracing_thread(lambda: _remove(process, leftover))
 
 
+def _has_ended(booted: BootedThread) -> bool:
+    """Stop the thread, and return whether it has made its calls; otherwise it runs on."""
+    time.sleep(_MOMENT)
+    if not booted.stop():
+        return False
+    if booted.has_made_calls:
+        return True
+    ptrace.cont(booted.tracee.tid)
+    return False
+
+
 def _remove(process: Process, leftover: Leftover) -> None:
     known = check_threads(process, read_threads(process))
     frozen = FrozenProcess(process)
@@ -170,10 +186,9 @@ def _remove(process: Process, leftover: Leftover) -> None:
         if leftover.uffd >= 0:
             rows[1, :2] = numbers["close"], leftover.uffd
         place = Place.find(frozen, 0, 1 << 21)
-        booted = BootedThread(frozen, choose(frozen), place.slot(frozen), rows, ignore)
+        booted = BootedThread(frozen, choose(frozen), place.slot(frozen), rows, None, ignore)
         booted.start()
-        for _ in range(2):
-            booted.call()
+        booted.await_that(lambda: _has_ended(booted))
         booted.put_back()
     except OSError as error:
         if error.errno != errno.ESRCH:

@@ -48,10 +48,11 @@ class Machine(abc.ABC):
         calls: numbers of the system calls that the tracer makes, or has the target make.
         red_zone: bytes below the stack pointer that a function may use without moving it.
         code: the stub, assembled.
-        entry_worker, entry_park: offsets into it.
         boot: the code that maps and unmaps the stub's memory, assembled.
         boot_entry, boot_begin, boot_unmap: offsets into it: for a thread with its own signal mask, for one that blocks
             all signals, and of the last call alone.
+        boot_row, boot_error: columns of the call that it makes, and of the error of one that failed.
+        boot_rows: offset of its calls.
         slot_bytes: what the boot code takes up with its data, a multiple of 64.
         boot_stack: offset behind it of the stack pointer that the thread is restored with.
         context_bytes: of what a thread restores itself from.
@@ -72,12 +73,13 @@ class Machine(abc.ABC):
     calls: ClassVar[Mapping[str, int]]
     red_zone: ClassVar[int]
     code: ClassVar[bytes]
-    entry_worker: ClassVar[int]
-    entry_park: ClassVar[int]
     boot: ClassVar[bytes]
     boot_entry: ClassVar[int]
     boot_begin: ClassVar[int]
     boot_unmap: ClassVar[int]
+    boot_row: ClassVar[int]
+    boot_error: ClassVar[int]
+    boot_rows: ClassVar[int]
     boot_stack: ClassVar[int]
     slot_bytes: ClassVar[int]
     context_bytes: ClassVar[int]
@@ -122,13 +124,16 @@ class Machine(abc.ABC):
         """
 
     @abc.abstractmethod
-    def pack_boot(self, tid: int, home: Registers, mask: int, calls: NDArray[np.uint64]) -> bytes:
+    def pack_boot(
+        self, tid: int, home: Registers, mask: int, stub: tuple[int, int, int], calls: NDArray[np.uint64]
+    ) -> bytes:
         """Return :attr:`boot` with what follows it: the thread to be restored, and the calls that it makes.
 
         Args:
             tid: the thread, which is stopped.
             home: its general registers: uint64, shape (1, words).
             mask: its blocked signals.
+            stub: addresses of the header, the thread's context and the parking loop; 0 if it is to make calls only.
             calls: number and six arguments of each: uint64, shape (4, 7).
         """
 

@@ -6,12 +6,12 @@ The order of things is what makes the tracer's death harmless at every point:
    itself.
 2. Each thread is given the registers of the parking loop, and only then has all signals blocked. In between it could
    run a handler, but in the loop, on its own stack, and the loop blocks the signals itself.
-3. The worker is parked like the others, but first. As the very last step it is given the worker's entry, where it
+3. The worker, which has mapped the stub's memory, is the first in there. As the very last step it is told to work, and
    changes the state from SETUP to GO, atomically. If we die before that, the threads wait half a second, change SETUP
    to ABORT and restore themselves; nothing was moved. If we die later, the worker finishes all blocks, closes the
    userfaultfd, sets DONE, and the threads restore themselves.
-4. A living tracer waits for DONE, stops the worker again, restores every thread exactly as it was, and has the worker
-   unmap everything. After our death the worker waits until all others have left, and unmaps everything then.
+4. A living tracer waits for DONE, restores every other thread exactly as it was, has the worker unmap everything, and
+   restores it. After our death the worker waits until all others have left, and unmaps everything then.
 
 Once the worker may run, nothing but DONE makes it right to let another thread go. Whatever goes wrong in between, even
 in this very program, is answered by doing nothing: the tracing thread ends, and the target restores itself.
@@ -19,23 +19,24 @@ in this very program, is answered by doing nothing: the tracing thread ends, and
 
 from __future__ import annotations
 
+import sys
 import time
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.errors import TargetVanishedError
-from mthp.linux.mover import ptrace, stub
+from mthp.linux.mover import stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, explain_preparation
 from mthp.linux.mover.steps import Observer, Step
-from mthp.linux.mover.taskfiles import inner_tids
 from mthp.linux.mover.tracee import CannotStopError, Tracee
 
 _POLL_SECONDS = 20e-6
 _LONGEST_POLL_SECONDS = 250e-6
 _PATIENCE = 0.125
 _RSEQ_BYTES = 32
+_ONE = (1).to_bytes(8, sys.byteorder)
 _WORD_BYTES = 8
 
 
@@ -59,17 +60,16 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
         OSError: ESRCH, likewise.
     """
     layout, stopped, worker = injection.layout, frozen.stopped, injection.worker
-    numbers = inner_tids(frozen.process, stopped.tids)
+    numbers = frozen.inner_tids()
     frozen.write(layout.base, layout.executable)
     frozen.write(layout.contexts, layout.pack_contexts(stopped.homes, stopped.masks, numbers, worker.row))
     frozen.write(layout.header, stub.pack_header(layout, injection.unmap, operations))
+    # From here on the worker, in the stub now, waits for the others after our death before it unmaps everything.
+    frozen.write(layout.header + stub.WRITTEN_OFFSET, _ONE)
     observer(Step.WRITTEN)
-    # Until the worker is parked, it would unmap everything after our death; from then on it waits for the others.
-    parked = layout.parked(stopped.homes)
-    ptrace.set_registers(worker.tid, parked[worker.row : worker.row + 1])
     for tracee in frozen.tracees.values():
         tracee.touched = True
-    stopped.park(parked, observer)
+    stopped.park(layout.parked(stopped.homes), observer, but=worker.row)
 
 
 def work(frozen: FrozenProcess, injection: Injection, blocks: int, observer: Observer) -> NDArray[np.void]:
@@ -85,26 +85,20 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int, observer: Obs
     layout, worker = injection.layout, injection.worker
     finished = False
     try:
-        ptrace.set_registers(worker.tid, layout.parked(frozen.stopped.homes, worker=worker.row))
-        observer(Step.ARMED)
-        frozen.ran.add(worker.tid)
-        ptrace.cont(worker.tid)
+        frozen.write(layout.header + stub.START_OFFSET, stub.WORK.to_bytes(8, sys.byteorder))
         observer(Step.RUNNING)
         _await_done(frozen, layout, worker)
         observer(Step.DONE)
+        prepared = frozen.read(layout.header + stub.PREPARED_OFFSET, stub.PREPARED_BYTES)
+        size = blocks * stub.OPERATION.itemsize
+        results: NDArray[np.void] = np.frombuffer(frozen.read(layout.header + stub.HEADER_BYTES, size), stub.OPERATION)
+        frozen.put_back_others(worker, observer)
+        injection.take_out(observer)
+        observer(Step.UNPARKED)
         finished = True
     finally:
         if not finished:
             frozen.abandon()
-    prepared = frozen.read(layout.header + stub.PREPARED_OFFSET, stub.PREPARED_BYTES)
-    size = blocks * stub.OPERATION.itemsize
-    results: NDArray[np.void] = np.frombuffer(frozen.read(layout.header + stub.HEADER_BYTES, size), stub.OPERATION)
-    fetched = _fetch(frozen, layout, worker)
-    observer(Step.FETCHED)
-    frozen.put_back_others(worker, observer)
-    if fetched:  # Otherwise we were so slow that it restores itself, and unmaps everything, as after our death.
-        injection.take_out(observer)
-        observer(Step.UNPARKED)
     stage, error = stub.unpack_preparation(prepared)
     if error:
         raise explain_preparation(frozen.process.label, stage, error)
@@ -131,14 +125,3 @@ def _await_done(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> N
             # takes, up to a bound: it may be stopped by a signal, and stands still with all others until we see it.
             waited = (time.monotonic_ns() - begun) * 1e-9
             time.sleep(min(max(_POLL_SECONDS, waited * _PATIENCE), _LONGEST_POLL_SECONDS))
-
-
-def _fetch(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> bool:
-    """Stop the worker, which waits for this; False if we were too slow, and it goes its own way."""
-    if not frozen.stop_again(worker.tid):
-        raise TargetVanishedError(f"process {frozen.process.label} was killed")
-    machine = frozen.machine
-    fetched = layout.holds_code(int(ptrace.get_registers(worker.tid, machine.words)[0, machine.pc]))
-    if not fetched:
-        frozen.examine_again(worker.tid)
-    return fetched

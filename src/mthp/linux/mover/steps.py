@@ -16,27 +16,25 @@ class Step(enum.IntEnum):
     BOOTED = enum.auto()
     """One thread has the registers of the boot code, and still its own signal mask."""
     MAPPED = enum.auto()
-    """That thread has made one more of the calls that map the memory for the stub."""
+    """That thread, the worker, has mapped the memory for the stub, and waits for it to be written."""
     WRITTEN = enum.auto()
-    """Contexts and operations are in place; no register was changed yet."""
+    """Code, contexts and operations are in place, and the worker is parked."""
     PARKED_UNMASKED = enum.auto()
     """One more thread has the registers of the parking loop, and still its own signal mask."""
     PARKED = enum.auto()
     """One more thread is parked."""
-    ARMED = enum.auto()
-    """The worker has its registers, and stands still."""
     RUNNING = enum.auto()
-    """The worker runs."""
+    """The worker may begin."""
     DONE = enum.auto()
     """The worker has said that it is done."""
-    FETCHED = enum.auto()
-    """The worker stands still again."""
     UNPARKED = enum.auto()
     """One more thread has its own registers and mask."""
     UNMAPPING = enum.auto()
     """All but the worker have their own registers; the worker is about to unmap everything."""
     UNMAPPED = enum.auto()
     """The mapping is gone."""
+    FETCHED = enum.auto()
+    """The worker is stopped again."""
     RELEASED = enum.auto()
     """One more thread was let go."""
 

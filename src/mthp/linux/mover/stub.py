@@ -46,9 +46,13 @@ UFFDIO_REGISTER_MODE_MISSING = 1
 """include/uapi/linux/userfaultfd.h."""
 
 _STATE = "=I"
-_HEADER = "=28Q"
+_HEADER = "=32Q"
 _PREPARED = struct.Struct("=Qq")
 PREPARED_OFFSET = 80
+MAPPED_OFFSET, WRITTEN_OFFSET, START_OFFSET = 232, 240, 248
+
+WORK, UNMAP_ALL = 1, 2
+"""Values of START: what the worker may do."""
 
 _CPUCLOCK_PERTHREAD, _CPUCLOCK_SCHED = 4, 2
 """Bits of the clock of a thread's processor time (include/linux/posix-timers.h)."""
@@ -154,12 +158,10 @@ class Layout:
         """All that was injected: where it begins and ends."""
         return self.base, self.base + self.size
 
-    def parked(self, homes: Registers, *, worker: int | None = None) -> Registers:
-        """The registers of threads that wait in the parking loop; or of the one in row `worker`, which is to work."""
-        rows = np.arange(len(homes)) if worker is None else np.array([worker])
-        entry = self.machine.entry_park if worker is None else self.machine.entry_worker
-        contexts = (self.contexts + rows * self.machine.context_bytes).astype(np.uint64)
-        return self.machine.parked(homes[rows], contexts, self.base + entry, self.header)
+    def parked(self, homes: Registers) -> Registers:
+        """Return the registers of threads that wait in the parking loop, at the beginning of the code."""
+        contexts = (self.contexts + np.arange(len(homes)) * self.machine.context_bytes).astype(np.uint64)
+        return self.machine.parked(homes, contexts, self.base, self.header)
 
     def pack_contexts(self, homes: Registers, masks: NDArray[np.uint64], numbers: Sequence[int], keeper: int) -> bytes:
         """Return what threads restore themselves from after our death, as it is written to :attr:`contexts`.
@@ -194,7 +196,7 @@ def pack_header(layout: Layout, unmap: int, operations: NDArray[np.void]) -> byt
     register = (layout.scratch, layout.scratch_size, UFFDIO_REGISTER_MODE_MISSING, 0)
     code = (layout.base, layout.base + layout.code_size, layout.contexts, layout.threads, unmap)
     head = (SETUP, len(operations), layout.scratch, NO_FD, *move, ALL_SIGNALS, NO_STAGE, 0)
-    header = struct.pack(_HEADER, *head, *api, *register, layout.scratch_size, *code, 0, 0, 0)
+    header = struct.pack(_HEADER, *head, *api, *register, layout.scratch_size, *code, *(0,) * 7)
     return header.ljust(HEADER_BYTES, b"\0") + operations.tobytes()
 
 

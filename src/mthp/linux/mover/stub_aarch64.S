@@ -36,6 +36,9 @@
 #define PASSES         200
 #define GOOD           208
 #define NOW            216      /* struct timespec */
+#define MAPPED         232      /* 1 once there is this mapping, and once it is written; see boot_aarch64.S */
+#define WRITTEN        240
+#define START          248      /* what the tracer lets the worker do: 1 to work, 2 to unmap everything */
 #define OPS            256
 
 /* states */
@@ -109,10 +112,15 @@
 #define HANDSHAKE      3
 #define ARM            4
 
+#define WORK           1
+#define UNMAP_ALL      2
+
+#define SPINS         20000     /* looks of the worker at what it may do between two naps */
 #define TICK_NS       5000000   /* a nap while the tracer sets up */
 #define TICKS         100       /* so many of them, and the tracer is taken for dead */
 #define WAIT_NS       200000    /* a nap while the worker works */
-#define GRACE_NS      50000000  /* what a tracer that lives has to fetch the worker */
+#define GRACE_NS      500000    /* a nap of a worker that is done */
+#define GRACES        100       /* so many of them, and the tracer is taken for dead */
 #define KEEP_NS       5000000   /* a nap of the keeper */
 #define MAX_PASSES    400       /* so many of them, and the mapping stays */
 #define GOOD_PASSES   3         /* so many in a row find all threads outside: a handler may have run in between */
@@ -175,11 +183,7 @@
 .endm
 
         .text
-entry_worker:                                   /* offset 0 */
-        b       worker
-
-        .balign 16
-entry_park:                                     /* offset 16 */
+entry_park:                                     /* offset 0 */
         mov     x9, #1
         str     x9, [x28, #C_HERE]
         mov     x0, #SIG_SETMASK                /* in case the tracer died before it did that */
@@ -193,7 +197,17 @@ park:
         cmp     w9, #DONE
         b.hs    leave
         cbnz    w9, working
-        ldr     x10, [x28, #C_TICKS]
+        ldr     x9, [x28, #C_KEEPER]
+        cbz     x9, 2f
+        mov     x23, #SPINS
+1:      add     x9, x27, #START
+        ldar    x9, [x9]
+        cmp     x9, #WORK
+        b.eq    worker
+        yield
+        subs    x23, x23, #1
+        b.ne    1b
+2:      ldr     x10, [x28, #C_TICKS]
         add     x10, x10, #1
         str     x10, [x28, #C_TICKS]
         cmp     x10, #TICKS
@@ -348,8 +362,22 @@ done:
         svc     #0
 1:      mov     w9, #DONE
         stlr    w9, [x27]
+        mov     x19, #GRACES
+2:      mov     x23, #SPINS
+3:      add     x9, x27, #START
+        ldar    x9, [x9]
+        cmp     x9, #UNMAP_ALL
+        b.eq    unmap
+        yield
+        subs    x23, x23, #1
+        b.ne    3b
         nap     GRACE_NS
+        subs    x19, x19, #1
+        b.ne    2b
         b       park
+unmap:
+        ldr     x16, [x27, #UNMAP]
+        br      x16
 
 /* The tracer is dead: wait until no other thread can need this mapping, and have it unmapped by code outside of it.
  * A thread is outside if it is gone, sleeps at an address outside, or has used more processor time than leaving takes.
@@ -443,10 +471,11 @@ outside:
         csel    x10, x10, xzr, eq
         str     x10, [x27, #GOOD]
         cmp     x10, #GOOD_PASSES
-        b.hs    6f
+        b.hs    unmap
+        ldr     x10, [x27, #START]
+        cmp     x10, #UNMAP_ALL                 /* it lives after all, and has restored the others */
+        b.eq    unmap
         cmp     x9, #MAX_PASSES
         b.hs    restore
         nap     KEEP_NS
         b       keeper
-6:      ldr     x16, [x27, #UNMAP]
-        br      x16

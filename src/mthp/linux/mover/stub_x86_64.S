@@ -32,6 +32,9 @@
 #define PASSES         200
 #define GOOD           208
 #define NOW            216      /* struct timespec */
+#define MAPPED         232      /* 1 once there is this mapping, and once it is written; see boot_x86_64.S */
+#define WRITTEN        240
+#define START          248      /* what the tracer lets the worker do: 1 to work, 2 to unmap everything */
 #define OPS            256
 
 /* states */
@@ -117,10 +120,15 @@
 #define HANDSHAKE      3
 #define ARM            4
 
+#define WORK           1
+#define UNMAP_ALL      2
+
+#define SPINS         20000     /* looks of the worker at what it may do between two naps, about half a millisecond */
 #define TICK_NS       5000000   /* a nap while the tracer sets up */
 #define TICKS         100       /* so many of them, and the tracer is taken for dead */
 #define WAIT_NS       200000    /* a nap while the worker works */
-#define GRACE_NS      50000000  /* what a tracer that lives has to fetch the worker */
+#define GRACE_NS      500000    /* a nap of a worker that is done */
+#define GRACES        100       /* so many of them, and the tracer is taken for dead */
 #define KEEP_NS       5000000   /* a nap of the keeper */
 #define MAX_PASSES    400       /* so many of them, and the mapping stays */
 #define GOOD_PASSES   3         /* so many in a row find all threads outside: a handler may have run in between */
@@ -185,11 +193,7 @@
 .endm
 
         .text
-entry_worker:                                   /* offset 0 */
-        jmp     worker
-
-        .balign 16
-entry_park:                                     /* offset 16 */
+entry_park:                                     /* offset 0 */
         movq    $1, C_HERE(%rbx)
         signal_mask ALL_SIGNALS(%rbp)           /* in case the tracer died before it did that */
 park:
@@ -198,7 +202,15 @@ park:
         jae     leave
         cmp     $SETUP, %ecx
         jne     working
-        incq    C_TICKS(%rbx)
+        cmpq    $0, C_KEEPER(%rbx)
+        je      2f
+        mov     $SPINS, %r14d
+1:      cmpq    $WORK, START(%rbp)
+        je      worker
+        pause
+        dec     %r14d
+        jnz     1b
+2:      incq    C_TICKS(%rbx)
         cmpq    $TICKS, C_TICKS(%rbx)
         jae     give_up
         nap     TICK_NS
@@ -344,8 +356,19 @@ done:
         mov     $NR_CLOSE, %eax
         syscall
 1:      movl    $DONE, STATE(%rbp)
+        mov     $GRACES, %r12d
+2:      mov     $SPINS, %r14d
+3:      cmpq    $UNMAP_ALL, START(%rbp)
+        je      unmap
+        pause
+        dec     %r14d
+        jnz     3b
         nap     GRACE_NS
+        dec     %r12d
+        jnz     2b
         jmp     park
+unmap:
+        jmp     *UNMAP(%rbp)
 
 /* The tracer is dead: wait until no other thread can need this mapping, and have it unmapped by code outside of it.
  * A thread is outside if it is gone, sleeps at an address outside, or has used more processor time than leaving takes.
@@ -434,9 +457,10 @@ outside:
         jz      6f
         movq    $0, GOOD(%rbp)
 6:      cmpq    $GOOD_PASSES, GOOD(%rbp)
-        jae     7f
+        jae     unmap
+        cmpq    $UNMAP_ALL, START(%rbp)         /* it lives after all, and has restored the others */
+        je      unmap
         cmpq    $MAX_PASSES, PASSES(%rbp)
         jae     restore
         nap     KEEP_NS
         jmp     keeper
-7:      jmp     *UNMAP(%rbp)

@@ -57,6 +57,7 @@ class Stopped:
     Attributes:
         machine: whose registers they have.
         tids: their numbers.
+        inner_tids: those in the PID namespace of their process; empty until they are asked for.
         registers: as they stopped, an EINTR that only the stop caused made good: uint64, shape (threads, words).
         masks: their blocked signals; where a system call set them for its own time, those that it will put back:
             uint64, shape (threads,).
@@ -69,6 +70,7 @@ class Stopped:
     def __init__(self, machine: Machine, tids: list[int]) -> None:
         self.machine = machine
         self.tids = tids
+        self.inner_tids: list[int] = []
         threads = len(tids)
         self.registers, self.homes, self._parked = (np.zeros((threads, machine.words), np.uint64) for _ in range(3))
         self.masks = np.zeros(threads, np.uint64)
@@ -189,15 +191,17 @@ class Stopped:
             self.machine.leave_call(changed)
             self.homes[aborted] = changed
 
-    def park(self, registers: Registers, observer: Observer) -> None:
-        """Give all threads `registers`, and only then have them block all signals.
+    def park(self, registers: Registers, observer: Observer, but: int) -> None:
+        """Set the registers of all threads but that in row `but`, and only then have them block all signals.
 
         Raises:
             OSError: ESRCH if one was killed.
         """
         self._parked[:] = registers
+        self._park.results[:] = 0
         for part, step in enumerate((Step.PARKED_UNMASKED, Step.PARKED)):
-            self._run(self._park, part, step, observer)
+            self._run(self._park, part, step, observer, range(but))
+            self._run(self._park, part, step, observer, range(but + 1, len(self.tids)))
         self._check(self._park, len(self._park.table))
 
     def put_back(self, observer: Observer, but: int) -> list[int]:
