@@ -115,6 +115,17 @@ def test_per_order_never_tries_an_order_again_that_failed() -> None:
     assert {order for order, _ in series.collapses()} <= {2, 3}
 
 
+def test_per_order_never_forgets_that_it_met_a_page_that_may_be_written() -> None:
+    """So the scan of a later run passes without one, and it is isolation that finds none."""
+    series = Series("per-order", {4}, none=0, kernel=Kernel(wants_writable=True))
+    series.write(range(32))
+    series.machine.exit(series.machine.fork(series.mm))
+    series.write(range(16))
+    assert series.collapses() == [(4, "SUCCEED"), (4, "PAGE_RO")]
+    # That page is one that the scan stops at, too: here the first of the folio that was made.
+    assert series.collapses() == [(4, "PAGE_RO")]
+
+
 def test_per_order_says_of_a_range_what_became_of_the_last_run() -> None:
     series = Series("per-order", {4}, none=0)
     series.write(range(32))
