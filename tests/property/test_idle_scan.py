@@ -16,6 +16,7 @@ from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.sim import Machine
 from mthp.sim import khugepaged as sim_khugepaged
 from mthp.sim.access import Fault
+from mthp.sim.kernel import NEWEST, Kernel, kernel_of
 from mthp.sim.memory import Fl
 from mthp.sim.mm import HUGEPAGE, UFFD_WP, Mm, P
 from mthp.tunables import Switches, Tunables
@@ -23,7 +24,7 @@ from strategies import examples
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 SMALL = Geometry("16-ptes", 4096, 4)
-POLICIES = ("pmd-only", "rfc", "per-order", "mainline", "no-creep")
+POLICIES = ("pmd-only", "rfc", "rfc2", "per-order", "mainline", "no-creep")
 
 KINDS = (
     "empty",
@@ -39,6 +40,8 @@ KINDS = (
     "lazy",
     "marked",
     "folios",
+    "halves",
+    "forked",
 )
 
 
@@ -59,6 +62,7 @@ class World:
     budget: int
     none: int
     armed: bool
+    kernel: Kernel = NEWEST
 
     def made(self) -> tuple[Machine, Mm]:
         geometry, size = self.geometry, self.geometry.pmd_size
@@ -70,6 +74,9 @@ class World:
             switches=Switches("never"),
             tunables=Tunables(self.none, n // 8, n // 2, self.budget),
             policy=self.policy,
+            # Orders 2 and 3 of the smallest ranges, too, so that a run has halves.
+            mthp_min_order=2,
+            kernel=self.kernel,
         )
         mm = machine.create_mm()
         flags = {HUGEPAGE, UFFD_WP} if self.armed else {HUGEPAGE}
@@ -86,12 +93,14 @@ class World:
         chooser = np.random.default_rng(number)
         if kind == "empty":
             return
-        if kind in ("huge", "folios"):
-            order = self.geometry.pmd_order if kind == "huge" else 2
+        if kind in ("huge", "folios", "halves"):
+            order = {"huge": self.geometry.pmd_order, "folios": 2, "halves": self.geometry.pmd_order - 1}[kind]
             machine.parts.switches = Switches("madvise", {order: "madvise"})
         pages = list(range(n))
         if kind in ("holes", "folios", "cold"):
             pages = np.flatnonzero(chooser.random(n) < chooser.random()).tolist()
+        elif kind == "forked":
+            pages = pages[::2]
         elif kind in ("one", "pinned"):
             pages = [number % n]
         for at in pages:
@@ -113,6 +122,10 @@ _CHANGES: dict[str, Callable[[Machine, Mm, int, int], object]] = {
     "pinned": lambda machine, mm, start, at: machine.pin(mm, start + at * machine.geometry.page_size),
     "marked": lambda machine, mm, start, at: mm.ptes(start, at + 1).bits.__setitem__(at, P.PRESENT | P.UFFD_WP),
     "shared": lambda machine, mm, start, at: machine.fork(mm),
+    "forked": lambda machine, mm, start, at: machine.exit(machine.fork(mm)),
+    "halves": lambda machine, mm, start, at: machine.madvise(
+        mm, start + at * machine.geometry.page_size, start + (at + 1) * machine.geometry.page_size, "DONTNEED"
+    ),
     "locked": lambda machine, mm, start, at: machine.parts.memory.set(int(mm.ptes(start, at + 1).value[at]), Fl.LOCKED),
 }
 """What happens to a range once it is written: given its address and the number of an entry."""
@@ -157,6 +170,7 @@ def worlds(draw: st.DrawFn, geometry: Geometry, most: int) -> World:
         draw(st.sampled_from([1, n - 1, n, 3 * n, 100 * n])),
         draw(st.sampled_from([0, 1, n // 4, n // 2, n - 2, n - 1])),
         draw(st.integers(0, 5)) == 5,
+        draw(st.sampled_from([NEWEST, NEWEST, kernel_of((6, 12), "pache-rfc2")])),
     )
 
 
@@ -174,6 +188,21 @@ def check(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=examples(70), deadline=None, suppress_health_check=[*SLOW, HealthCheck.function_scoped_fixture])
 def test_small_ranges(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     check(world, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "orders", "none", "kernel"),
+    [
+        ("halves", "rfc", (2, 3, 4), 0, NEWEST),
+        ("halves", "rfc", (2, 4), 0, NEWEST),
+        ("forked", "mainline", (2, 4), 7, kernel_of((6, 12))),
+    ],
+)
+def test_what_a_series_tries_in_vain(
+    monkeypatch: pytest.MonkeyPatch, kind: str, policy: str, orders: tuple[int, ...], none: int, kernel: Kernel
+) -> None:
+    """Halves of a run with a large folio, orders that are off, pages that cannot be written: in many ranges alike."""
+    check(World(SMALL, policy, (("empty", 1), (kind, 1)) * 12, orders, 1000, none, False, kernel), monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["x86-64", "s390x", "ppc64-64k"])
