@@ -42,6 +42,10 @@ BLOCK_SIZE = size_name(ORDER)
 
 SOURCES = Path(__file__).parent / "programs"
 MAX_THREADS = 128
+
+LEFT_SECONDS = 3.0 * FACTOR
+"""How long something of ours may be in a target after our death."""
+
 _WORDS = (
     *("stop", "ready", "base", "size", "finished", "final_errors"),
     *("realtime_signals", "alarms", "forks", "spawned", "other_errors", "longest_gap_ns"),

@@ -81,7 +81,7 @@ def test_a_buffer_smaller_than_a_pmd_range(memory: NDArray[np.uint64]) -> None:
     assert orders(part) == {4: 48}
     assert orders(memory)[4] == 48
     nothing = mthp.collapse_buffer(memory[1 : K64 // 8], 4)
-    assert (nothing.complete, nothing.folios) == (True, {})
+    assert (nothing.done_nothing, nothing.complete, nothing.folios) == (True, False, {})
 
 
 def test_holes_are_filled_when_that_is_wanted(memory: NDArray[np.uint64]) -> None:

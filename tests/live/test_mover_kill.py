@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from mover_targets import BLOCK_SIZE, Writers, belongings
+from mover_targets import BLOCK_SIZE, LEFT_SECONDS, Writers, belongings
 from mthp.linux.mover.steps import Step
 from thp_switches import ThpSwitches
-from waiting import FACTOR, wait_for
+from waiting import wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover")]
 
@@ -28,9 +28,6 @@ KILLS = int(os.environ.get("MTHP_TEST_KILLS", "80"))
 PER_THREAD = {Step.PARKED_UNMASKED, Step.PARKED, Step.UNPARKED, Step.RELEASED}
 SIGNALS = ("KILL", "KILL", "HUP", "STOP")
 """What ends a mover at a random moment: a kill, a closed terminal, or a suspension that ends in a kill."""
-
-LEFT_SECONDS = 3.0 * FACTOR
-"""How long something of ours may be in a target after our death."""
 
 
 class Victim:

@@ -29,14 +29,14 @@ memory = mmap.mmap(-1, 64 * {BLOCK}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 memory[:] = b"x" * len(memory)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 counts = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 16)
-mapped = len(open("/proc/self/maps").readlines())
 print(-(-address // {BLOCK}) * {BLOCK}, flush=True)
 
 def inherited():
     files = [os.readlink(f"/proc/self/fd/{{name}}") for name in os.listdir("/proc/self/fd") if name.isdigit()
              and os.path.lexists(f"/proc/self/fd/{{name}}")]
-    maps = open("/proc/self/maps").read()
-    return any("userfaultfd" in file for file in files) or len(maps.splitlines()) != mapped
+    lines = [line.split() for line in open("/proc/self/maps")]
+    stubs = [line for line in lines if line[1] == "r-xp" and line[4] == "0" and len(line) == 5]
+    return bool(stubs) or any("userfaultfd" in file for file in files)
 
 while True:
     child = os.fork()

@@ -18,7 +18,7 @@ import pytest
 from daemons import RunningDaemon
 from e2e.helpers import MTHP
 from journal_owners import watchers_of
-from mover_targets import Writers
+from mover_targets import LEFT_SECONDS, Writers, belongings
 from mthp.linux.journal.files import default_root, has_entries
 from targets import PMD_ORDER
 from thp_switches import THP_ROOT, ThpSwitches, size_name
@@ -60,6 +60,13 @@ def put_back(wanted: dict[str, str]) -> float:
     return time.perf_counter() - begin
 
 
+def is_as_before(target: Writers, before: object) -> None:
+    """Check that a target lives, that it has what it had, and that its bytes are right."""
+    assert target.survives(), f"the target was killed: {target.process.returncode}"
+    assert wait_for(lambda: belongings(target.pid) == before, LEFT_SECONDS), "something is left in the target"
+    assert target.finish() == 0
+
+
 def in_a_window(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> bool:
     """Wait for a window, and for a random moment of it; return False if the process ends before."""
     until(lambda: has_entries(default_root()) or process.poll() is not None, "a window")
@@ -72,6 +79,7 @@ def test_a_collapse(tmp_path: Path, numbers: tuple[signal.Signals, ...], slowest
     words = switches()
     while len(slowest) < KILLS:
         with Writers(tmp_path, 2, 8) as target:
+            before = belongings(target.pid)
             command = [*MTHP, "collapse", str(target.pid), *MOVING, "--duty", "0.1"]
             with subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
@@ -81,6 +89,7 @@ def test_a_collapse(tmp_path: Path, numbers: tuple[signal.Signals, ...], slowest
                     os.killpg(process.pid, number)
                 code = process.wait(PATIENCE)
             seconds = put_back(words)
+            is_as_before(target, before)
         if in_time:
             assert code in (-numbers[-1], 128 + numbers[-1], 0)
             slowest.append(seconds)
@@ -122,6 +131,7 @@ def test_the_daemon(tmp_path: Path, numbers: tuple[signal.Signals, ...], slowest
     words = switches()
     for number in range(KILLS):
         with Writers(tmp_path, 2, 8) as target:
+            before = belongings(target.pid)
             arguments = ("--pid", str(target.pid), *MOVING)
             with RunningDaemon(tmp_path / f"daemon-{number}", *arguments, wait=False) as daemon:
                 assert in_a_window(daemon.process), daemon.said
@@ -129,3 +139,4 @@ def test_the_daemon(tmp_path: Path, numbers: tuple[signal.Signals, ...], slowest
                     os.killpg(daemon.process.pid, each)
                 assert daemon.process.wait(PATIENCE) in (-numbers[-1], 0)
             slowest.append(put_back(words))
+            is_as_before(target, before)
