@@ -27,8 +27,9 @@ from mthp.linux.sysfs import ThpSysfs
 GEOMETRY = ThpSysfs().geometry()
 ORDER = 4
 BLOCKS = 64
-STOPPED_SECONDS = 0.1
-"""Longer than a worker that is done waits for its tracer."""
+STOPPED_SECONDS = (0.1, 0.1, 0.1, 4.0)
+"""For how long a tracer is stopped before it is killed: longer than a worker that is done waits for it, and longer than
+it waits for other threads that it cannot tell to have left."""
 
 
 def killer(name: str, count: int) -> Observer:
@@ -91,7 +92,7 @@ def main() -> None:
             time.sleep(int(words[1]) * 1e-6)
             os.kill(child, signal.Signals[f"SIG{words[2]}"])
             if words[2] == "STOP":
-                time.sleep(STOPPED_SECONDS)
+                time.sleep(random.choice(STOPPED_SECONDS))
                 os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)

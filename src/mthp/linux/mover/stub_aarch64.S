@@ -456,6 +456,7 @@ next_thread:
         ldr     x9, [x27, #CODE_END]
         cmp     x12, x9
         b.hs    outside
+        str     xzr, [x27, #PASSES]             /* in here, asleep: a tracer that is itself stopped may hold it */
 inside:
         add     x22, x22, #1
 outside:

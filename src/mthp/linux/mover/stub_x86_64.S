@@ -445,6 +445,7 @@ next_thread:
         jb      outside
         cmp     CODE_END(%rbp), %rax
         jae     outside
+        movq    $0, PASSES(%rbp)                /* in here, asleep: a tracer that is itself stopped may hold it */
 inside:
         inc     %r15d
 outside:
