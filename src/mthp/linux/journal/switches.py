@@ -38,10 +38,10 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mthp.errors import NotPermittedError, UnsupportedError, UsageError
+from mthp.linux.interruptions import interruptions_held_back, suspension_held_back
 from mthp.linux.journal.files import Change, JournalFiles, boot_id, default_root, owner_of
 from mthp.linux.journal.guard import Guard, guard_of
 from mthp.linux.journal.putback import Restored, put_back, read_word, settle, write_word
-from mthp.linux.mover.interruptions import interruptions_held_back, suspension_held_back
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
 

@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import Block, CollapseOutcome, Means, Segment, Vma
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import LiveAddressSpace
 from mthp.linux.mover.blockrefusals import refuse_blocks, special_ranges
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
-from mthp.linux.mover.interruptions import suspension_held_back
 from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.processrefusals import PASSING, refuse_process
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, last_pid, zero_pages_of

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
-from mthp.linux.mover.interruptions import interruptions_held_back
+from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.probes import (
     NR_USERFAULTFD,
     PROT_NONE,
