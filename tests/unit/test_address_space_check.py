@@ -18,7 +18,7 @@ from mthp.geometry import GEOMETRIES, Geometry
 from mthp.planning import PlanOptions, plan_space
 from mthp.results import ScanResult
 from mthp.scanning import Khugepaged
-from mthp.sim import Machine, SimSpace
+from mthp.sim import Machine
 from mthp.sim.access import Fault
 from mthp.sim.mm import HUGEPAGE, UFFD_WP, Mm, P
 from mthp.snapshot.load import load
@@ -249,7 +249,7 @@ def test_khugepaged_of_the_library_rests_in_the_machines_time() -> None:
 
 def test_what_cannot_be_asked_of_it() -> None:
     machine, mm = lived_in()
-    space = SimSpace(machine, mm)
+    space = machine.space(mm)
     with pytest.raises(UsageError, match="aligned"):
         space.collapse(SIZE + 4096, 2)
     with pytest.raises(UsageError, match="order 5"):

@@ -14,7 +14,7 @@ from mthp.results import ScanResult
 from mthp.sim import Machine
 from mthp.sim.khugepaged import Khugepaged
 from mthp.sim.memory import Fl
-from mthp.sim.parts import Step
+from mthp.sim.parts import Parts, Step
 from mthp.sim.state import columns
 from mthp.tunables import Switches, Tunables
 from simworld import PAGE, SMALL, START
@@ -25,8 +25,8 @@ RANGES = 24
 class Watched(Khugepaged):
     """Keeps what it is told."""
 
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine)
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
         self.told: list[Passage] = []
         self._listener = self._tell
 
@@ -48,7 +48,7 @@ def lived(seed: int, orders: frozenset[int], none: int, budget: int, singly: boo
         switches=Switches("madvise", dict.fromkeys(orders, "madvise")),
         tunables=Tunables(none, 4, 8, budget),
     )
-    daemon = machine.khugepaged = Watched(machine)
+    daemon = machine.khugepaged = Watched(machine.parts)
     if singly:
         machine.parts.hook = _nothing
     mm = machine.create_mm(machine.parts.memory.cgroups.create())
@@ -105,7 +105,7 @@ def test_many_at_a_time_is_one_by_one(seed: int, orders: frozenset[int], none: i
     ]
     assert fast.counters.values() == slow.counters.values()
     assert fast.clock.spent_ns() == slow.clock.spent_ns()
-    for one, other in zip(columns(fast), columns(slow), strict=True):
+    for one, other in zip(columns(fast.parts), columns(slow.parts), strict=True):
         # What is left in a frame that was taken and given back differs.
         here = in_use(fast) if len(one) == len(in_use(fast)) else slice(None)
         assert np.array_equal(one[here], other[here])
@@ -114,7 +114,7 @@ def test_many_at_a_time_is_one_by_one(seed: int, orders: frozenset[int], none: i
 
 def test_what_has_its_large_folios_is_looked_at_together() -> None:
     machine = Machine(SMALL, node_frames=[2048], switches=Switches("never"), tunables=Tunables(0, 4, 8, 1 << 20))
-    daemon = machine.khugepaged = Watched(machine)
+    daemon = machine.khugepaged = Watched(machine.parts)
     mm = machine.create_mm()
     machine.map(mm, START, START + RANGES * SMALL.pmd_size, flags={"hg"})
     machine.touch(mm, [START + page * PAGE for page in range(RANGES * 16) if page % 16 < 12])

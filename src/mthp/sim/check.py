@@ -6,29 +6,25 @@ differ. It costs as much as the machine has frames and entries, and is meant for
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.sim.memory import Fl, Memory
 from mthp.sim.mm import Mm, P, Pmd
-
-if TYPE_CHECKING:
-    from mthp.sim.machine import Machine
+from mthp.sim.parts import Parts
 
 _NO_BITS = np.uint16(0)
 
 
-def check(machine: Machine) -> list[str]:
+def check(parts: Parts) -> list[str]:
     """Everything that does not add up, as sentences; empty if all does."""
     return [
-        *_frames(machine.parts.memory),
-        *_mappings(machine),
-        *_references(machine),
-        *_swap(machine),
-        *_levels(machine),
-        *(line for mm in machine.mms.values() for line in _page_tables(machine, mm)),
+        *_frames(parts.memory),
+        *_mappings(parts),
+        *_references(parts),
+        *_swap(parts),
+        *_levels(parts),
+        *(line for mm in parts.mms.values() for line in _page_tables(parts, mm)),
     ]
 
 
@@ -71,20 +67,20 @@ def _frames(memory: Memory) -> list[str]:
     return wrong
 
 
-def _mapped_pages(machine: Machine) -> dict[int, NDArray[np.int64]]:
+def _mapped_pages(parts: Parts) -> dict[int, NDArray[np.int64]]:
     """The frames that each address space maps, one per entry."""
     found = {}
-    for number, mm in machine.mms.items():
-        parts = [table.value[(table.bits & (P.PRESENT | P.ZERO | P.SPECIAL)) == P.PRESENT] for table in mm.tables]
-        found[number] = np.concatenate([np.zeros(0, np.uint32), *parts]).astype(np.int64)
+    for number, mm in parts.mms.items():
+        pages = [table.value[(table.bits & (P.PRESENT | P.ZERO | P.SPECIAL)) == P.PRESENT] for table in mm.tables]
+        found[number] = np.concatenate([np.zeros(0, np.uint32), *pages]).astype(np.int64)
     return found
 
 
-def _mappings(machine: Machine) -> list[str]:
+def _mappings(parts: Parts) -> list[str]:
     """Mapcounts, of pages and of large folios, are those that the page tables give; so are RSS."""
-    memory, wrong = machine.parts.memory, []
+    memory, wrong = parts.memory, []
     frames = len(memory.flags)
-    mapped = _mapped_pages(machine)
+    mapped = _mapped_pages(parts)
     counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *mapped.values()]), minlength=frames)
     used = (memory.flags & Fl.ALLOCATED) != 0
     if (counts[~used] > 0).any():
@@ -105,17 +101,16 @@ def _mappings(machine: Machine) -> list[str]:
         if total and memory.refcount[head + 2] != own:
             wrong.append(f"folio {head} counts {memory.refcount[head + 2]} mappings of its first mm and has {own}")
     for number, pages in mapped.items():
-        mm = machine.mms[number]
+        mm = parts.mms[number]
         count = len(pages) + sum(int(np.count_nonzero(table.bits & P.MIGRATION)) for table in mm.tables)
         if mm.anon_pages != count:
             wrong.append(f"mm {number} counts {mm.anon_pages} pages and maps {count}")
     return wrong
 
 
-def _references(machine: Machine) -> list[str]:
+def _references(parts: Parts) -> list[str]:
     """References are explained; nothing is locked; every folio is on an LRU list or waits in the batch."""
-    parts, wrong = machine.parts, []
-    memory = parts.memory
+    memory, wrong = parts.memory, []
     heads = _heads(memory)
     sizes = _sizes(memory, heads)
     expected = np.zeros(len(memory.flags), np.int64)
@@ -141,11 +136,11 @@ def _references(machine: Machine) -> list[str]:
     return wrong
 
 
-def _swap(machine: Machine) -> list[str]:
+def _swap(parts: Parts) -> list[str]:
     """Slots are counted as often as entries name them, and the swap cache's folios know their slots."""
-    swap, memory, wrong = machine.parts.swap, machine.parts.memory, []
+    swap, memory, wrong = parts.swap, parts.memory, []
     named = np.zeros(len(swap.count), np.int64)
-    for number, mm in machine.mms.items():
+    for number, mm in parts.mms.items():
         entries = 0
         for table in mm.tables:
             slots = table.value[(table.bits & P.SWAP) != _NO_BITS]
@@ -163,18 +158,18 @@ def _swap(machine: Machine) -> list[str]:
     return wrong
 
 
-def _levels(machine: Machine) -> list[str]:
+def _levels(parts: Parts) -> list[str]:
     """Counters that are levels, and the charges of memory cgroups, are what memory holds."""
-    memory, wrong = machine.parts.memory, []
+    memory, wrong = parts.memory, []
     heads = _heads(memory)
     anon = heads[(memory.flags[heads] & Fl.ANON) != 0]
-    for order in machine.geometry.anon_orders:
+    for order in parts.geometry.anon_orders:
         of_order = anon[memory.order[anon] == order]
         partial = np.count_nonzero(memory.flags[of_order] & Fl.PARTIALLY_MAPPED)
         for name, level in (("nr_anon", len(of_order)), ("nr_anon_partially_mapped", partial)):
-            counter = f"{machine.geometry.sysfs_name(order)}/{name}"
-            if machine.counters[counter] != level:
-                wrong.append(f"{counter} is {machine.counters[counter]}, there are {level}")
+            counter = f"{parts.geometry.sysfs_name(order)}/{name}"
+            if parts.counters[counter] != level:
+                wrong.append(f"{counter} is {parts.counters[counter]}, there are {level}")
     usage = np.bincount(memory.cgroup[heads], weights=_sizes(memory, heads), minlength=len(memory.cgroups.usage))
     for number in range(1, len(usage)):
         held = int(usage[memory.cgroups.below(number)].sum())
@@ -189,9 +184,9 @@ def _levels(machine: Machine) -> list[str]:
     return wrong
 
 
-def _page_tables(machine: Machine, mm: Mm) -> list[str]:
+def _page_tables(parts: Parts, mm: Mm) -> list[str]:
     """Entries are in mappings only; a PMD entry and what the PTEs below would be agree."""
-    geometry, memory, wrong = machine.geometry, machine.parts.memory, []
+    geometry, memory, wrong = parts.geometry, parts.memory, []
     for table in mm.tables:
         for row in np.flatnonzero((table.pmd != Pmd.NONE) | table.bits.any(axis=1)).tolist():
             address = (table.first + row) * geometry.pmd_size

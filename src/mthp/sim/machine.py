@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mthp.collapse.madvise import madvise_collapse
-from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy, Rules
+from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy
 from mthp.collapse.policy_lookup import policy_named
-from mthp.eligibility import Trigger
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
 from mthp.sim import syscalls
@@ -34,7 +33,6 @@ from mthp.sim.memory import Memory
 from mthp.sim.mm import Mm, SimVma
 from mthp.sim.parts import Parts
 from mthp.sim.rmap import Rmap
-from mthp.sim.scan import CollapseControl
 from mthp.sim.space import SimSpace
 from mthp.sim.state import columns, digest
 from mthp.sim.swap import Swap
@@ -93,11 +91,14 @@ class Machine(SystemCalls):
         mthp_min_order: int | None = None,
         kernel: Kernel = NEWEST,
     ) -> None:
+        chunk_order = min(DEFAULT_MTHP_MIN_ORDER, geometry.pmd_order) if mthp_min_order is None else mthp_min_order
         counters = Counters(geometry)
         frames = node_frames or [64 * geometry.ptes_per_pmd]
         memory = Memory(geometry, frames, counters, node_distances, low_frames)
         self.parts = Parts(
             geometry,
+            policy_named(policy),
+            geometry.check_order(chunk_order),
             (tunables or Tunables.defaults(geometry)).checked(geometry),
             switches or Switches.defaults(geometry),
             memory,
@@ -109,12 +110,9 @@ class Machine(SystemCalls):
             Clock(costs),
             kernel=kernel,
         )
-        self.policy = policy_named(policy)
-        chunk_order = min(DEFAULT_MTHP_MIN_ORDER, geometry.pmd_order) if mthp_min_order is None else mthp_min_order
-        self.mthp_min_order = geometry.check_order(chunk_order)
         self.mms = self.parts.mms
-        self.khugepaged = Khugepaged(self)
-        self.sysfs = Sysfs(self)
+        self.khugepaged = Khugepaged(self.parts)
+        self.sysfs = Sysfs(self.parts)
 
     @property
     def geometry(self) -> Geometry:
@@ -156,7 +154,7 @@ class Machine(SystemCalls):
 
     def space(self, mm: Mm) -> SimSpace:
         """One of the address spaces, as :func:`mthp.planning.plan_space` and their like take it."""
-        return SimSpace(self, mm)
+        return SimSpace(self.parts, mm)
 
     def map(self, mm: Mm, start: int, end: int, *, flags: Iterable[str] = (), anon_vma: bool = False) -> SimVma:
         """Add a private anonymous mapping.
@@ -181,16 +179,6 @@ class Machine(SystemCalls):
         assert vma is not None, "it was inserted"
         self.khugepaged.enter(mm, vma)
         return vma
-
-    def control(self, trigger: Trigger, orders: tuple[int, ...] = ()) -> CollapseControl:
-        """A fresh account of a collapse, under the limits of this moment."""
-        rules = Rules(self.geometry, orders, trigger, self.parts.tunables, self.mthp_min_order)
-        return CollapseControl(self.policy, rules)
-
-    def may_collapse(self, mm: Mm, vma: SimVma) -> bool:
-        """Whether khugepaged looks at `vma`: an order is enabled for it, and one that the policy walks."""
-        orders = self.parts.collapse_orders(mm, vma, "khugepaged")
-        return bool(orders) and bool(self.policy.orders_walked(self.control("khugepaged", orders).rules))
 
     def read(self, mm: Mm, address: int) -> tuple[Fault, int]:
         """A program reads the page at `address`: how that ended, and what the page holds."""
@@ -331,16 +319,16 @@ class Machine(SystemCalls):
 
     def array_bytes(self) -> int:
         """Bytes of memory in all columns: of frames, of page table entries, of swap slots."""
-        return sum(column.nbytes for column in columns(self))
+        return sum(column.nbytes for column in columns(self.parts))
 
     def digest(self) -> str:
         """A checksum of the whole state: the same on any machine after the same calls (:mod:`mthp.sim.state`)."""
-        return digest(self)
+        return digest(self.parts)
 
     def check(self) -> list[str]:
         """Everything that does not add up, as sentences; empty if all does (:mod:`mthp.sim.check`)."""
-        return check(self)
+        return check(self.parts)
 
     def madvise_collapse(self, mm: Mm, start: int, end: int) -> int:
         """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.collapse.madvise`)."""
-        return madvise_collapse(Advised(self, mm, self.control("madvise")), start, end)
+        return madvise_collapse(Advised(self.parts, mm, self.khugepaged.count_advised), start, end)

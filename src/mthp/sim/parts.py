@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mthp.collapse.policy import Policy
 from mthp.eligibility import Trigger
 from mthp.geometry import Geometry
 from mthp.sim.clock import Clock
@@ -49,6 +50,8 @@ class Parts:
     """The parts of a machine.
 
     Attributes:
+        policy: what khugepaged and MADV_COLLAPSE collapse to.
+        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``.
         mms: the address spaces, by number.
         pins: references that pins hold, by the head of the folio.
         migrating: heads of the folios that are on their way to other frames.
@@ -61,6 +64,8 @@ class Parts:
     """
 
     geometry: Geometry
+    policy: Policy
+    mthp_min_order: int
     tunables: Tunables
     switches: Switches
     memory: Memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from mthp.collapse.machine_seam import Attempted, RangeScan
 from mthp.collapse.occupancy import Occupancy, Planes, planes_of
 from mthp.collapse.policy import BUILT_IN, Policy, Rules
 from mthp.collapse.single_pmd import collapse_single_pmd
+from mthp.eligibility import Trigger
 from mthp.results import ScanResult
 from mthp.sim.collapse import collapse_huge_page
 from mthp.sim.columns import columns_of
@@ -47,6 +49,11 @@ class CollapseControl:
     node_load: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
     lock_dropped: bool = False
     attempts: list[Attempted] = field(default_factory=list)
+
+    @classmethod
+    def begun(cls, parts: Parts, trigger: Trigger, orders: tuple[int, ...] = ()) -> Self:
+        """Return the account of a collapse that begins now, under the limits of this moment."""
+        return cls(parts.policy, Rules(parts.geometry, orders, trigger, parts.tunables, parts.mthp_min_order))
 
 
 class SimRange:

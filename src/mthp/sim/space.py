@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,29 +19,27 @@ from mthp.geometry import Geometry
 from mthp.results import ScanResult
 from mthp.sim.columns import columns_of, tables_in
 from mthp.sim.mm import Mm, Pmd
-from mthp.sim.scan import SimRange
+from mthp.sim.parts import Parts
+from mthp.sim.scan import CollapseControl, SimRange
 from mthp.tunables import Switches, Tunables
-
-if TYPE_CHECKING:
-    from mthp.sim.machine import Machine
 
 
 class SimSpace(AddressSpace):
     """One address space of a simulated machine.
 
     Args:
-        machine: the machine.
-        mm: one of its address spaces.
+        parts: those of its machine.
+        mm: the address space.
     """
 
-    def __init__(self, machine: Machine, mm: Mm) -> None:
-        self._machine = machine
+    def __init__(self, parts: Parts, mm: Mm) -> None:
+        self._parts = parts
         self._mm = mm
 
     @property
     def geometry(self) -> Geometry:
         """That of the machine."""
-        return self._machine.geometry
+        return self._parts.geometry
 
     @property
     def label(self) -> str:
@@ -52,17 +49,17 @@ class SimSpace(AddressSpace):
     @property
     def kernel(self) -> str:
         """What is simulated."""
-        return f"simulated, policy {self._machine.policy.name}"
+        return f"simulated, policy {self._parts.policy.name}"
 
     @property
     def switches(self) -> Switches:
         """The machine's switches at this moment."""
-        return self._machine.parts.switches
+        return self._parts.switches
 
     @property
     def tunables(self) -> Tunables:
         """khugepaged's tunables at this moment."""
-        return self._machine.parts.tunables
+        return self._parts.tunables
 
     @property
     def thp_disabled(self) -> bool:
@@ -80,9 +77,9 @@ class SimSpace(AddressSpace):
 
     def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
         self._check_alive()
-        memory, counted = self._machine.parts.memory, []
+        memory, counted = self._parts.memory, []
         for vma in vmas:
-            pfn = columns_of(self._machine.parts, self._mm, [(vma.start, vma.end)]).pfn
+            pfn = columns_of(self._parts, self._mm, [(vma.start, vma.end)]).pfn
             assert pfn is not None, "the machine sees its own frames"
             nodes = Counter(memory.nodes_of(pfn[pfn > 0].astype(np.int64)).tolist())
             counted.append(dataclasses.replace(vma, node_pages=tuple(sorted(nodes.items()))))
@@ -90,13 +87,13 @@ class SimSpace(AddressSpace):
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         self._check_alive()
-        return columns_of(self._machine.parts, self._mm, segments)
+        return columns_of(self._parts, self._mm, segments)
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
         """Which present pages hold the content 0, as what a collapse filled does."""
         self._check_alive()
         assert columns.pfn is not None, "the machine sees its own frames"
-        contents = self._machine.parts.memory.content[columns.pfn.astype(np.int64)]
+        contents = self._parts.memory.content[columns.pfn.astype(np.int64)]
         zero: NDArray[np.bool_] = columns.has(Pte.PRESENT) & (columns.has(Pte.ZERO) | (contents == 0))
         return zero
 
@@ -137,19 +134,19 @@ class SimSpace(AddressSpace):
         order = self.geometry.check_order(order)
         if address % self.geometry.size_of(order):
             raise UsageError(f"{address:#x} is not aligned to {self.geometry.label(order)}")
-        began = self._machine.clock.now_ns
+        began = self._parts.clock.now_ns
         result = self._collapse(address, order)
-        return CollapseOutcome(result, self._machine.clock.now_ns - began)
+        return CollapseOutcome(result, self._parts.clock.now_ns - began)
 
     def _collapse(self, address: int, order: int) -> ScanResult:
-        machine, geometry = self._machine, self.geometry
+        parts, geometry = self._parts, self.geometry
         start = address // geometry.pmd_size * geometry.pmd_size
         vma = self._mm.find_vma(start)
         if vma is None or vma.start > address:
             return ScanResult.VMA_NULL
         if not vma.covers(start, start + geometry.pmd_size):
             return ScanResult.ADDRESS_RANGE
-        orders = machine.parts.collapse_orders(self._mm, vma, "madvise")
+        orders = parts.collapse_orders(self._mm, vma, "madvise")
         if order not in orders:
             return ScanResult.VMA_CHECK
         pmd = self._mm.pmd(start)
@@ -157,10 +154,10 @@ class SimSpace(AddressSpace):
             return ScanResult.SUCCEED
         if pmd is Pmd.NONE or not self._mm.ptes(address, 1 << order).bits.any():
             return ScanResult.NO_PTE_TABLE
-        machine.parts.lru.drain()
-        control = machine.control("madvise", orders)
-        target = SimRange(machine.parts, self._mm, vma, control)
-        scans_runs = machine.policy.scans_each_run
+        parts.lru.drain()
+        control = CollapseControl.begun(parts, "madvise", orders)
+        target = SimRange(parts, self._mm, vma, control)
+        scans_runs = parts.policy.scans_each_run
         scan = target.scan_run(address, order) if scans_runs else target.scan_pmd(start)
         return scan.result if scan.result is not ScanResult.SUCCEED else target.collapse_huge_page(address, order, scan)
 

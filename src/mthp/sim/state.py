@@ -1,7 +1,7 @@
 """The whole state of a machine as one checksum, to tell whether two lives went the same way.
 
 It goes over every column, the free lists in their order, the mappings, the counters and the clock. All of these are
-whole numbers of fixed width, so that the checksum is the same on any machine.
+whole numbers of fixed width, so that the checksum is the same on any parts.
 """
 
 from __future__ import annotations
@@ -9,31 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from mthp.sim.machine import Machine
+from mthp.sim.parts import Parts
 
 
-def columns(machine: Machine) -> Iterator[NDArray[np.integer[Any]]]:
-    """All columns of the machine."""
-    memory, swap = machine.parts.memory, machine.parts.swap
+def columns(parts: Parts) -> Iterator[NDArray[np.integer[Any]]]:
+    """All columns of the parts."""
+    memory, swap = parts.memory, parts.swap
     yield from (memory.flags, memory.order, memory.refcount, memory.mapcount, memory.content, memory.cgroup)
     yield from (swap.count, swap.content, swap.cached)
-    for mm in machine.mms.values():
+    for mm in parts.mms.values():
         for table in mm.tables:
             yield from (table.pmd, table.bits, table.value)
 
 
-def digest(machine: Machine) -> str:
+def digest(parts: Parts) -> str:
     """The checksum, in hexadecimal digits."""
     hashed = hashlib.blake2b(digest_size=16)
-    for column in columns(machine):
+    for column in columns(parts):
         hashed.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).data)
-    parts = machine.parts
     rest = {
         "free": [zone.free_blocks() for zone in parts.memory.zones],
         "charged": parts.memory.cgroups.usage.tolist(),
@@ -43,9 +41,9 @@ def digest(machine: Machine) -> str:
         "pins": sorted((head, count) for head, count in parts.pins.items() if count),
         "mms": [
             [mm.id, mm.anon_pages, mm.swap_entries, [[v.start, v.end, sorted(v.flags), v.permissions] for v in mm.vmas]]
-            for mm in machine.mms.values()
+            for mm in parts.mms.values()
         ],
-        "counters": sorted(machine.counters.values().items()),
+        "counters": sorted(parts.counters.values().items()),
         "spent": parts.clock.spent_ns(),
         "now": parts.clock.now_ns,
     }

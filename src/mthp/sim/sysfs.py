@@ -12,16 +12,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from mthp.sim.buddy import Watermarks
 from mthp.sim.compact import compact_all
 from mthp.sim.knobs import DEFRAG_WORDS
+from mthp.sim.parts import Parts
 from mthp.sim.reclaim import drop_cache
 from mthp.tunables import SIZE_WORDS, TOP_WORDS, Switches
-
-if TYPE_CHECKING:
-    from mthp.sim.machine import Machine
 
 THP = "/sys/kernel/mm/transparent_hugepage/"
 
@@ -99,8 +96,8 @@ class _File:
 class Sysfs:
     """The files of a machine."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         self._files = {THP + path: file for path, file in self._thp().items()} | self._proc()
 
     def read(self, path: str) -> str:
@@ -138,20 +135,20 @@ class Sysfs:
     # The directory of transparent huge pages.
 
     def _thp(self) -> dict[str, _File]:
-        machine, parts = self._machine, self._machine.parts
+        parts = self._parts
         files = {
             "enabled": self._words(TOP_WORDS, lambda: parts.switches.enabled, self._set_enabled),
             "defrag": self._words(DEFRAG_WORDS, lambda: parts.knobs.defrag, lambda word: self._knob("defrag", word)),
             "use_zero_page": self._flag("use_zero_page"),
             "shrink_underused": self._flag("shrink_underused"),
-            "hpage_pmd_size": _File(lambda: f"{machine.geometry.pmd_size}\n"),
+            "hpage_pmd_size": _File(lambda: f"{parts.geometry.pmd_size}\n"),
             "khugepaged/defrag": _File(
                 lambda: f"{int(parts.tunables.defrag)}\n", lambda text: self._tune("defrag", bool(_number(text, 1)))
             ),
             "khugepaged/full_scans": self._counter("full_scans"),
             "khugepaged/pages_collapsed": self._counter("pages_collapsed"),
         }
-        highest = machine.geometry.ptes_per_pmd - 1
+        highest = parts.geometry.ptes_per_pmd - 1
         for name in ("max_ptes_none", "max_ptes_swap", "max_ptes_shared"):
             files[f"khugepaged/{name}"] = self._tunable(name, lambda text: _number(text, highest))
         files["khugepaged/pages_to_scan"] = self._tunable(
@@ -159,13 +156,13 @@ class Sysfs:
         )
         for name in ("scan_sleep_millisecs", "alloc_sleep_millisecs"):
             files[f"khugepaged/{name}"] = self._tunable(name, lambda text: _number(text, _UINT_MAX))
-        for order in machine.geometry.anon_orders:
+        for order in parts.geometry.anon_orders:
             files |= self._size(order)
         return files
 
     def _size(self, order: int) -> dict[str, _File]:
         """The directory of one folio size."""
-        name, parts = self._machine.geometry.sysfs_name(order), self._machine.parts
+        name, parts = self._parts.geometry.sysfs_name(order), self._parts
         enabled = self._words(
             SIZE_WORDS, lambda: parts.switches.sizes.get(order, "never"), lambda word: self._set_size(order, word)
         )
@@ -185,38 +182,38 @@ class Sysfs:
         return _File(lambda: " ".join(f"[{word}]" if word == get() else word for word in words) + "\n", write)
 
     def _set_enabled(self, word: str) -> None:
-        parts = self._machine.parts
+        parts = self._parts
         parts.switches = Switches(word, parts.switches.sizes)
 
     def _set_size(self, order: int, word: str) -> None:
-        parts = self._machine.parts
+        parts = self._parts
         parts.switches = Switches(parts.switches.enabled, dict(parts.switches.sizes) | {order: word})
 
     def _knob(self, name: str, value: object) -> None:
-        parts = self._machine.parts
+        parts = self._parts
         parts.knobs = replace(parts.knobs, **{name: value})  # type: ignore[arg-type]
 
     def _flag(self, name: str) -> _File:
-        parts = self._machine.parts
+        parts = self._parts
         return _File(
             lambda: f"{int(getattr(parts.knobs, name))}\n", lambda text: self._knob(name, bool(_number(text, 1)))
         )
 
     def _tune(self, name: str, value: int) -> None:
-        parts = self._machine.parts
+        parts = self._parts
         parts.tunables = replace(parts.tunables, **{name: value})  # type: ignore[arg-type]
 
     def _tunable(self, name: str, parse: Callable[[str], int]) -> _File:
-        parts = self._machine.parts
+        parts = self._parts
         return _File(lambda: f"{getattr(parts.tunables, name)}\n", lambda text: self._tune(name, parse(text)))
 
     def _counter(self, name: str) -> _File:
-        return _File(lambda: f"{self._machine.counters[name]}\n")
+        return _File(lambda: f"{self._parts.counters[name]}\n")
 
     # Below /proc, and debugfs.
 
     def _proc(self) -> dict[str, _File]:
-        parts = self._machine.parts
+        parts = self._parts
         return {
             "/proc/buddyinfo": _File(self._buddyinfo),
             "/proc/vmstat": _File(self._vmstat),
@@ -236,40 +233,40 @@ class Sysfs:
         """Compact all zones as far as that goes (compact_nodes)."""
         if _number(text, _UINT_MAX) != 1:
             raise _error(errno.EINVAL)
-        compact_all(self._machine.parts)
+        compact_all(self._parts)
 
     def _drop_caches(self, text: str) -> None:
         """Drop all of the page cache; 2 alone drops what this machine does not have."""
         if _number(text, 4, lowest=1) & 1:
-            drop_cache(self._machine.parts, len(self._machine.parts.memory.cache))
+            drop_cache(self._parts, len(self._parts.memory.cache))
 
     def _buddyinfo(self) -> str:
         lines = []
-        for zone in self._machine.parts.memory.zones:
+        for zone in self._parts.memory.zones:
             counts = "".join(f"{count:6d} " for count in zone.free_counts())
             lines.append(f"Node {zone.node}, zone {zone.name:>8} {counts}\n")
         return "".join(lines)
 
     def _unusable_index(self) -> str:
         lines = []
-        for zone in self._machine.parts.memory.zones:
+        for zone in self._parts.memory.zones:
             numbers = [int(zone.unusable_index(order) * 1000) for order in range(zone.max_order + 1)]
             values = "".join(f"{number // 1000}.{number % 1000:03d} " for number in numbers)
             lines.append(f"Node {zone.node}, zone {zone.name:>8} {values}\n")
         return "".join(lines)
 
     def _vmstat(self) -> str:
-        counted = "".join(f"{name} {self._machine.counters[name]}\n" for name in VMSTAT)
-        return f"nr_free_pages {self._machine.parts.memory.free_frames}\n{counted}"
+        counted = "".join(f"{name} {self._parts.counters[name]}\n" for name in VMSTAT)
+        return f"nr_free_pages {self._parts.memory.free_frames}\n{counted}"
 
     def _min_free_kbytes(self) -> int:
-        frames = sum(zone.watermarks.min for zone in self._machine.parts.memory.zones)
-        return frames * self._machine.geometry.page_size >> 10
+        frames = sum(zone.watermarks.min for zone in self._parts.memory.zones)
+        return frames * self._parts.geometry.page_size >> 10
 
     def _set_min_free_kbytes(self, kbytes: int) -> None:
         """Shared out over the zones by their size (__setup_per_zone_wmarks, mm/page_alloc.c)."""
-        zones = self._machine.parts.memory.zones
-        total = (kbytes << 10) // self._machine.geometry.page_size
+        zones = self._parts.memory.zones
+        total = (kbytes << 10) // self._parts.geometry.page_size
         frames = sum(zone.frames for zone in zones)
         for zone in zones:
             zone.watermarks = Watermarks.above(total * zone.frames // frames)
