@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mthp.errors import UsageError
-from mthp.lab.scenario import Scenario, load_scenario
+from mthp.lab.scenario import load_scenario
+from mthp.lab.tables import Scenario
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.redis import Redis
 

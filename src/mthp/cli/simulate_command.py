@@ -19,8 +19,8 @@ from mthp.files import check_output
 from mthp.geometry import format_size
 
 if TYPE_CHECKING:
-    from mthp.lab.scenario import Scenario
     from mthp.lab.simulation import Outcome
+    from mthp.lab.tables import Scenario
 
 WANTED = 0.5
 """The coverage until which time is told."""

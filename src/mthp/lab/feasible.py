@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mthp.bounded import Bound
 from mthp.errors import UsageError
 from mthp.geometry import Geometry, format_size
-
-if TYPE_CHECKING:
-    from mthp.lab.scenario import MachineSettings, ProcessPlan, Settings
+from mthp.lab.tables import MachineSettings, ProcessPlan, Settings
 
 BYTES_PER_PAGE = 20
 """Memory that a simulated machine takes for each of its pages, about."""

@@ -24,9 +24,9 @@
     kind = "fragment"
     share = "90%"
 
-Every table is a dataclass here, and a key of the file is one of its fields; what a field is written as, is its type
-(:mod:`mthp.lab.workloads.parameters`). A key that no field has, a unit that does not exist, a number below 0 and a
-machine too small for its programs are errors that name the place.
+Every table is a dataclass of :mod:`mthp.lab.tables`, and a key of the file is one of its fields; what a field is
+written as, is its type (:mod:`mthp.lab.workloads.parameters`). A key that no field has, a unit that does not exist, a
+number below 0 and a machine too small for its programs are errors that name the place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -44,135 +43,13 @@ from mthp.errors import UsageError
 from mthp.files import begins
 from mthp.geometry import Geometry, geometry_named
 from mthp.lab.feasible import check_machine, check_processes
+from mthp.lab.tables import FAULTS, FaultSettings, MachineSettings, ProcessPlan, ProcessSettings, Scenario, Settings
 from mthp.lab.workloads import MODELS
-from mthp.lab.workloads.parameters import Count, Duration, Share, Size
-from mthp.lab.workloads.program import Model
+from mthp.lab.workloads.parameters import Size
 from mthp.tunables import Switches, Tunables
 from mthp.units import parse_duration, parse_share, parse_size
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class MachineSettings:
-    """The table ``[machine]``.
-
-    Attributes:
-        memory: of all nodes together.
-        nodes: NUMA nodes.
-        swap: the size of the swap device.
-        geometry: page size and PMD order, by the name of a kernel's.
-        fragmentation: the part of the free memory that cannot be had in blocks of the PMD order, at the start.
-        movable: the part of the pages that are in the way which compaction can move.
-    """
-
-    memory: Size = 1 << 30
-    nodes: Count = 1
-    swap: Size = 0
-    geometry: str = "x86-64"
-    fragmentation: Share = 0.0
-    movable: Share = 0.0
-
-
-@dataclass(frozen=True)
-class ProcessSettings:
-    """A table ``[[process]]``, without what is the model's own.
-
-    Attributes:
-        workload: the model.
-        name: in the results; the workload's by default.
-        count: how many of them.
-        start: when they begin.
-        stop: when they end; 0 for at the end.
-        advise: whether their memory carries MADV_HUGEPAGE.
-        advise_after: how long after its start a process asks for that; until then its memory is faulted in small, and
-            what becomes large is khugepaged's doing.
-        limit: ``memory.max`` of a cgroup of its own, for each of them; 0 for none.
-    """
-
-    workload: str
-    name: str = ""
-    count: Count = 1
-    start: Duration = 0.0
-    stop: Duration = 0.0
-    advise: bool = True
-    advise_after: Duration = 0.0
-    limit: Size = 0
-
-
-FAULTS = ("fragment", "kill", "pin", "limit")
-
-
-@dataclass(frozen=True)
-class FaultSettings:
-    """A table ``[[fault]]``: something that goes wrong.
-
-    Attributes:
-        at: when.
-        kind: ``fragment``: free memory is fragmented to `share`; ``kill``: processes called `process` die; ``pin``: for
-            `lasts`, `share` of their pages are pinned, as I/O does; ``limit``: the cgroup of each gets `size` as its
-            limit.
-        process: name of the processes.
-        share, size, lasts: see above.
-    """
-
-    at: Duration
-    kind: str
-    process: str = ""
-    share: Share = 0.5
-    size: Size = 0
-    lasts: Duration = 5.0
-
-
-@dataclass(frozen=True)
-class ProcessPlan:
-    """Processes of one model: the settings, and the model with its parameters."""
-
-    settings: ProcessSettings
-    model: Model
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What stands above all tables.
-
-    Attributes:
-        duration: how long it runs.
-        seed: of all chance.
-        policy: what khugepaged collapses to.
-        step: from one tick of the programs to the next.
-        sample: from one row of the results to the next.
-        khugepaged: whether it runs.
-    """
-
-    duration: Duration
-    seed: Count = 0
-    policy: str = "mainline"
-    step: Duration = 0.1
-    sample: Duration = 1.0
-    khugepaged: bool = True
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A scenario, checked.
-
-    Attributes:
-        path: of the file.
-        text: its contents.
-        settings, machine, processes, faults: its tables.
-        geometry, switches, tunables: of the machine.
-    """
-
-    path: str
-    text: str
-    settings: Settings
-    machine: MachineSettings
-    processes: tuple[ProcessPlan, ...]
-    faults: tuple[FaultSettings, ...]
-    geometry: Geometry
-    switches: Switches = field(default_factory=Switches)
-    tunables: Tunables | None = None
 
 
 def load_scenario(path: Path) -> Scenario:

@@ -12,8 +12,8 @@ from mthp.bounded import named, parse_json
 from mthp.errors import UsageError
 from mthp.files import PUBLIC, creating
 from mthp.lab.rows import checked_rows
-from mthp.lab.scenario import Scenario
 from mthp.lab.simulation import Outcome, Row
+from mthp.lab.tables import Scenario
 from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.snapshot.table import pyarrow
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mthp.addrspace import Pte
 from mthp.census import take_census
 from mthp.lab import metrics
-from mthp.lab.scenario import FaultSettings, ProcessPlan, Scenario
+from mthp.lab.tables import FaultSettings, ProcessPlan, Scenario
 from mthp.lab.workloads.program import KilledError, Program
 from mthp.sim import Machine
 
