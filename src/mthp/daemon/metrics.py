@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from mthp.daemon.boundedserver import BoundedServer
 from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
+from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import memory_used
+from mthp.daemon.worker import Worker
 from mthp.errors import UnsupportedError, UsageError
 
 try:
@@ -23,20 +24,24 @@ try:
 except ImportError as error:
     raise UnsupportedError("metrics need prometheus_client", help="pip install 'mthp[daemon]'") from error
 
-if TYPE_CHECKING:
-    from mthp.daemon.service import Daemon
-
 
 class MetricsServer:
     """The page of metrics, served by a thread of its own.
+
+    Args:
+        environment, worker: what is counted.
+        host, port: where to serve it.
+
+    Raises:
+        UsageError: the port is taken, or not ours.
 
     Attributes:
         url: where it is.
     """
 
-    def __init__(self, daemon: Daemon, host: str, port: int) -> None:
+    def __init__(self, environment: Environment, worker: Worker, host: str, port: int) -> None:
         registry = CollectorRegistry()
-        registry.register(_DaemonCollector(daemon))
+        registry.register(_DaemonCollector(environment, worker))
         try:
             self._server = BoundedServer(host, port, make_wsgi_app(registry))
         except OSError as error:
@@ -55,22 +60,12 @@ class MetricsServer:
         self._thread.join()
 
 
-def serve(daemon: Daemon, host: str, port: int) -> MetricsServer:
-    """Serve the metrics of `daemon`.
-
-    Raises:
-        UsageError: the port is taken, or not ours.
-    """
-    return MetricsServer(daemon, host, port)
-
-
 class _DaemonCollector(Collector):
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
+    def __init__(self, environment: Environment, worker: Worker) -> None:
+        self._environment, self._worker = environment, worker
 
     def collect(self) -> Iterator[Metric]:
-        daemon = self._daemon
-        counters, geometry = daemon.environment.total, daemon.geometry
+        counters, geometry, worker = self._environment.total, self._environment.geometry, self._worker
         yield _by(
             "mthp_collapses",
             "Folios made by collapse.",
@@ -101,13 +96,11 @@ class _DaemonCollector(Collector):
         yield CounterMetricFamily("mthp_looks", "Times that a process was asked whether it changed.", counters.looks)
         yield _histogram("mthp_pause_seconds", "Pauses of all threads of a process (move).", counters.stopped)
         yield _histogram("mthp_call_seconds", "Calls of MADV_COLLAPSE.", counters.called)
-        yield GaugeMetricFamily("mthp_targets", "Processes worked on.", len(daemon.worker.targets))
-        left_out = sum(bool(target.left_out) for target in list(daemon.worker.targets.values()))
+        yield GaugeMetricFamily("mthp_targets", "Processes worked on.", len(worker.targets))
+        left_out = sum(bool(target.left_out) for target in list(worker.targets.values()))
         yield GaugeMetricFamily("mthp_targets_left_out", "Of these, left out for now.", left_out)
-        yield GaugeMetricFamily("mthp_paused", "Whether it was told to pause.", int(daemon.worker.paused))
-        yield GaugeMetricFamily(
-            "mthp_memory_pressure_ratio", "Share of time in which tasks wait.", daemon.worker.pressure
-        )
+        yield GaugeMetricFamily("mthp_paused", "Whether it was told to pause.", int(worker.paused))
+        yield GaugeMetricFamily("mthp_memory_pressure_ratio", "Share of time in which tasks wait.", worker.pressure)
         times = os.times()
         yield CounterMetricFamily("mthp_cpu_seconds", "CPU time of the daemon.", times.user + times.system)
         yield GaugeMetricFamily("mthp_resident_memory_bytes", "Memory of the daemon.", memory_used())

@@ -191,9 +191,9 @@ class Daemon:
         endpoint = self._options.metrics or self.configuration.metrics
         if endpoint is None:
             return
-        from mthp.daemon.metrics import serve
+        from mthp.daemon.metrics import MetricsServer
 
-        server = serve(self, *endpoint)
+        server = MetricsServer(self.environment, self.worker, *endpoint)
         self._undo.callback(server.close)
         self._say(f"metrics: {server.url}")
 
