@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mover_targets import belongings, open_window, program
+from mthp.linux.mover.arch.x86_64 import has_protection_keys
 from mthp.linux.mover.tracee import CannotStopError
-from mthp.linux.mover.x86_64 import has_protection_keys
 from mthp.linux.process import Process
 
 pytestmark = [

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
-from mthp.linux.mover import aarch64, calls, machine, stub, x86_64
-from mthp.linux.mover.aarch64 import Aarch64
+from mthp.linux.mover import calls, stub
+from mthp.linux.mover.arch import aarch64, machine, x86_64
+from mthp.linux.mover.arch.aarch64 import Aarch64
+from mthp.linux.mover.arch.x86_64 import COLUMN, NO_SYSCALL, X8664
 from mthp.linux.mover.ptrace import ALL_SIGNALS
-from mthp.linux.mover.x86_64 import COLUMN, NO_SYSCALL, X8664
 from mthp.linux.probes import UFFD_API, UFFDIO_API
 
-SOURCES = Path(stub.__file__).parent
+SOURCES = Path(machine.__file__).parent
 LAYOUT = stub.Layout(0x7F00_0000_0000, 70, 32, 2 << 20, X8664(), 4096)
 
 
@@ -61,7 +62,7 @@ def test_the_boot_code_is_its_source_assembled(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", calls.CODE)
 def test_the_bytes_of_the_calls_are_their_source_assembled(tmp_path: Path, name: str) -> None:
-    assert assembled(SOURCES / f"calls_{name}.S", name, tmp_path) == calls.CODE[name]
+    assert assembled(Path(calls.__file__).with_name(f"calls_{name}.S"), name, tmp_path) == calls.CODE[name]
 
 
 def _defines(name: str = "x86_64") -> dict[str, int]:

@@ -11,7 +11,7 @@ again, with the same bytes, while nobody looks:
 3. *Let go* of all threads, as they were.
 
 Only the target itself can fault its own memory in, so step 2 is done by one of its threads, the *worker*. It runs some
-code (``stub_x86_64.S``, ``stub_aarch64.S``) in a mapping that exists for the time of the window. That mapping is
+code (``arch/stub_*.S``) in a mapping that exists for the time of the window. That mapping is
 brought in by code in the padding behind the target's own (:mod:`~mthp.linux.mover.inject`). Of the ways to move pages
 away, UFFDIO_MOVE (Linux 6.8) is the one with which the kernel itself refuses what is pinned, shared or locked. It wants
 its destination registered with a userfaultfd; one that sees only faults of user mode can be created without privilege.

@@ -2,7 +2,7 @@
 
 There is no code of ours in the target, so one of its threads is made to do the first system calls. A tracer that lives
 could make it do so from outside, call by call; one that dies in between would leave it with registers that are not its
-own. So the calls are made by code that needs no tracer, the *boot code* (``boot_x86_64.S``). It is written, with all of
+own. So the calls are made by code that needs no tracer, the *boot code* (``arch/boot_*.S``). It is written, with all of
 the thread's registers as data, into the padding behind the code of the target
 (:mod:`~mthp.linux.mover.padding`); then one PTRACE_SETREGSET sends the thread there. From that moment on the thread
 finds its way home by itself, and we only watch words of its memory::

@@ -19,9 +19,9 @@ import numpy as np
 
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.mover import ptrace
+from mthp.linux.mover.arch.machine import MACHINES, by_name
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import CALLS, BootedThread, Place, choose
-from mthp.linux.mover.machine import MACHINES, by_name
 from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.mover.padding import memory_reader
 from mthp.linux.mover.steps import ignore

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mthp.errors import MthpError, UnsupportedError
-from mthp.linux.mover.machine import Machine
+from mthp.linux.mover.arch.machine import Machine
 from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.process import Process
 

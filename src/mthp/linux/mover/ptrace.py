@@ -2,7 +2,7 @@
 
 What is asked of all threads at once goes through :mod:`~mthp.linux.mover.calls`, with the same numbers, which are those
 of include/uapi/linux/ptrace.h. General registers are read and set as the register set NT_PRSTATUS, which every
-architecture has; what is in it is the machine's matter (:mod:`~mthp.linux.mover.machine`).
+architecture has; what is in it is the machine's matter (:mod:`~mthp.linux.mover.arch.machine`).
 
 The C library is called with the interpreter's lock held (:class:`ctypes.PyDLL`): no request here blocks, and letting
 another Python thread in between two of them would lengthen the time for which the target stands still.

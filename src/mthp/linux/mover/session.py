@@ -20,10 +20,11 @@ from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader
 from mthp.linux.kpageflags import FolioReader
 from mthp.linux.mover import stub
+from mthp.linux.mover.arch.machine import native
+from mthp.linux.mover.arch.x86_64 import has_protection_keys
 from mthp.linux.mover.blockrefusals import BlockRefusal, touches
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, Place, inject
-from mthp.linux.mover.machine import native
 from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
@@ -32,7 +33,6 @@ from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
-from mthp.linux.mover.x86_64 import has_protection_keys
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from mthp.results import ScanResult

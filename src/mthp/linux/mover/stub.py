@@ -1,6 +1,6 @@
 """The memory that the code inside a target works on: where it lies, and what stands in it.
 
-The code itself is each machine's own (:mod:`~mthp.linux.mover.machine`); header, operations and the order of things are
+The code itself is each machine's own (:mod:`~mthp.linux.mover.arch`); header, operations and the order of things are
 the same for all. The code is position-independent. It is one mapping, which exists for one window::
 
     code | trampolines, one for each thread | header, operations, contexts | scratch
@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.linux.mover.machine import Machine, Registers, native
+from mthp.linux.mover.arch.machine import Machine, Registers, native
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE
 

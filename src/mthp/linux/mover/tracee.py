@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
 from mthp.linux.mover import ptrace
+from mthp.linux.mover.arch.machine import Machine, Registers
 from mthp.linux.mover.calls import Calls
-from mthp.linux.mover.machine import Machine, Registers
 from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.process import Process

@@ -154,11 +154,11 @@ def by_name(name: str) -> Machine:
         UnsupportedError: there is no stub for it.
     """
     if name == "x86_64":
-        from mthp.linux.mover.x86_64 import X8664
+        from mthp.linux.mover.arch.x86_64 import X8664
 
         return X8664()
     if name == "aarch64":
-        from mthp.linux.mover.aarch64 import Aarch64
+        from mthp.linux.mover.arch.aarch64 import Aarch64
 
         return Aarch64()
     raise UnsupportedError(f"the mover has no code for {name}", help=f"it has: {', '.join(MACHINES)}")

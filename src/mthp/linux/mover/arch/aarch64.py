@@ -7,8 +7,9 @@ What is different from x86-64, as far as the kernel shows it (arch/arm64/kernel/
   timeouts of the worker, and of threads that restore themselves, start again. What a signal makes of the worker's call
   is a matter of its own (:mod:`~mthp.linux.mover.reentry`); to threads that restore themselves nobody sees in this way.
 - For the same reason an EINTR that only the stop caused (epoll_wait(2), semop(2) and the others of
-  :mod:`~mthp.linux.mover.x86_64`) cannot be told from one that a handler of the program caused, and the first argument
-  of the call is gone from the registers. It is not made good: these calls return EINTR, as after SIGSTOP and SIGCONT.
+  :mod:`~mthp.linux.mover.arch.x86_64`) cannot be told from one that a handler of the program caused, and the first
+  argument of the call is gone from the registers. It is not made good: these calls return EINTR, as after SIGSTOP and
+  SIGCONT.
 - System calls throw away the parts of SVE registers beyond the vector registers, and rt_sigreturn(2), with which a
   thread restores itself, leaves the streaming mode of SME and wants a token on a guarded control stack; and on
   processors with permission overlays, some kernels set those at random if the frame says nothing of them. A thread in
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.machine import Machine, Registers
+from mthp.linux.mover.arch.machine import Machine, Registers
 
 CODE = bytes.fromhex(
     """

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.calls import executable
-from mthp.linux.mover.machine import (
+from mthp.linux.mover.arch.machine import (
     ERESTART_RESTARTBLOCK,
     ERESTARTNOHAND,
     ERESTARTNOINTR,
@@ -23,6 +22,7 @@ from mthp.linux.mover.machine import (
     Machine,
     Registers,
 )
+from mthp.linux.mover.calls import executable
 
 CODE = bytes.fromhex(
     """

@@ -1,0 +1,1 @@
+"""What the mover has to know of each architecture."""
