@@ -26,7 +26,7 @@ from typing import NoReturn
 import pytest
 
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.mover.arch.machine import MACHINES
+from mthp.linux.mover.arch import MACHINES
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
 from thp_switches import THP_ROOT, ThpSwitches

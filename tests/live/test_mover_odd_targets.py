@@ -20,7 +20,7 @@ import pytest
 from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, open_window, program
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.linux.mover import inject, park
-from mthp.linux.mover.arch.machine import native
+from mthp.linux.mover.arch import native
 from mthp.linux.mover.blockrefusals import BlockRefusal
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
 from mthp.linux.mover import calls, stub
-from mthp.linux.mover.arch import aarch64, machine, x86_64
+from mthp.linux.mover.arch import MACHINES, aarch64, by_name, machine, x86_64
 from mthp.linux.mover.arch.aarch64 import Aarch64
 from mthp.linux.mover.arch.x86_64 import COLUMN, NO_SYSCALL, X8664
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.probes import UFFD_API, UFFDIO_API
 
-SOURCES = Path(machine.__file__).parent
+SOURCES = Path(x86_64.__file__).parent
 LAYOUT = stub.Layout(0x7F00_0000_0000, 70, 32, 2 << 20, X8664(), 4096)
 
 
@@ -46,18 +46,18 @@ def assembled(source: Path, name: str, directory: Path) -> bytes:
     pytest.skip(f"needs an assembler for {name} (Debian: binutils-{name.replace('_', '-')}-linux-gnu)")
 
 
-@pytest.mark.parametrize("name", machine.MACHINES)
+@pytest.mark.parametrize("name", MACHINES)
 def test_the_bytes_are_the_source_assembled(tmp_path: Path, name: str) -> None:
-    assert assembled(SOURCES / f"stub_{name}.S", name, tmp_path) == machine.by_name(name).code
+    assert assembled(SOURCES / f"stub_{name}.S", name, tmp_path) == by_name(name).code
 
 
-@pytest.mark.parametrize("name", machine.MACHINES)
+@pytest.mark.parametrize("name", MACHINES)
 def test_the_boot_code_is_its_source_assembled(tmp_path: Path, name: str) -> None:
     """Behind the code lies data, of which the source has zeroes."""
-    code, made = machine.by_name(name).boot, assembled(SOURCES / f"boot_{name}.S", name, tmp_path)
+    code, made = by_name(name).boot, assembled(SOURCES / f"boot_{name}.S", name, tmp_path)
     assert made.startswith(code)
     assert not any(made[len(code) :])
-    assert len(made) + 8 <= machine.by_name(name).slot_bytes
+    assert len(made) + 8 <= by_name(name).slot_bytes
 
 
 @pytest.mark.parametrize("name", calls.CODE)
@@ -71,7 +71,7 @@ def _defines(name: str = "x86_64") -> dict[str, int]:
     return {name: int(value, 0) for name, value in found}
 
 
-@pytest.mark.parametrize("name", machine.MACHINES)
+@pytest.mark.parametrize("name", MACHINES)
 def test_source_and_layout_agree(name: str) -> None:
     defines = _defines(name)
     fields = stub.OPERATION.fields
@@ -80,9 +80,9 @@ def test_source_and_layout_agree(name: str) -> None:
         assert defines[f"OP_{field.upper()}"] == fields[field][1], field
     assert defines["OP_SIZE"] == stub.OPERATION.itemsize
     assert defines["OPS"] == stub.HEADER_BYTES
-    assert defines["C_SIZE"] == machine.by_name(name).context_bytes
+    assert defines["C_SIZE"] == by_name(name).context_bytes
     assert defines["PREPARED"] == stub.PREPARED_OFFSET
-    assert defines["C_HERE"] == 8 * machine.by_name(name).keeper_word
+    assert defines["C_HERE"] == 8 * by_name(name).keeper_word
     stages = [defines[name] for name in ("EMPTY", "CREATE", "HANDSHAKE", "ARM")]
     assert stages == [stub.EMPTY, stub.CREATE, stub.HANDSHAKE, stub.ARM]
     assert [defines[name] for name in ("SETUP", "GO", "DONE", "ABORT")] == [stub.SETUP, stub.GO, stub.DONE, stub.ABORT]
@@ -151,11 +151,11 @@ def test_a_context_holds_each_register_where_the_stub_looks() -> None:
 @given(
     threads=st.integers(1, 5000),
     operations=st.integers(1, 1024),
-    name=st.sampled_from(machine.MACHINES),
+    name=st.sampled_from(list(MACHINES)),
     page_size=st.sampled_from([4096, 16384, 65536]),
 )
 def test_the_parts_of_the_mapping_do_not_overlap(threads: int, operations: int, name: str, page_size: int) -> None:
-    layout = stub.Layout(1 << 40, threads, operations, 2 << 20, machine.by_name(name), page_size)
+    layout = stub.Layout(1 << 40, threads, operations, 2 << 20, by_name(name), page_size)
     assert layout.trampoline(threads - 1) + layout.machine.trampoline_bytes <= layout.header
     assert layout.trampoline(0) - layout.base >= len(layout.machine.code)
     assert layout.header + stub.HEADER_BYTES + operations * stub.OPERATION.itemsize == layout.context(0)
@@ -164,16 +164,16 @@ def test_the_parts_of_the_mapping_do_not_overlap(threads: int, operations: int, 
     assert all(part % page_size == 0 for part in (layout.header, layout.scratch))
 
 
-@pytest.mark.parametrize("name", machine.MACHINES)
+@pytest.mark.parametrize("name", MACHINES)
 def test_what_is_executed_begins_with_the_code(name: str) -> None:
-    layout = stub.Layout(1 << 40, 3, 8, 2 << 20, machine.by_name(name), 4096)
+    layout = stub.Layout(1 << 40, 3, 8, 2 << 20, by_name(name), 4096)
     assert layout.executable.startswith(layout.machine.code)
     assert len(layout.executable) <= layout.code_size
 
 
 def test_a_machine_without_a_stub_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="riscv64"):
-        machine.by_name("riscv64")
+        by_name("riscv64")
 
 
 def test_a_trampoline_refers_to_its_own_context() -> None:

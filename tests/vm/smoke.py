@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mthp.geometry import Geometry
-from mthp.linux.mover.arch.machine import MACHINES
+from mthp.linux.mover.arch import MACHINES
 from mthp.linux.sysfs import ThpSysfs
 from vm.port import Port
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from mthp.linux.findings import PTRACE_SCOPE, Answer, Facts, State, refused
-from mthp.linux.mover.arch.machine import MACHINES
+from mthp.linux.mover.arch import MACHINES
 from mthp.linux.probes import UFFD_FEATURE_MOVE
 from mthp.linux.rights import CAP_SYS_PTRACE
 

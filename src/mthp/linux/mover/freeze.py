@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.arch.machine import Machine, native
+from mthp.linux.mover.arch import native
+from mthp.linux.mover.arch.machine import Machine
 from mthp.linux.mover.reentry import before_calls, make_again
 from mthp.linux.mover.steps import Observer, Step, ignore
 from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count

@@ -19,7 +19,7 @@ import numpy as np
 
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.mover import ptrace
-from mthp.linux.mover.arch.machine import MACHINES, by_name
+from mthp.linux.mover.arch import MACHINES, by_name
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import CALLS, BootedThread, Place, choose
 from mthp.linux.mover.mapping import Mapping, read_mappings

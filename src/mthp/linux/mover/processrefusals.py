@@ -22,7 +22,7 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry, format_size
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
 from mthp.linux.headroom import memory_bounds
-from mthp.linux.mover.arch.machine import native
+from mthp.linux.mover.arch import native
 from mthp.linux.mover.devices import open_files, refuse_files
 from mthp.linux.mover.kcmp import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.mover.padding import find_padding, memory_reader

@@ -20,7 +20,7 @@ from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader
 from mthp.linux.kpageflags import FolioReader
 from mthp.linux.mover import stub
-from mthp.linux.mover.arch.machine import native
+from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
 from mthp.linux.mover.blockrefusals import BlockRefusal, touches
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess

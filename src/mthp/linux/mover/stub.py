@@ -21,7 +21,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.linux.mover.arch.machine import Machine, Registers, native
+from mthp.linux.mover.arch import native
+from mthp.linux.mover.arch.machine import Machine, Registers
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE
 

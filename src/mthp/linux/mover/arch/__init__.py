@@ -1,1 +1,34 @@
-"""What the mover has to know of each architecture."""
+"""What the mover has to know of each architecture, and the one that this program runs on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from mthp.errors import UnsupportedError
+from mthp.linux.mover.arch.aarch64 import Aarch64
+from mthp.linux.mover.arch.machine import Machine
+from mthp.linux.mover.arch.x86_64 import X8664
+
+MACHINES: Mapping[str, type[Machine]] = {"x86_64": X8664, "aarch64": Aarch64}
+"""The machines that there is a stub for, by their names in ``uname -m``."""
+
+
+def by_name(name: str) -> Machine:
+    """Return the machine that ``uname -m`` calls `name`.
+
+    Raises:
+        UnsupportedError: there is no stub for it.
+    """
+    if name not in MACHINES:
+        raise UnsupportedError(f"the mover has no code for {name}", help=f"it has: {', '.join(MACHINES)}")
+    return MACHINES[name]()
+
+
+def native() -> Machine:
+    """Return the machine that this program runs on.
+
+    Raises:
+        UnsupportedError: there is no stub for it.
+    """
+    return by_name(os.uname().machine)

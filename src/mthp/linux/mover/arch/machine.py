@@ -2,21 +2,16 @@
 
 All else is the same on every architecture. Registers come as columns, one row for each thread, so that whatever is
 done to them is done to those of all threads at once: a stop is paid for by the microsecond, and by the thread.
-
-:func:`native` gives the one that this program runs on. The others can be had by name, for their tests.
 """
 
 from __future__ import annotations
 
 import abc
-import os
 from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-from mthp.errors import UnsupportedError
 
 Registers = NDArray[np.uint64]
 """General registers, as the register set NT_PRSTATUS holds them, one row for each thread: uint64, shape (threads,
@@ -27,9 +22,6 @@ _Bools = NDArray[np.bool_]
 
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 """What a system call that a signal interrupted leaves as its result, negated (include/linux/errno.h)."""
-
-MACHINES = ("x86_64", "aarch64")
-"""Machines that there is a stub for, by their names in ``uname -m``."""
 
 
 class Machine(abc.ABC):
@@ -145,29 +137,3 @@ class Machine(abc.ABC):
         """Why the stub must not run in one of the stopped `tids` for its registers beyond the general; "" if it may."""
         del tids
         return ""
-
-
-def by_name(name: str) -> Machine:
-    """The machine that ``uname -m`` calls `name`.
-
-    Raises:
-        UnsupportedError: there is no stub for it.
-    """
-    if name == "x86_64":
-        from mthp.linux.mover.arch.x86_64 import X8664
-
-        return X8664()
-    if name == "aarch64":
-        from mthp.linux.mover.arch.aarch64 import Aarch64
-
-        return Aarch64()
-    raise UnsupportedError(f"the mover has no code for {name}", help=f"it has: {', '.join(MACHINES)}")
-
-
-def native() -> Machine:
-    """The machine that this program runs on.
-
-    Raises:
-        UnsupportedError: there is no stub for it.
-    """
-    return by_name(os.uname().machine)
