@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from mthp.errors import MthpError
 from mthp.linux.mover import ptrace
+from mthp.linux.mover.arch.machine import Machine
 from mthp.linux.mover.taskfiles import read_task_file
+from mthp.linux.mover.tracee import Tracee
+from mthp.linux.process import Process
 from mthp.text import lines
-
-if TYPE_CHECKING:
-    from mthp.linux.mover.freeze import FrozenProcess
 
 TIMEOUT_NS = 10_000_000_000
 """How long a thread may take to get to its call. Only a busy machine, or a frozen cgroup, delays it."""
@@ -44,12 +44,27 @@ _QUEUED = ptrace.ALL_SIGNALS & -(1 << 33)
 _POLL_SECONDS = 5e-6
 
 
-def before_calls(frozen: FrozenProcess, tids: Iterable[int]) -> list[int]:
-    """Those of the stopped `tids`, put back by now, of whose interrupted system calls the kernel knows no more."""
+class Frozen(Protocol):
+    """What is needed here of :class:`~mthp.linux.mover.freeze.FrozenProcess`."""
+
+    @property
+    def process(self) -> Process: ...
+    @property
+    def machine(self) -> Machine: ...
+    @property
+    def tracees(self) -> Mapping[int, Tracee]: ...
+    def read(self, address: int, size: int, /) -> bytes: ...
+    def poll(self, tid: int, /) -> int | None: ...
+    def has_exited(self, tid: int, /) -> bool: ...
+    def stop_again(self, tid: int, /) -> bool: ...
+
+
+def before_calls(frozen: Frozen, tids: Iterable[int]) -> list[int]:
+    """Return the restored threads of `tids` whose interrupted system call the kernel has forgotten."""
     return [tid for tid in tids if tid in frozen.tracees and _is_before_call(frozen, tid)]
 
 
-def _is_before_call(frozen: FrozenProcess, tid: int) -> bool:
+def _is_before_call(frozen: Frozen, tid: int) -> bool:
     machine = frozen.machine
     if not machine.forgets_calls:
         return False
@@ -59,7 +74,7 @@ def _is_before_call(frozen: FrozenProcess, tid: int) -> bool:
         return False  # The thread has nothing there to run.
 
 
-def make_again(frozen: FrozenProcess, tid: int) -> None:
+def make_again(frozen: Frozen, tid: int) -> None:
     """Lead a stopped thread that has its own registers again into the system call before which it stands; let it go.
 
     Raises:
@@ -100,7 +115,7 @@ def _hold(tid: int) -> None:
     ptrace.set_signal_mask(tid, ptrace.ALL_SIGNALS)
 
 
-def _is_to_be_held(frozen: FrozenProcess, tid: int, mask: int) -> bool:
+def _is_to_be_held(frozen: Frozen, tid: int, mask: int) -> bool:
     """Whether a signal is pending that is not in `mask`, or may come whose place in its queue matters."""
     text = read_task_file(frozen.process, tid, "status") or b""
     fields = {line[:7]: int(line[7:], 16) for line in lines(text) if line[:7] in _SIGNAL_SETS}
