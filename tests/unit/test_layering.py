@@ -24,12 +24,22 @@ source_modules = mthp.geometry
 forbidden_modules = mthp.errors
 """
 
+CIRCLE = """
+[importlinter]
+root_package = circle
 
-def lint_imports(config: Path) -> subprocess.CompletedProcess[str]:
-    """Run import-linter with the contracts of `config`."""
+[importlinter:contract:circle]
+name = no circles
+type = acyclic_siblings
+ancestors = circle
+"""
+
+
+def lint_imports(config: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run import-linter in `root` with the contracts of `config`."""
     return subprocess.run(
         [sys.executable, "-c", LINT, "--config", str(config), "--no-cache"],
-        cwd=ROOT,
+        cwd=root,
         capture_output=True,
         text=True,
         check=False,
@@ -49,3 +59,24 @@ def test_a_contract_that_does_not_hold_is_found(tmp_path: Path) -> None:
     done = lint_imports(config)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "mthp.geometry -> mthp.errors" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from circle import far",
+        "def later() -> None:\n    from circle import far",
+        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from circle.far.inner import Thing",
+    ],
+)
+def test_a_circle_of_any_kind_of_import_is_found(tmp_path: Path, back: str) -> None:
+    package = tmp_path / "circle"
+    (package / "far").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "far/__init__.py").touch()
+    (package / "far/inner.py").write_text("from circle import near\n\nclass Thing: ...\n")
+    (package / "near.py").write_text(f"{back}\n")
+    (tmp_path / "importlinter.ini").write_text(CIRCLE)
+    done = lint_imports(tmp_path / "importlinter.ini", tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "No cycles are allowed in circle" in done.stdout
