@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
 
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.toml import Document, one_of, whole
 
 TOP_WORDS = ("always", "madvise", "never")
 """Words of the top-level ``enabled`` file."""
@@ -156,6 +158,27 @@ class Switches:
                 if order >= MIN_ANON_ORDER and (self.enabled if word == "inherit" else word) in words
             )
         )
+
+
+def read_tunables(document: Document, geometry: Geometry) -> dict[str, int]:
+    """Read the table ``[tunables]``: those that it sets, by name."""
+    limit = whole(0, geometry.ptes_per_pmd - 1)
+    special = dict.fromkeys(LIMITS, limit) | {"pages_to_scan": whole(1), "defrag": whole(0, 1)}
+    names = [knob.name for knob in dataclasses.fields(Tunables)]
+    return document.values(("tunables",), {name: (name, special.get(name, whole())) for name in names})
+
+
+def read_switches(document: Document, geometry: Geometry) -> tuple[str | None, dict[int, str]]:
+    """Read the table ``[switches]``: the top-level word, None if it has none, and the words by order."""
+    keys = {"enabled": ("enabled", one_of(*TOP_WORDS))}
+    keys |= {geometry.label(order): (str(order), one_of(*SIZE_WORDS)) for order in geometry.anon_orders}
+    for key in document.keys("switches"):
+        # Any way of writing a size is a key.
+        with suppress(UsageError):
+            keys.setdefault(key, (str(geometry.parse_order(key)), one_of(*SIZE_WORDS)))
+    found = document.values(("switches",), keys)
+    enabled = found.pop("enabled", None)
+    return enabled, {int(order): word for order, word in found.items()}
 
 
 def chosen_word(text: str, words: Iterable[str], name: str) -> str:

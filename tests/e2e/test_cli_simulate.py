@@ -55,8 +55,8 @@ def test_as_json_it_is_the_same_every_time(scenario: Path) -> None:
     ("change", "words"),
     [
         (("64M", "16M"), "the processes want"),
-        (("service", "mainframe"), "workload 'mainframe' does not exist"),
-        (("burst", "brust"), "did you mean burst?"),
+        (("service", "mainframe"), "workload: 'mainframe' is not known"),
+        (("burst", "brust"), "did you mean 'burst'?"),
     ],
 )
 def test_a_scenario_that_cannot_be_is_refused(scenario: Path, change: tuple[str, str], words: str) -> None:

@@ -68,6 +68,8 @@ def test_the_forecast_is_one_line_and_only_of_what_is_long(
         ("a = " + "[" * 2000 + "]" * 2000, "levels of nesting"),
         ("a." * 2000 + "a = 1", "parts of a dotted key"),
         ("duration = " + "9" * 5000, "not TOML"),
+        ("\n".join(f"a{number} = 1" for number in range(70_000)), "unknown key"),
+        ("[[process]]\n" * 70_000, "is missing"),
     ],
 )
 def test_a_scenario_that_is_too_large_is_refused(tmp_path: Path, text: str, word: str) -> None:

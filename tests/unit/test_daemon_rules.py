@@ -132,29 +132,29 @@ def test_the_example_shows_every_key_with_the_value_that_holds_without_it() -> N
     [
         (
             '[[rule]]\nmatch = {}\npolcy = "rfc"',
-            "rules.toml:3: unknown key 'polcy' in [rule]",
+            "rules.toml:3: rule 1.polcy is an unknown key",
             "did you mean 'policy'?",
         ),
-        ('[deamon]\ncpu = "1%"', "unknown key 'deamon'", "daemon"),
-        ("[[rule]]\nmatch = { com = 1 }", "rules.toml:2: unknown key 'com' in [rule.match]", "comm"),
-        ('[daemon]\n\ncpu = "much"', "rules.toml:3: cpu: 'much' is not a share", "20%"),
-        ('[defaults]\norders = "3K"', "rules.toml:2: orders: '3K' is not a folio size", "16K"),
-        ('[defaults]\npolicy = "best"', "rules.toml:2: policy: unknown policy 'best'", "mainline"),
-        ("[tunables]\nmax_ptes_none = 512", "rules.toml:2: max_ptes_none: 512 is out of range", "0 to 511"),
-        ('[switches]\n"64K" = "on"', "rules.toml:2: 64K: 'on' is not known", "always"),
+        ('[deamon]\ncpu = "1%"', "rules.toml:1: deamon is an unknown key", "daemon"),
+        ("[[rule]]\nmatch = { com = 1 }", "rules.toml:2: rule 1.match.com is an unknown key", "comm"),
+        ('[daemon]\n\ncpu = "much"', "rules.toml:3: daemon.cpu: 'much' is not a share", "20%"),
+        ('[defaults]\norders = "3K"', "rules.toml:2: defaults.orders: '3K' is not a folio size", "16K"),
+        ('[defaults]\npolicy = "best"', "rules.toml:2: defaults.policy: unknown policy 'best'", "mainline"),
+        ("[tunables]\nmax_ptes_none = 512", "rules.toml:2: tunables.max_ptes_none: 512 is out of range", "0 to 511"),
+        ('[switches]\n"64K" = "on"', "rules.toml:2: switches.64K: 'on' is not known", "always"),
         ('[[rule]]\nmatch = { uid = "nobody-of-that-name" }', "there is no user", "getent"),
         ("[[rule]]\npolicy = 'rfc'", "rules.toml:1: rule 1 has no match", "match ="),
-        ("[[rule]]\nmatch = {}\ndeny = true\npolicy = 'rfc'", "denies, and sets policy", "nothing else"),
+        ("[[rule]]\nmatch = {}\ndeny = true\npolicy = 'rfc'", "rules.toml:1: rule 1 denies, and sets policy", "remove"),
         ("[[rule]]\nmatch = { cgroup = '/sys/fs/cgroup/a' }", "is a path of the file system", "below"),
-        ("[[rule]]\nmatch = { comm = [] }", "an empty list fits nobody", ""),
-        ("[rule]\nmatch = {}", "rules are written [[rule]]", ""),
+        ("[[rule]]\nmatch = { comm = [] }", "an empty list has no effect", "leave it out"),
+        ("[rule]\nmatch = {}", "rules.toml:1: rule is not a list of tables", "[[rule]]"),
         ("a = ", "rules.toml: not TOML: Invalid value", "TOML"),
         ('[defaults]\nmax_pause = "1"', "max_pause: '1' has no unit", "1ms"),
         ('[defaults]\npause_share = "0%"', "pause_share: '0%' is not above 0", "larger"),
         ("[defaults]\nmax_bloat = 5", "max_bloat: 5 has no unit", "5%"),
         ('[defaults]\nrate = "500"', "rate: '500' has no unit", "500M"),
         ('[daemon]\nmetrics = "host:99999"', "is not an address to serve metrics at", "9464"),
-        ("[defaults]\nmax_ptes_swap = true", "max_ptes_swap: True is not an integer", ""),
+        ("[defaults]\nmax_ptes_swap = true", "max_ptes_swap: True is not a whole number", ""),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_place_and_what_may_be(text: str, message: str, help: str) -> None:
@@ -164,9 +164,27 @@ def test_what_cannot_be_is_refused_with_its_place_and_what_may_be(text: str, mes
     assert error.exit_code == 2
 
 
+def test_every_error_of_a_file_is_reported_at_once_in_the_order_of_lines() -> None:
+    error = refused(
+        '[daemon]\ncpu = "much"\n[[rule]]\npolcy = 1\n'
+        '[[rule]]\nmatch = { uid = -1, "a\\nb" = 2 }\n[tunables]\ndefrag = 2\n'
+    )
+    assert error.message == "rules.toml:2: daemon.cpu: 'much' is not a share"
+    also = [line.split(": ", 1)[0] for line in error.help.splitlines()[1:]]
+    assert also == [f"also rules.toml:{line}" for line in (3, 4, 6, 6, 8)]
+    assert "did you mean 'policy'?" in error.help
+
+
+def test_errors_beyond_a_number_are_counted() -> None:
+    error = refused("[daemon]\n" + "".join(f"a{number} = 1\n" for number in range(50)))
+    assert error.help.splitlines()[-1] == "and 30 more"
+
+
 def test_the_line_is_that_of_the_rule_which_is_wrong() -> None:
     good = '[[rule]]\nmatch = { pid = 1 }\npolicy = "rfc"\n'
-    assert refused(good + good.replace("1", "2").replace('"rfc"', '"no"')).message.startswith("rules.toml:6: policy")
+    assert refused(good + good.replace("1", "2").replace('"rfc"', '"no"')).message.startswith(
+        "rules.toml:6: rule 2.policy"
+    )
 
 
 def test_a_file_that_cannot_be_read_is_a_refusal(tmp_path: Path) -> None:

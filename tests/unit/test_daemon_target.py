@@ -75,7 +75,7 @@ class Stage:
         tunables = Tunables.defaults(G)
         self.environment = Environment(
             geometry=G,
-            configuration=Configuration(Rules(())),
+            configuration=Configuration(rules=Rules(())),
             switches=Switches.defaults(G),
             tunables=tunables,
             free=FreeFolios(Path("/nonexistent/buddyinfo"), self.clock),

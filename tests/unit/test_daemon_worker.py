@@ -68,7 +68,7 @@ class Stage:
         self.knobs.tunables = replace(self.knobs.tunables, pages_to_scan=pages_to_scan)
         self.environment = Environment(
             geometry=G,
-            configuration=Configuration(Rules(()), pace=pace),
+            configuration=Configuration(rules=Rules(()), pace=pace),
             switches=self.knobs.switches,
             tunables=self.knobs.tunables,
             free=FreeFolios(NOWHERE, self.clock),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -75,43 +76,46 @@ PROCESS = '[[process]]\nworkload = "service"\n'
         (PROCESS, "duration is missing"),
         ('duration = "10s"', "no [[process]]"),
         ('duration = "10 parsecs"\n' + PROCESS, "'10 parsecs' is not a duration"),
-        ('duration = "0s"\n' + PROCESS, "duration is not above 0"),
-        ("duration = -5\n" + PROCESS, "duration -5 is below 0"),
+        ('duration = "0s"\n' + PROCESS, "duration: '0s' is not above 0"),
+        ("duration = -5\n" + PROCESS, "scenario.toml:1: duration: -5 is not a duration"),
         ("duration = inf\n" + PROCESS, "duration: inf is not a duration"),
         (f'duration = "{"9" * 400}s"\n' + PROCESS, "is not a duration"),
         ("duration = 1\n[machine]\nfragmentation = nan\n" + PROCESS, "machine.fragmentation: nan is not a share"),
-        ("duration = 1\n[machine]\nmemory = 0\n" + PROCESS, "machine.memory is 0"),
+        ("duration = 1\n[machine]\nmemory = 0\n" + PROCESS, "machine.memory: 0 is not above 0"),
         ('duration = 1\n[machine]\nmemory = "100000T"\n' + PROCESS, "to simulate 97.7P, swap included, takes about"),
         ('duration = 1\n[machine]\nswap = "100000T"\n' + PROCESS, "swap included, takes about"),
-        ("duration = 1\n" + PROCESS + "core = 0\n", "process 1.core is 0"),
+        ("duration = 1\n" + PROCESS + "core = 0\n", "process 1.core: 0 is not above 0"),
         ("duration = true\n" + PROCESS, "duration: True is not a duration"),
-        ("duration = 1\ndurration = 1\n" + PROCESS, "did you mean duration?"),
+        ("duration = 1\ndurration = 1\n" + PROCESS, "did you mean 'duration'?"),
         ('duration = 1\npolicy = "best"\n' + PROCESS, "best"),
-        ("duration = 1\nseed = 1.5\n" + PROCESS, "seed: 1.5 is not a count"),
-        ('duration = 1\nkhugepaged = "yes"\n' + PROCESS, "khugepaged 'yes' is not true or false"),
+        ("duration = 1\nseed = 1.5\n" + PROCESS, "seed: 1.5 is not a whole number"),
+        ('duration = 1\nkhugepaged = "yes"\n' + PROCESS, "khugepaged: 'yes' is not true or false"),
         ("duration = 1\nmachine = 5\n" + PROCESS, "machine is not a table"),
         ('duration = 1\n[machine]\nmemory = "-1G"\n' + PROCESS, "machine.memory: '-1G' is not a size"),
-        ("duration = 1\n[machine]\nmemory = -1\n" + PROCESS, "machine.memory -1 is below 0"),
+        ("duration = 1\n[machine]\nmemory = -1\n" + PROCESS, "machine.memory: -1 is not a size"),
         ('duration = 1\n[machine]\nmemory = "1X"\n' + PROCESS, "machine.memory: '1X' is not a size"),
         ('duration = 1\n[machine]\nmemory = "1M"\n' + PROCESS, "less than one PMD range"),
-        ('duration = 1\n[machine]\nmemroy = "1G"\n' + PROCESS, "machine.memroy does not exist"),
+        ('duration = 1\n[machine]\nmemroy = "1G"\n' + PROCESS, "scenario.toml:3: machine.memroy is an unknown key"),
         (
             'duration = 1\n[machine]\nfragmentation = "130%"\n' + PROCESS,
             "fragmentation: '130%' is more than 100%",
         ),
         ("duration = 1\n[machine]\nmovable = 1\n" + PROCESS, "machine.movable: 1 has no unit"),
-        ('duration = 1\n[machine]\ngeometry = "pdp-11"\n' + PROCESS, "unknown geometry"),
-        ('duration = 1\n[switches]\n65K = "always"\n' + PROCESS, "switches: '65K'"),
+        ('duration = 1\n[machine]\ngeometry = "pdp-11"\n' + PROCESS, "geometry: 'pdp-11' is not known"),
+        ('duration = 1\n[switches]\n65K = "always"\n' + PROCESS, "switches.65K is an unknown key"),
         ('duration = 1\n[switches]\n64K = "sometimes"\n' + PROCESS, "sometimes"),
-        ("duration = 1\n[tunables]\nmax_ptes_none = 600\n" + PROCESS, "max_ptes_none 600"),
-        ("duration = 1\n[tunables]\nmax_ptes = 6\n" + PROCESS, "tunables.max_ptes does not exist"),
-        ('duration = 1\n[[process]]\nworkload = "emacs"\n', "workload 'emacs' does not exist"),
+        ("duration = 1\n[tunables]\nmax_ptes_none = 600\n" + PROCESS, "max_ptes_none: 600 is out of range"),
+        ("duration = 1\n[tunables]\nmax_ptes = 6\n" + PROCESS, "tunables.max_ptes is an unknown key"),
+        ('duration = 1\n[[process]]\nworkload = "emacs"\n', "process 1.workload: 'emacs' is not known"),
         ("duration = 1\n[process]\n", "process is not a list of tables"),
-        ("duration = 1\n" + PROCESS + 'memory = "1G"\n', "process 1.memory does not exist"),
+        ("duration = 1\n" + PROCESS + 'memory = "1G"\n', "process 1.memory is an unknown key"),
         ("duration = 1\n" + PROCESS + "start = 5\nstop = 4\n", "stops before it starts"),
         ("duration = 1\n" + PROCESS + 'core = "3G"\n', "the processes want 3080 MiB"),
-        ("duration = 1\n" + PROCESS + '[[fault]]\nat = 1\nkind = "flood"\n', "kind 'flood' does not exist"),
-        ("duration = 1\n" + PROCESS + '[[fault]]\nat = 1\nkind = "kill"\nprocess = "x"\n', "no process called 'x'"),
+        ("duration = 1\n" + PROCESS + '[[fault]]\nat = 1\nkind = "flood"\n', "fault 1.kind: 'flood' is not known"),
+        (
+            "duration = 1\n" + PROCESS + '[[fault]]\nat = 1\nkind = "kill"\nprocess = "x"\n',
+            "a process that does not exist: 'x'",
+        ),
         ("duration = 1\n" + PROCESS + '[[fault]]\nkind = "fragment"\n', "fault 1.at is missing"),
     ],
 )
@@ -120,6 +124,36 @@ def test_what_cannot_be_is_said_with_its_place(tmp_path: Path, text: str, words:
         loaded(tmp_path, text)
     assert words in f"{caught.value.message} {caught.value.help}"
     assert "scenario.toml" in caught.value.message
+
+
+def test_every_error_of_a_scenario_is_reported_at_once(tmp_path: Path) -> None:
+    text = """[machine]
+nodes = 0
+[switches]
+64K = "on"
+[[process]]
+workload = "redis"
+memory = "4"
+churn = 4
+[[process]]
+workload = "nothing"
+[[fault]]
+kind = "kill"
+"""
+    with pytest.raises(UsageError) as caught:
+        loaded(tmp_path, text)
+    errors = [caught.value.message, *caught.value.help.splitlines()]
+    found = re.findall(r"scenario\.toml(?::(\d+))?: ([\w. ]+?)(?: is |:)", "\n".join(errors))
+    assert found == [
+        *(("", "duration"), ("2", "machine.nodes"), ("4", "switches.64K")),
+        *(("8", "process 1.churn"), ("10", "process 2.workload"), ("11", "fault 1.at")),
+    ]
+
+
+def test_sizes_of_switches_may_be_written_in_every_way(tmp_path: Path) -> None:
+    text = f'duration = 1\n[switches]\n"128 KiB" = "always"\n"order=4" = "madvise"\n{PROCESS}'
+    sizes = loaded(tmp_path, text).switches.sizes
+    assert (sizes[4], sizes[5]) == ("madvise", "always")
 
 
 def test_what_is_no_file_is_said(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mthp.collapse.policy import BUILT_IN, OWN, Policy
 from mthp.errors import UsageError
+from mthp.toml import text
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -47,6 +48,15 @@ def policy_named(policy: str | Policy) -> Policy:
     if not isinstance(getattr(made, "name", None), str):
         raise UsageError(f"policy {policy!r} has no attribute `name`", help=_whose(declared[policy]))
     return made
+
+
+def known_policy(name: object) -> str:
+    """Return the name of a policy, if there is one of that name.
+
+    Raises:
+        UsageError: not a text, or as :func:`policy_named`.
+    """
+    return policy_named(text(name)).name
 
 
 def policy_in_file(text: str) -> Policy:

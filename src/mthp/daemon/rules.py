@@ -17,13 +17,20 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Annotated, Literal
 
 from mthp.addrspace import Mechanism
-from mthp.budget import DEFAULT_BLOAT, Amount
+from mthp.budget import DEFAULT_BLOAT, Amount, parse_amount, parse_bloat
+from mthp.collapse.policy_lookup import known_policy
+from mthp.daemon.values import cgroup_pattern, pattern, user_id
 from mthp.errors import UsageError
+from mthp.toml import positive, whole
+from mthp.units import parse_duration, parse_rate, parse_share
 
-Patterns = tuple[str, ...]
+Patterns = tuple[Annotated[str, pattern], ...]
+
+Limit = Annotated[int, "limit"]
+"""PTEs of a PMD range, less one at most."""
 
 _WEIGHTS = {"uid": 1, "cgroup": 2, "comm": 4, "exe": 8, "pid": 16}
 """What a property counts when rules are compared: each more than all before it together."""
@@ -54,18 +61,18 @@ class ProcessFacts:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The properties that a rule names; empty tuples name nothing.
+    """The properties that a rule names, the keys of its ``match``; empty tuples name nothing.
 
     Attributes:
         pid, uid: any of these numbers.
         comm, exe, cgroup: any of these patterns.
     """
 
-    pid: tuple[int, ...] = ()
-    uid: tuple[int, ...] = ()
+    pid: tuple[Annotated[int, whole(1)], ...] = ()
+    uid: tuple[Annotated[int, user_id], ...] = ()
     comm: Patterns = ()
     exe: Patterns = ()
-    cgroup: Patterns = ()
+    cgroup: tuple[Annotated[str, cgroup_pattern], ...] = ()
 
     def fits(self, facts: ProcessFacts) -> bool:
         """Whether all properties that are named are those of a process."""
@@ -100,7 +107,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a process is worked on. None stands for what the level above says.
+    """How a process is worked on: the keys of ``[defaults]`` and of a ``[[rule]]``. None stands for the level above.
 
     Attributes:
         policy: name of the policy.
@@ -115,18 +122,18 @@ class Settings:
         rate: bytes collapsed in it per second at most; None for no bound.
     """
 
-    policy: str = "mainline"
-    orders: tuple[int, ...] | Literal["enabled"] = "enabled"
-    max_ptes_none: int | None = None
-    max_ptes_swap: int | None = None
-    max_ptes_shared: int | None = None
+    policy: Annotated[str, known_policy] = "mainline"
+    orders: Annotated[tuple[int, ...] | Literal["enabled"], "orders"] = "enabled"
+    max_ptes_none: Limit | None = None
+    max_ptes_swap: Limit | None = None
+    max_ptes_shared: Limit | None = None
     mechanism: Mechanism = "auto"
-    max_pause_ns: int = 5_000_000
-    pause_share: float = 0.5
-    max_bloat: Amount | None = DEFAULT_BLOAT
-    reserve: Amount | None = None
-    max_threads: int | None = None
-    rate: int | None = None
+    max_pause_ns: Annotated[int, positive(parse_duration)] = 5_000_000
+    pause_share: Annotated[float, positive(parse_share)] = 0.5
+    max_bloat: Annotated[Amount | None, parse_bloat] = DEFAULT_BLOAT
+    reserve: Annotated[Amount | None, parse_amount] = None
+    max_threads: Annotated[int, whole(1)] | None = None
+    rate: Annotated[int, parse_rate] | None = None
 
 
 @dataclass(frozen=True, slots=True)

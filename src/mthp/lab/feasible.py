@@ -45,7 +45,7 @@ def check_machine(machine: MachineSettings, geometry: Geometry) -> None:
         UsageError: it is too large, or has too many nodes.
     """
     NODES.check(machine.nodes)
-    _check_memory("machine.memory", machine, (machine.memory + machine.swap) // geometry.page_size * BYTES_PER_PAGE)
+    _check_memory("memory", machine, (machine.memory + machine.swap) // geometry.page_size * BYTES_PER_PAGE)
 
 
 def _check_memory(place: str, machine: MachineSettings, needed: int) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from mthp.geometry import Geometry
-from mthp.lab.workloads.parameters import Count, Duration, Share, Size
+from mthp.collapse.policy_lookup import known_policy
+from mthp.geometry import GEOMETRIES, Geometry
+from mthp.lab.workloads import MODELS
+from mthp.lab.workloads.parameters import Count, Duration, Period, Share, Size, SizeOrNone
 from mthp.lab.workloads.program import Model
+from mthp.toml import one_of, whole
 from mthp.tunables import Switches, Tunables
 
 
@@ -24,9 +28,9 @@ class MachineSettings:
     """
 
     memory: Size = 1 << 30
-    nodes: Count = 1
-    swap: Size = 0
-    geometry: str = "x86-64"
+    nodes: Annotated[int, whole(1)] = 1
+    swap: SizeOrNone = 0
+    geometry: Annotated[str, one_of(*GEOMETRIES)] = "x86-64"
     fragmentation: Share = 0.0
     movable: Share = 0.0
 
@@ -47,17 +51,14 @@ class ProcessSettings:
         limit: ``memory.max`` of a cgroup of its own, for each of them; 0 for none.
     """
 
-    workload: str
+    workload: Annotated[str, one_of(*MODELS)]
     name: str = ""
     count: Count = 1
     start: Duration = 0.0
     stop: Duration = 0.0
     advise: bool = True
     advise_after: Duration = 0.0
-    limit: Size = 0
-
-
-FAULTS = ("fragment", "kill", "pin", "limit")
+    limit: SizeOrNone = 0
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class FaultSettings:
     """
 
     at: Duration
-    kind: str
+    kind: Literal["fragment", "kill", "pin", "limit"]
     process: str = ""
     share: Share = 0.5
-    size: Size = 0
+    size: SizeOrNone = 0
     lasts: Duration = 5.0
 
 
@@ -102,11 +103,11 @@ class Settings:
         khugepaged: whether it runs.
     """
 
-    duration: Duration
+    duration: Period
     seed: Count = 0
-    policy: str = "mainline"
-    step: Duration = 0.1
-    sample: Duration = 1.0
+    policy: Annotated[str, known_policy] = "mainline"
+    step: Period = 0.1
+    sample: Period = 1.0
     khugepaged: bool = True
 
 

@@ -1,19 +1,33 @@
-"""The types of what a scenario says, each with how it is written."""
+"""The types of what a scenario says, each with how it is written (:mod:`mthp.units`)."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-Size = Annotated[int, "size"]
+from mthp.toml import positive, whole
+from mthp.units import parse_duration, parse_share, parse_size
+
+
+def _seconds(value: object) -> float:
+    return parse_duration(value, bare="s") / 1e9
+
+
+Size = Annotated[int, positive(parse_size)]
 """Bytes, written ``"400M"``."""
 
-Duration = Annotated[float, "duration"]
+SizeOrNone = Annotated[int, parse_size]
+"""Bytes, or 0 for none."""
+
+Duration = Annotated[float, _seconds]
 """Seconds, written ``"500ms"``, ``"30s"``, ``"5m"``, or a number of seconds."""
 
-Share = Annotated[float, "share"]
+Period = Annotated[float, positive(_seconds)]
+"""A duration above 0."""
+
+Share = Annotated[float, parse_share]
 """A part of 1, written ``"30%"`` or ``0.3``."""
 
-Count = Annotated[int, "count"]
+Count = Annotated[int, whole()]
 """A whole number, at least 0."""
 
 FilePath = Annotated[str, "file"]
