@@ -1,15 +1,14 @@
 """plan_ranges against plain C: policy rfc, 51 200 ranges (100 GiB of x86-64), random runs of 1 to 48 PTEs.
 
-The peer makes one 64-bit bitmap a range and walks it with popcount and an explicit stack, compiled with ``cc -O2``.
-Both begin with a byte a PTE and make isolation's check as well; once for the folios alone, once with the plane of
-orders, whose every byte is compared. For information also the walk alone, by the threshold only, with C's bitmaps
-made beforehand: where nearly every range is collapsed whole, C has next to nothing left to do there.
+The peer (``rfc_walk.c``, compiled with ``cc -O2``) compares eight PTEs at a time, walks a 64-bit bitmap a range with an
+explicit stack, and writes the order of each page's folio into an array that is there already. `plan_ranges` makes the
+same of any geometry and all states of a PTE, applies isolation's limits, and allocates its answer. Where max_ptes_none
+is 0 isolation changes nothing, and every byte is compared.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ def random_runs(density: float, rng: np.random.Generator) -> NDArray[np.bool_]:
 
 def main() -> None:
     library = compiled("rfc_walk.c")
-    library.rfc_walk.restype = library.rfc_plan.restype = ctypes.c_long
+    library.plan_all.restype = ctypes.c_long
     rng = np.random.default_rng(20250210)
     for density in (0.7, 0.97):
         present = random_runs(density, rng)
@@ -39,27 +38,27 @@ def main() -> None:
 
 
 def compare(library: ctypes.CDLL, present: NDArray[np.bool_], max_ptes_none: int, name: str) -> None:
-    """Print the three figures for one plane and limit."""
-    orders = np.empty(present.shape, np.int8)
-    full = present.reshape(RANGES, 64, 8).all(axis=2)
-    bitmaps = np.packbits(full, axis=1, bitorder="little")
+    """Print the figure for one plane and limit."""
+    orders = np.zeros(present.shape, np.int8)
+    enabled = sum(1 << order for order in range(3, 10))
+    arguments = (
+        ctypes.c_void_p(present.ctypes.data),
+        ctypes.c_long(RANGES),
+        ctypes.c_ulong(enabled),
+        max_ptes_none,
+        ctypes.c_void_p(orders.ctypes.data),
+    )
 
-    def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
-        return ctypes.c_void_p(array.ctypes.data)
+    def plan() -> NDArray[np.int8]:
+        return mthp.plan_ranges(present, policy="rfc", max_ptes_none=max_ptes_none).orders
 
-    def plan() -> mthp.Plan:
-        return mthp.plan_ranges(present, policy="rfc", max_ptes_none=max_ptes_none)
+    def plan_in_c() -> int:
+        pages: int = library.plan_all(*arguments)
+        return pages
 
-    def plan_in_c(out: ctypes.c_void_p | None = None) -> int:
-        folios: int = library.rfc_plan(pointer(present), ctypes.c_long(RANGES), max_ptes_none, out)
-        return folios
-
-    assert plan_in_c(pointer(orders)) == len(plan().folios), "the C peer plans otherwise"
-    assert np.array_equal(plan().orders, orders), "the C peer plans otherwise"
-    show(f"plan_ranges / C, {name}", paired(plan, plan_in_c), 1.0)
-    show(f"plan_ranges().orders / C, {name}", paired(lambda: plan().orders, lambda: plan_in_c(pointer(orders))), 1.0)
-    walk = paired(plan, lambda: library.rfc_walk(pointer(bitmaps), ctypes.c_long(RANGES), max_ptes_none))
-    show(f"plan_ranges / C's walk of ready bitmaps, {name}", walk)
+    plan_in_c()
+    assert max_ptes_none or np.array_equal(plan(), orders), "the C peer plans otherwise"
+    show(f"plan_ranges().orders / C, {name}", paired(plan, plan_in_c), 1.0)
 
 
 if __name__ == "__main__":
