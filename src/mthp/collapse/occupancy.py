@@ -353,5 +353,9 @@ def _pair_sums(counts: Counts, order: int) -> Counts:
     if counts.dtype != np.uint8:
         return counts[:, 0::2] + counts[:, 1::2]
     words = counts.view(np.uint16)
-    sums = (words & 255) + (words >> 8)
-    return sums.astype(np.uint8) if order <= 7 else sums
+    if order > 7:
+        return (words & 255) + (words >> 8)
+    # The product's upper byte is the sum of both, which a byte still holds.
+    sums = words * np.uint16(257)
+    sums >>= 8
+    return sums.astype(np.uint8)

@@ -34,6 +34,9 @@ from mthp.results import ScanResult
 
 Repeated = TypeVar("Repeated", np.bool_, np.int8)
 
+PIECE_PTES = 1 << 18
+"""Pages whose orders are written at a time: 256 KiB, so that what they are made of stays in the processor's cache."""
+
 
 @dataclass(frozen=True)
 class Attempts(Table):
@@ -269,7 +272,8 @@ class Walk:
         """Yield the runs that each hindrance but a large folio stops."""
         planes, count = self.planes, self.occupancy.count
         if checks.limits.none < runs.size:
-            yield runs.none_or_zero > checks.limits.none
+            contents = runs.occupied if planes.swap is None else runs.occupied + runs.swap
+            yield contents < runs.size - checks.limits.none
         if checks.zero_none_if_armed and planes.uffd_armed is not None:
             yield planes.uffd_armed[:, None] & (runs.none_or_zero > 0)
         if planes.swap is not None and checks.limits.swap < runs.size:
@@ -297,19 +301,24 @@ class Walk:
         """Write the order of each page's folio afterwards to `out`: int8, shape (ranges, ptes_per_pmd)."""
         # All values are one higher until the end, so that 0 stands for "none", and "not collapsed".
         planes = self.there.planes
-        now = planes.present.view(np.int8)
-        if planes.folio_order is not None:
-            now = now + planes.occupied * planes.folio_order
-        np.maximum(now, self._collapsed(), out=out)
-        out -= 1
+        for rows, collapsed in self._collapsed_in_pieces():
+            piece = planes.chosen(rows)
+            now = piece.present.view(np.int8)
+            if piece.folio_order is not None:
+                now = now + piece.occupied * piece.folio_order
+            np.maximum(now, collapsed, out=out[rows])
+            out[rows] -= 1
 
     def made(self, out: NDArray[np.int8]) -> None:
         """Write the order of the folio that each page would be collapsed into, 0 if none, to `out`: int8, as above."""
-        collapsed = self._collapsed()
-        np.subtract(collapsed, collapsed != 0, out=out)
+        for rows, collapsed in self._collapsed_in_pieces():
+            np.subtract(collapsed, collapsed != 0, out=out[rows])
 
-    def _collapsed(self) -> NDArray[np.int8]:
-        """One more than the order of the folio that each page is collapsed into, 0 if none."""
+    def _collapsed_in_pieces(self) -> Iterator[tuple[slice, NDArray[np.int8]]]:
+        """Yield some PMD ranges, and one more than the order of the folio that each page is collapsed into, 0 if none.
+
+        They are few enough that what is made of their pages stays in the processor's caches.
+        """
         smallest = min(self.levels, default=self._pmd_order)
         collapsed: NDArray[np.int8] = np.zeros((self.ranges, 1), np.int8)
         for order in range(self._pmd_order, smallest - 1, -1):
@@ -317,10 +326,14 @@ class Walk:
                 collapsed |= self.levels[order].succeeded.view(np.int8) * np.int8(order + 1)
             if order > smallest:
                 collapsed = _repeated(collapsed, 1)
-        for shift in (3, 2, 1):
-            while smallest >= shift:
-                collapsed, smallest = _repeated(collapsed, shift), smallest - shift
-        return collapsed
+        step = max(1, PIECE_PTES >> self._pmd_order)
+        for start in range(0, self.ranges, step):
+            rows, order = slice(start, start + step), smallest
+            pages = collapsed[rows]
+            for shift in (3, 2, 1):
+                while order >= shift:
+                    pages, order = _repeated(pages, shift), order - shift
+            yield rows, pages
 
     def resident(self) -> NDArray[np.int32]:
         """Present, non-zero pages: int32, shape (ranges,)."""
