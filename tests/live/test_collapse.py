@@ -320,8 +320,9 @@ def test_the_target_forks_in_the_middle(actor: Actor) -> None:
 def test_a_rate_is_kept(actor: Actor) -> None:
     many(actor, 10)
     report = mthp_json("collapse", actor.pid, *options("--rate", "20M"))
-    # The first batch goes ahead at once.
-    assert report["seconds"] >= (report["collapsed_bytes"] - PMD_SIZE) / (20 << 20)
+    # The first batch goes ahead at once, and what a tenth of a second allows is saved up.
+    rate = 20 << 20
+    assert report["seconds"] >= (report["collapsed_bytes"] - PMD_SIZE) / rate - 0.1
 
 
 def test_shared_memory_when_it_is_wanted(actor: Actor) -> None:

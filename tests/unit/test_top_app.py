@@ -223,7 +223,7 @@ def test_a_collapse_runs_beside_the_screen_and_says_what_came_of_it(screenshots:
 @pytest.mark.parametrize(
     ("row", "said", "not_said"),
     [
-        (ROWS[0], ("MADV_COLLAPSE", "Folios of 64K: not made from here", "--mechanism move", "about 1 ms"), ()),
+        (ROWS[0], ("MADV_COLLAPSE", "Folios of 64K: not made from here", "--mechanism move", "an aim of 1 ms"), ()),
         (ROWS[2], ("MADV_COLLAPSE", "smaller than 2M, if the plan has any: not made from here"), ()),
         (Row(9, "[red]sh", 1, 1, gain=1, folios={9: 3}, planned=True), ("MADV_COLLAPSE",), ("--mechanism move",)),
         (Row(9, "x", 1, 1, gain=1, folios={3: 3}, planned=True), ("Folios of 32K: not made",), ("MADV_COLLAPSE",)),

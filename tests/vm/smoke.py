@@ -140,9 +140,12 @@ def daemon() -> str:
     """The same, by the daemon, which is left alone to do it; where nothing can be moved, to the PMD order."""
     with _only(None), _target() as target, tempfile.TemporaryDirectory() as directory:
         geometry, order, label = _small()
-        if platform.machine() not in MACHINES:
+        words = ["--pid", target.pid, "--cpu", "100%", "--run-dir", directory]
+        if platform.machine() in MACHINES:
+            words += ["--mechanism", "move"]
+        else:
             order, label = geometry.pmd_order, _pmd_label()
-        words = ("--pid", target.pid, "--orders", label, "--cpu", "100%", "--run-dir", directory)
+        words += ["--orders", label]
         command = [sys.executable, "-m", "mthp", "daemon", *map(str, words)]
         begin = time.monotonic()
         made, wanted = 0, RANGES * geometry.ptes_per_pmd >> order

@@ -127,6 +127,10 @@ class Case:
         return np.array([letter in letters for letters in self.letters], np.bool_)
 
 
+EVENT_WORDS = {"isolate": 6, "collapse": 4, "swapin": 5}
+"""The events of a pass, and how many words each has (tests/golden/README.md)."""
+
+
 def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a golden file: one a line, compressed if the name ends in ``.gz``.
 
@@ -349,5 +353,21 @@ def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
         if seen.get("flags") is not None:
             for letters in _expanded(seen, "flags", n):
                 _word(seen, "flags", letters)
+        if not isinstance(seen.get("scan") or {}, dict):
+            raise _wrong("scan", seen["scan"], "it is an object")
+        _check_events(_list(seen, "events"))
+        for moved, _ in _runs(seen, "moved"):
+            _number(seen, "moved", moved)
+        for run in _list(seen, "swap_offsets"):
+            if not isinstance(run, list) or len(run) != 3 or not all(isinstance(number, int) for number in run):
+                raise _wrong("swap_offsets", run, "it is a list of [first entry, slot, count]")
         passes.append(Pass(orders, seen))
     return tuple(passes)
+
+
+def _check_events(events: list[Any]) -> None:
+    """Check that events are lists of a known name, an order, what belongs to the name, and how often it came."""
+    for event in events:
+        length = EVENT_WORDS.get(event[0]) if isinstance(event, list) and event and isinstance(event[0], str) else None
+        if length is None or len(event) != length or not isinstance(event[1], int) or not isinstance(event[-1], int):
+            raise _wrong("events", event, f"it is a list of [name, order, ..., times]: {', '.join(EVENT_WORDS)}")
