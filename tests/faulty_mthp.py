@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 from mthp.cli import main
-from mthp.linux.mover.mover import Mover
-from mthp.linux.mover.steps import Step
+from mthp.linux.mover import steps
+from mthp.linux.mover.steps import Observer, Step
 
 SUSPENDED_SECONDS = 0.05
 """What it takes at most until a process that was told to stop does."""
 
 
-def _observer() -> None:
+def _observer() -> Observer:
     when, _, number = os.environ.get("MTHP_TEST_DIE", "after:0").partition(":")
     last = int(number) - (when == "before")
     record = os.environ.get("MTHP_TEST_STEPS")
@@ -38,11 +38,9 @@ def _observer() -> None:
             os.kill(os.getpid(), signal.SIGTSTP if when == "suspend" else signal.SIGKILL)
             time.sleep(SUSPENDED_SECONDS)
 
-    defaults = Mover.__init__.__kwdefaults__
-    assert defaults is not None
-    defaults["observer"] = observe
+    return observe
 
 
 if __name__ == "__main__":
-    _observer()
+    steps.observer = _observer()
     sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 from mthp.errors import MthpError
+from mthp.linux.mover import steps
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Observer, Step
 from mthp.linux.process import Process
@@ -46,7 +47,7 @@ def killer(name: str, count: int) -> Observer:
     return observe
 
 
-def move_for_ever(pid: int, base: int, size: int, observer: Observer, begun: Callable[[], None]) -> None:
+def move_for_ever(pid: int, base: int, size: int, begun: Callable[[], None]) -> None:
     """Open and close sessions, with some windows in each; let `begun` know when it starts."""
     block = GEOMETRY.size_of(ORDER)
     everything = [(address, ORDER) for address in range(base, base + size, block)]
@@ -54,9 +55,7 @@ def move_for_ever(pid: int, base: int, size: int, observer: Observer, begun: Cal
     with Process(pid) as process:
         while True:
             # A busy machine may take its time to let threads come to a stop.
-            session = MoverSession(
-                process, GEOMETRY, max_pause_ns=5_000_000, duty=1.0, stop_timeout_ns=3_000_000_000, observer=observer
-            )
+            session = MoverSession(process, GEOMETRY, max_pause_ns=5_000_000, duty=1.0, stop_timeout_ns=3_000_000_000)
             with session:
                 for _ in range(10):
                     session.move(random.sample(everything, min(BLOCKS, len(everything))), verify=True)
@@ -65,9 +64,9 @@ def move_for_ever(pid: int, base: int, size: int, observer: Observer, begun: Cal
 
 
 def _child(pid: int, base: int, size: int, words: list[str], begun: Callable[[], None]) -> None:
-    observer = killer(words[1], int(words[2])) if words[0] == "step" else killer(Step.STOPPED.name, 0)
+    steps.observer = killer(words[1], int(words[2])) if words[0] == "step" else killer(Step.STOPPED.name, 0)
     try:
-        move_for_ever(pid, base, size, observer, begun)
+        move_for_ever(pid, base, size, begun)
     except MthpError as error:
         print(error, file=sys.stderr)
         os._exit(3)

@@ -26,7 +26,6 @@ from mthp.linux.mover import session as mover_session
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import Injection
 from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.steps import Observer
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
 from mthp.results import ScanResult
@@ -165,12 +164,12 @@ def test_without_stopping_the_target_it_would_go_wrong(
 ) -> None:
     """The control: with all threads but the worker let go before the worker runs, the target sees wrong bytes."""
 
-    def careless(frozen: FrozenProcess, injection: Injection, blocks: int, observer: Observer) -> NDArray[np.void]:
+    def careless(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np.void]:
         for tracee in list(frozen.tracees.values()):
             if tracee is not injection.worker:
                 tracee.put_back()
                 ptrace.detach(tracee.tid)
-        return park.work(frozen, injection, blocks, observer)
+        return park.work(frozen, injection, blocks)
 
     monkeypatch.setattr(mover_session, "work", careless)
     with Writers(tmp_path, 4, 4) as target:
@@ -299,8 +298,8 @@ def test_neighbours_are_moved_together_and_a_failure_stays_with_its_block(
     """Of a run with a hole the blocks before it are done at once, and the others when they are moved alone."""
     lengths: list[list[int]] = []
 
-    def counting(frozen: FrozenProcess, injection: Injection, blocks: int, observer: Observer) -> NDArray[np.void]:
-        results = park.work(frozen, injection, blocks, observer)
+    def counting(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np.void]:
+        results = park.work(frozen, injection, blocks)
         lengths.append((results["length"] // BLOCK).tolist())
         return results
 
@@ -367,8 +366,8 @@ def test_a_window_with_more_threads_than_there_was_room_for(tmp_path: Path, thp_
 def test_a_changed_byte_would_be_reported(tmp_path: Path, only_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hashes come from the target; were they to differ, the block would not pass for a success."""
 
-    def lying(frozen: FrozenProcess, injection: Injection, blocks: int, observer: Observer) -> NDArray[np.void]:
-        results = park.work(frozen, injection, blocks, observer)
+    def lying(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np.void]:
+        results = park.work(frozen, injection, blocks)
         changed = results.copy()
         assert (changed["hash_before"] != 0).all()
         changed["hash_after"] ^= np.uint64(1)

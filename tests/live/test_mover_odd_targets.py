@@ -19,7 +19,7 @@ import pytest
 
 from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, open_window, program
 from mthp.errors import TargetVanishedError, UnsupportedError
-from mthp.linux.mover import inject, park
+from mthp.linux.mover import inject, park, steps
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.blockrefusals import BlockRefusal
 from mthp.linux.mover.freeze import FrozenProcess
@@ -94,8 +94,11 @@ def test_a_target_frozen_at_work_is_left_to_itself(
             if step is Step.WRITTEN:
                 frozen_cgroup(target.pid)
 
-        session = MoverSession(process, GEOMETRY, duty=1.0, observer=freeze)
-        with session, pytest.raises(CannotStopError, match="does not get on"):
+        monkeypatch.setattr(steps, "observer", freeze)
+        with (
+            MoverSession(process, GEOMETRY, duty=1.0) as session,
+            pytest.raises(CannotStopError, match="does not get on"),
+        ):
             session.move([(target.base, ORDER), (target.base + BLOCK, ORDER)])
         assert not target.progresses(0.2)
         thawed(target.pid)
@@ -312,7 +315,9 @@ def test_a_program_that_locks_whatever_it_maps_is_left_as_it_was() -> None:
         assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == files
 
 
-def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path) -> None:
+def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It cannot be blocked, and stops the thread that makes them; afterwards the process is stopped, as it was told."""
     sent = 0
 
@@ -323,7 +328,8 @@ def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path
             target.signal(signal.SIGSTOP)
 
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        open_window(process, observer=stop)
+        monkeypatch.setattr(steps, "observer", stop)
+        open_window(process)
         assert sent == 1
         assert wait_for(lambda: target.state() == "T")
         target.signal(signal.SIGCONT)
@@ -332,16 +338,16 @@ def test_a_stop_signal_that_comes_while_we_make_calls_is_not_lost(tmp_path: Path
 
 
 @pytest.mark.parametrize("step", Step)
-def test_a_target_that_is_killed_at_any_step_has_vanished(tmp_path: Path, step: Step) -> None:
+def test_a_target_that_is_killed_at_any_step_has_vanished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step
+) -> None:
     def kill(done: Step) -> None:
         if done is step:
             target.signal(signal.SIGKILL)
 
+    monkeypatch.setattr(steps, "observer", kill)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
-        with (
-            pytest.raises(TargetVanishedError),
-            MoverSession(process, GEOMETRY, duty=1.0, observer=kill) as session,
-        ):
+        with pytest.raises(TargetVanishedError), MoverSession(process, GEOMETRY, duty=1.0) as session:
             session.move([(target.base, ORDER)] * 3)
         assert wait_for(lambda: target.process.poll() is not None), "it was not reaped"
 

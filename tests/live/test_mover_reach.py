@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, belongings, program
-from mthp.linux.mover import leftovers
+from mthp.linux.mover import leftovers, steps
 from mthp.linux.mover.leftovers import find_leftovers, remove_leftovers
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
@@ -111,7 +111,9 @@ def test_a_target_that_reads_all_of_its_memory_does_not_wait(tmp_path: Path, thp
         assert process.is_alive()
 
 
-def test_between_two_windows_a_target_has_what_it_had(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+def test_between_two_windows_a_target_has_what_it_had(
+    tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And within one, only while all of its threads are stopped."""
     thp_switches.only(BLOCK_SIZE, word="always")
     seen: dict[Step, bool] = {}
@@ -121,7 +123,8 @@ def test_between_two_windows_a_target_has_what_it_had(tmp_path: Path, thp_switch
 
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         before = belongings(target.pid)[0]
-        with MoverSession(process, GEOMETRY, duty=1.0, observer=look) as session:
+        monkeypatch.setattr(steps, "observer", look)
+        with MoverSession(process, GEOMETRY, duty=1.0) as session:
             session.move([(target.base, ORDER)])
             assert belongings(target.pid)[0] == before
         clean = {step for step, same in seen.items() if same}

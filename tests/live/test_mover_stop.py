@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, compiled, mappings, open_window
+from mthp.linux.mover import steps
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
@@ -61,7 +62,9 @@ def test_a_target_in_vfork_is_let_go_whole(tmp_path: Path) -> None:
         control.close()
 
 
-def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+def test_an_interrupt_waits_for_the_end_of_the_window(
+    tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     thp_switches.only(BLOCK_SIZE, word="always")
     windows = 0
 
@@ -73,12 +76,13 @@ def test_an_interrupt_waits_for_the_end_of_the_window(tmp_path: Path, thp_switch
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.02)
 
+    monkeypatch.setattr(steps, "observer", interrupt)
     with Writers(tmp_path, 2, 4) as target:
         before = mappings(target.pid)
         blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
         with (
             Process(target.pid) as process,
-            MoverSession(process, GEOMETRY, duty=1.0, stop_timeout_ns=STOP_TIMEOUT_NS, observer=interrupt) as session,
+            MoverSession(process, GEOMETRY, duty=1.0, stop_timeout_ns=STOP_TIMEOUT_NS) as session,
         ):
             with pytest.raises(KeyboardInterrupt):
                 session.move(blocks * 100)
@@ -109,7 +113,9 @@ def test_an_interrupt_while_the_thread_of_a_window_starts_keeps_it_from_beginnin
     assert begun == []
 
 
-def test_an_error_of_ours_while_the_worker_runs_does_no_harm(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+def test_an_error_of_ours_while_the_worker_runs_does_no_harm(
+    tmp_path: Path, thp_switches: ThpSwitches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever happens after the worker was let run, the other threads stay parked until it is done."""
     thp_switches.only(BLOCK_SIZE, word="always")
     failing = Step.WRITTEN
@@ -118,11 +124,12 @@ def test_an_error_of_ours_while_the_worker_runs_does_no_harm(tmp_path: Path, thp
         if step is failing:
             raise ZeroDivisionError
 
+    monkeypatch.setattr(steps, "observer", fail)
     with Writers(tmp_path, 4, 4) as target, Process(target.pid) as process:
         blocks = [(address, ORDER) for address in range(target.base, target.base + target.size, BLOCK)]
         for failing in (Step.WRITTEN, Step.PARKED, Step.RUNNING, Step.DONE, Step.FETCHED, Step.UNPARKED):
             for _ in range(3):
-                session = MoverSession(process, GEOMETRY, duty=1.0, stop_timeout_ns=STOP_TIMEOUT_NS, observer=fail)
+                session = MoverSession(process, GEOMETRY, duty=1.0, stop_timeout_ns=STOP_TIMEOUT_NS)
                 with session, pytest.raises(ZeroDivisionError):
                     session.move(blocks)
                 assert target.progresses(), failing.name

@@ -33,6 +33,7 @@ from mover_targets import (
     compiled,
 )
 from mthp.errors import TargetVanishedError
+from mthp.linux.mover import steps
 from mthp.linux.mover.arch import native, x86_64
 from mthp.linux.mover.arch.machine import Registers
 from mthp.linux.mover.session import MoverSession
@@ -176,7 +177,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("step", [Step.BOOTED, Step.WRITTEN, Step.DONE, Step.UNMAPPED])
 @pytest.mark.parametrize("call", ["pause", "read", "restarted read", "nanosleep", "epoll_wait"])
 def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
-    thp_switches: ThpSwitches, machine: None, call: str, step: Step
+    thp_switches: ThpSwitches, machine: None, monkeypatch: pytest.MonkeyPatch, call: str, step: Step
 ) -> None:
     """Whoever waits for a signal that has come, and been handled, would wait for ever otherwise.
 
@@ -192,6 +193,7 @@ def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
             os.kill(target.pid, signal.SIGUSR1)
             sent += 1
 
+    monkeypatch.setattr(steps, "observer", send)
     code = f"import select, signal\n{PREAMBLE}\nBLOCK, CALL = {BLOCK}, {call!r}\n{CALLER}"
     with subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -203,7 +205,7 @@ def test_a_signal_that_comes_while_its_thread_stands_still_interrupts_its_call(
             address = int(answers.readline())
             for turn in range(1, 5):
                 until(lambda: threads_of(target.pid) == {target.pid: "S"}, "it to wait")
-                with Process(target.pid) as process, MoverSession(process, GEOMETRY, observer=send) as session:
+                with Process(target.pid) as process, MoverSession(process, GEOMETRY) as session:
                     session.move([(address, ORDER)])
                 assert sent == turn
                 if call != "restarted read":

@@ -39,7 +39,7 @@ from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.machine import Machine
 from mthp.linux.mover.reentry import before_calls, make_again
-from mthp.linux.mover.steps import Observer, Step, ignore
+from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count
 from mthp.linux.mover.tracee import WALL, CannotStopError, Stopped, Tracee, check_thread
 from mthp.linux.mover.words import read_words
@@ -406,19 +406,19 @@ class FrozenProcess:
         self._standing.clear()
         self._seized.clear()
 
-    def release(self, observer: Observer = ignore) -> None:
+    def release(self) -> None:
         """Let all threads go, those first put back whose registers are not their own."""
-        self._put_back(observer)
+        self._put_back()
         again = before_calls(self, self.ran)
         if not again and self._stopped is not None and self._standing.keys() == set(self._stopped.tids):
-            for tid in self._stopped.detach(observer):
+            for tid in self._stopped.detach():
                 self.has_exited(tid)
         else:
             # Those that are not let go at once come last.
             for tid in sorted(self._standing, key=again.__contains__):
                 try:
                     make_again(self, tid) if tid in again else ptrace.detach(tid)
-                    observer(Step.RELEASED)
+                    report(Step.RELEASED)
                 except OSError as error:
                     self._accept_exit(tid, error)
         for tid in self._seized - self._standing.keys() - self._dead:
@@ -429,18 +429,18 @@ class FrozenProcess:
             os.close(self._memory)
             self._memory = -1
 
-    def put_back_others(self, worker: Tracee, observer: Observer) -> None:
+    def put_back_others(self, worker: Tracee) -> None:
         """Restore the registers of all threads but `worker`, which is the last."""
-        for tid in self.stopped.put_back(observer, worker.row):
+        for tid in self.stopped.put_back(worker.row):
             self.has_exited(tid)
         for tracee in self.tracees.values():
             tracee.touched = tracee is worker
 
-    def _put_back(self, observer: Observer) -> None:
+    def _put_back(self) -> None:
         for tracee in [tracee for tracee in self.tracees.values() if tracee.touched]:
             try:
                 tracee.put_back()
-                observer(Step.UNPARKED)
+                report(Step.UNPARKED)
             except OSError as error:
                 self._accept_exit(tracee.tid, error)
 

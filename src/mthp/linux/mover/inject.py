@@ -44,7 +44,7 @@ from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.kcmp import KCMP_FILES, kcmp
 from mthp.linux.mover.mapping import find_gap, query_mapping, read_mappings
 from mthp.linux.mover.padding import Padding, find_padding, is_left, occupant_of, pack_slot
-from mthp.linux.mover.steps import Observer, Step
+from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.tracee import CannotStopError, Tracee
 from mthp.linux.mover.words import read_words
 
@@ -80,7 +80,6 @@ class BootedThread:
         slot: address of the padding that it runs in.
         calls: number and six arguments of each: uint64, shape (CALLS, 7).
         layout: where the stub will be; None if only calls are to be made, all but the last.
-        observer: told of every step.
     """
 
     def __init__(
@@ -90,18 +89,16 @@ class BootedThread:
         slot: int,
         calls: _Calls,
         layout: stub.Layout | None,
-        observer: Observer,
     ) -> None:
         self.tracee = tracee
         self._frozen = frozen
         self._machine = frozen.machine
         self._slot = slot
-        self._observer = observer
         mask = int(tracee.stopped.masks[tracee.row])
         stub_at = (layout.header, layout.context(tracee.row), layout.base) if layout else (0, 0, 0)
         boot = self._machine.pack_boot(tracee.tid, tracee.home, mask, stub_at, calls)
         frozen.write(slot, pack_slot(boot, tracee.tid, self._machine.slot_bytes))
-        observer(Step.LOADED)
+        report(Step.LOADED)
 
     @property
     def unmap(self) -> int:
@@ -115,7 +112,7 @@ class BootedThread:
             OSError: ESRCH, it was killed.
         """
         self._jump(self._machine.boot_entry)
-        self._observer(Step.BOOTED)
+        report(Step.BOOTED)
         ptrace.set_signal_mask(self.tracee.tid, ptrace.ALL_SIGNALS)
         self._jump(self._machine.boot_begin)
         self._frozen.ran.add(self.tracee.tid)
@@ -275,7 +272,7 @@ class Injection:
         """Address of the code, outside of the mapping, that unmaps it."""
         return self._booted.unmap
 
-    def take_out(self, observer: Observer) -> None:
+    def take_out(self) -> None:
         """Have the worker unmap everything, and put it back. All other threads have their own registers by now.
 
         Raises:
@@ -287,12 +284,12 @@ class Injection:
         # We may have been so slow that it has unmapped everything by itself.
         with contextlib.suppress(MthpError):
             self._frozen.write(start, stub.UNMAP_ALL.to_bytes(8, sys.byteorder))
-        observer(Step.UNMAPPING)
+        report(Step.UNMAPPING)
         self._booted.await_that(lambda: not self._is_mapped())
-        observer(Step.UNMAPPED)
+        report(Step.UNMAPPED)
         if not self._booted.stop():
             raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
-        observer(Step.FETCHED)
+        report(Step.FETCHED)
         if self._booted.is_inside:
             self._booted.put_back()
         else:
@@ -318,7 +315,7 @@ def words_at(pid: int, address: int) -> int | None:
     return None if words is None else int(words[0])
 
 
-def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout, observer: Observer) -> Injection:
+def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injection:
     """Map the stub's memory in a stopped target.
 
     Args:
@@ -334,7 +331,7 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout, observer: 
     # It may have come to filter its calls since all threads were looked at.
     frozen.check_thread(worker.tid)
     layout = replace(planned, base=place.base)
-    booted = BootedThread(frozen, worker, place.slot(frozen), _calls(frozen, layout), layout, observer)
+    booted = BootedThread(frozen, worker, place.slot(frozen), _calls(frozen, layout), layout)
     injection = Injection(layout, worker, frozen, booted)
     begun = False
     try:
@@ -350,7 +347,7 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout, observer: 
         if not begun:
             # It goes on without us.
             frozen.abandon()
-    observer(Step.MAPPED)
+    report(Step.MAPPED)
     return injection
 
 

@@ -24,7 +24,6 @@ from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import CALLS, BootedThread, Place, choose
 from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.mover.padding import memory_reader
-from mthp.linux.mover.steps import ignore
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import CannotStopError, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
@@ -186,7 +185,7 @@ def _remove(process: Process, leftover: Leftover) -> None:
         if leftover.uffd >= 0:
             rows[1, :2] = numbers["close"], leftover.uffd
         place = Place.find(frozen, 0, 1 << 21)
-        booted = BootedThread(frozen, choose(frozen), place.slot(frozen), rows, None, ignore)
+        booted = BootedThread(frozen, choose(frozen), place.slot(frozen), rows, None)
         booted.start()
         booted.await_that(lambda: _has_ended(booted))
         booted.put_back()

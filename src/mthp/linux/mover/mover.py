@@ -41,7 +41,6 @@ from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userf
 from mthp.linux.mover.refusal import Refusal
 from mthp.linux.mover.refusals import objection_of, refuse_vma
 from mthp.linux.mover.session import MoverSession
-from mthp.linux.mover.steps import Observer, ignore
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.results import ScanResult
 
@@ -100,17 +99,13 @@ class Mover:
     Args:
         space: the target.
         journal: sets the machine's switches; the one in the usual place if not given.
-        observer: told of every step; for tests.
     """
 
-    def __init__(
-        self, space: LiveAddressSpace, *, journal: SwitchJournal | None = None, observer: Observer = ignore
-    ) -> None:
+    def __init__(self, space: LiveAddressSpace, *, journal: SwitchJournal | None = None) -> None:
         self._space = space
         self._process = space.process
         self._geometry = space.geometry
         self._journal = journal or SwitchJournal(sysfs=space.sysfs)
-        self._observer = observer
         self._session: MoverSession | None = None
         self._recheck = Recheck(space.process, space.geometry)
         self._broken = ""
@@ -231,7 +226,6 @@ class Mover:
                 max_pause_ns=means.max_pause_ns,
                 duty=means.duty,
                 recheck=self._judge_again,
-                observer=self._observer,
             )
             session.__enter__()
             self._session = session

@@ -29,7 +29,7 @@ from mthp.errors import TargetVanishedError
 from mthp.linux.mover import stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, explain_preparation
-from mthp.linux.mover.steps import Observer, Step
+from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.tracee import CannotStopError, Tracee
 
 _POLL_SECONDS = 20e-6
@@ -49,7 +49,7 @@ def special_ranges(frozen: FrozenProcess) -> list[tuple[int, int]]:
     return ranges
 
 
-def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.void], observer: Observer) -> None:
+def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.void]) -> None:
     """Park all threads, the worker first.
 
     Args:
@@ -66,13 +66,13 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
     frozen.write(layout.header, stub.pack_header(layout, injection.unmap, operations))
     # From here on the worker, in the stub now, waits for the others after our death before it unmaps everything.
     frozen.write(layout.header + stub.WRITTEN_OFFSET, _ONE)
-    observer(Step.WRITTEN)
+    report(Step.WRITTEN)
     for tracee in frozen.tracees.values():
         tracee.touched = True
-    stopped.park(layout.parked(stopped.homes), observer, but=worker.row)
+    stopped.park(layout.parked(stopped.homes), but=worker.row)
 
 
-def work(frozen: FrozenProcess, injection: Injection, blocks: int, observer: Observer) -> NDArray[np.void]:
+def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np.void]:
     """Have the worker carry out the operations, restore all threads, and take everything out of the target.
 
     Returns:
@@ -86,15 +86,15 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int, observer: Obs
     finished = False
     try:
         frozen.write(layout.header + stub.START_OFFSET, stub.WORK.to_bytes(8, sys.byteorder))
-        observer(Step.RUNNING)
+        report(Step.RUNNING)
         _await_done(frozen, layout, worker)
-        observer(Step.DONE)
+        report(Step.DONE)
         prepared = frozen.read(layout.header + stub.PREPARED_OFFSET, stub.PREPARED_BYTES)
         size = blocks * stub.OPERATION.itemsize
         results: NDArray[np.void] = np.frombuffer(frozen.read(layout.header + stub.HEADER_BYTES, size), stub.OPERATION)
-        frozen.put_back_others(worker, observer)
-        injection.take_out(observer)
-        observer(Step.UNPARKED)
+        frozen.put_back_others(worker)
+        injection.take_out()
+        report(Step.UNPARKED)
         finished = True
     finally:
         if not finished:

@@ -29,7 +29,7 @@ from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
 from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
-from mthp.linux.mover.steps import Observer, Step, ignore
+from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
@@ -60,7 +60,6 @@ class MoverSession:
         duty: the part of the time that the target may stand still, above 0, up to 1.
         stop_timeout_ns: how long threads may take to stop before they are let go.
         recheck: asked again for every block once all threads stand still.
-        observer: told of every step; for tests.
 
     Attributes:
         pauses: every window in which blocks were moved; whoever keeps a session for long may empty the list.
@@ -79,7 +78,6 @@ class MoverSession:
         duty: float = DUTY,
         stop_timeout_ns: int = STOP_TIMEOUT_NS,
         recheck: Recheck | None = None,
-        observer: Observer = ignore,
     ) -> None:
         if process.is_self:
             raise UnsupportedError("a process cannot trace itself", help="use mthp.collapse_self")
@@ -90,7 +88,6 @@ class MoverSession:
         self._geometry = geometry
         self._stop_timeout_ns = stop_timeout_ns
         self._recheck = recheck
-        self._observer = observer
         self._budget = PauseBudget(max_pause_ns, MAX_BLOCKS)
         self.limit(max_pause_ns, duty)
         self._place: Place | None = None
@@ -221,9 +218,9 @@ class MoverSession:
                 lengths = np.ones(len(rows), np.int64) if alone else run_lengths(addresses, sizes, reach)
                 operations = operations_of(addresses, sizes, lengths, flags)
                 injection = self._inject(frozen, len(operations))
-                park(frozen, injection, operations, self._observer)
+                park(frozen, injection, operations)
                 parked = time.perf_counter_ns()
-                operations = work(frozen, injection, len(operations), self._observer)
+                operations = work(frozen, injection, len(operations))
             worked = time.perf_counter_ns()
         copied = int(taken(operations["away"], operations["copied"]).sum())
         spent = int(taken(operations["begun"], operations["ended"]).sum())
@@ -248,14 +245,14 @@ class MoverSession:
         try:
             frozen.stop(known)
             self._threads = frozen.stopped
-            self._observer(Step.STOPPED)
+            report(Step.STOPPED)
             yield frozen
         except OSError as error:
             if error.errno != errno.ESRCH:
                 raise
             raise TargetVanishedError(f"process {self._process.label} was killed") from error
         finally:
-            frozen.release(self._observer)
+            frozen.release()
 
     def _inject(self, frozen: FrozenProcess, operations: int) -> Injection:
         """Map the stub's memory in the target."""
@@ -264,7 +261,7 @@ class MoverSession:
         if self._place is None or self._place.size < layout.size:
             self._place = Place.find(frozen, layout.size, scratch)
         try:
-            return inject(frozen, self._place, layout, self._observer)
+            return inject(frozen, self._place, layout)
         except MthpError:
             # What was free may be taken by now.
             self._place = None

@@ -1,4 +1,4 @@
-"""The numbered steps of a window, for whoever wants to follow them: tests that let the tracer die at each."""
+"""The numbered steps of a window, and the instrument that follows them: tests have the tracer die at each."""
 
 from __future__ import annotations
 
@@ -40,8 +40,12 @@ class Step(enum.IntEnum):
 
 
 Observer = Callable[[Step], None]
-"""Called in the tracing thread, inside the window: it had better be quick."""
+
+observer: Observer | None = None
+"""Called after every step, in the tracing thread and inside the window: it had better be quick."""
 
 
-def ignore(step: Step) -> None:
-    """The observer that does nothing."""
+def report(step: Step) -> None:
+    """Call the observer, if there is one."""
+    if observer is not None:
+        observer(step)

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
-from mthp.linux.mover import ptrace
+from mthp.linux.mover import ptrace, steps
 from mthp.linux.mover.arch.machine import Machine, Registers
 from mthp.linux.mover.calls import Calls
-from mthp.linux.mover.steps import Observer, Step, ignore
+from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.process import Process
 
@@ -191,7 +191,7 @@ class Stopped:
             self.machine.leave_call(changed)
             self.homes[aborted] = changed
 
-    def park(self, registers: Registers, observer: Observer, but: int) -> None:
+    def park(self, registers: Registers, but: int) -> None:
         """Set the registers of all threads but that in row `but`, and only then have them block all signals.
 
         Raises:
@@ -200,11 +200,11 @@ class Stopped:
         self._parked[:] = registers
         self._park.results[:] = 0
         for part, step in enumerate((Step.PARKED_UNMASKED, Step.PARKED)):
-            self._run(self._park, part, step, observer, range(but))
-            self._run(self._park, part, step, observer, range(but + 1, len(self.tids)))
+            self._run(self._park, part, step, range(but))
+            self._run(self._park, part, step, range(but + 1, len(self.tids)))
         self._check(self._park, len(self._park.table))
 
-    def put_back(self, observer: Observer, but: int) -> list[int]:
+    def put_back(self, but: int) -> list[int]:
         """Restore the masks and registers of all threads but that in row `but`.
 
         Masks come first: a thread that may run handlers still runs only harmless code.
@@ -214,23 +214,23 @@ class Stopped:
         """
         self._restore.results[:] = 0
         for part, step in enumerate((None, Step.UNPARKED)):
-            self._run(self._restore, part, step, observer, range(but))
-            self._run(self._restore, part, step, observer, range(but + 1, len(self.tids)))
+            self._run(self._restore, part, step, range(but))
+            self._run(self._restore, part, step, range(but + 1, len(self.tids)))
         return self._killed(self._restore)
 
-    def detach(self, observer: Observer) -> list[int]:
+    def detach(self) -> list[int]:
         """Let all go; give those that were killed meanwhile."""
-        self._run(self._detach, 0, Step.RELEASED, observer)
+        self._run(self._detach, 0, Step.RELEASED)
         return self._killed(self._detach)
 
-    def _run(self, calls: Calls, part: int, step: Step | None, observer: Observer, rows: range | None = None) -> None:
+    def _run(self, calls: Calls, part: int, step: Step | None, rows: range | None = None) -> None:
         """Make one request of all threads, or of those in `rows`; report `step`, if there is one, for each of them."""
         rows = range(len(self.tids)) if rows is None else rows
         first = part * len(self.tids) + rows.start
-        if step is None or observer is ignore:
+        if step is None or steps.observer is None:
             calls.run(first, len(rows))
         else:
-            calls.run_each(first, len(rows), lambda: observer(step))
+            calls.run_each(first, len(rows), lambda: report(step))
 
     def _check(self, calls: Calls, rows: int, allowed: Sequence[int] = ()) -> None:
         """Do nothing if the first `rows` of calls have succeeded or failed as is allowed.
