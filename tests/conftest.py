@@ -25,11 +25,10 @@ from typing import NoReturn
 
 import pytest
 
-from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
-from thp_switches import THP_ROOT, ThpSwitches
+from thp_switches import THP_ROOT, ThpSwitches, windows_kept_out
 from waiting import until
 
 # Commands that print to a pipe follow COLUMNS; the tests want the layout that scripts get. readline, which pytest
@@ -131,7 +130,7 @@ def thp_switches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
         yield ThpSwitches(_STATE)
         return
     _STATE.touch()
-    with SwitchJournal(lock_timeout=_PATIENCE).hold():
+    with windows_kept_out(_PATIENCE):
         switches = ThpSwitches(_STATE)
         switches.recover()
         monkeypatch.setenv("MTHP_RUN_DIR", str(tmp_path_factory.mktemp("run") / "mthp"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
+
+from mthp.linux.journal.files import JournalFiles, default_root
+from mthp.linux.journal.putback import settle
 
 THP_ROOT = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -13,6 +17,18 @@ THP_ROOT = Path("/sys/kernel/mm/transparent_hugepage")
 def size_name(order: int) -> str:
     """The size of folios of `order` as the kernel names its directory, such as ``"64kB"``."""
     return f"{mmap.PAGESIZE << order >> 10}kB"
+
+
+@contextlib.contextmanager
+def windows_kept_out(patience: float) -> Iterator[None]:
+    """Keep windows of other processes out; what a crash has left is put back first."""
+    files = JournalFiles(default_root(), create=True)
+    try:
+        files.lock(patience)
+        settle(files, THP_ROOT)
+        yield
+    finally:
+        files.close()
 
 
 class ThpSwitches:

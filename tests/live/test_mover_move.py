@@ -130,8 +130,6 @@ def test_many_threads_that_write_fork_and_take_signals(tmp_path: Path, only_bloc
                     assert all(outcome.verified in (None, True) for outcome in outcomes)
                     assert target.errors == 0
                     assert tried < 200 * rounds, f"moved only {moved} blocks: {results}"
-                assert session.pause_summary.count == len(session.pauses)
-                assert session.pause_summary.p50_ns <= session.pause_summary.p99_ns <= session.pause_summary.max_ns
                 stop.set()
                 sender.join()
                 assert wait_for(lambda: target.get("realtime_signals") == sent)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mthp.linux.mover.blockrefusals import touches
-from mthp.linux.mover.pause import MARGIN, UNAVOIDABLE, Pause, PauseBudget, PauseSummary, rest_seconds
+from mthp.linux.mover.pause import MARGIN, UNAVOIDABLE, Pause, PauseBudget, rest_seconds
 
 
 def pause(*, fixed: int = 0, work: int = 0, size: int = 0, blocks: int = 1, waiting: int = 0) -> Pause:
@@ -72,18 +72,6 @@ def test_pauses_that_are_too_long_anyway_have_many_blocks() -> None:
     assert budget.blocks([65536] * 1000) == 30
     assert budget.blocks([65536] * 10) == 10
     assert budget.blocks([16 << 20] * 10) == 1
-
-
-def test_the_summary_of_pauses() -> None:
-    summary = PauseSummary.of([pause(fixed=number, blocks=number) for number in range(1, 102)])
-    assert (summary.count, summary.p50_ns, summary.p99_ns, summary.max_ns, summary.median_blocks) == (
-        101,
-        51,
-        100,
-        101,
-        51,
-    )
-    assert PauseSummary.of([]) == PauseSummary(0, 0, 0, 0, 0)
 
 
 def test_rests_keep_to_the_duty() -> None:

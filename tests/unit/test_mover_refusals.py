@@ -202,12 +202,6 @@ def test_special_ranges(special: tuple[int, int], why: BlockRefusal) -> None:
     assert judge(special=((0, 8), special, (BASE << 1, (BASE << 1) + 8))) is why
 
 
-def test_rseq_areas_are_added() -> None:
-    ranges = SpecialRanges(robust_lists=((1, 2),), running=(7,)).with_rseq([(3, 4)]).with_rseq([(5, 6)])
-    assert ranges == SpecialRanges(robust_lists=((1, 2),), rseq_areas=((3, 4), (5, 6)), running=(7,))
-    assert ranges.ranges == ((1, 2), (3, 4), (5, 6))
-
-
 _STATES = (
     EXCLUSIVE, EXCLUSIVE, EXCLUSIVE, EXCLUSIVE, EXCLUSIVE, 0, int(Pte.SWAP), int(Pte.SWAP | Pte.GUARD),
     int(Pte.PRESENT | Pte.ZERO), int(Pte.PRESENT | Pte.SHARED),

@@ -82,13 +82,13 @@ class Options:
     metrics: tuple[str, int] | None = None
 
 
-def check_rights(rights: Rights | None = None) -> None:
+def check_rights() -> None:
     """Do nothing if these rights suffice.
 
     Raises:
         NotPermittedError: a capability is missing; says which, and what for.
     """
-    rights = rights or Rights.read(Path("/proc/self"))
+    rights = Rights.read(Path("/proc/self"))
     missing = [(capability, use) for capability, use in NEEDED.items() if not rights.has(capability)]
     if missing:
         lines = [f"{rights.how_to_have(capability)}: {use}" for capability, use in missing]
@@ -110,7 +110,6 @@ class Daemon:
     def __init__(self, options: Options) -> None:
         self._options, self._say = options, options.say
         self._started = time.monotonic()
-        self._restart_needed: set[str] = set()
         self._stopping = False
         self._reloads = self._refused_reloads = 0
         self._undo = contextlib.ExitStack()

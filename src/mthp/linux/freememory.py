@@ -50,9 +50,7 @@ def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
     return tuple(FreeBlocks(node, tuple(blocks)) for node, blocks in sorted(nodes.items()))
 
 
-def free_beyond_reserve(
-    order: int, buddyinfo: Path = Path("/proc/buddyinfo"), min_free: Path = Path("/proc/sys/vm/min_free_kbytes")
-) -> int | None:
+def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -> int | None:
     """Return the bytes in free blocks of `order` or larger that the kernel does not hold back.
 
     Below its high watermark a zone may refuse, which is above min_free_kbytes by half at most by default
@@ -63,7 +61,7 @@ def free_beyond_reserve(
     """
     try:
         nodes = parse_buddyinfo(buddyinfo.read_text())
-        reserve = int(min_free.read_text()) << 10
+        reserve = int(Path("/proc/sys/vm/min_free_kbytes").read_text()) << 10
     except (OSError, ValueError):
         return None
     if not nodes:

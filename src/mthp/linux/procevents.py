@@ -252,12 +252,12 @@ def list_pids(proc: str = "/proc") -> list[int]:
     return [int(name) for name in names if name[0] in "123456789" and name.isdecimal()]
 
 
-def open_events(proc: Path = Path("/proc")) -> tuple[ProcessEvents, str]:
+def open_events() -> tuple[ProcessEvents, str]:
     """The best source of changes that these rights give, and why not the best of all, or ``""``."""
     try:
         return ProcConnector(), ""
     except (NotPermittedError, UnsupportedError) as error:
-        return ProcPolling(proc), f"{error.message}; {error.help} would tell of new processes at once"
+        return ProcPolling(), f"{error.message}; {error.help} would tell of new processes at once"
 
 
 Instruction = tuple[int, int, int, int]

@@ -177,7 +177,7 @@ class Running(ModalScreen[None]):
             text.update(report_text(carrying.report, self._geometry))
 
     def action_stop_or_leave(self) -> None:
-        if self._carrying.running:
+        if self.at_work:
             self._carrying.stop()
         else:
             self.dismiss(None)

@@ -133,12 +133,12 @@ class Program:
             raise KilledError(self.name)
         assert touched.outcome is Fault.DONE, f"{self.name}: {touched.outcome}"
 
-    def give_back(self, start: int, pages: NDArray[np.int64], advice: str = "DONTNEED") -> None:
-        """madvise(2) on pages by their number behind `start`, one call for each run of neighbours."""
+    def give_back(self, start: int, pages: NDArray[np.int64]) -> None:
+        """Free pages (MADV_DONTNEED) by their number behind `start`, one call for each run of neighbours."""
         numbers = np.unique(pages)
         for run in np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1) if len(numbers) else []:
             first, last = int(run[0]), int(run[-1])
-            self.machine.madvise(self.mm, start + first * self.page, start + (last + 1) * self.page, advice)
+            self.machine.madvise(self.mm, start + first * self.page, start + (last + 1) * self.page, "DONTNEED")
 
     def fork(self) -> Mm:
         """A child."""

@@ -81,25 +81,21 @@ class SwitchJournal:
         self._files: JournalFiles | None = None
 
     @contextlib.contextmanager
-    def only(self, order: int, word: str = "always", *, off: Container[int] | None = None) -> Iterator[None]:
+    def only(self, order: int, *, off: Container[int] | None = None) -> Iterator[None]:
         """A window in which `order` is the one size that is on.
 
         Switches that are off, or inherit from a top-level ``never``, are not touched.
 
         Args:
-            order: its size's switch is set to `word`, all others that are on to ``never``.
-            word: ``always``, or ``madvise`` for memory with MADV_HUGEPAGE alone.
+            order: its size's switch is set to ``always``, all others that are on to ``never``.
             off: which others have to be off, if not all: those whose folios would fit as well.
 
         Raises:
             UnsupportedError: this kernel has no switch for that size.
-            UsageError: not a word of a switch.
             NotPermittedError: these rights do not suffice to set switches, or the journal's directory is not ours.
             MthpError: another process did not finish its window in time.
         """
-        if word not in SIZE_WORDS:
-            raise UsageError(f"{word!r} is not one of {', '.join(SIZE_WORDS)}")
-        with self._window(lambda: self._wanted(order, word, off)):
+        with self._window(lambda: self._wanted(order, off)):
             yield
 
     @contextlib.contextmanager
@@ -139,21 +135,6 @@ class SwitchJournal:
                 finally:
                     # Ctrl-C may have come just before signals were held back. What is undone is not undone again.
                     undo.close()
-
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep windows of others out, without setting anything; what a crash has left is put back first.
-
-        Raises:
-            NotPermittedError: the journal's directory is not ours.
-            MthpError: another process did not finish its window in time.
-        """
-        with self._turn:
-            self._open(create=True)
-            try:
-                yield
-            finally:
-                self._close()
 
     def _may_have_to_write(self, wanted: Sequence[Change]) -> bool:
         """Whether a window takes the lock. Who can set no switch and need not set one has nothing to hold on to.
@@ -210,7 +191,7 @@ class SwitchJournal:
         self._files = None
         self._changes = []
 
-    def _wanted(self, order: int, word: str, must_be_off: Container[int] | None) -> list[Change]:
+    def _wanted(self, order: int, must_be_off: Container[int] | None) -> list[Change]:
         """The changes that leave one size on, those that turn something off first."""
         page_size = os.sysconf("SC_PAGESIZE")
         words = {
@@ -230,8 +211,8 @@ class SwitchJournal:
                 continue
             if was not in SIZE_WORDS:
                 raise UnsupportedError(f"{switch} is {was!r}, which this version does not know", help="a newer mthp")
-            if other == order and was != word:
-                on.append(Change(switch, was, word, boot))
+            if other == order and was != "always":
+                on.append(Change(switch, was, "always", boot))
             elif other != order and was != "never" and not (was == "inherit" and top_is_off):
                 off.append(Change(switch, was, "never", boot))
         return off + on

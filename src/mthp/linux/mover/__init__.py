@@ -62,7 +62,7 @@ had transferred a part goes on with the rest.
 
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.outcome import BlockOutcome
-from mthp.linux.mover.pause import Pause, PauseSummary
+from mthp.linux.mover.pause import Pause
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
 
@@ -72,5 +72,4 @@ __all__ = [
     "FrozenProcess",
     "MoverSession",
     "Pause",
-    "PauseSummary",
 ]

@@ -22,8 +22,8 @@ from __future__ import annotations
 import ctypes
 import enum
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,23 +125,17 @@ class SpecialRanges:
     Attributes:
         robust_lists: the head of each thread's list.
         stacks: the red zone and the word at each stack pointer.
-        rseq_areas: each thread's ``struct rseq``.
         running: threads that ran just then, so that their stack pointers are not known.
     """
 
     robust_lists: tuple[Segment, ...] = ()
     stacks: tuple[Segment, ...] = ()
-    rseq_areas: tuple[Segment, ...] = ()
     running: tuple[int, ...] = ()
 
     @property
     def ranges(self) -> tuple[Segment, ...]:
         """All of them."""
-        return self.robust_lists + self.stacks + self.rseq_areas
-
-    def with_rseq(self, areas: Iterable[Segment]) -> SpecialRanges:
-        """These and the rseq areas that a tracer learned of (PTRACE_GET_RSEQ_CONFIGURATION)."""
-        return replace(self, rseq_areas=self.rseq_areas + tuple(areas))
+        return self.robust_lists + self.stacks
 
 
 def special_ranges(process: Process) -> SpecialRanges:
@@ -167,7 +161,7 @@ def special_ranges(process: Process) -> SpecialRanges:
         # Number, arguments, stack pointer, program counter (proc_pid_syscall, fs/proc/base.c).
         pointer = int(words[-2], 16)
         stacks.append((max(0, pointer - RED_ZONE_BYTES), pointer + WORD_BYTES))
-    return SpecialRanges(tuple(robust), tuple(stacks), (), tuple(running))
+    return SpecialRanges(tuple(robust), tuple(stacks), tuple(running))
 
 
 def robust_list(tid: int) -> int:

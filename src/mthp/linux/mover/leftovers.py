@@ -64,14 +64,14 @@ class Leftover:
     uffd: int
 
 
-def find_leftovers(scratch_size: int, proc: Path = Path("/proc")) -> Iterator[Leftover]:
+def find_leftovers(scratch_size: int) -> Iterator[Leftover]:
     """Yield what is left in any process that we may look into.
 
     Args:
         scratch_size: bytes of the mover's scratch memory: a PMD range.
     """
     marks = (*_OLD_MARKS, *(by_name(name).code[_MARK] for name in MACHINES))
-    for path in proc.iterdir():
+    for path in Path("/proc").iterdir():
         if not path.name.isdigit() or int(path.name) == os.getpid():
             continue
         try:

@@ -64,33 +64,6 @@ class Pause:
         return self.stop_ns + self.park_ns + self.restore_ns
 
 
-@dataclass(frozen=True, slots=True)
-class PauseSummary:
-    """Pauses of a session.
-
-    Attributes:
-        count: how many there were.
-        p50_ns, p99_ns, max_ns: of their lengths, in nanoseconds; 0 without pauses.
-        median_blocks: blocks in a window.
-    """
-
-    count: int
-    p50_ns: int
-    p99_ns: int
-    max_ns: int
-    median_blocks: int
-
-    @classmethod
-    def of(cls, pauses: Sequence[Pause]) -> PauseSummary:
-        """Summarise `pauses`."""
-        if not pauses:
-            return cls(0, 0, 0, 0, 0)
-        totals = np.array([pause.total_ns for pause in pauses], np.int64)
-        p50, p99 = np.percentile(totals, (50, 99)).astype(np.int64).tolist()
-        blocks = int(np.median([pause.blocks for pause in pauses]))
-        return cls(len(pauses), p50, p99, int(totals.max()), blocks)
-
-
 class PauseBudget:
     """Says how many blocks the next window may have.
 

@@ -27,7 +27,7 @@ from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, Place, inject
 from mthp.linux.mover.outcome import BlockOutcome, Objection
 from mthp.linux.mover.park import park, special_ranges, work
-from mthp.linux.mover.pause import Pause, PauseBudget, PauseSummary, rest_seconds
+from mthp.linux.mover.pause import Pause, PauseBudget, rest_seconds
 from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
 from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import read_threads
@@ -110,11 +110,6 @@ class MoverSession:
             raise UsageError(f"a duty of {duty} is not above 0 and at most 1")
         self._duty = duty
         self._budget.limit(max_pause_ns)
-
-    @property
-    def pause_summary(self) -> PauseSummary:
-        """How long the pauses were."""
-        return PauseSummary.of(self.pauses)
 
     def __enter__(self) -> Self:
         """Open the session: the target is not touched before the first window."""

@@ -150,15 +150,6 @@ class Layout:
         trampolines = (machine.trampoline(self.trampoline(row), self.context(row)) for row in range(self.threads))
         return machine.code.ljust(self._trampolines - self.base, b"\0") + b"".join(trampolines)
 
-    def holds_code(self, pc: int) -> bool:
-        """Whether the program counter `pc` lies in what was injected."""
-        return self.base <= pc < self.base + self.code_size
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """All that was injected: where it begins and ends."""
-        return self.base, self.base + self.size
-
     def parked(self, homes: Registers) -> Registers:
         """Return the registers of threads that wait in the parking loop, at the beginning of the code."""
         contexts = (self.contexts + np.arange(len(homes)) * self.machine.context_bytes).astype(np.uint64)
