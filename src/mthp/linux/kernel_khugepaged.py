@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +26,8 @@ from numpy.typing import NDArray
 from mthp.addrspace import Block, CollapseOutcome
 from mthp.errors import UnsupportedError
 from mthp.linux.journal.switches import SwitchJournal
+from mthp.linux.space import ProcessSpace
 from mthp.results import ScanResult
-
-if TYPE_CHECKING:
-    from mthp.linux.live import LiveAddressSpace
 
 WINDOW_SECONDS = 5.0
 """A window takes no longer."""
@@ -59,7 +56,7 @@ class KernelKhugepaged:
         journal: of the switches; the system's if not given.
     """
 
-    def __init__(self, space: LiveAddressSpace, journal: SwitchJournal | None = None) -> None:
+    def __init__(self, space: ProcessSpace, journal: SwitchJournal | None = None) -> None:
         self._space = space
         self._geometry = space.geometry
         self._sysfs = space.sysfs

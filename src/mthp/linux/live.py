@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Means, Mechanism, PteColumns, Segment, Vma, Watch
+from mthp.addrspace import Block, CollapseOutcome, Means, Mechanism, PteColumns, Segment, Vma, Watch
 from mthp.budget import MACHINE, MemoryBound
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
@@ -29,6 +29,7 @@ from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
 from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process, ProcStat
+from mthp.linux.space import ProcessSpace
 from mthp.linux.sysfs import ThpSysfs
 from mthp.linux.watch import LiveWatch
 from mthp.outline import Outline
@@ -55,7 +56,7 @@ NEEDS_CALL = "the mover makes no folios of the PMD size: MADV_COLLAPSE does"
 NO_SCAN = "where PMD entries map, beyond what smaps tells of whole mappings: Linux 6.7 or later shows it (PAGEMAP_SCAN)"
 
 
-class LiveAddressSpace(AddressSpace):
+class LiveAddressSpace(ProcessSpace):
     """One process of this machine.
 
     Args:
@@ -171,16 +172,7 @@ class LiveAddressSpace(AddressSpace):
         return self._contents.zero_filled(columns)
 
     def mapcounts(self, columns: PteColumns) -> NDArray[np.int64]:
-        """How often each page is mapped, by all processes together, from /proc/kpagecount.
-
-        Some kernels count large folios only as a whole, and give the average of their pages (pagemap.rst).
-
-        Returns:
-            int64, shape (pages,), 0 where nothing is present.
-
-        Raises:
-            NotPermittedError: page frames cannot be seen with these rights.
-        """
+        # Some kernels count large folios only as a whole: their pages have the average then (pagemap.rst).
         if columns.pfn is None:
             raise NotPermittedError("how often a page is mapped cannot be seen", help=NO_PFNS)
         counts = np.zeros(len(columns.pfn), np.int64)

@@ -51,7 +51,7 @@ from numpy.typing import ArrayLike, NDArray
 from mthp.addrspace import ORDER_UNKNOWN, USUAL_MEANS, Block, CollapseOutcome, Means
 from mthp.errors import UnsupportedError, UsageError
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.live import open_live
 from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.outcome import BlockOutcome, reason_of_move, result_of_move
 from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
@@ -64,6 +64,7 @@ from mthp.linux.mover.refusals import (
     refuse_vma,
     special_ranges,
 )
+from mthp.linux.space import ProcessSpace
 from mthp.results import ScanResult
 
 STACK_MARGIN = 64 << 10
@@ -136,7 +137,7 @@ class OwnBlocks:
         guarded, journal: as for :func:`collapse_own`.
     """
 
-    def __init__(self, space: LiveAddressSpace, *, guarded: bool = True, journal: SwitchJournal | None = None) -> None:
+    def __init__(self, space: ProcessSpace, *, guarded: bool = True, journal: SwitchJournal | None = None) -> None:
         self._space = space
         self._guarded = guarded
         self._journal = journal or SwitchJournal(sysfs=space.sysfs)
@@ -203,9 +204,7 @@ class OwnBlocks:
         """Nothing is kept."""
 
 
-def _collapse(
-    space: LiveAddressSpace, mover: _Mover, addresses: _Int64s, order: int, *, fill: bool
-) -> list[BlockOutcome]:
+def _collapse(space: ProcessSpace, mover: _Mover, addresses: _Int64s, order: int, *, fill: bool) -> list[BlockOutcome]:
     """Judge the blocks at `addresses`, move those that may be, and look at what came out."""
     segments = [(address, address + mover.size) for address in addresses.tolist()]
     columns, vmas = space.read(segments), space.vmas()
@@ -259,7 +258,7 @@ def _outcome(address: int, order: int, error: int, seen: NDArray[np.int8]) -> Bl
     return BlockOutcome(address, order, ScanResult.ALLOC_HUGE_PAGE_FAIL, reason, moved_bytes=size, folio_seen=True)
 
 
-def _special(space: LiveAddressSpace) -> SpecialRanges:
+def _special(space: ProcessSpace) -> SpecialRanges:
     """What threads of this process use without a fault that could wait, with a margin."""
     found = special_ranges(space.process)
     return SpecialRanges(
@@ -284,7 +283,7 @@ class _KernelMover:
     would have to be.
     """
 
-    def __init__(self, space: LiveAddressSpace) -> None:
+    def __init__(self, space: ProcessSpace) -> None:
         self.size = space.geometry.pmd_size
         self._space = space
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import Block, Pte, PteColumns, Segment
 from mthp.linux import abi
-from mthp.linux.live import LiveAddressSpace
 from mthp.linux.mover.outcome import Objection
+from mthp.linux.space import ProcessSpace
 from mthp.results import ScanResult
 
 HELD = Objection(
@@ -31,7 +31,7 @@ def has_large_folios(columns: PteColumns) -> bool:
     return columns.pfn is not None and bool(_large(columns).any())
 
 
-def split_large_folios(space: LiveAddressSpace, blocks: Sequence[Block]) -> list[Block]:
+def split_large_folios(space: ProcessSpace, blocks: Sequence[Block]) -> list[Block]:
     """Split the large folios that `blocks` lie in; give the blocks that still have one.
 
     Args:

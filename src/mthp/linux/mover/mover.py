@@ -31,7 +31,6 @@ from mthp.addrspace import Block, CollapseOutcome, Means, Segment, Vma
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.live import LiveAddressSpace
 from mthp.linux.mover.blockrefusals import refuse_blocks, special_ranges
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
@@ -42,6 +41,7 @@ from mthp.linux.mover.refusal import Refusal
 from mthp.linux.mover.refusals import objection_of, refuse_vma
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
+from mthp.linux.space import ProcessSpace
 from mthp.results import ScanResult
 
 VMAS_AGE_NS = 200_000_000
@@ -101,7 +101,7 @@ class Mover:
         journal: sets the machine's switches; the one in the usual place if not given.
     """
 
-    def __init__(self, space: LiveAddressSpace, *, journal: SwitchJournal | None = None) -> None:
+    def __init__(self, space: ProcessSpace, *, journal: SwitchJournal | None = None) -> None:
         self._space = space
         self._process = space.process
         self._geometry = space.geometry
