@@ -157,7 +157,7 @@ def idle(processes: int, seconds: float) -> tuple[float, int]:
         for idler in idlers:
             idler.kill()
             idler.wait()
-    return (after["cpu_seconds"] - before["cpu_seconds"]) / seconds, after["memory_bytes"]
+    return (after["cpu_seconds"] - before["cpu_seconds"]) / seconds, after["resident_memory_bytes"]
 
 
 def main(gib: float) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind
 from mthp.geometry import Geometry
@@ -67,6 +67,37 @@ class Coverage:
         """The sum of `parts`."""
         pages = np.array([part.pages for part in parts], np.int64).reshape(-1, ORDERS).sum(axis=0)
         return cls(tuple(pages.tolist()), sum(part.unknown for part in parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How long some calls, or pauses, took, in seconds.
+
+    Attributes:
+        count: how many there were.
+        p50, p99, max, total: of their durations; 0.0 if there were none.
+    """
+
+    count: int
+    p50: float
+    p99: float
+    max: float
+    total: float
+
+    @classmethod
+    def of(cls, seconds: ArrayLike) -> Durations:
+        """Summarise `seconds`: float64, shape (calls,)."""
+        array = np.asarray(seconds, np.float64)
+        if not len(array):
+            return cls(0, 0.0, 0.0, 0.0, 0.0)
+        p50, p99 = np.percentile(array, [50, 99])
+        return cls(len(array), float(p50), float(p99), float(array.max()), float(array.sum()))
+
+    def json(self) -> dict[str, float]:
+        """Return them under the keys that every JSON object has for them."""
+        return {"count": self.count} | {
+            f"{name}_seconds": getattr(self, name) for name in ("p50", "p99", "max", "total")
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,7 +264,7 @@ def test_values_that_do_not_exist(run: Run, snapshot: Path, command: str, option
         (["--rate", "0"], ["rate of '0'", "not above 0"]),
         (["--rate", "500"], ["--rate: '500' has no unit: it would be 500 bytes", "write 500M"]),
         (["--max-pause", "2"], ["'2' has no unit", "write 2s or 2ms"]),
-        (["--duty", "1"], ["'1' has no unit", "write 1% or 100%"]),
+        (["--pause-share", "1"], ["'1' has no unit", "write 1% or 100%"]),
         (["--rate", "fast"], ["'fast' is not a size"]),
         (["--rate", "500M/h"], ["'500M/h' is not a size"]),
         (["--mechanism", "magic"], ["'magic'", "auto", "madvise", "move"]),

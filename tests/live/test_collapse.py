@@ -107,8 +107,8 @@ def test_what_is_reported_is_what_smaps_says(actor: Actor) -> None:
     assert report["complete"]
     assert report["coverage"] == pytest.approx(share_by_smaps(actor.pid), abs=0.002)
     assert report["coverage"] == pytest.approx(report["plan"]["coverage_after"], abs=0.002)
-    assert report["pauses"]["calls"] == report["collapsed_ranges"]
-    assert 0 < report["pauses"]["p50_seconds"] <= report["pauses"]["p99_seconds"] <= report["pauses"]["max_seconds"]
+    assert report["calls"]["count"] == report["collapsed_ranges"]
+    assert 0 < report["calls"]["p50_seconds"] <= report["calls"]["p99_seconds"] <= report["calls"]["max_seconds"]
     layout.check_contents()
 
     again = mthp_json("collapse", actor.pid, *options())
@@ -322,7 +322,7 @@ def test_a_rate_is_kept(actor: Actor) -> None:
     report = mthp_json("collapse", actor.pid, *options("--rate", "20M"))
     # The first batch goes ahead at once, and what a tenth of a second allows is saved up.
     rate = 20 << 20
-    assert report["seconds"] >= (report["collapsed_bytes"] - PMD_SIZE) / rate - 0.1
+    assert report["elapsed_seconds"] >= (report["collapsed_bytes"] - PMD_SIZE) / rate - 0.1
 
 
 def test_shared_memory_when_it_is_wanted(actor: Actor) -> None:

@@ -144,7 +144,7 @@ def test_a_plan_says_what_of_it_would_be_done(sparse: Sparse) -> None:
 
 @pytest.mark.requires("mover")
 def test_moving_keeps_to_the_reserve(cgroup: MemoryCgroup, sparse: Sparse) -> None:
-    words = ("--orders", "64K", "--mechanism", "move", "--fill", "--duty", 1.0, "--max-pause", "20ms")
+    words = ("--orders", "64K", "--mechanism", "move", "--fill", "--pause-share", 1.0, "--max-pause", "20ms")
     report = json.loads(mthp("collapse", sparse.pid, *words, "--max-bloat", "none", "--json").stdout)
     tally = report["folios"]["4"]
     assert tally["made"] > 1000
@@ -169,9 +169,9 @@ def test_the_daemon_keeps_to_both(
         assert target is not None
         if reason is not None:
             until(lambda: any(reason in said for said in (daemon.target(sparse.pid) or {})["reasons"]), "the reason")
-            assert target["filled_bytes"] > resident // 5
+            assert target["bloat_bytes"] > resident // 5
         else:
-            assert target["filled_bytes"] <= resident // 9
+            assert target["bloat_bytes"] <= resident // 9
         assert cgroup.used <= LIMIT - RESERVE
         assert sparse.grows()
 

@@ -115,7 +115,7 @@ def test_a_target_with_an_io_uring_is_refused() -> None:
             before = mappings(target.pid)
             report = mthp_json("collapse", target.pid, *OPTIONS, code=1)
             assert any("io_uring" in reason for reason in reasons(report))
-            assert report["windows"]["count"] == 0
+            assert report["pauses"]["count"] == 0
             assert mappings(target.pid) == before
         finally:
             target.kill()

@@ -22,7 +22,18 @@ from waiting import PATIENCE, until
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
 
 FAULTY = [sys.executable, str(Path(__file__).parents[1] / "faulty_mthp.py")]
-OPTIONS = ("--orders", "order=4", "--max-ptes-none", "0", "--mechanism", "move", "--max-pause", "60s", "--duty", "100%")
+OPTIONS = (
+    "--orders",
+    "order=4",
+    "--max-ptes-none",
+    "0",
+    "--mechanism",
+    "move",
+    "--max-pause",
+    "60s",
+    "--pause-share",
+    "100%",
+)
 STRIDE = int(os.environ.get("MTHP_TEST_STRIDE", "16"))
 """Every so-many-th step; MTHP_TEST_STRIDE=1 takes them all."""
 

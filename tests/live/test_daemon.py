@@ -83,7 +83,7 @@ def test_it_collapses_its_target_tells_of_it_and_leaves_everything_as_it_was(run
     assert shown.returncode == 0
     assert str(puppet.pid) in shown.stdout
     assert told["schema"] == "mthp.status/1"
-    assert told["counters"]["collapsed"]["2M"] >= RANGES
+    assert told["counters"]["collapses"]["2M"] >= RANGES
     assert told["counters"]["calls"]["count"] >= RANGES
     assert {"target", "start", "collapsed", "stop"} <= {event["event"] for event in events_of(log)}
     assert not daemon.socket.exists()

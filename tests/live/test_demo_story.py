@@ -39,7 +39,7 @@ def test_a_live_process_is_collapsed_and_keeps_its_data() -> None:
     assert told.before.census.anonymous.by_order().keys() == {0}
     # The kernel's own count, in the process's own smaps, against what the collapse says of itself.
     pmd_size = told.census.geometry.pmd_size
-    assert told.after.stats.anon_huge_bytes == told.deed.collapsed * pmd_size > SIZE // 2
+    assert told.after.stats.anon_huge_bytes == told.deed.collapsed_ranges * pmd_size > SIZE // 2
     assert told.after.stats.hole_bytes < told.before.stats.hole_bytes
     assert told.intact
     assert told.after.verification.rows > 1000

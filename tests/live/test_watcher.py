@@ -80,7 +80,7 @@ def test_a_collapse(tmp_path: Path, numbers: tuple[signal.Signals, ...], slowest
     while len(slowest) < KILLS:
         with Writers(tmp_path, 2, 8) as target:
             before = belongings(target.pid)
-            command = [*MTHP, "collapse", str(target.pid), *MOVING, "--duty", "0.1"]
+            command = [*MTHP, "collapse", str(target.pid), *MOVING, "--pause-share", "0.1"]
             with subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
             ) as process:
@@ -99,7 +99,7 @@ def test_what_an_administrator_has_set_meanwhile_stays(tmp_path: Path, thp_switc
     words = switches()
     switch = f"hugepages-{size_name(4)}/enabled"
     with Writers(tmp_path, 2, 16) as target:
-        command = [*MTHP, "collapse", str(target.pid), *MOVING, "--duty", "0.1"]
+        command = [*MTHP, "collapse", str(target.pid), *MOVING, "--pause-share", "0.1"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             until(lambda: "[always]" in (THP_ROOT / switch).read_text(), "a window")
             thp_switches.set(switch, "inherit")
@@ -112,7 +112,7 @@ def test_a_stopped_collapse_goes_on(tmp_path: Path) -> None:
     """While it is stopped, switches are back. Then it goes on with its batch, whose orders it verifies, and ends."""
     words = switches()
     with Writers(tmp_path, 2, 16) as target:
-        command = [*MTHP, "collapse", str(target.pid), *MOVING, "--duty", "0.1"]
+        command = [*MTHP, "collapse", str(target.pid), *MOVING, "--pause-share", "0.1"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             until(lambda: "[always]" in (THP_ROOT / f"hugepages-{size_name(4)}/enabled").read_text(), "a window")
             process.send_signal(signal.SIGSTOP)

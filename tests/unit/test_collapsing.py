@@ -16,7 +16,6 @@ from mthp.addrspace import ORDER_NONE, CollapseOutcome, Pte, PteColumns, Segment
 from mthp.collapsing import (
     CollapseOptions,
     CollapseReport,
-    Durations,
     collapse_space,
     look_at,
     ranges,
@@ -24,6 +23,7 @@ from mthp.collapsing import (
 )
 from mthp.errors import NotPermittedError, TargetVanishedError, UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
+from mthp.metrics import Durations
 from mthp.pacing import BYTES_BURST_SECONDS, BYTES_SLICE_SECONDS
 from mthp.planning import PlanOptions
 from mthp.results import ScanResult
@@ -49,7 +49,7 @@ def space_of(*fullness: int, geometry: Geometry = X86_64, cls: type[FakeSpace] =
 
 
 def carried_out(space: FakeSpace, stop: Any = lambda: False, progress: Any = None, **options: Any) -> CollapseReport:
-    names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "duty", "fill", "verify")
+    names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "pause_share", "fill", "verify")
     own = {name: options.pop(name) for name in names if name in options}
     plan = PlanOptions(**({"policy": "pmd-only"} | options))
     return collapse_space(space, CollapseOptions(plan, **({"max_bloat": None} | own)), progress, stop)
@@ -296,9 +296,9 @@ def test_smaller_folios_are_left_where_only_the_kernels_call_is_allowed() -> Non
         ({"max_pause": 0.0}, "pause"),
         ({"max_pause": float("nan")}, "pause"),
         ({"max_pause": 100.0}, "pause"),
-        ({"duty": 0.0}, "duty"),
-        ({"duty": 2.0}, "duty"),
-        ({"duty": float("nan")}, "duty"),
+        ({"pause_share": 0.0}, "pause_share"),
+        ({"pause_share": 2.0}, "pause_share"),
+        ({"pause_share": float("nan")}, "pause_share"),
         ({"mechanism": "madvise", "fill": True}, "fill"),
         ({"mechanism": "madvise", "verify": True}, "verify"),
         ({"mechanism": "move", "orders": "2M"}, "no folios of 2M"),

@@ -75,7 +75,7 @@ def pages_of(*runs: tuple[int, int], cls: type[MovingSpace] = MovingSpace, **mor
 
 
 def moved(space: FakeSpace, stop: Any = lambda: False, **options: Any) -> CollapseReport:
-    names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "duty", "fill", "verify")
+    names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "pause_share", "fill", "verify")
     own = {name: options.pop(name) for name in names if name in options}
     plan = PlanOptions(**({"max_ptes_none": 0} | options))
     return collapse_space(space, CollapseOptions(plan, **({"mechanism": "move", "max_bloat": None} | own)), None, stop)
@@ -191,7 +191,7 @@ def test_the_pmd_order_is_made_by_the_call_and_smaller_ones_by_moving() -> None:
 
 def test_the_means_are_handed_on() -> None:
     space = pages_of((64, 448))
-    moved(space, max_pause=0.002, duty=0.25, verify=True)
+    moved(space, max_pause=0.002, pause_share=0.25, verify=True)
     assert space.means == [Means("move", 2_000_000, 0.25, False, True)]
 
 

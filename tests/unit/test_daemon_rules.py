@@ -111,8 +111,8 @@ def test_the_example_shows_every_key_with_the_value_that_holds_without_it() -> N
     text = EXAMPLE.read_text()
     plain = load_configuration(EXAMPLE, X86_64)
     full = parsed(re.sub(r'^# (?=[a-z_"0-9MK]+ = )', "", text, flags=re.MULTILINE))
-    assert (plain.cpu, plain.memory_pressure, plain.notice_ns, plain.pace) == (
-        *(full.cpu, full.memory_pressure, full.notice_ns, full.pace),
+    assert (plain.cpu, plain.max_memory_pressure, plain.notice_ns, plain.pace) == (
+        *(full.cpu, full.max_memory_pressure, full.notice_ns, full.pace),
     )
     assert full.tunables == {
         **{name: getattr(Tunables.defaults(X86_64), name) for name in ("max_ptes_none", "max_ptes_swap")},

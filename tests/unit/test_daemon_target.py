@@ -120,7 +120,7 @@ def test_it_collapses_what_the_policy_wants_the_fullest_first_and_then_rests() -
     assert stage.collapsed == [1, 3, 0]
     assert stage.target.counters.collapsed == {G.pmd_order: 3}
     assert stage.target.counters.copied_bytes == (2 * N + N // 2) * G.page_size
-    assert stage.target.counters.filled_bytes == N // 2 * G.page_size
+    assert stage.target.counters.bloat_bytes == N // 2 * G.page_size
     assert stage.environment.total.collapsed == {G.pmd_order: 3}
     opened = stage.opened
     stage.steps(600.0)
@@ -131,9 +131,9 @@ def test_it_collapses_what_the_policy_wants_the_fullest_first_and_then_rests() -
 def test_an_idle_process_costs_looks_and_no_scan() -> None:
     stage = Stage(((N, Pte.PRESENT, 9),))
     stage.steps(60.0)
-    scanned, opened, looks = stage.target.counters.ptes_scanned, stage.opened, stage.target.counters.looks
+    scanned, opened, looks = stage.target.counters.scanned_ptes, stage.opened, stage.target.counters.looks
     stage.steps(600.0)
-    assert stage.target.counters.ptes_scanned == scanned
+    assert stage.target.counters.scanned_ptes == scanned
     assert stage.opened - opened <= 10
     assert stage.target.counters.looks - looks <= 600 / SHORTEST_ROUND
 
@@ -186,17 +186,17 @@ def test_targets_without_a_mapping_for_folios_do_not_delay_the_others() -> None:
 def test_ranges_that_did_not_change_are_not_scanned_again() -> None:
     stage = Stage(*[((100, Pte.PRESENT, 0), (N - 100, 0, ORDER_NONE))] * 3, max_ptes_none=50)
     stage.steps(2.0)
-    scanned = stage.target.counters.ptes_scanned
+    scanned = stage.target.counters.scanned_ptes
     assert scanned >= 3 * N
     stage.process.faults += 1
     stage.space.write(START + G.pmd_size + 200 * G.page_size, int(Pte.PRESENT), 0)
     stage.steps(10.0)
-    assert stage.target.counters.ptes_scanned == scanned + N
+    assert stage.target.counters.scanned_ptes == scanned + N
     assert stage.target.counters.skipped >= 2
     stage.process.faults += 1
     stage.now += FIRST_AGE
     stage.steps(10.0)
-    assert stage.target.counters.ptes_scanned == scanned + 4 * N
+    assert stage.target.counters.scanned_ptes == scanned + 4 * N
 
 
 def test_new_memory_is_found_by_the_faults_that_made_it() -> None:
@@ -225,10 +225,10 @@ def test_the_bloat_budget_is_never_overspent() -> None:
     budget = 250 * G.page_size
     stage = Stage(hole, FULL, hole, hole, hole, max_bloat=Amount(size=budget))
     stage.steps(5.0)
-    assert stage.target.counters.filled_bytes == 200 * G.page_size
+    assert stage.target.counters.bloat_bytes == 200 * G.page_size
     assert stage.collapsed == [1, 0, 2]
     stage.steps(3600.0)
-    assert stage.target.counters.filled_bytes <= budget
+    assert stage.target.counters.bloat_bytes <= budget
     assert stage.target.bloat_left == 50 * G.page_size
 
 
@@ -378,7 +378,7 @@ def test_what_it_tells_of_itself_is_json() -> None:
     stage.steps(1.0)
     told = json.loads(json.dumps(stage.target.summary(stage.now)))
     assert told["pid"] == 7
-    assert told["collapsed"] == {"2M": 1}
+    assert told["collapses"] == {"2M": 1}
     assert told["calls"]["count"] == 1
 
 

@@ -46,7 +46,7 @@ class FakeTarget:
 
     def step(self) -> None:
         self._stage.turns.append((self._stage.now, self.facts.pid))
-        self._stage.environment.total.ptes_scanned += PIECE
+        self._stage.environment.total.scanned_ptes += PIECE
 
     def follow(self) -> None:
         self.followed += 1

@@ -34,12 +34,6 @@ def test_time_to_coverage() -> None:
     assert math.isinf(metrics.time_to_coverage([0, 1], [0.0, 0.4], 0.5))
 
 
-def test_pauses_and_none() -> None:
-    assert metrics.pauses([0.1] * 99 + [1.0])["pause_max"] == 1.0
-    assert metrics.pauses([0.1] * 99 + [1.0])["pause_p50"] == pytest.approx(0.1)
-    assert metrics.pauses([]) == {"pause_p50": 0.0, "pause_p99": 0.0, "pause_max": 0.0}
-
-
 @pytest.mark.parametrize(("values", "index"), [([1, 1, 1, 1], 1.0), ([1, 0, 0, 0], 0.25), ([0, 0], 1.0), ([2, 1], 0.9)])
 def test_fairness_is_jains_index(values: list[float], index: float) -> None:
     assert metrics.fairness(values) == pytest.approx(index)

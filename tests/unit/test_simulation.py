@@ -52,7 +52,7 @@ def test_every_workload_runs_and_khugepaged_collapses_it(tmp_path: Path, name: s
     assert [row["seconds"] for row in whole] == pytest.approx(range(7), abs=0.2)
     assert outcome.last["resident_bytes"] > 2 << 20
     assert outcome.last["killed"] == 0
-    assert outcome.last["scanned_pages"] > 0
+    assert outcome.last["scanned_ptes"] > 0
     assert whole[0]["resident_bytes"] == 0
 
 
@@ -174,7 +174,7 @@ def test_khugepaged_can_be_left_out(tmp_path: Path) -> None:
     path = tmp_path / "scenario.toml"
     path.write_text("khugepaged = false\n" + HEAD.format(seconds=3, memory="64M") + process("service"))
     last = simulate(load_scenario(path)).last
-    assert (last["scanned_pages"], last["khugepaged_seconds"]) == (0, 0.0)
+    assert (last["scanned_ptes"], last["khugepaged_seconds"]) == (0, 0.0)
 
 
 def test_it_stops_when_it_is_told_and_keeps_what_was(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ STATUS: Mapping[str, Any] = {
     "paused": False,
     "resting": False,
     "targets": [{}, {}],
-    "counters": {"collapsed_bytes": 5 << 30, "filled_bytes": 3 << 20},
+    "counters": {"collapsed_bytes": 5 << 30, "bloat_bytes": 3 << 20},
 }
 
 

@@ -53,7 +53,7 @@ STATUS: Mapping[str, Any] = {
     "pid": 4194303,
     "resting": True,
     "targets": [{}] * 1234,
-    "counters": {"collapsed_bytes": 1023 << 30, "filled_bytes": (1023 << 20) - 100 * 1024},
+    "counters": {"collapsed_bytes": 1023 << 30, "bloat_bytes": (1023 << 20) - 100 * 1024},
 }
 
 

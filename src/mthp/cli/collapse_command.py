@@ -57,7 +57,7 @@ from mthp.targets import open_target, refuse_ancestor
     help="How long TARGET may stand still at a time while pages are moved.",
 )
 @click.option(
-    "--duty",
+    "--pause-share",
     type=SHARE,
     default=f"{DUTY:.0%}",
     show_default=True,
@@ -76,7 +76,7 @@ def command(
     rate: int | None,
     min_coverage: float | None,
     max_pause: float,
-    duty: float,
+    pause_share: float,
     fill: bool,
     verify: bool,
     dry_run: bool,
@@ -106,7 +106,7 @@ def command(
             max_threads=max_threads,
             rate=rate,
             max_pause=max_pause,
-            duty=duty,
+            pause_share=pause_share,
             fill=fill,
             verify=verify,
             dry_run=dry_run,
@@ -142,8 +142,9 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan, me
     pause = milliseconds(window_ns(threads, options.means.max_pause_ns) / 1e9)
     for line in (
         f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
-        f" {threads} threads are stopped again and again. The aim is {pause} at a time and {percent(options.duty)} of"
-        " the time; the result says how long the pauses were. One thread runs a small piece of code that is injected,"
+        f" {threads} threads are stopped again and again. The aim is {pause} at a time and"
+        f" {percent(options.pause_share)} of the time; the result says how long the pauses were. One thread runs a"
+        " small piece of code that is injected,"
         " which moves pages away (UFFDIO_MOVE) and copies them back;",
         "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. It is"
         " put back at the end, and if mthp is killed",

@@ -19,8 +19,9 @@ from mthp.cli.plan_command import (
     size_and_more,
 )
 from mthp.cli.render.tables import Table
-from mthp.collapsing import CollapseReport, Durations, FolioTally
+from mthp.collapsing import CollapseReport, FolioTally
 from mthp.geometry import format_size
+from mthp.metrics import Durations
 from mthp.price import needs_move_reason
 from mthp.results import ScanResult
 
@@ -63,7 +64,7 @@ def _print_mechanisms(out: Console, report: CollapseReport) -> None:
     geometry = report.plan.geometry
     meanings = {
         "madvise": "MADV_COLLAPSE: nothing is written into the process, and it is not stopped",
-        "move": "the mover: the process is stopped again and again (--max-pause, --duty)",
+        "move": "the mover: the process is stopped again and again (--max-pause, --pause-share)",
         "khugepaged": "the kernel's own khugepaged: switches change for the whole system meanwhile",
         None: needs_move_reason(report.move_price),
     }
@@ -136,10 +137,10 @@ def _print_sums(out: Console, report: CollapseReport) -> None:
         f" in {report.elapsed:.2f} s ({format_size(int(speed))}/s)",
     )
     if times.count or not report.folios:
-        say(out, f"pauses at most (duration of each of {times.count} calls): {_spread(times)}")
+        say(out, f"{times.count} calls: {_spread(times)}")
     if windows.count:
         each = report.moved_blocks / windows.count
-        say(out, f"pauses while pages were moved ({windows.count}, of {each:.1f} folios each): {_spread(windows)}")
+        say(out, f"{windows.count} pauses, of {each:.1f} folios each: {_spread(windows)}")
 
 
 def _spread(times: Durations) -> str:
@@ -208,9 +209,10 @@ def report_json(report: CollapseReport) -> dict[str, Any]:
         "move_price": report.move_price or None,
         "copied_bytes": report.copied_bytes,
         "bloat_bytes": report.filled_bytes,
-        "seconds": report.elapsed,
-        "pauses": {"calls": times.count} | _times_json(times),
-        "windows": {"count": windows.count, "moved_blocks": report.moved_blocks} | _times_json(windows),
+        "elapsed_seconds": report.elapsed,
+        "calls": times.json(),
+        "pauses": windows.json(),
+        "moved_blocks": report.moved_blocks,
         "coverage_before": report.plan.coverage,
         "coverage": report.coverage,
         "coverage_order": report.plan.asked_order,
@@ -236,13 +238,4 @@ def _tally_json(tally: FolioTally) -> dict[str, Any]:
         "over_budget": tally.over_budget,
         "over_reserve": tally.over_reserve,
         "not_tried": tally.not_tried,
-    }
-
-
-def _times_json(times: Durations) -> dict[str, float]:
-    return {
-        "p50_seconds": times.p50,
-        "p99_seconds": times.p99,
-        "max_seconds": times.max,
-        "total_seconds": times.total,
     }

@@ -34,7 +34,7 @@ from mthp.text import clean
 @click.option("--max-ptes-shared", type=int, metavar="N", help="Shared pages it may copy, per PMD range.")
 @click.option("--mechanism", type=click.Choice(get_args(Mechanism)), help="As in mthp collapse; auto by default.")
 @click.option("--max-pause", metavar="TIME", help="How long threads may stand still at a time; 5ms by default.")
-@click.option("--pause-share", metavar="%", help="The part of the time that they may; 50% by default.")
+@click.option("--pause-share", metavar="%", help="The part of the time that they may; 20% by default.")
 @click.option("--max-bloat", metavar="SIZE|%|none", help="Bytes, or share of what is resident, that filling may add.")
 @click.option("--reserve", metavar="SIZE|%", help="As in mthp collapse.")
 @click.option("--max-threads", type=click.IntRange(1), metavar="N", help="As in mthp collapse.")

@@ -124,13 +124,14 @@ def _print_before_and_after(out: Console, story: Story, before: Moment, after: M
         ["data, every byte read", "intact", "the same" if story.intact else "CHANGED", ""],
     ]
     out.print(Table("Before and after the collapse", ["", "before", "after", "ratio"], rows, right={1, 2}))
-    failed = "".join(f", {count} {name}" for name, count in deed.failed.items())
+    failed = "".join(f", {count} {name}" for name, count in deed.failed_ranges.items())
     out.print()
     say(
         out,
-        f"collapsed by {deed.by}: {deed.collapsed} ranges of {pmd} in {deed.seconds:.2f} s{failed};"
-        f" copied {format_size(deed.copied_bytes)}, added {format_size(deed.filled_bytes)};"
-        f" pauses p50 {milliseconds(deed.p50)}, p99 {milliseconds(deed.p99)}, max {milliseconds(deed.longest)}",
+        f"collapsed by {deed.by}: {deed.collapsed_ranges} ranges of {pmd} in {deed.elapsed_seconds:.2f} s{failed};"
+        f" copied {format_size(deed.copied_bytes)}, added {format_size(deed.bloat_bytes)};"
+        f" calls p50 {milliseconds(deed.p50_seconds)}, p99 {milliseconds(deed.p99_seconds)},"
+        f" max {milliseconds(deed.max_seconds)}",
     )
 
 

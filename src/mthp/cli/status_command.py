@@ -91,36 +91,36 @@ def print_status(out: Console, status: dict[str, Any]) -> None:
     state = "paused" if status["paused"] else "resting: memory pressure" if status["resting"] else "working"
     say(
         out,
-        f"process {status['pid']}, {state}, up {status['uptime']:.0f} s; CPU {status['cpu_seconds']:.2f} s"
-        f" ({percent(status['cpu_seconds'] / max(status['uptime'], 1e-9))} of a core,"
-        f" limit {percent(status['cpu_limit'])}), memory {format_size(status['memory_bytes'])}",
+        f"process {status['pid']}, {state}, up {status['uptime_seconds']:.0f} s; CPU {status['cpu_seconds']:.2f} s"
+        f" ({percent(status['cpu_seconds'] / max(status['uptime_seconds'], 1e-9))} of a core,"
+        f" limit {percent(status['cpu'])}), memory {format_size(status['resident_memory_bytes'])}",
     )
     say(out, f"finds processes by {status['finds_processes_by']}")
-    folios = " ".join(f"{size}:{count}" for size, count in reversed(counters["collapsed"].items())) or "none"
+    folios = " ".join(f"{size}:{count}" for size, count in reversed(counters["collapses"].items())) or "none"
     say(
         out,
         f"folios made {folios}; {format_size(counters['collapsed_bytes'])} in all,"
-        f" copied {format_size(counters['copied_bytes'])}, filled {format_size(counters['filled_bytes'])}",
+        f" copied {format_size(counters['copied_bytes'])}, bloat {format_size(counters['bloat_bytes'])}",
     )
     for what, key in (("pauses", "pauses"), ("calls of the kernel", "calls")):
         times = counters[key]
         if times["count"]:
-            spread = ", ".join(f"{name} {milliseconds(times[name])}" for name in ("p50", "p99", "max"))
+            spread = ", ".join(f"{name} {milliseconds(times[f'{name}_seconds'])}" for name in ("p50", "p99", "max"))
             say(out, f"{what}: {times['count']}; {spread}")
-    failed = ", ".join(f"{name} {count}" for name, count in counters["failed"].items())
+    failed = ", ".join(f"{name} {count}" for name, count in counters["collapse_failures"].items())
     if failed:
         say(out, f"failed: {failed}")
     if status["orders_refused"]:
         say(out, f"not asked for at the moment, since the machine had none: {', '.join(status['orders_refused'])}")
     rows = [_row(target) for target in sorted(status["targets"], key=lambda target: -target["collapsed_bytes"])]
-    columns = ["pid", "name", "rule", "policy", "collapsed", "filled", "longest pause", "state"]
+    columns = ["pid", "name", "rule", "policy", "collapsed", "bloat", "longest pause", "state"]
     out.print(Table(f"{len(rows)} targets", columns, rows, right={0, 4, 5, 6}, names={1, 2}))
     for reason, count in status["left_out"].items():
         say(out, f"left out {count}: {reason}")
 
 
 def _row(target: dict[str, Any]) -> list[str]:
-    state = "at work" if target["working"] else f"next look in {target['next_look_in']:.1f} s"
+    state = "at work" if target["working"] else f"next look in {target['next_look_seconds']:.1f} s"
     if target["left_out"]:
         state = f"left out: {target['left_out']}"
     elif target["reasons"]:
@@ -136,7 +136,7 @@ def _row(target: dict[str, Any]) -> list[str]:
         target["rule"],
         target["policy"],
         format_size(target["collapsed_bytes"]),
-        format_size(target["filled_bytes"]),
-        milliseconds(max(target["pauses"]["max"], target["calls"]["max"])),
+        format_size(target["bloat_bytes"]),
+        milliseconds(max(target["pauses"]["max_seconds"], target["calls"]["max_seconds"])),
         state,
     ]

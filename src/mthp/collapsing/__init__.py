@@ -22,7 +22,7 @@ done until then.
 from mthp.collapsing.allowed import Allowed, allowed_of
 from mthp.collapsing.look import Look, look_at, plan_blocks
 from mthp.collapsing.options import CollapseOptions
-from mthp.collapsing.report import CollapseReport, Durations, FolioTally
+from mthp.collapsing.report import CollapseReport, FolioTally
 from mthp.collapsing.run import carry_out, collapse_space
 from mthp.collapsing.work import Progress
 
@@ -30,7 +30,6 @@ __all__ = [
     "Allowed",
     "CollapseOptions",
     "CollapseReport",
-    "Durations",
     "FolioTally",
     "Look",
     "Progress",

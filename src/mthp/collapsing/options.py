@@ -26,7 +26,7 @@ class CollapseOptions:
         rate: bytes collapsed per second, or tried to be; None for as fast as it goes.
         dry_run: plan only.
         max_pause: how long the target may stand still at a time while pages are moved, in seconds.
-        duty: the part of the time that it may stand still then, above 0, up to 1.
+        pause_share: the part of the time that it may stand still then, above 0, up to 1.
         fill: whether moving may fill holes, as the kernel's call does; without, runs with holes are left as they are.
         verify: compare a hash of the bytes of every moved run before and after, while the target stands still.
 
@@ -42,7 +42,7 @@ class CollapseOptions:
     rate: int | None = None
     dry_run: bool = False
     max_pause: float = MAX_PAUSE_NS * 1e-9
-    duty: float = DUTY
+    pause_share: float = DUTY
     fill: bool = False
     verify: bool = False
 
@@ -59,8 +59,9 @@ class CollapseOptions:
         # Written so that what is no number is refused, too.
         if not 1e-6 <= self.max_pause <= 60:
             raise UsageError(f"a pause of {self.max_pause:g} s is not within 1us and 60s", help="the default is 1ms")
-        if not 0 < self.duty <= 1:
-            raise UsageError(f"a duty of {self.duty:g} is not above 0 and at most 1", help=f"the default is {DUTY:g}")
+        if not 0 < self.pause_share <= 1:
+            message = f"a pause_share of {self.pause_share:g} is not above 0 and at most 1"
+            raise UsageError(message, help=f"the default is {DUTY:g}")
         if self.mechanism == "khugepaged" and (self.rate is not None or self.verify):
             raise UsageError(
                 "the kernel's khugepaged keeps to no rate, and verifies nothing",
@@ -84,7 +85,7 @@ class CollapseOptions:
         return Means(
             self.mechanism,
             int(self.max_pause * 1e9),
-            self.duty,
+            self.pause_share,
             self.fill,
             self.verify,
             reserve=as_amount(self.reserve),

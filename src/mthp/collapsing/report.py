@@ -5,40 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from mthp.addrspace import Mechanism
 from mthp.collapsing.allowed import Allowed
 from mthp.errors import MthpError
-from mthp.metrics import Coverage
+from mthp.metrics import Coverage, Durations
 from mthp.results import ScanResult
 from mthp.space_plan import SpacePlan
-
-
-@dataclass(frozen=True, slots=True)
-class Durations:
-    """How long some calls, or pauses, took, in seconds.
-
-    Attributes:
-        count: how many there were.
-        p50, p99, max, total: of their durations; 0.0 if there were none.
-    """
-
-    count: int
-    p50: float
-    p99: float
-    max: float
-    total: float
-
-    @classmethod
-    def of(cls, seconds: ArrayLike) -> Durations:
-        """Summarise `seconds`: float64, shape (calls,)."""
-        array = np.asarray(seconds, np.float64)
-        if not len(array):
-            return cls(0, 0.0, 0.0, 0.0, 0.0)
-        p50, p99 = np.percentile(array, [50, 99])
-        return cls(len(array), float(p50), float(p99), float(array.max()), float(array.sum()))
 
 
 @dataclass

@@ -13,10 +13,11 @@ from mthp.collapsing.blocks import Blocks
 from mthp.collapsing.kernel import in_windows
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.ranges import Ranges
-from mthp.collapsing.report import CollapseReport, Durations, FolioTally
+from mthp.collapsing.report import CollapseReport, FolioTally
 from mthp.collapsing.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.metrics import Durations
 from mthp.planning import ORDERS_ENABLED, PlanOptions, plan_space
 from mthp.price import price_of_moving
 from mthp.space_plan import Folios, SpacePlan

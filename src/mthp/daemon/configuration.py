@@ -34,7 +34,7 @@ class Own:
     Attributes:
         cpu: share of one core that the daemon may use.
         bytes_per_second: bytes collapsed per second at most, in all processes together; None for no bound.
-        memory_pressure: share of time that tasks wait for memory (PSI, some avg10) above which the daemon rests.
+        max_memory_pressure: share of time that tasks wait for memory (PSI, some avg10) above which the daemon rests.
         notice_ns: within what time a new process is to be noticed, in nanoseconds.
         pace: what decides how fast it goes.
         metrics: (host, port) to serve metrics at; None for none.
@@ -43,7 +43,7 @@ class Own:
 
     cpu: Annotated[float, positive(parse_share)] = 0.10
     bytes_per_second: Annotated[int, parse_rate] | None = None
-    memory_pressure: Annotated[float, positive(parse_share)] = 0.10
+    max_memory_pressure: Annotated[float, positive(parse_share)] = 0.10
     notice_ns: Annotated[int, positive(parse_duration)] = 100_000_000
     pace: Pace = "cpu"
     metrics: Annotated[tuple[str, int], parse_endpoint] | None = None

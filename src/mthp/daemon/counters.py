@@ -5,12 +5,13 @@ from __future__ import annotations
 import bisect
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mthp.geometry import Geometry
+from mthp.metrics import Durations
 from mthp.results import ScanResult
 
 PAUSE_BUCKETS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 100e-3)
@@ -43,16 +44,9 @@ class Pauses:
         return sum(self.buckets)
 
     def summary(self) -> dict[str, Any]:
-        """Seconds, as the JSON of `mthp status` has them; p50 and p99 are of the last 1024."""
-        recent = list(self._recent)
-        p50, p99 = np.percentile(recent, [50, 99]) / 1e9 if recent else (0.0, 0.0)
-        return {
-            "count": self.count,
-            "p50": float(p50),
-            "p99": float(p99),
-            "max": self.max_ns / 1e9,
-            "total": self.total_ns / 1e9,
-        }
+        """Return them as the JSON of `mthp status` has them; p50 and p99 are of the last 1024."""
+        recent = Durations.of(np.array(self._recent, np.float64) / 1e9)
+        return replace(recent, count=self.count, max=self.max_ns / 1e9, total=self.total_ns / 1e9).json()
 
 
 @dataclass
@@ -63,8 +57,8 @@ class Counters:
         collapsed: folios made, by order.
         failed: attempts that failed, by scan result.
         ranges: PMD ranges looked at, by scan result.
-        ptes_scanned: PTEs looked at.
-        copied_bytes, filled_bytes: copied by collapses, and added by filling holes.
+        scanned_ptes: PTEs looked at.
+        copied_bytes, bloat_bytes: copied by collapses, and added by filling holes.
         passes: times that a process was gone through.
         looks: times that a process was looked at to see whether it had changed.
         skipped: PMD ranges that were not looked at, since they had not changed since they were finished.
@@ -75,9 +69,9 @@ class Counters:
     collapsed: Counter[int] = field(default_factory=Counter)
     failed: Counter[ScanResult] = field(default_factory=Counter)
     ranges: Counter[ScanResult] = field(default_factory=Counter)
-    ptes_scanned: int = 0
+    scanned_ptes: int = 0
     copied_bytes: int = 0
-    filled_bytes: int = 0
+    bloat_bytes: int = 0
     passes: int = 0
     looks: int = 0
     skipped: int = 0
@@ -91,16 +85,16 @@ class Counters:
     def summary(self, geometry: Geometry) -> dict[str, Any]:
         """As the JSON of `mthp status` has them; sizes as people write them, results by name."""
         return {
-            "collapsed": {geometry.label(order): count for order, count in sorted(dict(self.collapsed).items())},
+            "collapses": {geometry.label(order): count for order, count in sorted(dict(self.collapsed).items())},
             "collapsed_bytes": self.collapsed_bytes(geometry),
-            "failed": {result.name: count for result, count in sorted(dict(self.failed).items())},
-            "ranges": {result.name: count for result, count in sorted(dict(self.ranges).items())},
-            "ptes_scanned": self.ptes_scanned,
+            "collapse_failures": {result.name: count for result, count in sorted(dict(self.failed).items())},
+            "scanned_ranges": {result.name: count for result, count in sorted(dict(self.ranges).items())},
+            "scanned_ptes": self.scanned_ptes,
             "copied_bytes": self.copied_bytes,
-            "filled_bytes": self.filled_bytes,
+            "bloat_bytes": self.bloat_bytes,
             "passes": self.passes,
             "looks": self.looks,
-            "ranges_skipped": self.skipped,
+            "skipped_ranges": self.skipped,
             "pauses": self.stopped.summary(),
             "calls": self.called.summary(),
         }

@@ -84,13 +84,13 @@ class _DaemonCollector(Collector):
             "result",
             {result.name: count for result, count in sorted(dict(counters.ranges).items())},
         )
-        yield CounterMetricFamily("mthp_scanned_ptes", "PTEs looked at.", counters.ptes_scanned)
+        yield CounterMetricFamily("mthp_scanned_ptes", "PTEs looked at.", counters.scanned_ptes)
         yield CounterMetricFamily(
             "mthp_skipped_ranges", "PMD ranges passed over because they had not changed.", counters.skipped
         )
         yield CounterMetricFamily("mthp_copied_bytes", "Bytes copied by collapses.", counters.copied_bytes)
         yield CounterMetricFamily(
-            "mthp_filled_bytes", "Bytes that processes grew by, by filling holes.", counters.filled_bytes
+            "mthp_bloat_bytes", "Bytes that processes grew by, by filling holes.", counters.bloat_bytes
         )
         yield CounterMetricFamily("mthp_passes", "Times that a process was gone through.", counters.passes)
         yield CounterMetricFamily("mthp_looks", "Times that a process was asked whether it changed.", counters.looks)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from mthp.addrspace import Mechanism
+from mthp.addrspace import DUTY, Mechanism
 from mthp.budget import DEFAULT_BLOAT, Amount, parse_amount, parse_bloat
 from mthp.collapse.policy_lookup import known_policy
 from mthp.daemon.values import cgroup_pattern, pattern, user_id
@@ -129,7 +129,7 @@ class Settings:
     max_ptes_shared: Limit | None = None
     mechanism: Mechanism = "auto"
     max_pause_ns: Annotated[int, positive(parse_duration)] = 5_000_000
-    pause_share: Annotated[float, positive(parse_share)] = 0.5
+    pause_share: Annotated[float, positive(parse_share)] = DUTY
     max_bloat: Annotated[Amount | None, parse_bloat] = DEFAULT_BLOAT
     reserve: Annotated[Amount | None, parse_amount] = None
     max_threads: Annotated[int, whole(1)] | None = None

@@ -153,7 +153,7 @@ class Daemon:
         self.worker = Worker(
             self.environment,
             self.knobs,
-            MemoryPressure(configuration.memory_pressure),
+            MemoryPressure(configuration.max_memory_pressure),
             CpuBudget(configuration.cpu),
             self._say,
             died=lambda: signal.raise_signal(signal.SIGTERM),
@@ -338,14 +338,14 @@ class Daemon:
         targets = list(self.worker.targets.values())
         return {
             "pid": os.getpid(),
-            "uptime": now - self._started,
+            "uptime_seconds": now - self._started,
             "paused": self.worker.paused,
             "busy": self.worker.busy,
             "resting": self.worker.resting,
             "memory_pressure": self.worker.pressure,
             "cpu_seconds": times.user + times.system,
-            "cpu_limit": self.configuration.cpu,
-            "memory_bytes": memory_used(),
+            "cpu": self.configuration.cpu,
+            "resident_memory_bytes": memory_used(),
             "finds_processes_by": self._finder.means,
             "processes_known": self._finder.known,
             "reloads": self._reloads,

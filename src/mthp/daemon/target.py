@@ -147,7 +147,7 @@ class Target:
         """Bytes that filling may still add; None for no bound."""
         if self.settings.max_bloat is None:
             return None
-        return self.settings.max_bloat.of(self._resident) - self.counters.filled_bytes
+        return self.settings.max_bloat.of(self._resident) - self.counters.bloat_bytes
 
     @property
     def working(self) -> bool:
@@ -324,9 +324,9 @@ class Target:
             counters.collapsed.update(made)
             counters.failed.update(failed)
             counters.ranges.update(results)
-            counters.ptes_scanned += passage.progress
+            counters.scanned_ptes += passage.progress
             counters.copied_bytes += copied
-            counters.filled_bytes += filled
+            counters.bloat_bytes += filled
             counters.stopped.add(pauses)
             counters.called.add(calls)
         size = sum(geometry.size_of(order) * count for order, count in made.items())
@@ -342,8 +342,8 @@ class Target:
                 folios={geometry.label(order): count for order, count in sorted(made.items())},
                 failed={result.name: count for result, count in failed.items()},
                 copied_bytes=copied,
-                filled_bytes=filled,
-                longest_pause=max(pauses, default=0) / 1e9,
+                bloat_bytes=filled,
+                max_pause_seconds=max(pauses, default=0) / 1e9,
             )
 
     def _drop_old_reasons(self, space: GovernedSpace) -> None:
@@ -382,8 +382,8 @@ class Target:
             "policy": self.settings.policy,
             "left_out": self.left_out or None,
             "working": self._pass is not None,
-            "next_look_in": max(0.0, self.next_at - now),
-            "bloat_left": self.bloat_left,
+            "next_look_seconds": max(0.0, self.next_at - now),
+            "bloat_left_bytes": self.bloat_left,
             "reasons": dict(self.reasons),
             "left_alone": self._left_alone,
             "needs_move": self.needs_move or None,

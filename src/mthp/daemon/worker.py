@@ -117,7 +117,7 @@ class Worker:
             environment = self.environment
             environment.configuration = configuration
             self._cpu.set(configuration.cpu)
-            self._pressure.limit = configuration.memory_pressure
+            self._pressure.limit = configuration.max_memory_pressure
             environment.bytes.set_rate(configuration.bytes_per_second)
             self._version = -1
 
@@ -234,7 +234,7 @@ class Worker:
         environment, now = self.environment, self._clock()
         if environment.configuration.pace != "kernel":
             return 0.0
-        scanned = environment.total.ptes_scanned
+        scanned = environment.total.scanned_ptes
         if self._scanned_until is None or scanned >= self._scanned_until:
             if self._scanned_until is not None:
                 self._rests_until = now + environment.tunables.scan_sleep_millisecs / 1000

@@ -101,37 +101,36 @@ class Deed:
 
     Attributes:
         by: who made the calls: ``"mthp"`` from outside, or the workload ``"itself"``.
-        collapsed: PMD ranges.
-        failed: PMD ranges that could not be collapsed, by scan result.
-        copied_bytes, filled_bytes: contents of the collapsed ranges, and what they grew by.
-        seconds: how long all of it took.
-        p50, p99, longest: durations of the calls, in seconds.
+        collapsed_ranges: PMD ranges.
+        failed_ranges: PMD ranges that could not be collapsed, by scan result.
+        copied_bytes, bloat_bytes: contents of the collapsed ranges, and what they grew by.
+        elapsed_seconds: how long all of it took.
+        p50_seconds, p99_seconds, max_seconds: durations of the calls.
     """
 
     by: str
-    collapsed: int
-    failed: dict[str, int]
+    collapsed_ranges: int
+    failed_ranges: dict[str, int]
     copied_bytes: int
-    filled_bytes: int
-    seconds: float
-    p50: float
-    p99: float
-    longest: float
+    bloat_bytes: int
+    elapsed_seconds: float
+    p50_seconds: float
+    p99_seconds: float
+    max_seconds: float
 
     @classmethod
     def of(cls, report: CollapseReport, *, by: str) -> Deed:
         """The deed that `report` tells of."""
-        times = report.durations
         return cls(
             by=by,
-            collapsed=report.collapsed,
-            failed={result.name: count for result, count in report.failed.items()},
+            collapsed_ranges=report.collapsed,
+            failed_ranges={result.name: count for result, count in report.failed.items()},
             copied_bytes=report.copied_bytes,
-            filled_bytes=report.filled_bytes,
-            seconds=report.elapsed,
-            p50=times.p50,
-            p99=times.p99,
-            longest=times.max,
+            bloat_bytes=report.filled_bytes,
+            elapsed_seconds=report.elapsed,
+            p50_seconds=report.durations.p50,
+            p99_seconds=report.durations.p99,
+            max_seconds=report.durations.max,
         )
 
 

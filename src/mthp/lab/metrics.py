@@ -44,15 +44,14 @@ class Metric:
 _ALL = (
     Metric("resident_bytes", "bytes", "memory in the PMD ranges that may be collapsed, what was filled included"),
     Metric("huge_coverage", "share", "part of the resident memory that PMD entries map", "more"),
-    Metric("large_coverage", "share", "part of the resident memory in folios of order 2 or larger", "more"),
+    Metric("large_coverage", "share", "part of the resident memory in folios of order 1 or larger", "more"),
     Metric("order_share", "share", "part of the resident memory in folios of one order; one column for each order"),
     Metric("bloat_bytes", "bytes", "zero-filled memory that collapses added, all scans together", "less"),
     Metric("bloat_share", "share", "bloat_bytes as a part of what was resident before the first collapse", "less"),
     Metric("creep_bytes", "bytes", "bloat that this scan added; with creep it goes on after the first", "less"),
     Metric("copied_bytes", "bytes", "contents that collapses copied, all scans together", "less"),
-    Metric("zeroed_bytes", "bytes", "memory that collapses cleared because nothing was there to copy", "less"),
     Metric("folios", "folios", "folios that collapses made, all scans together"),
-    Metric("scanned_pages", "pages", "PTEs that khugepaged looked at, all scans together", "less"),
+    Metric("scanned_ptes", "entries", "PTEs that khugepaged looked at, all scans together", "less"),
     Metric("khugepaged_seconds", "seconds", "processor time of scanning, copying, clearing and installing", "less"),
     Metric("translations", "entries", "TLB entries that hold all of the resident memory at once", "less"),
     Metric(
@@ -66,9 +65,6 @@ _ALL = (
     Metric("alloc_failures", "count", "of these, the ones that it did not have", "less"),
     Metric("alloc_failure_share", "share", "alloc_failures as a part of alloc_attempts", "less"),
     Metric("time_to_coverage", "seconds", "time until a coverage was reached; infinite if it never was", "less"),
-    Metric("pause_p50", "seconds", "median of the times that the target's threads stood still", "less"),
-    Metric("pause_p99", "seconds", "99th percentile of these times", "less"),
-    Metric("pause_max", "seconds", "longest of these times", "less"),
     Metric(
         "fairness",
         "share",
@@ -149,13 +145,6 @@ def time_to_coverage(seconds: ArrayLike, coverage: ArrayLike, wanted: float) -> 
     """
     reached = np.flatnonzero(np.asarray(coverage, np.float64) >= wanted)
     return float(np.asarray(seconds, np.float64)[reached[0]]) if len(reached) else float("inf")
-
-
-def pauses(seconds: ArrayLike) -> dict[str, float]:
-    """``pause_p50``, ``pause_p99`` and ``pause_max`` of the times that threads stood still; 0.0 if they never did."""
-    times: NDArray[np.float64] = np.asarray(seconds, np.float64)
-    p50, p99 = np.percentile(times, [50, 99]) if times.size else (0.0, 0.0)
-    return {"pause_p50": float(p50), "pause_p99": float(p99), "pause_max": float(times.max(initial=0.0))}
 
 
 def fairness(values: Sequence[float] | NDArray[np.float64]) -> float:

@@ -296,7 +296,7 @@ class _Run:
             "process": name,
             "resident_bytes": resident * geometry.page_size,
             "huge_coverage": metrics.share(huge, resident),
-            "large_coverage": metrics.coverage_from(by_order, 2),
+            "large_coverage": metrics.coverage_from(by_order, 1),
             "translations": metrics.translations(by_order, huge, geometry.pmd_order),
         }
         for order in range(geometry.pmd_order + 1):
@@ -315,8 +315,7 @@ class _Run:
             "bloat_bytes": bloat,
             "bloat_share": metrics.share(bloat, max(row["resident_bytes"] - bloat, 0)),
             "copied_bytes": done.copied.total() * page,
-            "zeroed_bytes": bloat,
-            "scanned_pages": done.progress,
+            "scanned_ptes": done.progress,
             "khugepaged_seconds": (self._spent_ns() - self._programs_ns) / 1e9,
             "alloc_attempts": sum(made.values()),
             "alloc_failures": made["collapse_alloc_failed"],

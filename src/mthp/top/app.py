@@ -396,7 +396,7 @@ def daemon_line(status: Mapping[str, Any] | None) -> str:
     counters = status.get("counters", {})
     targets = status.get("targets", [])
     made = format_size(int(counters.get("collapsed_bytes", 0)))
-    added = format_size(int(counters.get("filled_bytes", 0)))
+    added = format_size(int(counters.get("bloat_bytes", 0)))
     return (
         f"daemon: process {status.get('pid', '?')}, {state}, {len(targets)} targets,"
         f" {made} collapsed, {added} of bloat added"
