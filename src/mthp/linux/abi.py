@@ -1,13 +1,17 @@
 """The numbers that the kernel and a program agree on, each under the name that its header gives it.
 
 Only what this package uses is here. The source of each group is named above it. All of them are the same on every
-architecture that has THP.
+architecture that has THP, but for the numbers of system calls that are given by machine.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import os
+
+import numpy as np
+from numpy.typing import NDArray
 
 # --- /proc/PID/pagemap: fs/proc/task_mmu.c, Documentation/admin-guide/mm/pagemap.rst ---------------------------------
 
@@ -64,6 +68,17 @@ MADV_COLLAPSE = 25
 NR_PROCESS_MADVISE = 440
 """``process_madvise``, Linux 5.10. Numbers from 424 on are the same on all architectures but alpha."""
 
+# --- kcmp(2): include/uapi/linux/kcmp.h ------------------------------------------------------------------------------
+
+KCMP_VM = 1
+KCMP_FILES = 2
+
+NR_KCMP = {"x86_64": 312, "aarch64": 272}
+"""``kcmp`` in each architecture's ``asm/unistd.h``."""
+
+_UNEQUAL = 3
+"""The answer for two threads of which one is gone: the kernel's word for "not equal, in no order"."""
+
 
 class IoVec(ctypes.Structure):
     """``struct iovec`` of ``<sys/uio.h>``."""
@@ -74,6 +89,12 @@ class IoVec(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.syscall.restype = ctypes.c_long
+
+# Holds the interpreter's lock: the call does not block, and another thread's turn would lengthen a window.
+_locked_libc = ctypes.PyDLL(None, use_errno=True)
+_locked_libc.process_vm_readv.restype = ctypes.c_ssize_t
+_locked_libc.process_vm_readv.argtypes = (ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong)
+_MOST_VECTORS = os.sysconf("SC_IOV_MAX")
 
 
 def madvise(address: int, length: int, advice: int) -> int:
@@ -104,3 +125,45 @@ def process_madvise(pidfd: int, address: int, length: int, advice: int) -> int:
     if advised < 0:
         return ctypes.get_errno()
     return 0 if advised == length else errno.EAGAIN
+
+
+def kcmp(one: int, other: int, kind: int) -> int | None:
+    """Compare what `kind` names of two threads, by kcmp(2).
+
+    Args:
+        one, other: TIDs.
+        kind: ``KCMP_*``.
+
+    Returns:
+        0 if they share it, 1 to 3 if not or if one of them is gone, None if these rights or this kernel do not tell.
+    """
+    number = NR_KCMP.get(os.uname().machine)
+    if number is None:
+        return None
+    words = map(ctypes.c_long, (number, one, other, kind, 0, 0))
+    answer: int = _libc.syscall(*words)
+    if answer >= 0:
+        return answer
+    return _UNEQUAL if ctypes.get_errno() == errno.ESRCH else None
+
+
+def read_words(pid: int, addresses: NDArray[np.uint64]) -> NDArray[np.uint64] | None:
+    """Read the 64-bit words at `addresses` in the memory of `pid`, in one call of process_vm_readv(2).
+
+    Returns:
+        uint64, shape (addresses,); None if one of them is not there, or if the call is not to be had.
+    """
+    words = np.empty(len(addresses), np.uint64)
+    here = IoVec()
+    # struct iovec for each address.
+    there = np.empty((len(addresses), 2), np.uint64)
+    there[:, 0], there[:, 1] = addresses, words.itemsize
+    for at in range(0, len(addresses), _MOST_VECTORS):
+        part, theirs = words[at : at + _MOST_VECTORS], there[at : at + _MOST_VECTORS]
+        here.iov_base, here.iov_len = part.__array_interface__["data"][0], part.nbytes
+        done = _locked_libc.process_vm_readv(
+            pid, ctypes.addressof(here), 1, theirs.__array_interface__["data"][0], len(theirs), 0
+        )
+        if done != part.nbytes:
+            return None
+    return words

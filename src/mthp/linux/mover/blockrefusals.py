@@ -13,8 +13,8 @@ is left alone. :func:`special_ranges` finds what can be found:
 - stack pointers from ``/proc/PID/task/TID/syscall``, for every thread that does not run at this moment, which means
   for all of them once they are stopped. The field ``kstkesp`` of ``/proc/PID/stat`` is no help: the kernel fills it in
   for exiting threads only (do_task_stat, fs/proc/array.c);
-- rseq areas only with PTRACE_GET_RSEQ_CONFIGURATION, which wants the thread stopped and traced. Whoever traces passes
-  them in.
+- rseq areas only with PTRACE_GET_RSEQ_CONFIGURATION, which wants the thread stopped and traced
+  (:func:`mthp.linux.mover.park.special_ranges`).
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
+from mthp.linux.abi import read_words
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.machine import Machine
@@ -42,7 +43,6 @@ from mthp.linux.mover.reentry import before_calls, make_again
 from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count
 from mthp.linux.mover.tracee import WALL, CannotStopError, Stopped, Tracee, check_thread
-from mthp.linux.mover.words import read_words
 from mthp.linux.process import Process
 
 STOP_TIMEOUT_NS = 200_000_000

@@ -39,14 +39,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError
+from mthp.linux.abi import KCMP_FILES, kcmp, read_words
 from mthp.linux.mover import ptrace, stub
 from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
-from mthp.linux.mover.kcmp import KCMP_FILES, kcmp
 from mthp.linux.mover.mapping import find_gap, query_mapping, read_mappings
 from mthp.linux.mover.padding import Padding, find_padding, is_left, occupant_of, pack_slot
 from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.tracee import CannotStopError, Tracee
-from mthp.linux.mover.words import read_words
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x4000, 0x100000

@@ -20,11 +20,11 @@ from mthp.addrspace import USUAL_MEANS, AddressSpace, Means
 from mthp.budget import Room
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry, format_size
+from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
 from mthp.linux.headroom import memory_bounds
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.devices import open_files, refuse_files
-from mthp.linux.mover.kcmp import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.mover.padding import find_padding, memory_reader
 from mthp.linux.mover.refusal import Refusal
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads

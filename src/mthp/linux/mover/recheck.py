@@ -40,9 +40,9 @@ from numpy.typing import NDArray
 from mthp.addrspace import Block, Pte, PteColumns, Vma
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
+from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.mover.blockrefusals import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list, touches
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.kcmp import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.mover.mapping import query_mapping
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.processrefusals import vm_size
