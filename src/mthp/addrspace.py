@@ -16,13 +16,13 @@ import abc
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.budget import Amount, MemoryBound
+from mthp.closing import Closing
 from mthp.errors import UnsupportedError
 from mthp.geometry import Geometry
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
@@ -233,7 +233,7 @@ class Watch(Protocol):
         ...
 
 
-class AddressSpace(abc.ABC):
+class AddressSpace(Closing, abc.ABC):
     """One address space and the machine around it. A context manager: leaving it lets go of the target.
 
     One thread may list the mappings while another reads.
@@ -444,14 +444,6 @@ class AddressSpace(abc.ABC):
     def close(self) -> None:
         """Let go of the target."""
         return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Reading:

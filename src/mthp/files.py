@@ -19,9 +19,9 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
+from mthp.closing import Closing
 from mthp.errors import MthpError, UsageError
 
 PRIVATE = 0o600
@@ -100,7 +100,7 @@ class _WholeWrites(io.FileIO):
         return memoryview(data).nbytes
 
 
-class NewFile:
+class NewFile(Closing):
     """A file that has no name yet. A context manager: leaving it without :meth:`publish` leaves nothing.
 
     Args:
@@ -225,14 +225,6 @@ class NewFile:
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

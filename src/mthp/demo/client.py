@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from mthp.closing import Closing
 from mthp.collapsing import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 
@@ -134,7 +134,7 @@ class Deed:
         )
 
 
-class Workload:
+class Workload(Closing):
     """The workload process, held by a ``with`` block that ends it.
 
     Example:
@@ -148,14 +148,6 @@ class Workload:
         self._stderr: int | None = None
         self._pending = b""
         self._patience = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def pid(self) -> int:

@@ -11,16 +11,15 @@ import os
 import re
 import stat
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from mthp.closing import Closing
 from mthp.errors import UsageError
 from mthp.files import writing
 
 _OURS = re.compile(r"[0-9a-f]{32}\.(arrow|tmp)")
 
 
-class Parts:
+class Parts(Closing):
     """An open directory of parts. A context manager.
 
     Args:
@@ -98,11 +97,3 @@ class Parts:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -23,9 +23,9 @@ import os
 import select
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, NoReturn, Self
+from typing import Literal, NoReturn
 
+from mthp.closing import Closing
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.linux import abi
 from mthp.text import lines
@@ -65,7 +65,7 @@ class ProcStat:
         return cls(fields[0].decode(), ppid, flags, minflt, majflt, threads, starttime)
 
 
-class Process:
+class Process(Closing):
     """A handle of one living process. A context manager; leaving it closes the handle.
 
     Args:
@@ -231,14 +231,6 @@ class Process:
             if fd >= 0:
                 os.close(fd)
         self.pidfd = self._directory = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _check_proc() -> None:

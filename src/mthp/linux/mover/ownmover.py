@@ -17,12 +17,11 @@ import signal
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.closing import Closing
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.probes import (
@@ -84,7 +83,7 @@ _libc.mprotect.argtypes = _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_si
 _no_fork = threading.Lock()
 
 
-class OwnMover:
+class OwnMover(Closing):
     """The code, its scratch memory and its userfaultfd. A context manager.
 
     Args:
@@ -158,14 +157,6 @@ class OwnMover:
         # mremap(2) gives -1 to -4095 for errors like all others, but an address that was not asked for is none.
         errors[(errors < 0) | (errors > 4095)] = errno.EFAULT
         return errors
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back what is ours. Closing twice does nothing."""

@@ -8,13 +8,13 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import DUTY, MAX_PAUSE_NS, Block
+from mthp.closing import Closing
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader
@@ -46,7 +46,7 @@ Recheck = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | None]]
 _Int64s = NDArray[np.int64]
 
 
-class MoverSession:
+class MoverSession(Closing):
     """Moves blocks of one process to new folios. A context manager; between two windows nothing of it is in the target.
 
     The caller has enabled exactly one folio size for the time of :meth:`move`, and has refused what must be refused
@@ -115,11 +115,6 @@ class MoverSession:
         """Open the session: the target is not touched before the first window."""
         self._open = True
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close what is open. Closing twice does nothing."""
