@@ -233,12 +233,13 @@ def test_a_child_that_has_inherited_the_lock(tunables: Tunables) -> None:
             signal.pause()
 
     pid = forked(work)
-    until((tunables.thp / "child").exists, "a window")
+    told = tunables.thp / "child"
+    until(lambda: told.exists() and told.read_text(), "a window")
     sleeper = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1])
     os.kill(pid, signal.SIGKILL)
     ended(pid)
     until(lambda: tunables.values() == BEFORE and not tunables.watchers(), "everything to be put back")
-    for each in (sleeper, int((tunables.thp / "child").read_text())):
+    for each in (sleeper, int(told.read_text())):
         os.kill(each, signal.SIGKILL)
     with tunables.journal(watched=False).settings(OUTER):
         pass
