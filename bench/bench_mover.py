@@ -41,7 +41,6 @@ from mthp.linux.mover.pause import Pause
 from mthp.linux.mover.recheck import Before, Recheck, last_pid
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.process import Process
-from mthp.results import ScanResult
 from peers import compiled
 
 SIZE = 256 << 20
@@ -154,10 +153,11 @@ def move_ns_per_byte(order: int) -> float:
             MoverSession(process, GEOMETRY, max_pause_ns=WINDOW_NS, duty=1.0) as session,
         ):
             outcomes = session.move([(address, order) for address in range(ours.start, ours.start + SIZE, size)])
-        made = sum(outcome.result is ScanResult.SUCCEED for outcome in outcomes)
+        with open_live(ours.pid) as space:
+            made = int((space.read([(ours.start, ours.start + SIZE)]).folio_order == order).sum()) >> order
         if made < len(outcomes) // 2:
             print(f"  only {made} of {len(outcomes)} blocks became folios of order {order}")
-        moved = sum(outcome.moved_bytes for outcome in outcomes)
+        moved = sum(outcome.copied for outcome in outcomes) * GEOMETRY.page_size
         took = sum(pause.total_ns for pause in session.pauses)
         ours.check()
     return took / max(moved, 1)

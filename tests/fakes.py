@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE, AddressSpace, CollapseOutcome, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, PteColumns, Segment, Vma
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64, Geometry
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
 
 COLLAPSE_NS = 250_000
@@ -149,12 +149,12 @@ class FakeSpace(AddressSpace):
                 at = stop
         return found
 
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
+    def attempt(self, address: int, order: int) -> BlockOutcome:
         self._check_alive()
         if order not in self._orders:
             raise UnsupportedError(f"order {order} cannot be collapsed to here", help="needs the move mechanism")
         self.attempts.append((address, order))
-        return CollapseOutcome(self._collapse(address, order), COLLAPSE_NS)
+        return BlockOutcome(address, order, self._collapse(address, order), elapsed_ns=COLLAPSE_NS)
 
     def close(self) -> None:
         self.closed = True

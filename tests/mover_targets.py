@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mthp.linux.mover.outcome import BlockOutcome
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
+from mthp.results import BlockOutcome
 from targets import threads_of
 from thp_switches import size_name
 from waiting import FACTOR, PATIENCE, wait_for

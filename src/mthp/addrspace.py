@@ -21,20 +21,35 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.blockstates import EXITED, already, shown, states_of
 from mthp.budget import Amount, MemoryBound
 from mthp.closing import Closing
-from mthp.errors import UnsupportedError
+from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
-from mthp.results import ScanResult
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Block, Pte, PteColumns, Segment, segments_of
+from mthp.results import BlockOutcome, ScanResult
 from mthp.segments import in_blocks, in_range_blocks
 from mthp.tunables import Switches, Tunables
 
-Segment = tuple[int, int]
-"""A half-open, page-aligned range of addresses: (start, end)."""
-
-Block = tuple[int, int]
-"""An aligned run of memory: its address, and the order of the folio that it is to become."""
+__all__ = [
+    "DUTY",
+    "MAX_PAUSE_NS",
+    "ORDER_NONE",
+    "ORDER_UNKNOWN",
+    "USUAL_MEANS",
+    "WATCH_BLOCK",
+    "AddressSpace",
+    "Block",
+    "Means",
+    "Mechanism",
+    "Pte",
+    "PteColumns",
+    "Segment",
+    "Vma",
+    "VmaKind",
+    "Watch",
+]
 
 Mechanism = Literal["auto", "madvise", "move", "madvise,move", "khugepaged"]
 """How pages are collapsed: by MADV_COLLAPSE, by the mover, by each where it fits the order, or by the kernel's own
@@ -42,39 +57,6 @@ khugepaged. ``auto`` is whatever the kernel does by itself: the mover injects co
 
 WATCH_BLOCK = 256 << 20
 """Bytes of address space that a watch reads at a time."""
-
-ORDER_NONE = -1
-"""In `PteColumns.folio_order`: no folio is mapped here."""
-
-ORDER_UNKNOWN = -2
-"""In `PteColumns.folio_order`: a folio is mapped, but its order cannot be seen with these rights."""
-
-
-class Pte(enum.IntFlag):
-    """Bits of `PteColumns.state`, a uint16 per PTE. A none PTE is 0."""
-
-    PRESENT = 1 << 0
-    """Maps a page, the zero page included."""
-    ZERO = 1 << 1
-    """Maps the shared zero page."""
-    SWAP = 1 << 2
-    """Not present and not none: a swap entry, or a marker that the kernel counts as one."""
-    SHARED = 1 << 3
-    """The folio is mapped by another process too, or more than once."""
-    LAZYFREE = 1 << 4
-    """Freed with MADV_FREE, and clean."""
-    UFFD_WP = 1 << 5
-    """Write-protected by userfaultfd, as a page, a swap entry or a marker."""
-    FILE = 1 << 6
-    """Maps a page of a file or of shared memory."""
-    PMD_MAPPED = 1 << 7
-    """Mapped by a PMD entry, not by a PTE of its own."""
-    UNREFERENCED = 1 << 8
-    """Known not to have been used recently. Where the kernel does not tell, the bit is clear."""
-    GUARD = 1 << 9
-    """A guard marker (MADV_GUARD_INSTALL); SWAP is set with it."""
-    HUGETLB = 1 << 10
-    """Part of a hugetlbfs page, which collapse leaves alone."""
 
 
 class VmaKind(enum.StrEnum):
@@ -136,51 +118,6 @@ class Vma:
         """The part that whole PMD ranges make up, (start, end); empty (start == end) if there is none."""
         start = -(-self.start // geometry.pmd_size) * geometry.pmd_size
         return start, max(start, self.end // geometry.pmd_size * geometry.pmd_size)
-
-
-@dataclass(frozen=True, slots=True)
-class PteColumns:
-    """Page table entries of some segments, one after another, as columns.
-
-    Attributes:
-        segments: what was read, in order.
-        state: uint16, shape (pages,): bits of :class:`Pte`.
-        folio_order: int8, shape (pages,): order of the folio that the page lies in (0 for a base page),
-            ``ORDER_NONE`` or ``ORDER_UNKNOWN``.
-        pfn: uint64, shape (pages,): page frame numbers, 0 where not present; None if they cannot be seen.
-    """
-
-    segments: tuple[Segment, ...]
-    state: NDArray[np.uint16]
-    folio_order: NDArray[np.int8]
-    pfn: NDArray[np.uint64] | None = None
-
-    def has(self, bits: Pte) -> NDArray[np.bool_]:
-        """Which entries have at least one of `bits`: bool, shape (pages,)."""
-        chosen: NDArray[np.bool_] = (self.state & np.uint16(bits)) != 0
-        return chosen
-
-
-@dataclass(frozen=True, slots=True)
-class CollapseOutcome:
-    """What one call of :meth:`AddressSpace.collapse` did.
-
-    Attributes:
-        result: SUCCEED, or why not.
-        elapsed_ns: time that the call took, in nanoseconds.
-        errno: the system's error number where there was one, else 0.
-        reason: why not, for a person, where there is more to say than the result's meaning.
-        everywhere: whether this holds for the whole address space at this moment, so that other runs would fare no
-            better.
-        passing: whether it may be otherwise a moment later, so that another try is worth it.
-    """
-
-    result: ScanResult
-    elapsed_ns: int
-    errno: int = 0
-    reason: str = ""
-    everywhere: bool = False
-    passing: bool = False
 
 
 MAX_PAUSE_NS = 1_000_000
@@ -313,23 +250,70 @@ class AddressSpace(Closing, abc.ABC):
             help="ask it of the running process",
         )
 
-    @abc.abstractmethod
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
+    def collapse(self, address: int, order: int) -> BlockOutcome:
         """Collapse the aligned run at `address` to one folio of `order`.
+
+        Raises:
+            As :meth:`collapse_blocks`.
+        """
+        return self.collapse_blocks([(address, order)])[0]
+
+    def collapse_blocks(
+        self, blocks: Sequence[Block], means: Means = USUAL_MEANS, before: PteColumns | None = None
+    ) -> list[BlockOutcome]:
+        """Collapse disjoint `blocks`, as many at a time as `means` allows: the outcome of each, in their order.
+
+        SUCCEED is what the page tables show: the block lies in one folio of its order, or a larger one, and did not
+        before. A block that did before is left alone (PMD_MAPPED, PTE_MAPPED_HUGEPAGE). If the target exits meanwhile,
+        the outcomes of what was left, or could not be seen any more, are ANY_PROCESS.
+
+        Args:
+            before: entries that hold the blocks, as just read; read here if None.
 
         Raises:
             TargetVanishedError: the process is gone.
             UnsupportedError: this backend cannot, at all or at this order.
             NotPermittedError: these rights do not suffice.
+            UsageError: a block is not aligned, or there is no such order.
         """
+        geometry, page_size = self.geometry, self.geometry.page_size
+        for address, order in blocks:
+            if address % geometry.size_of(geometry.check_order(order)):
+                raise UsageError(f"{address:#x} is not aligned to {geometry.label(order)}")
+        if not blocks:
+            return []
+        columns = self.read(segments_of(blocks, page_size)) if before is None else before
+        large = states_of(columns, blocks, geometry).large.tolist()
+        left = [block for block, is_large in zip(blocks, large, strict=True) if not is_large]
+        segments = segments_of(left, page_size)
+        columns = columns.select(segments, page_size)
+        claims = self.attempt_blocks(left, means, columns) if left else []
+        try:
+            after = states_of(self.read(segments), left, geometry)
+        except TargetVanishedError:
+            return [BlockOutcome(*block, ScanResult.ANY_PROCESS, EXITED) for block in blocks]
+        outcomes = shown(claims, states_of(columns, left, geometry), after, geometry)
+        seen = {(outcome.address, outcome.order): outcome for outcome in outcomes}
+        return [seen.get(block) or already(block, geometry) for block in blocks]
 
-    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
-        """Collapse disjoint `blocks`, as many at a time as `means` allows: the outcome of each, in their order.
+    def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
+        """Try to collapse disjoint `blocks` for :meth:`collapse_blocks`: what the mechanism says of each.
+
+        Args:
+            before: the entries of the blocks, as just read.
 
         Raises:
-            As :meth:`collapse`.
+            As :meth:`collapse_blocks`.
         """
-        return [self.collapse(address, order) for address, order in blocks]
+        return [self.attempt(address, order) for address, order in blocks]
+
+    @abc.abstractmethod
+    def attempt(self, address: int, order: int) -> BlockOutcome:
+        """Try to collapse one block: what the mechanism says, which need not be what it did.
+
+        Raises:
+            As :meth:`collapse_blocks`.
+        """
 
     def mechanism_for(self, order: int, asked: Mechanism) -> Mechanism | None:
         """Return what makes a folio of `order` if the mechanism `asked` is chosen; None if nothing does."""

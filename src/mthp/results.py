@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import errno
+from dataclasses import dataclass
 
 
 class ScanResult(enum.IntEnum):
@@ -50,6 +51,37 @@ class ScanResult(enum.IntEnum):
     def trace_word(self) -> str:
         """The word that the kernel's trace events print for it."""
         return _TRACE_WORDS.get(self, self.name.lower())
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOutcome:
+    """What came of an attempt to make one folio of a block.
+
+    Attributes:
+        address, order: of the block.
+        result: SUCCEED, or why not.
+        reason: why not, for a person, where there is more to say than the result's meaning.
+        copied, filled: pages with contents, swapped-out ones included, and PTEs without, that the folio was made of;
+            0 if it was not made.
+        elapsed_ns: time that it took, in nanoseconds; 0 where that is not measured, or where it was not tried.
+        errno: the system's error number where there was one, else 0.
+        everywhere: whether this holds for the whole address space at this moment, so that other blocks would fare no
+            better.
+        passing: whether it may be otherwise a moment later, so that another try is worth it.
+        verified: whether its bytes were the same before and after; None if that was not asked for.
+    """
+
+    address: int
+    order: int
+    result: ScanResult
+    reason: str = ""
+    copied: int = 0
+    filled: int = 0
+    elapsed_ns: int = 0
+    errno: int = 0
+    everywhere: bool = False
+    passing: bool = False
+    verified: bool | None = None
 
 
 _MEANING = {

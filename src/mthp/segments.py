@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from mthp.geometry import Geometry
-
-if TYPE_CHECKING:
-    from mthp.addrspace import Segment
+from mthp.ptes import Segment
 
 
 def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[Segment]:

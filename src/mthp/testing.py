@@ -23,7 +23,6 @@ from mthp.addrspace import (
     ORDER_NONE,
     ORDER_UNKNOWN,
     AddressSpace,
-    CollapseOutcome,
     Means,
     Pte,
     PteColumns,
@@ -35,7 +34,7 @@ from mthp.eligibility import eligibility
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.metrics import MAX_FOLIO_ORDER
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 
@@ -293,14 +292,14 @@ class _Check:
         if address is not None:
             self._collapse_at(address, order)
 
-    def _outcome(self, address: int, order: int) -> CollapseOutcome | None:
+    def _outcome(self, address: int, order: int) -> BlockOutcome | None:
         """The outcome of one collapse; None where the backend cannot."""
         try:
             return self.space.collapse_blocks([(address, order)], Means("madvise,move", fill=True))[0]
         except UnsupportedError:
             return None
 
-    def _blocks(self, blocks: list[tuple[int, int]]) -> list[CollapseOutcome] | None:
+    def _blocks(self, blocks: list[tuple[int, int]]) -> list[BlockOutcome] | None:
         try:
             return self.space.collapse_blocks(blocks, Means("madvise,move", fill=True))
         except UnsupportedError:
@@ -338,8 +337,14 @@ class _Check:
         contents = Pte.PRESENT | Pte.SWAP
         self.expect((after.has(contents) | ~before.has(contents)).all(), f"{what} loses a page")
         self.expect(self.space.mapped() == mapped, f"{what} changes the mappings")
+        said = (outcome.address, outcome.order) == (address, order)
+        self.expect(said, f"{what}: its outcome is of {outcome.address:#x}, order {outcome.order}")
         if outcome.result is not ScanResult.SUCCEED:
+            self.expect(outcome.copied == outcome.filled == 0, f"{what} fails, and copied or filled pages")
             return
+        held = int((before.has(contents) & ~before.has(Pte.ZERO))[run].sum())
+        sizes = (held, pages - held)
+        self.expect((outcome.copied, outcome.filled) == sizes, f"{what}: copied and filled are not {sizes}")
         self.expect(after.has(Pte.PRESENT)[run].all(), f"{what} succeeds, and leaves a page that is not present")
         seen = after.folio_order[run]
         self.expect(((seen == order) | (seen == ORDER_UNKNOWN)).all(), f"{what} succeeds, and the folio is another")
@@ -353,7 +358,8 @@ class _Check:
         same &= np.array_equal(after.folio_order[beside], before.folio_order[beside])
         self.expect(same, f"{what} changes its neighbours")
         again = self._outcome(address, order)
-        self.expect(again is not None, f"{what} cannot be asked for twice")
+        repeated = again is not None and again.result is ScanResult.SUCCEED
+        self.expect(again is not None and not repeated, f"{what} cannot be asked for twice, or succeeds twice")
 
     def pauses(self) -> None:
         pauses = self.space.take_pauses()

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mthp.addrspace import AddressSpace, Block, CollapseOutcome, Segment
-from mthp.results import ScanResult
+from mthp.addrspace import AddressSpace, Block, Segment
+from mthp.results import BlockOutcome, ScanResult
 
 REASON = (
     "all blocks of a batch came back as small pages, although the machine has free folios of this size: probably the"
@@ -21,11 +21,11 @@ REASON = (
     " systemd's MemoryTHP=madvise sets it); MADV_COLLAPSE, for the PMD size, is not affected"
 )
 
-OUTCOME = CollapseOutcome(ScanResult.VMA_CHECK, 0, reason=REASON)
-"""The outcome of blocks in such memory, those that were tried included."""
+RESULT = ScanResult.VMA_CHECK
+"""The result of blocks in such memory, those that were tried included."""
 
 
-def came_back_small(outcome: CollapseOutcome) -> bool:
+def came_back_small(outcome: BlockOutcome) -> bool:
     """Return whether a block was moved, and the kernel put small pages in its place."""
     return outcome.result is ScanResult.ALLOC_HUGE_PAGE_FAIL and not outcome.errno and outcome.elapsed_ns > 0
 
@@ -40,10 +40,8 @@ def lies_in(address: int, segments: Sequence[Segment]) -> bool:
     return any(start <= address < end for start, end in segments)
 
 
-def corrected(
-    space: AddressSpace, blocks: Sequence[Block], outcomes: Sequence[CollapseOutcome]
-) -> list[CollapseOutcome]:
-    """Return the outcomes of a batch, with `OUTCOME` for its blocks that came back small for this reason.
+def corrected(space: AddressSpace, blocks: Sequence[Block], outcomes: Sequence[BlockOutcome]) -> list[BlockOutcome]:
+    """Return the outcomes of a batch, with `RESULT` for its blocks that came back small for this reason.
 
     It is taken to be the reason if no block in memory without advice became a folio, and if the machine and the memory
     cgroup have more than the batch took free for each of the orders. A memory policy that binds the process to a node
@@ -64,7 +62,7 @@ def corrected(
     if made or any(not _has_free(space, order, size) for order in {blocks[at][1] for at in small}):
         return list(outcomes)
     return [
-        replace(OUTCOME, elapsed_ns=outcome.elapsed_ns) if at in set(small) else outcome
+        replace(outcome, result=RESULT, reason=REASON) if at in set(small) else outcome
         for at, outcome in enumerate(outcomes)
     ]
 

@@ -7,7 +7,7 @@ a block are read at once, and those that have nothing to be collapsed are passed
 :func:`~mthp.collapse.single_pmd.collapse_single_pmd` as in the simulated machine; its attempts are judged by the
 columns, as a plan judges them, and taken for granted where these show no hindrance. That is sound because the attempts
 of a range are disjoint, and none depends on the success of an earlier one. At the end of the block all are carried out
-as one batch, and what was made of PMD ranges is counted by their entries afterwards, not by what the call returned.
+as one batch (:meth:`~mthp.addrspace.AddressSpace.collapse_blocks`).
 What the columns do not show (a page that is locked, or waits for its LRU list) shows as an outcome; the smaller orders
 that the kernel would try in its place are tried in the next pass, if the range still looks the same.
 """
@@ -15,22 +15,22 @@ that the kernel would try in its place are tried in the next pass, if the range 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, CollapseOutcome
+from mthp.addrspace import AddressSpace
 from mthp.collapse.fullness import Fullness
 from mthp.collapse.hindrance import first_hindrances
-from mthp.collapse.machine_seam import Attempted, Passage, RangeScan
+from mthp.collapse.machine_seam import Passage, RangeScan
 from mthp.collapse.occupancy import Bits, planes_of
 from mthp.collapse.policy import Rules
 from mthp.collapse.single_pmd import DONE_THERE, collapse_single_pmd
 from mthp.collapse.walk import Walk
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 
 if TYPE_CHECKING:
     from mthp.visiting import SpaceVisit
@@ -80,13 +80,14 @@ class VisitedBlock:
         self.page_size = visit.geometry.page_size
         self._addresses = addresses
         self._queue: list[tuple[int, Candidate]] = []
-        self._attempts: list[Attempted] = []
+        self._attempts: list[BlockOutcome] = []
         self.progress: NDArray[np.int64] = np.zeros(0, np.int64)
         if not len(addresses):
             return
         count = len(addresses)
+        self._columns = visit.read(addresses)
         planes = planes_of(
-            visit.read(addresses),
+            self._columns,
             visit.geometry,
             uffd_armed=np.full(count, uffd_armed),
             droppable=np.full(count, droppable),
@@ -122,44 +123,20 @@ class VisitedBlock:
     def _collapse_queued(self, results: NDArray[np.int8]) -> None:
         """Collapse what the walks have queued, and put what came of it into `results`."""
         blocks = [(candidate.address, candidate.order) for _, candidate in self._queue]
-        outcomes = self._seen(self._visit.space.collapse_blocks(blocks, self._visit.options.means))
+        outcomes = self._visit.space.collapse_blocks(blocks, self._visit.options.means, self._columns)
+        self._attempts += outcomes
         done: dict[int, bool] = {}
-        for (row, candidate), outcome in zip(self._queue, outcomes, strict=True):
+        for (row, _), outcome in zip(self._queue, outcomes, strict=True):
             succeeded = outcome.result is ScanResult.SUCCEED
             done[row] = done.get(row, False) or succeeded
             results[row] = ScanResult.SUCCEED if done[row] else outcome.result
-            sizes = (candidate.copied, candidate.filled) if succeeded else (0, 0)
-            self._attempts.append(
-                Attempted(candidate.address, candidate.order, outcome.result, *sizes, outcome.elapsed_ns)
-            )
             if outcome.result in _LISTING_IS_STALE:
                 self._visit.forget()
         self._attempts.sort(key=lambda attempt: (attempt.address, -attempt.order))
         if self._policy.remembers_filled:
             self._remember(outcomes)
 
-    def _seen(self, outcomes: list[CollapseOutcome]) -> list[CollapseOutcome]:
-        """`outcomes`, less the successes of the PMD order that the page tables do not show.
-
-        Smaller folios were looked at by the mover that made them.
-        """
-        order, size = self._visit.geometry.pmd_order, self._visit.geometry.pmd_size
-        claimed = sorted(
-            candidate.address
-            for (_, candidate), outcome in zip(self._queue, outcomes, strict=True)
-            if candidate.order == order and outcome.result is ScanResult.SUCCEED
-        )
-        if not claimed:
-            return outcomes
-        outline = self._visit.space.outline([(address, address + size) for address in claimed])
-        missing = set(claimed) - set(outline.address[outline.pmd_mapped].tolist())
-        # A call that succeeded on a range that is not huge now: it was split or unmapped again at once.
-        return [
-            dataclasses.replace(outcome, result=ScanResult.PTE_NON_PRESENT) if candidate.address in missing else outcome
-            for (_, candidate), outcome in zip(self._queue, outcomes, strict=True)
-        ]
-
-    def _remember(self, outcomes: list[CollapseOutcome]) -> None:
+    def _remember(self, outcomes: Sequence[BlockOutcome]) -> None:
         """Note which pages the collapses filled."""
         before = self._planes.occupied if self._planes.swap is None else self._planes.occupied | self._planes.swap
         made: Bits = np.zeros_like(before)
@@ -195,7 +172,7 @@ class VisitedBlock:
     def tried(self, row: int, address: int, order: int, result: ScanResult, filled: int) -> ScanResult:
         """Queue an attempt that nothing hinders, if it is admitted."""
         if result is not ScanResult.SUCCEED:
-            self._attempts.append(Attempted(address, order, result))
+            self._attempts.append(BlockOutcome(address, order, result))
             return result
         candidate = Candidate(self._visit.space, address, order, (1 << order) - filled, filled)
         admit = self._visit.options.admit

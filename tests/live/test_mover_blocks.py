@@ -10,12 +10,12 @@ import pytest
 
 from e2e.helpers import Actor
 from mover_targets import BLOCK, GEOMETRY, Writers, mappings
-from mthp.addrspace import Block, CollapseOutcome, Means
+from mthp.addrspace import Block, Means
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover import mapping
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.taskfiles import Thread
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import FACTOR, until
@@ -55,7 +55,7 @@ def orders(space: LiveAddressSpace, start: int, size: int) -> dict[int, int]:
     return dict(Counter(space.read([(start, start + size)]).folio_order.tolist()))
 
 
-def results(outcomes: list[CollapseOutcome]) -> dict[ScanResult, int]:
+def results(outcomes: list[BlockOutcome]) -> dict[ScanResult, int]:
     return dict(Counter(outcome.result for outcome in outcomes))
 
 
@@ -95,7 +95,7 @@ def test_the_mechanisms(actor: Actor, space: LiveAddressSpace) -> None:
     by_move = space.collapse_blocks(wanted, MOVE)
     assert [outcome.result for outcome in by_move] == [ScanResult.FAIL, ScanResult.SUCCEED]
     assert "MADV_COLLAPSE" in by_move[0].reason
-    by_call = space.collapse_blocks(wanted, Means(mechanism="madvise"))
+    by_call = space.collapse_blocks([wanted[0], (address + PMD_SIZE + BLOCK, 4)], Means(mechanism="madvise"))
     assert [outcome.result for outcome in by_call] == [ScanResult.SUCCEED, ScanResult.FAIL]
     assert "mechanism move" in by_call[1].reason
     assert orders(space, address, PMD_SIZE + BLOCK) == {PMD_ORDER: PAGES, 4: 16}

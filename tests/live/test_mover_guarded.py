@@ -27,12 +27,11 @@ from mthp.linux import abi
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.mover import guarded, ownmover
-from mthp.linux.mover.guarded import collapse_buffer_to, collapse_own
 from mthp.linux.mover.held import HELD
-from mthp.linux.mover.outcome import BlockOutcome
 from mthp.linux.mover.ownmover import CODE, OwnMover
 from mthp.linux.mover.refusals import refuse_blocks
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
+from own_memory import collapse_buffer_to, collapse_own
 from targets import PAGE_SIZE, map_aligned
 from targets import madvise as advise
 from thp_switches import THP_ROOT, ThpSwitches
@@ -128,7 +127,7 @@ def test_every_order(memory: Callable[[int], int], journal: SwitchJournal, order
     outcomes = collapse_own(address, size, order, guarded=with_guard, journal=journal)
     assert results(outcomes) == {ScanResult.SUCCEED: size // (PAGE_SIZE << order)}
     assert [outcome.address for outcome in outcomes] == list(range(address, address + size, PAGE_SIZE << order))
-    assert all(outcome.folio_seen and outcome.moved_bytes == PAGE_SIZE << order for outcome in outcomes)
+    assert {(outcome.copied, outcome.filled) for outcome in outcomes} == {(1 << order, 0)}
     assert orders(address, size) == {order: size // PAGE_SIZE}
     assert intact(address, size)
     assert mappings(address, size) == [(address, address + size)]
@@ -220,7 +219,7 @@ import os, sys, tempfile, threading, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from targets import map_aligned
-from mthp.linux.mover.guarded import collapse_own
+from own_memory import collapse_own
 from mthp.linux.journal.switches import SwitchJournal
 import ctypes
 sys.setswitchinterval(0.0005)
@@ -276,7 +275,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import ctypes
 from targets import map_aligned
-from mthp.linux.mover.guarded import collapse_own
+from own_memory import collapse_own
 from mthp.linux.journal.switches import SwitchJournal
 address = map_aligned(1 << 20, 0)
 ctypes.memset(address, 7, 1 << 20)

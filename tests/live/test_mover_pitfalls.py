@@ -71,7 +71,7 @@ def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(
         with Process(pid) as process, MoverSession(process, GEOMETRY, duty=1.0, max_pause_ns=10**7) as session:
             outcomes = session.move([(address, ORDER) for address in range(word(2), word(2) + word(3), BLOCK)])
         assert {(outcome.result, outcome.errno) for outcome in outcomes} == {(ScanResult.PAGE_COUNT, errno.EBUSY)}
-        assert not any(outcome.moved_bytes for outcome in outcomes)
+        assert not any(outcome.copied for outcome in outcomes)
         assert outcome() == 1
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, CollapseOutcome, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import ORDER_NONE, Block, Pte, PteColumns, Segment, Vma
 from mthp.census import take_census
 from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.planning import PlanOptions, plan_space
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.scanning import Khugepaged
 from mthp.sim import Machine
 from mthp.sim.access import Fault
@@ -124,16 +124,37 @@ def half_huge(space: FakeSpace) -> None:
 def spoiled(space: FakeSpace, page: int, entries: tuple[int, int, int]) -> None:
     """Let every collapse that succeeds write (state, order, pages) to some page of the first range."""
 
-    def spoil(outcome: CollapseOutcome, address: int, order: int) -> CollapseOutcome:
+    def spoil(outcome: BlockOutcome, address: int, order: int) -> BlockOutcome:
         if outcome.result is ScanResult.SUCCEED:
             space.write(SIZE + page * 4096, *entries)
         return outcome
 
-    broken(space, "collapse", spoil)
+    def spoil_all(outcomes: list[BlockOutcome], *_: object) -> list[BlockOutcome]:
+        return [spoil(outcome, outcome.address, outcome.order) for outcome in outcomes]
+
+    broken(space, "collapse_blocks", spoil_all)
 
 
 def shifted(columns: PteColumns, segments: Sequence[Segment]) -> PteColumns:
     return PteColumns(columns.segments, np.roll(columns.state, 1), np.roll(columns.folio_order, 1))
+
+
+def claimed(space: FakeSpace, **what: object) -> None:
+    """Let the seam say of every collapse that works something other than the page tables show."""
+
+    def claim(outcomes: list[BlockOutcome], *_: object) -> list[BlockOutcome]:
+        return [replace(one, **what) if one.result is ScanResult.SUCCEED else one for one in outcomes]  # type: ignore[arg-type]
+
+    broken(space, "collapse_blocks", claim)
+
+
+def lying(space: FakeSpace) -> None:
+    """Let the backend collapse nothing, and the seam say that it succeeded."""
+
+    def lie(blocks: Sequence[Block], *_: object) -> list[BlockOutcome]:
+        return [BlockOutcome(*block, ScanResult.SUCCEED, copied=1 << block[1]) for block in blocks]
+
+    space.collapse_blocks = lie  # type: ignore[assignment]
 
 
 BROKEN: dict[str, Callable[[FakeSpace], object]] = {
@@ -166,9 +187,11 @@ BROKEN: dict[str, Callable[[FakeSpace], object]] = {
     "leaves a page that is not present": lambda space: spoiled(space, 0, (0, ORDER_NONE, 1)),
     "loses a page": lambda space: spoiled(space, 0, (0, ORDER_NONE, 1)),
     "no PMD entry maps it": lambda space: spoiled(space, 0, (int(Pte.PRESENT), 4, 16)),
-    "nothing is mapped succeeds": lambda space: broken(
-        space, "collapse", lambda outcome, at, order: CollapseOutcome(ScanResult.SUCCEED, 0)
-    ),
+    "nothing is mapped succeeds": lying,
+    "succeeds, and the folio is another": lying,
+    "succeeds twice": lying,
+    "copied and filled are not": lambda space: claimed(space, copied=0),
+    "its outcome is of": lambda space: claimed(space, order=0),
     "twice": lambda space: setattr(space, "take_pauses", lambda: [1]),
 }
 

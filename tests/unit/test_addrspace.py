@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.addrspace import AddressSpace, CollapseOutcome, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 
@@ -139,8 +139,8 @@ class Nothing(AddressSpace):
         pages = sum(end - start for start, end in segments) // PAGE
         return PteColumns(tuple(segments), np.zeros(pages, np.uint16), np.full(pages, -1, np.int8))
 
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
-        return CollapseOutcome(ScanResult.VMA_NULL, 0)
+    def attempt(self, address: int, order: int) -> BlockOutcome:
+        return BlockOutcome(address, order, ScanResult.VMA_NULL)
 
     def close(self) -> None:
         self.closed = True
@@ -166,7 +166,7 @@ def test_an_error_inside_closes_it_too_and_goes_on() -> None:
     assert space.closed
 
 
-@pytest.mark.parametrize("name", ["geometry", "vmas", "read", "collapse", "missing"])
+@pytest.mark.parametrize("name", ["geometry", "vmas", "read", "attempt", "missing"])
 def test_a_backend_must_have_all_of_the_seam(name: str) -> None:
     half = type("Half", (Nothing,), {name: getattr(AddressSpace, name)})
     with pytest.raises(TypeError, match=name):

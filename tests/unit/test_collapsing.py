@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import COLLAPSE_NS, FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, CollapseOutcome, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment, Vma
+from mthp.blockstates import states_of
 from mthp.collapsing import (
     CollapseOptions,
     CollapseReport,
     collapse_space,
-    look_at,
     ranges,
     work,
 )
@@ -26,7 +26,7 @@ from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.metrics import Durations
 from mthp.pacing import BYTES_BURST_SECONDS, BYTES_SLICE_SECONDS
 from mthp.planning import PlanOptions
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 
 BASE = 1 << 40
 PPC = geometry_named("ppc64-64k")
@@ -121,9 +121,9 @@ def test_a_target_that_vanishes_is_accounted_for(fullness: list[int], reads: int
             self.tick(while_read)
             return super().read(segments)
 
-        def collapse(self, address: int, order: int) -> CollapseOutcome:
+        def attempt(self, address: int, order: int) -> BlockOutcome:
             self.tick(not while_read)
-            return super().collapse(address, order)
+            return super().attempt(address, order)
 
         def tick(self, counts: bool) -> None:
             self.vanished |= counts and self.left == 0
@@ -146,14 +146,14 @@ def test_a_target_that_vanishes_is_accounted_for(fullness: list[int], reads: int
 
 def test_what_was_tried_when_the_target_vanished_is_not_said_to_be_collapsed() -> None:
     class DiesAtTheThird(FakeSpace):
-        def collapse(self, address: int, order: int) -> CollapseOutcome:
+        def attempt(self, address: int, order: int) -> BlockOutcome:
             self.vanished = len(self.attempts) == 2
-            return super().collapse(address, order)
+            return super().attempt(address, order)
 
     report = carried_out(space_of(512, 512, 512, 512, 512, cls=DiesAtTheThird))
     assert report.vanished
-    assert (report.collapsed, report.filled_bytes) == (0, 0)
-    assert report.failed == {ScanResult.ANY_PROCESS: 3}
+    assert (report.collapsed, report.filled_bytes) == (2, 0)
+    assert report.failed == {ScanResult.ANY_PROCESS: 1}
     assert report.not_tried == 2
 
 
@@ -317,10 +317,10 @@ def test_options_that_make_no_sense(options: dict[str, Any], said: str) -> None:
 
 def test_what_goes_wrong_in_the_middle_does_not_lose_the_report() -> None:
     class LosesRights(FakeSpace):
-        def collapse(self, address: int, order: int) -> CollapseOutcome:
+        def attempt(self, address: int, order: int) -> BlockOutcome:
             if len(self.attempts) == 2:
                 raise NotPermittedError("not permitted any more", help="CAP_SYS_NICE")
-            return super().collapse(address, order)
+            return super().attempt(address, order)
 
     report = carried_out(space_of(512, 512, 512, 512, cls=LosesRights))
     assert (report.collapsed, report.not_tried) == (2, 1)
@@ -333,7 +333,7 @@ def test_what_goes_wrong_in_the_middle_does_not_lose_the_report() -> None:
 
 def test_missing_rights_are_told_at_once() -> None:
     class Guarded(FakeSpace):
-        def collapse(self, address: int, order: int) -> CollapseOutcome:
+        def attempt(self, address: int, order: int) -> BlockOutcome:
             raise NotPermittedError("not permitted", help="CAP_SYS_NICE")
 
     with pytest.raises(NotPermittedError):
@@ -381,10 +381,10 @@ class Timed(FakeSpace):
     clock: Clock
     began: list[float]
 
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
+    def attempt(self, address: int, order: int) -> BlockOutcome:
         self.began.append(self.clock.now)
         self.clock.now += COLLAPSE_NS / 1e9
-        return super().collapse(address, order)
+        return super().attempt(address, order)
 
 
 def timed(clock: Clock, *fullness: int) -> Timed:
@@ -453,17 +453,18 @@ def test_durations() -> None:
 # Looks.
 
 
-def test_a_look_counts_contents_and_what_of_them_is_resident() -> None:
+def test_states_count_contents_and_what_of_them_is_swapped() -> None:
     runs = page_runs(
         (512, HUGE, 9),
         (512, Pte.PRESENT | Pte.ZERO | Pte.PMD_MAPPED, 9),
         *((100, Pte.PRESENT, 4), (50, Pte.PRESENT | Pte.ZERO, 0), (20, Pte.SWAP, -1), (342, 0, ORDER_NONE)),
     )
     space = FakeSpace([(Vma(BASE, BASE + 3 * X86_64.pmd_size, "rw-p"), *runs)])
-    addresses = np.array([BASE + i * X86_64.pmd_size for i in (2, 0, 1)], np.uint64)
-    look = look_at(space, addresses)
-    assert look.pmd_mapped.tolist() == [False, True, False]
-    assert look.contents.tolist() == [120, 512, 0]
+    blocks = [(BASE + i * X86_64.pmd_size, X86_64.pmd_order) for i in (2, 0, 1)]
+    states = states_of(space.read([(BASE, BASE + 3 * X86_64.pmd_size)]), blocks, X86_64)
+    assert states.large.tolist() == [False, True, False]
+    assert states.contents.tolist() == [120, 512, 0]
+    assert states.swapped.tolist() == [20, 0, 0]
 
 
 # Nothing done is not success.

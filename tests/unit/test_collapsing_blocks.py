@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Block, CollapseOutcome, Means, Mechanism, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import ORDER_NONE, Block, Means, Mechanism, Pte, PteColumns, Segment, Vma
 from mthp.collapsing import CollapseOptions, CollapseReport, FolioTally, blocks, collapse_space, work
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64, geometry_named
 from mthp.pacing import BYTES_BURST_SECONDS
 from mthp.planning import PlanOptions
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.space_plan import SpacePlan
 
 BASE = 1 << 40
@@ -43,24 +43,26 @@ class MovingSpace(FakeSpace):
         self.refusals: list[str] = []
         self._pauses: list[int] = []
 
-    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+    def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         self._check_alive()
+        if means.mechanism == "auto":
+            return super().attempt_blocks(blocks, means, before)
         self.batches.append(list(blocks))
         self.means.append(means)
         if self.refusals:
             reason = self.refusals.pop(0)
             passing = reason == VFORK
-            return [CollapseOutcome(ScanResult.FAIL, 0, 0, reason, True, passing)] * len(blocks)
+            return [BlockOutcome(*block, ScanResult.FAIL, reason, everywhere=True, passing=passing) for block in blocks]
         self._pauses += [1_000_000] * -(-len(blocks) // 3)
         return [self._moved(block, means) for block in blocks]
 
-    def _moved(self, block: Block, means: Means) -> CollapseOutcome:
+    def _moved(self, block: Block, means: Means) -> BlockOutcome:
         address, order = block
         state = self.read([(address, address + self.geometry.size_of(order))]).state
         full = ((state & Pte.PRESENT) != 0) & ((state & Pte.ZERO) == 0)
         if not (full.all() or means.fill):
-            return CollapseOutcome(ScanResult.EXCEED_NONE_PTE, 0, reason="it has holes")
-        return self.collapse(address, order)
+            return BlockOutcome(address, order, ScanResult.EXCEED_NONE_PTE, "it has holes")
+        return self.attempt(address, order)
 
     def take_pauses(self) -> list[int]:
         pauses, self._pauses = self._pauses, []
@@ -143,9 +145,9 @@ class SlowSpace(MovingSpace):
 
     now, fixed, each = 0.0, 0.0, 0.0
 
-    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+    def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         SlowSpace.now += self.fixed + self.each * len(blocks)
-        return super().collapse_blocks(blocks, means)
+        return super().attempt_blocks(blocks, means, before)
 
 
 @pytest.mark.parametrize(
@@ -262,14 +264,13 @@ def test_a_thread_that_never_stops_is_not_waited_for_again_and_again() -> None:
 class Stuck(MovingSpace):
     """Every second block of a batch is refused since a thread does not stop, but a block that is alone."""
 
-    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
-        outcomes = super().collapse_blocks(blocks, means)
+    def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
+        outcomes = super().attempt_blocks(blocks, means, before)
         if len(blocks) == 1:
             return outcomes
-        stuck = CollapseOutcome(ScanResult.FAIL, 0, 0, VFORK, True, True)
         for index in range(1, len(blocks), 2):
             self.write(blocks[index][0], int(Pte.PRESENT), 0, 1 << blocks[index][1])
-            outcomes[index] = stuck
+            outcomes[index] = BlockOutcome(*blocks[index], ScanResult.FAIL, VFORK, everywhere=True, passing=True)
         return outcomes
 
 
@@ -288,11 +289,11 @@ class Failing(MovingSpace):
     left = 1
     error: MthpError = NotPermittedError("the switch may not be written", help="run as root")
 
-    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+    def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         if self.left == 0:
             raise self.error
         self.left -= 1
-        return super().collapse_blocks(blocks, means)
+        return super().attempt_blocks(blocks, means, before)
 
 
 def test_an_error_in_the_middle_does_not_lose_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,9 +322,9 @@ def test_a_target_that_vanishes_is_accounted_for(after: int, while_read: bool) -
             self.tick(while_read)
             return super().read(segments)
 
-        def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+        def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
             self.tick(not while_read)
-            return super().collapse_blocks(blocks, means)
+            return super().attempt_blocks(blocks, means, before)
 
         def tick(self, counts: bool) -> None:
             self.vanished |= counts and self.left == 0

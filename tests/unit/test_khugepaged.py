@@ -10,9 +10,9 @@ import pytest
 
 from mthp.addrspace import Segment
 from mthp.collapse.khugepaged import PassEnd, Scanner
-from mthp.collapse.machine_seam import Attempted, Found, Passage
+from mthp.collapse.machine_seam import Found, Passage
 from mthp.errors import NotPermittedError, TargetVanishedError
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Tunables
 from waiting import PATIENCE, until
 
@@ -45,7 +45,7 @@ class Stub:
         self.seen.append(number)
         result = self.plan.get(number, ScanResult.EXCEED_NONE_PTE)
         tried = number in self.plan
-        attempts = (Attempted(stretch[0], 4, result, 10, 6),) if tried else ()
+        attempts = (BlockOutcome(stretch[0], 4, result, copied=10, filled=6),) if tried else ()
         addresses, results = np.array([stretch[0]], np.uint64), np.array([result], np.int8)
         return Passage(stretch[0] + RANGE, RANGE, addresses, results, result, tried, attempts)
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from mthp.addrspace import Pte
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.linux import abi
-from mthp.linux.columns import spread, windows_of
+from mthp.linux.columns import windows_of
 from mthp.linux.pagemap import states
+from mthp.ptes import spread
 
 
 @given(

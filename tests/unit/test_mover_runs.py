@@ -15,6 +15,7 @@ from mthp.results import ScanResult
 
 REACH = 2 << 20
 BLOCK = 65536
+PAGES = 16
 AWAY = Objection(ScanResult.PTE_NON_PRESENT, "gone")
 
 
@@ -64,7 +65,7 @@ def test_what_a_run_did_is_told_of_each_block() -> None:
     )
     assert left == []
     assert [outcome.address for outcome in outcomes] == [0, BLOCK, 77, 2 * BLOCK, 3 * BLOCK, 8 * BLOCK]
-    assert [outcome.moved_bytes for outcome in outcomes] == [BLOCK, BLOCK, 0, BLOCK, BLOCK, BLOCK]
+    assert [outcome.copied for outcome in outcomes] == [PAGES, PAGES, 0, PAGES, PAGES, PAGES]
     assert [outcome.elapsed_ns for outcome in outcomes] == [10**9, 10**9, 0, 10**9, 10**9, 2 * 10**9]
     assert (outcomes[2].result, outcomes[2].reason) == AWAY
     assert {outcome.verified for outcome in outcomes} == {None}
@@ -80,8 +81,8 @@ def test_of_a_run_that_failed_the_blocks_before_are_done_and_the_rest_goes_again
         operations["error"], operations["moved"] = -errno.EBUSY, moved
         outcomes, left = outcomes_of(blocks, [None] * 4, operations, lengths)
         assert [outcome.address for outcome in outcomes] == addresses[:done].tolist()
-        assert {(outcome.result, outcome.errno, outcome.moved_bytes) for outcome in outcomes} <= {
-            (ScanResult.SUCCEED, 0, BLOCK)
+        assert {(outcome.result, outcome.errno, outcome.copied) for outcome in outcomes} <= {
+            (ScanResult.SUCCEED, 0, PAGES)
         }
         assert left == blocks[done:]
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import Block, CollapseOutcome, Means, Pte, Vma
+from mthp.addrspace import Block, Means, Pte, PteColumns, Vma
+from mthp.blockstates import SMALLER_FOLIOS
 from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
 from mthp.geometry import X86_64
 from mthp.planning import PlanOptions
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.thp_unadvised import REASON, corrected
 
 BASE = 1 << 40
-SMALL = CollapseOutcome(ScanResult.ALLOC_HUGE_PAGE_FAIL, 1000, reason="moved, but the kernel gave it smaller folios")
+SMALL = BlockOutcome(BASE, 4, ScanResult.ALLOC_HUGE_PAGE_FAIL, SMALLER_FOLIOS, elapsed_ns=1000)
 PLENTY = 1 << 40
 
 
@@ -27,16 +29,14 @@ class Unadvised(FakeSpace):
     def free_bytes(self, order: int) -> int | None:
         return self.free
 
-    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+    def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         outcomes = []
         for address, order in blocks:
             self.attempts.append((address, order))
             vma = next(vma for vma in self.vmas() if vma.start <= address < vma.end)
             if "hg" in vma.flags:
                 self.write(address, int(Pte.PRESENT), order, 1 << order)
-                outcomes.append(CollapseOutcome(ScanResult.SUCCEED, 1000))
-            else:
-                outcomes.append(SMALL)
+            outcomes.append(BlockOutcome(address, order, ScanResult.SUCCEED, elapsed_ns=1000))
         return outcomes
 
 
@@ -86,14 +86,14 @@ def test_where_the_machine_has_no_such_folios_it_is_the_machine(free: int | None
 def test_one_folio_shows_that_it_is_not_the_process() -> None:
     space = space_of(False)
     blocks = [(BASE + at * 65536, 4) for at in range(3)]
-    outcomes = [SMALL, CollapseOutcome(ScanResult.SUCCEED, 1000), SMALL]
+    outcomes = [SMALL, BlockOutcome(*blocks[1], ScanResult.SUCCEED, elapsed_ns=1000), SMALL]
     assert corrected(space, blocks, outcomes) == outcomes
 
 
 def test_a_refusal_and_a_failed_call_are_no_small_folios() -> None:
     space = space_of(False)
-    refused = CollapseOutcome(ScanResult.PAGE_COUNT, 0, reason="pinned")
-    no_memory = CollapseOutcome(ScanResult.ALLOC_HUGE_PAGE_FAIL, 1000, errno=12, reason="no memory")
-    huge = CollapseOutcome(ScanResult.ALLOC_HUGE_PAGE_FAIL, 1000)
+    refused = BlockOutcome(BASE, 4, ScanResult.PAGE_COUNT, "pinned")
+    no_memory = replace(SMALL, errno=12, reason="no memory")
+    huge = replace(SMALL, order=9, reason="")
     outcomes = [refused, no_memory, huge]
     assert corrected(space, [(BASE, 4), (BASE + 65536, 4), (BASE, 9)], outcomes) == outcomes

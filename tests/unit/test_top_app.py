@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from fakes import FakeSpace
-from mthp.addrspace import AddressSpace, CollapseOutcome
+from mthp.addrspace import AddressSpace
 from mthp.geometry import X86_64
 from mthp.planning import PlanOptions
+from mthp.results import BlockOutcome
 from mthp.top.mapped import Mapped
 from mthp.top.model import Row
 from report_spaces import HOSTILE, mixed, redis_like
@@ -264,9 +265,9 @@ class Slow(FakeSpace):
 
     let: threading.Semaphore
 
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
+    def attempt(self, address: int, order: int) -> BlockOutcome:
         self.let.acquire(timeout=10)
-        return super().collapse(address, order)
+        return super().attempt(address, order)
 
 
 def test_escape_stops_a_collapse_after_the_range_at_hand() -> None:

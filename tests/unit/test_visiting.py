@@ -9,13 +9,13 @@ import pytest
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Block, CollapseOutcome, Means, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import ORDER_NONE, Block, Means, Pte, PteColumns, Segment, Vma
 from mthp.collapse.khugepaged import PassEnd
 from mthp.collapse.machine_seam import Passage
 from mthp.collapse.madvise import madvise_collapse
 from mthp.errors import NotPermittedError, UsageError
 from mthp.geometry import Geometry
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.scanning import Khugepaged
 from mthp.tunables import Switches, Tunables
 from mthp.visited_block import Candidate
@@ -82,12 +82,12 @@ def test_all_runs_of_many_ranges_are_one_batch() -> None:
     target = space(*[run for _ in range(6) for run in (pages(4), pages(12, NONE))], tunables=Tunables(0, 2, 8, 1000))
     batches: list[Sequence[Block]] = []
 
-    def collapse_blocks(blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+    def attempt_blocks(blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         batches.append(list(blocks))
         assert means.fill
-        return [target.collapse(*block) for block in blocks]
+        return [target.attempt(*block) for block in blocks]
 
-    target.collapse_blocks = collapse_blocks  # type: ignore[method-assign]
+    target.attempt_blocks = attempt_blocks  # type: ignore[method-assign]
     entered(target).do_scan()
     assert batches == [[(at(16 * row), 2) for row in range(6)]]
 
@@ -176,15 +176,15 @@ def test_a_failure_is_counted_and_tried_again() -> None:
 
 def test_a_call_that_succeeded_counts_only_where_the_page_tables_show_it() -> None:
     target = space(pages(16), pages(16), pages(4), pages(12, NONE), tunables=Tunables(0, 2, 8, 1000))
-    original = target.collapse
+    original = target.attempt
 
-    def collapse(address: int, order: int) -> CollapseOutcome:
+    def attempt(address: int, order: int) -> BlockOutcome:
         outcome = original(address, order)
         if address == at(16):
             target.write(address, int(Pte.PRESENT), 0, pages=16)
         return outcome
 
-    target.collapse = collapse  # type: ignore[method-assign]
+    target.attempt = attempt  # type: ignore[method-assign]
     daemon = entered(target)
     daemon.do_scan()
     assert target.attempts == [(at(0), 4), (at(16), 4), (at(32), 2)]
@@ -282,10 +282,10 @@ def test_a_target_that_vanishes_is_dropped() -> None:
 def test_what_the_rights_do_not_allow_is_said_once_and_the_rest_goes_on() -> None:
     bad, good = space(pages(16)), space(pages(16))
 
-    def refuse(blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+    def refuse(blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         raise NotPermittedError("no")
 
-    bad.collapse_blocks = refuse  # type: ignore[method-assign]
+    bad.attempt_blocks = refuse  # type: ignore[method-assign]
     daemon = entered(bad)
     daemon.enter(good)
     with pytest.raises(NotPermittedError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mthp.addrspace import Segment
 from mthp.collapse.fullness import Fullness
 from mthp.geometry import Geometry
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +64,6 @@ class RangeTarget(Protocol):
         """Take note of what came of the range in the end (mm_khugepaged_scan_pmd)."""
 
 
-class Attempted(NamedTuple):
-    """One attempt at one run.
-
-    Attributes:
-        address: of the run.
-        order: of the folio that it was to become.
-        result: SUCCEED, or why not.
-        copied, filled: pages with contents, and PTEs without, that the collapse copied and filled; 0 if it failed.
-        elapsed_ns: time that it took, in nanoseconds; 0 where that is not measured.
-    """
-
-    address: int
-    order: int
-    result: ScanResult
-    copied: int = 0
-    filled: int = 0
-    elapsed_ns: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Found:
     """The next PMD ranges of an address space that may be collapsed.
@@ -117,7 +98,7 @@ class Passage:
     results: NDArray[np.int8]
     result: ScanResult
     released: bool = False
-    attempts: tuple[Attempted, ...] = ()
+    attempts: tuple[BlockOutcome, ...] = ()
 
 
 class VisitedSpace(Protocol):

@@ -1,10 +1,8 @@
 """What `mthp collapse` does: carry out the plan of an address space, within a budget, and say what came of it.
 
-The kernel's call succeeds for a range that was huge before, and fails with one errno for many reasons. So nothing
-that a backend returns is counted as work: the page table entries of every batch are read before and after, and a run
-counts as collapsed when it lies in a folio of the planned order now and did not before. The same reading before tells
-what filling the run would cost at this moment, so that a bloat budget stops before it is overspent, and leaves out what
-went away since the plan was made.
+What came of a run is what :meth:`~mthp.addrspace.AddressSpace.collapse_blocks` says, since that is what the page tables
+show. Every batch is read before, too: that tells what filling a run would cost at this moment, so that a bloat budget
+stops before it is overspent, and leaves out what went away since the plan was made.
 
 Two parts follow one another, each with the fullest runs first, so that a budget buys as much as it can:
 
@@ -20,7 +18,7 @@ done until then.
 """
 
 from mthp.collapsing.allowed import Allowed, allowed_of
-from mthp.collapsing.look import Look, look_at, plan_blocks
+from mthp.collapsing.look import plan_blocks
 from mthp.collapsing.options import CollapseOptions
 from mthp.collapsing.report import CollapseReport, FolioTally
 from mthp.collapsing.run import carry_out, collapse_space
@@ -31,11 +29,9 @@ __all__ = [
     "CollapseOptions",
     "CollapseReport",
     "FolioTally",
-    "Look",
     "Progress",
     "allowed_of",
     "carry_out",
     "collapse_space",
-    "look_at",
     "plan_blocks",
 ]

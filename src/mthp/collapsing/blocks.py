@@ -14,15 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp import thp_unadvised
-from mthp.addrspace import CollapseOutcome, Segment
-from mthp.collapsing.look import BlockLook, look_at_blocks
+from mthp.addrspace import Block, PteColumns, Segment
+from mthp.blockstates import BlockStates, states_of
 from mthp.collapsing.work import Work
 from mthp.errors import MthpError, TargetVanishedError
-from mthp.results import ScanResult
+from mthp.ptes import segments_of
+from mthp.results import BlockOutcome, ScanResult
 from mthp.space_plan import Folios
 
 FIRST_BATCH, LARGEST_BATCH = 16, 512
-"""Blocks between two looks at the page tables: the first time, and at most."""
+"""Blocks in a batch: the first time, and at most."""
 
 LARGEST_BATCH_BYTES = 64 << 20
 
@@ -40,9 +41,6 @@ A child of vfork(2) executes another program within milliseconds, and a disk ans
 than all of this hardly ends while we wait.
 """
 
-SPLIT_AGAIN = "it was split or unmapped again at once"
-EXITED = "the target exited before it could be seen what became of it"
-
 
 class Blocks:
     """Moves blocks.
@@ -59,7 +57,7 @@ class Blocks:
         self._geometry = work.space.geometry
         self._todo: dict[int, NDArray[np.uint64]] = {}
         self._batch_size = FIRST_BATCH
-        self._refused: CollapseOutcome | None = None
+        self._refused: tuple[ScanResult, str] | None = None
         self._advised: list[Segment] | None = None
         self.pauses_ns: list[int] = []
         for order in work.report.folios:
@@ -84,44 +82,47 @@ class Blocks:
                 done += self._batch(addresses[done : done + count].tolist(), order)
 
     def _batch(self, addresses: list[int], order: int) -> int:
-        """Move some blocks of one order, between two looks at their page tables; return how many are done with."""
+        """Move some blocks of one order; return how many are done with."""
         tally = self._work.report.folios[order]
         size = self._geometry.size_of(order)
         addresses, failed = self._alike(addresses)
         if failed is not None:
             tally.not_tried -= len(addresses)
-            tally.failed[failed.result, failed.reason] += len(addresses)
+            tally.failed[failed] += len(addresses)
             done = len(addresses)
         else:
             self._work.room.renew()
-            before = look_at_blocks(self._work.space, addresses, order)
-            tried, done = self._choose(addresses, order, before)
+            blocks = [(address, order) for address in addresses]
+            columns = self._work.space.read(segments_of(blocks, self._geometry.page_size))
+            tried, done = self._choose(blocks, states_of(columns, blocks, self._geometry))
             tally.not_tried -= done
             if tried:
-                self._move(addresses, order, before, tried)
+                self._move(tried, columns)
         self._work.step(size * done, self._geometry.label(order))
         return done
 
-    def _alike(self, addresses: list[int]) -> tuple[list[int], CollapseOutcome | None]:
-        """Return the first blocks that share one fate, and their outcome where it is known before they are tried."""
+    def _alike(self, addresses: list[int]) -> tuple[list[int], tuple[ScanResult, str] | None]:
+        """Return the first blocks that share one fate, and result and reason where these are known beforehand."""
         if self._refused is not None or self._advised is None:
             return addresses, self._refused
         spared = [thp_unadvised.lies_in(address, self._advised) for address in addresses]
         other = not spared[0]
         count = spared.index(other) if other in spared else len(spared)
-        return addresses[:count], None if spared[0] else thp_unadvised.OUTCOME
+        return addresses[:count], None if spared[0] else (thp_unadvised.RESULT, thp_unadvised.REASON)
 
-    def _choose(self, addresses: Sequence[int], order: int, before: BlockLook) -> tuple[list[int], int]:
+    def _choose(self, blocks: Sequence[Block], before: BlockStates) -> tuple[list[Block], int]:
         """Return which of the first blocks are to be moved, and how many these are; the others are accounted for.
 
         They are fewer than all where no more fit into the target's memory limits at once.
         """
+        order = blocks[0][1]
         tally = self._work.report.folios[order]
         size = self._geometry.size_of(order)
-        tried: list[int] = []
+        tried: list[Block] = []
         fill_bytes = 0
-        for index in range(len(addresses)):
-            growth = self._growth(before, index, order) if self._work.options.fill else 0
+        for index, block in enumerate(blocks):
+            # Bytes of bloat if the block is filled.
+            growth = size - int(before.contents[index]) * self._geometry.page_size if self._work.options.fill else 0
             if before.large[index]:
                 tally.unchanged += 1
             elif before.contents[index] == 0:
@@ -135,45 +136,51 @@ class Blocks:
                 tally.over_reserve += 1
             else:
                 fill_bytes += growth
-                tried.append(index)
-        return tried, len(addresses)
+                tried.append(block)
+        return tried, len(blocks)
 
-    def _growth(self, before: BlockLook, index: int, order: int) -> int:
-        """Bytes of bloat if the block is filled."""
-        return ((1 << order) - int(before.contents[index])) * self._geometry.page_size
-
-    def _move(self, addresses: Sequence[int], order: int, before: BlockLook, tried: Sequence[int]) -> None:
-        blocks = [(addresses[index], order) for index in tried]
+    def _move(self, blocks: list[Block], columns: PteColumns) -> None:
+        """Move `blocks`, which `columns` hold, and count what came of them."""
+        report, order, page_size = self._work.report, blocks[0][1], self._geometry.page_size
+        tally = report.folios[order]
         self._work.tried(len(blocks) * self._geometry.size_of(order))
-        self._work.report.moved_blocks += len(blocks)
+        report.moved_blocks += len(blocks)
         begin = time.monotonic()
         try:
-            outcomes = thp_unadvised.corrected(self._work.space, blocks, self._patiently(blocks))
+            outcomes = thp_unadvised.corrected(self._work.space, blocks, self._patiently(blocks, columns))
             if any(outcome.reason == thp_unadvised.REASON for outcome in outcomes):
                 self._advised = thp_unadvised.advised(self._work.space)
         except MthpError as error:
             result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
-            self._work.report.folios[order].failed[result, error.message] += len(tried)
+            tally.failed[result, error.message] += len(blocks)
             raise
         finally:
             self.pauses_ns += self._work.space.take_pauses()
         self._adapt(time.monotonic() - begin, len(blocks))
         if all(outcome.everywhere for outcome in outcomes):
-            self._refused = outcomes[0]
+            self._refused = outcomes[0].result, outcomes[0].reason
         elif any(not outcome.everywhere for outcome in outcomes):
             self._work.began()
         for outcome in outcomes:
             self._work.tried_with(outcome.result)
-        self._account(addresses, order, before, dict(zip(tried, outcomes, strict=True)))
+            if outcome.result is ScanResult.SUCCEED:
+                tally.made += 1
+                report.copied_bytes += outcome.copied * page_size
+                report.filled_bytes += outcome.filled * page_size
+            else:
+                tally.failed[outcome.result, outcome.reason or outcome.result.meaning] += 1
 
-    def _patiently(self, blocks: Sequence[tuple[int, int]]) -> list[CollapseOutcome]:
+    def _patiently(self, blocks: list[Block], columns: PteColumns | None) -> list[BlockOutcome]:
         """Collapse `blocks`, and try those again, after longer and longer rests, that were refused for what passes."""
-        outcomes: dict[tuple[int, int], CollapseOutcome] = {}
-        left = list(blocks)
+        outcomes: dict[Block, BlockOutcome] = {}
+        left = blocks
         tries = 0
         for pause in (*PATIENCE, None):
             tries += 1
-            outcomes |= zip(left, self._work.space.collapse_blocks(left, self._work.options.means), strict=True)
+            outcomes |= zip(
+                left, self._work.space.collapse_blocks(left, self._work.options.means, columns), strict=True
+            )
+            columns = None  # What was read before holds no more.
             left = [block for block in left if outcomes[block].passing]
             if not left or pause is None or self._work.told_to_stop():
                 break
@@ -188,31 +195,3 @@ class Blocks:
         each = max(seconds, 1e-6) / blocks
         fitting = max(int(BATCH_SECONDS / each), min(FIRST_BATCH, int(SMALL_BATCH_SECONDS / each)))
         self._batch_size = max(1, min(fitting, 2 * self._batch_size, LARGEST_BATCH))
-
-    def _account(
-        self, addresses: Sequence[int], order: int, before: BlockLook, tried: dict[int, CollapseOutcome]
-    ) -> None:
-        """Look again at the blocks that were tried, and count what became of them.
-
-        Raises:
-            TargetVanishedError: it cannot be seen; nothing is said to be made then.
-        """
-        report = self._work.report
-        tally = report.folios[order]
-        indices = list(tried)
-        try:
-            after = look_at_blocks(self._work.space, [addresses[index] for index in indices], order)
-        except TargetVanishedError:
-            tally.failed[ScanResult.ANY_PROCESS, EXITED] += len(tried)
-            raise
-        for index, exact, seen in zip(indices, after.exact.tolist(), after.seen.tolist(), strict=True):
-            outcome = tried[index]
-            succeeded = outcome.result is ScanResult.SUCCEED
-            if exact or (succeeded and not seen):
-                tally.made += 1
-                report.filled_bytes += self._growth(before, index, order)
-                report.copied_bytes += int(before.contents[index]) * self._geometry.page_size
-            elif succeeded:
-                tally.failed[ScanResult.PTE_NON_PRESENT, SPLIT_AGAIN] += 1
-            else:
-                tally.failed[outcome.result, outcome.reason or outcome.result.meaning] += 1

@@ -1,17 +1,17 @@
 """The collapse of some orders by the kernel's own khugepaged: in windows, as long as they bring something.
 
-khugepaged goes by its own order, so nothing is left out for a budget: it fills no holes unless there is no budget. What
-is counted is what the page tables show after each window.
+khugepaged goes by its own order, so nothing is left out for a budget: it fills no holes unless there is no budget.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from mthp.addrspace import Block, CollapseOutcome
-from mthp.collapsing.look import look_at_blocks
 from mthp.collapsing.work import Work
+from mthp.results import BlockOutcome, ScanResult
 from mthp.space_plan import Folios
+
+_LARGE_BEFORE = (ScanResult.PMD_MAPPED, ScanResult.PTE_MAPPED_HUGEPAGE)
 
 
 def in_windows(work: Work, folios: Folios) -> None:
@@ -22,8 +22,7 @@ def in_windows(work: Work, folios: Folios) -> None:
     """
     blocks = list(zip(folios.address.tolist(), folios.order.tolist(), strict=True))
     means = dataclasses.replace(work.options.means, mechanism="khugepaged")
-    contents = _contents(work, blocks)
-    outcomes: list[CollapseOutcome] = []
+    outcomes: list[BlockOutcome] = []
     while blocks and not work.told_to_stop():
         work.room.renew()
         if not work.fits(0, work.space.geometry.pmd_size):
@@ -33,53 +32,33 @@ def in_windows(work: Work, folios: Folios) -> None:
             return
         outcomes = work.space.collapse_blocks(blocks, means)
         work.began()
-        left = _account(work, blocks, contents)
+        left = _account(work, outcomes)
         if len(left) == len(blocks):
             break
-        blocks = left
-    for (_, order), outcome in zip(blocks, outcomes, strict=False):
+        blocks = [(outcome.address, outcome.order) for outcome in left]
+        outcomes = left
+    for outcome in outcomes:
         if not work.report.interrupted:
-            tally = work.report.folios[order]
+            tally = work.report.folios[outcome.order]
             tally.not_tried -= 1
             tally.failed[outcome.result, outcome.reason or outcome.result.meaning] += 1
 
 
-def _contents(work: Work, blocks: list[Block]) -> dict[Block, int]:
-    """Pages that each of `blocks` holds, where it is not in a folio of its order already; those count as unchanged."""
-    found = {}
-    for order, addresses in _by_order(blocks).items():
-        look = look_at_blocks(work.space, addresses, order)
-        for address, large, contents in zip(addresses, look.large.tolist(), look.contents.tolist(), strict=True):
-            found[address, order] = -1 if large else int(contents)
-    return found
-
-
-def _account(work: Work, blocks: list[Block], contents: dict[Block, int]) -> list[Block]:
-    """Look at `blocks` after a window, and count what is made: the others."""
+def _account(work: Work, outcomes: list[BlockOutcome]) -> list[BlockOutcome]:
+    """Count what is made after a window: the outcomes of the other blocks."""
     left = []
     geometry, report = work.space.geometry, work.report
-    for order, addresses in _by_order(blocks).items():
-        tally = report.folios[order]
-        look = look_at_blocks(work.space, addresses, order)
-        for address, made in zip(addresses, look.large.tolist(), strict=True):
-            held = contents[address, order]
-            if not made:
-                left.append((address, order))
-                continue
-            tally.not_tried -= 1
-            work.step(geometry.size_of(order), geometry.label(order))
-            if held < 0:
-                tally.unchanged += 1
-            else:
-                tally.made += 1
-                report.copied_bytes += held * geometry.page_size
-                report.filled_bytes += ((1 << order) - held) * geometry.page_size
+    for outcome in outcomes:
+        tally = report.folios[outcome.order]
+        if outcome.result is ScanResult.SUCCEED:
+            tally.made += 1
+            report.copied_bytes += outcome.copied * geometry.page_size
+            report.filled_bytes += outcome.filled * geometry.page_size
+        elif outcome.result in _LARGE_BEFORE:
+            tally.unchanged += 1
+        else:
+            left.append(outcome)
+            continue
+        tally.not_tried -= 1
+        work.step(geometry.size_of(outcome.order), geometry.label(outcome.order))
     return left
-
-
-def _by_order(blocks: list[Block]) -> dict[int, list[int]]:
-    """The addresses of `blocks` by their order."""
-    found: dict[int, list[int]] = {}
-    for address, order in blocks:
-        found.setdefault(order, []).append(address)
-    return found

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapsing.look import Look, look_at
+from mthp.addrspace import USUAL_MEANS, Block, PteColumns
+from mthp.blockstates import BlockStates, states_of
 from mthp.collapsing.work import Work
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.ptes import segments_of
 from mthp.results import ScanResult
 
 BATCH = 32
-"""PMD ranges between two looks at the page tables at most: few enough that what was seen still holds."""
+"""PMD ranges that are read together at most: few enough that what was seen still holds."""
 
 
 class Ranges:
@@ -47,82 +47,60 @@ class Ranges:
                 break
 
     def _batch(self, addresses: NDArray[np.uint64]) -> None:
-        """Collapse some PMD ranges, between two looks at their page tables."""
-        report = self._work.report
+        """Collapse some PMD ranges, whose page tables are read together."""
+        report, geometry = self._work.report, self._geometry
         self._work.room.renew()
-        before = look_at(self._work.space, addresses)
-        tried: dict[int, ScanResult] = {}
-        try:
-            for index, address in enumerate(addresses.tolist()):
-                if self._work.told_to_stop():
-                    break
-                report.not_tried -= 1
-                if before.pmd_mapped[index]:
-                    report.unchanged += 1
-                elif before.contents[index] == 0:
-                    report.failed[ScanResult.NO_PTE_TABLE] += 1
-                elif not self._affords(before, tried, index):
-                    report.over_budget += 1
-                elif not self._fits(before, index):
-                    report.over_reserve += 1
-                else:
-                    tried[index] = ScanResult.ANY_PROCESS
-                    tried[index] = self._collapse(address)
-                    self._work.tried_with(tried[index])
-                self._work.step(self._geometry.pmd_size, self._geometry.label(self._geometry.pmd_order))
-        except MthpError as error:
-            if tried and not isinstance(error, TargetVanishedError):
-                tried[max(tried)] = ScanResult.FAIL
-            with contextlib.suppress(TargetVanishedError):
-                self._account(addresses, before, tried)
-            raise
-        self._account(addresses, before, tried)
+        blocks = [(address, geometry.pmd_order) for address in addresses.tolist()]
+        columns = self._work.space.read(segments_of(blocks, geometry.page_size))
+        before = states_of(columns, blocks, geometry)
+        for index, block in enumerate(blocks):
+            if self._work.told_to_stop():
+                break
+            report.not_tried -= 1
+            if before.large[index]:
+                report.unchanged += 1
+            elif before.contents[index] == 0:
+                report.failed[ScanResult.NO_PTE_TABLE] += 1
+            elif not self._work.affords(self._fill_bytes(before, index)):
+                report.over_budget += 1
+            elif not self._fits(before, index):
+                report.over_reserve += 1
+            else:
+                self._collapse(block, columns)
+            self._work.step(geometry.pmd_size, geometry.label(geometry.pmd_order))
 
-    def _collapse(self, address: int) -> ScanResult:
+    def _collapse(self, block: Block, columns: PteColumns) -> None:
+        """Collapse one PMD range, and count what came of it.
+
+        Raises:
+            MthpError: as the seam; the range is counted.
+        """
+        report = self._work.report
         self._work.tried(self._geometry.pmd_size)
-        outcome = self._work.space.collapse(address, self._geometry.pmd_order)
+        try:
+            (outcome,) = self._work.space.collapse_blocks([block], USUAL_MEANS, columns)
+        except MthpError as error:
+            vanished = isinstance(error, TargetVanishedError)
+            report.failed[ScanResult.ANY_PROCESS if vanished else ScanResult.FAIL] += 1
+            raise
         self._work.began()
         self.seconds.append(outcome.elapsed_ns / 1e9)
-        return outcome.result
+        self._work.tried_with(outcome.result)
+        if outcome.result is ScanResult.SUCCEED:
+            report.collapsed += 1
+            report.copied_bytes += outcome.copied * self._geometry.page_size
+            report.filled_bytes += outcome.filled * self._geometry.page_size
+        else:
+            report.failed[outcome.result] += 1
 
-    def _affords(self, before: Look, tried: dict[int, ScanResult], index: int) -> bool:
-        """Whether filling the range at `index` on top of what was filled so far stays within the budget."""
-        filled = [each for each, result in tried.items() if result == ScanResult.SUCCEED]
-        return self._work.affords(self._fill_bytes(before, [*filled, index]))
-
-    def _fits(self, before: Look, index: int) -> bool:
+    def _fits(self, before: BlockStates, index: int) -> bool:
         """Whether collapsing the range at `index` stays within the target's memory limits.
 
         The kernel charges a whole new folio, and reads back what was swapped out, before it frees the old pages
         (collapse_huge_page(), mm/khugepaged.c).
         """
         swapped = int(before.swapped[index]) * self._geometry.page_size
-        return self._work.fits(self._fill_bytes(before, [index]) + swapped, self._geometry.pmd_size + swapped)
+        return self._work.fits(self._fill_bytes(before, index) + swapped, self._geometry.pmd_size + swapped)
 
-    def _fill_bytes(self, before: Look, indices: list[int]) -> int:
-        pages = self._geometry.ptes_per_pmd * len(indices) - int(before.contents[indices].sum())
-        return pages * self._geometry.page_size
-
-    def _account(self, addresses: NDArray[np.uint64], before: Look, tried: dict[int, ScanResult]) -> None:
-        """Look again at the ranges that were tried, and count what became of them.
-
-        Raises:
-            TargetVanishedError: it cannot be seen; nothing is said to be collapsed then.
-        """
-        if not tried:
-            return
-        indices = list(tried)
-        try:
-            after = look_at(self._work.space, addresses[indices])
-        except TargetVanishedError:
-            self._work.report.failed[ScanResult.ANY_PROCESS] += len(tried)
-            raise
-        worked = [index for index, mapped in zip(indices, after.pmd_mapped, strict=True) if mapped]
-        report = self._work.report
-        report.collapsed += len(worked)
-        report.filled_bytes += self._fill_bytes(before, worked)
-        report.copied_bytes += int(before.contents[worked].sum()) * self._geometry.page_size
-        for index in set(indices) - set(worked):
-            # A call that succeeded on a range that is not huge now: it was split or unmapped again at once.
-            result = tried[index]
-            report.failed[ScanResult.PTE_NON_PRESENT if result == ScanResult.SUCCEED else result] += 1
+    def _fill_bytes(self, before: BlockStates, index: int) -> int:
+        return (self._geometry.ptes_per_pmd - int(before.contents[index])) * self._geometry.page_size

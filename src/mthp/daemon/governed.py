@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mthp import thp_unadvised
 from mthp.addrspace import (
+    USUAL_MEANS,
     AddressSpace,
     Block,
-    CollapseOutcome,
     Means,
     Mechanism,
     PteColumns,
@@ -28,6 +28,7 @@ from mthp.addrspace import (
 from mthp.budget import MemoryBound
 from mthp.geometry import Geometry
 from mthp.outline import Outline
+from mthp.results import BlockOutcome
 from mthp.tunables import Switches, Tunables
 
 
@@ -96,13 +97,18 @@ class GovernedSpace(AddressSpace):
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
         return self._inner.zero_filled(columns)
 
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
-        return self._inner.collapse(address, order)
+    def attempt(self, address: int, order: int) -> BlockOutcome:
+        return self._inner.attempt(address, order)
 
-    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+    def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
+        return self._inner.attempt_blocks(blocks, means, before)
+
+    def collapse_blocks(
+        self, blocks: Sequence[Block], means: Means = USUAL_MEANS, before: PteColumns | None = None
+    ) -> list[BlockOutcome]:
         self.touching = True
         try:
-            outcomes = thp_unadvised.corrected(self._inner, blocks, self._inner.collapse_blocks(blocks, means))
+            outcomes = thp_unadvised.corrected(self._inner, blocks, self._inner.collapse_blocks(blocks, means, before))
         finally:
             self.touching = False
         self.unadvised_small |= any(outcome.reason == thp_unadvised.REASON for outcome in outcomes)

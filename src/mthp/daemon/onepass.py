@@ -198,7 +198,7 @@ class Pass:
             if self._advised is None:
                 self._advised = thp_unadvised.advised(self.space)
             if not thp_unadvised.lies_in(candidate.address, self._advised):
-                return thp_unadvised.OUTCOME.result
+                return thp_unadvised.RESULT
         if not self._environment.free.available(candidate.order):
             return ScanResult.ALLOC_HUGE_PAGE_FAIL
         fill = candidate.filled * self._environment.geometry.page_size

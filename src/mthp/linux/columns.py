@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment
 from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.kpageflags import FolioReader, states_of
 from mthp.linux.pagemap import Pagemap, own_frame, states
 from mthp.linux.procfs import read_smaps
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment, spread
 
 _PFRAME_MASK = np.uint64(abi.PM_PFRAME_MASK)
 _PRESENT = np.uint16(Pte.PRESENT)
@@ -81,12 +81,6 @@ def windows_of(segments: Sequence[Segment], geometry: Geometry) -> Windows:
     end = np.minimum(base + n, np.repeat(ends, counts))
     index = page - start_of + np.repeat(np.cumsum(sizes) - sizes, counts)
     return Windows(page, index, end - page)
-
-
-def spread(starts: _Index, counts: _Index) -> _Index:
-    """The integers of the ranges (start, start + count), one range after another: int64, shape (sum of counts,)."""
-    total = int(counts.sum())
-    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(total)
 
 
 class ColumnReader:

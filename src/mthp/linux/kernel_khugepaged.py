@@ -23,11 +23,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block, CollapseOutcome
+from mthp.addrspace import Block
 from mthp.errors import UnsupportedError
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.space import ProcessSpace
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 
 WINDOW_SECONDS = 5.0
 """A window takes no longer."""
@@ -62,7 +62,7 @@ class KernelKhugepaged:
         self._sysfs = space.sysfs
         self._journal = journal or SwitchJournal(sysfs=space.sysfs)
 
-    def collapse(self, blocks: Sequence[Block], *, fill: bool) -> list[CollapseOutcome]:
+    def collapse(self, blocks: Sequence[Block], *, fill: bool) -> list[BlockOutcome]:
         """Have khugepaged at work for a window: what became of each of `blocks`.
 
         Args:
@@ -95,8 +95,8 @@ class KernelKhugepaged:
         made = self._made(blocks)
         elapsed = (time.perf_counter_ns() - begin) // max(1, len(blocks))
         why = NOT_IN_TIME if not over else LEFT if self._counted() != before else NOT_KNOWN
-        done, left = CollapseOutcome(ScanResult.SUCCEED, elapsed), CollapseOutcome(ScanResult.FAIL, elapsed, reason=why)
-        return [done if one else left for one in made.tolist()]
+        ends = [(ScanResult.SUCCEED, "") if one else (ScanResult.FAIL, why) for one in made.tolist()]
+        return [BlockOutcome(*block, *end, elapsed_ns=elapsed) for block, end in zip(blocks, ends, strict=True)]
 
     def makes(self, order: int) -> bool:
         """Return whether khugepaged makes folios of `order`, and its settings may be changed with these rights."""

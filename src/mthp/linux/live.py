@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block, CollapseOutcome, Means, Mechanism, PteColumns, Segment, Vma, Watch
+from mthp.addrspace import Block, Means, Mechanism, PteColumns, Segment, Vma, Watch
 from mthp.budget import MACHINE, MemoryBound
-from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
@@ -33,7 +33,8 @@ from mthp.linux.space import ProcessSpace
 from mthp.linux.sysfs import ThpSysfs
 from mthp.linux.watch import LiveWatch
 from mthp.outline import Outline
-from mthp.results import ScanResult, result_of_madvise
+from mthp.ptes import segments_of
+from mthp.results import BlockOutcome, ScanResult, result_of_madvise
 from mthp.tunables import Switches, Tunables
 
 if TYPE_CHECKING:
@@ -228,52 +229,42 @@ class LiveAddressSpace(ProcessSpace):
             else super().outline(segments)
         )
 
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
-        """Collapse one run with the mechanism ``auto``.
+    def attempt(self, address: int, order: int) -> BlockOutcome:
+        block = (address, order)
+        return self.attempt_blocks([block], Means(), self.read(segments_of([block], self._geometry.page_size)))[0]
 
-        MADV_COLLAPSE is asked for with process_madvise(2), for this process with madvise(2). Its success does not mean
-        that anything was done: the kernel also says it of a range that was huge before.
+    def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
+        """Collapse disjoint `blocks`, each by what :meth:`mechanism_for` returns for its order.
+
+        Where that is nothing, a block is left alone, with the reason. MADV_COLLAPSE is a call of process_madvise(2), or
+        of madvise(2) for this process.
 
         Raises:
             TargetVanishedError: the process is gone.
             UnsupportedError: this kernel cannot, or not for this process.
             NotPermittedError: CAP_SYS_NICE or the right to look at the process is missing.
-            UsageError: `address` is not aligned, or there is no such order.
         """
-        return self.collapse_blocks([(address, order)], Means())[0]
-
-    def collapse_blocks(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
-        """Collapse disjoint `blocks`, each by what :meth:`mechanism_for` says of its order.
-
-        Where that is nothing, a block is left alone, with the reason. If the target exits meanwhile, the outcomes of
-        what was left are ANY_PROCESS.
-
-        Raises:
-            As :meth:`collapse`.
-        """
-        geometry = self._geometry
-        for address, order in blocks:
-            if address % geometry.size_of(geometry.check_order(order)):
-                raise UsageError(f"{address:#x} is not aligned to {geometry.label(order)}")
         by: dict[Mechanism | None, list[Block]] = {}
         for block in blocks:
             by.setdefault(self.mechanism_for(block[1], means.mechanism), []).append(block)
-        outcomes: dict[Block, CollapseOutcome] = {}
+        outcomes: dict[Block, BlockOutcome] = {}
         for mechanism, chosen in by.items():
-            outcomes |= zip(chosen, self._collapse_by(mechanism, chosen, means), strict=True)
+            outcomes |= zip(chosen, self._attempt_by(mechanism, chosen, means, before), strict=True)
         return [outcomes[block] for block in blocks]
 
-    def _collapse_by(self, mechanism: Mechanism | None, blocks: list[Block], means: Means) -> list[CollapseOutcome]:
+    def _attempt_by(
+        self, mechanism: Mechanism | None, blocks: list[Block], means: Means, before: PteColumns
+    ) -> list[BlockOutcome]:
         """Collapse `blocks` by one mechanism; None leaves them alone."""
         if mechanism == "madvise":
-            return self._madvise_all([address for address, _ in blocks])
+            return self._madvise_all(blocks)
         if mechanism == "move":
-            return self._mover().collapse(blocks, means)
+            return self._mover().collapse(blocks, means, before)
         if mechanism == "khugepaged":
             return self._khugepaged().collapse(blocks, fill=means.fill)
         needs = {True: NEEDS_CALL, False: NEEDS_MOVER}
         pmd_order = self._geometry.pmd_order
-        return [CollapseOutcome(ScanResult.FAIL, 0, reason=needs[order == pmd_order]) for _, order in blocks]
+        return [BlockOutcome(*block, ScanResult.FAIL, needs[block[1] == pmd_order]) for block in blocks]
 
     def drives_khugepaged(self, order: int) -> bool:
         return self._khugepaged().makes(order)
@@ -312,38 +303,39 @@ class LiveAddressSpace(ProcessSpace):
                 self._made_mover = Mover(self)
         return self._made_mover
 
-    def _madvise_all(self, addresses: list[int]) -> list[CollapseOutcome]:
+    def _madvise_all(self, blocks: list[Block]) -> list[BlockOutcome]:
         """MADV_COLLAPSE of PMD ranges; after a failed charge no more are tried, since the target is at a limit.
 
         Raises:
-            As :meth:`collapse`.
+            As :meth:`attempt_blocks`.
         """
-        outcomes: list[CollapseOutcome] = []
-        for address in addresses:
-            outcome = self._madvise(address)
+        outcomes: list[BlockOutcome] = []
+        for block in blocks:
+            outcome = self._madvise(block)
             outcomes.append(outcome)
             if outcome.result is ScanResult.CGROUP_CHARGE_FAIL or (
                 outcome.result is ScanResult.ALLOC_HUGE_PAGE_FAIL
                 and any(bound.name != MACHINE for bound in self.memory_bounds())
             ):
                 break
-        left = len(addresses) - len(outcomes)
-        return outcomes + [CollapseOutcome(outcomes[-1].result, 0, outcomes[-1].errno, everywhere=True)] * left
+        last = outcomes[-1]
+        left = blocks[len(outcomes) :]
+        return outcomes + [BlockOutcome(*block, last.result, errno=last.errno, everywhere=True) for block in left]
 
-    def _madvise(self, address: int) -> CollapseOutcome:
-        """MADV_COLLAPSE of the PMD range at `address`, asked for a second time if it says EAGAIN.
+    def _madvise(self, block: Block) -> BlockOutcome:
+        """MADV_COLLAPSE of one PMD range, asked for a second time if it says EAGAIN.
 
         Raises:
-            As :meth:`collapse`.
+            As :meth:`attempt_blocks`.
         """
-        size = self._geometry.pmd_size
+        address, size = block[0], self._geometry.pmd_size
         begin = time.perf_counter_ns()
         error = self._advise(address, size)
         if error == errno.EAGAIN:
             # What hinders it passes (madvise(2), EAGAIN): often a page that is on its way to the LRU lists.
             error = self._advise(address, size)
         elapsed = time.perf_counter_ns() - begin
-        return CollapseOutcome(self._result(error, address, size), elapsed, error)
+        return BlockOutcome(*block, self._result(error, address, size), elapsed_ns=elapsed, errno=error)
 
     def _advise(self, address: int, size: int) -> int:
         if self.process.is_self:
@@ -354,7 +346,7 @@ class LiveAddressSpace(ProcessSpace):
         """The scan result behind errno.
 
         Raises:
-            As :meth:`collapse`.
+            As :meth:`attempt_blocks`.
         """
         if not error:
             return ScanResult.SUCCEED

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import Segment
 from mthp.collapse.fullness import Fullness
-from mthp.collapse.machine_seam import Attempted, Passage
+from mthp.collapse.machine_seam import Passage
 from mthp.collapse.occupancy import Bits, Occupancy, Planes
 from mthp.collapse.policy import BUILT_IN
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.memory import Fl, Memory
 from mthp.sim.mm import Mm, P, Pmd, SimVma
 from mthp.sim.parts import Parts
@@ -128,7 +128,7 @@ def _passage(parts: Parts, mm: Mm, seen: _Idle, count: int, start: int, budget: 
     return Passage(end, int(progress[count - 1]), addresses, results, last, released, attempts)
 
 
-def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[Attempted, ...]:
+def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[BlockOutcome, ...]:
     """The attempts in the first `count` ranges, which begin at `start`: counted, timed, and in order."""
     geometry, found = parts.geometry, []
     for order, runs in seen.tried.items():
@@ -137,7 +137,7 @@ def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[Attemp
         parts.count_order(order, "thp_collapse_alloc", "collapse_alloc", len(at))
         parts.clock.spend("alloc_large", len(at))
         parts.clock.spend("free_folio", len(at))
-        found += [Attempted(address, order, ScanResult.PTE_MAPPED_HUGEPAGE) for address in at.tolist()]
+        found += [BlockOutcome(address, order, ScanResult.PTE_MAPPED_HUGEPAGE) for address in at.tolist()]
     return tuple(sorted(found, key=lambda attempt: (attempt.address, -attempt.order)))
 
 

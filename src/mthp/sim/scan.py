@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.collapse.fullness import Fullness
-from mthp.collapse.machine_seam import Attempted, RangeScan
+from mthp.collapse.machine_seam import RangeScan
 from mthp.collapse.occupancy import Occupancy, Planes, planes_of
 from mthp.collapse.policy import BUILT_IN, Policy, Rules
 from mthp.collapse.single_pmd import collapse_single_pmd
 from mthp.eligibility import Trigger
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.collapse import collapse_huge_page
 from mthp.sim.columns import columns_of
 from mthp.sim.look import Look, run_look, scan_look
@@ -48,7 +48,7 @@ class CollapseControl:
     progress: int = 0
     node_load: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
     lock_dropped: bool = False
-    attempts: list[Attempted] = field(default_factory=list)
+    attempts: list[BlockOutcome] = field(default_factory=list)
 
     @classmethod
     def begun(cls, parts: Parts, trigger: Trigger, orders: tuple[int, ...] = ()) -> Self:
@@ -171,7 +171,7 @@ class SimRange:
         )
         filled = self._mm.anon_pages - pages if result is ScanResult.SUCCEED else 0
         copied = (1 << order) - filled if result is ScanResult.SUCCEED else 0
-        control.attempts.append(Attempted(address, order, result, copied, filled))
+        control.attempts.append(BlockOutcome(address, order, result, copied=copied, filled=filled))
         if before is not None and result is ScanResult.SUCCEED:
             after = self._contents(address)
             start = address // parts.geometry.pmd_size * parts.geometry.pmd_size

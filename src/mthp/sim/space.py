@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, CollapseOutcome, Pte, PteColumns, Segment, Vma
-from mthp.errors import TargetVanishedError, UsageError
+from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma
+from mthp.errors import TargetVanishedError
 from mthp.geometry import Geometry
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.columns import columns_of, tables_in
 from mthp.sim.mm import Mm, Pmd
 from mthp.sim.parts import Parts
@@ -121,22 +121,16 @@ class SimSpace(AddressSpace):
                     found.append((start, end))
         return found
 
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
+    def attempt(self, address: int, order: int) -> BlockOutcome:
         """Collapse one run, of any order: at the PMD order as MADV_COLLAPSE does, below it by the same steps.
-
-        A range that one PMD entry maps already counts as collapsed, as it does to MADV_COLLAPSE.
 
         Raises:
             TargetVanishedError: the process exited.
-            UsageError: an order that does not exist on this geometry, or a run that is not aligned to it.
         """
         self._check_alive()
-        order = self.geometry.check_order(order)
-        if address % self.geometry.size_of(order):
-            raise UsageError(f"{address:#x} is not aligned to {self.geometry.label(order)}")
         began = self._parts.clock.now_ns
         result = self._collapse(address, order)
-        return CollapseOutcome(result, self._parts.clock.now_ns - began)
+        return BlockOutcome(address, order, result, elapsed_ns=self._parts.clock.now_ns - began)
 
     def _collapse(self, address: int, order: int) -> ScanResult:
         parts, geometry = self._parts, self.geometry

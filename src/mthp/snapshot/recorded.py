@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mthp.addrspace import AddressSpace, CollapseOutcome, Vma
+from mthp.addrspace import AddressSpace, Vma
 from mthp.errors import UnsupportedError
 from mthp.geometry import Geometry
+from mthp.results import BlockOutcome
 from mthp.snapshot.description import Description
 from mthp.tunables import Switches, Tunables
 
@@ -62,7 +63,7 @@ class RecordedSpace(AddressSpace):
         """As recorded."""
         return list(self._description.vmas)
 
-    def collapse(self, address: int, order: int) -> CollapseOutcome:
+    def attempt(self, address: int, order: int) -> BlockOutcome:
         """Not possible: nothing runs here.
 
         Raises:

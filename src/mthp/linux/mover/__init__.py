@@ -49,7 +49,7 @@ not see one block away must not see two. What is new is that a page may be refus
 they are back in their place then, as the first part of a block is, and the others are moved again, alone.
 
 *The order is wrong.* If the kernel has no folio of the enabled size, it falls back to smaller ones. The bytes are right
-then, too, and the block is reported (:class:`~mthp.linux.mover.outcome.BlockOutcome`).
+then, too, and the page tables show it (:func:`mthp.blockstates.shown`).
 
 How long it takes is measured in every window, phase by phase, and the next window is filled accordingly
 (:mod:`~mthp.linux.mover.pause`). What is fixed (stopping, parking, restoring) grows with the threads, some 20
@@ -61,13 +61,11 @@ had transferred a part goes on with the rest.
 """
 
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.outcome import BlockOutcome
 from mthp.linux.mover.pause import Pause
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
 
 __all__ = [
-    "BlockOutcome",
     "CannotStopError",
     "FrozenProcess",
     "MoverSession",

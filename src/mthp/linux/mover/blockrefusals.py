@@ -28,11 +28,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Pte, PteColumns, Segment, Vma
-from mthp.linux.columns import spread
+from mthp.addrspace import Vma
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.taskfiles import read_task_file, task_ids
 from mthp.linux.process import Process
+from mthp.ptes import LARGEST_ADDRESS, Pte, PteColumns, Segment, spread
 from mthp.results import ScanResult
 
 NR_GET_ROBUST_LIST = {"x86_64": 274, "aarch64": 100}
@@ -45,8 +45,6 @@ RED_ZONE_BYTES = 128
 """What a function may use below its stack pointer (System V ABI of x86-64, 3.2.2; aarch64 has none)."""
 
 WORD_BYTES = 8
-
-_LARGEST_ADDRESS = 1 << 63
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -220,7 +218,7 @@ def refuse_blocks(
     inside, allowed = _by_vma(addresses, ends, vmas, refuse_vma)
     refuse(~inside, BlockRefusal.NOT_IN_ONE_VMA)
     refuse(~allowed, BlockRefusal.VMA)
-    first = _first_page(columns, addresses, ends, page_size)
+    first = columns.first_pages(addresses, ends, page_size)
     refuse(first < 0, BlockRefusal.NOT_READ)
     refuse(touches(addresses, ends, special.ranges), BlockRefusal.SPECIAL)
     open_ = np.flatnonzero(verdict == 0)
@@ -234,7 +232,7 @@ def _by_vma(
 ) -> tuple[_Bools, _Bools]:
     """Whether each block lies inside one mapping, and whether that one may be touched: bool, shape (blocks,)."""
     # [vsyscall] lies beyond what an int64 holds.
-    user = [vma for vma in vmas if vma.end < _LARGEST_ADDRESS]
+    user = [vma for vma in vmas if vma.end < LARGEST_ADDRESS]
     if not user:
         return np.zeros(len(addresses), np.bool_), np.zeros(len(addresses), np.bool_)
     starts = np.array([vma.start for vma in user], np.int64)
@@ -247,20 +245,6 @@ def _by_vma(
     return inside, inside & allowed[at]
 
 
-def _first_page(columns: PteColumns, addresses: _Int64s, ends: _Int64s, page_size: int) -> _Int64s:
-    """Where in `columns` each block begins, -1 if one segment does not hold it all: int64, shape (blocks,)."""
-    if not columns.segments:
-        return np.full(len(addresses), -1, np.int64)
-    segments = np.array(columns.segments, np.int64)
-    sizes = (segments[:, 1] - segments[:, 0]) // page_size
-    offsets = np.cumsum(sizes) - sizes
-    order = np.argsort(segments[:, 0])
-    starts = segments[order, 0]
-    at = order[np.maximum(np.searchsorted(starts, addresses, side="right") - 1, 0)]
-    inside = (segments[at, 0] <= addresses) & (ends <= segments[at, 1])
-    return np.where(inside, offsets[at] + (addresses - segments[at, 0]) // page_size, -1)
-
-
 def touches(addresses: _Int64s, ends: _Int64s, ranges: Sequence[Segment]) -> _Bools:
     """Which blocks one of `ranges` overlaps: bool, shape (blocks,).
 
@@ -268,7 +252,7 @@ def touches(addresses: _Int64s, ends: _Int64s, ranges: Sequence[Segment]) -> _Bo
         addresses, ends: of the blocks: int64, shape (blocks,).
         ranges: half-open, in any order, of any lengths; those beyond user space touch nothing.
     """
-    user = sorted(pair for pair in ranges if pair[1] < _LARGEST_ADDRESS)
+    user = sorted(pair for pair in ranges if pair[1] < LARGEST_ADDRESS)
     if not user:
         return np.zeros(len(addresses), np.bool_)
     pairs = np.array(user, np.int64)

@@ -39,21 +39,17 @@ What remains visible:
 from __future__ import annotations
 
 import contextlib
-import mmap
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, USUAL_MEANS, Block, CollapseOutcome, Means
-from mthp.errors import UnsupportedError, UsageError
+from mthp.addrspace import Block, Means, PteColumns
+from mthp.errors import UnsupportedError
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.live import open_live
 from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
-from mthp.linux.mover.outcome import BlockOutcome, reason_of_move, result_of_move
+from mthp.linux.mover.outcome import reason_of_move, result_of_move
 from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
 from mthp.linux.mover.refusals import (
     Refusal,
@@ -65,7 +61,7 @@ from mthp.linux.mover.refusals import (
     special_ranges,
 )
 from mthp.linux.space import ProcessSpace
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome
 
 STACK_MARGIN = 64 << 10
 """How far from its stack pointer a thread may use its stack between being looked at and being called, in bytes."""
@@ -81,60 +77,14 @@ _FOR_OTHERS = frozenset(
 _Int64s = NDArray[np.int64]
 
 
-def collapse_buffer_to(
-    buffer: ArrayLike, order: int, *, guarded: bool = True, journal: SwitchJournal | None = None
-) -> list[BlockOutcome]:
-    """As :func:`collapse_own` for the memory of an object with the buffer interface, such as a NumPy array.
-
-    Raises:
-        UsageError: it is not contiguous, or has no such interface.
-        Others: as :func:`collapse_own`.
-    """
-    try:
-        view = memoryview(buffer)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UsageError(f"no buffer: {error}") from None
-    with view:
-        if not view.c_contiguous:
-            raise UsageError("the buffer is not contiguous", help="copy it, with numpy.ascontiguousarray for example")
-        # NumPy takes read-only buffers too, which ctypes does not.
-        address = np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0
-        return collapse_own(address, view.nbytes, order, guarded=guarded, journal=journal)
-
-
-def collapse_own(
-    address: int, length: int, order: int, *, guarded: bool = True, journal: SwitchJournal | None = None
-) -> list[BlockOutcome]:
-    """Move all whole blocks of `order` between two addresses of this process into folios of that order.
-
-    Args:
-        address, length: in bytes; they need not be aligned.
-        order: of the folios.
-        guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Without, nobody
-            but the kernel may.
-        journal: sets the size's switch for the time, if it is off; one in the usual place if not given.
-
-    Returns:
-        What became of each block, by ascending address. A block that could not be moved has its bytes as before.
-
-    Raises:
-        UnsupportedError: not on this machine or kernel, or not for this process; the reason is in the message.
-        NotPermittedError: these rights do not suffice for the guard, or to set the switch.
-        UsageError: no such order.
-    """
-    with open_live("self") as space:
-        size = space.geometry.size_of(space.geometry.check_order(order))
-        first, last = -(-address // size) * size, (address + length) // size * size
-        blocks = [(block, order) for block in range(first, last, size)]
-        return OwnBlocks(space, guarded=guarded, journal=journal).move(blocks) if blocks else []
-
-
 class OwnBlocks:
     """Moves blocks of this process to folios of their orders.
 
     Args:
         space: of this process.
-        guarded, journal: as for :func:`collapse_own`.
+        guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Without, nobody
+            but the kernel may.
+        journal: sets the size's switch for the time, if it is off; one in the usual place if not given.
     """
 
     def __init__(self, space: ProcessSpace, *, guarded: bool = True, journal: SwitchJournal | None = None) -> None:
@@ -147,54 +97,44 @@ class OwnBlocks:
         refusals = refuse_process(self._space.process, self._space, means)
         return [each for each in refusals if each.key not in _FOR_OTHERS]
 
-    def move(self, blocks: Sequence[Block], *, fill: bool = False, means: Means = USUAL_MEANS) -> list[BlockOutcome]:
-        """Move disjoint `blocks`: the outcome of each, in their order.
+    def collapse(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
+        """Move disjoint `blocks` below the PMD order: the outcome of each, in their order.
+
+        A block that could not be moved has its bytes as before.
 
         Args:
-            fill: whether holes are to be filled.
-            means: what it may cost this process and the machine.
+            before: the entries of the blocks, as just read.
 
         Raises:
-            As :func:`collapse_own`.
-        """
-        for refusal in self.refusals(means):
-            raise UnsupportedError(f"this process cannot move its own memory: {refusal.reason}", help=refusal.remedy)
-        outcomes: dict[Block, BlockOutcome] = {}
-        for order in sorted({order for _, order in blocks}, reverse=True):
-            addresses = np.array([address for address, its in blocks if its == order], np.int64)
-            for outcome in self._move(addresses, order, fill=fill):
-                outcomes[outcome.address, order] = outcome
-        return [outcomes[block] for block in blocks]
-
-    def _move(self, addresses: _Int64s, order: int, *, fill: bool) -> list[BlockOutcome]:
-        """Move blocks of one order."""
-        space, size = self._space, self._space.geometry.size_of(order)
-        with contextlib.ExitStack() as stack:
-            mover: _Mover
-            if order == space.geometry.pmd_order:
-                mover = _KernelMover(space)
-            else:
-                mover = stack.enter_context(OwnMover(size, guarded=self._guarded))
-                if order not in space.switches.orders(advised=False):
-                    # A larger folio does not fit into the twin, so other sizes may stay on.
-                    stack.enter_context(self._journal.only(order, off=()))
-            outcomes: list[BlockOutcome] = []
-            for start in range(0, len(addresses), BLOCKS_PER_CALL):
-                outcomes += _collapse(space, mover, addresses[start : start + BLOCKS_PER_CALL], order, fill=fill)
-            return outcomes
-
-    def collapse(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
-        """As :meth:`move`, for the seam.
-
-        Raises:
-            As :func:`collapse_own`.
+            UnsupportedError: not on this machine or kernel, or not for this process; the reason is in the message.
+            NotPermittedError: these rights do not suffice for the guard, or to set the switch.
         """
         if means.verify:
             raise UnsupportedError(
                 "own memory cannot be verified: other threads go on writing to it", help="leave --verify out"
             )
-        outcomes = self.move(blocks, fill=means.fill, means=means)
-        return [CollapseOutcome(each.result, each.elapsed_ns, each.errno, each.reason) for each in outcomes]
+        for refusal in self.refusals(means):
+            raise UnsupportedError(f"this process cannot move its own memory: {refusal.reason}", help=refusal.remedy)
+        outcomes: dict[Block, BlockOutcome] = {}
+        for order in sorted({order for _, order in blocks}, reverse=True):
+            addresses = np.array([address for address, its in blocks if its == order], np.int64)
+            for outcome in self._move(addresses, order, before, fill=means.fill):
+                outcomes[outcome.address, order] = outcome
+        return [outcomes[block] for block in blocks]
+
+    def _move(self, addresses: _Int64s, order: int, before: PteColumns, *, fill: bool) -> list[BlockOutcome]:
+        """Move blocks of one order."""
+        space, size = self._space, self._space.geometry.size_of(order)
+        with contextlib.ExitStack() as stack:
+            mover = stack.enter_context(OwnMover(size, guarded=self._guarded))
+            if order not in space.switches.orders(advised=False):
+                # A larger folio does not fit into the twin, so other sizes may stay on.
+                stack.enter_context(self._journal.only(order, off=()))
+            outcomes: list[BlockOutcome] = []
+            for start in range(0, len(addresses), BLOCKS_PER_CALL):
+                part = addresses[start : start + BLOCKS_PER_CALL]
+                outcomes += _collapse(space, mover, part, order, before, fill=fill)
+            return outcomes
 
     def take_pauses(self) -> list[int]:
         """Nobody is stopped."""
@@ -204,10 +144,11 @@ class OwnBlocks:
         """Nothing is kept."""
 
 
-def _collapse(space: ProcessSpace, mover: _Mover, addresses: _Int64s, order: int, *, fill: bool) -> list[BlockOutcome]:
-    """Judge the blocks at `addresses`, move those that may be, and look at what came out."""
-    segments = [(address, address + mover.size) for address in addresses.tolist()]
-    columns, vmas = space.read(segments), space.vmas()
+def _collapse(
+    space: ProcessSpace, mover: OwnMover, addresses: _Int64s, order: int, columns: PteColumns, *, fill: bool
+) -> list[BlockOutcome]:
+    """Judge the blocks at `addresses`, and move those that may be."""
+    vmas = space.vmas()
     verdict = refuse_blocks(
         columns,
         None if columns.pfn is None else space.mapcounts(columns),
@@ -220,42 +161,23 @@ def _collapse(space: ProcessSpace, mover: _Mover, addresses: _Int64s, order: int
         fill=fill,
     )
     held = np.zeros(len(addresses), np.bool_)
-    if order < space.geometry.pmd_order and has_large_folios(columns):
+    if has_large_folios(columns):
         # UFFDIO_MOVE does not return on some kernels while such a folio is held (see `held`), and threads would wait.
         left = split_large_folios(space, [(address, order) for address in addresses[verdict == 0].tolist()])
         held = np.isin(addresses, [address for address, _ in left])
     begin = time.perf_counter_ns()
     errors = mover.move(addresses[(verdict == 0) & ~held], fill=fill)
     elapsed = (time.perf_counter_ns() - begin) // max(1, len(errors))
-    orders = space.read(segments).folio_order.reshape(len(addresses), -1)
     outcomes = []
     moved = iter(errors.tolist())
-    for address, why, kept, seen in zip(addresses.tolist(), verdict.tolist(), held.tolist(), orders, strict=True):
+    for address, why, kept in zip(addresses.tolist(), verdict.tolist(), held.tolist(), strict=True):
         if why or kept:
-            objection = objection_of(why, vmas, address) if why else HELD
-            outcomes.append(BlockOutcome(address, order, *objection))
+            outcomes.append(BlockOutcome(address, order, *(objection_of(why, vmas, address) if why else HELD)))
         else:
-            outcome = _outcome(address, order, next(moved), seen)
-            outcomes.append(replace(outcome, elapsed_ns=elapsed))
+            error = next(moved)
+            result, reason = result_of_move(error), reason_of_move(error)
+            outcomes.append(BlockOutcome(address, order, result, reason, elapsed_ns=elapsed, errno=error))
     return outcomes
-
-
-def _outcome(address: int, order: int, error: int, seen: NDArray[np.int8]) -> BlockOutcome:
-    """What became of a block that was tried.
-
-    Args:
-        error: errno, 0 if its bytes lie in new memory.
-        seen: the orders of the folios that its pages lie in now: int8, shape (pages,).
-    """
-    if error:
-        return BlockOutcome(address, order, result_of_move(error), reason_of_move(error), errno=error)
-    size = len(seen) * mmap.PAGESIZE
-    if (seen == ORDER_UNKNOWN).any():
-        return BlockOutcome(address, order, ScanResult.SUCCEED, moved_bytes=size)
-    if (seen == order).all():
-        return BlockOutcome(address, order, ScanResult.SUCCEED, moved_bytes=size, folio_seen=True)
-    reason = f"the kernel gave smaller folios, of orders down to {int(seen.min())}"
-    return BlockOutcome(address, order, ScanResult.ALLOC_HUGE_PAGE_FAIL, reason, moved_bytes=size, folio_seen=True)
 
 
 def _special(space: ProcessSpace) -> SpecialRanges:
@@ -265,28 +187,3 @@ def _special(space: ProcessSpace) -> SpecialRanges:
         robust_lists=tuple((start - THREAD_MARGIN, end + THREAD_MARGIN) for start, end in found.robust_lists),
         stacks=tuple((start - STACK_MARGIN, end + STACK_MARGIN) for start, end in found.stacks),
     )
-
-
-class _Mover(Protocol):
-    """Moves blocks of one size."""
-
-    size: int
-
-    def move(self, addresses: _Int64s, *, fill: bool = False) -> _Int64s:
-        """Move blocks; give an errno for each."""
-
-
-class _KernelMover:
-    """MADV_COLLAPSE, which may be called at any time, and does the PMD order alone.
-
-    The way of this module could not: mremap hands the block's empty page table over to the twin, where a PMD entry
-    would have to be.
-    """
-
-    def __init__(self, space: ProcessSpace) -> None:
-        self.size = space.geometry.pmd_size
-        self._space = space
-
-    def move(self, addresses: _Int64s, *, fill: bool = False) -> _Int64s:
-        order = self._space.geometry.pmd_order
-        return np.array([self._space.collapse(address, order).errno for address in addresses.tolist()], np.int64)

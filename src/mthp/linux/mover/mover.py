@@ -25,16 +25,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mthp.addrspace import Block, CollapseOutcome, Means, Segment, Vma
+from mthp.addrspace import Block, Means, PteColumns, Vma
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.blockrefusals import refuse_blocks, special_ranges
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
-from mthp.linux.mover.outcome import BlockOutcome, Objection
+from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.processrefusals import PASSING, refuse_process
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, last_pid, zero_pages_of
 from mthp.linux.mover.refusal import Refusal
@@ -42,7 +41,8 @@ from mthp.linux.mover.refusals import objection_of, refuse_vma
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.space import ProcessSpace
-from mthp.results import ScanResult
+from mthp.ptes import segments_of
+from mthp.results import BlockOutcome, ScanResult
 
 VMAS_AGE_NS = 200_000_000
 """For so long a list of mappings is good: what changes of it that matters is seen after the stop."""
@@ -65,7 +65,7 @@ class _Batch:
     blocks: Sequence[Block]
     means: Means
     last_pid: int
-    outcomes: dict[Block, CollapseOutcome] = field(default_factory=dict)
+    outcomes: dict[Block, BlockOutcome] = field(default_factory=dict)
 
     @property
     def open(self) -> list[Block]:
@@ -88,8 +88,8 @@ class _Batch:
         """Give those of `blocks` without an outcome this one."""
         reason = f"{error.message} ({error.help})" if error.help else error.message
         passing = isinstance(error, CannotStopError)
-        outcome = CollapseOutcome(result, 0, reason=reason, everywhere=True, passing=passing)
         for block in blocks:
+            outcome = BlockOutcome(*block, result, reason, everywhere=True, passing=passing)
             self.outcomes.setdefault(block, outcome)
 
 
@@ -122,8 +122,11 @@ class Mover:
         """
         return refuse_process(self._process, self._space, means)
 
-    def collapse(self, blocks: Sequence[Block], means: Means) -> list[CollapseOutcome]:
+    def collapse(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         """Move `blocks`, disjoint and below the PMD order: the outcome of each, in their order.
+
+        Args:
+            before: the entries of the blocks, as just read.
 
         Raises:
             TargetVanishedError: the process was gone before anything was moved.
@@ -133,18 +136,18 @@ class Mover:
         refusals = [] if self._broken else self.refusals(means)
         if reason := self._broken or "; ".join(why.reason for why in refusals):
             passing = bool(refusals) and all(why.key in PASSING for why in refusals)
-            return [CollapseOutcome(ScanResult.FAIL, 0, reason=reason, everywhere=True, passing=passing)] * len(blocks)
+            return [BlockOutcome(*block, ScanResult.FAIL, reason, everywhere=True, passing=passing) for block in blocks]
         with suspension_held_back():
-            self._collapse(batch)
+            self._collapse(batch, before)
             if batch.reopen(MAPPING_CHANGED.reason):
                 # The list of mappings that they were judged by was too old.
                 self._vmas_good_until = 0
-                self._collapse(batch)
+                self._collapse(batch, self._space.read(segments_of(batch.open, self._geometry.page_size)))
         return [batch.outcomes[block] for block in blocks]
 
-    def _collapse(self, batch: _Batch) -> None:
+    def _collapse(self, batch: _Batch, before: PteColumns) -> None:
         """Judge the blocks that have no outcome yet, and move them, the largest first."""
-        self._judge(batch)
+        self._judge(batch, before)
         for order in sorted({order for _, order in batch.open}, reverse=True):
             blocks = [block for block in batch.open if block[1] == order]
             try:
@@ -156,14 +159,13 @@ class Mover:
                     raise
                 batch.give_up(blocks, ScanResult.FAIL, error)
 
-    def _judge(self, batch: _Batch) -> None:
+    def _judge(self, batch: _Batch, columns: PteColumns) -> None:
         """Give those blocks their outcome that are not to be moved; remember what the others were judged by."""
         blocks = batch.open
         uffd = has_userfaultfd(self._process)
         vmas = self._mappings()
         addresses = np.array([address for address, _ in blocks], np.int64)
         orders = np.array([order for _, order in blocks], np.int8)
-        columns = self._space.read(_segments(addresses, orders, self._geometry.page_size))
         verdicts = refuse_blocks(
             columns,
             None if columns.pfn is None else self._space.mapcounts(columns),
@@ -178,10 +180,10 @@ class Mover:
         for block, verdict in zip(blocks, verdicts.tolist(), strict=True):
             if verdict:
                 result, reason = objection_of(verdict, vmas, block[0])
-                batch.outcomes[block] = CollapseOutcome(result, 0, reason=reason)
+                batch.outcomes[block] = BlockOutcome(*block, result, reason)
         if batch.open and has_large_folios(columns):
             for block in split_large_folios(self._space, sorted(batch.open)):
-                batch.outcomes[block] = CollapseOutcome(HELD.result, 0, reason=HELD.reason)
+                batch.outcomes[block] = BlockOutcome(*block, *HELD)
         self._before = Before(vmas, zero_pages_of(columns), batch.last_pid, uffd, batch.means.fill)
 
     def _mappings(self) -> list[Vma]:
@@ -204,7 +206,7 @@ class Mover:
             # Populating first makes pages this process's own again that a child which has exited had shared. It fills
             # no hole that is not to be filled: after the stop such blocks are refused.
             for done in self._opened(batch.means).windows(blocks, verify=batch.means.verify, fill=True):
-                batch.outcomes |= {(outcome.address, outcome.order): _collapse_outcome(outcome) for outcome in done}
+                batch.outcomes |= {(outcome.address, outcome.order): outcome for outcome in done}
                 if any(outcome.verified is False for outcome in done):
                     self._broken = "bytes of another block are not what they were before: end the target"
                     raise MthpError(self._broken)
@@ -252,17 +254,3 @@ class Mover:
         """Close what is open; there is nothing in the target. Closing twice does nothing."""
         self._drop_session()
         self._recheck.close()
-
-
-def _segments(addresses: NDArray[np.int64], orders: NDArray[np.int8], page_size: int) -> list[Segment]:
-    """The ranges that the blocks make up, ascending; neighbours are joined."""
-    by_address = np.argsort(addresses)
-    starts = addresses[by_address]
-    ends = starts + (np.int64(page_size) << orders[by_address].astype(np.int64))
-    breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
-    firsts, lasts = np.r_[0, breaks], np.r_[breaks - 1, len(ends) - 1]
-    return list(zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True))
-
-
-def _collapse_outcome(outcome: BlockOutcome) -> CollapseOutcome:
-    return CollapseOutcome(outcome.result, outcome.elapsed_ns, outcome.errno, outcome.reason)

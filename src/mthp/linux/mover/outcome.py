@@ -1,10 +1,9 @@
-"""What became of a block."""
+"""What the errno of a move means, and what speaks against moving a block."""
 
 from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from mthp.results import ScanResult
@@ -42,33 +41,6 @@ class Objection(NamedTuple):
 
     result: ScanResult
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class BlockOutcome:
-    """What became of one block.
-
-    Attributes:
-        address: where it begins.
-        order: the order that it was to have.
-        result: SUCCEED if its bytes lie in new memory, of the wanted order as far as that can be seen.
-        reason: why not, for a person; ``""`` on success.
-        elapsed_ns: time that the worker spent on it, in nanoseconds; 0 if it was not tried.
-        errno: the system's error number, or 0.
-        moved_bytes: how many of its bytes were moved and copied back.
-        folio_seen: whether the folio's order was looked at afterwards.
-        verified: whether the bytes were the same before and after; None if that was not asked for.
-    """
-
-    address: int
-    order: int
-    result: ScanResult
-    reason: str = ""
-    elapsed_ns: int = 0
-    errno: int = 0
-    moved_bytes: int = 0
-    folio_seen: bool = False
-    verified: bool | None = None
 
 
 def result_of_move(error: int) -> ScanResult:

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import Block
 from mthp.linux.mover import stub
-from mthp.linux.mover.outcome import BlockOutcome, Objection, reason_of_move, result_of_move
-from mthp.results import ScanResult
+from mthp.linux.mover.outcome import Objection, reason_of_move, result_of_move
+from mthp.results import BlockOutcome, ScanResult
 
 _Int64s = NDArray[np.int64]
 
@@ -82,13 +82,13 @@ def outcomes_of(
     hashed = (operations["flags"][run] & np.uint64(stub.FLAG_VERIFY) != 0) & (moved > 0)
     same = (operations["hash_before"] == operations["hash_after"])[run]
     elapsed = taken(operations["begun"], operations["ended"])[run] // lengths[run]
-    rows = zip(*(column.tolist() for column in (again, error, moved, hashed, same, elapsed)), strict=True)
+    rows = zip(*(column.tolist() for column in (again, error, moved, size, hashed, same, elapsed)), strict=True)
     outcomes, left = [], []
     for (address, order), objection in zip(blocks, objections, strict=True):
         if objection is not None:
             outcomes.append(BlockOutcome(address, order, objection.result, objection.reason))
             continue
-        is_left, errno, moved_bytes, was_hashed, is_same, elapsed_ns = next(rows)
+        is_left, errno, moved_bytes, its_size, was_hashed, is_same, elapsed_ns = next(rows)
         if is_left:
             left.append((address, order))
             continue
@@ -96,7 +96,8 @@ def outcomes_of(
         if was_hashed and not is_same:
             result, reason = ScanResult.FAIL, "its bytes are not what they were before: end the target"
         verified = is_same if was_hashed else None
-        outcomes.append(BlockOutcome(address, order, result, reason, elapsed_ns, errno, moved_bytes, verified=verified))
+        copied = (moved_bytes << order) // its_size
+        outcomes.append(BlockOutcome(address, order, result, reason, copied, 0, elapsed_ns, errno, verified=verified))
     return outcomes, left
 
 

@@ -7,7 +7,6 @@ import errno
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Self
 
 import numpy as np
@@ -17,15 +16,13 @@ from mthp.addrspace import DUTY, MAX_PAUSE_NS, Block
 from mthp.closing import Closing
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
-from mthp.linux.columns import ColumnReader
-from mthp.linux.kpageflags import FolioReader
 from mthp.linux.mover import stub
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
 from mthp.linux.mover.blockrefusals import BlockRefusal, touches
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, Place, inject
-from mthp.linux.mover.outcome import BlockOutcome, Objection
+from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, rest_seconds
 from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
@@ -33,9 +30,8 @@ from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
-from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome
 
 MAX_BLOCKS = 512
 """Blocks in one window at most."""
@@ -95,8 +91,6 @@ class MoverSession(Closing):
         # A protection key may bar the worker, one thread of the target with its rights, from another one's memory.
         # Populating finds out with an error where the copying would fault.
         self._populate_first = has_protection_keys()
-        self._pagemap = Pagemap(process)
-        self._folios = FolioReader(geometry.pmd_order) if can_see_pfns() else None
 
     def limit(self, max_pause_ns: int, duty: float) -> None:
         """From now on keep pauses to `max_pause_ns`, and to the part `duty` of the time.
@@ -119,12 +113,12 @@ class MoverSession(Closing):
     def close(self) -> None:
         """Close what is open. Closing twice does nothing."""
         self._open = False
-        self._pagemap.close()
-        if self._folios is not None:
-            self._folios.close()
 
     def move(self, blocks: Sequence[Block], *, verify: bool = False, fill: bool = False) -> list[BlockOutcome]:
         """Move each block to new memory, which is one folio of its order if the machine's switches make it so.
+
+        An outcome says whether the bytes lie in new memory, and in `copied` how many pages were moved; of what order
+        their folios are, the page tables show.
 
         Args:
             blocks: (address, order) of each; aligned, distinct.
@@ -169,7 +163,7 @@ class MoverSession(Closing):
             batch = ahead[: self._budget.blocks([self._geometry.size_of(order) for _, order in ahead])]
             done, failed, pause = self._window(batch, flags, alone=verify or bool(left))
             ended = time.perf_counter()
-            yield self._look_at_folios(done)
+            yield done
             if left:
                 left = left[len(batch) :]
             else:
@@ -266,31 +260,3 @@ class MoverSession(Closing):
         for index in np.flatnonzero(touches(addresses, ends, special_ranges(frozen))).tolist():
             objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
         return objections
-
-    def _look_at_folios(self, outcomes: list[BlockOutcome]) -> list[BlockOutcome]:
-        """The outcomes, those without the folio that was wanted changed to ALLOC_HUGE_PAGE_FAIL."""
-        moved = [index for index, outcome in enumerate(outcomes) if outcome.result is ScanResult.SUCCEED]
-        if not moved or self._folios is None:
-            return outcomes
-        orders = np.array([outcomes[index].order for index in moved], np.int8)
-        sizes = [self._geometry.size_of(outcomes[index].order) for index in moved]
-        starts = [outcomes[index].address for index in moved]
-        segments = [(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-        columns = ColumnReader(self._pagemap, self._folios, self._geometry).read(segments)
-        pages = np.int64(1) << orders.astype(np.int64)
-        begins = np.cumsum(pages) - pages
-        whole = np.logical_and.reduceat(columns.folio_order == np.repeat(orders, pages), begins)
-        if columns.pfn is not None:
-            # Pages of one folio are neighbours in memory, too.
-            offsets = np.arange(len(columns.pfn)) - np.repeat(begins, pages)
-            heads = np.repeat(columns.pfn[begins], pages)
-            whole &= np.logical_and.reduceat(columns.pfn == heads + offsets.astype(np.uint64), begins)
-        for index, has_folio in zip(moved, whole.tolist(), strict=True):
-            outcomes[index] = replace(outcomes[index], folio_seen=True)
-            if not has_folio:
-                outcomes[index] = replace(
-                    outcomes[index],
-                    result=ScanResult.ALLOC_HUGE_PAGE_FAIL,
-                    reason="moved, but the kernel gave it smaller folios",
-                )
-        return outcomes

@@ -1,0 +1,100 @@
+"""What is in some blocks at one moment, and what an attempt made of them as the page tables show it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.geometry import Geometry
+from mthp.ptes import ORDER_UNKNOWN, Block, Pte, PteColumns, spread
+from mthp.results import BlockOutcome, ScanResult
+
+SMALLER_FOLIOS = "moved, but the kernel gave it smaller folios"
+SPLIT_AGAIN = "it was split or unmapped again at once"
+EXITED = "the target exited before it could be seen what became of it"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStates:
+    """What is in some blocks at one moment: columns of shape (blocks,).
+
+    Attributes:
+        large: bool: all of it lies in one folio of its order or a larger one, as far as frames can be seen; of the PMD
+            order: one PMD entry maps it.
+        seen: bool: whether that can be seen.
+        full: bool: all its pages are present, and none is the zero page.
+        contents: int64: pages that are present and not zero, or swapped out.
+        swapped: int64: those that are swapped out.
+    """
+
+    large: NDArray[np.bool_]
+    seen: NDArray[np.bool_]
+    full: NDArray[np.bool_]
+    contents: NDArray[np.int64]
+    swapped: NDArray[np.int64]
+
+
+def states_of(columns: PteColumns, blocks: Sequence[Block], geometry: Geometry) -> BlockStates:
+    """Return what is in `blocks`, which `columns` hold, each in one segment."""
+    addresses, orders = np.array(blocks, np.int64).reshape(-1, 2).T
+    counts = np.int64(1) << orders
+    begins = np.cumsum(counts) - counts
+    pages = spread(columns.first_pages(addresses, addresses + counts * geometry.page_size, geometry.page_size), counts)
+    state, order = columns.state[pages], columns.folio_order[pages]
+    real = (state & np.uint16(Pte.PRESENT | Pte.ZERO)) == np.uint16(Pte.PRESENT)
+    by_pmd = orders == geometry.pmd_order
+    large = np.logical_and.reduceat(real & (order >= np.repeat(orders, counts)), begins)
+    if columns.pfn is not None:
+        # Pages of one folio are neighbours in memory, and folios are naturally aligned.
+        frames = columns.pfn[pages].view(np.int64)
+        expected = np.repeat(frames[begins] - begins, counts) + np.arange(len(pages))
+        large &= np.logical_and.reduceat(frames == expected, begins) & (frames[begins] % counts == 0)
+    mapped = np.logical_and.reduceat(real & ((state & np.uint16(Pte.PMD_MAPPED)) != 0), begins)
+    swapped = np.add.reduceat((state & np.uint16(Pte.SWAP)) != 0, begins, dtype=np.int64)
+    held = np.add.reduceat(real, begins, dtype=np.int64)
+    return BlockStates(
+        large=np.where(by_pmd, mapped, large),
+        seen=by_pmd | ~np.logical_or.reduceat(order == ORDER_UNKNOWN, begins),
+        full=held == counts,
+        contents=held + swapped,
+        swapped=swapped,
+    )
+
+
+def already(block: Block, geometry: Geometry) -> BlockOutcome:
+    """Return the outcome of a block that needs no attempt, because it is large."""
+    by_pmd = block[1] == geometry.pmd_order
+    return BlockOutcome(*block, ScanResult.PMD_MAPPED if by_pmd else ScanResult.PTE_MAPPED_HUGEPAGE)
+
+
+def shown(
+    claims: Sequence[BlockOutcome], before: BlockStates, after: BlockStates, geometry: Geometry
+) -> list[BlockOutcome]:
+    """Return what the page tables show of attempts.
+
+    The kernel's call succeeds for a range that was split again at once, a fault falls back to smaller folios, and what
+    the one did not make another may have.
+
+    Args:
+        claims: what the mechanism says of each block.
+        before, after: the states of these blocks.
+    """
+    outcomes = []
+    columns = (before.contents, before.large, after.large, after.seen, after.full)
+    rows = zip(claims, *(column.tolist() for column in columns), strict=True)
+    for claim, contents, was_large, is_large, is_seen, is_full in rows:
+        succeeded = claim.result is ScanResult.SUCCEED
+        if claim.verified is not False and ((is_large and not was_large) or (succeeded and not is_seen)):
+            filled = (1 << claim.order) - contents
+            outcome = replace(claim, result=ScanResult.SUCCEED, reason="", copied=contents, filled=filled)
+        elif not succeeded:
+            outcome = replace(claim, copied=0, filled=0)
+        elif is_full and claim.order < geometry.pmd_order:
+            outcome = replace(claim, result=ScanResult.ALLOC_HUGE_PAGE_FAIL, reason=SMALLER_FOLIOS, copied=0, filled=0)
+        else:
+            outcome = replace(claim, result=ScanResult.PTE_NON_PRESENT, reason=SPLIT_AGAIN, copied=0, filled=0)
+        outcomes.append(outcome)
+    return outcomes

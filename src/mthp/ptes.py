@@ -1,0 +1,120 @@
+"""Page table entries of segments of an address space, as columns, and where blocks lie in them."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Segment = tuple[int, int]
+"""A half-open, page-aligned range of addresses: (start, end)."""
+
+Block = tuple[int, int]
+"""An aligned run of memory: its address, and the order of the folio that it is to become."""
+
+LARGEST_ADDRESS = 1 << 63
+"""Addresses from here on do not fit into an int64; of user space, only [vsyscall] lies there."""
+
+ORDER_NONE = -1
+"""In `PteColumns.folio_order`: no folio is mapped here."""
+
+ORDER_UNKNOWN = -2
+"""In `PteColumns.folio_order`: a folio is mapped, but its order cannot be seen with these rights."""
+
+
+class Pte(enum.IntFlag):
+    """Bits of `PteColumns.state`, a uint16 per PTE. A none PTE is 0."""
+
+    PRESENT = 1 << 0
+    """Maps a page, the zero page included."""
+    ZERO = 1 << 1
+    """Maps the shared zero page."""
+    SWAP = 1 << 2
+    """Not present and not none: a swap entry, or a marker that the kernel counts as one."""
+    SHARED = 1 << 3
+    """The folio is mapped by another process too, or more than once."""
+    LAZYFREE = 1 << 4
+    """Freed with MADV_FREE, and clean."""
+    UFFD_WP = 1 << 5
+    """Write-protected by userfaultfd, as a page, a swap entry or a marker."""
+    FILE = 1 << 6
+    """Maps a page of a file or of shared memory."""
+    PMD_MAPPED = 1 << 7
+    """Mapped by a PMD entry, not by a PTE of its own."""
+    UNREFERENCED = 1 << 8
+    """Known not to have been used recently. Where the kernel does not tell, the bit is clear."""
+    GUARD = 1 << 9
+    """A guard marker (MADV_GUARD_INSTALL); SWAP is set with it."""
+    HUGETLB = 1 << 10
+    """Part of a hugetlbfs page, which collapse leaves alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class PteColumns:
+    """Page table entries of some segments, one after another, as columns.
+
+    Attributes:
+        segments: what was read, in order.
+        state: uint16, shape (pages,): bits of :class:`Pte`.
+        folio_order: int8, shape (pages,): order of the folio that the page lies in (0 for a base page),
+            ``ORDER_NONE`` or ``ORDER_UNKNOWN``.
+        pfn: uint64, shape (pages,): page frame numbers, 0 where not present; None if they cannot be seen.
+    """
+
+    segments: tuple[Segment, ...]
+    state: NDArray[np.uint16]
+    folio_order: NDArray[np.int8]
+    pfn: NDArray[np.uint64] | None = None
+
+    def has(self, bits: Pte) -> NDArray[np.bool_]:
+        """Which entries have at least one of `bits`: bool, shape (pages,)."""
+        chosen: NDArray[np.bool_] = (self.state & np.uint16(bits)) != 0
+        return chosen
+
+    def first_pages(self, addresses: NDArray[np.int64], ends: NDArray[np.int64], page_size: int) -> NDArray[np.int64]:
+        """Return where in the columns some blocks begin, -1 if no one segment holds all of a block.
+
+        Args:
+            addresses, ends: of the blocks: int64, shape (blocks,).
+
+        Returns:
+            int64, shape (blocks,).
+        """
+        if not self.segments:
+            return np.full(len(addresses), -1, np.int64)
+        # Divided before NumPy sees them, because of [vsyscall].
+        segments = np.array([(start // page_size, end // page_size) for start, end in self.segments], np.int64)
+        sizes = segments[:, 1] - segments[:, 0]
+        offsets = np.cumsum(sizes) - sizes
+        order = np.argsort(segments[:, 0])
+        firsts, lasts = addresses // page_size, ends // page_size
+        at = order[np.maximum(np.searchsorted(segments[order, 0], firsts, side="right") - 1, 0)]
+        inside = (segments[at, 0] <= firsts) & (lasts <= segments[at, 1])
+        return np.where(inside, offsets[at] + firsts - segments[at, 0], -1)
+
+    def select(self, segments: Sequence[Segment], page_size: int) -> PteColumns:
+        """Return the entries of `segments`, each of which lies in one segment of these."""
+        starts, ends = np.array(segments, np.int64).reshape(-1, 2).T
+        pages = spread(self.first_pages(starts, ends, page_size), (ends - starts) // page_size)
+        pfn = None if self.pfn is None else self.pfn[pages]
+        return PteColumns(tuple(segments), self.state[pages], self.folio_order[pages], pfn)
+
+
+def spread(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the integers of the ranges (start, start + count), one range after another: int64, shape (total,)."""
+    total = int(counts.sum())
+    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(total)
+
+
+def segments_of(blocks: Sequence[Block], page_size: int) -> list[Segment]:
+    """Return the segments that disjoint `blocks` make up, by ascending address; neighbours are joined."""
+    if not blocks:
+        return []
+    addresses, orders = np.array(sorted(blocks), np.int64).T
+    ends = addresses + (np.int64(page_size) << orders)
+    breaks = np.flatnonzero(addresses[1:] != ends[:-1]) + 1
+    firsts, lasts = np.r_[0, breaks], np.r_[breaks - 1, len(ends) - 1]
+    return list(zip(addresses[firsts].tolist(), ends[lasts].tolist(), strict=True))
