@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.geometry import Geometry
-from mthp.ptes import ORDER_UNKNOWN, Block, Pte, PteColumns, spread
+from mthp.ptes import ORDER_UNKNOWN, Block, Pte, PteColumns, page_numbers, spread
 from mthp.results import BlockOutcome, ScanResult
 
 SMALLER_FOLIOS = "moved, but the kernel gave it smaller folios"
@@ -39,10 +39,12 @@ class BlockStates:
 
 def states_of(columns: PteColumns, blocks: Sequence[Block], geometry: Geometry) -> BlockStates:
     """Return what is in `blocks`, which `columns` hold, each in one segment."""
-    addresses, orders = np.array(blocks, np.int64).reshape(-1, 2).T
-    counts = np.int64(1) << orders
+    page_size = geometry.page_size
+    segments = [(address, address + (page_size << order)) for address, order in blocks]
+    firsts, lasts = page_numbers(segments, page_size).T
+    counts, orders = lasts - firsts, np.array([order for _, order in blocks], np.int64)
     begins = np.cumsum(counts) - counts
-    pages = spread(columns.first_pages(addresses, addresses + counts * geometry.page_size, geometry.page_size), counts)
+    pages = spread(columns.first_pages(firsts, lasts, page_size), counts)
     state, order = columns.state[pages], columns.folio_order[pages]
     real = (state & np.uint16(Pte.PRESENT | Pte.ZERO)) == np.uint16(Pte.PRESENT)
     by_pmd = orders == geometry.pmd_order
@@ -67,7 +69,8 @@ def states_of(columns: PteColumns, blocks: Sequence[Block], geometry: Geometry) 
 def already(block: Block, geometry: Geometry) -> BlockOutcome:
     """Return the outcome of a block that needs no attempt, because it is large."""
     by_pmd = block[1] == geometry.pmd_order
-    return BlockOutcome(*block, ScanResult.PMD_MAPPED if by_pmd else ScanResult.PTE_MAPPED_HUGEPAGE)
+    result = ScanResult.PMD_MAPPED if by_pmd else ScanResult.PTE_MAPPED_HUGEPAGE
+    return BlockOutcome(*block, result, result.meaning)
 
 
 def shown(

@@ -74,33 +74,39 @@ class PteColumns:
         chosen: NDArray[np.bool_] = (self.state & np.uint16(bits)) != 0
         return chosen
 
-    def first_pages(self, addresses: NDArray[np.int64], ends: NDArray[np.int64], page_size: int) -> NDArray[np.int64]:
+    def first_pages(self, firsts: NDArray[np.int64], lasts: NDArray[np.int64], page_size: int) -> NDArray[np.int64]:
         """Return where in the columns some blocks begin, -1 if no one segment holds all of a block.
 
         Args:
-            addresses, ends: of the blocks: int64, shape (blocks,).
+            firsts, lasts: page numbers of the blocks' half-open ranges (:func:`page_numbers`): int64, shape (blocks,).
 
         Returns:
             int64, shape (blocks,).
         """
         if not self.segments:
-            return np.full(len(addresses), -1, np.int64)
-        # Divided before NumPy sees them, because of [vsyscall].
-        segments = np.array([(start // page_size, end // page_size) for start, end in self.segments], np.int64)
+            return np.full(len(firsts), -1, np.int64)
+        segments = page_numbers(self.segments, page_size)
         sizes = segments[:, 1] - segments[:, 0]
         offsets = np.cumsum(sizes) - sizes
         order = np.argsort(segments[:, 0])
-        firsts, lasts = addresses // page_size, ends // page_size
         at = order[np.maximum(np.searchsorted(segments[order, 0], firsts, side="right") - 1, 0)]
         inside = (segments[at, 0] <= firsts) & (lasts <= segments[at, 1])
         return np.where(inside, offsets[at] + firsts - segments[at, 0], -1)
 
     def select(self, segments: Sequence[Segment], page_size: int) -> PteColumns:
         """Return the entries of `segments`, each of which lies in one segment of these."""
-        starts, ends = np.array(segments, np.int64).reshape(-1, 2).T
-        pages = spread(self.first_pages(starts, ends, page_size), (ends - starts) // page_size)
+        firsts, lasts = page_numbers(segments, page_size).T
+        pages = spread(self.first_pages(firsts, lasts, page_size), lasts - firsts)
         pfn = None if self.pfn is None else self.pfn[pages]
         return PteColumns(tuple(segments), self.state[pages], self.folio_order[pages], pfn)
+
+
+def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int64]:
+    """Return the first page of each segment, and the one behind its last: int64, shape (segments, 2).
+
+    Page numbers fit int64, unlike the addresses of [vsyscall].
+    """
+    return (np.array(segments, np.uint64).reshape(-1, 2) // np.uint64(page_size)).astype(np.int64)
 
 
 def spread(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -113,8 +119,8 @@ def segments_of(blocks: Sequence[Block], page_size: int) -> list[Segment]:
     """Return the segments that disjoint `blocks` make up, by ascending address; neighbours are joined."""
     if not blocks:
         return []
-    addresses, orders = np.array(sorted(blocks), np.int64).T
-    ends = addresses + (np.int64(page_size) << orders)
+    addresses, orders = np.array(sorted(blocks), np.uint64).T
+    ends = addresses + (np.uint64(page_size) << orders)
     breaks = np.flatnonzero(addresses[1:] != ends[:-1]) + 1
     firsts, lasts = np.r_[0, breaks], np.r_[breaks - 1, len(ends) - 1]
     return list(zip(addresses[firsts].tolist(), ends[lasts].tolist(), strict=True))

@@ -80,3 +80,10 @@ def test_bytes_that_changed_are_no_success() -> None:
     states = [states_of(each, [BLOCK], X86_64) for each in (SMALL, FOLIO)]
     (outcome,) = shown([BlockOutcome(*BLOCK, ScanResult.FAIL, "bytes", verified=False)], states[0], states[1], X86_64)
     assert (outcome.result, outcome.reason) == (ScanResult.FAIL, "bytes")
+
+
+def test_addresses_beyond_the_half_of_the_address_space() -> None:
+    vsyscall = 0xFFFF_FFFF_FF60_0000
+    assert segments_of([(vsyscall, 0)], PAGE) == [(vsyscall, vsyscall + PAGE)]
+    entry = PteColumns(((vsyscall, vsyscall + PAGE),), np.array([Pte.PRESENT], np.uint16), np.zeros(1, np.int8))
+    assert states_of(entry, [(vsyscall, 0)], X86_64).full.tolist() == [True]

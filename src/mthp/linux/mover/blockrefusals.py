@@ -218,7 +218,7 @@ def refuse_blocks(
     inside, allowed = _by_vma(addresses, ends, vmas, refuse_vma)
     refuse(~inside, BlockRefusal.NOT_IN_ONE_VMA)
     refuse(~allowed, BlockRefusal.VMA)
-    first = columns.first_pages(addresses, ends, page_size)
+    first = columns.first_pages(addresses // page_size, ends // page_size, page_size)
     refuse(first < 0, BlockRefusal.NOT_READ)
     refuse(touches(addresses, ends, special.ranges), BlockRefusal.SPECIAL)
     open_ = np.flatnonzero(verdict == 0)
