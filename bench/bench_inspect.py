@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from mthp.census import take_census
+from mthp.engine.census import take_census
 from mthp.linux.live import open_live
 from peers import paired, show
 

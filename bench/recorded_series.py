@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mthp.collapse.occupancy import Bits, Runs
-from mthp.collapse.policy import Limits, PerOrder, Policy, Rules
+from mthp.engine.occupancy import Bits, Runs
+from mthp.engine.policy import Limits, PerOrder, Policy, Rules
 from mthp.results import ScanResult
 from mthp.sim.golden import Case, case_lines, case_of, expanded, parse_case
 from mthp.sim.kernel import NEWEST, SERIES, kernel_of

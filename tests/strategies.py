@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mthp.addrspace import ORDER_NONE
-from mthp.collapse import policy
-from mthp.collapse.occupancy import Planes
-from mthp.collapse.plan import make_rules
+from mthp.engine import policy
+from mthp.engine.occupancy import Planes
+from mthp.engine.plan import make_rules
 from mthp.geometry import GEOMETRIES, MIN_ANON_ORDER, geometry_for_ptes
 from mthp.tunables import Tunables
 from oracle import Range, Rules

@@ -6,8 +6,6 @@ Everything public is here, and imported when it is first used, so that ``import 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,16 +15,16 @@ if TYPE_CHECKING:
     from mthp.api import collapse_self as collapse_self
     from mthp.api import inspect as inspect
     from mthp.api import plan as plan
-    from mthp.collapse.occupancy import Runs as Runs
-    from mthp.collapse.plan import Plan as Plan
-    from mthp.collapse.plan import plan_ranges as plan_ranges
-    from mthp.collapse.policy import Limits as Limits
-    from mthp.collapse.policy import Policy as Policy
-    from mthp.collapse.policy import Rules as Rules
+    from mthp.engine.occupancy import Runs as Runs
+    from mthp.engine.plan import Plan as Plan
+    from mthp.engine.plan import plan_ranges as plan_ranges
+    from mthp.engine.policy import Limits as Limits
+    from mthp.engine.policy import Policy as Policy
+    from mthp.engine.policy import Rules as Rules
+    from mthp.engine.scanning import Khugepaged as Khugepaged
     from mthp.errors import MthpError as MthpError
     from mthp.geometry import Geometry as Geometry
     from mthp.results import ScanResult as ScanResult
-    from mthp.scanning import Khugepaged as Khugepaged
 
 __version__ = "0.1.0"
 
@@ -37,15 +35,15 @@ _HOMES = {
     "inspect": "mthp.api",
     "plan": "mthp.api",
     "Geometry": "mthp.geometry",
-    "Khugepaged": "mthp.scanning",
-    "Limits": "mthp.collapse.policy",
+    "Khugepaged": "mthp.engine.scanning",
+    "Limits": "mthp.engine.policy",
     "MthpError": "mthp.errors",
-    "Plan": "mthp.collapse.plan",
-    "Policy": "mthp.collapse.policy",
-    "Rules": "mthp.collapse.policy",
-    "Runs": "mthp.collapse.occupancy",
+    "Plan": "mthp.engine.plan",
+    "Policy": "mthp.engine.policy",
+    "Rules": "mthp.engine.policy",
+    "Runs": "mthp.engine.occupancy",
     "ScanResult": "mthp.results",
-    "plan_ranges": "mthp.collapse.plan",
+    "plan_ranges": "mthp.engine.plan",
 }
 
 _SUBPACKAGES = frozenset(("sim",))
@@ -66,17 +64,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """This package, in which `collapse` is the function, though a subpackage has the same name.
-
-    The import system binds a subpackage in its parent when it is first imported, which would hide the function.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _HOMES or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from mthp.census import Census, take_census
-from mthp.collapsing import CollapseOptions, CollapseReport, carry_out, collapse_space, plan_blocks
+from mthp.engine.census import Census, take_census
+from mthp.engine.collapse import carry_out, collapse_space
+from mthp.engine.look import plan_blocks
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.report import CollapseReport
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import UsageError
-from mthp.planning import PlanOptions, plan_space
-from mthp.space_plan import SpacePlan
 from mthp.targets import Target, open_target, refuse_ancestor
 
 _PLAN_FIELDS = frozenset(f.name for f in dataclasses.fields(PlanOptions))
@@ -37,7 +40,7 @@ def plan(target: Target, **options: Any) -> SpacePlan:
 
     Args:
         target: a PID, ``"self"``, or the path of a snapshot.
-        options: the fields of :class:`mthp.planning.PlanOptions`.
+        options: the fields of :class:`mthp.engine.planning.PlanOptions`.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`; an option that does not exist.
@@ -52,12 +55,12 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
 
     Args:
         target: a PID, or ``"self"``.
-        options: the fields of :class:`mthp.planning.PlanOptions`, and of
-            :class:`mthp.collapsing.CollapseOptions` but for its `plan`.
+        options: the fields of :class:`mthp.engine.planning.PlanOptions`, and of
+            :class:`mthp.engine.options.CollapseOptions` but for its `plan`.
 
     Raises:
         UsageError: as :func:`plan`; or `target` is an ancestor of this process.
-        TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.collapsing.collapse_space`.
+        TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.engine.collapse.collapse_space`.
     """
     refuse_ancestor(target)
     with open_target(target) as space:
@@ -100,12 +103,12 @@ def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = Tr
         buffer: an object with the buffer protocol, contiguous.
         order: of the folios; the PMD order if not given.
         guarded: whether others may use the memory meanwhile.
-        options: as for :func:`collapse`; with `order` only those of :class:`mthp.collapsing.CollapseOptions`.
+        options: as for :func:`collapse`; with `order` only those of :class:`mthp.engine.options.CollapseOptions`.
 
     Raises:
         UsageError: not a contiguous buffer; no such order; as :func:`plan`.
         NotPermittedError: the switch is off, or the guard is not permitted.
-        UnsupportedError: as :func:`mthp.collapsing.collapse_space`.
+        UnsupportedError: as :func:`mthp.engine.collapse.collapse_space`.
     """
     start, size = _memory_of(buffer)
     if order is not None:

@@ -25,7 +25,7 @@ import pytest
 
 import mthp
 from golden.loader import ANON_FILES, SERIES, STATES_FILE, Case, load, series_file
-from mthp.collapse.plan import Plan
+from mthp.engine.plan import Plan
 from mthp.results import ScanResult
 
 Attempt = tuple[int, str]

@@ -263,9 +263,9 @@ def test_a_plan_on_a_snapshot_equals_that_on_the_process(actor: Actor, tmp_path:
 
 
 VERBS = """
-import mthp.collapse.policy, mthp.planning
+import mthp.engine.policy, mthp.engine.planning
 import mthp
-from mthp.collapse import policy
+from mthp.engine import policy
 from mthp.api import collapse
 assert mthp.collapse is collapse
 assert all(callable(getattr(mthp, name)) for name in mthp.__all__ if name not in ("__version__", "sim"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mthp.collapse.policy import BUILT_IN, OWN
 from mthp.demo import story
+from mthp.engine.policy import BUILT_IN, OWN
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import NotPermittedError, UnsupportedError
-from mthp.space_plan import SpacePlan
 
 SIZE = 64 << 20
 

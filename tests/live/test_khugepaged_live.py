@@ -9,13 +9,13 @@ import pytest
 
 import mthp
 from mthp.addrspace import Means, Pte
-from mthp.collapse.khugepaged import PassEnd
-from mthp.collapse.madvise import madvise_collapse
+from mthp.engine.khugepaged import PassEnd
+from mthp.engine.madvise import madvise_collapse
+from mthp.engine.visit import SpaceVisit, VisitOptions
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.results import ScanResult
 from mthp.testing import check_address_space
 from mthp.tunables import Tunables
-from mthp.visiting import SpaceVisit, VisitOptions
 from targets import MADV_HUGEPAGE, MADV_NOHUGEPAGE, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mthp
-from mthp.census import Census
+from mthp.engine.census import Census
 from mthp.errors import TargetVanishedError
 from mthp.linux import contents
 from mthp.linux.live import LiveAddressSpace, open_live

@@ -17,9 +17,9 @@ from fakes import FakeSpace, page_runs
 from hostile import JUNK, altered, bomb, damaged, refuses
 from mthp.addrspace import AddressSpace, Pte, Vma
 from mthp.bounded import FACTOR_VARIABLE
-from mthp.census import take_census
+from mthp.engine.census import take_census
+from mthp.engine.planning import PlanOptions, plan_space
 from mthp.errors import UsageError
-from mthp.planning import PlanOptions, plan_space
 from mthp.snapshot import Pace, Recording, load, record, record_series
 from mthp.snapshot.fromtrace import record_trace
 from mthp.snapshot.parquetpages import inflated_bytes

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mthp.collapse.occupancy import Planes
-from mthp.collapse.plan import make_rules, plan_planes
-from mthp.collapse.policy import Rules
-from mthp.collapse.policy_lookup import policy_named
+from mthp.engine.occupancy import Planes
+from mthp.engine.plan import make_rules, plan_planes
+from mthp.engine.policy import Rules
+from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import geometry_for_ptes
 from mthp.lab.evaluate import carried_out, counted, history
 from mthp.tunables import Tunables

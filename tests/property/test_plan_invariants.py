@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mthp
-from mthp.collapse.plan import Plan
+from mthp.engine.plan import Plan
 from mthp.geometry import MIN_ANON_ORDER
 from mthp.results import ScanResult
 from oracle import Range

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import mthp
 import oracle
-from mthp.collapse.plan import Plan, plan_planes
-from mthp.collapse.policy_lookup import policy_named
+from mthp.engine.plan import Plan, plan_planes
+from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import GEOMETRIES
 from mthp.results import ScanResult
 from strategies import SMALL_SIZES, Problem, examples, planes_of, problems, rules, rules_of

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mthp
-from mthp.collapse.fullness import Fullness
-from mthp.collapse.hindrance import first_hindrances
-from mthp.collapse.machine_seam import RangeScan
-from mthp.collapse.occupancy import Bits, Planes, Runs
-from mthp.collapse.policy import BUILT_IN, Limits, Policy, Rules
-from mthp.collapse.single_pmd import collapse_single_pmd
-from mthp.collapse.walk import Walk
+from mthp.engine.checks import first_hindrances
+from mthp.engine.fullness import Fullness
+from mthp.engine.machine_seam import RangeScan
+from mthp.engine.occupancy import Bits, Planes, Runs
+from mthp.engine.policy import BUILT_IN, Limits, Policy, Rules
+from mthp.engine.single_pmd import collapse_single_pmd
+from mthp.engine.walk import Walk
 from mthp.geometry import GEOMETRIES
 from mthp.results import ScanResult
 from strategies import SMALL_SIZES, Problem, examples, planes_of, problems, rules_of

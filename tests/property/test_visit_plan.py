@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.collapse.policy_lookup import policy_names
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.policy_lookup import policy_names
+from mthp.engine.scanning import Khugepaged
 from mthp.geometry import Geometry
-from mthp.planning import PlanOptions, plan_space
 from mthp.results import ScanResult
-from mthp.scanning import Khugepaged
 from mthp.tunables import Switches, Tunables
 
 SMALL = Geometry("16-ptes", 4096, 4)

@@ -11,13 +11,14 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Block, Pte, PteColumns, Segment, Vma
-from mthp.census import take_census
-from mthp.collapsing import CollapseOptions, collapse_space
+from mthp.engine.census import take_census
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.scanning import Khugepaged
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import GEOMETRIES, Geometry
-from mthp.planning import PlanOptions, plan_space
 from mthp.results import BlockOutcome, ScanResult
-from mthp.scanning import Khugepaged
 from mthp.sim import Machine
 from mthp.sim.access import Fault
 from mthp.sim.mm import HUGEPAGE, UFFD_WP, Mm, P

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp import census
 from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Vma, VmaKind
-from mthp.census import STATES, Census, PageCounts, runs_of_equal, take_census
+from mthp.engine import census
+from mthp.engine.census import STATES, Census, PageCounts, runs_of_equal, take_census
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.metrics import ALIGNED, MAX_FOLIO_ORDER, PARTIAL

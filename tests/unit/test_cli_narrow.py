@@ -20,19 +20,20 @@ from rich.cells import cell_len
 from fakes import FakeSpace, page_runs
 from golden.loader import HERE
 from mthp.addrspace import Pte, Vma
-from mthp.census import take_census
 from mthp.cli import main, status_command
 from mthp.cli.collapse_output import print_report
 from mthp.cli.demo_command import print_story
 from mthp.cli.doctor_command import print_examination
 from mthp.cli.output import console
-from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.daemon.counters import Counters
 from mthp.demo.client import Deed, Verification, WorkloadStats
 from mthp.demo.story import Moment, Speed, Story
+from mthp.engine.census import take_census
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions, plan_space
 from mthp.geometry import X86_64
 from mthp.linux.findings import Examination, Finding, State
-from mthp.planning import PlanOptions, plan_space
 
 WIDTHS = pytest.mark.parametrize("width", [40, 80, 120])
 EXAMPLE = str(resources.files("mthp.demo") / "example.parquet")

@@ -14,7 +14,6 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Means, Pte, Vma, VmaKind
-from mthp.census import take_census
 from mthp.cli import plan_command
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vmas_json
@@ -23,9 +22,11 @@ from mthp.cli.output import PLAIN_WIDTH, console, note, percent, print_json, pro
 from mthp.cli.plan_command import plan_json, print_plan
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import stopping_on_signals
-from mthp.collapsing import CollapseOptions, collapse_space
+from mthp.engine.census import take_census
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions, plan_space
 from mthp.geometry import X86_64
-from mthp.planning import PlanOptions, plan_space
 from mthp.text import clean
 
 BASE = 1 << 40

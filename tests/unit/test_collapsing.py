@@ -14,18 +14,15 @@ from hypothesis import strategies as st
 from fakes import COLLAPSE_NS, FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment, Vma
 from mthp.blockstates import states_of
-from mthp.collapsing import (
-    CollapseOptions,
-    CollapseReport,
-    collapse_space,
-    ranges,
-    work,
-)
+from mthp.engine import ranges, work
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions
+from mthp.engine.report import CollapseReport
 from mthp.errors import NotPermittedError, TargetVanishedError, UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.metrics import Durations
 from mthp.pacing import BYTES_BURST_SECONDS, BYTES_SLICE_SECONDS
-from mthp.planning import PlanOptions
 from mthp.results import BlockOutcome, ScanResult
 
 BASE = 1 << 40

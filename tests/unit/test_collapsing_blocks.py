@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Block, Means, Mechanism, Pte, PteColumns, Segment, Vma
-from mthp.collapsing import CollapseOptions, CollapseReport, FolioTally, blocks, collapse_space, work
+from mthp.engine import blocks, work
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions
+from mthp.engine.report import CollapseReport, FolioTally
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64, geometry_named
 from mthp.pacing import BYTES_BURST_SECONDS
-from mthp.planning import PlanOptions
 from mthp.results import BlockOutcome, ScanResult
-from mthp.space_plan import SpacePlan
 
 BASE = 1 << 40
 PPC = geometry_named("ppc64-64k")

@@ -7,9 +7,9 @@ import numpy as np
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.collapse.filled import FilledPages
+from mthp.engine.filled import FilledPages
+from mthp.engine.planning import PlanOptions, plan_space
 from mthp.geometry import X86_64
-from mthp.planning import PlanOptions, plan_space
 
 BASE = 0x7F00_0000_0000
 AT = np.array([BASE, BASE + (2 << 20)], np.uint64)

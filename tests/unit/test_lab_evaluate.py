@@ -8,11 +8,11 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
+from mthp.engine.planning import PlanOptions
 from mthp.errors import UsageError
 from mthp.lab.compare import Comparison, compare, settings_of
 from mthp.lab.evaluate import Row, evaluate
 from mthp.lab.metrics import METRICS, metric_of
-from mthp.planning import PlanOptions
 
 P = int(Pte.PRESENT)
 BASE = 0x7F00_0000_0000

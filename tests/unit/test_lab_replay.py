@@ -9,10 +9,10 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
+from mthp.engine.planning import PlanOptions
 from mthp.lab.compare import compare, settings_of
 from mthp.lab.replay import mapped_after, replayed
 from mthp.lab.tlb import Processor
-from mthp.planning import PlanOptions
 
 P = int(Pte.PRESENT)
 BASE = 0x7F00_0000_0000

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from mthp.addrspace import Segment
-from mthp.collapse.madvise import madvise_collapse
+from mthp.engine.madvise import madvise_collapse
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
 from simworld import PAGE, SMALL

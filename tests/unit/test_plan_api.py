@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import mthp
-from mthp.collapse import plan as plan_module
+from mthp.engine import plan as plan_module
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.results import ScanResult

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp import metrics, planning
+from mthp import metrics
 from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Segment, Vma, VmaKind
+from mthp.engine import planning
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry, geometry_named
-from mthp.planning import PlanOptions, plan_space
 from mthp.results import ScanResult
-from mthp.space_plan import SpacePlan
 from mthp.tunables import Switches, Tunables
 
 BASE = 1 << 40

@@ -15,10 +15,11 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.collapse.policy_lookup import ENTRY_POINT_GROUP, policy_named, policy_names
-from mthp.collapsing import CollapseOptions, collapse_space
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.policy_lookup import ENTRY_POINT_GROUP, policy_named, policy_names
 from mthp.errors import UsageError
-from mthp.planning import PlanOptions, plan_space
 
 BASE = 1 << 40
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma, Watch
-from mthp.census import take_census
+from mthp.engine.census import take_census
+from mthp.engine.planning import PlanOptions, plan_space
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
-from mthp.planning import PlanOptions, plan_space
 from mthp.snapshot import Pace, Recorded, Recording, record_series
 from mthp.targets import open_target
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import FakeSpace
+from mthp.engine.planning import PlanOptions
 from mthp.errors import MthpError
-from mthp.planning import PlanOptions
 from mthp.report.charts import Series, bar_chart, chart, nice_ticks
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table
 from mthp.report.gather import Source, report_on

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace
 from mthp.addrspace import ORDER_NONE, Pte, Vma, VmaKind
-from mthp.census import take_census
+from mthp.engine.census import take_census
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.space_plan import Folios
 from mthp.geometry import X86_64
-from mthp.planning import PlanOptions, plan_space
 from mthp.report import memorymap
 from mthp.report.kinds import Kinds
 from mthp.report.memorymap import (
@@ -28,7 +29,6 @@ from mthp.report.memorymap import (
     shares,
     stretches,
 )
-from mthp.space_plan import Folios
 from report_spaces import HugeSpace, mixed
 
 PAGE = X86_64.page_size

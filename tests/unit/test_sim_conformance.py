@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mthp.cli.conformance_command import command
-from mthp.collapse.policy_lookup import policy_in_file
+from mthp.engine.policy_lookup import policy_in_file
 from mthp.errors import UsageError
 from mthp.sim.conformance import BEYOND_TABLE, WRITABLE, replay, replay_case
 from mthp.sim.differences import difference

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mthp
-from mthp.collapse.policy import Limits, Mainline, Policy, Rules
+from mthp.engine.policy import Limits, Mainline, Policy, Rules
 from mthp.geometry import X86_64, Geometry
 from mthp.sim import Machine
 from mthp.sim.access import Fault

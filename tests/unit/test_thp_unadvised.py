@@ -10,9 +10,11 @@ import pytest
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import Block, Means, Pte, PteColumns, Vma
 from mthp.blockstates import SMALLER_FOLIOS
-from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions
+from mthp.engine.report import CollapseReport
 from mthp.geometry import X86_64
-from mthp.planning import PlanOptions
 from mthp.results import BlockOutcome, ScanResult
 from mthp.thp_unadvised import REASON, corrected
 

@@ -13,8 +13,8 @@ import pytest
 
 from fakes import FakeSpace
 from mthp.addrspace import AddressSpace
+from mthp.engine.planning import PlanOptions
 from mthp.geometry import X86_64
-from mthp.planning import PlanOptions
 from mthp.results import BlockOutcome
 from mthp.top.mapped import Mapped
 from mthp.top.model import Row

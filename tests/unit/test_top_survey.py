@@ -11,10 +11,10 @@ import pytest
 
 from fakes import FakeClock, FakeSpace
 from mthp.addrspace import AddressSpace
-from mthp.census import take_census
+from mthp.engine.census import take_census
+from mthp.engine.planning import PlanOptions, plan_space
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.pacing import CPU_SLICE
-from mthp.planning import PlanOptions, plan_space
 from mthp.top.looks import Stopped, first_look, mappings, second_look
 from mthp.top.mapped import Mapped
 from mthp.top.model import Row

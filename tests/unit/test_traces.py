@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mthp.addrspace import Pte
-from mthp.census import take_census
+from mthp.engine.census import take_census
 from mthp.errors import UsageError
 from mthp.snapshot import Recording
 from mthp.snapshot.fromtrace import RecordedTrace, record_trace

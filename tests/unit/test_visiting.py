@@ -10,16 +10,16 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Block, Means, Pte, PteColumns, Segment, Vma
-from mthp.collapse.khugepaged import PassEnd
-from mthp.collapse.machine_seam import Passage
-from mthp.collapse.madvise import madvise_collapse
+from mthp.engine.khugepaged import PassEnd
+from mthp.engine.machine_seam import Passage
+from mthp.engine.madvise import madvise_collapse
+from mthp.engine.scanning import Khugepaged
+from mthp.engine.visit import SpaceVisit, VisitOptions
+from mthp.engine.visited_block import Candidate
 from mthp.errors import NotPermittedError, UsageError
 from mthp.geometry import Geometry
 from mthp.results import BlockOutcome, ScanResult
-from mthp.scanning import Khugepaged
 from mthp.tunables import Switches, Tunables
-from mthp.visited_block import Candidate
-from mthp.visiting import SpaceVisit, VisitOptions
 
 SMALL = Geometry("16-ptes", 4096, 4)
 SIZE = SMALL.pmd_size

@@ -24,9 +24,11 @@ from mthp.cli.options import (
 )
 from mthp.cli.output import console, milliseconds, percent, print_json, progress_bar, say
 from mthp.cli.signals import exit_code, stopping_on_signals
-from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.report import CollapseReport
+from mthp.engine.space_plan import SpacePlan
 from mthp.price import window_ns
-from mthp.space_plan import SpacePlan
 from mthp.targets import open_target, refuse_ancestor
 
 

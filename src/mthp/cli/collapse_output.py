@@ -19,7 +19,7 @@ from mthp.cli.plan_command import (
     size_and_more,
 )
 from mthp.cli.render.tables import Table
-from mthp.collapsing import CollapseReport, FolioTally
+from mthp.engine.report import CollapseReport, FolioTally
 from mthp.geometry import format_size
 from mthp.metrics import Durations
 from mthp.price import needs_move_reason

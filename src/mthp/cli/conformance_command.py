@@ -10,8 +10,8 @@ import click
 
 from mthp.cli.options import json_option
 from mthp.cli.output import console, print_json, progress_bar, say
-from mthp.collapse.policy import Policy
-from mthp.collapse.policy_lookup import policy_in_file, policy_named
+from mthp.engine.policy import Policy
+from mthp.engine.policy_lookup import policy_in_file, policy_named
 from mthp.errors import UsageError
 from mthp.sim.conformance import APART, CaseReport, Replay, replay_case
 from mthp.sim.golden import case_lines, parse_case

@@ -19,9 +19,9 @@ from mthp.cli.output import console, milliseconds, note, percent, print_json, sa
 from mthp.cli.plan_command import plan_json
 from mthp.cli.render.tables import Table
 from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import UsageError
 from mthp.geometry import format_size
-from mthp.space_plan import SpacePlan
 
 
 @click.command("demo")

@@ -8,11 +8,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from mthp.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.cli.options import at_option, json_option, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.eligibility import Eligibility
+from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.geometry import Geometry, format_size
 from mthp.metrics import ALIGNED, ALIGNMENTS, PARTIAL, PMD, UNALIGNED
 from mthp.targets import open_target

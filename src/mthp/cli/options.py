@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from mthp.budget import DEFAULT_BLOAT, parse_amount, parse_bloat
+from mthp.engine.planning import PlanOptions
 from mthp.errors import UsageError
-from mthp.planning import PlanOptions
 from mthp.units import above_zero, parse_duration, parse_rate, parse_share, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -12,11 +12,12 @@ from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.collapsing import Allowed, CollapseOptions, allowed_of
+from mthp.engine.allowed import Allowed, allowed_of
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import plan_space
+from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry, format_size
 from mthp.metrics import Coverage
-from mthp.planning import plan_space
-from mthp.space_plan import SpacePlan
 from mthp.targets import open_target
 
 TOP_REASONS = 8

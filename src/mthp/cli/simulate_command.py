@@ -84,7 +84,7 @@ _TOLD = ("name", "seed", "policies", "geometry")
 
 
 def _names(text: str) -> list[str]:
-    from mthp.collapse.policy_lookup import policy_named
+    from mthp.engine.policy_lookup import policy_named
 
     names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not names:

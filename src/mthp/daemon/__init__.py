@@ -7,7 +7,7 @@ khugepaged goes through the memory of all processes at one pace. The daemon goes
   (:mod:`~mthp.daemon.discovery`), and matched (:mod:`~mthp.daemon.finder`).
 - Each that a rule fits is a :class:`~mthp.daemon.target.Target`: looked at cheaply, gone through when it has changed
   (:mod:`~mthp.daemon.onepass`), with what is finished remembered (:mod:`~mthp.daemon.ledger`). What is collapsed, and
-  how, is the engine's matter (:mod:`mthp.visiting`).
+  how, is the engine's matter (:mod:`mthp.engine.visit`).
 - One thread works on targets in turn (:mod:`~mthp.daemon.worker`), within budgets (:mod:`mthp.pacing`) and as the
   machine has memory (:mod:`~mthp.daemon.pressure`), under switches and tunables that are followed live
   (:mod:`~mthp.daemon.system`).

@@ -2,9 +2,8 @@
 
 What is worth a look is sorted by how full it is, the fullest first, so that a budget buys as much as it can; ranges
 that are about equally full are gone through by address, so that neighbours are read and moved together. Scanning and
-collapsing is the engine's (:class:`mthp.visiting.SpaceVisit`); here is what the daemon adds: the switches and tunables
-that hold for this target, a budget of bloat that is never overspent, and no attempts at orders of which the machine has
-no folio.
+collapsing is the engine's (:class:`mthp.engine.visit.SpaceVisit`); here is what the daemon adds: the switches and
+tunables X
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from numpy.typing import NDArray
 from mthp import thp_unadvised
 from mthp.addrspace import Means, Segment, VmaKind
 from mthp.budget import Room
-from mthp.collapse.machine_seam import Passage
 from mthp.daemon.environment import Environment
 from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.rules import Settings
+from mthp.engine.machine_seam import Passage
+from mthp.engine.visit import SpaceVisit, VisitOptions
+from mthp.engine.visited_block import Candidate
 from mthp.errors import MthpError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.outline import Outline
 from mthp.price import needs_move_reason, price_of_moving
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
-from mthp.visited_block import Candidate
-from mthp.visiting import SpaceVisit, VisitOptions
 
 _FULLNESS_STEPS = 4
 """So many classes of fullness are told apart."""

@@ -7,7 +7,7 @@ There are three depths of looking, each dearer than the one before and only gone
 2. *Outline*: which PMD ranges its mappings have, and how much each holds (:class:`~mthp.outline.Outline`). What is laid
    out as it was when it was finished is passed over (:class:`~mthp.daemon.ledger.Ledger`).
 3. *Scan*: the entries of the ranges that are left, the fullest first, and the collapse of what the policy wants, by the
-   same code as the simulated machine's (:class:`mthp.visiting.SpaceVisit`).
+   same code as the simulated machine's (:class:`mthp.engine.visit.SpaceVisit`).
 
 A pass is 2 and 3; it is cut into pieces of some milliseconds, and the target may be left between any two.
 """
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from mthp.collapse.machine_seam import Passage
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.governed import GovernedSpace
@@ -29,6 +28,7 @@ from mthp.daemon.ledger import Ledger
 from mthp.daemon.onepass import Pass, governed
 from mthp.daemon.rules import ProcessFacts, Rule, Settings
 from mthp.daemon.unadvised import Unadvised
+from mthp.engine.machine_seam import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.outline import Outline

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mthp.closing import Closing
-from mthp.collapsing import CollapseReport
+from mthp.engine.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 
 MIN_SIZE = 32 << 20

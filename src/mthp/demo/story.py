@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 from mthp.addrspace import AddressSpace
-from mthp.census import Census, take_census
-from mthp.collapse.policy import BUILT_IN, OWN
-from mthp.collapsing import CollapseOptions, collapse_space
 from mthp.demo.client import Deed, Measurement, Verification, Workload, WorkloadStats, fit_size
+from mthp.engine.census import Census, take_census
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.policy import BUILT_IN, OWN
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
-from mthp.planning import PlanOptions, plan_space
-from mthp.space_plan import SpacePlan
 
 DEFAULT_SIZE = 1 << 30
 """Bytes of memory that the workload grows to, where there is room."""

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mthp.addrspace import AddressSpace
-from mthp.collapse.policy_lookup import policy_names
+from mthp.engine.planning import PlanOptions
+from mthp.engine.policy_lookup import policy_names
 from mthp.errors import UsageError
 from mthp.geometry import Geometry, format_size
 from mthp.lab.evaluate import Outcome, Progress, Row, evaluate
 from mthp.lab.metrics import coverage_from, share
 from mthp.lab.replay import Accesses, misses
 from mthp.lab.tlb import Processor, TlbCounts
-from mthp.planning import PlanOptions
 from mthp.sim.clock import Costs
 
 DEFAULT_POLICIES = ("pmd-only", "rfc", "per-order", "mainline", "no-creep")

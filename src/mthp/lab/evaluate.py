@@ -1,6 +1,6 @@
 """What settings make of a target, scan by scan: the numbers behind every comparison.
 
-A scan is planned (:mod:`mthp.collapse.plan`), the plan is carried out on the planes of bits, and the next scan sees
+A scan is planned (:mod:`mthp.engine.plan`), the plan is carried out on the planes of bits, and the next scan sees
 what that made, until nothing changes any more. PMD ranges do not depend on each other, so this is done block by block:
 each block is read once, and taken through all settings and all scans before the next is read. Memory use depends on
 the size of a block, not of the target.
@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace, Segment, Vma
-from mthp.collapse.occupancy import Bits, Planes
-from mthp.collapse.plan import Plan, plan_planes
-from mthp.collapse.policy import Policy, Rules
-from mthp.collapse.policy_lookup import policy_named
+from mthp.engine.occupancy import Bits, Planes
+from mthp.engine.plan import Plan, plan_planes
+from mthp.engine.planning import Job, PlanOptions, base_rules, jobs_of, read_planes
+from mthp.engine.policy import Policy, Rules
+from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import Geometry
 from mthp.lab import metrics
 from mthp.lab.metrics import MAX_ORDER
-from mthp.planning import Job, PlanOptions, base_rules, jobs_of, read_planes
 from mthp.segments import in_blocks
 from mthp.sim.clock import Costs
 

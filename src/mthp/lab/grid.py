@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from mthp.bounded import Bound, named
-from mthp.collapse.policy_lookup import known_policy
+from mthp.engine.planning import PlanOptions
+from mthp.engine.policy_lookup import known_policy
 from mthp.lab.compare import settings_of
-from mthp.planning import PlanOptions
 from mthp.toml import Document, whole
 
 SETTINGS = Bound(1 << 14, "settings of a grid")

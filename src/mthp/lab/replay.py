@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
-from mthp.collapse.occupancy import Planes
-from mthp.collapse.policy_lookup import policy_named
+from mthp.engine.occupancy import Planes
+from mthp.engine.planning import PlanOptions, base_rules, jobs_of, read_planes
+from mthp.engine.policy_lookup import policy_named
 from mthp.lab.evaluate import BLOCK_RANGES, MAX_SCANS, settled
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
-from mthp.planning import PlanOptions, base_rules, jobs_of, read_planes
 from mthp.segments import in_blocks
 
 Accesses = Callable[[], Iterable[NDArray[np.int64]]]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import Pte
-from mthp.census import take_census
+from mthp.engine.census import take_census
 from mthp.lab import metrics
 from mthp.lab.tables import FaultSettings, ProcessPlan, Scenario
 from mthp.lab.workloads.program import KilledError, Program

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from mthp.collapse.policy_lookup import known_policy
+from mthp.engine.policy_lookup import known_policy
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.parameters import Count, Duration, Period, Share, Size, SizeOrNone

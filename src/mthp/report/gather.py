@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mthp.addrspace import AddressSpace
-from mthp.census import STATES, Census, VmaCensus, take_census
+from mthp.engine.census import STATES, Census, VmaCensus, take_census
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry, format_size
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
-from mthp.planning import PlanOptions, plan_space
 from mthp.report import compared, timeline
 from mthp.report.compared import percent
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table
 from mthp.report.memorymap import MemoryMap, make_map
 from mthp.report.timeline import Timeline
-from mthp.space_plan import SpacePlan
 
 MAPPINGS = 60
 """Mappings in the table: those with most memory."""
@@ -64,7 +64,7 @@ def report_on(
         version: of mthp, for the foot of the page.
 
     Raises:
-        UsageError: as :func:`mthp.planning.plan_space`.
+        UsageError: as :func:`mthp.engine.planning.plan_space`.
         TargetVanishedError: the process exited meanwhile.
     """
     space = source.space

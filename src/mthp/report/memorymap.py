@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace, Segment, Vma
-from mthp.census import Census, VmaCensus, take_census
+from mthp.engine.census import Census, VmaCensus, take_census
+from mthp.engine.space_plan import Folios
 from mthp.geometry import Geometry, format_size
 from mthp.report.kinds import Kinds
 from mthp.segments import in_blocks
-from mthp.space_plan import Folios
 
 COLUMNS = 256
 """Columns in a row."""

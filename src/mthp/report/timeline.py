@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mthp.addrspace import AddressSpace
-from mthp.census import take_census
+from mthp.engine.census import take_census
 from mthp.geometry import Geometry, format_size
 from mthp.report.charts import Chart, Series, chart
 from mthp.report.compared import percent

@@ -24,9 +24,9 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapse.machine_seam import RangeScan
-from mthp.collapse.policy import Policy, Rules
 from mthp.eligibility import Trigger
+from mthp.engine.machine_seam import RangeScan
+from mthp.engine.policy import Policy, Rules
 from mthp.results import ScanResult
 from mthp.sim.alloc import charge, take_folio
 from mthp.sim.buddy import Frames

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mthp.collapse.policy import Policy
+from mthp.engine.policy import Policy
 from mthp.results import ScanResult
 from mthp.sim.differences import difference
 from mthp.sim.golden import Case, Pass, Runs, case_of, expanded, runs_of

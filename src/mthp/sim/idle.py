@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import Segment
-from mthp.collapse.fullness import Fullness
-from mthp.collapse.machine_seam import Passage
-from mthp.collapse.occupancy import Bits, Occupancy, Planes
-from mthp.collapse.policy import BUILT_IN
+from mthp.engine.fullness import Fullness
+from mthp.engine.machine_seam import Passage
+from mthp.engine.occupancy import Bits, Occupancy, Planes
+from mthp.engine.policy import BUILT_IN
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.memory import Fl, Memory
 from mthp.sim.mm import Mm, P, Pmd, SimVma

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapse.policy import Limits
+from mthp.engine.policy import Limits
 from mthp.results import ScanResult
 from mthp.sim.buddy import Frames
 from mthp.sim.memory import Fl

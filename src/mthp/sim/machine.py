@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mthp.collapse.madvise import madvise_collapse
-from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, Policy
-from mthp.collapse.policy_lookup import policy_named
+from mthp.engine.madvise import madvise_collapse
+from mthp.engine.policy import DEFAULT_MTHP_MIN_ORDER, Policy
+from mthp.engine.policy_lookup import policy_named
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
 from mthp.sim import syscalls
@@ -153,7 +153,7 @@ class Machine(SystemCalls):
         return mm
 
     def space(self, mm: Mm) -> SimSpace:
-        """One of the address spaces, as :func:`mthp.planning.plan_space` and their like take it."""
+        """One of the address spaces, as :func:`mthp.engine.planning.plan_space` and their like take it."""
         return SimSpace(self.parts, mm)
 
     def map(self, mm: Mm, start: int, end: int, *, flags: Iterable[str] = (), anon_vma: bool = False) -> SimVma:
@@ -330,5 +330,5 @@ class Machine(SystemCalls):
         return check(self.parts)
 
     def madvise_collapse(self, mm: Mm, start: int, end: int) -> int:
-        """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.collapse.madvise`)."""
+        """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.engine.madvise`)."""
         return madvise_collapse(Advised(self.parts, mm, self.khugepaged.count_advised), start, end)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import Vma
-from mthp.collapse.filled import FilledPages
+from mthp.engine.filled import FilledPages
 from mthp.geometry import Geometry
 
 HUGEPAGE, NOHUGEPAGE, LOCKED, DROPPABLE, UFFD_WP, UFFD_MISSING = "hg", "nh", "lo", "dp", "uw", "um"

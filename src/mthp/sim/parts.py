@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mthp.collapse.policy import Policy
 from mthp.eligibility import Trigger
+from mthp.engine.policy import Policy
 from mthp.geometry import Geometry
 from mthp.sim.clock import Clock
 from mthp.sim.counters import Counters

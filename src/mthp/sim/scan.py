@@ -9,12 +9,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapse.fullness import Fullness
-from mthp.collapse.machine_seam import RangeScan
-from mthp.collapse.occupancy import Occupancy, Planes, planes_of
-from mthp.collapse.policy import BUILT_IN, Policy, Rules
-from mthp.collapse.single_pmd import collapse_single_pmd
 from mthp.eligibility import Trigger
+from mthp.engine.fullness import Fullness
+from mthp.engine.machine_seam import RangeScan
+from mthp.engine.occupancy import Occupancy, Planes, planes_of
+from mthp.engine.policy import BUILT_IN, Policy, Rules
+from mthp.engine.single_pmd import collapse_single_pmd
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.collapse import collapse_huge_page
 from mthp.sim.columns import columns_of
@@ -57,7 +57,7 @@ class CollapseControl:
 
 
 class SimRange:
-    """The :class:`~mthp.collapse.machine_seam.RangeTarget` of the simulated machine."""
+    """The :class:`~mthp.engine.machine_seam.RangeTarget` of the simulated machine."""
 
     as_it_was = True
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapse.policy import Policy
+from mthp.engine.policy import Policy
 from mthp.sim.buddy import Frames
 from mthp.sim.golden import LARGE, NO_PAGE, SMALL, SWAPPED, Case, Runs
 from mthp.sim.kernel import Kernel

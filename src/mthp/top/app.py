@@ -23,9 +23,9 @@ from textual.css.query import NoMatches
 from textual.widgets import DataTable, Footer, Input, Static
 
 from mthp.addrspace import AddressSpace
-from mthp.collapsing import CollapseOptions
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import PlanOptions
 from mthp.geometry import Geometry, format_size
-from mthp.planning import PlanOptions
 from mthp.text import clean
 from mthp.top.carrying import Carrying
 from mthp.top.columns import COLUMNS, PADDING, column_heads, column_widths, row_cells

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Callable
 
 from mthp.addrspace import AddressSpace
-from mthp.collapsing import CollapseOptions, CollapseReport, collapse_space
+from mthp.engine.collapse import collapse_space
+from mthp.engine.options import CollapseOptions
+from mthp.engine.report import CollapseReport
 from mthp.errors import MthpError
 from mthp.geometry import format_size
 

@@ -10,11 +10,11 @@ from typing import NoReturn
 import numpy as np
 
 from mthp.addrspace import AddressSpace, VmaKind
-from mthp.census import PageCounts, take_census
+from mthp.engine.census import PageCounts, take_census
+from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.geometry import Geometry
-from mthp.planning import PlanOptions, plan_space
-from mthp.space_plan import SpacePlan
 from mthp.targets import open_target
 from mthp.top.model import UNKNOWN, Row
 

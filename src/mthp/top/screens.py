@@ -11,7 +11,8 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, Label, ProgressBar, Static
 
-from mthp.collapsing import CollapseOptions, CollapseReport
+from mthp.engine.options import CollapseOptions
+from mthp.engine.report import CollapseReport
 from mthp.geometry import Geometry, format_size
 from mthp.price import needs_move_reason, price_of_moving
 from mthp.text import clean

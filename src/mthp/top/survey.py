@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from mthp.engine.planning import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.pacing import CpuBudget
-from mthp.planning import PlanOptions
 from mthp.top.looks import Stopped, first_look, second_look, third_look
 from mthp.top.model import Row
 

@@ -1,8 +1,8 @@
 """An address space of any kind, as khugepaged visits it: the backend reads and collapses, the engine judges.
 
 The mappings are listed now and then, and what in them may be collapsed is remembered as areas: whole PMD ranges that
-one set of rules holds for. Their ranges are read and worked on in blocks (:mod:`mthp.visited_block`), which grow where
-there is nothing to do.
+one set of rules holds for. Their ranges are read and worked on in blocks (:mod:`mthp.engine.visited_block`), which grow
+where there is nothing to do.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace, Means, PteColumns, Segment, VmaKind
-from mthp.collapse.filled import FilledPages
-from mthp.collapse.machine_seam import Clock, Found, Passage, WallClock
-from mthp.collapse.occupancy import Bits
-from mthp.collapse.policy import Policy, Rules
-from mthp.collapse.policy_lookup import policy_named
 from mthp.eligibility import Trigger, eligibility
+from mthp.engine.filled import FilledPages
+from mthp.engine.machine_seam import Clock, Found, Passage, WallClock
+from mthp.engine.occupancy import Bits
+from mthp.engine.planning import BLOCK_PMD_RANGES, ORDERS_ENABLED, base_rules, switched
+from mthp.engine.policy import Policy, Rules
+from mthp.engine.policy_lookup import policy_named
+from mthp.engine.visited_block import Admit, VisitedBlock
 from mthp.geometry import Geometry
-from mthp.planning import BLOCK_PMD_RANGES, ORDERS_ENABLED, base_rules, switched
 from mthp.results import ScanResult
-from mthp.visited_block import Admit, VisitedBlock
 
 FRESH = 1.0
 """Seconds for which a listing of the mappings is taken to hold; a failure that says otherwise ends that at once."""
@@ -92,7 +92,7 @@ class _Listing:
 
 
 class SpaceVisit:
-    """One address space, as :class:`~mthp.collapse.khugepaged.Scanner` and MADV_COLLAPSE go over it.
+    """One address space, as :class:`~mthp.engine.khugepaged.Scanner` and MADV_COLLAPSE go over it.
 
     Args:
         space: not closed with this.

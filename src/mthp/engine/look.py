@@ -6,10 +6,10 @@ import numpy as np
 
 from mthp.addrspace import AddressSpace
 from mthp.blockstates import states_of
+from mthp.engine.planning import BLOCK_PMD_RANGES
+from mthp.engine.space_plan import Folios, Ranges, SpacePlan
 from mthp.metrics import Scope, measure
-from mthp.planning import BLOCK_PMD_RANGES
 from mthp.ptes import segments_of
-from mthp.space_plan import Folios, Ranges, SpacePlan
 
 
 def plan_blocks(space: AddressSpace, start: int, end: int, order: int) -> SpacePlan:

@@ -6,7 +6,7 @@ passes. It goes over all address spaces in the order in which they came, and cou
 last. When memory cannot be allocated it rests for ``alloc_sleep_millisecs``, and when that happens a second time in a
 pass, the pass ends.
 
-:class:`Scanner` is all of that, for whatever stands behind :class:`~mthp.collapse.machine_seam.VisitedSpace`. The
+:class:`Scanner` is all of that, for whatever stands behind :class:`~mthp.engine.machine_seam.VisitedSpace`. The
 simulated machine's khugepaged is one, and so is :class:`mthp.Khugepaged`, which visits any address space.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mthp.collapse.machine_seam import Clock, Passage, VisitedSpace, WallClock
+from mthp.engine.machine_seam import Clock, Passage, VisitedSpace, WallClock
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.results import ScanResult
 from mthp.tunables import Tunables
@@ -79,7 +79,7 @@ class Statistics:
 
 
 Listener = Callable[[VisitedSpace, Passage], None]
-"""Told of every :class:`~mthp.collapse.machine_seam.Passage`: ranges scanned, and the attempts made in them."""
+"""Told of every :class:`~mthp.engine.machine_seam.Passage`: ranges scanned, and the attempts made in them."""
 
 
 class Scanner:

@@ -14,11 +14,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.collapse.occupancy import Planes
-from mthp.collapse.policy import DEFAULT_MTHP_MIN_ORDER, PmdOnly, Policy, Rules
-from mthp.collapse.policy_lookup import policy_named
-from mthp.collapse.walk import Attempts, Walk
 from mthp.eligibility import Trigger
+from mthp.engine.occupancy import Planes
+from mthp.engine.policy import DEFAULT_MTHP_MIN_ORDER, PmdOnly, Policy, Rules
+from mthp.engine.policy_lookup import policy_named
+from mthp.engine.walk import Attempts, Walk
 from mthp.errors import UsageError
 from mthp.geometry import Geometry, geometry_for_ptes, geometry_named
 from mthp.tunables import Tunables
@@ -143,11 +143,11 @@ def plan_ranges(
     """Plan the collapse of some PMD ranges.
 
     All planes have the shape (ranges, ptes_per_pmd), bool or integer, and may be left out; see
-    :class:`~mthp.collapse.occupancy.Planes` for what each means.
+    :class:`~mthp.engine.occupancy.Planes` for what each means.
 
     Args:
         present: the pages that are mapped.
-        policy: a policy's name, or a :class:`~mthp.collapse.policy.Policy`.
+        policy: a policy's name, or a :class:`~mthp.engine.policy.Policy`.
         orders: the enabled orders (or sizes, as ``"64K,2M"``); all that anonymous memory can have by default.
         trigger: ``khugepaged``; or ``madvise``, which ignores limits and the enabled orders as MADV_COLLAPSE does.
         max_ptes_none, max_ptes_swap, max_ptes_shared: khugepaged's limits per PMD range; the kernel's defaults.

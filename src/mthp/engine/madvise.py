@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 
 from mthp.addrspace import Segment
-from mthp.collapse.machine_seam import AdvisedSpace
+from mthp.engine.machine_seam import AdvisedSpace
 from mthp.results import ScanResult
 
 _GOES_ON_AFTER = frozenset(

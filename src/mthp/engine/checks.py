@@ -15,8 +15,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapse.occupancy import Bits, Planes
-from mthp.collapse.policy import Limits
+from mthp.engine.occupancy import Bits, Planes
+from mthp.engine.policy import Limits
 from mthp.results import ScanResult
 
 T = TypeVar("T", bound=np.generic)

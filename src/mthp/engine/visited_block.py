@@ -3,8 +3,8 @@
 The kernel looks at a range, lets go of its locks and tries to collapse; then it looks at the next. Here looking is
 cheap by the block and dear by the call, and so is collapsing: the mover stops a target for each batch. So the ranges of
 a block are read at once, and those that have nothing to be collapsed are passed over together
-(:class:`~mthp.collapse.walk.Walk`). Each of the others goes through the same
-:func:`~mthp.collapse.single_pmd.collapse_single_pmd` as in the simulated machine; its attempts are judged by the
+(:class:`~mthp.engine.walk.Walk`). Each of the others goes through the same
+:func:`~mthp.engine.single_pmd.collapse_single_pmd` as in the simulated machine; its attempts are judged by the
 columns, as a plan judges them, and taken for granted where these show no hindrance. That is sound because the attempts
 of a range are disjoint, and none depends on the success of an earlier one. At the end of the block all are carried out
 as one batch (:meth:`~mthp.addrspace.AddressSpace.collapse_blocks`).
@@ -23,17 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
-from mthp.collapse.fullness import Fullness
-from mthp.collapse.hindrance import first_hindrances
-from mthp.collapse.machine_seam import Passage, RangeScan
-from mthp.collapse.occupancy import Bits, planes_of
-from mthp.collapse.policy import Rules
-from mthp.collapse.single_pmd import DONE_THERE, collapse_single_pmd
-from mthp.collapse.walk import Walk
+from mthp.engine.checks import first_hindrances
+from mthp.engine.fullness import Fullness
+from mthp.engine.machine_seam import Passage, RangeScan
+from mthp.engine.occupancy import Bits, planes_of
+from mthp.engine.policy import Rules
+from mthp.engine.single_pmd import DONE_THERE, collapse_single_pmd
+from mthp.engine.walk import Walk
 from mthp.results import BlockOutcome, ScanResult
 
 if TYPE_CHECKING:
-    from mthp.visiting import SpaceVisit
+    from mthp.engine.visit import SpaceVisit
 
 _LISTING_IS_STALE = frozenset({ScanResult.VMA_NULL, ScanResult.VMA_CHECK, ScanResult.ADDRESS_RANGE})
 
@@ -187,7 +187,7 @@ _NOT_FORETOLD = ScanResult.EXCEED_NONE_PTE
 
 
 class _Target:
-    """The :class:`~mthp.collapse.machine_seam.RangeTarget` of one range of a block."""
+    """The :class:`~mthp.engine.machine_seam.RangeTarget` of one range of a block."""
 
     as_it_was = False
 

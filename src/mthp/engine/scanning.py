@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from mthp.addrspace import AddressSpace
-from mthp.collapse.khugepaged import Listener, Scanner
-from mthp.collapse.machine_seam import Clock, WallClock
+from mthp.engine.khugepaged import Listener, Scanner
+from mthp.engine.machine_seam import Clock, WallClock
+from mthp.engine.visit import SpaceVisit, VisitOptions
 from mthp.errors import UsageError
 from mthp.geometry import X86_64
 from mthp.tunables import Tunables
-from mthp.visiting import SpaceVisit, VisitOptions
 
 
 class Khugepaged(Scanner):
@@ -33,9 +33,9 @@ class Khugepaged(Scanner):
             if a function; by default those of the machine at that moment.
         clock: the machine's time; that of this machine by default. For a simulated one give its ``machine.time``, so
             that rests pass there at once.
-        listener: told of every :class:`~mthp.collapse.machine_seam.Passage`: the ranges that were looked at with their
+        listener: told of every :class:`~mthp.engine.machine_seam.Passage`: the ranges that were looked at with their
             scan results, and the attempts with what they copied and filled. Called in the scanning thread.
-        options: the fields of :class:`~mthp.visiting.VisitOptions`, for spaces that are entered without their own.
+        options: the fields of :class:`~mthp.engine.visit.VisitOptions`, for spaces that are entered without their own.
 
     Raises:
         UsageError: an option that does not exist.

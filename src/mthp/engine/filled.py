@@ -5,7 +5,7 @@ pages like any other, so the run around them looks fuller than it was, and folio
 of the program have become a whole PMD range: creep. The page tables do not tell the two kinds of pages apart, so
 whoever scans again has to remember. :class:`FilledPages` is that memory: a bit for every page of the PMD ranges in
 which anything was filled, 64 bytes for a range of 512 pages. Policies with
-:attr:`~mthp.collapse.policy.Policy.remembers_filled` count these pages as none.
+:attr:`~mthp.engine.policy.Policy.remembers_filled` count these pages as none.
 
 What the program itself writes to such a page later cannot be seen without looking at contents, which nothing here
 does. So a filled page stays one for as long as it is mapped, and the error is on the side of less memory. A page
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapse.occupancy import Bits
+from mthp.engine.occupancy import Bits
 from mthp.geometry import Geometry
 
 

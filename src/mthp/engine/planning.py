@@ -1,7 +1,7 @@
 """What `mthp plan` tells: which folios a collapse would make in an address space, and at what price.
 
 Reads the PMD ranges of the mappings that may be collapsed, in blocks, and plans each block
-(:func:`mthp.collapse.plan.plan_planes`). Kept of a block is one row per PMD range and one per folio.
+(:func:`mthp.engine.plan.plan_planes`). Kept of a block is one row per PMD range and one per folio.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind
-from mthp.collapse.filled import FilledPages
-from mthp.collapse.occupancy import Planes, planes_of
-from mthp.collapse.plan import make_rules, plan_planes
-from mthp.collapse.policy import Policy, Rules
-from mthp.collapse.policy_lookup import policy_named
 from mthp.eligibility import Trigger, eligibility
+from mthp.engine.filled import FilledPages
+from mthp.engine.occupancy import Planes, planes_of
+from mthp.engine.plan import make_rules, plan_planes
+from mthp.engine.policy import Policy, Rules
+from mthp.engine.policy_lookup import policy_named
+from mthp.engine.space_plan import Folios, Ranges, SpacePlan
 from mthp.geometry import Geometry
 from mthp.metrics import Coverage, Measured, Scope, measure
 from mthp.results import ScanResult
 from mthp.segments import in_blocks
-from mthp.space_plan import Folios, Ranges, SpacePlan
 from mthp.tunables import Switches
 
 BLOCK_PMD_RANGES = 128

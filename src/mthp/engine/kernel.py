@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from mthp.collapsing.work import Work
+from mthp.engine.space_plan import Folios
+from mthp.engine.work import Work
 from mthp.results import BlockOutcome, ScanResult
-from mthp.space_plan import Folios
 
 _LARGE_BEFORE = (ScanResult.PMD_MAPPED, ScanResult.PTE_MAPPED_HUGEPAGE)
 

@@ -1,7 +1,7 @@
 """The collapse of one PMD range: scan it, walk over it, try the runs that are full enough.
 
 One function for khugepaged and for MADV_COLLAPSE, for the simulated machine and for a live process. It decides
-nothing about pages: what can be seen and done lies behind :class:`~mthp.collapse.machine_seam.RangeTarget`, and which
+nothing about pages: what can be seen and done lies behind :class:`~mthp.engine.machine_seam.RangeTarget`, and which
 runs are worth an attempt is the policy's to say. Follows collapse_single_pmd(), collapse_scan_pmd() and
 mthp_collapse() of mm/khugepaged.c.
 
@@ -10,9 +10,9 @@ stack of (order, offset) and pushes the halves of what was not collapsed, as the
 upwards and lets its alignment say which order comes next, as mainline does, the nodes are met in the same order:
 depth first, the left half first. The policies differ in which nodes are full enough, and in what a failed attempt ends.
 Only where each run is scanned for itself, as in Dev Jain's series, the walk is another one, :func:`scan_runs`. If every
-attempt ends as its PTEs foretell, the walk makes the attempts of :class:`~mthp.collapse.walk.Walk`, which plans.
+attempt ends as its PTEs foretell, the walk makes the attempts of :class:`~mthp.engine.walk.Walk`, which plans.
 
-The series have bugs. A target keeps them if it is :attr:`~mthp.collapse.machine_seam.RangeTarget.as_it_was`, as the
+The series have bugs. A target keeps them if it is :attr:`~mthp.engine.machine_seam.RangeTarget.as_it_was`, as the
 simulated machine is and a live process is not:
 
 - the seed allocates folios of orders that are not enabled. Its only result for a range without a collapse is FAIL, so
@@ -23,8 +23,8 @@ simulated machine is and a live process is not:
 
 from __future__ import annotations
 
-from mthp.collapse.machine_seam import RangeScan, RangeTarget
-from mthp.collapse.policy import Policy, Rules
+from mthp.engine.machine_seam import RangeScan, RangeTarget
+from mthp.engine.policy import Policy, Rules
 from mthp.results import ScanResult
 
 LOWER_ORDERS_MAY_SUCCEED = frozenset(

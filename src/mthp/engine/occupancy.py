@@ -42,7 +42,7 @@ class Planes:
         unreferenced: bool; not used recently.
         folio_order: int8; order of the folio that the page lies in.
         filled: bool; a collapse made the page where none was. Policies that remember this count it as none
-            (:mod:`mthp.collapse.filled`), for others it is a page like any.
+            (:mod:`mthp.engine.filled`), for others it is a page like any.
         pmd_mapped: bool, shape (ranges,); one PMD entry maps the whole range already.
         uffd_armed: bool, shape (ranges,); the mapping is registered with userfaultfd.
         droppable: bool, shape (ranges,); the mapping is VM_DROPPABLE.

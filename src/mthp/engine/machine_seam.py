@@ -1,10 +1,10 @@
 """What the engine needs of the machine that it collapses on: a PMD range, an address space, the time.
 
-:class:`RangeTarget` is the narrow waist between the walk over a PMD range (:mod:`mthp.collapse.single_pmd`), which is
+:class:`RangeTarget` is the narrow waist between the walk over a PMD range (:mod:`mthp.engine.single_pmd`), which is
 the same everywhere, and what looks at page tables and moves pages. :class:`VisitedSpace` and :class:`AdvisedSpace` are
-an address space as khugepaged (:mod:`mthp.collapse.khugepaged`) and MADV_COLLAPSE (:mod:`mthp.collapse.madvise`) go
+an address space as khugepaged (:mod:`mthp.engine.khugepaged`) and MADV_COLLAPSE (:mod:`mthp.engine.madvise`) go
 over it. The simulated machine has its own of each; every :class:`~mthp.addrspace.AddressSpace`, a live process above
-all, has those of :mod:`mthp.visiting`.
+all, has those of :mod:`mthp.engine.visit`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import Segment
-from mthp.collapse.fullness import Fullness
+from mthp.engine.fullness import Fullness
 from mthp.geometry import Geometry
 from mthp.results import BlockOutcome, ScanResult
 
@@ -49,7 +49,7 @@ class RangeTarget(Protocol):
 
     @property
     def as_it_was(self) -> bool:
-        """Whether what is a bug of a policy's series is kept (:mod:`mthp.collapse.single_pmd`)."""
+        """Whether what is a bug of a policy's series is kept (:mod:`mthp.engine.single_pmd`)."""
 
     def scan_pmd(self, address: int) -> RangeScan:
         """Look at the PMD range at `address` (collapse_scan_pmd up to its walk)."""

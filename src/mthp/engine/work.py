@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from mthp.addrspace import AddressSpace
-from mthp.collapsing.options import CollapseOptions
-from mthp.collapsing.report import CollapseReport
+from mthp.engine.options import CollapseOptions
+from mthp.engine.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.metrics import measure
 from mthp.pacing import ByteBudget

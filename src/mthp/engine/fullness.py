@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mthp.collapse.occupancy import Bits, Occupancy
-from mthp.collapse.policy import Policy, Rules
+from mthp.engine.occupancy import Bits, Occupancy
+from mthp.engine.policy import Policy, Rules
 
 
 class Fullness:

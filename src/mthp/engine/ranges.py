@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import USUAL_MEANS, Block, PteColumns
 from mthp.blockstates import BlockStates, states_of
-from mthp.collapsing.work import Work
+from mthp.engine.work import Work
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.ptes import segments_of
 from mthp.results import ScanResult

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mthp.collapse.policy import BUILT_IN, OWN, Policy
+from mthp.engine.policy import BUILT_IN, OWN, Policy
 from mthp.errors import UsageError
 from mthp.toml import text
 

@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from mthp.addrspace import Mechanism
-from mthp.collapsing.allowed import Allowed
+from mthp.engine.allowed import Allowed
+from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError
 from mthp.metrics import Coverage, Durations
 from mthp.results import ScanResult
-from mthp.space_plan import SpacePlan
 
 
 @dataclass

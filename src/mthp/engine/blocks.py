@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from mthp import thp_unadvised
 from mthp.addrspace import Block, PteColumns, Segment
 from mthp.blockstates import BlockStates, states_of
-from mthp.collapsing.work import Work
+from mthp.engine.space_plan import Folios
+from mthp.engine.work import Work
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.ptes import segments_of
 from mthp.results import BlockOutcome, ScanResult
-from mthp.space_plan import Folios
 
 FIRST_BATCH, LARGEST_BATCH = 16, 512
 """Blocks in a batch: the first time, and at most."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mthp.addrspace import AddressSpace, Mechanism
-from mthp.collapsing.options import CollapseOptions
+from mthp.engine.options import CollapseOptions
+from mthp.engine.space_plan import SpacePlan
 from mthp.price import needs_move_reason, price_of_moving
-from mthp.space_plan import SpacePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Policies: which folio sizes the memory of a PMD range deserves.
 
 A policy answers three questions; everything else (the walk over the range, what hinders a page) is common to all and
-lies in :mod:`mthp.collapse.plan`.
+lies in :mod:`mthp.engine.plan`.
 
 1. *Which orders does it walk?* :meth:`Policy.orders_walked`
 2. *Is a run full enough to be tried?* :meth:`Policy.full_enough`
@@ -23,7 +23,7 @@ one's own is a small class::
 
 It is used by passing an instance wherever a policy's name is taken, and by its name everywhere, the command line
 included, once its package declares it as an entry point of the group ``mthp.policies``
-(:mod:`mthp.collapse.policy_lookup`).
+(:mod:`mthp.engine.policy_lookup`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import abc
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from mthp.collapse.occupancy import Bits, Runs
 from mthp.eligibility import Trigger
+from mthp.engine.occupancy import Bits, Runs
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.tunables import Tunables
 
@@ -98,7 +98,7 @@ class Policy(abc.ABC):
             one PTE that may be written (SCAN_PAGE_RO).
         counts_mapped: the kernel's pages_collapsed rises for MADV_COLLAPSE too, and at every scan of a PMD range that
             one PMD entry maps already.
-        remembers_filled: pages that a collapse filled count as none (:mod:`mthp.collapse.filled`).
+        remembers_filled: pages that a collapse filled count as none (:mod:`mthp.engine.filled`).
     """
 
     name: ClassVar[str]

@@ -8,19 +8,19 @@ from collections.abc import Callable
 import numpy as np
 
 from mthp.addrspace import AddressSpace, Mechanism
-from mthp.collapsing.allowed import allowed_of, mechanisms_of
-from mthp.collapsing.blocks import Blocks
-from mthp.collapsing.kernel import in_windows
-from mthp.collapsing.options import CollapseOptions
-from mthp.collapsing.ranges import Ranges
-from mthp.collapsing.report import CollapseReport, FolioTally
-from mthp.collapsing.work import Progress, Work
+from mthp.engine.allowed import allowed_of, mechanisms_of
+from mthp.engine.blocks import Blocks
+from mthp.engine.kernel import in_windows
+from mthp.engine.options import CollapseOptions
+from mthp.engine.planning import ORDERS_ENABLED, PlanOptions, plan_space
+from mthp.engine.ranges import Ranges
+from mthp.engine.report import CollapseReport, FolioTally
+from mthp.engine.space_plan import Folios, SpacePlan
+from mthp.engine.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.metrics import Durations
-from mthp.planning import ORDERS_ENABLED, PlanOptions, plan_space
 from mthp.price import price_of_moving
-from mthp.space_plan import Folios, SpacePlan
 
 BeforeMove = Callable[[SpacePlan, Mechanism], None]
 

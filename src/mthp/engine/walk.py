@@ -5,9 +5,9 @@ halves, the left one first; go on behind whatever was collapsed. The runs that i
 tree, and if every attempt ends as its PTEs foretell, no node depends on another but through its ancestors: a run is
 looked at exactly when none of the runs around it was collapsed or skipped. So the walk can be made level by level
 instead, from the PMD order down, for all PMD ranges together, each level a few operations on arrays of counts
-(:mod:`mthp.collapse.occupancy`). What differs between policies is asked of the policy
-(:mod:`mthp.collapse.policy`); single PTEs are looked at only for runs whose counts leave open what stops them
-(:mod:`mthp.collapse.hindrance`).
+(:mod:`mthp.engine.occupancy`). What differs between policies is asked of the policy
+(:mod:`mthp.engine.policy`); single PTEs are looked at only for runs whose counts leave open what stops them
+(:mod:`mthp.engine.checks`).
 
 One policy walks no tree. Where each run is scanned for itself, as ``per-order`` does, an order that failed once is not
 tried again in the PMD range. So the walk goes over the runs of the largest order up to the first that fails, then from
@@ -26,10 +26,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.collapse.hindrance import Checks, first_hindrances
-from mthp.collapse.occupancy import Bits, Occupancy, Planes, Runs
-from mthp.collapse.policy import Policy, Rules
 from mthp.columns import Table
+from mthp.engine.checks import Checks, first_hindrances
+from mthp.engine.occupancy import Bits, Occupancy, Planes, Runs
+from mthp.engine.policy import Policy, Rules
 from mthp.results import ScanResult
 
 Repeated = TypeVar("Repeated", np.bool_, np.int8)
