@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from selenium import webdriver
 
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.report import write
 from mthp.report.gather import Source, report_on
 from peers import paired, show

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from mthp.api import collapse_self as collapse_self
     from mthp.api import inspect as inspect
     from mthp.api import plan as plan
+    from mthp.engine.khugepaged import Khugepaged as Khugepaged
     from mthp.engine.occupancy import Runs as Runs
     from mthp.engine.plan import Plan as Plan
     from mthp.engine.plan import plan_ranges as plan_ranges
     from mthp.engine.policy import Limits as Limits
     from mthp.engine.policy import Policy as Policy
     from mthp.engine.policy import Rules as Rules
-    from mthp.engine.scanning import Khugepaged as Khugepaged
     from mthp.errors import MthpError as MthpError
     from mthp.geometry import Geometry as Geometry
     from mthp.results import ScanResult as ScanResult
@@ -35,7 +35,7 @@ _HOMES = {
     "inspect": "mthp.api",
     "plan": "mthp.api",
     "Geometry": "mthp.geometry",
-    "Khugepaged": "mthp.engine.scanning",
+    "Khugepaged": "mthp.engine.khugepaged",
     "Limits": "mthp.engine.policy",
     "MthpError": "mthp.errors",
     "Plan": "mthp.engine.plan",

@@ -11,8 +11,9 @@ from mthp.engine.census import Census, take_census
 from mthp.engine.collapse import carry_out, collapse_space
 from mthp.engine.look import plan_blocks
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
 from mthp.engine.report import CollapseReport
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import UsageError
 from mthp.targets import Target, open_target, refuse_ancestor
@@ -40,7 +41,7 @@ def plan(target: Target, **options: Any) -> SpacePlan:
 
     Args:
         target: a PID, ``"self"``, or the path of a snapshot.
-        options: the fields of :class:`mthp.engine.planning.PlanOptions`.
+        options: the fields of :class:`mthp.engine.select.PlanOptions`.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`; an option that does not exist.
@@ -55,7 +56,7 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
 
     Args:
         target: a PID, or ``"self"``.
-        options: the fields of :class:`mthp.engine.planning.PlanOptions`, and of
+        options: the fields of :class:`mthp.engine.select.PlanOptions`, and of
             :class:`mthp.engine.options.CollapseOptions` but for its `plan`.
 
     Raises:

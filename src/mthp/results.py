@@ -53,6 +53,30 @@ class ScanResult(enum.IntEnum):
         return _TRACE_WORDS.get(self, self.name.lower())
 
 
+LOWER_ORDERS_MAY_SUCCEED = frozenset(
+    {
+        ScanResult.ALLOC_HUGE_PAGE_FAIL,
+        ScanResult.LACK_REFERENCED_PAGE,
+        ScanResult.EXCEED_NONE_PTE,
+        ScanResult.EXCEED_SWAP_PTE,
+        ScanResult.EXCEED_SHARED_PTE,
+        ScanResult.PAGE_LOCK,
+        ScanResult.PAGE_COUNT,
+        ScanResult.PAGE_NULL,
+        ScanResult.DEL_PAGE_LRU,
+        ScanResult.PTE_NON_PRESENT,
+        ScanResult.PTE_UFFD,
+        ScanResult.PAGE_LAZYFREE,
+    }
+)
+"""Results of an attempt after which smaller orders are tried at the same place (mthp_collapse(), mm/khugepaged.c).
+
+After any other, success and a folio that is large enough aside, nothing more is tried in the PMD range."""
+
+DONE_THERE = frozenset({ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE})
+"""Results of an attempt after which the walk goes on behind the run."""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockOutcome:
     """What came of an attempt to make one folio of a block.

@@ -9,9 +9,7 @@ import pytest
 
 import mthp
 from mthp.addrspace import Means, Pte
-from mthp.engine.khugepaged import PassEnd
-from mthp.engine.madvise import madvise_collapse
-from mthp.engine.visit import SpaceVisit, VisitOptions
+from mthp.engine.scanner import PassEnd
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.results import ScanResult
 from mthp.testing import check_address_space
@@ -127,10 +125,10 @@ def test_a_target_that_dies_is_dropped(puppet: Puppet, space: LiveAddressSpace) 
     assert daemon.slots == ()
 
 
-def test_madv_collapse_of_the_engine_agrees_with_the_kernels(puppet: Puppet, space: LiveAddressSpace) -> None:
+def test_a_forced_visit_collapses_whatever_the_limits_and_switches_say(puppet: Puppet, space: LiveAddressSpace) -> None:
     address = written(puppet, N, 5)
-    forced = SpaceVisit(space, VisitOptions(orders=None, trigger="madvise"))
-    assert madvise_collapse(forced, address, address + 2 * PMD_SIZE) == 0
-    assert space.read([(address, address + 2 * PMD_SIZE)]).has(Pte.PMD_MAPPED).all()
-    behind = address + 2 * PMD_SIZE
-    assert madvise_collapse(forced, behind, behind + PMD_SIZE) != 0
+    within = (address, address + 2 * PMD_SIZE)
+    daemon = mthp.Khugepaged(orders=None, trigger="madvise", max_ptes_none=0, within=within, tunables=pace(1 << 20))
+    assert daemon.enter(space)
+    daemon.full_scan()
+    assert space.read([within]).has(Pte.PMD_MAPPED).all()

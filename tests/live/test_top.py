@@ -12,7 +12,7 @@ from e2e.helpers import COUNTER_ERROR, Actor, memory_of
 pytest.importorskip("textual")
 
 from mthp.cli.top_command import view_of
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.top.app import TopApp
 from mthp.top.looks import first_look, second_look, third_look
 from mthp.top.screens import Question, Running

@@ -18,7 +18,8 @@ from hostile import JUNK, altered, bomb, damaged, refuses
 from mthp.addrspace import AddressSpace, Pte, Vma
 from mthp.bounded import FACTOR_VARIABLE
 from mthp.engine.census import take_census
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.snapshot import Pace, Recording, load, record, record_series
 from mthp.snapshot.fromtrace import record_trace

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mthp.engine.machine_seam import Passage
+from mthp.engine.visited import Passage
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.sim import Machine
 from mthp.sim import khugepaged as sim_khugepaged

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 import mthp
 from mthp.engine.checks import first_hindrances
-from mthp.engine.fullness import Fullness
-from mthp.engine.machine_seam import RangeScan
 from mthp.engine.occupancy import Bits, Planes, Runs
 from mthp.engine.policy import BUILT_IN, Limits, Policy, Rules
-from mthp.engine.single_pmd import collapse_single_pmd
 from mthp.engine.walk import Walk
 from mthp.geometry import GEOMETRIES
 from mthp.results import ScanResult
+from mthp.sim.fullness import Fullness
+from mthp.sim.single_pmd import RangeScan, collapse_single_pmd
 from strategies import SMALL_SIZES, Problem, examples, planes_of, problems, rules_of
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.khugepaged import Khugepaged
+from mthp.engine.planning import plan_space
 from mthp.engine.policy_lookup import policy_names
-from mthp.engine.scanning import Khugepaged
+from mthp.engine.select import PlanOptions
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables

@@ -13,9 +13,10 @@ from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Block, Pte, PteColumns, Segment, Vma
 from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
+from mthp.engine.khugepaged import Khugepaged
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions, plan_space
-from mthp.engine.scanning import Khugepaged
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.results import BlockOutcome, ScanResult

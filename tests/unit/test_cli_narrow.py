@@ -31,7 +31,8 @@ from mthp.demo.story import Moment, Speed, Story
 from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 from mthp.linux.findings import Examination, Finding, State
 

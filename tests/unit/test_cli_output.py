@@ -25,7 +25,8 @@ from mthp.cli.signals import stopping_on_signals
 from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 from mthp.text import clean
 

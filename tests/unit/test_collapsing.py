@@ -17,8 +17,8 @@ from mthp.blockstates import states_of
 from mthp.engine import ranges, work
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions
 from mthp.engine.report import CollapseReport
+from mthp.engine.select import PlanOptions
 from mthp.errors import NotPermittedError, TargetVanishedError, UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.metrics import Durations

@@ -16,8 +16,8 @@ from mthp.addrspace import ORDER_NONE, Block, Means, Mechanism, Pte, PteColumns,
 from mthp.engine import blocks, work
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions
 from mthp.engine.report import CollapseReport, FolioTally
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64, geometry_named

@@ -11,12 +11,11 @@ from typing import Any, cast
 import pytest
 
 from fakes import FakeClock, FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma
+from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.budget import Amount, MemoryBound
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
-from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks
 from mthp.daemon.pressure import FreeFolios
@@ -380,12 +379,6 @@ def test_what_it_tells_of_itself_is_json() -> None:
     assert told["pid"] == 7
     assert told["collapses"] == {"2M": 1}
     assert told["calls"]["count"] == 1
-
-
-def test_a_governed_space_asks_the_space_behind_it_for_all_but_switches_and_tunables() -> None:
-    public = {name for name in vars(AddressSpace) if not name.startswith("_")}
-    # One block is collapsed by collapse_blocks.
-    assert public - {"collapse"} <= set(vars(GovernedSpace))
 
 
 @pytest.mark.parametrize("disabled", [True, False])

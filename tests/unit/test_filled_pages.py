@@ -8,7 +8,8 @@ import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.engine.filled import FilledPages
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 
 BASE = 0x7F00_0000_0000

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mthp.addrspace import Segment
-from mthp.engine.khugepaged import PassEnd, Scanner
-from mthp.engine.machine_seam import Found, Passage
+from mthp.engine.scanner import PassEnd, Scanner
+from mthp.engine.visited import Found, Passage
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Tunables

@@ -8,7 +8,7 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.lab.compare import Comparison, compare, settings_of
 from mthp.lab.evaluate import Row, evaluate

@@ -9,7 +9,7 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.lab.compare import compare, settings_of
 from mthp.lab.replay import mapped_after, replayed
 from mthp.lab.tlb import Processor

@@ -7,9 +7,9 @@ import errno
 import pytest
 
 from mthp.addrspace import Segment
-from mthp.engine.madvise import madvise_collapse
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
+from mthp.sim.madvise import madvise_collapse
 from simworld import PAGE, SMALL
 
 R = ScanResult

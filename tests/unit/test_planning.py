@@ -16,7 +16,8 @@ from fakes import FakeSpace, page_runs
 from mthp import metrics
 from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Segment, Vma, VmaKind
 from mthp.engine import planning
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry, geometry_named

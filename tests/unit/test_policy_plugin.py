@@ -17,8 +17,9 @@ from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
 from mthp.engine.policy_lookup import ENTRY_POINT_GROUP, policy_named, policy_names
+from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 
 BASE = 1 << 40

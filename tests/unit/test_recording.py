@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma, Watch
 from mthp.engine.census import take_census
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.snapshot import Pace, Recorded, Recording, record_series
 from mthp.targets import open_target

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import FakeSpace
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError
 from mthp.report.charts import Series, bar_chart, chart, nice_ticks
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table

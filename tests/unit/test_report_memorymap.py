@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fakes import FakeSpace
 from mthp.addrspace import ORDER_NONE, Pte, Vma, VmaKind
 from mthp.engine.census import take_census
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import Folios
 from mthp.geometry import X86_64
 from mthp.report import memorymap

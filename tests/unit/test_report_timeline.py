@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace
 from mthp.addrspace import Pte
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.report import render
 from mthp.report.gather import Source, report_on
 from mthp.report.timeline import chosen_steps, gather, section

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mthp.engine.machine_seam import Passage, VisitedSpace
+from mthp.engine.visited import Passage, VisitedSpace
 from mthp.results import ScanResult
 from mthp.sim import Machine
 from mthp.sim.khugepaged import Khugepaged

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mthp.engine.fullness import Fullness
-from mthp.engine.machine_seam import RangeScan
 from mthp.engine.occupancy import Occupancy, Planes
 from mthp.engine.policy import BUILT_IN, Rules
-from mthp.engine.single_pmd import collapse_single_pmd
 from mthp.results import ScanResult
+from mthp.sim.fullness import Fullness
+from mthp.sim.single_pmd import RangeScan, collapse_single_pmd
 from mthp.tunables import Tunables
 from simworld import PAGE, SMALL
 

@@ -12,8 +12,8 @@ from mthp.addrspace import Block, Means, Pte, PteColumns, Vma
 from mthp.blockstates import SMALLER_FOLIOS
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions
 from mthp.engine.report import CollapseReport
+from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 from mthp.results import BlockOutcome, ScanResult
 from mthp.thp_unadvised import REASON, corrected

@@ -13,7 +13,7 @@ import pytest
 
 from fakes import FakeSpace
 from mthp.addrspace import AddressSpace
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 from mthp.results import BlockOutcome
 from mthp.top.mapped import Mapped

@@ -12,7 +12,8 @@ import pytest
 from fakes import FakeClock, FakeSpace
 from mthp.addrspace import AddressSpace
 from mthp.engine.census import take_census
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.pacing import CPU_SLICE
 from mthp.top.looks import Stopped, first_look, mappings, second_look

@@ -10,12 +10,10 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Block, Means, Pte, PteColumns, Segment, Vma
-from mthp.engine.khugepaged import PassEnd
-from mthp.engine.machine_seam import Passage
-from mthp.engine.madvise import madvise_collapse
-from mthp.engine.scanning import Khugepaged
-from mthp.engine.visit import SpaceVisit, VisitOptions
-from mthp.engine.visited_block import Candidate
+from mthp.engine.admission import Candidate
+from mthp.engine.khugepaged import Khugepaged
+from mthp.engine.scanner import PassEnd
+from mthp.engine.visited import Passage
 from mthp.errors import NotPermittedError, UsageError
 from mthp.geometry import Geometry
 from mthp.results import BlockOutcome, ScanResult
@@ -298,7 +296,7 @@ def test_each_space_may_have_its_own_rules() -> None:
     first, second = space(pages(16)), space(pages(16))
     daemon = mthp.Khugepaged(orders=[4])
     daemon.enter(first)
-    daemon.enter(second, VisitOptions(orders=[3], within=(at(0), at(16))))
+    daemon.enter(second, orders=[3], within=(at(0), at(16)))
     daemon.do_scan()
     assert (first.attempts, second.attempts) == ([(at(0), 4)], [(at(0), 3), (at(8), 3)])
 
@@ -309,12 +307,43 @@ def test_options_that_cannot_be(options: dict[str, object]) -> None:
         mthp.Khugepaged(**options).enter(space(pages(16)))  # type: ignore[arg-type]
 
 
-def test_madvise_over_any_address_space() -> None:
+def test_a_forced_visit_heeds_no_limit_and_no_switch() -> None:
     target = space(pages(1), pages(15, NONE), pages(16), pages(16, HUGE), switches=Switches("never", {}))
-    forced = SpaceVisit(target, VisitOptions(orders=None, trigger="madvise"))
-    assert madvise_collapse(forced, at(0), at(48)) == 0
+    entered(target, orders=None, trigger="madvise", max_ptes_none=0).do_scan()
     assert target.attempts == [(at(0), 4), (at(16), 4)]
-    assert madvise_collapse(forced, at(0), at(64)) == 12
-    assert madvise_collapse(forced, at(0) + 1, at(16)) == 22
-    busy = space(pages(16), fails={at(0): ScanResult.PAGE_LOCK})
-    assert madvise_collapse(SpaceVisit(busy, VisitOptions(orders=None, trigger="madvise")), at(0), at(16)) == 11
+
+
+def test_the_largest_orders_of_a_batch_come_first() -> None:
+    target = space(*[run for _ in range(2) for run in (pages(12), pages(4, NONE))], tunables=Tunables(0, 2, 8, 1000))
+    entered(target).do_scan()
+    assert target.attempts == [(at(0), 3), (at(16), 3), (at(8), 2), (at(24), 2)]
+
+
+@pytest.mark.parametrize("policy", ["mainline", "rfc", "per-order"])
+def test_a_budget_that_ends_within_a_range_leaves_smaller_runs(policy: str) -> None:
+    """Twelve pages of sixteen; four PTEs more may be filled, then none."""
+    target = space(*[run for _ in range(2) for run in (pages(12), pages(4, NONE))])
+    left = [4]
+
+    def admit(candidate: Candidate) -> ScanResult:
+        if candidate.filled > left[0]:
+            return ScanResult.EXCEED_NONE_PTE
+        left[0] -= candidate.filled
+        return ScanResult.SUCCEED
+
+    daemon = entered(target, admit=admit, policy=policy, mthp_min_order=2)
+    daemon.do_scan()
+    assert target.attempts[:2] == [(at(0), 4), (at(16), 3)]
+    assert daemon.statistics.filled.total() == 4
+    # Where an order that failed is not tried again in the range, the rest follows in the next pass.
+    daemon.do_scan()
+    assert (at(24), 2) in target.attempts
+
+
+def test_a_limit_that_is_reached_ends_the_range_and_is_its_result() -> None:
+    target = space(pages(16), pages(8), pages(8, NONE), tunables=Tunables(0, 2, 8, 1000))
+    refusing = {at(16): ScanResult.CGROUP_CHARGE_FAIL}
+    daemon = entered(target, admit=lambda candidate: refusing.get(candidate.address, ScanResult.SUCCEED))
+    daemon.do_scan()
+    assert target.attempts == [(at(0), 4)]
+    assert daemon.statistics.results[ScanResult.CGROUP_CHARGE_FAIL] == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mthp.addrspace import AddressSpace
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.report import write
 from mthp.report.document import Command
 from mthp.report.gather import Source, report_on

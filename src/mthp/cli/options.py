@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mthp.budget import DEFAULT_BLOAT, parse_amount, parse_bloat
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.units import above_zero, parse_duration, parse_rate, parse_share, parse_size
 

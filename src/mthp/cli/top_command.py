@@ -11,8 +11,8 @@ import click
 from mthp.addrspace import AddressSpace
 from mthp.cli.options import SHARE, plan_options, planned
 from mthp.cli.status_command import ask_daemon
-from mthp.engine.planning import PlanOptions, base_rules
 from mthp.engine.policy_lookup import policy_named
+from mthp.engine.select import PlanOptions, base_rules
 from mthp.errors import MthpError, UnsupportedError
 from mthp.targets import open_target, pid_of, refuse_ancestor
 

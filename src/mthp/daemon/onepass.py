@@ -2,13 +2,14 @@
 
 What is worth a look is sorted by how full it is, the fullest first, so that a budget buys as much as it can; ranges
 that are about equally full are gone through by address, so that neighbours are read and moved together. Scanning and
-collapsing is the engine's (:class:`mthp.engine.visit.SpaceVisit`); here is what the daemon adds: the switches and
+collapsing is the engine's (:class:`mthp.engine.visit.Visit`); here is what the daemon adds: the switches and
 tunables X
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,16 +21,16 @@ from mthp import thp_unadvised
 from mthp.addrspace import Means, Segment, VmaKind
 from mthp.budget import Room
 from mthp.daemon.environment import Environment
-from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.rules import Settings
-from mthp.engine.machine_seam import Passage
-from mthp.engine.visit import SpaceVisit, VisitOptions
-from mthp.engine.visited_block import Candidate
+from mthp.engine.admission import Admission, Candidate
+from mthp.engine.select import PlanOptions
+from mthp.engine.visit import Visit
+from mthp.engine.visited import Passage
 from mthp.errors import MthpError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.outline import Outline
 from mthp.price import needs_move_reason, price_of_moving
-from mthp.results import ScanResult
+from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
 
 _FULLNESS_STEPS = 4
@@ -48,6 +49,8 @@ class Pass:
     Attributes:
         space: its address space, opened; closed with this.
         out_of_memory: the limit at which a charge failed, which ends the pass; ``""`` if none did.
+        reasons: why attempts failed or were not made, where there is more to say than their result.
+        unadvised: whether folios below the PMD order are made in advised memory only.
         eligible: whether :meth:`outline` found a mapping in which folios may be made.
 
     Raises:
@@ -59,35 +62,39 @@ class Pass:
     ) -> None:
         self._environment = environment
         self._settings = settings
-        self._bloat_left = bloat_left
         self.out_of_memory = ""
-        switches, tunables = governed(environment, settings)
-        space = environment.opened(pid)
-        self.space = GovernedSpace(space, switches, tunables)
+        self.unadvised = False
+        self.reasons: Counter[str] = Counter()
+        self.eligible = False
+        self._stretches: list[tuple[Segment, int]] = []
+        self.space = environment.opened(pid)
         try:
             if settings.orders != "enabled" and not _orders(settings, environment.geometry):
                 raise UnsupportedError(self.needs_move or "the rule's mechanism makes none of its sizes")
-            self._visit = SpaceVisit(self.space, self._options())
+            room = Room(self.space.memory_bounds, settings.reserve)
+            self._admission = Admission(self.space, room, bloat_left, available=environment.free.available)
+            self._visit = Visit(self.space, self._choice(), self.means, admit=self._admit)
         except MthpError:
             self.space.close()
             raise
-        self._stretches: list[tuple[Segment, int]] = []
-        self._pending_fill = 0
-        self._room = Room(self.space.memory_bounds, settings.reserve)
-        self.eligible = False
-        self._advised: list[Segment] | None = None
 
-    def _options(self) -> VisitOptions:
+    def _choice(self) -> PlanOptions:
         settings = self._settings
-        return VisitOptions(
+        switches, tunables = governed(self._environment, settings)
+        return PlanOptions(
             policy=settings.policy,
             orders=_orders(settings, self._environment.geometry),
             max_ptes_none=settings.max_ptes_none,
             max_ptes_swap=settings.max_ptes_swap,
             max_ptes_shared=settings.max_ptes_shared,
-            means=self.means,
-            admit=self._admit,
+            switches=switches,
+            tunables=tunables,
         )
+
+    def only_advised(self) -> None:
+        """Make folios below the PMD order in advised memory only (:mod:`mthp.thp_unadvised`)."""
+        self.unadvised = True
+        self._admission.only_advised()
 
     @property
     def means(self) -> Means:
@@ -115,9 +122,8 @@ class Pass:
 
     def govern(self) -> None:
         """Have the switches and tunables of this moment hold from now on."""
-        switches, tunables = governed(self._environment, self._settings)
-        if switches != self.space.governed_switches or tunables != self.space.governed_tunables:
-            self.space.governed_switches, self.space.governed_tunables = switches, tunables
+        if (choice := self._choice()) != self._visit.choice:
+            self._visit.choice = choice
             self._visit.forget()
 
     def outline(self) -> Outline:
@@ -155,6 +161,16 @@ class Pass:
         return [{"reason": one[1], "mappings": refused[one][0], "bytes": refused[one][1]} for one in ranked]
 
     @property
+    def has_room(self) -> bool:
+        """Whether an anonymous mapping of the target is as large as a PMD range."""
+        return self._visit.has_room
+
+    @property
+    def touching(self) -> bool:
+        """Whether the target's memory is being worked on at this moment; callable from any thread."""
+        return self._visit.touching
+
+    @property
     def is_done(self) -> bool:
         """Whether nothing is left to do."""
         return not self._stretches
@@ -168,8 +184,7 @@ class Pass:
         """Scan so many ranges at most: what came of them, and their outline afterwards."""
         size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
         done: list[tuple[Passage, Outline]] = []
-        self._pending_fill = 0
-        self._room.renew()
+        self._admission.renew()
         while ranges > 0 and self._stretches and not self._environment.stopping():
             (start, end), pages = self._stretches.pop()
             stop = min(end, start + ranges * size)
@@ -178,40 +193,25 @@ class Pass:
             if passage.end < end:
                 left = pages * (end - passage.end) // (end - start)
                 self._stretches.append(((passage.end, end), left))
-            if any(self._failed_charge(attempt.result) for attempt in passage.attempts):
-                self.out_of_memory = self._room.reason or ScanResult.CGROUP_CHARGE_FAIL.meaning
-                self._stretches.clear()
+            self._note(passage.attempts)
             if len(passage.addresses):
                 done.append((passage, self.space.outline([(int(passage.addresses[0]), passage.end)])))
         return done
 
-    def _failed_charge(self, result: ScanResult) -> bool:
-        """Whether `result` means that the target is at a memory limit, so that more attempts could only hurt it."""
-        if result is ScanResult.ALLOC_HUGE_PAGE_FAIL:
-            return self._room.limited
-        return result is ScanResult.CGROUP_CHARGE_FAIL
-
     def _admit(self, candidate: Candidate) -> ScanResult:
-        """Whether an attempt fits the budget of bloat and the memory limits, and there is a folio for it."""
-        if self.space.unadvised_small and candidate.order < self._environment.geometry.pmd_order:
-            if self._advised is None:
-                self._advised = thp_unadvised.advised(self.space)
-            if not thp_unadvised.lies_in(candidate.address, self._advised):
-                return thp_unadvised.RESULT
-        if not self._environment.free.available(candidate.order):
-            return ScanResult.ALLOC_HUGE_PAGE_FAIL
-        fill = candidate.filled * self._environment.geometry.page_size
-        left = self._bloat_left()
-        if left is not None and fill and self._pending_fill + fill > left:
-            return ScanResult.EXCEED_NONE_PTE
-        # New folios are charged before old pages are freed: one PMD range at a time, blocks by the window.
-        size = self._environment.geometry.size_of(candidate.order)
-        by_call = candidate.order == self._environment.geometry.pmd_order
-        if not self._room.take(fill if by_call else size, size):
-            self.space.reasons[self._room.reason] += 1
-            return ScanResult.CGROUP_CHARGE_FAIL
-        self._pending_fill += fill
-        return ScanResult.SUCCEED
+        result = self._admission(candidate)
+        if result is ScanResult.CGROUP_CHARGE_FAIL:
+            self.reasons[self._admission.room.reason] += 1
+        return result
+
+    def _note(self, attempts: Sequence[BlockOutcome]) -> None:
+        """Note why attempts failed, and what that means for those that follow."""
+        self.reasons.update(attempt.reason for attempt in attempts if attempt.reason)
+        if any(attempt.reason == thp_unadvised.REASON for attempt in attempts):
+            self.only_advised()
+        if any(self._admission.ended_by(attempt.result) for attempt in attempts):
+            self.out_of_memory = self._admission.room.reason or ScanResult.CGROUP_CHARGE_FAIL.meaning
+            self._stretches.clear()
 
     def close(self) -> None:
         """Let go of the address space."""

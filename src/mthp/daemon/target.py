@@ -6,8 +6,8 @@ There are three depths of looking, each dearer than the one before and only gone
    collapse. This is all that an idle process costs, as often as :mod:`mthp.daemon.looks` allows.
 2. *Outline*: which PMD ranges its mappings have, and how much each holds (:class:`~mthp.outline.Outline`). What is laid
    out as it was when it was finished is passed over (:class:`~mthp.daemon.ledger.Ledger`).
-3. *Scan*: the entries of the ranges that are left, the fullest first, and the collapse of what the policy wants, by the
-   same code as the simulated machine's (:class:`mthp.engine.visit.SpaceVisit`).
+3. *Scan*: the entries of the ranges that are left, the fullest first, and the collapse of what the policy wants
+   (:class:`mthp.engine.visit.Visit`).
 
 A pass is 2 and 3; it is cut into pieces of some milliseconds, and the target may be left between any two.
 """
@@ -23,12 +23,11 @@ import numpy as np
 
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
-from mthp.daemon.governed import GovernedSpace
 from mthp.daemon.ledger import Ledger
 from mthp.daemon.onepass import Pass, governed
 from mthp.daemon.rules import ProcessFacts, Rule, Settings
 from mthp.daemon.unadvised import Unadvised
-from mthp.engine.machine_seam import Passage
+from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.outline import Outline
@@ -158,7 +157,7 @@ class Target:
     def touched_now(self) -> bool:
         """Whether its memory is being worked on at this moment; callable from any thread."""
         current = self._pass
-        return current is not None and current.space.touching
+        return current is not None and current.touching
 
     def renew(self, facts: ProcessFacts, rule: Rule) -> None:
         """Go on under another rule: everything is looked at anew."""
@@ -244,7 +243,8 @@ class Target:
     def _begin_pass(self, now: float, touched: bool) -> None:
         self._count("passes")
         self._pass = Pass(self._environment, self.facts.pid, self.settings, lambda: self.bloat_left)
-        self._pass.space.unadvised_small = self._unadvised.holds(now)
+        if self._unadvised.holds(now):
+            self._pass.only_advised()
         outline = self._pass.outline()
         self._left_alone = self._pass.left_alone
         self._environment.looks.put(self, eligible=self._pass.eligible)
@@ -253,7 +253,7 @@ class Target:
         self._pass.todo(outline[due & ~outline.pmd_mapped])
         taken = self._environment.clock() - now
         # Advice makes nothing of a process that has no room for a PMD range: only a new mapping can, and that shows.
-        self._has_room = self._pass.space.has_room
+        self._has_room = self._pass.has_room
         self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._has_room else math.inf
         self._found_under = self._rules_of_the_moment()
         self.left_out = ""
@@ -276,12 +276,12 @@ class Target:
         self._at_a_time = max(1, min(2 * ranges, PIECE_RANGES, int(ranges * PIECE_SECONDS / taken)))
         for passage, after in done:
             self._account(current, passage, after)
-        self._drop_old_reasons(current.space)
+        self._drop_old_reasons(current)
         if current.out_of_memory:
             self._end_pass()
             self._leave_out(f"a charge failed: {current.out_of_memory}")
             return
-        if current.space.unadvised_small:
+        if current.unadvised:
             self._unadvised.found(environment.clock())
         self.gain = current.gain
         rest = self._rate.wait()
@@ -346,11 +346,11 @@ class Target:
                 max_pause_seconds=max(pauses, default=0) / 1e9,
             )
 
-    def _drop_old_reasons(self, space: GovernedSpace) -> None:
+    def _drop_old_reasons(self, current: Pass) -> None:
         """Keep why the last attempts failed."""
-        if space.reasons:
-            self.reasons = Counter(dict(space.reasons.most_common(8)))
-            space.reasons.clear()
+        if current.reasons:
+            self.reasons = Counter(dict(current.reasons.most_common(8)))
+            current.reasons.clear()
 
     def _count(self, name: str, by: int = 1) -> None:
         for counters in (self.counters, self._environment.total):

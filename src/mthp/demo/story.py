@@ -17,8 +17,9 @@ from mthp.demo.client import Deed, Measurement, Verification, Workload, Workload
 from mthp.engine.census import Census, take_census
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
 from mthp.engine.policy import BUILT_IN, OWN
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 

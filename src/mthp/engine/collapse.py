@@ -12,9 +12,10 @@ from mthp.engine.allowed import allowed_of, mechanisms_of
 from mthp.engine.blocks import Blocks
 from mthp.engine.kernel import in_windows
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import ORDERS_ENABLED, PlanOptions, plan_space
+from mthp.engine.planning import plan_space
 from mthp.engine.ranges import Ranges
 from mthp.engine.report import CollapseReport, FolioTally
+from mthp.engine.select import ORDERS_ENABLED, PlanOptions
 from mthp.engine.space_plan import Folios, SpacePlan
 from mthp.engine.work import Progress, Work
 from mthp.errors import UsageError

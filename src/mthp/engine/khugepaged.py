@@ -1,316 +1,119 @@
-"""khugepaged: the address spaces that are visited (mm_slots), how far it got in them, and its pace.
+"""`mthp.Khugepaged`: khugepaged in user space, over address spaces of any kind.
 
-Follows khugepaged_do_scan(), collapse_scan_mm_slot() and khugepaged_wait_work() (mm/khugepaged.c). A pass looks at
-``pages_to_scan`` entries and then rests for ``scan_sleep_millisecs``; the cursor (address space, address) stays between
-passes. It goes over all address spaces in the order in which they came, and counts a full scan when it is behind the
-last. When memory cannot be allocated it rests for ``alloc_sleep_millisecs``, and when that happens a second time in a
-pass, the pass ends.
-
-:class:`Scanner` is all of that, for whatever stands behind :class:`~mthp.engine.machine_seam.VisitedSpace`. The
-simulated machine's khugepaged is one, and so is :class:`mthp.Khugepaged`, which visits any address space.
+>>> import mthp
+>>> from mthp.targets import open_target
+>>> daemon = mthp.Khugepaged(policy="mainline", orders="64K,2M")
+>>> with open_target("self") as space:
+...     daemon.enter(space)
+...     daemon.do_scan()
 """
 
 from __future__ import annotations
 
-import enum
-import threading
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-
-from mthp.engine.machine_seam import Clock, Passage, VisitedSpace, WallClock
-from mthp.errors import MthpError, TargetVanishedError
-from mthp.results import ScanResult
+from mthp.addrspace import AddressSpace
+from mthp.engine.scanner import Listener, Scanner
+from mthp.engine.select import ORDERS_ENABLED, PlanOptions
+from mthp.engine.visit import Visit
+from mthp.engine.visited import Clock, WallClock
+from mthp.errors import UsageError
+from mthp.geometry import X86_64
 from mthp.tunables import Tunables
 
-POLL = 0.5
-"""Seconds between two questions to a caller's `stop` while resting."""
-
-_MILLISECOND = 1e-3
+_OF_VISITS = frozenset({"means", "admit", "choose"})
 
 
-class PassEnd(enum.Enum):
-    """What ended a pass."""
+class Khugepaged(Scanner):
+    """Visits address spaces: live processes, simulated ones, whatever has the seam.
 
-    BUDGET = "pages_to_scan entries were looked at"
-    ROUND = "every address space was visited"
-    ALLOC = "memory could not be allocated, for the second time in the pass"
-    STOPPED = "it was told to stop"
-    IDLE = "there is no address space to visit"
-
-
-@dataclass
-class Statistics:
-    """What was done so far.
-
-    Attributes:
-        passes: calls of :meth:`Scanner.do_scan`.
-        progress: entries looked at, as the budget counts them.
-        ranges: PMD ranges looked at.
-        results: PMD ranges by scan result.
-        attempts: attempts by (order, result).
-        copied, filled: pages that collapses copied, and PTEs that they filled, by order.
-        alloc_sleeps: rests because memory could not be allocated.
-    """
-
-    passes: int = 0
-    progress: int = 0
-    ranges: int = 0
-    results: Counter[ScanResult] = field(default_factory=Counter)
-    attempts: Counter[tuple[int, ScanResult]] = field(default_factory=Counter)
-    copied: Counter[int] = field(default_factory=Counter)
-    filled: Counter[int] = field(default_factory=Counter)
-    alloc_sleeps: int = 0
-
-    def add(self, passage: Passage) -> None:
-        """Count what came of some ranges."""
-        self.progress += passage.progress
-        self.ranges += len(passage.results)
-        for index, count in enumerate(np.bincount(passage.results).tolist()):
-            if count:
-                self.results[ScanResult(index)] += count
-        for attempt in passage.attempts:
-            self.attempts[attempt.order, attempt.result] += 1
-            if attempt.result is ScanResult.SUCCEED:
-                self.copied[attempt.order] += attempt.copied
-                self.filled[attempt.order] += attempt.filled
-
-
-Listener = Callable[[VisitedSpace, Passage], None]
-"""Told of every :class:`~mthp.engine.machine_seam.Passage`: ranges scanned, and the attempts made in them."""
-
-
-class Scanner:
-    """The address spaces that are visited, the cursor, and the pace.
-
-    One thread scans; others may let address spaces in and out meanwhile, and wake or stop it.
+    Made by one thread, which scans (:meth:`do_scan`, :meth:`run`); others may call :meth:`enter`, :meth:`exit`,
+    :meth:`wake` and :meth:`stop`, and read the counters.
 
     Args:
-        tunables: asked at the start of each pass and of each rest.
-        clock: the machine's time.
-        listener: told of everything that was looked at.
+        tunables: the pace: ``pages_to_scan``, ``scan_sleep_millisecs``, ``alloc_sleep_millisecs``; asked at every pass
+            if a function; by default those of the machine at that moment.
+        clock: the machine's time; that of this machine by default. For a simulated one give its ``machine.time``, so
+            that rests pass there at once.
+        listener: told of every :class:`~mthp.engine.visited.Passage`: the ranges that were looked at with their
+            scan results, and the attempts with what they copied and filled. Called in the scanning thread.
+        options: what to choose, as the fields of :class:`~mthp.engine.select.PlanOptions`, by default the orders that
+            the machine's switches allow each mapping at each moment; and `means`, `admit` and `choose` of
+            :class:`~mthp.engine.visit.Visit`.
 
-    Attributes:
-        full_scans: how often every address space had been visited.
-        pages_collapsed: PMD ranges in which something was collapsed.
-        statistics: what was done so far.
-        address: the cursor's address in the address space that is being visited.
+    Raises:
+        UsageError: an option that does not exist.
     """
 
     def __init__(
-        self, tunables: Callable[[], Tunables], clock: Clock | None = None, listener: Listener | None = None
+        self,
+        *,
+        tunables: Tunables | Callable[[], Tunables] | None = None,
+        clock: Clock | None = None,
+        listener: Listener | None = None,
+        **options: Any,
     ) -> None:
-        self._tunables = tunables
-        self._clock = clock or WallClock()
-        self._listener = listener
-        self._slots: list[VisitedSpace] = []
-        self._current: VisitedSpace | None = None
-        self._scanning = False
-        self._unwanted: set[int] = set()
-        self._lock = threading.RLock()
-        self._wake = threading.Event()
-        self._stopping = False
-        self._progress = self._budget = 0
-        self.address = 0
-        self.full_scans = 0
-        self.pages_collapsed = 0
-        self.statistics = Statistics()
-
-    # The address spaces.
+        self._time = clock or WallClock()
+        self._pace = tunables
+        self._options = options
+        self._checked(options)
+        super().__init__(self._current_tunables, self._time, listener)
 
     @property
-    def slots(self) -> tuple[VisitedSpace, ...]:
+    def visits(self) -> tuple[Visit, ...]:
         """The address spaces that are visited, in order."""
-        with self._lock:
-            return tuple(self._slots)
+        return tuple(slot for slot in self.slots if isinstance(slot, Visit))
 
-    @property
-    def current(self) -> VisitedSpace | None:
-        """The one that the cursor is in; None between full scans."""
-        return self._current
+    def enter(self, space: AddressSpace, **options: Any) -> bool:
+        """Visit `space` from now on, if anything in it may be collapsed; entering twice is entering once.
 
-    def add(self, space: VisitedSpace) -> None:
-        """Visit `space` from now on, behind all others (__khugepaged_enter)."""
-        with self._lock:
-            if any(slot is space for slot in self._slots):
-                return
-            self._slots.append(space)
-            if len(self._slots) == 1:
-                self.wake()
-
-    def remove(self, space: VisitedSpace) -> None:
-        """Visit `space` no more (__khugepaged_exit). While it is being scanned, as soon as that is over."""
-        with self._lock:
-            if not any(slot is space for slot in self._slots):
-                return
-            if space is self._current and self._scanning:
-                self._unwanted.add(id(space))
-            elif space is self._current:
-                self._leave(space, gone=True)
-            else:
-                self._drop(space)
-
-    def _drop(self, space: VisitedSpace) -> None:
-        self._slots = [slot for slot in self._slots if slot is not space]
-        self._unwanted.discard(id(space))
-        space.close()
-
-    # One pass.
-
-    def do_scan(self) -> PassEnd:
-        """Make one pass (khugepaged_do_scan).
-
-        Raises:
-            MthpError: an address space could not be worked on, for another reason than that it vanished. It is
-                visited no more; everything else is in order, and the next pass goes on with the one behind it.
-        """
-        self._begin_pass()
-        self.statistics.passes += 1
-        self._progress, self._budget = 0, self._tunables().pages_to_scan
-        rounds, waited = 0, False
-        while self._progress < self._budget:
-            if self._stopping:
-                return PassEnd.STOPPED
-            with self._lock:
-                if not self._slots:
-                    return PassEnd.ROUND if self._progress else PassEnd.IDLE
-                rounds += self._current is None
-                if rounds >= 2:
-                    return PassEnd.ROUND
-                if self._current is None:
-                    self._current, self.address = self._slots[0], 0
-                slot, self._scanning = self._current, True
-            try:
-                result = self._visit(slot)
-            finally:
-                with self._lock:
-                    self._scanning = False
-                    if id(slot) in self._unwanted:
-                        self._leave(slot, gone=True)
-            if result is ScanResult.ALLOC_HUGE_PAGE_FAIL and self._progress < self._budget:
-                if waited:
-                    return PassEnd.ALLOC
-                waited = True
-                self.statistics.alloc_sleeps += 1
-                self._rest(self._tunables().alloc_sleep_millisecs * _MILLISECOND)
-        return PassEnd.BUDGET
-
-    def full_scan(self) -> None:
-        """Pass after pass, without rests between them, until every address space was visited from the cursor on."""
-        before = self.full_scans
-        while self._slots and self.full_scans == before and self.do_scan() is not PassEnd.STOPPED:
-            pass
-
-    def _visit(self, slot: VisitedSpace) -> ScanResult:
-        """Go on in an address space until a collapse was tried, the budget is spent, or its end."""
-        self._count_progress(1)
-        result, gone = ScanResult.FAIL, False
-        try:
-            while not (slot.exiting or slot.thp_disabled or id(slot) in self._unwanted or self._stopping):
-                found = slot.find(self.address)
-                self._count_progress(found.passed)
-                if found.stretch is None:
-                    break
-                passage = slot.scan(found.stretch, max(1, self._budget - self._progress))
-                self.address = passage.end
-                self._progress += passage.progress
-                self._account(slot, passage)
-                result = passage.result
-                if passage.released or self._progress >= self._budget:
-                    return result
-            gone = slot.exiting
-        except TargetVanishedError:
-            gone = True
-        except MthpError:
-            with self._lock:
-                self._leave(slot, gone=True)
-            raise
-        with self._lock:
-            # Who is unwanted is left when the scan is over.
-            if id(slot) not in self._unwanted and (gone or not self._stopping):
-                self._leave(slot, gone=gone)
-        return result
-
-    def _count_progress(self, entries: int) -> None:
-        self._progress += entries
-        self.statistics.progress += entries
-
-    def _account(self, slot: VisitedSpace, passage: Passage) -> None:
-        self.statistics.add(passage)
-        if collapsed := self._collapsed(passage):
-            self._count("pages_collapsed", collapsed)
-        if self._listener is not None:
-            self._listener(slot, passage)
-
-    def _collapsed(self, passage: Passage) -> int:
-        """How many PMD ranges count as collapsed."""
-        return int(np.count_nonzero(passage.results == ScanResult.SUCCEED))
-
-    def _leave(self, slot: VisitedSpace, *, gone: bool) -> None:
-        """Move the cursor on to the next address space, and drop this one if it is gone."""
-        at = next(index for index, each in enumerate(self._slots) if each is slot)
-        self._current, self.address = (self._slots[at + 1] if at + 1 < len(self._slots) else None), 0
-        if self._current is None:
-            self._count("full_scans", 1)
-        if gone:
-            self._drop(slot)
-
-    def _count(self, name: str, by: int) -> None:
-        """Count under the kernel's name of the counter."""
-        setattr(self, name, getattr(self, name) + by)
-
-    def _begin_pass(self) -> None:
-        """What the machine does before a pass: lru_add_drain_all()."""
-
-    # The pace.
-
-    def run(self, stop: Callable[[], bool] | None = None) -> None:
-        """Scan and rest in turn (khugepaged), until :meth:`stop` is called, or `stop` says True.
+        The space stays open: whoever opened it closes it, after :meth:`exit`, or once it is visited no more because its
+        process is gone.
 
         Args:
-            stop: asked between passes, and twice a second while resting.
+            options: for this space, on top of this object's.
+
+        Returns:
+            Whether it is visited. If not, nothing was kept; try again when the process has grown.
 
         Raises:
-            MthpError: as :meth:`do_scan`; it may be called again.
+            UsageError: an unknown policy, or an order or a limit that does not exist on its geometry.
+            TargetVanishedError: the process is gone.
         """
+        if any(visit.space is space for visit in self.visits):
+            return True
+        choice, others = self._checked(self._options | options)
+        visit = Visit(space, choice, clock=self._time, **others)
+        if not visit.wanted:
+            return False
+        self.add(visit)
+        return True
+
+    def exit(self, space: AddressSpace) -> None:
+        """Visit `space` no more; while it is being scanned, as soon as that is over."""
+        for visit in self.visits:
+            if visit.space is space:
+                self.remove(visit)
+
+    @staticmethod
+    def _checked(options: dict[str, Any]) -> tuple[PlanOptions, dict[str, Any]]:
+        """Return what to choose, and the other options of a visit.
+
+        Raises:
+            UsageError: an option that does not exist.
+        """
+        others = {name: value for name, value in options.items() if name in _OF_VISITS}
+        chosen = {name: value for name, value in options.items() if name not in _OF_VISITS}
         try:
-            while not self._told_to_stop(stop):
-                self._wake.clear()
-                self.do_scan()
-                # Without anything to visit it waits until somebody comes.
-                seconds = self._tunables().scan_sleep_millisecs * _MILLISECOND if self._slots else float("inf")
-                self._wait(seconds, stop)
-        finally:
-            self._stopping = False
+            return PlanOptions(**{"orders": ORDERS_ENABLED} | chosen), others
+        except TypeError as error:
+            raise UsageError(str(error).replace("PlanOptions.__init__()", "khugepaged's options:")) from None
 
-    def stop(self) -> None:
-        """End :meth:`run` and the pass that is being made, after the ranges at hand; callable from any thread.
-
-        If :meth:`run` has not begun yet, it ends at once.
-        """
-        self._stopping = True
-        self._wake.set()
-
-    def wake(self) -> None:
-        """Cut a rest short; callable from any thread."""
-        self._wake.set()
-
-    def _told_to_stop(self, stop: Callable[[], bool] | None) -> bool:
-        if stop is not None and stop():
-            self._stopping = True
-        return self._stopping
-
-    def _wait(self, seconds: float, stop: Callable[[], bool] | None) -> None:
-        """Rest for `seconds`, unless woken or told to stop."""
-        end = self._clock.now() + seconds
-        while not self._told_to_stop(stop) and not self._wake.is_set() and (left := end - self._clock.now()) > 0:
-            self._clock.sleep(min(left, POLL) if stop is not None or left == float("inf") else left, self._wake)
-
-    def _rest(self, seconds: float) -> None:
-        """Rest within a pass."""
-        self._wake.clear()
-        # Who says stop says so before he wakes, so that this is not missed.
-        if not self._stopping:
-            self._clock.sleep(seconds, self._wake)
+    def _current_tunables(self) -> Tunables:
+        if isinstance(self._pace, Tunables):
+            return self._pace
+        if self._pace is not None:
+            return self._pace()
+        visits = self.visits
+        return visits[0].space.tunables if visits else Tunables.defaults(X86_64)

@@ -6,7 +6,7 @@ import numpy as np
 
 from mthp.addrspace import AddressSpace
 from mthp.blockstates import states_of
-from mthp.engine.planning import BLOCK_PMD_RANGES
+from mthp.engine.select import BLOCK_PMD_RANGES
 from mthp.engine.space_plan import Folios, Ranges, SpacePlan
 from mthp.metrics import Scope, measure
 from mthp.ptes import segments_of

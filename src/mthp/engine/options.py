@@ -7,7 +7,7 @@ from typing import get_args
 
 from mthp.addrspace import DUTY, MAX_PAUSE_NS, AddressSpace, Means, Mechanism
 from mthp.budget import DEFAULT_BLOAT, Amount, Room, as_amount
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 
 

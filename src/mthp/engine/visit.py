@@ -1,70 +1,49 @@
-"""An address space of any kind, as khugepaged visits it: the backend reads and collapses, the engine judges.
+"""Visit an address space of any kind: read PMD ranges, walk over them, admit, collapse, report.
 
-The mappings are listed now and then, and what in them may be collapsed is remembered as areas: whole PMD ranges that
-one set of rules holds for. Their ranges are read and worked on in blocks (:mod:`mthp.engine.visited_block`), which grow
-where there is nothing to do.
+khugepaged scans a range, releases its locks and tries to collapse; then it scans the next. Behind the seam, scanning is
+cheap by the block and dear by the call, and so is collapsing: the mover stops a target for each batch. So a visit reads
+the PMD ranges of a block at once and walks over all of them (:class:`~mthp.engine.walk.Walk`), as a plan does. The runs
+that the walk would collapse are tried as one batch. That is sound because the runs are disjoint, and none depends on
+the success of another.
+
+A run that is not admitted is barred, and the walk made again, so that smaller orders are tried in its place. What page
+tables do not show (a page that is locked, or waits for its LRU list) shows as an outcome: the smaller orders that the
+kernel would try in its place are tried in the next pass, if the range still looks the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Means, PteColumns, Segment, VmaKind
-from mthp.eligibility import Trigger, eligibility
+from mthp.addrspace import AddressSpace, Means, Segment, VmaKind
+from mthp.engine.admission import Admit, Candidate, collapse_batch
 from mthp.engine.filled import FilledPages
-from mthp.engine.machine_seam import Clock, Found, Passage, WallClock
 from mthp.engine.occupancy import Bits
-from mthp.engine.planning import BLOCK_PMD_RANGES, ORDERS_ENABLED, base_rules, switched
-from mthp.engine.policy import Policy, Rules
+from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_named
-from mthp.engine.visited_block import Admit, VisitedBlock
+from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, jobs_of, read_planes
+from mthp.engine.visited import Clock, Found, Passage, WallClock
+from mthp.engine.walk import Walk
 from mthp.geometry import Geometry
-from mthp.results import ScanResult
+from mthp.results import DONE_THERE, LOWER_ORDERS_MAY_SUCCEED, BlockOutcome, ScanResult
 
 FRESH = 1.0
 """Seconds for which a listing of the mappings is taken to hold; a failure that says otherwise ends that at once."""
 
+FILLING = Means(fill=True)
+"""The means of a visit by default: what may be filled is decided by the policy."""
+
+_LISTING_IS_STALE = frozenset({ScanResult.VMA_NULL, ScanResult.VMA_CHECK, ScanResult.ADDRESS_RANGE})
 
 Choose = Callable[[AddressSpace, NDArray[np.uint64]], Bits]
-"""Given the addresses of some PMD ranges (uint64, shape (ranges,)), says which of them are worth a look: bool, same
-shape. The others are passed over without being read, as one entry each."""
-
-
-@dataclass(frozen=True, slots=True)
-class VisitOptions:
-    """How an address space is visited.
-
-    Attributes:
-        policy: a policy, or its name.
-        orders: the enabled orders; ``"enabled"`` for what the machine's switches allow each mapping, at each moment;
-            None for all.
-        trigger: ``khugepaged``, which respects the limits, or ``madvise``.
-        max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range; the machine's own of the moment if None.
-        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``.
-        means: by what means blocks are collapsed, and what that may cost the target. What may be filled is the
-            policy's matter here, so these may fill by default.
-        admit: asked before each attempt; None for no.
-        choose: asked before ranges are read; None for no.
-        within: visit this range of addresses only.
-    """
-
-    policy: str | Policy = "mainline"
-    orders: Iterable[int] | str | None = ORDERS_ENABLED
-    trigger: Trigger = "khugepaged"
-    max_ptes_none: int | None = None
-    max_ptes_swap: int | None = None
-    max_ptes_shared: int | None = None
-    mthp_min_order: int | None = None
-    means: Means = dataclasses.field(default_factory=lambda: Means(fill=True))
-    admit: Admit | None = None
-    choose: Choose | None = None
-    within: Segment | None = None
+"""Given the addresses of some PMD ranges (uint64, shape (ranges,)), returns which of them are to be read: bool, same
+shape. The others are passed over, as one entry each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +52,7 @@ class _Area:
 
     start: int
     end: int
-    rules: Rules
-    uffd_armed: bool
-    droppable: bool
+    job: Job
     passed: int
     """Mappings, and stretches without anything, between the area before and this one."""
 
@@ -89,35 +66,54 @@ class _Listing:
     areas: list[_Area]
     passed_behind: int
     refused: dict[tuple[VmaKind, str], tuple[int, int]]
+    has_room: bool
 
 
-class SpaceVisit:
-    """One address space, as :class:`~mthp.engine.khugepaged.Scanner` and MADV_COLLAPSE go over it.
+class Visit:
+    """One address space, as :class:`~mthp.engine.scanner.Scanner` goes over it.
 
     Args:
         space: not closed with this.
-        options: how it is visited.
+        choice: which folios are made of which memory.
+        means: by what means, and what that may cost the target.
+        admit: called before each attempt; None to admit all.
+        choose: called before ranges are read; None to read all.
         clock: the time by which a listing of the mappings grows old.
 
     Raises:
         UsageError: an unknown policy, or an order or a limit that does not exist on this geometry.
 
     Attributes:
-        space: as given.
-        options: may be replaced between passes, but for the policy.
+        space, means, admit, choose: as given.
+        choice: may be replaced between passes, but for the policy; :meth:`forget` then.
+        policy: that of `choice`.
         filled: pages that collapses filled, for policies that remember them.
+        touching: whether the memory of the space is being worked on at this moment.
     """
 
-    def __init__(self, space: AddressSpace, options: VisitOptions | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        space: AddressSpace,
+        choice: PlanOptions | None = None,
+        means: Means = FILLING,
+        *,
+        admit: Admit | None = None,
+        choose: Choose | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self.space = space
-        self.options = options or VisitOptions()
+        self.choice = choice or PlanOptions()
+        self.means = means
+        self.admit = admit
+        self.choose = choose
+        self.touching = False
+        self.policy: Policy = policy_named(self.choice.policy)
+        self.filled = FilledPages(space.geometry)
         self._clock = clock or WallClock()
-        self._policy = policy_named(self.options.policy)
         self._listed: _Listing | None = None
         self._served = False
         self._ahead = 0
-        self.filled = FilledPages(space.geometry)
-        base_rules(self.space, self.options)
+        base_rules(space, self.choice)
 
     @property
     def geometry(self) -> Geometry:
@@ -126,7 +122,7 @@ class SpaceVisit:
 
     @property
     def exiting(self) -> bool:
-        """Never known beforehand: an address space whose process is gone says so when it is next asked."""
+        """Never known beforehand: a space whose process is gone raises TargetVanishedError when it is next used."""
         return False
 
     @property
@@ -143,6 +139,15 @@ class SpaceVisit:
         return self._listing().refused
 
     @property
+    def has_room(self) -> bool:
+        """Whether an anonymous mapping is as large as a PMD range.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return self._listing().has_room
+
+    @property
     def wanted(self) -> bool:
         """Whether anything in it may be collapsed, so that a visit is worth it (khugepaged_enter_vma).
 
@@ -153,11 +158,11 @@ class SpaceVisit:
         return bool(listing.areas) and not listing.thp_disabled
 
     def forget(self) -> None:
-        """List the mappings anew when they are next needed."""
+        """List the mappings again when they are next needed."""
         self._listed = None
 
     def close(self) -> None:
-        """Nothing is held; the address space stays open, since whoever opened it closes it."""
+        """Do nothing: the address space stays open until its owner closes it."""
 
     # The mappings.
 
@@ -169,43 +174,32 @@ class SpaceVisit:
         return self._listed
 
     def _list(self, now: float) -> _Listing:
-        space, geometry, base = self.space, self.geometry, base_rules(self.space, self.options)
-        switches, thp_disabled = space.switches, space.thp_disabled
-        areas: list[_Area] = []
+        space, geometry = self.space, self.geometry
+        thp_disabled, vmas = space.thp_disabled, space.vmas()
+        jobs, left_alone = jobs_of(space, self.choice, base_rules(space, self.choice), vmas)
         refused: dict[tuple[VmaKind, str], tuple[int, int]] = {}
-        passed = 0
-        follow_switches = self.options.orders == ORDERS_ENABLED
-        for vma in space.vmas():
-            allowed = eligibility(
-                vma,
-                geometry,
-                switches,
-                trigger="khugepaged" if follow_switches else "madvise",
-                thp_disabled=thp_disabled,
-            )
-            if not allowed:
-                mappings, size = refused.get((vma.kind, allowed.reason), (0, 0))
-                refused[vma.kind, allowed.reason] = mappings + 1, size + vma.size
-            rules = switched(base, allowed.orders, switches) if follow_switches else base
-            whole = self._clipped(vma.pmd_ranges(geometry)) if allowed else None
-            if whole is None or not self._policy.orders_walked(rules):
-                passed += 1
-                continue
-            behind = whole[0]
-            for start, end in space.populated([whole], geometry.pmd_size):
-                passed += start > behind
-                areas.append(_Area(start, end, rules, vma.uffd_armed, vma.droppable, passed))
-                passed, behind = 0, end
-            passed += behind < whole[1]
-        return _Listing(now, thp_disabled, areas, passed, refused)
-
-    def _clipped(self, segment: Segment) -> Segment | None:
-        """The whole PMD ranges of `segment` that are wanted; None if there are none."""
-        (start, end), size = segment, self.geometry.pmd_size
-        if self.options.within is not None:
-            low, high = self.options.within
-            start, end = max(start, -(-low // size) * size), min(end, high // size * size)
-        return (start, end) if start < end else None
+        for vma, reason in left_alone:
+            mappings, size = refused.get((vma.kind, reason), (0, 0))
+            refused[vma.kind, reason] = mappings + 1, size + vma.size
+        members = [
+            (int(listed), segment, job)
+            for job in jobs
+            if self.policy.orders_walked(job.rules)
+            for listed, segment in zip(job.listed, job.segments, strict=True)
+        ]
+        areas: list[_Area] = []
+        # How many mappings were listed, and stretches passed over, up to the last area.
+        passed = behind = 0
+        for listed, (first, last), job in sorted(members, key=lambda member: member[0]):
+            passed += listed - behind
+            behind, at = listed + 1, first
+            for start, end in space.populated([(first, last)], geometry.pmd_size):
+                passed += start > at
+                areas.append(_Area(start, end, job, passed))
+                passed, at = 0, end
+            passed += at < last
+        has_room = any(vma.kind is VmaKind.ANON and vma.size >= geometry.pmd_size for vma in vmas)
+        return _Listing(now, thp_disabled, areas, passed + len(vmas) - behind, refused, has_room)
 
     def find(self, address: int) -> Found:
         if address == 0 and self._served:
@@ -235,55 +229,170 @@ class SpaceVisit:
         needed = -(-budget // n)
         end = min(stretch[1], area.end, stretch[0] + min(BLOCK_PMD_RANGES, max(needed, self._ahead)) * size)
         addresses = np.arange(stretch[0], end, size, dtype=np.uint64)
-        chosen = addresses
-        if self.options.choose is not None:
-            chosen = addresses[self.options.choose(self.space, addresses)]
-        block = VisitedBlock(self, area.rules, chosen, uffd_armed=area.uffd_armed, droppable=area.droppable)
+        chosen = addresses if self.choose is None else addresses[self.choose(self.space, addresses)]
         progress = np.ones(len(addresses), np.int64)
-        progress[np.searchsorted(addresses, chosen)] = block.progress
+        block = _Block(self, area.job, chosen) if len(chosen) else None
+        if block is not None:
+            progress[np.searchsorted(addresses, chosen)] = block.progress
         through = int(np.searchsorted(np.cumsum(progress), budget)) + 1
-        last = int(addresses[min(through, len(addresses)) - 1])
+        end = int(addresses[min(through, len(addresses)) - 1]) + size
         # Ranges that cost next to nothing are read in larger and larger blocks, as long as the budget is far away.
         self._ahead = min(BLOCK_PMD_RANGES, 2 * len(addresses)) if progress.sum() < budget else 0
-        return block.carry_out(last + size, int(progress[:through].sum()))
+        looked_at, count = int(progress[:through].sum()), int(np.searchsorted(chosen, end))
+        if block is None or not count:
+            return Passage(end, looked_at, chosen[:0], np.zeros(0, np.int8), ScanResult.FAIL)
+        results, attempts, released = block.carry_out(count)
+        failed = any(attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL for attempt in attempts)
+        result = ScanResult.ALLOC_HUGE_PAGE_FAIL if failed else ScanResult(int(results[-1]))
+        return Passage(end, looked_at, chosen[:count], results, result, released, tuple(attempts))
 
-    def read(self, addresses: NDArray[np.uint64]) -> PteColumns:
-        """The entries of the PMD ranges at `addresses`, adjoining ones as one segment."""
-        size = self.geometry.pmd_size
-        breaks = np.flatnonzero(np.diff(addresses) != size) + 1
-        starts, ends = addresses[np.r_[0, breaks]], addresses[np.r_[breaks - 1, len(addresses) - 1]]
-        return self.space.read([(a, b + size) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
 
-    # As MADV_COLLAPSE sees it.
+class _Block:
+    """Some PMD ranges under one set of rules, read at one moment: what is to be done in each, and what came of it.
 
-    def find_vma(self, address: int) -> Segment | None:
-        return next((segment for segment in self.space.mapped() if segment[1] > address), None)
+    Args:
+        addresses: uint64, shape (ranges,), ascending; at least one.
 
-    def possible(self, address: int) -> bool:
-        vma = next((vma for vma in self.space.vmas() if vma.start <= address < vma.end), None)
-        if vma is None:
-            return False
-        whole = dataclasses.replace(vma, start=0, end=2 * self.geometry.pmd_size)
-        disabled = self.space.thp_disabled
-        return bool(eligibility(whole, self.geometry, self.space.switches, trigger="madvise", thp_disabled=disabled))
+    Attributes:
+        progress: int64, shape (ranges,): the entries that each counts for.
+    """
 
-    def drain(self) -> None:
-        """The batches of a machine behind this seam are out of reach."""
+    def __init__(self, visit: Visit, job: Job, addresses: NDArray[np.uint64]) -> None:
+        self._visit = visit
+        self._addresses = addresses
+        self._rules = job.rules
+        self._columns, planes = read_planes(visit.space, job, addresses)
+        if visit.policy.remembers_filled and (filled := visit.filled.of(addresses)) is not None:
+            # What was unmapped since is not a page any more.
+            planes = dataclasses.replace(planes, filled=filled & planes.present)
+        self._planes = planes
+        self._bars: dict[int, NDArray[np.int8]] = {}
+        self._walk = Walk(planes, visit.policy, self._rules)
+        self._results = self._walk.scan_result()
+        without_table = (self._results == ScanResult.NO_PTE_TABLE) | (self._results == ScanResult.PMD_MAPPED)
+        self.progress: NDArray[np.int64] = np.where(without_table, 1, visit.geometry.ptes_per_pmd)
 
-    def revalidate(self, address: int) -> ScanResult:
-        self.forget()
-        area = self._area(address)
-        if area is not None and address + self.geometry.pmd_size <= area.end:
-            return ScanResult.SUCCEED
-        return ScanResult.VMA_CHECK if self.possible(address) else ScanResult.VMA_NULL
+    def carry_out(self, count: int) -> tuple[NDArray[np.int8], list[BlockOutcome], bool]:
+        """Try what is to be tried in the first `count` ranges.
 
-    def collapse_pmd(self, address: int) -> tuple[ScanResult, bool]:
-        passage = self.scan((address, address + self.geometry.pmd_size), 1)
-        if not len(passage.results):
-            return ScanResult.NO_PTE_TABLE, False
-        return ScanResult(int(passage.results[-1])), passage.released
+        Returns:
+            The scan result of each range (int8, shape (count,)), the attempts in the kernel's order, and whether any
+            was made.
+        """
+        results = self._results[:count].copy()
+        rows: list[int] = []
+        candidates: list[Candidate] = []
+        for row, candidate in self._admitted(count, results):
+            rows.append(row)
+            candidates.append(candidate)
+        attempts = self._foreseen(count)
+        if candidates:
+            attempts += self._collapse(rows, candidates, results)
+            attempts.sort(key=lambda attempt: (attempt.address, -attempt.order))
+        return results, attempts, bool(candidates)
 
-    @property
-    def policy(self) -> Policy:
-        """What is collapsed."""
-        return self._policy
+    def _admitted(self, count: int, results: NDArray[np.int8]) -> list[tuple[int, Candidate]]:
+        """Return the runs to be tried, each with its row; note in `results` why ranges are left without one."""
+        admit, policy = self._visit.admit, self._visit.policy
+        admitted: list[tuple[int, Candidate]] = []
+        decided: set[tuple[int, int, int]] = set()
+        left: dict[int, ScanResult] = {}
+        ended: set[int] = set()
+        barred = True
+        while barred:
+            barred, waiting = False, set(ended)
+            for row, candidate in self._candidates(count):
+                key = row, *candidate.block
+                if row in waiting or key in decided:
+                    continue
+                decided.add(key)
+                result = ScanResult.SUCCEED if admit is None else admit(candidate)
+                if result is ScanResult.SUCCEED:
+                    admitted.append((row, candidate))
+                    continue
+                if result in DONE_THERE:
+                    continue
+                # As in the kernel, a range without a collapse reports a failed allocation above all.
+                if left.get(row) is not ScanResult.ALLOC_HUGE_PAGE_FAIL:
+                    left[row] = result
+                if result in LOWER_ORDERS_MAY_SUCCEED:
+                    self._bar(row, candidate, result)
+                    barred = True
+                    if policy.scans_each_run:
+                        # An order that failed is not tried again in the range, so what follows changes.
+                        waiting.add(row)
+                else:
+                    ended.add(row)
+                    waiting.add(row)
+            if barred:
+                self._walk = Walk(self._planes, policy, self._rules, barred=self._bars)
+        with_any = {row for row, _ in admitted}
+        for row in np.flatnonzero(results == ScanResult.SUCCEED).tolist():
+            if row not in with_any:
+                results[row] = left.get(row, ScanResult.FAIL)
+        return admitted
+
+    def _candidates(self, count: int) -> list[tuple[int, Candidate]]:
+        """Return the runs that the walk would collapse in the first `count` ranges, each with its row."""
+        runs = self._walk.attempts.succeeded
+        last = int(np.searchsorted(runs.range, count))
+        swap = self._planes.swap
+        found = []
+        columns = (runs.range, runs.offset, runs.order, runs.filled)
+        for row, offset, order, filled in zip(*(column[:last].tolist() for column in columns), strict=True):
+            size = 1 << order
+            swapped = 0 if swap is None else int(np.count_nonzero(swap[row, offset : offset + size]))
+            address = int(self._addresses[row]) + offset * self._visit.geometry.page_size
+            found.append((row, Candidate(self._visit.space, address, order, size - filled, filled, swapped)))
+        return found
+
+    def _bar(self, row: int, candidate: Candidate, result: ScanResult) -> None:
+        order, geometry, bars = candidate.order, self._visit.geometry, self._bars
+        if order not in bars:
+            bars[order] = np.full((len(self._addresses), geometry.ptes_per_pmd >> order), ScanResult.SUCCEED, np.int8)
+        bars[order][row, (candidate.address - int(self._addresses[row])) // geometry.size_of(order)] = result
+
+    def _foreseen(self, count: int) -> list[BlockOutcome]:
+        """Return the attempts that the columns show to be in vain, in ranges in which others are made."""
+        tried, page_size = self._walk.attempts, self._visit.geometry.page_size
+        made = self._results[tried.range] == ScanResult.SUCCEED
+        failing = tried[made & (tried.range < count) & (tried.result != ScanResult.SUCCEED)]
+        columns = (failing.range, failing.offset, failing.order, failing.result)
+        return [
+            BlockOutcome(int(self._addresses[row]) + offset * page_size, order, ScanResult(result))
+            for row, offset, order, result in zip(*(column.tolist() for column in columns), strict=True)
+            if order not in self._bars or self._bars[order][row, offset >> order] == ScanResult.SUCCEED
+        ]
+
+    def _collapse(
+        self, rows: Sequence[int], candidates: Sequence[Candidate], results: NDArray[np.int8]
+    ) -> list[BlockOutcome]:
+        """Collapse the admitted runs as one batch, and put what came of them into `results`."""
+        visit = self._visit
+        visit.touching = True
+        try:
+            blocks = [candidate.block for candidate in candidates]
+            outcomes = collapse_batch(visit.space, blocks, visit.means, self._columns)
+        finally:
+            visit.touching = False
+        done: set[int] = set()
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if outcome.result is ScanResult.SUCCEED:
+                done.add(row)
+            results[row] = ScanResult.SUCCEED if row in done else outcome.result
+            if outcome.result in _LISTING_IS_STALE:
+                visit.forget()
+        if visit.policy.remembers_filled:
+            self._remember(rows, outcomes)
+        return outcomes
+
+    def _remember(self, rows: Sequence[int], outcomes: Sequence[BlockOutcome]) -> None:
+        """Note which pages the collapses filled."""
+        planes, page_size = self._planes, self._visit.geometry.page_size
+        before = planes.occupied if planes.swap is None else planes.occupied | planes.swap
+        made: Bits = np.zeros_like(before)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if outcome.result is ScanResult.SUCCEED:
+                first = (outcome.address - int(self._addresses[row])) // page_size
+                made[row, first : first + (1 << outcome.order)] = True
+        self._visit.filled.add(self._addresses, before, before | made, made)

@@ -18,7 +18,7 @@ behind the run; the simulated machine does as the series.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -82,12 +82,15 @@ class Walk:
         levels: by order, what became of its runs.
         occupancy: of the ranges as the policy sees them.
         there: of the ranges as they are; the same but for policies that remember what was filled.
+        barred: by order, runs that are not to be collapsed, and the result of an attempt at them: int8
+            :class:`~mthp.results.ScanResult`, shape (ranges, runs per range), SUCCEED for those that may be.
     """
 
     planes: Planes
     policy: Policy
     rules: Rules
     levels: dict[int, Level] = field(default_factory=dict)
+    barred: Mapping[int, NDArray[np.int8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ranges = self.planes.present.shape[0]
@@ -186,7 +189,10 @@ class Walk:
         enough = self.policy.full_enough(runs, self.rules)
         attempted: Bits = reached if enough is None else reached & enough
         hindered, skipped = self._hindered(runs, attempted)
-        return attempted, attempted if hindered is None else attempted & ~hindered, skipped
+        succeeded = attempted if hindered is None else attempted & ~hindered
+        if (barred := self.barred.get(order)) is not None:
+            succeeded = succeeded & (barred == ScanResult.SUCCEED)
+        return attempted, succeeded, skipped
 
     def _walk_runs(self, orders: tuple[int, ...]) -> None:
         """Walk where each run is scanned for itself: each order as far as its runs pass, then the next smaller one."""
@@ -362,6 +368,9 @@ class Walk:
             results[failed] = first_hindrances(
                 self.planes, order, rows[failed], offsets[failed], self.attempt_checks(order)
             )
+            if (barred := self.barred.get(order)) is not None:
+                free = failed[results[failed] == ScanResult.SUCCEED]
+                results[free] = barred[rows[free], indices[free]]
             none = np.broadcast_to(self.there.runs(order).none_or_zero, level.attempted.shape)
             parts.append(
                 Attempts(

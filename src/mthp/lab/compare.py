@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mthp.addrspace import AddressSpace
-from mthp.engine.planning import PlanOptions
 from mthp.engine.policy_lookup import policy_names
+from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.geometry import Geometry, format_size
 from mthp.lab.evaluate import Outcome, Progress, Row, evaluate

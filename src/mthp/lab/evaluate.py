@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace, Segment, Vma
 from mthp.engine.occupancy import Bits, Planes
 from mthp.engine.plan import Plan, plan_planes
-from mthp.engine.planning import Job, PlanOptions, base_rules, jobs_of, read_planes
 from mthp.engine.policy import Policy, Rules
 from mthp.engine.policy_lookup import policy_named
+from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.geometry import Geometry
 from mthp.lab import metrics
 from mthp.lab.metrics import MAX_ORDER
@@ -196,7 +196,7 @@ def evaluate(
     size, done = sum(end - start for _, _, segments in todo for start, end in segments), 0
     for members, index, segments in todo:
         for block in in_blocks(segments, BLOCK_RANGES * granule):
-            _, planes = read_planes(space, members[0].jobs[index], block)
+            _, planes = read_planes(space, members[0].jobs[index], ranges_of(block, space.geometry))
             planes = _without_empty(planes)
             before = counted(planes, space.geometry)
             for course in members:

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from mthp.bounded import Bound, named
-from mthp.engine.planning import PlanOptions
 from mthp.engine.policy_lookup import known_policy
+from mthp.engine.select import PlanOptions
 from mthp.lab.compare import settings_of
 from mthp.toml import Document, whole
 

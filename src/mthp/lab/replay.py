@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.occupancy import Planes
-from mthp.engine.planning import PlanOptions, base_rules, jobs_of, read_planes
 from mthp.engine.policy_lookup import policy_named
+from mthp.engine.select import PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.lab.evaluate import BLOCK_RANGES, MAX_SCANS, settled
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
 from mthp.segments import in_blocks
@@ -63,7 +63,8 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
     granule = space.geometry.pmd_size
     for job in jobs:
         for block in in_blocks(space.populated(job.segments, granule), BLOCK_RANGES * granule):
-            address, planes = read_planes(space, job, block)
+            address = ranges_of(block, space.geometry)
+            _, planes = read_planes(space, job, address)
             planes = settled(planes, policy, job.rules, MAX_SCANS if scans is None else scans)
             parts.append(_large(address // np.uint64(space.geometry.page_size), planes))
     page = np.concatenate([part.page for part in parts] or [np.empty(0, np.int64)])

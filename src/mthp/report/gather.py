@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.census import STATES, Census, VmaCensus, take_census
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry, format_size
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.eligibility import Trigger
-from mthp.engine.machine_seam import RangeScan
 from mthp.engine.policy import Policy, Rules
 from mthp.results import ScanResult
 from mthp.sim.alloc import charge, take_folio
@@ -35,6 +34,7 @@ from mthp.sim.look import Look, isolate_look
 from mthp.sim.memory import Fl
 from mthp.sim.mm import Mm, P, Pmd, Ptes, SimVma
 from mthp.sim.parts import Parts, Step
+from mthp.sim.single_pmd import RangeScan
 from mthp.sim.trace import Collapse, Isolate, Swapin
 
 

@@ -27,11 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.addrspace import Segment
-from mthp.engine.fullness import Fullness
-from mthp.engine.machine_seam import Passage
 from mthp.engine.occupancy import Bits, Occupancy, Planes
 from mthp.engine.policy import BUILT_IN
+from mthp.engine.visited import Passage
 from mthp.results import BlockOutcome, ScanResult
+from mthp.sim.fullness import Fullness
 from mthp.sim.memory import Fl, Memory
 from mthp.sim.mm import Mm, P, Pmd, SimVma
 from mthp.sim.parts import Parts

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from mthp.addrspace import Segment
-from mthp.engine.khugepaged import Scanner
-from mthp.engine.machine_seam import Clock as RestClock
-from mthp.engine.machine_seam import Found, Passage
+from mthp.engine.scanner import Scanner
+from mthp.engine.visited import Clock as RestClock
+from mthp.engine.visited import Found, Passage
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
 from mthp.sim.clock import Clock
@@ -22,7 +22,7 @@ from mthp.sim.scan import CollapseControl, collapse_range
 
 
 class SimTime:
-    """The machine's clock, as a khugepaged needs it (:class:`~mthp.engine.machine_seam.Clock`): rests move it on.
+    """The machine's clock, as a khugepaged needs it (:class:`~mthp.engine.visited.Clock`): rests move it on.
 
     Args:
         clock: the machine's.

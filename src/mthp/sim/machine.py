@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mthp.engine.madvise import madvise_collapse
 from mthp.engine.policy import DEFAULT_MTHP_MIN_ORDER, Policy
 from mthp.engine.policy_lookup import policy_named
 from mthp.errors import UsageError
@@ -29,6 +28,7 @@ from mthp.sim.fragment import fragment
 from mthp.sim.kernel import NEWEST, Kernel
 from mthp.sim.khugepaged import Advised, Khugepaged, SimTime
 from mthp.sim.lru import LruAddBatch
+from mthp.sim.madvise import madvise_collapse
 from mthp.sim.memory import Memory
 from mthp.sim.mm import Mm, SimVma
 from mthp.sim.parts import Parts
@@ -330,5 +330,5 @@ class Machine(SystemCalls):
         return check(self.parts)
 
     def madvise_collapse(self, mm: Mm, start: int, end: int) -> int:
-        """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.engine.madvise`)."""
+        """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.sim.madvise`)."""
         return madvise_collapse(Advised(self.parts, mm, self.khugepaged.count_advised), start, end)

@@ -10,17 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.eligibility import Trigger
-from mthp.engine.fullness import Fullness
-from mthp.engine.machine_seam import RangeScan
 from mthp.engine.occupancy import Occupancy, Planes, planes_of
 from mthp.engine.policy import BUILT_IN, Policy, Rules
-from mthp.engine.single_pmd import collapse_single_pmd
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.collapse import collapse_huge_page
 from mthp.sim.columns import columns_of
+from mthp.sim.fullness import Fullness
 from mthp.sim.look import Look, run_look, scan_look
 from mthp.sim.mm import Mm, P, Pmd, Ptes, SimVma
 from mthp.sim.parts import Parts
+from mthp.sim.single_pmd import RangeScan, collapse_single_pmd
 from mthp.sim.trace import ScanPmd
 
 _EXCEEDED = {
@@ -57,7 +56,7 @@ class CollapseControl:
 
 
 class SimRange:
-    """The :class:`~mthp.engine.machine_seam.RangeTarget` of the simulated machine."""
+    """The :class:`~mthp.engine.visited.RangeTarget` of the simulated machine."""
 
     as_it_was = True
 

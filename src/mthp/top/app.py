@@ -24,7 +24,7 @@ from textual.widgets import DataTable, Footer, Input, Static
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.geometry import Geometry, format_size
 from mthp.text import clean
 from mthp.top.carrying import Carrying

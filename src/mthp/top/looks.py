@@ -11,7 +11,8 @@ import numpy as np
 
 from mthp.addrspace import AddressSpace, VmaKind
 from mthp.engine.census import PageCounts, take_census
-from mthp.engine.planning import PlanOptions, plan_space
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.geometry import Geometry

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mthp.addrspace import AddressSpace, Segment
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError
 from mthp.top.looks import Stopped, mappings
 from mthp.top.model import Row

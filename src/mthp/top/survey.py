@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mthp.engine.planning import PlanOptions
+from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.pacing import CpuBudget
 from mthp.top.looks import Stopped, first_look, second_look, third_look

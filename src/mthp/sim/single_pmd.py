@@ -1,9 +1,8 @@
 """The collapse of one PMD range: scan it, walk over it, try the runs that are full enough.
 
-One function for khugepaged and for MADV_COLLAPSE, for the simulated machine and for a live process. It decides
-nothing about pages: what can be seen and done lies behind :class:`~mthp.engine.machine_seam.RangeTarget`, and which
-runs are worth an attempt is the policy's to say. Follows collapse_single_pmd(), collapse_scan_pmd() and
-mthp_collapse() of mm/khugepaged.c.
+One function for khugepaged and for MADV_COLLAPSE. It decides nothing about pages: what can be seen and done lies behind
+:class:`RangeTarget`, and the policy says which runs are worth an attempt. Follows collapse_single_pmd(),
+collapse_scan_pmd() and mthp_collapse() of mm/khugepaged.c.
 
 All policies walk alike. The runs of a PMD range are the nodes of a binary tree, and whether one keeps an explicit
 stack of (order, offset) and pushes the halves of what was not collapsed, as the seed does, or counts an offset
@@ -12,7 +11,7 @@ depth first, the left half first. The policies differ in which nodes are full en
 Only where each run is scanned for itself, as in Dev Jain's series, the walk is another one, :func:`scan_runs`. If every
 attempt ends as its PTEs foretell, the walk makes the attempts of :class:`~mthp.engine.walk.Walk`, which plans.
 
-The series have bugs. A target keeps them if it is :attr:`~mthp.engine.machine_seam.RangeTarget.as_it_was`, as the
+The series have bugs. A target keeps them if it is :attr:`~mthp.engine.visited.RangeTarget.as_it_was`, as the
 simulated machine is and a live process is not:
 
 - the seed allocates folios of orders that are not enabled. Its only result for a range without a collapse is FAIL, so
@@ -23,31 +22,54 @@ simulated machine is and a live process is not:
 
 from __future__ import annotations
 
-from mthp.engine.machine_seam import RangeScan, RangeTarget
+from dataclasses import dataclass
+from typing import Protocol
+
 from mthp.engine.policy import Policy, Rules
-from mthp.results import ScanResult
+from mthp.results import DONE_THERE, LOWER_ORDERS_MAY_SUCCEED, ScanResult
+from mthp.sim.fullness import Fullness
 
-LOWER_ORDERS_MAY_SUCCEED = frozenset(
-    {
-        ScanResult.ALLOC_HUGE_PAGE_FAIL,
-        ScanResult.LACK_REFERENCED_PAGE,
-        ScanResult.EXCEED_NONE_PTE,
-        ScanResult.EXCEED_SWAP_PTE,
-        ScanResult.EXCEED_SHARED_PTE,
-        ScanResult.PAGE_LOCK,
-        ScanResult.PAGE_COUNT,
-        ScanResult.PAGE_NULL,
-        ScanResult.DEL_PAGE_LRU,
-        ScanResult.PTE_NON_PRESENT,
-        ScanResult.PTE_UFFD,
-        ScanResult.PAGE_LAZYFREE,
-    }
-)
-"""Results of an attempt after which smaller orders are tried at the same place. After any other, success and a folio
-that is large enough aside, nothing more is tried in the PMD range."""
 
-DONE_THERE = frozenset({ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE})
-"""Results of an attempt after which the walk goes on behind the run."""
+@dataclass(frozen=True, slots=True)
+class RangeScan:
+    """What the scan of one PMD range saw, or that of one run where each run is scanned for itself.
+
+    Attributes:
+        result: SUCCEED if a collapse may be tried, or why not.
+        fullness: which runs are full enough; None unless `result` is SUCCEED.
+        row: the row that the range has in `fullness`.
+        referenced, none_or_zero, unmapped: entries counted until the scan ended.
+        behind: where the walk goes on after a large folio was hit, if not behind the run.
+    """
+
+    result: ScanResult
+    fullness: Fullness | None = None
+    row: int = 0
+    referenced: int = 0
+    none_or_zero: int = 0
+    unmapped: int = 0
+    behind: int | None = None
+
+
+class RangeTarget(Protocol):
+    """A mapping of an address space, as the collapse of one of its PMD ranges sees it."""
+
+    @property
+    def as_it_was(self) -> bool:
+        """Whether what is a bug of a policy's series is kept (:mod:`mthp.sim.single_pmd`)."""
+
+    def scan_pmd(self, address: int) -> RangeScan:
+        """Look at the PMD range at `address` (collapse_scan_pmd up to its walk)."""
+
+    def scan_run(self, address: int, order: int) -> RangeScan:
+        """Look at one run under the limits of its order, for policies that scan each run for itself."""
+
+    def collapse_huge_page(self, address: int, order: int, scan: RangeScan) -> ScanResult:
+        """Try to collapse the aligned run at `address` to one folio of `order` (collapse_huge_page)."""
+
+    def scanned(self, address: int, scan: RangeScan, result: ScanResult) -> None:
+        """Take note of what came of the range in the end (mm_khugepaged_scan_pmd)."""
+
 
 _SUCCEED_ALONE = frozenset({ScanResult.SUCCEED})
 

@@ -8,10 +8,35 @@ collapsed, and 0 only if all were.
 from __future__ import annotations
 
 import errno
+from typing import Protocol
 
 from mthp.addrspace import Segment
-from mthp.engine.machine_seam import AdvisedSpace
+from mthp.geometry import Geometry
 from mthp.results import ScanResult
+
+
+class AdvisedSpace(Protocol):
+    """An address space as MADV_COLLAPSE goes over it."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of its machine."""
+
+    def find_vma(self, address: int) -> Segment | None:
+        """The range of the first mapping that ends behind `address` (find_vma)."""
+
+    def possible(self, address: int) -> bool:
+        """Whether the mapping at `address` may be collapsed at all (collapse_possible)."""
+
+    def drain(self) -> None:
+        """Empty the batches in front of the LRU lists (lru_add_drain_all), where there are such."""
+
+    def revalidate(self, address: int) -> ScanResult:
+        """Whether the PMD range at `address` may still be collapsed (hugepage_vma_revalidate)."""
+
+    def collapse_pmd(self, address: int) -> tuple[ScanResult, bool]:
+        """Collapse the PMD range at `address`: the result, and whether the lock was let go of for it."""
+
 
 _GOES_ON_AFTER = frozenset(
     {

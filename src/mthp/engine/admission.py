@@ -1,0 +1,131 @@
+"""Decide which runs are tried, within a bloat budget and the target's memory limits, and try them as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mthp import thp_unadvised
+from mthp.addrspace import AddressSpace, Block, Means, PteColumns, Segment
+from mthp.budget import Room
+from mthp.results import BlockOutcome, ScanResult
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A run that is about to be tried.
+
+    Attributes:
+        space: where.
+        address: of the run.
+        order: of the folio that it would become.
+        copied, filled: pages with contents, and PTEs without.
+        swapped: those of `copied` that are swapped out.
+    """
+
+    space: AddressSpace
+    address: int
+    order: int
+    copied: int
+    filled: int
+    swapped: int = 0
+
+    @property
+    def block(self) -> Block:
+        """Address and order."""
+        return self.address, self.order
+
+
+Admit = Callable[[Candidate], ScanResult]
+"""Called before each attempt: returns SUCCEED to go on, or what to take as its result instead. A result after which the
+kernel tries smaller orders (:data:`~mthp.results.LOWER_ORDERS_MAY_SUCCEED`) lets them be tried at the same place,
+PTE_MAPPED_HUGEPAGE goes on behind the run, any other ends the PMD range."""
+
+
+class Admission:
+    """Admits runs while there is a folio, bloat budget and room for them.
+
+    The results in place of an attempt: ALLOC_HUGE_PAGE_FAIL if there is no folio, EXCEED_NONE_PTE beyond the bloat
+    budget, CGROUP_CHARGE_FAIL if too little would stay free, and :data:`mthp.thp_unadvised.RESULT`.
+
+    Args:
+        space: the target.
+        room: what fits below its memory limits.
+        bloat_left: returns the bytes that filling may still add; None for no bound.
+        available: returns whether the machine has folios of an order.
+        fills: whether attempts below the PMD order fill holes.
+    """
+
+    def __init__(
+        self,
+        space: AddressSpace,
+        room: Room,
+        bloat_left: Callable[[], int | None],
+        *,
+        available: Callable[[int], bool] = lambda order: True,
+        fills: bool = True,
+    ) -> None:
+        self.room = room
+        self._space = space
+        self._bloat_left = bloat_left
+        self._available = available
+        self._fills = fills
+        self._pending = 0
+        self._advised: list[Segment] | None = None
+
+    def renew(self) -> None:
+        """Begin a batch: what was admitted before is done with, and the limits are read again."""
+        self._pending = 0
+        self.room.renew()
+
+    def only_advised(self) -> None:
+        """Admit runs below the PMD order in advised memory only, from now on (:mod:`mthp.thp_unadvised`)."""
+        if self._advised is None:
+            self._advised = thp_unadvised.advised(self._space)
+
+    def __call__(self, candidate: Candidate) -> ScanResult:
+        """Return SUCCEED if `candidate` may be tried, which takes its share of the budget and the room."""
+        geometry = self._space.geometry
+        small = candidate.order < geometry.pmd_order
+        if small and self._advised is not None and not thp_unadvised.lies_in(candidate.address, self._advised):
+            return thp_unadvised.RESULT
+        if not self._available(candidate.order):
+            return ScanResult.ALLOC_HUGE_PAGE_FAIL
+        fill = candidate.filled * geometry.page_size if self._fills or not small else 0
+        left = self._bloat_left()
+        if left is not None and fill and self._pending + fill > left:
+            return ScanResult.EXCEED_NONE_PTE
+        # New folios are charged, and swapped pages read back, before old pages are freed (collapse_huge_page(),
+        # mm/khugepaged.c): in one PMD range at a time, in blocks of a window together.
+        swapped = candidate.swapped * geometry.page_size
+        at_once = geometry.size_of(candidate.order) + swapped
+        if not self.room.take(at_once if small else fill + swapped, at_once):
+            return ScanResult.CGROUP_CHARGE_FAIL
+        self._pending += fill
+        return ScanResult.SUCCEED
+
+    def ended_by(self, result: ScanResult) -> bool:
+        """Return whether `result` is a failed charge: at a limit, more attempts could only hurt the target."""
+        if result is ScanResult.ALLOC_HUGE_PAGE_FAIL:
+            return self.room.limited
+        return result is ScanResult.CGROUP_CHARGE_FAIL
+
+
+def collapse_batch(
+    space: AddressSpace, blocks: Sequence[Block], means: Means, columns: PteColumns | None
+) -> list[BlockOutcome]:
+    """Collapse `blocks` as one batch, the largest orders first: the outcome of each, in the order of `blocks`.
+
+    Blocks of one order follow each other, so that the switch of a size is written once in a batch.
+
+    Args:
+        columns: entries that hold the blocks, as just read; None if others are to be read.
+
+    Raises:
+        As :meth:`mthp.addrspace.AddressSpace.collapse_blocks`.
+    """
+    by_order = sorted(blocks, key=lambda block: (-block[1], block[0]))
+    outcomes = space.collapse_blocks(by_order, means, columns)
+    outcomes = thp_unadvised.corrected(space, by_order, outcomes)
+    of_block = dict(zip(by_order, outcomes, strict=True))
+    return [of_block[block] for block in blocks]

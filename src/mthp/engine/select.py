@@ -1,0 +1,187 @@
+"""Choose the mappings that may be collapsed, and the rules of each: once, for plans, collapses and visits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import AddressSpace, PteColumns, Segment, Vma, VmaKind
+from mthp.eligibility import Trigger, eligibility
+from mthp.engine.filled import FilledPages
+from mthp.engine.occupancy import Planes, planes_of
+from mthp.engine.plan import make_rules
+from mthp.engine.policy import Policy, Rules
+from mthp.geometry import Geometry
+from mthp.tunables import Switches, Tunables
+
+BLOCK_PMD_RANGES = 128
+"""PMD ranges read and planned at a time: 65 536 PTEs on x86-64."""
+
+ORDERS_ENABLED = "enabled"
+"""Value of the orders that stands for what the machine's switches allow each mapping."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What to choose: which folios shall be made of which memory.
+
+    Attributes:
+        policy: a policy, or its name.
+        orders: the enabled orders; None for all that anonymous memory can have, ``"enabled"`` for what the
+            machine's switches allow.
+        trigger: ``khugepaged``, which respects the limits, or ``madvise``.
+        max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range; the target machine's own by default.
+        mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
+        include_file: choose memory of files and shared memory too, at the PMD order.
+        within: choose from this range of addresses only.
+        filled: pages that earlier collapses filled, for policies that remember them. A visit keeps its own.
+        switches, tunables: those to go by in place of the machine's own of the moment.
+    """
+
+    policy: str | Policy = "mainline"
+    orders: Iterable[int] | str | None = None
+    trigger: Trigger = "khugepaged"
+    max_ptes_none: int | None = None
+    max_ptes_swap: int | None = None
+    max_ptes_shared: int | None = None
+    mthp_min_order: int | None = None
+    include_file: bool = False
+    within: Segment | None = None
+    filled: FilledPages | None = None
+    switches: Switches | None = None
+    tunables: Tunables | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Mappings that are worked on under the same rules: their PMD ranges, and what each mapping is.
+
+    Attributes:
+        rules: those that hold for them.
+        segments: the whole PMD ranges of each, by ascending address.
+        listed: its place among the mappings: int64, shape (mappings,), as the others.
+        starts: where it begins.
+        uffd_armed, droppable: as those of :class:`~mthp.addrspace.Vma`.
+    """
+
+    rules: Rules
+    segments: list[Segment]
+    listed: NDArray[np.int64]
+    starts: NDArray[np.uint64]
+    uffd_armed: NDArray[np.bool_]
+    droppable: NDArray[np.bool_]
+
+
+def base_rules(space: AddressSpace, options: PlanOptions) -> Rules:
+    """The rules for anonymous memory, from `options` and what `space` says where they are silent.
+
+    Raises:
+        UsageError: as :func:`mthp.plan_ranges`.
+    """
+    geometry = space.geometry
+    tunables = (options.tunables or space.tunables).replaced(
+        geometry,
+        max_ptes_none=options.max_ptes_none,
+        max_ptes_swap=options.max_ptes_swap,
+        max_ptes_shared=options.max_ptes_shared,
+    )
+    orders = None if options.orders == ORDERS_ENABLED else options.orders
+    return make_rules(
+        geometry,
+        orders=orders,
+        trigger=options.trigger,
+        tunables=tunables,
+        mthp_min_order=options.mthp_min_order,
+    )
+
+
+def jobs_of(
+    space: AddressSpace, options: PlanOptions, base: Rules, vmas: Sequence[Vma] | None = None
+) -> tuple[list[Job], list[tuple[Vma, str]]]:
+    """Group the mappings that may be collapsed by the rules that hold for them; name the others with the reason.
+
+    Args:
+        base: as :func:`base_rules` gives them.
+        vmas: the mappings, if they were listed before.
+    """
+    follow_switches = options.orders == ORDERS_ENABLED
+    groups: dict[Rules, list[tuple[int, Vma, Segment]]] = {}
+    refused = []
+    # Asked once, not for each mapping: a live target reads files for it.
+    geometry, switches, thp_disabled = space.geometry, options.switches or space.switches, space.thp_disabled
+    for at, vma in enumerate(space.vmas() if vmas is None else vmas):
+        allowed = eligibility(
+            vma,
+            geometry,
+            switches,
+            trigger="khugepaged" if follow_switches else "madvise",
+            thp_disabled=thp_disabled,
+            include_file=options.include_file,
+        )
+        segment = _clipped(vma.pmd_ranges(geometry), options.within, geometry)
+        if not allowed:
+            if options.within is None or (vma.start < options.within[1] and options.within[0] < vma.end):
+                refused.append((vma, allowed.reason))
+        elif segment is not None:
+            rules = _rules_for(vma, allowed.orders, base, switches, follow_switches=follow_switches)
+            groups.setdefault(rules, []).append((at, vma, segment))
+    jobs = [
+        Job(
+            rules,
+            [segment for _, _, segment in members],
+            np.array([at for at, _, _ in members], np.int64),
+            np.array([vma.start for _, vma, _ in members], np.uint64),
+            np.array([vma.uffd_armed for _, vma, _ in members]),
+            np.array([vma.droppable for _, vma, _ in members]),
+        )
+        for rules, members in groups.items()
+    ]
+    return jobs, refused
+
+
+def _rules_for(vma: Vma, allowed: tuple[int, ...], base: Rules, switches: Switches, *, follow_switches: bool) -> Rules:
+    if vma.kind is not VmaKind.ANON:
+        # The limits and the smaller orders are for anonymous memory.
+        return Rules(base.geometry, (base.geometry.pmd_order,), "madvise", base.tunables, of_file=True)
+    return _switched(base, allowed, switches) if follow_switches else base
+
+
+def _switched(base: Rules, allowed: tuple[int, ...], switches: Switches) -> Rules:
+    """The rules of a mapping whose orders are those that the machine's switches allow it."""
+    always = tuple(order for order in allowed if switches.sizes.get(order) == "always")
+    return replace(base, orders=allowed, always=always)
+
+
+def _clipped(segment: Segment, within: Segment | None, geometry: Geometry) -> Segment | None:
+    """The whole PMD ranges of `segment` that lie in `within`; None if there are none."""
+    start, end = segment
+    if within is not None:
+        size = geometry.pmd_size
+        start, end = max(start, -(-within[0] // size) * size), min(end, within[1] // size * size)
+    return (start, end) if start < end else None
+
+
+def read_planes(space: AddressSpace, job: Job, addresses: NDArray[np.uint64]) -> tuple[PteColumns, Planes]:
+    """Read some PMD ranges of a job: their entries, adjoining ranges as one segment, and their planes.
+
+    Args:
+        addresses: where each begins: uint64, shape (ranges,), ascending.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    size = space.geometry.pmd_size
+    breaks = np.flatnonzero(np.diff(addresses) != size) + 1
+    starts, ends = addresses[np.r_[0, breaks]], addresses[np.r_[breaks - 1, len(addresses) - 1]]
+    columns = space.read([(start, end + size) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
+    vma = np.searchsorted(job.starts, addresses, side="right") - 1
+    armed, droppable = job.uffd_armed[vma], job.droppable[vma]
+    return columns, planes_of(columns, space.geometry, uffd_armed=armed, droppable=droppable)
+
+
+def ranges_of(segments: Sequence[Segment], geometry: Geometry) -> NDArray[np.uint64]:
+    """Return where each PMD range of `segments` begins: uint64, shape (ranges,)."""
+    return np.concatenate([np.arange(start, end, geometry.pmd_size, dtype=np.uint64) for start, end in segments])

@@ -1,0 +1,102 @@
+"""What khugepaged needs of an address space that it visits, and of the time.
+
+The simulated machine's address spaces are :class:`VisitedSpace`, and so is a :class:`~mthp.engine.visit.Visit` of any
+:class:`~mthp.addrspace.AddressSpace`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import Segment
+from mthp.results import BlockOutcome, ScanResult
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The next PMD ranges of an address space that may be collapsed.
+
+    Attributes:
+        passed: mappings, and stretches without anything in them, that were passed over on the way.
+        stretch: adjoining PMD ranges of one mapping; None if nothing is left behind the cursor.
+    """
+
+    passed: int
+    stretch: Segment | None
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """What came of some PMD ranges that were looked at, one after another.
+
+    Attributes:
+        end: the address behind the last of them.
+        progress: entries looked at; a range without a page table, or mapped by one PMD entry, counts as one.
+        addresses: uint64, shape (ranges,): where they begin.
+        results: int8, shape (ranges,): :class:`~mthp.results.ScanResult` of each.
+        result: the one that decides how the pass goes on: that of the last range, or ALLOC_HUGE_PAGE_FAIL if memory
+            could not be allocated.
+        released: collapses were tried, so the address space may have changed behind the cursor.
+        attempts: in order.
+    """
+
+    end: int
+    progress: int
+    addresses: NDArray[np.uint64]
+    results: NDArray[np.int8]
+    result: ScanResult
+    released: bool = False
+    attempts: tuple[BlockOutcome, ...] = ()
+
+
+class VisitedSpace(Protocol):
+    """An address space as khugepaged visits it.
+
+    Any of these may raise :class:`~mthp.errors.TargetVanishedError`, which ends the visits.
+    """
+
+    @property
+    def exiting(self) -> bool:
+        """Whether its last user is gone (hpage_collapse_test_exit)."""
+
+    @property
+    def thp_disabled(self) -> bool:
+        """Whether the process switched THP off for itself."""
+
+    def find(self, address: int) -> Found:
+        """The next PMD ranges at or behind `address` that may be collapsed."""
+
+    def scan(self, stretch: Segment, budget: int) -> Passage:
+        """Look at ranges of `stretch` from its start on, and collapse what is to be collapsed in them.
+
+        At least one range, and no further one once `budget` entries were looked at.
+        """
+
+    def close(self) -> None:
+        """Called when khugepaged drops this space."""
+
+
+class Clock(Protocol):
+    """The time of a machine."""
+
+    def now(self) -> float:
+        """Seconds since some moment; never goes back."""
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        """Let `seconds` pass, or less: until `wake` is set."""
+
+
+class WallClock:
+    """The time of this machine; it does not jump when the calendar is set."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        wake.wait(seconds)
