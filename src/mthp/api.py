@@ -9,9 +9,8 @@ import numpy as np
 
 from mthp.engine.census import Census, take_census
 from mthp.engine.collapse import carry_out, collapse_space
-from mthp.engine.look import plan_blocks
 from mthp.engine.options import CollapseOptions
-from mthp.engine.planning import plan_space
+from mthp.engine.planning import plan_blocks, plan_space
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan

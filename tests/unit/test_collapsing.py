@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fakes import COLLAPSE_NS, FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment, Vma
 from mthp.blockstates import states_of
-from mthp.engine import ranges, work
+from mthp.engine import carry, work
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
@@ -85,7 +85,7 @@ def test_everything_is_accounted_for(data: st.DataObject) -> None:
     max_bloat = data.draw(st.one_of(st.none(), st.integers(0, 128).map(lambda pages: pages * PPC.page_size)))
     stops = iter([*[False] * data.draw(st.integers(0, 15)), *[True] * 50])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "BATCH", data.draw(st.sampled_from([1, 2, 3, 32])))
+        patch.setattr(carry, "FIRST_BATCH", data.draw(st.sampled_from([1, 2, 3, 32])))
         space = space_of(*fullness, geometry=PPC, fails=fails)
         before, bloat_free = contents(space), everything(space)
         report = carried_out(space, lambda: next(stops), max_bloat=max_bloat)
@@ -128,7 +128,7 @@ def test_a_target_that_vanishes_is_accounted_for(fullness: list[int], reads: int
 
     space = space_of(*fullness, geometry=PPC, cls=Dying)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "BATCH", 3)
+        patch.setattr(carry, "FIRST_BATCH", 3)
         try:
             report = carried_out(space)
         except TargetVanishedError:

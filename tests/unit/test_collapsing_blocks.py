@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
 from mthp.addrspace import ORDER_NONE, Block, Means, Mechanism, Pte, PteColumns, Segment, Vma
-from mthp.engine import blocks, work
+from mthp.engine import carry, work
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport, FolioTally
@@ -48,7 +48,7 @@ class MovingSpace(FakeSpace):
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         self._check_alive()
-        if means.mechanism == "auto":
+        if means.mechanism == "madvise":
             return super().attempt_blocks(blocks, means, before)
         self.batches.append(list(blocks))
         self.means.append(means)
@@ -114,7 +114,7 @@ def test_every_folio_is_accounted_for(data: st.DataObject) -> None:
     space = pages_of(*runs, geometry=PPC, fails=fails)
     before = orders_now(space)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "FIRST_BATCH", data.draw(st.sampled_from([1, 2, 16])))
+        patch.setattr(carry, "FIRST_BATCH", data.draw(st.sampled_from([1, 2, 16])))
         report = moved(
             space,
             lambda: next(stops),
@@ -166,7 +166,7 @@ class SlowSpace(MovingSpace):
 def test_what_it_takes_to_make_ready_is_not_spent_on_every_block(
     monkeypatch: pytest.MonkeyPatch, fixed: float, each: float, last: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(blocks, "time", types.SimpleNamespace(monotonic=lambda: SlowSpace.now))
+    monkeypatch.setattr(carry, "time", types.SimpleNamespace(monotonic=lambda: SlowSpace.now))
     monkeypatch.setattr(SlowSpace, "fixed", fixed)
     monkeypatch.setattr(SlowSpace, "each", each)
     space = pages_of((4096, 0), cls=SlowSpace)
@@ -259,7 +259,7 @@ def test_a_thread_that_never_stops_is_not_waited_for_again_and_again() -> None:
     space = pages_of(*[(64, 0), (448, 0)] * 50)
     space.refusals = [VFORK] * 1000
     report = moved(space, orders="16K,64K")
-    tries = len(blocks.PATIENCE) + 1
+    tries = len(carry.PATIENCE) + 1
     assert len(space.batches) == tries
     assert report.folios[4].failed == {(ScanResult.FAIL, f"{VFORK} (tried {tries} times)"): 50 * 32}
 
@@ -300,7 +300,7 @@ class Failing(MovingSpace):
 
 
 def test_an_error_in_the_middle_does_not_lose_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "FIRST_BATCH", 1)
+    monkeypatch.setattr(carry, "FIRST_BATCH", 1)
     space = pages_of(*[(16, 0)] * 32, cls=Failing)
     report = moved(space, orders="64K")
     tally = report.folios[4]
@@ -335,7 +335,7 @@ def test_a_target_that_vanishes_is_accounted_for(after: int, while_read: bool) -
 
     space = pages_of(*[(16, 0), (8, 8)] * 16, cls=Dying)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "FIRST_BATCH", 2)
+        patch.setattr(carry, "FIRST_BATCH", 2)
         try:
             report = moved(space)
         except TargetVanishedError:

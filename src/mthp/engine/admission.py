@@ -75,8 +75,12 @@ class Admission:
 
     def renew(self) -> None:
         """Begin a batch: what was admitted before is done with, and the limits are read again."""
-        self._pending = 0
+        self.settle()
         self.room.renew()
+
+    def settle(self) -> None:
+        """Count what was admitted as done with: what it filled is in what `bloat_left` returns."""
+        self._pending = 0
 
     def only_advised(self) -> None:
         """Admit runs below the PMD order in advised memory only, from now on (:mod:`mthp.thp_unadvised`)."""

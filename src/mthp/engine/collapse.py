@@ -9,11 +9,9 @@ import numpy as np
 
 from mthp.addrspace import AddressSpace, Mechanism
 from mthp.engine.allowed import allowed_of, mechanisms_of
-from mthp.engine.blocks import Blocks
-from mthp.engine.kernel import in_windows
+from mthp.engine.carry import Carrier
 from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
-from mthp.engine.ranges import Ranges
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions
 from mthp.engine.space_plan import Folios, SpacePlan
@@ -22,6 +20,8 @@ from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.metrics import Durations
 from mthp.price import price_of_moving
+
+ORDER_OF_MECHANISMS: tuple[Mechanism, ...] = ("madvise", "khugepaged", "move")
 
 BeforeMove = Callable[[SpacePlan, Mechanism], None]
 
@@ -93,34 +93,31 @@ def carry_out(
     geometry = space.geometry
     report = CollapseReport(plan, dry_run=options.dry_run)
     report.mechanisms = mechanisms_of(space, plan, options)
-    targets, moved, driven = (_made_by(plan.folios, report.mechanisms, by) for by in ("madvise", "move", "khugepaged"))
+    by = {mechanism: _made_by(plan.folios, report.mechanisms, mechanism) for mechanism in ORDER_OF_MECHANISMS}
     report.needs_move = {order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] is None}
     if report.needs_move:
         report.move_price = price_of_moving(space.threads(), options.means.max_pause_ns)
-    counts = {
-        order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] not in ("madvise", None)
-    }
-    report.folios = {order: FolioTally(planned=count, not_tried=count) for order, count in counts.items()}
-    report.not_tried = len(targets)
+    for order, count in plan.folios_by_order.items():
+        if report.mechanisms[order] == "madvise":
+            report.ranges = FolioTally(planned=count, not_tried=count)
+        elif report.mechanisms[order] is not None:
+            report.folios[order] = FolioTally(planned=count, not_tried=count)
     if options.dry_run:
         report.allowed = allowed_of(space, plan, options)
         return report
-    total = sum(_bytes_of(folios.order, geometry) for folios in (targets, moved, driven))
+    total = sum(_bytes_of(folios.order, geometry) for folios in by.values())
     work = Work(space, options, report, total, progress, stop)
-    # Stable, so that ranges equally full are collapsed by ascending address.
-    ranges = Ranges(work, targets.address[np.argsort(targets.filled, kind="stable")])
-    blocks = Blocks(work, moved)
+    carriers = {mechanism: Carrier(work, mechanism) for mechanism in ORDER_OF_MECHANISMS}
     with work.reported():
-        ranges.carry_out()
-        if len(driven) and not report.ended_early:
-            before_move(plan, "khugepaged")
-            in_windows(work, driven)
-        if len(moved) and not report.ended_early:
-            before_move(plan, "move")
-            blocks.carry_out()
-            report.verified = options.verify
-    report.durations = Durations.of(ranges.seconds)
-    report.windows = Durations.of(np.array(blocks.pauses_ns) / 1e9)
+        for mechanism, carrier in carriers.items():
+            if not len(by[mechanism]) or report.ended_early:
+                continue
+            if mechanism != "madvise":
+                before_move(plan, mechanism)
+            carrier.carry_out(by[mechanism])
+            report.verified |= mechanism == "move" and options.verify
+    report.durations = Durations.of(carriers["madvise"].seconds)
+    report.windows = Durations.of(np.array(carriers["move"].pauses_ns) / 1e9)
     return report
 
 

@@ -15,7 +15,7 @@ from mthp.results import ScanResult
 
 @dataclass
 class FolioTally:
-    """What became of the folios of one order below the PMD order.
+    """What became of the folios of one order.
 
     Attributes:
         planned: how many there were to be.
@@ -57,12 +57,7 @@ class CollapseReport:
         plan: what was to be done.
         dry_run: nothing was done.
         allowed: what would be done, if nothing was; else None.
-        collapsed: ranges that are mapped by one PMD entry now and were not before.
-        unchanged: ranges that were so already when their turn came.
-        failed: ranges that could not be collapsed, by scan result; ANY_PROCESS also where the target exited before
-            it could be seen what became of them.
-        over_budget: ranges left alone because filling them would have exceeded `max_bloat`.
-        over_reserve: ranges left alone because they would have taken memory that must stay free.
+        ranges: what became of the PMD ranges; a range is made if one PMD entry maps it now and did not before.
         bloat_budget: bytes that filling may add; None for no bound.
         room: why memory must stay free, as a sentence; ``""`` where there is no limit.
         mechanisms: what makes the folios of each planned order; None for nothing.
@@ -76,7 +71,6 @@ class CollapseReport:
         verified: whether the bytes of every moved run were compared.
         elapsed: seconds, rests included.
         after: the coverage when it ended, of the same memory as `before`, with which it begins.
-        not_tried: ranges left when it ended early.
         interrupted: it was told to stop.
         vanished: the target exited meanwhile.
         out_of_memory: the failed charge that ended it, as a sentence; ``""`` if none did.
@@ -86,11 +80,7 @@ class CollapseReport:
     plan: SpacePlan
     dry_run: bool = False
     allowed: Allowed | None = None
-    collapsed: int = 0
-    unchanged: int = 0
-    failed: Counter[ScanResult] = field(default_factory=Counter)
-    over_budget: int = 0
-    over_reserve: int = 0
+    ranges: FolioTally = field(default_factory=FolioTally)
     bloat_budget: int | None = None
     room: str = ""
     mechanisms: dict[int, Mechanism | None] = field(default_factory=dict)
@@ -105,7 +95,6 @@ class CollapseReport:
     verified: bool = False
     elapsed: float = 0.0
     after: Coverage = field(default_factory=Coverage)
-    not_tried: int = 0
     interrupted: bool = False
     vanished: bool = False
     out_of_memory: str = ""
@@ -114,6 +103,40 @@ class CollapseReport:
     def __post_init__(self) -> None:
         if not self.after.resident:
             self.after = self.plan.before
+
+    def tally(self, order: int) -> FolioTally:
+        """Return the tally of the folios of `order`."""
+        return self.folios.get(order, self.ranges)
+
+    @property
+    def collapsed(self) -> int:
+        """PMD ranges that one PMD entry maps now and did not before."""
+        return self.ranges.made
+
+    @property
+    def unchanged(self) -> int:
+        """PMD ranges that one PMD entry mapped already when their turn came."""
+        return self.ranges.unchanged
+
+    @property
+    def failed(self) -> Counter[ScanResult]:
+        """PMD ranges that could not be collapsed, by scan result."""
+        return self.ranges.failed_by_result
+
+    @property
+    def over_budget(self) -> int:
+        """PMD ranges left alone because filling them would have exceeded `max_bloat`."""
+        return self.ranges.over_budget
+
+    @property
+    def over_reserve(self) -> int:
+        """PMD ranges left alone because they would have taken memory that must stay free."""
+        return self.ranges.over_reserve
+
+    @property
+    def not_tried(self) -> int:
+        """PMD ranges left when it ended early."""
+        return self.ranges.not_tried
 
     @property
     def before(self) -> Coverage:
@@ -143,9 +166,7 @@ class CollapseReport:
     @property
     def complete(self) -> bool:
         """Whether everything that was planned is as it was to be; nothing planned is complete if nothing was left."""
-        left = self.failed.total() + self.over_budget + self.over_reserve + self.not_tried
-        left += sum(self.needs_move.values())
-        left += sum(tally.left for tally in self.folios.values())
+        left = sum(tally.left for tally in (self.ranges, *self.folios.values())) + sum(self.needs_move.values())
         return self.dry_run or not (left or self.done_nothing or self.ended_early)
 
     @property

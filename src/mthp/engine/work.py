@@ -113,20 +113,11 @@ class Work:
             return at_most
         return min(at_most, max(1, int(PACE * self.options.rate) // size))
 
-    def affords(self, size: int) -> bool:
-        """Whether `size` bytes of bloat more stay within the budget."""
+    def bloat_left(self) -> int | None:
+        """Return the bytes that filling may still add; None for no bound."""
         budget = self.report.bloat_budget
-        return budget is None or self.report.filled_bytes + size <= budget
+        return None if budget is None else budget - self.report.filled_bytes
 
-    def fits(self, added: int, at_once: int = 0) -> bool:
-        """Take some of the room as :meth:`mthp.budget.Room.take` does; note in the report why it does not fit."""
-        fits = self.room.take(added, at_once)
-        if not fits:
-            self.report.room = self.room.reason
-        return fits
-
-    def tried_with(self, result: ScanResult) -> None:
-        """End the run if `result` is a failed charge: the target is at a limit, whatever was measured before."""
-        charge = result is ScanResult.CGROUP_CHARGE_FAIL
-        if charge or (result is ScanResult.ALLOC_HUGE_PAGE_FAIL and self.room.limited):
-            self.report.out_of_memory = self.report.out_of_memory or f"{result.name}: {result.meaning}"
+    def out_of_memory(self, result: ScanResult) -> None:
+        """End the run because of a failed charge: the target is at a limit, whatever was measured before."""
+        self.report.out_of_memory = self.report.out_of_memory or f"{result.name}: {result.meaning}"

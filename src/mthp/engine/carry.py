@@ -1,0 +1,257 @@
+"""Carry out planned folios, batch by batch: read, admit, collapse, report.
+
+Every batch is read first: that shows what filling a block would cost at this moment, so that a bloat budget is never
+overspent, and leaves out what went away since the plan was made. What an attempt made of a block is what
+:meth:`~mthp.addrspace.AddressSpace.collapse_blocks` returns, because that is what the page tables show.
+
+The fullest blocks come first, so that a budget buys as many folios as it can. How many blocks make a batch, and which
+are tried again, depends on the mechanism:
+
+- ``madvise`` collapses one PMD range at a time;
+- ``move`` takes as many blocks of one order as keep Ctrl-C from waiting long, because the backend turns on that order's
+  switch for the batch; it tries blocks again that were refused for a passing reason;
+- ``khugepaged`` takes all blocks, in windows, until one brings nothing new. It chooses the ranges itself, so it keeps
+  to no budget; it fills holes only without one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mthp import thp_unadvised
+from mthp.addrspace import Block, Mechanism, PteColumns
+from mthp.blockstates import BlockStates, states_of
+from mthp.engine.admission import Admission, Candidate, collapse_batch
+from mthp.engine.report import FolioTally
+from mthp.engine.space_plan import Folios
+from mthp.engine.work import Work
+from mthp.errors import MthpError, TargetVanishedError
+from mthp.ptes import segments_of
+from mthp.results import BlockOutcome, ScanResult
+
+FIRST_BATCH, LARGEST_BATCH = 16, 512
+"""Blocks in a batch: the first time, and at most."""
+
+LARGEST_BATCH_BYTES = 64 << 20
+
+BATCH_SECONDS = 0.1
+"""How long a batch is to take, rests included."""
+
+SMALL_BATCH_SECONDS = 1.0
+"""And one of at most `FIRST_BATCH` blocks: on a slow or busy machine, preparing a batch alone takes longer than
+`BATCH_SECONDS`, and that must not be spent on every single block."""
+
+PATIENCE = (0.02, 0.1, 0.5, 2.0)
+"""Seconds to wait before blocks are tried again that were refused for a passing reason: vfork(2), a thread in state D.
+
+A child of vfork(2) executes another program within milliseconds, and a disk answers within a second. What lasts longer
+than all of this hardly ends while we wait.
+"""
+
+_LARGE_BEFORE = frozenset({ScanResult.PMD_MAPPED, ScanResult.PTE_MAPPED_HUGEPAGE})
+
+
+class Carrier:
+    """Carries out the folios of one mechanism.
+
+    Attributes:
+        seconds: how long each of the kernel's calls took.
+        pauses_ns: how long the target was stopped in each window.
+    """
+
+    def __init__(self, work: Work, mechanism: Mechanism) -> None:
+        self.seconds: list[float] = []
+        self.pauses_ns: list[int] = []
+        self._work = work
+        self._mechanism = mechanism
+        self._geometry = work.space.geometry
+        self._means = dataclasses.replace(work.options.means, mechanism=mechanism)
+        self._admission = Admission(work.space, work.room, work.bloat_left, fills=work.options.fill)
+        self._batch_size = FIRST_BATCH
+        self._refused: BlockOutcome | None = None
+
+    def carry_out(self, folios: Folios) -> None:
+        """Make `folios`.
+
+        Raises:
+            MthpError: it cannot go on; the report holds what was done until then.
+        """
+        for blocks in self._lists(folios):
+            done = 0
+            while done < len(blocks):
+                self._work.keep_pace()
+                if self._work.told_to_stop():
+                    return
+                if self._mechanism == "khugepaged":
+                    self._in_windows(blocks)
+                    return
+                size = self._geometry.size_of(blocks[0][1])
+                count = self._work.most_at_once(size, min(self._batch_size, max(1, LARGEST_BATCH_BYTES // size)))
+                done += self._batch(blocks[done : done + count])
+
+    def _lists(self, folios: Folios) -> Iterator[list[Block]]:
+        """Yield the blocks order by order, the largest first, the fullest first, then by ascending address."""
+        by_rank = folios[np.lexsort((folios.address, folios.filled, -folios.order.astype(np.int16)))]
+        if self._mechanism == "khugepaged":
+            yield list(zip(by_rank.address.tolist(), by_rank.order.tolist(), strict=True))
+            return
+        for order in dict.fromkeys(by_rank.order.tolist()):
+            yield [(address, order) for address in by_rank.address[by_rank.order == order].tolist()]
+
+    def _batch(self, blocks: list[Block]) -> int:
+        """Make some blocks of one order; return how many are done with."""
+        if self._refused is not None:
+            for block in blocks:
+                self._account(dataclasses.replace(self._refused, address=block[0], order=block[1]))
+            return len(blocks)
+        self._admission.renew()
+        columns = self._work.space.read(segments_of(blocks, self._geometry.page_size))
+        before = states_of(columns, blocks, self._geometry)
+        at, at_once = 0, 1 if self._mechanism == "madvise" else len(blocks)
+        while at < len(blocks) and not (at and self._work.told_to_stop()):
+            tried, at, is_full = self._admitted(blocks, at, before, at_once)
+            if tried:
+                self._try(tried, columns)
+            self._admission.settle()
+            if is_full:
+                break
+        return at
+
+    def _admitted(
+        self, blocks: Sequence[Block], at: int, before: BlockStates, at_once: int
+    ) -> tuple[list[Block], int, bool]:
+        """Choose up to `at_once` blocks to be tried, from `at` on, and account for those that are passed over.
+
+        Returns:
+            The blocks to be tried, where to go on, and whether no more fit into the target's memory limits at once.
+        """
+        tried: list[Block] = []
+        for index in range(at, len(blocks)):
+            if len(tried) == at_once:
+                return tried, index, False
+            address, order = blocks[index]
+            contents = int(before.contents[index])
+            filled, swapped = (1 << order) - contents, int(before.swapped[index])
+            if before.large[index]:
+                self._done(order).unchanged += 1
+                continue
+            if contents == 0:
+                self._account(BlockOutcome(address, order, ScanResult.NO_PTE_TABLE))
+                continue
+            result = self._admission(Candidate(self._work.space, address, order, contents, filled, swapped))
+            if result is ScanResult.SUCCEED:
+                tried.append(blocks[index])
+            elif result is ScanResult.EXCEED_NONE_PTE:
+                self._done(order).over_budget += 1
+            elif result is not ScanResult.CGROUP_CHARGE_FAIL:
+                reason = thp_unadvised.REASON if result is thp_unadvised.RESULT else ""
+                self._account(BlockOutcome(address, order, result, reason))
+            elif tried:
+                # The others free their old pages first.
+                return tried, index, True
+            else:
+                self._work.report.room = self._work.room.reason
+                self._done(order).over_reserve += 1
+        return tried, len(blocks), False
+
+    def _try(self, blocks: list[Block], columns: PteColumns) -> None:
+        """Collapse `blocks`, which `columns` hold, and count what came of them."""
+        order = blocks[0][1]
+        self._work.tried(len(blocks) * self._geometry.size_of(order))
+        if self._mechanism == "move":
+            self._work.report.moved_blocks += len(blocks)
+        begin = time.monotonic()
+        try:
+            outcomes = self._patiently(blocks, columns)
+        except MthpError as error:
+            result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
+            for block in blocks:
+                self._account(BlockOutcome(*block, result, error.message))
+            raise
+        finally:
+            self.pauses_ns += self._work.space.take_pauses()
+        self._adapt(time.monotonic() - begin, len(blocks))
+        if all(outcome.everywhere for outcome in outcomes):
+            self._refused = outcomes[0]
+        else:
+            self._work.began()
+        if any(outcome.reason == thp_unadvised.REASON for outcome in outcomes):
+            self._admission.only_advised()
+        for outcome in outcomes:
+            if self._mechanism == "madvise":
+                self.seconds.append(outcome.elapsed_ns / 1e9)
+            if self._admission.ended_by(outcome.result):
+                self._work.out_of_memory(outcome.result)
+            self._account(outcome)
+
+    def _patiently(self, blocks: list[Block], columns: PteColumns | None) -> list[BlockOutcome]:
+        """Collapse `blocks`, and try those again, after longer and longer rests, that were refused for what passes."""
+        outcomes: dict[Block, BlockOutcome] = {}
+        left = blocks
+        tries = 0
+        for pause in (*PATIENCE, None):
+            tries += 1
+            outcomes |= zip(left, collapse_batch(self._work.space, left, self._means, columns), strict=True)
+            columns = None  # What was read before holds no more.
+            left = [block for block in left if outcomes[block].passing]
+            if not left or pause is None or self._work.told_to_stop():
+                break
+            self._work.rest(pause)
+        for block in left:
+            why = f"{outcomes[block].reason} (tried {tries} times)" if tries > 1 else outcomes[block].reason
+            outcomes[block] = dataclasses.replace(outcomes[block], reason=why)
+        return [outcomes[block] for block in blocks]
+
+    def _in_windows(self, blocks: list[Block]) -> None:
+        """Let the machine's khugepaged at `blocks` until a window brings nothing new."""
+        outcomes: list[BlockOutcome] = []
+        while blocks and not self._work.told_to_stop():
+            self._admission.renew()
+            if not self._work.room.take(0, self._geometry.pmd_size):
+                self._work.report.room = self._work.room.reason
+                for _, order in blocks:
+                    self._done(order).over_reserve += 1
+                return
+            outcomes = self._work.space.collapse_blocks(blocks, self._means)
+            self._work.began()
+            left = []
+            for outcome in outcomes:
+                if outcome.result is ScanResult.SUCCEED:
+                    self._account(outcome)
+                elif outcome.result in _LARGE_BEFORE:
+                    self._done(outcome.order).unchanged += 1
+                else:
+                    left.append(outcome)
+            if len(left) == len(blocks):
+                break
+            blocks, outcomes = [(outcome.address, outcome.order) for outcome in left], left
+        if not self._work.report.interrupted:
+            for outcome in outcomes:
+                self._account(outcome)
+
+    def _account(self, outcome: BlockOutcome) -> None:
+        """Count what came of a block."""
+        report, tally, page_size = self._work.report, self._done(outcome.order), self._geometry.page_size
+        if outcome.result is ScanResult.SUCCEED:
+            tally.made += 1
+            report.copied_bytes += outcome.copied * page_size
+            report.filled_bytes += outcome.filled * page_size
+        else:
+            tally.failed[outcome.result, outcome.reason or outcome.result.meaning] += 1
+
+    def _done(self, order: int) -> FolioTally:
+        """Return the tally of `order`, in which a block less is left to be tried."""
+        tally = self._work.report.tally(order)
+        tally.not_tried -= 1
+        self._work.step(self._geometry.size_of(order), self._geometry.label(order))
+        return tally
+
+    def _adapt(self, seconds: float, blocks: int) -> None:
+        """Choose the size of the next batch by the time that this one took."""
+        each = max(seconds, 1e-6) / blocks
+        fitting = max(int(BATCH_SECONDS / each), min(FIRST_BATCH, int(SMALL_BATCH_SECONDS / each)))
+        self._batch_size = max(1, min(fitting, 2 * self._batch_size, LARGEST_BATCH))
