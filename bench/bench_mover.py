@@ -30,7 +30,6 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from mthp.addrspace import Block
 from mthp.geometry import X86_64 as GEOMETRY
 from mthp.linux import abi
 from mthp.linux.journal.switches import SwitchJournal
@@ -41,6 +40,7 @@ from mthp.linux.mover.pause import Pause
 from mthp.linux.mover.recheck import Before, Recheck, last_pid
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.process import Process
+from mthp.ptes import Block
 from peers import compiled
 
 SIZE = 256 << 20

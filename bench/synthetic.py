@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment, Vma
 from mthp.geometry import X86_64
+from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
 from mthp.snapshot.description import Description
 from mthp.snapshot.recorded import RecordedSpace
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 BASE = 0x7F00_0000_0000
 PAGE = X86_64.page_size

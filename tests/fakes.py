@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64, Geometry
+from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 COLLAPSE_NS = 250_000
 """What every collapse of a :class:`FakeSpace` takes."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mthp.addrspace import Means
 from mthp.errors import UsageError
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.mover.guarded import OwnBlocks
+from mthp.means import Means
 from mthp.results import BlockOutcome
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fakes import FakeSpace
-from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment, Vma, VmaKind
+from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
+from mthp.vma import Vma, VmaKind
 
 Mapping = tuple[Vma, NDArray[np.uint16], NDArray[np.int8]]
 

@@ -15,11 +15,11 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE
 from mthp.engine import policy
 from mthp.engine.occupancy import Planes
 from mthp.engine.plan import make_rules
 from mthp.geometry import GEOMETRIES, MIN_ANON_ORDER, geometry_for_ptes
+from mthp.ptes import ORDER_NONE
 from mthp.tunables import Tunables
 from oracle import Range, Rules
 

@@ -13,144 +13,27 @@ exits raises :class:`~mthp.errors.TargetVanishedError`; a collapse that fails is
 from __future__ import annotations
 
 import abc
-import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.blockstates import EXITED, already, shown, states_of
-from mthp.budget import Amount, MemoryBound
+from mthp.budget import MemoryBound
 from mthp.closing import Closing
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
+from mthp.means import USUAL_MEANS, Means, Mechanism
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
-from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Block, Pte, PteColumns, Segment, segments_of
+from mthp.ptes import Block, Pte, PteColumns, Segment, segments_of
 from mthp.results import BlockOutcome, ScanResult
 from mthp.segments import in_blocks, in_range_blocks
 from mthp.tunables import Switches, Tunables
-
-__all__ = [
-    "DUTY",
-    "MAX_PAUSE_NS",
-    "ORDER_NONE",
-    "ORDER_UNKNOWN",
-    "USUAL_MEANS",
-    "WATCH_BLOCK",
-    "AddressSpace",
-    "Block",
-    "Means",
-    "Mechanism",
-    "Pte",
-    "PteColumns",
-    "Segment",
-    "Vma",
-    "VmaKind",
-    "Watch",
-]
-
-Mechanism = Literal["auto", "madvise", "move", "madvise,move", "khugepaged"]
-"""How pages are collapsed: by MADV_COLLAPSE, by the mover, by each where it fits the order, or by the kernel's own
-khugepaged. ``auto`` is whatever the kernel does by itself: the mover injects code, so it must be asked for by name."""
+from mthp.vma import Vma
 
 WATCH_BLOCK = 256 << 20
 """Bytes of address space that a watch reads at a time."""
-
-
-class VmaKind(enum.StrEnum):
-    """What a mapping is made of."""
-
-    ANON = "anon"
-    """Private memory without a file."""
-    FILE = "file"
-    """A file, shared or private."""
-    SHMEM = "shmem"
-    """Shared memory: tmpfs, memfd, System V, or a shared anonymous mapping."""
-    HUGETLB = "hugetlb"
-    SPECIAL = "special"
-    """Made by a driver or by the kernel itself: vdso, device memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Vma:
-    """One mapping.
-
-    Attributes:
-        start, end: half-open range of addresses in bytes.
-        permissions: such as ``"rw-p"``.
-        name: the path or the bracketed name of ``/proc/PID/maps``, or ``""``.
-        kind: what it is made of.
-        flags: two-letter words of the VmFlags line of smaps (Documentation/filesystems/proc.rst); empty if they
-            cannot be read.
-        has_anon_vma: whether something was ever written here; None if that cannot be told.
-        node_pages: pages by NUMA node; empty if not asked for or not known.
-        offset: where in its file it begins, in bytes; 0 without a file.
-    """
-
-    start: int
-    end: int
-    permissions: str
-    name: str = ""
-    kind: VmaKind = VmaKind.ANON
-    flags: frozenset[str] = frozenset()
-    has_anon_vma: bool | None = None
-    node_pages: tuple[tuple[int, int], ...] = ()
-    offset: int = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.end - self.start
-
-    @property
-    def uffd_armed(self) -> bool:
-        """Whether it is registered with userfaultfd, in any of its modes (userfaultfd_armed(), userfaultfd_k.h)."""
-        return not self.flags.isdisjoint(("um", "uw", "ui"))
-
-    @property
-    def droppable(self) -> bool:
-        """Whether the kernel may drop its pages at any time (VM_DROPPABLE)."""
-        return "dp" in self.flags
-
-    def pmd_ranges(self, geometry: Geometry) -> Segment:
-        """The part that whole PMD ranges make up, (start, end); empty (start == end) if there is none."""
-        start = -(-self.start // geometry.pmd_size) * geometry.pmd_size
-        return start, max(start, self.end // geometry.pmd_size * geometry.pmd_size)
-
-
-MAX_PAUSE_NS = 1_000_000
-DUTY = 0.2
-"""How long a target stands still at a time by default, and for what part of the time: a busy server keeps most of its
-throughput (bench/bench_redis.py)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """By what means blocks are collapsed, and what that may cost the target.
-
-    Attributes:
-        mechanism: what collapses them; see :data:`Mechanism`.
-        max_pause_ns: how long the target's threads may stand still in one window of the mover, in nanoseconds.
-        duty: the part of the time that they may stand still, above 0, up to 1.
-        fill: whether the mover may fill holes; the kernel's call always does.
-        verify: compare a hash of the bytes of every moved block before and after, inside the window.
-        reserve: memory that must stay free below every limit of the target; None for the default.
-        max_threads: refuse to move memory of a target with more threads; None for what `max_pause_ns` allows.
-    """
-
-    mechanism: Mechanism = "auto"
-    max_pause_ns: int = MAX_PAUSE_NS
-    duty: float = DUTY
-    fill: bool = False
-    verify: bool = False
-    reserve: Amount | None = None
-    max_threads: int | None = None
-
-
-USUAL_MEANS = Means()
-"""What holds where a caller says nothing."""
 
 
 class Watch(Protocol):

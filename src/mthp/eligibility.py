@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mthp.addrspace import Vma, VmaKind
 from mthp.geometry import Geometry
 from mthp.tunables import Switches
+from mthp.vma import Vma, VmaKind
 
 Trigger = Literal["khugepaged", "madvise"]
 """Who wants the collapse: the background scan, or a call for it now."""

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.geometry import Geometry
+from mthp.ptes import Pte, PteColumns, Segment
 from mthp.segments import in_range_blocks
+from mthp.vma import Vma, VmaKind
 
 MAX_FOLIO_ORDER = 20
 """The largest folio order that is counted: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""

@@ -19,24 +19,17 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import (
-    ORDER_NONE,
-    ORDER_UNKNOWN,
-    AddressSpace,
-    Means,
-    Pte,
-    PteColumns,
-    Segment,
-    Vma,
-    VmaKind,
-)
+from mthp.addrspace import AddressSpace
 from mthp.eligibility import eligibility
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.geometry import Geometry
+from mthp.means import Means
 from mthp.metrics import MAX_FOLIO_ORDER
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma, VmaKind
 
 MAX_PAGES = 1 << 18
 """Pages that are read at most, from the lowest address on."""

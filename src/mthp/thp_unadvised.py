@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mthp.addrspace import AddressSpace, Block, Segment
+from mthp.addrspace import AddressSpace
+from mthp.ptes import Block, Segment
 from mthp.results import BlockOutcome, ScanResult
 
 REASON = (

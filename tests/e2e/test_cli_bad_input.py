@@ -19,8 +19,9 @@ import pytest
 
 from e2e.helpers import MTHP, Actor, ancestors, memory_of, mthp, unused_pid
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import Pte, Vma
 from mthp.cli import COMMANDS, main
+from mthp.ptes import Pte
+from mthp.vma import Vma
 from targets import PMD_SIZE
 
 BASE = 1 << 40

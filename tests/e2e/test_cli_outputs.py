@@ -11,7 +11,8 @@ import pytest
 
 from e2e.helpers import mthp
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import Pte, Vma
+from mthp.ptes import Pte
+from mthp.vma import Vma
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("jinja2")

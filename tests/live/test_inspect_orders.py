@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mthp.addrspace import ORDER_NONE, Pte, PteColumns, VmaKind
 from mthp.linux import procfs
 from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.ptes import ORDER_NONE, Pte, PteColumns
+from mthp.vma import VmaKind
 from targets import (
     MADV_FREE,
     MADV_GUARD_INSTALL,

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 import mthp
-from mthp.addrspace import Means, Pte
 from mthp.engine.scanner import PassEnd
 from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.means import Means
+from mthp.ptes import Pte
 from mthp.results import ScanResult
 from mthp.testing import check_address_space
 from mthp.tunables import Tunables

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, VmaKind
 from mthp.eligibility import eligibility
 from mthp.errors import NotPermittedError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.linux import abi, procfs
 from mthp.linux.live import SPARSE_BYTES, LiveAddressSpace, open_live
 from mthp.linux.process import Process
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte
 from mthp.results import ScanResult
+from mthp.vma import VmaKind
 from pids import successor_of
 from targets import MADV_HUGEPAGE, MADV_NOHUGEPAGE, PAGE_SIZE, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches

@@ -10,11 +10,12 @@ import pytest
 
 from e2e.helpers import Actor
 from mover_targets import BLOCK, GEOMETRY, Writers, mappings
-from mthp.addrspace import Block, Means
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover import mapping
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.taskfiles import Thread
+from mthp.means import Means
+from mthp.ptes import Block
 from mthp.results import BlockOutcome, ScanResult
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import THP_ROOT, ThpSwitches

@@ -19,7 +19,6 @@ import pytest
 from numpy.typing import NDArray
 
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, mappings, open_window
-from mthp.addrspace import ORDER_NONE, Block, Means
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.linux import abi
 from mthp.linux.live import open_live
@@ -31,6 +30,8 @@ from mthp.linux.mover.mover import Mover
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
+from mthp.means import Means
+from mthp.ptes import ORDER_NONE, Block
 from mthp.results import ScanResult
 from targets import STRICT, Puppet, is_strict
 from thp_switches import ThpSwitches, size_name

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, SQPOLL, Writers, compiled, mappings, open_window, program
-from mthp.addrspace import Means
 from mthp.linux.live import open_live
 from mthp.linux.mover.held import HELD
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError, Stopped
 from mthp.linux.process import Process
+from mthp.means import Means
 from mthp.results import ScanResult
 from thp_switches import ThpSwitches
 from waiting import wait_for

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mthp.addrspace import Block, Means, Pte
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.refusals import refuse_vma
+from mthp.means import Means
+from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
 from thp_switches import ThpSwitches
 from waiting import FACTOR, PATIENCE, wait_for

@@ -19,7 +19,6 @@ import pytest
 
 from early_imports import import_all
 from mover_targets import PREAMBLE
-from mthp.addrspace import USUAL_MEANS, Means
 from mthp.budget import Amount
 from mthp.errors import TargetVanishedError
 from mthp.linux.live import LiveAddressSpace, open_live
@@ -33,6 +32,7 @@ from mthp.linux.mover.refusals import (
     refuse_vma,
     special_ranges,
 )
+from mthp.means import USUAL_MEANS, Means
 from mthp.price import THREAD_STOP_NS, WINDOW_FACTOR
 from targets import PAGE_SIZE, PMD_SIZE, Puppet, threads_of
 from waiting import until

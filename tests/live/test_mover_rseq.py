@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from mover_targets import BLOCK_SIZE, GEOMETRY, ORDER, compiled
-from mthp.addrspace import Block
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import Stopped
 from mthp.linux.process import Process
+from mthp.ptes import Block
 from thp_switches import ThpSwitches
 from waiting import wait_for
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mthp.addrspace import Pte
 from mthp.errors import UsageError
 from mthp.linux.live import open_live
 from mthp.linux.watch import ROUNDS
+from mthp.ptes import Pte
 from mthp.snapshot import Recording
 from mthp.snapshot.recorder import StepTaker
 from mthp.snapshot.recording import Step, _State

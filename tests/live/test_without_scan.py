@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import targets
-from mthp.addrspace import ORDER_UNKNOWN, Pte, PteColumns
 from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns
 from thp_switches import ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("thp", "pagemap_scan")]

@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
 from hostile import JUNK, altered, bomb, damaged, refuses
-from mthp.addrspace import AddressSpace, Pte, Vma
+from mthp.addrspace import AddressSpace
 from mthp.bounded import FACTOR_VARIABLE
 from mthp.engine.census import take_census
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
+from mthp.ptes import Pte
 from mthp.snapshot import Pace, Recording, load, record, record_series
 from mthp.snapshot.fromtrace import record_trace
 from mthp.snapshot.parquetpages import inflated_bytes
 from mthp.snapshot.recording import packed_pages
+from mthp.vma import Vma
 
 pytest.importorskip("pyarrow")
 import pyarrow as pa

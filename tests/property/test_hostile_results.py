@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
 from hostile import JUNK, altered, bomb, damaged, refuses
-from mthp.addrspace import Pte, Vma
 from mthp.cli import main
 from mthp.errors import UsageError
+from mthp.ptes import Pte
+from mthp.vma import Vma
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("jinja2")

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, Segment, Vma, VmaKind
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, Segment
 from mthp.snapshot import load, record
 from mthp.tunables import SIZE_WORDS, TOP_WORDS, Switches, Tunables
+from mthp.vma import Vma, VmaKind
 from strategies import examples
 
 pytest.importorskip("pyarrow")

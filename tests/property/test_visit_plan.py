@@ -8,14 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.engine.khugepaged import Khugepaged
 from mthp.engine.planning import plan_space
 from mthp.engine.policy_lookup import policy_names
 from mthp.engine.select import PlanOptions
 from mthp.geometry import Geometry
+from mthp.ptes import ORDER_NONE, Pte
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 SMALL = Geometry("16-ptes", 4096, 4)
 SIZE = SMALL.pmd_size

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Block, Pte, PteColumns, Segment, Vma
 from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
 from mthp.engine.khugepaged import Khugepaged
@@ -19,6 +18,7 @@ from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim import Machine
 from mthp.sim.access import Fault
@@ -27,6 +27,7 @@ from mthp.snapshot.load import load
 from mthp.snapshot.record import record
 from mthp.testing import check_address_space, problems_of
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 SMALL = Geometry("16-ptes", 4096, 4)
 SIZE = SMALL.pmd_size

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import AddressSpace
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
+from mthp.ptes import Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 PAGE = 4096
 PMD = 512 * PAGE

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Vma
 from mthp.blockstates import SMALLER_FOLIOS, SPLIT_AGAIN, shown, states_of
 from mthp.geometry import X86_64
-from mthp.ptes import segments_of
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, segments_of
 from mthp.results import BlockOutcome, ScanResult
+from mthp.vma import Vma
 
 BASE, PAGE = 1 << 40, X86_64.page_size
 K64 = 16 * PAGE

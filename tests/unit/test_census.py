@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Vma, VmaKind
 from mthp.engine import census
 from mthp.engine.census import STATES, Census, PageCounts, runs_of_equal, take_census
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.metrics import ALIGNED, MAX_FOLIO_ORDER, PARTIAL
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns
 from mthp.sim import Machine
 from mthp.sim.mm import HUGEPAGE
 from mthp.tunables import Switches
+from mthp.vma import Vma, VmaKind
 
 PAGE = 4096
 PMD = 2 << 20

@@ -19,7 +19,6 @@ from rich.cells import cell_len
 
 from fakes import FakeSpace, page_runs
 from golden.loader import HERE
-from mthp.addrspace import Pte, Vma
 from mthp.cli import main, status_command
 from mthp.cli.collapse_output import print_report
 from mthp.cli.demo_command import print_story
@@ -35,6 +34,8 @@ from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 from mthp.linux.findings import Examination, Finding, State
+from mthp.ptes import Pte
+from mthp.vma import Vma
 
 WIDTHS = pytest.mark.parametrize("width", [40, 80, 120])
 EXAMPLE = str(resources.files("mthp.demo") / "example.parquet")

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Means, Pte, Vma, VmaKind
 from mthp.cli import plan_command
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vmas_json
@@ -28,7 +27,10 @@ from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
+from mthp.means import Means
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte
 from mthp.text import clean
+from mthp.vma import Vma, VmaKind
 
 BASE = 1 << 40
 PMD = 2 << 20

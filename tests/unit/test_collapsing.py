@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import COLLAPSE_NS, FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment, Vma
 from mthp.blockstates import states_of
 from mthp.engine import carry, work
 from mthp.engine.collapse import collapse_space
@@ -23,7 +22,9 @@ from mthp.errors import NotPermittedError, TargetVanishedError, UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
 from mthp.metrics import Durations
 from mthp.pacing import BYTES_BURST_SECONDS, BYTES_SLICE_SECONDS
+from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
+from mthp.vma import Vma
 
 BASE = 1 << 40
 PPC = geometry_named("ppc64-64k")

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Block, Means, Mechanism, Pte, PteColumns, Segment, Vma
 from mthp.engine import carry, work
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
@@ -21,8 +20,11 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64, geometry_named
+from mthp.means import Means, Mechanism
 from mthp.pacing import BYTES_BURST_SECONDS
+from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
+from mthp.vma import Vma
 
 BASE = 1 << 40
 PPC = geometry_named("ppc64-64k")

@@ -11,7 +11,6 @@ from typing import Any, cast
 import pytest
 
 from fakes import FakeClock, FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.budget import Amount, MemoryBound
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
@@ -26,8 +25,10 @@ from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
 from mthp.pacing import ByteBudget
+from mthp.ptes import ORDER_NONE, Pte
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 G = X86_64
 START = 1 << 30

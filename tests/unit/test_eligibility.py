@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from mthp.addrspace import Vma, VmaKind
 from mthp.eligibility import NO_COLLAPSE_FLAGS, Eligibility, Trigger, eligibility
 from mthp.geometry import X86_64, geometry_named
 from mthp.tunables import Switches
+from mthp.vma import Vma, VmaKind
 
 MIB = 1 << 20
 ALWAYS = Switches("always", {2: "never", 4: "madvise", 9: "inherit"})

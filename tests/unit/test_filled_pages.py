@@ -6,11 +6,12 @@ import numpy as np
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.engine.filled import FilledPages
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
+from mthp.ptes import ORDER_NONE, Pte
+from mthp.vma import Vma
 
 BASE = 0x7F00_0000_0000
 AT = np.array([BASE, BASE + (2 << 20)], np.uint64)

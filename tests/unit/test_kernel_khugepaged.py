@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mthp.addrspace import PteColumns, Segment, Vma
 from mthp.errors import UnsupportedError
 from mthp.geometry import X86_64
 from mthp.linux import kernel_khugepaged
 from mthp.linux.kernel_khugepaged import LEFT, NOT_IN_TIME, NOT_KNOWN, KernelKhugepaged
 from mthp.linux.sysfs import ThpSysfs
+from mthp.ptes import PteColumns, Segment
 from mthp.results import ScanResult
+from mthp.vma import Vma
 
 START = 2 << 20
 BLOCKS = [(START, 4), (START + (64 << 10), 4), (START + (2 << 20), 9)]

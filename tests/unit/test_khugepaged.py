@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from mthp.addrspace import Segment
 from mthp.engine.scanner import PassEnd, Scanner
 from mthp.engine.visited import Found, Passage
 from mthp.errors import NotPermittedError, TargetVanishedError
+from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Tunables
 from waiting import PATIENCE, until

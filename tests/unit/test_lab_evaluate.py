@@ -7,12 +7,13 @@ import pytest
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.lab.compare import Comparison, compare, settings_of
 from mthp.lab.evaluate import Row, evaluate
 from mthp.lab.metrics import METRICS, metric_of
+from mthp.ptes import ORDER_NONE, Pte
+from mthp.vma import Vma
 
 P = int(Pte.PRESENT)
 BASE = 0x7F00_0000_0000

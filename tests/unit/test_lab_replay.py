@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.engine.select import PlanOptions
 from mthp.lab.compare import compare, settings_of
 from mthp.lab.replay import mapped_after, replayed
 from mthp.lab.tlb import Processor
+from mthp.ptes import ORDER_NONE, Pte
+from mthp.vma import Vma
 
 P = int(Pte.PRESENT)
 BASE = 0x7F00_0000_0000

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.errors import MthpError, UsageError
 from mthp.lab import sweep as sweep_module
 from mthp.lab.evaluate import evaluate
 from mthp.lab.grid import Grid
 from mthp.lab.runners import dask, local
 from mthp.lab.sweep import Done, Task, inputs_in, measure, sweep
+from mthp.ptes import ORDER_NONE, Pte
 from mthp.snapshot import Pace, record, record_series
+from mthp.vma import Vma
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("joblib")

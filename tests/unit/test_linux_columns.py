@@ -6,12 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.addrspace import Pte
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.linux import abi
 from mthp.linux.columns import windows_of
 from mthp.linux.pagemap import states
-from mthp.ptes import spread
+from mthp.ptes import Pte, spread
 
 
 @given(

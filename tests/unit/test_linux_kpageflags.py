@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, Pte
 from mthp.linux import abi
 from mthp.linux.kpageflags import FolioReader, states_of
+from mthp.ptes import ORDER_UNKNOWN, Pte
 
 ANON = abi.KPF_ANON | abi.KPF_SWAPBACKED
 MEMORY = 1 << 14

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.addrspace import Vma, VmaKind
 from mthp.linux.process import ProcStat
 from mthp.linux.procfs import VmaParser, parse_numa_line, parse_totals, shmem_devices, split_records
+from mthp.vma import Vma, VmaKind
 
 SMAPS = b"""\
 00400000-00600000 r-xp 00001000 fe:00 1234                               /usr/bin/a b (deleted)

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from mthp.addrspace import Segment
 from mthp.geometry import Geometry
+from mthp.ptes import Segment
 from mthp.results import ScanResult
 from mthp.sim.madvise import madvise_collapse
 from simworld import PAGE, SMALL

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Vma, VmaKind
 from mthp.geometry import X86_64
 from mthp.metrics import (
     ALIGNED,
@@ -23,6 +22,8 @@ from mthp.metrics import (
     mapped_runs,
     measure,
 )
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns
+from mthp.vma import Vma, VmaKind
 
 PAGE = X86_64.page_size
 HEAP = 0x7F00_0000_0000

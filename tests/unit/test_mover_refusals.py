@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Vma, VmaKind
 from mthp.linux.mover.devices import device_of, is_harmless, refuse_files
 from mthp.linux.mover.processrefusals import foreign_executable
 from mthp.linux.mover.refusals import BlockRefusal, SpecialRanges, refuse_blocks, refuse_vma
 from mthp.linux.mover.taskfiles import Thread
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns
+from mthp.vma import Vma, VmaKind
 
 PAGE = 4096
 BASE = 1 << 30

@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.daemon.ledger import FIRST_AGE, Ledger
 from mthp.geometry import Geometry
 from mthp.outline import HUGE, PRESENT, ZERO, Outline, outline_of
+from mthp.ptes import ORDER_NONE, Pte
 from mthp.results import ScanResult
+from mthp.vma import Vma
 
 SMALL = Geometry("small", 4096, 3)
 START = 64 * SMALL.pmd_size

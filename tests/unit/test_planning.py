@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp import metrics
-from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Segment, Vma, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.engine import planning
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry, geometry_named
+from mthp.ptes import ORDER_NONE, Pte, Segment
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma, VmaKind
 
 BASE = 1 << 40
 """A multiple of every geometry's PMD size."""

@@ -14,13 +14,14 @@ import pytest
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.policy_lookup import ENTRY_POINT_GROUP, policy_named, policy_names
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
+from mthp.ptes import ORDER_NONE, Pte
+from mthp.vma import Vma
 
 BASE = 1 << 40
 

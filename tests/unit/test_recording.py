@@ -13,13 +13,15 @@ import pytest
 from numpy.typing import NDArray
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, AddressSpace, Pte, Vma, Watch
+from mthp.addrspace import AddressSpace, Watch
 from mthp.engine.census import take_census
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
+from mthp.ptes import ORDER_NONE, Pte
 from mthp.snapshot import Pace, Recorded, Recording, record_series
 from mthp.targets import open_target
+from mthp.vma import Vma
 
 pytest.importorskip("pyarrow")
 

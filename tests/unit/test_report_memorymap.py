@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace
-from mthp.addrspace import ORDER_NONE, Pte, Vma, VmaKind
 from mthp.engine.census import take_census
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import Folios
 from mthp.geometry import X86_64
+from mthp.ptes import ORDER_NONE, Pte
 from mthp.report import memorymap
 from mthp.report.kinds import Kinds
 from mthp.report.memorymap import (
@@ -30,6 +30,7 @@ from mthp.report.memorymap import (
     shares,
     stretches,
 )
+from mthp.vma import Vma, VmaKind
 from report_spaces import HugeSpace, mixed
 
 PAGE = X86_64.page_size

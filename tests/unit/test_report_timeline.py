@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import FakeSpace
-from mthp.addrspace import Pte
 from mthp.engine.select import PlanOptions
+from mthp.ptes import Pte
 from mthp.report import render
 from mthp.report.gather import Source, report_on
 from mthp.report.timeline import chosen_steps, gather, section

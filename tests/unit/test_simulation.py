@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace
-from mthp.addrspace import Pte
 from mthp.lab import simulated
 from mthp.lab.metrics import METRICS
 from mthp.lab.scenario import load_scenario
 from mthp.lab.simulation import Outcome, _Run, simulate
+from mthp.ptes import Pte
 from mthp.report.simulation import report_on_simulation
 from mthp.snapshot import record
 from report_spaces import mixed

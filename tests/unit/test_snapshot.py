@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment, Vma, VmaKind
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment
 from mthp.snapshot import SnapshotInfo, info, load, record
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma, VmaKind
 
 pytest.importorskip("pyarrow")
 import pyarrow as pa

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Pte, Vma
 from mthp.errors import UsageError
+from mthp.ptes import ORDER_NONE, Pte
 from mthp.snapshot import info, load, record
+from mthp.vma import Vma
 
 pytest.importorskip("pyarrow")
 import pyarrow as pa

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import Pte, Vma
 from mthp.errors import TargetVanishedError, UsageError
+from mthp.ptes import Pte
 from mthp.targets import PID_MAX, open_target, pid_of, refuse_ancestor
+from mthp.vma import Vma
 
 
 @pytest.mark.parametrize(

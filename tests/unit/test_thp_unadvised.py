@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import Block, Means, Pte, PteColumns, Vma
 from mthp.blockstates import SMALLER_FOLIOS
 from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
+from mthp.means import Means
+from mthp.ptes import Block, Pte, PteColumns
 from mthp.results import BlockOutcome, ScanResult
 from mthp.thp_unadvised import REASON, corrected
+from mthp.vma import Vma
 
 BASE = 1 << 40
 SMALL = BlockOutcome(BASE, 4, ScanResult.ALLOC_HUGE_PAGE_FAIL, SMALLER_FOLIOS, elapsed_ns=1000)

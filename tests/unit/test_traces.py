@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mthp.addrspace import Pte
 from mthp.engine.census import take_census
 from mthp.errors import UsageError
+from mthp.ptes import Pte
 from mthp.snapshot import Recording
 from mthp.snapshot.fromtrace import RecordedTrace, record_trace
 from mthp.snapshot.traces import Trace, _nanoseconds

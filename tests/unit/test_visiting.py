@@ -9,15 +9,17 @@ import pytest
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import ORDER_NONE, Block, Means, Pte, PteColumns, Segment, Vma
 from mthp.engine.admission import Candidate
 from mthp.engine.khugepaged import Khugepaged
 from mthp.engine.scanner import PassEnd
 from mthp.engine.visited import Passage
 from mthp.errors import NotPermittedError, UsageError
 from mthp.geometry import Geometry
+from mthp.means import Means
+from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 SMALL = Geometry("16-ptes", 4096, 4)
 SIZE = SMALL.pmd_size

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from mthp.addrspace import DUTY, AddressSpace, Mechanism
+from mthp.addrspace import AddressSpace
 from mthp.budget import Amount
 from mthp.cli.collapse_output import print_report, report_json
 from mthp.cli.options import (
@@ -28,6 +28,7 @@ from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
 from mthp.engine.space_plan import SpacePlan
+from mthp.means import DUTY, Mechanism
 from mthp.price import window_ns
 from mthp.targets import open_target, refuse_ancestor
 

@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 import click
 
-from mthp.addrspace import Mechanism
 from mthp.cli.options import RATE, SHARE
 from mthp.cli.status_command import run_dir_option
 from mthp.errors import UsageError
+from mthp.means import Mechanism
 from mthp.text import clean
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import click
 from rich.console import Console
 
-from mthp.addrspace import Means
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
@@ -17,6 +16,7 @@ from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry, format_size
+from mthp.means import Means
 from mthp.metrics import Coverage
 from mthp.targets import open_target
 

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp import thp_unadvised
-from mthp.addrspace import Means, Segment, VmaKind
 from mthp.budget import Room
 from mthp.daemon.environment import Environment
 from mthp.daemon.rules import Settings
@@ -28,10 +27,13 @@ from mthp.engine.visit import Visit
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, UnsupportedError
 from mthp.geometry import Geometry
+from mthp.means import Means
 from mthp.outline import Outline
 from mthp.price import needs_move_reason, price_of_moving
+from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
+from mthp.vma import VmaKind
 
 _FULLNESS_STEPS = 4
 """So many classes of fullness are told apart."""

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
-from mthp.addrspace import DUTY, Mechanism
 from mthp.budget import DEFAULT_BLOAT, Amount, parse_amount, parse_bloat
 from mthp.daemon.values import cgroup_pattern, pattern, user_id
 from mthp.engine.policy_lookup import known_policy
 from mthp.errors import UsageError
+from mthp.means import DUTY, Mechanism
 from mthp.toml import positive, whole
 from mthp.units import parse_duration, parse_rate, parse_share
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mthp import thp_unadvised
-from mthp.addrspace import AddressSpace, Block, Means, PteColumns, Segment
+from mthp.addrspace import AddressSpace
 from mthp.budget import Room
+from mthp.means import Means
+from mthp.ptes import Block, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mthp.addrspace import AddressSpace, Mechanism
+from mthp.addrspace import AddressSpace
 from mthp.engine.options import CollapseOptions
 from mthp.engine.space_plan import SpacePlan
+from mthp.means import Mechanism
 from mthp.price import needs_move_reason, price_of_moving
 
 

@@ -23,14 +23,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mthp import thp_unadvised
-from mthp.addrspace import Block, Mechanism, PteColumns
 from mthp.blockstates import BlockStates, states_of
 from mthp.engine.admission import Admission, Candidate, collapse_batch
 from mthp.engine.report import FolioTally
 from mthp.engine.space_plan import Folios
 from mthp.engine.work import Work
 from mthp.errors import MthpError, TargetVanishedError
-from mthp.ptes import segments_of
+from mthp.means import Mechanism
+from mthp.ptes import Block, PteColumns, segments_of
 from mthp.results import BlockOutcome, ScanResult
 
 FIRST_BATCH, LARGEST_BATCH = 16, 512

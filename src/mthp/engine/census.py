@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, AddressSpace, Pte, PteColumns, Segment, Vma, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
 from mthp.metrics import (
@@ -26,8 +26,10 @@ from mthp.metrics import (
     anonymous_pages,
     resident_pages,
 )
+from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment
 from mthp.segments import in_blocks, in_range_blocks
 from mthp.tunables import Switches
+from mthp.vma import Vma, VmaKind
 
 CONTENTS_PAGES = 1 << 14
 """Pages whose contents are read between two reports of progress."""

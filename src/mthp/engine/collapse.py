@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mthp.addrspace import AddressSpace, Mechanism
+from mthp.addrspace import AddressSpace
 from mthp.engine.allowed import allowed_of, mechanisms_of
 from mthp.engine.carry import Carrier
 from mthp.engine.options import CollapseOptions
@@ -18,6 +18,7 @@ from mthp.engine.space_plan import Folios, SpacePlan
 from mthp.engine.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.means import Mechanism
 from mthp.metrics import Durations
 from mthp.price import price_of_moving
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, Pte, PteColumns
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
+from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns
 
 Bits = NDArray[np.bool_]
 Counts = NDArray[np.unsignedinteger]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from mthp.addrspace import DUTY, MAX_PAUSE_NS, AddressSpace, Means, Mechanism
+from mthp.addrspace import AddressSpace
 from mthp.budget import DEFAULT_BLOAT, Amount, Room, as_amount
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
+from mthp.means import DUTY, MAX_PAUSE_NS, Means, Mechanism
 
 
 @dataclass(frozen=True, slots=True)

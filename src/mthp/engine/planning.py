@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mthp.addrspace import AddressSpace, Segment, Vma
+from mthp.addrspace import AddressSpace
 from mthp.blockstates import states_of
 from mthp.engine.filled import FilledPages
 from mthp.engine.plan import plan_planes
@@ -29,9 +29,10 @@ from mthp.engine.select import (
 )
 from mthp.engine.space_plan import Folios, Ranges, SpacePlan
 from mthp.metrics import Coverage, Measured, Scope, measure
-from mthp.ptes import segments_of
+from mthp.ptes import Segment, segments_of
 from mthp.results import ScanResult
 from mthp.segments import in_blocks
+from mthp.vma import Vma
 
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all) after every block."""

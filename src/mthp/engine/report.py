@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mthp.addrspace import Mechanism
 from mthp.engine.allowed import Allowed
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError
+from mthp.means import Mechanism
 from mthp.metrics import Coverage, Durations
 from mthp.results import ScanResult
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, PteColumns, Segment, Vma, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.eligibility import Trigger, eligibility
 from mthp.engine.filled import FilledPages
 from mthp.engine.occupancy import Planes, planes_of
 from mthp.engine.plan import make_rules
 from mthp.engine.policy import Policy, Rules
 from mthp.geometry import Geometry
+from mthp.ptes import PteColumns, Segment
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma, VmaKind
 
 BLOCK_PMD_RANGES = 128
 """PMD ranges read and planned at a time: 65 536 PTEs on x86-64."""
@@ -64,7 +66,7 @@ class Job:
         segments: the whole PMD ranges of each, by ascending address.
         listed: its place among the mappings: int64, shape (mappings,), as the others.
         starts: where it begins.
-        uffd_armed, droppable: as those of :class:`~mthp.addrspace.Vma`.
+        uffd_armed, droppable: as those of :class:`~mthp.vma.Vma`.
     """
 
     rules: Rules

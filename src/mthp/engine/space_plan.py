@@ -8,13 +8,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Vma
 from mthp.columns import Table
 from mthp.eligibility import Trigger
 from mthp.geometry import Geometry
 from mthp.metrics import Coverage, Scope
 from mthp.results import ScanResult
 from mthp.tunables import Tunables
+from mthp.vma import Vma
 
 
 @dataclass(frozen=True)

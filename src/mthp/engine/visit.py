@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Means, Segment, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.engine.admission import Admit, Candidate, collapse_batch
 from mthp.engine.filled import FilledPages
 from mthp.engine.occupancy import Bits
@@ -31,7 +31,10 @@ from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, j
 from mthp.engine.visited import Clock, Found, Passage, WallClock
 from mthp.engine.walk import Walk
 from mthp.geometry import Geometry
+from mthp.means import Means
+from mthp.ptes import Segment
 from mthp.results import DONE_THERE, LOWER_ORDERS_MAY_SUCCEED, BlockOutcome, ScanResult
+from mthp.vma import VmaKind
 
 FRESH = 1.0
 """Seconds for which a listing of the mappings is taken to hold; a failure that says otherwise ends that at once."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Segment
+from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Segment, Vma
+from mthp.addrspace import AddressSpace
 from mthp.engine.occupancy import Bits, Planes
 from mthp.engine.plan import Plan, plan_planes
 from mthp.engine.policy import Policy, Rules
@@ -27,8 +27,10 @@ from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of,
 from mthp.geometry import Geometry
 from mthp.lab import metrics
 from mthp.lab.metrics import MAX_ORDER
+from mthp.ptes import Segment
 from mthp.segments import in_blocks
 from mthp.sim.clock import Costs
+from mthp.vma import Vma
 
 BLOCK_RANGES = 512
 """PMD ranges read at a time: 256 Ki PTEs on x86-64, so that all planes of a block stay in the processor's caches."""

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Pte
 from mthp.engine.census import take_census
 from mthp.lab import metrics
 from mthp.lab.tables import FaultSettings, ProcessPlan, Scenario
 from mthp.lab.workloads.program import KilledError, Program
+from mthp.ptes import Pte
 from mthp.sim import Machine
 
 Row = dict[str, Any]

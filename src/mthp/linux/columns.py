@@ -1,4 +1,4 @@
-"""From a live process to :class:`~mthp.addrspace.PteColumns`: three sources put together for every page.
+"""From a live process to :class:`~mthp.ptes.PteColumns`: three sources put together for every page.
 
 pagemap says whether and how a page is mapped. kpageflags says what its frame is: of which folio order, the zero page,
 freed lazily. PAGEMAP_SCAN says what neither does: whether a PMD entry maps it. Asking that of everything would cost

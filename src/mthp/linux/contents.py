@@ -16,8 +16,8 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Pte, PteColumns, Segment
 from mthp.linux.process import Process
+from mthp.ptes import Pte, PteColumns, Segment
 
 PIECE = 4 << 20
 """Bytes read at a time: few enough to stay in a processor's cache until they are looked at."""

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block
 from mthp.errors import UnsupportedError
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.space import ProcessSpace
+from mthp.ptes import Block
 from mthp.results import BlockOutcome, ScanResult
 
 WINDOW_SECONDS = 5.0

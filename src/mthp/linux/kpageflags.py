@@ -33,8 +33,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, Pte
 from mthp.linux import abi
+from mthp.ptes import ORDER_UNKNOWN, Pte
 
 KPAGEFLAGS = "/proc/kpageflags"
 KPAGECOUNT = "/proc/kpagecount"
@@ -281,7 +281,7 @@ class FolioReader:
 
 
 def states_of(flags: _Words) -> NDArray[np.uint16]:
-    """What kpageflags words say, as bits of :class:`~mthp.addrspace.Pte`: uint16, the shape of `flags`.
+    """What kpageflags words say, as bits of :class:`~mthp.ptes.Pte`: uint16, the shape of `flags`.
 
     ZERO, HUGETLB, SHARED (a KSM page) and LAZYFREE: anonymous and not backed by swap (folio_mark_lazyfree, mm/swap.c).
     A lazily freed page that was written since looks the same until reclaim meets it: that it is dirty stands only in

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block, Means, Mechanism, PteColumns, Segment, Vma, Watch
+from mthp.addrspace import Watch
 from mthp.budget import MACHINE, MemoryBound
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
@@ -32,10 +32,12 @@ from mthp.linux.process import Process, ProcStat
 from mthp.linux.space import ProcessSpace
 from mthp.linux.sysfs import ThpSysfs
 from mthp.linux.watch import LiveWatch
+from mthp.means import Means, Mechanism
 from mthp.outline import Outline
-from mthp.ptes import segments_of
+from mthp.ptes import Block, PteColumns, Segment, segments_of
 from mthp.results import BlockOutcome, ScanResult, result_of_madvise
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 if TYPE_CHECKING:
     from mthp.linux.kernel_khugepaged import KernelKhugepaged

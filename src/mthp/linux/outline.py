@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mthp.addrspace import Segment
 from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.pagemap import Pagemap
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
+from mthp.ptes import Segment
 
 _KINDS = (
     (abi.PAGE_IS_PRESENT, PRESENT),

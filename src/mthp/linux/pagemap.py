@@ -24,9 +24,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Pte, Segment
 from mthp.linux import abi
 from mthp.linux.process import Process
+from mthp.ptes import Pte, Segment
 
 _REGIONS_PER_CALL = 8192
 _NO_IOCTL = (errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
@@ -159,7 +159,7 @@ class Pagemap:
 
 
 def _state_of(top: int) -> int:
-    """The :class:`~mthp.addrspace.Pte` bits behind the top byte of a pagemap word."""
+    """The :class:`~mthp.ptes.Pte` bits behind the top byte of a pagemap word."""
     word = top << 56
     state = Pte(0)
     if word & abi.PM_PRESENT:
@@ -182,7 +182,7 @@ _STATES = np.array([_state_of(top) for top in range(256)], np.uint16)
 
 
 def states(words: NDArray[np.uint64]) -> NDArray[np.uint16]:
-    """What pagemap words say, as bits of :class:`~mthp.addrspace.Pte`: uint16, the shape of `words`.
+    """What pagemap words say, as bits of :class:`~mthp.ptes.Pte`: uint16, the shape of `words`.
 
     A zero page comes out as SHARED (a small one) or FILE (a huge one), since only its frame, or PAGEMAP_SCAN, tells.
     """

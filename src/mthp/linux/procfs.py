@@ -1,4 +1,4 @@
-"""The mappings of a process: smaps, maps, numa_maps and mountinfo as :class:`~mthp.addrspace.Vma` and totals.
+"""The mappings of a process: smaps, maps, numa_maps and mountinfo as :class:`~mthp.vma.Vma` and totals.
 
 smaps is the one file that has the VmFlags line, and with it MADV_HUGEPAGE and what else decides about THP. It is
 text, about 800 bytes a mapping, and a process can have 65 530 mappings and more, so it is read in pieces and each
@@ -18,10 +18,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mthp.addrspace import Segment, Vma, VmaKind
 from mthp.errors import UnsupportedError
 from mthp.linux.process import Process
+from mthp.ptes import Segment
 from mthp.text import lines
+from mthp.vma import Vma, VmaKind
 
 _READ_CHUNK = 1 << 20
 _HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *(.*)$", re.MULTILINE)
@@ -163,7 +164,7 @@ def shmem_devices(mountinfo: bytes) -> frozenset[str]:
 
 
 class VmaParser:
-    """Makes a :class:`~mthp.addrspace.Vma` of one mapping's part of smaps, or of a line of maps.
+    """Makes a :class:`~mthp.vma.Vma` of one mapping's part of smaps, or of a line of maps.
 
     Processes with many mappings have few different names and flag lines, so what is made of those is kept.
 

@@ -7,9 +7,10 @@ import abc
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, PteColumns
+from mthp.addrspace import AddressSpace
 from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
+from mthp.ptes import PteColumns
 
 
 class ProcessSpace(AddressSpace):

@@ -19,10 +19,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import WATCH_BLOCK, Pte, PteColumns, Segment
+from mthp.addrspace import WATCH_BLOCK
 from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader, Windows, windows_of
 from mthp.linux.pagemap import Pagemap
+from mthp.ptes import Pte, PteColumns, Segment
 from mthp.segments import in_range_blocks
 
 ROUNDS = 16

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, Pte, PteColumns
 from mthp.geometry import Geometry
+from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns
 
 
 @dataclass(frozen=True, slots=True)

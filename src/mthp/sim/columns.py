@@ -1,4 +1,4 @@
-"""What can be seen of the simulated page tables through the seam: entries as :class:`~mthp.addrspace.PteColumns`."""
+"""What can be seen of the simulated page tables through the seam: entries as :class:`~mthp.ptes.PteColumns`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Segment
+from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
 from mthp.sim.memory import Fl
 from mthp.sim.mm import Mm, P, Pmd, Ptes, Table
 from mthp.sim.parts import Parts

@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Segment
 from mthp.engine.occupancy import Bits, Occupancy, Planes
 from mthp.engine.policy import BUILT_IN
 from mthp.engine.visited import Passage
+from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.fullness import Fullness
 from mthp.sim.memory import Fl, Memory

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mthp.addrspace import Segment
 from mthp.engine.scanner import Scanner
 from mthp.engine.visited import Clock as RestClock
 from mthp.engine.visited import Found, Passage
 from mthp.geometry import Geometry
+from mthp.ptes import Segment
 from mthp.results import ScanResult
 from mthp.sim.clock import Clock
 from mthp.sim.collapse import revalidate

@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 from typing import Protocol
 
-from mthp.addrspace import Segment
 from mthp.geometry import Geometry
+from mthp.ptes import Segment
 from mthp.results import ScanResult
 
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Vma
 from mthp.engine.filled import FilledPages
 from mthp.geometry import Geometry
+from mthp.vma import Vma
 
 HUGEPAGE, NOHUGEPAGE, LOCKED, DROPPABLE, UFFD_WP, UFFD_MISSING = "hg", "nh", "lo", "dp", "uw", "um"
 """Words of smaps' VmFlags line (fs/proc/task_mmu.c) that matter here."""

@@ -13,15 +13,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import AddressSpace, Pte, PteColumns, Segment, Vma
+from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError
 from mthp.geometry import Geometry
+from mthp.ptes import Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.columns import columns_of, tables_in
 from mthp.sim.mm import Mm, Pmd
 from mthp.sim.parts import Parts
 from mthp.sim.scan import CollapseControl, SimRange
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 
 class SimSpace(AddressSpace):

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-from mthp.addrspace import Pte, Vma, VmaKind
 from mthp.bounded import parse_json
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.ptes import Pte
 from mthp.snapshot.bounds import MAPPINGS, PAGES, TEXT
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma, VmaKind
 
 KEY = "mthp.snapshot"
 VERSION = 1

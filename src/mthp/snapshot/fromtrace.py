@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE, Pte, PteColumns, Vma
 from mthp.files import check_output
 from mthp.geometry import X86_64, Geometry
+from mthp.ptes import ORDER_NONE, Pte, PteColumns
 from mthp.snapshot.bounds import TRACED_PAGES
 from mthp.snapshot.description import Description
 from mthp.snapshot.recorder import StepTaker
@@ -28,6 +28,7 @@ from mthp.snapshot.runs import Runs, encode
 from mthp.snapshot.stream import StreamWriter
 from mthp.snapshot.traces import Trace
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 Progress = Callable[[int, int], None]
 

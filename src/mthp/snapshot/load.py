@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_UNKNOWN, PteColumns, Segment
 from mthp.errors import UsageError
+from mthp.ptes import ORDER_UNKNOWN, PteColumns, Segment
 from mthp.snapshot.bounds import PAGES
 from mthp.snapshot.description import SnapshotInfo
 from mthp.snapshot.recorded import RecordedSpace

@@ -10,13 +10,15 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
-from mthp.addrspace import AddressSpace, Segment, Vma, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
 from mthp.files import check_output, creating
+from mthp.ptes import Segment
 from mthp.segments import at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.runs import Runs, encode, page_numbers
 from mthp.snapshot.table import RunWriter, pyarrow
+from mthp.vma import Vma, VmaKind
 
 BLOCK_SIZE = 256 << 20
 """Bytes of address space read at a time: 65 536 entries of 4 KiB."""

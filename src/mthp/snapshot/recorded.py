@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from mthp.addrspace import AddressSpace, Vma
+from mthp.addrspace import AddressSpace
 from mthp.errors import UnsupportedError
 from mthp.geometry import Geometry
 from mthp.results import BlockOutcome
 from mthp.snapshot.description import Description
 from mthp.tunables import Switches, Tunables
+from mthp.vma import Vma
 
 
 class RecordedSpace(AddressSpace):

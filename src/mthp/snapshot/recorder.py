@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE, AddressSpace, PteColumns, Segment, Vma, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.files import check_output
 from mthp.geometry import Geometry
+from mthp.ptes import ORDER_NONE, PteColumns, Segment
 from mthp.snapshot.description import Description, vma_to_json
 from mthp.snapshot.record import describe
 from mthp.snapshot.recording import CHANGING
 from mthp.snapshot.runs import Runs, encode, page_numbers
 from mthp.snapshot.stream import Meta, StreamWriter
+from mthp.vma import Vma, VmaKind
 
 MAPPINGS_EVERY = 16
 """Steps after which the properties of all mappings are looked at again."""

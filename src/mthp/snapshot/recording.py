@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import PteColumns, Segment
 from mthp.bounded import inflate, named
 from mthp.errors import UsageError
+from mthp.ptes import PteColumns, Segment
 from mthp.snapshot.bounds import ACCESSES, COUNTERS, MAPPINGS, RUNS, STEPS
 from mthp.snapshot.description import Description
 from mthp.snapshot.recorded import RecordedSpace

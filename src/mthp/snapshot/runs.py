@@ -2,7 +2,7 @@
 
 A process of 64 GiB has 16 million page table entries, but its memory was mostly faulted in and freed in stretches:
 a few hundred thousand runs describe it, and none pages need no run at all. This module turns blocks of
-:class:`~mthp.addrspace.PteColumns` into :class:`Runs` and cuts any segments out of runs again.
+:class:`~mthp.ptes.PteColumns` into :class:`Runs` and cuts any segments out of runs again.
 
 Everything is counted in page numbers (address / page size), as int64: an address of the highest pages, such as that
 of ``[vsyscall]``, does not fit a signed 64-bit integer, and the end of the address space fits no 64-bit integer at
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE, PteColumns, Segment
 from mthp.errors import UsageError
+from mthp.ptes import ORDER_NONE, PteColumns, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Runs:
         vma: int32, shape (runs,): index of the mapping that the run lies in.
         first: int64, shape (runs,): number of the first page.
         pages: int64, shape (runs,): base pages in the run.
-        state: uint16, shape (runs,): bits of :class:`~mthp.addrspace.Pte`.
-        folio_order: int8, shape (runs,): as in :class:`~mthp.addrspace.PteColumns`. A run may span many folios.
+        state: uint16, shape (runs,): bits of :class:`~mthp.ptes.Pte`.
+        folio_order: int8, shape (runs,): as in :class:`~mthp.ptes.PteColumns`. A run may span many folios.
     """
 
     vma: NDArray[np.int32]

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import ORDER_NONE
 from mthp.errors import UnsupportedError, UsageError
 from mthp.files import open_regular, writing
+from mthp.ptes import ORDER_NONE
 from mthp.snapshot.bounds import RUNS, RUNS_IN_ALL
 from mthp.snapshot.description import ADDRESS_LIMIT, KEY, STATE_BITS, Description, SnapshotInfo
 from mthp.snapshot.parquetpages import inflated_bytes

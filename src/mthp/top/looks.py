@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from mthp.addrspace import AddressSpace, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.engine.census import PageCounts, take_census
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
@@ -18,6 +18,7 @@ from mthp.errors import MthpError, TargetVanishedError
 from mthp.geometry import Geometry
 from mthp.targets import open_target
 from mthp.top.model import UNKNOWN, Row
+from mthp.vma import VmaKind
 
 Stop = Callable[[], bool]
 

@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from mthp.addrspace import AddressSpace, Segment
+from mthp.addrspace import AddressSpace
 from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError
+from mthp.ptes import Segment
 from mthp.top.looks import Stopped, mappings
 from mthp.top.model import Row
 

@@ -9,10 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from mthp.addrspace import AddressSpace, Pte, VmaKind
+from mthp.addrspace import AddressSpace
 from mthp.bounded import Bound
 from mthp.lab.workloads.parameters import FilePath, Share
 from mthp.lab.workloads.program import Life, Program
+from mthp.ptes import Pte
+from mthp.vma import VmaKind
 
 HELD = Bound(1 << 30, "pages of all steps of a recording together")
 """A byte of memory each: what is mapped by any step, times the steps."""

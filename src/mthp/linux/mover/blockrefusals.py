@@ -28,12 +28,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Vma
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.taskfiles import read_task_file, task_ids
 from mthp.linux.process import Process
 from mthp.ptes import LARGEST_ADDRESS, Pte, PteColumns, Segment, spread
 from mthp.results import ScanResult
+from mthp.vma import Vma
 
 NR_GET_ROBUST_LIST = {"x86_64": 274, "aarch64": 100}
 """``get_robust_list`` in each architecture's ``asm/unistd.h``."""

@@ -45,7 +45,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block, Means, PteColumns
 from mthp.errors import UnsupportedError
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
@@ -61,6 +60,8 @@ from mthp.linux.mover.refusals import (
     special_ranges,
 )
 from mthp.linux.space import ProcessSpace
+from mthp.means import Means
+from mthp.ptes import Block, PteColumns
 from mthp.results import BlockOutcome
 
 STACK_MARGIN = 64 << 10

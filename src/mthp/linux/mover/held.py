@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block, Pte, PteColumns, Segment
 from mthp.linux import abi
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.space import ProcessSpace
+from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import ScanResult
 
 HELD = Objection(

@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mthp.addrspace import Block, Means, PteColumns, Vma
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
@@ -41,8 +40,10 @@ from mthp.linux.mover.refusals import objection_of, refuse_vma
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.space import ProcessSpace
-from mthp.ptes import segments_of
+from mthp.means import Means
+from mthp.ptes import Block, PteColumns, segments_of
 from mthp.results import BlockOutcome, ScanResult
+from mthp.vma import Vma
 
 VMAS_AGE_NS = 200_000_000
 """For so long a list of mappings is good: what changes of it that matters is seen after the stop."""

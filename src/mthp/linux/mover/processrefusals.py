@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from mthp.addrspace import USUAL_MEANS, AddressSpace, Means
+from mthp.addrspace import AddressSpace
 from mthp.budget import Room
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry, format_size
@@ -30,6 +30,7 @@ from mthp.linux.mover.refusal import Refusal
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
 from mthp.linux.process import Process
+from mthp.means import USUAL_MEANS, Means
 from mthp.price import most_threads, price_of_moving
 
 ELFCLASS64 = 2

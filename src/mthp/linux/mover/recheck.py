@@ -37,7 +37,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block, Pte, PteColumns, Vma
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
@@ -50,7 +49,9 @@ from mthp.linux.mover.refusals import refuse_vma
 from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
+from mthp.ptes import Block, Pte, PteColumns
 from mthp.results import ScanResult
+from mthp.vma import Vma
 
 MAX_FILES = 256
 """Open files that are looked at while the target stands still; about a microsecond each."""

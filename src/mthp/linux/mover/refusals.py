@@ -34,11 +34,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from mthp.addrspace import Vma, VmaKind
 from mthp.linux.mover.blockrefusals import BlockRefusal, SpecialRanges, refuse_blocks, special_ranges
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.processrefusals import refuse_process
 from mthp.linux.mover.refusal import Refusal
+from mthp.vma import Vma, VmaKind
 
 __all__ = [
     "ALLOWED_FLAGS",

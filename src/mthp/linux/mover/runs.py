@@ -23,9 +23,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Block
 from mthp.linux.mover import stub
 from mthp.linux.mover.outcome import Objection, reason_of_move, result_of_move
+from mthp.ptes import Block
 from mthp.results import BlockOutcome, ScanResult
 
 _Int64s = NDArray[np.int64]

@@ -12,7 +12,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import DUTY, MAX_PAUSE_NS, Block
 from mthp.closing import Closing
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
@@ -31,6 +30,8 @@ from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
 from mthp.linux.process import Process
+from mthp.means import DUTY, MAX_PAUSE_NS
+from mthp.ptes import Block
 from mthp.results import BlockOutcome
 
 MAX_BLOCKS = 512

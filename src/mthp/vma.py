@@ -1,0 +1,70 @@
+"""One mapping of an address space (struct vm_area_struct)."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from mthp.geometry import Geometry
+from mthp.ptes import Segment
+
+
+class VmaKind(enum.StrEnum):
+    """What a mapping is made of."""
+
+    ANON = "anon"
+    """Private memory without a file."""
+    FILE = "file"
+    """A file, shared or private."""
+    SHMEM = "shmem"
+    """Shared memory: tmpfs, memfd, System V, or a shared anonymous mapping."""
+    HUGETLB = "hugetlb"
+    SPECIAL = "special"
+    """Made by a driver or by the kernel itself: vdso, device memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One mapping.
+
+    Attributes:
+        start, end: half-open range of addresses in bytes.
+        permissions: such as ``"rw-p"``.
+        name: the path or the bracketed name of ``/proc/PID/maps``, or ``""``.
+        kind: what it is made of.
+        flags: two-letter words of the VmFlags line of smaps (Documentation/filesystems/proc.rst); empty if they
+            cannot be read.
+        has_anon_vma: whether something was ever written here; None if that cannot be told.
+        node_pages: pages by NUMA node; empty if not asked for or not known.
+        offset: where in its file it begins, in bytes; 0 without a file.
+    """
+
+    start: int
+    end: int
+    permissions: str
+    name: str = ""
+    kind: VmaKind = VmaKind.ANON
+    flags: frozenset[str] = frozenset()
+    has_anon_vma: bool | None = None
+    node_pages: tuple[tuple[int, int], ...] = ()
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+    @property
+    def uffd_armed(self) -> bool:
+        """Whether it is registered with userfaultfd, in any of its modes (userfaultfd_armed(), userfaultfd_k.h)."""
+        return not self.flags.isdisjoint(("um", "uw", "ui"))
+
+    @property
+    def droppable(self) -> bool:
+        """Whether the kernel may drop its pages at any time (VM_DROPPABLE)."""
+        return "dp" in self.flags
+
+    def pmd_ranges(self, geometry: Geometry) -> Segment:
+        """The part that whole PMD ranges make up, (start, end); empty (start == end) if there is none."""
+        start = -(-self.start // geometry.pmd_size) * geometry.pmd_size
+        return start, max(start, self.end // geometry.pmd_size * geometry.pmd_size)
