@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mthp.errors import UsageError
-from mthp.geometry import format_size
-from mthp.units import parse_share_or_size
+from mthp.units import format_size, parse_share_or_size
 
 MACHINE = "the machine"
 """Name of the bound that the machine's memory is."""

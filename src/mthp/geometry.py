@@ -12,15 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mthp.errors import UsageError
-from mthp.units import parse_order_or_size
+from mthp.units import format_size, parse_order_or_size
 
 MIN_ANON_ORDER = 2
 """The smallest order above 0 that the kernel maps for anonymous memory (THP_ORDERS_ALL_ANON, huge_mm.h)."""
 
 MAX_PMD_ORDER = 15
 """The largest PMD order that this package counts with; the largest of any architecture is 13."""
-
-_UNITS = "BKMGTPE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +170,3 @@ def geometry_for_ptes(ptes_per_pmd: int) -> Geometry:
     if ptes_per_pmd & (ptes_per_pmd - 1) or not 1 << MIN_ANON_ORDER <= ptes_per_pmd <= 1 << MAX_PMD_ORDER:
         raise UsageError(f"{ptes_per_pmd} PTEs per PMD range: it must be a power of two from 4 to {1 << MAX_PMD_ORDER}")
     return Geometry(f"{ptes_per_pmd}-ptes", 4 * _K, ptes_per_pmd.bit_length() - 1)
-
-
-def format_size(size: int) -> str:
-    """A number of bytes in the largest unit that keeps it short: ``"64K"``, ``"1.5G"``, ``"0"``."""
-    if size < 0:
-        return "-" + format_size(-size)
-    if size < _K:
-        return str(size)
-    exponent = min((size.bit_length() - 1) // 10, 6)
-    scaled = size / (1 << 10 * exponent)
-    return f"{scaled:.1f}".removesuffix(".0") + _UNITS[exponent]

@@ -45,6 +45,17 @@ _SHOWN = 40
 """Characters of a refused value that a message repeats."""
 
 
+def format_size(size: int) -> str:
+    """Return a number of bytes in the largest unit that keeps it short: ``"64K"``, ``"1.5G"``, ``"0"``."""
+    if size < 0:
+        return "-" + format_size(-size)
+    if size < 1024:
+        return str(size)
+    exponent = min((size.bit_length() - 1) // 10, 6)
+    scaled = size / (1 << 10 * exponent)
+    return f"{scaled:.1f}".removesuffix(".0") + "BKMGTPE"[exponent]
+
+
 def parse_size(value: object, *, bare: bool = True) -> int:
     """Return the bytes of a size.
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from e2e.helpers import MTHP, Actor, Memory, memory_of, mthp, mthp_json
-from mthp.geometry import format_size
+from mthp.units import format_size
 from targets import MADV_NOHUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, until

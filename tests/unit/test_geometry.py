@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mthp.errors import UsageError
 from mthp.geometry import (
     GEOMETRIES,
     X86_64,
     Geometry,
-    format_size,
     geometry_for_ptes,
     geometry_named,
 )
@@ -139,28 +134,3 @@ def test_counts_of_ptes_that_cannot_be(ptes: int) -> None:
 def test_geometries_that_cannot_be(page_size: int, pmd_order: int) -> None:
     with pytest.raises(UsageError):
         Geometry("odd", page_size, pmd_order)
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0"),
-        (1023, "1023"),
-        (KIB, "1K"),
-        (64 * KIB, "64K"),
-        (2 * MIB, "2M"),
-        (3 << 29, "1.5G"),
-        (1 << 40, "1T"),
-        (-64 * KIB, "-64K"),
-    ],
-)
-def test_sizes_as_people_write_them(size: int, text: str) -> None:
-    assert format_size(size) == text
-
-
-@given(st.integers(0, 1 << 50))
-def test_a_written_size_is_off_by_a_twentieth_of_its_unit_at_most(size: int) -> None:
-    text = format_size(size)
-    unit = {"K": 10, "M": 20, "G": 30, "T": 40, "P": 50}.get(text[-1], 0)
-    number = Fraction(text.rstrip("KMGTP"))
-    assert abs(number * 2**unit - size) <= Fraction(2**unit, 20)

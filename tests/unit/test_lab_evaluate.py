@@ -11,7 +11,7 @@ from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.lab.compare import Comparison, compare, settings_of
 from mthp.lab.evaluate import Row, evaluate
-from mthp.lab.metrics import METRICS, metric_of
+from mthp.lab.figures import METRICS, metric_of
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.vma import Vma
 

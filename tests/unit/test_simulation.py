@@ -9,7 +9,7 @@ import pytest
 
 from fakes import FakeSpace
 from mthp.lab import simulated
-from mthp.lab.metrics import METRICS
+from mthp.lab.figures import METRICS
 from mthp.lab.scenario import load_scenario
 from mthp.lab.simulation import Outcome, _Run, simulate
 from mthp.ptes import Pte

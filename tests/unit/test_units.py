@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mthp.errors import UsageError
-from mthp.geometry import format_size
 from mthp.units import (
     MAX_DURATION_NS,
     MAX_SIZE,
     above_zero,
+    format_size,
     parse_duration,
     parse_order_or_size,
     parse_rate,
@@ -187,3 +188,28 @@ def test_what_must_not_be_0() -> None:
     above_zero("1ns", 1)
     with pytest.raises(UsageError, match="'0%' is not above 0"):
         above_zero("0%", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0"),
+        (1023, "1023"),
+        (KIB, "1K"),
+        (64 * KIB, "64K"),
+        (2 * MIB, "2M"),
+        (3 << 29, "1.5G"),
+        (1 << 40, "1T"),
+        (-64 * KIB, "-64K"),
+    ],
+)
+def test_sizes_as_people_write_them(size: int, text: str) -> None:
+    assert format_size(size) == text
+
+
+@given(st.integers(0, 1 << 50))
+def test_a_written_size_is_off_by_a_twentieth_of_its_unit_at_most(size: int) -> None:
+    text = format_size(size)
+    unit = {"K": 10, "M": 20, "G": 30, "T": 40, "P": 50}.get(text[-1], 0)
+    number = Fraction(text.rstrip("KMGTP"))
+    assert abs(number * 2**unit - size) <= Fraction(2**unit, 20)

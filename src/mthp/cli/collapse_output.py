@@ -20,10 +20,10 @@ from mthp.cli.plan_command import (
 )
 from mthp.cli.render.tables import Table
 from mthp.engine.report import CollapseReport, FolioTally
-from mthp.geometry import format_size
 from mthp.metrics import Durations
 from mthp.price import needs_move_reason
 from mthp.results import ScanResult
+from mthp.units import format_size
 
 MAX_REASONS = 5
 """Reasons why nothing was done that are printed as remarks; the table has more."""

@@ -12,8 +12,8 @@ from mthp.cli.options import at_option, json_option, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.errors import UsageError
-from mthp.geometry import format_size
 from mthp.targets import open_target, pid_of
+from mthp.units import format_size
 
 
 @click.command("compare")
@@ -81,7 +81,7 @@ def _accesses(target: str) -> Any:
 
 
 def _json(result: Any) -> dict[str, Any]:
-    from mthp.lab.metrics import metric_of
+    from mthp.lab.figures import metric_of
 
     rows = result.rows
     columns = [column for column in rows[0] if column.startswith("order_share_") or column in _metric_names()]
@@ -101,7 +101,7 @@ def _json(result: Any) -> dict[str, Any]:
 
 
 def _metric_names() -> frozenset[str]:
-    from mthp.lab.metrics import METRICS
+    from mthp.lab.figures import METRICS
 
     return frozenset(METRICS)
 

@@ -21,7 +21,7 @@ from mthp.cli.render.tables import Table
 from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import UsageError
-from mthp.geometry import format_size
+from mthp.units import format_size
 
 
 @click.command("demo")

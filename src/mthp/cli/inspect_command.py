@@ -13,9 +13,10 @@ from mthp.cli.output import console, note, percent, print_json, progress_bar, sa
 from mthp.cli.render.tables import Table
 from mthp.eligibility import Eligibility
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.metrics import ALIGNED, ALIGNMENTS, PARTIAL, PMD, UNALIGNED
 from mthp.targets import open_target
+from mthp.units import format_size
 
 TOP_MAPPINGS = 20
 """Mappings shown without --all: the largest ones by what is resident."""

@@ -15,10 +15,11 @@ from mthp.engine.allowed import Allowed, allowed_of
 from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.space_plan import SpacePlan
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.metrics import Coverage
 from mthp.targets import open_target
+from mthp.units import format_size
 
 TOP_REASONS = 8
 """Reasons for leaving memory alone that are shown, the ones that concern most memory."""

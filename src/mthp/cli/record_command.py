@@ -16,9 +16,9 @@ from mthp.cli.options import SECONDS, SHARE, json_option
 from mthp.cli.output import console, note, percent, print_json, say
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
-from mthp.geometry import format_size
 from mthp.targets import open_target, pid_of
 from mthp.text import clean
+from mthp.units import format_size
 
 STRETCHED = 1.5
 """From so many times the wanted interval on, a person is told that steps came later."""

@@ -19,9 +19,9 @@ from mthp.cli.options import at_option, json_option, plan_options, planned
 from mthp.cli.output import console, print_json, progress_bar, say
 from mthp.errors import UsageError
 from mthp.files import check_output
-from mthp.geometry import format_size
 from mthp.report.document import Command
 from mthp.targets import open_target, pid_of
+from mthp.units import format_size
 
 if TYPE_CHECKING:
     from mthp.report.timeline import Timeline

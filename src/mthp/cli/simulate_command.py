@@ -16,7 +16,7 @@ from mthp.cli.render.tables import Table
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
 from mthp.files import check_output
-from mthp.geometry import format_size
+from mthp.units import format_size
 
 if TYPE_CHECKING:
     from mthp.lab.simulation import Outcome

@@ -9,8 +9,8 @@ import click
 
 from mthp.cli.options import json_option, target_argument
 from mthp.cli.output import console, print_json, progress_bar, say
-from mthp.geometry import format_size
 from mthp.targets import open_target
+from mthp.units import format_size
 
 
 @click.command("snapshot")

@@ -15,7 +15,7 @@ from mthp.cli.options import json_option
 from mthp.cli.output import console, milliseconds, percent, print_json, say
 from mthp.cli.render.tables import Table
 from mthp.errors import MthpError
-from mthp.geometry import format_size
+from mthp.units import format_size
 
 PAUSE_SECONDS = 10.0
 """For so long `mthp pause` waits for the piece of work at hand."""

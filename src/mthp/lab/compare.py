@@ -16,12 +16,13 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.policy_lookup import policy_names
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.lab.evaluate import Outcome, Progress, Row, evaluate
-from mthp.lab.metrics import coverage_from, share
+from mthp.lab.figures import coverage_from, share
 from mthp.lab.replay import Accesses, misses
 from mthp.lab.tlb import Processor, TlbCounts
 from mthp.sim.clock import Costs
+from mthp.units import format_size
 
 DEFAULT_POLICIES = ("pmd-only", "rfc", "per-order", "mainline", "no-creep")
 

@@ -25,8 +25,8 @@ from mthp.engine.policy import Policy, Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.geometry import Geometry
-from mthp.lab import metrics
-from mthp.lab.metrics import MAX_ORDER
+from mthp.lab import figures
+from mthp.lab.figures import MAX_ORDER
 from mthp.ptes import Segment
 from mthp.segments import in_blocks
 from mthp.sim.clock import Costs
@@ -102,7 +102,7 @@ class Outcome:
         return self.rules.geometry
 
     def rows(self, costs: Costs | None = None, *, tlb_entries: int = 1536, coalesced_order: int = 0) -> list[Row]:
-        """The figures of :mod:`mthp.lab.metrics` for the state before the first scan, and after each.
+        """The figures of :mod:`mthp.lab.figures` for the state before the first scan, and after each.
 
         Args:
             costs: what khugepaged's work costs.
@@ -117,9 +117,9 @@ class Outcome:
         for index, now in enumerate(self.scans):
             scanned += now.scanned
             resident = int(now.by_order.sum())
-            entries = metrics.translations(now.by_order, now.pmd_mapped, pmd_order, coalesced_order)
+            entries = figures.translations(now.by_order, now.pmd_mapped, pmd_order, coalesced_order)
             folios = int(_or_none(now.folios).sum())
-            spent = metrics.khugepaged_seconds(
+            spent = figures.khugepaged_seconds(
                 costs,
                 ptes=scanned,
                 ranges=scanned >> pmd_order,
@@ -131,20 +131,20 @@ class Outcome:
             row: Row = self._settings() | {
                 "scan": index,
                 "resident_bytes": resident * page,
-                "huge_coverage": metrics.share(now.pmd_mapped, resident),
-                "large_coverage": metrics.coverage_from(now.by_order, 1),
+                "huge_coverage": figures.share(now.pmd_mapped, resident),
+                "large_coverage": figures.coverage_from(now.by_order, 1),
                 "bloat_bytes": now.filled * page,
-                "bloat_share": metrics.share(now.filled, before),
+                "bloat_share": figures.share(now.filled, before),
                 "creep_bytes": (now.filled - self.scans[index - 1].filled) * page if index else 0,
                 "copied_bytes": now.copied * page,
                 "folios": folios,
                 "scanned_ptes": scanned,
                 "khugepaged_seconds": spent,
                 "translations": entries,
-                "tlb_reach_bytes": metrics.share(tlb_entries * resident * page, entries),
+                "tlb_reach_bytes": figures.share(tlb_entries * resident * page, entries),
             }
             for order in range(pmd_order + 1):
-                row[metrics.order_column(order)] = metrics.share(int(now.by_order[order]), resident)
+                row[figures.order_column(order)] = figures.share(int(now.by_order[order]), resident)
             rows.append(row)
         return rows
 

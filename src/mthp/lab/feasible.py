@@ -9,8 +9,9 @@ from typing import Any
 
 from mthp.bounded import Bound
 from mthp.errors import UsageError
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.lab.tables import MachineSettings, ProcessPlan, Settings
+from mthp.units import format_size
 
 BYTES_PER_PAGE = 20
 """Memory that a simulated machine takes for each of its pages, about."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.census import take_census
-from mthp.lab import metrics
+from mthp.lab import figures
 from mthp.lab.tables import FaultSettings, ProcessPlan, Scenario
 from mthp.lab.workloads.program import KilledError, Program
 from mthp.ptes import Pte
@@ -41,7 +41,7 @@ class Outcome:
     Attributes:
         policy: under which it ran.
         rows: one for each sample and process, and one for all processes together, whose `process` is ``""``; the
-            names are those of :mod:`mthp.lab.metrics`, besides ``policy``, ``seconds``, ``process``, ``processes``
+            names are those of :mod:`mthp.lab.figures`, besides ``policy``, ``seconds``, ``process``, ``processes``
             (how many live), ``free_bytes`` and ``killed`` (how many died of want of memory).
         interrupted: it was told to stop.
     """
@@ -58,7 +58,7 @@ class Outcome:
     def time_to_coverage(self, wanted: float) -> float:
         """Simulated seconds until PMD entries mapped the part `wanted` of all memory; infinite if they never did."""
         whole = [row for row in self.rows if not row["process"]]
-        return metrics.time_to_coverage(
+        return figures.time_to_coverage(
             [row["seconds"] for row in whole], [row["huge_coverage"] for row in whole], wanted
         )
 
@@ -295,17 +295,17 @@ class _Run:
             "seconds": round(self.now, 6),
             "process": name,
             "resident_bytes": resident * geometry.page_size,
-            "huge_coverage": metrics.share(huge, resident),
-            "large_coverage": metrics.coverage_from(by_order, 1),
-            "translations": metrics.translations(by_order, huge, geometry.pmd_order),
+            "huge_coverage": figures.share(huge, resident),
+            "large_coverage": figures.coverage_from(by_order, 1),
+            "translations": figures.translations(by_order, huge, geometry.pmd_order),
         }
         for order in range(geometry.pmd_order + 1):
-            row[metrics.order_column(order)] = metrics.share(int(by_order[order]), resident)
+            row[figures.order_column(order)] = figures.share(int(by_order[order]), resident)
         return row
 
     def _whole(self, rows: Sequence[tuple[Row, NDArray[np.int64], int]]) -> Row:
         machine, page = self.machine, self._scenario.geometry.page_size
-        none = np.zeros(metrics.MAX_ORDER + 1, np.int64)
+        none = np.zeros(figures.MAX_ORDER + 1, np.int64)
         row = self._row("", sum((by_order for _, by_order, _ in rows), none), sum(huge for _, _, huge in rows))
         done = machine.khugepaged.statistics
         bloat = done.filled.total() * page
@@ -313,14 +313,14 @@ class _Run:
         made = {name: sum(v for key, v in counters.items() if key.endswith(f"/{name}")) for name in _ALLOCATIONS}
         return row | {
             "bloat_bytes": bloat,
-            "bloat_share": metrics.share(bloat, max(row["resident_bytes"] - bloat, 0)),
+            "bloat_share": figures.share(bloat, max(row["resident_bytes"] - bloat, 0)),
             "copied_bytes": done.copied.total() * page,
             "scanned_ptes": done.progress,
             "khugepaged_seconds": (self._spent_ns() - self._programs_ns) / 1e9,
             "alloc_attempts": sum(made.values()),
             "alloc_failures": made["collapse_alloc_failed"],
-            "alloc_failure_share": metrics.share(made["collapse_alloc_failed"], sum(made.values())),
-            "fairness": metrics.fairness([one["huge_coverage"] for one, _, _ in rows] or [0.0]),
+            "alloc_failure_share": figures.share(made["collapse_alloc_failed"], sum(made.values())),
+            "fairness": figures.fairness([one["huge_coverage"] for one, _, _ in rows] or [0.0]),
             "processes": len(rows),
             "killed": self._killed,
             "free_bytes": machine.parts.memory.free_frames * page,

@@ -9,7 +9,7 @@ from typing import Any
 from mthp.bounded import named
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.lab.metrics import share
+from mthp.lab.figures import share
 from mthp.lab.rows import checked_rows
 from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.units import parse_size

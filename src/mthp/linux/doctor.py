@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mthp.errors import UsageError
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.linux.cgroups import cgroup_mounts
 from mthp.linux.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
 from mthp.linux.freememory import parse_buddyinfo, parse_meminfo
@@ -25,6 +25,7 @@ from mthp.linux.probes import Probed, probe
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
 from mthp.linux.sysfs import ThpSysfs
 from mthp.results import result_of_madvise
+from mthp.units import format_size
 
 SLOW_SECONDS_PER_GIB = 60
 """A khugepaged that rests longer than this on its way through 1 GiB is called limited."""

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.lab.compare import Comparison
-from mthp.lab.metrics import order_column
+from mthp.lab.figures import order_column
 from mthp.report.charts import BarChart, Chart, Series, bar_chart, chart
 from mthp.report.document import Cell, Section, Table
 from mthp.report.kinds import Kinds
+from mthp.units import format_size
 
 Row = Mapping[str, Any]
 

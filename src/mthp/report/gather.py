@@ -15,13 +15,14 @@ from mthp.engine.census import STATES, Census, VmaCensus, take_census
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
 from mthp.report import compared, timeline
 from mthp.report.compared import percent
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table
 from mthp.report.memorymap import MemoryMap, make_map
 from mthp.report.timeline import Timeline
+from mthp.units import format_size
 
 MAPPINGS = 60
 """Mappings in the table: those with most memory."""

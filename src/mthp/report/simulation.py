@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mthp.errors import UsageError
-from mthp.geometry import Geometry, format_size
-from mthp.lab.metrics import METRICS
+from mthp.geometry import Geometry
+from mthp.lab.figures import METRICS
 from mthp.report.charts import MARKS, Chart, Series, chart
 from mthp.report.compared import percent
 from mthp.report.document import Cell, Command, Document, Section, Table
+from mthp.units import format_size
 
 Row = Mapping[str, Any]
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.report.compared import Compared, percent, section
 from mthp.report.document import Cell, Command, Document, Figure, Section, Table
+from mthp.units import format_size
 
 Row = dict[str, Any]
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.census import take_census
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.report.charts import Chart, Series, chart
 from mthp.report.compared import percent
 from mthp.report.document import Cell, Section, Table
 from mthp.report.memorymap import make_map
+from mthp.units import format_size
 
 MAX_MOMENTS = 120
 """Steps of a recording that are looked at: more than a chart of this size can show."""

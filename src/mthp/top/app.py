@@ -25,7 +25,7 @@ from textual.widgets import DataTable, Footer, Input, Static
 from mthp.addrspace import AddressSpace
 from mthp.engine.options import CollapseOptions
 from mthp.engine.select import PlanOptions
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.text import clean
 from mthp.top.carrying import Carrying
 from mthp.top.columns import COLUMNS, PADDING, column_heads, column_widths, row_cells
@@ -33,6 +33,7 @@ from mthp.top.mapped import Mapped
 from mthp.top.model import SORTS, Row, arranged, totals
 from mthp.top.screens import Notice, Question, Running, keys_text, plan_text, question_text
 from mthp.top.survey import Source
+from mthp.units import format_size
 
 MAX_ROWS = 1000
 """Rows in the table at most: nobody scrolls through more, and a filter finds the others."""

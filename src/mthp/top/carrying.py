@@ -10,7 +10,7 @@ from mthp.engine.collapse import collapse_space
 from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
 from mthp.errors import MthpError
-from mthp.geometry import format_size
+from mthp.units import format_size
 
 
 class Carrying:

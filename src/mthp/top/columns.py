@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.style import Style
 from rich.text import Text
 
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.text import clean, shortened
 from mthp.top.model import UNKNOWN, Row, bar
+from mthp.units import format_size
 
 SHADES = {
     True: ("#6b6880", "#5561b0", "#3f7fa8", "#27ad81", "#7fd34e", "#fde725"),

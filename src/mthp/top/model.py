@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
+from mthp.units import format_size
 
 BLOCKS = "░▒▓█"
 """Of base pages, of the lower half of orders, of the upper half, of the PMD order: bars can be read without colour."""

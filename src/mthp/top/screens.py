@@ -13,11 +13,12 @@ from textual.widgets import Button, Label, ProgressBar, Static
 
 from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.price import needs_move_reason, price_of_moving
 from mthp.text import clean
 from mthp.top.carrying import Carrying
 from mthp.top.model import Row, described
+from mthp.units import format_size
 
 KEYS = (
     ("up, down, page up, page down", "choose a row"),

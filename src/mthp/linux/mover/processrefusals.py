@@ -19,7 +19,7 @@ from pathlib import Path
 from mthp.addrspace import AddressSpace
 from mthp.budget import Room
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
-from mthp.geometry import Geometry, format_size
+from mthp.geometry import Geometry
 from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
 from mthp.linux.headroom import memory_bounds
@@ -32,6 +32,7 @@ from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
 from mthp.linux.process import Process
 from mthp.means import USUAL_MEANS, Means
 from mthp.price import most_threads, price_of_moving
+from mthp.units import format_size
 
 ELFCLASS64 = 2
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
