@@ -138,6 +138,22 @@ def parse_share(value: object) -> float:
     Raises:
         UsageError: neither a percentage nor a part of 1, or above 100 %.
     """
+    if (share := _part(value)) > 1:
+        raise UsageError(f"{_shown(value)} is more than 100%", help="write it as 20% or 0.2, up to 100%")
+    return float(share)
+
+
+def parse_factor(value: object) -> float:
+    """Return a factor, which is written as a share and may be above 100 %: ``200%`` or ``2.0`` is twice as much.
+
+    Raises:
+        UsageError: neither a percentage nor a number with a decimal point.
+    """
+    return float(_part(value))
+
+
+def _part(value: object) -> Fraction:
+    """Return the number behind a percentage or a part of 1."""
     match = _SHARE.fullmatch(_text(value))
     if match is None:
         raise UsageError(f"{_shown(value)} is not a share", help="write it as 20% or 0.2")
@@ -147,10 +163,7 @@ def parse_share(value: object) -> float:
             f"{_shown(value)} has no unit: a share is a percentage, or a part of 1 with a decimal point",
             help=_both_shares(match[1], number),
         )
-    share = number / 100 if match[2] else number
-    if share > 1:
-        raise UsageError(f"{_shown(value)} is more than 100%", help="write it as 20% or 0.2, up to 100%")
-    return float(share)
+    return number / 100 if match[2] else number
 
 
 def parse_share_or_size(value: object) -> tuple[float | None, int | None]:

@@ -12,7 +12,10 @@ from mthp.errors import UsageError
 from mthp.lab.scenario import load_scenario
 from mthp.lab.tables import Scenario
 from mthp.lab.workloads import MODELS
+from mthp.lab.workloads.golang import GoHeap
 from mthp.lab.workloads.redis import Redis
+from mthp.lab.workloads.replay import Replay
+from mthp.toml import readers_of
 
 GOOD = """
 duration = "90s"
@@ -176,3 +179,16 @@ def test_every_model_says_what_it_follows_and_each_parameter(name: str) -> None:
     documented = model.__doc__ or ""
     for parameter in dataclasses.fields(model):  # type: ignore[arg-type]
         assert f"{parameter.name}:" in documented
+
+
+@pytest.mark.parametrize("written", ["200%", 2.0])
+@pytest.mark.parametrize(("model", "key"), [(Replay, "speed"), (GoHeap, "gogc")])
+def test_a_factor_may_be_above_100_percent(model: type, key: str, written: object) -> None:
+    _, read = readers_of(model)[key]
+    assert callable(read)
+    assert read(written) == 2.0
+
+
+def test_a_recording_is_not_replayed_at_no_speed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not above 0"):
+        loaded(tmp_path, 'duration = "1s"\n[[process]]\nworkload = "recording"\nfile = "r.mthp"\nspeed = "0%"\n')

@@ -18,6 +18,7 @@ from mthp.units import (
     above_zero,
     format_size,
     parse_duration,
+    parse_factor,
     parse_order_or_size,
     parse_rate,
     parse_share,
@@ -137,6 +138,17 @@ def test_shares(value: object, share: float) -> None:
 def test_shares_that_cannot_be(value: object) -> None:
     with pytest.raises(UsageError):
         parse_share(value)
+
+
+@pytest.mark.parametrize(("value", "factor"), [("200%", 2.0), (2.0, 2.0), ("20%", 0.2), ("0.5", 0.5), (0, 0.0)])
+def test_factors(value: object, factor: float) -> None:
+    assert parse_factor(value) == factor
+
+
+@pytest.mark.parametrize("value", ["2", "-5%", "nan", "9" * 400, True])
+def test_factors_that_cannot_be(value: object) -> None:
+    with pytest.raises(UsageError):
+        parse_factor(value)
 
 
 @pytest.mark.parametrize(

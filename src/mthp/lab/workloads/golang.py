@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mthp.lab.workloads.parameters import Duration, Share, Size
+from mthp.lab.workloads.parameters import Duration, Factor, Size
 from mthp.lab.workloads.program import Life, Program
 
 
@@ -23,7 +23,7 @@ class GoHeap:
     Attributes:
         live_memory: what survives a collection.
         allocate: bytes allocated every second.
-        gogc: growth between collections, as a share of what is live.
+        gogc: growth between collections, as a factor of what is live: GOGC=200 is 200%.
         span: pages' worth of bytes that live and die together.
         phase: every so often half of what is live becomes garbage, as when a cache is dropped; 0 for never.
     """
@@ -32,7 +32,7 @@ class GoHeap:
 
     live_memory: Size = 64 << 20
     allocate: Size = 64 << 20
-    gogc: Share = 1.0
+    gogc: Factor = 1.0
     span: Size = 8 << 10
     phase: Duration = 30.0
 

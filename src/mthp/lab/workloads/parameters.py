@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from mthp.toml import positive, whole
-from mthp.units import parse_duration, parse_share, parse_size
+from mthp.units import parse_duration, parse_factor, parse_share, parse_size
 
 
 def _seconds(value: object) -> float:
@@ -26,6 +26,12 @@ Period = Annotated[float, positive(_seconds)]
 
 Share = Annotated[float, parse_share]
 """A part of 1, written ``"30%"`` or ``0.3``."""
+
+Factor = Annotated[float, parse_factor]
+"""A number of at least 0, written ``"200%"`` or ``2.0``."""
+
+Speed = Annotated[float, positive(parse_factor)]
+"""A factor above 0."""
 
 Count = Annotated[int, whole()]
 """A whole number, at least 0."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from mthp.addrspace import AddressSpace
 from mthp.bounded import Bound
-from mthp.lab.workloads.parameters import FilePath, Share
+from mthp.lab.workloads.parameters import FilePath, Speed
 from mthp.lab.workloads.program import Life, Program
 from mthp.ptes import Pte
 from mthp.vma import VmaKind
@@ -34,7 +34,7 @@ class Replay:
     SOURCE: ClassVar[str] = "mthp record"
 
     file: FilePath
-    speed: Share = 1.0
+    speed: Speed = 1.0
 
     @property
     def most(self) -> int:
