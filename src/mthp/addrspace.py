@@ -13,44 +13,21 @@ exits raises :class:`~mthp.errors.TargetVanishedError`; a collapse that fails is
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mthp.blockstates import EXITED, already, shown, states_of
-from mthp.budget import MemoryBound
 from mthp.closing import Closing
-from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
+from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import Geometry
 from mthp.means import USUAL_MEANS, Means, Mechanism
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
 from mthp.ptes import Block, Pte, PteColumns, Segment, segments_of
 from mthp.results import BlockOutcome, ScanResult
-from mthp.segments import in_blocks, in_range_blocks
+from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
-
-WATCH_BLOCK = 256 << 20
-"""Bytes of address space that a watch reads at a time."""
-
-
-class Watch(Protocol):
-    """Reads an address space again and again, and leaves out what it knows not to have changed."""
-
-    def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
-        """The entries of those PMD ranges in which anything may have changed since the last look.
-
-        Every part of `segments` that lies in such a PMD range is there, by ascending address.
-
-        Args:
-            segments: what to look at, by ascending address.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        ...
 
 
 class AddressSpace(Closing, abc.ABC):
@@ -102,14 +79,6 @@ class AddressSpace(Closing, abc.ABC):
             TargetVanishedError: the process is gone.
         """
 
-    def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
-        """`vmas` with their `node_pages`, where the machine tells; finding out takes about as long as listing them.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        return list(vmas)
-
     @abc.abstractmethod
     def read(self, segments: Sequence[Segment]) -> PteColumns:
         """The page table entries of `segments`, one after another.
@@ -117,21 +86,6 @@ class AddressSpace(Closing, abc.ABC):
         Raises:
             TargetVanishedError: the process is gone.
         """
-
-    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
-        """Which of the present pages of `columns`, just read, hold nothing but zeroes: bool, shape (pages,).
-
-        The only question about contents. A page that went away meanwhile counts as one that does not.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-            UnsupportedError: this backend knows no contents.
-            NotPermittedError: these rights do not suffice.
-        """
-        raise UnsupportedError(
-            f"{self.label} has no contents, so it cannot tell pages of nothing but zeroes",
-            help="ask it of the running process",
-        )
 
     def collapse(self, address: int, order: int) -> BlockOutcome:
         """Collapse the aligned run at `address` to one folio of `order`.
@@ -210,75 +164,6 @@ class AddressSpace(Closing, abc.ABC):
         """Return whether the machine's own khugepaged makes folios of `order`, and may be driven with these rights."""
         return False
 
-    def take_pauses(self) -> list[int]:
-        """How long the target's threads stood still, in nanoseconds, for every window since this was last asked."""
-        return []
-
-    def threads(self) -> int:
-        """Return how many threads run in this address space.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        return 1
-
-    def resident_bytes(self) -> int:
-        """Return how many bytes of the process are in memory.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        pages = 0
-        mapped = self.populated(self.mapped(), self.geometry.pmd_size)
-        for block in in_blocks(mapped, WATCH_BLOCK):
-            columns = self.read(block)
-            pages += int((columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)).sum())
-        return pages * self.geometry.page_size
-
-    def memory_bounds(self) -> list[MemoryBound]:
-        """Return the limits that new memory of the process counts against, as they are at this moment.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        return []
-
-    def move_hindrances(self, means: Means) -> list[str]:
-        """Return all that speaks against moving memory by `means` at this moment, each as a sentence.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        return []
-
-    def free_bytes(self, order: int) -> int | None:
-        """Return the bytes that the machine can make folios of `order` of at once.
-
-        None where that cannot be seen.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        return None
-
-    def watch(self) -> Watch:
-        """Something that reads the page table entries again and again, as cheaply as the backend can.
-
-        By default it gives everything every time.
-        """
-        return _Reading(self)
-
-    def counters(self) -> dict[str, int]:
-        """What the machine counts at this moment of the target (``minflt``, ``majflt``) and of folios, by name.
-
-        Counters of folio sizes are called as below sysfs: ``hugepages-64kB/anon_fault_alloc``. A machine that counts
-        nothing gives none.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-        return {}
-
     def mapped(self) -> list[Segment]:
         """The ranges of all mappings, by ascending address: :meth:`vmas` without what costs time to find out.
 
@@ -311,18 +196,6 @@ class AddressSpace(Closing, abc.ABC):
     def close(self) -> None:
         """Let go of the target."""
         return
-
-
-class _Reading:
-    """The :class:`Watch` of a backend that has no better one."""
-
-    def __init__(self, space: AddressSpace) -> None:
-        self._space = space
-
-    def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
-        """Everything."""
-        for block in in_range_blocks(segments, self._space.geometry, WATCH_BLOCK):
-            yield self._space.read(block)
 
 
 _OUTLINE_PMD_RANGES = 128

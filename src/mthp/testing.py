@@ -19,6 +19,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.eligibility import eligibility
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
@@ -146,7 +147,7 @@ class _Check:
 
     def _same_with_nodes(self) -> bool:
         vmas = self.space.vmas()
-        return [replace(vma, node_pages=()) for vma in self.space.with_nodes(vmas)] == [
+        return [replace(vma, node_pages=()) for vma in abilities.with_nodes(self.space, vmas)] == [
             replace(vma, node_pages=()) for vma in vmas
         ]
 
@@ -355,9 +356,9 @@ class _Check:
         self.expect(again is not None and not repeated, f"{what} cannot be asked for twice, or succeeds twice")
 
     def pauses(self) -> None:
-        pauses = self.space.take_pauses()
+        pauses = abilities.take_pauses(self.space)
         self.expect(all(isinstance(pause, int) and pause >= 0 for pause in pauses), f"pauses are {pauses}")
-        self.expect(self.space.take_pauses() == [], "take_pauses() gives the same pauses twice")
+        self.expect(abilities.take_pauses(self.space) == [], "take_pauses() gives the same pauses twice")
 
     # The end.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.ptes import Block, Segment
 from mthp.results import BlockOutcome, ScanResult
@@ -69,6 +70,6 @@ def corrected(space: AddressSpace, blocks: Sequence[Block], outcomes: Sequence[B
 
 
 def _has_free(space: AddressSpace, order: int, size: int) -> bool:
-    free = space.free_bytes(order)
+    free = abilities.free_bytes(space, order)
     # A charge that fails makes the fault fall back to small pages, too (alloc_anon_folio, mm/memory.c).
-    return free is not None and min([free, *(bound.left for bound in space.memory_bounds())]) > size
+    return free is not None and min([free, *(bound.left for bound in abilities.memory_bounds(space))]) > size

@@ -143,6 +143,8 @@ class _Scan:
             self._skip_newlines()
             if self._take("]"):
                 return
+            if self._kind == "end":
+                raise _LostError
             self._put((*place, index), self._line)
             self._value((*place, index))
             self._skip_newlines()

@@ -75,5 +75,6 @@ def test_every_key_is_found_on_its_line(template: str) -> None:
 
 
 @given(st.text(alphabet="[]{}=.,'\"#a \n\\", max_size=40))
+@example("a=[")
 def test_a_text_that_is_not_understood_has_fewer_lines_and_no_error(text: str) -> None:
     assert all(1 <= line <= text.count("\n") + 1 for line in key_lines(text).values())

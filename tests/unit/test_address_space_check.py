@@ -183,7 +183,7 @@ BROKEN: dict[str, Callable[[FakeSpace], object]] = {
         space, "populated", lambda found, *_: [*found, (0, SIZE)] if found else []
     ),
     "ranges of vmas()": lambda space: broken(space, "mapped", lambda found: found[:-1]),
-    "other mappings": lambda space: broken(space, "with_nodes", lambda found, _: found[1:]),
+    "other mappings": lambda space: setattr(space, "with_nodes", lambda vmas: vmas[1:]),
     "overlaps": lambda space: broken(space, "vmas", lambda found: found[::-1]),
     "tunables cannot be": lambda space: setattr(space, "_tunables", Tunables(99, 0, 0, 1)),
     "label is no text": lambda space: setattr(space, "_label", ""),

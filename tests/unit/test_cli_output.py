@@ -248,7 +248,7 @@ def test_a_plan_says_beforehand_what_the_mover_would_refuse(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Guarded(FakeSpace):
-        def move_hindrances(self, means: Means) -> list[str]:
+        def move_refusals(self, means: Means) -> list[str]:
             assert means.mechanism == "move"
             return ["a seccomp filter guards it"]
 

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fakes import FakeSpace, page_runs
-from mthp.addrspace import AddressSpace, Watch
+from mthp.abilities import Watch
+from mthp.addrspace import AddressSpace
 from mthp.engine.census import take_census
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import click
 
+from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.budget import Amount
 from mthp.cli.collapse_output import print_report, report_json
@@ -116,7 +117,7 @@ def command(
         )
         with progress_bar("collapsing", hidden=as_json) as progress:
             report = collapse_space(space, chosen, progress, stop, partial(_announce, space, chosen))
-        hindrances = space.move_hindrances(chosen.means) if dry_run and report.folios else []
+        hindrances = abilities.move_refusals(space, chosen.means) if dry_run and report.folios else []
     covered = min_coverage is None or _coverage(report) >= min_coverage
     if as_json:
         more = {"move_hindrances": hindrances, "min_coverage": min_coverage, "min_coverage_reached": covered}
@@ -141,7 +142,7 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan, me
         )
         return
     out = console(stderr=True)
-    threads = space.threads()
+    threads = abilities.threads(space)
     pause = milliseconds(window_ns(threads, options.means.max_pause_ns) / 1e9)
     for line in (
         f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"

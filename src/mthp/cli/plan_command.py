@@ -7,6 +7,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from mthp.abilities import move_refusals
 from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
@@ -41,7 +42,7 @@ def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
         allowed = allowed_of(space, plan, chosen)
         missing = space.missing
         smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
-        hindrances = space.move_hindrances(Means(mechanism="move")) if smaller else []
+        hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []
     if as_json:
         by_default = allowed_json(plan, allowed)
         more = {"by_default": by_default, "missing": list(missing), "move_hindrances": hindrances}

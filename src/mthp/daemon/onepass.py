@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp import thp_unadvised
+from mthp import abilities, thp_unadvised
 from mthp.budget import Room
 from mthp.daemon.environment import Environment
 from mthp.daemon.rules import Settings
@@ -73,7 +73,7 @@ class Pass:
         try:
             if settings.orders != "enabled" and not _orders(settings, environment.geometry):
                 raise UnsupportedError(self.needs_move or "the rule's mechanism makes none of its sizes")
-            room = Room(self.space.memory_bounds, settings.reserve)
+            room = Room(lambda: abilities.memory_bounds(self.space), settings.reserve)
             self._admission = Admission(self.space, room, bloat_left, available=environment.free.available)
             self._visit = Visit(self.space, self._choice(), self.means, admit=self._admit)
         except MthpError:
@@ -119,7 +119,7 @@ class Pass:
         left = sorted(set(wanted) - {geometry.pmd_order} - set(_made_by(self._settings, geometry)))
         if not left:
             return ""
-        price = price_of_moving(self.space.threads(), self._settings.max_pause_ns)
+        price = price_of_moving(abilities.threads(self.space), self._settings.max_pause_ns)
         return f"{', '.join(map(geometry.label, left))}: {needs_move_reason(price)}"
 
     def govern(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mthp.abilities import take_pauses
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.ledger import Ledger
@@ -316,7 +317,7 @@ class Target:
                     environment.free.refused(attempt.order, environment.tunables.alloc_sleep_millisecs / 1000)
             if attempt.order == geometry.pmd_order and attempt.elapsed_ns:
                 calls.append(attempt.elapsed_ns)
-        pauses = current.space.take_pauses()
+        pauses = take_pauses(current.space)
         results = {
             ScanResult(index): count for index, count in enumerate(np.bincount(passage.results).tolist()) if count
         }

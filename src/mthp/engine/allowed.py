@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
 from mthp.engine.options import CollapseOptions
 from mthp.engine.space_plan import SpacePlan
@@ -76,7 +77,7 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, options: CollapseOptions) -
         # As a collapse goes: the fullest first, so that a bound cuts the list in two.
         fill = np.sort(plan.folios.filled[plan.folios.order == order].astype(np.int64)) * page_size
         if mechanism is None:
-            price = price_of_moving(space.threads(), options.means.max_pause_ns)
+            price = price_of_moving(threads(space), options.means.max_pause_ns)
             left.append(Left(order, len(fill), needs_move_reason(price)))
             continue
         if mechanism != "madvise" and not options.fill:

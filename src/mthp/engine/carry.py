@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mthp import thp_unadvised
+from mthp.abilities import take_pauses
 from mthp.blockstates import BlockStates, states_of
 from mthp.engine.admission import Admission, Candidate, collapse_batch
 from mthp.engine.report import FolioTally
@@ -173,7 +174,7 @@ class Carrier:
                 self._account(BlockOutcome(*block, result, error.message))
             raise
         finally:
-            self.pauses_ns += self._work.space.take_pauses()
+            self.pauses_ns += take_pauses(self._work.space)
         self._adapt(time.monotonic() - begin, len(blocks))
         if all(outcome.everywhere for outcome in outcomes):
             self._refused = outcomes[0]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
@@ -166,11 +167,11 @@ def take_census(
     """
     page_size = space.geometry.page_size
     if zero_filled:
-        space.zero_filled(space.read([]))  # says at once if it cannot
+        abilities.zero_filled(space, space.read([]))  # says at once if it cannot
     # What the kernel tells about a mapping takes it a walk over all its pages, and this process only waits for that.
     # So another thread asks for it, while this one reads the pages themselves.
     with ThreadPoolExecutor(1) as pool:
-        listing = pool.submit(lambda: space.with_nodes(space.vmas()) if nodes else space.vmas())
+        listing = pool.submit(lambda: abilities.with_nodes(space, space.vmas()) if nodes else space.vmas())
         mapped = space.mapped()
         counts = _Counts(mapped, space.geometry)
         segments = space.populated(mapped, page_size)
@@ -216,7 +217,7 @@ def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | 
         found[index] = np.zeros(MAX_FOLIO_ORDER + 2, np.int64)
         for block in in_blocks(segments, CONTENTS_PAGES * page_size):
             columns = space.read(block)
-            order = columns.folio_order[resident_pages(columns) & space.zero_filled(columns)]
+            order = columns.folio_order[resident_pages(columns) & abilities.zero_filled(space, columns)]
             column = np.where(order == ORDER_UNKNOWN, MAX_FOLIO_ORDER + 1, np.clip(order, 0, MAX_FOLIO_ORDER))
             found[index] += np.bincount(column, minlength=MAX_FOLIO_ORDER + 2)
             done += sum(end - start for start, end in block)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
 from mthp.engine.allowed import allowed_of, mechanisms_of
 from mthp.engine.carry import Carrier
@@ -97,7 +98,7 @@ def carry_out(
     by = {mechanism: _made_by(plan.folios, report.mechanisms, mechanism) for mechanism in ORDER_OF_MECHANISMS}
     report.needs_move = {order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] is None}
     if report.needs_move:
-        report.move_price = price_of_moving(space.threads(), options.means.max_pause_ns)
+        report.move_price = price_of_moving(threads(space), options.means.max_pause_ns)
     for order, count in plan.folios_by_order.items():
         if report.mechanisms[order] == "madvise":
             report.ranges = FolioTally(planned=count, not_tried=count)

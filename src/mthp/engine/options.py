@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
+from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.budget import DEFAULT_BLOAT, Amount, Room, as_amount
 from mthp.engine.select import PlanOptions
@@ -102,7 +103,7 @@ class CollapseOptions:
         bloat = as_amount(self.max_bloat)
         if bloat is None or bloat.share is None:
             return None if bloat is None else bloat.size
-        return bloat.of(space.resident_bytes())
+        return bloat.of(abilities.resident_bytes(space))
 
     def room(self, space: AddressSpace) -> Room:
         """Return what fits below the memory limits of `space`.
@@ -110,4 +111,4 @@ class CollapseOptions:
         Raises:
             TargetVanishedError: the process is gone.
         """
-        return Room(space.memory_bounds, as_amount(self.reserve))
+        return Room(lambda: abilities.memory_bounds(space), as_amount(self.reserve))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import Watch
+from mthp.abilities import Reading, Watch
 from mthp.budget import MACHINE, MemoryBound
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
@@ -150,7 +150,7 @@ class LiveAddressSpace(ProcessSpace):
 
     def watch(self) -> Watch:
         # Without frame numbers a page that moved into a huge one looks like before.
-        return super().watch() if self._folios is None else LiveWatch(self._pagemap, self._columns, self._geometry)
+        return Reading(self) if self._folios is None else LiveWatch(self._pagemap, self._columns, self._geometry)
 
     def counters(self) -> dict[str, int]:
         stat = ProcStat.parse(self.process.read("stat"))
@@ -289,7 +289,7 @@ class LiveAddressSpace(ProcessSpace):
     def memory_bounds(self) -> list[MemoryBound]:
         return memory_bounds(self.process.read("cgroup").decode(errors="replace"))
 
-    def move_hindrances(self, means: Means) -> list[str]:
+    def move_refusals(self, means: Means) -> list[str]:
         return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover().refusals(means)]
 
     def _mover(self) -> Mover | OwnBlocks:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.addrspace import WATCH_BLOCK
+from mthp.abilities import READ_BLOCK
 from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader, Windows, windows_of
 from mthp.linux.pagemap import Pagemap
@@ -34,7 +34,7 @@ _Numbers = NDArray[np.int64]
 
 
 class LiveWatch:
-    """The :class:`~mthp.addrspace.Watch` of a process whose page frames can be seen.
+    """The :class:`~mthp.abilities.Watch` of a process whose page frames can be seen.
 
     Args:
         pagemap: of the process.
@@ -49,14 +49,14 @@ class LiveWatch:
         n = geometry.ptes_per_pmd
         factors = np.random.default_rng().integers(0, 1 << 63, n, np.uint64) << np.uint64(1) | np.uint64(1)
         # As long as a block and a range, so that the factors from any place on are a slice.
-        self._factors = np.tile(factors, WATCH_BLOCK // geometry.pmd_size + 2)
+        self._factors = np.tile(factors, READ_BLOCK // geometry.pmd_size + 2)
         self._round = 0
         self._seen = _Seen.nothing()
 
     def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
-        """As :meth:`mthp.addrspace.Watch.look`."""
+        """As :meth:`mthp.abilities.Watch.look`."""
         seen: list[_Seen] = []
-        for block in in_range_blocks(segments, self._geometry, WATCH_BLOCK):
+        for block in in_range_blocks(segments, self._geometry, READ_BLOCK):
             now = self._sums(block)
             changed = self._changed(now)
             if changed.any():

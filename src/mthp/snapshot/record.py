@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
+from mthp.abilities import with_nodes
 from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
 from mthp.files import check_output, creating
@@ -54,7 +55,7 @@ def record(
         raise UsageError(f"block size {block_size} is not positive")
     pyarrow()
     check_output(path, overwrite=overwrite)
-    description = describe(space, space.with_nodes(space.vmas()))
+    description = describe(space, with_nodes(space, space.vmas()))
     with creating(path, overwrite=overwrite) as file:
         with RunWriter(file, os.fspath(path), space.geometry.page_size) as writer:
             for runs in _runs(space, description.vmas, block_size, progress or _silent):

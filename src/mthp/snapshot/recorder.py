@@ -1,6 +1,6 @@
 """Recording an address space over time: step after step what changed, at a cost that stays within bounds.
 
-The target is looked at with the seam's :meth:`~mthp.addrspace.AddressSpace.watch`, which leaves out what it knows not
+The target is looked at with the seam's :func:`mthp.abilities.watch`, which leaves out what it knows not
 to have changed. Of what remains each PMD range is encoded to runs, and written if they differ from those that were
 written last (their 64-bit sum is kept, not they themselves). So memory use is a few bytes for each PMD range.
 
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.files import check_output
@@ -172,7 +173,7 @@ class StepTaker:
 
     def __init__(self, space: AddressSpace) -> None:
         self._space = space
-        self._watch = space.watch()
+        self._watch = abilities.watch(space)
         self.description: Description = describe(space, ())
         self._said: dict[str, Any] = _said(self.description)
         self._mapped: list[Segment] = []
@@ -203,7 +204,7 @@ class StepTaker:
             parts.append(self._emptied(segments))
             self._looked = segments
         runs = Runs.concatenate([part for part in parts if len(part)])
-        counters = self._space.counters()
+        counters = abilities.counters(self._space)
         if changed := {name: value for name, value in counters.items() if self._counters.get(name) != value}:
             meta["counters"] = changed
         self._counters = counters

@@ -6,7 +6,7 @@ What a step says besides its runs (:mod:`mthp.snapshot.stream`), all of it relat
 ``cpu_seconds``  processor time that taking it took
 ``vmas``         mappings that are new, or not what they were; by ``start``
 ``vmas_gone``    addresses of mappings that are gone
-``counters``     what the machine counts, where the number is another one (:meth:`mthp.addrspace.AddressSpace.counters`)
+``counters``     what the machine counts, where the number is another one (:meth:`mthp.abilities.Counting.counters`)
 ``changed``      keys of the description whose value is another one: switches, tunables, ...
 ``accesses``     of a recording made from a trace: the pages that were used, in order (:func:`packed_pages`)
 

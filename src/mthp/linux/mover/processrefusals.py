@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from mthp.abilities import threads as threads_of
 from mthp.addrspace import AddressSpace
 from mthp.budget import Room
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
@@ -171,7 +172,7 @@ def _traced(target: _Target) -> Refusal | None:
 
 def _threads(target: _Target) -> Refusal | None:
     """Stopping takes time for every thread, so that a target of thousands stands still for long in every window."""
-    threads, pause = target.space.threads(), target.means.max_pause_ns
+    threads, pause = threads_of(target.space), target.means.max_pause_ns
     most = target.means.max_threads or most_threads(pause)
     if threads <= most:
         return None

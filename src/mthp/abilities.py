@@ -1,0 +1,264 @@
+"""What an address space may know beyond the seam: each a small protocol, and a function for any address space.
+
+:class:`~mthp.addrspace.AddressSpace` is what every backend has. A recorded snapshot has no threads, and only the kernel
+knows the nodes of a mapping. So a backend has the methods of those protocols that it can keep, and callers use the
+functions, which return what holds for every other backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import AddressSpace
+from mthp.budget import MemoryBound
+from mthp.errors import UnsupportedError
+from mthp.means import Means
+from mthp.ptes import Pte, PteColumns, Segment
+from mthp.segments import in_blocks, in_range_blocks
+from mthp.vma import Vma
+
+READ_BLOCK = 256 << 20
+"""Bytes of address space that are read at a time where everything is read."""
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """An address space that threads use."""
+
+    def threads(self) -> int:
+        """Return how many threads run in it.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+
+@runtime_checkable
+class Stopped(Protocol):
+    """An address space whose threads are stopped at times."""
+
+    def take_pauses(self) -> list[int]:
+        """Return how long the threads were stopped, in nanoseconds, for every window since the last call."""
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """An address space whose memory may be moved."""
+
+    def move_refusals(self, means: Means) -> list[str]:
+        """Return every reason not to move memory by `means` at this moment, each as a sentence.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+
+def threads(space: AddressSpace) -> int:
+    """Return how many threads run in `space`; 1 where it has none.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    return space.threads() if isinstance(space, Threaded) else 1
+
+
+def take_pauses(space: AddressSpace) -> list[int]:
+    """Return how long the threads of `space` were stopped, in nanoseconds, for every window since the last call."""
+    return space.take_pauses() if isinstance(space, Stopped) else []
+
+
+def move_refusals(space: AddressSpace, means: Means) -> list[str]:
+    """Return every reason not to move memory of `space` by `means` at this moment, each as a sentence.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    return space.move_refusals(means) if isinstance(space, Movable) else []
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """An address space whose memory counts against limits."""
+
+    def memory_bounds(self) -> list[MemoryBound]:
+        """Return the limits that new memory of the process counts against, as they are at this moment.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+
+@runtime_checkable
+class OnFreeMemory(Protocol):
+    """An address space on a machine whose free memory is known."""
+
+    def free_bytes(self, order: int) -> int | None:
+        """Return the bytes that the machine can make folios of `order` of at once; None where that is not visible.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+
+@runtime_checkable
+class Resident(Protocol):
+    """An address space of which the kernel counts what is in memory."""
+
+    def resident_bytes(self) -> int:
+        """Return how many bytes of the process are in memory.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+
+def memory_bounds(space: AddressSpace) -> list[MemoryBound]:
+    """Return the limits that new memory of `space` counts against, as they are at this moment.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    return space.memory_bounds() if isinstance(space, Limited) else []
+
+
+def free_bytes(space: AddressSpace, order: int) -> int | None:
+    """Return the bytes that the machine can make folios of `order` of at once; None where that is not visible.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    return space.free_bytes(order) if isinstance(space, OnFreeMemory) else None
+
+
+def resident_bytes(space: AddressSpace) -> int:
+    """Return how many bytes of `space` are in memory.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    if isinstance(space, Resident):
+        return space.resident_bytes()
+    pages = 0
+    for block in in_blocks(space.populated(space.mapped(), space.geometry.pmd_size), READ_BLOCK):
+        columns = space.read(block)
+        pages += int((columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)).sum())
+    return pages * space.geometry.page_size
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """An address space on a machine that counts."""
+
+    def counters(self) -> dict[str, int]:
+        """Return what the machine counts of the target (``minflt``, ``majflt``) and of folios, by name.
+
+        Counters of folio sizes are called as below sysfs: ``hugepages-64kB/anon_fault_alloc``.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+
+def counters(space: AddressSpace) -> dict[str, int]:
+    """Return what the machine of `space` counts at this moment, by name (:meth:`Counting.counters`).
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    return space.counters() if isinstance(space, Counting) else {}
+
+
+@runtime_checkable
+class OnNodes(Protocol):
+    """An address space whose pages lie on NUMA nodes."""
+
+    def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
+        """Return `vmas` with their `node_pages`; finding out takes about as long as listing them.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+
+def with_nodes(space: AddressSpace, vmas: Sequence[Vma]) -> list[Vma]:
+    """Return `vmas` with their `node_pages`, where they are known.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    return space.with_nodes(vmas) if isinstance(space, OnNodes) else list(vmas)
+
+
+@runtime_checkable
+class WithContents(Protocol):
+    """An address space whose pages have contents that can be read."""
+
+    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
+        """Return which present pages of `columns`, as just read, hold nothing but zeroes: bool, shape (pages,).
+
+        A page that went away meanwhile counts as one that does not.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+            UnsupportedError: this kernel cannot tell.
+            NotPermittedError: these rights do not suffice.
+        """
+
+
+def zero_filled(space: AddressSpace, columns: PteColumns) -> NDArray[np.bool_]:
+    """Return which present pages of `columns`, as just read, hold nothing but zeroes: bool, shape (pages,).
+
+    Raises:
+        UnsupportedError: `space` has no contents; otherwise as :meth:`WithContents.zero_filled`.
+    """
+    if isinstance(space, WithContents):
+        return space.zero_filled(columns)
+    raise UnsupportedError(
+        f"{space.label} has no contents, so it cannot tell pages of nothing but zeroes",
+        help="ask it of the running process",
+    )
+
+
+class Watch(Protocol):
+    """Reads an address space again and again, and leaves out what it knows not to have changed."""
+
+    def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
+        """Yield the entries of those PMD ranges in which anything may have changed since the last look.
+
+        Every part of `segments` that lies in such a PMD range is there, by ascending address.
+
+        Args:
+            segments: what to look at, by ascending address.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        ...
+
+
+@runtime_checkable
+class Watchable(Protocol):
+    """An address space of which changes can be seen without reading everything."""
+
+    def watch(self) -> Watch:
+        """Return what reads it again and again."""
+
+
+def watch(space: AddressSpace) -> Watch:
+    """Return what reads `space` again and again, as cheaply as its backend can."""
+    return space.watch() if isinstance(space, Watchable) else Reading(space)
+
+
+class Reading:
+    """The :class:`Watch` that reads everything."""
+
+    def __init__(self, space: AddressSpace) -> None:
+        self._space = space
+
+    def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
+        for block in in_range_blocks(segments, self._space.geometry, READ_BLOCK):
+            yield self._space.read(block)
