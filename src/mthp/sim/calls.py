@@ -1,4 +1,8 @@
-"""What a program can ask of the machine: its system calls, each giving 0 or an error number."""
+"""What a program can ask of the machine: its system calls, each giving 0 or an error number.
+
+The programs of :mod:`mthp.lab` make few of them. The random life tests alone make the others (locking, mremap,
+userfaultfd, drivers' pages, migration): khugepaged has to cope with what they leave in page tables.
+"""
 
 from __future__ import annotations
 

@@ -59,6 +59,7 @@ class Machine(SystemCalls):
         geometry: page size and PMD order.
         node_frames: frames of each NUMA node; by default one node of 64 PMD ranges.
         low_frames: of the first node, how many lie in the zone DMA32, which is asked last; by default there is none.
+            Random life tests alone have it.
         swap_slots: pages of the swap device.
         switches, tunables: by default those that a kernel starts with.
         policy: what khugepaged and MADV_COLLAPSE collapse to.

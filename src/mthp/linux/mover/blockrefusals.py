@@ -123,12 +123,10 @@ class SpecialRanges:
     Attributes:
         robust_lists: the head of each thread's list.
         stacks: the red zone and the word at each stack pointer.
-        running: threads that ran just then, so that their stack pointers are not known.
     """
 
     robust_lists: tuple[Segment, ...] = ()
     stacks: tuple[Segment, ...] = ()
-    running: tuple[int, ...] = ()
 
     @property
     def ranges(self) -> tuple[Segment, ...]:
@@ -145,7 +143,6 @@ def special_ranges(process: Process) -> SpecialRanges:
     """
     robust: list[Segment] = []
     stacks: list[Segment] = []
-    running: list[int] = []
     for tid in task_ids(process):
         if head := robust_list(tid):
             robust.append((head, head + ROBUST_LIST_HEAD_BYTES))
@@ -154,12 +151,11 @@ def special_ranges(process: Process) -> SpecialRanges:
             continue
         words = text.split()
         if len(words) < 3:
-            running.append(tid)
-            continue
+            continue  # It runs, and its stack pointer is not known.
         # Number, arguments, stack pointer, program counter (proc_pid_syscall, fs/proc/base.c).
         pointer = int(words[-2], 16)
         stacks.append((max(0, pointer - RED_ZONE_BYTES), pointer + WORD_BYTES))
-    return SpecialRanges(tuple(robust), tuple(stacks), tuple(running))
+    return SpecialRanges(tuple(robust), tuple(stacks))
 
 
 def robust_list(tid: int) -> int:
