@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from mthp.linux.live import LiveAddressSpace, open_live
-from mthp.linux.mover.refusals import refuse_vma
+from mthp.linux.mover.refuse.mapping import refuse_vma
 from mthp.means import Means
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult

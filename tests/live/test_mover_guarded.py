@@ -27,9 +27,9 @@ from mthp.linux import abi
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.mover import guarded, ownmover
-from mthp.linux.mover.held import HELD
 from mthp.linux.mover.ownmover import CODE, OwnMover
-from mthp.linux.mover.refusals import refuse_blocks
+from mthp.linux.mover.refuse.block import refuse_blocks
+from mthp.linux.mover.refuse.pinned import HELD
 from mthp.results import BlockOutcome, ScanResult
 from own_memory import collapse_buffer_to, collapse_own
 from targets import PAGE_SIZE, map_aligned

@@ -21,8 +21,8 @@ from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, ope
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.linux.mover import inject, park, steps
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.blockrefusals import BlockRefusal
 from mthp.linux.mover.freeze import FrozenProcess
+from mthp.linux.mover.refuse.block import BlockRefusal
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.steps import Step
 from mthp.linux.mover.tracee import CannotStopError, Stopped

@@ -17,7 +17,7 @@ import pytest
 
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, SQPOLL, Writers, compiled, mappings, open_window, program
 from mthp.linux.live import open_live
-from mthp.linux.mover.held import HELD
+from mthp.linux.mover.refuse.pinned import HELD
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError, Stopped
 from mthp.linux.process import Process
@@ -65,7 +65,7 @@ def test_a_buffer_registered_with_io_uring_is_not_moved_and_its_data_arrives(
     tmp_path: Path, thp_switches: ThpSwitches
 ) -> None:
     """Nobody has refused the process here; the kernel refuses the pages."""
-    # Some kernels would try to split a pinned folio for as long as it is pinned: linux/mover/held.
+    # Some kernels would try to split a pinned folio for as long as it is pinned: linux/mover/refuse/pinned.
     thp_switches.only()
     with uring_target(tmp_path) as (pid, word, outcome):
         with Process(pid) as process, MoverSession(process, GEOMETRY, duty=1.0, max_pause_ns=10**7) as session:

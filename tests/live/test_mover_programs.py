@@ -24,7 +24,7 @@ import pytest
 
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.linux.live import LiveAddressSpace, open_live
-from mthp.linux.mover.refusals import refuse_vma
+from mthp.linux.mover.refuse.mapping import refuse_vma
 from mthp.means import Means
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult

@@ -22,16 +22,11 @@ from mover_targets import PREAMBLE
 from mthp.budget import Amount
 from mthp.errors import TargetVanishedError
 from mthp.linux.live import LiveAddressSpace, open_live
-from mthp.linux.mover import processrefusals
-from mthp.linux.mover.refusals import (
-    BlockRefusal,
-    Refusal,
-    SpecialRanges,
-    refuse_blocks,
-    refuse_process,
-    refuse_vma,
-    special_ranges,
-)
+from mthp.linux.mover.refuse import process as process_refusals
+from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, refuse_blocks, special_ranges
+from mthp.linux.mover.refuse.mapping import refuse_vma
+from mthp.linux.mover.refuse.process import refuse_process
+from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.means import USUAL_MEANS, Means
 from mthp.price import THREAD_STOP_NS, WINDOW_FACTOR
 from targets import PAGE_SIZE, PMD_SIZE, Puppet, threads_of
@@ -191,7 +186,7 @@ def test_the_sharer_is_named() -> None:
 
 def test_a_sharer_that_cannot_be_compared_is_known_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a kernel without kcmp(2), or where the other process is somebody else's."""
-    monkeypatch.setattr(processrefusals, "kcmp", lambda *_: None)
+    monkeypatch.setattr(process_refusals, "kcmp", lambda *_: None)
     with target(SHARER) as space:
         until(lambda: "shared_vm_unknown" in refusals(space), "the one who shares the memory")
 
@@ -246,7 +241,7 @@ def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rights do not reach it, its number alone is looked at."""
     with target() as space:
         monkeypatch.setattr(space.process, "pid", 1)
-        init = processrefusals._init(processrefusals._Target(space.process, space, USUAL_MEANS, Path("/proc")))
+        init = process_refusals._init(process_refusals._Target(space.process, space, USUAL_MEANS, Path("/proc")))
         assert init is not None
         assert init.key == "init"
         monkeypatch.undo()
@@ -356,7 +351,7 @@ def test_many_threads() -> None:
     ],
 )
 def test_a_kernel_that_cannot_move(monkeypatch: pytest.MonkeyPatch, answer: tuple[int, int], key: str) -> None:
-    monkeypatch.setattr(processrefusals, "probe_userfaultfd", lambda: answer)
+    monkeypatch.setattr(process_refusals, "probe_userfaultfd", lambda: answer)
     with target() as space:
         assert set(refusals(space)) == {key}
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.linux.mover.blockrefusals import touches
 from mthp.linux.mover.pause import MARGIN, UNAVOIDABLE, Pause, PauseBudget, rest_seconds
+from mthp.linux.mover.refuse.block import touches
 
 
 def pause(*, fixed: int = 0, work: int = 0, size: int = 0, blocks: int = 1, waiting: int = 0) -> Pause:

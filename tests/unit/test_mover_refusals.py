@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.linux.mover.devices import device_of, is_harmless, refuse_files
-from mthp.linux.mover.processrefusals import foreign_executable
-from mthp.linux.mover.refusals import BlockRefusal, SpecialRanges, refuse_blocks, refuse_vma
+from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, refuse_blocks
+from mthp.linux.mover.refuse.devices import device_of, is_harmless, refuse_files
+from mthp.linux.mover.refuse.mapping import refuse_vma
+from mthp.linux.mover.refuse.process import foreign_executable
 from mthp.linux.mover.taskfiles import Thread
 from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns
 from mthp.vma import Vma, VmaKind

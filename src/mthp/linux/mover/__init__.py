@@ -20,7 +20,7 @@ What could go wrong, and why it does not
 ----------------------------------------
 *The target sees its memory half moved.* No thread runs user code while blocks are away. All threads are stopped, also
 those that were made meanwhile, and those that were exiting are waited for, since they still write (freeze). What other
-processes could do (CLONE_VM, pins, io_uring) is refused beforehand (:mod:`~mthp.linux.mover.refusals`), not here.
+processes could do (CLONE_VM, pins, io_uring) is refused beforehand (:mod:`~mthp.linux.mover.refuse`), not here.
 
 *Another process reaches what is ours.* The userfaultfd is created and closed by the worker within the window, while no
 thread can fork, and processes that share the table of files are refused. Between two windows the target has nothing of

@@ -47,18 +47,13 @@ from numpy.typing import NDArray
 
 from mthp.errors import UnsupportedError
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.outcome import reason_of_move, result_of_move
 from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
-from mthp.linux.mover.refusals import (
-    Refusal,
-    SpecialRanges,
-    objection_of,
-    refuse_blocks,
-    refuse_process,
-    refuse_vma,
-    special_ranges,
-)
+from mthp.linux.mover.refuse.block import SpecialRanges, refuse_blocks, special_ranges
+from mthp.linux.mover.refuse.mapping import objection_of, refuse_vma
+from mthp.linux.mover.refuse.pinned import HELD, has_large_folios, split_large_folios
+from mthp.linux.mover.refuse.process import refuse_process
+from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.space import ProcessSpace
 from mthp.means import Means
 from mthp.ptes import Block, PteColumns

@@ -29,14 +29,14 @@ import numpy as np
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.mover.blockrefusals import refuse_blocks, special_ranges
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.held import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.outcome import Objection
-from mthp.linux.mover.processrefusals import PASSING, refuse_process
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, last_pid, zero_pages_of
-from mthp.linux.mover.refusal import Refusal
-from mthp.linux.mover.refusals import objection_of, refuse_vma
+from mthp.linux.mover.refuse.block import refuse_blocks, special_ranges
+from mthp.linux.mover.refuse.mapping import objection_of, refuse_vma
+from mthp.linux.mover.refuse.pinned import HELD, has_large_folios, split_large_folios
+from mthp.linux.mover.refuse.process import PASSING, refuse_process
+from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.space import ProcessSpace

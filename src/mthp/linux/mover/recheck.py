@@ -1,6 +1,6 @@
 """What is asked once more when all threads of the target stand still, and why that is enough.
 
-Processes, mappings and blocks are judged before the stop (:mod:`mthp.linux.mover.refusals`), which takes milliseconds:
+Processes, mappings and blocks are judged before the stop (:mod:`mthp.linux.mover.refuse`), which takes milliseconds:
 the kernel walks all page tables to write smaps, every process of the machine is compared, every open file is looked at.
 Nobody may stand still for that long. So afterwards only that is asked which can have changed in between, in a form
 that takes a fraction of a millisecond (bench/bench_mover.py; 0.3 ms for 8 blocks, and 0.6 ms with 64 threads, on a busy
@@ -40,12 +40,12 @@ from numpy.typing import NDArray
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
-from mthp.linux.mover.blockrefusals import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list, touches
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.mapping import query_mapping
 from mthp.linux.mover.outcome import Objection
-from mthp.linux.mover.processrefusals import vm_size
-from mthp.linux.mover.refusals import refuse_vma
+from mthp.linux.mover.refuse.block import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list, touches
+from mthp.linux.mover.refuse.mapping import refuse_vma
+from mthp.linux.mover.refuse.process import vm_size
 from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process

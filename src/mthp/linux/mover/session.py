@@ -18,12 +18,12 @@ from mthp.geometry import Geometry
 from mthp.linux.mover import stub
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
-from mthp.linux.mover.blockrefusals import BlockRefusal, touches
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, Place, inject
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, rest_seconds
+from mthp.linux.mover.refuse.block import BlockRefusal, touches
 from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
 from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import read_threads
@@ -47,7 +47,7 @@ class MoverSession(Closing):
     """Moves blocks of one process to new folios. A context manager; between two windows nothing of it is in the target.
 
     The caller has enabled exactly one folio size for the time of :meth:`move`, and has refused what must be refused
-    (:mod:`mthp.linux.mover.refusals`). If the target is a child of this process, nobody else in it may wait for that
+    (:mod:`mthp.linux.mover.refuse`). If the target is a child of this process, nobody else in it may wait for that
     child meanwhile: wait(2) would report the stops of a tracee to whoever asks first.
 
     Args:

@@ -1,20 +1,7 @@
-"""What the mover refuses, each with its own reason.
+"""Which mappings the mover refuses.
 
-The mover takes a page away from under a program and gives the bytes back in another page. That is invisible to the
-program's own threads, which stand still meanwhile. It is visible to whoever else holds on to the page: a device that
-writes to its physical address, an io_uring that remembers the page and not its address, a second process that runs in
-the same address space. Long-term pins are refused by the kernel itself when it is asked to move such a page; the rest
-cannot be seen page by page, so a process that could have such a holder is refused as a whole. Other processes are
-refused since they cannot be stopped, or since what the mover does inside of them would be seen or would kill them.
-
-Refusals come at three levels, each in a module of its own:
-
-- processes: :func:`refuse_process`, in :mod:`~mthp.linux.mover.processrefusals`;
-- mappings: :func:`refuse_vma`, here;
-- blocks: :func:`refuse_blocks`, in :mod:`~mthp.linux.mover.blockrefusals`.
-
-For mappings there is a list of what is allowed rather than of what is not, so that a flag which a later kernel brings
-is refused until somebody has thought about it. On the list are:
+There is a list of flags that are allowed rather than of those that are not, so that a flag which a later kernel brings
+is refused until it has been examined. On the list are:
 
 - ``rd wr mr mw me``: what it is, and what it may become.
 - ``ac`` and ``nr``: whether it counts against the overcommit limit. Counted was the mapping, when it was made
@@ -34,23 +21,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from mthp.linux.mover.blockrefusals import BlockRefusal, SpecialRanges, refuse_blocks, special_ranges
 from mthp.linux.mover.outcome import Objection
-from mthp.linux.mover.processrefusals import refuse_process
-from mthp.linux.mover.refusal import Refusal
+from mthp.linux.mover.refuse.block import BlockRefusal
+from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.vma import Vma, VmaKind
-
-__all__ = [
-    "ALLOWED_FLAGS",
-    "BlockRefusal",
-    "Refusal",
-    "SpecialRanges",
-    "objection_of",
-    "refuse_blocks",
-    "refuse_process",
-    "refuse_vma",
-    "special_ranges",
-]
 
 ALLOWED_FLAGS = frozenset({"rd", "wr", "mr", "mw", "me", "ac", "nr", "hg", "sd"})
 """VmFlags words that do not stand in the way (show_smap_vma_flags, fs/proc/task_mmu.c)."""

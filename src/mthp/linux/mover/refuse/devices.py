@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable
 
 from mthp.errors import MthpError, NotPermittedError
-from mthp.linux.mover.refusal import Refusal
+from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.process import Process
 
 _HOLDERS = (

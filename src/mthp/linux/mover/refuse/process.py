@@ -1,4 +1,4 @@
-"""Which processes the mover refuses; why there are refusals at all stands in :mod:`~mthp.linux.mover.refusals`.
+"""Which processes the mover refuses; why there are refusals at all stands in :mod:`~mthp.linux.mover.refuse`.
 
 Everything is asked of the kernel at the moment of asking: nothing follows from names of programs or from versions.
 What can change afterwards is asked again once the threads are stopped; being traced by ourselves is no reason then.
@@ -25,9 +25,9 @@ from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
 from mthp.linux.headroom import memory_bounds
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.devices import open_files, refuse_files
 from mthp.linux.mover.padding import find_padding, memory_reader
-from mthp.linux.mover.refusal import Refusal
+from mthp.linux.mover.refuse.devices import open_files, refuse_files
+from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
 from mthp.linux.process import Process
