@@ -8,7 +8,6 @@ from numpy.typing import ArrayLike
 from mthp.errors import UsageError
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
-from mthp.linux.mover.guarded import OwnBlocks
 from mthp.means import Means
 from mthp.results import BlockOutcome
 
@@ -18,7 +17,8 @@ def collapse_own(
 ) -> list[BlockOutcome]:
     """Collapse all whole blocks of `order` between two addresses: the outcome of each, by ascending address."""
     with open_live("self") as space:
-        space._made_mover = OwnBlocks(space, guarded=guarded, journal=journal)
+        space.guarded = guarded
+        space._made_mover = space._make_mover(journal)
         size = space.geometry.size_of(space.geometry.check_order(order))
         first, last = -(-address // size) * size, (address + length) // size * size
         return space.collapse_blocks([(block, order) for block in range(first, last, size)], Means("madvise,move"))

@@ -26,7 +26,7 @@ from mthp.errors import NotPermittedError, UnsupportedError, UsageError
 from mthp.linux import abi
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
-from mthp.linux.mover import guarded, ownmover
+from mthp.linux.mover import guarded, mover, ownmover
 from mthp.linux.mover.ownmover import CODE, OwnMover
 from mthp.linux.mover.refuse.block import refuse_blocks
 from mthp.linux.mover.refuse.pinned import HELD
@@ -401,7 +401,7 @@ def test_rolled_back_when_a_page_vanishes_after_the_check(
         advise(address + 3 * K64 + 8 * PAGE_SIZE, PAGE_SIZE, 4)
         return verdict
 
-    monkeypatch.setattr(guarded, "refuse_blocks", judged_too_early)
+    monkeypatch.setattr(mover, "refuse_blocks", judged_too_early)
     monkeypatch.setattr(ownmover, "MADV_POPULATE_WRITE", 0)
     outcomes = collapse_own(address, size, 4, journal=journal)
     assert [bool(outcome.errno) for outcome in outcomes] == [block == 3 for block in range(16)]
@@ -422,12 +422,12 @@ def test_rolled_back_when_there_is_no_place_for_the_twin(
     blocks = np.arange(address, address + size, K64, dtype=np.int64)
     running = hammer.hammer_start(address, size, 2)
     rounds = ctypes.c_uint64()
-    with journal.only(4), OwnMover(K64, guarded=True) as mover:
-        reserved = mover._place
+    with journal.only(4), OwnMover(K64, guarded=True) as own:
+        reserved = own._place
         # A mapping cannot be moved to where it is.
-        mover._place = int(blocks[0])
-        errors = mover.move(blocks)
-        assert mover._place not in (-1, reserved, address)
+        own._place = int(blocks[0])
+        errors = own.move(blocks)
+        assert own._place not in (-1, reserved, address)
     ctypes.CDLL(None).munmap(ctypes.c_void_p(reserved), ctypes.c_size_t(K64))
     assert hammer.hammer_stop(running, ctypes.byref(rounds)) == 0
     assert errors.tolist() == [errno.EINVAL] + [0] * 15
@@ -449,8 +449,8 @@ def test_a_pinned_page_stays(memory: Callable[[int], int], journal: SwitchJourna
         assert libc.syscall(*map(ctypes.c_long, (427, ring, 0)), vector, ctypes.c_long(1)) == 0
         with pytest.raises(UnsupportedError, match=r"io_uring|pinned"):
             collapse_own(address, size, 4, journal=journal)
-        with journal.only(4), OwnMover(K64, guarded=True) as mover:
-            errors = mover.move(np.arange(address, address + size, K64, dtype=np.int64))
+        with journal.only(4), OwnMover(K64, guarded=True) as own:
+            errors = own.move(np.arange(address, address + size, K64, dtype=np.int64))
         assert [bool(error) for error in errors.tolist()] == [block == 1 for block in range(16)]
     finally:
         os.close(ring)

@@ -120,7 +120,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def refusals(space: LiveAddressSpace) -> dict[str, Refusal]:
-    found = refuse_process(space.process, space)
+    found = refuse_process(space.process, space.geometry)
     keys = [refusal.key for refusal in found]
     assert len(set(keys)) == len(keys)
     assert all(refusal.reason for refusal in found)
@@ -241,7 +241,9 @@ def test_the_first_process_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rights do not reach it, its number alone is looked at."""
     with target() as space:
         monkeypatch.setattr(space.process, "pid", 1)
-        init = process_refusals._init(process_refusals._Target(space.process, space, USUAL_MEANS, Path("/proc")))
+        init = process_refusals._init(
+            process_refusals._Target(space.process, space.geometry, USUAL_MEANS, Path("/proc"))
+        )
         assert init is not None
         assert init.key == "init"
         monkeypatch.undo()
@@ -319,7 +321,7 @@ def test_a_32_bit_process(tmp_path: Path) -> None:
 def test_low_memory() -> None:
     with target() as space:
         means = Means(reserve=Amount(size=1 << 60))
-        assert "low_memory" in {refusal.key for refusal in refuse_process(space.process, space, means)}
+        assert "low_memory" in {refusal.key for refusal in refuse_process(space.process, space.geometry, means)}
 
 
 def test_many_threads() -> None:
@@ -331,14 +333,14 @@ def test_many_threads() -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         with open_live(child.pid) as space:
-            found = {why.key: why for why in refuse_process(space.process, space, Means(max_threads=9))}
+            found = {why.key: why for why in refuse_process(space.process, space.geometry, Means(max_threads=9))}
             assert "10 threads" in found["threads"].reason
             assert "ms at a time" in found["threads"].reason
             assert "--max-threads 10" in found["threads"].remedy
             for means in (Means(), Means(max_threads=10), Means(max_pause_ns=10**6)):
-                assert "threads" not in {why.key for why in refuse_process(space.process, space, means)}
+                assert "threads" not in {why.key for why in refuse_process(space.process, space.geometry, means)}
             brief = Means(max_pause_ns=9 * THREAD_STOP_NS // WINDOW_FACTOR)
-            assert "threads" in {why.key for why in refuse_process(space.process, space, brief)}
+            assert "threads" in {why.key for why in refuse_process(space.process, space.geometry, brief)}
         child.kill()
 
 
@@ -360,7 +362,7 @@ def test_a_process_that_is_gone() -> None:
     with Puppet() as puppet, open_live(puppet.pid) as space:
         puppet.kill()
         with pytest.raises(TargetVanishedError):
-            refuse_process(space.process, space)
+            refuse_process(space.process, space.geometry)
         with pytest.raises(TargetVanishedError):
             special_ranges(space.process)
 

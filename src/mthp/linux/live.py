@@ -40,8 +40,8 @@ from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
 
 if TYPE_CHECKING:
+    from mthp.linux.journal.switches import SwitchJournal
     from mthp.linux.kernel_khugepaged import KernelKhugepaged
-    from mthp.linux.mover.guarded import OwnBlocks
     from mthp.linux.mover.mover import Mover
 
 SPARSE_BYTES = 64 << 20
@@ -84,7 +84,7 @@ class LiveAddressSpace(ProcessSpace):
         self._pagemap = Pagemap(process)
         self._folios, self._no_folios = _open_folios(self._geometry)
         self._columns = ColumnReader(self._pagemap, self._folios, self._geometry)
-        self._made_mover: Mover | OwnBlocks | None = None
+        self._made_mover: Mover | None = None
         self._contents: Contents | None = None
 
     @property
@@ -292,18 +292,21 @@ class LiveAddressSpace(ProcessSpace):
     def move_refusals(self, means: Means) -> list[str]:
         return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover().refusals(means)]
 
-    def _mover(self) -> Mover | OwnBlocks:
-        """The mover of this process, made when it is first needed."""
+    def _mover(self) -> Mover:
+        """Return the mover of this process, made when it is first needed."""
         if self._made_mover is None:
-            if self.process.is_self:
-                from mthp.linux.mover.guarded import OwnBlocks
-
-                self._made_mover = OwnBlocks(self, guarded=self.guarded)
-            else:
-                from mthp.linux.mover.mover import Mover
-
-                self._made_mover = Mover(self)
+            self._made_mover = self._make_mover()
         return self._made_mover
+
+    def _make_mover(self, journal: SwitchJournal | None = None) -> Mover:
+        # Imported here: reading alone does not need them.
+        from mthp.linux.journal.switches import SwitchJournal
+        from mthp.linux.mover.mover import Mover, hold_of
+        from mthp.linux.mover.target import MoveTarget
+
+        target = MoveTarget(self.process, self._geometry, self.read, self.mapcounts)
+        hold = hold_of(target, guarded=self.guarded)
+        return Mover(target, hold, journal or SwitchJournal(sysfs=self.sysfs))
 
     def _madvise_all(self, blocks: list[Block]) -> list[BlockOutcome]:
         """MADV_COLLAPSE of PMD ranges; after a failed charge no more are tried, since the target is at a limit.

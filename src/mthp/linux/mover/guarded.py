@@ -38,148 +38,107 @@ What remains visible:
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mthp.closing import Closing
 from mthp.errors import UnsupportedError
-from mthp.linux.journal.switches import SwitchJournal
+from mthp.geometry import Geometry
 from mthp.linux.mover.outcome import reason_of_move, result_of_move
 from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
-from mthp.linux.mover.refuse.block import SpecialRanges, refuse_blocks, special_ranges
-from mthp.linux.mover.refuse.mapping import objection_of, refuse_vma
-from mthp.linux.mover.refuse.pinned import HELD, has_large_folios, split_large_folios
-from mthp.linux.mover.refuse.process import refuse_process
+from mthp.linux.mover.recheck import Before
+from mthp.linux.mover.refuse.block import SpecialRanges
 from mthp.linux.mover.refuse.refusal import Refusal
-from mthp.linux.space import ProcessSpace
 from mthp.means import Means
-from mthp.ptes import Block, PteColumns
+from mthp.ptes import Block
 from mthp.results import BlockOutcome
 
 STACK_MARGIN = 64 << 10
-"""How far from its stack pointer a thread may use its stack between being looked at and being called, in bytes."""
+"""How far from its stack pointer a thread may use its stack between the check and the call, in bytes."""
 
 THREAD_MARGIN = 4096
 """How far from its robust list, in bytes, a thread's rseq area may be: C libraries keep both in one structure."""
 
-_FOR_OTHERS = frozenset(
-    {"itself", "init", "ancestor", "traced", "threads", "vfork", "uninterruptible", "shared_vm", "shared_vm_unknown"}
-)
-"""Refusals for processes that are to be stopped from outside. Sharers of the address space meet the guard too."""
 
-_Int64s = NDArray[np.int64]
-
-
-class OwnBlocks:
-    """Moves blocks of this process to folios of their orders.
+class Guard(Closing):
+    """Holds blocks of this process: threads that touch them wait (:class:`~mthp.linux.mover.mover.Hold`).
 
     Args:
-        space: of this process.
-        guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Without, nobody
-            but the kernel may.
-        journal: sets the size's switch for the time, if it is off; one in the usual place if not given.
+        geometry: of this machine.
+        guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Without, only
+            the kernel may.
     """
 
-    def __init__(self, space: ProcessSpace, *, guarded: bool = True, journal: SwitchJournal | None = None) -> None:
-        self._space = space
+    waived = frozenset(
+        {
+            "itself",
+            "init",
+            "ancestor",
+            "traced",
+            "threads",
+            "vfork",
+            "uninterruptible",
+            "shared_vm",
+            "shared_vm_unknown",
+        }
+    )
+    """Refusals of processes that are stopped from outside. Sharers of the address space meet the guard too."""
+
+    checks_again = False
+
+    def __init__(self, geometry: Geometry, *, guarded: bool = True) -> None:
+        self._geometry = geometry
         self._guarded = guarded
-        self._journal = journal or SwitchJournal(sysfs=space.sysfs)
+        self._mover: OwnMover | None = None
 
-    def refusals(self, means: Means) -> list[Refusal]:
-        """Return all that speaks against moving memory of this process by `means` at this moment."""
-        refusals = refuse_process(self._space.process, self._space, means)
-        return [each for each in refusals if each.key not in _FOR_OTHERS]
-
-    def collapse(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
-        """Move disjoint `blocks` below the PMD order: the outcome of each, in their order.
-
-        A block that could not be moved has its bytes as before.
-
-        Args:
-            before: the entries of the blocks, as just read.
-
-        Raises:
-            UnsupportedError: not on this machine or kernel, or not for this process; the reason is in the message.
-            NotPermittedError: these rights do not suffice for the guard, or to set the switch.
-        """
+    def admit(self, means: Means, refusals: Sequence[Refusal]) -> None:
+        """Refuse what is refused for all blocks: the program that calls us had better know."""
         if means.verify:
             raise UnsupportedError(
                 "own memory cannot be verified: other threads go on writing to it", help="leave --verify out"
             )
-        for refusal in self.refusals(means):
+        for refusal in refusals:
             raise UnsupportedError(f"this process cannot move its own memory: {refusal.reason}", help=refusal.remedy)
-        outcomes: dict[Block, BlockOutcome] = {}
-        for order in sorted({order for _, order in blocks}, reverse=True):
-            addresses = np.array([address for address, its in blocks if its == order], np.int64)
-            for outcome in self._move(addresses, order, before, fill=means.fill):
-                outcomes[outcome.address, order] = outcome
-        return [outcomes[block] for block in blocks]
 
-    def _move(self, addresses: _Int64s, order: int, before: PteColumns, *, fill: bool) -> list[BlockOutcome]:
-        """Move blocks of one order."""
-        space, size = self._space, self._space.geometry.size_of(order)
-        with contextlib.ExitStack() as stack:
-            mover = stack.enter_context(OwnMover(size, guarded=self._guarded))
-            if order not in space.switches.orders(advised=False):
-                # A larger folio does not fit into the twin, so other sizes may stay on.
-                stack.enter_context(self._journal.only(order, off=()))
-            outcomes: list[BlockOutcome] = []
-            for start in range(0, len(addresses), BLOCKS_PER_CALL):
-                part = addresses[start : start + BLOCKS_PER_CALL]
-                outcomes += _collapse(space, mover, part, order, before, fill=fill)
-            return outcomes
+    def too_large(self, order: int) -> range:
+        """Return none: a larger folio does not fit into the twin."""
+        return range(order, order)
+
+    def around(self, special: SpecialRanges) -> SpecialRanges:
+        """Return what threads use without a fault that could wait, with a margin."""
+        return SpecialRanges(
+            robust_lists=tuple((start - THREAD_MARGIN, end + THREAD_MARGIN) for start, end in special.robust_lists),
+            stacks=tuple((start - STACK_MARGIN, end + STACK_MARGIN) for start, end in special.stacks),
+        )
+
+    def ready(self, order: int) -> OwnMover:
+        """Return the code and its userfaultfd, to be closed afterwards.
+
+        Raises:
+            UnsupportedError: not on this machine or kernel; the reason is in the message.
+            NotPermittedError: these rights do not suffice for the guard.
+        """
+        self._mover = OwnMover(self._geometry.size_of(order), guarded=self._guarded)
+        return self._mover
+
+    def windows(self, blocks: Sequence[Block], means: Means, _before: Before) -> Iterator[list[BlockOutcome]]:
+        """Move as many blocks at a time as one call takes. A block that could not be moved has its bytes as before."""
+        assert self._mover is not None
+        for start in range(0, len(blocks), BLOCKS_PER_CALL):
+            part = blocks[start : start + BLOCKS_PER_CALL]
+            begin = time.perf_counter_ns()
+            errors = self._mover.move(np.array([address for address, _ in part], np.int64), fill=means.fill).tolist()
+            elapsed = (time.perf_counter_ns() - begin) // len(part)
+            yield [
+                BlockOutcome(*block, result_of_move(error), reason_of_move(error), elapsed_ns=elapsed, errno=error)
+                for block, error in zip(part, errors, strict=True)
+            ]
 
     def take_pauses(self) -> list[int]:
-        """Nobody is stopped."""
+        """Return none: no thread is stopped."""
         return []
 
     def close(self) -> None:
-        """Nothing is kept."""
-
-
-def _collapse(
-    space: ProcessSpace, mover: OwnMover, addresses: _Int64s, order: int, columns: PteColumns, *, fill: bool
-) -> list[BlockOutcome]:
-    """Judge the blocks at `addresses`, and move those that may be."""
-    vmas = space.vmas()
-    verdict = refuse_blocks(
-        columns,
-        None if columns.pfn is None else space.mapcounts(columns),
-        addresses,
-        np.full(len(addresses), order, np.int8),
-        vmas=vmas,
-        refuse_vma=refuse_vma,
-        special=_special(space),
-        page_size=space.geometry.page_size,
-        fill=fill,
-    )
-    held = np.zeros(len(addresses), np.bool_)
-    if has_large_folios(columns):
-        # UFFDIO_MOVE does not return on some kernels while such a folio is held (see `held`), and threads would wait.
-        left = split_large_folios(space, [(address, order) for address in addresses[verdict == 0].tolist()])
-        held = np.isin(addresses, [address for address, _ in left])
-    begin = time.perf_counter_ns()
-    errors = mover.move(addresses[(verdict == 0) & ~held], fill=fill)
-    elapsed = (time.perf_counter_ns() - begin) // max(1, len(errors))
-    outcomes = []
-    moved = iter(errors.tolist())
-    for address, why, kept in zip(addresses.tolist(), verdict.tolist(), held.tolist(), strict=True):
-        if why or kept:
-            outcomes.append(BlockOutcome(address, order, *(objection_of(why, vmas, address) if why else HELD)))
-        else:
-            error = next(moved)
-            result, reason = result_of_move(error), reason_of_move(error)
-            outcomes.append(BlockOutcome(address, order, result, reason, elapsed_ns=elapsed, errno=error))
-    return outcomes
-
-
-def _special(space: ProcessSpace) -> SpecialRanges:
-    """What threads of this process use without a fault that could wait, with a margin."""
-    found = special_ranges(space.process)
-    return SpecialRanges(
-        robust_lists=tuple((start - THREAD_MARGIN, end + THREAD_MARGIN) for start, end in found.robust_lists),
-        stacks=tuple((start - STACK_MARGIN, end + STACK_MARGIN) for start, end in found.stacks),
-    )
+        """Do nothing: nothing is kept between two orders."""

@@ -1,55 +1,105 @@
-"""The mover of one target, ready to use: it judges blocks, sets the switches, moves, and says what came of it.
+"""The loop of the mover: check, switch, move, verify. It is the same for another process and for this one.
 
-This is where the parts come together. For a batch of blocks:
+1. *Check* the process, and then the mappings and blocks (:mod:`mthp.linux.mover.refuse`). A reason against the process
+   is that of every block, and nothing is touched. It is checked again in the next batch, because it may pass: a thread
+   that sleeps uninterruptibly now may not do so then.
+2. *Switch*, order by order, the largest first: set the machine's switches so that a fault brings a folio of just this
+   order (:mod:`mthp.linux.journal`), once for all its blocks. Smaller sizes may stay on, because a fault takes the
+   largest that fits.
+3. *Move*, window by window. A :class:`Hold` keeps every other user of the blocks away while they are moved. It is what
+   differs: another process is stopped, checked again and made to run a stub (:mod:`~mthp.linux.mover.session`); in
+   this process a userfaultfd has those wait that touch a block (:mod:`~mthp.linux.mover.guarded`).
+4. *Verify*: if the bytes of a block are wrong, or cannot be put back, nothing of this process is moved any more.
 
-1. The process is judged; what speaks against all of it is given as the reason of every block, and nothing is touched.
-   It is asked again in the next batch: a thread that sleeps uninterruptibly now may not do so then.
-2. Mappings and blocks are judged. What is allowed is moved order by order, the largest first; for each order the
-   switches are set so that a fault brings just this one (:mod:`mthp.linux.journal`), once for the whole batch.
-   Sizes below it and the PMD size may stay on: a fault takes the largest that fits, and one of the PMD size does not
-   where there is a page table.
-3. All threads are stopped, what may have changed is asked again (:mod:`~mthp.linux.mover.recheck`), the blocks are
-   moved, window by window (:mod:`~mthp.linux.mover.session`).
-
-The session stays open from batch to batch, since it has measured how long a window takes. It is closed with the mover,
-or when the target turns out to be another program than before.
-
-Every block has an outcome, whatever happens: if the target exits in the middle, what was done before is told, and the
-rest is ANY_PROCESS.
+Every block has an outcome, whatever happens: if the target exits in the middle, what was done before is reported, and
+the rest is ANY_PROCESS.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
+from mthp.closing import Closing
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.linux import procfs
 from mthp.linux.interruptions import suspension_held_back
 from mthp.linux.journal.switches import SwitchJournal
-from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.outcome import Objection
-from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, last_pid, zero_pages_of
-from mthp.linux.mover.refuse.block import refuse_blocks, special_ranges
+from mthp.linux.mover.guarded import Guard
+from mthp.linux.mover.outcome import LostBytesError
+from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, has_userfaultfd, last_pid, zero_pages_of
+from mthp.linux.mover.refuse.block import SpecialRanges, refuse_blocks, special_ranges
 from mthp.linux.mover.refuse.mapping import objection_of, refuse_vma
 from mthp.linux.mover.refuse.pinned import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.refuse.process import PASSING, refuse_process
 from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.target import MoveTarget
 from mthp.linux.mover.tracee import CannotStopError
-from mthp.linux.space import ProcessSpace
 from mthp.means import Means
 from mthp.ptes import Block, PteColumns, segments_of
 from mthp.results import BlockOutcome, ScanResult
 from mthp.vma import Vma
 
 VMAS_AGE_NS = 200_000_000
-"""For so long a list of mappings is good: what changes of it that matters is seen after the stop."""
+"""How long a list of mappings is used, in nanoseconds, by a hold that notices what has changed since."""
 
 VMAS_SHARE = 0.1
-"""The part of the time that a target is asked for its list at most, if that takes long."""
+"""The part of the time that reading the list may take, if that takes long."""
+
+
+class Hold(Protocol):
+    """Keeps other users of some blocks away while these are moved."""
+
+    @property
+    def waived(self) -> frozenset[str]:
+        """Keys of refusals that do not matter to it."""
+
+    @property
+    def checks_again(self) -> bool:
+        """Whether it notices what has changed since the check, so that an older list of mappings will do."""
+
+    def admit(self, means: Means, refusals: Sequence[Refusal]) -> None:
+        """Do nothing if blocks are to have outcomes under these conditions.
+
+        Raises:
+            UnsupportedError: the call itself is refused.
+        """
+
+    def too_large(self, order: int) -> range:
+        """Return the orders whose folios would fit where one of `order` is wanted."""
+
+    def around(self, special: SpecialRanges) -> SpecialRanges:
+        """Return `special` with what may be used beside it until the blocks are held."""
+
+    def ready(self, order: int) -> AbstractContextManager[object]:
+        """Return what has to be open while blocks of `order` are moved."""
+
+    def windows(self, blocks: Sequence[Block], means: Means, before: Before) -> Iterator[list[BlockOutcome]]:
+        """Move blocks of one order: yield the outcomes window by window, in any order.
+
+        Raises:
+            LostBytesError: the bytes of a block could not be put back.
+            TargetVanishedError, MthpError: the other blocks are as they were.
+        """
+
+    def take_pauses(self) -> list[int]:
+        """Return how long each window was, in nanoseconds, since the last call."""
+
+    def close(self) -> None:
+        """Close what is open. Closing twice does nothing."""
+
+
+def hold_of(target: MoveTarget, *, guarded: bool = True) -> Hold:
+    """Return what holds the memory of `target`: `guarded` says whether others may use that of this process."""
+    if target.process.is_self:
+        return Guard(target.geometry, guarded=guarded)
+    return MoverSession(target.process, target.geometry)
 
 
 @dataclass
@@ -59,7 +109,7 @@ class _Batch:
     Attributes:
         blocks: all of them.
         means: what it may cost.
-        last_pid: the last PID that the system had given out before the process was judged.
+        last_pid: the last PID that the system had given out before the process was checked.
         outcomes: of the blocks that have one.
     """
 
@@ -79,14 +129,15 @@ class _Batch:
         return any(outcome.result is ScanResult.SUCCEED for outcome in self.outcomes.values())
 
     def reopen(self, reason: str) -> bool:
-        """Take their outcomes from the blocks that were left for `reason`; give whether there are any."""
+        """Take their outcomes from the blocks that were left for `reason`; return whether there are any."""
         again = [block for block, outcome in self.outcomes.items() if outcome.reason == reason]
         for block in again:
             del self.outcomes[block]
         return bool(again)
 
-    def give_up(self, blocks: Sequence[Block], result: ScanResult, error: MthpError) -> None:
-        """Give those of `blocks` without an outcome this one."""
+    def give_up(self, blocks: Sequence[Block], error: MthpError) -> None:
+        """Give those of `blocks` without an outcome that of an error."""
+        result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
         reason = f"{error.message} ({error.help})" if error.help else error.message
         passing = isinstance(error, CannotStopError)
         for block in blocks:
@@ -94,26 +145,24 @@ class _Batch:
             self.outcomes.setdefault(block, outcome)
 
 
-class Mover:
+class Mover(Closing):
     """Moves blocks of one process to folios of their orders.
 
     Args:
-        space: the target.
-        journal: sets the machine's switches; the one in the usual place if not given.
+        target: the process.
+        hold: keeps other users of its blocks away.
+        journal: sets the machine's switches.
     """
 
-    def __init__(self, space: ProcessSpace, *, journal: SwitchJournal | None = None) -> None:
-        self._space = space
-        self._process = space.process
-        self._geometry = space.geometry
-        self._journal = journal or SwitchJournal(sysfs=space.sysfs)
-        self._session: MoverSession | None = None
-        self._recheck = Recheck(space.process, space.geometry)
-        self._broken = ""
-        self._before: Before | None = None
+    def __init__(self, target: MoveTarget, hold: Hold, journal: SwitchJournal) -> None:
+        self._target = target
+        self._process = target.process
+        self._geometry = target.geometry
+        self._hold = hold
+        self._journal = journal
+        self._lost: LostBytesError | None = None
         self._vmas: list[Vma] = []
         self._vmas_good_until = 0
-        self._pauses: list[int] = []
 
     def refusals(self, means: Means) -> list[Refusal]:
         """Return all that speaks against moving memory of the process by `means` at this moment.
@@ -121,7 +170,8 @@ class Mover:
         Raises:
             TargetVanishedError: it is gone.
         """
-        return refuse_process(self._process, self._space, means)
+        found = refuse_process(self._process, self._geometry, means)
+        return [refusal for refusal in found if refusal.key not in self._hold.waived]
 
     def collapse(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         """Move `blocks`, disjoint and below the PMD order: the outcome of each, in their order.
@@ -131,127 +181,92 @@ class Mover:
 
         Raises:
             TargetVanishedError: the process was gone before anything was moved.
-            NotPermittedError, UnsupportedError, MthpError: nothing was moved, since the switches cannot be set.
+            NotPermittedError, UnsupportedError, MthpError: nothing was moved: the switches cannot be set, or this
+                process cannot move its own memory.
         """
         batch = _Batch(blocks, means, last_pid())
-        refusals = [] if self._broken else self.refusals(means)
-        if reason := self._broken or "; ".join(why.reason for why in refusals):
-            passing = bool(refusals) and all(why.key in PASSING for why in refusals)
+        if self._lost:
+            batch.give_up(blocks, self._lost)
+            return [batch.outcomes[block] for block in blocks]
+        refusals = self.refusals(means)
+        self._hold.admit(means, refusals)
+        if refusals:
+            reason = "; ".join(why.reason for why in refusals)
+            passing = all(why.key in PASSING for why in refusals)
             return [BlockOutcome(*block, ScanResult.FAIL, reason, everywhere=True, passing=passing) for block in blocks]
         with suspension_held_back():
             self._collapse(batch, before)
             if batch.reopen(MAPPING_CHANGED.reason):
-                # The list of mappings that they were judged by was too old.
+                # The list of mappings that they were checked by was too old.
                 self._vmas_good_until = 0
-                self._collapse(batch, self._space.read(segments_of(batch.open, self._geometry.page_size)))
+                self._collapse(batch, self._target.read(segments_of(batch.open, self._geometry.page_size)))
         return [batch.outcomes[block] for block in blocks]
 
-    def _collapse(self, batch: _Batch, before: PteColumns) -> None:
-        """Judge the blocks that have no outcome yet, and move them, the largest first."""
-        self._judge(batch, before)
+    def _collapse(self, batch: _Batch, entries: PteColumns) -> None:
+        """Check the blocks that have no outcome yet, and move them, the largest first."""
+        before = self._check(batch, entries)
         for order in sorted({order for _, order in batch.open}, reverse=True):
             blocks = [block for block in batch.open if block[1] == order]
+            if self._lost:
+                batch.give_up(blocks, self._lost)
+                continue
             try:
-                # A fault takes the largest size that fits: the PMD size never does, with a page table there.
-                with self._journal.only(order, off=range(order + 1, self._geometry.pmd_order)):
-                    self._move(blocks, batch)
+                with self._journal.only(order, off=self._hold.too_large(order)), self._hold.ready(order):
+                    self._move(blocks, batch, before)
             except MthpError as error:
                 if not batch.done:
                     raise
-                batch.give_up(blocks, ScanResult.FAIL, error)
+                batch.give_up(blocks, error)
 
-    def _judge(self, batch: _Batch, columns: PteColumns) -> None:
-        """Give those blocks their outcome that are not to be moved; remember what the others were judged by."""
+    def _check(self, batch: _Batch, entries: PteColumns) -> Before:
+        """Give those blocks their outcome that are not to be moved; return what the others were checked by."""
         blocks = batch.open
         uffd = has_userfaultfd(self._process)
         vmas = self._mappings()
-        addresses = np.array([address for address, _ in blocks], np.int64)
-        orders = np.array([order for _, order in blocks], np.int8)
         verdicts = refuse_blocks(
-            columns,
-            None if columns.pfn is None else self._space.mapcounts(columns),
-            addresses,
-            orders,
+            entries,
+            None if entries.pfn is None else self._target.mapcounts(entries),
+            np.array([address for address, _ in blocks], np.int64),
+            np.array([order for _, order in blocks], np.int8),
             vmas=vmas,
             refuse_vma=refuse_vma,
-            special=special_ranges(self._process),
+            special=self._hold.around(special_ranges(self._process)),
             page_size=self._geometry.page_size,
             fill=batch.means.fill,
         )
         for block, verdict in zip(blocks, verdicts.tolist(), strict=True):
             if verdict:
-                result, reason = objection_of(verdict, vmas, block[0])
-                batch.outcomes[block] = BlockOutcome(*block, result, reason)
-        if batch.open and has_large_folios(columns):
-            for block in split_large_folios(self._space, sorted(batch.open)):
+                batch.outcomes[block] = BlockOutcome(*block, *objection_of(verdict, vmas, block[0]))
+        if batch.open and has_large_folios(entries):
+            for block in split_large_folios(self._target, sorted(batch.open)):
                 batch.outcomes[block] = BlockOutcome(*block, *HELD)
-        self._before = Before(vmas, zero_pages_of(columns), batch.last_pid, uffd, batch.means.fill)
+        return Before(vmas, zero_pages_of(entries), batch.last_pid, uffd, batch.means.fill)
 
     def _mappings(self) -> list[Vma]:
-        """The mappings, not older than need be. Writing the list takes the kernel a walk over all page tables."""
+        """Return the mappings, not older than need be. The kernel walks all page tables to write the list."""
         now = time.monotonic_ns()
-        if now > self._vmas_good_until:
-            self._vmas = self._space.vmas()
+        if now > self._vmas_good_until or not self._hold.checks_again:
+            self._vmas = procfs.read_vmas(self._process)
             taken = time.monotonic_ns() - now
             self._vmas_good_until = now + taken + max(VMAS_AGE_NS, int(taken / VMAS_SHARE))
         return self._vmas
 
-    def _judge_again(self, frozen: FrozenProcess, blocks: Sequence[Block]) -> list[Objection | None]:
-        """As :meth:`_judge`, now that all threads stand still."""
-        assert self._before is not None
-        return self._recheck.objections(frozen, blocks, self._before)
-
-    def _move(self, blocks: Sequence[Block], batch: _Batch) -> None:
-        """Move blocks, all of one order."""
+    def _move(self, blocks: Sequence[Block], batch: _Batch, before: Before) -> None:
+        """Move blocks, all of one order, and look whether their bytes are what they were."""
         try:
-            # Populating first makes pages this process's own again that a child which has exited had shared. It fills
-            # no hole that is not to be filled: after the stop such blocks are refused.
-            for done in self._opened(batch.means).windows(blocks, verify=batch.means.verify, fill=True):
+            for done in self._hold.windows(blocks, batch.means, before):
                 batch.outcomes |= {(outcome.address, outcome.order): outcome for outcome in done}
                 if any(outcome.verified is False for outcome in done):
-                    self._broken = "bytes of another block are not what they were before: end the target"
-                    raise MthpError(self._broken)
-        except TargetVanishedError as error:
-            self._drop_session()
-            batch.give_up(blocks, ScanResult.ANY_PROCESS, error)
+                    raise LostBytesError("bytes of another block are not what they were before: end the target")
         except MthpError as error:
-            self._drop_session()
-            batch.give_up(blocks, ScanResult.FAIL, error)
-        finally:
-            self._note_pauses()
-
-    def _opened(self, means: Means) -> MoverSession:
-        """The session, opened if it is not."""
-        if self._session is None:
-            session = MoverSession(
-                self._process,
-                self._geometry,
-                max_pause_ns=means.max_pause_ns,
-                duty=means.duty,
-                recheck=self._judge_again,
-            )
-            session.__enter__()
-            self._session = session
-        self._session.limit(means.max_pause_ns, means.duty)
-        return self._session
+            if isinstance(error, LostBytesError):
+                self._lost = error
+            batch.give_up(blocks, error)
 
     def take_pauses(self) -> list[int]:
-        """How long each window was, in nanoseconds, since this was last asked."""
-        pauses, self._pauses = self._pauses, []
-        return pauses
-
-    def _note_pauses(self) -> None:
-        if self._session is not None:
-            self._pauses += [pause.total_ns for pause in self._session.pauses]
-            self._session.pauses.clear()
-
-    def _drop_session(self) -> None:
-        self._note_pauses()
-        if self._session is not None:
-            session, self._session = self._session, None
-            session.close()
+        """Return how long each window was, in nanoseconds, since the last call."""
+        return self._hold.take_pauses()
 
     def close(self) -> None:
         """Close what is open; there is nothing in the target. Closing twice does nothing."""
-        self._drop_session()
-        self._recheck.close()
+        self._hold.close()

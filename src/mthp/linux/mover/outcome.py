@@ -6,6 +6,7 @@ import errno
 import os
 from typing import NamedTuple
 
+from mthp.errors import MthpError
 from mthp.results import ScanResult
 
 EHWPOISON = 133
@@ -29,6 +30,10 @@ _REASONS = {
     errno.EINVAL: "the kernel does not move memory of this mapping (locked, read-only, or more than one mapping)",
     errno.EFAULT: "nothing is mapped there, or it may not be written",
 }
+
+
+class LostBytesError(MthpError):
+    """The bytes of a block are wrong, or could not be put back: nothing more may be moved."""
 
 
 class Objection(NamedTuple):

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from mthp.closing import Closing
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.linux.interruptions import interruptions_held_back
+from mthp.linux.mover.outcome import LostBytesError
 from mthp.linux.probes import (
     NR_USERFAULTFD,
     PROT_NONE,
@@ -119,7 +120,7 @@ class OwnMover(Closing):
             An errno for each, 0 for success: int64, shape (blocks,).
 
         Raises:
-            MthpError: a block could not be put back; its bytes are kept and whoever touches it waits.
+            LostBytesError: a block could not be put back; its bytes are kept and whoever touches it waits.
         """
         if fill:
             for address in addresses.tolist():
@@ -150,7 +151,7 @@ class OwnMover(Closing):
                     kept, self._fd, self._away = self._away, -1, -1
             if answer == BLOCK_LOST:
                 lost = int(operations["block"][len(addresses) - int(words[0])])
-                raise MthpError(f"the block at {lost:#x} could not be put back; its bytes are at {kept:#x}")
+                raise LostBytesError(f"the block at {lost:#x} could not be put back; its bytes are at {kept:#x}")
             if answer == PLACE_LOST:
                 words[3] = self._place = _reserve(self.size)
         errors: _Int64s = -operations["error"].copy()

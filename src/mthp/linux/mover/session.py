@@ -1,4 +1,8 @@
-"""A session with one target: :class:`MoverSession`."""
+"""Hold the memory of another process: stop all its threads and have one of them move the blocks.
+
+A window in the order in which it happens is :meth:`MoverSession._stop_and_move`: stop (freeze), check again (recheck),
+bring the stub in (inject), park all threads and let one of them work (park), let all go (freeze).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import errno
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,28 +26,32 @@ from mthp.linux.mover.inject import Injection, Place, inject
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.park import park, special_ranges, work
 from mthp.linux.mover.pause import Pause, PauseBudget, rest_seconds
-from mthp.linux.mover.refuse.block import BlockRefusal, touches
+from mthp.linux.mover.recheck import Before, Recheck
+from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, touches
+from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.mover.runs import operations_of, outcomes_of, run_lengths, taken
 from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
 from mthp.linux.process import Process
-from mthp.means import DUTY, MAX_PAUSE_NS
+from mthp.means import DUTY, MAX_PAUSE_NS, Means
 from mthp.ptes import Block
 from mthp.results import BlockOutcome
 
 MAX_BLOCKS = 512
 """Blocks in one window at most."""
 
-Recheck = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | None]]
+CheckAgain = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | None]]
 """Called when all threads stand still: gives for each block why it must not be moved after all, or None."""
 
 _Int64s = NDArray[np.int64]
 
 
 class MoverSession(Closing):
-    """Moves blocks of one process to new folios. A context manager; between two windows nothing of it is in the target.
+    """Moves blocks of one process to new folios (:class:`~mthp.linux.mover.mover.Hold`).
+
+    Between two windows nothing of it is in the target, and what it keeps are measurements.
 
     The caller has enabled exactly one folio size for the time of :meth:`move`, and has refused what must be refused
     (:mod:`mthp.linux.mover.refuse`). If the target is a child of this process, nobody else in it may wait for that
@@ -66,6 +73,9 @@ class MoverSession(Closing):
         UsageError: `max_pause_ns` or `duty` out of range.
     """
 
+    waived: frozenset[str] = frozenset()
+    checks_again = True
+
     def __init__(
         self,
         process: Process,
@@ -74,7 +84,7 @@ class MoverSession(Closing):
         max_pause_ns: int = MAX_PAUSE_NS,
         duty: float = DUTY,
         stop_timeout_ns: int = STOP_TIMEOUT_NS,
-        recheck: Recheck | None = None,
+        recheck: CheckAgain | None = None,
     ) -> None:
         if process.is_self:
             raise UnsupportedError("a process cannot trace itself", help="use mthp.collapse_self")
@@ -84,11 +94,11 @@ class MoverSession(Closing):
         self._process = process
         self._geometry = geometry
         self._stop_timeout_ns = stop_timeout_ns
-        self._recheck = recheck
+        self._check_again = recheck
+        self._recheck: Recheck | None = None
         self._budget = PauseBudget(max_pause_ns, MAX_BLOCKS)
         self.limit(max_pause_ns, duty)
         self._place: Place | None = None
-        self._open = False
         # A protection key may bar the worker, one thread of the target with its rights, from another one's memory.
         # Populating finds out with an error where the copying would fault.
         self._populate_first = has_protection_keys()
@@ -106,14 +116,47 @@ class MoverSession(Closing):
         self._duty = duty
         self._budget.limit(max_pause_ns)
 
-    def __enter__(self) -> Self:
-        """Open the session: the target is not touched before the first window."""
-        self._open = True
-        return self
+    def admit(self, means: Means, refusals: Sequence[Refusal]) -> None:
+        """Do nothing: what speaks against another process is the outcome of its blocks."""
+
+    def too_large(self, order: int) -> range:
+        """Return all larger orders but the PMD's, whose folios do not fit where there is a page table."""
+        return range(order + 1, self._geometry.pmd_order)
+
+    def around(self, special: SpecialRanges) -> SpecialRanges:
+        """Return `special`: what changes until the stop is noticed after it."""
+        return special
+
+    def ready(self, _order: int) -> contextlib.nullcontext[None]:
+        """Return nothing to be opened."""
+        return contextlib.nullcontext()
+
+    def windows(self, blocks: Sequence[Block], means: Means, before: Before) -> Iterator[list[BlockOutcome]]:
+        """As :meth:`move`, window by window: the outcomes of each, before the next is opened, in any order.
+
+        Args:
+            before: what the blocks were checked by; it is checked again after the stop.
+
+        Raises:
+            CannotStopError, TargetVanishedError: as :meth:`move`.
+        """
+        self.limit(means.max_pause_ns, means.duty)
+        self._recheck = self._recheck or Recheck(self._process, self._geometry)
+        self._check_again = functools.partial(self._recheck.objections, before=before)
+        # Populating first makes pages this process's own again that a child which has exited had shared. It fills no
+        # hole that is not to be filled: after the stop such blocks are refused.
+        return self._windows(blocks, verify=means.verify, fill=True)
+
+    def take_pauses(self) -> list[int]:
+        """Return how long each window was, in nanoseconds, since the last call."""
+        pauses, self.pauses = self.pauses, []
+        return [pause.total_ns for pause in pauses]
 
     def close(self) -> None:
         """Close what is open. Closing twice does nothing."""
-        self._open = False
+        if self._recheck:
+            self._recheck.close()
+            self._recheck = None
 
     def move(self, blocks: Sequence[Block], *, verify: bool = False, fill: bool = False) -> list[BlockOutcome]:
         """Move each block to new memory, which is one folio of its order if the machine's switches make it so.
@@ -134,20 +177,12 @@ class MoverSession(Closing):
             CannotStopError: the target does not stop.
             TargetVanishedError: it is gone.
         """
-        windows = self.windows(blocks, verify=verify, fill=fill)
+        windows = self._windows(blocks, verify=verify, fill=fill)
         outcomes = {(outcome.address, outcome.order): outcome for done in windows for outcome in done}
         return [outcomes[block] for block in blocks]
 
-    def windows(
-        self, blocks: Sequence[Block], *, verify: bool = False, fill: bool = False
-    ) -> Iterator[list[BlockOutcome]]:
-        """As :meth:`move`, window by window: the outcomes of each, before the next is opened, in any order.
-
-        Raises:
-            UsageError, CannotStopError, TargetVanishedError: as :meth:`move`.
-        """
-        if not self._open:
-            raise UsageError("the session is not open", help="use it as a context manager")
+    def _windows(self, blocks: Sequence[Block], *, verify: bool, fill: bool) -> Iterator[list[BlockOutcome]]:
+        """Open one window after the other, with a rest between them; blocks that failed in a run get one alone."""
         for address, order in blocks:
             if order == self._geometry.pmd_order:
                 # The page table stays when its pages are moved away, and with it there is no PMD fault.
@@ -257,7 +292,7 @@ class MoverSession(Closing):
     ) -> list[Objection | None]:
         """Return for each block why it must not be moved after all, now that nothing changes any more."""
         none: list[Objection | None] = [None] * len(batch)
-        objections = list(self._recheck(frozen, batch)) if self._recheck else none
+        objections = list(self._check_again(frozen, batch)) if self._check_again else none
         for index in np.flatnonzero(touches(addresses, ends, special_ranges(frozen))).tolist():
             objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
         return objections

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mthp.linux import abi
 from mthp.linux.mover.outcome import Objection
-from mthp.linux.space import ProcessSpace
+from mthp.linux.mover.target import MoveTarget
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import ScanResult
 
@@ -31,23 +31,23 @@ def has_large_folios(columns: PteColumns) -> bool:
     return columns.pfn is not None and bool(_large(columns).any())
 
 
-def split_large_folios(space: ProcessSpace, blocks: Sequence[Block]) -> list[Block]:
+def split_large_folios(target: MoveTarget, blocks: Sequence[Block]) -> list[Block]:
     """Split the large folios that `blocks` lie in; give the blocks that still have one.
 
     Args:
-        space: the target; it need not stand still.
+        target: the process; it need not stand still.
         blocks: disjoint, ascending.
 
     Raises:
-        TargetVanishedError, NotPermittedError: as reading the address space.
+        TargetVanishedError, NotPermittedError: as reading the address target.
     """
-    size = space.geometry.page_size
+    size = target.geometry.page_size
     counts = np.array([1 << order for _, order in blocks], np.int64)
     begins = np.cumsum(counts) - counts
     starts = np.array([address for address, _ in blocks], np.int64)
     pages = np.repeat(starts - begins * size, counts) + np.arange(counts.sum()) * size
-    segments: list[Segment] = [(address, address + space.geometry.size_of(order)) for address, order in blocks]
-    columns = space.read(segments)
+    segments: list[Segment] = [(address, address + target.geometry.size_of(order)) for address, order in blocks]
+    columns = target.read(segments)
     rows = np.flatnonzero(_large(columns))
     if columns.pfn is None or not len(rows):
         return []
@@ -55,8 +55,8 @@ def split_large_folios(space: ProcessSpace, blocks: Sequence[Block]) -> list[Blo
     shifts = columns.folio_order[rows].astype(np.uint64)
     _, firsts = np.unique(columns.pfn[rows] >> shifts << shifts, return_index=True)
     for page in pages[rows[firsts]].tolist():
-        abi.process_madvise(space.process.pidfd, page, size, abi.MADV_COLD)
-    left = np.logical_or.reduceat(_large(space.read(segments)), begins)
+        abi.process_madvise(target.process.pidfd, page, size, abi.MADV_COLD)
+    left = np.logical_or.reduceat(_large(target.read(segments)), begins)
     return [block for block, is_left in zip(blocks, left.tolist(), strict=True) if is_left]
 
 

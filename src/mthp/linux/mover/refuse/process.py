@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from mthp.abilities import threads as threads_of
-from mthp.addrspace import AddressSpace
 from mthp.budget import Room
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
@@ -62,9 +60,9 @@ _MAPPED_IO_URING = re.compile(rb" anon_inode:\[io_uring\]$", re.MULTILINE)
 class _Target:
     """What the checks look at; each thing is read once, when a check first wants it."""
 
-    def __init__(self, process: Process, space: AddressSpace, means: Means, proc: Path) -> None:
+    def __init__(self, process: Process, geometry: Geometry, means: Means, proc: Path) -> None:
         self.process = process
-        self.space = space
+        self.geometry = geometry
         self.means = means
         self.proc = proc
 
@@ -89,20 +87,20 @@ class _Target:
 
 
 def refuse_process(
-    process: Process, space: AddressSpace, means: Means = USUAL_MEANS, *, proc: Path = Path("/proc")
+    process: Process, geometry: Geometry, means: Means = USUAL_MEANS, *, proc: Path = Path("/proc")
 ) -> list[Refusal]:
     """All that speaks against moving memory of `process` at this moment; empty if nothing does.
 
     Args:
         process: the target.
-        space: its address space.
+        geometry: of this machine.
         means: what moving may cost the target and the machine.
         proc: where the machine's memory is looked up.
 
     Raises:
         TargetVanishedError: it is gone.
     """
-    target = _Target(process, space, means, proc)
+    target = _Target(process, geometry, means, proc)
     refused = [refusal for check in _BY_ANYBODY if (refusal := check(target))]
     if refusal := _not_permitted(target):
         # The others look at what these rights do not show.
@@ -172,7 +170,7 @@ def _traced(target: _Target) -> Refusal | None:
 
 def _threads(target: _Target) -> Refusal | None:
     """Stopping takes time for every thread, so that a target of thousands stands still for long in every window."""
-    threads, pause = threads_of(target.space), target.means.max_pause_ns
+    threads, pause = int(target.process.status("Threads") or 1), target.means.max_pause_ns
     most = target.means.max_threads or most_threads(pause)
     if threads <= most:
         return None
@@ -210,7 +208,7 @@ def _pinned(target: _Target) -> Refusal | None:
 
 
 def _thp_disabled(target: _Target) -> Refusal | None:
-    if not target.space.thp_disabled:
+    if target.process.status("THP_enabled") != "0":
         return None
     return Refusal("thp_disabled", "the process switched THP off for itself (PR_SET_THP_DISABLE)")
 
@@ -233,7 +231,7 @@ def _userfaultfd(target: _Target) -> Refusal | None:
 def _low_memory(target: _Target) -> Refusal | None:
     """A move takes a second set of pages for a moment; if there were none, the OOM killer might end the target."""
     membership = target.process.read("cgroup").decode(errors="replace")
-    return low_memory(Room(lambda: memory_bounds(membership, target.proc), target.means.reserve), target.space.geometry)
+    return low_memory(Room(lambda: memory_bounds(membership, target.proc), target.means.reserve), target.geometry)
 
 
 def low_memory(room: Room, geometry: Geometry) -> Refusal | None:
