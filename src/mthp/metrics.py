@@ -15,7 +15,7 @@ unaligned (all of it, at an address that is not a multiple of its size) or parti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -228,7 +228,6 @@ def measure(
     *,
     addresses: NDArray[np.uint64] | None = None,
     orders: NDArray[np.int8] | None = None,
-    progress: Progress | None = None,
 ) -> Measured:
     """Measure the coverage of an address space.
 
@@ -240,25 +239,63 @@ def measure(
     Raises:
         TargetVanishedError: the process is gone.
     """
-    page_size = space.geometry.page_size
-    counter = CoverageCounter([vma.start for vma in vmas], space.geometry)
-    plan = _Planned(addresses, orders, space.geometry)
-    scope = scope or Scope()
-    wanted = [segment for vma in vmas if (segment := _counted(vma, scope, page_size)) is not None]
-    segments = space.populated(wanted, page_size)
-    size, done = sum(end - start for start, end in segments), 0
-    # Cut at PMD ranges, so that no block that the hardware could use falls into two reads.
-    for block in in_range_blocks(segments, space.geometry, BLOCK_PAGES * page_size):
-        columns = space.read(block)
-        chosen = resident_pages(columns) & ~columns.has(Pte.HUGETLB) if scope.files else anonymous_pages(columns)
-        counter.add(columns, chosen)
-        plan.add(columns, chosen)
-        done += sum(end - start for start, end in block)
-        if progress is not None:
-            progress(done, size)
-    by_vma = tuple(counter.coverage(at, at + 1) for at in range(len(vmas)))
-    now = Coverage.total(by_vma)
-    return Measured(now, plan.after(now), by_vma)
+    meter = Meter(space, vmas, scope)
+    if addresses is not None and orders is not None:
+        meter.expect(addresses, orders)
+    for block in meter.blocks(meter.segments):
+        meter.add(space.read(block))
+    return meter.measured()
+
+
+class Meter:
+    """Measures the coverage of an address space, as its entries are read.
+
+    Args:
+        vmas: its mappings, by ascending address.
+        scope: what counts; the anonymous memory of all of them by default.
+
+    Attributes:
+        segments: what is to be read: what may hold pages that count.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+
+    def __init__(self, space: AddressSpace, vmas: Sequence[Vma], scope: Scope | None = None) -> None:
+        self._geometry = space.geometry
+        self._scope = scope or Scope()
+        self._mappings = len(vmas)
+        self._counter = CoverageCounter([vma.start for vma in vmas], space.geometry)
+        self._planned = _Planned(space.geometry)
+        page_size = space.geometry.page_size
+        wanted = [segment for vma in vmas if (segment := _counted(vma, self._scope, page_size)) is not None]
+        self.segments = space.populated(wanted, page_size)
+
+    def blocks(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+        """Group and cut `segments` at PMD ranges, so that no folio that the hardware could use falls into two reads."""
+        return in_range_blocks(segments, self._geometry, BLOCK_PAGES * self._geometry.page_size)
+
+    def expect(self, addresses: NDArray[np.uint64], orders: NDArray[np.int8]) -> None:
+        """Expect that some folios are made of what is added next.
+
+        Args:
+            addresses, orders: of the folios, by ascending address: uint64 and int8, shape (folios,).
+        """
+        self._planned.expect(addresses, orders)
+
+    def add(self, columns: PteColumns) -> None:
+        """Count entries, each of which lies in one mapping with all of its segment."""
+        chosen = anonymous_pages(columns)
+        if self._scope.files:
+            chosen = resident_pages(columns) & ~columns.has(Pte.HUGETLB)
+        self._counter.add(columns, chosen)
+        self._planned.add(columns, chosen)
+
+    def measured(self) -> Measured:
+        """Return what was counted."""
+        by_vma = tuple(self._counter.coverage(at, at + 1) for at in range(self._mappings))
+        now = Coverage.total(by_vma)
+        return Measured(now, self._planned.after(now), by_vma)
 
 
 def _counted(vma: Vma, scope: Scope, page_size: int) -> Segment | None:
@@ -325,16 +362,19 @@ class _Planned:
     it or outside of it: what such blocks count for now is taken away, and the folio is put in their place.
     """
 
-    def __init__(
-        self, addresses: NDArray[np.uint64] | None, orders: NDArray[np.int8] | None, geometry: Geometry
-    ) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self._page = self._order = np.empty(0, np.int64)
-        if addresses is not None and orders is not None:
-            self._page = (addresses // np.uint64(geometry.page_size)).astype(np.int64)
-            self._order = orders.astype(np.int64)
+        self._made = np.zeros(ORDERS, np.int64)
         self._inside = np.zeros(ORDERS, np.int64)
         self._unknown = 0
+
+    def expect(self, addresses: NDArray[np.uint64], orders: NDArray[np.int8]) -> None:
+        """Look for the pages of these folios, by ascending address, in what is added next."""
+        self._page = (addresses // np.uint64(self._geometry.page_size)).astype(np.int64)
+        self._order = orders.astype(np.int64)
+        pages = np.int64(1) << self._order
+        self._made += np.bincount(self._order, weights=pages, minlength=ORDERS).astype(np.int64)[:ORDERS]
 
     def add(self, columns: PteColumns, chosen: NDArray[np.bool_]) -> None:
         """Count the pages that are `chosen` and lie in planned folios."""
@@ -353,7 +393,6 @@ class _Planned:
 
     def after(self, now: Coverage) -> Coverage:
         """Return the coverage once the folios are made."""
-        made = np.bincount(self._order, weights=np.exp2(self._order), minlength=ORDERS).astype(np.int64)
-        in_larger = np.cumsum(made[::-1])[::-1]
-        pages = np.array(now.pages, np.int64) - self._inside + in_larger[:ORDERS]
+        in_larger = np.cumsum(self._made[::-1])[::-1]
+        pages = np.array(now.pages, np.int64) - self._inside + in_larger
         return Coverage(tuple(pages.tolist()), now.unknown - self._unknown)

@@ -55,3 +55,20 @@ def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Seg
             start = stop
     if block:
         yield block
+
+
+def without(segments: Iterable[Segment], removed: Iterable[Segment]) -> Iterator[Segment]:
+    """Yield what of `segments` lies in none of `removed`. Both ascend, and their segments do not overlap."""
+    holes = iter(removed)
+    hole = next(holes, None)
+    for begin, end in segments:
+        start = begin
+        while hole is not None and hole[0] < end:
+            if start < hole[0]:
+                yield start, hole[0]
+            start = max(start, min(hole[1], end))
+            if hole[1] > end:
+                break
+            hole = next(holes, None)
+        if start < end:
+            yield start, end

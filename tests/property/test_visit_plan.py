@@ -70,8 +70,8 @@ def test_the_first_round_is_the_plan(policy: str, space: FakeSpace, data: st.Dat
         daemon.do_scan()
         rounds += 1
         assert rounds < 1000
-    # A pass that ends a round goes on with the next one, so it may have come around already.
-    assert space.attempts[: len(wanted)] == wanted
+    # A batch goes by order, and a pass that ends a round goes on with the next one, so it may have come around already.
+    assert sorted(space.attempts[: len(wanted)]) == wanted
     filled = sum(daemon.statistics.filled.values())
     if len(space.attempts) == len(wanted):
         assert filled * 4096 == plan.filled_bytes

@@ -28,10 +28,10 @@ from mthp.engine.select import (
     read_planes,
 )
 from mthp.engine.space_plan import Folios, Ranges, SpacePlan
-from mthp.metrics import Coverage, Measured, Scope, measure
-from mthp.ptes import Segment, segments_of
+from mthp.metrics import Coverage, Measured, Meter, Scope, measure
+from mthp.ptes import PteColumns, Segment, segments_of
 from mthp.results import ScanResult
-from mthp.segments import in_blocks
+from mthp.segments import in_blocks, without
 from mthp.vma import Vma
 
 Progress = Callable[[int, int], None]
@@ -49,23 +49,38 @@ def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | N
     base = base_rules(space, options)
     vmas = space.vmas()
     jobs, refused = jobs_of(space, options, base, vmas)
-    parts: list[tuple[Ranges, Folios]] = []
+    scope = Scope(options.within, options.include_file)
+    meter = Meter(space, vmas, scope)
     granule = space.geometry.pmd_size
     todo = [(job, space.populated(job.segments, granule)) for job in jobs]
-    size = sum(end - start for _, segments in todo for start, end in segments)
+    others = list(without(meter.segments, sorted(segment for _, segments in todo for segment in segments)))
+    size = sum(end - start for segments in (*(segments for _, segments in todo), others) for start, end in segments)
+    parts: list[tuple[Ranges, Folios]] = []
     done = 0
+
+    def progressed(block: Sequence[Segment]) -> None:
+        nonlocal done
+        done += sum(end - start for start, end in block)
+        if progress is not None:
+            progress(done, size)
+
+    # Every entry is read once: what is planned is measured at the same time.
     for job, segments in todo:
         for block in in_blocks(segments, BLOCK_PMD_RANGES * granule):
-            parts.append(_plan_block(space, job, block, policy, options.filled))
-            done += sum(end - start for start, end in block)
-            if progress is not None:
-                progress(done, size)
+            columns, ranges, folios = _plan_block(space, job, block, policy, options.filled)
+            parts.append((ranges, folios))
+            meter.expect(folios.address, folios.order)
+            meter.add(columns)
+            progressed(block)
+    meter.expect(np.empty(0, np.uint64), np.empty(0, np.int8))
+    for block in meter.blocks(others):
+        meter.add(space.read(block))
+        progressed(block)
     ranges = Ranges.joined([part for part, _ in parts])
     folios = Folios.joined([part for _, part in parts])
     folios = folios[np.argsort(folios.address)]
     orders = tuple(sorted({order for job in jobs for order in job.rules.orders}))
-    scope = Scope(options.within, options.include_file)
-    measured = measure(space, vmas, scope, addresses=folios.address, orders=folios.order)
+    measured = meter.measured()
     eligible, refused_resident = _split(measured, vmas, refused)
     return SpacePlan(
         label=space.label,
@@ -105,10 +120,11 @@ def _split(
 
 def _plan_block(
     space: AddressSpace, job: Job, block: list[Segment], policy: Policy, filled: FilledPages | None
-) -> tuple[Ranges, Folios]:
+) -> tuple[PteColumns, Ranges, Folios]:
+    """Read some PMD ranges, and plan them: their entries, one row for each range, and one for each folio."""
     geometry = space.geometry
     address = ranges_of(block, geometry)
-    _, planes = read_planes(space, job, address)
+    columns, planes = read_planes(space, job, address)
     if filled is not None and (bits := filled.of(address)) is not None:
         # What was unmapped since is no page any more.
         planes = replace(planes, filled=bits & planes.present)
@@ -117,6 +133,7 @@ def _plan_block(
     offset = folios.offset.astype(np.uint64) * np.uint64(geometry.page_size)
     ranges = Ranges(address, plan.scan_result, plan.resident, plan.copied, plan.filled)
     return (
+        columns,
         # Which empty ranges are read at all depends on the backend and on how full the target is.
         ranges[ranges.scan_result != ScanResult.NO_PTE_TABLE],
         Folios(address[folios.range] + offset, folios.order, folios.filled),

@@ -167,7 +167,7 @@ def _clipped(segment: Segment, within: Segment | None, geometry: Geometry) -> Se
 
 
 def read_planes(space: AddressSpace, job: Job, addresses: NDArray[np.uint64]) -> tuple[PteColumns, Planes]:
-    """Read some PMD ranges of a job: their entries, adjoining ranges as one segment, and their planes.
+    """Read some PMD ranges of a job: their entries, adjoining ranges of a mapping as one segment, and their planes.
 
     Args:
         addresses: where each begins: uint64, shape (ranges,), ascending.
@@ -176,10 +176,10 @@ def read_planes(space: AddressSpace, job: Job, addresses: NDArray[np.uint64]) ->
         TargetVanishedError: the process is gone.
     """
     size = space.geometry.pmd_size
-    breaks = np.flatnonzero(np.diff(addresses) != size) + 1
+    vma = np.searchsorted(job.starts, addresses, side="right") - 1
+    breaks = np.flatnonzero((np.diff(addresses) != size) | (np.diff(vma) != 0)) + 1
     starts, ends = addresses[np.r_[0, breaks]], addresses[np.r_[breaks - 1, len(addresses) - 1]]
     columns = space.read([(start, end + size) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
-    vma = np.searchsorted(job.starts, addresses, side="right") - 1
     armed, droppable = job.uffd_armed[vma], job.droppable[vma]
     return columns, planes_of(columns, space.geometry, uffd_armed=armed, droppable=droppable)
 
