@@ -9,12 +9,12 @@ import numpy as np
 
 from mthp.engine.census import Census, take_census
 from mthp.engine.collapse import carry_out, collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_blocks, plan_space
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import UsageError
+from mthp.means import Means
 from mthp.targets import Target, open_target, refuse_ancestor
 
 _PLAN_FIELDS = frozenset(f.name for f in dataclasses.fields(PlanOptions))
@@ -55,8 +55,7 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
 
     Args:
         target: a PID, or ``"self"``.
-        options: the fields of :class:`mthp.engine.select.PlanOptions`, and of
-            :class:`mthp.engine.options.CollapseOptions` but for its `plan`.
+        options: the fields of :class:`mthp.engine.select.PlanOptions` and :class:`mthp.means.Means`.
 
     Raises:
         UsageError: as :func:`plan`; or `target` is an ancestor of this process.
@@ -64,7 +63,7 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
     """
     refuse_ancestor(target)
     with open_target(target) as space:
-        return collapse_space(space, _collapse_options(options))
+        return collapse_space(space, *_options(options))
 
 
 def collapse_self(**options: Any) -> CollapseReport:
@@ -103,7 +102,7 @@ def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = Tr
         buffer: an object with the buffer protocol, contiguous.
         order: of the folios; the PMD order if not given.
         guarded: whether others may use the memory meanwhile.
-        options: as for :func:`collapse`; with `order` only those of :class:`mthp.engine.options.CollapseOptions`.
+        options: as for :func:`collapse`; with `order` only those of :class:`mthp.means.Means`.
 
     Raises:
         UsageError: not a contiguous buffer; no such order; as :func:`plan`.
@@ -121,7 +120,7 @@ def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = Tr
         "max_bloat": None,
     }
     with open_target("self") as space:
-        return collapse_space(space, _collapse_options(chosen | options))
+        return collapse_space(space, *_options(chosen | options))
 
 
 def _collapse_blocks(start: int, size: int, order: int, guarded: bool, options: dict[str, Any]) -> CollapseReport:
@@ -132,11 +131,11 @@ def _collapse_blocks(start: int, size: int, order: int, guarded: bool, options: 
     if unknown:
         raise UsageError(f"{', '.join(sorted(unknown))}: with an order, nothing is left to be planned")
     # The caller named this memory and this size: there is nothing to be asked for by name.
-    chosen = _collapse_options({"mechanism": "madvise,move", "max_bloat": None} | options)
+    _, means = _options({"mechanism": "madvise,move", "max_bloat": None} | options)
     with open_live("self") as space:
         space.guarded = guarded
         plan = plan_blocks(space, start, start + size, order)
-        return carry_out(space, plan, chosen)
+        return carry_out(space, plan, means)
 
 
 def _memory_of(buffer: Any) -> tuple[int, int]:
@@ -157,10 +156,10 @@ def _plan_options(options: dict[str, Any]) -> PlanOptions:
         raise UsageError(str(error).replace("PlanOptions.__init__()", "plan options:")) from None
 
 
-def _collapse_options(options: dict[str, Any]) -> CollapseOptions:
-    planning = {name: value for name, value in options.items() if name in _PLAN_FIELDS}
-    others = {name: value for name, value in options.items() if name not in _PLAN_FIELDS}
+def _options(options: dict[str, Any]) -> tuple[PlanOptions, Means]:
+    """Sort keyword arguments into what to choose, and how to do it."""
+    choice = _plan_options({name: value for name, value in options.items() if name in _PLAN_FIELDS})
     try:
-        return CollapseOptions(plan=_plan_options(planning), **others)
+        return choice, Means(**{name: value for name, value in options.items() if name not in _PLAN_FIELDS})
     except TypeError as error:
-        raise UsageError(str(error).replace("CollapseOptions.__init__()", "collapse options:")) from None
+        raise UsageError(str(error).replace("Means.__init__()", "collapse options:")) from None

@@ -1,43 +1,75 @@
-"""By what means blocks are collapsed, and what that may cost the target."""
+"""How blocks are collapsed, and what that may cost the target."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from mthp.budget import Amount
+from mthp.budget import DEFAULT_BLOAT, Amount, as_amount
+from mthp.errors import UsageError
 
 Mechanism = Literal["auto", "madvise", "move", "madvise,move", "khugepaged"]
 """How pages are collapsed: by MADV_COLLAPSE, by the mover, by each where it fits the order, or by the kernel's own
 khugepaged. ``auto`` is whatever the kernel does by itself: the mover injects code, so it must be asked for by name."""
 
 MAX_PAUSE_NS = 1_000_000
-DUTY = 0.2
-"""How long a target stands still at a time by default, and for what part of the time: a busy server keeps most of its
+PAUSE_SHARE = 0.2
+"""How long a target is stopped at a time by default, and for what part of the time: a busy server keeps most of its
 throughput (bench/bench_redis.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """By what means blocks are collapsed, and what that may cost the target.
+    """How to do it: by what means blocks are collapsed, and what that may cost the target.
 
     Attributes:
         mechanism: what collapses them; see :data:`Mechanism`.
-        max_pause_ns: how long the target's threads may stand still in one window of the mover, in nanoseconds.
-        duty: the part of the time that they may stand still, above 0, up to 1.
-        fill: whether the mover may fill holes; the kernel's call always does.
+        max_bloat: by how much resident memory may grow, in bytes or as a share of what is resident; None for no bound.
+        reserve: what must stay free below every memory limit of the target, in bytes or as a share of the limit; None
+            for the default (:func:`mthp.budget.kept_free`).
+        max_threads: refuse to move memory of a target with more threads; None for what `max_pause` allows
+            (:func:`mthp.price.most_threads`).
+        rate: bytes collapsed per second, or tried to be; None for as fast as it goes.
+        max_pause: how long the target's threads may be stopped in one window of the mover, in seconds.
+        pause_share: the part of the time that they may be stopped, above 0, up to 1.
+        fill: whether the mover may fill holes, as the kernel's call does; without, blocks with holes are left alone.
         verify: compare a hash of the bytes of every moved block before and after, inside the window.
-        reserve: memory that must stay free below every limit of the target; None for the default.
-        max_threads: refuse to move memory of a target with more threads; None for what `max_pause_ns` allows.
+
+    Raises:
+        UsageError: a mechanism that does not exist, or a number out of range.
     """
 
     mechanism: Mechanism = "auto"
-    max_pause_ns: int = MAX_PAUSE_NS
-    duty: float = DUTY
+    max_bloat: Amount | int | None = DEFAULT_BLOAT
+    reserve: Amount | int | None = None
+    max_threads: int | None = None
+    rate: int | None = None
+    max_pause: float = MAX_PAUSE_NS * 1e-9
+    pause_share: float = PAUSE_SHARE
     fill: bool = False
     verify: bool = False
-    reserve: Amount | None = None
-    max_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mechanism not in get_args(Mechanism):
+            known = ", ".join(get_args(Mechanism))
+            raise UsageError(f"unknown mechanism {self.mechanism!r}", help=f"use one of {known}")
+        for value in (self.max_bloat, self.reserve):
+            as_amount(value)
+        if self.max_threads is not None and self.max_threads < 1:
+            raise UsageError(f"max_threads is below 1: {self.max_threads}", help="use the number of threads to allow")
+        if self.rate is not None and self.rate <= 0:
+            raise UsageError(f"a rate of {self.rate} bytes a second is not above 0")
+        # Written so that what is not a number is refused, too.
+        if not 1e-6 <= self.max_pause <= 60:
+            raise UsageError(f"a pause of {self.max_pause:g} s is not within 1us and 60s", help="the default is 1ms")
+        if not 0 < self.pause_share <= 1:
+            message = f"a pause_share of {self.pause_share:g} is not above 0 and at most 1"
+            raise UsageError(message, help=f"the default is {PAUSE_SHARE:g}")
+
+    @property
+    def max_pause_ns(self) -> int:
+        """`max_pause` in nanoseconds."""
+        return round(self.max_pause * 1e9)
 
 
 USUAL_MEANS = Means()

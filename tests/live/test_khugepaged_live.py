@@ -80,7 +80,7 @@ def test_smaller_orders_are_moved(puppet: Puppet, space: LiveAddressSpace) -> No
         max_ptes_none=0,
         within=within,
         tunables=pace(1 << 20),
-        means=Means("madvise,move", duty=1.0),
+        means=Means("madvise,move", pause_share=1.0),
     )
     daemon.enter(space)
     daemon.do_scan()

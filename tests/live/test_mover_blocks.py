@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "p
 PAGES = PMD_SIZE // PAGE_SIZE
 HALF = PMD_SIZE // 2
 PAUSE_NS = int(20_000_000 * FACTOR)
-MOVE = Means(mechanism="move", max_pause_ns=PAUSE_NS, duty=1.0)
+MAX_PAUSE = PAUSE_NS / 1e9
+MOVE = Means(mechanism="move", max_pause=MAX_PAUSE, pause_share=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def test_every_order_in_one_call(actor: Actor, space: LiveAddressSpace) -> None:
     wanted = blocks(address, HALF, 2) + blocks(address + PMD_SIZE, PMD_SIZE, PMD_ORDER)
     wanted += blocks(address + HALF, HALF, 7) + blocks(address + 2 * PMD_SIZE, PMD_SIZE, 4)
     wanted += blocks(address + 3 * PMD_SIZE, PMD_SIZE, 8)
-    outcomes = space.collapse_blocks(wanted, Means("madvise,move", PAUSE_NS, duty=1.0, verify=True))
+    outcomes = space.collapse_blocks(wanted, Means("madvise,move", max_pause=MAX_PAUSE, pause_share=1.0, verify=True))
     assert results(outcomes) == {ScanResult.SUCCEED: len(wanted)}
     assert orders(space, address, 4 * PMD_SIZE) == {
         2: PAGES // 2,
@@ -120,7 +121,8 @@ def test_each_block_has_its_own_reason(actor: Actor, space: LiveAddressSpace) ->
     again = space.collapse_blocks(wanted[:1], MOVE)
     assert results(again) == {ScanResult.PTE_MAPPED_HUGEPAGE: 1}
     filled = space.collapse_blocks(
-        [wanted[1], wanted[4]], Means(mechanism="move", max_pause_ns=PAUSE_NS, duty=1.0, fill=True, verify=True)
+        [wanted[1], wanted[4]],
+        Means(mechanism="move", max_pause=MAX_PAUSE, pause_share=1.0, fill=True, verify=True),
     )
     assert [outcome.result.name for outcome in filled] == ["SUCCEED", "NO_PTE_TABLE"]
     assert actor.damaged(address + 2 * BLOCK, 32) == 0

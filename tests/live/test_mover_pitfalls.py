@@ -98,7 +98,7 @@ def test_a_large_folio_that_a_pipe_holds_is_left_alone() -> None:
         base = int(said)
         segment = [(base, base + 2 * size)]
         assert set(space.read(segment).folio_order.tolist()) == {ORDER}
-        means = Means(mechanism="move", max_pause_ns=10**9, duty=1.0, verify=True)
+        means = Means(mechanism="move", max_pause=1.0, pause_share=1.0, verify=True)
         held, free = space.collapse_blocks([(base, order), (base + size, order)], means)
         assert (held.result, held.reason) == (HELD.result, HELD.reason)
         assert free.result is ScanResult.SUCCEED

@@ -33,7 +33,7 @@ from waiting import FACTOR, PATIENCE, wait_for
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "4k-pages", "pagemap_scan")]
 
-MEANS = Means(mechanism="move", max_pause_ns=int(3_000_000 * FACTOR), duty=0.5, verify=True)
+MEANS = Means(mechanism="move", max_pause=0.003 * FACTOR, pause_share=0.5, verify=True)
 AT_ONCE = 64
 SECONDS = float(os.environ.get("MTHP_TEST_SECONDS", "3"))
 """How long each program is worked on."""

@@ -337,9 +337,9 @@ def test_many_threads() -> None:
             assert "10 threads" in found["threads"].reason
             assert "ms at a time" in found["threads"].reason
             assert "--max-threads 10" in found["threads"].remedy
-            for means in (Means(), Means(max_threads=10), Means(max_pause_ns=10**6)):
+            for means in (Means(), Means(max_threads=10), Means(max_pause=1e-3)):
                 assert "threads" not in {why.key for why in refuse_process(space.process, space.geometry, means)}
-            brief = Means(max_pause_ns=9 * THREAD_STOP_NS // WINDOW_FACTOR)
+            brief = Means(max_pause=9 * THREAD_STOP_NS / WINDOW_FACTOR / 1e9)
             assert "threads" in {why.key for why in refuse_process(space.process, space.geometry, brief)}
         child.kill()
 

@@ -13,11 +13,11 @@ from fakes import FakeSpace, page_runs
 from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
 from mthp.engine.khugepaged import Khugepaged
-from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.errors import TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.means import Means
 from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim import Machine
@@ -240,7 +240,7 @@ def test_collapse_carries_the_plan_out_there() -> None:
     machine, mm = lived_in()
     space = machine.space(mm)
     plan = plan_space(space, PlanOptions(policy="pmd-only"))
-    report = collapse_space(space, CollapseOptions(plan=PlanOptions(policy="pmd-only"), max_bloat=None))
+    report = collapse_space(space, PlanOptions(policy="pmd-only"), Means(max_bloat=None))
     assert report.collapsed == plan.folios_by_order[4] > 0
     assert not plan_space(space, PlanOptions(policy="pmd-only")).folios_by_order
     assert machine.check() == []

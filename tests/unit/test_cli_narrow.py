@@ -29,7 +29,6 @@ from mthp.demo.client import Deed, Verification, WorkloadStats
 from mthp.demo.story import Moment, Speed, Story
 from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
@@ -130,7 +129,7 @@ def space() -> FakeSpace:
 
 @WIDTHS
 def test_collapse(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = collapse_space(space(), CollapseOptions(PlanOptions(max_ptes_none=0)))
+    report = collapse_space(space(), PlanOptions(max_ptes_none=0))
     check(lambda: print_report(console(), report, 0.99), width, capsys, monkeypatch)
 
 

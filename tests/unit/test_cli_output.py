@@ -23,7 +23,6 @@ from mthp.cli.render.tables import Table
 from mthp.cli.signals import stopping_on_signals
 from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
@@ -71,7 +70,7 @@ def print_everything() -> None:
     plan = plan_space(evil_space(), PlanOptions(max_ptes_none=0))
     print_plan(out, plan)
     note(out, evil_space().missing)
-    print_report(out, collapse_space(evil_space(), CollapseOptions(PlanOptions(max_ptes_none=0))), 0.99)
+    print_report(out, collapse_space(evil_space(), PlanOptions(max_ptes_none=0)), 0.99)
 
 
 def test_control_characters_of_names_do_not_reach_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +142,7 @@ def test_json_is_one_object_with_its_schema_first(capsys: pytest.CaptureFixture[
 
 
 def test_json_of_everything_can_be_written() -> None:
-    report = collapse_space(evil_space(), CollapseOptions(PlanOptions(max_ptes_none=0), max_bloat=0))
+    report = collapse_space(evil_space(), PlanOptions(max_ptes_none=0), Means(max_bloat=0))
     for data in (census_json(take_census(evil_space())), plan_json(report.plan), report_json(report)):
         assert json.loads(json.dumps(data, allow_nan=False)) == data
 
@@ -169,7 +168,7 @@ def test_json_with_rows_is_one_object(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_json_of_a_report_adds_up() -> None:
-    report = collapse_space(evil_space(), CollapseOptions(PlanOptions(max_ptes_none=0), mechanism="madvise"))
+    report = collapse_space(evil_space(), PlanOptions(max_ptes_none=0), Means(mechanism="madvise"))
     data = report_json(report)
     assert (data["collapsed_ranges"], data["collapsed_bytes"]) == (1, PMD)
     assert data["needs_move_folios"] == {"6": 1}
@@ -200,12 +199,12 @@ def test_a_process_without_memory_is_printed(capsys: pytest.CaptureFixture[str])
     space = FakeSpace([])
     print_census(console(), take_census(space))
     print_plan(console(), plan_space(space, PlanOptions()))
-    print_report(console(), collapse_space(space, CollapseOptions()))
+    print_report(console(), collapse_space(space, PlanOptions()))
     assert "sizes none" in printed(capsys)
 
 
 def test_a_dry_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    print_report(console(), collapse_space(evil_space(), CollapseOptions(dry_run=True)))
+    print_report(console(), collapse_space(evil_space(), PlanOptions(), dry_run=True))
     assert "nothing was changed" in printed(capsys)
 
 

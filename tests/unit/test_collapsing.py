@@ -15,11 +15,11 @@ from fakes import COLLAPSE_NS, FakeSpace, page_runs
 from mthp.blockstates import states_of
 from mthp.engine import carry, work
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.errors import NotPermittedError, TargetVanishedError, UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
+from mthp.means import Means
 from mthp.metrics import Durations
 from mthp.pacing import BYTES_BURST_SECONDS, BYTES_SLICE_SECONDS
 from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
@@ -47,10 +47,13 @@ def space_of(*fullness: int, geometry: Geometry = X86_64, cls: type[FakeSpace] =
 
 
 def carried_out(space: FakeSpace, stop: Any = lambda: False, progress: Any = None, **options: Any) -> CollapseReport:
-    names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "pause_share", "fill", "verify")
+    dry_run = options.pop("dry_run", False)
+    names = ("mechanism", "max_bloat", "rate", "max_pause", "pause_share", "fill", "verify")
     own = {name: options.pop(name) for name in names if name in options}
     plan = PlanOptions(**({"policy": "pmd-only"} | options))
-    return collapse_space(space, CollapseOptions(plan, **({"max_bloat": None} | own)), progress, stop)
+    return collapse_space(
+        space, plan, Means(**({"max_bloat": None} | own)), progress=progress, dry_run=dry_run, stop=stop
+    )
 
 
 def accounted(report: CollapseReport) -> int:
@@ -495,7 +498,7 @@ def test_all_that_can_be_done_is_done_already() -> None:
 
 
 def test_the_same_run_again_has_the_same_end_whatever_its_limits_leave_alone() -> None:
-    options = CollapseOptions(plan=PlanOptions(policy="pmd-only", max_ptes_none=0))
+    options = PlanOptions(policy="pmd-only", max_ptes_none=0)
     space = space_of(512, 100)
     first, second = collapse_space(space, options), collapse_space(space, options)
     assert (first.collapsed, first.complete) == (1, True)
@@ -503,7 +506,7 @@ def test_the_same_run_again_has_the_same_end_whatever_its_limits_leave_alone() -
 
 
 def test_a_limit_that_leaves_memory_alone_is_not_success() -> None:
-    options = CollapseOptions(plan=PlanOptions(policy="pmd-only", max_ptes_none=0))
+    options = PlanOptions(policy="pmd-only", max_ptes_none=0)
     report = collapse_space(space_of(100), options)
     assert report.done_nothing
     assert [left.resident for left in report.plan.left] == [100 * 4096]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from fakes import FakeSpace, page_runs
 from mthp.engine import carry, work
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
@@ -82,10 +81,13 @@ def pages_of(*runs: tuple[int, int], cls: type[MovingSpace] = MovingSpace, **mor
 
 
 def moved(space: FakeSpace, stop: Any = lambda: False, **options: Any) -> CollapseReport:
-    names = ("mechanism", "max_bloat", "rate", "dry_run", "max_pause", "pause_share", "fill", "verify")
+    dry_run = options.pop("dry_run", False)
+    names = ("mechanism", "max_bloat", "rate", "max_pause", "pause_share", "fill", "verify")
     own = {name: options.pop(name) for name in names if name in options}
     plan = PlanOptions(**({"max_ptes_none": 0} | options))
-    return collapse_space(space, CollapseOptions(plan, **({"mechanism": "move", "max_bloat": None} | own)), None, stop)
+    return collapse_space(
+        space, plan, Means(**({"mechanism": "move", "max_bloat": None} | own)), dry_run=dry_run, stop=stop
+    )
 
 
 def accounted(tally: FolioTally) -> int:
@@ -199,7 +201,7 @@ def test_the_pmd_order_is_made_by_the_call_and_smaller_ones_by_moving() -> None:
 def test_the_means_are_handed_on() -> None:
     space = pages_of((64, 448))
     moved(space, max_pause=0.002, pause_share=0.25, verify=True)
-    assert space.means == [Means("move", 2_000_000, 0.25, False, True)]
+    assert space.means == [Means("move", max_bloat=None, max_pause=0.002, pause_share=0.25, verify=True)]
 
 
 def test_moving_plans_the_orders_below_the_pmd_order() -> None:
@@ -219,15 +221,15 @@ def test_a_dry_run_moves_nothing() -> None:
 def test_it_is_announced_before_anything_is_moved() -> None:
     told: list[tuple[str, int]] = []
     space = pages_of((512, 0), (64, 448))
-    options = CollapseOptions(PlanOptions(max_ptes_none=0), mechanism="madvise,move")
+    choice, means = PlanOptions(max_ptes_none=0), Means(mechanism="madvise,move")
 
     def announce(plan: SpacePlan, mechanism: Mechanism) -> None:
         assert mechanism == "move"
         told.append((plan.label, len(space.batches)))
 
-    collapse_space(space, options, before_move=announce)
+    collapse_space(space, choice, means, before_move=announce)
     assert told == [(space.label, 0)]
-    collapse_space(space, options, before_move=announce)
+    collapse_space(space, choice, means, before_move=announce)
     assert len(told) == 1
 
 

@@ -15,11 +15,11 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.policy_lookup import ENTRY_POINT_GROUP, policy_named, policy_names
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
+from mthp.means import Means
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.vma import Vma
 
@@ -57,7 +57,7 @@ def test_an_instance_plans_and_collapses_an_address_space() -> None:
     space = FakeSpace([(Vma(BASE, BASE + (2 << 20), "rw-p"), *columns)])
     options = PlanOptions(policy=ThreeQuarters())
     assert plan_space(space, options).folios_by_order == {9: 1}
-    report = collapse_space(space, CollapseOptions(options, max_bloat=None))
+    report = collapse_space(space, options, Means(max_bloat=None))
     assert report.plan.policy == "three-quarters"
     assert (report.collapsed, report.filled_bytes) == (1, 112 * 4096)
 

@@ -10,7 +10,6 @@ import pytest
 from fakes import FakeSpace, page_runs
 from mthp.blockstates import SMALLER_FOLIOS
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
@@ -59,7 +58,7 @@ def space_of(*advised: bool, free: int | None = PLENTY) -> Unadvised:
 
 
 def moved(space: FakeSpace) -> CollapseReport:
-    return collapse_space(space, CollapseOptions(plan=PlanOptions(orders="64K"), mechanism="move"))
+    return collapse_space(space, PlanOptions(orders="64K"), Means(mechanism="move"))
 
 
 def test_a_batch_that_came_back_small_ends_the_run() -> None:

@@ -26,10 +26,9 @@ from mthp.cli.options import (
 from mthp.cli.output import console, milliseconds, percent, print_json, progress_bar, say
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
 from mthp.engine.space_plan import SpacePlan
-from mthp.means import DUTY, Mechanism
+from mthp.means import PAUSE_SHARE, Means, Mechanism
 from mthp.price import window_ns
 from mthp.targets import open_target, refuse_ancestor
 
@@ -63,7 +62,7 @@ from mthp.targets import open_target, refuse_ancestor
 @click.option(
     "--pause-share",
     type=SHARE,
-    default=f"{DUTY:.0%}",
+    default=f"{PAUSE_SHARE:.0%}",
     show_default=True,
     help="The part of the time that it may stand still then.",
 )
@@ -102,8 +101,7 @@ def command(
     """
     refuse_ancestor(target)
     with open_target(target) as space, stopping_on_signals() as stop:
-        chosen = CollapseOptions(
-            plan=planned(options),
+        means = Means(
             mechanism=mechanism,
             max_bloat=max_bloat,
             reserve=reserve,
@@ -113,11 +111,18 @@ def command(
             pause_share=pause_share,
             fill=fill,
             verify=verify,
-            dry_run=dry_run,
         )
         with progress_bar("collapsing", hidden=as_json) as progress:
-            report = collapse_space(space, chosen, progress, stop, partial(_announce, space, chosen))
-        hindrances = abilities.move_refusals(space, chosen.means) if dry_run and report.folios else []
+            report = collapse_space(
+                space,
+                planned(options),
+                means,
+                dry_run=dry_run,
+                progress=progress,
+                stop=stop,
+                before_move=partial(_announce, space, means),
+            )
+        hindrances = abilities.move_refusals(space, means) if dry_run and report.folios else []
     covered = min_coverage is None or _coverage(report) >= min_coverage
     if as_json:
         more = {"move_hindrances": hindrances, "min_coverage": min_coverage, "min_coverage_reached": covered}
@@ -129,7 +134,7 @@ def command(
     return 4 if report.vanished else 0 if report.complete and covered else 1
 
 
-def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan, mechanism: Mechanism) -> None:
+def _announce(space: AddressSpace, means: Means, plan: SpacePlan, mechanism: Mechanism) -> None:
     """Say on standard error, before it begins, what moving pages means for a process that is not ours."""
     if space.label.split()[0] == str(os.getpid()):
         return
@@ -143,11 +148,11 @@ def _announce(space: AddressSpace, options: CollapseOptions, plan: SpacePlan, me
         return
     out = console(stderr=True)
     threads = abilities.threads(space)
-    pause = milliseconds(window_ns(threads, options.means.max_pause_ns) / 1e9)
+    pause = milliseconds(window_ns(threads, means.max_pause_ns) / 1e9)
     for line in (
         f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
         f" {threads} threads are stopped again and again. The aim is {pause} at a time and"
-        f" {percent(options.pause_share)} of the time; the result says how long the pauses were. One thread runs a"
+        f" {percent(means.pause_share)} of the time; the result says how long the pauses were. One thread runs a"
         " small piece of code that is injected,"
         " which moves pages away (UFFDIO_MOVE) and copies them back;",
         "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. It is"

@@ -13,11 +13,10 @@ from mthp.cli.options import at_option, json_option, plan_options, planned, targ
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.engine.allowed import Allowed, allowed_of
-from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
-from mthp.means import Means
+from mthp.means import USUAL_MEANS, Means
 from mthp.metrics import Coverage
 from mthp.targets import open_target
 from mthp.units import format_size
@@ -37,9 +36,8 @@ def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
     TARGET is a PID, the word self, or a snapshot or recording. Limits are the system's own unless given.
     """
     with open_target(target, at=at) as space, progress_bar("planning", hidden=as_json) as progress:
-        chosen = CollapseOptions(planned(options))
-        plan = plan_space(space, chosen.plan, progress)
-        allowed = allowed_of(space, plan, chosen)
+        plan = plan_space(space, planned(options), progress)
+        allowed = allowed_of(space, plan, USUAL_MEANS)
         missing = space.missing
         smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
         hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []

@@ -104,8 +104,8 @@ class Pass:
         settings = self._settings
         return Means(
             settings.mechanism,
-            settings.max_pause_ns,
-            settings.pause_share,
+            max_pause=settings.max_pause_ns / 1e9,
+            pause_share=settings.pause_share,
             fill=True,
             reserve=settings.reserve,
             max_threads=settings.max_threads,

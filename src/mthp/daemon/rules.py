@@ -23,7 +23,7 @@ from mthp.budget import DEFAULT_BLOAT, Amount, parse_amount, parse_bloat
 from mthp.daemon.values import cgroup_pattern, pattern, user_id
 from mthp.engine.policy_lookup import known_policy
 from mthp.errors import UsageError
-from mthp.means import DUTY, Mechanism
+from mthp.means import PAUSE_SHARE, Mechanism
 from mthp.toml import positive, whole
 from mthp.units import parse_duration, parse_rate, parse_share
 
@@ -129,7 +129,7 @@ class Settings:
     max_ptes_shared: Limit | None = None
     mechanism: Mechanism = "auto"
     max_pause_ns: Annotated[int, positive(parse_duration)] = 5_000_000
-    pause_share: Annotated[float, positive(parse_share)] = DUTY
+    pause_share: Annotated[float, positive(parse_share)] = PAUSE_SHARE
     max_bloat: Annotated[Amount | None, parse_bloat] = DEFAULT_BLOAT
     reserve: Annotated[Amount | None, parse_amount] = None
     max_threads: Annotated[int, whole(1)] | None = None

@@ -16,7 +16,6 @@ from mthp.addrspace import AddressSpace
 from mthp.demo.client import Deed, Measurement, Verification, Workload, WorkloadStats, fit_size
 from mthp.engine.census import Census, take_census
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.policy import BUILT_IN, OWN
 from mthp.engine.select import PlanOptions
@@ -177,7 +176,9 @@ def _plans(space: AddressSpace, progress: Progress) -> list[SpacePlan]:
 
 def _collapse(workload: Workload, space: AddressSpace, progress: Progress) -> Deed:
     try:
-        report = collapse_space(space, CollapseOptions(), lambda done, total, _: progress("collapsing", done, total))
+        report = collapse_space(
+            space, PlanOptions(), progress=lambda done, total, _: progress("collapsing", done, total)
+        )
     except NotPermittedError:
         progress("collapsing", 0, 1)
         return workload.collapse_itself()

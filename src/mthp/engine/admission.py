@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mthp import thp_unadvised
+from mthp import abilities, thp_unadvised
 from mthp.addrspace import AddressSpace
-from mthp.budget import Room
+from mthp.budget import Room, as_amount
 from mthp.means import Means
 from mthp.ptes import Block, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
@@ -115,6 +115,27 @@ class Admission:
         if result is ScanResult.ALLOC_HUGE_PAGE_FAIL:
             return self.room.limited
         return result is ScanResult.CGROUP_CHARGE_FAIL
+
+
+def bloat_budget(space: AddressSpace, means: Means) -> int | None:
+    """Return the bytes that filling may add to `space` as it is now; None for no bound.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    bloat = as_amount(means.max_bloat)
+    if bloat is None or bloat.share is None:
+        return None if bloat is None else bloat.size
+    return bloat.of(abilities.resident_bytes(space))
+
+
+def room_of(space: AddressSpace, means: Means) -> Room:
+    """Return what fits below the memory limits of `space`.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    return Room(lambda: abilities.memory_bounds(space), as_amount(means.reserve))
 
 
 def collapse_batch(

@@ -8,9 +8,9 @@ import numpy as np
 
 from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
-from mthp.engine.options import CollapseOptions
+from mthp.engine.admission import bloat_budget, room_of
 from mthp.engine.space_plan import SpacePlan
-from mthp.means import Mechanism
+from mthp.means import Means, Mechanism
 from mthp.price import needs_move_reason, price_of_moving
 
 
@@ -46,41 +46,41 @@ class Allowed:
     left: tuple[Left, ...]
 
 
-def mechanisms_of(space: AddressSpace, plan: SpacePlan, options: CollapseOptions) -> dict[int, Mechanism | None]:
+def mechanisms_of(space: AddressSpace, plan: SpacePlan, means: Means) -> dict[int, Mechanism | None]:
     """Return what makes the folios of each planned order, the largest first; None for nothing that was asked for."""
     found: dict[int, Mechanism | None] = {}
     for order in plan.folios_by_order:
-        made = space.mechanism_for(order, options.mechanism)
+        made = space.mechanism_for(order, means.mechanism)
         if made is None and order == space.geometry.pmd_order:
             # Planned since the system's switches or the caller want it: those who ask for moving only are refused.
             made = "madvise"
         # khugepaged keeps to no rate.
-        if made is None and options.mechanism == "auto" and not options.rate and space.drives_khugepaged(order):
+        if made is None and means.mechanism == "auto" and not means.rate and space.drives_khugepaged(order):
             made = "khugepaged"
         found[order] = made
     return found
 
 
-def allowed_of(space: AddressSpace, plan: SpacePlan, options: CollapseOptions) -> Allowed:
+def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
     """Return what a collapse of `space` would do now.
 
     Raises:
         TargetVanishedError: the process is gone.
     """
-    budget, room = options.bloat_budget(space), options.room(space)
+    budget, room = bloat_budget(space, means), room_of(space, means)
     spare, page_size = room.spare, plan.geometry.page_size
     made: dict[int, int] = {}
     left: list[Left] = []
     filled_bytes = 0
-    for order, mechanism in mechanisms_of(space, plan, options).items():
+    for order, mechanism in mechanisms_of(space, plan, means).items():
         size = plan.geometry.size_of(order)
         # As a collapse goes: the fullest first, so that a bound cuts the list in two.
         fill = np.sort(plan.folios.filled[plan.folios.order == order].astype(np.int64)) * page_size
         if mechanism is None:
-            price = price_of_moving(threads(space), options.means.max_pause_ns)
+            price = price_of_moving(threads(space), means.max_pause_ns)
             left.append(Left(order, len(fill), needs_move_reason(price)))
             continue
-        if mechanism != "madvise" and not options.fill:
+        if mechanism != "madvise" and not means.fill:
             fill = fill[fill == 0]
             if holes := plan.folios_by_order[order] - len(fill):
                 left.append(Left(order, holes, "they have holes: --fill fills them"))
@@ -89,7 +89,7 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, options: CollapseOptions) -
         fitting = len(fill) if spare is None else int(np.searchsorted(through - fill + size, spare, side="right"))
         if within < min(fitting, len(fill)):
             left.append(
-                Left(order, len(fill) - within, f"filling them would add more than --max-bloat {options.max_bloat}")
+                Left(order, len(fill) - within, f"filling them would add more than --max-bloat {means.max_bloat}")
             )
         elif fitting < len(fill):
             left.append(Left(order, len(fill) - fitting, f"{room.reason}: --reserve"))

@@ -70,8 +70,8 @@ class Carrier:
         self._work = work
         self._mechanism = mechanism
         self._geometry = work.space.geometry
-        self._means = dataclasses.replace(work.options.means, mechanism=mechanism)
-        self._admission = Admission(work.space, work.room, work.bloat_left, fills=work.options.fill)
+        self._means = dataclasses.replace(work.means, mechanism=mechanism)
+        self._admission = Admission(work.space, work.room, work.bloat_left, fills=work.means.fill)
         self._batch_size = FIRST_BATCH
         self._refused: BlockOutcome | None = None
 

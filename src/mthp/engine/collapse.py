@@ -11,7 +11,6 @@ from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
 from mthp.engine.allowed import allowed_of, mechanisms_of
 from mthp.engine.carry import Carrier
-from mthp.engine.options import CollapseOptions
 from mthp.engine.planning import plan_space
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions
@@ -19,7 +18,7 @@ from mthp.engine.space_plan import Folios, SpacePlan
 from mthp.engine.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
-from mthp.means import Mechanism
+from mthp.means import USUAL_MEANS, Means, Mechanism
 from mthp.metrics import Durations
 from mthp.price import price_of_moving
 
@@ -30,7 +29,10 @@ BeforeMove = Callable[[SpacePlan, Mechanism], None]
 
 def collapse_space(
     space: AddressSpace,
-    options: CollapseOptions,
+    choice: PlanOptions,
+    means: Means = USUAL_MEANS,
+    *,
+    dry_run: bool = False,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
     before_move: BeforeMove = lambda plan, mechanism: None,
@@ -40,44 +42,75 @@ def collapse_space(
     With the mechanism ``move`` only orders below the PMD order are planned.
 
     Args:
-        stop: asked before every range and every batch; once it says True nothing more is begun, and the report says
+        choice: what shall be collapsed.
+        means: how, and at what cost.
+        dry_run: plan only.
+        stop: called before every range and every batch; once it returns True nothing more is begun, and the report says
             what was done.
         before_move: called with the plan and the mechanism before the first page is moved, or khugepaged is driven.
 
     Raises:
-        UsageError: as :func:`mthp.plan_ranges`; the PMD order, and the mechanism ``move``, which cannot make it.
+        UsageError: as :func:`mthp.plan_ranges`; the PMD order, and the mechanism ``move``, which cannot make it; what
+            the mechanism cannot do.
         NotPermittedError: these rights do not suffice to collapse in the target.
         UnsupportedError: the backend or this kernel cannot collapse, or not by this mechanism.
         TargetVanishedError: the process exited before anything was done.
     """
-    plan = plan_space(space, _to_be_planned(options, space.geometry))
-    return carry_out(space, plan, options, progress, stop, before_move)
+    check_mechanism(means)
+    plan = plan_space(space, _to_be_planned(choice, means, space.geometry))
+    return carry_out(space, plan, means, dry_run=dry_run, progress=progress, stop=stop, before_move=before_move)
 
 
-def _to_be_planned(options: CollapseOptions, geometry: Geometry) -> PlanOptions:
-    """What is to be planned for `options`.
+def check_mechanism(means: Means) -> None:
+    """Check that the mechanism can do what is wanted of it.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if means.mechanism == "khugepaged" and (means.rate is not None or means.verify):
+        raise UsageError(
+            "the kernel's khugepaged keeps to no rate, and verifies nothing",
+            help="leave these out, or use another mechanism",
+        )
+    if means.mechanism == "khugepaged" and means.fill and means.max_bloat is not None:
+        raise UsageError(
+            "the kernel's khugepaged cannot keep to a bloat budget when it fills holes",
+            help="leave fill out, or lift the budget: max-bloat none",
+        )
+    for name in ("fill", "verify"):
+        if getattr(means, name) and means.mechanism in ("auto", "madvise"):
+            raise UsageError(
+                f"{name} is for the mover: MADV_COLLAPSE always fills, and cannot verify",
+                help="use the mechanism move, or madvise,move",
+            )
+
+
+def _to_be_planned(choice: PlanOptions, means: Means, geometry: Geometry) -> PlanOptions:
+    """Return what is to be planned.
 
     Raises:
         UsageError: the PMD order, by moving.
     """
-    orders = options.plan.orders
-    if options.mechanism != "move" or orders == ORDERS_ENABLED:
-        return options.plan
+    orders = choice.orders
+    if means.mechanism != "move" or orders == ORDERS_ENABLED:
+        return choice
     if orders is None:
-        return dataclasses.replace(options.plan, orders=range(MIN_ANON_ORDER, geometry.pmd_order))
+        return dataclasses.replace(choice, orders=range(MIN_ANON_ORDER, geometry.pmd_order))
     parsed = geometry.parse_orders(orders)
     if geometry.pmd_order in parsed:
         raise UsageError(
             f"moving makes no folios of {geometry.label(geometry.pmd_order)}",
             help="leave that size out, or use madvise,move, which has the kernel's call make it",
         )
-    return dataclasses.replace(options.plan, orders=parsed)
+    return dataclasses.replace(choice, orders=parsed)
 
 
 def carry_out(
     space: AddressSpace,
     plan: SpacePlan,
-    options: CollapseOptions,
+    means: Means,
+    *,
+    dry_run: bool = False,
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
     before_move: BeforeMove = lambda plan, mechanism: None,
@@ -85,30 +118,31 @@ def carry_out(
     """Carry out `plan`.
 
     Args:
-        plan: of `space`; `options.plan` is not looked at.
-        progress, stop, before_move: as for :func:`collapse_space`.
+        plan: of `space`.
+        means, dry_run, progress, stop, before_move: as for :func:`collapse_space`.
 
     Raises:
         NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error that comes when
             something was done already is in the report.
     """
+    check_mechanism(means)
     geometry = space.geometry
-    report = CollapseReport(plan, dry_run=options.dry_run)
-    report.mechanisms = mechanisms_of(space, plan, options)
+    report = CollapseReport(plan, dry_run=dry_run)
+    report.mechanisms = mechanisms_of(space, plan, means)
     by = {mechanism: _made_by(plan.folios, report.mechanisms, mechanism) for mechanism in ORDER_OF_MECHANISMS}
     report.needs_move = {order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] is None}
     if report.needs_move:
-        report.move_price = price_of_moving(threads(space), options.means.max_pause_ns)
+        report.move_price = price_of_moving(threads(space), means.max_pause_ns)
     for order, count in plan.folios_by_order.items():
         if report.mechanisms[order] == "madvise":
             report.ranges = FolioTally(planned=count, not_tried=count)
         elif report.mechanisms[order] is not None:
             report.folios[order] = FolioTally(planned=count, not_tried=count)
-    if options.dry_run:
-        report.allowed = allowed_of(space, plan, options)
+    if dry_run:
+        report.allowed = allowed_of(space, plan, means)
         return report
     total = sum(_bytes_of(folios.order, geometry) for folios in by.values())
-    work = Work(space, options, report, total, progress, stop)
+    work = Work(space, means, report, total, progress, stop)
     carriers = {mechanism: Carrier(work, mechanism) for mechanism in ORDER_OF_MECHANISMS}
     with work.reported():
         for mechanism, carrier in carriers.items():
@@ -117,7 +151,7 @@ def carry_out(
             if mechanism != "madvise":
                 before_move(plan, mechanism)
             carrier.carry_out(by[mechanism])
-            report.verified |= mechanism == "move" and options.verify
+            report.verified |= mechanism == "move" and means.verify
     report.durations = Durations.of(carriers["madvise"].seconds)
     report.windows = Durations.of(np.array(carriers["move"].pauses_ns) / 1e9)
     return report

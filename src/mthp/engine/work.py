@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 
 from mthp.addrspace import AddressSpace
-from mthp.engine.options import CollapseOptions
+from mthp.engine.admission import bloat_budget, room_of
 from mthp.engine.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError
+from mthp.means import Means
 from mthp.metrics import measure
 from mthp.pacing import ByteBudget
 from mthp.results import ScanResult
@@ -28,7 +29,7 @@ class Work:
         total: bytes that are planned.
 
     Attributes:
-        space, options, report: of the collapse.
+        space, means, report: of the collapse.
         room: what fits below the target's memory limits; renewed before every batch.
         has_begun: whether anything was carried out that would be lost with an error.
     """
@@ -36,21 +37,21 @@ class Work:
     def __init__(
         self,
         space: AddressSpace,
-        options: CollapseOptions,
+        means: Means,
         report: CollapseReport,
         total: int,
         progress: Progress | None,
         stop: Callable[[], bool],
     ) -> None:
         self.space = space
-        self.options = options
+        self.means = means
         self.report = report
-        self.room = options.room(space)
-        report.bloat_budget = options.bloat_budget(space)
+        self.room = room_of(space, means)
+        report.bloat_budget = bloat_budget(space, means)
         self.has_begun = False
         self._total = total
         self._done = 0
-        self._budget = ByteBudget(options.rate, time.monotonic)
+        self._budget = ByteBudget(means.rate, time.monotonic)
         self._progress = progress
         self._stop = stop
         self._started = time.monotonic()
@@ -109,9 +110,9 @@ class Work:
 
     def most_at_once(self, size: int, at_most: int) -> int:
         """How many runs of `size` bytes make a batch: fewer than `at_most` if a rate makes them take long."""
-        if self.options.rate is None:
+        if self.means.rate is None:
             return at_most
-        return min(at_most, max(1, int(PACE * self.options.rate) // size))
+        return min(at_most, max(1, int(PACE * self.means.rate) // size))
 
     def bloat_left(self) -> int | None:
         """Return the bytes that filling may still add; None for no bound."""

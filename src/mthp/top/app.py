@@ -23,7 +23,6 @@ from textual.css.query import NoMatches
 from textual.widgets import DataTable, Footer, Input, Static
 
 from mthp.addrspace import AddressSpace
-from mthp.engine.options import CollapseOptions
 from mthp.engine.select import PlanOptions
 from mthp.geometry import Geometry
 from mthp.text import clean
@@ -291,10 +290,9 @@ class TopApp(App[int]):
             return
         mapped = self._mapped
         plan = replace(self.view.options, within=mapped.range_of(row.key)) if mapped else self.view.options
-        options = CollapseOptions(plan=plan)
         title = f"Collapse {row.name} ({self._number(row)})?"
-        if await self.push_screen_wait(Question(title, question_text(row, self.view.geometry, options))):
-            self._carrying = carrying = Carrying(lambda: opened(row.key), options)
+        if await self.push_screen_wait(Question(title, question_text(row, self.view.geometry, plan))):
+            self._carrying = carrying = Carrying(lambda: opened(row.key), plan)
             try:
                 await self.push_screen_wait(Running(f"Collapsing {row.name}", carrying, self.view.geometry))
             finally:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.collapse import collapse_space
-from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
+from mthp.engine.select import PlanOptions
 from mthp.errors import MthpError
 from mthp.units import format_size
 
@@ -26,8 +26,8 @@ class Carrying:
         error: why it could not be done.
     """
 
-    def __init__(self, opened: Callable[[], AddressSpace], options: CollapseOptions) -> None:
-        self._opened, self._options = opened, options
+    def __init__(self, opened: Callable[[], AddressSpace], choice: PlanOptions) -> None:
+        self._opened, self._choice = opened, choice
         self._stopping = threading.Event()
         self.done, self.total = 0, 0
         self._what = ""
@@ -61,7 +61,7 @@ class Carrying:
     def _run(self) -> None:
         try:
             with self._opened() as space:
-                self.report = collapse_space(space, self._options, self._progress, self._stopping.is_set)
+                self.report = collapse_space(space, self._choice, progress=self._progress, stop=self._stopping.is_set)
         except MthpError as error:
             self.error = error
 

@@ -11,9 +11,10 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, Label, ProgressBar, Static
 
-from mthp.engine.options import CollapseOptions
 from mthp.engine.report import CollapseReport
+from mthp.engine.select import PlanOptions
 from mthp.geometry import Geometry
+from mthp.means import USUAL_MEANS
 from mthp.price import needs_move_reason, price_of_moving
 from mthp.text import clean
 from mthp.top.carrying import Carrying
@@ -58,9 +59,9 @@ def plan_text(row: Row, geometry: Geometry, policy: str) -> Text:
     return lines
 
 
-def question_text(row: Row, geometry: Geometry, options: CollapseOptions) -> Text:
+def question_text(row: Row, geometry: Geometry, choice: PlanOptions) -> Text:
     """The plan of `row`, and what it means for the process and for the machine if it is carried out."""
-    policy = options.plan.policy
+    policy = choice.policy
     text = plan_text(row, geometry, policy if isinstance(policy, str) else policy.name)
     pmd = geometry.label(geometry.pmd_order)
     below = [order for order in row.folios if order < geometry.pmd_order]
@@ -77,7 +78,7 @@ def question_text(row: Row, geometry: Geometry, options: CollapseOptions) -> Tex
             f"Folios of {sizes}",
             "not made from here unless the kernel's khugepaged makes them (Linux 7.2), for which switches change for"
             " the whole system meanwhile: `mthp collapse PID --mechanism move`"
-            f" {price_of_moving(1, options.means.max_pause_ns)}.",
+            f" {price_of_moving(1, USUAL_MEANS.max_pause_ns)}.",
         )
     return text
 

@@ -35,7 +35,7 @@ from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import Stopped, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
 from mthp.linux.process import Process
-from mthp.means import DUTY, MAX_PAUSE_NS, Means
+from mthp.means import MAX_PAUSE_NS, PAUSE_SHARE, Means
 from mthp.ptes import Block
 from mthp.results import BlockOutcome
 
@@ -82,7 +82,7 @@ class MoverSession(Closing):
         geometry: Geometry,
         *,
         max_pause_ns: int = MAX_PAUSE_NS,
-        duty: float = DUTY,
+        duty: float = PAUSE_SHARE,
         stop_timeout_ns: int = STOP_TIMEOUT_NS,
         recheck: CheckAgain | None = None,
     ) -> None:
@@ -140,7 +140,7 @@ class MoverSession(Closing):
         Raises:
             CannotStopError, TargetVanishedError: as :meth:`move`.
         """
-        self.limit(means.max_pause_ns, means.duty)
+        self.limit(means.max_pause_ns, means.pause_share)
         self._recheck = self._recheck or Recheck(self._process, self._geometry)
         self._check_again = functools.partial(self._recheck.objections, before=before)
         # Populating first makes pages this process's own again that a child which has exited had shared. It fills no

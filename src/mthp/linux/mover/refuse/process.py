@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
-from mthp.budget import Room
+from mthp.budget import Room, as_amount
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
@@ -231,7 +231,8 @@ def _userfaultfd(target: _Target) -> Refusal | None:
 def _low_memory(target: _Target) -> Refusal | None:
     """A move takes a second set of pages for a moment; if there were none, the OOM killer might end the target."""
     membership = target.process.read("cgroup").decode(errors="replace")
-    return low_memory(Room(lambda: memory_bounds(membership, target.proc), target.means.reserve), target.geometry)
+    reserve = as_amount(target.means.reserve)
+    return low_memory(Room(lambda: memory_bounds(membership, target.proc), reserve), target.geometry)
 
 
 def low_memory(room: Room, geometry: Geometry) -> Refusal | None:
