@@ -37,7 +37,8 @@ from mthp.linux.live import open_live
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.pause import Pause
-from mthp.linux.mover.recheck import Before, Recheck, last_pid
+from mthp.linux.mover.recheck import Before, Recheck
+from mthp.linux.mover.refuse.sharing import last_pid
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.process import Process
 from mthp.ptes import Block

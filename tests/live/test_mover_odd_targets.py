@@ -19,7 +19,7 @@ import pytest
 
 from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, open_window, program
 from mthp.errors import TargetVanishedError, UnsupportedError
-from mthp.linux.mover import inject, park, steps
+from mthp.linux.mover import boot, inject, park, steps
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.refuse.block import BlockRefusal
@@ -69,7 +69,7 @@ def test_a_frozen_target_gets_its_registers_back(
     tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its threads can be stopped, but run nothing of ours; and whoever kills us meanwhile would kill it."""
-    monkeypatch.setattr(inject, "WORKER_TIMEOUT_NS", 300_000_000)
+    monkeypatch.setattr(boot, "WORKER_TIMEOUT_NS", 300_000_000)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
         frozen_cgroup(target.pid)
         before = mappings(target.pid)

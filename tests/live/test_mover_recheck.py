@@ -18,7 +18,8 @@ from mover_targets import BLOCK, ORDER, PREAMBLE
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.outcome import Objection
-from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, last_pid, zero_pages_of
+from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, Recheck, has_userfaultfd, zero_pages_of
+from mthp.linux.mover.refuse.sharing import last_pid
 from mthp.linux.mover.taskfiles import task_ids
 from mthp.results import ScanResult
 

@@ -23,6 +23,7 @@ from mthp.budget import Amount
 from mthp.errors import TargetVanishedError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.refuse import process as process_refusals
+from mthp.linux.mover.refuse import sharing
 from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, refuse_blocks, special_ranges
 from mthp.linux.mover.refuse.mapping import refuse_vma
 from mthp.linux.mover.refuse.process import refuse_process
@@ -186,7 +187,7 @@ def test_the_sharer_is_named() -> None:
 
 def test_a_sharer_that_cannot_be_compared_is_known_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a kernel without kcmp(2), or where the other process is somebody else's."""
-    monkeypatch.setattr(process_refusals, "kcmp", lambda *_: None)
+    monkeypatch.setattr(sharing, "kcmp", lambda *_: None)
     with target(SHARER) as space:
         until(lambda: "shared_vm_unknown" in refusals(space), "the one who shares the memory")
 

@@ -4,21 +4,20 @@ Each pitfall here was met:
 
 - A thread may be about to take a signal when it is seized. Its first stop is then that signal's; it is continued with
   the signal until it stops for us (PTRACE_EVENT_STOP), otherwise the signal would be lost.
-- Threads come and go meanwhile. The list is read again until it shows nobody but those who stand still. A thread that
-  exits cannot be seized (EPERM), yet still writes to the process's memory until it has given it up
-  (clear_child_tid and the robust list, mm_release in kernel/fork.c): the window waits until it is gone or a zombie.
-- A stop interrupts system calls. Most are restarted by the kernel without anyone noticing, but some return EINTR for
-  good. Where a thread stands with such an EINTR in its hand, it is turned into -ERESTARTNOHAND: restart the call unless
-  a handler runs, in which case it is EINTR after all. (A timeout that is given as a length starts again. A read or
-  write that has transferred a part returns that part, as after SIGSTOP and SIGCONT; this cannot be made good.)
+- Threads come and go meanwhile. The list is read again until it shows only stopped threads. A thread that exits cannot
+  be seized (EPERM), yet writes to the process's memory until it has released it (clear_child_tid and the robust list,
+  mm_release in kernel/fork.c): the window waits until it is gone or a zombie.
+- A stop interrupts system calls. The kernel restarts most of them, but some return EINTR. Such an EINTR is turned into
+  -ERESTARTNOHAND: restart the call unless a handler runs. (A timeout that is given as a length starts again. A read or
+  write that has transferred a part returns that part, as after SIGSTOP and SIGCONT; this cannot be repaired.)
 - A thread inside a restartable sequence (rseq(2)) would be sent to the abort handler on its way back to user mode. If
-  it is given other registers first, the kernel forgets the sequence, and the thread would go on in it as if it had not
-  been disturbed. So whoever changes registers restores :attr:`Tracee.home`, which is at the abort handler then.
-- Threads in uninterruptible sleep (state D, vfork(2)) do not stop. After a short timeout everything is let go.
+  its registers are changed first, the kernel forgets the sequence, and the thread would go on in it. So what is
+  restored is :attr:`Tracee.home`, which is at the abort handler then.
+- Threads in uninterruptible sleep (state D, vfork(2)) do not stop. After a short timeout all threads are released.
 
-A thread that has been seized but has not stopped cannot be detached (ptrace(2): ESRCH). What lets go of it in any case
-is the end of the thread that traces (exit_ptrace, kernel/ptrace.c), which is why every window has a thread of its own
-(:mod:`mthp.linux.mover.session`).
+The state of each thread is in one table (:class:`~mthp.linux.mover.tracee.State`). A thread that was seized but has not
+stopped cannot be detached (ptrace(2): ESRCH). Only the end of the tracing thread releases it (exit_ptrace,
+kernel/ptrace.c), so every window has a thread of its own (:mod:`mthp.linux.mover.session`).
 """
 
 from __future__ import annotations
@@ -26,23 +25,27 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
-from functools import cached_property
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError
-from mthp.linux.abi import read_words
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.machine import Machine
+from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.reentry import before_calls, make_again
 from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.taskfiles import Thread, inner_tids, read_task_file, task_ids, thread_count
-from mthp.linux.mover.tracee import WALL, CannotStopError, Stopped, Tracee, check_thread
+from mthp.linux.mover.tracee import (
+    BORROWED_STATES,
+    STANDING,
+    WALL,
+    CannotStopError,
+    State,
+    Stopped,
+    Tracee,
+    check_thread,
+)
 from mthp.linux.process import Process
 
 STOP_TIMEOUT_NS = 200_000_000
@@ -66,7 +69,7 @@ _STOPS_OF_OURS = (signal.SIGTRAP, signal.SIGTRAP | 0x80)
 _EXIT_CODES = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
 
-class FrozenProcess:
+class FrozenProcess(ProcessMemory):
     """A process of which every thread stands still, from :meth:`stop` to :meth:`release`.
 
     All methods are to be called from one thread, whose end would release the process too.
@@ -78,10 +81,8 @@ class FrozenProcess:
         like: threads that were stopped before; what was made for them is used again if they still are the same.
 
     Attributes:
-        process: the target.
         machine: that it runs on.
-        tracees: its threads, by TID.
-        ran: those of them that ran our code, and so have left the stop in which they were found.
+        threads: the state of each thread that was seen, by TID.
         begun_ns: when :meth:`stop` began, by :func:`time.perf_counter_ns`.
     """
 
@@ -92,19 +93,19 @@ class FrozenProcess:
         machine: Machine | None = None,
         like: Stopped | None = None,
     ) -> None:
-        self.process = process
+        super().__init__(process)
         self.machine = machine or native()
-        self.tracees: dict[int, Tracee] = {}
-        self.ran: set[int] = set()
+        self.threads: dict[int, Tracee] = {}
         self.begun_ns = 0
         self._like = like
         self._stopped: Stopped | None = None
         self._timeout_ns = timeout_ns
         self._deadline = self._waiting_since = 0
-        self._seized: set[int] = set()
-        self._standing: dict[int, None] = {}
-        self._dead: set[int] = set()
-        self._memory = -1
+
+    @property
+    def tracees(self) -> dict[int, Tracee]:
+        """The threads that are stopped, by TID."""
+        return {tid: tracee for tid, tracee in self.threads.items() if tracee.state in STANDING}
 
     @property
     def stopped(self) -> Stopped:
@@ -112,15 +113,6 @@ class FrozenProcess:
         if self._stopped is None:
             raise RuntimeError("the process was not stopped")
         return self._stopped
-
-    @cached_property
-    def memory(self) -> int:
-        """A file descriptor of ``/proc/PID/mem`` that reads and writes; valid until :meth:`release`."""
-        try:
-            self._memory = os.open(f"/proc/{self.process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            self.process.fail(error, "its memory")
-        return self._memory
 
     def inner_tids(self) -> list[int]:
         """Return the numbers of the stopped threads in the PID namespace of their process.
@@ -156,17 +148,19 @@ class FrozenProcess:
                     self.check_thread(tid)
             part.examine(self.process.label, self.read, self.read_words)
             parts.append(part)
-        if not self._standing:
+        if not self.tracees:
             self.process.check_alive()
             raise TargetVanishedError(f"process {self.process.label} is exiting")
         self._stopped = stopped = Stopped.joined(parts)
-        self.tracees = {tid: Tracee(tid, row, stopped) for row, tid in enumerate(stopped.tids) if tid in self._standing}
+        for row, tid in enumerate(stopped.tids):
+            self.threads[tid].place(stopped, row)
 
     def _unstopped(self) -> list[int]:
         """Threads that may still run or write: all that were not stopped, less the dead."""
-        if self._standing and thread_count(self.process) == len(self._standing):
+        standing = len(self.tracees)
+        if standing and thread_count(self.process) == standing:
             return []
-        return [tid for tid in task_ids(self.process) if tid not in self._standing and tid not in self._dead]
+        return [tid for tid in task_ids(self.process) if tid not in self.threads]
 
     def _stop(self, tids: list[int]) -> Stopped | None:
         """Stop those of `tids` that are not exiting; None if all are.
@@ -176,13 +170,15 @@ class FrozenProcess:
         """
         part = self._like if self._like is not None and self._like.tids == tids else Stopped(self.machine, tids)
         # Before anything else can go wrong: whoever was seized must be let go.
-        self._seized.update(tids)
+        self.threads |= {tid: Tracee(tid) for tid in tids}
         exiting = part.attach()
-        self._seized.difference_update(exiting)
+        for tid in exiting:
+            del self.threads[tid]
         for tid, error in exiting.items():
             self._explain(tid, error)
         self._await_our_stops([tid for tid in tids if tid not in exiting], part if not exiting else None)
-        standing = [tid for tid in tids if tid in self._standing]
+        stopped = self.tracees
+        standing = [tid for tid in tids if tid in stopped]
         if standing == tids:
             return part
         return Stopped(self.machine, standing) if standing else None
@@ -198,7 +194,7 @@ class FrozenProcess:
         text = read_task_file(self.process, tid, "status")
         thread = Thread.parse(tid, text) if text else None
         if thread is None or thread.state in _DYING or not _has_memory(self.process, tid):
-            self._dead.add(tid)
+            self.threads[tid] = Tracee(tid, State.DEAD)
             return
         if thread.tracer:
             raise CannotStopError(
@@ -255,7 +251,7 @@ class FrozenProcess:
             for index, tid in enumerate(waiting):
                 stop = stops[index] if stops else self.poll(tid) or 0
                 if stop >> 8 == ptrace.PTRACE_EVENT_STOP:
-                    self._standing[tid] = None
+                    self.threads[tid].has_stopped()
                 elif stop:
                     self.resume(tid, stop)
                     still.append(tid)
@@ -272,18 +268,9 @@ class FrozenProcess:
             CannotStopError: the time is up.
         """
         ptrace.interrupt(tid)
-        return self.await_event_stop(tid)
-
-    def await_event_stop(self, tid: int) -> bool:
-        """Wait for the stop of a thread of ours that was interrupted; False if it exited.
-
-        Raises:
-            CannotStopError: the time is up.
-        """
         self._begin_to_wait(WORKER_TIMEOUT_NS)
-        self._standing.pop(tid, None)
         self._await_our_stops([tid])
-        return tid in self._standing
+        return self.threads[tid].state is not State.DEAD
 
     def poll(self, tid: int) -> int | None:
         """The stop that `tid` is in and that was not reported yet: signal | event << 8; None if there is none."""
@@ -309,9 +296,7 @@ class FrozenProcess:
                 os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | WALL)
         except ChildProcessError:
             pass
-        self._dead.add(tid)
-        self._standing.pop(tid, None)
-        self.tracees.pop(tid, None)
+        self.threads[tid] = Tracee(tid, State.DEAD)
         return True
 
     def _reap_killed(self) -> None:
@@ -320,7 +305,7 @@ class FrozenProcess:
         The end of its first thread is not told before all others are reaped (delay_group_leader, kernel/exit.c), and
         those that are traced are reaped by nobody else.
         """
-        for tid in list(self._standing):
+        for tid in self.tracees:
             if tid != self.process.pid and not self.has_exited(tid):
                 return
 
@@ -356,88 +341,45 @@ class FrozenProcess:
         """
         alone = Stopped(self.machine, [tid])
         alone.examine(self.process.label, self.read, self.read_words)
-        self.tracees[tid] = Tracee(tid, 0, alone)
-        self.ran.discard(tid)
-
-    def read(self, address: int, size: int) -> bytes:
-        """`size` bytes of the target's memory.
-
-        Raises:
-            TargetVanishedError: it is gone, or has a new memory since execve(2).
-            MthpError: nothing is mapped there.
-        """
-        try:
-            data = os.pread(self.memory, size, address)
-        except OSError as error:
-            self.process.fail(error, f"its memory at {address:#x}")
-        if len(data) != size:
-            raise TargetVanishedError(f"process {self.process.label} gave up its memory")
-        return data
-
-    def read_words(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """The 64-bit words at `addresses` of the target's memory: uint64, shape (addresses,).
-
-        Raises:
-            TargetVanishedError, MthpError: as :meth:`read`.
-        """
-        words = read_words(self.process.pid, addresses)
-        if words is not None:
-            return words
-        return np.array(
-            [int.from_bytes(self.read(address, 8), sys.byteorder) for address in addresses.tolist()], np.uint64
-        )
-
-    def write(self, address: int, data: bytes) -> None:
-        """Write to the target's memory, also where it may not write itself.
-
-        Raises:
-            TargetVanishedError, MthpError: as :meth:`read`.
-        """
-        try:
-            written = os.pwrite(self.memory, data, address)
-        except OSError as error:
-            self.process.fail(error, f"its memory at {address:#x}")
-        if written != len(data):
-            raise TargetVanishedError(f"process {self.process.label} gave up its memory")
+        self.threads[tid] = Tracee(tid, State.STOPPED)
+        self.threads[tid].place(alone, 0)
 
     def abandon(self) -> None:
         """Do nothing more to the threads: the end of the tracing thread lets them go, and they restore themselves."""
-        self.tracees.clear()
-        self._standing.clear()
-        self._seized.clear()
+        self.threads.clear()
 
     def release(self) -> None:
         """Let all threads go, those first put back whose registers are not their own."""
         self._put_back()
-        again = before_calls(self, self.ran)
-        if not again and self._stopped is not None and self._standing.keys() == set(self._stopped.tids):
+        again, standing = before_calls(self), self.tracees
+        if not again and self._stopped is not None and standing.keys() == set(self._stopped.tids):
             for tid in self._stopped.detach():
                 self.has_exited(tid)
         else:
             # Those that are not let go at once come last.
-            for tid in sorted(self._standing, key=again.__contains__):
+            for tid in sorted(standing, key=again.__contains__):
                 try:
                     make_again(self, tid) if tid in again else ptrace.detach(tid)
                     report(Step.RELEASED)
                 except OSError as error:
                     self._accept_exit(tid, error)
-        for tid in self._seized - self._standing.keys() - self._dead:
+        for tid in [tid for tid, tracee in self.threads.items() if tracee.state is State.SEIZED]:
             self.has_exited(tid)
-        self.tracees.clear()
-        self._standing.clear()
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
+        self.threads.clear()
+        self.close()
 
     def put_back_others(self, worker: Tracee) -> None:
         """Restore the registers of all threads but `worker`, which is the last."""
         for tid in self.stopped.put_back(worker.row):
             self.has_exited(tid)
         for tracee in self.tracees.values():
-            tracee.touched = tracee is worker
+            if tracee is not worker:
+                tracee.is_put_back()
 
     def _put_back(self) -> None:
-        for tracee in [tracee for tracee in self.tracees.values() if tracee.touched]:
+        for tracee in self.tracees.values():
+            if tracee.state not in BORROWED_STATES:
+                continue
             try:
                 tracee.put_back()
                 report(Step.UNPARKED)
@@ -448,9 +390,8 @@ class FrozenProcess:
         """Reap a thread that `error` shows to have been killed."""
         if error.errno != errno.ESRCH:
             raise error
-        self.has_exited(tid)
-        self._standing.pop(tid, None)
-        self.tracees.pop(tid, None)
+        if not self.has_exited(tid):
+            self.threads[tid].state = State.SEIZED
 
 
 def _has_memory(process: Process, tid: int) -> bool:

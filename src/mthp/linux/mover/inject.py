@@ -31,8 +31,6 @@ import contextlib
 import errno
 import os
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -40,157 +38,20 @@ from numpy.typing import NDArray
 
 from mthp.errors import MthpError, NotPermittedError, TargetVanishedError, UnsupportedError
 from mthp.linux.abi import KCMP_FILES, kcmp, read_words
-from mthp.linux.mover import ptrace, stub
-from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
+from mthp.linux.mover import stub
+from mthp.linux.mover.boot import BootedThread, RemoteError
+from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.mapping import find_gap, query_mapping, read_mappings
-from mthp.linux.mover.padding import Padding, find_padding, is_left, occupant_of, pack_slot
+from mthp.linux.mover.padding import Padding, find_padding, is_left, occupant_of
 from mthp.linux.mover.steps import Step, report
-from mthp.linux.mover.tracee import CannotStopError, Tracee
+from mthp.linux.mover.tracee import Tracee
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x4000, 0x100000
 MADV_DONTFORK = 10
 """include/uapi/asm-generic/mman-common.h."""
 
-CALLS = 4
-"""Rows of the table of the boot code; the last one is made alone at the end."""
-
-_CALL_BYTES = 56
-_FIRST_ERROR = (1 << 64) - 4095
-_POLL_SECONDS = 5e-6
-_LONGEST_POLL_SECONDS = 250e-6
-
-IMPATIENCE_NS = 20_000_000
-"""After how long a thread that does not say that it has made its calls is stopped, to see whether one failed."""
-
 _Calls = NDArray[np.uint64]
-
-
-class RemoteError(OSError):
-    """A system call that the target made for us failed."""
-
-
-class BootedThread:
-    """A thread of a stopped target that runs the boot code.
-
-    Args:
-        frozen: the target.
-        tracee: the thread.
-        slot: address of the padding that it runs in.
-        calls: number and six arguments of each: uint64, shape (CALLS, 7).
-        layout: where the stub will be; None if only calls are to be made, all but the last.
-    """
-
-    def __init__(
-        self,
-        frozen: FrozenProcess,
-        tracee: Tracee,
-        slot: int,
-        calls: _Calls,
-        layout: stub.Layout | None,
-    ) -> None:
-        self.tracee = tracee
-        self._frozen = frozen
-        self._machine = frozen.machine
-        self._slot = slot
-        mask = int(tracee.stopped.masks[tracee.row])
-        stub_at = (layout.header, layout.context(tracee.row), layout.base) if layout else (0, 0, 0)
-        boot = self._machine.pack_boot(tracee.tid, tracee.home, mask, stub_at, calls)
-        frozen.write(slot, pack_slot(boot, tracee.tid, self._machine.slot_bytes))
-        report(Step.LOADED)
-
-    @property
-    def unmap(self) -> int:
-        """Address of the code that makes the last call."""
-        return self._slot + self._machine.boot_unmap
-
-    def start(self) -> None:
-        """Send the thread to its calls. It blocks all signals itself, in case we cannot any more.
-
-        Raises:
-            OSError: ESRCH, it was killed.
-        """
-        self._jump(self._machine.boot_entry)
-        report(Step.BOOTED)
-        ptrace.set_signal_mask(self.tracee.tid, ptrace.ALL_SIGNALS)
-        self._jump(self._machine.boot_begin)
-        self._frozen.ran.add(self.tracee.tid)
-        ptrace.cont(self.tracee.tid)
-
-    def _jump(self, offset: int) -> None:
-        self.tracee.touched = True
-        nothing = np.zeros(1, np.uint64)
-        registers = self._machine.parked(self.tracee.home, nothing, self._slot + offset, 0)
-        ptrace.set_registers(self.tracee.tid, registers)
-
-    def await_that(self, condition: Callable[[], bool], impatience_ns: int = IMPATIENCE_NS) -> None:
-        """Wait until `condition` holds, while the thread runs.
-
-        Raises:
-            RemoteError: a call failed; the thread is stopped.
-            TargetVanishedError: the target was killed.
-            CannotStopError: the thread does not run.
-        """
-        tid, begun = self.tracee.tid, time.monotonic_ns()
-        impatient = begun + impatience_ns
-        while not condition():
-            now = time.monotonic_ns()
-            if (stop := self._frozen.poll(tid)) is not None:
-                # SIGSTOP and the stop of the group are passed. A fault of its own kills the target, as it should.
-                self._frozen.resume(tid, stop)
-            elif self._frozen.has_exited(tid):
-                raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
-            elif now - begun > WORKER_TIMEOUT_NS:
-                raise CannotStopError(
-                    f"thread {tid} of process {self._frozen.process.label} does not run",
-                    help="its cgroup is frozen, or leaves it no time: try again later",
-                )
-            elif now > impatient:
-                impatient = now + 4 * (now - begun)
-                self._look_for_error()
-            else:
-                time.sleep(min(_POLL_SECONDS + (now - begun) * 1e-9 / 8, _LONGEST_POLL_SECONDS))
-
-    def _look_for_error(self) -> None:
-        if not self.stop():
-            return
-        error = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.boot_error])
-        # Without the first call nothing is to be undone; otherwise the last one undoes it, and must be over.
-        if self.is_inside and error >= _FIRST_ERROR and self._calls_made() in (0, CALLS):
-            raise RemoteError((1 << 64) - error, os.strerror((1 << 64) - error))
-        ptrace.cont(self.tracee.tid)
-
-    def stop(self) -> bool:
-        """Stop the thread; return False if the target was killed.
-
-        Raises:
-            CannotStopError: it does not stop.
-        """
-        return self._frozen.stop_again(self.tracee.tid)
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether the thread, which is stopped, still is in the boot code."""
-        pc = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.pc])
-        return self._slot <= pc < self._slot + self._machine.slot_bytes
-
-    @property
-    def has_made_calls(self) -> bool:
-        """Whether the thread, which is stopped, has made all calls but the last."""
-        return self.is_inside and self._calls_made() >= CALLS - 1
-
-    def _calls_made(self) -> int:
-        row = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.boot_row])
-        return (row - self._slot - self._machine.boot_rows) // _CALL_BYTES
-
-    def put_back(self) -> None:
-        """Restore the thread, which is stopped, exactly, and make the padding zero again.
-
-        Raises:
-            OSError: ESRCH, the target was killed.
-        """
-        self.tracee.put_back()
-        self._frozen.write(self._slot, bytes(self._machine.slot_bytes))
 
 
 @dataclass(slots=True)
@@ -366,7 +227,7 @@ def choose(frozen: FrozenProcess) -> Tracee:
     """Return the thread to be given our registers: one outside restartable sequences, if there is one.
 
     It has the table of files of the first thread, which no other process shares
-    (:func:`~mthp.linux.mover.recheck.new_sharer`).
+    (:func:`~mthp.linux.mover.refuse.sharing.new_sharer`).
     """
     pid, tracees = frozen.process.pid, list(frozen.tracees.values())
     chosen = next((tracee for tracee in tracees if not tracee.rseq_abort), tracees[0])

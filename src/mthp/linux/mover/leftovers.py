@@ -20,10 +20,11 @@ import numpy as np
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import MACHINES, by_name
+from mthp.linux.mover.boot import CALLS, BootedThread
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.inject import CALLS, BootedThread, Place, choose
+from mthp.linux.mover.inject import Place, choose
 from mthp.linux.mover.mapping import Mapping, read_mappings
-from mthp.linux.mover.padding import memory_reader
+from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import CannotStopError, check_threads
 from mthp.linux.mover.tracing_thread import in_tracing_thread
@@ -86,11 +87,11 @@ def _leftovers_of(process: Process, marks: tuple[bytes, ...], scratch_size: int)
     code = [each for each in mappings if each.permissions == "r-xp" and not each.inode and not each.name]
     if not code:
         return
-    with memory_reader(process) as read:
+    with ProcessMemory(process) as memory:
         for mapping in code:
-            if read(mapping.start + _MARK.start, 32) not in marks:
+            if memory.read(mapping.start + _MARK.start, 32) not in marks:
                 continue
-            _, _, scratch, uffd = _HEADER.unpack(read(mapping.end, _HEADER.size))
+            _, _, scratch, uffd = _HEADER.unpack(memory.read(mapping.end, _HEADER.size))
             end = scratch + scratch_size
             if _is_whole(mappings, mapping, end):
                 yield Leftover(process.pid, mapping.start, end, uffd if _is_userfaultfd(process.pid, uffd) else -1)

@@ -10,12 +10,10 @@ since a signal handler may return to it (:func:`is_left`): the next tracer takes
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,36 +59,6 @@ class Padding:
     def slots(self, size: int) -> range:
         """Return the addresses of the slots of `size` bytes in it."""
         return range(self.start, self.end - size + 1, size)
-
-
-@contextlib.contextmanager
-def memory_reader(process: Process) -> Iterator[Reader]:
-    """Open the memory of a process that need not be stopped, and return what reads it.
-
-    The reader raises MthpError where nothing is mapped.
-
-    Raises:
-        NotPermittedError: its memory is not ours to read.
-        TargetVanishedError: it is gone.
-    """
-    try:
-        fd = os.open(f"/proc/{process.pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        process.fail(error, "its memory")
-
-    def read(address: int, size: int) -> bytes:
-        try:
-            data = os.pread(fd, size, address)
-        except OSError as error:
-            process.fail(error, f"its memory at {address:#x}")
-        if len(data) != size:
-            raise MthpError(f"process {process.label} has no memory at {address:#x}")
-        return data
-
-    try:
-        yield read
-    finally:
-        os.close(fd)
 
 
 def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:

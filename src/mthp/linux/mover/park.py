@@ -68,7 +68,7 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
     frozen.write(layout.header + stub.WRITTEN_OFFSET, _ONE)
     report(Step.WRITTEN)
     for tracee in frozen.tracees.values():
-        tracee.touched = True
+        tracee.borrow()
     stopped.park(layout.parked(stopped.homes), but=worker.row)
 
 

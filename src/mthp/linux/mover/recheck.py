@@ -32,20 +32,18 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
-from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.mapping import query_mapping
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.refuse.block import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list, touches
 from mthp.linux.mover.refuse.mapping import refuse_vma
-from mthp.linux.mover.refuse.process import vm_size
+from mthp.linux.mover.refuse.sharing import last_pid, new_sharer
 from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
@@ -55,9 +53,6 @@ from mthp.vma import Vma
 
 MAX_FILES = 256
 """Open files that are looked at while the target stands still; about a microsecond each."""
-
-MAX_NEW_PROCESSES = 512
-"""PIDs given out meanwhile that are compared one by one."""
 
 _Int64s = NDArray[np.int64]
 _USERFAULTFD = "anon_inode:[userfaultfd]"
@@ -212,37 +207,6 @@ class _Mappings:
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-def last_pid() -> int:
-    """The PID that was last given out in this PID namespace (loadavg in proc.rst)."""
-    return int(Path("/proc/loadavg").read_bytes().split()[-1])
-
-
-def new_sharer(pid: int, last_then: int, last_now: int) -> bool:
-    """Return whether a process newer than `last_then` shares the address space or the table of files of `pid`.
-
-    One that shares the files alone would run during a window, and could pass on the userfaultfd.
-    """
-    if last_now == last_then:
-        return False
-    if not 0 < last_now - last_then <= MAX_NEW_PROCESSES:
-        # The numbers wrapped, or there are too many to ask one by one.
-        return any(_may_share(pid, int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit())
-    return any(_may_share(pid, other) for other in range(last_then + 1, last_now + 1))
-
-
-def _may_share(pid: int, other: int) -> bool:
-    answer = kcmp(pid, other, KCMP_VM)
-    if answer is None:
-        return vm_size(Path("/proc"), pid) == vm_size(Path("/proc"), other)
-    if answer and kcmp(pid, other, KCMP_FILES):
-        return False
-    try:
-        # Threads of the target have numbers of the same kind.
-        return f"\nTgid:\t{pid}\n" not in Path(f"/proc/{other}/status").read_text()
-    except OSError:
-        return False
 
 
 def has_userfaultfd(process: Process, *, at_most: int = 1 << 30) -> bool:

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from mthp.errors import MthpError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch.machine import Machine
 from mthp.linux.mover.taskfiles import read_task_file
-from mthp.linux.mover.tracee import Tracee
+from mthp.linux.mover.tracee import State, Tracee
 from mthp.linux.process import Process
 from mthp.text import lines
 
@@ -59,9 +59,10 @@ class Frozen(Protocol):
     def stop_again(self, tid: int, /) -> bool: ...
 
 
-def before_calls(frozen: Frozen, tids: Iterable[int]) -> list[int]:
-    """Return the restored threads of `tids` whose interrupted system call the kernel has forgotten."""
-    return [tid for tid in tids if tid in frozen.tracees and _is_before_call(frozen, tid)]
+def before_calls(frozen: Frozen) -> list[int]:
+    """Return the restored threads whose interrupted system call the kernel has forgotten."""
+    returned = [tid for tid, tracee in frozen.tracees.items() if tracee.state is State.RETURNED]
+    return [tid for tid in returned if _is_before_call(frozen, tid)]
 
 
 def _is_before_call(frozen: Frozen, tid: int) -> bool:

@@ -9,11 +9,12 @@ EINTR that only the stop caused, and a restartable sequence that it interrupted.
 
 from __future__ import annotations
 
+import enum
 import errno
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -251,21 +252,76 @@ class Stopped:
         return list(dict.fromkeys(self.tids[row % len(self.tids)] for row in rows))
 
 
+class State(enum.Enum):
+    """What a thread of the target is doing, as far as we have brought it there.
+
+    The permitted transitions; from each state also to DEAD, and to SEIZED if it was killed and has not gone yet::
+
+        SEIZED --stops--> STOPPED --borrow--> BORROWED --runs--> RUNNING --put back--> RETURNED
+                             ^--------put back--'                   `--restored itself--> STOPPED
+    """
+
+    SEIZED = enum.auto()
+    """It is traced, and has not stopped yet."""
+    STOPPED = enum.auto()
+    """It has registers of its own, in the stop in which it was found."""
+    BORROWED = enum.auto()
+    """It has registers or a mask of ours, in that same stop."""
+    RUNNING = enum.auto()
+    """It runs code of ours, or is stopped in there."""
+    RETURNED = enum.auto()
+    """It has its own registers again, in another stop: the kernel may have forgotten the system call that it was in
+    (:mod:`~mthp.linux.mover.reentry`)."""
+    DEAD = enum.auto()
+    """It has exited."""
+
+
+BORROWED_STATES = frozenset({State.BORROWED, State.RUNNING})
+"""In these a thread is to be put back."""
+
+STANDING = BORROWED_STATES | {State.STOPPED, State.RETURNED}
+"""In these it was stopped by us, and is to be let go."""
+
+
 @dataclass(slots=True, eq=False)
 class Tracee:
-    """One thread that stands still.
+    """One thread of the target.
 
     Attributes:
         tid: its number.
+        state: where we have brought it.
         row: where it is in `stopped`.
-        stopped: what is known of it and others.
-        touched: whether registers or mask were changed since.
     """
 
     tid: int
-    row: int
-    stopped: Stopped
-    touched: bool = field(default=False)
+    state: State = State.SEIZED
+    row: int = 0
+    _stopped: Stopped | None = None
+
+    def place(self, stopped: Stopped, row: int) -> None:
+        """Note where that stands which is known of it."""
+        self._stopped, self.row = stopped, row
+
+    def has_stopped(self) -> None:
+        """Note a stop that we asked for; one that runs our code stays a thread that does."""
+        if self.state is State.SEIZED:
+            self.state = State.STOPPED
+
+    def borrow(self) -> None:
+        """Note that it is about to get registers or a mask of ours."""
+        if self.state is State.STOPPED:
+            self.state = State.BORROWED
+
+    def is_put_back(self) -> None:
+        """Note that registers and mask are its own again."""
+        if self.state in BORROWED_STATES:
+            self.state = State.RETURNED if self.state is State.RUNNING else State.STOPPED
+
+    @property
+    def stopped(self) -> Stopped:
+        """What is known of it and the threads that were stopped with it."""
+        assert self._stopped is not None
+        return self._stopped
 
     @property
     def registers(self) -> Registers:
@@ -290,7 +346,7 @@ class Tracee:
         """
         ptrace.set_signal_mask(self.tid, int(self.stopped.masks[self.row]))
         ptrace.set_registers(self.tid, self.home)
-        self.touched = False
+        self.is_put_back()
 
 
 def rseq_aborts(stopped: Stopped, read: Reader, read_words: WordReader) -> NDArray[np.uint64]:

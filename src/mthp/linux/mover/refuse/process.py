@@ -12,20 +12,22 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 from mthp.budget import Room, as_amount
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import Geometry
-from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
+from mthp.linux.abi import KCMP_FILES, kcmp
 from mthp.linux.cgroups import cgroup_mounts, is_frozen
 from mthp.linux.headroom import memory_bounds
 from mthp.linux.mover.arch import native
-from mthp.linux.mover.padding import find_padding, memory_reader
+from mthp.linux.mover.memory import ProcessMemory
+from mthp.linux.mover.padding import find_padding
 from mthp.linux.mover.refuse.devices import open_files, refuse_files
 from mthp.linux.mover.refuse.refusal import Refusal
+from mthp.linux.mover.refuse.sharing import refuse_sharer
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
 from mthp.linux.process import Process
@@ -351,45 +353,7 @@ def _aio(target: _Target) -> Refusal | None:
 
 
 def _sharer(target: _Target) -> Refusal | None:
-    """Somebody else in the same address space, who would go on running while this process is stopped."""
-    pid = target.process.pid
-    unknown = []
-    for other in _process_ids(target.proc):
-        if other == pid:
-            continue
-        answer = kcmp(pid, other, KCMP_VM)
-        if answer == 0:
-            return Refusal("shared_vm", f"process {other} runs in the same address space (CLONE_VM)")
-        if kcmp(pid, other, KCMP_FILES) == 0:
-            # It would run during a window, and could pass on the userfaultfd.
-            return Refusal("shared_files", f"process {other} shares its table of open files (CLONE_FILES)")
-        if answer is None:
-            unknown.append(other)
-    if not unknown:
-        return None
-    # Processes in one address space have one size. Anybody may read it, and kernel threads have none.
-    size = vm_size(target.proc, pid)
-    for other in unknown:
-        if size == vm_size(target.proc, other):
-            return Refusal(
-                "shared_vm_unknown",
-                f"process {other} has exactly its size, and may run in the same address space (CLONE_VM)",
-                "run as root, who can tell (kcmp)",
-            )
-    return None
-
-
-def _process_ids(proc: Path) -> Iterator[int]:
-    return (int(path.name) for path in proc.iterdir() if path.name.isdigit())
-
-
-def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
-    """Size, text and data in pages (proc_pid_statm(5))."""
-    try:
-        words = (proc / str(pid) / "statm").read_bytes().split()
-    except OSError:
-        return ()
-    return (words[0], words[3], words[5])
+    return refuse_sharer(target.process, target.proc)
 
 
 def _padding(target: _Target) -> Refusal | None:
@@ -397,8 +361,8 @@ def _padding(target: _Target) -> Refusal | None:
     if _bits(target):
         return None  # Its executable is not one of ours, which is reason enough.
     try:
-        with memory_reader(target.process) as read:
-            find_padding(target.process, native().slot_bytes, read)
+        with ProcessMemory(target.process) as memory:
+            find_padding(target.process, native().slot_bytes, memory.read)
     except UnsupportedError as error:
         return Refusal("padding", error.message, error.help)
     return None

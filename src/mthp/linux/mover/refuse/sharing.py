@@ -1,0 +1,95 @@
+"""Other processes that share the address space or the table of open files of a target.
+
+All of them are compared before the stop; after it only those that have come since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
+from mthp.linux.mover.refuse.refusal import Refusal
+from mthp.linux.process import Process
+
+MAX_NEW_PROCESSES = 512
+"""PIDs given out meanwhile that are compared one by one."""
+
+
+def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
+    """Return what speaks against `process` if another one shares its address space or its table of open files.
+
+    That one would go on running while `process` is stopped.
+
+    Args:
+        proc: where processes are looked up.
+    """
+    pid = process.pid
+    unknown = []
+    for other in _process_ids(proc):
+        if other == pid:
+            continue
+        answer = kcmp(pid, other, KCMP_VM)
+        if answer == 0:
+            return Refusal("shared_vm", f"process {other} runs in the same address space (CLONE_VM)")
+        if kcmp(pid, other, KCMP_FILES) == 0:
+            # It would run during a window, and could pass on the userfaultfd.
+            return Refusal("shared_files", f"process {other} shares its table of open files (CLONE_FILES)")
+        if answer is None:
+            unknown.append(other)
+    if not unknown:
+        return None
+    # Processes in one address space have one size. Anybody may read it, and kernel threads have none.
+    size = vm_size(proc, pid)
+    for other in unknown:
+        if size == vm_size(proc, other):
+            return Refusal(
+                "shared_vm_unknown",
+                f"process {other} has exactly its size, and may run in the same address space (CLONE_VM)",
+                "run as root, who can tell (kcmp)",
+            )
+    return None
+
+
+def _process_ids(proc: Path) -> Iterator[int]:
+    return (int(path.name) for path in proc.iterdir() if path.name.isdigit())
+
+
+def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
+    """Size, text and data in pages (proc_pid_statm(5))."""
+    try:
+        words = (proc / str(pid) / "statm").read_bytes().split()
+    except OSError:
+        return ()
+    return (words[0], words[3], words[5])
+
+
+def last_pid() -> int:
+    """The PID that was last given out in this PID namespace (loadavg in proc.rst)."""
+    return int(Path("/proc/loadavg").read_bytes().split()[-1])
+
+
+def new_sharer(pid: int, last_then: int, last_now: int) -> bool:
+    """Return whether a process newer than `last_then` shares the address space or the table of files of `pid`.
+
+    One that shares the files alone would run during a window, and could pass on the userfaultfd.
+    """
+    if last_now == last_then:
+        return False
+    if not 0 < last_now - last_then <= MAX_NEW_PROCESSES:
+        # The numbers wrapped, or there are too many to ask one by one.
+        return any(_may_share(pid, int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return any(_may_share(pid, other) for other in range(last_then + 1, last_now + 1))
+
+
+def _may_share(pid: int, other: int) -> bool:
+    answer = kcmp(pid, other, KCMP_VM)
+    if answer is None:
+        return vm_size(Path("/proc"), pid) == vm_size(Path("/proc"), other)
+    if answer and kcmp(pid, other, KCMP_FILES):
+        return False
+    try:
+        # Threads of the target have numbers of the same kind.
+        return f"\nTgid:\t{pid}\n" not in Path(f"/proc/{other}/status").read_text()
+    except OSError:
+        return False
