@@ -1,7 +1,7 @@
 """The five policies once more, one PMD range at a time, in plain loops: the other reading of the facts.
 
-The engine in ``mthp.collapse`` works on many ranges at once with bit planes and has to be fast; this module has
-to be obviously right. It was written from ``mm/khugepaged.c`` (``collapse_scan_pmd``, ``mthp_collapse``,
+The engine in ``mthp.engine`` works on many ranges at once with bit planes and has to be fast; this module has
+to be obviously right. It was written from ``mm/khugepaged.c`` (``collapse_scan_pmd``, ``mthp.engine``,
 ``__collapse_huge_page_isolate``, ``collapse_max_ptes_*``), from the patches of Dev Jain's series
 (``hpage_collapse_scan_ptes``) and of the seed's second version (``khugepaged_scan_pmd``, ``khugepaged_scan_bitmap``),
 and from what kernels built with the series were recorded doing. It shares no code with the engine. The property tests
