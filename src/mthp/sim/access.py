@@ -16,7 +16,7 @@ from mthp.sim.faults import do_swap_page
 from mthp.sim.memory import ZERO_CONTENT, Fl
 from mthp.sim.mm import HUGEPAGE, UFFD_MISSING, Mm, P, Pmd, SimVma
 from mthp.sim.parts import Parts
-from mthp.sim.zap import split_pmd, unmap_entries
+from mthp.sim.zap import munlock_folio, split_pmd, unmap_entries
 
 
 class Fault(enum.Enum):
@@ -200,6 +200,8 @@ class _Access:
             parts.memory.content[new] = parts.memory.content[int(pfn[0])]
             parts.clock.spend("copy_byte", parts.geometry.page_size)
             unmap_entries(parts, mm, self.ptes, np.array([0]))
+            if self.vma.locked:
+                munlock_folio(parts, head)
             self._install(new, 0)
         parts.memory.put(head)
         return Fault.OOM if new is None else Fault.DONE

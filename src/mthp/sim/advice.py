@@ -64,7 +64,8 @@ def _pages_of_whole_folios(parts: Parts, mm: Mm, start: int, end: int, ptes: Pte
     usable = ~cut
     for at in np.flatnonzero(cut).tolist():
         usable[at] = split_folio(parts, int(folios[at]))
-    chosen: NDArray[np.intp] = offsets[usable[inverse]]
+    # A split maps the zero page in place of pages of zeroes.
+    chosen: NDArray[np.intp] = offsets[usable[inverse] & ptes.pages()[offsets]]
     return chosen
 
 
@@ -87,6 +88,7 @@ def _free(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
 
 def _cold(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
     """MADV_COLD: pages become old (madvise_cold_or_pageout_pte_range)."""
+    parts.lru.drain()
     for _, _, ptes in mm.ranges(start, end):
         offsets = _pages_of_whole_folios(parts, mm, start, end, ptes)
         heads = parts.memory.heads(ptes.value[offsets].astype(np.int64))

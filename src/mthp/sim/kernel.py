@@ -29,6 +29,17 @@ NO_PTE_TABLE: Release = (7, 0)
 NO_WRITABLE: Release = (6, 18)
 """The first release that does not want a PTE that may be written (SCAN_PAGE_RO is gone)."""
 
+UNMAPS_EVERYWHERE: Release = (7, 0)
+"""The first release known to split a folio at once that PMD entries of several address spaces map. Before,
+try_to_migrate_one() (mm/rmap.c) ended the walk over the mappings with the first PMD entry that it split; in 6.12 the
+entries were split before the walk."""
+
+SPLITS_PMD_IN_WALK: Release = (6, 15)
+"""The first release that splits PMD entries in that walk; seen in 6.18, and not yet in 6.12."""
+
+SPLITS_AT: Release = (6, 15)
+"""The first release that takes a fifth word in split_huge_pages, the page to split around; 6.12 reads four."""
+
 BATCHES: Release = (6, 17)
 """The first release in which a collapse unmaps adjoining pages of an old large folio together."""
 
@@ -56,6 +67,9 @@ class Kernel:
         swaps_in_shared_singly: a swap entry that is not one PTE's alone is read back as a single page.
         unmaps_one_by_one: a collapse unmaps the pages of an old large folio one after another, so that each such folio
             counts as partially mapped for a moment (split_deferred).
+        unmaps_up_to_pmd: a split takes the mappings of a folio away up to the first PMD entry; it fails if more map it.
+        splits_at: split_huge_pages takes the page of the folio to split around.
+        counts_refused_splits: a split to order 1, or of a folio in the swap cache to large ones, counts as failed.
         counts_every_order: thp_collapse_alloc and thp_scan_exceed_* of ``/proc/vmstat`` count all orders, as in the
             series, and not the PMD order alone.
     """
@@ -66,6 +80,9 @@ class Kernel:
     shared_by_first_page: bool = False
     swaps_in_shared_singly: bool = False
     unmaps_one_by_one: bool = False
+    unmaps_up_to_pmd: bool = False
+    splits_at: bool = True
+    counts_refused_splits: bool = True
     counts_every_order: bool = False
 
 
@@ -80,6 +97,9 @@ def kernel_of(release: Release, series: str | None = None) -> Kernel:
         shared_by_first_page=release < MM_IDS,
         swaps_in_shared_singly=release < SWAPIN_THROUGH_CACHE,
         unmaps_one_by_one=release < BATCHES,
+        unmaps_up_to_pmd=SPLITS_PMD_IN_WALK <= release < UNMAPS_EVERYWHERE,
+        splits_at=release >= SPLITS_AT,
+        counts_refused_splits=release >= UNMAPS_EVERYWHERE,
         counts_every_order=series is not None,
     )
 

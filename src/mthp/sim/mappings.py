@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.geometry import Geometry
 from mthp.sim.mm import Mm, P, Pmd, Table
 from mthp.sim.parts import Parts
 
@@ -39,6 +40,15 @@ class Mapped:
         """Replace them."""
         self.table.bits.ravel()[self.entries] = bits
         self.table.value.ravel()[self.entries] = values
+
+    def in_locked(self, geometry: Geometry) -> NDArray[np.bool_]:
+        """Which of them lie in locked mappings: bool, shape (entries,)."""
+        locked = np.zeros(len(self.entries), np.bool_)
+        pages = self.entries + (self.table.first << geometry.pmd_order)
+        for vma in self.mm.vmas:
+            if vma.locked:
+                locked |= (pages >= vma.start // geometry.page_size) & (pages < vma.end // geometry.page_size)
+        return locked
 
     def split_pmd(self) -> int:
         """Make PTEs of the PMD entries above them: how many there were."""

@@ -87,16 +87,19 @@ def _move(
         if found is None:
             return -errno.ENOMEM
         to = found
-    cut(parts, mm, start)
-    cut(parts, mm, end)
+    if not flags & Remap.DONTUNMAP:
+        cut(parts, mm, start)
+        cut(parts, mm, end)
     vma = mm.find_vma(start)
     assert vma is not None, "the mapping was there before"
     mm.insert_vma(SimVma(to, to + size, vma.flags - _UFFD, vma.anon_vma, vma.permissions))
     move_entries(parts, mm, start, end, to)
     parts.clock.spend("syscall")
     if flags & Remap.DONTUNMAP:
+        # All of the mapping is unlocked, however little of it was moved (dontunmap_complete, mm/mremap.c).
         vma.flags = vma.flags - {LOCKED}
-        vma.anon_vma = 0
+        if (vma.start, vma.end) == (start, end):
+            vma.anon_vma = 0
     else:
         mm.remove_vmas(start, end)
     mm.merge_vmas(start, end)

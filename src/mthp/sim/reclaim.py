@@ -180,21 +180,11 @@ def evict(parts: Parts, mm: Mm, table: Table, entries: NDArray[np.intp], frames:
     memory = parts.memory
     plain = (memory.order[frames] == 0) & (memory.refcount[frames] == 1)
     plain &= (memory.flags[frames] & (Fl.LRU | Fl.LOCKED | Fl.SWAPCACHE | Fl.POISONED)) == Fl.LRU
-    plain &= ~_in_locked(parts, mm, table, entries)
+    plain &= ~Mapped(mm, table, entries).in_locked(parts.geometry)
     alone = Mapped(mm, table, entries[plain])
     _evict_plain(parts, alone)
     for head in np.unique(memory.heads(frames[~plain])).tolist():
         evict_folio(parts, head)
-
-
-def _in_locked(parts: Parts, mm: Mm, table: Table, entries: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Which entries lie in locked mappings: bool, shape (entries,)."""
-    page, locked = parts.geometry.page_size, np.zeros(len(entries), np.bool_)
-    pages = entries + (table.first << parts.geometry.pmd_order)
-    for vma in mm.vmas:
-        if vma.locked:
-            locked |= (pages >= vma.start // page) & (pages < vma.end // page)
-    return locked
 
 
 def _evict_plain(parts: Parts, mapped: Mapped) -> None:
@@ -246,7 +236,7 @@ def evict_folio(parts: Parts, head: int) -> bool:
         return False
     if (memory.flags[head : head + size] & Fl.POISONED).any():
         return False
-    if not mapped or any(_in_locked(parts, m.mm, m.table, m.entries).any() for m in mapped):
+    if not mapped or any(mapping.in_locked(parts.geometry).any() for mapping in mapped):
         return False
     if not memory.has(head, Fl.SWAPBACKED):
         if any((m.bits() & P.DIRTY).any() for m in mapped):

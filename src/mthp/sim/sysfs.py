@@ -18,6 +18,7 @@ from mthp.sim.compact import compact_all
 from mthp.sim.knobs import DEFRAG_WORDS
 from mthp.sim.parts import Parts
 from mthp.sim.reclaim import drop_cache
+from mthp.sim.split import split_huge_pages
 from mthp.tunables import SIZE_WORDS, TOP_WORDS, Switches
 
 THP = "/sys/kernel/mm/transparent_hugepage/"
@@ -227,6 +228,7 @@ class Sysfs:
             "/proc/sys/vm/compact_memory": _File(lambda: "0\n", self._compact_memory),
             "/proc/sys/vm/drop_caches": _File(lambda: "0\n", self._drop_caches),
             "/sys/kernel/debug/extfrag/unusable_index": _File(self._unusable_index),
+            "/sys/kernel/debug/split_huge_pages": _File(_unreadable, self._split_huge_pages),
         }
 
     def _compact_memory(self, text: str) -> None:
@@ -239,6 +241,10 @@ class Sysfs:
         """Drop all of the page cache; 2 alone drops what this machine does not have."""
         if _number(text, 4, lowest=1) & 1:
             drop_cache(self._parts, len(self._parts.memory.cache))
+
+    def _split_huge_pages(self, text: str) -> None:
+        if error := split_huge_pages(self._parts, text):
+            raise _error(error)
 
     def _buddyinfo(self) -> str:
         lines = []
@@ -270,6 +276,10 @@ class Sysfs:
         frames = sum(zone.frames for zone in zones)
         for zone in zones:
             zone.watermarks = Watermarks.above(total * zone.frames // frames)
+
+
+def _unreadable() -> str:
+    raise _error(errno.EACCES)
 
 
 def _number(text: str, highest: int, *, lowest: int = 0) -> int:

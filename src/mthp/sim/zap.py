@@ -16,6 +16,13 @@ def split_pmd(parts: Parts, mm: Mm, address: int) -> None:
         parts.counters.count("thp_split_pmd")
 
 
+def munlock_folio(parts: Parts, head: int) -> None:
+    """Unlock a folio of which a locked mapping lost an entry (munlock_vma_folio, mm/internal.h)."""
+    if parts.memory.has(head, Fl.MLOCKED):
+        parts.memory.clear(head, Fl.MLOCKED)
+        parts.counters.count("unevictable_pgs_munlocked", parts.memory.size(head))
+
+
 def split_at(parts: Parts, mm: Mm, start: int, end: int) -> None:
     """Split the PMD entries that a range of addresses covers in part only."""
     for edge in (start, end):
