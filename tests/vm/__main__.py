@@ -12,7 +12,7 @@ import click
 from live.khugepaged_selftest import UnobtainableError
 from mthp.sim.golden import read_cases
 from vm.apt import LabError, cache_directory
-from vm.fuzz import Findings, fuzz, write_cases
+from vm.fuzz import KINDS, Findings, fuzz, write_cases
 from vm.guest import Job, run
 from vm.kernels import OTHERS, SERIES, Kernel, fetch
 from vm.matrix import GUEST_SECONDS, Row, examine, live_files, saved, skips, table
@@ -29,7 +29,13 @@ KERNELS = click.option(
     help=f"A kernel, such as 7.3 or 7.3-arm64-16k; again for more.  [default: {', '.join((*SERIES, *OTHERS))}]",
 )
 
-CORNERS = click.option("--corners", is_flag=True, help="Cases from the corners, which random ones reach seldom.")
+KIND = click.option(
+    "--kind",
+    type=click.Choice(list(KINDS)),
+    default="random",
+    show_default=True,
+    help="Of cases: random scans, scans from the corners that random ones reach seldom, or splits and trims.",
+)
 
 
 class Lab(click.Group):
@@ -83,15 +89,15 @@ def run_command(names: tuple[str, ...], seconds: float, memory_mb: int, output: 
 @click.option("--cases", default=500, show_default=True, help="So many for each kernel.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--seconds", default=1200.0, show_default=True, help="At most so long for each kernel.")
-@CORNERS
+@KIND
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the golden files.")
-def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, corners: bool, output: Path) -> None:
+def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, kind: str, output: Path) -> None:
     """Record golden cases, one file for each kernel, and replay each at once."""
     _each(
         names or ("7.3",),
-        lambda kernel: fuzz(kernel, seed=seed, cases=cases, seconds=seconds, say=_say, corners=corners, shrink=False),
+        lambda kernel: fuzz(kernel, seed=seed, cases=cases, seconds=seconds, say=_say, kind=kind, shrink=False),
         output,
-        "corners" if corners else "random",
+        kind,
     )
 
 
@@ -99,7 +105,7 @@ def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, corner
 @KERNELS
 @click.option("--minutes", default=10.0, show_default=True, help="For each kernel.")
 @click.option("--seed", default=1, show_default=True)
-@CORNERS
+@KIND
 @click.option(
     "-o",
     "--output",
@@ -107,13 +113,13 @@ def record(names: tuple[str, ...], cases: int, seed: int, seconds: float, corner
     type=click.Path(path_type=Path),
     help="Directory for the cases that differ.  [default: found, in the lab's cache]",
 )
-def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, corners: bool, output: Path) -> None:
+def fuzz_command(names: tuple[str, ...], minutes: float, seed: int, kind: str, output: Path) -> None:
     """Compare random cases for some minutes; save the smallest variant of each that differs."""
     _each(
         names or ("7.3",),
-        lambda kernel: fuzz(kernel, seed=seed, cases=1 << 30, seconds=60 * minutes, say=_say, corners=corners),
+        lambda kernel: fuzz(kernel, seed=seed, cases=1 << 30, seconds=60 * minutes, say=_say, kind=kind),
         output,
-        "corners" if corners else "random",
+        kind,
         only_differing=True,
     )
 

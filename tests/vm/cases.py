@@ -73,7 +73,7 @@ def random_specs(geometry: Geometry, seed: int, *, mthp: bool, without: frozense
             orders=random_orders(chance, geometry) if mthp else (geometry.pmd_order,),
             limits=_limits(chance, geometry.ptes_per_pmd),
             vma=theme.vma,
-            states=tuple(_states(chance, palette, geometry, mthp=mthp)),
+            states=tuple(random_states(chance, palette, geometry, mthp=mthp)),
         )
 
 
@@ -97,7 +97,8 @@ def _limits(chance: random.Random, n: int) -> tuple[int, int, int]:
     return none, swap, shared
 
 
-def _states(chance: random.Random, palette: tuple[str, ...], geometry: Geometry, *, mthp: bool) -> list[str]:
+def random_states(chance: random.Random, palette: tuple[str, ...], geometry: Geometry, *, mthp: bool) -> list[str]:
+    """Draw the state of each page: runs of some of the palette over its first word."""
     n = geometry.ptes_per_pmd
     chosen = [state for state in palette[1:] if chance.random() < 0.5] or [chance.choice(palette)]
     pages = [palette[0]] * n

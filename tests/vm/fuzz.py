@@ -18,12 +18,20 @@ from vm.cases import random_specs, shrunk
 from vm.corners import corner_specs
 from vm.kernels import Kernel
 from vm.recorder import Recorder, RefusedError, Spec, recorder
+from vm.splits import split_specs
 
 GUEST_SECONDS = 1800
 """A guest is replaced by a fresh one after so long."""
 
 SHRINK_SECONDS = 60
 """Making a case smaller may go on for so long when time is over."""
+
+KINDS: dict[str, Callable[..., Iterator[Spec]]] = {
+    "random": random_specs,
+    "corners": corner_specs,
+    "split": split_specs,
+}
+"""What draws the cases of each kind."""
 
 Say = Callable[[str], None]
 
@@ -56,7 +64,7 @@ class Findings:
 
 
 def fuzz(
-    kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, corners: bool = False, shrink: bool = True
+    kernel: Kernel, *, seed: int, cases: int, seconds: float, say: Say, kind: str = "random", shrink: bool = True
 ) -> Findings:
     """Record random cases until there are so many, or time is over.
 
@@ -66,7 +74,7 @@ def fuzz(
         cases: at most so many.
         seconds: for at most so long.
         say: told of progress and of every difference.
-        corners: draw from the corners (:mod:`vm.corners`).
+        kind: of cases: a word of :data:`KINDS`.
         shrink: look for the smallest case that still differs.
 
     Raises:
@@ -77,7 +85,7 @@ def fuzz(
     said = time.monotonic()
     with ExitStack() as stack:
         lab = _Lab(kernel, stack, seconds)
-        for number, spec in enumerate(_specs(kernel, lab, seed, corner_specs if corners else random_specs)):
+        for number, spec in enumerate(_specs(kernel, lab, seed, kind)):
             if len(found.cases) >= cases or time.monotonic() > end:
                 break
             _one(lab, spec, f"{kernel.version}-{seed}-{number}", found, say, end + SHRINK_SECONDS if shrink else 0)
@@ -114,7 +122,7 @@ class _Lab:
             raise RefusedError(f"the guest is gone: {str(error)[-200:]}") from error
 
 
-def _specs(kernel: Kernel, lab: _Lab, seed: int, draw: Callable[..., Iterator[Spec]]) -> Iterator[Spec]:
+def _specs(kernel: Kernel, lab: _Lab, seed: int, kind: str) -> Iterator[Spec]:
     series = tuple(int(number) for number in kernel.version.split(".")[:2])
     without = set()
     if series < (6, 15):
@@ -123,7 +131,9 @@ def _specs(kernel: Kernel, lab: _Lab, seed: int, draw: Callable[..., Iterator[Sp
         without |= {"uffdwp", "uffd_zero", "uffd_swap", "uffd_marker"}  # no write-protection by userfaultfd there
     if not kernel.modules:
         without |= {"swap", "swap_shared", "swapcache", "swapped_back", "uffd_swap"}  # and no swap
-    return draw(lab.geometry, seed, mthp=series >= (7, 2), without=frozenset(without))
+    if kind == "split" and series < (6, 18):
+        without |= {"swapcache"}  # staged by a fork, which leaves no PTE that may be written; the collapse wants one
+    return KINDS[kind](lab.geometry, seed, mthp=series >= (7, 2), without=frozenset(without))
 
 
 def _one(lab: _Lab, spec: Spec, name: str, found: Findings, say: Say, shrink_until: float) -> None:

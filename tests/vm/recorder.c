@@ -8,6 +8,10 @@
  *     case ID TRIGGER PASSES ORDERS NONE SWAP SHARED VMA SETUP STATES
  *     case m1 khugepaged 3 4,9 511 64 256 - no_fork anon:300,none:12,large/4:16,cold~:184
  *
+ * TRIGGER `calls` is followed by the calls to make instead, one for each pass, behind the states:
+ *
+ *     case s1 calls 3 9 511 64 256 - no_fork anon:300,none:212 collapse,split/0/1/4,cold/310/1
+ *
  * A state with "~" is left unreferenced. Each case has a process of its own, so nothing of one is left for the next,
  * and one that hangs or dies is reported and forgotten. Every page gets contents of its own, checked at the end.
  */
@@ -24,6 +28,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -57,6 +62,8 @@
 #endif
 #define NO_WP_UNPOPULATED (1 << 13) /* UFFD_FEATURE_WP_UNPOPULATED, which old headers do not have */
 #define IO_URING_REGISTER_BUFFERS 0
+#define MAX_CALLS 16
+#define SPLIT_FILE "/sys/kernel/debug/split_huge_pages"
 
 /* kernel-page-flags.h, and Documentation/admin-guide/mm/pagemap.rst */
 #define KPF_COMPOUND_HEAD (1ull << 15)
@@ -89,13 +96,21 @@ static const char *const names[STATES] = {
 	(BIT(ANON) | BIT(COLD) | BIT(LAZYFREE) | BIT(LAZYFREE_DIRTY) | BIT(MLOCKED) | BIT(PINNED) | BIT(UFFDWP) | \
 	 BIT(SWAPPED_BACK))
 
+struct call {
+	char name[16];
+	int first, count, order, at;
+};
+
 struct a_case {
 	char id[64];
+	struct call calls[MAX_CALLS];
+	int has_calls;
 	int forced, passes, npages;
 	uint64_t orders;
 	int max_none, max_swap, max_shared;
 	int wp, missing, mlocked, droppable, forks, keeps_all;
 	unsigned char state[MAX_PAGES], order[MAX_PAGES], old[MAX_PAGES];
+	unsigned char written[MAX_PAGES], kept[MAX_PAGES]; /* what a page holds; whether the child has it, too */
 };
 
 static size_t page_size, pmd_size;
@@ -262,6 +277,14 @@ static int is(int page, unsigned states)
 	return states >> the_case.state[page] & 1;
 }
 
+static int any(unsigned states)
+{
+	for (int page = 0; page < the_case.npages; page++)
+		if (is(page, states))
+			return 1;
+	return 0;
+}
+
 static void each_run(unsigned states, void (*call)(int first, int count))
 {
 	for (int page = 0; page < the_case.npages;) {
@@ -378,7 +401,8 @@ static void look(FILE *out)
 		else
 			orders[i] = present ? order_of(pfn) : 0;
 	}
-	fprintf(out, "{\"huge_kb\":%ld,\"referenced_kb\":%ld", smaps("AnonHugePages:"), smaps("Referenced:"));
+	fprintf(out, "{\"huge_kb\":%ld,\"referenced_kb\":%ld,\"rss_kb\":%ld", smaps("AnonHugePages:"), smaps("Referenced:"),
+		smaps("Rss:"));
 	print_numbers(out, "pagemap", entries);
 	print_numbers(out, "order", orders);
 	print_numbers(out, "flags", flags);
@@ -482,11 +506,11 @@ static void print_trace(FILE *out)
 static void map_region(void)
 {
 	/* A hole on either side, so that no neighbour can become one mapping with it. */
-	char *room = mmap(NULL, 4 * pmd_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	char *room = mmap(NULL, 12 * pmd_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	int kind = the_case.droppable ? MAP_DROPPABLE : MAP_PRIVATE;
 
 	MUST(room);
-	munmap(room, 4 * pmd_size);
+	munmap(room, 12 * pmd_size);
 	region = (char *)(((uintptr_t)room / pmd_size + 2) * pmd_size);
 	MUST(mmap(region, pmd_size, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0));
 }
@@ -566,7 +590,9 @@ static void stage_swap(void)
 	for (int i = 0; i < the_case.npages; i++)
 		if (is(i, BIT(SWAPPED_BACK)))
 			fill(i);
-	/* A page stays in the swap cache while somebody else has its swap entry. */
+	/* A page stays in the swap cache while somebody else has its swap entry. A fork makes all PTEs read-only. */
+	if (!any(BIT(SWAPCACHE)))
+		return;
 	helper = fork();
 	MUST(helper);
 	if (!helper) {
@@ -595,34 +621,52 @@ static void be_child(void)
 	char word = 'y';
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	advise(0, the_case.npages, MADV_NOHUGEPAGE);
-	if (!the_case.keeps_all)
-		each_run(~KEPT_BY_CHILD, drop);
 	if (write(from_child[1], &word, 1) != 1 || read(to_child[0], &word, 1) != 1)
 		_exit(1);
 	word = 'y';
 	for (int i = 0; i < the_case.npages; i++)
-		if (is(i, KEPT_BY_CHILD) && !holds(i, 1))
+		if (the_case.kept[i] && !holds(i, the_case.written[i]))
 			word = 'n';
 	if (write(from_child[1], &word, 1) != 1)
 		_exit(1);
 	_exit(0);
 }
 
-static void stage_child(void)
+static void have_child(void (*prepare)(void))
 {
 	char word;
 
-	if (!the_case.forks)
-		return;
 	MUST(pipe(to_child));
 	MUST(pipe(from_child));
 	child = fork();
 	MUST(child);
-	if (!child)
+	if (!child) {
+		prepare();
 		be_child();
+	}
 	if (read(from_child[0], &word, 1) != 1)
 		fail("the child died");
+}
+
+static void keep_what_is_shared(void)
+{
+	advise(0, the_case.npages, MADV_NOHUGEPAGE);
+	if (!the_case.keeps_all)
+		each_run(~KEPT_BY_CHILD, drop);
+	for (int i = 0; i < the_case.npages; i++)
+		the_case.kept[i] = is(i, KEPT_BY_CHILD);
+}
+
+static void keep_all(void)
+{
+	memset(the_case.kept, 1, sizeof(the_case.kept));
+}
+
+static void stage_child(void)
+{
+	if (!the_case.forks)
+		return;
+	have_child(keep_what_is_shared);
 	for (int i = 0; i < the_case.npages; i++)
 		if (is(i, REWRITTEN))
 			fill(i);
@@ -646,6 +690,15 @@ static void guard(int first, int count)
 static struct iovec buffers[MAX_PAGES];
 static int nbuffers;
 
+static void pin_buffers(void)
+{
+	char params[256] = { 0 }; /* struct io_uring_params is 120 bytes */
+	int ring = syscall(__NR_io_uring_setup, 1, params);
+
+	MUST(ring);
+	MUST(syscall(__NR_io_uring_register, ring, IO_URING_REGISTER_BUFFERS, buffers, nbuffers));
+}
+
 static void add_buffer(int first, int count)
 {
 	buffers[nbuffers].iov_base = at(first);
@@ -654,14 +707,9 @@ static void add_buffer(int first, int count)
 
 static void stage_pins(void)
 {
-	char params[256] = { 0 }; /* struct io_uring_params is 120 bytes */
-
 	each_run(BIT(PINNED), add_buffer);
-	if (!nbuffers)
-		return;
-	int ring = syscall(__NR_io_uring_setup, 1, params);
-	MUST(ring);
-	MUST(syscall(__NR_io_uring_register, ring, IO_URING_REGISTER_BUFFERS, buffers, nbuffers));
+	if (nbuffers)
+		pin_buffers();
 }
 
 static int uffd;
@@ -771,12 +819,73 @@ static void scan_once(void)
 		fail("khugepaged scanned more than once");
 }
 
+/* Calls: 0 or the error number of each. */
+
+static int failed(long result)
+{
+	return result == -1 ? errno : 0;
+}
+
+static int split(const struct call *call)
+{
+	char text[128];
+	int n = snprintf(text, sizeof(text), "%d,%#lx,%#lx,%d", getpid(), (long)at(call->first),
+			 (long)at(call->first + call->count), call->order);
+
+	if (call->at >= 0)
+		snprintf(text + n, sizeof(text) - n, ",%d", call->at);
+	return try_write(SPLIT_FILE, text) ? errno : 0;
+}
+
+/* The pages lie elsewhere from then on, as far into a PMD range as here. */
+static int move_away(const struct call *call)
+{
+	size_t size = call->count * page_size;
+	char *place = at(call->first) + 8 * pmd_size;
+
+	return failed((long)mremap(at(call->first), size, size, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, place));
+}
+
+static int make(const struct call *call)
+{
+	const char *name = call->name;
+	size_t size = call->count * page_size;
+	int end = call->first + call->count, error = 0;
+
+	if (!strcmp(name, "collapse"))
+		return failed(madvise(region, pmd_size, MADV_COLLAPSE));
+	if (!strcmp(name, "split"))
+		return split(call);
+	if (!strcmp(name, "cold"))
+		return failed(madvise(at(call->first), size, MADV_COLD));
+	if (!strcmp(name, "mlock"))
+		return failed(mlock(region, pmd_size));
+	if (!strcmp(name, "fork"))
+		return have_child(keep_all), 0;
+	if (!strcmp(name, "pin")) {
+		nbuffers = 0;
+		add_buffer(call->first, call->count);
+		return pin_buffers(), 0;
+	}
+	for (int i = call->first; i < end && !strcmp(name, "fill"); i++)
+		fill(i);
+	if (!strcmp(name, "zero"))
+		memset(at(call->first), 0, size);
+	if (!strcmp(name, "dontneed"))
+		error = failed(madvise(at(call->first), size, MADV_DONTNEED));
+	if (!strcmp(name, "move"))
+		error = move_away(call);
+	if (!error)
+		memset(the_case.written + call->first, !strcmp(name, "fill"), call->count);
+	return error;
+}
+
 static int is_intact(void)
 {
 	char word = 0;
 	int intact = 1;
 
-	if (the_case.forks) {
+	if (child) {
 		if (write(to_child[1], &word, 1) != 1 || read(from_child[0], &word, 1) != 1 || word != 'y')
 			intact = 0;
 	}
@@ -786,7 +895,7 @@ static int is_intact(void)
 			continue;
 		/* What was freed lazily, or may be dropped, may be gone, but nothing else may be there. */
 		int may_go = is(i, BIT(LAZYFREE)) || the_case.droppable;
-		if (!holds(i, is(i, WRITTEN)) && !(may_go && holds(i, 0)))
+		if (!holds(i, the_case.written[i]) && !(may_go && holds(i, 0)))
 			intact = 0;
 	}
 	return intact;
@@ -799,6 +908,8 @@ static void run_case(void)
 	size_t length = 0;
 	FILE *out = open_memstream(&text, &length);
 
+	for (int i = 0; i < the_case.npages; i++)
+		the_case.written[i] = is(i, WRITTEN);
 	stage();
 	fprintf(out, "{\"id\":\"%s\",\"page_size\":%zu,\"pmd_order\":%d,\"before\":", the_case.id, page_size, pmd_order);
 	look(out);
@@ -808,7 +919,9 @@ static void run_case(void)
 
 		count(&before);
 		write_text(TRACE "trace", "");
-		if (the_case.forced)
+		if (the_case.has_calls)
+			error = make(&the_case.calls[pass]);
+		else if (the_case.forced)
 			error = madvise(region, pmd_size, MADV_COLLAPSE) ? errno : 0;
 		else
 			scan_once();
@@ -866,16 +979,34 @@ static void parse_states(char *text)
 	the_case.npages = n;
 }
 
+static void parse_calls(char *text)
+{
+	char *rest = NULL;
+	int n = 0;
+
+	for (char *word = strtok_r(text, ",", &rest); word && n < MAX_CALLS; word = strtok_r(NULL, ",", &rest), n++) {
+		struct call *call = &the_case.calls[n];
+
+		call->at = -1;
+		sscanf(word, "%15[a-z]/%d/%d/%d/%d", call->name, &call->first, &call->count, &call->order, &call->at);
+	}
+	the_case.passes = n;
+}
+
 static void parse(char *line)
 {
-	static char trigger[32], orders[256], vma[128], setup[64], states[MAX_LINE];
+	static char trigger[32], orders[256], vma[128], setup[64], states[MAX_LINE], calls[1024];
 	char *rest = NULL;
 
 	memset(&the_case, 0, sizeof(the_case));
-	if (sscanf(line, "case %63s %31s %d %255s %d %d %d %127s %63s %1048575s", the_case.id, trigger, &the_case.passes,
-		   orders, &the_case.max_none, &the_case.max_swap, &the_case.max_shared, vma, setup, states) != 10)
+	if (sscanf(line, "case %63s %31s %d %255s %d %d %d %127s %63s %1048575s %1023s", the_case.id, trigger,
+		   &the_case.passes, orders, &the_case.max_none, &the_case.max_swap, &the_case.max_shared, vma, setup, states,
+		   calls) < 10)
 		fail("not a case");
 	the_case.forced = !strcmp(trigger, "madvise");
+	the_case.has_calls = !strcmp(trigger, "calls");
+	if (the_case.has_calls)
+		parse_calls(calls);
 	for (char *order = strtok_r(orders, ",", &rest); order; order = strtok_r(NULL, ",", &rest))
 		the_case.orders |= 1ull << atoi(order);
 	the_case.wp = !!strstr(vma, "uffd_wp");
@@ -948,6 +1079,7 @@ int main(int argc, char **argv)
 	kpagecount = open("/proc/kpagecount", O_RDONLY);
 	MUST(kpageflags);
 	MUST(kpagecount);
+	mount("none", "/sys/kernel/debug", "debugfs", 0, NULL);
 	try_write("/sys/kernel/mm/lru_gen/enabled", "y");
 	try_write("/proc/sys/vm/page-cluster", "0"); /* kernels before 7.0 read ahead what a fork shares */
 	write_text(TRACE "events/huge_memory/enable", "1");

@@ -63,7 +63,7 @@ class Spec:
     """A case to record.
 
     Attributes:
-        trigger: ``khugepaged`` or ``madvise``.
+        trigger: ``khugepaged``, ``madvise``, ``split`` or ``trim``.
         orders: enabled.
         limits: max_ptes_none, max_ptes_swap, max_ptes_shared.
         vma: words of the mapping.
@@ -71,6 +71,8 @@ class Spec:
         passes: full scans, or calls.
         child_keeps_all: where something is shared: the child keeps all it has, not only that, and the parent writes
             to the rest again.
+        about: what the case is there for, if it was not drawn.
+        calls: for ``split`` and ``trim``: what each pass does, as :data:`mthp.sim.golden.CALLS` has it.
     """
 
     trigger: str
@@ -80,6 +82,8 @@ class Spec:
     states: tuple[str, ...]
     passes: int = 3
     child_keeps_all: bool = False
+    calls: tuple[tuple[str | int, ...], ...] = ()
+    about: str = ""
 
     @property
     def forks(self) -> bool:
@@ -96,8 +100,10 @@ class Spec:
     def line(self, name: str) -> str:
         """The case as the recorder reads it."""
         states = ",".join(f"{state.replace(':', '/')}:{count}" for state, count in runs_of(self.states))
-        words = ("case", name, self.trigger, self.passes, ",".join(map(str, self.orders)), *self.limits)
-        return " ".join(map(str, (*words, "+".join(self.vma) or "-", self.setup, states))) + "\n"
+        calls = [f"{'/'.join(map(str, call)).replace('split_at', 'split')}" for call in self.calls]
+        trigger = "calls" if calls else self.trigger
+        words = ("case", name, trigger, self.passes, ",".join(map(str, self.orders)), *self.limits)
+        return " ".join(map(str, (*words, "+".join(self.vma) or "-", self.setup, states, ",".join(calls)))) + "\n"
 
 
 def runs_of(values: Iterable[Any]) -> Runs:
@@ -195,7 +201,9 @@ def golden_case(spec: Spec, answer: dict[str, Any], version: str, geometry: Geom
     if geometry.name != "x86-64":
         case["geometry"] = geometry.name
     case |= {
+        **({"category": spec.about} if spec.about else {}),
         "trigger": spec.trigger,
+        **({"calls": [list(call) for call in spec.calls]} if spec.calls else {}),
         "orders_enabled": list(spec.orders),
         "max_ptes_none": spec.limits[0],
         "max_ptes_swap": spec.limits[1],
@@ -239,8 +247,10 @@ def _pass(spec: Spec, raw: dict[str, Any], look: _Look, earlier: _Look) -> dict[
         found["flags"] = runs_of(letters)
     if look.swap:
         found["swap_offsets"] = look.swap
-    if spec.trigger == "madvise":
+    if spec.trigger != "khugepaged":
         found["errno"] = raw["errno"]
+    if spec.calls:
+        found["rss_kb"] = look.rss_kb
     return found
 
 
@@ -284,6 +294,7 @@ class _Look:
         self.pmd_order = len(spec.states).bit_length() - 1
         self.pmd_mapped = raw["huge_kb"] > 0
         self.referenced_kb = raw["referenced_kb"]
+        self.rss_kb = raw["rss_kb"]
         self.frames = [entry & _PFN if entry & _PRESENT else 0 for entry in self._entries]
         self.orders = [self._order(i) for i in range(len(self._entries))]
         self.swap = self._swap()

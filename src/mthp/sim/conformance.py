@@ -22,11 +22,14 @@ from mthp.sim.kernel import MTHP_COLLAPSE, NO_PTE_TABLE, SWPIN, Kernel, Release,
 from mthp.sim.stage import Observation, Stage
 from mthp.sim.trace import Collapse, Event, Isolate, ScanPmd, Swapin
 
-_UNCOUNTED = re.compile("thp_split_pmd")
-"""Counters of the whole machine that no collapse moves: what a record has of them, some other process did."""
+_OF_OTHERS = "thp_split_pmd"
+"""A counter of the whole machine that no scan moves: what a record of one has of it, some other process did."""
 
-_UNCOUNTED_BEFORE = re.compile("thp_split_pmd|hugepages-[0-9]+kB/collapse_.*")
-"""The same, and the counters that came with collapse to orders below PMD order."""
+_UNRECORDED = re.compile("pgfault|fault_|munlocked|cleared")
+"""Counters that the recorder leaves out, since other processes move them."""
+
+_SINCE_MTHP_COLLAPSE = re.compile("hugepages-[0-9]+kB/collapse_.*")
+"""The counters that came with collapse to orders below PMD order."""
 
 ANON_COLLAPSE_ALLOC = "jain-rfc-2024-12"
 """The series that counts folios allocated below the PMD order as anon_collapse_alloc of their size."""
@@ -155,7 +158,7 @@ def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writab
         now = stage.observe()
         found = _seen(stage, before, now, counters) | {"errno": error}
         found["stats"] = _stats(case, found["stats"])
-        wanted = _recorded(recorded)
+        wanted = _recorded(case, recorded)
         if case.intact:
             wanted["contents"] = "intact"
         beyond = stage.entries_told()
@@ -183,9 +186,12 @@ def _up_to(entry: int, wanted: dict[str, Any], found: dict[str, Any]) -> tuple[d
 
 def _stats(case: Case, changed: dict[str, int]) -> dict[str, int]:
     """The counters that the case's kernel has, under its names."""
+    stats = {name: by for name, by in changed.items() if not _UNRECORDED.search(name)}
+    if not case.calls:
+        stats.pop(_OF_OTHERS, None)
     if case.release >= MTHP_COLLAPSE:
-        return {name: by for name, by in changed.items() if not _UNCOUNTED.fullmatch(name)}
-    stats = {name: by for name, by in changed.items() if not _UNCOUNTED_BEFORE.fullmatch(name)}
+        return stats
+    stats = {name: by for name, by in stats.items() if not _SINCE_MTHP_COLLAPSE.fullmatch(name)}
     if case.release < SWPIN:
         stats = {name: by for name, by in stats.items() if not name.endswith("/swpin")}
     if case.series == ANON_COLLAPSE_ALLOC:
@@ -196,11 +202,11 @@ def _stats(case: Case, changed: dict[str, int]) -> dict[str, int]:
     return stats
 
 
-def _recorded(recorded: Pass) -> dict[str, Any]:
+def _recorded(case: Case, recorded: Pass) -> dict[str, Any]:
     """What a pass is to be compared with: what the record has of it."""
     seen = recorded.seen
     wanted: dict[str, Any] = {
-        name: seen[name] for name in ("scan", "events", "pmd_mapped", "moved", "errno") if name in seen
+        name: seen[name] for name in ("scan", "events", "pmd_mapped", "moved", "errno", "rss_kb") if name in seen
     }
     wanted["orders"] = recorded.orders
     if wanted.get("scan"):
@@ -208,7 +214,8 @@ def _recorded(recorded: Pass) -> dict[str, Any]:
     if "scan" not in seen and "scan_result" in seen:
         wanted["scan_result"] = _word(seen["scan_result"])
     if seen.get("stats") is not None:
-        wanted["stats"] = {name: by for name, by in seen["stats"].items() if by and not _UNCOUNTED.fullmatch(name)}
+        stats = seen["stats"].items()
+        wanted["stats"] = {name: by for name, by in stats if by and (name != _OF_OTHERS or case.calls)}
     if seen.get("events") is not None:
         # A full record, in which nothing said of slots and flags says that there are none.
         entries = sum(count for _, count in recorded.orders)
@@ -234,6 +241,7 @@ def _seen(stage: Stage, before: Observation, now: Observation, counters: dict[st
         "events": _rows(events, stage.release),
         "stats": changed,
         "pmd_mapped": now.pmd_mapped,
+        "rss_kb": now.rss_kb,
         "moved": runs_of((now.frames != before.frames).astype(int).tolist()),
         "flags": runs_of(now.flags),
         "swap_offsets": now.swap,

@@ -27,7 +27,16 @@ from mthp.tunables import LIMITS, Tunables
 
 REQUIRED = ("id", "trigger", "orders_enabled", *LIMITS, "before", "after")
 
-TRIGGERS = ("khugepaged", "madvise")
+TRIGGERS = ("khugepaged", "madvise", "split", "trim")
+"""``split`` and ``trim`` make the calls of :data:`CALLS` that the case lists, one in each pass."""
+
+CALLS = {
+    "collapse": (), "fork": (), "mlock": (), "pin": ("first", "count"), "fill": ("first", "count"),
+    "zero": ("first", "count"), "dontneed": ("first", "count"), "move": ("first", "count"), "cold": ("first", "count"),
+    "split": ("first", "count", "order"), "split_at": ("first", "count", "order", "at"),
+}  # fmt: skip
+"""What a pass may do, and the numbers that it takes (tests/golden/README.md): pages of the range, an order, a page of
+the folio."""
 
 NEWEST = "7.3"
 """The kernel of a case that names none."""
@@ -88,6 +97,22 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a pass does: a word of :data:`CALLS`, and the numbers behind it."""
+
+    name: str
+    first: int = 0
+    count: int = 0
+    order: int = 0
+    at: int = -1
+
+    @property
+    def pages(self) -> slice:
+        """The pages that it names."""
+        return slice(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
 class Case:
     """A golden case.
 
@@ -104,6 +129,7 @@ class Case:
         letters: the letters of what was seen of each page.
         slots: int64, same shape: the swap slot of each entry that has one, else 0.
         intact: the contents were found to be what was written.
+        calls: what the passes do; empty where each is a scan, or MADV_COLLAPSE.
     """
 
     id: str
@@ -121,6 +147,7 @@ class Case:
     slots: NDArray[np.int64]
     intact: bool
     passes: tuple[Pass, ...]
+    calls: tuple[Call, ...] = ()
 
     def seen(self, letter: str) -> NDArray[np.bool_]:
         """Which entries were seen with a letter: bool, shape (ptes_per_pmd,)."""
@@ -238,7 +265,8 @@ def _case(raw: dict[str, Any]) -> Case:
         letters=letters,
         slots=_slots(raw, np.array(kinds)),
         intact=raw.get("data_intact") is not False,
-        passes=_passes(raw, n),
+        passes=(passes := _passes(raw, n)),
+        calls=_calls(raw, n, len(passes)) if trigger in ("split", "trim") else (),
     )
 
 
@@ -310,6 +338,21 @@ def _kind(state: str, pmd_order: int) -> tuple[str, int]:
     if (kind in LARGE) != (0 < of_order <= pmd_order) or (order and kind not in LARGE):
         raise UsageError(f"state {state!r} does not exist where the PMD order is {pmd_order}")
     return kind, of_order
+
+
+def _calls(raw: dict[str, Any], n: int, passes: int) -> tuple[Call, ...]:
+    """What each pass does."""
+    calls = []
+    for call in _list(raw, "calls"):
+        if not isinstance(call, list) or not call or call[0] not in CALLS or len(call) != 1 + len(CALLS[call[0]]):
+            raise _wrong("calls", call, f"it is a list of a word and its numbers: {', '.join(CALLS)}")
+        numbers = [_number(raw, "calls", number) for number in call[1:]]
+        calls.append(Call(call[0], **dict(zip(CALLS[call[0]], numbers, strict=True))))
+        if not 0 <= calls[-1].first <= calls[-1].pages.stop <= n:
+            raise _wrong("calls", call, f"a PMD range has {n} pages")
+    if len(calls) != passes:
+        raise UsageError(f"calls: {len(calls)} for {passes} passes")
+    return tuple(calls)
 
 
 def _slots(raw: dict[str, Any], kinds: NDArray[np.str_]) -> NDArray[np.int64]:

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from mthp.engine.policy import Policy
 from mthp.sim.buddy import Frames
-from mthp.sim.golden import LARGE, NO_PAGE, SMALL, SWAPPED, Case, Runs
+from mthp.sim.golden import LARGE, NO_PAGE, SMALL, SWAPPED, Call, Case, Runs
 from mthp.sim.kernel import Kernel
 from mthp.sim.machine import Machine
 from mthp.sim.memory import Fl
 from mthp.sim.mm import DROPPABLE, HUGEPAGE, LOCKED, NOHUGEPAGE, UFFD_MISSING, UFFD_WP, Mm, P, Pmd, Ptes
+from mthp.sim.mremap import Remap
+from mthp.sim.split import split_huge_pages
 from mthp.tunables import Switches
 
 _VMA_WORDS = {
@@ -62,6 +64,12 @@ _WRITTEN = ("anon", "cold", "lazyfree_dirty", "mlocked", "pinned", "large", "swa
 _NEVER_WRITTEN = {"none", "zero", "uffd_zero", "uffd_marker"}
 """What a mapping can hold without an anon_vma."""
 
+_ZERO_FRAME = -1
+"""Stands for the frame of the zero page."""
+
+_AWAY = 8
+"""PMD ranges between a page and the place that it is moved to."""
+
 _FOLIO_FLAGS = {"r": Fl.REFERENCED, "m": Fl.MLOCKED}
 
 
@@ -71,10 +79,11 @@ class Observation:
 
     Attributes:
         orders: per entry the order of the folio, or a word.
-        frames: int64, shape (pages,): frame of a mapped page, else 0.
+        frames: int64, shape (pages,): frame of a mapped page, else 0; the zero page has one of its own.
         flags: per entry the letters of its state, sorted.
         swap: [first entry, slot, count] of adjoining entries with adjoining slots.
         pmd_mapped: whether one PMD entry maps the range.
+        rss_kb: its Rss in smaps, which leaves the zero page out.
     """
 
     orders: list[int | str]
@@ -82,6 +91,7 @@ class Observation:
     flags: list[str]
     swap: Runs
     pmd_mapped: bool
+    rss_kb: int
 
 
 class Stage:
@@ -114,6 +124,8 @@ class Stage:
         self.child = self._space({NOHUGEPAGE})
         self._contents = np.where(self._are(*NO_PAGE), 0, np.arange(1, self.n + 1))
         self._child_has = self._are(*_CHILD_HAS) | case.seen("s")
+        self._held = [(self.child, np.where(self._child_has, self._contents, 0), "the child's page")]
+        self._calls = iter(case.calls)
         self._build()
         self.machine.trace.enabled = True
 
@@ -223,11 +235,44 @@ class Stage:
     # Running, and looking.
 
     def run_pass(self) -> int | None:
-        """A full scan of khugepaged, or one call of MADV_COLLAPSE, whose errno is given."""
+        """A full scan of khugepaged, or one call, whose errno is given."""
+        if self._case.calls:
+            return self._make(next(self._calls))
         if self._case.forced:
             return self.machine.madvise_collapse(self.mm, self.start, self.start + self.machine.geometry.pmd_size)
         self.machine.khugepaged.full_scan()
         return None
+
+    def _make(self, call: Call) -> int:
+        """Make a call, and note what the pages hold afterwards."""
+        machine, mm, page = self.machine, self.mm, self.machine.geometry.page_size
+        start, end = self.start + call.first * page, self.start + call.pages.stop * page
+        if call.name in ("split", "split_at"):
+            words = f"{mm.id},{start:#x},{end:#x},{call.order}" + (f",{call.at}" if call.name == "split_at" else "")
+            return split_huge_pages(machine.parts, words)
+        if call.name == "collapse":
+            return machine.madvise_collapse(mm, self.start, self.start + machine.geometry.pmd_size)
+        if call.name == "mlock":
+            return machine.mlock(mm, self.start, self.start + machine.geometry.pmd_size)
+        if call.name == "cold":
+            return machine.madvise(mm, start, end, "COLD")
+        if call.name == "fork":
+            self._held.append((machine.fork(mm), self._contents.copy(), "the forked child's page"))
+        elif call.name == "pin":
+            for address in range(start, end, page):
+                machine.pin(mm, address)
+        elif call.name in ("fill", "zero"):
+            self._contents[call.pages] = np.arange(1, self.n + 1)[call.pages] if call.name == "fill" else 0
+            machine.touch(mm, np.arange(start, end, page), contents=self._contents[call.pages])
+        elif call.name == "dontneed":
+            if error := machine.madvise(mm, start, end, "DONTNEED"):
+                return error
+            self._contents[call.pages] = 0
+        elif call.name == "move":
+            how, to = Remap.MAYMOVE | Remap.FIXED | Remap.DONTUNMAP, start + _AWAY * machine.geometry.pmd_size
+            assert machine.mremap(mm, start, end, end - start, how, to) == to, "there is room"
+            self._contents[call.pages] = 0
+        return 0
 
     @property
     def release(self) -> tuple[int, int]:
@@ -251,7 +296,9 @@ class Stage:
         for i in np.flatnonzero(ptes.bits == 0).tolist():
             orders[i] = "none"
         huge = self.mm.pmd(self.start) is Pmd.HUGE
-        return Observation(orders, frames, self._letters(ptes, frames), _swapped(ptes), huge)
+        rss_kb = int(ptes.pages().sum()) * self.machine.geometry.page_size >> 10
+        shown = np.where(ptes.bits & P.ZERO, _ZERO_FRAME, frames)
+        return Observation(orders, shown, self._letters(ptes, frames), _swapped(ptes), huge, rss_kb)
 
     def _letters(self, ptes: Ptes, frames: Frames) -> list[str]:
         memory = self.machine.parts.memory
@@ -273,8 +320,7 @@ class Stage:
     def contents(self) -> str:
         """``intact``, or the first page, the child's included, that does not hold what was written there."""
         parts = self.machine.parts
-        shared = np.where(self._child_has, self._contents, 0)
-        for mm, wanted, whose in ((self.mm, self._contents, "page"), (self.child, shared, "the child's page")):
+        for mm, wanted, whose in ((self.mm, self._contents, "page"), *self._held):
             ptes = self._ptes(mm)
             held = np.where(ptes.pages(), parts.memory.content[np.where(ptes.pages(), ptes.value, 0)], 0)
             swapped = (ptes.bits & P.SWAP) != 0
