@@ -92,7 +92,16 @@ def shown(
         succeeded = claim.result is ScanResult.SUCCEED
         if claim.verified is not False and ((is_large and not was_large) or (succeeded and not is_seen)):
             filled = (1 << claim.order) - contents
-            outcome = replace(claim, result=ScanResult.SUCCEED, reason="", copied=contents, filled=filled)
+            # What held for the whole space did not hold here: another mthp may have made it.
+            outcome = replace(
+                claim,
+                result=ScanResult.SUCCEED,
+                reason="",
+                copied=contents,
+                filled=filled,
+                everywhere=False,
+                passing=False,
+            )
         elif not succeeded:
             outcome = replace(claim, copied=0, filled=0)
         elif is_full and claim.order < geometry.pmd_order:

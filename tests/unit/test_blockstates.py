@@ -87,3 +87,10 @@ def test_addresses_beyond_the_half_of_the_address_space() -> None:
     assert segments_of([(vsyscall, 0)], PAGE) == [(vsyscall, vsyscall + PAGE)]
     entry = PteColumns(((vsyscall, vsyscall + PAGE),), np.array([Pte.PRESENT], np.uint16), np.zeros(1, np.int8))
     assert states_of(entry, [(vsyscall, 0)], X86_64).full.tolist() == [True]
+
+
+def test_a_refusal_of_everything_ends_where_another_made_the_folio() -> None:
+    states = [states_of(each, [BLOCK], X86_64) for each in (SMALL, FOLIO)]
+    refused = BlockOutcome(*BLOCK, ScanResult.FAIL, "another mthp works on it", everywhere=True, passing=True)
+    (outcome,) = shown([refused], states[0], states[1], X86_64)
+    assert (outcome.result, outcome.everywhere, outcome.passing) == (ScanResult.SUCCEED, False, False)
