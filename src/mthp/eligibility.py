@@ -8,7 +8,7 @@ PR_SET_THP_DISABLE: who said no is not overruled.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mthp.geometry import Geometry
 from mthp.tunables import Switches
@@ -36,8 +36,14 @@ class Eligibility:
         reason: why there are none, or which condition bounds them; ``""`` if nothing does.
     """
 
+    JSON: ClassVar = "sizes reason"
+
     orders: tuple[int, ...]
     reason: str = ""
+
+    def sizes(self, geometry: Geometry) -> list[str]:
+        """Return the sizes of `orders`, such as ``"64K"``."""
+        return [geometry.label(order) for order in self.orders]
 
     def __bool__(self) -> bool:
         return bool(self.orders)

@@ -16,6 +16,8 @@ What happens to a PTE or a range while it is worked on is not an exception but a
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class MthpError(Exception):
     """Base of all errors of this package.
@@ -25,7 +27,11 @@ class MthpError(Exception):
         help: what the person can do about it, or ``""``.
     """
 
-    exit_code = 1
+    JSON: ClassVar = "message help exit_code"
+
+    message: str
+    help: str
+    exit_code: int = 1
 
     def __init__(self, message: str, *, help: str = "") -> None:
         super().__init__(message)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mthp.errors import UsageError
 from mthp.units import format_size, parse_order_or_size
@@ -30,6 +31,8 @@ class Geometry:
         page_size: bytes in a base page.
         pmd_order: order of the folio that one PMD entry maps.
     """
+
+    JSON: ClassVar = "name page_size pmd_order pmd_size"
 
     name: str
     page_size: int

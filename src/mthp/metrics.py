@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,6 +53,8 @@ class Coverage:
         unknown: of these, the pages whose folio's order cannot be seen; they count for order 0 alone.
     """
 
+    JSON: ClassVar = "resident_bytes bytes_of_unknown_order share_by_order"
+
     pages: tuple[int, ...] = (0,) * ORDERS
     unknown: int = 0
 
@@ -63,6 +66,18 @@ class Coverage:
     def share(self, order: int) -> float:
         """The share of the resident pages in blocks of `order` or larger; 0.0 if nothing is resident."""
         return self.pages[min(order, MAX_FOLIO_ORDER)] / self.resident if self.resident else 0.0
+
+    def resident_bytes(self, geometry: Geometry) -> int:
+        """Return the bytes of all resident pages."""
+        return self.resident * geometry.page_size
+
+    def bytes_of_unknown_order(self, geometry: Geometry) -> int:
+        """Return the bytes of `unknown`."""
+        return self.unknown * geometry.page_size
+
+    def share_by_order(self, geometry: Geometry) -> dict[int, float]:
+        """Return the share of every order that anonymous memory may have."""
+        return {order: self.share(order) for order in geometry.anon_orders}
 
     @classmethod
     def total(cls, parts: Sequence[Coverage]) -> Coverage:
@@ -80,6 +95,8 @@ class Durations:
         p50, p99, max, total: of their durations; 0.0 if there were none.
     """
 
+    JSON: ClassVar = "count p50_seconds=p50 p99_seconds=p99 max_seconds=max total_seconds=total"
+
     count: int
     p50: float
     p99: float
@@ -94,12 +111,6 @@ class Durations:
             return cls(0, 0.0, 0.0, 0.0, 0.0)
         p50, p99 = np.percentile(array, [50, 99])
         return cls(len(array), float(p50), float(p99), float(array.max()), float(array.sum()))
-
-    def json(self) -> dict[str, float]:
-        """Return them under the keys that every JSON object has for them."""
-        return {"count": self.count} | {
-            f"{name}_seconds": getattr(self, name) for name in ("p50", "p99", "max", "total")
-        }
 
 
 @dataclass(frozen=True, slots=True)

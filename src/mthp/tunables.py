@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
+from typing import ClassVar
 
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
@@ -116,6 +117,8 @@ class Switches:
         sizes: the word of each order that has a switch.
     """
 
+    JSON: ClassVar = "enabled sizes=words_by_size"
+
     enabled: str = "madvise"
     sizes: Mapping[int, str] = field(default_factory=dict)
 
@@ -123,6 +126,10 @@ class Switches:
         _check_word(self.enabled, TOP_WORDS, "enabled")
         for order, word in self.sizes.items():
             _check_word(word, SIZE_WORDS, f"enabled of order {order}")
+
+    def words_by_size(self, geometry: Geometry) -> dict[str, str]:
+        """Return the words by size, such as ``"64K"``."""
+        return {geometry.label(order): word for order, word in self.sizes.items()}
 
     @classmethod
     def defaults(cls, geometry: Geometry) -> Switches:

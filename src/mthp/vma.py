@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mthp.geometry import Geometry
 from mthp.ptes import Segment
@@ -39,6 +40,8 @@ class Vma:
         offset: where in its file it begins, in bytes; 0 without a file.
     """
 
+    JSON: ClassVar = "start:hex end:hex permissions name kind flags pages_by_node"
+
     start: int
     end: int
     permissions: str
@@ -53,6 +56,11 @@ class Vma:
     def size(self) -> int:
         """Bytes."""
         return self.end - self.start
+
+    @property
+    def pages_by_node(self) -> dict[int, int]:
+        """The same as `node_pages`."""
+        return dict(self.node_pages)
 
     @property
     def uffd_armed(self) -> bool:

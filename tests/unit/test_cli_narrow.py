@@ -33,6 +33,7 @@ from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 from mthp.linux.findings import Examination, Finding, State
+from mthp.objects import to_object
 from mthp.ptes import Pte
 from mthp.vma import Vma
 
@@ -160,7 +161,7 @@ def test_doctor(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 @WIDTHS
 def test_status(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    counters = Counters().summary(X86_64)
+    counters = to_object(Counters(), X86_64)
     target: dict[str, Any] = {
         "pid": 4194303,
         "comm": "redis-server",

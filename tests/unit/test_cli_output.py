@@ -14,11 +14,11 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.cli import plan_command
-from mthp.cli.collapse_output import print_report, report_json
-from mthp.cli.inspect_command import TOP_MAPPINGS, census_json, print_census, vmas_json
+from mthp.cli.collapse_output import print_report
+from mthp.cli.inspect_command import TOP_MAPPINGS, print_census
 from mthp.cli.options import planned
 from mthp.cli.output import PLAIN_WIDTH, console, note, percent, print_json, progress_bar, say
-from mthp.cli.plan_command import plan_json, print_plan
+from mthp.cli.plan_command import print_plan
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import stopping_on_signals
 from mthp.engine.census import take_census
@@ -27,6 +27,7 @@ from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 from mthp.means import Means
+from mthp.objects import to_object
 from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte
 from mthp.text import clean
 from mthp.vma import Vma, VmaKind
@@ -143,18 +144,18 @@ def test_json_is_one_object_with_its_schema_first(capsys: pytest.CaptureFixture[
 
 def test_json_of_everything_can_be_written() -> None:
     report = collapse_space(evil_space(), PlanOptions(max_ptes_none=0), Means(max_bloat=0))
-    for data in (census_json(take_census(evil_space())), plan_json(report.plan), report_json(report)):
+    for data in map(to_object, (take_census(evil_space()), report.plan, report)):
         assert json.loads(json.dumps(data, allow_nan=False)) == data
 
 
 def test_json_of_a_census_counts_bytes() -> None:
     census = take_census(evil_space())
-    data = census_json(census)
+    data = to_object(census)
     assert data["total"]["resident_bytes"] == 578 * 4096
     assert data["total"]["pages_by_order"] == {"0": 577}
     assert data["total"]["pages_of_unknown_order"] == 1
     assert data["anonymous"]["resident_bytes"] == 576 * 4096
-    first, second = vmas_json(census)
+    first, second = data["vmas"]
     assert [first["start"], second["start"]] == [hex(BASE), hex(BASE + 4 * PMD)]
     assert first["madvise"]["sizes"][-1] == "2M"
     assert second["khugepaged"] == {"sizes": [], "reason": "smaller than 2M"}
@@ -163,13 +164,18 @@ def test_json_of_a_census_counts_bytes() -> None:
 def test_json_with_rows_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     cases: list[list[dict[str, Any]]] = [[], [{"a": 1}], [{"a": 1}, {"b": "\u2028"}]]
     for rows in cases:
-        print_json("inspect", {"x": [1, 2]}, vmas=iter(rows))
-        assert json.loads(capsys.readouterr().out) == {"schema": "mthp.inspect/1", "x": [1, 2], "vmas": rows}
+        print_json("inspect", {"x": [1, 2], "y": {"z": [1]}, "vmas": iter(rows)})
+        assert json.loads(capsys.readouterr().out) == {
+            "schema": "mthp.inspect/1",
+            "x": [1, 2],
+            "y": {"z": [1]},
+            "vmas": rows,
+        }
 
 
 def test_json_of_a_report_adds_up() -> None:
     report = collapse_space(evil_space(), PlanOptions(max_ptes_none=0), Means(mechanism="madvise"))
-    data = report_json(report)
+    data = to_object(report)
     assert (data["collapsed_ranges"], data["collapsed_bytes"]) == (1, PMD)
     assert data["needs_move_folios"] == {"6": 1}
     assert data["mechanism_by_order"] == {"9": "madvise", "6": None}

@@ -429,10 +429,10 @@ def test_pauses_fall_into_their_buckets() -> None:
     assert pauses.buckets[PAUSE_BUCKETS.index(1e-3)] == 1
     assert pauses.buckets[PAUSE_BUCKETS.index(2.5e-3)] == 1
     assert pauses.buckets[-1] == 1
-    summary = pauses.summary()
-    assert summary["max_seconds"] == 1.0
-    assert summary["p50_seconds"] <= summary["p99_seconds"] <= summary["max_seconds"]
-    assert Pauses().summary()["p99_seconds"] == 0.0
+    summary = pauses.durations
+    assert summary.max == 1.0
+    assert summary.p50 <= summary.p99 <= summary.max
+    assert Pauses().durations.p99 == 0.0
 
 
 @pytest.mark.parametrize(

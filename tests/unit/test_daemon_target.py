@@ -24,6 +24,7 @@ from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
+from mthp.objects import to_object
 from mthp.pacing import ByteBudget
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.results import ScanResult
@@ -376,7 +377,7 @@ def test_faults_and_mappings_are_read_whatever_the_name_is() -> None:
 def test_what_it_tells_of_itself_is_json() -> None:
     stage = Stage(FULL)
     stage.steps(1.0)
-    told = json.loads(json.dumps(stage.target.summary(stage.now)))
+    told = json.loads(json.dumps(to_object(stage.target, G)))
     assert told["pid"] == 7
     assert told["collapses"] == {"2M": 1}
     assert told["calls"]["count"] == 1
@@ -389,10 +390,10 @@ def test_why_nothing_is_done_in_a_target_is_in_its_summary(disabled: bool) -> No
     vma = Vma(START, START + size, "rw-p", flags=frozenset({"nh"}), has_anon_vma=True)
     stage.space = FakeSpace([(vma, *page_runs(*FULL, *FULL))], thp_disabled=disabled)
     stage.steps(2)
-    (left,) = stage.target.summary(stage.now)["left_alone"]
+    (left,) = to_object(stage.target, G)["left_alone"]
     assert ("PR_SET_THP_DISABLE" if disabled else "MADV_NOHUGEPAGE") in left["reason"]
     assert (left["mappings"], left["bytes"]) == (1, size)
-    assert stage.target.summary(stage.now)["collapsed_bytes"] == 0
+    assert to_object(stage.target, G)["collapsed_bytes"] == 0
 
 
 def test_unadvised_memory_is_tried_again_less_and_less_often() -> None:
@@ -413,7 +414,7 @@ def test_sizes_that_only_the_mover_makes_are_named_with_its_price() -> None:
     stage.steps(5.0)
     assert stage.collapsed == [0]
     assert stage.target.needs_move.startswith("64K: only the mover makes them")
-    assert stage.target.summary(stage.now)["needs_move"] == stage.target.needs_move
+    assert to_object(stage.target, G)["needs_move"] == stage.target.needs_move
     nothing = Stage(FULL, orders=(4,))
     nothing.steps(5.0)
     assert nothing.collapsed == []

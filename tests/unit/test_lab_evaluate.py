@@ -10,8 +10,8 @@ from fakes import FakeSpace, page_runs
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.lab.compare import Comparison, compare, settings_of
-from mthp.lab.evaluate import Row, evaluate
-from mthp.lab.figures import METRICS, metric_of
+from mthp.lab.evaluate import evaluate
+from mthp.lab.figures import METRICS, Row, metric_of
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.vma import Vma
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
@@ -11,7 +12,7 @@ import click
 from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.budget import Amount
-from mthp.cli.collapse_output import print_report, report_json
+from mthp.cli.collapse_output import print_report
 from mthp.cli.options import (
     DURATION,
     RATE,
@@ -31,6 +32,20 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.means import PAUSE_SHARE, Means, Mechanism
 from mthp.price import window_ns
 from mthp.targets import open_target, refuse_ancestor
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was wanted of a collapse beside the plan.
+
+    Attributes:
+        move_hindrances: why the mover would not begin; only of a dry run.
+        min_coverage, min_coverage_reached: the coverage that was wanted, and whether it is reached.
+    """
+
+    move_hindrances: list[str]
+    min_coverage: float | None
+    min_coverage_reached: bool
 
 
 @click.command("collapse")
@@ -125,8 +140,7 @@ def command(
         hindrances = abilities.move_refusals(space, means) if dry_run and report.folios else []
     covered = min_coverage is None or _coverage(report) >= min_coverage
     if as_json:
-        more = {"move_hindrances": hindrances, "min_coverage": min_coverage, "min_coverage_reached": covered}
-        print_json("collapse", report_json(report) | more)
+        print_json("collapse", report, Wanted(hindrances, min_coverage, covered))
     else:
         print_report(console(), report, min_coverage, hindrances)
     if report.interrupted and stop():

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 
 from mthp.cli.output import milliseconds, note, percent, say
 from mthp.cli.plan_command import (
-    allowed_json,
-    coverage_json,
     left_table,
-    plan_json,
     print_allowed,
     print_plan,
     scope_name,
     size_and_more,
 )
 from mthp.cli.render.tables import Table
-from mthp.engine.report import CollapseReport, FolioTally
+from mthp.engine.report import CollapseReport
 from mthp.metrics import Durations
 from mthp.price import needs_move_reason
 from mthp.results import ScanResult
@@ -181,61 +177,3 @@ def _nothing_done(report: CollapseReport) -> list[str]:
     if not reasons:
         return ["nothing was done: no memory of this process could be collapsed"]
     return [f"nothing was done: {reasons[0]}", *(f"also: {reason}" for reason in reasons[1:MAX_REASONS])]
-
-
-def report_json(report: CollapseReport) -> dict[str, Any]:
-    """A report as the JSON object of the contract."""
-    times, windows = report.durations, report.windows
-    return {
-        "plan": plan_json(report.plan),
-        "dry_run": report.dry_run,
-        "complete": report.complete,
-        "collapsed_ranges": report.collapsed,
-        "collapsed_bytes": report.collapsed_bytes,
-        "unchanged_ranges": report.unchanged,
-        "failed_ranges": {result.name: count for result, count in report.failed.items()},
-        "over_budget_ranges": report.over_budget,
-        "over_reserve_ranges": report.over_reserve,
-        "bloat_budget_bytes": report.bloat_budget,
-        "room": report.room or None,
-        "out_of_memory": report.out_of_memory or None,
-        "allowed": None if report.allowed is None else allowed_json(report.plan, report.allowed),
-        "not_tried_ranges": report.not_tried,
-        "mechanism_by_order": {str(order): by for order, by in report.mechanisms.items()},
-        "folios": {str(order): _tally_json(tally) for order, tally in report.folios.items()},
-        "moved_bytes": report.moved_bytes,
-        "verified": report.verified,
-        "needs_move_folios": {str(order): count for order, count in report.needs_move.items()},
-        "move_price": report.move_price or None,
-        "copied_bytes": report.copied_bytes,
-        "bloat_bytes": report.filled_bytes,
-        "elapsed_seconds": report.elapsed,
-        "calls": times.json(),
-        "pauses": windows.json(),
-        "moved_blocks": report.moved_blocks,
-        "coverage_before": report.plan.coverage,
-        "coverage": report.coverage,
-        "coverage_order": report.plan.asked_order,
-        "measured": coverage_json(report.after, report.plan.geometry),
-        "done_nothing": report.done_nothing,
-        "nothing_left_to_do": report.plan.finished,
-        "interrupted": report.interrupted,
-        "vanished": report.vanished,
-        "error": None if report.error is None else {"message": report.error.message, "help": report.error.help},
-    }
-
-
-def _tally_json(tally: FolioTally) -> dict[str, Any]:
-    return {
-        "planned": tally.planned,
-        "made": tally.made,
-        "unchanged": tally.unchanged,
-        "failed": {result.name: count for result, count in tally.failed_by_result.items()},
-        "reasons": [
-            {"result": result.name, "reason": reason, "folios": count}
-            for (result, reason), count in tally.failed.most_common()
-        ],
-        "over_budget": tally.over_budget,
-        "over_reserve": tally.over_reserve,
-        "not_tried": tally.not_tried,
-    }

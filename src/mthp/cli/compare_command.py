@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
@@ -60,12 +59,11 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
             accesses=_accesses(target),
             progress=progress,
         )
-        missing = space.missing
     if as_json:
-        print_json("compare", _json(result) | {"missing": list(missing)})
+        print_json("compare", result)
         return
     _print(result)
-    note(console(), missing)
+    note(console(), result.missing)
 
 
 def _accesses(target: str) -> Any:
@@ -78,32 +76,6 @@ def _accesses(target: str) -> Any:
 
     recording = Recording(target)
     return recording.accesses if next(iter(recording.accesses()), None) is not None else None
-
-
-def _json(result: Any) -> dict[str, Any]:
-    from mthp.lab.figures import metric_of
-
-    rows = result.rows
-    columns = [column for column in rows[0] if column.startswith("order_share_") or column in _metric_names()]
-    return {
-        "target": result.label,
-        "geometry": geometry_json(result.geometry),
-        "covered_order": result.covered,
-        "processor": {"name": result.processor.name, "source": result.processor.source},
-        "settings": result.names,
-        "frontier": [name for name, on in zip(result.names, result.frontier, strict=True) if on],
-        "verdict": result.verdict,
-        "metrics": {
-            column: {"unit": metric_of(column).unit, "meaning": metric_of(column).meaning} for column in columns
-        },
-        "rows": rows,
-    }
-
-
-def _metric_names() -> frozenset[str]:
-    from mthp.lab.figures import METRICS
-
-    return frozenset(METRICS)
 
 
 def _print(result: Any) -> None:

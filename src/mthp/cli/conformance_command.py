@@ -41,7 +41,7 @@ def replay_command(context: click.Context, files: tuple[str, ...], policy: str |
     result, the trace events, the counters and the contents are compared after each pass. Exit code 1 if any differ.
     Cases that rest on what nothing recorded tells are counted apart, by name.
     """
-    totals = Replay()
+    totals = Replay(files)
     chosen = None if policy is None else policy_in_file(policy) if ".py:" in policy else policy_named(policy)
     out = console()
     for file in files:
@@ -55,7 +55,7 @@ def replay_command(context: click.Context, files: tuple[str, ...], policy: str |
                     for line in _lines(report):
                         say(out, line)
     if as_json:
-        print_json("conformance", replay_json(files, totals))
+        print_json("conformance", totals)
     else:
         if len(totals.failed) > SHOWN_CASES:
             say(out, f"and {len(totals.failed) - SHOWN_CASES} more cases, which --json prints")
@@ -97,24 +97,3 @@ def _lines(report: CaseReport) -> list[str]:
             f"    simulated: {mismatch.got or 'nothing'}",
         ]
     return lines
-
-
-def replay_json(files: tuple[str, ...], totals: Replay) -> dict[str, Any]:
-    """A replay as the JSON object of the contract."""
-    return {
-        "files": list(files),
-        "cases": totals.cases,
-        "match": totals.matches,
-        "mismatch": len(totals.failed),
-        "apart": totals.apart,
-        "mismatches": [
-            {
-                "case": report.id,
-                "differences": [
-                    {"where": mismatch.where, "expected": mismatch.expected, "got": mismatch.got}
-                    for mismatch in report.mismatches
-                ],
-            }
-            for report in totals.failed
-        ],
-    }

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from mthp.cli.inspect_command import census_json, vmas_json
 from mthp.cli.options import SECONDS, SIZE, json_option
 from mthp.cli.output import console, milliseconds, note, percent, print_json, say
-from mthp.cli.plan_command import plan_json
 from mthp.cli.render.tables import Table
 from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
 from mthp.engine.space_plan import SpacePlan
@@ -46,7 +42,7 @@ def command(size: int | None, seconds: float, as_json: bool) -> int:
     with _progress(hidden=as_json) as progress:
         story = tell(DEFAULT_SIZE if size is None else size, seconds, progress)
     if as_json:
-        print_json("demo", story_json(story))
+        print_json("demo", story)
     else:
         print_story(console(), story)
     return 0 if story.intact else 1
@@ -141,30 +137,3 @@ def _times(story: Story) -> str:
 
 def _quartiles(moment: Moment) -> str:
     return f"{moment.speed.low:,.0f} to {moment.speed.high:,.0f}"
-
-
-def story_json(story: Story) -> dict[str, Any]:
-    """The story as the JSON object of the contract."""
-    return {
-        "target": story.target,
-        "inspect": census_json(story.census) | {"vmas": list(vmas_json(story.census))},
-        "plans": [plan_json(plan) for plan in story.plans],
-        "before": _moment_json(story.before),
-        "collapse": None if story.deed is None else dataclasses.asdict(story.deed),
-        "after": _moment_json(story.after),
-        "speedup": story.speedup,
-        "intact": story.intact,
-        "notes": story.notes,
-    }
-
-
-def _moment_json(moment: Moment | None) -> dict[str, Any] | None:
-    if moment is None:
-        return None
-    return {
-        "speed": dataclasses.asdict(moment.speed),
-        "stats": dataclasses.asdict(moment.stats),
-        "verification": dataclasses.asdict(moment.verification),
-        "anonymous_pages_by_order": {str(order): n for order, n in moment.census.anonymous.by_order().items()},
-        "anonymous_pmd_mapped_pages": moment.census.anonymous.state("pmd_mapped"),
-    }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
 import click
 from rich.console import Console
 
-from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import json_option
 from mthp.cli.output import console, print_json, say
 from mthp.cli.render.tables import Table
@@ -17,6 +15,19 @@ from mthp.linux.findings import Examination
 from mthp.linux.journal.putback import Restored
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.leftovers import Removed, remove_leftovers
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """What `mthp doctor --restore` did.
+
+    Attributes:
+        restored: switches that a killed run had changed.
+        removed: leftovers in processes.
+    """
+
+    restored: list[Restored]
+    removed: list[Removed]
 
 
 @click.command("doctor")
@@ -37,13 +48,13 @@ def command(restore: bool, as_json: bool) -> int:
         restored = SwitchJournal().restore_after_crash()
         removed = remove_leftovers()
         if as_json:
-            print_json("doctor", restored_json(restored) | {"removed": [asdict(each) for each in removed]})
+            print_json("doctor", Restoration(restored, removed))
         else:
             print_restored(console(), restored, removed)
         return 1 if any(each.reason for each in removed) else 0
     examination = examine()
     if as_json:
-        print_json("doctor", examination_json(examination))
+        print_json("doctor", examination)
     else:
         print_examination(console(), examination)
     return 0 if examination.has_thp else 3
@@ -65,38 +76,9 @@ def print_examination(out: Console, examination: Examination) -> None:
     out.print(Table("What this kernel and these rights allow", ["state", "key", "what is the case"], rows))
 
 
-def examination_json(examination: Examination) -> dict[str, Any]:
-    """An examination as the JSON object of the contract."""
-    geometry = examination.geometry
-    return {
-        "kernel": examination.kernel,
-        "geometry": geometry_json(geometry) | {"pmd_size": geometry.pmd_size},
-        "findings": [
-            {
-                "key": finding.key,
-                "title": finding.title,
-                "state": str(finding.state),
-                "what": finding.what,
-                "remedy": finding.remedy,
-            }
-            for finding in examination.findings
-        ],
-    }
-
-
 def print_restored(out: Console, restored: list[Restored], removed: list[Removed]) -> None:
     """Print what was put back of the system, and what was removed from processes."""
     if not restored and not removed:
         say(out, "there is nothing to put back")
     for each in (*restored, *removed):
         say(out, str(each))
-
-
-def restored_json(restored: list[Restored]) -> dict[str, Any]:
-    """What became of switches as the JSON object of the contract."""
-    return {
-        "restored": [
-            {"switch": switch.switch, "found": switch.found, "was": switch.was, "put_back": switch.put_back}
-            for switch in restored
-        ]
-    }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import click
 from rich.console import Console
@@ -11,10 +10,9 @@ from rich.console import Console
 from mthp.cli.options import at_option, json_option, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.eligibility import Eligibility
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.geometry import Geometry
-from mthp.metrics import ALIGNED, ALIGNMENTS, PARTIAL, PMD, UNALIGNED
+from mthp.metrics import ALIGNED, PARTIAL, PMD, UNALIGNED
 from mthp.targets import open_target
 from mthp.units import format_size
 
@@ -39,7 +37,7 @@ def command(target: str, show_all: bool, numa: bool, zero_filled: bool, as_json:
     with open_target(target, at=at) as space, progress_bar("reading", hidden=as_json) as progress:
         census = take_census(space, progress, nodes=numa, zero_filled=zero_filled)
     if as_json:
-        print_json("inspect", census_json(census), vmas=vmas_json(census))
+        print_json("inspect", census)
     else:
         print_census(console(), census, show_all=show_all)
 
@@ -142,72 +140,3 @@ def _labels(orders: Sequence[int], geometry: Geometry) -> str:
 
 def _size(pages: int, geometry: Geometry) -> str:
     return format_size(pages * geometry.page_size)
-
-
-def census_json(census: Census) -> dict[str, Any]:
-    """The census as the JSON object of the contract, all but its `vmas`."""
-    return {
-        "target": census.label,
-        "kernel": census.kernel,
-        "geometry": geometry_json(census.geometry),
-        "switches": {
-            "enabled": census.switches.enabled,
-            "sizes": {census.geometry.label(order): word for order, word in census.switches.sizes.items()},
-        },
-        "thp_disabled": census.thp_disabled,
-        "missing": list(census.missing),
-        "total": _counts_json(census.total, census.geometry),
-        "anonymous": _counts_json(census.anonymous, census.geometry),
-    }
-
-
-def vmas_json(census: Census) -> Iterator[dict[str, Any]]:
-    """Each mapping of a census as JSON."""
-    for vma in census.vmas:
-        yield {
-            "start": f"{vma.vma.start:#x}",
-            "end": f"{vma.vma.end:#x}",
-            "permissions": vma.vma.permissions,
-            "name": vma.vma.name,
-            "kind": str(vma.vma.kind),
-            "flags": sorted(vma.vma.flags),
-            "pages_by_node": {str(node): pages for node, pages in vma.vma.node_pages},
-            "khugepaged": _eligibility_json(vma.khugepaged, census.geometry),
-            "madvise": _eligibility_json(vma.madvise, census.geometry),
-            **_counts_json(vma.pages, census.geometry),
-        }
-
-
-def geometry_json(geometry: Geometry) -> dict[str, Any]:
-    """A geometry as JSON."""
-    return {"name": geometry.name, "page_size": geometry.page_size, "pmd_order": geometry.pmd_order}
-
-
-def _counts_json(pages: PageCounts, geometry: Geometry) -> dict[str, Any]:
-    return {
-        "resident_bytes": pages.resident * geometry.page_size,
-        "pages_by_order": {str(order): count for order, count in pages.by_order().items()},
-        "pages_of_unknown_order": pages.unknown,
-        "pages_by_alignment": {
-            str(order): {name: pages.mapped_as(index, order) for index, name in enumerate(ALIGNMENTS)}
-            for order in pages.by_order()
-            if order
-        },
-        "pages_by_state": {name: pages.state(name) for name in STATES},
-        "zero_filled_pages_by_order": _zero_filled_json(pages),
-        "huge_coverage": pages.coverage.share(geometry.pmd_order),
-        "large_coverage": pages.coverage.share(1),
-    }
-
-
-def _zero_filled_json(pages: PageCounts) -> dict[str, int] | None:
-    """Null if it was not looked for; pages of folios whose order cannot be seen under ``unknown``."""
-    if pages.zero_filled is None:
-        return None
-    *orders, unknown = pages.zero_filled.tolist()
-    counted = {str(order): count for order, count in enumerate(orders) if count}
-    return counted | ({"unknown": unknown} if unknown else {})
-
-
-def _eligibility_json(eligible: Eligibility, geometry: Geometry) -> dict[str, Any]:
-    return {"sizes": [geometry.label(order) for order in eligible.orders], "reason": eligible.reason}

@@ -7,8 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import click
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mthp.cli.render.tables import MIN_WIDTH, wrapped
+from mthp.objects import items, to_json
 from mthp.text import clean
 
 
@@ -51,20 +52,30 @@ def _columns() -> int | None:
     return min(int(text), PLAIN_WIDTH)
 
 
-def print_json(command: str, data: dict[str, Any], **rows: Iterable[dict[str, Any]]) -> None:
-    """Print the one JSON object of `command`; its schema comes first.
+def print_json(command: str, *objects: object) -> None:
+    """Print the one JSON object of `command`, which has the keys of all `objects`; its schema comes first.
 
-    Args:
-        rows: further keys whose values are lists, written item by item as they are made, however many there are.
+    A list is written item by item as they are made, however many there are.
     """
-    text = json.dumps({"schema": f"mthp.{command}/1"} | data, indent=2)
-    click.echo(text.removesuffix("\n}"), nl=False)
-    for key, items in rows.items():
-        click.echo(f",\n  {json.dumps(key)}: [", nl=False)
-        for number, item in enumerate(items):
-            click.echo(f"{',' if number else ''}\n    {json.dumps(item)}", nl=False)
-        click.echo("\n  ]", nl=False)
+    click.echo(f'{{\n  "schema": "mthp.{command}/1"', nl=False)
+    for each in objects:
+        geometry = getattr(each, "geometry", None)
+        for key, value in items(each):
+            click.echo(f",\n  {json.dumps(key)}: ", nl=False)
+            if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+                _print_list(value, geometry)
+            else:
+                # A newline of a text is an escape, so these are all between values.
+                click.echo(json.dumps(to_json(value, geometry), indent=2).replace("\n", "\n  "), nl=False)
     click.echo("\n}")
+
+
+def _print_list(values: Iterable[object], geometry: object) -> None:
+    click.echo("[", nl=False)
+    number = 0
+    for number, value in enumerate(values, 1):
+        click.echo(f"{',' if number > 1 else ''}\n    {json.dumps(to_json(value, geometry))}", nl=False)
+    click.echo("\n  ]" if number else "]", nl=False)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import click
 from rich.console import Console
 
 from mthp.abilities import move_refusals
-from mthp.cli.inspect_command import geometry_json
 from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
@@ -17,12 +17,30 @@ from mthp.engine.planning import plan_space
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
 from mthp.means import USUAL_MEANS, Means
-from mthp.metrics import Coverage
 from mthp.targets import open_target
 from mthp.units import format_size
 
 TOP_REASONS = 8
 """Reasons for leaving memory alone that are shown, the ones that concern most memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """What `mthp collapse` would do of a plan.
+
+    Attributes:
+        geometry: of the machine.
+        by_default: what it would do.
+        missing: what could not be seen, and what would make it visible.
+        move_hindrances: why the mover would not begin.
+    """
+
+    JSON: ClassVar = "by_default missing move_hindrances"
+
+    geometry: Geometry
+    by_default: Allowed
+    missing: tuple[str, ...]
+    move_hindrances: list[str]
 
 
 @click.command("plan")
@@ -42,9 +60,7 @@ def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
         smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
         hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []
     if as_json:
-        by_default = allowed_json(plan, allowed)
-        more = {"by_default": by_default, "missing": list(missing), "move_hindrances": hindrances}
-        print_json("plan", plan_json(plan) | more)
+        print_json("plan", plan, Now(plan.geometry, allowed, missing, hindrances))
         return
     out = console()
     print_plan(out, plan)
@@ -101,23 +117,6 @@ def left_table(plan: SpacePlan) -> Table:
     return Table("Left alone", ["resident", "bytes", "mappings", "reason"], rows, right={0, 1, 2})
 
 
-def left_json(plan: SpacePlan) -> list[dict[str, Any]]:
-    """Return the same as JSON."""
-    return [
-        {"reason": left.reason, "mappings": left.mappings, "bytes": left.size, "resident_bytes": left.resident}
-        for left in plan.left
-    ]
-
-
-def coverage_json(coverage: Coverage, geometry: Geometry) -> dict[str, Any]:
-    """Return a coverage as JSON: resident bytes, and the share of them in folios of each size or a larger one."""
-    return {
-        "resident_bytes": coverage.resident * geometry.page_size,
-        "bytes_of_unknown_order": coverage.unknown * geometry.page_size,
-        "share_by_order": {str(order): coverage.share(order) for order in geometry.anon_orders},
-    }
-
-
 def print_allowed(out: Console, plan: SpacePlan, allowed: Allowed) -> None:
     """Print what of a plan `mthp collapse` would do within its bounds, and why it would leave the rest."""
     geometry = plan.geometry
@@ -132,50 +131,3 @@ def print_allowed(out: Console, plan: SpacePlan, allowed: Allowed) -> None:
     rows = [[geometry.label(left.order), str(left.count), left.reason] for left in allowed.left]
     if rows:
         out.print(Table("It would leave", ["size", "folios", "reason"], rows, right={1}))
-
-
-def allowed_json(plan: SpacePlan, allowed: Allowed) -> dict[str, Any]:
-    """Return what a collapse would do as the JSON object of the contract."""
-    size_of = plan.geometry.size_of
-    return {
-        "folios_by_order": {str(order): count for order, count in allowed.folios_by_order.items()},
-        "bloat_bytes": allowed.filled_bytes,
-        "bloat_budget_bytes": allowed.bloat_budget,
-        "left": [
-            {
-                "order": left.order,
-                "folios": left.count,
-                "bytes": left.count * size_of(left.order),
-                "reason": left.reason,
-            }
-            for left in allowed.left
-        ],
-    }
-
-
-def plan_json(plan: SpacePlan) -> dict[str, Any]:
-    """A plan as the JSON object of the contract."""
-    geometry, limits = plan.geometry, plan.tunables
-    return {
-        "target": plan.label,
-        "geometry": geometry_json(geometry),
-        "policy": plan.policy,
-        "trigger": plan.trigger,
-        "orders": list(plan.orders),
-        "max_ptes_none": limits.max_ptes_none,
-        "max_ptes_swap": limits.max_ptes_swap,
-        "max_ptes_shared": limits.max_ptes_shared,
-        "planned_bytes": plan.planned_bytes,
-        "resident_bytes": int(plan.ranges.resident.sum()) * geometry.page_size,
-        "copied_bytes": plan.copied_bytes,
-        "bloat_bytes": plan.filled_bytes,
-        "coverage": plan.coverage,
-        "coverage_after": plan.coverage_after,
-        "coverage_order": plan.asked_order,
-        "measured": coverage_json(plan.before, geometry),
-        "measured_after": coverage_json(plan.after, geometry),
-        "already_bytes": plan.already_bytes,
-        "folios_by_order": {str(order): count for order, count in plan.folios_by_order.items()},
-        "ranges_by_result": {result.name: count for result, count in plan.ranges_by_result.items()},
-        "left_alone": left_json(plan),
-    }

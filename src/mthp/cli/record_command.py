@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 from pathlib import Path
 from typing import Any
@@ -81,11 +80,10 @@ def _record(
             status.update(Text(clean(line)))
 
         done = record_series(space, output, pace, stop=stop, overwrite=force, told=told)
-        missing = space.missing
     # Ctrl-C is how a recording without --for is ended.
     code = 0 if stop.number in (0, signal.SIGINT) else exit_code(stop.number)
     if as_json:
-        print_json("record", dataclasses.asdict(done) | {"every": pace.every, "missing": list(missing)})
+        print_json("record", done)
         return code
     out = console()
     say(
@@ -96,7 +94,7 @@ def _record(
     if done.interval > STRETCHED * pace.every:
         lines = [f"steps came every {done.interval:.1f} s, not {pace.every:g} s: --cpu {percent(cpu)} allows no more"]
         note(out, lines)
-    note(out, missing)
+    note(out, done.missing)
     return code
 
 
@@ -111,7 +109,7 @@ def _from_trace(trace: str, kind: str | None, output: Path, *, as_json: bool, fo
     with progress_bar("reading the trace", hidden=as_json) as progress:
         done = record_trace(trace, output, kind=kind, overwrite=force, progress=progress)
     if as_json:
-        print_json("record", dataclasses.asdict(done))
+        print_json("record", done)
         return
     say(
         console(),

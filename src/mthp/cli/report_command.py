@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,21 @@ from mthp.units import format_size
 
 if TYPE_CHECKING:
     from mthp.report.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A page that was written.
+
+    Attributes:
+        target: what it is on.
+        output: its file.
+        bytes: of it.
+    """
+
+    target: str
+    output: Path
+    bytes: int
 
 
 @click.command("report")
@@ -97,7 +113,7 @@ def command(
             )
     size = write(document, output, overwrite=force)
     if as_json:
-        print_json("report", {"target": document.title, "output": str(output), "bytes": size})
+        print_json("report", Written(document.title, output, size))
     else:
         say(console(), f"{output}: {document.title}, {format_size(size)}; open it in any browser")
 

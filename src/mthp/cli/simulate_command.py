@@ -45,7 +45,7 @@ def command(
     """
     from mthp.lab import simulated
     from mthp.lab.scenario import load_scenario
-    from mthp.lab.simulation import simulate
+    from mthp.lab.simulation import Simulation, simulate
 
     if seed is not None and seed < 0:
         raise UsageError(f"--seed {seed} is below 0")
@@ -65,22 +65,18 @@ def command(
             outcomes.append(simulate(loaded, policy=name, seed=seed, progress=shown, stop=stop))
             if outcomes[-1].interrupted:
                 break
-    told = simulated.about(loaded, loaded.settings.seed if seed is None else seed, names, __version__)
+    run_seed = loaded.settings.seed if seed is None else seed
     if output is not None:
-        simulated.write(output, outcomes, told, overwrite=force)
+        simulated.write(output, outcomes, simulated.about(loaded, run_seed, names, __version__), overwrite=force)
     interrupted = outcomes[-1].interrupted
     if as_json:
-        rows = (row for outcome in outcomes for row in outcome.rows)
-        print_json("simulate", {key: told[key] for key in _TOLD} | {"interrupted": interrupted}, rows=rows)
+        print_json("simulate", Simulation(loaded, run_seed, names, outcomes))
     else:
         _print(loaded, outcomes)
         if output is not None:
             console().print()
             say(console(), f"{output}: see it with: mthp report {output} -o simulation.html")
     return exit_code(stop.number) if interrupted else 0
-
-
-_TOLD = ("name", "seed", "policies", "geometry")
 
 
 def _names(text: str) -> list[str]:

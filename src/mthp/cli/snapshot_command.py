@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
@@ -29,7 +28,7 @@ def command(target: str, output: Path, force: bool, as_json: bool) -> None:
     with open_target(target) as space, progress_bar("recording", hidden=as_json) as progress:
         info = record(space, output, progress=progress, overwrite=force)
     if as_json:
-        print_json("snapshot", dataclasses.asdict(info))
+        print_json("snapshot", info)
         return
     say(
         console(),

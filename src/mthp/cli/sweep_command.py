@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
@@ -49,7 +48,7 @@ def command(
         report = sweep(inputs, settings, output, runner, overwrite=force, progress=progress, stop=stop)
     code = exit_code(stop.number) if report.interrupted else 1 if report.failed else 0
     if as_json:
-        print_json("sweep", dataclasses.asdict(report))
+        print_json("sweep", report)
         return code
     out = console()
     if report.interrupted:

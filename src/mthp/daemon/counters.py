@@ -6,7 +6,7 @@ import bisect
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
@@ -43,10 +43,11 @@ class Pauses:
         """How many there were."""
         return sum(self.buckets)
 
-    def summary(self) -> dict[str, Any]:
-        """Return them as the JSON of `mthp status` has them; p50 and p99 are of the last 1024."""
+    @property
+    def durations(self) -> Durations:
+        """Their durations; p50 and p99 are of the last 1024."""
         recent = Durations.of(np.array(self._recent, np.float64) / 1e9)
-        return replace(recent, count=self.count, max=self.max_ns / 1e9, total=self.total_ns / 1e9).json()
+        return replace(recent, count=self.count, max=self.max_ns / 1e9, total=self.total_ns / 1e9)
 
 
 @dataclass
@@ -66,6 +67,11 @@ class Counters:
         called: calls of the kernel, in which its memory may have been busy.
     """
 
+    JSON: ClassVar = (
+        "collapses=collapsed_by_size collapsed_bytes collapse_failures=failed scanned_ranges=ranges scanned_ptes"
+        " copied_bytes bloat_bytes passes looks skipped_ranges=skipped pauses=stopped.durations calls=called.durations"
+    )
+
     collapsed: Counter[int] = field(default_factory=Counter)
     failed: Counter[ScanResult] = field(default_factory=Counter)
     ranges: Counter[ScanResult] = field(default_factory=Counter)
@@ -82,19 +88,6 @@ class Counters:
         """Bytes in the folios that were made."""
         return sum(count * geometry.size_of(order) for order, count in dict(self.collapsed).items())
 
-    def summary(self, geometry: Geometry) -> dict[str, Any]:
-        """As the JSON of `mthp status` has them; sizes as people write them, results by name."""
-        return {
-            "collapses": {geometry.label(order): count for order, count in sorted(dict(self.collapsed).items())},
-            "collapsed_bytes": self.collapsed_bytes(geometry),
-            "collapse_failures": {result.name: count for result, count in sorted(dict(self.failed).items())},
-            "scanned_ranges": {result.name: count for result, count in sorted(dict(self.ranges).items())},
-            "scanned_ptes": self.scanned_ptes,
-            "copied_bytes": self.copied_bytes,
-            "bloat_bytes": self.bloat_bytes,
-            "passes": self.passes,
-            "looks": self.looks,
-            "skipped_ranges": self.skipped,
-            "pauses": self.stopped.summary(),
-            "calls": self.called.summary(),
-        }
+    def collapsed_by_size(self, geometry: Geometry) -> dict[str, int]:
+        """Return how many folios were made, by size, the smallest first."""
+        return {geometry.label(order): count for order, count in sorted(dict(self.collapsed).items())}

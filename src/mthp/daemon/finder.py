@@ -43,6 +43,8 @@ class Finder:
         left_out: why processes that a rule fits are no targets, by how often.
     """
 
+    left_out: Counter[str]
+
     def __init__(self, worker: Worker, loop: Loop, say: Callable[[str], None]) -> None:
         self.left_out: Counter[str] = Counter()
         self._worker, self._loop, self._say = worker, loop, say

@@ -11,8 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +36,21 @@ from mthp.vma import VmaKind
 
 _FULLNESS_STEPS = 4
 """So many classes of fullness are told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """Mappings in which nothing may be made, for one reason.
+
+    Attributes:
+        reason: why.
+        mappings: how many.
+        bytes: of them.
+    """
+
+    reason: str
+    mappings: int
+    bytes: int
 
 
 class Pass:
@@ -153,14 +167,14 @@ class Pass:
         self._stretches.reverse()
 
     @property
-    def left_alone(self) -> list[dict[str, Any]]:
-        """The mappings in which nothing may be made, by reason, as the JSON of `mthp plan` has them.
+    def left_alone(self) -> list[LeftAlone]:
+        """The mappings in which nothing may be made, by reason.
 
         Anonymous memory comes first, and the most memory.
         """
         refused = self._visit.refused
         ranked = sorted(refused, key=lambda one: (one[0] is not VmaKind.ANON, -refused[one][1]))
-        return [{"reason": one[1], "mappings": refused[one][0], "bytes": refused[one][1]} for one in ranked]
+        return [LeftAlone(one[1], *refused[one]) for one in ranked]
 
     @property
     def has_room(self) -> bool:

@@ -32,13 +32,16 @@ from mthp.daemon.loop import Loop
 from mthp.daemon.notify import Notifier
 from mthp.daemon.pressure import FreeFolios, MemoryPressure, memory_used, raise_open_files_limit
 from mthp.daemon.system import SystemKnobs
+from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
+from mthp.geometry import Geometry
 from mthp.linux.journal.files import LOCK_NAME, default_root
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
 from mthp.linux.sysfs import ThpSysfs
+from mthp.objects import to_object
 from mthp.pacing import ByteBudget, CpuBudget
 
 STOP_SECONDS = 0.8
@@ -107,11 +110,27 @@ class Daemon:
         NotPermittedError, UnsupportedError: these rights, or this kernel, do not suffice.
     """
 
+    JSON = (
+        "pid uptime_seconds *worker resting=worker.resting memory_pressure=worker.pressure cpu_seconds"
+        " cpu=configuration.cpu resident_memory_bytes finds_processes_by=finder.means processes_known=finder.known"
+        " reloads refused_reloads orders_refused switches=environment.switches left_out=finder.left_out"
+        " counters=environment.total targets"
+    )
+    """What `mthp status` prints."""
+
+    configuration: Configuration
+    environment: Environment
+    worker: Worker
+    finder: Finder
+    geometry: Geometry
+    reloads: int
+    refused_reloads: int
+
     def __init__(self, options: Options) -> None:
         self._options, self._say = options, options.say
         self._started = time.monotonic()
         self._stopping = False
-        self._reloads = self._refused_reloads = 0
+        self.reloads = self.refused_reloads = 0
         self._undo = contextlib.ExitStack()
         self._loop = Loop()
         self._undo.callback(self._loop.close)
@@ -158,8 +177,8 @@ class Daemon:
             self._say,
             died=lambda: signal.raise_signal(signal.SIGTERM),
         )
-        self._finder = Finder(self.worker, self._loop, self._say)
-        self._undo.callback(self._finder.close)
+        self.finder = Finder(self.worker, self._loop, self._say)
+        self._undo.callback(self.finder.close)
         self._control = ControlSocket(self._options.run_dir / SOCKET_NAME, self._loop.selector, self._answer)
         self._undo.callback(self._control.close)
         self._serve_metrics()
@@ -218,15 +237,15 @@ class Daemon:
         """
         with self._undo, self._signals():
             self.worker.start()
-            self._finder.start()
+            self.finder.start()
             if self._notifier.watchdog:
                 self._loop.every("watchdog", self._notifier.watchdog, self._sign_of_life)
             self._event("start", pid=os.getpid(), rules=len(self.configuration.rules.rules))
             self._notifier.ready(self._status_line())
-            self._say(f"process {os.getpid()}: {self._status_line()}; new processes by {self._finder.means}")
+            self._say(f"process {os.getpid()}: {self._status_line()}; new processes by {self.finder.means}")
             while not self._stopping:
-                self._loop.once(self._finder.next_due)
-                self._finder.look_into()
+                self._loop.once(self.finder.next_due)
+                self.finder.look_into()
             self._end()
         if self.worker.failed:
             raise MthpError("the daemon ended for an error of mthp", help="its log says which; please report it")
@@ -304,18 +323,18 @@ class Daemon:
         try:
             configuration = self._options.load()
         except MthpError as error:
-            self._refused_reloads += 1
+            self.refused_reloads += 1
             self._say(f"the new configuration is refused, the old one stays: {error.message}")
             self._event("reload_refused", error=error.message)
             self._notifier.ready(self._status_line())
             return
-        self._reloads += 1
+        self.reloads += 1
         for name in ("metrics", "events"):
             if getattr(configuration, name) != getattr(self.configuration, name):
                 self._say(f"{name} is another now: that takes a restart")
         self.configuration = configuration
         self.worker.configure(configuration)
-        self._finder.renew()
+        self.finder.renew()
         self._say(f"configuration read again: {len(configuration.rules.rules)} rules")
         self._event("reload", rules=len(configuration.rules.rules))
         self._notifier.ready(self._status_line())
@@ -323,42 +342,44 @@ class Daemon:
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         command = request.get("command")
         if command == "status":
-            return self.summary()
+            return to_object(self)
         if command in ("pause", "resume"):
             self.worker.pause(command == "pause")
             self._event(command)
             self._say("paused" if command == "pause" else "going on")
-            return {"paused": self.worker.paused, "busy": self.worker.busy}
+            return to_object(self.worker)
         raise UsageError(f"unknown command {command!r}", help="use status, pause or resume")
 
-    def summary(self) -> dict[str, Any]:
-        """All that `mthp status` tells."""
-        now = time.monotonic()
+    @property
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._started
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of this process."""
         times = os.times()
-        targets = list(self.worker.targets.values())
-        return {
-            "pid": os.getpid(),
-            "uptime_seconds": now - self._started,
-            "paused": self.worker.paused,
-            "busy": self.worker.busy,
-            "resting": self.worker.resting,
-            "memory_pressure": self.worker.pressure,
-            "cpu_seconds": times.user + times.system,
-            "cpu": self.configuration.cpu,
-            "resident_memory_bytes": memory_used(),
-            "finds_processes_by": self._finder.means,
-            "processes_known": self._finder.known,
-            "reloads": self._reloads,
-            "refused_reloads": self._refused_reloads,
-            "orders_refused": [self.geometry.label(order) for order in self.environment.free.exhausted()],
-            "switches": {
-                "enabled": self.environment.switches.enabled,
-                "sizes": {self.geometry.label(order): word for order, word in self.environment.switches.sizes.items()},
-            },
-            "left_out": dict(self._finder.left_out),
-            "counters": self.environment.total.summary(self.geometry),
-            "targets": [target.summary(now) for target in targets],
-        }
+        return times.user + times.system
+
+    @property
+    def resident_memory_bytes(self) -> int:
+        """Memory of this process."""
+        return memory_used()
+
+    @property
+    def orders_refused(self) -> list[str]:
+        """Sizes that are not tried at the moment, because the machine had no folio of them."""
+        return [self.geometry.label(order) for order in self.environment.free.exhausted()]
+
+    @property
+    def targets(self) -> list[Target]:
+        """The processes that are worked on."""
+        return list(self.worker.targets.values())
 
 
 def _make_directory(path: Path) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from mthp.abilities import take_pauses
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.ledger import Ledger
-from mthp.daemon.onepass import Pass, governed
+from mthp.daemon.onepass import LeftAlone, Pass, governed
 from mthp.daemon.rules import ProcessFacts, Rule, Settings
 from mthp.daemon.unadvised import Unadvised
 from mthp.engine.visited import Passage
@@ -100,10 +99,25 @@ class Target:
         gain: pages that the rest of the pass may gain; what is worth most is done first.
         left_out: why it is not worked on, or ``""``.
         reasons: why the last attempts failed, where the backend said so, by how often.
+        left_alone: mappings in which nothing may be made, by reason.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
         vanished: it was found to be gone.
         closed: it is to be worked on no more.
     """
+
+    JSON = (
+        "pid=facts.pid comm=facts.comm rule=rule.name policy=rule.settings.policy left_out:null working"
+        " next_look_seconds bloat_left_bytes=bloat_left reasons left_alone needs_move:null *counters"
+    )
+    """What `mthp status` prints of it."""
+
+    facts: ProcessFacts
+    rule: Rule
+    counters: Counters
+    left_out: str
+    reasons: Counter[str]
+    left_alone: list[LeftAlone]
+    needs_move: str
 
     def __init__(self, process: Process, facts: ProcessFacts, rule: Rule, environment: Environment) -> None:
         self.process = process
@@ -128,7 +142,7 @@ class Target:
         self._resident = 0
         self._at_a_time = 2
         self._unadvised = Unadvised()
-        self._left_alone: list[dict[str, Any]] = []
+        self.left_alone: list[LeftAlone] = []
         self.vanished = False
         self.closed = False
 
@@ -148,6 +162,11 @@ class Target:
         if self.settings.max_bloat is None:
             return None
         return self.settings.max_bloat.of(self._resident) - self.counters.bloat_bytes
+
+    @property
+    def next_look_seconds(self) -> float:
+        """Seconds until it is gone on with."""
+        return max(0.0, self.next_at - self._environment.clock())
 
     @property
     def working(self) -> bool:
@@ -247,7 +266,7 @@ class Target:
         if self._unadvised.holds(now):
             self._pass.only_advised()
         outline = self._pass.outline()
-        self._left_alone = self._pass.left_alone
+        self.left_alone = self._pass.left_alone
         self._environment.looks.put(self, eligible=self._pass.eligible)
         due = self._ledger.due(outline, now, touched=touched)
         self._count("skipped", len(outline) - int(due.sum()))
@@ -373,22 +392,6 @@ class Target:
         self._environment.looks.drop(self)
         self._end_pass()
         self.process.close()
-
-    def summary(self, now: float) -> dict[str, Any]:
-        """As the JSON of `mthp status` has it."""
-        return {
-            "pid": self.facts.pid,
-            "comm": self.facts.comm,
-            "rule": self.rule.name,
-            "policy": self.settings.policy,
-            "left_out": self.left_out or None,
-            "working": self._pass is not None,
-            "next_look_seconds": max(0.0, self.next_at - now),
-            "bloat_left_bytes": self.bloat_left,
-            "reasons": dict(self.reasons),
-            "left_alone": self._left_alone,
-            "needs_move": self.needs_move or None,
-        } | self.counters.summary(self._environment.geometry)
 
 
 def _on_grid(at: float, interval: float) -> float:

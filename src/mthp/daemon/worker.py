@@ -48,6 +48,10 @@ class Worker:
         beat: when the worker was last seen at work, or at rest with nothing to do.
     """
 
+    JSON = "paused busy"
+
+    paused: bool
+
     def __init__(
         self,
         environment: Environment,

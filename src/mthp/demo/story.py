@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
+from typing import ClassVar
 
 from mthp.addrspace import AddressSpace
 from mthp.demo.client import Deed, Measurement, Verification, Workload, WorkloadStats, fit_size
@@ -62,6 +63,11 @@ class Speed:
 class Moment:
     """The workload at one moment: what memory it has, how fast it is, and what its data reads as."""
 
+    JSON: ClassVar = (
+        "speed stats verification anonymous_pages_by_order=census.anonymous.by_order"
+        " anonymous_pmd_mapped_pages=census.anonymous.pmd_mapped"
+    )
+
     census: Census
     stats: WorkloadStats
     speed: Speed
@@ -80,6 +86,8 @@ class Story:
         deed: what the collapse did; None where there was none.
         notes: what could not be done the usual way, and why.
     """
+
+    JSON: ClassVar = "target inspect=census plans before collapse=deed after speedup intact notes"
 
     target: str
     census: Census

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -10,12 +11,13 @@ from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
 from mthp.engine.admission import bloat_budget, room_of
 from mthp.engine.space_plan import SpacePlan
+from mthp.geometry import Geometry
 from mthp.means import Means, Mechanism
 from mthp.price import needs_move_reason, price_of_moving
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class LeftFolios:
     """Folios of one order that would not be made.
 
     Attributes:
@@ -24,9 +26,15 @@ class Left:
         reason: why, as a clause with the way to have them made.
     """
 
+    JSON: ClassVar = "order folios=count bytes=size reason"
+
     order: int
     count: int
     reason: str
+
+    def size(self, geometry: Geometry) -> int:
+        """Return their bytes."""
+        return self.count * geometry.size_of(self.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +48,12 @@ class Allowed:
         left: planned folios that it would not make.
     """
 
+    JSON: ClassVar = "folios_by_order bloat_bytes=filled_bytes bloat_budget_bytes=bloat_budget left"
+
     folios_by_order: dict[int, int]
     filled_bytes: int
     bloat_budget: int | None
-    left: tuple[Left, ...]
+    left: tuple[LeftFolios, ...]
 
 
 def mechanisms_of(space: AddressSpace, plan: SpacePlan, means: Means) -> dict[int, Mechanism | None]:
@@ -70,7 +80,7 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
     budget, room = bloat_budget(space, means), room_of(space, means)
     spare, page_size = room.spare, plan.geometry.page_size
     made: dict[int, int] = {}
-    left: list[Left] = []
+    left: list[LeftFolios] = []
     filled_bytes = 0
     for order, mechanism in mechanisms_of(space, plan, means).items():
         size = plan.geometry.size_of(order)
@@ -78,21 +88,20 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
         fill = np.sort(plan.folios.filled[plan.folios.order == order].astype(np.int64)) * page_size
         if mechanism is None:
             price = price_of_moving(threads(space), means.max_pause_ns)
-            left.append(Left(order, len(fill), needs_move_reason(price)))
+            left.append(LeftFolios(order, len(fill), needs_move_reason(price)))
             continue
         if mechanism != "madvise" and not means.fill:
             fill = fill[fill == 0]
             if holes := plan.folios_by_order[order] - len(fill):
-                left.append(Left(order, holes, "they have holes: --fill fills them"))
+                left.append(LeftFolios(order, holes, "they have holes: --fill fills them"))
         through = filled_bytes + np.cumsum(fill)
         within = len(fill) if budget is None else int(np.searchsorted(through, budget, side="right"))
         fitting = len(fill) if spare is None else int(np.searchsorted(through - fill + size, spare, side="right"))
         if within < min(fitting, len(fill)):
-            left.append(
-                Left(order, len(fill) - within, f"filling them would add more than --max-bloat {means.max_bloat}")
-            )
+            more = f"filling them would add more than --max-bloat {means.max_bloat}"
+            left.append(LeftFolios(order, len(fill) - within, more))
         elif fitting < len(fill):
-            left.append(Left(order, len(fill) - fitting, f"{room.reason}: --reserve"))
+            left.append(LeftFolios(order, len(fill) - fitting, f"{room.reason}: --reserve"))
         if count := min(within, fitting):
             made[order] = count
             filled_bytes = int(through[count - 1])

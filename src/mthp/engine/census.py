@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,11 @@ class PageCounts:
             of their folio, those whose order cannot be seen last; None if that was not looked for.
     """
 
+    JSON: ClassVar = (
+        "resident_bytes pages_by_order=by_order pages_of_unknown_order=unknown pages_by_alignment pages_by_state"
+        " zero_filled_pages_by_order huge_coverage large_coverage"
+    )
+
     orders: NDArray[np.int64]
     unknown: int
     coverage: Coverage
@@ -87,6 +93,46 @@ class PageCounts:
     def mapped_as(self, alignment: int, order: int) -> int:
         """Pages of folios of `order` that are mapped as this index into ``ALIGNMENTS`` says."""
         return int(self.alignments[alignment, order])
+
+    def resident_bytes(self, geometry: Geometry) -> int:
+        """Return the bytes of `resident`."""
+        return self.resident * geometry.page_size
+
+    @property
+    def pmd_mapped(self) -> int:
+        """Pages that PMD entries map."""
+        return self.state("pmd_mapped")
+
+    @property
+    def pages_by_state(self) -> dict[str, int]:
+        """The same as `states`."""
+        return dict(zip(STATES, self.states.tolist(), strict=True))
+
+    @property
+    def pages_by_alignment(self) -> dict[int, dict[str, int]]:
+        """Pages of large folios by order, and by how the folio is mapped."""
+        return {
+            order: {name: self.mapped_as(index, order) for index, name in enumerate(ALIGNMENTS)}
+            for order in self.by_order()
+            if order
+        }
+
+    @property
+    def zero_filled_pages_by_order(self) -> dict[str, int] | None:
+        """The same as `zero_filled`; those whose order cannot be seen are ``unknown``."""
+        if self.zero_filled is None:
+            return None
+        names = [*map(str, range(MAX_FOLIO_ORDER + 1)), "unknown"]
+        return {name: pages for name, pages in zip(names, self.zero_filled.tolist(), strict=True) if pages}
+
+    def huge_coverage(self, geometry: Geometry) -> float:
+        """Return the share of the pages with contents that PMD entries map."""
+        return self.coverage.share(geometry.pmd_order)
+
+    @property
+    def large_coverage(self) -> float:
+        """The share of the pages with contents in folios of order 1 or larger, as the hardware uses them."""
+        return self.coverage.share(1)
 
     @classmethod
     def total(cls, counts: Sequence[PageCounts]) -> PageCounts:
@@ -112,6 +158,8 @@ class VmaCensus:
         madvise: what a collapse on request may make of it.
     """
 
+    JSON: ClassVar = "*vma khugepaged madvise *pages"
+
     vma: Vma
     pages: PageCounts
     anonymous: PageCounts
@@ -132,6 +180,8 @@ class Census:
         missing: what could not be seen, and what would make it visible.
         vmas: every mapping, by address.
     """
+
+    JSON: ClassVar = "target=label kernel geometry switches thp_disabled missing total anonymous vmas"
 
     label: str
     kernel: str

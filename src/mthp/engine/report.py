@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from mthp.engine.allowed import Allowed
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError
+from mthp.geometry import Geometry
 from mthp.means import Mechanism
 from mthp.metrics import Coverage, Durations
 from mthp.results import ScanResult
+
+
+@dataclass(frozen=True, slots=True)
+class FailedFolios:
+    """Folios of one order that were tried and could not be made, for one reason.
+
+    Attributes:
+        result: of the attempts.
+        reason: why, for a person.
+        folios: how many.
+    """
+
+    result: ScanResult
+    reason: str
+    folios: int
 
 
 @dataclass
@@ -27,6 +44,8 @@ class FolioTally:
         not_tried: runs left when it ended early.
     """
 
+    JSON: ClassVar = "planned made unchanged failed=failed_by_result reasons over_budget over_reserve not_tried"
+
     planned: int = 0
     made: int = 0
     unchanged: int = 0
@@ -42,6 +61,11 @@ class FolioTally:
         for (result, _), count in self.failed.items():
             counts[result] += count
         return counts
+
+    @property
+    def reasons(self) -> list[FailedFolios]:
+        """How many failed, by scan result and reason, the most frequent first."""
+        return [FailedFolios(result, reason, count) for (result, reason), count in self.failed.most_common()]
 
     @property
     def left(self) -> int:
@@ -76,6 +100,17 @@ class CollapseReport:
         out_of_memory: the failed charge that ended it, as a sentence; ``""`` if none did.
         error: what else ended it early; None if nothing did.
     """
+
+    JSON: ClassVar = (
+        "plan dry_run complete collapsed_ranges=ranges.made collapsed_bytes unchanged_ranges=ranges.unchanged"
+        " failed_ranges=ranges.failed_by_result over_budget_ranges=ranges.over_budget"
+        " over_reserve_ranges=ranges.over_reserve not_tried_ranges=ranges.not_tried bloat_budget_bytes=bloat_budget"
+        " room:null out_of_memory:null allowed mechanism_by_order=mechanisms folios moved_bytes verified"
+        " needs_move_folios=needs_move move_price:null copied_bytes bloat_bytes=filled_bytes elapsed_seconds=elapsed"
+        " calls=durations pauses=windows moved_blocks coverage_before=plan.coverage coverage"
+        " coverage_order=plan.asked_order measured=after done_nothing nothing_left_to_do=plan.finished interrupted"
+        " vanished error"
+    )
 
     plan: SpacePlan
     dry_run: bool = False
@@ -137,6 +172,11 @@ class CollapseReport:
     def not_tried(self) -> int:
         """PMD ranges left when it ended early."""
         return self.ranges.not_tried
+
+    @property
+    def geometry(self) -> Geometry:
+        """The machine's."""
+        return self.plan.geometry
 
     @property
     def before(self) -> Coverage:

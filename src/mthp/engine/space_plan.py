@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,8 @@ class Left:
         resident: bytes of them that count for the coverage.
     """
 
+    JSON: ClassVar = "reason mappings bytes=size resident_bytes=resident"
+
     reason: str
     mappings: int
     size: int
@@ -93,6 +96,13 @@ class SpacePlan:
         eligible: as `before`, of those mappings alone that may be collapsed.
         refused_resident: pages that count for the coverage in each of the `refused` mappings.
     """
+
+    JSON: ClassVar = (
+        "target=label geometry policy trigger orders max_ptes_none=tunables.max_ptes_none"
+        " max_ptes_swap=tunables.max_ptes_swap max_ptes_shared=tunables.max_ptes_shared planned_bytes resident_bytes"
+        " copied_bytes bloat_bytes=filled_bytes coverage coverage_after coverage_order=asked_order measured=before"
+        " measured_after=after already_bytes folios_by_order ranges_by_result left_alone=left"
+    )
 
     label: str
     geometry: Geometry
@@ -122,6 +132,11 @@ class SpacePlan:
         """How many PMD ranges have which outcome, the most frequent first."""
         counts = np.bincount(self.ranges.scan_result, minlength=len(ScanResult))
         return {ScanResult(index): int(counts[index]) for index in np.argsort(-counts, kind="stable") if counts[index]}
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes with contents in the PMD ranges."""
+        return int(self.ranges.resident.sum(dtype=np.int64)) * self.geometry.page_size
 
     @property
     def copied_bytes(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from mthp.engine.policy_lookup import policy_names
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
-from mthp.lab.evaluate import Outcome, Progress, Row, evaluate
-from mthp.lab.figures import coverage_from, share
+from mthp.lab.evaluate import Outcome, Progress, evaluate
+from mthp.lab.figures import METRICS, Metric, Row, coverage_from, metric_of, order_column, share
 from mthp.lab.replay import Accesses, misses
 from mthp.lab.tlb import Processor, TlbCounts
 from mthp.sim.clock import Costs
@@ -40,7 +41,13 @@ class Comparison:
         costs: what khugepaged's work costs.
         misses_before, misses: what the target's trace does to that TLB, now and after the last scan under each
             setting; None and empty if it has no trace.
+        missing: what could not be seen, and what would make it visible.
     """
+
+    JSON: ClassVar = (
+        "target=label geometry covered_order=covered processor settings=names frontier=on_frontier verdict metrics rows"
+        " missing"
+    )
 
     label: str
     geometry: Geometry
@@ -50,6 +57,7 @@ class Comparison:
     costs: Costs
     misses_before: TlbCounts | None = None
     misses: tuple[TlbCounts, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[Row]:
@@ -100,6 +108,20 @@ class Comparison:
             not bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any())
             for point in points.reshape(-1, 2)
         ]
+
+    @property
+    def on_frontier(self) -> list[str]:
+        """The names of the settings on the frontier."""
+        return [name for name, on in zip(self.names, self.frontier, strict=True) if on]
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """What the columns of the rows are that hold figures."""
+        return {
+            name: metric_of(name)
+            for name in self.rows[0]
+            if name in METRICS or name.startswith(order_column(0).rstrip("0"))
+        }
 
     @property
     def verdict(self) -> list[str]:
@@ -226,6 +248,7 @@ def compare(
         costs=costs or Costs(),
         misses_before=before,
         misses=tuple(after),
+        missing=space.missing,
     )
 
 

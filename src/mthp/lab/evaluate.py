@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.geometry import Geometry
 from mthp.lab import figures
-from mthp.lab.figures import MAX_ORDER
+from mthp.lab.figures import MAX_ORDER, Row
 from mthp.ptes import Segment
 from mthp.segments import in_blocks
 from mthp.sim.clock import Costs
@@ -159,10 +158,6 @@ class Outcome:
             "max_ptes_shared": tunables.max_ptes_shared,
             "mthp_min_order": self.rules.mthp_min_order,
         }
-
-
-Row = dict[str, Any]
-"""One row of a result table: settings, the number of the scan, and metrics by name."""
 
 
 def evaluate(

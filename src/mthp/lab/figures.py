@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +34,8 @@ class Metric:
         meaning: what it is, for a person.
         better: whether more of it is better, or less; ``""`` where neither is.
     """
+
+    JSON: ClassVar = "unit meaning"
 
     name: str
     unit: str
@@ -65,6 +67,11 @@ _ALL = (
     Metric("alloc_failures", "count", "of these, the ones that it did not have", "less"),
     Metric("alloc_failure_share", "share", "alloc_failures as a part of alloc_attempts", "less"),
     Metric("time_to_coverage", "seconds", "time until a coverage was reached; infinite if it never was", "less"),
+    Metric("coverage", "share", "part of the resident memory in folios of the size that counts, or larger", "more"),
+    Metric("seconds", "seconds", "simulated time of the row, or time of the step of a recording"),
+    Metric("processes", "count", "processes that live"),
+    Metric("killed", "count", "processes that died of want of memory", "less"),
+    Metric("free_bytes", "bytes", "memory that is free on the machine"),
     Metric(
         "fairness",
         "share",
@@ -73,8 +80,26 @@ _ALL = (
     ),
 )
 
+_SETTINGS = {
+    **dict.fromkeys(("setting", "policy", "orders", "trigger", "process"), "string"),
+    **dict.fromkeys(("max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order", "scan"), "integer"),
+}
+"""The other columns of rows, with their types in JSON: what a row is about."""
+
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _ALL}
 """The definitions, by name."""
+
+
+def row_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a row."""
+    metrics = {name: {"type": ["number", "null"], "description": metric.meaning} for name, metric in METRICS.items()}
+    share = metrics.pop("order_share")
+    settings = {name: {"type": kind} for name, kind in _SETTINGS.items()}
+    return {"type": "object", "properties": settings | metrics, "patternProperties": {"^order_share_[0-9]+$": share}}
+
+
+Row = Annotated[dict[str, Any], row_schema]
+"""One row of a result table: what it is about, and metrics by name."""
 
 
 def order_column(order: int) -> str:

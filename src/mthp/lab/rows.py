@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mthp.errors import UsageError
+from mthp.lab.figures import Row
 
 MOST_SCANS = 1000
 """Scans of one setting; a grid and `mthp compare` allow no more."""
@@ -17,8 +17,6 @@ MOST = 1 << 63
 
 MOST_TEXT = 1 << 13
 """Characters of a name."""
-
-Row = dict[str, Any]
 
 
 def checked_rows(rows: object, columns: Mapping[str, type]) -> list[Row]:

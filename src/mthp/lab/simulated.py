@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 from mthp.bounded import named, parse_json
 from mthp.errors import UsageError
 from mthp.files import PUBLIC, creating
+from mthp.lab.figures import Row
 from mthp.lab.rows import checked_rows
-from mthp.lab.simulation import Outcome, Row
+from mthp.lab.simulation import Outcome
 from mthp.lab.tables import Scenario
 from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.snapshot.table import pyarrow
@@ -49,14 +51,13 @@ class Simulated:
 
 def about(scenario: Scenario, seed: int, policies: Sequence[str], version: str) -> dict[str, Any]:
     """What is told beside the rows."""
-    geometry = scenario.geometry
     return {
         "schema": SCHEMA,
-        "name": Path(scenario.path).name,
+        "name": scenario.name,
         "scenario": scenario.text,
         "seed": seed,
         "policies": list(policies),
-        "geometry": {"name": geometry.name, "page_size": geometry.page_size, "pmd_order": geometry.pmd_order},
+        "geometry": dataclasses.asdict(scenario.geometry),
         "version": version,
     }
 

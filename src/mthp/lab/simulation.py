@@ -13,19 +13,19 @@ import heapq
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.census import take_census
+from mthp.geometry import Geometry
 from mthp.lab import figures
+from mthp.lab.figures import Row
 from mthp.lab.tables import FaultSettings, ProcessPlan, Scenario
 from mthp.lab.workloads.program import KilledError, Program
 from mthp.ptes import Pte
 from mthp.sim import Machine
-
-Row = dict[str, Any]
 
 Progress = Callable[[float, float], None]
 """Told (simulated seconds done, in all), after whatever happens."""
@@ -41,8 +41,7 @@ class Outcome:
     Attributes:
         policy: under which it ran.
         rows: one for each sample and process, and one for all processes together, whose `process` is ``""``; the
-            names are those of :mod:`mthp.lab.figures`, besides ``policy``, ``seconds``, ``process``, ``processes``
-            (how many live), ``free_bytes`` and ``killed`` (how many died of want of memory).
+            names are those of :mod:`mthp.lab.figures`.
         interrupted: it was told to stop.
     """
 
@@ -61,6 +60,40 @@ class Outcome:
         return figures.time_to_coverage(
             [row["seconds"] for row in whole], [row["huge_coverage"] for row in whole], wanted
         )
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Runs of one scenario.
+
+    Attributes:
+        scenario: what was run.
+        seed: of all chance.
+        policies: one for each run.
+        outcomes: of the runs; fewer than policies if it was interrupted.
+    """
+
+    JSON: ClassVar = "name=scenario.name seed policies geometry interrupted rows"
+
+    scenario: Scenario
+    seed: int
+    policies: list[str]
+    outcomes: list[Outcome]
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the simulated machine."""
+        return self.scenario.geometry
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was told to stop."""
+        return self.outcomes[-1].interrupted
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those of all runs."""
+        return [row for outcome in self.outcomes for row in outcome.rows]
 
 
 def simulate(

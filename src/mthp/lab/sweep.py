@@ -24,8 +24,8 @@ from typing import Any
 from mthp import __version__
 from mthp.errors import MthpError, UsageError
 from mthp.files import PUBLIC, check_output, creating
-from mthp.lab.evaluate import Row, evaluate
-from mthp.lab.figures import METRICS
+from mthp.lab.evaluate import evaluate
+from mthp.lab.figures import METRICS, Row
 from mthp.lab.grid import Grid
 from mthp.lab.parts import Parts
 from mthp.snapshot import Recording

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mthp.bounded import named
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.lab.figures import share
+from mthp.lab.figures import Row, share
 from mthp.lab.rows import checked_rows
 from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.units import parse_size
@@ -26,8 +25,6 @@ _KINDS = {
     **dict.fromkeys(("translations", "huge_coverage", "large_coverage", "bloat_share"), float),
 }
 """What of a row a report needs, and its type."""
-
-Row = dict[str, Any]
 
 
 def is_sweep(path: Path) -> bool:

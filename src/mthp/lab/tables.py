@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from mthp.engine.policy_lookup import known_policy
@@ -131,3 +132,8 @@ class Scenario:
     geometry: Geometry
     switches: Switches = field(default_factory=Switches)
     tunables: Tunables | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return Path(self.path).name

@@ -24,6 +24,7 @@ the largest run that a processor coalesces takes one entry, and all levels coale
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,8 @@ class Processor:
         coalesced: for sizes of base pages the bytes of the largest run of PTEs that one entry holds; with others
             nothing is coalesced.
     """
+
+    JSON: ClassVar = "name source"
 
     name: str
     title: str

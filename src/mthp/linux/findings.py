@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from mthp.geometry import Geometry
 from mthp.linux.probes import Probed
@@ -54,6 +54,8 @@ class Examination:
         has_thp: whether this kernel has THP at all.
         findings: in the order of a person's interest.
     """
+
+    JSON: ClassVar = "kernel geometry findings"
 
     kernel: str
     geometry: Geometry

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from mthp.engine.policy import Policy
 from mthp.results import ScanResult
@@ -71,6 +71,8 @@ class CaseReport:
             one of the states that it may have been in, and is not a match.
     """
 
+    JSON: ClassVar = "case=id differences=mismatches"
+
     id: str
     mismatches: tuple[Mismatch, ...]
     apart: str = ""
@@ -81,11 +83,15 @@ class Replay:
     """The totals of a replay.
 
     Attributes:
+        files: that they are from.
         cases: cases replayed.
         failed: the reports of those that do not agree.
         apart: the cases that are counted apart, by a name of :data:`APART`.
     """
 
+    JSON: ClassVar = "files cases match=matches mismatch=mismatches apart mismatches=failed"
+
+    files: tuple[str, ...] = ()
     cases: int = 0
     failed: list[CaseReport] = field(default_factory=list)
     apart: dict[str, list[str]] = field(default_factory=dict)
@@ -94,6 +100,11 @@ class Replay:
     def matches(self) -> int:
         """Cases that agree."""
         return self.cases - len(self.failed) - sum(map(len, self.apart.values()))
+
+    @property
+    def mismatches(self) -> int:
+        """Cases that do not agree."""
+        return len(self.failed)
 
     def add(self, report: CaseReport) -> None:
         """Count a case."""

@@ -79,6 +79,8 @@ class Recorded:
         cpu_seconds: processor time of this process.
         end: why it ended.
         interval: mean seconds from one step to the next; 0.0 for a single step.
+        every: seconds that were wanted.
+        missing: what could not be seen, and what would make it visible.
     """
 
     path: str
@@ -89,6 +91,8 @@ class Recorded:
     cpu_seconds: float
     end: str
     interval: float
+    every: float
+    missing: tuple[str, ...]
 
 
 def record_series(
@@ -148,7 +152,16 @@ def record_series(
     seconds = last
     interval = seconds / (steps - 1) if steps > 1 else 0.0
     return Recorded(
-        os.fspath(path), taker.description.label, steps, seconds, size, cpu_clock() - cpu_begin, end, interval
+        os.fspath(path),
+        taker.description.label,
+        steps,
+        seconds,
+        size,
+        cpu_clock() - cpu_begin,
+        end,
+        interval,
+        pace.every,
+        space.missing,
     )
 
 

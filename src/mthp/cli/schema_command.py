@@ -1,0 +1,56 @@
+"""``mthp schema COMMAND``: the JSON Schema of what a command prints with ``--json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
+import click
+
+from mthp.errors import MthpError
+from mthp.objects import Schema, schema_of
+
+OBJECTS = {
+    "doctor": [["mthp.linux.findings:Examination"], ["mthp.cli.doctor_command:Restoration"]],
+    "inspect": [["mthp.engine.census:Census"]],
+    "plan": [["mthp.engine.space_plan:SpacePlan", "mthp.cli.plan_command:Now"]],
+    "collapse": [["mthp.engine.report:CollapseReport", "mthp.cli.collapse_command:Wanted"]],
+    "status": [["mthp.daemon.service:Daemon"]],
+    "pause": [["mthp.daemon.worker:Worker"]],
+    "resume": [["mthp.daemon.worker:Worker"]],
+    "snapshot": [["mthp.snapshot.description:SnapshotInfo"]],
+    "record": [["mthp.snapshot.recorder:Recorded"], ["mthp.snapshot.fromtrace:RecordedTrace"]],
+    "compare": [["mthp.lab.compare:Comparison"]],
+    "sweep": [["mthp.lab.sweep:SweepReport"]],
+    "simulate": [["mthp.lab.simulation:Simulation"]],
+    "report": [["mthp.cli.report_command:Written"]],
+    "conformance": [["mthp.sim.conformance:Replay"]],
+    "demo": [["mthp.demo.story:Story"]],
+}
+"""What each command prints: one of some objects, each with the keys of one or two classes. By name, because a command
+needs only its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a command prints that failed."""
+
+    error: MthpError
+
+
+@click.command("schema")
+@click.argument("name", metavar="COMMAND", type=click.Choice(list(OBJECTS)))
+def command(name: str) -> None:
+    """Print the JSON Schema of what COMMAND prints with --json.
+
+    An object that has only `schema` and `error` is what is printed where the command failed. docs/figures.md says what
+    every key is.
+    """
+    click.echo(json.dumps(schema(name), indent=2))
+
+
+def schema(name: str) -> Schema:
+    """Return the JSON Schema of what a command prints."""
+    alternatives = [tuple(map(resolve_name, classes)) for classes in OBJECTS[name]]
+    return schema_of(f"mthp.{name}/1", *alternatives, (Failure,))
