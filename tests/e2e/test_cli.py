@@ -123,7 +123,7 @@ def test_the_story_of_a_process(actor: Actor, thp_switches: ThpSwitches, tmp_pat
     recorded = mthp_json("snapshot", actor.pid, "-o", file)
     assert recorded["path"] == str(file)
     assert recorded["bytes"] == file.stat().st_size
-    assert recorded["label"].startswith(f"{actor.pid} (")
+    assert recorded["target"].startswith(f"{actor.pid} (")
     options = ["--policy", "rfc", "--orders", "64K,2M", "--max-ptes-none", 255]
     live, replayed = mthp_json("plan", actor.pid, *options), mthp_json("plan", file, *options)
     # The budget is a share of what is resident, which the kernel counts as it goes.

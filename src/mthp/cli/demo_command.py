@@ -79,8 +79,8 @@ def print_story(out: Console, story: Story) -> None:
     """Print the story: the plans side by side, then before and after."""
     geometry = story.census.geometry
     say(out, f"{story.target}, Linux {story.census.kernel}, {geometry.name}")
-    columns = ["policy", "max_ptes_none", "bytes by folio size", "copied", "bloat", "2M mappings"]
-    columns[-1] = f"{geometry.label(geometry.pmd_order)} mapped"
+    pmd = geometry.label(geometry.pmd_order)
+    columns = ["policy", "max_ptes_none", "bytes by folio size", "copied", "bloat", f"{pmd} mapped"]
     rows = [_plan_row(plan) for plan in story.plans]
     out.print(Table("What each policy would do", columns, rows, right={1, 3, 4}))
     if story.before is not None and story.after is not None and story.deed is not None:

@@ -34,12 +34,12 @@ class Written:
 
     Attributes:
         target: what it is on.
-        output: its file.
+        path: of the file.
         bytes: of it.
     """
 
     target: str
-    output: Path
+    path: Path
     bytes: int
 
 

@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from mthp.bounded import parse_json
 from mthp.errors import UsageError
@@ -55,6 +55,8 @@ class SnapshotInfo:
         bytes: size of the file.
         version: of the format.
     """
+
+    JSON: ClassVar = "path target=label kernel recorded_at vmas pages runs bytes version"
 
     path: str
     label: str

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,8 @@ class RecordedTrace:
         skipped: lines that were passed over.
         bytes: size of the file.
     """
+
+    JSON: ClassVar = "path target=label kind steps accesses pages skipped bytes"
 
     path: str
     label: str

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,8 @@ class Recorded:
         every: seconds that were wanted.
         missing: what could not be seen, and what would make it visible.
     """
+
+    JSON: ClassVar = "path target=label steps seconds bytes cpu_seconds end interval every missing"
 
     path: str
     label: str
