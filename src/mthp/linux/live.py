@@ -6,9 +6,7 @@ All reads are positioned, and every listing of mappings opens its own file, so t
 
 from __future__ import annotations
 
-import errno
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -17,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.abilities import Reading, Watch
-from mthp.budget import MACHINE, MemoryBound
-from mthp.errors import MthpError, NotPermittedError, UnsupportedError
+from mthp.budget import MemoryBound
+from mthp.errors import MthpError, NotPermittedError
 from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
@@ -26,6 +24,7 @@ from mthp.linux.contents import Contents
 from mthp.linux.freememory import free_beyond_reserve
 from mthp.linux.headroom import memory_bounds
 from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
+from mthp.linux.madvise import Madvise
 from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process, ProcStat
@@ -35,7 +34,7 @@ from mthp.linux.watch import LiveWatch
 from mthp.means import Means, Mechanism
 from mthp.outline import Outline
 from mthp.ptes import Block, PteColumns, Segment, segments_of
-from mthp.results import BlockOutcome, ScanResult, result_of_madvise
+from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
 
@@ -259,7 +258,7 @@ class LiveAddressSpace(ProcessSpace):
     ) -> list[BlockOutcome]:
         """Collapse `blocks` by one mechanism; None leaves them alone."""
         if mechanism == "madvise":
-            return self._madvise_all(blocks)
+            return Madvise(self).collapse(blocks)
         if mechanism == "move":
             return self._mover().collapse(blocks, means, before)
         if mechanism == "khugepaged":
@@ -307,74 +306,6 @@ class LiveAddressSpace(ProcessSpace):
         target = MoveTarget(self.process, self._geometry, self.read, self.mapcounts)
         hold = hold_of(target, guarded=self.guarded)
         return Mover(target, hold, journal or SwitchJournal(sysfs=self.sysfs))
-
-    def _madvise_all(self, blocks: list[Block]) -> list[BlockOutcome]:
-        """MADV_COLLAPSE of PMD ranges; after a failed charge no more are tried, since the target is at a limit.
-
-        Raises:
-            As :meth:`attempt_blocks`.
-        """
-        outcomes: list[BlockOutcome] = []
-        for block in blocks:
-            outcome = self._madvise(block)
-            outcomes.append(outcome)
-            if outcome.result is ScanResult.CGROUP_CHARGE_FAIL or (
-                outcome.result is ScanResult.ALLOC_HUGE_PAGE_FAIL
-                and any(bound.name != MACHINE for bound in self.memory_bounds())
-            ):
-                break
-        last = outcomes[-1]
-        left = blocks[len(outcomes) :]
-        return outcomes + [BlockOutcome(*block, last.result, errno=last.errno, everywhere=True) for block in left]
-
-    def _madvise(self, block: Block) -> BlockOutcome:
-        """MADV_COLLAPSE of one PMD range, asked for a second time if it says EAGAIN.
-
-        Raises:
-            As :meth:`attempt_blocks`.
-        """
-        address, size = block[0], self._geometry.pmd_size
-        begin = time.perf_counter_ns()
-        error = self._advise(address, size)
-        if error == errno.EAGAIN:
-            # What hinders it passes (madvise(2), EAGAIN): often a page that is on its way to the LRU lists.
-            error = self._advise(address, size)
-        elapsed = time.perf_counter_ns() - begin
-        return BlockOutcome(*block, self._result(error, address, size), elapsed_ns=elapsed, errno=error)
-
-    def _advise(self, address: int, size: int) -> int:
-        if self.process.is_self:
-            return abi.madvise(address, size, abi.MADV_COLLAPSE)
-        return abi.process_madvise(self.process.pidfd, address, size, abi.MADV_COLLAPSE)
-
-    def _result(self, error: int, address: int, size: int) -> ScanResult:
-        """The scan result behind errno.
-
-        Raises:
-            As :meth:`attempt_blocks`.
-        """
-        if not error:
-            return ScanResult.SUCCEED
-        self.process.check_alive()
-        if error in (errno.EPERM, errno.EACCES):
-            raise NotPermittedError(
-                f"not permitted to collapse memory of process {self.label}",
-                help="process_madvise needs CAP_SYS_NICE, and CAP_SYS_PTRACE or the same user (run as root)",
-            )
-        if error == errno.ENOSYS:
-            raise UnsupportedError("this kernel has no process_madvise", help="Linux 5.10 or later has it")
-        if error == errno.EINVAL and not self.sysfs.exists:
-            raise UnsupportedError("this kernel has no THP", help="it takes CONFIG_TRANSPARENT_HUGEPAGE")
-        if error == errno.ENOMEM and not procfs.is_mapped(self.process, address, address + size):
-            # madvise(2) says ENOMEM both for no memory and for no mapping.
-            return ScanResult.VMA_NULL
-        if error == errno.EBUSY and self._is_armed(address):
-            # The kernel says EBUSY both for a cgroup at its limit and for none PTEs that must not be filled.
-            return ScanResult.EXCEED_NONE_PTE
-        return result_of_madvise(error)
-
-    def _is_armed(self, address: int) -> bool:
-        return any(vma.uffd_armed for vma in self.vmas() if vma.start <= address < vma.end)
 
     def close(self) -> None:
         """Let go of the process. Closing twice does nothing."""

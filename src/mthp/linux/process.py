@@ -205,6 +205,16 @@ class Process(Closing):
         """
         return _status_field(self.read("status"), field)
 
+    def advise(self, address: int, size: int, advice: int) -> int:
+        """Advise one range of its memory, by process_madvise(2), or by madvise(2) if it is this process.
+
+        Returns:
+            0, or errno; EAGAIN also if only a part was advised.
+        """
+        if self.is_self:
+            return abi.madvise(address, size, advice)
+        return abi.process_madvise(self.pidfd, address, size, advice)
+
     def fail(self, error: OSError, what: str) -> NoReturn:
         """Raise the error of this package that `error`, met while using `what`, stands for."""
         if error.errno == errno.ESRCH or not self.is_alive():
