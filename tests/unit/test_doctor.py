@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mthp.cli import doctor_command, main
+from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.linux.doctor import examine
 from mthp.linux.findings import Examination, Finding, State
@@ -21,6 +22,7 @@ from mthp.linux.freememory import parse_buddyinfo, parse_meminfo
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.probes import UFFD_FEATURE_MOVE, Probed
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
+from mthp.linux.splitfile import SplitAbility
 
 THP = "sys/kernel/mm/transparent_hugepage"
 ALL_CAPABILITIES = 0x1FF_FFFF_FFFF
@@ -34,6 +36,7 @@ EVERYTHING = Probed(
     pagemap_scan=True,
     userfaultfd=0,
     userfaultfd_features=UFFD_FEATURE_MOVE,
+    split=SplitAbility(0, orders=True, offset=True, zeroes=True, cold=True),
 )
 NOTHING = Probed(
     collapse_known=errno.EINVAL,
@@ -43,6 +46,7 @@ NOTHING = Probed(
     pagemap_scan=False,
     userfaultfd=errno.ENOSYS,
     userfaultfd_features=0,
+    split=SplitAbility(errno.ENOENT, mounted=False, cold=False),
 )
 
 
@@ -137,15 +141,43 @@ def test_an_old_kernel_without_rights(tmp_path: Path) -> None:
         "free_memory": State.LIMITED,
         "memory_limit": State.OK,
         "snapshot": State.OK,
+        "split": State.MISSING,
+        "split_offset": State.MISSING,
+        "split_zeroes": State.MISSING,
+        "cold_zeroes": State.MISSING,
         "move_machine": State.OK if platform.machine() in MACHINES else State.MISSING,
         "move_userfaultfd": State.MISSING,
         "move_ptrace": State.LIMITED,
         "move_switches": State.MISSING,
     }
-    assert all(each.remedy for each in examination.findings if each.state is not State.OK)
+    # What splits alone could do is not had without splits.
+    without = [each.key for each in examination.findings if each.state is not State.OK and not each.remedy]
+    assert without == ["split_offset", "split_zeroes"]
     assert "CAP_SYS_PTRACE" in finding(examination, "other_processes").remedy
     assert "user 1000" in finding(examination, "other_processes").what
     assert "CAP_SYS_ADMIN" in finding(examination, "pfns").remedy
+
+
+@pytest.mark.parametrize(
+    ("ability", "word"),
+    [
+        (SplitAbility(errno.ENOENT, mounted=False, cold=True), "mount -t debugfs"),
+        (SplitAbility(errno.ENOENT, cold=True), "CONFIG_DEBUG_FS"),
+        (SplitAbility(errno.EACCES, cold=True), "root"),
+        (SplitAbility(errno.EPERM, cold=True), "lockdown" if os.geteuid() == 0 else "root"),
+        (SplitAbility(0, orders=False, offset=False, zeroes=False, cold=False), "6.12"),
+        (SplitAbility(0, orders=True, offset=False, zeroes=False, cold=False), "6.12"),
+    ],
+)
+def test_why_folios_cannot_be_split_and_how_to_have_it(tmp_path: Path, ability: SplitAbility, word: str) -> None:
+    examination = look(tmp_path, MODERN, dataclasses.replace(EVERYTHING, split=ability))
+    found = finding(examination, "split")
+    assert found.state is State.MISSING
+    assert word in found.remedy
+    assert finding(examination, "cold_zeroes").state is (State.OK if ability.cold else State.MISSING)
+    with pytest.raises((NotPermittedError, UnsupportedError)) as raised:
+        ability.require_split()
+    assert raised.value.help == found.remedy
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mthp.linux.headroom import cgroup_bounds
 from mthp.linux.movefindings import MOVE_QUESTIONS
 from mthp.linux.probes import Probed, probe
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
+from mthp.linux.splitfindings import SPLIT_QUESTIONS
 from mthp.linux.sysfs import ThpSysfs
 from mthp.results import result_of_madvise
 from mthp.units import format_size
@@ -278,6 +279,7 @@ _QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
     ("free_memory", "free memory", False, _free_memory),
     ("memory_limit", "memory cgroup limit", False, _memory_limit),
     ("snapshot", "snapshots", False, _snapshot),
+    *SPLIT_QUESTIONS,
     *MOVE_QUESTIONS,
 )
 """Key, title, whether it is about a part of THP, and the function that answers."""

@@ -165,7 +165,7 @@ class FolioReader:
 
     def words_at(self, pfns: _Words) -> _Words:
         """The flags of each of `pfns`, one call for each: uint64, shape (frames,). For few frames, far apart."""
-        return np.fromiter((self._word(pfn) for pfn in pfns.tolist()), np.uint64, len(pfns))
+        return np.fromiter((self.word(pfn) for pfn in pfns.tolist()), np.uint64, len(pfns))
 
     def folio_of(self, pfn: int) -> tuple[int, int]:
         """First frame and order of the folio that `pfn` lies in, found by following it, at any size.
@@ -176,7 +176,7 @@ class FolioReader:
         head = pfn
         for order in range(_LARGEST_ORDER):
             head = pfn >> order << order
-            word = self._word(head)
+            word = self.word(head)
             if word & abi.KPF_COMPOUND_HEAD:
                 break
             if not word & abi.KPF_COMPOUND_TAIL:
@@ -184,7 +184,7 @@ class FolioReader:
         else:
             return pfn, ORDER_UNKNOWN
         order = (pfn - head).bit_length()
-        while order < _LARGEST_ORDER and self._word(head + (1 << order)) & abi.KPF_COMPOUND_TAIL:
+        while order < _LARGEST_ORDER and self.word(head + (1 << order)) & abi.KPF_COMPOUND_TAIL:
             order += 1
         return head, order
 
@@ -275,7 +275,8 @@ class FolioReader:
             # What is not there lies beyond the last frame of memory: the memory of a device.
             buffer[start // abi.PM_ENTRY_BYTES : end // abi.PM_ENTRY_BYTES] = abi.KPF_NOPAGE
 
-    def _word(self, pfn: int) -> int:
+    def word(self, pfn: int) -> int:
+        """The bare word of one frame; KPF_NOPAGE where there is no memory."""
         text = os.pread(self._fd, abi.PM_ENTRY_BYTES, pfn * abi.PM_ENTRY_BYTES)
         return int.from_bytes(text, sys.byteorder) if text else abi.KPF_NOPAGE
 

@@ -69,6 +69,20 @@ class Pagemap:
             at += count
         return words
 
+    def word(self, address: int) -> int:
+        """The word of one page, 0 where nothing is mapped: for few pages, whose process is known to be alive.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        try:
+            text = os.pread(self._fd, abi.PM_ENTRY_BYTES, address // self._page_size * abi.PM_ENTRY_BYTES)
+        except OSError as error:
+            self.process.fail(error, "pagemap")
+        if not text:
+            self.process.check_memory()
+        return int.from_bytes(text, sys.byteorder)
+
     def _fill(self, words: NDArray[np.uint64], start: int) -> None:
         """Read the words from address `start` on into `words`."""
         done = 0

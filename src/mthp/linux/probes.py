@@ -32,9 +32,7 @@ from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
-
-LARGEST_TRIAL = 64 << 20
-"""The largest folio, in bytes, that is made for a trial; arm64 with 64 KiB pages has a PMD size of 512 MiB."""
+from mthp.linux.splitfile import LARGEST_TRIAL, SplitAbility, split_ability
 
 PROT_NONE = 0
 """include/uapi/asm-generic/mman-common.h; Python's mmap module has the others."""
@@ -69,6 +67,7 @@ class Probed:
         pagemap_scan: whether there is PAGEMAP_SCAN.
         userfaultfd: errno of making a userfaultfd for faults in user mode and asking for its features.
         userfaultfd_features: ``UFFD_FEATURE_*`` that the kernel has; 0 if it failed.
+        split: what came of splitting folios of this process.
     """
 
     collapse_known: int
@@ -78,6 +77,7 @@ class Probed:
     pagemap_scan: bool
     userfaultfd: int | None
     userfaultfd_features: int
+    split: SplitAbility
 
 
 def probe(geometry: Geometry) -> Probed:
@@ -93,6 +93,7 @@ def probe(geometry: Geometry) -> Probed:
         pagemap_scan=probe_pagemap_scan(),
         userfaultfd=uffd_error,
         userfaultfd_features=features,
+        split=split_ability(geometry),
     )
 
 

@@ -1,0 +1,295 @@
+"""Divides one large folio in place into the folios of a layout, looking before every step down.
+
+A write to `split_huge_pages` returns success whether it split or not: a pinned folio stays, and so does one whose lock
+was taken; and of a folio that is shared after a fork the first write only splits the PMD entries that map it. A write
+for a smaller order would then split the whole larger folio to it. So after each write pagemap and kpageflags must show
+the parts before anything smaller is written for one of them.
+
+One page of a folio is enough for a write: the kernel walks every page between the addresses.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.closing import Closing
+from mthp.errors import NotPermittedError
+from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.linux import abi
+from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
+from mthp.linux.pagemap import Pagemap
+from mthp.linux.process import Process
+from mthp.linux.space import ProcessSpace
+from mthp.linux.splitfile import SplitAbility, SplitFile
+
+PAUSES = (0.0, 0.0, 0.001, 0.005)
+"""Seconds before each try of a split. A folio that is shared takes two writes on Linux 6.18, a lock is released within
+microseconds, and a pin of direct I/O within milliseconds."""
+
+BACK_OFF = (0.0, 0.01, 0.1)
+"""Seconds before each try to bring a folio to base pages that could not be divided."""
+
+
+@dataclass(frozen=True, slots=True)
+class LargeFolio:
+    """A folio that is mapped as a whole, its pages one after another.
+
+    Attributes:
+        address: of its first page.
+        pfn: its first frame.
+        order: of it.
+    """
+
+    address: int
+    pfn: int
+    order: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a folio: the page of the folio that it begins at, and its order."""
+
+    offset: int
+    order: int
+
+    @property
+    def pages(self) -> slice:
+        """Its pages in the folio."""
+        return slice(self.offset, self.offset + (1 << self.order))
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A write for one part of a folio.
+
+    Attributes:
+        apart: a part that is a folio of its own afterwards, and shows that the part was split.
+        at: the page of the part around which it is split; None for equal parts.
+        left: parts that may have to be divided further.
+    """
+
+    apart: Part
+    at: int | None
+    left: list[Part]
+
+
+class FolioDivider(Closing):
+    """Divides folios of one process.
+
+    Args:
+        process: whose; it stays the caller's.
+        geometry: of the machine.
+        pagemap: of the process.
+        folios: reader of kpageflags.
+        file: to split by; None if there is only MADV_COLD.
+        offset: whether the kernel knows at which page to split, see :class:`~mthp.linux.splitfile.SplitAbility`.
+
+    The readers and the file are closed with this object.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        geometry: Geometry,
+        pagemap: Pagemap,
+        folios: FolioReader,
+        file: SplitFile | None,
+        *,
+        offset: bool = False,
+    ) -> None:
+        self._process, self._geometry, self._pagemap, self._folios = process, geometry, pagemap, folios
+        self._file, self._offset = file, offset
+
+    def close(self) -> None:
+        self._pagemap.close()
+        self._folios.close()
+        if self._file is not None:
+            self._file.close()
+
+    def folio_at(self, address: int, order: int) -> LargeFolio | None:
+        """Return the folio of `order` whose first page is mapped at `address`; None if that is something else.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        word = self._pagemap.word(address)
+        pfn = word & abi.PM_PFRAME_MASK
+        # Naturally aligned, a folio whose tail begins the second half has both halves.
+        if not word & abi.PM_PRESENT or pfn % (1 << order) or not self._is_tail(pfn + (1 << order - 1)):
+            return None
+        folio = LargeFolio(address, pfn, order)
+        return folio if self._is_apart(folio, Part(0, order)) else None
+
+    def divide(self, folio: LargeFolio, layout: NDArray[np.int8]) -> list[Part]:
+        """Split `folio` until no page lies in a larger folio than `layout` says: the parts that could not be.
+
+        Args:
+            layout: int8, shape (pages,): the order of the folio that each page is to lie in.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        todo, refused = [Part(0, folio.order)], []
+        while todo:
+            part = todo.pop()
+            largest = int(layout[part.pages].max())
+            if largest == part.order:
+                continue
+            step = self._step(part, largest, layout)
+            if self._split(folio, part, step):
+                todo += step.left
+            else:
+                refused.append(part)
+        return refused
+
+    def _step(self, part: Part, largest: int, layout: NDArray[np.int8]) -> _Step:
+        """Choose the next write for `part`."""
+        if self._offset and (chain := _chain(part, layout)) is not None:
+            return chain
+        parts = [Part(offset, largest) for offset in range(part.offset, part.pages.stop, 1 << largest)]
+        return _Step(parts[0], None, parts if largest else [])
+
+    def _split(self, folio: LargeFolio, part: Part, step: _Step) -> bool:
+        """Carry out a step on `part` of `folio`; return whether it was, or there is nothing of the part any more."""
+        for pause in PAUSES:
+            time.sleep(pause)
+            page = self._mapped(folio, part)
+            if page is None:
+                # The target unmapped it meanwhile, or it was swapped out, or copied to another folio.
+                return True
+            if not self._write(page, step.apart.order, step.at):
+                return False
+            if self._is_apart(folio, step.apart):
+                return True
+        return False
+
+    def to_base_pages(self, folio: LargeFolio, part: Part, holes: NDArray[np.bool_]) -> bool:
+        """Bring `part` of `folio` to base pages by whatever works; return whether it lies in a larger folio no more.
+
+        Args:
+            holes: pages of `folio` whose ages do not matter: bool, shape (pages,).
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        for pause in BACK_OFF:
+            time.sleep(pause)
+            page = self._mapped(folio, part)
+            if page is None:
+                return True
+            self._write(page, 0)
+            if self._is_apart(folio, Part(part.offset, 0)):
+                return True
+            hole = self._mapped(folio, part, holes)
+            if hole is not None:
+                self.cool(hole)
+                if self._is_apart(folio, Part(part.offset, 0)):
+                    return True
+        return False
+
+    def still_mapped(self, folio: LargeFolio) -> NDArray[np.bool_]:
+        """Return which pages of `folio` are mapped as they were, large or not: bool, shape (pages,).
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        return self._pages_mapped(folio, Part(0, folio.order))
+
+    def _pages_mapped(self, folio: LargeFolio, part: Part) -> NDArray[np.bool_]:
+        count, size = 1 << part.order, self._geometry.page_size
+        begin = folio.address + part.offset * size
+        words = self._pagemap.read([(begin, begin + count * size)])
+        there: NDArray[np.bool_] = (words & np.uint64(abi.PM_PRESENT)) != 0
+        expected = np.arange(count, dtype=np.uint64) + np.uint64(folio.pfn + part.offset)
+        there &= (words & np.uint64(abi.PM_PFRAME_MASK)) == expected
+        return there
+
+    def cool(self, address: int) -> int:
+        """Advise MADV_COLD of one page, which splits its large folio to base pages (madvise_cold(), mm/madvise.c).
+
+        Returns:
+            0, which does not say that it was split, or errno.
+        """
+        return self._process.advise(address, self._geometry.page_size, abi.MADV_COLD)
+
+    def _write(self, address: int, order: int, at: int | None = None) -> bool:
+        """Write to the file; return whether it took it.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        # The file takes a number, which must still be that of our process: whose folios are split otherwise?
+        self._process.check_alive()
+        if self._file is None:
+            return False
+        error = self._file.split(self._process.pid, address, self._geometry.page_size, order, at)
+        if error == errno.ESRCH:
+            self._process.check_memory()
+        return not error
+
+    def _mapped(self, folio: LargeFolio, part: Part, wanted: NDArray[np.bool_] | None = None) -> int | None:
+        """Return the address of a page of `part`, one of the `wanted`, that is mapped as it was; None without one."""
+        size = self._geometry.page_size
+        begin = folio.address + part.offset * size
+        if wanted is None and self._maps(self._pagemap.word(begin), folio.pfn + part.offset):
+            return begin
+        there = self._pages_mapped(folio, part)
+        if wanted is not None:
+            there &= wanted[part.pages]
+        return begin + int(there.argmax()) * size if there.any() else None
+
+    @staticmethod
+    def _maps(word: int, pfn: int) -> bool:
+        return bool(word & abi.PM_PRESENT) and word & abi.PM_PFRAME_MASK == pfn
+
+    def _is_apart(self, folio: LargeFolio, part: Part) -> bool:
+        """Return whether no folio reaches over the ends of `part`. Folios are naturally aligned."""
+        begin = folio.pfn + part.offset
+        return not self._is_tail(begin) and not self._is_tail(begin + (1 << part.order))
+
+    def _is_tail(self, pfn: int) -> bool:
+        return bool(self._folios.word(pfn) & abi.KPF_COMPOUND_TAIL)
+
+
+def divider_of(space: ProcessSpace, file: SplitFile | None, ability: SplitAbility) -> FolioDivider:
+    """Return what divides folios of `space` by `file`, which is closed with it.
+
+    Raises:
+        NotPermittedError: frames cannot be seen with these rights.
+        TargetVanishedError: the process is gone.
+    """
+    try:
+        folios = FolioReader(space.geometry.pmd_order)
+    except OSError as error:
+        if file is not None:
+            file.close()
+        raise NotPermittedError(f"{KPAGEFLAGS}: {error.strerror}", help="run as root") from error
+    offset = bool(ability.offset)
+    return FolioDivider(space.process, space.geometry, Pagemap(space.process), folios, file, offset=offset)
+
+
+def _chain(part: Part, layout: NDArray[np.int8]) -> _Step | None:
+    """Follow the halves of `part` of which one is a folio of the layout, and the other is to be divided further.
+
+    Split around a page of the last such half, the kernel leaves all the others as they are to be.
+
+    Returns:
+        That write; None if one for equal parts does as much.
+    """
+    offset, order, done = part.offset, part.order, False
+    while not done and order > MIN_ANON_ORDER:
+        half = 1 << order - 1
+        whole = [bool(layout[offset + at] == order - 1) for at in (0, half)]
+        if not any(whole):
+            break
+        order, done = order - 1, all(whole)
+        offset += half if whole[0] and not done else 0
+    if part.order - order < 2:
+        return None
+    apart = Part(offset, order)
+    return _Step(apart, offset - part.offset, [] if done else [apart])

@@ -1,0 +1,302 @@
+"""``split_huge_pages`` of debugfs, which splits folios in place, and what of it this kernel does.
+
+``PID,0xSTART,0xEND,ORDER`` written to it has every folio that lies between the addresses split to folios of ORDER
+(split_huge_pages_pid(), mm/huge_memory.c). How much of that a kernel does depends on its release: before ORDER was
+known (Linux 6.9) the word is ignored and base pages come of it; a fifth word, the page at which a folio is split while
+its other halves stay large, is ignored before it was known, too. A write says nothing of what it did. So each is found
+out on memory of this process, once a run; a release is never compared.
+
+The file is closed where debugfs is not mounted, to others than root, and under kernel lockdown.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mthp.closing import Closing
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError
+from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.linux import abi
+from mthp.linux.kpageflags import FolioReader
+from mthp.linux.pagemap import Pagemap
+from mthp.linux.process import Process
+
+SPLIT_FILE = Path("/sys/kernel/debug/split_huge_pages")
+
+LARGEST_TRIAL = 64 << 20
+"""The largest folio, in bytes, that is made for a trial; arm64 with 64 KiB pages has a PMD size of 512 MiB."""
+
+
+TRIALS = 3
+"""A folio of this process can be referenced for a moment by what scans memory, or by a fork in another thread."""
+
+
+class SplitFile(Closing):
+    """The file, open for writing.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path = SPLIT_FILE) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
+    def split(self, pid: int, address: int, page_size: int, order: int, at: int | None = None) -> int:
+        """Have the folio that the page at `address` lies in split to `order`; success does not say that it was.
+
+        Args:
+            pid: of the process that maps it, in the PID namespace of this process.
+            at: the page of the folio around which alone it is split, where the kernel knows this; None for equal parts.
+
+        Returns:
+            0, or errno: ESRCH for a process that is gone.
+        """
+        where = "" if at is None else f",{at}"
+        try:
+            os.write(self._fd, f"{pid},{address:#x},{address + page_size:#x},{order}{where}".encode())
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+def opened() -> SplitFile:
+    """Return the system's file, open.
+
+    Raises:
+        NotPermittedError: it cannot be opened any more.
+    """
+    try:
+        return SplitFile()
+    except OSError as error:
+        reason, remedy = why_closed(error.errno or 0, mounted=True)
+        raise NotPermittedError(f"folios cannot be split in place: {reason}", help=remedy) from error
+
+
+@dataclass(frozen=True, slots=True)
+class SplitAbility:
+    """What the trials found; None where one could not be made.
+
+    Attributes:
+        file: errno of opening `split_huge_pages`, 0 if it is open to this process.
+        mounted: whether debugfs is mounted where the file is looked for.
+        untried: why nothing could be tried on memory of this process; ``""`` if it could.
+        orders: whether folios of an order above 0 come of a split.
+        offset: whether one write leaves the halves that hold no page of interest large.
+        zeroes: whether pages of zeroes go back to the kernel in a split to base pages.
+        cold: whether MADV_COLD of one page splits its folio to base pages, and gives pages of zeroes back.
+    """
+
+    file: int
+    mounted: bool = True
+    untried: str = ""
+    orders: bool | None = None
+    offset: bool | None = None
+    zeroes: bool | None = None
+    cold: bool | None = None
+
+    @property
+    def splits(self) -> bool:
+        """Whether any layout can be made of a PMD folio, and what it was filled with goes back."""
+        return bool(self.orders and self.zeroes)
+
+    def require_split(self) -> None:
+        """Do nothing if :attr:`splits`.
+
+        Raises:
+            NotPermittedError, UnsupportedError: why not, with what would make it so.
+        """
+        if self.splits:
+            return
+        reason, remedy = self.why_no_split()
+        kind = NotPermittedError if self.file in (errno.EPERM, errno.EACCES) else UnsupportedError
+        raise kind(f"folios cannot be split in place here: {reason}", help=remedy)
+
+    def require_cold(self) -> None:
+        """Do nothing if :attr:`cold`.
+
+        Raises:
+            UnsupportedError: why not, with what would make it so.
+        """
+        if not self.cold:
+            reason = self.untried or "MADV_COLD does not split large folios and take back zeroes"
+            raise UnsupportedError(f"large folios cannot be trimmed here: {reason}", help="Linux 6.12 or later")
+
+    def why_no_split(self) -> tuple[str, str]:
+        """Return why folios cannot be split to any order here, and what would make it so; ``""`` if they can."""
+        if self.splits:
+            return "", ""
+        if self.file:
+            return why_closed(self.file, mounted=self.mounted)
+        if self.orders is None:
+            return self.untried or "it could not be tried", ""
+        if not self.orders:
+            return "the kernel splits to base pages only", "Linux 6.12 or later"
+        return "the kernel does not take back the zeroes that a collapse fills holes with", "Linux 6.12 or later"
+
+
+def why_closed(error: int, *, mounted: bool) -> tuple[str, str]:
+    """Return why `SPLIT_FILE` cannot be opened, and what would make it so."""
+    if error == errno.ENOENT and not mounted:
+        return "debugfs is not mounted", "mount -t debugfs debugfs /sys/kernel/debug (as root)"
+    if error == errno.ENOENT:
+        return f"there is no {SPLIT_FILE}", "a kernel with CONFIG_DEBUG_FS and CONFIG_TRANSPARENT_HUGEPAGE"
+    if error == errno.EACCES or (error == errno.EPERM and os.geteuid() != 0):
+        return f"{SPLIT_FILE} is not open to this user", "run as root"
+    if error == errno.EPERM:
+        # security_locked_down(LOCKDOWN_DEBUGFS) in open_file_generic() of fs/debugfs/file.c.
+        return "kernel lockdown closes debugfs", "boot with lockdown=none, which needs Secure Boot to be off"
+    return f"{SPLIT_FILE}: {os.strerror(error)}", ""
+
+
+@functools.cache
+def split_ability(geometry: Geometry) -> SplitAbility:
+    """Return what this kernel does for these rights, found out the first time; takes some milliseconds."""
+    return probe_split(geometry)
+
+
+def probe_split(geometry: Geometry) -> SplitAbility:
+    """Find out what this kernel does, on memory of this process that is mapped for it and released.
+
+    It takes frame numbers, without which no split can be seen.
+    """
+    error, file = 0, None
+    try:
+        file = SplitFile()
+    except OSError as refused:
+        error = refused.errno or errno.EIO
+    try:
+        ability = SplitAbility(error, mounted=any(SPLIT_FILE.parent.iterdir()) if error == errno.ENOENT else True)
+    except OSError:
+        ability = SplitAbility(error, mounted=False)
+    try:
+        return _tried(file, ability, geometry)
+    except _UntriedError as why:
+        return SplitAbility(ability.file, mounted=ability.mounted, untried=str(why))
+    finally:
+        if file is not None:
+            file.close()
+
+
+class _UntriedError(Exception):
+    """A trial could not be made; its text says why."""
+
+
+def _tried(file: SplitFile | None, ability: SplitAbility, geometry: Geometry) -> SplitAbility:
+    if geometry.pmd_size > LARGEST_TRIAL:
+        raise _UntriedError(f"not tried, since a folio has {geometry.label(geometry.pmd_order)}")
+    with _trial(geometry) as trial:
+        orders = offset = zeroes = None
+        small, top, half = MIN_ANON_ORDER, geometry.pmd_order, geometry.ptes_per_pmd // 2
+        if file is not None:
+            orders = trial.shows(lambda: trial.split(file, small), lambda: trial.orders(0, 4) == (small, small))
+            zeroes = trial.shows(lambda: trial.split(file, 0), trial.given_back)
+            parts = top - 1, small
+            offset = trial.shows(lambda: trial.split(file, small, half), lambda: trial.orders(0, half) == parts)
+        cold = trial.shows(trial.cool, trial.given_back)
+    return SplitAbility(ability.file, ability.mounted, "", orders, offset, zeroes, cold)
+
+
+class _Trial:
+    """One PMD range of this process, whose first page alone was written.
+
+    Args:
+        start: its address.
+        forget: empties it.
+    """
+
+    def __init__(
+        self, geometry: Geometry, start: int, pagemap: Pagemap, folios: FolioReader, forget: Callable[[], None]
+    ) -> None:
+        self.start = start
+        self._geometry, self._pagemap, self._folios, self._forget = geometry, pagemap, folios, forget
+
+    def collapse(self) -> None:
+        """Make one new PMD folio of it, with one page of contents.
+
+        Raises:
+            _UntriedError: the kernel does not.
+        """
+        self._forget()
+        ctypes.memset(self.start, 1, 1)
+        error = abi.madvise(self.start, self._geometry.pmd_size, abi.MADV_COLLAPSE)
+        if error:
+            raise _UntriedError(f"not tried, since MADV_COLLAPSE of memory of this process fails: {os.strerror(error)}")
+
+    def shows(self, act: Callable[[], object], wanted: Callable[[], bool]) -> bool:
+        """Return whether a new folio is `wanted` after `act`; what fails for a passing reference is tried again.
+
+        Raises:
+            _UntriedError: as :meth:`collapse`.
+        """
+        for _ in range(TRIALS):
+            self.collapse()
+            act()
+            if wanted():
+                return True
+        return False
+
+    def split(self, file: SplitFile, order: int, at: int | None = None) -> None:
+        """Write to the file, for the first page."""
+        file.split(os.getpid(), self.start, self._geometry.page_size, order, at)
+
+    def cool(self) -> None:
+        """Advise MADV_COLD of a page that was not written."""
+        last = self.start + self._geometry.pmd_size - self._geometry.page_size
+        abi.madvise(last, self._geometry.page_size, abi.MADV_COLD)
+
+    def orders(self, *pages: int) -> tuple[int, ...]:
+        """Return the orders of the folios that some of its pages lie in."""
+        return tuple(self._folios.folio_of(self._pfn(page))[1] for page in pages)
+
+    def given_back(self) -> bool:
+        """Return whether the page that was written is a base page, and the others are not there or the zero page."""
+        others = (self._pfn(page) for page in (1, self._geometry.ptes_per_pmd - 1))
+        if self._folios.folio_of(self._pfn(0))[1]:
+            return False
+        return all(not pfn or self._folios.word(pfn) & abi.KPF_ZERO_PAGE for pfn in others)
+
+    def _pfn(self, page: int) -> int:
+        return self._pagemap.word(self.start + page * self._geometry.page_size) & abi.PM_PFRAME_MASK
+
+
+@contextmanager
+def _trial(geometry: Geometry) -> Iterator[_Trial]:
+    """Map memory for the trials.
+
+    Raises:
+        _UntriedError: frames cannot be seen, or there is no memory.
+    """
+    try:
+        folios = FolioReader(geometry.pmd_order)
+    except OSError as error:
+        raise _UntriedError(f"not tried, since frames cannot be seen: {error.strerror} (run as root)") from error
+    try:
+        with Process("self") as process, mmap.mmap(-1, 2 * geometry.pmd_size, mmap.MAP_PRIVATE) as memory:
+            view = ctypes.c_char.from_buffer(memory)
+            start = -(-ctypes.addressof(view) // geometry.pmd_size) * geometry.pmd_size
+            # The mapping cannot be released while the view exists.
+            del view
+            pagemap = Pagemap(process)
+            try:
+                yield _Trial(geometry, start, pagemap, folios, lambda: memory.madvise(mmap.MADV_DONTNEED))
+            finally:
+                pagemap.close()
+    except OSError as error:
+        raise _UntriedError(f"not tried: {error.strerror}") from error
+    except MthpError as error:
+        raise _UntriedError(f"not tried: {error.message}") from error
+    finally:
+        folios.close()

@@ -1,0 +1,63 @@
+"""Whether folios can be split in place and trimmed: what `mthp doctor` asks about the mechanism split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mthp.linux.findings import Answer, Facts, State
+from mthp.linux.splitfile import SPLIT_FILE, SplitAbility
+
+_LATER = "Linux 6.12 or later"
+
+
+def _split(facts: Facts) -> Answer:
+    ability = facts.probed.split
+    if ability.splits:
+        what = f"makes folios below {facts.pmd} of one of {facts.pmd} in place (tried on memory of its own)"
+        return Answer(State.OK, what)
+    return Answer(State.MISSING, *ability.why_no_split())
+
+
+def _offset(facts: Facts) -> Answer:
+    answer = _of_file(facts.probed.split, facts.probed.split.offset)
+    if answer is not None:
+        return answer
+    if facts.probed.split.offset:
+        return Answer(State.OK, "one write splits a folio around one page and leaves the rest of it large")
+    return Answer(State.LIMITED, "not known to the kernel: layouts take more writes", "Linux 6.18 or later")
+
+
+def _zeroes(facts: Facts) -> Answer:
+    answer = _of_file(facts.probed.split, facts.probed.split.zeroes)
+    if answer is not None:
+        return answer
+    if facts.probed.split.zeroes:
+        return Answer(State.OK, "pages of zeroes go back to the kernel in a split to base pages")
+    return Answer(State.MISSING, "pages of zeroes stay resident after a split", _LATER)
+
+
+def _cold(facts: Facts) -> Answer:
+    ability = facts.probed.split
+    if ability.cold is None:
+        return Answer(State.LIMITED, ability.untried or "not tried")
+    if ability.cold:
+        return Answer(State.OK, "MADV_COLD of one page of a folio gives its pages of zeroes back")
+    return Answer(State.MISSING, "MADV_COLD of one page of a folio gives nothing back", _LATER)
+
+
+def _of_file(ability: SplitAbility, found: bool | None) -> Answer | None:
+    """Return why something about the file could not be found out; None if it was."""
+    if found is not None:
+        return None
+    if ability.file:
+        return Answer(State.MISSING, "not tried, for want of split")
+    return Answer(State.LIMITED, ability.untried or "not tried")
+
+
+SPLIT_QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
+    ("split", f"splitting folios in place ({SPLIT_FILE.name})", True, _split),
+    ("split_offset", "splitting around one page", True, _offset),
+    ("split_zeroes", "giving zeroes back by splitting", True, _zeroes),
+    ("cold_zeroes", "giving zeroes back by MADV_COLD", True, _cold),
+)
+"""Key, title, whether it is about a part of THP, and the function that answers."""
