@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -219,6 +220,19 @@ def mprotect(address: int, size: int, protection: int) -> int:
     return _checked(_libc.mprotect(address, size, protection))
 
 
+def mlock(address: int, size: int, on_fault: int) -> int:
+    """mlock2(2)."""
+    return _checked(_libc.mlock2(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(on_fault)))
+
+
+def pin(address: int, size: int) -> int:
+    """Pin pages for as long as this process lives, by vmsplice(2) into a pipe that is never read."""
+    read_end, write_end = os.pipe()
+    vector = struct.pack("=QQ" if ctypes.sizeof(ctypes.c_void_p) == 8 else "=II", address, size)
+    _checked(_libc.vmsplice(ctypes.c_int(write_end), vector, ctypes.c_ulong(1), ctypes.c_uint(0)))
+    return read_end
+
+
 def munmap(address: int, size: int) -> int:
     """munmap(2)."""
     return _checked(_libc.munmap(address, size))
@@ -246,6 +260,8 @@ _VERBS: dict[str, Callable[..., int]] = {
     "madvise": madvise,
     "mprotect": mprotect,
     "munmap": munmap,
+    "mlock": mlock,
+    "pin": pin,
     "set_thp_disable": set_thp_disable,
     "start_thread": start_thread,
 }

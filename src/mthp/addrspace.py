@@ -158,7 +158,13 @@ class AddressSpace(Closing, abc.ABC):
             return asked
         if order == self.geometry.pmd_order:
             return None if asked == "move" else "madvise"
+        if asked == "split" or (asked == "auto" and self.splits()):
+            return "split"
         return "move" if "move" in asked else None
+
+    def splits(self) -> bool:
+        """Return whether folios of any order can be made here by collapsing a PMD range and splitting its folio."""
+        return False
 
     def drives_khugepaged(self, order: int) -> bool:
         """Return whether the machine's own khugepaged makes folios of `order`, and may be driven with these rights."""

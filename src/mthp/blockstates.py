@@ -12,7 +12,7 @@ from mthp.geometry import Geometry
 from mthp.ptes import ORDER_UNKNOWN, Block, Pte, PteColumns, page_numbers, spread
 from mthp.results import BlockOutcome, ScanResult
 
-SMALLER_FOLIOS = "moved, but the kernel gave it smaller folios"
+SMALLER_FOLIOS = "the kernel made smaller folios of it"
 SPLIT_AGAIN = "it was split or unmapped again at once"
 EXITED = "the target exited before it could be seen what became of it"
 
@@ -96,7 +96,7 @@ def shown(
             outcome = replace(
                 claim,
                 result=ScanResult.SUCCEED,
-                reason="",
+                reason=claim.reason if claim.left_filled else "",
                 copied=contents,
                 filled=filled,
                 everywhere=False,

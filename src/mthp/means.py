@@ -8,9 +8,10 @@ from typing import Literal, get_args
 from mthp.budget import DEFAULT_BLOAT, Amount, as_amount
 from mthp.errors import UsageError
 
-Mechanism = Literal["auto", "madvise", "move", "madvise,move", "khugepaged"]
-"""How pages are collapsed: by MADV_COLLAPSE, by the mover, by each where it fits the order, or by the kernel's own
-khugepaged. ``auto`` is whatever the kernel does by itself: the mover injects code, so it must be asked for by name."""
+Mechanism = Literal["auto", "madvise", "split", "move", "madvise,move", "khugepaged"]
+"""How pages are collapsed: by MADV_COLLAPSE, by that and splits of its folio, by the mover, by each where it fits the
+order, or by the kernel's own khugepaged. ``auto`` is whatever the kernel does by itself: the mover injects code, so it
+must be asked for by name."""
 
 MAX_PAUSE_NS = 1_000_000
 PAUSE_SHARE = 0.2

@@ -93,6 +93,8 @@ class BlockOutcome:
             better.
         passing: whether it may be otherwise a moment later, so that another try is worth it.
         verified: whether its bytes were the same before and after; None if that was not asked for.
+        left_filled: pages of zeroes that the attempt added outside of the block and that could not be given back, told
+            with one block of a PMD range; `reason` says why they stay.
     """
 
     address: int
@@ -106,6 +108,7 @@ class BlockOutcome:
     everywhere: bool = False
     passing: bool = False
     verified: bool | None = None
+    left_filled: int = 0
 
 
 _MEANING = {

@@ -94,3 +94,11 @@ def test_a_refusal_of_everything_ends_where_another_made_the_folio() -> None:
     refused = BlockOutcome(*BLOCK, ScanResult.FAIL, "another mthp works on it", everywhere=True, passing=True)
     (outcome,) = shown([refused], states[0], states[1], X86_64)
     assert (outcome.result, outcome.everywhere, outcome.passing) == (ScanResult.SUCCEED, False, False)
+
+
+def test_what_an_attempt_left_filled_beside_a_block_is_told_with_its_reason() -> None:
+    states = [states_of(each, [BLOCK], X86_64) for each in (SMALL, FOLIO)]
+    for claimed in (ScanResult.SUCCEED, ScanResult.PAGE_COUNT):
+        claim = BlockOutcome(*BLOCK, claimed, "it stays", left_filled=40)
+        (outcome,) = shown([claim], states[0], states[1], X86_64)
+        assert (outcome.result, outcome.left_filled, outcome.reason) == (ScanResult.SUCCEED, 40, "it stays")

@@ -40,7 +40,8 @@ PATIENCE = 20
 
 LOST = "the guest was lost in it"
 
-_SETUP = f"""cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
+_SETUP = f"""mount -t debugfs debugfs /sys/kernel/debug 2> /dev/null
+cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
 export MTHP_TEST_PROGRAMS=/programs MTHP_TEST_PATIENCE={PATIENCE}
 export MTHP_TEST_ROUNDS=1 MTHP_TEST_STRIDE=32 MTHP_TEST_KILLS=22 MTHP_TEST_TURNS=8 MTHP_TEST_TARGETS=6
 """

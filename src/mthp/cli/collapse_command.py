@@ -104,9 +104,9 @@ def command(
     """Collapse the memory of TARGET, now, as `mthp plan` says with the same options.
 
     TARGET is a PID, or the word self. The kernel's MADV_COLLAPSE makes folios of the PMD size. Smaller ones are made by
-    the kernel's khugepaged on Linux 7.2 and later, else only by --mechanism move, which injects code into TARGET and
-    stops it again and again for about a millisecond. The largest come first, and of each size the fullest. Ctrl-C ends
-    it after the range or the batch at hand.
+    splitting such a folio in place where debugfs is open (Linux 6.12), or by the kernel's khugepaged (Linux 7.2), else
+    only by --mechanism move, which injects code into TARGET and stops it again and again for about a millisecond. The
+    largest come first, and of each size the fullest. Ctrl-C ends it after the range or the batch at hand.
 
     khugepaged goes by its own order, works for all processes while it is driven, and knows only memory that was mapped
     or advised while a size was on.

@@ -60,6 +60,7 @@ def _print_mechanisms(out: Console, report: CollapseReport) -> None:
     geometry = report.plan.geometry
     meanings = {
         "madvise": "MADV_COLLAPSE: nothing is written into the process, and it is not stopped",
+        "split": "MADV_COLLAPSE, then splits: nothing is written into the process, and it is not stopped",
         "move": "the mover: the process is stopped again and again (--max-pause, --pause-share)",
         "khugepaged": "the kernel's own khugepaged: switches change for the whole system meanwhile",
         None: needs_move_reason(report.move_price),

@@ -90,7 +90,7 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
             price = price_of_moving(threads(space), means.max_pause_ns)
             left.append(LeftFolios(order, len(fill), needs_move_reason(price)))
             continue
-        if mechanism != "madvise" and not means.fill:
+        if mechanism in ("move", "khugepaged") and not means.fill:
             fill = fill[fill == 0]
             if holes := plan.folios_by_order[order] - len(fill):
                 left.append(LeftFolios(order, holes, "they have holes: --fill fills them"))

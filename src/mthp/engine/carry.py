@@ -8,6 +8,7 @@ The fullest blocks come first, so that a budget buys as many folios as it can. H
 are tried again, depends on the mechanism:
 
 - ``madvise`` collapses one PMD range at a time;
+- ``split`` makes all blocks of a PMD range at once, the ranges that have least to be filled first;
 - ``move`` takes as many blocks of one order as keep Ctrl-C from waiting long, because the backend turns on that order's
   switch for the batch; it tries blocks again that were refused for a passing reason;
 - ``khugepaged`` takes all blocks, in windows, until one brings nothing new. It chooses the ranges itself, so it keeps
@@ -71,7 +72,8 @@ class Carrier:
         self._mechanism = mechanism
         self._geometry = work.space.geometry
         self._means = dataclasses.replace(work.means, mechanism=mechanism)
-        self._admission = Admission(work.space, work.room, work.bloat_left, fills=work.means.fill)
+        fills = work.means.fill or mechanism == "split"
+        self._admission = Admission(work.space, work.room, work.bloat_left, fills=fills)
         self._batch_size = FIRST_BATCH
         self._refused: BlockOutcome | None = None
 
@@ -90,21 +92,41 @@ class Carrier:
                 if self._mechanism == "khugepaged":
                     self._in_windows(blocks)
                     return
-                size = self._geometry.size_of(blocks[0][1])
-                count = self._work.most_at_once(size, min(self._batch_size, max(1, LARGEST_BATCH_BYTES // size)))
-                done += self._batch(blocks[done : done + count])
+                done += self._batch(blocks[done : done + self._count(blocks[0][1])])
+
+    def _count(self, order: int) -> int:
+        """Return how many blocks of a list make a batch, the first of which is of `order`."""
+        if self._mechanism == "split":
+            return self._geometry.ptes_per_pmd
+        size = self._geometry.size_of(order)
+        return self._work.most_at_once(size, min(self._batch_size, max(1, LARGEST_BATCH_BYTES // size)))
 
     def _lists(self, folios: Folios) -> Iterator[list[Block]]:
-        """Yield the blocks order by order, the largest first, the fullest first, then by ascending address."""
+        """Yield the blocks order by order, the largest first, the fullest first, then by ascending address.
+
+        For ``split`` range by range, for ``khugepaged`` all at once.
+        """
         by_rank = folios[np.lexsort((folios.address, folios.filled, -folios.order.astype(np.int16)))]
         if self._mechanism == "khugepaged":
             yield list(zip(by_rank.address.tolist(), by_rank.order.tolist(), strict=True))
             return
+        if self._mechanism == "split":
+            yield from self._by_range(folios)
+            return
         for order in dict.fromkeys(by_rank.order.tolist()):
             yield [(address, order) for address in by_rank.address[by_rank.order == order].tolist()]
 
+    def _by_range(self, folios: Folios) -> Iterator[list[Block]]:
+        """Yield the blocks of each PMD range, those with least to be filled first."""
+        ranges, at = np.unique(folios.address // np.uint64(self._geometry.pmd_size), return_inverse=True)
+        filled = np.bincount(at, weights=folios.filled, minlength=len(ranges))
+        blocks: list[list[Block]] = [[] for _ in ranges]
+        for index, address, order in zip(at.tolist(), folios.address.tolist(), folios.order.tolist(), strict=True):
+            blocks[index].append((address, order))
+        yield from (blocks[index] for index in np.argsort(filled, kind="stable").tolist())
+
     def _batch(self, blocks: list[Block]) -> int:
-        """Make some blocks of one order; return how many are done with."""
+        """Make some blocks of one order, or of one PMD range; return how many are done with."""
         if self._refused is not None:
             for block in blocks:
                 self._account(dataclasses.replace(self._refused, address=block[0], order=block[1]))
@@ -161,8 +183,7 @@ class Carrier:
 
     def _try(self, blocks: list[Block], columns: PteColumns) -> None:
         """Collapse `blocks`, which `columns` hold, and count what came of them."""
-        order = blocks[0][1]
-        self._work.tried(len(blocks) * self._geometry.size_of(order))
+        self._work.tried(sum(self._geometry.size_of(order) for _, order in blocks))
         if self._mechanism == "move":
             self._work.report.moved_blocks += len(blocks)
         begin = time.monotonic()
@@ -237,6 +258,7 @@ class Carrier:
     def _account(self, outcome: BlockOutcome) -> None:
         """Count what came of a block."""
         report, tally, page_size = self._work.report, self._done(outcome.order), self._geometry.page_size
+        report.filled_bytes += outcome.left_filled * page_size
         if outcome.result is ScanResult.SUCCEED:
             tally.made += 1
             report.copied_bytes += outcome.copied * page_size

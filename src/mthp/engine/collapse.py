@@ -22,7 +22,7 @@ from mthp.means import USUAL_MEANS, Means, Mechanism
 from mthp.metrics import Durations
 from mthp.price import price_of_moving
 
-ORDER_OF_MECHANISMS: tuple[Mechanism, ...] = ("madvise", "khugepaged", "move")
+ORDER_OF_MECHANISMS: tuple[Mechanism, ...] = ("madvise", "split", "khugepaged", "move")
 
 BeforeMove = Callable[[SpacePlan, Mechanism], None]
 
@@ -78,7 +78,7 @@ def check_mechanism(means: Means) -> None:
             help="leave fill out, or lift the budget: max-bloat none",
         )
     for name in ("fill", "verify"):
-        if getattr(means, name) and means.mechanism in ("auto", "madvise"):
+        if getattr(means, name) and means.mechanism in ("auto", "madvise", "split"):
             raise UsageError(
                 f"{name} is for the mover: MADV_COLLAPSE always fills, and cannot verify",
                 help="use the mechanism move, or madvise,move",
@@ -148,7 +148,7 @@ def carry_out(
         for mechanism, carrier in carriers.items():
             if not len(by[mechanism]) or report.ended_early:
                 continue
-            if mechanism != "madvise":
+            if mechanism in ("khugepaged", "move"):
                 before_move(plan, mechanism)
             carrier.carry_out(by[mechanism])
             report.verified |= mechanism == "move" and means.verify

@@ -29,6 +29,8 @@ from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process, ProcStat
 from mthp.linux.space import ProcessSpace
+from mthp.linux.split import SplitBlocks
+from mthp.linux.splitfile import split_ability
 from mthp.linux.sysfs import ThpSysfs
 from mthp.linux.watch import LiveWatch
 from mthp.means import Means, Mechanism
@@ -85,6 +87,7 @@ class LiveAddressSpace(ProcessSpace):
         self._columns = ColumnReader(self._pagemap, self._folios, self._geometry)
         self._made_mover: Mover | None = None
         self._contents: Contents | None = None
+        self._made_splitter: SplitBlocks | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -263,9 +266,20 @@ class LiveAddressSpace(ProcessSpace):
             return self._mover().collapse(blocks, means, before)
         if mechanism == "khugepaged":
             return self._khugepaged().collapse(blocks, fill=means.fill)
+        if mechanism == "split":
+            return self._split_blocks().collapse(blocks, means)
         needs = {True: NEEDS_CALL, False: NEEDS_MOVER}
         pmd_order = self._geometry.pmd_order
         return [BlockOutcome(*block, ScanResult.FAIL, needs[block[1] == pmd_order]) for block in blocks]
+
+    def splits(self) -> bool:
+        return self._folios is not None and split_ability(self._geometry).splits
+
+    def _split_blocks(self) -> SplitBlocks:
+        """What makes folios in this process by splitting, made when it is first needed."""
+        if self._made_splitter is None:
+            self._made_splitter = SplitBlocks(self)
+        return self._made_splitter
 
     def drives_khugepaged(self, order: int) -> bool:
         return self._khugepaged().makes(order)
@@ -311,6 +325,8 @@ class LiveAddressSpace(ProcessSpace):
         """Let go of the process. Closing twice does nothing."""
         if self._made_mover is not None:
             self._made_mover.close()
+        if self._made_splitter is not None:
+            self._made_splitter.close()
         if self._contents is not None:
             self._contents.close()
             self._contents = None

@@ -1,0 +1,211 @@
+"""Makes mTHPs in place: MADV_COLLAPSE of a PMD range, then splits down to exactly the planned folios.
+
+For a moment the whole range is one PMD folio, whose holes are filled with zeroes; the split to base pages gives those
+of them back that no block was to have. Nothing is injected into the target, no thread of it stops, and no switch
+changes, so wherever this process ends there is nothing to undo: at worst a range stays larger than planned.
+
+Each range goes by itself: checked (:mod:`mthp.linux.splitchecks`), room for one PMD folio taken, collapsed, divided
+(:mod:`mthp.linux.divide`). A folio that was pinned or shared between the collapse and a split cannot be divided. What
+was filled in it besides the blocks is given back by bringing it to base pages, and told where even that is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from mthp.abilities import memory_bounds, zero_filled
+from mthp.blockstates import EXITED
+from mthp.budget import Room, as_amount
+from mthp.closing import Closing
+from mthp.errors import TargetVanishedError
+from mthp.linux.divide import LargeFolio, Part, divider_of
+from mthp.linux.interruptions import interruptions_held_back
+from mthp.linux.madvise import Madvise
+from mthp.linux.space import ProcessSpace
+from mthp.linux.splitchecks import RangeLayout, layout_of, refusal_of_mapping, refusal_of_pages
+from mthp.linux.splitfile import SplitAbility, SplitFile, opened, split_ability
+from mthp.means import Means
+from mthp.ptes import Block, Pte
+from mthp.results import BlockOutcome, ScanResult
+from mthp.vma import Vma
+
+RENEW_SECONDS = 0.05
+"""How long the room that was left counts. The target and its neighbours grow meanwhile."""
+
+UNDIVIDED = "its folio could not be split, as it is pinned, or shared since the collapse"
+AT_BASE_PAGES = f"{UNDIVIDED}; it was brought back to base pages"
+STAYS = "{pages} pages of zeroes that the collapse added to its PMD range stay: its folio is pinned or shared since"
+
+
+class SplitBlocks(Closing):
+    """Makes folios below the PMD order in the memory of one process.
+
+    Args:
+        space: of the process.
+        ability: what the kernel does; found out if None.
+        file: to split by; the system's if None.
+
+    Raises:
+        NotPermittedError, UnsupportedError: folios cannot be split here.
+        TargetVanishedError: the process is gone.
+    """
+
+    def __init__(self, space: ProcessSpace, ability: SplitAbility | None = None, file: SplitFile | None = None) -> None:
+        self._space, self._geometry, self._madvise = space, space.geometry, Madvise(space)
+        ability = split_ability(self._geometry) if ability is None else ability
+        ability.require_split()
+        self._divider = divider_of(space, opened() if file is None else file, ability)
+
+    def close(self) -> None:
+        self._divider.close()
+
+    def collapse(self, blocks: Sequence[Block], means: Means) -> list[BlockOutcome]:
+        """Collapse disjoint `blocks`, one PMD range after the other: what came of each, in their order.
+
+        Large folios in their ranges that are not among them stay as large as they are.
+
+        Raises:
+            NotPermittedError, UnsupportedError: as the kernel's call.
+            TargetVanishedError: the process is gone.
+        """
+        space, size = self._space, self._geometry.pmd_size
+        vmas, switches, thp_disabled = space.vmas(), space.switches, space.thp_disabled
+        starts = np.array([vma.start for vma in vmas], np.uint64)
+        room = _RenewedRoom(space, means)
+        ranges: dict[int, list[Block]] = {}
+        for block in blocks:
+            ranges.setdefault(block[0] // size * size, []).append(block)
+        outcomes: dict[Block, BlockOutcome] = {}
+        ended: BlockOutcome | None = None
+        for start, chosen in ranges.items():
+            if ended is not None:
+                outcomes |= _alike(chosen, ended)
+                continue
+            at = int(np.searchsorted(starts, start, side="right")) - 1
+            vma = vmas[at] if at >= 0 and start < vmas[at].end else None
+            refusal = refusal_of_mapping(vma, start, self._geometry, switches, thp_disabled=thp_disabled)
+            if vma is None or refusal is not None:
+                result, reason = refusal or (ScanResult.VMA_NULL, "")
+                outcomes |= _alike(chosen, BlockOutcome(start, 0, result, reason))
+                continue
+            try:
+                # An interrupt between the collapse and the splits would leave the range filled.
+                with interruptions_held_back():
+                    outcomes |= self._range(start, chosen, vma, room)
+            except TargetVanishedError:
+                outcomes |= _alike(chosen, BlockOutcome(start, 0, ScanResult.ANY_PROCESS, EXITED))
+            last = outcomes[chosen[-1]]
+            ended = last if last.everywhere or last.result is ScanResult.ANY_PROCESS else None
+        return [outcomes[block] for block in blocks]
+
+    def _range(self, start: int, blocks: list[Block], vma: Vma, room: _RenewedRoom) -> dict[Block, BlockOutcome]:
+        """Make the blocks of one PMD range.
+
+        Raises:
+            As :meth:`collapse`.
+        """
+        begin = time.perf_counter_ns()
+        geometry = self._geometry
+        columns = self._space.read([(start, start + geometry.pmd_size)])
+        layout = layout_of(start, blocks, columns, geometry)
+        if refusal := refusal_of_pages(layout, columns, locked="lo" in vma.flags):
+            return _alike(blocks, BlockOutcome(start, 0, *refusal))
+        if not room.take(layout):
+            why = BlockOutcome(start, 0, ScanResult.CGROUP_CHARGE_FAIL, room.reason, everywhere=True)
+            return _alike(blocks, why)
+        collapsed = self._madvise.collapse_range(start)
+        if collapsed.result is not ScanResult.SUCCEED:
+            # The target is at a limit, whatever was left a moment ago.
+            charge = collapsed.result is ScanResult.CGROUP_CHARGE_FAIL
+            full = charge or (collapsed.result is ScanResult.ALLOC_HUGE_PAGE_FAIL and room.limited)
+            return _alike(blocks, dataclasses.replace(collapsed, everywhere=full))
+        folio = self._divider.folio_at(start, geometry.pmd_order)
+        results = dict.fromkeys(blocks, (ScanResult.SUCCEED, ""))
+        # Without a folio it was split or unmapped again at once, which the page tables will show.
+        if folio is not None:
+            refused = self._divider.divide(folio, layout.orders)
+            results |= self._given_back(folio, layout, refused, blocks)
+        left = self._left_filled(folio, layout)
+        elapsed = (time.perf_counter_ns() - begin) // len(blocks)
+        outcomes = {block: BlockOutcome(*block, *end, elapsed_ns=elapsed) for block, end in results.items()}
+        if left:
+            first = blocks[0]
+            outcomes[first] = dataclasses.replace(outcomes[first], reason=STAYS.format(pages=left), left_filled=left)
+        return outcomes
+
+    def _given_back(
+        self, folio: LargeFolio, layout: RangeLayout, refused: list[Part], blocks: list[Block]
+    ) -> dict[Block, tuple[ScanResult, str]]:
+        """Bring what could not be divided to base pages where it holds more than was planned.
+
+        Returns:
+            Result and reason of the blocks in it.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        results = {}
+        for part in refused:
+            why = UNDIVIDED
+            if layout.spare[part.pages].any() and self._divider.to_base_pages(folio, part, layout.holes):
+                why = AT_BASE_PAGES
+            for address, order in blocks:
+                first = (address - folio.address) // self._geometry.page_size
+                if part.pages.start <= first < part.pages.stop:
+                    results[address, order] = (ScanResult.PAGE_COUNT, why)
+        return results
+
+    def _left_filled(self, folio: LargeFolio | None, layout: RangeLayout) -> int:
+        """Return how many pages of zeroes the collapse added beside the blocks that are still there.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        kept = layout.spare if folio is None else layout.spare & self._divider.still_mapped(folio)
+        if not kept.any():
+            return 0
+        # What the target wrote to meanwhile is its own.
+        columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
+        kept = kept & columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
+        return int((kept & zero_filled(self._space, columns)).sum())
+
+
+class _RenewedRoom:
+    """The room for one PMD folio, asked again as time goes on."""
+
+    def __init__(self, space: ProcessSpace, means: Means) -> None:
+        self._geometry = space.geometry
+        self._room = Room(lambda: memory_bounds(space), as_amount(means.reserve))
+        self._asked = time.monotonic()
+
+    def take(self, layout: RangeLayout) -> bool:
+        """Take room for one range; return whether it fits.
+
+        A new folio is charged, and what is swapped out read back, before any page is freed (collapse_huge_page(),
+        mm/khugepaged.c).
+        """
+        if time.monotonic() - self._asked > RENEW_SECONDS:
+            self._room.renew()
+            self._asked = time.monotonic()
+        page_size = self._geometry.page_size
+        swapped = layout.swapped * page_size
+        return self._room.take(layout.fill * page_size + swapped, self._geometry.pmd_size + swapped)
+
+    @property
+    def limited(self) -> bool:
+        """Whether a cgroup limits the target."""
+        return self._room.limited
+
+    @property
+    def reason(self) -> str:
+        """Why a folio does not fit."""
+        return f"for a moment it takes {self._geometry.label(self._geometry.pmd_order)}: {self._room.reason}"
+
+
+def _alike(blocks: Sequence[Block], outcome: BlockOutcome) -> dict[Block, BlockOutcome]:
+    """Return one outcome for each of `blocks`."""
+    return {block: dataclasses.replace(outcome, address=block[0], order=block[1]) for block in blocks}

@@ -1,0 +1,145 @@
+"""What keeps a PMD range from being collapsed and split: checked by us, since MADV_COLLAPSE goes by no policy.
+
+It fills holes, reads back what is swapped out, copies what is shared, and keeps what was to be freed lazily, wherever
+that lies in the range. What the planned blocks hold was decided on with the plan; the rest of the range must come out
+as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.eligibility import eligibility
+from mthp.geometry import Geometry
+from mthp.ptes import ORDER_UNKNOWN, Block, Pte, PteColumns
+from mthp.results import ScanResult
+from mthp.tunables import Switches
+from mthp.vma import Vma, VmaKind
+
+Refusal = tuple[ScanResult, str]
+"""Why a range is left alone: the result that its blocks have, and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangeLayout:
+    """What a PMD range is to become.
+
+    Attributes:
+        start: its address.
+        orders: int8, shape (pages,): the order of the folio that each page is to lie in, 0 for base pages and holes.
+        planned: bool, shape (pages,): which pages lie in planned blocks.
+        holes: bool, shape (pages,): which pages are none or the zero page.
+        swapped: how many of its pages are swapped out.
+    """
+
+    start: int
+    orders: NDArray[np.int8]
+    planned: NDArray[np.bool_]
+    holes: NDArray[np.bool_]
+    swapped: int
+
+    @property
+    def fill(self) -> int:
+        """Pages that planned blocks add."""
+        return int((self.holes & self.planned).sum())
+
+    @property
+    def spare(self) -> NDArray[np.bool_]:
+        """Which pages a collapse fills although no block has them: bool, shape (pages,)."""
+        return self.holes & ~self.planned
+
+
+def layout_of(start: int, blocks: list[Block], columns: PteColumns, geometry: Geometry) -> RangeLayout:
+    """Return what the PMD range at `start` is to become: the blocks in it, and the large folios that it has.
+
+    Args:
+        columns: the entries of the range, as just read.
+    """
+    present = columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
+    orders = _whole_folios(columns, present)
+    planned = np.zeros(geometry.ptes_per_pmd, np.bool_)
+    for address, order in blocks:
+        first = (address - start) // geometry.page_size
+        orders[first : first + (1 << order)] = order
+        planned[first : first + (1 << order)] = True
+    swap = columns.has(Pte.SWAP)
+    return RangeLayout(start, orders, planned, ~present & ~swap, int(swap.sum()))
+
+
+def _whole_folios(columns: PteColumns, present: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """Return the order of the folio that each page lies in, where all of the folio is there, aligned; else 0."""
+    orders = np.where(present, np.maximum(columns.folio_order, 0), 0).astype(np.int8)
+    if columns.pfn is None or not orders.any():
+        return np.zeros_like(orders)
+    frames, pages = columns.pfn.view(np.int64), np.arange(len(orders))
+    for order in np.unique(orders[orders > 0]).tolist():
+        size = 1 << order
+        first = pages >> order << order
+        fits = (orders == order) & (frames - pages == frames[first] - first) & (frames[first] % size == 0)
+        orders[(orders == order) & ~fits.reshape(-1, size).all(axis=1).repeat(size)] = 0
+    return orders
+
+
+def refusal_of_mapping(
+    vma: Vma | None, start: int, geometry: Geometry, switches: Switches, *, thp_disabled: bool
+) -> Refusal | None:
+    """Return why nothing in the PMD range at `start` may be collapsed, whatever it holds; None if something may.
+
+    Args:
+        vma: the mapping that `start` lies in, if there is one.
+        thp_disabled: whether the process switched THP off for itself.
+    """
+    if vma is None:
+        return ScanResult.VMA_NULL, ""
+    allowed = eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=thp_disabled)
+    if vma.kind is not VmaKind.ANON or not allowed:
+        return ScanResult.VMA_CHECK, allowed.reason or "not anonymous memory"
+    if vma.start > start or vma.end < start + geometry.pmd_size:
+        return ScanResult.ADDRESS_RANGE, ""
+    if vma.uffd_armed:
+        return ScanResult.VMA_CHECK, "registered with userfaultfd, which holes must not be filled behind"
+    return None
+
+
+def refusal_of_pages(layout: RangeLayout, columns: PteColumns, *, locked: bool) -> Refusal | None:
+    """Return why a range is not collapsed because of what it holds; None if it may be.
+
+    Args:
+        columns: the entries of the range, as just read.
+        locked: whether its mapping is locked in memory.
+    """
+    outside = ~layout.planned
+    for result, bits, where, reason in _PAGES:
+        if (columns.has(bits) & (outside if where == "outside" else True)).any():
+            return result, reason
+    if (columns.folio_order == ORDER_UNKNOWN).any():
+        return ScanResult.FAIL, "the folio orders in its PMD range cannot be seen"
+    if not (columns.has(Pte.PRESENT | Pte.SWAP) & ~columns.has(Pte.ZERO)).any():
+        return ScanResult.NO_PTE_TABLE, ""
+    if locked and layout.spare.any():
+        return ScanResult.VMA_CHECK, "mlocked: the kernel keeps the zeroes that the collapse fills its holes with"
+    return None
+
+
+_PAGES: tuple[tuple[ScanResult, Pte, str, str], ...] = (
+    (ScanResult.PAGE_ANON, Pte.FILE | Pte.HUGETLB, "anywhere", ""),
+    (ScanResult.PTE_UFFD, Pte.UFFD_WP, "anywhere", ""),
+    (ScanResult.FAIL, Pte.GUARD, "anywhere", "there are guard pages in its PMD range"),
+    (ScanResult.EXCEED_SWAP_PTE, Pte.SWAP, "outside", "pages beside it in its PMD range are swapped out"),
+    (
+        ScanResult.EXCEED_SHARED_PTE,
+        Pte.SHARED,
+        "outside",
+        "pages beside it in its PMD range are shared with another process",
+    ),
+    (
+        ScanResult.PAGE_LAZYFREE,
+        Pte.LAZYFREE,
+        "outside",
+        "pages beside it in its PMD range were freed lazily (MADV_FREE), and would be kept",
+    ),
+)
+"""Result, what stands for it, whether it counts in planned blocks too, and the reason where there is more to say."""
