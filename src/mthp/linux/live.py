@@ -32,11 +32,13 @@ from mthp.linux.space import ProcessSpace
 from mthp.linux.split import SplitBlocks
 from mthp.linux.splitfile import split_ability
 from mthp.linux.sysfs import ThpSysfs
+from mthp.linux.trim import Trimmer
 from mthp.linux.watch import LiveWatch
 from mthp.means import Means, Mechanism
 from mthp.outline import Outline
 from mthp.ptes import Block, PteColumns, Segment, segments_of
 from mthp.results import BlockOutcome, ScanResult
+from mthp.trimming import TrimBy, TrimOutcome
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
 
@@ -88,6 +90,7 @@ class LiveAddressSpace(ProcessSpace):
         self._made_mover: Mover | None = None
         self._contents: Contents | None = None
         self._made_splitter: SplitBlocks | None = None
+        self._made_trimmer: Trimmer | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -281,6 +284,17 @@ class LiveAddressSpace(ProcessSpace):
             self._made_splitter = SplitBlocks(self)
         return self._made_splitter
 
+    @property
+    def trims_by(self) -> tuple[TrimBy, ...]:
+        ability = split_ability(self._geometry)
+        ways: tuple[tuple[TrimBy, bool | None], ...] = (("split", ability.splits), ("cold", ability.cold))
+        return tuple(by for by, works in ways if works and self._folios is not None)
+
+    def trim_folios(self, folios: Sequence[Block], zero: Sequence[NDArray[np.bool_]], by: TrimBy) -> list[TrimOutcome]:
+        if self._made_trimmer is None:
+            self._made_trimmer = Trimmer(self)
+        return self._made_trimmer.trim(folios, zero, by)
+
     def drives_khugepaged(self, order: int) -> bool:
         return self._khugepaged().makes(order)
 
@@ -325,8 +339,9 @@ class LiveAddressSpace(ProcessSpace):
         """Let go of the process. Closing twice does nothing."""
         if self._made_mover is not None:
             self._made_mover.close()
-        if self._made_splitter is not None:
-            self._made_splitter.close()
+        for made in (self._made_splitter, self._made_trimmer):
+            if made is not None:
+                made.close()
         if self._contents is not None:
             self._contents.close()
             self._contents = None

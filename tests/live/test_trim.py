@@ -1,0 +1,214 @@
+"""Pages of zeroes given back out of large folios of other processes, beside threads that use them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mthp.errors import MthpError
+from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.sysfs import ThpSysfs
+from mthp.linux.trim import SMALLEST_LARGE, in_use
+from mthp.ptes import Block, Pte
+from mthp.results import ScanResult
+from mthp.trimming import TrimBy, Trimming, TrimOutcome
+from split_targets import Churn
+from targets import MADV_COLLAPSE, PAGE_SIZE, PMD_ORDER, PMD_SIZE, Puppet
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp")]
+
+PAGES = PMD_SIZE // PAGE_SIZE
+CHURN_SECONDS = float(os.environ.get("MTHP_TEST_CHURN_SECONDS", "10"))
+WAYS: tuple[TrimBy, ...] = ("cold", "split")
+
+
+@pytest.fixture(autouse=True)
+def faults_of_one_page(thp_switches: ThpSwitches) -> None:
+    thp_switches.set("enabled", "madvise")
+    thp_switches.only()
+
+
+@pytest.fixture(params=WAYS)
+def by(request: pytest.FixtureRequest) -> TrimBy:
+    with open_live("self") as space:
+        if request.param not in space.trims_by:
+            pytest.skip(f"folios cannot be trimmed by {request.param} here")
+    way: TrimBy = request.param
+    return way
+
+
+@pytest.fixture
+def puppet() -> Iterator[Puppet]:
+    with Puppet() as puppet:
+        yield puppet
+
+
+def huge(puppet: Puppet, used: int, at: int = 0) -> int:
+    """Have the puppet map a PMD folio with `used` pages in use, the page `at` the first."""
+    address = puppet.map(PMD_SIZE)
+    puppet.write(address + at * PAGE_SIZE, used)
+    puppet.tell("madvise", address, PMD_SIZE, MADV_COLLAPSE)
+    return address
+
+
+def whole(addresses: list[int]) -> list[Block]:
+    return [(address, PMD_ORDER) for address in addresses]
+
+
+def zeroes(space: LiveAddressSpace, address: int) -> NDArray[np.bool_]:
+    return space.zero_filled(space.read([(address, address + PMD_SIZE)]))
+
+
+def resident(pid: int, address: int) -> int:
+    """Resident pages of the mapping at `address`, as smaps has them."""
+    text = Path(f"/proc/{pid}/smaps").read_text()
+    return (int(text[text.index(f"{address:x}-") :].partition("\nRss:")[2].split()[0]) << 10) // PAGE_SIZE
+
+
+def test_pages_of_zeroes_go_back_and_the_others_stay(puppet: Puppet, by: TrimBy) -> None:
+    addresses = [huge(puppet, 40, at) for at in (0, 100, PAGES - 40)]
+    with open_live(puppet.pid) as space:
+        trimming: Trimming = space
+        zero = [zeroes(space, address) for address in addresses]
+        assert [int(each.sum()) for each in zero] == [PAGES - 40] * 3
+        outcomes = trimming.trim_folios(whole(addresses), zero, by)
+        for address, outcome, pages in zip(addresses, outcomes, zero, strict=True):
+            assert outcome.result is ScanResult.SUCCEED, outcome
+            orders = np.zeros(PAGES, np.int8) if by == "cold" else in_use(pages, PAGE_SIZE)
+            kept = int((~pages | (orders > 0)).sum())
+            assert resident(puppet.pid, address) == kept
+            assert outcome.given_back == PAGES - kept
+            assert sum(count << order for order, count in outcome.left.items()) == kept
+            columns = space.read([(address, address + PMD_SIZE)])
+            there = columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
+            assert (columns.folio_order[there] == orders[there]).all()
+    for address, at in zip(addresses, (0, 100, PAGES - 40), strict=True):
+        assert puppet.tell("read", address + at * PAGE_SIZE, 40, 1) == 40
+        assert puppet.tell("read", address, PAGES, 1) == 40
+
+
+@pytest.mark.parametrize(
+    ("stage", "result", "word"),
+    [
+        (lambda puppet, at: puppet.tell("mlock", at, PMD_SIZE, 0), ScanResult.VMA_CHECK, "mlocked"),
+        (lambda puppet, at: puppet.tell("fork"), ScanResult.EXCEED_SHARED_PTE, "shared"),
+        (lambda puppet, at: puppet.tell("pin", at, PAGE_SIZE), ScanResult.PAGE_COUNT, "pinned"),
+        (lambda puppet, at: puppet.write(at, PAGES), ScanResult.FAIL, "zeroes"),
+        (lambda puppet, at: puppet.tell("munmap", at, PMD_SIZE), ScanResult.PTE_NON_PRESENT, "one folio"),
+    ],
+    ids=["mlock", "fork", "pinned", "full", "unmapped"],
+)
+def test_a_folio_is_left_as_it_is(
+    puppet: Puppet, by: TrimBy, stage: Callable[[Puppet, int], object], result: ScanResult, word: str
+) -> None:
+    address, other = huge(puppet, 40), huge(puppet, 40)
+    stage(puppet, address)
+    with open_live(puppet.pid) as space:
+        outcomes = space.trim_folios(whole([address, other]), [zeroes(space, each) for each in (address, other)], by)
+        assert [outcome.result for outcome in outcomes][1] is (
+            # A child shares all memory.
+            result if result is ScanResult.EXCEED_SHARED_PTE else ScanResult.SUCCEED
+        )
+        assert outcomes[0].result is result, outcomes[0]
+        assert word in outcomes[0].reason
+        assert not outcomes[0].given_back
+
+
+def test_a_folio_of_which_a_part_was_unmapped_is_trimmed_too(puppet: Puppet, by: TrimBy) -> None:
+    address = huge(puppet, 40, PAGES // 2)
+    puppet.tell("munmap", address, PAGE_SIZE * 8)
+    rest = address + PAGE_SIZE * 8
+    with open_live(puppet.pid) as space:
+        (outcome,) = space.trim_folios(whole([address]), [zeroes(space, address)], by)
+        assert outcome.result is ScanResult.SUCCEED
+        assert outcome.given_back == PAGES - 8 - resident(puppet.pid, rest)
+        assert outcome.given_back >= PAGES - 8 - 64
+        assert puppet.tell("read", rest, PAGES - 8, 1) == 40
+
+
+@pytest.mark.parametrize("stage", ["mlock", "pin", "fork", "munmap"])
+def test_what_happens_after_the_look_is_shown_by_the_tables(
+    puppet: Puppet, by: TrimBy, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = huge(puppet, 40)
+    arguments = {"mlock": (address, PMD_SIZE, 0), "pin": (address, PAGE_SIZE), "munmap": (address, PMD_SIZE)}
+    with open_live(puppet.pid) as space:
+        zero = zeroes(space, address)
+        plain = LiveAddressSpace.vmas
+
+        def vmas(self: LiveAddressSpace) -> object:
+            found = plain(self)
+            puppet.tell(stage, *arguments.get(stage, ()))
+            return found
+
+        monkeypatch.setattr(LiveAddressSpace, "vmas", vmas)
+        (outcome,) = space.trim_folios(whole([address]), [zero], by)
+        monkeypatch.undo()
+        if stage == "munmap":
+            assert not outcome.left
+            return
+        assert outcome.given_back == PAGES - resident(puppet.pid, address)
+        assert puppet.tell("read", address, PAGES, 1) == 40
+        if (stage, by) not in (("fork", "split"), ("mlock", "split")):
+            assert outcome.result is not ScanResult.SUCCEED
+            assert outcome.reason
+
+
+def test_a_target_that_exits(puppet: Puppet, by: TrimBy) -> None:
+    address = huge(puppet, 40)
+    with open_live(puppet.pid) as space:
+        zero = zeroes(space, address)
+        puppet.kill()
+        with pytest.raises(MthpError) as raised:
+            space.trim_folios(whole([address]), [zero], by)
+        assert raised.value.exit_code == 4
+
+
+@pytest.mark.parametrize("flags", ["-", "z", "d", "f"])
+def test_threads_lose_nothing_while_their_memory_is_trimmed_again_and_again(by: TrimBy, flags: str) -> None:
+    end = time.monotonic() + CHURN_SECONDS
+    results: Counter[ScanResult] = Counter()
+    given_back = 0
+    with Churn(3, max(16, 2 * PMD_SIZE >> 20), 30, flags) as churn, open_live(churn.pid) as space:
+        addresses = list(range(churn.address, churn.address + churn.size, PMD_SIZE))
+        while time.monotonic() < end:
+            for outcome in space.collapse_blocks(whole(addresses)):
+                results[outcome.result] += 0
+            outcomes: list[TrimOutcome] = space.trim_folios(
+                whole(addresses), [zeroes(space, address) for address in addresses], by
+            )
+            results.update(outcome.result for outcome in outcomes)
+            given_back += sum(outcome.given_back for outcome in outcomes)
+        assert churn.finish() == 0
+        assert churn.accesses
+    # What is discarded all the time, or shared with children, is hardly ever one whole folio.
+    assert (results[ScanResult.SUCCEED] and given_back) or flags in ("d", "f"), results
+
+
+def test_a_way_that_is_not_to_be_had_is_refused_with_the_remedy(puppet: Puppet) -> None:
+    if not ThpSysfs().exists:
+        pytest.skip("no THP")
+    with open_live(puppet.pid) as space:
+        for way in set(WAYS) - set(space.trims_by):
+            with pytest.raises(MthpError) as raised:
+                space.trim_folios([(0, PMD_ORDER)], [np.ones(PAGES, np.bool_)], way)
+            assert raised.value.help
+
+
+def test_what_is_in_use_stays_in_the_largest_folios() -> None:
+    zero = np.ones(PAGES, np.bool_)
+    zero[PAGES // 2 :] = False
+    block = max(4, SMALLEST_LARGE // PAGE_SIZE)
+    zero[3] = False
+    orders = in_use(zero, PAGE_SIZE)
+    assert (orders[PAGES // 2 :] == PMD_ORDER - 1).all()
+    assert (orders[:block] == block.bit_length() - 1).all()
+    assert not orders[block : PAGES // 2].any()
