@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mthp.api import collapse_self as collapse_self
     from mthp.api import inspect as inspect
     from mthp.api import plan as plan
+    from mthp.api import trim as trim
     from mthp.engine.khugepaged import Khugepaged as Khugepaged
     from mthp.engine.occupancy import Runs as Runs
     from mthp.engine.plan import Plan as Plan
@@ -34,6 +35,7 @@ _HOMES = {
     "collapse_self": "mthp.api",
     "inspect": "mthp.api",
     "plan": "mthp.api",
+    "trim": "mthp.api",
     "Geometry": "mthp.geometry",
     "Khugepaged": "mthp.engine.khugepaged",
     "Limits": "mthp.engine.policy",

@@ -13,6 +13,7 @@ from mthp.engine.planning import plan_blocks, plan_space
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
+from mthp.engine.trim import TrimOptions, TrimReport, trim_space
 from mthp.errors import UsageError
 from mthp.means import Means
 from mthp.targets import Target, open_target, refuse_ancestor
@@ -64,6 +65,26 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
     refuse_ancestor(target)
     with open_target(target) as space:
         return collapse_space(space, *_options(options))
+
+
+def trim(target: Target, *, dry_run: bool = False, **options: Any) -> TrimReport:
+    """Give back pages of large folios of `target` that hold nothing but zeroes.
+
+    Args:
+        target: a PID, or ``"self"``.
+        dry_run: plan only.
+        options: the fields of :class:`mthp.engine.trim.TrimOptions`.
+
+    Raises:
+        UsageError: an option that does not exist, or is out of range.
+        TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.engine.trim.trim_space`.
+    """
+    try:
+        chosen = TrimOptions(**options)
+    except TypeError as error:
+        raise UsageError(str(error).replace("TrimOptions.__init__()", "trim options:")) from None
+    with open_target(target) as space:
+        return trim_space(space, chosen, dry_run=dry_run)
 
 
 def collapse_self(**options: Any) -> CollapseReport:

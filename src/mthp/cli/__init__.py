@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "Pages by folio order, per mapping and in all; eligible or why not.",
     "plan": "What a collapse would do: folios by order, bytes copied, bytes of bloat.",
     "collapse": "Collapse a running process, now.",
+    "trim": "Give back memory that large folios waste: pages of zeroes.",
     "daemon": "khugepaged in user space: collapse chosen processes in the background.",
     "status": "What the running daemon does, and has done.",
     "pause": "Have the running daemon begin nothing more.",

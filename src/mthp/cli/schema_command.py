@@ -16,6 +16,7 @@ OBJECTS = {
     "inspect": [["mthp.engine.census:Census"]],
     "plan": [["mthp.engine.space_plan:SpacePlan", "mthp.cli.plan_command:Now"]],
     "collapse": [["mthp.engine.report:CollapseReport", "mthp.cli.collapse_command:Wanted"]],
+    "trim": [["mthp.engine.trim:TrimReport"]],
     "status": [["mthp.daemon.service:Daemon"]],
     "pause": [["mthp.daemon.worker:Worker"]],
     "resume": [["mthp.daemon.worker:Worker"]],

@@ -1,0 +1,340 @@
+"""Give memory back: pages of large folios that hold nothing but zeroes.
+
+Contents are read in two steps, because most folios have none: a sample of the pages of each folio first, and all pages
+of those folios in which the sample has a page of zeroes. What the plan says of contents is a hint. The kernel looks at
+the bytes itself when it splits a folio, so a page that is written to meanwhile stays as it is
+(:class:`~mthp.trimming.Trimming`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp import abilities
+from mthp.addrspace import AddressSpace
+from mthp.engine.select import BLOCK_PMD_RANGES
+from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
+from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.metrics import Durations, anonymous_pages, page_numbers
+from mthp.pacing import ByteBudget
+from mthp.ptes import Block, PteColumns, Segment
+from mthp.results import ScanResult
+from mthp.segments import in_range_blocks
+from mthp.trimming import TrimBy, Trimming, TrimOutcome
+from mthp.vma import VmaKind
+
+MISSED = 0.01
+"""How likely the sample may miss a folio whose share of zeroes is just the wanted one, if they lie anywhere in it."""
+
+BATCH_BYTES = 32 << 20
+"""Bytes of folios that are trimmed between two questions whether to stop."""
+
+PACE = 0.1
+"""Seconds to rest at most at a time."""
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrimOptions:
+    """What is to be given back.
+
+    Attributes:
+        zero: the share of a folio's pages that must hold nothing but zeroes, above 0, up to 1.
+        within: trim this range of addresses only.
+        by: how; None for the better way that works here.
+        rate: bytes of folios that are split per second; None for as fast as it goes.
+
+    Raises:
+        UsageError: a number out of range.
+    """
+
+    zero: float = 0.5
+    within: Segment | None = None
+    by: TrimBy | None = None
+    rate: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.zero <= 1:
+            raise UsageError(f"a zero share of {self.zero:g} is not above 0 and at most 1", help="the default is 50%")
+        if self.rate is not None and self.rate <= 0:
+            raise UsageError(f"a rate of {self.rate} bytes a second is not above 0")
+
+
+@dataclass(frozen=True)
+class TrimPlan:
+    """The folios to be trimmed, those with the most pages of zeroes first.
+
+    Attributes:
+        label, geometry: of the target.
+        by: how they would be trimmed; None if they cannot be here.
+        folios: the address and the order of each.
+        zero: which pages of each hold nothing but zeroes: bool, shape (2**order,).
+        looked_at: large folios that there are.
+        zero_bytes: pages of zeroes in `folios`: what there is to be had.
+    """
+
+    JSON: ClassVar = "target=label by folios_by_order looked_at zero_bytes"
+
+    label: str
+    geometry: Geometry
+    by: TrimBy | None
+    folios: list[Block]
+    zero: list[NDArray[np.bool_]]
+    looked_at: int
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes in pages of zeroes."""
+        return sum(int(pages.sum()) for pages in self.zero) * self.geometry.page_size
+
+    @property
+    def folios_by_order(self) -> dict[int, int]:
+        """How many folios of which order are to be trimmed, the largest first."""
+        return dict(sorted(Counter(order for _, order in self.folios).items(), reverse=True))
+
+
+@dataclass
+class TrimReport:
+    """What a trim gave back.
+
+    Attributes:
+        plan: what was to be done.
+        dry_run: nothing was done.
+        trimmed: folios that were split.
+        failed: the others that were tried, by scan result and reason.
+        not_tried: folios left when it ended early.
+        given_back_bytes: pages that are not resident any more, by the page tables.
+        left_by_order: the folios of which order the memory of trimmed ones lies in, base pages as order 0.
+        rss_before_bytes, rss_after_bytes: what is resident of the whole target.
+        calls: how long the trim of a folio took.
+        elapsed: seconds, rests included.
+        interrupted: it was told to stop.
+        vanished: the target exited meanwhile.
+        error: what else ended it early; ``""`` if nothing did.
+    """
+
+    JSON: ClassVar = (
+        "plan dry_run complete trimmed failed=failed_by_result reasons not_tried given_back_bytes left_by_order"
+        " rss_before_bytes rss_after_bytes calls elapsed_seconds=elapsed interrupted vanished error:null"
+    )
+
+    plan: TrimPlan
+    dry_run: bool = False
+    trimmed: int = 0
+    failed: Counter[tuple[ScanResult, str]] = field(default_factory=Counter)
+    not_tried: int = 0
+    given_back_bytes: int = 0
+    left_by_order: dict[int, int] = field(default_factory=dict)
+    rss_before_bytes: int = 0
+    rss_after_bytes: int = 0
+    calls: Durations = field(default_factory=lambda: Durations.of(()))
+    elapsed: float = 0.0
+    interrupted: bool = False
+    vanished: bool = False
+    error: str = ""
+
+    @property
+    def failed_by_result(self) -> dict[str, int]:
+        """How many folios were not trimmed, by the name of the scan result."""
+        counts: Counter[str] = Counter()
+        for (result, _), count in self.failed.items():
+            counts[result.name] += count
+        return dict(counts)
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many folios were not trimmed, by the reason."""
+        return {reason: count for (_, reason), count in self.failed.most_common()}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all planned folios were trimmed."""
+        return self.dry_run or not (self.failed or self.not_tried or self.vanished or self.error)
+
+    def add(self, outcome: TrimOutcome) -> None:
+        """Count what came of a folio."""
+        self.not_tried -= 1
+        self.given_back_bytes += outcome.given_back * self.plan.geometry.page_size
+        if outcome.result is not ScanResult.SUCCEED:
+            self.failed[outcome.result, outcome.reason or outcome.result.meaning] += 1
+            return
+        self.trimmed += 1
+        for order, count in outcome.left.items():
+            self.left_by_order[order] = self.left_by_order.get(order, 0) + count
+
+
+def plan_trim(space: AddressSpace, options: TrimOptions, progress: Progress | None = None) -> TrimPlan:
+    """Find the folios whose share of zeroes is large enough.
+
+    Raises:
+        UnsupportedError: the contents or the frames of `space` cannot be seen.
+        NotPermittedError: these rights do not suffice.
+        TargetVanishedError: the process is gone.
+    """
+    geometry, size = space.geometry, space.geometry.page_size
+    segments = space.populated(list(_anonymous(space, options.within)), size)
+    total, done, looked_at = sum(end - start for start, end in segments), 0, 0
+    found: list[tuple[int, Block, NDArray[np.bool_]]] = []
+    for block in in_range_blocks(segments, geometry, BLOCK_PMD_RANGES * geometry.pmd_size):
+        columns = space.read(block)
+        folios = _whole_folios(columns, geometry)
+        looked_at += len(folios)
+        for folio, zero in _with_zeroes(space, columns, folios, options.zero):
+            found.append((int(zero.sum()), folio, zero))
+        done += sum(end - start for start, end in block)
+        if progress is not None:
+            progress(done, total, "contents")
+    # The largest gain first, then by ascending address.
+    found.sort(key=lambda one: (-one[0], one[1]))
+    ways = space.trims_by if isinstance(space, Trimming) else ()
+    by = options.by or next(iter(ways), None)
+    return TrimPlan(space.label, geometry, by, [one[1] for one in found], [one[2] for one in found], looked_at)
+
+
+def trim_space(
+    space: AddressSpace,
+    options: TrimOptions,
+    *,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> TrimReport:
+    """Give back the pages of zeroes of `space`.
+
+    Args:
+        dry_run: plan only.
+        stop: called before every batch; once it returns True nothing more is begun.
+
+    Raises:
+        UnsupportedError, NotPermittedError: as :func:`plan_trim`; or folios cannot be trimmed here.
+        TargetVanishedError: the process exited before anything was done.
+    """
+    plan = plan_trim(space, options, progress)
+    report = TrimReport(plan, dry_run=dry_run, not_tried=len(plan.folios))
+    report.rss_before_bytes = report.rss_after_bytes = abilities.resident_bytes(space)
+    if dry_run:
+        report.not_tried = 0
+        return report
+    if not isinstance(space, Trimming) or plan.by is None:
+        raise UnsupportedError(
+            f"folios of {space.label} cannot be trimmed here", help="run `mthp doctor`, which says what it takes"
+        )
+    begun = time.monotonic()
+    seconds: list[float] = []
+    try:
+        _carry_out(space, plan, plan.by, report, seconds, ByteBudget(options.rate, time.monotonic), progress, stop)
+        report.rss_after_bytes = abilities.resident_bytes(space)
+    except TargetVanishedError:
+        report.vanished = True
+    except MthpError as error:
+        if report.not_tried == len(plan.folios):
+            raise
+        report.error = error.message
+    report.calls = Durations.of(seconds)
+    report.elapsed = time.monotonic() - begun
+    return report
+
+
+def _carry_out(
+    space: Trimming,
+    plan: TrimPlan,
+    by: TrimBy,
+    report: TrimReport,
+    seconds: list[float],
+    budget: ByteBudget,
+    progress: Progress | None,
+    stop: Callable[[], bool],
+) -> None:
+    sizes = [plan.geometry.size_of(order) for _, order in plan.folios]
+    total, done, at = sum(sizes), 0, 0
+    while at < len(plan.folios):
+        while (rest := budget.wait()) > 0 and not stop():
+            time.sleep(min(rest, PACE))
+        if stop():
+            report.interrupted = True
+            return
+        through, size = at, 0
+        while through < len(sizes) and (through == at or size + sizes[through] <= BATCH_BYTES):
+            size += sizes[through]
+            through += 1
+        outcomes = space.trim_folios(plan.folios[at:through], plan.zero[at:through], by)
+        for outcome in outcomes:
+            report.add(outcome)
+            if outcome.elapsed_ns:
+                seconds.append(outcome.elapsed_ns / 1e9)
+        budget.spend(size)
+        at, done = through, done + size
+        if progress is not None:
+            progress(done, total, "trimmed")
+
+
+def _anonymous(space: AddressSpace, within: Segment | None) -> Iterator[Segment]:
+    low, high = within or (0, 1 << 64)
+    for vma in space.vmas():
+        start, end = max(vma.start, low), min(vma.end, high)
+        if start < end and (vma.kind is VmaKind.ANON or vma.has_anon_vma is True) and vma.kind is not VmaKind.SPECIAL:
+            yield start, end
+
+
+def _whole_folios(columns: PteColumns, geometry: Geometry) -> list[Block]:
+    """Return the large anonymous folios that are mapped in order, from their first page to their last.
+
+    Raises:
+        UnsupportedError: frames cannot be seen.
+    """
+    if columns.pfn is None:
+        raise UnsupportedError(
+            "page frames cannot be seen, so it is not known where a folio begins", help="run it with CAP_SYS_ADMIN"
+        )
+    order = np.where(anonymous_pages(columns), columns.folio_order, -1).astype(np.int64)
+    large = np.flatnonzero(order >= MIN_ANON_ORDER)
+    page, frame = page_numbers(columns, geometry.page_size), columns.pfn.view(np.int64)
+    heads = large[frame[large] & ((np.int64(1) << order[large]) - 1) == 0]
+    last = heads + (np.int64(1) << order[heads]) - 1
+    heads, last = heads[last < len(order)], last[last < len(order)]
+    # A run of pages and of frames of one length is mapped in order.
+    whole = (page[last] - page[heads] == last - heads) & (frame[last] - frame[heads] == last - heads)
+    whole &= order[last] == order[heads]
+    runs = np.cumsum(np.diff(frame - page, prepend=0) != 0)
+    whole &= runs[last] == runs[heads]
+    heads = heads[whole]
+    return list(zip((page[heads] * geometry.page_size).tolist(), order[heads].tolist(), strict=True))
+
+
+def _with_zeroes(
+    space: AddressSpace, columns: PteColumns, folios: list[Block], share: float
+) -> Iterator[tuple[Block, NDArray[np.bool_]]]:
+    """Yield the folios of which `share` of the pages hold nothing but zeroes, with these pages.
+
+    Raises:
+        As :func:`mthp.abilities.zero_filled`.
+    """
+    size = space.geometry.page_size
+    sampled = []
+    for address, order in folios:
+        pages = 1 << order
+        count = pages if share >= 1 else min(pages, math.ceil(math.log(MISSED) / math.log(1 - share)))
+        step = pages // count
+        sampled += [(address + page * size, address + (page + 1) * size) for page in range(step // 2, pages, step)]
+    if not sampled:
+        return
+    sample = columns.select(sampled, size)
+    empty = abilities.zero_filled(space, sample)
+    starts = np.array([start // size for start, _ in sampled], np.int64)
+    firsts = np.array([address // size for address, _ in folios], np.int64)
+    hits = np.bincount(np.searchsorted(firsts, starts[empty], side="right") - 1, minlength=len(folios))
+    for (address, order), hit in zip(folios, hits.tolist(), strict=True):
+        if hit:
+            segment = address, address + (size << order)
+            zero = abilities.zero_filled(space, columns.select([segment], size))
+            if zero.sum() >= share * len(zero):
+                yield (address, order), zero
