@@ -44,7 +44,9 @@ class Wasteful(FakeSpace):
 
     def read(self, segments: Sequence[tuple[int, int]]) -> PteColumns:
         columns = super().read(segments)
-        pages = np.concatenate([np.arange(start // PAGE, end // PAGE) for start, end in segments] or [np.empty(0, np.int64)])
+        pages = np.concatenate(
+            [np.arange(start // PAGE, end // PAGE) for start, end in segments] or [np.empty(0, np.int64)]
+        )
         there = (columns.state & np.uint16(Pte.PRESENT)) != 0
         return PteColumns(
             columns.segments, columns.state, columns.folio_order, np.where(there, pages, 0).astype(np.uint64)

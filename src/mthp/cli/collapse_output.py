@@ -158,6 +158,8 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     holes = sum(tally.failed_by_result[ScanResult.EXCEED_NONE_PTE] for tally in report.folios.values())
     if holes:
         remarks.append(f"{holes} runs have holes: --fill fills them")
+    if report.remade.remark:
+        remarks.append(report.remade.remark)
     remarks += _nothing_done(report)
     if wanted is not None and report.coverage < wanted:
         remarks.append(

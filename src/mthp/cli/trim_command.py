@@ -65,7 +65,7 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
     out.print(Table(title, ["size", "folios"], rows, right={1}))
     say(out, f"{format_size(plan.zero_bytes)} in pages of nothing but zeroes" + (f", by {plan.by}" if plan.by else ""))
     if report.dry_run:
-        note(out, ["dry run: nothing was changed"])
+        note(out, [*filter(None, [report.remade.remark]), "dry run: nothing was changed"])
         return
     if report.left_by_order:
         left = [[geometry.label(order), str(count)] for order, count in sorted(report.left_by_order.items())]
@@ -75,7 +75,7 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
         out.print(Table("Folios left as they are", ["result", "folios", "reason"], failed, right={1}))
     before, after = format_size(report.rss_before_bytes), format_size(report.rss_after_bytes)
     say(out, f"gave back {format_size(report.given_back_bytes)}: {before} of memory before, {after} now")
-    remarks = []
+    remarks = [report.remade.remark] if report.remade.remark else []
     if report.not_tried:
         remarks.append(f"{report.not_tried} folios were not tried: it ended early")
     if report.vanished:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mthp.engine.allowed import Allowed
+from mthp.engine.lasting import Remade
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import MthpError
 from mthp.geometry import Geometry
@@ -95,6 +96,7 @@ class CollapseReport:
         verified: whether the bytes of every moved run were compared.
         elapsed: seconds, rests included.
         after: the coverage when it ended, of the same memory as `before`, with which it begins.
+        remade: what khugepaged will make huge again of folios below the PMD order.
         interrupted: it was told to stop.
         vanished: the target exited meanwhile.
         out_of_memory: the failed charge that ended it, as a sentence; ``""`` if none did.
@@ -108,8 +110,8 @@ class CollapseReport:
         " room:null out_of_memory:null allowed mechanism_by_order=mechanisms folios moved_bytes verified"
         " needs_move_folios=needs_move move_price:null copied_bytes bloat_bytes=filled_bytes elapsed_seconds=elapsed"
         " calls=durations pauses=windows moved_blocks coverage_before=plan.coverage coverage"
-        " coverage_order=plan.asked_order measured=after done_nothing nothing_left_to_do=plan.finished interrupted"
-        " vanished error"
+        " coverage_order=plan.asked_order measured=after done_nothing nothing_left_to_do=plan.finished"
+        " remade interrupted vanished error"
     )
 
     plan: SpacePlan
@@ -130,6 +132,7 @@ class CollapseReport:
     verified: bool = False
     elapsed: float = 0.0
     after: Coverage = field(default_factory=Coverage)
+    remade: Remade = field(default_factory=Remade)
     interrupted: bool = False
     vanished: bool = False
     out_of_memory: str = ""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mthp import abilities
 from mthp.addrspace import AddressSpace
+from mthp.engine.lasting import Remade, remade
 from mthp.engine.select import BLOCK_PMD_RANGES
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
@@ -119,12 +120,13 @@ class TrimReport:
         elapsed: seconds, rests included.
         interrupted: it was told to stop.
         vanished: the target exited meanwhile.
+        remade: what khugepaged will make huge again of what was trimmed.
         error: what else ended it early; ``""`` if nothing did.
     """
 
     JSON: ClassVar = (
         "plan dry_run complete trimmed failed=failed_by_result reasons not_tried given_back_bytes left_by_order"
-        " rss_before_bytes rss_after_bytes calls elapsed_seconds=elapsed interrupted vanished error:null"
+        " rss_before_bytes rss_after_bytes calls elapsed_seconds=elapsed remade interrupted vanished error:null"
     )
 
     plan: TrimPlan
@@ -138,6 +140,7 @@ class TrimReport:
     rss_after_bytes: int = 0
     calls: Durations = field(default_factory=lambda: Durations.of(()))
     elapsed: float = 0.0
+    remade: Remade = field(default_factory=Remade)
     interrupted: bool = False
     vanished: bool = False
     error: str = ""
@@ -223,6 +226,7 @@ def trim_space(
     report.rss_before_bytes = report.rss_after_bytes = abilities.resident_bytes(space)
     if dry_run:
         report.not_tried = 0
+        report.remade = _remade(space, plan)
         return report
     if not isinstance(space, Trimming) or plan.by is None:
         raise UnsupportedError(
@@ -233,6 +237,7 @@ def trim_space(
     try:
         _carry_out(space, plan, plan.by, report, seconds, ByteBudget(options.rate, time.monotonic), progress, stop)
         report.rss_after_bytes = abilities.resident_bytes(space)
+        report.remade = _remade(space, plan)
     except TargetVanishedError:
         report.vanished = True
     except MthpError as error:
@@ -275,6 +280,14 @@ def _carry_out(
         at, done = through, done + size
         if progress is not None:
             progress(done, total, "trimmed")
+
+
+def _remade(space: AddressSpace, plan: TrimPlan) -> Remade:
+    """Predict what khugepaged makes huge again of PMD folios that are trimmed."""
+    pmd_order = plan.geometry.pmd_order
+    huge = [at for at, (_, order) in enumerate(plan.folios) if order == pmd_order]
+    addresses = np.array([plan.folios[at][0] for at in huge], np.uint64)
+    return remade(space, addresses, np.array([plan.zero[at].sum() for at in huge], np.int64))
 
 
 def _anonymous(space: AddressSpace, within: Segment | None) -> Iterator[Segment]:

@@ -1,0 +1,73 @@
+"""Predict what the kernel's own khugepaged will make of small folios: it does not know that they were made on purpose.
+
+With max_ptes_none at its default of 511 it makes one PMD folio of every eligible PMD range that holds a page
+(collapse_scan_pmd(), mm/khugepaged.c), with its holes filled, within a full scan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.addrspace import AddressSpace
+from mthp.engine.select import ORDERS_ENABLED, PlanOptions, base_rules, jobs_of
+
+
+@dataclass(frozen=True, slots=True)
+class Remade:
+    """PMD ranges that khugepaged makes one folio of again.
+
+    Attributes:
+        ranges: how many.
+        max_ptes_none: the tunable as it is.
+        keeps: the largest max_ptes_none with which it leaves all of them alone; None if none does.
+    """
+
+    JSON: ClassVar = "remade_ranges=ranges max_ptes_none keeps"
+
+    ranges: int = 0
+    max_ptes_none: int = 0
+    keeps: int | None = None
+
+    @property
+    def remark(self) -> str:
+        """What will happen and what keeps it from happening, as a sentence; ``""`` if nothing will."""
+        if not self.ranges:
+            return ""
+        remedy = "MADV_NOHUGEPAGE keeps them as they are"
+        if self.keeps is not None:
+            folder = "/sys/kernel/mm/transparent_hugepage/khugepaged"
+            remedy = f"{folder}/max_ptes_none at {self.keeps} or less keeps them as they are"
+        return (
+            f"the kernel's khugepaged will make huge folios of {self.ranges} PMD ranges again"
+            f" (max_ptes_none {self.max_ptes_none}): {remedy}"
+        )
+
+
+def remade(space: AddressSpace, addresses: NDArray[np.uint64], none: NDArray[np.int64]) -> Remade:
+    """Predict which PMD ranges khugepaged makes one folio of.
+
+    Args:
+        addresses: where they begin: uint64, shape (ranges,).
+        none: PTEs of each that are none or map the zero page: int64, shape (ranges,).
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    choice = PlanOptions(policy="pmd-only", orders=ORDERS_ENABLED)
+    base = base_rules(space, choice)
+    jobs, _ = jobs_of(space, choice, base)
+    pmd_order, limit = space.geometry.pmd_order, base.tunables.max_ptes_none
+    eligible = np.zeros(len(addresses), np.bool_)
+    for job in jobs:
+        if pmd_order in job.rules.orders:
+            for start, end in job.segments:
+                eligible |= (addresses >= np.uint64(start)) & (addresses < np.uint64(end))
+    again = eligible & (none <= limit) & (none < space.geometry.ptes_per_pmd)
+    if not again.any():
+        return Remade(max_ptes_none=limit)
+    fewest = int(none[again].min())
+    return Remade(int(again.sum()), limit, fewest - 1 if fewest else None)
