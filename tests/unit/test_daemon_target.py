@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fakes import FakeClock, FakeSpace, page_runs
 from mthp.budget import Amount, MemoryBound
@@ -19,15 +21,16 @@ from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
-from mthp.daemon.target import LEFT_OUT_SECONDS, WAKE_GRID, Sign, Target
+from mthp.daemon.target import LEFT_OUT_SECONDS, TRIM_SECONDS, WAKE_GRID, Sign, Target
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
 from mthp.objects import to_object
 from mthp.pacing import ByteBudget
-from mthp.ptes import ORDER_NONE, Pte
+from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment
 from mthp.results import ScanResult
+from mthp.trimming import TrimBy, TrimOutcome
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
 
@@ -442,3 +445,52 @@ def test_the_first_failed_charge_leaves_the_target_alone() -> None:
     tried = len(stage.space.attempts)
     stage.steps(LEFT_OUT_SECONDS / 2)
     assert len(stage.space.attempts) == tried
+
+
+HUGE = ((N, int(Pte.PRESENT | Pte.PMD_MAPPED), G.pmd_order),)
+
+
+class Trimmable(FakeSpace):
+    """A space whose one folio has contents in some pages only."""
+
+    trims_by: tuple[TrimBy, ...] = ("cold",)
+    used = 100
+
+    def read(self, segments: Sequence[Segment]) -> PteColumns:
+        pages = np.concatenate([np.arange(start // G.page_size, end // G.page_size) for start, end in segments])
+        return replace(super().read(segments), pfn=pages.astype(np.uint64))
+
+    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
+        assert columns.pfn is not None
+        return np.asarray(columns.pfn - START // G.page_size >= self.used)
+
+    def trim_folios(self, folios: Sequence[Block], zero: Sequence[NDArray[np.bool_]], by: TrimBy) -> list[TrimOutcome]:
+        return [
+            TrimOutcome(address, order, ScanResult.SUCCEED, "", int(pages.sum()), {0: self.used})
+            for (address, order), pages in zip(folios, zero, strict=True)
+        ]
+
+
+def test_pages_of_zeroes_go_back_and_are_counted() -> None:
+    stage = Stage(HUGE, trim=0.5)
+    stage.space = Trimmable([(stage.space.vmas()[0], *page_runs(*HUGE))])
+    stage.target.trim()
+    wasted = (N - Trimmable.used) * G.page_size
+    assert stage.target.counters.trimmed_bytes == stage.environment.total.trimmed_bytes == wasted
+    assert stage.target.trim_at == stage.now + TRIM_SECONDS
+    assert [event for event, values in stage.events if values.get("trimmed_bytes") == wasted] == ["trimmed"]
+
+
+def test_a_space_that_cannot_be_trimmed_is_no_error() -> None:
+    stage = Stage(HUGE, trim=0.5)
+    stage.target.trim()
+    assert [event for event, _ in stage.events] == ["trim_failed"]
+
+
+def test_a_collapse_makes_nothing_that_a_trim_would_undo() -> None:
+    # A third of the range is none: more than half of the share at which it would be trimmed.
+    sparse = ((N - N // 3, int(Pte.PRESENT), 0), (N // 3, 0, ORDER_NONE))
+    for trim, made in ((None, 1), (0.5, 0), (0.9, 1)):
+        stage = Stage(sparse, orders=(G.pmd_order,), max_bloat=None, trim=trim)
+        stage.steps(2)
+        assert stage.target.counters.collapsed.total() == made

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from mthp.daemon.configuration import Configuration, Pace
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
-from mthp.daemon.rules import ProcessFacts, Rules
+from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
@@ -145,3 +147,29 @@ def test_switches_that_change_are_told_to_every_target() -> None:
     stage.knobs.switches, stage.knobs.version = Switches("never", {9: "inherit"}), 2
     stage.run(4)
     assert [target.followed for target in targets] == [1, 1, 1]
+
+
+def test_while_memory_is_short_those_with_a_share_are_trimmed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    trimmed: list[int] = []
+    for pid, share in ((1, 0.5), (2, None), (3, 0.5)):
+        target: Any = stage.add(pid)
+        target.rule = Rule("all", Match(), settings=Settings(trim=share))
+        target.trim_at = 0.0
+
+        def trim(target: Any = target, pid: int = pid) -> None:
+            trimmed.append(pid)
+            target.trim_at = stage.now + 60.0
+
+        target.trim = trim
+    monkeypatch.setattr(stage.worker._pressure, "rests", lambda: True)
+    stage.worker._pressure.resting = True
+    for _ in range(400):
+        stage.worker._once()
+    assert trimmed[:4] == [1, 3, 1, 3]
+    assert stage.turns == []
+    stage.worker.paused = True
+    before = len(trimmed)
+    for _ in range(100):
+        stage.worker._once()
+    assert len(trimmed) == before

@@ -60,6 +60,7 @@ class Counters:
         ranges: PMD ranges looked at, by scan result.
         scanned_ptes: PTEs looked at.
         copied_bytes, bloat_bytes: copied by collapses, and added by filling holes.
+        trimmed_bytes: given back out of large folios.
         passes: times that a process was gone through.
         looks: times that a process was looked at to see whether it had changed.
         skipped: PMD ranges that were not looked at, since they had not changed since they were finished.
@@ -69,7 +70,8 @@ class Counters:
 
     JSON: ClassVar = (
         "collapses=collapsed_by_size collapsed_bytes collapse_failures=failed scanned_ranges=ranges scanned_ptes"
-        " copied_bytes bloat_bytes passes looks skipped_ranges=skipped pauses=stopped.durations calls=called.durations"
+        " copied_bytes bloat_bytes trimmed_bytes passes looks skipped_ranges=skipped pauses=stopped.durations"
+        " calls=called.durations"
     )
 
     collapsed: Counter[int] = field(default_factory=Counter)
@@ -78,6 +80,7 @@ class Counters:
     scanned_ptes: int = 0
     copied_bytes: int = 0
     bloat_bytes: int = 0
+    trimmed_bytes: int = 0
     passes: int = 0
     looks: int = 0
     skipped: int = 0

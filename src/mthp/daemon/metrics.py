@@ -92,6 +92,7 @@ class _DaemonCollector(Collector):
         yield CounterMetricFamily(
             "mthp_bloat_bytes", "Bytes that processes grew by, by filling holes.", counters.bloat_bytes
         )
+        yield CounterMetricFamily("mthp_trimmed_bytes", "Bytes given back out of large folios.", counters.trimmed_bytes)
         yield CounterMetricFamily("mthp_passes", "Times that a process was gone through.", counters.passes)
         yield CounterMetricFamily("mthp_looks", "Times that a process was asked whether it changed.", counters.looks)
         yield _histogram("mthp_pause_seconds", "Pauses of all threads of a process (move).", counters.stopped)

@@ -34,6 +34,10 @@ from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.vma import VmaKind
 
+TRIM_DISTANCE = 0.5
+"""Where folios are trimmed, a collapse fills at most this part of the share of zeroes at which they are: what is made
+stays, although some of its pages come to hold zeroes."""
+
 _FULLNESS_STEPS = 4
 """So many classes of fullness are told apart."""
 
@@ -215,6 +219,9 @@ class Pass:
         return done
 
     def _admit(self, candidate: Candidate) -> ScanResult:
+        trim = self._settings.trim
+        if trim is not None and candidate.filled > trim * TRIM_DISTANCE * (1 << candidate.order):
+            return ScanResult.EXCEED_NONE_PTE
         result = self._admission(candidate)
         if result is ScanResult.CGROUP_CHARGE_FAIL:
             self.reasons[self._admission.room.reason] += 1

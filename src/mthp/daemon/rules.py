@@ -120,6 +120,9 @@ class Settings:
         reserve: what must stay free below every memory limit of the target; None for the default.
         max_threads: how many threads a target of the mover may have; None for what `max_pause_ns` allows.
         rate: bytes collapsed in it per second at most; None for no bound.
+        trim: while memory is short, give back the pages of zeroes of large folios of which this share holds nothing
+            else; None for no trimming. Collapses fill less than half of that, so that they make nothing that a trim
+            would undo.
     """
 
     policy: Annotated[str, known_policy] = "mainline"
@@ -134,6 +137,7 @@ class Settings:
     reserve: Annotated[Amount | None, parse_amount] = None
     max_threads: Annotated[int, whole(1)] | None = None
     rate: Annotated[int, parse_rate] | None = None
+    trim: Annotated[float, positive(parse_share)] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from mthp.daemon.ledger import Ledger
 from mthp.daemon.onepass import LeftAlone, Pass, governed
 from mthp.daemon.rules import ProcessFacts, Rule, Settings
 from mthp.daemon.unadvised import Unadvised
+from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
@@ -55,6 +56,9 @@ LAST_LIST = 60
 
 LIST_SHARE = 0.02
 """The part of the time that listing the mappings of one process may take."""
+
+TRIM_SECONDS = 60.0
+"""Between two trims of one process: its contents are read for each."""
 
 LEFT_OUT_SECONDS = 60.0
 """After which a process that could not be worked on is tried again."""
@@ -96,6 +100,7 @@ class Target:
         facts, rule: as given; may be replaced.
         counters: of the work done in it.
         next_at: when to go on with it.
+        trim_at: when it may be trimmed again.
         gain: pages that the rest of the pass may gain; what is worth most is done first.
         left_out: why it is not worked on, or ``""``.
         reasons: why the last attempts failed, where the backend said so, by how often.
@@ -143,6 +148,7 @@ class Target:
         self._at_a_time = 2
         self._unadvised = Unadvised()
         self.left_alone: list[LeftAlone] = []
+        self.trim_at = 0.0
         self.vanished = False
         self.closed = False
 
@@ -236,6 +242,36 @@ class Target:
         self.left_out = reason
         self._seen = None
         self.next_at = self._environment.clock() + LEFT_OUT_SECONDS
+
+    # Giving back.
+
+    def trim(self) -> None:
+        """Give back pages of zeroes, and set `trim_at`.
+
+        Raises:
+            TargetVanishedError: it is gone.
+        """
+        environment, share = self._environment, self.settings.trim
+        assert share is not None, "only a process whose rule has it is trimmed"
+        self.trim_at = environment.clock() + TRIM_SECONDS
+        try:
+            with environment.opened(self.facts.pid) as space:
+                report = trim_space(space, TrimOptions(zero=share), stop=environment.stopping)
+        except TargetVanishedError:
+            raise
+        except MthpError as error:
+            environment.event("trim_failed", pid=self.facts.pid, comm=self.facts.comm, reason=error.message)
+            return
+        self._count("trimmed_bytes", report.given_back_bytes)
+        if report.plan.folios:
+            environment.event(
+                "trimmed",
+                pid=self.facts.pid,
+                comm=self.facts.comm,
+                folios=report.trimmed,
+                failed=report.failed_by_result,
+                trimmed_bytes=report.given_back_bytes,
+            )
 
     # Looking.
 

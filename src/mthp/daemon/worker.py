@@ -192,7 +192,8 @@ class Worker:
     def _once(self) -> None:
         """Do one piece of work, or wait."""
         if (wait := self._must_wait()) > 0:
-            self._rest(wait)
+            if self.paused or not self._pressure.resting or not self._trim():
+                self._rest(wait)
             return
         with self._turn:
             target = self._next()
@@ -273,6 +274,32 @@ class Worker:
         for target in self.targets.values():
             if target is not self._busy and not target.vanished:
                 self._queue(target)
+
+    def _trim(self) -> bool:
+        """Trim the process whose turn it is while memory is short; return whether there was one."""
+        now = self._clock()
+        with self._turn:
+            wanted = [
+                target
+                for target in self.targets.values()
+                if target.rule.settings.trim is not None and target.trim_at <= now and not target.vanished
+            ]
+            if not wanted:
+                return False
+            self._busy = target = min(wanted, key=lambda target: target.trim_at)
+        self.beat = now
+        try:
+            target.trim()
+        except TargetVanishedError:
+            target.vanished = True
+        finally:
+            with self._turn:
+                self._busy = None
+                if target.closed:
+                    # It was dropped meanwhile.
+                    target.close()
+                self._turn.notify_all()
+        return True
 
     def _work_on(self, target: Target) -> None:
         self.beat = self._clock()
