@@ -51,11 +51,12 @@ def plan(target: Target, **options: Any) -> SpacePlan:
         return plan_space(space, _plan_options(options))
 
 
-def collapse(target: Target, **options: Any) -> CollapseReport:
+def collapse(target: Target, *, dry_run: bool = False, **options: Any) -> CollapseReport:
     """Collapse `target` now, as planned, and say what came of it.
 
     Args:
         target: a PID, or ``"self"``.
+        dry_run: plan only.
         options: the fields of :class:`mthp.engine.select.PlanOptions` and :class:`mthp.means.Means`.
 
     Raises:
@@ -64,7 +65,7 @@ def collapse(target: Target, **options: Any) -> CollapseReport:
     """
     refuse_ancestor(target)
     with open_target(target) as space:
-        return collapse_space(space, *_options(options))
+        return collapse_space(space, *_options(options), dry_run=dry_run)
 
 
 def trim(target: Target, *, dry_run: bool = False, **options: Any) -> TrimReport:
@@ -87,7 +88,7 @@ def trim(target: Target, *, dry_run: bool = False, **options: Any) -> TrimReport
         return trim_space(space, chosen, dry_run=dry_run)
 
 
-def collapse_self(**options: Any) -> CollapseReport:
+def collapse_self(*, dry_run: bool = False, **options: Any) -> CollapseReport:
     """Collapse this process itself, while its other threads go on.
 
     The kernel's call makes folios of the PMD order. With ``mechanism="madvise,move"`` smaller ones are made by moving
@@ -95,15 +96,17 @@ def collapse_self(**options: Any) -> CollapseReport:
     (:mod:`mthp.linux.mover.guarded`). What that takes is in :func:`collapse_buffer`.
 
     Args:
-        options: as for :func:`collapse`.
+        dry_run, options: as for :func:`collapse`.
 
     Raises:
         UsageError, NotPermittedError, UnsupportedError: as :func:`collapse`.
     """
-    return collapse("self", **options)
+    return collapse("self", dry_run=dry_run, **options)
 
 
-def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = True, **options: Any) -> CollapseReport:
+def collapse_buffer(
+    buffer: Any, order: int | None = None, *, guarded: bool = True, dry_run: bool = False, **options: Any
+) -> CollapseReport:
     """Collapse memory of this process: a NumPy array, an mmap or another buffer.
 
     Without `order`, everything in the whole PMD ranges within it that holds anything is collapsed to the PMD order,
@@ -123,6 +126,7 @@ def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = Tr
         buffer: an object with the buffer protocol, contiguous.
         order: of the folios; the PMD order if not given.
         guarded: whether others may use the memory meanwhile.
+        dry_run: plan only.
         options: as for :func:`collapse`; with `order` only those of :class:`mthp.means.Means`.
 
     Raises:
@@ -132,7 +136,7 @@ def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = Tr
     """
     start, size = _memory_of(buffer)
     if order is not None:
-        return _collapse_blocks(start, size, order, guarded, options)
+        return _collapse_blocks(start, size, order, guarded, dry_run, options)
     chosen: dict[str, Any] = {
         "policy": "pmd-only",
         "trigger": "madvise",
@@ -141,10 +145,12 @@ def collapse_buffer(buffer: Any, order: int | None = None, *, guarded: bool = Tr
         "max_bloat": None,
     }
     with open_target("self") as space:
-        return collapse_space(space, *_options(chosen | options))
+        return collapse_space(space, *_options(chosen | options), dry_run=dry_run)
 
 
-def _collapse_blocks(start: int, size: int, order: int, guarded: bool, options: dict[str, Any]) -> CollapseReport:
+def _collapse_blocks(
+    start: int, size: int, order: int, guarded: bool, dry_run: bool, options: dict[str, Any]
+) -> CollapseReport:
     """Collapse every block of `order` within some memory of this process."""
     from mthp.linux.live import open_live
 
@@ -156,7 +162,7 @@ def _collapse_blocks(start: int, size: int, order: int, guarded: bool, options: 
     with open_live("self") as space:
         space.guarded = guarded
         plan = plan_blocks(space, start, start + size, order)
-        return carry_out(space, plan, means)
+        return carry_out(space, plan, means, dry_run=dry_run)
 
 
 def _memory_of(buffer: Any) -> tuple[int, int]:

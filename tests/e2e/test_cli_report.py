@@ -33,7 +33,7 @@ def test_a_snapshot_becomes_a_page(snapshot: Path, tmp_path: Path) -> None:
     assert answer == {
         "schema": "mthp.report/1",
         "target": "4711 (redis-server)",
-        "output": str(out),
+        "path": str(out),
         "bytes": out.stat().st_size,
     }
     text = out.read_text("utf-8")

@@ -60,7 +60,7 @@ def test_changed_data_is_not_called_intact() -> None:
 @pytest.mark.requires("thp")
 @pytest.mark.usefixtures("thp_switches")
 def test_without_the_right_to_advise_others_the_workload_collapses_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **options: object) -> None:
         raise NotPermittedError("no CAP_SYS_NICE")
 
     monkeypatch.setattr(story, "collapse_space", refuse)
