@@ -2,10 +2,10 @@
 
 The walk of a collapse asks one question over and over: of the 2**k PTEs of this aligned run, how many are occupied
 (swapped out, shared, ...)? All runs of an order tile the range, and a run of order k is two runs of order k - 1, so
-the counts of every order form a pyramid. Its base are packed bits, eight PTEs to a byte, whose population counts are
-the runs of order 3 (and of order 2, by nibbles); each level above is the sum of neighbouring pairs of the level
-below. The whole pyramid costs little more than packing the bits, for all PMD ranges together, and levels that
-nobody asks for are never made.
+the counts of every order form a pyramid. Its base are packed bits, eight PTEs to a byte: the population counts of
+bytes are the runs of order 3 (and of order 2, by nibbles), those of 16, 32 and 64 bits the runs of orders 4, 5 and 6.
+Each level above is the sum of neighbouring pairs of the level below. The whole pyramid costs little more than packing
+the bits, for all PMD ranges together, and levels that no policy asks for are never made.
 """
 
 from __future__ import annotations
@@ -209,6 +209,12 @@ class Occupancy:
         """The aligned runs of `order`."""
         return Runs(self, order)
 
+    def forget(self) -> None:
+        """Free the memory of all counts; they are made again when asked for."""
+        self._packed.clear()
+        self._counts.clear()
+        self._largest.clear()
+
     def count(self, name: str, order: int) -> Counts:
         """How many PTEs of plane `name` each run of `order` has.
 
@@ -218,12 +224,12 @@ class Occupancy:
         """
         key = name, order
         if key not in self._counts:
-            if order > 3:
+            if order > 6 or order == 4:
                 self._counts[key] = _pair_sums(self.count(name, order - 1), order)
             elif (packed := self._pack(name)) is None:
                 self._counts[key] = np.zeros((1, self.geometry.ptes_per_pmd >> order), np.uint8)
             else:
-                self._counts[key] = np.bitwise_count(packed) if order == 3 else _nibble_counts(packed)
+                self._counts[key] = _word_counts(packed, order - 3) if order >= 3 else _nibble_counts(packed)
         return self._counts[key]
 
     def chunks(self, chunk_order: int, order: int, none: int) -> Counts:
@@ -234,8 +240,10 @@ class Occupancy:
         """
         key = f"chunks of {chunk_order} with {none} none", order
         if key not in self._counts:
-            if order > chunk_order:
+            if order > chunk_order + 3 or order == chunk_order + 1:
                 self._counts[key] = _pair_sums(self.chunks(chunk_order, order - 1, none), order)
+            elif order > chunk_order:
+                self._counts[key] = _word_counts(self.chunks(chunk_order, chunk_order, none), order - chunk_order)
             else:
                 size, planes = 1 << chunk_order, self.planes
                 contents = self.count("occupied", chunk_order)
@@ -335,6 +343,16 @@ class Runs:
     def chunks(self, chunk_order: int, none: int) -> Counts:
         """Chunks of 2**chunk_order PTEs that have at most `none` none PTEs, and a page at the end."""
         return self.occupancy.chunks(chunk_order, self.order, none)
+
+
+_WIDTHS = {0: np.uint8, 2: np.uint32, 3: np.uint64}
+"""Words of 2**shift bytes whose set bits NumPy counts fast: for uint16 it takes longer than for the bytes and a sum."""
+
+
+def _word_counts(packed: NDArray[np.uint8], shift: int) -> Counts:
+    """The set bits of every 2**shift bytes of each row, for a `shift` in `_WIDTHS`: uint8."""
+    counts: Counts = np.bitwise_count(packed.view(_WIDTHS[shift]))
+    return counts
 
 
 def _nibble_counts(packed: NDArray[np.uint8]) -> Counts:

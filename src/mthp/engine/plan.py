@@ -222,5 +222,11 @@ def plan_planes(planes: Planes, policy: Policy, rules: Rules) -> Plan:
         policy = PmdOnly()
     ranges = planes.present.shape[0]
     step = max(1, BLOCK_PTES >> rules.geometry.pmd_order)
-    walks = [Walk(planes.block(start, min(start + step, ranges)), policy, rules) for start in range(0, ranges, step)]
+    walks = []
+    for start in range(0, ranges, step):
+        walk = Walk(planes.block(start, min(start + step, ranges)), policy, rules)
+        if ranges > step:
+            # The counts of all blocks together are as large as the planes; those of one stay in the cache.
+            walk.forget_counts()
+        walks.append(walk)
     return Plan(policy, rules, walks)

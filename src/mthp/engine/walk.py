@@ -104,6 +104,11 @@ class Walk:
         self.passed = self._passed()
         self._walk()
 
+    def forget_counts(self) -> None:
+        """Free the memory of the counts, which are made again when asked for."""
+        self.there.forget()
+        self.occupancy.forget()
+
     # The scan of whole PMD ranges.
 
     def _scan_checks(self) -> Checks | None:
@@ -169,16 +174,16 @@ class Walk:
         for order in range(self._pmd_order, orders[-1] - 1, -1):
             if order in orders:
                 reached = self._step(order, reached)
-            if not reached.any():
+            if order == orders[-1] or not reached.any():
                 break
-            if order > orders[-1]:
-                reached = _repeated(reached, 1)
+            reached = _repeated(reached, 1)
 
     def _step(self, order: int, reached: Bits) -> Bits:
         """Try the `reached` runs of `order`; give those whose halves are looked at next."""
         attempted, succeeded, skipped = self._tried(order, reached)
         self.levels[order] = Level(attempted, succeeded)
-        onward = reached & ~succeeded
+        # a > b of two bools is a & ~b, in one operation.
+        onward: Bits = np.greater(reached, succeeded)
         if order == self._pmd_order and self.policy.fail_ends_range and self.planes.guard is not None:
             onward &= ~self._fails(order, attempted & (self.occupancy.count("guard", order) > 0))
         return onward if skipped is None or self.policy.halves_after_failure else onward & ~skipped
@@ -189,7 +194,7 @@ class Walk:
         enough = self.policy.full_enough(runs, self.rules)
         attempted: Bits = reached if enough is None else reached & enough
         hindered, skipped = self._hindered(runs, attempted)
-        succeeded = attempted if hindered is None else attempted & ~hindered
+        succeeded: Bits = attempted if hindered is None else attempted > hindered
         if (barred := self.barred.get(order)) is not None:
             succeeded = succeeded & (barred == ScanResult.SUCCEED)
         return attempted, succeeded, skipped
@@ -312,8 +317,8 @@ class Walk:
             now = piece.present.view(np.int8)
             if piece.folio_order is not None:
                 now = now + piece.occupied * piece.folio_order
-            np.maximum(now, collapsed, out=out[rows])
-            out[rows] -= 1
+            np.maximum(now, collapsed, out=collapsed)
+            np.subtract(collapsed, 1, out=out[rows])
 
     def made(self, out: NDArray[np.int8]) -> None:
         """Write the order of the folio that each page would be collapsed into, 0 if none, to `out`: int8, as above."""
