@@ -4,8 +4,8 @@
  *
  * Each page belongs to one thread, which checks it and writes it again. PERCENT of the pages are in use, the others are
  * holes. FLAGS: d pages are discarded and new ones are used all the time, z discarded pages are filled with zeroes
- * instead, f threads fork children that check what they see, n all threads let other processes go first. The address
- * of the memory and its size are printed first.
+ * instead, f threads fork children that check what they see, n all threads let other processes go first, h base pages
+ * at first whatever the switches say. The address of the memory and its size are printed first.
  * On SIGTERM: the number of wrong words, of accesses, and how many of them took 2^n to 2^(n+1) ns, for n from 0 to 39.
  */
 #define _GNU_SOURCE
@@ -142,10 +142,14 @@ int main(int count, char **words)
         return 2;
     memory = (char *)(((uintptr_t)whole + ALIGN) & ~(ALIGN - 1));
     mprotect(memory, size, PROT_READ | PROT_WRITE);
+    if (strchr(flags, 'h'))
+        madvise(memory, size, MADV_NOHUGEPAGE);
     sequence = calloc(pages, sizeof *sequence);
     for (size_t page = 0; page < pages; page++)
         if ((long)(mix(page) % 100) < percent)
             use(page);
+    if (strchr(flags, 'h'))
+        madvise(memory, size, MADV_HUGEPAGE); /* nothing else clears VM_NOHUGEPAGE */
     printf("%lu %zu\n", (unsigned long)memory, size);
     fflush(stdout);
     pthread_t all[MAX_THREADS];

@@ -18,7 +18,6 @@ from mthp.linux.splitfile import SplitAbility
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
-from mthp.tunables import Switches
 from mthp.vma import Vma
 
 START, SIZE, PAGES = 4 << 20, 2 << 20, 512
@@ -36,7 +35,7 @@ class Space:
         resident: pages of zeroes that are still there afterwards.
     """
 
-    geometry, switches, thp_disabled, process = X86_64, Switches("madvise", {}), False, None
+    geometry, thp_disabled, process = X86_64, False, None
 
     def __init__(self) -> None:
         self.collapsed: list[int] = []
@@ -44,8 +43,10 @@ class Space:
         self.bounds: list[MemoryBound] = []
         self.flags: frozenset[str] = frozenset()
         self.filled = False
+        self.listed = 0
 
     def vmas(self) -> list[Vma]:
+        self.listed += 1
         return [Vma(START, START + 3 * SIZE, "rw-p", flags=self.flags, has_anon_vma=True)]
 
     def memory_bounds(self) -> list[MemoryBound]:
@@ -150,6 +151,23 @@ def test_what_may_not_be_touched_is_not_collapsed(space: Space, divider: Divider
     space.flags = frozenset({"um"})
     assert {each.result for each in collapse(space)} == {ScanResult.VMA_CHECK}
     assert not space.collapsed
+
+
+def test_mappings_are_listed_again_before_anything_is_refused_for_an_old_listing(
+    space: Space, divider: Divider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("mthp.linux.split.time.monotonic", lambda: now[0])
+    blocks = SplitBlocks(cast(Any, space), ALL, cast(Any, object()))
+    space.flags = frozenset({"nh"})
+    assert [each.result for each in blocks.collapse(BLOCKS[:1], Means("split"))] == [ScanResult.VMA_CHECK]
+    space.flags = frozenset()
+    for _ in range(3):
+        assert [each.result for each in blocks.collapse(BLOCKS[:1], Means("split"))] == [ScanResult.SUCCEED]
+    assert space.listed == 2
+    now[0] += 1
+    blocks.collapse(BLOCKS, Means("split"))
+    assert space.listed == 3
 
 
 def test_a_folio_that_cannot_be_divided_goes_back_to_base_pages(space: Space, divider: Divider) -> None:

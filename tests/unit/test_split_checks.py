@@ -9,7 +9,6 @@ from mthp.geometry import X86_64
 from mthp.linux.splitchecks import RangeLayout, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.ptes import ORDER_UNKNOWN, Block, Pte, PteColumns
 from mthp.results import ScanResult
-from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
 
 START, SIZE, PAGES = 4 << 20, 2 << 20, 512
@@ -105,7 +104,7 @@ def test_blocks_and_folios_that_are_there_make_up_the_layout() -> None:
     ],
 )
 def test_mappings_that_are_left_alone(vma: Vma | None, result: ScanResult, word: str) -> None:
-    refusal = refusal_of_mapping(vma, START, X86_64, Switches("madvise", {}), thp_disabled=False)
+    refusal = refusal_of_mapping(vma, START, X86_64, thp_disabled=False)
     assert refusal is not None
     assert refusal[0] is result
     assert word in refusal[1]
@@ -113,8 +112,7 @@ def test_mappings_that_are_left_alone(vma: Vma | None, result: ScanResult, word:
 
 def test_a_plain_mapping_may_be_made_unless_its_process_switched_thp_off() -> None:
     vma = Vma(START - SIZE, START + SIZE, "rw-p", has_anon_vma=True)
-    switches = Switches("never", {})
-    assert refusal_of_mapping(vma, START, X86_64, switches, thp_disabled=False) is None
-    refusal = refusal_of_mapping(vma, START, X86_64, switches, thp_disabled=True)
+    assert refusal_of_mapping(vma, START, X86_64, thp_disabled=False) is None
+    refusal = refusal_of_mapping(vma, START, X86_64, thp_disabled=True)
     assert refusal is not None
     assert "PR_SET_THP_DISABLE" in refusal[1]

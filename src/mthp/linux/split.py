@@ -19,14 +19,14 @@ import numpy as np
 
 from mthp.abilities import memory_bounds, zero_filled
 from mthp.blockstates import EXITED
-from mthp.budget import Room, as_amount
+from mthp.budget import Amount, Room, as_amount
 from mthp.closing import Closing
 from mthp.errors import TargetVanishedError
 from mthp.linux.divide import LargeFolio, Part, divider_of
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.madvise import Madvise
 from mthp.linux.space import ProcessSpace
-from mthp.linux.splitchecks import RangeLayout, layout_of, refusal_of_mapping, refusal_of_pages
+from mthp.linux.splitchecks import RangeLayout, Refusal, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.linux.splitfile import SplitAbility, SplitFile, opened, split_ability
 from mthp.means import Means
 from mthp.ptes import Block, Pte
@@ -35,6 +35,9 @@ from mthp.vma import Vma
 
 RENEW_SECONDS = 0.05
 """How long the room that was left counts. The target and its neighbours grow meanwhile."""
+
+LISTING_FACTOR = 20
+"""How many times as long as it took a listing of mappings is used at least: a process can have 65 530 of them."""
 
 UNDIVIDED = "its folio could not be split, as it is pinned, or shared since the collapse"
 AT_BASE_PAGES = f"{UNDIVIDED}; it was brought back to base pages"
@@ -58,6 +61,8 @@ class SplitBlocks(Closing):
         self._space, self._geometry, self._madvise = space, space.geometry, Madvise(space)
         ability = split_ability(self._geometry) if ability is None else ability
         ability.require_split()
+        self._mappings = _Mappings(space)
+        self._rooms: dict[Amount | int | None, _RenewedRoom] = {}
         self._divider = divider_of(space, opened() if file is None else file, ability)
 
     def close(self) -> None:
@@ -72,10 +77,9 @@ class SplitBlocks(Closing):
             NotPermittedError, UnsupportedError: as the kernel's call.
             TargetVanishedError: the process is gone.
         """
-        space, size = self._space, self._geometry.pmd_size
-        vmas, switches, thp_disabled = space.vmas(), space.switches, space.thp_disabled
-        starts = np.array([vma.start for vma in vmas], np.uint64)
-        room = _RenewedRoom(space, means)
+        size = self._geometry.pmd_size
+        room = self._room(means)
+        mappings = self._mappings
         ranges: dict[int, list[Block]] = {}
         for block in blocks:
             ranges.setdefault(block[0] // size * size, []).append(block)
@@ -85,9 +89,7 @@ class SplitBlocks(Closing):
             if ended is not None:
                 outcomes |= _alike(chosen, ended)
                 continue
-            at = int(np.searchsorted(starts, start, side="right")) - 1
-            vma = vmas[at] if at >= 0 and start < vmas[at].end else None
-            refusal = refusal_of_mapping(vma, start, self._geometry, switches, thp_disabled=thp_disabled)
+            vma, refusal = mappings.at(start)
             if vma is None or refusal is not None:
                 result, reason = refusal or (ScanResult.VMA_NULL, "")
                 outcomes |= _alike(chosen, BlockOutcome(start, 0, result, reason))
@@ -101,6 +103,12 @@ class SplitBlocks(Closing):
             last = outcomes[chosen[-1]]
             ended = last if last.everywhere or last.result is ScanResult.ANY_PROCESS else None
         return [outcomes[block] for block in blocks]
+
+    def _room(self, means: Means) -> _RenewedRoom:
+        """Return what fits below the limits of the target, kept from call to call."""
+        if means.reserve not in self._rooms:
+            self._rooms[means.reserve] = _RenewedRoom(self._space, means)
+        return self._rooms[means.reserve]
 
     def _range(self, start: int, blocks: list[Block], vma: Vma, room: _RenewedRoom) -> dict[Block, BlockOutcome]:
         """Make the blocks of one PMD range.
@@ -172,6 +180,47 @@ class SplitBlocks(Closing):
         columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
         kept = kept & columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
         return int((kept & zero_filled(self._space, columns)).sum())
+
+
+class _Mappings:
+    """The mappings of the target, listed again as time goes on.
+
+    A listing may be old: the kernel checks for itself what would do harm (hugepage_vma_revalidate(), mm/khugepaged.c),
+    and what was locked since keeps its fill, which is told. But nothing is refused because of an old one.
+    """
+
+    def __init__(self, space: ProcessSpace) -> None:
+        self._space = space
+        self._until = 0.0
+        self._vmas: list[Vma] = []
+
+    def at(self, start: int) -> tuple[Vma | None, Refusal | None]:
+        """Return the mapping that the PMD range at `start` begins in, and why nothing there may be collapsed.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        is_old = time.monotonic() < self._until
+        if not is_old:
+            self._list()
+        vma, refusal = self._look(start)
+        if refusal is not None and is_old:
+            self._list()
+            vma, refusal = self._look(start)
+        return vma, refusal
+
+    def _list(self) -> None:
+        begin = time.monotonic()
+        self._vmas = self._space.vmas()
+        self._thp_disabled = self._space.thp_disabled
+        self._starts = np.array([vma.start for vma in self._vmas], np.uint64)
+        now = time.monotonic()
+        self._until = now + max(RENEW_SECONDS, LISTING_FACTOR * (now - begin))
+
+    def _look(self, start: int) -> tuple[Vma | None, Refusal | None]:
+        at = int(np.searchsorted(self._starts, start, side="right")) - 1
+        vma = self._vmas[at] if at >= 0 and start < self._vmas[at].end else None
+        return vma, refusal_of_mapping(vma, start, self._space.geometry, thp_disabled=self._thp_disabled)
 
 
 class _RenewedRoom:

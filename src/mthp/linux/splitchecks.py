@@ -83,9 +83,7 @@ def _whole_folios(columns: PteColumns, present: NDArray[np.bool_]) -> NDArray[np
     return orders
 
 
-def refusal_of_mapping(
-    vma: Vma | None, start: int, geometry: Geometry, switches: Switches, *, thp_disabled: bool
-) -> Refusal | None:
+def refusal_of_mapping(vma: Vma | None, start: int, geometry: Geometry, *, thp_disabled: bool) -> Refusal | None:
     """Return why nothing in the PMD range at `start` may be collapsed, whatever it holds; None if something may.
 
     Args:
@@ -94,7 +92,8 @@ def refusal_of_mapping(
     """
     if vma is None:
         return ScanResult.VMA_NULL, ""
-    allowed = eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=thp_disabled)
+    # MADV_COLLAPSE does not obey the switches.
+    allowed = eligibility(vma, geometry, Switches(), trigger="madvise", thp_disabled=thp_disabled)
     if vma.kind is not VmaKind.ANON or not allowed:
         return ScanResult.VMA_CHECK, allowed.reason or "not anonymous memory"
     if vma.start > start or vma.end < start + geometry.pmd_size:
