@@ -153,7 +153,7 @@ def test_where_nothing_can_be_trimmed() -> None:
     with pytest.raises(UnsupportedError):
         trim_space(target, TrimOptions())
     state, order = page_runs((N, HUGE, 9))
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(UnsupportedError, match="no contents"):
         plan_trim(FakeSpace([(Vma(BASE, BASE + PMD, "rw-p"), state, order)]), TrimOptions())
 
 

@@ -184,6 +184,7 @@ def plan_trim(space: AddressSpace, options: TrimOptions, progress: Progress | No
         TargetVanishedError: the process is gone.
     """
     geometry, size = space.geometry, space.geometry.page_size
+    abilities.zero_filled(space, space.read([]))  # Fails at once where there are no contents.
     segments = space.populated(list(_anonymous(space, options.within)), size)
     total, done, looked_at = sum(end - start for start, end in segments), 0, 0
     found: list[tuple[int, Block, NDArray[np.bool_]]] = []
