@@ -147,3 +147,15 @@ def test_cold_ages_a_whole_folio_and_splits_for_a_part() -> None:
     assert machine.madvise(mm, start + machine.geometry.page_size, start + 2 * machine.geometry.page_size, "COLD") == 0
     assert orders(machine, mm, start) == [0, -1] * 256
     assert mm.anon_pages == 256
+
+
+def test_in_6_12_a_write_copies_what_a_child_maps_though_not_its_first_page() -> None:
+    machine, mm, start = collapsed((6, 12))
+    child, page = machine.fork(mm), machine.geometry.page_size
+    assert machine.madvise(child, start, start + page, "DONTNEED") == 0
+    # Mapped fewer times than it has pages, the folio looks like one that one process alone maps.
+    for space in (mm, child):
+        assert machine.madvise(space, start + 2 * page, start + 512 * page, "DONTNEED") == 0
+    machine.write(mm, start + page, 77)
+    assert machine.read(mm, start + page)[1] == 77
+    assert machine.read(child, start + page)[1] == start // page + 1

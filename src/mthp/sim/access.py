@@ -188,7 +188,8 @@ class _Access:
             return self.replace_zero()
         pfn = self.ptes.value[:1].astype(np.int64)
         head = parts.memory.head(int(pfn[0]))
-        shared = parts.rmap.maybe_shared(pfn, np.array([head]))[0]
+        # Older kernels guess from the first page whether a large folio is shared, but not for a write.
+        shared = parts.rmap.maybe_shared(pfn, np.array([head]))[0] or parts.memory.mapcount[pfn[0]] > 1
         if not shared and (not parts.memory.has(head, Fl.SWAPCACHE) or parts.swap.free_cache(head)):
             mm.entry(self.address).bits[:] |= P.WRITE
             return Fault.DONE

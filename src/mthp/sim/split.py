@@ -151,7 +151,7 @@ def _map_zero(parts: Parts, mapping: Mapped) -> None:
     emptied = Mapped(mapping.mm, mapping.table, mapping.entries[zero])
     memory.mapcount[frames[zero]] -= 1
     memory.refcount[frames[zero]] -= 1
-    emptied.set(P.PRESENT | P.ZERO | (emptied.bits() & P.UFFD_WP), 0)
+    emptied.set(P.PRESENT | P.ZERO | P.YOUNG | (emptied.bits() & P.UFFD_WP), 0)
     mapping.mm.anon_pages -= int(zero.sum())
 
 

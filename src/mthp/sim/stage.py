@@ -327,7 +327,7 @@ class Stage:
             held[swapped] = parts.swap.content[ptes.value[swapped]]
             wrong = np.flatnonzero(held != wanted)
             if len(wrong):
-                return f"{whose} {wrong[0]} holds the contents of page {held[wrong[0]] - 1}"
+                return f"{whose} {wrong[0]} holds the contents of page {int(held[wrong[0]]) - 1}"
         return "intact"
 
 
