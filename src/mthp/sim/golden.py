@@ -23,20 +23,13 @@ from numpy.typing import NDArray
 from mthp.bounded import Bound, parse_json, read_small
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry, geometry_named
+from mthp.sim.goldencalls import CALLS, Call, call_of
 from mthp.tunables import LIMITS, Tunables
 
 REQUIRED = ("id", "trigger", "orders_enabled", *LIMITS, "before", "after")
 
 TRIGGERS = ("khugepaged", "madvise", "split", "trim")
-"""``split`` and ``trim`` make the calls of :data:`CALLS` that the case lists, one in each pass."""
-
-CALLS = {
-    "collapse": (), "fork": (), "mlock": (), "pin": ("first", "count"), "fill": ("first", "count"),
-    "zero": ("first", "count"), "dontneed": ("first", "count"), "move": ("first", "count"), "cold": ("first", "count"),
-    "split": ("first", "count", "order"), "split_at": ("first", "count", "order", "at"),
-}  # fmt: skip
-"""What a pass may do, and the numbers that it takes (tests/golden/README.md): pages of the range, an order, a page of
-the folio."""
+"""``split`` and ``trim`` make the calls that the case lists (:mod:`mthp.sim.goldencalls`)."""
 
 NEWEST = "7.3"
 """The kernel of a case that names none."""
@@ -94,22 +87,6 @@ class Pass:
 
     orders: Runs
     seen: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a pass does: a word of :data:`CALLS`, and the numbers behind it."""
-
-    name: str
-    first: int = 0
-    count: int = 0
-    order: int = 0
-    at: int = -1
-
-    @property
-    def pages(self) -> slice:
-        """The pages that it names."""
-        return slice(self.first, self.first + self.count)
 
 
 @dataclass(frozen=True)
@@ -343,13 +320,10 @@ def _kind(state: str, pmd_order: int) -> tuple[str, int]:
 def _calls(raw: dict[str, Any], n: int, passes: int) -> tuple[Call, ...]:
     """What each pass does."""
     calls = []
-    for call in _list(raw, "calls"):
-        if not isinstance(call, list) or not call or call[0] not in CALLS or len(call) != 1 + len(CALLS[call[0]]):
-            raise _wrong("calls", call, f"it is a list of a word and its numbers: {', '.join(CALLS)}")
-        numbers = [_number(raw, "calls", number) for number in call[1:]]
-        calls.append(Call(call[0], **dict(zip(CALLS[call[0]], numbers, strict=True))))
-        if not 0 <= calls[-1].first <= calls[-1].pages.stop <= n:
-            raise _wrong("calls", call, f"a PMD range has {n} pages")
+    for words in _list(raw, "calls"):
+        if (call := call_of(words, n)) is None:
+            raise _wrong("calls", words, f"it is a list of a word and its numbers: {', '.join(CALLS)}")
+        calls.append(call)
     if len(calls) != passes:
         raise UsageError(f"calls: {len(calls)} for {passes} passes")
     return tuple(calls)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from mthp.engine.policy import Policy
 from mthp.sim.buddy import Frames
-from mthp.sim.golden import LARGE, NO_PAGE, SMALL, SWAPPED, Call, Case, Runs
+from mthp.sim.golden import LARGE, NO_PAGE, SMALL, SWAPPED, Case, Runs
+from mthp.sim.goldencalls import Call
 from mthp.sim.kernel import Kernel
 from mthp.sim.machine import Machine
 from mthp.sim.memory import Fl
