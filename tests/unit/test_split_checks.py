@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mthp.geometry import X86_64
-from mthp.linux.splitchecks import RangeLayout, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.ptes import ORDER_UNKNOWN, Block, Pte, PteColumns
 from mthp.results import ScanResult
+from mthp.splitchecks import RangeLayout, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.vma import Vma, VmaKind
 
 START, SIZE, PAGES = 4 << 20, 2 << 20, 512

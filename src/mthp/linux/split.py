@@ -4,7 +4,7 @@ For a moment the whole range is one PMD folio, whose holes are filled with zeroe
 of them back that no block was to have. Nothing is injected into the target, no thread of it stops, and no switch
 changes, so wherever this process ends there is nothing to undo: at worst a range stays larger than planned.
 
-Each range goes by itself: checked (:mod:`mthp.linux.splitchecks`), room for one PMD folio taken, collapsed, divided
+Each range goes by itself: checked (:mod:`mthp.splitchecks`), room for one PMD folio taken, collapsed, divided
 (:mod:`mthp.linux.divide`). A folio that was pinned or shared between the collapse and a split cannot be divided. What
 was filled in it besides the blocks is given back by bringing it to base pages, and told where even that is refused.
 """
@@ -26,11 +26,11 @@ from mthp.linux.divide import LargeFolio, Part, divider_of
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.madvise import Madvise
 from mthp.linux.space import ProcessSpace
-from mthp.linux.splitchecks import RangeLayout, Refusal, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.linux.splitfile import SplitAbility, SplitFile, opened, split_ability
 from mthp.means import Means
 from mthp.ptes import Block, Pte
 from mthp.results import BlockOutcome, ScanResult
+from mthp.splitchecks import RangeLayout, Refusal, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.vma import Vma
 
 RENEW_SECONDS = 0.05
