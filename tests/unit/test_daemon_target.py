@@ -457,7 +457,8 @@ class Trimmable(FakeSpace):
     used = 100
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
-        pages = np.concatenate([np.arange(start // G.page_size, end // G.page_size) for start, end in segments])
+        runs = [np.arange(start // G.page_size, end // G.page_size) for start, end in segments]
+        pages = np.concatenate([np.empty(0, np.int64), *runs])
         return replace(super().read(segments), pfn=pages.astype(np.uint64))
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
