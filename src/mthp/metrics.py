@@ -168,12 +168,15 @@ def anonymous_pages(columns: PteColumns) -> NDArray[np.bool_]:
     return anonymous
 
 
-def page_numbers(columns: PteColumns, page_size: int) -> NDArray[np.int64]:
-    """Return the address of each entry divided by the page size: int64, shape (pages,)."""
+def page_numbers(columns: PteColumns, page_size: int, index: NDArray[np.intp] | None = None) -> NDArray[np.int64]:
+    """Return the address of each entry, or of those at an ascending `index`, divided by the page size: int64."""
     # Divided before NumPy sees them: [vsyscall] lies beyond what an int64 holds.
     starts = np.array([start // page_size for start, _ in columns.segments], np.int64)
     counts = np.array([(end - start) // page_size for start, end in columns.segments], np.int64)
-    return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(len(columns.state))
+    ends = np.cumsum(counts)
+    if index is None:
+        index = np.arange(len(columns.state))
+    return np.repeat(starts - (ends - counts), np.diff(np.searchsorted(index, ends), prepend=0)) + index
 
 
 def mapped_runs(
@@ -189,7 +192,7 @@ def mapped_runs(
         group: int64, shape (pages,): cut where it changes.
     """
     index = np.flatnonzero(chosen & (columns.folio_order > 0))
-    page = page_numbers(columns, page_size)[index]
+    page = page_numbers(columns, page_size, index)
     frame = page if columns.pfn is None else columns.pfn[index].astype(np.int64)
     order = np.minimum(columns.folio_order[index], MAX_FOLIO_ORDER).astype(np.int64)
     pmd_mapped = (columns.state[index] & np.uint16(Pte.PMD_MAPPED)) != 0
@@ -340,11 +343,13 @@ class CoverageCounter:
     def add(self, columns: PteColumns, chosen: NDArray[np.bool_]) -> None:
         """Count the pages that are `chosen`: bool, shape (pages,)."""
         page_size = self._geometry.page_size
-        bounds = np.cumsum([0, *((end - start) // page_size for start, end in columns.segments)])
-        owner = self._owner(np.array([start // page_size for start, _ in columns.segments], np.int64))
+        lengths = np.array([(end - start) // page_size for start, end in columns.segments], np.int64)
+        first, some = np.cumsum(lengths) - lengths, lengths > 0
+        owner = self._owner(np.array([start // page_size for start, _ in columns.segments], np.int64))[some]
         unknown = chosen & (columns.folio_order < 0)
         for sums, pages in ((self._pages[:, 0], chosen), (self._unknown, unknown)):
-            np.add.at(sums, owner, np.diff(np.r_[0, np.cumsum(pages)][bounds]))
+            if pages.any():
+                np.add.at(sums, owner, np.add.reduceat(pages, first[some], dtype=np.int64))
         runs = mapped_runs(columns, page_size, chosen)
         if not len(runs.index):
             return

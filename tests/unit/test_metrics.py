@@ -21,6 +21,7 @@ from mthp.metrics import (
     anonymous_pages,
     mapped_runs,
     measure,
+    page_numbers,
 )
 from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns
 from mthp.vma import Vma, VmaKind
@@ -84,6 +85,29 @@ def test_usable_pages_are_those_of_a_loop_over_blocks(pieces: list[Piece], shift
     assert counted.resident == int((columns.state != 0).sum())
     for order in range(1, 7):
         assert counted.pages[order] == plainly_usable(columns, order), order
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 4), st.lists(st.booleans(), min_size=4, max_size=4))))
+def test_every_page_of_several_segments_counts_where_it_is(parts: list[tuple[int, int, list[bool]]]) -> None:
+    segments, resident = [], []
+    numbers: list[int] = []
+    at = HEAP_PAGE
+    for gap, pages, bits in parts:
+        at += gap
+        segments.append((at * PAGE, (at + pages) * PAGE))
+        numbers += range(at, at + pages)
+        resident.append(bits[:pages])
+        at += pages
+    chosen = np.array([bit for bits in resident for bit in bits], np.bool_)
+    columns = PteColumns(
+        tuple(segments), chosen * np.uint16(Pte.PRESENT), np.where(chosen, np.int8(0), np.int8(ORDER_NONE))
+    )
+    index = np.flatnonzero(chosen)
+    assert page_numbers(columns, PAGE).tolist() == numbers
+    assert page_numbers(columns, PAGE, index).tolist() == np.array(numbers, np.int64)[index].tolist()
+    counter = CoverageCounter([start for start, _ in segments], X86_64)
+    counter.add(columns, chosen)
+    assert [counter.coverage(vma, vma + 1).resident for vma in range(len(parts))] == [sum(bits) for bits in resident]
 
 
 def test_a_folio_is_mapped_aligned_unaligned_or_partly() -> None:
