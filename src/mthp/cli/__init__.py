@@ -124,6 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(given)
             sys.stdout.flush()
             return code
+    except (KeyboardInterrupt, click.Abort) as error:
+        # Caught here: a signal may come before the first line of _run(), and Python would die of SIGINT.
+        _say("interrupted", "")
+        return _failed(given, "interrupted", "", exit_code_of(error))
     except OSError as error:
         # What the output goes to takes no more: a reader that has enough, a full disk, or a terminal that is closed.
         # Nothing that is still buffered can be written there at exit either.
@@ -144,9 +148,6 @@ def _run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return _failed(arguments, error.format_message(), "", error.exit_code)
-    except (KeyboardInterrupt, click.Abort) as error:
-        _say("interrupted", "")
-        return _failed(arguments, "interrupted", "", exit_code_of(error))
 
 
 def _say(message: str, help: str) -> None:
