@@ -173,3 +173,27 @@ def test_while_memory_is_short_those_with_a_share_are_trimmed_in_turn(monkeypatc
     for _ in range(100):
         stage.worker._once()
     assert len(trimmed) == before
+
+
+def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage()
+    trimmed: list[int] = []
+    for pid in (1, 2):
+        target: Any = stage.add(pid)
+        target.rule = Rule("all", Match(), settings=Settings(trim=0.5))
+        target.trim_at, target.label = 0.0, str(pid)
+        target.stale = lambda: None
+
+        def trim(target: Any = target, pid: int = pid) -> None:
+            target.trim_at = stage.now + 60.0
+            if pid == 1:
+                raise ValueError("a fault of mthp")
+            trimmed.append(pid)
+
+        target.trim = trim
+    monkeypatch.setattr(stage.worker._pressure, "rests", lambda: True)
+    stage.worker._pressure.resting = True
+    for _ in range(4):
+        stage.worker._once()
+    assert trimmed == [2]
+    assert "a fault of mthp" in stage.worker.targets[1].left_out

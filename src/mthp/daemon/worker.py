@@ -203,16 +203,21 @@ class Worker:
                 return
             self._busy = target
         try:
-            self._work_on(target)
+            self._follow_system(at_once=target.working)
+            self._guarded(target, target.step)
         finally:
-            with self._turn:
-                self._busy = None
-                if target.closed:
-                    # It was dropped meanwhile.
-                    target.close()
-                elif not target.vanished:
-                    self._queue(target)
-                self._turn.notify_all()
+            self._let_go(target, queue=True)
+
+    def _let_go(self, target: Target, *, queue: bool) -> None:
+        """End the turn of `target`; `queue` it for the next."""
+        with self._turn:
+            self._busy = None
+            if target.closed:
+                # It was dropped meanwhile.
+                target.close()
+            elif queue and not target.vanished:
+                self._queue(target)
+            self._turn.notify_all()
 
     def _must_wait(self) -> float:
         """Seconds for which nothing may be begun."""
@@ -287,25 +292,18 @@ class Worker:
             if not wanted:
                 return False
             self._busy = target = min(wanted, key=lambda target: target.trim_at)
-        self.beat = now
         try:
-            target.trim()
-        except TargetVanishedError:
-            target.vanished = True
+            self._guarded(target, target.trim)
         finally:
-            with self._turn:
-                self._busy = None
-                if target.closed:
-                    # It was dropped meanwhile.
-                    target.close()
-                self._turn.notify_all()
+            # It waits for its next step as before.
+            self._let_go(target, queue=False)
         return True
 
-    def _work_on(self, target: Target) -> None:
+    def _guarded(self, target: Target, work: Callable[[], None]) -> None:
+        """Do one piece of `work` on a process; whatever goes wrong leaves the others as they are."""
         self.beat = self._clock()
-        self._follow_system(at_once=target.working)
         try:
-            target.step()
+            work()
         except TargetVanishedError:
             # The main thread hears of it too, and drops it.
             target.vanished = True
