@@ -9,12 +9,18 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.geometry import MIN_ANON_ORDER
 from mthp.ptes import Block
 from mthp.results import ScanResult
 
 TrimBy = Literal["cold", "split"]
 """How a folio is trimmed. ``cold``: MADV_COLD of one page of zeroes splits all of it to base pages. ``split``: only
 what is empty becomes base pages, and the rest stays large."""
+
+
+SMALLEST_LARGE = 64 << 10
+"""Bytes of the smallest folio that a split leaves of what is in use: what arm64 maps by one TLB entry, and most
+processors gain from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +71,31 @@ class Trimming(Protocol):
             UnsupportedError, NotPermittedError: not in this way here.
         """
         ...
+
+
+def in_use(zero: NDArray[np.bool_], page_size: int) -> NDArray[np.int8]:
+    """Return the largest aligned folios of a folio that have no empty block of 64 KiB: int8, shape (pages,).
+
+    Args:
+        zero: which of its pages hold nothing but zeroes: bool, shape (pages,).
+    """
+    order = max(MIN_ANON_ORDER, (SMALLEST_LARGE // page_size).bit_length() - 1)
+    orders = np.zeros(len(zero), np.int8)
+    if len(zero) < 1 << order:
+        return orders
+    used: NDArray[np.bool_] = np.logical_not(np.logical_and.reduce(zero.reshape(-1, 1 << order), axis=1))
+    while True:
+        orders[np.repeat(used, 1 << order)] = order
+        if len(used) == 1:
+            return orders
+        used = np.logical_and.reduce(used.reshape(-1, 2), axis=1)
+        order += 1
+
+
+def given_back(zero: NDArray[np.bool_], by: TrimBy, page_size: int) -> NDArray[np.bool_]:
+    """Return which pages of a folio a trim gives back: bool, shape (pages,).
+
+    Args:
+        zero: which of its pages hold nothing but zeroes: bool, shape (pages,).
+    """
+    return zero if by == "cold" else zero & (in_use(zero, page_size) == 0)

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from mthp.errors import MthpError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.sysfs import ThpSysfs
-from mthp.linux.trim import SMALLEST_LARGE, in_use
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
-from mthp.trimming import TrimBy, Trimming, TrimOutcome
+from mthp.trimming import SMALLEST_LARGE, TrimBy, Trimming, TrimOutcome, in_use
 from split_targets import Churn
 from targets import MADV_COLLAPSE, PAGE_SIZE, PMD_ORDER, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches

@@ -37,18 +37,19 @@ def wasteful(puppet: Puppet) -> int:
 def test_the_command_gives_back_what_it_said() -> None:
     with Puppet() as puppet:
         wasteful(puppet)
-        # Splits of the empty parts alone leave zeroes beside what is used: cold gives all of them back.
-        wasted = RANGES * (PMD_SIZE - USED * PAGE_SIZE)
-        plan = mthp_json("trim", puppet.pid, "--by", "cold", "--dry-run", "--json")["plan"]
+        # Splits of the empty parts alone leave zeroes in 64 KiB blocks beside what is used.
+        most, least = (RANGES * (PMD_SIZE - -(-USED * PAGE_SIZE // size) * size) for size in (PAGE_SIZE, 64 << 10))
+        plan = mthp_json("trim", puppet.pid, "--dry-run", "--json")["plan"]
         assert plan["folios_by_order"] == {str(PMD_ORDER): RANGES}
-        assert plan["zero_bytes"] == wasted
-        report = mthp_json("trim", puppet.pid, "--by", "cold", "--json")
+        wasted = plan["zero_bytes"]
+        assert least <= wasted <= most
+        report = mthp_json("trim", puppet.pid, "--json")
         assert report["complete"]
         assert (report["trimmed"], report["given_back_bytes"]) == (RANGES, wasted)
         fallen = report["rss_before_bytes"] - report["rss_after_bytes"]
         assert abs(fallen - wasted) < wasted // 20
         # What is full is left large, and a second time nothing is left to do.
-        again = mthp_json("trim", puppet.pid, "--by", "cold", "--json")
+        again = mthp_json("trim", puppet.pid, "--json")
         assert (again["plan"]["folios_by_order"], again["given_back_bytes"]) == ({}, 0)
 
 
@@ -57,5 +58,5 @@ def test_the_library_trims_within_a_share() -> None:
         wasteful(puppet)
         share = 1 - USED * PAGE_SIZE / PMD_SIZE
         assert mthp.trim(puppet.pid, zero=share + 0.01, dry_run=True).plan.folios == []
-        report = mthp.trim(puppet.pid, zero=share - 0.01, by="cold")
+        report = mthp.trim(puppet.pid, zero=share - 0.01)
         assert (report.trimmed, report.complete) == (RANGES, True)

@@ -128,10 +128,29 @@ def test_a_dry_run_changes_nothing() -> None:
 
 def test_it_stops_when_told() -> None:
     target = space(*[400] * 40)
-    stops = iter([False, True, True])
-    report = trim_space(target, TrimOptions(), stop=lambda: next(stops))
+    report = trim_space(target, TrimOptions(), stop=lambda: len(target.batches) == 1)
     assert report.interrupted
-    assert (report.trimmed, report.not_tried) == (16, 24)
+    assert (report.trimmed, report.not_tried, report.complete) == (16, 24, False)
+
+
+def test_it_stops_before_contents_are_read() -> None:
+    target = space(400)
+    for dry_run in (True, False):
+        report = trim_space(target, TrimOptions(), dry_run=dry_run, stop=lambda: True)
+        assert (report.interrupted, report.complete) == (True, False)
+    assert (target.asked, target.batches) == (0, [])
+
+
+def test_by_splits_only_whole_empty_blocks_are_counted() -> None:
+    # Of the last 408 pages 8 share a block of 64 KiB with pages that are used.
+    target = space(408)
+    target.trims_by = ("split", "cold")
+    assert plan_trim(target, TrimOptions(by="cold")).gains == [408]
+    assert plan_trim(target, TrimOptions()).gains == [400]
+    scattered = space(0)
+    scattered.empty = {BASE + page * PAGE for page in range(0, N, 2)}
+    assert plan_trim(scattered, TrimOptions(by="split")).folios == []
+    assert plan_trim(scattered, TrimOptions(by="cold")).gains == [N // 2]
 
 
 def test_a_target_that_vanishes() -> None:

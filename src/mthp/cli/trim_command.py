@@ -63,7 +63,8 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
     rows = [[geometry.label(order), str(count)] for order, count in plan.folios_by_order.items()]
     title = f"{plan.label}: large folios with {percent(options.zero)} of zeroes, of {plan.looked_at} in all"
     out.print(Table(title, ["size", "folios"], rows, right={1}))
-    say(out, f"{format_size(plan.zero_bytes)} in pages of nothing but zeroes" + (f", by {plan.by}" if plan.by else ""))
+    how = f" (--by {plan.by})" if plan.by else ""
+    say(out, f"{format_size(plan.zero_bytes)} in pages of nothing but zeroes can be given back{how}")
     if report.dry_run:
         note(out, [*filter(None, [report.remade.remark]), "dry run: nothing was changed"])
         return

@@ -29,7 +29,7 @@ from mthp.pacing import ByteBudget
 from mthp.ptes import Block, PteColumns, Segment
 from mthp.results import ScanResult
 from mthp.segments import in_range_blocks
-from mthp.trimming import TrimBy, Trimming, TrimOutcome
+from mthp.trimming import TrimBy, Trimming, TrimOutcome, given_back
 from mthp.vma import VmaKind
 
 MISSED = 0.01
@@ -79,8 +79,9 @@ class TrimPlan:
         by: how they would be trimmed; None if they cannot be here.
         folios: the address and the order of each.
         zero: which pages of each hold nothing but zeroes: bool, shape (2**order,).
+        gains: how many of these pages would be given back.
         looked_at: large folios that there are.
-        zero_bytes: pages of zeroes in `folios`: what there is to be had.
+        interrupted: it was told to stop before all of them were looked at.
     """
 
     JSON: ClassVar = "target=label by folios_by_order looked_at zero_bytes"
@@ -90,12 +91,14 @@ class TrimPlan:
     by: TrimBy | None
     folios: list[Block]
     zero: list[NDArray[np.bool_]]
+    gains: list[int]
     looked_at: int
+    interrupted: bool = False
 
     @property
     def zero_bytes(self) -> int:
-        """Bytes in pages of zeroes."""
-        return sum(int(pages.sum()) for pages in self.zero) * self.geometry.page_size
+        """Bytes in pages of zeroes that would be given back."""
+        return sum(self.gains) * self.geometry.page_size
 
     @property
     def folios_by_order(self) -> dict[int, int]:
@@ -161,7 +164,8 @@ class TrimReport:
     @property
     def complete(self) -> bool:
         """Whether all planned folios were trimmed."""
-        return self.dry_run or not (self.failed or self.not_tried or self.vanished or self.error)
+        undone = self.failed or self.not_tried or self.interrupted or self.vanished or self.error
+        return not undone
 
     def add(self, outcome: TrimOutcome) -> None:
         """Count what came of a folio."""
@@ -175,8 +179,16 @@ class TrimReport:
             self.left_by_order[order] = self.left_by_order.get(order, 0) + count
 
 
-def plan_trim(space: AddressSpace, options: TrimOptions, progress: Progress | None = None) -> TrimPlan:
+def plan_trim(
+    space: AddressSpace,
+    options: TrimOptions,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> TrimPlan:
     """Find the folios whose share of zeroes is large enough.
+
+    Args:
+        stop: called before every block; once it returns True nothing more is read.
 
     Raises:
         UnsupportedError: the contents or the frames of `space` cannot be seen.
@@ -187,21 +199,35 @@ def plan_trim(space: AddressSpace, options: TrimOptions, progress: Progress | No
     abilities.zero_filled(space, space.read([]))  # Fails at once where there are no contents.
     segments = space.populated(list(_anonymous(space, options.within)), size)
     total, done, looked_at = sum(end - start for start, end in segments), 0, 0
+    ways = space.trims_by if isinstance(space, Trimming) else ()
+    by = options.by or next(iter(ways), None)
     found: list[tuple[int, Block, NDArray[np.bool_]]] = []
+    interrupted = False
     for block in in_range_blocks(segments, geometry, BLOCK_PMD_RANGES * geometry.pmd_size):
+        if interrupted := stop():
+            break
         columns = space.read(block)
         folios = _whole_folios(columns, geometry)
         looked_at += len(folios)
         for folio, zero in _with_zeroes(space, columns, folios, options.zero):
-            found.append((int(zero.sum()), folio, zero))
+            # Where nothing can be trimmed, what MADV_COLD would give back is what there is to be had.
+            if gain := int(given_back(zero, by or "cold", size).sum()):
+                found.append((gain, folio, zero))
         done += sum(end - start for start, end in block)
         if progress is not None:
             progress(done, total, "contents")
     # The largest gain first, then by ascending address.
     found.sort(key=lambda one: (-one[0], one[1]))
-    ways = space.trims_by if isinstance(space, Trimming) else ()
-    by = options.by or next(iter(ways), None)
-    return TrimPlan(space.label, geometry, by, [one[1] for one in found], [one[2] for one in found], looked_at)
+    return TrimPlan(
+        label=space.label,
+        geometry=geometry,
+        by=by,
+        folios=[folio for _, folio, _ in found],
+        zero=[zero for _, _, zero in found],
+        gains=[gain for gain, _, _ in found],
+        looked_at=looked_at,
+        interrupted=interrupted,
+    )
 
 
 def trim_space(
@@ -222,8 +248,8 @@ def trim_space(
         UnsupportedError, NotPermittedError: as :func:`plan_trim`; or folios cannot be trimmed here.
         TargetVanishedError: the process exited before anything was done.
     """
-    plan = plan_trim(space, options, progress)
-    report = TrimReport(plan, dry_run=dry_run, not_tried=len(plan.folios))
+    plan = plan_trim(space, options, progress, stop)
+    report = TrimReport(plan, dry_run=dry_run, not_tried=len(plan.folios), interrupted=plan.interrupted)
     report.rss_before_bytes = report.rss_after_bytes = abilities.resident_bytes(space)
     if dry_run:
         report.not_tried = 0
@@ -288,7 +314,7 @@ def _remade(space: AddressSpace, plan: TrimPlan) -> Remade:
     pmd_order = plan.geometry.pmd_order
     huge = [at for at, (_, order) in enumerate(plan.folios) if order == pmd_order]
     addresses = np.array([plan.folios[at][0] for at in huge], np.uint64)
-    return remade(space, addresses, np.array([plan.zero[at].sum() for at in huge], np.int64))
+    return remade(space, addresses, np.array([plan.gains[at] for at in huge], np.int64))
 
 
 def _anonymous(space: AddressSpace, within: Segment | None) -> Iterator[Segment]:

@@ -18,18 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.closing import Closing
-from mthp.geometry import MIN_ANON_ORDER
 from mthp.linux.divide import LargeFolio, divider_of
 from mthp.linux.space import ProcessSpace
 from mthp.linux.splitfile import SplitAbility, SplitFile, opened, split_ability
 from mthp.ptes import Block, Pte, PteColumns, segments_of, spread
 from mthp.results import ScanResult
-from mthp.trimming import TrimBy, TrimOutcome
+from mthp.trimming import TrimBy, TrimOutcome, in_use
 from mthp.vma import Vma
-
-SMALLEST_LARGE = 64 << 10
-"""Bytes of the smallest folio that a split leaves of what is in use: what arm64 maps by one TLB entry, and most
-processors gain from."""
 
 PAUSE = 0.002
 """Seconds before folios are tried a second time whose lock or reference may have passed."""
@@ -128,25 +123,6 @@ class Trimmer(Closing):
         return error, time.perf_counter_ns() - begin
 
 
-def in_use(zero: NDArray[np.bool_], page_size: int) -> NDArray[np.int8]:
-    """Return the largest aligned folios of a folio that have no empty block of 64 KiB: int8, shape (pages,).
-
-    Args:
-        zero: which of its pages hold nothing but zeroes: bool, shape (pages,).
-    """
-    order = max(MIN_ANON_ORDER, (SMALLEST_LARGE // page_size).bit_length() - 1)
-    orders = np.zeros(len(zero), np.int8)
-    if len(zero) < 1 << order:
-        return orders
-    used: NDArray[np.bool_] = np.logical_not(np.logical_and.reduce(zero.reshape(-1, 1 << order), axis=1))
-    while True:
-        orders[np.repeat(used, 1 << order)] = order
-        if len(used) == 1:
-            return orders
-        used = np.logical_and.reduce(used.reshape(-1, 2), axis=1)
-        order += 1
-
-
 class _Tables:
     """What the page tables show of some folios at one moment.
 
@@ -234,7 +210,7 @@ def _end(outcome: TrimOutcome, error: int, *, is_split: bool) -> TrimOutcome:
     if is_split:
         return outcome
     if error == errno.EINVAL:
-        # can_madv_lru_vma(): mlocked since, or mapped anew.
+        # can_madv_lru_vma(): mlocked since, or another mapping.
         return dataclasses.replace(outcome, result=ScanResult.VMA_CHECK, reason=LOCKED)
     if error == errno.ENOMEM:
         return dataclasses.replace(outcome, result=ScanResult.VMA_NULL)
