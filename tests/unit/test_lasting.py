@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.engine.lasting import remade
+from mthp.engine.lasting import remade, remade_of_plan
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
+from mthp.ptes import ORDER_NONE
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
 
@@ -47,3 +50,14 @@ def test_full_ranges_cannot_be_kept_by_the_tunable() -> None:
     found = remade(space(), np.array([BASE], np.uint64), np.array([0]))
     assert (found.ranges, found.keeps) == (1, None)
     assert "MADV_NOHUGEPAGE" in found.remark
+
+
+@pytest.mark.parametrize(("orders", "ranges"), [("64K", 2), ("2M", 0)])
+def test_small_folios_of_a_plan_do_not_last_where_the_tunable_lets_holes_be_filled(orders: str, ranges: int) -> None:
+    # A block of 64 KiB in each of two PMD ranges; the third is empty.
+    vma = Vma(BASE, BASE + 3 * PMD, "rw-p", has_anon_vma=True)
+    runs = [run for _ in range(2) for run in ((16, 1, 0), (N - 16, 0, ORDER_NONE))]
+    space = FakeSpace([(vma, *page_runs(*runs, (N, 0, ORDER_NONE)))], switches=Switches("always", {9: "inherit"}))
+    plan = plan_space(space, PlanOptions(orders=orders, max_ptes_none=0))
+    found = remade_of_plan(space, plan)
+    assert (found.ranges, found.keeps) == (ranges, N - 16 - 1 if ranges else None)

@@ -13,6 +13,7 @@ from mthp.cli.options import at_option, json_option, plan_options, planned, targ
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.engine.allowed import Allowed, allowed_of
+from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
@@ -33,14 +34,16 @@ class Now:
         by_default: what it would do.
         missing: what could not be seen, and what would make it visible.
         move_hindrances: why the mover would not begin.
+        remade: what khugepaged would make huge again of the folios below the PMD size.
     """
 
-    JSON: ClassVar = "by_default missing move_hindrances"
+    JSON: ClassVar = "by_default missing move_hindrances remade"
 
     geometry: Geometry
     by_default: Allowed
     missing: tuple[str, ...]
     move_hindrances: list[str]
+    remade: Remade
 
 
 @click.command("plan")
@@ -59,13 +62,15 @@ def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
         missing = space.missing
         smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
         hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []
+        again = remade_of_plan(space, plan)
     if as_json:
-        print_json("plan", plan, Now(plan.geometry, allowed, missing, hindrances))
+        print_json("plan", plan, Now(plan.geometry, allowed, missing, hindrances, again))
         return
     out = console()
     print_plan(out, plan)
     print_allowed(out, plan, allowed)
-    note(out, [*(f"the mover (--mechanism move) would not begin: {reason}" for reason in hindrances), *missing])
+    refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in hindrances]
+    note(out, [*filter(None, [again.remark]), *refused, *missing])
 
 
 def size_and_more(plan: SpacePlan) -> str:

@@ -11,7 +11,7 @@ from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
 from mthp.engine.allowed import allowed_of, mechanisms_of
 from mthp.engine.carry import Carrier
-from mthp.engine.lasting import Remade, remade
+from mthp.engine.lasting import remade_of_plan
 from mthp.engine.planning import plan_space
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions
@@ -152,23 +152,12 @@ def carry_out(
             if mechanism in ("khugepaged", "move"):
                 before_move(plan, mechanism)
             carrier.carry_out(by[mechanism])
-            report.remade = _remade(space, plan, report)
             report.verified |= mechanism == "move" and means.verify
+        if any(tally.made for tally in report.folios.values()):
+            report.remade = remade_of_plan(space, plan)
     report.durations = Durations.of(carriers["madvise"].seconds)
     report.windows = Durations.of(np.array(carriers["move"].pauses_ns) / 1e9)
     return report
-
-
-def _remade(space: AddressSpace, plan: SpacePlan, report: CollapseReport) -> Remade:
-    """Predict what khugepaged makes huge again of PMD ranges in which smaller folios were made."""
-    if not any(tally.made for tally in report.folios.values()):
-        return Remade()
-    geometry, ranges = plan.geometry, plan.ranges
-    small = plan.folios.address[plan.folios.order < geometry.pmd_order]
-    size = np.uint64(geometry.pmd_size)
-    chosen = np.isin(ranges.address, small // size * size)
-    none = geometry.ptes_per_pmd - ranges.resident[chosen].astype(np.int64) - ranges.filled[chosen]
-    return remade(space, ranges.address[chosen], none)
 
 
 def _made_by(folios: Folios, mechanisms: dict[int, Mechanism | None], by: str) -> Folios:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions, base_rules, jobs_of
+from mthp.engine.space_plan import SpacePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +72,19 @@ def remade(space: AddressSpace, addresses: NDArray[np.uint64], none: NDArray[np.
         return Remade(max_ptes_none=limit)
     fewest = int(none[again].min())
     return Remade(int(again.sum()), limit, fewest - 1 if fewest else None)
+
+
+def remade_of_plan(space: AddressSpace, plan: SpacePlan) -> Remade:
+    """Predict what khugepaged makes of the PMD ranges in which `plan` has folios below the PMD order.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    geometry, ranges = plan.geometry, plan.ranges
+    small = plan.folios.address[plan.folios.order < geometry.pmd_order]
+    if not len(small):
+        return Remade(max_ptes_none=space.tunables.max_ptes_none)
+    size = np.uint64(geometry.pmd_size)
+    chosen = np.isin(ranges.address, small // size * size)
+    none = geometry.ptes_per_pmd - ranges.resident[chosen].astype(np.int64) - ranges.filled[chosen]
+    return remade(space, ranges.address[chosen], none)
