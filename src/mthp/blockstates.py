@@ -1,4 +1,4 @@
-"""What is in some blocks at one moment, and what an attempt made of them as the page tables show it."""
+"""The state of blocks before and after an attempt, and its outcome as the page tables show it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mthp.results import BlockOutcome, ScanResult
 
 SMALLER_FOLIOS = "the kernel made smaller folios of it"
 SPLIT_AGAIN = "it was split or unmapped again at once"
-EXITED = "the target exited before it could be seen what became of it"
+EXITED = "the target exited before its page tables could be read again"
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ class Machine:
             self.orders[whole : whole + (2 << now)] = now
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
 
 class Frames:
@@ -129,7 +129,7 @@ class Frames:
         return abi.KPF_COMPOUND_TAIL if page % (1 << order) else abi.KPF_COMPOUND_HEAD
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
 
 @pytest.fixture(autouse=True)

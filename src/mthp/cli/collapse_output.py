@@ -92,7 +92,7 @@ def _print_folios(out: Console, report: CollapseReport) -> None:
     for order, tally in report.folios.items():
         size = geometry.label(order)
         made = f"{format_size(tally.made * geometry.size_of(order))} lie in folios of {size} now"
-        rows.append([size, "moved", str(tally.made), made + (", verified" if report.verified else "")])
+        rows.append([size, "made", str(tally.made), made + (", verified" if report.verified else "")])
         if tally.unchanged:
             rows.append([size, "large already", str(tally.unchanged), "nothing to do"])
         rows += [[size, result.name, str(count), reason] for (result, reason), count in tally.failed.most_common()]

@@ -2,7 +2,7 @@
 
 Reading a kept-open file of sysfs again takes about a microsecond. What is read while another mthp has a window open (a
 moment in which it has set switches to make folios of one order, :mod:`mthp.linux.journal`) is not what the
-operator chose, so the lock of the windows is looked at, and while somebody holds it the last values stay.
+operator chose, so the lock of the windows is checked, and while it is held the last values stay.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _read(fd: int) -> bytes | None:
 
 @contextlib.contextmanager
 def _unless_locked(path: Path | None) -> Iterator[bool]:
-    """Hold the shared lock of a file; gives False if somebody holds it alone."""
+    """Hold the shared lock of a file; return False if another process holds it alone."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path else -1
     except OSError:

@@ -8,7 +8,7 @@ It knows no Linux call, no simulator and no file. In reading order:
 - ``select``: which mappings may be collapsed, and under which rules;
 - ``planning``, ``space_plan``, ``census``: the plan of an address space, and what is in it now;
 - ``admission``: which runs are tried, within a bloat budget and memory limits;
-- ``collapse``, with ``options``, ``carry``, ``report``: carry out a plan, once, and report what came of it;
+- ``collapse``, with ``options``, ``carry``, ``report``: carry out a plan once, and report the result;
 - ``visit``: read, walk, admit, collapse, report, for the PMD ranges that are next;
 - ``scanner``, ``khugepaged``: which ranges these are, and when: :class:`mthp.Khugepaged`, and the simulated machine's.
 """

@@ -182,7 +182,7 @@ class Carrier:
         return tried, len(blocks), False
 
     def _try(self, blocks: list[Block], columns: PteColumns) -> None:
-        """Collapse `blocks`, which `columns` hold, and count what came of them."""
+        """Collapse `blocks`, which `columns` hold, and count the outcomes."""
         self._work.tried(sum(self._geometry.size_of(order) for _, order in blocks))
         if self._mechanism == "move":
             self._work.report.moved_blocks += len(blocks)
@@ -256,7 +256,7 @@ class Carrier:
                 self._account(outcome)
 
     def _account(self, outcome: BlockOutcome) -> None:
-        """Count what came of a block."""
+        """Count the outcome of a block."""
         report, tally, page_size = self._work.report, self._done(outcome.order), self._geometry.page_size
         report.filled_bytes += outcome.left_filled * page_size
         if outcome.result is ScanResult.SUCCEED:

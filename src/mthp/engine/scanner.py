@@ -279,7 +279,7 @@ class Scanner:
             while not self._told_to_stop(stop):
                 self._wake.clear()
                 self.do_scan()
-                # Without anything to visit it waits until somebody comes.
+                # Without anything to visit it waits until a space is added.
                 seconds = self._tunables().scan_sleep_millisecs * _MILLISECOND if self._slots else float("inf")
                 self._wait(seconds, stop)
         finally:

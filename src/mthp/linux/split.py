@@ -186,7 +186,7 @@ class _Mappings:
     """The mappings of the target, listed again as time goes on.
 
     A listing may be old: the kernel checks for itself what would do harm (hugepage_vma_revalidate(), mm/khugepaged.c),
-    and what was locked since keeps its fill, which is told. But nothing is refused because of an old one.
+    and what was locked since keeps its fill, which is reported. Nothing is refused because of an old listing.
     """
 
     def __init__(self, space: ProcessSpace) -> None:

@@ -1,12 +1,12 @@
-"""Open files of a process behind which somebody may hold on to its pages, or use its memory while it stands still.
+"""Open files of a process behind which a driver may hold its pages, or use its memory while it is stopped.
 
 A driver can pin pages, which the kernel shows when they are to be moved. But it can also keep a second page table that
 points to them (a virtual machine), let a thread of the kernel's write to the process's memory (vhost), let another
-process map it (XPMEM), or let a device use the process's own page table (shared virtual addressing). Nothing of that is
-seen page by page, and who holds such a file is known by the file alone.
+process map it (XPMEM), or let a device use the process's own page table (shared virtual addressing). None of that
+is visible page by page: only the open file shows it.
 
-As with flags of mappings there is a list of what is allowed: a character device that nobody has thought about is
-refused. Block devices and files of file systems pin what they transfer.
+As with flags of mappings there is a list of what is allowed: a character device that is not on it is refused. Block
+devices and files of file systems pin what they transfer.
 """
 
 from __future__ import annotations

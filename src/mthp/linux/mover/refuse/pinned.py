@@ -1,9 +1,9 @@
-"""Large folios that somebody holds: they are found by splitting them before anything stands still.
+"""Large folios that are held: they are found by splitting them before the stop.
 
-UFFDIO_MOVE splits the large folios that it comes to. Where somebody holds one (a pin, a page in a pipe) that fails, and
+UFFDIO_MOVE splits the large folios that it comes to. Where one is held (a pin, a page in a pipe) that fails, and
 some kernels then try again for as long as it lasts (move_pages, mm/userfaultfd.c; seen on 6.12, 7.0 and 7.2, while 6.18
-and 7.3 say EBUSY). All threads of the target would stand still meanwhile, and perhaps it is one of them that is to let
-go of the folio. No interface tells who holds a page. But MADV_COLD over a part of a large folio splits it, too, and
+and 7.3 say EBUSY). All threads of the target would be stopped meanwhile, and perhaps one of them has to release
+the folio. No interface shows what holds a page. But MADV_COLD over a part of a large folio splits it, too, and
 leaves it as it is where it cannot (madvise_cold_or_pageout_pte_range, mm/madvise.c). So the large folios in blocks that
 are to be moved are split that way, and a block that still has one after that is not moved.
 """
