@@ -252,7 +252,8 @@ class Stopped:
         return list(dict.fromkeys(self.tids[row % len(self.tids)] for row in rows))
 
 
-class State(enum.Enum):
+# Of integers: they are hashed several times for each thread while all are stopped, and an Enum hashes its name.
+class State(enum.IntEnum):
     """What a thread of the target is doing, as far as we have brought it there.
 
     The permitted transitions; from each state also to DEAD, and to SEIZED if it was killed and has not gone yet::
