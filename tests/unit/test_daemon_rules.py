@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from mthp.budget import DEFAULT_BLOAT
 from mthp.daemon.configuration import EXAMPLE, Configuration, load_configuration, parse_configuration
-from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
+from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.errors import UsageError
 from mthp.geometry import X86_64
+from mthp.naming import Match, ProcessFacts
 from mthp.tunables import Switches, Tunables
 
 REDIS = ProcessFacts(

@@ -20,12 +20,13 @@ from mthp.daemon.environment import Environment
 from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks
 from mthp.daemon.pressure import FreeFolios
-from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
+from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.daemon.target import LEFT_OUT_SECONDS, TRIM_SECONDS, WAKE_GRID, Sign, Target
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
+from mthp.naming import Match, ProcessFacts
 from mthp.objects import to_object
 from mthp.pacing import ByteBudget
 from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment

@@ -12,11 +12,12 @@ from mthp.daemon.configuration import Configuration, Pace
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
-from mthp.daemon.rules import Match, ProcessFacts, Rule, Rules, Settings
+from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.geometry import X86_64
+from mthp.naming import Match, ProcessFacts
 from mthp.pacing import ByteBudget, CpuBudget
 from mthp.tunables import Switches, Tunables
 

@@ -15,10 +15,11 @@ import mthp
 from mthp.cli import COMMANDS, _mthp
 from mthp.cli.schema_command import OBJECTS, schema
 from mthp.daemon.configuration import Own
-from mthp.daemon.rules import Match, Settings
+from mthp.daemon.rules import Settings
 from mthp.lab import tables
 from mthp.lab.grid import Grid
 from mthp.lab.workloads import MODELS
+from mthp.naming import Match
 from mthp.toml import readers_of
 from mthp.top.columns import COLUMNS
 from mthp.tunables import Tunables

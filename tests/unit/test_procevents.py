@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mthp.daemon.discovery import Nursery, read_facts
+from mthp.daemon.discovery import Nursery
 from mthp.errors import NotPermittedError, UnsupportedError
+from mthp.linux.facts import FactsReader
 from mthp.linux.procevents import MAX_GAP, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling
 from waiting import until
 
@@ -161,13 +162,13 @@ def test_a_storm_of_short_lived_processes_is_never_looked_into() -> None:
 
 
 def test_facts_are_those_that_were_asked_for() -> None:
-    facts = read_facts(os.getpid(), frozenset({"uid", "exe", "cgroup"}))
+    facts = FactsReader().read(os.getpid(), frozenset({"uid", "exe", "cgroup"}))
     assert facts is not None
     assert facts.uid == os.getuid()
     assert facts.exe == str(Path("/proc/self/exe").readlink())
     assert facts.cgroup in Path("/proc/self/cgroup").read_text()
-    less = read_facts(os.getpid(), frozenset())
+    less = FactsReader().read(os.getpid(), frozenset())
     assert less is not None
     assert (less.uid, less.exe, less.cgroup) == (-1, "", "")
     assert less.comm == Path("/proc/self/comm").read_text().rstrip("\n")
-    assert read_facts(1 << 23, frozenset()) is None
+    assert FactsReader().read(1 << 23, frozenset()) is None

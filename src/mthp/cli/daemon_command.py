@@ -14,10 +14,12 @@ from mthp.cli.options import RATE, SHARE
 from mthp.cli.status_command import run_dir_option
 from mthp.errors import UsageError
 from mthp.means import Mechanism
+from mthp.naming import HOW_TO_NAME, match_of
 from mthp.text import clean
 
 
 @click.command("daemon")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @click.option(
     "--config", type=click.Path(path_type=Path), metavar="FILE", help="Rules (TOML). SIGHUP has it read again."
 )
@@ -51,7 +53,8 @@ from mthp.text import clean
 def command(run_dir: Path | None, **options: Any) -> int:
     """Collapse the memory of chosen processes to large folios, in the background, as their rules say.
 
-    A rules file chooses them, or --pid, --exe, --comm, --cgroup, --uid or --all without one. Switches and tunables are
+    A rules file chooses them, or without one a PID, all, comm:NAME, exe:PATH, unit:NAME, cgroup:/PATH,
+    pod:NAMESPACE/NAME, container:ID or user:NAME; * stands for any text. Switches and tunables are
     at any moment those of /sys/kernel/mm/transparent_hugepage, unless the rules say otherwise.
 
     It runs in the foreground until SIGTERM or Ctrl-C. `mthp status`, `mthp pause` and `mthp resume` talk to it.
@@ -101,21 +104,20 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
     from mthp.linux.sysfs import ThpSysfs
 
     geometry = ThpSysfs().geometry()
-    chosen = any(options[name] for name in (*_MATCHES, "everybody"))
+    chosen = any(options[name] for name in (*_MATCHES, "everybody", "targets"))
     path: Path | None = options["config"]
     if path is not None:
         clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
         if clash:
             raise UsageError(
-                f"--config and --{_flag(clash[0])} are given", help="say it in the rules file: [defaults] or [[rule]]"
+                f"--config and {_flag(clash[0])} are given", help="say it in the rules file: [defaults] or [[rule]]"
             )
         path = path.absolute()
         return lambda: _with_daemon_options(load_configuration(path, geometry), options)
     if not chosen:
         raise UsageError(
             "nothing says which processes to work on",
-            help="give --config FILE, or --pid, --exe, --comm, --cgroup, --uid or --all;"
-            " mthp daemon --print-config shows a file",
+            help=f"give --config FILE, which mthp daemon --print-config shows, or {HOW_TO_NAME}",
         )
     return lambda: _with_daemon_options(_from_options(options, geometry), options)
 
@@ -129,12 +131,14 @@ _SETTINGS = (
 _MATCHES = ("pid", "exe", "comm", "cgroup", "uid")
 """Options that say what a rule matches, under its names."""
 
-_OF_RULES = (*_MATCHES, "everybody", *_SETTINGS)
+_OF_RULES = (*_MATCHES, "everybody", "targets", *_SETTINGS)
 """Options that a rules file says."""
 
 
 def _flag(name: str) -> str:
-    return "all" if name == "everybody" else name.replace("_", "-")
+    if name == "targets":
+        return "a target"
+    return "--all" if name == "everybody" else f"--{name.replace('_', '-')}"
 
 
 def _from_options(options: dict[str, Any], geometry: Any) -> Any:
@@ -149,7 +153,16 @@ def _from_options(options: dict[str, Any], geometry: Any) -> Any:
     ]
     if options["everybody"]:
         rules.append({"name": "--all", "match": {}})
+    rules += [{"name": word, "match": _match(word)} for word in dict.fromkeys(options["targets"])]
     return configuration_of({"defaults": defaults, "rule": rules}, geometry, "options")
+
+
+def _match(word: str) -> dict[str, Any]:
+    """Return the ``match`` of a rules file that a target means; a bare word is a process's name."""
+    if word.isascii() and word.isdecimal():
+        return {"pid": [int(word[:20])]}
+    match = match_of(word) or match_of(f"comm:{word}")
+    return {name: list(getattr(match, name)) for name in match.named} if match else {}
 
 
 def _user(text: str) -> str | int:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mthp.bounded import named
-from mthp.daemon.rules import Match, Rule, Rules, Settings
+from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.daemon.values import file_path, parse_endpoint
 from mthp.geometry import Geometry
+from mthp.naming import Match
 from mthp.toml import Document, Reader, flag, positive, readers_of, text, whole
 from mthp.tomllines import Place
 from mthp.tunables import Switches, Tunables, read_switches, read_tunables

@@ -15,20 +15,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mthp.daemon.discovery import SETTLE_SHARE, Nursery, read_facts
+from mthp.daemon.discovery import SETTLE_SHARE, Nursery
 from mthp.daemon.loop import Loop
-from mthp.daemon.rules import ProcessFacts, Rule
+from mthp.daemon.rules import Rule
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError
+from mthp.linux.facts import FactsReader
 from mthp.linux.process import Process, ProcStat
 from mthp.linux.procevents import Changes, list_pids, open_events
+from mthp.naming import ProcessFacts
 
 NOBODY = 0
 """In place of a PID that no rule means."""
 
 REMATCH_SECONDS = 10.0
 """Between two listings of all processes; what may change without an event is looked at anew then."""
+
+TOLD_OF = frozenset(("pid", "comm", "exe"))
+"""Properties whose change the kernel tells. The others change without an event: a process is put into another control
+group, and the log of a container is linked after it has started."""
 
 
 class Finder:
@@ -52,6 +58,7 @@ class Finder:
         self._known: dict[int, int] = {}
         self._named: dict[int, int] = {}
         self._ancestors = _ancestors()
+        self._facts = FactsReader()
         self._nursery = Nursery(self._tick)
         self._changes, hint = open_events()
         if hint:
@@ -89,10 +96,12 @@ class Finder:
 
     def _take_names(self) -> None:
         """Note who has the PIDs that rules name."""
-        rules = self._environment.configuration.rules.rules
+        rules = self._environment.configuration.rules
+        if hidden := self._facts.hidden(rules.properties):
+            self._say(f"rules may fit nothing: {hidden}")
         self._named = {}
-        for pid in sorted({pid for rule in rules for pid in rule.match.pid}):
-            facts = read_facts(pid, frozenset())
+        for pid in sorted({pid for rule in rules.rules for pid in rule.match.pid}):
+            facts = self._facts.read(pid, ())
             if facts is None:
                 self._say(f"there is no process {pid}, which a rule names")
             else:
@@ -134,17 +143,14 @@ class Finder:
         pids = set(list_pids())
         for pid in self._known.keys() - pids:
             del self._known[pid]
-        told_of = self._changes.fileno() >= 0 and not self._environment.configuration.rules.properties & {
-            "cgroup",
-            "uid",
-        }
+        told_of = self._changes.fileno() >= 0 and self._environment.configuration.rules.properties <= TOLD_OF
         self._nursery.add(pids - {pid for pid, starttime in self._known.items() if told_of or starttime < 0})
 
     def look_into(self) -> None:
         """Look into processes that have settled."""
         rules = self._environment.configuration.rules
         for pid in self._nursery.take():
-            facts = read_facts(pid, rules.properties)
+            facts = self._facts.read(pid, rules.properties)
             if facts is None:
                 # A kernel thread stays one; one that is gone does no harm here.
                 self._known[pid] = -1

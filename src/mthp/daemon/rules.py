@@ -1,108 +1,31 @@
 """Which processes the daemon works on, and how: rules, matched against what is known of a process.
 
-A rule names properties of a process; all that it names must fit. Texts are shell patterns (fnmatch), in which ``*``
-also stands for slashes. A cgroup's pattern fits a process in that cgroup or in any below it.
+A rule names properties of a process (:mod:`mthp.naming`); all that it names must fit.
 
 Of several rules that fit, one that denies wins; else the most specific one: a rule that names a PID goes before one
-that names an executable, that before a name, a cgroup, a user; of two that name the same properties, the one with more
-characters that are no wildcards. Two rules that are equally specific, may fit the same process and want different
-things clash: such a file is refused, since nobody could say what it means.
+that names an executable, that before a name, a container, a pod, a unit, a cgroup, a user; of two that name the same
+properties, the one with more characters that are no wildcards. Two rules that are equally specific, may fit the same
+process and want different things clash: such a file is refused, because it does not say which of them holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from mthp.budget import DEFAULT_BLOAT, Amount, parse_amount, parse_bloat
-from mthp.daemon.values import cgroup_pattern, pattern, user_id
 from mthp.engine.policy_lookup import known_policy
 from mthp.errors import UsageError
 from mthp.means import PAUSE_SHARE, Mechanism
+from mthp.naming import Match, ProcessFacts
 from mthp.toml import positive, whole
 from mthp.units import parse_duration, parse_rate, parse_share
 
-Patterns = tuple[Annotated[str, pattern], ...]
-
 Limit = Annotated[int, "limit"]
 """PTEs of a PMD range, less one at most."""
-
-_WEIGHTS = {"uid": 1, "cgroup": 2, "comm": 4, "exe": 8, "pid": 16}
-"""What a property counts when rules are compared: each more than all before it together."""
-
-_WILDCARDS = re.compile(r"[*?]|\[[^]]*\]")
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessFacts:
-    """What rules are matched against.
-
-    Attributes:
-        pid: its PID.
-        starttime: when it started, in clock ticks since boot.
-        uid: its real user.
-        comm: its name, as the kernel has it.
-        exe: path of its executable, ``""`` if it cannot be seen.
-        cgroup: path in the version 2 hierarchy, ``""`` without one.
-    """
-
-    pid: int
-    starttime: int
-    uid: int = -1
-    comm: str = ""
-    exe: str = ""
-    cgroup: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The properties that a rule names, the keys of its ``match``; empty tuples name nothing.
-
-    Attributes:
-        pid, uid: any of these numbers.
-        comm, exe, cgroup: any of these patterns.
-    """
-
-    pid: tuple[Annotated[int, whole(1)], ...] = ()
-    uid: tuple[Annotated[int, user_id], ...] = ()
-    comm: Patterns = ()
-    exe: Patterns = ()
-    cgroup: tuple[Annotated[str, cgroup_pattern], ...] = ()
-
-    def fits(self, facts: ProcessFacts) -> bool:
-        """Whether all properties that are named are those of a process."""
-        return (
-            (not self.pid or facts.pid in self.pid)
-            and (not self.uid or facts.uid in self.uid)
-            and (not self.comm or any(fnmatchcase(facts.comm, pattern) for pattern in self.comm))
-            and (not self.exe or any(fnmatchcase(facts.exe, pattern) for pattern in self.exe))
-            and (not self.cgroup or _cgroup_fits(facts.cgroup, self.cgroup))
-        )
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """The properties that are named."""
-        return tuple(name for name in _WEIGHTS if getattr(self, name))
-
-    @property
-    def specificity(self) -> tuple[int, int]:
-        """The larger, the more specific."""
-        patterns = itertools.chain(self.comm, self.exe, self.cgroup)
-        literal = min((len(_WILDCARDS.sub("", pattern)) for pattern in patterns), default=0)
-        return sum(_WEIGHTS[name] for name in self.named), literal
-
-    def may_share_a_process(self, other: Match) -> bool:
-        """Whether some process could fit both, as far as the texts tell."""
-        for name in self.named:
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if theirs and not any(_overlap(one, another) for one in ours for another in theirs):
-                return False
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,17 +113,6 @@ class Rules:
         return frozenset(name for rule in self.rules for name in rule.match.named)
 
 
-def _cgroup_fits(path: str, patterns: Patterns) -> bool:
-    return any(fnmatchcase(each, pattern) for each in _with_parents(path) for pattern in patterns)
-
-
-def _with_parents(path: str) -> Iterator[str]:
-    while path and path != "/":
-        yield path
-        path = path.rpartition("/")[0]
-    yield "/"
-
-
 def _clashes(rules: Iterable[Rule]) -> Iterator[tuple[Rule, Rule]]:
     for one, other in itertools.combinations(rules, 2):
         if one.deny or other.deny or one.settings == other.settings:
@@ -209,24 +121,6 @@ def _clashes(rules: Iterable[Rule]) -> Iterator[tuple[Rule, Rule]]:
             continue
         if one.match.may_share_a_process(other.match):
             yield one, other
-
-
-def _overlap(one: str | int, other: str | int) -> bool:
-    """Whether something may fit both patterns. Where both have wildcards, their fixed ends decide."""
-    if isinstance(one, int) or isinstance(other, int):
-        return one == other
-    if fnmatchcase(one, other) or fnmatchcase(other, one):
-        return True
-    (one_start, one_end), (other_start, other_end) = _fixed_ends(one), _fixed_ends(other)
-    if not _WILDCARDS.search(one) or not _WILDCARDS.search(other):
-        return False
-    starts = one_start.startswith(other_start) or other_start.startswith(one_start)
-    return starts and (one_end.endswith(other_end) or other_end.endswith(one_end))
-
-
-def _fixed_ends(pattern: str) -> tuple[str, str]:
-    pieces = _WILDCARDS.split(pattern)
-    return pieces[0], pieces[-1]
 
 
 def _described(match: Match) -> str:

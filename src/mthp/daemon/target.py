@@ -25,12 +25,13 @@ from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.ledger import Ledger
 from mthp.daemon.onepass import LeftAlone, Pass, governed
-from mthp.daemon.rules import ProcessFacts, Rule, Settings
+from mthp.daemon.rules import Rule, Settings
 from mthp.daemon.unadvised import Unadvised
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
+from mthp.naming import ProcessFacts
 from mthp.outline import Outline
 from mthp.pacing import ByteBudget
 from mthp.results import ScanResult

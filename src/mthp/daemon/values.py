@@ -1,14 +1,12 @@
-"""Values of the rules file that only the daemon knows: where to serve metrics, users, patterns."""
+"""Values of the rules file that only the daemon knows: where to serve metrics, and files."""
 
 from __future__ import annotations
 
-import pwd
 import re
 from pathlib import Path
-from typing import Any
 
 from mthp.errors import UsageError
-from mthp.toml import text, whole
+from mthp.toml import text
 
 METRICS_HOST = "127.0.0.1"
 METRICS_PORT = 9464
@@ -34,45 +32,3 @@ def parse_endpoint(value: object) -> tuple[str, int]:
 def file_path(value: object) -> Path:
     """Read the path of a file."""
     return Path(text(value))
-
-
-def user_id(value: Any) -> int:
-    """Return the number of a user, who is written as a number or a name.
-
-    Raises:
-        UsageError: there is no user of that name.
-    """
-    if not isinstance(value, str):
-        return int(whole()(value))
-    try:
-        return pwd.getpwnam(value).pw_uid
-    except (KeyError, ValueError):
-        raise UsageError(
-            f"there is no user {value[:60]!r}", help="use a name that getent passwd(1) knows, or a number"
-        ) from None
-
-
-def pattern(value: Any) -> str:
-    """Read a shell pattern that fits something.
-
-    Raises:
-        UsageError: not a text, or empty.
-    """
-    if not text(value):
-        raise UsageError("an empty pattern fits no process", help='use "*" for every process')
-    return str(value)
-
-
-def cgroup_pattern(value: Any) -> str:
-    """Read a pattern of paths below the root of the version 2 hierarchy.
-
-    Raises:
-        UsageError: as :func:`pattern`, or a path of the file system.
-    """
-    given = pattern(value)
-    if given.startswith("/sys/fs/cgroup/"):
-        raise UsageError(
-            f"{given[:60]!r} is a path of the file system",
-            help="write the path below /sys/fs/cgroup, as in /proc/PID/cgroup",
-        )
-    return given if given.startswith(("/", "*")) else f"/{given}"

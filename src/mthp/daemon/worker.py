@@ -18,10 +18,11 @@ from collections.abc import Callable
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import MemoryPressure
-from mthp.daemon.rules import ProcessFacts, Rule
+from mthp.daemon.rules import Rule
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import LEFT_OUT_SECONDS, Target
 from mthp.errors import TargetVanishedError
+from mthp.naming import ProcessFacts
 from mthp.pacing import Clock, CpuBudget
 
 FOLLOW_SECONDS = 0.1

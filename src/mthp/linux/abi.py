@@ -68,6 +68,13 @@ MADV_COLLAPSE = 25
 NR_PROCESS_MADVISE = 440
 """``process_madvise``, Linux 5.10. Numbers from 424 on are the same on all architectures but alpha."""
 
+# --- setns(2): include/uapi/linux/sched.h, include/linux/proc_ns.h ---------------------------------------------------
+
+CLONE_NEWCGROUP = 0x02000000
+
+CGROUP_INIT_INO = 0xEFFFFFFB
+"""The inode of the first cgroup namespace."""
+
 # --- kcmp(2): include/uapi/linux/kcmp.h ------------------------------------------------------------------------------
 
 KCMP_VM = 1
@@ -125,6 +132,18 @@ def process_madvise(pidfd: int, address: int, length: int, advice: int) -> int:
     if advised < 0:
         return ctypes.get_errno()
     return 0 if advised == length else errno.EAGAIN
+
+
+def enter_namespace(fd: int, kind: int) -> int:
+    """Have this thread alone enter the namespace that `fd` refers to, by setns(2).
+
+    Args:
+        kind: ``CLONE_NEW*``.
+
+    Returns:
+        0, or errno.
+    """
+    return ctypes.get_errno() if _libc.setns(fd, kind) else 0
 
 
 def kcmp(one: int, other: int, kind: int) -> int | None:

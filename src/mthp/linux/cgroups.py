@@ -1,18 +1,23 @@
-"""Where the control groups of a process are, of version 1, version 2, or both side by side.
+"""Which control groups a process is in, and where they are: of version 1, version 2, or both side by side.
 
 ``/proc/PID/cgroup`` has the path of a process in each hierarchy, and ``/proc/self/mountinfo`` what part of a hierarchy
 is mounted where (cgroups(7), proc_pid_mountinfo(5)). Both are relative to the cgroup namespace of the process that
 reads them (cgroup_show_path() and proc_cgroup_show(), kernel/cgroup/cgroup.c), so they fit together in a container too.
+What a person writes is a path in the whole hierarchy, so :class:`Namespace` makes the paths absolute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import posixpath
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mthp.linux import abi
 from mthp.text import lines
 
 _ESCAPED = re.compile(r"\\([0-7]{3})")
@@ -91,3 +96,88 @@ def is_frozen(mounts: Sequence[CgroupMount], membership: str) -> bool:
                 if (directory / file).read_text().strip() == word:
                     return True
     return False
+
+
+class Namespace:
+    """The cgroup namespace of this process, and the paths that the kernel tells in it, made absolute.
+
+    In a namespace of its own (a container's), a process outside of it has a path such as ``/../../redis.service``, and
+    one inside a path that begins at the container. The root of the namespace shows once: to a thread that enters the
+    first namespace for a moment, by way of a process that is in it. That takes the host's PID namespace and
+    CAP_SYS_ADMIN.
+
+    Args:
+        proc: where /proc is, for tests.
+
+    Attributes:
+        hidden: why paths are not absolute, as a sentence; ``""`` if they are.
+    """
+
+    def __init__(self, proc: str = "/proc") -> None:
+        self._proc = proc
+        self.hidden = ""
+        self._roots: dict[str, str] = {}
+        if _namespace_number(proc, "self") not in (abi.CGROUP_INIT_INO, None):
+            self._find_roots()
+
+    def _find_roots(self) -> None:
+        thread = threading.Thread(target=self._look_from_outside)
+        thread.start()
+        thread.join()
+        if not self._roots:
+            self.hidden = (
+                "this cgroup namespace hides what lies above it: paths of control groups begin at its root here"
+                " (run it in the host's PID and cgroup namespaces: hostPID: true, or --pid=host --cgroupns=host)"
+            )
+
+    def _look_from_outside(self) -> None:
+        """Note the root of each hierarchy. Runs in a thread of its own, which ends in the other namespace."""
+        with contextlib.suppress(OSError):
+            here = _memberships(_read(f"{self._proc}/thread-self/cgroup"))
+            if not self._enter_first():
+                return
+            for key, absolute in _memberships(_read(f"{self._proc}/thread-self/cgroup")).items():
+                inside = here.get(key, "").rstrip("/")
+                if absolute.endswith(inside) and not inside.startswith("/.."):
+                    self._roots[key] = absolute.removesuffix(inside) or "/"
+
+    def _enter_first(self) -> bool:
+        """Have this thread enter the first cgroup namespace, if a process is in it whose namespaces are visible."""
+        for process in filter(str.isdecimal, os.listdir(self._proc)):  # noqa: PTH208  (the names are wanted)
+            if _namespace_number(self._proc, process) == abi.CGROUP_INIT_INO:
+                with contextlib.suppress(OSError), open(f"{self._proc}/{process}/ns/cgroup", "rb") as file:
+                    return not abi.enter_namespace(file.fileno(), abi.CLONE_NEWCGROUP)
+        return False
+
+    def path_of(self, membership: str) -> str:
+        """Return the absolute path of a process's control group; ``""`` if it is in none.
+
+        That is its path in the version 2 hierarchy. Where it is at the top of that, or where there is none, its path in
+        systemd's hierarchy of version 1, else the first of another one that says anything.
+
+        Args:
+            membership: text of the process's ``/proc/PID/cgroup``.
+        """
+        paths = _memberships(membership)
+        ranked = sorted(paths, key=lambda key: (key != "", key != "name=systemd"))
+        absolute = [posixpath.normpath(self._roots.get(key, "/") + paths[key]).replace("//", "/") for key in ranked]
+        return next((path for path in absolute if path != "/"), absolute[0] if absolute else "")
+
+
+def _namespace_number(proc: str, process: str) -> int | None:
+    """Return the inode of the cgroup namespace of a process; None if it is not visible, as before Linux 4.6."""
+    try:
+        return os.stat(f"{proc}/{process}/ns/cgroup").st_ino  # noqa: PTH116  (joins no path)
+    except OSError:
+        return None
+
+
+def _memberships(text: str) -> dict[str, str]:
+    """Return the paths in a text of ``/proc/PID/cgroup`` by hierarchy: ``""`` for version 2, else its controllers."""
+    fields = (line.split(":", 2) for line in lines(text))
+    return {each[1]: each[2].removesuffix(" (deleted)") for each in fields if len(each) == 3}
+
+
+def _read(path: str) -> str:
+    with open(path, errors="replace", newline="\n") as file:
+        return file.read()

@@ -1,0 +1,159 @@
+"""What is known of a process by which it can be named: facts out of /proc, and the names of Kubernetes pods.
+
+Pods are found without asking a server. The kubelet keeps a link for each container in /var/log/containers, called
+``<pod>_<namespace>_<container>-<ID>.log``, and the ID stands in the path of the container's control group too. The link
+leads to ``/var/log/pods/<namespace>_<pod>_<UID>/...``, and the UID of a pod stands in the paths of all its containers,
+the one that holds its namespaces included, which has no log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from mthp.linux import abi
+from mthp.linux.cgroups import Namespace
+from mthp.linux.process import ProcStat
+from mthp.naming import ProcessFacts, container_of
+
+LOGS = (Path("/var/log/containers"), Path("/proc/1/root/var/log/containers"))
+"""Where the links are; in a container with the host's PID namespace below the root of the first process."""
+
+_IN_CGROUP = frozenset(("cgroup", "unit", "pod", "container"))
+"""Properties that stand in the path of a control group."""
+
+_LINK = re.compile(r"(?P<pod>[^_/]+)_(?P<namespace>[^_/]+)_(?P<container>.+)-(?P<id>[0-9a-f]{64})\.log")
+_LOG = re.compile(r"/(?P<namespace>[^_/]+)_(?P<pod>[^_/]+)_(?P<uid>[0-9a-f][0-9a-f-]*)/")
+_POD_UID = re.compile(r"pod([0-9a-f]{8}[0-9a-f_-]{24,28})(?![0-9a-f])")
+"""A pod's UID in the path of a control group; systemd has underscores in it, because a dash separates slices."""
+
+
+class Pods:
+    """The Kubernetes pods of this machine, as the links of their logs tell them.
+
+    Args:
+        directories: where the links may be; the first that there is counts.
+    """
+
+    def __init__(self, directories: Iterable[Path] = LOGS) -> None:
+        self._directories = tuple(directories)
+        self._read_at: tuple[int, int] | None = None
+        self._by_container: dict[str, tuple[str, str]] = {}
+        self._by_uid: dict[str, str] = {}
+
+    def of(self, cgroup: str) -> tuple[str, str]:
+        """Return ``namespace/name`` of a control group's pod, and its container's name; ``""`` for what it has not."""
+        self._renew()
+        known = self._by_container.get(container_of(cgroup))
+        if known is not None:
+            return known
+        uid = _POD_UID.search(cgroup)
+        return (self._by_uid.get(uid[1].replace("_", "-"), "") if uid else "", "")
+
+    def _renew(self) -> None:
+        """Read the links if any came or went since they were read."""
+        for directory in self._directories:
+            try:
+                state = directory.stat()
+                if self._read_at == (state.st_ino, state.st_mtime_ns):
+                    return
+                names = os.listdir(directory)  # noqa: PTH208  (the names are wanted)
+            except OSError:
+                continue
+            self._by_container, self._by_uid = {}, {}
+            for name in names:
+                self._take(directory, name)
+            self._read_at = (state.st_ino, state.st_mtime_ns)
+            return
+
+    def _take(self, directory: Path, name: str) -> None:
+        link = _LINK.fullmatch(name)
+        if link is None:
+            return
+        pod = f"{link['namespace']}/{link['pod']}"
+        self._by_container[link["id"]] = (pod, link["container"])
+        try:
+            log = _LOG.search(str((directory / name).readlink()))
+        except OSError:
+            return
+        if log is not None:
+            self._by_uid[log["uid"]] = pod
+
+
+class FactsReader:
+    """Reads what processes can be named by.
+
+    Args:
+        proc, logs: where /proc is, and where the links of containers are; for tests.
+    """
+
+    def __init__(self, proc: str = "/proc", logs: Iterable[Path] = LOGS) -> None:
+        self._proc = proc
+        self._namespace: Namespace | None = None
+        self._pods = Pods(logs)
+
+    @property
+    def namespace(self) -> Namespace:
+        """The cgroup namespace, looked at when a control group is first wanted."""
+        if self._namespace is None:
+            self._namespace = Namespace(self._proc)
+        return self._namespace
+
+    def hidden(self, properties: Iterable[str]) -> str:
+        """Return why some of `properties` may fit nothing here, as a sentence; ``""`` if nothing hides them."""
+        return self.namespace.hidden if _IN_CGROUP & set(properties) else ""
+
+    def pids(self) -> list[int]:
+        """Return the PIDs of all processes at this moment, ascending."""
+        names = os.listdir(self._proc)  # noqa: PTH208  (Path.iterdir makes an object of each)
+        return sorted(int(name) for name in names if name[0] in "123456789" and name.isdecimal())
+
+    def read(self, pid: int, properties: Iterable[str]) -> ProcessFacts | None:
+        """Return what is known of a process; None if it is gone, a zombie or a kernel thread.
+
+        Args:
+            properties: what has to be found out besides the name.
+        """
+        directory, wanted = f"{self._proc}/{pid}", frozenset(properties)
+        try:
+            with open(f"{directory}/stat", "rb") as file:
+                text = file.read()
+            stat = ProcStat.parse(text)
+            if stat.flags & abi.PF_KTHREAD or stat.state in "ZX":
+                return None
+            comm = text[text.index(b"(") + 1 : text.rindex(b")")].decode(errors="replace")
+            cgroup = self._cgroup(directory) if wanted & _IN_CGROUP else ""
+            pod, container = self._pods.of(cgroup) if wanted & {"pod", "container"} else ("", "")
+            return ProcessFacts(
+                pid,
+                stat.starttime,
+                uid=_uid(directory) if "uid" in wanted else -1,
+                comm=comm,
+                exe=_exe(directory) if "exe" in wanted else "",
+                cgroup=cgroup,
+                pod=pod,
+                container_name=container,
+            )
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def _cgroup(self, directory: str) -> str:
+        with open(f"{directory}/cgroup", errors="replace", newline="\n") as file:
+            return self.namespace.path_of(file.read())
+
+
+def _uid(directory: str) -> int:
+    with open(f"{directory}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"Uid:"):
+                return int(line.split()[1])
+    return -1
+
+
+def _exe(directory: str) -> str:
+    try:
+        return os.readlink(f"{directory}/exe").removesuffix(" (deleted)")  # noqa: PTH115
+    except OSError:
+        return ""

@@ -1,0 +1,293 @@
+"""What processes are named by: one grammar and one matcher, for the command line and for the rules of the daemon.
+
+A name is a kind, a colon and a shell pattern (fnmatch), in which ``*`` also stands for slashes:
+
+=============================  =====================================================================================
+``comm:redis-server``          the name that the kernel has for a process, 15 bytes at most
+``exe:/usr/bin/qemu-*``        the path of its executable
+``unit:redis.service``         a systemd unit that it is in; ``unit:redis`` means redis.service
+``cgroup:/kubepods.slice/*``   its control group, or one above it
+``pod:shop/redis-*``           its Kubernetes pod, as namespace/pod; ``pod:redis-*`` in any namespace
+``container:3f2a``             its container, by how its ID begins, or by its name
+``user:redis``                 its real user, by name or number
+``all``                        every process with memory of its own, mthp itself left out
+=============================  =====================================================================================
+
+Units, pods and containers stand in the path of a control group: systemd and the container runtimes put them there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pwd
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Annotated, Any
+
+from mthp.errors import UsageError
+from mthp.toml import text, whole
+
+WILDCARDS = re.compile(r"[*?]|\[[^]]*\]")
+
+COMM_BYTES = 15
+"""The kernel keeps so much of a name (TASK_COMM_LEN less the final zero, include/linux/sched.h)."""
+
+HOW_TO_NAME = (
+    "write a PID, self, a file, all, or comm:NAME, exe:PATH, unit:NAME, cgroup:/PATH, pod:NAMESPACE/NAME, container:ID"
+    " or user:NAME; * stands for any text"
+)
+
+_WEIGHTS = {
+    name: 1 << at for at, name in enumerate(("uid", "cgroup", "unit", "pod", "container", "comm", "exe", "pid"))
+}
+"""What a property counts when rules are compared: each more than all before it together."""
+
+_KINDS = frozenset(("user", "cgroup", "unit", "pod", "container", "comm", "exe"))
+"""Words before the colon: properties, and the word for a uid that a person reads."""
+
+_UNIT = re.compile(r"[^/]+\.(?:service|scope|socket|mount|swap)")
+"""A systemd unit that has processes (systemd.unit(5)). Slices contain units and are none of them here."""
+
+_CONTAINER = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+"""An ID as docker, containerd, CRI-O and podman put it into the name of a control group."""
+
+
+def pattern(value: Any) -> str:
+    """Read a shell pattern that fits something.
+
+    Raises:
+        UsageError: not a text, or empty.
+    """
+    if not text(value):
+        raise UsageError("an empty pattern fits no process", help='use "*" for every process')
+    return str(value)
+
+
+def cgroup_pattern(value: Any) -> str:
+    """Read a pattern of paths below the root of the version 2 hierarchy.
+
+    Raises:
+        UsageError: as :func:`pattern`, or a path of the file system.
+    """
+    given = pattern(value)
+    if given.startswith("/sys/fs/cgroup/"):
+        raise UsageError(
+            f"{given[:60]!r} is a path of the file system",
+            help="write the path below /sys/fs/cgroup, as in /proc/PID/cgroup",
+        )
+    return given if given.startswith(("/", "*")) else f"/{given}"
+
+
+def unit_pattern(value: Any) -> str:
+    """Read a pattern of systemd units; a name without a suffix is a service, as for systemctl(1).
+
+    Raises:
+        UsageError: as :func:`pattern`.
+    """
+    given = pattern(value)
+    return given if WILDCARDS.search(given) or _UNIT.fullmatch(given) else f"{given}.service"
+
+
+def pod_pattern(value: Any) -> str:
+    """Read a pattern of ``namespace/pod``; without a slash it is of any namespace.
+
+    Raises:
+        UsageError: as :func:`pattern`.
+    """
+    given = pattern(value)
+    return given if "/" in given else f"*/{given}"
+
+
+def comm_pattern(value: Any) -> str:
+    """Read a pattern of names; a literal name is cut as the kernel cuts it.
+
+    Raises:
+        UsageError: as :func:`pattern`.
+    """
+    given = pattern(value)
+    return given if WILDCARDS.search(given) else given.encode()[:COMM_BYTES].decode(errors="ignore")
+
+
+def user_id(value: Any) -> int:
+    """Return the number of a user, who is written as a number or a name.
+
+    Raises:
+        UsageError: there is no user of that name.
+    """
+    if not isinstance(value, str):
+        return int(whole()(value))
+    try:
+        return pwd.getpwnam(value).pw_uid
+    except (KeyError, ValueError):
+        raise UsageError(
+            f"there is no user {value[:60]!r}", help="use a name that getent passwd(1) knows, or a number"
+        ) from None
+
+
+@dataclass(frozen=True)
+class ProcessFacts:
+    """What names are matched against.
+
+    Attributes:
+        pid: its PID.
+        starttime: when it started, in clock ticks since boot.
+        uid: its real user.
+        comm: its name, as the kernel has it.
+        exe: path of its executable, ``""`` if it cannot be seen.
+        cgroup: absolute path of its control group, ``""`` if it is not visible.
+        pod: ``namespace/name`` of its Kubernetes pod, ``""`` if it is in none that is known.
+        container_name: what Kubernetes calls its container.
+    """
+
+    pid: int
+    starttime: int
+    uid: int = -1
+    comm: str = ""
+    exe: str = ""
+    cgroup: str = ""
+    pod: str = ""
+    container_name: str = ""
+
+    @cached_property
+    def container(self) -> str:
+        """The ID of its container, of the innermost one; ``""`` if it is in none."""
+        return container_of(self.cgroup)
+
+    @cached_property
+    def units(self) -> tuple[str, ...]:
+        """The systemd units that it is in: of a user's service first user@1000.service."""
+        return tuple(part for part in self.cgroup.split("/") if _UNIT.fullmatch(part))
+
+    @property
+    def label(self) -> str:
+        """How messages name it: ``"1234 (comm)"``."""
+        return f"{self.pid} ({self.comm})"
+
+    @property
+    def service(self) -> str:
+        """The name of what it is a part of, as a target is written: its pod, container, service, or its own name."""
+        service = next((unit for unit in reversed(self.units) if unit.endswith(".service")), "")
+        if self.pod:
+            return f"pod:{self.pod}"
+        if self.container:
+            return f"container:{self.container[:12]}"
+        return f"unit:{service}" if service else f"comm:{self.comm}"
+
+
+def container_of(cgroup: str) -> str:
+    """Return the ID of the innermost container that the path of a control group names; ``""`` if none."""
+    found: list[str] = _CONTAINER.findall(cgroup)
+    return found[-1] if found else ""
+
+
+Patterns = tuple[Annotated[str, pattern], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The properties that a rule or a target names, the keys of a rule's ``match``; empty tuples name nothing.
+
+    Attributes:
+        pid, uid: any of these numbers.
+        comm, exe, unit, cgroup, pod, container: any of these patterns.
+    """
+
+    pid: tuple[Annotated[int, whole(1)], ...] = ()
+    uid: tuple[Annotated[int, user_id], ...] = ()
+    comm: tuple[Annotated[str, comm_pattern], ...] = ()
+    exe: Patterns = ()
+    unit: tuple[Annotated[str, unit_pattern], ...] = ()
+    cgroup: tuple[Annotated[str, cgroup_pattern], ...] = ()
+    pod: tuple[Annotated[str, pod_pattern], ...] = ()
+    container: Patterns = ()
+
+    def fits(self, facts: ProcessFacts) -> bool:
+        """Whether all properties that are named are those of a process."""
+        return (
+            (not self.pid or facts.pid in self.pid)
+            and (not self.uid or facts.uid in self.uid)
+            and _any_fits(self.comm, (facts.comm,))
+            and _any_fits(self.exe, (facts.exe,))
+            and _any_fits(self.unit, facts.units)
+            and _any_fits(self.cgroup, _with_parents(facts.cgroup))
+            and _any_fits(self.pod, (facts.pod,) if facts.pod else ())
+            and (not self.container or _container_fits(facts, self.container))
+        )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The properties that are named."""
+        return tuple(name for name in _WEIGHTS if getattr(self, name))
+
+    @property
+    def specificity(self) -> tuple[int, int]:
+        """The larger, the more specific."""
+        texts = itertools.chain(*(getattr(self, name) for name in self.named if name not in ("pid", "uid")))
+        literal = min((len(WILDCARDS.sub("", each)) for each in texts), default=0)
+        return sum(_WEIGHTS[name] for name in self.named), literal
+
+    def may_share_a_process(self, other: Match) -> bool:
+        """Whether some process could fit both, as far as the texts tell."""
+        for name in self.named:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if theirs and not any(_overlap(one, another) for one in ours for another in theirs):
+                return False
+        return True
+
+
+def match_of(word: str) -> Match | None:
+    """Return what a name means; None if `word` is not one: no kind that there is, a colon, and a pattern.
+
+    Raises:
+        UsageError: the pattern makes no sense, or there is no such user.
+    """
+    if word == "all":
+        return Match()
+    kind, colon, given = word.partition(":")
+    if not colon or kind not in _KINDS:
+        return None
+    if kind == "user":
+        return Match(uid=(int(given[:20]) if given.isascii() and given.isdecimal() else user_id(given),))
+    readers = {"comm": comm_pattern, "unit": unit_pattern, "cgroup": cgroup_pattern, "pod": pod_pattern}
+    fields: dict[str, Any] = {kind: (readers.get(kind, pattern)(given),)}
+    return Match(**fields)
+
+
+def _any_fits(patterns: tuple[str, ...], texts: Iterable[str]) -> bool:
+    return not patterns or any(fnmatchcase(each, pattern) for each in texts for pattern in patterns)
+
+
+def _container_fits(facts: ProcessFacts, patterns: tuple[str, ...]) -> bool:
+    """Return whether the ID of a container begins so, or its name is so."""
+    begins = (f"{pattern}*" for pattern in patterns)
+    return bool(facts.container) and (
+        any(fnmatchcase(facts.container, each) for each in begins) or _any_fits(patterns, (facts.container_name,))
+    )
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    while path and path != "/":
+        yield path
+        path = path.rpartition("/")[0]
+    yield "/"
+
+
+def _overlap(one: str | int, other: str | int) -> bool:
+    """Whether something may fit both patterns. Where both have wildcards, their fixed ends decide."""
+    if isinstance(one, int) or isinstance(other, int):
+        return one == other
+    if fnmatchcase(one, other) or fnmatchcase(other, one):
+        return True
+    (one_start, one_end), (other_start, other_end) = _fixed_ends(one), _fixed_ends(other)
+    if not WILDCARDS.search(one) or not WILDCARDS.search(other):
+        return False
+    starts = one_start.startswith(other_start) or other_start.startswith(one_start)
+    return starts and (one_end.endswith(other_end) or other_end.endswith(one_end))
+
+
+def _fixed_ends(pattern: str) -> tuple[str, str]:
+    pieces = WILDCARDS.split(pattern)
+    return pieces[0], pieces[-1]
