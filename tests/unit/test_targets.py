@@ -17,6 +17,7 @@ from mthp.vma import Vma
 @pytest.mark.parametrize(
     ("target", "pid"),
     [(1, 1), ("1", 1), ("4194304", PID_MAX), (PID_MAX, PID_MAX), ("self", os.getpid()), (os.getpid(), os.getpid())],
+    ids=["one", "text", "largest", "largest number", "self", "this process"],
 )
 def test_numbers_are_pids(target: int | str, pid: int) -> None:
     assert pid_of(target) == pid
@@ -81,6 +82,8 @@ def test_the_first_process_is_an_ancestor_of_all_others() -> None:
         refuse_ancestor(pid)
 
 
-@pytest.mark.parametrize("target", ["self", os.getpid(), "some.parquet", Path("some.parquet")])
+@pytest.mark.parametrize(
+    "target", ["self", os.getpid(), "some.parquet", Path("some.parquet")], ids=["self", "pid", "file", "path"]
+)
 def test_what_is_no_ancestor_is_not_refused(target: int | str | os.PathLike[str]) -> None:
     refuse_ancestor(target)
