@@ -9,7 +9,7 @@ RUNS := $(VENV)/.runs
 MINUTES ?= 10
 KERNELS ?= 7.3
 
-.PHONY: demo test lint types bench vm vm-fuzz clean
+.PHONY: demo test lint types docs man changelog dist bench vm vm-fuzz clean
 
 demo: $(RUNS)  ## the whole story on a live process
 	$(BIN)/mthp demo
@@ -23,6 +23,20 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the documentation as a site, in build/site
+	$(BIN)/mkdocs build
+
+man: $(STAMP)  ## man pages, in build/man
+	$(BIN)/python docs/man.py build/man
+
+changelog: $(RUNS)  ## CHANGELOG.md from the fragments in changes/; VERSION=0.2.0
+	$(PIP) '.[release]'
+	$(BIN)/towncrier build --version $(or $(VERSION),$(error name the version: make changelog VERSION=0.2.0))
+
+dist: $(RUNS)  ## wheel and sdist, in dist
+	$(PIP) '.[release]'
+	$(BIN)/python -m build
 
 bench: $(STAMP)  ## every figure, as a ratio against a peer measured in the same run
 	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,192 @@
+"""Make the reference pages of the site from the code: a hook of MkDocs.
+
+What a page of reference says is what the code does: commands from click, keys of TOML files from the dataclasses that
+read them, objects from their JSON Schema, the library from its docstrings. The one thing that is written by hand is
+``docs/figures.md``, the definition of every name, and a test holds that against the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+import mthp
+from mthp.cli import COMMANDS, _mthp
+from mthp.cli.schema_command import OBJECTS, schema
+from mthp.daemon.configuration import EXAMPLE
+from mthp.lab import tables
+from mthp.lab.grid import Grid
+from mthp.lab.workloads import MODELS
+from mthp.toml import readers_of
+
+DEFINITIONS = Path(__file__).with_name("figures.md")
+ROW = re.compile(r"\| `([^`|]+)` \| ([^|]+) \| ([^|]*) \| ([^|]+) \|")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages. Called by MkDocs before it reads any."""
+    for name, text in pages():
+        files.append(File.generated(config, f"reference/{name}", content=text))
+    return files
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    """Yield the path of each generated file, below ``reference/``, and its text."""
+    yield "commands.md", commands_page()
+    yield "rules.md", rules_page()
+    yield "scenarios.md", scenarios_page()
+    yield "grids.md", grids_page()
+    yield "json.md", json_page()
+    for name in OBJECTS:
+        yield f"schemas/{name}.json", json.dumps(schema(name), indent=2)
+    yield "metrics.md", metrics_page()
+    yield "library.md", library_page()
+
+
+def commands_page() -> str:
+    """Return the help of every command."""
+    parts = ["# Commands", "What `mthp COMMAND --help` prints."]
+    with click.Context(_mthp, info_name="mthp", terminal_width=100) as context:
+        for name in COMMANDS:
+            command = _mthp.get_command(context, name)
+            assert command is not None
+            parts += [f"## mthp {name}", COMMANDS[name], *_helps(command, name, context)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _helps(command: click.Command, name: str, parent: click.Context) -> Iterator[str]:
+    with click.Context(command, info_name=name, parent=parent, terminal_width=100) as context:
+        yield _block("text", command.get_help(context))
+        if isinstance(command, click.Group):
+            for each in command.list_commands(context):
+                part = command.get_command(context, each)
+                assert part is not None
+                yield f"### mthp {name} {each}"
+                yield from _helps(part, each, context)
+
+
+def rules_page() -> str:
+    """Return what a rules file may say."""
+    text = "What `mthp daemon --print-config` prints: every key, with its default."
+    return f"# Rules\n\n{text}\n\n{_block('toml', EXAMPLE.read_text())}\n"
+
+
+def scenarios_page() -> str:
+    """Return the tables of a scenario."""
+    parts = [
+        "# Scenarios",
+        "A scenario is the TOML file of `mthp simulate`. The tables `[switches]` and `[tunables]` have the keys of "
+        "a [rules file](rules.md).",
+        "## Above all tables",
+        _keys(tables.Settings),
+        "## `[machine]`",
+        _keys(tables.MachineSettings),
+        "## `[[process]]`",
+        _keys(tables.ProcessSettings),
+        "Each `workload` has further keys:",
+    ]
+    for name, model in MODELS.items():
+        parts += [f'### `workload = "{name}"`', _first(model), _keys(model)]
+    return "\n\n".join([*parts, "## `[[fault]]`", _keys(tables.FaultSettings)]) + "\n"
+
+
+def grids_page() -> str:
+    """Return the keys of a grid."""
+    text = "A grid is the TOML file of `mthp sweep --grid`: every combination of the values is one setting."
+    return f"# Grids\n\n{text}\n\n{_keys(Grid)}\n"
+
+
+def _keys(kind: type) -> str:
+    """Return the keys that a dataclass reads, as a table."""
+    described = attributes(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    rows = ["| key | default | what it is |", "|---|---|---|"]
+    for key, (name, _) in readers_of(kind).items():
+        field = fields[name]
+        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = "required" if missing else f"`{_toml(field.default)}`"
+        rows.append(f"| `{key}` | {default} | {described.get(name) or definitions()[key]} |")
+    return "\n".join(rows)
+
+
+def _toml(value: object) -> str:
+    if value == ():
+        return "[]"
+    return json.dumps(value) if not isinstance(value, dataclasses._MISSING_TYPE) else "[]"
+
+
+def attributes(kind: type) -> dict[str, str]:
+    """Return what the docstring of a class says about each attribute."""
+    found: dict[str, str] = {}
+    _, _, text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    for line in re.sub(r"\n {8,}", " ", text).splitlines():
+        names, colon, meaning = line.strip().partition(": ")
+        if colon:
+            found |= dict.fromkeys(names.split(", "), _sentence(meaning))
+    return found
+
+
+def _sentence(text: str) -> str:
+    return (text[:1].upper() + text[1:]).replace("|", "\\|").replace("``", "`")
+
+
+def _first(kind: type) -> str:
+    return _sentence(inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].replace("\n", " "))
+
+
+@functools.cache
+def definitions() -> dict[str, str]:
+    """Return the definition of every name in docs/figures.md."""
+    return {row[1]: row[4].strip() for row in map(ROW.match, DEFINITIONS.read_text().splitlines()) if row}
+
+
+def json_page() -> str:
+    """Return the objects of the commands."""
+    parts = [
+        "# JSON",
+        "Each command that ends with a result prints one object with `--json`. Its key `schema` is `mthp.<command>/1`. "
+        "Where a command failed, the object has only `schema` and `error`. [Figures](../figures.md) defines every key.",
+        "| command | JSON Schema |\n|---|---|",
+    ]
+    rows = "\n".join(f"| `mthp {name}` | [{name}.json](schemas/{name}.json) |" for name in OBJECTS)
+    return "\n\n".join(parts) + f"\n{rows}\n"
+
+
+def metrics_page() -> str:
+    """Return the metrics of the daemon."""
+    rows = [row for row in map(ROW.match, DEFINITIONS.read_text().splitlines()) if row and "metric" in row[2]]
+    table = "\n".join(f"| `{row[1]}` | {row[3]} | {row[4].strip()} |" for row in rows)
+    text = "`mthp daemon --metrics 9464` serves these on the loopback. Counters end in `_total` on the page."
+    return f"# Metrics\n\n{text}\n\n| metric | unit | what it is |\n|---|---|---|\n{table}\n"
+
+
+def library_page() -> str:
+    """Return the public names of the package, with their docstrings."""
+    parts = ["# Library", inspect.cleandoc(mthp.__doc__ or "")]
+    for name in sorted(set(mthp.__all__) - {"__version__"}, key=str.lower):
+        thing: Any = getattr(mthp, name)
+        signature = "" if inspect.ismodule(thing) or _is_enum(thing) else str(inspect.signature(thing))
+        parts += [
+            f"## mthp.{name}",
+            _block("python", f"{name}{signature}"),
+            _block("text", inspect.getdoc(thing) or ""),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_enum(thing: object) -> bool:
+    return isinstance(thing, type) and hasattr(thing, "__members__")
+
+
+def _block(language: str, text: str) -> str:
+    return f"~~~{language}\n{text.rstrip()}\n~~~"

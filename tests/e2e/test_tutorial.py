@@ -1,0 +1,42 @@
+"""The tutorial, typed as it stands: docs/tutorial.md."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from e2e.helpers import MTHP
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
+
+TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
+BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def typed() -> list[str]:
+    """The lines that a reader types, without their prompts."""
+    return [line[2:] for block in BLOCK.findall(TUTORIAL.read_text()) for line in block.splitlines()]
+
+
+def test_the_tutorial_does_what_it_says(tmp_path: Path, thp_switches: ThpSwitches) -> None:
+    thp_switches.only("2048kB")
+    command = tmp_path / "bin" / "mthp"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(MTHP)} "$@"\n')
+    command.chmod(0o755)
+    script = "set -e\ntrap 'kill $pid 2>/dev/null || :' EXIT\n" + "\n".join(typed())
+    environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "ready" in done.stdout
+    assert (tmp_path / "holes.html").stat().st_size > 10_000
+    # The collapse did what the text says: the second `inspect` has folios of 2M.
+    assert re.search(r"collapsed .*2M|2M .*collapsed", done.stdout), done.stdout
