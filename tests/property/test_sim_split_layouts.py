@@ -1,4 +1,4 @@
-"""Any memory and any layout: the mechanism ``split`` leaves the page tables as planned, and Rss as predicted."""
+"""Any memory and any layout: ``split`` leaves the page tables as planned, and Rss is predicted, after a trim too."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from mthp.engine.collapse import collapse_space
 from mthp.engine.select import PlanOptions
+from mthp.engine.trim import TrimOptions, trim_space
 from mthp.geometry import GEOMETRIES
 from mthp.means import Means
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
 from mthp.sim import Machine
 from mthp.sim.kernel import kernel_of
+from mthp.trimming import TrimBy
 
 
 @st.composite
@@ -82,7 +84,7 @@ def test_the_engine_makes_what_it_planned_and_adds_what_it_said(holes: set[int],
     space, rss = machine.space(mm), mm.anon_pages
     choice = PlanOptions(orders=(4, 6, 8), max_ptes_none=max_ptes_none)
 
-    report = collapse_space(space, choice, Means(mechanism="split", max_bloat=None))
+    report = collapse_space(space, choice, Means(max_bloat=None))
 
     columns = space.read([(start, 2 * start)])
     planned = {
@@ -95,3 +97,53 @@ def test_the_engine_makes_what_it_planned_and_adds_what_it_said(holes: set[int],
         first = (address - start) // page
         assert set(columns.folio_order[first : first + (1 << order)].tolist()) == {order}
     assert (mm.anon_pages - rss) * page == report.plan.filled_bytes
+
+
+@pytest.mark.parametrize("by", ["cold", "split"])
+@pytest.mark.parametrize("name", ["x86-64", "ppc64-64k"])
+@given(data=st.data())
+def test_a_trim_gives_back_to_the_page_what_its_plan_predicted(name: str, by: TrimBy, data: st.DataObject) -> None:
+    geometry = GEOMETRIES[name]
+    n, page, start = geometry.ptes_per_pmd, geometry.page_size, geometry.pmd_size
+    machine = Machine(geometry)
+    mm = machine.create_mm()
+    machine.map(mm, start, 3 * start)
+    chance = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    contents = chance.random(2 * n) < data.draw(st.sampled_from((0.02, 0.3, 0.7)))
+    # Whole blocks of 64K that hold something, as programs have them.
+    contents |= np.repeat(chance.random(2 * n // 16) < data.draw(st.sampled_from((0.0, 0.3))), 16)
+    pages = start + np.arange(2 * n) * page
+    machine.touch(mm, pages, contents=contents.astype(np.uint32))
+    space = machine.space(mm)
+    blocks: list[Block] = [(start + first * page, order) for first, order in data.draw(layouts(geometry.pmd_order))]
+    space.collapse_blocks([*blocks, (2 * start, geometry.pmd_order)])
+    held, rss = [machine.read(mm, int(address))[1] for address in pages], mm.anon_pages
+    share = data.draw(st.sampled_from((0.2, 0.5, 0.9)))
+
+    report = trim_space(space, TrimOptions(zero=share, by=by))
+
+    assert (rss - mm.anon_pages) * page == report.plan.zero_bytes == report.given_back_bytes
+    assert report.rss_before_bytes - report.rss_after_bytes == report.given_back_bytes
+    assert report.complete
+    assert report.trimmed == len(report.plan.folios)
+    assert [machine.read(mm, int(address))[1] for address in pages] == held
+    assert machine.check() == []
+
+
+def test_a_folio_that_is_pinned_or_shared_is_not_trimmed() -> None:
+    machine = Machine()
+    mm, start, page = machine.create_mm(), machine.geometry.pmd_size, machine.geometry.page_size
+    machine.map(mm, start, 3 * start)
+    for first in (start, 2 * start):
+        machine.touch(mm, first + np.arange(20) * page)
+    space = machine.space(mm)
+    space.collapse_blocks([(start, 9), (2 * start, 9)])
+    machine.pin(mm, start)
+    pinned = trim_space(space, TrimOptions())
+    assert pinned.failed_by_result == {"PAGE_COUNT": 1}
+    assert pinned.given_back_bytes == pinned.plan.gains[1] * page
+    machine.touch(mm, 2 * start + np.arange(20) * page)
+    space.collapse_blocks([(2 * start, 9)])
+    machine.fork(mm)
+    # A fork copies what is pinned, so the pinned folio stays the parent's own.
+    assert trim_space(space, TrimOptions()).failed_by_result == {"PAGE_COUNT": 1, "EXCEED_SHARED_PTE": 1}

@@ -20,11 +20,13 @@ from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.columns import columns_of, tables_in
+from mthp.sim.inplace import divide, trim_folio
 from mthp.sim.mm import Mm, Pmd
 from mthp.sim.parts import Parts
 from mthp.sim.scan import CollapseControl, SimRange
-from mthp.sim.split import split_huge_pages
 from mthp.splitchecks import Refusal, layout_of, refusal_of_mapping, refusal_of_pages
+from mthp.trimchecks import trim_each
+from mthp.trimming import TrimBy, TrimOutcome
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
 
@@ -127,18 +129,19 @@ class SimSpace(AddressSpace):
         return found
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
-        """Collapse blocks one by one, or, by the mechanism ``split``, the PMD ranges that they lie in.
+        """Collapse blocks one by one, or, where the mechanism is ``split``, the PMD ranges that they lie in.
 
         Raises:
             TargetVanishedError: the process exited.
         """
-        if means.mechanism != "split":
-            return super().attempt_blocks(blocks, means, before)
         self._check_alive()
         ranges: dict[int, list[Block]] = {}
-        for block in blocks:
-            ranges.setdefault(block[0] // self.geometry.pmd_size * self.geometry.pmd_size, []).append(block)
         outcomes: dict[Block, BlockOutcome] = {}
+        for block in blocks:
+            if self.mechanism_for(block[1], means.mechanism) == "split":
+                ranges.setdefault(block[0] // self.geometry.pmd_size * self.geometry.pmd_size, []).append(block)
+            else:
+                outcomes[block] = self.attempt(*block)
         for start, chosen in ranges.items():
             began = self._parts.clock.now_ns
             results = self._make_in_range(start, chosen)
@@ -149,7 +152,7 @@ class SimSpace(AddressSpace):
 
     def _make_in_range(self, start: int, blocks: list[Block]) -> dict[Block, Refusal]:
         """Collapse a PMD range and split its folio down to `blocks`: result and reason of each."""
-        geometry, parts = self.geometry, self._parts
+        geometry = self.geometry
         vma = self._mm.find_vma(start)
         inside = None if vma is None or vma.start > start else vma.described()
         refusal = refusal_of_mapping(inside, start, geometry, thp_disabled=self.thp_disabled)
@@ -162,25 +165,32 @@ class SimSpace(AddressSpace):
             refusal = None if result is ScanResult.SUCCEED else (result, "")
         if refusal is not None:
             return dict.fromkeys(blocks, refusal)
-        head = parts.memory.head(int(self._mm.ptes(start, 1).value[0]))
-        todo, results = [(0, geometry.pmd_order)], dict.fromkeys(blocks, (ScanResult.SUCCEED, ""))
-        while todo:
-            first, order = todo.pop()
-            largest = int(layout.orders[first : first + (1 << order)].max())
-            if largest == order:
-                continue
-            # One page is enough. Linux 6.18 wants a write for each PMD entry that maps the folio.
+        head = self._parts.memory.head(int(self._mm.ptes(start, 1).value[0]))
+        results = dict.fromkeys(blocks, (ScanResult.SUCCEED, ""))
+        for first, order in divide(self._parts, self._mm, (start, geometry.pmd_order), head, layout.orders):
             begin = start + first * geometry.page_size
-            for _ in range(len(parts.mms)):
-                split_huge_pages(parts, f"{self._mm.id},{begin:#x},{begin + geometry.page_size:#x},{largest}")
-                if parts.memory.order[head + first] <= largest:
-                    break
-            else:
-                inside_it = [block for block in blocks if begin <= block[0] < begin + geometry.size_of(order)]
-                results |= dict.fromkeys(inside_it, (ScanResult.PAGE_COUNT, "its folio could not be split"))
-                continue
-            todo += [(part, largest) for part in range(first, first + (1 << order), 1 << largest) if largest]
+            inside_it = [block for block in blocks if begin <= block[0] < begin + geometry.size_of(order)]
+            results |= dict.fromkeys(inside_it, (ScanResult.PAGE_COUNT, "its folio could not be split"))
         return results
+
+    def splits(self) -> bool:
+        """Return True: every simulated kernel is one of Linux 6.12 or later, with debugfs open."""
+        return True
+
+    @property
+    def trims_by(self) -> tuple[TrimBy, ...]:
+        """Both ways, as on Linux 6.12 and later with debugfs open."""
+        return "split", "cold"
+
+    def trim_folios(self, folios: Sequence[Block], zero: Sequence[NDArray[np.bool_]], by: TrimBy) -> list[TrimOutcome]:
+        self._check_alive()
+        return trim_each(
+            self,
+            folios,
+            zero,
+            lambda folio, head, pages: trim_folio(self._parts, self._mm, folio, head, pages, by),
+            lambda: None,
+        )
 
     def attempt(self, address: int, order: int) -> BlockOutcome:
         """Collapse one run, of any order: at the PMD order as MADV_COLLAPSE does, below it by the same steps.
