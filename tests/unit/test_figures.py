@@ -27,7 +27,16 @@ from mthp.tunables import Tunables
 SOURCE = Path(mthp.__file__).parent
 FIGURES = Path(__file__).parents[2] / "docs" / "figures.md"
 ROW = re.compile(r"\| `([^`|]+)` \| ([^|]+) \| ([^|]*) \| ([^|]+) \|")
-TABLES = (Own, Match, Settings, Grid, tables.Settings, tables.MachineSettings, tables.ProcessSettings)
+TABLES = (
+    Own,
+    Match,
+    Settings,
+    Grid,
+    tables.Settings,
+    tables.MachineSettings,
+    tables.ProcessSettings,
+    tables.TrimSettings,
+)
 
 
 def json_keys() -> set[str]:

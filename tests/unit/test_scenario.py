@@ -10,7 +10,7 @@ import pytest
 
 from mthp.errors import UsageError
 from mthp.lab.scenario import load_scenario
-from mthp.lab.tables import Scenario
+from mthp.lab.tables import Scenario, TrimSettings
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.golang import GoHeap
 from mthp.lab.workloads.redis import Redis
@@ -21,7 +21,7 @@ GOOD = """
 duration = "90s"
 seed = 7
 step = "250ms"
-policy = "rfc"
+policy = "rfc:split"
 [machine]
 memory = "1.5G"
 nodes = 2
@@ -44,6 +44,10 @@ limit = "24M"
 at = "1m"
 kind = "kill"
 process = "web"
+[trim]
+every = "10s"
+start = "1m"
+zero = "80%"
 """
 
 
@@ -56,7 +60,7 @@ def loaded(tmp_path: Path, text: str) -> Scenario:
 def test_every_table_is_read_in_its_units(tmp_path: Path) -> None:
     scenario = loaded(tmp_path, GOOD)
     settings, machine = scenario.settings, scenario.machine
-    assert (settings.duration, settings.seed, settings.step, settings.policy) == (90.0, 7, 0.25, "rfc")
+    assert (settings.duration, settings.seed, settings.step, settings.policy) == (90.0, 7, 0.25, "rfc:split")
     assert (machine.memory, machine.nodes, machine.fragmentation) == (3 << 29, 2, 0.3)
     assert scenario.switches.enabled == "always"
     assert scenario.switches.sizes[4] == "inherit"
@@ -67,6 +71,7 @@ def test_every_table_is_read_in_its_units(tmp_path: Path) -> None:
     assert first.model == Redis(memory=400 << 20, churn=0.05)
     assert (first.settings.name, second.settings.name, second.settings.count) == ("redis", "web", 3)
     assert scenario.faults[0].at == 60.0
+    assert scenario.trim == TrimSettings(every=10.0, start=60.0, zero=0.8, free=1.0)
 
 
 PROCESS = '[[process]]\nworkload = "service"\n'
@@ -91,6 +96,12 @@ PROCESS = '[[process]]\nworkload = "service"\n'
         ("duration = true\n" + PROCESS, "duration: True is not a duration"),
         ("duration = 1\ndurration = 1\n" + PROCESS, "did you mean 'duration'?"),
         ('duration = 1\npolicy = "best"\n' + PROCESS, "best"),
+        ('duration = 1\npolicy = "mainline:magic"\n' + PROCESS, "mainline:magic"),
+        ("duration = 1\n" + PROCESS + "[trim]\n", "trim.every is missing"),
+        ("duration = 1\n" + PROCESS + "[trim]\nevery = 0\n", "trim.every: 0 is not above 0"),
+        ("duration = 1\n" + PROCESS + '[trim]\nevery = "1s"\nzero = "0%"\n', "trim.zero: '0%' is not above 0"),
+        ('duration = "60s"\n' + PROCESS + '[trim]\nevery = "1us"\n', "trims"),
+        ("duration = 1\n" + PROCESS + "[[trim]]\nevery = 1\n", "trim is not a table"),
         ("duration = 1\nseed = 1.5\n" + PROCESS, "seed: 1.5 is not a whole number"),
         ('duration = 1\nkhugepaged = "yes"\n' + PROCESS, "khugepaged: 'yes' is not true or false"),
         ("duration = 1\nmachine = 5\n" + PROCESS, "machine is not a table"),

@@ -26,6 +26,14 @@ memory = "{memory}"
 [tunables]
 scan_sleep_millisecs = 500
 """
+FULL_ONLY = """
+max_ptes_none = 0
+[switches]
+64K = "inherit"
+256K = "inherit"
+2M = "inherit"
+"""
+"""What stands behind HEAD where folios of many sizes are made, and nothing is filled."""
 SMALL = {
     "redis": 'memory = "12M"\ngrow = "2s"\nsave_every = "3s"\nsave_takes = "1s"\nchurn = "5%"',
     "go-heap": 'live_memory = "4M"\nallocate = "8M"\nphase = "2s"',
@@ -206,3 +214,44 @@ def test_results_become_a_report(tmp_path: Path) -> None:
     assert len(charts[0].series[0].points) == 4
     memory = next(each for each in charts if each.title == "Resident memory")
     assert memory.summary == "Memory that all programs have together, what collapses filled included."
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_mthp_visits_every_workload_in_the_place_of_khugepaged(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "scenario.toml"
+    path.write_text(HEAD.format(seconds=6, memory="128M") + FULL_ONLY + process(name, 'advise_after = "1s"'))
+    inside = _Run(load_scenario(path), "mainline:split", None, lambda done, total: None, lambda: False)
+    outcome = inside.run()
+    assert inside.machine.check() == []
+    assert inside.machine.khugepaged.statistics.passes == 0
+    assert outcome.policy == outcome.last["policy"] == "mainline:split"
+    assert outcome.last["killed"] == 0
+    alone = simulate(load_scenario(path), policy="mainline")
+    assert outcome.last["large_coverage"] == pytest.approx(alone.last["large_coverage"], abs=0.1)
+
+
+def test_by_splitting_mthp_makes_what_the_policy_makes(tmp_path: Path) -> None:
+    # Without chance in time both see the same memory; only the zero pages between the folios differ.
+    table = FULL_ONLY + process("sparse-arena", 'run = "64K"\nadvise_after = "2500ms"')
+    alone, split = (run(tmp_path, table, seconds=8, policy=name).last for name in ("mainline", "mainline:split"))
+    assert alone["order_share_4"] > 0.9
+    # A folio of the PMD size each time, of which several come.
+    assert split["alloc_attempts"] < alone["alloc_attempts"]
+    assert split["large_coverage"] == pytest.approx(alone["large_coverage"], abs=0.02)
+    assert split["resident_bytes"] == pytest.approx(alone["resident_bytes"], rel=0.02)
+
+
+def test_a_trim_gives_back_what_collapses_filled(tmp_path: Path) -> None:
+    table = process("sparse-arena", 'reuse = "0%"\nadvise_after = "2500ms"')
+    untouched = run(tmp_path, table, seconds=8, policy="pmd-only").last
+    trimmed = run(tmp_path, '[trim]\nevery = "8s"\n', table, seconds=8, policy="pmd-only").last
+    assert untouched["given_back_bytes"] == 0
+    assert 0 < trimmed["given_back_bytes"] <= trimmed["bloat_bytes"]
+    assert trimmed["resident_bytes"] == untouched["resident_bytes"] - trimmed["given_back_bytes"]
+
+
+@pytest.mark.parametrize(("words", "trims"), [('start = "9s"', False), ('free = "1%"', False), ('zero = "1%"', True)])
+def test_trims_come_when_they_are_to(tmp_path: Path, words: str, trims: bool) -> None:
+    table = process("sparse-arena", 'advise_after = "2500ms"')
+    last = run(tmp_path, f'[trim]\nevery = "1s"\n{words}\n', table, seconds=8, policy="pmd-only").last
+    assert (last["given_back_bytes"] > 0) == trims

@@ -29,7 +29,9 @@ WANTED = 0.5
 @click.command("simulate")
 @click.argument("scenario", type=click.Path(path_type=Path))
 @click.option(
-    "--policies", metavar="NAMES", help="Run once under each, separated by commas; the scenario's by default."
+    "--policies",
+    metavar="NAMES",
+    help="Run once under each, separated by commas; the scenario's by default. NAME:split is mthp by splitting.",
 )
 @click.option("--seed", type=int, metavar="N", help="In place of the scenario's.")
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the rows as Parquet.")
@@ -80,12 +82,12 @@ def command(
 
 
 def _names(text: str) -> list[str]:
-    from mthp.engine.policy_lookup import policy_named
+    from mthp.lab.makers import known_maker
 
     names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not names:
         raise UsageError("--policies names none")
-    return [policy_named(name).name for name in names]
+    return [known_maker(name) for name in names]
 
 
 def _print(scenario: Scenario, outcomes: list[Outcome]) -> None:
@@ -99,6 +101,11 @@ def _print(scenario: Scenario, outcomes: list[Outcome]) -> None:
     heads = ["policy", f"{pmd} mapped", "large folios", "resident", "bloat", "copied", "khugepaged", "not allocated"]
     rows = [_cells(outcome) for outcome in outcomes]
     columns = [*heads, f"{WANTED:.0%} after", "killed"]
+    if scenario.trim is not None:
+        columns.append("given back")
+        rows = [
+            [*row, format_size(outcome.last["given_back_bytes"])] for row, outcome in zip(rows, outcomes, strict=True)
+        ]
     out.print(Table("At the end", columns, rows, right=set(range(1, len(columns)))))
     for outcome in outcomes:
         last = [row for row in outcome.rows if row["seconds"] == outcome.last["seconds"] and row["process"]]

@@ -10,7 +10,7 @@ from typing import Any
 from mthp.bounded import Bound
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
-from mthp.lab.tables import MachineSettings, ProcessPlan, Settings
+from mthp.lab.tables import MachineSettings, ProcessPlan, Settings, TrimSettings
 from mthp.units import format_size
 
 BYTES_PER_PAGE = 20
@@ -27,6 +27,9 @@ ROWS = Bound(1 << 18, "rows of results")
 
 COUNT = Bound(1 << 12, "workers, batches or the like of a workload")
 """Each is a process, or an action in every simulated second."""
+
+TRIMS = Bound(1 << 16, "trims")
+"""Each reads what all processes have in large folios."""
 
 NODES = Bound(1 << 10, "nodes")
 """MAX_NUMNODES (include/linux/numa.h) is 1 << NODES_SHIFT, of which x86-64 has 10."""
@@ -57,6 +60,16 @@ def _check_memory(place: str, machine: MachineSettings, needed: int) -> None:
             f" {format_size(needed)} of memory here, and there is {format_size(there)}",
             help="simulate a smaller machine, or larger pages (machine.geometry)",
         )
+
+
+def check_trims(trim: TrimSettings | None, settings: Settings) -> None:
+    """Refuse more trims than can be simulated.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if trim is not None:
+        TRIMS.check(int(settings.duration / trim.every))
 
 
 def check_processes(

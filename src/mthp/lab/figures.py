@@ -51,6 +51,9 @@ _ALL = (
     Metric("bloat_bytes", "bytes", "zero-filled memory that collapses added, all scans together", "less"),
     Metric("bloat_share", "share", "bloat_bytes as a part of what was resident before the first collapse", "less"),
     Metric("creep_bytes", "bytes", "bloat that this scan added; with creep it goes on after the first", "less"),
+    Metric(
+        "given_back_bytes", "bytes", "memory that trims gave back, or of a comparison, that one would give back then"
+    ),
     Metric("copied_bytes", "bytes", "contents that collapses copied, all scans together", "less"),
     Metric("folios", "folios", "folios that collapses made, all scans together"),
     Metric("scanned_ptes", "entries", "PTEs that khugepaged looked at, all scans together", "less"),

@@ -24,6 +24,10 @@
     kind = "fragment"
     share = "90%"
 
+    [trim]
+    every = "10s"
+    zero = "50%"
+
 Every table is a dataclass of :mod:`mthp.lab.tables`, which :mod:`mthp.toml` makes of it.
 """
 
@@ -37,8 +41,16 @@ from mthp.bounded import named
 from mthp.errors import UsageError
 from mthp.files import begins
 from mthp.geometry import geometry_named
-from mthp.lab.feasible import check_machine, check_processes
-from mthp.lab.tables import FaultSettings, MachineSettings, ProcessPlan, ProcessSettings, Scenario, Settings
+from mthp.lab.feasible import check_machine, check_processes, check_trims
+from mthp.lab.tables import (
+    FaultSettings,
+    MachineSettings,
+    ProcessPlan,
+    ProcessSettings,
+    Scenario,
+    Settings,
+    TrimSettings,
+)
 from mthp.lab.workloads import MODELS
 from mthp.toml import Document, readers_of, text
 from mthp.tomllines import Place
@@ -62,12 +74,13 @@ def _is_foreign(path: Path) -> bool:
     return begins(path, 4) in (b"PAR1", b"\xff\xff\xff\xff")
 
 
-_TABLES = ("machine", "switches", "tunables", "process", "fault")
+_TABLES = ("machine", "switches", "tunables", "process", "fault", "trim")
 
 
 def _scenario(document: Document, path: Path) -> Scenario:
     settings = document.table(Settings, beside=_TABLES)
     machine = document.table(MachineSettings, "machine") or MachineSettings()
+    trim = document.table(TrimSettings, "trim") if document.value("trim") is not None else None
     geometry, default = geometry_named(machine.geometry), Switches.defaults(geometry_named(machine.geometry))
     processes = [process for place in document.tables("process") if (process := _process(document, place))]
     if not document.value("process"):
@@ -91,6 +104,7 @@ def _scenario(document: Document, path: Path) -> Scenario:
     assert settings is not None
     with named(path):
         check_processes(processes, machine, settings, geometry)
+        check_trims(trim, settings)
     return Scenario(
         str(path),
         document.text,
@@ -101,6 +115,7 @@ def _scenario(document: Document, path: Path) -> Scenario:
         geometry,
         Switches(enabled or default.enabled, {**default.sizes, **sizes}),
         Tunables.defaults(geometry).replaced(geometry, **tunables),
+        trim,
     )
 
 

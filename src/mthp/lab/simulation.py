@@ -22,7 +22,9 @@ from mthp.engine.census import take_census
 from mthp.geometry import Geometry
 from mthp.lab import figures
 from mthp.lab.figures import Row
-from mthp.lab.tables import FaultSettings, ProcessPlan, Scenario
+from mthp.lab.makers import Maker
+from mthp.lab.tables import FaultSettings, ProcessPlan, Scenario, TrimSettings
+from mthp.lab.upkeep import Upkeep
 from mthp.lab.workloads.program import KilledError, Program
 from mthp.ptes import Pte
 from mthp.sim import Machine
@@ -39,7 +41,7 @@ class Outcome:
     """What came of a run.
 
     Attributes:
-        policy: under which it ran.
+        policy: under which it ran, as :mod:`mthp.lab.makers` names it.
         rows: one for each sample and process, and one for all processes together, whose `process` is ``""``; the
             names are those of :mod:`mthp.lab.figures`.
         interrupted: it was told to stop.
@@ -150,7 +152,7 @@ class _Run:
         self, scenario: Scenario, policy: str, seed: int | None, progress: Progress, stop: Callable[[], bool]
     ) -> None:
         self._scenario, self._progress, self._stop = scenario, progress, stop
-        machine, geometry = scenario.machine, scenario.geometry
+        machine, geometry, maker = scenario.machine, scenario.geometry, Maker.named(policy)
         frames = machine.memory // machine.nodes // geometry.pmd_size * geometry.ptes_per_pmd
         self.machine = Machine(
             geometry,
@@ -158,9 +160,11 @@ class _Run:
             swap_slots=machine.swap // geometry.page_size,
             switches=scenario.switches,
             tunables=scenario.tunables,
-            policy=policy,
+            policy=maker.policy,
         )
-        self._policy = policy
+        self._mthp = Upkeep(self.machine, maker, _Time(self))
+        self._khugepaged = self._mthp.khugepaged or self.machine.khugepaged
+        self._policy = maker.name
         self._seed = scenario.settings.seed if seed is None else seed
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._made = 0
@@ -189,9 +193,11 @@ class _Run:
                 number += 1
         for fault in self._scenario.faults:
             self._at(fault.at, lambda f=fault: self._fault(f))  # type: ignore[misc]
+        if trim := self._scenario.trim:
+            self._at(max(trim.start, trim.every), lambda: self._trim(trim))
         machine.khugepaged.rest_by(_Time(self))
         if settings.khugepaged:
-            machine.khugepaged.run(lambda: self._over)
+            self._khugepaged.run(lambda: self._over)
         else:
             self.until(settings.duration)
         if not self._rows:
@@ -248,6 +254,7 @@ class _Run:
         if settings.advise and settings.advise_after:
             self._at(self.now + settings.advise_after, program.advise)
         if self._act(member, lambda: next(member.life)):
+            self._mthp.enter(program)
             self._at(self.now, lambda: self._tick(member))
 
     def _limited(self, name: str) -> bool:
@@ -256,6 +263,7 @@ class _Run:
     def _tick(self, member: _Member) -> None:
         began = self.now
         if self._act(member, lambda: member.life.send(began - member.began)):
+            self._mthp.enter(member.program)
             # Who takes longer than a tick has no time left to wait.
             self._at(max(began + self._scenario.settings.step, self.now), lambda: self._tick(member))
 
@@ -274,6 +282,10 @@ class _Run:
 
     def _spent_ns(self) -> int:
         return sum(self.machine.clock.spent_ns().values())
+
+    def _trim(self, trim: TrimSettings) -> None:
+        self._mthp.trim((member.program for member in self._members if member.program.alive), trim)
+        self._at(self.now + trim.every, lambda: self._trim(trim))
 
     # Faults.
 
@@ -340,7 +352,7 @@ class _Run:
         machine, page = self.machine, self._scenario.geometry.page_size
         none = np.zeros(figures.MAX_ORDER + 1, np.int64)
         row = self._row("", sum((by_order for _, by_order, _ in rows), none), sum(huge for _, _, huge in rows))
-        done = machine.khugepaged.statistics
+        done = self._khugepaged.statistics
         bloat = done.filled.total() * page
         counters = machine.counters.values()
         made = {name: sum(v for key, v in counters.items() if key.endswith(f"/{name}")) for name in _ALLOCATIONS}
@@ -349,7 +361,8 @@ class _Run:
             "bloat_share": figures.share(bloat, max(row["resident_bytes"] - bloat, 0)),
             "copied_bytes": done.copied.total() * page,
             "scanned_ptes": done.progress,
-            "khugepaged_seconds": (self._spent_ns() - self._programs_ns) / 1e9,
+            "khugepaged_seconds": (self._spent_ns() - self._programs_ns - self._mthp.trim_ns) / 1e9,
+            "given_back_bytes": self._mthp.given_back_bytes,
             "alloc_attempts": sum(made.values()),
             "alloc_failures": made["collapse_alloc_failed"],
             "alloc_failure_share": figures.share(made["collapse_alloc_failed"], sum(made.values())),

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from mthp.engine.policy_lookup import known_policy
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.lab.makers import known_maker
 from mthp.lab.workloads import MODELS
 from mthp.lab.workloads.parameters import Count, Duration, Period, Share, Size, SizeOrNone
 from mthp.lab.workloads.program import Model
-from mthp.toml import one_of, whole
+from mthp.toml import one_of, positive, whole
 from mthp.tunables import Switches, Tunables
+from mthp.units import parse_share
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,23 @@ class FaultSettings:
 
 
 @dataclass(frozen=True)
+class TrimSettings:
+    """The table ``[trim]``: mthp gives back pages of zeroes of all processes.
+
+    Attributes:
+        every: from one trim to the next.
+        start: no trim before that.
+        zero: the part of a folio's pages that must hold nothing but zeroes.
+        free: a trim only while less than this part of the machine's memory is free.
+    """
+
+    every: Period
+    start: Duration = 0.0
+    zero: Annotated[float, positive(parse_share)] = 0.5
+    free: Share = 1.0
+
+
+@dataclass(frozen=True)
 class ProcessPlan:
     """Processes of one model: the settings, and the model with its parameters."""
 
@@ -98,15 +116,16 @@ class Settings:
     Attributes:
         duration: how long it runs.
         seed: of all chance.
-        policy: what khugepaged collapses to.
+        policy: what khugepaged collapses to; with ``:split`` behind it, what mthp collapses to by splitting, while
+            khugepaged rests.
         step: from one tick of the programs to the next.
         sample: from one row of the results to the next.
-        khugepaged: whether it runs.
+        khugepaged: whether it runs, or mthp in its place.
     """
 
     duration: Period
     seed: Count = 0
-    policy: Annotated[str, known_policy] = "mainline"
+    policy: Annotated[str, known_maker] = "mainline"
     step: Period = 0.1
     sample: Period = 1.0
     khugepaged: bool = True
@@ -120,6 +139,7 @@ class Scenario:
         path: of the file.
         text: its contents.
         settings, machine, processes, faults: its tables.
+        trim: its table of that name; None without one.
         geometry, switches, tunables: of the machine.
     """
 
@@ -132,6 +152,7 @@ class Scenario:
     geometry: Geometry
     switches: Switches = field(default_factory=Switches)
     tunables: Tunables | None = None
+    trim: TrimSettings | None = None
 
     @property
     def name(self) -> str:
