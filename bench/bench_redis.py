@@ -1,8 +1,15 @@
-"""What the mover does to a loaded redis-server: 99th percentile of latency, and throughput, with it and without.
+"""What a loaded redis-server notices of mthp: throughput and 99th percentile of latency, before, during and after.
 
-One server of 256 MiB of values, redis-benchmark beside it. First its figures with nobody else there; then while all
-of its memory is collapsed to folios of 64 KiB with the default budget (a pause of 1 ms, half of the time at most), over
-and over; then with the memory collapsed and the mover gone. Ratios are against the first.
+    python bench/bench_redis.py [move|split|trim ...]
+
+One server with 150 000 values of 1 500 bytes, redis-benchmark beside it. First its figures with nothing else at work;
+then while its memory is worked on over and over; then with mthp gone. Ratios are against the first. What works on it:
+
+- *move*, *split*: all of its memory is made folios of 64 KiB by this mechanism, and all that is new. With the mover's
+  default budget (a pause of 1 ms, half of the time at most).
+- *trim*: all of its PMD ranges are made huge pages by MADV_COLLAPSE, and their pages of zeroes given back, by turns.
+
+Needs root, and for *split* debugfs, which kernel lockdown closes. MTHP_BENCH_KEYS makes it smaller, for a guest.
 """
 
 from __future__ import annotations
@@ -10,27 +17,43 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.mover.refuse.mapping import refuse_vma
-from mthp.means import Means
+from mthp.means import Means, Mechanism
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
 
 ORDER = 4
-KEYS, VALUE = 150_000, 1500
-REQUESTS = 150_000
+KEYS, VALUE = int(os.environ.get("MTHP_BENCH_KEYS", "150000")), 1500
 CLIENTS = 20
-MEANS = Means(mechanism="move")
+
+Work = Callable[[LiveAddressSpace, threading.Event], str]
+"""Works on a space until the event, and returns what it did."""
 
 
-def movable(space: LiveAddressSpace) -> list[Block]:
+def whole_ranges(space: LiveAddressSpace) -> list[Block]:
+    """PMD ranges of mappings that may be moved, with something in them and none of it in a PMD folio."""
+    geometry, found = space.geometry, []
+    size, order = geometry.pmd_size, geometry.pmd_order
+    for vma in space.vmas():
+        start, end = -(-vma.start // size) * size, vma.end // size * size
+        if end > start and refuse_vma(vma) is None:
+            orders = space.read([(start, end)]).folio_order.reshape(-1, 1 << order)
+            fit = np.flatnonzero((orders.max(axis=1) >= 0) & (orders.max(axis=1) < order))
+            found += [(start + at * size, order) for at in fit.tolist()]
+    return found
+
+
+def small_blocks(space: LiveAddressSpace) -> list[Block]:
     """Blocks of whole, small pages in mappings that may be moved."""
     size = space.geometry.size_of(ORDER)
     found: list[Block] = []
@@ -46,9 +69,54 @@ def movable(space: LiveAddressSpace) -> list[Block]:
     return found
 
 
+def made_by(mechanism: Mechanism) -> Work:
+    """Return work that makes folios of 64 KiB by a mechanism."""
+    means = Means(mechanism=mechanism)
+
+    def work(space: LiveAddressSpace, over: threading.Event) -> str:
+        made = 0
+        while not over.is_set():
+            blocks = small_blocks(space)
+            for at in range(0, len(blocks), 256):
+                outcomes = space.collapse_blocks(blocks[at : at + 256], means)
+                made += sum(outcome.result is ScanResult.SUCCEED for outcome in outcomes)
+                if over.is_set():
+                    break
+            else:
+                over.wait(0.2)
+        said = f"{made * space.geometry.size_of(ORDER) >> 20} MiB made"
+        if pauses := space.take_pauses():
+            p50, p99 = np.percentile(pauses, (50, 99)) / 1e6
+            said += f", {len(pauses)} pauses, p50 {p50:.2f} ms, p99 {p99:.2f} ms"
+        return said
+
+    return work
+
+
+def collapsed_and_trimmed(space: LiveAddressSpace, over: threading.Event) -> str:
+    """Make PMD ranges huge pages and give their pages of zeroes back, by turns."""
+    geometry = space.geometry
+    made = given = 0
+    while not over.is_set():
+        for at in whole_ranges(space):
+            if over.is_set():
+                break
+            (outcome,) = space.collapse_blocks([at])
+            if outcome.result is ScanResult.SUCCEED:
+                made += 1
+                zero = space.zero_filled(space.read([(at[0], at[0] + geometry.pmd_size)]))
+                (trimmed,) = space.trim_folios([at], [zero], "cold")
+                given += trimmed.given_back
+        over.wait(0.01)
+    return f"{made} ranges collapsed, {given * geometry.page_size >> 20} MiB given back"
+
+
+WORK: dict[str, Work] = {"move": made_by("move"), "split": made_by("split"), "trim": collapsed_and_trimmed}
+
+
 def measure(path: Path) -> tuple[float, float]:
     """Requests a second and the 99th percentile of latency in ms, of GETs."""
-    command = ["redis-benchmark", "-s", str(path), "-t", "get", "-c", str(CLIENTS), "-n", str(REQUESTS)]
+    command = ["redis-benchmark", "-s", str(path), "-t", "get", "-c", str(CLIENTS), "-n", str(KEYS)]
     command += ["-r", str(KEYS), "-d", str(VALUE), "--csv"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     heads, values = ([word.strip('"') for word in line.split('","')] for line in text.strip().splitlines()[-2:])
@@ -56,29 +124,8 @@ def measure(path: Path) -> tuple[float, float]:
     return float(row["rps"]), float(row["p99_latency_ms"])
 
 
-def move_until(pid: int, over: threading.Event, told: list[int]) -> None:
-    """Collapse what can be collapsed, and all that is new, until `over`."""
-    with open_live(pid) as space:
-        while not over.is_set():
-            blocks = movable(space)
-            for at in range(0, len(blocks), 256):
-                outcomes = space.collapse_blocks(blocks[at : at + 256], MEANS)
-                done = sum(outcome.result is ScanResult.SUCCEED for outcome in outcomes)
-                told.append(done * space.geometry.size_of(ORDER))
-                if over.is_set():
-                    break
-            else:
-                over.wait(0.2)
-        pauses = space.take_pauses()
-        if pauses:
-            p50, p99 = np.percentile(pauses, (50, 99)) / 1e6
-            print(f"{'':>26} {len(pauses)} pauses, p50 {p50:.2f} ms, p99 {p99:.2f} ms, {sum(told) >> 20} MiB moved")
-
-
-def main() -> None:
-    if os.geteuid() or not shutil.which("redis-server") or not shutil.which("redis-benchmark"):
-        print("skipped: needs root, redis-server and redis-benchmark (Debian: redis-server)")
-        return
+def bench(name: str) -> None:
+    """Print the figures of a server of its own for one kind of work."""
     directory = Path(tempfile.mkdtemp())
     path = directory / "redis"
     options = ["--port", "0", "--unixsocket", str(path), "--save", "", "--disable-thp", "no", "--dir", str(directory)]
@@ -88,18 +135,23 @@ def main() -> None:
                 time.sleep(0.01)
             fill = ["redis-benchmark", "-s", str(path), "-t", "set", "-n", str(3 * KEYS), "-r", str(KEYS)]
             subprocess.run([*fill, "-d", str(VALUE), "-q"], check=True, stdout=subprocess.DEVNULL)
-            print(f"{'redis-benchmark GET':>26} {'requests/s':>12} {'ratio':>7} {'p99 ms':>8} {'ratio':>7}")
             measure(path)
-            without = measure(path)
-            show("without the mover", without, without)
-            over, told = threading.Event(), [0]
-            mover = threading.Thread(target=move_until, args=(server.pid, over, told))
-            mover.start()
+            before = measure(path)
+            show(f"before {name}", before, before)
+            over, said = threading.Event(), [""]
+
+            def run() -> None:
+                with open_live(server.pid) as space:
+                    said[0] = WORK[name](space, over)
+
+            worker = threading.Thread(target=run)
+            worker.start()
             during = measure(path)
             over.set()
-            mover.join()
-            show("while it moves", during, without)
-            show("afterwards", measure(path), without)
+            worker.join()
+            show(f"during {name}", during, before)
+            show(f"after {name}", measure(path), before)
+            print(f"{'':>16} {said[0]}", flush=True)
         finally:
             server.terminate()
     shutil.rmtree(directory)
@@ -107,8 +159,22 @@ def main() -> None:
 
 def show(what: str, figures: tuple[float, float], peer: tuple[float, float]) -> None:
     rate, latency = figures
-    print(f"{what:>26} {rate:12,.0f} {rate / peer[0]:7.2f} {latency:8.2f} {latency / peer[1]:7.2f}", flush=True)
+    print(f"{what:>16} {rate:12,.0f} {rate / peer[0]:7.2f} {latency:8.2f} {latency / peer[1]:7.2f}", flush=True)
+
+
+def main(names: list[str]) -> None:
+    if os.geteuid() or not shutil.which("redis-server") or not shutil.which("redis-benchmark"):
+        print("skipped: needs root, redis-server and redis-benchmark (Debian: redis-server)")
+        return
+    with open_live("self") as space:
+        able = {"move": True, "split": space.splits(), "trim": "cold" in space.trims_by}
+    print(f"{'redis GET':>16} {'requests/s':>12} {'ratio':>7} {'p99 ms':>8} {'ratio':>7}")
+    for name in names or WORK:
+        if able[name]:
+            bench(name)
+        else:
+            print(f"{name}: not measured, since it does not work here (mthp doctor says why)")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

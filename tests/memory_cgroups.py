@@ -31,6 +31,12 @@ class MemoryCgroup:
         """Let its processes have this many bytes."""
         (self.directory / ("memory.limit_in_bytes" if self._is_v1 else "memory.max")).write_text(str(size))
 
+    def forbid_swap(self) -> None:
+        """Have nothing of its processes swapped out, where that can be said."""
+        file = self.directory / "memory.swap.max"
+        if file.exists():
+            file.write_text("0")
+
     @property
     def used(self) -> int:
         """Bytes charged to it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from types import TracebackType
 from typing import Self
@@ -29,6 +30,12 @@ class Churn:
         assert self._process.stdout is not None
         self.address, self.size = map(int, self._process.stdout.readline().split())
         self.accesses, self.waits = 0, [0]
+
+    def fill_again(self) -> None:
+        """Have its threads discard all of the memory and use as much of it again; return when they have."""
+        self._process.send_signal(signal.SIGUSR1)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "filled\n"
 
     def finish(self) -> int:
         """Have it end and check all of its memory a last time: the number of wrong words."""

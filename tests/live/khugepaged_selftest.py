@@ -30,8 +30,11 @@ BINARY = DIRECTORY / "khugepaged"
 TRIES, MOST_TRIES = 3, 20
 """How often the test is tried, and how often with those that fail without a wait."""
 
-DAEMON = ("--mechanism", "move", "--max-bloat", "none")
-"""Options of the daemon: sizes below the PMD size take the mover, and folios for single pages are bloat."""
+
+def daemon_options(mechanism: str = "move") -> tuple[str, ...]:
+    """Return the daemon's options: it does nothing but the test's program, and folios for single pages are bloat."""
+    return ("--comm", "khugepaged", "--cpu", "100%", "--mechanism", mechanism, "--max-bloat", "none")
+
 
 PARTS = 4
 """Parts of the test about mTHP."""
@@ -181,7 +184,7 @@ def _main(orders: list[str]) -> int:
     print("khugepaged:anon without the daemon:", told(before))
     with (
         tempfile.TemporaryDirectory() as directory,
-        RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%", *DAEMON),
+        RunningDaemon(Path(directory) / "run", *daemon_options()),
     ):
         for order in orders:
             bad += not passes(order)

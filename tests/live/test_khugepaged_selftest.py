@@ -41,7 +41,7 @@ def test_the_daemon_passes_where_the_kernel_alone_fails(order: str, tmp_path: Pa
     if "collapse_full" in alone.passed:
         pytest.skip("this kernel's khugepaged makes mTHPs itself")
     assert {"collapse_full", "collapse_single_mthp"} <= set(alone.failed)
-    with RunningDaemon(tmp_path / "run", "--comm", "khugepaged", "--cpu", "100%", *selftest.DAEMON):
+    with RunningDaemon(tmp_path / "run", *selftest.daemon_options()):
         *_, last = selftest.tries(order)
     if last.hasty:
         pytest.skip("the kernel's khugepaged goes round before the selftest begins to wait, each time")

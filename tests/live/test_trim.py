@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import mthp
 from mthp.errors import MthpError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.sysfs import ThpSysfs
@@ -20,12 +21,16 @@ from mthp.results import ScanResult
 from mthp.trimming import SMALLEST_LARGE, TrimBy, Trimming, TrimOutcome, in_use
 from split_targets import Churn
 from targets import MADV_COLLAPSE, PAGE_SIZE, PMD_ORDER, PMD_SIZE, Puppet
-from thp_switches import ThpSwitches
+from thp_switches import ThpSwitches, size_name
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp")]
 
 PAGES = PMD_SIZE // PAGE_SIZE
 CHURN_SECONDS = float(os.environ.get("MTHP_TEST_CHURN_SECONDS", "10"))
+TRIMS = int(os.environ.get("MTHP_TEST_TRIMS", "2000"))
+TOLD_SHARE = 0.95
+"""Part of the zero-filled memory that `mthp inspect` reports which must leave Rss."""
+
 WAYS: tuple[TrimBy, ...] = ("cold", "split")
 
 
@@ -190,6 +195,73 @@ def test_threads_lose_nothing_while_their_memory_is_trimmed_again_and_again(by: 
         assert churn.accesses
     # What is discarded all the time, or shared with children, is hardly ever one whole folio.
     assert (results[ScanResult.SUCCEED] and given_back) or flags in ("d", "f"), results
+
+
+class Trims:
+    """Trims beside threads that write, held against what `mthp inspect --zero-filled` reports before each round."""
+
+    def __init__(self, order: int, by: TrimBy) -> None:
+        self._order, self._by = order, by
+        self._told = self._fallen = self._accesses = self._wrong = self.trimmed = 0
+        self._results: Counter[str] = Counter()
+
+    def round(self, churn: Churn, space: LiveAddressSpace) -> None:
+        """Trim what is large in the memory of `churn`."""
+        before = resident(churn.pid, churn.address)
+        self._told += zero_filled_reported(churn.pid, churn.address)
+        columns = space.read([(churn.address, churn.address + churn.size)])
+        zero = space.zero_filled(columns).reshape(-1, 1 << self._order)
+        large = np.flatnonzero(columns.folio_order[:: 1 << self._order] == self._order)
+        folios = [(churn.address + (at << self._order) * PAGE_SIZE, self._order) for at in large.tolist()]
+        outcomes = space.trim_folios(folios, list(zero[large]), self._by)
+        self._fallen += before - resident(churn.pid, churn.address)
+        self.trimmed += sum(outcome.result is ScanResult.SUCCEED for outcome in outcomes)
+        self._results.update(f"{each.result.name} {each.reason}".strip() for each in outcomes)
+
+    def end(self, churn: Churn) -> None:
+        """Print what came of all rounds, and hold it against what was reported."""
+        wrong = churn.finish()
+        size = f"{PAGE_SIZE << self._order >> 10}K"
+        print(f"{self.trimmed} folios of {size} trimmed by {self._by} beside 2 threads: {dict(self._results)};")
+        print(f"{churn.accesses} accesses, {wrong} words wrong; Rss fell by {self._fallen / self._told:.2%}")
+        print(f"of the {self._told * PAGE_SIZE >> 20} MiB that mthp inspect --zero-filled reported")
+        assert not wrong
+        assert churn.accesses
+        # A split to larger orders keeps zeroes beside what is in use.
+        assert self._fallen >= TOLD_SHARE * self._told or self._by == "split"
+
+
+def test_rss_of_huge_pages_falls_by_what_inspect_reports(by: TrimBy) -> None:
+    trims, end = Trims(PMD_ORDER, by), time.monotonic() + CHURN_SECONDS
+    with Churn(2, max(64, 2 * PMD_SIZE >> 20), 30) as churn, open_live(churn.pid) as space:
+        while time.monotonic() < end or not trims.trimmed:
+            space.collapse_blocks(whole(list(range(churn.address, churn.address + churn.size, PMD_SIZE))))
+            trims.round(churn, space)
+        trims.end(churn)
+
+
+@pytest.mark.requires("mthp")
+def test_rss_of_mthps_falls_by_what_inspect_reports(thp_switches: ThpSwitches) -> None:
+    with open_live("self") as space:
+        if "cold" not in space.trims_by:
+            pytest.skip("folios cannot be trimmed by cold here")
+    order = ((64 << 10) // PAGE_SIZE).bit_length() - 1
+    thp_switches.only(size_name(order))
+    trims = Trims(order, "cold")
+    with Churn(2, 64, 30, "hb") as churn, open_live(churn.pid) as space:
+        while trims.trimmed < TRIMS:
+            # Each first touch of a block of 64 KiB makes a folio.
+            churn.fill_again()
+            trims.round(churn, space)
+        trims.end(churn)
+
+
+def zero_filled_reported(pid: int, address: int) -> int:
+    """Return how many zero-filled pages of large folios `mthp inspect --zero-filled` reports of one mapping."""
+    census = mthp.inspect(pid, zero_filled=True)
+    pages = next(each.pages for each in census.vmas if each.vma.start <= address < each.vma.end)
+    assert pages.zero_filled is not None
+    return int(pages.zero_filled[1:-1].sum())
 
 
 def test_a_way_that_is_not_to_be_had_is_refused_with_the_remedy(puppet: Puppet) -> None:

@@ -3,9 +3,11 @@
  * split_churn THREADS MEGABYTES PERCENT FLAGS
  *
  * Each page belongs to one thread, which checks it and writes it again. PERCENT of the pages are in use, the others are
- * holes. FLAGS: d pages are discarded and new ones are used all the time, z discarded pages are filled with zeroes
- * instead, f threads fork children that check what they see, n all threads let other processes go first, h base pages
- * at first whatever the switches say. The address of the memory and its size are printed first.
+ * holes. FLAGS: d pages are discarded and new ones are used all the time, u discarded pages are unmapped and mapped
+ * again, z they are filled with zeroes instead, b threads own blocks of 64 KiB instead of pages, f threads fork children
+ * that check what they see, n all threads let other processes go first, h base pages at first whatever the switches say.
+ * The address of the memory and its size are printed first.
+ * On SIGUSR1 all threads discard all that they own and use PERCENT of it again; then a line is printed.
  * On SIGTERM: the number of wrong words, of accesses, and how many of them took 2^n to 2^(n+1) ns, for n from 0 to 39.
  */
 #define _GNU_SOURCE
@@ -28,10 +30,11 @@
 
 static char *memory;
 static long threads, percent, page_size;
-static size_t pages;
+static size_t pages, group = 1; /* pages that lie together and belong to one thread */
 static const char *flags;
 static uint32_t *sequence; /* of each page; 0: it reads as zeroes */
-static volatile sig_atomic_t stop;
+static volatile sig_atomic_t stop, asked;
+static volatile uint32_t filling, filled[MAX_THREADS]; /* how often memory is to be discarded and used again, and was */
 static uint64_t wrong[MAX_THREADS], accesses[MAX_THREADS], took[MAX_THREADS][BUCKETS];
 
 static uint64_t mix(uint64_t x)
@@ -71,10 +74,17 @@ static void use(size_t page)
 static void discard(size_t page)
 {
     sequence[page] = 0;
-    if (strchr(flags, 'z'))
-        memset(memory + page * page_size, 0, page_size);
-    else
-        madvise(memory + page * page_size, page_size, MADV_DONTNEED);
+    char *address = memory + page * page_size;
+    if (strchr(flags, 'z')) {
+        memset(address, 0, page_size);
+    } else if (strchr(flags, 'u')) {
+        munmap(address, page_size);
+        if (mmap(address, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+                 -1, 0) != address)
+            abort();
+    } else {
+        madvise(address, page_size, MADV_DONTNEED);
+    }
 }
 
 static uint64_t now(void)
@@ -84,13 +94,34 @@ static uint64_t now(void)
     return time.tv_sec * 1000000000ull + time.tv_nsec;
 }
 
+/* The n-th page of a thread. */
+static size_t owned(long thread, size_t n)
+{
+    return (n / group * threads + thread) * group + n % group;
+}
+
+static void fill_again(long thread, uint32_t time)
+{
+    for (size_t n = 0; n < pages / threads; n += group)
+        madvise(memory + owned(thread, n) * page_size, group * page_size, MADV_DONTNEED);
+    for (size_t n = 0; n < pages / threads; n++) {
+        size_t page = owned(thread, n);
+        sequence[page] = 0;
+        if ((long)(mix(page) % 100) < percent) {
+            sequence[page] = time << 16; /* other bytes than before */
+            use(page);
+        }
+    }
+    filled[thread] = time;
+}
+
 static uint64_t fork_and_check(long thread)
 {
     pid_t child = fork();
     if (child == 0) {
         uint64_t count = 0;
-        for (size_t page = thread; page < pages; page += threads)
-            count += wrong_words(page);
+        for (size_t n = 0; n < pages / threads; n++)
+            count += wrong_words(owned(thread, n));
         _exit(count != 0);
     }
     int status = 0;
@@ -101,10 +132,12 @@ static void *run(void *argument)
 {
     long thread = (long)argument;
     uint64_t random = thread + 1;
-    int churns = strchr(flags, 'd') || strchr(flags, 'z'), forks = strchr(flags, 'f') != NULL;
+    int churns = strpbrk(flags, "duz") != NULL, forks = strchr(flags, 'f') != NULL;
     for (uint64_t round = 1; !stop; round++) {
+        if (filled[thread] != filling)
+            fill_again(thread, filling);
         random = mix(random + round);
-        size_t page = random % (pages / threads) * threads + thread;
+        size_t page = owned(thread, random % (pages / threads));
         uint64_t begin = now();
         wrong[thread] += wrong_words(page);
         int churn = churns && !(random >> 32 & 1023);
@@ -122,6 +155,32 @@ static void *run(void *argument)
 }
 
 static void on_term(int number) { stop = number; }
+static void on_usr1(int number) { asked = number; }
+
+static int all_filled(void)
+{
+    for (long thread = 0; thread < threads; thread++)
+        if (filled[thread] != filling)
+            return 0;
+    return 1;
+}
+
+/* Answer SIGUSR1 until SIGTERM. */
+static void serve(void)
+{
+    for (; !stop; usleep(500)) {
+        if (asked) {
+            asked = 0;
+            filling++;
+        }
+        static uint32_t told;
+        if (told != filling && all_filled()) {
+            told = filling;
+            printf("filled\n");
+            fflush(stdout);
+        }
+    }
+}
 
 int main(int count, char **words)
 {
@@ -129,6 +188,7 @@ int main(int count, char **words)
         return 2;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     signal(SIGTERM, on_term);
+    signal(SIGUSR1, on_usr1);
     threads = atol(words[1]);
     size_t size = atol(words[2]) << 20;
     percent = atol(words[3]);
@@ -137,6 +197,8 @@ int main(int count, char **words)
         return 2;
     page_size = sysconf(_SC_PAGESIZE);
     pages = size / page_size;
+    if (strchr(flags, 'b'))
+        group = (64 << 10) / page_size;
     char *whole = mmap(NULL, size + 2 * ALIGN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (whole == MAP_FAILED || threads < 1 || threads > MAX_THREADS)
         return 2;
@@ -155,6 +217,7 @@ int main(int count, char **words)
     pthread_t all[MAX_THREADS];
     for (long thread = 0; thread < threads; thread++)
         pthread_create(&all[thread], NULL, run, (void *)thread);
+    serve();
     uint64_t errors = 0, total = 0, histogram[BUCKETS] = {0};
     for (long thread = 0; thread < threads; thread++) {
         pthread_join(all[thread], NULL);

@@ -17,7 +17,7 @@ the guest's architecture, and a Debian machine, whose own package sources it fet
 `smoke`         in a guest: every command, once, on a target that checks its own contents
 `telling`       in a guest: a plugin of pytest that tells the host of every test, through a `port`
 `selftest`      Linux's own test of khugepaged, with the daemon in khugepaged's place
-`tools`         emulators and compilers, installed where that can be done without asking
+`tools`         emulators and compilers, installed without asking; programs of this machine for a guest
 ==============  ==================================================================================================
 
 Nothing here is part of the installed package, and nothing is written into the tree but what is asked for: packages,

@@ -15,8 +15,9 @@ from vm.apt import LabError, cache_directory
 from vm.fuzz import KINDS, Findings, fuzz, write_cases
 from vm.guest import Job, run
 from vm.kernels import OTHERS, SERIES, Kernel, fetch
-from vm.matrix import GUEST_SECONDS, Row, examine, live_files, saved, skips, table
+from vm.matrix import GUEST_SECONDS, SETUP, Row, examine, live_files, saved, skips, table
 from vm.selftest import in_guest
+from vm.tools import programs_with_libraries
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -68,12 +69,34 @@ def kernels(names: tuple[str, ...]) -> None:
 @KERNELS
 @click.option("--seconds", default=120.0, show_default=True, help="The time limit.")
 @click.option("--memory", "memory_mb", default=1024, show_default=True, help="Of the guest, in MiB.")
+@click.option("--cpus", default=1, show_default=True, help="Of the guest.")
+@click.option("--python", "with_python", is_flag=True, help="Have Python there, and mthp with its tests in /mthp.")
+@click.option("--file", "paths", multiple=True, type=click.Path(path_type=Path, exists=True), help="Have it in /job.")
+@click.option("--program", "programs", multiple=True, metavar="NAME", help="Have this machine's program there.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where what is left in /out goes.")
 @click.argument("script")
-def run_command(names: tuple[str, ...], seconds: float, memory_mb: int, output: Path | None, script: str) -> None:
+def run_command(
+    names: tuple[str, ...],
+    seconds: float,
+    memory_mb: int,
+    cpus: int,
+    with_python: bool,
+    paths: tuple[Path, ...],
+    programs: tuple[str, ...],
+    output: Path | None,
+    script: str,
+) -> None:
     """Run the shell SCRIPT in a guest, and bring back what it leaves in /out."""
+    job = Job(
+        "export PATH=/job/bin:$PATH\n" + (SETUP if with_python else "") + script,
+        files=programs_with_libraries(programs) | {path.name: path.read_bytes() for path in paths},
+        with_python=with_python,
+        seconds=seconds,
+        memory_mb=memory_mb,
+        cpus=cpus,
+    )
     for name in names or SERIES[-1:]:
-        outcome = run(fetch(name), Job(script, seconds=seconds, memory_mb=memory_mb), echo=True)
+        outcome = run(fetch(name), job, echo=True)
         for path, data in outcome.files.items():
             if output:
                 place = output / name / path
@@ -180,10 +203,11 @@ def _show(rows: list[Row]) -> None:
 @main.command("selftest")
 @KERNELS
 @click.option("--order", "orders", multiple=True, type=int, default=(4,), show_default=True)
-def run_selftest(names: tuple[str, ...], orders: tuple[int, ...]) -> None:
+@click.option("--mechanism", default="move", show_default=True, help="Of the daemon.")
+def run_selftest(names: tuple[str, ...], orders: tuple[int, ...], mechanism: str) -> None:
     """Run Linux's own test of khugepaged with the kernel's asleep and mthp's daemon in its place."""
     try:
-        codes = [in_guest(fetch(name), orders) for name in names or ("7.3",)]
+        codes = [in_guest(fetch(name), orders, mechanism) for name in names or ("7.3",)]
     except UnobtainableError as error:
         raise LabError(str(error)) from None
     sys.exit(1 if any(codes) or None in codes else 0)

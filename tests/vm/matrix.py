@@ -3,6 +3,8 @@
 The live tests run as on any machine: what a kernel does not offer is skipped with the reason. The commands are run on
 a target that checks its own contents (`smoke.py`), and what became of it is read from the guest's own page tables.
 
+The variables MTHP_TEST_* of the environment, which make tests longer or shorter, reach the guests.
+
 A guest tells of every test as it begins and as it ends (`telling.py`), so nothing is lost, whatever becomes of it. One
 whose time is over, or that has not said anything for long, is ended; the test it was at has failed, and a fresh guest
 goes on with the rest. What came of each test is kept in the lab's cache, by kernel.
@@ -13,6 +15,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -40,11 +44,13 @@ PATIENCE = 20
 
 LOST = "the guest was lost in it"
 
-_SETUP = f"""mount -t debugfs debugfs /sys/kernel/debug 2> /dev/null
+SETUP = f"""mount -t debugfs debugfs /sys/kernel/debug 2> /dev/null
 cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 TERM=dumb COLUMNS=140
 export MTHP_TEST_PROGRAMS=/programs MTHP_TEST_PATIENCE={PATIENCE}
 export MTHP_TEST_ROUNDS=1 MTHP_TEST_STRIDE=32 MTHP_TEST_KILLS=22 MTHP_TEST_TURNS=8 MTHP_TEST_TARGETS=6
 """
+"""What a script begins with that uses the project in a guest."""
+
 _SMOKE = "python3 -m vm.smoke; smoke=$?\n"
 _TESTS = "python3 -m pytest -q -p no:cacheprovider -p vm.telling --continue-on-collection-errors --tb=short {files}\n"
 
@@ -59,12 +65,14 @@ class Test:
         outcome: ``passed``, ``failed`` or ``skipped``; ``began`` until then.
         seconds: how long it took.
         why: it was skipped, or how it failed.
+        said: what it printed.
         tree: the state of mthp and of what the test uses, see `tree`.
     """
 
     outcome: str = "began"
     seconds: float = 0
     why: str = ""
+    said: str = ""
     tree: str = ""
 
 
@@ -176,7 +184,8 @@ def examine(
         row.seconds += outcome.seconds
         row.console = outcome.console[-4000:]
         if lost := [name for name, test in row.tests.items() if test.outcome == "began"]:
-            row.tests[lost[-1]] = Test("failed", 0, f"{LOST}:\n{row.console}", tree(_file_of(lost[-1])))
+            why = f"{LOST}:\n{row.console}"
+            row.tests[lost[-1]] = Test("failed", why=why, tree=tree(_file_of(lost[-1])))
             say(f"{kernel.name}: {lost[-1]}: {LOST}")
         if smoke:
             row.smoke = dict.fromkeys(COMMANDS, "FAILED: " + LOST) | row.smoke
@@ -191,7 +200,7 @@ def examine(
 def _guest(
     kernel: Kernel, files: list[str], smoke: bool, row: Row, seconds: float, echo: bool, keep: bool, say: Say
 ) -> Outcome:
-    script = _SETUP + (_SMOKE if smoke else "smoke=0\n")
+    script = SETUP + _wishes() + (_SMOKE if smoke else "smoke=0\n")
     if files:
         script += _TESTS.format(files=" ".join(f"tests/live/{name}" for name in files))
     done = "\n".join(row.tests).encode()
@@ -215,7 +224,7 @@ def _guest(
         name = what.pop("test")
         row.tests[name] = Test(**what, tree=tree(_file_of(name)))
         if echo and what:
-            say(f"{what['outcome']} after {what['seconds']:.1f} s: {name}")
+            say(f"{what['outcome']} after {what['seconds']:.1f} s: {name}\n{what.get('said', '')}".strip())
         if what.get("outcome") == "failed":
             say(f"{kernel.name}: FAILED {name}\n{what['why']}")
         if keep:
@@ -225,6 +234,12 @@ def _guest(
         at = _file_of(name)
 
     return run(kernel, job, echo=echo, listen=listen)
+
+
+def _wishes() -> str:
+    """Return shell lines that set what this process's environment says of the tests, such as MTHP_TEST_LAYOUTS."""
+    wishes = {name: value for name, value in os.environ.items() if name.startswith("MTHP_TEST_")}
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in wishes.items())
 
 
 def table(rows: list[Row]) -> str:

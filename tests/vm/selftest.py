@@ -1,7 +1,8 @@
 """Linux's own test of khugepaged with mTHP in a guest whose khugepaged sleeps, with `mthp daemon` in its place.
 
-``python3 -m vm.selftest ORDER ...`` runs in the guest; the test's program is brought along, built by the host. The test
-sets khugepaged's rests itself, which would wake it; so it is given files of its own for them, in place of the kernel's.
+``python3 -m vm.selftest MECHANISM ORDER ...`` runs in the guest; the host builds the test's program and sends it.
+The test sets khugepaged's rests itself, which would wake it; so it has files of its own for them, in place of the
+kernel's.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ from vm.smoke import silence
 
 SECONDS = 900
 
-_SCRIPT = """cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 MTHP_TEST_PATIENCE=20
-exec python3 -m vm.selftest {orders}
+_SCRIPT = """mount -t debugfs debugfs /sys/kernel/debug 2> /dev/null
+cd /mthp; export PYTHONPATH=/mthp/tests PYTHONUNBUFFERED=1 MTHP_TEST_PATIENCE=20
+exec python3 -m vm.selftest {mechanism} {orders}
 """
 
 
-def in_guest(kernel: Kernel, orders: tuple[int, ...]) -> int | None:
+def in_guest(kernel: Kernel, orders: tuple[int, ...], mechanism: str) -> int | None:
     """Run it on a kernel, and print what it says; its exit code, None if it did not come to its end.
+
+    Args:
+        kernel: which.
+        orders: which the test is run for.
+        mechanism: of the daemon.
 
     Raises:
         LabError: the guest does not come up.
         UnobtainableError: the test cannot be had.
     """
-    script = _SCRIPT.format(orders=" ".join(map(str, orders)))
+    script = _SCRIPT.format(mechanism=mechanism, orders=" ".join(map(str, orders)))
     files = {"khugepaged": selftest.build().read_bytes()}
     job = Job(script, files=files, with_python=True, seconds=SECONDS, memory_mb=2048)
     return run(kernel, job, echo=True).exit_code
 
 
-def main(orders: list[str]) -> int:
+def main(mechanism: str, orders: list[str]) -> int:
     """Run the test of each order, without the daemon and with it; 1 unless it passes with it, and only with it."""
     selftest.DIRECTORY.mkdir(parents=True)
     shutil.copy("/job/khugepaged", selftest.BINARY)
@@ -58,7 +65,7 @@ def main(orders: list[str]) -> int:
         bad += "collapse_full" in alone.passed
     with (
         tempfile.TemporaryDirectory() as directory,
-        RunningDaemon(Path(directory) / "run", "--comm", "khugepaged", "--cpu", "100%", *selftest.DAEMON),
+        RunningDaemon(Path(directory) / "run", *selftest.daemon_options(mechanism)),
     ):
         for order in orders:
             bad += not selftest.passes(order)
@@ -67,4 +74,4 @@ def main(orders: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

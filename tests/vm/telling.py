@@ -1,7 +1,7 @@
 """A plugin of pytest that runs in a guest (``-p vm.telling``), and tells the host of the tests.
 
-Of every test it tells when it begins (``{"test": ...}``) and when it has ended (with ``outcome``, ``seconds`` and, if
-it did not pass, ``why``). Tests that the file ``/job/done`` names are left out.
+Of every test it tells when it begins (``{"test": ...}``) and when it has ended (with ``outcome``, ``seconds``, what the
+test ``said``, and, if it did not pass, ``why``). Tests that the file ``/job/done`` names are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DONE = Path("/job/done")
 """Names of tests that are not to be run, one a line: earlier guests have."""
 
 WHY = 3000
-"""Characters of a failure that are told; its end says most."""
+"""Characters of a failure, or of what a test said, that are told; the end says most."""
 
 
 class Telling:
@@ -43,7 +43,8 @@ class Telling:
         if report.outcome != "passed" and self._outcome != "failed":
             self._outcome, self._why = report.outcome, _why(report)
         if report.when == "teardown":
-            self._port.tell(test=report.nodeid, outcome=self._outcome, seconds=self._seconds, why=self._why)
+            said = report.capstdout.strip()[-WHY:]
+            self._port.tell(test=report.nodeid, outcome=self._outcome, seconds=self._seconds, why=self._why, said=said)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,11 +1,15 @@
-"""The newest kernel to be had boots once, mthp's commands run there, and fresh cases of it replay.
+"""The newest kernel to be had boots, mthp's commands run there, fresh cases of it replay, and folios are split.
 
-It takes QEMU, a compiler, and packages of the distribution; where one is missing, it says so and is skipped.
+The guest in which folios are split runs beside the others: most machines that run tests have their debugfs closed, and
+emulated tests take minutes. It takes QEMU, a compiler, and packages of the distribution; where one is missing, it says
+so and is skipped.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -14,13 +18,17 @@ from vm.apt import LabError, UnreachableError
 from vm.cases import random_specs
 from vm.initramfs import build
 from vm.kernels import Kernel, fetch
-from vm.matrix import examine
+from vm.matrix import Row, examine
 from vm.recorder import RefusedError, recorder
 from vm.smoke import COMMANDS
 from vm.world import world
 
 NEWEST = ("7.3", "7.2")
 CASES = 12
+
+SPLIT_TESTS = ["test_split.py", "test_split_faults.py", "test_trim.py"]
+SHORT = {"MTHP_TEST_LAYOUTS": "20", "MTHP_TEST_CHURN_SECONDS": "1"}
+"""How long they are here: what is needed to see that all of it works."""
 
 SECONDS = 900
 """Each guest's limit. On a calm machine the first takes half a minute, the second a few seconds."""
@@ -48,6 +56,15 @@ def kernel() -> Kernel:
     pytest.skip(f"needs packages of the distribution's archive: {why}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def splitting(kernel: Kernel) -> Iterator[Future[Row]]:
+    """Return what will come of the tests of splits, begun beside the other guests."""
+    with pytest.MonkeyPatch.context() as environment, ThreadPoolExecutor(1) as thread:
+        for name, value in SHORT.items():
+            environment.setenv(name, value)
+        yield thread.submit(examine, kernel, SPLIT_TESTS, smoke=False, seconds=SECONDS)
+
+
 def test_every_command_does_its_work_there(kernel: Kernel) -> None:
     row = examine(kernel, [], seconds=SECONDS)
     assert row.smoke, row.console
@@ -67,3 +84,10 @@ def test_what_it_does_is_what_the_simulated_machine_does(kernel: Kernel) -> None
             recorded += 1
             assert case["data_intact"]
             assert replay_case(case).mismatches == (), case["before"]
+
+
+def test_folios_are_split_and_trimmed_there(splitting: Future[Row]) -> None:
+    row = splitting.result()
+    assert row.failures == []
+    passed = {name.partition("::")[0] for name, test in row.tests.items() if test.outcome == "passed"}
+    assert {f"tests/live/{name}" for name in SPLIT_TESTS} <= passed, row.console

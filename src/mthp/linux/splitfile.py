@@ -46,8 +46,8 @@ class SplitFile(Closing):
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: Path = SPLIT_FILE) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    def __init__(self) -> None:
+        self._fd = os.open(SPLIT_FILE, os.O_WRONLY | os.O_CLOEXEC)
 
     def split(self, pid: int, address: int, page_size: int, order: int, at: int | None = None) -> int:
         """Have the folio that the page at `address` lies in split to `order`; success does not say that it was.
@@ -81,7 +81,7 @@ def opened() -> SplitFile:
     try:
         return SplitFile()
     except OSError as error:
-        reason, remedy = why_closed(error.errno or 0, mounted=True)
+        reason, remedy = why_closed(error.errno or 0, mounted=_is_mounted())
         raise NotPermittedError(f"folios cannot be split in place: {reason}", help=remedy) from error
 
 
@@ -177,10 +177,7 @@ def probe_split(geometry: Geometry) -> SplitAbility:
         file = SplitFile()
     except OSError as refused:
         error = refused.errno or errno.EIO
-    try:
-        ability = SplitAbility(error, mounted=any(SPLIT_FILE.parent.iterdir()) if error == errno.ENOENT else True)
-    except OSError:
-        ability = SplitAbility(error, mounted=False)
+    ability = SplitAbility(error, mounted=error != errno.ENOENT or _is_mounted())
     try:
         return _tried(file, ability, geometry)
     except _UntriedError as why:
@@ -188,6 +185,14 @@ def probe_split(geometry: Geometry) -> SplitAbility:
     finally:
         if file is not None:
             file.close()
+
+
+def _is_mounted() -> bool:
+    """Return whether there is anything where debugfs is looked for."""
+    try:
+        return any(SPLIT_FILE.parent.iterdir())
+    except OSError:
+        return False
 
 
 class _UntriedError(Exception):

@@ -43,12 +43,13 @@ class Trimmer(Closing):
     def __init__(self, space: ProcessSpace, ability: SplitAbility | None = None, file: SplitFile | None = None) -> None:
         self._space, self._geometry = space, space.geometry
         self._ability = split_ability(self._geometry) if ability is None else ability
-        if self._ability.splits and file is None:
-            file = opened()
-        self._divider = divider_of(space, file, self._ability)
+        self._file = file
+        # MADV_COLD takes no file, which may have been closed to this process meanwhile.
+        self._dividers = {"cold": divider_of(space, None, self._ability)}
 
     def close(self) -> None:
-        self._divider.close()
+        for divider in self._dividers.values():
+            divider.close()
 
     def trim(self, folios: Sequence[Block], zero: Sequence[NDArray[np.bool_]], by: TrimBy) -> list[TrimOutcome]:
         """Do what :meth:`mthp.trimming.Trimming.trim_folios` says.
@@ -58,6 +59,9 @@ class Trimmer(Closing):
             UnsupportedError, NotPermittedError: not in this way here.
         """
         self._ability.require_split() if by == "split" else self._ability.require_cold()
+        if by not in self._dividers:
+            file = opened() if self._file is None else self._file
+            self._dividers[by] = divider_of(self._space, file, self._ability)
         return trim_each(
             self._space,
             folios,
@@ -77,7 +81,7 @@ class Trimmer(Closing):
         error = 0
         if by == "split":
             layout = in_use(zero, self._geometry.page_size)
-            self._divider.divide(LargeFolio(address, pfn, order), layout)
+            self._dividers[by].divide(LargeFolio(address, pfn, order), layout)
         else:
-            error = self._divider.cool(address + int(zero.argmax()) * self._geometry.page_size)
+            error = self._dividers[by].cool(address + int(zero.argmax()) * self._geometry.page_size)
         return error, time.perf_counter_ns() - begin
