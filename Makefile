@@ -9,7 +9,7 @@ RUNS := $(VENV)/.runs
 MINUTES ?= 10
 KERNELS ?= 7.3
 
-.PHONY: demo test lint types docs man changelog dist bench vm vm-fuzz clean
+.PHONY: demo test lint types docs man changelog dist deb image bench vm vm-fuzz clean
 
 demo: $(RUNS)  ## the whole story on a live process
 	$(BIN)/mthp demo
@@ -37,6 +37,13 @@ changelog: $(RUNS)  ## CHANGELOG.md from the fragments in changes/; VERSION=0.2.
 dist: $(RUNS)  ## wheel and sdist, in dist
 	$(PIP) '.[release]'
 	$(BIN)/python -m build
+
+deb: $(STAMP)  ## a package for Debian 13 and later, in dist
+	packaging/build_deb.sh $(abspath $(BIN)/python)
+
+image: ## a container image called mthp, by docker or podman
+	$(or $(shell command -v docker || command -v podman),$(error there is neither docker nor podman)) build \
+	  -f packaging/container/Containerfile -t mthp .
 
 bench: $(STAMP)  ## every figure, as a ratio against a peer measured in the same run
 	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

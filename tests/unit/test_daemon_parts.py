@@ -23,7 +23,7 @@ from mthp.daemon.eventlog import EventLog
 from mthp.daemon.lock import DaemonLock
 from mthp.daemon.notify import Notifier
 from mthp.daemon.system import SystemKnobs
-from mthp.daemon.unit import CAPABILITIES, install, unit_text
+from mthp.daemon.unit import CAPABILITIES, install, systemd_release, unit_text
 from mthp.daemon.values import parse_endpoint
 from mthp.errors import MthpError, NotPermittedError, UsageError
 from mthp.geometry import X86_64
@@ -386,8 +386,17 @@ def test_the_unit_names_every_right_with_its_reason(tmp_path: Path) -> None:
     for name, reason in CAPABILITIES.items():
         assert f"#   {name}: {reason}" in text
         assert name in next(line for line in text.splitlines() if line.startswith("CapabilityBoundingSet="))
-    for line in ("Type=notify", "RuntimeDirectoryPreserve=yes", "NoNewPrivileges=yes"):
+    for line in ("Type=notify-reload", "RuntimeDirectoryPreserve=yes", "NoNewPrivileges=yes"):
         assert line in text.splitlines()
+
+
+def test_a_unit_has_the_type_that_its_systemd_knows() -> None:
+    old = unit_text(["--all"], systemd=252).splitlines()
+    assert "Type=notify" in old
+    assert "ExecReload=/bin/kill -HUP $MAINPID" in old
+    new = unit_text(["--all"], systemd=253)
+    assert "Type=notify-reload" in new.splitlines()
+    assert "ExecReload" not in new
 
 
 def test_the_unit_lets_the_daemon_reach_what_its_options_name() -> None:
@@ -402,7 +411,7 @@ def test_the_unit_lets_the_daemon_reach_what_its_options_name() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 def test_systemd_understands_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     unit = tmp_path / "mthp.service"
-    unit.write_text(unit_text(["--all"]))
+    unit.write_text(unit_text(["--all"], systemd=systemd_release()))
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)],
         capture_output=True,
@@ -412,7 +421,9 @@ def test_systemd_understands_the_unit_and_finds_it_hardened(tmp_path: Path) -> N
     if "Overall exposure" not in done.stdout:
         pytest.skip(f"systemd-analyze cannot judge units here: {done.stderr.strip()[:200]}")
     assert done.stderr == ""
-    verified = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False
+    )
     assert (verified.returncode, verified.stderr) == (0, "")
     level = float(done.stdout.rsplit("mthp.service: ", 1)[1].split()[0])
     assert level < 5.0

@@ -185,7 +185,7 @@ def _unit(events: Path | None, metrics: tuple[str, int] | None, *, install: bool
     from mthp.daemon import unit
 
     arguments = _absolute([word for word in _own_arguments() if word not in ("--print-unit", "--install-unit")])
-    text = unit.unit_text(arguments, events and events.absolute(), metrics)
+    text = unit.unit_text(arguments, events and events.absolute(), metrics, systemd=unit.systemd_release())
     if not install:
         click.echo(text, nl=False)
         return 0

@@ -7,8 +7,11 @@ or users, nor be denied ptrace or debugging system calls: looking into other pro
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError
@@ -29,14 +32,38 @@ CAPABILITIES = {
 """The capabilities of the unit, and what each is for."""
 
 
-def unit_text(arguments: list[str], events: Path | None = None, metrics: tuple[str, int] | None = None) -> str:
-    """The unit that runs ``mthp daemon`` with `arguments`.
+NOTIFY_RELOAD = 253
+"""Release of systemd that brought Type=notify-reload, with which a reload lasts until the rules were read again."""
+
+
+def systemd_release() -> int:
+    """Return the release of this machine's systemd; `NOTIFY_RELOAD` where it cannot be found out."""
+    try:
+        done = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return NOTIFY_RELOAD
+    found = re.match(r"systemd ([0-9]{1,6})", done.stdout)
+    return int(found[1]) if found else NOTIFY_RELOAD
+
+
+def unit_text(
+    arguments: list[str],
+    events: Path | None = None,
+    metrics: tuple[str, int] | None = None,
+    program: Sequence[str] = (sys.executable, "-m", "mthp"),
+    systemd: int = NOTIFY_RELOAD,
+) -> str:
+    """Return the unit that runs ``mthp daemon`` with `arguments`.
 
     Args:
         events: file of the event log, whose directory has to be writable.
         metrics: (host, port) of the metrics page, which is shut off from other machines unless it is for them.
+        program: what starts mthp.
+        systemd: release that the unit is for.
     """
-    command = shlex.join([sys.executable, "-m", "mthp", "daemon", *arguments])
+    # An unknown type makes systemd ignore the line, and then READY=1 and reloads mean nothing to it.
+    kind = "Type=notify-reload" if systemd >= NOTIFY_RELOAD else "Type=notify\nExecReload=/bin/kill -HUP $MAINPID"
+    command = shlex.join([*program, "daemon", *arguments])
     reasons = "\n".join(f"#   {name}: {reason}" for name, reason in CAPABILITIES.items())
     capabilities = " ".join(CAPABILITIES)
     local = metrics is None or metrics[0] == "localhost" or metrics[0] == "::1" or metrics[0].startswith("127.")
@@ -47,12 +74,14 @@ def unit_text(arguments: list[str], events: Path | None = None, metrics: tuple[s
     return f"""\
 [Unit]
 Description=khugepaged in user space: collapses the memory of chosen processes to large folios
+Documentation=man:mthp-daemon(1)
 ConditionPathIsDirectory=/sys/kernel/mm/transparent_hugepage
 
 [Service]
-Type=notify
+{kind}
+NotifyAccess=main
 ExecStart={command}
-ExecReload=/bin/kill -HUP $MAINPID
+SyslogIdentifier=mthp
 Restart=on-failure
 WatchdogSec=120
 TimeoutStopSec=30

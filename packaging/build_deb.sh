@@ -1,0 +1,40 @@
+#!/bin/sh
+# Build the Debian package: packaging/build_deb.sh PYTHON [DIRECTORY]. PYTHON has mthp, click-man and hatchling, the package goes to DIRECTORY
+# (dist). It depends on Debian's packages of Python, NumPy, click and rich (Debian 13 and later).
+set -eu
+python=$1
+cd "$(dirname "$0")/.."
+out=${2:-dist}
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+chmod 755 "$tree"
+version=$("$python" -c 'import mthp; print(mthp.__version__)')
+
+"$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --no-build-isolation \
+  --target "$tree/usr/lib/python3/dist-packages" .
+rm -rf "$tree/usr/lib/python3/dist-packages/bin"
+# Debian's tools look for the files of a package by its list, not by pip's.
+rm -f "$tree"/usr/lib/python3/dist-packages/mthp-*.dist-info/direct_url.json
+
+mkdir -p "$tree/usr/bin" "$tree/usr/lib/systemd/system" "$tree/etc/mthp" "$tree/usr/share/man/man1" \
+  "$tree/usr/share/doc/mthp/examples" "$tree/DEBIAN"
+printf '#!/usr/bin/python3 -P\nimport sys\n\nfrom mthp.cli import main\n\nsys.exit(main())\n' > "$tree/usr/bin/mthp"
+# The rules of the example are comments in the package: a service that is enabled must not begin with processes that no administrator named.
+"$python" -m mthp daemon --print-config | sed '/^\[\[rule\]\]/,$ s/^\([^#]\)/# \1/' > "$tree/etc/mthp/mthp.toml"
+"$python" packaging/unit.py > "$tree/usr/lib/systemd/system/mthp.service"
+"$python" docs/man.py "$tree/usr/share/man/man1" > /dev/null
+gzip -9n "$tree"/usr/share/man/man1/*.1
+gzip -9nc CHANGELOG.md > "$tree/usr/share/doc/mthp/changelog.gz"
+cp LICENSE "$tree/usr/share/doc/mthp/copyright"
+cp packaging/grafana/*.json packaging/prometheus/*.yaml "$tree/usr/share/doc/mthp/examples/"
+
+sed "s/@VERSION@/$version/" packaging/debian/control > "$tree/DEBIAN/control"
+echo "Installed-Size: $(du -sk "$tree/usr" | cut -f1)" >> "$tree/DEBIAN/control"
+echo /etc/mthp/mthp.toml > "$tree/DEBIAN/conffiles"
+cp packaging/debian/postinst packaging/debian/prerm "$tree/DEBIAN/"
+find "$tree" -type d -exec chmod 755 {} +
+find "$tree" -type f -exec chmod 644 {} +
+chmod 755 "$tree/DEBIAN/postinst" "$tree/DEBIAN/prerm" "$tree/usr/bin/mthp"
+(cd "$tree" && find usr -type f -exec md5sum {} + > DEBIAN/md5sums)
+mkdir -p "$out"
+dpkg-deb --root-owner-group --build "$tree" "$out/mthp_${version}_all.deb"
