@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mthp.errors import MthpError as MthpError
     from mthp.geometry import Geometry as Geometry
     from mthp.results import ScanResult as ScanResult
+    from mthp.targets import find as find
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOMES = {
     "collapse": "mthp.api",
     "collapse_buffer": "mthp.api",
     "collapse_self": "mthp.api",
+    "find": "mthp.targets",
     "inspect": "mthp.api",
     "plan": "mthp.api",
     "trim": "mthp.api",

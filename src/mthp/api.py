@@ -16,7 +16,7 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.engine.trim import TrimOptions, TrimReport, trim_space
 from mthp.errors import UsageError
 from mthp.means import Means
-from mthp.targets import Target, open_target, refuse_ancestor
+from mthp.targets import Target, open_target, refuse_ancestor, resolve
 
 _PLAN_FIELDS = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 
@@ -63,6 +63,7 @@ def collapse(target: Target, *, dry_run: bool = False, **options: Any) -> Collap
         UsageError: as :func:`plan`; or `target` is an ancestor of this process.
         TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.engine.collapse.collapse_space`.
     """
+    target = resolve(target)
     refuse_ancestor(target)
     with open_target(target) as space:
         return collapse_space(space, *_options(options), dry_run=dry_run)

@@ -40,9 +40,10 @@ HOW_TO_NAME = (
     " or user:NAME; * stands for any text"
 )
 
-_WEIGHTS = {
-    name: 1 << at for at, name in enumerate(("uid", "cgroup", "unit", "pod", "container", "comm", "exe", "pid"))
-}
+ALL = ("uid", "cgroup", "unit", "pod", "container", "comm", "exe", "pid")
+"""Properties, by how much they tell, the least first."""
+
+_WEIGHTS = {name: 1 << at for at, name in enumerate(ALL)}
 """What a property counts when rules are compared: each more than all before it together."""
 
 _KINDS = frozenset(("user", "cgroup", "unit", "pod", "container", "comm", "exe"))

@@ -2,18 +2,211 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mthp.addrspace import AddressSpace
-from mthp.errors import TargetVanishedError, UsageError
+from mthp.errors import MthpError, TargetVanishedError, UsageError
+from mthp.naming import ALL, HOW_TO_NAME, Match, ProcessFacts, match_of
+
+if TYPE_CHECKING:
+    from mthp.linux.facts import FactsReader
 
 Target = int | str | os.PathLike[str]
-"""A PID, ``"self"``, or the path of a snapshot or recording; a PID may be written as text."""
+"""A PID, ``"self"``, the path of a snapshot or recording, or a name (:mod:`mthp.naming`) that fits one process.
+
+A PID may be written as text. A word that is nothing of these is the name of a process, as after ``comm:``.
+"""
 
 PID_MAX = 1 << 22
 """No process has a larger PID (PID_MAX_LIMIT, include/linux/threads.h)."""
+
+SHOWN = 5
+"""Processes and names that an error lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One target.
+
+    Attributes:
+        target: a PID, or the path of a snapshot or recording.
+        label: how to name it: ``"1234 (comm)"``, or the path.
+        facts: what is known of a process that was found by a name; None for one that was named itself.
+    """
+
+    target: Target
+    label: str
+    facts: ProcessFacts | None = None
+
+    @property
+    def service(self) -> str:
+        """The name of the pod, container or service that a process is a part of, or its own; ``""`` for a file."""
+        return self.facts.service if self.facts else ""
+
+    def open(self, *, at: str | None = None) -> AddressSpace:
+        """Open its address space, as :func:`open_target`.
+
+        Raises:
+            TargetVanishedError: another process has its PID now.
+        """
+        space = open_target(self.target, at=at)
+        process = getattr(space, "process", None)
+        if self.facts is not None and process is not None and process.starttime != self.facts.starttime:
+            space.close()
+            raise TargetVanishedError(f"process {self.label} is gone", help="it exited")
+        return space
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What some words name.
+
+    Attributes:
+        found: the targets, each once, in the order of the words, and of the PIDs for each word.
+        missing: words that fit no process, each with the reason.
+        single: whether one process or file was named itself, so that there is one target whatever runs.
+    """
+
+    found: tuple[Found, ...]
+    missing: tuple[tuple[str, MthpError], ...] = ()
+    single: bool = False
+
+
+def find(*names: Target) -> list[Found]:
+    """Find the processes and files that `names` name.
+
+    Args:
+        names: PIDs, ``"self"``, paths of snapshots and recordings, and names such as ``"unit:redis.service"``,
+            ``"pod:shop/*"``, ``"comm:java"`` or ``"all"`` (:mod:`mthp.naming`). What a name finds is without this
+            process, kernel threads and zombies.
+
+    Raises:
+        UsageError: neither of these.
+        TargetVanishedError: a name fits no process.
+    """
+    targets = find_targets(names)
+    if targets.missing:
+        raise targets.missing[0][1]
+    return list(targets.found)
+
+
+def find_targets(words: Sequence[Target]) -> Targets:
+    """Find what `words` name; what fits nothing is among the result's `missing`, unless all of them do.
+
+    Raises:
+        UsageError: neither a PID nor a file nor a name.
+        TargetVanishedError: no word fits anything.
+    """
+    if not words:
+        raise UsageError("no target was named", help=HOW_TO_NAME)
+    finder = _Finder()
+    found: dict[Target, Found] = {}
+    missing = []
+    for word in words:
+        try:
+            for each in finder.find(word):
+                found.setdefault(each.target, each)
+        except TargetVanishedError as error:
+            missing.append((str(word), error))
+    single = len(words) == 1 and not finder.searched
+    if missing and not found:
+        raise missing[0][1]
+    return Targets(tuple(found.values()), tuple(missing), single)
+
+
+class _Finder:
+    """Finds what words name.
+
+    Attributes:
+        searched: whether processes were searched for one that a name fits.
+    """
+
+    def __init__(self) -> None:
+        self.searched = False
+        self._reader: FactsReader | None = None
+
+    def find(self, word: Target) -> Iterator[Found]:
+        if (pid := pid_of(word)) is not None:
+            yield Found(pid, str(pid))
+            return
+        match = match_of(word) if isinstance(word, str) else None
+        if match is None and os.path.lexists(word):
+            yield Found(word, str(word))
+            return
+        yield from self._named(str(word), match)
+
+    def _named(self, word: str, match: Match | None) -> Iterator[Found]:
+        self.searched = True
+        reader = self._facts()
+        bare = match is None
+        if match is None and "/" not in word and word and not word.startswith("-"):
+            match = match_of(f"comm:{word}")
+        fitting = list(self._fitting(match)) if match is not None else []
+        if not fitting and bare:
+            raise self._unknown(word)
+        if not fitting:
+            hidden = reader.hidden(match.named if match else ())
+            raise TargetVanishedError(f"no process fits {word!r}", help=hidden or self._close(word))
+        yield from (Found(each.pid, each.label, each) for each in fitting)
+
+    def _facts(self) -> FactsReader:
+        if self._reader is None:
+            # Imported here: a file is found without it.
+            from mthp.linux.facts import FactsReader
+
+            self._reader = FactsReader()
+        return self._reader
+
+    def _fitting(self, match: Match) -> Iterator[ProcessFacts]:
+        """The processes that fit, with all that can be known of them."""
+        reader, own = self._facts(), os.getpid()
+        for pid in reader.pids():
+            facts = reader.read(pid, match.named)
+            if facts is None or pid == own or not match.fits(facts):
+                continue
+            known = reader.read(pid, ALL)
+            if known is not None and known.starttime == facts.starttime:
+                yield known
+
+    def _unknown(self, word: str) -> MthpError:
+        kind, colon, _ = word.partition(":")
+        close = self._close(word)
+        if colon and kind.isalpha():
+            close = f"there is no kind {kind!r} of names; "
+        return UsageError(
+            f"target {word!r} is neither a PID nor 'self' nor a file that exists, nor the name of a process",
+            help=f"{close}{HOW_TO_NAME}; a file is what `mthp snapshot` or `record` wrote",
+        )
+
+    def _close(self, word: str) -> str:
+        """Return a question for a name that `word` may have been meant as; ``""`` if there is none."""
+        reader = self._facts()
+        comms = {facts.comm for pid in reader.pids() if (facts := reader.read(pid, ())) is not None}
+        close = difflib.get_close_matches(word.rpartition(":")[2][:64], sorted(comms), n=1)
+        return f"did you mean comm:{close[0]}? " if close else ""
+
+
+def resolve(target: Target) -> Target:
+    """Return the PID of the one process that a name fits, and every other target as it is.
+
+    Raises:
+        UsageError: not a target, or several processes fit.
+        TargetVanishedError: no process fits.
+    """
+    found = find(target)
+    if len(found) > 1:
+        listed = ", ".join(each.label for each in found[:SHOWN])
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise UsageError(
+            f"{len(found)} processes fit {str(target)!r}: {listed}{more}", help="name one of them by its PID"
+        )
+    return found[0].target
 
 
 def open_target(target: Target, *, at: str | None = None) -> AddressSpace:
@@ -23,12 +216,13 @@ def open_target(target: Target, *, at: str | None = None) -> AddressSpace:
         at: which step of a recording; see :meth:`mthp.snapshot.recording.Recording.step_at`. The last by default.
 
     Raises:
-        UsageError: neither a PID nor ``self`` nor a file that is there; a file that is neither snapshot nor recording;
-            a step that there is not.
+        UsageError: not a target; a name that fits several processes; a file that is neither snapshot nor recording; a
+            step that there is not.
         TargetVanishedError: there is no such process.
         NotPermittedError: its memory is not ours to look at.
         UnsupportedError: it has no memory to look at; or what reads snapshots is not installed.
     """
+    target = resolve(target)
     if (pid := pid_of(target)) is not None:
         # The backends are imported where they are chosen: neither is small, and a command needs one of them.
         from mthp.linux.live import open_live
@@ -36,15 +230,9 @@ def open_target(target: Target, *, at: str | None = None) -> AddressSpace:
         if at is not None:
             raise UsageError(f"a process has no step {at!r}", help="steps are those of a recording: mthp record")
         return open_live("self" if pid == os.getpid() else pid)
-    path = Path(target)  # type: ignore[arg-type]
-    if not os.path.lexists(path):
-        raise UsageError(
-            f"target {str(target)!r} is neither a PID nor 'self' nor a file that exists",
-            help="give the PID of a process, the word self, or the path of what `mthp snapshot` or `record` wrote",
-        )
     from mthp.snapshot import open_file
 
-    return open_file(path, at=at)
+    return open_file(Path(target), at=at)  # type: ignore[arg-type]
 
 
 def pid_of(target: Target) -> int | None:

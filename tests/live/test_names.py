@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from daemons import RunningDaemon
+from e2e.helpers import Actor, mthp, mthp_json, unused_pid
+from mthp.cli.several import Failed, do_each
 from mthp.linux.facts import FactsReader
+from mthp.targets import find_targets
+from targets import PAGE_SIZE
 from waiting import until
 
 pytestmark = pytest.mark.live
+
+SIZE = 4 << 20
 
 ID = "3f2a" + "0" * 60
 TOP = f"mthp-test-{os.getpid()}.slice"
@@ -88,3 +96,84 @@ def test_a_namespace_of_processes_of_its_own_says_that_paths_are_cut() -> None:
     command = ["unshare", "--cgroup", "--pid", "--fork", "--mount-proc", sys.executable, "-c", READ, "1", "1"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "hostPID" in said
+
+
+SIZE = 4 << 20
+
+
+def linked(directory: Path, name: str, program: str) -> str:
+    """Return the path of a link to a program, by which its process has another name."""
+    link = directory / name
+    link.symlink_to(str(shutil.which(program)))
+    return str(link)
+
+
+def test_each_command_takes_several_targets_and_adds_them_up(group: Path, tmp_path: Path) -> None:
+    gone = unused_pid()
+    with Actor() as one, Actor() as other:
+        pids = {one.pid, other.pid}
+        for actor in (one, other):
+            (group / "cgroup.procs").write_text(str(actor.pid))
+            actor.fill(actor.map(SIZE), SIZE // PAGE_SIZE)
+
+        def by_name(command: str, *options: object) -> Any:
+            said: Any = mthp_json(command, f"container:{ID[:12]}", gone, *options, code=1)
+            *done, failed = said["targets"]
+            assert failed["target"] == str(gone)
+            assert failed["error"]["exit_code"] == 4
+            assert {int(each.get("plan", each)["target"].split()[0]) for each in done} == pids
+            return said
+
+        assert by_name("inspect")["anonymous"]["resident_bytes"] >= 2 * SIZE
+        assert by_name("plan")["total"]["planned_bytes"] >= 2 * SIZE
+        assert by_name("collapse")["total"]["collapsed_bytes"] >= 2 * SIZE
+        said = by_name("trim", "--dry-run")
+        assert said["total"]["zero_bytes"] == sum(each["plan"]["zero_bytes"] for each in said["targets"][:2])
+        by_name("record", "--for", "200ms", "-o", tmp_path / "recordings")
+        assert {int(path.name.split("-")[0]) for path in (tmp_path / "recordings").iterdir()} == pids
+
+
+def test_a_table_has_a_line_for_each_target_and_the_sum(tmp_path: Path) -> None:
+    sleep = linked(tmp_path, "mthp-test-two", "sleep")
+    with subprocess.Popen([sleep, "600"]) as one, subprocess.Popen([sleep, "600"]) as other:
+        try:
+            for command in (["inspect"], ["plan"], ["collapse", "--dry-run"], ["trim", "--dry-run"]):
+                done = mthp(*command, "mthp-test-two")
+                lines = [line.split() for line in done.stdout.splitlines() if line]
+                assert [line[0] for line in lines[2:]] == [*map(str, sorted((one.pid, other.pid))), "in"]
+        finally:
+            one.kill()
+            other.kill()
+
+
+def test_a_name_that_fits_one_process_shows_it_in_full(tmp_path: Path) -> None:
+    with subprocess.Popen([linked(tmp_path, "mthp-test-one", "sleep"), "600"]) as process:
+        try:
+            assert "Mappings (" in mthp("inspect", "mthp-test-one").stdout
+            assert len(mthp_json("inspect", "mthp-test-one")["targets"]) == 1
+            # What takes one target takes a name that fits one.
+            assert mthp("snapshot", "mthp-test-one", "-o", tmp_path / "file").returncode == 0
+        finally:
+            process.kill()
+
+
+def test_a_process_that_a_name_found_and_that_exits_is_a_line_and_no_failure(group: Path) -> None:
+    with Actor() as one, Actor() as other:
+        for actor in (one, other):
+            (group / "cgroup.procs").write_text(str(actor.pid))
+        found = find_targets([f"container:{ID[:12]}"])
+        one.kill()
+        each = do_each(found, lambda found: (found.open().label, 0))
+        assert each.code == 0
+        gone, there = each.all if one.pid < other.pid else each.all[::-1]
+        assert isinstance(gone, Failed)
+        assert gone.error.exit_code == 4
+        assert str(there).startswith(f"{other.pid} (")
+
+
+def test_the_shell_of_this_mthp_is_left_out_of_what_a_name_finds(tmp_path: Path) -> None:
+    shell = linked(tmp_path, "mthp-test-shell", "sh")
+    script = f"{sys.executable} -m mthp collapse mthp-test-shell; exit $?"
+    done = subprocess.run([shell, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "is an ancestor of this mthp" in done.stdout

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fakes import FakeSpace, page_runs
+from mthp import targets
 from mthp.cli import plan_command
 from mthp.cli.collapse_output import print_report
 from mthp.cli.inspect_command import TOP_MAPPINGS, print_census
@@ -260,6 +261,6 @@ def test_a_plan_says_beforehand_what_the_mover_would_refuse(
     vma = Vma(1 << 40, (1 << 40) + X86_64.pmd_size, "rw-p")
     for orders, there in (("64K", True), ("2M", False)):
         space = Guarded([(vma, *page_runs((512, Pte.PRESENT, 0)))])
-        monkeypatch.setattr(plan_command, "open_target", lambda target, at=None, space=space: space)
+        monkeypatch.setattr(targets, "open_target", lambda target, at=None, space=space: space)
         plan_command.command.main(["7", "--orders", orders], standalone_mode=False)
         assert ("would not begin: a seccomp filter guards it" in capsys.readouterr().out) == there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from fakes import FakeSpace, page_runs
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.ptes import Pte
-from mthp.targets import PID_MAX, open_target, pid_of, refuse_ancestor
+from mthp.targets import PID_MAX, find, find_targets, open_target, pid_of, refuse_ancestor, resolve
 from mthp.vma import Vma
 
 
@@ -87,3 +88,73 @@ def test_the_first_process_is_an_ancestor_of_all_others() -> None:
 )
 def test_what_is_no_ancestor_is_not_refused(target: int | str | os.PathLike[str]) -> None:
     refuse_ancestor(target)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fake /proc with two processes of redis, a kernel thread, this process and its child."""
+    proc = tmp_path / "proc"
+    for pid, comm, flags, parent in (
+        (7, "redis-server", 0, 1),
+        (8, "redis-server", 0, 1),
+        (9, "kswapd0", 0x200000, 2),
+        (os.getpid(), "python", 0, 1),
+        (10, "java", 0, 1),
+    ):
+        directory = proc / str(pid)
+        directory.mkdir(parents=True)
+        fields = ["S", str(parent), *["1"] * 4, str(flags), *["0"] * 12, "4711", *["0"] * 20]
+        (directory / "stat").write_text(f"{pid} ({comm}) {' '.join(fields)}\n")
+        (directory / "status").write_text("Uid:\t0\t0\t0\t0\n")
+        (directory / "cgroup").write_text("0::/system.slice/redis.service\n" if comm == "redis-server" else "0::/\n")
+    monkeypatch.setattr("mthp.linux.facts.PROC", str(proc))
+    monkeypatch.chdir(tmp_path)
+    return proc
+
+
+def test_several_targets_are_found_once_each_in_order(machine: Path) -> None:
+    found = find_targets(["10", "unit:redis", "comm:redis*", "java", "comm:none"])
+    assert [each.target for each in found.found] == [10, 7, 8]
+    assert [each.service for each in found.found] == ["", "unit:redis.service", "unit:redis.service"]
+    assert [word for word, _ in found.missing] == ["comm:none"]
+    assert not found.single
+
+
+def test_all_leaves_out_this_process_and_kernel_threads(machine: Path) -> None:
+    assert [each.target for each in find("all")] == [7, 8, 10]
+
+
+def test_one_target_is_single_if_it_was_named_itself(machine: Path) -> None:
+    assert find_targets([10]).single
+    assert not find_targets(["java"]).single
+
+
+def test_a_bare_word_is_the_name_of_a_process_or_the_error_says_what_to_write(machine: Path) -> None:
+    assert [each.target for each in find("redis-server")] == [7, 8]
+    with pytest.raises(UsageError) as caught:
+        find("redis-sever")
+    assert "did you mean comm:redis-server?" in caught.value.help
+    assert "unit:NAME" in caught.value.help
+    with pytest.raises(UsageError, match="neither a PID nor 'self' nor a file") as caught:
+        find("namespace:x")
+    assert "no kind 'namespace'" in caught.value.help
+
+
+def test_a_file_goes_before_a_process_of_that_name(machine: Path, tmp_path: Path) -> None:
+    (tmp_path / "java").write_text("")
+    assert find("java")[0].facts is None
+    assert find("comm:java")[0].facts is not None
+
+
+def test_a_name_that_must_be_one_process(machine: Path) -> None:
+    assert resolve("java") == 10
+    with pytest.raises(UsageError, match=r"2 processes fit 'unit:redis': 7 \(redis-server\), 8"):
+        resolve("unit:redis")
+    with pytest.raises(TargetVanishedError, match="no process fits"):
+        resolve("pod:shop/*")
+
+
+def test_a_pid_that_another_process_has_now_is_not_the_target(machine: Path) -> None:
+    with pytest.raises(TargetVanishedError, match="is gone"):
+        # The fake process has a start time that this one does not have.
+        replace(find("java")[0], target=os.getpid()).open()

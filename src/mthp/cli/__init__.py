@@ -75,8 +75,9 @@ class _Commands(click.Group):
 def _mthp() -> None:
     """khugepaged with multi-size transparent huge pages, in user space.
 
-    A TARGET is a PID, the word self, or a snapshot file. Sizes are written 64K, 2M, or order=4; durations 500us, 90s or
-    2min; shares 20% or 0.2.
+    A TARGET is a PID, the word self, a snapshot file, all, or a name: comm:redis-server, exe:/usr/bin/qemu-*,
+    unit:redis.service, cgroup:/kubepods.slice/*, pod:shop/redis-*, container:3f2a, user:redis. A bare word is the name
+    of a process. Sizes are written 64K, 2M, or order=4; durations 500us, 90s or 2min; shares 20% or 0.2.
     """
     # These two do it themselves: one says what it did, the other tries again later.
     if click.get_current_context().invoked_subcommand not in ("doctor", "daemon"):

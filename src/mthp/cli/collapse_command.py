@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import click
 
 from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.budget import Amount
-from mthp.cli.collapse_output import print_report
+from mthp.cli.collapse_output import print_report, reason_of
 from mthp.cli.options import (
     DURATION,
     RATE,
@@ -22,16 +22,21 @@ from mthp.cli.options import (
     json_option,
     plan_options,
     planned,
-    target_argument,
 )
 from mthp.cli.output import console, milliseconds, percent, print_json, progress_bar, say
-from mthp.cli.signals import exit_code, stopping_on_signals
+from mthp.cli.render.tables import Table
+from mthp.cli.several import Each, Failed, do_each, targets_argument
+from mthp.cli.signals import Wish, exit_code, stopping_on_signals
 from mthp.engine.collapse import collapse_space
 from mthp.engine.report import CollapseReport
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
+from mthp.geometry import Geometry
 from mthp.means import PAUSE_SHARE, Means, Mechanism
+from mthp.metrics import Coverage
 from mthp.price import window_ns
-from mthp.targets import open_target, refuse_ancestor
+from mthp.targets import Found, find_targets, refuse_ancestor
+from mthp.units import format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,78 @@ class Wanted:
     min_coverage_reached: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Collapsed:
+    """What came of the collapse of one of several targets, and what was wanted of it."""
+
+    JSON: ClassVar = "*report *wanted"
+
+    report: CollapseReport
+    wanted: Wanted
+
+    @property
+    def geometry(self) -> Geometry:
+        """The machine's."""
+        return self.report.geometry
+
+
+@dataclass(frozen=True, slots=True)
+class CollapseSum:
+    """The sums of several collapses."""
+
+    JSON: ClassVar = "collapsed_bytes moved_bytes copied_bytes bloat_bytes=filled_bytes coverage_before coverage"
+
+    reports: tuple[CollapseReport, ...]
+
+    @property
+    def collapsed_bytes(self) -> int:
+        """Bytes that PMD entries map now and did not before."""
+        return sum(report.collapsed_bytes for report in self.reports)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes in folios below the PMD size now, and not before."""
+        return sum(report.moved_bytes for report in self.reports)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Contents of all that was collapsed."""
+        return sum(report.copied_bytes for report in self.reports)
+
+    @property
+    def filled_bytes(self) -> int:
+        """Bytes that the targets grew by."""
+        return sum(report.filled_bytes for report in self.reports)
+
+    @property
+    def coverage_before(self) -> float:
+        """The share of all targets' memory in folios of the sizes asked for, before."""
+        return self._share([report.before for report in self.reports])
+
+    @property
+    def coverage(self) -> float:
+        """The same, afterwards."""
+        return self._share([report.plan.after if report.dry_run else report.after for report in self.reports])
+
+    def _share(self, parts: list[Coverage]) -> float:
+        return Coverage.total(parts).share(self.reports[0].plan.asked_order) if parts else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Collapses:
+    """What came of the collapses of several targets.
+
+    Attributes:
+        targets: the report of each, or what went wrong.
+        total: their sums.
+    """
+
+    targets: tuple[Collapsed | Failed, ...]
+    total: CollapseSum
+
+
 @click.command("collapse")
-@target_argument
+@targets_argument
 @plan_options
 @click.option(
     "--mechanism",
@@ -86,7 +161,7 @@ class Wanted:
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @json_option
 def command(
-    target: str,
+    targets: tuple[str, ...],
     mechanism: Any,
     max_bloat: Amount | None,
     reserve: Amount | None,
@@ -101,12 +176,13 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Collapse the memory of TARGET, now, as `mthp plan` says with the same options.
+    """Collapse the memory of each TARGET, now, as `mthp plan` says with the same options.
 
-    TARGET is a PID, or the word self. The kernel's MADV_COLLAPSE makes folios of the PMD size. Smaller ones are made by
-    splitting such a folio in place where debugfs is open (Linux 6.12), or by the kernel's khugepaged (Linux 7.2), else
-    only by --mechanism move, which injects code into TARGET and stops it again and again for about a millisecond. The
-    largest come first, and of each size the fullest. Ctrl-C ends it after the range or the batch at hand.
+    A TARGET is a PID, the word self, or a name as `mthp --help` lists them. The kernel's MADV_COLLAPSE makes folios of
+    the PMD size. Smaller ones are made by splitting such a folio in place where debugfs is open (Linux 6.12), or by the
+    kernel's khugepaged (Linux 7.2), else only by --mechanism move, which injects code into TARGET and stops it again
+    and again for about a millisecond. The largest come first, and of each size the fullest. Ctrl-C ends it after the
+    range or the batch at hand.
 
     khugepaged goes by its own order, works for all processes while it is driven, and knows only memory that was mapped
     or advised while a size was on.
@@ -114,23 +190,58 @@ def command(
     Holes are filled up to --max-bloat, and memory is left free below every limit of TARGET's cgroups and of the
     machine, as --reserve says. The first failed charge ends the run.
     """
-    refuse_ancestor(target)
-    with open_target(target) as space, stopping_on_signals() as stop:
-        means = Means(
-            mechanism=mechanism,
-            max_bloat=max_bloat,
-            reserve=reserve,
-            max_threads=max_threads,
-            rate=rate,
-            max_pause=max_pause,
-            pause_share=pause_share,
-            fill=fill,
-            verify=verify,
-        )
-        with progress_bar("collapsing", hidden=as_json) as progress:
+    means = Means(
+        mechanism=mechanism,
+        max_bloat=max_bloat,
+        reserve=reserve,
+        max_threads=max_threads,
+        rate=rate,
+        max_pause=max_pause,
+        pause_share=pause_share,
+        fill=fill,
+        verify=verify,
+    )
+    chosen, named = planned(options), find_targets(targets)
+    with stopping_on_signals() as stop:
+
+        def work(found: Found) -> tuple[Collapsed, int]:
+            made = _collapse_one(found, chosen, means, min_coverage, stop, dry_run=dry_run, hidden=as_json)
+            report, covered = made.report, made.wanted.min_coverage_reached
+            return made, 4 if report.vanished else 0 if report.complete and covered else 1
+
+        if named.single:
+            refuse_ancestor(named.found[0].target)
+            made, code = work(named.found[0])
+            if as_json:
+                print_json("collapse", made.report, made.wanted)
+            else:
+                print_report(console(), made.report, min_coverage, made.wanted.move_hindrances)
+            return exit_code(stop.number) if made.report.interrupted and stop() else code
+        each = do_each(named, work, changes=True, stop=stop)
+    if as_json:
+        print_json("collapse", Collapses(each.all, CollapseSum(tuple(made.report for made in each.done))))
+    elif len(each.results) == len(each.done) == 1:
+        print_report(console(), each.done[0].report, min_coverage, each.done[0].wanted.move_hindrances)
+    else:
+        console().print(targets_table(each))
+    return exit_code(stop.number) if stop() else each.code
+
+
+def _collapse_one(
+    found: Found,
+    chosen: PlanOptions,
+    means: Means,
+    min_coverage: float | None,
+    stop: Wish,
+    *,
+    dry_run: bool,
+    hidden: bool,
+) -> Collapsed:
+    with found.open() as space:
+        with progress_bar(f"collapsing {found.label}", hidden=hidden) as progress:
             report = collapse_space(
                 space,
-                planned(options),
+                chosen,
                 means,
                 dry_run=dry_run,
                 progress=progress,
@@ -139,13 +250,30 @@ def command(
             )
         hindrances = abilities.move_refusals(space, means) if dry_run and report.folios else []
     covered = min_coverage is None or _coverage(report) >= min_coverage
-    if as_json:
-        print_json("collapse", report, Wanted(hindrances, min_coverage, covered))
-    else:
-        print_report(console(), report, min_coverage, hindrances)
-    if report.interrupted and stop():
-        return exit_code(stop.number)
-    return 4 if report.vanished else 0 if report.complete and covered else 1
+    return Collapsed(report, Wanted(hindrances, min_coverage, covered))
+
+
+def targets_table(each: Each[Collapsed]) -> Table:
+    """Return a table with a line for each target, and their sum."""
+    total = CollapseSum(tuple(made.report for made in each.done))
+    columns = ["target", "collapsed", "copied", "bloat", "before", "after", "service", "reason"]
+    rows = each.lines(
+        lambda found, made: [
+            made.report.plan.label,
+            *_cells(CollapseSum((made.report,))),
+            found.service,
+            reason_of(made.report),
+        ],
+        len(columns),
+    )
+    rows.append(["in all", *_cells(total), "", ""])
+    title = f"{len(each.done)} targets; before and after are shares of anonymous memory"
+    return Table(title, columns, rows, right={1, 2, 3, 4, 5}, names={0, 6})
+
+
+def _cells(total: CollapseSum) -> list[str]:
+    sizes = [total.collapsed_bytes + total.moved_bytes, total.copied_bytes, total.filled_bytes]
+    return [*map(format_size, sizes), percent(total.coverage_before), percent(total.coverage)]
 
 
 def _announce(space: AddressSpace, means: Means, plan: SpacePlan, mechanism: Mechanism) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -142,6 +143,19 @@ def _print_sums(out: Console, report: CollapseReport) -> None:
 
 def _spread(times: Durations) -> str:
     return f"p50 {milliseconds(times.p50)}, p99 {milliseconds(times.p99)}, max {milliseconds(times.max)}"
+
+
+def reason_of(report: CollapseReport) -> str:
+    """Return in a few words why not all of a plan was done; ``""`` if it was."""
+    remarks = _remarks(report, None) if report.done_nothing or report.ended_early else []
+    if remarks:
+        return remarks[0]
+    failed: Counter[str] = Counter()
+    for tally in (report.ranges, *report.folios.values()):
+        failed.update({result.name: count for result, count in tally.failed_by_result.items()})
+        failed.update({"over budget": tally.over_budget, "no room": tally.over_reserve})
+    failed["made by the mover only"] = sum(report.needs_move.values())
+    return ", ".join(f"{count} {what}" for what, count in failed.most_common() if count)
 
 
 def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:

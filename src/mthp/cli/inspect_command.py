@@ -3,43 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import click
 from rich.console import Console
 
-from mthp.cli.options import at_option, json_option, target_argument
+from mthp.cli.options import at_option, json_option
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
+from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.geometry import Geometry
 from mthp.metrics import ALIGNED, PARTIAL, PMD, UNALIGNED
-from mthp.targets import open_target
+from mthp.targets import Found, find_targets
 from mthp.units import format_size
 
 TOP_MAPPINGS = 20
 """Mappings shown without --all: the largest ones by what is resident."""
 
 
+@dataclass(frozen=True, slots=True)
+class Censuses:
+    """The pages of several targets.
+
+    Attributes:
+        geometry: of their machine.
+        targets: the census of each, or what went wrong.
+        total, anonymous: the pages of all of them; a page that several of them map counts for each.
+    """
+
+    JSON: ClassVar = "geometry targets total anonymous"
+
+    geometry: Geometry
+    targets: tuple[Census | Failed, ...]
+    total: PageCounts
+    anonymous: PageCounts
+
+
 @click.command("inspect")
-@target_argument
+@targets_argument
 @click.option("--all", "show_all", is_flag=True, help="Show every mapping, not just the largest.")
 @click.option("--numa", is_flag=True, help="Tell as well on which NUMA nodes the pages of each mapping lie.")
 @click.option("--zero-filled", is_flag=True, help="Read the contents, and count the pages of nothing but zeroes.")
 @at_option
 @json_option
-def command(target: str, show_all: bool, numa: bool, zero_filled: bool, as_json: bool, at: str | None) -> None:
-    """Count the pages of TARGET by folio order, per mapping and in all.
+def command(
+    targets: tuple[str, ...], show_all: bool, numa: bool, zero_filled: bool, as_json: bool, at: str | None
+) -> int:
+    """Count the pages of each TARGET by folio order, per mapping and in all.
 
-    TARGET is a PID, the word self, or a snapshot or recording. Pages of zeroes in large folios are what huge pages
-    cost: the kernel frees those of a PMD-sized folio when memory gets scarce, if shrink_underused is on and the folio
-    has more of them than max_ptes_none.
+    A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Pages of zeroes in
+    large folios are what huge pages cost: the kernel frees those of a PMD-sized folio when memory gets scarce, if
+    shrink_underused is on and the folio has more of them than max_ptes_none.
     """
-    with open_target(target, at=at) as space, progress_bar("reading", hidden=as_json) as progress:
-        census = take_census(space, progress, nodes=numa, zero_filled=zero_filled)
+
+    def work(found: Found) -> tuple[Census, int]:
+        with found.open(at=at) as space, progress_bar(f"reading {found.label}", hidden=as_json) as progress:
+            return take_census(space, progress, nodes=numa, zero_filled=zero_filled), 0
+
+    named = find_targets(targets)
+    if named.single:
+        census, _ = work(named.found[0])
+        if as_json:
+            print_json("inspect", census)
+        else:
+            print_census(console(), census, show_all=show_all)
+        return 0
+    each = do_each(named, work)
+    censuses = Censuses(
+        each.geometry(),
+        each.all,
+        PageCounts.total([census.total for census in each.done]),
+        PageCounts.total([census.anonymous for census in each.done]),
+    )
     if as_json:
-        print_json("inspect", census)
+        print_json("inspect", censuses)
+    elif len(each.results) == len(each.done) == 1:
+        print_census(console(), each.done[0], show_all=show_all)
     else:
-        print_census(console(), census, show_all=show_all)
+        console().print(targets_table(each, censuses))
+    return each.code
+
+
+def targets_table(each: Each[Census], censuses: Censuses) -> Table:
+    """Return a table with a line for each target, and their sum."""
+    geometry = censuses.geometry
+    pmd = geometry.label(geometry.pmd_order)
+    columns = ["target", "resident", "anonymous", f"{pmd} mapped", "large", "service", "reason"]
+    rows = each.lines(
+        lambda found, census: [
+            census.label,
+            *_coverage_cells(census.total, census.anonymous, geometry),
+            found.service,
+            "",
+        ],
+        len(columns),
+    )
+    rows.append(["in all", *_coverage_cells(censuses.total, censuses.anonymous, geometry), "", ""])
+    title = f"{len(each.done)} targets; memory that several of them share counts for each"
+    if not any(row[-1] for row in rows):
+        rows, columns = [row[:-1] for row in rows], columns[:-1]
+    return Table(title, columns, rows, right={1, 2, 3, 4}, names={0, 5})
+
+
+def _coverage_cells(every: PageCounts, anonymous: PageCounts, geometry: Geometry) -> list[str]:
+    return [
+        _size(every.resident, geometry),
+        _size(anonymous.resident, geometry),
+        percent(anonymous.huge_coverage(geometry)),
+        percent(anonymous.large_coverage),
+    ]
 
 
 def print_census(out: Console, census: Census, *, show_all: bool = False) -> None:

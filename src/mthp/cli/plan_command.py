@@ -9,16 +9,18 @@ import click
 from rich.console import Console
 
 from mthp.abilities import move_refusals
-from mthp.cli.options import at_option, json_option, plan_options, planned, target_argument
+from mthp.cli.options import at_option, json_option, plan_options, planned
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
+from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.allowed import Allowed, allowed_of
 from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
 from mthp.means import USUAL_MEANS, Means
-from mthp.targets import open_target
+from mthp.metrics import Coverage
+from mthp.targets import Found, find_targets
 from mthp.units import format_size
 
 TOP_REASONS = 8
@@ -46,31 +48,150 @@ class Now:
     remade: Remade
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what `mthp collapse` would do of it.
+
+    Attributes:
+        plan, now: as the object of a single target.
+    """
+
+    JSON: ClassVar = "*plan *now"
+
+    plan: SpacePlan
+    now: Now
+
+    @property
+    def geometry(self) -> Geometry:
+        """The machine's."""
+        return self.plan.geometry
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSum:
+    """The sums of several plans.
+
+    Attributes:
+        plans: of the targets.
+    """
+
+    JSON: ClassVar = (
+        "planned_bytes resident_bytes copied_bytes bloat_bytes=filled_bytes coverage coverage_after already_bytes"
+    )
+
+    plans: tuple[SpacePlan, ...]
+
+    @property
+    def planned_bytes(self) -> int:
+        """Bytes in the PMD ranges that were planned."""
+        return sum(plan.planned_bytes for plan in self.plans)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes with contents in these."""
+        return sum(plan.resident_bytes for plan in self.plans)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that would be copied."""
+        return sum(plan.copied_bytes for plan in self.plans)
+
+    @property
+    def filled_bytes(self) -> int:
+        """Bytes that resident memory would grow by."""
+        return sum(plan.filled_bytes for plan in self.plans)
+
+    @property
+    def already_bytes(self) -> int:
+        """Bytes that lie in folios of the sizes asked for already."""
+        return sum(plan.already_bytes for plan in self.plans)
+
+    @property
+    def coverage(self) -> float:
+        """The share of all targets' memory in folios of the sizes asked for."""
+        return self._share([plan.before for plan in self.plans])
+
+    @property
+    def coverage_after(self) -> float:
+        """The same, once the plans are carried out."""
+        return self._share([plan.after for plan in self.plans])
+
+    def _share(self, parts: list[Coverage]) -> float:
+        return Coverage.total(parts).share(self.plans[0].asked_order) if parts else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """The plans of several targets.
+
+    Attributes:
+        targets: the plan of each, or what went wrong.
+        total: their sums.
+    """
+
+    targets: tuple[Planned | Failed, ...]
+    total: PlanSum
+
+
 @click.command("plan")
-@target_argument
+@targets_argument
 @plan_options
 @at_option
 @json_option
-def command(target: str, as_json: bool, at: str | None, **options: Any) -> None:
-    """Say what a collapse of TARGET could do, what of it `mthp collapse` would do by default, and change nothing.
+def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: Any) -> int:
+    """Say what a collapse of each TARGET could do, what of it `mthp collapse` would do by default, and change nothing.
 
-    TARGET is a PID, the word self, or a snapshot or recording. Limits are the system's own unless given.
+    A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Limits are the
+    system's own unless given.
     """
-    with open_target(target, at=at) as space, progress_bar("planning", hidden=as_json) as progress:
-        plan = plan_space(space, planned(options), progress)
-        allowed = allowed_of(space, plan, USUAL_MEANS)
-        missing = space.missing
-        smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
-        hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []
-        again = remade_of_plan(space, plan)
+    wanted = planned(options)
+
+    def work(found: Found) -> tuple[Planned, int]:
+        with found.open(at=at) as space, progress_bar(f"planning {found.label}", hidden=as_json) as progress:
+            plan = plan_space(space, wanted, progress)
+            smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
+            hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []
+            allowed, again = allowed_of(space, plan, USUAL_MEANS), remade_of_plan(space, plan)
+            return Planned(plan, Now(plan.geometry, allowed, space.missing, hindrances, again)), 0
+
+    named = find_targets(targets)
+    if named.single:
+        made, _ = work(named.found[0])
+        if as_json:
+            print_json("plan", made.plan, made.now)
+        else:
+            _print_one(console(), made)
+        return 0
+    each = do_each(named, work)
     if as_json:
-        print_json("plan", plan, Now(plan.geometry, allowed, missing, hindrances, again))
-        return
-    out = console()
-    print_plan(out, plan)
-    print_allowed(out, plan, allowed)
-    refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in hindrances]
-    note(out, [*filter(None, [again.remark]), *refused, *missing])
+        print_json("plan", Plans(each.all, PlanSum(tuple(made.plan for made in each.done))))
+    elif len(each.results) == len(each.done) == 1:
+        _print_one(console(), each.done[0])
+    else:
+        console().print(targets_table(each))
+    return each.code
+
+
+def _print_one(out: Console, made: Planned) -> None:
+    print_plan(out, made.plan)
+    print_allowed(out, made.plan, made.now.by_default)
+    refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in made.now.move_hindrances]
+    note(out, [*filter(None, [made.now.remade.remark]), *refused, *made.now.missing])
+
+
+def targets_table(each: Each[Planned]) -> Table:
+    """Return a table with a line for each target, and their sum."""
+    total = PlanSum(tuple(made.plan for made in each.done))
+    columns = ["target", "resident", "copied", "bloat", "before", "after", "service", "reason"]
+    rows = each.lines(lambda found, made: [made.plan.label, *_cells(made.plan), found.service, ""], len(columns))
+    rows.append(["in all", *_cells(total), "", ""])
+    title = f"{len(each.done)} targets: what a collapse could do; before and after are shares of anonymous memory"
+    return Table(title, columns, rows, right={1, 2, 3, 4, 5}, names={0, 6})
+
+
+def _cells(plan: SpacePlan | PlanSum) -> list[str]:
+    sizes = [format_size(size) for size in (plan.resident_bytes, plan.copied_bytes, plan.filled_bytes)]
+    return [*sizes, percent(plan.coverage), percent(plan.coverage_after)]
 
 
 def size_and_more(plan: SpacePlan) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 from rich.console import Console
@@ -13,9 +18,13 @@ from rich.text import Text
 
 from mthp.cli.options import SECONDS, SHARE, json_option
 from mthp.cli.output import console, note, percent, print_json, say
+from mthp.cli.render.tables import Table
+from mthp.cli.several import Each, Failed, do_each
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
-from mthp.targets import open_target, pid_of
+from mthp.naming import HOW_TO_NAME
+from mthp.snapshot.recorder import Pace, Recorded, record_series
+from mthp.targets import Found, Targets, find_targets, pid_of
 from mthp.text import clean
 from mthp.units import format_size
 
@@ -24,7 +33,7 @@ STRETCHED = 1.5
 
 
 @click.command("record")
-@click.argument("target", required=False)
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="File to write.")
 @click.option("--every", type=SECONDS, default="1s", show_default=True, help="From one step to the next.")
 @click.option("--for", "duration", type=SECONDS, help="How long; until Ctrl-C or the target's end by default.")
@@ -42,60 +51,179 @@ STRETCHED = 1.5
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @json_option
 def command(
-    target: str | None, output: Path, from_trace: str | None, trace_format: str | None, as_json: bool, **options: Any
+    targets: tuple[str, ...],
+    output: Path,
+    from_trace: str | None,
+    trace_format: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> int:
-    """Record which pages of TARGET are mapped, and how, again and again: what changed from step to step.
+    """Record which pages of each TARGET are mapped, and how, again and again: what changed from step to step.
+
+    A TARGET is a PID, the word self, or a name as `mthp --help` lists them. Several processes are recorded side by
+    side; FILE is then a directory, with a file for each.
 
     Stops at Ctrl-C, after --for, or when the target exits. What was written can be read whatever becomes of the
     recorder. `mthp inspect`, `plan`, `compare` and `report` take the file in place of a PID, at the step --at. It
     holds no contents of memory, no environment and no arguments.
     """
     if from_trace is not None:
-        if target is not None:
-            raise UsageError(f"both a target ({target}) and --from-trace {from_trace}", help="give one of them")
+        if targets:
+            raise UsageError(f"both a target ({targets[0]}) and --from-trace {from_trace}", help="give one of them")
         _from_trace(from_trace, trace_format, output, as_json=as_json, force=options["force"])
         return 0
-    if target is None:
-        raise UsageError("nothing to record was named", help="give a PID, or --from-trace FILE")
+    if not targets:
+        raise UsageError("nothing to record was named", help=f"{HOW_TO_NAME}; or --from-trace FILE")
     if trace_format is not None:
         raise UsageError("--trace-format is of no use without --from-trace")
-    return _record(target, output, as_json=as_json, **options)
+    return _record(targets, output, as_json=as_json, **options)
 
 
 def _record(
-    target: str, output: Path, *, every: float, duration: float | None, cpu: float, force: bool, as_json: bool
+    targets: tuple[str, ...],
+    output: Path,
+    *,
+    every: float,
+    duration: float | None,
+    cpu: float,
+    force: bool,
+    as_json: bool,
 ) -> int:
-    from mthp.snapshot.recorder import Pace, record_series
-
-    if pid_of(target) is None:
-        raise UsageError(f"{target!r} is no process", help="record takes a PID, or the word self")
-    pace = Pace(every=every, duration=duration, cpu=None if cpu >= 1 else cpu)
+    named = find_targets(targets)
+    for found in named.found:
+        if pid_of(found.target) is None:
+            raise UsageError(f"{found.label!r} is not a process", help="record takes a PID, self, or a name")
     err = Console(stderr=True)
-    with open_target(target) as space, stopping_on_signals() as stop, Status("recording", console=err) as status:
+    with stopping_on_signals() as stop, Status("recording", console=err) as status:
         if as_json or not err.is_terminal:
             status.stop()
-
-        def told(steps: int, at: float, size: int) -> None:
-            line = f"recording {space.label}: {steps} steps, {at:.0f} s, {format_size(size)}; Ctrl-C ends it"
-            status.update(Text(clean(line)))
-
-        done = record_series(space, output, pace, stop=stop, overwrite=force, told=told)
+        recorder = _Recorder(output, every, duration, cpu, force, status)
+        if named.single:
+            each = None
+            done = recorder.record(named.found[0], output, stop)
+        else:
+            each = recorder.record_all(named, stop)
     # Ctrl-C is how a recording without --for is ended.
     code = 0 if stop.number in (0, signal.SIGINT) else exit_code(stop.number)
-    if as_json:
-        print_json("record", done)
+    if each is None:
+        if as_json:
+            print_json("record", done)
+        else:
+            _print_one(console(), done, every, cpu)
         return code
-    out = console()
+    if as_json:
+        print_json("record", Recordings(each.all))
+    else:
+        console().print(targets_table(each))
+    return code or each.code
+
+
+class _Recorder:
+    """Records processes, each in a thread of its own if there are several."""
+
+    def __init__(
+        self, output: Path, every: float, duration: float | None, cpu: float, force: bool, status: Status
+    ) -> None:
+        self._output, self._every, self._duration = output, every, duration
+        self._cpu, self._force, self._status = cpu, force, status
+
+    def record(self, found: Found, path: Path, stop: Callable[[], bool], among: int = 1) -> Recorded:
+        pace = Pace(every=self._every, duration=self._duration, cpu=None if self._cpu >= 1 else self._cpu / among)
+
+        def told(steps: int, at: float, size: int) -> None:
+            line = f"recording {found.label}: {steps} steps, {at:.0f} s, {format_size(size)}; Ctrl-C ends it"
+            self._status.update(Text(clean(line)))
+
+        # Each thread counts its own processor time, not that of the others.
+        spent = time.process_time if among == 1 else time.thread_time
+        with found.open() as space:
+            return record_series(space, path, pace, stop=stop, overwrite=self._force, told=told, cpu_clock=spent)
+
+    def record_all(self, named: Targets, stop: Callable[[], bool]) -> Each[Recorded]:
+        """Record all processes side by side, each into a file of its own in a directory.
+
+        Raises:
+            UsageError: the directory cannot be made.
+        """
+        try:
+            self._output.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{self._output} is not a directory that can be made: {error.strerror}",
+                help="several targets are recorded into a directory, a file for each",
+            ) from error
+        with ThreadPoolExecutor(max(1, len(named.found))) as pool:
+            started = {
+                found.target: pool.submit(self.record, found, self._path(found), stop, len(named.found))
+                for found in named.found
+            }
+            return do_each(named, lambda found: (started[found.target].result(), 0))
+
+    def _path(self, found: Found) -> Path:
+        comm = re.sub(r"[^A-Za-z0-9._-]", "_", found.facts.comm) if found.facts else "process"
+        return self._output / f"{found.target}-{comm}.arrows"
+
+
+@dataclass(frozen=True, slots=True)
+class Recordings:
+    """What the recordings of several processes came to.
+
+    Attributes:
+        targets: each, or what went wrong.
+    """
+
+    targets: tuple[Recorded | Failed, ...]
+
+    JSON: ClassVar = "targets steps bytes cpu_seconds"
+
+    @property
+    def _done(self) -> list[Recorded]:
+        return [each for each in self.targets if not isinstance(each, Failed)]
+
+    @property
+    def steps(self) -> int:
+        """Steps of all recordings."""
+        return sum(each.steps for each in self._done)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(each.bytes for each in self._done)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of all threads."""
+        return sum(each.cpu_seconds for each in self._done)
+
+
+def targets_table(each: Each[Recorded]) -> Table:
+    """Return a table with a line for each recording, and their sum."""
+    total = Recordings(each.all)
+    columns = ["target", "steps", "bytes", "path", "service", "reason"]
+    rows = each.lines(
+        lambda found, done: [
+            done.label,
+            str(done.steps),
+            format_size(done.bytes),
+            done.path,
+            found.service,
+            "" if done.end == "stopped" else done.end,
+        ],
+        len(columns),
+    )
+    rows.append(["in all", str(total.steps), format_size(total.bytes), "", "", ""])
+    return Table(f"{len(each.done)} targets", columns, rows, right={1, 2}, names={0, 3, 4})
+
+
+def _print_one(out: Console, done: Recorded, every: float, cpu: float) -> None:
     say(
         out,
         f"{done.path}: {done.label}, {done.steps} steps over {done.seconds:.1f} s, {format_size(done.bytes)};"
         f" {done.cpu_seconds:.2f} s of processor time; ended because {_why(done.end)}",
     )
-    if done.interval > STRETCHED * pace.every:
-        lines = [f"steps came every {done.interval:.1f} s, not {pace.every:g} s: --cpu {percent(cpu)} allows no more"]
-        note(out, lines)
+    if done.interval > STRETCHED * every:
+        note(out, [f"steps came every {done.interval:.1f} s, not {every:g} s: --cpu {percent(cpu)} allows no more"])
     note(out, done.missing)
-    return code
 
 
 def _why(end: str) -> str:

@@ -13,15 +13,22 @@ from mthp.objects import Schema, schema_of
 
 OBJECTS = {
     "doctor": [["mthp.linux.findings:Examination"], ["mthp.cli.doctor_command:Restoration"]],
-    "inspect": [["mthp.engine.census:Census"]],
-    "plan": [["mthp.engine.space_plan:SpacePlan", "mthp.cli.plan_command:Now"]],
-    "collapse": [["mthp.engine.report:CollapseReport", "mthp.cli.collapse_command:Wanted"]],
-    "trim": [["mthp.engine.trim:TrimReport"]],
+    "inspect": [["mthp.engine.census:Census"], ["mthp.cli.inspect_command:Censuses"]],
+    "plan": [["mthp.engine.space_plan:SpacePlan", "mthp.cli.plan_command:Now"], ["mthp.cli.plan_command:Plans"]],
+    "collapse": [
+        ["mthp.engine.report:CollapseReport", "mthp.cli.collapse_command:Wanted"],
+        ["mthp.cli.collapse_command:Collapses"],
+    ],
+    "trim": [["mthp.engine.trim:TrimReport"], ["mthp.cli.trim_command:Trims"]],
     "status": [["mthp.daemon.service:Daemon"]],
     "pause": [["mthp.daemon.worker:Worker"]],
     "resume": [["mthp.daemon.worker:Worker"]],
     "snapshot": [["mthp.snapshot.description:SnapshotInfo"]],
-    "record": [["mthp.snapshot.recorder:Recorded"], ["mthp.snapshot.fromtrace:RecordedTrace"]],
+    "record": [
+        ["mthp.snapshot.recorder:Recorded"],
+        ["mthp.cli.record_command:Recordings"],
+        ["mthp.snapshot.fromtrace:RecordedTrace"],
+    ],
     "compare": [["mthp.lab.compare:Comparison"]],
     "sweep": [["mthp.lab.sweep:SweepReport"]],
     "simulate": [["mthp.lab.simulation:Simulation"]],

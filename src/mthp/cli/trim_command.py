@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from dataclasses import dataclass
+from typing import ClassVar, get_args
 
 import click
 from rich.console import Console
 
-from mthp.cli.options import RATE, SHARE, json_option, target_argument
+from mthp.cli.options import RATE, SHARE, json_option
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
+from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.engine.trim import TrimOptions, TrimReport, trim_space
-from mthp.targets import open_target
+from mthp.targets import Found, find_targets
 from mthp.trimming import TrimBy
 from mthp.units import format_size
 
 
+@dataclass(frozen=True, slots=True)
+class TrimSum:
+    """The sums of several trims."""
+
+    JSON: ClassVar = "zero_bytes trimmed given_back_bytes"
+
+    reports: tuple[TrimReport, ...]
+
+    @property
+    def zero_bytes(self) -> int:
+        """Bytes in pages of zeroes that could be given back."""
+        return sum(report.plan.zero_bytes for report in self.reports)
+
+    @property
+    def trimmed(self) -> int:
+        """Folios that were split."""
+        return sum(report.trimmed for report in self.reports)
+
+    @property
+    def given_back_bytes(self) -> int:
+        """Bytes that are not resident any more."""
+        return sum(report.given_back_bytes for report in self.reports)
+
+
+@dataclass(frozen=True, slots=True)
+class Trims:
+    """What came of the trims of several targets.
+
+    Attributes:
+        targets: the report of each, or what went wrong.
+        total: their sums.
+    """
+
+    targets: tuple[TrimReport | Failed, ...]
+    total: TrimSum
+
+
 @click.command("trim")
-@target_argument
+@targets_argument
 @click.option(
     "--zero",
     type=SHARE,
@@ -34,27 +73,57 @@ from mthp.units import format_size
 @click.option("--rate", type=RATE, help="Bytes of folios split per second, such as 256M.")
 @click.option("--dry-run", is_flag=True, help="Say what would be given back, and do nothing.")
 @json_option
-def command(target: str, zero: float, by: TrimBy | None, rate: int | None, dry_run: bool, as_json: bool) -> int:
-    """Give back memory of TARGET that its large folios waste: pages that hold nothing but zeroes.
+def command(
+    targets: tuple[str, ...], zero: float, by: TrimBy | None, rate: int | None, dry_run: bool, as_json: bool
+) -> int:
+    """Give back memory of each TARGET that its large folios waste: pages that hold nothing but zeroes.
 
-    TARGET is a PID, or the word self. The kernel splits a folio and maps the shared zero page in place of each page of
-    zeroes (Linux 6.12 and later). No code is injected, and nothing is stopped. The folios with the most zeroes come
-    first. Ctrl-C ends it after the folios at hand.
+    A TARGET is a PID, the word self, or a name as `mthp --help` lists them. The kernel splits a folio and maps the
+    shared zero page in place of each page of zeroes (Linux 6.12 and later). No code is injected, and nothing is
+    stopped. The folios with the most zeroes come first. Ctrl-C ends it after the folios at hand.
     """
     options = TrimOptions(zero=zero, by=by, rate=rate)
-    with (
-        open_target(target) as space,
-        stopping_on_signals() as stop,
-        progress_bar("trimming", hidden=as_json) as progress,
-    ):
-        report = trim_space(space, options, dry_run=dry_run, progress=progress, stop=stop)
+    named = find_targets(targets)
+    with stopping_on_signals() as stop:
+
+        def work(found: Found) -> tuple[TrimReport, int]:
+            with found.open() as space, progress_bar(f"trimming {found.label}", hidden=as_json) as progress:
+                report = trim_space(space, options, dry_run=dry_run, progress=progress, stop=stop)
+            return report, 4 if report.vanished else 0 if report.complete else 1
+
+        if named.single:
+            report, code = work(named.found[0])
+            if as_json:
+                print_json("trim", report)
+            else:
+                print_report(console(), report, options)
+            return exit_code(stop.number) if report.interrupted and stop() else code
+        each = do_each(named, work, stop=stop)
     if as_json:
-        print_json("trim", report)
+        print_json("trim", Trims(each.all, TrimSum(tuple(each.done))))
+    elif len(each.results) == len(each.done) == 1:
+        print_report(console(), each.done[0], options)
     else:
-        print_report(console(), report, options)
-    if report.interrupted and stop():
-        return exit_code(stop.number)
-    return 4 if report.vanished else 0 if report.complete else 1
+        console().print(targets_table(each))
+    return exit_code(stop.number) if stop() else each.code
+
+
+def targets_table(each: Each[TrimReport]) -> Table:
+    """Return a table with a line for each target, and their sum."""
+    total = TrimSum(tuple(each.done))
+    columns = ["target", "in zeroes", "given back", "service", "reason"]
+    rows = each.lines(
+        lambda found, report: [
+            report.plan.label,
+            format_size(report.plan.zero_bytes),
+            format_size(report.given_back_bytes),
+            found.service,
+            report.error or next(iter(report.reasons), "") or ("it exited" if report.vanished else ""),
+        ],
+        len(columns),
+    )
+    rows.append(["in all", format_size(total.zero_bytes), format_size(total.given_back_bytes), "", ""])
+    return Table(f"{len(each.done)} targets", columns, rows, right={1, 2}, names={0, 3})
 
 
 def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None:

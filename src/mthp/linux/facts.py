@@ -18,6 +18,9 @@ from mthp.linux.cgroups import Namespace
 from mthp.linux.process import ProcStat
 from mthp.naming import ProcessFacts, container_of
 
+PROC = "/proc"
+"""Where the processes are."""
+
 LOGS = (Path("/var/log/containers"), Path("/proc/1/root/var/log/containers"))
 """Where the links are; in a container with the host's PID namespace below the root of the first process."""
 
@@ -89,8 +92,8 @@ class FactsReader:
         proc, logs: where /proc is, and where the links of containers are; for tests.
     """
 
-    def __init__(self, proc: str = "/proc", logs: Iterable[Path] = LOGS) -> None:
-        self._proc = proc
+    def __init__(self, proc: str | None = None, logs: Iterable[Path] = LOGS) -> None:
+        self._proc = proc or PROC
         self._namespace: Namespace | None = None
         self._pods = Pods(logs)
 

@@ -1,0 +1,146 @@
+"""Several targets of one command: each is worked on by itself, and what goes wrong with one is a line of its own.
+
+A process that a name found may exit before its turn comes, or be the shell that mthp was started from. That is a line
+of the table, and not a failure of the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import click
+
+from mthp.errors import MthpError, TargetVanishedError, UsageError
+from mthp.geometry import Geometry
+from mthp.naming import HOW_TO_NAME
+from mthp.targets import Found, Targets, pid_of, refuse_ancestor
+
+R = TypeVar("R")
+
+targets_argument = click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+
+TARGETS = f"A TARGET is one of these: {HOW_TO_NAME}."
+"""For the help of a command that takes several targets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A target with which something went wrong.
+
+    Attributes:
+        label: its name.
+        error: what went wrong.
+    """
+
+    JSON: ClassVar = "target=label error"
+
+    label: str
+    error: MthpError
+
+
+@dataclass(frozen=True, slots=True)
+class Each(Generic[R]):
+    """What came of each target.
+
+    Attributes:
+        results: by target, in their order: a result, or what went wrong.
+        codes: the exit code of each.
+    """
+
+    results: tuple[tuple[Found, R | Failed], ...]
+    codes: tuple[int, ...]
+
+    @property
+    def done(self) -> list[R]:
+        """The results of those targets with which nothing went wrong."""
+        return [result for _, result in self.results if not isinstance(result, Failed)]
+
+    @property
+    def all(self) -> tuple[R | Failed, ...]:
+        """What came of each target."""
+        return tuple(result for _, result in self.results)
+
+    @property
+    def code(self) -> int:
+        """The exit code of the command: 0, the one that all targets have, or 1."""
+        codes = set(self.codes)
+        return codes.pop() if len(codes) == 1 else int(bool(codes))
+
+    def geometry(self) -> Geometry:
+        """Return the geometry of the targets' machine.
+
+        Raises:
+            UsageError: they are of machines with different ones, so that nothing of them can be added up.
+        """
+        from mthp.linux.sysfs import ThpSysfs
+
+        found = {getattr(result, "geometry") for result in self.done}  # noqa: B009
+        if len(found) > 1:
+            names = " and ".join(sorted(geometry.name for geometry in found))
+            raise UsageError(f"the targets are of different machines: {names}", help="name those of one machine")
+        geometry: Geometry = found.pop() if found else ThpSysfs().geometry()
+        return geometry
+
+    def lines(self, line: Callable[[Found, R], Sequence[str]], width: int) -> list[list[str]]:
+        """Return the rows of a table: `line` of each result, and the reason at the end of a row of blanks."""
+        return [
+            [result.label, *[""] * (width - 2), result.error.message]
+            if isinstance(result, Failed)
+            else list(line(found, result))
+            for found, result in self.results
+        ]
+
+
+def do_each(
+    targets: Targets,
+    work: Callable[[Found], tuple[R, int]],
+    *,
+    changes: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Each[R]:
+    """Work on each target.
+
+    Args:
+        work: returns a result, and the exit code that a command for it alone would have.
+        changes: whether `work` changes the target, so that ancestors of this process are left out.
+        stop: asked before each; once it returns True the others are not begun.
+    """
+    results: list[tuple[Found, R | Failed]] = []
+    codes = []
+    for found in targets.found:
+        by_name = found.facts is not None
+        try:
+            if stop():
+                raise MthpError("not begun: interrupted")
+            if changes:
+                _check_ancestor(found)
+            result, code = work(found)
+        except MthpError as error:
+            if isinstance(error, UsageError) and pid_of(found.target) is not None:
+                # The process can be used: an option cannot, and would not for the next one.
+                raise
+            results.append((found, Failed(found.label, error)))
+            code = error.exit_code
+        else:
+            results.append((found, result))
+        codes.append(0 if by_name and code == TargetVanishedError.exit_code else code)
+    results += [(Found(word, word), Failed(word, why)) for word, why in targets.missing]
+    codes += [why.exit_code for _, why in targets.missing]
+    return Each(tuple(results), tuple(codes))
+
+
+def _check_ancestor(found: Found) -> None:
+    """Refuse to change a process on which this one depends; of those that a name finds it is left out.
+
+    Raises:
+        UsageError: it was named itself.
+        TargetVanishedError: a name found it.
+    """
+    try:
+        refuse_ancestor(found.target)
+    except UsageError as error:
+        if found.facts is None:
+            raise
+        raise TargetVanishedError(f"left out: {error.message}", help=error.help) from error
