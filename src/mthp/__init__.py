@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mthp.api import inspect as inspect
     from mthp.api import plan as plan
     from mthp.api import trim as trim
+    from mthp.api import verify as verify
     from mthp.engine.khugepaged import Khugepaged as Khugepaged
     from mthp.engine.occupancy import Runs as Runs
     from mthp.engine.plan import Plan as Plan
@@ -38,6 +39,7 @@ _HOMES = {
     "inspect": "mthp.api",
     "plan": "mthp.api",
     "trim": "mthp.api",
+    "verify": "mthp.api",
     "Geometry": "mthp.geometry",
     "Khugepaged": "mthp.engine.khugepaged",
     "Limits": "mthp.engine.policy",

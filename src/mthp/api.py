@@ -14,6 +14,7 @@ from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.trim import TrimOptions, TrimReport, trim_space
+from mthp.engine.verify import Expectation, Verification, verify_space
 from mthp.errors import UsageError
 from mthp.means import Means
 from mthp.targets import Target, open_target, refuse_ancestor, resolve
@@ -87,6 +88,22 @@ def trim(target: Target, *, dry_run: bool = False, **options: Any) -> TrimReport
         raise UsageError(str(error).replace("TrimOptions.__init__()", "trim options:")) from None
     with open_target(target) as space:
         return trim_space(space, chosen, dry_run=dry_run)
+
+
+def verify(target: Target, *expectations: str) -> Verification:
+    """Check that the memory of `target` lies in folios as expected.
+
+    Args:
+        target: a PID, ``"self"``, the path of a snapshot, or a name that fits one process.
+        expectations: such as ``"2M>=95%"`` or ``"heap:64K>=90%"`` (:mod:`mthp.engine.verify`).
+
+    Raises:
+        UsageError: not an expectation, or a size that no folio has there.
+        TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.targets.open_target`.
+    """
+    expected = [Expectation.parse(each) for each in expectations]
+    with open_target(target) as space:
+        return verify_space(space, expected)
 
 
 def collapse_self(*, dry_run: bool = False, **options: Any) -> CollapseReport:

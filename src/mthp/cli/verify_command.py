@@ -1,0 +1,175 @@
+"""``mthp verify TARGET --expect '2M>=95%'``: whether memory lies in folios as it is expected to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import click
+
+from mthp.cli.options import at_option, json_option
+from mthp.cli.output import console, note, percent, print_json, progress_bar
+from mthp.cli.render.tables import Table
+from mthp.cli.several import Each, Failed, do_each, targets_argument
+from mthp.engine.verify import Checked, Expectation, Verification, verify_space
+from mthp.errors import MthpError, UsageError
+from mthp.targets import Found, Targets, find_targets
+from mthp.text import clean
+from mthp.units import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class Verifications:
+    """What came of the expectations of several targets.
+
+    Attributes:
+        targets: the checks of each, or what went wrong.
+        passed: whether all expectations of all targets are met.
+    """
+
+    targets: tuple[Verification | Failed, ...]
+    passed: bool
+
+
+@click.command("verify")
+@targets_argument
+@click.option(
+    "--expect",
+    "expected",
+    multiple=True,
+    required=True,
+    metavar="[MAPPING:]SIZE>=SHARE",
+    help="2M>=95% of the anonymous memory; heap:64K>=90% of a mapping, by its name, an address in it, or guest-ram.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "junit", "nagios"]),
+    default="table",
+    show_default=True,
+    help="JUnit XML for a pipeline; one line with performance data for Nagios and its like.",
+)
+@at_option
+@json_option
+def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_json: bool, at: str | None) -> int:
+    """Check that the memory of each TARGET lies in folios as it is expected to. Exits with 1 if it does not.
+
+    A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. What counts is
+    what the hardware can use: the PMD size by a PMD entry, smaller sizes as whole, aligned, contiguous blocks.
+    """
+    if as_json and form != "table":
+        raise UsageError(f"both --json and --format {form}", help="give one of them")
+    expectations = [Expectation.parse(each) for each in expected]
+    hidden = as_json or form != "table"
+
+    def work(found: Found) -> tuple[Verification, int]:
+        with found.open(at=at) as space, progress_bar(f"verifying {found.label}", hidden=hidden) as progress:
+            done = verify_space(space, expectations, progress)
+        return done, done.exit_code
+
+    if form == "nagios":
+        return _nagios(lambda: _verified(targets, work)[1])
+    named, each = _verified(targets, work)
+    if as_json and named.single:
+        print_json("verify", *each.done)
+    elif as_json:
+        print_json("verify", Verifications(each.all, not each.code))
+    elif form == "junit":
+        click.echo(_junit(each))
+    else:
+        out = console()
+        out.print(checks_table(each))
+        note(out, sorted({line for done in each.done for line in done.missing}))
+    return each.code
+
+
+def _verified(
+    targets: tuple[str, ...], work: Callable[[Found], tuple[Verification, int]]
+) -> tuple[Targets, Each[Verification]]:
+    named = find_targets(targets)
+    each = do_each(named, work)
+    if named.single and not each.done:
+        failed = each.all[0]
+        assert isinstance(failed, Failed)
+        raise failed.error
+    return named, each
+
+
+def checks_table(each: Each[Verification]) -> Table:
+    """Return a table with a line for each target and expectation."""
+    columns = ["target", "expectation", "resident", "share", "verdict", "reason"]
+    rows = []
+    for _, result in each.results:
+        if isinstance(result, Failed):
+            rows.append([result.label, "", "", "", "", result.error.message])
+            continue
+        rows += [
+            [
+                result.label,
+                check.expectation,
+                format_size(check.resident_bytes),
+                "" if check.share is None else percent(check.share),
+                check.verdict,
+                check.reason,
+            ]
+            for check in result.checks
+        ]
+    return Table("Memory in folios of a size or larger ones", columns, rows, right={2, 3}, names={0})
+
+
+def _junit(each: Each[Verification]) -> str:
+    """Return a test suite of JUnit: a case for each target and expectation."""
+    suite = ElementTree.Element("testsuite", name="mthp verify")
+    counts = {"tests": 0, "failures": 0, "errors": 0}
+    for _, result in each.results:
+        if isinstance(result, Failed):
+            case = ElementTree.SubElement(suite, "testcase", classname=clean(result.label), name="verify")
+            ElementTree.SubElement(case, "error", message=clean(result.error.message))
+            counts["tests"] += 1
+            counts["errors"] += 1
+            continue
+        for check in result.checks:
+            case = ElementTree.SubElement(
+                suite, "testcase", classname=clean(result.label), name=clean(check.expectation)
+            )
+            counts["tests"] += 1
+            if check.verdict != "passed":
+                word = "failure" if check.verdict == "failed" else "error"
+                ElementTree.SubElement(case, word, message=clean(check.reason))
+                counts[f"{word}s"] += 1
+    suite.attrib.update({name: str(count) for name, count in counts.items()})
+    ElementTree.indent(suite)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{ElementTree.tostring(suite, encoding="unicode")}'
+
+
+_STATES = {0: "OK", 1: "WARNING"}
+"""What a plugin's exit code means to Nagios; 3 is UNKNOWN."""
+
+
+def _nagios(verified: Callable[[], Each[Verification]]) -> int:
+    """Print the one line that a plugin of Nagios prints, and return its exit code."""
+    try:
+        each = verified()
+    except MthpError as error:
+        click.echo(f"MTHP UNKNOWN - {_plain(error.message)}")
+        return 3
+    code = each.code if each.code in _STATES else 3
+    checks = [(done.label, check) for done in each.done for check in done.checks]
+    said = [f"{label} {check.expectation}: {check.reason}" for label, check in checks if check.reason]
+    said += [f"{failed.label}: {failed.error.message}" for failed in each.all if isinstance(failed, Failed)]
+    said = said or [f"{len(checks)} expectations met"]
+    data = " ".join(_performance(label, check) for label, check in checks if check.share is not None)
+    click.echo(f"MTHP {_STATES.get(code, 'UNKNOWN')} - {'; '.join(map(_plain, said))}{' | ' if data else ''}{data}")
+    return code
+
+
+def _plain(text: str) -> str:
+    """Return a text without what ends a line or begins the performance data."""
+    return clean(text).replace("|", "/")
+
+
+def _performance(label: str, check: Checked) -> str:
+    name = f"{label} {check.mapping}{':' if check.mapping else ''}{check.size}".replace("'", "").replace("=", "-")
+    assert check.share is not None
+    return f"'{_plain(name)}'={100 * check.share:.2f}%;{100 * check.least:g}:;;0;100"

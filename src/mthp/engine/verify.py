@@ -1,0 +1,189 @@
+"""Whether memory lies in folios as it is expected to: ``2M>=95%``, ``heap:64K>=90%``, ``guest-ram:2M>=99%``.
+
+What counts is what the hardware can use (:class:`~mthp.metrics.Coverage`): the PMD size by a PMD entry, smaller sizes
+as whole blocks that are aligned in memory and in the address space, which is also what arm64 can fold (contpte).
+
+Without a mapping, an expectation is about the anonymous memory of the whole process; with one, about all resident
+memory of the mappings of that name: ``heap`` and ``stack``, ``guest-ram``, an address in the mapping, or a shell
+pattern of its name.
+
+Guest RAM is what a virtual machine monitor keeps from its children (MADV_DONTFORK, as QEMU does), and else its largest
+writable mapping.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+from mthp.addrspace import AddressSpace
+from mthp.engine.census import Census, PageCounts, Progress, VmaCensus, take_census
+from mthp.errors import UsageError
+from mthp.geometry import Geometry
+from mthp.units import parse_share
+
+Verdict = Literal["passed", "failed", "unknown"]
+
+_EXPECTATION = re.compile(r"\s*(?:(?P<mapping>.*):)?(?P<size>[^:]+?)\s*>=\s*(?P<share>[^=<>]+)")
+
+_HOW = "write it as 2M>=95%, heap:64K>=90%, guest-ram:2M>=99% or 0x7f0000000000:2M>=50%"
+
+_NOT_COPIED = "dc"
+"""The word of VmFlags for VM_DONTCOPY (show_smap_vma_flags(), fs/proc/task_mmu.c)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What is expected of some memory.
+
+    Attributes:
+        text: as it was written.
+        mapping: of which mappings; ``""`` for the anonymous memory of all.
+        size: of the folios, as written.
+        least: the share of the resident memory that lies in folios of that size or larger ones.
+    """
+
+    text: str
+    mapping: str
+    size: str
+    least: float
+
+    @classmethod
+    def parse(cls, text: str) -> Expectation:
+        """Read an expectation.
+
+        Raises:
+            UsageError: it is not one.
+        """
+        found = _EXPECTATION.fullmatch(text)
+        if found is None:
+            raise UsageError(f"{text[:60]!r} is not an expectation", help=_HOW)
+        try:
+            least = parse_share(found["share"].strip())
+        except UsageError as error:
+            raise UsageError(f"expectation {text[:60]!r}: {error.message}", help=error.help or _HOW) from error
+        if not 0 <= least <= 1:
+            raise UsageError(f"expectation {text[:60]!r}: a share is 0% to 100%", help=_HOW)
+        return cls(text.strip(), found["mapping"] or "", found["size"], least)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One expectation, and what is the case.
+
+    Attributes:
+        expectation: as it was written.
+        mapping, size, least: its parts.
+        mappings: how many mappings it is about.
+        resident_bytes: what is resident of them.
+        share: the part of it in folios of that size or larger ones; None if nothing is resident.
+        verdict: ``unknown`` where folios cannot be seen, and what can be seen does not suffice.
+        reason: why it did not pass; ``""`` if it did.
+    """
+
+    expectation: str
+    mapping: str
+    size: str
+    least: float
+    mappings: int
+    resident_bytes: int
+    share: float | None
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of the expectations of one target.
+
+    Attributes:
+        label: the target's name.
+        geometry: of its machine.
+        checks: each expectation.
+        missing: what could not be seen, and what would make it visible.
+    """
+
+    JSON: ClassVar = "target=label geometry passed checks missing"
+
+    label: str
+    geometry: Geometry
+    checks: tuple[Checked, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all expectations are met."""
+        return all(check.verdict == "passed" for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if one is not met, 3 if one cannot be seen to be met, else 0."""
+        verdicts = {check.verdict for check in self.checks}
+        return 1 if "failed" in verdicts else 3 if "unknown" in verdicts else 0
+
+
+def verify_space(
+    space: AddressSpace, expectations: Sequence[Expectation], progress: Progress | None = None
+) -> Verification:
+    """Check what is expected of the memory of `space`.
+
+    Raises:
+        UsageError: a size that no folio has here.
+        TargetVanishedError: the process exited meanwhile.
+    """
+    orders = [space.geometry.parse_order(each.size) for each in expectations]
+    census = take_census(space, progress)
+    checks = tuple(_checked(census, each, order) for each, order in zip(expectations, orders, strict=True))
+    return Verification(space.label, space.geometry, checks, space.missing)
+
+
+def _checked(census: Census, expectation: Expectation, order: int) -> Checked:
+    vmas = _mappings(census, expectation.mapping) if expectation.mapping else list(census.vmas)
+    pages = PageCounts.total([vma.pages if expectation.mapping else vma.anonymous for vma in vmas])
+    coverage, geometry = pages.coverage, census.geometry
+    share = coverage.share(order) if coverage.resident else None
+    verdict: Verdict = "failed"
+    reason = ""
+    if not vmas:
+        reason = f"no mapping is called {expectation.mapping}: mthp inspect --all lists them"
+    elif share is None:
+        reason = "nothing of it is resident"
+    elif share >= expectation.least:
+        verdict = "passed"
+    elif coverage.unknown and (coverage.pages[order] + coverage.unknown) / coverage.resident >= expectation.least:
+        verdict, reason = "unknown", next(iter(census.missing), "the sizes of its folios are not visible")
+    else:
+        reason = f"{100 * share:.1f}% is less than {100 * expectation.least:g}%"
+    return Checked(
+        expectation.text,
+        expectation.mapping,
+        geometry.label(order),
+        expectation.least,
+        len(vmas) if expectation.mapping else len([vma for vma in vmas if vma.anonymous.resident]),
+        coverage.resident * geometry.page_size,
+        share,
+        verdict,
+        reason,
+    )
+
+
+def _mappings(census: Census, name: str) -> list[VmaCensus]:
+    """Return the mappings that `name` means; none if there is none."""
+    if name == "guest-ram":
+        return _guest_ram(census)
+    if re.fullmatch("0x[0-9a-fA-F]+", name):
+        address = int(name[:18], 16)
+        return [each for each in census.vmas if each.vma.start <= address < each.vma.end]
+    wanted = f"[{name}]" if name in ("heap", "stack") else name
+    # A name in brackets is the kernel's own, and not a set of characters.
+    return [each for each in census.vmas if each.vma.name == wanted or fnmatchcase(each.vma.name, wanted)]
+
+
+def _guest_ram(census: Census) -> list[VmaCensus]:
+    size = census.geometry.pmd_size
+    writable = [each for each in census.vmas if "w" in each.vma.permissions and each.vma.size >= size]
+    kept = [each for each in writable if _NOT_COPIED in each.vma.flags]
+    return kept or sorted(writable, key=lambda each: -each.vma.size)[:1]
