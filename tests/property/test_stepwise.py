@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mthp
-from mthp.engine.checks import first_hindrances
+from mthp.engine.checks import PolicyChecks, first_hindrances
 from mthp.engine.occupancy import Bits, Planes, Runs
 from mthp.engine.policy import BUILT_IN, Limits, Policy, Rules
 from mthp.engine.walk import Walk
@@ -56,7 +56,7 @@ class Page:
 
     def __init__(self, planes: Planes, policy: Policy, rules: Rules) -> None:
         self.planes, self.rules = planes, rules
-        self.walk = Walk(planes, policy, rules)
+        self.walk = Walk(planes, PolicyChecks(policy, rules))
         self.fullness = Fullness(self.walk.occupancy, policy, rules)
         self.attempts: list[tuple[int, int, str]] = []
         self.result: ScanResult | None = None
@@ -67,7 +67,7 @@ class Page:
 
     def _judged(self, address: int, order: int) -> ScanResult:
         where = np.array([0]), np.array([address // self.rules.geometry.page_size])
-        return ScanResult(int(first_hindrances(self.planes, order, *where, self.walk.attempt_checks(order))[0]))
+        return ScanResult(int(first_hindrances(self.planes, order, *where, self.walk.checks.attempt(order))[0]))
 
     def scan_run(self, address: int, order: int) -> RangeScan:
         result = self._judged(address, order)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.occupancy import Bits, Planes
-from mthp.engine.policy import Limits
+from mthp.engine.policy import Limits, Policy, Rules
 from mthp.results import ScanResult
 
 T = TypeVar("T", bound=np.generic)
@@ -51,6 +51,52 @@ class Checks:
     swap_in: bool = False
     guard: bool = False
     references: int = 0
+
+
+class PolicyChecks:
+    """What a policy walks and checks under some rules, worked out once for all the blocks of a plan.
+
+    Attributes:
+        policy, rules: as given.
+        orders: the orders at which a collapse is attempted, descending; empty if the policy does not run at all.
+        scan: what ends the scan of a PMD range; None if the policy has no such scan, or does not run.
+    """
+
+    def __init__(self, policy: Policy, rules: Rules) -> None:
+        self.policy = policy
+        self.rules = rules
+        self._attempts: dict[int, Checks] = {}
+        self.orders = policy.orders_walked(rules)
+        limits = policy.scan_limits(rules) if self.orders else None
+        self.scan = None if limits is None else self._scan(limits)
+
+    def _scan(self, limits: Limits) -> Checks:
+        rules = self.rules
+        return Checks(
+            limits,
+            zero_none_if_armed=self.policy.scan_honours_uffd(rules),
+            uffd=True,
+            lazyfree=not rules.forced,
+            references=0 if rules.forced else rules.geometry.ptes_per_pmd // 2,
+        )
+
+    def attempt(self, order: int) -> Checks:
+        """Return what is checked of a run of `order`: by isolation, or by the run's own scan."""
+        if order not in self._attempts:
+            rules, policy = self.rules, self.policy
+            own_scan = policy.scans_each_run
+            self._attempts[order] = Checks(
+                policy.attempt_limits(order, rules),
+                uffd=own_scan,
+                lazyfree=own_scan and not rules.forced,
+                large=order if order < rules.geometry.pmd_order else None,
+                large_first=policy.large_before_shared,
+                page=rules.forced and policy.leaves_empty_runs,
+                swap_in=not own_scan,
+                guard=True,
+                references=0 if rules.forced else (1 << order) // 2 if own_scan else 1,
+            )
+        return self._attempts[order]
 
 
 def first_hindrances(

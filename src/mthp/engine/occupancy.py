@@ -3,8 +3,8 @@
 The walk of a collapse asks one question over and over: of the 2**k PTEs of this aligned run, how many are occupied
 (swapped out, shared, ...)? All runs of an order tile the range, and a run of order k is two runs of order k - 1, so
 the counts of every order form a pyramid. Its base are packed bits, eight PTEs to a byte: the population counts of
-bytes are the runs of order 3 (and of order 2, by nibbles), those of 16, 32 and 64 bits the runs of orders 4, 5 and 6.
-Each level above is the sum of neighbouring pairs of the level below. The whole pyramid costs little more than packing
+bytes are the runs of order 3 (and of order 2, by nibbles), those of 64 bits the runs of order 6. Each other level is
+the sum of neighbouring pairs of the level below. The whole pyramid costs little more than packing
 the bits, for all PMD ranges together, and levels that no policy asks for are never made.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -102,8 +103,8 @@ class Planes:
         """The planes of the PMD ranges from `start` to `stop`, as views."""
         return self.chosen(slice(start, stop))
 
-    def chosen(self, rows: slice | Bits) -> Planes:
-        """The planes of some PMD ranges: a slice of them, as views, or those that a mask chooses."""
+    def chosen(self, rows: slice | Bits | NDArray[np.intp]) -> Planes:
+        """The planes of some PMD ranges: a slice of them, as views, or those that a mask or indices choose."""
         planes = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: plane[rows] for name, plane in planes if plane is not None})
 
@@ -196,24 +197,34 @@ class Occupancy:
 
     All counts of order k have the shape (ranges, ptes_per_pmd >> k): uint8 up to order 7, uint16 above. A plane
     that was not given counts 0 everywhere, as an array that broadcasts.
+
+    Attributes:
+        given: the names of the planes that were given.
     """
 
     def __init__(self, planes: Planes, geometry: Geometry) -> None:
-        self.planes = planes
         self.geometry = geometry
-        self._packed: dict[str, NDArray[np.uint8]] = {}
+        self.given = frozenset(f.name for f in fields(planes) if getattr(planes, f.name) is not None)
+        self._whole = planes
+        self._source: tuple[Occupancy, NDArray[np.intp]] | None = None
+        self._packed: dict[str, NDArray[np.uint8] | None] = {}
         self._counts: dict[tuple[str, int], Counts] = {}
         self._largest: dict[int, NDArray[np.int8]] = {}
+
+    def chosen(self, rows: NDArray[np.intp]) -> Occupancy:
+        """The same of some of the PMD ranges, from the bits that are packed here already."""
+        some = Occupancy(self._whole, self.geometry)
+        some._source = self, rows
+        return some
+
+    @cached_property
+    def planes(self) -> Planes:
+        """The planes of these PMD ranges."""
+        return self._whole if self._source is None else self._source[0].planes.chosen(self._source[1])
 
     def runs(self, order: int) -> Runs:
         """The aligned runs of `order`."""
         return Runs(self, order)
-
-    def forget(self) -> None:
-        """Free the memory of all counts; they are made again when asked for."""
-        self._packed.clear()
-        self._counts.clear()
-        self._largest.clear()
 
     def count(self, name: str, order: int) -> Counts:
         """How many PTEs of plane `name` each run of `order` has.
@@ -224,12 +235,15 @@ class Occupancy:
         """
         key = name, order
         if key not in self._counts:
-            if order > 6 or order == 4:
+            if order > 6 or 3 < order < 6:
                 self._counts[key] = _pair_sums(self.count(name, order - 1), order)
             elif (packed := self._pack(name)) is None:
                 self._counts[key] = np.zeros((1, self.geometry.ptes_per_pmd >> order), np.uint8)
+            elif order == 2:
+                self._counts[key] = _nibble_counts(packed)
             else:
-                self._counts[key] = _word_counts(packed, order - 3) if order >= 3 else _nibble_counts(packed)
+                # From bytes to words of eight at once: of most ranges only large runs are looked at.
+                self._counts[key] = np.bitwise_count(packed if order == 3 else packed.view(np.uint64))
         return self._counts[key]
 
     def chunks(self, chunk_order: int, order: int, none: int) -> Counts:
@@ -240,40 +254,50 @@ class Occupancy:
         """
         key = f"chunks of {chunk_order} with {none} none", order
         if key not in self._counts:
-            if order > chunk_order + 3 or order == chunk_order + 1:
-                self._counts[key] = _pair_sums(self.chunks(chunk_order, order - 1, none), order)
+            if order == chunk_order + 3:
+                self._counts[key] = np.bitwise_count(self.chunks(chunk_order, chunk_order, none).view(np.uint64))
             elif order > chunk_order:
-                self._counts[key] = _word_counts(self.chunks(chunk_order, chunk_order, none), order - chunk_order)
+                self._counts[key] = _pair_sums(self.chunks(chunk_order, order - 1, none), order)
             else:
-                size, planes = 1 << chunk_order, self.planes
+                size, swap = 1 << chunk_order, "swap" in self.given
                 contents = self.count("occupied", chunk_order)
                 bits: Bits = contents >= max(size - none, 0)
-                if planes.swap is not None:
+                if swap:
                     bits = contents + self.count("swap", chunk_order) >= max(size - none, 0)
-                if none or planes.swap is not None:
-                    bits &= planes.occupied[:, size - 1 :: size]
+                if none or swap:
+                    bits &= self.planes.occupied[:, size - 1 :: size]
                 self._counts[key] = bits.view(np.uint8)
         return self._counts[key]
 
     def largest(self, order: int) -> NDArray[np.int8] | None:
         """The order of the largest folio that each run of `order` touches: int8; None without that plane."""
-        if self.planes.folio_order is None:
+        folio_order = self.planes.folio_order if "folio_order" in self.given else None
+        if folio_order is None:
             return None
         if order not in self._largest:
             below = self.largest(order - 1) if order else None
             if below is None:
-                self._largest[order] = np.where(self.planes.occupied, self.planes.folio_order, np.int8(0))
+                self._largest[order] = np.where(self.planes.occupied, folio_order, np.int8(0))
             else:
                 self._largest[order] = np.maximum(below[:, 0::2], below[:, 1::2])
         return self._largest[order]
 
+    def packed_present(self) -> NDArray[np.uint8]:
+        """The packed bits of the present pages: bit i of byte j is PTE 8 * j + i."""
+        packed = self._pack("present" if "zero" in self.given else "occupied")
+        assert packed is not None
+        return packed
+
     def _pack(self, name: str) -> NDArray[np.uint8] | None:
-        """The packed bits of plane `name`: bit i of byte j is PTE 8 * j + i; None without that plane."""
+        """The packed bits of plane `name`; None without that plane."""
         if name not in self._packed:
-            plane = self._plane(name)
-            if plane is None:
-                return None
-            self._packed[name] = np.packbits(plane, axis=1, bitorder="little")
+            if self._source is not None:
+                packed = self._source[0]._pack(name)
+                packed = None if packed is None else packed[self._source[1]]
+            else:
+                plane = self._plane(name)
+                packed = None if plane is None else _packed(plane)
+            self._packed[name] = packed
         return self._packed[name]
 
     def _plane(self, name: str) -> Bits | None:
@@ -284,7 +308,7 @@ class Occupancy:
         if name == "referenced":
             return planes.occupied if planes.unreferenced is None else planes.occupied & ~planes.unreferenced
         plane: Bits | None = getattr(planes, name)
-        if plane is None or name in ("zero", "swap", "guard"):
+        if plane is None or name in ("present", "zero", "swap", "guard"):
             return plane
         contents = planes.occupied
         if name == "uffd" and planes.swap is not None:
@@ -314,7 +338,7 @@ class Runs:
     @property
     def referenced(self) -> Counts:
         """Occupied PTEs whose page was used recently, as far as is known."""
-        if self.occupancy.planes.unreferenced is None:
+        if "unreferenced" not in self.occupancy.given:
             return self.occupied
         return self.occupancy.count("referenced", self.order)
 
@@ -331,7 +355,7 @@ class Runs:
     @property
     def none_or_zero(self) -> Counts:
         """PTEs that a collapse would fill: none, or the zero page."""
-        contents = self.occupied if self.occupancy.planes.swap is None else self.occupied + self.swap
+        contents = self.occupied + self.swap if "swap" in self.occupancy.given else self.occupied
         none_or_zero: Counts = contents.dtype.type(self.size) - contents
         return none_or_zero
 
@@ -345,14 +369,10 @@ class Runs:
         return self.occupancy.chunks(chunk_order, self.order, none)
 
 
-_WIDTHS = {0: np.uint8, 2: np.uint32, 3: np.uint64}
-"""Words of 2**shift bytes whose set bits NumPy counts fast: for uint16 it takes longer than for the bytes and a sum."""
-
-
-def _word_counts(packed: NDArray[np.uint8], shift: int) -> Counts:
-    """The set bits of every 2**shift bytes of each row, for a `shift` in `_WIDTHS`: uint8."""
-    counts: Counts = np.bitwise_count(packed.view(_WIDTHS[shift]))
-    return counts
+def _packed(plane: Bits) -> NDArray[np.uint8]:
+    """The packed bits of each row. Rows of whole bytes are packed all at once, which is faster."""
+    rows = plane if plane.shape[1] < 8 else plane.reshape(1, -1)
+    return np.packbits(rows, axis=1, bitorder="little").reshape(len(plane), -1)
 
 
 def _nibble_counts(packed: NDArray[np.uint8]) -> Counts:
@@ -373,7 +393,7 @@ def _pair_sums(counts: Counts, order: int) -> Counts:
     words = counts.view(np.uint16)
     if order > 7:
         return (words & 255) + (words >> 8)
-    # The product's upper byte is the sum of both, which a byte still holds.
-    sums = words * np.uint16(257)
-    sums >>= 8
+    # The lower byte of the sum is that of both bytes, which a byte still holds.
+    sums = words >> 8
+    sums += words
     return sums.astype(np.uint8)

@@ -6,7 +6,7 @@ failures, locked pages, races) is the matter of the backends.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mthp.eligibility import Trigger
+from mthp.engine.checks import PolicyChecks
 from mthp.engine.occupancy import Planes
 from mthp.engine.policy import DEFAULT_MTHP_MIN_ORDER, PmdOnly, Policy, Rules
 from mthp.engine.policy_lookup import policy_named
@@ -37,14 +38,33 @@ class Plan:
         geometry: the machine's.
     """
 
-    def __init__(self, policy: Policy, rules: Rules, walks: list[Walk]) -> None:
+    def __init__(self, policy: Policy, rules: Rules, planes: Planes) -> None:
         self.policy = policy.name
         self.geometry = rules.geometry
-        self._walks = walks
+        self._planes = planes
+        self._checks = PolicyChecks(policy, rules)
 
     def __len__(self) -> int:
         """The number of PMD ranges."""
-        return sum(walk.ranges for walk in self._walks)
+        return len(self._planes.present)
+
+    def _walks(self) -> Iterator[tuple[slice, Walk]]:
+        """Yield the PMD ranges of each block, and the walk over them.
+
+        The walk over a single block is kept. Those over several are made again for each thing that is asked for: all
+        that they hold is as large as the planes, and writing it to memory takes longer than the walk.
+        """
+        step = max(1, BLOCK_PTES >> self.geometry.pmd_order)
+        if 0 < len(self) <= step:
+            yield slice(0, len(self)), self._only_walk
+            return
+        for start in range(0, len(self), step):
+            stop = min(start + step, len(self))
+            yield slice(start, stop), Walk(self._planes.block(start, stop), self._checks)
+
+    @cached_property
+    def _only_walk(self) -> Walk:
+        return Walk(self._planes, self._checks)
 
     @cached_property
     def orders(self) -> NDArray[np.int8]:
@@ -53,26 +73,22 @@ class Plan:
         0 is a base page, the zero page too, and -1 none; a page that is not collapsed keeps the order that it has.
         """
         orders = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
-        start = 0
-        for walk in self._walks:
-            walk.orders(orders[start : start + walk.ranges])
-            start += walk.ranges
+        for rows, walk in self._walks():
+            walk.orders(orders[rows])
         return orders
 
     @cached_property
     def made(self) -> NDArray[np.int8]:
         """The order of the folio that each page would be collapsed into: int8, shape as `orders`; 0 if none."""
         made = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
-        start = 0
-        for walk in self._walks:
-            walk.made(made[start : start + walk.ranges])
-            start += walk.ranges
+        for rows, walk in self._walks():
+            walk.made(made[rows])
         return made
 
     @cached_property
     def looked_at(self) -> int:
         """PTEs that one scan of all these PMD ranges reads."""
-        return sum(walk.looked_at() for walk in self._walks)
+        return sum(walk.looked_at() for _, walk in self._walks())
 
     @cached_property
     def scan_result(self) -> NDArray[np.int8]:
@@ -80,31 +96,35 @@ class Plan:
 
         SUCCEED if anything is collapsed, else what ended the scan, else the result of the last attempt, else FAIL.
         """
-        return self._joined([walk.scan_result() for walk in self._walks], np.int8)
+        return self._joined([walk.scan_result() for _, walk in self._walks()], np.int8)
 
     @cached_property
     def resident(self) -> NDArray[np.int32]:
         """Pages with contents that are mapped now, per PMD range: int32, shape (ranges,)."""
-        return self._joined([walk.resident() for walk in self._walks], np.int32)
+        return self._joined([walk.resident() for _, walk in self._walks()], np.int32)
 
-    @cached_property
+    @property
     def copied(self) -> NDArray[np.int32]:
         """Pages with contents in the collapsed runs, per PMD range: int32, shape (ranges,)."""
-        return self._joined([walk.copied_and_filled[0] for walk in self._walks], np.int32)
+        return self._copied_and_filled[0]
 
-    @cached_property
+    @property
     def filled(self) -> NDArray[np.int32]:
         """None and zero PTEs that become memory of their own, per PMD range: int32, shape (ranges,). The bloat."""
-        return self._joined([walk.copied_and_filled[1] for walk in self._walks], np.int32)
+        return self._copied_and_filled[1]
+
+    @cached_property
+    def _copied_and_filled(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        parts = [walk.copied_and_filled for _, walk in self._walks()]
+        return self._joined([copied for copied, _ in parts], np.int32), self._joined(
+            [filled for _, filled in parts], np.int32
+        )
 
     @cached_property
     def attempts(self) -> Attempts:
         """All attempts, in the kernel's order."""
-        starts = np.cumsum([0, *(walk.ranges for walk in self._walks)])
-        parts = (walk.attempts for walk in self._walks)
-        return Attempts.joined(
-            [replace(part, range=part.range + start) for part, start in zip(parts, starts, strict=False)]
-        )
+        parts = [(rows.start, walk.attempts) for rows, walk in self._walks()]
+        return Attempts.joined([replace(part, range=part.range + start) for start, part in parts])
 
     @property
     def folios(self) -> Attempts:
@@ -220,13 +240,4 @@ def plan_planes(planes: Planes, policy: Policy, rules: Rules) -> Plan:
     """Plan the collapse of PMD ranges whose planes and rules are checked already."""
     if rules.of_file:
         policy = PmdOnly()
-    ranges = planes.present.shape[0]
-    step = max(1, BLOCK_PTES >> rules.geometry.pmd_order)
-    walks = []
-    for start in range(0, ranges, step):
-        walk = Walk(planes.block(start, min(start + step, ranges)), policy, rules)
-        if ranges > step:
-            # The counts of all blocks together are as large as the planes; those of one stay in the cache.
-            walk.forget_counts()
-        walks.append(walk)
-    return Plan(policy, rules, walks)
+    return Plan(policy, rules, planes)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.admission import Admit, Candidate, collapse_batch
+from mthp.engine.checks import PolicyChecks
 from mthp.engine.filled import FilledPages
 from mthp.engine.occupancy import Bits
 from mthp.engine.policy import Policy
@@ -263,14 +264,14 @@ class _Block:
     def __init__(self, visit: Visit, job: Job, addresses: NDArray[np.uint64]) -> None:
         self._visit = visit
         self._addresses = addresses
-        self._rules = job.rules
+        self._checks = PolicyChecks(visit.policy, job.rules)
         self._columns, planes = read_planes(visit.space, job, addresses)
         if visit.policy.remembers_filled and (filled := visit.filled.of(addresses)) is not None:
             # What was unmapped since is not a page any more.
             planes = dataclasses.replace(planes, filled=filled & planes.present)
         self._planes = planes
         self._bars: dict[int, NDArray[np.int8]] = {}
-        self._walk = Walk(planes, visit.policy, self._rules)
+        self._walk = Walk(planes, self._checks)
         self._results = self._walk.scan_result()
         without_table = (self._results == ScanResult.NO_PTE_TABLE) | (self._results == ScanResult.PMD_MAPPED)
         self.progress: NDArray[np.int64] = np.where(without_table, 1, visit.geometry.ptes_per_pmd)
@@ -328,7 +329,7 @@ class _Block:
                     ended.add(row)
                     waiting.add(row)
             if barred:
-                self._walk = Walk(self._planes, policy, self._rules, barred=self._bars)
+                self._walk = Walk(self._planes, self._checks, barred=self._bars)
         with_any = {row for row, _ in admitted}
         for row in np.flatnonzero(results == ScanResult.SUCCEED).tolist():
             if row not in with_any:

@@ -9,6 +9,9 @@ instead, from the PMD order down, for all PMD ranges together, each level a few 
 (:mod:`mthp.engine.policy`); single PTEs are looked at only for runs whose counts leave open what stops them
 (:mod:`mthp.engine.checks`).
 
+Most PMD ranges become one folio, or have nothing that passes the scan. So below the PMD order the walk goes on over the
+ranges that are left alone, if they are few.
+
 One policy walks no tree. Where each run is scanned for itself, as ``per-order`` does, an order that failed once is not
 tried again in the PMD range. So the walk goes over the runs of the largest order up to the first that fails, then from
 there on over those of the next smaller order, and so on: a few operations for each order, too. (Dev Jain's series
@@ -19,23 +22,20 @@ behind the run; the simulated machine does as the series.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.columns import Table
-from mthp.engine.checks import Checks, first_hindrances
+from mthp.engine.checks import Checks, PolicyChecks, first_hindrances
 from mthp.engine.occupancy import Bits, Occupancy, Planes, Runs
-from mthp.engine.policy import Policy, Rules
+from mthp.engine.pageorders import States, repeated, states_of, write_made, write_orders
 from mthp.results import ScanResult
 
-Repeated = TypeVar("Repeated", np.bool_, np.int8)
-
-PIECE_PTES = 1 << 18
-"""Pages whose orders are written at a time: 256 KiB, so that what they are made of stays in the processor's cache."""
+REST_SHARE = 0.75
+"""If the PMD order leaves at most this share of the ranges, which is the rule, they are walked by themselves."""
 
 
 @dataclass(frozen=True)
@@ -72,58 +72,70 @@ class Level:
     succeeded: Bits
 
 
-@dataclass
 class Walk:
     """One walk over some PMD ranges. What it amounts to is made when asked for.
 
+    Args:
+        planes: of the ranges.
+        checks: what the policy walks and checks.
+        barred: by order, runs that are not to be collapsed, and the result of an attempt at them: int8
+            :class:`~mthp.results.ScanResult`, shape (ranges, runs per range), SUCCEED for those that may be.
+
     Attributes:
+        checks, barred: as given.
         ranges: how many PMD ranges.
         passed: bool, shape (ranges,): which of them the scan lets pass.
         levels: by order, what became of its runs.
+        rest: where few ranges are left below the PMD order, the rest of the walk: their indices, and a walk over them.
         occupancy: of the ranges as the policy sees them.
         there: of the ranges as they are; the same but for policies that remember what was filled.
-        barred: by order, runs that are not to be collapsed, and the result of an attempt at them: int8
-            :class:`~mthp.results.ScanResult`, shape (ranges, runs per range), SUCCEED for those that may be.
     """
 
-    planes: Planes
-    policy: Policy
-    rules: Rules
-    levels: dict[int, Level] = field(default_factory=dict)
-    barred: Mapping[int, NDArray[np.int8]] = field(default_factory=dict)
+    def __init__(
+        self, planes: Planes, checks: PolicyChecks, barred: Mapping[int, NDArray[np.int8]] | None = None
+    ) -> None:
+        there = seen = Occupancy(planes, checks.rules.geometry)
+        if checks.policy.remembers_filled and planes.filled is not None:
+            seen = Occupancy(planes.without_filled(), checks.rules.geometry)
+        self._begin(len(planes.present), there, seen, checks, barred or {})
+        self.passed = self._passed()
+        if self.policy.scans_each_run:
+            self._walk_runs(checks.orders)
+        elif checks.orders:
+            self._walk(self._pmd_order, self.passed[:, None])
 
-    def __post_init__(self) -> None:
-        self.ranges = self.planes.present.shape[0]
-        # What is there, and what the policy sees of it; one and the same but for policies that remember.
-        self.there = self.occupancy = Occupancy(self.planes, self.rules.geometry)
-        if self.policy.remembers_filled and self.planes.filled is not None:
-            self.planes = self.planes.without_filled()
-            self.occupancy = Occupancy(self.planes, self.rules.geometry)
+    def _begin(
+        self,
+        ranges: int,
+        there: Occupancy,
+        seen: Occupancy,
+        checks: PolicyChecks,
+        barred: Mapping[int, NDArray[np.int8]],
+    ) -> None:
+        self.ranges, self.there, self.occupancy, self.checks, self.barred = ranges, there, seen, checks, barred
+        self.policy, self.rules = checks.policy, checks.rules
+        self.levels: dict[int, Level] = {}
+        self.rest: tuple[NDArray[np.intp], Walk] | None = None
         self._pmd_order = self.rules.geometry.pmd_order
         self._reached: int = 0
-        self.passed = self._passed()
-        self._walk()
 
-    def forget_counts(self) -> None:
-        """Free the memory of the counts, which are made again when asked for."""
-        self.there.forget()
-        self.occupancy.forget()
+    @classmethod
+    def _rest_of(cls, walk: Walk, rows: NDArray[np.intp]) -> Walk:
+        """Return the walk over the ranges `rows` alone, from below the PMD order on."""
+        rest = cls.__new__(cls)
+        there = walk.there.chosen(rows)
+        seen = there if walk.occupancy is walk.there else walk.occupancy.chosen(rows)
+        barred = {order: results[rows] for order, results in walk.barred.items()}
+        rest._begin(len(rows), there, seen, walk.checks, barred)
+        rest._walk(rest._pmd_order - 1, np.ones((len(rows), 2), np.bool_))
+        return rest
+
+    @property
+    def planes(self) -> Planes:
+        """The planes of the ranges as the policy sees them."""
+        return self.occupancy.planes
 
     # The scan of whole PMD ranges.
-
-    def _scan_checks(self) -> Checks | None:
-        """What ends the scan of a PMD range; None if the policy has no such scan, or does not run."""
-        rules, policy = self.rules, self.policy
-        limits = policy.scan_limits(rules) if policy.orders_walked(rules) else None
-        if limits is None:
-            return None
-        return Checks(
-            limits,
-            zero_none_if_armed=policy.scan_honours_uffd(rules),
-            uffd=True,
-            lazyfree=not rules.forced,
-            references=0 if rules.forced else rules.geometry.ptes_per_pmd // 2,
-        )
 
     def _passed(self) -> Bits:
         """Which PMD ranges the scan lets pass: bool, shape (ranges,)."""
@@ -131,7 +143,7 @@ class Walk:
         passed: Bits = (whole.occupied + whole.swap)[:, 0] > 0
         if self.planes.pmd_mapped is not None:
             passed &= ~self.planes.pmd_mapped
-        checks = self._scan_checks()
+        checks = self.checks.scan
         stopped = None if checks is None else self._stopped_by_counts(whole, checks)
         return passed if stopped is None else passed & ~stopped[:, 0]
 
@@ -139,13 +151,13 @@ class Walk:
         """What the scan says of each PMD range: int8 ScanResult, shape (ranges,), SUCCEED where the walk began."""
         result: NDArray[np.int8] = np.full(self.ranges, ScanResult.SUCCEED, np.int8)
         rows = np.flatnonzero(~self.passed)
-        if (checks := self._scan_checks()) is not None:
+        if (checks := self.checks.scan) is not None:
             result[rows] = first_hindrances(self.planes, self._pmd_order, rows, np.zeros_like(rows), checks)
         whole = self.occupancy.runs(self._pmd_order)
         empty = (whole.occupied + whole.swap)[:, 0] == 0
         zero = self.occupancy.count("zero", self._pmd_order)[:, 0] > 0
         result[empty & ~zero] = ScanResult.NO_PTE_TABLE
-        if self.policy.orders_walked(self.rules):
+        if self.checks.orders:
             result[empty & zero] = ScanResult.EXCEED_NONE_PTE
         if self.planes.pmd_mapped is not None:
             result[self.planes.pmd_mapped] = ScanResult.PMD_MAPPED
@@ -163,29 +175,31 @@ class Walk:
 
     # The walk, level by level.
 
-    def _walk(self) -> None:
-        orders = self.policy.orders_walked(self.rules)
-        if self.policy.scans_each_run:
-            self._walk_runs(orders)
-            return
-        if not orders:
-            return
-        reached: Bits = self.passed[:, None]
-        for order in range(self._pmd_order, orders[-1] - 1, -1):
+    def _walk(self, first: int, reached: Bits) -> None:
+        """Walk from the order `first` down, of whose runs those `reached` are looked at."""
+        orders = self.checks.orders
+        for order in range(first, orders[-1] - 1, -1):
             if order in orders:
-                reached = self._step(order, reached)
-            if order == orders[-1] or not reached.any():
+                attempted, succeeded, skipped = self._tried(order, reached)
+                self.levels[order] = Level(attempted, succeeded)
+                if order == orders[-1]:
+                    break
+                reached = self._onward(order, reached, self.levels[order], skipped)
+            left = np.count_nonzero(reached)
+            if not left:
                 break
-            reached = _repeated(reached, 1)
+            if order == self._pmd_order and left <= REST_SHARE * self.ranges:
+                rows = np.flatnonzero(reached)
+                self.rest = rows, self._rest_of(self, rows)
+                break
+            reached = repeated(reached)
 
-    def _step(self, order: int, reached: Bits) -> Bits:
-        """Try the `reached` runs of `order`; give those whose halves are looked at next."""
-        attempted, succeeded, skipped = self._tried(order, reached)
-        self.levels[order] = Level(attempted, succeeded)
+    def _onward(self, order: int, reached: Bits, level: Level, skipped: Bits | None) -> Bits:
+        """Return which of the `reached` runs of `order` have their halves looked at next."""
         # a > b of two bools is a & ~b, in one operation.
-        onward: Bits = np.greater(reached, succeeded)
-        if order == self._pmd_order and self.policy.fail_ends_range and self.planes.guard is not None:
-            onward &= ~self._fails(order, attempted & (self.occupancy.count("guard", order) > 0))
+        onward: Bits = np.greater(reached, level.succeeded)
+        if order == self._pmd_order and self.policy.fail_ends_range and "guard" in self.occupancy.given:
+            onward &= ~self._fails(order, level.attempted & (self.occupancy.count("guard", order) > 0))
         return onward if skipped is None or self.policy.halves_after_failure else onward & ~skipped
 
     def _tried(self, order: int, reached: Bits) -> tuple[Bits, Bits, Bits | None]:
@@ -216,7 +230,7 @@ class Walk:
             before = number < first[:, None]
             tried = done & before
             at = first << order
-            if self.planes.guard is not None:
+            if "guard" in self.occupancy.given:
                 # A guard marker passes the scan of a run as a swap entry, and makes the attempt fail.
                 guarded = self.occupancy.count("guard", order) > 0
                 failed = self._fails(order, attempted & guarded & (number == first[:, None]))
@@ -230,7 +244,7 @@ class Walk:
         """Which of the `attempted` runs of `order` end in FAIL, which nothing but a look at their PTEs tells."""
         failed: Bits = attempted.copy()
         rows, indices = np.nonzero(attempted)
-        checks = self.attempt_checks(order)
+        checks = self.checks.attempt(order)
         results = first_hindrances(self.planes, order, rows, indices << order, checks)
         failed[rows, indices] = results == ScanResult.FAIL
         return failed
@@ -240,7 +254,7 @@ class Walk:
 
         None stands for "none of them".
         """
-        checks = self.attempt_checks(runs.order)
+        checks = self.checks.attempt(runs.order)
         other = self._stopped_by_counts(runs, checks)
         largest = runs.largest_folio
         if largest is None or checks.large is None:
@@ -255,23 +269,6 @@ class Walk:
             skipped[rows, indices] = results == ScanResult.PTE_MAPPED_HUGEPAGE
         return hindered, skipped
 
-    def attempt_checks(self, order: int) -> Checks:
-        """What is checked of a run of `order`: by isolation, or by the run's own scan, under the policy's limits."""
-        rules = self.rules
-        size = 1 << order
-        own_scan = self.policy.scans_each_run
-        return Checks(
-            self.policy.attempt_limits(order, rules),
-            uffd=own_scan,
-            lazyfree=own_scan and not rules.forced,
-            large=order if order < self._pmd_order else None,
-            large_first=self.policy.large_before_shared,
-            page=rules.forced and self.policy.leaves_empty_runs,
-            swap_in=not own_scan,
-            guard=True,
-            references=0 if rules.forced else size // 2 if own_scan else 1,
-        )
-
     def _stopped_by_counts(self, runs: Runs, checks: Checks) -> Bits | None:
         """Which runs anything but a large folio stops; None if no run can be stopped."""
         stopped: Bits | None = None
@@ -281,70 +278,53 @@ class Walk:
 
     def _stops(self, runs: Runs, checks: Checks) -> Iterator[Bits]:
         """Yield the runs that each hindrance but a large folio stops."""
-        planes, count = self.planes, self.occupancy.count
+        given, count = self.occupancy.given, self.occupancy.count
         if checks.limits.none < runs.size:
-            contents = runs.occupied if planes.swap is None else runs.occupied + runs.swap
+            contents = runs.occupied + runs.swap if "swap" in given else runs.occupied
             yield contents < runs.size - checks.limits.none
-        if checks.zero_none_if_armed and planes.uffd_armed is not None:
-            yield planes.uffd_armed[:, None] & (runs.none_or_zero > 0)
-        if planes.swap is not None and checks.limits.swap < runs.size:
+        armed = self.planes.uffd_armed if "uffd_armed" in given and checks.zero_none_if_armed else None
+        if armed is not None:
+            yield armed[:, None] & (runs.none_or_zero > 0)
+        if "swap" in given and checks.limits.swap < runs.size:
             yield runs.swap > checks.limits.swap
-        if planes.shared is not None and checks.limits.shared < runs.size:
+        if "shared" in given and checks.limits.shared < runs.size:
             yield runs.shared > checks.limits.shared
-        if checks.guard and planes.guard is not None:
+        if checks.guard and "guard" in given:
             yield count("guard", runs.order) > 0
-        if checks.uffd and planes.uffd is not None:
+        if checks.uffd and "uffd" in given:
             yield count("uffd", runs.order) > 0
-        if checks.lazyfree and planes.lazyfree is not None:
+        if checks.lazyfree and "lazyfree" in given:
             yield count("lazyfree", runs.order) > 0
         if checks.page:
-            yield (runs.occupied == 0) if planes.swap is None else (runs.occupied + runs.swap == 0)
+            yield (runs.occupied + runs.swap == 0) if "swap" in given else (runs.occupied == 0)
         if checks.references:
             # A run that may not be filled throughout has a page; it is referenced unless pages say otherwise.
-            if checks.limits.none >= runs.size - 1 or planes.unreferenced is not None or planes.swap is not None:
+            if checks.limits.none >= runs.size - 1 or "unreferenced" in given or "swap" in given:
                 yield runs.referenced == 0
-            if planes.swap is not None and checks.references > 1:
+            if "swap" in given and checks.references > 1:
                 yield (runs.swap > 0) & (runs.referenced < checks.references)
 
     # What the walk amounts to, made when asked for.
 
     def orders(self, out: NDArray[np.int8]) -> None:
         """Write the order of each page's folio afterwards to `out`: int8, shape (ranges, ptes_per_pmd)."""
-        # All values are one higher until the end, so that 0 stands for "none", and "not collapsed".
+        write_orders(self._states(), self.there.packed_present(), out, self.rules.geometry)
         planes = self.there.planes
-        for rows, collapsed in self._collapsed_in_pieces():
-            piece = planes.chosen(rows)
-            now = piece.present.view(np.int8)
-            if piece.folio_order is not None:
-                now = now + piece.occupied * piece.folio_order
-            np.maximum(now, collapsed, out=collapsed)
-            np.subtract(collapsed, 1, out=out[rows])
+        if planes.folio_order is not None:
+            np.maximum(out, planes.present + planes.occupied * planes.folio_order - 1, out=out)
 
     def made(self, out: NDArray[np.int8]) -> None:
         """Write the order of the folio that each page would be collapsed into, 0 if none, to `out`: int8, as above."""
-        for rows, collapsed in self._collapsed_in_pieces():
-            np.subtract(collapsed, collapsed != 0, out=out[rows])
+        write_made(self._states(), out, self.rules.geometry)
 
-    def _collapsed_in_pieces(self) -> Iterator[tuple[slice, NDArray[np.int8]]]:
-        """Yield some PMD ranges, and one more than the order of the folio that each page is collapsed into, 0 if none.
-
-        They are few enough that what is made of their pages stays in the processor's caches.
-        """
-        smallest = min(self.levels, default=self._pmd_order)
-        collapsed: NDArray[np.int8] = np.zeros((self.ranges, 1), np.int8)
-        for order in range(self._pmd_order, smallest - 1, -1):
-            if order in self.levels:
-                collapsed |= self.levels[order].succeeded.view(np.int8) * np.int8(order + 1)
-            if order > smallest:
-                collapsed = _repeated(collapsed, 1)
-        step = max(1, PIECE_PTES >> self._pmd_order)
-        for start in range(0, self.ranges, step):
-            rows, order = slice(start, start + step), smallest
-            pages = collapsed[rows]
-            for shift in (3, 2, 1):
-                while order >= shift:
-                    pages, order = _repeated(pages, shift), order - shift
-            yield rows, pages
+    def _states(self) -> States:
+        """Return how each eight pages are collapsed."""
+        collapsed = {order: level.succeeded for order, level in self.levels.items()}
+        states = states_of(collapsed, self.ranges, self.rules.geometry)
+        if self.rest is not None:
+            rows, walk = self.rest
+            states[rows] |= walk._states()
+        return states
 
     def resident(self) -> NDArray[np.int32]:
         """Present, non-zero pages: int32, shape (ranges,)."""
@@ -359,7 +339,12 @@ class Walk:
             contents = runs.occupied + runs.swap
             copied += (contents * level.succeeded).sum(axis=1, dtype=np.int32)
             pages += level.succeeded.sum(axis=1, dtype=np.int32) << order
-        return copied, pages - copied
+        filled = pages - copied
+        if self.rest is not None:
+            rows, walk = self.rest
+            copied[rows] += walk.copied_and_filled[0]
+            filled[rows] += walk.copied_and_filled[1]
+        return copied, filled
 
     @cached_property
     def attempts(self) -> Attempts:
@@ -371,7 +356,7 @@ class Walk:
             results: NDArray[np.int8] = np.full(len(rows), ScanResult.SUCCEED, np.int8)
             failed = np.flatnonzero(~level.succeeded[rows, indices])
             results[failed] = first_hindrances(
-                self.planes, order, rows[failed], offsets[failed], self.attempt_checks(order)
+                self.planes, order, rows[failed], offsets[failed], self.checks.attempt(order)
             )
             if (barred := self.barred.get(order)) is not None:
                 free = failed[results[failed] == ScanResult.SUCCEED]
@@ -386,6 +371,9 @@ class Walk:
                     results,
                 )
             )
+        if self.rest is not None:
+            rows, walk = self.rest
+            parts.append(replace(walk.attempts, range=rows[walk.attempts.range]))
         attempts = Attempts.joined(parts)
         return attempts[np.lexsort((-attempts.order, attempts.offset, attempts.range))]
 
@@ -398,29 +386,14 @@ class Walk:
         tried = self.attempts
         # Of several values stored at one place the last one stays: the last attempt's.
         result[tried.range] = tried.result
-        for level in self.levels.values():
-            result[level.succeeded.any(axis=1)] = ScanResult.SUCCEED
+        result[tried.succeeded.range] = ScanResult.SUCCEED
         return result
 
     def _add_run_scans(self, result: NDArray[np.int8]) -> None:
         """Say what stopped the last run that was scanned, where the rest of a PMD range was given up."""
         smallest = min(self.levels)
         rows = np.flatnonzero((self.given_up < self.rules.geometry.ptes_per_pmd) & (result == ScanResult.FAIL))
-        stopped = first_hindrances(self.planes, smallest, rows, self.given_up[rows], self.attempt_checks(smallest))
+        stopped = first_hindrances(self.planes, smallest, rows, self.given_up[rows], self.checks.attempt(smallest))
         # A run that nothing hinders was not full enough for its policy, and so not scanned.
         stopped[stopped == ScanResult.SUCCEED] = ScanResult.FAIL
         result[rows] = stopped
-
-
-_WIDE = {1: np.uint16, 2: np.uint32, 3: np.uint64}
-
-
-def _repeated(runs: NDArray[Repeated], shift: int) -> NDArray[Repeated]:
-    """Every element of each row 2**shift times: the runs of an order, as those of `shift` orders below. Up to 3.
-
-    Through the product of a wide word, because ``np.repeat`` is slow for small repeats.
-    """
-    wide = _WIDE[shift]
-    product = np.ascontiguousarray(runs).view(np.uint8).astype(wide)
-    product *= wide((1 << 8 * (1 << shift)) // 255)
-    return product.view(runs.dtype)
