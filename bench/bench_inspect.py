@@ -89,7 +89,7 @@ def main() -> None:
     with target(SIZE, mmap.PAGESIZE) as pid:
         bare = BareReads(pid, *largest_mapping(pid))
         with open_live(pid) as space:
-            show("inspect of 1 GiB in 4 KiB pages / its bare reads", paired(lambda: take_census(space), bare), 1.5)
+            show("inspect of 1 GiB in 4 KiB pages / its bare reads", paired(lambda: take_census(space), bare), 1.3)
         show_peak("1 GiB of 4 KiB pages", pid)
     with target(64 << 40, 64 << 30) as pid:
         show_peak("64 TiB mapped, 1024 pages touched", pid)

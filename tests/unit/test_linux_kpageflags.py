@@ -59,10 +59,22 @@ def test_every_frame_has_the_order_of_its_folio(
     reader.close()
 
 
+@pytest.mark.parametrize("at", [1 << 10, 5 << 8])
+def test_a_folio_that_no_sample_shows_has_its_order(tmp_path: Path, at: int) -> None:
+    truth = lay_out(tmp_path / "kpageflags", [0] * at + [4, 0, 3])
+    pfns = np.random.default_rng(at).permutation(MEMORY).astype(np.uint64)
+    pfns = np.concatenate([np.repeat(np.uint64(1), 2 * MEMORY), pfns[: MEMORY // 2]])
+    reader = FolioReader(9, str(tmp_path / "kpageflags"))
+    flags, orders = reader.read(pfns)
+    assert orders.tolist() == truth[pfns].tolist()
+    assert flags.tolist() == np.fromfile(tmp_path / "kpageflags", np.uint64)[pfns].tolist()
+    reader.close()
+
+
 def test_frames_beyond_memory_are_no_pages(tmp_path: Path) -> None:
     lay_out(tmp_path / "kpageflags", [0])
     reader = FolioReader(9, str(tmp_path / "kpageflags"))
-    pfns = np.array([MEMORY - 1, MEMORY, MEMORY + 100_000, 1 << 45], np.uint64)
+    pfns = np.array([MEMORY - 1, MEMORY, MEMORY + 100_000, 1 << 44], np.uint64)
     flags, orders = reader.read(pfns)
     assert ((flags & np.uint64(abi.KPF_NOPAGE)) != 0).tolist() == [False, True, True, True]
     assert orders.tolist() == [0, 0, 0, 0]

@@ -5,13 +5,16 @@ The file is an array with one 64-bit word for every page frame of the machine. R
 one, and not by reading everything from the lowest to the highest either. Instead:
 
 1. Frames are put into *chunks* of 2**shift frames, naturally aligned. A table with one cell per chunk is marked with a
-   single NumPy assignment; that takes a tenth of the time of sorting the frames. The marked cells are the chunks to
-   read, neighbours in one call.
+   single NumPy assignment. The marked cells are the chunks to read, neighbours in one call.
 2. The largest chunk has the size of a PMD range. If the marked chunks hold many more frames than are wanted, the
    marked ones are divided into smaller chunks, as long as words saved are worth more than calls added.
 3. Large reads are shared out among a few threads: nearly all of the time is spent in the kernel, which takes no lock
    for it, and Python lets other threads run meanwhile.
 4. Flags are picked out of the buffer at the place of each frame.
+
+Chunks are what folios are measured in. Most memory has none but base pages, and needs no chunks: if a few of its frames
+show no folio, the frames are sorted and read as they lie, gaps included that are read faster than a new call is made.
+Only those that turn out to lie in folios are looked up in chunks.
 
 The order of a folio is not a field of the word: a folio is a head followed by its tails. It is naturally aligned, so
 a folio smaller than a chunk lies whole within one, and its order is the distance from its head to the next page that
@@ -25,36 +28,26 @@ of the new owner. Nothing here can see that; whoever acts on it checks again at 
 
 from __future__ import annotations
 
-import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.linux import abi
+from mthp.linux.framewords import BLOCK_FRAMES, SECONDS_PER_CALL, SECONDS_PER_WORD, Frames, FrameWords, Words
 from mthp.ptes import ORDER_UNKNOWN, Pte
 
 KPAGEFLAGS = "/proc/kpageflags"
-KPAGECOUNT = "/proc/kpagecount"
 
-_BLOCK_FRAMES = 1 << 18
 _LARGEST_TABLE = 1 << 24
 _SMALLER_SHIFTS = (9, 3)
 _LARGEST_ORDER = 24
 
-_SECONDS_PER_CALL = 1.1e-6
-_SECONDS_PER_WORD = 0.098e-6
 _SECONDS_PER_DIVISION = 10e-9
 """What dividing the chunks costs, per frame wanted."""
 
-_MOST_THREADS = 4
-_FEWEST_WORDS_A_THREAD = 1 << 14
-"""About 1.5 milliseconds of reading, a good deal more than it takes to start a thread."""
-
-_FEWEST_WORDS_A_CALL = 1 << 5
-"""Shorter calls leave the interpreter little time between them in which it could serve another thread."""
+_SAMPLE = 64
+"""Frames that are looked at to see whether memory has folios; if they show none, it has few."""
 
 _OPEN = -3
 """In an array of orders: the folio fills its chunk, and may be larger."""
@@ -64,8 +57,6 @@ _TAIL = np.uint64(abi.KPF_COMPOUND_TAIL)
 _ANON_MEMBER = np.uint64(abi.KPF_ANON | abi.KPF_SWAPBACKED | abi.KPF_COMPOUND_TAIL)
 _LAZYFREE_MASK = np.uint64(abi.KPF_ANON | abi.KPF_SWAPBACKED | abi.KPF_HUGE | abi.KPF_KSM)
 
-_Frames = NDArray[np.int64]
-_Words = NDArray[np.uint64]
 _Orders = NDArray[np.int8]
 
 
@@ -80,8 +71,8 @@ class _Chunks:
     """
 
     shift: int
-    ids: _Frames
-    index: _Frames
+    ids: Frames
+    index: Frames
 
     @property
     def words(self) -> int:
@@ -90,12 +81,12 @@ class _Chunks:
 
     def seconds(self) -> float:
         """Estimated time to read them."""
-        return self.words * _SECONDS_PER_WORD + len(_runs(self.ids)[0]) * _SECONDS_PER_CALL
+        return self.words * SECONDS_PER_WORD + len(_runs(self.ids)[0]) * SECONDS_PER_CALL
 
     def closed(self) -> _Chunks:
         """These and the chunks between any two whose gap is read faster than a new call is made."""
         between = np.diff(self.ids, append=self.ids[-1:] + 1) - 1
-        between[(between << self.shift) * _SECONDS_PER_WORD > _SECONDS_PER_CALL] = 0
+        between[(between << self.shift) * SECONDS_PER_WORD > SECONDS_PER_CALL] = 0
         if not between.any():
             return self
         before = np.cumsum(between) - between
@@ -104,7 +95,7 @@ class _Chunks:
         ids = np.arange(place[-1] + 1) + np.repeat(self.ids - place, between + 1)
         return _Chunks(self.shift, ids, place[self.index])
 
-    def divided(self, frames: _Frames, shift: int) -> _Chunks:
+    def divided(self, frames: Frames, shift: int) -> _Chunks:
         """The same frames in smaller chunks of 2**shift frames."""
         bits = self.shift - shift
         # Number the small chunks within the chosen large ones only, so that the table stays small.
@@ -112,8 +103,8 @@ class _Chunks:
         return _Chunks(shift, self.ids[distinct >> bits] << bits | distinct & (1 << bits) - 1, index)
 
 
-class FolioReader:
-    """Reads ``/proc/kpageflags``, or with :meth:`words` ``/proc/kpagecount``. Several threads may use one at once.
+class FolioReader(FrameWords):
+    """Reads ``/proc/kpageflags``. Several threads may use one at once.
 
     Args:
         pmd_order: PMD order of the machine; the size of the largest chunk.
@@ -124,18 +115,11 @@ class FolioReader:
     """
 
     def __init__(self, pmd_order: int, path: str = KPAGEFLAGS) -> None:
+        super().__init__(path)
         self._top = pmd_order
         self._shifts = (pmd_order, *(shift for shift in _SMALLER_SHIFTS if shift < pmd_order))
-        self._threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def close(self) -> None:
-        """Close the file. Closing twice does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
-
-    def read(self, pfns: _Words) -> tuple[_Words, _Orders]:
+    def read(self, pfns: Words) -> tuple[Words, _Orders]:
         """Flags, and the order of the folio, of each of `pfns`.
 
         Args:
@@ -149,23 +133,13 @@ class FolioReader:
         frames = pfns.view(np.int64)
         flags = np.empty(len(frames), np.uint64)
         orders = np.empty(len(frames), np.int8)
-        for at in range(0, len(frames), _BLOCK_FRAMES):
-            block = slice(at, at + _BLOCK_FRAMES)
-            self._read(frames[block], self._shifts, flags[block], orders[block])
+        for at in range(0, len(frames), BLOCK_FRAMES):
+            block = slice(at, at + BLOCK_FRAMES)
+            if self._shows_folios(frames[block]):
+                self._read(frames[block], self._shifts, flags[block], orders[block])
+            else:
+                self._read_small(frames[block], flags[block], orders[block])
         return flags, orders
-
-    def words(self, pfns: _Words) -> _Words:
-        """The bare words of `pfns`, without orders: uint64, shape (frames,). Also for the other files of this form."""
-        frames = pfns.view(np.int64)
-        words = np.empty(len(frames), np.uint64)
-        for at in range(0, len(frames), _BLOCK_FRAMES):
-            block = slice(at, at + _BLOCK_FRAMES)
-            self._gather(frames[block], self._shifts, words[block])
-        return words
-
-    def words_at(self, pfns: _Words) -> _Words:
-        """The flags of each of `pfns`, one call for each: uint64, shape (frames,). For few frames, far apart."""
-        return np.fromiter((self.word(pfn) for pfn in pfns.tolist()), np.uint64, len(pfns))
 
     def folio_of(self, pfn: int) -> tuple[int, int]:
         """First frame and order of the folio that `pfn` lies in, found by following it, at any size.
@@ -188,7 +162,22 @@ class FolioReader:
             order += 1
         return head, order
 
-    def _read(self, frames: _Frames, shifts: tuple[int, ...], flags: _Words, orders: _Orders) -> None:
+    def _shows_folios(self, frames: Frames) -> bool:
+        """Whether some of `frames`, evenly chosen, lie in large folios."""
+        step = max(1, len(frames) // _SAMPLE)
+        return any(self.word(pfn) & (abi.KPF_COMPOUND_HEAD | abi.KPF_COMPOUND_TAIL) for pfn in frames[::step].tolist())
+
+    def _read_small(self, frames: Frames, flags: Words, orders: _Orders) -> None:
+        """Fill in `flags` and `orders` of `frames`, few or none of which lie in large folios."""
+        self._read_words(frames, flags)
+        orders[:] = 0
+        members = np.flatnonzero(flags & (_HEAD | _TAIL))
+        if len(members):
+            some_flags, some_orders = flags[members], orders[members]
+            self._read(frames[members], self._shifts, some_flags, some_orders)
+            flags[members], orders[members] = some_flags, some_orders
+
+    def _read(self, frames: Frames, shifts: tuple[int, ...], flags: Words, orders: _Orders) -> None:
         """Fill in `flags` and `orders` of `frames`, with chunks of one of the sizes `shifts`, largest first."""
         buffer, shift, place = self._gather(frames, shifts, flags)
         if not int(np.bitwise_or.reduce(flags)) & (abi.KPF_COMPOUND_HEAD | abi.KPF_COMPOUND_TAIL):
@@ -198,16 +187,17 @@ class FolioReader:
         self._close_open(frames, shifts, shift, flags, orders)
         _give_tails_swapbacked(buffer, shift, place, flags, orders)
 
-    def _gather(self, frames: _Frames, shifts: tuple[int, ...], words: _Words) -> tuple[_Words, int, NDArray[np.int64]]:
+    def _gather(self, frames: Frames, shifts: tuple[int, ...], words: Words) -> tuple[Words, int, NDArray[np.int64]]:
         """Fill in the `words` of `frames`; give the buffer that was read, its shift, and the places in it."""
         chunks = self._choose(frames, shifts)
-        buffer = self._load(chunks)
+        starts, ends = _runs(chunks.ids)
+        buffer = self._load(chunks.ids[starts] << chunks.shift, (ends - starts) << chunks.shift)
         place = chunks.index << chunks.shift
         place |= frames & (1 << chunks.shift) - 1
         buffer.take(place, out=words)
         return buffer, chunks.shift, place
 
-    def _close_open(self, frames: _Frames, shifts: tuple[int, ...], shift: int, flags: _Words, orders: _Orders) -> None:
+    def _close_open(self, frames: Frames, shifts: tuple[int, ...], shift: int, flags: Words, orders: _Orders) -> None:
         """Find the orders that are open after reading with chunks of `shift`, in place."""
         still_open = np.flatnonzero(orders == _OPEN)
         if not len(still_open):
@@ -219,7 +209,7 @@ class FolioReader:
         else:
             orders[still_open] = self._follow(frames[still_open])
 
-    def _follow(self, frames: _Frames) -> _Orders:
+    def _follow(self, frames: Frames) -> _Orders:
         """Orders of `frames` whose folios fill the largest chunk, one search for each folio."""
         ids, index = _distinct(frames >> self._top)
         orders = np.empty(len(ids), np.int8)
@@ -231,12 +221,12 @@ class FolioReader:
             orders[at] = order if order >= self._top else ORDER_UNKNOWN
         return orders[index]
 
-    def _choose(self, frames: _Frames, shifts: tuple[int, ...]) -> _Chunks:
+    def _choose(self, frames: Frames, shifts: tuple[int, ...]) -> _Chunks:
         """The chunks that `frames` are read in the least time with."""
         chunks = _Chunks(shifts[0], *_distinct(frames >> shifts[0]))
         seconds = chunks.seconds()
         for shift in shifts[1:]:
-            spared = (chunks.words - len(frames)) * _SECONDS_PER_WORD
+            spared = (chunks.words - len(frames)) * SECONDS_PER_WORD
             if spared < len(frames) * _SECONDS_PER_DIVISION:
                 break
             smaller = chunks.divided(frames, shift).closed()
@@ -245,43 +235,8 @@ class FolioReader:
             chunks, seconds = smaller, smaller.seconds()
         return chunks
 
-    def _load(self, chunks: _Chunks) -> _Words:
-        """The words of `chunks`, one after another: uint64, shape (chunks << shift,)."""
-        buffer = np.empty(chunks.words, np.uint64)
-        share = -(-len(chunks.ids) // self._threads)
-        words_a_call = chunks.words // max(1, len(_runs(chunks.ids)[0]))
-        if share << chunks.shift < _FEWEST_WORDS_A_THREAD or words_a_call < _FEWEST_WORDS_A_CALL:
-            self._load_part(chunks, 0, len(chunks.ids), buffer)
-            return buffer
-        with ThreadPoolExecutor(self._threads) as pool:
-            starts = range(0, len(chunks.ids), share)
-            parts = [pool.submit(self._load_part, chunks, at, at + share, buffer) for at in starts]
-        for part in parts:
-            part.result()
-        return buffer
 
-    def _load_part(self, chunks: _Chunks, begin: int, stop: int, buffer: _Words) -> None:
-        """Read the chunks from `begin` to `stop` (exclusive) into their place in `buffer`."""
-        ids = chunks.ids[begin:stop]
-        starts, ends = _runs(ids)
-        size = abi.PM_ENTRY_BYTES << chunks.shift
-        # A slice of a memoryview is made faster than one of an array, and there are many.
-        memory = buffer.view(np.uint8).data
-        offsets = ids[starts] * size
-        starts, ends = (starts + begin) * size, (ends + begin) * size
-        for start, end, offset in zip(starts.tolist(), ends.tolist(), offsets.tolist(), strict=True):
-            while start < end and (got := os.preadv(self._fd, [memory[start:end]], offset)):
-                start, offset = start + got, offset + got
-            # What is not there lies beyond the last frame of memory: the memory of a device.
-            buffer[start // abi.PM_ENTRY_BYTES : end // abi.PM_ENTRY_BYTES] = abi.KPF_NOPAGE
-
-    def word(self, pfn: int) -> int:
-        """The bare word of one frame; KPF_NOPAGE where there is no memory."""
-        text = os.pread(self._fd, abi.PM_ENTRY_BYTES, pfn * abi.PM_ENTRY_BYTES)
-        return int.from_bytes(text, sys.byteorder) if text else abi.KPF_NOPAGE
-
-
-def states_of(flags: _Words) -> NDArray[np.uint16]:
+def states_of(flags: Words) -> NDArray[np.uint16]:
     """What kpageflags words say, as bits of :class:`~mthp.ptes.Pte`: uint16, the shape of `flags`.
 
     ZERO, HUGETLB, SHARED (a KSM page) and LAZYFREE: anonymous and not backed by swap (folio_mark_lazyfree, mm/swap.c).
@@ -300,13 +255,13 @@ def states_of(flags: _Words) -> NDArray[np.uint16]:
     return state
 
 
-def _runs(ids: _Frames) -> tuple[_Frames, _Frames]:
+def _runs(ids: Frames) -> tuple[Frames, Frames]:
     """Runs of neighbouring chunks: positions in `ids` of their starts, and of their ends (exclusive)."""
     breaks = np.flatnonzero(np.diff(ids) != 1) + 1
     return np.concatenate(([0], breaks)), np.concatenate((breaks, [len(ids)]))
 
 
-def _distinct(values: _Frames) -> tuple[_Frames, NDArray[np.int64]]:
+def _distinct(values: Frames) -> tuple[Frames, NDArray[np.int64]]:
     """The different `values`, ascending, and for each value its position among them; both int64."""
     if not len(values):
         return values, values
@@ -324,7 +279,7 @@ def _distinct(values: _Frames) -> tuple[_Frames, NDArray[np.int64]]:
     return distinct + low, slots[values]
 
 
-def _orders_in(buffer: _Words, shift: int) -> _Orders:
+def _orders_in(buffer: Words, shift: int) -> _Orders:
     """The order of the folio of every page in a buffer of whole chunks, `_OPEN` where the folio fills its chunk."""
     orders = np.zeros(len(buffer), np.int8)
     # Most memory is base pages, which need no more looking at.
@@ -344,9 +299,7 @@ def _orders_in(buffer: _Words, shift: int) -> _Orders:
     return orders
 
 
-def _give_tails_swapbacked(
-    buffer: _Words, shift: int, place: NDArray[np.int64], flags: _Words, orders: _Orders
-) -> None:
+def _give_tails_swapbacked(buffer: Words, shift: int, place: NDArray[np.int64], flags: Words, orders: _Orders) -> None:
     """Give anonymous tails the SWAPBACKED bit of their head: before Linux 6.16 they show flags of their own.
 
     Folios larger than a chunk have had it from the larger chunk that they were looked up in.

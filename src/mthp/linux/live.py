@@ -21,9 +21,10 @@ from mthp.geometry import Geometry
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
+from mthp.linux.framewords import KPAGECOUNT, FrameWords
 from mthp.linux.freememory import free_beyond_reserve
 from mthp.linux.headroom import memory_bounds
-from mthp.linux.kpageflags import KPAGECOUNT, KPAGEFLAGS, FolioReader
+from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.madvise import Madvise
 from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
@@ -185,7 +186,7 @@ class LiveAddressSpace(ProcessSpace):
             raise NotPermittedError("how often a page is mapped cannot be seen", help=NO_PFNS)
         counts = np.zeros(len(columns.pfn), np.int64)
         present = np.flatnonzero(columns.pfn)
-        reader = FolioReader(self._geometry.pmd_order, KPAGECOUNT)
+        reader = FrameWords(KPAGECOUNT)
         try:
             counts[present] = reader.words(columns.pfn[present]).view(np.int64)
         finally:
