@@ -7,7 +7,8 @@ functions, which return what holds for every other backend.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace
 from mthp.budget import MemoryBound
 from mthp.errors import UnsupportedError
+from mthp.heat import Heat, HeatRequest, parse_heat
+from mthp.heatfile import read_heat
 from mthp.means import Means
 from mthp.ptes import Pte, PteColumns, Segment
 from mthp.segments import in_blocks, in_range_blocks
@@ -220,6 +223,56 @@ def zero_filled(space: AddressSpace, columns: PteColumns) -> NDArray[np.bool_]:
     raise UnsupportedError(
         f"{space.label} has no contents, so it cannot tell pages of nothing but zeroes",
         help="ask it of the running process",
+    )
+
+
+@runtime_checkable
+class HeatMeasured(Protocol):
+    """An address space whose accesses can be seen as they happen."""
+
+    def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
+        """Return what is accessed from now on, for the time that `request` names; less once `stop` returns True.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+            UnsupportedError: nothing here measures it, or not the source that `request` names.
+            NotPermittedError: these rights do not suffice.
+        """
+
+
+@runtime_checkable
+class HeatRecorded(Protocol):
+    """An address space that was recorded, and its heat perhaps with it."""
+
+    @property
+    def recorded_heat(self) -> Heat | None:
+        """The accesses that were seen when it was recorded; None if none were."""
+
+
+AnyHeat = Heat | HeatRequest | str | os.PathLike[str] | None
+"""Heat, or where it is to come from: a text is what ``--heat`` takes."""
+
+
+def heat_of(space: AddressSpace, wanted: AnyHeat = None, stop: Callable[[], bool] = lambda: False) -> Heat | None:
+    """Return the heat of `space`: what was recorded with it, unless something else is `wanted`; None if there is none.
+
+    Raises:
+        UsageError: not a source of heat, or a file that cannot be read.
+        UnsupportedError: `space` is no live process, so that nothing can be measured; otherwise as
+            :meth:`HeatMeasured.measure_heat`.
+    """
+    if isinstance(wanted, Heat):
+        return wanted
+    if wanted is None:
+        return space.recorded_heat if isinstance(space, HeatRecorded) else None
+    request = wanted if isinstance(wanted, HeatRequest) else parse_heat(wanted)
+    if request.path:
+        return read_heat(request.path)
+    if isinstance(space, HeatMeasured):
+        return space.measure_heat(request, stop)
+    raise UnsupportedError(
+        f"{space.label} is not a live process, so its accesses cannot be measured",
+        help="leave heat out: what was recorded is used; or name a file of heat",
     )
 
 

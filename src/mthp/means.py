@@ -26,6 +26,7 @@ class Means:
     Attributes:
         mechanism: what collapses them; see :data:`Mechanism`.
         max_bloat: by how much resident memory may grow, in bytes or as a share of what is resident; None for no bound.
+        max_copied: bytes that may be copied, or a share of what is resident; None for no bound.
         reserve: what must stay free below every memory limit of the target, in bytes or as a share of the limit; None
             for the default (:func:`mthp.budget.kept_free`).
         max_threads: refuse to move memory of a target with more threads; None for what `max_pause` allows
@@ -42,6 +43,7 @@ class Means:
 
     mechanism: Mechanism = "auto"
     max_bloat: Amount | int | None = DEFAULT_BLOAT
+    max_copied: Amount | int | None = None
     reserve: Amount | int | None = None
     max_threads: int | None = None
     rate: int | None = None
@@ -54,7 +56,7 @@ class Means:
         if self.mechanism not in get_args(Mechanism):
             known = ", ".join(get_args(Mechanism))
             raise UsageError(f"unknown mechanism {self.mechanism!r}", help=f"use one of {known}")
-        for value in (self.max_bloat, self.reserve):
+        for value in (self.max_bloat, self.max_copied, self.reserve):
             as_amount(value)
         if self.max_threads is not None and self.max_threads < 1:
             raise UsageError(f"max_threads is below 1: {self.max_threads}", help="use the number of threads to allow")

@@ -164,6 +164,7 @@ def command(
     targets: tuple[str, ...],
     mechanism: Any,
     max_bloat: Amount | None,
+    max_copied: Amount | None,
     reserve: Amount | None,
     max_threads: int | None,
     rate: int | None,
@@ -181,18 +182,19 @@ def command(
     A TARGET is a PID, the word self, or a name as `mthp --help` lists them. The kernel's MADV_COLLAPSE makes folios of
     the PMD size. Smaller ones are made by splitting such a folio in place where debugfs is open (Linux 6.12), or by the
     kernel's khugepaged (Linux 7.2), else only by --mechanism move, which injects code into TARGET and stops it again
-    and again for about a millisecond. The largest come first, and of each size the fullest. Ctrl-C ends it after the
-    range or the batch at hand.
+    and again for about a millisecond. The largest come first, and of each size the fullest; with --heat those that serve
+    most accesses for each byte copied. Ctrl-C ends it after the range or the batch at hand.
 
     khugepaged goes by its own order, works for all processes while it is driven, and knows only memory that was mapped
     or advised while a size was on.
 
-    Holes are filled up to --max-bloat, and memory is left free below every limit of TARGET's cgroups and of the
-    machine, as --reserve says. The first failed charge ends the run.
+    Holes are filled up to --max-bloat, pages are copied up to --max-copied, and memory is left free below every limit
+    of TARGET's cgroups and of the machine, as --reserve says. The first failed charge ends the run.
     """
     means = Means(
         mechanism=mechanism,
         max_bloat=max_bloat,
+        max_copied=max_copied,
         reserve=reserve,
         max_threads=max_threads,
         rate=rate,

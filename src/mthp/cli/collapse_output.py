@@ -80,6 +80,8 @@ def _print_ranges(out: Console, report: CollapseReport) -> None:
     rows += [[result.name, str(count), result.meaning] for result, count in report.failed.most_common()]
     if report.over_budget:
         rows.append(["over budget", str(report.over_budget), "filling them would exceed --max-bloat"])
+    if report.ranges.over_copied:
+        rows.append(["over budget", str(report.ranges.over_copied), "copying them would exceed --max-copied"])
     if report.over_reserve:
         rows.append(["no room", str(report.over_reserve), f"{report.room}: --reserve"])
     if report.not_tried:
@@ -99,6 +101,8 @@ def _print_folios(out: Console, report: CollapseReport) -> None:
         rows += [[size, result.name, str(count), reason] for (result, reason), count in tally.failed.most_common()]
         if tally.over_budget:
             rows.append([size, "over budget", str(tally.over_budget), "filling them would exceed --max-bloat"])
+        if tally.over_copied:
+            rows.append([size, "over budget", str(tally.over_copied), "copying them would exceed --max-copied"])
         if tally.over_reserve:
             rows.append([size, "no room", str(tally.over_reserve), f"{report.room}: --reserve"])
         if tally.not_tried:
@@ -134,6 +138,8 @@ def _print_sums(out: Console, report: CollapseReport) -> None:
         f"copied {format_size(report.copied_bytes)}, added {format_size(report.filled_bytes)} of bloat,"
         f" in {report.elapsed:.2f} s ({format_size(int(speed))}/s)",
     )
+    if report.heat_share is not None:
+        say(out, f"{percent(report.heat_share)} of the accesses that were seen go to what was collapsed")
     if times.count or not report.folios:
         say(out, f"{times.count} calls: {_spread(times)}")
     if windows.count:
@@ -172,6 +178,8 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     holes = sum(tally.failed_by_result[ScanResult.EXCEED_NONE_PTE] for tally in report.folios.values())
     if holes:
         remarks.append(f"{holes} runs have holes: --fill fills them")
+    if report.plan.heat is not None and report.plan.heat.remark:
+        remarks.append(report.plan.heat.remark)
     if report.remade.remark:
         remarks.append(report.remade.remark)
     remarks += _nothing_done(report)

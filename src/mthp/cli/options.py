@@ -11,6 +11,7 @@ import click
 from mthp.budget import DEFAULT_BLOAT, parse_amount, parse_bloat
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
+from mthp.heat import parse_heat
 from mthp.units import above_zero, parse_duration, parse_rate, parse_share, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -64,6 +65,23 @@ DURATION = Quantity("TIME", lambda text: parse_duration(text) / 1e9)
 SECONDS = Quantity("TIME", lambda text: parse_duration(text, bare="s") / 1e9)
 """The same; a number without a unit is seconds."""
 
+
+class HeatType(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
+    """The type of an option that says where heat comes from, as a :class:`~mthp.heat.HeatRequest`."""
+
+    name = "TIME|FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return parse_heat(value) if isinstance(value, str) else value
+
+
+heat_option = click.option(
+    "--heat",
+    type=HeatType(),
+    help="Hot memory first: see for TIME, such as 5s, what is used (by DAMON, idle page tracking or young bits; or"
+    " damon:5s, idle:5s, young:5s), or read a FILE of start,end,accesses.",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 target_argument = click.argument("target")
 at_option = click.option(
@@ -94,6 +112,7 @@ _PLAN_OPTIONS = (
     click.option("--max-ptes-shared", type=int, metavar="N", help="Shared pages it may copy, per PMD range."),
     click.option("--mthp-min-order", type=int, metavar="K", help="The chunk order of rfc's bitmap; 3 by default."),
     click.option("--include-file", is_flag=True, help="Memory of files and shared memory too, at the PMD size."),
+    heat_option,
 )
 
 PLAN_NAMES = frozenset(f.name for f in dataclasses.fields(PlanOptions))
@@ -118,6 +137,12 @@ _BOUNDS_OPTIONS = (
         default=str(DEFAULT_BLOAT),
         show_default=True,
         help="Bytes, or share of what is resident, that filling may add.",
+    ),
+    click.option(
+        "--max-copied",
+        type=AMOUNT,
+        help="Bytes, or share of what is resident, that a collapse may copy; no bound by default. With --heat, what is"
+        " used most comes first.",
     ),
     click.option(
         "--reserve",

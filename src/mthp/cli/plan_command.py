@@ -18,6 +18,7 @@ from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
+from mthp.heat import Heat
 from mthp.means import USUAL_MEANS, Means
 from mthp.metrics import Coverage
 from mthp.targets import Found, find_targets
@@ -176,7 +177,8 @@ def _print_one(out: Console, made: Planned) -> None:
     print_plan(out, made.plan)
     print_allowed(out, made.plan, made.now.by_default)
     refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in made.now.move_hindrances]
-    note(out, [*filter(None, [made.now.remade.remark]), *refused, *made.now.missing])
+    remarks = [made.now.remade.remark, made.plan.heat.remark if made.plan.heat is not None else ""]
+    note(out, [*filter(None, remarks), *refused, *made.now.missing])
 
 
 def targets_table(each: Each[Planned]) -> Table:
@@ -223,6 +225,8 @@ def print_plan(out: Console, plan: SpacePlan) -> None:
         f" and take the share {scope_name(plan)} ({format_size(plan.before.resident * geometry.page_size)}) that is"
         f" mapped as {size_and_more(plan)} from {percent(plan.coverage)} to {percent(plan.coverage_after)}",
     )
+    if plan.heat is not None:
+        say(out, heat_line(plan.heat, plan.heat_share))
     rows = [
         [geometry.label(order), str(count), format_size(count * geometry.size_of(order))]
         for order, count in plan.folios_by_order.items()
@@ -232,6 +236,14 @@ def print_plan(out: Console, plan: SpacePlan) -> None:
     title = f"PMD ranges of {geometry.label(geometry.pmd_order)} by outcome"
     out.print(Table(title, ["result", "ranges", "meaning"], outcomes, right={1}))
     out.print(left_table(plan))
+
+
+def heat_line(heat: Heat, share: float | None) -> str:
+    """Say what saw the accesses, at what cost, and which share of them folios would serve."""
+    cost = f" in {heat.seconds:.1f} s, for {percent(heat.cpu_share)} of one processor" if heat.seconds else ""
+    if share is None:
+        return f"heat by {heat.source}{cost}: no access was seen"
+    return f"heat by {heat.source}{cost}: these folios would serve {percent(share)} of the accesses seen"
 
 
 def left_table(plan: SpacePlan) -> Table:

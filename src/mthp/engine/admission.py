@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mthp import abilities, thp_unadvised
 from mthp.addrspace import AddressSpace
-from mthp.budget import Room, as_amount
+from mthp.budget import Amount, Room, as_amount
 from mthp.means import Means
 from mthp.ptes import Block, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
@@ -123,10 +123,23 @@ def bloat_budget(space: AddressSpace, means: Means) -> int | None:
     Raises:
         TargetVanishedError: the process is gone.
     """
-    bloat = as_amount(means.max_bloat)
-    if bloat is None or bloat.share is None:
-        return None if bloat is None else bloat.size
-    return bloat.of(abilities.resident_bytes(space))
+    return _bytes_of(space, means.max_bloat)
+
+
+def _bytes_of(space: AddressSpace, bound: Amount | int | None) -> int | None:
+    amount = as_amount(bound)
+    if amount is None or amount.share is None:
+        return None if amount is None else amount.size
+    return amount.of(abilities.resident_bytes(space))
+
+
+def copy_budget(space: AddressSpace, means: Means) -> int | None:
+    """Return the bytes of `space` as it is now that may be copied; None for no bound.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    return _bytes_of(space, means.max_copied)
 
 
 def room_of(space: AddressSpace, means: Means) -> Room:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import enum
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
-from mthp.engine.admission import bloat_budget, room_of
+from mthp.engine.admission import bloat_budget, copy_budget, room_of
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
 from mthp.means import Means, Mechanism
@@ -64,8 +67,9 @@ def mechanisms_of(space: AddressSpace, plan: SpacePlan, means: Means) -> dict[in
         if made is None and order == space.geometry.pmd_order:
             # Planned since the system's switches or the caller want it: those who ask for moving only are refused.
             made = "madvise"
-        # khugepaged keeps to no rate.
-        if made is None and means.mechanism == "auto" and not means.rate and space.drives_khugepaged(order):
+        # khugepaged keeps to no rate, and to no budget for copying.
+        bounded = means.rate is not None or means.max_copied is not None
+        if made is None and means.mechanism == "auto" and not bounded and space.drives_khugepaged(order):
             made = "khugepaged"
         found[order] = made
     return found
@@ -77,15 +81,15 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
     Raises:
         TargetVanishedError: the process is gone.
     """
-    budget, room = bloat_budget(space, means), room_of(space, means)
+    budget, most_copied, room = bloat_budget(space, means), copy_budget(space, means), room_of(space, means)
     spare, page_size = room.spare, plan.geometry.page_size
     made: dict[int, int] = {}
     left: list[LeftFolios] = []
-    filled_bytes = 0
+    filled_bytes = copied_bytes = 0
     for order, mechanism in mechanisms_of(space, plan, means).items():
         size = plan.geometry.size_of(order)
-        # As a collapse goes: the fullest first, so that a bound cuts the list in two.
-        fill = np.sort(plan.folios.filled[plan.folios.order == order].astype(np.int64)) * page_size
+        # As a collapse goes.
+        fill = plan.ranked(plan.folios[plan.folios.order == order]).filled.astype(np.int64) * page_size
         if mechanism is None:
             price = price_of_moving(threads(space), means.max_pause_ns)
             left.append(LeftFolios(order, len(fill), needs_move_reason(price)))
@@ -94,15 +98,61 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
             fill = fill[fill == 0]
             if holes := plan.folios_by_order[order] - len(fill):
                 left.append(LeftFolios(order, holes, "they have holes: --fill fills them"))
-        through = filled_bytes + np.cumsum(fill)
-        within = len(fill) if budget is None else int(np.searchsorted(through, budget, side="right"))
-        fitting = len(fill) if spare is None else int(np.searchsorted(through - fill + size, spare, side="right"))
-        if within < min(fitting, len(fill)):
-            more = f"filling them would add more than --max-bloat {means.max_bloat}"
-            left.append(LeftFolios(order, len(fill) - within, more))
-        elif fitting < len(fill):
-            left.append(LeftFolios(order, len(fill) - fitting, f"{room.reason}: --reserve"))
-        if count := min(within, fitting):
+        copied = size - fill
+        verdicts = _verdicts(
+            fill,
+            copied,
+            budget=None if budget is None else budget - filled_bytes,
+            most_copied=None if most_copied is None else most_copied - copied_bytes,
+            # The old pages are freed once the new folio is there.
+            room=None if spare is None else spare - filled_bytes - size,
+        )
+        reasons = {
+            _Verdict.BLOAT: f"filling them would add more than --max-bloat {means.max_bloat}",
+            _Verdict.COPIED: f"copying them would exceed --max-copied {means.max_copied}",
+            _Verdict.ROOM: f"{room.reason}: --reserve",
+        }
+        for verdict, reason in reasons.items():
+            if count := int(np.count_nonzero(verdicts == verdict)):
+                left.append(LeftFolios(order, count, reason))
+        within = verdicts == _Verdict.MADE
+        if count := int(np.count_nonzero(within)):
             made[order] = count
-            filled_bytes = int(through[count - 1])
+            filled_bytes += int(fill[within].sum())
+            copied_bytes += int(copied[within].sum())
     return Allowed(made, filled_bytes, budget, tuple(left))
+
+
+class _Verdict(enum.IntEnum):
+    MADE, BLOAT, COPIED, ROOM = range(4)
+
+
+def _verdicts(
+    fill: NDArray[np.int64],
+    copied: NDArray[np.int64],
+    *,
+    budget: int | None,
+    most_copied: int | None,
+    room: int | None,
+) -> NDArray[np.int8]:
+    """Return what becomes of folios that are made one after another: int8, shape (folios,).
+
+    Args:
+        fill, copied: bytes of each.
+        budget, most_copied: bytes that may be filled, and copied, in all; None for no bound.
+        room: bytes that may be filled before the next is begun; None for no bound.
+    """
+    verdicts = np.zeros(len(fill), np.int8)
+    if budget is None and most_copied is None and room is None:
+        return verdicts
+    bloat_left, copied_left, room_left = (math.inf if bound is None else bound for bound in (budget, most_copied, room))
+    for index, (filled, size) in enumerate(zip(fill.tolist(), copied.tolist(), strict=True)):
+        if filled > bloat_left:
+            verdicts[index] = _Verdict.BLOAT
+        elif size > copied_left:
+            verdicts[index] = _Verdict.COPIED
+        elif room_left < 0:
+            verdicts[index] = _Verdict.ROOM
+        else:
+            bloat_left, copied_left, room_left = bloat_left - filled, copied_left - size, room_left - filled
+    return verdicts

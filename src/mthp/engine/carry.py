@@ -4,11 +4,12 @@ Every batch is read first: that shows what filling a block would cost at this mo
 overspent, and leaves out what went away since the plan was made. What an attempt made of a block is what
 :meth:`~mthp.addrspace.AddressSpace.collapse_blocks` returns, because that is what the page tables show.
 
-The fullest blocks come first, so that a budget buys as many folios as it can. How many blocks make a batch, and which
+The blocks that are worth most come first (:meth:`~mthp.engine.space_plan.SpacePlan.ranked`): by their heat, and without
+heat by how full they are. So a budget buys as much as it can. How many blocks make a batch, and which
 are tried again, depends on the mechanism:
 
 - ``madvise`` collapses one PMD range at a time;
-- ``split`` makes all blocks of a PMD range at once, the ranges that have least to be filled first;
+- ``split`` makes all blocks of a PMD range at once, the ranges that are worth most first;
 - ``move`` takes as many blocks of one order as keep Ctrl-C from waiting long, because the backend turns on that order's
   switch for the batch; it tries blocks again that were refused for a passing reason;
 - ``khugepaged`` takes all blocks, in windows, until one brings nothing new. It chooses the ranges itself, so it keeps
@@ -63,11 +64,13 @@ class Carrier:
     Attributes:
         seconds: how long each of the kernel's calls took.
         pauses_ns: how long the target was stopped in each window.
+        made: the blocks that lie in one folio now and did not before.
     """
 
     def __init__(self, work: Work, mechanism: Mechanism) -> None:
         self.seconds: list[float] = []
         self.pauses_ns: list[int] = []
+        self.made: list[Block] = []
         self._work = work
         self._mechanism = mechanism
         self._geometry = work.space.geometry
@@ -102,11 +105,11 @@ class Carrier:
         return self._work.most_at_once(size, min(self._batch_size, max(1, LARGEST_BATCH_BYTES // size)))
 
     def _lists(self, folios: Folios) -> Iterator[list[Block]]:
-        """Yield the blocks order by order, the largest first, the fullest first, then by ascending address.
+        """Yield the blocks order by order, as the plan ranks them.
 
         For ``split`` range by range, for ``khugepaged`` all at once.
         """
-        by_rank = folios[np.lexsort((folios.address, folios.filled, -folios.order.astype(np.int16)))]
+        by_rank = self._work.report.plan.ranked(folios)
         if self._mechanism == "khugepaged":
             yield list(zip(by_rank.address.tolist(), by_rank.order.tolist(), strict=True))
             return
@@ -117,13 +120,17 @@ class Carrier:
             yield [(address, order) for address in by_rank.address[by_rank.order == order].tolist()]
 
     def _by_range(self, folios: Folios) -> Iterator[list[Block]]:
-        """Yield the blocks of each PMD range, those with least to be filled first."""
+        """Yield the blocks of each PMD range, those first that are worth most, then those with least to be filled."""
         ranges, at = np.unique(folios.address // np.uint64(self._geometry.pmd_size), return_inverse=True)
         filled = np.bincount(at, weights=folios.filled, minlength=len(ranges))
+        pages = (1 << folios.order.astype(np.int64)) - folios.filled
+        # The worth of a block is for each page that is copied, and so is that of a range.
+        gained = np.bincount(at, weights=self._work.report.plan.worth(folios) * pages, minlength=len(ranges))
+        worth = gained / np.maximum(np.bincount(at, weights=pages, minlength=len(ranges)), 1)
         blocks: list[list[Block]] = [[] for _ in ranges]
         for index, address, order in zip(at.tolist(), folios.address.tolist(), folios.order.tolist(), strict=True):
             blocks[index].append((address, order))
-        yield from (blocks[index] for index in np.argsort(filled, kind="stable").tolist())
+        yield from (blocks[index] for index in np.lexsort((filled, -worth)).tolist())
 
     def _batch(self, blocks: list[Block]) -> int:
         """Make some blocks of one order, or of one PMD range; return how many are done with."""
@@ -153,6 +160,7 @@ class Carrier:
             The blocks to be tried, where to go on, and whether no more fit into the target's memory limits at once.
         """
         tried: list[Block] = []
+        copied_left = self._work.copied_left()
         for index in range(at, len(blocks)):
             if len(tried) == at_once:
                 return tried, index, False
@@ -165,9 +173,14 @@ class Carrier:
             if contents == 0:
                 self._account(BlockOutcome(address, order, ScanResult.NO_PTE_TABLE))
                 continue
+            size = contents * self._geometry.page_size
+            if copied_left is not None and size > copied_left:
+                self._done(order).over_copied += 1
+                continue
             result = self._admission(Candidate(self._work.space, address, order, contents, filled, swapped))
             if result is ScanResult.SUCCEED:
                 tried.append(blocks[index])
+                copied_left = None if copied_left is None else copied_left - size
             elif result is ScanResult.EXCEED_NONE_PTE:
                 self._done(order).over_budget += 1
             elif result is not ScanResult.CGROUP_CHARGE_FAIL:
@@ -261,6 +274,7 @@ class Carrier:
         report.filled_bytes += outcome.left_filled * page_size
         if outcome.result is ScanResult.SUCCEED:
             tally.made += 1
+            self.made.append((outcome.address, outcome.order))
             report.copied_bytes += outcome.copied * page_size
             report.filled_bytes += outcome.filled * page_size
         else:

@@ -22,6 +22,7 @@ from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.means import USUAL_MEANS, Means, Mechanism
 from mthp.metrics import Durations
 from mthp.price import price_of_moving
+from mthp.ptes import Block
 
 ORDER_OF_MECHANISMS: tuple[Mechanism, ...] = ("madvise", "split", "khugepaged", "move")
 
@@ -58,7 +59,7 @@ def collapse_space(
         TargetVanishedError: the process exited before anything was done.
     """
     check_mechanism(means)
-    plan = plan_space(space, _to_be_planned(choice, means, space.geometry))
+    plan = plan_space(space, _to_be_planned(choice, means, space.geometry), stop=stop)
     return carry_out(space, plan, means, dry_run=dry_run, progress=progress, stop=stop, before_move=before_move)
 
 
@@ -68,9 +69,9 @@ def check_mechanism(means: Means) -> None:
     Raises:
         UsageError: it cannot.
     """
-    if means.mechanism == "khugepaged" and (means.rate is not None or means.verify):
+    if means.mechanism == "khugepaged" and (means.rate is not None or means.max_copied is not None or means.verify):
         raise UsageError(
-            "the kernel's khugepaged keeps to no rate, and verifies nothing",
+            "the kernel's khugepaged keeps to no rate and no budget for copying, and verifies nothing",
             help="leave these out, or use another mechanism",
         )
     if means.mechanism == "khugepaged" and means.fill and means.max_bloat is not None:
@@ -153,11 +154,21 @@ def carry_out(
                 before_move(plan, mechanism)
             carrier.carry_out(by[mechanism])
             report.verified |= mechanism == "move" and means.verify
+        report.heat_share = _heat_share(plan, [block for carrier in carriers.values() for block in carrier.made])
         if any(tally.made for tally in report.folios.values()):
             report.remade = remade_of_plan(space, plan)
     report.durations = Durations.of(carriers["madvise"].seconds)
     report.windows = Durations.of(np.array(carriers["move"].pauses_ns) / 1e9)
     return report
+
+
+def _heat_share(plan: SpacePlan, made: list[Block]) -> float | None:
+    """Return the share of the accesses seen that go to blocks that were made; None if none were seen."""
+    if plan.heat is None or not plan.heat.spans:
+        return None
+    start = np.array([address for address, _ in made], np.uint64)
+    sizes = np.array([plan.geometry.size_of(order) for _, order in made], np.uint64)
+    return plan.heat.share(start, start + sizes)
 
 
 def _made_by(folios: Folios, mechanisms: dict[int, Mechanism | None], by: str) -> Folios:

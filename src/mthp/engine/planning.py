@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from mthp.abilities import heat_of
 from mthp.addrspace import AddressSpace
 from mthp.blockstates import states_of
 from mthp.engine.filled import FilledPages
@@ -38,15 +39,26 @@ Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all) after every block."""
 
 
-def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | None = None) -> SpacePlan:
+def plan_space(
+    space: AddressSpace,
+    options: PlanOptions,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> SpacePlan:
     """Plan the collapse of `space`.
+
+    Args:
+        stop: called while heat is measured; once it returns True the plan is made with what was seen.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
         TargetVanishedError: the process exited meanwhile.
+        UnsupportedError, NotPermittedError: as :func:`mthp.abilities.heat_of`.
     """
     policy = policy_named(options.policy)
     base = base_rules(space, options)
+    # First: the program may run on for seconds while its accesses are seen.
+    heat = heat_of(space, options.heat, stop)
     vmas = space.vmas()
     jobs, refused = jobs_of(space, options, base, vmas)
     scope = Scope(options.within, options.include_file)
@@ -99,6 +111,7 @@ def plan_space(space: AddressSpace, options: PlanOptions, progress: Progress | N
         after=measured.planned,
         eligible=eligible,
         refused_resident=refused_resident,
+        heat=heat,
     )
 
 

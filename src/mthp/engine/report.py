@@ -41,17 +41,21 @@ class FolioTally:
         unchanged: runs that did so already when their turn came, in one of this order or larger.
         failed: the others that were tried, by scan result and reason.
         over_budget: runs left alone because filling them would have exceeded `max_bloat`.
+        over_copied: runs left alone because copying them would have exceeded `max_copied`.
         over_reserve: runs left alone because they would have taken memory that must stay free.
         not_tried: runs left when it ended early.
     """
 
-    JSON: ClassVar = "planned made unchanged failed=failed_by_result reasons over_budget over_reserve not_tried"
+    JSON: ClassVar = (
+        "planned made unchanged failed=failed_by_result reasons over_budget over_copied over_reserve not_tried"
+    )
 
     planned: int = 0
     made: int = 0
     unchanged: int = 0
     failed: Counter[tuple[ScanResult, str]] = field(default_factory=Counter)
     over_budget: int = 0
+    over_copied: int = 0
     over_reserve: int = 0
     not_tried: int = 0
 
@@ -71,7 +75,7 @@ class FolioTally:
     @property
     def left(self) -> int:
         """Runs that are not as they were to be."""
-        return self.failed.total() + self.over_budget + self.over_reserve + self.not_tried
+        return self.failed.total() + self.over_budget + self.over_copied + self.over_reserve + self.not_tried
 
 
 @dataclass
@@ -84,12 +88,14 @@ class CollapseReport:
         allowed: what would be done, if nothing was; else None.
         ranges: what became of the PMD ranges; a range is made if one PMD entry maps it now and did not before.
         bloat_budget: bytes that filling may add; None for no bound.
+        copy_budget: bytes that may be copied; None for no bound.
         room: why memory must stay free, as a sentence; ``""`` where there is no limit.
         mechanisms: what makes the folios of each planned order; None for nothing.
         folios: what became of the folios below the PMD order, by order, the largest first.
         needs_move: folios below the PMD order that only the mover makes, by order, where it was not asked for.
         move_price: what the mover would cost the target, as a clause, where `needs_move` has any.
         copied_bytes, filled_bytes: contents of all that was collapsed, and what it grew by.
+        heat_share: the share of the accesses seen that go to folios that were made; None if none were seen.
         durations: of the kernel's calls. While one runs, the target may wait for its memory; it waits no longer.
         windows: the pauses in which pages were moved.
         moved_blocks: runs that were given to the mover in these pauses.
@@ -106,10 +112,11 @@ class CollapseReport:
     JSON: ClassVar = (
         "plan dry_run complete collapsed_ranges=ranges.made collapsed_bytes unchanged_ranges=ranges.unchanged"
         " failed_ranges=ranges.failed_by_result over_budget_ranges=ranges.over_budget"
-        " over_reserve_ranges=ranges.over_reserve not_tried_ranges=ranges.not_tried bloat_budget_bytes=bloat_budget"
+        " over_copied_ranges=ranges.over_copied over_reserve_ranges=ranges.over_reserve"
+        " not_tried_ranges=ranges.not_tried bloat_budget_bytes=bloat_budget"
         " room:null out_of_memory:null allowed mechanism_by_order=mechanisms folios moved_bytes verified"
-        " needs_move_folios=needs_move move_price:null copied_bytes bloat_bytes=filled_bytes elapsed_seconds=elapsed"
-        " calls=durations pauses=windows moved_blocks coverage_before=plan.coverage coverage"
+        " needs_move_folios=needs_move move_price:null copied_bytes bloat_bytes=filled_bytes heat_share"
+        " elapsed_seconds=elapsed calls=durations pauses=windows moved_blocks coverage_before=plan.coverage coverage"
         " coverage_order=plan.asked_order measured=after done_nothing nothing_left_to_do=plan.finished"
         " remade interrupted vanished error"
     )
@@ -119,6 +126,7 @@ class CollapseReport:
     allowed: Allowed | None = None
     ranges: FolioTally = field(default_factory=FolioTally)
     bloat_budget: int | None = None
+    copy_budget: int | None = None
     room: str = ""
     mechanisms: dict[int, Mechanism | None] = field(default_factory=dict)
     folios: dict[int, FolioTally] = field(default_factory=dict)
@@ -126,6 +134,7 @@ class CollapseReport:
     move_price: str = ""
     copied_bytes: int = 0
     filled_bytes: int = 0
+    heat_share: float | None = None
     durations: Durations = field(default_factory=lambda: Durations.of(()))
     windows: Durations = field(default_factory=lambda: Durations.of(()))
     moved_blocks: int = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.abilities import AnyHeat
 from mthp.addrspace import AddressSpace
 from mthp.eligibility import Trigger, eligibility
 from mthp.engine.filled import FilledPages
@@ -41,6 +42,8 @@ class PlanOptions:
         within: choose from this range of addresses only.
         filled: pages that earlier collapses filled, for policies that remember them. A visit keeps its own.
         switches, tunables: those to go by in place of the machine's own of the moment.
+        heat: which memory is used, or what measures it, so that what is used most comes first; what was recorded with
+            the target by default.
     """
 
     policy: str | Policy = "mainline"
@@ -55,6 +58,7 @@ class PlanOptions:
     filled: FilledPages | None = None
     switches: Switches | None = None
     tunables: Tunables | None = None
+    heat: AnyHeat = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mthp.columns import Table
 from mthp.eligibility import Trigger
 from mthp.geometry import Geometry
+from mthp.heat import Heat, worth
 from mthp.metrics import Coverage, Scope
 from mthp.results import ScanResult
 from mthp.tunables import Tunables
@@ -55,6 +56,10 @@ class Folios(Table):
     order: NDArray[np.int8]
     filled: NDArray[np.int32]
 
+    def ends(self, geometry: Geometry) -> NDArray[np.uint64]:
+        """Return the address behind each folio: uint64, shape (folios,)."""
+        return self.address + (np.uint64(geometry.page_size) << self.order.astype(np.uint64))
+
 
 @dataclass(frozen=True, slots=True)
 class Left:
@@ -95,13 +100,14 @@ class SpacePlan:
         before, after: the coverage now, and once the plan is carried out.
         eligible: as `before`, of those mappings alone that may be collapsed.
         refused_resident: pages that count for the coverage in each of the `refused` mappings.
+        heat: which memory the target uses; None if that is not known.
     """
 
     JSON: ClassVar = (
         "target=label geometry policy trigger orders max_ptes_none=tunables.max_ptes_none"
         " max_ptes_swap=tunables.max_ptes_swap max_ptes_shared=tunables.max_ptes_shared planned_bytes resident_bytes"
         " copied_bytes bloat_bytes=filled_bytes coverage coverage_after coverage_order=asked_order measured=before"
-        " measured_after=after already_bytes folios_by_order ranges_by_result left_alone=left"
+        " measured_after=after already_bytes folios_by_order ranges_by_result left_alone=left heat heat_share"
     )
 
     label: str
@@ -120,6 +126,30 @@ class SpacePlan:
     after: Coverage = field(default_factory=Coverage)
     eligible: Coverage = field(default_factory=Coverage)
     refused_resident: tuple[int, ...] = ()
+    heat: Heat | None = None
+
+    def worth(self, folios: Folios) -> NDArray[np.float64]:
+        """Return what each folio of the plan is worth by its heat, all 0 without: float64, shape (folios,)."""
+        if self.heat is None:
+            return np.zeros(len(folios))
+        pages = np.int64(1) << folios.order.astype(np.int64)
+        return worth(self.heat.within(folios.address, folios.ends(self.geometry)), pages - folios.filled)
+
+    def ranked(self, folios: Folios) -> Folios:
+        """Return folios of the plan in the order in which they are made.
+
+        The largest first, of each order those that are worth most, then the fullest, then by ascending address: so that
+        a budget buys as much as it can.
+        """
+        by_rank = (folios.address, folios.filled, -self.worth(folios), -folios.order.astype(np.int16))
+        return folios[np.lexsort(by_rank)]
+
+    @cached_property
+    def heat_share(self) -> float | None:
+        """The share of the accesses seen that the folios would serve; None if none were seen."""
+        if self.heat is None or not self.heat.spans:
+            return None
+        return self.heat.share(self.folios.address, self.folios.ends(self.geometry))
 
     @cached_property
     def folios_by_order(self) -> dict[int, int]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from mthp.addrspace import AddressSpace
-from mthp.engine.admission import bloat_budget, room_of
+from mthp.engine.admission import bloat_budget, copy_budget, room_of
 from mthp.engine.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.means import Means
@@ -48,6 +48,7 @@ class Work:
         self.report = report
         self.room = room_of(space, means)
         report.bloat_budget = bloat_budget(space, means)
+        report.copy_budget = copy_budget(space, means)
         self.has_begun = False
         self._total = total
         self._done = 0
@@ -118,6 +119,11 @@ class Work:
         """Return the bytes that filling may still add; None for no bound."""
         budget = self.report.bloat_budget
         return None if budget is None else budget - self.report.filled_bytes
+
+    def copied_left(self) -> int | None:
+        """Return the bytes that may still be copied; None for no bound."""
+        budget = self.report.copy_budget
+        return None if budget is None else budget - self.report.copied_bytes
 
     def out_of_memory(self, result: ScanResult) -> None:
         """End the run because of a failed charge: the target is at a limit, whatever was measured before."""

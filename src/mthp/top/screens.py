@@ -206,6 +206,8 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
         lines.append(f"it stood still {report.windows.count:,} times, for {1000 * report.windows.p50:.2f} ms at a time")
     left = [(count, pmd, result.meaning) for result, count in report.failed.items()]
     left += [(report.over_budget, pmd, "filling them would exceed the bloat budget")] if report.over_budget else []
+    copied = report.ranges.over_copied
+    left += [(copied, pmd, "copying them would exceed the budget")] if copied else []
     left += [(report.over_reserve, pmd, report.room)] if report.over_reserve else []
     left += [(n, geometry.label(order), needs_move_reason(report.move_price)) for order, n in report.needs_move.items()]
     for order, tally in report.folios.items():

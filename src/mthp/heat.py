@@ -1,0 +1,179 @@
+"""Which memory a program uses: accesses that were seen, by span of addresses.
+
+Every source counts in units of its own: DAMON samples, idle pages, samples of a profiler. So the numbers of one
+:class:`Heat` are compared with each other alone. What a collapse is worth is the accesses that a block serves, times
+the TLB entries that it saves, for each byte that it copies (:func:`worth`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.errors import UsageError
+from mthp.units import above_zero, parse_duration
+
+Source = Literal["auto", "damon", "idle", "young"]
+"""What measures heat; ``auto`` is the best of the others that this machine has."""
+
+LONGEST = 600.0
+"""Seconds that one measurement may take: its kdamond, or its cleared bits, are in the way of others for as long."""
+
+_MEASURED = re.compile(rf"(?:({'|'.join(get_args(Source))}):)?([0-9.]+[a-z]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class HeatRequest:
+    """Where heat is to come from.
+
+    Attributes:
+        source: what measures it.
+        seconds: for how long; 0.0 if a file is read.
+        path: the file to read; ``""`` if it is measured.
+    """
+
+    source: Source = "auto"
+    seconds: float = 0.0
+    path: str = ""
+
+
+def parse_heat(value: object) -> HeatRequest:
+    """Read ``5s``, ``damon:5s``, or the path of a file.
+
+    Raises:
+        UsageError: nothing of these, or too long.
+    """
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise UsageError(f"{value!r} is neither a time nor a file", help="write 5s, damon:5s, or the path of a file")
+    match = _MEASURED.fullmatch(text)
+    if match is None:
+        return HeatRequest(path=text)
+    nanoseconds = parse_duration(match[2])
+    above_zero(text, nanoseconds)
+    if nanoseconds > LONGEST * 1e9:
+        raise UsageError(f"heat of {text} is too long", help=f"measure for {LONGEST:g}s at most")
+    return HeatRequest(match[1] or "auto", nanoseconds / 1e9)  # type: ignore[arg-type]
+
+
+def parse_measured(value: object) -> HeatRequest:
+    """Read ``5s`` or ``damon:5s``, but no file.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    request = parse_heat(value)
+    if request.path:
+        raise UsageError(f"{value!r} is not a time in which to measure heat", help="write 5s or damon:5s")
+    return request
+
+
+@dataclass(frozen=True, eq=False)
+class Heat:
+    """Accesses seen in spans of addresses. :meth:`of_spans` makes one of any spans.
+
+    Attributes:
+        start, end: uint64, shape (spans,): disjoint, by ascending address.
+        accesses: float64, the same shape: how many were seen in each span, above 0.
+        source: what saw them, such as ``"damon (fvaddr)"``.
+        seconds: how long it looked; 0.0 if that is not known.
+        cpu_seconds: processor time that looking took, the kernel's included.
+        remark: what there is to say of the measurement, as a sentence; ``""`` for nothing.
+    """
+
+    JSON: ClassVar = "source seconds cpu_seconds cpu_share spans accesses=total remark:null"
+
+    start: NDArray[np.uint64]
+    end: NDArray[np.uint64]
+    accesses: NDArray[np.float64]
+    source: str = ""
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    remark: str = ""
+
+    @classmethod
+    def of_spans(
+        cls, start: NDArray[np.uint64], end: NDArray[np.uint64], accesses: NDArray[np.float64], **more: object
+    ) -> Heat:
+        """Return the heat of spans in any order, which may overlap: accesses to the same bytes add up.
+
+        Args:
+            start, end: uint64, shape (spans,); the end lies behind the start.
+            accesses: float64, the same shape; not below 0.
+            more: the other attributes.
+        """
+        bounds = np.unique(np.concatenate([start, end]))
+        first, last = np.searchsorted(bounds, start), np.searchsorted(bounds, end)
+        density = accesses / (end - start).astype(np.float64)
+        steps, cover = np.zeros(len(bounds)), np.zeros(len(bounds), np.int64)
+        for at, sign in ((first, 1), (last, -1)):
+            np.add.at(steps, at, sign * density)
+            np.add.at(cover, at, sign * (accesses > 0))
+        # Where no span lies, adding and subtracting densities leaves the rounding error, not 0.
+        dense = np.where(np.cumsum(cover) > 0, np.maximum(np.cumsum(steps), 0.0), 0.0)[:-1]
+        hot = dense > 0
+        low, high = bounds[:-1][hot], bounds[1:][hot]
+        return cls(low, high, dense[hot] * (high - low).astype(np.float64), **more)  # type: ignore[arg-type]
+
+    @property
+    def spans(self) -> int:
+        """How many spans there are."""
+        return len(self.start)
+
+    @property
+    def total(self) -> float:
+        """All accesses."""
+        return float(self.accesses.sum())
+
+    @property
+    def cpu_share(self) -> float:
+        """`cpu_seconds` as a part of one processor; 0.0 if the duration is not known."""
+        return self.cpu_seconds / self.seconds if self.seconds else 0.0
+
+    def within(self, start: NDArray[np.uint64], end: NDArray[np.uint64]) -> NDArray[np.float64]:
+        """Return the accesses between two addresses each, as if each span were used evenly: float64, shape (ranges,).
+
+        Args:
+            start, end: uint64, shape (ranges,).
+        """
+        return self._below(end) - self._below(start)
+
+    def share(self, start: NDArray[np.uint64], end: NDArray[np.uint64]) -> float:
+        """Return the share of all accesses that go to disjoint ranges; 0.0 if there are none."""
+        total = self.total
+        return float(self.within(start, end).sum()) / total if total else 0.0
+
+    def _below(self, address: NDArray[np.uint64]) -> NDArray[np.float64]:
+        """Return the accesses below each address."""
+        if not self.spans:
+            return np.zeros(len(address))
+        at = np.maximum(np.searchsorted(self.start, address, side="right") - 1, 0)
+        inside = np.clip(address, self.start[at], self.end[at]) - self.start[at]
+        before = np.concatenate([[0.0], np.cumsum(self.accesses)])[at]
+        part = inside.astype(np.float64) / (self.end[at] - self.start[at]).astype(np.float64)
+        return np.asarray(before + self.accesses[at] * part)
+
+    def coarser(self, most: int) -> Heat:
+        """Return the same in about `most` spans: neighbours are joined, and what lies between them with them."""
+        if self.spans <= most:
+            return self
+        firsts = np.arange(0, self.spans, -(-self.spans // most))
+        lasts = np.append(firsts[1:], self.spans) - 1
+        accesses = np.add.reduceat(self.accesses, firsts)
+        more = (self.source, self.seconds, self.cpu_seconds, self.remark)
+        return Heat(self.start[firsts], self.end[lasts], accesses, *more)
+
+
+def worth(heat: NDArray[np.float64], copied: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return what blocks are worth: accesses, times the TLB entries that are saved, for each page that is copied.
+
+    Args:
+        heat: float64, shape (blocks,): accesses to each.
+        copied: int64, the same shape: its pages with contents, each of which takes an entry until one serves all.
+    """
+    return heat * np.maximum(copied - 1, 0) / np.maximum(copied, 1)
