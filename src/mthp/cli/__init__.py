@@ -87,25 +87,26 @@ def _mthp() -> None:
 
 def _put_back_leftovers() -> None:
     """Put back the switches that an mthp left which was killed with its watcher, as by cgroup.kill."""
-    from mthp.linux.journal.files import default_root, has_entries
+    from mthp.linux.journal.files import all_roots, has_entries
 
     with contextlib.suppress(UnsupportedError):
-        root = default_root()
-        if not has_entries(root):
+        left = [root for root in all_roots() if has_entries(root)]
+        if not left:
             return
         from mthp.linux.journal.putback import restore
         from mthp.linux.sysfs import THP_ROOT
 
-        try:
-            restored = restore(root, THP_ROOT, timeout=0)
-        except NotPermittedError as error:
-            _say(f"a killed mthp has left switches changed: {error.message}", "run `mthp doctor --restore` as root")
-        except MthpError:
-            # Another mthp is in a window, and the entries are its own.
-            return
-        else:
-            for switch in restored:
-                _say(f"a killed mthp had changed this switch; {switch}", "")
+        for root in left:
+            try:
+                restored = restore(root, THP_ROOT, timeout=0)
+            except NotPermittedError as error:
+                _say(f"a killed mthp has left switches changed: {error.message}", "run `mthp doctor --restore` as root")
+            except MthpError:
+                # Another mthp is in a window, and the entries are its own.
+                continue
+            else:
+                for switch in restored:
+                    _say(f"a killed mthp had changed this switch; {switch}", "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,7 +45,7 @@ def command(restore: bool, as_json: bool) -> int:
     in a process, and nothing else. Switches that were changed since by another program are left alone.
     """
     if restore:
-        restored = SwitchJournal().restore_after_crash()
+        restored = SwitchJournal.restore_all()
         removed = remove_leftovers()
         if as_json:
             print_json("doctor", Restoration(restored, removed))

@@ -186,7 +186,7 @@ class Daemon:
     def _restore(self) -> None:
         """Put back the switches that a run which was killed has left changed; later, while another run is at work."""
         try:
-            restored = SwitchJournal().restore_after_crash()
+            restored = SwitchJournal.restore_all()
         except NotPermittedError:
             raise
         except MthpError as error:

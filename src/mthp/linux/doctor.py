@@ -20,6 +20,7 @@ from mthp.linux.cgroups import cgroup_mounts
 from mthp.linux.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
 from mthp.linux.freememory import parse_buddyinfo, parse_meminfo
 from mthp.linux.headroom import cgroup_bounds
+from mthp.linux.heatfindings import HEAT_QUESTIONS
 from mthp.linux.movefindings import MOVE_QUESTIONS
 from mthp.linux.probes import Probed, probe
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
@@ -279,6 +280,7 @@ _QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
     ("free_memory", "free memory", False, _free_memory),
     ("memory_limit", "memory cgroup limit", False, _memory_limit),
     ("snapshot", "snapshots", False, _snapshot),
+    *HEAT_QUESTIONS,
     *SPLIT_QUESTIONS,
     *MOVE_QUESTIONS,
 )

@@ -7,7 +7,7 @@ All reads are positioned, and every listing of mappings opens its own file, so t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ from mthp.abilities import Reading, Watch
 from mthp.budget import MemoryBound
 from mthp.errors import MthpError, NotPermittedError
 from mthp.geometry import Geometry
+from mthp.heat import Heat, HeatRequest
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
@@ -153,6 +154,12 @@ class LiveAddressSpace(ProcessSpace):
 
     def free_bytes(self, order: int) -> int | None:
         return free_beyond_reserve(order)
+
+    def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
+        # Imported here: DAMON reads the switch journal, which reading alone does not need.
+        from mthp.linux.heat import measure_heat
+
+        return measure_heat(self, request, stop)
 
     def watch(self) -> Watch:
         # Without frame numbers a page that moved into a huge one looks like before.

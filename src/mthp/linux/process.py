@@ -197,6 +197,21 @@ class Process(Closing):
             os.close(fd)
         return b"".join(parts)
 
+    def write(self, name: str, text: bytes) -> None:
+        """Write `text` to ``/proc/PID/<name>``.
+
+        Raises:
+            TargetVanishedError, NotPermittedError, UnsupportedError: as :meth:`open`.
+        """
+        try:
+            fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._directory)
+            try:
+                os.write(fd, text)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            self.fail(error, f"/proc/{self.pid}/{name}")
+
     def status(self, field: str) -> str | None:
         """One field of ``/proc/PID/status``, such as ``"THP_enabled"``; None where the kernel has none of that name.
 

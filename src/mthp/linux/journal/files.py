@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mthp.bounded import parse_json
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
+from mthp.linux.journal.instance import INSTANCE, NONE
 from mthp.tunables import SIZE_WORDS
 
 LOCK_NAME = "switches.lock"
@@ -56,6 +57,17 @@ def default_root() -> Path:
     return runtime / "mthp"
 
 
+def all_roots() -> tuple[Path, ...]:
+    """Return the directories of all journals of this user: :func:`default_root`, and below it that of DAMON.
+
+    A window in which accesses are seen takes seconds, in which switches are changed all the same.
+
+    Raises:
+        UnsupportedError: as :func:`default_root`.
+    """
+    return default_root(), default_root() / INSTANCE
+
+
 def has_entries(root: Path) -> bool:
     """Return whether a window is open, or a run died in one. It costs one stat(2)."""
     try:
@@ -74,7 +86,8 @@ class Change:
     """One line of the journal.
 
     Attributes:
-        switch: path below the THP directory, such as ``"hugepages-64kB/enabled"``.
+        switch: path below the THP directory, such as ``"hugepages-64kB/enabled"``, or
+            :data:`~mthp.linux.journal.instance.INSTANCE`.
         was: the word that was there.
         ours: the word that was put there.
         boot: ID of the boot that it happened in.
@@ -95,6 +108,8 @@ class Change:
             data = parse_json(line)
             change = cls(data["switch"], data["was"], data["ours"], data["boot"], str(data.get("owner", "")))
             words = (change.was, change.ours)
+            if change.switch == INSTANCE:
+                return change if change.was == NONE and change.ours.isdecimal() else None
             if _SWITCH.fullmatch(change.switch):
                 return change if all(word in SIZE_WORDS for word in words) else None
             numbers = _NUMBER.fullmatch(change.switch) and all(word.isdecimal() for word in words)
@@ -132,7 +147,7 @@ class JournalFiles:
         try:
             if create:
                 with contextlib.suppress(FileExistsError):
-                    root.mkdir(0o700)
+                    root.mkdir(0o700, parents=True)
             self._directory = self._keep(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
             self._check(self._directory)
             self._lock = self._keep(self._open(LOCK_NAME))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mthp.errors import MthpError, NotPermittedError
 from mthp.linux.journal.files import Change, JournalFiles, boot_id
+from mthp.linux.journal.instance import INSTANCE, kdamonds_of, read_instance, write_instance
 
 _CHOSEN = re.compile(r"\[(\w+)\]")
 
@@ -20,7 +21,7 @@ class Restored:
     """What became of one switch that a run which crashed had changed.
 
     Attributes:
-        switch: path below the THP directory.
+        switch: as in :class:`~mthp.linux.journal.files.Change`.
         found: the word that was there now, or ``""`` if the switch is gone.
         was: the word from before that run's change.
         put_back: whether it was put back; if not, another program has changed it since, and it is left alone.
@@ -38,13 +39,20 @@ class Restored:
         return f"left alone: {self.switch} was {self.was}, and {now}: it was changed since"
 
 
+def path_of(sysfs: Path, switch: str) -> Path:
+    """Return the file that is written to change `switch`."""
+    return kdamonds_of(sysfs) / "nr_kdamonds" if switch == INSTANCE else sysfs / switch
+
+
 def read_word(sysfs: Path, switch: str) -> str | None:
     """Return the word or number that is chosen now; None if there is no such switch.
 
     Args:
         sysfs: the THP directory.
-        switch: path below it.
+        switch: path below it, or :data:`~mthp.linux.journal.instance.INSTANCE`.
     """
+    if switch == INSTANCE:
+        return read_instance(kdamonds_of(sysfs))
     try:
         text = (sysfs / switch).read_text().rstrip("\n")
     except OSError:
@@ -60,7 +68,10 @@ def write_word(sysfs: Path, switch: str, word: str) -> None:
         NotPermittedError: these rights do not suffice.
         MthpError: the kernel refuses it.
     """
-    path = sysfs / switch
+    if switch == INSTANCE:
+        write_instance(kdamonds_of(sysfs), word)
+        return
+    path = path_of(sysfs, switch)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
         try:

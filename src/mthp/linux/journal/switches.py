@@ -39,9 +39,9 @@ from pathlib import Path
 
 from mthp.errors import NotPermittedError, UnsupportedError, UsageError
 from mthp.linux.interruptions import interruptions_held_back, suspension_held_back
-from mthp.linux.journal.files import Change, JournalFiles, boot_id, default_root, owner_of
+from mthp.linux.journal.files import Change, JournalFiles, all_roots, boot_id, default_root, owner_of
 from mthp.linux.journal.guard import Guard, guard_of
-from mthp.linux.journal.putback import Restored, put_back, read_word, settle, write_word
+from mthp.linux.journal.putback import Restored, path_of, put_back, read_word, settle, write_word
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
 
@@ -143,7 +143,7 @@ class SwitchJournal:
             NotPermittedError: a switch would have to be set, and may not be.
         """
         for change in wanted:
-            path = self._sysfs.root / change.switch
+            path = path_of(self._sysfs.root, change.switch)
             if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
                 raise NotPermittedError(
                     f"{path} is {change.was}, would have to be {change.ours}, and may not be written",
@@ -170,6 +170,16 @@ class SwitchJournal:
             restored = self._open(create=False)
             self._close()
             return restored
+
+    @classmethod
+    def restore_all(cls) -> list[Restored]:
+        """Do :meth:`restore_after_crash` for every journal of this user.
+
+        Raises:
+            UnsupportedError: there is no runtime directory.
+            NotPermittedError, MthpError: as there.
+        """
+        return [restored for root in all_roots() for restored in cls(root).restore_after_crash()]
 
     def _open(self, *, create: bool) -> list[Restored]:
         """Take the lock, and put back what is found in the journal."""

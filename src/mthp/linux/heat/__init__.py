@@ -1,0 +1,138 @@
+"""What sees the accesses of a process: DAMON, idle page tracking, or the young bits; the best that this machine has.
+
+- :mod:`~mthp.linux.heat.damon` samples each PMD range, by virtual addresses or by the frames behind them. It takes
+  nothing from reclaim: where it clears a young bit, it notes that the folio is young.
+- :mod:`~mthp.linux.heat.idle` samples single pages of each PMD range, and takes nothing either.
+- :mod:`~mthp.linux.heat.young` tells how much of each mapping was used. The pages look unused to reclaim until they are
+  used again.
+
+Each is a :class:`HeatSource`. It takes as long as the caller says, and no more than :data:`MAX_SHARE` of one processor:
+the intervals between two looks grow until that is so.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError
+from mthp.heat import Heat, HeatRequest
+from mthp.linux.space import ProcessSpace
+from mthp.ptes import Segment
+from mthp.vma import VmaKind
+
+MAX_SHARE = 0.05
+"""The part of one processor that seeing accesses may take, the kernel's threads included: what a collapse is worth is
+a few per cent of a program's time, and must not be spent beforehand."""
+
+ROUND_SECONDS = 1.0
+"""From one look at all pages to the next, at least, for sources that look at all at once."""
+
+PATIENCE = 0.05
+"""Seconds between two looks at whether to stop."""
+
+Stop = Callable[[], bool]
+
+
+class HeatSource(Protocol):
+    """One way to see accesses."""
+
+    def measure(self, space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
+        """Return what was accessed for some time; less once `stop` returns True.
+
+        Raises:
+            UnsupportedError: this kernel does not have it, or another program uses it.
+            NotPermittedError: these rights do not suffice.
+            TargetVanishedError: the process is gone.
+        """
+
+
+def measure_heat(space: ProcessSpace, request: HeatRequest, stop: Stop) -> Heat:
+    """Return what `space` accesses for the time that `request` names, by the source that it names.
+
+    Raises:
+        UnsupportedError, NotPermittedError, TargetVanishedError: as :meth:`HeatSource.measure`; for ``auto`` of all
+            sources, with the reason of each.
+    """
+    # Imported here: each needs these helpers.
+    from mthp.linux.heat.damon import Damon
+    from mthp.linux.heat.idle import IdlePages
+    from mthp.linux.heat.young import YoungBits
+
+    sources: dict[str, Callable[[], HeatSource]] = {"damon": Damon, "idle": IdlePages, "young": YoungBits}
+    if request.source != "auto":
+        return sources[request.source]().measure(space, request.seconds, stop)
+    reasons: list[str] = []
+    permitted = False
+    for name, source in sources.items():
+        try:
+            return source().measure(space, request.seconds, stop)
+        except (UnsupportedError, NotPermittedError) as error:
+            permitted |= isinstance(error, UnsupportedError)
+            reasons.append(f"{name}: {error.message}")
+    kind: type[MthpError] = UnsupportedError if permitted else NotPermittedError
+    raise kind(f"nothing sees which memory is used: {'; '.join(reasons)}", help="see the lines heat_* of `mthp doctor`")
+
+
+def anonymous_segments(space: ProcessSpace) -> list[Segment]:
+    """Return where anonymous memory of `space` may be populated, in whole PMD ranges, without overlap.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    size = space.geometry.pmd_size
+    whole = [(vma.start, vma.end) for vma in space.vmas() if vma.kind is VmaKind.ANON]
+    return space.populated([segment for segment in whole if segment[1] - segment[0] >= size], size)
+
+
+def pmd_pieces(segments: list[Segment], size: int, most: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Cut `segments` at multiples of `size`, or of a multiple of it so that about `most` pieces come of them.
+
+    Returns:
+        Where each piece begins and ends: uint64, shape (pieces,).
+    """
+    total = sum(end - start for start, end in segments)
+    size *= max(1, -(-total // (size * most)))
+    starts, ends = [], []
+    for start, end in segments:
+        cuts = np.arange(start // size * size + size, end, size, dtype=np.uint64)
+        starts.append(np.concatenate([np.array([start], np.uint64), cuts]))
+        ends.append(np.concatenate([cuts, np.array([end], np.uint64)]))
+    if not starts:
+        return np.empty(0, np.uint64), np.empty(0, np.uint64)
+    return np.concatenate(starts), np.concatenate(ends)
+
+
+def rounds(seconds: float, stop: Stop) -> Iterator[None]:
+    """Yield after every round in which the target may use its memory; the caller looks at all pages then.
+
+    A round is as long as keeps the processor time of this process, and of the kernel on its behalf, below
+    :data:`MAX_SHARE`.
+    """
+    end, length = time.monotonic() + seconds, min(ROUND_SECONDS, seconds)
+    while True:
+        if (left := end - time.monotonic()) <= 0:
+            return
+        wait(min(length, left), stop)
+        begin = time.process_time()
+        yield
+        if stop():
+            return
+        length = max(length, (time.process_time() - begin) / MAX_SHARE)
+
+
+def wait(seconds: float, stop: Stop) -> None:
+    """Let `seconds` pass; less once `stop` returns True."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not stop():
+        time.sleep(min(left, PATIENCE))
+
+
+def not_permitted(path: os.PathLike[str], error: OSError) -> NotPermittedError:
+    """Return the error for a file that may not be used."""
+    return NotPermittedError(f"{os.fspath(path)}: {error.strerror}", help="run as root, with /sys mounted read-write")

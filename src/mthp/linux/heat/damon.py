@@ -1,0 +1,253 @@
+"""Accesses by DAMON: the kernel samples one page of every region, at every interval.
+
+An instance of our own is made in sysfs (Documentation/admin-guide/mm/damon/usage.rst), with fixed regions: the virtual
+addresses of the target's anonymous memory (``fvaddr``), or where the kernel has only physical ones (``paddr``) the
+frames behind it. Its scheme does nothing (``stat``) but list the regions with their accesses (``tried_regions``, Linux
+6.2).
+
+sysfs holds the kdamonds of all programs in one list, which cannot grow while one of them runs, and loses all of them
+when it is resized (damon_sysfs_kdamonds_add_dirs(), mm/damon/sysfs.c). So ours is made only where there is none. It is
+in the journal under a mark (:mod:`mthp.linux.journal.instance`): what ends us, it is ended, too.
+
+Cost: a region is checked once for each sample. So the interval grows with the number of regions, and again if the
+kdamond turns out to take more of a processor than :data:`~mthp.linux.heat.MAX_SHARE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError
+from mthp.heat import Heat
+from mthp.linux.heat import MAX_SHARE, Stop, anonymous_segments, not_permitted, pmd_pieces
+from mthp.linux.heat.frames import frame_segments, frames_of, to_virtual
+from mthp.linux.journal.files import all_roots
+from mthp.linux.journal.instance import INSTANCE, NONE, kdamonds_of, read_instance, write_file
+from mthp.linux.journal.switches import SwitchJournal
+from mthp.linux.space import ProcessSpace
+from mthp.linux.sysfs import ThpSysfs
+from mthp.ptes import Segment
+
+MOST_PIECES = 1024
+"""Regions at first: with that many, 2 GiB of x86-64 are seen PMD range by PMD range."""
+
+SHORTEST_SAMPLE, LONGEST_SAMPLE = 0.005, 0.5
+"""Seconds from one sample to the next."""
+
+CHECK_SECONDS = {"fvaddr": 2e-6, "paddr": 6e-6}
+"""What one sample of one region takes at first reckoning; the kdamond's processor time corrects it."""
+
+SAMPLES = 10
+"""Samples in one aggregation, at least."""
+
+AGGREGATION = 0.2
+"""Seconds of one aggregation, at least: reading all regions takes some milliseconds."""
+
+EXCLUSIVE = ("damon_stat", "damon_reclaim", "damon_lru_sort")
+"""Modules that let no other kdamond run beside theirs (damon_start(), mm/damon/core.c)."""
+
+_ULONG_MAX = str((1 << 64) - 1)
+_UINT_MAX = str((1 << 32) - 1)
+
+
+def lack(mm: Path, modules: Path = Path("/sys/module")) -> tuple[str, str]:
+    """Return why DAMON cannot be used now, and the way out; empty texts if nothing is known to hinder it.
+
+    Args:
+        mm: the directory ``/sys/kernel/mm``.
+        modules: the directory ``/sys/module``.
+    """
+    kdamonds = mm / "damon/admin/kdamonds"
+    if not kdamonds.is_dir():
+        return "this kernel has no DAMON in sysfs", "a kernel with CONFIG_DAMON_SYSFS and CONFIG_DAMON_VADDR (5.18)"
+    word = read_instance(kdamonds)
+    if word is None:
+        return "its files may not be read", "run as root"
+    if word != NONE:
+        what = "another program uses DAMON, and a second instance cannot be made beside it"
+        return what, "stop that one first (damo stop), or use another source"
+    for name in EXCLUSIVE:
+        with contextlib.suppress(OSError):
+            enabled = modules / name / "parameters/enabled"
+            if enabled.read_text().strip() == "Y":
+                return f"{name} is on, which lets no other kdamond run", f"echo N > {enabled} (as root)"
+    return "", ""
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """Regions with the samples of one aggregation that found them used.
+
+    Attributes:
+        start, end: uint64, shape (regions,), in the address space that is monitored.
+        hits: float64, the same shape.
+    """
+
+    start: NDArray[np.uint64]
+    end: NDArray[np.uint64]
+    hits: NDArray[np.float64]
+
+
+class Damon:
+    """The source.
+
+    Args:
+        sysfs: the THP directory, beside which that of DAMON is.
+        root: directory of the journal.
+    """
+
+    def __init__(self, sysfs: ThpSysfs | None = None, root: Path | None = None) -> None:
+        self._sysfs = sysfs or ThpSysfs()
+        self._kdamonds = kdamonds_of(self._sysfs.root)
+        self._context = self._kdamonds / "0/contexts/0"
+        self._root = root
+
+    def measure(self, space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
+        what, remedy = lack(self._sysfs.root.parent)
+        if what:
+            kind = NotPermittedError if "may not be read" in what else UnsupportedError
+            raise kind(f"DAMON: {what}", help=remedy)
+        segments = anonymous_segments(space)
+        journal = SwitchJournal(self._root or all_roots()[1], self._sysfs)
+        # Above what a person would choose (71 minutes), and no other program's by chance.
+        mark = str((1 << 32) + secrets.randbelow(1 << 48))
+        with journal.settings({INSTANCE: mark}), self._errors(space):
+            operations = self._operations()
+            frames = None
+            if operations == "paddr":
+                frames = frames_of(space, segments)
+                segments = frame_segments(frames, space.geometry.page_size, MOST_PIECES)
+            if not segments:
+                return _joined([], space.geometry.page_size)
+            sample = self._set_up(space, operations, segments)
+            parts, spent, took = self._watch(sample, seconds, stop)
+        heat = _joined(parts, space.geometry.page_size)
+        if frames is not None:
+            heat = to_virtual(heat, frames, space)
+        more = {"source": f"damon ({operations})", "seconds": took, "cpu_seconds": spent}
+        return Heat(heat.start, heat.end, heat.accesses, **more)  # type: ignore[arg-type]
+
+    def _operations(self) -> str:
+        """Choose the address space that is monitored."""
+        known = (self._context / "avail_operations").read_text().split()
+        for operations in CHECK_SECONDS:
+            if operations in known:
+                self._write("operations", operations)
+                return operations
+        raise UnsupportedError(
+            f"DAMON of this kernel knows no addresses that are of use: {', '.join(known) or 'none'}",
+            help="a kernel with CONFIG_DAMON_VADDR (5.19)",
+        )
+
+    def _set_up(self, space: ProcessSpace, operations: str, segments: list[Segment]) -> float:
+        """Set everything up and turn it on; return the seconds from sample to sample."""
+        start, end = pmd_pieces(segments, space.geometry.pmd_size, MOST_PIECES)
+        sample = CHECK_SECONDS[operations] * len(start) / MAX_SHARE
+        sample = min(max(sample, SHORTEST_SAMPLE), LONGEST_SAMPLE)
+        self._set_intervals(sample)
+        few = max(len(start), 10)
+        if int((end - start).max()) > space.geometry.pmd_size:
+            # Larger than a PMD range: DAMON splits them, and merges what is used alike.
+            least, most = few // 4, 4 * few
+        else:
+            # None is split where more than half of the most are there (kdamond_split_regions(), mm/damon/core.c), and
+            # none is merged beyond the size that the fewest would have (kdamond_merge_regions()).
+            least, most = few, few + 10
+        self._write("monitoring_attrs/nr_regions/max", str(most))
+        self._write("monitoring_attrs/nr_regions/min", str(least))
+        self._write("targets/nr_targets", "1")
+        if operations != "paddr":
+            self._write("targets/0/pid_target", str(space.process.pid))
+        self._write("targets/0/regions/nr_regions", str(len(start)))
+        for index, (low, high) in enumerate(zip(start.tolist(), end.tolist(), strict=True)):
+            self._write(f"targets/0/regions/{index}/start", str(low))
+            self._write(f"targets/0/regions/{index}/end", str(high))
+        self._write("schemes/nr_schemes", "1")
+        self._write("schemes/0/action", "stat")
+        for name, bound in (("sz", _ULONG_MAX), ("nr_accesses", _UINT_MAX), ("age", _UINT_MAX)):
+            self._write(f"schemes/0/access_pattern/{name}/max", bound)
+        self._state("on")
+        return sample
+
+    def _set_intervals(self, sample: float) -> None:
+        """Set the intervals; the longer one first, which may not be below the other."""
+        aggregation = max(SAMPLES * sample, AGGREGATION)
+        self._write("monitoring_attrs/intervals/aggr_us", str(int(aggregation * 1e6)))
+        self._write("monitoring_attrs/intervals/sample_us", str(int(sample * 1e6)))
+
+    def _watch(self, sample: float, seconds: float, stop: Stop) -> tuple[list[Regions], float, float]:
+        """Read the regions until the time is over: them, the processor time that it took, and how long it was."""
+        begin, begun = time.monotonic(), time.process_time()
+        pid = (self._kdamonds / "0/pid").read_text().strip()
+        parts: list[Regions] = []
+        cpu = 0.0
+        while not stop() and time.monotonic() - begin < seconds:
+            # It returns after the end of an aggregation, with what was seen in that.
+            self._state("update_schemes_tried_regions")
+            parts.append(self._tried())
+            cpu = _cpu_seconds(pid)
+            if cpu > MAX_SHARE * (time.monotonic() - begin) and sample < LONGEST_SAMPLE:
+                sample = min(2 * sample, LONGEST_SAMPLE)
+                self._set_intervals(sample)
+                self._state("commit")
+        took = time.monotonic() - begin
+        return parts, cpu + time.process_time() - begun, took
+
+    def _tried(self) -> Regions:
+        """Read the regions of the last aggregation."""
+        rows = []
+        for region in (self._context / "schemes/0/tried_regions").iterdir():
+            if region.name.isdecimal():
+                rows.append([int((region / name).read_text()) for name in ("start", "end", "nr_accesses")])
+        table = np.array(rows, np.uint64).reshape(-1, 3)
+        return Regions(table[:, 0], table[:, 1], table[:, 2].astype(np.float64))
+
+    def _write(self, name: str, text: str) -> None:
+        write_file(self._context / name, text)
+
+    def _state(self, word: str) -> None:
+        write_file(self._kdamonds / "0/state", word)
+
+    @contextlib.contextmanager
+    def _errors(self, space: ProcessSpace) -> Iterator[None]:
+        """Turn what DAMON's files refuse into errors that say what to do."""
+        try:
+            yield
+        except OSError as error:
+            space.process.check_alive()
+            path = error.filename or self._kdamonds
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise not_permitted(Path(path), error) from error
+            if error.errno == errno.EBUSY:
+                raise UnsupportedError(
+                    "DAMON: the kernel lets no kdamond of ours run beside those that do",
+                    help=f"turn off {', '.join(EXCLUSIVE)}: echo N > /sys/module/NAME/parameters/enabled (as root)",
+                ) from error
+            if error.errno == errno.ENOENT and "tried_regions" in str(path):
+                raise UnsupportedError("DAMON of this kernel lists no regions", help="Linux 6.2 or later") from error
+            raise MthpError(f"DAMON: {path}: {error.strerror}", help="use another source of heat") from error
+
+
+def _joined(parts: list[Regions], page_size: int) -> Heat:
+    """Return the accesses of all aggregations: a sample that found a region used stands for all of its pages."""
+    start = np.concatenate([np.empty(0, np.uint64), *(part.start for part in parts)])
+    end = np.concatenate([np.empty(0, np.uint64), *(part.end for part in parts)])
+    hits = np.concatenate([np.empty(0), *(part.hits for part in parts)])
+    return Heat.of_spans(start, end, hits * ((end - start).astype(np.float64) / page_size))
+
+
+def _cpu_seconds(pid: str) -> float:
+    """Return the processor time of a thread of the kernel; 0.0 where that is not visible."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0

@@ -1,0 +1,38 @@
+"""What sees which memory a process uses: what `mthp doctor` finds about ``--heat``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mthp.linux.findings import Answer, Facts, State
+from mthp.linux.heat import damon, idle, young
+
+
+def _damon(facts: Facts) -> Answer:
+    what, remedy = damon.lack(facts.thp.root.parent, facts.thp.root.parents[2] / "module")
+    if what:
+        return Answer(State.MISSING, what, remedy)
+    return Answer(State.OK, "there, and no other program uses it: samples of each PMD range")
+
+
+def _idle(facts: Facts) -> Answer:
+    what, remedy = idle.lack(facts.thp.root.parent)
+    if what:
+        return Answer(State.MISSING, what, remedy)
+    return Answer(State.OK, "there: samples of single pages")
+
+
+def _young(facts: Facts) -> Answer:
+    what, remedy = young.lack(facts.proc)
+    if what:
+        return Answer(State.MISSING, what, remedy)
+    told = "there, for whole mappings; where memory is short, reading them has reclaim take pages that are in use"
+    return Answer(State.LIMITED, told, "heat_damon or heat_idle")
+
+
+HEAT_QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
+    ("heat_damon", "hot memory, by DAMON", False, _damon),
+    ("heat_idle", "hot memory, by idle page tracking", False, _idle),
+    ("heat_young", "hot memory, by young bits", False, _young),
+)
+"""Key, title, whether it is about a part of THP, and the function that answers."""
