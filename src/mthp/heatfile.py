@@ -1,4 +1,4 @@
-"""Heat in a file: what a profiler saw, as lines of CSV or JSON. ``docs/heat.md`` says how to make one of other tools'.
+"""Heat in a file: what a profiler saw, as lines of CSV or JSON; ``docs/how-to/heat.md`` makes one of other output.
 
 CSV has the columns ``start,end,accesses``, and may have a line of these words first. JSON has one object a line, with
 these keys. Addresses are decimal, or hexadecimal with ``0x``; in JSON they may be numbers. The end lies behind the
@@ -34,7 +34,7 @@ KEYS = ("start", "end", "accesses")
 _ADDRESS = re.compile(r"0x[0-9a-f]{1,16}|[0-9]{1,20}", re.IGNORECASE)
 _COUNT = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 
-_HELP = "write lines of start,end,accesses, or JSON objects with these keys; see docs/heat.md"
+_HELP = "write lines of start,end,accesses, or JSON objects with these keys; see docs/how-to/heat.md"
 
 
 def read_heat(path: str | os.PathLike[str]) -> Heat:

@@ -26,7 +26,9 @@ def _young(facts: Facts) -> Answer:
     what, remedy = young.lack(facts.proc)
     if what:
         return Answer(State.MISSING, what, remedy)
-    told = "there, for whole mappings; where memory is short, reading them has reclaim take pages that are in use"
+    told = "there, for whole mappings; where memory is short, reclaim then takes pages that are in use"
+    if State.OK in (_damon(facts).state, _idle(facts).state):
+        return Answer(State.OK, f"{told}: not taken here, because there is better")
     return Answer(State.LIMITED, told, "heat_damon or heat_idle")
 
 
