@@ -182,8 +182,8 @@ def command(
     A TARGET is a PID, the word self, or a name as `mthp --help` lists them. The kernel's MADV_COLLAPSE makes folios of
     the PMD size. Smaller ones are made by splitting such a folio in place where debugfs is open (Linux 6.12), or by the
     kernel's khugepaged (Linux 7.2), else only by --mechanism move, which injects code into TARGET and stops it again
-    and again for about a millisecond. The largest come first, and of each size the fullest; with --heat those that serve
-    most accesses for each byte copied. Ctrl-C ends it after the range or the batch at hand.
+    and again for about a millisecond. The largest come first, and of each size the fullest; with --heat those that
+    serve most accesses for each byte copied. Ctrl-C ends it after the range or the batch at hand.
 
     khugepaged goes by its own order, works for all processes while it is driven, and knows only memory that was mapped
     or advised while a size was on.
