@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from mthp.linux.live import LiveAddressSpace, open_live
-from mthp.linux.mover.refuse.mapping import refuse_vma
 from mthp.means import Means, Mechanism
+from mthp.movechecks import refuse_vma
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
 

@@ -24,8 +24,8 @@ import pytest
 
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.linux.live import LiveAddressSpace, open_live
-from mthp.linux.mover.refuse.mapping import refuse_vma
 from mthp.means import Means
+from mthp.movechecks import refuse_vma
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
 from thp_switches import ThpSwitches

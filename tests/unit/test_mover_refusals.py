@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, refuse_blocks
 from mthp.linux.mover.refuse.devices import device_of, is_harmless, refuse_files
-from mthp.linux.mover.refuse.mapping import refuse_vma
 from mthp.linux.mover.refuse.process import foreign_executable
 from mthp.linux.mover.taskfiles import Thread
+from mthp.movechecks import refuse_vma
 from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns
 from mthp.vma import Vma, VmaKind
 

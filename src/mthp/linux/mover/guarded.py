@@ -50,8 +50,8 @@ from mthp.linux.mover.outcome import reason_of_move, result_of_move
 from mthp.linux.mover.ownmover import BLOCKS_PER_CALL, OwnMover
 from mthp.linux.mover.recheck import Before
 from mthp.linux.mover.refuse.block import SpecialRanges
-from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.means import Means
+from mthp.movechecks import Refusal
 from mthp.ptes import Block
 from mthp.results import BlockOutcome
 

@@ -33,16 +33,15 @@ from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.guarded import Guard
 from mthp.linux.mover.outcome import LostBytesError
 from mthp.linux.mover.recheck import MAPPING_CHANGED, Before, has_userfaultfd, zero_pages_of
-from mthp.linux.mover.refuse.block import SpecialRanges, refuse_blocks, special_ranges
-from mthp.linux.mover.refuse.mapping import objection_of, refuse_vma
+from mthp.linux.mover.refuse.block import SpecialRanges, objection_of, refuse_blocks, special_ranges
 from mthp.linux.mover.refuse.pinned import HELD, has_large_folios, split_large_folios
 from mthp.linux.mover.refuse.process import PASSING, refuse_process
-from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.mover.refuse.sharing import last_pid
 from mthp.linux.mover.session import MoverSession
 from mthp.linux.mover.target import MoveTarget
 from mthp.linux.mover.tracee import CannotStopError
 from mthp.means import Means
+from mthp.movechecks import Refusal, refuse_vma
 from mthp.ptes import Block, PteColumns, segments_of
 from mthp.results import BlockOutcome, ScanResult
 from mthp.vma import Vma

@@ -42,11 +42,11 @@ from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.mapping import query_mapping
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.refuse.block import ROBUST_LIST_HEAD_BYTES, BlockRefusal, robust_list, touches
-from mthp.linux.mover.refuse.mapping import refuse_vma
 from mthp.linux.mover.refuse.sharing import last_pid, new_sharer
 from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
+from mthp.movechecks import refuse_vma
 from mthp.ptes import Block, Pte, PteColumns
 from mthp.results import ScanResult
 from mthp.vma import Vma

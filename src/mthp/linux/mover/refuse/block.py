@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from mthp.linux.mover.outcome import Objection
 from mthp.linux.mover.taskfiles import read_task_file, task_ids
 from mthp.linux.process import Process
+from mthp.movechecks import refuse_vma
 from mthp.ptes import LARGEST_ADDRESS, Pte, PteColumns, Segment, spread
 from mthp.results import ScanResult
 from mthp.vma import Vma
@@ -114,6 +115,22 @@ _REASONS = {
     BlockRefusal.EMPTY: "it holds nothing",
     BlockRefusal.ABSENT: "a page of it is absent or the zero page, and filling is not planned",
 }
+
+
+def objection_of(verdict: int, vmas: Sequence[Vma], address: int) -> Objection:
+    """Return what speaks against a block, as exactly as it can be told.
+
+    Args:
+        verdict: of :func:`refuse_blocks`, not NONE.
+        vmas: the mappings that the block was checked by.
+        address: of the block.
+    """
+    objection = BlockRefusal(verdict).objection
+    if verdict != BlockRefusal.VMA:
+        return objection
+    refusals = (refuse_vma(vma) for vma in vmas if vma.start <= address < vma.end)
+    reason = next((refusal.reason for refusal in refusals if refusal), objection.reason)
+    return Objection(objection.result, reason)
 
 
 @dataclass(frozen=True, slots=True)

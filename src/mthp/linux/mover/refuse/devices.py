@@ -16,8 +16,8 @@ import stat
 from collections.abc import Iterable
 
 from mthp.errors import MthpError, NotPermittedError
-from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.process import Process
+from mthp.movechecks import Refusal
 
 _HOLDERS = (
     ("kvm", ("/dev/kvm", "anon_inode:kvm-"), "a virtual machine's second page table points to its pages"),

@@ -26,12 +26,12 @@ from mthp.linux.mover.arch import native
 from mthp.linux.mover.memory import ProcessMemory
 from mthp.linux.mover.padding import find_padding
 from mthp.linux.mover.refuse.devices import open_files, refuse_files
-from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.mover.refuse.sharing import refuse_sharer
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
 from mthp.linux.process import Process
 from mthp.means import USUAL_MEANS, Means
+from mthp.movechecks import Refusal
 from mthp.price import most_threads, price_of_moving
 from mthp.units import format_size
 

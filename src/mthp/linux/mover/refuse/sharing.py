@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
-from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.linux.process import Process
+from mthp.movechecks import Refusal
 
 MAX_NEW_PROCESSES = 512
 """PIDs given out meanwhile that are compared one by one."""

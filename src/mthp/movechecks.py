@@ -1,4 +1,4 @@
-"""Which mappings the mover refuses.
+"""Which mappings the mover refuses: by what /proc/PID/smaps shows of them, so for live, recorded and simulated ones.
 
 There is a list of flags that are allowed rather than of those that are not, so that a flag which a later kernel brings
 is refused until it has been examined. On the list are:
@@ -19,12 +19,25 @@ to see to it that a key does not bar that.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mthp.linux.mover.outcome import Objection
-from mthp.linux.mover.refuse.block import BlockRefusal
-from mthp.linux.mover.refuse.refusal import Refusal
 from mthp.vma import Vma, VmaKind
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something is not moved.
+
+    Attributes:
+        key: a word for scripts, which stays.
+        reason: what is the case, as a sentence without a full stop.
+        remedy: what would make it possible, or ``""``.
+    """
+
+    key: str
+    reason: str
+    remedy: str = ""
+
 
 ALLOWED_FLAGS = frozenset({"rd", "wr", "mr", "mw", "me", "ac", "nr", "hg", "sd"})
 """VmFlags words that do not stand in the way (show_smap_vma_flags, fs/proc/task_mmu.c)."""
@@ -55,22 +68,6 @@ _NOT_PRIVATE = Refusal("vma_not_private", "it is shared memory", "MADV_COLLAPSE 
 _NOT_READ_WRITE = Refusal("vma_not_read_write", "it may not be both read and written")
 _NO_FLAGS = Refusal("vma_flags_unknown", "its flags cannot be seen", "a kernel with CONFIG_PROC_PAGE_MONITOR")
 _STACK = Refusal("vma_stack", "it is the stack of the first thread")
-
-
-def objection_of(verdict: int, vmas: Sequence[Vma], address: int) -> Objection:
-    """What speaks against a block, told as exactly as it can be.
-
-    Args:
-        verdict: of :func:`refuse_blocks`, not NONE.
-        vmas: the mappings that it was judged by.
-        address: of the block.
-    """
-    objection = BlockRefusal(verdict).objection
-    if verdict != BlockRefusal.VMA:
-        return objection
-    refusals = (refuse_vma(vma) for vma in vmas if vma.start <= address < vma.end)
-    reason = next((refusal.reason for refusal in refusals if refusal), objection.reason)
-    return Objection(objection.result, reason)
 
 
 def refuse_vma(vma: Vma) -> Refusal | None:
