@@ -7,6 +7,10 @@ is refused until it has been examined. On the list are:
 - ``ac`` and ``nr``: whether it counts against the overcommit limit. Counted was the mapping, when it was made
   (vm_enough_memory); its pages may come and go. Heaps of glibc's threads and of jemalloc have ``nr``.
 - ``hg``: MADV_HUGEPAGE.
+- ``dc``: MADV_DONTFORK. V8 sets it on its whole heap, so that fork(2) has less to copy (OS::Allocate,
+  src/base/platform/platform-posix.cc), and drivers' libraries on memory that a device writes to. UFFDIO_MOVE refuses
+  what such a device has pinned, and a process that has one open is refused as a whole
+  (:mod:`mthp.linux.mover.refuse.devices`).
 - ``sd``: soft-dirty (Documentation/admin-guide/mm/soft-dirty.rst). It says that the mapping is newer than the last
   clearing of such bits, so a checkpointer takes all of its pages as written. A moved page is a written page, and its
   own bit is set: what was clean is then saved once more, and nothing is missed. Kernels built with
@@ -39,7 +43,7 @@ class Refusal:
     remedy: str = ""
 
 
-ALLOWED_FLAGS = frozenset({"rd", "wr", "mr", "mw", "me", "ac", "nr", "hg", "sd"})
+ALLOWED_FLAGS = frozenset({"rd", "wr", "mr", "mw", "me", "ac", "nr", "hg", "dc", "sd"})
 """VmFlags words that do not stand in the way (show_smap_vma_flags, fs/proc/task_mmu.c)."""
 
 _FLAG_REFUSALS = {
@@ -52,7 +56,6 @@ _FLAG_REFUSALS = {
     "uw": Refusal("vma_userfaultfd", "a userfaultfd of its own tracks writes to it"),
     "ui": Refusal("vma_userfaultfd", "its faults are served by a userfaultfd of its own"),
     "mg": Refusal("vma_mergeable", "its pages are merged with others of the same contents (KSM)"),
-    "dc": Refusal("vma_dontfork", "MADV_DONTFORK is set, as it is on memory that devices write to"),
     "wf": Refusal("vma_wipeonfork", "MADV_WIPEONFORK is set, as it is on secrets that must not be copied"),
     "dd": Refusal("vma_dontdump", "MADV_DONTDUMP is set, as it is on secrets and on memory of devices"),
     "dp": Refusal("vma_droppable", "the kernel may drop its pages at any time (MAP_DROPPABLE)"),

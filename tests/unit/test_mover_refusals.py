@@ -32,7 +32,7 @@ def vma(start: int = BASE, pages: int = 512, **fields: Any) -> Vma:
 # --- Mappings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [(), ("ac",), ("hg",), ("sd",), ("nr",), ("ac", "hg", "sd")])
+@pytest.mark.parametrize("more", [(), ("ac",), ("hg",), ("sd",), ("nr",), ("dc", "nr"), ("ac", "hg", "sd")])
 def test_plain_memory_is_allowed(more: tuple[str, ...]) -> None:
     assert refuse_vma(vma(flags=PLAIN | frozenset(more))) is None
     assert refuse_vma(vma(flags=PLAIN | frozenset(more), name="[heap]")) is None
@@ -64,7 +64,7 @@ def test_other_kinds_of_memory_are_refused(fields: dict[str, Any], key: str) -> 
 
 FLAG_KEYS = {
     "sl": "vma_sealed", "gd": "vma_stack", "lo": "vma_locked", "nh": "vma_nohugepage", "um": "vma_userfaultfd",
-    "uw": "vma_userfaultfd", "ui": "vma_userfaultfd", "mg": "vma_mergeable", "dc": "vma_dontfork",
+    "uw": "vma_userfaultfd", "ui": "vma_userfaultfd", "mg": "vma_mergeable",
     "wf": "vma_wipeonfork", "dd": "vma_dontdump", "dp": "vma_droppable", "gu": "vma_guard",
     "ss": "vma_shadow_stack", "mt": "vma_tagged",
 }  # fmt: skip
