@@ -24,6 +24,7 @@ class BlockStates:
     Attributes:
         large: bool: all of it lies in one folio of its order or a larger one, as far as frames can be seen; of the PMD
             order: one PMD entry maps it.
+        partly: bool: a page of it lies in a folio of its order or a larger one.
         seen: bool: whether that can be seen.
         full: bool: all its pages are present, and none is the zero page.
         contents: int64: pages that are present and not zero, or swapped out.
@@ -31,6 +32,7 @@ class BlockStates:
     """
 
     large: NDArray[np.bool_]
+    partly: NDArray[np.bool_]
     seen: NDArray[np.bool_]
     full: NDArray[np.bool_]
     contents: NDArray[np.int64]
@@ -48,7 +50,8 @@ def states_of(columns: PteColumns, blocks: Sequence[Block], geometry: Geometry) 
     state, order = columns.state[pages], columns.folio_order[pages]
     real = (state & np.uint16(Pte.PRESENT | Pte.ZERO)) == np.uint16(Pte.PRESENT)
     by_pmd = orders == geometry.pmd_order
-    large = np.logical_and.reduceat(real & (order >= np.repeat(orders, counts)), begins)
+    in_large = real & (order >= np.repeat(orders, counts))
+    large = np.logical_and.reduceat(in_large, begins)
     if columns.pfn is not None:
         # Pages of one folio are neighbours in memory, and folios are naturally aligned.
         frames = columns.pfn[pages].view(np.int64)
@@ -59,6 +62,7 @@ def states_of(columns: PteColumns, blocks: Sequence[Block], geometry: Geometry) 
     held = np.add.reduceat(real, begins, dtype=np.int64)
     return BlockStates(
         large=np.where(by_pmd, mapped, large),
+        partly=np.logical_or.reduceat(in_large, begins),
         seen=by_pmd | ~np.logical_or.reduceat(order == ORDER_UNKNOWN, begins),
         full=held == counts,
         contents=held + swapped,
@@ -86,9 +90,11 @@ def shown(
         before, after: the states of these blocks.
     """
     outcomes = []
-    columns = (before.contents, before.large, after.large, after.seen, after.full)
+    # One page that the target freed and wrote again is not in the folio any more, the others still are.
+    small = after.full & ~after.partly
+    columns = (before.contents, before.large, after.large, after.seen, small)
     rows = zip(claims, *(column.tolist() for column in columns), strict=True)
-    for claim, contents, was_large, is_large, is_seen, is_full in rows:
+    for claim, contents, was_large, is_large, is_seen, is_small in rows:
         succeeded = claim.result is ScanResult.SUCCEED
         if claim.verified is not False and ((is_large and not was_large) or (succeeded and not is_seen)):
             filled = (1 << claim.order) - contents
@@ -104,7 +110,7 @@ def shown(
             )
         elif not succeeded:
             outcome = replace(claim, copied=0, filled=0)
-        elif is_full and claim.order < geometry.pmd_order:
+        elif is_small and claim.order < geometry.pmd_order:
             outcome = replace(claim, result=ScanResult.ALLOC_HUGE_PAGE_FAIL, reason=SMALLER_FOLIOS, copied=0, filled=0)
         else:
             outcome = replace(claim, result=ScanResult.PTE_NON_PRESENT, reason=SPLIT_AGAIN, copied=0, filled=0)

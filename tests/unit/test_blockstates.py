@@ -51,6 +51,8 @@ def test_one_folio_lies_in_frames_that_are_neighbours(frames: range | None, larg
 
 SMALL, FOLIO, NOTHING = columns(Pte.PRESENT, 0), columns(Pte.PRESENT, 4), columns(Pte(0), ORDER_NONE)
 UNSEEN = columns(Pte.PRESENT, ORDER_UNKNOWN)
+REWRITTEN = PteColumns(FOLIO.segments, FOLIO.state, np.array([4, 0] + [4] * 14, np.int8))
+"""A folio of which one page was freed and written again."""
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,7 @@ UNSEEN = columns(Pte.PRESENT, ORDER_UNKNOWN)
         (ScanResult.SUCCEED, UNSEEN, UNSEEN, ScanResult.SUCCEED, (16, 0)),
         (ScanResult.FAIL, UNSEEN, UNSEEN, ScanResult.FAIL, (0, 0)),
         (ScanResult.SUCCEED, SMALL, SMALL, ScanResult.ALLOC_HUGE_PAGE_FAIL, (0, 0)),
+        (ScanResult.SUCCEED, SMALL, REWRITTEN, ScanResult.PTE_NON_PRESENT, (0, 0)),
         (ScanResult.SUCCEED, SMALL, NOTHING, ScanResult.PTE_NON_PRESENT, (0, 0)),
         (ScanResult.PAGE_COUNT, SMALL, SMALL, ScanResult.PAGE_COUNT, (0, 0)),
     ],
