@@ -22,6 +22,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mthp import ptes
 from mthp.addrspace import AddressSpace
 from mthp.geometry import Geometry
 from mthp.ptes import Pte, PteColumns, Segment
@@ -51,12 +52,15 @@ class Coverage:
     Attributes:
         pages: pages in blocks of each order or a larger one; index 0 counts all resident pages.
         unknown: of these, the pages whose folio's order cannot be seen; they count for order 0 alone.
+        out_of_reach: resident pages that lie in no whole PMD range of their mapping. No kernel collapses them, to any
+            order (hugepage_vma_revalidate(), mm/khugepaged.c); only the mover does.
     """
 
-    JSON: ClassVar = "resident_bytes bytes_of_unknown_order share_by_order"
+    JSON: ClassVar = "resident_bytes bytes_of_unknown_order out_of_reach_bytes share_by_order"
 
     pages: tuple[int, ...] = (0,) * ORDERS
     unknown: int = 0
+    out_of_reach: int = 0
 
     @property
     def resident(self) -> int:
@@ -75,6 +79,10 @@ class Coverage:
         """Return the bytes of `unknown`."""
         return self.unknown * geometry.page_size
 
+    def out_of_reach_bytes(self, geometry: Geometry) -> int:
+        """Return the bytes of `out_of_reach`."""
+        return self.out_of_reach * geometry.page_size
+
     def share_by_order(self, geometry: Geometry) -> dict[int, float]:
         """Return the share of every order that anonymous memory may have."""
         return {order: self.share(order) for order in geometry.anon_orders}
@@ -83,7 +91,8 @@ class Coverage:
     def total(cls, parts: Sequence[Coverage]) -> Coverage:
         """The sum of `parts`."""
         pages = np.array([part.pages for part in parts], np.int64).reshape(-1, ORDERS).sum(axis=0)
-        return cls(tuple(pages.tolist()), sum(part.unknown for part in parts))
+        out_of_reach = sum(part.out_of_reach for part in parts)
+        return cls(tuple(pages.tolist()), sum(part.unknown for part in parts), out_of_reach)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +288,7 @@ class Meter:
         self._geometry = space.geometry
         self._scope = scope or Scope()
         self._mappings = len(vmas)
-        self._counter = CoverageCounter([vma.start for vma in vmas], space.geometry)
+        self._counter = CoverageCounter([(vma.start, vma.end) for vma in vmas], space.geometry)
         self._planned = _Planned(space.geometry)
         page_size = space.geometry.page_size
         wanted = [segment for vma in vmas if (segment := _counted(vma, self._scope, page_size)) is not None]
@@ -329,16 +338,15 @@ class CoverageCounter:
     """Adds up the coverage of mappings.
 
     Args:
-        starts: where the mappings begin, ascending; what lies in none of them counts for the one below.
+        mappings: where they begin and end, ascending; what lies in none of them counts for the one below.
     """
 
-    def __init__(self, starts: Sequence[int], geometry: Geometry) -> None:
+    def __init__(self, mappings: Sequence[Segment], geometry: Geometry) -> None:
         self._geometry = geometry
-        # [vsyscall] lies beyond what an int64 holds, page numbers do not.
-        self._starts = np.array([start // geometry.page_size for start in starts], np.int64)
-        self._pages = np.zeros((len(starts), ORDERS), np.int64)
-        self._unknown = np.zeros(len(starts), np.int64)
-        self._alignments = np.zeros((len(starts), len(ALIGNMENTS), ORDERS), np.int64)
+        self._starts, self._ends = ptes.page_numbers(mappings, geometry.page_size).T
+        self._pages = np.zeros((len(mappings), ORDERS), np.int64)
+        self._unknown, self._out_of_reach = (np.zeros(len(mappings), np.int64) for _ in range(2))
+        self._alignments = np.zeros((len(mappings), len(ALIGNMENTS), ORDERS), np.int64)
 
     def add(self, columns: PteColumns, chosen: NDArray[np.bool_]) -> None:
         """Count the pages that are `chosen`: bool, shape (pages,)."""
@@ -350,6 +358,7 @@ class CoverageCounter:
         for sums, pages in ((self._pages[:, 0], chosen), (self._unknown, unknown)):
             if pages.any():
                 np.add.at(sums, owner, np.add.reduceat(pages, first[some], dtype=np.int64))
+        np.add.at(self._out_of_reach, owner, self._edges(columns, chosen)[some])
         runs = mapped_runs(columns, page_size, chosen)
         if not len(runs.index):
             return
@@ -358,12 +367,27 @@ class CoverageCounter:
             np.add.at(self._pages[:, order], owner, runs.usable(order, self._geometry))
         np.add.at(self._alignments, (owner, runs.alignment(), runs.order), runs.count)
 
+    def _edges(self, columns: PteColumns, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Return how many `chosen` pages of each segment lie in no whole PMD range of its mapping."""
+        n = self._geometry.ptes_per_pmd
+        firsts, ends = ptes.page_numbers(columns.segments, self._geometry.page_size).T
+        owner = self._owner(firsts)
+        low = np.clip(-(-self._starts[owner] // n) * n, firsts, ends)
+        high = np.clip(self._ends[owner] // n * n, low, ends)
+        before = np.cumsum(np.r_[0, chosen])
+        begin = np.cumsum(ends - firsts) - ends
+        edges: NDArray[np.int64] = before[begin + ends] - before[begin + high]
+        edges += before[begin + low] - before[begin + firsts]
+        return edges
+
     def _owner(self, pages: NDArray[np.int64]) -> NDArray[np.intp]:
         return np.searchsorted(self._starts, pages, side="right") - 1
 
     def coverage(self, first: int, last: int) -> Coverage:
         """Return the coverage of the mappings from number `first` up to but not including `last`."""
-        return Coverage(tuple(self._pages[first:last].sum(axis=0).tolist()), int(self._unknown[first:last].sum()))
+        pages = self._pages[first:last].sum(axis=0).tolist()
+        unknown, out_of_reach = (int(sums[first:last].sum()) for sums in (self._unknown, self._out_of_reach))
+        return Coverage(tuple(pages), unknown, out_of_reach)
 
     def alignments(self, first: int, last: int) -> NDArray[np.int64]:
         """Return their pages in large folios by `ALIGNMENTS` and order: int64, shape (4, ORDERS)."""
@@ -411,4 +435,4 @@ class _Planned:
         """Return the coverage once the folios are made."""
         in_larger = np.cumsum(self._made[::-1])[::-1]
         pages = np.array(now.pages, np.int64) - self._inside + in_larger
-        return Coverage(tuple(pages.tolist()), now.unknown - self._unknown)
+        return Coverage(tuple(pages.tolist()), now.unknown - self._unknown, now.out_of_reach)

@@ -79,7 +79,7 @@ def plainly_usable(columns: PteColumns, order: int) -> int:
 )
 def test_usable_pages_are_those_of_a_loop_over_blocks(pieces: list[Piece], shift: int) -> None:
     columns = columns_of(pieces, shift)
-    counter = CoverageCounter([HEAP], X86_64)
+    counter = CoverageCounter([(HEAP, HEAP + (1 << 30))], X86_64)
     counter.add(columns, anonymous_pages(columns))
     counted = counter.coverage(0, 1)
     assert counted.resident == int((columns.state != 0).sum())
@@ -105,7 +105,7 @@ def test_every_page_of_several_segments_counts_where_it_is(parts: list[tuple[int
     index = np.flatnonzero(chosen)
     assert page_numbers(columns, PAGE).tolist() == numbers
     assert page_numbers(columns, PAGE, index).tolist() == np.array(numbers, np.int64)[index].tolist()
-    counter = CoverageCounter([start for start, _ in segments], X86_64)
+    counter = CoverageCounter(segments, X86_64)
     counter.add(columns, chosen)
     assert [counter.coverage(vma, vma + 1).resident for vma in range(len(parts))] == [sum(bits) for bits in resident]
 
@@ -128,7 +128,7 @@ def test_two_folios_side_by_side_are_two_runs_even_at_neighbouring_frames() -> N
 
 def test_a_huge_folio_off_its_alignment_is_not_huge() -> None:
     moved = columns_of([(0, 9, 0, N)], shift=16)
-    counter = CoverageCounter([HEAP], X86_64)
+    counter = CoverageCounter([(HEAP, HEAP + (1 << 30))], X86_64)
     counter.add(moved, anonymous_pages(moved))
     coverage = counter.coverage(0, 1)
     assert coverage.share(9) == 0.0
@@ -139,7 +139,7 @@ def test_a_huge_folio_off_its_alignment_is_not_huge() -> None:
 
 def test_a_huge_folio_that_ptes_map_is_not_huge_either() -> None:
     split = columns_of([(0, 9, 0, N)])
-    counter = CoverageCounter([HEAP], X86_64)
+    counter = CoverageCounter([(HEAP, HEAP + (1 << 30))], X86_64)
     counter.add(split, anonymous_pages(split))
     assert (counter.coverage(0, 1).share(9), counter.coverage(0, 1).share(8)) == (0.0, 1.0)
 

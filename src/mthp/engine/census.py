@@ -67,7 +67,7 @@ class PageCounts:
 
     JSON: ClassVar = (
         "resident_bytes pages_by_order=by_order pages_of_unknown_order=unknown pages_by_alignment pages_by_state"
-        " zero_filled_pages_by_order huge_coverage large_coverage"
+        " zero_filled_pages_by_order huge_coverage large_coverage out_of_reach_bytes"
     )
 
     orders: NDArray[np.int64]
@@ -133,6 +133,10 @@ class PageCounts:
     def large_coverage(self) -> float:
         """The share of the pages with contents in folios of order 1 or larger, as the hardware uses them."""
         return self.coverage.share(1)
+
+    def out_of_reach_bytes(self, geometry: Geometry) -> int:
+        """Return the bytes in no whole PMD range of their mapping (:class:`~mthp.metrics.Coverage`)."""
+        return self.coverage.out_of_reach_bytes(geometry)
 
     @classmethod
     def total(cls, counts: Sequence[PageCounts]) -> PageCounts:
@@ -281,10 +285,9 @@ class _Counts:
 
     def __init__(self, mapped: Sequence[Segment], geometry: Geometry) -> None:
         self._page_size = geometry.page_size
-        starts = [start for start, _ in mapped]
-        self._starts = np.array(starts, np.uint64)
-        self._every = _Sums(CoverageCounter(starts, geometry), len(mapped), resident_pages)
-        self._anonymous = _Sums(CoverageCounter(starts, geometry), len(mapped), anonymous_pages, but=Pte.FILE)
+        self._starts = np.array([start for start, _ in mapped], np.uint64)
+        self._every = _Sums(CoverageCounter(mapped, geometry), len(mapped), resident_pages)
+        self._anonymous = _Sums(CoverageCounter(mapped, geometry), len(mapped), anonymous_pages, but=Pte.FILE)
 
     def add(self, columns: PteColumns) -> None:
         """Count the pages of `columns`, whose segments each lie within one mapping."""
