@@ -167,11 +167,11 @@ class FakeSpace(AddressSpace):
         geometry = self._geometry
         if address % geometry.size_of(order):
             return ScanResult.VMA_CHECK
-        range_start = address // geometry.pmd_size * geometry.pmd_size
         vma = next((vma for vma, _, _ in self._mappings if vma.start <= address < vma.end), None)
         if vma is None:
             return ScanResult.VMA_NULL
-        if range_start < vma.start or range_start + geometry.pmd_size > vma.end:
+        # Aligned to its size, so that it lies in the PMD range if it is one; below that order only the mover gets here.
+        if address + geometry.size_of(order) > vma.end:
             return ScanResult.ADDRESS_RANGE
         state, folio_order = self._read_one(address, address + geometry.size_of(order))
         if not (state & Pte.PRESENT).any():

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mthp.geometry import Geometry
+from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.movechecks import refuse_vma
 from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
 
@@ -57,6 +58,7 @@ def eligibility(
     trigger: Trigger = "khugepaged",
     thp_disabled: bool = False,
     include_file: bool = False,
+    small: bool = False,
 ) -> Eligibility:
     """Say which orders `vma` may be collapsed to.
 
@@ -64,8 +66,9 @@ def eligibility(
         switches: the machine's; they count for the trigger ``khugepaged`` only.
         thp_disabled: whether the process set PR_SET_THP_DISABLE.
         include_file: count memory of files and shared memory too, which only ever collapses to the PMD order.
+        small: count anonymous mappings without a whole PMD range too, which only the mover collapses.
     """
-    if reason := _refused(vma, geometry, thp_disabled):
+    if reason := _refused(vma, geometry, thp_disabled, small=small):
         return Eligibility((), reason)
     if vma.kind in (VmaKind.FILE, VmaKind.SHMEM):
         what = "memory of a file" if vma.kind is VmaKind.FILE else "shared memory"
@@ -87,7 +90,7 @@ def eligibility(
     return Eligibility((), f"no size is enabled for memory {whose} MADV_HUGEPAGE (enabled is {switches.enabled!r})")
 
 
-def _refused(vma: Vma, geometry: Geometry, thp_disabled: bool) -> str:
+def _refused(vma: Vma, geometry: Geometry, thp_disabled: bool, *, small: bool) -> str:
     """Why no order at all is possible, whatever the trigger; ``""`` if some may be."""
     if thp_disabled:
         return "the process switched THP off for itself (PR_SET_THP_DISABLE)"
@@ -101,7 +104,14 @@ def _refused(vma: Vma, geometry: Geometry, thp_disabled: bool) -> str:
     if "nh" in vma.flags:
         return "MADV_NOHUGEPAGE is set"
     start, end = vma.pmd_ranges(geometry)
-    if start == end:
-        size = geometry.label(geometry.pmd_order)
-        return f"smaller than {size}" if vma.size < geometry.pmd_size else f"holds no aligned {size}"
-    return ""
+    if start < end:
+        return ""
+    order = geometry.pmd_order
+    if small and vma.kind is VmaKind.ANON:
+        if refusal := refuse_vma(vma):
+            return f"the mover leaves it alone: {refusal.reason}"
+        if vma.parts(geometry):
+            return ""
+        order = MIN_ANON_ORDER
+    size = geometry.label(order)
+    return f"smaller than {size}" if vma.size < geometry.size_of(order) else f"holds no aligned {size}"

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mthp.geometry import Geometry
+from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.ptes import Segment
 
 
@@ -76,3 +76,17 @@ class Vma:
         """The part that whole PMD ranges make up, (start, end); empty (start == end) if there is none."""
         start = -(-self.start // geometry.pmd_size) * geometry.pmd_size
         return start, max(start, self.end // geometry.pmd_size * geometry.pmd_size)
+
+    def parts(self, geometry: Geometry, within: Segment | None = None) -> list[Segment]:
+        """Return the parts of PMD ranges at its edges, or all of it if it has no whole range, that can hold a folio.
+
+        Args:
+            within: the mapping counts as far as it lies in this range of addresses.
+        """
+        page, size, smallest = geometry.page_size, geometry.pmd_size, geometry.size_of(MIN_ANON_ORDER)
+        start, end = self.start, self.end
+        if within is not None:
+            start, end = max(start, -(-within[0] // page) * page), min(end, within[1] // page * page)
+        first, last = -(-start // size) * size, end // size * size
+        parts = [(start, first), (last, end)] if first <= last else [(start, end)]
+        return [(low, high) for low, high in parts if -(-low // smallest) * smallest + smallest <= high]

@@ -15,7 +15,7 @@ import mthp
 from fakes import FakeSpace, page_runs
 from mthp import metrics
 from mthp.addrspace import AddressSpace
-from mthp.engine import planning
+from mthp.engine import select
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
@@ -171,7 +171,7 @@ def test_a_plan_is_that_of_each_mapping_alone(data: st.DataObject) -> None:
     space = data.draw(layouts())
     options = data.draw(plan_choices(space.geometry))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "BLOCK_PMD_RANGES", data.draw(st.sampled_from([1, 2, 3, 128])))
+        patch.setattr(select, "BLOCK_PMD_RANGES", data.draw(st.sampled_from([1, 2, 3, 128])))
         plan = planned(space, **options)
     made: list[tuple[int, int, int]] = []
     rows: list[tuple[int, ...]] = []
@@ -495,7 +495,7 @@ def test_reads_stay_small_and_progress_ends_at_the_sum() -> None:
 
     space = Measured([filled(anon(0, 5, PPC), PPC), filled(anon(9, 4, PPC), PPC)], geometry=PPC)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "BLOCK_PMD_RANGES", 2)
+        patch.setattr(select, "BLOCK_PMD_RANGES", 2)
         patch.setattr(metrics, "BLOCK_PAGES", 2 * PPC.ptes_per_pmd)
         plan_space(space, PlanOptions(), lambda done, total: told.append((done, total)))
     assert max(read) == 2 * PPC.pmd_size

@@ -22,6 +22,7 @@ from mthp.cli.options import (
     json_option,
     plan_options,
     planned,
+    small_option,
 )
 from mthp.cli.output import console, milliseconds, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
@@ -126,6 +127,7 @@ class Collapses:
 @click.command("collapse")
 @targets_argument
 @plan_options
+@small_option
 @click.option(
     "--mechanism",
     type=click.Choice(get_args(Mechanism)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mthp.cli.output import milliseconds, note, percent, say
+from mthp.cli.output import milliseconds, note, out_of_reach, percent, say
 from mthp.cli.plan_command import (
     left_table,
     print_allowed,
@@ -35,7 +35,9 @@ def print_report(
         _print_mechanisms(out, report)
         if report.allowed is not None:
             print_allowed(out, report.plan, report.allowed)
-        note(out, [*(f"the mover would not begin: {reason}" for reason in hindrances), "dry run: nothing was changed"])
+        refused = [f"the mover would not begin: {reason}" for reason in hindrances]
+        reach = out_of_reach(report.plan.before, report.plan.geometry)
+        note(out, [*filter(None, [reach]), *refused, "dry run: nothing was changed"])
         return
     if report.done_nothing or report.plan.finished:
         out.print(coverage_table(report))
@@ -183,6 +185,8 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     if report.remade.remark:
         remarks.append(report.remade.remark)
     remarks += _nothing_done(report)
+    if reach := out_of_reach(report.after, report.plan.geometry):
+        remarks.append(reach)
     if wanted is not None and report.coverage < wanted:
         remarks.append(
             f"{percent(report.coverage)} {scope_name(report.plan)} is mapped as {size_and_more(report.plan)}:"

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import at_option, json_option
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say
+from mthp.cli.output import console, note, out_of_reach, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
@@ -132,7 +132,8 @@ def print_census(out: Console, census: Census, *, show_all: bool = False) -> Non
         # Not asked for, or not to be had.
         rows, columns = [[*row[:-2], row[-1]] for row in rows], [*columns[:-2], columns[-1]]
     out.print(Table(title, columns, rows, right={2, 3, 4}, names={len(columns) - 1}))
-    note(out, census.missing)
+    reach = out_of_reach(census.anonymous.coverage, geometry)
+    note(out, [*filter(None, [reach]), *census.missing])
 
 
 def sizes_table(census: Census) -> Table:

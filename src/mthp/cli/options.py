@@ -115,6 +115,12 @@ _PLAN_OPTIONS = (
     heat_option,
 )
 
+small_option = click.option(
+    "--small",
+    is_flag=True,
+    help="Memory in no whole PMD range of its mapping too. No kernel collapses it: it takes the mechanism move.",
+)
+
 PLAN_NAMES = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 
 

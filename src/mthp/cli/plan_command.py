@@ -9,8 +9,8 @@ import click
 from rich.console import Console
 
 from mthp.abilities import move_refusals
-from mthp.cli.options import at_option, json_option, plan_options, planned
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say
+from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
+from mthp.cli.output import console, note, out_of_reach, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.allowed import Allowed, allowed_of
@@ -23,6 +23,9 @@ from mthp.means import USUAL_MEANS, Means
 from mthp.metrics import Coverage
 from mthp.targets import Found, find_targets
 from mthp.units import format_size
+
+SMALL_MEANS = Means(mechanism="madvise,move")
+"""What a plan with --small is checked against: the mover has to be asked for by name."""
 
 TOP_REASONS = 8
 """Reasons for leaving memory alone that are shown, the ones that concern most memory."""
@@ -137,6 +140,7 @@ class Plans:
 @click.command("plan")
 @targets_argument
 @plan_options
+@small_option
 @at_option
 @json_option
 def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: Any) -> int:
@@ -152,7 +156,8 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: 
             plan = plan_space(space, wanted, progress)
             smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
             hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []
-            allowed, again = allowed_of(space, plan, USUAL_MEANS), remade_of_plan(space, plan)
+            means = SMALL_MEANS if plan.small else USUAL_MEANS
+            allowed, again = allowed_of(space, plan, means), remade_of_plan(space, plan)
             return Planned(plan, Now(plan.geometry, allowed, space.missing, hindrances, again)), 0
 
     named = find_targets(targets)
@@ -177,7 +182,8 @@ def _print_one(out: Console, made: Planned) -> None:
     print_plan(out, made.plan)
     print_allowed(out, made.plan, made.now.by_default)
     refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in made.now.move_hindrances]
-    remarks = [made.now.remade.remark, made.plan.heat.remark if made.plan.heat is not None else ""]
+    heat = made.plan.heat.remark if made.plan.heat is not None else ""
+    remarks = [made.now.remade.remark, heat, out_of_reach(made.plan.before, made.plan.geometry)]
     note(out, [*filter(None, remarks), *refused, *made.now.missing])
 
 
@@ -259,11 +265,12 @@ def print_allowed(out: Console, plan: SpacePlan, allowed: Allowed) -> None:
     """Print what of a plan `mthp collapse` would do within its bounds, and why it would leave the rest."""
     geometry = plan.geometry
     made = sum(allowed.folios_by_order.values())
+    how = f" --small --mechanism {SMALL_MEANS.mechanism}" if plan.small else ""
     bound = "no bound" if allowed.bloat_budget is None else f"at most {format_size(allowed.bloat_budget)}"
     out.print()
     say(
         out,
-        f"mthp collapse would make {made} of these {len(plan.folios)} folios"
+        f"mthp collapse{how} would make {made} of these {len(plan.folios)} folios"
         f" and add {format_size(allowed.filled_bytes)} of bloat (--max-bloat: {bound})",
     )
     rows = [[geometry.label(left.order), str(left.count), left.reason] for left in allowed.left]

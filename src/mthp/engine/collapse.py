@@ -58,17 +58,25 @@ def collapse_space(
         UnsupportedError: the backend or this kernel cannot collapse, or not by this mechanism.
         TargetVanishedError: the process exited before anything was done.
     """
-    check_mechanism(means)
+    check_mechanism(means, small=choice.small)
     plan = plan_space(space, _to_be_planned(choice, means, space.geometry), stop=stop)
     return carry_out(space, plan, means, dry_run=dry_run, progress=progress, stop=stop, before_move=before_move)
 
 
-def check_mechanism(means: Means) -> None:
+def check_mechanism(means: Means, *, small: bool = False) -> None:
     """Check that the mechanism can do what is wanted of it.
+
+    Args:
+        small: memory in no whole PMD range of its mapping is to be collapsed too.
 
     Raises:
         UsageError: it cannot.
     """
+    if small and "move" not in means.mechanism:
+        raise UsageError(
+            f"the mechanism {means.mechanism} collapses whole PMD ranges only: --small needs the mover",
+            help="use the mechanism move, or madvise,move; both inject code into the target",
+        )
     if means.mechanism == "khugepaged" and (means.rate is not None or means.max_copied is not None or means.verify):
         raise UsageError(
             "the kernel's khugepaged keeps to no rate and no budget for copying, and verifies nothing",
@@ -127,7 +135,7 @@ def carry_out(
         NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error that comes when
             something was done already is in the report.
     """
-    check_mechanism(means)
+    check_mechanism(means, small=plan.small)
     geometry = space.geometry
     report = CollapseReport(plan, dry_run=dry_run)
     report.mechanisms = mechanisms_of(space, plan, means)

@@ -44,6 +44,8 @@ class Planes:
         folio_order: int8; order of the folio that the page lies in.
         filled: bool; a collapse made the page where none was. Policies that remember this count it as none
             (:mod:`mthp.engine.filled`), for others it is a page like any.
+        outside: bool; the entry does not belong to the mapping, so no run with it is collapsed. Nothing else is set
+            there.
         pmd_mapped: bool, shape (ranges,); one PMD entry maps the whole range already.
         uffd_armed: bool, shape (ranges,); the mapping is registered with userfaultfd.
         droppable: bool, shape (ranges,); the mapping is VM_DROPPABLE.
@@ -59,6 +61,7 @@ class Planes:
     unreferenced: Bits | None = None
     folio_order: NDArray[np.int8] | None = None
     filled: Bits | None = None
+    outside: Bits | None = None
     pmd_mapped: Bits | None = None
     uffd_armed: Bits | None = None
     droppable: Bits | None = None
@@ -230,7 +233,8 @@ class Occupancy:
         """How many PTEs of plane `name` each run of `order` has.
 
         Args:
-            name: ``occupied``, ``referenced``, ``swap``, ``guard``, ``shared``, ``zero``, ``lazyfree`` or ``uffd``.
+            name: ``occupied``, ``referenced``, ``swap``, ``guard``, ``shared``, ``zero``, ``lazyfree``, ``uffd`` or
+                ``outside``.
             order: 2 or above.
         """
         key = name, order
@@ -308,7 +312,7 @@ class Occupancy:
         if name == "referenced":
             return planes.occupied if planes.unreferenced is None else planes.occupied & ~planes.unreferenced
         plane: Bits | None = getattr(planes, name)
-        if plane is None or name in ("present", "zero", "swap", "guard"):
+        if plane is None or name in ("present", "zero", "swap", "guard", "outside"):
             return plane
         contents = planes.occupied
         if name == "uffd" and planes.swap is not None:

@@ -24,15 +24,17 @@ from mthp.engine.select import (
     Job,
     PlanOptions,
     base_rules,
+    blocks_of,
     jobs_of,
     ranges_of,
+    read_parts,
     read_planes,
 )
 from mthp.engine.space_plan import Folios, Ranges, SpacePlan
 from mthp.metrics import Coverage, Measured, Meter, Scope, measure
 from mthp.ptes import PteColumns, Segment, segments_of
 from mthp.results import ScanResult
-from mthp.segments import in_blocks, without
+from mthp.segments import without
 from mthp.vma import Vma
 
 Progress = Callable[[int, int], None]
@@ -78,7 +80,7 @@ def plan_space(
 
     # Every entry is read once: what is planned is measured at the same time.
     for job, segments in todo:
-        for block in in_blocks(segments, BLOCK_PMD_RANGES * granule):
+        for block in blocks_of(job, segments, space.geometry):
             columns, ranges, folios = _plan_block(space, job, block, policy, options.filled)
             parts.append((ranges, folios))
             meter.expect(folios.address, folios.order)
@@ -112,6 +114,7 @@ def plan_space(
         eligible=eligible,
         refused_resident=refused_resident,
         heat=heat,
+        small=options.small,
     )
 
 
@@ -134,17 +137,18 @@ def _split(
 def _plan_block(
     space: AddressSpace, job: Job, block: list[Segment], policy: Policy, filled: FilledPages | None
 ) -> tuple[PteColumns, Ranges, Folios]:
-    """Read some PMD ranges, and plan them: their entries, one row for each range, and one for each folio."""
+    """Read some PMD ranges or parts, and plan them: their entries, a row for each of them, and one for each folio."""
     geometry = space.geometry
-    address = ranges_of(block, geometry)
-    columns, planes = read_planes(space, job, address)
+    starts = np.array([start for start, _ in block], np.uint64) if job.small else ranges_of(block, geometry)
+    columns, planes = read_parts(space, job, block) if job.small else read_planes(space, job, starts)
+    address = starts // np.uint64(geometry.pmd_size) * np.uint64(geometry.pmd_size)
     if filled is not None and (bits := filled.of(address)) is not None:
         # What was unmapped since is no page any more.
         planes = replace(planes, filled=bits & planes.present)
     plan = plan_planes(planes, policy, job.rules)
     folios = plan.folios
     offset = folios.offset.astype(np.uint64) * np.uint64(geometry.page_size)
-    ranges = Ranges(address, plan.scan_result, plan.resident, plan.copied, plan.filled)
+    ranges = Ranges(starts, plan.scan_result, plan.resident, plan.copied, plan.filled)
     return (
         columns,
         # Which empty ranges are read at all depends on the backend and on how full the target is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,11 +12,14 @@ from mthp.abilities import AnyHeat
 from mthp.addrspace import AddressSpace
 from mthp.eligibility import Trigger, eligibility
 from mthp.engine.filled import FilledPages
-from mthp.engine.occupancy import Planes, planes_of
+from mthp.engine.occupancy import Bits, Planes, planes_of
 from mthp.engine.plan import make_rules
 from mthp.engine.policy import Policy, Rules
-from mthp.geometry import Geometry
-from mthp.ptes import PteColumns, Segment
+from mthp.engine.policy_lookup import policy_named
+from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.movechecks import refuse_vma
+from mthp.ptes import ORDER_NONE, PteColumns, Segment, page_numbers, spread
+from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
 
@@ -39,6 +42,7 @@ class PlanOptions:
         max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range; the target machine's own by default.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
         include_file: choose memory of files and shared memory too, at the PMD order.
+        small: choose memory in no whole PMD range of its mapping too, which only the mover collapses.
         within: choose from this range of addresses only.
         filled: pages that earlier collapses filled, for policies that remember them. A visit keeps its own.
         switches, tunables: those to go by in place of the machine's own of the moment.
@@ -54,6 +58,7 @@ class PlanOptions:
     max_ptes_shared: int | None = None
     mthp_min_order: int | None = None
     include_file: bool = False
+    small: bool = False
     within: Segment | None = None
     filled: FilledPages | None = None
     switches: Switches | None = None
@@ -67,13 +72,15 @@ class Job:
 
     Attributes:
         rules: those that hold for them.
-        segments: the whole PMD ranges of each, by ascending address.
+        small: whether `segments` are parts of PMD ranges, of which several may lie in one.
+        segments: the whole PMD ranges of each, by ascending address; or one part of a PMD range each.
         listed: its place among the mappings: int64, shape (mappings,), as the others.
         starts: where it begins.
         uffd_armed, droppable: as those of :class:`~mthp.vma.Vma`.
     """
 
     rules: Rules
+    small: bool
     segments: list[Segment]
     listed: NDArray[np.int64]
     starts: NDArray[np.uint64]
@@ -114,7 +121,7 @@ def jobs_of(
         vmas: the mappings, if they were listed before.
     """
     follow_switches = options.orders == ORDERS_ENABLED
-    groups: dict[Rules, list[tuple[int, Vma, Segment]]] = {}
+    groups: dict[tuple[Rules, bool], list[tuple[int, Vma, Segment]]] = {}
     refused = []
     # Asked once, not for each mapping: a live target reads files for it.
     geometry, switches, thp_disabled = space.geometry, options.switches or space.switches, space.thp_disabled
@@ -126,24 +133,29 @@ def jobs_of(
             trigger="khugepaged" if follow_switches else "madvise",
             thp_disabled=thp_disabled,
             include_file=options.include_file,
+            small=options.small,
         )
-        segment = _clipped(vma.pmd_ranges(geometry), options.within, geometry)
         if not allowed:
             if options.within is None or (vma.start < options.within[1] and options.within[0] < vma.end):
                 refused.append((vma, allowed.reason))
-        elif segment is not None:
-            rules = _rules_for(vma, allowed.orders, base, switches, follow_switches=follow_switches)
-            groups.setdefault(rules, []).append((at, vma, segment))
+            continue
+        rules = _rules_for(vma, allowed.orders, base, switches, follow_switches=follow_switches)
+        segment = _clipped(vma.pmd_ranges(geometry), options.within, geometry)
+        if segment is not None:
+            groups.setdefault((rules, False), []).append((at, vma, segment))
+        for part in _parts(vma, options, geometry) if options.small else ():
+            groups.setdefault((rules, True), []).append((at, vma, part))
     jobs = [
         Job(
             rules,
+            small,
             [segment for _, _, segment in members],
             np.array([at for at, _, _ in members], np.int64),
             np.array([vma.start for _, vma, _ in members], np.uint64),
             np.array([vma.uffd_armed for _, vma, _ in members]),
             np.array([vma.droppable for _, vma, _ in members]),
         )
-        for rules, members in groups.items()
+        for (rules, small), members in groups.items()
     ]
     return jobs, refused
 
@@ -168,6 +180,61 @@ def _clipped(segment: Segment, within: Segment | None, geometry: Geometry) -> Se
         size = geometry.pmd_size
         start, end = max(start, -(-within[0] // size) * size), min(end, within[1] // size * size)
     return (start, end) if start < end else None
+
+
+def _parts(vma: Vma, options: PlanOptions, geometry: Geometry) -> list[Segment]:
+    """Return the parts of PMD ranges of a mapping that only the mover collapses, as the walk of the policy needs them.
+
+    Where a policy gives up an order for the rest of a PMD range, each of the largest aligned blocks of a part is a part
+    of its own, because an order that does not fit at one place has not failed.
+    """
+    if vma.kind is not VmaKind.ANON or refuse_vma(vma):
+        return []
+    parts = vma.parts(geometry, options.within)
+    if not policy_named(options.policy).scans_each_run:
+        return parts
+    return [block for part in parts for block in _aligned_blocks(part, geometry)]
+
+
+def _aligned_blocks(part: Segment, geometry: Geometry) -> Iterator[Segment]:
+    """Yield the largest naturally aligned blocks that make up a part of a PMD range, but for those below 16K pages."""
+    at, end = (address // geometry.page_size for address in part)
+    while at < end:
+        order = min(at & -at, 1 << ((end - at).bit_length() - 1)).bit_length() - 1
+        if order >= MIN_ANON_ORDER:
+            yield at * geometry.page_size, (at + (1 << order)) * geometry.page_size
+        at += 1 << order
+
+
+def blocks_of(job: Job, segments: Sequence[Segment], geometry: Geometry) -> Iterator[list[Segment]]:
+    """Group segments of a job, and cut those of whole PMD ranges, so that each group has BLOCK_PMD_RANGES at most."""
+    if not job.small:
+        yield from in_blocks(segments, BLOCK_PMD_RANGES * geometry.pmd_size)
+        return
+    for first in range(0, len(segments), BLOCK_PMD_RANGES):
+        yield list(segments[first : first + BLOCK_PMD_RANGES])
+
+
+def read_parts(space: AddressSpace, job: Job, parts: Sequence[Segment]) -> tuple[PteColumns, Planes]:
+    """Read some parts of PMD ranges: their entries, and planes with a row for each, outside of which nothing is.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    geometry = space.geometry
+    columns = space.read(parts)
+    firsts, ends = page_numbers(parts, geometry.page_size).T
+    offsets = np.arange(len(parts)) * geometry.ptes_per_pmd + firsts % geometry.ptes_per_pmd
+    pages = spread(offsets, ends - firsts)
+    count = len(parts) * geometry.ptes_per_pmd
+    state, order = np.zeros(count, np.uint16), np.full(count, ORDER_NONE, np.int8)
+    outside: Bits = np.ones(count, np.bool_)
+    state[pages], order[pages], outside[pages] = columns.state, columns.folio_order, False
+    vma = np.searchsorted(job.starts, np.array([start for start, _ in parts], np.uint64), side="right") - 1
+    planes = planes_of(
+        PteColumns((), state, order), geometry, uffd_armed=job.uffd_armed[vma], droppable=job.droppable[vma]
+    )
+    return columns, replace(planes, outside=outside.reshape(planes.present.shape))
 
 
 def read_planes(space: AddressSpace, job: Job, addresses: NDArray[np.uint64]) -> tuple[PteColumns, Planes]:

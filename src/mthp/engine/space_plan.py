@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mthp.columns import Table
 from mthp.eligibility import Trigger
-from mthp.geometry import Geometry
+from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.heat import Heat, worth
 from mthp.metrics import Coverage, Scope
 from mthp.results import ScanResult
@@ -21,10 +21,10 @@ from mthp.vma import Vma
 
 @dataclass(frozen=True)
 class Ranges(Table):
-    """The PMD ranges that were looked at, as columns; rows are by ascending address.
+    """The PMD ranges, and parts of them, that were scanned, as columns; rows are by ascending address.
 
     Attributes:
-        address: uint64.
+        address: uint64, where it begins.
         scan_result: int8, :class:`~mthp.results.ScanResult`.
         resident: int32, pages with contents now.
         copied: int32, pages with contents that would be copied.
@@ -101,6 +101,7 @@ class SpacePlan:
         eligible: as `before`, of those mappings alone that may be collapsed.
         refused_resident: pages that count for the coverage in each of the `refused` mappings.
         heat: which memory the target uses; None if that is not known.
+        small: whether memory in no whole PMD range of its mapping was planned too.
     """
 
     JSON: ClassVar = (
@@ -127,6 +128,7 @@ class SpacePlan:
     eligible: Coverage = field(default_factory=Coverage)
     refused_resident: tuple[int, ...] = ()
     heat: Heat | None = None
+    small: bool = False
 
     def worth(self, folios: Folios) -> NDArray[np.float64]:
         """Return what each folio of the plan is worth by its heat, all 0 without: float64, shape (folios,)."""
@@ -214,7 +216,9 @@ class SpacePlan:
                 left.append(Left(reason, 0, count * self.geometry.pmd_size, resident * page))
         ends = (self.eligible.resident - int(self.ranges.resident.sum(dtype=np.int64))) * page
         if ends > 0:
-            left.append(Left(f"at the ends of mappings, outside of whole {pmd} ranges", 0, ends, ends))
+            smallest = self.geometry.label(MIN_ANON_ORDER)
+            where = f"in no aligned {smallest}" if self.small else f"outside of whole {pmd} ranges"
+            left.append(Left(f"at the ends of mappings, {where}", 0, ends, ends))
         return tuple(sorted(left, key=lambda one: (-one.resident, -one.size)))
 
 

@@ -205,6 +205,8 @@ class Walk:
     def _tried(self, order: int, reached: Bits) -> tuple[Bits, Bits, Bits | None]:
         """Return which of the `reached` runs are attempted, collapsed, and skipped for a large folio (None: none)."""
         runs = self.occupancy.runs(order)
+        if "outside" in self.occupancy.given:
+            reached = reached & (self.occupancy.count("outside", order) == 0)
         enough = self.policy.full_enough(runs, self.rules)
         attempted: Bits = reached if enough is None else reached & enough
         hindered, skipped = self._hindered(runs, attempted)
@@ -215,21 +217,25 @@ class Walk:
 
     def _walk_runs(self, orders: tuple[int, ...]) -> None:
         """Walk where each run is scanned for itself: each order as far as its runs pass, then the next smaller one."""
-        n = self.rules.geometry.ptes_per_pmd
-        at: NDArray[np.intp] = np.where(self.passed, 0, n)
+        n, outside = self.rules.geometry.ptes_per_pmd, self.planes.outside
+        begin = 0 if outside is None else outside.argmin(axis=1)
+        at: NDArray[np.intp] = np.where(self.passed, begin, n)
         for order in orders:
             if not (at < n).any():
                 break
             number = np.arange(n >> order)
             ahead: Bits = number >= (at >> order)[:, None]
+            if outside is not None:
+                ahead &= self.occupancy.count("outside", order) == 0
             attempted, succeeded, skipped = self._tried(order, ahead)
             done = succeeded if skipped is None else succeeded | skipped
             failing = ahead & ~done
             first = np.where(failing.any(axis=1), failing.argmax(axis=1), n >> order)
-            self._reached += int((np.minimum(first + 1, n >> order) - (at >> order)).clip(0).sum()) << order
+            self._reached += int(np.count_nonzero(ahead & (number <= first[:, None]))) << order
             before = number < first[:, None]
             tried = done & before
-            at = first << order
+            # An order that does not fit into the mapping is passed over.
+            at = np.where(ahead.any(axis=1), first << order, at)
             if "guard" in self.occupancy.given:
                 # A guard marker passes the scan of a run as a swap entry, and makes the attempt fail.
                 guarded = self.occupancy.count("guard", order) > 0

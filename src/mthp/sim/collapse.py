@@ -54,12 +54,12 @@ def collapse_huge_page(
         scan: what the scan of the PMD range saw.
         node_load: int64, shape (nodes,): pages of the PMD range on each node.
     """
-    result = _Attempt(parts, mm, address, order, scan, policy, rules).run(node_load)
+    result = Attempt(parts, mm, address, order, scan, policy, rules).run(node_load)
     parts.trace.emit(Collapse(mm.id, order, result))
     return result
 
 
-class _Attempt:
+class Attempt:
     """One attempt at one run."""
 
     def __init__(

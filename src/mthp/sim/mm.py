@@ -27,6 +27,9 @@ HUGEPAGE, NOHUGEPAGE, LOCKED, DROPPABLE, UFFD_WP, UFFD_MISSING = "hg", "nh", "lo
 """Words of smaps' VmFlags line (fs/proc/task_mmu.c) that matter here."""
 
 
+_LETTERS = {"rd": "r", "wr": "w", "ex": "x"}
+
+
 class P:
     """Bits of an entry, a uint16 per PTE. A none PTE is 0."""
 
@@ -110,10 +113,10 @@ class SimVma:
         return self.anon_vma == other.anon_vma or not (self.anon_vma and other.anon_vma)
 
     def described(self) -> Vma:
-        """The mapping as the seam has it."""
-        return Vma(
-            self.start, self.end, self.permissions, flags=frozenset(self.flags), has_anon_vma=bool(self.anon_vma)
-        )
+        """The mapping as the seam has it, with the words that smaps has for permissions."""
+        words = {"mr", "mw", "me", "ac"} | {word for word in ("rd", "wr", "ex") if _LETTERS[word] in self.permissions}
+        flags = frozenset(self.flags | words)
+        return Vma(self.start, self.end, self.permissions, flags=flags, has_anon_vma=bool(self.anon_vma))
 
 
 class Table:

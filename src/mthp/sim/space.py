@@ -22,6 +22,7 @@ from mthp.results import BlockOutcome, ScanResult
 from mthp.sim.columns import columns_of, tables_in
 from mthp.sim.inplace import divide, trim_folio
 from mthp.sim.mm import Mm, Pmd
+from mthp.sim.move import move_block
 from mthp.sim.parts import Parts
 from mthp.sim.scan import CollapseControl, SimRange
 from mthp.splitchecks import Refusal, layout_of, refusal_of_mapping, refusal_of_pages
@@ -131,6 +132,8 @@ class SimSpace(AddressSpace):
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
         """Collapse blocks one by one, or, where the mechanism is ``split``, the PMD ranges that they lie in.
 
+        Blocks in no whole PMD range of their mapping are moved, if the mechanism does that.
+
         Raises:
             TargetVanishedError: the process exited.
         """
@@ -141,7 +144,7 @@ class SimSpace(AddressSpace):
             if self.mechanism_for(block[1], means.mechanism) == "split":
                 ranges.setdefault(block[0] // self.geometry.pmd_size * self.geometry.pmd_size, []).append(block)
             else:
-                outcomes[block] = self.attempt(*block)
+                outcomes[block] = self._attempt_one(block, means)
         for start, chosen in ranges.items():
             began = self._parts.clock.now_ns
             results = self._make_in_range(start, chosen)
@@ -191,6 +194,17 @@ class SimSpace(AddressSpace):
             lambda folio, head, pages: trim_folio(self._parts, self._mm, folio, head, pages, by),
             lambda: None,
         )
+
+    def _attempt_one(self, block: Block, means: Means) -> BlockOutcome:
+        """Collapse one block; move it if the mechanism does that, and it lies in no whole PMD range of its mapping."""
+        address, order = block
+        size, began = self.geometry.pmd_size, self._parts.clock.now_ns
+        start, vma = address // size * size, self._mm.find_vma(address)
+        is_whole = order == self.geometry.pmd_order or (vma is not None and vma.covers(start, start + size))
+        if is_whole or "move" not in means.mechanism:
+            return self.attempt(address, order)
+        result, reason = move_block(self._parts, self._mm, address, order, fill=means.fill)
+        return BlockOutcome(address, order, result, reason, elapsed_ns=self._parts.clock.now_ns - began)
 
     def attempt(self, address: int, order: int) -> BlockOutcome:
         """Collapse one run, of any order: at the PMD order as MADV_COLLAPSE does, below it by the same steps.

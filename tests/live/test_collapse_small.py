@@ -1,0 +1,149 @@
+"""``mthp collapse --small``: memory in no whole PMD range of its mapping, on a real kernel, under attack."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.helpers import Actor, mthp, mthp_json
+from mover_targets import compiled
+from mthp.engine.collapse import collapse_space
+from mthp.engine.select import PlanOptions
+from mthp.errors import MthpError
+from mthp.linux.live import open_live
+from mthp.means import Means
+from targets import PAGE_SIZE, PMD_ORDER, PMD_SIZE
+from thp_switches import ThpSwitches, size_name
+from waiting import FACTOR, PATIENCE, until
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "mthp", "mover", "pagemap_scan")]
+
+SECONDS = float(os.environ.get("MTHP_TEST_SECONDS", "5"))
+"""How long the target that changes its mappings is worked on."""
+
+MEANS = Means("move", max_pause=0.005 * FACTOR, pause_share=0.5, fill=True, max_bloat=None, verify=True)
+SMALL = ("--mechanism", "move", "--small", "--verify", "--max-pause", f"{round(20 * FACTOR)}ms")
+
+
+@pytest.fixture(autouse=True)
+def faults_of_one_page(thp_switches: ThpSwitches) -> None:
+    thp_switches.set("enabled", "madvise")
+    thp_switches.only(size_name(PMD_ORDER), word="inherit")
+
+
+@pytest.fixture
+def actor() -> Iterator[Actor]:
+    with Actor() as actor:
+        yield actor
+
+
+def orders(pid: int, start: int, pages: int) -> list[int]:
+    with open_live(pid) as space:
+        found: list[int] = space.read([(start, start + pages * PAGE_SIZE)]).folio_order.tolist()
+        return found
+
+
+def mapped_between_guards(actor: Actor, first: int, pages: int) -> int:
+    """Return the address of `pages` pages with the pattern, which begin `first` pages behind a PMD range's start."""
+    around = -(-(first + pages + 1) * PAGE_SIZE // PMD_SIZE) * PMD_SIZE
+    reserved = actor.map(around)
+    actor.tell("mprotect", reserved, around, 0)
+    address = reserved + first * PAGE_SIZE
+    actor.tell("mprotect", address, pages * PAGE_SIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+    actor.fill(address, pages)
+    return address
+
+
+def test_a_block_of_four_pages_in_a_mapping_of_five(actor: Actor) -> None:
+    """The smallest that can be: guard pages on both sides, at an address that is aligned to the block alone."""
+    address = mapped_between_guards(actor, 36, 5)
+    with open_live(actor.pid) as space:
+        mapped = space.mapped()
+        choice = PlanOptions(small=True, orders=(2,), within=(address, address + 5 * PAGE_SIZE))
+        report = collapse_space(space, choice, Means("move", max_pause=0.02 * FACTOR, verify=True))
+        assert space.mapped() == mapped
+    assert (report.folios[2].made, report.complete) == (1, True)
+    assert orders(actor.pid, address, 5) == [2, 2, 2, 2, 0]
+    assert actor.damaged(address, 5) == 0
+    assert report.after.out_of_reach == report.plan.before.out_of_reach
+
+
+def test_the_edges_of_a_large_mapping(actor: Actor) -> None:
+    """What is left of and behind its whole PMD ranges; the ranges themselves are planned as ever."""
+    edge, pages = 24, 24 + PMD_SIZE // PAGE_SIZE + 40
+    address = mapped_between_guards(actor, PMD_SIZE // PAGE_SIZE - edge, pages)
+    before = mthp_json("plan", actor.pid, "--orders", "16K,32K,64K,128K")
+    done = mthp("collapse", actor.pid, "--orders", "16K,32K,64K,128K", *SMALL, "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode in (0, 1), done.stderr
+    assert report["verified"]
+    assert report["plan"]["measured"]["out_of_reach_bytes"] == before["measured"]["out_of_reach_bytes"] > 0
+    found = orders(actor.pid, address, pages)
+    assert found[:edge] == [3] * 8 + [4] * 16
+    assert found[edge:-40] == [5] * (PMD_SIZE // PAGE_SIZE)
+    assert found[-40:] == [5] * 32 + [3] * 8
+    assert actor.damaged(address, pages) == 0
+
+
+class Churning:
+    """A process of small mappings that change all the time (``programs/mover_small.c``). A context manager."""
+
+    def __init__(self, directory: Path, threads: int) -> None:
+        path = directory / "control"
+        path.write_bytes(bytes(4096))
+        self._control = mmap.mmap(os.open(path, os.O_RDWR), 4096)
+        self.process = subprocess.Popen([compiled("mover_small"), str(path), str(threads)])
+        self.pid = self.process.pid
+        until(lambda: self.word(1) == threads + 1, "all its threads")
+
+    def word(self, at: int) -> int:
+        """One of the numbers that it keeps."""
+        return int(struct.unpack_from("=Q", self._control, 8 * at)[0])
+
+    def finish(self) -> int:
+        """Let it check all of its memory, and end: how it ended."""
+        struct.pack_into("=Q", self._control, 0, 1)
+        return self.process.wait(PATIENCE)
+
+    def __enter__(self) -> Churning:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_mappings_that_come_go_split_and_join(threads: int, tmp_path: Path) -> None:
+    """Nothing of the target is lost, a stack that grows is left alone, and every planned folio has an outcome."""
+    made: Counter[int] = Counter()
+    reasons: Counter[str] = Counter()
+    with Churning(tmp_path, threads) as target:
+        ends = time.monotonic() + SECONDS
+        while time.monotonic() < ends or not made:
+            with open_live(target.pid) as space:
+                try:
+                    report = collapse_space(space, PlanOptions(small=True), MEANS)
+                except MthpError as error:
+                    reasons[error.message] += 1
+                    continue
+                assert report.error is None, report.error
+                for order, tally in report.folios.items():
+                    made[order] += tally.made
+                    reasons.update({reason: count for (_, reason), count in tally.failed.items()})
+                    assert tally.planned == tally.made + tally.unchanged + tally.left
+        assert set(orders(target.pid, target.word(4), target.word(5) // PAGE_SIZE)) == {0}
+        assert target.process.poll() is None, "it died"
+        rounds = target.word(2)
+        assert (target.finish(), target.word(3)) == (0, 0), "it died, or found wrong words"
+    print(f"{threads} threads, {rounds} rounds, folios made {dict(made)}, left {dict(reasons)}")
+    assert sum(made.values()) > 0
