@@ -49,6 +49,14 @@ class Stopped(Protocol):
 
 
 @runtime_checkable
+class Timed(Protocol):
+    """An address space that knows how long calls of the kernel took that were made for several blocks together."""
+
+    def take_calls(self) -> list[int]:
+        """Return how long each call took since the last time that this was called, in nanoseconds."""
+
+
+@runtime_checkable
 class Movable(Protocol):
     """An address space whose memory may be moved."""
 
@@ -72,6 +80,14 @@ def threads(space: AddressSpace) -> int:
 def take_pauses(space: AddressSpace) -> list[int]:
     """Return how long the threads of `space` were stopped, in nanoseconds, for every window since the last call."""
     return space.take_pauses() if isinstance(space, Stopped) else []
+
+
+def take_calls(space: AddressSpace) -> list[int]:
+    """Return how long calls of the kernel took that were made for several blocks together, in nanoseconds each.
+
+    Of every call since the last time. What was made block by block is in the outcomes of the blocks.
+    """
+    return space.take_calls() if isinstance(space, Timed) else []
 
 
 def move_refusals(space: AddressSpace, means: Means) -> list[str]:

@@ -153,13 +153,18 @@ class AddressSpace(Closing, abc.ABC):
         """
 
     def mechanism_for(self, order: int, asked: Mechanism) -> Mechanism | None:
-        """Return what makes a folio of `order` if the mechanism `asked` is chosen; None if nothing does."""
+        """Return what makes a folio of `order` if the mechanism `asked` is chosen; None if nothing does.
+
+        ``auto`` is what the kernel does by itself here: the mover injects code, so it must be asked for by name.
+        """
         if asked == "khugepaged":
             return asked
         if order == self.geometry.pmd_order:
             return None if asked == "move" else "madvise"
         if asked == "split" or (asked == "auto" and self.splits()):
             return "split"
+        if asked == "auto" and self.drives_khugepaged(order):
+            return "khugepaged"
         return "move" if "move" in asked else None
 
     def splits(self) -> bool:

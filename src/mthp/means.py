@@ -34,6 +34,8 @@ class Means:
         rate: bytes collapsed per second, or tried to be; None for as fast as it goes.
         max_pause: how long the target's threads may be stopped in one window of the mover, in seconds.
         pause_share: the part of the time that they may be stopped, above 0, up to 1.
+        min_split_share: leave PMD ranges alone of whose contents splits would put less than this share into planned
+            folios, because all of them are copied.
         fill: whether the mover may fill holes, as the kernel's call does; without, blocks with holes are left alone.
         verify: compare a hash of the bytes of every moved block before and after, inside the window.
 
@@ -49,6 +51,7 @@ class Means:
     rate: int | None = None
     max_pause: float = MAX_PAUSE_NS * 1e-9
     pause_share: float = PAUSE_SHARE
+    min_split_share: float = 0.0
     fill: bool = False
     verify: bool = False
 
@@ -68,6 +71,10 @@ class Means:
         if not 0 < self.pause_share <= 1:
             message = f"a pause_share of {self.pause_share:g} is not above 0 and at most 1"
             raise UsageError(message, help=f"the default is {PAUSE_SHARE:g}")
+
+        if not 0 <= self.min_split_share <= 1:
+            message = f"a min_split_share of {self.min_split_share:g} is not within 0 and 1"
+            raise UsageError(message, help="0 leaves no range alone")
 
     @property
     def max_pause_ns(self) -> int:

@@ -103,12 +103,15 @@ def refusal_of_mapping(vma: Vma | None, start: int, geometry: Geometry, *, thp_d
     return None
 
 
-def refusal_of_pages(layout: RangeLayout, columns: PteColumns, *, locked: bool) -> Refusal | None:
+def refusal_of_pages(
+    layout: RangeLayout, columns: PteColumns, *, locked: bool, least_share: float = 0.0
+) -> Refusal | None:
     """Return why a range is not collapsed because of what it holds; None if it may be.
 
     Args:
         columns: the entries of the range, as just read.
         locked: whether its mapping is locked in memory.
+        least_share: the part of its contents that planned blocks must have, because a collapse copies all of them.
     """
     outside = ~layout.planned
     for result, bits, where, reason in _PAGES:
@@ -120,8 +123,13 @@ def refusal_of_pages(layout: RangeLayout, columns: PteColumns, *, locked: bool) 
         return ScanResult.NO_PTE_TABLE, ""
     if locked and layout.spare.any():
         return ScanResult.VMA_CHECK, "mlocked: the kernel keeps the zeroes that the collapse fills its holes with"
+    contents = ~layout.holes
+    if (contents & layout.planned).sum() < least_share * contents.sum():
+        return ScanResult.FAIL, LITTLE_PLANNED.format(share=least_share)
     return None
 
+
+LITTLE_PLANNED = "less than {share:.0%} of its PMD range is planned, and splitting copies all of it: --min-split-share"
 
 _PAGES: tuple[tuple[ScanResult, Pte, str, str], ...] = (
     (ScanResult.PAGE_ANON, Pte.FILE | Pte.HUGETLB, "anywhere", ""),

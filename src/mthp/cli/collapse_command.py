@@ -158,6 +158,14 @@ class Collapses:
     show_default=True,
     help="The part of the time that it may stand still then.",
 )
+@click.option(
+    "--min-split-share",
+    type=SHARE_OR_ZERO,
+    default="0%",
+    show_default=True,
+    help="Leave PMD ranges alone of whose contents splits would put less than this share into planned folios: all of a"
+    " range is copied for them.",
+)
 @click.option("--fill", is_flag=True, help="Fill holes by moving, too; MADV_COLLAPSE always does.")
 @click.option("--verify", is_flag=True, help="Compare the bytes of every moved folio before and after.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
@@ -173,6 +181,7 @@ def command(
     min_coverage: float | None,
     max_pause: float,
     pause_share: float,
+    min_split_share: float,
     fill: bool,
     verify: bool,
     dry_run: bool,
@@ -202,6 +211,7 @@ def command(
         rate=rate,
         max_pause=max_pause,
         pause_share=pause_share,
+        min_split_share=min_split_share,
         fill=fill,
         verify=verify,
     )

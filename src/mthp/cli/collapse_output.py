@@ -35,9 +35,10 @@ def print_report(
         _print_mechanisms(out, report)
         if report.allowed is not None:
             print_allowed(out, report.plan, report.allowed)
+        price = report.split_price.remark(report.geometry)
         refused = [f"the mover would not begin: {reason}" for reason in hindrances]
         reach = out_of_reach(report.plan.before, report.plan.geometry)
-        note(out, [*filter(None, [reach]), *refused, "dry run: nothing was changed"])
+        note(out, [*filter(None, [price, reach]), *refused, "dry run: nothing was changed"])
         return
     if report.done_nothing or report.plan.finished:
         out.print(coverage_table(report))
@@ -182,6 +183,8 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
         remarks.append(f"{holes} runs have holes: --fill fills them")
     if report.plan.heat is not None and report.plan.heat.remark:
         remarks.append(report.plan.heat.remark)
+    if price := report.split_price.remark(report.geometry):
+        remarks.append(price)
     if report.remade.remark:
         remarks.append(report.remade.remark)
     remarks += _nothing_done(report)

@@ -40,6 +40,7 @@ from mthp.text import clean
 @click.option("--max-bloat", metavar="SIZE|%|none", help="Bytes, or share of what is resident, that filling may add.")
 @click.option("--reserve", metavar="SIZE|%", help="As in mthp collapse.")
 @click.option("--max-threads", type=click.IntRange(1), metavar="N", help="As in mthp collapse.")
+@click.option("--min-split-share", metavar="%", help="As in mthp collapse.")
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second in one process at most.")
 @click.option("--cpu", type=SHARE, help="CPU time, as a share of one core; 10% by default.")
 @click.option("--bytes-per-second", type=RATE, help="Bytes collapsed per second in all processes at most.")
@@ -124,7 +125,7 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
 
 _SETTINGS = (
     *("policy", "orders", "max_ptes_none", "max_ptes_swap", "max_ptes_shared"),
-    *("mechanism", "max_pause", "pause_share", "max_bloat", "reserve", "max_threads", "rate"),
+    *("mechanism", "max_pause", "pause_share", "max_bloat", "reserve", "max_threads", "min_split_share", "rate"),
 )
 """Options that are settings, under the names that a rules file has for them."""
 

@@ -13,10 +13,11 @@ from mthp.cli.options import at_option, json_option, plan_options, planned, smal
 from mthp.cli.output import console, note, out_of_reach, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
-from mthp.engine.allowed import Allowed, allowed_of
+from mthp.engine.allowed import Allowed, allowed_of, split_price_of
 from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
 from mthp.engine.space_plan import SpacePlan
+from mthp.engine.splitprice import SplitPrice
 from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.means import USUAL_MEANS, Means
@@ -40,15 +41,17 @@ class Now:
         by_default: what it would do.
         missing: what could not be seen, and what would make it visible.
         move_hindrances: why the mover would not begin.
+        split_price: what splits would cost.
         remade: what khugepaged would make huge again of the folios below the PMD size.
     """
 
-    JSON: ClassVar = "by_default missing move_hindrances remade"
+    JSON: ClassVar = "by_default missing move_hindrances split_price remade"
 
     geometry: Geometry
     by_default: Allowed
     missing: tuple[str, ...]
     move_hindrances: list[str]
+    split_price: SplitPrice
     remade: Remade
 
 
@@ -158,7 +161,8 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: 
             hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []
             means = SMALL_MEANS if plan.small else USUAL_MEANS
             allowed, again = allowed_of(space, plan, means), remade_of_plan(space, plan)
-            return Planned(plan, Now(plan.geometry, allowed, space.missing, hindrances, again)), 0
+            price = split_price_of(space, plan, means)
+            return Planned(plan, Now(plan.geometry, allowed, space.missing, hindrances, price, again)), 0
 
     named = find_targets(targets)
     if named.single:
@@ -183,7 +187,9 @@ def _print_one(out: Console, made: Planned) -> None:
     print_allowed(out, made.plan, made.now.by_default)
     refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in made.now.move_hindrances]
     heat = made.plan.heat.remark if made.plan.heat is not None else ""
-    remarks = [made.now.remade.remark, heat, out_of_reach(made.plan.before, made.plan.geometry)]
+    price = made.now.split_price.remark(made.plan.geometry)
+    reach = out_of_reach(made.plan.before, made.plan.geometry)
+    remarks = [price, made.now.remade.remark, heat, reach]
     note(out, [*filter(None, remarks), *refused, *made.now.missing])
 
 

@@ -42,6 +42,7 @@ class Settings:
         max_bloat: how much it may grow by filling; None for no bound.
         reserve: what must stay free below every memory limit of the target; None for the default.
         max_threads: how many threads a target of the mover may have; None for what `max_pause_ns` allows.
+        min_split_share: leave PMD ranges alone of whose contents less would lie in folios made by splits.
         rate: bytes collapsed in it per second at most; None for no bound.
         trim: while memory is short, give back the pages of zeroes of large folios of which this share holds nothing
             else; None for no trimming. Collapses fill less than half of that, so that they make nothing that a trim
@@ -59,6 +60,7 @@ class Settings:
     max_bloat: Annotated[Amount | None, parse_bloat] = DEFAULT_BLOAT
     reserve: Annotated[Amount | None, parse_amount] = None
     max_threads: Annotated[int, whole(1)] | None = None
+    min_split_share: Annotated[float, parse_share] = 0.0
     rate: Annotated[int, parse_rate] | None = None
     trim: Annotated[float, positive(parse_share)] | None = None
 

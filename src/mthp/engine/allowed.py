@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,9 +15,11 @@ from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
 from mthp.engine.admission import bloat_budget, copy_budget, room_of
 from mthp.engine.space_plan import SpacePlan
+from mthp.engine.splitprice import SplitPrice, SplitRanges
 from mthp.geometry import Geometry
 from mthp.means import Means, Mechanism
 from mthp.price import needs_move_reason, price_of_moving
+from mthp.splitchecks import LITTLE_PLANNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +62,35 @@ class Allowed:
     left: tuple[LeftFolios, ...]
 
 
+def mechanism_of(space: AddressSpace, order: int, means: Means) -> Mechanism | None:
+    """Return what makes folios of `order` in `space`, once or in the background; None for nothing that was asked for.
+
+    This is the one place that decides what ``auto`` is.
+    """
+    made = space.mechanism_for(order, means.mechanism)
+    # khugepaged keeps to no rate, and to no budget for copying.
+    bounded = means.rate is not None or means.max_copied is not None
+    return None if made == "khugepaged" and means.mechanism == "auto" and bounded else made
+
+
+def made_by(mechanisms: Mapping[int, Mechanism | None], mechanism: Mechanism) -> list[int]:
+    """Return the orders that one of the `mechanisms` by order makes."""
+    return [order for order, by in mechanisms.items() if by == mechanism]
+
+
+def split_price_of(space: AddressSpace, plan: SpacePlan, means: Means) -> SplitPrice:
+    """Return what splits cost that `plan` takes by `means`."""
+    return SplitRanges(plan, made_by(mechanisms_of(space, plan, means), "split")).price(means.min_split_share)
+
+
 def mechanisms_of(space: AddressSpace, plan: SpacePlan, means: Means) -> dict[int, Mechanism | None]:
     """Return what makes the folios of each planned order, the largest first; None for nothing that was asked for."""
     found: dict[int, Mechanism | None] = {}
     for order in plan.folios_by_order:
-        made = space.mechanism_for(order, means.mechanism)
+        made = mechanism_of(space, order, means)
         if made is None and order == space.geometry.pmd_order:
             # Planned since the system's switches or the caller want it: those who ask for moving only are refused.
             made = "madvise"
-        # khugepaged keeps to no rate, and to no budget for copying.
-        bounded = means.rate is not None or means.max_copied is not None
-        if made is None and means.mechanism == "auto" and not bounded and space.drives_khugepaged(order):
-            made = "khugepaged"
         found[order] = made
     return found
 
@@ -86,17 +106,22 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
     made: dict[int, int] = {}
     left: list[LeftFolios] = []
     filled_bytes = copied_bytes = 0
-    for order, mechanism in mechanisms_of(space, plan, means).items():
+    mechanisms = mechanisms_of(space, plan, means)
+    share = SplitRanges(plan, made_by(mechanisms, "split")).share
+    for order, mechanism in mechanisms.items():
         size = plan.geometry.size_of(order)
+        wanted = (plan.folios.order == order) & (share >= means.min_split_share)
         # As a collapse goes.
-        fill = plan.ranked(plan.folios[plan.folios.order == order]).filled.astype(np.int64) * page_size
+        fill = plan.ranked(plan.folios[wanted]).filled.astype(np.int64) * page_size
+        if little := plan.folios_by_order[order] - len(fill):
+            left.append(LeftFolios(order, little, LITTLE_PLANNED.format(share=means.min_split_share)))
         if mechanism is None:
             price = price_of_moving(threads(space), means.max_pause_ns)
             left.append(LeftFolios(order, len(fill), needs_move_reason(price)))
             continue
         if mechanism in ("move", "khugepaged") and not means.fill:
             fill = fill[fill == 0]
-            if holes := plan.folios_by_order[order] - len(fill):
+            if holes := int(wanted.sum()) - len(fill):
                 left.append(LeftFolios(order, holes, "they have holes: --fill fills them"))
         copied = size - fill
         verdicts = _verdicts(

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mthp import thp_unadvised
-from mthp.abilities import take_pauses
+from mthp.abilities import take_calls, take_pauses
 from mthp.blockstates import BlockStates, states_of
 from mthp.engine.admission import Admission, Candidate, collapse_batch
 from mthp.engine.report import FolioTally
@@ -209,6 +209,7 @@ class Carrier:
             raise
         finally:
             self.pauses_ns += take_pauses(self._work.space)
+            self.seconds += [call / 1e9 for call in take_calls(self._work.space)]
         self._adapt(time.monotonic() - begin, len(blocks))
         if all(outcome.everywhere for outcome in outcomes):
             self._refused = outcomes[0]

@@ -9,13 +9,13 @@ import numpy as np
 
 from mthp.abilities import threads
 from mthp.addrspace import AddressSpace
-from mthp.engine.allowed import allowed_of, mechanisms_of
+from mthp.engine.allowed import allowed_of, made_by, mechanisms_of, split_price_of
 from mthp.engine.carry import Carrier
 from mthp.engine.lasting import remade_of_plan
 from mthp.engine.planning import plan_space
 from mthp.engine.report import CollapseReport, FolioTally
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions
-from mthp.engine.space_plan import Folios, SpacePlan
+from mthp.engine.space_plan import SpacePlan
 from mthp.engine.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
@@ -139,7 +139,10 @@ def carry_out(
     geometry = space.geometry
     report = CollapseReport(plan, dry_run=dry_run)
     report.mechanisms = mechanisms_of(space, plan, means)
-    by = {mechanism: _made_by(plan.folios, report.mechanisms, mechanism) for mechanism in ORDER_OF_MECHANISMS}
+    by = {
+        mechanism: plan.folios[np.isin(plan.folios.order, made_by(report.mechanisms, mechanism))]
+        for mechanism in ORDER_OF_MECHANISMS
+    }
     report.needs_move = {order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] is None}
     if report.needs_move:
         report.move_price = price_of_moving(threads(space), means.max_pause_ns)
@@ -148,6 +151,7 @@ def carry_out(
             report.ranges = FolioTally(planned=count, not_tried=count)
         elif report.mechanisms[order] is not None:
             report.folios[order] = FolioTally(planned=count, not_tried=count)
+    report.split_price = split_price_of(space, plan, means)
     if dry_run:
         report.allowed = allowed_of(space, plan, means)
         return report
@@ -165,7 +169,7 @@ def carry_out(
         report.heat_share = _heat_share(plan, [block for carrier in carriers.values() for block in carrier.made])
         if any(tally.made for tally in report.folios.values()):
             report.remade = remade_of_plan(space, plan)
-    report.durations = Durations.of(carriers["madvise"].seconds)
+    report.durations = Durations.of(carriers["madvise"].seconds + carriers["split"].seconds)
     report.windows = Durations.of(np.array(carriers["move"].pauses_ns) / 1e9)
     return report
 
@@ -177,10 +181,6 @@ def _heat_share(plan: SpacePlan, made: list[Block]) -> float | None:
     start = np.array([address for address, _ in made], np.uint64)
     sizes = np.array([plan.geometry.size_of(order) for _, order in made], np.uint64)
     return plan.heat.share(start, start + sizes)
-
-
-def _made_by(folios: Folios, mechanisms: dict[int, Mechanism | None], by: str) -> Folios:
-    return folios[np.isin(folios.order, [order for order, mechanism in mechanisms.items() if mechanism == by])]
 
 
 def _bytes_of(orders: np.typing.NDArray[np.int8], geometry: Geometry) -> int:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from mthp.engine.allowed import Allowed
 from mthp.engine.lasting import Remade
 from mthp.engine.space_plan import SpacePlan
+from mthp.engine.splitprice import SplitPrice
 from mthp.errors import MthpError
 from mthp.geometry import Geometry
 from mthp.means import Mechanism
@@ -94,6 +95,7 @@ class CollapseReport:
         folios: what became of the folios below the PMD order, by order, the largest first.
         needs_move: folios below the PMD order that only the mover makes, by order, where it was not asked for.
         move_price: what the mover would cost the target, as a clause, where `needs_move` has any.
+        split_price: what splits cost, as planned.
         copied_bytes, filled_bytes: contents of all that was collapsed, and what it grew by.
         heat_share: the share of the accesses seen that go to folios that were made; None if none were seen.
         durations: of the kernel's calls. While one runs, the target may wait for its memory; it waits no longer.
@@ -115,7 +117,7 @@ class CollapseReport:
         " over_copied_ranges=ranges.over_copied over_reserve_ranges=ranges.over_reserve"
         " not_tried_ranges=ranges.not_tried bloat_budget_bytes=bloat_budget"
         " room:null out_of_memory:null allowed mechanism_by_order=mechanisms folios moved_bytes verified"
-        " needs_move_folios=needs_move move_price:null copied_bytes bloat_bytes=filled_bytes heat_share"
+        " needs_move_folios=needs_move move_price:null split_price copied_bytes bloat_bytes=filled_bytes heat_share"
         " elapsed_seconds=elapsed calls=durations pauses=windows moved_blocks coverage_before=plan.coverage coverage"
         " coverage_order=plan.asked_order measured=after done_nothing nothing_left_to_do=plan.finished"
         " remade interrupted vanished error"
@@ -132,6 +134,7 @@ class CollapseReport:
     folios: dict[int, FolioTally] = field(default_factory=dict)
     needs_move: dict[int, int] = field(default_factory=dict)
     move_price: str = ""
+    split_price: SplitPrice = field(default_factory=SplitPrice)
     copied_bytes: int = 0
     filled_bytes: int = 0
     heat_share: float | None = None

@@ -89,6 +89,9 @@ class FolioDivider(Closing):
         file: to split by; None if there is only MADV_COLD.
         offset: whether the kernel knows at which page to split, see :class:`~mthp.linux.splitfile.SplitAbility`.
 
+    Attributes:
+        calls_ns: how long each write took, and each advice, in nanoseconds.
+
     The readers and the file are closed with this object.
     """
 
@@ -104,6 +107,7 @@ class FolioDivider(Closing):
     ) -> None:
         self._process, self._geometry, self._pagemap, self._folios = process, geometry, pagemap, folios
         self._file, self._offset = file, offset
+        self.calls_ns: list[int] = []
 
     def close(self) -> None:
         self._pagemap.close()
@@ -215,7 +219,10 @@ class FolioDivider(Closing):
         Returns:
             0, which does not say that it was split, or errno.
         """
-        return self._process.advise(address, self._geometry.page_size, abi.MADV_COLD)
+        begin = time.perf_counter_ns()
+        error = self._process.advise(address, self._geometry.page_size, abi.MADV_COLD)
+        self.calls_ns.append(time.perf_counter_ns() - begin)
+        return error
 
     def _write(self, address: int, order: int, at: int | None = None) -> bool:
         """Write to the file; return whether it took it.
@@ -227,7 +234,9 @@ class FolioDivider(Closing):
         self._process.check_alive()
         if self._file is None:
             return False
+        begin = time.perf_counter_ns()
         error = self._file.split(self._process.pid, address, self._geometry.page_size, order, at)
+        self.calls_ns.append(time.perf_counter_ns() - begin)
         if error == errno.ESRCH:
             self._process.check_memory()
         return not error

@@ -276,7 +276,8 @@ class LiveAddressSpace(ProcessSpace):
         if mechanism == "move":
             return self._mover().collapse(blocks, means, before)
         if mechanism == "khugepaged":
-            return self._khugepaged().collapse(blocks, fill=means.fill)
+            # It chooses the ranges itself, so it keeps to no bound on what filling adds.
+            return self._khugepaged().collapse(blocks, fill=means.fill and means.max_bloat is None)
         if mechanism == "split":
             return self._split_blocks().collapse(blocks, means)
         needs = {True: NEEDS_CALL, False: NEEDS_MOVER}
@@ -314,6 +315,9 @@ class LiveAddressSpace(ProcessSpace):
 
     def take_pauses(self) -> list[int]:
         return self._made_mover.take_pauses() if self._made_mover else []
+
+    def take_calls(self) -> list[int]:
+        return self._made_splitter.take_calls() if self._made_splitter else []
 
     def threads(self) -> int:
         return int(self.process.status("Threads") or 1)

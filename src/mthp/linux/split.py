@@ -64,6 +64,7 @@ class SplitBlocks(Closing):
         self._mappings = _Mappings(space)
         self._rooms: dict[Amount | int | None, _RenewedRoom] = {}
         self._divider = divider_of(space, opened() if file is None else file, ability)
+        self._calls_ns: list[int] = []
 
     def close(self) -> None:
         self._divider.close()
@@ -97,12 +98,18 @@ class SplitBlocks(Closing):
             try:
                 # An interrupt between the collapse and the splits would leave the range filled.
                 with interruptions_held_back():
-                    outcomes |= self._range(start, chosen, vma, room)
+                    outcomes |= self._range(start, chosen, vma, room, means.min_split_share)
             except TargetVanishedError:
                 outcomes |= _alike(chosen, BlockOutcome(start, 0, ScanResult.ANY_PROCESS, EXITED))
             last = outcomes[chosen[-1]]
             ended = last if last.everywhere or last.result is ScanResult.ANY_PROCESS else None
         return [outcomes[block] for block in blocks]
+
+    def take_calls(self) -> list[int]:
+        """Return how long each collapse and each split took since the last time, in nanoseconds."""
+        calls = self._calls_ns + self._divider.calls_ns
+        self._calls_ns, self._divider.calls_ns = [], []
+        return calls
 
     def _room(self, means: Means) -> _RenewedRoom:
         """Return what fits below the limits of the target, kept from call to call."""
@@ -110,8 +117,10 @@ class SplitBlocks(Closing):
             self._rooms[means.reserve] = _RenewedRoom(self._space, means)
         return self._rooms[means.reserve]
 
-    def _range(self, start: int, blocks: list[Block], vma: Vma, room: _RenewedRoom) -> dict[Block, BlockOutcome]:
-        """Make the blocks of one PMD range.
+    def _range(
+        self, start: int, blocks: list[Block], vma: Vma, room: _RenewedRoom, share: float
+    ) -> dict[Block, BlockOutcome]:
+        """Make the blocks of one PMD range, if they have this share of its contents.
 
         Raises:
             As :meth:`collapse`.
@@ -120,12 +129,13 @@ class SplitBlocks(Closing):
         geometry = self._geometry
         columns = self._space.read([(start, start + geometry.pmd_size)])
         layout = layout_of(start, blocks, columns, geometry)
-        if refusal := refusal_of_pages(layout, columns, locked="lo" in vma.flags):
+        if refusal := refusal_of_pages(layout, columns, locked="lo" in vma.flags, least_share=share):
             return _alike(blocks, BlockOutcome(start, 0, *refusal))
         if not room.take(layout):
             why = BlockOutcome(start, 0, ScanResult.CGROUP_CHARGE_FAIL, room.reason, everywhere=True)
             return _alike(blocks, why)
         collapsed = self._madvise.collapse_range(start)
+        self._calls_ns.append(collapsed.elapsed_ns)
         if collapsed.result is not ScanResult.SUCCEED:
             # The target is at a limit, whatever was left a moment ago.
             charge = collapsed.result is ScanResult.CGROUP_CHARGE_FAIL

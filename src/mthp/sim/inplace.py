@@ -13,13 +13,16 @@ from mthp.sim.split import split_huge_pages
 from mthp.trimming import TrimBy, in_use
 
 
-def divide(parts: Parts, mm: Mm, folio: Block, head: int, layout: NDArray[np.int8]) -> list[tuple[int, int]]:
+def divide(
+    parts: Parts, mm: Mm, folio: Block, head: int, layout: NDArray[np.int8], calls_ns: list[int]
+) -> list[tuple[int, int]]:
     """Split a folio until no page lies in a larger folio than `layout` says, the largest parts first.
 
     Args:
         folio: the address that its first page is mapped at, and its order.
         head: its first frame.
         layout: int8, shape (pages,): the order of the folio that each page is to lie in.
+        calls_ns: gets the simulated nanoseconds of each write.
 
     Returns:
         The parts that could not be split: first page in the folio, and order, of each.
@@ -34,7 +37,9 @@ def divide(parts: Parts, mm: Mm, folio: Block, head: int, layout: NDArray[np.int
         # One page is enough. Linux 6.18 wants a write for each PMD entry that maps the folio.
         begin = folio[0] + first * page
         for _ in range(len(parts.mms)):
+            began = parts.clock.now_ns
             split_huge_pages(parts, f"{mm.id},{begin:#x},{begin + page:#x},{largest}")
+            calls_ns.append(parts.clock.now_ns - began)
             if parts.memory.order[head + first] <= largest:
                 break
         else:
@@ -53,7 +58,7 @@ def trim_folio(parts: Parts, mm: Mm, folio: Block, head: int, zero: NDArray[np.b
     """
     began, error, page = parts.clock.now_ns, 0, parts.geometry.page_size
     if by == "split":
-        divide(parts, mm, folio, head, in_use(zero, page))
+        divide(parts, mm, folio, head, in_use(zero, page), [])
     else:
         at = folio[0] + int(zero.argmax()) * page
         error = madvise(parts, mm, at, at + page, "COLD")

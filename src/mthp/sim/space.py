@@ -43,6 +43,7 @@ class SimSpace(AddressSpace):
     def __init__(self, parts: Parts, mm: Mm) -> None:
         self._parts = parts
         self._mm = mm
+        self._calls_ns: list[int] = []
 
     @property
     def geometry(self) -> Geometry:
@@ -147,13 +148,17 @@ class SimSpace(AddressSpace):
                 outcomes[block] = self._attempt_one(block, means)
         for start, chosen in ranges.items():
             began = self._parts.clock.now_ns
-            results = self._make_in_range(start, chosen)
+            results = self._make_in_range(start, chosen, means.min_split_share)
             elapsed = (self._parts.clock.now_ns - began) // len(chosen)
             for block, (result, reason) in results.items():
                 outcomes[block] = BlockOutcome(*block, result, reason, elapsed_ns=elapsed)
         return [outcomes[block] for block in blocks]
 
-    def _make_in_range(self, start: int, blocks: list[Block]) -> dict[Block, Refusal]:
+    def take_calls(self) -> list[int]:
+        calls, self._calls_ns = self._calls_ns, []
+        return calls
+
+    def _make_in_range(self, start: int, blocks: list[Block], share: float) -> dict[Block, Refusal]:
         """Collapse a PMD range and split its folio down to `blocks`: result and reason of each."""
         geometry = self.geometry
         vma = self._mm.find_vma(start)
@@ -162,15 +167,19 @@ class SimSpace(AddressSpace):
         if refusal is None and inside is not None:
             columns = self.read([(start, start + geometry.pmd_size)])
             layout = layout_of(start, blocks, columns, geometry)
-            refusal = refusal_of_pages(layout, columns, locked="lo" in inside.flags)
+            refusal = refusal_of_pages(layout, columns, locked="lo" in inside.flags, least_share=share)
         if refusal is None:
+            began = self._parts.clock.now_ns
             result = self._collapse(start, geometry.pmd_order)
+            self._calls_ns.append(self._parts.clock.now_ns - began)
             refusal = None if result is ScanResult.SUCCEED else (result, "")
         if refusal is not None:
             return dict.fromkeys(blocks, refusal)
         head = self._parts.memory.head(int(self._mm.ptes(start, 1).value[0]))
         results = dict.fromkeys(blocks, (ScanResult.SUCCEED, ""))
-        for first, order in divide(self._parts, self._mm, (start, geometry.pmd_order), head, layout.orders):
+        for first, order in divide(
+            self._parts, self._mm, (start, geometry.pmd_order), head, layout.orders, self._calls_ns
+        ):
             begin = start + first * geometry.page_size
             inside_it = [block for block in blocks if begin <= block[0] < begin + geometry.size_of(order)]
             results |= dict.fromkeys(inside_it, (ScanResult.PAGE_COUNT, "its folio could not be split"))
