@@ -18,14 +18,15 @@ from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.ledger import FIRST_AGE
-from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks
+from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks, Sign
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Rule, Rules, Settings
-from mthp.daemon.target import LEFT_OUT_SECONDS, TRIM_SECONDS, WAKE_GRID, Sign, Target
+from mthp.daemon.target import LEFT_OUT_SECONDS, TRIM_SECONDS, WAKE_GRID, Target
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
+from mthp.means import Mechanism
 from mthp.naming import Match, ProcessFacts
 from mthp.objects import to_object
 from mthp.pacing import ByteBudget
@@ -75,6 +76,7 @@ class Stage:
         self.space = FakeSpace([(vma, state, order)])
         self.now = 1000.0
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.said: list[str] = []
         self.opened = 0
         self.error: Exception | None = None
         tunables = Tunables.defaults(G)
@@ -88,6 +90,7 @@ class Stage:
             bytes=ByteBudget(None, self.clock),
             opened=self._open,
             event=lambda event, **values: self.events.append((event, values)),
+            say=self.said.append,
             clock=self.clock,
         )
         self.process = FakeProcess()
@@ -496,3 +499,87 @@ def test_a_collapse_makes_nothing_that_a_trim_would_undo() -> None:
         stage = Stage(sparse, orders=(G.pmd_order,), max_bloat=None, trim=trim)
         stage.steps(2)
         assert stage.target.counters.collapsed.total() == made
+
+
+class Small(FakeSpace):
+    """A space on a machine that makes folios of every order by `mechanism`."""
+
+    def __init__(self, space: FakeSpace, mechanism: Mechanism) -> None:
+        super().__init__(space._mappings, orders=G.anon_orders, switches=space.switches)
+        self.mechanism = mechanism
+
+    def splits(self) -> bool:
+        return self.mechanism == "split"
+
+    def drives_khugepaged(self, order: int) -> bool:
+        return self.mechanism == "khugepaged"
+
+    def take_calls(self) -> list[int]:
+        return [1000] * len(self.attempts) if self.mechanism == "split" else []
+
+
+BLOCK = ((16, Pte.PRESENT, 0), (N - 16, 0, ORDER_NONE))
+
+
+def small_stage(mechanism: Mechanism, *ranges: tuple[tuple[int, int, int], ...], **settings: Any) -> Stage:
+    stage = Stage(*ranges, **settings)
+    stage.space = Small(stage.space, mechanism)
+    return stage
+
+
+@pytest.mark.parametrize("mechanism", ["split", "khugepaged"])
+def test_auto_makes_small_folios_by_what_the_machine_has(mechanism: Mechanism) -> None:
+    stage = small_stage(mechanism, BLOCK, FULL, orders=(4, 9), max_ptes_none=0)
+    stage.steps(5.0)
+    assert stage.target.counters.collapsed == {4: 1, 9: 1}
+    assert not stage.target.needs_move
+    driven = [line for line in stage.said if "is driven" in line]
+    assert len(driven) == (mechanism == "khugepaged"), "which concerns all processes"
+
+
+def test_khugepaged_keeps_to_no_rate_so_a_rule_with_one_leaves_it_alone() -> None:
+    stage = small_stage("khugepaged", BLOCK, orders=(4, 9), max_ptes_none=0, rate=1 << 30)
+    stage.steps(5.0)
+    assert not stage.target.counters.collapsed
+    assert stage.target.needs_move.startswith("64K: only the mover")
+
+
+def test_khugepaged_fills_nothing_while_a_budget_is_to_be_kept() -> None:
+    hole = ((15, Pte.PRESENT, 0), (N - 15, 0, ORDER_NONE))
+    for bloat, made in ((Amount(size=1 << 30), {}), (None, {4: 1})):
+        stage = small_stage("khugepaged", hole, orders=(4,), max_bloat=bloat)
+        stage.steps(5.0)
+        assert stage.target.counters.collapsed == made
+
+
+def test_what_only_the_mover_makes_is_said_once_and_not_for_every_pass() -> None:
+    stage = Stage(FULL, orders=(4, 9))
+    for _ in range(5):
+        stage.process.faults += 1
+        stage.steps(5.0)
+    assert stage.target.counters.passes >= 5
+    assert [line for line in stage.said if "only the mover" in line] == stage.said
+    assert len(stage.said) == 1
+
+
+def test_small_folios_that_khugepaged_makes_huge_again_are_told_of_once_with_the_remedy() -> None:
+    stage = small_stage("split", BLOCK, BLOCK, orders=(4,), max_ptes_none=0)
+    for _ in range(5):
+        stage.process.faults += 1
+        stage.steps(5.0)
+    told = to_object(stage.target, G)["remade"]
+    assert (told["remade_ranges"], told["keeps"]) == (2, N - 16 - 1)
+    (line,) = stage.said
+    assert f"keep_max_ptes_none = {N - 16 - 1}" in line
+    # Another size switched off: nothing is made huge any more, and nothing is said of it.
+    stage.space._switches = Switches("never", {9: "never"})
+    stage.target.stale()
+    stage.steps(5.0)
+    assert to_object(stage.target, G)["remade"]["remade_ranges"] == 0
+
+
+def test_calls_that_make_several_folios_are_counted() -> None:
+    stage = small_stage("split", BLOCK, orders=(4,), max_ptes_none=0)
+    stage.steps(0.0)
+    stage.steps(1.0)
+    assert stage.target.counters.called.count == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.engine.lasting import remade, remade_of_plan
+from mthp.engine.lasting import lasting_on, remade, remade_of_plan
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
@@ -61,3 +61,21 @@ def test_small_folios_of_a_plan_do_not_last_where_the_tunable_lets_holes_be_fill
     plan = plan_space(space, PlanOptions(orders=orders, max_ptes_none=0))
     found = remade_of_plan(space, plan)
     assert (found.ranges, found.keeps) == (ranges, N - 16 - 1 if ranges else None)
+
+
+@pytest.mark.parametrize(
+    ("top", "max_ptes_none", "says", "remedy"),
+    [
+        ("never", 511, "leaves them as they are", False),
+        ("madvise", 511, "with MADV_HUGEPAGE", True),
+        ("always", 511, "in every process", True),
+        ("always", 0, "full PMD ranges only", False),
+    ],
+)
+def test_what_a_machine_does_to_small_folios_is_said_with_the_remedy(
+    top: str, max_ptes_none: int, says: str, remedy: bool
+) -> None:
+    tunables = Tunables(max_ptes_none, 64, 256, 4096)
+    what, how = lasting_on(Switches(top, {9: "inherit"}), tunables, X86_64)
+    assert says in what
+    assert ("max_ptes_none" in how) == remedy

@@ -125,6 +125,8 @@ def _row(target: dict[str, Any]) -> list[str]:
         state = f"left out: {target['left_out']}"
     elif target["reasons"]:
         state += f"; not collapsed: {next(iter(target['reasons']))}"
+    elif target["remade"]["remade_ranges"]:
+        state += f"; khugepaged will make {target['remade']['remade_ranges']} PMD ranges huge again"
     elif target.get("needs_move"):
         state += f"; not collapsed: {target['needs_move']}"
     elif not target["collapsed_bytes"] and target["left_alone"]:

@@ -11,7 +11,9 @@ from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
 from mthp.daemon.looks import Looks
 from mthp.daemon.pressure import FreeFolios
+from mthp.engine.allowed import mechanism_of
 from mthp.geometry import Geometry
+from mthp.means import Means, Mechanism
 from mthp.pacing import ByteBudget, Clock
 from mthp.tunables import Switches, Tunables
 
@@ -32,9 +34,11 @@ class Environment:
         bytes: the budget of bytes per second of all together.
         opened: opens the address space of a PID.
         event: writes an event.
+        say: tells a person what happens.
         looks: how often targets are looked at.
         stopping: asked between pieces: whether to end.
         clock: the time.
+        said: what a person was told of, see :meth:`say_once`.
     """
 
     geometry: Geometry
@@ -46,9 +50,26 @@ class Environment:
     bytes: ByteBudget
     opened: Callable[[int], AddressSpace]
     event: Callable[..., None]
+    say: Callable[[str], None] = lambda line: None
     looks: Looks = field(default_factory=Looks)
     stopping: Callable[[], bool] = lambda: False
     clock: Clock = time.monotonic
+    _mechanisms: dict[tuple[Mechanism, bool], dict[int, Mechanism | None]] = field(default_factory=dict)
+    said: set[object] = field(default_factory=set)
+
+    def mechanisms(self, space: AddressSpace, means: Means) -> dict[int, Mechanism | None]:
+        """Return what makes the folios of each order by `means`: found out once, as it lies in the machine."""
+        key = means.mechanism, means.rate is None
+        if key not in self._mechanisms:
+            orders = self.geometry.anon_orders
+            self._mechanisms[key] = {order: mechanism_of(space, order, means) for order in orders}
+        return self._mechanisms[key]
+
+    def say_once(self, about: object, line: str) -> None:
+        """Tell a person what holds for many passes, once until the configuration is read again."""
+        if about not in self.said:
+            self.said.add(about)
+            self.say(line)
 
     @property
     def scan_sleep(self) -> float:

@@ -7,6 +7,7 @@ have a share each: a thousand idle shells do not delay the look that notices new
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 from mthp.pacing import Clock
 
@@ -19,6 +20,30 @@ SHORTEST_ROUND = 0.5
 
 _WEIGHT = 1 / 64
 """Of the last look in the mean of what a look takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What changes in ``/proc/PID/stat`` when memory may have come to be mapped.
+
+    Attributes:
+        faults: page faults so far.
+        mapped: bytes of its mappings.
+        resident: pages; not compared.
+        comm: its name.
+    """
+
+    faults: int
+    mapped: int
+    resident: int = field(compare=False)
+    comm: bytes
+
+    @classmethod
+    def parse(cls, text: bytes) -> Sign:
+        """Read the text of ``/proc/PID/stat`` (proc_pid_stat(5))."""
+        end = text.rindex(b")")
+        fields = text[end + 2 :].split(maxsplit=23)
+        return cls(int(fields[7]) + int(fields[9]), int(fields[20]), int(fields[21]), text[text.index(b"(") + 1 : end])
 
 
 class Looks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,6 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.visit import Visit
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, UnsupportedError
-from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.outline import Outline
 from mthp.price import needs_move_reason, price_of_moving
@@ -68,6 +67,7 @@ class Pass:
 
     Attributes:
         space: its address space, opened; closed with this.
+        means: by what means blocks are collapsed.
         out_of_memory: the limit at which a charge failed, which ends the pass; ``""`` if none did.
         reasons: why attempts failed or were not made, where there is more to say than their result.
         unadvised: whether folios below the PMD order are made in advised memory only.
@@ -87,9 +87,22 @@ class Pass:
         self.reasons: Counter[str] = Counter()
         self.eligible = False
         self._stretches: list[tuple[Segment, int]] = []
+        self.means = Means(
+            settings.mechanism,
+            max_bloat=settings.max_bloat,
+            max_pause=settings.max_pause_ns / 1e9,
+            pause_share=settings.pause_share,
+            fill=True,
+            reserve=settings.reserve,
+            max_threads=settings.max_threads,
+            min_split_share=settings.min_split_share,
+            rate=settings.rate or environment.configuration.bytes_per_second,
+        )
         self.space = environment.opened(pid)
         try:
-            if settings.orders != "enabled" and not _orders(settings, environment.geometry):
+            self._mechanisms = environment.mechanisms(self.space, self.means)
+            self._tell_of_khugepaged()
+            if settings.orders != "enabled" and not self._orders():
                 raise UnsupportedError(self.needs_move or "the rule's mechanism makes none of its sizes")
             room = Room(lambda: abilities.memory_bounds(self.space), settings.reserve)
             self._admission = Admission(self.space, room, bloat_left, available=environment.free.available)
@@ -100,10 +113,10 @@ class Pass:
 
     def _choice(self) -> PlanOptions:
         settings = self._settings
-        switches, tunables = governed(self._environment, settings)
+        switches, tunables = governed(self._environment, self.makes)
         return PlanOptions(
             policy=settings.policy,
-            orders=_orders(settings, self._environment.geometry),
+            orders=self._orders(),
             max_ptes_none=settings.max_ptes_none,
             max_ptes_swap=settings.max_ptes_swap,
             max_ptes_shared=settings.max_ptes_shared,
@@ -117,28 +130,40 @@ class Pass:
         self._admission.only_advised()
 
     @property
-    def means(self) -> Means:
-        """By what means blocks are collapsed."""
-        settings = self._settings
-        return Means(
-            settings.mechanism,
-            max_pause=settings.max_pause_ns / 1e9,
-            pause_share=settings.pause_share,
-            fill=True,
-            reserve=settings.reserve,
-            max_threads=settings.max_threads,
-        )
+    def makes(self) -> frozenset[int]:
+        """The orders that the rule's mechanism makes."""
+        return frozenset(order for order, mechanism in self._mechanisms.items() if mechanism is not None)
+
+    def _orders(self) -> tuple[int, ...] | str:
+        orders = self._settings.orders
+        return orders if isinstance(orders, str) else tuple(order for order in orders if order in self.makes)
 
     @property
     def needs_move(self) -> str:
         """Which sizes the rule's mechanism does not make, with the price of the mover; ``""`` if it makes all."""
-        geometry, orders = self._environment.geometry, self._settings.orders
-        wanted = self._environment.switches.orders(advised=True) if orders == "enabled" else orders
-        left = sorted(set(wanted) - {geometry.pmd_order} - set(_made_by(self._settings, geometry)))
+        geometry = self._environment.geometry
+        left = sorted(self._wanted - {geometry.pmd_order} - self.makes)
         if not left:
             return ""
         price = price_of_moving(abilities.threads(self.space), self._settings.max_pause_ns)
         return f"{', '.join(map(geometry.label, left))}: {needs_move_reason(price)}"
+
+    @property
+    def _wanted(self) -> frozenset[int]:
+        """The orders that the rule, or the system's switches, want."""
+        orders = self._settings.orders
+        return frozenset(self._environment.switches.orders(advised=True) if isinstance(orders, str) else orders)
+
+    def _tell_of_khugepaged(self) -> None:
+        """Say once that the kernel's khugepaged is driven, which concerns all processes."""
+        geometry = self._environment.geometry
+        driven = sorted(order for order in self._wanted if self._mechanisms.get(order) == "khugepaged")
+        if driven:
+            self._environment.say_once(
+                "khugepaged",
+                f"the kernel's khugepaged is driven for folios of {', '.join(map(geometry.label, driven))}: for seconds"
+                " at a time these sizes alone are on for the whole system",
+            )
 
     def govern(self) -> None:
         """Have the switches and tunables of this moment hold from now on."""
@@ -222,6 +247,10 @@ class Pass:
         trim = self._settings.trim
         if trim is not None and candidate.filled > trim * TRIM_DISTANCE * (1 << candidate.order):
             return ScanResult.EXCEED_NONE_PTE
+        # It chooses the ranges itself, so it fills nothing where a budget is to be kept.
+        by_khugepaged = self._mechanisms.get(candidate.order) == "khugepaged"
+        if by_khugepaged and candidate.filled and self.means.max_bloat is not None:
+            return ScanResult.EXCEED_NONE_PTE
         result = self._admission(candidate)
         if result is ScanResult.CGROUP_CHARGE_FAIL:
             self.reasons[self._admission.room.reason] += 1
@@ -241,28 +270,14 @@ class Pass:
         self.space.close()
 
 
-def governed(environment: Environment, settings: Settings) -> tuple[Switches, Tunables]:
-    """The switches and tunables that hold for a target: sizes that its mechanism does not make are off."""
-    makes = _made_by(settings, environment.geometry)
+def governed(environment: Environment, makes: Collection[int]) -> tuple[Switches, Tunables]:
+    """Return the switches and tunables that hold for a target: sizes that its mechanism does not make are off.
+
+    Args:
+        makes: the orders that it makes.
+    """
     sizes = {order: word if order in makes else "never" for order, word in environment.switches.sizes.items()}
     return replace(environment.switches, sizes=sizes), environment.tunables
-
-
-def _orders(settings: Settings, geometry: Geometry) -> tuple[int, ...] | str:
-    if settings.orders == "enabled":
-        return "enabled"
-    makes = _made_by(settings, geometry)
-    return tuple(order for order in settings.orders if order in makes)
-
-
-def _made_by(settings: Settings, geometry: Geometry) -> Sequence[int]:
-    """The orders that a mechanism makes."""
-    if settings.mechanism in ("auto", "madvise"):
-        # Where the kernel's own khugepaged makes smaller folios, it does so without being driven: it runs all the time.
-        return (geometry.pmd_order,)
-    if settings.mechanism == "move":
-        return geometry.anon_orders[:-1]
-    return geometry.anon_orders
 
 
 def _slices(breaks: NDArray[np.intp], length: int) -> list[tuple[int, int]]:

@@ -168,6 +168,7 @@ class Daemon:
             bytes=ByteBudget(configuration.bytes_per_second),
             opened=self._opened,
             event=self._event,
+            say=self._say,
         )
         self.worker = Worker(
             self.environment,

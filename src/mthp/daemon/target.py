@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
 
-import numpy as np
-
-from mthp.abilities import take_pauses
+from mthp.daemon.accounts import account
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.ledger import Ledger
+from mthp.daemon.looks import Sign
 from mthp.daemon.onepass import LeftAlone, Pass, governed
 from mthp.daemon.rules import Rule, Settings
+from mthp.daemon.smallfolios import SmallFolios
 from mthp.daemon.unadvised import Unadvised
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visited import Passage
@@ -34,7 +33,6 @@ from mthp.linux.process import Process
 from mthp.naming import ProcessFacts
 from mthp.outline import Outline
 from mthp.pacing import ByteBudget
-from mthp.results import ScanResult
 
 PIECE_RANGES = 32
 """PMD ranges in one piece of work at most."""
@@ -65,30 +63,6 @@ LEFT_OUT_SECONDS = 60.0
 """After which a process that could not be worked on is tried again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sign:
-    """What changes in ``/proc/PID/stat`` when memory may have come to be mapped.
-
-    Attributes:
-        faults: page faults so far.
-        mapped: bytes of its mappings.
-        resident: pages; not compared.
-        comm: its name.
-    """
-
-    faults: int
-    mapped: int
-    resident: int = field(compare=False)
-    comm: bytes
-
-    @classmethod
-    def parse(cls, text: bytes) -> Sign:
-        """Read the text of ``/proc/PID/stat`` (proc_pid_stat(5))."""
-        end = text.rindex(b")")
-        fields = text[end + 2 :].split(maxsplit=23)
-        return cls(int(fields[7]) + int(fields[9]), int(fields[20]), int(fields[21]), text[text.index(b"(") + 1 : end])
-
-
 class Target:
     """One process.
 
@@ -106,6 +80,7 @@ class Target:
         left_out: why it is not worked on, or ``""``.
         reasons: why the last attempts failed, where the backend said so, by how often.
         left_alone: mappings in which nothing may be made, by reason.
+        small_folios: those that were made, and whether they last.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
         vanished: it was found to be gone.
         closed: it is to be worked on no more.
@@ -113,7 +88,8 @@ class Target:
 
     JSON = (
         "pid=facts.pid comm=facts.comm rule=rule.name policy=rule.settings.policy left_out:null working"
-        " next_look_seconds bloat_left_bytes=bloat_left reasons left_alone needs_move:null *counters"
+        " next_look_seconds bloat_left_bytes=bloat_left reasons left_alone needs_move:null"
+        " remade=small_folios.remade *counters"
     )
     """What `mthp status` prints of it."""
 
@@ -124,6 +100,7 @@ class Target:
     reasons: Counter[str]
     left_alone: list[LeftAlone]
     needs_move: str
+    small_folios: SmallFolios
 
     def __init__(self, process: Process, facts: ProcessFacts, rule: Rule, environment: Environment) -> None:
         self.process = process
@@ -141,6 +118,8 @@ class Target:
         self._seen: Sign | None = None
         self._has_room = False
         self._found_under: object = None
+        self._makes: frozenset[int] = frozenset()
+        self.small_folios = SmallFolios()
         self._interval = 0.0
         self._list_at = 0.0
         self._list_interval = 0.0
@@ -207,7 +186,7 @@ class Target:
         """
         if not self._has_room:
             return ()
-        switches, tunables = governed(self._environment, self.settings)
+        switches, tunables = governed(self._environment, self._makes)
         # Advice may have come since, so that both count, whatever its mappings had.
         sizes = [switches.orders(advised=advised) for advised in (True, False)]
         return sizes, tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
@@ -216,6 +195,7 @@ class Target:
         """What was found finished was so under switches, tunables or rules that hold no more."""
         self._end_pass()
         self._ledger.forget()
+        self.small_folios.stale()
         self._seen = None
         self.next_at = self._environment.clock()
 
@@ -298,6 +278,7 @@ class Target:
             )
 
     def _begin_pass(self, now: float, touched: bool) -> None:
+        environment = self._environment
         self._count("passes")
         self._pass = Pass(self._environment, self.facts.pid, self.settings, lambda: self.bloat_left)
         if self._unadvised.holds(now):
@@ -310,11 +291,14 @@ class Target:
         self._pass.todo(outline[due & ~outline.pmd_mapped])
         taken = self._environment.clock() - now
         # Advice makes nothing of a process that has no room for a PMD range: only a new mapping can, and that shows.
-        self._has_room = self._pass.has_room
+        self._has_room, self._makes = self._pass.has_room, self._pass.makes
         self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._has_room else math.inf
         self._found_under = self._rules_of_the_moment()
         self.left_out = ""
         self.needs_move = self._pass.needs_move if self._has_room else ""
+        if self.needs_move:
+            environment.say_once(("needs_move", self.rule.name), f"rule {self.rule.name}: {self.needs_move}")
+        self.small_folios.look(environment, self._pass.space, outline, self.facts, self.rule)
         if self._pass.is_done:
             self._end_pass()
         else:
@@ -356,52 +340,14 @@ class Target:
         return max(1, min([self._at_a_time, *(rate // 10 // self._environment.geometry.pmd_size for rate in rates)]))
 
     def _account(self, current: Pass, passage: Passage, after: Outline) -> None:
+        """Count what a passage did, and note what is to be done about it later."""
         environment, geometry = self._environment, self._environment.geometry
-        made: Counter[int] = Counter()
-        failed: Counter[ScanResult] = Counter()
-        copied = filled = 0
-        calls = []
-        for attempt in passage.attempts:
-            if attempt.result is ScanResult.SUCCEED:
-                made[attempt.order] += 1
-                copied += attempt.copied * geometry.page_size
-                filled += attempt.filled * geometry.page_size
-                environment.free.given(attempt.order)
-            elif attempt.result is not ScanResult.PTE_MAPPED_HUGEPAGE:
-                failed[attempt.result] += 1
-                if attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
-                    environment.free.refused(attempt.order, environment.tunables.alloc_sleep_millisecs / 1000)
-            if attempt.order == geometry.pmd_order and attempt.elapsed_ns:
-                calls.append(attempt.elapsed_ns)
-        pauses = take_pauses(current.space)
-        results = {
-            ScanResult(index): count for index, count in enumerate(np.bincount(passage.results).tolist()) if count
-        }
-        for counters in (self.counters, environment.total):
-            counters.collapsed.update(made)
-            counters.failed.update(failed)
-            counters.ranges.update(results)
-            counters.scanned_ptes += passage.progress
-            counters.copied_bytes += copied
-            counters.bloat_bytes += filled
-            counters.stopped.add(pauses)
-            counters.called.add(calls)
-        size = sum(geometry.size_of(order) * count for order, count in made.items())
+        size = account(environment, self.counters, self.facts, current.space, passage)
         self._rate.spend(size)
         environment.bytes.spend(size)
         now = environment.clock()
         self._ledger.scanned(passage.addresses, passage.results, after, now, environment.scan_sleep)
-        if made or failed:
-            environment.event(
-                "collapsed" if made else "failed",
-                pid=self.facts.pid,
-                comm=self.facts.comm,
-                folios={geometry.label(order): count for order, count in sorted(made.items())},
-                failed={result.name: count for result, count in failed.items()},
-                copied_bytes=copied,
-                bloat_bytes=filled,
-                max_pause_seconds=max(pauses, default=0) / 1e9,
-            )
+        self.small_folios.note(passage.attempts, geometry)
 
     def _drop_old_reasons(self, current: Pass) -> None:
         """Keep why the last attempts failed."""

@@ -121,6 +121,7 @@ class Worker:
         with self._turn:
             environment = self.environment
             environment.configuration = configuration
+            environment.said.clear()
             self._cpu.set(configuration.cpu)
             self._pressure.limit = configuration.max_memory_pressure
             environment.bytes.set_rate(configuration.bytes_per_second)

@@ -15,6 +15,31 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace
 from mthp.engine.select import ORDERS_ENABLED, PlanOptions, base_rules, jobs_of
 from mthp.engine.space_plan import SpacePlan
+from mthp.geometry import Geometry
+from mthp.tunables import Switches, Tunables
+
+MAX_PTES_NONE = "/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none"
+
+
+def lasting_on(switches: Switches, tunables: Tunables, geometry: Geometry) -> tuple[str, str]:
+    """Return what khugepaged does to folios below the PMD order on a machine, and the remedy, ``""`` without need.
+
+    prctl(PR_SET_THP_DISABLE) and advice decide for each process; :func:`remade` looks at those, too.
+    """
+    pmd = geometry.label(geometry.pmd_order)
+    if geometry.pmd_order not in switches.orders(advised=True):
+        return f"khugepaged leaves them as they are, since the size {pmd} is off", ""
+    everywhere = geometry.pmd_order in switches.orders(advised=False)
+    where = "in every process that did not switch THP off" if everywhere else "with MADV_HUGEPAGE"
+    if not tunables.max_ptes_none:
+        return f"khugepaged makes folios of {pmd} of full PMD ranges only, {where}", ""
+    most = tunables.max_ptes_none
+    what = f"khugepaged makes one folio of {pmd} of every PMD range with at most {most} empty pages, {where}"
+    remedy = (
+        f"0 in {MAX_PTES_NONE}, or keep_max_ptes_none = 0 in the rules file of mthp daemon, keeps those in ranges that"
+        " are not full"
+    )
+    return what, remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +65,7 @@ class Remade:
             return ""
         remedy = "MADV_NOHUGEPAGE keeps them as they are"
         if self.keeps is not None:
-            folder = "/sys/kernel/mm/transparent_hugepage/khugepaged"
-            remedy = f"{folder}/max_ptes_none at {self.keeps} or less keeps them as they are"
+            remedy = f"{MAX_PTES_NONE} at {self.keeps} or less keeps them as they are"
         return (
             f"the kernel's khugepaged will make huge folios of {self.ranges} PMD ranges again"
             f" (max_ptes_none {self.max_ptes_none}): {remedy}"

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from mthp.engine.lasting import lasting_on
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.linux.cgroups import cgroup_mounts
@@ -230,6 +231,11 @@ def _khugepaged(facts: Facts) -> Answer:
     return Answer(State.OK, what)
 
 
+def _lasting(facts: Facts) -> Answer:
+    what, remedy = lasting_on(facts.thp.switches(facts.geometry), facts.thp.tunables(facts.geometry), facts.geometry)
+    return Answer(State.LIMITED if remedy else State.OK, what, remedy)
+
+
 def _free_memory(facts: Facts) -> Answer:
     geometry = facts.geometry
     available = parse_meminfo(facts.text("meminfo") or "", "MemAvailable")
@@ -277,6 +283,7 @@ _QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
     ("pagemap_scan", "PAGEMAP_SCAN", False, _pagemap_scan),
     ("khugepaged", "the kernel's khugepaged", True, _khugepaged),
     ("mthp_khugepaged", "the kernel's khugepaged, below the PMD size", True, _mthp_khugepaged),
+    ("lasting", "whether folios below the PMD size last", True, _lasting),
     ("free_memory", "free memory", False, _free_memory),
     ("memory_limit", "memory cgroup limit", False, _memory_limit),
     ("snapshot", "snapshots", False, _snapshot),
