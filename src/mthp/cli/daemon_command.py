@@ -13,6 +13,7 @@ import click
 from mthp.cli.options import RATE, SHARE
 from mthp.cli.status_command import run_dir_option
 from mthp.errors import UsageError
+from mthp.geometry import Geometry
 from mthp.means import Mechanism
 from mthp.naming import HOW_TO_NAME, match_of
 from mthp.text import clean
@@ -44,6 +45,13 @@ from mthp.text import clean
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second in one process at most.")
 @click.option("--cpu", type=SHARE, help="CPU time, as a share of one core; 10% by default.")
 @click.option("--bytes-per-second", type=RATE, help="Bytes collapsed per second in all processes at most.")
+@click.option(
+    "--keep-max-ptes-none",
+    type=int,
+    metavar="N",
+    help="Keep the system's max_ptes_none at N while the daemon runs: with more, the kernel's khugepaged makes huge"
+    " folios of small ones.",
+)
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve Prometheus metrics there; on the loopback by default.")
 @click.option("--events", type=click.Path(path_type=Path), metavar="FILE", help="Append events as JSON lines.")
 @run_dir_option
@@ -114,13 +122,13 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
                 f"--config and {_flag(clash[0])} are given", help="say it in the rules file: [defaults] or [[rule]]"
             )
         path = path.absolute()
-        return lambda: _with_daemon_options(load_configuration(path, geometry), options)
+        return lambda: _with_daemon_options(load_configuration(path, geometry), options, geometry)
     if not chosen:
         raise UsageError(
             "nothing says which processes to work on",
             help=f"give --config FILE, which mthp daemon --print-config shows, or {HOW_TO_NAME}",
         )
-    return lambda: _with_daemon_options(_from_options(options, geometry), options)
+    return lambda: _with_daemon_options(_from_options(options, geometry), options, geometry)
 
 
 _SETTINGS = (
@@ -171,13 +179,13 @@ def _user(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-def _with_daemon_options(configuration: Any, options: dict[str, Any]) -> Any:
-    """`configuration` with what the options say of the daemon itself."""
-    changes: dict[str, Any] = {}
-    if options["cpu"] is not None:
-        changes["cpu"] = options["cpu"]
-    if options["bytes_per_second"] is not None:
-        changes["bytes_per_second"] = options["bytes_per_second"]
+def _with_daemon_options(configuration: Any, options: dict[str, Any], geometry: Geometry) -> Any:
+    """Return `configuration` with what the options say of the daemon itself."""
+    kept, most = options["keep_max_ptes_none"], geometry.ptes_per_pmd - 1
+    if kept is not None and not 0 <= kept <= most:
+        raise UsageError(f"--keep-max-ptes-none is out of range: {kept}", help=f"use 0 to {most}")
+    names = ("cpu", "bytes_per_second", "keep_max_ptes_none")
+    changes = {name: options[name] for name in names if options[name] is not None}
     return dataclasses.replace(configuration, **changes)
 
 

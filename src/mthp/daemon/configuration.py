@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mthp.bounded import named
-from mthp.daemon.rules import Rule, Rules, Settings
+from mthp.daemon.rules import Limit, Rule, Rules, Settings
 from mthp.daemon.values import file_path, parse_endpoint
 from mthp.geometry import Geometry
 from mthp.naming import Match
@@ -37,6 +37,7 @@ class Own:
         bytes_per_second: bytes collapsed per second at most, in all processes together; None for no bound.
         max_memory_pressure: share of time that tasks wait for memory (PSI, some avg10) above which the daemon rests.
         notice_ns: within what time a new process is to be noticed, in nanoseconds.
+        keep_max_ptes_none: the system's max_ptes_none while the daemon runs; None to leave it as it is.
         pace: what decides how fast it goes.
         metrics: (host, port) to serve metrics at; None for none.
         events: file of the event log; None for none.
@@ -46,6 +47,7 @@ class Own:
     bytes_per_second: Annotated[int, parse_rate] | None = None
     max_memory_pressure: Annotated[float, positive(parse_share)] = 0.10
     notice_ns: Annotated[int, positive(parse_duration)] = 100_000_000
+    keep_max_ptes_none: Limit | None = None
     pace: Pace = "cpu"
     metrics: Annotated[tuple[str, int], parse_endpoint] | None = None
     events: Annotated[Path, file_path] | None = None

@@ -27,6 +27,7 @@ from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.eventlog import EventLog
 from mthp.daemon.finder import Finder
+from mthp.daemon.keeping import Keeping
 from mthp.daemon.lock import DaemonLock
 from mthp.daemon.loop import Loop
 from mthp.daemon.notify import Notifier
@@ -112,7 +113,8 @@ class Daemon:
 
     JSON = (
         "pid uptime_seconds *worker resting=worker.resting memory_pressure=worker.pressure cpu_seconds"
-        " cpu=configuration.cpu resident_memory_bytes finds_processes_by=finder.means processes_known=finder.known"
+        " cpu=configuration.cpu keep_max_ptes_none=configuration.keep_max_ptes_none"
+        " resident_memory_bytes finds_processes_by=finder.means processes_known=finder.known"
         " reloads refused_reloads orders_refused switches=environment.switches left_out=finder.left_out"
         " counters=environment.total targets"
     )
@@ -178,6 +180,9 @@ class Daemon:
             self._say,
             died=lambda: signal.raise_signal(signal.SIGTERM),
         )
+        self._keeping = Keeping(self.knobs, self._loop, self._say)
+        self._undo.callback(self._keeping.close)
+        self._keeping.keep(configuration.keep_max_ptes_none)
         self.finder = Finder(self.worker, self._loop, self._say)
         self._undo.callback(self.finder.close)
         self._control = ControlSocket(self._options.run_dir / SOCKET_NAME, self._loop.selector, self._answer)
@@ -334,6 +339,7 @@ class Daemon:
             if getattr(configuration, name) != getattr(self.configuration, name):
                 self._say(f"{name} is another now: that takes a restart")
         self.configuration = configuration
+        self._keeping.keep(configuration.keep_max_ptes_none)
         self.worker.configure(configuration)
         self.finder.renew()
         self._say(f"configuration read again: {len(configuration.rules.rules)} rules")

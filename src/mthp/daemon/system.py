@@ -32,6 +32,7 @@ class SystemKnobs:
         self._sysfs, self._geometry, self._lock = sysfs, geometry, lock
         self._files = {path: _open(sysfs.root / path) for path in _paths(sysfs, geometry)}
         self._texts: dict[str, bytes] = {}
+        self._kept: dict[str, tuple[str, str]] = {}
         self.switches = Switches.defaults(geometry)
         self.tunables = Tunables.defaults(geometry)
         self.version = 0
@@ -48,6 +49,9 @@ class SystemKnobs:
             return False
         self._texts = texts
         words = {path: text.decode(errors="replace") for path, text in texts.items()}
+        for path, (ours, was) in self._kept.items():
+            if words.get(path, "").strip() == ours:
+                words[path] = was
         # A word of a newer kernel, or a number out of range, is no reason to stop: what was known holds.
         with contextlib.suppress(MthpError):
             self.switches = Switches.from_sysfs(words, self._geometry)
@@ -57,6 +61,15 @@ class SystemKnobs:
             self.tunables = Tunables.from_sysfs(knobs, self._geometry)
         self.version += 1
         return True
+
+    def word(self, path: str) -> str:
+        """Return what was last read of a file, by its path below the THP directory."""
+        return self._texts.get(path, b"").decode(errors="replace").strip()
+
+    def keep(self, path: str, ours: str | None, was: str) -> None:
+        """Take the word `ours` in a file for `was`, which the operator had chosen; None to take it as it is again."""
+        self._kept = {} if ours is None else {path: (ours, was)}
+        self._texts = {}
 
     def close(self) -> None:
         """Close the files."""

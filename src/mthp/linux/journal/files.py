@@ -93,6 +93,7 @@ class Change:
         boot: ID of the boot that it happened in.
         owner: the process whose window it is, as :func:`owner_of` writes it, and behind another colon the number of
             the window in that process; ``""`` in entries of earlier versions.
+        kept: whether it holds until its owner ends, outside of windows.
     """
 
     switch: str
@@ -100,13 +101,20 @@ class Change:
     ours: str
     boot: str
     owner: str = ""
+    kept: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is kept by a process that runs still."""
+        return self.kept and is_alive(self.owner)
 
     @classmethod
     def parse(cls, line: bytes) -> Change | None:
         """Read a line of the journal; None if it is not one."""
         try:
             data = parse_json(line)
-            change = cls(data["switch"], data["was"], data["ours"], data["boot"], str(data.get("owner", "")))
+            change = cls(data["switch"], data["was"], data["ours"], data["boot"])
+            change = dataclasses.replace(change, owner=str(data.get("owner", "")), kept=data.get("kept") is True)
             words = (change.was, change.ours)
             if change.switch == INSTANCE:
                 return change if change.was == NONE and change.ours.isdecimal() else None
@@ -131,6 +139,16 @@ def stat_of(pid: int) -> str:
         OSError: there is no such process, or no /proc.
     """
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
+
+
+def is_alive(owner: str) -> bool:
+    """Return whether the process that an entry names runs still; a zombie does not."""
+    pid, _, rest = owner.partition(":")
+    try:
+        fields = stat_of(int(pid)).split()
+    except (OSError, ValueError):
+        return False
+    return fields[0] not in ("Z", "X") and rest.partition(":")[0] == fields[19]
 
 
 class JournalFiles:

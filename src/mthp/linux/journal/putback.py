@@ -123,7 +123,9 @@ def put_back(sysfs: Path, changes: Sequence[Change], write: Write | None = None)
 def settle(
     files: JournalFiles, sysfs: Path, *, but: Collection[Change] = (), write: Write | None = None
 ) -> list[Restored]:
-    """Put back what stands in the journal, and empty it. The caller holds the lock, so the writers are dead.
+    """Put back what stands in the journal, and empty it but for what is kept by a process that runs.
+
+    The caller holds the lock, so the writers of all other entries are dead.
 
     Args:
         files: the journal.
@@ -134,8 +136,10 @@ def settle(
     Raises:
         NotPermittedError, MthpError: as :func:`put_back`; the journal is as it was.
     """
-    restored = put_back(sysfs, [change for change in files.read() if change not in but], write)
-    files.write(())
+    changes = files.read()
+    held = [change for change in changes if change.holds]
+    restored = put_back(sysfs, [change for change in changes if change not in but and change not in held], write)
+    files.write(held)
     return restored
 
 

@@ -24,6 +24,9 @@ A signal that raises an exception in Python (Ctrl-C) waits until switches are se
 window is over. A signal that kills leaves the journal to the watcher.
 
 Windows may nest in one thread; other threads and other processes wait for their turn.
+
+The daemon may *keep* a number of khugepaged's for as long as it runs. Such an entry does not hold the lock. It stands
+before those of windows, and is left in place while its owner runs; after that it is undone like any other.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mthp.errors import NotPermittedError, UnsupportedError, UsageError
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.linux.interruptions import interruptions_held_back, suspension_held_back
 from mthp.linux.journal.files import Change, JournalFiles, all_roots, boot_id, default_root, owner_of
 from mthp.linux.journal.guard import Guard, guard_of
@@ -111,6 +114,48 @@ class SwitchJournal:
         """
         with self._window(lambda: self._differing(wanted)):
             yield
+
+    def keep(self, wanted: Mapping[str, str]) -> None:
+        """Set what is in `wanted`, as :meth:`settings`, until :meth:`release` or the end of this process.
+
+        Windows of any process may open and close meanwhile.
+
+        Raises:
+            UnsupportedError, NotPermittedError, MthpError: as :meth:`settings`; or another process keeps one of them.
+        """
+        with self._turn, interruptions_held_back():
+            if not self._may_have_to_write(self._differing(wanted)):
+                return
+            self._open(create=True)
+            try:
+                others = {change.switch for change in self._changes}
+                if taken := sorted(others & set(wanted)):
+                    raise MthpError(f"{taken[0]} is kept by another process", help="end that mthp daemon first")
+                depth = len(self._changes)
+                try:
+                    self._set(self._differing(wanted), kept=True)
+                except MthpError:
+                    self._put_back_to(depth)
+                    raise
+            finally:
+                self._close()
+
+    def release(self) -> list[Restored]:
+        """Put back what this process keeps.
+
+        Raises:
+            NotPermittedError, MthpError: as :meth:`settings`.
+        """
+        with self._turn, interruptions_held_back():
+            self._open(create=True)
+            try:
+                ours = [change for change in self._changes if change.owner.startswith(f"{owner_of(os.getpid())}:")]
+                restored = put_back(self._sysfs.root, ours, self._write)
+                assert self._files is not None
+                self._files.write([change for change in self._changes if change not in ours])
+                return restored
+            finally:
+                self._close()
 
     @contextlib.contextmanager
     def _window(self, changes: Callable[[], list[Change]]) -> Iterator[None]:
@@ -191,6 +236,7 @@ class SwitchJournal:
             files.close()
             raise
         self._files = files
+        self._changes = files.read()
         return restored
 
     def _close(self) -> None:
@@ -242,8 +288,8 @@ class SwitchJournal:
                 changes.append(change)
         return changes
 
-    def _set(self, changes: Sequence[Change]) -> None:
-        """Write `changes` down, then make them."""
+    def _set(self, changes: Sequence[Change], *, kept: bool = False) -> None:
+        """Write `changes` down, then make them; `kept` ones are no part of a window."""
         assert self._files is not None
         if not changes:
             return
@@ -251,7 +297,7 @@ class SwitchJournal:
             self._guard = guard_of(self._root or default_root(), self._sysfs.root)
             self._guard.ensure(self._files.identity)
         owner = f"{owner_of(os.getpid())}:{next(_numbers)}"
-        self._changes += [dataclasses.replace(change, owner=owner) for change in changes]
+        self._changes += [dataclasses.replace(change, owner=owner, kept=kept) for change in changes]
         self._files.write(self._changes)
         for change in changes:
             self._write(change.switch, change.ours)

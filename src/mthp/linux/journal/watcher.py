@@ -112,7 +112,8 @@ class Watcher:
         # Once in each stop: what has the same word later was set since.
         if self._stopped == STOPPED_TICKS:
             with contextlib.suppress(MthpError):
-                self._undo()
+                # What is kept harms nothing while its owner is stopped.
+                self._undo(kept=False)
         return False
 
     def _retire(self) -> bool:
@@ -159,11 +160,11 @@ class Watcher:
         entries = [change for change in self._files.read() if change.owner.startswith(prefix)]
         return [change for change in entries if change not in self._undone]
 
-    def _undo(self) -> None:
+    def _undo(self, *, kept: bool = True) -> None:
         """Put back what the owner left without the lock, and leave the entries, as only the lock allows to change them.
 
         Another mthp that takes the lock puts back the entries of a dead owner before it opens a window.
         """
-        left = self._left()
+        left = [change for change in self._left() if kept or not change.kept]
         put_back(self._sysfs, left)
         self._undone.update(left)

@@ -1,0 +1,174 @@
+"""A tunable that is kept for as long as a process runs: beside windows, and put back whatever ends its owner."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from journal_owners import BEFORE, INNER, OUTER, Tunables, dying_at, ended, forked
+from mthp.daemon.keeping import TUNABLE, Keeping
+from mthp.daemon.loop import Loop
+from mthp.daemon.system import SystemKnobs
+from mthp.errors import MthpError
+from mthp.geometry import X86_64
+from mthp.linux.journal.files import has_entries
+from mthp.linux.journal.putback import restore
+from mthp.linux.sysfs import ThpSysfs
+from waiting import until
+
+KILLS = int(os.environ.get("MTHP_TEST_KILLS", "30"))
+KEPT = {TUNABLE: "7"}
+
+
+@pytest.fixture
+def tunables(tmp_path: Path) -> Tunables:
+    return Tunables(tmp_path)
+
+
+def number(tunables: Tunables) -> str:
+    return tunables.values()["max_ptes_none"]
+
+
+def test_it_is_set_beside_windows_and_put_back(tunables: Tunables) -> None:
+    journal, other = tunables.journal(watched=False), tunables.journal(watched=False)
+    journal.keep(KEPT)
+    assert number(tunables) == "7"
+    for each in (journal, other):
+        with each.settings(OUTER), each.settings(INNER):
+            assert number(tunables) == "0"
+        assert number(tunables) == "7"
+    assert other.restore_after_crash() == restore(tunables.root, tunables.thp, 0) == []
+    assert number(tunables) == "7"
+    assert [each.was for each in journal.release()] == ["511"]
+    assert tunables.values() == BEFORE
+    assert not has_entries(tunables.root)
+    assert journal.release() == []
+
+
+def test_what_another_has_set_meanwhile_stays(tunables: Tunables) -> None:
+    journal = tunables.journal(watched=False)
+    journal.keep(KEPT)
+    tunables.set("max_ptes_none", "99")
+    assert [each.put_back for each in journal.release()] == [False]
+    assert number(tunables) == "99"
+
+
+def test_two_processes_do_not_keep_the_same(tunables: Tunables) -> None:
+    pid = forked(lambda: (tunables.journal(watched=False).keep(KEPT), signal.pause()))
+    until(lambda: number(tunables) == "7", "the child")
+    with pytest.raises(MthpError, match="kept by another process"):
+        tunables.journal(watched=False).keep({TUNABLE: "3"})
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
+    # Its owner is gone: the next one puts back what it left, and begins with that.
+    journal = tunables.journal(watched=False)
+    journal.keep({TUNABLE: "3"})
+    journal.release()
+    assert tunables.values() == BEFORE
+
+
+def keeping(tunables: Tunables, then: Callable[[], object] = signal.pause) -> None:
+    journal = tunables.journal()
+    journal.keep(KEPT)
+    with journal.settings(OUTER), journal.settings(INNER):
+        then()
+    then()
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGKILL,), (signal.SIGSTOP, signal.SIGKILL)])
+def test_the_watcher_puts_it_back_after_a_window_that_was_open(
+    tunables: Tunables, numbers: tuple[signal.Signals, ...]
+) -> None:
+    pid = forked(lambda: keeping(tunables))
+    until(lambda: tunables.values()["scan_sleep_millisecs"] == "10", "a window")
+    for each in numbers:
+        os.killpg(pid, each)
+    ended(pid)
+    until(tunables.settled, lambda: str(tunables.values()))
+
+
+def test_a_stopped_owner_keeps_it_and_a_window_of_another_leaves_it(tunables: Tunables) -> None:
+    pid = forked(lambda: (tunables.journal().keep(KEPT), signal.pause()))
+    until(lambda: number(tunables) == "7", "the child")
+    with tunables.journal(watched=False).settings(OUTER):
+        assert number(tunables) == "0", "the child has released the lock"
+    os.kill(pid, signal.SIGSTOP)
+    with tunables.journal(watched=False).settings(OUTER):
+        assert number(tunables) == "0"
+    assert number(tunables) == "7"
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
+    until(tunables.settled, lambda: str(tunables.values()))
+
+
+def test_killed_at_every_step(tunables: Tunables) -> None:
+    def work(event: int) -> None:
+        with dying_at(event, lambda total: (tunables.thp / "steps").write_text(str(total))):
+            journal = tunables.journal()
+            journal.keep(KEPT)
+            with journal.settings(OUTER):
+                pass
+            journal.release()
+        os._exit(0)
+
+    assert ended(forked(lambda: work(0))) == 0
+    steps = int((tunables.thp / "steps").read_text())
+    until(tunables.settled, lambda: str(tunables.values()))
+    for event in sorted(random.sample(range(1, steps), min(KILLS, steps - 1))):
+        assert ended(forked(lambda event=event: work(event))) in (-signal.SIGKILL, 0)  # type: ignore[misc]
+        until(tunables.settled, lambda: str(tunables.values()))
+
+
+def test_the_daemon_goes_on_by_what_was_there_before(tunables: Tunables) -> None:
+    (tunables.thp / "enabled").write_text("[always] madvise never\n")
+    for name, value in (
+        ("max_ptes_swap", 64),
+        ("max_ptes_shared", 256),
+        ("alloc_sleep_millisecs", 60000),
+        ("defrag", 1),
+    ):
+        tunables.set(name, str(value))
+    said: list[str] = []
+    loop = Loop()
+    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
+    one = Keeping(knobs, loop, said.append, tunables.journal(watched=False))
+    one.keep(0)
+    knobs.refresh()
+    assert (number(tunables), knobs.tunables.max_ptes_none) == ("0", 511)
+    one.keep(64)
+    knobs.refresh()
+    assert (number(tunables), knobs.tunables.max_ptes_none) == ("64", 511)
+    # The operator's choice holds from then on, and stays.
+    tunables.set("max_ptes_none", "5")
+    knobs.refresh()
+    assert knobs.tunables.max_ptes_none == 5
+    one.keep(None)
+    one.close()
+    assert number(tunables) == "5"
+    assert any("changed since" in line for line in said)
+    knobs.close()
+    loop.close()
+
+
+def test_while_another_is_in_a_window_it_is_tried_again(tunables: Tunables) -> None:
+    loop, said = Loop(), list[str]()
+    journal = tunables.journal(watched=False)
+    journal._lock_timeout = 0.0
+    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
+    one = Keeping(knobs, loop, said.append, journal)
+    with tunables.journal(watched=False).settings(OUTER):
+        one.keep(7)
+        one.keep(7)
+    assert len(said) == 1
+    (_, again) = loop._timers["keep"]
+    again()
+    assert number(tunables) == "7"
+    one.close()
+    assert tunables.values() == BEFORE
+    knobs.close()
+    loop.close()
