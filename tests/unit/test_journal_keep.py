@@ -34,6 +34,11 @@ def number(tunables: Tunables) -> str:
     return tunables.values()["max_ptes_none"]
 
 
+def kept(tunables: Tunables, *, watched: bool = True) -> None:
+    tunables.journal(watched=watched).keep(KEPT)
+    signal.pause()
+
+
 def test_it_is_set_beside_windows_and_put_back(tunables: Tunables) -> None:
     journal, other = tunables.journal(watched=False), tunables.journal(watched=False)
     journal.keep(KEPT)
@@ -59,7 +64,7 @@ def test_what_another_has_set_meanwhile_stays(tunables: Tunables) -> None:
 
 
 def test_two_processes_do_not_keep_the_same(tunables: Tunables) -> None:
-    pid = forked(lambda: (tunables.journal(watched=False).keep(KEPT), signal.pause()))
+    pid = forked(lambda: kept(tunables, watched=False))
     until(lambda: number(tunables) == "7", "the child")
     with pytest.raises(MthpError, match="kept by another process"):
         tunables.journal(watched=False).keep({TUNABLE: "3"})
@@ -93,7 +98,7 @@ def test_the_watcher_puts_it_back_after_a_window_that_was_open(
 
 
 def test_a_stopped_owner_keeps_it_and_a_window_of_another_leaves_it(tunables: Tunables) -> None:
-    pid = forked(lambda: (tunables.journal().keep(KEPT), signal.pause()))
+    pid = forked(lambda: kept(tunables))
     until(lambda: number(tunables) == "7", "the child")
     with tunables.journal(watched=False).settings(OUTER):
         assert number(tunables) == "0", "the child has released the lock"
