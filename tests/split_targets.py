@@ -18,7 +18,8 @@ class Churn:
         pid: its PID.
         address, size: its memory.
         accesses: how many accesses its threads made; known once it has finished.
-        waits: how many of them took 2**n to 2**(n + 1) nanoseconds, by n; known once it has finished.
+        waits: how many of them took 2**n to 2**(n + 1) nanoseconds since it was continued last, by n; known once it has
+            finished.
     """
 
     def __init__(self, threads: int, megabytes: int, percent: int, flags: str = "-") -> None:

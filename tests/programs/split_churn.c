@@ -7,6 +7,7 @@
  * again, z they are filled with zeroes instead, b threads own blocks of 64 KiB instead of pages, f threads fork children
  * that check what they see, n all threads let other processes go first, h base pages at first whatever the switches say.
  * The address of the memory and its size are printed first.
+ * On SIGCONT the waits so far are forgotten: what was stopped has waited for nothing.
  * On SIGUSR1 all threads discard all that they own and use PERCENT of it again; then a line is printed.
  * On SIGTERM: the number of wrong words, of accesses, and how many of them took 2^n to 2^(n+1) ns, for n from 0 to 39.
  */
@@ -33,7 +34,7 @@ static long threads, percent, page_size;
 static size_t pages, group = 1; /* pages that lie together and belong to one thread */
 static const char *flags;
 static uint32_t *sequence; /* of each page; 0: it reads as zeroes */
-static volatile sig_atomic_t stop, asked;
+static volatile sig_atomic_t stop, asked, continued;
 static volatile uint32_t filling, filled[MAX_THREADS]; /* how often memory is to be discarded and used again, and was */
 static uint64_t wrong[MAX_THREADS], accesses[MAX_THREADS], took[MAX_THREADS][BUCKETS];
 
@@ -133,6 +134,7 @@ static void *run(void *argument)
     long thread = (long)argument;
     uint64_t random = thread + 1;
     int churns = strpbrk(flags, "duz") != NULL, forks = strchr(flags, 'f') != NULL;
+    sig_atomic_t forgotten = 0;
     for (uint64_t round = 1; !stop; round++) {
         if (filled[thread] != filling)
             fill_again(thread, filling);
@@ -148,6 +150,10 @@ static void *run(void *argument)
         uint64_t length = now() - begin;
         took[thread][length ? 63 - __builtin_clzll(length) : 0]++;
         accesses[thread]++;
+        if (forgotten != continued) {
+            forgotten = continued;
+            memset(took[thread], 0, sizeof took[thread]);
+        }
         if (forks && round % 100000 == 0)
             wrong[thread] += fork_and_check(thread);
     }
@@ -156,6 +162,7 @@ static void *run(void *argument)
 
 static void on_term(int number) { stop = number; }
 static void on_usr1(int number) { asked = number; }
+static void on_cont(int number) { continued += number != 0; }
 
 static int all_filled(void)
 {
@@ -189,6 +196,7 @@ int main(int count, char **words)
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     signal(SIGTERM, on_term);
     signal(SIGUSR1, on_usr1);
+    signal(SIGCONT, on_cont);
     threads = atol(words[1]);
     size_t size = atol(words[2]) << 20;
     percent = atol(words[3]);
