@@ -12,9 +12,10 @@ from mthp.budget import Amount, MemoryBound
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64
 from mthp.linux import split
-from mthp.linux.divide import LargeFolio, Part
+from mthp.linux.divide import LargeFolio
 from mthp.linux.split import AT_BASE_PAGES, UNDIVIDED, SplitBlocks
 from mthp.linux.splitfile import SplitAbility
+from mthp.linux.splitsteps import Part
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from mthp.errors import TargetVanishedError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.linux import abi
-from mthp.linux.divide import PAUSES, FolioDivider, LargeFolio, Part
+from mthp.linux.divide import PAUSES, FolioDivider, LargeFolio
+from mthp.linux.splitsteps import Part
 
 START, PFN, PID = 1 << 40, 1 << 20, 77
 
@@ -167,11 +168,23 @@ def random_layout(rng: random.Random, geometry: Geometry) -> NDArray[np.int8]:
 
 def test_each_part_takes_one_write_of_one_page_the_largest_order_first() -> None:
     machine = Machine()
-    assert machine.divider().divide(machine.folio, layout_of(8, 7, 4)) == []
-    orders = [order for _, order, _ in machine.writes]
-    assert machine.writes[:3] == [(0, 8, None), (256, 7, None), (384, 4, None)]
-    assert orders[3:] == [0] * 7
-    assert (machine.orders == layout_of(8, 7, 4)).all()
+    assert machine.divider().divide(machine.folio, layout_of(8, 7, 6)) == []
+    assert machine.writes == [(0, 8, None), (256, 7, None), (384, 6, None), (448, 0, None)]
+    assert (machine.orders == layout_of(8, 7, 6)).all()
+
+
+def test_what_is_to_be_base_pages_stays_whole_until_one_write() -> None:
+    layout = layout_of()
+    layout[160:176] = 4
+    machine = Machine(knows_offset=True)
+    assert machine.divider().divide(machine.folio, layout) == []
+    assert (machine.orders == layout).all()
+    # One for the block, and one for each half beside the way to it; of equal parts there are 32.
+    assert machine.writes[0] == (0, 4, 160)
+    assert len(machine.writes) == 6
+    machine = Machine()
+    assert machine.divider().divide(machine.folio, layout) == []
+    assert len(machine.writes) < 16
 
 
 def test_where_the_kernel_knows_the_page_one_write_makes_a_buddy_layout() -> None:
@@ -235,8 +248,8 @@ def test_no_page_comes_to_a_smaller_folio_than_planned_whatever_is_refused(share
 
 def test_a_split_is_tried_again_after_growing_pauses_and_then_given_up(paused: list[float]) -> None:
     machine = Machine(skips=lambda number: True)
-    assert machine.divider().divide(machine.folio, layout_of(4)) == [Part(0, 9)]
-    assert machine.writes == [(0, 4, None)] * len(PAUSES)
+    assert machine.divider().divide(machine.folio, layout_of(8)) == [Part(0, 9)]
+    assert machine.writes == [(0, 8, None)] * len(PAUSES)
     assert paused == list(PAUSES)
 
 
@@ -260,7 +273,7 @@ def test_a_part_whose_first_pages_were_unmapped_is_split_by_another_page() -> No
     assert machine.divider().divide(machine.folio, layout) == []
     # The first block is not there at all; the second is split off by what is left of it.
     assert (machine.orders[32:] == layout[32:]).all()
-    assert machine.writes[0] == (20, 4, None)
+    assert machine.writes[0][0] == 20
 
 
 def test_what_was_unmapped_as_a_whole_needs_nothing() -> None:

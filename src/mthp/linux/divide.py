@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from mthp.closing import Closing
 from mthp.errors import NotPermittedError
-from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
 from mthp.linux.space import ProcessSpace
 from mthp.linux.splitfile import SplitAbility, SplitFile
+from mthp.linux.splitsteps import Part, Step, Steps
 
 PAUSES = (0.0, 0.0, 0.001, 0.005)
 """Seconds before each try of a split. A folio that is shared takes two writes on Linux 6.18, a lock is released within
@@ -48,34 +49,6 @@ class LargeFolio:
     address: int
     pfn: int
     order: int
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A part of a folio: the page of the folio that it begins at, and its order."""
-
-    offset: int
-    order: int
-
-    @property
-    def pages(self) -> slice:
-        """Its pages in the folio."""
-        return slice(self.offset, self.offset + (1 << self.order))
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A write for one part of a folio.
-
-    Attributes:
-        apart: a part that is a folio of its own afterwards, and shows that the part was split.
-        at: the page of the part around which it is split; None for equal parts.
-        left: parts that may have to be divided further.
-    """
-
-    apart: Part
-    at: int | None
-    left: list[Part]
 
 
 class FolioDivider(Closing):
@@ -138,27 +111,20 @@ class FolioDivider(Closing):
         Raises:
             TargetVanishedError: the process is gone.
         """
+        steps = Steps(layout, offset=self._offset)
         todo, refused = [Part(0, folio.order)], []
         while todo:
             part = todo.pop()
-            largest = int(layout[part.pages].max())
-            if largest == part.order:
+            step = steps.next(part)
+            if step is None:
                 continue
-            step = self._step(part, largest, layout)
             if self._split(folio, part, step):
                 todo += step.left
             else:
                 refused.append(part)
         return refused
 
-    def _step(self, part: Part, largest: int, layout: NDArray[np.int8]) -> _Step:
-        """Choose the next write for `part`."""
-        if self._offset and (chain := _chain(part, layout)) is not None:
-            return chain
-        parts = [Part(offset, largest) for offset in range(part.offset, part.pages.stop, 1 << largest)]
-        return _Step(parts[0], None, parts if largest else [])
-
-    def _split(self, folio: LargeFolio, part: Part, step: _Step) -> bool:
+    def _split(self, folio: LargeFolio, part: Part, step: Step) -> bool:
         """Carry out a step on `part` of `folio`; return whether it was, or there is nothing of the part any more."""
         for pause in PAUSES:
             time.sleep(pause)
@@ -280,25 +246,3 @@ def divider_of(space: ProcessSpace, file: SplitFile | None, ability: SplitAbilit
         raise NotPermittedError(f"{KPAGEFLAGS}: {error.strerror}", help="run as root") from error
     offset = bool(ability.offset)
     return FolioDivider(space.process, space.geometry, Pagemap(space.process), folios, file, offset=offset)
-
-
-def _chain(part: Part, layout: NDArray[np.int8]) -> _Step | None:
-    """Follow the halves of `part` of which one is a folio of the layout, and the other is to be divided further.
-
-    Split around a page of the last such half, the kernel leaves all the others as they are to be.
-
-    Returns:
-        That write; None if one for equal parts does as much.
-    """
-    offset, order, done = part.offset, part.order, False
-    while not done and order > MIN_ANON_ORDER:
-        half = 1 << order - 1
-        whole = [bool(layout[offset + at] == order - 1) for at in (0, half)]
-        if not any(whole):
-            break
-        order, done = order - 1, all(whole)
-        offset += half if whole[0] and not done else 0
-    if part.order - order < 2:
-        return None
-    apart = Part(offset, order)
-    return _Step(apart, offset - part.offset, [] if done else [apart])

@@ -22,11 +22,12 @@ from mthp.blockstates import EXITED
 from mthp.budget import Amount, Room, as_amount
 from mthp.closing import Closing
 from mthp.errors import TargetVanishedError
-from mthp.linux.divide import LargeFolio, Part, divider_of
+from mthp.linux.divide import LargeFolio, divider_of
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.madvise import Madvise
 from mthp.linux.space import ProcessSpace
 from mthp.linux.splitfile import SplitAbility, SplitFile, opened, split_ability
+from mthp.linux.splitsteps import Part
 from mthp.means import Means
 from mthp.ptes import Block, Pte
 from mthp.results import BlockOutcome, ScanResult
