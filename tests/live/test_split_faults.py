@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -275,6 +276,34 @@ with open_live({puppet.pid}) as space:
     assert [process.wait() for process in running] == [0, 0]
     for target in targets:
         assert (target.contents() == target.bytes).all()
+
+
+COMPACT = Path("/proc/sys/vm/compact_memory")
+
+
+@pytest.mark.skipif(not COMPACT.exists(), reason="needs a kernel that compacts memory on demand")
+def test_compaction_all_the_time_leaves_no_fill_that_is_not_told(puppet: Puppet) -> None:
+    """It moves folios to other frames between two steps, and splits what it finds no room for."""
+    over = threading.Event()
+
+    def compact() -> None:
+        while not over.is_set():
+            COMPACT.write_text("1")
+
+    compacting = threading.Thread(target=compact)
+    compacting.start()
+    try:
+        with open_live(puppet.pid) as space:
+            for seed in range(10):
+                target = Target(puppet, puppet.map(PMD_SIZE), random.Random(30 + seed))
+                outcomes = space.collapse_blocks(target.blocks, SPLIT)
+                assert (target.contents() == target.bytes).all()
+                spare = ~target.present & (target.planned < 0) & (target.orders(space) >= 0)
+                assert int(spare.sum()) <= sum(outcome.left_filled for outcome in outcomes)
+                puppet.tell("munmap", target.address, PMD_SIZE)
+    finally:
+        over.set()
+        compacting.join()
 
 
 @pytest.mark.parametrize("flags", ["-", "d", "u", "f", "z"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,12 +16,13 @@ import pytest
 from numpy.typing import NDArray
 
 import mthp
+from memory_cgroups import memory_cgroup
 from mthp.errors import MthpError
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.sysfs import ThpSysfs
 from mthp.ptes import Block, Pte
 from mthp.results import ScanResult
-from mthp.trimming import SMALLEST_LARGE, TrimBy, Trimming, TrimOutcome, in_use
+from mthp.trimming import SMALLEST_LARGE, TrimBy, Trimming, in_use
 from split_targets import Churn
 from targets import MADV_COLLAPSE, PAGE_SIZE, PMD_ORDER, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches, size_name
@@ -176,25 +180,97 @@ def test_a_target_that_exits(puppet: Puppet, by: TrimBy) -> None:
         assert raised.value.exit_code == 4
 
 
+def test_a_target_at_its_memory_limit_is_trimmed(by: TrimBy) -> None:
+    """A split charges nothing."""
+    with memory_cgroup() as cgroup, Puppet() as puppet:
+        cgroup.enter(puppet.pid)
+        address = huge(puppet, 40)
+        cgroup.limit(cgroup.used)
+        with open_live(puppet.pid) as space:
+            (outcome,) = space.trim_folios(whole([address]), [zeroes(space, address)], by)
+        assert outcome.result is ScanResult.SUCCEED
+        assert outcome.given_back == PAGES - resident(puppet.pid, address) > 0
+        cgroup.limit(1 << 30)
+        assert puppet.tell("read", address, PAGES, 1) == 40
+
+
+TRIMMING = """
+from mthp.linux.live import open_live
+with open_live({pid}) as space:
+    folios = {folios!r}
+    zero = [space.zero_filled(space.read([(address, address + {size})])) for address, _ in folios]
+    space.trim_folios(folios, zero, {by!r})
+"""
+
+
+def test_two_at_once_lose_nothing(puppet: Puppet, by: TrimBy) -> None:
+    addresses = [huge(puppet, 40) for _ in range(8)]
+    script = TRIMMING.format(pid=puppet.pid, folios=whole(addresses), size=PMD_SIZE, by=by)
+    running = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    for address in addresses:
+        assert resident(puppet.pid, address) < PAGES
+        assert puppet.tell("read", address, PAGES, 1) == 40
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_killed_in_the_middle_it_leaves_nothing_to_undo(puppet: Puppet, by: TrimBy, done: int) -> None:
+    addresses = [huge(puppet, 40) for _ in range(4)]
+    killed = f"""
+import os, signal
+from mthp.linux import trim
+plain, done = trim.Trimmer._one, 0
+def one(self, *rest):
+    global done
+    if done == {done}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done += 1
+    return plain(self, *rest)
+trim.Trimmer._one = one
+"""
+    script = TRIMMING.format(pid=puppet.pid, folios=whole(addresses), size=PMD_SIZE, by=by)
+    assert subprocess.run([sys.executable, "-c", killed + script], check=False).returncode == -signal.SIGKILL
+    assert [resident(puppet.pid, address) < PAGES for address in addresses] == [n < done for n in range(4)]
+    assert "TracerPid:\t0\n" in Path(f"/proc/{puppet.pid}/status").read_text()
+    # And another run gives back what is left.
+    subprocess.run([sys.executable, "-c", script], check=True)
+    for address in addresses:
+        assert resident(puppet.pid, address) < PAGES
+        assert puppet.tell("read", address, PAGES, 1) == 40
+
+
+def test_khugepaged_works_on_the_same_memory(by: TrimBy, thp_switches: ThpSwitches) -> None:
+    for name in ("scan_sleep_millisecs", "alloc_sleep_millisecs"):
+        thp_switches.set(f"khugepaged/{name}", "0")
+    thp_switches.set("enabled", "always")
+    thp_switches.only(size_name(PMD_ORDER), word="inherit")
+    results, given_back = trimmed_beside_threads(by, "-")
+    assert results[ScanResult.SUCCEED], results
+    assert given_back
+
+
 @pytest.mark.parametrize("flags", ["-", "z", "d", "f"])
 def test_threads_lose_nothing_while_their_memory_is_trimmed_again_and_again(by: TrimBy, flags: str) -> None:
+    results, given_back = trimmed_beside_threads(by, flags)
+    # What is discarded all the time, or shared with children, is hardly ever one whole folio.
+    assert (results[ScanResult.SUCCEED] and given_back) or flags in ("d", "f"), results
+
+
+def trimmed_beside_threads(by: TrimBy, flags: str) -> tuple[Counter[ScanResult], int]:
+    """Collapse and trim memory that threads use, again and again: what came of it, and how many pages went back."""
     end = time.monotonic() + CHURN_SECONDS
     results: Counter[ScanResult] = Counter()
     given_back = 0
     with Churn(3, max(16, 2 * PMD_SIZE >> 20), 30, flags) as churn, open_live(churn.pid) as space:
         addresses = list(range(churn.address, churn.address + churn.size, PMD_SIZE))
         while time.monotonic() < end:
-            for outcome in space.collapse_blocks(whole(addresses)):
-                results[outcome.result] += 0
-            outcomes: list[TrimOutcome] = space.trim_folios(
-                whole(addresses), [zeroes(space, address) for address in addresses], by
-            )
+            space.collapse_blocks(whole(addresses))
+            outcomes = space.trim_folios(whole(addresses), [zeroes(space, address) for address in addresses], by)
             results.update(outcome.result for outcome in outcomes)
             given_back += sum(outcome.given_back for outcome in outcomes)
         assert churn.finish() == 0
         assert churn.accesses
-    # What is discarded all the time, or shared with children, is hardly ever one whole folio.
-    assert (results[ScanResult.SUCCEED] and given_back) or flags in ("d", "f"), results
+    return results, given_back
 
 
 class Trims:

@@ -209,7 +209,7 @@ def _guest(
         files={"done": done},
         with_python=True,
         seconds=seconds,
-        memory_mb=2048,
+        memory_mb=2048 if kernel.platform.name == "x86-64" else 4096,
         silence=SILENCE_SECONDS,
     )
     at = ""

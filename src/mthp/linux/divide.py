@@ -162,13 +162,17 @@ class FolioDivider(Closing):
                     return True
         return False
 
-    def still_mapped(self, folio: LargeFolio) -> NDArray[np.bool_]:
-        """Return which pages of `folio` are mapped as they were, large or not: bool, shape (pages,).
+    def holds(self, address: int, wanted: NDArray[np.bool_]) -> bool:
+        """Return whether one of the `wanted` pages from `address` on is mapped, and not to the shared zero page.
 
         Raises:
             TargetVanishedError: the process is gone.
         """
-        return self._pages_mapped(folio, Part(0, folio.order))
+        words = self._pagemap.read([(address, address + len(wanted) * self._geometry.page_size)])
+        there = wanted & ((words & np.uint64(abi.PM_PRESENT)) != 0)
+        frames = np.unique(words[there] & np.uint64(abi.PM_PFRAME_MASK)).tolist()
+        # There is one zero page.
+        return len(frames) > 1 or any(not self._folios.word(frame) & abi.KPF_ZERO_PAGE for frame in frames)
 
     def _pages_mapped(self, folio: LargeFolio, part: Part) -> NDArray[np.bool_]:
         count, size = 1 << part.order, self._geometry.page_size

@@ -29,7 +29,7 @@ from mthp.linux.space import ProcessSpace
 from mthp.linux.splitfile import SplitAbility, SplitFile, opened, split_ability
 from mthp.linux.splitsteps import Part
 from mthp.means import Means
-from mthp.ptes import Block, Pte
+from mthp.ptes import Block, Pte, PteColumns
 from mthp.results import BlockOutcome, ScanResult
 from mthp.splitchecks import RangeLayout, Refusal, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.vma import Vma
@@ -148,7 +148,7 @@ class SplitBlocks(Closing):
         if folio is not None:
             refused = self._divider.divide(folio, layout.orders)
             results |= self._given_back(folio, layout, refused, blocks)
-        left = self._left_filled(folio, layout)
+        left = self._left_filled(folio, layout) if self._divider.holds(start, layout.spare) else 0
         elapsed = (time.perf_counter_ns() - begin) // len(blocks)
         outcomes = {block: BlockOutcome(*block, *end, elapsed_ns=elapsed) for block, end in results.items()}
         if left:
@@ -181,16 +181,49 @@ class SplitBlocks(Closing):
     def _left_filled(self, folio: LargeFolio | None, layout: RangeLayout) -> int:
         """Return how many pages of zeroes the collapse added beside the blocks that are still there.
 
+        Compaction may have moved the folio, or a part of it, to other frames between two steps (migrate_pages(),
+        mm/migrate.c). What it moved is divided where it is now.
+
         Raises:
             TargetVanishedError: the process is gone.
         """
-        kept = layout.spare if folio is None else layout.spare & self._divider.still_mapped(folio)
-        if not kept.any():
-            return 0
-        # What the target wrote to meanwhile is its own.
         columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
-        kept = kept & columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
+        moved = moved_folios(folio, layout, columns, self._geometry.page_size)
+        for each in moved:
+            first = (each.address - layout.start) // self._geometry.page_size
+            self._divider.divide(each, layout.orders[first : first + (1 << each.order)])
+        if moved:
+            columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
+        # What the target wrote to meanwhile is its own.
+        kept = layout.spare & columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
         return int((kept & zero_filled(self._space, columns)).sum())
+
+
+def moved_folios(
+    folio: LargeFolio | None, layout: RangeLayout, columns: PteColumns, page_size: int
+) -> list[LargeFolio]:
+    """Return the folios with fill that are larger than planned, and not where `folio` was.
+
+    Args:
+        folio: that of the whole range when it was collapsed; None if it was not found.
+        layout: of the range.
+        columns: the entries of the range as they are now.
+        page_size: in bytes.
+    """
+    if columns.pfn is None:
+        return []
+    found: dict[int, LargeFolio] = {}
+    frames = columns.pfn.tolist()
+    larger = layout.spare & columns.has(Pte.PRESENT) & (columns.folio_order > layout.orders)
+    for page in np.flatnonzero(larger).tolist():
+        order = int(columns.folio_order[page])
+        first = page - frames[page] % (1 << order)
+        # A folio that mremap(2) has brought to another place in its range may reach over its ends.
+        inside = first >= 0 and first % (1 << order) == 0
+        if inside and (folio is None or frames[page] != folio.pfn + page):
+            address = layout.start + first * page_size
+            found[first] = LargeFolio(address, frames[page] - page + first, order)
+    return list(found.values())
 
 
 class _Mappings:
