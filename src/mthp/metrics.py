@@ -15,7 +15,7 @@ unaligned (all of it, at an address that is not a multiple of its size) or parti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ from mthp import ptes
 from mthp.addrspace import AddressSpace
 from mthp.geometry import Geometry
 from mthp.ptes import Pte, PteColumns, Segment
-from mthp.segments import in_range_blocks
+from mthp.segments import in_range_blocks, without
 from mthp.vma import Vma, VmaKind
 
 MAX_FOLIO_ORDER = 20
@@ -270,6 +270,19 @@ def measure(
     return meter.measured()
 
 
+def out_of_reach_bytes(space: AddressSpace) -> int:
+    """Return the bytes of anonymous memory in no whole PMD range of its mapping, without reading the other memory.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    vmas = space.vmas()
+    meter = Meter(space, vmas)
+    for block in meter.blocks(without(meter.segments, [vma.pmd_ranges(space.geometry) for vma in vmas])):
+        meter.add(space.read(block))
+    return meter.measured().now.out_of_reach_bytes(space.geometry)
+
+
 class Meter:
     """Measures the coverage of an address space, as its entries are read.
 
@@ -294,7 +307,7 @@ class Meter:
         wanted = [segment for vma in vmas if (segment := _counted(vma, self._scope, page_size)) is not None]
         self.segments = space.populated(wanted, page_size)
 
-    def blocks(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    def blocks(self, segments: Iterable[Segment]) -> Iterator[list[Segment]]:
         """Group and cut `segments` at PMD ranges, so that no folio that the hardware could use falls into two reads."""
         return in_range_blocks(segments, self._geometry, BLOCK_PAGES * self._geometry.page_size)
 

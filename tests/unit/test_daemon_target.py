@@ -21,7 +21,7 @@ from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks, Sign
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Rule, Rules, Settings
-from mthp.daemon.target import LEFT_OUT_SECONDS, TRIM_SECONDS, WAKE_GRID, Target
+from mthp.daemon.target import LEFT_OUT_SECONDS, REACH_SECONDS, TRIM_SECONDS, WAKE_GRID, Target
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
@@ -401,6 +401,25 @@ def test_why_nothing_is_done_in_a_target_is_in_its_summary(disabled: bool) -> No
     assert ("PR_SET_THP_DISABLE" if disabled else "MADV_NOHUGEPAGE") in left["reason"]
     assert (left["mappings"], left["bytes"]) == (1, size)
     assert to_object(stage.target, G)["collapsed_bytes"] == 0
+
+
+def test_what_is_out_of_reach_is_told_and_counted_now_and_then() -> None:
+    """The edges of a mapping, of which a part is written; read again no sooner than after REACH_SECONDS."""
+    stage = Stage(FULL)
+    page = G.page_size
+    vma = Vma(START - 8 * page, START + G.pmd_size + 8 * page, "rw-p", has_anon_vma=True)
+    runs = (*((3, Pte.PRESENT, 0), (5, 0, ORDER_NONE)), *FULL, (8, Pte.PRESENT, 0))
+    stage.space = FakeSpace([(vma, *page_runs(*runs))])
+    stage.steps(1.0)
+    assert to_object(stage.target, G)["out_of_reach_bytes"] == 11 * page
+    stage.space.write(vma.start + 3 * page, int(Pte.PRESENT), 0, 5)
+    stage.target.stale()
+    stage.steps(1.0)
+    assert to_object(stage.target, G)["out_of_reach_bytes"] == 11 * page
+    stage.now += REACH_SECONDS
+    stage.target.stale()
+    stage.steps(1.0)
+    assert to_object(stage.target, G)["out_of_reach_bytes"] == 16 * page
 
 
 def test_unadvised_memory_is_tried_again_less_and_less_often() -> None:

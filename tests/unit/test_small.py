@@ -18,9 +18,11 @@ from mthp.engine.census import take_census
 from mthp.engine.collapse import collapse_space
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
+from mthp.engine.visit import Visit
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, geometry_named
 from mthp.means import Means
+from mthp.metrics import out_of_reach_bytes
 from mthp.ptes import Pte
 from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
@@ -106,6 +108,16 @@ def test_every_command_says_what_is_out_of_reach(capsys: pytest.CaptureFixture[s
     census = take_census(space)
     assert census.anonymous.out_of_reach_bytes(X86_64) == 285 * PAGE
     assert [vma.anonymous.coverage.out_of_reach for vma in census.vmas] == [256, 5, 24]
+
+
+def test_what_is_out_of_reach_is_counted_alone_as_with_everything() -> None:
+    space = heap()
+    assert out_of_reach_bytes(space) == take_census(space).anonymous.out_of_reach_bytes(X86_64) == 285 * PAGE
+
+
+def test_a_visit_goes_over_whole_ranges() -> None:
+    with pytest.raises(UsageError, match="whole PMD ranges"):
+        Visit(heap(), PlanOptions(small=True))
 
 
 def test_a_plan_says_which_command_makes_it(capsys: pytest.CaptureFixture[str]) -> None:

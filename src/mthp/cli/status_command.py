@@ -115,6 +115,10 @@ def print_status(out: Console, status: dict[str, Any]) -> None:
     rows = [_row(target) for target in sorted(status["targets"], key=lambda target: -target["collapsed_bytes"])]
     columns = ["pid", "name", "rule", "policy", "collapsed", "bloat", "longest pause", "state"]
     out.print(Table(f"{len(rows)} targets", columns, rows, right={0, 4, 5, 6}, names={1, 2}))
+    if reach := sum(target.get("out_of_reach_bytes", 0) for target in status["targets"]):
+        say(
+            out, f"out of reach: {format_size(reach)} lie in no whole PMD range of their mapping: mthp collapse --small"
+        )
     for reason, count in status["left_out"].items():
         say(out, f"left out {count}: {reason}")
 

@@ -30,6 +30,7 @@ from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
+from mthp.metrics import out_of_reach_bytes
 from mthp.naming import ProcessFacts
 from mthp.outline import Outline
 from mthp.pacing import ByteBudget
@@ -56,6 +57,9 @@ LAST_LIST = 60
 LIST_SHARE = 0.02
 """The part of the time that listing the mappings of one process may take."""
 
+REACH_SECONDS = 600.0
+"""Between two counts of what is out of reach in one process: its mappings are listed and their edges read for each."""
+
 TRIM_SECONDS = 60.0
 """Between two trims of one process: its contents are read for each."""
 
@@ -80,6 +84,7 @@ class Target:
         left_out: why it is not worked on, or ``""``.
         reasons: why the last attempts failed, where the backend said so, by how often.
         left_alone: mappings in which nothing may be made, by reason.
+        out_of_reach_bytes: memory in no whole PMD range of its mapping, as last counted.
         small_folios: those that were made, and whether they last.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
         vanished: it was found to be gone.
@@ -88,7 +93,7 @@ class Target:
 
     JSON = (
         "pid=facts.pid comm=facts.comm rule=rule.name policy=rule.settings.policy left_out:null working"
-        " next_look_seconds bloat_left_bytes=bloat_left reasons left_alone needs_move:null"
+        " next_look_seconds bloat_left_bytes=bloat_left reasons left_alone out_of_reach_bytes needs_move:null"
         " remade=small_folios.remade *counters"
     )
     """What `mthp status` prints of it."""
@@ -99,6 +104,7 @@ class Target:
     left_out: str
     reasons: Counter[str]
     left_alone: list[LeftAlone]
+    out_of_reach_bytes: int
     needs_move: str
     small_folios: SmallFolios
 
@@ -128,6 +134,8 @@ class Target:
         self._at_a_time = 2
         self._unadvised = Unadvised()
         self.left_alone: list[LeftAlone] = []
+        self.out_of_reach_bytes = 0
+        self._reach_at = 0.0
         self.trim_at = 0.0
         self.vanished = False
         self.closed = False
@@ -285,6 +293,9 @@ class Target:
             self._pass.only_advised()
         outline = self._pass.outline()
         self.left_alone = self._pass.left_alone
+        if now >= self._reach_at:
+            self.out_of_reach_bytes = out_of_reach_bytes(self._pass.space)
+            self._reach_at = now + REACH_SECONDS
         self._environment.looks.put(self, eligible=self._pass.eligible)
         due = self._ledger.due(outline, now, touched=touched)
         self._count("skipped", len(outline) - int(due.sum()))

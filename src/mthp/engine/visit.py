@@ -31,6 +31,7 @@ from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, jobs_of, read_planes
 from mthp.engine.visited import Clock, Found, Passage, WallClock
 from mthp.engine.walk import Walk
+from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.ptes import Segment
@@ -85,7 +86,7 @@ class Visit:
         clock: the time by which a listing of the mappings grows old.
 
     Raises:
-        UsageError: an unknown policy, or an order or a limit that does not exist on this geometry.
+        UsageError: an unknown policy, or an order or a limit that does not exist on this geometry; `small`.
 
     Attributes:
         space, means, admit, choose: as given.
@@ -111,6 +112,8 @@ class Visit:
         self.admit = admit
         self.choose = choose
         self.touching = False
+        if self.choice.small:
+            raise UsageError("a visit goes over whole PMD ranges only", help="leave small out, or use mthp.collapse")
         self.policy: Policy = policy_named(self.choice.policy)
         self.filled = FilledPages(space.geometry)
         self._clock = clock or WallClock()
