@@ -74,6 +74,13 @@ def test_a_name_is_whole_or_has_an_ellipsis_between_its_ends(table: Table, width
             assert any(row[index] in line for line in lines) or any(_shows(line, row[index]) for line in lines)
 
 
+def test_a_name_with_blanks_is_not_broken_below_its_row() -> None:
+    name = "one  name of 漢 several words"
+    for head in ("a", "head " * 3 + "name", "head " * 5 + "name"):
+        table = Table("title", ["x" * 40, head, "b"], [("1" * 40, name, "c")], right={0}, names={1})
+        assert any(name in line for line in printed(table, 40, terminal=True))
+
+
 def _shows(line: str, name: str) -> bool:
     """Whether a `line` has the beginning of a name, an ellipsis, and its end."""
     for match in re.finditer(ELLIPSIS, line):

@@ -201,16 +201,18 @@ def _below(columns: Sequence[_Column], row: int, width: int) -> list[str]:
     for column in columns:
         if not column.cells[row]:
             continue
-        label = f"{column.head}: " if column.head else ""
-        item = label + column.cells[row]
-        if column.names and cell_len(item) > room:
-            item = label + shortened(column.cells[row], max(room - cell_len(label), room // 2))
+        label, cell = f"{column.head}: " if column.head else "", column.cells[row]
+        if column.names:
+            # Behind its head if at least half of the line is left for it, else on a line of its own.
+            left = room - cell_len(label)
+            cell = shortened(cell, left if left >= room // 2 else room)
+        item = label + cell
         joined = f"{lines[-1]}{' ' * GAP}{item}" if lines[-1] else item
         if cell_len(joined) <= room:
             lines[-1] = joined
         else:
-            # A figure that does not fit behind its head has a line of its own: wrapping keeps it whole.
-            pieces = [*wrapped(label, room), column.cells[row]] if column.figures else wrapped(item, room)
+            # A figure or name that does not fit behind its head has a line of its own: wrapping keeps it whole.
+            pieces = [*wrapped(label, room), cell] if column.figures or column.names else wrapped(item, room)
             whole = [item] if cell_len(item) <= room else pieces
             lines[len(lines) - (not lines[-1]) :] = [piece.rstrip() for piece in whole]
     return _indented([line for line in lines if line])
