@@ -25,8 +25,8 @@ pytest.importorskip("textual")
 from textual.pilot import Pilot
 from textual.widgets import Label, Static
 
-from mthp.top.app import TopApp, View, daemon_line
-from mthp.top.screens import Notice, Question, Running
+from mthp.top.app import TopApp, View
+from mthp.top.screens import Notice, Question, Running, daemon_line
 from waiting import until_shown
 
 M = 1 << 20

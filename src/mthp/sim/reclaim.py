@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.sim.buddy import Frames
+from mthp.sim.cgroups import ROOT
 from mthp.sim.mappings import Mapped, mappings_of
-from mthp.sim.memory import ROOT, Fl
+from mthp.sim.memory import Fl
 from mthp.sim.mm import Mm, P, Pmd, Table
 from mthp.sim.parts import Parts
 from mthp.sim.split import shrink_deferred, split_folio, unexplained_references

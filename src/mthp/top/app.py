@@ -30,7 +30,7 @@ from mthp.top.carrying import Carrying
 from mthp.top.columns import COLUMNS, PADDING, column_heads, column_widths, row_cells
 from mthp.top.mapped import Mapped
 from mthp.top.model import SORTS, Row, arranged, totals
-from mthp.top.screens import Notice, Question, Running, keys_text, plan_text, question_text
+from mthp.top.screens import Notice, Question, Running, daemon_line, keys_text, plan_text, question_text
 from mthp.top.survey import Source
 from mthp.units import format_size
 
@@ -385,18 +385,3 @@ class TopApp(App[int]):
         if self._carrying is not None:
             self._carrying.stop()
             self._carrying.wait()
-
-
-def daemon_line(status: Mapping[str, Any] | None) -> str:
-    """What the daemon does, in one line."""
-    if status is None:
-        return "daemon: not running here (mthp daemon)"
-    state = "paused" if status.get("paused") else "resting" if status.get("resting") else "at work"
-    counters = status.get("counters", {})
-    targets = status.get("targets", [])
-    made = format_size(int(counters.get("collapsed_bytes", 0)))
-    added = format_size(int(counters.get("bloat_bytes", 0)))
-    return (
-        f"daemon: process {status.get('pid', '?')}, {state}, {len(targets)} targets,"
-        f" {made} collapsed, {added} of bloat added"
-    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.app import ComposeResult
@@ -238,3 +239,18 @@ def keys_text() -> Text:
         " until a plan is made of what is on the screen.\nadds: memory that it would take more (bloat).\n"
     )
     return text
+
+
+def daemon_line(status: Mapping[str, Any] | None) -> str:
+    """What the daemon does, in one line."""
+    if status is None:
+        return "daemon: not running here (mthp daemon)"
+    state = "paused" if status.get("paused") else "resting" if status.get("resting") else "at work"
+    counters = status.get("counters", {})
+    targets = status.get("targets", [])
+    made = format_size(int(counters.get("collapsed_bytes", 0)))
+    added = format_size(int(counters.get("bloat_bytes", 0)))
+    return (
+        f"daemon: process {status.get('pid', '?')}, {state}, {len(targets)} targets,"
+        f" {made} collapsed, {added} of bloat added"
+    )
