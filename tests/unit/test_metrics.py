@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fakes import FakeSpace, page_runs
 from mthp.geometry import X86_64
+from mthp.measuring import Scope, measure
 from mthp.metrics import (
     ALIGNED,
     ALIGNMENTS,
@@ -17,10 +18,8 @@ from mthp.metrics import (
     PMD,
     UNALIGNED,
     CoverageCounter,
-    Scope,
     anonymous_pages,
     mapped_runs,
-    measure,
     page_numbers,
 )
 from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns

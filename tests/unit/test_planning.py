@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import mthp
 from fakes import FakeSpace, page_runs
-from mthp import metrics
+from mthp import measuring
 from mthp.addrspace import AddressSpace
 from mthp.engine import select
 from mthp.engine.planning import plan_space
@@ -496,7 +496,7 @@ def test_reads_stay_small_and_progress_ends_at_the_sum() -> None:
     space = Measured([filled(anon(0, 5, PPC), PPC), filled(anon(9, 4, PPC), PPC)], geometry=PPC)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "BLOCK_PMD_RANGES", 2)
-        patch.setattr(metrics, "BLOCK_PAGES", 2 * PPC.ptes_per_pmd)
+        patch.setattr(measuring, "BLOCK_PAGES", 2 * PPC.ptes_per_pmd)
         plan_space(space, PlanOptions(), lambda done, total: told.append((done, total)))
     assert max(read) == 2 * PPC.pmd_size
     # What is planned is measured at the same time.

@@ -22,7 +22,7 @@ from mthp.engine.visit import Visit
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, geometry_named
 from mthp.means import Means
-from mthp.metrics import out_of_reach_bytes
+from mthp.measuring import out_of_reach_bytes
 from mthp.ptes import Pte
 from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind

@@ -30,7 +30,7 @@ from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
-from mthp.metrics import out_of_reach_bytes
+from mthp.measuring import out_of_reach_bytes
 from mthp.naming import ProcessFacts
 from mthp.outline import Outline
 from mthp.pacing import ByteBudget

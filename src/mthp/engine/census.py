@@ -18,16 +18,8 @@ from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
-from mthp.metrics import (
-    ALIGNMENTS,
-    BLOCK_PAGES,
-    MAX_FOLIO_ORDER,
-    ORDERS,
-    Coverage,
-    CoverageCounter,
-    anonymous_pages,
-    resident_pages,
-)
+from mthp.measuring import BLOCK_PAGES
+from mthp.metrics import ALIGNMENTS, MAX_FOLIO_ORDER, ORDERS, Coverage, CoverageCounter, anonymous_pages, resident_pages
 from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment
 from mthp.segments import in_blocks, in_range_blocks
 from mthp.tunables import Switches

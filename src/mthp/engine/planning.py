@@ -31,7 +31,8 @@ from mthp.engine.select import (
     read_planes,
 )
 from mthp.engine.space_plan import Folios, Ranges, SpacePlan
-from mthp.metrics import Coverage, Measured, Meter, Scope, measure
+from mthp.measuring import Measured, Meter, Scope, measure
+from mthp.metrics import Coverage
 from mthp.ptes import PteColumns, Segment, segments_of
 from mthp.results import ScanResult
 from mthp.segments import without

@@ -13,7 +13,8 @@ from mthp.columns import Table
 from mthp.eligibility import Trigger
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.heat import Heat, worth
-from mthp.metrics import Coverage, Scope
+from mthp.measuring import Scope
+from mthp.metrics import Coverage
 from mthp.results import ScanResult
 from mthp.tunables import Tunables
 from mthp.vma import Vma

@@ -11,7 +11,7 @@ from mthp.engine.admission import bloat_budget, copy_budget, room_of
 from mthp.engine.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.means import Means
-from mthp.metrics import measure
+from mthp.measuring import measure
 from mthp.pacing import ByteBudget
 from mthp.results import ScanResult
 
