@@ -17,6 +17,7 @@ from mthp.budget import Amount, MemoryBound
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
+from mthp.daemon.forks import CHILD, LONGEST_SECONDS, SHORT_SECONDS
 from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks, Sign
 from mthp.daemon.pressure import FreeFolios
@@ -602,3 +603,68 @@ def test_calls_that_make_several_folios_are_counted() -> None:
     stage.steps(0.0)
     stage.steps(1.0)
     assert stage.target.counters.called.count == 1
+
+
+def test_nothing_is_collapsed_while_a_child_shares_the_memory_and_all_of_it_after() -> None:
+    stage = Stage(FULL, FULL, HALF)
+    stage.target.forks.began(8, stage.now)
+    stage.target.forks.began(9, stage.now)
+    stage.steps(30.0)
+    assert stage.collapsed == []
+    assert stage.target.left_out == CHILD
+    assert not stage.target.forks.ended(8, stage.now)
+    assert stage.target.forks.ended(9, stage.now)
+    stage.steps(2.0)
+    assert stage.collapsed == [0, 1, 2]
+    assert stage.target.left_out == ""
+
+
+def test_a_child_that_stays_is_waited_for_no_longer_than_that() -> None:
+    stage = Stage(FULL)
+    stage.target.forks.began(8, stage.now)
+    stage.steps(LONGEST_SECONDS - 1)
+    assert stage.collapsed == []
+    stage.steps(5.0)
+    assert stage.collapsed == [0]
+
+
+def test_what_was_shared_is_tried_again_when_the_child_is_gone_and_not_after_an_hour() -> None:
+    stage = Stage(FULL, FULL)
+    stage.space.fails = {START: ScanResult.EXCEED_SHARED_PTE}
+    stage.steps(2 * FIRST_AGE)
+    tried = len(stage.collapsed)
+    assert stage.target.counters.collapsed == {G.pmd_order: 1}
+    stage.space.fails = {}
+    # A child of before the daemon began to listen; its end is known all the same.
+    assert stage.target.forks.ended(8, stage.now)
+    stage.target.next_at = stage.now
+    stage.steps(1.0)
+    assert stage.collapsed[tried:] == [0]
+
+
+def test_what_copy_on_write_broke_up_comes_first() -> None:
+    stage = Stage(HALF, HUGE, FULL, max_ptes_none=511)
+    stage.space.fails = {START + 2 * G.pmd_size: ScanResult.PAGE_COUNT}
+    stage.steps(1.0)
+    tried = len(stage.collapsed)
+    stage.target.forks.began(8, stage.now)
+    # Its PMD entry was split by a write, and half of it unmapped meanwhile.
+    stage.space.write(START + G.pmd_size, Pte.PRESENT, 0, pages=N // 2)
+    stage.space.write(START + G.pmd_size + G.pmd_size // 2, 0, ORDER_NONE, pages=N // 2)
+    stage.now += 5.0
+    assert stage.target.forks.ended(8, stage.now)
+    stage.space.fails = {}
+    stage.target.next_at = stage.now
+    stage.steps(1.0)
+    assert stage.collapsed[tried:] == [1, 2]
+
+
+def test_children_that_begin_another_program_at_once_cost_no_second_look() -> None:
+    stage = Stage(FULL)
+    stage.steps(5.0)
+    scanned = stage.target.counters.scanned_ptes
+    stage.target.forks.began(8, stage.now)
+    stage.now += SHORT_SECONDS / 2
+    assert not stage.target.forks.ended(8, stage.now)
+    stage.steps(5.0)
+    assert stage.target.counters.scanned_ptes == scanned

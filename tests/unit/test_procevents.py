@@ -172,3 +172,33 @@ def test_facts_are_those_that_were_asked_for() -> None:
     assert (less.uid, less.exe, less.cgroup) == (-1, "", "")
     assert less.comm == Path("/proc/self/comm").read_text().rstrip("\n")
     assert FactsReader().read(1 << 23, frozenset()) is None
+
+
+def test_forks_are_told_of_with_the_parent_until_they_share_nothing(tmp_path: Path) -> None:
+    changes = connector()
+    wait, done = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(wait, 1)
+        os._exit(0)
+    other = subprocess.Popen(["sleep", "60"])
+    seen, gone = dict[int, int](), dict[int, int]()
+
+    def look() -> bool:
+        found = changes.changes()
+        seen.update(found.forked)
+        gone.update(found.unshared)
+        return child in seen and other.pid in gone
+
+    until(look, "the events")
+    assert seen[child] == os.getpid()
+    assert child not in gone
+    other.kill()
+    other.wait()
+    os.write(done, b".")
+    os.waitpid(child, 0)
+    until(lambda: look() and child in gone, "the end of the child")
+    assert gone[child] == os.getpid()
+    changes.close()
+    os.close(wait)
+    os.close(done)

@@ -132,6 +132,7 @@ class Finder:
         self._nursery.drop(changes.gone)
         for pid in changes.gone:
             self._known.pop(pid, None)
+        self._worker.forked(changes)
         self._nursery.add(changes.born)
         self._nursery.add(changes.changed)
         if changes.lost:

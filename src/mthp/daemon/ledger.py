@@ -38,6 +38,8 @@ FIRST_AGE, LAST_AGE = 60.0, 3600.0
 FIRST_RETRY, LAST_RETRY = 0.5, 600.0
 """Seconds after which one that failed for a passing reason is tried again."""
 
+_PMD_MAPPED = np.int8(ScanResult.PMD_MAPPED)
+
 _IS_PASSING = np.zeros(len(ScanResult), np.bool_)
 _IS_PASSING[list(PASSING)] = True
 
@@ -47,14 +49,17 @@ class Ledger:
 
     Attributes:
         address: uint64, shape (ranges,), ascending.
+        was_large: bool, shape (ranges,): which were huge, or had folios made in them, when last looked at before the
+            last call of :meth:`due`.
     """
 
     def __init__(self) -> None:
         self.address = np.empty(0, np.uint64)
+        self.was_large = np.empty(0, np.bool_)
         self._layout = np.empty(0, np.uint64)
         self._due = np.empty(0, np.float64)
         self._wait = np.empty(0, np.float64)
-        self._passing = np.empty(0, np.bool_)
+        self._result = np.empty(0, np.int8)
 
     def due(self, outline: Outline, now: float, *, touched: bool = True) -> NDArray[np.bool_]:
         """Which ranges of `outline` are to be looked at, bool, shape (ranges,); what is not in it is forgotten.
@@ -68,14 +73,16 @@ class Ledger:
         row = row[known]
         layout = np.zeros(len(outline), np.uint64)
         due, wait = np.full(len(outline), -np.inf), np.zeros(len(outline))
-        passing = np.zeros(len(outline), np.bool_)
+        result = np.full(len(outline), ScanResult.NO_PTE_TABLE, np.int8)
         layout[known], due[known], wait[known] = self._layout[row], self._due[row], self._wait[row]
-        passing[known] = self._passing[row]
+        result[known] = self._result[row]
+        passing = _IS_PASSING[result]
         # Who waits for a second try does so whatever happens meanwhile; its turn comes soon.
         changed = (layout != outline.layout) & ~passing
         due[changed], wait[changed] = -np.inf, 0
         self.address, self._layout = outline.address, layout
-        self._due, self._wait, self._passing = due, wait, passing
+        self.was_large = (result == ScanResult.SUCCEED) | (result == ScanResult.PMD_MAPPED)
+        self._due, self._wait, self._result = due, wait, np.where(outline.pmd_mapped, _PMD_MAPPED, result)
         chosen: NDArray[np.bool_] = due <= now
         if not touched:
             chosen &= passing | (due == -np.inf)
@@ -85,7 +92,7 @@ class Ledger:
         """When the first range that failed for a passing reason may be tried again; infinity if there is none."""
         if not len(self._due):  # Most targets hold nothing, and are looked at often.
             return math.inf
-        return float(self._due[self._passing].min(initial=np.inf))
+        return float(self._due[_IS_PASSING[self._result]].min(initial=np.inf))
 
     def scanned(
         self, addresses: NDArray[np.uint64], results: NDArray[np.int8], after: Outline, now: float, retry: float
@@ -102,12 +109,12 @@ class Ledger:
         there = (row < len(self.address)) & np.isin(addresses, self.address)
         row, results, addresses = row[there], results[there], addresses[there]
         passing = _IS_PASSING[results]
-        again = passing == self._passing[row]
+        again = passing == _IS_PASSING[self._result[row]]
         first = np.where(passing, min(FIRST_RETRY, retry), FIRST_AGE)
         last = np.where(passing, LAST_RETRY, LAST_AGE)
         wait = np.where(again & (self._wait[row] > 0), np.minimum(2 * self._wait[row], last), first)
         wait[results == ScanResult.SUCCEED] = FIRST_AGE
-        self._wait[row], self._passing[row] = wait, passing
+        self._wait[row], self._result[row] = wait, results
         self._due[row] = now + wait
         at = np.searchsorted(after.address, addresses)
         seen = (at < len(after)) & np.isin(addresses, after.address)
@@ -117,4 +124,4 @@ class Ledger:
         """Everything is due: the rules that it was finished under are no more."""
         self._due[:] = -np.inf
         self._wait[:] = 0
-        self._passing[:] = False
+        self._result[_IS_PASSING[self._result]] = ScanResult.NO_PTE_TABLE

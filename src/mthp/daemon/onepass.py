@@ -183,10 +183,10 @@ class Pass:
         self.eligible = bool(segments)
         return self.space.outline(segments)
 
-    def todo(self, outline: Outline) -> None:
-        """Do these ranges, the fullest first."""
+    def todo(self, outline: Outline, broken: NDArray[np.bool_]) -> None:
+        """Do these ranges: first those that were `broken` up (bool, shape (ranges,)), then the fullest."""
         size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
-        fullness = outline.present.astype(np.int64) * _FULLNESS_STEPS // n
+        fullness = outline.present.astype(np.int64) * _FULLNESS_STEPS // n + (_FULLNESS_STEPS + 1) * broken
         order = np.lexsort((outline.address, -fullness))
         address, present = outline.address[order], outline.present[order]
         breaks = np.flatnonzero((np.diff(address.astype(np.int64)) != size) | (np.diff(fullness[order]) != 0)) + 1

@@ -20,6 +20,7 @@ from collections import Counter
 from mthp.daemon.accounts import account
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
+from mthp.daemon.forks import CHILD, Forks
 from mthp.daemon.ledger import Ledger
 from mthp.daemon.looks import Sign
 from mthp.daemon.onepass import LeftAlone, Pass, governed
@@ -63,6 +64,9 @@ REACH_SECONDS = 600.0
 TRIM_SECONDS = 60.0
 """Between two trims of one process: its contents are read for each."""
 
+CHILD_SECONDS = 1.0
+"""Between two looks at whether a child that shares the memory is still waited for."""
+
 LEFT_OUT_SECONDS = 60.0
 """After which a process that could not be worked on is tried again."""
 
@@ -86,6 +90,7 @@ class Target:
         left_alone: mappings in which nothing may be made, by reason.
         out_of_reach_bytes: memory in no whole PMD range of its mapping, as last counted.
         small_folios: those that were made, and whether they last.
+        forks: children that it has forked.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
         vanished: it was found to be gone.
         closed: it is to be worked on no more.
@@ -133,6 +138,7 @@ class Target:
         self._resident = 0
         self._at_a_time = 2
         self._unadvised = Unadvised()
+        self.forks = Forks()
         self.left_alone: list[LeftAlone] = []
         self.out_of_reach_bytes = 0
         self._reach_at = 0.0
@@ -214,7 +220,9 @@ class Target:
             TargetVanishedError: it is gone.
         """
         try:
-            if self._pass is None:
+            if self.forks.holds(self._environment.clock()):
+                self._wait_for_children()
+            elif self._pass is None:
                 self._look()
             else:
                 self._work(self._pass)
@@ -224,6 +232,12 @@ class Target:
         except MthpError as error:
             self._end_pass()
             self._leave_out(f"{error.message}; {error.help}" if error.help else error.message)
+
+    def _wait_for_children(self) -> None:
+        """Collapse nothing while a child shares the memory; the worker is told of its end."""
+        self._end_pass()
+        self.left_out, self._seen = CHILD, None
+        self.next_at = self._environment.clock() + CHILD_SECONDS
 
     def _leave_out(self, reason: str) -> None:
         if reason != self.left_out:
@@ -272,20 +286,24 @@ class Target:
         looks.took(looks.spent() - spent)
         self._resident = sign.resident * self._environment.geometry.page_size
         self._count("looks")
-        touched = sign != self._seen
+        # What copy-on-write broke up shows in no layout where folios below the PMD order were, so all is due.
+        after_fork = self.forks.take_over()
+        if after_fork:
+            self._ledger.forget()
+        touched = sign != self._seen or after_fork
         if touched or now >= min(self._list_at, self._ledger.next_retry()):
             self._seen = sign
             first = min(FIRST_LIST, longest)
             self._list_interval = first if touched else min(2 * self._list_interval, LAST_LIST * longest)
             self._interval = 0.0 if touched else self._interval
-            self._begin_pass(now, touched)
+            self._begin_pass(now, touched, after_fork=after_fork)
         if self._pass is None:
             self._interval = min(max(2 * self._interval, FIRST_LOOK), looks.interval(self), longest)
             self.next_at = _on_grid(
                 min(now + self._interval, max(self._ledger.next_retry(), now + SHORTEST_LOOK)), self._interval
             )
 
-    def _begin_pass(self, now: float, touched: bool) -> None:
+    def _begin_pass(self, now: float, touched: bool, *, after_fork: bool = False) -> None:
         environment = self._environment
         self._count("passes")
         self._pass = Pass(self._environment, self.facts.pid, self.settings, lambda: self.bloat_left)
@@ -299,7 +317,8 @@ class Target:
         self._environment.looks.put(self, eligible=self._pass.eligible)
         due = self._ledger.due(outline, now, touched=touched)
         self._count("skipped", len(outline) - int(due.sum()))
-        self._pass.todo(outline[due & ~outline.pmd_mapped])
+        todo = due & ~outline.pmd_mapped
+        self._pass.todo(outline[todo], self._ledger.was_large[todo] & after_fork)
         taken = self._environment.clock() - now
         # Advice makes nothing of a process that has no room for a PMD range: only a new mapping can, and that shows.
         self._has_room, self._makes = self._pass.has_room, self._pass.makes
@@ -352,13 +371,12 @@ class Target:
 
     def _account(self, current: Pass, passage: Passage, after: Outline) -> None:
         """Count what a passage did, and note what is to be done about it later."""
-        environment, geometry = self._environment, self._environment.geometry
+        environment = self._environment
         size = account(environment, self.counters, self.facts, current.space, passage)
         self._rate.spend(size)
         environment.bytes.spend(size)
-        now = environment.clock()
-        self._ledger.scanned(passage.addresses, passage.results, after, now, environment.scan_sleep)
-        self.small_folios.note(passage.attempts, geometry)
+        self._ledger.scanned(passage.addresses, passage.results, after, environment.clock(), environment.scan_sleep)
+        self.small_folios.note(passage.attempts, environment.geometry)
 
     def _drop_old_reasons(self, current: Pass) -> None:
         """Keep why the last attempts failed."""

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.environment import Environment
@@ -22,6 +23,7 @@ from mthp.daemon.rules import Rule
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import LEFT_OUT_SECONDS, Target
 from mthp.errors import TargetVanishedError
+from mthp.linux.procevents import Changes
 from mthp.naming import ProcessFacts
 from mthp.pacing import Clock, CpuBudget
 
@@ -78,6 +80,7 @@ class Worker:
         self._scanned_until: int | None = None
         self._rests_until = 0.0
         self._stop = False
+        self._parents: dict[int, int] = {}
         self._version = -1
         self._followed = clock()
         self.beat = clock()
@@ -94,6 +97,9 @@ class Worker:
         """Work on `target` from now on."""
         with self._turn:
             self.targets[target.facts.pid] = target
+            if target.facts.pid in self._parents:
+                # A child shares its parent's memory as much as the parent shares it.
+                target.forks.began(target.facts.pid, self._clock())
             self._queue(target)
             self._turn.notify()
 
@@ -115,6 +121,28 @@ class Worker:
         with self._turn:
             self._renewals.append((target, facts, rule))
             self._turn.notify()
+
+    def forked(self, changes: Changes) -> None:
+        """Note which targets have children that share their memory, and which have none any more."""
+        if changes.lost:
+            gone = [child for child in self._parents if not Path(f"/proc/{child}").exists()]
+            changes.unshared |= dict.fromkeys(gone, 0)
+        if not changes.forked and not changes.unshared:
+            return
+        now, again = self._clock(), False
+        with self._turn:
+            for child, parent in changes.forked.items():
+                if (target := self.targets.get(parent)) is not None:
+                    target.forks.began(child, now)
+                    self._parents[child] = parent
+            for child, told in changes.unshared.items():
+                parent = self._parents.pop(child, told)
+                for target in (self.targets.get(parent), self.targets.get(child)):
+                    if target is not None and target.forks.ended(child, now):
+                        target.next_at, again = now, True
+            if again:
+                self._requeue()
+                self._turn.notify()
 
     def configure(self, configuration: Configuration) -> None:
         """Have other budgets and rules hold."""

@@ -49,7 +49,7 @@ _NONE, _FORK, _EXEC, _COMM, _EXIT = 0, 1, 2, 0x200, 0x80000000
 _HEADERS = struct.Struct("=IHHII" + "IIIIHH")
 """struct nlmsghdr, struct cn_msg."""
 _WHAT = struct.Struct("=I")
-_WORDS = struct.Struct("=4I")
+_WORDS = struct.Struct("=6I")
 _WHAT_AT = _HEADERS.size
 _DATA_AT = _WHAT_AT + 16
 """Behind ``what``, ``cpu`` and ``timestamp_ns`` of struct proc_event."""
@@ -68,12 +68,16 @@ class Changes:
         born: were forked.
         changed: began another program, or took another name.
         gone: ended, and had been there at the last look.
+        forked: children that run still and began no other program, each with its parent.
+        unshared: children that ended or began another program, each with its parent, 0 where that is not known.
         lost: something may be missing: list all processes.
     """
 
     born: set[int] = field(default_factory=set)
     changed: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
+    forked: dict[int, int] = field(default_factory=dict)
+    unshared: dict[int, int] = field(default_factory=dict)
     lost: bool = False
 
 
@@ -151,7 +155,7 @@ class ProcConnector:
                 raise TimeoutError("the kernel does not answer")
         self._socket.setblocking(False)
 
-    def _next(self) -> tuple[int, tuple[int, int, int, int]]:
+    def _next(self) -> tuple[int, tuple[int, ...]]:
         """One message: what happened, and the first words that belong to it."""
         size = self._socket.recv_into(self._buffer)
         if size < _DATA_AT + _WORDS.size:
@@ -177,11 +181,17 @@ class ProcConnector:
             if what == _FORK:
                 changes.born.add(words[3])
                 changes.gone.discard(words[3])
+                changes.forked[words[3]] = words[1]
             elif what in (_EXEC, _COMM):
+                if what == _EXEC:
+                    changes.unshared[words[1]] = changes.forked.pop(words[1], 0)
                 if words[1] not in changes.born:
                     changes.changed.add(words[1])
             elif what == _EXIT:
                 changes.changed.discard(words[1])
+                changes.forked.pop(words[1], None)
+                # struct exit_proc_event: the thread group of the parent stands last.
+                changes.unshared[words[1]] = words[5]
                 if words[1] in changes.born:
                     changes.born.discard(words[1])
                 else:
