@@ -4,7 +4,7 @@ It knows no Linux call, no simulator and no file. In reading order:
 
 - ``occupancy``, ``filled``: planes of bits over PMD ranges, and counts of every aligned run;
 - ``policy``, ``checks``: which runs are full enough, and what stops an attempt at one;
-- ``walk``, ``pageorders``, ``plan``: the walk over many PMD ranges at once, and what it amounts to;
+- ``walk``, ``attempts``, ``pageorders``, ``plan``: the walk over many PMD ranges at once, and what it amounts to;
 - ``select``: which mappings may be collapsed, and under which rules;
 - ``planning``, ``space_plan``, ``census``: the plan of an address space, and what is in it now;
 - ``admission``: which runs are tried, within a bloat budget and memory limits;

@@ -102,10 +102,6 @@ class Planes:
             raise UsageError("a zero page is present: zero has bits that present lacks")
         return cls(bits, **given)  # type: ignore[arg-type]
 
-    def block(self, start: int, stop: int) -> Planes:
-        """The planes of the PMD ranges from `start` to `stop`, as views."""
-        return self.chosen(slice(start, stop))
-
     def chosen(self, rows: slice | Bits | NDArray[np.intp]) -> Planes:
         """The planes of some PMD ranges: a slice of them, as views, or those that a mask or indices choose."""
         planes = ((f.name, getattr(self, f.name)) for f in fields(self))

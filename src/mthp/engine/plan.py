@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mthp.eligibility import Trigger
+from mthp.engine.attempts import Attempts
 from mthp.engine.checks import PolicyChecks
 from mthp.engine.occupancy import Planes
 from mthp.engine.policy import DEFAULT_MTHP_MIN_ORDER, PmdOnly, Policy, Rules
 from mthp.engine.policy_lookup import policy_named
-from mthp.engine.walk import Attempts, Walk
+from mthp.engine.walk import Walk
 from mthp.errors import UsageError
 from mthp.geometry import Geometry, geometry_for_ptes, geometry_named
 from mthp.tunables import Tunables
@@ -60,7 +61,7 @@ class Plan:
             return
         for start in range(0, len(self), step):
             stop = min(start + step, len(self))
-            yield slice(start, stop), Walk(self._planes.block(start, stop), self._checks)
+            yield slice(start, stop), Walk(self._planes.chosen(slice(start, stop)), self._checks)
 
     @cached_property
     def _only_walk(self) -> Walk:
