@@ -164,6 +164,8 @@ class SimSpace(AddressSpace):
         vma = self._mm.find_vma(start)
         inside = None if vma is None or vma.start > start else vma.described()
         refusal = refusal_of_mapping(inside, start, geometry, thp_disabled=self.thp_disabled)
+        if vma is not None and start < vma.start <= blocks[0][0]:
+            refusal = ScanResult.ADDRESS_RANGE, ""
         if refusal is None and inside is not None:
             columns = self.read([(start, start + geometry.pmd_size)])
             layout = layout_of(start, blocks, columns, geometry)
