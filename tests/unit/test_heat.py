@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,11 @@ from mthp.errors import UnsupportedError, UsageError
 from mthp.geometry import X86_64
 from mthp.heat import Heat, HeatRequest, parse_heat, parse_measured, worth
 from mthp.heatfile import read_heat
+from mthp.lab.compare import compare, settings_of
 from mthp.means import Means
 from mthp.ptes import Pte
+from mthp.snapshot.description import Description
+from mthp.snapshot.record import describe
 from mthp.vma import Vma
 
 BASE = 1 << 40
@@ -218,3 +222,47 @@ def test_a_space_that_is_not_live_takes_heat_of_a_file_only(tmp_path: Path) -> N
 def test_the_kernels_khugepaged_keeps_to_no_budget_of_copying() -> None:
     with pytest.raises(UsageError, match="budget for copying"):
         collapse_space(space_of(512), PlanOptions(), Means("khugepaged", max_copied=PMD, max_bloat=None))
+
+
+# Heat in files, and in the model of the TLB.
+
+
+def test_a_description_keeps_heat_and_one_without_reads_as_before() -> None:
+    plain = describe(space_of(512), ())
+    kept = Description.from_json(describe(space_of(512), (), hot(1, 0, 2.5)).to_json())
+    assert Description.from_json(plain.to_json()).heat is None
+    assert kept.heat is not None
+    assert kept.heat.accesses.tolist() == [1.0, 2.5]
+    assert kept.heat.start.tolist() == [BASE, BASE + 2 * PMD]
+
+
+@pytest.mark.parametrize(
+    "heat_",
+    [
+        5,
+        {},
+        {"start": [0], "end": [0], "accesses": [1]},
+        {"start": [0], "end": [4096], "accesses": [-1]},
+        {"start": [0], "end": [4096], "accesses": [1, 2]},
+        {"start": [True], "end": [4096], "accesses": [1]},
+        {"start": [0], "end": [1 << 70], "accesses": [1]},
+        {"start": [0], "end": [4096], "accesses": ["1"]},
+    ],
+)
+def test_a_description_with_heat_that_makes_no_sense_is_damaged(heat_: object) -> None:
+    data = json.loads(describe(space_of(512), ()).to_json())
+    more = {"source": "x", "seconds": 1, "cpu_seconds": 0, "remark": ""}
+    with pytest.raises(UsageError, match="damaged"):
+        Description.from_data(data | {"heat": heat_ | more if isinstance(heat_, dict) else heat_})
+
+
+def test_a_comparison_weighs_page_walks_by_heat() -> None:
+    space = space_of(512, 512, 512, 512, 512, 512, 512, 512)
+    pmd_only = settings_of(["pmd-only"])
+    plain = compare(space, pmd_only)
+    weighed = compare(space, pmd_only, heat=hot(0, 0, 0, 1))
+    assert plain.misses_before is None
+    assert weighed.misses_before is not None
+    # All goes to 512 pages, which fit into the last level.
+    assert weighed.misses_before.walks == 512
+    assert weighed.misses[0].walks == 1

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from mthp.cli.options import at_option, json_option, target_argument
+from mthp.abilities import heat_of
+from mthp.cli.options import at_option, heat_option, json_option, target_argument
 from mthp.cli.output import console, note, percent, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.errors import UsageError
@@ -28,6 +29,7 @@ from mthp.units import format_size
 @click.option("--covered", metavar="SIZE", help="Folio size from which on memory counts as covered; the PMD size.")
 @click.option("--processor", default="skylake", show_default=True, metavar="NAME", help="Whose TLB the figures are of.")
 @click.option("--include-file", is_flag=True, help="Memory of files and shared memory too, at the PMD size.")
+@heat_option
 @at_option
 @json_option
 def command(target: str, as_json: bool, at: str | None, scans: str, **options: Any) -> None:
@@ -35,6 +37,9 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
 
     A policy is on the frontier if no other gives more coverage for the same bloat, or the same for less. With --scans
     every policy's plan is carried out in memory and scanned again, which shows creep. Nothing of the target changes.
+
+    Page walks are counted of the trace that a recording was made from, or of random accesses as --heat, or what was
+    recorded with it, says which memory is used.
     """
     from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
     from mthp.lab.tlb import Processor
@@ -57,6 +62,7 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
             covered=None if covered is None else space.geometry.parse_order(covered),
             processor=Processor.named(options["processor"]),
             accesses=_accesses(target),
+            heat=heat_of(space, options["heat"]),
             progress=progress,
         )
     if as_json:

@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from mthp.cli.options import SECONDS, SHARE, json_option
+from mthp.abilities import heat_of
+from mthp.cli.options import SECONDS, SHARE, heat_option, json_option
 from mthp.cli.output import console, note, percent, print_json, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
+from mthp.heat import HeatRequest
 from mthp.naming import HOW_TO_NAME
 from mthp.snapshot.recorder import Pace, Recorded, record_series
 from mthp.targets import Found, Targets, find_targets, pid_of
@@ -48,6 +50,7 @@ STRETCHED = 1.5
     "--from-trace", metavar="FILE", help="Make the recording of a trace of memory accesses, not of a process."
 )
 @click.option("--trace-format", metavar="KIND", help="lackey, perf or damon; found out by default.")
+@heat_option
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @json_option
 def command(
@@ -87,9 +90,12 @@ def _record(
     duration: float | None,
     cpu: float,
     force: bool,
+    heat: HeatRequest | None,
     as_json: bool,
 ) -> int:
     named = find_targets(targets)
+    if heat is not None and not named.single:
+        raise UsageError("--heat is for one target at a time", help="record each in a call of its own")
     for found in named.found:
         if pid_of(found.target) is None:
             raise UsageError(f"{found.label!r} is not a process", help="record takes a PID, self, or a name")
@@ -97,7 +103,7 @@ def _record(
     with stopping_on_signals() as stop, Status("recording", console=err) as status:
         if as_json or not err.is_terminal:
             status.stop()
-        recorder = _Recorder(output, every, duration, cpu, force, status)
+        recorder = _Recorder(output, every, duration, cpu, force, status, heat)
         if named.single:
             each = None
             done = recorder.record(named.found[0], output, stop)
@@ -122,10 +128,17 @@ class _Recorder:
     """Records processes, each in a thread of its own if there are several."""
 
     def __init__(
-        self, output: Path, every: float, duration: float | None, cpu: float, force: bool, status: Status
+        self,
+        output: Path,
+        every: float,
+        duration: float | None,
+        cpu: float,
+        force: bool,
+        status: Status,
+        heat: HeatRequest | None,
     ) -> None:
         self._output, self._every, self._duration = output, every, duration
-        self._cpu, self._force, self._status = cpu, force, status
+        self._cpu, self._force, self._status, self._heat = cpu, force, status, heat
 
     def record(self, found: Found, path: Path, stop: Callable[[], bool], among: int = 1) -> Recorded:
         pace = Pace(every=self._every, duration=self._duration, cpu=None if self._cpu >= 1 else self._cpu / among)
@@ -137,7 +150,11 @@ class _Recorder:
         # Each thread counts its own processor time, not that of the others.
         spent = time.process_time if among == 1 else time.thread_time
         with found.open() as space:
-            return record_series(space, path, pace, stop=stop, overwrite=self._force, told=told, cpu_clock=spent)
+            # Seen before the first step, and kept with all of them.
+            heat = heat_of(space, self._heat, stop)
+            return record_series(
+                space, path, pace, stop=stop, overwrite=self._force, heat=heat, told=told, cpu_clock=spent
+            )
 
     def record_all(self, named: Targets, stop: Callable[[], bool]) -> Each[Recorded]:
         """Record all processes side by side, each into a file of its own in a directory.

@@ -18,8 +18,10 @@ from mthp.engine.policy_lookup import policy_names
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
+from mthp.heat import Heat
 from mthp.lab.evaluate import Outcome, Progress, evaluate
 from mthp.lab.figures import METRICS, Metric, Row, coverage_from, metric_of, order_column, share
+from mthp.lab.heated import accesses_of
 from mthp.lab.replay import Accesses, misses
 from mthp.lab.tlb import Processor, TlbCounts
 from mthp.sim.clock import Costs
@@ -42,11 +44,12 @@ class Comparison:
         misses_before, misses: what the target's trace does to that TLB, now and after the last scan under each
             setting; None and empty if it has no trace.
         missing: what could not be seen, and what would make it visible.
+        heat: which memory the target uses, if that is known.
     """
 
     JSON: ClassVar = (
         "target=label geometry covered_order=covered processor settings=names frontier=on_frontier verdict metrics rows"
-        " missing"
+        " missing heat"
     )
 
     label: str
@@ -58,6 +61,7 @@ class Comparison:
     misses_before: TlbCounts | None = None
     misses: tuple[TlbCounts, ...] = ()
     missing: tuple[str, ...] = ()
+    heat: Heat | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -218,6 +222,7 @@ def compare(
     processor: Processor | None = None,
     costs: Costs | None = None,
     accesses: Accesses | None = None,
+    heat: Heat | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare `settings` on the memory of `space`; see :func:`mthp.lab.evaluate.evaluate`.
@@ -226,6 +231,7 @@ def compare(
         covered: the order from which on a folio counts as covered; the PMD order by default.
         processor: whose TLB the figures are about.
         accesses: the trace that the memory was recorded from, if there is one.
+        heat: which memory is used; in place of a trace, accesses are drawn by it.
 
     Raises:
         UsageError: no settings; fewer than one scan; an unknown policy, order or limit.
@@ -238,6 +244,8 @@ def compare(
     geometry = space.geometry
     processor = processor or Processor.named("skylake")
     outcomes = evaluate(space, settings, scans=scans, progress=progress)
+    if accesses is None and heat is not None and heat.spans:
+        accesses = accesses_of(space, heat)
     before, after = (None, []) if accesses is None else misses(space, settings, accesses, processor, scans)
     return Comparison(
         label=space.label,
@@ -249,6 +257,7 @@ def compare(
         misses_before=before,
         misses=tuple(after),
         missing=space.missing,
+        heat=heat,
     )
 
 

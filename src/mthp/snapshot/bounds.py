@@ -17,6 +17,9 @@ RUNS_IN_ALL = Bound(1 << 26, "runs of pages")
 MAPPINGS = Bound(1 << 18, "mappings")
 """vm.max_map_count is 65 530 by default."""
 
+HEAT_SPANS = Bound(1 << 16, "spans of heat")
+"""Of one recording; those that are hottest and coldest side by side are told apart in 128 GiB of 2 MiB ranges."""
+
 STEPS = Bound(1 << 20, "steps of a recording")
 """Twelve days of one a second."""
 

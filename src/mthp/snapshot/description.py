@@ -19,11 +19,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import ClassVar, TypeVar
 
+import numpy as np
+
 from mthp.bounded import parse_json
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, Geometry
+from mthp.heat import Heat
 from mthp.ptes import Pte
-from mthp.snapshot.bounds import MAPPINGS, PAGES, TEXT
+from mthp.snapshot.bounds import HEAT_SPANS, MAPPINGS, PAGES, TEXT
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
 
@@ -77,6 +80,7 @@ class Description:
         recorded_at: UTC, ISO 8601.
         pages: base pages that the runs hold together.
         state_bits: bits of the `state` column by name, as the file has them.
+        heat: which memory the target used when it was recorded; None if that was not measured.
     """
 
     label: str
@@ -90,6 +94,7 @@ class Description:
     vmas: tuple[Vma, ...]
     pages: int
     state_bits: Mapping[str, int] = dataclasses.field(default_factory=lambda: STATE_BITS)
+    heat: Heat | None = None
 
     def info(self, path: str, runs: int, bytes: int) -> SnapshotInfo:
         """The summary of the file at `path`, which has so many `runs` and `bytes`."""
@@ -115,7 +120,8 @@ class Description:
                 "pages": self.pages,
                 "state_bits": dict(self.state_bits),
                 "vmas": [vma_to_json(vma) for vma in self.vmas],
-            },
+            }
+            | ({} if self.heat is None else {"heat": _heat_to_json(self.heat)}),
             separators=(",", ":"),
         )
 
@@ -155,6 +161,7 @@ class Description:
             vmas=_vmas(_get(data, "vmas", list), geometry),
             pages=_pages(_get(data, "pages", int)),
             state_bits=_state_bits(_get(data, "state_bits", dict)),
+            heat=None if data.get("heat") is None else _heat(_get(data, "heat", dict)),
         )
 
 
@@ -195,6 +202,42 @@ def _check_version(data: Mapping[str, object]) -> None:
         )
     if version < 1 or _get(data, "schema", str) != SCHEMA:
         raise _damaged("schema")
+
+
+def _heat_to_json(heat: Heat) -> dict[str, object]:
+    heat = heat.coarser(HEAT_SPANS.most)
+    return {
+        "source": heat.source,
+        "seconds": heat.seconds,
+        "cpu_seconds": heat.cpu_seconds,
+        "remark": heat.remark,
+        "start": heat.start.tolist(),
+        "end": heat.end.tolist(),
+        "accesses": heat.accesses.tolist(),
+    }
+
+
+def _heat(data: Mapping[str, object]) -> Heat:
+    columns = [_get(data, name, list) for name in ("start", "end", "accesses")]
+    HEAT_SPANS.check(max(len(column) for column in columns))
+    if len({len(column) for column in columns}) != 1:
+        raise _damaged("heat")
+    for start, end, accesses in zip(*columns, strict=True):
+        whole = type(start) is int and type(end) is int and 0 <= start < end < ADDRESS_LIMIT
+        if not (whole and type(accesses) in (int, float) and 0 <= accesses < 1 << 62):
+            raise _damaged("heat")
+    seconds, spent = (data.get(name) for name in ("seconds", "cpu_seconds"))
+    if not (type(seconds) in (int, float) and type(spent) in (int, float)):
+        raise _damaged("heat")
+    return Heat.of_spans(
+        np.array(columns[0], np.uint64),
+        np.array(columns[1], np.uint64),
+        np.array(columns[2], np.float64),
+        source=_get(data, "source", str),
+        seconds=seconds,
+        cpu_seconds=spent,
+        remark=_get(data, "remark", str),
+    )
 
 
 def _time(text: str) -> str:

@@ -14,6 +14,7 @@ from mthp.abilities import with_nodes
 from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
 from mthp.files import check_output, creating
+from mthp.heat import Heat
 from mthp.ptes import Segment
 from mthp.segments import at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
@@ -35,6 +36,7 @@ def record(
     block_size: int = BLOCK_SIZE,
     progress: Progress | None = None,
     overwrite: bool = False,
+    heat: Heat | None = None,
 ) -> SnapshotInfo:
     """Record `space` into a new file at `path`.
 
@@ -44,6 +46,7 @@ def record(
         block_size: bytes of address space read at a time, rounded up to whole PMD ranges.
         progress: called after each block.
         overwrite: replace a regular file or a symbolic link of that name.
+        heat: which memory `space` uses, to be kept with it.
 
     Raises:
         UsageError: `path` exists, is not a regular file, or cannot be created; `block_size` is not positive.
@@ -55,7 +58,7 @@ def record(
         raise UsageError(f"block size {block_size} is not positive")
     pyarrow()
     check_output(path, overwrite=overwrite)
-    description = describe(space, with_nodes(space, space.vmas()))
+    description = describe(space, with_nodes(space, space.vmas()), heat)
     with creating(path, overwrite=overwrite) as file:
         with RunWriter(file, os.fspath(path), space.geometry.page_size) as writer:
             for runs in _runs(space, description.vmas, block_size, progress or _silent):
@@ -69,8 +72,8 @@ def _silent(done: int, total: int) -> None:
     """No progress wanted."""
 
 
-def describe(space: AddressSpace, vmas: Sequence[Vma]) -> Description:
-    """What `space` is at this moment, with these mappings.
+def describe(space: AddressSpace, vmas: Sequence[Vma], heat: Heat | None = None) -> Description:
+    """What `space` is at this moment, with these mappings, and the heat that was seen of it.
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -86,6 +89,7 @@ def describe(space: AddressSpace, vmas: Sequence[Vma]) -> Description:
         missing=space.missing,
         vmas=tuple(vmas),
         pages=0,
+        heat=heat,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mthp.addrspace import AddressSpace
 from mthp.errors import UnsupportedError
 from mthp.geometry import Geometry
+from mthp.heat import Heat
 from mthp.results import BlockOutcome
 from mthp.snapshot.description import Description
 from mthp.tunables import Switches, Tunables
@@ -59,6 +60,11 @@ class RecordedSpace(AddressSpace):
     def missing(self) -> tuple[str, ...]:
         """As recorded."""
         return self._description.missing
+
+    @property
+    def recorded_heat(self) -> Heat | None:
+        """As recorded."""
+        return self._description.heat
 
     def vmas(self) -> list[Vma]:
         """As recorded."""

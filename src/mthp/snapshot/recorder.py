@@ -25,6 +25,7 @@ from mthp.addrspace import AddressSpace
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.files import check_output
 from mthp.geometry import Geometry
+from mthp.heat import Heat
 from mthp.ptes import ORDER_NONE, PteColumns, Segment
 from mthp.snapshot.description import Description, vma_to_json
 from mthp.snapshot.record import describe
@@ -104,6 +105,7 @@ def record_series(
     *,
     stop: Callable[[], bool] = lambda: False,
     overwrite: bool = False,
+    heat: Heat | None = None,
     told: Callable[[int, float, int], None] | None = None,
     clock: Clock = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -113,6 +115,7 @@ def record_series(
 
     Args:
         overwrite: replace a regular file or a symbolic link of that name.
+        heat: which memory `space` uses, to be kept with it.
         told: called after every step with (steps, seconds, bytes).
         clock, sleep, cpu_clock: for tests.
 
@@ -125,7 +128,7 @@ def record_series(
     pace = pace or Pace()
     check_output(path, overwrite=overwrite)
     begin, cpu_begin = clock(), cpu_clock()
-    taker = StepTaker(space)
+    taker = StepTaker(space, heat)
     meta, runs = taker.take()
     last, steps = 0.0, 0
     with StreamWriter(path, taker.description, overwrite=overwrite) as writer:
@@ -186,10 +189,10 @@ class StepTaker:
         TargetVanishedError: the target is gone.
     """
 
-    def __init__(self, space: AddressSpace) -> None:
+    def __init__(self, space: AddressSpace, heat: Heat | None = None) -> None:
         self._space = space
         self._watch = abilities.watch(space)
-        self.description: Description = describe(space, ())
+        self.description: Description = describe(space, (), heat)
         self._said: dict[str, Any] = _said(self.description)
         self._mapped: list[Segment] = []
         self._vmas: dict[int, Vma] = {}

@@ -1,0 +1,39 @@
+"""A trace made up of heat, for the model of the TLB: accesses at random, as many to each span as were seen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mthp.addrspace import AddressSpace
+from mthp.engine.select import BLOCK_PMD_RANGES
+from mthp.heat import Heat
+from mthp.lab.replay import Accesses
+from mthp.ptes import Pte
+from mthp.segments import in_blocks
+
+DRAWN = 1 << 19
+"""Accesses that are drawn: each page of a gigabyte twice."""
+
+
+def accesses_of(space: AddressSpace, heat: Heat, seed: int = 0) -> Accesses:
+    """Return accesses to present pages of `space`, by chance, as often as `heat` says.
+
+    What heat does not tell is the order: a program that goes through its memory in turn misses the TLB less often.
+
+    Raises:
+        TargetVanishedError: the process exited meanwhile.
+    """
+    rng, page, size = np.random.default_rng(seed), space.geometry.page_size, space.geometry.pmd_size
+    span = rng.choice(heat.spans, DRAWN, p=heat.accesses / heat.total)
+    inside = rng.random(DRAWN) * (heat.end - heat.start)[span].astype(np.float64)
+    address = heat.start[span] + inside.astype(np.uint64)
+    pages = (address // np.uint64(page)).astype(np.int64)
+    ranges = np.unique(pages * page // size) * size
+    there = np.zeros(DRAWN, np.bool_)
+    for block in in_blocks([(start, start + size) for start in ranges.tolist()], BLOCK_PMD_RANGES * size):
+        columns = space.read(block)
+        numbers = np.concatenate([np.arange(start // page, end // page) for start, end in block])
+        present = numbers[columns.has(Pte.PRESENT)]
+        there |= np.isin(pages, present)
+    drawn = pages[there]
+    return lambda: [drawn]
