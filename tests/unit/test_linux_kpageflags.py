@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mthp.linux import abi
+from mthp.linux import abi, framewords
 from mthp.linux.kpageflags import FolioReader, states_of
 from mthp.ptes import ORDER_UNKNOWN, Pte
 
@@ -68,6 +68,22 @@ def test_a_folio_that_no_sample_shows_has_its_order(tmp_path: Path, at: int) -> 
     flags, orders = reader.read(pfns)
     assert orders.tolist() == truth[pfns].tolist()
     assert flags.tolist() == np.fromfile(tmp_path / "kpageflags", np.uint64)[pfns].tolist()
+    reader.close()
+
+
+@pytest.mark.parametrize("wanted", [1, 40, 700, MEMORY])
+def test_threads_that_share_a_read_fill_in_every_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int
+) -> None:
+    monkeypatch.setattr(framewords, "_FEWEST_WORDS_A_THREAD", 5)
+    monkeypatch.setattr(framewords, "_FEWEST_WORDS_A_CALL", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2})
+    truth = np.arange(MEMORY, dtype=np.uint64)
+    truth.tofile(tmp_path / "kpagecount")
+    reader = framewords.FrameWords(str(tmp_path / "kpagecount"))
+    pfns = np.random.default_rng(wanted).permutation(MEMORY + 20).astype(np.uint64)[:wanted]
+    beyond = np.uint64(abi.KPF_NOPAGE)
+    assert reader.words(pfns).tolist() == np.where(pfns < MEMORY, pfns, beyond).tolist()
     reader.close()
 
 
