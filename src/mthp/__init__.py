@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mthp import sim as sim
+    from mthp import snapshot as snapshot
     from mthp.api import collapse as collapse
     from mthp.api import collapse_buffer as collapse_buffer
     from mthp.api import collapse_self as collapse_self
+    from mthp.api import compare as compare
+    from mthp.api import explain as explain
     from mthp.api import inspect as inspect
     from mthp.api import plan as plan
+    from mthp.api import record as record
+    from mthp.api import sweep as sweep
+    from mthp.api import take_snapshot as take_snapshot
     from mthp.api import trim as trim
     from mthp.api import verify as verify
     from mthp.engine.khugepaged import Khugepaged as Khugepaged
@@ -36,8 +42,13 @@ _HOMES = {
     "collapse_buffer": "mthp.api",
     "collapse_self": "mthp.api",
     "find": "mthp.targets",
+    "compare": "mthp.api",
+    "explain": "mthp.api",
     "inspect": "mthp.api",
     "plan": "mthp.api",
+    "record": "mthp.api",
+    "sweep": "mthp.api",
+    "take_snapshot": "mthp.api",
     "trim": "mthp.api",
     "verify": "mthp.api",
     "Geometry": "mthp.geometry",
@@ -52,7 +63,7 @@ _HOMES = {
     "plan_ranges": "mthp.engine.plan",
 }
 
-_SUBPACKAGES = frozenset(("sim",))
+_SUBPACKAGES = frozenset(("sim", "snapshot"))
 """Subpackages that are reached as attributes, without an import of their own."""
 
 __all__ = ["__version__", *_HOMES, *_SUBPACKAGES]  # noqa: PLE0604

@@ -68,6 +68,35 @@ class Movable(Protocol):
         """
 
 
+@runtime_checkable
+class Hindered(Protocol):
+    """An address space whose memory something may hold."""
+
+    def objections(self, vma: Vma | None) -> list[str]:
+        """Return what speaks against moving memory of a mapping, or of the process, each as a sentence.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+    def pins(self, vma: Vma | None) -> list[str]:
+        """Return what holds pages of a mapping, or of the process, as far as it shows, each as a sentence.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+
+
+def objections(space: AddressSpace, vma: Vma | None) -> list[str]:
+    """Return :meth:`Hindered.objections`; none where memory is only read."""
+    return space.objections(vma) if isinstance(space, Hindered) else []
+
+
+def pins(space: AddressSpace, vma: Vma | None) -> list[str]:
+    """Return :meth:`Hindered.pins`; none where memory is only read."""
+    return space.pins(vma) if isinstance(space, Hindered) else []
+
+
 def threads(space: AddressSpace) -> int:
     """Return how many threads run in `space`; 1 where it has none.
 

@@ -1,14 +1,16 @@
-"""The library's verbs: inspect, plan and collapse a target, in one call each."""
+"""The library's verbs: what the commands do, in one call each."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from mthp.buffers import memory_of
 from mthp.engine.census import Census, take_census
 from mthp.engine.collapse import carry_out, collapse_space
+from mthp.engine.explain import Explanation, explain_space
 from mthp.engine.planning import plan_blocks, plan_space
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
@@ -18,6 +20,12 @@ from mthp.engine.verify import Expectation, Verification, verify_space
 from mthp.errors import UsageError
 from mthp.means import Means
 from mthp.targets import Target, open_target, refuse_ancestor, resolve
+
+if TYPE_CHECKING:
+    from mthp.lab.compare import Comparison
+    from mthp.lab.sweep import SweepReport
+    from mthp.snapshot.description import SnapshotInfo
+    from mthp.snapshot.recorder import Recorded
 
 _PLAN_FIELDS = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 
@@ -106,6 +114,108 @@ def verify(target: Target, *expectations: str) -> Verification:
         return verify_space(space, expected)
 
 
+def explain(target: Target, address: int | None = None) -> Explanation:
+    """Say what the memory of `target` is, what each policy would make of it, and what stops it.
+
+    Args:
+        target: a PID, ``"self"``, the path of a snapshot, or a name that fits one process.
+        address: explain the PMD range around it; the whole process by default.
+
+    Raises:
+        UsageError: nothing is mapped there.
+        TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.targets.open_target`.
+    """
+    with open_target(target) as space:
+        return explain_space(space, address)
+
+
+def take_snapshot(target: Target, path: str | os.PathLike[str], *, overwrite: bool = False) -> SnapshotInfo:
+    """Record which pages of `target` are mapped, and how, into a file that every verb takes as a target.
+
+    ``mthp.snapshot(target, path)`` is the same.
+
+    Raises:
+        UsageError, MthpError, UnsupportedError: as :func:`mthp.snapshot.record.record`.
+        TargetVanishedError, NotPermittedError: as :func:`mthp.targets.open_target`.
+    """
+    from mthp.snapshot.record import record
+
+    with open_target(target) as space:
+        return record(space, path, overwrite=overwrite)
+
+
+def record(
+    target: Target,
+    path: str | os.PathLike[str],
+    *,
+    every: float = 1.0,
+    duration: float | None = None,
+    cpu: float | None = 0.02,
+    stop: Callable[[], bool] = lambda: False,
+    overwrite: bool = False,
+) -> Recorded:
+    """Record `target` over time, until the duration is over, it exits, or `stop` returns True.
+
+    Args:
+        every: seconds from one step to the next.
+        duration: seconds; None for no end.
+        cpu: the share of one processor that recording may take; None for no bound.
+
+    Raises:
+        UsageError, MthpError, UnsupportedError: as :func:`mthp.snapshot.recorder.record_series`.
+        TargetVanishedError, NotPermittedError: as :func:`mthp.targets.open_target`.
+    """
+    from mthp.snapshot.recorder import Pace, record_series
+
+    with open_target(target) as space:
+        return record_series(space, path, Pace(every, duration, cpu), stop=stop, overwrite=overwrite)
+
+
+def compare(target: Target, policies: Sequence[str] = (), *, scans: int | None = 1, **limits: Any) -> Comparison:
+    """Say what each of several policies would make of `target`, side by side.
+
+    Args:
+        policies: their names; the four and no-creep by default.
+        scans: how often each policy's plan is carried out in memory and planned again; None: until nothing changes.
+        limits: lists of values of max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order and orders.
+
+    Raises:
+        UsageError: as :func:`mthp.lab.compare.compare`.
+        TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.targets.open_target`.
+    """
+    from mthp.lab.compare import DEFAULT_POLICIES, settings_of
+    from mthp.lab.compare import compare as compare_space
+
+    settings = settings_of(policies or DEFAULT_POLICIES, **limits)
+    with open_target(target) as space:
+        return compare_space(space, settings, scans=scans)
+
+
+def sweep(
+    directory: str | os.PathLike[str],
+    grid: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    jobs: int | None = None,
+    overwrite: bool = False,
+) -> SweepReport:
+    """Take all snapshots and recordings in a directory through all settings of a grid, into one Parquet file.
+
+    Args:
+        grid: a TOML file, as for `mthp sweep`.
+        jobs: processes; as many as this one may use processors by default.
+
+    Raises:
+        UsageError, MthpError, UnsupportedError: as :func:`mthp.lab.sweep.sweep`.
+    """
+    from mthp.lab import runners
+    from mthp.lab.grid import read_grid
+    from mthp.lab.sweep import inputs_in
+    from mthp.lab.sweep import sweep as sweep_inputs
+
+    return sweep_inputs(inputs_in(directory), read_grid(grid), output, runners.local(jobs), overwrite=overwrite)
+
+
 def collapse_self(*, dry_run: bool = False, **options: Any) -> CollapseReport:
     """Collapse this process itself, while its other threads go on.
 
@@ -141,7 +251,8 @@ def collapse_buffer(
     - x86-64, and Linux 6.8.
 
     Args:
-        buffer: an object with the buffer protocol, contiguous.
+        buffer: contiguous memory of this process: an object with the buffer protocol or ``__array_interface__``, a
+            tensor of DLPack, or an Arrow array, of which the largest buffer counts.
         order: of the folios; the PMD order if not given.
         guarded: whether others may use the memory meanwhile.
         dry_run: plan only.
@@ -152,7 +263,7 @@ def collapse_buffer(
         NotPermittedError: the switch is off, or the guard is not permitted.
         UnsupportedError: as :func:`mthp.engine.collapse.collapse_space`.
     """
-    start, size = _memory_of(buffer)
+    start, size = memory_of(buffer)
     if order is not None:
         return _collapse_blocks(start, size, order, guarded, dry_run, options)
     chosen: dict[str, Any] = {
@@ -181,17 +292,6 @@ def _collapse_blocks(
         space.guarded = guarded
         plan = plan_blocks(space, start, start + size, order)
         return carry_out(space, plan, means, dry_run=dry_run)
-
-
-def _memory_of(buffer: Any) -> tuple[int, int]:
-    """Address and size in bytes of the memory behind `buffer`."""
-    try:
-        array = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)
-    except (TypeError, ValueError, BufferError) as error:
-        raise UsageError(f"a {type(buffer).__name__} is not a buffer that can be collapsed: {error}") from error
-    if not array.flags.forc:
-        raise UsageError("the array is not contiguous: collapse the array that it is a view of")
-    return array.__array_interface__["data"][0], array.nbytes
 
 
 def _plan_options(options: dict[str, Any]) -> PlanOptions:

@@ -9,9 +9,11 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.tabular import Tabular
+
 
 @dataclass(frozen=True)
-class Table:
+class Table(Tabular):
     """Base of such dataclasses. All fields are arrays of the shape (rows,)."""
 
     DTYPES: ClassVar[tuple[type[np.generic], ...]]
@@ -30,6 +32,9 @@ class Table:
         if not parts:
             return cls(*(np.empty(0, dtype) for dtype in cls.DTYPES))
         return cls(*(np.concatenate(columns) for columns in zip(*(part._columns() for part in parts), strict=True)))
+
+    def table_columns(self) -> dict[str, NDArray[np.generic]]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _columns(self) -> list[NDArray[np.generic]]:
         return [getattr(self, f.name) for f in fields(self)]

@@ -41,6 +41,8 @@ RUNS: dict[str, list[str]] = {
     "collapse of several": ["collapse", "self", "unit:mthp-test-none", "--dry-run"],
     "trim of several": ["trim", "self", "unit:mthp-test-none", "--dry-run"],
     "record of several": ["record", "self", "4194304", "--for", "10ms", "-o", "several"],
+    "explain": ["explain", "one.parquet", "7f0000000000"],
+    "explain of all": ["explain", "one.parquet"],
     "verify": ["verify", "one.parquet", "--expect", "2M>=0%", "--expect", "stack:64K>=1%"],
     "verify of several": ["verify", "one.parquet", "grid.toml", "--expect", "2M>=0%"],
     "snapshot": ["snapshot", "self", "-o", "out"],

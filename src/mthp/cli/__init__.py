@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": "What a collapse would do: folios by order, bytes copied, bytes of bloat.",
     "collapse": "Collapse a running process, now.",
     "trim": "Give back memory that large folios waste: pages of zeroes.",
+    "explain": "Why memory is not in large folios: what stops it, in sentences.",
     "verify": "Whether memory lies in folios as expected; for scripts and monitoring.",
     "daemon": "khugepaged in user space: collapse chosen processes in the background.",
     "status": "What the running daemon does, and has done.",

@@ -20,6 +20,7 @@ OBJECTS = {
         ["mthp.cli.collapse_command:Collapses"],
     ],
     "trim": [["mthp.engine.trim:TrimReport"], ["mthp.cli.trim_command:Trims"]],
+    "explain": [["mthp.engine.explain:Explanation", "mthp.cli.explain_command:History"]],
     "verify": [["mthp.engine.verify:Verification"], ["mthp.cli.verify_command:Verifications"]],
     "status": [["mthp.daemon.service:Daemon"]],
     "pause": [["mthp.daemon.worker:Worker"]],

@@ -22,6 +22,7 @@ from mthp.measuring import BLOCK_PAGES
 from mthp.metrics import ALIGNMENTS, MAX_FOLIO_ORDER, ORDERS, Coverage, CoverageCounter, anonymous_pages, resident_pages
 from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment
 from mthp.segments import in_blocks, in_range_blocks
+from mthp.tabular import Tabular
 from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
 
@@ -164,7 +165,7 @@ class VmaCensus:
 
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class Census(Tabular):
     """An address space, counted.
 
     Attributes:
@@ -177,6 +178,7 @@ class Census:
         vmas: every mapping, by address.
     """
 
+    ROWS: ClassVar = "vmas"
     JSON: ClassVar = "target=label kernel geometry switches thp_disabled missing total anonymous vmas"
 
     label: str

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from mthp.heat import Heat, worth
 from mthp.measuring import Scope
 from mthp.metrics import Coverage
 from mthp.results import ScanResult
+from mthp.tabular import Tabular
 from mthp.tunables import Tunables
 from mthp.vma import Vma
 
@@ -82,7 +84,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class SpacePlan:
+class SpacePlan(Tabular):
     """What a collapse would make of an address space.
 
     Attributes:
@@ -105,6 +107,7 @@ class SpacePlan:
         small: whether memory in no whole PMD range of its mapping was planned too.
     """
 
+    ROWS: ClassVar = "folios"
     JSON: ClassVar = (
         "target=label geometry policy trigger orders max_ptes_none=tunables.max_ptes_none"
         " max_ptes_swap=tunables.max_ptes_swap max_ptes_shared=tunables.max_ptes_shared planned_bytes resident_bytes"
@@ -153,6 +156,17 @@ class SpacePlan:
         if self.heat is None or not self.heat.spans:
             return None
         return self.heat.share(self.folios.address, self.folios.ends(self.geometry))
+
+    def table_columns(self) -> Mapping[str, Any]:
+        """Return the folios that would be made; :attr:`ranges` is a table of its own."""
+        return self.folios.table_columns()
+
+    def _repr_svg_(self) -> str:
+        """Return the plan as a picture, which a notebook shows."""
+        # Imported here: a plan is not drawn elsewhere.
+        from mthp.engine.picture import picture
+
+        return picture(self)
 
     @cached_property
     def folios_by_order(self) -> dict[int, int]:

@@ -23,6 +23,7 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.census import Census, PageCounts, Progress, VmaCensus, take_census
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
+from mthp.tabular import Tabular
 from mthp.units import parse_share
 
 Verdict = Literal["passed", "failed", "unknown"]
@@ -96,7 +97,7 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
+class Verification(Tabular):
     """What came of the expectations of one target.
 
     Attributes:
@@ -106,6 +107,7 @@ class Verification:
         missing: what could not be seen, and what would make it visible.
     """
 
+    ROWS: ClassVar = "checks"
     JSON: ClassVar = "target=label geometry passed checks missing"
 
     label: str

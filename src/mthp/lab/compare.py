@@ -25,13 +25,14 @@ from mthp.lab.heated import accesses_of
 from mthp.lab.replay import Accesses, misses
 from mthp.lab.tlb import Processor, TlbCounts
 from mthp.sim.clock import Costs
+from mthp.tabular import Tabular
 from mthp.units import format_size
 
 DEFAULT_POLICIES = ("pmd-only", "rfc", "per-order", "mainline", "no-creep")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabular):
     """Settings compared on one target.
 
     Attributes:
@@ -47,6 +48,7 @@ class Comparison:
         heat: which memory the target uses, if that is known.
     """
 
+    ROWS: ClassVar = "rows"
     JSON: ClassVar = (
         "target=label geometry covered_order=covered processor settings=names frontier=on_frontier verdict metrics rows"
         " missing heat"

@@ -29,6 +29,7 @@ from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.madvise import Madvise
 from mthp.linux.outline import scan_outline
 from mthp.linux.pagemap import Pagemap, can_see_pfns
+from mthp.linux.pins import pinned_by
 from mthp.linux.process import Process, ProcStat
 from mthp.linux.space import ProcessSpace
 from mthp.linux.split import SplitBlocks
@@ -37,6 +38,7 @@ from mthp.linux.sysfs import ThpSysfs
 from mthp.linux.trim import Trimmer
 from mthp.linux.watch import LiveWatch
 from mthp.means import Means, Mechanism
+from mthp.movechecks import refuse_vma
 from mthp.outline import Outline
 from mthp.ptes import Block, PteColumns, Segment, segments_of
 from mthp.results import BlockOutcome, ScanResult
@@ -330,6 +332,15 @@ class LiveAddressSpace(ProcessSpace):
 
     def move_refusals(self, means: Means) -> list[str]:
         return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover().refusals(means)]
+
+    def objections(self, vma: Vma | None) -> list[str]:
+        if vma is None:
+            return self.move_refusals(Means(mechanism="move"))
+        refusal = refuse_vma(vma)
+        return [refusal.reason] if refusal is not None else []
+
+    def pins(self, vma: Vma | None) -> list[str]:
+        return pinned_by(self.process, vma)
 
     def _mover(self) -> Mover:
         """Return the mover of this process, made when it is first needed."""

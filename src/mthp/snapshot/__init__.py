@@ -1,4 +1,12 @@
-"""The seam on a file: a snapshot, stored as Parquet, or a recording of many steps, an Arrow stream."""
+"""The seam on a file: a snapshot, stored as Parquet, or a recording of many steps, an Arrow stream.
+
+The package can be called, because it has the name of a verb: ``mthp.snapshot(target, path)`` takes a snapshot.
+"""
+
+import importlib
+import sys
+import types
+from typing import Any
 
 from mthp.snapshot.description import SnapshotInfo
 from mthp.snapshot.load import SnapshotSpace, info, load
@@ -19,3 +27,15 @@ __all__ = [
     "record",
     "record_series",
 ]
+
+
+class _Verb(types.ModuleType):
+    """This package, which can be called."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> SnapshotInfo:
+        # By name: what stands above the backends is none of their imports.
+        taken: SnapshotInfo = importlib.import_module("mthp").take_snapshot(*arguments, **options)
+        return taken
+
+
+sys.modules[__name__].__class__ = _Verb

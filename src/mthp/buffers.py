@@ -1,0 +1,58 @@
+"""The memory behind an object of this process, whichever protocol it has for showing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mthp.errors import UsageError
+
+
+def memory_of(buffer: Any) -> tuple[int, int]:
+    """Return address and size in bytes of the memory behind `buffer`.
+
+    It may be a NumPy array, have the buffer protocol or ``__array_interface__``, be a tensor of DLPack on the CPU, or
+    an Arrow array: of its buffers the largest counts, because the others are its bits of validity and its offsets.
+
+    Raises:
+        UsageError: none of these, or not contiguous.
+    """
+    try:
+        array = _array(buffer)
+    except (TypeError, ValueError, BufferError, RuntimeError, NotImplementedError, ImportError) as error:
+        raise UsageError(f"a {type(buffer).__name__} is not a buffer that can be collapsed: {error}") from error
+    if not array.flags.forc:
+        raise UsageError("the array is not contiguous: collapse the array that it is a view of")
+    return array.__array_interface__["data"][0], array.nbytes
+
+
+def _array(buffer: Any) -> Any:
+    """Return `buffer` as an array that shares its memory."""
+    if isinstance(buffer, np.ndarray):
+        return buffer
+    ways: list[tuple[str, Callable[[Any], Any]]] = [
+        ("__array_interface__", np.asarray),
+        ("__dlpack__", np.from_dlpack),
+        ("buffers", _of_arrow),
+        ("__arrow_c_array__", _of_foreign_arrow),
+    ]
+    for name, read in ways:
+        # pyarrow.Array has __dlpack__, which refuses all that may be missing: its buffers say more.
+        if hasattr(buffer, name) and not (name == "__dlpack__" and hasattr(buffer, "buffers")):
+            return read(buffer)
+    return np.frombuffer(buffer, np.uint8)
+
+
+def _of_arrow(array: Any) -> Any:
+    buffers = [np.frombuffer(each, np.uint8) for each in array.buffers() if each is not None and each.size]
+    if not buffers:
+        raise ValueError("it has no memory")
+    return max(buffers, key=lambda each: each.nbytes)
+
+
+def _of_foreign_arrow(array: Any) -> Any:
+    import pyarrow
+
+    return _of_arrow(pyarrow.array(array))

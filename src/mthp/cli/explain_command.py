@@ -1,0 +1,108 @@
+"""``mthp explain TARGET [ADDRESS]``: why memory is not in large folios, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+from mthp.cli.options import at_option, json_option, target_argument
+from mthp.cli.output import console, note, print_json, say
+from mthp.cli.status_command import ask_daemon, of_this_version, run_dir_option
+from mthp.engine.explain import Explanation, explain_space
+from mthp.errors import MthpError, UsageError
+from mthp.targets import open_target, pid_of, resolve
+from mthp.units import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What happened to the memory of a process.
+
+    Attributes:
+        happened: in sentences.
+    """
+
+    JSON: ClassVar = "happened"
+
+    happened: tuple[str, ...]
+
+
+@click.command("explain")
+@target_argument
+@click.argument("address", required=False)
+@at_option
+@run_dir_option
+@json_option
+def command(target: str, address: str | None, at: str | None, run_dir: Path | None, as_json: bool) -> None:
+    """Say what the memory of TARGET is, what each policy would make of it, what stops it, and what happened to it.
+
+    With ADDRESS (in hex) it is about the PMD range around it, without about the whole process. Nothing is changed.
+    """
+    number = None if address is None else _number(address)
+    chosen = resolve(target)
+    with open_target(chosen, at=at) as space:
+        explanation = explain_space(space, number)
+    pid = pid_of(chosen)
+    history = History(() if pid is None else tuple(_daemon_says(pid, run_dir)))
+    if as_json:
+        print_json("explain", explanation, history)
+        return
+    _print(explanation, history)
+
+
+def _number(text: str) -> int:
+    try:
+        number = int(text[:40], 16)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1 << 64:
+        raise UsageError(f"{text[:40]!r} is not an address", help="write it in hex: 0x7f0000000000, as inspect does")
+    return number
+
+
+def _print(explanation: Explanation, history: History) -> None:
+    out = console()
+    parts: list[tuple[str, list[str]]] = [
+        ("What it is", list(explanation.memory)),
+        ("What policies would do", [each.sentence for each in explanation.prospects]),
+        ("What stops it", [each.sentence for each in explanation.hindrances] or ["nothing stops it"]),
+        ("What happened", list(history.happened)),
+    ]
+    say(out, explanation.label)
+    for title, lines in parts:
+        if lines:
+            say(out, f"{title}:")
+            for line in lines:
+                say(out, f"  {line}")
+    note(out, explanation.missing)
+
+
+def _daemon_says(pid: int, run_dir: Path | None) -> Iterator[str]:
+    """What the running daemon has done in a process, and why it left memory alone; nothing without one."""
+    try:
+        status = ask_daemon("status", run_dir)
+        with of_this_version():
+            yield from _of_target(next((each for each in status["targets"] if each["pid"] == pid), None))
+    except MthpError as error:
+        yield error.message
+
+
+def _of_target(target: dict[str, Any] | None) -> Iterator[str]:
+    if target is None:
+        yield "no rule of the running daemon fits this process"
+        return
+    collapsed, bloat = (format_size(target[key]) for key in ("collapsed_bytes", "bloat_bytes"))
+    yield f"the daemon works on it by rule {target['rule']!r}: it collapsed {collapsed} and added {bloat}"
+    if target["left_out"]:
+        yield f"the daemon leaves it out for now: {target['left_out']}"
+    yield from (f"the daemon tried {count} times in vain: {reason}" for reason, count in target["reasons"].items())
+    for name, count in target["collapse_failures"].items():
+        yield f"{count} attempts of the daemon failed: {name}"
+    for left in target["left_alone"]:
+        yield f"the daemon left {format_size(left['bytes'])} alone: {left['reason']}"
+    if target.get("needs_move"):
+        yield f"the daemon left sizes alone: {target['needs_move']}"

@@ -1,0 +1,285 @@
+"""Why memory is not in large folios: what it is, what each policy would make of it, and what stops it, in sentences.
+
+Every reason is one that other parts decide by: :func:`mthp.eligibility.eligibility`, the scan results of a plan, and
+what the backend knows (:func:`mthp.abilities.objections`, :func:`mthp.abilities.pins`). This module asks them about one
+address, and adds none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from mthp.abilities import objections, pins
+from mthp.addrspace import AddressSpace
+from mthp.eligibility import eligibility
+from mthp.engine.planning import plan_space
+from mthp.engine.policy import BUILT_IN, OWN
+from mthp.engine.select import ORDERS_ENABLED, PlanOptions
+from mthp.engine.space_plan import SpacePlan
+from mthp.errors import UsageError
+from mthp.geometry import Geometry
+from mthp.metrics import anonymous_pages, resident_pages
+from mthp.ptes import Pte, PteColumns, Segment
+from mthp.results import ScanResult
+from mthp.units import format_size
+from mthp.vma import Vma, VmaKind
+
+Maker = Literal["khugepaged", "madvise", "move"]
+"""What might make a folio: the kernel's own scan, MADV_COLLAPSE, and the mover."""
+
+_MAKERS: dict[Maker, str] = {
+    "khugepaged": "the kernel's khugepaged",
+    "madvise": "MADV_COLLAPSE (mthp collapse)",
+    "move": "the mover (--mechanism move)",
+}
+
+_KINDS = {
+    VmaKind.ANON: "anonymous memory",
+    VmaKind.FILE: "memory of a file",
+    VmaKind.SHMEM: "shared memory",
+    VmaKind.HUGETLB: "hugetlbfs pages",
+    VmaKind.SPECIAL: "made by the kernel or a driver",
+}
+
+_COUNTED = {
+    "swapped out": Pte.SWAP,
+    "shared with another process": Pte.SHARED,
+    "the zero page": Pte.ZERO,
+    "write-protected by userfaultfd": Pte.UFFD_WP,
+    "freed lazily": Pte.LAZYFREE,
+    "guard pages": Pte.GUARD,
+}
+
+_NOTHING_STOPS = frozenset({ScanResult.SUCCEED, ScanResult.PMD_MAPPED})
+
+TOP = 8
+"""Reasons that are told of a whole process: those that concern most memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hindrance:
+    """What stops one maker of folios.
+
+    Attributes:
+        maker: which.
+        reason: why.
+    """
+
+    JSON: ClassVar = "mechanism=maker reason"
+
+    maker: Maker
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """The same for a person."""
+        return f"{_MAKERS[self.maker]} is stopped: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a policy would make of the memory, with the machine's limits and every size on.
+
+    Attributes:
+        policy: its name.
+        folios: how many folios of which size.
+        copied_bytes, bloat_bytes: what that would copy, and add.
+        reason: why nothing; ``""`` if something.
+    """
+
+    policy: str
+    folios: dict[str, int]
+    copied_bytes: int
+    bloat_bytes: int
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """The same for a person."""
+        if not self.folios:
+            return f"policy {self.policy} would make nothing of it: {self.reason}"
+        made = ", ".join(f"{count} of {size}" for size, count in self.folios.items())
+        return (
+            f"policy {self.policy} would make folios of it: {made}; it would copy {format_size(self.copied_bytes)} and"
+            f" add {format_size(self.bloat_bytes)}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why memory is as it is.
+
+    Attributes:
+        label: the target's name.
+        geometry: of its machine.
+        memory: what it is, in sentences.
+        prospects: what each policy would make of it.
+        hindrances: what stops it.
+        missing: what could not be seen, and what would make it visible.
+    """
+
+    JSON: ClassVar = "target=label memory prospects hindrances missing"
+
+    label: str
+    geometry: Geometry
+    memory: tuple[str, ...]
+    prospects: tuple[Prospect, ...]
+    hindrances: tuple[Hindrance, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def sentences(self) -> list[str]:
+        """All of it, each as a sentence."""
+        return [
+            *self.memory,
+            *(each.sentence for each in self.prospects),
+            *(each.sentence for each in self.hindrances),
+        ]
+
+
+def explain_space(space: AddressSpace, address: int | None = None) -> Explanation:
+    """Explain the memory of `space`, or the PMD range that `address` lies in.
+
+    Raises:
+        UsageError: nothing is mapped at `address`.
+        TargetVanishedError: the process is gone.
+    """
+    if address is None:
+        return _explained_process(space)
+    vma = next((vma for vma in space.vmas() if vma.start <= address < vma.end), None)
+    if vma is None:
+        raise UsageError(f"nothing is mapped at {address:#x}", help="mthp inspect --all lists the mappings")
+    size = space.geometry.pmd_size
+    start = address // size * size
+    part = max(start, vma.start), min(start + size, vma.end)
+    columns = space.read([] if vma.kind is VmaKind.SPECIAL else [part])
+    whole = part == (start, start + size)
+    plans = _plans(space, vma, (start, start + size)) if whole else []
+    return Explanation(
+        space.label,
+        space.geometry,
+        tuple(_what_it_is(space, vma, address, part, columns)),
+        tuple(_prospect(plan, space.geometry) for plan in plans),
+        tuple(dict.fromkeys(_hindrances(space, vma, (start, start + size), whole))),
+        space.missing,
+    )
+
+
+def _plans(space: AddressSpace, vma: Vma, within: Segment) -> list[SpacePlan]:
+    files = vma.kind in (VmaKind.FILE, VmaKind.SHMEM)
+    names = ("pmd-only",) if files else (*BUILT_IN, *OWN)
+    return [plan_space(space, PlanOptions(policy=name, within=within, include_file=files)) for name in names]
+
+
+def _prospect(plan: SpacePlan, geometry: Geometry) -> Prospect:
+    folios = {geometry.label(order): count for order, count in plan.folios_by_order.items()}
+    return Prospect(plan.policy, folios, plan.copied_bytes, plan.filled_bytes, "" if folios else _reason_of(plan))
+
+
+def _reason_of(plan: SpacePlan) -> str:
+    """Return why a plan makes nothing of its range, or of its process; ``""`` if it makes something."""
+    if plan.refused:
+        return plan.refused[0][1]
+    results = [result for result in plan.ranges_by_result if result is not ScanResult.SUCCEED]
+    return f"{results[0].name}: {results[0].meaning}" if results else "it holds nothing"
+
+
+def _what_it_is(space: AddressSpace, vma: Vma, address: int, part: Segment, columns: PteColumns) -> Iterator[str]:
+    geometry = space.geometry
+    name = f"{vma.name}, " if vma.name else ""
+    advice = "MADV_HUGEPAGE is set" if "hg" in vma.flags else "no advice is set"
+    advice = "MADV_NOHUGEPAGE is set" if "nh" in vma.flags else advice
+    yield (
+        f"{address:#x} lies in {name}{_KINDS[vma.kind]} of {format_size(vma.size)} at {vma.start:#x}"
+        f" ({vma.permissions}); {advice}"
+    )
+    pages = (part[1] - part[0]) // geometry.page_size
+    resident = resident_pages(columns)
+    size = geometry.label(geometry.pmd_order)
+    said = f"the {size} range around it has {pages} pages in this mapping: {int(resident.sum())} resident"
+    orders = columns.folio_order[anonymous_pages(columns) | resident]
+    for order in sorted({int(each) for each in orders}):
+        where = f"in folios of {geometry.label(order)}" if order >= 0 else "in folios of a size that is not visible"
+        said += f", {int((orders == order).sum())} {where}"
+    for what, bit in _COUNTED.items():
+        if count := int(columns.has(bit).sum()):
+            said += f", {count} {what}"
+    yield said
+    if columns.has(Pte.PMD_MAPPED).any():
+        yield "one PMD entry maps it: it is as large as it can be"
+
+
+def _hindrances(space: AddressSpace, vma: Vma, within: Segment, whole: bool) -> Iterator[Hindrance]:
+    """What stops each maker of folios in one PMD range."""
+    geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
+    by_kernel = eligibility(vma, geometry, switches, thp_disabled=disabled)
+    on_call = eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=disabled, include_file=True)
+    ends = f"it lies at the end of the mapping, outside of whole {geometry.label(geometry.pmd_order)} ranges"
+    if not by_kernel:
+        yield Hindrance("khugepaged", by_kernel.reason)
+    elif not whole:
+        yield Hindrance("khugepaged", ends)
+    else:
+        options = PlanOptions(within=within, orders=ORDERS_ENABLED)
+        yield from _results(plan_space(space, options), "khugepaged", vma)
+    if not on_call:
+        yield Hindrance("madvise", on_call.reason)
+    elif not whole:
+        yield Hindrance("madvise", ends)
+    else:
+        options = PlanOptions(policy="pmd-only", within=within, trigger="madvise", include_file=True)
+        yield from _results(plan_space(space, options), "madvise", vma)
+    yield from (Hindrance("move", reason) for reason in objections(space, vma))
+    yield from (Hindrance(maker, reason) for reason in pins(space, vma) for maker in _MAKERS)
+
+
+def _results(plan: SpacePlan, maker: Maker, vma: Vma) -> Iterator[Hindrance]:
+    limits = plan.tunables
+    values = {
+        ScanResult.EXCEED_NONE_PTE: f" (max_ptes_none is {limits.max_ptes_none})",
+        ScanResult.EXCEED_SWAP_PTE: f" (max_ptes_swap is {limits.max_ptes_swap})",
+        ScanResult.EXCEED_SHARED_PTE: f" (max_ptes_shared is {limits.max_ptes_shared})",
+    }
+    for result in plan.ranges_by_result:
+        if result in _NOTHING_STOPS or len(plan.folios):
+            continue
+        value = values.get(result, "")
+        if result is ScanResult.EXCEED_NONE_PTE and vma.uffd_armed:
+            value = ", which is 0 in memory that is registered with userfaultfd"
+        yield Hindrance(maker, f"{result.name}: {result.meaning}{value}")
+
+
+def _explained_process(space: AddressSpace) -> Explanation:
+    """Explain a whole process: what stops the kernel in most of its memory, and each policy."""
+    geometry = space.geometry
+    plans = [plan_space(space, PlanOptions(policy=name)) for name in (*BUILT_IN, *OWN)]
+    enabled, before = plan_space(space, PlanOptions(orders=ORDERS_ENABLED)), plans[0].before
+    pmd = geometry.pmd_order
+    memory = [
+        f"{space.label} has {format_size(before.resident * geometry.page_size)} of anonymous memory,"
+        f" {100 * before.share(pmd):.1f}% of it mapped as {geometry.label(pmd)}"
+    ]
+    if space.thp_disabled:
+        memory.append("it has switched THP off for itself (PR_SET_THP_DISABLE)")
+    found = [
+        Hindrance("khugepaged", f"{left.reason} ({format_size(left.resident)} resident)")
+        for left in enabled.left[:TOP]
+        if left.resident
+    ]
+    found += [Hindrance("move", reason) for reason in objections(space, None)]
+    found += [Hindrance(maker, reason) for reason in pins(space, None) for maker in _MAKERS]
+    largest = _largest(enabled)
+    if largest is not None:
+        memory.append(f"most of what is left alone lies at {largest:#x}: give that address for more")
+    prospects = tuple(_prospect(plan, geometry) for plan in plans)
+    return Explanation(space.label, geometry, tuple(memory), prospects, tuple(found), space.missing)
+
+
+def _largest(plan: SpacePlan) -> int | None:
+    """Return where the mapping begins that has most of the memory that is left alone."""
+    resident: Sequence[tuple[int, Vma]] = [
+        (pages, vma) for (vma, _), pages in zip(plan.refused, plan.refused_resident, strict=False) if pages
+    ]
+    return max(resident, key=lambda each: each[0])[1].start if resident else None

@@ -1,0 +1,90 @@
+"""A plan as a picture: one cell for each PMD range, in the order of addresses, coloured by what becomes of it."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.results import ScanResult
+from mthp.units import format_size
+
+SpacePlan = Any
+"""A :class:`mthp.engine.space_plan.SpacePlan`, which has its picture made here, so that its module is not imported."""
+
+ACROSS = 64
+"""Cells in a line: 128M of 2M ranges."""
+
+CELL = 9
+"""Width of a cell, its gap included."""
+
+MOST = 64 * 64
+"""Cells at most: where a plan has more ranges, a cell stands for several, and shows the first."""
+
+_HEAD = 44
+
+_HUGE, _LEFT = -1, -2
+"""Kinds of cells beside an order: mapped by a PMD entry already, and left as it is."""
+
+_COLOURS = {_HUGE: "#1b7837", _LEFT: "#bbbbbb"}
+
+_SHADES = ("#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
+"""Of the orders, the smallest first; the largest has the last."""
+
+
+def picture(plan: SpacePlan) -> str:
+    """Return an SVG picture of a plan."""
+    kinds = _kinds(plan)
+    step = max(1, -(-len(kinds) // MOST))
+    shown = kinds[::step]
+    lines = -(-len(shown) // ACROSS)
+    present = sorted(set(shown.tolist()), reverse=True)
+    width, height = ACROSS * CELL, _HEAD + max(lines, 1) * CELL + 20
+    cells = "".join(
+        f'<rect x="{at % ACROSS * CELL}" y="{_HEAD + at // ACROSS * CELL}" width="{CELL - 1}" height="{CELL - 1}"'
+        f' fill="{_colour(kind, plan)}"/>'
+        for at, kind in enumerate(shown.tolist())
+    )
+    legend, x = "", 0
+    for kind in present:
+        name = _name(kind, plan)
+        legend += f'<rect x="{x}" y="{height - 12}" width="8" height="8" fill="{_colour(kind, plan)}"/>'
+        legend += f'<text x="{x + 12}" y="{height - 4}">{escape(name)}</text>'
+        x += 24 + 7 * len(name)
+    size = plan.geometry.label(plan.asked_order)
+    says = (
+        f"policy {plan.policy}: {size} from {100 * plan.coverage:.1f}% to {100 * plan.coverage_after:.1f}%,"
+        f" {format_size(plan.copied_bytes)} copied, {format_size(plan.filled_bytes)} of bloat"
+    )
+    each = f"a cell is {step} ranges of " if step > 1 else "a cell is a range of "
+    label = escape(plan.label)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, x)} {height}" width="{max(width, x)}"'
+        f' font-family="sans-serif" font-size="12" role="img" aria-label="{escape(says)}"><title>{label}</title>'
+        f'<g fill="currentColor"><text y="14" font-weight="bold">{label}</text><text y="30">{escape(says)};'
+        f" {each}{plan.geometry.label(plan.geometry.pmd_order)}</text>{legend}</g>{cells}</svg>"
+    )
+
+
+def _kinds(plan: SpacePlan) -> NDArray[np.int64]:
+    """Return what becomes of each PMD range: the largest order made in it, or a kind."""
+    kinds = np.full(len(plan.ranges), _LEFT, np.int64)
+    kinds[plan.ranges.scan_result == ScanResult.PMD_MAPPED] = _HUGE
+    row = np.searchsorted(plan.ranges.address, plan.folios.address, side="right") - 1
+    np.maximum.at(kinds, row, plan.folios.order.astype(np.int64))
+    return kinds
+
+
+def _colour(kind: int, plan: SpacePlan) -> str:
+    if kind < 0:
+        return _COLOURS[kind]
+    return _SHADES[max(0, len(_SHADES) - 1 - (plan.geometry.pmd_order - kind))]
+
+
+def _name(kind: int, plan: SpacePlan) -> str:
+    size = plan.geometry.label(plan.geometry.pmd_order)
+    return {_HUGE: f"mapped as {size} already", _LEFT: "left as it is"}.get(
+        kind, f"becomes {plan.geometry.label(max(kind, 0))}"
+    )

@@ -1,0 +1,185 @@
+"""Causes for which memory is not in large folios, each staged: a sentence of `mthp explain` has to name it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from e2e.helpers import mthp, mthp_json
+from mthp.engine.explain import Explanation, explain_space
+from mthp.targets import open_target
+from targets import PAGE_SIZE, PMD_SIZE, Puppet
+from thp_switches import ThpSwitches
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
+
+N = PMD_SIZE // PAGE_SIZE
+MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_PAGEOUT = 14, 15, 21
+
+
+@pytest.fixture
+def puppet() -> Iterator[Puppet]:
+    with Puppet() as puppet:
+        yield puppet
+
+
+@pytest.fixture
+def small(puppet: Puppet, thp_switches: ThpSwitches) -> int:
+    """The address of a PMD range of base pages in the puppet, full; the machine is as a kernel begins."""
+    thp_switches.default()
+    address = puppet.map(PMD_SIZE)
+    puppet.write(address, N)
+    return address
+
+
+def explained(pid: int, address: int | None = None) -> Explanation:
+    with open_target(pid) as space:
+        return explain_space(space, address)
+
+
+def stopped(pid: int, address: int | None = None) -> dict[str, str]:
+    """What stops each maker of folios."""
+    found: dict[str, str] = {}
+    for each in explained(pid, address).hindrances:
+        found[each.maker] = f"{found.get(each.maker, '')}; {each.reason}"
+    return found
+
+
+def test_no_advice_while_only_advised_memory_is_enabled(puppet: Puppet, small: int) -> None:
+    found = stopped(puppet.pid, small)
+    assert "without MADV_HUGEPAGE (enabled is 'madvise')" in found["khugepaged"]
+    assert found.keys() == {"khugepaged"}
+
+
+def test_switches_off(puppet: Puppet, small: int, thp_switches: ThpSwitches) -> None:
+    puppet.tell("madvise", small, PMD_SIZE, MADV_HUGEPAGE)
+    thp_switches.set("enabled", "never")
+    assert "enabled is 'never'" in stopped(puppet.pid, small)["khugepaged"]
+
+
+def test_memory_that_nothing_stops(puppet: Puppet, small: int) -> None:
+    puppet.tell("madvise", small, PMD_SIZE, MADV_HUGEPAGE)
+    explanation = explained(puppet.pid, small)
+    assert not explanation.hindrances
+    assert all(each.folios for each in explanation.prospects)
+
+
+def test_locked(puppet: Puppet, small: int) -> None:
+    puppet.tell("mlock", small, PMD_SIZE, 0)
+    assert "locked (mlock)" in stopped(puppet.pid, small)["move"]
+
+
+def test_madv_nohugepage(puppet: Puppet, small: int) -> None:
+    puppet.tell("madvise", small, PMD_SIZE, MADV_NOHUGEPAGE)
+    found = stopped(puppet.pid, small)
+    assert all("MADV_NOHUGEPAGE is set" in found[maker] for maker in ("khugepaged", "madvise", "move"))
+
+
+def test_thp_switched_off_for_the_process(puppet: Puppet, small: int) -> None:
+    puppet.tell("set_thp_disable", 1, 0)
+    assert "PR_SET_THP_DISABLE" in stopped(puppet.pid, small)["madvise"]
+    assert "PR_SET_THP_DISABLE" in " ".join(explained(puppet.pid).sentences)
+
+
+def test_a_mapping_that_is_too_small(puppet: Puppet) -> None:
+    address = puppet.map(PMD_SIZE // 2)
+    puppet.write(address, N // 2)
+    found = stopped(puppet.pid, address)
+    assert all("smaller than 2M" in found[maker] for maker in ("khugepaged", "madvise"))
+
+
+def test_the_end_of_a_mapping(puppet: Puppet) -> None:
+    address = puppet.map(PMD_SIZE + PMD_SIZE // 2)
+    puppet.write(address, 1)
+    assert "at the end of the mapping" in stopped(puppet.pid, address + PMD_SIZE)["madvise"]
+
+
+def test_too_many_holes(puppet: Puppet, thp_switches: ThpSwitches) -> None:
+    thp_switches.default()
+    thp_switches.set("khugepaged/max_ptes_none", "100")
+    address = puppet.map(PMD_SIZE)
+    puppet.write(address, N // 2, 2)
+    puppet.tell("madvise", address, PMD_SIZE, MADV_HUGEPAGE)
+    assert "max_ptes_none allows (max_ptes_none is 100)" in stopped(puppet.pid, address)["khugepaged"]
+
+
+def test_shared_by_a_fork(puppet: Puppet, small: int) -> None:
+    puppet.tell("madvise", small, PMD_SIZE, MADV_HUGEPAGE)
+    puppet.tell("fork")
+    assert "pages shared with another process" in stopped(puppet.pid, small)["khugepaged"]
+    assert f"{N} shared with another process" in " ".join(explained(puppet.pid, small).memory)
+
+
+@pytest.mark.usefixtures("swap_space")
+def test_swapped_out(puppet: Puppet, small: int) -> None:
+    puppet.tell("madvise", small, PMD_SIZE, MADV_HUGEPAGE)
+    puppet.drain_lru_batches()
+    puppet.tell("madvise", small, PMD_SIZE, MADV_PAGEOUT)
+    assert "more swapped-out pages than max_ptes_swap allows" in stopped(puppet.pid, small)["khugepaged"]
+
+
+PROGRAM = """
+import ctypes, mmap, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+memory = mmap.mmap(-1, 3 * {pmd}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+start = -(-at // {pmd}) * {pmd}
+for page in range(start, start + {pmd}, 2 * {page}):
+    ctypes.memset(page, 1, 1)
+"""
+
+USERFAULTFD = """
+import fcntl
+fd = libc.syscall(ctypes.c_long(323), ctypes.c_long(1))
+fcntl.ioctl(fd, 0xC018AA3F, struct.pack("=3Q", 0xAA, 0, 0))
+fcntl.ioctl(fd, 0xC020AA00, struct.pack("=4Q", start, {pmd}, 1, 0))
+"""
+
+IO_URING = """
+params = ctypes.create_string_buffer(120)
+ring = libc.syscall(ctypes.c_long(425), ctypes.c_long(4), params)
+assert ring >= 0
+vector = struct.pack("=2Q", start, {page})
+assert libc.syscall(ctypes.c_long(427), ctypes.c_long(ring), ctypes.c_long(0), vector, ctypes.c_long(1)) == 0
+"""
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
+    """A process that does what the parameter says: its PID, and the address of its memory."""
+    code = (PROGRAM + request.param).format(pmd=PMD_SIZE, page=PAGE_SIZE)
+    code += "\nprint(start, flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            pytest.skip("this machine does not allow it")
+        yield process.pid, int(line)
+        process.kill()
+
+
+@pytest.mark.parametrize("program", [USERFAULTFD], indirect=True)
+def test_registered_with_userfaultfd(program: tuple[int, int]) -> None:
+    found = stopped(*program)
+    assert "registered with userfaultfd" in found["madvise"]
+    assert "userfaultfd" in found["move"]
+
+
+@pytest.mark.parametrize("program", [IO_URING], indirect=True)
+def test_pinned(program: tuple[int, int]) -> None:
+    found = stopped(*program)
+    assert all("a page is pinned" in found[maker] for maker in ("khugepaged", "madvise", "move"))
+    assert f"{program[1]:#x}" in found["move"]
+
+
+def test_the_command_says_the_same_in_sentences_and_in_json(puppet: Puppet, small: int) -> None:
+    said = mthp("explain", puppet.pid, f"{small:x}").stdout
+    assert "What stops it:" in said
+    assert "no daemon is running" in said
+    assert mthp_json("explain", puppet.pid, hex(small))["hindrances"][0]["mechanism"] == "khugepaged"
+    assert mthp("explain", puppet.pid).returncode == 0
+    assert mthp("explain", puppet.pid, "0x10").returncode == 2
+    assert mthp("explain", puppet.pid, "heap").returncode == 2

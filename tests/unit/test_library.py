@@ -1,0 +1,166 @@
+"""The library as others use it: verbs, tables of other libraries, memory by other protocols, a picture."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import mthp
+from fakes import FakeSpace, page_runs
+from mthp.buffers import memory_of
+from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
+from mthp.errors import UnsupportedError, UsageError
+from mthp.ptes import Pte
+from mthp.vma import Vma
+
+BASE = 0x7F00_0000_0000
+
+
+def space(pages: int = 2048) -> FakeSpace:
+    vma = Vma(BASE, BASE + pages * 4096, "rw-p", "[<heap>&]")
+    return FakeSpace([(vma, *page_runs((512, Pte.PRESENT | Pte.PMD_MAPPED, 9), (pages - 512, Pte.PRESENT, 0)))])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    pytest.importorskip("pyarrow")
+    from mthp.snapshot import record
+
+    path = tmp_path / "inputs" / "one.parquet"
+    path.parent.mkdir()
+    record(space(), path)
+    return path
+
+
+def test_every_verb_is_public() -> None:
+    verbs = (
+        "inspect",
+        "plan",
+        "collapse",
+        "trim",
+        "record",
+        "compare",
+        "snapshot",
+        "sweep",
+        "verify",
+        "explain",
+        "find",
+    )
+    for verb in verbs:
+        assert verb in mthp.__all__
+        assert callable(getattr(mthp, verb))
+
+
+def test_verbs_on_a_snapshot(file: Path, tmp_path: Path) -> None:
+    assert mthp.verify(file, "2M>=25%").passed
+    assert not mthp.verify(file, "2M>=26%").passed
+    assert mthp.explain(file, BASE).memory
+    assert mthp.compare(file, ["mainline"]).rows
+    grid = tmp_path / "grid.toml"
+    grid.write_text('policies = ["mainline"]')
+    pytest.importorskip("joblib")
+    assert mthp.sweep(file.parent, grid, tmp_path / "table", jobs=1).rows
+
+
+def test_a_snapshot_and_a_recording_of_this_process(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    assert mthp.snapshot("self", tmp_path / "one").pages  # type: ignore[operator]
+    assert mthp.record("self", tmp_path / "many", duration=0.01).steps == 1
+    assert mthp.inspect(tmp_path / "one").label == mthp.inspect(tmp_path / "many").label
+
+
+def test_results_are_tables_of_arrow(file: Path) -> None:
+    census = mthp.inspect(file).to_arrow()
+    assert census.num_rows == 1
+    assert census["resident_bytes"].to_pylist() == [2048 * 4096]
+    assert census["pages_by_order_9"].to_pylist() == [512]
+    plan = mthp.plan(file)
+    assert plan.to_arrow()["order"].to_pylist() == plan.folios.order.tolist()
+    assert plan.ranges.to_arrow().num_rows == 4
+    assert mthp.verify(file, "2M>=1%").to_arrow()["verdict"].to_pylist() == ["passed"]
+    assert mthp.compare(file, ["rfc", "mainline"]).to_arrow().num_rows
+
+
+def test_results_are_tables_of_pandas(file: Path) -> None:
+    pytest.importorskip("pandas")
+    assert mthp.plan(file).to_pandas()["order"].tolist() == mthp.plan(file).folios.order.tolist()
+
+
+def test_a_library_that_is_missing_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+    with pytest.raises(UnsupportedError) as caught:
+        mthp.plan(file).to_pandas()
+    assert "pip install pandas" in caught.value.help
+
+
+class Interface:
+    """Memory by ``__array_interface__`` alone."""
+
+    def __init__(self, array: Any) -> None:
+        self.__array_interface__ = array.__array_interface__
+
+
+class Tensor:
+    """Memory by DLPack alone."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("shown", [lambda array: array, memoryview, Interface, Tensor])
+def test_memory_by_each_protocol(shown: Any) -> None:
+    array = np.arange(1024)
+    assert memory_of(shown(array)) == (array.ctypes.data, array.nbytes)
+
+
+def test_memory_of_arrow_is_its_data() -> None:
+    arrow = pytest.importorskip("pyarrow")
+
+    class Foreign:
+        def __arrow_c_array__(self, schema: Any = None) -> Any:
+            return array.__arrow_c_array__(schema)
+
+    array = arrow.array([None, *range(1000)], arrow.int64())
+    expected = (array.buffers()[1].address, array.buffers()[1].size)
+    assert memory_of(array) == expected
+    assert memory_of(Foreign()) == expected
+    assert memory_of(array.buffers()[1]) == expected
+
+
+def test_memory_of_a_mapping() -> None:
+    with mmap.mmap(-1, 8192) as memory:
+        view = ctypes.c_char.from_buffer(memory)
+        assert memory_of(memory) == (ctypes.addressof(view), 8192)
+        del view
+
+
+@pytest.mark.parametrize("wrong", [7, "text", None, np.arange(100)[::2], Interface(np.arange(100)[::3])])
+def test_what_is_no_memory(wrong: Any) -> None:
+    with pytest.raises(UsageError):
+        memory_of(wrong)
+
+
+@pytest.mark.parametrize(("pages", "most"), [(512, 4096), (2048, 4096), (2048, 2)])
+def test_a_plan_is_a_picture(pages: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mthp.engine.picture.MOST", most)
+    plan = plan_space(space(pages), PlanOptions())
+    svg = plan._repr_svg_()
+    drawn = ElementTree.fromstring(svg)
+    cells = [each for each in drawn if each.tag.endswith("rect")]
+    assert 0 < len(cells) <= most
+    assert plan.label in "".join(drawn.itertext())
+    assert "2M already" in svg
+    assert pages == 512 or "becomes 2M" in svg
