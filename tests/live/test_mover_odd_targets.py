@@ -19,7 +19,7 @@ import pytest
 
 from mover_targets import BLOCK, GEOMETRY, ORDER, SQPOLL, Writers, mappings, open_window, program
 from mthp.errors import TargetVanishedError, UnsupportedError
-from mthp.linux.mover import boot, inject, park, steps
+from mthp.linux.mover import boot, inject, steps
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.refuse.block import BlockRefusal
@@ -87,7 +87,7 @@ def test_a_target_frozen_at_work_is_left_to_itself(
     tmp_path: Path, frozen_cgroup: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It finishes the window by itself when it is thawed; nobody waits for that."""
-    monkeypatch.setattr(park, "WORKER_TIMEOUT_NS", 300_000_000)
+    monkeypatch.setattr(boot, "WORKER_TIMEOUT_NS", 300_000_000)
     with Writers(tmp_path, 2, 2) as target, Process(target.pid) as process:
 
         def freeze(step: Step) -> None:
@@ -95,10 +95,7 @@ def test_a_target_frozen_at_work_is_left_to_itself(
                 frozen_cgroup(target.pid)
 
         monkeypatch.setattr(steps, "observer", freeze)
-        with (
-            MoverSession(process, GEOMETRY, duty=1.0) as session,
-            pytest.raises(CannotStopError, match="does not get on"),
-        ):
+        with MoverSession(process, GEOMETRY, duty=1.0) as session, pytest.raises(CannotStopError, match="does not run"):
             session.move([(target.base, ORDER), (target.base + BLOCK, ORDER)])
         assert not target.progresses(0.2)
         thawed(target.pid)

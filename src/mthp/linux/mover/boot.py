@@ -91,33 +91,25 @@ class BootedThread:
         registers = self._machine.parked(self.tracee.home, nothing, self._slot + offset, 0)
         ptrace.set_registers(self.tracee.tid, registers)
 
-    def await_that(self, condition: Callable[[], bool], impatience_ns: int = IMPATIENCE_NS) -> None:
-        """Wait until `condition` holds, while the thread runs.
+    def await_that(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds, while the thread runs (:func:`await_worker`).
 
         Raises:
             RemoteError: a call failed; the thread is stopped.
-            TargetVanishedError: the target was killed.
-            CannotStopError: the thread does not run.
         """
-        tid, begun = self.tracee.tid, time.monotonic_ns()
-        impatient = begun + impatience_ns
-        while not condition():
-            now = time.monotonic_ns()
-            if (stop := self._frozen.poll(tid)) is not None:
-                # SIGSTOP and the stop of the group are passed. A fault of its own kills the target, as it should.
-                self._frozen.resume(tid, stop)
-            elif self._frozen.has_exited(tid):
-                raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
-            elif now - begun > WORKER_TIMEOUT_NS:
-                raise CannotStopError(
-                    f"thread {tid} of process {self._frozen.process.label} does not run",
-                    help="its cgroup is frozen, or leaves it no time: try again later",
-                )
-            elif now > impatient:
+        begun = time.monotonic_ns()
+        impatient = begun + IMPATIENCE_NS
+
+        def holds() -> bool:
+            nonlocal impatient
+            if condition():
+                return True
+            if (now := time.monotonic_ns()) > impatient:
                 impatient = now + 4 * (now - begun)
                 self._look_for_error()
-            else:
-                time.sleep(min(_POLL_SECONDS + (now - begun) * 1e-9 / 8, _LONGEST_POLL_SECONDS))
+            return False
+
+        await_worker(self._frozen, self.tracee.tid, holds, _POLL_SECONDS)
 
     def _look_for_error(self) -> None:
         if not self.stop():
@@ -159,3 +151,31 @@ class BootedThread:
         """
         self.tracee.put_back()
         self._frozen.write(self._slot, bytes(self._machine.slot_bytes))
+
+
+def await_worker(frozen: FrozenProcess, tid: int, condition: Callable[[], bool], poll_seconds: float) -> None:
+    """Wait until `condition` holds, while the thread `tid` runs code of ours.
+
+    Args:
+        condition: checked again after `poll_seconds`, and the less often the longer it takes.
+
+    Raises:
+        TargetVanishedError: the target was killed.
+        CannotStopError: the thread does not run.
+    """
+    begun = time.monotonic_ns()
+    while not condition():
+        waited = time.monotonic_ns() - begun
+        if (stop := frozen.poll(tid)) is not None:
+            # SIGSTOP and the stop of the group are passed. A fault of its own kills the target, as it should.
+            frozen.resume(tid, stop)
+        elif frozen.has_exited(tid):
+            raise TargetVanishedError(f"process {frozen.process.label} was killed")
+        elif waited > WORKER_TIMEOUT_NS:
+            raise CannotStopError(
+                f"thread {tid} of process {frozen.process.label} does not run",
+                help="its cgroup is frozen, or leaves it no time; once it runs, it restores itself",
+            )
+        else:
+            # Bounded: it may be stopped by a signal, and stands still with all others until that is seen here.
+            time.sleep(min(poll_seconds + waited * 1e-9 / 8, _LONGEST_POLL_SECONDS))

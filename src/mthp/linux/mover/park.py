@@ -19,22 +19,19 @@ in this very program, is answered by doing nothing: the tracing thread ends, and
 
 from __future__ import annotations
 
+import functools
 import sys
-import time
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.errors import TargetVanishedError
 from mthp.linux.mover import stub
-from mthp.linux.mover.freeze import WORKER_TIMEOUT_NS, FrozenProcess
+from mthp.linux.mover.boot import await_worker
+from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import Injection, explain_preparation
 from mthp.linux.mover.steps import Step, report
-from mthp.linux.mover.tracee import CannotStopError, Tracee
 
 _POLL_SECONDS = 20e-6
-_LONGEST_POLL_SECONDS = 250e-6
-_PATIENCE = 0.125
 _RSEQ_BYTES = 32
 _ONE = (1).to_bytes(8, sys.byteorder)
 _WORD_BYTES = 8
@@ -87,7 +84,9 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
     try:
         frozen.write(layout.header + stub.START_OFFSET, stub.WORK.to_bytes(8, sys.byteorder))
         report(Step.RUNNING)
-        _await_done(frozen, layout, worker)
+        # Where the two share a processor, to look is to interrupt the worker.
+        state = functools.partial(frozen.read, layout.header, stub.STATE_BYTES)
+        await_worker(frozen, worker.tid, lambda: stub.unpack_state(state()) >= stub.DONE, _POLL_SECONDS)
         report(Step.DONE)
         prepared = frozen.read(layout.header + stub.PREPARED_OFFSET, stub.PREPARED_BYTES)
         size = blocks * stub.OPERATION.itemsize
@@ -103,25 +102,3 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
     if error:
         raise explain_preparation(frozen.process.label, stage, error)
     return results
-
-
-def _await_done(frozen: FrozenProcess, layout: stub.Layout, worker: Tracee) -> None:
-    begun = time.monotonic_ns()
-    while stub.unpack_state(frozen.read(layout.header, stub.STATE_BYTES)) < stub.DONE:
-        stop = frozen.poll(worker.tid)
-        if stop is not None:
-            # SIGSTOP and the stop of the group are passed. A fault of the worker's own kills the target, as it should.
-            frozen.resume(worker.tid, stop)
-            begun = time.monotonic_ns()
-        elif frozen.has_exited(worker.tid):
-            raise TargetVanishedError(f"process {frozen.process.label} was killed")
-        elif time.monotonic_ns() - begun > WORKER_TIMEOUT_NS:
-            raise CannotStopError(
-                f"thread {worker.tid} of process {frozen.process.label}, which moves its pages, does not get on",
-                help="its cgroup is frozen, or leaves it no time; once it runs, it finishes by itself",
-            )
-        else:
-            # Where the two share a processor, to look is to interrupt the worker: look the less often the longer it
-            # takes, up to a bound: it may be stopped by a signal, and stands still with all others until we see it.
-            waited = (time.monotonic_ns() - begun) * 1e-9
-            time.sleep(min(max(_POLL_SECONDS, waited * _PATIENCE), _LONGEST_POLL_SECONDS))
