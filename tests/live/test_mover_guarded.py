@@ -26,8 +26,8 @@ from mthp.errors import NotPermittedError, UnsupportedError, UsageError
 from mthp.linux import abi
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
-from mthp.linux.mover import guarded, mover, ownmover
-from mthp.linux.mover.ownmover import CODE, OwnMover
+from mthp.linux.mover import guarded, mover
+from mthp.linux.mover.guarded import CODE, OwnMover
 from mthp.linux.mover.refuse.block import refuse_blocks
 from mthp.linux.mover.refuse.pinned import HELD
 from mthp.results import BlockOutcome, ScanResult
@@ -402,7 +402,7 @@ def test_rolled_back_when_a_page_vanishes_after_the_check(
         return verdict
 
     monkeypatch.setattr(mover, "refuse_blocks", judged_too_early)
-    monkeypatch.setattr(ownmover, "MADV_POPULATE_WRITE", 0)
+    monkeypatch.setattr(guarded, "MADV_POPULATE_WRITE", 0)
     outcomes = collapse_own(address, size, 4, journal=journal)
     assert [bool(outcome.errno) for outcome in outcomes] == [block == 3 for block in range(16)]
     hole = slice((3 * K64 + 8 * PAGE_SIZE) // 8, (3 * K64 + 9 * PAGE_SIZE) // 8)

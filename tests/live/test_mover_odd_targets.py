@@ -367,5 +367,5 @@ def test_a_block_that_holds_an_rseq_area_is_left_alone(tmp_path: Path) -> None:
             pytest.skip("needs a C library that registers rseq areas")
         blocks = sorted({(area & -GEOMETRY.size_of(2), 2) for area in areas})
         with MoverSession(process, GEOMETRY, duty=1.0) as session:
-            assert {outcome.reason for outcome in session.move(blocks)} == {BlockRefusal.SPECIAL.reason}
+            assert {outcome.reason for outcome in session.move(blocks)} == {BlockRefusal.SPECIAL.objection.reason}
         assert target.finish() == 0

@@ -276,10 +276,10 @@ def test_no_blocks() -> None:
 
 
 def test_every_verdict_has_a_reason() -> None:
-    reasons = [why.reason for why in BlockRefusal if why]
+    reasons = [why.objection.reason for why in BlockRefusal if why]
     assert all(reasons)
     assert len(set(reasons)) == len(reasons)
-    assert BlockRefusal.NONE.reason == ""
+    assert BlockRefusal.NONE.objection.reason == ""
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------

@@ -55,66 +55,31 @@ _Bools = NDArray[np.bool_]
 
 
 class BlockRefusal(enum.IntEnum):
-    """Why a block is not moved, in the order in which the reasons take precedence. NONE is 0: it may be moved."""
+    """Why a block is not moved, in the order in which the reasons take precedence; NONE if it may be moved."""
+
+    objection: Objection
 
     NONE = 0
-    MISALIGNED = enum.auto()
-    NOT_IN_ONE_VMA = enum.auto()
-    VMA = enum.auto()
-    NOT_READ = enum.auto()
-    SPECIAL = enum.auto()
-    MARKER = enum.auto()
-    SWAPPED = enum.auto()
-    NOT_ANON = enum.auto()
-    SHARED = enum.auto()
-    ALREADY = enum.auto()
-    LARGE_FOLIO = enum.auto()
-    EMPTY = enum.auto()
-    ABSENT = enum.auto()
+    MISALIGNED = 1, ScanResult.ADDRESS_RANGE, "its address is not a multiple of its size"
+    NOT_IN_ONE_VMA = 2, ScanResult.ADDRESS_RANGE, "it does not lie inside one mapping"
+    VMA = 3, ScanResult.VMA_CHECK, "its mapping is refused"
+    NOT_READ = 4, ScanResult.FAIL, "its page table entries were not read"
+    SPECIAL = 5, ScanResult.PAGE_COUNT, "it holds an rseq area, a robust list or a stack, which the kernel itself uses"
+    MARKER = 6, ScanResult.PTE_UFFD, "it holds a guard or userfaultfd marker"
+    SWAPPED = 7, ScanResult.EXCEED_SWAP_PTE, "a page of it is swapped out"
+    NOT_ANON = 8, ScanResult.PAGE_ANON, "a page of it belongs to a file, to shared memory or to hugetlbfs"
+    SHARED = 9, ScanResult.EXCEED_SHARED_PTE, "a page of it is mapped more than once"
+    ALREADY = 10, ScanResult.PTE_MAPPED_HUGEPAGE, "it lies in one folio of that order or a larger one already"
+    LARGE_FOLIO = 11, ScanResult.PTE_MAPPED_HUGEPAGE, "a page of it is part of a folio of that order or a larger one"
+    EMPTY = 12, ScanResult.NO_PTE_TABLE, "it holds nothing"
+    ABSENT = 13, ScanResult.EXCEED_NONE_PTE, "a page of it is absent or the zero page, and filling is not planned"
 
-    @property
-    def reason(self) -> str:
-        """What to tell a person; ``""`` for NONE."""
-        return _REASONS[self]
-
-    @property
-    def objection(self) -> Objection:
-        """The reason with the scan result nearest to it; only for those that are one."""
-        return Objection(_RESULTS[self], _REASONS[self])
-
-
-_RESULTS = {
-    BlockRefusal.MISALIGNED: ScanResult.ADDRESS_RANGE,
-    BlockRefusal.NOT_IN_ONE_VMA: ScanResult.ADDRESS_RANGE,
-    BlockRefusal.VMA: ScanResult.VMA_CHECK,
-    BlockRefusal.NOT_READ: ScanResult.FAIL,
-    BlockRefusal.SPECIAL: ScanResult.PAGE_COUNT,
-    BlockRefusal.MARKER: ScanResult.PTE_UFFD,
-    BlockRefusal.SWAPPED: ScanResult.EXCEED_SWAP_PTE,
-    BlockRefusal.NOT_ANON: ScanResult.PAGE_ANON,
-    BlockRefusal.SHARED: ScanResult.EXCEED_SHARED_PTE,
-    BlockRefusal.ALREADY: ScanResult.PTE_MAPPED_HUGEPAGE,
-    BlockRefusal.LARGE_FOLIO: ScanResult.PTE_MAPPED_HUGEPAGE,
-    BlockRefusal.EMPTY: ScanResult.NO_PTE_TABLE,
-    BlockRefusal.ABSENT: ScanResult.EXCEED_NONE_PTE,
-}
-
-_REASONS = {
-    BlockRefusal.NONE: "",
-    BlockRefusal.MISALIGNED: "its address is not a multiple of its size",
-    BlockRefusal.NOT_IN_ONE_VMA: "it does not lie inside one mapping",
-    BlockRefusal.VMA: "its mapping is refused",
-    BlockRefusal.NOT_READ: "its page table entries were not read",
-    BlockRefusal.SPECIAL: "it holds a thread's rseq area, robust list or stack pointer, which the kernel itself uses",
-    BlockRefusal.MARKER: "it holds a guard or userfaultfd marker",
-    BlockRefusal.SWAPPED: "a page of it is swapped out",
-    BlockRefusal.NOT_ANON: "a page of it belongs to a file, to shared memory or to hugetlbfs",
-    BlockRefusal.SHARED: "a page of it is mapped more than once",
-    BlockRefusal.ALREADY: "it lies in one folio of that order or a larger one already",
-    BlockRefusal.LARGE_FOLIO: "a page of it is part of a folio of that order or a larger one",
-    BlockRefusal.EMPTY: "it holds nothing",
-    BlockRefusal.ABSENT: "a page of it is absent or the zero page, and filling is not planned",
-}
+    def __new__(cls, number: int, result: ScanResult = ScanResult.SUCCEED, reason: str = "") -> BlockRefusal:
+        """Make the refusal `number`; `result` is the scan result nearest to it."""
+        self = int.__new__(cls, number)
+        self._value_ = number
+        self.objection = Objection(result, reason)
+        return self
 
 
 def objection_of(verdict: int, vmas: Sequence[Vma], address: int) -> Objection:
