@@ -10,6 +10,9 @@ allowed, its ``help`` says what to do about it, and its ``exit_code`` is the one
  4    the target vanished
 ====  =========================================================
 
+Whatever looks into a process may raise TargetVanishedError and NotPermittedError, and what reads or writes Parquet
+UnsupportedError without pyarrow: docstrings name what is raised beside that.
+
 What happens to a PTE or a range while it is worked on is not an exception but a
 :class:`~mthp.results.ScanResult`.
 """

@@ -143,11 +143,7 @@ def copy_budget(space: AddressSpace, means: Means) -> int | None:
 
 
 def room_of(space: AddressSpace, means: Means) -> Room:
-    """Return what fits below the memory limits of `space`.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return what fits below the memory limits of `space`."""
     return Room(lambda: abilities.memory_bounds(space), as_amount(means.reserve))
 
 

@@ -79,7 +79,6 @@ class Khugepaged(Scanner):
 
         Raises:
             UsageError: an unknown policy, or an order or a limit that does not exist on its geometry.
-            TargetVanishedError: the process is gone.
         """
         if any(visit.space is space for visit in self.visits):
             return True

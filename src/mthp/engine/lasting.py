@@ -78,9 +78,6 @@ def remade(space: AddressSpace, addresses: NDArray[np.uint64], none: NDArray[np.
     Args:
         addresses: where they begin: uint64, shape (ranges,).
         none: PTEs of each that are none or map the zero page: int64, shape (ranges,).
-
-    Raises:
-        TargetVanishedError: the process is gone.
     """
     choice = PlanOptions(policy="pmd-only", orders=ORDERS_ENABLED)
     base = base_rules(space, choice)
@@ -99,11 +96,7 @@ def remade(space: AddressSpace, addresses: NDArray[np.uint64], none: NDArray[np.
 
 
 def remade_of_plan(space: AddressSpace, plan: SpacePlan) -> Remade:
-    """Predict what khugepaged makes of the PMD ranges in which `plan` has folios below the PMD order.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Predict what khugepaged makes of the PMD ranges in which `plan` has folios below the PMD order."""
     geometry, ranges = plan.geometry, plan.ranges
     small = plan.folios.address[plan.folios.order < geometry.pmd_order]
     if not len(small):

@@ -242,9 +242,6 @@ def read_planes(space: AddressSpace, job: Job, addresses: NDArray[np.uint64]) ->
 
     Args:
         addresses: where each begins: uint64, shape (ranges,), ascending.
-
-    Raises:
-        TargetVanishedError: the process is gone.
     """
     size = space.geometry.pmd_size
     vma = np.searchsorted(job.starts, addresses, side="right") - 1

@@ -193,7 +193,6 @@ def plan_trim(
     Raises:
         UnsupportedError: the contents or the frames of `space` cannot be seen.
         NotPermittedError: these rights do not suffice.
-        TargetVanishedError: the process is gone.
     """
     geometry, size = space.geometry, space.geometry.page_size
     abilities.zero_filled(space, space.read([]))  # Fails at once where there are no contents.

@@ -138,29 +138,17 @@ class Visit:
 
     @property
     def refused(self) -> dict[tuple[VmaKind, str], tuple[int, int]]:
-        """How many mappings, and bytes, may not be collapsed, by what they are made of and the reason.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """How many mappings, and bytes, may not be collapsed, by what they are made of and the reason."""
         return self._listing().refused
 
     @property
     def has_room(self) -> bool:
-        """Whether an anonymous mapping is as large as a PMD range.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Whether an anonymous mapping is as large as a PMD range."""
         return self._listing().has_room
 
     @property
     def wanted(self) -> bool:
-        """Whether anything in it may be collapsed, so that a visit is worth it (khugepaged_enter_vma).
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Whether anything in it may be collapsed, so that a visit is worth it (khugepaged_enter_vma)."""
         listing = self._listing()
         return bool(listing.areas) and not listing.thp_disabled
 

@@ -102,9 +102,6 @@ class ColumnReader:
         """The page table entries of `segments`, one after another.
 
         The order of a zero page is that of its folio: 0, or the PMD order for the huge one.
-
-        Raises:
-            TargetVanishedError: the process is gone.
         """
         words = self._pagemap.read(segments)
         state = states(words)

@@ -27,12 +27,7 @@ _GONE = frozenset({errno.EIO, errno.EFAULT, errno.ENOMEM})
 
 
 class Contents:
-    """The contents of a process, to be closed after use.
-
-    Raises:
-        TargetVanishedError: it has exited.
-        NotPermittedError: its memory is not ours to look at.
-    """
+    """The contents of a process, to be closed after use."""
 
     def __init__(self, process: Process, page_size: int) -> None:
         self._process = process
@@ -42,11 +37,7 @@ class Contents:
         self._words = np.frombuffer(self._buffer, np.uint64)
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
-        """Which present pages of `columns` hold nothing but zeroes: bool, shape (pages,).
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Which present pages of `columns` hold nothing but zeroes: bool, shape (pages,)."""
         zero = columns.has(Pte.PRESENT) & columns.has(Pte.ZERO)
         wanted = columns.has(Pte.PRESENT) & ~zero
         at = 0

@@ -72,7 +72,6 @@ class KernelKhugepaged:
             UnsupportedError: this kernel's khugepaged does not collapse to orders below PMD order.
             NotPermittedError: these rights do not suffice to set switches.
             MthpError: another process did not finish its window in time.
-            TargetVanishedError: the process is gone.
         """
         begin = time.perf_counter_ns()
         orders = sorted({order for _, order in blocks})

@@ -77,10 +77,6 @@ class LiveAddressSpace(ProcessSpace):
         process: the process.
         sysfs: the THP directory.
         guarded: for this process itself: whether others may use memory that is being moved. To be set before.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-        NotPermittedError: its memory is not ours to look at.
     """
 
     def __init__(self, process: Process, sysfs: ThpSysfs | None = None) -> None:
@@ -123,11 +119,7 @@ class LiveAddressSpace(ProcessSpace):
 
     @property
     def thp_disabled(self) -> bool:
-        """Whether the process switched THP off for itself (THP_enabled in proc_pid_status(5)).
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Whether the process switched THP off for itself (THP_enabled in proc_pid_status(5))."""
         return self.process.status("THP_enabled") == "0"
 
     @property
@@ -139,12 +131,7 @@ class LiveAddressSpace(ProcessSpace):
         return tuple(missing)
 
     def vmas(self) -> list[Vma]:
-        """The mappings, by ascending address.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-            NotPermittedError: its memory is not ours to look at.
-        """
+        """The mappings, by ascending address."""
         return procfs.read_vmas(self.process)
 
     def mapped(self) -> list[Segment]:
@@ -176,12 +163,7 @@ class LiveAddressSpace(ProcessSpace):
         return counters | self.sysfs.vmstat()
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
-        """The page table entries of `segments`, one after another. It takes about 50 bytes of memory a page.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-            NotPermittedError: it became somebody else's by execve(2).
-        """
+        """The page table entries of `segments`, one after another. It takes about 50 bytes of memory a page."""
         return self._columns.read(segments)
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
@@ -207,9 +189,6 @@ class LiveAddressSpace(ProcessSpace):
 
         They are looked for (with PAGEMAP_SCAN) only if `segments` are much larger than what the process has in
         memory and swap; otherwise reading everything is cheaper, and `segments` come back.
-
-        Raises:
-            TargetVanishedError: the process is gone.
         """
         self.process.check_alive()
         asked = sum(end - start for start, end in segments)
@@ -257,7 +236,6 @@ class LiveAddressSpace(ProcessSpace):
         of madvise(2) for this process.
 
         Raises:
-            TargetVanishedError: the process is gone.
             UnsupportedError: this kernel cannot, or not for this process.
             NotPermittedError: CAP_SYS_NICE or the right to look at the process is missing.
         """
@@ -384,7 +362,6 @@ def open_live(target: int | Literal["self"], sysfs: ThpSysfs | None = None) -> L
     Raises:
         TargetVanishedError: there is no such process.
         UnsupportedError: a zombie or a kernel thread.
-        NotPermittedError: its memory is not ours to look at.
         UsageError: not a PID, or that of a thread.
     """
     process = Process(target)

@@ -26,11 +26,7 @@ _ANY = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED | abi.PAGE_IS_PFNZERO | abi.PAG
 
 
 def scan_outline(pagemap: Pagemap, segments: Sequence[Segment], geometry: Geometry) -> Outline:
-    """What the PMD ranges of `segments`, which are whole and ascend, hold.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """What the PMD ranges of `segments`, which are whole and ascend, hold."""
     regions = [runs for segment in segments for runs in pagemap.scan(segment, any_of=_ANY)]
     if not regions:
         return Outline.joined([])

@@ -44,8 +44,6 @@ class Pagemap:
         can_scan: whether this kernel has PAGEMAP_SCAN.
 
     Raises:
-        TargetVanishedError: the process is gone.
-        NotPermittedError: its memory is not ours to look at.
         UnsupportedError: a kernel without CONFIG_PROC_PAGE_MONITOR.
     """
 
@@ -56,11 +54,7 @@ class Pagemap:
         self.can_scan = self._probe_scan()
 
     def read(self, segments: Sequence[Segment]) -> NDArray[np.uint64]:
-        """The words of `segments`, one after another: uint64, shape (pages,). What is not mapped is 0.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """The words of `segments`, one after another: uint64, shape (pages,). What is not mapped is 0."""
         counts = [(end - start) // self._page_size for start, end in segments]
         words = np.empty(sum(counts), np.uint64)
         at = 0
@@ -70,11 +64,7 @@ class Pagemap:
         return words
 
     def word(self, address: int) -> int:
-        """The word of one page, 0 where nothing is mapped: for few pages, whose process is known to be alive.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """The word of one page, 0 where nothing is mapped: for few pages, whose process is known to be alive."""
         try:
             text = os.pread(self._fd, abi.PM_ENTRY_BYTES, address // self._page_size * abi.PM_ENTRY_BYTES)
         except OSError as error:
@@ -117,9 +107,6 @@ class Pagemap:
 
         Yields:
             Some runs: uint64, shape (runs, 3): start and end addresses, and the categories asked for that they have.
-
-        Raises:
-            TargetVanishedError: the process is gone.
         """
         regions = np.zeros((_REGIONS_PER_CALL, 3), np.uint64)
         start, end = segment

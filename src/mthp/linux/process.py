@@ -149,11 +149,7 @@ class Process(Closing):
         return not poll.poll(0)
 
     def check_alive(self) -> None:
-        """Do nothing if it is alive.
-
-        Raises:
-            TargetVanishedError: it has exited.
-        """
+        """Do nothing if it is alive."""
         if not self.is_alive():
             self._vanished()
 
@@ -171,8 +167,6 @@ class Process(Closing):
         """A new file descriptor for reading ``/proc/PID/<name>``, which the caller closes.
 
         Raises:
-            TargetVanishedError: it has exited.
-            NotPermittedError: its memory is not ours to look at.
             UnsupportedError: this kernel has no such file.
         """
         try:
@@ -213,11 +207,7 @@ class Process(Closing):
             self.fail(error, f"/proc/{self.pid}/{name}")
 
     def status(self, field: str) -> str | None:
-        """One field of ``/proc/PID/status``, such as ``"THP_enabled"``; None where the kernel has none of that name.
-
-        Raises:
-            TargetVanishedError: it has exited.
-        """
+        """One field of ``/proc/PID/status``, such as ``"THP_enabled"``; None where the kernel has none of that name."""
         return _status_field(self.read("status"), field)
 
     def advise(self, address: int, size: int, advice: int) -> int:

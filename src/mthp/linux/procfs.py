@@ -63,30 +63,17 @@ class SmapsTotals:
 
 
 def read_vmas(process: Process) -> list[Vma]:
-    """The mappings of `process`, by ascending address.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-        NotPermittedError: its memory is not ours to look at.
-    """
+    """The mappings of `process`, by ascending address."""
     return [vma for vma, _ in _read_records(process)]
 
 
 def read_smaps(process: Process) -> list[tuple[Vma, SmapsTotals]]:
-    """The mappings with what smaps says of their memory.
-
-    Raises:
-        TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
-    """
+    """The mappings with what smaps says of their memory."""
     return [(vma, parse_totals(block)) for vma, block in _read_records(process)]
 
 
 def read_mapped(process: Process) -> list[Segment]:
-    """The ranges of addresses that are mapped, one for each mapping: a small part of the work of :func:`read_vmas`.
-
-    Raises:
-        TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
-    """
+    """The ranges of addresses that are mapped, one for each mapping: a small part of the work of :func:`read_vmas`."""
     segments = [(int(match[1], 16), int(match[2], 16)) for match in _HEADER.finditer(process.read("maps"))]
     if not segments:
         process.check_memory()
@@ -94,11 +81,7 @@ def read_mapped(process: Process) -> list[Segment]:
 
 
 def is_mapped(process: Process, start: int, end: int) -> bool:
-    """Whether mappings cover all of `start` to `end` at this moment.
-
-    Raises:
-        TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
-    """
+    """Whether mappings cover all of `start` to `end` at this moment."""
     for low, high in read_mapped(process):
         if low <= start < high:
             start = high
@@ -109,9 +92,6 @@ def read_numa(process: Process, page_size: int) -> dict[int, tuple[tuple[int, in
     """Base pages by NUMA node for each mapping, by its start address; empty on kernels without NUMA.
 
     The kernel walks the page tables of the whole process for this, about as long as for smaps.
-
-    Raises:
-        TargetVanishedError, NotPermittedError: as :func:`read_vmas`.
     """
     try:
         text = process.read("numa_maps")

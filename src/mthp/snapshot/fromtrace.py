@@ -80,7 +80,6 @@ def record_trace(
     Raises:
         UsageError: not a trace, or not of that kind; or `path` exists.
         MthpError: the recording cannot be written.
-        UnsupportedError: pyarrow is missing.
     """
     check_output(path, overwrite=overwrite)
     opened = Trace(trace, kind, geometry.page_size)

@@ -30,7 +30,6 @@ def load(path: str | os.PathLike[str]) -> SnapshotSpace:
 
     Raises:
         UsageError: missing, unreadable, not a snapshot, cut short, damaged, inconsistent, or made by a newer mthp.
-        UnsupportedError: pyarrow is missing.
     """
     reader = RunReader(path)
     try:
@@ -45,7 +44,6 @@ def info(path: str | os.PathLike[str]) -> SnapshotInfo:
 
     Raises:
         UsageError: as :func:`load`, as far as the description tells.
-        UnsupportedError: pyarrow is missing.
     """
     reader = RunReader(path)
     try:

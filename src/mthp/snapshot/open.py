@@ -20,7 +20,6 @@ def open_file(path: str | os.PathLike[str], *, at: str | None = None) -> Address
 
     Raises:
         UsageError: neither of them, damaged, or a step that there is not.
-        UnsupportedError: pyarrow is missing.
     """
     if is_recording(path):
         recording = Recording(path)

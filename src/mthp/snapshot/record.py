@@ -51,7 +51,6 @@ def record(
     Raises:
         UsageError: `path` exists, is not a regular file, or cannot be created; `block_size` is not positive.
         MthpError: the file cannot be written to its end, such as on a full disk. No file is left.
-        UnsupportedError: pyarrow is missing.
         TargetVanishedError: the process is gone. No file is left.
     """
     if block_size < 1:

@@ -123,7 +123,6 @@ def record_series(
         UsageError: the file exists or cannot be created.
         MthpError: it cannot be written any more. The steps that were written are there; without any, no file is.
         TargetVanishedError: the target was gone before the first step. No file is left.
-        UnsupportedError: pyarrow is missing.
     """
     pace = pace or Pace()
     check_output(path, overwrite=overwrite)
@@ -184,9 +183,6 @@ class StepTaker:
 
     Attributes:
         description: of the target as it was at the first step; its mappings are in the steps.
-
-    Raises:
-        TargetVanishedError: the target is gone.
     """
 
     def __init__(self, space: AddressSpace, heat: Heat | None = None) -> None:
@@ -202,11 +198,7 @@ class StepTaker:
         self._number = 0
 
     def take(self) -> tuple[Meta, Runs]:
-        """What changed since the step before.
-
-        Raises:
-            TargetVanishedError: the target is gone.
-        """
+        """What changed since the step before."""
         meta: Meta = self._mappings()
         vmas = list(self._vmas.values())
         geometry = self._space.geometry

@@ -78,7 +78,6 @@ class Recording:
 
     Raises:
         UsageError: not a recording, or cut off before the end of its first step.
-        UnsupportedError: pyarrow is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -65,7 +65,6 @@ class StreamWriter:
     Raises:
         UsageError: the file exists or cannot be created.
         MthpError: it cannot be written. No file is left.
-        UnsupportedError: pyarrow is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], description: Description, *, overwrite: bool = False) -> None:
@@ -150,7 +149,6 @@ class StreamReader:
 
     Raises:
         UsageError: missing, unreadable, not a recording, or of a newer version.
-        UnsupportedError: pyarrow is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -162,7 +162,6 @@ class RunReader:
 
     Raises:
         UsageError: missing, unreadable, not a snapshot, damaged, or of a newer version.
-        UnsupportedError: pyarrow is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

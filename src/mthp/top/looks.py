@@ -55,11 +55,7 @@ def first_look(proc: str = "/proc") -> Iterator[Row]:
 
 
 def second_look(row: Row, proc: str = "/proc") -> Row:
-    """`row` with what ``smaps_rollup`` says: the kernel walks all of the process for it.
-
-    Raises:
-        TargetVanishedError: it is gone.
-    """
+    """`row` with what ``smaps_rollup`` says: the kernel walks all of the process for it."""
     try:
         with open(f"{proc}/{row.key}/smaps_rollup", "rb") as file:
             fields = {name: int(rest.split()[0]) << 10 for name, rest in _fields(file.read())}
@@ -88,7 +84,6 @@ def third_look(row: Row, options: PlanOptions, stop: Stop = lambda: False) -> Ro
     """`row` with a census of its pages and a plan. What goes wrong is its `trouble`.
 
     Raises:
-        TargetVanishedError: it is gone.
         Stopped: as `stop` says.
     """
     try:
@@ -118,7 +113,6 @@ def mappings(space: AddressSpace, options: PlanOptions, stop: Stop = lambda: Fal
     """The mappings of `space` that hold anything, each with its part of the plan.
 
     Raises:
-        TargetVanishedError: the process is gone.
         Stopped: as `stop` says.
     """
     census = take_census(space, _watched(stop))

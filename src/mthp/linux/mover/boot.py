@@ -160,7 +160,6 @@ def await_worker(frozen: FrozenProcess, tid: int, condition: Callable[[], bool],
         condition: checked again after `poll_seconds`, and the less often the longer it takes.
 
     Raises:
-        TargetVanishedError: the target was killed.
         CannotStopError: the thread does not run.
     """
     begun = time.monotonic_ns()

@@ -115,11 +115,7 @@ class FrozenProcess(ProcessMemory):
         return self._stopped
 
     def inner_tids(self) -> list[int]:
-        """Return the numbers of the stopped threads in the PID namespace of their process.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Return the numbers of the stopped threads in the PID namespace of their process."""
         if not self.stopped.inner_tids:
             self.stopped.inner_tids = inner_tids(self.process, self.stopped.tids)
         return self.stopped.inner_tids
@@ -133,7 +129,6 @@ class FrozenProcess(ProcessMemory):
         Raises:
             CannotStopError: one is in uninterruptible sleep, traced by somebody else, or must not be given our code.
             NotPermittedError: tracing is not allowed.
-            TargetVanishedError: the process is gone.
         """
         self.begun_ns = time.perf_counter_ns()
         self._begin_to_wait(self._timeout_ns)

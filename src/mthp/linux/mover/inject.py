@@ -74,7 +74,6 @@ class Place:
 
         Raises:
             UnsupportedError: there is none.
-            TargetVanishedError: the target is gone.
         """
         padding = find_padding(frozen.process, frozen.machine.slot_bytes, frozen.read)
         base = find_gap(read_mappings(frozen.process), size, alignment)
@@ -136,7 +135,6 @@ class Injection:
         """Have the worker unmap everything, and put it back. All other threads have their own registers by now.
 
         Raises:
-            TargetVanishedError: the target was killed.
             CannotStopError: the worker does not get on; it unmaps everything and restores itself when it does.
             OSError: ESRCH, the target was killed.
         """
@@ -184,7 +182,6 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injecti
     Raises:
         UnsupportedError: the target's limits do not allow it, or it has no room.
         NotPermittedError: a security module forbids it.
-        TargetVanishedError: the target was killed.
         CannotStopError: it must not be given our code, or does not run.
     """
     worker = choose(frozen)

@@ -153,7 +153,6 @@ def remove(leftover: Leftover) -> None:
     Raises:
         CannotStopError: the process does not stop, or a thread is in there.
         UnsupportedError, NotPermittedError: its memory has no room for the code that does it, or it is not ours.
-        TargetVanishedError: it is gone.
     """
     with Process(leftover.pid) as process:
         in_tracing_thread(lambda: _remove(process, leftover))

@@ -59,12 +59,7 @@ class Mapping:
 
 
 def read_mappings(process: Process) -> list[Mapping]:
-    """Return all mappings of `process`, ascending.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-        NotPermittedError: its mappings are not ours to read.
-    """
+    """Return all mappings of `process`, ascending."""
     return [Mapping.parse(line) for line in lines(process.read("maps"))]
 
 
@@ -73,9 +68,6 @@ def query_mapping(process: Process, maps: int, address: int) -> Mapping | None:
 
     Args:
         maps: a descriptor of its /proc/PID/maps, opened since it executed its program.
-
-    Raises:
-        TargetVanishedError: the process is gone.
     """
     request = bytearray(_PROCMAP.pack(_PROCMAP.size, 0, address, *(0,) * 6, *(0,) * 4, 0, 0))
     try:

@@ -43,7 +43,6 @@ class ProcessMemory(Closing):
 
         Raises:
             TargetVanishedError: the process is gone, or has a new memory since execve(2).
-            NotPermittedError: its memory is not ours to read.
             MthpError: nothing is mapped there.
         """
         try:
@@ -54,11 +53,7 @@ class ProcessMemory(Closing):
         return data
 
     def read_words(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """Return the 64-bit words at `addresses`: uint64, shape (addresses,).
-
-        Raises:
-            TargetVanishedError, NotPermittedError, MthpError: as :meth:`read`.
-        """
+        """Return the 64-bit words at `addresses`: uint64, shape (addresses,)."""
         words = read_words(self.process.pid, addresses)
         if words is not None:
             return words
@@ -67,11 +62,7 @@ class ProcessMemory(Closing):
         )
 
     def write(self, address: int, data: bytes) -> None:
-        """Write `data`, also where the process may not write itself.
-
-        Raises:
-            TargetVanishedError, NotPermittedError, MthpError: as :meth:`read`.
-        """
+        """Write `data`, also where the process may not write itself."""
         try:
             written = os.pwrite(self._file, data, address)
         except OSError as error:

@@ -165,11 +165,7 @@ class Mover(Closing):
         self._vmas_good_until = 0
 
     def refusals(self, means: Means) -> list[Refusal]:
-        """Return all that speaks against moving memory of the process by `means` at this moment.
-
-        Raises:
-            TargetVanishedError: it is gone.
-        """
+        """Return all that speaks against moving memory of the process by `means` at this moment."""
         found = refuse_process(self._process, self._geometry, means)
         return [refusal for refusal in found if refusal.key not in self._hold.waived]
 

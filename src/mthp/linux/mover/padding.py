@@ -70,7 +70,6 @@ def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:
 
     Raises:
         UnsupportedError: there is none.
-        TargetVanishedError: the process is gone.
     """
     mappings = read_mappings(process)
     addresses = _loaded_at(process)

@@ -53,7 +53,6 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
         operations: :data:`~mthp.linux.mover.stub.OPERATION`, shape (blocks,).
 
     Raises:
-        TargetVanishedError: the target was killed.
         OSError: ESRCH, likewise.
     """
     layout, stopped, worker = injection.layout, frozen.stopped, injection.worker
@@ -76,7 +75,6 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
         The operations with their results, :data:`~mthp.linux.mover.stub.OPERATION`, shape (blocks,).
 
     Raises:
-        TargetVanishedError: the target was killed.
         UnsupportedError, NotPermittedError: the target may not have a userfaultfd; nothing was moved.
     """
     layout, worker = injection.layout, injection.worker

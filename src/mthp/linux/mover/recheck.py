@@ -105,9 +105,6 @@ class Recheck:
 
         Args:
             before: what was found before the stop.
-
-        Raises:
-            TargetVanishedError: the process is gone.
         """
         if objection := self._process_objection(before):
             return [objection] * len(blocks)
@@ -210,12 +207,7 @@ class _Mappings:
 
 
 def has_userfaultfd(process: Process, *, at_most: int = 1 << 30) -> bool:
-    """Return whether `process` has a userfaultfd open; False if it has more than `at_most` files.
-
-    Raises:
-        TargetVanishedError: it is gone.
-        NotPermittedError: its files are not ours to look at.
-    """
+    """Return whether `process` has a userfaultfd open; False if it has more than `at_most` files."""
     directory = process.open("fd")
     try:
         with os.scandir(directory) as entries:

@@ -175,7 +175,6 @@ class MoverSession(Closing):
         Raises:
             UsageError: a block is not aligned, or of an order that does not exist or is the PMD order.
             CannotStopError: the target does not stop.
-            TargetVanishedError: it is gone.
         """
         windows = self._windows(blocks, verify=verify, fill=fill)
         outcomes = {(outcome.address, outcome.order): outcome for done in windows for outcome in done}

@@ -50,11 +50,7 @@ class Thread:
 
 
 def task_ids(process: Process) -> list[int]:
-    """The threads of `process`, ascending.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """The threads of `process`, ascending."""
     directory = process.open("task")
     try:
         return sorted(int(name) for name in os.listdir(directory))  # noqa: PTH208 - of an open directory
@@ -65,11 +61,7 @@ def task_ids(process: Process) -> list[int]:
 
 
 def thread_count(process: Process) -> int:
-    """How many threads `process` has, those included that are exiting or dead and not reaped.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """How many threads `process` has, those included that are exiting or dead and not reaped."""
     try:
         # Each has a directory in there, besides "." and ".." (proc_task_getattr, fs/proc/base.c).
         return os.stat(f"/proc/{process.pid}/task").st_nlink - 2  # noqa: PTH116 - a path object costs microseconds
@@ -78,12 +70,7 @@ def thread_count(process: Process) -> int:
 
 
 def read_task_file(process: Process, tid: int, name: str) -> bytes | None:
-    """The text of ``/proc/PID/task/TID/<name>``; None if the thread is gone.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-        NotPermittedError: it is not ours to look at.
-    """
+    """The text of ``/proc/PID/task/TID/<name>``; None if the thread is gone."""
     directory = process.open("task")
     try:
         fd = os.open(f"{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
@@ -100,21 +87,13 @@ def read_task_file(process: Process, tid: int, name: str) -> bytes | None:
 
 
 def read_threads(process: Process) -> list[Thread]:
-    """All threads that are still there, by ascending number.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """All threads that are still there, by ascending number."""
     texts = ((tid, read_task_file(process, tid, "status")) for tid in task_ids(process))
     return [Thread.parse(tid, text) for tid, text in texts if text]
 
 
 def inner_tids(process: Process, tids: list[int]) -> list[int]:
-    """Return the numbers of threads in the PID namespace that their process lives in (NSpid, proc_pid_status(5)).
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return the numbers of threads in the PID namespace that their process lives in (NSpid, proc_pid_status(5))."""
     if len(_namespace_tids(process.read("status"), process.pid)) == 1:
         # We live in the same namespace.
         return tids

@@ -117,12 +117,7 @@ class SpecialRanges:
 
 
 def special_ranges(process: Process) -> SpecialRanges:
-    """What of :class:`SpecialRanges` can be told at this moment, without stopping anything.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-        NotPermittedError: its threads are not ours to look at.
-    """
+    """What of :class:`SpecialRanges` can be told at this moment, without stopping anything."""
     robust: list[Segment] = []
     stacks: list[Segment] = []
     for tid in task_ids(process):

@@ -50,12 +50,7 @@ these copy what they read and write, or pin it while they transfer it."""
 
 
 def open_files(process: Process, directory: str) -> list[tuple[str, int]]:
-    """What the descriptors in ``/proc/PID/<directory>`` refer to: link, and number of the character device or 0.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-        NotPermittedError: its files are not ours to look at.
-    """
+    """What the descriptors in ``/proc/PID/<directory>`` refer to: link, and number of the character device or 0."""
     files = []
     try:
         handle = process.open(directory)

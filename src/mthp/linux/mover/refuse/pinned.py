@@ -37,9 +37,6 @@ def split_large_folios(target: MoveTarget, blocks: Sequence[Block]) -> list[Bloc
     Args:
         target: the process; it need not stand still.
         blocks: disjoint, ascending.
-
-    Raises:
-        TargetVanishedError, NotPermittedError: as reading the address target.
     """
     size = target.geometry.page_size
     counts = np.array([1 << order for _, order in blocks], np.int64)

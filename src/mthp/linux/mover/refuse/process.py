@@ -98,9 +98,6 @@ def refuse_process(
         geometry: of this machine.
         means: what moving may cost the target and the machine.
         proc: where the machine's memory is looked up.
-
-    Raises:
-        TargetVanishedError: it is gone.
     """
     target = _Target(process, geometry, means, proc)
     refused = [refusal for check in _BY_ANYBODY if (refusal := check(target))]
