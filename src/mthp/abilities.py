@@ -2,7 +2,7 @@
 
 :class:`~mthp.addrspace.AddressSpace` is what every backend has. A recorded snapshot has no threads, and only the kernel
 knows the nodes of a mapping. So a backend has the methods of those protocols that it can keep, and callers use the
-functions, which return what holds for every other backend.
+functions, which return what holds for every other backend. A method returns what the function of its name says.
 """
 
 from __future__ import annotations
@@ -32,83 +32,31 @@ READ_BLOCK = 256 << 20
 class Threaded(Protocol):
     """An address space that threads use."""
 
-    def threads(self) -> int:
-        """Return how many threads run in it.
+    def threads(self) -> int: ...
 
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+
+def threads(space: AddressSpace) -> int:
+    """Return how many threads run in `space`; 1 where it has none."""
+    return space.threads() if isinstance(space, Threaded) else 1
 
 
 @runtime_checkable
 class Stopped(Protocol):
     """An address space whose threads are stopped at times."""
 
-    def take_pauses(self) -> list[int]:
-        """Return how long the threads were stopped, in nanoseconds, for every window since the last call."""
+    def take_pauses(self) -> list[int]: ...
+
+
+def take_pauses(space: AddressSpace) -> list[int]:
+    """Return how long the threads of `space` were stopped, in nanoseconds, for every window since the last call."""
+    return space.take_pauses() if isinstance(space, Stopped) else []
 
 
 @runtime_checkable
 class Timed(Protocol):
     """An address space that knows how long calls of the kernel took that were made for several blocks together."""
 
-    def take_calls(self) -> list[int]:
-        """Return how long each call took since the last time that this was called, in nanoseconds."""
-
-
-@runtime_checkable
-class Movable(Protocol):
-    """An address space whose memory may be moved."""
-
-    def move_refusals(self, means: Means) -> list[str]:
-        """Return every reason not to move memory by `means` at this moment, each as a sentence.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-
-
-@runtime_checkable
-class Hindered(Protocol):
-    """An address space whose memory something may hold."""
-
-    def objections(self, vma: Vma | None) -> list[str]:
-        """Return what speaks against moving memory of a mapping, or of the process, each as a sentence.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-
-    def pins(self, vma: Vma | None) -> list[str]:
-        """Return what holds pages of a mapping, or of the process, as far as it shows, each as a sentence.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-
-
-def objections(space: AddressSpace, vma: Vma | None) -> list[str]:
-    """Return :meth:`Hindered.objections`; none where memory is only read."""
-    return space.objections(vma) if isinstance(space, Hindered) else []
-
-
-def pins(space: AddressSpace, vma: Vma | None) -> list[str]:
-    """Return :meth:`Hindered.pins`; none where memory is only read."""
-    return space.pins(vma) if isinstance(space, Hindered) else []
-
-
-def threads(space: AddressSpace) -> int:
-    """Return how many threads run in `space`; 1 where it has none.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
-    return space.threads() if isinstance(space, Threaded) else 1
-
-
-def take_pauses(space: AddressSpace) -> list[int]:
-    """Return how long the threads of `space` were stopped, in nanoseconds, for every window since the last call."""
-    return space.take_pauses() if isinstance(space, Stopped) else []
+    def take_calls(self) -> list[int]: ...
 
 
 def take_calls(space: AddressSpace) -> list[int]:
@@ -119,12 +67,15 @@ def take_calls(space: AddressSpace) -> list[int]:
     return space.take_calls() if isinstance(space, Timed) else []
 
 
-def move_refusals(space: AddressSpace, means: Means) -> list[str]:
-    """Return every reason not to move memory of `space` by `means` at this moment, each as a sentence.
+@runtime_checkable
+class Movable(Protocol):
+    """An address space whose memory may be moved."""
 
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    def move_refusals(self, means: Means) -> list[str]: ...
+
+
+def move_refusals(space: AddressSpace, means: Means) -> list[str]:
+    """Return every reason not to move memory of `space` by `means` at this moment, each as a sentence."""
     return space.move_refusals(means) if isinstance(space, Movable) else []
 
 
@@ -132,62 +83,35 @@ def move_refusals(space: AddressSpace, means: Means) -> list[str]:
 class Limited(Protocol):
     """An address space whose memory counts against limits."""
 
-    def memory_bounds(self) -> list[MemoryBound]:
-        """Return the limits that new memory of the process counts against, as they are at this moment.
+    def memory_bounds(self) -> list[MemoryBound]: ...
 
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+
+def memory_bounds(space: AddressSpace) -> list[MemoryBound]:
+    """Return the limits that new memory of `space` counts against, as they are at this moment."""
+    return space.memory_bounds() if isinstance(space, Limited) else []
 
 
 @runtime_checkable
 class OnFreeMemory(Protocol):
     """An address space on a machine whose free memory is known."""
 
-    def free_bytes(self, order: int) -> int | None:
-        """Return the bytes that the machine can make folios of `order` of at once; None where that is not visible.
+    def free_bytes(self, order: int) -> int | None: ...
 
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+
+def free_bytes(space: AddressSpace, order: int) -> int | None:
+    """Return the bytes that the machine can make folios of `order` of at once; None where that is not visible."""
+    return space.free_bytes(order) if isinstance(space, OnFreeMemory) else None
 
 
 @runtime_checkable
 class Resident(Protocol):
     """An address space of which the kernel counts what is in memory."""
 
-    def resident_bytes(self) -> int:
-        """Return how many bytes of the process are in memory.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
-
-
-def memory_bounds(space: AddressSpace) -> list[MemoryBound]:
-    """Return the limits that new memory of `space` counts against, as they are at this moment.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
-    return space.memory_bounds() if isinstance(space, Limited) else []
-
-
-def free_bytes(space: AddressSpace, order: int) -> int | None:
-    """Return the bytes that the machine can make folios of `order` of at once; None where that is not visible.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
-    return space.free_bytes(order) if isinstance(space, OnFreeMemory) else None
+    def resident_bytes(self) -> int: ...
 
 
 def resident_bytes(space: AddressSpace) -> int:
-    """Return how many bytes of `space` are in memory.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return how many bytes of `space` are in memory."""
     if isinstance(space, Resident):
         return space.resident_bytes()
     pages = 0
@@ -201,21 +125,13 @@ def resident_bytes(space: AddressSpace) -> int:
 class Counting(Protocol):
     """An address space on a machine that counts."""
 
-    def counters(self) -> dict[str, int]:
-        """Return what the machine counts of the target (``minflt``, ``majflt``) and of folios, by name.
-
-        Counters of folio sizes are called as below sysfs: ``hugepages-64kB/anon_fault_alloc``.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+    def counters(self) -> dict[str, int]: ...
 
 
 def counters(space: AddressSpace) -> dict[str, int]:
-    """Return what the machine of `space` counts at this moment, by name (:meth:`Counting.counters`).
+    """Return what the machine of `space` counts of the target (``minflt``, ``majflt``) and of folios, by name.
 
-    Raises:
-        TargetVanishedError: the process is gone.
+    Counters of folio sizes are called as below sysfs: ``hugepages-64kB/anon_fault_alloc``.
     """
     return space.counters() if isinstance(space, Counting) else {}
 
@@ -224,20 +140,11 @@ def counters(space: AddressSpace) -> dict[str, int]:
 class OnNodes(Protocol):
     """An address space whose pages lie on NUMA nodes."""
 
-    def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]:
-        """Return `vmas` with their `node_pages`; finding out takes about as long as listing them.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+    def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]: ...
 
 
 def with_nodes(space: AddressSpace, vmas: Sequence[Vma]) -> list[Vma]:
-    """Return `vmas` with their `node_pages`, where they are known.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return `vmas` with their `node_pages`, where they are known. It takes about as long as listing them."""
     return space.with_nodes(vmas) if isinstance(space, OnNodes) else list(vmas)
 
 
@@ -245,23 +152,16 @@ def with_nodes(space: AddressSpace, vmas: Sequence[Vma]) -> list[Vma]:
 class WithContents(Protocol):
     """An address space whose pages have contents that can be read."""
 
-    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
-        """Return which present pages of `columns`, as just read, hold nothing but zeroes: bool, shape (pages,).
-
-        A page that went away meanwhile counts as one that does not.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-            UnsupportedError: this kernel cannot tell.
-            NotPermittedError: these rights do not suffice.
-        """
+    def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]: ...
 
 
 def zero_filled(space: AddressSpace, columns: PteColumns) -> NDArray[np.bool_]:
     """Return which present pages of `columns`, as just read, hold nothing but zeroes: bool, shape (pages,).
 
+    A page that went away meanwhile counts as one that does not.
+
     Raises:
-        UnsupportedError: `space` has no contents; otherwise as :meth:`WithContents.zero_filled`.
+        UnsupportedError: `space` has no contents, or this kernel cannot tell.
     """
     if isinstance(space, WithContents):
         return space.zero_filled(columns)
@@ -327,13 +227,7 @@ class Watch(Protocol):
     def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
         """Yield the entries of those PMD ranges in which anything may have changed since the last look.
 
-        Every part of `segments` that lies in such a PMD range is there, by ascending address.
-
-        Args:
-            segments: what to look at, by ascending address.
-
-        Raises:
-            TargetVanishedError: the process is gone.
+        Every part of `segments` that lies in such a PMD range is there. Both are by ascending address.
         """
         ...
 
@@ -342,8 +236,7 @@ class Watch(Protocol):
 class Watchable(Protocol):
     """An address space of which changes can be seen without reading everything."""
 
-    def watch(self) -> Watch:
-        """Return what reads it again and again."""
+    def watch(self) -> Watch: ...
 
 
 def watch(space: AddressSpace) -> Watch:
