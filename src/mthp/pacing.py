@@ -40,7 +40,6 @@ class Budget:
         rate: earned per second; None for no bound.
         burst: saved up at most.
         worth: saved at least when a wait ends; no more than `burst`.
-        clock: the time.
     """
 
     def __init__(self, rate: float | None, burst: float, worth: float, clock: Clock = time.monotonic) -> None:
@@ -78,7 +77,6 @@ class ByteBudget(Budget):
 
     Args:
         rate: bytes per second; None for no bound.
-        clock: the time.
     """
 
     def __init__(self, rate: float | None, clock: Clock = time.monotonic) -> None:
@@ -98,7 +96,6 @@ class CpuBudget:
 
     Args:
         share: of one core.
-        clock: the time.
         used: CPU seconds used so far.
         burst: CPU seconds that may be saved up.
     """

@@ -51,7 +51,6 @@ class Document:
     Args:
         text: where the tables were read from; "" if from elsewhere, and then no error has a line.
         data: the tables.
-        name: what errors call the file.
         readers: of the types that are annotated with a word.
     """
 

@@ -15,7 +15,6 @@ class Forecast:
     Args:
         what: is being done, as the subject of a sentence.
         end: what Ctrl-C does.
-        clock: for tests.
     """
 
     AFTER = 2.0

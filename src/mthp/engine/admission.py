@@ -51,7 +51,6 @@ class Admission:
     budget, CGROUP_CHARGE_FAIL if too little would stay free, and :data:`mthp.thp_unadvised.RESULT`.
 
     Args:
-        space: the target.
         room: what fits below its memory limits.
         bloat_left: returns the bytes that filling may still add; None for no bound.
         available: returns whether the machine has folios of an order.

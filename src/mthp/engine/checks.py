@@ -105,7 +105,6 @@ def first_hindrances(
     """The scan result of each of some runs of one order.
 
     Args:
-        planes: of the PMD ranges.
         rows: int, shape (runs,): the PMD range of each run.
         offsets: int, shape (runs,): its first PTE, a multiple of 2**order.
         checks: which hindrances count.

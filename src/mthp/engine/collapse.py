@@ -46,7 +46,6 @@ def collapse_space(
     Args:
         choice: what shall be collapsed.
         means: how, and at what cost.
-        dry_run: plan only.
         stop: called before every range and every batch; once it returns True nothing more is begun, and the report says
             what was done.
         before_move: called with the plan and the mechanism before the first page is moved, or khugepaged is driven.
@@ -128,7 +127,6 @@ def carry_out(
     """Carry out `plan`.
 
     Args:
-        plan: of `space`.
         means, dry_run, progress, stop, before_move: as for :func:`collapse_space`.
 
     Raises:

@@ -89,7 +89,6 @@ class Scanner:
 
     Args:
         tunables: asked at the start of each pass and of each rest.
-        clock: the machine's time.
         listener: told of everything that was looked at.
 
     Attributes:

@@ -240,7 +240,6 @@ def trim_space(
     """Give back the pages of zeroes of `space`.
 
     Args:
-        dry_run: plan only.
         stop: called before every batch; once it returns True nothing more is begun.
 
     Raises:

@@ -87,9 +87,7 @@ class ColumnReader:
     """Reads the page table entries of one process.
 
     Args:
-        pagemap: of the process.
         folios: reader of kpageflags, or None if these rights do not include it.
-        geometry: of the machine.
     """
 
     def __init__(self, pagemap: Pagemap, folios: FolioReader | None, geometry: Geometry) -> None:

@@ -52,7 +52,6 @@ class KernelKhugepaged:
     """Drives the machine's khugepaged for one process.
 
     Args:
-        space: of the process.
         journal: of the switches; the system's if not given.
     """
 

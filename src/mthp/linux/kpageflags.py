@@ -108,7 +108,6 @@ class FolioReader(FrameWords):
 
     Args:
         pmd_order: PMD order of the machine; the size of the largest chunk.
-        path: of the file.
 
     Raises:
         OSError: it cannot be opened: it takes root and CAP_SYS_ADMIN.

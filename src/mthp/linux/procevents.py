@@ -206,7 +206,6 @@ class ProcPolling:
 
     Args:
         proc: where proc is mounted.
-        clock: seconds, monotonic.
     """
 
     name = "looking at /proc"

@@ -34,13 +34,7 @@ _Numbers = NDArray[np.int64]
 
 
 class LiveWatch:
-    """The :class:`~mthp.abilities.Watch` of a process whose page frames can be seen.
-
-    Args:
-        pagemap: of the process.
-        columns: reader of its entries.
-        geometry: of the machine.
-    """
+    """The :class:`~mthp.abilities.Watch` of a process whose page frames can be seen."""
 
     def __init__(self, pagemap: Pagemap, columns: ColumnReader, geometry: Geometry) -> None:
         self._pagemap = pagemap

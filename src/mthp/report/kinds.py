@@ -27,9 +27,6 @@ class Kind:
 class Kinds:
     """The kinds of memory on a geometry: the orders from the largest to 0, unknown order, swapped out, and added.
 
-    Args:
-        geometry: of the machine.
-
     Attributes:
         all: every kind; what comes first is at the bottom of a column.
         of_order: int8, shape (128,): the number of the kind of each folio order; what is larger than the PMD order

@@ -309,7 +309,6 @@ def make_map(
     """Draw `space`, and beside it what becomes of it: by making `folios`, or as it is in `later`.
 
     Args:
-        census: of `space`.
         names: of the two states.
 
     Raises:

@@ -22,8 +22,6 @@ def report_on_sweep(
     """The report on a sweep.
 
     Args:
-        path: of its table.
-        rows: of the table.
         sums: one row for each setting and scan, all inputs together.
         geometry: of the inputs' machines.
     """

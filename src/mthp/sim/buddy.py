@@ -60,7 +60,6 @@ class Zone:
 
     Args:
         start: first frame; a multiple of 2**max_order.
-        frames: how many.
         max_order: of the largest block that is kept.
         node: that it is a part of.
         name: as in ``/proc/buddyinfo``.

@@ -138,7 +138,6 @@ def replay_case(case: dict[str, Any], policy: str | Policy | None = None) -> Cas
     whether they may be written decide it, the case is counted apart.
 
     Args:
-        case: the JSON object.
         policy: in place of that of the case's release or series.
 
     Raises:

@@ -7,11 +7,7 @@ from mthp.engine.policy import Policy, Rules
 
 
 class Fullness:
-    """Answers of one policy about some PMD ranges; each order is asked about once, for all of them.
-
-    Args:
-        occupancy: of the PMD ranges.
-    """
+    """Answers of one policy about some PMD ranges; each order is asked about once, for all of them."""
 
     def __init__(self, occupancy: Occupancy, policy: Policy, rules: Rules) -> None:
         self._occupancy = occupancy

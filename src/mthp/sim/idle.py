@@ -162,7 +162,6 @@ def _look(
 
     Args:
         columns: PMD entries, and bits and values of the PTEs, of a table.
-        rows: the ranges.
     """
     pmds = columns[0][rows]
     seen = _without_tables(pmds)

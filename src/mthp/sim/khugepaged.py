@@ -22,11 +22,7 @@ from mthp.sim.scan import CollapseControl, collapse_range
 
 
 class SimTime:
-    """The machine's clock, as a khugepaged needs it (:class:`~mthp.engine.visited.Clock`): rests move it on.
-
-    Args:
-        clock: the machine's.
-    """
+    """The machine's clock, as a khugepaged needs it (:class:`~mthp.engine.visited.Clock`): rests move it on."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -155,8 +151,6 @@ class Advised:
     """One address space, as MADV_COLLAPSE goes over it.
 
     Args:
-        parts: of the machine.
-        mm: the address space.
         count: called with the result of each PMD range.
     """
 

@@ -56,7 +56,6 @@ class Machine(SystemCalls):
     """One simulated machine with one CPU.
 
     Args:
-        geometry: page size and PMD order.
         node_frames: frames of each NUMA node; by default one node of 64 PMD ranges.
         low_frames: of the first node, how many lie in the zone DMA32, which is asked last; by default there is none.
             Random life tests alone have it.
@@ -205,7 +204,6 @@ class Machine(SystemCalls):
 
         Args:
             addresses: int64, shape (accesses,): of one byte in each page.
-            write: whether they are writes.
             contents: uint32, same shape, or one number for all: what the pages hold from then on; by default the number
                 of the page (its address divided by the page size, modulo 2**32), or 1 where that is 0.
 

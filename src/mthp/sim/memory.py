@@ -188,7 +188,6 @@ class Memory:
         """A new folio with one reference, and nothing in it; None if no node has a block.
 
         Args:
-            nodes: as for :meth:`zonelist`.
             low: leave what lies below the ``low`` watermark, too.
         """
         for zone in self.zonelist(nodes):
@@ -224,7 +223,6 @@ class Memory:
         """New folios of order 0, each with one reference, contiguous as far as memory is.
 
         Args:
-            nodes: as for :meth:`zonelist`.
             low: leave what lies below the ``low`` watermark, too.
 
         Returns:

@@ -99,7 +99,6 @@ class Stage:
     """A machine in the state of a case.
 
     Args:
-        case: as it was recorded.
         policy: of the kernel that is simulated.
         kernel: its other rules.
         doubtful_writable: entries of which nothing recorded tells may be written. By default those may of which the

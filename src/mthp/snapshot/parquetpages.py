@@ -26,7 +26,6 @@ def inflated_bytes(file: BinaryIO, chunk: Any) -> int:
     """Return the bytes that the pages of a column chunk inflate to together, and at least those that its footer names.
 
     Args:
-        file: the Parquet file.
         chunk: pyarrow's metadata of the column chunk.
 
     Raises:

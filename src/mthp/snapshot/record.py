@@ -44,7 +44,6 @@ def record(
 
     Args:
         block_size: bytes of address space read at a time, rounded up to whole PMD ranges.
-        progress: called after each block.
         overwrite: replace a regular file or a symbolic link of that name.
         heat: which memory `space` uses, to be kept with it.
 

@@ -17,8 +17,6 @@ class RecordedSpace(AddressSpace):
 
     Args:
         description: what was recorded of the target and its machine.
-        path: of the file.
-        kind: what to call the file.
     """
 
     def __init__(self, description: Description, path: str, kind: str) -> None:

@@ -117,7 +117,6 @@ def record_series(
         overwrite: replace a regular file or a symbolic link of that name.
         heat: which memory `space` uses, to be kept with it.
         told: called after every step with (steps, seconds, bytes).
-        clock, sleep, cpu_clock: for tests.
 
     Raises:
         UsageError: the file exists or cannot be created.

@@ -66,9 +66,6 @@ class Step:
 class Recording:
     """A recording. Opening it reads the file once, to see how far it goes; each space is read from the file again.
 
-    Args:
-        path: of the file.
-
     Attributes:
         path: of the file.
         description: of the target, as the recording began; without mappings.
@@ -186,10 +183,7 @@ class RecordingSpace(RecordedSpace):
     """The address space at one step of a recording.
 
     Args:
-        description: as it was then.
         runs: all that was mapped then, by ascending address.
-        step: which.
-        path: of the file.
     """
 
     def __init__(self, description: Description, runs: Runs, step: Step, path: str) -> None:

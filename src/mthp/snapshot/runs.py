@@ -101,7 +101,6 @@ def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) ->
     Args:
         columns: of segments that each lie in one mapping.
         vma_first: int64, shape (vmas,), ascending: number of the first page of each mapping.
-        page_size: in bytes.
     """
     if not len(columns.state):
         return Runs.empty()

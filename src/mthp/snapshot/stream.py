@@ -55,7 +55,6 @@ class StreamWriter:
 
     Args:
         path: of a new file, readable by its owner only.
-        description: of the recording.
         overwrite: replace a regular file or a symbolic link of that name.
 
     Attributes:
@@ -140,9 +139,6 @@ def _crc(columns: tuple[np.ndarray[Any, Any], ...]) -> int:
 
 class StreamReader:
     """Reads a recording from its beginning.
-
-    Args:
-        path: of the file.
 
     Attributes:
         description: of the recording, as it began.

@@ -67,7 +67,6 @@ class RunWriter:
     Args:
         file: open for writing, at its start.
         path: what to call it in errors.
-        page_size: in bytes.
 
     Attributes:
         runs: rows written so far.
@@ -152,9 +151,6 @@ class RunWriter:
 
 class RunReader:
     """An open snapshot file: its description, and its runs by row group.
-
-    Args:
-        path: of the file.
 
     Attributes:
         description: checked; what it says of the runs is not compared with them here.

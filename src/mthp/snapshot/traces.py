@@ -101,7 +101,6 @@ class Trace:
     """An open trace. Iterating over :meth:`steps` reads it once.
 
     Args:
-        path: of the file.
         kind: ``lackey``, ``perf`` or ``damon``; found out if None.
         page_size: of base pages, in bytes.
 

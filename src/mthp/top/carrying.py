@@ -18,7 +18,6 @@ class Carrying:
 
     Args:
         opened: opens the target.
-        options: of the collapse.
 
     Attributes:
         done, total: how far it is, in bytes.

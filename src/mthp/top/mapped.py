@@ -22,7 +22,6 @@ class Mapped:
 
     Args:
         opened: opens the target at a step; the step is None if it has none.
-        options: of the plans.
         cpu: share of one processor that looking again may take.
         steps: for a recording, the seconds of each step.
         live: look again and again.

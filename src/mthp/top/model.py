@@ -72,7 +72,6 @@ def arranged(rows: Iterable[Row], sort: str, *, reverse: bool = False, wanted: s
 
     Args:
         sort: one of :data:`SORTS`.
-        reverse: the other way round.
         wanted: text, compared without regard to case.
     """
     wanted = wanted.lower()

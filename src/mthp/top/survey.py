@@ -65,7 +65,6 @@ class Survey:
     """The live processes of this machine.
 
     Args:
-        options: of the plans.
         cpu: share of one processor that looking may take, above 0, up to 1.
         first, second, third: the looks.
         clock, spent, rest: the time, the processor time of the thread, and how to wait; for tests.

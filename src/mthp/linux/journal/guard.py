@@ -38,12 +38,7 @@ main(*sys.argv[2:])
 
 
 class Guard:
-    """The watcher of this process for one journal. The caller of each method holds the journal's lock.
-
-    Args:
-        root: directory of the journal.
-        sysfs: the THP directory.
-    """
+    """The watcher of this process for one journal. The caller of each method holds the journal's lock."""
 
     def __init__(self, root: Path, sysfs: Path) -> None:
         self._root, self._sysfs = root, sysfs

@@ -94,7 +94,6 @@ def put_back(sysfs: Path, changes: Sequence[Change], write: Write | None = None)
     """Undo `changes`, last first, where the switch still has our word.
 
     Args:
-        sysfs: the THP directory.
         changes: of one journal, in its order.
         write: in place of :func:`write_word`.
 
@@ -129,7 +128,6 @@ def settle(
 
     Args:
         files: the journal.
-        sysfs: the THP directory.
         but: entries that were put back before; what has the same word now was set since.
         write: as for :func:`put_back`.
 
@@ -148,7 +146,6 @@ def restore(root: Path, sysfs: Path, timeout: float) -> list[Restored]:
 
     Args:
         root: directory of the journal; it need not exist.
-        sysfs: the THP directory.
         timeout: seconds to wait for windows that are open.
 
     Raises:

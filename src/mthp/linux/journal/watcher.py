@@ -48,9 +48,6 @@ def main(root: str, sysfs: str, pid: str, owner: str) -> None:
     """Watch until the owner is gone, or has had no window for a while.
 
     Args:
-        root: directory of the journal.
-        sysfs: the THP directory.
-        pid: of the owner.
         owner: what the owner's entries begin with, see :func:`mthp.linux.journal.files.owner_of`.
     """
     _detach()
@@ -77,8 +74,6 @@ class Watcher:
 
     Args:
         files: the journal.
-        sysfs: the THP directory.
-        pid: of the owner.
         owner: what its entries begin with.
         status: end of the pipe to it.
     """

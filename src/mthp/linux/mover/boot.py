@@ -42,8 +42,6 @@ class BootedThread:
     """A thread of a stopped target that runs the boot code.
 
     Args:
-        frozen: the target.
-        tracee: the thread.
         slot: address of the padding that it runs in.
         calls: number and six arguments of each: uint64, shape (CALLS, 7).
         layout: where the stub will be; None if only calls are to be made, all but the last.

@@ -50,9 +50,6 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 class Calls:
     """System calls to be made together, as often as wanted.
 
-    Args:
-        rows: how many.
-
     Attributes:
         table: number, six arguments and result of each: uint64, shape (rows, 8).
         results: what the calls returned, errors as negative numbers: int64, shape (rows,).

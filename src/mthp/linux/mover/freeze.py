@@ -75,7 +75,6 @@ class FrozenProcess(ProcessMemory):
     All methods are to be called from one thread, whose end would release the process too.
 
     Args:
-        process: the target.
         timeout_ns: how long threads may take to stop.
         machine: that it runs on; by default the one that we run on.
         like: threads that were stopped before; what was made for them is used again if they still are the same.
@@ -233,7 +232,6 @@ class FrozenProcess(ProcessMemory):
         """Wait until all of `tids` stop for PTRACE_INTERRUPT, with every signal before that delivered, or exit.
 
         Args:
-            tids: the threads.
             together: these threads, if they can be waited for together.
 
         Raises:

@@ -137,7 +137,6 @@ class Guard(Closing):
     """Holds blocks of this process: threads that touch them wait (:class:`~mthp.linux.mover.mover.Hold`).
 
     Args:
-        geometry: of this machine.
         guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Without, only
             the kernel may.
     """
@@ -210,7 +209,6 @@ class OwnMover(Closing):
     """The code, its scratch memory and its userfaultfd. A context manager.
 
     Args:
-        size: of a block in bytes.
         guarded: whether faults in the kernel are to wait too.
     """
 

@@ -149,9 +149,7 @@ class Mover(Closing):
     """Moves blocks of one process to folios of their orders.
 
     Args:
-        target: the process.
         hold: keeps other users of its blocks away.
-        journal: sets the machine's switches.
     """
 
     def __init__(self, target: MoveTarget, hold: Hold, journal: SwitchJournal) -> None:

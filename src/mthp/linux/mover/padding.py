@@ -64,10 +64,6 @@ class Padding:
 def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:
     """Return the padding of a process that has room for a slot, the largest first.
 
-    Args:
-        size: of a slot, in bytes.
-        read: reads its memory.
-
     Raises:
         UnsupportedError: there is none.
     """
@@ -149,7 +145,6 @@ def is_left(slot: range, occupant: Occupant, pointers: Iterable[tuple[int, int, 
         slot: its addresses.
         occupant: the thread that ran it.
         pointers: TID, program counter and stack pointer of every thread.
-        read: reads the target's memory.
 
     A thread is in there if its program counter is. It may also have been interrupted by a signal while it left: then
     the handler's frame, with the address, lies on its stack below the pointer that it was to leave with.

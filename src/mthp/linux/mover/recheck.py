@@ -84,12 +84,7 @@ class Before:
 
 
 class Recheck:
-    """Asks again. To be called in the thread that traces.
-
-    Args:
-        process: the target.
-        geometry: of the machine.
-    """
+    """Asks again. To be called in the thread that traces."""
 
     def __init__(self, process: Process, geometry: Geometry) -> None:
         self._process = process

@@ -64,7 +64,6 @@ def outcomes_of(
     """What became of the blocks of a window.
 
     Args:
-        blocks: all of them.
         objections: what spoke against each; the others were in the runs, in this order.
         operations: of the runs, with their results: :data:`~mthp.linux.mover.stub.OPERATION`, shape (runs,).
         lengths: blocks in each run: int64, shape (runs,).

@@ -59,7 +59,6 @@ class MoverSession(Closing):
 
     Args:
         process: the target; it stays the caller's.
-        geometry: of this machine.
         max_pause_ns: how long a pause may be, in nanoseconds; measured, and adapted to.
         duty: the part of the time that the target may stand still, above 0, up to 1.
         stop_timeout_ns: how long threads may take to stop before they are let go.

@@ -52,7 +52,6 @@ class Stopped:
     """Threads that are stopped together.
 
     Args:
-        machine: whose registers they have.
         tids: their numbers; at least one.
 
     Attributes:
@@ -143,10 +142,6 @@ class Stopped:
 
     def examine(self, label: str, read: Reader, read_words: WordReader) -> None:
         """Read what is needed of threads that have just stopped and run code of their own; repair their EINTR.
-
-        Args:
-            label: how to name the process.
-            read, read_words: read the target's memory.
 
         Raises:
             CannotStopError: one must not be given our code.

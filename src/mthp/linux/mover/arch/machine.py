@@ -99,7 +99,6 @@ class Machine(abc.ABC):
         """The registers of threads that are to run the stub.
 
         Args:
-            homes: what they had.
             contexts: addresses of their contexts: uint64, shape (threads,).
             entry: address that they are to run from.
             header: address of the header.
@@ -110,7 +109,6 @@ class Machine(abc.ABC):
         """What threads restore themselves from, if nobody else does: uint64, shape (threads, context_bytes / 8).
 
         Args:
-            homes: what they had.
             masks: their blocked signals: uint64, shape (threads,).
             trampolines: addresses of their own code: uint64, shape (threads,).
         """

@@ -172,7 +172,6 @@ def refuse_blocks(
         vmas: the mappings, ascending.
         refuse_vma: gives something for a mapping that is refused, None for others.
         special: memory that the kernel uses.
-        page_size: in bytes.
         fill: whether holes and zero pages are to be filled.
 
     Returns:

@@ -115,7 +115,6 @@ def is_harmless(link: str, device: int) -> bool:
 
     Args:
         link: its path, as ``/proc/PID/fd`` has it.
-        device: its number.
     """
     major, minor = os.major(device), os.minor(device)
     if major in _HARMLESS_MAJORS:

@@ -94,8 +94,6 @@ def refuse_process(
     """All that speaks against moving memory of `process` at this moment; empty if nothing does.
 
     Args:
-        process: the target.
-        geometry: of this machine.
         means: what moving may cost the target and the machine.
         proc: where the machine's memory is looked up.
     """
@@ -284,7 +282,6 @@ def foreign_executable(header: bytes, machine: str) -> Refusal | None:
     """Whether an executable is of another word size or machine than the stub (elf(5)).
 
     Args:
-        header: its first bytes.
         machine: as ``uname -m`` gives it.
     """
     if len(header) < _ELF_HEADER.size:
