@@ -153,7 +153,7 @@ def carry_out(
     if dry_run:
         report.allowed = allowed_of(space, plan, means)
         return report
-    total = sum(_bytes_of(folios.order, geometry) for folios in by.values())
+    total = sum(int((np.int64(geometry.page_size) << folios.order.astype(np.int64)).sum()) for folios in by.values())
     work = Work(space, means, report, total, progress, stop)
     carriers = {mechanism: Carrier(work, mechanism) for mechanism in ORDER_OF_MECHANISMS}
     with work.reported():

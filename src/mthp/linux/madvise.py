@@ -68,10 +68,7 @@ class Madvise:
         if error == errno.ENOMEM and not procfs.is_mapped(self._process, address, address + size):
             # madvise(2) says ENOMEM both for no memory and for no mapping.
             return ScanResult.VMA_NULL
-        if error == errno.EBUSY and self._is_armed(address):
+        if error == errno.EBUSY and any(vma.uffd_armed for vma in self._space.vmas() if vma.start <= address < vma.end):
             # The kernel says EBUSY both for a cgroup at its limit and for none PTEs that must not be filled.
             return ScanResult.EXCEED_NONE_PTE
         return result_of_madvise(error)
-
-    def _is_armed(self, address: int) -> bool:
-        return any(vma.uffd_armed for vma in self._space.vmas() if vma.start <= address < vma.end)

@@ -74,7 +74,7 @@ def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:
     for mapping in mappings:
         if mapping.permissions == "r-xp" and (mapping.device, mapping.inode) in kept:
             first = next(each for each in mappings if (each.device, each.inode) == (mapping.device, mapping.inode))
-            start = _aligned(_end_of_code(first, mapping, read), 64)
+            start = -(-_end_of_code(first, mapping, read) // 64) * 64
             if mapping.end - mmap.PAGESIZE < start <= mapping.end - size:
                 found.append(Padding(start, mapping.end, mapping))
     if not found:
@@ -119,10 +119,6 @@ def _end_of_code(first: Mapping, mapping: Mapping, read: Reader) -> int:
         if kind == PT_LOAD and flags & PF_X and inside and in_file == in_memory:
             return int(mapping.start + (at - mapping.offset) + in_file)
     return 0
-
-
-def _aligned(address: int, unit: int) -> int:
-    return -(-address // unit) * unit
 
 
 @dataclass(frozen=True, slots=True)

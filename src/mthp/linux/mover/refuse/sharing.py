@@ -5,7 +5,6 @@ All of them are compared before the stop; after it only those that have come sin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from mthp.linux.abi import KCMP_FILES, KCMP_VM, kcmp
@@ -26,7 +25,7 @@ def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
     """
     pid = process.pid
     unknown = []
-    for other in _process_ids(proc):
+    for other in (int(path.name) for path in proc.iterdir() if path.name.isdigit()):
         if other == pid:
             continue
         answer = kcmp(pid, other, KCMP_VM)
@@ -49,10 +48,6 @@ def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
                 "run as root, who can tell (kcmp)",
             )
     return None
-
-
-def _process_ids(proc: Path) -> Iterator[int]:
-    return (int(path.name) for path in proc.iterdir() if path.name.isdigit())
 
 
 def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
