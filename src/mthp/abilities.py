@@ -20,8 +20,7 @@ from mthp.errors import UnsupportedError
 from mthp.heat import Heat, HeatRequest, parse_heat
 from mthp.heatfile import read_heat
 from mthp.means import Means
-from mthp.ptes import Pte, PteColumns, Segment
-from mthp.segments import in_blocks, in_range_blocks
+from mthp.ptes import Pte, PteColumns, Segment, in_blocks, in_range_blocks
 from mthp.vma import Vma
 
 READ_BLOCK = 256 << 20
@@ -77,6 +76,30 @@ class Movable(Protocol):
 def move_refusals(space: AddressSpace, means: Means) -> list[str]:
     """Return every reason not to move memory of `space` by `means` at this moment, each as a sentence."""
     return space.move_refusals(means) if isinstance(space, Movable) else []
+
+
+@runtime_checkable
+class Hindered(Protocol):
+    """An address space whose memory something may hold."""
+
+    def objections(self, vma: Vma | None) -> list[str]: ...
+    def pins(self, vma: Vma | None) -> list[str]: ...
+
+
+def objections(space: AddressSpace, vma: Vma | None) -> list[str]:
+    """Return what speaks against moving memory of a mapping, or of the process, each as a sentence.
+
+    None where memory is only read.
+    """
+    return space.objections(vma) if isinstance(space, Hindered) else []
+
+
+def pins(space: AddressSpace, vma: Vma | None) -> list[str]:
+    """Return what holds pages of a mapping, or of the process, as far as it shows, each as a sentence.
+
+    None where memory is only read.
+    """
+    return space.pins(vma) if isinstance(space, Hindered) else []
 
 
 @runtime_checkable

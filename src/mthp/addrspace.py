@@ -23,9 +23,8 @@ from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import Geometry
 from mthp.means import USUAL_MEANS, Means, Mechanism
 from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
-from mthp.ptes import Block, Pte, PteColumns, Segment, segments_of
+from mthp.ptes import Block, Pte, PteColumns, Segment, in_blocks, segments_of
 from mthp.results import BlockOutcome, ScanResult
-from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
 

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace
 from mthp.geometry import Geometry
 from mthp.metrics import ORDERS, Coverage, CoverageCounter, anonymous_pages, mapped_runs, page_numbers, resident_pages
-from mthp.ptes import Pte, PteColumns, Segment
-from mthp.segments import in_range_blocks, without
+from mthp.ptes import Pte, PteColumns, Segment, in_range_blocks, without
 from mthp.vma import Vma, VmaKind
 
 BLOCK_PAGES = 1 << 18

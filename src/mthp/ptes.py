@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mthp.geometry import Geometry
+from mthp.tabular import Tabular
 
 Segment = tuple[int, int]
 """A half-open, page-aligned range of addresses: (start, end)."""
@@ -124,3 +128,97 @@ def segments_of(blocks: Sequence[Block], page_size: int) -> list[Segment]:
     breaks = np.flatnonzero(addresses[1:] != ends[:-1]) + 1
     firsts, lasts = np.r_[0, breaks], np.r_[breaks - 1, len(ends) - 1]
     return list(zip(addresses[firsts].tolist(), ends[lasts].tolist(), strict=True))
+
+
+def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[Segment]:
+    """`segments`, those that begin inside a PMD range cut at its end.
+
+    :func:`in_blocks` cuts at multiples of its size from a segment's start, so it cuts these at PMD ranges only.
+    """
+    for start, end in segments:
+        aligned = -(-start // geometry.pmd_size) * geometry.pmd_size
+        if start < aligned < end:
+            yield start, aligned
+            start = aligned
+        yield start, end
+
+
+def in_range_blocks(segments: Iterable[Segment], geometry: Geometry, block_size: int) -> Iterator[list[Segment]]:
+    """As :func:`in_blocks`, but what lies in one PMD range comes in one group, which may be that much larger."""
+    block: list[Segment] = []
+    room = block_size
+    for [segment] in (group for piece in at_pmd_ranges(segments, geometry) for group in in_blocks([piece], block_size)):
+        start, end = segment
+        if block and end - start > room and start // geometry.pmd_size != (block[-1][1] - 1) // geometry.pmd_size:
+            yield block
+            block, room = [], block_size
+        block.append(segment)
+        room -= end - start
+    if block:
+        yield block
+
+
+def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Segment]]:
+    """Group and cut `segments` so that each group holds at most `block_size` bytes.
+
+    Cuts fall on multiples of `block_size` from a segment's start, so segments of whole PMD ranges are cut into such,
+    if the block size is a multiple of the PMD size.
+    """
+    block: list[Segment] = []
+    room = block_size
+    for start, end in segments:
+        while start < end:
+            if block and end - start > room:
+                yield block
+                block, room = [], block_size
+            stop = min(end, start + room)
+            block.append((start, stop))
+            room -= stop - start
+            start = stop
+    if block:
+        yield block
+
+
+def without(segments: Iterable[Segment], removed: Iterable[Segment]) -> Iterator[Segment]:
+    """Yield what of `segments` lies in none of `removed`. Both ascend, and their segments do not overlap."""
+    holes = iter(removed)
+    hole = next(holes, None)
+    for begin, end in segments:
+        start = begin
+        while hole is not None and hole[0] < end:
+            if start < hole[0]:
+                yield start, hole[0]
+            start = max(start, min(hole[1], end))
+            if hole[1] > end:
+                break
+            hole = next(holes, None)
+        if start < end:
+            yield start, end
+
+
+@dataclass(frozen=True)
+class Table(Tabular):
+    """Base of such dataclasses. All fields are arrays of the shape (rows,)."""
+
+    DTYPES: ClassVar[tuple[type[np.generic], ...]]
+    """The dtype of each column, in the order of the fields."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, chosen: NDArray[np.bool_] | NDArray[np.intp]) -> Self:
+        """The chosen rows, by a mask or by indices."""
+        return type(self)(*(column[chosen] for column in self._columns()))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """All rows of `parts`, one part after another."""
+        if not parts:
+            return cls(*(np.empty(0, dtype) for dtype in cls.DTYPES))
+        return cls(*(np.concatenate(columns) for columns in zip(*(part._columns() for part in parts), strict=True)))
+
+    def table_columns(self) -> dict[str, NDArray[np.generic]]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def _columns(self) -> list[NDArray[np.generic]]:
+        return [getattr(self, f.name) for f in fields(self)]

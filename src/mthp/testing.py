@@ -26,9 +26,8 @@ from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.metrics import MAX_FOLIO_ORDER
-from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment
+from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte, PteColumns, Segment, in_blocks
 from mthp.results import BlockOutcome, ScanResult
-from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
 

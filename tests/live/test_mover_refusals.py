@@ -26,9 +26,8 @@ from mthp.linux.mover.refuse import process as process_refusals
 from mthp.linux.mover.refuse import sharing
 from mthp.linux.mover.refuse.block import BlockRefusal, SpecialRanges, refuse_blocks, special_ranges
 from mthp.linux.mover.refuse.process import refuse_process
-from mthp.means import USUAL_MEANS, Means
+from mthp.means import THREAD_STOP_NS, USUAL_MEANS, WINDOW_FACTOR, Means
 from mthp.movechecks import Refusal, refuse_vma
-from mthp.price import THREAD_STOP_NS, WINDOW_FACTOR
 from targets import PAGE_SIZE, PMD_SIZE, Puppet, threads_of
 from waiting import until
 

@@ -16,10 +16,9 @@ import pytest
 from mover_targets import BLOCK, BLOCK_SIZE, GEOMETRY, ORDER, Writers, compiled, mappings, open_window
 from mthp.linux.mover import steps
 from mthp.linux.mover.freeze import FrozenProcess
-from mthp.linux.mover.session import MoverSession
+from mthp.linux.mover.session import MoverSession, in_tracing_thread
 from mthp.linux.mover.steps import Step
 from mthp.linux.mover.tracee import CannotStopError
-from mthp.linux.mover.tracing_thread import in_tracing_thread
 from mthp.linux.process import Process
 from thp_switches import ThpSwitches
 from waiting import wait_for

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from mthp.addrspace import AddressSpace
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.ptes import Pte, PteColumns, Segment
+from mthp.ptes import Pte, PteColumns, Segment, in_blocks
 from mthp.results import BlockOutcome, ScanResult
-from mthp.segments import in_blocks
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
 

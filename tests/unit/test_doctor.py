@@ -18,7 +18,7 @@ from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.linux.doctor import examine
 from mthp.linux.findings import Examination, Finding, State
-from mthp.linux.freememory import parse_buddyinfo, parse_meminfo
+from mthp.linux.headroom import parse_buddyinfo, parse_meminfo
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.probes import UFFD_FEATURE_MOVE, Probed
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights

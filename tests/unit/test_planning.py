@@ -21,9 +21,8 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.errors import TargetVanishedError, UsageError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry, geometry_named
-from mthp.ptes import ORDER_NONE, Pte, Segment
+from mthp.ptes import ORDER_NONE, Pte, Segment, without
 from mthp.results import ScanResult
-from mthp.segments import without
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
 

@@ -33,9 +33,8 @@ from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
-from mthp.means import PAUSE_SHARE, Means, Mechanism
+from mthp.means import PAUSE_SHARE, Means, Mechanism, window_ns
 from mthp.metrics import Coverage
-from mthp.price import window_ns
 from mthp.targets import Found, find_targets, refuse_ancestor
 from mthp.units import format_size
 

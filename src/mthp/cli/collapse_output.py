@@ -17,8 +17,8 @@ from mthp.cli.plan_command import (
 )
 from mthp.cli.render.tables import Table
 from mthp.engine.report import CollapseReport
+from mthp.means import needs_move_reason
 from mthp.metrics import Durations
-from mthp.price import needs_move_reason
 from mthp.results import ScanResult
 from mthp.units import format_size
 

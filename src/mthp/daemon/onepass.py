@@ -27,7 +27,6 @@ from mthp.engine.visited import Passage
 from mthp.errors import MthpError, UnsupportedError
 from mthp.means import Means
 from mthp.outline import Outline
-from mthp.price import needs_move_reason, price_of_moving
 from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.tunables import Switches, Tunables

@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from mthp.linux.freememory import free_beyond_reserve, parse_buddyinfo
+from mthp.linux.headroom import free_beyond_reserve, parse_buddyinfo
 from mthp.pacing import Clock
 
 ASK_SECONDS = 0.5

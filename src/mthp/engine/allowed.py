@@ -17,8 +17,7 @@ from mthp.engine.admission import bloat_budget, copy_budget, room_of
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import SplitPrice, SplitRanges
 from mthp.geometry import Geometry
-from mthp.means import Means, Mechanism
-from mthp.price import needs_move_reason, price_of_moving
+from mthp.means import Means, Mechanism, needs_move_reason, price_of_moving
 from mthp.splitchecks import LITTLE_PLANNED
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.columns import Table
+from mthp.ptes import Table
 from mthp.results import ScanResult
 
 

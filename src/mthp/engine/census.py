@@ -20,8 +20,7 @@ from mthp.eligibility import Eligibility, eligibility
 from mthp.geometry import Geometry
 from mthp.measuring import BLOCK_PAGES
 from mthp.metrics import ALIGNMENTS, MAX_FOLIO_ORDER, ORDERS, Coverage, CoverageCounter, anonymous_pages, resident_pages
-from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment
-from mthp.segments import in_blocks, in_range_blocks
+from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns, Segment, in_blocks, in_range_blocks
 from mthp.tabular import Tabular
 from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind

@@ -19,9 +19,8 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.engine.work import Progress, Work
 from mthp.errors import UsageError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
-from mthp.means import USUAL_MEANS, Means, Mechanism
+from mthp.means import USUAL_MEANS, Means, Mechanism, price_of_moving
 from mthp.metrics import Durations
-from mthp.price import price_of_moving
 from mthp.ptes import Block
 
 ORDER_OF_MECHANISMS: tuple[Mechanism, ...] = ("madvise", "split", "khugepaged", "move")

@@ -35,7 +35,6 @@ from mthp.measuring import Measured, Meter, Scope, measure
 from mthp.metrics import Coverage
 from mthp.ptes import PteColumns, Segment, segments_of
 from mthp.results import ScanResult
-from mthp.segments import without
 from mthp.vma import Vma
 
 Progress = Callable[[int, int], None]

@@ -18,8 +18,7 @@ from mthp.engine.policy import Policy, Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.movechecks import refuse_vma
-from mthp.ptes import ORDER_NONE, PteColumns, Segment, page_numbers, spread
-from mthp.segments import in_blocks
+from mthp.ptes import ORDER_NONE, PteColumns, Segment, in_blocks, page_numbers, spread
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.columns import Table
 from mthp.eligibility import Trigger
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.heat import Heat, worth

@@ -26,9 +26,8 @@ from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageE
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.metrics import Durations, anonymous_pages, page_numbers
 from mthp.pacing import ByteBudget
-from mthp.ptes import Block, PteColumns, Segment
+from mthp.ptes import Block, PteColumns, Segment, in_range_blocks
 from mthp.results import ScanResult
-from mthp.segments import in_range_blocks
 from mthp.trimming import TrimBy, Trimming, TrimOutcome, given_back
 from mthp.vma import VmaKind
 

@@ -26,8 +26,7 @@ from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of,
 from mthp.geometry import Geometry
 from mthp.lab import figures
 from mthp.lab.figures import MAX_ORDER, Row
-from mthp.ptes import Segment
-from mthp.segments import in_blocks
+from mthp.ptes import Segment, in_blocks
 from mthp.sim.clock import Costs
 from mthp.vma import Vma
 

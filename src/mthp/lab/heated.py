@@ -8,8 +8,7 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.select import BLOCK_PMD_RANGES
 from mthp.heat import Heat
 from mthp.lab.replay import Accesses
-from mthp.ptes import Pte
-from mthp.segments import in_blocks
+from mthp.ptes import Pte, in_blocks
 
 DRAWN = 1 << 19
 """Accesses that are drawn: each page of a gigabyte twice."""

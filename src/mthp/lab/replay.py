@@ -18,7 +18,7 @@ from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.lab.evaluate import BLOCK_RANGES, MAX_SCANS, settled
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
-from mthp.segments import in_blocks
+from mthp.ptes import in_blocks
 
 Accesses = Callable[[], Iterable[NDArray[np.int64]]]
 """Gives the page numbers of a trace, in order, from its beginning: int64, shape (accesses,), a part at a time."""

@@ -19,8 +19,7 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.linux.cgroups import cgroup_mounts
 from mthp.linux.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
-from mthp.linux.freememory import parse_buddyinfo, parse_meminfo
-from mthp.linux.headroom import cgroup_bounds
+from mthp.linux.headroom import cgroup_bounds, parse_buddyinfo, parse_meminfo
 from mthp.linux.heatfindings import HEAT_QUESTIONS
 from mthp.linux.movefindings import MOVE_QUESTIONS
 from mthp.linux.probes import Probed, probe

@@ -1,4 +1,4 @@
-"""The limits that new memory of a process counts against, and what each leaves: cgroups at every level, the machine.
+"""How much room there is for new folios: free blocks of the machine, and what the limits of a process leave.
 
 A page is charged to the memory cgroup of the process and to all above it; the first that is at its limit has the kernel
 reclaim memory, and end a process of it if that does not help (try_charge_memcg(), mm/memcontrol.c). Above
@@ -8,12 +8,84 @@ reclaim memory, and end a process of it if that does not help (try_charge_memcg(
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mthp.budget import MACHINE, MemoryBound
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
-from mthp.linux.freememory import parse_meminfo
+
+
+@dataclass(frozen=True, slots=True)
+class FreeBlocks:
+    """Free memory of one NUMA node, as ``/proc/buddyinfo`` counts it (proc_buddyinfo(5)).
+
+    The buddy allocator keeps it in aligned blocks of 2**order pages. A folio is had at once from a block of its order
+    or a larger one; otherwise the kernel compacts or reclaims first, which is what makes a collapse stall. The counts
+    are an upper bound: watermarks, and zones kept for devices, withhold some of it.
+
+    Attributes:
+        node: its number.
+        blocks: number of free blocks, by order, all zones together.
+    """
+
+    node: int
+    blocks: tuple[int, ...]
+
+    @property
+    def pages(self) -> int:
+        """Free base pages."""
+        return sum(count << order for order, count in enumerate(self.blocks))
+
+    def folios(self, order: int) -> int:
+        """How many folios of `order` could be had at once."""
+        return sum(count << larger - order for larger, count in enumerate(self.blocks) if larger >= order)
+
+
+def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
+    """The nodes in a text of ``/proc/buddyinfo``, ascending."""
+    nodes: dict[int, list[int]] = {}
+    for line in text.splitlines():
+        # Node 0, zone   Normal      1   2578 ...
+        words = line.split()
+        if len(words) < 5 or words[0] != "Node":
+            continue
+        counts = [int(word) for word in words[4:]]
+        blocks = nodes.setdefault(int(words[1].rstrip(",")), [0] * len(counts))
+        for order, count in enumerate(counts):
+            blocks[order] += count
+    return tuple(FreeBlocks(node, tuple(blocks)) for node, blocks in sorted(nodes.items()))
+
+
+def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -> int | None:
+    """Return the bytes in free blocks of `order` or larger that the kernel does not hold back.
+
+    Below its high watermark a zone may refuse, which is above min_free_kbytes by half at most by default
+    (__setup_per_zone_wmarks, mm/page_alloc.c).
+
+    Returns:
+        None if it cannot be seen.
+    """
+    try:
+        nodes = parse_buddyinfo(buddyinfo.read_text())
+        reserve = int(Path("/proc/sys/vm/min_free_kbytes").read_text()) << 10
+    except (OSError, ValueError):
+        return None
+    if not nodes:
+        return None
+    free = sum(node.folios(order) for node in nodes) * (os.sysconf("SC_PAGESIZE") << order)
+    return max(0, free - reserve * 3 // 2)
+
+
+def parse_meminfo(text: str, field: str) -> int | None:
+    """One field of ``/proc/meminfo`` in bytes, such as ``"MemAvailable"``; None if it is not there."""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) << 10
+    return None
+
 
 _V1_NO_LIMIT = 1 << 62
 """No limit in a version 1 memory cgroup is the largest number of whole pages, just below 2**63 bytes."""

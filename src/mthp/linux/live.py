@@ -23,12 +23,10 @@ from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
 from mthp.linux.framewords import KPAGECOUNT, FrameWords
-from mthp.linux.freememory import free_beyond_reserve
-from mthp.linux.headroom import memory_bounds
+from mthp.linux.headroom import free_beyond_reserve, memory_bounds
 from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.madvise import Madvise
-from mthp.linux.outline import scan_outline
-from mthp.linux.pagemap import Pagemap, can_see_pfns
+from mthp.linux.pagemap import Pagemap, can_see_pfns, scan_outline
 from mthp.linux.pins import pinned_by
 from mthp.linux.process import Process, ProcStat
 from mthp.linux.space import ProcessSpace

@@ -24,8 +24,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.process import Process
+from mthp.outline import HUGE, PRESENT, SWAP, ZERO, Outline, outline_of
 from mthp.ptes import Pte, Segment
 
 _REGIONS_PER_CALL = 8192
@@ -213,3 +215,27 @@ def own_frame() -> int:
     finally:
         os.close(fd)
     return int.from_bytes(text, sys.byteorder) & abi.PM_PFRAME_MASK
+
+
+_KINDS = (
+    (abi.PAGE_IS_PRESENT, PRESENT),
+    (abi.PAGE_IS_HUGE, HUGE),
+    (abi.PAGE_IS_PFNZERO, ZERO),
+    (abi.PAGE_IS_SWAPPED, SWAP),
+)
+_ANY = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED | abi.PAGE_IS_PFNZERO | abi.PAGE_IS_HUGE
+
+
+def scan_outline(pagemap: Pagemap, segments: Sequence[Segment], geometry: Geometry) -> Outline:
+    """Return what the PMD ranges of `segments`, which are whole and ascend, hold.
+
+    The scan changes nothing: it clears no soft-dirty bits, and sets up no write tracking, which others may be using.
+    """
+    regions = [runs for segment in segments for runs in pagemap.scan(segment, any_of=_ANY)]
+    if not regions:
+        return Outline.joined([])
+    runs = np.concatenate(regions)
+    kinds = np.zeros(len(runs), np.uint8)
+    for category, kind in _KINDS:
+        kinds[runs[:, 2] & np.uint64(category) != 0] |= kind
+    return outline_of(runs[:, 0], runs[:, 1], kinds, geometry)

@@ -23,8 +23,7 @@ from mthp.abilities import READ_BLOCK
 from mthp.geometry import Geometry
 from mthp.linux.columns import ColumnReader, Windows, windows_of
 from mthp.linux.pagemap import Pagemap
-from mthp.ptes import Pte, PteColumns, Segment
-from mthp.segments import in_range_blocks
+from mthp.ptes import Pte, PteColumns, Segment, in_range_blocks
 
 ROUNDS = 16
 """Looks within which every range is read anew at least once."""

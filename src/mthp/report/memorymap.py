@@ -26,9 +26,8 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.census import Census, VmaCensus, take_census
 from mthp.engine.space_plan import Folios
 from mthp.geometry import Geometry
-from mthp.ptes import Segment
+from mthp.ptes import Segment, in_blocks
 from mthp.report.kinds import Kinds
-from mthp.segments import in_blocks
 from mthp.units import format_size
 from mthp.vma import Vma
 

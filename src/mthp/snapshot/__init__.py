@@ -9,8 +9,7 @@ import types
 from typing import Any
 
 from mthp.snapshot.description import SnapshotInfo
-from mthp.snapshot.load import SnapshotSpace, info, load
-from mthp.snapshot.open import open_file
+from mthp.snapshot.load import SnapshotSpace, info, load, open_file
 from mthp.snapshot.record import record
 from mthp.snapshot.recorder import Pace, Recorded, record_series
 from mthp.snapshot.recording import Recording

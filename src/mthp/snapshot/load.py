@@ -14,12 +14,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
 from mthp.ptes import ORDER_UNKNOWN, PteColumns, Segment
 from mthp.snapshot.bounds import PAGES
 from mthp.snapshot.description import SnapshotInfo
 from mthp.snapshot.recorded import RecordedSpace
+from mthp.snapshot.recording import Recording
 from mthp.snapshot.runs import Runs, decode, granules, join_granules, page_numbers
+from mthp.snapshot.stream import is_recording
 from mthp.snapshot.table import RunReader
 
 _ROW_GROUPS_KEPT = 4
@@ -164,3 +167,21 @@ def _contradiction(runs: Runs, mappings: NDArray[np.int64], end: int) -> str:
     if (runs.folio_order < ORDER_UNKNOWN).any():
         return "a folio order below 0"
     return ""
+
+
+def open_file(path: str | os.PathLike[str], *, at: str | None = None) -> AddressSpace:
+    """Open a snapshot, or one step of a recording.
+
+    Args:
+        at: which step of a recording, as :meth:`~mthp.snapshot.recording.Recording.step_at` reads it; the last by
+            default.
+
+    Raises:
+        UsageError: neither of them, damaged, or a step that there is not.
+    """
+    if is_recording(path):
+        recording = Recording(path)
+        return recording.space(recording.step_at(at))
+    if at is not None:
+        raise UsageError(f"{os.fspath(path)} is a snapshot, which has no step {at!r}", help="leave --at out")
+    return load(path)

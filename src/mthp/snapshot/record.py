@@ -15,8 +15,7 @@ from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
 from mthp.files import check_output, creating
 from mthp.heat import Heat
-from mthp.ptes import Segment
-from mthp.segments import at_pmd_ranges, in_blocks
+from mthp.ptes import Segment, at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
 from mthp.snapshot.runs import Runs, encode, page_numbers
 from mthp.snapshot.table import RunWriter, pyarrow

@@ -15,8 +15,7 @@ from textual.widgets import Button, Label, ProgressBar, Static
 from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
 from mthp.geometry import Geometry
-from mthp.means import USUAL_MEANS
-from mthp.price import needs_move_reason, price_of_moving
+from mthp.means import USUAL_MEANS, needs_move_reason, price_of_moving
 from mthp.text import clean
 from mthp.top.carrying import Carrying
 from mthp.top.model import Row, described

@@ -11,8 +11,7 @@ from mthp.abilities import READ_BLOCK
 from mthp.errors import NotPermittedError
 from mthp.heat import Heat
 from mthp.linux.space import ProcessSpace
-from mthp.ptes import Segment
-from mthp.segments import in_blocks
+from mthp.ptes import Segment, in_blocks
 
 GAP_FRAMES = 512
 """Frames of the target that lie no further apart are in one segment of physical memory."""

@@ -47,7 +47,7 @@ has happened. In GO, the worker carries all blocks to the end, closes the userfa
 restore themselves; the worker unmaps the stub when no other thread can be in it. This costs at most an EINTR that was
 due and the restart of a timeout. The code that maps and unmaps the stub needs no tracer from its first instruction on.
 
-*Something breaks inside of us.* Every window runs in a thread of its own (:mod:`~mthp.linux.mover.tracing_thread`),
+*Something breaks inside of us.* Every window runs in a thread of its own (:mod:`~mthp.linux.mover.session`),
 whose end makes the kernel release whatever is still traced: for the target, that is our death. In doubt the code ends
 that thread rather than try to repair.
 

@@ -25,9 +25,9 @@ from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import Place, choose
 from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.mover.memory import ProcessMemory
+from mthp.linux.mover.session import in_tracing_thread
 from mthp.linux.mover.taskfiles import read_threads
 from mthp.linux.mover.tracee import CannotStopError, check_threads
-from mthp.linux.mover.tracing_thread import in_tracing_thread
 from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
 

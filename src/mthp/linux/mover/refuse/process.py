@@ -30,9 +30,8 @@ from mthp.linux.mover.refuse.sharing import refuse_sharer
 from mthp.linux.mover.taskfiles import Thread, read_task_file, read_threads
 from mthp.linux.probes import UFFD_FEATURE_MOVE, probe_userfaultfd
 from mthp.linux.process import Process
-from mthp.means import USUAL_MEANS, Means
+from mthp.means import USUAL_MEANS, Means, most_threads, price_of_moving
 from mthp.movechecks import Refusal
-from mthp.price import most_threads, price_of_moving
 from mthp.units import format_size
 
 ELFCLASS64 = 2
