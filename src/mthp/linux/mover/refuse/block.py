@@ -64,7 +64,7 @@ class BlockRefusal(enum.IntEnum):
     NOT_IN_ONE_VMA = 2, ScanResult.ADDRESS_RANGE, "it does not lie inside one mapping"
     VMA = 3, ScanResult.VMA_CHECK, "its mapping is refused"
     NOT_READ = 4, ScanResult.FAIL, "its page table entries were not read"
-    SPECIAL = 5, ScanResult.PAGE_COUNT, "it holds a stack pointer, robust list or rseq area, which the kernel itself uses"
+    SPECIAL = 5, ScanResult.PAGE_COUNT, "it holds a stack pointer, robust list or rseq area, which the kernel uses"
     MARKER = 6, ScanResult.PTE_UFFD, "it holds a guard or userfaultfd marker"
     SWAPPED = 7, ScanResult.EXCEED_SWAP_PTE, "a page of it is swapped out"
     NOT_ANON = 8, ScanResult.PAGE_ANON, "a page of it belongs to a file, to shared memory or to hugetlbfs"
