@@ -206,13 +206,15 @@ class Table(Tabular):
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
-    def __getitem__(self, chosen: NDArray[np.bool_] | NDArray[np.intp]) -> Self:
-        """The chosen rows, by a mask or by indices."""
+    def __getitem__(self, chosen: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Self:
+        """The chosen rows."""
         return type(self)(*(column[chosen] for column in self._columns()))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """All rows of `parts`, one part after another."""
+        """Return all rows of `parts`, one part after another; none for no part, and a single part as it is."""
+        if len(parts) == 1:
+            return parts[0]
         if not parts:
             return cls(*(np.empty(0, dtype) for dtype in cls.DTYPES))
         return cls(*(np.concatenate(columns) for columns in zip(*(part._columns() for part in parts), strict=True)))

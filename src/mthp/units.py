@@ -230,3 +230,8 @@ def _both_shares(text: str, number: Fraction) -> str:
     if number == 100:
         return "write 100%"
     return f"write {text}% or {float(number / 100):g}" if number < 100 else "write it as 20% or 0.2"
+
+
+def percent(share: float) -> str:
+    """Return a share of 1 as a percentage with one decimal."""
+    return f"{100 * share:.1f}%"

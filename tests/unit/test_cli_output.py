@@ -18,7 +18,7 @@ from mthp.cli import plan_command
 from mthp.cli.collapse_output import print_report
 from mthp.cli.inspect_command import TOP_MAPPINGS, print_census
 from mthp.cli.options import planned
-from mthp.cli.output import PLAIN_WIDTH, console, note, percent, print_json, progress_bar, say
+from mthp.cli.output import PLAIN_WIDTH, console, note, print_json, progress_bar, say
 from mthp.cli.plan_command import print_plan
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import stopping_on_signals
@@ -31,6 +31,7 @@ from mthp.means import Means
 from mthp.objects import to_object
 from mthp.ptes import ORDER_NONE, ORDER_UNKNOWN, Pte
 from mthp.text import clean
+from mthp.units import percent
 from mthp.vma import Vma, VmaKind
 
 BASE = 1 << 40

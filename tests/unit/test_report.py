@@ -38,8 +38,6 @@ def test_marks_that_coincide_stand_side_by_side() -> None:
         [Series("a", [(1.0, 2.0, "one")]), Series("b", [(1.0, 2.0, "two"), (0.5, 2.0, "three")])],
         x_name="x",
         y_name="y",
-        x_format=str,
-        y_format=str,
     )
     (first,), (second, third) = (one.points for one in drawn.series)
     assert first.y == second.y == third.y
@@ -90,8 +88,8 @@ def test_no_text_of_a_document_becomes_markup() -> None:
                         [Series(bad, [(1, 1, bad)]), Series(bad, [(2, 1, bad)], joined=True)],
                         x_name=bad,
                         y_name=bad,
-                        x_format=lambda _: bad,
-                        y_format=lambda _: bad,
+                        x_unit=bad,
+                        y_unit=bad,
                     )
                 ],
                 tables=[Table(bad, [bad], [[Cell(bad)]], bad), Table(bad, [bad], [], folded=True)],

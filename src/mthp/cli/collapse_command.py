@@ -24,7 +24,7 @@ from mthp.cli.options import (
     planned,
     small_option,
 )
-from mthp.cli.output import console, milliseconds, percent, print_json, progress_bar, say
+from mthp.cli.output import console, milliseconds, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.cli.signals import Wish, exit_code, stopping_on_signals
@@ -36,7 +36,7 @@ from mthp.geometry import Geometry
 from mthp.means import PAUSE_SHARE, Means, Mechanism, window_ns
 from mthp.metrics import Coverage
 from mthp.targets import Found, find_targets, refuse_ancestor
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mthp.cli.output import milliseconds, note, out_of_reach, percent, say
+from mthp.cli.output import milliseconds, note, out_of_reach, say
 from mthp.cli.plan_command import (
     left_table,
     print_allowed,
@@ -16,11 +16,11 @@ from mthp.cli.plan_command import (
     size_and_more,
 )
 from mthp.cli.render.tables import Table
-from mthp.engine.report import CollapseReport
+from mthp.engine.report import CollapseReport, FolioTally
 from mthp.means import needs_move_reason
 from mthp.metrics import Durations
 from mthp.results import ScanResult
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 MAX_REASONS = 5
 """Reasons why nothing was done that are printed as remarks; the table has more."""
@@ -112,6 +112,20 @@ def _print_folios(out: Console, report: CollapseReport) -> None:
             rows.append([size, "not tried", str(tally.not_tried), "it ended early"])
     title = f"{report.plan.label}: folios below {geometry.label(geometry.pmd_order)}"
     out.print(Table(title, ["size", "outcome", "folios", "meaning"], rows, right={2}))
+
+
+def _unchanged(tally: FolioTally, name: str) -> list[list[str]]:
+    return [[name, str(tally.unchanged), "nothing to do"]] if tally.unchanged else []
+
+
+def _left_alone(report: CollapseReport, tally: FolioTally) -> list[list[str]]:
+    """Return a row for every reason for which folios were not tried."""
+    rows = (
+        ("over budget", tally.over_budget, "filling them would exceed --max-bloat"),
+        ("no room", tally.over_reserve, f"{report.room}: --reserve"),
+        ("not tried", tally.not_tried, "it ended early"),
+    )
+    return [[name, str(count), meaning] for name, count, meaning in rows if count]
 
 
 def coverage_table(report: CollapseReport) -> Table:

@@ -10,14 +10,14 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import at_option, json_option
-from mthp.cli.output import console, note, out_of_reach, percent, print_json, progress_bar, say
+from mthp.cli.output import console, note, out_of_reach, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.geometry import Geometry
 from mthp.metrics import ALIGNED, PARTIAL, PMD, UNALIGNED
 from mthp.targets import Found, find_targets
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 TOP_MAPPINGS = 20
 """Mappings shown without --all: the largest ones by what is resident."""

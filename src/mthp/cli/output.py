@@ -102,11 +102,6 @@ def progress_bar(text: str, *, hidden: bool = False) -> Iterator[ProgressBar]:
         yield show
 
 
-def percent(share: float) -> str:
-    """A share of 1 as a percentage with one decimal."""
-    return f"{100 * share:.1f}%"
-
-
 def milliseconds(seconds: float) -> str:
     """A duration in milliseconds."""
     return f"{1000 * seconds:.2f} ms"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mthp.abilities import move_refusals
 from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
-from mthp.cli.output import console, note, out_of_reach, percent, print_json, progress_bar, say
+from mthp.cli.output import console, note, out_of_reach, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.allowed import Allowed, allowed_of, split_price_of
@@ -23,7 +23,7 @@ from mthp.heat import Heat
 from mthp.means import USUAL_MEANS, Means
 from mthp.metrics import Coverage
 from mthp.targets import Found, find_targets
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 SMALL_MEANS = Means(mechanism="madvise,move")
 """What a plan with --small is checked against: the mover has to be asked for by name."""

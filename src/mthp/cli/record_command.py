@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mthp.abilities import heat_of
 from mthp.cli.options import SECONDS, SHARE, heat_option, json_option
-from mthp.cli.output import console, note, percent, print_json, say
+from mthp.cli.output import console, note, print_json, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each
 from mthp.cli.signals import exit_code, stopping_on_signals
@@ -28,7 +28,7 @@ from mthp.naming import HOW_TO_NAME
 from mthp.snapshot.recorder import Pace, Recorded, record_series
 from mthp.targets import Found, Targets, find_targets, pid_of
 from mthp.text import clean
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 STRETCHED = 1.5
 """From so many times the wanted interval on, a person is told that steps came later."""

@@ -11,12 +11,12 @@ import click
 from mthp import __version__
 from mthp.cli.forecast import Forecast
 from mthp.cli.options import json_option
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say
+from mthp.cli.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError
 from mthp.files import check_output
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 if TYPE_CHECKING:
     from mthp.lab.simulation import Outcome

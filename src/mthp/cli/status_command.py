@@ -12,10 +12,10 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import json_option
-from mthp.cli.output import console, milliseconds, percent, print_json, say
+from mthp.cli.output import console, milliseconds, print_json, say
 from mthp.cli.render.tables import Table
 from mthp.errors import MthpError
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 PAUSE_SECONDS = 10.0
 """For so long `mthp pause` waits for the piece of work at hand."""
@@ -64,13 +64,9 @@ def of_this_version() -> Iterator[None]:
         ) from error
 
 
+@of_this_version()
 def set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
     """Tell the daemon to pause or to resume; a pause is there when this returns."""
-    with of_this_version():
-        return _set_paused(word, run_dir, as_json)
-
-
-def _set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
     answer = ask_daemon(word, run_dir)
     deadline = time.monotonic() + PAUSE_SECONDS
     while answer["paused"] and answer["busy"] and time.monotonic() < deadline:

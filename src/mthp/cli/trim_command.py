@@ -9,14 +9,14 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import RATE, SHARE, json_option
-from mthp.cli.output import console, note, percent, print_json, progress_bar, say
+from mthp.cli.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.engine.trim import TrimOptions, TrimReport, trim_space
 from mthp.targets import Found, find_targets
 from mthp.trimming import TrimBy
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 
 @dataclass(frozen=True, slots=True)

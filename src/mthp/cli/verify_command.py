@@ -9,14 +9,14 @@ from xml.etree import ElementTree
 import click
 
 from mthp.cli.options import at_option, json_option
-from mthp.cli.output import console, note, percent, print_json, progress_bar
+from mthp.cli.output import console, note, print_json, progress_bar
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.verify import Checked, Expectation, Verification, verify_space
 from mthp.errors import MthpError, UsageError
 from mthp.targets import Found, Targets, find_targets
 from mthp.text import clean
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 
 @dataclass(frozen=True, slots=True)

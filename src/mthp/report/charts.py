@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mthp.units import format_size
+
 WIDTH, HEIGHT = 640, 380
 """Of the drawing."""
 
@@ -32,8 +34,6 @@ PADDING = 20
 
 DODGE = 9
 """Between marks that would hide each other, in units of the drawing."""
-
-Format = Callable[[float], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +106,23 @@ def chart(
     *,
     x_name: str,
     y_name: str,
-    x_format: Format,
-    y_format: Format,
+    x_unit: str = "",
+    y_unit: str = "",
     y_range: tuple[float, float] | None = None,
-    y_bytes: bool = False,
     frontier: Sequence[tuple[float, float]] = (),
 ) -> Chart:
     """Lay out a chart. Marks of series that are not joined stand side by side where they coincide.
 
     Args:
+        x_unit, y_unit: stand behind the numbers of the ticks. Those of ``bytes`` are sizes, and round numbers of 1024
+            to some power.
         y_range: ends of the vertical axis; from 0 to the largest value by default.
-        y_bytes: the vertical axis is in bytes, and its ticks are to be round numbers of 1024 to some power.
         frontier: corners of a staircase that is drawn behind the series, by ascending x.
     """
     points = [point for one in series for point in one.points]
     x_values = nice_ticks(0.0, max((x for x, _, _ in points), default=1.0))
     low, high = y_range or (0.0, max((y for _, y, _ in points), default=1.0))
-    unit = 1024.0 ** int(math.log(high, 1024)) if y_bytes and high >= 1 else 1.0
+    unit = 1024.0 ** int(math.log(high, 1024)) if y_unit == "bytes" and high >= 1 else 1.0
     y_values = [value * unit for value in nice_ticks(low / unit, high / unit)]
     across = _scale(x_values[0], x_values[-1], LEFT + PADDING, WIDTH - RIGHT)
     up = _scale(y_values[0], y_values[-1], HEIGHT - BOTTOM, TOP)
@@ -144,11 +144,15 @@ def chart(
         summary,
         x_name,
         y_name,
-        tuple(Tick(across(value), x_format(value)) for value in x_values),
-        tuple(Tick(up(value), y_format(value)) for value in y_values),
+        tuple(Tick(across(value), f"{value:g}{x_unit}") for value in x_values),
+        tuple(Tick(up(value), _tick_text(value, y_unit)) for value in y_values),
         tuple(drawn),
         stairs,
     )
+
+
+def _tick_text(value: float, unit: str) -> str:
+    return format_size(int(value)) if unit == "bytes" else f"{value:g}{unit}"
 
 
 def _side_by_side(places: Sequence[tuple[float, float]], by: float) -> Iterator[tuple[float, float]]:
@@ -160,11 +164,11 @@ def _side_by_side(places: Sequence[tuple[float, float]], by: float) -> Iterator[
         seen[x, y] += 1
 
 
-def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round values from `low` to at least `high`, in steps of 1, 2, 2.5 or 5 times a power of ten."""
+def nice_ticks(low: float, high: float) -> list[float]:
+    """About five round values from `low` to at least `high`, in steps of 1, 2, 2.5 or 5 times a power of ten."""
     if not high > low:
         high = low + 1.0
-    raw = (high - low) / about
+    raw = (high - low) / 5
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * (1 - 1e-9))
     first = math.floor(low / step + 1e-9)

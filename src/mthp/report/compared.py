@@ -13,9 +13,9 @@ from mthp.geometry import Geometry
 from mthp.lab.compare import Comparison
 from mthp.lab.figures import order_column
 from mthp.report.charts import BarChart, Chart, Series, bar_chart, chart
-from mthp.report.document import Cell, Section, Table
+from mthp.report.document import Cell, Section, Table, figures
 from mthp.report.kinds import Kinds
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 Row = Mapping[str, Any]
 
@@ -69,11 +69,6 @@ class Compared:
         return max((int(row["scan"]) for row in self.rows), default=0)
 
 
-def percent(share: float) -> str:
-    """A share of 1 as a percentage with one decimal."""
-    return f"{100 * share:.1f}%"
-
-
 def section(compared: Compared) -> Section:
     """The part of the page."""
     charts = [frontier_chart(compared)]
@@ -116,8 +111,8 @@ def frontier_chart(compared: Compared) -> Chart:
         [Series(policy, points) for policy, points in series.items()],
         x_name="bloat, % of what was resident",
         y_name=f"in {compared.size} folios, %",
-        x_format=lambda value: f"{value:g}%",
-        y_format=lambda value: f"{value:g}%",
+        x_unit="%",
+        y_unit="%",
         y_range=(0.0, 100.0),
         frontier=sorted(best),
     )
@@ -143,8 +138,7 @@ def creep_chart(compared: Compared) -> Chart:
         [Series(name, bloat[name], joined=True) for name in shown],
         x_name="scans",
         y_name="bloat, % of what was resident",
-        x_format=lambda value: f"{value:g}",
-        y_format=lambda value: f"{value:g}%",
+        y_unit="%",
     )
 
 
@@ -183,12 +177,8 @@ def _table(compared: Compared) -> Table:
     rows = [
         (
             Cell(row["setting"], mark=row["setting"] in compared.frontier),
-            Cell(percent(row["coverage"]), figure=True),
-            Cell(percent(row["large_coverage"]), figure=True),
-            Cell(format_size(row["bloat_bytes"]), figure=True),
-            Cell(percent(row["bloat_share"]), figure=True),
-            Cell(format_size(row["copied_bytes"]), figure=True),
-            Cell(f"{row['translations']:,.0f}", figure=True),
+            *figures(percent(row["coverage"]), percent(row["large_coverage"]), format_size(row["bloat_bytes"])),
+            *figures(percent(row["bloat_share"]), format_size(row["copied_bytes"]), f"{row['translations']:,.0f}"),
             Cell("yes" if row["setting"] in compared.frontier else ""),
         )
         for row in compared.last
@@ -205,7 +195,7 @@ def _creep_table(compared: Compared) -> Table:
             added.setdefault(row["setting"], {})[row["scan"]] = row["creep_bytes"]
     scans = range(1, compared.scans + 1)
     rows = [
-        (Cell(name), *(Cell(format_size(by_scan.get(scan, 0)), figure=True) for scan in scans))
+        (Cell(name), *figures(*(format_size(by_scan.get(scan, 0)) for scan in scans)))
         for name, by_scan in added.items()
     ]
     return Table("Memory added by each scan", ("setting", *(f"scan {scan}" for scan in scans)), rows, folded=True)

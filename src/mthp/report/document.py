@@ -18,6 +18,11 @@ class Cell:
     mark: bool = False
 
 
+def figures(*texts: str) -> list[Cell]:
+    """Return cells of figures."""
+    return [Cell(text, figure=True) for text in texts]
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table.

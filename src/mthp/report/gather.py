@@ -18,11 +18,10 @@ from mthp.engine.space_plan import SpacePlan
 from mthp.geometry import Geometry
 from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
 from mthp.report import compared, timeline
-from mthp.report.compared import percent
-from mthp.report.document import Cell, Command, Document, Figure, Section, Table
+from mthp.report.document import Cell, Command, Document, Figure, Section, Table, figures
 from mthp.report.memorymap import MemoryMap, make_map
 from mthp.report.timeline import Timeline
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 MAPPINGS = 60
 """Mappings in the table: those with most memory."""
@@ -207,8 +206,7 @@ def _plan_section(plan: SpacePlan) -> Section:
     sizes = [
         (
             Cell(geometry.label(order)),
-            Cell(f"{count:,}", figure=True),
-            Cell(format_size(count * geometry.size_of(order)), figure=True),
+            *figures(f"{count:,}", format_size(count * geometry.size_of(order))),
         )
         for order, count in plan.folios_by_order.items()
     ]
@@ -217,12 +215,7 @@ def _plan_section(plan: SpacePlan) -> Section:
         for result, count in plan.ranges_by_result.items()
     ]
     left = [
-        (
-            Cell(format_size(left.resident), figure=True),
-            Cell(format_size(left.size), figure=True),
-            Cell(f"{left.mappings or ''}", figure=True),
-            Cell(left.reason),
-        )
+        (*figures(format_size(left.resident), format_size(left.size), f"{left.mappings or ''}"), Cell(left.reason))
         for left in plan.left
     ]
     limits = plan.tunables
@@ -247,9 +240,8 @@ def _mappings_section(census: Census) -> Section:
     sizes = [
         (
             Cell(geometry.label(order)),
-            Cell(format_size(pages * geometry.page_size), figure=True),
-            Cell(percent(pages / max(total.resident, 1)), figure=True),
-            Cell(format_size(int(census.anonymous.orders[order]) * geometry.page_size), figure=True),
+            *figures(format_size(pages * geometry.page_size), percent(pages / max(total.resident, 1))),
+            *figures(format_size(int(census.anonymous.orders[order]) * geometry.page_size)),
         )
         for order, pages in total.by_order().items()
     ]
@@ -257,7 +249,7 @@ def _mappings_section(census: Census) -> Section:
         anonymous = format_size(census.anonymous.unknown * geometry.page_size)
         size = format_size(total.unknown * geometry.page_size)
         share = percent(total.unknown / total.resident)
-        sizes.append((Cell("not visible"), Cell(size, True), Cell(share, True), Cell(anonymous, True)))
+        sizes.append((Cell("not visible"), *figures(size, share, anonymous)))
     states = [
         (Cell(name.replace("_", " ")), Cell(format_size(total.state(name) * geometry.page_size), figure=True))
         for name in STATES
@@ -280,9 +272,8 @@ def _mapping(vma: VmaCensus, geometry: Geometry) -> tuple[Cell, ...]:
     allowed = vma.madvise
     return (
         Cell(f"{vma.vma.start:x}-{vma.vma.end:x} {vma.vma.permissions}"),
-        Cell(format_size(vma.vma.size), figure=True),
-        Cell(format_size(vma.pages.resident * geometry.page_size), figure=True),
-        Cell(percent(vma.pages.coverage.share(geometry.pmd_order)), figure=True),
+        *figures(format_size(vma.vma.size), format_size(vma.pages.resident * geometry.page_size)),
+        *figures(percent(vma.pages.coverage.share(geometry.pmd_order))),
         Cell(
             f"{geometry.label(allowed.orders[0])} to {geometry.label(allowed.orders[-1])}"
             if allowed

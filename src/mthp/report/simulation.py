@@ -9,9 +9,8 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.lab.figures import METRICS
 from mthp.report.charts import MARKS, Chart, Series, chart
-from mthp.report.compared import percent
-from mthp.report.document import Cell, Command, Document, Section, Table
-from mthp.units import format_size
+from mthp.report.document import Cell, Command, Document, Section, Table, figures
+from mthp.units import format_size, percent
 
 Row = Mapping[str, Any]
 
@@ -85,8 +84,7 @@ def _over_time(whole: Sequence[Row]) -> Section:
         [
             (
                 Cell(row["policy"]),
-                Cell(f"{row['seconds']:g}", figure=True),
-                *(Cell(_form(name)(row[name]), figure=True) for name, _, _ in CHARTS),
+                *figures(f"{row['seconds']:g}", *(_form(name)(row[name]) for name, _, _ in CHARTS)),
             )
             for row in whole
         ],
@@ -115,15 +113,9 @@ def _chart(whole: Sequence[Row], name: str, title: str, unit: str) -> Chart:
         [Series(policy, points, joined=True) for policy, points in list(lines.items())[: len(MARKS)]],
         x_name="simulated seconds",
         y_name=unit,
-        x_format=lambda value: f"{value:g}",
-        y_format=(lambda value: f"{value:g}%") if scale > 1 else (lambda value: _axis(value, unit)),
+        y_unit="%" if scale > 1 else unit if unit == "bytes" else "",
         y_range=(0.0, 100.0) if name.endswith("coverage") else None,
-        y_bytes=unit == "bytes",
     )
-
-
-def _axis(value: float, unit: str) -> str:
-    return format_size(int(value)) if unit == "bytes" else f"{value:g}"
 
 
 def _processes(rows: Sequence[Row], last: Mapping[str, Row]) -> Section:
@@ -131,9 +123,7 @@ def _processes(rows: Sequence[Row], last: Mapping[str, Row]) -> Section:
         (
             Cell(row["policy"]),
             Cell(row["process"]),
-            Cell(format_size(row["resident_bytes"]), figure=True),
-            Cell(percent(row["huge_coverage"]), figure=True),
-            Cell(percent(row["large_coverage"]), figure=True),
+            *figures(format_size(row["resident_bytes"]), *map(percent, (row["huge_coverage"], row["large_coverage"]))),
         )
         for row in rows
         if row["process"] and row["seconds"] == last[row["policy"]]["seconds"]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from mthp.geometry import Geometry
-from mthp.report.compared import Compared, percent, section
-from mthp.report.document import Cell, Command, Document, Figure, Section, Table
-from mthp.units import format_size
+from mthp.report.compared import Compared, section
+from mthp.report.document import Cell, Command, Document, Figure, Section, Table, figures
+from mthp.units import format_size, percent
 
 Row = dict[str, Any]
 
@@ -73,7 +73,6 @@ def _spread(rows: Sequence[Row], sums: Sequence[Row]) -> Table:
     for name, inputs in zip(names, last.values(), strict=True):
         coverage = np.percentile([row["huge_coverage"] for row in inputs.values()], [0, 50, 100])
         bloat = np.percentile([row["bloat_share"] for row in inputs.values()], [0, 50, 100])
-        figures = (Cell(percent(float(value)), figure=True) for value in (*coverage, *bloat))
-        cells.append((Cell(name), *figures))
+        cells.append((Cell(name), *figures(*(percent(float(value)) for value in (*coverage, *bloat)))))
     columns = ("setting", "coverage, least", "median", "most", "bloat, least", "median", "most")
     return Table("Coverage and bloat of single inputs", columns, cells)

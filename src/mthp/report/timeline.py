@@ -9,10 +9,9 @@ from mthp.addrspace import AddressSpace
 from mthp.engine.census import take_census
 from mthp.geometry import Geometry
 from mthp.report.charts import Chart, Series, chart
-from mthp.report.compared import percent
-from mthp.report.document import Cell, Section, Table
+from mthp.report.document import Section, Table, figures
 from mthp.report.memorymap import make_map
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 MAX_MOMENTS = 120
 """Steps of a recording that are looked at: more than a chart of this size can show."""
@@ -122,8 +121,7 @@ def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart
         [Series(f"mapped as {pmd}", huge, joined=True), Series(f"in folios above {base}", large, joined=True)],
         x_name="seconds",
         y_name="% of the anonymous memory",
-        x_format=lambda value: f"{value:g}",
-        y_format=lambda value: f"{value:g}%",
+        y_unit="%",
         y_range=(0.0, 100.0),
     )
     memory = chart(
@@ -132,21 +130,17 @@ def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart
         [Series("resident", resident, joined=True), Series(f"mapped as {pmd}", mapped, joined=True)],
         x_name="seconds",
         y_name="bytes",
-        x_format=lambda value: f"{value:g}",
-        y_format=lambda value: format_size(int(value)),
-        y_bytes=True,
+        y_unit="bytes",
     )
     return coverage, memory
 
 
 def _table(timeline: Timeline, geometry: Geometry) -> Table:
     rows = [
-        (
-            Cell(f"{moment.seconds:g}", figure=True),
-            Cell(format_size(moment.resident), figure=True),
-            Cell(format_size(moment.anonymous), figure=True),
-            Cell(percent(moment.huge / moment.anonymous if moment.anonymous else 0.0), figure=True),
-            Cell(percent(moment.large / moment.anonymous if moment.anonymous else 0.0), figure=True),
+        figures(
+            f"{moment.seconds:g}",
+            *map(format_size, (moment.resident, moment.anonymous)),
+            *(percent(part / (moment.anonymous or 1)) for part in (moment.huge, moment.large)),
         )
         for moment in timeline.moments
     ]

@@ -96,7 +96,7 @@ def record_trace(
             writer.add(runs, meta | {"seconds": step.seconds, "accesses": packed_pages(step.pages)})
             count, accesses = count + 1, accesses + step.accesses
             step = next(steps, None)
-        writer.add(Runs.empty(), {"end": "the trace was over"})
+        writer.add(Runs.joined([]), {"end": "the trace was over"})
         size = writer.bytes
     return RecordedTrace(os.fspath(path), space.label, opened.kind, count, accesses, space.pages, opened.skipped, size)
 
@@ -117,7 +117,7 @@ class _TraceSpace(RecordingSpace):
             vmas=(),
             pages=0,
         )
-        super().__init__(description, Runs.empty(), Step(0, 0.0, 0.0, {}, 0), label)
+        super().__init__(description, Runs.joined([]), Step(0, 0.0, 0.0, {}, 0), label)
         self._seen: NDArray[np.int64] = np.empty(0, np.int64)
 
     @property

@@ -85,7 +85,7 @@ class SnapshotSpace(RecordedSpace):
         """
         spans = page_numbers(segments, self.geometry.page_size)
         needed = [self._overlapping(self._runs(index), spans) for index in self._row_groups(spans)]
-        state, folio_order = decode(Runs.concatenate(needed), spans)
+        state, folio_order = decode(Runs.joined(needed), spans)
         return PteColumns(tuple(segments), state, folio_order)
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:

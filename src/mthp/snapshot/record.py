@@ -33,7 +33,7 @@ def record(
     path: str | os.PathLike[str],
     *,
     block_size: int = BLOCK_SIZE,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
     overwrite: bool = False,
     heat: Heat | None = None,
 ) -> SnapshotInfo:
@@ -58,7 +58,7 @@ def record(
     description = describe(space, with_nodes(space, space.vmas()), heat)
     with creating(path, overwrite=overwrite) as file:
         with RunWriter(file, os.fspath(path), space.geometry.page_size) as writer:
-            for runs in _runs(space, description.vmas, block_size, progress or _silent):
+            for runs in _runs(space, description.vmas, block_size, progress):
                 writer.add(runs)
             description = writer.finish(description)
         size = file.tell()

@@ -150,7 +150,7 @@ def record_series(
                 end = "the target exited"
                 break
             spent = cpu_clock() - before
-        writer.add(Runs.empty(), {"end": end, "seconds": round(clock() - begin, 6)})
+        writer.add(Runs.joined([]), {"end": end, "seconds": round(clock() - begin, 6)})
         size = writer.bytes
     seconds = last
     interval = seconds / (steps - 1) if steps > 1 else 0.0
@@ -212,7 +212,7 @@ class StepTaker:
         if segments != self._looked:
             parts.append(self._emptied(segments))
             self._looked = segments
-        runs = Runs.concatenate([part for part in parts if len(part)])
+        runs = Runs.joined([part for part in parts if len(part)])
         counters = abilities.counters(self._space)
         if changed := {name: value for name, value in counters.items() if self._counters.get(name) != value}:
             meta["counters"] = changed
@@ -258,7 +258,7 @@ class StepTaker:
                 else:
                     del self._sums[number]
                     emptied.append(number)
-        return Runs.concatenate([runs[differs[index]], _nothing_in(emptied, n)])
+        return Runs.joined([runs[differs[index]], _nothing_in(emptied, n)])
 
     def _emptied(self, segments: Sequence[Segment]) -> Runs:
         """For every PMD range that was written and does not lie in `segments` any more, that it is empty."""

@@ -221,7 +221,7 @@ class _State:
         self._geometry = recording.description.geometry
         self._says: dict[str, Any] = json.loads(recording.description.to_json())
         self._vmas: dict[int, Any] = {}
-        self._runs = Runs.empty()
+        self._runs = Runs.joined([])
         self._pending: list[Runs] = []
 
     def add(self, meta: Meta, runs: Runs) -> None:
@@ -261,7 +261,7 @@ class _State:
         self._pending = []
         if not any(len(part) for part in parts[1:]):
             return
-        runs = Runs.concatenate(parts)
+        runs = Runs.joined(parts)
         age = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         order = np.argsort(runs.first, kind="stable")
         runs, age = runs[order], age[order]

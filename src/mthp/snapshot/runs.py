@@ -18,27 +18,29 @@ sorted and disjoint), clips them to it, and lays them out with the gaps in betwe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mthp.errors import UsageError
-from mthp.ptes import ORDER_NONE, PteColumns, Segment
+from mthp.ptes import ORDER_NONE, PteColumns, Segment, Table
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
+@dataclass(frozen=True)
+class Runs(Table):
     """Runs by ascending address, disjoint.
 
     Attributes:
-        vma: int32, shape (runs,): index of the mapping that the run lies in.
-        first: int64, shape (runs,): number of the first page.
-        pages: int64, shape (runs,): base pages in the run.
-        state: uint16, shape (runs,): bits of :class:`~mthp.ptes.Pte`.
-        folio_order: int8, shape (runs,): as in :class:`~mthp.ptes.PteColumns`. A run may span many folios.
+        vma: index of the mapping that the run lies in.
+        first: number of the first page.
+        pages: base pages in the run.
+        state: bits of :class:`~mthp.ptes.Pte`.
+        folio_order: as in :class:`~mthp.ptes.PteColumns`. A run may span many folios.
     """
+
+    DTYPES = (np.int32, np.int64, np.int64, np.uint16, np.int8)
 
     vma: NDArray[np.int32]
     first: NDArray[np.int64]
@@ -46,35 +48,10 @@ class Runs:
     state: NDArray[np.uint16]
     folio_order: NDArray[np.int8]
 
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def __getitem__(self, chosen: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Runs:
-        return Runs(*(getattr(self, column.name)[chosen] for column in fields(self)))
-
     @property
     def end(self) -> NDArray[np.int64]:
         """Number of the page behind each run: int64, shape (runs,)."""
         return self.first + self.pages
-
-    @classmethod
-    def empty(cls) -> Runs:
-        """No runs."""
-        return cls(
-            np.empty(0, np.int32),
-            np.empty(0, np.int64),
-            np.empty(0, np.int64),
-            np.empty(0, np.uint16),
-            np.empty(0, np.int8),
-        )
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Runs]) -> Runs:
-        """The runs of `parts`, one after another; one part is given back as it is."""
-        if len(parts) == 1:
-            return parts[0]
-        columns = (np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls))
-        return cls(*columns) if parts else cls.empty()
 
 
 def checked_runs(columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_size: int, address_limit: int) -> Runs:
@@ -103,7 +80,7 @@ def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) ->
         vma_first: int64, shape (vmas,), ascending: number of the first page of each mapping.
     """
     if not len(columns.state):
-        return Runs.empty()
+        return Runs.joined([])
     spans = page_numbers(columns.segments, page_size)
     lengths = spans[:, 1] - spans[:, 0]
     offsets = np.cumsum(lengths) - lengths

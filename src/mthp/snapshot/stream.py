@@ -194,11 +194,11 @@ class StreamReader:
                     # What passes a bound is not a file that broke off: its reader has to know.
                     if error.help:
                         raise UsageError(f"{self.path}: {error.message}", help=error.help) from error
-                    yield {"broken": error.message}, Runs.empty()
+                    yield {"broken": error.message}, Runs.joined([])
                     return
                 except (OSError, ValueError, MemoryError, arrow.ArrowException) as error:
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    yield {"broken": reason}, Runs.empty()
+                    yield {"broken": reason}, Runs.joined([])
                     return
                 yield meta, runs
 

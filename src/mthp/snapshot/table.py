@@ -79,7 +79,7 @@ class RunWriter:
         self._page_size = page_size
         self._table = arrow.table
         self._schema = arrow.schema([(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()])
-        self._tail = Runs.empty()
+        self._tail = Runs.joined([])
         self._waiting: list[Runs] = []
         self.runs = 0
         self.pages = 0
@@ -100,7 +100,7 @@ class RunWriter:
         Raises:
             MthpError: the file cannot be written.
         """
-        runs = joined(Runs.concatenate([self._tail, runs]))
+        runs = joined(Runs.joined([self._tail, runs]))
         self._tail = runs[-1:]
         if len(runs) > 1:
             self._waiting.append(runs[:-1])
@@ -122,7 +122,7 @@ class RunWriter:
         return description
 
     def _flush(self) -> None:
-        runs = Runs.concatenate(self._waiting)
+        runs = Runs.joined(self._waiting)
         self._waiting = []
         if not len(runs):
             return
