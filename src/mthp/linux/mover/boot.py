@@ -135,7 +135,8 @@ class BootedThread:
     @property
     def has_made_calls(self) -> bool:
         """Whether the thread, which is stopped, has made all calls but the last."""
-        return self.is_inside and self._calls_made() >= CALLS - 1
+        # Before its first instruction the register still holds a value of the thread's own.
+        return self.is_inside and self._calls_made() in (CALLS - 1, CALLS)
 
     def _calls_made(self) -> int:
         row = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.boot_row])
