@@ -77,18 +77,12 @@ def _print_mechanisms(out: Console, report: CollapseReport) -> None:
 def _print_ranges(out: Console, report: CollapseReport) -> None:
     geometry = report.plan.geometry
     pmd = geometry.label(geometry.pmd_order)
-    rows = [["collapsed", str(report.collapsed), f"{format_size(report.collapsed_bytes)} are mapped as {pmd} now"]]
-    if report.unchanged:
-        rows.append(["huge already", str(report.unchanged), "nothing to do"])
-    rows += [[result.name, str(count), result.meaning] for result, count in report.failed.most_common()]
-    if report.over_budget:
-        rows.append(["over budget", str(report.over_budget), "filling them would exceed --max-bloat"])
-    if report.ranges.over_copied:
-        rows.append(["over budget", str(report.ranges.over_copied), "copying them would exceed --max-copied"])
-    if report.over_reserve:
-        rows.append(["no room", str(report.over_reserve), f"{report.room}: --reserve"])
-    if report.not_tried:
-        rows.append(["not tried", str(report.not_tried), "it ended early"])
+    rows = [
+        ["collapsed", str(report.collapsed), f"{format_size(report.collapsed_bytes)} are mapped as {pmd} now"],
+        *_unchanged(report.ranges, "huge already"),
+        *([result.name, str(count), result.meaning] for result, count in report.failed.most_common()),
+        *_left_alone(report, report.ranges),
+    ]
     out.print(Table(f"{report.plan.label}: PMD ranges of {pmd}", ["outcome", "ranges", "meaning"], rows, right={1}))
 
 
@@ -99,17 +93,9 @@ def _print_folios(out: Console, report: CollapseReport) -> None:
         size = geometry.label(order)
         made = f"{format_size(tally.made * geometry.size_of(order))} lie in folios of {size} now"
         rows.append([size, "made", str(tally.made), made + (", verified" if report.verified else "")])
-        if tally.unchanged:
-            rows.append([size, "large already", str(tally.unchanged), "nothing to do"])
-        rows += [[size, result.name, str(count), reason] for (result, reason), count in tally.failed.most_common()]
-        if tally.over_budget:
-            rows.append([size, "over budget", str(tally.over_budget), "filling them would exceed --max-bloat"])
-        if tally.over_copied:
-            rows.append([size, "over budget", str(tally.over_copied), "copying them would exceed --max-copied"])
-        if tally.over_reserve:
-            rows.append([size, "no room", str(tally.over_reserve), f"{report.room}: --reserve"])
-        if tally.not_tried:
-            rows.append([size, "not tried", str(tally.not_tried), "it ended early"])
+        failed = ([result.name, str(count), reason] for (result, reason), count in tally.failed.most_common())
+        others = (*_unchanged(tally, "large already"), *failed, *_left_alone(report, tally))
+        rows += [[size, *row] for row in others]
     title = f"{report.plan.label}: folios below {geometry.label(geometry.pmd_order)}"
     out.print(Table(title, ["size", "outcome", "folios", "meaning"], rows, right={2}))
 
@@ -122,6 +108,7 @@ def _left_alone(report: CollapseReport, tally: FolioTally) -> list[list[str]]:
     """Return a row for every reason for which folios were not tried."""
     rows = (
         ("over budget", tally.over_budget, "filling them would exceed --max-bloat"),
+        ("over budget", tally.over_copied, "copying them would exceed --max-copied"),
         ("no room", tally.over_reserve, f"{report.room}: --reserve"),
         ("not tried", tally.not_tried, "it ended early"),
     )

@@ -117,11 +117,7 @@ class Admission:
 
 
 def bloat_budget(space: AddressSpace, means: Means) -> int | None:
-    """Return the bytes that filling may add to `space` as it is now; None for no bound.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return the bytes that filling may add to `space` as it is now; None for no bound."""
     return _bytes_of(space, means.max_bloat)
 
 
@@ -133,11 +129,7 @@ def _bytes_of(space: AddressSpace, bound: Amount | int | None) -> int | None:
 
 
 def copy_budget(space: AddressSpace, means: Means) -> int | None:
-    """Return the bytes of `space` as it is now that may be copied; None for no bound.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return the bytes of `space` as it is now that may be copied; None for no bound."""
     return _bytes_of(space, means.max_copied)
 
 

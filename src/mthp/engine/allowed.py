@@ -95,11 +95,7 @@ def mechanisms_of(space: AddressSpace, plan: SpacePlan, means: Means) -> dict[in
 
 
 def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
-    """Return what a collapse of `space` would do now.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return what a collapse of `space` would do now."""
     budget, most_copied, room = bloat_budget(space, means), copy_budget(space, means), room_of(space, means)
     spare, page_size = room.spare, plan.geometry.page_size
     made: dict[int, int] = {}

@@ -215,11 +215,7 @@ def blocks_of(job: Job, segments: Sequence[Segment], geometry: Geometry) -> Iter
 
 
 def read_parts(space: AddressSpace, job: Job, parts: Sequence[Segment]) -> tuple[PteColumns, Planes]:
-    """Read some parts of PMD ranges: their entries, and planes with a row for each, outside of which nothing is.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Read some parts of PMD ranges: their entries, and planes with a row for each, outside of which nothing is."""
     geometry = space.geometry
     columns = space.read(parts)
     firsts, ends = page_numbers(parts, geometry.page_size).T

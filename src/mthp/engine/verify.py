@@ -134,7 +134,6 @@ def verify_space(
 
     Raises:
         UsageError: a size that no folio has here.
-        TargetVanishedError: the process exited meanwhile.
     """
     orders = [space.geometry.parse_order(each.size) for each in expectations]
     census = take_census(space, progress)

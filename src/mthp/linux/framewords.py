@@ -43,9 +43,6 @@ Words = NDArray[np.uint64]
 class FrameWords:
     """Reads the words of frames. Several threads may use one at once.
 
-    Args:
-        path: of the file.
-
     Raises:
         OSError: it cannot be opened: it takes root and CAP_SYS_ADMIN.
     """

@@ -37,7 +37,6 @@ class Trimmer(Closing):
 
     Raises:
         NotPermittedError: frames cannot be seen.
-        TargetVanishedError: the process is gone.
     """
 
     def __init__(self, space: ProcessSpace, ability: SplitAbility | None = None, file: SplitFile | None = None) -> None:
@@ -55,7 +54,6 @@ class Trimmer(Closing):
         """Do what :meth:`mthp.trimming.Trimming.trim_folios` says.
 
         Raises:
-            TargetVanishedError: the process is gone.
             UnsupportedError, NotPermittedError: not in this way here.
         """
         self._ability.require_split() if by == "split" else self._ability.require_cold()
@@ -71,11 +69,7 @@ class Trimmer(Closing):
         )
 
     def _one(self, folio: Block, pfn: int, zero: NDArray[np.bool_], by: TrimBy) -> tuple[int, int]:
-        """Trim one folio: errno, and how long it took in nanoseconds.
-
-        Raises:
-            TargetVanishedError: the process is gone.
-        """
+        """Trim one folio: errno, and how long it took in nanoseconds."""
         begin = time.perf_counter_ns()
         address, order = folio
         error = 0

@@ -48,7 +48,6 @@ class HeatSource(Protocol):
         Raises:
             UnsupportedError: this kernel does not have it, or another program uses it.
             NotPermittedError: these rights do not suffice.
-            TargetVanishedError: the process is gone.
         """
 
 
@@ -80,11 +79,7 @@ def measure_heat(space: ProcessSpace, request: HeatRequest, stop: Stop) -> Heat:
 
 
 def anonymous_segments(space: ProcessSpace) -> list[Segment]:
-    """Return where anonymous memory of `space` may be populated, in whole PMD ranges, without overlap.
-
-    Raises:
-        TargetVanishedError: the process is gone.
-    """
+    """Return where anonymous memory of `space` may be populated, in whole PMD ranges, without overlap."""
     size = space.geometry.pmd_size
     whole = [(vma.start, vma.end) for vma in space.vmas() if vma.kind is VmaKind.ANON]
     return space.populated([segment for segment in whole if segment[1] - segment[0] >= size], size)

@@ -102,7 +102,6 @@ class Damon:
 
     Args:
         sysfs: the THP directory, beside which that of DAMON is.
-        root: directory of the journal.
     """
 
     def __init__(self, sysfs: ThpSysfs | None = None, root: Path | None = None) -> None:

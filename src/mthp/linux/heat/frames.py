@@ -35,7 +35,6 @@ def frames_of(space: ProcessSpace, segments: list[Segment]) -> Frames:
 
     Raises:
         NotPermittedError: these rights do not show frames.
-        TargetVanishedError: the process is gone.
     """
     page_size = space.geometry.page_size
     addresses, frames = [], []

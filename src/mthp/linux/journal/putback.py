@@ -48,7 +48,6 @@ def read_word(sysfs: Path, switch: str) -> str | None:
     """Return the word or number that is chosen now; None if there is no such switch.
 
     Args:
-        sysfs: the THP directory.
         switch: path below it, or :data:`~mthp.linux.journal.instance.INSTANCE`.
     """
     if switch == INSTANCE:

@@ -88,7 +88,6 @@ def objection_of(verdict: int, vmas: Sequence[Vma], address: int) -> Objection:
     Args:
         verdict: of :func:`refuse_blocks`, not NONE.
         vmas: the mappings that the block was checked by.
-        address: of the block.
     """
     objection = BlockRefusal(verdict).objection
     if verdict != BlockRefusal.VMA:
