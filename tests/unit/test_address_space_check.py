@@ -28,6 +28,7 @@ from mthp.snapshot.record import record
 from mthp.testing import check_address_space, problems_of
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
+from simcheck import check
 
 SMALL = Geometry("16-ptes", 4096, 4)
 SIZE = SMALL.pmd_size
@@ -75,7 +76,7 @@ def test_the_simulated_machine_passes(geometry: Geometry) -> None:
     machine, mm = lived_in(geometry)
     orders = [order for order in geometry.anon_orders if order in (2, geometry.pmd_order)]
     check_address_space(machine.space(mm), collapse=True, orders=orders, end=lambda: machine.exit(mm))
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_snapshot_of_it_passes(tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_collapse_carries_the_plan_out_there() -> None:
     report = collapse_space(space, PlanOptions(policy="pmd-only"), Means(max_bloat=None))
     assert report.collapsed == plan.folios_by_order[4] > 0
     assert not plan_space(space, PlanOptions(policy="pmd-only")).folios_by_order
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_khugepaged_of_the_library_does_there_what_a_plan_foretells() -> None:
@@ -256,7 +257,7 @@ def test_khugepaged_of_the_library_does_there_what_a_plan_foretells() -> None:
     succeeded = {order: count for (order, result), count in daemon.statistics.attempts.items() if result == 1}
     assert succeeded == plan.folios_by_order
     assert sum(daemon.statistics.filled.values()) * 4096 == plan.filled_bytes
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_khugepaged_of_the_library_rests_in_the_machines_time() -> None:

@@ -16,6 +16,7 @@ from mthp.sim.memory import Fl
 from mthp.sim.mm import HUGEPAGE, LOCKED, NOHUGEPAGE, UFFD_MISSING, UFFD_WP, Mm, P, Pmd
 from mthp.sim.mremap import Remap
 from mthp.tunables import Switches
+from simcheck import check
 
 SMALL = Geometry("16-ptes", 4096, 4)
 START, SIZE, PAGE = SMALL.pmd_size, SMALL.pmd_size, SMALL.page_size
@@ -40,7 +41,7 @@ def mm(machine: Machine) -> Mm:
 @pytest.fixture(autouse=True)
 def everything_adds_up(machine: Machine) -> object:
     yield
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def spans(mm: Mm) -> list[tuple[int, int]]:
@@ -345,7 +346,7 @@ def test_a_migration_is_waited_for(machine: Machine, mm: Mm) -> None:
     assert machine.start_migration(mm, START + 3 * PAGE) == 0
     assert mm.pmd(START) is Pmd.TABLE
     assert (mm.ptes(START, 16).bits & P.MIGRATION).all()
-    assert machine.check() == []
+    assert check(machine) == []
     assert machine.start_migration(mm, START) == errno.EFAULT
     assert machine.munmap(mm, START, START + PAGE) == 0
     assert machine.read(mm, START + 5 * PAGE) == (Fault.DONE, START // PAGE + 5)

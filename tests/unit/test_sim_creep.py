@@ -19,6 +19,7 @@ from mthp.sim import Machine
 from mthp.sim.access import Fault
 from mthp.sim.mm import HUGEPAGE, Mm
 from mthp.tunables import Switches, Tunables
+from simcheck import check
 
 SIXTEEN = Geometry("16-ptes", 4096, 4)
 
@@ -48,7 +49,7 @@ class Program:
     def scan(self) -> str:
         """One full scan: the folios afterwards, such as ``"8 1*5 .*3"`` (a folio of 8, 5 small pages, 3 none)."""
         self.machine.khugepaged.full_scan()
-        assert self.machine.check() == []
+        assert check(self.machine) == []
         ptes = self.mm.ptes(self.start, self.geometry.ptes_per_pmd)
         orders = self.machine.parts.memory.order[np.where(ptes.pages(), ptes.value, 0)]
         words = [str(1 << order) if page else "." for order, page in zip(orders.tolist(), ptes.pages(), strict=True)]

@@ -17,6 +17,7 @@ from mthp.sim.memory import Fl
 from mthp.sim.parts import Parts, Step
 from mthp.sim.state import columns
 from mthp.tunables import Switches, Tunables
+from simcheck import check
 from simworld import PAGE, SMALL, START
 
 RANGES = 24
@@ -78,7 +79,7 @@ def lived(seed: int, orders: frozenset[int], none: int, budget: int, singly: boo
         machine.exit(child)
     for _ in range(6):
         daemon.do_scan()
-    assert machine.check() == []
+    assert check(machine) == []
     return machine, daemon
 
 

@@ -18,6 +18,7 @@ from mthp.sim.lru import BATCH_SIZE
 from mthp.sim.memory import Fl
 from mthp.sim.mm import HUGEPAGE, Mm, Pmd
 from mthp.tunables import Switches
+from simcheck import check
 
 PMD = 2 << 20
 
@@ -132,7 +133,7 @@ def lived() -> tuple[Machine, Mm]:
     machine.fork(mm)
     machine.parts.lru.drain()
     assert mm.swap_entries == 2
-    assert machine.check() == []
+    assert check(machine) == []
     return machine, mm
 
 
@@ -167,5 +168,5 @@ DAMAGE: dict[str, Callable[[Machine, Mm], object]] = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_is_found(lived: tuple[Machine, Mm], what: str) -> None:
     DAMAGE[what](*lived)
-    found = lived[0].check()
+    found = check(lived[0])
     assert any(what in line for line in found), found

@@ -13,6 +13,7 @@ from mthp.sim.memory import Fl
 from mthp.sim.mm import HUGEPAGE, LOCKED, Mm, P, Pmd
 from mthp.sim.reclaim import reclaim
 from mthp.tunables import Switches, Tunables
+from simcheck import check
 
 SMALL = Geometry("16-ptes", 4096, 4)
 START, SIZE, PAGE = SMALL.pmd_size, SMALL.pmd_size, SMALL.page_size
@@ -46,9 +47,9 @@ def test_more_is_written_than_memory_holds() -> None:
     assert mm.anon_pages <= 1024
     assert mm.anon_pages + mm.swap_entries == 1500
     assert machine.counters["pswpout"] == mm.swap_entries
-    assert machine.check() == []
+    assert check(machine) == []
     assert contents(machine, mm, 1500) == wanted(1500)
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_out_of_memory_is_an_outcome() -> None:
@@ -57,7 +58,7 @@ def test_out_of_memory_is_an_outcome() -> None:
     assert touched.outcome is Fault.OOM
     assert touched.done == mm.anon_pages + mm.swap_entries == 1024 + 100
     assert machine.write(mm, START + 1400 * PAGE, 1) is Fault.OOM
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_what_is_used_stays_and_what_is_not_goes() -> None:
@@ -81,7 +82,7 @@ def test_pinned_and_locked_pages_stay() -> None:
         pass
     assert mm.anon_pages == 1 + 8
     assert int(mm.ptes(START, 1).value[0]) == pfn
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_pages_read_back_into_a_locked_mapping_stay() -> None:
@@ -102,7 +103,7 @@ def test_lazyfree_pages_go_without_swap_unless_they_are_dirty_again() -> None:
     assert mm.anon_pages == 1
     assert machine.read(mm, START + 5 * PAGE) == (Fault.DONE, 77)
     assert machine.read(mm, START + 6 * PAGE) == (Fault.DONE, 0)
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_shared_page_goes_from_both() -> None:
@@ -112,9 +113,9 @@ def test_a_shared_page_goes_from_both() -> None:
         pass
     assert (mm.swap_entries, child.swap_entries, mm.anon_pages, child.anon_pages) == (32, 32, 0, 0)
     assert machine.counters["pswpout"] == 32
-    assert machine.check() == []
+    assert check(machine) == []
     assert contents(machine, child, 32) == contents(machine, mm, 32) == wanted(32)
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_large_folios_go_as_a_whole_where_swap_has_room_for_that() -> None:
@@ -126,7 +127,7 @@ def test_large_folios_go_as_a_whole_where_swap_has_room_for_that() -> None:
     assert machine.counters["hugepages-64kB/swpout"] == 2
     assert machine.counters["thp_split_page"] == 0
     assert contents(machine, mm, 32) == wanted(32)
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_large_folios_are_split_where_swap_is_in_pieces() -> None:
@@ -136,7 +137,7 @@ def test_large_folios_are_split_where_swap_is_in_pieces() -> None:
     assert machine.counters["thp_swpout_fallback"] == machine.counters["thp_split_page"] == 1
     assert mm.swap_entries == 32
     assert contents(machine, mm, 32) == wanted(32)
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_without_swap_large_folios_stay_whole() -> None:
@@ -148,7 +149,7 @@ def test_without_swap_large_folios_stay_whole() -> None:
     machine.madvise(mm, START, START + SIZE, "FREE")
     assert reclaim(machine.parts, 512) == 16
     assert [mm.pmd(START + at * SIZE) for at in range(1, 4)] == [Pmd.HUGE] * 3
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_folio_in_the_swap_cache_is_not_listed_to_be_split() -> None:
@@ -166,7 +167,7 @@ def test_a_folio_in_the_swap_cache_is_not_listed_to_be_split() -> None:
     assert machine.madvise(mm, START, START + PAGE, "DONTNEED") == 0
     assert (machine.counters["hugepages-16kB/split_deferred"], machine.parts.memory.deferred) == (0, {})
     machine.exit(child)
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_folio_with_unmapped_pages_is_split_when_memory_is_short() -> None:
@@ -179,7 +180,7 @@ def test_a_folio_with_unmapped_pages_is_split_when_memory_is_short() -> None:
     assert machine.counters["thp_split_page"] == 1
     assert machine.counters["hugepages-64kB/nr_anon"] == 0
     assert contents(machine, mm, 16) == [0] * 5 + wanted(16)[5:]
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 @pytest.mark.parametrize(("written", "shrink", "split"), [(6, "1", 1), (7, "1", 1), (8, "1", 0), (6, "0", 0)])
@@ -195,7 +196,7 @@ def test_a_huge_folio_that_is_mostly_zero_is_split_when_memory_is_short(written:
     assert mm.anon_pages == (written if split else 16)
     assert mm.ptes(START + 15 * PAGE, 1).bits[0] & P.ZERO == (P.ZERO if split else 0)
     assert contents(machine, mm, 16) == [*range(1, written + 1), *[0] * (16 - written)]
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_cgroup_reclaims_its_own_and_those_above_it_count() -> None:
@@ -212,7 +213,7 @@ def test_a_cgroup_reclaims_its_own_and_those_above_it_count() -> None:
     assert spaces[1].anon_pages <= 30
     assert sum(mm.anon_pages for mm in spaces) == groups.usage[parent] <= 100
     assert all(contents(machine, mm, 90) == wanted(90) for mm in spaces)
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_limits_that_cannot_be_are_refused() -> None:
@@ -239,7 +240,7 @@ def test_compaction_makes_room_where_pages_can_be_moved() -> None:
     assert mm.pmd(START) is Pmd.HUGE
     assert machine.counters["compact_success"] == 1
     assert machine.clock.spent_ns()["migrate_folio"] > 0
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_it_fails_where_they_cannot_and_then_rests() -> None:
@@ -255,7 +256,7 @@ def test_it_fails_where_they_cannot_and_then_rests() -> None:
     assert machine.counters["thp_fault_fallback"] == 6, "only the first page of a range asks for a huge folio"
     scanned = machine.clock.spent_ns()["compact_frame"]
     assert scanned < 6 * 1024 * machine.clock.costs.compact_frame // 1000
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 @pytest.mark.parametrize(("word", "waits"), [("never", False), ("defer", False), ("madvise", True), ("always", True)])
@@ -282,7 +283,7 @@ def test_khugepaged_has_a_defrag_of_its_own() -> None:
     machine.sysfs.write("khugepaged/defrag", "1")
     machine.khugepaged.full_scan()
     assert mm.pmd(START) is Pmd.HUGE
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_mapped_pages_are_moved_with_all_that_is_known_of_them() -> None:
@@ -299,7 +300,7 @@ def test_mapped_pages_are_moved_with_all_that_is_known_of_them() -> None:
     memory.own(memory.alloc_small(memory.free_frames - 100))
     machine.sysfs.write("/proc/sys/vm/compact_memory", "1")
     assert machine.counters["pgmigrate_success"] > 0
-    assert machine.check() == []
+    assert check(machine) == []
     for child in machine.mms.values():
         for page in range(1, 500, 2):
             assert machine.read(child, START + page * PAGE)[1] == START // PAGE + page, (before, page)
@@ -319,7 +320,7 @@ def test_background_reclaim_starts_at_the_low_watermark_and_ends_at_the_high_one
     assert zone.free_frames >= 95
     assert machine.counters["pgsteal_kswapd"] >= 16
     assert machine.counters["pgscan_direct"] == 0
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_page_cache_goes_first() -> None:
@@ -331,7 +332,7 @@ def test_page_cache_goes_first() -> None:
     assert machine.populate(mm, START, START + 1000 * PAGE).outcome is Fault.DONE
     assert mm.swap_entries == 0
     assert len(machine.parts.memory.cache) <= 24
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_page_that_is_copied_is_not_reclaimed_under_the_copy() -> None:
@@ -342,7 +343,7 @@ def test_a_page_that_is_copied_is_not_reclaimed_under_the_copy() -> None:
     child = machine.fork(mm)
     for page in range(1000):
         assert machine.write(child, START + page * PAGE, page + 1) is Fault.DONE
-    assert machine.check() == []
+    assert check(machine) == []
     assert contents(machine, mm, 1000) == wanted(1000)
     assert contents(machine, child, 1000) == list(range(1, 1001))
     assert np.count_nonzero(machine.parts.memory.flags & Fl.LOCKED) == 0
@@ -364,7 +365,7 @@ def test_a_slot_in_the_swap_cache_makes_its_neighbours_come_back_singly() -> Non
     assert machine.read(mm, START + 4 * PAGE)[1] == START // PAGE + 4
     assert machine.counters["hugepages-16kB/swpin_fallback"] == 1
     assert [int(bits) & int(P.SWAP) > 0 for bits in mm.ptes(START + 4 * PAGE, 4).bits] == [False, True, True, True]
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_cgroup_without_room_for_a_large_folio_gets_a_small_one_back() -> None:
@@ -396,4 +397,4 @@ def test_large_folios_come_back_from_aligned_slots_and_not_where_userfaultfd_wat
         assert machine.uffd_register(mm, START, START + SIZE, ["wp"]) == 0
     assert machine.read(mm, START + 5 * PAGE)[1] == START // PAGE + 5
     assert machine.counters["hugepages-16kB/swpin"] == int(aligned and not armed)
-    assert machine.check() == []
+    assert check(machine) == []

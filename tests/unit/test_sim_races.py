@@ -15,6 +15,7 @@ from mthp.sim.mm import Mm, Pmd
 from mthp.sim.mremap import Remap
 from mthp.sim.parts import Step
 from mthp.sim.reclaim import reclaim
+from simcheck import check
 from simworld import PAGE, SMALL, START, World
 
 END = START + SMALL.pmd_size
@@ -126,7 +127,7 @@ def test_it_ends_as_the_kernels_would(actor: str, step: Step, swapped: bool) -> 
     assert acted, "the collapse came to that step"
     assert result is wanted
     machine.finish_migrations()
-    assert machine.check() == []
+    assert check(machine) == []
     for number, other in machine.mms.items():
         held = [machine.read(other, START + page * PAGE) for page in range(15)]
         kept = [(outcome, content) for outcome, content in held if content]
@@ -135,7 +136,7 @@ def test_it_ends_as_the_kernels_would(actor: str, step: Step, swapped: bool) -> 
         if actor not in ("munmap of it all", "MADV_DONTNEED", "mremap of it all"):
             lost = {"munmap of the first page": 1}.get(actor, 0)
             assert [content for _, content in held[lost:]] == list(range(lost + 1, 16))
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_process_that_exits_is_visited_no_more() -> None:
@@ -144,7 +145,7 @@ def test_a_process_that_exits_is_visited_no_more() -> None:
     assert world.scan() is ScanResult.ANY_PROCESS
     assert world.machine.khugepaged.mms == []
     world.machine.khugepaged.full_scan()
-    assert world.machine.check() == []
+    assert check(world.machine) == []
 
 
 def test_memory_that_fails_under_the_copy_undoes_it() -> None:
@@ -154,4 +155,4 @@ def test_memory_that_fails_under_the_copy_undoes_it() -> None:
     assert world.mm.pmd(START) is Pmd.TABLE
     assert world.machine.read(world.mm, START + 7 * PAGE)[0] is Fault.SIGBUS
     assert world.machine.read(world.mm, START + 6 * PAGE) == (Fault.DONE, 7)
-    assert world.machine.check() == []
+    assert check(world.machine) == []

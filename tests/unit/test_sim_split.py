@@ -10,6 +10,7 @@ import pytest
 from mthp.sim import Machine
 from mthp.sim.kernel import kernel_of
 from mthp.sim.mm import Mm, Pmd
+from simcheck import check
 
 FILE = "/sys/kernel/debug/split_huge_pages"
 
@@ -27,7 +28,7 @@ def collapsed(release: tuple[int, int] = (7, 3), every: int = 1) -> tuple[Machin
 def split(machine: Machine, mm: Mm, start: int, *numbers: int, pages: int = 1) -> None:
     words = (mm.id, f"{start:#x}", f"{start + pages * machine.geometry.page_size:#x}", *numbers)
     machine.sysfs.write(FILE, ",".join(map(str, words)))
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def orders(machine: Machine, mm: Mm, start: int) -> list[int]:
@@ -66,7 +67,7 @@ def test_only_a_wrong_text_and_a_missing_process_are_errors(text: str, error: in
     except OSError as problem:
         found = problem.errno
     assert found == error
-    assert machine.check() == []
+    assert check(machine) == []
 
 
 def test_a_range_ends_with_its_mapping() -> None:

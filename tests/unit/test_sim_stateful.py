@@ -25,6 +25,7 @@ from mthp.sim.mremap import Remap
 from mthp.sim.parts import Step
 from mthp.sim.reclaim import reclaim
 from mthp.tunables import Switches, Tunables
+from simcheck import check
 
 GEOMETRY = Geometry("small", 4096, 4)
 PAGES = 72
@@ -376,7 +377,7 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def everything_adds_up(self) -> None:
         if hasattr(self, "machine"):
-            assert self.machine.check() == []
+            assert check(self.machine) == []
 
     @invariant()
     def pages_hold_what_was_written(self) -> None:

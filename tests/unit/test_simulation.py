@@ -16,6 +16,7 @@ from mthp.ptes import Pte
 from mthp.report.simulation import report_on_simulation
 from mthp.snapshot import record
 from report_spaces import mixed
+from simcheck import check
 
 HEAD = """
 duration = "{seconds}s"
@@ -89,7 +90,7 @@ def test_what_the_programs_of_a_machine_leave_adds_up(tmp_path: Path) -> None:
     scenario = load_scenario(path)
     inside = _Run(scenario, "mainline", None, lambda done, total: None, lambda: False)
     outcome = inside.run()
-    assert inside.machine.check() == []
+    assert check(inside.machine) == []
     assert {row["process"] for row in outcome.rows} == {"", *SMALL}
     last = [row for row in outcome.rows if row["seconds"] == outcome.last["seconds"]]
     parts = [row for row in last if row["process"]]
@@ -162,7 +163,7 @@ def test_pinned_pages_are_left_alone_and_let_go(tmp_path: Path) -> None:
     inside = _Run(load_scenario(path), "mainline", None, lambda done, total: None, lambda: False)
     inside.run()
     assert not +inside.machine.parts.pins
-    assert inside.machine.check() == []
+    assert check(inside.machine) == []
 
 
 def test_on_a_fragmented_machine_large_folios_are_rare(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_mthp_visits_every_workload_in_the_place_of_khugepaged(tmp_path: Path, n
     path.write_text(HEAD.format(seconds=6, memory="128M") + FULL_ONLY + process(name, 'advise_after = "1s"'))
     inside = _Run(load_scenario(path), "mainline:split", None, lambda done, total: None, lambda: False)
     outcome = inside.run()
-    assert inside.machine.check() == []
+    assert check(inside.machine) == []
     assert inside.machine.khugepaged.statistics.passes == 0
     assert outcome.policy == outcome.last["policy"] == "mainline:split"
     assert outcome.last["killed"] == 0

@@ -14,7 +14,7 @@ It is deterministic: the same calls give the same frames, counters and events on
 - what khugepaged sees (:mod:`~mthp.sim.scan`) and does (:mod:`~mthp.sim.collapse`);
 - simulated time (:mod:`~mthp.sim.clock`), and the files of sysfs and ``/proc`` (:mod:`~mthp.sim.sysfs`).
 
-:class:`~mthp.sim.machine.Machine` ties them together; :mod:`~mthp.sim.check` says what must always hold.
+:class:`~mthp.sim.machine.Machine` ties them together.
 """
 
 from mthp.sim.machine import Machine

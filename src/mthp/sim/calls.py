@@ -7,7 +7,8 @@ userfaultfd, drivers' pages, migration): khugepaged has to cope with what they l
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Concatenate, ParamSpec, TypeVar
 
 from mthp.sim import driver, syscalls, uffd
 from mthp.sim.migrate import finish_migration, start_migration
@@ -17,6 +18,18 @@ from mthp.sim.parts import Parts
 
 ADDRESS_LIMIT = 1 << 47
 """The address behind the last one of user space, as on x86-64."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _call(function: Callable[Concatenate[Parts, _P], _R]) -> Callable[Concatenate[SystemCalls, _P], _R]:
+    """Return the method that calls `function` with the machine's parts."""
+
+    def method(self: SystemCalls, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return function(self.parts, *args, **kwargs)
+
+    return method
 
 
 class SystemCalls:
@@ -44,21 +57,17 @@ class SystemCalls:
         self.map(mm, address, address + size, flags=flags)
         return address
 
-    def munmap(self, mm: Mm, start: int, end: int) -> int:
-        """Unmap a range: 0 or an error number."""
-        return syscalls.munmap(self.parts, mm, start, end)
+    munmap = _call(syscalls.munmap)
+    """Unmap a range: 0 or an error number."""
 
-    def mprotect(self, mm: Mm, start: int, end: int, permissions: str) -> int:
-        """Change what accesses a range permits, to such as ``"r--"``: 0, EINVAL or ENOMEM."""
-        return syscalls.mprotect(self.parts, mm, start, end, permissions)
+    mprotect = _call(syscalls.mprotect)
+    """Change what accesses a range permits, to such as ``"r--"``: 0, EINVAL or ENOMEM."""
 
-    def mlock(self, mm: Mm, start: int, end: int) -> int:
-        """Lock a range in memory, and bring all of it there: 0, EINVAL, ENOMEM or EAGAIN."""
-        return syscalls.mlock(self.parts, mm, start, end)
+    mlock = _call(syscalls.mlock)
+    """Lock a range in memory, and bring all of it there: 0, EINVAL, ENOMEM or EAGAIN."""
 
-    def munlock(self, mm: Mm, start: int, end: int) -> int:
-        """Unlock a range: 0, EINVAL or ENOMEM."""
-        return syscalls.munlock(self.parts, mm, start, end)
+    munlock = _call(syscalls.munlock)
+    """Unlock a range: 0, EINVAL or ENOMEM."""
 
     def mremap(
         self, mm: Mm, start: int, end: int, size: int, flags: Remap = Remap.MAYMOVE, new_address: int | None = None
@@ -75,33 +84,26 @@ class SystemCalls:
         mm.thp_disabled = disabled
         return 0
 
-    def uffd_register(self, mm: Mm, start: int, end: int, modes: Sequence[str]) -> int:
-        """UFFDIO_REGISTER for ``"missing"``, ``"wp"`` or both: 0 or EINVAL."""
-        return uffd.register(self.parts, mm, start, end, modes)
+    uffd_register = _call(uffd.register)
+    """UFFDIO_REGISTER for ``"missing"``, ``"wp"`` or both: 0 or EINVAL."""
 
-    def uffd_unregister(self, mm: Mm, start: int, end: int) -> int:
-        """UFFDIO_UNREGISTER: 0 or EINVAL."""
-        return uffd.unregister(self.parts, mm, start, end)
+    uffd_unregister = _call(uffd.unregister)
+    """UFFDIO_UNREGISTER: 0 or EINVAL."""
 
-    def uffd_writeprotect(self, mm: Mm, start: int, end: int, *, on: bool) -> int:
-        """UFFDIO_WRITEPROTECT: 0, EINVAL or ENOENT."""
-        return uffd.writeprotect(self.parts, mm, start, end, on=on)
+    uffd_writeprotect = _call(uffd.writeprotect)
+    """UFFDIO_WRITEPROTECT: 0, EINVAL or ENOENT."""
 
-    def uffd_copy(self, mm: Mm, address: int, content: int) -> int:
-        """UFFDIO_COPY of one page: 0, EINVAL, ENOENT, EEXIST or ENOMEM."""
-        return uffd.copy(self.parts, mm, address, content)
+    uffd_copy = _call(uffd.copy)
+    """UFFDIO_COPY of one page: 0, EINVAL, ENOENT, EEXIST or ENOMEM."""
 
-    def uffd_zeropage(self, mm: Mm, address: int) -> int:
-        """UFFDIO_ZEROPAGE of one page: 0, EINVAL, ENOENT or EEXIST."""
-        return uffd.zeropage(self.parts, mm, address)
+    uffd_zeropage = _call(uffd.zeropage)
+    """UFFDIO_ZEROPAGE of one page: 0, EINVAL, ENOENT or EEXIST."""
 
-    def insert_page(self, mm: Mm, address: int, *, managed: bool) -> int:
-        """A driver maps a page of its own (:func:`mthp.sim.driver.insert_page`): 0, EFAULT, EBUSY or ENOMEM."""
-        return driver.insert_page(self.parts, mm, address, managed=managed)
+    insert_page = _call(driver.insert_page)
+    """A driver maps a page of its own: 0, EFAULT, EBUSY or ENOMEM."""
 
-    def start_migration(self, mm: Mm, address: int) -> int:
-        """Begin to move the folio at `address` to other frames: 0, EFAULT or EBUSY."""
-        return start_migration(self.parts, mm, address)
+    start_migration = _call(start_migration)
+    """Begin to move the folio at an address to other frames: 0, EFAULT or EBUSY."""
 
     def finish_migrations(self) -> None:
         """Let all folios arrive that are on their way."""

@@ -21,7 +21,6 @@ from mthp.sim import syscalls
 from mthp.sim.access import Fault, access, make_present
 from mthp.sim.advice import madvise
 from mthp.sim.calls import ADDRESS_LIMIT, SystemCalls
-from mthp.sim.check import check
 from mthp.sim.clock import Clock, Costs
 from mthp.sim.counters import Counters
 from mthp.sim.fragment import fragment
@@ -72,6 +71,10 @@ class Machine(SystemCalls):
 
     Attributes:
         parts: memory, swap, LRU, reverse map, counters and trace.
+        geometry: page size and PMD order.
+        counters: vmstat, khugepaged's counts and the per-size stats.
+        trace: the trace events of the collapse path.
+        clock: simulated time, and what it went into.
         mms: the address spaces, by number.
         sysfs: the files below transparent_hugepage, and some of ``/proc``.
     """
@@ -110,29 +113,10 @@ class Machine(SystemCalls):
             Clock(costs),
             kernel=kernel,
         )
-        self.mms = self.parts.mms
+        self.geometry, self.counters, self.mms = geometry, counters, self.parts.mms
+        self.trace, self.clock = self.parts.trace, self.parts.clock
         self.khugepaged = Khugepaged(self.parts)
         self.sysfs = Sysfs(self.parts)
-
-    @property
-    def geometry(self) -> Geometry:
-        """Page size and PMD order."""
-        return self.parts.geometry
-
-    @property
-    def counters(self) -> Counters:
-        """vmstat, khugepaged's counts and the per-size stats."""
-        return self.parts.counters
-
-    @property
-    def trace(self) -> Trace:
-        """The trace events of the collapse path."""
-        return self.parts.trace
-
-    @property
-    def clock(self) -> Clock:
-        """Simulated time, and what it went into."""
-        return self.parts.clock
 
     @property
     def time(self) -> SimTime:
@@ -323,10 +307,6 @@ class Machine(SystemCalls):
     def digest(self) -> str:
         """A checksum of the whole state: the same on any machine after the same calls (:mod:`mthp.sim.state`)."""
         return digest(self.parts)
-
-    def check(self) -> list[str]:
-        """Everything that does not add up, as sentences; empty if all does (:mod:`mthp.sim.check`)."""
-        return check(self.parts)
 
     def madvise_collapse(self, mm: Mm, start: int, end: int) -> int:
         """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.sim.madvise`)."""

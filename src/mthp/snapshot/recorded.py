@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mthp.addrspace import AddressSpace
 from mthp.errors import UnsupportedError
 from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.results import BlockOutcome
 from mthp.snapshot.description import Description
-from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
+
+
+def _as_recorded(name: str) -> Any:
+    """Return the property of a recorded space that is the field `name` of its description."""
+    return property(lambda space: getattr(space._description, name))
 
 
 class RecordedSpace(AddressSpace):
@@ -24,40 +30,13 @@ class RecordedSpace(AddressSpace):
         self._path = path
         self._kind = kind
 
-    @property
-    def geometry(self) -> Geometry:
-        """As recorded."""
-        return self._description.geometry
-
-    @property
-    def label(self) -> str:
-        """As recorded."""
-        return self._description.label
-
-    @property
-    def kernel(self) -> str:
-        """As recorded."""
-        return self._description.kernel
-
-    @property
-    def switches(self) -> Switches:
-        """As recorded."""
-        return self._description.switches
-
-    @property
-    def tunables(self) -> Tunables:
-        """As recorded."""
-        return self._description.tunables
-
-    @property
-    def thp_disabled(self) -> bool:
-        """As recorded."""
-        return self._description.thp_disabled
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """As recorded."""
-        return self._description.missing
+    geometry = _as_recorded("geometry")
+    label = _as_recorded("label")
+    kernel = _as_recorded("kernel")
+    switches = _as_recorded("switches")
+    tunables = _as_recorded("tunables")
+    thp_disabled = _as_recorded("thp_disabled")
+    missing = _as_recorded("missing")
 
     @property
     def recorded_heat(self) -> Heat | None:
@@ -65,15 +44,9 @@ class RecordedSpace(AddressSpace):
         return self._description.heat
 
     def vmas(self) -> list[Vma]:
-        """As recorded."""
         return list(self._description.vmas)
 
     def attempt(self, address: int, order: int) -> BlockOutcome:
-        """Not possible: nothing runs here.
-
-        Raises:
-            UnsupportedError: always.
-        """
         raise UnsupportedError(
             f"{self._path} is a {self._kind}, which cannot be collapsed",
             help=f"plan it: mthp plan {self._path}; or name a live process by its PID",

@@ -1,7 +1,7 @@
 """What must hold of a machine between any two calls, written down once and checked from scratch.
 
 Each part below counts anew from page tables and free lists what the machine keeps account of, and says where the two
-differ. It costs as much as the machine has frames and entries, and is meant for tests.
+differ. It costs as much as the machine has frames and entries.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.sim.machine import Machine
 from mthp.sim.memory import Fl, Memory
 from mthp.sim.mm import Mm, P, Pmd
 from mthp.sim.parts import Parts
@@ -16,8 +17,9 @@ from mthp.sim.parts import Parts
 _NO_BITS = np.uint16(0)
 
 
-def check(parts: Parts) -> list[str]:
+def check(machine: Machine) -> list[str]:
     """Everything that does not add up, as sentences; empty if all does."""
+    parts = machine.parts
     return [
         *_frames(parts.memory),
         *_mappings(parts),
