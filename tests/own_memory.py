@@ -18,7 +18,7 @@ def collapse_own(
     """Collapse all whole blocks of `order` between two addresses: the outcome of each, by ascending address."""
     with open_live("self") as space:
         space.guarded = guarded
-        space._made_mover = space._make_mover(journal)
+        space._mover = space._make_mover(journal)
         size = space.geometry.size_of(space.geometry.check_order(order))
         first, last = -(-address // size) * size, (address + length) // size * size
         return space.collapse_blocks([(block, order) for block in range(first, last, size)], Means("madvise,move"))

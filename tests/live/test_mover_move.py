@@ -99,7 +99,7 @@ def test_a_block_that_did_not_get_its_order_is_reported(tmp_path: Path, thp_swit
         with open_live(target.pid) as space:
             # The journal leaves the switches as they are: off.
             journal = SimpleNamespace(only=lambda *_, **__: contextlib.nullcontext())
-            space._made_mover = space._make_mover(journal)  # type: ignore[arg-type]
+            space._mover = space._make_mover(journal)  # type: ignore[arg-type]
             outcomes = space.collapse_blocks(blocks_of(target)[:3], Means("move", pause_share=1.0))
             assert space.take_pauses()
         assert {(outcome.result, outcome.copied) for outcome in outcomes} == {(ScanResult.ALLOC_HUGE_PAGE_FAIL, 0)}

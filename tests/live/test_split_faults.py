@@ -66,7 +66,7 @@ class Staged(SplitFile):
 
 
 def staged(space: LiveAddressSpace, file: SplitFile, blocks: list[Block]) -> list[BlockOutcome]:
-    space._made_splitter = SplitBlocks(space, ABILITY, file)
+    space._splitter = SplitBlocks(space, ABILITY, file)
     return space.collapse_blocks(blocks, SPLIT)
 
 

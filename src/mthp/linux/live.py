@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -85,34 +86,25 @@ class LiveAddressSpace(ProcessSpace):
         self._pagemap = Pagemap(process)
         self._folios, self._no_folios = _open_folios(self._geometry)
         self._columns = ColumnReader(self._pagemap, self._folios, self._geometry)
-        self._made_mover: Mover | None = None
-        self._contents: Contents | None = None
-        self._made_splitter: SplitBlocks | None = None
-        self._made_trimmer: Trimmer | None = None
 
     @property
     def geometry(self) -> Geometry:
-        """The geometry of this machine."""
         return self._geometry
 
     @property
     def label(self) -> str:
-        """PID and name: ``"1234 (comm)"``."""
         return self.process.label
 
     @property
     def kernel(self) -> str:
-        """The kernel's release."""
         return os.uname().release
 
     @property
     def switches(self) -> Switches:
-        """The machine's switches at this moment."""
         return self.sysfs.switches(self._geometry)
 
     @property
     def tunables(self) -> Tunables:
-        """khugepaged's tunables at this moment."""
         return self.sysfs.tunables(self._geometry)
 
     @property
@@ -129,7 +121,6 @@ class LiveAddressSpace(ProcessSpace):
         return tuple(missing)
 
     def vmas(self) -> list[Vma]:
-        """The mappings, by ascending address."""
         return procfs.read_vmas(self.process)
 
     def mapped(self) -> list[Segment]:
@@ -165,9 +156,11 @@ class LiveAddressSpace(ProcessSpace):
         return self._columns.read(segments)
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
-        if self._contents is None:
-            self._contents = Contents(self.process, self._geometry.page_size)
         return self._contents.zero_filled(columns)
+
+    @cached_property
+    def _contents(self) -> Contents:
+        return Contents(self.process, self._geometry.page_size)
 
     def mapcounts(self, columns: PteColumns) -> NDArray[np.int64]:
         # Some kernels count large folios only as a whole: their pages have the average then (pagemap.rst).
@@ -252,12 +245,12 @@ class LiveAddressSpace(ProcessSpace):
         if mechanism == "madvise":
             return Madvise(self).collapse(blocks)
         if mechanism == "move":
-            return self._mover().collapse(blocks, means, before)
+            return self._mover.collapse(blocks, means, before)
         if mechanism == "khugepaged":
             # It chooses the ranges itself, so it keeps to no bound on what filling adds.
             return self._khugepaged().collapse(blocks, fill=means.fill and means.max_bloat is None)
         if mechanism == "split":
-            return self._split_blocks().collapse(blocks, means)
+            return self._splitter.collapse(blocks, means)
         needs = {True: NEEDS_CALL, False: NEEDS_MOVER}
         pmd_order = self._geometry.pmd_order
         return [BlockOutcome(*block, ScanResult.FAIL, needs[block[1] == pmd_order]) for block in blocks]
@@ -265,11 +258,9 @@ class LiveAddressSpace(ProcessSpace):
     def splits(self) -> bool:
         return self._folios is not None and split_ability(self._geometry).splits
 
-    def _split_blocks(self) -> SplitBlocks:
-        """What makes folios in this process by splitting, made when it is first needed."""
-        if self._made_splitter is None:
-            self._made_splitter = SplitBlocks(self)
-        return self._made_splitter
+    @cached_property
+    def _splitter(self) -> SplitBlocks:
+        return SplitBlocks(self)
 
     @property
     def trims_by(self) -> tuple[TrimBy, ...]:
@@ -278,9 +269,11 @@ class LiveAddressSpace(ProcessSpace):
         return tuple(by for by, works in ways if works and self._folios is not None)
 
     def trim_folios(self, folios: Sequence[Block], zero: Sequence[NDArray[np.bool_]], by: TrimBy) -> list[TrimOutcome]:
-        if self._made_trimmer is None:
-            self._made_trimmer = Trimmer(self)
-        return self._made_trimmer.trim(folios, zero, by)
+        return self._trimmer.trim(folios, zero, by)
+
+    @cached_property
+    def _trimmer(self) -> Trimmer:
+        return Trimmer(self)
 
     def drives_khugepaged(self, order: int) -> bool:
         return self._khugepaged().makes(order)
@@ -292,7 +285,7 @@ class LiveAddressSpace(ProcessSpace):
         return KernelKhugepaged(self)
 
     def take_pauses(self) -> list[int]:
-        return self._made_mover.take_pauses() if self._made_mover else []
+        return self._mover.take_pauses() if "_mover" in vars(self) else []
 
     def take_calls(self) -> list[int]:
         return self._made_splitter.take_calls() if self._made_splitter else []
@@ -307,7 +300,7 @@ class LiveAddressSpace(ProcessSpace):
         return memory_bounds(self.process.read("cgroup").decode(errors="replace"))
 
     def move_refusals(self, means: Means) -> list[str]:
-        return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover().refusals(means)]
+        return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover.refusals(means)]
 
     def objections(self, vma: Vma | None) -> list[str]:
         if vma is None:
@@ -318,11 +311,9 @@ class LiveAddressSpace(ProcessSpace):
     def pins(self, vma: Vma | None) -> list[str]:
         return pinned_by(self.process, vma)
 
+    @cached_property
     def _mover(self) -> Mover:
-        """Return the mover of this process, made when it is first needed."""
-        if self._made_mover is None:
-            self._made_mover = self._make_mover()
-        return self._made_mover
+        return self._make_mover()
 
     def _make_mover(self, journal: SwitchJournal | None = None) -> Mover:
         # Imported here: reading alone does not need them.
@@ -335,27 +326,20 @@ class LiveAddressSpace(ProcessSpace):
         return Mover(target, hold, journal or SwitchJournal(sysfs=self.sysfs))
 
     def close(self) -> None:
-        """Let go of the process. Closing twice does nothing."""
-        if self._made_mover is not None:
-            self._made_mover.close()
-        for made in (self._made_splitter, self._made_trimmer):
-            if made is not None:
+        for name in ("_mover", "_splitter", "_trimmer", "_contents"):
+            if made := vars(self).pop(name, None):
                 made.close()
-        if self._contents is not None:
-            self._contents.close()
-            self._contents = None
         self._pagemap.close()
         if self._folios:
             self._folios.close()
         self.process.close()
 
 
-def open_live(target: int | Literal["self"], sysfs: ThpSysfs | None = None) -> LiveAddressSpace:
+def open_live(target: int | Literal["self"]) -> LiveAddressSpace:
     """Open a process of this machine.
 
     Args:
         target: a PID, or ``"self"``.
-        sysfs: the THP directory, if not the system's.
 
     Raises:
         TargetVanishedError: there is no such process.
@@ -364,7 +348,7 @@ def open_live(target: int | Literal["self"], sysfs: ThpSysfs | None = None) -> L
     """
     process = Process(target)
     try:
-        return LiveAddressSpace(process, sysfs)
+        return LiveAddressSpace(process)
     except MthpError:
         process.close()
         raise
