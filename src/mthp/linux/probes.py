@@ -45,6 +45,8 @@ UFFDIO_API = 0xC018AA3F
 """``_IOWR(0xAA, 0x3F, struct uffdio_api)``; this direction comes out the same on all architectures."""
 UFFDIO_API_ARG = "=3Q"
 """``struct uffdio_api``: api, features, ioctls."""
+UFFDIO_REGISTER = 0xC020AA00
+UFFDIO_REGISTER_MODE_MISSING = 1
 UFFD_FEATURE_MOVE = 1 << 16
 
 NR_USERFAULTFD = {"x86_64": 323, "ppc64": 364, "ppc64le": 364, "s390x": 355, "aarch64": 282, "riscv64": 282}

@@ -70,6 +70,8 @@ from mthp.linux.probes import (
     UFFD_USER_MODE_ONLY,
     UFFDIO_API,
     UFFDIO_API_ARG,
+    UFFDIO_REGISTER,
+    UFFDIO_REGISTER_MODE_MISSING,
 )
 from mthp.means import Means
 from mthp.movechecks import Refusal
@@ -93,10 +95,6 @@ CODE = bytes.fromhex(
     """
 )
 """``guarded_x86_64.S``, assembled; a test compares the two."""
-
-UFFDIO_REGISTER = 0xC020AA00
-UFFDIO_REGISTER_MODE_MISSING = 1
-"""include/uapi/linux/userfaultfd.h."""
 
 MADV_POPULATE_WRITE = 23
 MAP_NORESERVE = 0x4000

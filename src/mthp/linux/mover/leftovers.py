@@ -7,7 +7,6 @@ itself, unless a thread cannot be shown to have left within two seconds.
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 import time
@@ -17,17 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mthp.errors import MthpError, TargetVanishedError
+from mthp.errors import MthpError
 from mthp.linux.mover import ptrace
 from mthp.linux.mover.arch import MACHINES, by_name
 from mthp.linux.mover.boot import CALLS, BootedThread
-from mthp.linux.mover.freeze import FrozenProcess
 from mthp.linux.mover.inject import Place, choose
 from mthp.linux.mover.mapping import Mapping, read_mappings
 from mthp.linux.mover.memory import ProcessMemory
-from mthp.linux.mover.session import in_tracing_thread
-from mthp.linux.mover.taskfiles import read_threads
-from mthp.linux.mover.tracee import CannotStopError, check_threads
+from mthp.linux.mover.session import all_stopped, in_tracing_thread
+from mthp.linux.mover.tracee import CannotStopError
 from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
 
@@ -170,10 +167,7 @@ def _has_ended(booted: BootedThread) -> bool:
 
 
 def _remove(process: Process, leftover: Leftover) -> None:
-    known = check_threads(process, read_threads(process))
-    frozen = FrozenProcess(process)
-    try:
-        frozen.stop(known)
+    with all_stopped(process) as frozen:
         machine = frozen.machine
         inside = range(leftover.start, leftover.end)
         if any(int(pc) in inside for pc in frozen.stopped.registers[:, machine.pc]):
@@ -189,9 +183,3 @@ def _remove(process: Process, leftover: Leftover) -> None:
         booted.start()
         booted.await_that(lambda: _has_ended(booted))
         booted.put_back()
-    except OSError as error:
-        if error.errno != errno.ESRCH:
-            raise
-        raise TargetVanishedError(f"process {process.label} was killed") from error
-    finally:
-        frozen.release()

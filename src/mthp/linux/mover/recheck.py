@@ -106,9 +106,9 @@ class Recheck:
         vmas = before.vmas
         if before.has_userfaultfd:
             vmas = procfs.read_vmas(self._process)
-        mappings = _Mappings(self._process, vmas)
+        mappings, size = _Mappings(self._process, vmas), self._geometry.size_of
         try:
-            objections = [mappings.objection(address, address + self._size(order)) for address, order in blocks]
+            objections = [mappings.objection(address, address + size(order)) for address, order in blocks]
         finally:
             mappings.close()
         heads = [head for tid in frozen.tracees if (head := robust_list(tid))]
@@ -119,9 +119,6 @@ class Recheck:
             objections[index] = objections[index] or BlockRefusal.SPECIAL.objection
         self._look_at_pages(addresses, ends, before, objections)
         return objections
-
-    def _size(self, order: int) -> int:
-        return self._geometry.size_of(order)
 
     def _process_objection(self, before: Before) -> Objection | None:
         status = self._process.read("status")

@@ -25,6 +25,7 @@ from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageE
 from mthp.geometry import Geometry
 from mthp.linux.mover import stub
 from mthp.linux.mover.arch import native
+from mthp.linux.mover.arch.machine import Machine
 from mthp.linux.mover.arch.x86_64 import has_protection_keys
 from mthp.linux.mover.freeze import STOP_TIMEOUT_NS, FrozenProcess
 from mthp.linux.mover.inject import Injection, Place, inject
@@ -81,6 +82,32 @@ CheckAgain = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | Non
 """Called when all threads stand still: gives for each block why it must not be moved after all, or None."""
 
 _Int64s = NDArray[np.int64]
+
+
+@contextlib.contextmanager
+def all_stopped(
+    process: Process,
+    timeout_ns: int = STOP_TIMEOUT_NS,
+    machine: Machine | None = None,
+    like: Stopped | None = None,
+) -> Iterator[FrozenProcess]:
+    """Yield `process`, every thread of it standing still; all are released afterwards.
+
+    Raises:
+        CannotStopError, NotPermittedError: as :meth:`FrozenProcess.stop`.
+    """
+    known = check_threads(process, read_threads(process))
+    frozen = FrozenProcess(process, timeout_ns, machine, like)
+    try:
+        frozen.stop(known)
+        report(Step.STOPPED)
+        yield frozen
+    except OSError as error:
+        if error.errno != errno.ESRCH:
+            raise
+        raise TargetVanishedError(f"process {process.label} was killed") from error
+    finally:
+        frozen.release()
 
 
 class MoverSession(Closing):
@@ -260,7 +287,8 @@ class MoverSession(Closing):
         """Carry out a window: what speaks against each block, the operations on the others, and the lengths of runs."""
         parked = worked = 0
         lengths, operations = np.empty(0, np.int64), stub.operations_for([], [], 0)
-        with self._frozen() as frozen:
+        with all_stopped(self._process, self._stop_timeout_ns, self._machine, self._threads) as frozen:
+            self._threads = frozen.stopped
             stopped = time.perf_counter_ns()
             threads = len(frozen.tracees)
             objections = self._refuse(frozen, batch, addresses, addresses + sizes)
@@ -289,23 +317,6 @@ class MoverSession(Closing):
             work_ns=min(spent, worked - (parked or worked)),
         )
         return objections, operations, lengths, pause
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[FrozenProcess]:
-        """The target, every thread of it standing still."""
-        known = check_threads(self._process, read_threads(self._process))
-        frozen = FrozenProcess(self._process, self._stop_timeout_ns, self._machine, self._threads)
-        try:
-            frozen.stop(known)
-            self._threads = frozen.stopped
-            report(Step.STOPPED)
-            yield frozen
-        except OSError as error:
-            if error.errno != errno.ESRCH:
-                raise
-            raise TargetVanishedError(f"process {self._process.label} was killed") from error
-        finally:
-            frozen.release()
 
     def _inject(self, frozen: FrozenProcess, operations: int) -> Injection:
         """Map the stub's memory in the target."""

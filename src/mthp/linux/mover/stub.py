@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from mthp.linux.mover.arch import native
 from mthp.linux.mover.arch.machine import Machine, Registers
 from mthp.linux.mover.ptrace import ALL_SIGNALS
-from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE
+from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE, UFFDIO_REGISTER_MODE_MISSING
 
 SETUP, GO, DONE, ABORT = range(4)
 """States of the header: the tracer sets up, the worker works, it has finished, nothing was begun and nothing will."""
@@ -42,9 +42,6 @@ HEADER_BYTES = 256
 
 NO_STAGE, EMPTY, CREATE, HANDSHAKE, ARM = range(5)
 """Stages of the worker's preparation: empty the scratch memory, and create, shake hands with and arm a userfaultfd."""
-
-UFFDIO_REGISTER_MODE_MISSING = 1
-"""include/uapi/linux/userfaultfd.h."""
 
 _STATE = "=I"
 _HEADER = "=32Q"
