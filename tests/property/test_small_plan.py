@@ -20,6 +20,7 @@ from mthp.means import Means
 from mthp.ptes import ORDER_NONE, Pte
 from mthp.sim import Machine
 from mthp.vma import Vma
+from simcheck import check
 
 PAGE = 4096
 GEOMETRY = Geometry("32-ptes", PAGE, 5)
@@ -195,4 +196,4 @@ def test_the_simulated_machine_moves_what_was_planned_and_keeps_every_byte(name:
         assert set(space.read([(address, address + geometry.size_of(order))]).folio_order.tolist()) == {order}
     assert (mm.anon_pages - rss) * page == plan.filled_bytes
     assert {address: machine.read(mm, address)[1] for address in held} == held
-    assert machine.check() == []
+    assert check(machine) == []
