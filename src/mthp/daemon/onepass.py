@@ -25,7 +25,7 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.visit import Visit
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, UnsupportedError
-from mthp.means import Means
+from mthp.means import Means, needs_move_reason, price_of_moving
 from mthp.outline import Outline
 from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult

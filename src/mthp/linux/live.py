@@ -288,7 +288,7 @@ class LiveAddressSpace(ProcessSpace):
         return self._mover.take_pauses() if "_mover" in vars(self) else []
 
     def take_calls(self) -> list[int]:
-        return self._made_splitter.take_calls() if self._made_splitter else []
+        return self._splitter.take_calls() if "_splitter" in vars(self) else []
 
     def threads(self) -> int:
         return int(self.process.status("Threads") or 1)
