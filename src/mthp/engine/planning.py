@@ -33,7 +33,7 @@ from mthp.engine.select import (
 from mthp.engine.space_plan import Folios, Ranges, SpacePlan
 from mthp.measuring import Measured, Meter, Scope, measure
 from mthp.metrics import Coverage
-from mthp.ptes import PteColumns, Segment, segments_of
+from mthp.ptes import PteColumns, Segment, segments_of, without
 from mthp.results import ScanResult
 from mthp.vma import Vma
 

@@ -15,6 +15,7 @@ from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.heat import Heat, worth
 from mthp.measuring import Scope
 from mthp.metrics import Coverage
+from mthp.ptes import Table
 from mthp.results import ScanResult
 from mthp.tabular import Tabular
 from mthp.tunables import Tunables
