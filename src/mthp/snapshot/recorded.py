@@ -6,7 +6,6 @@ from typing import Any
 
 from mthp.addrspace import AddressSpace
 from mthp.errors import UnsupportedError
-from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.results import BlockOutcome
 from mthp.snapshot.description import Description
