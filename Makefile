@@ -11,7 +11,7 @@ KERNELS ?= 7.3
 
 .PHONY: demo test lint types docs man changelog dist deb image bench vm vm-fuzz clean
 
-demo: $(RUNS)  ## the whole story on a live process
+demo: $(RUNS)  ## mTHPs beside huge pages on two live processes
 	$(BIN)/mthp demo
 
 test: $(STAMP)  ## all tests

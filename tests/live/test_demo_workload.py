@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e.helpers import COUNTER_ERROR
 from mthp.demo.client import Progress, Workload
-from mthp.demo.workload import pmd_bytes
 from mthp.errors import TargetVanishedError, UsageError
-from mthp.linux.abi import MADV_COLLAPSE, process_madvise
+from mthp.linux.live import open_live
 from thp_switches import ThpSwitches
 from waiting import PATIENCE, wait_for
 
@@ -48,31 +46,19 @@ def ends(pid: int) -> bool:
     return wait_for(has_ended)
 
 
-def collapse_heap(pid: int) -> int:
-    """MADV_COLLAPSE on every whole PMD range of the heap. Returns how many the kernel took."""
-    taken, size = 0, pmd_bytes()
-    pidfd = os.pidfd_open(pid)
-    try:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            span, rights, *_, inode = line.split()[:5]
-            start, end = (int(address, 16) for address in span.split("-"))
-            if rights == "rw-p" and inode == "0":
-                for address in range(-(-start // size) * size, end - size + 1, size):
-                    taken += process_madvise(pidfd, address, size, MADV_COLLAPSE) == 0
-    finally:
-        os.close(pidfd)
-    return taken
+def smaps(pid: int, key: str) -> int:
+    """Bytes of a kind that the whole process has, as the kernel adds them up."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(key + ":"))) << 10
 
 
 def test_size_name_and_holes(workload: Workload) -> None:
-    stats = workload.stats()
     assert Path(f"/proc/{workload.pid}/comm").read_text() == "mthp-demo\n"
-    assert abs(stats.anon_bytes - SIZE) < SIZE * 0.1
-    assert stats.heap_bytes > SIZE * 0.8
-    assert 0.01 < stats.hole_bytes / stats.heap_bytes < 0.15
-    resident = int(status(workload.pid, "VmRSS").split()[0]) << 10
-    assert abs(stats.rss_bytes - resident) < (4 << 20) + COUNTER_ERROR  # it had its own answer in memory when it looked
-    assert 0 < stats.rss_bytes - stats.anon_bytes < 40 << 20  # the interpreter's and the libraries' files
+    anonymous = smaps(workload.pid, "Anonymous")
+    assert abs(anonymous - SIZE) < SIZE * 0.1
+    with open_live(workload.pid) as space:
+        [heap] = [vma for vma in space.vmas() if vma.name == "[heap]"]
+    assert 0.15 < 1 - anonymous / heap.size < 0.5
 
 
 @pytest.mark.requires("thp")
@@ -81,23 +67,31 @@ def test_small_pages_even_where_thp_is_always_on(thp_switches: ThpSwitches) -> N
     with Workload() as workload:
         seen: set[str] = set()
         workload.start(SIZE, lambda done, total, phase: seen.add(status(workload.pid, "THP_enabled")))
-        assert workload.stats().anon_huge_bytes == 0
+        assert smaps(workload.pid, "AnonHugePages") == 0
         assert seen == {"0"}  # as proc_pid_status(5) says it: disabled while it grew
         assert status(workload.pid, "THP_enabled") == "1"
 
 
 @pytest.mark.requires("thp")
 def test_answers_are_the_same_after_a_collapse(workload: Workload) -> None:
-    content, speed, memory = workload.verify(), workload.measure(0.1), workload.stats()
+    content, speed, anonymous = workload.verify(), workload.measure(0.1), smaps(workload.pid, "Anonymous")
     assert content.intact
     assert content.rows > 4000
-    taken = collapse_heap(workload.pid)
-    assert taken * pmd_bytes() > SIZE * 0.8
-    after = workload.stats()
-    assert after.anon_huge_bytes - memory.anon_huge_bytes == taken * pmd_bytes()
-    assert after.hole_bytes < memory.hole_bytes
+    assert workload.collapse_itself() > 0
+    assert smaps(workload.pid, "AnonHugePages") > SIZE * 0.8
+    assert smaps(workload.pid, "Anonymous") > anonymous
     assert workload.verify() == content
     assert workload.measure(0.1).checksum == speed.checksum
+
+
+def test_it_serves_until_it_is_told_to_stop_whatever_happens_meanwhile(workload: Workload) -> None:
+    with workload.serving() as waits:
+        pass
+    [served] = waits
+    assert 0 <= served.p50 <= served.p99
+    with pytest.raises(ZeroDivisionError), workload.serving():
+        raise ZeroDivisionError
+    assert workload.verify().intact
 
 
 def test_progress_goes_up_through_the_phases() -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,18 @@ from mthp.cli.demo_command import print_story
 from mthp.cli.doctor_command import print_examination
 from mthp.cli.output import console
 from mthp.daemon.counters import Counters
-from mthp.demo.client import Deed, Verification, WorkloadStats
-from mthp.demo.story import Moment, Speed, Story
-from mthp.engine.census import take_census
+from mthp.demo.story import Chapter, Speed, Story
 from mthp.engine.collapse import collapse_space
-from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
 from mthp.linux.findings import Examination, Finding, State
+from mthp.metrics import Durations
 from mthp.objects import to_object
 from mthp.ptes import Pte
 from mthp.vma import Vma
 
 WIDTHS = pytest.mark.parametrize("width", [40, 80, 120])
-EXAMPLE = str(resources.files("mthp.demo") / "example.parquet")
+EXAMPLE = str(Path(__file__).parents[1] / "example.parquet")
 MB2 = 2 << 20
 BASE = 1 << 40
 
@@ -136,14 +133,15 @@ def test_collapse(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 @WIDTHS
 def test_demo(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    census = take_census(space())
-    plans = [plan_space(space(), PlanOptions(policy=policy)) for policy in ("mainline", "pmd-only")]
-    speed = Speed(1234567.0, 1134567.0, 1334567.0)
-    moment = Moment(
-        census, WorkloadStats(1 << 30, 1 << 30, 900 << 20, 1 << 30, 77 << 20), speed, Verification(1, 2, 3, True)
-    )
-    deed = Deed("mthp", 512, {"SCAN_EXCEED_NONE_PTE": 77}, 1 << 30, 44 << 20, 1.25, 0.00025, 0.00035, 0.00045)
-    story = Story("4711 (server)", census, plans, moment, moment, deed, ["99 things could not be done"])
+    waits, speed = Durations(9, 2.5e-6, 0.00125, 0.0175, 1.0), Speed(1234567.0, 1134567.0, 1334567.0)
+    chapters = [
+        Chapter("before", 0.0, 391 << 20, 0, 0.0, waits, speed),
+        Chapter("mTHPs", 0.987, 391 << 20, 5 << 20, 4.25, waits, speed, 1.08),
+        Chapter("huge pages", 1.0, 534 << 20, 143 << 20, 0.33, waits, speed, 1.33),
+        Chapter("trimmed", 0.75, 401 << 20, 10 << 20, 0.07, None, speed, 1.22),
+    ]
+    story = Story("4711 (server) and 4712 (server)", "6.18.44", X86_64, 4, {9: "madvise", 4: "move"}, "no debugfs")
+    story.chapters, story.undone = chapters, ["99 things could not be done"]
     check(lambda: print_story(console(), story), width, capsys, monkeypatch)
 
 

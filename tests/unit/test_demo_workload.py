@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mthp.budget import MemoryBound
 from mthp.demo import client, workload
 from mthp.demo.client import MIN_SIZE, Workload, fit_size
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
@@ -27,75 +28,47 @@ def database() -> Iterator[workload.Database]:
     database._db.close()
 
 
-class Machine:
-    """A procfs and a control group tree of our own."""
-
-    def __init__(self, root: Path) -> None:
-        self.proc, self.cgroup = root / "proc", root / "cgroup"
-        (self.proc / "self").mkdir(parents=True)
-        self.cgroup.mkdir()
-        self.belongs_to("0::/")
-
-    def available(self, size: int) -> None:
-        (self.proc / "meminfo").write_text(f"MemTotal:  99999999 kB\nMemAvailable:   {size >> 10} kB\n")
-
-    def belongs_to(self, *lines: str) -> None:
-        (self.proc / "self/cgroup").write_text("".join(line + "\n" for line in lines))
-
-    def group(self, path: str, **files: object) -> None:
-        directory = self.cgroup / path
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, value in files.items():
-            (directory / f"memory.{name}").write_text(f"{value}\n")
-
-    def fit(self, wanted: int) -> int:
-        return fit_size(wanted, proc=self.proc, cgroup=self.cgroup)
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    machine = Machine(tmp_path)
-    machine.available(64 * GIB)
-    return machine
-
-
 class TestFitSize:
-    def test_what_is_wanted_where_there_is_plenty(self, machine: Machine) -> None:
-        assert machine.fit(GIB) == GIB
+    def test_what_is_wanted_where_there_is_plenty(self) -> None:
+        assert fit_size(GIB, [MemoryBound("the machine", 64 * GIB, 60 * GIB)], 2) == GIB
+        assert fit_size(GIB, [], 2) == GIB
 
-    @pytest.mark.parametrize("available", [GIB, 700 << 20])
-    def test_peak_stays_within_half_of_what_is_available(self, machine: Machine, available: int) -> None:
-        machine.available(available)
-        assert available * 0.45 < machine.fit(GIB) < machine.fit(GIB) * 1.1 <= available // 2
+    @pytest.mark.parametrize("workloads", [1, 2])
+    def test_collapsed_to_huge_pages_they_stay_within_half_of_the_least_that_is_left(self, workloads: int) -> None:
+        bounds = [MemoryBound("the machine", 64 * GIB, 60 * GIB), MemoryBound("/a", 2 * GIB, GIB)]
+        assert GIB * 0.45 < fit_size(GIB, bounds, workloads) * 1.5 * workloads <= GIB // 2
 
-    def test_limit_of_an_ancestor_counts(self, machine: Machine) -> None:
-        machine.belongs_to("0::/app/web")
-        machine.group("app/web", max="max", current=0, stat="inactive_file 0")
-        machine.group("app", max=600 << 20, current=400 << 20, stat="anon 7\ninactive_file 0")
-        assert 90 << 20 < machine.fit(GIB) <= 100 << 20
-
-    def test_inactive_file_cache_is_as_good_as_free(self, machine: Machine) -> None:
-        machine.group("", max=GIB, current=GIB, stat=f"inactive_file {GIB // 2}")
-        assert GIB * 0.22 < machine.fit(GIB) <= GIB // 4
-
-    def test_version_1(self, machine: Machine) -> None:
-        machine.belongs_to("4:memory:/app", "2:cpu,cpuacct:/other", "0::/")
-        machine.group("memory/app", limit_in_bytes=GIB, usage_in_bytes=GIB // 2, stat="total_inactive_file 0")
-        machine.group("memory", limit_in_bytes=2**63 - 4096, usage_in_bytes=0, stat="total_inactive_file 0")
-        assert GIB * 0.22 < machine.fit(GIB) <= GIB // 4
-
-    def test_group_that_is_not_in_view(self, machine: Machine) -> None:
-        machine.belongs_to("0::/../elsewhere")
-        assert machine.fit(GIB) == GIB
-
-    def test_too_little_memory(self, machine: Machine) -> None:
-        machine.available(2 * MIN_SIZE)
+    def test_too_little_memory(self) -> None:
         with pytest.raises(UnsupportedError, match="too little"):
-            machine.fit(GIB)
+            fit_size(GIB, [MemoryBound("/a", GIB, 2 * MIN_SIZE)], 2)
 
-    def test_too_little_wanted(self, machine: Machine) -> None:
+    def test_too_little_wanted(self) -> None:
         with pytest.raises(UsageError, match="1000 bytes"):
-            machine.fit(1000)
+            fit_size(1000, [], 2)
+
+
+class TestServe:
+    def test_what_was_looked_up_is_counted_in_order(self, database: workload.Database) -> None:
+        ends = iter([False] * 500 + [True])
+        served = database.serve(lambda: next(ends))
+        assert served["count"] == 500
+        assert 0 < served["p50"] <= served["p99"] <= 1.07 * served["max"]
+        assert served["max"] <= served["total"]
+
+    def test_nothing_looked_up_is_nothing(self, database: workload.Database) -> None:
+        assert database.serve(lambda: True) == {"count": 0, "p50": 0.0, "p99": 0.0, "max": 0.0, "total": 0.0}
+
+    @pytest.mark.parametrize("nanoseconds", [1, 15, 16, 31, 32, 1000, 123_456, 10**9, 10**12])
+    def test_a_duration_is_counted_to_within_a_sixteenth(self, nanoseconds: int) -> None:
+        counts = [0] * 64 * workload.BUCKETS_PER_DOUBLING
+        counts[workload._bucket(nanoseconds)] = 1
+        assert nanoseconds <= round(workload._percentile(counts, 0.5) * 1e9) <= nanoseconds * 17 // 16 + 1
+
+    def test_percentiles_are_by_rank(self) -> None:
+        counts = [0] * 64 * workload.BUCKETS_PER_DOUBLING
+        counts[workload._bucket(16)], counts[workload._bucket(1000)] = 98, 2
+        assert workload._percentile(counts, 0.5) == 17e-9
+        assert workload._percentile(counts, 0.99) > 1e-6
 
 
 class TestDatabase:
@@ -148,28 +121,10 @@ class TestAnswer:
         assert "'dance'" in str(workload.answer(database, '{"cmd": "dance"}')["error"])
 
     def test_every_answer_is_json(self, database: workload.Database) -> None:
-        for command in ("measure", "verify", "stats"):
+        for command in ("measure", "verify"):
             reply = workload.answer(database, json.dumps({"cmd": command, "seconds": 0}))
             assert json.loads(json.dumps(reply)) == reply
             assert "error" not in reply
-
-
-def test_stats_agree_with_the_sum_the_kernel_makes() -> None:
-    stats = workload.memory_stats()
-    rollup = Path("/proc/self/smaps_rollup").read_text().split()
-    resident = int(rollup[rollup.index("Rss:") + 1]) << 10
-    assert abs(stats["rss_bytes"] - resident) < 4 << 20  # reading the one takes memory that the other then shows
-    assert 0 <= stats["hole_bytes"] <= stats["heap_bytes"]
-
-
-def test_heap_and_holes_of_a_known_map() -> None:
-    size = workload.pmd_bytes() >> 10
-    mapping = "{} {} 00000000 00:00 {} {}\nSize: {:>12} kB\nRss: {:>12} kB\nAnonymous: {:>8} kB\n"
-    smaps = mapping.format("1000-2000", "rw-p", 0, "       [heap]", 4 * size, 3 * size, 3 * size)
-    smaps += mapping.format("3000-4000", "rw-p", 77, "    /lib/libc.so.6", 5 * size, size, size) + "VmFlags: rd wr\n"
-    smaps += mapping.format("5000-6000", "r--p", 0, "", 6 * size, 0, 0)
-    found = [(is_heap, fields["Size"] >> 10, fields["Rss"] >> 10) for is_heap, fields in workload._mappings(smaps)]
-    assert found == [(True, 4 * size, 3 * size), (False, 5 * size, size), (False, 6 * size, 0)]
 
 
 class TestBadChild:
@@ -216,6 +171,6 @@ class TestBadChild:
 def test_questions_before_the_start() -> None:
     with Workload() as child:
         with pytest.raises(UsageError, match="not running"):
-            child.stats()
+            child.verify()
         with pytest.raises(UsageError, match="at least"):
             child.start(MIN_SIZE - 1)

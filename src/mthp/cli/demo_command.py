@@ -1,4 +1,4 @@
-"""``mthp demo``: the main job, end to end, on a process that it starts itself."""
+"""``mthp demo``: mTHPs beside huge pages, on processes that it starts itself."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from mthp.cli.options import SECONDS, SIZE, json_option
-from mthp.cli.output import console, milliseconds, note, print_json, say
+from mthp.cli.output import console, note, percent, print_json, say
 from mthp.cli.render.tables import Table
-from mthp.demo.story import DEFAULT_SIZE, Moment, Progress, Story, tell
-from mthp.engine.space_plan import SpacePlan
+from mthp.demo.story import DEFAULT_SIZE, Chapter, Progress, Story, tell
 from mthp.errors import UsageError
-from mthp.units import format_size, percent
+from mthp.units import format_size
 
 
 @click.command("demo")
-@click.option("--size", type=SIZE, help="Memory of the workload; 1G by default, or what memory allows.")
+@click.option("--size", type=SIZE, help="Memory of each workload; 256M by default, or what memory allows.")
 @click.option(
     "--seconds",
     type=SECONDS,
-    default="1s",
+    default="500ms",
     show_default=True,
-    help="How long each of 10 measurements takes.",
+    help="How long each of 25 measurements takes.",
 )
 @json_option
 def command(size: int | None, seconds: float, as_json: bool) -> int:
-    """Show the whole story on a process of its own: inspect, plan, collapse, and how much faster it got.
+    """Show mTHPs beside huge pages on processes of its own: memory, time, pauses, speed; and give memory back.
 
-    The workload is an in-memory SQLite database, grown, changed and with holes, in a process of its own. It is given
-    4 KiB pages, inspected, planned under five policies, collapsed, inspected again, and measured before and after.
-    Nothing else on the machine is touched.
+    Two workloads have the same data: in-memory SQLite databases with holes in their heaps, on base pages at first. One
+    is collapsed to folios of 64K and more, the other to huge pages, and these are trimmed. Both are measured before
+    and after. Nothing else on the machine is touched.
     """
     if not 0 < seconds <= 600:
         raise UsageError(f"--seconds {seconds:g} is not above 0 and up to 600")
@@ -45,7 +44,7 @@ def command(size: int | None, seconds: float, as_json: bool) -> int:
         print_json("demo", story)
     else:
         print_story(console(), story)
-    return 0 if story.intact else 1
+    return 0 if story.complete else 1
 
 
 @contextmanager
@@ -76,64 +75,50 @@ def _progress(*, hidden: bool) -> Iterator[Progress]:
 
 
 def print_story(out: Console, story: Story) -> None:
-    """Print the story: the plans side by side, then before and after."""
-    geometry = story.census.geometry
-    say(out, f"{story.target}, Linux {story.census.kernel}, {geometry.name}")
-    pmd = geometry.label(geometry.pmd_order)
-    columns = ["policy", "max_ptes_none", "bytes by folio size", "copied", "bloat", f"{pmd} mapped"]
-    rows = [_plan_row(plan) for plan in story.plans]
-    out.print(Table("What each policy would do", columns, rows, right={1, 3, 4}))
-    if story.before is not None and story.after is not None and story.deed is not None:
-        _print_before_and_after(out, story, story.before, story.after)
-    note(out, story.notes)
-
-
-def _plan_row(plan: SpacePlan) -> list[str]:
-    geometry = plan.geometry
-    sizes = (
-        f"{geometry.label(order)}:{format_size(count * geometry.size_of(order))}"
-        for order, count in plan.folios_by_order.items()
-    )
-    return [
-        plan.policy,
-        str(plan.tunables.max_ptes_none),
-        " ".join(sizes) or "none",
-        format_size(plan.copied_bytes),
-        format_size(plan.filled_bytes),
-        f"{percent(plan.coverage)} -> {percent(plan.coverage_after)}",
-    ]
-
-
-def _print_before_and_after(out: Console, story: Story, before: Moment, after: Moment) -> None:
-    geometry, deed = story.census.geometry, story.deed
-    assert deed is not None
-    pmd = geometry.label(geometry.pmd_order)
-    pages = [moment.census.anonymous for moment in (before, after)]
-    shares = [percent(count.coverage.share(geometry.pmd_order)) for count in pages]
+    """Print the story: what was done beside what was before, how it was done, and what to type next."""
+    geometry = story.geometry
+    size = geometry.label(story.order)
+    say(out, f"{story.target}, Linux {story.kernel}, {geometry.name}")
+    chapters = story.chapters
+    heads = ["", *(chapter.name for chapter in chapters)]
     rows = [
-        ["random lookups a second", f"{before.speed.median:,.0f}", f"{after.speed.median:,.0f}", _times(story)],
-        ["  lower to upper quartile", _quartiles(before), _quartiles(after), ""],
-        [f"anonymous memory mapped as {pmd}", *shares, ""],
-        ["AnonHugePages", format_size(before.stats.anon_huge_bytes), format_size(after.stats.anon_huge_bytes), ""],
-        ["resident", format_size(before.stats.rss_bytes), format_size(after.stats.rss_bytes), ""],
-        ["holes in the heap", format_size(before.stats.hole_bytes), format_size(after.stats.hole_bytes), ""],
-        ["data, every byte read", "intact", "the same" if story.intact else "CHANGED", ""],
+        [f"in folios of {size} and more", *(percent(one.coverage) for one in chapters)],
+        ["anonymous memory", *(format_size(one.resident_bytes) for one in chapters)],
+        ["  more than before", "", *(_signed(one.added_bytes) for one in chapters[1:])],
+        ["it took", "", *(f"{one.elapsed:.2f} s" for one in chapters[1:])],
+        ["a lookup meanwhile: p50", *(_waited(one, "p50") for one in chapters)],
+        ["                    p99", *(_waited(one, "p99") for one in chapters)],
+        ["                    max", *(_waited(one, "max") for one in chapters)],
+        ["lookups a second then", *(f"{one.speed.median:,.0f}" if one.speed else "" for one in chapters)],
+        ["  times before", *(f"{one.speedup:.2f}" if one.speedup else "" for one in chapters)],
     ]
-    out.print(Table("Before and after the collapse", ["", "before", "after", "ratio"], rows, right={1, 2}))
-    failed = "".join(f", {count} {name}" for name, count in deed.failed_ranges.items())
+    out.print(Table("The same data, by mTHPs and by huge pages", heads, rows, right=set(range(1, len(heads)))))
     out.print()
-    say(
-        out,
-        f"collapsed by {deed.by}: {deed.collapsed_ranges} ranges of {pmd} in {deed.elapsed_seconds:.2f} s{failed};"
-        f" copied {format_size(deed.copied_bytes)}, added {format_size(deed.bloat_bytes)};"
-        f" calls p50 {milliseconds(deed.p50_seconds)}, p99 {milliseconds(deed.p99_seconds)},"
-        f" max {milliseconds(deed.max_seconds)}",
-    )
+    say(out, "every byte of the data reads as before" if story.intact else "THE DATA CHANGED")
+    made: dict[str, list[str]] = {}
+    for order, mechanism in story.mechanisms.items():
+        made.setdefault(mechanism or "nothing", []).append(geometry.label(order))
+    if made:
+        by = "; ".join(f"{', '.join(sizes)} by {mechanism}" for mechanism, sizes in made.items())
+        say(out, f"mTHPs were made so: {by}" + (f" ({story.why})" if story.why else ""))
+    if "move" in made:
+        say(out, "move injects code: on processes of yours mthp does it only with --mechanism madvise,move")
+    note(out, [*story.undone, *story.notes])
+    for line in NEXT.splitlines():
+        say(out, line)
 
 
-def _times(story: Story) -> str:
-    return f"{story.speedup:.2f} times"
+def _signed(size: int) -> str:
+    return f"{'-' if size < 0 else '+'}{format_size(abs(size))}"
 
 
-def _quartiles(moment: Moment) -> str:
-    return f"{moment.speed.low:,.0f} to {moment.speed.high:,.0f}"
+def _waited(chapter: Chapter, which: str) -> str:
+    return "" if chapter.waits is None else f"{getattr(chapter.waits, which) * 1e6:,.0f} us"
+
+
+NEXT = """
+Next, with the PID of a process of yours:
+  mthp doctor                   what of this works here, and how to get the rest
+  mthp plan PID                 what a collapse would do
+  mthp collapse PID --dry-run   and without --dry-run it does it
+  mthp trim PID --dry-run       what its large folios waste"""

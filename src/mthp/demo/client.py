@@ -7,6 +7,7 @@ that lives as long as the work does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -14,14 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from mthp.budget import MemoryBound
 from mthp.closing import Closing
-from mthp.engine.report import CollapseReport
 from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageError
+from mthp.metrics import Durations
 
 MIN_SIZE = 32 << 20
 """Smallest workload, in bytes: with less, the interpreter's own memory would be most of it."""
@@ -76,64 +77,6 @@ class Verification:
     intact: bool
 
 
-@dataclass(frozen=True, slots=True)
-class WorkloadStats:
-    """Memory of the workload, in bytes.
-
-    Attributes:
-        rss_bytes: resident in all.
-        anon_bytes: of that, anonymous.
-        anon_huge_bytes: of that, mapped by PMD entries (AnonHugePages).
-        heap_bytes: size of the mappings that malloc made and that are large enough for a huge page.
-        hole_bytes: of these, what is not mapped to memory.
-    """
-
-    rss_bytes: int
-    anon_bytes: int
-    anon_huge_bytes: int
-    heap_bytes: int
-    hole_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Deed:
-    """What a collapse of the workload did.
-
-    Attributes:
-        by: who made the calls: ``"mthp"`` from outside, or the workload ``"itself"``.
-        collapsed_ranges: PMD ranges.
-        failed_ranges: PMD ranges that could not be collapsed, by scan result.
-        copied_bytes, bloat_bytes: contents of the collapsed ranges, and what they grew by.
-        elapsed_seconds: how long all of it took.
-        p50_seconds, p99_seconds, max_seconds: durations of the calls.
-    """
-
-    by: str
-    collapsed_ranges: int
-    failed_ranges: dict[str, int]
-    copied_bytes: int
-    bloat_bytes: int
-    elapsed_seconds: float
-    p50_seconds: float
-    p99_seconds: float
-    max_seconds: float
-
-    @classmethod
-    def of(cls, report: CollapseReport, *, by: str) -> Deed:
-        """The deed that `report` tells of."""
-        return cls(
-            by=by,
-            collapsed_ranges=report.collapsed,
-            failed_ranges={result.name: count for result, count in report.failed.items()},
-            copied_bytes=report.copied_bytes,
-            bloat_bytes=report.filled_bytes,
-            elapsed_seconds=report.elapsed,
-            p50_seconds=report.durations.p50,
-            p99_seconds=report.durations.p99,
-            max_seconds=report.durations.max,
-        )
-
-
 class Workload(Closing):
     """The workload process, held by a ``with`` block that ends it.
 
@@ -159,15 +102,19 @@ class Workload(Closing):
         return self._running().pid
 
     def start(self, size: int, progress: Progress | None = None) -> None:
-        """Start the process and wait until it has grown and is ready.
+        """Start the process and wait until it has grown and is ready, as :meth:`begin` and :meth:`await_ready` do."""
+        self.begin(size)
+        self.await_ready(progress)
+
+    def begin(self, size: int) -> None:
+        """Start the process.
 
         Args:
             size: memory to grow to, in bytes; see `fit_size`.
-            progress: called from time to time meanwhile.
 
         Raises:
             UsageError: `size` is below `MIN_SIZE`, or the workload runs already.
-            MthpError: it did not start, or ended; the end of its standard error is in ``help``.
+            MthpError: it did not start.
         """
         if size < MIN_SIZE:
             raise UsageError(f"size of {size} bytes for the demo's workload: at least {MIN_SIZE} are needed")
@@ -182,10 +129,23 @@ class Workload(Closing):
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, process_group=0
             )
-            self._await_ready(progress)
         except OSError as error:
             self.close()
             raise MthpError(f"the demo's workload cannot be started: {error}") from error
+
+    def await_ready(self, progress: Progress | None = None) -> None:
+        """Wait until it has grown.
+
+        Args:
+            progress: called from time to time meanwhile.
+
+        Raises:
+            MthpError: it ended; the end of its standard error is in ``help``.
+        """
+        try:
+            while (message := self._receive()).get("event") != "ready":
+                if progress is not None:
+                    progress(message["done_bytes"], message["total_bytes"], message["phase"])
         except BaseException:
             self.close()
             raise
@@ -206,21 +166,27 @@ class Workload(Closing):
         """
         return Verification(**self._ask({"cmd": "verify"}))
 
-    def stats(self) -> WorkloadStats:
-        """Its memory now, as it sees it itself.
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[list[Durations]]:
+        """Let it look documents up one by one meanwhile: what is yielded holds, afterwards, how long each took.
 
         Raises:
             MthpError: the workload ended, or does not answer.
         """
-        return WorkloadStats(**self._ask({"cmd": "stats"}))
+        waits: list[Durations] = []
+        self._ask({"cmd": "serve"})
+        try:
+            yield waits
+        finally:
+            waits.append(Durations(**self._ask({"cmd": "stop"})))
 
-    def collapse_itself(self) -> Deed:
-        """Let it collapse its own memory.
+    def collapse_itself(self) -> float:
+        """Let it collapse its own memory to huge pages; return the seconds that it took.
 
         Raises:
             MthpError: it cannot, or ended, or does not answer.
         """
-        return Deed(**self._ask({"cmd": "collapse"}))
+        return float(self._ask({"cmd": "collapse"})["elapsed"])
 
     def close(self) -> None:
         """End the process and wait for it. May be called at any time, and again.
@@ -243,11 +209,6 @@ class Workload(Closing):
         if self._process is None:
             raise UsageError("the demo's workload is not running", help="call start() first")
         return self._process
-
-    def _await_ready(self, progress: Progress | None) -> None:
-        while (message := self._receive()).get("event") != "ready":
-            if progress is not None:
-                progress(message["done_bytes"], message["total_bytes"], message["phase"])
 
     def _ask(self, request: dict[str, object], seconds: float = 0.0) -> dict[str, Any]:
         process = self._running()
@@ -298,19 +259,16 @@ class Workload(Closing):
         )
 
 
-def fit_size(wanted: int, *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The size for the workload: `wanted`, or what memory allows if that is less.
+def fit_size(wanted: int, bounds: Sequence[MemoryBound], workloads: int) -> int:
+    """Return the size for each of some workloads: `wanted`, or what memory allows if that is less.
 
-    The workload may take half of what is left, of MemAvailable (proc_meminfo(5)) and of each memory limit on the way
-    from this process's control group to the root. While it grows it holds up to a tenth more than in the end.
+    Together they may take half of what every limit leaves. While it grows, and once it is collapsed to huge pages, a
+    workload has up to half more than its size.
 
     Args:
         wanted: bytes.
-        proc: where procfs is mounted.
-        cgroup: where the control groups are mounted.
-
-    Returns:
-        Bytes, at least `MIN_SIZE`.
+        bounds: the limits that memory of this process counts against.
+        workloads: how many there are.
 
     Raises:
         UsageError: `wanted` is below `MIN_SIZE`.
@@ -318,56 +276,11 @@ def fit_size(wanted: int, *, proc: Path = Path("/proc"), cgroup: Path = Path("/s
     """
     if wanted < MIN_SIZE:
         raise UsageError(f"size of {wanted} bytes for the demo's workload: at least {MIN_SIZE} are needed")
-    left = min((_available(proc), *_cgroup_headroom(proc, cgroup)))
-    allowed = left // 2 * 10 // 11
+    left = min((bound.left for bound in bounds), default=wanted * 3 * workloads)
+    allowed = left // 3 // workloads
     if allowed < MIN_SIZE:
         raise UnsupportedError(
-            f"{left} bytes of memory are left here, half of which is too little for the demo's workload",
-            help=f"free some, or raise the limit of the control group: {MIN_SIZE} bytes are the least it works with",
+            f"{left} bytes of memory are left here, which is too little for the demo's workloads",
+            help=f"free some, or raise the limit of the control group, to {MIN_SIZE * 3 * workloads} bytes at least",
         )
     return min(wanted, allowed)
-
-
-def _available(proc: Path) -> int:
-    for line in (proc / "meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise UnsupportedError(f"{proc / 'meminfo'} has no MemAvailable", help="Linux has it from 3.14 on")
-
-
-def _cgroup_headroom(proc: Path, cgroup: Path) -> Iterator[int]:
-    """What each limit leaves, in bytes: version 2 (cgroup-v2.rst) and version 1 (cgroup-v1/memory.rst) alike.
-
-    Inactive file cache is counted by the group but makes way, so it is as good as free.
-    """
-    files_of_v2 = ("memory.max", "memory.current", "inactive_file")
-    files_of_v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    try:
-        lines = (proc / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        hierarchy, controllers, path = line.split(":", 2)
-        if hierarchy == "0":
-            mount, files = cgroup, files_of_v2
-        elif "memory" in controllers.split(","):
-            mount, files = cgroup / "memory", files_of_v1
-        else:
-            continue
-        group = mount / path.lstrip("/")
-        while group.is_relative_to(mount):
-            yield from _headroom(group, *files)
-            group = group.parent
-
-
-def _headroom(group: Path, limit_file: str, usage_file: str, cache_key: str) -> Iterator[int]:
-    """What the limit of one group leaves; nothing where there is no limit, or no such group in our view."""
-    try:
-        limit = (group / limit_file).read_text().strip()
-        usage = int((group / usage_file).read_text())
-        stat = (group / "memory.stat").read_text()
-    except OSError:
-        return
-    if limit != "max":
-        counters = dict(line.split() for line in stat.splitlines())
-        yield max(0, int(limit) - usage + int(counters.get(cache_key, 0)))

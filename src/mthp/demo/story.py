@@ -1,39 +1,47 @@
-"""The main job, end to end: inspect, plan, collapse, inspect again, and how much faster it got.
+"""mTHPs beside huge pages: what each adds, how long it takes, what the program notices, and how fast it is then.
 
-The story is told of a process that the demo starts itself (:mod:`mthp.demo.workload`). Where these rights do not
-allow to collapse another process, the workload collapses itself. Where this machine does not allow even that, the
-story ends with the plans, and is told of the snapshot that comes with the package.
+The story is told of two processes with the same data that the demo starts itself (:mod:`mthp.demo.workload`). One is
+collapsed to folios of 64 KiB and more, the other to huge pages alone, as khugepaged does by default; then what the
+huge pages waste is given back. Both are measured in turn, so that other programs on the machine disturb both alike.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import resources
+from pathlib import Path
 from typing import ClassVar
 
-from mthp.addrspace import AddressSpace
-from mthp.demo.client import Deed, Measurement, Verification, Workload, WorkloadStats, fit_size
-from mthp.engine.census import Census, take_census
+from mthp.abilities import move_refusals
+from mthp.demo.client import Measurement, Verification, Workload, fit_size
 from mthp.engine.collapse import collapse_space
-from mthp.engine.planning import plan_space
-from mthp.engine.policy import BUILT_IN, OWN
+from mthp.engine.report import CollapseReport
 from mthp.engine.select import PlanOptions
-from mthp.engine.space_plan import SpacePlan
+from mthp.engine.trim import TrimOptions, trim_space
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError
+from mthp.geometry import MIN_ANON_ORDER, Geometry
+from mthp.linux.headroom import memory_bounds
+from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.linux.splitfile import split_ability
+from mthp.means import Means, Mechanism
+from mthp.measuring import measure
+from mthp.metrics import Durations
+from mthp.trimming import SMALLEST_LARGE
 
-DEFAULT_SIZE = 1 << 30
-"""Bytes of memory that the workload grows to, where there is room."""
+DEFAULT_SIZE = 256 << 20
+"""Bytes of memory that each of two workloads grows to, where there is room: forty times what a TLB of 1 536 entries
+maps with 4 KiB pages, and grown within seconds."""
 
 MEASUREMENTS = 5
-"""How often the speed is measured before, and after."""
+"""How often each speed is measured."""
 
-EXAMPLE = "example.parquet"
-"""The snapshot that comes with the package: the workload at 256 MiB, its anonymous mappings only."""
+QUIET_SECONDS = 1.0
+"""How long the first workload is watched with nothing going on."""
 
 Progress = Callable[[str, int, int], None]
-"""Told (what is being done, done, in all)."""
+"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +67,31 @@ class Speed:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """The workload at one moment: what memory it has, how fast it is, and what its data reads as."""
+@dataclass
+class Chapter:
+    """A workload once something was done to it.
 
-    JSON: ClassVar = (
-        "speed stats verification anonymous_pages_by_order=census.anonymous.by_order"
-        " anonymous_pmd_mapped_pages=census.anonymous.pmd_mapped"
-    )
+    Attributes:
+        name: what was done.
+        coverage: the share of its anonymous memory in folios of 64 KiB and more.
+        resident_bytes: its anonymous memory.
+        added_bytes: how much more that is than before.
+        elapsed: seconds that it took; 0.0 for nothing.
+        waits: how long single lookups took meanwhile; None where nothing was looked up.
+        speed: how fast the workload is then.
+        speedup: that over its speed before.
+    """
 
-    census: Census
-    stats: WorkloadStats
-    speed: Speed
-    verification: Verification
+    JSON: ClassVar = "name coverage resident_bytes added_bytes elapsed_seconds=elapsed waits speed speedup"
+
+    name: str
+    coverage: float
+    resident_bytes: int
+    added_bytes: int = 0
+    elapsed: float = 0.0
+    waits: Durations | None = None
+    speed: Speed | None = None
+    speedup: float | None = None
 
 
 @dataclass
@@ -79,131 +99,213 @@ class Story:
     """What the demo shows.
 
     Attributes:
-        target: name of the process, or of the snapshot.
-        census: the first inspection.
-        plans: one for each policy and limit that is shown side by side.
-        before, after: the workload before and after the collapse; None where there was none.
-        deed: what the collapse did; None where there was none.
-        notes: what could not be done the usual way, and why.
+        target: names of the two processes.
+        kernel: its release.
+        geometry: of the machine.
+        order: of the smallest folio that counts.
+        mechanisms: what made the mTHPs of each order.
+        why: why nothing better made them; ``""`` if it was the best.
+        chapters: before, by mTHPs, by huge pages, and these trimmed.
+        intact: whether every byte of the data reads as before.
+        undone: what could not be done, and why.
+        notes: what is otherwise worth knowing.
     """
 
-    JSON: ClassVar = "target inspect=census plans before collapse=deed after speedup intact notes"
+    JSON: ClassVar = (
+        "target kernel geometry coverage_order=order mechanism_by_order=mechanisms reason=why chapters intact undone"
+        " notes"
+    )
 
     target: str
-    census: Census
-    plans: list[SpacePlan]
-    before: Moment | None = None
-    after: Moment | None = None
-    deed: Deed | None = None
+    kernel: str
+    geometry: Geometry
+    order: int
+    mechanisms: dict[int, Mechanism | None] = field(default_factory=dict)
+    why: str = ""
+    chapters: list[Chapter] = field(default_factory=list)
+    intact: bool = True
+    undone: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def speedup(self) -> float | None:
-        """Speed after over speed before; None where nothing was collapsed."""
-        if self.before is None or self.after is None:
-            return None
-        return self.after.speed.median / self.before.speed.median
-
-    @property
-    def intact(self) -> bool:
-        """Whether every byte of the workload's data reads as before."""
-        if self.before is None or self.after is None:
-            return True
-        return self.after.verification == self.before.verification and self.after.verification.intact
+    def complete(self) -> bool:
+        """Whether everything that was to be shown was."""
+        return self.intact and not self.undone
 
 
 def tell(size: int, seconds: float, progress: Progress) -> Story:
     """Run the whole story.
 
     Args:
-        size: bytes of memory for the workload, or less where memory is scarce.
+        size: bytes of memory for each workload, or less where memory is scarce.
         seconds: how long each measurement takes.
-        progress: told what is going on.
+        progress: called as it goes on.
 
     Raises:
-        MthpError: neither a process nor the snapshot can be shown.
+        UnsupportedError: this kernel has no transparent huge pages, or there is too little memory.
+        MthpError: a workload ended.
     """
-    try:
-        return _of_a_process(size, seconds, progress)
-    except (UnsupportedError, NotPermittedError) as error:
-        story = _of_the_example(progress)
-        story.notes.append(f"no live process can be shown here: {error.message}; this is the snapshot in the package")
-        if error.help:
-            story.notes.append(error.help)
-        return story
-
-
-def _of_a_process(size: int, seconds: float, progress: Progress) -> Story:
-    # Imported here: it can be had on Linux only, and the snapshot can be shown elsewhere.
-    from mthp.linux.live import open_live
-
-    fitting = fit_size(size)
-    with Workload() as workload:
-        workload.start(fitting, lambda done, total, phase: progress(f"workload: {phase}", done, total))
-        with open_live(workload.pid) as space:
-            before = _look(workload, space, seconds, progress, "before")
-            story = Story(space.label, before.census, _plans(space, progress), before=before)
-            story.deed = _collapse(workload, space, progress)
-            story.after = _look(workload, space, seconds, progress, "after")
-            story.notes += space.missing
+    fitting = fit_size(size, memory_bounds(Path("/proc/self/cgroup").read_text()), workloads=2)
+    with Workload() as first, Workload() as second:
+        for workload in (first, second):
+            workload.begin(fitting)
+        for number, workload in enumerate((first, second), 1):
+            workload.await_ready(_named(progress, f"workload {number}"))
+        with open_live(first.pid) as small, open_live(second.pid) as huge:
+            story = _Telling(_Side(first, small), _Side(second, huge), seconds, progress).tell()
     if fitting < size:
-        story.notes.append(f"memory is scarce: the workload has {fitting >> 20} MiB instead of {size >> 20} MiB")
-    if story.deed.by == "itself":
-        story.notes.append(
-            "these rights do not allow to collapse another process (it takes CAP_SYS_NICE and CAP_SYS_PTRACE),"
-            " so the workload collapsed itself"
-        )
+        story.notes.append(f"memory is scarce: a workload has {fitting >> 20}M instead of {size >> 20}M")
     return story
 
 
-def _look(workload: Workload, space: AddressSpace, seconds: float, progress: Progress, when: str) -> Moment:
-    measurements = []
-    for number in range(MEASUREMENTS):
-        progress(f"measuring {when}", number, MEASUREMENTS)
-        measurements.append(workload.measure(seconds))
-    progress(f"measuring {when}", MEASUREMENTS, MEASUREMENTS)
-    progress(f"reading all data {when}", 0, 1)
-    verification = workload.verify()
-    census = take_census(space, lambda done, total: progress(f"inspecting {when}", done, total))
-    return Moment(census, workload.stats(), Speed.of(measurements), verification)
+def _named(progress: Progress, name: str) -> Callable[[int, int, str], None]:
+    return lambda done, total, what: progress(f"{name}: {what}", done, total)
 
 
-def _plans(space: AddressSpace, progress: Progress) -> list[SpacePlan]:
-    """A plan by every policy, with the system's limit of empty pages and with one eighth of a PMD range."""
-    limits = (space.tunables.max_ptes_none, space.geometry.ptes_per_pmd // 8)
-    chosen = [
-        PlanOptions(policy=name, max_ptes_none=limit) for limit in dict.fromkeys(limits) for name in BUILT_IN | OWN
-    ]
-    plans = []
-    for number, options in enumerate(chosen):
-        progress("planning", number, len(chosen))
-        plans.append(plan_space(space, options))
-    progress("planning", len(chosen), len(chosen))
-    return plans
+@dataclass
+class _Side:
+    """A workload, its address space, and what it was before."""
+
+    workload: Workload
+    space: LiveAddressSpace
+    speed: float = 0.0
+    resident: int = 0
 
 
-def _collapse(workload: Workload, space: AddressSpace, progress: Progress) -> Deed:
+class _Telling:
+    """One run of the story, while its workloads live."""
+
+    def __init__(self, small: _Side, huge: _Side, seconds: float, progress: Progress) -> None:
+        self._small, self._huge, self._seconds, self._progress = small, huge, seconds, progress
+        space, geometry = small.space, small.space.geometry
+        order = max(MIN_ANON_ORDER, (SMALLEST_LARGE // geometry.page_size).bit_length() - 1)
+        self._pmd = geometry.label(geometry.pmd_order)
+        self._story = Story(f"{space.label} and {huge.space.label}", space.kernel, geometry, order)
+
+    def tell(self) -> Story:
+        """Do everything, and return what was seen.
+
+        Raises:
+            MthpError: a workload ended.
+        """
+        story, small, huge = self._story, self._small, self._huge
+        contents = self._contents("before")
+        speeds = self._speeds("before", [small, huge])
+        story.chapters.append(self._quiet(speeds[0]))
+        for side, speed in zip((small, huge), speeds, strict=True):
+            side.speed, side.resident = speed.median, self._chapter("", side).resident_bytes
+        made = [
+            (side, chapter)
+            for side, act in ((small, self._by_mthps), (huge, self._by_huge_pages))
+            if (chapter := self._try(act))
+        ]
+        for (side, chapter), speed in zip(made, self._speeds("after", [side for side, _ in made]), strict=True):
+            chapter.speed, chapter.speedup = speed, speed.median / side.speed
+        if trimmed := self._try(self._by_trim):
+            [trimmed.speed] = self._speeds("after the trim", [huge])
+            trimmed.speedup = trimmed.speed.median / huge.speed
+        story.intact = self._contents("after") == contents and all(one.intact for one in contents)
+        return story
+
+    def _contents(self, when: str) -> list[Verification]:
+        found = []
+        for number, side in enumerate((self._small, self._huge)):
+            self._progress(f"reading all data {when}", number, 2)
+            found.append(side.workload.verify())
+        self._progress(f"reading all data {when}", 2, 2)
+        return found
+
+    def _speeds(self, when: str, sides: list[_Side]) -> list[Speed]:
+        """Measure workloads in turn."""
+        measured: list[list[Measurement]] = [[] for _ in sides]
+        for number in range(MEASUREMENTS):
+            self._progress(f"measuring {when}", number, MEASUREMENTS)
+            for side, measurements in zip(sides, measured, strict=True):
+                measurements.append(side.workload.measure(self._seconds))
+        self._progress(f"measuring {when}", MEASUREMENTS, MEASUREMENTS)
+        return [Speed.of(measurements) for measurements in measured]
+
+    def _quiet(self, speed: Speed) -> Chapter:
+        """Watch the first workload while nothing is done to it."""
+        self._progress("watching undisturbed", 0, 1)
+        with self._small.workload.serving() as waits:
+            time.sleep(QUIET_SECONDS)
+        self._progress("watching undisturbed", 1, 1)
+        chapter = self._chapter("before", self._small, waits=waits[0])
+        chapter.speed = speed
+        return chapter
+
+    def _chapter(self, name: str, side: _Side, elapsed: float = 0.0, waits: Durations | None = None) -> Chapter:
+        seen = measure(side.space, side.space.vmas()).now
+        geometry = self._story.geometry
+        # Without frame numbers only what a PMD entry maps is known to be large.
+        share = seen.share(geometry.pmd_order if seen.unknown else self._story.order)
+        resident = seen.resident_bytes(geometry)
+        return Chapter(name, share, resident, resident - (side.resident or resident), elapsed, waits)
+
+    def _try(self, act: Callable[[], Chapter]) -> Chapter | None:
+        """Do something that is a chapter; None, with a note, if it cannot be done here."""
+        try:
+            chapter = act()
+        except (NotPermittedError, UnsupportedError) as error:
+            self._story.undone.append(error.message + (f" ({error.help})" if error.help else ""))
+            return None
+        self._story.chapters.append(chapter)
+        return chapter
+
+    def _by_mthps(self) -> Chapter:
+        story, space = self._story, self._small.space
+        means, story.why = _best_means(space)
+        geometry = story.geometry
+        # Small holes are filled, as far as an eighth of a folio.
+        limit = geometry.ptes_per_pmd // 8
+        choice = PlanOptions("no-creep", orders=range(story.order, geometry.pmd_order + 1), max_ptes_none=limit)
+        report, waits = self._collapse(self._small, choice, means, "making mTHPs")
+        story.mechanisms = report.mechanisms
+        return self._chapter("mTHPs", self._small, report.elapsed, waits)
+
+    def _by_huge_pages(self) -> Chapter:
+        geometry = self._story.geometry
+        choice = PlanOptions(orders=(geometry.pmd_order,), max_ptes_none=geometry.ptes_per_pmd - 1)
+        means = Means(mechanism="madvise", max_bloat=None)
+        try:
+            report, waits = self._collapse(self._huge, choice, means, f"making folios of {self._pmd}")
+        except NotPermittedError as error:
+            self._story.undone.append(f"{error.message}: the workload collapsed itself to {self._pmd}")
+            return self._chapter("huge pages", self._huge, self._huge.workload.collapse_itself())
+        return self._chapter("huge pages", self._huge, report.elapsed, waits)
+
+    def _collapse(self, side: _Side, choice: PlanOptions, means: Means, what: str) -> tuple[CollapseReport, Durations]:
+        """Collapse while the workload looks documents up, and note what was left."""
+        with side.workload.serving() as waits:
+            report = collapse_space(
+                side.space, choice, means, progress=lambda done, total, _: self._progress(what, done, total)
+            )
+        for tally in (report.ranges, *report.folios.values()):
+            self._story.undone += [f"{what}: {one.folios} left: {one.reason}" for one in tally.reasons]
+        if report.error is not None:
+            self._story.undone.append(f"{what}: {report.error.message}")
+        return report, waits[0]
+
+    def _by_trim(self) -> Chapter:
+        with self._huge.workload.serving() as waits:
+            report = trim_space(self._huge.space, TrimOptions(), progress=_named(self._progress, "trimming"))
+        self._story.undone += [f"trimming: {count} left: {reason}" for reason, count in report.reasons.items()]
+        return self._chapter("trimmed", self._huge, report.elapsed, waits[0])
+
+
+def _best_means(space: LiveAddressSpace) -> tuple[Means, str]:
+    """Return the best means of making mTHPs here, and why it is no better one; ``""`` for the best."""
+    if space.splits():
+        return Means(max_bloat=None), ""
     try:
-        report = collapse_space(
-            space, PlanOptions(), progress=lambda done, total, _: progress("collapsing", done, total)
-        )
-    except NotPermittedError:
-        progress("collapsing", 0, 1)
-        return workload.collapse_itself()
-    return Deed.of(report, by="mthp")
-
-
-def _of_the_example(progress: Progress) -> Story:
-    """The story without a collapse, on the snapshot that comes with the package.
-
-    Raises:
-        MthpError: it cannot be read; UnsupportedError without pyarrow.
-    """
-    from mthp.snapshot import load
-
-    with resources.as_file(resources.files("mthp.demo").joinpath(EXAMPLE)) as path:
-        if not path.exists():
-            raise MthpError(f"the package lacks its snapshot {EXAMPLE}", help="install mthp again")
-        with load(path) as space:
-            census = take_census(space, lambda done, total: progress("inspecting", done, total))
-            return Story(space.label, census, _plans(space, progress))
+        split_ability(space.geometry).require_split()
+        why = "page frames cannot be seen"
+    except MthpError as error:
+        why = error.message
+    if space.drives_khugepaged(space.geometry.pmd_order - 1):
+        return Means(max_bloat=None), why
+    moving = Means(mechanism="madvise,move", fill=True, max_bloat=None)
+    if refusals := move_refusals(space, moving):
+        raise UnsupportedError(f"no mTHPs can be made: {why}, and moving is refused: {'; '.join(refusals)}")
+    return moving, why

@@ -11,11 +11,11 @@ nothing of huge pages:
   lie on the free list. They stay resident, as they do in a real service.
 - **Holes.** A second database, of short-lived sessions, grows in between, in runs of very different length. At the
   end it is dropped, and malloc_trim(3) gives its whole pages back: none PTEs between the documents, a few in some
-  PMD ranges, many in others.
+  PMD ranges, many in others, as a service has them after its peak hour.
 
 A lookup is the uniformly random read of one document's last column by primary key. It walks the b-tree and steps
 over the document to the column behind it: a handful of cache lines, each in a page of its own, which is what page
-tables are felt in. Lookups are made by one SQL statement for some thousands of them, so that nearly all the time is
+tables are felt in. Lookups are made by one SQL statement for a thousand of them, so that nearly all the time is
 SQLite's and not Python's. All of it follows a fixed seed.
 
 Small pages first
@@ -29,9 +29,11 @@ The conversation
 ----------------
 One JSON object a line. On stdout first ``{"event": "progress", "done_bytes", "total_bytes", "phase"}`` some times,
 then ``{"event": "ready"}``. From then on every line on stdin gets one line on stdout: ``{"cmd": "measure",
-"seconds": 2}``, ``{"cmd": "verify"}``, ``{"cmd": "stats"}``, ``{"cmd": "quit"}``, and ``{"cmd": "collapse"}``, by which
-it collapses its own memory, for which nobody needs rights. A request that makes no sense gets ``{"error": ...}``. The
-end of stdin ends the process, and so does the end of the thread that started it.
+"seconds": 2}``, ``{"cmd": "verify"}``, ``{"cmd": "quit"}``, and ``{"cmd": "collapse"}``, by which it collapses its own
+memory, which takes no rights. After ``{"cmd": "serve"}`` and its answer it looks documents up one by one until the next
+line comes, whatever that says, and answers how long they took: what its thread noticed of what was done meanwhile.
+A request that makes no sense gets ``{"error": ...}``. The end of stdin ends the process, and so does the end of the
+thread that started it.
 """
 
 from __future__ import annotations
@@ -41,15 +43,14 @@ import ctypes
 import json
 import os
 import random
-import re
+import select
 import signal
 import sqlite3
 import statistics
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 # include/uapi/linux/prctl.h
@@ -67,15 +68,15 @@ SEED = 20_240_117
 
 DATABASE_PAGE_BYTES = 65536
 LONGEST_BODY = 20_000
-DOCUMENTS_PER_STEP = 80
-"""About 1 MiB: the grain at which documents and sessions alternate in the heap."""
+DOCUMENTS_PER_STEP = 160
+"""About 2 MiB: the grain at which documents and sessions alternate in the heap."""
 SESSION_BYTES = 2180
 """What one session takes of the heap: half a database page of 4 KiB with its headers."""
-SESSION_RUNS = ((0, 10), (16 << 10, 3), (64 << 10, 3), (256 << 10, 3), (384 << 10, 1))
-"""Lengths in bytes of the runs of sessions, each with its weight; on average 6% of the documents beside them."""
+SESSION_RUNS = ((0, 6), (128 << 10, 4), (512 << 10, 4), (2 << 20, 2), (4 << 20, 1))
+"""Lengths in bytes of the runs of sessions, each with its weight; on average a third of the documents beside them."""
 
-LOOKUPS_PER_BATCH = 4096
-CHECKED_BATCHES = 16
+LOOKUPS_PER_BATCH = 1024
+CHECKED_BATCHES = 8
 """The checksum of a measurement covers this many batches, so that it does not depend on how many there was time for."""
 
 INSERT_DOCUMENTS = """
@@ -90,6 +91,10 @@ REWRITE_DOCUMENTS = f"UPDATE document SET body = substr(:pool, 1 + id % :span, {
 LOOK_UP = """
     SELECT count(*), total(document.rank)
     FROM probe CROSS JOIN document ON document.id = 1 + (probe.r * :factor + :shift) % :documents"""
+LOOK_UP_ONE = "SELECT rank FROM document WHERE id = ?"
+
+BUCKETS_PER_DOUBLING = 16
+"""How finely the durations of single lookups are counted: to within 6%."""
 
 Report = Callable[[int, int, str], None]
 
@@ -174,6 +179,32 @@ class Database:
             "checksum": checksum,
         }
 
+    def serve(self, is_over: Callable[[], bool]) -> dict[str, float]:
+        """Look documents up one by one.
+
+        Args:
+            is_over: asked between lookups, every few microseconds.
+
+        Returns:
+            `count` of the lookups; how long one took in seconds: `p50`, `p99`, `max`, and `total`.
+        """
+        rng, counts, longest, total = random.Random(SEED + 5), [0] * 64 * BUCKETS_PER_DOUBLING, 0, 0
+        while not is_over():
+            key = (1 + rng.randrange(self._documents),)
+            begin = time.perf_counter_ns()
+            self._db.execute(LOOK_UP_ONE, key).fetchone()
+            taken = time.perf_counter_ns() - begin
+            # Counted and not kept: a list of them would grow in the heap that is looked at.
+            counts[_bucket(taken)] += 1
+            longest, total = max(longest, taken), total + taken
+        return {
+            "count": sum(counts),
+            "p50": _percentile(counts, 0.5),
+            "p99": _percentile(counts, 0.99),
+            "max": longest / 1e9,
+            "total": total / 1e9,
+        }
+
     def verify(self) -> dict[str, int | bool]:
         """Read every byte of every document, and let SQLite check its own structures (PRAGMA integrity_check)."""
         rows, total, crc = self._db.execute(
@@ -198,65 +229,43 @@ class Database:
         return found, ranks
 
 
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process: resident less shared of ``/proc/self/statm`` (proc_pid_statm(5))."""
-    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
-    return (int(resident) - int(shared)) * os.sysconf("SC_PAGESIZE")
+def _bucket(nanoseconds: int) -> int:
+    """Return the number of the bucket that a duration is counted in."""
+    doublings = max(0, nanoseconds.bit_length() - 5)
+    return min(doublings * BUCKETS_PER_DOUBLING + (nanoseconds >> doublings), 64 * BUCKETS_PER_DOUBLING - 1)
 
 
-def memory_stats() -> dict[str, int]:
-    """This process's memory, in bytes, from ``/proc/self/smaps`` (proc_pid_smaps(5)).
-
-    Returns:
-        `rss_bytes`, `anon_bytes` and `anon_huge_bytes` of the whole process; `heap_bytes`, the mappings that malloc
-        made and that are large enough for a huge page, and `hole_bytes`, what of them is not mapped to memory.
-    """
-    sums = {"rss_bytes": 0, "anon_bytes": 0, "anon_huge_bytes": 0, "heap_bytes": 0, "hole_bytes": 0}
-    for is_heap, fields in _mappings(Path("/proc/self/smaps").read_text()):
-        sums["rss_bytes"] += fields["Rss"]
-        sums["anon_bytes"] += fields["Anonymous"]
-        sums["anon_huge_bytes"] += fields["AnonHugePages"]
-        if is_heap and fields["Size"] >= pmd_bytes():
-            sums["heap_bytes"] += fields["Size"]
-            sums["hole_bytes"] += fields["Size"] - fields["Rss"] - fields["Swap"]
-    return sums
+def _percentile(counts: list[int], share: float) -> float:
+    """Return the duration in seconds that `share` of those that were counted do not exceed, by its bucket's end."""
+    left = share * sum(counts)
+    for bucket, count in enumerate(counts):
+        left -= count
+        if left <= 0 and count:
+            doublings = max(0, bucket // BUCKETS_PER_DOUBLING - 1)
+            return ((bucket - doublings * BUCKETS_PER_DOUBLING + 1) << doublings) / 1e9
+    return 0.0
 
 
 def collapse_own_memory() -> dict[str, object]:
-    """Collapse this process by the kernel's call for one's own memory.
+    """Collapse this process to huge pages by the kernel's call for one's own memory.
 
     Returns:
-        The fields of :class:`mthp.demo.client.Deed`; or `error`.
+        `elapsed`, in seconds; or `error`.
     """
     # Imported here: where the demo may collapse from outside, this process has only its own library in it.
     from mthp.api import collapse
-    from mthp.demo.client import Deed
     from mthp.errors import MthpError
 
     try:
-        return asdict(Deed.of(collapse("self"), by="itself"))
+        return {"elapsed": collapse("self", mechanism="madvise", max_bloat=None).elapsed}
     except MthpError as error:
         return {"error": error.message}
 
 
-def _mappings(smaps: str) -> Iterator[tuple[bool, dict[str, int]]]:
-    """For each mapping, whether it is writable private memory without a file, and its sizes in bytes by name."""
-    header = re.compile(r"^[0-9a-f]+-[0-9a-f]+ (\S+) \S+ \S+ (\d+) *(.*)$", re.MULTILINE)
-    starts = list(header.finditer(smaps))
-    ends = [match.start() for match in starts[1:]] + [len(smaps)]
-    for match, end in zip(starts, ends, strict=True):
-        rights, inode, name = match.groups()
-        sizes = re.findall(r"^(\w+): +(\d+) kB$", smaps[match.end() : end], re.MULTILINE)
-        is_heap = rights == "rw-p" and inode == "0" and (name in ("", "[heap]") or name.startswith("[anon"))
-        yield is_heap, {key: int(value) << 10 for key, value in sizes}
-
-
-def pmd_bytes() -> int:
-    """Size of a PMD range; that of x86-64 where the kernel has no transparent huge pages and does not say."""
-    try:
-        return int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
-    except OSError:
-        return 2 << 20
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process: resident less shared of ``/proc/self/statm`` (proc_pid_statm(5))."""
+    resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    return (int(resident) - int(shared)) * os.sysconf("SC_PAGESIZE")
 
 
 def keep_the_heap_in_one_piece() -> None:
@@ -339,8 +348,13 @@ def answer(database: Database, line: str) -> dict[str, object]:
         return {**database.measure(seconds)}
     if command == "verify":
         return {**database.verify()}
-    if command == "stats":
-        return {**memory_stats()}
+    if command == "serve":
+        say({"event": "serving"})
+        poll = select.poll()
+        poll.register(sys.stdin, select.POLLIN)
+        served = database.serve(lambda: bool(poll.poll(0)))
+        sys.stdin.readline()
+        return {**served}
     if command == "collapse":
         return collapse_own_memory()
     if command == "quit":
