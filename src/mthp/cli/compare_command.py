@@ -18,7 +18,11 @@ from mthp.units import format_size, percent
 
 @click.command("compare")
 @target_argument
-@click.option("--policies", metavar="NAMES", help="Policies, separated by commas; the four and no-creep by default.")
+@click.option(
+    "--policies",
+    metavar="NAMES",
+    help="Policies, separated by commas; the four and no-creep by default. NAME:split is mthp by splitting.",
+)
 @click.option(
     "--max-ptes-none", metavar="N,...", help="Empty pages a collapse may fill, per PMD range; several values."
 )
@@ -28,6 +32,7 @@ from mthp.units import format_size, percent
 @click.option("--scans", default="1", show_default=True, metavar="N", help="Scans, or 'all': until nothing changes.")
 @click.option("--covered", metavar="SIZE", help="Folio size from which on memory counts as covered; the PMD size.")
 @click.option("--processor", default="skylake", show_default=True, metavar="NAME", help="Whose TLB the figures are of.")
+@click.option("--zero-filled", is_flag=True, help="Read the contents, for what splits and a trim would give back.")
 @click.option("--include-file", is_flag=True, help="Memory of files and shared memory too, at the PMD size.")
 @heat_option
 @at_option
@@ -63,6 +68,7 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
             processor=Processor.named(options["processor"]),
             accesses=_accesses(target),
             heat=heat_of(space, options["heat"]),
+            contents=options["zero_filled"],
             progress=progress,
         )
     if as_json:
@@ -98,6 +104,7 @@ def _print(result: Any) -> None:
         f"{size} coverage",
         "large folios",
         "bloat",
+        "given back",
         "copied",
         "folios",
         "TLB entries",
@@ -111,7 +118,7 @@ def _print(result: Any) -> None:
     if "tlb_misses" in before:
         columns.append("page walks")
         cells = [[*row, f"{shown['tlb_misses']:,}"] for row, shown in zip(cells, [before, *shown], strict=True)]
-    out.print(Table(title, columns, cells, right={*range(1, 8), 9}))
+    out.print(Table(title, columns, cells, right={*range(1, 9), 10}))
     if last > 1:
         lines = [
             [name, *(format_size(row["creep_bytes"]) for row in rows if row["setting"] == name and row["scan"] > 0)]
@@ -130,6 +137,7 @@ def _cells(row: dict[str, Any], on_frontier: str) -> list[str]:
         percent(row["coverage"]),
         percent(row["large_coverage"]),
         f"{format_size(row['bloat_bytes'])} ({percent(row['bloat_share'])})",
+        format_size(row["given_back_bytes"]),
         format_size(row["copied_bytes"]),
         str(row["folios"]),
         f"{row['translations']:.0f}",

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from mthp.cli.options import SECONDS, SIZE, json_option
-from mthp.cli.output import console, note, percent, print_json, say
+from mthp.cli.output import console, note, print_json, say
 from mthp.cli.render.tables import Table
 from mthp.demo.story import DEFAULT_SIZE, Chapter, Progress, Story, tell
 from mthp.errors import UsageError
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 
 @click.command("demo")

@@ -225,6 +225,7 @@ def compare(
     costs: Costs | None = None,
     accesses: Accesses | None = None,
     heat: Heat | None = None,
+    contents: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare `settings` on the memory of `space`; see :func:`mthp.lab.evaluate.evaluate`.
@@ -232,6 +233,7 @@ def compare(
     Args:
         covered: the order from which on a folio counts as covered; the PMD order by default.
         processor: whose TLB the figures are about.
+        contents: read the contents too, see there.
         accesses: the trace that the memory was recorded from, if there is one.
         heat: which memory is used; in place of a trace, accesses are drawn by it.
 
@@ -245,7 +247,7 @@ def compare(
         raise UsageError(f"{scans} scans are too few", help="1 shows what the next scan would do; all, where it ends")
     geometry = space.geometry
     processor = processor or Processor.named("skylake")
-    outcomes = evaluate(space, settings, scans=scans, progress=progress)
+    outcomes = evaluate(space, settings, scans=scans, contents=contents, progress=progress)
     if accesses is None and heat is not None and heat.spans:
         accesses = accesses_of(space, heat)
     before, after = (None, []) if accesses is None else misses(space, settings, accesses, processor, scans)

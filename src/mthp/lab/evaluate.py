@@ -17,17 +17,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.abilities import zero_filled
 from mthp.addrspace import AddressSpace
 from mthp.engine.occupancy import Bits, Planes
-from mthp.engine.plan import Plan, plan_planes
-from mthp.engine.policy import Policy, Rules
-from mthp.engine.policy_lookup import policy_named
+from mthp.engine.plan import plan_planes
+from mthp.engine.policy import Rules
 from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
+from mthp.engine.trim import TrimOptions
 from mthp.geometry import Geometry
 from mthp.lab import figures
 from mthp.lab.figures import MAX_ORDER, Row
+from mthp.lab.makers import Maker
+from mthp.lab.splitting import by_splitting, given_back, trimmed
 from mthp.ptes import Segment, in_blocks
 from mthp.sim.clock import Costs
+from mthp.trimming import TrimBy, Trimming
 from mthp.vma import Vma
 
 BLOCK_RANGES = 512
@@ -50,6 +54,8 @@ class Counts:
         copied, filled: pages that collapses copied, and made where none were, all scans together.
         folios: int64, shape (MAX_ORDER + 1,): folios made by order, all scans together.
         scanned: PTEs that this scan looked at.
+        split: PMD ranges that were split, all scans together.
+        trimmable: pages that a trim would give back.
     """
 
     by_order: NDArray[np.int64]
@@ -58,6 +64,8 @@ class Counts:
     filled: int = 0
     folios: NDArray[np.int64] | None = None
     scanned: int = 0
+    split: int = 0
+    trimmable: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         mine, theirs = _or_none(self.folios), _or_none(other.folios)
@@ -68,6 +76,8 @@ class Counts:
             self.filled + other.filled,
             mine + theirs,
             self.scanned + other.scanned,
+            self.split + other.split,
+            self.trimmable + other.trimmable,
         )
 
 
@@ -84,7 +94,7 @@ class Outcome:
 
     Attributes:
         options: the setting.
-        policy: the policy's name.
+        policy: the name of what makes the folios (:mod:`mthp.lab.makers`).
         rules: what it comes to on the target's machine, for anonymous memory.
         scans: the state before the first scan, and after each.
     """
@@ -117,15 +127,19 @@ class Outcome:
             resident = int(now.by_order.sum())
             entries = figures.translations(now.by_order, now.pmd_mapped, pmd_order, coalesced_order)
             folios = int(_or_none(now.folios).sum())
+            huge = int(_or_none(now.folios)[pmd_order])
             spent = figures.khugepaged_seconds(
                 costs,
                 ptes=scanned,
                 ranges=scanned >> pmd_order,
                 copied_bytes=now.copied * page,
                 zeroed_bytes=now.filled * page,
-                folios=folios,
+                folios=huge + now.split if now.split else folios,
                 folio_pages=now.copied + now.filled,
             )
+            if now.split:
+                split_ps = (folios - huge) * costs.split_folio + (now.split << pmd_order) * costs.split_page
+                spent += split_ps / 1e12
             row: Row = self._settings() | {
                 "scan": index,
                 "resident_bytes": resident * page,
@@ -134,6 +148,7 @@ class Outcome:
                 "bloat_bytes": now.filled * page,
                 "bloat_share": figures.share(now.filled, before),
                 "creep_bytes": (now.filled - self.scans[index - 1].filled) * page if index else 0,
+                "given_back_bytes": now.trimmable * page,
                 "copied_bytes": now.copied * page,
                 "folios": folios,
                 "scanned_ptes": scanned,
@@ -160,13 +175,20 @@ class Outcome:
 
 
 def evaluate(
-    space: AddressSpace, settings: Sequence[PlanOptions], *, scans: int | None = 1, progress: Progress | None = None
+    space: AddressSpace,
+    settings: Sequence[PlanOptions],
+    *,
+    scans: int | None = 1,
+    contents: bool = False,
+    progress: Progress | None = None,
 ) -> list[Outcome]:
     """Take the memory of `space` through scans under each of some settings.
 
     Args:
-        settings: what shall be planned; `within` and `filled` of each count too.
+        settings: what shall be planned, by a policy as :mod:`mthp.lab.makers` names it; `within` and `filled` of each
+            count too.
         scans: how many scans; None for as many as it takes until nothing changes.
+        contents: read the contents too, so that pages of zeroes are known that the program wrote itself.
         progress: told after every block.
 
     Returns:
@@ -174,8 +196,10 @@ def evaluate(
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
+        UnsupportedError: `contents` of an address space that has none.
         TargetVanishedError: the process exited meanwhile.
     """
+    by: TrimBy = next(iter(space.trims_by), "cold") if isinstance(space, Trimming) else "cold"
     limit = MAX_SCANS if scans is None else scans
     # Listed once: those of a live target change, and all settings are to see the same.
     vmas = space.vmas()
@@ -192,11 +216,14 @@ def evaluate(
     size, done = sum(end - start for _, _, segments in todo for start, end in segments), 0
     for members, index, segments in todo:
         for block in in_blocks(segments, BLOCK_RANGES * granule):
-            _, planes = read_planes(space, members[0].jobs[index], ranges_of(block, space.geometry))
-            planes = _without_empty(planes)
+            columns, planes = read_planes(space, members[0].jobs[index], ranges_of(block, space.geometry))
+            empty = zero_filled(space, columns).reshape(planes.present.shape) if contents else None
+            planes, empty = _without_empty(planes, empty)
             before = counted(planes, space.geometry)
+            if empty is not None:
+                before = replace(before, trimmable=trimmed(planes, empty, by, TrimOptions().zero, space.geometry))
             for course in members:
-                course.add(planes, before, course.jobs[index].rules)
+                course.add(planes, before, course.jobs[index].rules, empty, by)
             done += sum(end - start for start, end in block)
             if progress is not None:
                 progress(done, size)
@@ -213,7 +240,7 @@ class _Course:
     """One setting on its way through the blocks."""
 
     options: PlanOptions
-    policy: Policy
+    maker: Maker
     base: Rules
     jobs: list[Job]
     limit: int
@@ -223,56 +250,77 @@ class _Course:
     def of(cls, space: AddressSpace, vmas: Sequence[Vma], options: PlanOptions, limit: int) -> _Course:
         base = base_rules(space, options)
         jobs, _ = jobs_of(space, options, base, vmas)
-        return cls(options, policy_named(options.policy), base, jobs, limit, [NOTHING])
+        return cls(options, Maker.named(options.policy), base, jobs, limit, [NOTHING])
 
     def places(self) -> _Places:
         return tuple(tuple(job.segments) for job in self.jobs)
 
-    def add(self, planes: Planes, before: Counts, rules: Rules) -> None:
+    def add(self, planes: Planes, before: Counts, rules: Rules, empty: Bits | None, by: TrimBy) -> None:
         """Take one more block through all scans."""
-        block = history(planes, before, self.policy, rules, self.limit)
+        block = history(planes, before, self.maker, rules, self.limit, empty, by)
         # From its last scan on, a block stays as it is: what the sum so far does, and so does what is added to it.
         length = max(len(self.scans), len(block))
         self.scans = [_at(self.scans, index) + _at(block, index) for index in range(length)]
 
     def outcome(self, length: int) -> Outcome:
-        return Outcome(self.options, self.policy.name, self.base, tuple(_at(self.scans, i) for i in range(length)))
+        return Outcome(self.options, self.maker.name, self.base, tuple(_at(self.scans, i) for i in range(length)))
 
 
 def _at(scans: Sequence[Counts], index: int) -> Counts:
     return scans[min(index, len(scans) - 1)]
 
 
-def settled(planes: Planes, policy: Policy, rules: Rules, limit: int) -> Planes:
+def settled(planes: Planes, maker: Maker, rules: Rules, limit: int) -> Planes:
     """Some PMD ranges as they are once a scan makes nothing any more, or after `limit` scans."""
     for _ in range(limit):
-        plan = plan_planes(planes, policy, rules)
-        if not plan.made.any():
+        plan = plan_planes(planes, maker.policy, rules)
+        made = by_splitting(planes, plan).made if maker.splits else plan.made
+        if not made.any():
             break
-        planes, _ = carried_out(planes, plan)
+        planes, _ = carried_out(planes, made, rules.geometry)
     return planes
 
 
-def history(planes: Planes, before: Counts, policy: Policy, rules: Rules, limit: int) -> list[Counts]:
+def history(
+    planes: Planes,
+    before: Counts,
+    maker: Maker,
+    rules: Rules,
+    limit: int,
+    empty: Bits | None = None,
+    by: TrimBy = "cold",
+) -> list[Counts]:
     """Take some PMD ranges through scans until one makes nothing, or `limit` are done.
 
     Args:
         planes: of the ranges.
         before: their pages, as :func:`counted` gives them.
+        empty: pages that hold nothing but zeroes, as far as is known: bool, shape (ranges, ptes_per_pmd).
+        by: how a trim would give pages back.
 
     Returns:
         The state before the first scan and after each; the last one, which made nothing, included.
     """
-    scans = [before]
+    scans, geometry = [before], rules.geometry
+    empty = np.zeros_like(planes.present) if empty is None else empty
     for _ in range(limit):
-        plan = plan_planes(planes, policy, rules)
+        plan = plan_planes(planes, maker.policy, rules)
+        split = by_splitting(planes, plan) if maker.splits else None
+        made = plan.made if split is None else split.made
         copied, filled = int(plan.copied.sum(dtype=np.int64)), int(plan.filled.sum(dtype=np.int64))
+        if split is not None:
+            copied, filled = split.copied, split.filled
         last = scans[-1]
         if not copied + filled:
             scans.append(replace(last, scanned=plan.looked_at))
             break
-        planes, now = carried_out(planes, plan)
-        folios = _or_none(last.folios) + _folios_by_order(plan.made)
+        had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
+        planes, now = carried_out(planes, made, geometry)
+        empty = empty | ((made != 0) & ~had)
+        if split is not None:
+            planes, gone = given_back(planes, split, empty)
+            empty, now = empty & ~gone, counted(planes, geometry)
+        folios = _or_none(last.folios) + _folios_by_order(made)
         scans.append(
             replace(
                 now,
@@ -280,6 +328,8 @@ def history(planes: Planes, before: Counts, policy: Policy, rules: Rules, limit:
                 filled=last.filled + filled,
                 folios=folios,
                 scanned=plan.looked_at,
+                split=last.split + (0 if split is None else int(split.ranges.sum())),
+                trimmable=trimmed(planes, empty, by, TrimOptions().zero, geometry),
             )
         )
     return scans
@@ -292,12 +342,10 @@ def _folios_by_order(made: NDArray[np.int8]) -> NDArray[np.int64]:
     return folios
 
 
-def carried_out(planes: Planes, plan: Plan) -> tuple[Planes, Counts]:
-    """The planes and the pages of some PMD ranges once `plan`, which is theirs, is carried out."""
-    made = plan.made
+def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> tuple[Planes, Counts]:
+    """The planes and the pages of some PMD ranges once the folios of `made` are made in them."""
     inside: Bits = made != 0
     outside = ~inside
-    geometry = plan.geometry
 
     def kept(plane: Bits | None) -> Bits | None:
         return None if plane is None else plane & outside
@@ -337,9 +385,11 @@ def counted(planes: Planes, geometry: Geometry) -> Counts:
     return Counts(by_order, huge)
 
 
-def _without_empty(planes: Planes) -> Planes:
+def _without_empty(planes: Planes, empty: Bits | None) -> tuple[Planes, Bits | None]:
     """Without the PMD ranges in which nothing is mapped or swapped out: which of them are read is up to the backend."""
     some: Bits = np.logical_or.reduce(planes.present, axis=1)
     if planes.swap is not None:
         some |= np.logical_or.reduce(planes.swap, axis=1)
-    return planes if some.all() else planes.chosen(some)
+    if some.all():
+        return planes, empty
+    return planes.chosen(some), None if empty is None else empty[some]

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.occupancy import Planes
-from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.lab.evaluate import BLOCK_RANGES, MAX_SCANS, settled
+from mthp.lab.makers import Maker
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
 from mthp.ptes import in_blocks
 
@@ -57,7 +57,7 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
         UsageError: as :func:`mthp.plan_ranges`.
         TargetVanishedError: the process exited meanwhile.
     """
-    policy, base = policy_named(options.policy), base_rules(space, options)
+    maker, base = Maker.named(options.policy), base_rules(space, options)
     jobs, _ = jobs_of(space, options, base)
     parts: list[Mapped] = []
     granule = space.geometry.pmd_size
@@ -65,7 +65,7 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
         for block in in_blocks(space.populated(job.segments, granule), BLOCK_RANGES * granule):
             address = ranges_of(block, space.geometry)
             _, planes = read_planes(space, job, address)
-            planes = settled(planes, policy, job.rules, MAX_SCANS if scans is None else scans)
+            planes = settled(planes, maker, job.rules, MAX_SCANS if scans is None else scans)
             parts.append(_large(address // np.uint64(space.geometry.page_size), planes))
     page = np.concatenate([part.page for part in parts] or [np.empty(0, np.int64)])
     order = np.concatenate([part.order for part in parts] or [np.empty(0, np.int8)])

@@ -1,0 +1,93 @@
+"""What splits and trims make of planes of bits: the price of a collapse of whole PMD ranges, and what goes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.engine.occupancy import Bits, Planes
+from mthp.engine.plan import Plan
+from mthp.geometry import Geometry
+from mthp.trimming import SMALLEST_LARGE, TrimBy
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What a plan comes to if folios below the PMD order are made by splitting.
+
+    Attributes:
+        made: the order of the folio that each page is collapsed into: int8, shape (ranges, ptes_per_pmd); 0 if none.
+        ranges: the PMD ranges that are split: bool, shape (ranges,).
+        copied, filled: pages with contents that are copied, and PTEs that become memory.
+    """
+
+    made: NDArray[np.int8]
+    ranges: Bits
+    copied: int
+    filled: int
+
+
+def by_splitting(planes: Planes, plan: Plan) -> Split:
+    """Return what `plan` of `planes` comes to by splitting.
+
+    A PMD range is copied as a whole, and left alone if something beside its blocks must not be
+    (:mod:`mthp.splitchecks`).
+    """
+    made = plan.made
+    small = (made > 0) & (made < plan.geometry.pmd_order)
+    ranges: Bits = np.logical_or.reduce(small, axis=1)
+    for plane in (planes.swap, planes.shared, planes.lazyfree):
+        if plane is not None:
+            ranges &= ~np.logical_or.reduce(plane & (made == 0), axis=1)
+    for plane in (planes.guard, planes.uffd):
+        if plane is not None:
+            ranges &= ~np.logical_or.reduce(plane, axis=1)
+    made = np.where(small & ~ranges[:, None], np.int8(0), made)
+    inside = made != 0
+    contents = planes.occupied if planes.swap is None else planes.occupied | planes.swap
+    copied = np.count_nonzero(contents & (inside | ranges[:, None]))
+    return Split(made, ranges, int(copied), int(np.count_nonzero(inside & ~contents)))
+
+
+def given_back(planes: Planes, split: Split, empty: Bits) -> tuple[Planes, Bits]:
+    """Return the planes once pages of zeroes of split ranges went back, and which pages went.
+
+    Args:
+        planes: once the split was carried out.
+        empty: pages that hold nothing but zeroes: bool, shape (ranges, ptes_per_pmd).
+    """
+    gone: Bits = empty & planes.occupied & split.ranges[:, None] & (split.made == 0)
+    if planes.folio_order is not None:
+        # Large folios that were there stay as they are.
+        gone &= planes.folio_order == 0
+    zero = gone if planes.zero is None else planes.zero | gone
+    filled = None if planes.filled is None else planes.filled & ~gone
+    return replace(planes, zero=zero, filled=filled), gone
+
+
+def trimmed(planes: Planes, empty: Bits, by: TrimBy, share: float, geometry: Geometry) -> int:
+    """Return how many pages a trim gives back.
+
+    Args:
+        empty: pages that hold nothing but zeroes: bool, shape (ranges, ptes_per_pmd).
+        by: how folios are trimmed.
+        share: the part of a folio's pages that must hold nothing but zeroes.
+    """
+    if planes.folio_order is None or not empty.any():
+        return 0
+    occupied, back = planes.occupied, 0
+    block = SMALLEST_LARGE // geometry.page_size
+    for order in np.unique(planes.folio_order).tolist():
+        size = 1 << order
+        if not 2 <= order <= geometry.pmd_order:
+            continue
+        whole = ((planes.folio_order == order) & occupied).reshape(-1, size).all(axis=1)
+        folios = empty.reshape(-1, size)[whole]
+        folios = folios[folios.sum(axis=1) >= max(1, share * size)]
+        if by == "split" and 1 < block <= size:
+            back += block * int(folios.reshape(-1, block).all(axis=1).sum())
+        else:
+            back += int(folios.sum())
+    return back
