@@ -26,6 +26,7 @@ from mthp.daemon.target import LEFT_OUT_SECONDS, REACH_SECONDS, TRIM_SECONDS, WA
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
+from mthp.heat import Heat, HeatRequest
 from mthp.linux.process import Process
 from mthp.means import Mechanism
 from mthp.naming import Match, ProcessFacts
@@ -36,6 +37,7 @@ from mthp.results import ScanResult
 from mthp.trimming import TrimBy, TrimOutcome
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
+from waiting import until
 
 G = X86_64
 START = 1 << 30
@@ -668,3 +670,30 @@ def test_children_that_begin_another_program_at_once_cost_no_second_look() -> No
     assert not stage.target.forks.ended(8, stage.now)
     stage.steps(5.0)
     assert stage.target.counters.scanned_ptes == scanned
+
+
+class Measured(FakeSpace):
+    """Memory of which the third PMD range is used."""
+
+    def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
+        start = np.array([START + 2 * G.pmd_size], np.uint64)
+        return Heat.of_spans(start, start + np.uint64(G.pmd_size), np.array([9.0]))
+
+
+def test_what_is_used_comes_first_once_that_is_known() -> None:
+    stage = Stage(FULL, FULL, HALF, FULL, heat=HeatRequest("damon", 1.0))
+    stage.space.__class__ = Measured
+    stage.target.step()
+    assert stage.collapsed == []
+    until(lambda: not stage.target.heat.measuring, "the heat")
+    stage.steps(30.0)
+    assert stage.collapsed == [2, 0, 1, 3]
+
+
+def test_without_a_source_of_heat_fullness_decides() -> None:
+    stage = Stage(HALF, FULL, heat=HeatRequest("damon", 1.0))
+    stage.target.step()
+    until(lambda: not stage.target.heat.measuring, "the attempt")
+    stage.steps(30.0)
+    assert stage.collapsed == [1, 0]
+    assert "not a live process" in stage.target.heat.failed

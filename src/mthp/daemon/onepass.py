@@ -25,6 +25,7 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.visit import Visit
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, UnsupportedError
+from mthp.heat import Heat, worth
 from mthp.means import Means, needs_move_reason, price_of_moving
 from mthp.outline import Outline
 from mthp.ptes import Segment
@@ -38,6 +39,9 @@ stays, although some of its pages come to hold zeroes."""
 
 _FULLNESS_STEPS = 4
 """So many classes of fullness are told apart."""
+
+_HEAT_STEPS = 8
+"""And of heat, each half as hot as the one above; what is colder than all of them, or not used, is one class more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +186,14 @@ class Pass:
         self.eligible = bool(segments)
         return self.space.outline(segments)
 
-    def todo(self, outline: Outline, broken: NDArray[np.bool_]) -> None:
-        """Do these ranges: first those that were `broken` up (bool, shape (ranges,)), then the fullest."""
+    def todo(self, outline: Outline, broken: NDArray[np.bool_], heat: Heat | None = None) -> None:
+        """Do these ranges: `broken` ones first (bool, shape (ranges,)), then the hottest, then the fullest.
+
+        Ranges of one class of heat and fullness are done by address, so that neighbours are read and moved together.
+        """
         size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
-        fullness = outline.present.astype(np.int64) * _FULLNESS_STEPS // n + (_FULLNESS_STEPS + 1) * broken
+        fullness = outline.present.astype(np.int64) * _FULLNESS_STEPS // n
+        fullness += (_FULLNESS_STEPS + 1) * (_classes(outline, size, heat) + (_HEAT_STEPS + 1) * broken)
         order = np.lexsort((outline.address, -fullness))
         address, present = outline.address[order], outline.present[order]
         breaks = np.flatnonzero((np.diff(address.astype(np.int64)) != size) | (np.diff(fullness[order]) != 0)) + 1
@@ -277,6 +285,18 @@ def governed(environment: Environment, makes: Collection[int]) -> tuple[Switches
     """
     sizes = {order: word if order in makes else "never" for order, word in environment.switches.sizes.items()}
     return replace(environment.switches, sizes=sizes), environment.tunables
+
+
+def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64]:
+    """Return how hot some PMD ranges are, from 0 to `_HEAT_STEPS`: int64, shape (ranges,); all 0 without heat."""
+    classes = np.zeros(len(outline), np.int64)
+    if heat is None or not len(outline):
+        return classes
+    address = outline.address.astype(np.uint64)
+    seen = worth(heat.within(address, address + np.uint64(size)), outline.present.astype(np.int64))
+    used = seen > 0
+    classes[used] = np.maximum(_HEAT_STEPS + np.floor(np.log2(seen[used] / seen.max())), 0).astype(np.int64)
+    return classes
 
 
 def _slices(breaks: NDArray[np.intp], length: int) -> list[tuple[int, int]]:

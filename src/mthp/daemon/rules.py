@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from mthp.budget import DEFAULT_BLOAT, Amount, parse_amount, parse_bloat
 from mthp.engine.policy_lookup import known_policy
 from mthp.errors import UsageError
+from mthp.heat import HeatRequest, parse_measured
 from mthp.means import PAUSE_SHARE, Mechanism
 from mthp.naming import Match, ProcessFacts
 from mthp.toml import positive, whole
@@ -47,6 +48,7 @@ class Settings:
         trim: while memory is short, give back the pages of zeroes of large folios of which this share holds nothing
             else; None for no trimming. Collapses fill less than half of that, so that they make nothing that a trim
             would undo.
+        heat: see which memory is used, by what and for how long, and collapse that first; None to go by fullness alone.
     """
 
     policy: Annotated[str, known_policy] = "mainline"
@@ -63,6 +65,7 @@ class Settings:
     min_split_share: Annotated[float, parse_share] = 0.0
     rate: Annotated[int, parse_rate] | None = None
     trim: Annotated[float, positive(parse_share)] | None = None
+    heat: Annotated[HeatRequest, parse_measured] | None = None
 
 
 @dataclass(frozen=True, slots=True)

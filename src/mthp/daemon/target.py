@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 
 from mthp.daemon.accounts import account
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.forks import CHILD, Forks
+from mthp.daemon.heat import HeatKeeper
 from mthp.daemon.ledger import Ledger
 from mthp.daemon.looks import Sign
 from mthp.daemon.onepass import LeftAlone, Pass, governed
@@ -125,6 +127,7 @@ class Target:
         self.needs_move = ""
         self._environment = environment
         self._ledger = Ledger()
+        self.heat = HeatKeeper()
         self._pass: Pass | None = None
         self._seen: Sign | None = None
         self._has_room = False
@@ -281,6 +284,9 @@ class Target:
     def _look(self) -> None:
         """See whether anything may have changed, and begin a pass if so."""
         environment, looks = self._environment, self._environment.looks
+        if self.heat.measuring:
+            self.next_at = environment.clock() + FIRST_LOOK
+            return
         now, longest, spent = environment.clock(), environment.scan_sleep, looks.spent()
         sign = Sign.parse(self.process.read("stat"))
         looks.took(looks.spent() - spent)
@@ -318,7 +324,13 @@ class Target:
         due = self._ledger.due(outline, now, touched=touched)
         self._count("skipped", len(outline) - int(due.sum()))
         todo = due & ~outline.pmd_mapped
-        self._pass.todo(outline[todo], self._ledger.was_large[todo] & after_fork)
+        opened, stopping = partial(environment.opened, self.facts.pid), environment.stopping
+        if todo.any() and not self.heat.is_there(now, self.settings.heat, opened, stopping):
+            # It is gone on with once that is over, as if it had been touched.
+            self._end_pass()
+            self._seen = None
+            return
+        self._pass.todo(outline[todo], self._ledger.was_large[todo] & after_fork, self.heat.heat)
         taken = self._environment.clock() - now
         # Advice makes nothing of a process that has no room for a PMD range: only a new mapping can, and that shows.
         self._has_room, self._makes = self._pass.has_room, self._pass.makes
@@ -402,6 +414,7 @@ class Target:
         """Let go of the process. Closing twice does nothing. Nobody may wait for its pidfd any more."""
         self.closed = True
         self._environment.looks.drop(self)
+        self.heat.close()
         self._end_pass()
         self.process.close()
 
