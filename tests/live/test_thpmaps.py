@@ -62,6 +62,8 @@ def target(request: pytest.FixtureRequest, thp_switches: ThpSwitches) -> Iterato
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+        # khugepaged would collapse what was moved between the two counts.
+        thp_switches.set("enabled", "never")
         yield process.pid
         process.kill()
 
