@@ -7,6 +7,7 @@ import mmap
 import os
 import struct
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -92,6 +93,44 @@ def test_the_edges_of_a_large_mapping(actor: Actor) -> None:
     assert found[edge:-40] == [5] * (PMD_SIZE // PAGE_SIZE)
     assert found[-40:] == [5] * 32 + [3] * 8
     assert actor.damaged(address, pages) == 0
+
+
+OF_ITSELF = """
+import ctypes, mmap, sys, threading
+import mthp
+from mthp.linux.live import open_live
+page, pages = mmap.PAGESIZE, 37
+around = mmap.mmap(-1, (pages + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+start = ctypes.addressof(ctypes.c_char.from_buffer(around)) + page
+for guard in (start - page, start + pages * page):
+    ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0)
+memory = (ctypes.c_uint64 * (pages * page // 8)).from_address(start)
+for at in range(len(memory)):
+    memory[at] = at
+over, wrong = threading.Event(), []
+def check():
+    while not over.is_set():
+        wrong.extend(at for at in range(0, len(memory), 97) if memory[at] != at)
+thread = threading.Thread(target=check)
+thread.start()
+within = (start, start + pages * page)
+report = mthp.collapse_self(mechanism="move", small=True, within=within)
+over.set()
+thread.join()
+with open_live("self") as space:
+    orders = space.read([within]).folio_order
+made = sum(tally.made for tally in report.folios.values())
+print(made, len(report.plan.folios), int((orders >= 2).sum()), len(wrong), sum(memory) == sum(range(len(memory))))
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="a process moves its own memory on x86-64 only")
+def test_a_process_collapses_small_mappings_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", OF_ITSELF], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made, planned, pages, wrong, intact = done.stdout.split()
+    assert (made, wrong, intact) == (planned, "0", "True")
+    assert int(pages) >= 32
 
 
 class Churning:
