@@ -16,13 +16,14 @@ from fakes import FakeClock, FakeSpace, page_runs
 from mthp.budget import Amount, MemoryBound
 from mthp.daemon.configuration import Configuration
 from mthp.daemon.counters import Counters
+from mthp.daemon.eagerness import Measured as Short
 from mthp.daemon.environment import Environment
 from mthp.daemon.forks import CHILD, LONGEST_SECONDS, SHORT_SECONDS
 from mthp.daemon.ledger import FIRST_AGE
-from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, Looks, Sign
+from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, WAKE_GRID, Looks, Sign
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Rule, Rules, Settings
-from mthp.daemon.target import LEFT_OUT_SECONDS, REACH_SECONDS, TRIM_SECONDS, WAKE_GRID, Target
+from mthp.daemon.target import LEFT_OUT_SECONDS, NOT_EAGER, REACH_SECONDS, TRIM_SECONDS, Target
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
@@ -697,3 +698,23 @@ def test_without_a_source_of_heat_fullness_decides() -> None:
     stage.steps(30.0)
     assert stage.collapsed == [1, 0]
     assert "not a live process" in stage.target.heat.failed
+
+
+def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = Short()
+    monkeypatch.setattr("mthp.daemon.target.measured", lambda cgroup: now)
+    stage = Stage(HALF, FULL, eagerness=8)
+    read = stage.process.read
+    monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
+    stage.steps(0.5)
+    assert stage.target.left_out == NOT_EAGER
+    assert stage.collapsed == []
+    stage.steps(30.0)
+    # At level 8 half of a PMD range may be empty, and half as much filled as is resident.
+    assert sorted(stage.collapsed) == [0, 1]
+    assert stage.target.left_out == ""
+    assert stage.target.settings.trim is None
+    now = Short(pressure=0.2)
+    stage.steps(3.0)
+    assert stage.target.left_out == NOT_EAGER
+    assert stage.target.settings.trim == 0.5

@@ -12,12 +12,12 @@ from mthp.daemon.configuration import Configuration, Pace
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
-from mthp.daemon.rules import Rule, Rules, Settings
+from mthp.daemon.rules import Rules, Settings
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.geometry import X86_64
-from mthp.naming import Match, ProcessFacts
+from mthp.naming import ProcessFacts
 from mthp.pacing import ByteBudget, CpuBudget
 from mthp.tunables import Switches, Tunables
 
@@ -155,7 +155,7 @@ def test_while_memory_is_short_those_with_a_share_are_trimmed_in_turn(monkeypatc
     trimmed: list[int] = []
     for pid, share in ((1, 0.5), (2, None), (3, 0.5)):
         target: Any = stage.add(pid)
-        target.rule = Rule("all", Match(), settings=Settings(trim=share))
+        target.settings = Settings(trim=share)
         target.trim_at = 0.0
 
         def trim(target: Any = target, pid: int = pid) -> None:
@@ -181,7 +181,7 @@ def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims(monkeypatch: 
     trimmed: list[int] = []
     for pid in (1, 2):
         target: Any = stage.add(pid)
-        target.rule = Rule("all", Match(), settings=Settings(trim=0.5))
+        target.settings = Settings(trim=0.5)
         target.trim_at, target.label = 0.0, str(pid)
         target.stale = lambda: None
 

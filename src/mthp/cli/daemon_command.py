@@ -41,6 +41,7 @@ from mthp.text import clean
 @click.option("--max-bloat", metavar="SIZE|%|none", help="Bytes, or share of what is resident, that filling may add.")
 @click.option("--reserve", metavar="SIZE|%", help="As in mthp collapse.")
 @click.option("--max-threads", type=click.IntRange(1), metavar="N", help="As in mthp collapse.")
+@click.option("--eagerness", type=int, metavar="0..10", help="One number for how much is filled, and how fast.")
 @click.option("--min-split-share", metavar="%", help="As in mthp collapse.")
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second in one process at most.")
 @click.option("--cpu", type=SHARE, help="CPU time, as a share of one core; 10% by default.")
@@ -133,7 +134,17 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
 
 _SETTINGS = (
     *("policy", "orders", "max_ptes_none", "max_ptes_swap", "max_ptes_shared"),
-    *("mechanism", "max_pause", "pause_share", "max_bloat", "reserve", "max_threads", "min_split_share", "rate"),
+    *(
+        "mechanism",
+        "max_pause",
+        "pause_share",
+        "max_bloat",
+        "reserve",
+        "max_threads",
+        "eagerness",
+        "min_split_share",
+        "rate",
+    ),
 )
 """Options that are settings, under the names that a rules file has for them."""
 

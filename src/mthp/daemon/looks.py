@@ -18,6 +18,13 @@ three times as much as the look (measured, with warm and with cold caches), so a
 SHORTEST_ROUND = 0.5
 """Seconds between two looks at the same idle target at least: new memory is then worked on within a second."""
 
+FIRST_LOOK = 0.5
+"""Seconds until the next look after something was found. They double up to the interval of :mod:`mthp.daemon.looks`, or
+to scan_sleep_millisecs if that is shorter."""
+
+WAKE_GRID = 0.25
+"""Seconds: the looks of idle targets begin at multiples of this, because each wake costs more than a look."""
+
 _WEIGHT = 1 / 64
 """Of the last look in the mean of what a look takes."""
 
@@ -76,3 +83,8 @@ class Looks:
         """Return the seconds between two looks at a target in which nothing happens."""
         kind = self._targets[target in self._targets[True]]
         return max(SHORTEST_ROUND, len(kind) * self._mean / LOOK_SHARE)
+
+
+def on_grid(at: float, interval: float) -> float:
+    """Return `at`, or a little later, so that many idle targets wake the daemon together."""
+    return -(-at // WAKE_GRID) * WAKE_GRID if interval >= FIRST_LOOK else at

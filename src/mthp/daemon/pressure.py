@@ -9,7 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from mthp.linux.headroom import free_beyond_reserve, parse_buddyinfo
+from mthp.daemon.eagerness import Measured
+from mthp.linux.headroom import free_beyond_reserve, parse_buddyinfo, parse_meminfo
 from mthp.pacing import Clock
 
 ASK_SECONDS = 0.5
@@ -45,6 +46,25 @@ class MemoryPressure:
             self.share = _some_avg10(self._path)
             self.resting = self.share > self.limit * (_EASED if self.resting else 1.0)
         return self.resting
+
+
+def measured(cgroup: str, cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> Measured:
+    """Return what is measured of a target; a kernel without PSI has no pressure.
+
+    Args:
+        cgroup: the text of its ``/proc/PID/cgroup``.
+        cgroups, proc: where they are mounted.
+    """
+    path = next((line[3:] for line in cgroup.splitlines() if line.startswith("0::/")), "/")
+    own = cgroups / path.lstrip("/") / "memory.pressure"
+    # The root cgroup has none of its own.
+    pressure = _some_avg10(own if own.exists() else proc / "pressure/memory")
+    try:
+        meminfo = (proc / "meminfo").read_text()
+    except OSError:
+        meminfo = ""
+    available, total = (parse_meminfo(meminfo, name) for name in ("MemAvailable", "MemTotal"))
+    return Measured(pressure, available / total if available is not None and total else 1.0)
 
 
 class FreeFolios:

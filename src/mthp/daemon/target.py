@@ -22,14 +22,16 @@ from mthp.daemon.accounts import account
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.forks import CHILD, Forks
+from mthp.daemon.givingback import give_back
 from mthp.daemon.heat import HeatKeeper
 from mthp.daemon.ledger import Ledger
-from mthp.daemon.looks import Sign
+from mthp.daemon.levels import Level
+from mthp.daemon.looks import FIRST_LOOK, Sign, on_grid
 from mthp.daemon.onepass import LeftAlone, Pass, governed
+from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
 from mthp.daemon.smallfolios import SmallFolios
 from mthp.daemon.unadvised import Unadvised
-from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
@@ -43,13 +45,6 @@ PIECE_RANGES = 32
 
 PIECE_SECONDS = 0.1
 """How long a piece should take: as many ranges as that allows, going by the last ones, but at least one."""
-
-FIRST_LOOK = 0.5
-"""Seconds until the next look after something was found. They double up to the interval of :mod:`mthp.daemon.looks`, or
-to scan_sleep_millisecs if that is shorter."""
-
-WAKE_GRID = 0.25
-"""Seconds: the looks of idle targets begin at multiples of this, because each wake costs more than a look."""
 
 FIRST_LIST = 1.0
 """Seconds after which the mappings of a process without a fault are listed again: advice may have changed..."""
@@ -66,11 +61,14 @@ REACH_SECONDS = 600.0
 TRIM_SECONDS = 60.0
 """Between two trims of one process: its contents are read for each."""
 
-CHILD_SECONDS = 1.0
-"""Between two looks at whether a child that shares the memory is still waited for."""
+HELD_SECONDS = 1.0
+"""Between two looks at whether a child that shares the memory, or its pressure, still holds the work back."""
 
 LEFT_OUT_SECONDS = 60.0
 """After which a process that could not be worked on is tried again."""
+
+
+NOT_EAGER = "its eagerness, at this pressure and free memory, is below 1: nothing is made, and memory is given back"
 
 
 class Target:
@@ -91,6 +89,7 @@ class Target:
         reasons: why the last attempts failed, where the backend said so, by how often.
         left_alone: mappings in which nothing may be made, by reason.
         out_of_reach_bytes: memory in no whole PMD range of its mapping, as last counted.
+        level: the level of eagerness that holds now.
         small_folios: those that were made, and whether they last.
         forks: children that it has forked.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
@@ -137,7 +136,8 @@ class Target:
         self._interval = 0.0
         self._list_at = 0.0
         self._list_interval = 0.0
-        self._rate = ByteBudget(rule.settings.rate, environment.clock)
+        self.level = Level(rule.settings, environment.geometry, environment.clock())
+        self._rate = ByteBudget(self.settings.rate, environment.clock)
         self._resident = 0
         self._at_a_time = 2
         self._unadvised = Unadvised()
@@ -151,8 +151,8 @@ class Target:
 
     @property
     def settings(self) -> Settings:
-        """Those of its rule."""
-        return self.rule.settings
+        """Those of its rule, at the level of eagerness that holds now."""
+        return self.level.settings
 
     @property
     def label(self) -> str:
@@ -185,7 +185,8 @@ class Target:
     def renew(self, facts: ProcessFacts, rule: Rule) -> None:
         """Go on under another rule: everything is looked at anew."""
         self.facts, self.rule = facts, rule
-        self._rate.set_rate(rule.settings.rate)
+        self.level = Level(rule.settings, self._environment.geometry, self._environment.clock())
+        self._rate.set_rate(self.settings.rate)
         self.stale()
 
     def follow(self) -> None:
@@ -223,8 +224,10 @@ class Target:
             TargetVanishedError: it is gone.
         """
         try:
-            if self.forks.holds(self._environment.clock()):
-                self._wait_for_children()
+            if reason := self._held_back():
+                self._end_pass()
+                self.left_out, self._seen = reason, None
+                self.next_at = self._environment.clock() + HELD_SECONDS
             elif self._pass is None:
                 self._look()
             else:
@@ -236,11 +239,13 @@ class Target:
             self._end_pass()
             self._leave_out(f"{error.message}; {error.help}" if error.help else error.message)
 
-    def _wait_for_children(self) -> None:
-        """Collapse nothing while a child shares the memory; the worker is told of its end."""
-        self._end_pass()
-        self.left_out, self._seen = CHILD, None
-        self.next_at = self._environment.clock() + CHILD_SECONDS
+    def _held_back(self) -> str:
+        """Return why nothing may be made now, whatever is there to do, or an empty text."""
+        now, level = self._environment.clock(), self.level
+        if level.follow(now, lambda: measured(self.process.read("cgroup").decode())):
+            self._rate.set_rate(level.settings.rate)
+            self.stale()
+        return CHILD if self.forks.holds(now) else "" if level.makes else NOT_EAGER
 
     def _leave_out(self, reason: str) -> None:
         if reason != self.left_out:
@@ -257,27 +262,10 @@ class Target:
         Raises:
             TargetVanishedError: it is gone.
         """
-        environment, share = self._environment, self.settings.trim
+        share = self.settings.trim
         assert share is not None, "only a process whose rule has it is trimmed"
-        self.trim_at = environment.clock() + TRIM_SECONDS
-        try:
-            with environment.opened(self.facts.pid) as space:
-                report = trim_space(space, TrimOptions(zero=share), stop=environment.stopping)
-        except TargetVanishedError:
-            raise
-        except MthpError as error:
-            environment.event("trim_failed", pid=self.facts.pid, comm=self.facts.comm, reason=error.message)
-            return
-        self._count("trimmed_bytes", report.given_back_bytes)
-        if report.plan.folios:
-            environment.event(
-                "trimmed",
-                pid=self.facts.pid,
-                comm=self.facts.comm,
-                folios=report.trimmed,
-                failed=report.failed_by_result,
-                trimmed_bytes=report.given_back_bytes,
-            )
+        self.trim_at = self._environment.clock() + TRIM_SECONDS
+        self._count("trimmed_bytes", give_back(self._environment, self.facts, share))
 
     # Looking.
 
@@ -305,7 +293,7 @@ class Target:
             self._begin_pass(now, touched, after_fork=after_fork)
         if self._pass is None:
             self._interval = min(max(2 * self._interval, FIRST_LOOK), looks.interval(self), longest)
-            self.next_at = _on_grid(
+            self.next_at = on_grid(
                 min(now + self._interval, max(self._ledger.next_retry(), now + SHORTEST_LOOK)), self._interval
             )
 
@@ -417,8 +405,3 @@ class Target:
         self.heat.close()
         self._end_pass()
         self.process.close()
-
-
-def _on_grid(at: float, interval: float) -> float:
-    """Return `at`, or a little later, so that many idle targets wake the daemon together."""
-    return -(-at // WAKE_GRID) * WAKE_GRID if interval >= FIRST_LOOK else at

@@ -317,7 +317,7 @@ class Worker:
             wanted = [
                 target
                 for target in self.targets.values()
-                if target.rule.settings.trim is not None and target.trim_at <= now and not target.vanished
+                if target.settings.trim is not None and target.trim_at <= now and not target.vanished
             ]
             if not wanted:
                 return False

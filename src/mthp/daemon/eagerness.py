@@ -1,0 +1,107 @@
+"""Eagerness: one number, 0 to 10, from which follow how much is filled, how fast it goes, and what is trimmed.
+
+0 only gives memory back. 10 fills as the kernel does where THP is ``always``, and gives nothing back. The number of a
+rule is the most that holds; the *level* that holds now is below it while memory is short:
+
+- *Pressure* is that of the target's own cgroup (memory.pressure, some avg10). It says that the target already waits for
+  memory, so that more of it must not be spent on filling.
+- *Free memory* of the machine says the same of what is to come: below a twentieth nothing is made.
+
+Bloat is bounded by the same number: filling may add the share of what is resident that may be empty in a PMD range.
+
+The level falls at once, because pressure hurts now, and rises slowly, because avg10 looks back 10 seconds: a level that
+rose as fast as it fell would be back before the effect of the last fall is seen, and would swing. A dead band keeps
+small changes of the measurement from moving it at all. The level that is wanted never grows with pressure, so after a
+step of pressure the level moves in one direction and stops.
+
+:func:`next_level` and :func:`settings_at` are pure: no clock, no file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MOST = 10.0
+
+PRESSURE_BAND = (0.01, 0.10)
+"""Shares of time in which some task of the cgroup waits for memory: up to the first nothing is held back, from the
+second on nothing is made. The daemon rests at the second for the whole machine, too (max_memory_pressure)."""
+
+FREE_BAND = (0.05, 0.20)
+"""Shares of the machine's memory that are available: up to the first nothing is made, from the second on all is."""
+
+RISE_PER_SECOND = MOST / 30
+"""From 0 to 10 in 30 s, three times as long as what avg10 looks back."""
+
+DEAD_BAND = 0.5
+"""A level does not rise for less."""
+
+FIRST_BYTES_PER_SECOND = 16 << 20
+"""Bytes a second that are collapsed at level 1; each level doubles them, and 10 has no bound."""
+
+TRIMS_BELOW = 8.0
+"""From this level on nothing is trimmed: what is filled there may be nine tenths of a folio."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is measured of a target.
+
+    Attributes:
+        pressure: share of time in which some task of its cgroup waits for memory.
+        free: share of the machine's memory that is available.
+    """
+
+    pressure: float = 0.0
+    free: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LevelSettings:
+    """What a level means.
+
+    Attributes:
+        makes: whether folios are made at all.
+        fill: the share of a PMD range that may be empty, and of what is resident that filling may add.
+        bytes_per_second: bytes collapsed a second at most; None for no bound.
+        trim: the share of zeroes from which a folio is trimmed; None for no trimming.
+    """
+
+    makes: bool
+    fill: float
+    bytes_per_second: int | None
+    trim: float | None
+
+
+def settings_at(level: float) -> LevelSettings:
+    """Return what holds at `level`. All of it grows with the level, and what is trimmed is never what is filled."""
+    makes = level >= 1.0
+    # Cubed: most of what coverage gains comes with the first holes, most of the bloat with the last.
+    fill = (level / MOST) ** 3 if makes else 0.0
+    rate = None if level >= MOST else int(FIRST_BYTES_PER_SECOND * 2 ** max(level - 1.0, 0.0))
+    # A collapse fills at most half of the share from which a folio is trimmed.
+    trim = None if level >= TRIMS_BELOW else min(1.0, max(0.5, 2 * fill))
+    return LevelSettings(makes, fill, rate, trim)
+
+
+def wanted_level(eagerness: float, measured: Measured) -> float:
+    """Return the level that a measurement allows: it falls with pressure, and grows with free memory."""
+    low, high = PRESSURE_BAND
+    calm = 1.0 - _share(measured.pressure, low, high)
+    room = _share(measured.free, *FREE_BAND)
+    return eagerness * min(calm, room)
+
+
+def next_level(level: float, eagerness: float, measured: Measured, seconds: float) -> float:
+    """Return the level after `seconds` more, in which this was measured: it falls at once, and rises slowly."""
+    wanted = wanted_level(eagerness, measured)
+    if wanted <= level:
+        return wanted
+    # The last step to what the rule says is taken, however small it is.
+    if wanted - level < DEAD_BAND and wanted < eagerness:
+        return level
+    return min(wanted, level + RISE_PER_SECOND * seconds)
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return min(1.0, max(0.0, (value - low) / (high - low)))

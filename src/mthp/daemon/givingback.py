@@ -1,0 +1,34 @@
+"""Give back pages of zeroes that lie in large folios of one target."""
+
+from __future__ import annotations
+
+from mthp.daemon.environment import Environment
+from mthp.engine.trim import TrimOptions, trim_space
+from mthp.errors import MthpError, TargetVanishedError
+from mthp.naming import ProcessFacts
+
+
+def give_back(environment: Environment, facts: ProcessFacts, share: float) -> int:
+    """Trim folios of which `share` holds nothing but zeroes, write an event, and return the bytes that went back.
+
+    Raises:
+        TargetVanishedError: it is gone.
+    """
+    try:
+        with environment.opened(facts.pid) as space:
+            report = trim_space(space, TrimOptions(zero=share), stop=environment.stopping)
+    except TargetVanishedError:
+        raise
+    except MthpError as error:
+        environment.event("trim_failed", pid=facts.pid, comm=facts.comm, reason=error.message)
+        return 0
+    if report.plan.folios:
+        environment.event(
+            "trimmed",
+            pid=facts.pid,
+            comm=facts.comm,
+            folios=report.trimmed,
+            failed=report.failed_by_result,
+            trimmed_bytes=report.given_back_bytes,
+        )
+    return report.given_back_bytes

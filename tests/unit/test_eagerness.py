@@ -1,0 +1,131 @@
+"""Eagerness: what each level means, that it settles without swinging, and what it covers for the bloat that it adds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mthp
+from mthp.daemon.eagerness import MOST, Measured, next_level, settings_at, wanted_level
+from mthp.daemon.levels import Level
+from mthp.daemon.pressure import measured
+from mthp.daemon.rules import Settings
+from mthp.geometry import X86_64
+
+N = X86_64.ptes_per_pmd
+shares = st.floats(0, 1)
+levels = st.floats(0, MOST)
+
+
+@given(levels, levels)
+def test_all_that_a_level_means_grows_with_it(one: float, other: float) -> None:
+    low, high = settings_at(min(one, other)), settings_at(max(one, other))
+    assert low.fill <= high.fill
+    assert low.makes <= high.makes
+    assert (low.bytes_per_second or math.inf) <= (high.bytes_per_second or math.inf)
+    for each in (low, high):
+        assert each.trim is None or each.fill <= each.trim / 2 + 1e-9, "nothing that is filled is trimmed"
+
+
+def test_the_ends_are_trimming_alone_and_what_the_kernel_does() -> None:
+    nothing, everything = settings_at(0), settings_at(MOST)
+    assert (nothing.makes, nothing.fill, nothing.trim) == (False, 0.0, 0.5)
+    assert (everything.fill, everything.bytes_per_second, everything.trim) == (1.0, None, None)
+
+
+def stepped(eagerness: int, level: float, before: float, after: float, free: float) -> list[float]:
+    """Return the level of each second after the pressure went from one share to another at once.
+
+    avg10 follows exponentially, renewed every two seconds (kernel/sched/psi.c).
+    """
+    found, average = [], before
+    for second in range(90):
+        if second % 2 == 0:
+            average = after + (average - after) * math.exp(-2 / 10)
+        level = next_level(level, eagerness, Measured(average, free), 1.0)
+        found.append(level)
+    return found
+
+
+@given(st.integers(0, 10), levels, shares, shares, shares)
+def test_after_a_step_of_pressure_it_moves_in_one_direction_and_settles_within_a_minute(
+    eagerness: int, level: float, before: float, after: float, free: float
+) -> None:
+    # The level of long ago, and no other than the rule allows.
+    for _ in range(90):
+        level = next_level(min(level, eagerness), eagerness, Measured(before, free), 1.0)
+    found = [level, *stepped(eagerness, level, before, after, free)]
+    changes = np.diff(found)
+    assert (changes <= 1e-12).all() or (changes >= -1e-12).all()
+    assert max(found[61:]) - min(found[61:]) < 0.1
+
+
+@given(st.integers(0, 10), levels, shares, shares)
+def test_it_is_never_above_the_rule_nor_what_was_measured(
+    eagerness: int, level: float, pressure: float, free: float
+) -> None:
+    now = Measured(pressure, free)
+    assert 0 <= next_level(level, eagerness, now, 1.0) <= max(wanted_level(eagerness, now), 0) + 1e-12 or (
+        next_level(level, eagerness, now, 1.0) <= level
+    )
+
+
+def test_coverage_for_bloat_is_nowhere_below_a_fixed_max_ptes_none() -> None:
+    """Print both curves: coverage is what lies in folios of 64K and more, bloat what was filled."""
+    random = np.random.default_rng(1)
+    # Ranges of every fullness, in runs of every length, as allocators leave them.
+    rows = []
+    for share in random.random(400):
+        lengths = 2 ** random.integers(0, 8, N)
+        rows.append(np.repeat(random.random(N) < share, lengths)[:N])
+    present = np.array(rows)
+
+    def curve(policy: str, orders: str, limit: int) -> tuple[float, float]:
+        orders_of = mthp.plan_ranges(present, policy=policy, orders=orders, max_ptes_none=limit).orders
+        inside = orders_of >= 4
+        return float((inside & ~present).sum() / present.sum()), float((inside & present).sum() / present.sum())
+
+    def eager(level: float) -> tuple[float, float]:
+        return curve("mainline", "all", int(settings_at(level).fill * (N - 1) + 1e-9))
+
+    whole = [eager(level) for level in range(1, 11)]
+    for level, (bloat, coverage) in enumerate(whole, 1):
+        print(f"eagerness {level:2}: coverage {coverage:.3f} bloat {bloat:.3f}")
+    assert (np.diff(whole, axis=0) >= 0).all()
+    for limit in (0, 32, 64, 128, 192, 256, 320, 384, 448, 480, 511):
+        bloat, coverage = curve("pmd-only", "2M", limit)
+        # The point of the curve that adds as much.
+        more_bloat, more = eager(max(1.0, MOST * (limit / (N - 1)) ** (1 / 3)))
+        print(f"max_ptes_none {limit:3}: coverage {coverage:.3f} bloat {bloat:.3f}, by eagerness {more:.3f}")
+        assert more_bloat <= bloat + 1e-12
+        assert more >= coverage
+
+
+def test_a_level_sets_what_a_rule_does_not_say() -> None:
+    level = Level(Settings(eagerness=5), X86_64, 0.0)
+    assert (level.makes, level.value) == (False, 0.0)
+    assert not level.follow(0.5, Measured)
+    assert level.follow(30.0, Measured)
+    assert level.settings.max_ptes_none == int(0.125 * (N - 1))
+    assert level.settings.trim == 0.5
+    assert level.follow(31.0, lambda: Measured(pressure=0.5))
+    assert not level.makes
+    without = Level(Settings(), X86_64, 0.0)
+    assert not without.follow(100.0, lambda: pytest.fail("nothing is measured"))
+    assert without.settings == Settings()
+
+
+def test_the_cgroups_own_pressure_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "own/it").mkdir(parents=True)
+    (tmp_path / "pressure").mkdir()
+    (tmp_path / "own/it/memory.pressure").write_text("some avg10=12.50 avg60=0.00 avg300=0.00 total=0\n")
+    (tmp_path / "pressure/memory").write_text("some avg10=3.00 avg60=0.00 avg300=0.00 total=0\n")
+    (tmp_path / "meminfo").write_text("MemTotal:       1000 kB\nMemAvailable:    250 kB\n")
+    assert measured("1:cpu:/x\n0::/own/it\n", tmp_path, tmp_path) == Measured(0.125, 0.25)
+    assert measured("0::/\n", tmp_path, tmp_path) == Measured(0.03, 0.25)
+    assert measured("0::/../gone\n", tmp_path / "none", tmp_path / "none") == Measured()
