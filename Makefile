@@ -9,7 +9,7 @@ RUNS := $(VENV)/.runs
 MINUTES ?= 10
 KERNELS ?= 7.3
 
-.PHONY: demo test lint types docs man changelog dist deb image bench vm vm-fuzz clean
+.PHONY: demo test lint types docs picture man changelog dist deb image bench vm vm-fuzz clean
 
 demo: $(RUNS)  ## mTHPs beside huge pages on two live processes
 	$(BIN)/mthp demo
@@ -26,6 +26,9 @@ types: $(STAMP)
 
 docs: $(STAMP)  ## the documentation as a site, in build/site
 	$(BIN)/mkdocs build
+
+picture: $(STAMP)  ## the picture of the README, from a run of the demo
+	$(BIN)/python docs/picture.py docs/demo.svg
 
 man: $(STAMP)  ## man pages, in build/man
 	$(BIN)/python docs/man.py build/man
