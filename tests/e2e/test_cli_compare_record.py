@@ -71,7 +71,7 @@ def test_a_recording_that_was_cut_off_says_so(recording: Path, tmp_path: Path) -
         (["compare", "self", "--at", "1"], 2, "a process has no step"),
         (["compare", "/nonexistent"], 2, "neither a PID"),
         (["record", "-o", "{tmp}/r"], 2, "nothing to record"),
-        (["record", "{tmp}", "-o", "{tmp}/r"], 2, "is no process"),
+        (["record", "{tmp}", "-o", "{tmp}/r"], 2, "is not a process"),
         (["record", "self", "-o", "{tmp}/r", "--every", "0s"], 2, "--every: '0s' is not above 0"),
         (["record", "self", "-o", "{tmp}/r", "--for", "later"], 2, "--for: 'later' is not a duration"),
         (["record", "self", "-o", "{tmp}/r", "--cpu", "200%"], 2, "is more than 100%"),

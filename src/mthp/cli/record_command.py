@@ -144,7 +144,7 @@ class _Recorder:
         pace = Pace(every=self._every, duration=self._duration, cpu=None if self._cpu >= 1 else self._cpu / among)
 
         def told(steps: int, at: float, size: int) -> None:
-            line = f"recording {found.label}: {steps} steps, {at:.0f} s, {format_size(size)}; Ctrl-C ends it"
+            line = f"recording {space.label}: {steps} steps, {at:.0f} s, {format_size(size)}; Ctrl-C ends it"
             self._status.update(Text(clean(line)))
 
         # Each thread counts its own processor time, not that of the others.
