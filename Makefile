@@ -14,8 +14,13 @@ KERNELS ?= 7.3
 demo: $(RUNS)  ## mTHPs beside huge pages on two live processes
 	$(BIN)/mthp demo
 
-test: $(STAMP)  ## all tests
+test: $(STAMP)  ## all tests; ARGS='tests/unit -k plan' for some of them
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest -n auto tests/unit tests/property tests/golden
+	$(BIN)/python -m pytest tests/e2e tests/live tests/vm tests/web
+endif
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
