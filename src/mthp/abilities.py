@@ -103,6 +103,19 @@ def pins(space: AddressSpace, vma: Vma | None) -> list[str]:
 
 
 @runtime_checkable
+class Served(Protocol):
+    """An address space of a process that is a part of a pod, a container or a service."""
+
+    @property
+    def service(self) -> str: ...
+
+
+def service(space: AddressSpace) -> str:
+    """Return the pod, container or service of `space`, as a target is written; ``""`` if it is not known."""
+    return space.service if isinstance(space, Served) else ""
+
+
+@runtime_checkable
 class Limited(Protocol):
     """An address space whose memory counts against limits."""
 

@@ -23,9 +23,15 @@ from mthp.vma import Vma
 BASE = 0x7F00_0000_0000
 
 
+class Served(FakeSpace):
+    """A process of a service."""
+
+    service = "pod:shop/redis-0"
+
+
 def space(pages: int = 2048) -> FakeSpace:
     vma = Vma(BASE, BASE + pages * 4096, "rw-p", "[<heap>&]")
-    return FakeSpace([(vma, *page_runs((512, Pte.PRESENT | Pte.PMD_MAPPED, 9), (pages - 512, Pte.PRESENT, 0)))])
+    return Served([(vma, *page_runs((512, Pte.PRESENT | Pte.PMD_MAPPED, 9), (pages - 512, Pte.PRESENT, 0)))])
 
 
 @pytest.fixture
@@ -67,6 +73,8 @@ def test_verbs_on_a_snapshot(file: Path, tmp_path: Path) -> None:
     grid.write_text('policies = ["mainline"]')
     pytest.importorskip("joblib")
     assert mthp.sweep(file.parent, grid, tmp_path / "table", jobs=1).rows
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert set(parquet.read_table(tmp_path / "table")["service"].to_pylist()) == {"pod:shop/redis-0"}
 
 
 def test_a_snapshot_and_a_recording_of_this_process(tmp_path: Path) -> None:

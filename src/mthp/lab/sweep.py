@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mthp import __version__
+from mthp import __version__, abilities
 from mthp.errors import MthpError, UsageError
 from mthp.files import PUBLIC, check_output, creating
 from mthp.lab.evaluate import evaluate
@@ -193,10 +193,17 @@ def _rows(task: Task) -> Iterator[Row]:
     settings = task.grid.settings()
     for step, at, space in _spaces(task):
         with space:
-            label = space.label
+            label, service = space.label, abilities.service(space)
             outcomes = evaluate(space, settings, scans=task.grid.scans)
         for number, outcome in enumerate(outcomes):
-            head = {"input": task.name, "target": label, "step": step, "seconds": at, "setting": number}
+            head = {
+                "input": task.name,
+                "target": label,
+                "service": service,
+                "step": step,
+                "seconds": at,
+                "setting": number,
+            }
             yield from (head | row for row in outcome.rows())
 
 

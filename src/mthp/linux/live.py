@@ -23,6 +23,7 @@ from mthp.heat import Heat, HeatRequest
 from mthp.linux import abi, procfs
 from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
+from mthp.linux.facts import FactsReader
 from mthp.linux.framewords import KPAGECOUNT, FrameWords
 from mthp.linux.headroom import free_beyond_reserve, memory_bounds
 from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
@@ -38,6 +39,7 @@ from mthp.linux.trim import Trimmer
 from mthp.linux.watch import LiveWatch
 from mthp.means import Means, Mechanism
 from mthp.movechecks import refuse_vma
+from mthp.naming import ALL
 from mthp.outline import Outline
 from mthp.ptes import Block, PteColumns, Segment, segments_of
 from mthp.results import BlockOutcome, ScanResult
@@ -301,6 +303,11 @@ class LiveAddressSpace(ProcessSpace):
 
     def move_refusals(self, means: Means) -> list[str]:
         return [f"{why.reason} ({why.remedy})" if why.remedy else why.reason for why in self._mover.refusals(means)]
+
+    @property
+    def service(self) -> str:
+        facts = FactsReader().read(self.process.pid, ALL)
+        return facts.service if facts is not None and facts.starttime == self.process.starttime else ""
 
     def objections(self, vma: Vma | None) -> list[str]:
         if vma is None:

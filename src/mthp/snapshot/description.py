@@ -79,6 +79,7 @@ class Description:
     Attributes:
         recorded_at: UTC, ISO 8601.
         pages: base pages that the runs hold together.
+        service: the pod, container or service that the process was a part of; ``""`` in files that do not say.
         state_bits: bits of the `state` column by name, as the file has them.
         heat: which memory the target used when it was recorded; None if that was not measured.
     """
@@ -94,6 +95,7 @@ class Description:
     vmas: tuple[Vma, ...]
     pages: int
     state_bits: Mapping[str, int] = dataclasses.field(default_factory=lambda: STATE_BITS)
+    service: str = ""
     heat: Heat | None = None
 
     def info(self, path: str, runs: int, bytes: int) -> SnapshotInfo:
@@ -108,6 +110,7 @@ class Description:
                 "schema": SCHEMA,
                 "recorded_at": self.recorded_at,
                 "label": self.label,
+                "service": self.service,
                 "kernel": self.kernel,
                 "geometry": dataclasses.asdict(self.geometry),
                 "switches": {
@@ -161,6 +164,7 @@ class Description:
             vmas=_vmas(_get(data, "vmas", list), geometry),
             pages=_pages(_get(data, "pages", int)),
             state_bits=_state_bits(_get(data, "state_bits", dict)),
+            service=_get(data, "service", str) if "service" in data else "",
             heat=None if data.get("heat") is None else _heat(_get(data, "heat", dict)),
         )
 

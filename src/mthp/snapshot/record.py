@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
-from mthp.abilities import with_nodes
+from mthp.abilities import service, with_nodes
 from mthp.addrspace import AddressSpace
 from mthp.errors import UsageError
 from mthp.files import check_output, creating
@@ -77,6 +77,7 @@ def describe(space: AddressSpace, vmas: Sequence[Vma], heat: Heat | None = None)
     """
     return Description(
         label=space.label,
+        service=service(space),
         kernel=space.kernel,
         recorded_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         geometry=space.geometry,

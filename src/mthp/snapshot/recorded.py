@@ -31,6 +31,7 @@ class RecordedSpace(AddressSpace):
 
     geometry = _as_recorded("geometry")
     label = _as_recorded("label")
+    service = _as_recorded("service")
     kernel = _as_recorded("kernel")
     switches = _as_recorded("switches")
     tunables = _as_recorded("tunables")
