@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ Source = Literal["auto", "damon", "idle", "young"]
 LONGEST = 600.0
 """Seconds that one measurement may take: its kdamond, or its cleared bits, are in the way of others for as long."""
 
-_MEASURED = re.compile(rf"(?:({'|'.join(get_args(Source))}):)?([0-9.]+[a-z]+)")
+_MEASURED = re.compile(rf"(?:({'|'.join(get_args(Source))}):)?([0-9]+(?:\.[0-9]+)?[a-z]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def parse_heat(value: object) -> HeatRequest:
     above_zero(text, nanoseconds)
     if nanoseconds > LONGEST * 1e9:
         raise UsageError(f"heat of {text} is too long", help=f"measure for {LONGEST:g}s at most")
-    return HeatRequest(match[1] or "auto", nanoseconds / 1e9)  # type: ignore[arg-type]
+    return HeatRequest(cast(Source, match[1] or "auto"), nanoseconds / 1e9)
 
 
 def parse_measured(value: object) -> HeatRequest:
@@ -98,14 +98,22 @@ class Heat:
 
     @classmethod
     def of_spans(
-        cls, start: NDArray[np.uint64], end: NDArray[np.uint64], accesses: NDArray[np.float64], **more: object
+        cls,
+        start: NDArray[np.uint64],
+        end: NDArray[np.uint64],
+        accesses: NDArray[np.float64],
+        *,
+        source: str = "",
+        seconds: float = 0.0,
+        cpu_seconds: float = 0.0,
+        remark: str = "",
     ) -> Heat:
         """Return the heat of spans in any order, which may overlap: accesses to the same bytes add up.
 
         Args:
             start, end: uint64, shape (spans,); the end lies behind the start.
             accesses: float64, the same shape; not below 0.
-            more: the other attributes.
+            source, seconds, cpu_seconds, remark: the other attributes.
         """
         bounds = np.unique(np.concatenate([start, end]))
         first, last = np.searchsorted(bounds, start), np.searchsorted(bounds, end)
@@ -118,7 +126,7 @@ class Heat:
         dense = np.where(np.cumsum(cover) > 0, np.maximum(np.cumsum(steps), 0.0), 0.0)[:-1]
         hot = dense > 0
         low, high = bounds[:-1][hot], bounds[1:][hot]
-        return cls(low, high, dense[hot] * (high - low).astype(np.float64), **more)  # type: ignore[arg-type]
+        return cls(low, high, dense[hot] * (high - low).astype(np.float64), source, seconds, cpu_seconds, remark)
 
     @property
     def spans(self) -> int:
@@ -165,8 +173,7 @@ class Heat:
         firsts = np.arange(0, self.spans, -(-self.spans // most))
         lasts = np.append(firsts[1:], self.spans) - 1
         accesses = np.add.reduceat(self.accesses, firsts)
-        more = (self.source, self.seconds, self.cpu_seconds, self.remark)
-        return Heat(self.start[firsts], self.end[lasts], accesses, *more)
+        return replace(self, start=self.start[firsts], end=self.end[lasts], accesses=accesses)
 
 
 def worth(heat: NDArray[np.float64], copied: NDArray[np.int64]) -> NDArray[np.float64]:

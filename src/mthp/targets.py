@@ -232,7 +232,8 @@ def open_target(target: Target, *, at: str | None = None) -> AddressSpace:
         return open_live("self" if pid == os.getpid() else pid)
     from mthp.snapshot import open_file
 
-    return open_file(Path(target), at=at)  # type: ignore[arg-type]
+    assert not isinstance(target, int)  # which is a PID
+    return open_file(target, at=at)
 
 
 def pid_of(target: Target) -> int | None:

@@ -79,6 +79,8 @@ def test_a_block_is_worth_its_accesses_for_each_page_copied() -> None:
         ("5s", HeatRequest("auto", 5.0)),
         ("damon:250ms", HeatRequest("damon", 0.25)),
         ("hot.csv", HeatRequest(path="hot.csv")),
+        ("1.csv", HeatRequest(path="1.csv")),
+        ("2026.11.29.json", HeatRequest(path="2026.11.29.json")),
         ("./5s", HeatRequest(path="./5s")),
         (Path("5s.csv"), HeatRequest(path="5s.csv")),
     ],

@@ -230,18 +230,22 @@ def _heat(data: Mapping[str, object]) -> Heat:
         whole = type(start) is int and type(end) is int and 0 <= start < end < ADDRESS_LIMIT
         if not (whole and type(accesses) in (int, float) and 0 <= accesses < 1 << 62):
             raise _damaged("heat")
-    seconds, spent = (data.get(name) for name in ("seconds", "cpu_seconds"))
-    if not (type(seconds) in (int, float) and type(spent) in (int, float)):
-        raise _damaged("heat")
     return Heat.of_spans(
         np.array(columns[0], np.uint64),
         np.array(columns[1], np.uint64),
         np.array(columns[2], np.float64),
         source=_get(data, "source", str),
-        seconds=seconds,
-        cpu_seconds=spent,
+        seconds=_seconds(data, "seconds"),
+        cpu_seconds=_seconds(data, "cpu_seconds"),
         remark=_get(data, "remark", str),
     )
+
+
+def _seconds(data: Mapping[str, object], key: str) -> float:
+    value = data.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _damaged("heat")
+    return value
 
 
 def _time(text: str) -> str:

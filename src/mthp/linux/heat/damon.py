@@ -16,6 +16,7 @@ kdamond turns out to take more of a processor than :data:`~mthp.linux.heat.MAX_S
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import secrets
 import time
@@ -132,8 +133,7 @@ class Damon:
         heat = _joined(parts, space.geometry.page_size)
         if frames is not None:
             heat = to_virtual(heat, frames, space)
-        more = {"source": f"damon ({operations})", "seconds": took, "cpu_seconds": spent}
-        return Heat(heat.start, heat.end, heat.accesses, **more)  # type: ignore[arg-type]
+        return dataclasses.replace(heat, source=f"damon ({operations})", seconds=took, cpu_seconds=spent)
 
     def _operations(self) -> str:
         """Choose the address space that is monitored."""

@@ -87,9 +87,13 @@ class IdlePages:
         finally:
             os.close(fd)
         accesses = np.divide(hits * resident, looked, out=np.zeros(len(ranges)), where=looked > 0)
-        more = (time.monotonic() - begin, time.process_time() - begun)
         return Heat.of_spans(
-            ranges, ranges + size, accesses, source="idle page tracking", seconds=more[0], cpu_seconds=more[1]
+            ranges,
+            ranges + size,
+            accesses,
+            source="idle page tracking",
+            seconds=time.monotonic() - begin,
+            cpu_seconds=time.process_time() - begun,
         )
 
     def _marked(self, fd: int, frames: Frames, at: NDArray[np.intp]) -> NDArray[np.intp]:
