@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mthp.errors import UsageError
+from mthp.tabular import imported
 
 
 def memory_of(buffer: Any) -> tuple[int, int]:
@@ -18,10 +19,13 @@ def memory_of(buffer: Any) -> tuple[int, int]:
 
     Raises:
         UsageError: none of these, or not contiguous.
+        UnsupportedError: an Arrow array of another library, and pyarrow is missing.
     """
     try:
         array = _array(buffer)
-    except (TypeError, ValueError, BufferError, RuntimeError, NotImplementedError, ImportError) as error:
+    # TypeError: it has none of the protocols. ValueError: it is closed, or describes itself wrongly. What DLPack
+    # refuses (memory of a GPU, a tensor with gradients) is a BufferError, in older libraries a RuntimeError.
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
         raise UsageError(f"a {type(buffer).__name__} is not a buffer that can be collapsed: {error}") from error
     if not array.flags.forc:
         raise UsageError("the array is not contiguous: collapse the array that it is a view of")
@@ -53,6 +57,4 @@ def _of_arrow(array: Any) -> Any:
 
 
 def _of_foreign_arrow(array: Any) -> Any:
-    import pyarrow
-
-    return _of_arrow(pyarrow.array(array))
+    return _of_arrow(imported("pyarrow").array(array))

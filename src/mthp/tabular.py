@@ -1,4 +1,4 @@
-"""Results as tables of other libraries: Arrow and pandas, which are imported when they are asked for.
+"""Results as tables of other libraries: Arrow and pandas, which are imported at their first use.
 
 A row has the keys that its JSON object has; what is nested goes into columns of its own, ``khugepaged_reason`` for one.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from mthp.errors import UnsupportedError
 from mthp.objects import to_json
@@ -37,7 +37,7 @@ class Tabular:
         Raises:
             UnsupportedError: pyarrow is missing.
         """
-        return _library("pyarrow", "pip install 'mthp[snapshot]'").table(dict(self.table_columns()))
+        return imported("pyarrow").table(dict(self.table_columns()))
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas.DataFrame.
@@ -45,7 +45,7 @@ class Tabular:
         Raises:
             UnsupportedError: pandas is missing.
         """
-        return _library("pandas", "pip install pandas").DataFrame(dict(self.table_columns()))
+        return imported("pandas").DataFrame(dict(self.table_columns()))
 
 
 def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
@@ -56,8 +56,16 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
         yield name, ",".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _library(name: str, help: str) -> Any:
+def imported(name: Literal["pyarrow", "pandas"]) -> Any:
+    """Return a library that mthp does without.
+
+    Raises:
+        UnsupportedError: it is missing.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UnsupportedError(f"a table of {name} needs {name}", help=help) from error
+        raise UnsupportedError(f"{name} cannot be imported: {error}", help=_INSTALLED_BY[name]) from error
+
+
+_INSTALLED_BY = {"pyarrow": "pip install 'mthp[snapshot]'", "pandas": "pip install pandas"}

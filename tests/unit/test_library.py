@@ -148,6 +148,34 @@ def test_memory_of_arrow_is_its_data() -> None:
     assert memory_of(array.buffers()[1]) == expected
 
 
+def test_foreign_arrow_without_pyarrow_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Foreign:
+        def __arrow_c_array__(self, schema: Any = None) -> Any:
+            raise AssertionError("read without pyarrow")
+
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UnsupportedError) as caught:
+        memory_of(Foreign())
+    assert "pip install" in caught.value.help
+
+
+def refusing(error: Exception) -> Any:
+    class Refusing:
+        def __dlpack__(self, **options: Any) -> Any:
+            raise error
+
+        def __dlpack_device__(self) -> Any:
+            return 2, 0
+
+    return Refusing()
+
+
+def closed() -> mmap.mmap:
+    memory = mmap.mmap(-1, 4096)
+    memory.close()
+    return memory
+
+
 def test_memory_of_a_mapping() -> None:
     with mmap.mmap(-1, 8192) as memory:
         view = ctypes.c_char.from_buffer(memory)
@@ -155,7 +183,19 @@ def test_memory_of_a_mapping() -> None:
         del view
 
 
-@pytest.mark.parametrize("wrong", [7, "text", None, np.arange(100)[::2], Interface(np.arange(100)[::3])])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        7,
+        "text",
+        None,
+        np.arange(100)[::2],
+        Interface(np.arange(100)[::3]),
+        closed(),
+        refusing(BufferError("on a GPU")),
+        refusing(RuntimeError("requires grad")),
+    ],
+)
 def test_what_is_no_memory(wrong: Any) -> None:
     with pytest.raises(UsageError):
         memory_of(wrong)
