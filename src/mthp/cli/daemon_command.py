@@ -29,7 +29,7 @@ from mthp.text import clean
 @click.option("--comm", multiple=True, metavar="GLOB", help="Work on processes of this name.")
 @click.option("--exe", multiple=True, metavar="GLOB", help="Work on processes of this executable.")
 @click.option("--uid", multiple=True, metavar="USER", help="Work on processes of this user.")
-@click.option("--all", "everybody", is_flag=True, help="Work on all processes.")
+@click.option("--all", "every_process", is_flag=True, help="Work on all processes.")
 @click.option("--policy", metavar="NAME", help="How orders are chosen; mainline by default.")
 @click.option("--orders", metavar="SIZES", help="16K,64K,2M; all; or enabled (the default): what the switches allow.")
 @click.option("--max-ptes-none", type=int, metavar="N", help="Empty pages a collapse may fill, per PMD range.")
@@ -109,12 +109,12 @@ def _say(line: str) -> None:
 
 
 def _loader(options: dict[str, Any]) -> Callable[[], Any]:
-    """What reads the configuration, each time anew."""
+    """Return what reads the configuration, again at each call."""
     from mthp.daemon.configuration import load_configuration
     from mthp.linux.sysfs import ThpSysfs
 
     geometry = ThpSysfs().geometry()
-    chosen = any(options[name] for name in (*_MATCHES, "everybody", "targets"))
+    chosen = any(options[name] for name in (*_MATCHES, "every_process", "targets"))
     path: Path | None = options["config"]
     if path is not None:
         clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
@@ -133,32 +133,22 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
 
 
 _SETTINGS = (
-    *("policy", "orders", "max_ptes_none", "max_ptes_swap", "max_ptes_shared"),
-    *(
-        "mechanism",
-        "max_pause",
-        "pause_share",
-        "max_bloat",
-        "reserve",
-        "max_threads",
-        "eagerness",
-        "min_split_share",
-        "rate",
-    ),
+    *("policy", "orders", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mechanism", "max_pause", "pause_share"),
+    *("max_bloat", "reserve", "max_threads", "eagerness", "min_split_share", "rate"),
 )
 """Options that are settings, under the names that a rules file has for them."""
 
 _MATCHES = ("pid", "exe", "comm", "cgroup", "uid")
 """Options that say what a rule matches, under its names."""
 
-_OF_RULES = (*_MATCHES, "everybody", "targets", *_SETTINGS)
+_OF_RULES = (*_MATCHES, "every_process", "targets", *_SETTINGS)
 """Options that a rules file says."""
 
 
 def _flag(name: str) -> str:
     if name == "targets":
         return "a target"
-    return "--all" if name == "everybody" else f"--{name.replace('_', '-')}"
+    return "--all" if name == "every_process" else f"--{name.replace('_', '-')}"
 
 
 def _from_options(options: dict[str, Any], geometry: Any) -> Any:
@@ -171,7 +161,7 @@ def _from_options(options: dict[str, Any], geometry: Any) -> Any:
         for name in _MATCHES
         if options[name]
     ]
-    if options["everybody"]:
+    if options["every_process"]:
         rules.append({"name": "--all", "match": {}})
     rules += [{"name": word, "match": _match(word)} for word in dict.fromkeys(options["targets"])]
     return configuration_of({"defaults": defaults, "rule": rules}, geometry, "options")

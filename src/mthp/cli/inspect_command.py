@@ -12,7 +12,7 @@ from rich.console import Console
 from mthp.cli.options import at_option, json_option
 from mthp.cli.output import console, note, out_of_reach, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, do_each, targets_argument
+from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census
 from mthp.geometry import Geometry
 from mthp.metrics import ALIGNED, PARTIAL, PMD, UNALIGNED
@@ -72,7 +72,7 @@ def command(
         return 0
     each = do_each(named, work)
     censuses = Censuses(
-        each.geometry(),
+        common_geometry(each.done),
         each.all,
         PageCounts.total([census.total for census in each.done]),
         PageCounts.total([census.anonymous for census in each.done]),

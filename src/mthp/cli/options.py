@@ -66,18 +66,12 @@ SECONDS = Quantity("TIME", lambda text: parse_duration(text, bare="s") / 1e9)
 """The same; a number without a unit is seconds."""
 
 
-class HeatType(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """The type of an option that says where heat comes from, as a :class:`~mthp.heat.HeatRequest`."""
-
-    name = "TIME|FILE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return parse_heat(value) if isinstance(value, str) else value
-
+HEAT = Quantity("TIME|FILE", parse_heat, zero=True)
+"""Where heat comes from, as a :class:`~mthp.heat.HeatRequest`; a time is above 0."""
 
 heat_option = click.option(
     "--heat",
-    type=HeatType(),
+    type=HEAT,
     help="Hot memory first: see for TIME, such as 5s, what is used (by DAMON, idle page tracking or young bits; or"
     " damon:5s, idle:5s, young:5s), or read a FILE of start,end,accesses.",
 )

@@ -12,7 +12,7 @@ from mthp.abilities import move_refusals
 from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
 from mthp.cli.output import console, note, out_of_reach, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
-from mthp.cli.several import Each, Failed, do_each, targets_argument
+from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
 from mthp.engine.allowed import Allowed, allowed_of, split_price_of
 from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
@@ -173,6 +173,8 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: 
             _print_one(console(), made)
         return 0
     each = do_each(named, work)
+    # Sums of pages of different sizes would mean nothing.
+    common_geometry(each.done)
     if as_json:
         print_json("plan", Plans(each.all, PlanSum(tuple(made.plan for made in each.done))))
     elif len(each.results) == len(each.done) == 1:
@@ -247,7 +249,8 @@ def print_plan(out: Console, plan: SpacePlan) -> None:
     outcomes = [[result.name, str(count), result.meaning] for result, count in plan.ranges_by_result.items()]
     title = f"PMD ranges of {geometry.label(geometry.pmd_order)} by outcome"
     out.print(Table(title, ["result", "ranges", "meaning"], outcomes, right={1}))
-    out.print(left_table(plan))
+    if plan.left:
+        out.print(left_table(plan))
 
 
 def heat_line(heat: Heat, share: float | None) -> str:

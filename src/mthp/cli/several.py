@@ -6,23 +6,19 @@ of the table, and not a failure of the command.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import click
 
 from mthp.errors import MthpError, TargetVanishedError, UsageError
 from mthp.geometry import Geometry
-from mthp.naming import HOW_TO_NAME
 from mthp.targets import Found, Targets, pid_of, refuse_ancestor
 
 R = TypeVar("R")
 
 targets_argument = click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
-
-TARGETS = f"A TARGET is one of these: {HOW_TO_NAME}."
-"""For the help of a command that takes several targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +64,6 @@ class Each(Generic[R]):
         codes = set(self.codes)
         return codes.pop() if len(codes) == 1 else int(bool(codes))
 
-    def geometry(self) -> Geometry:
-        """Return the geometry of the targets' machine.
-
-        Raises:
-            UsageError: they are of machines with different ones, so that nothing of them can be added up.
-        """
-        from mthp.linux.sysfs import ThpSysfs
-
-        found = {getattr(result, "geometry") for result in self.done}  # noqa: B009
-        if len(found) > 1:
-            names = " and ".join(sorted(geometry.name for geometry in found))
-            raise UsageError(f"the targets are of different machines: {names}", help="name those of one machine")
-        geometry: Geometry = found.pop() if found else ThpSysfs().geometry()
-        return geometry
-
     def lines(self, line: Callable[[Found, R], Sequence[str]], width: int) -> list[list[str]]:
         """Return the rows of a table: `line` of each result, and the reason at the end of a row of blanks."""
         return [
@@ -91,6 +72,28 @@ class Each(Generic[R]):
             else list(line(found, result))
             for found, result in self.results
         ]
+
+
+class OnMachine(Protocol):
+    """A result that knows the machine it is about."""
+
+    @property
+    def geometry(self) -> Geometry: ...
+
+
+def common_geometry(results: Iterable[OnMachine]) -> Geometry:
+    """Return the geometry of the machine that all `results` are about; of this machine if there are no results.
+
+    Raises:
+        UsageError: their geometries differ, so that nothing of them can be added up.
+    """
+    from mthp.linux.sysfs import ThpSysfs
+
+    found = {result.geometry for result in results}
+    if len(found) > 1:
+        names = " and ".join(sorted(geometry.name for geometry in found))
+        raise UsageError(f"the targets are of different machines: {names}", help="name those of one machine")
+    return found.pop() if found else ThpSysfs().geometry()
 
 
 def do_each(
