@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.engine.collapse import carry_out
+from mthp import targets
+from mthp.abilities import resident_bytes
+from mthp.cli import plan_command
+from mthp.engine.collapse import carry_out, collapse_space
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import Folios, Ranges
@@ -16,6 +21,7 @@ from mthp.means import Means
 from mthp.results import ScanResult
 from mthp.sim import Machine
 from mthp.splitchecks import LITTLE_PLANNED
+from mthp.units import format_size
 
 
 def written(layout: list[int], order: int) -> int:
@@ -99,3 +105,23 @@ def test_ranges_that_a_plan_does_not_know_cost_what_is_planned_in_them() -> None
     assert ranges.price(0.0).copied == 64
     object.__setattr__(plan, "folios", Folios.joined([]))
     assert SplitRanges(plan, [4]).price(0.0).ranges == 0
+
+
+@pytest.mark.parametrize(("orders", "split"), [("64K", True), ("2M", False)])
+def test_mthp_plan_says_what_will_be_resident_after_splits(
+    orders: str, split: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, number = machine_with(2, 100)
+    space = machine.space(machine.parts.mms[number])
+    monkeypatch.setattr(targets, "open_target", lambda target, at=None: space)
+    plan_command.command.main(["7", "--orders", orders, "--json"], standalone_mode=False)
+    after = json.loads(capsys.readouterr().out)["rss_after_bytes"]
+    plan_command.command.main(["7", "--orders", orders], standalone_mode=False)
+    said = capsys.readouterr().out
+    if split:
+        collapse_space(space, PlanOptions(orders=orders), Means("split", max_bloat=None))
+        assert after == resident_bytes(space)
+        assert f"then {format_size(after)} of the process are resident" in said
+    else:
+        assert after is None
+        assert "of the process are resident" not in said

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from mthp.abilities import move_refusals
+from mthp.addrspace import AddressSpace
 from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
 from mthp.cli.output import console, note, out_of_reach, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
@@ -16,6 +17,7 @@ from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_arg
 from mthp.engine.allowed import Allowed, allowed_of, split_price_of
 from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
+from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import SplitPrice
 from mthp.geometry import Geometry
@@ -42,16 +44,19 @@ class Now:
         missing: what could not be seen, and what would make it visible.
         move_hindrances: why the mover would not begin.
         split_price: what splits would cost.
+        rss_after_bytes: what is resident of the whole target once all of the plan was made by splits, at most; None
+            where nothing is made by splits.
         remade: what khugepaged would make huge again of the folios below the PMD size.
     """
 
-    JSON: ClassVar = "by_default missing move_hindrances split_price remade"
+    JSON: ClassVar = "by_default missing move_hindrances split_price rss_after_bytes remade"
 
     geometry: Geometry
     by_default: Allowed
     missing: tuple[str, ...]
     move_hindrances: list[str]
     split_price: SplitPrice
+    rss_after_bytes: int | None
     remade: Remade
 
 
@@ -162,7 +167,8 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: 
             means = SMALL_MEANS if plan.small else USUAL_MEANS
             allowed, again = allowed_of(space, plan, means), remade_of_plan(space, plan)
             price = split_price_of(space, plan, means)
-            return Planned(plan, Now(plan.geometry, allowed, space.missing, hindrances, price, again)), 0
+            resident = _resident_after(space, wanted) if price.ranges else None
+            return Planned(plan, Now(plan.geometry, allowed, space.missing, hindrances, price, resident, again)), 0
 
     named = find_targets(targets)
     if named.single:
@@ -184,12 +190,21 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: 
     return each.code
 
 
+def _resident_after(space: AddressSpace, wanted: PlanOptions) -> int:
+    # Imported here: most plans need nothing of the lab, which takes time to load.
+    from mthp.lab.evaluate import resident_by_splitting
+
+    return resident_by_splitting(space, wanted)
+
+
 def _print_one(out: Console, made: Planned) -> None:
     print_plan(out, made.plan)
     print_allowed(out, made.plan, made.now.by_default)
     refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in made.now.move_hindrances]
     heat = made.plan.heat.remark if made.plan.heat is not None else ""
     price = made.now.split_price.remark(made.plan.geometry)
+    if made.now.rss_after_bytes is not None:
+        price += f"; then {format_size(made.now.rss_after_bytes)} of the process are resident, at most"
     reach = out_of_reach(made.plan.before, made.plan.geometry)
     remarks = [price, made.now.remade.remark, heat, reach]
     note(out, [*filter(None, remarks), *refused, *made.now.missing])

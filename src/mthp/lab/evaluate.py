@@ -17,17 +17,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.abilities import zero_filled
+from mthp.abilities import resident_bytes, zero_filled
 from mthp.addrspace import AddressSpace
 from mthp.engine.occupancy import Bits, Planes
 from mthp.engine.plan import plan_planes
 from mthp.engine.policy import Rules
+from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.engine.trim import TrimOptions
 from mthp.geometry import Geometry
 from mthp.lab import figures
 from mthp.lab.figures import MAX_ORDER, Row
-from mthp.lab.makers import Maker
+from mthp.lab.makers import SPLIT, Maker
 from mthp.lab.splitting import by_splitting, given_back, trimmed
 from mthp.ptes import Segment, in_blocks
 from mthp.sim.clock import Costs
@@ -229,6 +230,21 @@ def evaluate(
                 progress(done, size)
     longest = max((len(course.scans) for course in courses), default=0)
     return [course.outcome(longest if scans is None else scans + 1) for course in courses]
+
+
+def resident_by_splitting(space: AddressSpace, options: PlanOptions) -> int:
+    """Return the bytes of `space` that are in memory once a plan was carried out by splitting, at most.
+
+    Contents are not read: pages of zeroes that the program wrote beside the planned folios go back, too.
+
+    Raises:
+        UsageError: as :func:`mthp.plan_ranges`.
+        TargetVanishedError: the process exited meanwhile.
+    """
+    by_splits = replace(options, policy=f"{policy_named(options.policy).name}{SPLIT}", heat=None)
+    [outcome] = evaluate(space, [by_splits])
+    before, after = (int(scan.by_order.sum()) for scan in outcome.scans)
+    return resident_bytes(space) + (after - before) * space.geometry.page_size
 
 
 _Places = tuple[tuple[Segment, ...], ...]
