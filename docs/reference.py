@@ -91,6 +91,8 @@ def scenarios_page() -> str:
         _keys(tables.Settings),
         "## `[machine]`",
         _keys(tables.MachineSettings),
+        "## `[trim]`",
+        _keys(tables.TrimSettings),
         "## `[[process]]`",
         _keys(tables.ProcessSettings),
         "Each `workload` has further keys:",
@@ -112,17 +114,14 @@ def _keys(kind: type) -> str:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     rows = ["| key | default | what it is |", "|---|---|---|"]
     for key, (name, _) in readers_of(kind).items():
-        field = fields[name]
-        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        default = "required" if missing else f"`{_toml(field.default)}`"
-        rows.append(f"| `{key}` | {default} | {described.get(name) or definitions()[key]} |")
+        rows.append(f"| `{key}` | {_default(fields[name])} | {described.get(name) or definitions()[key]} |")
     return "\n".join(rows)
 
 
-def _toml(value: object) -> str:
-    if value == ():
-        return "[]"
-    return json.dumps(value) if not isinstance(value, dataclasses._MISSING_TYPE) else "[]"
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{json.dumps(field.default_factory())}`"
+    return "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
 
 
 def attributes(kind: type) -> dict[str, str]:
@@ -173,9 +172,11 @@ def metrics_page() -> str:
 def library_page() -> str:
     """Return the public names of the package, with their docstrings."""
     parts = ["# Library", inspect.cleandoc(mthp.__doc__ or "")]
-    for name in sorted(set(mthp.__all__) - {"__version__"}, key=str.lower):
+    for name in sorted(set(mthp.__all__) - {"__version__"}, key=lambda name: (name.lower(), name)):
         thing: Any = getattr(mthp, name)
         signature = "" if inspect.ismodule(thing) or _is_enum(thing) else str(inspect.signature(thing))
+        # A default that is a function shows its address, which is another one at every build.
+        signature = re.sub(r"<function .*? at 0x[0-9a-f]+>", "...", signature)
         parts += [
             f"## mthp.{name}",
             _block("python", f"{name}{signature}"),
