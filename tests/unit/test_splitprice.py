@@ -85,6 +85,23 @@ def test_the_simulated_machine_makes_the_calls_that_were_predicted(share: float)
     assert f"{price.writes} splits" in price.remark(machine.geometry)
 
 
+def test_a_budget_of_copying_counts_all_that_a_split_copies() -> None:
+    machine, number = machine_with(2, 100)
+    space, page = machine.space(machine.parts.mms[number]), machine.geometry.page_size
+    plan = plan_space(space, PlanOptions(orders="64K", max_ptes_none=0))
+    # Of each range 132 pages are copied for 32 in planned folios: one range fits, two do not.
+    means = Means("split", max_copied=140 * page)
+    allowed = carry_out(space, plan, means, dry_run=True).allowed
+    assert allowed is not None
+    assert allowed.folios_by_order == {4: 2}
+    assert [(left.order, left.count) for left in allowed.left] == [(4, 2)]
+    assert "--max-copied" in allowed.left[0].reason
+    report = carry_out(space, plan, means)
+    assert (report.folios[4].made, report.folios[4].over_copied) == (2, 2)
+    assert report.copied_bytes == 132 * page
+    assert not carry_out(space, plan, Means("split", max_copied=64 * page)).copied_bytes
+
+
 def test_what_little_is_planned_of_is_left_out_of_a_dry_run_with_the_reason() -> None:
     machine, number = machine_with(2, 100)
     space = machine.space(machine.parts.mms[number])

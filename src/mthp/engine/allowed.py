@@ -102,23 +102,24 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
     left: list[LeftFolios] = []
     filled_bytes = copied_bytes = 0
     mechanisms = mechanisms_of(space, plan, means)
-    share = SplitRanges(plan, made_by(mechanisms, "split")).share
+    splits = SplitRanges(plan, made_by(mechanisms, "split"))
     for order, mechanism in mechanisms.items():
         size = plan.geometry.size_of(order)
-        wanted = (plan.folios.order == order) & (share >= means.min_split_share)
+        wanted = (plan.folios.order == order) & (splits.share >= means.min_split_share)
         # As a collapse goes.
-        fill = plan.ranked(plan.folios[wanted]).filled.astype(np.int64) * page_size
-        if little := plan.folios_by_order[order] - len(fill):
+        ranked = plan.ranked(plan.folios[wanted])
+        if little := plan.folios_by_order[order] - len(ranked):
             left.append(LeftFolios(order, little, LITTLE_PLANNED.format(share=means.min_split_share)))
         if mechanism is None:
             price = price_of_moving(threads(space), means.max_pause_ns)
-            left.append(LeftFolios(order, len(fill), needs_move_reason(price)))
+            left.append(LeftFolios(order, len(ranked), needs_move_reason(price)))
             continue
         if mechanism in ("move", "khugepaged") and not means.fill:
-            fill = fill[fill == 0]
-            if holes := int(wanted.sum()) - len(fill):
+            ranked = ranked[ranked.filled == 0]
+            if holes := int(wanted.sum()) - len(ranked):
                 left.append(LeftFolios(order, holes, "they have holes: --fill fills them"))
-        copied = size - fill
+        fill = ranked.filled.astype(np.int64) * page_size
+        copied = splits.copied[np.searchsorted(plan.folios.address, ranked.address)] * page_size
         verdicts = _verdicts(
             fill,
             copied,

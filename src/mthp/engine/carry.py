@@ -33,7 +33,7 @@ from mthp.engine.space_plan import Folios
 from mthp.engine.work import Work
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.means import Mechanism
-from mthp.ptes import Block, PteColumns, segments_of
+from mthp.ptes import Block, Pte, PteColumns, Segment, segments_of
 from mthp.results import BlockOutcome, ScanResult
 
 FIRST_BATCH, LARGEST_BATCH = 16, 512
@@ -79,6 +79,8 @@ class Carrier:
         self._admission = Admission(work.space, work.room, work.bloat_left, fills=fills)
         self._batch_size = FIRST_BATCH
         self._refused: BlockOutcome | None = None
+        # Bytes beside the blocks of a batch that a split copies with them.
+        self._beside = 0
 
     def carry_out(self, folios: Folios) -> None:
         """Make `folios`.
@@ -139,8 +141,11 @@ class Carrier:
                 self._account(dataclasses.replace(self._refused, address=block[0], order=block[1]))
             return len(blocks)
         self._admission.renew()
-        columns = self._work.space.read(segments_of(blocks, self._geometry.page_size))
+        columns = self._work.space.read(self._segments(blocks))
         before = states_of(columns, blocks, self._geometry)
+        if self._mechanism == "split":
+            pages = np.count_nonzero(columns.has(Pte.PRESENT | Pte.SWAP) & ~columns.has(Pte.ZERO))
+            self._beside = int(pages - before.contents[~before.large].sum()) * self._geometry.page_size
         at, at_once = 0, 1 if self._mechanism == "madvise" else len(blocks)
         while at < len(blocks) and not (at and self._work.told_to_stop()):
             tried, at, is_full = self._admitted(blocks, at, before, at_once)
@@ -150,6 +155,14 @@ class Carrier:
             if is_full:
                 break
         return at
+
+    def _segments(self, blocks: list[Block]) -> list[Segment]:
+        """Return what is read before `blocks` are made: for a split all of their PMD range, because it is copied."""
+        if self._mechanism != "split":
+            return segments_of(blocks, self._geometry.page_size)
+        size = self._geometry.pmd_size
+        start = blocks[0][0] // size * size
+        return [(start, start + size)]
 
     def _admitted(
         self, blocks: Sequence[Block], at: int, before: BlockStates, at_once: int
@@ -161,6 +174,7 @@ class Carrier:
         """
         tried: list[Block] = []
         copied_left = self._work.copied_left()
+        copied_left = None if copied_left is None else copied_left - self._beside
         for index in range(at, len(blocks)):
             if len(tried) == at_once:
                 return tried, index, False
@@ -211,6 +225,8 @@ class Carrier:
             self.pauses_ns += take_pauses(self._work.space)
             self.seconds += [call / 1e9 for call in take_calls(self._work.space)]
         self._adapt(time.monotonic() - begin, len(blocks))
+        if any(outcome.result is ScanResult.SUCCEED for outcome in outcomes):
+            self._work.report.copied_bytes += self._beside
         if all(outcome.everywhere for outcome in outcomes):
             self._refused = outcomes[0]
         else:

@@ -96,7 +96,8 @@ class CollapseReport:
         needs_move: folios below the PMD order that only the mover makes, by order, where it was not asked for.
         move_price: what the mover would cost the target, as a clause, where `needs_move` has any.
         split_price: what splits cost, as planned.
-        copied_bytes, filled_bytes: contents of all that was collapsed, and what it grew by.
+        copied_bytes: contents of all that was collapsed, and what splits copied beside the planned folios.
+        filled_bytes: what it grew by.
         heat_share: the share of the accesses seen that go to folios that were made; None if none were seen.
         durations: of the kernel's calls. While one runs, the target may wait for its memory; it waits no longer.
         windows: the pauses in which pages were moved.

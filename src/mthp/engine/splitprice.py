@@ -70,6 +70,8 @@ class SplitRanges:
     Attributes:
         share: float64, shape (folios,): of each folio of the plan, the part of the contents of its PMD range that all
             planned folios in it have together; 1.0 for folios that are made otherwise.
+        copied: int64, shape (folios,): pages with contents that are copied to make each: its own, and for those made
+            by splits their part of the others in the PMD range.
     """
 
     def __init__(self, plan: SpacePlan, orders: Collection[int]) -> None:
@@ -83,6 +85,8 @@ class SplitRanges:
         self._resident = np.maximum(_resident(plan, self._ranges), self._wanted)
         self.share = np.ones(len(plan.folios))
         self.share[by_split] = (self._wanted / np.maximum(self._resident, 1))[self._at]
+        self.copied = (np.int64(1) << plan.folios.order.astype(np.int64)) - plan.folios.filled
+        self.copied[by_split] = contents * self._resident[self._at] // np.maximum(self._wanted, 1)[self._at]
 
     def price(self, least_share: float) -> SplitPrice:
         """Return what those of the ranges cost of which `least_share` or more of the contents are planned."""
