@@ -132,7 +132,12 @@ def explain(target: Target, address: int | None = None) -> Explanation:
 def take_snapshot(target: Target, path: str | os.PathLike[str], *, overwrite: bool = False) -> SnapshotInfo:
     """Record which pages of `target` are mapped, and how, into a file that every verb takes as a target.
 
-    ``mthp.snapshot(target, path)`` is the same.
+    ``mthp.snapshot(target, path)`` is the same, but for type checkers, which see a package there.
+
+    Args:
+        target: a PID, ``"self"``, a name that fits one process, or the path of a recording, whose last step it is.
+        path: of the file, Parquet.
+        overwrite: replace a file that exists.
 
     Raises:
         UsageError, MthpError, UnsupportedError: as :func:`mthp.snapshot.record.record`.

@@ -14,9 +14,11 @@ import pytest
 import mthp
 from fakes import FakeSpace, page_runs
 from mthp.buffers import memory_of
+from mthp.engine.collapse import carry_out
 from mthp.engine.planning import plan_space
 from mthp.engine.select import PlanOptions
 from mthp.errors import UnsupportedError, UsageError
+from mthp.means import Means
 from mthp.ptes import Pte
 from mthp.vma import Vma
 
@@ -72,9 +74,10 @@ def test_verbs_on_a_snapshot(file: Path, tmp_path: Path) -> None:
     grid = tmp_path / "grid.toml"
     grid.write_text('policies = ["mainline"]')
     pytest.importorskip("joblib")
-    assert mthp.sweep(file.parent, grid, tmp_path / "table", jobs=1).rows
-    parquet = pytest.importorskip("pyarrow.parquet")
-    assert set(parquet.read_table(tmp_path / "table")["service"].to_pylist()) == {"pod:shop/redis-0"}
+    report = mthp.sweep(file.parent, grid, tmp_path / "table", jobs=1)
+    table = report.to_arrow()
+    assert table.num_rows == report.rows > 0
+    assert set(table["service"].to_pylist()) == {"pod:shop/redis-0"}
 
 
 def test_a_snapshot_and_a_recording_of_this_process(tmp_path: Path) -> None:
@@ -94,6 +97,28 @@ def test_results_are_tables_of_arrow(file: Path) -> None:
     assert plan.ranges.to_arrow().num_rows == 4
     assert mthp.verify(file, "2M>=1%").to_arrow()["verdict"].to_pylist() == ["passed"]
     assert mthp.compare(file, ["rfc", "mainline"]).to_arrow().num_rows
+
+
+def test_a_collapse_is_a_table_of_its_orders() -> None:
+    pytest.importorskip("pyarrow")
+    target = space()
+    report = carry_out(target, plan_space(target, PlanOptions(orders="64K,2M")), Means(max_bloat=None))
+    table = report.to_arrow()
+    assert dict(zip(table["order"].to_pylist(), table["planned"].to_pylist(), strict=True)) == (
+        report.plan.folios_by_order
+    )
+    assert table["made"].to_pylist() == [report.tally(order).made for order in report.plan.folios_by_order]
+    assert "reasons" not in table.column_names
+
+
+def test_orders_that_only_the_mover_makes_are_rows_of_what_was_left() -> None:
+    pytest.importorskip("pyarrow")
+    target = space()
+    report = carry_out(target, plan_space(target, PlanOptions(orders="64K")), Means(max_bloat=None))
+    assert report.needs_move == {4: 96}
+    assert report.to_arrow().select(["order", "planned", "made", "not_tried"]).to_pylist() == [
+        {"order": 4, "planned": 96, "made": 0, "not_tried": 96}
+    ]
 
 
 def test_results_are_tables_of_pandas(file: Path) -> None:

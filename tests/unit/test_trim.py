@@ -117,6 +117,7 @@ def test_what_cannot_be_split_has_its_reason() -> None:
     target.pinned = {BASE}
     report = trim_space(target, TrimOptions())
     assert (report.trimmed, report.failed_by_result, report.reasons) == (1, {"PAGE_COUNT": 1}, {"pinned": 1})
+    assert report.table_columns() == {"result": ["SUCCEED", "PAGE_COUNT"], "reason": ["", "pinned"], "folios": [1, 1]}
     assert not report.complete
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mthp.engine.allowed import Allowed
 from mthp.engine.lasting import Remade
@@ -14,7 +14,9 @@ from mthp.errors import MthpError
 from mthp.geometry import Geometry
 from mthp.means import Mechanism
 from mthp.metrics import Coverage, Durations
+from mthp.objects import to_object
 from mthp.results import ScanResult
+from mthp.tabular import Tabular
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class FolioTally:
 
 
 @dataclass
-class CollapseReport:
+class CollapseReport(Tabular):
     """What a collapse did. Counts of PMD ranges unless said otherwise.
 
     Attributes:
@@ -112,6 +114,7 @@ class CollapseReport:
         error: what else ended it early; None if nothing did.
     """
 
+    ROWS: ClassVar = "rows"
     JSON: ClassVar = (
         "plan dry_run complete collapsed_ranges=ranges.made collapsed_bytes unchanged_ranges=ranges.unchanged"
         " failed_ranges=ranges.failed_by_result over_budget_ranges=ranges.over_budget"
@@ -158,6 +161,14 @@ class CollapseReport:
     def tally(self, order: int) -> FolioTally:
         """Return the tally of the folios of `order`."""
         return self.folios.get(order, self.ranges)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each planned order, the largest first: ``order``, and the counts of its :class:`FolioTally`."""
+        left = {order: FolioTally(planned=count, not_tried=count) for order, count in self.needs_move.items()}
+        tallies = {self.geometry.pmd_order: self.ranges} | self.folios | left
+        found = [{"order": order} | to_object(tallies[order]) for order in self.plan.folios_by_order]
+        return [{key: value for key, value in row.items() if key != "reasons"} for row in found]
 
     @property
     def collapsed(self) -> int:

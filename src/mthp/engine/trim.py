@@ -28,6 +28,7 @@ from mthp.metrics import Durations, anonymous_pages, page_numbers
 from mthp.pacing import ByteBudget
 from mthp.ptes import Block, PteColumns, Segment, in_range_blocks
 from mthp.results import ScanResult
+from mthp.tabular import Tabular
 from mthp.trimming import TrimBy, Trimming, TrimOutcome, given_back
 from mthp.vma import VmaKind
 
@@ -106,7 +107,7 @@ class TrimPlan:
 
 
 @dataclass
-class TrimReport:
+class TrimReport(Tabular):
     """What a trim gave back.
 
     Attributes:
@@ -126,6 +127,7 @@ class TrimReport:
         error: what else ended it early; ``""`` if nothing did.
     """
 
+    ROWS: ClassVar = "rows"
     JSON: ClassVar = (
         "plan dry_run complete trimmed failed=failed_by_result reasons not_tried given_back_bytes left_by_order"
         " rss_before_bytes rss_after_bytes calls elapsed_seconds=elapsed remade interrupted vanished error:null"
@@ -146,6 +148,12 @@ class TrimReport:
     interrupted: bool = False
     vanished: bool = False
     error: str = ""
+
+    @property
+    def rows(self) -> list[dict[str, str | int]]:
+        """One row for each outcome of folios that were tried: ``result``, ``reason``, and ``folios``, how many."""
+        outcomes = {(ScanResult.SUCCEED, ""): self.trimmed} | self.failed
+        return [{"result": result.name, "reason": reason, "folios": n} for (result, reason), n in outcomes.items() if n]
 
     @property
     def failed_by_result(self) -> dict[str, int]:

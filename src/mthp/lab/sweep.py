@@ -32,6 +32,7 @@ from mthp.snapshot import Recording
 from mthp.snapshot.load import load
 from mthp.snapshot.stream import is_recording
 from mthp.snapshot.table import pyarrow
+from mthp.tabular import Tabular
 
 Progress = Callable[[int, int], None]
 """Told (inputs done, inputs in all) after every input."""
@@ -74,7 +75,7 @@ Runner = Callable[[Sequence[Task]], Iterator[Done]]
 
 
 @dataclass
-class SweepReport:
+class SweepReport(Tabular):
     """What a sweep did.
 
     Attributes:
@@ -96,6 +97,13 @@ class SweepReport:
     rows: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+
+    def table_columns(self) -> dict[str, Any]:
+        """Return the columns of the result, as its file has them; none if there is no result yet."""
+        if not self.path:
+            return {}
+        table = pyarrow("pyarrow.parquet").read_table(self.path)
+        return dict(zip(table.column_names, table.columns, strict=True))
 
 
 def sweep(
