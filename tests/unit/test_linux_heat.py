@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -127,7 +128,8 @@ class Kernel:
         }
         folder, _, kind = name.rpartition("/")
         for each in files[kind]:
-            self.put(f"{folder}/{index}/{each}", self.operations if each == "avail_operations" else "0")
+            word = {"avail_operations": self.operations, "update_us": "60000000"}.get(each.rpartition("/")[2], "0")
+            self.put(f"{folder}/{index}/{each}", word)
 
     def regions(self) -> list[Segment]:
         folder = "0/contexts/0/targets/0/regions"
@@ -283,6 +285,36 @@ def test_a_second_instance_is_not_made(kernel: Kernel) -> None:
     write_instance(kernel.kdamonds, "777")
     with pytest.raises(MthpError, match="in use"):
         write_instance(kernel.kdamonds, "778")
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_run_that_died_between_two_writes_hinders_no_other(
+    kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    left = iter(range(writes))
+
+    def dying(path: Path, text: str) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        kernel.write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(instance, "write_file", dying)
+        with contextlib.suppress(KeyboardInterrupt):
+            write_instance(kernel.kdamonds, "123")
+    put_back(kernel.thp.root, [change()])
+    assert read_instance(kernel.kdamonds) == NONE
+    measured(kernel, tmp_path)
+    assert kernel.get("nr_kdamonds") == "0"
+
+
+def test_an_instance_that_another_program_sets_up_is_not_ours_to_take(kernel: Kernel) -> None:
+    kernel.write(kernel.kdamonds / "nr_kdamonds", "1")
+    kernel.write(kernel.kdamonds / "0/contexts/nr_contexts", "1")
+    kernel.write(kernel.kdamonds / "0/contexts/0/targets/nr_targets", "1")
+    assert read_instance(kernel.kdamonds) not in (None, NONE)
+    with pytest.raises(UnsupportedError, match="in use"):
+        write_instance(kernel.kdamonds, "123")
 
 
 @pytest.mark.parametrize(("was", "ours"), [("1", "2"), ("0", "on"), ("0", "-1"), ("0", "")])

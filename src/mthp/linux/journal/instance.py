@@ -14,7 +14,7 @@ import os
 import time
 from pathlib import Path
 
-from mthp.errors import MthpError, NotPermittedError
+from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 
 INSTANCE = "damon"
 """The switch's name in the journal."""
@@ -30,6 +30,10 @@ BUSY_SECONDS = 2.0
 (nr_kdamonds_store() and state_store(), mm/damon/sysfs.c, only try their lock)."""
 
 _MARK = "0/contexts/0/monitoring_attrs/intervals/update_us"
+_TARGETS = "0/contexts/0/targets/nr_targets"
+
+_UNMARKED = "60000000"
+"""The update interval of a context that was just made (damon_sysfs_attrs_add_dirs(), mm/damon/sysfs.c)."""
 
 
 def kdamonds_of(sysfs: Path) -> Path:
@@ -49,11 +53,12 @@ def read_instance(kdamonds: Path) -> str | None:
     mark = _text(kdamonds / _MARK)
     if number != "1":
         return TAKEN
-    if mark is None:
-        # Without a context: nobody has set it up, or whoever did died between two writes.
-        return NONE if _text(kdamonds / "0/state") == "off" else TAKEN
+    unused = mark is None or (mark == _UNMARKED and _text(kdamonds / _TARGETS) == NONE)
+    if unused and _text(kdamonds / "0/state") == "off":
+        # Without a context, or with one that has no target: its program died between two writes.
+        return NONE
     # Another program may have set its interval to 0, which is not our word for no instance.
-    return TAKEN if mark == NONE else mark
+    return TAKEN if mark in (None, NONE) else mark
 
 
 def write_instance(kdamonds: Path, word: str) -> None:
@@ -61,23 +66,24 @@ def write_instance(kdamonds: Path, word: str) -> None:
 
     Raises:
         NotPermittedError: these rights do not suffice.
-        MthpError: there is an instance already, or the kernel refuses.
+        UnsupportedError: there is an instance already.
+        MthpError: the kernel refuses.
     """
     if word == NONE:
         # One that never ran, or whose target exited, refuses that.
         with contextlib.suppress(OSError):
             write_file(kdamonds / "0/state", "off")
-        _write(kdamonds / "nr_kdamonds", NONE)
+        write_setting(kdamonds / "nr_kdamonds", NONE)
         return
     if read_instance(kdamonds) != NONE:
-        raise MthpError("DAMON is in use by another program", help="wait until that has ended")
-    _write(kdamonds / "nr_kdamonds", "1")
-    _write(kdamonds / "0/contexts/nr_contexts", "1")
-    _write(kdamonds / _MARK, word)
+        raise UnsupportedError("DAMON is in use by another program", help="wait until that has ended")
+    write_setting(kdamonds / "nr_kdamonds", "1")
+    write_setting(kdamonds / "0/contexts/nr_contexts", "1")
+    write_setting(kdamonds / _MARK, word)
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file of DAMON's, again while it is busy.
+    """Write a file of sysfs, again while it is busy, as DAMON's may be.
 
     Raises:
         OSError: the kernel refuses it.
@@ -98,7 +104,13 @@ def write_file(path: Path, text: str) -> None:
             return
 
 
-def _write(path: Path, text: str) -> None:
+def write_setting(path: Path, text: str) -> None:
+    """Write a file of sysfs, as :func:`write_file`.
+
+    Raises:
+        NotPermittedError: these rights do not suffice.
+        MthpError: the kernel refuses it.
+    """
     try:
         write_file(path, text)
     except OSError as error:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mthp.errors import MthpError, NotPermittedError
+from mthp.errors import MthpError
 from mthp.linux.journal.files import Change, JournalFiles, boot_id
-from mthp.linux.journal.instance import INSTANCE, kdamonds_of, read_instance, write_instance
+from mthp.linux.journal.instance import INSTANCE, kdamonds_of, read_instance, write_instance, write_setting
 
 _CHOSEN = re.compile(r"\[(\w+)\]")
 
@@ -70,19 +68,7 @@ def write_word(sysfs: Path, switch: str, word: str) -> None:
     if switch == INSTANCE:
         write_instance(kdamonds_of(sysfs), word)
         return
-    path = path_of(sysfs, switch)
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
-        try:
-            os.write(fd, word.encode())
-        finally:
-            os.close(fd)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise NotPermittedError(
-                f"{path} may not be written: {error.strerror}", help="run as root, with /sys mounted read-write"
-            ) from error
-        raise MthpError(f"{path}: {error.strerror}") from error
+    write_setting(path_of(sysfs, switch), word)
 
 
 Write = Callable[[str, str], None]
