@@ -170,6 +170,7 @@ def test_status(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         "next_look_seconds": 12.5,
         "bloat_left_bytes": None,
         "reasons": {"64 pages are shared with other processes": 3},
+        "eagerness_level": 3.25,
     }
     status = {
         "pid": 4711,
@@ -188,3 +189,6 @@ def test_status(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     }
     monkeypatch.setattr(status_command, "ask_daemon", lambda *_: status)
     check(lambda: main(["status"]), width, capsys, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "300")
+    main(["status"])
+    assert "eagerness 3.2; next look" in capsys.readouterr().out

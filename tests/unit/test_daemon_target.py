@@ -23,7 +23,7 @@ from mthp.daemon.ledger import FIRST_AGE
 from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, WAKE_GRID, Looks, Sign
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Rule, Rules, Settings
-from mthp.daemon.target import LEFT_OUT_SECONDS, NOT_EAGER, REACH_SECONDS, TRIM_SECONDS, Target
+from mthp.daemon.target import LEFT_OUT_SECONDS, NOT_EAGER, REACH_SECONDS, TRIM_SECONDS, TRIM_SHARE, Target
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
@@ -513,6 +513,58 @@ def test_a_space_that_cannot_be_trimmed_is_no_error() -> None:
     stage = Stage(HUGE, trim=0.5)
     stage.target.trim()
     assert [event for event, _ in stage.events] == ["trim_failed"]
+
+
+def test_eagerness_of_0_gives_back_on_a_calm_machine_at_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = Short()
+    stage = Stage(HUGE, eagerness=0)
+    given = trimming(monkeypatch, stage, lambda: calm)
+    stage.steps(0.5)
+    assert given == []
+    stage.steps(2 * TRIM_SECONDS + 5.0)
+    assert len(given) == 3
+    assert min(np.diff(given)) >= TRIM_SECONDS
+    assert stage.target.left_out == NOT_EAGER
+    assert to_object(stage.target)["eagerness_level"] == 0.0
+
+
+def test_a_level_that_only_rises_from_0_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = Short()
+    stage = Stage(HUGE, eagerness=5)
+    given = trimming(monkeypatch, stage, lambda: now)
+    stage.steps(60.0)
+    assert given == []
+    assert to_object(stage.target)["eagerness_level"] == 5.0
+    now = Short(pressure=0.2)
+    stage.steps(5.0)
+    assert len(given) == 1, "its own control group waits for memory, although the machine does not"
+
+
+def test_a_trim_takes_no_more_than_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(HUGE, trim=0.5)
+
+    def long(*_: object) -> int:
+        stage.now += 10.0
+        return 0
+
+    monkeypatch.setattr("mthp.daemon.target.give_back", long)
+    stage.target.trim()
+    assert stage.target.trim_at == stage.now + 10.0 / TRIM_SHARE
+
+
+def trimming(monkeypatch: pytest.MonkeyPatch, stage: Stage, now: Callable[[], Short]) -> list[float]:
+    """Return the times of trims, which go into a list that grows."""
+    given: list[float] = []
+    monkeypatch.setattr("mthp.daemon.target.measured", lambda *_: now())
+
+    def give_back(*_: object) -> int:
+        given.append(stage.now)
+        return 0
+
+    monkeypatch.setattr("mthp.daemon.target.give_back", give_back)
+    read = stage.process.read
+    monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
+    return given
 
 
 def test_a_collapse_makes_nothing_that_a_trim_would_undo() -> None:

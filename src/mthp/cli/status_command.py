@@ -132,6 +132,8 @@ def _row(target: dict[str, Any]) -> list[str]:
     elif not target["collapsed_bytes"] and target["left_alone"]:
         left = target["left_alone"][0]
         state += f"; left alone: {left['reason']} ({format_size(left['bytes'])})"
+    if (level := target.get("eagerness_level")) is not None:
+        state = f"eagerness {level:.1f}; {state}"
     return [
         str(target["pid"]),
         target["comm"],

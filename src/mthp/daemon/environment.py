@@ -75,3 +75,15 @@ class Environment:
     def scan_sleep(self) -> float:
         """Seconds."""
         return max(self.tunables.scan_sleep_millisecs / 1000, SHORTEST_LOOK)
+
+    def ranges_within(self, rate: int | None, most: int) -> int:
+        """Return how many PMD ranges one piece of work may have: fewer where a rate would make more of them a burst.
+
+        Args:
+            rate: bytes a second of the target; None for no bound.
+            most: if no rate allows fewer; one is always allowed.
+        """
+        rates = [each for each in (rate, self.configuration.bytes_per_second) if each]
+        if self.configuration.pace == "kernel":
+            rates.append(self.tunables.pages_to_scan * self.geometry.page_size * 10)
+        return max(1, min([most, *(each // 10 // self.geometry.pmd_size for each in rates)]))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mthp.budget import Amount
-from mthp.daemon.eagerness import MOST, Measured, next_level, settings_at
+from mthp.daemon.eagerness import MOST, Measured, next_level, settings_at, wanted_level
 from mthp.daemon.rules import Settings
 from mthp.geometry import Geometry
 
@@ -24,13 +24,17 @@ class Level:
     Attributes:
         settings: those that hold now.
         makes: whether folios are made at this level.
-        value: the level; None where the rule has no eagerness.
+        gives_back: whether so little is wanted that none will be; False while the level rises from 0.
+        value: the level, 0 to 10; None where the rule has no eagerness.
     """
+
+    value: float | None
 
     def __init__(self, rule: Settings, geometry: Geometry, now: float) -> None:
         self.settings = self._rule = rule
         self.makes = True
-        self.value: float | None = None
+        self.gives_back = False
+        self.value = None
         self._geometry, self._at = geometry, now
         if rule.eagerness is not None:
             self._set(0.0 if rule.eagerness < MOST else float(MOST))
@@ -39,7 +43,9 @@ class Level:
         """Measure again if it is time to; return whether other settings hold now."""
         if self.value is None or self._rule.eagerness is None or now - self._at < MEASURE_SECONDS:
             return False
-        level = next_level(self.value, self._rule.eagerness, measure(), now - self._at)
+        found = measure()
+        level = next_level(self.value, self._rule.eagerness, found, now - self._at)
+        self.gives_back = not settings_at(wanted_level(self._rule.eagerness, found)).makes
         self._at = now
         was = self.settings, self.makes
         self._set(level)

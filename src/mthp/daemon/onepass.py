@@ -287,6 +287,14 @@ def governed(environment: Environment, makes: Collection[int]) -> tuple[Switches
     return replace(environment.switches, sizes=sizes), environment.tunables
 
 
+def decided_by(environment: Environment, makes: Collection[int]) -> object:
+    """Return what of :func:`governed` decides what is done in a target, to be compared with that of another time."""
+    switches, tunables = governed(environment, makes)
+    # Advice may have come since, so that both count, whatever its mappings had.
+    sizes = [switches.orders(advised=advised) for advised in (True, False)]
+    return sizes, tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
+
+
 def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64]:
     """Return how hot some PMD ranges are, from 0 to `_HEAT_STEPS`: int64, shape (ranges,); all 0 without heat."""
     classes = np.zeros(len(outline), np.int64)

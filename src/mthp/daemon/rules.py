@@ -43,8 +43,8 @@ class Settings:
         max_bloat: how much it may grow by filling; None for no bound.
         reserve: what must stay free below every memory limit of the target; None for the default.
         max_threads: how many threads a target of the mover may have; None for what `max_pause_ns` allows.
-        eagerness: 0 to 10 sets max_ptes_none, max_bloat, trim and the rate, by how short memory is; None for what they
-            say.
+        eagerness: 0 to 10 sets max_ptes_none, max_bloat, trim and the rate, by how short memory is, and below 1 has
+            memory given back even while none is short; None for what they say.
         min_split_share: leave PMD ranges alone of whose contents less would lie in folios made by splits.
         rate: bytes collapsed in it per second at most; None for no bound.
         trim: while memory is short, give back the pages of zeroes of large folios of which this share holds nothing

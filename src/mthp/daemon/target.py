@@ -27,7 +27,7 @@ from mthp.daemon.heat import HeatKeeper
 from mthp.daemon.ledger import Ledger
 from mthp.daemon.levels import Level
 from mthp.daemon.looks import FIRST_LOOK, Sign, on_grid
-from mthp.daemon.onepass import LeftAlone, Pass, governed
+from mthp.daemon.onepass import LeftAlone, Pass, decided_by
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
 from mthp.daemon.smallfolios import SmallFolios
@@ -58,8 +58,8 @@ LIST_SHARE = 0.02
 REACH_SECONDS = 600.0
 """Between two counts of what is out of reach in one process: its mappings are listed and their edges read for each."""
 
-TRIM_SECONDS = 60.0
-"""Between two trims of one process: its contents are read for each."""
+TRIM_SECONDS, TRIM_SHARE = 60.0, 0.02
+"""Between two trims of one process at least, and the part of the time that they may take: its contents are read."""
 
 HELD_SECONDS = 1.0
 """Between two looks at whether a child that shares the memory, or its pressure, still holds the work back."""
@@ -99,8 +99,8 @@ class Target:
 
     JSON = (
         "pid=facts.pid comm=facts.comm rule=rule.name policy=rule.settings.policy left_out:null working"
-        " next_look_seconds bloat_left_bytes=bloat_left reasons left_alone out_of_reach_bytes needs_move:null"
-        " remade=small_folios.remade *counters"
+        " eagerness_level=level.value next_look_seconds bloat_left_bytes=bloat_left reasons left_alone"
+        " out_of_reach_bytes needs_move:null remade=small_folios.remade *counters"
     )
     """What `mthp status` prints of it."""
 
@@ -112,6 +112,7 @@ class Target:
     left_alone: list[LeftAlone]
     out_of_reach_bytes: int
     needs_move: str
+    level: Level
     small_folios: SmallFolios
 
     def __init__(self, process: Process, facts: ProcessFacts, rule: Rule, environment: Environment) -> None:
@@ -204,10 +205,7 @@ class Target:
         """
         if not self._has_room:
             return ()
-        switches, tunables = governed(self._environment, self._makes)
-        # Advice may have come since, so that both count, whatever its mappings had.
-        sizes = [switches.orders(advised=advised) for advised in (True, False)]
-        return sizes, tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
+        return decided_by(self._environment, self._makes)
 
     def stale(self) -> None:
         """What was found finished was so under switches, tunables or rules that hold no more."""
@@ -227,7 +225,10 @@ class Target:
             if reason := self._held_back():
                 self._end_pass()
                 self.left_out, self._seen = reason, None
-                self.next_at = self._environment.clock() + HELD_SECONDS
+                now = self._environment.clock()
+                self.next_at = now + HELD_SECONDS
+                if reason == NOT_EAGER and self.level.gives_back and self.trim_at <= now:
+                    self.trim()
             elif self._pass is None:
                 self._look()
             else:
@@ -264,8 +265,11 @@ class Target:
         """
         share = self.settings.trim
         assert share is not None, "only a process whose rule has it is trimmed"
-        self.trim_at = self._environment.clock() + TRIM_SECONDS
+        begun = self._environment.clock()
+        self.trim_at = begun + TRIM_SECONDS
         self._count("trimmed_bytes", give_back(self._environment, self.facts, share))
+        now = self._environment.clock()
+        self.trim_at = max(self.trim_at, now + (now - begun) / TRIM_SHARE)
 
     # Looking.
 
@@ -340,14 +344,16 @@ class Target:
     def _work(self, current: Pass) -> None:
         """Scan some ranges, the fullest that are left."""
         environment = self._environment
-        begun, ranges = environment.clock(), self._piece_ranges()
+        begun, ranges = environment.clock(), environment.ranges_within(self.settings.rate, self._at_a_time)
         current.govern()
         done = current.piece(ranges)
         taken = max(environment.clock() - begun, 1e-6)
         self._at_a_time = max(1, min(2 * ranges, PIECE_RANGES, int(ranges * PIECE_SECONDS / taken)))
         for passage, after in done:
             self._account(current, passage, after)
-        self._drop_old_reasons(current)
+        if current.reasons:
+            self.reasons = Counter(dict(current.reasons.most_common(8)))
+            current.reasons.clear()
         if current.out_of_memory:
             self._end_pass()
             self._leave_out(f"a charge failed: {current.out_of_memory}")
@@ -362,13 +368,6 @@ class Target:
             rest = max(rest, min(FIRST_LOOK, environment.scan_sleep))
         self.next_at = environment.clock() + rest
 
-    def _piece_ranges(self) -> int:
-        """How many ranges one piece may have: fewer where a rate would make more of them a burst."""
-        rates = [rate for rate in (self.settings.rate, self._environment.configuration.bytes_per_second) if rate]
-        if self._environment.configuration.pace == "kernel":
-            rates.append(self._environment.tunables.pages_to_scan * self._environment.geometry.page_size * 10)
-        return max(1, min([self._at_a_time, *(rate // 10 // self._environment.geometry.pmd_size for rate in rates)]))
-
     def _account(self, current: Pass, passage: Passage, after: Outline) -> None:
         """Count what a passage did, and note what is to be done about it later."""
         environment = self._environment
@@ -377,12 +376,6 @@ class Target:
         environment.bytes.spend(size)
         self._ledger.scanned(passage.addresses, passage.results, after, environment.clock(), environment.scan_sleep)
         self.small_folios.note(passage.attempts, environment.geometry)
-
-    def _drop_old_reasons(self, current: Pass) -> None:
-        """Keep why the last attempts failed."""
-        if current.reasons:
-            self.reasons = Counter(dict(current.reasons.most_common(8)))
-            current.reasons.clear()
 
     def _count(self, name: str, by: int = 1) -> None:
         for counters in (self.counters, self._environment.total):
