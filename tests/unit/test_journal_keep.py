@@ -77,6 +77,21 @@ def test_two_processes_do_not_keep_the_same(tunables: Tunables) -> None:
     assert tunables.values() == BEFORE
 
 
+def test_what_a_process_kept_that_died_in_the_window_of_another_is_put_back_behind_it(tunables: Tunables) -> None:
+    # Without a watcher, as after it has given up waiting for a long window.
+    pid = forked(lambda: kept(tunables, watched=False))
+    until(lambda: number(tunables) == "7", "the child")
+    journal = tunables.journal(watched=False)
+    with journal.settings(OUTER):
+        outer = tunables.values()
+        with journal.settings(INNER):
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
+        assert tunables.values() == outer
+    assert tunables.values() == BEFORE
+    assert not has_entries(tunables.root)
+
+
 def keeping(tunables: Tunables, then: Callable[[], object] = signal.pause) -> None:
     journal = tunables.journal()
     journal.keep(KEPT)

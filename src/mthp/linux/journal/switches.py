@@ -308,6 +308,10 @@ class SwitchJournal:
         put_back(self._sysfs.root, self._changes[depth:], self._write)
         del self._changes[depth:]
         self._files.write(self._changes)
+        if all(change.kept for change in self._changes) and not all(change.holds for change in self._changes):
+            # A process that kept something died in this window, the end of which its watcher does not wait for.
+            settle(self._files, self._sysfs.root, write=self._write)
+            self._changes = self._files.read()
 
     def _word(self, switch: str) -> str | None:
         return read_word(self._sysfs.root, switch)
