@@ -5,11 +5,13 @@ The worker checks pressure and free folios before it begins work. Neither sleeps
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from pathlib import Path
 
 from mthp.daemon.eagerness import Measured
+from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
 from mthp.linux.headroom import free_beyond_reserve, parse_buddyinfo, parse_meminfo
 from mthp.pacing import Clock
 
@@ -48,23 +50,33 @@ class MemoryPressure:
         return self.resting
 
 
-def measured(cgroup: str, cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> Measured:
+def measured(membership: str, proc: Path = Path("/proc")) -> Measured:
     """Return what is measured of a target; a kernel without PSI has no pressure.
 
     Args:
-        cgroup: the text of its ``/proc/PID/cgroup``.
-        cgroups, proc: where they are mounted.
+        membership: the text of its ``/proc/PID/cgroup``.
+        proc: where /proc is.
     """
-    path = next((line[3:] for line in cgroup.splitlines() if line.startswith("0::/")), "/")
-    own = cgroups / path.lstrip("/") / "memory.pressure"
-    # The root cgroup has none of its own.
-    pressure = _some_avg10(own if own.exists() else proc / "pressure/memory")
+    mounts = _mounts(proc)
+    tops = {mount.point for mount in mounts}
+    files = [each / "memory.pressure" for each in cgroup_directories(mounts, membership, "memory") if each not in tops]
+    # At the top is the root cgroup, or what a container shows in place of a cgroup that is outside of it.
+    pressure = _some_avg10(next((file for file in files if file.exists()), proc / "pressure/memory"))
     try:
         meminfo = (proc / "meminfo").read_text()
     except OSError:
         meminfo = ""
     available, total = (parse_meminfo(meminfo, name) for name in ("MemAvailable", "MemTotal"))
     return Measured(pressure, available / total if available is not None and total else 1.0)
+
+
+@functools.cache
+def _mounts(proc: Path) -> tuple[CgroupMount, ...]:
+    """Return where control groups are: read once, because on large machines the list of mounts is long."""
+    try:
+        return cgroup_mounts((proc / "self/mountinfo").read_text(errors="replace"))
+    except OSError:
+        return ()
 
 
 class FreeFolios:

@@ -243,7 +243,7 @@ class Target:
     def _held_back(self) -> str:
         """Return why nothing may be made now, whatever is there to do, or an empty text."""
         now, level = self._environment.clock(), self.level
-        if level.follow(now, lambda: measured(self.process.read("cgroup").decode())):
+        if level.follow(now, lambda: measured(self.process.read("cgroup").decode(errors="replace"))):
             self._rate.set_rate(level.settings.rate)
             self.stale()
         return CHILD if self.forks.holds(now) else "" if level.makes else NOT_EAGER

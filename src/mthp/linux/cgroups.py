@@ -44,7 +44,10 @@ class CgroupMount:
         """
         root = self.root.rstrip("/")
         inside = path.removeprefix(root) if f"{path}/".startswith(f"{root}/") else ""
-        parts = [part for part in inside.split("/") if part not in ("", "..")]
+        parts = [part for part in inside.split("/") if part]
+        if ".." in parts:
+            # Outside of the cgroup namespace that is mounted: below the top something else may have these names.
+            parts = []
         return [self.point.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
@@ -144,8 +147,11 @@ class Namespace:
     def _enter_first(self) -> bool:
         """Have this thread enter the first cgroup namespace, if a process is in it whose namespaces are visible."""
         for process in filter(str.isdecimal, os.listdir(self._proc)):  # noqa: PTH208  (the names are wanted)
-            if _namespace_number(self._proc, process) == abi.CGROUP_INIT_INO:
-                with contextlib.suppress(OSError), open(f"{self._proc}/{process}/ns/cgroup", "rb") as file:
+            if _namespace_number(self._proc, process) != abi.CGROUP_INIT_INO:
+                continue
+            with contextlib.suppress(OSError), open(f"{self._proc}/{process}/ns/cgroup", "rb") as file:
+                # The PID may be that of another process by now, in another namespace.
+                if os.fstat(file.fileno()).st_ino == abi.CGROUP_INIT_INO:
                     return not abi.enter_namespace(file.fileno(), abi.CLONE_NEWCGROUP)
         return False
 
