@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from mthp.daemon.discovery import Nursery
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.linux.facts import FactsReader
-from mthp.linux.procevents import MAX_GAP, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling
+from mthp.linux.procevents import MAX_GAP, MOST_EVENTS, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling
 from waiting import until
 
 
@@ -86,6 +87,10 @@ def test_what_does_not_show_in_the_last_number_is_found_by_the_sweep(proc: FakeP
     polling.close()
 
 
+FORK = 1
+"""PROC_EVENT_FORK (include/uapi/linux/cn_proc.h)."""
+
+
 def connector() -> ProcConnector:
     try:
         return ProcConnector()
@@ -127,6 +132,14 @@ def test_who_was_born_and_ended_in_between_is_not_told_of() -> None:
     changes = events.changes()
     assert gone.pid not in changes.born | changes.changed | changes.gone
     events.close()
+
+
+def test_a_storm_of_events_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = itertools.count(1)
+    monkeypatch.setattr(ProcConnector, "_next", lambda self: (FORK, (1, 1, 0, next(numbers), 0, 0)))
+    events = ProcConnector.__new__(ProcConnector)
+    assert events.changes().born == set(range(1, MOST_EVENTS + 1))
+    assert min(events.changes().born) == MOST_EVENTS + 1, "the next call goes on behind it"
 
 
 # The nursery, and what is found out.

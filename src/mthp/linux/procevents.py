@@ -38,6 +38,9 @@ MAX_GAP = 4096
 RECEIVE_BUFFER = 8 << 20
 """Bytes that the kernel may keep for us: some 20 000 events."""
 
+MOST_EVENTS = 1 << 16
+"""Events taken at a time, more than the kernel keeps: where they come faster than they are read, no call would end."""
+
 _ACK_SECONDS = 0.5
 
 # include/uapi/linux/netlink.h, connector.h and cn_proc.h
@@ -166,13 +169,13 @@ class ProcConnector:
         return self._socket.fileno()
 
     def changes(self) -> Changes:
-        """All events that have come; what was born and ended since is left out."""
+        """Return the events that have come, `MOST_EVENTS` at most, without what was born and ended since."""
         changes = Changes()
-        while True:
+        for _ in range(MOST_EVENTS):
             try:
                 what, words = self._next()
             except BlockingIOError:
-                return changes
+                break
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
@@ -196,6 +199,7 @@ class ProcConnector:
                     changes.born.discard(words[1])
                 else:
                     changes.gone.add(words[1])
+        return changes
 
     def close(self) -> None:
         self._socket.close()
