@@ -31,10 +31,10 @@ cp packaging/grafana/*.json packaging/prometheus/*.yaml "$tree/usr/share/doc/mth
 sed "s/@VERSION@/$version/" packaging/debian/control > "$tree/DEBIAN/control"
 echo "Installed-Size: $(du -sk "$tree/usr" | cut -f1)" >> "$tree/DEBIAN/control"
 echo /etc/mthp/mthp.toml > "$tree/DEBIAN/conffiles"
-cp packaging/debian/postinst packaging/debian/prerm "$tree/DEBIAN/"
+cp packaging/debian/postinst packaging/debian/prerm packaging/debian/postrm "$tree/DEBIAN/"
 find "$tree" -type d -exec chmod 755 {} +
 find "$tree" -type f -exec chmod 644 {} +
-chmod 755 "$tree/DEBIAN/postinst" "$tree/DEBIAN/prerm" "$tree/usr/bin/mthp"
+chmod 755 "$tree/DEBIAN/postinst" "$tree/DEBIAN/prerm" "$tree/DEBIAN/postrm" "$tree/usr/bin/mthp"
 (cd "$tree" && find usr -type f -exec md5sum {} + > DEBIAN/md5sums)
 mkdir -p "$out"
 dpkg-deb --root-owner-group --build "$tree" "$out/mthp_${version}_all.deb"

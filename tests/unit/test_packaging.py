@@ -60,8 +60,55 @@ def test_the_daemonset_has_the_capabilities_of_the_unit_and_rules_that_are_read(
     rules, daemonset = documents("kubernetes/daemonset.yaml")
     assert parse_configuration(rules["data"]["mthp.toml"], X86_64).rules.rules
     (container,) = daemonset["spec"]["template"]["spec"]["containers"]
+    # The profile of the runtime denies writes below /sys/kernel/mm, and ptrace of what is in no container.
+    assert container["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
     assert {f"CAP_{name}" for name in container["securityContext"]["capabilities"]["add"]} == set(CAPABILITIES)
     assert container["image"] == f"mthp:{mthp.__version__}"
+
+
+RESTART, RELOAD = "try-restart mthp.service", "daemon-reload"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "calls", "logs"),
+    [
+        ("postinst", ["configure", ""], [RELOAD], True),
+        ("postinst", ["configure", "0.0.9"], [RELOAD, RESTART], True),
+        ("postinst", ["abort-upgrade", "0.0.9"], [], True),
+        ("prerm", ["upgrade", "0.2.0"], [], True),
+        ("prerm", ["remove"], ["disable --now mthp.service"], True),
+        ("postrm", ["remove"], [RELOAD], True),
+        ("postrm", ["purge"], [], False),
+    ],
+)
+@pytest.mark.parametrize("has_systemd", [True, False])
+def test_the_scripts_of_the_package_may_run_twice_and_where_nothing_is_there(
+    tmp_path: Path, script: str, arguments: list[str], calls: list[str], logs: bool, has_systemd: bool
+) -> None:
+    system, called = tmp_path / "system", tmp_path / "called"
+    (tmp_path / "logs").mkdir()
+    called.touch()
+    if has_systemd:
+        system.mkdir()
+    program = tmp_path / "systemctl"
+    program.write_text(f'#!/bin/sh\necho "$*" >> {called}\nexit 1\n')
+    program.chmod(0o755)
+    # Nothing else is found: not what compiles or cleans Python files of this machine.
+    (tmp_path / "rm").symlink_to("/bin/rm")
+    text = (PACKAGING / "debian" / script).read_text()
+    text = text.replace("/run/systemd/system", str(system)).replace("/var/log/mthp", str(tmp_path / "logs"))
+    for _ in range(2):
+        done = subprocess.run(
+            ["/bin/sh", "-s", *arguments],
+            input=text,
+            env={"PATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert called.read_text().splitlines() == (2 * calls if has_systemd else [])
+    assert (tmp_path / "logs").exists() == logs
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")

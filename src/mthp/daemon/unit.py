@@ -100,8 +100,10 @@ LogsDirectory=mthp
 CapabilityBoundingSet={capabilities}
 NoNewPrivileges=yes
 
-# What it does not need. It writes to /sys/kernel/mm/transparent_hugepage (switches, for moments, journaled) and to the
-# memory of processes, so /sys stays writable; it looks into all processes, so /proc and PIDs stay visible.
+# What it does not need. It writes below /sys/kernel (switches, tunables and an instance of DAMON, all journaled; folios
+# are split through debugfs) and to the memory of processes, so /sys stays writable; it looks into all processes, so
+# /proc and PIDs stay visible. It enters another cgroup namespace only from that of a container, where paths of the host
+# are hidden: not from a unit, so that setns(2) stays forbidden.
 ProtectSystem=strict
 {writable}ProtectHome=read-only
 PrivateTmp=yes
