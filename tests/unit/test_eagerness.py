@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mthp
@@ -22,6 +22,7 @@ shares = st.floats(0, 1)
 levels = st.floats(0, MOST)
 
 
+@example(0.0, 7.9375)
 @given(levels, levels)
 def test_all_that_a_level_means_grows_with_it(one: float, other: float) -> None:
     low, high = settings_at(min(one, other)), settings_at(max(one, other))

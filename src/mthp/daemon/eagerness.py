@@ -39,9 +39,6 @@ DEAD_BAND = 0.5
 FIRST_BYTES_PER_SECOND = 16 << 20
 """Bytes a second that are collapsed at level 1; each level doubles them, and 10 has no bound."""
 
-TRIMS_BELOW = 8.0
-"""From this level on nothing is trimmed: what is filled there may be nine tenths of a folio."""
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -79,8 +76,8 @@ def settings_at(level: float) -> LevelSettings:
     # Cubed: most of what coverage gains comes with the first holes, most of the bloat with the last.
     fill = (level / MOST) ** 3 if makes else 0.0
     rate = None if level >= MOST else int(FIRST_BYTES_PER_SECOND * 2 ** max(level - 1.0, 0.0))
-    # A collapse fills at most half of the share from which a folio is trimmed.
-    trim = None if level >= TRIMS_BELOW else min(1.0, max(0.5, 2 * fill))
+    # A collapse fills at most half of the share from which a folio is trimmed, so nothing is above level 7.
+    trim = None if fill > 0.5 else max(0.5, 2 * fill)
     return LevelSettings(makes, fill, rate, trim)
 
 
