@@ -111,7 +111,7 @@ def _put_back_leftovers() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and give the exit code of DESIGN.md's contract.
+    """Run the command line, and return its exit code (docs/exit-codes.md).
 
     Args:
         arguments: those behind the program's name; by default the process's own.
@@ -124,14 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A locale without the characters of a name, or without an ellipsis, gets question marks and no traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
-        with raising_on_signals():
-            code = _run(given)
-            sys.stdout.flush()
-            return code
-    except (KeyboardInterrupt, click.Abort) as error:
-        # Caught here: a signal may come before the first line of _run(), and Python would die of SIGINT.
-        _say("interrupted", "")
-        return _failed(given, "interrupted", "", exit_code_of(error))
+        return _run_until_signal(given)
     except OSError as error:
         # What the output goes to takes no more: a reader that has enough, a full disk, or a terminal that is closed.
         # Nothing that is still buffered can be written there at exit either.
@@ -140,6 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with contextlib.suppress(OSError):
                 _say(str(error), "")
         return exit_code_if_ended() or 1
+
+
+def _run_until_signal(arguments: list[str]) -> int:
+    try:
+        with raising_on_signals():
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+    except (KeyboardInterrupt, click.Abort) as error:
+        # Caught here: a signal may come before the first line of _run(), and Python would die of SIGINT.
+        _say("interrupted", "")
+        return _failed(arguments, "interrupted", "", exit_code_of(error))
 
 
 def _run(arguments: list[str]) -> int:
@@ -161,7 +166,7 @@ def _say(message: str, help: str) -> None:
 
 
 def _failed(arguments: list[str], message: str, help: str, code: int) -> int:
-    """Print an error as JSON if that was asked for, and give its exit code."""
+    """Print an error as JSON if `arguments` have --json, and return its exit code."""
     if "--json" in arguments:
         command = next((word for word in arguments if word in COMMANDS), None)
         error = {"message": message, "help": help, "exit_code": code}
