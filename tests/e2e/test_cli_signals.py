@@ -72,7 +72,7 @@ def arguments_of(command: str, directory: Path) -> list[object]:
         return ["simulate", scenario, "-o", directory / "rows.parquet"]
     if command == "record":
         return ["record", "self", "-o", directory / "recording", "--every", "100ms"]
-    return ["demo", "--seconds", "600", "--size", "16M"]
+    return ["demo", "--seconds", "600", "--size", "32M"]
 
 
 @pytest.mark.parametrize("number", ENDING)

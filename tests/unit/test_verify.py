@@ -153,6 +153,17 @@ def test_a_line_for_nagios(
     assert said.count("\n") == 1
 
 
-def test_what_goes_wrong_is_unknown_to_nagios(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", "4194304", "--expect", "2M>=1%", "--format", "nagios"]) == 3
-    assert capsys.readouterr().out.startswith("MTHP UNKNOWN - no process 4194304")
+@pytest.mark.parametrize(
+    ("target", "expected", "begins"),
+    [
+        ("4194304", "2M>=1%", "no process 4194304"),
+        ("self", "2M", "'2M' is not an expectation"),
+        ("self", "3M>=1%", "'3M' is not a folio size"),
+        ("/nothing/there", "2M>=1%", "target '/nothing/there' is neither"),
+    ],
+)
+def test_what_goes_wrong_is_unknown_to_nagios(
+    target: str, expected: str, begins: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", target, "--expect", expected, "--format", "nagios"]) == 3
+    assert capsys.readouterr().out.startswith(f"MTHP UNKNOWN - {begins}")

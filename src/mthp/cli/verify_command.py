@@ -60,17 +60,14 @@ def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_j
     """
     if as_json and form != "table":
         raise UsageError(f"both --json and --format {form}", help="give one of them")
-    expectations = [Expectation.parse(each) for each in expected]
     hidden = as_json or form != "table"
 
-    def work(found: Found) -> tuple[Verification, int]:
-        with found.open(at=at) as space, progress_bar(f"verifying {found.label}", hidden=hidden) as progress:
-            done = verify_space(space, expectations, progress)
-        return done, done.exit_code
+    def verified() -> tuple[Targets, Each[Verification]]:
+        return _verified(targets, [Expectation.parse(each) for each in expected], hidden=hidden, at=at)
 
     if form == "nagios":
-        return _nagios(lambda: _verified(targets, work)[1])
-    named, each = _verified(targets, work)
+        return _nagios(verified)
+    named, each = verified()
     if as_json and named.single:
         print_json("verify", *each.done)
     elif as_json:
@@ -85,8 +82,13 @@ def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_j
 
 
 def _verified(
-    targets: tuple[str, ...], work: Callable[[Found], tuple[Verification, int]]
+    targets: tuple[str, ...], expectations: list[Expectation], *, hidden: bool, at: str | None
 ) -> tuple[Targets, Each[Verification]]:
+    def work(found: Found) -> tuple[Verification, int]:
+        with found.open(at=at) as space, progress_bar(f"verifying {found.label}", hidden=hidden) as progress:
+            done = verify_space(space, expectations, progress)
+        return done, done.exit_code
+
     named = find_targets(targets)
     each = do_each(named, work)
     if named.single and not each.done:
@@ -147,10 +149,13 @@ _STATES = {0: "OK", 1: "WARNING"}
 """What a plugin's exit code means to Nagios; 3 is UNKNOWN."""
 
 
-def _nagios(verified: Callable[[], Each[Verification]]) -> int:
-    """Print the one line that a plugin of Nagios prints, and return its exit code."""
+def _nagios(verified: Callable[[], tuple[Targets, Each[Verification]]]) -> int:
+    """Print the one line that a plugin of Nagios prints, and return its exit code.
+
+    To Nagios 2 is CRITICAL, so an expectation that cannot be read is UNKNOWN, too.
+    """
     try:
-        each = verified()
+        _, each = verified()
     except MthpError as error:
         click.echo(f"MTHP UNKNOWN - {_plain(error.message)}")
         return 3
