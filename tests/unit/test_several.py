@@ -67,5 +67,12 @@ def test_the_exit_code_is_that_of_all_targets_or_1() -> None:
     assert do_each(targets, by_pid).code == 1
     codes["8"] = 0
     assert do_each(Targets(targets.found), by_pid).code == 1
+    assert [
+        do_each(each, by_pid).counted for each in (targets, Targets(targets.found), Targets(targets.found[:1]))
+    ] == [
+        "2 of 3 targets",
+        "2 targets",
+        "1 target",
+    ]
     rows = do_each(targets, by_pid).lines(lambda found, label: [label, "", ""], 3)
     assert rows == [["7", "", ""], ["8", "", ""], ["unit:none.service", "", "fits no process"]]

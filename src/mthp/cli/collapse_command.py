@@ -280,7 +280,7 @@ def targets_table(each: Each[Collapsed]) -> Table:
         len(columns),
     )
     rows.append(["in all", *_cells(total), "", ""])
-    title = f"{len(each.done)} targets; before and after are shares of anonymous memory"
+    title = f"{each.counted}; before and after are shares of anonymous memory"
     return Table(title, columns, rows, right={1, 2, 3, 4, 5}, names={0, 6})
 
 

@@ -88,7 +88,7 @@ def _daemon_says(pid: int, run_dir: Path | None) -> Iterator[str]:
         with of_this_version():
             yield from _of_target(next((each for each in status["targets"] if each["pid"] == pid), None))
     except MthpError as error:
-        yield error.message
+        yield f"no daemon answers: {error.message}"
 
 
 def _of_target(target: dict[str, Any] | None) -> Iterator[str]:

@@ -101,7 +101,7 @@ def targets_table(each: Each[Census], censuses: Censuses) -> Table:
         len(columns),
     )
     rows.append(["in all", *_coverage_cells(censuses.total, censuses.anonymous, geometry), "", ""])
-    title = f"{len(each.done)} targets; memory that several of them share counts for each"
+    title = f"{each.counted}; memory that several of them share counts for each"
     if not any(row[-1] for row in rows):
         rows, columns = [row[:-1] for row in rows], columns[:-1]
     return Table(title, columns, rows, right={1, 2, 3, 4}, names={0, 5})

@@ -216,7 +216,7 @@ def targets_table(each: Each[Planned]) -> Table:
     columns = ["target", "resident", "copied", "bloat", "before", "after", "service", "reason"]
     rows = each.lines(lambda found, made: [made.plan.label, *_cells(made.plan), found.service, ""], len(columns))
     rows.append(["in all", *_cells(total), "", ""])
-    title = f"{len(each.done)} targets: what a collapse could do; before and after are shares of anonymous memory"
+    title = f"{each.counted}: what a collapse could do; before and after are shares of anonymous memory"
     return Table(title, columns, rows, right={1, 2, 3, 4, 5}, names={0, 6})
 
 

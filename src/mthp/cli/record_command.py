@@ -229,7 +229,7 @@ def targets_table(each: Each[Recorded]) -> Table:
         len(columns),
     )
     rows.append(["in all", str(total.steps), format_size(total.bytes), "", "", ""])
-    return Table(f"{len(each.done)} targets", columns, rows, right={1, 2}, names={0, 3, 4})
+    return Table(each.counted, columns, rows, right={1, 2}, names={0, 3, 4})
 
 
 def _print_one(out: Console, done: Recorded, every: float, cpu: float) -> None:

@@ -54,6 +54,12 @@ class Each(Generic[R]):
         return [result for _, result in self.results if not isinstance(result, Failed)]
 
     @property
+    def counted(self) -> str:
+        """The number of targets, and of those with a result if something went wrong with others, for a heading."""
+        done, every = len(self.done), len(self.results)
+        return f"{'' if done == every else f'{done} of '}{every} target{'' if every == 1 else 's'}"
+
+    @property
     def all(self) -> tuple[R | Failed, ...]:
         """What came of each target."""
         return tuple(result for _, result in self.results)

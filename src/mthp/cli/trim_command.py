@@ -123,7 +123,7 @@ def targets_table(each: Each[TrimReport]) -> Table:
         len(columns),
     )
     rows.append(["in all", format_size(total.zero_bytes), format_size(total.given_back_bytes), "", ""])
-    return Table(f"{len(each.done)} targets", columns, rows, right={1, 2}, names={0, 3})
+    return Table(each.counted, columns, rows, right={1, 2}, names={0, 3})
 
 
 def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None:
