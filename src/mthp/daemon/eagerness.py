@@ -34,7 +34,7 @@ RISE_PER_SECOND = MOST / 30
 """From 0 to 10 in 30 s, three times as long as what avg10 looks back."""
 
 DEAD_BAND = 0.5
-"""A level does not rise for less."""
+"""A level rises to this less than is wanted where that is little, and to all of it where that is what the rule says."""
 
 FIRST_BYTES_PER_SECOND = 16 << 20
 """Bytes a second that are collapsed at level 1; each level doubles them, and 10 has no bound."""
@@ -94,10 +94,9 @@ def next_level(level: float, eagerness: float, measured: Measured, seconds: floa
     wanted = wanted_level(eagerness, measured)
     if wanted <= level:
         return wanted
-    # The last step to what the rule says is taken, however small it is.
-    if wanted - level < DEAD_BAND and wanted < eagerness:
-        return level
-    return min(wanted, level + RISE_PER_SECOND * seconds)
+    # No step, however late the measurement comes to its end: the band closes towards what the rule says.
+    rises_to = wanted - DEAD_BAND * (1 - wanted / eagerness)
+    return min(max(level, rises_to), level + RISE_PER_SECOND * seconds)
 
 
 def _share(value: float, low: float, high: float) -> float:
