@@ -10,6 +10,7 @@ No budget sleeps: it returns the seconds. Times are of a monotonic clock, so set
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -92,12 +93,13 @@ def _byte_bounds(rate: float | None) -> tuple[float, float]:
 
 
 class CpuBudget:
-    """The CPU time of this process or thread, as a share of one core.
+    """The CPU time of this process or thread, less that of threads that are left out, as a share of one core.
 
     Args:
         share: of one core.
         used: CPU seconds used so far.
         burst: CPU seconds that may be saved up.
+        read: returns the CPU seconds of a thread by its clock.
     """
 
     def __init__(
@@ -106,10 +108,12 @@ class CpuBudget:
         clock: Clock = time.monotonic,
         used: Clock = time.process_time,
         burst: float = CPU_BURST,
+        read: Callable[[int], float] = time.clock_gettime,
     ) -> None:
         self._burst = burst
         self._budget = Budget(share, burst, CPU_SLICE, clock)
-        self._used = used
+        self._used, self._read = used, read
+        self._left_out: list[int] = []
         self._before = used()
 
     def set(self, share: float) -> None:
@@ -118,7 +122,16 @@ class CpuBudget:
 
     def wait(self) -> float:
         """Return the seconds until work may begin."""
-        used = self._used()
+        used = self._spent_by_others()
         self._budget.spend(used - self._before)
         self._before = used
         return self._budget.wait()
+
+    def leave_out(self) -> None:
+        """Count nothing that the calling thread spends: clients that ask without end must not stop the work."""
+        own = time.pthread_getcpuclockid(threading.get_ident())
+        self._before -= self._read(own)
+        self._left_out.append(own)
+
+    def _spent_by_others(self) -> float:
+        return self._used() - sum(map(self._read, self._left_out))

@@ -11,9 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,37 @@ def test_metrics_are_read_by_a_parser_of_prometheus(run: Path) -> None:
     assert families["mthp_call_seconds"].type == "histogram"
     assert families["mthp_targets"].samples[0].value == 1
     assert {"mthp_pause_seconds", "mthp_collapse_failures", "mthp_scanned_ptes", "mthp_cpu_seconds"} <= set(families)
+
+
+@pytest.mark.usefixtures("pmd_only")
+def test_clients_that_ask_without_end_do_not_stop_the_work(run: Path) -> None:
+    port, stop = _free_port(), threading.Event()
+
+    def ask_for(what: Callable[[], object]) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                what()
+
+    arguments = ("--orders", "2M", "--cpu", "3%", "--metrics", str(port))
+    with Puppet() as puppet, RunningDaemon(run, "--pid", str(puppet.pid), *arguments) as daemon:
+        asking = [
+            threading.Thread(target=ask_for, args=(what,))
+            for what in (
+                daemon.status,
+                lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE).read(),
+            )
+        ]
+        for thread in asking:
+            thread.start()
+        try:
+            used = daemon.status()["cpu_seconds"]
+            until(lambda: daemon.status()["cpu_seconds"] > used + 1, "a debt that would take half a minute")
+            small_pages(puppet)
+            until(lambda: daemon.collapsed(puppet.pid) >= RANGES * PMD_SIZE, "the collapse")
+        finally:
+            stop.set()
+            for thread in asking:
+                thread.join()
 
 
 def _free_port() -> int:

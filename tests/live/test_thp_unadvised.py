@@ -11,6 +11,7 @@ from daemons import RunningDaemon
 from e2e.helpers import Actor, memory_of, mthp_json
 from mthp.thp_unadvised import REASON
 from targets import MADV_HUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
+from thp_switches import ThpSwitches
 from waiting import until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp")]
@@ -56,7 +57,9 @@ def test_moving_ends_with_the_first_batch(actor: Actor) -> None:
 
 
 @pytest.mark.requires("mover")
-def test_advised_memory_of_such_a_process_is_moved(actor: Actor) -> None:
+def test_advised_memory_of_such_a_process_is_moved(actor: Actor, thp_switches: ThpSwitches) -> None:
+    # Advice wakes khugepaged where its list is empty, and the memory would be huge pages before it could be moved.
+    thp_switches.only()
     unadvised(actor)
     advised = actor.map(2 * PMD_SIZE)
     actor.fill(advised, 2 * PAGES_PER_PMD)

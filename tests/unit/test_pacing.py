@@ -75,6 +75,17 @@ def test_the_cpu_time_of_all_threads_counts() -> None:
     assert cpu.wait() == pytest.approx(2.0, rel=0.1)
 
 
+def test_what_a_thread_spends_that_is_left_out_does_not_count() -> None:
+    clock, used, answering = FakeClock(), FakeClock(), FakeClock()
+    cpu = CpuBudget(0.1, clock, used, read=lambda _: answering.now)
+    cpu.leave_out()
+    used.now += 100.0
+    answering.now += 100.0
+    assert cpu.wait() == 0
+    used.now += CPU_BURST + 0.1
+    assert cpu.wait() > 1.0
+
+
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("wake", [0.00005, 0.0005, 0.002])
 @pytest.mark.parametrize("piece", [0.00001, 0.001, 0.1])

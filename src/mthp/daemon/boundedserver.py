@@ -1,6 +1,6 @@
 """An HTTP server for one page, which no client can make large: its connections are bounded, in number and in time.
 
-Each connection has a thread, as in wsgiref, which the official client of Prometheus uses. There it may have one for
+A connection has a thread, as in wsgiref, which the official client of Prometheus uses. There it may have one for
 ever: a client that connects and sends nothing holds it. Here a connection ends after :data:`CONNECTION_SECONDS`
 whatever it does, and when all places are taken the oldest makes room, since one that is honest takes milliseconds.
 """
@@ -13,6 +13,7 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -33,24 +34,27 @@ class _Handler(WSGIRequestHandler):
         """Log nothing: who asks for metrics does so every few seconds."""
 
 
-class BoundedServer(socketserver.ThreadingMixIn, WSGIServer):
+class BoundedServer(WSGIServer):
     """Serves a WSGI application; :meth:`serve_forever` runs it.
 
     Args:
         host: name or address to listen at, of IPv4 or IPv6.
         port: to listen at; 0 for any.
         application: the WSGI application.
+        entered: called first in each thread that serves.
 
     Raises:
         OSError: the address cannot be listened at.
     """
 
-    daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, application: Callable[..., Any]) -> None:
+    def __init__(
+        self, host: str, port: int, application: Callable[..., Any], entered: Callable[[], None] = lambda: None
+    ) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         self.address_family, address = found[0][0], found[0][4]
+        self._threads = ThreadPoolExecutor(MAX_CONNECTIONS, "mthp-metrics", entered)
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._turn = threading.Lock()
         self._open: dict[socket.socket, float] = {}
@@ -73,7 +77,21 @@ class BoundedServer(socketserver.ThreadingMixIn, WSGIServer):
                 return
         with self._turn:
             self._open[request] = time.monotonic()
-        super().process_request(request, client_address)
+        self._threads.submit(self._serve, request, client_address)
+
+    def _serve(self, request: Any, client_address: Any) -> None:
+        # A client that went away is nothing to report.
+        with contextlib.suppress(Exception):
+            self.finish_request(request, client_address)
+        self.shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Stop listening, end all connections, and return once their threads have ended."""
+        super().server_close()
+        with self._turn:
+            for request in self._open:
+                _shut(request)
+        self._threads.shutdown()
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and have its place free."""
@@ -89,9 +107,6 @@ class BoundedServer(socketserver.ThreadingMixIn, WSGIServer):
             for request, since in self._open.items():
                 if time.monotonic() - since > CONNECTION_SECONDS:
                     _shut(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a client that went away."""
 
 
 def _shut(request: socket.socket | None) -> None:

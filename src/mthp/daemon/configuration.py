@@ -33,7 +33,7 @@ class Own:
     """The table ``[daemon]``: what concerns the daemon itself.
 
     Attributes:
-        cpu: share of one core that the daemon may use.
+        cpu: share of one core that its work on processes may use.
         bytes_per_second: bytes collapsed per second at most, in all processes together; None for no bound.
         max_memory_pressure: share of time that tasks wait for memory (PSI, some avg10) above which the daemon rests.
         notice_ns: within what time a new process is to be noticed, in nanoseconds.

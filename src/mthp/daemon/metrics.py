@@ -43,15 +43,19 @@ class MetricsServer:
         registry = CollectorRegistry()
         registry.register(_DaemonCollector(environment, worker))
         try:
-            self._server = BoundedServer(host, port, make_wsgi_app(registry))
+            self._server = BoundedServer(host, port, make_wsgi_app(registry), worker.cpu.leave_out)
         except OSError as error:
             raise UsageError(
                 f"metrics cannot be served at {host}:{port}: {error.strerror or error}",
                 help="another program may have that port (ss -ltnp tells which): give another with --metrics",
             ) from error
-        self._thread = threading.Thread(target=self._server.serve_forever, name="mthp-metrics", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(worker,), name="mthp-metrics", daemon=True)
         self._thread.start()
         self.url = f"http://{host}:{self._server.server_port}/metrics"
+
+    def _serve(self, worker: Worker) -> None:
+        worker.cpu.leave_out()
+        self._server.serve_forever()
 
     def close(self) -> None:
         """Stop serving."""

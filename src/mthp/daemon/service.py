@@ -242,6 +242,8 @@ class Daemon:
             MthpError: it ended for an error of its own.
         """
         with self._undo, self._signals():
+            # This thread answers, and finds processes: that costs what others do, and must not stop the work.
+            self.worker.cpu.leave_out()
             self.worker.start()
             self.finder.start()
             if self._notifier.watchdog:

@@ -46,6 +46,7 @@ class Worker:
         died: called in the worker's thread if it ends for an error of ours.
 
     Attributes:
+        cpu: as given.
         targets: all of them, by PID.
         failed: whether it did.
         beat: when the worker was last seen at work, or at rest with nothing to do.
@@ -70,7 +71,7 @@ class Worker:
         self.paused = False
         self.failed = False
         self._died = died
-        self._knobs, self._pressure, self._cpu, self._say, self._clock = knobs, pressure, cpu, say, clock
+        self._knobs, self._pressure, self.cpu, self._say, self._clock = knobs, pressure, cpu, say, clock
         self._turn = threading.Condition()
         self._waiting: list[tuple[float, int, Target]] = []
         self._ready: list[tuple[int, int, Target]] = []
@@ -150,7 +151,7 @@ class Worker:
             environment = self.environment
             environment.configuration = configuration
             environment.said.clear()
-            self._cpu.set(configuration.cpu)
+            self.cpu.set(configuration.cpu)
             self._pressure.limit = configuration.max_memory_pressure
             environment.bytes.set_rate(configuration.bytes_per_second)
             self._version = -1
@@ -262,7 +263,7 @@ class Worker:
             return RESTING_SECONDS
         if was:
             self._rests(False)
-        return max(self._cpu.wait(), self.environment.bytes.wait(), self._kernel_pace())
+        return max(self.cpu.wait(), self.environment.bytes.wait(), self._kernel_pace())
 
     def _rests(self, resting: bool) -> None:
         share = f"{100 * self._pressure.share:.1f}%"
