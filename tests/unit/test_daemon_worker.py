@@ -45,6 +45,7 @@ class FakeTarget:
     def __init__(self, stage: Stage, pid: int, gain: int) -> None:
         self.facts = ProcessFacts(pid, 1, comm="fake")
         self.gain, self.next_at, self.followed = gain, stage.now, 0
+        self.turn = 0
         self._stage = stage
 
     def step(self) -> None:
@@ -125,6 +126,16 @@ def test_those_with_most_to_gain_come_first_and_equals_in_turn() -> None:
         target.next_at = 51.0
     stage.run(3)
     assert [pid for _, pid in stage.turns] == [2, 1, 4]
+
+
+def test_news_of_the_first_targets_takes_no_turn_from_the_last() -> None:
+    stage = Stage()
+    targets = [stage.add(pid) for pid in range(8)]
+    for turn in range(80):
+        targets[turn % 2].next_at = stage.now
+        stage.worker._requeue()
+        stage.run(turn + 1)
+    assert {pid for _, pid in stage.turns} == set(range(8))
 
 
 def test_a_worker_that_cannot_go_on_says_so() -> None:

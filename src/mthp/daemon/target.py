@@ -83,6 +83,7 @@ class Target:
         facts, rule: as given; may be replaced.
         counters: of the work done in it.
         next_at: when to go on with it.
+        turn: its place in the worker's queue.
         trim_at: when it may be trimmed again.
         gain: pages that the rest of the pass may gain; what is worth most is done first.
         left_out: why it is not worked on, or ``""``.
@@ -121,6 +122,7 @@ class Target:
         self.rule = rule
         self.counters = Counters()
         self.next_at = environment.clock()
+        self.turn = 0
         self.gain = 1 << 62
         self.left_out = ""
         self.reasons: Counter[str] = Counter()
@@ -384,8 +386,8 @@ class Target:
     def _end_pass(self) -> None:
         if self._pass is not None:
             self._pass.close()
+            self.gain = 0
         self._pass = None
-        self.gain = 0
 
     def end(self) -> None:
         """Leave its memory as it is; what was put into it is taken out."""

@@ -301,15 +301,20 @@ class Worker:
         return None
 
     def _queue(self, target: Target) -> None:
-        """Have its turn come when it wants."""
-        heapq.heappush(self._waiting, (target.next_at, next(self._numbers), target))
+        """Have its turn come when it wants, after those that wait already."""
+        target.turn = next(self._numbers)
+        self._wait(target)
+
+    def _wait(self, target: Target) -> None:
+        heapq.heappush(self._waiting, (target.next_at, target.turn, target))
 
     def _requeue(self) -> None:
         """The same for all, but for the one that is being worked on: they may want it earlier now."""
         self._ready, self._waiting = [], []
         for target in self.targets.values():
             if target is not self._busy and not target.vanished:
-                self._queue(target)
+                # In the same order as before: this may happen so often that the last ones would never have a turn.
+                self._wait(target)
 
     def _trim(self) -> bool:
         """Trim the process whose turn it is while memory is short; return whether there was one."""
