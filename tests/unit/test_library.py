@@ -15,7 +15,7 @@ import mthp
 from fakes import FakeSpace, page_runs
 from mthp.buffers import memory_of
 from mthp.engine.collapse import carry_out
-from mthp.engine.planning import plan_space
+from mthp.engine.planning import plan_blocks, plan_space
 from mthp.engine.select import PlanOptions
 from mthp.errors import UnsupportedError, UsageError
 from mthp.means import Means
@@ -23,6 +23,7 @@ from mthp.ptes import Pte
 from mthp.vma import Vma
 
 BASE = 0x7F00_0000_0000
+MOVABLE = frozenset({"rd", "wr", "mr", "mw", "me", "ac"})
 
 
 class Served(FakeSpace):
@@ -237,3 +238,24 @@ def test_a_plan_is_a_picture(pages: int, most: int, monkeypatch: pytest.MonkeyPa
     assert plan.label in "".join(drawn.itertext())
     assert "2M already" in svg
     assert pages == 512 or "becomes 2M" in svg
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_plan_of_parts_of_pmd_ranges_is_a_picture_of_the_ranges(small: bool) -> None:
+    # Two mappings share a PMD range, and the second one has part of the next.
+    pages = [(0, 128), (128, 768)]
+    target = FakeSpace(
+        [
+            (Vma(BASE + first * 4096, BASE + last * 4096, "rw-p", flags=MOVABLE), *page_runs((last - first, 1, 0)))
+            for first, last in pages
+        ]
+    )
+    if small:
+        plan = plan_space(target, PlanOptions(orders="64K", small=True))
+    else:
+        plan = plan_blocks(target, BASE, BASE + 768 * 4096, 4)
+    assert plan.folios_by_order == {4: 48}
+    drawn = ElementTree.fromstring(plan._repr_svg_())
+    colour = next(each for each in drawn.iter() if each.tag.endswith("rect")).get("fill")
+    cells = [each for each in drawn if each.tag.endswith("rect")]
+    assert [cell.get("fill") for cell in cells] == [colour, colour]

@@ -70,10 +70,13 @@ def picture(plan: SpacePlan) -> str:
 
 def _kinds(plan: SpacePlan) -> NDArray[np.int64]:
     """Return what becomes of each PMD range: the largest order made in it, or a kind."""
-    kinds = np.full(len(plan.ranges), _LEFT, np.int64)
-    kinds[plan.ranges.scan_result == ScanResult.PMD_MAPPED] = _HUGE
-    row = np.searchsorted(plan.ranges.address, plan.folios.address, side="right") - 1
-    np.maximum.at(kinds, row, plan.folios.order.astype(np.int64))
+    # A plan may have several parts of one PMD range, or folios in ranges that it says nothing about.
+    size = np.uint64(plan.geometry.pmd_size)
+    numbers, at = np.unique(np.concatenate([plan.ranges.address, plan.folios.address]) // size, return_inverse=True)
+    kinds = np.full(len(numbers), _LEFT, np.int64)
+    of_range, of_folio = at[: len(plan.ranges)], at[len(plan.ranges) :]
+    kinds[of_range[plan.ranges.scan_result == ScanResult.PMD_MAPPED]] = _HUGE
+    np.maximum.at(kinds, of_folio, plan.folios.order.astype(np.int64))
     return kinds
 
 
