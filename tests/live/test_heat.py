@@ -24,7 +24,7 @@ from mthp.linux.journal.instance import INSTANCE, NONE, kdamonds_of, read_instan
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.sysfs import THP_ROOT
 from targets import PMD_SIZE
-from waiting import until
+from waiting import PATIENCE, until
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root")]
 
@@ -183,15 +183,14 @@ def test_young_bits_tell_which_mappings_are_hot() -> None:
 
 
 def test_a_measurement_ends_early_when_it_is_told_to() -> None:
-    begin = time.monotonic()
     with target(apart=True) as (pid, _):
         command = [sys.executable, "-m", "mthp", "plan", str(pid), "--heat", "young:600s"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "S", "its first rest")
             time.sleep(1)
             process.send_signal(signal.SIGINT)
-            process.communicate()
-    assert time.monotonic() - begin < 300
+            # Less than the measurement was to take.
+            process.communicate(timeout=PATIENCE)
 
 
 def _state() -> str:

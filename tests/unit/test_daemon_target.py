@@ -714,6 +714,21 @@ def test_what_copy_on_write_broke_up_comes_first() -> None:
     assert stage.collapsed[tried:] == [1, 2]
 
 
+def test_small_folios_that_copy_on_write_broke_up_are_made_again() -> None:
+    stage = small_stage("split", FULL, orders=(4,))
+    stage.steps(1.0)
+    made = len(stage.collapsed)
+    assert made
+    stage.target.forks.began(8, stage.now)
+    # As many pages are present as before, and none was mapped by a PMD entry.
+    stage.space.write(START, Pte.PRESENT, 0, pages=N)
+    stage.now += 5.0
+    assert stage.target.forks.ended(8, stage.now)
+    stage.target.next_at = stage.now
+    stage.steps(1.0)
+    assert len(stage.collapsed) == 2 * made
+
+
 def test_children_that_begin_another_program_at_once_cost_no_second_look() -> None:
     stage = Stage(FULL)
     stage.steps(5.0)

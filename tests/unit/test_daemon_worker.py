@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +12,14 @@ import pytest
 from mthp.daemon.configuration import Configuration, Pace
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
+from mthp.daemon.forks import SHORT_SECONDS, Forks
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
 from mthp.daemon.rules import Rules, Settings
 from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.geometry import X86_64
+from mthp.linux.procevents import Changes
 from mthp.naming import ProcessFacts
 from mthp.pacing import ByteBudget, CpuBudget
 from mthp.tunables import Switches, Tunables
@@ -46,6 +49,7 @@ class FakeTarget:
         self.facts = ProcessFacts(pid, 1, comm="fake")
         self.gain, self.next_at, self.followed = gain, stage.now, 0
         self.turn = 0
+        self.forks = Forks()
         self._stage = stage
 
     def step(self) -> None:
@@ -209,3 +213,31 @@ def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims(monkeypatch: 
         stage.worker._once()
     assert trimmed == [2]
     assert "a fault of mthp" in stage.worker.targets[1].left_out
+
+
+def test_parent_and_child_are_held_until_the_child_shares_nothing_and_then_come_at_once() -> None:
+    stage = Stage()
+    parent = stage.add(1)
+    stage.worker.forked(Changes(forked={2: 1}))
+    child = stage.add(2)
+    assert parent.forks.holds(stage.now)
+    assert child.forks.holds(stage.now)
+    parent.next_at = child.next_at = 500.0
+    stage.now += SHORT_SECONDS
+    stage.worker.forked(Changes(unshared={2: 0}))
+    for target in (parent, child):
+        assert not target.forks.holds(stage.now)
+        assert target.next_at == stage.now
+    stage.run(2)
+    assert {pid for _, pid in stage.turns} == {1, 2}
+
+
+def test_children_whose_end_was_lost_hold_nothing() -> None:
+    stage = Stage()
+    target = stage.add(1)
+    # No process has the first number (the kernel's limit is 4194304); the second is this one.
+    stage.worker.forked(Changes(forked={4194305: 1, os.getpid(): 1}))
+    stage.worker.forked(Changes(lost=True))
+    assert target.forks.holds(stage.now)
+    stage.worker.forked(Changes(unshared={os.getpid(): 1}))
+    assert not target.forks.holds(stage.now)

@@ -11,7 +11,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mthp
-from mthp.daemon.eagerness import DEAD_BAND, MOST, PRESSURE_BAND, Measured, next_level, settings_at, wanted_level
+from mthp.daemon.eagerness import (
+    DEAD_BAND,
+    FREE_BAND,
+    MOST,
+    PRESSURE_BAND,
+    Measured,
+    next_level,
+    settings_at,
+    wanted_level,
+)
 from mthp.daemon.levels import Level
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Settings
@@ -153,3 +162,9 @@ def test_the_cgroups_own_pressure_is_measured(tmp_path: Path, root: str, members
 
 def test_a_machine_that_shows_nothing_has_no_pressure(tmp_path: Path) -> None:
     assert measured("0::/../gone\n", tmp_path) == Measured()
+
+
+def test_the_shorter_of_calm_and_room_decides_and_the_last_step_to_the_rule_is_taken() -> None:
+    half = Measured(sum(PRESSURE_BAND) / 2, sum(FREE_BAND) / 2)
+    assert wanted_level(10, half) == pytest.approx(5.0)
+    assert next_level(9.7, 10, Measured(), 1.0) == 10.0

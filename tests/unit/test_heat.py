@@ -26,6 +26,7 @@ from mthp.heatfile import read_heat
 from mthp.lab.compare import compare, settings_of
 from mthp.means import Means
 from mthp.ptes import Pte
+from mthp.sim import Machine
 from mthp.snapshot.description import Description
 from mthp.snapshot.record import describe
 from mthp.vma import Vma
@@ -224,6 +225,28 @@ def test_a_space_that_is_not_live_takes_heat_of_a_file_only(tmp_path: Path) -> N
 def test_the_kernels_khugepaged_keeps_to_no_budget_of_copying() -> None:
     with pytest.raises(UsageError, match="budget for copying"):
         collapse_space(space_of(512), PlanOptions(), Means("khugepaged", max_copied=PMD, max_bloat=None))
+
+
+def test_splits_begin_with_the_range_that_is_worth_most_for_each_page_however_many_blocks_others_have() -> None:
+    machine = Machine()
+    mm, page = machine.create_mm(), machine.geometry.page_size
+    machine.map(mm, PMD, 4 * PMD)
+    # A full block, four full blocks, and one with 10 of 16 pages, which is the hottest by the page.
+    for start, pages in ((PMD, 16), (2 * PMD, 64), (3 * PMD, 10)):
+        machine.populate(mm, start, start + pages * page)
+    spans = ((PMD, 1.0), (2 * PMD, 20.0), (3 * PMD, 9.0))
+    seen = heat(*((start, start + (64 if start == 2 * PMD else 16) * page, count) for start, count in spans))
+    chosen = PlanOptions(policy="per-order", orders="64K", max_ptes_none=255, heat=seen)
+    space = machine.space(machine.parts.mms[mm.id])
+    report = collapse_space(space, chosen, Means("split", max_bloat=None, max_copied=16 * page))
+    assert report.folios[4].made == 1
+    assert space.read([(3 * PMD, 3 * PMD + page)]).folio_order.tolist() == [4]
+
+
+def test_the_share_of_a_processor_is_that_of_the_time_it_took() -> None:
+    nowhere = np.empty(0, np.uint64)
+    measured = Heat(nowhere, nowhere, np.empty(0), seconds=5.0, cpu_seconds=0.1)
+    assert measured.cpu_share == pytest.approx(0.02)
 
 
 # Heat in files, and in the model of the TLB.

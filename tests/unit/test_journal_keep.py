@@ -192,3 +192,22 @@ def test_while_another_is_in_a_window_it_is_tried_again(tunables: Tunables) -> N
     assert tunables.values() == BEFORE
     knobs.close()
     loop.close()
+
+
+def test_what_could_not_be_kept_changes_nothing_and_is_not_tried_again_after_the_end(tunables: Tunables) -> None:
+    loop, said = Loop(), list[str]()
+    journal = tunables.journal(watched=False)
+    journal._lock_timeout = 0.0
+    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
+    one = Keeping(knobs, loop, said.append, journal)
+    with tunables.journal(watched=False).settings(OUTER):
+        # A number that the other's window sets.
+        one.keep(7)
+        knobs.refresh()
+        assert str(knobs.tunables.max_ptes_none) == number(tunables)
+        one.close()
+    (_, again) = loop._timers["keep"]
+    again()
+    assert tunables.values() == BEFORE
+    knobs.close()
+    loop.close()

@@ -79,3 +79,14 @@ def test_what_a_machine_does_to_small_folios_is_said_with_the_remedy(
     what, how = lasting_on(Switches(top, {9: "inherit"}), tunables, X86_64)
     assert says in what
     assert ("max_ptes_none" in how) == remedy
+
+
+def test_what_a_plan_fills_is_not_empty_for_khugepaged() -> None:
+    vma = Vma(BASE, BASE + PMD, "rw-p", has_anon_vma=True)
+    space = FakeSpace(
+        [(vma, *page_runs((12, 1, 0), (N - 12, 0, ORDER_NONE)))], switches=Switches("always", {9: "inherit"})
+    )
+    plan = plan_space(space, PlanOptions(policy="per-order", orders="64K", max_ptes_none=255))
+    assert plan.folios.filled.tolist() == [4]
+    found = remade_of_plan(space, plan)
+    assert (found.ranges, found.keeps) == (1, N - 16 - 1)

@@ -119,6 +119,29 @@ def test_a_process_is_a_part_of_the_nearest_thing_that_has_a_name() -> None:
     assert service(f"/docker/{ID}") == f"container:{ID[:12]}"
     assert service("/system.slice/tomcat.service") == "unit:tomcat.service"
     assert service("/user.slice/session-1.scope") == "comm:java"
+    assert service("/user.slice/user@1.service/app.slice/a.service") == "unit:a.service"
+
+
+def test_one_property_is_more_specific_than_all_that_tell_less_and_then_the_shorter_pattern_counts() -> None:
+    less = Match(uid=(1,), cgroup=("/a",), unit=("a.service",), pod=("a/a",), container=("a",), comm=("a",))
+    assert Match(exe=("*",)).specificity > less.specificity
+    assert Match(comm=("a*", "abcdef*")).specificity < Match(comm=("ab*",)).specificity
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shares"),
+    [
+        ("ab*", "*cd", True),
+        ("a*c", "a*bc", True),
+        ("a*c", "a*d", False),
+        ("ab*", "cd*", False),
+        # The ends fit, and overlap: no name is both.
+        ("abc", "ab*bc", False),
+    ],
+)
+def test_patterns_are_disjoint_if_their_fixed_ends_are(one: str, other: str, shares: bool) -> None:
+    for ours, theirs in ((one, other), (other, one)):
+        assert Match(comm=(ours,)).may_share_a_process(Match(comm=(theirs,))) is shares
 
 
 @pytest.fixture

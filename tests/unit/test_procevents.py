@@ -194,7 +194,8 @@ def test_forks_are_told_of_with_the_parent_until_they_share_nothing(tmp_path: Pa
     if child == 0:
         os.read(wait, 1)
         os._exit(0)
-    other = subprocess.Popen(["sleep", "60"])
+    # Longer than the test waits: its end would be told of, too.
+    other = subprocess.Popen(["sleep", "infinity"])
     seen, gone = dict[int, int](), dict[int, int]()
 
     def look() -> bool:

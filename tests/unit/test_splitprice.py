@@ -113,6 +113,16 @@ def test_what_little_is_planned_of_is_left_out_of_a_dry_run_with_the_reason() ->
     assert "--min-split-share" in report.allowed.left[0].reason
 
 
+def test_holes_that_are_filled_are_not_copied() -> None:
+    machine = Machine()
+    mm, size, page = machine.create_mm(), machine.geometry.pmd_size, machine.geometry.page_size
+    machine.map(mm, size, 2 * size)
+    machine.populate(mm, size, size + 12 * page)
+    choice = PlanOptions(policy="per-order", orders="64K", max_ptes_none=255)
+    price = SplitRanges(plan_space(machine.space(machine.parts.mms[mm.id]), choice), [4]).price(0.0)
+    assert (price.copied, price.wanted) == (12, 12)
+
+
 def test_ranges_that_a_plan_does_not_know_cost_what_is_planned_in_them() -> None:
     machine, number = machine_with(2, 0)
     plan = plan_space(machine.space(machine.parts.mms[number]), PlanOptions(orders="64K", max_ptes_none=0))

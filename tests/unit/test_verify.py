@@ -90,6 +90,31 @@ def test_guest_ram_is_what_children_do_not_get_or_the_largest_mapping() -> None:
     assert checked("guest-ram:2M>=0%").reason.startswith("no mapping is called guest-ram")
 
 
+@pytest.mark.parametrize(
+    ("mappings", "resident"),
+    [
+        ([(4, "rw-p", ""), (8, "rw-s", "")], 8),
+        ([(4, "rw-p", ""), (8, "r--p", "")], 4),
+        ([(4, "rw-p", "dc"), (2, "rw-p", "dc"), (8, "rw-p", "")], 6),
+        # Too small for a guest, such as the ring of a device.
+        ([(1, "rw-p", "dc"), (4, "rw-p", "")], 4),
+    ],
+)
+def test_guest_ram_is_writable_and_at_least_a_pmd_range(mappings: list[tuple[int, str, str]], resident: int) -> None:
+    described = []
+    for at, (size, permissions, flags) in enumerate(mappings):
+        start = BASE + (at << 30)
+        vma = Vma(start, start + (size << 20), permissions, "", flags=frozenset(flags.split()))
+        described.append((vma, *page_runs((size << 8, Pte.PRESENT, 0))))
+    done = verify_space(FakeSpace(described, label="7 (qemu)"), [Expectation.parse("guest-ram:2M>=0%")])
+    assert done.checks[0].resident_bytes == resident << 20
+
+
+def test_an_address_names_the_one_mapping_that_it_lies_in() -> None:
+    behind = Vma(BASE + SIZE, BASE + 2 * SIZE, "rw-p", "[stack]")
+    assert checked(f"{BASE + SIZE:#x}:2M>=0%", HEAP, behind).mappings == 1
+
+
 def test_memory_that_is_not_resident_meets_nothing() -> None:
     check = checked("heap:2M>=0%", HEAP, runs=((1024, Pte(0), -1),))
     assert (check.share, check.verdict, check.reason) == (None, "failed", "nothing of it is resident")
@@ -101,6 +126,8 @@ def test_what_cannot_be_seen_is_unknown_and_exits_with_3() -> None:
     assert [check.verdict for check in done.checks] == ["passed", "unknown"]
     assert done.checks[1].reason == "page frames: run as root"
     assert done.exit_code == 3
+    failed = verify_space(some, [Expectation.parse(text) for text in ("64K>=90%", "stack:2M>=1%")])
+    assert ([check.verdict for check in failed.checks], failed.exit_code) == (["unknown", "failed"], 1)
 
 
 @pytest.fixture
