@@ -7,7 +7,6 @@ read them, objects from their JSON Schema, the library from its docstrings. The 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import json
@@ -23,11 +22,8 @@ from mkdocs.structure.files import File, Files
 import mthp
 from mthp.cli import COMMANDS, _mthp
 from mthp.cli.schema_command import OBJECTS, schema
-from mthp.daemon.configuration import EXAMPLE
-from mthp.lab import tables
-from mthp.lab.grid import Grid
-from mthp.lab.workloads import MODELS
-from mthp.toml import readers_of
+from mthp.daemon import configuration
+from mthp.lab import grid, scenario
 
 DEFINITIONS = Path(__file__).with_name("figures.md")
 ROW = re.compile(r"\| `([^`|]+)` \| ([^|]+) \| ([^|]*) \| ([^|]+) \|")
@@ -77,70 +73,21 @@ def _helps(command: click.Command, name: str, parent: click.Context) -> Iterator
 
 def rules_page() -> str:
     """Return what a rules file may say."""
-    text = "What `mthp daemon --print-config` prints: every key, with its default."
-    return f"# Rules\n\n{text}\n\n{_block('toml', EXAMPLE.read_text())}\n"
+    return _example("Rules", "mthp daemon --print-config", configuration.example())
 
 
 def scenarios_page() -> str:
-    """Return the tables of a scenario."""
-    parts = [
-        "# Scenarios",
-        "A scenario is the TOML file of `mthp simulate`. The tables `[switches]` and `[tunables]` have the keys of "
-        "a [rules file](rules.md).",
-        "## Above all tables",
-        _keys(tables.Settings),
-        "## `[machine]`",
-        _keys(tables.MachineSettings),
-        "## `[trim]`",
-        _keys(tables.TrimSettings),
-        "## `[[process]]`",
-        _keys(tables.ProcessSettings),
-        "Each `workload` has further keys:",
-    ]
-    for name, model in MODELS.items():
-        parts += [f'### `workload = "{name}"`', _first(model), _keys(model)]
-    return "\n\n".join([*parts, "## `[[fault]]`", _keys(tables.FaultSettings)]) + "\n"
+    """Return what a scenario may say."""
+    return _example("Scenarios", "mthp simulate --print-scenario", scenario.example())
 
 
 def grids_page() -> str:
-    """Return the keys of a grid."""
-    text = "A grid is the TOML file of `mthp sweep --grid`: every combination of the values is one setting."
-    return f"# Grids\n\n{text}\n\n{_keys(Grid)}\n"
+    """Return what a grid may say."""
+    return _example("Grids", "mthp sweep --print-grid", grid.example())
 
 
-def _keys(kind: type) -> str:
-    """Return the keys that a dataclass reads, as a table."""
-    described = attributes(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    rows = ["| key | default | what it is |", "|---|---|---|"]
-    for key, (name, _) in readers_of(kind).items():
-        rows.append(f"| `{key}` | {_default(fields[name])} | {described.get(name) or definitions()[key]} |")
-    return "\n".join(rows)
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        return f"`{json.dumps(field.default_factory())}`"
-    return "required" if field.default is dataclasses.MISSING else f"`{json.dumps(field.default)}`"
-
-
-def attributes(kind: type) -> dict[str, str]:
-    """Return what the docstring of a class says about each attribute."""
-    found: dict[str, str] = {}
-    _, _, text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
-    for line in re.sub(r"\n {8,}", " ", text).splitlines():
-        names, colon, meaning = line.strip().partition(": ")
-        if colon:
-            found |= dict.fromkeys(names.split(", "), _sentence(meaning))
-    return found
-
-
-def _sentence(text: str) -> str:
-    return (text[:1].upper() + text[1:]).replace("|", "\\|").replace("``", "`")
-
-
-def _first(kind: type) -> str:
-    return _sentence(inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].replace("\n", " "))
+def _example(title: str, command: str, text: str) -> str:
+    return f"# {title}\n\nWhat `{command}` prints: every key, with its default.\n\n{_block('toml', text)}\n"
 
 
 @functools.cache

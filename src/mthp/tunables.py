@@ -34,7 +34,7 @@ class Tunables:
         max_ptes_none: none or zero PTEs that a collapse may fill, per PMD range.
         max_ptes_swap: swapped-out PTEs that it may read back, per PMD range.
         max_ptes_shared: pages mapped by another process too that it may copy, per PMD range.
-        pages_to_scan: PTEs looked at in one pass.
+        pages_to_scan: PTEs scanned in one pass.
         scan_sleep_millisecs: rest between passes.
         alloc_sleep_millisecs: rest after a failed allocation.
         defrag: whether an allocation may compact and reclaim.
@@ -113,7 +113,7 @@ class Switches:
     """Which folio sizes the system lets anonymous memory have.
 
     Attributes:
-        enabled: the top-level word.
+        enabled: the top-level word: always, madvise, never.
         sizes: the word of each order that has a switch.
     """
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mthp.budget import DEFAULT_BLOAT
-from mthp.daemon.configuration import EXAMPLE, Configuration, load_configuration, parse_configuration
+from mthp.daemon.configuration import Configuration, load_configuration, parse_configuration
 from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.errors import UsageError
 from mthp.geometry import X86_64
@@ -106,26 +104,6 @@ def test_patterns_that_fit_the_same_name_are_never_taken_for_disjoint(pattern: s
     one, two = Match(comm=(pattern,)), Match(comm=(other,))
     if one.fits(facts) and two.fits(facts):
         assert one.may_share_a_process(two)
-
-
-def test_the_example_shows_every_key_with_the_value_that_holds_without_it() -> None:
-    text = EXAMPLE.read_text()
-    plain = load_configuration(EXAMPLE, X86_64)
-    full = parsed(re.sub(r'^# (?=[a-z_"0-9MK]+ = )', "", text, flags=re.MULTILINE))
-    assert (plain.cpu, plain.max_memory_pressure, plain.notice_ns, plain.pace) == (
-        *(full.cpu, full.max_memory_pressure, full.notice_ns, full.pace),
-    )
-    assert full.tunables == {
-        **{name: getattr(Tunables.defaults(X86_64), name) for name in ("max_ptes_none", "max_ptes_swap")},
-        **{name: getattr(Tunables.defaults(X86_64), name) for name in ("max_ptes_shared", "pages_to_scan")},
-        "scan_sleep_millisecs": 10_000,
-        "alloc_sleep_millisecs": 60_000,
-        "defrag": 1,
-    }
-    assert full.metrics == ("127.0.0.1", 9464)
-    assert [rule.deny for rule in plain.rules.rules] == [True, False, False]
-    assert [rule.settings for rule in plain.rules.rules if rule.name == "not these"] == [Settings()]
-    assert plain.rules.rules[0].settings.max_bloat == full.rules.rules[0].settings.max_bloat == DEFAULT_BLOAT
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,9 @@ def command(run_dir: Path | None, **options: Any) -> int:
     It runs in the foreground until SIGTERM or Ctrl-C. `mthp status`, `mthp pause` and `mthp resume` talk to it.
     """
     if options["print_config"]:
-        from mthp.daemon.configuration import EXAMPLE
+        from mthp.daemon.configuration import example
 
-        click.echo(EXAMPLE.read_text(), nl=False)
+        click.echo(example(), nl=False)
         return 0
     load = _loader(options)
     if options["print_unit"] or options["install_unit"]:

@@ -27,7 +27,7 @@ WANTED = 0.5
 
 
 @click.command("simulate")
-@click.argument("scenario", type=click.Path(path_type=Path))
+@click.argument("scenario", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--policies",
     metavar="NAMES",
@@ -36,9 +36,16 @@ WANTED = 0.5
 @click.option("--seed", type=int, metavar="N", help="In place of the scenario's.")
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the rows as Parquet.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--print-scenario", is_flag=True, help="Print a scenario that shows every key, and end.")
 @json_option
 def command(
-    scenario: Path, policies: str | None, seed: int | None, output: Path | None, force: bool, as_json: bool
+    scenario: Path | None,
+    policies: str | None,
+    seed: int | None,
+    output: Path | None,
+    force: bool,
+    print_scenario: bool,
+    as_json: bool,
 ) -> int:
     """Run programs, as SCENARIO.toml describes them, on a simulated machine with khugepaged.
 
@@ -46,9 +53,14 @@ def command(
     the byte. `mthp report` shows the output. Ctrl-C ends the run; what was simulated is kept.
     """
     from mthp.lab import simulated
-    from mthp.lab.scenario import load_scenario
+    from mthp.lab.scenario import example, load_scenario
     from mthp.lab.simulation import Simulation, simulate
 
+    if print_scenario:
+        click.echo(example(), nl=False)
+        return 0
+    if scenario is None:
+        raise UsageError("no scenario was named", help="mthp simulate --print-scenario prints one that shows every key")
     if seed is not None and seed < 0:
         raise UsageError(f"--seed {seed} is below 0")
     if output is not None:

@@ -15,30 +15,44 @@ SHOWN_FAILURES = 20
 
 
 @click.command("sweep")
-@click.argument("directory", metavar="DIR")
-@click.option("--grid", required=True, metavar="FILE", help="Policies and tunables: a TOML file, see below.")
-@click.option(
-    "-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="Parquet to write."
-)
+@click.argument("directory", metavar="DIR", required=False)
+@click.option("--grid", metavar="FILE", help="Policies and tunables: a TOML file, see below.")
+@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Parquet to write.")
 @click.option("--jobs", type=int, metavar="N", help="Processes; one for each processor by default.")
 @click.option("--scheduler", metavar="ADDRESS", help="Run on a Dask cluster instead: tcp://HOST:PORT.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@click.option("--print-grid", is_flag=True, help="Print a grid that shows every key, and end.")
 @json_option
 def command(
-    directory: str, grid: str, output: Path, jobs: int | None, scheduler: str | None, force: bool, as_json: bool
+    directory: str | None,
+    grid: str | None,
+    output: Path | None,
+    jobs: int | None,
+    scheduler: str | None,
+    force: bool,
+    print_grid: bool,
+    as_json: bool,
 ) -> int:
     """Take every snapshot and recording in DIR through every setting of a grid, and write the figures to a table.
 
-    The grid names policies, and lists of values of max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order and
-    orders; every combination is a setting. scans = "all" goes on until nothing changes, steps = "all" takes every step
-    of recordings. A sweep that was interrupted goes on where it was when it is started again. Inputs that cannot be
-    read are reported, and the exit code is 1.
+    The grid, which --print-grid shows, names policies, and lists of values of max_ptes_none, max_ptes_swap,
+    max_ptes_shared, mthp_min_order and orders; every combination is a setting. scans = "all" goes on until nothing
+    changes, steps = "all" takes every step of recordings. A sweep that was interrupted goes on where it was when it is
+    started again. Inputs that cannot be read are reported, and the exit code is 1.
     """
     from mthp.errors import UsageError
     from mthp.lab import runners
-    from mthp.lab.grid import read_grid
+    from mthp.lab.grid import example, read_grid
     from mthp.lab.sweep import inputs_in, sweep
 
+    if print_grid:
+        click.echo(example(), nl=False)
+        return 0
+    if directory is None or grid is None or output is None:
+        missing = "DIR" if directory is None else "--grid" if grid is None else "--output"
+        raise UsageError(
+            f"{missing} is missing", help="write mthp sweep DIR --grid FILE -o FILE; --print-grid prints a grid"
+        )
     if scheduler is not None and jobs is not None:
         raise UsageError("--jobs is of no use with --scheduler", help="the cluster has as many as its workers have")
     settings = read_grid(grid)

@@ -14,18 +14,16 @@ from typing import Annotated, Any, Literal
 from mthp.bounded import named
 from mthp.daemon.rules import Limit, Rule, Rules, Settings
 from mthp.daemon.values import file_path, parse_endpoint
-from mthp.geometry import Geometry
+from mthp.geometry import X86_64, Geometry
 from mthp.naming import Match
 from mthp.toml import Document, Reader, flag, positive, readers_of, text, whole
+from mthp.tomlexample import attributes, commented, table_text, values_text
 from mthp.tomllines import Place
-from mthp.tunables import Switches, Tunables, read_switches, read_tunables
+from mthp.tunables import LIMITS, Switches, Tunables, read_switches, read_tunables
 from mthp.units import parse_duration, parse_rate, parse_share
 
 Pace = Literal["cpu", "kernel"]
 """What decides how fast it goes: the CPU budget, or pages_to_scan and scan_sleep_millisecs as in the kernel."""
-
-EXAMPLE = Path(__file__).with_name("example.toml")
-"""A file that shows every key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +32,17 @@ class Own:
 
     Attributes:
         cpu: share of one core that its work on processes may use.
-        bytes_per_second: bytes collapsed per second at most, in all processes together; None for no bound.
-        max_memory_pressure: share of time that tasks wait for memory (PSI, some avg10) above which the daemon rests.
-        notice_ns: within what time a new process is to be noticed, in nanoseconds.
-        keep_max_ptes_none: the system's max_ptes_none while the daemon runs; None to leave it as it is.
-        pace: what decides how fast it goes.
-        metrics: (host, port) to serve metrics at; None for none.
-        events: file of the event log; None for none.
+        bytes_per_second: bytes collapsed per second at most, in all processes together; not set (None): no bound.
+        max_memory_pressure: the daemon rests while tasks wait for memory for more of the time (some avg10 of
+            /proc/pressure/memory).
+        notice_ns: a new process is noticed within this time.
+        keep_max_ptes_none: the system's max_ptes_none while the daemon runs, put back whatever ends it: with more, the
+            kernel's khugepaged makes huge folios of small ones. Every program sees it; the daemon itself goes by the
+            value from before. Not set (None): the system's.
+        pace: what decides how fast it goes: "cpu", the CPU budget, or "kernel", pages_to_scan PTEs and then
+            scan_sleep_millisecs, whatever the CPU budget.
+        metrics: host and port to serve Prometheus metrics at; not set (None): none are served.
+        events: file of the event log; not set (None): none is written.
     """
 
     cpu: Annotated[float, positive(parse_share)] = 0.10
@@ -77,6 +79,74 @@ class Configuration(Own):
         if self.enabled is None and not self.sizes:
             return system
         return Switches(self.enabled or system.enabled, dict(system.sizes) | dict(self.sizes))
+
+
+def example() -> str:
+    """Return a rules file that shows every key, with the value that holds without it."""
+    defaults = Tunables.defaults(X86_64)
+    switches = Switches.defaults(X86_64)
+    words = {"enabled": switches.enabled, **switches.words_by_size(X86_64)}
+    return "\n".join(
+        [
+            commented(_ABOVE),
+            table_text(Own, "[daemon]", examples=_OWN),
+            values_text("[tunables]", dataclasses.asdict(defaults) | {"defrag": 1}, attributes(Tunables)),
+            values_text("[switches]", words, attributes(Switches)),
+            table_text(Settings, "[defaults]", examples=_SETTINGS),
+            commented(_RULES),
+            _THREE_RULES,
+        ]
+    )
+
+
+_ABOVE = """\
+What mthp daemon --config FILE works on, and how. Every key is shown; one that is a comment has the value that holds
+without it, or an example where there is none. SIGHUP (systemctl reload mthp) makes the daemon read the file again; a
+file with an error is refused as a whole, and the old one stays in force. Without [tunables] and [switches] the daemon
+follows those of the system, /sys/kernel/mm/transparent_hugepage, at any moment; the values below are a kernel's own.
+[defaults] holds for all rules that set nothing else.
+"""
+
+_RULES = """\
+Rules. All that match names must fit; several values mean any of them. Patterns are the shell's. Of several rules that
+fit, one that denies wins, then the most specific: pid before exe before comm before container before pod before unit
+before cgroup before uid. A unit is systemd's (unit = "redis"), a pod is Kubernetes' (pod = "shop/redis-*"), a container
+is known by how its ID begins. match = {} fits every process. A rule may have every key of [defaults].
+"""
+
+_THREE_RULES = """\
+[[rule]]
+name = "databases"
+match = { comm = ["redis-server", "postgres", "mysqld"] }
+orders = "64K,2M"
+
+[[rule]]
+name = "everything in the service slice"
+match = { cgroup = "/system.slice/*" }
+max_pause = "500us"
+
+[[rule]]
+name = "not these"
+match = { exe = "/usr/bin/qemu-system-*" }
+deny = true
+"""
+
+_OWN = {
+    "bytes_per_second": "2G",
+    "keep_max_ptes_none": 0,
+    "metrics": "127.0.0.1:9464",
+    "events": "/var/log/mthp/events.jsonl",
+}
+_SETTINGS = {
+    **{name: getattr(Tunables.defaults(X86_64), name) for name in LIMITS},
+    "reserve": "256M",
+    "max_threads": 1666,
+    "eagerness": 5,
+    "rate": "500M",
+    "trim": "50%",
+    "heat": "5s",
+}
+"""Examples of keys that are not set by default."""
 
 
 def load_configuration(path: Path, geometry: Geometry) -> Configuration:

@@ -34,23 +34,31 @@ class Settings:
     """How a process is worked on: the keys of ``[defaults]`` and of a ``[[rule]]``. None stands for the level above.
 
     Attributes:
-        policy: name of the policy.
-        orders: the orders that may be made, ascending; ``"enabled"`` for what the machine's switches allow.
-        max_ptes_none, max_ptes_swap, max_ptes_shared: limits; the machine's tunables by default.
-        mechanism: by what means.
-        max_pause_ns: how long its threads may stand still at a time, in nanoseconds.
+        policy: pmd-only, rfc, per-order, mainline, or one of your own.
+        orders: the orders that may be made, ascending: "64K,2M"; "all", whatever switches and advice are; or "enabled",
+            what the machine's switches allow.
+        max_ptes_none, max_ptes_swap, max_ptes_shared: limits, per PMD range; not set (None): the tunables.
+        mechanism: by what means. "auto" injects no code: the PMD size by madvise, below it split (Linux 6.12 with
+            debugfs) or else khugepaged (7.2, while no rate is set). "move": the sizes below the PMD size, by injected
+            code that stops the process for max_pause. "madvise,move": both.
+        max_pause_ns: how long its threads may stand still at a time.
         pause_share: the part of the time that they may stand still, above 0, up to 1.
-        max_bloat: how much it may grow by filling; None for no bound.
-        reserve: what must stay free below every memory limit of the target; None for the default.
-        max_threads: how many threads a target of the mover may have; None for what `max_pause_ns` allows.
-        eagerness: 0 to 10 sets max_ptes_none, max_bloat, trim and the rate, by how short memory is, and below 1 has
-            memory given back even while none is short; None for what they say.
+        max_bloat: how much it may grow by filling holes: a share of what is resident, bytes, or "none" (None) for no
+            bound.
+        reserve: what must stay free below each memory limit of its cgroups and of the machine, as bytes or a share; not
+            set (None): 10%, within 64M and 1G.
+        max_threads: move no memory of a process with more threads; not set (None): what max_pause allows, 333 for each
+            millisecond.
+        eagerness: 0 to 10 sets max_ptes_none, max_bloat, trim and the rate, by how short memory is, and below 1 gives
+            memory back even while none is short; 10 fills as the kernel does for "always". It is lowered while the
+            process's cgroup waits for memory, or the machine has less than 20% available. Not set (None): these keys.
         min_split_share: leave PMD ranges alone of whose contents less would lie in folios made by splits.
-        rate: bytes collapsed in it per second at most; None for no bound.
+        rate: bytes collapsed in one process per second at most; not set (None): no bound.
         trim: while memory is short, give back the pages of zeroes of large folios of which this share holds nothing
-            else; None for no trimming. Collapses fill less than half of that, so that they make nothing that a trim
-            would undo.
-        heat: see which memory is used, by what and for how long, and collapse that first; None to go by fullness alone.
+            else; not set (None): no trimming. Collapses fill less than half of that, so that they make nothing that a
+            trim would undo.
+        heat: for that long see which memory is used (5% of a processor), and collapse that first: "5s", or by one
+            source alone "damon:5s", "idle:5s", "young:5s"; not set (None): go by fullness alone.
     """
 
     policy: Annotated[str, known_policy] = "mainline"

@@ -1,17 +1,4 @@
-"""A grid of settings, as a TOML file says it: every combination of the values is one setting.
-
-::
-
-    policies = ["rfc", "mainline", "no-creep"]   # required
-    max_ptes_none = [0, 64, 256, 511]            # any of these may be left out: the target machine's own value then
-    max_ptes_swap = [64]
-    max_ptes_shared = [256]
-    mthp_min_order = [3]
-    orders = ["all", "64K,2M", "enabled"]
-    include_file = false                         # memory of files and shared memory, too
-    scans = 1                                    # or "all": until nothing changes
-    steps = "last"                               # or "all": every step of a recording
-"""
+"""A grid of settings, as a TOML file says it: every combination of the values is one setting."""
 
 from __future__ import annotations
 
@@ -26,6 +13,7 @@ from mthp.engine.policy_lookup import known_policy
 from mthp.engine.select import PlanOptions
 from mthp.lab.compare import settings_of
 from mthp.toml import Document, whole
+from mthp.tomlexample import commented, table_text
 
 SETTINGS = Bound(1 << 14, "settings of a grid")
 """Each is a plan of every input."""
@@ -45,12 +33,12 @@ class Grid:
     """Settings, and how far each is taken.
 
     Attributes:
-        policies: names.
-        max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order: values; empty for the target machine's own.
-        orders: folio sizes as texts; empty for all.
+        policies: names of policies.
+        max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order: values; not set (empty): the machine's own.
+        orders: folio sizes that may be made: "64K,2M", "all", or "enabled"; not set (empty): all.
         include_file: memory of files and shared memory, too.
-        scans: how many; None for as many as it takes.
-        steps: which steps of a recording.
+        scans: how many; "all" (None) for as many as it takes until nothing changes.
+        steps: which steps of a recording: "last" or "all".
     """
 
     policies: tuple[Annotated[str, known_policy], ...]
@@ -78,6 +66,26 @@ class Grid:
     def text(self) -> str:
         """The grid as one line, the same for the same grid."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+def example() -> str:
+    """Return a grid that shows every key."""
+    return commented(_ABOVE) + table_text(Grid, "", examples=_EXAMPLES)
+
+
+_ABOVE = """\
+A grid for mthp sweep --grid FILE: every combination of the values is one setting. Every key is shown; one that is a
+comment has the value that holds without it, or an example where there is none.
+"""
+
+_EXAMPLES = {
+    "policies": ["rfc", "mainline", "no-creep"],
+    "max_ptes_none": [0, 64, 256, 511],
+    "max_ptes_swap": [64],
+    "max_ptes_shared": [256],
+    "mthp_min_order": [3],
+    "orders": ["all", "64K,2M", "enabled"],
+}
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:

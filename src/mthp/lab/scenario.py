@@ -1,33 +1,5 @@
 """Scenarios: what `mthp simulate` runs, as a TOML file.
 
-    seed = 1
-    duration = "60s"
-    policy = "mainline"
-
-    [machine]
-    memory = "1G"
-    fragmentation = "30%"
-
-    [switches]
-    enabled = "madvise"
-    64K = "inherit"
-
-    [tunables]
-    max_ptes_none = 64
-
-    [[process]]
-    workload = "redis"
-    memory = "400M"
-
-    [[fault]]
-    at = "30s"
-    kind = "fragment"
-    share = "90%"
-
-    [trim]
-    every = "10s"
-    zero = "50%"
-
 Every table is a dataclass of :mod:`mthp.lab.tables`, which :mod:`mthp.toml` makes of it.
 """
 
@@ -53,8 +25,48 @@ from mthp.lab.tables import (
 )
 from mthp.lab.workloads import MODELS
 from mthp.toml import Document, readers_of, text
+from mthp.tomlexample import attributes, commented, summary, table_text, values_text
 from mthp.tomllines import Place
 from mthp.tunables import Switches, Tunables, read_switches, read_tunables
+
+
+def example() -> str:
+    """Return a scenario that shows every key, with the value that holds without it."""
+    machine = MachineSettings()
+    geometry = geometry_named(machine.geometry)
+    switches, tunables = Switches.defaults(geometry), Tunables.defaults(geometry)
+    words = {"enabled": switches.enabled, **switches.words_by_size(geometry)}
+    first, *others = (_process_text(name) for name in MODELS)
+    return "\n".join(
+        [
+            commented(_ABOVE) + table_text(Settings, "", examples={"duration": "60s"}),
+            table_text(MachineSettings, "[machine]"),
+            values_text("[switches]", words, attributes(Switches)),
+            values_text("[tunables]", dataclasses.asdict(tunables) | {"defrag": 1}, attributes(Tunables)),
+            first,
+            commented("Each workload has keys of its own:"),
+            *others,
+            commented(summary(FaultSettings))
+            + table_text(FaultSettings, "[[fault]]", examples={"at": "30s", "kind": "fragment"}, optional=True),
+            commented(summary(TrimSettings))
+            + table_text(TrimSettings, "[trim]", examples={"every": "10s"}, optional=True),
+        ]
+    )
+
+
+_ABOVE = """\
+A scenario for mthp simulate FILE: programs and khugepaged on a simulated machine. Every key is shown; one that is a
+comment has the value that holds without it. The values of [switches] and [tunables] are those of the geometry x86-64.
+"""
+
+
+def _process_text(workload: str) -> str:
+    """Return a process of a workload with every key; a comment, except for the first workload."""
+    model, optional = MODELS[workload], workload != next(iter(MODELS))
+    ours = "" if optional else table_text(ProcessSettings, "[[process]]", examples={"workload": workload})
+    header, keys = ("[[process]]", f'# workload = "{workload}"') if optional else ("", "")
+    theirs = table_text(model, header, examples={"file": "redis.npz"}, optional=optional, keys=keys)
+    return commented(summary(model)) + ours + theirs
 
 
 def load_scenario(path: Path) -> Scenario:

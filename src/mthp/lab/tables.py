@@ -73,7 +73,9 @@ class FaultSettings:
             `lasts`, `share` of their pages are pinned, as I/O does; ``limit``: the cgroup of each gets `size` as its
             limit.
         process: name of the processes.
-        share, size, lasts: see above.
+        share: of the free memory to fragment, or of the pages to pin.
+        size: the new limit; 0 for none.
+        lasts: how long pages are pinned.
     """
 
     at: Duration
