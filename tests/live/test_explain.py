@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from e2e.helpers import mthp, mthp_json
 from mthp.engine.explain import Explanation, explain_space
+from mthp.linux import kernel_scans
+from mthp.linux.kernel_scans import watch_scans
+from mthp.linux.space import ProcessSpace
 from mthp.targets import open_target
 from targets import PAGE_SIZE, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches
@@ -17,7 +21,7 @@ from thp_switches import ThpSwitches
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
 
 N = PMD_SIZE // PAGE_SIZE
-MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_PAGEOUT = 14, 15, 21
+MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_PAGEOUT, MADV_COLLAPSE = 14, 15, 21, 25
 
 
 @pytest.fixture
@@ -183,3 +187,89 @@ def test_the_command_says_the_same_in_sentences_and_in_json(puppet: Puppet, smal
     assert mthp("explain", puppet.pid).returncode == 0
     assert mthp("explain", puppet.pid, "0x10").returncode == 2
     assert mthp("explain", puppet.pid, "heap").returncode == 2
+
+
+MOUNT = "mount -t tracefs nodev /sys/kernel/tracing"
+
+
+@pytest.fixture
+def tracing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where tracefs is mounted: in a mount namespace of its own, so that the machine is left as it is."""
+    command = ["unshare", "-m", "sh", "-c", f"{MOUNT} && echo mounted && exec cat"]
+    with subprocess.Popen(command, stdin=-1, stdout=-1) as holder:
+        assert holder.stdout is not None
+        if not holder.stdout.readline():
+            pytest.skip("tracefs cannot be mounted")
+        root = Path(f"/proc/{holder.pid}/root/sys/kernel/tracing")
+        monkeypatch.setattr(kernel_scans, "tracefs", lambda: root)
+        yield root
+        holder.kill()
+
+
+@pytest.fixture
+def scanned(puppet: Puppet, thp_switches: ThpSwitches) -> tuple[int, int]:
+    """Two PMD ranges that a busy khugepaged passes again and again, and leaves alone for their holes."""
+    thp_switches.default()
+    for name, word in {"max_ptes_none": "100", "scan_sleep_millisecs": "100", "pages_to_scan": "2000000"}.items():
+        thp_switches.set(f"khugepaged/{name}", word)
+    start = puppet.map(2 * PMD_SIZE)
+    for address in (start, start + PMD_SIZE):
+        puppet.write(address, N // 2, 2)
+    puppet.tell("madvise", start, 2 * PMD_SIZE, MADV_HUGEPAGE)
+    return start, start + PMD_SIZE
+
+
+def watched(pid: int, within: tuple[int, int] | None = None) -> str:
+    """What khugepaged was seen doing, as soon as it has come by: it is slow where other processes have much memory."""
+    told = ""
+    with open_target(pid) as space:
+        assert isinstance(space, ProcessSpace)
+        for _ in range(60):
+            told = " ".join(watch_scans(space, 1, within=within).sentences)
+            if "khugepaged scanned" in told:
+                break
+    return told
+
+
+@pytest.mark.usefixtures("tracing")
+def test_what_khugepaged_does_is_seen_while_it_is_watched(puppet: Puppet, scanned: tuple[int, int]) -> None:
+    told = watched(puppet.pid)
+    assert "EXCEED_NONE_PTE" in told
+    assert any(f"{address:#x}" in told for address in scanned)
+
+
+@pytest.mark.usefixtures("tracing")
+def test_watching_one_range_tells_of_no_other(puppet: Puppet, scanned: tuple[int, int]) -> None:
+    told = watched(puppet.pid, (scanned[1], scanned[1] + PMD_SIZE))
+    assert f"at {scanned[1]:#x}: left alone, EXCEED_NONE_PTE" in told
+    assert f"{scanned[0]:#x}" not in told
+
+
+@pytest.mark.usefixtures("tracing")
+def test_a_collapse_that_the_process_asks_for_is_seen(puppet: Puppet, small: int) -> None:
+    asked: list[int] = []
+
+    def ask(_done: int, _total: int) -> None:
+        if not asked:
+            asked.append(small)
+            puppet.tell("madvise", small, PMD_SIZE, MADV_COLLAPSE)
+
+    with open_target(puppet.pid) as space:
+        assert isinstance(space, ProcessSpace)
+        told = watch_scans(space, 0.5, progress=ask).sentences
+    assert any(f"({puppet.pid}) scanned once at {small:#x}: collapsed" in line for line in told)
+
+
+def test_the_command_watches(puppet: Puppet, small: int) -> None:
+    mthp_command = f"{sys.executable} -m mthp explain {puppet.pid} {small:x} --watch 0.2s"
+    command = ["unshare", "-m", "sh", "-c", f"{MOUNT}; {mthp_command}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if "tracefs is not mounted" in done.stderr:
+        pytest.skip("tracefs cannot be mounted")
+    assert done.returncode == 0, done.stderr
+    assert "of watching" in done.stdout
+
+
+def test_watching_a_file_is_refused() -> None:
+    example = Path(__file__).parents[1] / "example.parquet"
+    assert mthp("explain", example, "--watch", "1s").returncode == 2

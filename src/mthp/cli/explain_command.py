@@ -9,11 +9,14 @@ from typing import Any, ClassVar
 
 import click
 
-from mthp.cli.options import at_option, json_option, target_argument
-from mthp.cli.output import console, note, print_json, say
+from mthp.addrspace import AddressSpace
+from mthp.cli.options import SECONDS, at_option, json_option, target_argument
+from mthp.cli.output import console, note, print_json, progress_bar, say
 from mthp.cli.status_command import ask_daemon, of_this_version, run_dir_option
 from mthp.engine.explain import Explanation, explain_space
 from mthp.errors import MthpError, UsageError
+from mthp.linux.kernel_scans import watch_scans
+from mthp.linux.space import ProcessSpace
 from mthp.targets import open_target, pid_of, resolve
 from mthp.units import format_size
 
@@ -34,10 +37,17 @@ class History:
 @click.command("explain")
 @target_argument
 @click.argument("address", required=False)
+@click.option(
+    "--watch",
+    type=SECONDS,
+    help="Watch for TIME, such as 30s, what the kernel's khugepaged and MADV_COLLAPSE do there, by its tracepoints.",
+)
 @at_option
 @run_dir_option
 @json_option
-def command(target: str, address: str | None, at: str | None, run_dir: Path | None, as_json: bool) -> None:
+def command(
+    target: str, address: str | None, watch: float | None, at: str | None, run_dir: Path | None, as_json: bool
+) -> None:
     """Say what the memory of TARGET is, what each policy would make of it, what stops it, and what happened to it.
 
     With ADDRESS (in hex) it is about the PMD range around it, without about the whole process. Nothing is changed.
@@ -46,8 +56,9 @@ def command(target: str, address: str | None, at: str | None, run_dir: Path | No
     chosen = resolve(target)
     with open_target(chosen, at=at) as space:
         explanation = explain_space(space, number)
+        seen = [] if watch is None else _watched(space, number, watch)
     pid = pid_of(chosen)
-    history = History(() if pid is None else tuple(_daemon_says(pid, run_dir)))
+    history = History((*([] if pid is None else _daemon_says(pid, run_dir)), *seen))
     if as_json:
         print_json("explain", explanation, history)
         return
@@ -79,6 +90,16 @@ def _print(explanation: Explanation, history: History) -> None:
             for line in lines:
                 say(out, f"  {line}")
     note(out, explanation.missing)
+
+
+def _watched(space: AddressSpace, address: int | None, seconds: float) -> list[str]:
+    """Return what the kernel was seen doing, in sentences."""
+    if not isinstance(space, ProcessSpace):
+        raise UsageError("--watch needs a process that runs, not a file", help="leave --watch out")
+    size = space.geometry.pmd_size
+    within = None if address is None else (address // size * size, address // size * size + size)
+    with progress_bar(f"watching {space.label}") as progress:
+        return watch_scans(space, seconds, within=within, progress=progress).sentences
 
 
 def _daemon_says(pid: int, run_dir: Path | None) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,22 @@ KCMP_FILES = 2
 
 NR_KCMP = {"x86_64": 312, "aarch64": 272}
 """``kcmp`` in each architecture's ``asm/unistd.h``."""
+
+# --- perf_event_open(2): include/uapi/linux/perf_event.h -------------------------------------------------------------
+
+NR_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241, "ppc64le": 319, "riscv64": 241, "s390x": 331}
+"""``perf_event_open`` in each architecture's ``asm/unistd.h``."""
+
+PERF_RECORD_LOST = 2
+PERF_RECORD_SAMPLE = 9
+
+_PERF_ATTR = "=IIQQQQQIIQ"
+"""``struct perf_event_attr`` of its first version: type, size, config, sample_period, sample_type, read_format, flags,
+wakeup_events, bp_type, bp_addr."""
+
+_PERF_TYPE_TRACEPOINT = 2
+_PERF_SAMPLE_TIME_RAW = 1 << 2 | 1 << 10
+_PERF_FLAG_FD_CLOEXEC = 8
 
 _UNEQUAL = 3
 """The answer for two threads of which one is gone: the kernel's word for "not equal, in no order"."""
@@ -164,6 +181,32 @@ def kcmp(one: int, other: int, kind: int) -> int | None:
     if answer >= 0:
         return answer
     return _UNEQUAL if ctypes.get_errno() == errno.ESRCH else None
+
+
+def perf_tracepoint(number: int, cpu: int) -> int | None:
+    """Open a tracepoint on one processor, for all processes: each sample holds its time, and the record.
+
+    Args:
+        number: its ID.
+
+    Returns:
+        A file descriptor, None if that processor is off.
+
+    Raises:
+        OSError: the kernel refuses it.
+    """
+    call = NR_PERF_EVENT_OPEN.get(os.uname().machine)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    size = struct.calcsize(_PERF_ATTR)
+    attr = struct.pack(_PERF_ATTR, _PERF_TYPE_TRACEPOINT, size, number, 1, _PERF_SAMPLE_TIME_RAW, 0, 0, 1, 0, 0)
+    words = map(ctypes.c_long, (-1, cpu, -1, _PERF_FLAG_FD_CLOEXEC))
+    fd: int = _libc.syscall(ctypes.c_long(call), attr, *words)
+    if fd >= 0:
+        return fd
+    if (error := ctypes.get_errno()) == errno.ENODEV:
+        return None
+    raise OSError(error, os.strerror(error))
 
 
 def read_words(pid: int, addresses: NDArray[np.uint64]) -> NDArray[np.uint64] | None:

@@ -11,7 +11,7 @@ from mthp.abilities import READ_BLOCK
 from mthp.errors import NotPermittedError
 from mthp.heat import Heat
 from mthp.linux.space import ProcessSpace
-from mthp.ptes import Segment, in_blocks
+from mthp.ptes import Pte, Segment, in_blocks
 
 GAP_FRAMES = 512
 """Frames of the target that lie no further apart are in one segment of physical memory."""
@@ -30,8 +30,11 @@ class Frames:
     frame: NDArray[np.uint64]
 
 
-def frames_of(space: ProcessSpace, segments: list[Segment]) -> Frames:
+def frames_of(space: ProcessSpace, segments: list[Segment], *, shared: bool = True) -> Frames:
     """Return the pages of `segments` that are present, with their frames.
+
+    Args:
+        shared: whether also frames that other processes have, too.
 
     Raises:
         NotPermittedError: these rights do not show frames.
@@ -44,6 +47,8 @@ def frames_of(space: ProcessSpace, segments: list[Segment]) -> Frames:
             raise NotPermittedError("page frame numbers are hidden", help="run as root (CAP_SYS_ADMIN)")
         address = np.concatenate([np.arange(start, end, page_size, dtype=np.uint64) for start, end in block])
         present = columns.pfn > 0
+        if not shared:
+            present &= ~columns.has(Pte.SHARED | Pte.ZERO)
         addresses.append(address[present])
         frames.append(columns.pfn[present])
     if not addresses:

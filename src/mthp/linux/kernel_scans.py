@@ -1,0 +1,243 @@
+"""What the kernel does in the PMD ranges of one process while it is watched, by its tracepoints.
+
+Khugepaged and MADV_COLLAPSE scan a range, and collapse it if they may; the event of the scan comes last, with what came
+of both (mm/khugepaged.c). It names the address space by a pointer, which says nothing to a program, and the range by
+the frame of the page at which the scan ended. So the frames of the process tell which pointer is its own, and which
+range was scanned. That takes 16 bytes of memory a page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mthp.errors import TargetVanishedError
+from mthp.linux.heat import PATIENCE, anonymous_segments
+from mthp.linux.heat.frames import Frames, frames_of
+from mthp.linux.space import ProcessSpace
+from mthp.linux.tracepoints import Event, Tracepoints, read_formats, tracefs
+from mthp.ptes import Segment
+from mthp.results import ScanResult
+
+SCAN = "mm_khugepaged_scan_pmd"
+COLLAPSE = "mm_collapse_huge_page"
+ISOLATE = "mm_collapse_huge_page_isolate"
+
+KHUGEPAGED = "khugepaged"
+"""The name of the kernel's thread."""
+
+SHOWN = 3
+"""Ranges that a sentence names."""
+
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+"""PROC_PID_INIT_INO (include/linux/proc_ns.h). Events hold PIDs of that namespace."""
+
+_BY_WORD = {result.trace_word: result for result in ScanResult}
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One PMD range was scanned.
+
+    Attributes:
+        space: the kernel's pointer to the address space.
+        frame: where the scan ended; one that does not exist if it found no page.
+        by: the thread: "khugepaged", or the name and PID of one that called MADV_COLLAPSE; "" if that is not known.
+        word: what came of it, in the kernel's word.
+        collapsing: whether the range was scanned through and its collapse begun.
+    """
+
+    space: int
+    frame: int
+    by: str
+    word: str
+    collapsing: bool
+
+    @property
+    def outcome(self) -> str:
+        """What came of it, for a person."""
+        result = _BY_WORD.get(self.word)
+        if result is ScanResult.SUCCEED:
+            return "collapsed"
+        meaning = f"{result.name}: {result.meaning}" if result is not None else self.word.replace("_", " ")
+        return f"left alone, {meaning}" + (" (while it was being collapsed)" if self.collapsing else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What was seen.
+
+    Attributes:
+        seconds: how long.
+        scans: of the process, each with the address of its range; None where no page tells that.
+        others: scans of other processes.
+        lost: events that came too fast.
+        visible: whether the process has pages of its own by which its scans are known.
+        sleep_ms: how long khugepaged rests between two passes.
+    """
+
+    seconds: float
+    scans: tuple[tuple[int | None, Scan], ...]
+    others: int
+    lost: int
+    visible: bool
+    sleep_ms: str
+
+    @property
+    def sentences(self) -> list[str]:
+        """The same for a person."""
+        lines = list(self._told())
+        if self.lost:
+            lines.append(f"{self.lost} events were lost, because they came faster than they could be read")
+        return lines
+
+    def _told(self) -> Iterator[str]:
+        begin = f"in {self.seconds:.0f} s of watching"
+        if not self.visible:
+            yield f"{begin} no scan could be told apart: no page there is of this process alone"
+            return
+        if not self.scans:
+            rest = f"; khugepaged rests {self.sleep_ms} ms after each pass" if self.sleep_ms else ""
+            yield f"{begin} the kernel scanned nothing here, and {self.others} times in other processes{rest}"
+            return
+        grouped: dict[tuple[str, str], list[int | None]] = {}
+        for address, scan in self.scans:
+            grouped.setdefault((scan.by, scan.outcome), []).append(address)
+        for (by, outcome), addresses in grouped.items():
+            who = by if by in ("", KHUGEPAGED) else f"MADV_COLLAPSE of {by}"
+            ranges = list(dict.fromkeys(address for address in addresses if address is not None))
+            where = ", ".join(f"{address:#x}" for address in ranges[:SHOWN])
+            where += f" and {len(ranges) - SHOWN} more" if len(ranges) > SHOWN else ""
+            times = "once" if len(addresses) == 1 else f"{len(addresses)} times"
+            at = f" at {where}" if where else " where it names no page"
+            yield f"{begin} {who or 'the kernel'} scanned {times}{at}: {outcome}"
+
+
+def watch_scans(
+    space: ProcessSpace,
+    seconds: float,
+    *,
+    within: Segment | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Watched:
+    """Watch for `seconds` what the kernel does in `space`. Nothing is changed.
+
+    Args:
+        within: the PMD range that is asked about; all anonymous memory if not given.
+        progress: called with the milliseconds that are over, and all of them.
+
+    Raises:
+        NotPermittedError, UnsupportedError, MthpError: these rights, or this kernel, show no tracepoints.
+        TargetVanishedError: the process is gone.
+    """
+    formats = read_formats(tracefs(), "huge_memory", (SCAN, COLLAPSE, ISOLATE))
+    known = [_frames(space, within)]
+    threads, visits, begin = Threads(), Visits(), time.monotonic()
+    with Tracepoints(formats) as events:
+        while (over := time.monotonic() - begin) < seconds:
+            time.sleep(min(PATIENCE, seconds - over))
+            visits.take(events.read(), threads)
+            progress(int(1000 * over), int(1000 * seconds))
+        over = time.monotonic() - begin
+        visits.take(events.read(), threads)
+        lost = events.lost
+    # Pages that came or moved meanwhile.
+    with contextlib.suppress(TargetVanishedError):
+        known.append(_frames(space, within))
+    scans, others = told_apart(visits.scans, known, space.geometry.pmd_size, within)
+    visible = any(len(each.frame) for each in known)
+    return Watched(over, scans, others, lost, visible, space.sysfs.text("khugepaged/scan_sleep_millisecs") or "")
+
+
+def _frames(space: ProcessSpace, within: Segment | None) -> Frames:
+    segments = anonymous_segments(space) if within is None else space.populated([within], space.geometry.page_size)
+    frames = frames_of(space, segments, shared=False)
+    order = np.argsort(frames.frame, kind="stable")
+    return Frames(frames.address[order], frames.frame[order])
+
+
+class Threads:
+    """The names of threads, by the TIDs of events."""
+
+    def __init__(self, proc: Path = Path("/proc")) -> None:
+        self._proc = proc
+        self._names: dict[int, str] = {}
+        try:
+            self._visible = (proc / "self/ns/pid").readlink().name == _FIRST_PID_NAMESPACE
+        except OSError:
+            self._visible = False
+
+    def __getitem__(self, tid: int) -> str:
+        if not self._visible:
+            return ""
+        if tid not in self._names:
+            try:
+                name = (self._proc / str(tid) / "comm").read_text(errors="replace").rstrip("\n")
+            except OSError:
+                name = "a process that is gone"
+            self._names[tid] = name if name == KHUGEPAGED else f"{name} ({tid})"
+        return self._names[tid]
+
+
+@dataclass(slots=True)
+class Visits:
+    """Puts the events of each thread together: attempts to collapse, then the scan that they belong to.
+
+    Attributes:
+        scans: so far.
+    """
+
+    scans: list[Scan] = field(default_factory=list)
+    _attempts: Counter[int] = field(default_factory=Counter)
+
+    def take(self, events: Sequence[Event], threads: Threads) -> None:
+        """Take further events, in their order."""
+        for event in events:
+            values = event.values
+            tid = int(values["common_pid"])
+            if event.name != SCAN:
+                self._attempts[tid] += 1
+                continue
+            collapsing = self._attempts.pop(tid, 0) > 0
+            scan = Scan(int(values["mm"]), int(values["pfn"]), threads[tid], str(values["status"]), collapsing)
+            self.scans.append(scan)
+
+
+def told_apart(
+    scans: Sequence[Scan], known: Sequence[Frames], size: int, within: Segment | None
+) -> tuple[tuple[tuple[int | None, Scan], ...], int]:
+    """Return the scans of the process that has the frames `known`, with their PMD ranges, and the number of others.
+
+    A frame may have gone to another process meanwhile, so the address space that had most of them is the process's.
+
+    Args:
+        known: frames in ascending order, at several times.
+        size: of a PMD range.
+        within: the range that is asked about; scans of the others are left out.
+    """
+    addresses = [_address(scan.frame, known) for scan in scans]
+    spaces = Counter(scan.space for scan, address in zip(scans, addresses, strict=True) if address is not None)
+    own = spaces.most_common(1)[0][0] if spaces else None
+    found: list[tuple[int | None, Scan]] = []
+    others = 0
+    for scan, address in zip(scans, addresses, strict=True):
+        start = None if address is None else address // size * size
+        if scan.space != own:
+            others += 1
+        elif within is None or start is not None:
+            found.append((start, scan))
+    return tuple(found), others
+
+
+def _address(frame: int, known: Sequence[Frames]) -> int | None:
+    for frames in known:
+        at = int(np.searchsorted(frames.frame, np.uint64(frame)))
+        if at < len(frames.frame) and int(frames.frame[at]) == frame:
+            return int(frames.address[at])
+    return None
