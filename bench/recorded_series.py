@@ -19,9 +19,9 @@ from typing import Any
 from mthp.engine.occupancy import Bits, Runs
 from mthp.engine.policy import Limits, PerOrder, Policy, Rules
 from mthp.results import ScanResult
-from mthp.sim.golden import Case, case_lines, case_of, expanded, parse_case
+from mthp.sim.golden.cases import Case, case_lines, case_of, expanded, parse_case
+from mthp.sim.golden.stage import Stage
 from mthp.sim.kernel import NEWEST, SERIES, kernel_of
-from mthp.sim.stage import Stage
 from mthp.sim.trace import Collapse
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.sim.frames.memory import Fl, Memory
 from mthp.sim.machine import Machine
-from mthp.sim.memory import Fl, Memory
 from mthp.sim.mm import Mm, P, Pmd
 from mthp.sim.parts import Parts
 

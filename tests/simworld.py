@@ -7,7 +7,7 @@ from collections.abc import Callable
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
 from mthp.sim import Machine
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
 from mthp.sim.mm import HUGEPAGE, Mm
 from mthp.sim.parts import Step
 from mthp.sim.trace import Collapse, ScanPmd

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from golden.loader import HERE, SERIES, STATES_FILE, series_file
-from mthp.sim.conformance import BEYOND_TABLE, WRITABLE, replay_case
-from mthp.sim.golden import read_cases
+from mthp.sim.golden.cases import read_cases
+from mthp.sim.golden.conformance import BEYOND_TABLE, WRITABLE, replay_case
 
 FILES = sorted(HERE.glob("*.jsonl.gz"))
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hostile import altered, bomb, damaged, refuses
 from mthp.errors import UsageError
-from mthp.sim.conformance import replay_case
-from mthp.sim.golden import CASE_BYTES, case_lines, parse_case
+from mthp.sim.golden.cases import CASE_BYTES, case_lines, parse_case
+from mthp.sim.golden.conformance import replay_case
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "linux-7.2.13-ppc64-64k-corners.jsonl.gz"
 LINES = gzip.decompress(GOLDEN.read_bytes()).splitlines()[:20]

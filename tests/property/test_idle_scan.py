@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mthp.engine.visited import Passage
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.sim import Machine
-from mthp.sim import khugepaged as sim_khugepaged
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
+from mthp.sim.collapse import khugepaged as sim_khugepaged
+from mthp.sim.frames.memory import Fl
 from mthp.sim.kernel import NEWEST, Kernel, kernel_of
-from mthp.sim.memory import Fl
 from mthp.sim.mm import HUGEPAGE, UFFD_WP, Mm, P
 from mthp.tunables import Switches, Tunables
 from strategies import examples

@@ -16,8 +16,8 @@ from mthp.engine.policy import BUILT_IN, Limits, Policy, Rules
 from mthp.engine.walk import Walk
 from mthp.geometry import GEOMETRIES
 from mthp.results import ScanResult
-from mthp.sim.fullness import Fullness
-from mthp.sim.single_pmd import RangeScan, collapse_single_pmd
+from mthp.sim.collapse.fullness import Fullness
+from mthp.sim.collapse.single_pmd import RangeScan, collapse_single_pmd
 from strategies import SMALL_SIZES, Problem, examples, planes_of, problems, rules_of
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]

@@ -21,7 +21,7 @@ from mthp.means import Means
 from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.sim import Machine
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
 from mthp.sim.mm import HUGEPAGE, UFFD_WP, Mm, P
 from mthp.snapshot.load import load
 from mthp.snapshot.record import record

@@ -10,11 +10,11 @@ import pytest
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.sim import Machine
-from mthp.sim.access import Fault
-from mthp.sim.calls import ADDRESS_LIMIT
-from mthp.sim.memory import Fl
+from mthp.sim.address_space.access import Fault
+from mthp.sim.address_space.calls import ADDRESS_LIMIT
+from mthp.sim.address_space.mremap import Remap
+from mthp.sim.frames.memory import Fl
 from mthp.sim.mm import HUGEPAGE, LOCKED, NOHUGEPAGE, UFFD_MISSING, UFFD_WP, Mm, P, Pmd
-from mthp.sim.mremap import Remap
 from mthp.tunables import Switches
 from simcheck import check
 

@@ -11,9 +11,9 @@ import pytest
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.results import ScanResult
 from mthp.sim import Machine
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
+from mthp.sim.frames.memory import Fl
 from mthp.sim.kernel import kernel_of
-from mthp.sim.memory import Fl
 from mthp.sim.mm import DROPPABLE, HUGEPAGE, UFFD_WP, P, Pmd
 from mthp.sim.parts import Step
 from mthp.sim.trace import Collapse

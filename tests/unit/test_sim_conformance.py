@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 from mthp.cli.conformance_command import command
 from mthp.engine.policy_lookup import policy_in_file
 from mthp.errors import UsageError
-from mthp.sim.conformance import BEYOND_TABLE, WRITABLE, replay, replay_case
-from mthp.sim.differences import difference
-from mthp.sim.golden import read_cases
+from mthp.sim.golden.cases import read_cases
+from mthp.sim.golden.conformance import BEYOND_TABLE, WRITABLE, replay, replay_case
+from mthp.sim.golden.differences import difference
 
 CASE: dict[str, Any] = {
     "id": "one",

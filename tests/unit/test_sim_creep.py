@@ -16,7 +16,7 @@ import mthp
 from mthp.engine.policy import Limits, Mainline, Policy, Rules
 from mthp.geometry import X86_64, Geometry
 from mthp.sim import Machine
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
 from mthp.sim.mm import HUGEPAGE, Mm
 from mthp.tunables import Switches, Tunables
 from simcheck import check

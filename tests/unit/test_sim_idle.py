@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from mthp.engine.visited import Passage, VisitedSpace
 from mthp.results import ScanResult
 from mthp.sim import Machine
-from mthp.sim.khugepaged import Khugepaged
-from mthp.sim.memory import Fl
+from mthp.sim.collapse.khugepaged import Khugepaged
+from mthp.sim.frames.memory import Fl
 from mthp.sim.parts import Parts, Step
 from mthp.sim.state import columns
 from mthp.tunables import Switches, Tunables

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from mthp.errors import UsageError
 from mthp.sim import Machine
-from mthp.sim.access import Fault
-from mthp.sim.buddy import Watermarks, Zone
-from mthp.sim.lru import BATCH_SIZE
-from mthp.sim.memory import Fl
+from mthp.sim.address_space.access import Fault
+from mthp.sim.frames.buddy import Watermarks, Zone
+from mthp.sim.frames.lru import BATCH_SIZE
+from mthp.sim.frames.memory import Fl
 from mthp.sim.mm import HUGEPAGE, Mm, Pmd
 from mthp.tunables import Switches
 from simcheck import check

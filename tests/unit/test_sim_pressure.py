@@ -8,10 +8,10 @@ import pytest
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.sim import Machine
-from mthp.sim.access import Fault
-from mthp.sim.memory import Fl
+from mthp.sim.address_space.access import Fault
+from mthp.sim.allocation.reclaim import reclaim
+from mthp.sim.frames.memory import Fl
 from mthp.sim.mm import HUGEPAGE, LOCKED, Mm, P, Pmd
-from mthp.sim.reclaim import reclaim
 from mthp.tunables import Switches, Tunables
 from simcheck import check
 

@@ -9,12 +9,12 @@ import pytest
 
 from mthp.results import ScanResult
 from mthp.sim import Machine
-from mthp.sim.access import Fault
-from mthp.sim.memory import Fl
+from mthp.sim.address_space.access import Fault
+from mthp.sim.address_space.mremap import Remap
+from mthp.sim.allocation.reclaim import reclaim
+from mthp.sim.frames.memory import Fl
 from mthp.sim.mm import Mm, Pmd
-from mthp.sim.mremap import Remap
 from mthp.sim.parts import Step
-from mthp.sim.reclaim import reclaim
 from simcheck import check
 from simworld import PAGE, SMALL, START, World
 

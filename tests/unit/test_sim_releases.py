@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mthp.errors import UsageError
-from mthp.sim.conformance import replay_case
+from mthp.sim.golden.conformance import replay_case
 
 N = 512
 

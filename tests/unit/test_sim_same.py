@@ -11,10 +11,10 @@ import numpy as np
 
 from mthp.geometry import Geometry
 from mthp.sim import Machine
+from mthp.sim.address_space.mremap import Remap
+from mthp.sim.allocation.fragment import random_numbers
 from mthp.sim.clock import Costs
-from mthp.sim.fragment import random_numbers
 from mthp.sim.mm import HUGEPAGE
-from mthp.sim.mremap import Remap
 from mthp.tunables import Switches, Tunables
 from simcheck import check
 

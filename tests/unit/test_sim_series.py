@@ -13,7 +13,7 @@ import pytest
 from mthp.geometry import Geometry
 from mthp.results import ScanResult
 from mthp.sim import Machine
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
 from mthp.sim.kernel import Kernel, kernel_of
 from mthp.sim.mm import HUGEPAGE
 from mthp.sim.trace import Collapse, Isolate, ScanPmd

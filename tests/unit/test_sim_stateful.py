@@ -18,12 +18,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from mthp.geometry import Geometry
 from mthp.sim import Machine
-from mthp.sim.access import Fault
-from mthp.sim.memory import ZERO_CONTENT
+from mthp.sim.address_space.access import Fault
+from mthp.sim.address_space.mremap import Remap
+from mthp.sim.allocation.reclaim import reclaim
+from mthp.sim.frames.memory import ZERO_CONTENT
 from mthp.sim.mm import HUGEPAGE, Mm, P
-from mthp.sim.mremap import Remap
 from mthp.sim.parts import Step
-from mthp.sim.reclaim import reclaim
 from mthp.tunables import Switches, Tunables
 from simcheck import check
 

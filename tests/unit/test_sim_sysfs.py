@@ -9,7 +9,7 @@ import pytest
 from mthp.errors import UsageError
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.sim import Machine
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
 from mthp.sim.sysfs import STATS, THP
 from simcheck import check
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.sim import Machine
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
 from mthp.sim.mm import HUGEPAGE, Mm, P, Pmd
 from mthp.tunables import Switches
 from simcheck import check

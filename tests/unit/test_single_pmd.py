@@ -8,8 +8,8 @@ import pytest
 from mthp.engine.occupancy import Occupancy, Planes
 from mthp.engine.policy import BUILT_IN, Rules
 from mthp.results import ScanResult
-from mthp.sim.fullness import Fullness
-from mthp.sim.single_pmd import RangeScan, collapse_single_pmd
+from mthp.sim.collapse.fullness import Fullness
+from mthp.sim.collapse.single_pmd import RangeScan, collapse_single_pmd
 from mthp.tunables import Tunables
 from simworld import PAGE, SMALL
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from live.khugepaged_selftest import UnobtainableError
-from mthp.sim.golden import read_cases
+from mthp.sim.golden.cases import read_cases
 from vm.apt import LabError, cache_directory
 from vm.fuzz import KINDS, Findings, fuzz, write_cases
 from vm.guest import Job, run

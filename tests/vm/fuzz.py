@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mthp.sim.conformance import CaseReport, replay_case
+from mthp.sim.golden.conformance import CaseReport, replay_case
 from vm.apt import LabError
 from vm.cases import random_specs, shrunk
 from vm.corners import corner_specs

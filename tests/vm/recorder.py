@@ -72,7 +72,7 @@ class Spec:
         child_keeps_all: where something is shared: the child keeps all it has, not only that, and the parent writes
             to the rest again.
         about: what the case is there for, if it was not drawn.
-        calls: for ``split`` and ``trim``: what each pass does, as :data:`mthp.sim.goldencalls.CALLS` has it.
+        calls: for ``split`` and ``trim``: what each pass does, as :data:`mthp.sim.golden.calls.CALLS` has it.
     """
 
     trigger: str

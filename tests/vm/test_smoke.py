@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from mthp.sim.conformance import replay_case
+from mthp.sim.golden.conformance import replay_case
 from vm.apt import LabError, UnreachableError
 from vm.cases import random_specs
 from vm.initramfs import build

@@ -13,8 +13,8 @@ from mthp.cli.output import console, print_json, progress_bar, say
 from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_in_file, policy_named
 from mthp.errors import UsageError
-from mthp.sim.conformance import APART, CaseReport, Replay, replay_case
-from mthp.sim.golden import case_lines, parse_case
+from mthp.sim.golden.cases import case_lines, parse_case
+from mthp.sim.golden.conformance import APART, CaseReport, Replay, replay_case
 
 SHOWN_CASES = 20
 """Cases that do not agree and are printed; the JSON object has them all."""

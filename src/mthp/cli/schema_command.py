@@ -35,7 +35,7 @@ OBJECTS = {
     "sweep": [["mthp.lab.sweep:SweepReport"]],
     "simulate": [["mthp.lab.simulation:Simulation"]],
     "report": [["mthp.cli.report_command:Written"]],
-    "conformance": [["mthp.sim.conformance:Replay"]],
+    "conformance": [["mthp.sim.golden.conformance:Replay"]],
     "demo": [["mthp.demo.story:Story"]],
 }
 """What each command prints: one of some objects, each with the keys of one or two classes. By name, because a command

@@ -17,26 +17,26 @@ from mthp.engine.policy import DEFAULT_MTHP_MIN_ORDER, Policy
 from mthp.engine.policy_lookup import policy_named
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
-from mthp.sim import syscalls
-from mthp.sim.access import Fault, access, make_present
-from mthp.sim.advice import madvise
-from mthp.sim.calls import ADDRESS_LIMIT, SystemCalls
+from mthp.sim.address_space import syscalls
+from mthp.sim.address_space.access import Fault, access, make_present
+from mthp.sim.address_space.advice import madvise
+from mthp.sim.address_space.calls import ADDRESS_LIMIT, SystemCalls
+from mthp.sim.address_space.touch import Touched, touch
+from mthp.sim.allocation.fragment import fragment
 from mthp.sim.clock import Clock, Costs
+from mthp.sim.collapse.khugepaged import Advised, Khugepaged, SimTime
+from mthp.sim.collapse.madvise import madvise_collapse
 from mthp.sim.counters import Counters
-from mthp.sim.fragment import fragment
+from mthp.sim.frames.lru import LruAddBatch
+from mthp.sim.frames.memory import Memory
+from mthp.sim.frames.rmap import Rmap
+from mthp.sim.frames.swap import Swap
 from mthp.sim.kernel import NEWEST, Kernel
-from mthp.sim.khugepaged import Advised, Khugepaged, SimTime
-from mthp.sim.lru import LruAddBatch
-from mthp.sim.madvise import madvise_collapse
-from mthp.sim.memory import Memory
 from mthp.sim.mm import Mm, SimVma
 from mthp.sim.parts import Parts
-from mthp.sim.rmap import Rmap
 from mthp.sim.space import SimSpace
 from mthp.sim.state import columns, digest
-from mthp.sim.swap import Swap
 from mthp.sim.sysfs import Sysfs
-from mthp.sim.touch import Touched, touch
 from mthp.sim.trace import Trace
 from mthp.tunables import Switches, Tunables
 
@@ -222,7 +222,7 @@ class Machine(SystemCalls):
         """Fragment free memory until the unusable free space index of `order` is at least `index`.
 
         The index is the part of the free memory that lies in blocks smaller than `order`: 0 if all of it can be had in
-        blocks of that order, 1 if none. See :func:`mthp.sim.fragment.fragment`.
+        blocks of that order, 1 if none. See :func:`mthp.sim.allocation.fragment.fragment`.
 
         Args:
             order: by default the PMD order.
@@ -239,7 +239,7 @@ class Machine(SystemCalls):
         return fragment(self.parts, index, order, movable=movable, seed=seed)
 
     def madvise(self, mm: Mm, start: int, end: int, advice: str) -> int:
-        """madvise(2) with ``"COLLAPSE"`` or an advice of :func:`mthp.sim.advice.madvise`: 0 or an error number."""
+        """madvise(2) with ``"COLLAPSE"`` or what :mod:`~mthp.sim.address_space.advice` has: 0 or an error number."""
         if advice == "COLLAPSE":
             return self.madvise_collapse(mm, start, end)
         error = madvise(self.parts, mm, start, end, advice)
@@ -309,5 +309,5 @@ class Machine(SystemCalls):
         return digest(self.parts)
 
     def madvise_collapse(self, mm: Mm, start: int, end: int) -> int:
-        """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.sim.madvise`)."""
+        """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.sim.collapse.madvise`)."""
         return madvise_collapse(Advised(self.parts, mm, self.khugepaged.count_advised), start, end)

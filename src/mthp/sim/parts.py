@@ -12,13 +12,13 @@ from mthp.engine.policy import Policy
 from mthp.geometry import Geometry
 from mthp.sim.clock import Clock
 from mthp.sim.counters import Counters
+from mthp.sim.frames.lru import LruAddBatch
+from mthp.sim.frames.memory import Fl, Memory
+from mthp.sim.frames.rmap import Rmap
+from mthp.sim.frames.swap import Swap
 from mthp.sim.kernel import NEWEST, Kernel
 from mthp.sim.knobs import Knobs
-from mthp.sim.lru import LruAddBatch
-from mthp.sim.memory import Fl, Memory
 from mthp.sim.mm import HUGEPAGE, NOHUGEPAGE, Mm, SimVma
-from mthp.sim.rmap import Rmap
-from mthp.sim.swap import Swap
 from mthp.sim.trace import Trace
 from mthp.tunables import Switches, Tunables
 

@@ -19,12 +19,12 @@ from mthp.geometry import Geometry
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
-from mthp.sim.columns import columns_of, tables_in
-from mthp.sim.inplace import divide, trim_folio
+from mthp.sim.collapse.inplace import divide, trim_folio
+from mthp.sim.collapse.move import move_block
+from mthp.sim.collapse.scan import CollapseControl, SimRange
 from mthp.sim.mm import Mm, Pmd
-from mthp.sim.move import move_block
+from mthp.sim.page_tables.columns import columns_of, tables_in
 from mthp.sim.parts import Parts
-from mthp.sim.scan import CollapseControl, SimRange
 from mthp.splitchecks import Refusal, layout_of, refusal_of_mapping, refusal_of_pages
 from mthp.trimchecks import trim_each
 from mthp.trimming import TrimBy, TrimOutcome

@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mthp.sim.buddy import Watermarks
-from mthp.sim.compact import compact_all
+from mthp.sim.allocation.compact import compact_all
+from mthp.sim.allocation.reclaim import drop_cache
+from mthp.sim.frames.buddy import Watermarks
 from mthp.sim.knobs import DEFRAG_WORDS
+from mthp.sim.page_tables.split import split_huge_pages
 from mthp.sim.parts import Parts
-from mthp.sim.reclaim import drop_cache
-from mthp.sim.split import split_huge_pages
 from mthp.tunables import SIZE_WORDS, TOP_WORDS, Switches
 
 THP = "/sys/kernel/mm/transparent_hugepage/"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.sim import Machine
-from mthp.sim.access import Fault
+from mthp.sim.address_space.access import Fault
 from mthp.sim.mm import Mm
 
 Life = Generator[None, float, None]

@@ -1,0 +1,1 @@
+"""What a program does to its address space: accesses and their faults, and system calls."""

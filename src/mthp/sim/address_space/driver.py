@@ -1,0 +1,41 @@
+"""Pages in a program's memory that are not its own: what a driver maps there (vm_insert_page, vmf_insert_pfn)."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+
+from mthp.sim.allocation.alloc import take_folio
+from mthp.sim.mm import Mm, P
+from mthp.sim.parts import Parts
+
+
+def insert_page(parts: Parts, mm: Mm, address: int, *, managed: bool) -> int:
+    """Map a page of a driver's.
+
+    Args:
+        managed: it is one of the machine's frames, which the driver holds and which is not anonymous; otherwise it is
+            device memory that no frame stands for.
+
+    Returns:
+        EFAULT where nothing may be mapped, EBUSY where something is, ENOMEM if there is no frame.
+    """
+    vma = mm.find_vma(address)
+    if vma is None or vma.start > address or address % parts.geometry.page_size:
+        return errno.EFAULT
+    ptes = mm.ptes(address, 1)
+    if ptes.bits[0]:
+        return errno.EBUSY
+    if managed:
+        pfn = take_folio(parts, 0, may_wait=True)
+        if pfn is None:
+            return errno.ENOMEM
+        parts.memory.own(np.array([pfn]))
+        parts.memory.mapcount[pfn] = 1
+        parts.memory.refcount[pfn] += 1
+        ptes.value[0] = pfn
+        mm.anon_pages += 1
+    ptes.bits[0] = P.PRESENT if managed else P.PRESENT | P.SPECIAL
+    mm.have_table(address)
+    return 0

@@ -1,0 +1,133 @@
+"""mremap(2): mappings grow, shrink and move, with their pages and without a copy (mm/mremap.c)."""
+
+from __future__ import annotations
+
+import enum
+import errno
+
+from mthp.sim.address_space.syscalls import cut, munmap
+from mthp.sim.mm import LOCKED, UFFD_MISSING, UFFD_WP, Mm, P, Pmd, SimVma
+from mthp.sim.page_tables.zap import split_pmd
+from mthp.sim.parts import Parts
+
+_UFFD = {UFFD_WP, UFFD_MISSING}
+
+
+class Remap(enum.Flag):
+    """Flags of mremap."""
+
+    NONE = 0
+    MAYMOVE = enum.auto()
+    FIXED = enum.auto()
+    """Move to the new address that is given, and unmap what is there."""
+    DONTUNMAP = enum.auto()
+    """Take the pages away, and leave the old mapping, empty."""
+
+
+def mremap(
+    parts: Parts, mm: Mm, start: int, end: int, size: int, flags: Remap, new_address: int | None, limit: int
+) -> int:
+    """Make the mapping of a range one of `size` bytes, here or elsewhere.
+
+    Args:
+        new_address: for FIXED, or as a wish for DONTUNMAP.
+        limit: the end of user space.
+
+    Returns:
+        The new address; or the negative of EINVAL, of EFAULT if the range is not all of one mapping, or of ENOMEM if
+        there is no room.
+    """
+    page = parts.geometry.page_size
+    size = -(-size // page) * page
+    if start % page or end < start or not size or not _possible(start, end, size, flags, new_address, page, limit):
+        return -errno.EINVAL
+    vma = mm.find_vma(start)
+    if vma is None or vma.start > start or vma.end < end:
+        return -errno.EFAULT
+    if start == end:
+        return -errno.EINVAL  # A copy of the mapping: for shared memory only.
+    if not flags & (Remap.FIXED | Remap.DONTUNMAP):
+        if size <= end - start:
+            if size < end - start:
+                munmap(parts, mm, start + size, end)
+            return start
+        if vma.end == end and mm.is_free(end, start + size) and start + size <= limit:
+            mm.grow_vma(vma, start + size)
+            return start
+        if not flags & Remap.MAYMOVE:
+            return -errno.ENOMEM
+    return _move(parts, mm, start, end, size, flags, new_address, limit)
+
+
+def _possible(start: int, end: int, size: int, flags: Remap, new_address: int | None, page: int, limit: int) -> bool:
+    """Whether the arguments can be meant."""
+    if flags & (Remap.FIXED | Remap.DONTUNMAP) and not flags & Remap.MAYMOVE:
+        return False
+    if flags & Remap.DONTUNMAP and size != end - start:
+        return False
+    if not flags & Remap.FIXED:
+        return True
+    if new_address is None or new_address % page or not 0 < new_address <= limit - size:
+        return False
+    return new_address + size <= start or new_address >= end
+
+
+def _move(
+    parts: Parts, mm: Mm, start: int, end: int, size: int, flags: Remap, new_address: int | None, limit: int
+) -> int:
+    if flags & Remap.FIXED:
+        assert new_address is not None, "FIXED was checked to come with an address"
+        munmap(parts, mm, new_address, new_address + size)
+        if size < end - start:
+            munmap(parts, mm, start + size, end)
+            end = start + size
+        to = new_address
+    else:
+        found = mm.free_range(size, limit)
+        if found is None:
+            return -errno.ENOMEM
+        to = found
+    if not flags & Remap.DONTUNMAP:
+        cut(parts, mm, start)
+        cut(parts, mm, end)
+    vma = mm.find_vma(start)
+    assert vma is not None, "the mapping was there before"
+    mm.insert_vma(SimVma(to, to + size, vma.flags - _UFFD, vma.anon_vma, vma.permissions))
+    move_entries(parts, mm, start, end, to)
+    parts.clock.spend("syscall")
+    if flags & Remap.DONTUNMAP:
+        # All of the mapping is unlocked, however little of it was moved (dontunmap_complete, mm/mremap.c).
+        vma.flags = vma.flags - {LOCKED}
+        if (vma.start, vma.end) == (start, end):
+            vma.anon_vma = 0
+    else:
+        mm.remove_vmas(start, end)
+    mm.merge_vmas(start, end)
+    mm.merge_vmas(to, to + size)
+    return to
+
+
+def move_entries(parts: Parts, mm: Mm, start: int, end: int, to: int) -> None:
+    """Move the page table entries of a range (move_page_tables); a PMD entry as such where both ends are aligned."""
+    size, page = parts.geometry.pmd_size, parts.geometry.page_size
+    while start < end:
+        stop = min(end, start // size * size + size, start + size - to % size)
+        if mm.pmd(start) is not Pmd.NONE:
+            whole = stop - start == size
+            if not whole:
+                split_pmd(parts, mm, start)
+                split_pmd(parts, mm, to)
+            pages = (stop - start) // page
+            ours, theirs = mm.ptes(start, pages), mm.ptes(to, pages)
+            theirs.bits[:] = ours.bits & ~P.UFFD_WP
+            theirs.bits[(theirs.bits & P.UFFD_MARKER) != 0] = 0
+            theirs.value[:] = ours.value
+            ours.bits[:] = 0
+            ours.value[:] = 0
+            if whole:
+                mm.set_pmd(to, mm.pmd(start))
+                mm.set_pmd(start, Pmd.NONE)
+            else:
+                mm.have_table(to)
+        to += stop - start
+        start = stop

@@ -1,0 +1,266 @@
+"""System calls on address spaces: mmap's kin, mprotect, mlock, fork, exit.
+
+Each gives 0 or an error number, as the kernel does; what gives an address gives the negative of the error number
+instead. madvise, userfaultfd and mremap have modules of their own: advice, uffd, mremap.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.sim.address_space.access import Fault
+from mthp.sim.address_space.touch import fault_in
+from mthp.sim.allocation.alloc import new_folio
+from mthp.sim.frames.memory import Fl
+from mthp.sim.mm import DROPPABLE, LOCKED, UFFD_MISSING, UFFD_WP, Mm, P, Pmd, Ptes, SimVma
+from mthp.sim.page_tables.zap import split_at, split_pmd, zap
+from mthp.sim.parts import Parts
+
+NOT_INHERITED = {LOCKED, UFFD_WP, UFFD_MISSING}
+"""Flags of a mapping that a child does not get (dup_mmap)."""
+
+Change = Callable[[SimVma], tuple[set[str], str]]
+"""The flags and the permissions that a mapping is to have."""
+
+
+def whole_pages(parts: Parts, start: int, end: int) -> bool:
+    """Whether a range is one of whole pages, and not empty."""
+    page = parts.geometry.page_size
+    return start % page == 0 and end % page == 0 and start < end
+
+
+def munmap(parts: Parts, mm: Mm, start: int, end: int) -> int:
+    """Unmap a range, whatever of it is mapped."""
+    if not whole_pages(parts, start, end):
+        return errno.EINVAL
+    for edge in (start, end):
+        cut(parts, mm, edge)
+    for vma in mm.vmas_in(start, end):
+        if vma.locked:
+            _unlock_pages(parts, mm, vma.start, vma.end)
+        zap(parts, mm, vma.start, vma.end)
+    mm.remove_vmas(start, end)
+    return 0
+
+
+def cut(parts: Parts, mm: Mm, address: int) -> None:
+    """Make two mappings of the one that `address` lies inside of, if any; no PMD entry maps memory of both."""
+    if mm.split_vma(address) and address % parts.geometry.pmd_size:
+        split_pmd(parts, mm, address)
+
+
+def modify(parts: Parts, mm: Mm, start: int, end: int, change: Change) -> tuple[list[SimVma], int]:
+    """Change the mappings of a range: split what reaches over it, and merge what is alike then (vma_modify).
+
+    Returns:
+        The mappings that were changed, before they were merged with others; bytes of the range that are mapped.
+    """
+    changed, covered = [], 0
+    for vma in mm.vmas_in(start, end):
+        first, last = max(start, vma.start), min(end, vma.end)
+        covered += last - first
+        flags, permissions = change(vma)
+        if (flags, permissions) == (vma.flags, vma.permissions):
+            continue
+        cut(parts, mm, first)
+        cut(parts, mm, last)
+        piece = mm.find_vma(first)
+        assert piece is not None, "a mapping was cut, and is gone"
+        piece.flags, piece.permissions = flags, permissions
+        changed.append(SimVma(first, last, set(flags), piece.anon_vma, permissions))
+    mm.merge_vmas(start, end)
+    return changed, covered
+
+
+def change_flags(parts: Parts, mm: Mm, start: int, end: int, add: set[str], remove: set[str]) -> int:
+    """Change the flags of the mappings in a range: MADV_HUGEPAGE, userfaultfd registration, and their like.
+
+    Returns:
+        ENOMEM if some of the range is not mapped; what is mapped was changed.
+    """
+    if not whole_pages(parts, start, end):
+        return errno.EINVAL
+    _, covered = modify(parts, mm, start, end, lambda vma: ((vma.flags - remove) | add, vma.permissions))
+    return 0 if covered == end - start else errno.ENOMEM
+
+
+def _first_hole(mm: Mm, start: int, end: int) -> int:
+    """The first address of a range that is not mapped; its end if all is."""
+    for vma in mm.vmas_in(start, end):
+        if vma.start > start:
+            break
+        start = vma.end
+    return min(start, end)
+
+
+def mprotect(parts: Parts, mm: Mm, start: int, end: int, permissions: str) -> int:
+    """Change what accesses a range permits.
+
+    Args:
+        permissions: such as ``"rw-"`` or ``"---"``.
+
+    Returns:
+        EINVAL for what is no range of whole pages, or no permissions; ENOMEM if some of it is not mapped, where what
+        lies before the hole was changed.
+    """
+    words = zip(permissions, "rwx", strict=False)
+    if len(permissions) != 3 or any(letter not in (word, "-") for letter, word in words):
+        return errno.EINVAL
+    if start % parts.geometry.page_size or end < start:
+        return errno.EINVAL
+    if start == end:
+        return 0
+    if not whole_pages(parts, start, end):
+        return errno.EINVAL
+    stop = _first_hole(mm, start, end)
+    changed, _ = modify(parts, mm, start, stop, lambda vma: (vma.flags, permissions + vma.permissions[3:]))
+    for piece in changed:
+        split_at(parts, mm, piece.start, piece.end)
+        if "w" not in permissions:
+            for _, _, ptes in mm.ranges(piece.start, piece.end):
+                ptes.bits[:] &= ~P.WRITE
+    return 0 if stop == end else errno.ENOMEM
+
+
+def mlock(parts: Parts, mm: Mm, start: int, end: int) -> int:
+    """Lock a range in memory, and bring all of it there.
+
+    Returns:
+        ENOMEM if some of it is not mapped, where what lies before the hole was locked; EAGAIN if memory is out.
+    """
+    if not whole_pages(parts, start, end):
+        return errno.EINVAL
+    stop = _first_hole(mm, start, end)
+    pieces, _ = modify(parts, mm, start, stop, lambda vma: (vma.flags | {LOCKED}, vma.permissions))
+    parts.lru.drain()
+    for piece in pieces:
+        _lock_pages(parts, mm, piece)
+    if stop < end:
+        return errno.ENOMEM
+    for vma in list(mm.vmas_in(start, end)):
+        if vma.permits(write=False):
+            write = vma.permits(write=True)
+            if fault_in(parts, mm, max(start, vma.start), min(end, vma.end), write=write) is Fault.OOM:
+                return errno.EAGAIN
+    return 0
+
+
+def _lock_pages(parts: Parts, mm: Mm, piece: SimVma) -> None:
+    """Mark the pages that are there (mlock_pte_range): a large folio only if all of it lies in the mapping."""
+    memory = parts.memory
+    for _, _, ptes in mm.ranges(piece.start, piece.end):
+        heads = memory.heads(ptes.value[ptes.pages()].astype(np.int64))
+        folios, counts = np.unique(heads, return_counts=True)
+        sizes = np.left_shift(1, memory.order[folios].astype(np.int64))
+        new = (counts == sizes) & ((memory.flags[folios] & Fl.MLOCKED) == 0)
+        memory.flags[folios[new]] |= Fl.MLOCKED
+        parts.counters.count("unevictable_pgs_mlocked", int(sizes[new].sum()))
+
+
+def munlock(parts: Parts, mm: Mm, start: int, end: int) -> int:
+    """Unlock a range: ENOMEM if some of it is not mapped, where what lies before the hole was unlocked."""
+    if not whole_pages(parts, start, end):
+        return errno.EINVAL
+    stop = _first_hole(mm, start, end)
+    pieces, _ = modify(parts, mm, start, stop, lambda vma: (vma.flags - {LOCKED}, vma.permissions))
+    for piece in pieces:
+        _unlock_pages(parts, mm, piece.start, piece.end)
+    return 0 if stop == end else errno.ENOMEM
+
+
+def _unlock_pages(parts: Parts, mm: Mm, start: int, end: int) -> None:
+    memory = parts.memory
+    for _, _, ptes in mm.ranges(start, end):
+        folios = np.unique(memory.heads(ptes.value[ptes.pages()].astype(np.int64)))
+        locked = folios[(memory.flags[folios] & Fl.MLOCKED) != 0]
+        memory.flags[locked] &= ~Fl.MLOCKED
+        pages = int(np.left_shift(1, memory.order[locked].astype(np.int64)).sum())
+        parts.counters.count("unevictable_pgs_munlocked", pages)
+
+
+def fork(parts: Parts, parent: Mm, child: Mm) -> int:
+    """Fill a new address space with all that `parent` maps, to be copied when either writes (dup_mmap).
+
+    Droppable mappings come without their pages. Pages that are pinned are copied at once, so that the pin stays good
+    for the parent.
+
+    Returns:
+        ENOMEM if there is no memory for such a copy; the child has what was copied until then.
+    """
+    anon_vmas: dict[int, int] = {0: 0}
+    for vma in parent.vmas:
+        anon_vma = anon_vmas.setdefault(vma.anon_vma, 0) or parts.new_anon_vma()
+        anon_vmas[vma.anon_vma] = anon_vma if vma.anon_vma else 0
+        child.insert_vma(
+            SimVma(vma.start, vma.end, vma.flags - NOT_INHERITED, anon_vmas[vma.anon_vma], vma.permissions)
+        )
+    parts.clock.spend("syscall")
+    for vma in parent.vmas:
+        if DROPPABLE not in vma.flags and not _copy_range(parts, parent, child, vma):
+            return errno.ENOMEM
+    return 0
+
+
+def _copy_range(parts: Parts, parent: Mm, child: Mm, vma: SimVma) -> bool:
+    for address, pages, ours in parent.ranges(vma.start, vma.end):
+        pinned = _pinned(parts, ours)
+        if pinned.any():
+            split_pmd(parts, parent, address)
+        theirs = child.ptes(address, pages)
+        page = ours.pages() & ~pinned
+        pfns = ours.value[page].astype(np.int64)
+        parts.rmap.add(pfns, child.id)
+        np.add.at(parts.memory.refcount, parts.memory.heads(pfns), 1)
+        slots = ours.value[(ours.bits & P.SWAP) != 0]
+        parts.swap.count[slots] += np.uint16(1)
+        ours.bits[page | ((ours.bits & P.MIGRATION) != 0)] &= ~P.WRITE
+        marker = (ours.bits & P.UFFD_MARKER) != 0
+        theirs.bits[:] = np.where(marker | pinned, 0, ours.bits & ~P.UFFD_WP)
+        theirs.value[:] = np.where(marker | pinned, 0, ours.value)
+        child.anon_pages += len(pfns) + int(np.count_nonzero(ours.bits & P.MIGRATION))
+        child.swap_entries += len(slots)
+        if child.pmd(address) is Pmd.NONE:
+            child.set_pmd(address, parent.pmd(address))
+        if not all(_copy_page(parts, child, vma, ours, theirs, at) for at in np.flatnonzero(pinned).tolist()):
+            return False
+    return True
+
+
+def _pinned(parts: Parts, ptes: Ptes) -> NDArray[np.bool_]:
+    """Which entries map pages of pinned folios: bool, shape (pages,)."""
+    page = ptes.pages()
+    if not parts.pins:
+        return np.zeros_like(page)
+    heads = parts.memory.heads(np.where(page, ptes.value, 0).astype(np.int64))
+    held = [head for head, references in parts.pins.items() if references]
+    pinned: NDArray[np.bool_] = page & np.isin(heads, held)
+    return pinned
+
+
+def _copy_page(parts: Parts, child: Mm, vma: SimVma, ours: Ptes, theirs: Ptes, at: int) -> bool:
+    """Give the child a page of its own (copy_present_page)."""
+    new = new_folio(parts, 0, child.charge, may_wait=True)
+    if new is None:
+        return False
+    parts.memory.content[new] = parts.memory.content[ours.value[at]]
+    parts.memory.set(new, Fl.UPTODATE)
+    parts.rmap.add_new_anon(new, child.id, swapbacked=not vma.droppable)
+    parts.lru.add(new)
+    theirs.bits[at] = ours.bits[at] & ~P.UFFD_WP
+    theirs.value[at] = new
+    child.anon_pages += 1
+    return True
+
+
+def exit_mm(parts: Parts, mm: Mm) -> None:
+    """Unmap everything (exit_mmap)."""
+    mm.exiting = True
+    for vma in list(mm.vmas):
+        if vma.locked:
+            _unlock_pages(parts, mm, vma.start, vma.end)
+        zap(parts, mm, vma.start, vma.end)
+    mm.remove_vmas(0, 1 << 64)

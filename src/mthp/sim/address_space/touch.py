@@ -1,0 +1,311 @@
+"""Many accesses of a program at once, which leave what the same accesses leave one after another.
+
+Accesses are taken a block at a time. Those that need no fault cost no more than a look at their columns. The faults of
+the others are resolved first, for as many pages at a time as may be: a block of new folios of the order that a single
+fault would take, the zero page; swap, copying and the like go page by page (:mod:`~mthp.sim.address_space.access`).
+Then all accesses happen. Blocks are small where memory is short; where it is so short that what was made present is
+gone again until the accesses happen, they happen one by one.
+
+Only the numbers of frames, and which of the pages wait in the LRU batch, may differ from accesses one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.sim.address_space.access import Fault, access, make_present
+from mthp.sim.allocation.alloc import take_folios
+from mthp.sim.frames.buddy import Frames
+from mthp.sim.frames.memory import Fl
+from mthp.sim.mm import UFFD_MISSING, Mm, P, Pmd, SimVma, Table
+from mthp.sim.parts import Parts
+
+BLOCK = 1 << 15
+"""Accesses that are done together."""
+
+_TRIES = 3
+_SINGLE_FAULTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """What came of many accesses.
+
+    Attributes:
+        done: accesses that happened: the first so many.
+        outcome: DONE if that is all of them, else how the next one ended.
+    """
+
+    done: int
+    outcome: Fault
+
+
+def touch(parts: Parts, mm: Mm, addresses: NDArray[np.int64], contents: NDArray[np.uint32] | None) -> Touched:
+    """Read the pages at `addresses`, or write `contents` to them, up to the first access that ends with a signal.
+
+    Args:
+        addresses: int64, shape (accesses,), in the order in which they happen.
+        contents: uint32, same shape; None to read.
+    """
+    pages = addresses // parts.geometry.page_size
+    done = 0
+    while done < len(pages):
+        run = slice(done, done + _block_size(parts, mm))
+        block = _Block(parts, mm, pages[run], None if contents is None else contents[run])
+        happened, outcome = block.run()
+        done += happened
+        if outcome is not Fault.DONE:
+            return Touched(done, outcome)
+    return Touched(done, Fault.DONE)
+
+
+def fault_in(parts: Parts, mm: Mm, start: int, end: int, *, write: bool) -> Fault:
+    """Make all pages of a range present, without an access to them (populate_vma_page_range).
+
+    Returns:
+        DONE, or why it ended before.
+    """
+    page = parts.geometry.page_size
+    while start < end:
+        stop = min(end, start + _block_size(parts, mm) * page)
+        pages = np.arange(start // page, stop // page)
+        block = _Block(parts, mm, pages, np.zeros(len(pages), np.uint32) if write else None)
+        strange = block.strange()
+        block.pages = pages[~strange]
+        if not block.all_present():
+            return Fault.OOM
+        if strange.any():
+            return Fault.SIGSEGV
+        start = stop
+    return Fault.DONE
+
+
+def _block_size(parts: Parts, mm: Mm) -> int:
+    """Accesses that can be done together: for all of them there is memory, even if each takes a large folio."""
+    room = min(parts.memory.free_frames, parts.memory.cgroups.room(mm.charge))
+    largest = max((order for vma in mm.vmas for order in parts.fault_orders(mm, vma)), default=0)
+    return min(max(room >> largest, _SINGLE_FAULTS), BLOCK)
+
+
+class _Block:
+    """Some adjoining accesses."""
+
+    def __init__(self, parts: Parts, mm: Mm, pages: Frames, contents: NDArray[np.uint32] | None) -> None:
+        self.parts = parts
+        self.mm = mm
+        self.pages = pages
+        self.contents = contents
+        self.write = contents is not None
+        self.page_size = parts.geometry.page_size
+
+    def run(self) -> tuple[int, Fault]:
+        """The accesses up to the first that may end with a signal, and that one: how many happened, and the outcome."""
+        strange = np.flatnonzero(self.strange())
+        together = int(strange[0]) if len(strange) else len(self.pages)
+        rest = self.pages[together : together + 1]
+        last = self.contents[together : together + 1] if self.contents is not None else None
+        self.pages = self.pages[:together]
+        if self.contents is not None:
+            self.contents = self.contents[:together]
+        if self.all_present():
+            self.happen()
+        else:
+            happened, outcome = self.one_by_one()
+            if outcome is not Fault.DONE:
+                return happened, outcome
+        self.pages, self.contents = rest, last
+        happened, outcome = self.one_by_one()
+        return together + happened, outcome
+
+    def one_by_one(self) -> tuple[int, Fault]:
+        """The accesses, each for itself, until one ends with a signal."""
+        contents = [None] * len(self.pages) if self.contents is None else self.contents.tolist()
+        for at, (page, content) in enumerate(zip(self.pages.tolist(), contents, strict=True)):
+            outcome, _ = access(self.parts, self.mm, page * self.page_size, content)
+            if outcome is not Fault.DONE:
+                return at, outcome
+        return len(self.pages), Fault.DONE
+
+    def vmas(self) -> list[tuple[SimVma, NDArray[np.intp]]]:
+        """The mappings that the accesses fall into, and which of them fall into each."""
+        ends = np.array([vma.end for vma in self.mm.vmas], np.int64) // self.page_size
+        at = np.searchsorted(ends, self.pages, side="right")
+        starts = np.array([vma.start for vma in self.mm.vmas] + [1 << 62], np.int64) // self.page_size
+        at[self.pages < starts[at]] = len(ends)
+        return [
+            (self.mm.vmas[number], np.flatnonzero(at == number))
+            for number in np.unique(at).tolist()
+            if number < len(ends)
+        ]
+
+    def strange(self) -> NDArray[np.bool_]:
+        """Which accesses may end with a signal, or in the hands of userfaultfd: bool, shape (accesses,)."""
+        strange = np.ones(len(self.pages), np.bool_)
+        bits = self.bits()
+        marks = P.GUARD | P.UFFD_MARKER | P.MIGRATION | P.SPECIAL
+        if self.write:
+            marks |= P.UFFD_WP
+        for vma, which in self.vmas():
+            if vma.permits(write=self.write):
+                missing = UFFD_MISSING in vma.flags
+                strange[which] = ((bits[which] & marks) != 0) | (missing & (bits[which] == 0))
+        for table, which, entries in self.mm.locate(self.pages):
+            page = (bits[which] & (P.PRESENT | P.ZERO)) == P.PRESENT
+            frames = table.value.ravel()[entries]
+            strange[which] |= page & ((self.parts.memory.flags[np.where(page, frames, 0)] & Fl.POISONED) != 0)
+        return strange
+
+    def bits(self) -> NDArray[np.uint16]:
+        """The entries' bits: uint16, shape (accesses,); 0 where there is no page table."""
+        bits = np.zeros(len(self.pages), np.uint16)
+        for table, which, entries in self.mm.locate(self.pages):
+            bits[which] = table.bits.ravel()[entries]
+        return bits
+
+    def lacking(self) -> NDArray[np.intp]:
+        """Which accesses would fault: intp, shape (faults,)."""
+        wanted = P.PRESENT | P.WRITE if self.write else P.PRESENT
+        return np.flatnonzero((self.bits() & wanted) != wanted)
+
+    def all_present(self) -> bool:
+        """Resolve the faults of all accesses; False if some page cannot be had, or is gone again."""
+        least, tries = len(self.pages) + 1, _TRIES
+        while lacking := len(self.lacking()):
+            tries = _TRIES if lacking < least else tries - 1
+            least = min(least, lacking)
+            if not tries or not all(self.fault_in(vma, which) for vma, which in self.vmas()):
+                return False
+        return True
+
+    def fault_in(self, vma: SimVma, which: NDArray[np.intp]) -> bool:
+        """Resolve the faults of those accesses that fall into one mapping; False if a page cannot be had."""
+        if self.write:
+            self.parts.anon_vma_prepare(self.mm, vma)
+        orders = self.parts.fault_orders(self.mm, vma)
+        short = 0
+        if self.write:
+            short = self.fill(vma, (*reversed(orders), 0), which)
+        elif self.parts.geometry.pmd_order not in orders:
+            self.map_zero(self.none_among(which))
+        lacking = np.intersect1d(self.lacking(), which)
+        # Folios that are short are asked for one by one, each by the first page of its block. What is left of the block
+        # has smaller ones. After some of these there may be enough for all others together again.
+        _, first = np.unique(self.pages[lacking] >> short, return_index=True)
+        for at in np.sort(first)[:_SINGLE_FAULTS].tolist():
+            page = int(self.pages[lacking[at]])
+            outcome = make_present(self.parts, self.mm, vma, page * self.page_size, write=self.write)
+            if outcome is not Fault.DONE:
+                return False
+            if short:
+                smaller = [order for order in reversed(orders) if order < short]
+                self.fill(vma, (*smaller, 0), lacking[self.pages[lacking] >> short == page >> short])
+        return True
+
+    def fill(self, vma: SimVma, orders: Sequence[int], which: NDArray[np.intp]) -> int:
+        """Put new folios where nothing is, the largest first: the order of which there are too few, 0 if of none."""
+        for order in orders:
+            if not _NewFolios(self, vma, order).fill(self.none_among(which)):
+                return order
+        return 0
+
+    def none_among(self, which: NDArray[np.intp]) -> Frames:
+        """The pages among some accesses where nothing is, each once, in the order in which they come."""
+        return _first_seen(self.pages[which[self.bits()[which] == 0]])
+
+    def map_zero(self, pages: Frames) -> None:
+        """Map the zero page."""
+        for table, _, entries in self.mm.locate(pages):
+            table.bits.ravel()[entries] = P.PRESENT | P.ZERO | P.YOUNG
+            rows = np.unique(entries >> self.parts.geometry.pmd_order)
+            table.pmd[rows[table.pmd[rows] == Pmd.NONE]] = Pmd.TABLE
+        self.parts.counters.count("pgfault", len(pages))
+        self.parts.clock.spend("fault", len(pages))
+
+    def happen(self) -> None:
+        """All accesses, none of which faults."""
+        used = P.YOUNG | P.DIRTY if self.write else P.YOUNG
+        for table, which, entries in self.mm.locate(self.pages):
+            table.bits.ravel()[entries] |= used
+            rows = np.unique(entries >> self.parts.geometry.pmd_order)
+            table.bits[rows[table.pmd[rows] == Pmd.HUGE]] |= used
+            if self.contents is not None:
+                self.parts.memory.content[table.value.ravel()[entries]] = self.contents[which]
+
+
+class _NewFolios:
+    """New folios of one order for many faults at once."""
+
+    def __init__(self, block: _Block, vma: SimVma, order: int) -> None:
+        self.parts = block.parts
+        self.mm = block.mm
+        self.vma = vma
+        self.order = order
+        self.page_size = block.page_size
+
+    def fill(self, pages: Frames) -> bool:
+        """Map folios at the aligned blocks that some pages lie in, wherever they fit; False if there are too few."""
+        size = 1 << self.order
+        starts = _first_seen(pages & -size)
+        if self.order:
+            inside = (starts * self.page_size >= self.vma.start) & ((starts + size) * self.page_size <= self.vma.end)
+            starts = starts[inside]
+        return all(
+            self._fill(table, entries[self._empty(table, entries)]) for table, _, entries in self.mm.locate(starts)
+        )
+
+    def _empty(self, table: Table, entries: Frames) -> NDArray[np.bool_]:
+        """Which blocks, given by their first entries, may be filled: bool, shape (blocks,)."""
+        if self.order == self.parts.geometry.pmd_order:
+            none: NDArray[np.bool_] = table.pmd[entries >> self.order] == Pmd.NONE
+            return none
+        if self.order and self.vma.userfaultfd_armed:
+            return np.zeros(len(entries), np.bool_)
+        empty: NDArray[np.bool_] = ~table.bits.reshape(-1, 1 << self.order)[entries >> self.order].any(axis=1)
+        return empty
+
+    def _fill(self, table: Table, entries: Frames) -> bool:
+        parts, order, size = self.parts, self.order, 1 << self.order
+        wanted = len(entries)
+        heads = take_folios(parts, order, self.mm.charge, wanted)
+        count = len(heads)
+        entries = entries[:count]
+        parts.memory.flags[heads] |= Fl.UPTODATE | Fl.REFERENCED
+        parts.rmap.add_new_anon_many(heads, order, self.mm.id, swapbacked=not self.vma.droppable)
+        self._put_on_lists(heads)
+        rows = entries >> order
+        table.bits.reshape(-1, size)[rows] = P.PRESENT | P.YOUNG | P.DIRTY | P.WRITE
+        table.value.reshape(-1, size)[rows] = heads[:, None] + np.arange(size)
+        pmd_order = parts.geometry.pmd_order
+        table.pmd[entries >> pmd_order] = Pmd.HUGE if order == pmd_order else Pmd.TABLE
+        self.mm.anon_pages += count * size
+        self._count(count)
+        return count == wanted
+
+    def _put_on_lists(self, heads: Frames) -> None:
+        if self.vma.locked:
+            for head in heads.tolist():
+                self.parts.add_lru_vma(self.vma, head)
+        elif self.order:
+            self.parts.lru.add_large(heads)
+        else:
+            self.parts.lru.add_small(heads)
+
+    def _count(self, count: int) -> None:
+        counters, clock = self.parts.counters, self.parts.clock
+        counters.count("pgfault", count)
+        clock.spend("fault", count)
+        clock.spend("zero_byte", count * self.parts.geometry.size_of(self.order))
+        if self.order:
+            counters.count_mthp(self.order, "anon_fault_alloc", count)
+        if self.order == self.parts.geometry.pmd_order:
+            counters.count("thp_fault_alloc", count)
+
+
+def _first_seen(numbers: Frames) -> Frames:
+    """Each number once, in the order in which they come first."""
+    _, first = np.unique(numbers, return_index=True)
+    return numbers[np.sort(first)]

@@ -1,0 +1,163 @@
+"""Compaction: moving pages out of a block until the block is free.
+
+Follows the outline of compact_zone() (mm/compaction.c). From where it stopped last, compaction goes over the aligned
+blocks of a zone; it passes by those with a page that cannot be moved, and moves the pages of the others to free frames
+elsewhere, until a block of the wanted order is free. A zone in which it failed is left alone for a while, twice as long
+each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.sim.frames.buddy import Compaction, Zone
+from mthp.sim.frames.memory import Fl
+from mthp.sim.page_tables.mappings import mappings_of
+from mthp.sim.parts import Parts
+
+_MAX_DEFER_SHIFT = 6
+_FRAMES = 1 << 15
+"""Frames that are looked at together, once nothing was found among fewer."""
+
+
+def compact(parts: Parts, order: int, nodes: Sequence[int] = ()) -> bool:
+    """Make a free block of `order`, in whatever zone of `nodes`, or of all, that succeeds (try_to_compact_pages)."""
+    parts.counters.count("compact_stall")
+    parts.lru.drain()
+    done = any(compact_zone(parts, zone, order) for zone in parts.memory.zonelist(nodes))
+    parts.counters.count("compact_success" if done else "compact_fail")
+    return done
+
+
+def compact_all(parts: Parts) -> None:
+    """Compact every zone at the PMD order as long as that frees another block."""
+    parts.lru.drain()
+    order = parts.geometry.pmd_order
+    for zone in parts.memory.zones:
+        zone.compaction = Compaction(zone.start)
+        usable = -1
+        while usable < zone.usable_frames(order):
+            usable = zone.usable_frames(order)
+            compact_zone(parts, zone, order)
+
+
+def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
+    """Make a free block of `order` in one zone, unless it rests or has too little free memory to move pages to."""
+    state, size = zone.compaction, 1 << order
+    if order > zone.max_order or zone.free_frames < zone.reserve + zone.watermarks.min + 2 * size:
+        return False
+    if order >= state.order_failed and state.considered < (1 << state.defer_shift) - 1:
+        state.considered += 1
+        return False
+    if any(_compact_part(parts, zone, order, start, end) for start, end in _stretches(zone, state.cursor, size)):
+        state.considered = state.defer_shift = 0
+        state.order_failed = max(state.order_failed, order + 1)
+        return True
+    state.order_failed = min(state.order_failed, order)
+    state.defer_shift = min(state.defer_shift + 1, _MAX_DEFER_SHIFT)
+    state.considered = 0
+    state.cursor = zone.start
+    return False
+
+
+def _stretches(zone: Zone, cursor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Stretches of the zone, from the block at the cursor to its end, and then from its start: first frame, and end.
+
+    They begin with one block, since mostly the first one will do, and grow.
+    """
+    begin, step = cursor & -size, size
+    for at, end in ((begin, zone.end), (zone.start, begin)):
+        while at < end:
+            yield at, min(at + step, end)
+            at, step = at + step, max(size, min(2 * step, _FRAMES))
+
+
+def _compact_part(parts: Parts, zone: Zone, order: int, start: int, end: int) -> bool:
+    """Free a block of some frames of the zone, if one can be."""
+    size = 1 << order
+    used, fixed = _used_and_fixed(parts, start, end, order)
+    blocks = np.flatnonzero((fixed.reshape(-1, size).sum(axis=1) == 0) & used.reshape(-1, size).any(axis=1))
+    parts.clock.spend("compact_frame", end - start)
+    parts.counters.count("compact_migrate_scanned", int(used.sum()))
+    for block in (start + blocks * size).tolist():
+        if _empty(parts, zone, block, order):
+            zone.compaction.cursor = block + size
+            return True
+    return False
+
+
+def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which frames are in use, and which of them cannot be moved: bool each, shape (end - start,)."""
+    memory = parts.memory
+    frames = np.arange(start, end)
+    heads = memory.heads(frames)
+    flags = memory.flags[heads]
+    used: NDArray[np.bool_] = (flags & Fl.ALLOCATED) != 0
+    sizes = np.left_shift(1, memory.order[heads].astype(np.int64))
+    explained = parts.rmap.mapcounts(frames, heads) + sizes * ((flags & Fl.SWAPCACHE) != 0)
+    explained += (flags & Fl.OWNED) != 0
+    fixed = used & (
+        ((flags & (Fl.LRU | Fl.LOCKED)) != Fl.LRU)
+        | (explained != memory.refcount[heads])
+        | ((memory.flags[frames] & Fl.POISONED) != 0)
+        | (memory.order[heads] >= order)
+    )
+    return used, fixed
+
+
+def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
+    """Move all that is in a block elsewhere, and free it; False if there is no room for all of it."""
+    memory, size = parts.memory, 1 << order
+    claimed = zone.claim(block, order)
+    frames = np.arange(block, block + size)
+    heads = np.unique(memory.heads(frames[(memory.flags[memory.heads(frames)] & Fl.ALLOCATED) != 0])).tolist()
+    target: dict[int, int] = {}
+    for head in sorted(heads, key=lambda head: -int(memory.order[head])):
+        new = zone.alloc(int(memory.order[head]))
+        if new is None:
+            break
+        target[head] = new
+    parts.counters.count("compact_isolated", sum(memory.size(head) for head in target))
+    relocate(parts, target)
+    for head, at in claimed:
+        zone.free(head, at)
+    if len(target) < len(heads):
+        parts.counters.count("pgmigrate_fail", len(heads) - len(target))
+        return False
+    return True
+
+
+def relocate(parts: Parts, target: dict[int, int]) -> None:
+    """Move folios to frames that were taken for them, with all that is known of them, and free their old ones.
+
+    Args:
+        target: new head by old head, of folios that nothing but their mappings and the swap cache refers to.
+    """
+    if not target:
+        return
+    memory = parts.memory
+    old = np.concatenate([np.arange(head, head + memory.size(head)) for head in target])
+    new = np.concatenate([np.arange(to, to + memory.size(head)) for head, to in target.items()])
+    first, last = int(old.min()), int(old.max())
+    place = np.zeros(last - first + 1, np.int64)
+    place[old - first] = new
+    for mapped in mappings_of(parts, first, len(place)):
+        frames = mapped.frames()
+        mapped.set(mapped.bits(), np.where(place[frames - first], place[frames - first], frames))
+    for column in (memory.flags, memory.order, memory.refcount, memory.mapcount, memory.content, memory.cgroup):
+        column[new] = column[old]
+    for head, to in target.items():
+        order = int(memory.order[head])
+        if memory.has(to, Fl.SWAPCACHE):
+            parts.swap.moved(head, to)
+        for queue in (memory.deferred, memory.cache):
+            if head in queue:
+                del queue[head]
+                queue[to] = None
+        memory.give_back(head, order)
+    parts.counters.count("pgmigrate_success", len(old))
+    parts.clock.spend("migrate_folio", len(target))
+    parts.clock.spend("copy_byte", len(old) * parts.geometry.page_size)

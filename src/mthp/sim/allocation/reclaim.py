@@ -1,0 +1,289 @@
+"""Getting memory back: who is asked to give it up, in which order, and how a page goes to swap.
+
+The kernel's multi-generational LRU finds out which pages are used by walking over page tables (walk_mm,
+mm/vmscan.c), and so does this. A sweep goes over the entries of all address spaces, from where the last one stopped. A
+page whose entry was used since the last visit is noted as referenced, and as active if it was so already; one that was
+not used steps down by one such grade; one at the bottom goes: to swap, or, if it is clean lazyfree memory, to nowhere.
+What is easier to have goes first: page cache, and the parts of large folios that nobody maps or that are zero. Without
+room on a swap device, what would have to be written there is not even looked at (get_swappiness).
+
+The order in which pages go is thus not the kernel's to the page. What it depends on is: use, pins, locked mappings, the
+limits of memory cgroups, room on the swap device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.sim.frames.buddy import Frames
+from mthp.sim.frames.cgroups import ROOT
+from mthp.sim.frames.memory import Fl
+from mthp.sim.mm import Mm, P, Pmd, Table
+from mthp.sim.page_tables.mappings import Mapped, mappings_of
+from mthp.sim.page_tables.split import shrink_deferred, split_folio, unexplained_references
+from mthp.sim.page_tables.zap import unmap_entries
+from mthp.sim.parts import Parts
+
+CLUSTER = 32
+"""Pages that are reclaimed at a time (SWAP_CLUSTER_MAX, include/linux/swap.h)."""
+
+_SWEEPS = 5
+"""Visits after which even a page that was active has gone, if nobody used it meanwhile, and one more."""
+
+_ENTRIES = 512
+"""Entries that are looked at together, at least."""
+
+
+def reclaim(parts: Parts, wanted: int, cgroup: int = ROOT, *, by: str = "direct") -> int:
+    """Reclaim about so many frames.
+
+    Args:
+        cgroup: only what is charged to it, or below it.
+        by: ``"direct"`` or ``"kswapd"``, for the counters.
+
+    Returns:
+        How many frames became free, or room of the cgroup; 0 if nothing can be had.
+    """
+    return _Reclaim(parts, max(wanted, CLUSTER), cgroup, by).run()
+
+
+def balance(parts: Parts) -> None:
+    """Reclaim in the background until every zone is at its high watermark, or nothing can be had (kswapd)."""
+    for zone in parts.memory.zones:
+        while zone.free_frames < zone.watermarks.high:
+            before = zone.free_frames
+            if not reclaim(parts, zone.watermarks.high - before, by="kswapd") or zone.free_frames <= before:
+                break
+
+
+class _Reclaim:
+    """One call."""
+
+    def __init__(self, parts: Parts, wanted: int, cgroup: int, by: str) -> None:
+        self.parts = parts
+        self.wanted = wanted
+        self.cgroup = cgroup
+        self.by = by
+        self.groups = parts.memory.cgroups.below(cgroup)
+        self.swappable = False
+        self.before = self._level()
+
+    def _level(self) -> int:
+        """What rises by what is reclaimed."""
+        memory = self.parts.memory
+        return memory.free_frames if self.cgroup == ROOT else -int(memory.cgroups.usage[self.cgroup])
+
+    @property
+    def freed(self) -> int:
+        return self._level() - self.before
+
+    def run(self) -> int:
+        parts = self.parts
+        parts.lru.drain()
+        if self.cgroup == ROOT:
+            drop_cache(parts, self.wanted)
+        if self.freed < self.wanted:
+            shrink_deferred(parts)
+        for _ in range(_SWEEPS):
+            if self.freed >= self.wanted or not self._sweep():
+                break
+        return self.freed
+
+    def _sweep(self) -> bool:
+        """Go over all address spaces once, or until enough is freed; False if there was nothing to look at."""
+        self.swappable = self.parts.swap.has_room()
+        if not self.swappable and not self.parts.memory.has_lazyfree():
+            return False
+        start_mm, start_address = self.parts.reclaim_at
+        numbers = sorted(self.parts.mms)
+        at = next((i for i, number in enumerate(numbers) if number >= start_mm), 0)
+        if at < len(numbers) and numbers[at] != start_mm:
+            start_address = 0
+        rounds = [(number, 0, None) for number in numbers[at + 1 :] + numbers[:at]]
+        looked = False
+        for number, first, last in (
+            [(n, start_address, None) for n in numbers[at : at + 1]]
+            + rounds
+            + [(n, 0, start_address) for n in numbers[at : at + 1]]
+        ):
+            for table, rows, address in self._chunks(self.parts.mms[number], first, last):
+                looked |= self._look(self.parts.mms[number], table, rows)
+                self.parts.reclaim_at = (number, address)
+                if self.freed >= self.wanted:
+                    return True
+        return looked
+
+    def _chunks(self, mm: Mm, first: int, last: int | None) -> list[tuple[Table, slice, int]]:
+        """Some rows of a table at a time from address `first` up to `last`, and the address behind them."""
+        size = self.parts.geometry.pmd_size
+        step = max(self.wanted, _ENTRIES) // self.parts.geometry.ptes_per_pmd or 1
+        chunks = []
+        for table in mm.tables:
+            begin = max(first // size - table.first, 0)
+            end = len(table.pmd) if last is None else min(last // size - table.first, len(table.pmd))
+            for row in range(begin, end, step):
+                stop = min(row + step, end)
+                if table.pmd[row:stop].any():
+                    chunks.append((table, slice(row, stop), (table.first + stop) * size))
+        return chunks
+
+    def _look(self, mm: Mm, table: Table, rows: slice) -> bool:
+        """Age the pages of some rows, and let go of those that are at the bottom; False if there are none."""
+        memory, n = self.parts.memory, table.bits.shape[1]
+        bits = table.bits[rows].ravel()
+        entries = np.flatnonzero((bits & (P.PRESENT | P.ZERO | P.SPECIAL)) == P.PRESENT)
+        self.parts.clock.spend("reclaim_pte", len(bits))
+        self.parts.counters.count(f"pgscan_{self.by}", len(entries))
+        young = (bits[entries] & P.YOUNG) != 0
+        entries += rows.start * n
+        frames = table.value.ravel()[entries].astype(np.int64)
+        heads, inverse = np.unique(memory.heads(frames), return_inverse=True)
+        ours = (memory.flags[heads] & (Fl.LRU | Fl.ANON | Fl.LOCKED | Fl.MLOCKED)) == Fl.LRU | Fl.ANON
+        ours &= self.groups[memory.cgroup[heads]]
+        if not self.swappable:
+            ours &= (memory.flags[heads] & Fl.SWAPBACKED) == 0
+        if not ours.any():
+            return False
+        used = np.bincount(inverse, weights=young, minlength=len(heads)) > 0
+        table.bits.ravel()[entries[ours[inverse] & young]] &= ~P.YOUNG
+        table.bits[rows][table.pmd[rows] == Pmd.HUGE] &= ~P.YOUNG
+        flags = memory.flags[heads]
+        raised = np.where(flags & Fl.REFERENCED, flags | Fl.ACTIVE, flags | Fl.REFERENCED)
+        lowered = np.where(flags & Fl.ACTIVE, flags & ~Fl.ACTIVE, flags & ~Fl.REFERENCED)
+        memory.flags[heads] = np.where(ours, np.where(used, raised, lowered), flags)
+        bottom = ours & ~used & ((flags & (Fl.ACTIVE | Fl.REFERENCED)) == 0)
+        before = self.freed
+        sizes = np.where(bottom, np.left_shift(1, memory.order[heads].astype(np.int64)), 0)
+        bottom &= np.cumsum(sizes) - sizes < max(self.wanted - before, CLUSTER)
+        which = bottom[inverse]
+        evict(self.parts, mm, table, entries[which], frames[which])
+        self.parts.counters.count(f"pgsteal_{self.by}", max(self.freed - before, 0))
+        return True
+
+
+def drop_cache(parts: Parts, count: int) -> None:
+    """Drop up to so many pages of the page cache, the oldest first."""
+    memory = parts.memory
+    frames = list(memory.cache)[:count]
+    for frame in frames:
+        del memory.cache[frame]
+    memory.put_small(np.array(frames, np.int64))
+
+
+def evict(parts: Parts, mm: Mm, table: Table, entries: NDArray[np.intp], frames: Frames) -> None:
+    """Let go of the folios that some entries of one table map, as far as nothing holds them.
+
+    Args:
+        entries: intp, shape (entries,): numbers of the entries, counted through the table.
+        frames: int64, same shape: what they map.
+    """
+    memory = parts.memory
+    plain = (memory.order[frames] == 0) & (memory.refcount[frames] == 1)
+    plain &= (memory.flags[frames] & (Fl.LRU | Fl.LOCKED | Fl.SWAPCACHE | Fl.POISONED)) == Fl.LRU
+    plain &= ~Mapped(mm, table, entries).in_locked(parts.geometry)
+    alone = Mapped(mm, table, entries[plain])
+    _evict_plain(parts, alone)
+    for head in np.unique(memory.heads(frames[~plain])).tolist():
+        evict_folio(parts, head)
+
+
+def _evict_plain(parts: Parts, mapped: Mapped) -> None:
+    """Let go of small folios, each of which one entry maps and nothing else holds."""
+    memory, bits, frames = parts.memory, mapped.bits(), mapped.frames()
+    lazyfree = (memory.flags[frames] & Fl.SWAPBACKED) == 0
+    clean = (bits & P.DIRTY) == 0
+    memory.flags[frames[lazyfree & ~clean]] |= Fl.SWAPBACKED
+    _unmap(parts, Mapped(mapped.mm, mapped.table, mapped.entries[lazyfree & clean]), None)
+    entries = mapped.entries[~lazyfree]
+    slots = parts.swap.free_slots()[: len(entries)].astype(np.int64)
+    going = Mapped(mapped.mm, mapped.table, entries[: len(slots)])
+    parts.swap.take_many(slots, memory.content[going.frames()])
+    _unmap(parts, going, slots)
+    _count_out(parts, len(slots))
+
+
+def _unmap(parts: Parts, mapped: Mapped, slots: Frames | None) -> None:
+    """Unmap entries, which name `slots` from then on, or nothing."""
+    if not len(mapped.entries):
+        return
+    mm, table = mapped.mm, mapped.table
+    bits = mapped.bits()
+    n = table.bits.shape[1]
+    for row in np.unique(mapped.entries // n).tolist():
+        inside = mapped.entries[mapped.entries // n == row] - row * n
+        unmap_entries(parts, mm, mm.ptes((table.first + row) * parts.geometry.pmd_size, n), inside)
+    if slots is None:
+        mapped.set(np.uint16(0), 0)
+    else:
+        mapped.set(P.SWAP | (bits & P.UFFD_WP), slots)
+        mm.swap_entries += len(slots)
+
+
+def _count_out(parts: Parts, pages: int) -> None:
+    parts.counters.count("pswpout", pages)
+    parts.clock.spend("swap_out", pages)
+
+
+def evict_folio(parts: Parts, head: int) -> bool:
+    """Let go of one folio, whoever maps it; a large one that cannot go as a whole is split and goes page by page.
+
+    Returns:
+        Whether it, or some of it, is gone.
+    """
+    memory, order, size = parts.memory, int(parts.memory.order[head]), parts.memory.size(head)
+    mapped = mappings_of(parts, head, size)
+    if not memory.has(head, Fl.LRU) or memory.has(head, Fl.LOCKED) or unexplained_references(parts, head):
+        return False
+    if (memory.flags[head : head + size] & Fl.POISONED).any():
+        return False
+    if not mapped or any(mapping.in_locked(parts.geometry).any() for mapping in mapped):
+        return False
+    if not memory.has(head, Fl.SWAPBACKED):
+        if any((m.bits() & P.DIRTY).any() for m in mapped):
+            memory.set(head, Fl.SWAPBACKED)
+            return False
+        _unmap_all(parts, mapped, head, None)
+        return True
+    if memory.has(head, Fl.SWAPCACHE):
+        slot: int | None = parts.swap.slot_of(head)
+    else:
+        partial = memory.has(head, Fl.PARTIALLY_MAPPED)
+        slot = None if partial else parts.swap.free_cluster(order)
+        if slot is None and order:
+            return _evict_split(parts, head, size, partial=partial)
+        if slot is None:
+            return False
+        parts.swap.write(head, slot)
+        _count_out(parts, size)
+        if order:
+            parts.counters.count_mthp(order, "swpout")
+        if order == parts.geometry.pmd_order:
+            parts.counters.count("thp_swpout")
+    _unmap_all(parts, mapped, head, slot)
+    return True
+
+
+def _unmap_all(parts: Parts, mapped: list[Mapped], head: int, slot: int | None) -> None:
+    """Unmap a folio everywhere; its pages are at `slot` and behind, or nowhere."""
+    parts.memory.refcount[head] += 1
+    for mapping in mapped:
+        parts.counters.count("thp_split_pmd", mapping.split_pmd())
+        slots = None if slot is None else mapping.frames() - head + slot
+        if slots is not None:
+            np.add.at(parts.swap.count, slots, np.uint16(1))
+        _unmap(parts, mapping, slots)
+    parts.swap.leave_cache(head)
+    parts.memory.put(head)
+
+
+def _evict_split(parts: Parts, head: int, size: int, *, partial: bool) -> bool:
+    order = int(parts.memory.order[head])
+    if not split_folio(parts, head):
+        return False
+    if not partial:
+        parts.counters.count_mthp(order, "swpout_fallback")
+        if order == parts.geometry.pmd_order:
+            parts.counters.count("thp_swpout_fallback")
+    pages = [page for page in range(head, head + size) if parts.memory.flags[page] & Fl.ANON]
+    return sum(evict_folio(parts, page) for page in pages) > 0

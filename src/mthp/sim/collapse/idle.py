@@ -1,0 +1,363 @@
+"""What khugepaged passes over without trying anything, many PMD ranges at once.
+
+Most of what khugepaged looks at it leaves alone: ranges without a page table, ranges that one PMD entry maps already,
+ranges with too many none PTEs. One look (:mod:`mthp.sim.collapse.look`) asks many questions of every entry and of the
+folio behind it. Here the answers for ordinary entries are found in a few passes over whole columns:
+
+- An *ordinary* entry is none, or maps the zero page, or maps a folio that nothing speaks against: on the LRU lists,
+  unlocked, mapped by nobody else, with no reference but those of its mappings, not lazyfree. None but the first two
+  count against a limit. So the scan of a range of ordinary entries ends at the none PTE that is one too many, or
+  passes; where that is, the packed bits of the none PTEs tell.
+- The frames of a range mostly adjoin. So whether its folios are ordinary is asked of the frames between its lowest and
+  its highest, as slices of the frames' columns; only where one of those is not are the range's own frames looked up.
+- A range that passes its scan is idle too if no run in it is full enough for the policy, or none that is not in a
+  large folio already. In the latter khugepaged tries to collapse time and again: it takes a free folio, finds at the
+  first page that the run has one, and gives it back. That leaves nothing behind but counts, which are made here.
+
+Any other range ends the run of idle ones, and is looked at for itself. While events are traced nothing but ranges
+without page tables is passed over, because events have counts that are not made here; nor while the distance of nodes
+matters (zone_reclaim_mode), or that of entries which may be written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.engine.occupancy import Bits, Occupancy, Planes
+from mthp.engine.policy import BUILT_IN
+from mthp.engine.visited import Passage
+from mthp.ptes import Segment
+from mthp.results import BlockOutcome, ScanResult
+from mthp.sim.collapse.fullness import Fullness
+from mthp.sim.collapse.scan import CollapseControl
+from mthp.sim.frames.memory import Fl, Memory
+from mthp.sim.mm import Mm, P, Pmd, SimVma
+from mthp.sim.parts import Parts
+from mthp.sim.trace import ScanPmd
+
+MAX_RANGES = 1024
+"""PMD ranges looked at together at most; the work around the columns is small beside them then."""
+
+SPARSE = 8
+"""Where more than so many frames lie between the lowest and the highest for each entry, they are looked up singly."""
+
+_WANTED = Fl.LRU | Fl.ANON | Fl.SWAPBACKED
+_LOOKED_AT = _WANTED | Fl.LOCKED | Fl.SWAPCACHE
+_ORDINARY = P.PRESENT | P.YOUNG | P.DIRTY | P.WRITE | P.ZERO
+
+
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    """What was found out about some adjoining PMD ranges, from the first on.
+
+    Attributes:
+        idle: bool, shape (ranges,): nothing is tried there.
+        results: int8, shape (ranges,): ScanResult where `idle`.
+        entries: int64, shape (ranges,): entries that the scan looks at where `idle`.
+        scanned: bool, shape (ranges,): it has a page table.
+        passed: bool, shape (ranges,): the scan lets it pass, though nothing in it can be collapsed.
+        tried: by order, which runs it tries in vain: bool, shape (ranges, runs per range).
+    """
+
+    idle: Bits
+    results: NDArray[np.int8]
+    entries: NDArray[np.int64]
+    scanned: Bits
+    passed: Bits
+    tried: dict[int, Bits] = field(default_factory=dict)
+
+
+def pass_over(
+    parts: Parts, mm: Mm, vma: SimVma, stretch: Segment, control: CollapseControl, budget: int, ahead: int
+) -> Passage | None:
+    """Pass over the ranges at the start of `stretch` in which nothing is tried.
+
+    Args:
+        ahead: ranges with page tables that are looked at together; 0 for none of them.
+
+    Returns:
+        What came of them, counted and timed as if one had been looked at after the other; None if something may be
+        tried in the first.
+    """
+    start, end = stretch
+    found = mm.row(start)
+    assert found is not None, f"nothing is mapped at {start:#x}"
+    table, row = found
+    size = parts.geometry.pmd_size
+    rows = min((end - start) // size, budget)
+    pmds = table.pmd[row : row + rows]
+    tables = pmds == Pmd.TABLE
+    leading = int(tables.argmax()) if tables.any() else len(pmds)
+    everything = parts.trace.enabled or parts.knobs.zone_reclaim_mode or parts.kernel.wants_writable
+    if everything or leading >= ahead:
+        seen = _without_tables(pmds[:leading])
+    else:
+        rows = min(len(pmds), ahead)
+        seen = _look(parts, mm, vma, control, (table.pmd, table.bits, table.value), slice(row, row + rows))
+    busy = np.flatnonzero(~seen.idle)
+    count = int(busy[0]) if len(busy) else len(seen.idle)
+    if not count:
+        return None
+    return _passage(parts, mm, seen, count, start, budget)
+
+
+def _passage(parts: Parts, mm: Mm, seen: _Idle, count: int, start: int, budget: int) -> Passage:
+    """Count the first `count` ranges, as far as the budget goes."""
+    # A range that passes its scan ends the visit; the next one, which counts as an entry, goes on behind it.
+    progress = np.cumsum(seen.entries[:count] + seen.passed[:count]) - seen.passed[:count]
+    count = min(count, int(progress.searchsorted(budget)) + 1)
+    results, scanned = seen.results[:count], seen.scanned[:count]
+    exceeded = int(np.count_nonzero(results == ScanResult.EXCEED_NONE_PTE))
+    if exceeded:
+        parts.counters.count("thp_scan_exceed_none_pte", exceeded)
+        parts.counters.count_mthp(parts.geometry.pmd_order, "collapse_exceed_none_pte", exceeded)
+    if scanned.any():
+        parts.clock.spend("scan_range", int(np.count_nonzero(scanned)))
+        parts.clock.spend("scan_pte", int(seen.entries[:count][scanned].sum()))
+    size = parts.geometry.pmd_size
+    addresses = np.arange(start, start + count * size, size, dtype=np.uint64)
+    if parts.trace.enabled:
+        for address, result in zip(addresses.tolist(), results.tolist(), strict=True):
+            parts.trace.emit(ScanPmd(mm.id, address, ScanResult(result), 0, 0, 0))
+    last = ScanResult(int(results[-1]))
+    end, released = start + count * size, bool(seen.passed[count - 1])
+    attempts = _attempts(parts, seen, count, start)
+    return Passage(end, int(progress[count - 1]), addresses, results, last, released, attempts)
+
+
+def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[BlockOutcome, ...]:
+    """The attempts in the first `count` ranges, which begin at `start`: counted, timed, and in order."""
+    geometry, found = parts.geometry, []
+    for order, runs in seen.tried.items():
+        rows, indices = np.nonzero(runs[:count])
+        at = start + (rows * geometry.ptes_per_pmd + (indices << order)) * geometry.page_size
+        parts.count_order(order, "thp_collapse_alloc", "collapse_alloc", len(at))
+        parts.clock.spend("alloc_large", len(at))
+        parts.clock.spend("free_folio", len(at))
+        found += [BlockOutcome(address, order, ScanResult.PTE_MAPPED_HUGEPAGE) for address in at.tolist()]
+    return tuple(sorted(found, key=lambda attempt: (attempt.address, -attempt.order)))
+
+
+def _without_tables(pmds: NDArray[np.uint8]) -> _Idle:
+    """Ranges without page tables, and those that one PMD entry maps: uint8 :class:`Pmd`, shape (ranges,)."""
+    no_table, huge = np.int8(ScanResult.NO_PTE_TABLE), np.int8(ScanResult.PMD_MAPPED)
+    count = len(pmds)
+    results = np.where(pmds == Pmd.HUGE, huge, no_table)
+    scanned, passed = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
+    return _Idle(np.ones(count, np.bool_), results, np.ones(count, np.int64), scanned, passed)
+
+
+def _look(
+    parts: Parts,
+    mm: Mm,
+    vma: SimVma,
+    control: CollapseControl,
+    columns: tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint32]],
+    rows: slice,
+) -> _Idle:
+    """Look at ranges that may have page tables.
+
+    Args:
+        columns: PMD entries, and bits and values of the PTEs, of a table.
+    """
+    pmds = columns[0][rows]
+    seen = _without_tables(pmds)
+    tables = np.flatnonzero(pmds == Pmd.TABLE)
+    limit = _none_limit(vma, control)
+    if not len(tables):
+        return seen
+    if limit is None:
+        seen.idle[tables] = False
+        return seen
+    # Mostly all of them have one, and then these are views.
+    everywhere = len(tables) == len(pmds)
+    bits = columns[1][rows] if everywhere else columns[1][rows][tables]
+    values = columns[2][rows] if everywhere else columns[2][rows][tables]
+    n = bits.shape[1]
+    known = np.bitwise_or.reduce(bits, axis=1)
+    none, young = bits == 0, (known & P.YOUNG) != 0
+    if np.bitwise_or.reduce(known) & P.ZERO:
+        none |= (bits & P.ZERO) != 0
+        young = ((bits & P.YOUNG) != 0) & ~none
+        young = young.any(axis=1)
+    packed = np.packbits(none, axis=1, bitorder="little")
+    counts = np.bitwise_count(packed)
+    total = counts.sum(axis=1, dtype=np.int64)
+    ordinary = ((known & ~_ORDINARY) == 0) & _all_ordinary(parts.memory, values, none)
+    exceeded = total > limit
+    passed = ordinary & ~exceeded & young
+    if passed.any():
+        rows_passed = np.flatnonzero(passed)
+        done, tried = _nothing_to_do(parts, mm, control, ~none[passed], values[passed])
+        passed[rows_passed] = done
+        for order, runs in tried.items():
+            seen.tried[order] = np.zeros((len(pmds), runs.shape[1]), np.bool_)
+            seen.tried[order][tables[rows_passed]] = runs
+    seen.idle[tables] = ordinary & exceeded | passed
+    seen.results[tables] = np.where(exceeded, np.int8(ScanResult.EXCEED_NONE_PTE), np.int8(ScanResult.FAIL))
+    entries: NDArray[np.int64] = np.full(len(tables), n, np.int64)
+    entries[exceeded] = _nth_set(packed[exceeded], counts[exceeded], limit) + 1
+    seen.entries[tables] = entries
+    seen.passed[tables] = passed
+    seen.scanned[tables] = True
+    return seen
+
+
+def _none_limit(vma: SimVma, control: CollapseControl) -> int | None:
+    """None PTEs that the scan lets pass; None where ranges are not scanned as a whole."""
+    policy, rules = control.policy, control.rules
+    limits = policy.scan_limits(rules)
+    if limits is None or policy.scans_each_run:
+        return None
+    return 0 if vma.userfaultfd_armed and policy.scan_honours_uffd(rules) else limits.none
+
+
+def _all_ordinary(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bits:
+    """In which ranges nothing speaks against any folio: bool, shape (ranges,).
+
+    Args:
+        values: uint32, shape (ranges, ptes_per_pmd): frames, 0 where `none`.
+    """
+    # One less, so that 0 becomes more than any frame and does not count for the lowest.
+    lowest = (values - np.uint32(1)).min(axis=1).astype(np.int64) + 1
+    highest = values.max(axis=1).astype(np.int64)
+    mapped = highest > 0
+    if not mapped.any():
+        return np.ones(len(values), np.bool_)
+    first, last = int(lowest[mapped].min()), int(highest.max())
+    if last - first > SPARSE * values.size:
+        return _ordinary_one_by_one(memory, values, none)
+    odd = _odd_frames(memory, first, last + 1)
+    if not len(odd):
+        return np.ones(len(values), np.bool_)
+    between = odd.searchsorted(np.where(mapped, highest + 1, 0)) - odd.searchsorted(np.where(mapped, lowest, 0))
+    ordinary: Bits = np.equal(between, 0)
+    unclear = np.flatnonzero(~ordinary)
+    if len(unclear):
+        ordinary[unclear] = _ordinary_one_by_one(memory, values[unclear], none[unclear])
+    return ordinary
+
+
+def _odd_frames(memory: Memory, first: int, end: int) -> NDArray[np.intp]:
+    """Frames from `first` to `end` that are of no ordinary folio: intp, shape (frames,), ascending."""
+    first = memory.head(first)
+    run = slice(first, end)
+    odd = (memory.flags[run] & _LOOKED_AT) != _WANTED
+    # What is mapped and has one reference is mapped once.
+    odd |= memory.refcount[run] != 1
+    order = memory.order[run]
+    if order.any():
+        # A large folio is judged at its head, and speaks for all its frames.
+        odd &= order == 0
+        large = np.flatnonzero(order)
+        heads = large[(large + first) & ((1 << order[large].astype(np.int64)) - 1) == 0] + first
+        for head in heads[~_ordinary_folios(memory, heads, heads)].tolist():
+            odd[head - first : head - first + memory.size(head)] = True
+    return np.flatnonzero(odd) + first
+
+
+def _ordinary_folios(memory: Memory, pfns: NDArray[np.int64], heads: NDArray[np.int64]) -> Bits:
+    """Whether nothing speaks against the folios of some pages: bool, shape (pages,)."""
+    large = memory.order[pfns] > 0
+    # Of a large folio the first tail frame counts the mappings, the second those of its first address space.
+    mappings = np.where(large, memory.refcount[heads + large], memory.mapcount[pfns])
+    alone = np.where(large, memory.refcount[heads + 2 * large], 1)
+    ordinary: Bits = (memory.flags[heads] & _LOOKED_AT) == _WANTED
+    ordinary &= (memory.refcount[heads] == mappings) & (mappings <= alone)
+    return ordinary
+
+
+def _ordinary_one_by_one(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bits:
+    """The same as :func:`_all_ordinary`, asking the frames that are mapped and no others."""
+    rows, columns = np.nonzero(~none)
+    pfns = values[rows, columns].astype(np.int64)
+    ordinary = _ordinary_folios(memory, pfns, memory.heads(pfns))
+    every: Bits = np.ones(len(values), np.bool_)
+    every[rows[~ordinary]] = False
+    return every
+
+
+def _nothing_to_do(
+    parts: Parts, mm: Mm, control: CollapseControl, pages: Bits, values: NDArray[np.uint32]
+) -> tuple[Bits, dict[int, Bits]]:
+    """In which ranges the policy finds no run to collapse, and which runs it tries there all the same.
+
+    As the walk does: a run that is full enough is tried; if its first page lies in a folio of the order, that is all,
+    and its halves are not looked at unless the policy has failures lead there.
+
+    Args:
+        pages: bool, shape (ranges, ptes_per_pmd): pages that are not the zero page.
+        values: uint32, same shape: their frames.
+
+    Returns:
+        bool, shape (ranges,), all False where the policy asks for more; and by order: bool, shape (ranges, runs).
+    """
+    policy, rules, pmd_order = control.policy, control.rules, parts.geometry.pmd_order
+    nothing: Bits = np.zeros(len(pages), np.bool_)
+    orders = policy.orders_walked(rules)
+    if type(policy) not in BUILT_IN.values() or parts.hook is not None or not orders:
+        return nothing, {}
+    if policy.orders_allocated(rules) != orders:
+        return nothing, {}
+    fullness = Fullness(Occupancy(Planes(pages), parts.geometry), policy, rules)
+    nothing[:] = True
+    reached: Bits = np.ones((len(pages), 1), np.bool_)
+    tried: dict[int, Bits] = {}
+    for order in range(pmd_order, min(orders) - 1, -1):
+        if order in orders:
+            enough = fullness.of(order)
+            runs = reached if enough is None else reached & enough
+            if runs.any():
+                nothing &= ~(runs & ~_can_be_tried_in_vain(parts, mm, order, pages, values)).any(axis=1)
+                if not nothing.any():
+                    return nothing, {}
+                tried[order] = runs
+                reached = reached if policy.halves_after_failure else reached & ~runs
+        if order > min(orders):
+            reached = np.repeat(reached, 2, axis=1)
+    return nothing, {order: runs & nothing[:, None] for order, runs in tried.items()}
+
+
+def _can_be_tried_in_vain(parts: Parts, mm: Mm, order: int, pages: Bits, values: NDArray[np.uint32]) -> Bits:
+    """Which runs begin with a page of a folio of the order, and a folio can be had for the attempt: bool, by run."""
+    memory = parts.memory
+    first: Bits = pages[:, :: 1 << order]
+    if order == parts.geometry.pmd_order or memory.cgroups.room(mm.charge) < 1 << order:
+        return np.zeros_like(first)
+    if not all(any(zone.has(order, low=True) for zone in memory.zonelist([node])) for node in range(memory.nodes)):
+        return np.zeros_like(first)
+    return first & (memory.order[values[:, :: 1 << order]] >= order)
+
+
+def _nth_set(packed: NDArray[np.uint8], counts: NDArray[np.uint8], before: int) -> NDArray[np.int64]:
+    """Where in each row the set bit stands that has `before` set bits in front of it: int64, shape (rows,).
+
+    Args:
+        packed: uint8, shape (rows, bytes): bit i of byte j is position 8 * j + i; each row has enough bits.
+        counts: uint8, the same shape: the set bits of each byte.
+    """
+    if before == 0:
+        at = (packed != 0).argmax(axis=1)
+        left = np.zeros(len(packed), np.int64)
+    else:
+        through = np.cumsum(counts, axis=1, dtype=np.uint16)
+        at = (through > before).argmax(axis=1)
+        rows = np.arange(len(packed))
+        left = before - (through[rows, at].astype(np.int64) - counts[rows, at])
+    positions: NDArray[np.int64] = at * 8 + _NTH_OF_BYTE[packed[np.arange(len(packed)), at], left]
+    return positions
+
+
+def _nth_of_byte() -> NDArray[np.int64]:
+    """Table: the position of the set bit of a byte that has so many set bits in front of it; 0 if there is none."""
+    table = np.zeros((256, 8), np.int64)
+    for byte in range(256):
+        places = [bit for bit in range(8) if byte >> bit & 1]
+        table[byte, : len(places)] = places
+    return table
+
+
+_NTH_OF_BYTE = _nth_of_byte()

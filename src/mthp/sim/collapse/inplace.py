@@ -1,0 +1,65 @@
+"""Splits folios of one address space in place, as mthp does to processes: down to planned orders, or to trim them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.ptes import Block
+from mthp.sim.address_space.advice import madvise
+from mthp.sim.mm import Mm
+from mthp.sim.page_tables.split import split_huge_pages
+from mthp.sim.parts import Parts
+from mthp.trimming import TrimBy, in_use
+
+
+def divide(
+    parts: Parts, mm: Mm, folio: Block, head: int, layout: NDArray[np.int8], calls_ns: list[int]
+) -> list[tuple[int, int]]:
+    """Split a folio until no page lies in a larger folio than `layout` says, the largest parts first.
+
+    Args:
+        folio: the address that its first page is mapped at, and its order.
+        head: its first frame.
+        layout: int8, shape (pages,): the order of the folio that each page is to lie in.
+        calls_ns: gets the simulated nanoseconds of each write.
+
+    Returns:
+        The parts that could not be split: first page in the folio, and order, of each.
+    """
+    page, refused = parts.geometry.page_size, []
+    todo = [(0, folio[1])]
+    while todo:
+        first, order = todo.pop()
+        largest = int(layout[first : first + (1 << order)].max())
+        if largest == order:
+            continue
+        # One page is enough. Linux 6.18 wants a write for each PMD entry that maps the folio.
+        begin = folio[0] + first * page
+        for _ in range(len(parts.mms)):
+            began = parts.clock.now_ns
+            split_huge_pages(parts, f"{mm.id},{begin:#x},{begin + page:#x},{largest}")
+            calls_ns.append(parts.clock.now_ns - began)
+            if parts.memory.order[head + first] <= largest:
+                break
+        else:
+            refused.append((first, order))
+            continue
+        todo += [(part, largest) for part in range(first, first + (1 << order), 1 << largest) if largest]
+    return refused
+
+
+def trim_folio(parts: Parts, mm: Mm, folio: Block, head: int, zero: NDArray[np.bool_], by: TrimBy) -> tuple[int, int]:
+    """Split a folio so that pages of zeroes go back: 0 or an error number, and the simulated nanoseconds that it took.
+
+    Args:
+        folio, head: as for :func:`divide`.
+        zero: which of its pages hold nothing but zeroes, at least one: bool, shape (pages,).
+    """
+    began, error, page = parts.clock.now_ns, 0, parts.geometry.page_size
+    if by == "split":
+        divide(parts, mm, folio, head, in_use(zero, page), [])
+    else:
+        at = folio[0] + int(zero.argmax()) * page
+        error = madvise(parts, mm, at, at + page, "COLD")
+    return error, parts.clock.now_ns - began

@@ -1,0 +1,188 @@
+"""khugepaged and MADV_COLLAPSE of the simulated machine: its address spaces, as the engine goes over them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from mthp.engine.scanner import Scanner
+from mthp.engine.visited import Clock as RestClock
+from mthp.engine.visited import Found, Passage
+from mthp.geometry import Geometry
+from mthp.ptes import Segment
+from mthp.results import ScanResult
+from mthp.sim.clock import Clock
+from mthp.sim.collapse.huge_page import revalidate
+from mthp.sim.collapse.idle import MAX_RANGES, pass_over
+from mthp.sim.collapse.scan import CollapseControl, collapse_range
+from mthp.sim.mm import Mm, SimVma
+from mthp.sim.parts import Parts
+
+
+class SimTime:
+    """The machine's clock, as a khugepaged needs it (:class:`~mthp.engine.visited.Clock`): rests move it on."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def now(self) -> float:
+        return self._clock.now_ns / 1e9
+
+    def sleep(self, seconds: float, wake: threading.Event) -> None:
+        self._clock.wait_ns(round(seconds * 1e9))
+
+
+class Visit:
+    """One address space, as khugepaged visits it."""
+
+    def __init__(self, parts: Parts, mm: Mm) -> None:
+        self._parts = parts
+        self.mm = mm
+        self._idle = 0
+
+    @property
+    def exiting(self) -> bool:
+        return self.mm.exiting
+
+    @property
+    def thp_disabled(self) -> bool:
+        return self.mm.thp_disabled
+
+    def find(self, address: int) -> Found:
+        size, passed = self._parts.geometry.pmd_size, 0
+        vma = self.mm.find_vma(address)
+        while vma is not None:
+            start, end = -(-vma.start // size) * size, vma.end // size * size
+            if address > end or not self._may_collapse(vma):
+                passed += 1
+            else:
+                # A mapping without a whole range counts for nothing, but moves the cursor, too.
+                address = max(address, start)
+                if address < end:
+                    return Found(passed, (address, end))
+            vma = self.mm.find_vma(vma.end)
+        return Found(passed, None)
+
+    def scan(self, stretch: Segment, budget: int) -> Passage:
+        parts, (address, end) = self._parts, stretch
+        vma = self.mm.find_vma(address)
+        assert vma is not None, f"nothing is mapped at {address:#x}"
+        control = CollapseControl.begun(parts, "khugepaged", parts.collapse_orders(self.mm, vma, "khugepaged"))
+        # The more idle ranges came one after another, the more are looked at together; behind a busy one, one alone.
+        ahead = min(MAX_RANGES, 8 * self._idle)
+        if (passed := pass_over(parts, self.mm, vma, (address, end), control, budget, ahead)) is not None:
+            self._idle += len(passed.results)
+            return passed
+        result = collapse_range(parts, self.mm, vma, address, control)
+        in_vain = all(attempt.result is ScanResult.PTE_MAPPED_HUGEPAGE for attempt in control.attempts)
+        self._idle = self._idle + 1 if in_vain and not ahead else 0
+        return Passage(
+            address + parts.geometry.pmd_size,
+            control.progress,
+            np.array([address], np.uint64),
+            np.array([result], np.int8),
+            result,
+            control.lock_dropped,
+            tuple(control.attempts),
+        )
+
+    def _may_collapse(self, vma: SimVma) -> bool:
+        """Return whether an order is enabled for `vma` that the policy walks."""
+        orders = self._parts.collapse_orders(self.mm, vma, "khugepaged")
+        control = CollapseControl.begun(self._parts, "khugepaged", orders)
+        return bool(orders) and bool(control.policy.orders_walked(control.rules))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Khugepaged(Scanner):
+    """The daemon of one machine."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(lambda: parts.tunables, SimTime(parts.clock))
+        self._parts = parts
+
+    def rest_by(self, clock: RestClock) -> None:
+        """Rest by another clock: one that lets others act meanwhile, for example."""
+        self._clock = clock
+
+    @property
+    def mms(self) -> list[Mm]:
+        """The address spaces that are visited, in order."""
+        return [slot.mm for slot in self.slots if isinstance(slot, Visit)]
+
+    def enter(self, mm: Mm, vma: SimVma) -> None:
+        """Visit `mm` from now on, if `vma` may have huge pages (khugepaged_enter_vma)."""
+        if mm not in self.mms and self._parts.fault_orders(mm, vma):
+            self.visit(mm)
+
+    def visit(self, mm: Mm) -> None:
+        """Visit `mm` from now on."""
+        if mm not in self.mms:
+            self.add(Visit(self._parts, mm))
+
+    def exit(self, mm: Mm) -> None:
+        """Visit `mm` no more (khugepaged_exit)."""
+        for slot in self.slots:
+            if isinstance(slot, Visit) and slot.mm is mm:
+                self.remove(slot)
+
+    def _collapsed(self, passage: Passage) -> int:
+        mapped = self._parts.policy.counts_mapped * np.count_nonzero(passage.results == ScanResult.PMD_MAPPED)
+        return super()._collapsed(passage) + int(mapped)
+
+    def count_advised(self, result: ScanResult) -> None:
+        """Count a PMD range that MADV_COLLAPSE went over, if the policy's series does that."""
+        if self._parts.policy.counts_mapped and result in (ScanResult.SUCCEED, ScanResult.PMD_MAPPED):
+            self._count("pages_collapsed", 1)
+
+    def _begin_pass(self) -> None:
+        self._parts.lru.drain()
+
+    def _count(self, name: str, by: int) -> None:
+        super()._count(name, by)
+        self._parts.counters.count(name, by)
+
+
+class Advised:
+    """One address space, as MADV_COLLAPSE goes over it.
+
+    Args:
+        count: called with the result of each PMD range.
+    """
+
+    def __init__(self, parts: Parts, mm: Mm, count: Callable[[ScanResult], None]) -> None:
+        self._parts = parts
+        self._mm = mm
+        self._count = count
+        self._control = CollapseControl.begun(parts, "madvise")
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._parts.geometry
+
+    def find_vma(self, address: int) -> Segment | None:
+        vma = self._mm.find_vma(address)
+        return None if vma is None else (vma.start, vma.end)
+
+    def possible(self, address: int) -> bool:
+        vma = self._mm.find_vma(address)
+        return vma is not None and bool(self._parts.collapse_orders(self._mm, vma, "madvise"))
+
+    def drain(self) -> None:
+        self._parts.lru.drain()
+
+    def revalidate(self, address: int) -> ScanResult:
+        found = revalidate(self._parts, self._mm, address, self.geometry.pmd_order, "madvise")
+        return found if isinstance(found, ScanResult) else ScanResult.SUCCEED
+
+    def collapse_pmd(self, address: int) -> tuple[ScanResult, bool]:
+        vma = self._mm.find_vma(address)
+        assert vma is not None, f"nothing is mapped at {address:#x}"
+        self._control.lock_dropped = False
+        result = collapse_range(self._parts, self._mm, vma, address, self._control)
+        self._count(result)
+        return result, self._control.lock_dropped

@@ -1,0 +1,200 @@
+"""The collapse of one PMD range: scan it, walk over it, try the runs that are full enough.
+
+One function for khugepaged and for MADV_COLLAPSE. It decides nothing about pages: what can be seen and done lies behind
+:class:`RangeTarget`, and the policy says which runs are worth an attempt. Follows collapse_single_pmd(),
+collapse_scan_pmd() and mthp_collapse() of mm/khugepaged.c.
+
+All policies walk alike. The runs of a PMD range are the nodes of a binary tree, and whether one keeps an explicit
+stack of (order, offset) and pushes the halves of what was not collapsed, as the seed does, or counts an offset
+upwards and lets its alignment say which order comes next, as mainline does, the nodes are met in the same order:
+depth first, the left half first. The policies differ in which nodes are full enough, and in what a failed attempt ends.
+Only where each run is scanned for itself, as in Dev Jain's series, the walk is another one, :func:`scan_runs`. If every
+attempt ends as its PTEs foretell, the walk makes the attempts of :class:`~mthp.engine.walk.Walk`, which plans.
+
+The series have bugs. A target keeps them if it is :attr:`~mthp.engine.visited.RangeTarget.as_it_was`, as the
+simulated machine is and a live process is not:
+
+- the seed allocates folios of orders that are not enabled. Its only result for a range without a collapse is FAIL, so
+  that khugepaged does not rest after a failed allocation;
+- Dev Jain's series goes on at any page behind a large folio, aligned or not, even behind the PMD range, and the result
+  of the range is that of the last run alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from mthp.engine.policy import Policy, Rules
+from mthp.results import DONE_THERE, LOWER_ORDERS_MAY_SUCCEED, ScanResult
+from mthp.sim.collapse.fullness import Fullness
+
+
+@dataclass(frozen=True, slots=True)
+class RangeScan:
+    """What the scan of one PMD range saw, or that of one run where each run is scanned for itself.
+
+    Attributes:
+        result: SUCCEED if a collapse may be tried, or why not.
+        fullness: which runs are full enough; None unless `result` is SUCCEED.
+        row: the row that the range has in `fullness`.
+        referenced, none_or_zero, unmapped: entries counted until the scan ended.
+        behind: where the walk goes on after a large folio was hit, if not behind the run.
+    """
+
+    result: ScanResult
+    fullness: Fullness | None = None
+    row: int = 0
+    referenced: int = 0
+    none_or_zero: int = 0
+    unmapped: int = 0
+    behind: int | None = None
+
+
+class RangeTarget(Protocol):
+    """A mapping of an address space, as the collapse of one of its PMD ranges sees it."""
+
+    @property
+    def as_it_was(self) -> bool:
+        """Whether what is a bug of a policy's series is kept (:mod:`mthp.sim.collapse.single_pmd`)."""
+
+    def scan_pmd(self, address: int) -> RangeScan:
+        """Look at the PMD range at `address` (collapse_scan_pmd up to its walk)."""
+
+    def scan_run(self, address: int, order: int) -> RangeScan:
+        """Look at one run under the limits of its order, for policies that scan each run for itself."""
+
+    def collapse_huge_page(self, address: int, order: int, scan: RangeScan) -> ScanResult:
+        """Try to collapse the aligned run at `address` to one folio of `order` (collapse_huge_page)."""
+
+    def scanned(self, address: int, scan: RangeScan, result: ScanResult) -> None:
+        """Take note of what came of the range in the end (mm_khugepaged_scan_pmd)."""
+
+
+_SUCCEED_ALONE = frozenset({ScanResult.SUCCEED})
+
+_NO_TABLE = frozenset({ScanResult.NO_PTE_TABLE, ScanResult.PMD_MAPPED})
+"""Results of a run's scan where there are no PTEs to scan."""
+
+
+def collapse_single_pmd(target: RangeTarget, address: int, policy: Policy, rules: Rules) -> ScanResult:
+    """Collapse what `policy` wants collapsed in the PMD range at `address`.
+
+    Args:
+        rules: the orders enabled for the mapping, the trigger and the limits.
+
+    Returns:
+        SUCCEED if anything was collapsed, else the scan's hindrance, or the last attempt's.
+    """
+    scan = target.scan_pmd(address)
+    result = scan.result
+    if result is ScanResult.SUCCEED:
+        if policy.scans_each_run:
+            scan, result = scan_runs(target, address, scan, policy, rules)
+        else:
+            result = mthp_collapse(target, address, scan, policy, rules)
+    target.scanned(address, scan, result)
+    return result
+
+
+def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Policy, rules: Rules) -> ScanResult:
+    """Walk over a scanned PMD range and try the runs that are full enough, the larger before the smaller.
+
+    At an offset the orders are tried downwards; behind a run that was collapsed, or that has a large folio already, or
+    at which the smallest order failed, the walk goes on with the largest order that the new offset's alignment allows.
+    """
+    assert scan.fullness is not None, "only a range that passed the scan is walked"
+    geometry = rules.geometry
+    done_there = _SUCCEED_ALONE if policy.halves_after_failure else DONE_THERE
+    orders = policy.orders_allocated(rules) if target.as_it_was else policy.orders_walked(rules)
+    highest = [next((order for order in orders if order <= most), None) for most in range(geometry.pmd_order + 1)]
+    last, collapsed, alloc_failed = ScanResult.FAIL, False, False
+    offset, order = 0, highest[-1]
+    while order is not None and offset < geometry.ptes_per_pmd:
+        result = None
+        if scan.fullness.enough(order, scan.row, offset >> order):
+            at = address + offset * geometry.page_size
+            result = target.collapse_huge_page(at, order, scan)
+            collapsed |= result is ScanResult.SUCCEED
+            alloc_failed |= result is ScanResult.ALLOC_HUGE_PAGE_FAIL
+            last = last if result in done_there else result
+            if result not in done_there and not _goes_on(result, order, policy, rules):
+                break
+        if result not in done_there and (lower := highest[order - 1]) is not None:
+            order = lower
+        else:
+            # Every offset is a multiple of the smallest order, so one of the orders fits there.
+            offset += 1 << order
+            order = highest[min(_alignment(offset), geometry.pmd_order)]
+    if collapsed:
+        return ScanResult.SUCCEED
+    if target.as_it_was and policy.halves_after_failure:
+        return ScanResult.FAIL
+    return ScanResult.ALLOC_HUGE_PAGE_FAIL if alloc_failed else last
+
+
+def scan_runs(
+    target: RangeTarget, address: int, scan: RangeScan, policy: Policy, rules: Rules
+) -> tuple[RangeScan, ScanResult]:
+    """Scan a run and try to collapse it, run after run (hpage_collapse_scan_ptes of Dev Jain's series).
+
+    It begins with the largest order. An order that fails is not tried again, and when none is left, the rest of the
+    range is given up. Behind a run that was collapsed or skipped it goes on with the order that the address is aligned
+    to if that is left, else with the largest that is left. An attempt that reaches the range's end is the last.
+
+    Returns:
+        The scan of the last run, and the result of the range.
+    """
+    page, left = rules.geometry.page_size, list(policy.orders_walked(rules))
+    last, collapsed, alloc_failed = ScanResult.FAIL, False, False
+    at, end, whole = address, address + rules.geometry.pmd_size, scan
+    order = left[0] if left else None
+    while order is not None and (target.as_it_was or at < end):
+        behind, result = at + (page << order), None
+        if _full(whole, order, (at - address) // page):
+            scan = target.scan_run(at, order)
+            last = result = scan.result
+            if result in _NO_TABLE:
+                break
+            if result is ScanResult.SUCCEED:
+                last = result = target.collapse_huge_page(at, order, scan)
+                collapsed |= result is ScanResult.SUCCEED
+                alloc_failed |= result is ScanResult.ALLOC_HUGE_PAGE_FAIL
+                if behind == end:
+                    break
+        if result in DONE_THERE:
+            at = behind if scan.behind is None else scan.behind
+            order = aligned if (aligned := _alignment(at // page)) in left else left[0]
+        else:
+            left = [other for other in left if other != order]
+            order = left[0] if left else None
+    if target.as_it_was:
+        return scan, last
+    return scan, ScanResult.SUCCEED if collapsed else ScanResult.ALLOC_HUGE_PAGE_FAIL if alloc_failed else last
+
+
+def _full(scan: RangeScan, order: int, offset: int) -> bool:
+    """Whether the run of `order` at `offset` is full enough.
+
+    Runs that are not aligned belong to a series that does not ask.
+
+    Args:
+        scan: of the PMD range.
+    """
+    fullness = scan.fullness
+    assert fullness is not None, "only a range that passed the scan is walked"
+    return fullness.of(order) is None or fullness.enough(order, scan.row, offset >> order)
+
+
+def _goes_on(result: ScanResult, order: int, policy: Policy, rules: Rules) -> bool:
+    """Whether an attempt that failed leaves the rest of the PMD range to be tried."""
+    if policy.halves_after_failure:
+        return True
+    if result is ScanResult.FAIL:
+        return order < rules.geometry.pmd_order or not policy.fail_ends_range
+    return result in LOWER_ORDERS_MAY_SUCCEED
+
+
+def _alignment(offset: int) -> int:
+    """The largest order to which an offset above 0 is aligned."""
+    return (offset & -offset).bit_length() - 1

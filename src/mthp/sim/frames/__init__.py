@@ -1,0 +1,1 @@
+"""Physical memory: frames and folios, the buddy allocator, the LRU lists' entrance, swap, and memory cgroups."""

@@ -1,0 +1,91 @@
+"""The LRU lists' entrance: pages wait in a batch of their CPU before they get on a list.
+
+This batch explains most of what looks erratic in a real khugepaged. A folio that is put on the LRU lists is first
+queued in ``cpu_fbatches.lru_add`` (mm/swap.c), and the batch holds a reference of it until it is emptied: when it
+is full, when a large folio is queued (those never wait), or by lru_add_drain(). An attempt to collapse that failed
+puts back what it had isolated, so the pages come to lie in the batch, have a reference more than their mappings
+explain, and fail the next attempt with PAGE_COUNT.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mthp.sim.frames.buddy import Frames
+from mthp.sim.frames.memory import Fl, Memory
+
+BATCH_SIZE = 31
+"""Folios that a batch holds (FOLIO_BATCH_SIZE, include/linux/folio_batch.h)."""
+
+
+class LruAddBatch:
+    """The lru_add batch of the one CPU on which the machine runs."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._waiting: list[int] = []
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Heads of the folios in the batch, in the order in which they came."""
+        return tuple(self._waiting)
+
+    def add(self, head: int) -> None:
+        """Queue a folio (folio_add_lru); a large one empties the batch at once."""
+        self._memory.refcount[head] += 1
+        self._waiting.append(head)
+        if len(self._waiting) >= BATCH_SIZE or self._memory.order[head]:
+            self.drain()
+
+    def add_small(self, pfns: Frames) -> None:
+        """Queue folios of order 0, one after another.
+
+        Args:
+            pfns: int64, shape (pages,), each once.
+        """
+        through = (len(self._waiting) + len(pfns)) // BATCH_SIZE * BATCH_SIZE
+        if through:
+            # The batch is filled and emptied again and again: all but what is left at the end just pass through it.
+            passing = through - len(self._waiting)
+            self.drain()
+            self._memory.flags[pfns[:passing]] |= Fl.LRU
+            pfns = pfns[passing:]
+        self._memory.refcount[pfns] += 1
+        self._waiting += pfns.tolist()
+
+    def add_large(self, heads: Frames) -> None:
+        """Queue large folios, one after another, which empties the batch and does not fill it.
+
+        Args:
+            heads: int64, shape (folios,), each once.
+        """
+        self.drain()
+        self._memory.flags[heads] |= Fl.LRU
+
+    def drain(self) -> None:
+        """Empty the batch (lru_add_drain): its folios get on their lists, or are freed."""
+        if not self._waiting:
+            return
+        memory = self._memory
+        heads = np.array(self._waiting, np.int64)
+        self._waiting.clear()
+        memory.flags[heads] |= Fl.LRU
+        large = memory.order[heads] > 0
+        memory.put_small(heads[~large])
+        for head in heads[large].tolist():
+            memory.put(head)
+
+    def isolate(self, heads: Frames) -> None:
+        """Take folios off their lists, with a reference (folio_isolate_lru). All must be on one."""
+        self._memory.flags[heads] &= ~Fl.LRU
+        self._memory.refcount[heads] += 1
+
+    def putback_small(self, pfns: Frames) -> None:
+        """Undo :meth:`isolate` for folios of order 0, in this order (folio_putback_lru)."""
+        self.add_small(pfns)
+        self._memory.put_small(pfns)
+
+    def putback(self, head: int) -> None:
+        """Undo :meth:`isolate` for one folio."""
+        self.add(head)
+        self._memory.put(head)

@@ -1,0 +1,321 @@
+"""Physical memory: one column per property of a frame, and folios over them.
+
+A folio of order k is 2**k frames, aligned to that number, so that its first frame, the *head*, follows from any
+frame and the order that is noted there. What belongs to the folio as a whole is kept at its head. The kernel keeps
+some of it in the ``struct page`` of tail pages, which need no reference count of their own (``struct folio``,
+include/linux/mm_types.h); here too:
+
+========  ==========================================================================================================
+frame     ``refcount`` holds
+========  ==========================================================================================================
+head      the folio's references
+head + 1  how many PTEs map the folio, in all address spaces together (``_large_mapcount``)
+head + 2  how many of them belong to the address space that head + 3 names first (``_mm_id_mapcount[0]``)
+head + 3  the numbers of two address spaces that map it (``_mm_ids``): the first in the low 16 bits, the second
+          above; ``MANY_MMS`` there says that a third one came and was not noted
+========  ==========================================================================================================
+
+A page mapped through a PMD entry counts as if it had a PTE. Sizes are in frames, frame numbers are called pfn.
+A frame costs 17 bytes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.errors import UsageError
+from mthp.geometry import Geometry
+from mthp.sim.counters import Counters
+from mthp.sim.frames.buddy import Frames, Zone, runs_of
+from mthp.sim.frames.cgroups import ROOT, Cgroups
+
+MAX_PAGE_ORDER = 10
+"""Order of the largest block of the allocator, unless the PMD order is larger (ARCH_FORCE_MAX_ORDER)."""
+
+MANY_MMS = 0x7FFF
+"""In place of the second address space of a large folio: there are more of them."""
+
+LOWMEM_RESERVE_RATIO = 256
+"""One frame of a lower zone is kept for each so many of the zones above it (sysctl_lowmem_reserve_ratio)."""
+
+
+ZERO_CONTENT = 0
+"""Content of memory that was cleared and never written."""
+
+
+class Fl:
+    """Bits of the `flags` column, a uint16 per frame; all but ALLOCATED and POISONED at the head only.
+
+    Plain numbers, since the flags of an enum cost a microsecond each time two are joined.
+    """
+
+    ALLOCATED = np.uint16(1 << 0)
+    LRU = np.uint16(1 << 1)
+    """On an LRU list (PG_lru); clear while isolated or in a CPU's batch."""
+    LOCKED = np.uint16(1 << 2)
+    REFERENCED = np.uint16(1 << 3)
+    ACTIVE = np.uint16(1 << 4)
+    ANON = np.uint16(1 << 5)
+    SWAPBACKED = np.uint16(1 << 6)
+    """Must be written to swap before it is dropped; clear for lazyfree memory."""
+    SWAPCACHE = np.uint16(1 << 7)
+    DIRTY = np.uint16(1 << 8)
+    UPTODATE = np.uint16(1 << 9)
+    MLOCKED = np.uint16(1 << 10)
+    POISONED = np.uint16(1 << 11)
+    PARTIALLY_MAPPED = np.uint16(1 << 12)
+    """Large, and on the list of folios to be split for that (folio_test_partially_mapped)."""
+    YOUNG = np.uint16(1 << 13)
+    """Idle tracking's bit (folio_test_young)."""
+    OWNED = np.uint16(1 << 14)
+    """The kernel's own: held with one reference by a driver, by the kernel itself or by the page cache."""
+
+
+class Memory:
+    """The frames of all nodes.
+
+    Args:
+        node_frames: frames of each node; rounded up to whole blocks of the largest order.
+        distances: of every node to every node; by default 10 to itself and 20 to the others.
+        low_frames: of the first node, how many lie in the zone DMA32, below the others; rounded up alike.
+
+    Attributes:
+        zones: in order of address.
+        nodes: how many.
+        distances: int64, shape (nodes, nodes).
+        deferred: heads of the folios that are split when memory is short, in the order in which they came there.
+        cache: frames of the page cache, the oldest first; nobody maps them.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        node_frames: Sequence[int],
+        counters: Counters,
+        distances: Sequence[Sequence[int]] | None = None,
+        low_frames: int = 0,
+    ) -> None:
+        if not node_frames or min(node_frames) < 1:
+            raise UsageError(f"nodes of {list(node_frames)} frames: at least one node with one frame is needed")
+        number = len(node_frames)
+        near = np.where(np.eye(number, dtype=np.bool_), 10, 20) if distances is None else np.array(distances)
+        if near.shape != (number, number) or (near.diagonal() != 10).any() or (near < 10).any():
+            raise UsageError(f"node distances {near.tolist()} are not a square of {number} with 10 on its diagonal")
+        self.distances: NDArray[np.int64] = near.astype(np.int64)
+        self.geometry = geometry
+        self.max_order = max(MAX_PAGE_ORDER, geometry.pmd_order)
+        block = 1 << self.max_order
+        if not 0 <= low_frames <= node_frames[0]:
+            raise UsageError(f"{low_frames} low frames are not a part of the {node_frames[0]} of the first node")
+        self.zones: list[Zone] = []
+        start = block  # Frame 0 is nobody's, so that pfn 0 can stand for "no page".
+        for node, frames in enumerate(node_frames):
+            low = low_frames if node == 0 else 0
+            for name, count in (("DMA32", low), ("Normal", frames - low)):
+                if count:
+                    self.zones.append(Zone(start, -(-count // block) * block, self.max_order, node, name))
+                    start = self.zones[-1].end
+        self.nodes = len(node_frames)
+        if low_frames and self.zones[1:] and self.zones[1].node == 0:
+            self.zones[0].reserve = self.zones[1].frames // LOWMEM_RESERVE_RATIO
+        self._counters = counters
+        self._ends: Frames = np.array([zone.end for zone in self.zones], np.int64)
+        self._zonelist = self.zonelist(range(self.nodes))
+        self._zone_nodes: NDArray[np.intp] = np.array([zone.node for zone in self.zones], np.intp)
+        self.flags: NDArray[np.uint16] = np.zeros(start, np.uint16)
+        self.order: NDArray[np.uint8] = np.zeros(start, np.uint8)
+        self.refcount: NDArray[np.int32] = np.zeros(start, np.int32)
+        self.mapcount: NDArray[np.int32] = np.zeros(start, np.int32)
+        self.content: NDArray[np.uint32] = np.zeros(start, np.uint32)
+        self.cgroup: NDArray[np.uint16] = np.zeros(start, np.uint16)
+        self.cgroups = Cgroups()
+        self.deferred: dict[int, None] = {}
+        self.cache: dict[int, None] = {}
+
+    def nodes_of(self, pfns: Frames) -> NDArray[np.intp]:
+        """The node of each frame: intp, shape of `pfns`."""
+        return self._zone_nodes[np.searchsorted(self._ends, pfns, side="right")]
+
+    def zonelist(self, nodes: Sequence[int] = ()) -> list[Zone]:
+        """The zones in the order in which they are asked: node by node, of each the highest first.
+
+        Args:
+            nodes: no others are asked; by default all.
+        """
+        if not len(nodes):
+            return self._zonelist
+        return [zone for node in nodes for zone in reversed(self.zones) if zone.node == node]
+
+    def heads(self, pfns: Frames) -> Frames:
+        """The heads of the folios that frames lie in: int64, shape of `pfns`."""
+        sizes: Frames = np.left_shift(np.int64(1), self.order[pfns].astype(np.int64))
+        return pfns & -sizes
+
+    def head(self, pfn: int) -> int:
+        """The head of the folio that a frame lies in."""
+        return pfn & -(1 << int(self.order[pfn]))
+
+    def size(self, head: int) -> int:
+        """Frames of a folio."""
+        return 1 << int(self.order[head])
+
+    def has(self, head: int, flag: np.uint16) -> bool:
+        """Whether a folio has a flag."""
+        return bool(self.flags[head] & flag)
+
+    def has_lazyfree(self) -> bool:
+        """Whether there is an anonymous folio on the lists that need not be written anywhere before it is dropped."""
+        wanted = Fl.LRU | Fl.ANON
+        return bool(((self.flags & (wanted | Fl.SWAPBACKED)) == wanted).any())
+
+    def set(self, head: int, flag: np.uint16) -> None:
+        """Set a flag of a folio."""
+        self.flags[head] |= flag
+
+    def clear(self, head: int, flag: np.uint16) -> None:
+        """Clear a flag of a folio."""
+        self.flags[head] &= ~flag
+
+    @property
+    def free_frames(self) -> int:
+        """Free frames of all nodes."""
+        return sum(zone.free_frames for zone in self.zones)
+
+    def alloc(self, order: int, nodes: Sequence[int] = (), *, low: bool = False) -> int | None:
+        """A new folio with one reference, and nothing in it; None if no node has a block.
+
+        Args:
+            low: leave what lies below the ``low`` watermark, too.
+        """
+        for zone in self.zonelist(nodes):
+            if (head := zone.alloc(order, low=low)) is not None:
+                self._prepare(head, order)
+                return head
+        return None
+
+    def alloc_many(self, order: int, count: int) -> Frames:
+        """New folios of one order, each with one reference, and nothing in them, from above the ``low`` watermark.
+
+        Returns:
+            int64, shape (folios,): their heads; fewer than `count` where memory ran out.
+        """
+        if not order:
+            return self.alloc_small(count, low=True)
+        taken: list[int] = []
+        for zone in self.zonelist():
+            while len(taken) < count and (head := zone.alloc(order, low=True)) is not None:
+                taken.append(head)
+        heads = np.array(taken, np.int64)
+        frames = heads[:, None] + np.arange(1 << order)
+        self.flags[frames] = Fl.ALLOCATED
+        self.order[frames] = order
+        self.refcount[frames] = 0
+        self.refcount[heads] = 1
+        self.mapcount[frames] = 0
+        self.content[frames] = ZERO_CONTENT
+        self.cgroup[heads] = ROOT
+        return heads
+
+    def alloc_small(self, count: int, nodes: Sequence[int] = (), *, low: bool = False) -> Frames:
+        """New folios of order 0, each with one reference, contiguous as far as memory is.
+
+        Args:
+            low: leave what lies below the ``low`` watermark, too.
+
+        Returns:
+            int64, shape (pages,): their frames; fewer than `count` where memory ran out.
+        """
+        taken: list[tuple[int, int]] = []
+        for zone in self.zonelist(nodes):
+            taken += zone.alloc_pages(count - sum(length for _, length in taken), low=low)
+        for start, length in taken:
+            run = slice(start, start + length)
+            self.flags[run] = Fl.ALLOCATED
+            self.refcount[run] = 1
+            self.mapcount[run] = 0
+            self.content[run] = ZERO_CONTENT
+            self.cgroup[run] = ROOT
+        ranges = [np.arange(start, start + length) for start, length in taken]
+        return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+    def own(self, pfns: Frames, *flags: np.uint16) -> None:
+        """Give frames that were taken from a zone to the kernel itself, with one reference each.
+
+        Args:
+            pfns: int64, shape (pages,).
+            flags: that they get, beside ALLOCATED and OWNED.
+        """
+        self.flags[pfns] = Fl.ALLOCATED | Fl.OWNED
+        for flag in flags:
+            self.flags[pfns] |= flag
+        self.order[pfns] = 0
+        self.refcount[pfns] = 1
+        self.mapcount[pfns] = 0
+        self.content[pfns] = ZERO_CONTENT
+        self.cgroup[pfns] = ROOT
+
+    def charge(self, head: int, cgroup: int) -> bool:
+        """Charge a new folio to a memory cgroup (mem_cgroup_charge); False if that is at its limit."""
+        if not self.cgroups.try_charge(cgroup, self.size(head)):
+            return False
+        self.cgroup[head] = cgroup
+        return True
+
+    def _prepare(self, head: int, order: int) -> None:
+        run = slice(head, head + (1 << order))
+        self.flags[run] = Fl.ALLOCATED
+        self.order[run] = order
+        self.refcount[run] = 0
+        self.refcount[head] = 1
+        self.mapcount[run] = 0
+        self.content[run] = ZERO_CONTENT
+        self.cgroup[head] = ROOT
+
+    def put(self, head: int, references: int = 1) -> None:
+        """Drop references of a folio, and free it with the last (folio_put_refs)."""
+        left = int(self.refcount[head]) - references
+        assert left >= 0, f"folio {head} has {left} references"
+        self.refcount[head] = left
+        if left == 0:
+            self._free(head)
+
+    def put_small(self, pfns: Frames) -> None:
+        """Drop one reference of each of some folios of order 0, and free those that had no other.
+
+        Args:
+            pfns: int64, shape (pages,), each once.
+        """
+        self.refcount[pfns] -= 1
+        freed = np.sort(pfns[self.refcount[pfns] == 0])
+        self.flags[freed] = 0
+        self.cgroups.uncharge(self.cgroup[freed])
+        for start, length in runs_of(freed):
+            self.zone_of(start).free_range(start, length)
+
+    def zone_of(self, pfn: int) -> Zone:
+        """The zone that a frame lies in."""
+        return self.zones[int(np.searchsorted(self._ends, pfn, side="right"))]
+
+    def _free(self, head: int) -> None:
+        order = int(self.order[head])
+        flags = self.flags[head]
+        assert not flags & (Fl.SWAPCACHE | Fl.LOCKED), f"folio {head} is freed with flags {flags:#x}"
+        if order and flags & Fl.ANON:
+            self._counters.count_mthp(order, "nr_anon", -1)
+            if flags & Fl.PARTIALLY_MAPPED:
+                self._counters.count_mthp(order, "nr_anon_partially_mapped", -1)
+        self.cgroups.uncharge(self.cgroup[head : head + 1], 1 << order)
+        self.deferred.pop(head, None)
+        self.give_back(head, order)
+
+    def give_back(self, head: int, order: int) -> None:
+        """Make the frames of a block free, whatever is in them."""
+        run = slice(head, head + (1 << order))
+        self.flags[run] = 0
+        self.order[run] = 0
+        self.refcount[run] = 0
+        self.mapcount[run] = 0
+        self.zone_of(head).free(head, order)

@@ -1,0 +1,1 @@
+"""Golden cases: what real kernels were recorded doing, read, staged and replayed."""

@@ -1,0 +1,390 @@
+"""Golden cases: what a real kernel was recorded doing, as one JSON object a line, read and checked.
+
+A case is one PMD range of one mapping, before and after up to three passes. What it must have is in :data:`REQUIRED`;
+the rest is optional, and what is not known here is passed over. A field that cannot be is refused with the name of the
+case and of the field, so that nothing behind this module meets a surprise.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.bounded import Bound, parse_json, read_small
+from mthp.errors import UsageError
+from mthp.geometry import X86_64, Geometry, geometry_named
+from mthp.sim.golden.calls import CALLS, Call, call_of
+from mthp.tunables import LIMITS, Tunables
+
+REQUIRED = ("id", "trigger", "orders_enabled", *LIMITS, "before", "after")
+
+TRIGGERS = ("khugepaged", "madvise", "split", "trim")
+"""``split`` and ``trim`` make the calls that the case lists (:mod:`mthp.sim.golden.calls`)."""
+
+NEWEST = "7.3"
+"""The kernel of a case that names none."""
+
+NO_PAGE = frozenset({"none", "zero", "guard", "uffd_zero", "uffd_marker"})
+SWAPPED = frozenset({"swap", "swap_shared", "uffd_swap"})
+LARGE = frozenset({"large", "large_shared"})
+SMALL = frozenset(
+    {"anon", "shared", "swapcache", "swapped_back", "cold", "lazyfree", "lazyfree_dirty", "mlocked", "pinned", "uffdwp"}
+)
+KINDS = NO_PAGE | SWAPPED | SMALL | LARGE
+"""What an entry of the page table may be; a kind of :data:`LARGE` has the folio's order behind a colon."""
+
+_LETTERS = {"cold": "", "lazyfree": "lr", "lazyfree_dirty": "lr", "mlocked": "mr"}
+"""What is seen of pages of a kind where the case does not say; ``r`` of all others (MGLRU marks what is faulted)."""
+
+VMA_WORDS = ("uffd_wp_registered", "uffd_missing_registered", "mlocked", "droppable")
+
+MAX_SLOT = 1 << 22
+"""Largest swap slot of a case; a device has room for all up to the largest that is named."""
+
+FILE_BYTES = Bound(1 << 28, "bytes of golden cases")
+"""Also when inflated; the largest of the recorded files has 20 MiB."""
+
+LINES = Bound(1 << 17, "lines of golden cases")
+"""The largest of the recorded files has 3 924."""
+
+CASE_BYTES = Bound(1 << 20, "bytes of one golden case")
+"""The largest that was recorded has 124 KiB."""
+
+PASSES = Bound(16, "passes of one golden case")
+"""Three are recorded. Each is simulated."""
+
+Runs = list[list[Any]]
+
+
+def runs_of(values: Iterable[Any]) -> Runs:
+    """Run lengths: [value, count] of equal neighbours."""
+    return [[value, len(list(group))] for value, group in groupby(values)]
+
+
+def expanded(runs: Runs) -> list[Any]:
+    """Values, from run lengths."""
+    return [value for value, count in runs for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What was recorded of a full scan, or of a call of MADV_COLLAPSE.
+
+    Attributes:
+        orders: run lengths of what pagemap and kpageflags showed afterwards.
+        seen: all else that it is to be compared with, by name.
+    """
+
+    orders: Runs
+    seen: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A golden case.
+
+    Attributes:
+        release: major and minor number of the kernel.
+        series: what it was built with, if it is no release; the rules are the series' then (:mod:`mthp.sim.kernel`).
+        setup: how its pages came to be: the word of :data:`SETUPS`; ``""`` if the case does not say.
+        forced: MADV_COLLAPSE was called; otherwise khugepaged scanned.
+        orders: enabled.
+        tunables: with the case's limits.
+        vma: words of the mapping.
+        kinds: str, shape (ptes_per_pmd,): what each entry is.
+        folio_orders: int, same shape: of the large folio that it is a part of.
+        letters: the letters of what was seen of each page.
+        slots: int64, same shape: the swap slot of each entry that has one, else 0.
+        intact: the contents were found to be what was written.
+        calls: what the passes do; empty where each is a scan, or MADV_COLLAPSE.
+    """
+
+    id: str
+    release: tuple[int, int]
+    series: str | None
+    setup: str
+    geometry: Geometry
+    forced: bool
+    orders: tuple[int, ...]
+    tunables: Tunables
+    vma: tuple[str, ...]
+    kinds: NDArray[np.str_]
+    folio_orders: NDArray[np.int64]
+    letters: list[str]
+    slots: NDArray[np.int64]
+    intact: bool
+    passes: tuple[Pass, ...]
+    calls: tuple[Call, ...] = ()
+
+    def seen(self, letter: str) -> NDArray[np.bool_]:
+        """Which entries were seen with a letter: bool, shape (ptes_per_pmd,)."""
+        return np.array([letter in letters for letters in self.letters], np.bool_)
+
+
+EVENT_WORDS = {"isolate": 6, "collapse": 4, "swapin": 5}
+"""The events of a pass, and how many words each has (tests/golden/README.md)."""
+
+
+def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a golden file: one a line, compressed if the name ends in ``.gz``.
+
+    Raises:
+        UsageError: as :func:`case_lines`.
+    """
+    return map(parse_case, case_lines(path))
+
+
+def case_lines(path: str | Path) -> list[bytes]:
+    """The lines of a golden file that hold a case, each checked to have what every case has.
+
+    Raises:
+        UsageError: it cannot be read, is too large, or a line has not what every case has.
+    """
+    path = Path(path)
+    data = io.BytesIO(read_small(path, FILE_BYTES))
+    lines: list[bytes] = []
+    number = total = 0
+    try:
+        with gzip.GzipFile(fileobj=data) if path.suffix == ".gz" else data as file:
+            while line := file.readline(CASE_BYTES.now + 1):
+                number += 1
+                LINES.check(number)
+                total += len(line)
+                CASE_BYTES.check(len(line))
+                FILE_BYTES.check(total)
+                if line.strip():
+                    parse_case(line)
+                    lines.append(line)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        what, hint = getattr(error, "strerror", None) or str(error), getattr(error, "help", "")
+        # A line that was read is at fault, or the next could not be read.
+        number += not isinstance(error, UsageError)
+        raise UsageError(f"{path} cannot be replayed: line {number}: {what}", help=hint or _HOW) from error
+    return lines
+
+
+_HOW = "give a file of golden cases: JSON lines, compressed if the name ends in .gz"
+
+
+def parse_case(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line, which has what every case has.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    return _with_all_keys(parse_json(line, size=CASE_BYTES))
+
+
+def _with_all_keys(case: Any) -> dict[str, Any]:
+    """The case, if it has what every case has.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if not isinstance(case, dict):
+        raise UsageError("not a JSON object")
+    if missing := [key for key in REQUIRED if key not in case]:
+        raise UsageError(f"a case without {', '.join(missing)}")
+    return case
+
+
+def case_of(raw: dict[str, Any]) -> Case:
+    """A case, checked.
+
+    Raises:
+        UsageError: something in it cannot be; the message names the case and the field.
+    """
+    try:
+        return _case(raw)
+    except UsageError as error:
+        raise UsageError(f"case {str(raw.get('id'))[:60]}: {error.message}", help=error.help) from error
+
+
+def _case(raw: dict[str, Any]) -> Case:
+    geometry = geometry_named(str(raw["geometry"])) if raw.get("geometry") is not None else X86_64
+    n = geometry.ptes_per_pmd
+    states = [_word(raw, "before", state) for state in _expanded(raw, "before", n)]
+    kinds, orders = zip(*(_kind(state, geometry.pmd_order) for state in states), strict=True)
+    vma = _words(raw, "vma", VMA_WORDS)
+    if raw.get("before_flags") is not None:
+        letters = [_word(raw, "before_flags", value) for value in _expanded(raw, "before_flags", n)]
+    else:
+        letters = [_LETTERS.get(kind, "r") + ("l" if "droppable" in vma else "") for kind in kinds]
+    trigger = raw["trigger"]
+    if trigger not in TRIGGERS:
+        raise _wrong("trigger", trigger, f"use {' or '.join(TRIGGERS)}")
+    return Case(
+        id=str(raw["id"]),
+        release=_release(raw.get("kernel", NEWEST)),
+        series=None if raw.get("series") is None else _word(raw, "series", raw["series"]),
+        setup=raw["setup"] if isinstance(raw.get("setup"), str) else "",
+        geometry=geometry,
+        forced=trigger == "madvise",
+        orders=tuple(
+            geometry.check_order(_number(raw, "orders_enabled", order)) for order in _list(raw, "orders_enabled")
+        ),
+        tunables=Tunables.defaults(geometry).replaced(
+            geometry, **{name: _number(raw, name, raw[name]) for name in LIMITS}
+        ),
+        vma=vma,
+        kinds=np.array(kinds),
+        folio_orders=np.array(orders, np.int64),
+        letters=letters,
+        slots=_slots(raw, np.array(kinds)),
+        intact=raw.get("data_intact") is not False,
+        passes=(passes := _passes(raw, n)),
+        calls=_calls(raw, n, len(passes)) if trigger in ("split", "trim") else (),
+    )
+
+
+def _wrong(key: str, value: Any, help: str = "") -> UsageError:
+    text = repr(value)
+    return UsageError(f"{key}: {text if len(text) < 60 else text[:57] + '...'} cannot be", help=help)
+
+
+def _list(raw: dict[str, Any], key: str) -> list[Any]:
+    """An optional list."""
+    value = raw.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise _wrong(key, value, "it is a list")
+    return value
+
+
+def _number(raw: dict[str, Any], key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong(key, value, "it is a whole number")
+    return value
+
+
+def _word(raw: dict[str, Any], key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong(key, value, "it is a word")
+    return value
+
+
+def _words(raw: dict[str, Any], key: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    words = tuple(_list(raw, key))
+    if unknown := [word for word in words if word not in known]:
+        raise _wrong(key, unknown[0], f"use {', '.join(known)}")
+    return words
+
+
+def _release(kernel: Any) -> tuple[int, int]:
+    """Major and minor number of a kernel's release."""
+    numbers = str(kernel).split(".")[:2]
+    if len(numbers) != 2 or not all(re.fullmatch("[0-9]{1,4}", number) for number in numbers):
+        raise _wrong("kernel", kernel, "use two or three numbers: 7.3.4")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _runs(raw: dict[str, Any], key: str) -> Runs:
+    """Run lengths, as they are written: [value, count] each."""
+    runs = _list(raw, key)
+    for run in runs:
+        if not isinstance(run, list) or len(run) != 2 or not isinstance(run[1], int) or run[1] < 1:
+            raise _wrong(key, run, "it is a list of [value, count]")
+    return runs
+
+
+def _expanded(raw: dict[str, Any], key: str, size: int) -> list[Any]:
+    """Run lengths, one value for each entry of a PMD range."""
+    runs = _runs(raw, key)
+    if (entries := sum(count for _, count in runs)) != size:
+        raise UsageError(f"{key} has {entries} entries, a PMD range has {size}")
+    return expanded(runs)
+
+
+def _kind(state: str, pmd_order: int) -> tuple[str, int]:
+    """The kind in a state such as ``large:4``, and the order, which is 0 for any but large folios."""
+    kind, _, order = state.partition(":")
+    if kind not in KINDS:
+        raise UsageError(f"unknown state {state!r}", help=f"use {', '.join(sorted(KINDS))}")
+    of_order = int(order) if order.isascii() and order.isdecimal() and len(order) < 3 else 0
+    if (kind in LARGE) != (0 < of_order <= pmd_order) or (order and kind not in LARGE):
+        raise UsageError(f"state {state!r} does not exist where the PMD order is {pmd_order}")
+    return kind, of_order
+
+
+def _calls(raw: dict[str, Any], n: int, passes: int) -> tuple[Call, ...]:
+    """What each pass does."""
+    calls = []
+    for words in _list(raw, "calls"):
+        if (call := call_of(words, n)) is None:
+            raise _wrong("calls", words, f"it is a list of a word and its numbers: {', '.join(CALLS)}")
+        calls.append(call)
+    if len(calls) != passes:
+        raise UsageError(f"calls: {len(calls)} for {passes} passes")
+    return tuple(calls)
+
+
+def _slots(raw: dict[str, Any], kinds: NDArray[np.str_]) -> NDArray[np.int64]:
+    """The swap slot of each entry that needs one: as recorded, else the next one behind all that are; else 0."""
+    slots = np.zeros(len(kinds), np.int64)
+    needed = np.isin(kinds, [*SWAPPED, "swapcache"])
+    for run in _list(raw, "swap_offsets"):
+        if not isinstance(run, list) or len(run) != 3:
+            raise _wrong("swap_offsets", run, "it is a list of [first entry, slot, count]")
+        first, slot, count = (_number(raw, "swap_offsets", value) for value in run)
+        if not (0 <= first < first + count <= len(kinds) and 0 < slot <= MAX_SLOT):
+            raise _wrong("swap_offsets", run)
+        slots[first : first + count] = np.arange(slot, slot + count)
+    slots[~needed] = 0
+    missing = needed & (slots == 0)
+    slots[missing] = slots.max() + 2 + np.arange(np.count_nonzero(missing))
+    if len(np.unique(slots[needed])) < np.count_nonzero(needed):
+        raise UsageError("swap_offsets: two entries have one slot")
+    return slots
+
+
+def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
+    """What was recorded of each pass; orders that did not change are not written again."""
+    recorded = _list(raw, "passes")
+    PASSES.check(len(recorded))
+    if not recorded:
+        # What the first pass has is at the top of the case, too, and then only there.
+        recorded = [{key: raw[key] for key in ("scan_result", "stats") if key in raw}]
+    _expanded(raw, "after", n)
+    orders, passes = _runs(raw, "after"), []
+    for number, seen in enumerate(recorded, 1):
+        if not isinstance(seen, dict):
+            raise _wrong(f"passes[{number - 1}]", seen, "it is an object")
+        if raw.get(f"after_pass{number}") is not None:
+            _expanded(raw, f"after_pass{number}", n)
+            orders = _runs(raw, f"after_pass{number}")
+        if (stats := seen.get("stats")) is not None and (
+            not isinstance(stats, dict) or not all(isinstance(by, int) for by in stats.values())
+        ):
+            raise _wrong("stats", stats, "it is an object of numbers")
+        if seen.get("flags") is not None:
+            for letters in _expanded(seen, "flags", n):
+                _word(seen, "flags", letters)
+        if not isinstance(seen.get("scan") or {}, dict):
+            raise _wrong("scan", seen["scan"], "it is an object")
+        _check_events(_list(seen, "events"))
+        for moved, _ in _runs(seen, "moved"):
+            _number(seen, "moved", moved)
+        for run in _list(seen, "swap_offsets"):
+            if not isinstance(run, list) or len(run) != 3 or not all(isinstance(number, int) for number in run):
+                raise _wrong("swap_offsets", run, "it is a list of [first entry, slot, count]")
+        passes.append(Pass(orders, seen))
+    return tuple(passes)
+
+
+def _check_events(events: list[Any]) -> None:
+    """Check that events are lists of a known name, an order, what belongs to the name, and how often it came."""
+    for event in events:
+        length = EVENT_WORDS.get(event[0]) if isinstance(event, list) and event and isinstance(event[0], str) else None
+        if length is None or len(event) != length or not isinstance(event[1], int) or not isinstance(event[-1], int):
+            raise _wrong("events", event, f"it is a list of [name, order, ..., times]: {', '.join(EVENT_WORDS)}")

@@ -1,0 +1,253 @@
+"""Splitting large folios, and the shrinker that does it when memory is short.
+
+Follows split_folio(), split_huge_pages_pid() and deferred_split_scan() (mm/huge_memory.c). A folio waits to be split
+for one of two reasons: some of its pages are mapped no more while others are; or it has the PMD order and is new, and
+may turn out to be mostly zero. Splitting frees what is not mapped and, down to base pages, what is zero.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+import numpy as np
+
+from mthp.sim.frames.memory import ZERO_CONTENT, Fl
+from mthp.sim.mm import Mm, P, Ptes
+from mthp.sim.page_tables.mappings import Mapped, mappings_of
+from mthp.sim.page_tables.zap import munlock_folio
+from mthp.sim.parts import Parts
+
+_INHERITED = (
+    Fl.ALLOCATED
+    | Fl.LRU
+    | Fl.REFERENCED
+    | Fl.ACTIVE
+    | Fl.ANON
+    | Fl.SWAPBACKED
+    | Fl.SWAPCACHE
+    | Fl.DIRTY
+    | Fl.UPTODATE
+    | Fl.MLOCKED
+    | Fl.YOUNG
+)
+"""Flags of a folio that each of the folios has that it is split into."""
+
+
+def unexplained_references(parts: Parts, head: int) -> int:
+    """References of a folio that neither its mappings nor the swap cache explain: pins, and who else works on it."""
+    memory = parts.memory
+    of_mappings = int(parts.rmap.mapcounts(np.array([head]), np.array([head]))[0])
+    of_cache = memory.size(head) if memory.has(head, Fl.SWAPCACHE) else 0
+    return int(memory.refcount[head]) - of_mappings - of_cache
+
+
+def split_folio(parts: Parts, head: int, order: int = 0, at: int | None = None) -> bool:
+    """Split a large folio; pages that are not mapped are freed, and base pages of zeroes become the zero page.
+
+    Follows __folio_split() (mm/huge_memory.c). A folio that another path has locked is left alone without a count.
+
+    Args:
+        order: of the folios that it becomes.
+        at: split around this page of the folio: halves, and halves of the half that it lies in, down to `order`.
+
+    Returns:
+        Whether it was split. It is not if something else has it in use, to order 1, and to large folios while it is in
+        the swap cache.
+    """
+    memory, counters = parts.memory, parts.counters
+    old_order, size = int(memory.order[head]), memory.size(head)
+    if memory.has(head, Fl.LOCKED):
+        return False
+    refused = order == 1 or (memory.has(head, Fl.SWAPCACHE) and (order or at is not None))
+    if refused and not parts.kernel.counts_refused_splits:
+        return False
+    busy = not memory.has(head, Fl.LRU) or unexplained_references(parts, head)
+    if refused or busy or not _unmap(parts, mapped := mappings_of(parts, head, size), head):
+        counters.count_mthp(old_order, "split_failed")
+        if old_order == parts.geometry.pmd_order:
+            counters.count("thp_split_page_failed")
+        return False
+    counters.count_mthp(old_order, "split")
+    counters.count_mthp(old_order, "nr_anon", -1)
+    if memory.has(head, Fl.PARTIALLY_MAPPED):
+        counters.count_mthp(old_order, "nr_anon_partially_mapped", -1)
+    if old_order == parts.geometry.pmd_order:
+        counters.count("thp_split_page")
+    parts.clock.spend("split_folio")
+    parts.clock.spend("split_page", size)
+    _scatter(parts, head, size, _pieces(old_order, order, at), mapped)
+    for mapping in mapped:
+        _map_zero(parts, mapping)
+    _free_unmapped(parts, np.arange(head, head + size))
+    return True
+
+
+def _unmap(parts: Parts, mapped: list[Mapped], head: int) -> bool:
+    """Split the PMD entries that map a folio; return whether all its mappings could be taken away (unmap_folio).
+
+    Taken away one after another, PTEs leave the folio partially mapped for a moment. A mapping that is locked takes the
+    folio's lock away with it; put back, it locks base pages alone (folio_add_anon_rmap_ptes, mm/rmap.c).
+    """
+    memory, by_pmd = parts.memory, False
+    for number, mapping in enumerate(mapped, 1):
+        by_pmd = bool(split := mapping.split_pmd())
+        parts.counters.count("thp_split_pmd", split)
+        if mapping.in_locked(parts.geometry).any():
+            munlock_folio(parts, head)
+        if by_pmd and number < len(mapped) and parts.kernel.unmaps_up_to_pmd:
+            return False
+    if not by_pmd and np.count_nonzero(memory.mapcount[head : head + memory.size(head)]) > 1:
+        parts.rmap.partially_mapped(head)
+    return True
+
+
+def _pieces(old_order: int, order: int, at: int | None) -> list[tuple[int, int]]:
+    """Return the folios that a folio becomes: the first page in it, and the order, of each, ascending."""
+    if at is None:
+        return [(first, order) for first in range(0, 1 << old_order, 1 << order)]
+    pieces, first, left = [], 0, old_order
+    while left > order:
+        # Anonymous folios of order 1 do not exist.
+        smaller = left - 1 if left != 2 else 0
+        parts_of_it = range(first, first + (1 << left), 1 << smaller)
+        first, left = at >> smaller << smaller, smaller
+        pieces += [(other, smaller) for other in parts_of_it if other != first]
+    return sorted([*pieces, (first, left)])
+
+
+def _scatter(parts: Parts, head: int, size: int, pieces: list[tuple[int, int]], mapped: list[Mapped]) -> None:
+    """Make folios of the pieces, each with what the folio had."""
+    memory = parts.memory
+    run = slice(head, head + size)
+    flags = memory.flags[head] & _INHERITED
+    in_cache = bool(flags & Fl.SWAPCACHE)
+    memory.deferred.pop(head, None)
+    memory.flags[run] = flags | (memory.flags[run] & Fl.POISONED)
+    memory.cgroup[run] = memory.cgroup[head]
+    memory.refcount[run] = 0
+    memory.mapcount[run] = 0
+    for first, order in pieces:
+        memory.order[head + first : head + first + (1 << order)] = order
+        parts.counters.count_mthp(order, "nr_anon", int(order > 0))
+    for mapping in mapped:
+        frames = mapping.frames()
+        parts.rmap.add(frames, mapping.mm.id)
+        unlocked = (memory.order[frames] == 0) & ((memory.flags[frames] & Fl.MLOCKED) == 0)
+        locked = frames[unlocked & mapping.in_locked(parts.geometry)]
+        memory.flags[locked] |= Fl.MLOCKED
+        parts.counters.count("unevictable_pgs_mlocked", len(locked))
+    heads = head + np.array([first for first, _ in pieces])
+    memory.refcount[heads] = np.add.reduceat(memory.mapcount[run], heads - head) + in_cache
+    if in_cache:
+        parts.swap.split_cache(head, size)
+
+
+def _map_zero(parts: Parts, mapping: Mapped) -> None:
+    """Map the zero page where base pages hold nothing else (try_to_map_unused_to_zeropage)."""
+    memory, frames = parts.memory, mapping.frames()
+    zero = (memory.content[frames] == ZERO_CONTENT) & (memory.order[frames] == 0)
+    zero &= ((memory.flags[frames] & (Fl.MLOCKED | Fl.POISONED)) == 0) & ~mapping.in_locked(parts.geometry)
+    emptied = Mapped(mapping.mm, mapping.table, mapping.entries[zero])
+    memory.mapcount[frames[zero]] -= 1
+    memory.refcount[frames[zero]] -= 1
+    emptied.set(P.PRESENT | P.ZERO | P.YOUNG | (emptied.bits() & P.UFFD_WP), 0)
+    mapping.mm.anon_pages -= int(zero.sum())
+
+
+def _free_unmapped(parts: Parts, pages: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    """Free the folios of `pages` that no entry maps."""
+    memory = parts.memory
+    heads = pages[memory.heads(pages) == pages]
+    unmapped = heads[parts.rmap.mapcounts(heads, heads) == 0]
+    memory.refcount[unmapped] += 1
+    for head in unmapped.tolist():
+        parts.swap.free_cache(head)
+    small = memory.order[unmapped] == 0
+    memory.put_small(unmapped[small])
+    for head in unmapped[~small].tolist():
+        memory.put(head)
+
+
+def shrink_deferred(parts: Parts) -> int:
+    """Go over the folios that wait to be split, once: how many were split (deferred_split_scan).
+
+    One that turns out not to be worth it is forgotten; one that somebody uses at the moment waits on.
+    """
+    memory, split = parts.memory, 0
+    for head in list(memory.deferred):
+        if head not in memory.deferred:
+            continue
+        partial = memory.has(head, Fl.PARTIALLY_MAPPED)
+        if not partial and not _underused(parts, head):
+            del memory.deferred[head]
+        elif split_folio(parts, head):
+            parts.counters.count("thp_underused_split_page", int(not partial))
+            split += 1
+        elif not partial:
+            del memory.deferred[head]
+    return split
+
+
+def _underused(parts: Parts, head: int) -> bool:
+    """Whether more pages of a folio are zero than khugepaged would fill (thp_underused)."""
+    memory, allowed = parts.memory, parts.tunables.max_ptes_none
+    run = slice(head, head + memory.size(head))
+    if not parts.knobs.shrink_underused or allowed == parts.geometry.ptes_per_pmd - 1:
+        return False
+    if memory.has(head, Fl.MLOCKED) or (memory.flags[run] & Fl.POISONED).any():
+        return False
+    return int(np.count_nonzero(memory.content[run] == ZERO_CONTENT)) > allowed
+
+
+_WRITTEN = re.compile(
+    r"\s*([+-]?\d+),0x([0-9a-f]+),0x([0-9a-f]+)(?:,\s*([+-]?\d+)(?:,\s*([+-]?\d+))?)?", re.ASCII | re.IGNORECASE
+)
+"""What scanf() takes, which ignores what follows."""
+
+
+def split_huge_pages(parts: Parts, text: str) -> int:
+    """Write to the file of that name in debugfs: split the folios of a range (split_huge_pages_pid).
+
+    A folio that cannot be split is passed over, and the write succeeds.
+
+    Args:
+        text: ``NUMBER,0xSTART,0xEND[,ORDER[,PAGE]]``, the number of an address space, and a page of the folio.
+
+    Returns:
+        0, EINVAL for anything else, or ESRCH if there is no such address space.
+    """
+    words = _WRITTEN.match(text)
+    if words is None:
+        return errno.EINVAL
+    number, start, end = int(words[1]), int(words[2], 16), int(words[3], 16)
+    order = int(words[4] or 0)
+    at = int(words[5]) if words[5] and parts.kernel.splits_at else -1
+    mm, page = parts.mms.get(number), parts.geometry.page_size
+    if mm is None:
+        return errno.ESRCH
+    start, end = start // page * page, end // page * page
+    for _, _, ptes in mm.ranges(start, min(end, _mapped_up_to(mm, start))):
+        _split_mapped(parts, ptes, order, at)
+    return 0
+
+
+def _mapped_up_to(mm: Mm, start: int) -> int:
+    """Where the mappings end that adjoin one another from `start` on."""
+    while (vma := mm.find_vma(start)) is not None and vma.start <= start:
+        start = vma.end
+    return start
+
+
+def _split_mapped(parts: Parts, ptes: Ptes, order: int, at: int) -> None:
+    """Split the folios of some entries, one entry after another."""
+    memory = parts.memory
+    for i in np.flatnonzero(ptes.pages()).tolist():
+        # What a split maps the zero page in place of names frame 0, which is of no folio.
+        pfn = int(ptes.value[i])
+        if not 0 <= order < memory.order[pfn]:
+            continue
+        head = memory.head(pfn)
+        # A folio that is in use is left alone before anything is counted.
+        if not unexplained_references(parts, head):
+            split_folio(parts, head, order, at if 0 <= at < memory.size(head) else None)
