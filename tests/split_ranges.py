@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mthp.linux.live import LiveAddressSpace
-from mthp.linux.splitfile import split_ability
+from mthp.linux.split.file import split_ability
 from mthp.linux.sysfs import ThpSysfs
 from mthp.means import Means
 from mthp.ptes import Block, Pte

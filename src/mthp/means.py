@@ -115,3 +115,7 @@ def price_of_moving(threads: int, max_pause_ns: int) -> str:
 def needs_move_reason(price: str) -> str:
     """Return why folios below the PMD order are left alone, with the price and the way to have them made."""
     return f"only the mover makes them here, which {price}: --mechanism move"
+
+
+SMALL_MEANS = Means(mechanism="madvise,move")
+"""What a plan with --small is checked against: the mover has to be asked for by name."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mthp.linux.doctor import examine
-from mthp.linux.findings import Examination, State
+from mthp.linux.doctor.examination import examine
+from mthp.linux.doctor.findings import Examination, State
 from mthp.linux.probes import probe, probe_collapse, probe_process_madvise, probe_userfaultfd
 from mthp.linux.sysfs import ThpSysfs
 from thp_switches import THP_ROOT, ThpSwitches, size_name

@@ -19,8 +19,8 @@ import pytest
 from memory_cgroups import memory_cgroup
 from mthp.linux.live import LiveAddressSpace, open_live
 from mthp.linux.process import Process
-from mthp.linux.split import SplitBlocks
-from mthp.linux.splitfile import SPLIT_FILE, SplitFile
+from mthp.linux.split.blocks import SplitBlocks
+from mthp.linux.split.file import SPLIT_FILE, SplitFile
 from mthp.linux.sysfs import ThpSysfs
 from mthp.ptes import Block, Pte
 from mthp.results import BlockOutcome, ScanResult
@@ -235,7 +235,7 @@ def test_killed_in_the_middle_it_leaves_nothing_to_undo(puppet: Puppet, writes: 
     script = f"""
 import os, signal, sys
 from mthp.means import Means
-from mthp.linux import splitfile
+from mthp.linux.split import file as splitfile
 from mthp.linux.live import open_live
 written = 0
 plain = splitfile.SplitFile.split

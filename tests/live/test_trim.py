@@ -218,7 +218,7 @@ def test_killed_in_the_middle_it_leaves_nothing_to_undo(puppet: Puppet, by: Trim
     addresses = [huge(puppet, 40) for _ in range(4)]
     killed = f"""
 import os, signal
-from mthp.linux import trim
+from mthp.linux.split import trim
 plain, done = trim.Trimmer._one, 0
 def one(self, *rest):
     global done

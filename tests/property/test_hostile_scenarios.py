@@ -11,7 +11,7 @@ import pytest
 
 from e2e.helpers import MTHP, mthp
 from hostile import bomb
-from mthp.cli.forecast import Forecast, about
+from mthp.cli.render.forecast import Forecast, about
 
 pytest.importorskip("pyarrow")
 

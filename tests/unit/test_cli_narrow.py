@@ -19,16 +19,16 @@ from rich.cells import cell_len
 from fakes import FakeSpace, page_runs
 from golden.loader import HERE
 from mthp.cli import main, status_command
-from mthp.cli.collapse_output import print_report
 from mthp.cli.demo_command import print_story
 from mthp.cli.doctor_command import print_examination
-from mthp.cli.output import console
+from mthp.cli.render.collapse import print_report
+from mthp.cli.render.output import console
 from mthp.daemon.counters import Counters
 from mthp.demo.story import Chapter, Speed, Story
 from mthp.engine.collapse import collapse_space
 from mthp.engine.select import PlanOptions
 from mthp.geometry import X86_64
-from mthp.linux.findings import Examination, Finding, State
+from mthp.linux.doctor.findings import Examination, Finding, State
 from mthp.metrics import Durations
 from mthp.objects import to_object
 from mthp.ptes import Pte

@@ -16,13 +16,13 @@ import pytest
 from mthp.cli import doctor_command, main
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
-from mthp.linux.doctor import examine
-from mthp.linux.findings import Examination, Finding, State
+from mthp.linux.doctor.examination import examine
+from mthp.linux.doctor.findings import Examination, Finding, State
 from mthp.linux.headroom import parse_buddyinfo, parse_meminfo
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.probes import UFFD_FEATURE_MOVE, Probed
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
-from mthp.linux.splitfile import SplitAbility
+from mthp.linux.split.file import SplitAbility
 
 THP = "sys/kernel/mm/transparent_hugepage"
 ALL_CAPABILITIES = 0x1FF_FFFF_FFFF

@@ -79,7 +79,7 @@ def metrics() -> set[str]:
 
 def headings() -> set[str]:
     found = {head for _, head, _ in COLUMNS if head}
-    for path in (SOURCE / "cli").glob("*.py"):
+    for path in (SOURCE / "cli").rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef):
                 found |= _heads(function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,14 @@ def test_every_contract_is_kept() -> None:
     done = lint_imports(ROOT / "pyproject.toml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 broken" in done.stdout
+
+
+def test_no_command_imports_a_command() -> None:
+    commands = sorted((ROOT / "src/mthp/cli").glob("*_command.py"))
+    assert len(commands) > 15
+    assert [
+        file.name for file in commands if re.search(r"^\s*(from|import) .*_command\b", file.read_text(), re.M)
+    ] == []
 
 
 def test_a_contract_that_does_not_hold_is_found(tmp_path: Path) -> None:

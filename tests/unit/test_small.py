@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from fakes import FakeSpace, page_runs
-from mthp.cli.collapse_output import print_report
 from mthp.cli.inspect_command import print_census
-from mthp.cli.output import console
-from mthp.cli.plan_command import print_allowed, print_plan
+from mthp.cli.render.collapse import print_report
+from mthp.cli.render.output import console
+from mthp.cli.render.plan import print_allowed, print_plan
 from mthp.eligibility import eligibility
 from mthp.engine.allowed import allowed_of
 from mthp.engine.census import take_census

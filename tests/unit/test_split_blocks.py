@@ -11,11 +11,11 @@ import pytest
 from mthp.budget import Amount, MemoryBound
 from mthp.errors import TargetVanishedError, UnsupportedError
 from mthp.geometry import X86_64
-from mthp.linux import split
-from mthp.linux.divide import LargeFolio
-from mthp.linux.split import AT_BASE_PAGES, UNDIVIDED, SplitBlocks
-from mthp.linux.splitfile import SplitAbility
-from mthp.linux.splitsteps import Part
+from mthp.linux.split import blocks
+from mthp.linux.split.blocks import AT_BASE_PAGES, UNDIVIDED, SplitBlocks
+from mthp.linux.split.divide import LargeFolio
+from mthp.linux.split.file import SplitAbility
+from mthp.linux.split.steps import Part
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
@@ -107,8 +107,8 @@ def space() -> Space:
 @pytest.fixture
 def divider(space: Space, monkeypatch: pytest.MonkeyPatch) -> Divider:
     divider = Divider(space)
-    monkeypatch.setattr(split, "divider_of", lambda *_: divider)
-    monkeypatch.setattr(split, "Madvise", lambda space: space)
+    monkeypatch.setattr(blocks, "divider_of", lambda *_: divider)
+    monkeypatch.setattr(blocks, "Madvise", lambda space: space)
     return divider
 
 
@@ -166,7 +166,7 @@ def test_mappings_are_listed_again_before_anything_is_refused_for_an_old_listing
     space: Space, divider: Divider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("mthp.linux.split.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mthp.linux.split.blocks.time.monotonic", lambda: now[0])
     blocks = SplitBlocks(cast(Any, space), ALL, cast(Any, object()))
     space.flags = frozenset({"nh"})
     assert [each.result for each in blocks.collapse(BLOCKS[:1], Means("split"))] == [ScanResult.VMA_CHECK]

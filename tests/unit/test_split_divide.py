@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from mthp.errors import TargetVanishedError
 from mthp.geometry import GEOMETRIES, X86_64, Geometry
 from mthp.linux import abi
-from mthp.linux.divide import PAUSES, FolioDivider, LargeFolio
-from mthp.linux.splitsteps import Part
+from mthp.linux.split.divide import PAUSES, FolioDivider, LargeFolio
+from mthp.linux.split.steps import Part
 
 START, PFN, PID = 1 << 40, 1 << 20, 77
 
@@ -136,7 +136,7 @@ class Frames:
 @pytest.fixture(autouse=True)
 def paused(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     pauses: list[float] = []
-    monkeypatch.setattr("mthp.linux.divide.time.sleep", pauses.append)
+    monkeypatch.setattr("mthp.linux.split.divide.time.sleep", pauses.append)
     return pauses
 
 

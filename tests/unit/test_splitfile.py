@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mthp.errors import NotPermittedError
-from mthp.linux import splitfile
+from mthp.linux.split import file as splitfile
 
 
 @pytest.fixture

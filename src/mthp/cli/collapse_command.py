@@ -12,7 +12,6 @@ import click
 from mthp import abilities
 from mthp.addrspace import AddressSpace
 from mthp.budget import Amount
-from mthp.cli.collapse_output import print_report, reason_of
 from mthp.cli.options import (
     DURATION,
     RATE,
@@ -24,7 +23,8 @@ from mthp.cli.options import (
     planned,
     small_option,
 )
-from mthp.cli.output import console, milliseconds, print_json, progress_bar, say
+from mthp.cli.render.collapse import print_report, reason_of
+from mthp.cli.render.output import console, milliseconds, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.cli.signals import Wish, exit_code, stopping_on_signals

@@ -9,7 +9,7 @@ import click
 
 from mthp.abilities import heat_of
 from mthp.cli.options import at_option, heat_option, json_option, target_argument
-from mthp.cli.output import console, note, print_json, progress_bar, say
+from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.errors import UsageError
 from mthp.targets import open_target, pid_of

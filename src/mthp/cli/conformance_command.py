@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mthp.cli.options import json_option
-from mthp.cli.output import console, print_json, progress_bar, say
+from mthp.cli.render.output import console, print_json, progress_bar, say
 from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_in_file, policy_named
 from mthp.errors import UsageError

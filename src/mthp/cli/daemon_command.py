@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 import click
 
+from mthp.cli.asking import run_dir_option
 from mthp.cli.options import RATE, SHARE
-from mthp.cli.status_command import run_dir_option
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.means import Mechanism

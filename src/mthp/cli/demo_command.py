@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from mthp.cli.options import SECONDS, SIZE, json_option
-from mthp.cli.output import console, note, print_json, say
+from mthp.cli.render.output import console, note, print_json, say
 from mthp.cli.render.tables import Table
 from mthp.demo.story import DEFAULT_SIZE, Chapter, Progress, Story, tell
 from mthp.errors import UsageError

@@ -8,10 +8,10 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import json_option
-from mthp.cli.output import console, print_json, say
+from mthp.cli.render.output import console, print_json, say
 from mthp.cli.render.tables import Table
-from mthp.linux.doctor import examine
-from mthp.linux.findings import Examination
+from mthp.linux.doctor.examination import examine
+from mthp.linux.doctor.findings import Examination
 from mthp.linux.journal.putback import Restored
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.mover.leftovers import Removed, remove_leftovers

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import at_option, json_option
-from mthp.cli.output import console, note, out_of_reach, print_json, progress_bar, say
+from mthp.cli.render.output import console, note, out_of_reach, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
 from mthp.engine.census import STATES, Census, PageCounts, VmaCensus, take_census

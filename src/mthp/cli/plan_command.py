@@ -11,7 +11,8 @@ from rich.console import Console
 from mthp.abilities import move_refusals
 from mthp.addrspace import AddressSpace
 from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
-from mthp.cli.output import console, note, out_of_reach, print_json, progress_bar, say
+from mthp.cli.render.output import console, note, out_of_reach, print_json, progress_bar
+from mthp.cli.render.plan import print_allowed, print_plan
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
 from mthp.engine.allowed import Allowed, allowed_of, split_price_of
@@ -21,17 +22,10 @@ from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import SplitPrice
 from mthp.geometry import Geometry
-from mthp.heat import Heat
-from mthp.means import USUAL_MEANS, Means
+from mthp.means import SMALL_MEANS, USUAL_MEANS, Means
 from mthp.metrics import Coverage
 from mthp.targets import Found, find_targets
 from mthp.units import format_size, percent
-
-SMALL_MEANS = Means(mechanism="madvise,move")
-"""What a plan with --small is checked against: the mover has to be asked for by name."""
-
-TOP_REASONS = 8
-"""Reasons for leaving memory alone that are shown, the ones that concern most memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,80 +217,3 @@ def targets_table(each: Each[Planned]) -> Table:
 def _cells(plan: SpacePlan | PlanSum) -> list[str]:
     sizes = [format_size(size) for size in (plan.resident_bytes, plan.copied_bytes, plan.filled_bytes)]
     return [*sizes, percent(plan.coverage), percent(plan.coverage_after)]
-
-
-def size_and_more(plan: SpacePlan) -> str:
-    """Name the sizes that the coverage of a plan is stated for."""
-    geometry = plan.geometry
-    more = "" if plan.asked_order == geometry.pmd_order else " and more"
-    return f"{geometry.label(plan.asked_order)}{more}"
-
-
-def scope_name(plan: SpacePlan) -> str:
-    """Name the memory that the coverage of a plan is a share of."""
-    kind = "memory" if plan.scope.files else "anonymous memory"
-    return f"of the {kind}" + ("" if plan.scope.within is None else " in the chosen range")
-
-
-def print_plan(out: Console, plan: SpacePlan) -> None:
-    """Print a plan: a heading with the sums, then folios, outcomes, and what is left alone."""
-    geometry = plan.geometry
-    limits = plan.tunables
-    sizes = ",".join(geometry.label(order) for order in plan.orders) or "none"
-    say(
-        out,
-        f"{plan.label}: policy {plan.policy}, sizes {sizes}, max_ptes_none {limits.max_ptes_none},"
-        f" swap {limits.max_ptes_swap}, shared {limits.max_ptes_shared}",
-    )
-    say(
-        out,
-        f"would copy {format_size(plan.copied_bytes)}, add {format_size(plan.filled_bytes)} of bloat,"
-        f" and take the share {scope_name(plan)} ({format_size(plan.before.resident * geometry.page_size)}) that is"
-        f" mapped as {size_and_more(plan)} from {percent(plan.coverage)} to {percent(plan.coverage_after)}",
-    )
-    if plan.heat is not None:
-        say(out, heat_line(plan.heat, plan.heat_share))
-    rows = [
-        [geometry.label(order), str(count), format_size(count * geometry.size_of(order))]
-        for order, count in plan.folios_by_order.items()
-    ]
-    out.print(Table("Folios to be made", ["size", "folios", "bytes"], rows or [["none", "0", "0"]], right={1, 2}))
-    outcomes = [[result.name, str(count), result.meaning] for result, count in plan.ranges_by_result.items()]
-    title = f"PMD ranges of {geometry.label(geometry.pmd_order)} by outcome"
-    out.print(Table(title, ["result", "ranges", "meaning"], outcomes, right={1}))
-    if plan.left:
-        out.print(left_table(plan))
-
-
-def heat_line(heat: Heat, share: float | None) -> str:
-    """Say what saw the accesses, at what cost, and which share of them folios would serve."""
-    cost = f" in {heat.seconds:.1f} s, for {percent(heat.cpu_share)} of one processor" if heat.seconds else ""
-    if share is None:
-        return f"heat by {heat.source}{cost}: no access was seen"
-    return f"heat by {heat.source}{cost}: these folios would serve {percent(share)} of the accesses seen"
-
-
-def left_table(plan: SpacePlan) -> Table:
-    """Return what the plan does not reach, by reason."""
-    rows = [
-        [format_size(left.resident), format_size(left.size), str(left.mappings or ""), left.reason]
-        for left in plan.left[:TOP_REASONS]
-    ]
-    return Table("Left alone", ["resident", "bytes", "mappings", "reason"], rows, right={0, 1, 2})
-
-
-def print_allowed(out: Console, plan: SpacePlan, allowed: Allowed) -> None:
-    """Print what of a plan `mthp collapse` would do within its bounds, and why it would leave the rest."""
-    geometry = plan.geometry
-    made = sum(allowed.folios_by_order.values())
-    how = f" --small --mechanism {SMALL_MEANS.mechanism}" if plan.small else ""
-    bound = "no bound" if allowed.bloat_budget is None else f"at most {format_size(allowed.bloat_budget)}"
-    out.print()
-    say(
-        out,
-        f"mthp collapse{how} would make {made} of these {len(plan.folios)} folios"
-        f" and add {format_size(allowed.filled_bytes)} of bloat (--max-bloat: {bound})",
-    )
-    rows = [[geometry.label(left.order), str(left.count), left.reason] for left in allowed.left]
-    if rows:
-        out.print(Table("It would leave", ["size", "folios", "reason"], rows, right={1}))

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mthp.abilities import heat_of
 from mthp.cli.options import SECONDS, SHARE, heat_option, json_option
-from mthp.cli.output import console, note, print_json, say
+from mthp.cli.render.output import console, note, print_json, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each
 from mthp.cli.signals import exit_code, stopping_on_signals
@@ -248,7 +248,7 @@ def _why(end: str) -> str:
 
 
 def _from_trace(trace: str, kind: str | None, output: Path, *, as_json: bool, force: bool) -> None:
-    from mthp.cli.output import progress_bar
+    from mthp.cli.render.output import progress_bar
     from mthp.snapshot.fromtrace import record_trace
 
     with progress_bar("reading the trace", hidden=as_json) as progress:

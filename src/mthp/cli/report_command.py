@@ -17,7 +17,7 @@ import click
 from mthp import __version__
 from mthp.addrspace import AddressSpace
 from mthp.cli.options import at_option, json_option, plan_options, planned
-from mthp.cli.output import console, print_json, progress_bar, say
+from mthp.cli.render.output import console, print_json, progress_bar, say
 from mthp.errors import UsageError
 from mthp.files import check_output
 from mthp.report.document import Command

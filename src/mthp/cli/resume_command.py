@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from mthp.cli.asking import run_dir_option, set_paused
 from mthp.cli.options import json_option
-from mthp.cli.status_command import run_dir_option, set_paused
 
 
 @click.command("resume")

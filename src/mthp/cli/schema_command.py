@@ -12,7 +12,7 @@ from mthp.errors import MthpError
 from mthp.objects import Schema, schema_of
 
 OBJECTS = {
-    "doctor": [["mthp.linux.findings:Examination"], ["mthp.cli.doctor_command:Restoration"]],
+    "doctor": [["mthp.linux.doctor.findings:Examination"], ["mthp.cli.doctor_command:Restoration"]],
     "inspect": [["mthp.engine.census:Census"], ["mthp.cli.inspect_command:Censuses"]],
     "plan": [["mthp.engine.space_plan:SpacePlan", "mthp.cli.plan_command:Now"], ["mthp.cli.plan_command:Plans"]],
     "collapse": [

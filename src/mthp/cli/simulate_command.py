@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mthp import __version__
-from mthp.cli.forecast import Forecast
 from mthp.cli.options import json_option
-from mthp.cli.output import console, note, print_json, progress_bar, say
+from mthp.cli.render.forecast import Forecast
+from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import exit_code, stopping_on_signals
 from mthp.errors import UsageError

@@ -8,7 +8,7 @@ import click
 
 from mthp.abilities import heat_of
 from mthp.cli.options import heat_option, json_option, target_argument
-from mthp.cli.output import console, print_json, progress_bar, say
+from mthp.cli.render.output import console, print_json, progress_bar, say
 from mthp.heat import HeatRequest
 from mthp.targets import open_target
 from mthp.units import format_size

@@ -1,39 +1,18 @@
-"""``mthp status``: what the running daemon does and has done. ``mthp pause`` and ``mthp resume`` are beside it."""
+"""``mthp status``: what the running daemon does and has done."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
+from mthp.cli.asking import ask_daemon, of_this_version, run_dir_option
 from mthp.cli.options import json_option
-from mthp.cli.output import console, milliseconds, print_json, say
+from mthp.cli.render.output import console, milliseconds, print_json, say
 from mthp.cli.render.tables import Table
-from mthp.errors import MthpError
 from mthp.units import format_size, percent
-
-PAUSE_SECONDS = 10.0
-"""For so long `mthp pause` waits for the piece of work at hand."""
-
-run_dir_option = click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Directory of the daemon's socket and lock; /run/mthp by default.",
-)
-
-
-def ask_daemon(command: str, run_dir: Path | None) -> dict[str, Any]:
-    """Ask the daemon whose socket is in `run_dir`."""
-    from mthp.daemon.control import NAME, ask
-    from mthp.linux.journal.files import default_root
-
-    return ask((run_dir or default_root()) / NAME, command)
 
 
 @click.command("status")
@@ -48,37 +27,6 @@ def command(run_dir: Path | None, as_json: bool) -> int:
         with of_this_version():
             print_status(console(), status)
     return 0
-
-
-@contextmanager
-def of_this_version() -> Iterator[None]:
-    """Refuse an answer in which something is missing: a daemon of another version, or something else, made it."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, MthpError):
-            raise
-        raise MthpError(
-            f"the daemon's answer makes no sense: {str(error)[:60]}",
-            help="it may be of another version than this mthp: restart it",
-        ) from error
-
-
-@of_this_version()
-def set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
-    """Tell the daemon to pause or to resume; a pause is there when this returns."""
-    answer = ask_daemon(word, run_dir)
-    deadline = time.monotonic() + PAUSE_SECONDS
-    while answer["paused"] and answer["busy"] and time.monotonic() < deadline:
-        time.sleep(0.02)
-        status = ask_daemon("status", run_dir)
-        answer = {"paused": status["paused"], "busy": status["busy"]}
-    if as_json:
-        print_json(word, answer)
-    else:
-        busy = ", but it is still at work on one process" if answer["paused"] and answer["busy"] else ""
-        click.echo(f"{'paused' if answer['paused'] else 'going on'}{busy}")
-    return 1 if answer["paused"] and answer["busy"] else 0
 
 
 def print_status(out: Console, status: dict[str, Any]) -> None:

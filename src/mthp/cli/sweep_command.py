@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mthp.cli.options import json_option
-from mthp.cli.output import console, print_json, progress_bar, say
+from mthp.cli.render.output import console, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.signals import exit_code, stopping_on_signals
 

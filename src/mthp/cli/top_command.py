@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from mthp.addrspace import AddressSpace
+from mthp.cli.asking import ask_daemon
 from mthp.cli.options import SHARE, plan_options, planned
-from mthp.cli.status_command import ask_daemon
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import PlanOptions, base_rules
 from mthp.errors import MthpError, UnsupportedError

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from mthp.cli.options import RATE, SHARE, json_option
-from mthp.cli.output import console, note, print_json, progress_bar, say
+from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.cli.signals import exit_code, stopping_on_signals

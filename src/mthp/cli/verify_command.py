@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import click
 
 from mthp.cli.options import at_option, json_option
-from mthp.cli.output import console, note, print_json, progress_bar
+from mthp.cli.render.output import console, note, print_json, progress_bar
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, do_each, targets_argument
 from mthp.engine.verify import Checked, Expectation, Verification, verify_space

@@ -24,7 +24,7 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.linux.headroom import memory_bounds
 from mthp.linux.live import LiveAddressSpace, open_live
-from mthp.linux.splitfile import split_ability
+from mthp.linux.split.file import split_ability
 from mthp.means import Means, Mechanism
 from mthp.measuring import measure
 from mthp.metrics import Durations

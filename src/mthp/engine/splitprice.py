@@ -1,7 +1,7 @@
 """Reckon what folios cost that are made by a collapse and splits: the whole PMD range is copied for a few blocks.
 
 MADV_COLLAPSE copies all that a PMD range holds into one folio, also the pages of which the plan makes nothing. Then the
-folio is split, one write for each part that is not yet as planned (:mod:`mthp.linux.divide`).
+folio is split, one write for each part that is not yet as planned (:mod:`mthp.linux.split.divide`).
 """
 
 from __future__ import annotations

@@ -32,10 +32,10 @@ from mthp.linux.pagemap import Pagemap, can_see_pfns, scan_outline
 from mthp.linux.pins import pinned_by
 from mthp.linux.process import Process, ProcStat
 from mthp.linux.space import ProcessSpace
-from mthp.linux.split import SplitBlocks
-from mthp.linux.splitfile import split_ability
+from mthp.linux.split.blocks import SplitBlocks
+from mthp.linux.split.file import split_ability
+from mthp.linux.split.trim import Trimmer
 from mthp.linux.sysfs import ThpSysfs
-from mthp.linux.trim import Trimmer
 from mthp.linux.watch import LiveWatch
 from mthp.means import Means, Mechanism
 from mthp.movechecks import refuse_vma

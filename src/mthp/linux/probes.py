@@ -32,7 +32,7 @@ from mthp.geometry import Geometry
 from mthp.linux import abi
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
-from mthp.linux.splitfile import LARGEST_TRIAL, SplitAbility, split_ability
+from mthp.linux.split.file import LARGEST_TRIAL, SplitAbility, split_ability
 
 PROT_NONE = 0
 """include/uapi/asm-generic/mman-common.h; Python's mmap module has the others."""

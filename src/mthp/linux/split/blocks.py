@@ -5,7 +5,7 @@ of them back that no block was to have. Nothing is injected into the target, no 
 changes, so wherever this process ends there is nothing to undo: at worst a range stays larger than planned.
 
 Each range goes by itself: checked (:mod:`mthp.splitchecks`), room for one PMD folio taken, collapsed, divided
-(:mod:`mthp.linux.divide`). A folio that was pinned or shared between the collapse and a split cannot be divided. What
+(:mod:`~mthp.linux.split.divide`). A folio that was pinned or shared between collapse and split cannot be divided. What
 was filled in it besides the blocks is given back by bringing it to base pages, and told where even that is refused.
 """
 
@@ -22,12 +22,12 @@ from mthp.blockstates import EXITED
 from mthp.budget import Amount, Room, as_amount
 from mthp.closing import Closing
 from mthp.errors import TargetVanishedError
-from mthp.linux.divide import LargeFolio, divider_of
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.madvise import Madvise
 from mthp.linux.space import ProcessSpace
-from mthp.linux.splitfile import SplitAbility, SplitFile, opened, split_ability
-from mthp.linux.splitsteps import Part
+from mthp.linux.split.divide import LargeFolio, divider_of
+from mthp.linux.split.file import SplitAbility, SplitFile, opened, split_ability
+from mthp.linux.split.steps import Part
 from mthp.means import Means
 from mthp.ptes import Block, Pte, PteColumns
 from mthp.results import BlockOutcome, ScanResult

@@ -25,8 +25,8 @@ from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.pagemap import Pagemap
 from mthp.linux.process import Process
 from mthp.linux.space import ProcessSpace
-from mthp.linux.splitfile import SplitAbility, SplitFile
-from mthp.linux.splitsteps import Part, Step, Steps
+from mthp.linux.split.file import SplitAbility, SplitFile
+from mthp.linux.split.steps import Part, Step, Steps
 
 PAUSES = (0.0, 0.0, 0.001, 0.005)
 """Seconds before each try of a split. A folio that is shared takes two writes on Linux 6.18, a lock is released within
@@ -60,7 +60,7 @@ class FolioDivider(Closing):
         pagemap: of the process.
         folios: reader of kpageflags.
         file: to split by; None if there is only MADV_COLD.
-        offset: whether the kernel knows at which page to split, see :class:`~mthp.linux.splitfile.SplitAbility`.
+        offset: whether the kernel knows at which page to split, see :class:`~mthp.linux.split.file.SplitAbility`.
 
     Attributes:
         calls_ns: how long each write took, and each advice, in nanoseconds.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mthp.linux.findings import Answer, Facts, State
-from mthp.linux.splitfile import SPLIT_FILE, SplitAbility
+from mthp.linux.doctor.findings import Answer, Facts, State
+from mthp.linux.split.file import SPLIT_FILE, SplitAbility
 
 _LATER = "Linux 6.12 or later"
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.closing import Closing
-from mthp.linux.divide import LargeFolio, divider_of
 from mthp.linux.space import ProcessSpace
-from mthp.linux.splitfile import SplitAbility, SplitFile, opened, split_ability
+from mthp.linux.split.divide import LargeFolio, divider_of
+from mthp.linux.split.file import SplitAbility, SplitFile, opened, split_ability
 from mthp.ptes import Block
 from mthp.trimchecks import trim_each
 from mthp.trimming import TrimBy, TrimOutcome, in_use

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mthp.linux.findings import Answer, Facts, State
+from mthp.linux.doctor.findings import Answer, Facts, State
 from mthp.linux.heat import damon, idle, young
 
 

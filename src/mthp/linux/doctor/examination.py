@@ -1,7 +1,7 @@
 """What this kernel and these rights allow, and how to get the rest.
 
 :func:`examine` asks a fixed list of questions and answers each with a :class:`Finding`. An answer comes from a trial
-(:mod:`mthp.linux.probes`) or from a file that is there or not; the kernel's release is reported but never compared,
+(``probes``) or from a file that is there or not; the kernel's release is reported but never compared,
 since distributions carry features back and configure them away. Kernel versions stand in remedies only: they say in
 which release of kernel.org the thing came. Nothing is changed, and whatever a trial takes it gives back.
 """
@@ -18,13 +18,13 @@ from mthp.engine.lasting import lasting_on
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.linux.cgroups import cgroup_mounts
-from mthp.linux.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
+from mthp.linux.doctor.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
+from mthp.linux.doctor.heat import HEAT_QUESTIONS
+from mthp.linux.doctor.move import MOVE_QUESTIONS
+from mthp.linux.doctor.split import SPLIT_QUESTIONS
 from mthp.linux.headroom import cgroup_bounds, parse_buddyinfo, parse_meminfo
-from mthp.linux.heatfindings import HEAT_QUESTIONS
-from mthp.linux.movefindings import MOVE_QUESTIONS
 from mthp.linux.probes import Probed, probe
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
-from mthp.linux.splitfindings import SPLIT_QUESTIONS
 from mthp.linux.sysfs import ThpSysfs
 from mthp.results import result_of_madvise
 from mthp.units import format_size

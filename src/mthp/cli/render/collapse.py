@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mthp.cli.output import milliseconds, note, out_of_reach, say
-from mthp.cli.plan_command import (
+from mthp.cli.render.output import milliseconds, note, out_of_reach, say
+from mthp.cli.render.plan import (
     left_table,
     print_allowed,
     print_plan,

@@ -6,7 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from mthp.linux.findings import PTRACE_SCOPE, Answer, Facts, State, refused
+from mthp.linux.doctor.findings import PTRACE_SCOPE, Answer, Facts, State, refused
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.probes import UFFD_FEATURE_MOVE
 from mthp.linux.rights import CAP_SYS_PTRACE

@@ -1,0 +1,63 @@
+"""What commands that speak with the running daemon share: where it is, and what they make of its answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mthp.cli.render.output import print_json
+from mthp.errors import MthpError
+
+PAUSE_SECONDS = 10.0
+"""For so long `mthp pause` waits for the piece of work at hand."""
+
+run_dir_option = click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of the daemon's socket and lock; /run/mthp by default.",
+)
+
+
+def ask_daemon(command: str, run_dir: Path | None) -> dict[str, Any]:
+    """Ask the daemon whose socket is in `run_dir`."""
+    from mthp.daemon.control import NAME, ask
+    from mthp.linux.journal.files import default_root
+
+    return ask((run_dir or default_root()) / NAME, command)
+
+
+@contextmanager
+def of_this_version() -> Iterator[None]:
+    """Refuse an answer in which something is missing: a daemon of another version, or something else, made it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, MthpError):
+            raise
+        raise MthpError(
+            f"the daemon's answer makes no sense: {str(error)[:60]}",
+            help="it may be of another version than this mthp: restart it",
+        ) from error
+
+
+@of_this_version()
+def set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
+    """Tell the daemon to pause or to resume; a pause is there when this returns."""
+    answer = ask_daemon(word, run_dir)
+    deadline = time.monotonic() + PAUSE_SECONDS
+    while answer["paused"] and answer["busy"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+        status = ask_daemon("status", run_dir)
+        answer = {"paused": status["paused"], "busy": status["busy"]}
+    if as_json:
+        print_json(word, answer)
+    else:
+        busy = ", but it is still at work on one process" if answer["paused"] and answer["busy"] else ""
+        click.echo(f"{'paused' if answer['paused'] else 'going on'}{busy}")
+    return 1 if answer["paused"] and answer["busy"] else 0
