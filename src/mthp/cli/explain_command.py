@@ -9,16 +9,10 @@ from typing import Any, ClassVar
 
 import click
 
-<<<<<<< HEAD
 from mthp.addrspace import AddressSpace
+from mthp.cli.asking import ask_daemon, of_this_version, run_dir_option
 from mthp.cli.options import SECONDS, at_option, json_option, target_argument
 from mthp.cli.render.output import console, note, print_json, progress_bar, say
-from mthp.cli.status_command import ask_daemon, of_this_version, run_dir_option
-=======
-from mthp.cli.asking import ask_daemon, of_this_version, run_dir_option
-from mthp.cli.options import at_option, json_option, target_argument
-from mthp.cli.render.output import console, note, print_json, say
->>>>>>> 7eba091 (cli: put what prints plans and collapses with what prints tables)
 from mthp.engine.explain import Explanation, explain_space
 from mthp.errors import MthpError, UsageError
 from mthp.linux.kernel_scans import watch_scans
