@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fakes import FakeClock, FakeSpace, page_runs
 from mthp.budget import Amount, MemoryBound
 from mthp.daemon.configuration import Configuration
-from mthp.daemon.counters import Counters
+from mthp.daemon.counters import MOST_SERVICES, OTHERS, Counters, Services
 from mthp.daemon.eagerness import Measured as Short
 from mthp.daemon.environment import Environment
 from mthp.daemon.forks import CHILD, LONGEST_SECONDS, SHORT_SECONDS
@@ -505,6 +505,7 @@ def test_pages_of_zeroes_go_back_and_are_counted() -> None:
     stage.target.trim()
     wasted = (N - Trimmable.used) * G.page_size
     assert stage.target.counters.trimmed_bytes == stage.environment.total.trimmed_bytes == wasted
+    assert samples(stage, stage.target)["mthp_service_trimmed_bytes_total", "all", "comm:seven"] == wasted
     assert stage.target.trim_at == stage.now + TRIM_SECONDS
     assert [event for event, values in stage.events if values.get("trimmed_bytes") == wasted] == ["trimmed"]
 
@@ -785,3 +786,49 @@ def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypat
     stage.steps(3.0)
     assert stage.target.left_out == NOT_EAGER
     assert stage.target.settings.trim == 0.5
+
+
+# Services.
+
+
+def samples(stage: Stage, *targets: Target) -> dict[tuple[str, str, str], float]:
+    """What the page of metrics has of services, by metric, rule and service."""
+    pytest.importorskip("prometheus_client")
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from mthp.daemon.metrics import ServiceCollector
+
+    registry = CollectorRegistry()
+    registry.register(ServiceCollector(stage.environment.services, lambda: list(targets)))
+    assert generate_latest(registry)
+    found = [sample for family in registry.collect() for sample in family.samples]
+    return {(each.name, each.labels["rule"], each.labels["service"]): each.value for each in found}
+
+
+def test_work_is_counted_by_rule_and_service_also_after_the_process_has_ended() -> None:
+    stage = Stage(HALF, FULL, FULL)
+    stage.target.renew(replace(stage.target.facts, cgroup="/system.slice/redis.service"), stage.target.rule)
+    stage.steps(20.0)
+    key = "all", "unit:redis.service"
+    counters = stage.target.counters
+    found = samples(stage, stage.target)
+    assert found["mthp_service_collapsed_bytes_total", *key] == 3 * G.pmd_size
+    assert found["mthp_service_bloat_bytes_total", *key] == counters.bloat_bytes > 0
+    assert found["mthp_service_targets", *key] == 1
+    assert found["mthp_service_resident_bytes", *key] == 50000 * G.page_size
+    assert found["mthp_service_huge_bytes", *key] == stage.target.huge > 0
+    after = samples(stage)
+    assert after["mthp_service_collapsed_bytes_total", *key] == 3 * G.pmd_size
+    assert after["mthp_service_targets", *key] == after["mthp_service_resident_bytes", *key] == 0
+    assert to_object(stage.target, G)["service"] == key[1]
+
+
+def test_processes_that_name_themselves_as_they_like_make_no_more_series_than_allowed() -> None:
+    services = Services()
+    for number in range(2 * MOST_SERVICES):
+        services.of("all", f"comm:{number}").bloat_bytes += 1
+    assert len(services.all()) == MOST_SERVICES + 1
+    assert services.of("all", "comm:new") is services.of("all", OTHERS)
+    assert services.of("all", OTHERS).bloat_bytes == MOST_SERVICES
+    assert services.of("all", "comm:0").bloat_bytes == 1
+    assert services.of("other", "comm:new").service == OTHERS

@@ -1,4 +1,4 @@
-"""Count what a piece of work did in a target, for the target and for all together."""
+"""Count what a piece of work did in a target, for the target, its service and all together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from mthp.abilities import take_calls, take_pauses
 from mthp.addrspace import AddressSpace
-from mthp.daemon.counters import Counters
+from mthp.daemon.counters import Counters, ServiceCounters
 from mthp.daemon.environment import Environment
 from mthp.engine.visited import Passage
 from mthp.naming import ProcessFacts
@@ -16,12 +16,17 @@ from mthp.results import ScanResult
 
 
 def account(
-    environment: Environment, counters: Counters, facts: ProcessFacts, space: AddressSpace, passage: Passage
+    environment: Environment,
+    counters: Counters,
+    service: ServiceCounters,
+    facts: ProcessFacts,
+    space: AddressSpace,
+    passage: Passage,
 ) -> int:
     """Count what a passage over some PMD ranges did; return the bytes in the folios that it made.
 
     Args:
-        counters: of the target.
+        counters, service: of the target.
         space: of the target, whose pauses and calls are taken.
     """
     geometry = environment.geometry
@@ -53,6 +58,9 @@ def account(
         one.bloat_bytes += filled * geometry.page_size
         one.stopped.add(pauses)
         one.called.add(calls)
+    size = sum(geometry.size_of(order) * count for order, count in made.items())
+    service.collapsed_bytes += size
+    service.bloat_bytes += filled * geometry.page_size
     if made or failed:
         environment.event(
             "collapsed" if made else "failed",
@@ -64,4 +72,4 @@ def account(
             bloat_bytes=filled * geometry.page_size,
             max_pause_seconds=max(pauses, default=0) / 1e9,
         )
-    return sum(geometry.size_of(order) * count for order, count in made.items())
+    return size

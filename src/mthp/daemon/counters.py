@@ -1,4 +1,4 @@
-"""What the daemon counts, of all processes together and of each target."""
+"""What the daemon counts, of all processes together, of each target and of each service."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ PAUSE_BUCKETS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3
 
 RECENT_PAUSES = 1024
 """So many of the last pauses are kept for percentiles."""
+
+
+MOST_SERVICES = 256
+"""Services that are counted by name: each is a label of metrics, and a process may take as many names as it likes."""
+
+OTHERS = "others"
+"""The name of all services beyond those, for each rule."""
 
 
 class Pauses:
@@ -94,3 +101,37 @@ class Counters:
     def collapsed_by_size(self, geometry: Geometry) -> dict[str, int]:
         """Return how many folios were made, by size, the smallest first."""
         return {geometry.label(order): count for order, count in sorted(dict(self.collapsed).items())}
+
+
+@dataclass
+class ServiceCounters:
+    """Work done in the processes of one service under one rule, also in those that have ended.
+
+    Attributes:
+        rule, service: their names.
+        collapsed_bytes: in folios that were made.
+        bloat_bytes, trimmed_bytes: as in :class:`Counters`.
+    """
+
+    rule: str
+    service: str
+    collapsed_bytes: int = 0
+    bloat_bytes: int = 0
+    trimmed_bytes: int = 0
+
+
+class Services:
+    """The counters of all services; a thread may read them while another counts."""
+
+    def __init__(self) -> None:
+        self._counters: dict[tuple[str, str], ServiceCounters] = {}
+
+    def of(self, rule: str, service: str) -> ServiceCounters:
+        """Return the counters of a service, or those of all others of its rule where there are too many."""
+        if (rule, service) not in self._counters and len(self._counters) >= MOST_SERVICES:
+            service = OTHERS
+        return self._counters.setdefault((rule, service), ServiceCounters(rule, service))
+
+    def all(self) -> list[ServiceCounters]:
+        """Return all counters."""
+        return list(self._counters.values())

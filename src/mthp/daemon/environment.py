@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from mthp.addrspace import AddressSpace
 from mthp.daemon.configuration import Configuration
-from mthp.daemon.counters import Counters
+from mthp.daemon.counters import Counters, Services
 from mthp.daemon.looks import Looks
 from mthp.daemon.pressure import FreeFolios
 from mthp.engine.allowed import mechanism_of
@@ -31,6 +31,7 @@ class Environment:
         switches, tunables: the system's at this moment, the configuration's over them.
         free: of which orders there are folios.
         total: counters of all targets together.
+        services: counters by rule and service.
         bytes: the budget of bytes per second of all together.
         opened: opens the address space of a PID.
         event: writes an event.
@@ -51,6 +52,7 @@ class Environment:
     opened: Callable[[int], AddressSpace]
     event: Callable[..., None]
     say: Callable[[str], None] = lambda line: None
+    services: Services = field(default_factory=Services)
     looks: Looks = field(default_factory=Looks)
     stopping: Callable[[], bool] = lambda: False
     clock: Clock = time.monotonic

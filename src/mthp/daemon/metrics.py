@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from mthp.daemon.boundedserver import BoundedServer
-from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
+from mthp.daemon.counters import PAUSE_BUCKETS, Pauses, Services
 from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import memory_used
+from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.errors import UnsupportedError, UsageError
 
@@ -42,6 +43,7 @@ class MetricsServer:
     def __init__(self, environment: Environment, worker: Worker, host: str, port: int) -> None:
         registry = CollectorRegistry()
         registry.register(_DaemonCollector(environment, worker))
+        registry.register(ServiceCollector(environment.services, lambda: list(worker.targets.values())))
         try:
             self._server = BoundedServer(host, port, make_wsgi_app(registry), worker.cpu.leave_out)
         except OSError as error:
@@ -109,6 +111,44 @@ class _DaemonCollector(Collector):
         times = os.times()
         yield CounterMetricFamily("mthp_cpu_seconds", "CPU time of the daemon.", times.user + times.system)
         yield GaugeMetricFamily("mthp_resident_memory_bytes", "Memory of the daemon.", memory_used())
+
+
+class ServiceCollector(Collector):
+    """What is known by rule and service: no PID is a label, so processes that come and go make no new series.
+
+    Args:
+        services: what was counted.
+        targets: returns the processes that are worked on.
+    """
+
+    def __init__(self, services: Services, targets: Callable[[], Sequence[Target]]) -> None:
+        self._services, self._targets = services, targets
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["rule", "service"]
+        services = self._services.all()
+        made = CounterMetricFamily("mthp_service_collapsed_bytes", "Bytes in folios that were made.", labels=labels)
+        bloat = CounterMetricFamily("mthp_service_bloat_bytes", "Bytes added by filling holes.", labels=labels)
+        trimmed = CounterMetricFamily("mthp_service_trimmed_bytes", "Bytes given back.", labels=labels)
+        for each in services:
+            names = [each.rule, each.service]
+            made.add_metric(names, each.collapsed_bytes)
+            bloat.add_metric(names, each.bloat_bytes)
+            trimmed.add_metric(names, each.trimmed_bytes)
+        yield from (made, bloat, trimmed)
+        sums = {(each.rule, each.service): [0, 0, 0] for each in services}
+        for target in self._targets():
+            of = sums.setdefault((target.service.rule, target.service.service), [0, 0, 0])
+            of[:] = of[0] + 1, of[1] + target.resident, of[2] + target.huge
+        gauges = [
+            GaugeMetricFamily("mthp_service_targets", "Processes worked on.", labels=labels),
+            GaugeMetricFamily("mthp_service_resident_bytes", "Their resident memory, as last seen.", labels=labels),
+            GaugeMetricFamily("mthp_service_huge_bytes", "Of that, mapped by PMD entries.", labels=labels),
+        ]
+        for name_of, values in sums.items():
+            for gauge, value in zip(gauges, values, strict=True):
+                gauge.add_metric(list(name_of), value)
+        yield from gauges
 
 
 def _by(name: str, help: str, label: str, values: dict[str, int]) -> Metric:

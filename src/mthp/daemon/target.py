@@ -82,6 +82,8 @@ class Target:
     Attributes:
         facts, rule: as given; may be replaced.
         counters: of the work done in it.
+        service: counters of its service.
+        resident, huge: bytes that are resident, and that PMD entries map, as last seen.
         next_at: when to go on with it.
         turn: its place in the worker's queue.
         trim_at: when it may be trimmed again.
@@ -101,7 +103,7 @@ class Target:
     JSON = (
         "pid=facts.pid comm=facts.comm rule=rule.name policy=rule.settings.policy left_out:null working"
         " eagerness_level=level.value next_look_seconds bloat_left_bytes=bloat_left reasons left_alone"
-        " out_of_reach_bytes needs_move:null remade=small_folios.remade *counters"
+        " out_of_reach_bytes needs_move:null service=facts.service remade=small_folios.remade *counters"
     )
     """What `mthp status` prints of it."""
 
@@ -121,6 +123,7 @@ class Target:
         self.facts = facts
         self.rule = rule
         self.counters = Counters()
+        self.service = environment.services.of(rule.name, facts.service)
         self.next_at = environment.clock()
         self.turn = 0
         self.gain = 1 << 62
@@ -141,7 +144,7 @@ class Target:
         self._list_interval = 0.0
         self.level = Level(rule.settings, environment.geometry, environment.clock())
         self._rate = ByteBudget(self.settings.rate, environment.clock)
-        self._resident = 0
+        self.resident = self.huge = 0
         self._at_a_time = 2
         self._unadvised = Unadvised()
         self.forks = Forks()
@@ -167,7 +170,7 @@ class Target:
         """Bytes that filling may still add; None for no bound."""
         if self.settings.max_bloat is None:
             return None
-        return self.settings.max_bloat.of(self._resident) - self.counters.bloat_bytes
+        return self.settings.max_bloat.of(self.resident) - self.counters.bloat_bytes
 
     @property
     def next_look_seconds(self) -> float:
@@ -188,6 +191,7 @@ class Target:
     def renew(self, facts: ProcessFacts, rule: Rule) -> None:
         """Go on under another rule: everything is looked at anew."""
         self.facts, self.rule = facts, rule
+        self.service = self._environment.services.of(rule.name, facts.service)
         self.level = Level(rule.settings, self._environment.geometry, self._environment.clock())
         self._rate.set_rate(self.settings.rate)
         self.stale()
@@ -269,7 +273,9 @@ class Target:
         assert share is not None, "only a process whose rule has it is trimmed"
         begun = self._environment.clock()
         self.trim_at = begun + TRIM_SECONDS
-        self._count("trimmed_bytes", give_back(self._environment, self.facts, share))
+        given = give_back(self._environment, self.facts, share)
+        self._count("trimmed_bytes", given)
+        self.service.trimmed_bytes += given
         now = self._environment.clock()
         self.trim_at = max(self.trim_at, now + (now - begun) / TRIM_SHARE)
 
@@ -284,7 +290,7 @@ class Target:
         now, longest, spent = environment.clock(), environment.scan_sleep, looks.spent()
         sign = Sign.parse(self.process.read("stat"))
         looks.took(looks.spent() - spent)
-        self._resident = sign.resident * self._environment.geometry.page_size
+        self.resident = sign.resident * self._environment.geometry.page_size
         self._count("looks")
         # What copy-on-write broke up shows in no layout where folios below the PMD order were, so all is due.
         after_fork = self.forks.take_over()
@@ -310,6 +316,7 @@ class Target:
         if self._unadvised.holds(now):
             self._pass.only_advised()
         outline = self._pass.outline()
+        self.huge = int(outline.pmd_mapped.sum()) * environment.geometry.pmd_size
         self.left_alone = self._pass.left_alone
         if now >= self._reach_at:
             self.out_of_reach_bytes = out_of_reach_bytes(self._pass.space)
@@ -373,7 +380,7 @@ class Target:
     def _account(self, current: Pass, passage: Passage, after: Outline) -> None:
         """Count what a passage did, and note what is to be done about it later."""
         environment = self._environment
-        size = account(environment, self.counters, self.facts, current.space, passage)
+        size = account(environment, self.counters, self.service, self.facts, current.space, passage)
         self._rate.spend(size)
         environment.bytes.spend(size)
         self._ledger.scanned(passage.addresses, passage.results, after, environment.clock(), environment.scan_sleep)
