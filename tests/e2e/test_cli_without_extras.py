@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from e2e.helpers import mthp, mthp_json
 
-EXTRAS = ("pyarrow", "joblib", "distributed", "jinja2", "prometheus_client", "textual")
+EXTRAS = ("pyarrow", "joblib", "distributed", "prometheus_client", "textual")
 WITHOUT = [
     sys.executable,
     "-c",
@@ -48,6 +49,22 @@ def test_what_else_works(place: Path) -> None:
     assert mthp("simulate", place / "scenario.toml", program=WITHOUT).returncode == 0
 
 
+def test_a_process_is_recorded_and_reported_on(tmp_path: Path) -> None:
+    record = ["record", "self", "--every", "10ms", "--for", "20ms", "-o", tmp_path / "r.mthp"]
+    for arguments in (["snapshot", "self", "-o", tmp_path / "s.mthp"], record):
+        assert mthp(*arguments, program=WITHOUT).returncode == 0
+    for number, target in enumerate(["self", tmp_path / "s.mthp", tmp_path / "r.mthp"]):
+        assert mthp("report", target, "-o", tmp_path / f"{number}.html", program=WITHOUT).returncode == 0
+        for command in ("inspect", "plan", "compare", "explain"):
+            assert mthp(command, target, program=WITHOUT).returncode == 0
+
+
+def test_several_processes_are_recorded_in_plain_files(tmp_path: Path) -> None:
+    targets = [str(os.getpid()), "self"]
+    assert mthp("record", *targets, "--for", "10ms", "-o", tmp_path / "all", program=WITHOUT).returncode == 0
+    assert [path.suffix for path in (tmp_path / "all").iterdir()] == 2 * [".mthp"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "extra"),
     [
@@ -55,8 +72,7 @@ def test_what_else_works(place: Path) -> None:
         (["record", "self", "-o", "{place}/out", "--for", "10ms"], "snapshot"),
         (["inspect", "{place}/in/one.parquet"], "snapshot"),
         (["simulate", "{place}/scenario.toml", "-o", "{place}/out"], "snapshot"),
-        (["report", "self", "-o", "{place}/out"], "report"),
-        (["report", "{place}/in/one.parquet", "-o", "{place}/out"], "report"),
+        (["report", "{place}/in/one.parquet", "-o", "{place}/out"], "snapshot"),
         (["sweep", "{place}/in", "--grid", "{place}/grid.toml", "-o", "{place}/out"], "lab"),
         pytest.param(
             ["daemon", "--comm", "nobody", "--metrics", "9464", "--run-dir", "{place}/run"],

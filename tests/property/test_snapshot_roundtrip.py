@@ -96,9 +96,10 @@ def questions(draw: st.DrawFn, space: FakeSpace) -> list[Segment]:
     return draw(st.permutations(segments))
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("snapshots") / "x.parquet"
+@pytest.fixture(scope="module", params=["x.parquet", "x.mthp"])
+def file(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    name: str = request.param
+    return tmp_path_factory.mktemp("snapshots") / name
 
 
 @settings(deadline=None, max_examples=examples(50))

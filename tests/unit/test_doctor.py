@@ -395,10 +395,10 @@ def test_only_counters_below_the_pmd_size_speak_for_mthp(tmp_path: Path) -> None
     assert found.state is State.MISSING
 
 
-def test_snapshots_need_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     found = finding(look(tmp_path, MODERN), "snapshot")
-    assert found.state is State.MISSING
+    assert found.state is State.LIMITED
     assert "mthp[snapshot]" in found.remedy
 
 

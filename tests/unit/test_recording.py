@@ -120,11 +120,18 @@ def eventful(path: Path) -> tuple[Recorded, list[Columns]]:
     return done, history
 
 
-def test_every_step_is_what_the_target_was_then(tmp_path: Path) -> None:
-    done, history = eventful(tmp_path / "r")
+@pytest.fixture(params=["r", "r.mthp"])
+def r(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A recording that is an Arrow stream, and a plain one."""
+    name: str = request.param
+    return tmp_path / name
+
+
+def test_every_step_is_what_the_target_was_then(r: Path) -> None:
+    done, history = eventful(r)
     assert (done.steps, done.end) == (6, "the duration was over")
     assert done.seconds == pytest.approx(5.0)
-    recording = Recording(tmp_path / "r")
+    recording = Recording(r)
     assert (len(recording.steps), recording.end, recording.trouble) == (6, "the duration was over", "")
     assert [step.seconds for step in recording.steps] == pytest.approx([0, 1, 2, 3, 4, 5])
     for number, expected in enumerate(history):
@@ -132,26 +139,26 @@ def test_every_step_is_what_the_target_was_then(tmp_path: Path) -> None:
     assert all(same(columns(space), expected) for space, expected in zip(recording.walk(), history, strict=True))
 
 
-def test_what_did_not_change_is_not_stored_again(tmp_path: Path) -> None:
+def test_what_did_not_change_is_not_stored_again(r: Path) -> None:
     space, clock = space_of(), Clock()
-    done = recorded(space, tmp_path / "r", clock, duration=59.5)
+    done = recorded(space, r, clock, duration=59.5)
     assert done.steps == 60
-    recording = Recording(tmp_path / "r")
+    recording = Recording(r)
     assert [step.rows for step in recording.steps[1:]] == [0] * 59
     assert done.bytes < 1 << 16
 
 
-def test_counters_are_those_of_the_step(tmp_path: Path) -> None:
-    eventful(tmp_path / "r")
-    recording = Recording(tmp_path / "r")
+def test_counters_are_those_of_the_step(r: Path) -> None:
+    eventful(r)
+    recording = Recording(r)
     assert recording.space(1).counters() == {"minflt": 0, "thp_split_page": 7}
     assert recording.space(2).counters() == {"minflt": 12, "thp_split_page": 7}
     assert recording.steps[-1].counters["minflt"] == 12
 
 
-def test_verbs_take_a_recording_at_any_step(tmp_path: Path) -> None:
-    eventful(tmp_path / "r")
-    path = str(tmp_path / "r")
+def test_verbs_take_a_recording_at_any_step(r: Path) -> None:
+    eventful(r)
+    path = str(r)
     with open_target(path, at="0") as first, open_target(path, at="2.2s") as third, open_target(path) as last:
         assert take_census(first).total.by_order() == {0: 1536}
         assert take_census(third).total.by_order() == {0: 1019, 9: 512}
@@ -177,31 +184,31 @@ def test_verbs_take_a_recording_at_any_step(tmp_path: Path) -> None:
         (None, 5),
     ],
 )
-def test_a_step_is_named_by_number_or_time(tmp_path: Path, text: str | None, number: int) -> None:
-    eventful(tmp_path / "r")
-    assert Recording(tmp_path / "r").step_at(text) == number
+def test_a_step_is_named_by_number_or_time(r: Path, text: str | None, number: int) -> None:
+    eventful(r)
+    assert Recording(r).step_at(text) == number
 
 
 @pytest.mark.parametrize("text", ["6", "-7", "soon", "", "5x", "1e3", "1m", "9" * 400 + "s"])
-def test_a_step_that_there_is_not_is_refused(tmp_path: Path, text: str) -> None:
-    eventful(tmp_path / "r")
+def test_a_step_that_there_is_not_is_refused(r: Path, text: str) -> None:
+    eventful(r)
     with pytest.raises(UsageError, match=r"no step|not a step"):
-        Recording(tmp_path / "r").step_at(text)
+        Recording(r).step_at(text)
 
 
-def test_the_processor_bound_puts_steps_off(tmp_path: Path) -> None:
+def test_the_processor_bound_puts_steps_off(r: Path) -> None:
     # 50 ms a step of 1% of a processor: one step every 5 s.
-    done = recorded(space_of(), tmp_path / "r", Clock(cpu_per_look=0.05), duration=31, cpu=0.01)
+    done = recorded(space_of(), r, Clock(cpu_per_look=0.05), duration=31, cpu=0.01)
     assert done.interval == pytest.approx(5.0, abs=0.2)
     assert done.steps in (6, 7)
 
 
-def test_stops_when_it_is_told_to(tmp_path: Path) -> None:
+def test_stops_when_it_is_told_to(r: Path) -> None:
     clock, stopped = Clock(), []
     clock.at = {2.5: lambda: stopped.append(1)}
     done = record_series(
         space_of(),
-        tmp_path / "r",
+        r,
         clock=clock,
         sleep=clock.sleep,
         cpu_clock=clock.cpu_clock,
@@ -209,22 +216,22 @@ def test_stops_when_it_is_told_to(tmp_path: Path) -> None:
     )
     assert (done.steps, done.end) == (3, "stopped")
     assert clock.now - 100 < 2.7
-    assert Recording(tmp_path / "r").end == "stopped"
+    assert Recording(r).end == "stopped"
 
 
-def test_survives_the_end_of_its_target(tmp_path: Path) -> None:
+def test_survives_the_end_of_its_target(r: Path) -> None:
     space, clock = space_of(), Clock()
     clock.at = {2.5: lambda: setattr(space, "vanished", True)}
-    done = recorded(space, tmp_path / "r", clock)
+    done = recorded(space, r, clock)
     assert (done.steps, done.end) == (3, "the target exited")
-    assert Recording(tmp_path / "r").steps[-1].seconds == pytest.approx(2)
+    assert Recording(r).steps[-1].seconds == pytest.approx(2)
 
 
-def test_a_target_that_is_gone_at_once_leaves_no_file(tmp_path: Path) -> None:
+def test_a_target_that_is_gone_at_once_leaves_no_file(tmp_path: Path, r: Path) -> None:
     space = space_of()
     space.vanished = True
     with pytest.raises(TargetVanishedError):
-        recorded(space, tmp_path / "r", Clock())
+        recorded(space, r, Clock())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,8 +246,8 @@ def room_for(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_costs_the_last_step_and_says_what_is_there(tmp_path: Path) -> None:
-    path, space, clock = tmp_path / "r", space_of(15), Clock()
+def test_a_full_disk_costs_the_last_step_and_says_what_is_there(r: Path) -> None:
+    path, space, clock = r, space_of(15), Clock()
     history = [columns(space)]
     rng = np.random.default_rng(3)
 
@@ -251,7 +258,7 @@ def test_a_full_disk_costs_the_last_step_and_says_what_is_there(tmp_path: Path) 
         history.append(columns(space))
 
     clock.at = {0.5 + step: change for step in range(20)}
-    with room_for(64 << 10), pytest.raises(MthpError, match="cannot be written: File too large") as caught:
+    with room_for(32 << 10), pytest.raises(MthpError, match="cannot be written: File too large") as caught:
         recorded(space, path, clock, duration=20)
     recording = Recording(path)
     steps = len(recording.steps)
@@ -261,13 +268,13 @@ def test_a_full_disk_costs_the_last_step_and_says_what_is_there(tmp_path: Path) 
         assert same(columns(recording.space(number)), history[number])
 
 
-def test_not_even_the_last_byte_of_a_step_may_be_missing(tmp_path: Path) -> None:
+def test_not_even_the_last_byte_of_a_step_may_be_missing(r: Path) -> None:
     def record(told: Callable[[int, float, int], None] | None = None) -> None:
         clock = Clock()
         pace = Pace(duration=1.5)
         record_series(
             space_of(),
-            tmp_path / "r",
+            r,
             pace,
             overwrite=True,
             told=told,
@@ -282,20 +289,20 @@ def test_not_even_the_last_byte_of_a_step_may_be_missing(tmp_path: Path) -> None
         with room_for(sizes[1] - short), pytest.raises(MthpError) as caught:
             record()
         assert caught.value.help.endswith("steps: 1")
-        assert len(Recording(tmp_path / "r").steps) == 1
+        assert len(Recording(r).steps) == 1
 
 
-def test_a_disk_without_room_for_one_step_leaves_no_file(tmp_path: Path) -> None:
-    whole = record_series(space_of(), tmp_path / "whole", Pace(duration=0.01)).bytes
+def test_a_disk_without_room_for_one_step_leaves_no_file(tmp_path: Path, r: Path) -> None:
+    whole = record_series(space_of(), r.with_name(f"whole{r.suffix}"), Pace(duration=0.01)).bytes
     for size in (100, whole // 3, whole // 2):
         with room_for(size), pytest.raises(MthpError, match="cannot be written"):
-            recorded(space_of(), tmp_path / "r", Clock())
-        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+            recorded(space_of(), r, Clock())
+        assert [path.stem for path in tmp_path.iterdir()] == ["whole"]
 
 
-def test_a_recording_cut_anywhere_has_all_steps_before(tmp_path: Path) -> None:
-    _, history = eventful(tmp_path / "r")
-    whole = (tmp_path / "r").read_bytes()
+def test_a_recording_cut_anywhere_has_all_steps_before(tmp_path: Path, r: Path) -> None:
+    _, history = eventful(r)
+    whole = r.read_bytes()
     cut = tmp_path / "cut"
     lengths = []
     for size in range(0, len(whole), 13):
@@ -318,9 +325,9 @@ def test_a_recording_cut_anywhere_has_all_steps_before(tmp_path: Path) -> None:
     assert set(lengths) >= {0, 1, 2, 3, 4, 5, 6}
 
 
-def test_a_flipped_bit_never_makes_another_process(tmp_path: Path) -> None:
-    _, history = eventful(tmp_path / "r")
-    whole = (tmp_path / "r").read_bytes()
+def test_a_flipped_bit_never_makes_another_process(tmp_path: Path, r: Path) -> None:
+    _, history = eventful(r)
+    whole = r.read_bytes()
     bent = tmp_path / "bent"
     rng = np.random.default_rng(11)
     seen = {"error": 0, "prefix": 0}
@@ -340,8 +347,8 @@ def test_a_flipped_bit_never_makes_another_process(tmp_path: Path) -> None:
     assert min(seen.values()) > 0
 
 
-def test_the_file_is_private_and_never_overwritten_unasked(tmp_path: Path) -> None:
-    path = tmp_path / "r"
+def test_the_file_is_private_and_never_overwritten_unasked(tmp_path: Path, r: Path) -> None:
+    path = r
     recorded(space_of(), path, Clock())
     assert path.stat().st_mode & 0o777 == 0o600
     before = path.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import signal
 import time
@@ -68,7 +69,8 @@ def command(
 
     Stops at Ctrl-C, after --for, or when the target exits. What was written can be read whatever becomes of the
     recorder. `mthp inspect`, `plan`, `compare` and `report` take the file in place of a PID, at the step --at. It
-    holds no contents of memory, no environment and no arguments.
+    holds no contents of memory, no environment and no arguments. FILE is an Arrow stream, which takes pyarrow; if its
+    name ends with .mthp, it is a format of mthp's own that takes nothing.
     """
     if from_trace is not None:
         if targets:
@@ -178,7 +180,8 @@ class _Recorder:
 
     def _path(self, found: Found) -> Path:
         comm = re.sub(r"[^A-Za-z0-9._-]", "_", found.facts.comm) if found.facts else "process"
-        return self._output / f"{found.target}-{comm}.arrows"
+        suffix = "arrows" if importlib.util.find_spec("pyarrow") else "mthp"
+        return self._output / f"{found.target}-{comm}.{suffix}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ def still(target: str, at: str | None, *, hidden: bool) -> Iterator[tuple[Addres
             yield space, _when(space)
         return
     with tempfile.TemporaryDirectory(prefix="mthp-report-") as directory:
-        path = Path(directory) / "now.parquet"
+        path = Path(directory) / "now.mthp"
         with open_target(target, at=at) as live, progress_bar("recording", hidden=hidden) as progress:
             record(live, path, progress=progress)
         with load(path) as recorded:

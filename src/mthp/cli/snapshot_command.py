@@ -21,11 +21,14 @@ from mthp.units import format_size
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @json_option
 def command(target: str, output: Path, force: bool, heat: HeatRequest | None, as_json: bool) -> None:
-    """Record which pages of TARGET are mapped, and how, in a Parquet file.
+    """Record which pages of TARGET are mapped, and how, in a file.
 
     The file holds addresses, page states, the names of mappings and the system's switches. It holds no contents of
     memory, no environment and no arguments. `mthp inspect` and `mthp plan` take it in place of a PID. With --heat it
     keeps which memory is used, by which plans and comparisons of the file weigh.
+
+    The file is Parquet, which takes pyarrow; if its name ends with .mthp, it is a format of mthp's own that takes
+    nothing.
     """
     from mthp.snapshot import record
 

@@ -65,7 +65,7 @@ def _process_text(workload: str) -> str:
     model, optional = MODELS[workload], workload != next(iter(MODELS))
     ours = "" if optional else table_text(ProcessSettings, "[[process]]", examples={"workload": workload})
     header, keys = ("[[process]]", f'# workload = "{workload}"') if optional else ("", "")
-    theirs = table_text(model, header, examples={"file": "redis.npz"}, optional=optional, keys=keys)
+    theirs = table_text(model, header, examples={"file": "redis.mthp"}, optional=optional, keys=keys)
     return commented(summary(model)) + ours + theirs
 
 
@@ -83,7 +83,7 @@ def load_scenario(path: Path) -> Scenario:
 
 def _is_foreign(path: Path) -> bool:
     """Whether the file at `path` begins as no text does."""
-    return begins(path, 4) in (b"PAR1", b"\xff\xff\xff\xff")
+    return begins(path, 4) in (b"PAR1", b"mthp", b"\xff\xff\xff\xff")
 
 
 _TABLES = ("machine", "switches", "tunables", "process", "fault", "trim")

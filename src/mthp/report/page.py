@@ -55,7 +55,8 @@ def load_template() -> tuple[Any, str]:
         import jinja2
     except ImportError as error:
         raise UnsupportedError(
-            f"reports need Jinja2, which cannot be imported: {error}", help="pip install 'mthp[report]'"
+            f"reports need Jinja2, which cannot be imported: {error}",
+            help="pip install jinja2, or apt install python3-jinja2",
         ) from error
     files = resources.files("mthp.report")
     environment = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""The seam on a file: a snapshot, stored as Parquet, or a recording of many steps, an Arrow stream.
+"""The seam on a file: a snapshot, stored as Parquet, or a recording of many steps, an Arrow stream; or both plain.
 
 The package can be called, because it has the name of a verb: ``mthp.snapshot(target, path)`` takes a snapshot. Type
 checkers take no module for callable: typed programs call :func:`mthp.take_snapshot`, which is the same.

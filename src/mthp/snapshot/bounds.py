@@ -14,6 +14,9 @@ A process of 16 GiB whose every page differs from its neighbours has as many."""
 RUNS_IN_ALL = Bound(1 << 26, "runs of pages")
 """Of a snapshot, whose row groups are read one after another."""
 
+BLOCKS = Bound(1 << 16, "blocks of a snapshot")
+"""Each has 65 536 runs but the last."""
+
 MAPPINGS = Bound(1 << 18, "mappings")
 """vm.max_map_count is 65 530 by default."""
 

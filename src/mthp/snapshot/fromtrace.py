@@ -23,10 +23,10 @@ from mthp.geometry import X86_64, Geometry
 from mthp.ptes import ORDER_NONE, Pte, PteColumns
 from mthp.snapshot.bounds import TRACED_PAGES
 from mthp.snapshot.description import Description
+from mthp.snapshot.formats import check_format, stream_writer
 from mthp.snapshot.recorder import StepTaker
 from mthp.snapshot.recording import RecordingSpace, Step, packed_pages
 from mthp.snapshot.runs import Runs, encode
-from mthp.snapshot.stream import StreamWriter
 from mthp.snapshot.traces import Trace
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
@@ -81,6 +81,7 @@ def record_trace(
         UsageError: not a trace, or not of that kind; or `path` exists.
         MthpError: the recording cannot be written.
     """
+    check_format(path)
     check_output(path, overwrite=overwrite)
     opened = Trace(trace, kind, geometry.page_size)
     steps = opened.steps(progress)
@@ -89,7 +90,7 @@ def record_trace(
     space = _TraceSpace(f"{opened.kind} trace {Path(trace).name}", geometry)
     taker = StepTaker(space)
     count = accesses = 0
-    with StreamWriter(path, taker.description, overwrite=overwrite) as writer:
+    with stream_writer(path, taker.description, overwrite=overwrite) as writer:
         while step is not None:
             space.use(step.pages)
             meta, runs = taker.take()

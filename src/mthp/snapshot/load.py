@@ -19,6 +19,7 @@ from mthp.errors import UsageError
 from mthp.ptes import ORDER_UNKNOWN, PteColumns, Segment
 from mthp.snapshot.bounds import PAGES
 from mthp.snapshot.description import SnapshotInfo
+from mthp.snapshot.formats import run_reader
 from mthp.snapshot.recorded import RecordedSpace
 from mthp.snapshot.recording import Recording
 from mthp.snapshot.runs import Runs, decode, granules, join_granules, page_numbers
@@ -34,7 +35,7 @@ def load(path: str | os.PathLike[str]) -> SnapshotSpace:
     Raises:
         UsageError: missing, unreadable, not a snapshot, cut short, damaged, inconsistent, or made by a newer mthp.
     """
-    reader = RunReader(path)
+    reader = run_reader(path)
     try:
         return SnapshotSpace(reader)
     except BaseException:
@@ -48,7 +49,7 @@ def info(path: str | os.PathLike[str]) -> SnapshotInfo:
     Raises:
         UsageError: as :func:`load`, as far as the description tells.
     """
-    reader = RunReader(path)
+    reader = run_reader(path)
     try:
         return reader.info
     finally:

@@ -17,8 +17,8 @@ from mthp.files import check_output, creating
 from mthp.heat import Heat
 from mthp.ptes import Segment, at_pmd_ranges, in_blocks
 from mthp.snapshot.description import Description, SnapshotInfo
+from mthp.snapshot.formats import check_format, run_writer
 from mthp.snapshot.runs import Runs, encode, page_numbers
-from mthp.snapshot.table import RunWriter, pyarrow
 from mthp.vma import Vma, VmaKind
 
 BLOCK_SIZE = 256 << 20
@@ -53,11 +53,11 @@ def record(
     """
     if block_size < 1:
         raise UsageError(f"block size {block_size} is not positive")
-    pyarrow()
+    check_format(path)
     check_output(path, overwrite=overwrite)
     description = describe(space, with_nodes(space, space.vmas()), heat)
     with creating(path, overwrite=overwrite) as file:
-        with RunWriter(file, os.fspath(path), space.geometry.page_size) as writer:
+        with run_writer(file, path, space.geometry.page_size) as writer:
             for runs in _runs(space, description.vmas, block_size, progress):
                 writer.add(runs)
             description = writer.finish(description)

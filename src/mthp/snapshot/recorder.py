@@ -28,10 +28,11 @@ from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.ptes import ORDER_NONE, PteColumns, Segment
 from mthp.snapshot.description import Description, vma_to_json
+from mthp.snapshot.formats import check_format, stream_writer
 from mthp.snapshot.record import describe
 from mthp.snapshot.recording import CHANGING
 from mthp.snapshot.runs import Runs, encode, page_numbers
-from mthp.snapshot.stream import Meta, StreamWriter
+from mthp.snapshot.stream import Meta
 from mthp.vma import Vma, VmaKind
 
 MAPPINGS_EVERY = 16
@@ -124,12 +125,13 @@ def record_series(
         TargetVanishedError: the target was gone before the first step. No file is left.
     """
     pace = pace or Pace()
+    check_format(path)
     check_output(path, overwrite=overwrite)
     begin, cpu_begin = clock(), cpu_clock()
     taker = StepTaker(space, heat)
     meta, runs = taker.take()
     last, steps = 0.0, 0
-    with StreamWriter(path, taker.description, overwrite=overwrite) as writer:
+    with stream_writer(path, taker.description, overwrite=overwrite) as writer:
         end, spent = "stopped", cpu_clock() - cpu_begin
         while True:
             writer.add(runs, meta | {"seconds": round(last, 6), "cpu_seconds": round(spent, 6)})

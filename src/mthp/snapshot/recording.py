@@ -32,9 +32,10 @@ from mthp.errors import UsageError
 from mthp.ptes import PteColumns, Segment
 from mthp.snapshot.bounds import ACCESSES, COUNTERS, MAPPINGS, RUNS, STEPS
 from mthp.snapshot.description import Description
+from mthp.snapshot.formats import stream_reader
 from mthp.snapshot.recorded import RecordedSpace
 from mthp.snapshot.runs import Runs, decode, granules, page_numbers
-from mthp.snapshot.stream import Meta, StreamReader
+from mthp.snapshot.stream import Meta
 from mthp.units import parse_duration
 
 CHANGING = ("switches", "tunables", "thp_disabled", "missing")
@@ -79,7 +80,7 @@ class Recording:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._reader = StreamReader(path)
+        self._reader = stream_reader(path)
         self.description = self._reader.description
         self.end = ""
         steps: list[Step] = []

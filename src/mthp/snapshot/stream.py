@@ -37,6 +37,9 @@ KEY = "mthp.recording"
 MAGIC = b"\xff\xff\xff\xff"
 """How an Arrow stream begins: the mark before the length of its first message."""
 
+PLAIN_STEPS = b"mthpstep"
+"""How a plain recording begins (:mod:`mthp.snapshot.plain`)."""
+
 COLUMNS = {"start": "uint64", "pages": "uint64", "state": "uint16", "folio_order": "int8"}
 """Columns of the table and their Arrow types."""
 
@@ -45,7 +48,7 @@ Meta = dict[str, Any]
 
 def is_recording(path: str | os.PathLike[str]) -> bool:
     """Whether the file at `path` begins as a recording does; what cannot be read does not."""
-    return begins(path, len(MAGIC)) == MAGIC
+    return begins(path, len(PLAIN_STEPS)).startswith((MAGIC, PLAIN_STEPS))
 
 
 class StreamWriter:
@@ -67,21 +70,38 @@ class StreamWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], description: Description, *, overwrite: bool = False) -> None:
-        arrow = pyarrow()
         self.path = os.fspath(path)
-        self._arrow = arrow
         self.steps = 0
         self._page_size = description.geometry.page_size
-        fields = [(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()]
-        self._schema = arrow.schema(fields, metadata={KEY: description.to_json()})
         self._new = NewFile(path, overwrite=overwrite)
         try:
             with writing(self.path):
-                options = pyarrow("pyarrow.ipc").IpcWriteOptions(compression="zstd")
-                self._writer = pyarrow("pyarrow.ipc").new_stream(self._new.raw, self._schema, options=options)
+                self._begin(description)
         except BaseException:
             self._new.close()
             raise
+
+    def _begin(self, description: Description) -> None:
+        arrow = self._arrow = pyarrow()
+        fields = [(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()]
+        self._schema = arrow.schema(fields, metadata={KEY: description.to_json()})
+        options = pyarrow("pyarrow.ipc").IpcWriteOptions(compression="zstd")
+        self._writer = pyarrow("pyarrow.ipc").new_stream(self._new.raw, self._schema, options=options)
+
+    def _write(self, runs: Runs, meta: Meta) -> None:
+        columns = (
+            (runs.first * self._page_size).astype(np.uint64),
+            runs.pages.astype(np.uint64),
+            runs.state,
+            runs.folio_order,
+        )
+        batch = self._arrow.record_batch([self._arrow.array(column) for column in columns], schema=self._schema)
+        text = json.dumps(meta | {"crc": _crc(columns)}, separators=(",", ":"))
+        self._writer.write_batch(batch, custom_metadata={KEY: text})
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._writer.close()
 
     def add(self, runs: Runs, meta: Meta) -> None:
         """Append one step.
@@ -93,17 +113,9 @@ class StreamWriter:
         Raises:
             MthpError: the file cannot be written. If this is the first step, no file is left.
         """
-        columns = (
-            (runs.first * self._page_size).astype(np.uint64),
-            runs.pages.astype(np.uint64),
-            runs.state,
-            runs.folio_order,
-        )
-        batch = self._arrow.record_batch([self._arrow.array(column) for column in columns], schema=self._schema)
-        text = json.dumps(meta | {"crc": _crc(columns)}, separators=(",", ":"))
         try:
             with writing(self.path):
-                self._writer.write_batch(batch, custom_metadata={KEY: text})
+                self._write(runs, meta)
         except MthpError as error:
             if not self.steps:
                 raise
@@ -125,8 +137,7 @@ class StreamWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._writer.close()
+        self._close()
         self._new.close()
 
 

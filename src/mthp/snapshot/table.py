@@ -1,4 +1,4 @@
-"""The Parquet file itself: the only module here that touches pyarrow, and only when a file is opened.
+"""The Parquet file of a snapshot. pyarrow is imported when a file is opened, and not before.
 
 One row is one run (:mod:`mthp.snapshot.runs`); ``start`` is an address in bytes. Row groups hold about
 :data:`ROW_GROUP_RUNS` rows each, so that writer and reader need the memory of a few row groups, not of the file.
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -42,19 +43,27 @@ def pyarrow(module: str = "pyarrow") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UnsupportedError(
-            f"snapshots need pyarrow, which cannot be imported: {error}", help="pip install 'mthp[snapshot]'"
+            f"this file needs pyarrow, which cannot be imported: {error}",
+            help="pip install 'mthp[snapshot]', or use files whose names end with .mthp",
         ) from error
+
+
+def _arrow_errors() -> tuple[type[Exception], ...]:
+    """Return what pyarrow raises, if it was imported: without it, none of its errors can be on its way."""
+    arrow = sys.modules.get("pyarrow")
+    return () if arrow is None else (arrow.ArrowException,)
 
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
     """Turn what can go wrong while `path` is read into a :class:`~mthp.errors.UsageError` that names it."""
-    arrow = pyarrow()
     try:
         yield
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", help=error.help) from error
-    except (OSError, ValueError, MemoryError, arrow.ArrowException) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, MemoryError, *_arrow_errors())):
+            raise
         # Arrow raises OSError without an errno for damaged contents, and ArrowMemoryError for absurd sizes in them.
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = getattr(error, "strerror", None) or f"damaged or cut short: {first_line}"
@@ -74,25 +83,14 @@ class RunWriter:
     """
 
     def __init__(self, file: BinaryIO, path: str, page_size: int) -> None:
-        arrow = pyarrow()
         self._path = path
         self._page_size = page_size
-        self._table = arrow.table
-        self._schema = arrow.schema([(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()])
         self._tail = Runs.joined([])
         self._waiting: list[Runs] = []
         self.runs = 0
         self.pages = 0
         with writing(path):
-            self._writer = pyarrow("pyarrow.parquet").ParquetWriter(
-                file,
-                self._schema,
-                compression="zstd",
-                use_dictionary=["vma", "pages", "state", "folio_order"],
-                column_encoding={"start": "DELTA_BINARY_PACKED"},
-                write_page_checksum=True,
-                store_schema=False,
-            )
+            self._begin(file)
 
     def add(self, runs: Runs) -> None:
         """Append runs that lie behind all before them. The last is held back: the next block may go on with it.
@@ -117,8 +115,7 @@ class RunWriter:
         self._flush()
         description = dataclasses.replace(description, pages=self.pages)
         with writing(self._path):
-            self._writer.add_key_value_metadata({KEY: description.to_json()})
-            self._writer.close()
+            self._end(description)
         return description
 
     def _flush(self) -> None:
@@ -126,6 +123,26 @@ class RunWriter:
         self._waiting = []
         if not len(runs):
             return
+        with writing(self._path):
+            self._write(runs)
+        self.runs += len(runs)
+        self.pages += int(runs.pages.sum())
+
+    def _begin(self, file: BinaryIO) -> None:
+        arrow = pyarrow()
+        self._table = arrow.table
+        self._schema = arrow.schema([(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()])
+        self._writer = pyarrow("pyarrow.parquet").ParquetWriter(
+            file,
+            self._schema,
+            compression="zstd",
+            use_dictionary=["vma", "pages", "state", "folio_order"],
+            column_encoding={"start": "DELTA_BINARY_PACKED"},
+            write_page_checksum=True,
+            store_schema=False,
+        )
+
+    def _write(self, runs: Runs) -> None:
         columns = {
             "vma": runs.vma,
             "start": runs.first.astype(np.uint64) * np.uint64(self._page_size),
@@ -133,10 +150,16 @@ class RunWriter:
             "state": runs.state,
             "folio_order": runs.folio_order,
         }
-        with writing(self._path):
-            self._writer.write_table(self._table(columns, schema=self._schema), row_group_size=len(runs))
-        self.runs += len(runs)
-        self.pages += int(runs.pages.sum())
+        self._writer.write_table(self._table(columns, schema=self._schema), row_group_size=len(runs))
+
+    def _end(self, description: Description) -> None:
+        self._writer.add_key_value_metadata({KEY: description.to_json()})
+        self._writer.close()
+
+    def _close(self) -> None:
+        # After a failure the writer would finish its file when it is garbage collected, long after the file is gone.
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,9 +167,7 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After a failure the writer would finish its file when it is garbage collected, long after the file is gone.
-        with contextlib.suppress(OSError):
-            self._writer.close()
+        self._close()
 
 
 class RunReader:
@@ -154,7 +175,6 @@ class RunReader:
 
     Attributes:
         description: checked; what it says of the runs is not compared with them here.
-        row_groups: how many there are.
 
     Raises:
         UsageError: missing, unreadable, not a snapshot, damaged, or of a newer version.
@@ -165,16 +185,28 @@ class RunReader:
         with contextlib.ExitStack() as opened, reading(self.path):
             file = self._file = opened.enter_context(open_regular(path))
             self._size = os.fstat(file.fileno()).st_size
-            self._parquet = _snapshot(file)
-            self.description = _description(self._parquet)
-            RUNS_IN_ALL.check(self._parquet.metadata.num_rows)
+            self._open(file)
             self._opened = opened.pop_all()
-        self.row_groups: int = self._parquet.num_row_groups
+
+    def _open(self, file: BinaryIO) -> None:
+        """Read the description, and see how many runs there are."""
+        self._parquet = _snapshot(file)
+        self.description = _description(self._parquet)
+        RUNS_IN_ALL.check(self._row_count)
+
+    @property
+    def _row_count(self) -> int:
+        return int(self._parquet.metadata.num_rows)
+
+    @property
+    def row_groups(self) -> int:
+        """How many there are."""
+        return int(self._parquet.num_row_groups)
 
     @property
     def info(self) -> SnapshotInfo:
         """The summary of the file."""
-        return self.description.info(self.path, self._parquet.metadata.num_rows, self._size)
+        return self.description.info(self.path, self._row_count, self._size)
 
     def runs(self, row_group: int) -> Runs:
         """The runs of one row group, their state in this version's bits.
@@ -183,15 +215,18 @@ class RunReader:
             UsageError: damaged.
         """
         with reading(self.path):
-            _check_row_group(self._parquet, self._file, row_group)
-            table = self._parquet.read_row_group(row_group, columns=list(COLUMNS), use_threads=False)
-            if any(column.null_count for column in table.columns):
-                raise UsageError("damaged: a value is missing")
-            vma, *columns = (table.column(name).to_numpy() for name in COLUMNS)
-            runs = checked_runs(columns, vma, self.description.geometry.page_size, ADDRESS_LIMIT)
+            runs = self._read(row_group)
         state = self._own_bits(runs.state)
         folio_order = np.where(state == 0, np.int8(ORDER_NONE), runs.folio_order)
         return dataclasses.replace(runs, state=state, folio_order=folio_order)
+
+    def _read(self, row_group: int) -> Runs:
+        _check_row_group(self._parquet, self._file, row_group)
+        table = self._parquet.read_row_group(row_group, columns=list(COLUMNS), use_threads=False)
+        if any(column.null_count for column in table.columns):
+            raise UsageError("damaged: a value is missing")
+        vma, *columns = (table.column(name).to_numpy() for name in COLUMNS)
+        return checked_runs(columns, vma, self.description.geometry.page_size, ADDRESS_LIMIT)
 
     def _own_bits(self, state: NDArray[np.uint16]) -> NDArray[np.uint16]:
         if self.description.state_bits == STATE_BITS:
@@ -208,6 +243,9 @@ class RunReader:
 
 PARQUET_MAGIC = b"PAR1"
 """How a Parquet file begins."""
+
+PLAIN_RUNS = b"mthpruns"
+"""How a plain snapshot begins (:mod:`mthp.snapshot.plain`)."""
 
 _FOOTER = {"thrift_string_size_limit": 1 << 27, "thrift_container_size_limit": 1 << 20}
 """What Arrow takes of a footer: bytes of one text, which the description is, and elements of one list."""

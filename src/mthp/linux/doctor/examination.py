@@ -266,7 +266,8 @@ def _memory_limit(facts: Facts) -> Answer:
 def _snapshot(_facts: Facts) -> Answer:
     if importlib.util.find_spec("pyarrow"):
         return Answer(State.OK, "pyarrow is installed")
-    return Answer(State.MISSING, "pyarrow is not installed", "pip install 'mthp[snapshot]'")
+    what = "pyarrow is not installed: snapshots and recordings are files whose names end with .mthp"
+    return Answer(State.LIMITED, what, "pip install 'mthp[snapshot]' for Parquet and Arrow")
 
 
 _QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (

@@ -1,0 +1,54 @@
+"""Choose the format of a file: of a new one by its name, of one that is there by how it begins."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO
+
+from mthp.files import begins
+from mthp.snapshot.description import Description
+from mthp.snapshot.plain import PlainRunReader, PlainRunWriter, PlainStreamReader, PlainStreamWriter, is_plain
+from mthp.snapshot.stream import PLAIN_STEPS, StreamReader, StreamWriter
+from mthp.snapshot.table import PLAIN_RUNS, RunReader, RunWriter, pyarrow
+
+
+def check_format(path: str | os.PathLike[str]) -> None:
+    """Check, before long work, that a file of this name can be written.
+
+    Raises:
+        UnsupportedError: it takes pyarrow, which is not installed.
+    """
+    if not is_plain(path):
+        pyarrow()
+
+
+def run_writer(file: BinaryIO, path: str | os.PathLike[str], page_size: int) -> RunWriter:
+    """Return what writes the runs of a snapshot into `file`."""
+    return (PlainRunWriter if is_plain(path) else RunWriter)(file, os.fspath(path), page_size)
+
+
+def run_reader(path: str | os.PathLike[str]) -> RunReader:
+    """Open the snapshot at `path`.
+
+    Raises:
+        UsageError, UnsupportedError: as :class:`RunReader`.
+    """
+    return (PlainRunReader if begins(path, len(PLAIN_RUNS)) == PLAIN_RUNS else RunReader)(path)
+
+
+def stream_writer(path: str | os.PathLike[str], description: Description, *, overwrite: bool) -> StreamWriter:
+    """Return what writes a recording to `path`.
+
+    Raises:
+        UsageError, UnsupportedError: as :class:`StreamWriter`.
+    """
+    return (PlainStreamWriter if is_plain(path) else StreamWriter)(path, description, overwrite=overwrite)
+
+
+def stream_reader(path: str | os.PathLike[str]) -> StreamReader:
+    """Open the recording at `path`.
+
+    Raises:
+        UsageError, UnsupportedError: as :class:`StreamReader`.
+    """
+    return (PlainStreamReader if begins(path, len(PLAIN_STEPS)) == PLAIN_STEPS else StreamReader)(path)

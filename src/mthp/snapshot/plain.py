@@ -1,0 +1,239 @@
+"""Snapshots and recordings without pyarrow: blocks of JSON and deflated columns, behind one another.
+
+A file is plain if its name ends with :data:`SUFFIX`; readers know it by its first eight bytes. What it holds is what
+the Parquet file of a snapshot and the Arrow stream of a recording hold, and readers of both kinds have the same
+methods. It is for machines where 170 MB of pyarrow are too much; other programs read Parquet and Arrow.
+
+Behind the first eight bytes there are blocks::
+
+    uint32  length of the JSON text
+    uint32  rows
+    uint64  length of the deflated columns
+    uint32  CRC-32 of text and columns
+    text, columns
+
+Numbers are little-endian. The columns stand one behind another, as :data:`COLUMNS` has them, ``start`` as differences
+from one to the next. The first block of a recording says what was recorded, and each of the others is a step. A
+snapshot has its runs first, and says in the last block, which has no rows, what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.bounded import JSON_BYTES, Bound, inflate, named, parse_json
+from mthp.errors import UsageError
+from mthp.files import open_regular
+from mthp.snapshot.bounds import BLOCKS, RUNS, RUNS_IN_ALL
+from mthp.snapshot.description import ADDRESS_LIMIT, Description
+from mthp.snapshot.runs import Runs, checked_runs
+from mthp.snapshot.stream import PLAIN_STEPS, Meta, StreamReader, StreamWriter
+from mthp.snapshot.table import PLAIN_RUNS, RunReader, RunWriter
+
+SUFFIX = ".mthp"
+"""End of the name of a plain file."""
+
+COLUMNS = {"vma": "<i4", "start": "<u8", "pages": "<u8", "state": "<u2", "folio_order": "i1"}
+"""Columns of a block, and their NumPy types."""
+
+_ROW = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())
+_HEADER = struct.Struct("<IIQI")
+
+
+def is_plain(path: str | os.PathLike[str]) -> bool:
+    """Return whether a new file of this name is to be plain."""
+    return os.fspath(path).endswith(SUFFIX)
+
+
+def _packed(text: str, runs: Runs, page_size: int) -> bytes:
+    """Return the bytes of a block."""
+    start = runs.first.astype(np.uint64) * np.uint64(page_size)
+    steps = np.diff(start, prepend=np.uint64(0))
+    columns: list[NDArray[Any]] = [runs.vma, steps, runs.pages, runs.state, runs.folio_order]
+    raw = b"".join(column.astype(kind).tobytes() for column, kind in zip(columns, COLUMNS.values(), strict=True))
+    said, packed = text.encode(), zlib.compress(raw, 6) if raw else b""
+    return _HEADER.pack(len(said), len(runs), len(packed), zlib.crc32(packed, zlib.crc32(said))) + said + packed
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block of a file.
+
+    Attributes:
+        text: what it says.
+        rows: how many runs it has.
+        columns: the deflated columns.
+    """
+
+    text: bytes
+    rows: int
+    columns: bytes
+
+    @classmethod
+    def read(cls, file: BinaryIO) -> _Block | None:
+        """Return the block that begins where `file` is; None at the end of the file.
+
+        Raises:
+            UsageError: it is cut short or damaged, or would take more memory than is allowed.
+        """
+        header = file.read(_HEADER.size)
+        if not header:
+            return None
+        if len(header) < _HEADER.size:
+            raise UsageError("damaged: cut short")
+        said, rows, packed, checksum = _HEADER.unpack(header)
+        # Lengths are checked before anything of that length is read: deflate never doubles what it packs.
+        JSON_BYTES.check(said)
+        RUNS.check(rows)
+        if packed > 2 * _ROW * rows + 1024 or (packed == 0) != (rows == 0):
+            raise UsageError("damaged: the columns of a block do not fit its rows")
+        text, columns = file.read(said), file.read(packed)
+        if len(text) < said or len(columns) < packed:
+            raise UsageError("damaged: cut short")
+        if zlib.crc32(columns, zlib.crc32(text)) != checksum:
+            raise UsageError("damaged: a checksum is wrong")
+        return cls(text, rows, columns)
+
+    def runs(self, page_size: int) -> Runs:
+        """Return the runs.
+
+        Raises:
+            UsageError: the columns are damaged.
+        """
+        if not self.rows:
+            return Runs.joined([])
+        raw = inflate(self.columns, Bound(self.rows, "rows of a block"), unit=_ROW)
+        if len(raw) != self.rows * _ROW:
+            raise UsageError("damaged: the columns of a block do not fit its rows")
+        columns: list[NDArray[Any]] = []
+        at = 0
+        for kind in map(np.dtype, COLUMNS.values()):
+            columns.append(np.frombuffer(raw, kind, self.rows, at))
+            at += self.rows * kind.itemsize
+        vma, start, *others = columns
+        # Sums of 64 bits wrap, as the differences did.
+        return checked_runs([np.cumsum(start, dtype=np.uint64), *others], vma, page_size, ADDRESS_LIMIT)
+
+
+class PlainRunWriter(RunWriter):
+    """Writes the runs of a snapshot into a plain file."""
+
+    def _begin(self, file: BinaryIO) -> None:
+        self._file = file
+        file.write(PLAIN_RUNS)
+
+    def _write(self, runs: Runs) -> None:
+        self._file.write(_packed("", runs, self._page_size))
+
+    def _end(self, description: Description) -> None:
+        self._file.write(_packed(description.to_json(), Runs.joined([]), self._page_size))
+
+    def _close(self) -> None:
+        pass
+
+
+class PlainRunReader(RunReader):
+    """An open plain snapshot."""
+
+    def _open(self, file: BinaryIO) -> None:
+        file.seek(len(PLAIN_RUNS))
+        self._begins: list[int] = []
+        self._rows = 0
+        while True:
+            begin = file.tell()
+            block = _Block.read(file)
+            if block is None:
+                raise UsageError("damaged: cut short")
+            if not block.rows:
+                break
+            self._begins.append(begin)
+            self._rows += block.rows
+            BLOCKS.check(len(self._begins))
+            RUNS_IN_ALL.check(self._rows)
+        self.description = Description.from_json(block.text)
+
+    @property
+    def _row_count(self) -> int:
+        return self._rows
+
+    @property
+    def row_groups(self) -> int:
+        """How many there are."""
+        return len(self._begins)
+
+    def _read(self, row_group: int) -> Runs:
+        self._file.seek(self._begins[row_group])
+        block = _Block.read(self._file)
+        if block is None:
+            raise UsageError("damaged: cut short")
+        return block.runs(self.description.geometry.page_size)
+
+
+class PlainStreamWriter(StreamWriter):
+    """Writes a recording into a plain file, step by step."""
+
+    def _begin(self, description: Description) -> None:
+        self._new.raw.write(PLAIN_STEPS + _packed(description.to_json(), Runs.joined([]), self._page_size))
+
+    def _write(self, runs: Runs, meta: Meta) -> None:
+        # In one call: a block that is there in part is one that broke off.
+        self._new.raw.write(_packed(json.dumps(meta, separators=(",", ":")), runs, self._page_size))
+
+    def _close(self) -> None:
+        pass
+
+
+class PlainStreamReader(StreamReader):
+    """Reads a plain recording from its beginning."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        with self._file() as file, named(self.path):
+            block = self._next(file)
+            if block is None:
+                raise UsageError("damaged: cut short")
+            self.description = Description.from_json(block.text)
+
+    def _file(self) -> BinaryIO:
+        try:
+            file = open_regular(self.path)
+        except OSError as error:
+            raise UsageError(f"{self.path}: {error.strerror}") from error
+        file.seek(len(PLAIN_STEPS))
+        return file
+
+    @staticmethod
+    def _next(file: BinaryIO) -> _Block | None:
+        try:
+            return _Block.read(file)
+        except (OSError, MemoryError) as error:
+            raise UsageError(f"damaged or cut short: {error}") from error
+
+    def steps(self) -> Iterator[tuple[Meta, Runs]]:
+        """Yield all steps that are whole, as :meth:`StreamReader.steps` does."""
+        with self._file() as file:
+            self._next(file)
+            while True:
+                try:
+                    block = self._next(file)
+                    if block is None:
+                        return
+                    meta, runs = parse_json(block.text), block.runs(self.description.geometry.page_size)
+                    if not isinstance(meta, dict):
+                        raise UsageError("damaged: what a step says is not a JSON object")
+                except UsageError as error:
+                    # What passes a bound is not a file that broke off: its reader has to know.
+                    if error.help:
+                        raise UsageError(f"{self.path}: {error.message}", help=error.help) from error
+                    yield {"broken": error.message}, Runs.joined([])
+                    return
+                yield meta, runs
