@@ -25,6 +25,15 @@ printf '#!/usr/bin/python3 -P\nimport sys\n\nfrom mthp.cli import main\n\nsys.ex
 "$python" docs/man.py "$tree/usr/share/man/man1" > /dev/null
 gzip -9n "$tree"/usr/share/man/man1/*.1
 gzip -9nc CHANGELOG.md > "$tree/usr/share/doc/mthp/changelog.gz"
+for shell in bash zsh fish; do
+  case $shell in
+    bash) file=bash-completion/completions/mthp ;;
+    zsh) file=zsh/vendor-completions/_mthp ;;
+    fish) file=fish/vendor_completions.d/mthp.fish ;;
+  esac
+  mkdir -p "$tree/usr/share/${file%/*}"
+  "$python" -m mthp completion $shell > "$tree/usr/share/$file"
+done
 cp LICENSE "$tree/usr/share/doc/mthp/copyright"
 cp packaging/grafana/*.json packaging/prometheus/*.yaml "$tree/usr/share/doc/mthp/examples/"
 

@@ -126,6 +126,9 @@ def test_the_debian_package_has_the_program_its_unit_and_its_pages(tmp_path: Pat
         "./usr/lib/python3/dist-packages/mthp/cli/__init__.py",
         "./usr/lib/systemd/system/mthp.service",
         "./usr/share/man/man1/mthp-collapse.1.gz",
+        "./usr/share/bash-completion/completions/mthp",
+        "./usr/share/zsh/vendor-completions/_mthp",
+        "./usr/share/fish/vendor_completions.d/mthp.fish",
         "./etc/mthp/mthp.toml",
     }
     assert all(line.split()[1] == "root/root" for line in listed.splitlines())

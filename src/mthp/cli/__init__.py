@@ -44,6 +44,7 @@ COMMANDS = {
     "report": "One HTML page: the address space, each policy, and at what price.",
     "conformance": "Replay what real kernels did in the simulated machine.",
     "schema": "The JSON Schema of what a command prints with --json.",
+    "completion": "The script by which a shell completes mthp's command line; --install puts it in place.",
     "demo": "mTHPs beside huge pages on processes of its own: memory, pauses, speed; then trim.",
 }
 """The commands, in the order of a first day with them; each is the module ``mthp.cli.<name>_command``."""

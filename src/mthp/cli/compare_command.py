@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mthp.abilities import heat_of
+from mthp.cli.completing import complete_policies
 from mthp.cli.options import at_option, heat_option, json_option, target_argument
 from mthp.cli.render.output import console, note, print_json, progress_bar, say
 from mthp.cli.render.tables import Table
@@ -21,6 +22,7 @@ from mthp.units import format_size, percent
 @click.option(
     "--policies",
     metavar="NAMES",
+    shell_complete=complete_policies,
     help="Policies, separated by commas; the four and no-creep by default. NAME:split is mthp by splitting.",
 )
 @click.option(

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import click
 
 from mthp.cli.asking import run_dir_option
+from mthp.cli.completing import complete_pid, complete_policy, complete_target
 from mthp.cli.options import RATE, SHARE
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
@@ -20,17 +21,26 @@ from mthp.text import clean
 
 
 @click.command("daemon")
-@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...", shell_complete=complete_target)
 @click.option(
     "--config", type=click.Path(path_type=Path), metavar="FILE", help="Rules (TOML). SIGHUP has it read again."
 )
-@click.option("--pid", type=int, multiple=True, metavar="PID", help="Work on this process. May be repeated.")
+@click.option(
+    "--pid",
+    type=int,
+    multiple=True,
+    metavar="PID",
+    shell_complete=complete_pid,
+    help="Work on this process. May be repeated.",
+)
 @click.option("--cgroup", multiple=True, metavar="GLOB", help="Work on these cgroups (v2 path), and those below them.")
 @click.option("--comm", multiple=True, metavar="GLOB", help="Work on processes of this name.")
 @click.option("--exe", multiple=True, metavar="GLOB", help="Work on processes of this executable.")
 @click.option("--uid", multiple=True, metavar="USER", help="Work on processes of this user.")
 @click.option("--all", "every_process", is_flag=True, help="Work on all processes.")
-@click.option("--policy", metavar="NAME", help="How orders are chosen; mainline by default.")
+@click.option(
+    "--policy", metavar="NAME", shell_complete=complete_policy, help="How orders are chosen; mainline by default."
+)
 @click.option("--orders", metavar="SIZES", help="16K,64K,2M; all; or enabled (the default): what the switches allow.")
 @click.option("--max-ptes-none", type=int, metavar="N", help="Empty pages a collapse may fill, per PMD range.")
 @click.option("--max-ptes-swap", type=int, metavar="N", help="Swapped pages it may read back, per PMD range.")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mthp.budget import DEFAULT_BLOAT, parse_amount, parse_bloat
+from mthp.cli.completing import complete_policy, complete_target
 from mthp.engine.select import PlanOptions
 from mthp.errors import UsageError
 from mthp.heat import parse_heat
@@ -77,7 +78,7 @@ heat_option = click.option(
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-target_argument = click.argument("target")
+target_argument = click.argument("target", shell_complete=complete_target)
 at_option = click.option(
     "--at",
     metavar="STEP",
@@ -94,7 +95,14 @@ def plan_options(function: Command) -> Command:
 
 
 _PLAN_OPTIONS = (
-    click.option("--policy", default="mainline", show_default=True, metavar="NAME", help="How orders are chosen."),
+    click.option(
+        "--policy",
+        default="mainline",
+        show_default=True,
+        metavar="NAME",
+        shell_complete=complete_policy,
+        help="How orders are chosen.",
+    ),
     click.option(
         "--orders",
         metavar="SIZES",

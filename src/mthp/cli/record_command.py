@@ -18,6 +18,7 @@ from rich.status import Status
 from rich.text import Text
 
 from mthp.abilities import heat_of
+from mthp.cli.completing import complete_target
 from mthp.cli.options import SECONDS, SHARE, heat_option, json_option
 from mthp.cli.render.output import console, note, print_json, say
 from mthp.cli.render.tables import Table
@@ -36,7 +37,7 @@ STRETCHED = 1.5
 
 
 @click.command("record")
-@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...", shell_complete=complete_target)
 @click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="File to write.")
 @click.option("--every", type=SECONDS, default="1s", show_default=True, help="From one step to the next.")
 @click.option("--for", "duration", type=SECONDS, help="How long; until Ctrl-C or the target's end by default.")
@@ -48,7 +49,10 @@ STRETCHED = 1.5
     help="Of one processor, which recording may take; steps come later where they would take more. 100% for no bound.",
 )
 @click.option(
-    "--from-trace", metavar="FILE", help="Make the recording of a trace of memory accesses, not of a process."
+    "--from-trace",
+    type=click.Path(),
+    metavar="FILE",
+    help="Make the recording of a trace of memory accesses, not of a process.",
 )
 @click.option("--trace-format", metavar="KIND", help="lackey, perf or damon; found out by default.")
 @heat_option

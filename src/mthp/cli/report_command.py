@@ -16,6 +16,7 @@ import click
 
 from mthp import __version__
 from mthp.addrspace import AddressSpace
+from mthp.cli.completing import complete_target
 from mthp.cli.options import at_option, json_option, plan_options, planned
 from mthp.cli.render.output import console, print_json, progress_bar, say
 from mthp.errors import UsageError
@@ -44,11 +45,16 @@ class Written:
 
 
 @click.command("report")
-@click.argument("file")
+@click.argument("file", shell_complete=complete_target)
 @click.option(
     "-o", "--output", required=True, metavar="OUT.html", type=click.Path(path_type=Path), help="File to write."
 )
-@click.option("--after", metavar="FILE", help="A snapshot of the same process afterwards, to show beside the first.")
+@click.option(
+    "--after",
+    type=click.Path(),
+    metavar="FILE",
+    help="A snapshot of the same process afterwards, to show beside the first.",
+)
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option(
     "--with-arguments", is_flag=True, help="Show the command line of the process too, which may hold secrets."

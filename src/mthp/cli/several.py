@@ -12,13 +12,16 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 import click
 
+from mthp.cli.completing import complete_target
 from mthp.errors import MthpError, TargetVanishedError, UsageError
 from mthp.geometry import Geometry
 from mthp.targets import Found, Targets, pid_of, refuse_ancestor
 
 R = TypeVar("R")
 
-targets_argument = click.argument("targets", nargs=-1, required=True, metavar="TARGET...")
+targets_argument = click.argument(
+    "targets", nargs=-1, required=True, metavar="TARGET...", shell_complete=complete_target
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mthp import __version__
+from mthp.cli.completing import complete_policies
 from mthp.cli.options import json_option
 from mthp.cli.render.forecast import Forecast
 from mthp.cli.render.output import console, note, print_json, progress_bar, say
@@ -31,6 +32,7 @@ WANTED = 0.5
 @click.option(
     "--policies",
     metavar="NAMES",
+    shell_complete=complete_policies,
     help="Run once under each, separated by commas; the scenario's by default. NAME:split is mthp by splitting.",
 )
 @click.option("--seed", type=int, metavar="N", help="In place of the scenario's.")

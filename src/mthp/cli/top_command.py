@@ -10,6 +10,7 @@ import click
 
 from mthp.addrspace import AddressSpace
 from mthp.cli.asking import ask_daemon
+from mthp.cli.completing import complete_target
 from mthp.cli.options import SHARE, plan_options, planned
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import PlanOptions, base_rules
@@ -18,7 +19,7 @@ from mthp.targets import open_target, pid_of, refuse_ancestor
 
 
 @click.command("top")
-@click.argument("target", required=False)
+@click.argument("target", required=False, shell_complete=complete_target)
 @click.option(
     "--cpu",
     type=SHARE,
