@@ -16,7 +16,7 @@ rm -rf "$tree/usr/lib/python3/dist-packages/bin"
 # Debian's tools look for the files of a package by its list, not by pip's.
 rm -f "$tree"/usr/lib/python3/dist-packages/mthp-*.dist-info/direct_url.json
 
-mkdir -p "$tree/usr/bin" "$tree/usr/lib/systemd/system" "$tree/etc/mthp" "$tree/usr/share/man/man1" \
+mkdir -p "$tree/usr/bin" "$tree/usr/lib/systemd/system" "$tree/etc/mthp/conf.d" "$tree/usr/share/man/man1" \
   "$tree/usr/share/doc/mthp/examples" "$tree/DEBIAN"
 printf '#!/usr/bin/python3 -P\nimport sys\n\nfrom mthp.cli import main\n\nsys.exit(main())\n' > "$tree/usr/bin/mthp"
 # The rules of the example are comments in the package: a service that is enabled must not begin with processes that no administrator named.

@@ -83,6 +83,10 @@ class Document:
         """The text of the file."""
         return self._text
 
+    def where(self, *place: str | int) -> str:
+        """Return the file and the line of what stands at `place`."""
+        return _at_line(self._name, _line_at(place, key_lines(self._text)))
+
     def table(self, kind: type[_T], *place: str | int, beside: Sequence[str] = ()) -> _T | None:
         """Return a table as a dataclass; None if a value that it needs is missing or wrong.
 
@@ -176,7 +180,7 @@ class Document:
         lines = key_lines(self._text)
         errors = [(_line_at(place, lines), message, remedy) for place, message, remedy in self._errors]
         errors.sort(key=lambda error: error[0])
-        shown = [(f"{self._name}{f':{line}' * bool(line)}: {message}", remedy) for line, message, remedy in errors]
+        shown = [(f"{_at_line(self._name, line)}: {message}", remedy) for line, message, remedy in errors]
         (first, remedy), others = shown[0], shown[1:MAX_ERRORS]
         # Errors are printed line by line, so a name that the file chose must not hold a line's end.
         also = [clean(f"also {message}" + (f" ({more})" if more else "")) for message, more in others]
@@ -298,6 +302,10 @@ def many(reader: Reader) -> Reader:
 def _shown(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:60]}…"
+
+
+def _at_line(name: str, line: int) -> str:
+    return f"{name}:{line}" if line else name
 
 
 def _line_at(place: Place, lines: Mapping[Place, int]) -> int:

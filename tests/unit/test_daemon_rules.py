@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mthp.cli import main
+from mthp.daemon import configuration
 from mthp.daemon.configuration import Configuration, load_configuration, parse_configuration
 from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.errors import UsageError
@@ -187,3 +189,92 @@ def test_defaults_hold_for_every_rule_that_does_not_say_otherwise() -> None:
     found = parsed('[defaults]\npolicy = "rfc"\nmax_pause = "250us"\n[[rule]]\nmatch = {}\npolicy = "pmd-only"\n')
     settings = found.rules.rules[0].settings
     assert (settings.policy, settings.max_pause_ns) == ("pmd-only", 250_000)
+
+
+def written(directory: Path, **files: str) -> Path:
+    """A directory of a configuration: `main` is mthp.toml, and all else is a file of conf.d."""
+    (directory / "conf.d").mkdir()
+    for name, contents in files.items():
+        (directory / "mthp.toml" if name == "main" else directory / "conf.d" / f"{name}.toml").write_text(contents)
+    return directory
+
+
+def test_rules_of_conf_d_come_after_those_of_the_file_in_the_order_of_names(tmp_path: Path) -> None:
+    rule = '[[rule]]\nname = "{}"\nmatch = {{ comm = "{}" }}\n'
+    path = written(
+        tmp_path,
+        main='[defaults]\npolicy = "rfc"\n' + rule.format("first", "aa"),
+        b="[tunables]\ndefrag = 0\n" + rule.format("third", "cc"),
+        a="[daemon]\nnotice = '1s'\n[switches]\n64K = 'never'\n" + rule.format("second", "bb"),
+    )
+    for name in (".hidden.toml", "readme", "c.toml.dpkg-old"):
+        (path / "conf.d" / name).write_text("not TOML")
+    found = load_configuration(path, X86_64)
+    assert [rule.name for rule in found.rules.rules] == ["first", "second", "third"]
+    assert {rule.settings.policy for rule in found.rules.rules} == {"rfc"}
+    assert (found.notice_ns, found.tunables, found.sizes) == (10**9, {"defrag": 0}, {4: "never"})
+
+
+@pytest.mark.parametrize("files", [{"main": "[defaults]\n"}, {"only": "[defaults]\n"}])
+def test_one_of_the_files_is_enough(files: dict[str, str], tmp_path: Path) -> None:
+    assert load_configuration(written(tmp_path, **files), X86_64).rules.rules == ()
+
+
+@pytest.mark.parametrize(
+    ("main", "other", "key"),
+    [
+        ('[daemon]\ncpu = "1%"', '\n[daemon]\ncpu = "1%"', "daemon.cpu"),
+        ("[tunables]\ndefrag = 1", "\n[tunables]\ndefrag = 0", "tunables.defrag"),
+        ('[switches]\n64K = "never"', '\n[switches]\n65536 = "always"', "switches.65536"),
+        ("[defaults]\nmax_ptes_none = 1", "\n[defaults]\nmax_ptes_none = 1", "defaults.max_ptes_none"),
+    ],
+)
+def test_a_key_that_two_files_set_is_refused_with_both_places(main: str, other: str, key: str, tmp_path: Path) -> None:
+    path = written(tmp_path, main=main, other=other)
+    with pytest.raises(UsageError) as caught:
+        load_configuration(path, X86_64)
+    expected = f"{path}/conf.d/other.toml:3: {key} is set twice: {path}/mthp.toml:2 sets it, too"
+    assert caught.value.message == expected
+
+
+def test_an_error_names_its_file_and_line(tmp_path: Path) -> None:
+    path = written(tmp_path, main="[defaults]", a="[[rule]]\nmatch = {}\npolcy = 1", b="\n[daemon]\ncpu = 1e400")
+    with pytest.raises(UsageError) as caught:
+        load_configuration(path, X86_64)
+    assert caught.value.message.startswith(f"{path}/conf.d/a.toml:3: rule 1.polcy is an unknown key")
+
+
+def test_rules_of_two_files_that_clash_are_refused(tmp_path: Path) -> None:
+    rule = '[[rule]]\nname = "{}"\nmatch = {{}}\npolicy = "{}"\n'
+    path = written(tmp_path, main=rule.format("a", "rfc"), b=rule.format("b", "mainline"))
+    with pytest.raises(UsageError, match="rules 'a' and 'b' clash"):
+        load_configuration(path, X86_64)
+
+
+def test_a_directory_without_rules_is_refused_with_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has neither") as caught:
+        load_configuration(tmp_path, X86_64)
+    assert caught.value.help == f"write one: mthp daemon --print-config > {tmp_path}/mthp.toml"
+
+
+def test_a_broken_link_in_conf_d_is_not_left_out(tmp_path: Path) -> None:
+    path = written(tmp_path, main="[defaults]")
+    (path / "conf.d" / "gone.toml").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"gone\.toml' cannot be read: No such file"):
+        load_configuration(path, X86_64)
+
+
+def test_the_daemon_reads_the_files_of_the_system_unless_an_option_names_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(configuration, "DIRECTORY", tmp_path / "etc")
+    assert main(["daemon", "--check-config"]) == 2
+    assert f"there is no {tmp_path}/etc" in capsys.readouterr().err
+    (tmp_path / "etc").mkdir()
+    written(tmp_path / "etc", main="[[rule]]\nmatch = {}", other="[[rule]]\nmatch = { pid = 1 }")
+    assert main(["daemon", "--check-config"]) == 0
+    assert capsys.readouterr().out.startswith("2 rules")
+    assert main(["daemon", "--pid", "1", "--policy", "rfc", "--check-config"]) == 0
+    assert capsys.readouterr().out.startswith("1 rules")
+    assert main(["daemon", "--policy", "rfc", "--check-config"]) == 2
+    assert "etc and --policy are given" in capsys.readouterr().err

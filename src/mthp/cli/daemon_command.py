@@ -23,7 +23,11 @@ from mthp.text import clean
 @click.command("daemon")
 @click.argument("targets", nargs=-1, metavar="[TARGET]...", shell_complete=complete_target)
 @click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE", help="Rules (TOML). SIGHUP has it read again."
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Rules (TOML): a file, or a directory with mthp.toml and conf.d/*.toml; /etc/mthp by default. SIGHUP makes the"
+    " daemon read them again.",
 )
 @click.option(
     "--pid",
@@ -73,9 +77,10 @@ from mthp.text import clean
 def command(run_dir: Path | None, **options: Any) -> int:
     """Collapse the memory of chosen processes to large folios, in the background, as their rules say.
 
-    A rules file chooses them, or without one a PID, all, comm:NAME, exe:PATH, unit:NAME, cgroup:/PATH,
-    pod:NAMESPACE/NAME, container:ID or user:NAME; * stands for any text. Switches and tunables are
-    at any moment those of /sys/kernel/mm/transparent_hugepage, unless the rules say otherwise.
+    Rules choose them, of --config or of /etc/mthp/mthp.toml and /etc/mthp/conf.d/*.toml; or without rules a PID, all,
+    comm:NAME, exe:PATH, unit:NAME, cgroup:/PATH, pod:NAMESPACE/NAME, container:ID or user:NAME; * stands for any text.
+    Switches and tunables are at any moment those of /sys/kernel/mm/transparent_hugepage, unless the rules say
+    otherwise.
 
     It runs in the foreground until SIGTERM or Ctrl-C. `mthp status`, `mthp pause` and `mthp resume` talk to it.
     """
@@ -120,26 +125,25 @@ def _say(line: str) -> None:
 
 def _loader(options: dict[str, Any]) -> Callable[[], Any]:
     """Return what reads the configuration, again at each call."""
-    from mthp.daemon.configuration import load_configuration
+    from mthp.daemon import configuration
     from mthp.linux.sysfs import ThpSysfs
 
     geometry = ThpSysfs().geometry()
-    chosen = any(options[name] for name in (*_MATCHES, "every_process", "targets"))
-    path: Path | None = options["config"]
-    if path is not None:
-        clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
-        if clash:
-            raise UsageError(
-                f"--config and {_flag(clash[0])} are given", help="say it in the rules file: [defaults] or [[rule]]"
-            )
-        path = path.absolute()
-        return lambda: _with_daemon_options(load_configuration(path, geometry), options, geometry)
-    if not chosen:
+    if any(options[name] for name in (*_MATCHES, "every_process", "targets")) and options["config"] is None:
+        return lambda: _with_daemon_options(_from_options(options, geometry), options, geometry)
+    path: Path = (options["config"] or configuration.DIRECTORY).absolute()
+    if options["config"] is None and not path.exists():
         raise UsageError(
-            "nothing says which processes to work on",
-            help=f"give --config FILE, which mthp daemon --print-config shows, or {HOW_TO_NAME}",
+            f"nothing says which processes to work on: there is no {path}",
+            help=f"write {path / configuration.MAIN}, which mthp daemon --print-config shows, or {HOW_TO_NAME}",
         )
-    return lambda: _with_daemon_options(_from_options(options, geometry), options, geometry)
+    clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
+    if clash:
+        rules = "--config" if options["config"] else str(path)
+        raise UsageError(
+            f"{rules} and {_flag(clash[0])} are given", help="say it in the rules file: [defaults] or [[rule]]"
+        )
+    return lambda: _with_daemon_options(configuration.load_configuration(path, geometry), options, geometry)
 
 
 _SETTINGS = (

@@ -1,12 +1,13 @@
-"""The rules file: TOML to a :class:`Configuration`, or a refusal that names each line, key and what is allowed.
+"""The rules files: TOML to a :class:`Configuration`, or a refusal that names each line, key and what is allowed.
 
-A file is taken as a whole or not at all, and every key is checked, also in rules that fit no process.
+Files are taken as a whole or not at all, and every key is checked, also in rules that fit no process.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 from mthp.bounded import named
 from mthp.daemon.rules import Limit, Rule, Rules, Settings
 from mthp.daemon.values import file_path, parse_endpoint
+from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
 from mthp.naming import Match
 from mthp.toml import Document, Reader, flag, positive, readers_of, text, whole
@@ -100,11 +102,12 @@ def example() -> str:
 
 
 _ABOVE = """\
-What mthp daemon --config FILE works on, and how. Every key is shown; one that is a comment has the value that holds
-without it, or an example where there is none. SIGHUP (systemctl reload mthp) makes the daemon read the file again; a
-file with an error is refused as a whole, and the old one stays in force. Without [tunables] and [switches] the daemon
-follows those of the system, /sys/kernel/mm/transparent_hugepage, at any moment; the values below are a kernel's own.
-[defaults] holds for all rules that set nothing else.
+What mthp daemon works on, and how. It reads /etc/mthp/mthp.toml and then /etc/mthp/conf.d/*.toml, or what --config
+names. Every key is shown; one that is a comment has the value that holds without it, or an example where there is none.
+SIGHUP (systemctl reload mthp) makes the daemon read the files again; if one has an error, all are refused, and what was
+read before stays in force. Rules may stand in any of the files, and any other key in one of them. Without [tunables]
+and [switches] the daemon follows those of the system, /sys/kernel/mm/transparent_hugepage, at any moment; the values
+below are a kernel's own. [defaults] holds for all rules that set nothing else.
 """
 
 _RULES = """\
@@ -149,13 +152,47 @@ _SETTINGS = {
 """Examples of keys that are not set by default."""
 
 
-def load_configuration(path: Path, geometry: Geometry) -> Configuration:
-    """Read a rules file.
+def configuration_files(path: Path) -> list[Path]:
+    """Return the files of the configuration at `path`.
+
+    A file is all of it. Of a directory these are `mthp.toml`, and the files of `conf.d` that end with .toml, in the
+    order of their names; those that are hidden are an editor's.
 
     Raises:
-        UsageError: it cannot be read, is not TOML, or says something that cannot be.
+        UsageError: the directory has no such file, or cannot be read.
     """
-    return _configuration(Document.load(path, _readers(geometry)), geometry, str(path))
+    more = path / "conf.d"
+    try:
+        if not path.is_dir():
+            return [path]
+        found = sorted(more.iterdir()) if more.is_dir() else []
+        main = [path / MAIN] if (path / MAIN).exists() else []
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", help="run as root") from error
+    found = main + [file for file in found if file.suffix == ".toml" and not file.name.startswith(".")]
+    if not found:
+        raise UsageError(f"{path} has neither {MAIN} nor conf.d/*.toml", help=_MAKE_ONE.format(path / MAIN))
+    return found
+
+
+DIRECTORY = Path("/etc/mthp")
+"""Where the daemon looks for its configuration if no option names one."""
+
+MAIN = "mthp.toml"
+
+_MAKE_ONE = "write one: mthp daemon --print-config > {}"
+
+
+def load_configuration(path: Path, geometry: Geometry) -> Configuration:
+    """Read a rules file, or a directory of such files.
+
+    The rules of all files hold. Each key of the other tables may be set in one of them, and holds for all.
+
+    Raises:
+        UsageError: one of them cannot be read, is not TOML, or says something that cannot be; or a key is set twice.
+    """
+    paths = configuration_files(path)
+    return _configuration([Document.load(each, _readers(geometry)) for each in paths], geometry, str(path))
 
 
 def parse_configuration(text: str, geometry: Geometry, name: str = "configuration") -> Configuration:
@@ -169,7 +206,7 @@ def parse_configuration(text: str, geometry: Geometry, name: str = "configuratio
     """
     with named(name):
         document = Document.parse(text, name, _readers(geometry))
-    return _configuration(document, geometry, name)
+    return _configuration([document], geometry, name)
 
 
 def configuration_of(data: dict[str, Any], geometry: Geometry, name: str = "configuration") -> Configuration:
@@ -178,7 +215,7 @@ def configuration_of(data: dict[str, Any], geometry: Geometry, name: str = "conf
     Raises:
         UsageError: they say something that cannot be.
     """
-    return _configuration(Document("", data, name, _readers(geometry)), geometry, name)
+    return _configuration([Document("", data, name, _readers(geometry))], geometry, name)
 
 
 def _readers(geometry: Geometry) -> dict[str, Reader]:
@@ -190,16 +227,46 @@ def _readers(geometry: Geometry) -> dict[str, Reader]:
     return {"orders": orders, "limit": whole(0, geometry.ptes_per_pmd - 1)}
 
 
-def _configuration(document: Document, geometry: Geometry, name: str) -> Configuration:
-    document.values((), {}, beside=("daemon", "tunables", "switches", "defaults", "rule"))
-    defaults = Settings(**document.values(("defaults",), readers_of(Settings)))
-    own = document.values(("daemon",), readers_of(Own))
-    tunables = read_tunables(document, geometry)
-    enabled, sizes = read_switches(document, geometry)
-    rules = [_rule(document, place, defaults) for place in document.tables("rule")]
-    document.check()
+def _configuration(documents: Sequence[Document], geometry: Geometry, name: str) -> Configuration:
+    defaults: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    tunables: dict[str, int] = {}
+    sizes: dict[int, str] = {}
+    enabled: str | None = None
+    for document in documents:
+        document.values((), {}, beside=(*_TABLES, "rule"))
+        defaults |= document.values(("defaults",), readers_of(Settings))
+        own |= document.values(("daemon",), readers_of(Own))
+        tunables |= read_tunables(document, geometry)
+        word, words = read_switches(document, geometry)
+        enabled, sizes = word or enabled, sizes | words
+    _refuse_doubles(documents, geometry)
+    settings = Settings(**defaults)
+    rules = [_rule(document, place, settings) for document in documents for place in document.tables("rule")]
+    for document in documents:
+        document.check()
     with named(name):
         return Configuration(rules=Rules(tuple(rules)), tunables=tunables, enabled=enabled, sizes=sizes, **own)
+
+
+_TABLES = ("daemon", "tunables", "switches", "defaults")
+
+
+def _refuse_doubles(documents: Sequence[Document], geometry: Geometry) -> None:
+    """Keep an error for every key that one file sets and another has set before."""
+    first: dict[tuple[str, str | int], tuple[Document, str]] = {}
+    for document in documents:
+        for table in _TABLES:
+            for key in document.keys(table):
+                known: str | int = key
+                if table == "switches":
+                    # A size may be written in several ways.
+                    with suppress(UsageError):
+                        known = geometry.parse_order(key)
+                other, written = first.setdefault((table, known), (document, key))
+                if other is not document:
+                    twice = f"is set twice: {other.where(table, written)} sets it, too"
+                    document.refuse((table, key), twice, help="remove one of them")
 
 
 def _rule(document: Document, place: Place, defaults: Settings) -> Rule:
