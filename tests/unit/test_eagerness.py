@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import mthp
 from mthp.daemon.eagerness import (
@@ -25,6 +27,7 @@ from mthp.daemon.levels import Level
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Settings
 from mthp.geometry import X86_64
+from mthp.units import format_size
 
 N = X86_64.ptes_per_pmd
 shares = st.floats(0, 1)
@@ -119,6 +122,56 @@ def test_coverage_for_bloat_is_nowhere_below_a_fixed_max_ptes_none() -> None:
         print(f"max_ptes_none {limit:3}: coverage {coverage:.3f} bloat {bloat:.3f}, by eagerness {more:.3f}")
         assert more_bloat <= bloat + 1e-12
         assert more >= coverage
+
+
+def occupancies() -> dict[str, NDArray[np.bool_]]:
+    """Which pages of PMD ranges are used, as programs leave them: bool, shape (ranges, pages)."""
+    random = np.random.default_rng(1)
+    shares = random.random((200, 1))
+    runs = [np.repeat(random.random(N) < share, 2 ** random.integers(0, 8, N))[:N] for share in shares]
+    return {
+        "runs of every length": np.array(runs),
+        "single pages": random.random((200, N)) < shares,
+        "nearly full": random.random((200, N)) < (1 + shares) / 2,
+        "the beginning": np.arange(N) < random.integers(1, N + 1, (200, 1)),
+        "every other page": np.tile(np.arange(N) % 2 == 0, (50, 1)),
+        "spans of 64K": np.repeat(random.random((200, N // 16)) < shares, 16, axis=1),
+    }
+
+
+@pytest.mark.parametrize("policy", ["mainline", "no-creep"])
+@pytest.mark.parametrize("pattern", occupancies())
+def test_the_curve_is_nowhere_below_a_fixed_max_ptes_none_with_the_same_orders(policy: str, pattern: str) -> None:
+    """Both may make folios of every order; coverage is what lies in 64K and more, bloat what was filled."""
+    present = occupancies()[pattern]
+
+    def point(limit: int) -> tuple[float, float]:
+        orders_of = mthp.plan_ranges(present, policy=policy, orders="all", max_ptes_none=limit).orders
+        inside = orders_of >= 4
+        return float((inside & ~present).sum() / present.sum()), float((inside & present).sum() / present.sum())
+
+    whole = [point(int(settings_at(level).fill * (N - 1) + 1e-9)) for level in range(1, 11)]
+    assert (np.diff(whole, axis=0) >= 0).all()
+    bloats, coverages = np.array(whole).T
+    for limit in (0, 1, 64, 255, 511):
+        bloat, coverage = point(limit)
+        between = float(np.interp(bloat, bloats, coverages))
+        print(f"{pattern}, max_ptes_none {limit:3}: bloat {bloat:.3f} coverage {coverage:.3f}, by level {between:.3f}")
+        assert all(coverage <= made or bloat > added for added, made in whole), "no level is beaten in both"
+        # On the line between two levels; only whole ones hold, so that what is finished is not scanned at every step.
+        assert between >= coverage - 0.03
+
+
+def test_the_documented_levels_are_those_that_hold() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/service.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d+)% \| (.+?) \| (.+?) \|$", page, re.M)
+    assert [int(row[0]) for row in rows] == list(range(11))
+    for level, fill, rate, trim in rows:
+        holds = settings_at(int(level))
+        assert int(fill) == round(100 * holds.fill)
+        bound = "no bound" if holds.bytes_per_second is None else f"{format_size(holds.bytes_per_second)}/s"
+        assert rate == (bound if holds.makes else "nothing")
+        assert trim == ("no" if holds.trim is None else f"{holds.trim:.0%}")
 
 
 def test_a_level_sets_what_a_rule_does_not_say() -> None:
