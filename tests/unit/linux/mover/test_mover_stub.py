@@ -238,7 +238,7 @@ def test_a_parked_thread_keeps_its_stack_and_runs_plainly() -> None:
 
 # --- aarch64 ----------------------------------------------------------------------------------------------------------
 
-PROGRAM = Path(__file__).parents[1] / "programs/mover_stub_aarch64.c"
+PROGRAM = Path(__file__).parents[3] / "programs/mover_stub_aarch64.c"
 
 
 @pytest.fixture(scope="module")

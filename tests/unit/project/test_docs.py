@@ -34,7 +34,7 @@ from mthp.lab.scenario import load_scenario
 from mthp.means import Means
 from mthp.toml import Document
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLACE = re.compile(r"[A-Z]{3,}|\.\w{2,}|[$/]")
 """A word that a reader replaces, or the name of a file."""

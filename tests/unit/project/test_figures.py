@@ -25,7 +25,7 @@ from mthp.top.columns import COLUMNS
 from mthp.tunables import Tunables
 
 SOURCE = Path(mthp.__file__).parent
-FIGURES = Path(__file__).parents[2] / "docs" / "figures.md"
+FIGURES = Path(__file__).parents[3] / "docs" / "figures.md"
 ROW = re.compile(r"\| `([^`|]+)` \| ([^|]+) \| ([^|]*) \| ([^|]+) \|")
 TABLES = (
     Own,

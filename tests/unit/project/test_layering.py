@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("importlinter")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 BROKEN = """

@@ -19,7 +19,7 @@ from mthp.daemon.configuration import parse_configuration
 from mthp.daemon.unit import CAPABILITIES
 from mthp.geometry import X86_64
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKAGING = ROOT / "packaging"
 
 

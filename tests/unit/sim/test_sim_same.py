@@ -66,7 +66,7 @@ def test_the_seed_counts() -> None:
 def test_in_another_process() -> None:
     """Where strings hash differently."""
     code = "import sys; sys.path[:0] = sys.argv[1:]; import test_sim_same; print(test_sim_same.lived())"
-    command = [sys.executable, "-c", code, *map(str, Path(__file__).parents[:2])]
+    command = [sys.executable, "-c", code, *map(str, Path(__file__).parents[:3])]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == lived()
 
 

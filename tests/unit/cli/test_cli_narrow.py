@@ -35,7 +35,7 @@ from mthp.ptes import Pte
 from mthp.vma import Vma
 
 WIDTHS = pytest.mark.parametrize("width", [40, 80, 120])
-EXAMPLE = str(Path(__file__).parents[1] / "example.parquet")
+EXAMPLE = str(Path(__file__).parents[2] / "example.parquet")
 MB2 = 2 << 20
 BASE = 1 << 40
 
