@@ -73,6 +73,15 @@ def staged(space: LiveAddressSpace, file: SplitFile, blocks: list[Block]) -> lis
     return outcomes
 
 
+def of_several_orders(puppet: Puppet, seed: int) -> Target:
+    """A target whose layout takes more than one write."""
+    rng = random.Random(seed)
+    while True:
+        target = Target(puppet, puppet.map(PMD_SIZE), rng)
+        if len({order for _, order in target.blocks}) > 1:
+            return target
+
+
 @pytest.fixture(params=[0, 1], ids=["before-the-first-split", "before-the-second"])
 def step(request: pytest.FixtureRequest) -> int:
     number: int = request.param
@@ -80,7 +89,7 @@ def step(request: pytest.FixtureRequest) -> int:
 
 
 def test_a_fork_between_the_steps(puppet: Puppet, step: int) -> None:
-    target = Target(puppet, puppet.map(PMD_SIZE), random.Random(8))
+    target = of_several_orders(puppet, 8)
     with open_live(puppet.pid) as space:
         outcomes = staged(space, Staged(lambda: puppet.tell("fork"), step), target.blocks)
         target.check(space, outcomes)
@@ -110,7 +119,7 @@ def test_a_pin_between_the_steps_is_told_as_bloat(puppet: Puppet, step: int) -> 
 
 
 def test_memory_unmapped_between_the_steps(puppet: Puppet, step: int) -> None:
-    target = Target(puppet, puppet.map(PMD_SIZE), random.Random(10))
+    target = of_several_orders(puppet, 10)
     half = PMD_SIZE // 2
     with open_live(puppet.pid) as space:
         staged(space, Staged(lambda: puppet.tell("munmap", target.address, half), step), target.blocks)
@@ -123,7 +132,7 @@ def test_memory_unmapped_between_the_steps(puppet: Puppet, step: int) -> None:
 
 
 def test_memory_locked_between_the_steps_keeps_what_was_filled_and_it_is_told(puppet: Puppet, step: int) -> None:
-    target = Target(puppet, puppet.map(PMD_SIZE), random.Random(11))
+    target = of_several_orders(puppet, 11)
     with open_live(puppet.pid) as space:
         file = Staged(lambda: puppet.tell("mlock", target.address, PMD_SIZE, 0), step)
         outcomes = staged(space, file, target.blocks)
@@ -138,7 +147,7 @@ def test_a_target_at_its_memory_limit_between_the_steps(step: int) -> None:
     """Splits charge nothing."""
     with memory_cgroup() as cgroup, Puppet() as puppet:
         cgroup.enter(puppet.pid)
-        target = Target(puppet, puppet.map(PMD_SIZE), random.Random(15))
+        target = of_several_orders(puppet, 15)
         with open_live(puppet.pid) as space:
             outcomes = staged(space, Staged(lambda: cgroup.limit(cgroup.used), step), target.blocks)
             target.check(space, outcomes)
@@ -181,15 +190,15 @@ def test_a_memory_limit_that_is_hit_inside_the_collapse(left: int, monkeypatch: 
 
 
 def test_a_target_that_exits_between_the_steps(puppet: Puppet, step: int) -> None:
-    target = Target(puppet, puppet.map(PMD_SIZE), random.Random(12))
-    other = Target(puppet, puppet.map(PMD_SIZE), random.Random(12))
+    target = of_several_orders(puppet, 12)
+    other = of_several_orders(puppet, 12)
     with open_live(puppet.pid) as space:
         outcomes = staged(space, Staged(puppet.kill, step), target.blocks + other.blocks)
         assert {outcome.result for outcome in outcomes} == {ScanResult.ANY_PROCESS}
 
 
 def test_where_the_file_refuses_in_the_middle_the_fill_goes_back_by_madv_cold(puppet: Puppet, step: int) -> None:
-    target = Target(puppet, puppet.map(PMD_SIZE), random.Random(13))
+    target = of_several_orders(puppet, 13)
     with open_live(puppet.pid) as space:
         outcomes = staged(space, Staged(lambda: None, step, refuses=True), target.blocks)
         assert (target.contents() == target.bytes).all()
@@ -226,7 +235,7 @@ with open_live({puppet.pid}) as space:
 
 
 def test_where_debugfs_is_unmounted_between_the_steps_the_open_file_still_splits(puppet: Puppet, step: int) -> None:
-    target = Target(puppet, puppet.map(PMD_SIZE), random.Random(19))
+    target = of_several_orders(puppet, 19)
     debugfs = SPLIT_FILE.parent
     try:
         with open_live(puppet.pid) as space:
