@@ -7,7 +7,6 @@ so and is skipped.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from vm.world import world
 NEWEST = ("7.3", "7.2")
 CASES = 12
 
-SPLIT_TESTS = ["test_split.py", "test_split_faults.py", "test_trim.py"]
+SPLIT_TESTS = ["test_split.py", "test_split_faults.py"]
 SHORT = {"MTHP_TEST_LAYOUTS": "20", "MTHP_TEST_CHURN_SECONDS": "1"}
 """How long they are here: what is needed to see that all of it works."""
 
@@ -55,12 +54,6 @@ def kernel() -> Kernel:
             if isinstance(error, UnreachableError):
                 break
     pytest.skip(f"needs packages of the distribution's archive: {why}")
-
-
-SPLIT_GUEST = pytest.mark.skipif(
-    "MTHP_TEST_SPLIT_GUEST" not in os.environ,
-    reason="takes ten minutes and more on a busy machine: MTHP_TEST_SPLIT_GUEST=1",
-)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +86,7 @@ def test_what_it_does_is_what_the_simulated_machine_does(kernel: Kernel) -> None
             assert replay_case(case).mismatches == (), case["before"]
 
 
-@SPLIT_GUEST
-def test_folios_are_split_and_trimmed_there(splitting: Future[Row]) -> None:
+def test_folios_are_split_there(splitting: Future[Row]) -> None:
     row = splitting.result()
     assert row.failures == []
     passed = {name.partition("::")[0] for name, test in row.tests.items() if test.outcome == "passed"}
