@@ -56,7 +56,8 @@ class SplitPrice:
         return (
             f"to make folios by splits, {self.ranges} PMD ranges are collapsed as a whole: this copies"
             f" {format_size(self.copied_bytes(geometry))} for {format_size(self.wanted_bytes(geometry))} in planned"
-            f" folios, and takes {self.writes} splits (--min-split-share leaves out ranges of which little is planned)"
+            f" folios, and takes at most {self.writes} splits (--min-split-share leaves out ranges of which little is"
+            " planned)"
         )
 
 
