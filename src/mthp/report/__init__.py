@@ -1,12 +1,12 @@
-"""`mthp report`: one HTML file that says what a process's memory is made of, and what each policy would make of it.
+"""`mthp report`: one HTML file on what a process's memory consists of and what each policy would do with it.
 
-`gather` asks the library and gives a :class:`~mthp.report.document.Document`, a value of tables and pictures; `page`
-renders that and nothing else. The page is one file: style, pictures and text, no script, no address of anything
-outside, and a content security policy that says so to the browser. All its text goes through a template engine that
-escapes, as names of processes, of files and of mappings are whatever somebody chose.
+`gather` makes a :class:`~mthp.report.document.Document`, a value of tables and pictures; `page` renders that and
+nothing else. The page is one file of style, pictures and text. It has no script and no outside address, and a content
+security policy has the browser enforce that. All text goes through a template engine that escapes it, because names of
+processes, files and mappings can hold any characters.
 
-Pictures are SVG in the page itself. They follow the reader's light or dark, print as lines and not as dots, can be
-read out, and cost a few kilobytes: a plotting library would give none of the first three, and needs forty megabytes.
+Pictures are inline SVG: they follow the reader's light or dark theme, print as lines, are accessible to screen readers,
+and cost a few kilobytes. A plotting library offers none of the first three, and needs forty megabytes.
 """
 
 from mthp.report.document import Document

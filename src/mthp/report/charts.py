@@ -1,7 +1,7 @@
 """Charts as values: axes with their ticks, series with their points, already in the drawing's own coordinates.
 
-Series are told apart by the shape of their marks and by their names, not by colour alone; every point says in words
-what it is, and the chart's table says the same in figures.
+Series differ in the shape of their marks and in their names, not in colour alone. Every point carries a text that
+describes it, and the chart's table has the same figures.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from mthp.units import format_size
 
 WIDTH, HEIGHT = 640, 380
-"""Of the drawing."""
+"""Width and height of the drawing, in its own units."""
 
 LEFT, RIGHT, TOP, BOTTOM = 78, 20, 16, 62
-"""Margins around the plot."""
+"""Margins around the plot, in units of the drawing."""
 
 MARKS = (
     "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
@@ -30,15 +30,15 @@ MARKS = (
 """Shapes of marks as SVG paths around the origin: circle, square, triangle, diamond, triangle down, cross."""
 
 PADDING = 20
-"""Between the vertical axis and 0."""
+"""Space between the vertical axis and 0, in units of the drawing."""
 
 DODGE = 9
-"""Between marks that would hide each other, in units of the drawing."""
+"""Distance between marks that would hide each other, in units of the drawing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A mark of an axis: where it is, and its text."""
+    """A mark of an axis: its coordinate and its text."""
 
     at: float
     text: str
@@ -46,7 +46,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A point: where it is, and what it says."""
+    """A point: its coordinates and its text."""
 
     x: float
     y: float
@@ -69,11 +69,11 @@ class Chart:
     """A chart, ready to be drawn.
 
     Attributes:
-        title: above it.
-        summary: what it shows, in words.
-        x_name, y_name: of the axes, with their units.
-        x_ticks, y_ticks: their marks.
-        series: what is plotted.
+        title: text above the chart.
+        summary: description of the chart in words.
+        x_name, y_name: names of the axes, with their units.
+        x_ticks, y_ticks: marks of the axes.
+        series: plotted series.
         frontier: an SVG path behind the series, or ``""``.
     """
 
@@ -92,7 +92,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """What is plotted: a name, and points of (x, y, what it says)."""
+    """Input of a chart: a name, and points of (x, y, text)."""
 
     name: str
     points: Sequence[tuple[float, float, str]]
@@ -111,11 +111,11 @@ def chart(
     y_range: tuple[float, float] | None = None,
     frontier: Sequence[tuple[float, float]] = (),
 ) -> Chart:
-    """Lay out a chart. Marks of series that are not joined stand side by side where they coincide.
+    """Lay out a chart. Marks of series that are not joined are drawn side by side where they coincide.
 
     Args:
-        x_unit, y_unit: stand behind the numbers of the ticks. Those of ``bytes`` are sizes, and round numbers of 1024
-            to some power.
+        x_unit, y_unit: text after the numbers of the ticks. Ticks in ``bytes`` are printed as sizes, at round multiples
+            of a power of 1024.
         y_range: ends of the vertical axis; from 0 to the largest value by default.
         frontier: corners of a staircase that is drawn behind the series, by ascending x.
     """
@@ -156,7 +156,7 @@ def _tick_text(value: float, unit: str) -> str:
 
 
 def _side_by_side(places: Sequence[tuple[float, float]], by: float) -> Iterator[tuple[float, float]]:
-    """`places` in their order; those that coincide are set apart, `by` units from one to the next."""
+    """Yield `places` in their order, with those that coincide moved `by` units apart."""
     number = Counter(places)
     seen: Counter[tuple[float, float]] = Counter()
     for x, y in places:
@@ -165,7 +165,7 @@ def _side_by_side(places: Sequence[tuple[float, float]], by: float) -> Iterator[
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """About five round values from `low` to at least `high`, in steps of 1, 2, 2.5 or 5 times a power of ten."""
+    """Return about five round values from `low` to at least `high`, in steps of 1, 2, 2.5 or 5 times a power of ten."""
     if not high > low:
         high = low + 1.0
     raw = (high - low) / 5
@@ -182,7 +182,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 @dataclass(frozen=True, slots=True)
 class BarPart:
-    """A part of a bar, in thousandths of the longest: its kind of memory, where it begins, and what it says."""
+    """A part of a bar: its kind of memory, its start and width in thousandths of the longest bar, and its text."""
 
     key: str
     start: float
@@ -192,7 +192,7 @@ class BarPart:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bar: its name, its parts, and all of it in words."""
+    """A bar: its name, its parts, and a description of all of it in words."""
 
     name: str
     parts: tuple[BarPart, ...]
@@ -204,7 +204,7 @@ class BarChart:
     """Bars over one scale, made of kinds of memory.
 
     Attributes:
-        legend: the kinds that occur: class and label.
+        legend: class and label of the kinds that occur.
     """
 
     title: str
@@ -225,10 +225,10 @@ def bar_chart(
     """Lay out bars.
 
     Args:
-        rows: of each bar the name, and of its parts the class, the label and the value.
+        rows: the name of each bar, and the class, label and value of each of its parts.
         legend: class and label of every kind that may occur, in the order of the legend.
-        full_names: of bars whose names are short for something, by that name.
-        size: how a value is written.
+        full_names: full names of bars with abbreviated names, by that name.
+        size: formats a value.
     """
     whole = max((sum(value for _, _, value in parts) for _, parts in rows), default=0) or 1
     occurring = {key for _, parts in rows for key, _, value in parts if value}

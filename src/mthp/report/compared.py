@@ -1,6 +1,6 @@
-"""Policies side by side, as a part of a page: what each makes of memory, at what price, and whether it creeps.
+"""Policies side by side, as a section of the page: the coverage, the price and the creep of each.
 
-Knows the rows of :mod:`mthp.lab.compare`, whether they were made a moment ago or come from a file.
+Reads the rows of :mod:`mthp.lab.compare`, fresh or from a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mthp.units import format_size, percent
 Row = Mapping[str, Any]
 
 CREEP_SETTINGS = 6
-"""Settings in the chart of creep: as many as there are marks; those that creep most."""
+"""Settings in the chart of creep: those that creep most, one for each shape of mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Compared:
     """The result of a comparison.
 
     Attributes:
-        geometry: of the target's machine.
+        geometry: geometry of the target's machine.
         size: the folio size from which on memory counts as covered, such as ``"2M"``.
         rows: those of :attr:`mthp.lab.compare.Comparison.rows`.
         frontier: names of the settings on the frontier.
@@ -43,7 +43,7 @@ class Compared:
 
     @classmethod
     def of(cls, comparison: Comparison) -> Compared:
-        """What `comparison` says."""
+        """Return the result of `comparison`."""
         on = zip(comparison.names, comparison.frontier, strict=True)
         return cls(
             comparison.geometry,
@@ -55,22 +55,22 @@ class Compared:
 
     @property
     def settings(self) -> list[str]:
-        """The settings' names, in order."""
+        """Return the settings' names, in order."""
         return list(dict.fromkeys(row["setting"] for row in self.rows))
 
     @property
     def last(self) -> list[Row]:
-        """The row of every setting after its last scan."""
+        """Return the row of every setting after its last scan."""
         return list({row["setting"]: row for row in self.rows}.values())
 
     @property
     def scans(self) -> int:
-        """How many scans there were."""
+        """Return the number of scans."""
         return max((int(row["scan"]) for row in self.rows), default=0)
 
 
 def section(compared: Compared) -> Section:
-    """The part of the page."""
+    """Return the section of the page."""
     charts = [frontier_chart(compared)]
     tables = [_table(compared)]
     if compared.scans > 1:
@@ -92,7 +92,7 @@ def section(compared: Compared) -> Section:
 
 
 def frontier_chart(compared: Compared) -> Chart:
-    """Coverage against bloat, a series for each policy, and the frontier of what nothing beats."""
+    """Return a chart of coverage against bloat: a series for each policy, and the frontier of the best settings."""
     series: dict[str, list[tuple[float, float, str]]] = {}
     for row in compared.last:
         text = (
@@ -119,7 +119,7 @@ def frontier_chart(compared: Compared) -> Chart:
 
 
 def creep_chart(compared: Compared) -> Chart:
-    """Bloat scan by scan."""
+    """Return a chart of bloat by scan."""
     bloat: dict[str, list[tuple[float, float, str]]] = {}
     for row in compared.rows:
         text = f"{row['setting']}, after scan {row['scan']}: {format_size(row['bloat_bytes'])} of bloat"

@@ -1,4 +1,4 @@
-"""What a report says, as a value: facts, maps, charts and tables. Whoever has results can make one."""
+"""The content of a report as a value: facts, maps, charts and tables."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Table:
     """A table.
 
     Attributes:
-        title: above it.
-        columns: the heads.
-        rows: of cells, as many as there are heads.
-        note: a sentence below it, or ``""``.
-        folded: shown when the reader opens it.
+        title: text above the table.
+        columns: headings.
+        rows: rows of cells, each with a cell for every heading.
+        note: a sentence below the table, or ``""``.
+        folded: whether the table is hidden until the reader opens it.
     """
 
     title: str
@@ -44,12 +44,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number that matters, large.
+    """An important number, shown large.
 
     Attributes:
-        value: such as ``"94.1%"``.
-        name: what it is.
-        detail: what it is compared to, or ``""``.
+        value: the number as text, such as ``"94.1%"``.
+        name: name of the number.
+        detail: the value to compare it with, or ``""``.
     """
 
     value: str
@@ -59,7 +59,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command line, and what it is for."""
+    """A command line and its purpose."""
 
     purpose: str
     line: str
@@ -83,14 +83,14 @@ class Document:
     """A report.
 
     Attributes:
-        title: what it is about, such as ``"1234 (redis-server)"``.
-        verdict: what it comes to, in a sentence or two.
+        title: the subject, such as ``"1234 (redis-server)"``.
+        verdict: the conclusion, in a sentence or two.
         facts: pairs of a name and a value: kernel, time, switches.
-        figures: the numbers that matter.
+        figures: the important numbers.
         sections: the parts.
-        commands: how to repeat it.
-        notes: what could not be seen, and why.
-        version: of mthp.
+        commands: commands that repeat the report.
+        notes: facts that could not be read, and why.
+        version: version of mthp.
     """
 
     title: str

@@ -1,7 +1,7 @@
-"""The report of one address space: what it is made of, what each policy would make of it, and at what price.
+"""The report on one address space: its memory, the effect of each policy on it, and the price.
 
-Many plans are made of the same memory here, and a running process does not stand still between them. So a process
-is recorded first, as `mthp snapshot` does, and everything in the report is of that one moment.
+The report makes many plans of the same memory, and a running process changes between them. So a process is recorded
+first, as `mthp snapshot` does, and everything in the report is of that one moment.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ MAPPINGS = 60
 """Mappings in the table: those with most memory."""
 
 Progress = Callable[[str, int, int], None]
-"""Told (what is being done, done, in all)."""
+"""Called with (name of the step, units done, units in all)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a report's memory comes from.
+    """The source of a report's memory.
 
     Attributes:
-        space: what is reported on; read more than once, so it must not change meanwhile.
-        recorded_at: when it was as it is, in words.
-        later: the same process afterwards, or None to show what the plan would make of it.
+        space: address space of the report; it is read more than once, so it must not change meanwhile.
+        recorded_at: time of the recording, in words.
+        later: the same process afterwards, or None to show the predicted effect of the plan.
         arguments: the process's command line if it is to be shown, else ``""``.
-        timeline: how it came to be, where that was recorded.
+        timeline: the recording up to `space`, or None if there is none.
     """
 
     space: AddressSpace
@@ -57,12 +57,12 @@ def report_on(
     *,
     version: str = "",
 ) -> Document:
-    """The report on an address space.
+    """Return the report on an address space.
 
     Args:
-        options: of the plan that is shown in full; policies and limits are varied for the comparison.
-        commands: how to repeat it.
-        version: of mthp, for the foot of the page.
+        options: options of the plan that is shown in full; the comparison varies policies and limits.
+        commands: commands that repeat the report.
+        version: version of mthp, for the foot of the page.
 
     Raises:
         UsageError: as :func:`mthp.engine.planning.plan_space`.

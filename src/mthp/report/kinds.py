@@ -1,4 +1,4 @@
-"""The kinds of memory that pictures tell apart, each with its class and its label."""
+"""The kinds of memory that pictures distinguish, each with its class and its label."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Kind:
     """A kind of memory.
 
     Attributes:
-        key: its CSS class.
-        label: for the legend.
+        key: CSS class.
+        label: text in the legend.
     """
 
     key: str
@@ -28,9 +28,9 @@ class Kinds:
     """The kinds of memory on a geometry: the orders from the largest to 0, unknown order, swapped out, and added.
 
     Attributes:
-        all: every kind; what comes first is at the bottom of a column.
-        of_order: int8, shape (128,): the number of the kind of each folio order; what is larger than the PMD order
-            counts as that.
+        all: every kind, from the bottom of a column to its top.
+        of_order: int8, shape (128,): the number of the kind of each folio order; orders above the PMD order count as
+            the PMD order.
         unknown, swap, added: numbers of the other kinds.
     """
 
@@ -51,11 +51,11 @@ class Kinds:
         return len(self.all)
 
     def of(self, order: int) -> Kind:
-        """The kind of folios of `order`."""
+        """Return the kind of folios of `order`."""
         return self.all[int(self.of_order[order])]
 
     def numbers(self, columns: PteColumns) -> NDArray[np.int8]:
-        """The number of the kind of every page: int8, shape (pages,); -1 where nothing is."""
+        """Return the number of the kind of every page: int8, shape (pages,); -1 for none."""
         order = columns.folio_order
         kind = np.full(len(order), -1, np.int8)
         resident = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
@@ -67,7 +67,7 @@ class Kinds:
 
 
 def _shade(order: int, geometry: Geometry) -> int:
-    """Which of the ten shades an order has: 0 for base pages, 9 for the PMD order."""
+    """Return which of the ten shades an order has: 0 for base pages, 9 for the PMD order."""
     return 0 if order == 0 else max(1, round(9 * order / geometry.pmd_order))
 
 

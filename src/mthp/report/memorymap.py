@@ -1,16 +1,16 @@
 """The map of an address space: how much of which folio order lies where.
 
-A process of 64 GiB has 16 million pages and a page of paper has room for some ten thousand cells. So the map is made
-of *columns*: each stands for a stretch of addresses, and is filled from below with what that stretch holds, the
-largest folios first, in eighths. Nothing is chosen as typical and nothing is averaged into another colour: half full
-is drawn half full. Columns are laid in rows, as text is, and every mapping begins a row of its own.
+A process of 64 GiB has 16 million pages and a printed page has room for some ten thousand cells. So the map consists of
+*columns*: each stands for a stretch of addresses and is filled from below with its memory, the largest folios first, in
+eighths. A column shows true proportions: there is no typical colour and no average colour. Columns are laid in rows, as
+text is, and every mapping begins a new row.
 
-Empty PMD ranges are left out, so that an arena of terabytes with little in it can be seen. What a column stands for
-is a power of two of bytes, the smallest with which the whole map keeps within :data:`MAX_ROWS`; so a map costs the
-same for every size of process. The columns of the page table entries are read in blocks and reduced at once.
+Empty PMD ranges are left out, so a sparse arena of terabytes remains readable. The bytes of a column are the smallest
+power of two with which the whole map keeps within :data:`MAX_ROWS`, so a map costs the same for every size of process.
+The columns of the page table entries are read in blocks and reduced at once.
 
-The picture is one SVG path per kind of memory, made of horizontal runs (stroked lines of width 1), which takes a few
-bytes per run. Kinds are told apart by lightness, which every eye sees, and what a collapse would add is hatched.
+The picture is one SVG path per kind of memory, made of horizontal runs (stroked lines of width 1) of a few bytes each.
+Kinds differ in lightness, which does not depend on colour vision, and memory that a collapse would add is hatched.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ LEVELS = 8
 """Heights that a column can be filled to."""
 
 MAX_ROWS = 56
-"""Rows of a whole map, but for those that are not full."""
+"""Rows of a whole map, not counting rows that are not full."""
 
 MAX_STRIPS = 24
-"""Mappings that are drawn at most: those with most memory. The others are in the tables."""
+"""Most mappings that are drawn: those with most memory. The others are in the tables."""
 
 MIN_SHARE = 0.01
-"""Of all memory, which a mapping must hold to be drawn; the largest always is."""
+"""Share of all memory that a mapping must hold to be drawn; the largest mapping always is."""
 
 BLOCK_BYTES = 1 << 30
-"""Addresses read at a time."""
+"""Bytes of addresses read at a time."""
 
 _GAP = 2
 """Empty lines between rows, in units of levels."""
@@ -62,7 +62,7 @@ class Picture:
     Attributes:
         rows: rows of columns in it.
         paths: the class of a kind, and the path of its runs.
-        summary: in words, for those who cannot see it.
+        summary: description in words, for readers who cannot see the drawing.
     """
 
     rows: int
@@ -71,13 +71,13 @@ class Picture:
 
     @property
     def height(self) -> int:
-        """Of the drawing, in units of levels."""
+        """Return the height of the drawing, in units of levels."""
         return self.rows * (LEVELS + _GAP)
 
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """One mapping: its picture now and, where there is one, afterwards."""
+    """One mapping: its picture now and, if known, its picture afterwards."""
 
     name: str
     address: str
@@ -88,7 +88,7 @@ class Strip:
 
 @dataclass(frozen=True, slots=True)
 class LegendEntry:
-    """One kind and how much there is of it, before and after."""
+    """One kind and its amount, before and after."""
 
     key: str
     label: str
@@ -101,11 +101,11 @@ class MemoryMap:
     """The map of an address space.
 
     Attributes:
-        title: what it shows.
-        scale: what a row and a column stand for.
+        title: text above the map.
+        scale: the sizes of a row and of a column, in words.
         strips: the mappings, by address.
         legend: the kinds that occur.
-        before_name, after_name: what the two states are called.
+        before_name, after_name: names of the two states.
         left_out: a sentence on the mappings that are not drawn, or ``""``.
     """
 
@@ -122,23 +122,23 @@ class MemoryMap:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A mapping that is drawn, and the parts of it that hold anything, in whole PMD ranges or to its ends."""
+    """A mapping that is drawn, and its parts that are not empty, in whole PMD ranges or to the mapping's ends."""
 
     vma: Vma
     segments: tuple[Segment, ...]
 
     @property
     def bytes(self) -> int:
-        """Of the parts."""
+        """Return the bytes of the parts."""
         return sum(end - start for start, end in self.segments)
 
 
 def stretches(space: AddressSpace, census: Census, later: AddressSpace | None = None) -> list[Stretch]:
-    """The mappings of `space` that hold most memory, by address.
+    """Return the mappings of `space` that hold most memory, by address.
 
     Args:
-        later: the same process afterwards; its mappings count as well, and what holds anything in either state is
-            part of a stretch.
+        later: the same process afterwards; its mappings count as well, and a stretch has the parts that are not empty
+            in either state.
     """
     states = [space] if later is None else [space, later]
     vmas = list(census.vmas)
@@ -158,13 +158,13 @@ def stretches(space: AddressSpace, census: Census, later: AddressSpace | None = 
 
 
 def _reaches_into(vma: Vma, others: Sequence[VmaCensus], ends: Sequence[int]) -> bool:
-    """Whether `vma` has addresses in common with one of `others`, which ascend and have these `ends`."""
+    """Return whether `vma` overlaps one of `others`, which ascend and have these `ends`."""
     at = bisect.bisect_right(ends, vma.start)
     return at < len(others) and others[at].vma.start < vma.end
 
 
 def _merged(segments: list[Segment]) -> tuple[Segment, ...]:
-    """The union of `segments`, ascending."""
+    """Return the union of `segments`, ascending."""
     merged: list[Segment] = []
     for start, end in sorted(segments):
         if merged and start <= merged[-1][1]:
@@ -179,7 +179,7 @@ def _held(vma: VmaCensus) -> int:
 
 
 def column_bytes_for(parts: Sequence[Stretch], geometry: Geometry) -> int:
-    """The smallest power of two of bytes per column with which `parts` keep within MAX_ROWS full rows."""
+    """Return the smallest power of two of bytes per column with which `parts` keep within MAX_ROWS full rows."""
     size = geometry.page_size
     while sum(part.bytes for part in parts) > MAX_ROWS * COLUMNS * size:
         size *= 2
@@ -187,7 +187,7 @@ def column_bytes_for(parts: Sequence[Stretch], geometry: Geometry) -> int:
 
 
 Shares = list[NDArray[np.int64]]
-"""For each stretch its columns: int64, shape (columns, kinds): pages of each kind."""
+"""The columns of each stretch: int64, shape (columns, kinds): pages of each kind."""
 
 
 def shares(
@@ -197,10 +197,10 @@ def shares(
     folios: Folios | None = None,
     progress: Progress | None = None,
 ) -> Shares:
-    """Read `parts` of `space` and count their pages by column and kind.
+    """Read `parts` of `space` and return their pages by column and kind.
 
     Args:
-        folios: count as if these had been made; what they fill is the kind "added".
+        folios: count as if these had been made; pages that they fill are of the kind "added".
 
     Raises:
         TargetVanishedError: the process exited meanwhile.
@@ -238,12 +238,12 @@ def _count(counts: NDArray[np.int64], kind: NDArray[np.int8], offset: int, per_c
 
 
 def _lay(kind: NDArray[np.int8], block: Sequence[Segment], folios: Folios, kinds: Kinds, page_size: int) -> None:
-    """Change the `kind` of the pages of `block` to what it is once `folios` are made."""
+    """Set the `kind` of the pages of `block` to their kind after `folios` are made."""
     first = 0
     for start, end in block:
         stop = first + (end - start) // page_size
         low, high = np.searchsorted(folios.address, np.array([start, end], np.uint64)).tolist()
-        # A block may begin within a folio: the one before may reach into it.
+        # A block may begin within a folio that began in the block before.
         chosen = folios[np.arange(max(low - 1, 0), high)]
         count = np.int64(1) << chosen.order.astype(np.int64)
         page = chosen.address.astype(np.int64) // page_size - start // page_size + first
@@ -256,7 +256,7 @@ def _lay(kind: NDArray[np.int8], block: Sequence[Segment], folios: Folios, kinds
 
 
 def draw(counts: NDArray[np.int64], per_column: int, kinds: Kinds, geometry: Geometry) -> Picture:
-    """A strip of columns as a picture.
+    """Return a strip of columns as a picture.
 
     Args:
         counts: int64, shape (columns, kinds): pages.
@@ -266,7 +266,7 @@ def draw(counts: NDArray[np.int64], per_column: int, kinds: Kinds, geometry: Geo
     top = np.rint(np.cumsum(counts, axis=1) * (LEVELS / per_column)).astype(np.int64)
     padded = np.zeros((rows * COLUMNS, counts.shape[1]), np.int64)
     padded[: len(top)] = top
-    # The kind at a level is the first whose top is above it: the number of tops that are not.
+    # The kind at a level is the first whose top is above it, so its number is the number of tops that are not.
     level = np.arange(LEVELS)
     raster = (padded[:, None, :] <= level[None, :, None]).sum(axis=2).reshape(rows, COLUMNS, LEVELS)
     lines = raster.transpose(0, 2, 1)[:, ::-1]
@@ -275,7 +275,7 @@ def draw(counts: NDArray[np.int64], per_column: int, kinds: Kinds, geometry: Geo
 
 
 def _runs(cells: NDArray[np.bool_]) -> str:
-    """The SVG path of the horizontal runs of `cells`: bool, shape (rows, LEVELS, COLUMNS)."""
+    """Return the SVG path of the horizontal runs of `cells`: bool, shape (rows, LEVELS, COLUMNS)."""
     rows, levels, columns = cells.shape
     edges = np.zeros((rows, levels, columns + 2), np.int8)
     edges[:, :, 1:-1] = cells
@@ -305,10 +305,10 @@ def make_map(
     title: str = "Where the folios lie",
     progress: Progress | None = None,
 ) -> MemoryMap:
-    """Draw `space`, and beside it what becomes of it: by making `folios`, or as it is in `later`.
+    """Draw `space`, and beside it the same memory with `folios` made, or as it is in `later`.
 
     Args:
-        names: of the two states.
+        names: names of the two states.
 
     Raises:
         TargetVanishedError: the process exited meanwhile.

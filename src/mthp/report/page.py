@@ -15,11 +15,11 @@ from mthp.report.document import Document
 from mthp.text import clean
 
 POLICY = "default-src 'none'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
-"""What a browser lets the page do (Content-Security-Policy): nothing but be styled, by this style alone."""
+"""Content-Security-Policy: the browser lets the page use this one style, and nothing else."""
 
 
 def render(document: Document) -> str:
-    """The page.
+    """Return the page.
 
     Raises:
         UnsupportedError: Jinja2 is not installed.
@@ -32,13 +32,13 @@ def render(document: Document) -> str:
 
 
 def write(document: Document, path: Path, *, overwrite: bool = False) -> int:
-    """Write the page to `path`, whole or not at all: the number of bytes.
+    """Write the page to `path`, whole or not at all, and return the number of bytes.
 
     Raises:
         MthpError: the file exists, or cannot be written.
         UnsupportedError: Jinja2 is not installed.
     """
-    # Names that are not UTF-8 hold surrogates, which no encoding has.
+    # Names that are not UTF-8 hold surrogates, which cannot be encoded.
     data = render(document).encode("utf-8", "replace")
     write_whole(path, data, overwrite=overwrite)
     return len(data)
@@ -46,7 +46,7 @@ def write(document: Document, path: Path, *, overwrite: bool = False) -> int:
 
 @cache
 def load_template() -> tuple[Any, str]:
-    """The template, and the style that goes into it; called beforehand, it says beforehand what is missing.
+    """Return the template and its style. Callers call it early, to fail before the work if Jinja2 is missing.
 
     Raises:
         UnsupportedError: Jinja2 is not installed.
@@ -68,5 +68,5 @@ def load_template() -> tuple[Any, str]:
 
 
 def _fit(value: object) -> object:
-    """What a template prints, without control characters; what is markup already stays as it is."""
+    """Return a printed value without control characters; markup stays as it is."""
     return clean(value) if type(value) is str else value

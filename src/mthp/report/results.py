@@ -1,4 +1,4 @@
-"""Reports of results that are in files already: what `mthp compare --json` printed."""
+"""Reports on results in files: the output of `mthp compare --json`."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ ROW_KEYS = {
     "resident_bytes": int,
     "translations": float,
 }
-"""What of a row a report needs, and its type."""
+"""Keys of a row that a report needs, and their types."""
 
 
 def is_json(path: Path) -> bool:
-    """Whether the file at `path` begins as a JSON object does; False if it cannot be read."""
+    """Return whether the file at `path` begins as a JSON object does; False if it cannot be read."""
     return begins(path, 64).lstrip()[:1] == b"{"
 
 
 def report_on_comparison(path: Path, commands: Sequence[Command], *, version: str = "") -> Document:
-    """The report on what `mthp compare --json` printed into the file at `path`.
+    """Return the report on the output of `mthp compare --json` in the file at `path`.
 
     Raises:
-        UsageError: it is something else, cut short, or damaged.
+        UsageError: the file is something else, cut short, or damaged.
     """
     text = read_small(path, JSON_BYTES)
     try:

@@ -25,20 +25,20 @@ CHARTS = (
 """Metric, title and unit of each chart."""
 
 MEANINGS = {"resident_bytes": "memory that all programs have together, what collapses filled included"}
-"""Where a simulation means something else by a metric than a comparison, which looks at PMD ranges."""
+"""Meanings of metrics that differ from those of a comparison, which reads PMD ranges."""
 
 
 def report_on_simulation(
     rows: Sequence[Row], about: Mapping[str, Any], commands: Sequence[Command], *, version: str = ""
 ) -> Document:
-    """The report on what `mthp simulate` found.
+    """Return the report on the results of `mthp simulate`.
 
     Args:
         rows: those of :mod:`mthp.lab.simulation`.
-        about: what is told beside them.
+        about: facts about the simulation, for the head of the report.
 
     Raises:
-        UsageError: something is missing in them.
+        UsageError: a key is missing in `rows` or `about`.
     """
     try:
         geometry = Geometry(**about["geometry"])

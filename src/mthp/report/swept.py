@@ -19,11 +19,11 @@ Row = dict[str, Any]
 def report_on_sweep(
     path: Path, rows: Sequence[Row], sums: Sequence[Row], geometry: Geometry, commands: Sequence[Command], version: str
 ) -> Document:
-    """The report on a sweep.
+    """Return the report on a sweep.
 
     Args:
         sums: one row for each setting and scan, all inputs together.
-        geometry: of the inputs' machines.
+        geometry: geometry of the inputs' machines.
     """
     last = list({row["setting"]: row for row in sums}.values())
     frontier = frozenset(row["setting"] for row in last if not any(_beats(other, row) for other in last))

@@ -1,4 +1,4 @@
-"""A recording, as a part of a page: memory and coverage over time, and where it lay at the beginning and at the end."""
+"""A recording, as a section of the page: memory and coverage over time, with maps of the first and the last moment."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mthp.report.memorymap import make_map
 from mthp.units import format_size, percent
 
 MAX_MOMENTS = 120
-"""Steps of a recording that are looked at: more than a chart of this size can show."""
+"""Most steps of a recording that are read: more than a chart of this size can show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A process at one moment, in bytes of anonymous memory.
+    """A process at one moment: sizes in bytes, of anonymous memory unless noted.
 
     Attributes:
-        seconds: since the first.
-        resident: all that is resident, files included.
+        seconds: time since the first moment.
+        resident: all resident bytes, files included.
         anonymous: resident anonymous memory.
-        huge: of it, mapped by PMD entries.
-        large: of it, in folios above the base page.
+        huge: anonymous memory that PMD entries map.
+        large: anonymous memory in folios above the base page.
     """
 
     seconds: float
@@ -37,7 +37,7 @@ class Moment:
 
 
 def moment_of(seconds: float, space: AddressSpace) -> Moment:
-    """What `space` holds."""
+    """Return the figures of `space`, `seconds` after the first moment."""
     census = take_census(space)
     page, pages = census.geometry.page_size, census.anonymous
     return Moment(
@@ -50,7 +50,7 @@ def moment_of(seconds: float, space: AddressSpace) -> Moment:
 
 
 def chosen_steps(count: int, most: int = MAX_MOMENTS) -> list[int]:
-    """Which of `count` steps are looked at: `most` of them at most, evenly, the first and the last always."""
+    """Return at most `most` of `count` steps, evenly spaced, with the first and the last."""
     if count <= most:
         return list(range(count))
     return sorted({round(at * (count - 1) / (most - 1)) for at in range(most)})
@@ -61,9 +61,9 @@ class Timeline:
     """A recording.
 
     Attributes:
-        moments: by ascending time.
-        first, last: the address space at the first and at the last of them.
-        note: what a person should know of it, or ``""``.
+        moments: figures by ascending time.
+        first, last: the address spaces at the first and at the last moment.
+        note: a remark for the reader, or ``""``.
     """
 
     moments: Sequence[Moment]
@@ -73,7 +73,7 @@ class Timeline:
 
 
 def gather(walk: Iterable[tuple[float, AddressSpace]], note: str = "") -> Timeline:
-    """Look at every address space of `walk`, pairs of seconds and the space at that time; there must be one."""
+    """Return the timeline of `walk`: pairs of seconds and the space at that time, at least one."""
     moments, first, last = [], None, None
     for seconds, space in walk:
         moments.append(moment_of(seconds, space))
@@ -84,7 +84,7 @@ def gather(walk: Iterable[tuple[float, AddressSpace]], note: str = "") -> Timeli
 
 
 def section(timeline: Timeline) -> Section:
-    """The part of the page."""
+    """Return the section of the page."""
     geometry = timeline.last.geometry
     tables = (_table(timeline, geometry),)
     begin, end = timeline.moments[0], timeline.moments[-1]
