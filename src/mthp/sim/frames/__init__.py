@@ -1,1 +1,1 @@
-"""Physical memory: frames and folios, the buddy allocator, the LRU lists' entrance, swap, and memory cgroups."""
+"""Physical memory: frames and folios, the buddy allocator, the LRU lists' batch, swap, and memory cgroups."""

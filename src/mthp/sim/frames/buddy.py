@@ -1,11 +1,11 @@
 """The binary buddy allocator: free blocks of 2**order frames, split on the way down and merged on the way up.
 
-Follows the shape of mm/page_alloc.c: a block's buddy is found by flipping the bit of its order in its frame number;
-a free block is always merged with its buddy while that is free and of the same order. A zone hands out nothing that
-would bring it below its ``min`` watermark.
+Follows the shape of mm/page_alloc.c: the frame number of a block's buddy differs in the bit of the block's order; a
+freed block is merged with its buddy while that is free and of the same order. A zone allocates nothing that would
+bring it below its ``min`` watermark.
 
-Free blocks of an order are kept in a dict without values: it gives the last one freed first, finds and removes a
-buddy in constant time, and keeps its order from run to run.
+The free blocks of an order are the keys of a dict: it returns the last one freed first, finds and removes a buddy in
+constant time, and keeps the same order in every run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Frames = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Watermarks:
-    """Free frames of a zone below which something happens (``/proc/zoneinfo``).
+    """Watermarks of a zone, in free frames (``/proc/zoneinfo``).
 
     Attributes:
-        min: allocations fail.
-        low: reclaim starts.
-        high: reclaim rests.
+        min: below it, allocations fail.
+        low: below it, reclaim starts.
+        high: at it, reclaim stops.
     """
 
     min: int = 0
@@ -34,19 +34,19 @@ class Watermarks:
 
     @classmethod
     def above(cls, min: int) -> Watermarks:
-        """Those that the kernel sets for a zone of which `min` frames are kept free (__setup_per_zone_wmarks)."""
+        """Return the kernel's watermarks for a zone that keeps `min` frames free (__setup_per_zone_wmarks)."""
         return cls(min, min + min // 4, min + min // 2)
 
 
 @dataclass(slots=True)
 class Compaction:
-    """What compaction remembers of a zone (defer_compaction, mm/compaction.c).
+    """State of compaction in a zone (defer_compaction, mm/compaction.c).
 
     Attributes:
-        cursor: the frame from which it goes on.
-        considered: calls that were turned away since it failed last.
-        defer_shift: 2**defer_shift calls are turned away after a failure.
-        order_failed: of the smallest block that it failed for.
+        cursor: frame from which it continues.
+        considered: calls deferred since the last failure.
+        defer_shift: after a failure, 2**defer_shift calls are deferred.
+        order_failed: smallest order that it failed for.
     """
 
     cursor: int
@@ -60,13 +60,13 @@ class Zone:
 
     Args:
         start: first frame; a multiple of 2**max_order.
-        max_order: of the largest block that is kept.
-        node: that it is a part of.
-        name: as in ``/proc/buddyinfo``.
+        max_order: order of the largest free block.
+        node: number of its node.
+        name: name in ``/proc/buddyinfo``.
 
     Attributes:
-        reserve: frames that it keeps for those who can use no other zone (lowmem_reserve), on top of a watermark.
-        compaction: how far compaction got, and whether it rests.
+        reserve: frames kept for allocations that can use only this zone (lowmem_reserve), on top of a watermark.
+        compaction: state of compaction.
     """
 
     def __init__(self, start: int, frames: int, max_order: int, node: int = 0, name: str = "Normal") -> None:
@@ -84,11 +84,11 @@ class Zone:
 
     @property
     def end(self) -> int:
-        """The frame behind the last."""
+        """The frame behind the last one."""
         return self.start + self.frames
 
     def alloc(self, order: int, *, low: bool = False) -> int | None:
-        """Take a block of `order`: its first frame, or None if there is none or the watermark forbids it.
+        """Take a block of `order`; return its first frame, or None if there is none or the watermark forbids it.
 
         Args:
             low: keep to the ``low`` watermark instead of ``min``.
@@ -104,18 +104,18 @@ class Zone:
         return head
 
     def has(self, order: int, *, low: bool = False) -> bool:
-        """Whether :meth:`alloc` would give a block."""
+        """Return whether :meth:`alloc` would succeed."""
         return self._order_of_block(order, low=low) is not None
 
     def _order_of_block(self, order: int, *, low: bool) -> int | None:
-        """The order of the block that a block of `order` would be taken from."""
+        """Return the order of the free block that :meth:`alloc` would take or split."""
         kept = self.reserve + (self.watermarks.low if low else self.watermarks.min)
         if self.free_frames - (1 << order) < kept:
             return None
         return next((at for at in range(order, self.max_order + 1) if self._free[at]), None)
 
     def alloc_pages(self, count: int, *, low: bool = False) -> list[tuple[int, int]]:
-        """Take up to `count` frames, in blocks as large as there are: (first frame, frames) each."""
+        """Take up to `count` frames, in the largest blocks that are free; return (first frame, frames) for each."""
         taken: list[tuple[int, int]] = []
         order = self.max_order
         while count and order >= 0:
@@ -128,7 +128,7 @@ class Zone:
         return taken
 
     def free(self, head: int, order: int) -> None:
-        """Give a block back, and merge it with its buddies as far as they are free."""
+        """Free a block, and merge it with its buddies while they are free."""
         self.free_frames += 1 << order
         while order < self.max_order:
             buddy = head ^ (1 << order)
@@ -140,7 +140,7 @@ class Zone:
         self._free[order][head] = None
 
     def free_range(self, start: int, frames: int) -> None:
-        """Give back any contiguous frames, in blocks as large as their alignment allows."""
+        """Free any contiguous frames, in blocks as large as their alignment allows."""
         end = start + frames
         while start < end:
             order = min(self.max_order, (end - start).bit_length() - 1)
@@ -150,10 +150,10 @@ class Zone:
             start += 1 << order
 
     def take(self, frame: int) -> None:
-        """Take one free frame, and give back the rest of the block that it lies in.
+        """Take one free frame, and free the rest of the block that it lies in.
 
         Raises:
-            ValueError: it is not free.
+            ValueError: the frame is not free.
         """
         for order, blocks in enumerate(self._free):
             head = frame & -(1 << order)
@@ -170,7 +170,7 @@ class Zone:
         self.free_frames -= 1
 
     def claim(self, start: int, order: int) -> list[tuple[int, int]]:
-        """Take all free blocks that lie inside of an aligned block of `order`: (first frame, order) each."""
+        """Take all free blocks within an aligned block of `order`; return (first frame, order) for each."""
         claimed, end = [], start + (1 << order)
         for at in range(order + 1):
             blocks = self._free[at]
@@ -185,20 +185,20 @@ class Zone:
         return claimed
 
     def unusable_index(self, order: int) -> float:
-        """The part of free memory that lies in blocks too small for `order` (unusable_free_index, mm/vmstat.c).
+        """Return the share of free memory in blocks too small for `order` (unusable_free_index, mm/vmstat.c).
 
-        0 says that all of it can be had in blocks of that order, 1 that none can; 1 too where nothing is free.
+        0: all of it can be allocated in blocks of that order. 1: none can, or no memory is free.
         """
         if not self.free_frames:
             return 1.0
         return 1.0 - self.usable_frames(order) / self.free_frames
 
     def usable_frames(self, order: int) -> int:
-        """Free frames in blocks of `order` and above."""
+        """Return the number of free frames in blocks of `order` and above."""
         return sum(len(blocks) << at for at, blocks in enumerate(self._free) if at >= order)
 
     def blocks_of(self, order: int) -> Frames:
-        """All aligned blocks of `order` that are free: int64, shape (blocks,), their first frames, ascending."""
+        """Return the first frames of all free aligned blocks of `order`: int64, shape (blocks,), ascending."""
         parts = [np.zeros(0, np.int64)]
         for at in range(order, self.max_order + 1):
             heads = np.fromiter(self._free[at], np.int64, len(self._free[at]))
@@ -206,19 +206,19 @@ class Zone:
         return np.sort(np.concatenate(parts))
 
     def free_counts(self) -> list[int]:
-        """Free blocks by order, as a line of ``/proc/buddyinfo`` has them."""
+        """Return the number of free blocks of each order, as in a line of ``/proc/buddyinfo``."""
         return [len(blocks) for blocks in self._free]
 
     def free_blocks(self) -> list[tuple[int, int]]:
-        """Every free block as (first frame, order), by order."""
+        """Return every free block as (first frame, order), by order."""
         return [(head, order) for order, blocks in enumerate(self._free) for head in blocks]
 
 
 def runs_of(frames: Frames) -> list[tuple[int, int]]:
-    """Cut frame numbers into contiguous runs: (first frame, length) each.
+    """Cut frame numbers into contiguous runs; return (first frame, length) for each.
 
     Args:
-        frames: int64, shape (frames,), ascending, each once.
+        frames: int64, shape (frames,), ascending, without duplicates.
     """
     if not len(frames):
         return []

@@ -14,12 +14,12 @@ ROOT = 0
 
 
 class Cgroups:
-    """Memory cgroups, by number: a tree of them, the frames charged to each, and limits.
+    """A tree of memory cgroups, identified by number, with the frames charged to each, and limits.
 
-    What is charged to a cgroup is charged to those above it, too, and every one of them may be at its limit.
+    A charge to a cgroup is a charge to all its ancestors too, and each of them may be at its limit.
 
     Attributes:
-        usage: int64, shape (groups,): frames charged to the cgroup and to those below it; always 0 for ROOT.
+        usage: int64, shape (groups,): frames charged to the cgroup and its descendants; always 0 for ROOT.
     """
 
     def __init__(self) -> None:
@@ -28,14 +28,14 @@ class Cgroups:
         self._parents: list[int] = [ROOT]
 
     def create(self, limit: int | None = None, parent: int = ROOT) -> int:
-        """A new cgroup's number.
+        """Create a cgroup; return its number.
 
         Args:
-            limit: frames that may be charged to it (``memory.max``); None for any number.
-            parent: the cgroup that it lies in.
+            limit: frames that may be charged to it (``memory.max``); None for no limit.
+            parent: number of its parent.
 
         Raises:
-            UsageError: a limit below 0, or a parent that does not exist.
+            UsageError: the limit is below 0, or the parent does not exist.
         """
         if not 0 <= parent < len(self._parents):
             raise UsageError(f"there is no memory cgroup {parent}")
@@ -46,17 +46,17 @@ class Cgroups:
         return len(self._limits) - 1
 
     def set_limit(self, cgroup: int, limit: int | None) -> None:
-        """Change a limit; what is charged already stays.
+        """Change a limit; existing charges stay.
 
         Raises:
-            UsageError: a limit below 0, or for the root.
+            UsageError: the limit is below 0, or the cgroup is the root.
         """
         if limit is not None and (limit < 0 or cgroup == ROOT):
             raise UsageError(f"{limit} frames cannot be the limit of memory cgroup {cgroup}")
         self._limits[cgroup] = limit
 
     def lineage(self, cgroup: int) -> list[int]:
-        """A cgroup and all above it, without the root."""
+        """Return a cgroup and its ancestors, without the root."""
         found = []
         while cgroup != ROOT:
             found.append(cgroup)
@@ -64,15 +64,15 @@ class Cgroups:
         return found
 
     def below(self, cgroup: int) -> NDArray[np.bool_]:
-        """Which cgroups are this one or lie in it: bool, shape (groups,)."""
+        """Return a mask of the cgroup and its descendants: bool, shape (groups,)."""
         return np.array([cgroup in (ROOT, *self.lineage(number)) for number in range(len(self._parents))])
 
     def room(self, cgroup: int) -> int:
-        """Frames that can be charged to a cgroup before it, or one above it, is at its limit."""
+        """Return the frames that can be charged to a cgroup before it, or an ancestor, reaches its limit."""
         return self._room(cgroup)[0]
 
     def full(self, cgroup: int, frames: int) -> int | None:
-        """The cgroup, this one or one above it, that has no room for so many frames; None if all have."""
+        """Return the cgroup or ancestor that has no room for `frames` frames; None if all have."""
         room, narrowest = self._room(cgroup)
         return narrowest if frames > room else None
 
@@ -85,23 +85,23 @@ class Cgroups:
         return min(rooms, default=(sys.maxsize, ROOT))
 
     def try_charge(self, cgroup: int, frames: int) -> bool:
-        """Charge so many frames, unless that would exceed a limit."""
+        """Charge `frames` frames, unless that would exceed a limit; return whether they were charged."""
         if frames > self.room(cgroup):
             return False
         self.usage[self.lineage(cgroup)] += frames
         return True
 
     def uncharge(self, cgroups: NDArray[np.uint16], frames: int = 1) -> None:
-        """Take the charge of folios back.
+        """Uncharge folios.
 
         Args:
-            cgroups: uint16, shape (folios,): the cgroup of each.
-            frames: of each.
+            cgroups: uint16, shape (folios,): cgroup of each.
+            frames: size of each folio.
         """
         if len(self.usage) == 1:
             return
         gone = np.bincount(cgroups, minlength=len(self.usage)) * frames
-        # A parent is older than its children: from the youngest up, each hands on what it lost.
+        # A parent has a lower number than its children: from the highest down, each adds its loss to its parent's.
         for number in range(len(gone) - 1, ROOT, -1):
             gone[self._parents[number]] += gone[number]
         gone[ROOT] = 0

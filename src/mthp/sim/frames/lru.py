@@ -1,10 +1,10 @@
-"""The LRU lists' entrance: pages wait in a batch of their CPU before they get on a list.
+"""The lru_add batch: folios wait in a batch of their CPU before they get on an LRU list.
 
-This batch explains most of what looks erratic in a real khugepaged. A folio that is put on the LRU lists is first
-queued in ``cpu_fbatches.lru_add`` (mm/swap.c), and the batch holds a reference of it until it is emptied: when it
-is full, when a large folio is queued (those never wait), or by lru_add_drain(). An attempt to collapse that failed
-puts back what it had isolated, so the pages come to lie in the batch, have a reference more than their mappings
-explain, and fail the next attempt with PAGE_COUNT.
+This batch explains most of the erratic results of a real khugepaged. A folio on its way to the LRU lists is first
+queued in ``cpu_fbatches.lru_add`` (mm/swap.c). The batch holds a reference to it until it is drained: when the batch
+is full, when a large folio is queued (those never wait), or by lru_add_drain(). A failed collapse puts back the pages
+that it had isolated. They land in the batch, have one reference more than their mappings explain, and fail the next
+attempt with PAGE_COUNT.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ class LruAddBatch:
 
     @property
     def waiting(self) -> tuple[int, ...]:
-        """Heads of the folios in the batch, in the order in which they came."""
+        """Heads of the folios in the batch, in the order in which they were queued."""
         return tuple(self._waiting)
 
     def add(self, head: int) -> None:
-        """Queue a folio (folio_add_lru); a large one empties the batch at once."""
+        """Queue a folio (folio_add_lru); a large one drains the batch at once."""
         self._memory.refcount[head] += 1
         self._waiting.append(head)
         if len(self._waiting) >= BATCH_SIZE or self._memory.order[head]:
             self.drain()
 
     def add_small(self, pfns: Frames) -> None:
-        """Queue folios of order 0, one after another.
+        """Queue folios of order 0, in this order.
 
         Args:
-            pfns: int64, shape (pages,), each once.
+            pfns: int64, shape (pages,), without duplicates.
         """
         through = (len(self._waiting) + len(pfns)) // BATCH_SIZE * BATCH_SIZE
         if through:
-            # The batch is filled and emptied again and again: all but what is left at the end just pass through it.
+            # The batch fills and drains repeatedly: all but the remainder at the end go straight to their lists.
             passing = through - len(self._waiting)
             self.drain()
             self._memory.flags[pfns[:passing]] |= Fl.LRU
@@ -54,16 +54,16 @@ class LruAddBatch:
         self._waiting += pfns.tolist()
 
     def add_large(self, heads: Frames) -> None:
-        """Queue large folios, one after another, which empties the batch and does not fill it.
+        """Queue large folios, which drains the batch and leaves it empty.
 
         Args:
-            heads: int64, shape (folios,), each once.
+            heads: int64, shape (folios,), without duplicates.
         """
         self.drain()
         self._memory.flags[heads] |= Fl.LRU
 
     def drain(self) -> None:
-        """Empty the batch (lru_add_drain): its folios get on their lists, or are freed."""
+        """Drain the batch (lru_add_drain): its folios get on their lists, or are freed."""
         if not self._waiting:
             return
         memory = self._memory
@@ -76,7 +76,7 @@ class LruAddBatch:
             memory.put(head)
 
     def isolate(self, heads: Frames) -> None:
-        """Take folios off their lists, with a reference (folio_isolate_lru). All must be on one."""
+        """Take folios off their lists, with a reference (folio_isolate_lru). All must be on a list."""
         self._memory.flags[heads] &= ~Fl.LRU
         self._memory.refcount[heads] += 1
 

@@ -1,22 +1,22 @@
 """Physical memory: one column per property of a frame, and folios over them.
 
-A folio of order k is 2**k frames, aligned to that number, so that its first frame, the *head*, follows from any
-frame and the order that is noted there. What belongs to the folio as a whole is kept at its head. The kernel keeps
-some of it in the ``struct page`` of tail pages, which need no reference count of their own (``struct folio``,
-include/linux/mm_types.h); here too:
+A folio of order k is 2**k frames, aligned to that number, so its first frame, the *head*, follows from any of its
+frames and the order noted there. Properties of the whole folio are kept at its head. The kernel keeps some of them in
+the ``struct page`` of tail pages, which need no reference count of their own (``struct folio``,
+include/linux/mm_types.h); so does this module:
 
 ========  ==========================================================================================================
 frame     ``refcount`` holds
 ========  ==========================================================================================================
 head      the folio's references
-head + 1  how many PTEs map the folio, in all address spaces together (``_large_mapcount``)
-head + 2  how many of them belong to the address space that head + 3 names first (``_mm_id_mapcount[0]``)
+head + 1  the number of PTEs that map the folio, in all address spaces together (``_large_mapcount``)
+head + 2  the number of those in the first address space of head + 3 (``_mm_id_mapcount[0]``)
 head + 3  the numbers of two address spaces that map it (``_mm_ids``): the first in the low 16 bits, the second
-          above; ``MANY_MMS`` there says that a third one came and was not noted
+          above; ``MANY_MMS`` there means that a third one was not noted
 ========  ==========================================================================================================
 
-A page mapped through a PMD entry counts as if it had a PTE. Sizes are in frames, frame numbers are called pfn.
-A frame costs 17 bytes here.
+A page mapped through a PMD entry counts as if it had a PTE. Sizes are in frames; pfn is a frame number.
+A frame costs 17 bytes.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from mthp.sim.frames.buddy import Frames, Zone, runs_of
 from mthp.sim.frames.cgroups import ROOT, Cgroups
 
 MAX_PAGE_ORDER = 10
-"""Order of the largest block of the allocator, unless the PMD order is larger (ARCH_FORCE_MAX_ORDER)."""
+"""Order of the allocator's largest block, unless the PMD order is larger (CONFIG_ARCH_FORCE_MAX_ORDER)."""
 
 MANY_MMS = 0x7FFF
-"""In place of the second address space of a large folio: there are more of them."""
+"""Stands for the second address space of a large folio if there are more than two."""
 
 LOWMEM_RESERVE_RATIO = 256
-"""One frame of a lower zone is kept for each so many of the zones above it (sysctl_lowmem_reserve_ratio)."""
+"""A lower zone reserves one frame for each of this many frames in the zones above it (sysctl_lowmem_reserve_ratio)."""
 
 
 ZERO_CONTENT = 0
-"""Content of memory that was cleared and never written."""
+"""Content of memory that was cleared and not written since."""
 
 
 class Fl:
-    """Bits of the `flags` column, a uint16 per frame; all but ALLOCATED and POISONED at the head only.
+    """Bits of the `flags` column, a uint16 per frame; all but ALLOCATED and POISONED are set at the head only.
 
-    Plain numbers, since the flags of an enum cost a microsecond each time two are joined.
+    Plain numbers, because joining two flags of an enum costs a microsecond.
     """
 
     ALLOCATED = np.uint16(1 << 0)
@@ -67,11 +67,11 @@ class Fl:
     MLOCKED = np.uint16(1 << 10)
     POISONED = np.uint16(1 << 11)
     PARTIALLY_MAPPED = np.uint16(1 << 12)
-    """Large, and on the list of folios to be split for that (folio_test_partially_mapped)."""
+    """A large folio on the deferred split list because some pages are not mapped (folio_test_partially_mapped)."""
     YOUNG = np.uint16(1 << 13)
     """Idle tracking's bit (folio_test_young)."""
     OWNED = np.uint16(1 << 14)
-    """The kernel's own: held with one reference by a driver, by the kernel itself or by the page cache."""
+    """Held with one reference by a driver, by the kernel itself or by the page cache."""
 
 
 class Memory:
@@ -79,15 +79,15 @@ class Memory:
 
     Args:
         node_frames: frames of each node; rounded up to whole blocks of the largest order.
-        distances: of every node to every node; by default 10 to itself and 20 to the others.
-        low_frames: of the first node, how many lie in the zone DMA32, below the others; rounded up alike.
+        distances: distance of every node to every node; by default 10 to itself and 20 to the others.
+        low_frames: frames of the first node in its zone DMA32, below the others; rounded up likewise.
 
     Attributes:
         zones: in order of address.
-        nodes: how many.
+        nodes: number of nodes.
         distances: int64, shape (nodes, nodes).
-        deferred: heads of the folios that are split when memory is short, in the order in which they came there.
-        cache: frames of the page cache, the oldest first; nobody maps them.
+        deferred: heads of the folios to be split when memory is short, in the order in which they were added.
+        cache: frames of the page cache, the oldest first; no address space maps them.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Memory:
         if not 0 <= low_frames <= node_frames[0]:
             raise UsageError(f"{low_frames} low frames are not a part of the {node_frames[0]} of the first node")
         self.zones: list[Zone] = []
-        start = block  # Frame 0 is nobody's, so that pfn 0 can stand for "no page".
+        start = block  # Frame 0 is not used, so that pfn 0 can stand for "no page".
         for node, frames in enumerate(node_frames):
             low = low_frames if node == 0 else 0
             for name, count in (("DMA32", low), ("Normal", frames - low)):
@@ -136,38 +136,38 @@ class Memory:
         self.cache: dict[int, None] = {}
 
     def nodes_of(self, pfns: Frames) -> NDArray[np.intp]:
-        """The node of each frame: intp, shape of `pfns`."""
+        """Return the node of each frame: intp, shape of `pfns`."""
         return self._zone_nodes[np.searchsorted(self._ends, pfns, side="right")]
 
     def zonelist(self, nodes: Sequence[int] = ()) -> list[Zone]:
-        """The zones in the order in which they are asked: node by node, of each the highest first.
+        """Return the zones in the order in which they are tried: node by node, the highest zone of each first.
 
         Args:
-            nodes: no others are asked; by default all.
+            nodes: nodes to try; by default all.
         """
         if not len(nodes):
             return self._zonelist
         return [zone for node in nodes for zone in reversed(self.zones) if zone.node == node]
 
     def heads(self, pfns: Frames) -> Frames:
-        """The heads of the folios that frames lie in: int64, shape of `pfns`."""
+        """Return the heads of the folios that frames lie in: int64, shape of `pfns`."""
         sizes: Frames = np.left_shift(np.int64(1), self.order[pfns].astype(np.int64))
         return pfns & -sizes
 
     def head(self, pfn: int) -> int:
-        """The head of the folio that a frame lies in."""
+        """Return the head of the folio that a frame lies in."""
         return pfn & -(1 << int(self.order[pfn]))
 
     def size(self, head: int) -> int:
-        """Frames of a folio."""
+        """Return the number of frames of a folio."""
         return 1 << int(self.order[head])
 
     def has(self, head: int, flag: np.uint16) -> bool:
-        """Whether a folio has a flag."""
+        """Return whether a folio has a flag."""
         return bool(self.flags[head] & flag)
 
     def has_lazyfree(self) -> bool:
-        """Whether there is an anonymous folio on the lists that need not be written anywhere before it is dropped."""
+        """Return whether the LRU lists have an anonymous folio that can be dropped without writing it to swap."""
         wanted = Fl.LRU | Fl.ANON
         return bool(((self.flags & (wanted | Fl.SWAPBACKED)) == wanted).any())
 
@@ -185,10 +185,10 @@ class Memory:
         return sum(zone.free_frames for zone in self.zones)
 
     def alloc(self, order: int, nodes: Sequence[int] = (), *, low: bool = False) -> int | None:
-        """A new folio with one reference, and nothing in it; None if no node has a block.
+        """Return a new cleared folio with one reference; None if no node has a block.
 
         Args:
-            low: leave what lies below the ``low`` watermark, too.
+            low: keep to the ``low`` watermark.
         """
         for zone in self.zonelist(nodes):
             if (head := zone.alloc(order, low=low)) is not None:
@@ -197,10 +197,10 @@ class Memory:
         return None
 
     def alloc_many(self, order: int, count: int) -> Frames:
-        """New folios of one order, each with one reference, and nothing in them, from above the ``low`` watermark.
+        """Allocate cleared folios of one order, each with one reference, down to the ``low`` watermark.
 
         Returns:
-            int64, shape (folios,): their heads; fewer than `count` where memory ran out.
+            int64, shape (folios,): their heads; fewer than `count` if memory ran out.
         """
         if not order:
             return self.alloc_small(count, low=True)
@@ -220,13 +220,13 @@ class Memory:
         return heads
 
     def alloc_small(self, count: int, nodes: Sequence[int] = (), *, low: bool = False) -> Frames:
-        """New folios of order 0, each with one reference, contiguous as far as memory is.
+        """Allocate cleared folios of order 0, each with one reference, contiguous if possible.
 
         Args:
-            low: leave what lies below the ``low`` watermark, too.
+            low: keep to the ``low`` watermark.
 
         Returns:
-            int64, shape (pages,): their frames; fewer than `count` where memory ran out.
+            int64, shape (pages,): their frames; fewer than `count` if memory ran out.
         """
         taken: list[tuple[int, int]] = []
         for zone in self.zonelist(nodes):
@@ -242,11 +242,11 @@ class Memory:
         return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
 
     def own(self, pfns: Frames, *flags: np.uint16) -> None:
-        """Give frames that were taken from a zone to the kernel itself, with one reference each.
+        """Mark frames that were taken from a zone as the kernel's own, with one reference each.
 
         Args:
             pfns: int64, shape (pages,).
-            flags: that they get, beside ALLOCATED and OWNED.
+            flags: flags to set in addition to ALLOCATED and OWNED.
         """
         self.flags[pfns] = Fl.ALLOCATED | Fl.OWNED
         for flag in flags:
@@ -258,7 +258,7 @@ class Memory:
         self.cgroup[pfns] = ROOT
 
     def charge(self, head: int, cgroup: int) -> bool:
-        """Charge a new folio to a memory cgroup (mem_cgroup_charge); False if that is at its limit."""
+        """Charge a new folio to a memory cgroup (mem_cgroup_charge); return False if that is at its limit."""
         if not self.cgroups.try_charge(cgroup, self.size(head)):
             return False
         self.cgroup[head] = cgroup
@@ -275,7 +275,7 @@ class Memory:
         self.cgroup[head] = ROOT
 
     def put(self, head: int, references: int = 1) -> None:
-        """Drop references of a folio, and free it with the last (folio_put_refs)."""
+        """Drop references to a folio, and free it with the last one (folio_put_refs)."""
         left = int(self.refcount[head]) - references
         assert left >= 0, f"folio {head} has {left} references"
         self.refcount[head] = left
@@ -283,10 +283,10 @@ class Memory:
             self._free(head)
 
     def put_small(self, pfns: Frames) -> None:
-        """Drop one reference of each of some folios of order 0, and free those that had no other.
+        """Drop one reference to each of some folios of order 0, and free those that had no other.
 
         Args:
-            pfns: int64, shape (pages,), each once.
+            pfns: int64, shape (pages,), without duplicates.
         """
         self.refcount[pfns] -= 1
         freed = np.sort(pfns[self.refcount[pfns] == 0])
@@ -296,7 +296,7 @@ class Memory:
             self.zone_of(start).free_range(start, length)
 
     def zone_of(self, pfn: int) -> Zone:
-        """The zone that a frame lies in."""
+        """Return the zone that a frame lies in."""
         return self.zones[int(np.searchsorted(self._ends, pfn, side="right"))]
 
     def _free(self, head: int) -> None:
@@ -312,7 +312,7 @@ class Memory:
         self.give_back(head, order)
 
     def give_back(self, head: int, order: int) -> None:
-        """Make the frames of a block free, whatever is in them."""
+        """Free the frames of a block, whatever their state."""
         run = slice(head, head + (1 << order))
         self.flags[run] = 0
         self.order[run] = 0

@@ -1,8 +1,8 @@
-"""Who maps a folio: mapcounts, and what follows from their going up and down.
+"""Mapcounts of pages and folios, and the effects of mapping and unmapping.
 
 Follows mm/rmap.c and include/linux/rmap.h. Each page counts its own mappings. A large folio also counts all of them
-together and remembers up to two address spaces, from which folio_maybe_mapped_shared() tells whether one alone maps
-it (:mod:`mthp.sim.frames.memory` says where this is kept).
+together and notes up to two address spaces, from which folio_maybe_mapped_shared() concludes whether only one maps it
+(:mod:`mthp.sim.frames.memory` shows where the counts are kept).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mthp.sim.frames.buddy import Frames
 from mthp.sim.frames.memory import MANY_MMS, Fl, Memory
 
 _ALL, _OF_FIRST, _IDS = 1, 2, 3
-"""Offsets from the head of a large folio: mappings, those of the first address space, numbers of both."""
+"""Offsets from the head of a large folio: all mappings, those of the first address space, numbers of both."""
 
 
 class Rmap:
@@ -46,7 +46,7 @@ class Rmap:
             memory.deferred[head] = None  # It may turn out to be mostly zero (deferred_split_folio).
 
     def add_new_anon_many(self, heads: Frames, order: int, mm: int, *, swapbacked: bool) -> None:
-        """Map all of each of many new folios of one order into one address space.
+        """Map all of many new folios of one order into one address space.
 
         Args:
             heads: int64, shape (folios,).
@@ -69,12 +69,12 @@ class Rmap:
         self._memory.mapcount[pfns] = 1
 
     def add(self, pfns: Frames, mm: int) -> None:
-        """Map pages of anonymous folios once more, each by one PTE (folio_add_anon_rmap_ptes).
+        """Add one PTE mapping to each of some pages of anonymous folios (folio_add_anon_rmap_ptes).
 
         The caller takes the references.
 
         Args:
-            pfns: int64, shape (pages,), each once.
+            pfns: int64, shape (pages,), without duplicates.
         """
         memory = self._memory
         memory.mapcount[pfns] += 1
@@ -103,7 +103,7 @@ class Rmap:
     def remove_large(self, pfn: int, count: int, mm: int) -> None:
         """Unmap `count` adjoining pages of one large folio from one address space (folio_remove_rmap_ptes).
 
-        A folio of which some pages are mapped no more while others still are is put on the list of folios to be split.
+        If only some pages of the folio are still mapped, it is put on the deferred split list.
         """
         memory = self._memory
         head = memory.head(pfn)
@@ -124,7 +124,7 @@ class Rmap:
             refcount[head + _OF_FIRST] -= count
         of_first = int(refcount[head + _OF_FIRST])
         if of_first == 0 and second != MANY_MMS:
-            # The second one alone is left, if there is one.
+            # Only the second one is left, if there is one.
             first, second = second, 0
             refcount[head + _OF_FIRST] = left
         elif of_first == left:
@@ -132,16 +132,16 @@ class Rmap:
         refcount[head + _IDS] = first | second << 16
 
     def forget(self, head: int) -> None:
-        """Nobody maps a folio any more; the pages' own counts are the caller's to clear."""
+        """Clear the counts of a folio that is not mapped any more; the caller clears those of its pages."""
         if self._memory.order[head]:
             self._memory.refcount[head + _ALL] = 0
             self._memory.refcount[head + _OF_FIRST] = 0
             self._memory.refcount[head + _IDS] = 0
 
     def partially_mapped(self, head: int) -> None:
-        """Put a folio with unmapped pages on the list of those to be split (deferred_split_folio).
+        """Put a folio with unmapped pages on the deferred split list (deferred_split_folio).
 
-        What is in the swap cache is left alone.
+        Folios in the swap cache are left alone.
         """
         memory = self._memory
         if memory.flags[head] & (Fl.PARTIALLY_MAPPED | Fl.SWAPCACHE) or not memory.flags[head] & Fl.ANON:
@@ -162,7 +162,7 @@ class Rmap:
             pfns: int64, same shape: the frames that they map.
 
         Returns:
-            (first frame, pages) each.
+            (first frame, pages) for each group.
         """
         if not len(pfns):
             return []
@@ -173,14 +173,14 @@ class Rmap:
         return list(zip(pfns[starts].tolist(), counts.tolist(), strict=True))
 
     def mapcounts(self, pfns: Frames, heads: Frames) -> NDArray[np.int32]:
-        """How many PTEs map the folios that pages lie in: int32, shape (pages,) (folio_mapcount)."""
+        """Return the number of PTEs that map the folios that pages lie in: int32, shape (pages,) (folio_mapcount)."""
         memory = self._memory
         large = memory.order[pfns] > 0
         counts: NDArray[np.int32] = np.where(large, memory.refcount[heads + large], memory.mapcount[pfns])
         return counts
 
     def maybe_shared(self, pfns: Frames, heads: Frames) -> NDArray[np.bool_]:
-        """Whether more than one address space may map the folios that pages lie in: bool, shape (pages,).
+        """Return whether several address spaces may map the folios that pages lie in: bool, shape (pages,).
 
         A folio of order 0 counts as shared when it is mapped more than once (folio_maybe_mapped_shared).
         """

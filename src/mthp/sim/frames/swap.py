@@ -1,8 +1,8 @@
 """Swap: slots with their counts, and the swap cache.
 
-A slot is counted once by every page table entry that names it. While a folio is in the swap cache it keeps its slots
-whatever their counts, with one reference of it per page. Reading a slot back goes through the swap cache; once the
-folio is mapped and nothing else names its slots, the folio leaves the cache (should_try_to_free_swap, mm/memory.c)
+The count of a slot is the number of page table entries that refer to it. A folio in the swap cache keeps its slots
+whatever their counts, and the cache holds one reference to it per page. Reading a slot goes through the swap cache.
+Once the folio is mapped and no entry refers to its slots, it leaves the cache (should_try_to_free_swap, mm/memory.c)
 and may be written freely.
 """
 
@@ -20,13 +20,13 @@ class Swap:
 
     Args:
         slots: pages that it holds.
-        synchronous: reading takes no time worth a context switch, as with zram (SWP_SYNCHRONOUS_IO); only then are
-            several pages read back into one large folio.
+        synchronous: reading needs no context switch, as with zram (SWP_SYNCHRONOUS_IO); only then are several pages
+            read back into one large folio.
 
     Attributes:
-        count: uint16, shape (slots + 1,): page table entries that name the slot. Slot 0 is the header, and never used.
-        content: uint32, same shape: what was written there.
-        cached: int64, same shape: the frame that holds the slot's page in the swap cache, 0 if none does.
+        count: uint16, shape (slots + 1,): page table entries that refer to the slot. Slot 0 is the header, never used.
+        content: uint32, same shape: content written to the slot.
+        cached: int64, same shape: frame that holds the slot's page in the swap cache, 0 for none.
     """
 
     def __init__(self, memory: Memory, slots: int, *, synchronous: bool = True) -> None:
@@ -44,20 +44,20 @@ class Swap:
         return len(self.count) - 1
 
     def free_slots(self) -> NDArray[np.intp]:
-        """The slots that nothing names and no folio keeps, ascending."""
+        """Return the slots that no entry refers to and no folio keeps: intp, shape (free slots,), ascending."""
         free = (self.count == 0) & (self.cached == 0)
         free[0] = False
         return np.flatnonzero(free)
 
     def has_room(self) -> bool:
-        """Whether a slot is free."""
+        """Return whether a slot is free."""
         return bool(((self.count[1:] == 0) & (self.cached[1:] == 0)).any())
 
     def take(self, slot: int, content: int) -> None:
-        """Write a page to a free slot, on behalf of one page table entry.
+        """Write a page to a free slot, for one page table entry.
 
         Raises:
-            UsageError: there is no such slot, or it is in use.
+            UsageError: the slot does not exist, or is in use.
         """
         if not 1 <= slot <= self.slots or self.count[slot] or self.cached[slot]:
             raise UsageError(f"swap slot {slot} is not one of the free slots from 1 to {self.slots}")
@@ -65,17 +65,17 @@ class Swap:
         self.content[slot] = content
 
     def take_many(self, slots: NDArray[np.int64], contents: NDArray[np.uint32]) -> None:
-        """Write pages to free slots, each on behalf of one page table entry.
+        """Write pages to free slots, each for one page table entry.
 
         Args:
-            slots: int64, shape (pages,), some of those that :meth:`free_slots` gives.
+            slots: int64, shape (pages,), some of :meth:`free_slots`.
             contents: uint32, same shape.
         """
         self.count[slots] = 1
         self.content[slots] = contents
 
     def free_cluster(self, order: int) -> int | None:
-        """The first of 2**order adjoining free slots, aligned like that; None if there are none."""
+        """Return the first of 2**order adjoining free slots, aligned to their number; None if there are none."""
         if not order:
             free = self.free_slots()
             return int(free[0]) if len(free) else None
@@ -88,27 +88,27 @@ class Swap:
         return int(free[0]) * size if len(free) else None
 
     def write(self, head: int, slot: int) -> None:
-        """Write a folio's pages to free slots from `slot` on, which nothing names yet."""
+        """Write a folio's pages to the free slots from `slot` on; their counts stay 0."""
         size = self._memory.size(head)
         self.content[slot : slot + size] = self._memory.content[head : head + size]
 
     def split_cache(self, head: int, size: int) -> None:
-        """A folio in the swap cache was split: each page has its own slot."""
+        """Give each page of a folio in the swap cache its own slot, because the folio was split."""
         slot = self._slot_of[head]
         self._slot_of |= {head + i: slot + i for i in range(size)}
 
     def moved(self, old: int, new: int) -> None:
-        """A folio in the swap cache lies somewhere else now."""
+        """Note that a folio in the swap cache was moved."""
         slot, size = self._slot_of.pop(old), self._memory.size(new)
         self._slot_of[new] = slot
         self.cached[slot : slot + size] = np.arange(new, new + size)
 
     def slot_of(self, head: int) -> int:
-        """The first slot of a folio in the swap cache."""
+        """Return the first slot of a folio in the swap cache."""
         return self._slot_of[head]
 
     def add_to_cache(self, head: int, slot: int) -> None:
-        """Put a folio into the swap cache, its pages at `slot` and behind (swap_cache_add_folio)."""
+        """Put a folio into the swap cache, with its pages at `slot` and behind (swap_cache_add_folio)."""
         size = self._memory.size(head)
         self.cached[slot : slot + size] = np.arange(head, head + size)
         self._slot_of[head] = slot
@@ -116,7 +116,7 @@ class Swap:
         self._memory.refcount[head] += size
 
     def free_cache(self, head: int) -> bool:
-        """Take a folio out of the swap cache if nothing names its slots any more (folio_free_swap).
+        """Remove a folio from the swap cache if no entry refers to its slots; return whether it was (folio_free_swap).
 
         The caller has a reference of its own.
         """
@@ -129,7 +129,7 @@ class Swap:
         return True
 
     def leave_cache(self, head: int) -> None:
-        """Take a folio out of the swap cache if it is there; its slots keep what was written to them.
+        """Remove a folio from the swap cache if it is there; its slots keep their content.
 
         The caller has a reference of its own.
         """
@@ -141,9 +141,9 @@ class Swap:
         self._memory.put(head, size)
 
     def drop(self, slot: int) -> None:
-        """One page table entry names the slot no more (swap_free).
+        """Drop one page table entry's reference to a slot (swap_free).
 
-        A folio that keeps the slot in the cache and that nobody maps goes with the last name.
+        With the last one, a folio that is not mapped but kept the slot in the cache is freed.
         """
         self.count[slot] -= 1
         pfn = int(self.cached[slot])
