@@ -1,1 +1,1 @@
-"""Page tables: what maps a frame, how entries are taken away and split, and what the seam sees of them."""
+"""Page tables: finding, removing and splitting the entries that map a frame, and reading them through the seam."""

@@ -1,4 +1,4 @@
-"""What can be seen of the simulated page tables through the seam: entries as :class:`~mthp.ptes.PteColumns`."""
+"""The simulated page tables as the seam shows them: entries as :class:`~mthp.ptes.PteColumns`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REFERENCED = Fl.REFERENCED | Fl.YOUNG
 
 
 def columns_of(parts: Parts, mm: Mm, segments: Sequence[Segment]) -> PteColumns:
-    """The entries of `segments`, one after another; none where nothing is mapped."""
+    """Return the entries of `segments`, one after another; unmapped addresses have none entries."""
     geometry = parts.geometry
     pages = [(end - start) // geometry.page_size for start, end in segments]
     state = np.zeros(sum(pages), np.uint16)
@@ -34,7 +34,7 @@ def columns_of(parts: Parts, mm: Mm, segments: Sequence[Segment]) -> PteColumns:
 
 
 def tables_in(mm: Mm, first: int, end: int, ptes_per_pmd: int) -> Iterator[tuple[Table, int, int]]:
-    """The page tables that have any of the pages from number `first` to `end`: (table, first page, page behind)."""
+    """Yield the page tables that hold pages `first` to `end` (excluded): (table, first page, page behind the last)."""
     for table in mm.tables:
         low = max(first, table.first * ptes_per_pmd)
         high = min(end, (table.last + 1) * ptes_per_pmd)

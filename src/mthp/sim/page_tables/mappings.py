@@ -1,7 +1,7 @@
-"""From frames back to the entries that name them.
+"""Finding the entries that refer to a frame.
 
-The kernel keeps a reverse map for this (anon_vma). A simulated machine that kept one would need more memory for it than
-for anything else; it looks through the page tables instead, a column at a time, for all the frames of a block at once.
+The kernel keeps a reverse map for this (anon_vma). In the simulator it would need more memory than all the rest. So
+this searches the page tables instead, a column at a time, for all the frames of a block at once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mthp.sim.parts import Parts
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """Entries of one table.
+    """Entries of one page table.
 
     Attributes:
-        entries: intp, shape (entries,): their numbers, counted through the table.
+        entries: intp, shape (entries,): numbers of the entries, counted through the table.
     """
 
     mm: Mm
@@ -29,20 +29,20 @@ class Mapped:
     entries: NDArray[np.intp]
 
     def bits(self) -> NDArray[np.uint16]:
-        """Their bits: uint16, shape (entries,)."""
+        """Return their bits: uint16, shape (entries,)."""
         return self.table.bits.ravel()[self.entries]
 
     def frames(self) -> NDArray[np.int64]:
-        """The frames that they name: int64, shape (entries,)."""
+        """Return the frames that they refer to: int64, shape (entries,)."""
         return self.table.value.ravel()[self.entries].astype(np.int64)
 
     def set(self, bits: NDArray[np.uint16] | np.uint16, values: NDArray[np.int64] | int) -> None:
-        """Replace them."""
+        """Replace the entries."""
         self.table.bits.ravel()[self.entries] = bits
         self.table.value.ravel()[self.entries] = values
 
     def in_locked(self, geometry: Geometry) -> NDArray[np.bool_]:
-        """Which of them lie in locked mappings: bool, shape (entries,)."""
+        """Return which of them lie in locked mappings: bool, shape (entries,)."""
         locked = np.zeros(len(self.entries), np.bool_)
         pages = self.entries + (self.table.first << geometry.pmd_order)
         for vma in self.mm.vmas:
@@ -51,7 +51,7 @@ class Mapped:
         return locked
 
     def split_pmd(self) -> int:
-        """Make PTEs of the PMD entries above them: how many there were."""
+        """Split the PMD entries that hold them into PTEs; return the number of PMD entries split."""
         rows = np.unique(self.entries // self.table.bits.shape[1])
         rows = rows[self.table.pmd[rows] == Pmd.HUGE]
         self.table.pmd[rows] = Pmd.TABLE
@@ -59,10 +59,10 @@ class Mapped:
 
 
 def mappings_of(parts: Parts, first: int, count: int, state: np.uint16 = P.PRESENT) -> list[Mapped]:
-    """All entries of all address spaces that name any of `count` frames from `first` on.
+    """Return all entries of all address spaces that refer to any of `count` frames from `first` on.
 
     Args:
-        state: PRESENT, or MIGRATION for the entries of pages on their way.
+        state: PRESENT, or MIGRATION for the entries of pages under migration.
     """
     found = []
     for mm in parts.mms.values():

@@ -1,8 +1,8 @@
-"""Splitting large folios, and the shrinker that does it when memory is short.
+"""Splitting of large folios, and the shrinker that splits them when memory is short.
 
-Follows split_folio(), split_huge_pages_pid() and deferred_split_scan() (mm/huge_memory.c). A folio waits to be split
-for one of two reasons: some of its pages are mapped no more while others are; or it has the PMD order and is new, and
-may turn out to be mostly zero. Splitting frees what is not mapped and, down to base pages, what is zero.
+Follows split_folio(), split_huge_pages_pid() and deferred_split_scan() (mm/huge_memory.c). A folio is on the deferred
+split list for one of two reasons: only some of its pages are still mapped; or it has the PMD order and is new, and may
+turn out to be mostly zero. Splitting frees its unmapped pages and, down to base pages, its zero pages.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _INHERITED = (
     | Fl.MLOCKED
     | Fl.YOUNG
 )
-"""Flags of a folio that each of the folios has that it is split into."""
+"""Flags that the new folios inherit from the folio that is split."""
 
 
 def unexplained_references(parts: Parts, head: int) -> int:
-    """References of a folio that neither its mappings nor the swap cache explain: pins, and who else works on it."""
+    """Return the number of references that neither mappings nor the swap cache explain: pins and other users."""
     memory = parts.memory
     of_mappings = int(parts.rmap.mapcounts(np.array([head]), np.array([head]))[0])
     of_cache = memory.size(head) if memory.has(head, Fl.SWAPCACHE) else 0
@@ -43,17 +43,17 @@ def unexplained_references(parts: Parts, head: int) -> int:
 
 
 def split_folio(parts: Parts, head: int, order: int = 0, at: int | None = None) -> bool:
-    """Split a large folio; pages that are not mapped are freed, and base pages of zeroes become the zero page.
+    """Split a large folio; unmapped pages are freed, and base pages of zeroes become the zero page.
 
-    Follows __folio_split() (mm/huge_memory.c). A folio that another path has locked is left alone without a count.
+    Follows __folio_split() (mm/huge_memory.c). A folio that another path has locked is left alone and not counted.
 
     Args:
-        order: of the folios that it becomes.
-        at: split around this page of the folio: halves, and halves of the half that it lies in, down to `order`.
+        order: order of the new folios.
+        at: page around which to split: into halves, and on with the half that holds the page, down to `order`.
 
     Returns:
-        Whether it was split. It is not if something else has it in use, to order 1, and to large folios while it is in
-        the swap cache.
+        Whether it was split. It is not if it has other users, to order 1, and to large folios while it is in the swap
+        cache.
     """
     memory, counters = parts.memory, parts.counters
     old_order, size = int(memory.order[head]), memory.size(head)
@@ -84,10 +84,10 @@ def split_folio(parts: Parts, head: int, order: int = 0, at: int | None = None) 
 
 
 def _unmap(parts: Parts, mapped: list[Mapped], head: int) -> bool:
-    """Split the PMD entries that map a folio; return whether all its mappings could be taken away (unmap_folio).
+    """Split the PMD entries that map a folio; return whether all its mappings could be removed (unmap_folio).
 
-    Taken away one after another, PTEs leave the folio partially mapped for a moment. A mapping that is locked takes the
-    folio's lock away with it; put back, it locks base pages alone (folio_add_anon_rmap_ptes, mm/rmap.c).
+    PTEs are removed one after another, so the folio is partially mapped for a moment. A locked mapping takes the
+    folio's mlock with it; when restored, it locks base pages only (folio_add_anon_rmap_ptes, mm/rmap.c).
     """
     memory, by_pmd = parts.memory, False
     for number, mapping in enumerate(mapped, 1):
@@ -103,7 +103,7 @@ def _unmap(parts: Parts, mapped: list[Mapped], head: int) -> bool:
 
 
 def _pieces(old_order: int, order: int, at: int | None) -> list[tuple[int, int]]:
-    """Return the folios that a folio becomes: the first page in it, and the order, of each, ascending."""
+    """Return (first page, order) of each folio that a folio is split into, ascending."""
     if at is None:
         return [(first, order) for first in range(0, 1 << old_order, 1 << order)]
     pieces, first, left = [], 0, old_order
@@ -117,7 +117,7 @@ def _pieces(old_order: int, order: int, at: int | None) -> list[tuple[int, int]]
 
 
 def _scatter(parts: Parts, head: int, size: int, pieces: list[tuple[int, int]], mapped: list[Mapped]) -> None:
-    """Make folios of the pieces, each with what the folio had."""
+    """Make folios of the pieces, with the state of the folio."""
     memory = parts.memory
     run = slice(head, head + size)
     flags = memory.flags[head] & _INHERITED
@@ -144,7 +144,7 @@ def _scatter(parts: Parts, head: int, size: int, pieces: list[tuple[int, int]], 
 
 
 def _map_zero(parts: Parts, mapping: Mapped) -> None:
-    """Map the zero page where base pages hold nothing else (try_to_map_unused_to_zeropage)."""
+    """Map the zero page in place of base pages of zeroes (try_to_map_unused_to_zeropage)."""
     memory, frames = parts.memory, mapping.frames()
     zero = (memory.content[frames] == ZERO_CONTENT) & (memory.order[frames] == 0)
     zero &= ((memory.flags[frames] & (Fl.MLOCKED | Fl.POISONED)) == 0) & ~mapping.in_locked(parts.geometry)
@@ -170,9 +170,9 @@ def _free_unmapped(parts: Parts, pages: np.ndarray[tuple[int], np.dtype[np.int64
 
 
 def shrink_deferred(parts: Parts) -> int:
-    """Go over the folios that wait to be split, once: how many were split (deferred_split_scan).
+    """Scan the deferred split list once; return the number of folios split (deferred_split_scan).
 
-    One that turns out not to be worth it is forgotten; one that somebody uses at the moment waits on.
+    A folio that is not worth splitting leaves the list; a partially mapped one that is in use stays.
     """
     memory, split = parts.memory, 0
     for head in list(memory.deferred):
@@ -190,7 +190,7 @@ def shrink_deferred(parts: Parts) -> int:
 
 
 def _underused(parts: Parts, head: int) -> bool:
-    """Whether more pages of a folio are zero than khugepaged would fill (thp_underused)."""
+    """Return whether a folio has more zero pages than khugepaged would fill (thp_underused)."""
     memory, allowed = parts.memory, parts.tunables.max_ptes_none
     run = slice(head, head + memory.size(head))
     if not parts.knobs.shrink_underused or allowed == parts.geometry.ptes_per_pmd - 1:
@@ -203,19 +203,19 @@ def _underused(parts: Parts, head: int) -> bool:
 _WRITTEN = re.compile(
     r"\s*([+-]?\d+),0x([0-9a-f]+),0x([0-9a-f]+)(?:,\s*([+-]?\d+)(?:,\s*([+-]?\d+))?)?", re.ASCII | re.IGNORECASE
 )
-"""What scanf() takes, which ignores what follows."""
+"""Input that the kernel's sscanf() accepts; it ignores the rest of the line."""
 
 
 def split_huge_pages(parts: Parts, text: str) -> int:
-    """Write to the file of that name in debugfs: split the folios of a range (split_huge_pages_pid).
+    """Write to ``split_huge_pages`` in debugfs: split the folios of a range (split_huge_pages_pid).
 
-    A folio that cannot be split is passed over, and the write succeeds.
+    A folio that cannot be split is skipped, and the write succeeds.
 
     Args:
-        text: ``NUMBER,0xSTART,0xEND[,ORDER[,PAGE]]``, the number of an address space, and a page of the folio.
+        text: ``NUMBER,0xSTART,0xEND[,ORDER[,PAGE]]``: number of an address space, range, and page of the folio.
 
     Returns:
-        0, EINVAL for anything else, or ESRCH if there is no such address space.
+        0, EINVAL for other input, or ESRCH if the address space does not exist.
     """
     words = _WRITTEN.match(text)
     if words is None:
@@ -233,7 +233,7 @@ def split_huge_pages(parts: Parts, text: str) -> int:
 
 
 def _mapped_up_to(mm: Mm, start: int) -> int:
-    """Where the mappings end that adjoin one another from `start` on."""
+    """Return the end of the contiguous mappings from `start` on."""
     while (vma := mm.find_vma(start)) is not None and vma.start <= start:
         start = vma.end
     return start
@@ -243,11 +243,11 @@ def _split_mapped(parts: Parts, ptes: Ptes, order: int, at: int) -> None:
     """Split the folios of some entries, one entry after another."""
     memory = parts.memory
     for i in np.flatnonzero(ptes.pages()).tolist():
-        # What a split maps the zero page in place of names frame 0, which is of no folio.
+        # A split replaces a page of zeroes by an entry for frame 0, which does not belong to a folio.
         pfn = int(ptes.value[i])
         if not 0 <= order < memory.order[pfn]:
             continue
         head = memory.head(pfn)
-        # A folio that is in use is left alone before anything is counted.
+        # A folio with other users is left alone before anything is counted.
         if not unexplained_references(parts, head):
             split_folio(parts, head, order, at if 0 <= at < memory.size(head) else None)

@@ -1,4 +1,4 @@
-"""Taking entries away: splitting a PMD entry, and unmapping what a range of addresses maps."""
+"""Removing entries: splitting a PMD entry, and unmapping a range of addresses."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from mthp.sim.parts import Parts
 
 
 def split_pmd(parts: Parts, mm: Mm, address: int) -> None:
-    """Map the folio of the PMD range at `address` by PTEs instead of by its PMD entry (__split_huge_pmd)."""
+    """Map the folio of the PMD range at `address` by PTEs instead of its PMD entry (__split_huge_pmd)."""
     if mm.pmd(address) is Pmd.HUGE:
         mm.set_pmd(address, Pmd.TABLE)
         parts.counters.count("thp_split_pmd")
 
 
 def munlock_folio(parts: Parts, head: int) -> None:
-    """Unlock a folio of which a locked mapping lost an entry (munlock_vma_folio, mm/internal.h)."""
+    """Unlock a folio that lost an entry in a locked mapping (munlock_vma_folio, mm/internal.h)."""
     if parts.memory.has(head, Fl.MLOCKED):
         parts.memory.clear(head, Fl.MLOCKED)
         parts.counters.count("unevictable_pgs_munlocked", parts.memory.size(head))
 
 
 def split_at(parts: Parts, mm: Mm, start: int, end: int) -> None:
-    """Split the PMD entries that a range of addresses covers in part only."""
+    """Split the PMD entries that a range of addresses covers only partly."""
     for edge in (start, end):
         if edge % parts.geometry.pmd_size:
             split_pmd(parts, mm, edge)
 
 
 def zap(parts: Parts, mm: Mm, start: int, end: int, *, keep_guards: bool = False) -> None:
-    """Unmap a range of addresses (zap_page_range_single): pages and slots that nobody else has are freed.
+    """Unmap a range of addresses (zap_page_range_single), and free pages and slots that have no other user.
 
     Args:
         keep_guards: leave guard markers, as MADV_DONTNEED does.
@@ -53,7 +53,7 @@ def zap(parts: Parts, mm: Mm, start: int, end: int, *, keep_guards: bool = False
 
 
 def unmap_entries(parts: Parts, mm: Mm, ptes: Ptes, offsets: np.ndarray[tuple[int], np.dtype[np.intp]]) -> None:
-    """Drop the mappings of some entries that map pages; the entries themselves are the caller's to change."""
+    """Drop the mappings of some entries that map pages; the caller changes the entries themselves."""
     memory, rmap = parts.memory, parts.rmap
     pfns = ptes.value[offsets].astype(np.int64)
     is_large = memory.order[pfns] > 0
@@ -73,7 +73,7 @@ def unmap_entries(parts: Parts, mm: Mm, ptes: Ptes, offsets: np.ndarray[tuple[in
 
 
 def drop_swap(parts: Parts, mm: Mm, ptes: Ptes) -> None:
-    """Let go of the slots that entries name; the entries themselves are the caller's to change."""
+    """Release the slots that entries refer to; the caller changes the entries themselves."""
     slots = ptes.value[(ptes.bits & P.SWAP) != 0].tolist()
     for slot in slots:
         parts.swap.drop(slot)
