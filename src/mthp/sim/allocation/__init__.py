@@ -1,1 +1,1 @@
-"""Where folios come from when few are free: compaction, migration and reclaim; and memory fragmented to order."""
+"""Allocation of folios when memory is short (compaction, migration, reclaim), and deliberate fragmentation."""

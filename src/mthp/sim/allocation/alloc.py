@@ -1,8 +1,8 @@
-"""Where folios come from, and what is done when there are none (__alloc_pages_slowpath, mm/page_alloc.c).
+"""Allocation of folios, and its slow path (__alloc_pages_slowpath, mm/page_alloc.c).
 
-Allocations first leave what lies below the low watermark of the zones. Where that does not suffice, reclaim is woken in
-the background, and allocations may go down to the min watermark. If there still is nothing, those that may wait compact
-memory (for a large folio) and reclaim some themselves; those that may not go without.
+Allocations first keep to the low watermark of the zones. If that fails, reclaim is woken in the background, and
+allocations may go down to the min watermark. If that fails too, allocations that may wait compact memory (for a large
+folio) and reclaim some themselves; the others fail.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from mthp.sim.frames.buddy import Frames
 from mthp.sim.parts import Parts
 
 _RETRIES = 16
-"""Times that reclaim is tried again as long as it makes progress (MAX_RECLAIM_RETRIES, mm/internal.h)."""
+"""Times that reclaim is repeated while it makes progress (MAX_RECLAIM_RETRIES, mm/internal.h)."""
 
 
 def take_folio(parts: Parts, order: int, nodes: Sequence[int] = (), *, may_wait: bool) -> int | None:
-    """A new folio with one reference, charged to nobody: its head, or None.
+    """Allocate a folio with one reference, not charged; return its head, or None.
 
     Args:
-        nodes: no others are asked; by default all.
-        may_wait: compact and reclaim memory for it, if there is none.
+        nodes: nodes to try; by default all.
+        may_wait: compact and reclaim memory if no block is free.
     """
     head = parts.memory.alloc(order, nodes, low=True)
     if head is None:
@@ -37,7 +37,7 @@ def take_folio(parts: Parts, order: int, nodes: Sequence[int] = (), *, may_wait:
 
 
 def _small(parts: Parts, nodes: Sequence[int]) -> int | None:
-    """A folio of order 0, for which memory is reclaimed as long as there is any."""
+    """Allocate a folio of order 0, reclaiming memory while that makes progress."""
     for _ in range(_RETRIES):
         freed = reclaim(parts, 1)
         head = parts.memory.alloc(0, nodes)
@@ -47,7 +47,7 @@ def _small(parts: Parts, nodes: Sequence[int]) -> int | None:
 
 
 def _large(parts: Parts, order: int, nodes: Sequence[int]) -> int | None:
-    """A large folio: compaction, then reclaim of as much as it needs, then compaction once more."""
+    """Allocate a large folio after compaction, then after reclaim of its size, then after compaction once more."""
     if compact(parts, order, nodes) and (head := parts.memory.alloc(order, nodes)) is not None:
         return head
     if not reclaim(parts, 2 << order):
@@ -59,7 +59,7 @@ def _large(parts: Parts, order: int, nodes: Sequence[int]) -> int | None:
 
 
 def charge(parts: Parts, head: int, cgroup: int, *, may_wait: bool) -> bool:
-    """Charge a new folio to a memory cgroup (mem_cgroup_charge); False if that, or one above it, is at its limit.
+    """Charge a new folio to a memory cgroup (mem_cgroup_charge); False if it, or an ancestor, is at its limit.
 
     Args:
         may_wait: reclaim memory of the cgroup that is at its limit.
@@ -75,7 +75,7 @@ def charge(parts: Parts, head: int, cgroup: int, *, may_wait: bool) -> bool:
 
 
 def new_folio(parts: Parts, order: int, cgroup: int, *, may_wait: bool) -> int | None:
-    """A new folio with one reference, charged and clear: its head, or None."""
+    """Allocate a folio with one reference, charged and cleared; return its head, or None."""
     head = take_folio(parts, order, may_wait=may_wait)
     if head is None:
         return None
@@ -87,9 +87,9 @@ def new_folio(parts: Parts, order: int, cgroup: int, *, may_wait: bool) -> int |
 
 
 def take_folios(parts: Parts, order: int, cgroup: int, count: int) -> Frames:
-    """Many new folios of one order, each with one reference, charged and clear, as far as they can be had at once.
+    """Allocate many folios of one order, each with one reference, charged and cleared, without compaction or reclaim.
 
-    Nothing is compacted or reclaimed for them: where that is needed, the caller asks for each one.
+    For the rest, the caller allocates them one by one.
 
     Returns:
         int64, shape (folios,): their heads; `count` or fewer.

@@ -1,9 +1,9 @@
 """Compaction: moving pages out of a block until the block is free.
 
-Follows the outline of compact_zone() (mm/compaction.c). From where it stopped last, compaction goes over the aligned
-blocks of a zone; it passes by those with a page that cannot be moved, and moves the pages of the others to free frames
-elsewhere, until a block of the wanted order is free. A zone in which it failed is left alone for a while, twice as long
-each time.
+Follows the outline of compact_zone() (mm/compaction.c). Compaction continues where it stopped last and goes over the
+aligned blocks of a zone. It skips blocks with a page that cannot be moved, and moves the pages of the others to free
+frames elsewhere, until a block of the wanted order is free. A zone in which it failed is left alone for a time that
+doubles with each failure (defer_compaction).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mthp.sim.parts import Parts
 
 _MAX_DEFER_SHIFT = 6
 _FRAMES = 1 << 15
-"""Frames that are looked at together, once nothing was found among fewer."""
+"""Most frames that are searched together; the search begins with one block and doubles."""
 
 
 def compact(parts: Parts, order: int, nodes: Sequence[int] = ()) -> bool:
-    """Make a free block of `order`, in whatever zone of `nodes`, or of all, that succeeds (try_to_compact_pages)."""
+    """Free a block of `order` in the first zone of `nodes` (default: all) that succeeds (try_to_compact_pages)."""
     parts.counters.count("compact_stall")
     parts.lru.drain()
     done = any(compact_zone(parts, zone, order) for zone in parts.memory.zonelist(nodes))
@@ -33,7 +33,7 @@ def compact(parts: Parts, order: int, nodes: Sequence[int] = ()) -> bool:
 
 
 def compact_all(parts: Parts) -> None:
-    """Compact every zone at the PMD order as long as that frees another block."""
+    """Compact every zone at the PMD order until that frees no further block."""
     parts.lru.drain()
     order = parts.geometry.pmd_order
     for zone in parts.memory.zones:
@@ -45,7 +45,7 @@ def compact_all(parts: Parts) -> None:
 
 
 def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
-    """Make a free block of `order` in one zone, unless it rests or has too little free memory to move pages to."""
+    """Free a block of `order` in one zone, unless compaction is deferred or too few free frames are left as targets."""
     state, size = zone.compaction, 1 << order
     if order > zone.max_order or zone.free_frames < zone.reserve + zone.watermarks.min + 2 * size:
         return False
@@ -64,9 +64,9 @@ def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
 
 
 def _stretches(zone: Zone, cursor: int, size: int) -> Iterator[tuple[int, int]]:
-    """Stretches of the zone, from the block at the cursor to its end, and then from its start: first frame, and end.
+    """Yield ranges of the zone, (first frame, end), from the block at the cursor to its end, then from its start.
 
-    They begin with one block, since mostly the first one will do, and grow.
+    The first range is one block, because that usually suffices; the following ones grow.
     """
     begin, step = cursor & -size, size
     for at, end in ((begin, zone.end), (zone.start, begin)):
@@ -76,7 +76,7 @@ def _stretches(zone: Zone, cursor: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _compact_part(parts: Parts, zone: Zone, order: int, start: int, end: int) -> bool:
-    """Free a block of some frames of the zone, if one can be."""
+    """Free a block among some frames of the zone, if possible."""
     size = 1 << order
     used, fixed = _used_and_fixed(parts, start, end, order)
     blocks = np.flatnonzero((fixed.reshape(-1, size).sum(axis=1) == 0) & used.reshape(-1, size).any(axis=1))
@@ -90,7 +90,7 @@ def _compact_part(parts: Parts, zone: Zone, order: int, start: int, end: int) ->
 
 
 def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which frames are in use, and which of them cannot be moved: bool each, shape (end - start,)."""
+    """Return which frames are in use, and which of them cannot be moved: bool each, shape (end - start,)."""
     memory = parts.memory
     frames = np.arange(start, end)
     heads = memory.heads(frames)
@@ -109,7 +109,7 @@ def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDA
 
 
 def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
-    """Move all that is in a block elsewhere, and free it; False if there is no room for all of it."""
+    """Move all pages out of a block, and free it; return False if there is no room for all of them."""
     memory, size = parts.memory, 1 << order
     claimed = zone.claim(block, order)
     frames = np.arange(block, block + size)
@@ -131,10 +131,10 @@ def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
 
 
 def relocate(parts: Parts, target: dict[int, int]) -> None:
-    """Move folios to frames that were taken for them, with all that is known of them, and free their old ones.
+    """Move folios with all their state to frames taken for them, and free the old frames.
 
     Args:
-        target: new head by old head, of folios that nothing but their mappings and the swap cache refers to.
+        target: new head by old head, of folios with no references but from mappings and the swap cache.
     """
     if not target:
         return

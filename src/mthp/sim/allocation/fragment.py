@@ -1,8 +1,8 @@
-"""Fragmented memory, to order: large blocks are hard to get although much is free.
+"""Deliberate fragmentation: large blocks become hard to allocate although much memory is free.
 
-Memory of a machine that ran for a while is fragmented because pages that nobody can move lie strewn over it. Here a
-single page is put into one free block after another, chosen by a seed, until the wanted part of the free memory lies
-in blocks that are too small. How much that is has a name in the kernel, the *unusable free space index* of an order
+Memory of a machine that ran for a while is fragmented because unmovable pages are scattered over it. Here a single page
+is allocated in one free block after another, chosen by a seed, until the wanted share of the free memory lies in
+blocks that are too small. The kernel calls that share the *unusable free space index* of an order
 (``/sys/kernel/debug/extfrag/unusable_index``): 0 if all free memory can be had in blocks of that order, 1 if none can.
 """
 
@@ -23,17 +23,17 @@ def fragment(parts: Parts, index: float, order: int, *, movable: float = 0.0, se
     """Fragment the free memory of every node.
 
     Args:
-        index: what ``Zone.unusable_index`` of `order` is to be at least; what it is already counts.
-        order: of the blocks that become scarce. Smaller ones do not: one page spoils a whole block of this order.
-        movable: how many of the pages that are put in are page cache, which compaction moves and reclaim drops; the
+        index: least ``Zone.unusable_index`` of `order` to reach, including the fragmentation that exists already.
+        order: order of the blocks that become scarce. Smaller ones do not: one page spoils a block of this order.
+        movable: share of the allocated pages that are page cache, which compaction moves and reclaim drops; the
             others are the kernel's own, and stay.
         seed: chooses the blocks and the places in them; the same on any machine.
 
     Returns:
-        Pages put in.
+        Pages allocated.
 
     Raises:
-        UsageError: an index or a share outside 0 to 1, or an order that the allocator does not have.
+        UsageError: an index or a share is outside 0 to 1, or the allocator does not have the order.
     """
     memory = parts.memory
     if not 0 <= index <= 1:
@@ -56,7 +56,7 @@ def fragment(parts: Parts, index: float, order: int, *, movable: float = 0.0, se
 
 
 def _chosen(zone: Zone, index: float, order: int, seed: int) -> Frames:
-    """One frame in each block that is to be spoilt."""
+    """Return one frame in each block to spoil."""
     blocks, size = zone.blocks_of(order), 1 << order
     unusable = zone.free_frames - len(blocks) * size
     # Each page takes one frame from the free ones and makes size - 1 of them unusable.
@@ -68,7 +68,7 @@ def _chosen(zone: Zone, index: float, order: int, seed: int) -> Frames:
 
 
 def random_numbers(numbers: Frames, seed: int) -> NDArray[np.uint64]:
-    """A random number for each number, the same everywhere (SplitMix64): uint64, shape of `numbers`."""
+    """Return a random number for each number, the same on any machine (SplitMix64): uint64, shape of `numbers`."""
     step = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         z = (numbers.astype(np.uint64) + np.uint64(seed % 2**64) * np.uint64(0xD1342543DE82EF95)) * step + step

@@ -1,7 +1,7 @@
-"""Migration of a folio in two halves, so that others can be let in while its pages are on their way (mm/migrate.c).
+"""Migration of a folio in two halves, so that other events can happen between them (mm/migrate.c).
 
-Between the halves every entry that mapped a page of it is a migration entry. Who accesses one waits until the folio has
-arrived; khugepaged sees something that is neither there nor none.
+Between the halves, every entry that mapped a page of it is a migration entry. An access to one waits for the end of the
+migration; khugepaged sees an entry that is neither present nor none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mthp.sim.parts import Parts
 
 
 def start_migration(parts: Parts, mm: Mm, address: int) -> int:
-    """Take the folio at `address` out of all page tables: 0, EFAULT if none is there, EBUSY if it cannot be moved."""
+    """Replace the mappings of the folio at `address` by migration entries; return 0, EFAULT (no page) or EBUSY."""
     page = parts.geometry.page_size
     if mm.pmd(address) is Pmd.NONE or not (ptes := mm.ptes(address // page * page, 1)).pages()[0]:
         return errno.EFAULT
@@ -45,7 +45,7 @@ def start_migration(parts: Parts, mm: Mm, address: int) -> int:
 
 
 def finish_migration(parts: Parts, head: int) -> None:
-    """Put the folio back into the page tables, at new frames if there are any, and at the old ones if not."""
+    """Map the folio again, at new frames if they can be allocated, or else at the old ones."""
     memory, order, size = parts.memory, int(parts.memory.order[head]), parts.memory.size(head)
     del parts.migrating[head]
     memory.clear(head, Fl.LOCKED)
@@ -61,7 +61,7 @@ def finish_migration(parts: Parts, head: int) -> None:
         return
     if order and not memory.mapcount[head : head + size].all():
         parts.rmap.partially_mapped(head)
-    # Held until then, so that reclaim leaves it alone.
+    # Held until the allocation is done, so that reclaim leaves it alone.
     new = take_folio(parts, order, may_wait=False)
     memory.put(head)
     if new is not None:
@@ -76,5 +76,5 @@ def wait_for_migration(parts: Parts, mm: Mm, address: int) -> None:
 
 
 def migrating(parts: Parts) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Heads of the folios that are on their way: int64, shape (folios,)."""
+    """Return the heads of the folios under migration: int64, shape (folios,)."""
     return np.array(list(parts.migrating), np.int64)

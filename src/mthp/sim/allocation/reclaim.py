@@ -1,14 +1,14 @@
-"""Getting memory back: who is asked to give it up, in which order, and how a page goes to swap.
+"""Reclaim: which pages go to swap or are dropped, and in which order.
 
-The kernel's multi-generational LRU finds out which pages are used by walking over page tables (walk_mm,
-mm/vmscan.c), and so does this. A sweep goes over the entries of all address spaces, from where the last one stopped. A
-page whose entry was used since the last visit is noted as referenced, and as active if it was so already; one that was
-not used steps down by one such grade; one at the bottom goes: to swap, or, if it is clean lazyfree memory, to nowhere.
-What is easier to have goes first: page cache, and the parts of large folios that nobody maps or that are zero. Without
-room on a swap device, what would have to be written there is not even looked at (get_swappiness).
+The kernel's multi-generational LRU finds the pages in use by walking page tables (walk_mm, mm/vmscan.c), and so does
+this. A sweep goes over the entries of all address spaces, from where the last one stopped. A page whose entry was used
+since the last visit becomes referenced, or active if it was referenced already. An unused page steps down by one of
+these grades, and is evicted at the bottom: to swap, or, if it is clean lazyfree memory, dropped. Cheaper memory goes
+first: page cache, and pages of large folios that are unmapped or zero. Without room on a swap device, pages that would
+have to be written there are not scanned (get_swappiness).
 
-The order in which pages go is thus not the kernel's to the page. What it depends on is: use, pins, locked mappings, the
-limits of memory cgroups, room on the swap device.
+So the order of eviction is not exactly the kernel's. It depends on the same causes: use, pins, locked mappings, limits
+of memory cgroups, room on the swap device.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ CLUSTER = 32
 """Pages that are reclaimed at a time (SWAP_CLUSTER_MAX, include/linux/swap.h)."""
 
 _SWEEPS = 5
-"""Visits after which even a page that was active has gone, if nobody used it meanwhile, and one more."""
+"""Sweeps after which even an active page that was not used meanwhile is evicted, and one more."""
 
 _ENTRIES = 512
-"""Entries that are looked at together, at least."""
+"""Least number of entries scanned together."""
 
 
 def reclaim(parts: Parts, wanted: int, cgroup: int = ROOT, *, by: str = "direct") -> int:
-    """Reclaim about so many frames.
+    """Reclaim about `wanted` frames.
 
     Args:
-        cgroup: only what is charged to it, or below it.
+        cgroup: only pages charged to it or its descendants.
         by: ``"direct"`` or ``"kswapd"``, for the counters.
 
     Returns:
-        How many frames became free, or room of the cgroup; 0 if nothing can be had.
+        Frames that became free, or uncharged from the cgroup; 0 if nothing can be reclaimed.
     """
     return _Reclaim(parts, max(wanted, CLUSTER), cgroup, by).run()
 
 
 def balance(parts: Parts) -> None:
-    """Reclaim in the background until every zone is at its high watermark, or nothing can be had (kswapd)."""
+    """Reclaim in the background until every zone is at its high watermark or nothing can be reclaimed (kswapd)."""
     for zone in parts.memory.zones:
         while zone.free_frames < zone.watermarks.high:
             before = zone.free_frames
@@ -58,7 +58,7 @@ def balance(parts: Parts) -> None:
 
 
 class _Reclaim:
-    """One call."""
+    """One call of :func:`reclaim`."""
 
     def __init__(self, parts: Parts, wanted: int, cgroup: int, by: str) -> None:
         self.parts = parts
@@ -70,7 +70,7 @@ class _Reclaim:
         self.before = self._level()
 
     def _level(self) -> int:
-        """What rises by what is reclaimed."""
+        """Return a count that rises with each frame reclaimed."""
         memory = self.parts.memory
         return memory.free_frames if self.cgroup == ROOT else -int(memory.cgroups.usage[self.cgroup])
 
@@ -91,7 +91,7 @@ class _Reclaim:
         return self.freed
 
     def _sweep(self) -> bool:
-        """Go over all address spaces once, or until enough is freed; False if there was nothing to look at."""
+        """Sweep all address spaces once, or until enough is freed; return False if no page was a candidate."""
         self.swappable = self.parts.swap.has_room()
         if not self.swappable and not self.parts.memory.has_lazyfree():
             return False
@@ -115,7 +115,7 @@ class _Reclaim:
         return looked
 
     def _chunks(self, mm: Mm, first: int, last: int | None) -> list[tuple[Table, slice, int]]:
-        """Some rows of a table at a time from address `first` up to `last`, and the address behind them."""
+        """Return (table, rows, address behind them) in steps, from address `first` up to `last`."""
         size = self.parts.geometry.pmd_size
         step = max(self.wanted, _ENTRIES) // self.parts.geometry.ptes_per_pmd or 1
         chunks = []
@@ -129,7 +129,7 @@ class _Reclaim:
         return chunks
 
     def _look(self, mm: Mm, table: Table, rows: slice) -> bool:
-        """Age the pages of some rows, and let go of those that are at the bottom; False if there are none."""
+        """Age the pages of some rows, and evict those at the bottom; return False if none is a candidate."""
         memory, n = self.parts.memory, table.bits.shape[1]
         bits = table.bits[rows].ravel()
         entries = np.flatnonzero((bits & (P.PRESENT | P.ZERO | P.SPECIAL)) == P.PRESENT)
@@ -163,7 +163,7 @@ class _Reclaim:
 
 
 def drop_cache(parts: Parts, count: int) -> None:
-    """Drop up to so many pages of the page cache, the oldest first."""
+    """Drop up to `count` pages of the page cache, the oldest first."""
     memory = parts.memory
     frames = list(memory.cache)[:count]
     for frame in frames:
@@ -172,11 +172,11 @@ def drop_cache(parts: Parts, count: int) -> None:
 
 
 def evict(parts: Parts, mm: Mm, table: Table, entries: NDArray[np.intp], frames: Frames) -> None:
-    """Let go of the folios that some entries of one table map, as far as nothing holds them.
+    """Evict the folios that some entries of one table map, if nothing else holds them.
 
     Args:
         entries: intp, shape (entries,): numbers of the entries, counted through the table.
-        frames: int64, same shape: what they map.
+        frames: int64, same shape: frames that they map.
     """
     memory = parts.memory
     plain = (memory.order[frames] == 0) & (memory.refcount[frames] == 1)
@@ -189,7 +189,7 @@ def evict(parts: Parts, mm: Mm, table: Table, entries: NDArray[np.intp], frames:
 
 
 def _evict_plain(parts: Parts, mapped: Mapped) -> None:
-    """Let go of small folios, each of which one entry maps and nothing else holds."""
+    """Evict small folios, each mapped by one entry and held by nothing else."""
     memory, bits, frames = parts.memory, mapped.bits(), mapped.frames()
     lazyfree = (memory.flags[frames] & Fl.SWAPBACKED) == 0
     clean = (bits & P.DIRTY) == 0
@@ -204,7 +204,7 @@ def _evict_plain(parts: Parts, mapped: Mapped) -> None:
 
 
 def _unmap(parts: Parts, mapped: Mapped, slots: Frames | None) -> None:
-    """Unmap entries, which name `slots` from then on, or nothing."""
+    """Unmap entries; from then on they refer to `slots`, or are none."""
     if not len(mapped.entries):
         return
     mm, table = mapped.mm, mapped.table
@@ -226,10 +226,10 @@ def _count_out(parts: Parts, pages: int) -> None:
 
 
 def evict_folio(parts: Parts, head: int) -> bool:
-    """Let go of one folio, whoever maps it; a large one that cannot go as a whole is split and goes page by page.
+    """Evict one folio from all address spaces; a large one that cannot go as a whole is split and goes page by page.
 
     Returns:
-        Whether it, or some of it, is gone.
+        Whether any of it was evicted.
     """
     memory, order, size = parts.memory, int(parts.memory.order[head]), parts.memory.size(head)
     mapped = mappings_of(parts, head, size)
@@ -265,7 +265,7 @@ def evict_folio(parts: Parts, head: int) -> bool:
 
 
 def _unmap_all(parts: Parts, mapped: list[Mapped], head: int, slot: int | None) -> None:
-    """Unmap a folio everywhere; its pages are at `slot` and behind, or nowhere."""
+    """Unmap a folio everywhere; its pages are at `slot` and behind, or dropped."""
     parts.memory.refcount[head] += 1
     for mapping in mapped:
         parts.counters.count("thp_split_pmd", mapping.split_pmd())
