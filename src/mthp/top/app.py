@@ -1,7 +1,7 @@
 """The screen of `mthp top`: a table that keeps itself up to date, bars, and keys.
 
-It draws what the source knows at the moment and never waits for it. Everything that takes time is in threads: the looks
-(:mod:`~mthp.top.survey`, :mod:`~mthp.top.mapped`), the question to the daemon, a collapse (:mod:`~mthp.top.carrying`).
+The screen draws the source's latest values and never waits for it. Slow work is in threads: the looks
+(:mod:`~mthp.top.survey`, :mod:`~mthp.top.mapped`), the request to the daemon, a collapse (:mod:`~mthp.top.carrying`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mthp.top.survey import Source
 from mthp.units import format_size
 
 MAX_ROWS = 1000
-"""Rows in the table at most: nobody scrolls through more, and a filter finds the others."""
+"""Most rows in the table: more cannot be scrolled through usefully, and a filter finds the others."""
 
 INTERVAL = 0.5
 """Seconds between two drawings."""
@@ -46,16 +46,16 @@ Asked = Callable[[], Mapping[str, Any] | None]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What is shown.
+    """Input of the screen.
 
     Attributes:
-        title: of the screen.
-        source: where rows come from.
-        geometry: of the machine.
-        options: of plans and collapses.
+        title: title of the screen.
+        source: source of the rows.
+        geometry: geometry of the machine.
+        options: options of plans and collapses.
         opened: opens a process by its PID, to collapse it; None where nothing can be collapsed.
-        asked: asks the daemon what it does; None as an answer if there is none.
-        switches: the system's, in words.
+        asked: requests the daemon's status; returns None if there is no daemon.
+        switches: the system's switches, in words.
     """
 
     title: str
@@ -68,7 +68,7 @@ class View:
 
 
 class TopApp(App[int]):
-    """`mthp top`."""
+    """The application of `mthp top`."""
 
     TITLE = "mthp top"
     CSS_PATH = "app.tcss"
@@ -123,13 +123,13 @@ class TopApp(App[int]):
 
     @property
     def table(self) -> DataTable[Text]:
-        """The table."""
+        """Return the table."""
         table: DataTable[Text] = self.query_one("#table", DataTable)
         return table
 
     @property
     def chosen(self) -> Row | None:
-        """The row under the cursor."""
+        """Return the row under the cursor."""
         at = self.table.cursor_row
         return self._rows.get(self._drawn[at]) if 0 <= at < len(self._drawn) else None
 
@@ -138,12 +138,12 @@ class TopApp(App[int]):
         return self.view.source if isinstance(self.view.source, Mapped) else None
 
     def _draw_again(self) -> None:
-        # At the end, widgets go one after the other.
+        # Textual removes widgets one by one at the end, so the table may be gone already.
         with contextlib.suppress(NoMatches):
             self.draw()
 
     def draw(self) -> None:
-        """Bring the screen up to date with what the source knows."""
+        """Redraw the screen from the source's rows."""
         if len(self.screen_stack) > 1:
             return
         cursor = self.table.cursor_row
@@ -161,7 +161,7 @@ class TopApp(App[int]):
         self._draw_again()
 
     def _lay_out(self) -> None:
-        """Choose columns that fit the terminal. A table of other columns begins empty."""
+        """Choose columns that fit the terminal, and empty the table if they changed."""
         widths = column_widths(self.size.width, mapped=self._mapped is not None)
         if widths == self._widths:
             return
@@ -251,7 +251,7 @@ class TopApp(App[int]):
 
     @work(thread=True, exclusive=True, group="daemon")
     def ask_daemon(self) -> None:
-        """Ask the daemon, and show what it says."""
+        """Request the daemon's status and show it."""
         status = self.view.asked()
         self.call_from_thread(self._draw_daemon, status)
 
@@ -305,14 +305,14 @@ class TopApp(App[int]):
         self.draw()
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
-        """Sort by the column that was clicked; a second click turns it round."""
+        """Sort by the column that was clicked; a second click reverses the order."""
         if name := COLUMNS[event.column_index][0]:
             self.reversed = not self.reversed if name == self.sort else False
             self.sort = name
             self.draw()
 
     def action_reverse(self) -> None:
-        """The other way round."""
+        """Reverse the order."""
         self.reversed = not self.reversed
         self.draw()
 
@@ -331,22 +331,22 @@ class TopApp(App[int]):
         self.table.focus()
 
     def action_show_all(self) -> None:
-        """Forget the filter."""
+        """Remove the filter."""
         box = self.query_one("#filter", Input)
         box.value = ""
         box.display = False
         self.table.focus()
 
     def action_step(self, by: int) -> None:
-        """Go through a recording; in the filter the keys move the cursor, as everywhere."""
+        """Step through a recording; in the filter the keys move the cursor, as everywhere."""
         self._go(lambda mapped: mapped.step + by)
 
     def action_first(self) -> None:
-        """The first step."""
+        """Show the first step."""
         self._go(lambda _: 0)
 
     def action_last(self) -> None:
-        """The last step."""
+        """Show the last step."""
         self._go(lambda mapped: len(mapped.steps) - 1)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -360,7 +360,7 @@ class TopApp(App[int]):
             self._draw_steps()
 
     def action_theme(self) -> None:
-        """Light or dark."""
+        """Switch between the light and the dark theme."""
         self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
         self._cells.clear()
         self.draw()
@@ -370,18 +370,18 @@ class TopApp(App[int]):
         self.push_screen(Notice("Keys", keys_text()))
 
     def action_leave(self) -> None:
-        """End."""
+        """Leave the program."""
         self.exit(0)
 
     def _end_on_signals(self) -> None:
-        """End in order when the terminal is closed (SIGHUP), or by SIGTERM, with the exit code of a shell."""
+        """Exit cleanly on SIGHUP (the terminal is closed) or SIGTERM, with the exit code of a shell."""
         for number in (signal.SIGHUP, signal.SIGTERM):
-            # Signals reach the main thread alone. nohup(1) has SIGHUP ignored.
+            # Only the main thread receives signals. nohup(1) sets SIGHUP to be ignored.
             if threading.current_thread() is threading.main_thread() and signal.getsignal(number) != signal.SIG_IGN:
                 asyncio.get_running_loop().add_signal_handler(number, self.exit, 128 + number)
 
     def wait_for_collapse(self) -> None:
-        """Wait until a collapse that the screen has begun is finished or undone, at the step that it is at."""
+        """Stop a collapse that the screen has begun, and wait until its current step is finished or undone."""
         if self._carrying is not None:
             self._carrying.stop()
             self._carrying.wait()

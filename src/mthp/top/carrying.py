@@ -1,4 +1,4 @@
-"""A collapse that runs beside the screen, can be watched, and can be told to stop."""
+"""A collapse in a thread beside the screen, which can watch it and stop it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Carrying:
         opened: opens the target.
 
     Attributes:
-        done, total: how far it is, in bytes.
-        report: what came of it; None until it ends, and if it could not be done.
-        error: why it could not be done.
+        done, total: progress, in bytes.
+        report: the result; None until the thread ends, and after an error.
+        error: the reason for which the collapse failed, or None.
     """
 
     def __init__(self, opened: Callable[[], AddressSpace], choice: PlanOptions) -> None:
@@ -35,25 +35,25 @@ class Carrying:
         self._thread = threading.Thread(target=self._run, name="mthp-collapse", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Begin nothing more; what is being done is finished and accounted for."""
+        """Begin no further blocks; the current ones are finished and reported."""
         self._stopping.set()
 
     @property
     def stopping(self) -> bool:
-        """Whether it was told to stop."""
+        """Return whether :meth:`stop` was called."""
         return self._stopping.is_set()
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
+        """Return whether the thread is running."""
         return self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until it has ended, for so long at most."""
+        """Wait until the thread has ended, for at most `seconds`."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
 
@@ -69,5 +69,5 @@ class Carrying:
 
     @property
     def progress(self) -> str:
-        """How far it is, for a person."""
+        """Return the progress in words."""
         return f"{self._what} folios: {format_size(self.done)} of {format_size(self.total)}" if self._what else ""

@@ -27,11 +27,12 @@ COLUMNS = (
     ("bloat", "adds", 7),
     ("", "folio sizes", None),
 )
-"""What it is sorted by, the head, and the width of each column: that of the longest figure, which is never cut; None
-for names and bars, which share what the figures leave."""
+"""Sort key, heading and width of each column. The width is that of the longest figure, because figures are never cut;
+None for names and bars, which share the room that the figures leave.
+"""
 
 ADDRESS_WIDTH = 12
-"""Digits of an address of user space (47 bits), where mappings stand in place of processes."""
+"""Digits of an address of user space (47 bits), which mappings show in place of a PID."""
 
 NAME_WIDTHS = (8, 26)
 """The narrowest and the widest column of names."""
@@ -40,7 +41,7 @@ BAR_WIDTH = 24
 """The widest bar."""
 
 BAR_FROM = 20
-"""Columns that the figures must leave for a bar to be shown: a shorter one beside a name is of no use."""
+"""Columns that the figures must leave for a bar to be shown: a shorter one beside a name is useless."""
 
 PADDING = 2
 """Blanks around each cell of a DataTable, together."""
@@ -65,7 +66,7 @@ def column_widths(room: int, *, mapped: bool) -> list[int]:
 
 
 def column_heads(widths: Sequence[int], *, mapped: bool) -> list[Text]:
-    """Return the heads of columns of these `widths`."""
+    """Return the headings of columns of these `widths`."""
     heads = []
     for (name, head, _), width in zip(COLUMNS, widths, strict=False):
         if name == "id" and mapped:
@@ -80,8 +81,8 @@ def row_cells(row: Row, widths: Sequence[int], geometry: Geometry, *, dark: bool
     """Return the cells of `row`, one for each of `widths`.
 
     Args:
-        dark: whether the theme is.
-        mapped: whether the row is a mapping, by its address.
+        dark: whether the theme is dark.
+        mapped: whether the row is a mapping, with its address as key.
     """
     mark = "" if row.planned or row.gain is None else "~"
     share = row.huge_share

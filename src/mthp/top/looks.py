@@ -1,4 +1,4 @@
-"""The three looks at a process, from cheap to dear, and the look at the mappings of one address space."""
+"""The three looks at a process, from cheap to expensive, and the look at the mappings of one address space."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from mthp.vma import VmaKind
 Stop = Callable[[], bool]
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: nobody wants to know any more
-    """Whoever asked wants no answer any more."""
+class Stopped(Exception):  # noqa: N818 - a request to stop, not an error
+    """The caller no longer wants the result."""
 
 
 def first_look(proc: str = "/proc") -> Iterator[Row]:
-    """All processes that have memory, from ``statm`` and ``comm``: some ten microseconds for each."""
+    """Yield every process that has memory, from ``statm`` and ``comm``: some ten microseconds each."""
     page = os.sysconf("SC_PAGE_SIZE")
     own = os.getpid()
     with os.scandir(proc) as listing:
-        # Closed at once: whoever asks may stop in the middle.
+        # Listed at once, because the caller may stop iterating and would leave the directory open.
         entries = list(listing)
     for entry in entries:
         if not entry.name.isdigit():
@@ -41,7 +41,7 @@ def first_look(proc: str = "/proc") -> Iterator[Row]:
             with open(f"{entry.path}/statm", "rb") as file:
                 _, resident, shared, *_ = map(int, file.read().split())
             if not resident:
-                # A kernel thread, or one that exits.
+                # Kernel threads and exiting processes have no memory.
                 continue
             with open(f"{entry.path}/comm", "rb") as file:
                 comm = file.read().decode(errors="replace").rstrip("\n")
@@ -49,13 +49,13 @@ def first_look(proc: str = "/proc") -> Iterator[Row]:
             continue
         pid = int(entry.name)
         name = f"{comm} (this mthp)" if pid == own else comm
-        # What is not of a file or shared is anonymous (proc_pid_statm(5)); its share that is huge is not told.
+        # Memory neither of a file nor shared is anonymous (proc_pid_statm(5)). statm does not have its huge share.
         anonymous = max(0, resident - shared) * page
         yield Row(pid, name, resident * page, anonymous)
 
 
 def second_look(row: Row, proc: str = "/proc") -> Row:
-    """`row` with what ``smaps_rollup`` says: the kernel walks all of the process for it."""
+    """Return `row` with the values of ``smaps_rollup``, for which the kernel walks the whole process."""
     try:
         with open(f"{proc}/{row.key}/smaps_rollup", "rb") as file:
             fields = {name: int(rest.split()[0]) << 10 for name, rest in _fields(file.read())}
@@ -81,10 +81,10 @@ def _fields(text: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def third_look(row: Row, options: PlanOptions, stop: Stop = lambda: False) -> Row:
-    """`row` with a census of its pages and a plan. What goes wrong is its `trouble`.
+    """Return `row` with a census of its pages and a plan. An error becomes the row's `trouble`.
 
     Raises:
-        Stopped: as `stop` says.
+        Stopped: `stop` returned True.
     """
     try:
         with open_target(row.key) as space:
@@ -110,10 +110,10 @@ def third_look(row: Row, options: PlanOptions, stop: Stop = lambda: False) -> Ro
 
 
 def mappings(space: AddressSpace, options: PlanOptions, stop: Stop = lambda: False) -> list[Row]:
-    """The mappings of `space` that hold anything, each with its part of the plan.
+    """Return the mappings of `space` that hold any memory, each with its part of the plan.
 
     Raises:
-        Stopped: as `stop` says.
+        Stopped: `stop` returned True.
     """
     census = take_census(space, _watched(stop))
     plan = plan_space(space, options, _watched(stop))
@@ -144,7 +144,7 @@ def mappings(space: AddressSpace, options: PlanOptions, stop: Stop = lambda: Fal
 
 
 class _Shares:
-    """What of a plan falls to each mapping: int64, shape (mappings,)."""
+    """The share of each mapping in a plan, in pages: int64, shape (mappings,)."""
 
     def __init__(self, plan: SpacePlan, starts: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
         whose = np.searchsorted(starts, plan.ranges.address, side="right") - 1

@@ -1,4 +1,4 @@
-"""The mappings of one target as rows: of a process, looked at again and again; of a file, at a chosen step."""
+"""The mappings of one target as rows: of a process, read repeatedly; of a file, at a chosen step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mthp.top.looks import Stopped, mappings
 from mthp.top.model import Row
 
 REST = 1.0
-"""Seconds between two looks at a process at least."""
+"""Least seconds between two looks at a process."""
 
 
 class Mapped:
@@ -22,15 +22,15 @@ class Mapped:
 
     Args:
         opened: opens the target at a step; the step is None if it has none.
-        cpu: share of one processor that looking again may take.
-        steps: for a recording, the seconds of each step.
-        live: look again and again.
+        cpu: share of one processor that repeated looks may take.
+        steps: the seconds of each step of a recording.
+        live: read the target repeatedly.
 
     Attributes:
-        steps: as given.
-        step: the step that is shown, or is about to be.
-        trouble: why there is nothing to see, or ``""``.
-        label: of the target, once it was looked at.
+        steps: as in the arguments.
+        step: the step that is shown, or that will be next.
+        trouble: the reason for which there are no rows, or ``""``.
+        label: label of the target, ``""`` until it was read.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Mapped:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Look once, then go on in a thread."""
+        """Read the target once, then go on in a thread."""
         self.look()
         self._thread = threading.Thread(target=self._run, name="mthp-mappings", daemon=True)
         self._thread.start()
@@ -66,24 +66,24 @@ class Mapped:
             return self._rows
 
     def range_of(self, key: int) -> Segment:
-        """The addresses of the mapping that begins at `key`, as it was last seen; an empty range if it is gone."""
+        """Return the last known range of the mapping that begins at `key`, empty if the mapping is gone."""
         return next(((start, end) for start, end in self._ranges if start == key), (key, key))
 
     def show(self, keys: Sequence[int]) -> None:
-        """All mappings are looked at together; nothing depends on which are on the screen."""
+        """Do nothing: all mappings are read together, whichever are on the screen."""
 
     def refresh(self, key: int) -> None:
         self._shown = None
         self._wake.set()
 
     def go(self, step: int) -> None:
-        """Show another step of a recording, the nearest that there is."""
+        """Show another step of a recording, the nearest to `step` that exists."""
         self.step = max(0, min(step, len(self.steps) - 1))
         self._wake.set()
 
     @property
     def arrived(self) -> bool:
-        """Whether the rows are those of `step`."""
+        """Return whether the rows are those of `step`."""
         return self._shown == self.step
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class Mapped:
             self._thread.join(timeout=5)
 
     def look(self) -> None:
-        """Look at the target at the step that is chosen now."""
+        """Read the target at the chosen step."""
         step = self.step
         try:
             with self._opened(step if self.steps else None) as space:
@@ -102,7 +102,7 @@ class Mapped:
         except Stopped:
             return
         except MthpError as error:
-            # The rows of the last look stay: they are what is known of one that has exited.
+            # Keep the rows of the last look, which are the last known ones of a process that has exited.
             self.trouble = error.message
             self._shown = step
             return

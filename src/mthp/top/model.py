@@ -1,4 +1,4 @@
-"""The rows of the table, in which order they stand, and how they are drawn in characters."""
+"""The rows of the table, their order, and their bars in characters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mthp.geometry import Geometry
 from mthp.units import format_size
 
 BLOCKS = "░▒▓█"
-"""Of base pages, of the lower half of orders, of the upper half, of the PMD order: bars can be read without colour."""
+"""Characters for base pages, the lower half of orders, the upper half, the PMD order: bars work without colour."""
 
 UNKNOWN = -1
-"""Among orders: memory whose folio's order cannot be seen."""
+"""Key among orders for memory whose folio's order is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +21,17 @@ class Row:
 
     Attributes:
         key: the PID, or the mapping's address.
-        name: of the process or the mapping.
+        name: name of the process or the mapping.
         resident: bytes.
         anonymous: bytes that may be collapsed, about.
-        huge: bytes of them that PMD entries map; None if not looked at yet.
-        by_order: bytes by folio order; None if not looked at yet.
+        huge: bytes of `anonymous` that PMD entries map; None if not read yet.
+        by_order: bytes by folio order; None if not read yet.
         gain: bytes that a collapse would bring into larger folios; an upper bound where `planned` is False, None if
             nothing is known.
-        bloat: bytes that it would add; None if not planned yet.
-        folios: folios that it would make, by order.
+        bloat: bytes that a collapse would add; None if not planned yet.
+        folios: number of folios that a collapse would make, by order.
         planned: whether gain, bloat and folios come from a plan.
-        trouble: why it cannot be looked at, or ``""``.
+        trouble: the reason for which the row cannot be read, or ``""``.
     """
 
     key: int
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def huge_share(self) -> float | None:
-        """The part of the anonymous memory that PMD entries map."""
+        """Return the part of the anonymous memory that PMD entries map, None if unknown."""
         if self.huge is None:
             return None
         return min(1.0, self.huge / self.anonymous) if self.anonymous else 0.0
@@ -64,11 +64,11 @@ _SORT_VALUES: dict[str, Callable[[Row], float | str]] = {
 }
 
 SORTS = tuple(_SORT_VALUES)
-"""What rows can be sorted by; figures begin with the largest, names and numbers with the smallest."""
+"""Keys to sort rows by; figures begin with the largest, names and numbers with the smallest."""
 
 
 def arranged(rows: Iterable[Row], sort: str, *, reverse: bool = False, wanted: str = "") -> list[Row]:
-    """The rows that contain `wanted` in their name or number, sorted.
+    """Return the rows that contain `wanted` in their name or number, sorted.
 
     Args:
         sort: one of :data:`SORTS`.
@@ -76,14 +76,14 @@ def arranged(rows: Iterable[Row], sort: str, *, reverse: bool = False, wanted: s
     """
     wanted = wanted.lower()
     found = [row for row in rows if wanted in row.name.lower() or wanted in str(row.key)]
-    # Rows that are equal keep an order of their own, or they would change places at every look.
+    # The key breaks ties, because equal rows would otherwise change places at every look.
     found.sort(key=lambda row: row.key)
     found.sort(key=_SORT_VALUES[sort], reverse=(sort not in ("name", "id")) != reverse)
     return found
 
 
 def block_of(order: int, geometry: Geometry) -> str:
-    """The character that stands for folios of `order`."""
+    """Return the character that stands for folios of `order`."""
     if order == UNKNOWN:
         return "?"
     if order <= 0:
@@ -94,9 +94,9 @@ def block_of(order: int, geometry: Geometry) -> str:
 
 
 def bar(by_order: Mapping[int, int], geometry: Geometry, width: int) -> list[tuple[int, str]]:
-    """A bar of `width` characters: for each order that gets any, the largest first, its characters.
+    """Return a bar of `width` characters: for each visible order, the largest first, its characters.
 
-    Every order gets its share, rounded so that the bar is full; what is less than half a character is not seen.
+    Every order has its share, rounded so that the bar is full; less than half a character is not shown.
     """
     total = sum(by_order.values())
     parts: list[tuple[int, str]] = []
@@ -111,7 +111,7 @@ def bar(by_order: Mapping[int, int], geometry: Geometry, width: int) -> list[tup
 
 
 def described(by_order: Mapping[int, int], geometry: Geometry) -> str:
-    """Bytes by folio size in words: ``"2M 1.5G, 64K 12M, 4K 300M"``."""
+    """Return bytes by folio size in words: ``"2M 1.5G, 64K 12M, 4K 300M"``."""
     parts = [
         f"{'size not visible' if order == UNKNOWN else geometry.label(order)} {format_size(size)}"
         for order, size in sorted(by_order.items(), reverse=True)
@@ -121,5 +121,5 @@ def described(by_order: Mapping[int, int], geometry: Geometry) -> str:
 
 
 def totals(rows: Sequence[Row]) -> tuple[int, int]:
-    """Bytes resident, and bytes that could be gained as far as known, of all rows together."""
+    """Return the resident bytes and the known gain in bytes of all rows together."""
     return sum(row.resident for row in rows), sum(row.gain or 0 for row in rows)

@@ -1,4 +1,4 @@
-"""What comes up over the table: a plan, the question before a collapse, the collapse, and the keys."""
+"""The screens over the table: a plan, the question before a collapse, the collapse, and the keys."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEYS = (
 
 
 def plan_text(row: Row, geometry: Geometry, policy: str) -> Text:
-    """The plan of `row` in words."""
+    """Return the plan of `row` in words."""
     lines = Text()
 
     def line(name: str, value: str, style: str = "") -> None:
@@ -60,7 +60,7 @@ def plan_text(row: Row, geometry: Geometry, policy: str) -> Text:
 
 
 def question_text(row: Row, geometry: Geometry, choice: PlanOptions) -> Text:
-    """The plan of `row`, and what it means for the process and for the machine if it is carried out."""
+    """Return the plan of `row` and its consequences for the process and the machine."""
     policy = choice.policy
     text = plan_text(row, geometry, policy if isinstance(policy, str) else policy.name)
     pmd = geometry.label(geometry.pmd_order)
@@ -84,7 +84,7 @@ def question_text(row: Row, geometry: Geometry, choice: PlanOptions) -> Text:
 
 
 class Notice(ModalScreen[None]):
-    """A text that any of escape, enter and q puts away."""
+    """A text that escape, enter or q closes."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q,p,question_mark", "dismiss_me", "back")]
 
@@ -103,7 +103,7 @@ class Notice(ModalScreen[None]):
 
 
 class Question(ModalScreen[bool]):
-    """Whether to go on: y does, and anything that means no does not."""
+    """The question whether to go on: y confirms, and every key that means no declines."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "yes"),
@@ -132,7 +132,7 @@ class Question(ModalScreen[bool]):
         self.dismiss(event.button.id == "yes")
 
     def action_scroll(self, by: int) -> None:
-        """Scroll the text, which has not the focus: enter is to mean no."""
+        """Scroll the text. The text does not have the focus, because enter must mean no."""
         self.query_one(".body").scroll_relative(y=by, animate=False)
 
     def action_answer(self, answer: bool) -> None:
@@ -140,7 +140,7 @@ class Question(ModalScreen[bool]):
 
 
 class Running(ModalScreen[None]):
-    """A collapse at work. Escape stops it; once it has ended, escape puts this away."""
+    """A collapse at work. Escape stops it; after the collapse has ended, escape closes this screen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter", "stop_or_leave", "stop")]
 
@@ -162,11 +162,11 @@ class Running(ModalScreen[None]):
 
     @property
     def at_work(self) -> bool:
-        """Whether the collapse has not ended yet."""
+        """Return whether the collapse is running."""
         return self._carrying.running
 
     def look(self) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         carrying = self._carrying
         self.query_one(ProgressBar).update(total=max(carrying.total, 1), progress=carrying.done)
         text = self.query_one("#text", Static)
@@ -187,11 +187,11 @@ class Running(ModalScreen[None]):
 
 
 MAX_REASONS = 5
-"""Reasons for what was not done that are told; the command line tells all."""
+"""Most reasons for blocks not made that are shown; the command line shows all."""
 
 
 def report_text(report: CollapseReport, geometry: Geometry) -> Text:
-    """What a collapse did, in words."""
+    """Return the result of a collapse in words."""
     pmd = geometry.label(geometry.pmd_order)
     made = {geometry.pmd_order: report.collapsed} | {order: tally.made for order, tally in report.folios.items()}
     folios = ", ".join(f"{count:,} of {geometry.label(order)}" for order, count in made.items() if count)
@@ -228,7 +228,7 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
 
 
 def keys_text() -> Text:
-    """The keys."""
+    """Return the list of keys."""
     text = Text()
     for keys, meaning in KEYS:
         text.append(f"{keys:<30}", style="bold")
@@ -241,7 +241,7 @@ def keys_text() -> Text:
 
 
 def daemon_line(status: Mapping[str, Any] | None) -> str:
-    """What the daemon does, in one line."""
+    """Return the daemon's status in one line."""
     if status is None:
         return "daemon: not running here (mthp daemon)"
     state = "paused" if status.get("paused") else "resting" if status.get("resting") else "at work"

@@ -1,8 +1,8 @@
-"""Who looks, at whom, and how often: one thread that keeps the rows up to date and within its share of a processor.
+"""The schedule of looks: one thread keeps the rows up to date within its share of a processor.
 
-It goes round: everybody with the first look; then the largest few with the second, and those on the screen with the
-third, those first that were never looked at, then those whose look is oldest. A budget of processor time
-(:mod:`mthp.pacing`) holds it back, so a host with more processes is shown later, not at more cost.
+The thread repeats: the first look at all processes; then the second at the largest and the third at those on the
+screen, first those without one, then those with the oldest. A budget of processor time (:mod:`mthp.pacing`) limits it,
+so more processes take more time, not more of a processor.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ LARGEST = 64
 """Processes that get the second look without being on the screen."""
 
 ROUND = 2.0
-"""Seconds between two first looks at least."""
+"""Least seconds between two first looks."""
 
 BURST = 1.0
-"""Seconds of processor time that are used before the first rest: who has just started it wants to see something."""
+"""Seconds of processor time used before the first rest, so that a new screen fills quickly."""
 
 REST = 0.1
-"""Seconds for which it rests when all that is wanted is fresh."""
+"""Seconds of rest when every wanted look is fresh."""
 
 LISTING = 0.25
-"""The part of what looking may take that first looks may take."""
+"""The part of the processor time that first looks may take."""
 
 FRESH = 10.0
-"""Seconds for which a second or third look counts as new."""
+"""Seconds for which a second or third look counts as fresh."""
 
 
 class Source(Protocol):
-    """Where rows come from."""
+    """A source of rows."""
 
     def rows(self) -> Sequence[Row]:
-        """What is known now. Takes no time."""
+        """Return the rows that are known now, without waiting."""
 
     def show(self, keys: Sequence[int]) -> None:
-        """These rows are on the screen now, the most interesting first."""
+        """Note that these rows are on the screen now, the most interesting first."""
 
     def refresh(self, key: int) -> None:
-        """Look again at this one soon: it has changed."""
+        """Read this row again soon, because it has changed."""
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop reading."""
 
 
 @dataclass(slots=True)
@@ -65,9 +65,9 @@ class Survey:
     """The live processes of this machine.
 
     Args:
-        cpu: share of one processor that looking may take, above 0, up to 1.
+        cpu: share of one processor that looks may take, above 0, up to 1.
         first, second, third: the looks.
-        clock, spent, rest: the time, the processor time of the thread, and how to wait; for tests.
+        clock, spent: the time, and the processor time of the thread, in seconds; for tests.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Survey:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """List everybody once, then go on in a thread."""
+        """List all processes once, then go on in a thread."""
         self.list_all()
         self._thread = threading.Thread(target=self._run, name="mthp-survey", daemon=True)
         self._thread.start()
@@ -125,7 +125,7 @@ class Survey:
                 self._closing.wait(REST)
 
     def work(self) -> bool:
-        """Do the next piece of work: False if everything that is wanted is fresh."""
+        """Do the next piece of work. Return False if every wanted look is fresh."""
         if self._clock() - self._listed >= self._round:
             self.list_all()
             return True
@@ -136,10 +136,10 @@ class Survey:
         return False
 
     def list_all(self) -> None:
-        """The first look at everybody; who is gone is forgotten, and what is known of the others is kept."""
+        """Take the first look at all processes: forget those that are gone, keep known values of the others."""
         before = self._spent()
         found = {row.key: row for row in self._first()}
-        # With thousands of processes this alone would take all that may be taken.
+        # With thousands of processes, first looks alone would use the whole share, so they become rarer.
         self._round = max(ROUND, (self._spent() - before) / (LISTING * self._cpu))
         with self._lock:
             for key in self._known.keys() - found.keys():
@@ -147,7 +147,7 @@ class Survey:
             for key, row in found.items():
                 known = self._known.get(key)
                 if known is None or known.row.name != row.name:
-                    # New, or a new program, or a new process under an old number.
+                    # A new process, a new program, or a new process under a reused PID.
                     self._known[key] = _Known(row)
             self._listed = self._clock()
 
