@@ -1,1 +1,1 @@
-"""What `mthp demo` shows its work on: a process of its own, with a real library and a realistic heap in it."""
+"""The program that `mthp demo` works on: a separate process with a real library and a realistic heap."""

@@ -1,8 +1,8 @@
-"""Starts the demo's workload (:mod:`mthp.demo.workload`) as a process of its own, and talks to it.
+"""Run the demo's workload (:mod:`mthp.demo.workload`) as a separate process, and send it commands.
 
-The workload never outlives its user: :class:`Workload` ends it when the ``with`` block is left, however it is left,
-and the kernel ends it when the thread that started it ends (PR_SET_PDEATHSIG, prctl(2)). So start it from a thread
-that lives as long as the work does.
+The workload never outlives its user: :class:`Workload` ends it whenever the ``with`` block is left, and the kernel ends
+it when the thread that started it ends (PR_SET_PDEATHSIG, prctl(2)). So start it from a thread that lives as long as
+the work does.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mthp.errors import MthpError, TargetVanishedError, UnsupportedError, UsageE
 from mthp.metrics import Durations
 
 MIN_SIZE = 32 << 20
-"""Smallest workload, in bytes: with less, the interpreter's own memory would be most of it."""
+"""Smallest workload, in bytes: with less, most of it would be the interpreter's own memory."""
 
 ANSWER_TIMEOUT = 120.0
-"""Seconds to wait for a line from the workload, beyond what was asked of it, before it counts as stuck."""
+"""Seconds to wait for a line from the workload, beyond the requested time, before it counts as stuck."""
 
 SLOWEST_BYTES_PER_S = 100 << 20
-"""Going through all the data may take this long besides: about a tenth of the speed of an ordinary machine."""
+"""Least speed of reading all the data, in bytes per second: a tenth of an ordinary machine's. Extends the time-out."""
 
 STDERR_TAIL_BYTES = 2000
 
@@ -44,12 +44,12 @@ class Measurement:
     """Speed of random lookups in one process.
 
     Attributes:
-        lookups: how many were made.
-        seconds: how long that took by the clock.
+        lookups: number of lookups.
+        seconds: duration by the clock.
         lookups_per_s: the median over some hundreds of batches, per second of the workload's processor time.
         low: lower quartile of the same.
         high: upper quartile of the same.
-        checksum: of what the first batches found; the same in every measurement as long as the data is.
+        checksum: checksum of the first batches' results; equal in every measurement of the same data.
     """
 
     lookups: int
@@ -62,13 +62,13 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a reading of all the data gave; equal before and after a collapse.
+    """Result of reading all the data; equal before and after a collapse.
 
     Attributes:
-        rows: documents.
+        rows: number of documents.
         total: sum of their ranks.
         crc: CRC-32 sums of all bodies, added up with weights that depend on the key.
-        intact: SQLite found its own structures whole.
+        intact: whether SQLite found its own structures whole.
     """
 
     rows: int
@@ -94,10 +94,10 @@ class Workload(Closing):
 
     @property
     def pid(self) -> int:
-        """PID of the workload.
+        """Return the PID of the workload.
 
         Raises:
-            UsageError: it was not started.
+            UsageError: the workload was not started.
         """
         return self._running().pid
 
@@ -114,7 +114,7 @@ class Workload(Closing):
 
         Raises:
             UsageError: `size` is below `MIN_SIZE`, or the workload runs already.
-            MthpError: it did not start.
+            MthpError: the process did not start.
         """
         if size < MIN_SIZE:
             raise UsageError(f"size of {size} bytes for the demo's workload: at least {MIN_SIZE} are needed")
@@ -123,9 +123,10 @@ class Workload(Closing):
         command = [sys.executable, "-P", "-m", "mthp.demo.workload", "--size", str(size), "--parent", str(os.getpid())]
         self._patience = ANSWER_TIMEOUT + size / SLOWEST_BYTES_PER_S
         try:
-            # A file in memory, not a pipe: nobody has to empty it while we wait elsewhere.
+            # A file in memory, because a pipe would fill up while nothing reads it.
             self._stderr = os.memfd_create("mthp-demo-stderr")
-            # A process group of its own: Ctrl-C on the terminal is for us, also while the child's Python starts up.
+            # A process group of its own, so that Ctrl-C on the terminal reaches only us, also while the child's Python
+            # starts.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, process_group=0
             )
@@ -134,13 +135,13 @@ class Workload(Closing):
             raise MthpError(f"the demo's workload cannot be started: {error}") from error
 
     def await_ready(self, progress: Progress | None = None) -> None:
-        """Wait until it has grown.
+        """Wait until the workload has grown.
 
         Args:
             progress: called from time to time meanwhile.
 
         Raises:
-            MthpError: it ended; the end of its standard error is in ``help``.
+            MthpError: the workload ended; the end of its standard error is in ``help``.
         """
         try:
             while (message := self._receive()).get("event") != "ready":
@@ -151,7 +152,7 @@ class Workload(Closing):
             raise
 
     def measure(self, seconds: float) -> Measurement:
-        """Let it do random lookups for about `seconds`.
+        """Have the workload do random lookups for about `seconds`, and return their speed.
 
         Raises:
             MthpError: the workload ended, or does not answer.
@@ -159,7 +160,7 @@ class Workload(Closing):
         return Measurement(**self._ask({"cmd": "measure", "seconds": seconds}, seconds))
 
     def verify(self) -> Verification:
-        """Let it read all its data.
+        """Have the workload read all its data, and return the result.
 
         Raises:
             MthpError: the workload ended, or does not answer.
@@ -168,7 +169,7 @@ class Workload(Closing):
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[list[Durations]]:
-        """Let it look documents up one by one meanwhile: what is yielded holds, afterwards, how long each took.
+        """Have the workload look up single documents meanwhile; the yielded list holds their durations afterwards.
 
         Raises:
             MthpError: the workload ended, or does not answer.
@@ -181,17 +182,17 @@ class Workload(Closing):
             waits.append(Durations(**self._ask({"cmd": "stop"})))
 
     def collapse_itself(self) -> float:
-        """Let it collapse its own memory to huge pages; return the seconds that it took.
+        """Have the workload collapse its own memory to huge pages, and return the seconds that it took.
 
         Raises:
-            MthpError: it cannot, or ended, or does not answer.
+            MthpError: the workload cannot collapse, or ended, or does not answer.
         """
         return float(self._ask({"cmd": "collapse"})["elapsed"])
 
     def close(self) -> None:
-        """End the process and wait for it. May be called at any time, and again.
+        """Kill the process and wait for it. May be called at any time, and again.
 
-        It holds nothing worth saving, so it is killed: that works as well when it is busy, stopped or traced.
+        Killing loses nothing worth saving, and works also when the workload is busy, stopped or traced.
         """
         process, self._process = self._process, None
         if process is not None:
@@ -214,7 +215,7 @@ class Workload(Closing):
         process = self._running()
         assert process.stdin is not None
         try:
-            # Past the buffered writer, which would try again to write at close, and fail there.
+            # Bypass the buffered writer, which would retry the write at close and fail there.
             os.write(process.stdin.fileno(), json.dumps(request).encode() + b"\n")
         except BrokenPipeError:
             raise self._ended() from None
@@ -224,7 +225,7 @@ class Workload(Closing):
         return reply
 
     def _receive(self, seconds: float = 0.0) -> dict[str, Any]:
-        """The next line from the workload, which was asked to work for `seconds` first."""
+        """Return the next line from the workload, which first works for `seconds`."""
         timeout = seconds + self._patience
         process = self._running()
         assert process.stdout is not None
@@ -243,7 +244,7 @@ class Workload(Closing):
         return message
 
     def _ended(self) -> TargetVanishedError:
-        """Why the workload is gone, with the end of what it wrote on standard error."""
+        """Return the error for a workload that ended, with the end of its standard error."""
         process, stderr = self._running(), self._stderr
         assert stderr is not None
         try:
@@ -260,15 +261,15 @@ class Workload(Closing):
 
 
 def fit_size(wanted: int, bounds: Sequence[MemoryBound], workloads: int) -> int:
-    """Return the size for each of some workloads: `wanted`, or what memory allows if that is less.
+    """Return the size for each workload: `wanted`, or less if memory does not allow that.
 
-    Together they may take half of what every limit leaves. While it grows, and once it is collapsed to huge pages, a
-    workload has up to half more than its size.
+    All workloads together may take half of the memory that every limit leaves free. While it grows, and after a
+    collapse to huge pages, a workload has up to half more than its size.
 
     Args:
         wanted: bytes.
         bounds: the limits that memory of this process counts against.
-        workloads: how many there are.
+        workloads: number of workloads.
 
     Raises:
         UsageError: `wanted` is below `MIN_SIZE`.

@@ -1,7 +1,7 @@
-"""mTHPs beside huge pages: what each adds, how long it takes, what the program notices, and how fast it is then.
+"""mTHPs beside huge pages: their cost in memory and time, the delay of the program, and its speed afterwards.
 
-The story is told of two processes with the same data that the demo starts itself (:mod:`mthp.demo.workload`). One is
-collapsed to folios of 64 KiB and more, the other to huge pages alone, as khugepaged does by default; then what the
+The demo compares two processes with the same data that it starts itself (:mod:`mthp.demo.workload`). One is collapsed
+to folios of 64 KiB and more, the other to huge pages alone, as khugepaged does by default; then the memory that the
 huge pages waste is given back. Both are measured in turn, so that other programs on the machine disturb both alike.
 """
 
@@ -32,25 +32,26 @@ from mthp.trimming import SMALLEST_LARGE
 
 DEFAULT_SIZE = 256 << 20
 """Bytes of memory that each of two workloads grows to, where there is room: forty times what a TLB of 1 536 entries
-maps with 4 KiB pages, and grown within seconds."""
+maps with 4 KiB pages, and grown within seconds.
+"""
 
 MEASUREMENTS = 5
-"""How often each speed is measured."""
+"""Measurements of each speed."""
 
 QUIET_SECONDS = 1.0
-"""How long the first workload is watched with nothing going on."""
+"""Seconds for which the first workload is watched while it is left alone."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with (name of the step, units done, units in all)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Random lookups a second, measured some times.
+    """Random lookups a second, over several measurements.
 
     Attributes:
-        median: of the measurements' own medians.
-        low, high: the lowest lower and the highest upper quartile of any of them.
+        median: median of the measurements' medians.
+        low, high: the lowest lower and the highest upper quartile of any measurement.
     """
 
     median: float
@@ -69,16 +70,16 @@ class Speed:
 
 @dataclass
 class Chapter:
-    """A workload once something was done to it.
+    """A workload after one operation.
 
     Attributes:
-        name: what was done.
-        coverage: the share of its anonymous memory in folios of 64 KiB and more.
-        resident_bytes: its anonymous memory.
-        added_bytes: how much more that is than before.
-        elapsed: seconds that it took; 0.0 for nothing.
-        waits: how long single lookups took meanwhile; None where nothing was looked up.
-        speed: how fast the workload is then.
+        name: name of the operation.
+        coverage: the share of the anonymous memory in folios of 64 KiB and more.
+        resident_bytes: anonymous memory.
+        added_bytes: increase of `resident_bytes` by the operation.
+        elapsed: duration in seconds; 0.0 if nothing was done.
+        waits: durations of single lookups during the operation; None if there were no lookups.
+        speed: the workload's speed afterwards.
         speedup: that over its speed before.
     """
 
@@ -96,19 +97,19 @@ class Chapter:
 
 @dataclass
 class Story:
-    """What the demo shows.
+    """Result of the demo.
 
     Attributes:
         target: names of the two processes.
-        kernel: its release.
-        geometry: of the machine.
-        order: of the smallest folio that counts.
-        mechanisms: what made the mTHPs of each order.
-        why: why nothing better made them; ``""`` if it was the best.
+        kernel: kernel release.
+        geometry: geometry of the machine.
+        order: order of the smallest folio that counts.
+        mechanisms: mechanisms that made the mTHPs of each order.
+        why: the reason for which a better mechanism was not used; ``""`` if the best was.
         chapters: before, by mTHPs, by huge pages, and these trimmed.
         intact: whether every byte of the data reads as before.
-        undone: what could not be done, and why.
-        notes: what is otherwise worth knowing.
+        undone: operations that failed, and why.
+        notes: further remarks.
     """
 
     JSON: ClassVar = (
@@ -129,7 +130,7 @@ class Story:
 
     @property
     def complete(self) -> bool:
-        """Whether everything that was to be shown was."""
+        """Return whether every chapter could be shown."""
         return self.intact and not self.undone
 
 
@@ -138,8 +139,8 @@ def tell(size: int, seconds: float, progress: Progress) -> Story:
 
     Args:
         size: bytes of memory for each workload, or less where memory is scarce.
-        seconds: how long each measurement takes.
-        progress: called as it goes on.
+        seconds: duration of each measurement.
+        progress: called from time to time.
 
     Raises:
         UnsupportedError: this kernel has no transparent huge pages, or there is too little memory.
@@ -164,7 +165,7 @@ def _named(progress: Progress, name: str) -> Callable[[int, int, str], None]:
 
 @dataclass
 class _Side:
-    """A workload, its address space, and what it was before."""
+    """A workload, its address space, and its state before."""
 
     workload: Workload
     space: LiveAddressSpace
@@ -183,7 +184,7 @@ class _Telling:
         self._story = Story(f"{space.label} and {huge.space.label}", space.kernel, geometry, order)
 
     def tell(self) -> Story:
-        """Do everything, and return what was seen.
+        """Do all chapters, and return the result.
 
         Raises:
             MthpError: a workload ended.
@@ -216,7 +217,7 @@ class _Telling:
         return found
 
     def _speeds(self, when: str, sides: list[_Side]) -> list[Speed]:
-        """Measure workloads in turn."""
+        """Measure workloads in turn, and return the speed of each."""
         measured: list[list[Measurement]] = [[] for _ in sides]
         for number in range(MEASUREMENTS):
             self._progress(f"measuring {when}", number, MEASUREMENTS)
@@ -238,13 +239,13 @@ class _Telling:
     def _chapter(self, name: str, side: _Side, elapsed: float = 0.0, waits: Durations | None = None) -> Chapter:
         seen = measure(side.space, side.space.vmas()).now
         geometry = self._story.geometry
-        # Without frame numbers only what a PMD entry maps is known to be large.
+        # Without frame numbers, only memory that a PMD entry maps is known to be large.
         share = seen.share(geometry.pmd_order if seen.unknown else self._story.order)
         resident = seen.resident_bytes(geometry)
         return Chapter(name, share, resident, resident - (side.resident or resident), elapsed, waits)
 
     def _try(self, act: Callable[[], Chapter]) -> Chapter | None:
-        """Do something that is a chapter; None, with a note, if it cannot be done here."""
+        """Return the chapter that `act` makes; None, with a note, if it is impossible here."""
         try:
             chapter = act()
         except (NotPermittedError, UnsupportedError) as error:
@@ -257,7 +258,7 @@ class _Telling:
         story, space = self._story, self._small.space
         means, story.why = _best_means(space)
         geometry = story.geometry
-        # Small holes are filled, as far as an eighth of a folio.
+        # Holes are filled up to an eighth of a folio.
         limit = geometry.ptes_per_pmd // 8
         choice = PlanOptions("no-creep", orders=range(story.order, geometry.pmd_order + 1), max_ptes_none=limit)
         report, waits = self._collapse(self._small, choice, means, "making mTHPs")
@@ -276,7 +277,7 @@ class _Telling:
         return self._chapter("huge pages", self._huge, report.elapsed, waits)
 
     def _collapse(self, side: _Side, choice: PlanOptions, means: Means, what: str) -> tuple[CollapseReport, Durations]:
-        """Collapse while the workload looks documents up, and note what was left."""
+        """Collapse while the workload looks documents up, and note the blocks that were left."""
         with side.workload.serving() as waits:
             report = collapse_space(
                 side.space, choice, means, progress=lambda done, total, _: self._progress(what, done, total)
@@ -295,7 +296,7 @@ class _Telling:
 
 
 def _best_means(space: LiveAddressSpace) -> tuple[Means, str]:
-    """Return the best means of making mTHPs here, and why it is no better one; ``""`` for the best."""
+    """Return the best means of making mTHPs here, and why better ones are missing; ``""`` for the best."""
     if space.splits():
         return Means(max_bloat=None), ""
     try:

@@ -1,38 +1,38 @@
 """The process that `mthp demo` works on: an in-memory SQLite database, run as ``python -m mthp.demo.workload``.
 
-What makes its heap a realistic one
------------------------------------
-A collapse is easy to show on one large array and says nothing there. This heap is made by a library that knows
-nothing of huge pages:
+A realistic heap
+----------------
+One large array would be easy to collapse and would prove nothing. This heap is made by a library that knows nothing of
+huge pages:
 
-- **Growth.** Documents of 10 000 to 16 000 bytes go into a table in small batches. SQLite takes every database page
-  (64 KiB) from malloc, so the heap grows by brk, one page after the other, with the headers between.
-- **Changes.** A part of the documents is deleted and a part rewritten at another length: pages split, move and
-  lie on the free list. They stay resident, as they do in a real service.
-- **Holes.** A second database, of short-lived sessions, grows in between, in runs of very different length. At the
-  end it is dropped, and malloc_trim(3) gives its whole pages back: none PTEs between the documents, a few in some
-  PMD ranges, many in others, as a service has them after its peak hour.
+- **Growth.** Documents of 10 000 to 16 000 bytes go into a table in small batches. SQLite takes every database page (64
+  KiB) from malloc, so the heap grows by brk, one page after the other, with the headers between.
+- **Changes.** A part of the documents is deleted and a part rewritten at another length: pages split, move and lie on
+  the free list. They stay resident, as they do in a real service.
+- **Holes.** A second database, of short-lived sessions, grows in between, in runs of very different length. At the end
+  it is dropped, and malloc_trim(3) gives its whole pages back: none PTEs between the documents, a few in some PMD
+  ranges, many in others, as a service has them after its peak hour.
 
-A lookup is the uniformly random read of one document's last column by primary key. It walks the b-tree and steps
-over the document to the column behind it: a handful of cache lines, each in a page of its own, which is what page
-tables are felt in. Lookups are made by one SQL statement for a thousand of them, so that nearly all the time is
-SQLite's and not Python's. All of it follows a fixed seed.
+A lookup is the uniformly random read of one document's last column by primary key. It walks the b-tree and steps over
+the document to the column behind it: a handful of cache lines, each in a different page, so lookups are sensitive to
+the size of pages. One SQL statement does a thousand lookups, so nearly all the time is SQLite's and not Python's. All
+of it follows a fixed seed.
 
 Small pages first
 -----------------
-The comparison needs 4 KiB pages to begin with, whatever the switches of the system say. So the process sets
-PR_SET_THP_DISABLE while it grows, and clears it when it is ready, because MADV_COLLAPSE honours it too
-(``Documentation/admin-guide/mm/transhuge.rst``). The interpreter may have got a huge page before its first line
-ran; execve(2) drops that memory and keeps the flag, so the process sets the flag and starts itself once more.
+The comparison must begin with 4 KiB pages, whatever the system's switches are. So the process sets PR_SET_THP_DISABLE
+while it grows, and clears it when it is ready, because MADV_COLLAPSE honours it too
+(``Documentation/admin-guide/mm/transhuge.rst``). The interpreter may have a huge page before its first line runs;
+execve(2) drops that memory and keeps the flag, so the process sets the flag and starts itself once more.
 
-The conversation
-----------------
-One JSON object a line. On stdout first ``{"event": "progress", "done_bytes", "total_bytes", "phase"}`` some times,
-then ``{"event": "ready"}``. From then on every line on stdin gets one line on stdout: ``{"cmd": "measure",
-"seconds": 2}``, ``{"cmd": "verify"}``, ``{"cmd": "quit"}``, and ``{"cmd": "collapse"}``, by which it collapses its own
-memory, which takes no rights. After ``{"cmd": "serve"}`` and its answer it looks documents up one by one until the next
-line comes, whatever that says, and answers how long they took: what its thread noticed of what was done meanwhile.
-A request that makes no sense gets ``{"error": ...}``. The end of stdin ends the process, and so does the end of the
+The protocol
+------------
+One JSON object a line. On stdout first ``{"event": "progress", "done_bytes", "total_bytes", "phase"}`` several times,
+then ``{"event": "ready"}``. From then on every line on stdin has one line on stdout as its answer: ``{"cmd": "measure",
+"seconds": 2}``, ``{"cmd": "verify"}``, ``{"cmd": "quit"}``, and ``{"cmd": "collapse"}``, by which the process collapses
+its own memory, without privileges. After ``{"cmd": "serve"}`` and its answer the process looks up single documents
+until the next line comes, whatever it is, and answers with their durations: the delay that its thread saw meanwhile.
+The answer to an invalid request is ``{"error": ...}``. The end of stdin ends the process, and so does the end of the
 thread that started it.
 """
 
@@ -69,15 +69,15 @@ SEED = 20_240_117
 DATABASE_PAGE_BYTES = 65536
 LONGEST_BODY = 20_000
 DOCUMENTS_PER_STEP = 160
-"""About 2 MiB: the grain at which documents and sessions alternate in the heap."""
+"""Documents inserted before sessions follow, about 2 MiB: the grain at which both alternate in the heap."""
 SESSION_BYTES = 2180
-"""What one session takes of the heap: half a database page of 4 KiB with its headers."""
+"""Bytes of the heap for one session: half a database page of 4 KiB with its headers."""
 SESSION_RUNS = ((0, 6), (128 << 10, 4), (512 << 10, 4), (2 << 20, 2), (4 << 20, 1))
 """Lengths in bytes of the runs of sessions, each with its weight; on average a third of the documents beside them."""
 
 LOOKUPS_PER_BATCH = 1024
 CHECKED_BATCHES = 8
-"""The checksum of a measurement covers this many batches, so that it does not depend on how many there was time for."""
+"""Batches in the checksum of a measurement: fixed, so that it does not depend on the machine's speed."""
 
 INSERT_DOCUMENTS = """
     WITH RECURSIVE counter(n) AS (SELECT :first UNION ALL SELECT n + 1 FROM counter WHERE n < :last)
@@ -94,13 +94,13 @@ LOOK_UP = """
 LOOK_UP_ONE = "SELECT rank FROM document WHERE id = ?"
 
 BUCKETS_PER_DOUBLING = 16
-"""How finely the durations of single lookups are counted: to within 6%."""
+"""Buckets for durations of single lookups, for each factor of 2: a resolution of 6%."""
 
 Report = Callable[[int, int, str], None]
 
 
 class Database:
-    """The database and what is done with it.
+    """The database and its operations.
 
     Raises:
         MemoryError: from every method, where the process may not have more memory.
@@ -132,12 +132,12 @@ class Database:
         """Fill the database, change it, and leave holes.
 
         Args:
-            size: anonymous memory that the process is to have at the end, in bytes; it comes out a few percent off.
+            size: anonymous memory that the process is to have at the end, in bytes; met within a few percent.
             report: called with the bytes done, the bytes in all, and the name of the phase.
         """
         runs = random.Random(SEED + 2)
         lengths, weights = zip(*SESSION_RUNS, strict=True)
-        # The sessions leave again, so the heap has to grow past its size by what they take.
+        # The sessions are dropped at the end, so the heap has to grow past its size by theirs.
         while (done := anonymous_bytes() - self._sessions * SESSION_BYTES) < size:
             report(done, size, "growing")
             self._documents = self._insert(INSERT_DOCUMENTS, self._documents, DOCUMENTS_PER_STEP)
@@ -151,12 +151,12 @@ class Database:
         give_back_free_memory()
 
     def measure(self, seconds: float) -> dict[str, float]:
-        """Look documents up for some time.
+        """Look up documents for `seconds`.
 
         Returns:
             `lookups`; `seconds` by the clock; `lookups_per_s`, the median over the batches, with the quartiles `low`
-            and `high`; `checksum` of the first batches, which are the same in every measurement. The rates are per
-            second of processor time: other programs on the machine shall not be taken for an effect.
+                and `high`; `checksum` of the first batches, which are the same in every measurement. The rates are per
+                second of processor time, so that other programs on the machine do not look like an effect.
         """
         rng = random.Random(SEED + 3)
         rates: list[float] = []
@@ -180,13 +180,13 @@ class Database:
         }
 
     def serve(self, is_over: Callable[[], bool]) -> dict[str, float]:
-        """Look documents up one by one.
+        """Look up single documents until `is_over` returns True.
 
         Args:
-            is_over: asked between lookups, every few microseconds.
+            is_over: called between lookups, every few microseconds.
 
         Returns:
-            `count` of the lookups; how long one took in seconds: `p50`, `p99`, `max`, and `total`.
+            `count` of the lookups; the duration of one in seconds: `p50`, `p99`, `max`, and `total`.
         """
         rng, counts, longest, total = random.Random(SEED + 5), [0] * 64 * BUCKETS_PER_DOUBLING, 0, 0
         while not is_over():
@@ -194,7 +194,7 @@ class Database:
             begin = time.perf_counter_ns()
             self._db.execute(LOOK_UP_ONE, key).fetchone()
             taken = time.perf_counter_ns() - begin
-            # Counted and not kept: a list of them would grow in the heap that is looked at.
+            # Durations are counted, because a list of them would grow in the heap that is being measured.
             counts[_bucket(taken)] += 1
             longest, total = max(longest, taken), total + taken
         return {
@@ -219,24 +219,24 @@ class Database:
         return done + count
 
     def _source(self) -> dict[str, object]:
-        """Where SQL takes contents from: pieces of one random string, cut in C, and from a seed unlike randomblob()."""
+        """Return the source of contents in SQL: slices of one random string, cut in C, seeded unlike randomblob()."""
         return {"pool": self._pool, "span": len(self._pool) - LONGEST_BODY}
 
     def _look_up(self, rng: random.Random) -> tuple[int, float]:
-        """Look up one batch of keys: fixed random numbers, through a line drawn anew for each batch."""
+        """Look up one batch of keys: fixed random numbers, mapped to keys by a new random line for each batch."""
         values = {"factor": rng.getrandbits(20) | 1, "shift": rng.getrandbits(31), "documents": self._documents}
         found, ranks = self._db.execute(LOOK_UP, values).fetchone()
         return found, ranks
 
 
 def _bucket(nanoseconds: int) -> int:
-    """Return the number of the bucket that a duration is counted in."""
+    """Return the number of the bucket for a duration."""
     doublings = max(0, nanoseconds.bit_length() - 5)
     return min(doublings * BUCKETS_PER_DOUBLING + (nanoseconds >> doublings), 64 * BUCKETS_PER_DOUBLING - 1)
 
 
 def _percentile(counts: list[int], share: float) -> float:
-    """Return the duration in seconds that `share` of those that were counted do not exceed, by its bucket's end."""
+    """Return the duration in seconds that `share` of the counted ones do not exceed, by its bucket's end."""
     left = share * sum(counts)
     for bucket, count in enumerate(counts):
         left -= count
@@ -252,7 +252,7 @@ def collapse_own_memory() -> dict[str, object]:
     Returns:
         `elapsed`, in seconds; or `error`.
     """
-    # Imported here: where the demo may collapse from outside, this process has only its own library in it.
+    # Imported here, so that where the demo collapses from outside, this process has only its own library.
     from mthp.api import collapse
     from mthp.errors import MthpError
 
@@ -263,7 +263,7 @@ def collapse_own_memory() -> dict[str, object]:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process: resident less shared of ``/proc/self/statm`` (proc_pid_statm(5))."""
+    """Return the anonymous memory of this process: resident less shared of ``/proc/self/statm`` (proc_pid_statm(5))."""
     resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGESIZE")
 
@@ -271,8 +271,8 @@ def anonymous_bytes() -> int:
 def keep_the_heap_in_one_piece() -> None:
     """Let malloc serve large requests from the heap as well.
 
-    SQLite's table of pages grows to some MiB. In a mapping of its own it would lie across PMD range borders, where
-    nothing can be collapsed, and yet every lookup goes through it. Other C libraries than GNU's have no such call.
+    SQLite's table of pages grows to some MiB, and every lookup reads it. In a mapping of its own it would lie across
+    borders of PMD ranges, where nothing can be collapsed. Other C libraries than GNU's lack this call.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -280,14 +280,14 @@ def keep_the_heap_in_one_piece() -> None:
 
 
 def give_back_free_memory() -> None:
-    """Return free whole pages to the kernel, in the middle of the heap too: malloc_trim(3), where there is one."""
+    """Return free whole pages to the kernel, in the middle of the heap too: malloc_trim(3), where it exists."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def prctl(option: int, argument: int | bytes = 0) -> int:
-    """prctl(2) with one argument. Returns what it returns.
+    """Call prctl(2) with one argument, and return its result.
 
     Raises:
         OSError: the kernel refuses.
@@ -306,24 +306,24 @@ def depend_on(parent: int) -> None:
     """End together with the process that started this one, and leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was asked to watch it
+    if os.getppid() != parent:  # it ended before PR_SET_PDEATHSIG was set
         sys.exit(1)
 
 
 def have_small_pages_only() -> None:
-    """Return in a process that has had PR_SET_THP_DISABLE since its execve(2): this one, or itself started anew."""
+    """Return with PR_SET_THP_DISABLE set since execve(2), by executing this program again if necessary."""
     if not prctl(PR_GET_THP_DISABLE):
         prctl(PR_SET_THP_DISABLE, 1)
         os.execv(sys.executable, sys.orig_argv)
 
 
 def say(message: dict[str, object]) -> None:
-    """Write one line of the conversation."""
+    """Write one line of the protocol."""
     print(json.dumps(message), flush=True)
 
 
 def progress_reporter(interval: float = 0.1) -> Report:
-    """A `Report` that writes progress events: at the start of each phase, and every `interval` seconds."""
+    """Return a `Report` that writes progress events: at the start of each phase, and every `interval` seconds."""
     last_phase, last_time = "", 0.0
 
     def report(done: int, total: int, phase: str) -> None:
@@ -337,7 +337,7 @@ def progress_reporter(interval: float = 0.1) -> Report:
 
 
 def answer(database: Database, line: str) -> dict[str, object]:
-    """The reply to one request."""
+    """Return the answer to one request."""
     try:
         request = json.loads(line)
         command = request["cmd"]
@@ -363,7 +363,7 @@ def answer(database: Database, line: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Grow, say that it is ready, then answer until told to quit."""
+    """Grow, write that it is ready, then answer requests until one is to quit."""
     parser = argparse.ArgumentParser(prog="mthp.demo.workload", description="The process that `mthp demo` works on.")
     parser.add_argument("--size", type=int, required=True, metavar="BYTES", help="memory to grow to")
     parser.add_argument("--parent", type=int, default=os.getppid(), metavar="PID", help="process to end together with")
@@ -381,7 +381,7 @@ def main() -> None:
         say(reply)
         if not reply:
             break
-    # Freeing every page of the database one by one would take longer than the kernel takes to drop the whole.
+    # Skip the clean-up: freeing the database page by page is slower than letting the kernel drop the whole.
     os._exit(0)
 
 
