@@ -1,4 +1,4 @@
-"""Decide which runs are tried, within a bloat budget and the target's memory limits, and try them as one batch."""
+"""Admission of runs within a bloat budget and the target's memory limits, and their collapse as one batch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Candidate:
     """A run that is about to be tried.
 
     Attributes:
-        space: where.
-        address: of the run.
-        order: of the folio that it would become.
-        copied, filled: pages with contents, and PTEs without.
+        space: the address space.
+        address: start address of the run.
+        order: order of the folio that it would become.
+        copied, filled: PTEs of the run with contents, and without.
         swapped: those of `copied` that are swapped out.
     """
 
@@ -34,26 +34,26 @@ class Candidate:
 
     @property
     def block(self) -> Block:
-        """Address and order."""
+        """The run's address and order."""
         return self.address, self.order
 
 
 Admit = Callable[[Candidate], ScanResult]
-"""Called before each attempt: returns SUCCEED to go on, or what to take as its result instead. A result after which the
-kernel tries smaller orders (:data:`~mthp.results.LOWER_ORDERS_MAY_SUCCEED`) lets them be tried at the same place,
-PTE_MAPPED_HUGEPAGE goes on behind the run, any other ends the PMD range."""
+"""Called before each attempt: returns SUCCEED to allow it, or the result to record instead. After a result in
+:data:`~mthp.results.LOWER_ORDERS_MAY_SUCCEED` smaller orders are tried at the same place, after PTE_MAPPED_HUGEPAGE
+the walk goes on behind the run, and any other result ends the PMD range."""
 
 
 class Admission:
-    """Admits runs while there is a folio, bloat budget and room for them.
+    """Admits runs while folios, bloat budget and memory are left for them.
 
-    The results in place of an attempt: ALLOC_HUGE_PAGE_FAIL if there is no folio, EXCEED_NONE_PTE beyond the bloat
-    budget, CGROUP_CHARGE_FAIL if too little would stay free, and :data:`mthp.thp_unadvised.RESULT`.
+    The results in place of an attempt: ALLOC_HUGE_PAGE_FAIL without a free folio, EXCEED_NONE_PTE beyond the bloat
+    budget, CGROUP_CHARGE_FAIL if too little memory would stay free, and :data:`mthp.thp_unadvised.RESULT`.
 
     Args:
-        room: what fits below its memory limits.
-        bloat_left: returns the bytes that filling may still add; None for no bound.
-        available: returns whether the machine has folios of an order.
+        room: the bytes that fit below the target's memory limits.
+        bloat_left: returns the bytes that filling may still add; None without a bound.
+        available: returns whether the machine has free folios of an order.
         fills: whether attempts below the PMD order fill holes.
     """
 
@@ -75,21 +75,21 @@ class Admission:
         self._advised: list[Segment] | None = None
 
     def renew(self) -> None:
-        """Begin a batch: what was admitted before is done with, and the limits are read again."""
+        """Begin a batch: settle the previous one, and read the limits again."""
         self.settle()
         self.room.renew()
 
     def settle(self) -> None:
-        """Count what was admitted as done with: what it filled is in what `bloat_left` returns."""
+        """Forget the bytes of admitted runs, because `bloat_left` counts what they filled by now."""
         self._pending = 0
 
     def only_advised(self) -> None:
-        """Admit runs below the PMD order in advised memory only, from now on (:mod:`mthp.thp_unadvised`)."""
+        """From now on admit runs below the PMD order only in advised memory (:mod:`mthp.thp_unadvised`)."""
         if self._advised is None:
             self._advised = thp_unadvised.advised(self._space)
 
     def __call__(self, candidate: Candidate) -> ScanResult:
-        """Return SUCCEED if `candidate` may be tried, which takes its share of the budget and the room."""
+        """Return SUCCEED if `candidate` may be tried, and take its share of the budget and the room."""
         geometry = self._space.geometry
         small = candidate.order < geometry.pmd_order
         if small and self._advised is not None and not thp_unadvised.lies_in(candidate.address, self._advised):
@@ -100,8 +100,8 @@ class Admission:
         left = self._bloat_left()
         if left is not None and fill and self._pending + fill > left:
             return ScanResult.EXCEED_NONE_PTE
-        # New folios are charged, and swapped pages read back, before old pages are freed (collapse_huge_page(),
-        # mm/khugepaged.c): in one PMD range at a time, in blocks of a window together.
+        # collapse_huge_page() (mm/khugepaged.c) charges the new folio, and reads swapped pages back, before it frees
+        # old pages. The PMD order does so for one range at a time, smaller orders for all blocks of a window.
         swapped = candidate.swapped * geometry.page_size
         at_once = geometry.size_of(candidate.order) + swapped
         if not self.room.take(at_once if small else fill + swapped, at_once):
@@ -110,14 +110,14 @@ class Admission:
         return ScanResult.SUCCEED
 
     def ended_by(self, result: ScanResult) -> bool:
-        """Return whether `result` is a failed charge: at a limit, more attempts could only hurt the target."""
+        """Return whether `result` is a failed charge, after which more attempts could only hurt the target."""
         if result is ScanResult.ALLOC_HUGE_PAGE_FAIL:
             return self.room.limited
         return result is ScanResult.CGROUP_CHARGE_FAIL
 
 
 def bloat_budget(space: AddressSpace, means: Means) -> int | None:
-    """Return the bytes that filling may add to `space` as it is now; None for no bound."""
+    """Return the bytes that filling may add to `space` in its present state; None without a bound."""
     return _bytes_of(space, means.max_bloat)
 
 
@@ -129,27 +129,30 @@ def _bytes_of(space: AddressSpace, bound: Amount | int | None) -> int | None:
 
 
 def copy_budget(space: AddressSpace, means: Means) -> int | None:
-    """Return the bytes of `space` as it is now that may be copied; None for no bound."""
+    """Return the bytes of `space` in its present state that may be copied; None without a bound."""
     return _bytes_of(space, means.max_copied)
 
 
 def room_of(space: AddressSpace, means: Means) -> Room:
-    """Return what fits below the memory limits of `space`."""
+    """Return the room below the memory limits of `space`."""
     return Room(lambda: abilities.memory_bounds(space), as_amount(means.reserve))
 
 
 def collapse_batch(
     space: AddressSpace, blocks: Sequence[Block], means: Means, columns: PteColumns | None
 ) -> list[BlockOutcome]:
-    """Collapse `blocks` as one batch, the largest orders first: the outcome of each, in the order of `blocks`.
+    """Collapse `blocks` as one batch, the largest orders first.
 
     Blocks of one order follow each other, so that the switch of a size is written once in a batch.
 
     Args:
-        columns: entries that hold the blocks, as just read; None if others are to be read.
+        columns: entries just read that contain the blocks; None to read them here.
+
+    Returns:
+        The outcome of each block, in the order of `blocks`.
 
     Raises:
-        As :meth:`mthp.addrspace.AddressSpace.collapse_blocks`.
+        MthpError: as :meth:`mthp.addrspace.AddressSpace.collapse_blocks`.
     """
     by_order = sorted(blocks, key=lambda block: (-block[1], block[0]))
     outcomes = space.collapse_blocks(by_order, means, columns)

@@ -1,4 +1,4 @@
-"""What of a plan a collapse would do, as its mechanism and its bounds allow at this moment."""
+"""The part of a plan that its mechanism and its bounds allow at this moment."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LeftFolios:
     """Folios of one order that would not be made.
 
     Attributes:
-        order: of the folios.
-        count: how many.
-        reason: why, as a clause with the way to have them made.
+        order: order of the folios.
+        count: number of folios.
+        reason: why, as a clause that names the option that would allow them.
     """
 
     JSON: ClassVar = "order folios=count bytes=size reason"
@@ -47,9 +47,9 @@ class Allowed:
     """What a collapse would do.
 
     Attributes:
-        folios_by_order: how many folios of which order it would make, the largest order first.
-        filled_bytes: what that would add.
-        bloat_budget: bytes that filling may add; None for no bound.
+        folios_by_order: number of folios that it would make, by order, the largest order first.
+        filled_bytes: bytes that filling their holes would add.
+        bloat_budget: bytes that filling may add; None without a bound.
         left: planned folios that it would not make.
     """
 
@@ -62,40 +62,40 @@ class Allowed:
 
 
 def mechanism_of(space: AddressSpace, order: int, means: Means) -> Mechanism | None:
-    """Return what makes folios of `order` in `space`, once or in the background; None for nothing that was asked for.
+    """Return the mechanism that makes folios of `order` in `space`; None if no requested one can.
 
-    This is the one place that decides what ``auto`` is.
+    This is the only place that decides what ``auto`` means.
     """
     made = space.mechanism_for(order, means.mechanism)
-    # khugepaged keeps to no rate, and to no budget for copying.
+    # The kernel's khugepaged cannot keep a rate, nor a budget for copying.
     bounded = means.rate is not None or means.max_copied is not None
     return None if made == "khugepaged" and means.mechanism == "auto" and bounded else made
 
 
 def made_by(mechanisms: Mapping[int, Mechanism | None], mechanism: Mechanism) -> list[int]:
-    """Return the orders that one of the `mechanisms` by order makes."""
+    """Return the orders that `mechanism` makes, given the mechanism of each order."""
     return [order for order, by in mechanisms.items() if by == mechanism]
 
 
 def split_price_of(space: AddressSpace, plan: SpacePlan, means: Means) -> SplitPrice:
-    """Return what splits cost that `plan` takes by `means`."""
+    """Return the price of the splits that `plan` needs under `means`."""
     return SplitRanges(plan, made_by(mechanisms_of(space, plan, means), "split")).price(means.min_split_share)
 
 
 def mechanisms_of(space: AddressSpace, plan: SpacePlan, means: Means) -> dict[int, Mechanism | None]:
-    """Return what makes the folios of each planned order, the largest first; None for nothing that was asked for."""
+    """Return the mechanism of each planned order, the largest order first; None if no requested one can."""
     found: dict[int, Mechanism | None] = {}
     for order in plan.folios_by_order:
         made = mechanism_of(space, order, means)
         if made is None and order == space.geometry.pmd_order:
-            # Planned since the system's switches or the caller want it: those who ask for moving only are refused.
+            # It is planned because the system's switches or the caller want it. `move` alone is refused elsewhere.
             made = "madvise"
         found[order] = made
     return found
 
 
 def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
-    """Return what a collapse of `space` would do now."""
+    """Return the part of `plan` that a collapse of `space` would carry out now."""
     budget, most_copied, room = bloat_budget(space, means), copy_budget(space, means), room_of(space, means)
     spare, page_size = room.spare, plan.geometry.page_size
     made: dict[int, int] = {}
@@ -106,7 +106,7 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
     for order, mechanism in mechanisms.items():
         size = plan.geometry.size_of(order)
         wanted = (plan.folios.order == order) & (splits.share >= means.min_split_share)
-        # As a collapse goes.
+        # In the order in which a collapse makes them.
         ranked = plan.ranked(plan.folios[wanted])
         if little := plan.folios_by_order[order] - len(ranked):
             left.append(LeftFolios(order, little, LITTLE_PLANNED.format(share=means.min_split_share)))
@@ -125,7 +125,7 @@ def allowed_of(space: AddressSpace, plan: SpacePlan, means: Means) -> Allowed:
             copied,
             budget=None if budget is None else budget - filled_bytes,
             most_copied=None if most_copied is None else most_copied - copied_bytes,
-            # The old pages are freed once the new folio is there.
+            # The old pages are freed only once the new folio exists.
             room=None if spare is None else spare - filled_bytes - size,
         )
         reasons = {
@@ -156,12 +156,12 @@ def _verdicts(
     most_copied: int | None,
     room: int | None,
 ) -> NDArray[np.int8]:
-    """Return what becomes of folios that are made one after another: int8, shape (folios,).
+    """Return the verdict on each of some folios made one after another: int8, shape (folios,), `_Verdict`.
 
     Args:
-        fill, copied: bytes of each.
-        budget, most_copied: bytes that may be filled, and copied, in all; None for no bound.
-        room: bytes that may be filled before the next is begun; None for no bound.
+        fill, copied: int64, shape (folios,), bytes of each.
+        budget, most_copied: bytes that may be filled, and copied, in all; None without a bound.
+        room: bytes that may be filled before the next folio is begun; None without a bound.
     """
     verdicts = np.zeros(len(fill), np.int8)
     if budget is None and most_copied is None and room is None:

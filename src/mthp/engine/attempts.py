@@ -13,13 +13,13 @@ from mthp.results import ScanResult
 
 @dataclass(frozen=True)
 class Attempts(Table):
-    """Runs that a collapse tries, one row each, in the order in which the kernel would try them.
+    """Runs that a collapse tries, one row each, in the order in which the kernel tries them.
 
     Attributes:
         range: int64, index of the PMD range.
         offset: int32, first PTE of the run within its range.
         order: int8.
-        filled: int32, PTEs of the run without contents, which its collapse would fill.
+            filled: int32, PTEs of the run without contents, which its collapse fills.
         result: int8, :class:`~mthp.results.ScanResult`.
     """
 
@@ -33,5 +33,5 @@ class Attempts(Table):
 
     @property
     def succeeded(self) -> Attempts:
-        """Those that end in a collapse."""
+        """The attempts that end in a collapse."""
         return self[self.result == ScanResult.SUCCEED]

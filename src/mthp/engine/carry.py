@@ -1,19 +1,19 @@
 """Carry out planned folios, batch by batch: read, admit, collapse, report.
 
-Every batch is read first: that shows what filling a block would cost at this moment, so that a bloat budget is never
-overspent, and leaves out what went away since the plan was made. What an attempt made of a block is what
-:meth:`~mthp.addrspace.AddressSpace.collapse_blocks` returns, because that is what the page tables show.
+Each batch is read first. The reading shows what filling a block costs now, so that a bloat budget is never overspent,
+and drops blocks that went away since the plan was made. The outcome of a block is the one that
+:meth:`~mthp.addrspace.AddressSpace.collapse_blocks` returns, because that is read from the page tables.
 
-The blocks that are worth most come first (:meth:`~mthp.engine.space_plan.SpacePlan.ranked`): by their heat, and without
-heat by how full they are. So a budget buys as much as it can. How many blocks make a batch, and which
-are tried again, depends on the mechanism:
+The most valuable blocks come first (:meth:`~mthp.engine.space_plan.SpacePlan.ranked`), by their heat, or without heat
+by how full they are, so that a budget buys as much as it can. The size of a batch, and which blocks are tried again,
+depend on the mechanism:
 
 - ``madvise`` collapses one PMD range at a time;
-- ``split`` makes all blocks of a PMD range at once, the ranges that are worth most first;
-- ``move`` takes as many blocks of one order as keep Ctrl-C from waiting long, because the backend turns on that order's
+- ``split`` makes all blocks of a PMD range at once, the most valuable ranges first;
+- ``move`` takes as many blocks of one order as do not delay Ctrl-C for long, because the backend turns on that order's
   switch for the batch; it tries blocks again that were refused for a passing reason;
-- ``khugepaged`` takes all blocks, in windows, until one brings nothing new. It chooses the ranges itself, so it keeps
-  to no budget; it fills holes only without one.
+- ``khugepaged`` takes all blocks, in windows, until one makes nothing new. The kernel chooses the ranges, so this
+  mechanism keeps no budget, and fills holes only without one.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from mthp.ptes import Block, Pte, PteColumns, Segment, segments_of
 from mthp.results import BlockOutcome, ScanResult
 
 FIRST_BATCH, LARGEST_BATCH = 16, 512
-"""Blocks in a batch: the first time, and at most."""
+"""Blocks in the first batch, and in the largest."""
 
 LARGEST_BATCH_BYTES = 64 << 20
 
 BATCH_SECONDS = 0.1
-"""How long a batch is to take, rests included."""
+"""Seconds that a batch should take, rests included."""
 
 SMALL_BATCH_SECONDS = 1.0
-"""And one of at most `FIRST_BATCH` blocks: on a slow or busy machine, preparing a batch alone takes longer than
-`BATCH_SECONDS`, and that must not be spent on every single block."""
+"""Seconds that a batch of at most `FIRST_BATCH` blocks may take: on a slow or busy machine preparing a batch takes
+longer than `BATCH_SECONDS`, and that cost must not be paid for every single block."""
 
 PATIENCE = (0.02, 0.1, 0.5, 2.0)
 """Seconds to wait before blocks are tried again that were refused for a passing reason: vfork(2), a thread in state D.
 
-A child of vfork(2) executes another program within milliseconds, and a disk answers within a second. What lasts longer
-than all of this hardly ends while we wait.
+A child of vfork(2) executes another program within milliseconds, and a disk answers within a second. A reason that
+lasts longer than the sum hardly ends while we wait.
 """
 
 _LARGE_BEFORE = frozenset({ScanResult.PMD_MAPPED, ScanResult.PTE_MAPPED_HUGEPAGE})
@@ -62,8 +62,8 @@ class Carrier:
     """Carries out the folios of one mechanism.
 
     Attributes:
-        seconds: how long each of the kernel's calls took.
-        pauses_ns: how long the target was stopped in each window.
+        seconds: duration of each of the kernel's calls, in seconds.
+        pauses_ns: how long the target was stopped in each window, in nanoseconds.
         made: the blocks that lie in one folio now and did not before.
     """
 
@@ -79,14 +79,14 @@ class Carrier:
         self._admission = Admission(work.space, work.room, work.bloat_left, fills=fills)
         self._batch_size = FIRST_BATCH
         self._refused: BlockOutcome | None = None
-        # Bytes beside the blocks of a batch that a split copies with them.
+        # Bytes outside the blocks of a batch that a split copies with them.
         self._beside = 0
 
     def carry_out(self, folios: Folios) -> None:
         """Make `folios`.
 
         Raises:
-            MthpError: it cannot go on; the report holds what was done until then.
+                MthpError: the collapse cannot go on; the report holds what was done until then.
         """
         for blocks in self._lists(folios):
             done = 0
@@ -100,16 +100,16 @@ class Carrier:
                 done += self._batch(blocks[done : done + self._count(blocks[0][1])])
 
     def _count(self, order: int) -> int:
-        """Return how many blocks of a list make a batch, the first of which is of `order`."""
+        """Return the number of blocks in a batch of a list whose first block is of `order`."""
         if self._mechanism == "split":
             return self._geometry.ptes_per_pmd
         size = self._geometry.size_of(order)
         return self._work.most_at_once(size, min(self._batch_size, max(1, LARGEST_BATCH_BYTES // size)))
 
     def _lists(self, folios: Folios) -> Iterator[list[Block]]:
-        """Yield the blocks order by order, as the plan ranks them.
+        """Yield lists of blocks, ranked as in the plan.
 
-        For ``split`` range by range, for ``khugepaged`` all at once.
+        One list an order; for ``split`` one a PMD range, for ``khugepaged`` one in all.
         """
         by_rank = self._work.report.plan.ranked(folios)
         if self._mechanism == "khugepaged":
@@ -122,11 +122,11 @@ class Carrier:
             yield [(address, order) for address in by_rank.address[by_rank.order == order].tolist()]
 
     def _by_range(self, folios: Folios) -> Iterator[list[Block]]:
-        """Yield the blocks of each PMD range, those first that are worth most, then those with least to be filled."""
+        """Yield the blocks of each PMD range, the most valuable ranges first, of equals those with least to fill."""
         ranges, at = np.unique(folios.address // np.uint64(self._geometry.pmd_size), return_inverse=True)
         filled = np.bincount(at, weights=folios.filled, minlength=len(ranges))
         pages = (1 << folios.order.astype(np.int64)) - folios.filled
-        # The worth of a block is for each page that is copied, and so is that of a range.
+        # The worth of a block is per copied page, and so is the worth of a range.
         gained = np.bincount(at, weights=self._work.report.plan.worth(folios) * pages, minlength=len(ranges))
         worth = gained / np.maximum(np.bincount(at, weights=pages, minlength=len(ranges)), 1)
         blocks: list[list[Block]] = [[] for _ in ranges]
@@ -135,7 +135,7 @@ class Carrier:
         yield from (blocks[index] for index in np.lexsort((filled, -worth)).tolist())
 
     def _batch(self, blocks: list[Block]) -> int:
-        """Make some blocks of one order, or of one PMD range; return how many are done with."""
+        """Make some blocks of one order, or of one PMD range; return the number of blocks that are finished."""
         if self._refused is not None:
             for block in blocks:
                 self._account(dataclasses.replace(self._refused, address=block[0], order=block[1]))
@@ -157,7 +157,7 @@ class Carrier:
         return at
 
     def _segments(self, blocks: list[Block]) -> list[Segment]:
-        """Return what is read before `blocks` are made: for a split all of their PMD range, because it is copied."""
+        """Return the segments to read before `blocks` are made: a split reads its whole PMD range, which it copies."""
         if self._mechanism != "split":
             return segments_of(blocks, self._geometry.page_size)
         size = self._geometry.pmd_size
@@ -167,10 +167,10 @@ class Carrier:
     def _admitted(
         self, blocks: Sequence[Block], at: int, before: BlockStates, at_once: int
     ) -> tuple[list[Block], int, bool]:
-        """Choose up to `at_once` blocks to be tried, from `at` on, and account for those that are passed over.
+        """Choose up to `at_once` blocks to try, from index `at` on, and account for the blocks that are skipped.
 
         Returns:
-            The blocks to be tried, where to go on, and whether no more fit into the target's memory limits at once.
+            The blocks to try, the index to go on from, and whether the target's memory limits allow no more at once.
         """
         tried: list[Block] = []
         copied_left = self._work.copied_left()
@@ -201,7 +201,7 @@ class Carrier:
                 reason = thp_unadvised.REASON if result is thp_unadvised.RESULT else ""
                 self._account(BlockOutcome(address, order, result, reason))
             elif tried:
-                # The others free their old pages first.
+                # Go on after these have freed their old pages.
                 return tried, index, True
             else:
                 self._work.report.room = self._work.room.reason
@@ -209,7 +209,7 @@ class Carrier:
         return tried, len(blocks), False
 
     def _try(self, blocks: list[Block], columns: PteColumns) -> None:
-        """Collapse `blocks`, which `columns` hold, and count the outcomes."""
+        """Collapse `blocks`, whose entries are in `columns`, and count the outcomes."""
         self._work.tried(sum(self._geometry.size_of(order) for _, order in blocks))
         if self._mechanism == "move":
             self._work.report.moved_blocks += len(blocks)
@@ -241,14 +241,14 @@ class Carrier:
             self._account(outcome)
 
     def _patiently(self, blocks: list[Block], columns: PteColumns | None) -> list[BlockOutcome]:
-        """Collapse `blocks`, and try those again, after longer and longer rests, that were refused for what passes."""
+        """Collapse `blocks`, and retry those refused for a passing reason after longer and longer rests."""
         outcomes: dict[Block, BlockOutcome] = {}
         left = blocks
         tries = 0
         for pause in (*PATIENCE, None):
             tries += 1
             outcomes |= zip(left, collapse_batch(self._work.space, left, self._means, columns), strict=True)
-            columns = None  # What was read before holds no more.
+            columns = None  # Out of date after the first try.
             left = [block for block in left if outcomes[block].passing]
             if not left or pause is None or self._work.told_to_stop():
                 break
@@ -259,7 +259,7 @@ class Carrier:
         return [outcomes[block] for block in blocks]
 
     def _in_windows(self, blocks: list[Block]) -> None:
-        """Let the machine's khugepaged at `blocks` until a window brings nothing new."""
+        """Drive the machine's khugepaged over `blocks` until a window makes nothing new."""
         outcomes: list[BlockOutcome] = []
         while blocks and not self._work.told_to_stop():
             self._admission.renew()
@@ -298,7 +298,7 @@ class Carrier:
             tally.failed[outcome.result, outcome.reason or outcome.result.meaning] += 1
 
     def _done(self, order: int) -> FolioTally:
-        """Return the tally of `order`, in which a block less is left to be tried."""
+        """Return the tally of `order`, and count one block less as not tried."""
         tally = self._work.report.tally(order)
         tally.not_tried -= 1
         self._work.step(self._geometry.size_of(order), self._geometry.label(order))

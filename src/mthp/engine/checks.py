@@ -1,10 +1,9 @@
-"""What stops a scan or an attempt, PTE by PTE, as the kernel would meet it.
+"""What stops a scan or an attempt, checked PTE by PTE in the kernel's order.
 
-The kernel walks the PTEs of a run upwards and stops at the first hindrance; which of several it meets first decides
-what happens next (a run with a large folio is skipped, one with too many shared pages is tried at smaller orders).
-The walk of a plan needs no more than counts for almost all runs. This module looks at single PTEs, and is asked
-about those runs only in which counts do not settle it: each hindrance gets the position of the PTE at which it
-strikes, and the smallest position wins.
+The kernel walks the PTEs of a run upwards and stops at the first failed check. Which check fails first decides what
+happens next: a run with a large folio is skipped, one with too many shared pages is tried at smaller orders.
+Counts decide almost all runs of a plan. This module reads the single PTEs of the runs that counts do not decide: it
+finds the position at which each check fails, and the smallest position wins.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ _SHARED = ScanResult.EXCEED_SHARED_PTE
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """Which hindrances count, for runs of one order.
+    """The checks that apply to runs of one order.
 
     Attributes:
-        limits: how many PTEs of each kind may be there.
-        zero_none_if_armed: no none PTE may be there where the mapping is armed with userfaultfd.
-        uffd, lazyfree: write-protected PTEs and clean lazyfree pages hinder.
-        large: a page in a folio of this order or larger hinders; None if it does not.
-        large_first: that is looked for before a shared page is counted.
-        page: a run without contents hinders.
-        swap_in: swap entries are read back before anything else is looked at, so too many of them are met first.
-        guard: guard markers hinder, since they cannot be read back.
-        references: some page must have been referenced, or LACK_REFERENCED_PAGE; with swap entries in the run at
-            least this many if it is above 1.
+        limits: the most PTEs of each kind.
+        zero_none_if_armed: none PTEs are not allowed where the mapping is armed with userfaultfd.
+        uffd, lazyfree: write-protected PTEs, and clean lazyfree pages, are refused.
+        large: a page in a folio of this order or larger is refused; None to allow it.
+        large_first: a large folio is checked before a shared page is counted.
+        page: a run without contents is refused.
+        swap_in: swap entries are read back before all other checks, so too many of them are met first.
+        guard: guard markers are refused, because they cannot be read back.
+        references: a run without a referenced page has LACK_REFERENCED_PAGE; above 1, so has a run with swap entries
+            and fewer referenced pages than this.
     """
 
     limits: Limits
@@ -54,12 +53,12 @@ class Checks:
 
 
 class PolicyChecks:
-    """What a policy walks and checks under some rules, worked out once for all the blocks of a plan.
+    """What a policy walks and checks under some rules, computed once for all blocks of a plan.
 
     Attributes:
-        policy, rules: as given.
+        policy, rules: the arguments.
         orders: the orders at which a collapse is attempted, descending; empty if the policy does not run at all.
-        scan: what ends the scan of a PMD range; None if the policy has no such scan, or does not run.
+        scan: the checks of the scan of a PMD range; None if the policy has no such scan, or does not run.
     """
 
     def __init__(self, policy: Policy, rules: Rules) -> None:
@@ -81,7 +80,7 @@ class PolicyChecks:
         )
 
     def attempt(self, order: int) -> Checks:
-        """Return what is checked of a run of `order`: by isolation, or by the run's own scan."""
+        """Return the checks of a run of `order`: those of isolation, or of the run's own scan."""
         if order not in self._attempts:
             rules, policy = self.rules, self.policy
             own_scan = policy.scans_each_run
@@ -102,15 +101,15 @@ class PolicyChecks:
 def first_hindrances(
     planes: Planes, order: int, rows: NDArray[np.intp], offsets: NDArray[np.intp], checks: Checks
 ) -> NDArray[np.int8]:
-    """The scan result of each of some runs of one order.
+    """Return the scan result of each of some runs of one order.
 
     Args:
-        rows: int, shape (runs,): the PMD range of each run.
+        rows: int, shape (runs,): index of the PMD range of each run.
         offsets: int, shape (runs,): its first PTE, a multiple of 2**order.
-        checks: which hindrances count.
+        checks: the checks that apply.
 
     Returns:
-        int8, shape (runs,): :class:`~mthp.results.ScanResult`, SUCCEED where nothing hinders.
+        int8, shape (runs,): :class:`~mthp.results.ScanResult`, SUCCEED where no check fails.
     """
     run = _RunPlanes(planes, order, rows, offsets)
     swap = run.plane("swap")
@@ -151,14 +150,14 @@ def first_hindrances(
 
 
 def _lacks_references(referenced: Bits, swap: Bits, with_swap: int) -> Bits:
-    """Which runs have too few referenced pages: none, or fewer than `with_swap` beside swap entries."""
+    """Return which runs have no referenced page, or fewer than `with_swap` together with swap entries."""
     count = np.count_nonzero(referenced, axis=1)
     lacking: Bits = (count == 0) | (swap.any(axis=1) & (count < with_swap))
     return lacking
 
 
 class _RunPlanes:
-    """Cuts the PTEs of some runs out of planes."""
+    """The PTEs of some runs, cut out of planes."""
 
     def __init__(self, planes: Planes, order: int, rows: NDArray[np.intp], offsets: NDArray[np.intp]) -> None:
         self._planes = planes
@@ -167,18 +166,18 @@ class _RunPlanes:
         self._indices = offsets >> order
 
     def of(self, plane: NDArray[T]) -> NDArray[T]:
-        """The runs' part of `plane`: shape (runs, 2**order)."""
+        """Return the runs' part of `plane`: shape (runs, 2**order)."""
         cut: NDArray[T] = plane.reshape(plane.shape[0], -1, self._size)[self._rows, self._indices]
         return cut
 
     def plane(self, name: str) -> Bits:
-        """The runs' part of the plane called `name`; all clear if that was not given."""
+        """Return the runs' part of the plane called `name`; all clear if the planes have none."""
         plane: Bits | None = getattr(self._planes, name)
         return np.zeros((len(self._rows), self._size), np.bool_) if plane is None else self.of(plane)
 
 
 class _First:
-    """Keeps, for each run, the hindrance at the lowest position; of two at one PTE the one that was met first."""
+    """The failed check at the lowest position of each run; at the same PTE, the one that was met first."""
 
     def __init__(self, runs: int, size: int) -> None:
         self._at = np.full(runs, size, np.intp)
@@ -186,26 +185,26 @@ class _First:
         self.result: NDArray[np.int8] = np.full(runs, ScanResult.SUCCEED, np.int8)
 
     def meet(self, positions: NDArray[np.intp], result: ScanResult) -> None:
-        """Count a hindrance that strikes at `positions`, 2**order meaning nowhere."""
+        """Record a check that fails at `positions`; 2**order where it does not fail."""
         earlier = positions < self._at
         self._at[earlier] = positions[earlier]
         self.result[earlier] = result
 
     def override(self, positions: NDArray[np.intp], result: ScanResult) -> None:
-        """Count a hindrance before all others wherever it strikes at all."""
+        """Record a check that precedes all others wherever it fails."""
         self.result[positions < self._size] = result
 
     def finish(self, lacking: Bits, result: ScanResult) -> None:
-        """Count what is found out only after the last PTE."""
+        """Record a check that is made only after the last PTE."""
         self.result[lacking & (self.result == ScanResult.SUCCEED)] = result
 
 
 def _first_set(bits: Bits) -> NDArray[np.intp]:
-    """The position of the first set bit in each row; the row's length if there is none."""
+    """Return the position of the first set bit of each row; the row's length if none is set."""
     positions: NDArray[np.intp] = np.where(bits.any(axis=1), bits.argmax(axis=1), bits.shape[1])
     return positions
 
 
 def _exceeds(bits: Bits, limit: NDArray[np.intp]) -> NDArray[np.intp]:
-    """The position at which the set bits of each row become more than `limit`; the row's length if never."""
+    """Return the position at which the set bits of each row exceed `limit`; the row's length if they never do."""
     return _first_set(np.cumsum(bits, axis=1, dtype=np.uint16) > limit[:, None])

@@ -1,4 +1,4 @@
-"""Carries out the plan of an address space: first what the kernel's call does, then what takes moving."""
+"""The collapse of an address space: plan it, and carry the plan out, kernel calls first and moves last."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def collapse_space(
     With the mechanism ``move`` only orders below the PMD order are planned.
 
     Args:
-        choice: what shall be collapsed.
+        choice: what to collapse.
         means: how, and at what cost.
-        stop: called before every range and every batch; once it returns True nothing more is begun, and the report says
-            what was done.
+        stop: called before every range and every batch; once it returns True nothing more is begun, and the report
+            holds what was done.
         before_move: called with the plan and the mechanism before the first page is moved, or khugepaged is driven.
 
     Raises:
-        UsageError: as :func:`mthp.plan_ranges`; the PMD order, and the mechanism ``move``, which cannot make it; what
-            the mechanism cannot do.
-        NotPermittedError: these rights do not suffice to collapse in the target.
-        UnsupportedError: the backend or this kernel cannot collapse, or not by this mechanism.
-        TargetVanishedError: the process exited before anything was done.
+            UsageError: as :func:`mthp.plan_ranges`; the PMD order with the mechanism ``move``, which cannot make it; an
+                option that the mechanism does not support.
+            NotPermittedError: the rights do not suffice to collapse in the target.
+            UnsupportedError: the backend or this kernel cannot collapse, or not by this mechanism.
+            TargetVanishedError: the process exited before anything was done.
     """
     check_mechanism(means, small=choice.small)
     plan = plan_space(space, _to_be_planned(choice, means, space.geometry), stop=stop)
@@ -62,13 +62,13 @@ def collapse_space(
 
 
 def check_mechanism(means: Means, *, small: bool = False) -> None:
-    """Check that the mechanism can do what is wanted of it.
+    """Check that the mechanism can do what `means` and `small` want.
 
     Args:
-        small: memory in no whole PMD range of its mapping is to be collapsed too.
+        small: memory outside of whole PMD ranges of its mapping is to be collapsed too.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: the mechanism cannot.
     """
     if small and "move" not in means.mechanism:
         raise UsageError(
@@ -94,10 +94,10 @@ def check_mechanism(means: Means, *, small: bool = False) -> None:
 
 
 def _to_be_planned(choice: PlanOptions, means: Means, geometry: Geometry) -> PlanOptions:
-    """Return what is to be planned.
+    """Return the options of the plan: for ``move`` without the PMD order.
 
     Raises:
-        UsageError: the PMD order, by moving.
+        UsageError: the caller wants the PMD order by moving.
     """
     orders = choice.orders
     if means.mechanism != "move" or orders == ORDERS_ENABLED:
@@ -129,8 +129,8 @@ def carry_out(
         means, dry_run, progress, stop, before_move: as for :func:`collapse_space`.
 
     Raises:
-        NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error that comes when
-            something was done already is in the report.
+            NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error after
+                something was done is in the report instead.
     """
     check_mechanism(means, small=plan.small)
     geometry = space.geometry
@@ -172,7 +172,7 @@ def carry_out(
 
 
 def _heat_share(plan: SpacePlan, made: list[Block]) -> float | None:
-    """Return the share of the accesses seen that go to blocks that were made; None if none were seen."""
+    """Return the share of the accesses seen that go to the blocks made; None if no accesses were seen."""
     if plan.heat is None or not plan.heat.spans:
         return None
     start = np.array([address for address, _ in made], np.uint64)

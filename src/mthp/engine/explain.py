@@ -1,7 +1,7 @@
-"""Why memory is not in large folios: what it is, what each policy would make of it, and what stops it, in sentences.
+"""Why memory is not in large folios: its kind, what each policy would make of it, and what stops it, in sentences.
 
-Every reason is one that other parts decide by: :func:`mthp.eligibility.eligibility`, the scan results of a plan, and
-what the backend knows (:func:`mthp.abilities.objections`, :func:`mthp.abilities.pins`). This module asks them about one
+Every reason is one that other modules decide by: :func:`mthp.eligibility.eligibility`, the scan results of a plan, and
+the backend (:func:`mthp.abilities.objections`, :func:`mthp.abilities.pins`). This module collects the reasons for one
 address, and adds none.
 """
 
@@ -55,16 +55,16 @@ _COUNTED = {
 _NOTHING_STOPS = frozenset({ScanResult.SUCCEED, ScanResult.PMD_MAPPED})
 
 TOP = 8
-"""Reasons that are told of a whole process: those that concern most memory."""
+"""The most reasons to list of a whole process: those that concern most memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hindrance:
-    """What stops one maker of folios.
+    """A reason why one maker of folios makes none.
 
     Attributes:
-        maker: which.
-        reason: why.
+        maker: the maker.
+        reason: a clause.
     """
 
     JSON: ClassVar = "mechanism=maker reason"
@@ -74,7 +74,7 @@ class Hindrance:
 
     @property
     def sentence(self) -> str:
-        """The same for a person."""
+        """The reason as a sentence."""
         return f"{_MAKERS[self.maker]} is stopped: {self.reason}"
 
 
@@ -83,10 +83,10 @@ class Prospect:
     """What a policy would make of the memory, with the machine's limits and every size on.
 
     Attributes:
-        policy: its name.
-        folios: how many folios of which size.
-        copied_bytes, bloat_bytes: what that would copy, and add.
-        reason: why nothing; ``""`` if something.
+        policy: name of the policy.
+        folios: number of folios by label of their size.
+        copied_bytes, bloat_bytes: bytes that this would copy, and add.
+        reason: why it would make nothing; ``""`` if it would make something.
     """
 
     policy: str
@@ -97,7 +97,7 @@ class Prospect:
 
     @property
     def sentence(self) -> str:
-        """The same for a person."""
+        """The prospect as a sentence."""
         if not self.folios:
             return f"policy {self.policy} would make nothing of it: {self.reason}"
         made = ", ".join(f"{count} of {size}" for size, count in self.folios.items())
@@ -109,15 +109,15 @@ class Prospect:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why memory is as it is.
+    """Why memory is not in large folios.
 
     Attributes:
-        label: the target's name.
-        geometry: of its machine.
-        memory: what it is, in sentences.
+        label: name of the target.
+        geometry: geometry of its machine.
+        memory: the kind and state of the memory, in sentences.
         prospects: what each policy would make of it.
-        hindrances: what stops it.
-        missing: what could not be seen, and what would make it visible.
+        hindrances: what stops each maker.
+        missing: what could not be read, and what would make it readable.
     """
 
     JSON: ClassVar = "target=label memory prospects hindrances missing"
@@ -131,7 +131,7 @@ class Explanation:
 
     @property
     def sentences(self) -> list[str]:
-        """All of it, each as a sentence."""
+        """The whole explanation, one sentence an item."""
         return [
             *self.memory,
             *(each.sentence for each in self.prospects),
@@ -179,7 +179,7 @@ def _prospect(plan: SpacePlan, geometry: Geometry) -> Prospect:
 
 
 def _reason_of(plan: SpacePlan) -> str:
-    """Return why a plan makes nothing of its range, or of its process; ``""`` if it makes something."""
+    """Return why a plan makes nothing of its range, or of its process."""
     if plan.refused:
         return plan.refused[0][1]
     results = [result for result in plan.ranges_by_result if result is not ScanResult.SUCCEED]
@@ -212,7 +212,7 @@ def _what_it_is(space: AddressSpace, vma: Vma, address: int, part: Segment, colu
 
 
 def _hindrances(space: AddressSpace, vma: Vma, within: Segment, whole: bool) -> Iterator[Hindrance]:
-    """What stops each maker of folios in one PMD range."""
+    """Yield what stops each maker of folios in one PMD range."""
     geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
     by_kernel = eligibility(vma, geometry, switches, thp_disabled=disabled)
     on_call = eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=disabled, include_file=True)
@@ -278,7 +278,7 @@ def _explained_process(space: AddressSpace) -> Explanation:
 
 
 def _largest(plan: SpacePlan) -> int | None:
-    """Return where the mapping begins that has most of the memory that is left alone."""
+    """Return the start of the refused mapping with most resident memory; None if none is resident."""
     resident: Sequence[tuple[int, Vma]] = [
         (pages, vma) for (vma, _), pages in zip(plan.refused, plan.refused_resident, strict=False) if pages
     ]

@@ -1,15 +1,15 @@
 """The pages that collapses filled, remembered from one scan to the next.
 
-A collapse with an intermediate ``max_ptes_none`` makes zero-filled pages where none were. To the next scan they are
-pages like any other, so the run around them looks fuller than it was, and folios grow scan by scan until a few pages
-of the program have become a whole PMD range: creep. The page tables do not tell the two kinds of pages apart, so
-whoever scans again has to remember. :class:`FilledPages` is that memory: a bit for every page of the PMD ranges in
-which anything was filled, 64 bytes for a range of 512 pages. Policies with
-:attr:`~mthp.engine.policy.Policy.remembers_filled` count these pages as none.
+A collapse with an intermediate ``max_ptes_none`` puts zeroed pages where PTEs were none. The next scan sees pages like
+any other, so the run around them looks fuller than it was, and folios grow from scan to scan until a few pages of the
+program have become a whole PMD range: creep. The page tables do not tell the two kinds of pages apart, so the scanner
+has to remember them. :class:`FilledPages` keeps a bit for every page of the PMD ranges in which anything was filled,
+64 bytes for a range of 512 pages. Policies with :attr:`~mthp.engine.policy.Policy.remembers_filled` count these pages
+as none.
 
-What the program itself writes to such a page later cannot be seen without looking at contents, which nothing here
-does. So a filled page stays one for as long as it is mapped, and the error is on the side of less memory. A page
-that was unmapped since is forgotten.
+What the program later writes to such a page cannot be seen without reading contents, and nothing here reads them. So
+a filled page counts as filled for as long as it is mapped, which errs on the side of less memory. A page that was
+unmapped since is forgotten.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FilledPages:
     """The filled pages of one address space.
 
     Args:
-        geometry: of its machine.
+        geometry: geometry of its machine.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -35,14 +35,14 @@ class FilledPages:
         self._packed: dict[int, NDArray[np.uint8]] = {}
 
     def __len__(self) -> int:
-        """The number of pages that are remembered."""
+        """Return the number of pages that are remembered."""
         return sum(int(np.bitwise_count(bits).sum()) for bits in self._packed.values())
 
     def of(self, addresses: NDArray[np.uint64]) -> Bits | None:
-        """Which pages of some PMD ranges were filled.
+        """Return which pages of some PMD ranges were filled.
 
         Args:
-            addresses: uint64, shape (ranges,): where the ranges begin.
+            addresses: uint64, shape (ranges,): start address of each range.
 
         Returns:
             bool, shape (ranges, ptes_per_pmd); None if none of them were.
@@ -62,7 +62,7 @@ class FilledPages:
         """Replace what is remembered of some PMD ranges.
 
         Args:
-            addresses: uint64, shape (ranges,): where the ranges begin.
+                addresses: uint64, shape (ranges,): start address of each range.
             filled: bool, shape (ranges, ptes_per_pmd).
         """
         any_filled = np.logical_or.reduce(filled, axis=1)
@@ -74,12 +74,12 @@ class FilledPages:
                 self._packed.pop(address, None)
 
     def add(self, addresses: NDArray[np.uint64], before: Bits, after: Bits, made: Bits) -> None:
-        """Remember what a collapse filled, from the contents of some PMD ranges before it and after.
+        """Remember what a collapse filled, from the contents of some PMD ranges before and after it.
 
         Args:
-            addresses: uint64, shape (ranges,): where the ranges begin.
+            addresses: uint64, shape (ranges,): start address of each range.
             before: bool, shape (ranges, ptes_per_pmd): pages with contents before; none and zero pages have none.
-            after: the same afterwards.
+            after: bool, the same shape: pages with contents afterwards.
             made: bool, the same shape: pages that lie in a folio that the collapse made.
         """
         known = self.of(addresses)

@@ -26,24 +26,24 @@ _OF_VISITS = frozenset({"means", "admit", "choose"})
 
 
 class Khugepaged(Scanner):
-    """Visits address spaces: live processes, simulated ones, whatever has the seam.
+    """Visits address spaces: live processes, simulated ones, anything behind the seam.
 
-    Made by one thread, which scans (:meth:`do_scan`, :meth:`run`); others may call :meth:`enter`, :meth:`exit`,
+    One thread creates it and scans (:meth:`do_scan`, :meth:`run`). Other threads may call :meth:`enter`, :meth:`exit`,
     :meth:`wake` and :meth:`stop`, and read the counters.
 
     Args:
-        tunables: the pace: ``pages_to_scan``, ``scan_sleep_millisecs``, ``alloc_sleep_millisecs``; asked at every pass
-            if a function; by default those of the machine at that moment.
-        clock: the machine's time; that of this machine by default. For a simulated one give its ``machine.time``, so
-            that rests pass there at once.
-        listener: told of every :class:`~mthp.engine.visited.Passage`: the ranges that were looked at with their
-            scan results, and the attempts with what they copied and filled. Called in the scanning thread.
+        tunables: the pace: ``pages_to_scan``, ``scan_sleep_millisecs``, ``alloc_sleep_millisecs``; a function is called
+            at every pass; by default the present tunables of the machine.
+        clock: the time; by default that of this machine. Pass a simulated machine's ``machine.time``, so that its rests
+            take no real time.
+        listener: called in the scanning thread with every :class:`~mthp.engine.visited.Passage`: the scanned ranges
+            with their scan results, and the attempts with what they copied and filled.
         options: what to choose, as the fields of :class:`~mthp.engine.select.PlanOptions`, by default the orders that
             the machine's switches allow each mapping at each moment; and `means`, `admit` and `choose` of
             :class:`~mthp.engine.visit.Visit`.
 
     Raises:
-        UsageError: an option that does not exist.
+        UsageError: an option does not exist.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Khugepaged(Scanner):
         return tuple(slot for slot in self.slots if isinstance(slot, Visit))
 
     def enter(self, space: AddressSpace, **options: Any) -> bool:
-        """Visit `space` from now on, if anything in it may be collapsed; entering twice is entering once.
+        """Visit `space` from now on, if anything in it may be collapsed; entering it twice changes nothing.
 
-        The space stays open: whoever opened it closes it, after :meth:`exit`, or once it is visited no more because its
+        The space stays open. The caller closes it, after :meth:`exit`, or once it is no longer visited because its
         process is gone.
 
         Args:
-            options: for this space, on top of this object's.
+            options: options for this space, on top of this object's.
 
         Returns:
-            Whether it is visited. If not, nothing was kept; try again when the process has grown.
+            Whether the space is visited. If not, nothing was kept; try again when the process has grown.
 
         Raises:
             UsageError: an unknown policy, or an order or a limit that does not exist on its geometry.
@@ -90,7 +90,7 @@ class Khugepaged(Scanner):
         return True
 
     def exit(self, space: AddressSpace) -> None:
-        """Visit `space` no more; while it is being scanned, as soon as that is over."""
+        """Stop visiting `space`; if it is being scanned, as soon as that ends."""
         for visit in self.visits:
             if visit.space is space:
                 self.remove(visit)
@@ -100,7 +100,7 @@ class Khugepaged(Scanner):
         """Return what to choose, and the other options of a visit.
 
         Raises:
-            UsageError: an option that does not exist.
+                UsageError: an option does not exist.
         """
         others = {name: value for name, value in options.items() if name in _OF_VISITS}
         chosen = {name: value for name, value in options.items() if name not in _OF_VISITS}

@@ -1,4 +1,4 @@
-"""Predict what the kernel's own khugepaged will make of small folios: it does not know that they were made on purpose.
+"""Predict what the kernel's khugepaged will make of small folios, which it may collapse although they were wanted.
 
 With max_ptes_none at its default of 511 it makes one PMD folio of every eligible PMD range that holds a page
 (collapse_scan_pmd(), mm/khugepaged.c), with its holes filled, within a full scan.
@@ -22,9 +22,9 @@ MAX_PTES_NONE = "/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none"
 
 
 def lasting_on(switches: Switches, tunables: Tunables, geometry: Geometry) -> tuple[str, str]:
-    """Return what khugepaged does to folios below the PMD order on a machine, and the remedy, ``""`` without need.
+    """Return what khugepaged does to folios below the PMD order, and the remedy; ``""`` if none is needed.
 
-    prctl(PR_SET_THP_DISABLE) and advice decide for each process; :func:`remade` looks at those, too.
+    prctl(PR_SET_THP_DISABLE) and advice decide for each process; :func:`remade` reads those, too.
     """
     pmd = geometry.label(geometry.pmd_order)
     if geometry.pmd_order not in switches.orders(advised=True):
@@ -44,12 +44,12 @@ def lasting_on(switches: Switches, tunables: Tunables, geometry: Geometry) -> tu
 
 @dataclass(frozen=True, slots=True)
 class Remade:
-    """PMD ranges that khugepaged makes one folio of again.
+    """PMD ranges that khugepaged will make one folio of again.
 
     Attributes:
-        ranges: how many.
-        max_ptes_none: the tunable as it is.
-        keeps: the largest max_ptes_none with which it leaves all of them alone; None if none does.
+        ranges: number of PMD ranges.
+        max_ptes_none: the present value of the tunable.
+        keeps: the largest max_ptes_none at which it leaves all of them alone; None if it never does.
     """
 
     JSON: ClassVar = "remade_ranges=ranges max_ptes_none keeps"
@@ -60,7 +60,7 @@ class Remade:
 
     @property
     def remark(self) -> str:
-        """What will happen and what keeps it from happening, as a sentence; ``""`` if nothing will."""
+        """The prediction and its remedy, as a sentence; ``""`` if nothing will happen."""
         if not self.ranges:
             return ""
         remedy = "MADV_NOHUGEPAGE keeps them as they are"
@@ -73,11 +73,11 @@ class Remade:
 
 
 def remade(space: AddressSpace, addresses: NDArray[np.uint64], none: NDArray[np.int64]) -> Remade:
-    """Predict which PMD ranges khugepaged makes one folio of.
+    """Predict of which PMD ranges khugepaged will make one folio.
 
     Args:
-        addresses: where they begin: uint64, shape (ranges,).
-        none: PTEs of each that are none or map the zero page: int64, shape (ranges,).
+        addresses: uint64, shape (ranges,), start of each range.
+        none: int64, shape (ranges,), PTEs of each that are none or map the zero page.
     """
     choice = PlanOptions(policy="pmd-only", orders=ORDERS_ENABLED)
     base = base_rules(space, choice)
@@ -96,7 +96,7 @@ def remade(space: AddressSpace, addresses: NDArray[np.uint64], none: NDArray[np.
 
 
 def remade_of_plan(space: AddressSpace, plan: SpacePlan) -> Remade:
-    """Predict what khugepaged makes of the PMD ranges in which `plan` has folios below the PMD order."""
+    """Predict what khugepaged will make of the PMD ranges in which `plan` has folios below the PMD order."""
     geometry, ranges = plan.geometry, plan.ranges
     small = plan.folios.address[plan.folios.order < geometry.pmd_order]
     if not len(small):

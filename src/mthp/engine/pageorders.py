@@ -1,9 +1,9 @@
-"""From the runs that a walk collapses to the order of each page's folio, eight pages at a time.
+"""The order of each page's folio, from the runs that a walk collapses, eight pages at a time.
 
-The answer is as large as the plane of present pages, so writing it is a good part of what a plan costs. What eight
-pages become depends on which of them are present, a byte of the packed plane, and on how they are collapsed, their
-*state*. A table has the eight orders for each of both, so that the answer is written once, and the plane is not read
-again.
+The result is as large as the plane of present pages, so writing it is a good part of the cost of a plan. The orders of
+eight pages depend on which of them are present, a byte of the packed plane, and on how they are collapsed, their
+*state*. A table has the eight orders for each pair of these, so that the result is written once, and the plane is not
+read again.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ Repeated = TypeVar("Repeated", np.bool_, np.uint8)
 States = NDArray[np.uint8]
 """How each eight pages of a PMD range are collapsed: uint8, shape (ranges, ptes_per_pmd / 8), at least one a range.
 
-An order and 1: all lie in a folio of this order. Below that: bit 0 says that the first four become a folio of order 2,
-bit 1 that the last four do.
+An order plus 1: all eight lie in a folio of this order. Values below 4 are bits: bit 0 if the first four pages become a
+folio of order 2, bit 1 if the last four do.
 """
 
 FILL_SHARE = 0.25
-"""If at most this share of the ranges do not become one folio, their orders are written by themselves."""
+"""If at most this share of the ranges do not become one folio, all are filled with the PMD order first."""
 
 PIECE = 1 << 15
-"""States looked up at a time: their indices are 256 KiB, and stay in the processor's cache."""
+"""States per lookup: their indices take 256 KiB, and stay in the processor's cache."""
 
 
 def states_of(collapsed: Mapping[int, Bits], ranges: int, geometry: Geometry) -> States:
     """Return the state of the pages of some PMD ranges.
 
     Args:
-        collapsed: by order, which runs a collapse makes one folio: bool, shape (ranges, runs per range).
+        collapsed: by order, the runs that become one folio: bool, shape (ranges, runs per range).
     """
     states: States = np.zeros((ranges, 1), np.uint8)
     for order in range(geometry.pmd_order, 2, -1):
@@ -52,7 +52,7 @@ def states_of(collapsed: Mapping[int, Bits], ranges: int, geometry: Geometry) ->
 
 
 def _halves(runs: Bits) -> States:
-    """Return the states of pages of which `runs` of order 2 are collapsed."""
+    """Return the states of pages whose runs of order 2 are collapsed where `runs` is set."""
     if runs.shape[1] == 1:  # A PMD range has four pages.
         return runs.view(np.uint8)
     pairs = runs.view("<u2")
@@ -61,15 +61,15 @@ def _halves(runs: Bits) -> States:
 
 
 def write_orders(states: States, present: NDArray[np.uint8], out: NDArray[np.int8], geometry: Geometry) -> None:
-    """Write the order of each page's folio: of base pages 0, of none -1.
+    """Write the order of each page's folio: 0 for base pages, -1 for none.
 
     Args:
-        states: of the pages.
+        states: states of the pages.
         present: the packed plane of present pages, in the shape of `states`.
         out: int8, shape (ranges, ptes_per_pmd).
     """
     table, order = _order_table(geometry.pmd_order), geometry.pmd_order
-    # A range that becomes one folio has that state throughout. Filling memory is several times faster than looking up.
+    # A range that becomes one folio has one state throughout. Filling memory is several times faster than lookups.
     others = np.flatnonzero(states[:, 0] != order + 1)
     if len(others) > FILL_SHARE * len(out):
         _look_up(table, _index(states, present), out)
@@ -81,14 +81,14 @@ def write_orders(states: States, present: NDArray[np.uint8], out: NDArray[np.int
 
 
 def _index(states: States, present: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """Return where the orders of each eight pages stand in the table of orders."""
+    """Return the index into the table of orders for each eight pages."""
     index: NDArray[np.uint16] = states * np.uint16(256)
     index |= present
     return index
 
 
 def write_made(states: States, out: NDArray[np.int8], geometry: Geometry) -> None:
-    """Write the order of the folio that each page is collapsed into, 0 if none; arguments as :func:`write_orders`."""
+    """Write the order that each page is collapsed to, 0 if it is not; arguments as :func:`write_orders`."""
     _look_up(_made_table(geometry.pmd_order), states, out)
 
 
@@ -102,7 +102,7 @@ def _look_up(table: NDArray[np.uint64], index: NDArray[np.unsignedinteger], out:
         piece = index[start : start + PIECE]
         at = places[: len(piece)]
         at[:] = piece
-        # No index lies outside the table; with any other mode NumPy writes to a buffer first.
+        # All indices lie inside the table. With any other mode NumPy writes to a buffer first.
         table.take(at, out=eights[start : start + PIECE], mode="wrap")
     if whole is not out:
         out[:] = whole[:, :ptes]
@@ -110,19 +110,19 @@ def _look_up(table: NDArray[np.uint64], index: NDArray[np.unsignedinteger], out:
 
 @lru_cache
 def _order_table(pmd_order: int) -> NDArray[np.uint64]:
-    """Return the orders of eight pages by state, then by the byte that says which are present."""
+    """Return the orders of eight pages by state, then by the byte of present pages."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return _table(bits.view(np.int8) - np.int8(1), pmd_order)
 
 
 @lru_cache
 def _made_table(pmd_order: int) -> NDArray[np.uint64]:
-    """Return the orders that eight pages are collapsed into, by state."""
+    """Return the orders that eight pages are collapsed to, by state."""
     return _table(np.zeros((1, 8), np.int8), pmd_order)
 
 
 def _table(uncollapsed: NDArray[np.int8], pmd_order: int) -> NDArray[np.uint64]:
-    """Return a table of eight orders a word, by state and by row of `uncollapsed`, which has those of state 0."""
+    """Return a table of eight orders a word, by state and by row of `uncollapsed`, the orders in state 0."""
     table = np.tile(uncollapsed, (max(pmd_order + 2, 4), 1, 1))
     table[[1, 3], :, :4] = 2
     table[[2, 3], :, 4:] = 2
@@ -134,7 +134,7 @@ def _table(uncollapsed: NDArray[np.int8], pmd_order: int) -> NDArray[np.uint64]:
 def repeated(runs: NDArray[Repeated]) -> NDArray[Repeated]:
     """Return every element of each row twice: the runs of an order, as those of the order below.
 
-    Through the product of a wide word, because ``np.repeat`` is slow for small repeats.
+    The product of a wide word does it, because ``np.repeat`` is slow for small repeats.
     """
     product = runs.view(np.uint8).astype(np.uint16, order="C")
     product *= 257

@@ -1,4 +1,4 @@
-"""A plan as a picture: one cell for each PMD range, in the order of addresses, coloured by what becomes of it."""
+"""A plan as a picture: one cell for each PMD range, in address order, coloured by the largest folio made in it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from mthp.results import ScanResult
 from mthp.units import format_size
 
 SpacePlan = Any
-"""A :class:`mthp.engine.space_plan.SpacePlan`, which has its picture made here, so that its module is not imported."""
+"""A :class:`mthp.engine.space_plan.SpacePlan`. Its module imports this one, so this one does not import it."""
 
 ACROSS = 64
-"""Cells in a line: 128M of 2M ranges."""
+"""Cells in a row: 64 ranges of 2M are 128M."""
 
 CELL = 9
-"""Width of a cell, its gap included."""
+"""Width of a cell in pixels, with the gap."""
 
 MOST = 64 * 64
-"""Cells at most: where a plan has more ranges, a cell stands for several, and shows the first."""
+"""The most cells: with more ranges a cell stands for several, and shows the first."""
 
 _HEAD = 44
 
 _HUGE, _LEFT = -1, -2
-"""Kinds of cells beside an order: mapped by a PMD entry already, and left as it is."""
+"""Kinds of cells that are not an order: already mapped by a PMD entry, and left as it is."""
 
 _COLOURS = {_HUGE: "#1b7837", _LEFT: "#bbbbbb"}
 
 _SHADES = ("#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
-"""Of the orders, the smallest first; the largest has the last."""
+"""Colours of the orders, the smallest order first; the largest has the last."""
 
 
 def picture(plan: SpacePlan) -> str:
@@ -69,8 +69,8 @@ def picture(plan: SpacePlan) -> str:
 
 
 def _kinds(plan: SpacePlan) -> NDArray[np.int64]:
-    """Return what becomes of each PMD range: the largest order made in it, or a kind."""
-    # A plan may have several parts of one PMD range, or folios in ranges that it says nothing about.
+    """Return the kind of each PMD range: the largest order made in it, `_HUGE` or `_LEFT`."""
+    # A plan may have several parts of one PMD range, or folios in ranges that have no row.
     size = np.uint64(plan.geometry.pmd_size)
     numbers, at = np.unique(np.concatenate([plan.ranges.address, plan.folios.address]) // size, return_inverse=True)
     kinds = np.full(len(numbers), _LEFT, np.int64)

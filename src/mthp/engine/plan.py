@@ -1,7 +1,7 @@
-"""Plans: which folios a collapse would make of many PMD ranges, what it would copy and fill, and why not more.
+"""Plans: the folios that a collapse would make of many PMD ranges, what it would copy and fill, and why not more.
 
 A plan assumes that every attempt succeeds that the PTEs do not rule out. What a real kernel adds (allocation
-failures, locked pages, races) is the matter of the backends.
+failures, locked pages, races) is left to the backends.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from mthp.tunables import Tunables
 T = TypeVar("T", bound=np.generic)
 
 BLOCK_PTES = 1 << 22
-"""PTEs planned at a time: few enough that the working arrays stay in the processor's caches."""
+"""PTEs to plan at a time: few enough that the working arrays stay in the processor's caches."""
 
 
 class Plan:
-    """What a collapse would make of some PMD ranges. Everything but the walk itself is made when asked for.
+    """What a collapse would make of some PMD ranges. All but the walk itself is computed at first use.
 
     Attributes:
-        policy: the policy's name.
-        geometry: the machine's.
+        policy: name of the policy.
+        geometry: geometry of the machine.
     """
 
     def __init__(self, policy: Policy, rules: Rules, planes: Planes) -> None:
@@ -46,14 +46,14 @@ class Plan:
         self._checks = PolicyChecks(policy, rules)
 
     def __len__(self) -> int:
-        """The number of PMD ranges."""
+        """Return the number of PMD ranges."""
         return len(self._planes.present)
 
     def _walks(self) -> Iterator[tuple[slice, Walk]]:
         """Yield the PMD ranges of each block, and the walk over them.
 
-        The walk over a single block is kept. Those over several are made again for each thing that is asked for: all
-        that they hold is as large as the planes, and writing it to memory takes longer than the walk.
+        The walk over a single block is kept. Walks over several are repeated for each property that is read: their
+        arrays are as large as the planes, and writing them to memory takes longer than the walk.
         """
         step = max(1, BLOCK_PTES >> self.geometry.pmd_order)
         if 0 < len(self) <= step:
@@ -71,7 +71,7 @@ class Plan:
     def orders(self) -> NDArray[np.int8]:
         """The order of the folio that each page would lie in afterwards: int8, shape (ranges, ptes_per_pmd).
 
-        0 is a base page, the zero page too, and -1 none; a page that is not collapsed keeps the order that it has.
+        0 is a base page or the zero page, -1 is none; a page that is not collapsed keeps its present order.
         """
         orders = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
         for rows, walk in self._walks():
@@ -80,7 +80,7 @@ class Plan:
 
     @cached_property
     def made(self) -> NDArray[np.int8]:
-        """The order of the folio that each page would be collapsed into: int8, shape as `orders`; 0 if none."""
+        """The order of the folio that each page would be collapsed to: int8, shape as `orders`; 0 if none."""
         made = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
         for rows, walk in self._walks():
             walk.made(made[rows])
@@ -88,7 +88,7 @@ class Plan:
 
     @cached_property
     def looked_at(self) -> int:
-        """PTEs that one scan of all these PMD ranges reads."""
+        """The PTEs that one scan of all these PMD ranges reads."""
         return sum(walk.looked_at() for _, walk in self._walks())
 
     @cached_property
@@ -129,7 +129,7 @@ class Plan:
 
     @property
     def folios(self) -> Attempts:
-        """The folios that would be made: the attempts that succeed."""
+        """The folios that would be made: the attempts that succeed, in the kernel's order."""
         return self.attempts.succeeded
 
     @staticmethod
@@ -163,22 +163,22 @@ def plan_ranges(
 ) -> Plan:
     """Plan the collapse of some PMD ranges.
 
-    All planes have the shape (ranges, ptes_per_pmd), bool or integer, and may be left out; see
-    :class:`~mthp.engine.occupancy.Planes` for what each means.
+    All planes have the shape (ranges, ptes_per_pmd), bool or integer, and are optional;
+    :class:`~mthp.engine.occupancy.Planes` defines each.
 
     Args:
         present: the pages that are mapped.
         policy: a policy's name, or a :class:`~mthp.engine.policy.Policy`.
-        orders: the enabled orders (or sizes, as ``"64K,2M"``); all that anonymous memory can have by default.
+        orders: the enabled orders (or sizes, as ``"64K,2M"``); by default all that anonymous memory can have.
         trigger: ``khugepaged``; or ``madvise``, which ignores limits and the enabled orders as MADV_COLLAPSE does.
-        max_ptes_none, max_ptes_swap, max_ptes_shared: khugepaged's limits per PMD range; the kernel's defaults.
+        max_ptes_none, max_ptes_swap, max_ptes_shared: khugepaged's limits per PMD range; by default the kernel's.
         folio_order: int8; the order of the folio that each page lies in now.
         pmd_mapped, uffd_armed, droppable: bool, shape (ranges,) or one for all.
-        geometry: the machine's, or its name; by default one that has so many PTEs in a PMD range.
+        geometry: geometry of the machine, or its name; by default one whose PMD range has this number of PTEs.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
 
     Raises:
-        UsageError: an unknown policy or trigger, an order or limit that does not exist on this geometry, planes
+            UsageError: an unknown policy or trigger, an order or limit that does not exist on this geometry, or planes
             whose shapes differ or contradict each other.
     """
     planes = Planes.checked(
@@ -224,7 +224,7 @@ def make_rules(
     tunables: Tunables,
     mthp_min_order: int | None = None,
 ) -> Rules:
-    """Check and gather the circumstances of a plan.
+    """Return the checked rules of a plan.
 
     Raises:
         UsageError: as :func:`plan_ranges`.
@@ -238,7 +238,7 @@ def make_rules(
 
 
 def plan_planes(planes: Planes, policy: Policy, rules: Rules) -> Plan:
-    """Plan the collapse of PMD ranges whose planes and rules are checked already."""
+    """Plan the collapse of PMD ranges whose planes and rules are already checked."""
     if rules.of_file:
         policy = PmdOnly()
     return Plan(policy, rules, planes)

@@ -1,7 +1,7 @@
-"""What `mthp plan` tells: which folios a collapse would make in an address space, and at what price.
+"""The plan of an address space, as `mthp plan` prints it: the folios that a collapse would make, and their price.
 
-Reads the PMD ranges of the mappings that may be collapsed, in blocks, and plans each block
-(:func:`mthp.engine.plan.plan_planes`). Kept of a block is one row per PMD range and one per folio.
+It reads the PMD ranges of the mappings that may be collapsed, in blocks, and plans each block
+(:func:`mthp.engine.plan.plan_planes`). It keeps one row per PMD range and one per folio.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mthp.results import ScanResult
 from mthp.vma import Vma
 
 Progress = Callable[[int, int], None]
-"""Told (bytes done, bytes in all) after every block."""
+"""Called with (bytes done, bytes in all) after every block."""
 
 
 def plan_space(
@@ -50,16 +50,16 @@ def plan_space(
     """Plan the collapse of `space`.
 
     Args:
-        stop: called while heat is measured; once it returns True the plan is made with what was seen.
+            stop: called while heat is measured; once it returns True the plan uses the heat seen until then.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
-        TargetVanishedError: the process exited meanwhile.
+            TargetVanishedError: the process exited in the meantime.
         UnsupportedError, NotPermittedError: as :func:`mthp.abilities.heat_of`.
     """
     policy = policy_named(options.policy)
     base = base_rules(space, options)
-    # First: the program may run on for seconds while its accesses are seen.
+    # First, because the program may run for seconds while its accesses are measured.
     heat = heat_of(space, options.heat, stop)
     vmas = space.vmas()
     jobs, refused = jobs_of(space, options, base, vmas)
@@ -78,7 +78,7 @@ def plan_space(
         if progress is not None:
             progress(done, size)
 
-    # Every entry is read once: what is planned is measured at the same time.
+    # Every entry is read once: planning and measuring share the columns.
     for job, segments in todo:
         for block in blocks_of(job, segments, space.geometry):
             columns, ranges, folios = _plan_block(space, job, block, policy, options.filled)
@@ -119,7 +119,7 @@ def plan_space(
 
 
 def _asked_order(options: PlanOptions, base: Rules, enabled: Sequence[int]) -> int:
-    """Return the order that coverage is stated for; `enabled` orders are those of all mappings together."""
+    """Return the order that coverage is stated for; `enabled` are the orders of all mappings together."""
     if options.orders is None:
         return base.geometry.pmd_order
     return min(enabled if options.orders == ORDERS_ENABLED else base.orders, default=base.geometry.pmd_order)
@@ -137,13 +137,13 @@ def _split(
 def _plan_block(
     space: AddressSpace, job: Job, block: list[Segment], policy: Policy, filled: FilledPages | None
 ) -> tuple[PteColumns, Ranges, Folios]:
-    """Read some PMD ranges or parts, and plan them: their entries, a row for each of them, and one for each folio."""
+    """Return the entries of some PMD ranges or parts, a row for each that has a page table, and one for each folio."""
     geometry = space.geometry
     starts = np.array([start for start, _ in block], np.uint64) if job.small else ranges_of(block, geometry)
     columns, planes = read_parts(space, job, block) if job.small else read_planes(space, job, starts)
     address = starts // np.uint64(geometry.pmd_size) * np.uint64(geometry.pmd_size)
     if filled is not None and (bits := filled.of(address)) is not None:
-        # What was unmapped since is no page any more.
+        # A page that was unmapped since is not filled any more.
         planes = replace(planes, filled=bits & planes.present)
     plan = plan_planes(planes, policy, job.rules)
     folios = plan.folios
@@ -151,19 +151,19 @@ def _plan_block(
     ranges = Ranges(starts, plan.scan_result, plan.resident, plan.copied, plan.filled)
     return (
         columns,
-        # Which empty ranges are read at all depends on the backend and on how full the target is.
+        # Which empty ranges are read at all depends on the backend and on how full the target is, so none are kept.
         ranges[ranges.scan_result != ScanResult.NO_PTE_TABLE],
         Folios(address[folios.range] + offset, folios.order, folios.filled),
     )
 
 
 def plan_blocks(space: AddressSpace, start: int, end: int, order: int) -> SpacePlan:
-    """The plan that makes every aligned block of `order` between two addresses one folio, if it holds anything.
+    """Return the plan that makes one folio of every aligned block of `order` with contents between two addresses.
 
-    It says nothing about PMD ranges.
+    It has no rows for PMD ranges.
 
     Raises:
-        UsageError: there is no such order.
+        UsageError: the order does not exist.
     """
     geometry = space.geometry
     size = geometry.size_of(geometry.check_order(order))

@@ -1,7 +1,7 @@
 """Policies: which folio sizes the memory of a PMD range deserves.
 
-A policy answers three questions; everything else (the walk over the range, what hinders a page) is common to all and
-lies in :mod:`mthp.engine.plan`.
+A policy answers three questions. The rest (the walk over the range, the checks of a page) is the same for all policies,
+in :mod:`mthp.engine.walk` and :mod:`mthp.engine.checks`.
 
 1. *Which orders does it walk?* :meth:`Policy.orders_walked`
 2. *Is a run full enough to be tried?* :meth:`Policy.full_enough`
@@ -10,20 +10,19 @@ lies in :mod:`mthp.engine.plan`.
 Its class attributes say how the walk goes on after a failure. Those of ``rfc``, ``rfc2`` and ``per-order`` were
 recorded from kernels built with the series (``docs/policies.md``).
 
-The questions are asked for all runs of an order in all PMD ranges at once, so the answers are arrays. A policy of
-one's own is a small class::
+The methods get all runs of an order in all PMD ranges at once, so they return arrays. A custom policy is a small
+class::
 
     class ThreeQuarters(mthp.Policy):
-        \"\"\"Collapse a run when three quarters of it are there.\"\"\"
+            \"\"\"Collapse a run when three quarters of it have contents.\"\"\"
 
         name = "three-quarters"
 
         def limits(self, order, rules):
             return Limits(none=(1 << order) // 4, swap=0, shared=0)
 
-It is used by passing an instance wherever a policy's name is taken, and by its name everywhere, the command line
-included, once its package declares it as an entry point of the group ``mthp.policies``
-(:mod:`mthp.engine.policy_lookup`).
+Pass an instance wherever a policy's name is accepted. Its name works everywhere, the command line included, once its
+package declares it as an entry point of the group ``mthp.policies`` (:mod:`mthp.engine.policy_lookup`).
 """
 
 from __future__ import annotations
@@ -43,17 +42,17 @@ DEFAULT_MTHP_MIN_ORDER = 3
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The circumstances of a collapse, which a policy may look at.
+    """The circumstances of a collapse, which a policy may use.
 
     Attributes:
-        geometry: the machine's.
+        geometry: geometry of the machine.
         orders: the enabled orders, ascending.
         trigger: ``khugepaged``, or ``madvise`` for MADV_COLLAPSE.
         tunables: the limits in force.
         mthp_min_order: the seed's MTHP_MIN_ORDER: order of a chunk of its bitmap, and its smallest folio.
         always: those of `orders` whose own switch is ``always``.
-        of_file: memory of a file, which another function of the kernel collapses, to the PMD order alone
-            (collapse_file).
+        of_file: the memory belongs to a file, so collapse_file() (mm/khugepaged.c) collapses it, to the PMD order
+            alone.
     """
 
     geometry: Geometry
@@ -66,38 +65,38 @@ class Rules:
 
     @property
     def forced(self) -> bool:
-        """Whether MADV_COLLAPSE asks, which ignores switches, limits and references."""
+        """Whether MADV_COLLAPSE is the trigger, which ignores switches, limits and references."""
         return self.trigger == "madvise"
 
 
 class Limits(NamedTuple):
-    """How many PTEs of each kind a run may have."""
+    """The most PTEs of each kind that a run may have."""
 
     none: int
-    """None or zero PTEs, which the collapse fills."""
+    """None PTEs and zero pages, which the collapse fills."""
     swap: int
-    """Swapped-out PTEs, which it reads back."""
+    """Swapped-out PTEs, which the collapse reads back."""
     shared: int
-    """PTEs whose page another process maps too."""
+    """PTEs whose page is also mapped by another process."""
 
 
 class Policy(abc.ABC):
-    """Base of all policies, and their default behaviour: that of Linux 7.2 but for what a subclass changes.
+    """Base of all policies. Its defaults are the behaviour of Linux 7.2.
 
     Attributes:
-        name: how it is called on the command line.
+        name: name on the command line.
         scans_each_run: the PTEs are scanned again for every run, with that run's limits, instead of once for the
-            whole PMD range. An order that failed once is not tried again in the PMD range, and when the smallest one
+            whole PMD range. An order that failed once is not tried again in the PMD range. When the smallest order
             failed, the rest of the range is given up.
         fail_ends_range: an attempt at the PMD order that ends in FAIL, as one over a guard marker does, ends the
             whole PMD range.
-        halves_after_failure: any failed attempt leads to the two halves of the run, a folio that is large enough
-            already included. By default that folio is skipped, and some results end the PMD range.
-        large_before_shared: isolation looks for a folio that is large enough before it counts a shared page.
-        leaves_empty_runs: MADV_COLLAPSE makes no folio of a run without contents, because kernels before 6.18 want
-            one PTE that may be written (SCAN_PAGE_RO).
-        counts_mapped: the kernel's pages_collapsed rises for MADV_COLLAPSE too, and at every scan of a PMD range that
-            one PMD entry maps already.
+        halves_after_failure: after any failed attempt the two halves of the run are tried, also where a folio is
+            already large enough. By default that folio is skipped, and some results end the PMD range.
+        large_before_shared: isolation checks for a large enough folio before it counts a shared page.
+        leaves_empty_runs: MADV_COLLAPSE makes no folio of a run without contents, because kernels before 6.18 require
+            one writable PTE (SCAN_PAGE_RO).
+        counts_mapped: the kernel's pages_collapsed also rises for MADV_COLLAPSE, and at every scan of a PMD range that
+            one PMD entry already maps.
         remembers_filled: pages that a collapse filled count as none (:mod:`mthp.engine.filled`).
     """
 
@@ -111,17 +110,17 @@ class Policy(abc.ABC):
     remembers_filled: ClassVar[bool] = False
 
     def orders_walked(self, rules: Rules) -> tuple[int, ...]:
-        """The orders at which a collapse is attempted, descending; empty if the policy does not run at all."""
+        """Return the orders at which a collapse is attempted, descending; empty if the policy does not run."""
         if rules.forced:
             return (rules.geometry.pmd_order,)
         return tuple(order for order in reversed(rules.orders) if order >= MIN_ANON_ORDER)
 
     def orders_allocated(self, rules: Rules) -> tuple[int, ...]:
-        """The orders for which a folio is allocated, descending: those that are walked, and those that fail then."""
+        """Return the orders for which a folio is allocated, descending: walked ones, and those that fail later."""
         return self.orders_walked(rules)
 
     def scan_limits(self, rules: Rules) -> Limits | None:
-        """What the scan of a whole PMD range lets pass; None where each run is scanned for itself."""
+        """Return the limits of the scan of a whole PMD range; None if each run is scanned separately."""
         n = rules.geometry.ptes_per_pmd
         if rules.forced:
             return Limits(n, n, n)
@@ -129,25 +128,25 @@ class Policy(abc.ABC):
         return Limits(n - 1, tunables.max_ptes_swap, tunables.max_ptes_shared)
 
     def scan_honours_uffd(self, rules: Rules) -> bool:
-        """Whether the scan already lets no none PTE pass in a mapping armed with userfaultfd."""
+        """Return whether the scan refuses none PTEs in a mapping that is armed with userfaultfd."""
         return rules.forced
 
     @abc.abstractmethod
     def limits(self, order: int, rules: Rules) -> Limits:
-        """What a run of `order` may have for khugepaged, by the check that isolation makes."""
+        """Return khugepaged's limits for a run of `order`, which isolation checks."""
 
     def attempt_limits(self, order: int, rules: Rules) -> Limits:
-        """The same for either trigger: by default MADV_COLLAPSE has no limits.
+        """Return the limits for either trigger; by default MADV_COLLAPSE has none.
 
-        The caller allows no none PTE where userfaultfd is armed.
+        The caller refuses none PTEs where userfaultfd is armed.
         """
         n = 1 << order
         return Limits(n, n, n) if rules.forced else self.limits(order, rules)
 
     def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
-        """Which runs are full enough to be attempted: bool, shape of ``runs.occupied``; None for all.
+        """Return the runs that are full enough to be attempted: bool, shape of ``runs.occupied``; None for all.
 
-        By default those whose occupied PTEs leave no more than ``limits().none`` to be filled.
+        By default those whose occupied PTEs leave at most ``limits().none`` to fill.
         """
         if rules.forced:
             return None
@@ -156,7 +155,7 @@ class Policy(abc.ABC):
 
 
 class PmdOnly(Policy):
-    """Linux up to 7.1: the PMD order or nothing."""
+    """Linux up to 7.1: only the PMD order."""
 
     name = "pmd-only"
 
@@ -180,8 +179,8 @@ class PmdOnly(Policy):
 class Rfc(Policy):
     """The seed (RFC "khugepaged: mTHP support"): a bitmap of full chunks, and a percentage for every order.
 
-    MADV_COLLAPSE uses the same bitmap and the same thresholds as khugepaged, over all orders that anonymous memory can
-    have; only isolation's limits are lifted for it.
+    MADV_COLLAPSE uses the bitmap and the thresholds of khugepaged, over all orders that anonymous memory can have, but
+    not isolation's limits.
     """
 
     name = "rfc"
@@ -199,7 +198,7 @@ class Rfc(Policy):
 
     def orders_allocated(self, rules: Rules) -> tuple[int, ...]:
         walked = self.orders_walked(rules)
-        # Only orders above the highest enabled one are skipped: the others fail when the mapping is checked again.
+        # Orders above the highest enabled one are skipped. The others fail when the mapping is checked again.
         return tuple(range(walked[0], rules.mthp_min_order - 1, -1)) if walked else ()
 
     def scan_limits(self, rules: Rules) -> Limits | None:
@@ -226,10 +225,10 @@ class Rfc(Policy):
 
 
 class Rfc2(Rfc):
-    """The seed's second version: chunks may have none PTEs too, and only the PMD order takes swap and shared pages.
+    """The seed's second version: chunks may have none PTEs, and only the PMD order takes swap and shared pages.
 
-    A chunk counts when it has fewer none PTEs than max_ptes_none scaled to it. With the default chunks that allows
-    nothing below 64, so that then no run is full enough.
+    A chunk counts if it has fewer none PTEs than max_ptes_none scaled to it. With the default chunks and max_ptes_none
+    below 64 that limit is 0, so no run is full enough.
     """
 
     name = "rfc2"
@@ -258,7 +257,7 @@ class Rfc2(Rfc):
 
 
 class PerOrder(Policy):
-    """Dev Jain's series: every run scanned for itself, all limits scaled to its order.
+    """Dev Jain's series: every run is scanned separately, with all limits scaled to its order.
 
     MADV_COLLAPSE tries the PMD order, then the smaller orders that are enabled, without limits.
     """
@@ -286,7 +285,7 @@ class PerOrder(Policy):
 
 
 class Mainline(Policy):
-    """Linux 7.2 and later: a bitmap of pages; runs below the PMD order are filled fully or not at all."""
+    """Linux 7.2 and later: a bitmap of pages; runs below the PMD order have all holes filled, or must have none."""
 
     name = "mainline"
 
@@ -309,7 +308,7 @@ class Mainline(Policy):
             return None
         contents = runs.occupied
         if runs.order == rules.geometry.pmd_order:
-            # The scan counts swap entries apart from its bitmap; only the PMD order may have any.
+            # The scan counts swap entries apart from its bitmap, and only the PMD order may have any.
             contents = contents + runs.swap
         enough: Bits = contents >= runs.size - self.limits(runs.order, rules).none
         return enough
@@ -320,16 +319,16 @@ class Mainline(Policy):
 
 
 class NoCreep(Mainline):
-    """This project's own: fills small runs in proportion, as `per-order` does, and never creeps.
+    """This project's own: fills small runs in proportion, as `per-order` does, and does not creep.
 
-    `mainline` gives up intermediate fill below the PMD order, because a run that was filled looks full to the next
-    scan, which then finds the run around it full enough, and so on up to the PMD. Here the pages that a collapse
-    filled are remembered, and count as none from then on. So a later scan sees the same counts as the first, finds
-    the same runs, and finds them collapsed already: what one scan does is all that ever happens, until the program
-    itself touches more. Every folio of order k was made of more than 2**k minus its scaled limit of the program's
-    own pages, so bloat stays within max_ptes_none / N of what the folios hold, however often the scan comes by.
+    `mainline` gives up intermediate fill below the PMD order, because a filled run looks full to the next scan, which
+    then finds the run around it full enough, and so on up to the PMD order. This policy remembers the pages that a
+    collapse filled, and counts them as none. A later scan has the same counts as the first, so it finds the same runs,
+    which are already collapsed, until the program itself touches more. A folio of order k has at least 2**k minus its
+    scaled limit of the program's own pages, so bloat stays within max_ptes_none / N of the folios' size, however often
+    they are scanned.
 
-    The walk, and what swapped and shared pages mean, are mainline's.
+    The walk, and the limits of swapped and shared pages, are mainline's.
     """
 
     name = "no-creep"
@@ -342,7 +341,7 @@ class NoCreep(Mainline):
 
 
 def _scaled_none(order: int, rules: Rules) -> int:
-    """max_ptes_none, scaled from the PMD range to a run of `order`."""
+    """Return max_ptes_none, scaled from the PMD range to a run of `order`."""
     return rules.tunables.max_ptes_none >> (rules.geometry.pmd_order - order)
 
 
@@ -352,7 +351,7 @@ def _unscaled(rules: Rules) -> Limits:
 
 
 BUILT_IN: dict[str, type[Policy]] = {policy.name: policy for policy in (PmdOnly, Rfc, Rfc2, PerOrder, Mainline)}
-"""The five policies that kernels and series have, by name."""
+"""The five policies of kernels and of proposed series, by name."""
 
 OWN: dict[str, type[Policy]] = {NoCreep.name: NoCreep}
 """This project's own policies, by name."""

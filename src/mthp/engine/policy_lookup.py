@@ -1,4 +1,4 @@
-"""Which policy a name means: ours, what installed packages declare, and a class in a file."""
+"""Policies by name: our own, those that installed packages declare, and classes in files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ENTRY_POINT_GROUP = "mthp.policies"
 
 
 def policy_names() -> list[str]:
-    """The names of all policies to be had: the five, our own, then those that packages declare."""
+    """Return the names of all policies: built-in, our own, then those that packages declare."""
     ours = BUILT_IN | OWN
     return [*ours, *sorted(set(_declared()) - set(ours))]
 
 
 def policy_named(policy: str | Policy) -> Policy:
-    """The policy of that name; a :class:`Policy` is given back as it is.
+    """Return the policy of that name; a :class:`Policy` is returned unchanged.
 
     Raises:
-        UsageError: there is none of that name, or what a package declares under it is not a policy.
+        UsageError: no policy has that name, or the object that a package declares under it is not a policy.
     """
     if isinstance(policy, Policy):
         return policy
@@ -39,7 +39,7 @@ def policy_named(policy: str | Policy) -> Policy:
         raise UsageError(f"unknown policy {policy!r}", help=f"use {', '.join(policy_names())}")
     try:
         made = declared[policy].load()()
-    except Exception as error:  # It is another package's code, which may raise anything.
+    except Exception as error:  # The code of another package may raise anything.
         raise UsageError(f"policy {policy!r} cannot be loaded: {error}", help=_whose(declared[policy])) from error
     if not isinstance(made, Policy):
         raise UsageError(
@@ -51,32 +51,32 @@ def policy_named(policy: str | Policy) -> Policy:
 
 
 def known_policy(name: object) -> str:
-    """Return the name of a policy, if there is one of that name.
+    """Return the name of a policy, if a policy has that name.
 
     Raises:
-        UsageError: not a text, or as :func:`policy_named`.
+        UsageError: `name` is not a text, or as :func:`policy_named`.
     """
     return policy_named(text(name)).name
 
 
 def policy_in_file(text: str) -> Policy:
-    """Return a policy of the class that ``path/to/file.py:Class`` names. The file is run.
+    """Run a file, and return a policy of the class that ``path/to/file.py:Class`` names.
 
     Raises:
-        UsageError: the file cannot be run, or it has no such policy.
+        UsageError: the file cannot be run, or does not have such a policy.
     """
     path, _, name = text.rpartition(":")
     spec = importlib.util.spec_from_file_location(f"mthp_policy_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{text!r} is not a class in a Python file", help="write file.py:Class")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses in the file look for their module there.
+    # Dataclasses look their module up there.
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[spec.name]
-        # Whatever the file does wrong is the author's to see, in one line.
+        # The author of the file needs one line, not our traceback.
         raise UsageError(f"policy file {path} cannot be run: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Policy)):
@@ -96,14 +96,14 @@ def policy_in_file(text: str) -> Policy:
 
 
 def _whose(point: EntryPoint) -> str:
-    """Where to look for a policy that is at fault."""
+    """Return where a faulty policy is declared, as a clause."""
     package = f" by {point.dist.name}" if point.dist else ""
     return f"it is declared{package} as {point.value}"
 
 
 def _declared() -> dict[str, EntryPoint]:
-    """The policies that installed packages declare, by name; nothing of theirs is imported yet."""
-    # Imported here: it costs more than the rest of this module, and few commands need it.
+    """Return the policies that installed packages declare, by name, without importing them."""
+    # Imported here, because it costs more than the rest of this module, and few commands need it.
     from importlib.metadata import entry_points
 
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -1,4 +1,4 @@
-"""What came of a collapse."""
+"""The report of a collapse."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class FailedFolios:
     """Folios of one order that were tried and could not be made, for one reason.
 
     Attributes:
-        result: of the attempts.
-        reason: why, for a person.
-        folios: how many.
+        result: scan result of the attempts.
+        reason: why, in words.
+        folios: number of folios.
     """
 
     result: ScanResult
@@ -36,17 +36,17 @@ class FailedFolios:
 
 @dataclass
 class FolioTally:
-    """What became of the folios of one order.
+    """The outcomes of the folios of one order.
 
     Attributes:
-        planned: how many there were to be.
+        planned: number of folios in the plan.
         made: runs that lie in one folio of this order now and did not before.
-        unchanged: runs that did so already when their turn came, in one of this order or larger.
-        failed: the others that were tried, by scan result and reason.
+        unchanged: runs that already lay in one folio of this order or larger when their turn came.
+        failed: the other runs that were tried, by scan result and reason.
         over_budget: runs left alone because filling them would have exceeded `max_bloat`.
         over_copied: runs left alone because copying them would have exceeded `max_copied`.
         over_reserve: runs left alone because they would have taken memory that must stay free.
-        not_tried: runs left when it ended early.
+        not_tried: runs left when the collapse ended early.
     """
 
     JSON: ClassVar = (
@@ -64,7 +64,7 @@ class FolioTally:
 
     @property
     def failed_by_result(self) -> Counter[ScanResult]:
-        """How many failed, by scan result."""
+        """Number of failed runs by scan result."""
         counts: Counter[ScanResult] = Counter()
         for (result, _), count in self.failed.items():
             counts[result] += count
@@ -72,46 +72,46 @@ class FolioTally:
 
     @property
     def reasons(self) -> list[FailedFolios]:
-        """How many failed, by scan result and reason, the most frequent first."""
+        """Number of failed runs by scan result and reason, the most frequent first."""
         return [FailedFolios(result, reason, count) for (result, reason), count in self.failed.most_common()]
 
     @property
     def left(self) -> int:
-        """Runs that are not as they were to be."""
+        """Planned runs that do not lie in a folio of their order or larger."""
         return self.failed.total() + self.over_budget + self.over_copied + self.over_reserve + self.not_tried
 
 
 @dataclass
 class CollapseReport(Tabular):
-    """What a collapse did. Counts of PMD ranges unless said otherwise.
+    """What a collapse did. Counts are of PMD ranges unless stated otherwise.
 
     Attributes:
-        plan: what was to be done.
+        plan: the plan that was carried out.
         dry_run: nothing was done.
-        allowed: what would be done, if nothing was; else None.
-        ranges: what became of the PMD ranges; a range is made if one PMD entry maps it now and did not before.
-        bloat_budget: bytes that filling may add; None for no bound.
-        copy_budget: bytes that may be copied; None for no bound.
-        room: why memory must stay free, as a sentence; ``""`` where there is no limit.
-        mechanisms: what makes the folios of each planned order; None for nothing.
-        folios: what became of the folios below the PMD order, by order, the largest first.
-        needs_move: folios below the PMD order that only the mover makes, by order, where it was not asked for.
-        move_price: what the mover would cost the target, as a clause, where `needs_move` has any.
-        split_price: what splits cost, as planned.
-        copied_bytes: contents of all that was collapsed, and what splits copied beside the planned folios.
-        filled_bytes: what it grew by.
+        allowed: what would be done, for a dry run; else None.
+        ranges: tally of the PMD ranges; a range is made if one PMD entry maps it now and did not before.
+        bloat_budget: bytes that filling may add; None without a bound.
+        copy_budget: bytes that may be copied; None without a bound.
+        room: why memory must stay free, as a sentence; ``""`` without a limit.
+        mechanisms: mechanism of each planned order; None for none.
+        folios: tallies of the folios below the PMD order, by order, the largest first.
+        needs_move: folios below the PMD order that only the mover makes, by order, if `move` was not requested.
+        move_price: what the mover would cost the target, as a clause, if `needs_move` has any.
+        split_price: price of the planned splits.
+        copied_bytes: contents of all that was collapsed, and what splits copied outside the planned folios.
+        filled_bytes: bytes by which memory grew.
         heat_share: the share of the accesses seen that go to folios that were made; None if none were seen.
-        durations: of the kernel's calls. While one runs, the target may wait for its memory; it waits no longer.
-        windows: the pauses in which pages were moved.
-        moved_blocks: runs that were given to the mover in these pauses.
+        durations: durations of the kernel's calls, the longest that the target may have waited for its memory.
+        windows: durations of the pauses in which pages were moved.
+        moved_blocks: runs passed to the mover in these pauses.
         verified: whether the bytes of every moved run were compared.
         elapsed: seconds, rests included.
-        after: the coverage when it ended, of the same memory as `before`, with which it begins.
-        remade: what khugepaged will make huge again of folios below the PMD order.
-        interrupted: it was told to stop.
-        vanished: the target exited meanwhile.
+        after: the coverage at the end, of the same memory as `before`, which is its initial value.
+        remade: folios below the PMD order that khugepaged will make huge again.
+        interrupted: the caller stopped it.
+        vanished: the target exited in the meantime.
         out_of_memory: the failed charge that ended it, as a sentence; ``""`` if none did.
-        error: what else ended it early; None if nothing did.
+        error: another error that ended it early; None if none did.
     """
 
     ROWS: ClassVar = "rows"
@@ -197,12 +197,12 @@ class CollapseReport(Tabular):
 
     @property
     def not_tried(self) -> int:
-        """PMD ranges left when it ended early."""
+        """PMD ranges left when the collapse ended early."""
         return self.ranges.not_tried
 
     @property
     def geometry(self) -> Geometry:
-        """The machine's."""
+        """Geometry of the machine."""
         return self.plan.geometry
 
     @property
@@ -212,12 +212,12 @@ class CollapseReport(Tabular):
 
     @property
     def coverage(self) -> float:
-        """The share of `after` in folios of the sizes asked for or larger ones."""
+        """The share of `after` in folios of the requested sizes or larger."""
         return self.after.share(self.plan.asked_order)
 
     @property
     def done_nothing(self) -> bool:
-        """Whether nothing was to be done, although not everything is as it was asked for."""
+        """Whether the plan had no folios, although not everything is as requested."""
         return not self.dry_run and not len(self.plan.folios) and not self.plan.finished
 
     @property
@@ -227,16 +227,16 @@ class CollapseReport(Tabular):
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that lie in folios below the PMD order now, of the orders that were planned, and did not before."""
+        """Bytes that now lie in folios below the PMD order that were made, of the planned orders."""
         return sum(tally.made * self.plan.geometry.size_of(order) for order, tally in self.folios.items())
 
     @property
     def complete(self) -> bool:
-        """Whether everything that was planned is as it was to be; nothing planned is complete if nothing was left."""
+        """Whether all planned folios exist; an empty plan is complete if nothing was left to do."""
         left = sum(tally.left for tally in (self.ranges, *self.folios.values())) + sum(self.needs_move.values())
         return self.dry_run or not (left or self.done_nothing or self.ended_early)
 
     @property
     def ended_early(self) -> bool:
-        """Whether no more is to be begun."""
+        """Whether nothing more is to be begun."""
         return self.interrupted or self.vanished or bool(self.out_of_memory) or self.error is not None

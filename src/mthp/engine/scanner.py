@@ -1,13 +1,12 @@
-"""khugepaged: the address spaces that are visited (mm_slots), how far it got in them, and its pace.
+"""khugepaged: its list of address spaces (mm_slots), its cursor, and its pace.
 
-Follows khugepaged_do_scan(), collapse_scan_mm_slot() and khugepaged_wait_work() (mm/khugepaged.c). A pass looks at
+Follows khugepaged_do_scan(), collapse_scan_mm_slot() and khugepaged_wait_work() (mm/khugepaged.c). A pass scans
 ``pages_to_scan`` entries and then rests for ``scan_sleep_millisecs``; the cursor (address space, address) stays between
-passes. It goes over all address spaces in the order in which they came, and counts a full scan when it is behind the
-last. When memory cannot be allocated it rests for ``alloc_sleep_millisecs``, and when that happens a second time in a
-pass, the pass ends.
+passes. It visits the address spaces in the order in which they were added, and counts a full scan after the last. When
+memory cannot be allocated it rests for ``alloc_sleep_millisecs``, and the second time in a pass ends the pass.
 
-:class:`Scanner` is all of that, for whatever stands behind :class:`~mthp.engine.visited.VisitedSpace`. The
-simulated machine's khugepaged is one, and so is :class:`mthp.Khugepaged`, which visits any address space.
+:class:`Scanner` does this for every :class:`~mthp.engine.visited.VisitedSpace`. The simulated machine's khugepaged is
+one, and so is :class:`mthp.Khugepaged`, which visits any address space.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from mthp.results import ScanResult
 from mthp.tunables import Tunables
 
 POLL = 0.5
-"""Seconds between two questions to a caller's `stop` while resting."""
+"""Seconds between two calls of a caller's `stop` while resting."""
 
 _MILLISECOND = 1e-3
 
 
 class PassEnd(enum.Enum):
-    """What ended a pass."""
+    """Why a pass ended."""
 
     BUDGET = "pages_to_scan entries were looked at"
     ROUND = "every address space was visited"
@@ -43,12 +42,12 @@ class PassEnd(enum.Enum):
 
 @dataclass
 class Statistics:
-    """What was done so far.
+    """Counts since the start.
 
     Attributes:
         passes: calls of :meth:`Scanner.do_scan`.
-        progress: entries looked at, as the budget counts them.
-        ranges: PMD ranges looked at.
+        progress: entries scanned, as the budget counts them.
+        ranges: PMD ranges scanned.
         results: PMD ranges by scan result.
         attempts: attempts by (order, result).
         copied, filled: pages that collapses copied, and PTEs that they filled, by order.
@@ -65,7 +64,7 @@ class Statistics:
     alloc_sleeps: int = 0
 
     def add(self, passage: Passage) -> None:
-        """Count what came of some ranges."""
+        """Add the results of some ranges."""
         self.progress += passage.progress
         self.ranges += len(passage.results)
         for index, count in enumerate(np.bincount(passage.results).tolist()):
@@ -79,23 +78,23 @@ class Statistics:
 
 
 Listener = Callable[[VisitedSpace, Passage], None]
-"""Told of every :class:`~mthp.engine.visited.Passage`: ranges scanned, and the attempts made in them."""
+"""Called with every :class:`~mthp.engine.visited.Passage`: ranges scanned, and the attempts made in them."""
 
 
 class Scanner:
     """The address spaces that are visited, the cursor, and the pace.
 
-    One thread scans; others may let address spaces in and out meanwhile, and wake or stop it.
+    One thread scans. Other threads may add and remove address spaces meanwhile, and wake or stop it.
 
     Args:
-        tunables: asked at the start of each pass and of each rest.
-        listener: told of everything that was looked at.
+        tunables: called at the start of each pass and of each rest.
+        listener: called with all that was scanned.
 
     Attributes:
-        full_scans: how often every address space had been visited.
+        full_scans: times that the cursor went past the last address space.
         pages_collapsed: PMD ranges in which something was collapsed.
-        statistics: what was done so far.
-        address: the cursor's address in the address space that is being visited.
+        statistics: counts since the start.
+        address: the cursor's address in the present address space.
     """
 
     def __init__(
@@ -127,11 +126,11 @@ class Scanner:
 
     @property
     def current(self) -> VisitedSpace | None:
-        """The one that the cursor is in; None between full scans."""
+        """The address space of the cursor; None between full scans."""
         return self._current
 
     def add(self, space: VisitedSpace) -> None:
-        """Visit `space` from now on, behind all others (__khugepaged_enter)."""
+        """Visit `space` from now on, after all others (__khugepaged_enter(), mm/khugepaged.c)."""
         with self._lock:
             if any(slot is space for slot in self._slots):
                 return
@@ -140,7 +139,7 @@ class Scanner:
                 self.wake()
 
     def remove(self, space: VisitedSpace) -> None:
-        """Visit `space` no more (__khugepaged_exit). While it is being scanned, as soon as that is over."""
+        """Stop visiting `space` (__khugepaged_exit(), mm/khugepaged.c), after the scan of it that may be running."""
         with self._lock:
             if not any(slot is space for slot in self._slots):
                 return
@@ -159,11 +158,11 @@ class Scanner:
     # One pass.
 
     def do_scan(self) -> PassEnd:
-        """Make one pass (khugepaged_do_scan).
+        """Make one pass (khugepaged_do_scan()), and return why it ended.
 
         Raises:
-            MthpError: an address space could not be worked on, for another reason than that it vanished. It is
-                visited no more; everything else is in order, and the next pass goes on with the one behind it.
+            MthpError: an address space failed for another reason than that it vanished. It is not visited any more. All
+                else is in order, and the next pass goes on with the address space behind it.
         """
         self._begin_pass()
         self.statistics.passes += 1
@@ -197,13 +196,13 @@ class Scanner:
         return PassEnd.BUDGET
 
     def full_scan(self) -> None:
-        """Pass after pass, without rests between them, until every address space was visited from the cursor on."""
+        """Make passes, without rests between them, until every address space from the cursor on was visited."""
         before = self.full_scans
         while self._slots and self.full_scans == before and self.do_scan() is not PassEnd.STOPPED:
             pass
 
     def _visit(self, slot: VisitedSpace) -> ScanResult:
-        """Go on in an address space until a collapse was tried, the budget is spent, or its end."""
+        """Go on in an address space until a collapse was tried, the budget is spent, or the end is reached."""
         self._count_progress(1)
         result, gone = ScanResult.FAIL, False
         try:
@@ -227,7 +226,7 @@ class Scanner:
                 self._leave(slot, gone=True)
             raise
         with self._lock:
-            # Who is unwanted is left when the scan is over.
+            # An unwanted address space is left when the scan is over.
             if id(slot) not in self._unwanted and (gone or not self._stopping):
                 self._leave(slot, gone=gone)
         return result
@@ -244,7 +243,7 @@ class Scanner:
             self._listener(slot, passage)
 
     def _collapsed(self, passage: Passage) -> int:
-        """How many PMD ranges count as collapsed."""
+        """Return the number of PMD ranges that count as collapsed."""
         return int(np.count_nonzero(passage.results == ScanResult.SUCCEED))
 
     def _leave(self, slot: VisitedSpace, *, gone: bool) -> None:
@@ -257,35 +256,35 @@ class Scanner:
             self._drop(slot)
 
     def _count(self, name: str, by: int) -> None:
-        """Count under the kernel's name of the counter."""
+        """Add to the attribute that has the kernel's name of the counter."""
         setattr(self, name, getattr(self, name) + by)
 
     def _begin_pass(self) -> None:
-        """What the machine does before a pass: lru_add_drain_all()."""
+        """Do what the machine does before a pass: lru_add_drain_all() (mm/swap.c)."""
 
     # The pace.
 
     def run(self, stop: Callable[[], bool] | None = None) -> None:
-        """Scan and rest in turn (khugepaged), until :meth:`stop` is called, or `stop` says True.
+        """Scan and rest in turn (khugepaged()), until :meth:`stop` is called or `stop` returns True.
 
         Args:
-            stop: asked between passes, and twice a second while resting.
+            stop: called between passes, and twice a second while resting.
 
         Raises:
-            MthpError: as :meth:`do_scan`; it may be called again.
+            MthpError: as :meth:`do_scan`; :meth:`run` may then be called again.
         """
         try:
             while not self._told_to_stop(stop):
                 self._wake.clear()
                 self.do_scan()
-                # Without anything to visit it waits until a space is added.
+                # Without address spaces it waits until one is added.
                 seconds = self._tunables().scan_sleep_millisecs * _MILLISECOND if self._slots else float("inf")
                 self._wait(seconds, stop)
         finally:
             self._stopping = False
 
     def stop(self) -> None:
-        """End :meth:`run` and the pass that is being made, after the ranges at hand; callable from any thread.
+        """End :meth:`run` and the present pass, after the ranges at hand; callable from any thread.
 
         If :meth:`run` has not begun yet, it ends at once.
         """
@@ -302,7 +301,7 @@ class Scanner:
         return self._stopping
 
     def _wait(self, seconds: float, stop: Callable[[], bool] | None) -> None:
-        """Rest for `seconds`, unless woken or told to stop."""
+        """Rest for `seconds`, unless woken or stopped."""
         end = self._clock.now() + seconds
         while not self._told_to_stop(stop) and not self._wake.is_set() and (left := end - self._clock.now()) > 0:
             self._clock.sleep(min(left, POLL) if stop is not None or left == float("inf") else left, self._wake)
@@ -310,6 +309,6 @@ class Scanner:
     def _rest(self, seconds: float) -> None:
         """Rest within a pass."""
         self._wake.clear()
-        # Who says stop says so before he wakes, so that this is not missed.
+        # stop() sets this before it wakes, so a stop is not missed.
         if not self._stopping:
             self._clock.sleep(seconds, self._wake)

@@ -1,4 +1,4 @@
-"""Choose the mappings that may be collapsed, and the rules of each: once, for plans, collapses and visits."""
+"""The choice of the mappings that may be collapsed, and of their rules: once, for plans, collapses and visits."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
 
 BLOCK_PMD_RANGES = 128
-"""PMD ranges read and planned at a time: 65 536 PTEs on x86-64."""
+"""PMD ranges to read and plan at a time: 65 536 PTEs on x86-64."""
 
 ORDERS_ENABLED = "enabled"
-"""Value of the orders that stands for what the machine's switches allow each mapping."""
+"""Value of `orders` that means the orders that the machine's switches allow each mapping."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What to choose: which folios shall be made of which memory.
+    """What to choose: which folios to make of which memory.
 
     Attributes:
         policy: a policy, or its name.
-        orders: the enabled orders; None for all that anonymous memory can have, ``"enabled"`` for what the
+        orders: the enabled orders; None for all that anonymous memory can have, ``"enabled"`` for those that the
             machine's switches allow.
         trigger: ``khugepaged``, which respects the limits, or ``madvise``.
-        max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range; the target machine's own by default.
+        max_ptes_none, max_ptes_swap, max_ptes_shared: limits per PMD range; by default those of the target's machine.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
         include_file: choose memory of files and shared memory too, at the PMD order.
-        small: choose memory in no whole PMD range of its mapping too, which only the mover collapses.
+        small: also choose memory outside of whole PMD ranges of its mapping, which only the mover collapses.
         within: choose from this range of addresses only.
         filled: pages that earlier collapses filled, for policies that remember them. A visit keeps its own.
-        switches, tunables: those to go by in place of the machine's own of the moment.
-        heat: which memory is used, or what measures it, so that what is used most comes first; what was recorded with
-            the target by default.
+        switches, tunables: used in place of the present ones of the machine.
+        heat: which memory is used, or an object that measures it, so that the most used comes first; by default the
+            heat recorded with the target.
     """
 
     policy: str | Policy = "mainline"
@@ -67,15 +67,15 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Mappings that are worked on under the same rules: their PMD ranges, and what each mapping is.
+    """Mappings under the same rules: their PMD ranges, and the facts of each mapping.
 
     Attributes:
-        rules: those that hold for them.
+        rules: rules of these mappings.
         small: whether `segments` are parts of PMD ranges, of which several may lie in one.
-        segments: the whole PMD ranges of each, by ascending address; or one part of a PMD range each.
-        listed: its place among the mappings: int64, shape (mappings,), as the others.
-        starts: where it begins.
-        uffd_armed, droppable: as those of :class:`~mthp.vma.Vma`.
+        segments: the whole PMD ranges of each mapping, by ascending address; or one part of a PMD range each.
+        listed: int64, shape (mappings,), index of each in the list of mappings.
+        starts: uint64, shape (mappings,), start address of each.
+        uffd_armed, droppable: bool, shape (mappings,), as in :class:`~mthp.vma.Vma`.
     """
 
     rules: Rules
@@ -88,7 +88,7 @@ class Job:
 
 
 def base_rules(space: AddressSpace, options: PlanOptions) -> Rules:
-    """The rules for anonymous memory, from `options` and what `space` says where they are silent.
+    """Return the rules for anonymous memory, from `options`, and from `space` for what they leave open.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
@@ -113,16 +113,16 @@ def base_rules(space: AddressSpace, options: PlanOptions) -> Rules:
 def jobs_of(
     space: AddressSpace, options: PlanOptions, base: Rules, vmas: Sequence[Vma] | None = None
 ) -> tuple[list[Job], list[tuple[Vma, str]]]:
-    """Group the mappings that may be collapsed by the rules that hold for them; name the others with the reason.
+    """Group the mappings that may be collapsed by their rules; return the others with the reason.
 
     Args:
-        base: as :func:`base_rules` gives them.
-        vmas: the mappings, if they were listed before.
+        base: result of :func:`base_rules`.
+        vmas: the mappings, if they are already listed.
     """
     follow_switches = options.orders == ORDERS_ENABLED
     groups: dict[tuple[Rules, bool], list[tuple[int, Vma, Segment]]] = {}
     refused = []
-    # Asked once, not for each mapping: a live target reads files for it.
+    # Read once, not for each mapping, because a live target reads files for it.
     geometry, switches, thp_disabled = space.geometry, options.switches or space.switches, space.thp_disabled
     for at, vma in enumerate(space.vmas() if vmas is None else vmas):
         allowed = eligibility(
@@ -161,19 +161,19 @@ def jobs_of(
 
 def _rules_for(vma: Vma, allowed: tuple[int, ...], base: Rules, switches: Switches, *, follow_switches: bool) -> Rules:
     if vma.kind is not VmaKind.ANON:
-        # The limits and the smaller orders are for anonymous memory.
+        # Limits and smaller orders apply to anonymous memory only.
         return Rules(base.geometry, (base.geometry.pmd_order,), "madvise", base.tunables, of_file=True)
     return _switched(base, allowed, switches) if follow_switches else base
 
 
 def _switched(base: Rules, allowed: tuple[int, ...], switches: Switches) -> Rules:
-    """The rules of a mapping whose orders are those that the machine's switches allow it."""
+    """Return the rules of a mapping for which the machine's switches allow the orders `allowed`."""
     always = tuple(order for order in allowed if switches.sizes.get(order) == "always")
     return replace(base, orders=allowed, always=always)
 
 
 def _clipped(segment: Segment, within: Segment | None, geometry: Geometry) -> Segment | None:
-    """The whole PMD ranges of `segment` that lie in `within`; None if there are none."""
+    """Return the whole PMD ranges of `segment` that lie in `within`; None if there are none."""
     start, end = segment
     if within is not None:
         size = geometry.pmd_size
@@ -182,10 +182,10 @@ def _clipped(segment: Segment, within: Segment | None, geometry: Geometry) -> Se
 
 
 def _parts(vma: Vma, options: PlanOptions, geometry: Geometry) -> list[Segment]:
-    """Return the parts of PMD ranges of a mapping that only the mover collapses, as the walk of the policy needs them.
+    """Return the parts of PMD ranges of a mapping that only the mover collapses.
 
-    Where a policy gives up an order for the rest of a PMD range, each of the largest aligned blocks of a part is a part
-    of its own, because an order that does not fit at one place has not failed.
+    If a policy gives up an order for the rest of a PMD range, each of the largest aligned blocks is returned as a
+    separate part, because an order that does not fit at one place has not failed.
     """
     if vma.kind is not VmaKind.ANON or refuse_vma(vma):
         return []
@@ -196,7 +196,7 @@ def _parts(vma: Vma, options: PlanOptions, geometry: Geometry) -> list[Segment]:
 
 
 def _aligned_blocks(part: Segment, geometry: Geometry) -> Iterator[Segment]:
-    """Yield the largest naturally aligned blocks that make up a part of a PMD range, but for those below 16K pages."""
+    """Yield the largest naturally aligned blocks of a part of a PMD range, except those below `MIN_ANON_ORDER`."""
     at, end = (address // geometry.page_size for address in part)
     while at < end:
         order = min(at & -at, 1 << ((end - at).bit_length() - 1)).bit_length() - 1
@@ -206,7 +206,7 @@ def _aligned_blocks(part: Segment, geometry: Geometry) -> Iterator[Segment]:
 
 
 def blocks_of(job: Job, segments: Sequence[Segment], geometry: Geometry) -> Iterator[list[Segment]]:
-    """Group segments of a job, and cut those of whole PMD ranges, so that each group has BLOCK_PMD_RANGES at most."""
+    """Group segments of a job, and cut whole PMD ranges, so that a group has at most `BLOCK_PMD_RANGES` ranges."""
     if not job.small:
         yield from in_blocks(segments, BLOCK_PMD_RANGES * geometry.pmd_size)
         return
@@ -215,7 +215,7 @@ def blocks_of(job: Job, segments: Sequence[Segment], geometry: Geometry) -> Iter
 
 
 def read_parts(space: AddressSpace, job: Job, parts: Sequence[Segment]) -> tuple[PteColumns, Planes]:
-    """Read some parts of PMD ranges: their entries, and planes with a row for each, outside of which nothing is."""
+    """Return the entries of some parts of PMD ranges, and planes with a row for each, empty outside of the part."""
     geometry = space.geometry
     columns = space.read(parts)
     firsts, ends = page_numbers(parts, geometry.page_size).T
@@ -233,10 +233,10 @@ def read_parts(space: AddressSpace, job: Job, parts: Sequence[Segment]) -> tuple
 
 
 def read_planes(space: AddressSpace, job: Job, addresses: NDArray[np.uint64]) -> tuple[PteColumns, Planes]:
-    """Read some PMD ranges of a job: their entries, adjoining ranges of a mapping as one segment, and their planes.
+    """Read some PMD ranges of a job, adjoining ranges of a mapping as one segment; return the entries and planes.
 
     Args:
-        addresses: where each begins: uint64, shape (ranges,), ascending.
+        addresses: uint64, shape (ranges,), ascending, start address of each.
     """
     size = space.geometry.pmd_size
     vma = np.searchsorted(job.starts, addresses, side="right") - 1
@@ -248,5 +248,5 @@ def read_planes(space: AddressSpace, job: Job, addresses: NDArray[np.uint64]) ->
 
 
 def ranges_of(segments: Sequence[Segment], geometry: Geometry) -> NDArray[np.uint64]:
-    """Return where each PMD range of `segments` begins: uint64, shape (ranges,)."""
+    """Return the start address of each PMD range of `segments`: uint64, shape (ranges,)."""
     return np.concatenate([np.arange(start, end, geometry.pmd_size, dtype=np.uint64) for start, end in segments])

@@ -1,4 +1,4 @@
-"""The plan of an address space: which folios a collapse would make, at what price, and what it does not reach."""
+"""The plan of an address space: the folios that a collapse would make, their price, and the memory it leaves alone."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mthp.vma import Vma
 
 @dataclass(frozen=True)
 class Ranges(Table):
-    """The PMD ranges, and parts of them, that were scanned, as columns; rows are by ascending address.
+    """The scanned PMD ranges, and parts of them, as columns, by ascending address.
 
     Attributes:
-        address: uint64, where it begins.
+        address: uint64, start address.
         scan_result: int8, :class:`~mthp.results.ScanResult`.
         resident: int32, pages with contents now.
         copied: int32, pages with contents that would be copied.
@@ -45,12 +45,12 @@ class Ranges(Table):
 
 @dataclass(frozen=True)
 class Folios(Table):
-    """The folios that would be made, as columns; rows are by ascending address.
+    """The folios that would be made, as columns, by ascending address.
 
     Attributes:
-        address: uint64.
+        address: uint64, start address.
         order: int8.
-        filled: int32, PTEs without contents in it.
+        filled: int32, PTEs without contents in the folio.
     """
 
     DTYPES = (np.uint64, np.int8, np.int32)
@@ -60,17 +60,17 @@ class Folios(Table):
     filled: NDArray[np.int32]
 
     def ends(self, geometry: Geometry) -> NDArray[np.uint64]:
-        """Return the address behind each folio: uint64, shape (folios,)."""
+        """Return the end address of each folio: uint64, shape (folios,)."""
         return self.address + (np.uint64(geometry.page_size) << self.order.astype(np.uint64))
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Memory that a plan does not reach, for one reason.
+    """Memory that a plan leaves alone, for one reason.
 
     Attributes:
         reason: why.
-        mappings: how many mappings it is in; 0 where the reason is not one of a mapping.
+        mappings: number of mappings; 0 if the reason is not one of a mapping.
         size: bytes of these mappings, or of the PMD ranges.
         resident: bytes of them that count for the coverage.
     """
@@ -88,23 +88,23 @@ class SpacePlan(Tabular):
     """What a collapse would make of an address space.
 
     Attributes:
-        label: the target's name.
-        geometry: of its machine.
-        policy: the policy's name.
-        orders: the orders that were enabled for any mapping.
-        trigger, tunables: what the plan was made for.
-        ranges: the PMD ranges that hold anything.
-        folios: the folios that would be made.
-        refused: mappings that are left alone, each with the reason; only those in `within` if that was given.
-        planned_bytes: size of the PMD ranges of the mappings that were planned.
-        asked_order: coverage is stated for folios of this order and larger ones: the smallest that was asked for, and
-            the PMD order where no orders were named.
-        scope: what the coverage is of.
-        before, after: the coverage now, and once the plan is carried out.
-        eligible: as `before`, of those mappings alone that may be collapsed.
-        refused_resident: pages that count for the coverage in each of the `refused` mappings.
-        heat: which memory the target uses; None if that is not known.
-        small: whether memory in no whole PMD range of its mapping was planned too.
+            label: name of the target.
+            geometry: geometry of its machine.
+            policy: name of the policy.
+            orders: the orders that were enabled for any mapping.
+            trigger, tunables: the circumstances that the plan assumes.
+            ranges: the PMD ranges that have contents.
+            folios: the folios that would be made.
+            refused: mappings that are left alone, each with the reason; with `within`, only those inside it.
+            planned_bytes: size of the PMD ranges of the mappings that were planned.
+            asked_order: coverage counts folios of this order and larger ones: the smallest requested order, or the PMD
+                order if none was named.
+            scope: the memory that the coverage is of.
+            before, after: the coverage now, and after the plan is carried out.
+            eligible: as `before`, of only those mappings that may be collapsed.
+            refused_resident: pages that count for the coverage in each of the `refused` mappings.
+            heat: which memory the target uses; None if unknown.
+            small: whether memory outside of whole PMD ranges of its mapping was planned too.
     """
 
     ROWS: ClassVar = "folios"
@@ -135,7 +135,7 @@ class SpacePlan(Tabular):
     small: bool = False
 
     def worth(self, folios: Folios) -> NDArray[np.float64]:
-        """Return what each folio of the plan is worth by its heat, all 0 without: float64, shape (folios,)."""
+        """Return the worth of each folio by its heat, 0 without heat: float64, shape (folios,)."""
         if self.heat is None:
             return np.zeros(len(folios))
         pages = np.int64(1) << folios.order.astype(np.int64)
@@ -144,39 +144,39 @@ class SpacePlan(Tabular):
     def ranked(self, folios: Folios) -> Folios:
         """Return folios of the plan in the order in which they are made.
 
-        The largest first, of each order those that are worth most, then the fullest, then by ascending address: so that
-        a budget buys as much as it can.
+        The largest first; of one order those of the greatest worth, then the fullest, then by ascending address, so
+        that a budget buys as much as it can.
         """
         by_rank = (folios.address, folios.filled, -self.worth(folios), -folios.order.astype(np.int16))
         return folios[np.lexsort(by_rank)]
 
     @cached_property
     def heat_share(self) -> float | None:
-        """The share of the accesses seen that the folios would serve; None if none were seen."""
+        """The share of the accesses seen that lie in the folios; None if none were seen."""
         if self.heat is None or not self.heat.spans:
             return None
         return self.heat.share(self.folios.address, self.folios.ends(self.geometry))
 
     def table_columns(self) -> Mapping[str, Any]:
-        """Return the folios that would be made; :attr:`ranges` is a table of its own."""
+        """Return the columns of the folios that would be made; :attr:`ranges` is a table of its own."""
         return self.folios.table_columns()
 
     def _repr_svg_(self) -> str:
-        """Return the plan as a picture, which a notebook shows."""
-        # Imported here: a plan is not drawn elsewhere.
+        """Return the plan as an SVG picture, for a notebook."""
+        # Imported here, because only notebooks draw plans.
         from mthp.engine.picture import picture
 
         return picture(self)
 
     @cached_property
     def folios_by_order(self) -> dict[int, int]:
-        """How many folios of which order would be made, the largest order first."""
+        """Number of folios by order, the largest order first."""
         counts = np.bincount(self.folios.order, minlength=1)
         return {int(order): int(counts[order]) for order in np.flatnonzero(counts)[::-1]}
 
     @cached_property
     def ranges_by_result(self) -> dict[ScanResult, int]:
-        """How many PMD ranges have which outcome, the most frequent first."""
+        """Number of PMD ranges by scan result, the most frequent first."""
         counts = np.bincount(self.ranges.scan_result, minlength=len(ScanResult))
         return {ScanResult(index): int(counts[index]) for index in np.argsort(-counts, kind="stable") if counts[index]}
 
@@ -192,7 +192,7 @@ class SpacePlan(Tabular):
 
     @property
     def filled_bytes(self) -> int:
-        """Bytes that resident memory would grow by: the bloat."""
+        """Bytes by which resident memory would grow: the bloat."""
         return int(self.ranges.filled.sum(dtype=np.int64)) * self.geometry.page_size
 
     @property
@@ -202,22 +202,22 @@ class SpacePlan(Tabular):
 
     @property
     def coverage_after(self) -> float:
-        """The same of `after`."""
+        """The share of `after` in folios of `asked_order` or larger; 0.0 if nothing is resident."""
         return self.after.share(self.asked_order)
 
     @property
     def already_bytes(self) -> int:
-        """Bytes that may be collapsed and lie in folios of the sizes asked for already."""
+        """Bytes that may be collapsed and already lie in folios of the requested sizes."""
         return self.eligible.pages[self.asked_order] * self.geometry.page_size
 
     @property
     def finished(self) -> bool:
-        """Whether all that may be collapsed under these limits is as asked for already, and some memory is."""
+        """Whether all memory that may be collapsed under these limits, and not none, is already as requested."""
         return not len(self.folios) and self.already_bytes > 0
 
     @cached_property
     def left(self) -> tuple[Left, ...]:
-        """What the plan does not reach and why, by resident bytes, the most first."""
+        """The memory that the plan leaves alone, by reason, the most resident bytes first."""
         page, pmd = self.geometry.page_size, self.geometry.label(self.geometry.pmd_order)
         found: dict[str, Left] = {}
         for (vma, reason), resident in zip(self.refused, self.refused_resident, strict=False):
@@ -238,4 +238,4 @@ class SpacePlan(Tabular):
 
 
 _NOT_HINDERED = frozenset({ScanResult.SUCCEED, ScanResult.PMD_MAPPED, ScanResult.NO_PTE_TABLE})
-"""Results of PMD ranges of which something is made, or in which there is nothing to do."""
+"""Results of PMD ranges that yield folios, or in which there is nothing to do."""

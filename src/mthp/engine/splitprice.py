@@ -1,6 +1,6 @@
-"""Reckon what folios cost that are made by a collapse and splits: the whole PMD range is copied for a few blocks.
+"""The price of folios made by a collapse and splits: the whole PMD range is copied for a few blocks.
 
-MADV_COLLAPSE copies all that a PMD range holds into one folio, also the pages of which the plan makes nothing. Then the
+MADV_COLLAPSE copies the contents of a PMD range into one folio, also the pages that are in no planned folio. Then the
 folio is split, one write for each part that is not yet as planned (:mod:`mthp.linux.split.divide`).
 """
 
@@ -18,18 +18,18 @@ from mthp.geometry import Geometry
 from mthp.units import format_size
 
 RANGES_AT_ONCE = 4096
-"""PMD ranges whose writes are counted at a time: 2 MiB of orders on x86-64."""
+"""PMD ranges per count of writes: 2 MiB of orders on x86-64."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPrice:
-    """What the mechanism ``split`` costs.
+    """The cost of the mechanism ``split``.
 
     Attributes:
         ranges: PMD ranges that are collapsed as a whole.
         copied: pages with contents that this copies.
-        wanted: those of `copied` that come to lie in planned folios.
-        writes: splits, each into equal parts; a kernel that splits around one page takes fewer.
+            wanted: those of `copied` that end up in planned folios.
+            writes: splits, each into equal parts; a kernel that splits around one page needs fewer.
     """
 
     JSON: ClassVar = (
@@ -50,7 +50,7 @@ class SplitPrice:
         return self.wanted * geometry.page_size
 
     def remark(self, geometry: Geometry) -> str:
-        """Return the price as a sentence; ``""`` where nothing is made by splits."""
+        """Return the price as a sentence; ``""`` if no folios are made by splits."""
         if not self.ranges:
             return ""
         return (
@@ -65,12 +65,12 @@ class SplitRanges:
     """The PMD ranges of a plan in which folios are made by splits.
 
     Args:
-        plan: what is to be made.
+        plan: the plan.
         orders: the orders that are made by splits.
 
     Attributes:
-        share: float64, shape (folios,): of each folio of the plan, the part of the contents of its PMD range that all
-            planned folios in it have together; 1.0 for folios that are made otherwise.
+        share: float64, shape (folios,): for each folio of the plan, the part of the contents of its PMD range that lies
+            in planned folios; 1.0 for folios that are made otherwise.
         copied: int64, shape (folios,): pages with contents that are copied to make each: its own, and for those made
             by splits their part of the others in the PMD range.
     """
@@ -90,7 +90,7 @@ class SplitRanges:
         self.copied[by_split] = contents * self._resident[self._at] // np.maximum(self._wanted, 1)[self._at]
 
     def price(self, least_share: float) -> SplitPrice:
-        """Return what those of the ranges cost of which `least_share` or more of the contents are planned."""
+        """Return the price of the ranges of which at least `least_share` of the contents are planned."""
         chosen = self._wanted >= least_share * self._resident
         writes = 0
         rows = np.flatnonzero(chosen)
@@ -99,7 +99,7 @@ class SplitRanges:
         return SplitPrice(len(rows), int(self._resident[chosen].sum()), int(self._wanted[chosen].sum()), writes)
 
     def _layouts(self, rows: NDArray[np.intp]) -> NDArray[np.int8]:
-        """Return the orders that the pages of some ranges, which ascend, are to have: int8, shape (rows, pages)."""
+        """Return the planned orders of the pages of some ranges, which ascend: int8, shape (rows, pages)."""
         orders = np.zeros((len(rows), self._geometry.ptes_per_pmd), np.int8)
         chosen = np.isin(self._at, rows)
         row = np.searchsorted(rows, self._at[chosen])
@@ -113,7 +113,7 @@ class SplitRanges:
 
 
 def _resident(plan: SpacePlan, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the pages with contents of the PMD ranges at `addresses`, 0 where the plan does not know them."""
+    """Return the pages with contents of the PMD ranges at `addresses`; 0 for ranges that are not in the plan."""
     at = np.minimum(np.searchsorted(plan.ranges.address, addresses), max(0, len(plan.ranges) - 1))
     resident = np.zeros(len(addresses), np.int64)
     if len(plan.ranges):
@@ -123,7 +123,7 @@ def _resident(plan: SpacePlan, addresses: NDArray[np.uint64]) -> NDArray[np.int6
 
 
 def _writes(orders: NDArray[np.int8], pmd_order: int) -> int:
-    """Count the writes that split PMD folios into `orders`: int8, shape (ranges, pages)."""
+    """Return the number of writes that split PMD folios into `orders`: int8, shape (ranges, pages)."""
     parts = {order: np.zeros((len(orders), orders.shape[1] >> order), np.bool_) for order in range(pmd_order + 1)}
     parts[pmd_order][:] = True
     writes = 0

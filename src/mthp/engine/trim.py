@@ -1,9 +1,8 @@
-"""Give memory back: pages of large folios that hold nothing but zeroes.
+"""Give memory back: pages of large folios that contain only zeroes.
 
-Contents are read in two steps, because most folios have none: a sample of the pages of each folio first, and all pages
-of those folios in which the sample has a page of zeroes. What the plan says of contents is a hint. The kernel looks at
-the bytes itself when it splits a folio, so a page that is written to meanwhile stays as it is
-(:class:`~mthp.trimming.Trimming`).
+Contents are read in two steps, because most folios have no such pages: a sample of the pages of each folio first, then
+all pages of the folios whose sample has a page of zeroes. The plan is a hint. The kernel reads the bytes again when it
+splits a folio, so a page that is written to in the meantime stays (:class:`~mthp.trimming.Trimming`).
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ from mthp.trimming import TrimBy, Trimming, TrimOutcome, given_back
 from mthp.vma import VmaKind
 
 MISSED = 0.01
-"""How likely the sample may miss a folio whose share of zeroes is just the wanted one, if they lie anywhere in it."""
+"""Probability that the sample misses a folio with just the wanted share of zeroes, if they lie at random."""
 
 BATCH_BYTES = 32 << 20
-"""Bytes of folios that are trimmed between two questions whether to stop."""
+"""Bytes of folios to trim between two calls of `stop`."""
 
 PACE = 0.1
-"""Seconds to rest at most at a time."""
+"""The longest rest, in seconds, between two calls of `stop`."""
 
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TrimOptions:
-    """What is to be given back.
+    """What to give back.
 
     Attributes:
-        zero: the share of a folio's pages that must hold nothing but zeroes, above 0, up to 1.
+        zero: the share of a folio's pages that must contain only zeroes, above 0, up to 1.
         within: trim this range of addresses only.
-        by: how; None for the better way that works here.
-        rate: bytes of folios that are split per second; None for as fast as it goes.
+        by: the way to trim; None for the best one that works here.
+        rate: bytes of folios that are split per second; None without a limit.
 
     Raises:
         UsageError: a number out of range.
@@ -75,13 +74,13 @@ class TrimPlan:
     """The folios to be trimmed, those with the most pages of zeroes first.
 
     Attributes:
-        label, geometry: of the target.
-        by: how they would be trimmed; None if they cannot be here.
-        folios: the address and the order of each.
-        zero: which pages of each hold nothing but zeroes: bool, shape (2**order,).
-        gains: how many of these pages would be given back.
-        looked_at: large folios that there are.
-        interrupted: it was told to stop before all of them were looked at.
+            label, geometry: name of the target, and geometry of its machine.
+            by: the way to trim; None if none works here.
+            folios: address and order of each.
+            zero: for each the pages that contain only zeroes: bool, shape (2**order,).
+            gains: for each the number of these pages that would be given back.
+            looked_at: number of large folios scanned.
+            interrupted: the caller stopped it before all folios were scanned.
     """
 
     JSON: ClassVar = "target=label by folios_by_order looked_at zero_bytes"
@@ -102,7 +101,7 @@ class TrimPlan:
 
     @property
     def folios_by_order(self) -> dict[int, int]:
-        """How many folios of which order are to be trimmed, the largest first."""
+        """Number of folios to trim by order, the largest order first."""
         return dict(sorted(Counter(order for _, order in self.folios).items(), reverse=True))
 
 
@@ -111,20 +110,20 @@ class TrimReport(Tabular):
     """What a trim gave back.
 
     Attributes:
-        plan: what was to be done.
-        dry_run: nothing was done.
-        trimmed: folios that were split.
-        failed: the others that were tried, by scan result and reason.
-        not_tried: folios left when it ended early.
-        given_back_bytes: pages that are not resident any more, by the page tables.
-        left_by_order: the folios of which order the memory of trimmed ones lies in, base pages as order 0.
-        rss_before_bytes, rss_after_bytes: what is resident of the whole target.
-        calls: how long the trim of a folio took.
-        elapsed: seconds, rests included.
-        interrupted: it was told to stop.
-        vanished: the target exited meanwhile.
-        remade: what khugepaged will make huge again of what was trimmed.
-        error: what else ended it early; ``""`` if nothing did.
+            plan: the plan that was carried out.
+            dry_run: nothing was done.
+            trimmed: number of folios that were split.
+            failed: number of the others that were tried, by scan result and reason.
+            not_tried: number of folios left when the trim ended early.
+            given_back_bytes: bytes that are no longer resident according to the page tables.
+            left_by_order: number of folios by order that the memory of trimmed ones lies in, base pages as order 0.
+            rss_before_bytes, rss_after_bytes: resident bytes of the whole target.
+            calls: durations of the trims of single folios.
+            elapsed: seconds, rests included.
+            interrupted: the caller stopped it.
+            vanished: the target exited in the meantime.
+            remade: trimmed memory that khugepaged will make huge again.
+            error: another error that ended it early; ``""`` if none did.
     """
 
     ROWS: ClassVar = "rows"
@@ -151,13 +150,13 @@ class TrimReport(Tabular):
 
     @property
     def rows(self) -> list[dict[str, str | int]]:
-        """One row for each outcome of folios that were tried: ``result``, ``reason``, and ``folios``, how many."""
+        """One row for each outcome of the tried folios: ``result``, ``reason``, and their number ``folios``."""
         outcomes = {(ScanResult.SUCCEED, ""): self.trimmed} | self.failed
         return [{"result": result.name, "reason": reason, "folios": n} for (result, reason), n in outcomes.items() if n]
 
     @property
     def failed_by_result(self) -> dict[str, int]:
-        """How many folios were not trimmed, by the name of the scan result."""
+        """Number of folios that were not trimmed, by the name of the scan result."""
         counts: Counter[str] = Counter()
         for (result, _), count in self.failed.items():
             counts[result.name] += count
@@ -165,7 +164,7 @@ class TrimReport(Tabular):
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many folios were not trimmed, by the reason."""
+        """Number of folios that were not trimmed, by the reason."""
         return {reason: count for (_, reason), count in self.failed.most_common()}
 
     @property
@@ -175,7 +174,7 @@ class TrimReport(Tabular):
         return not undone
 
     def add(self, outcome: TrimOutcome) -> None:
-        """Count what came of a folio."""
+        """Count the outcome of one folio."""
         self.not_tried -= 1
         self.given_back_bytes += outcome.given_back * self.plan.geometry.page_size
         if outcome.result is not ScanResult.SUCCEED:
@@ -198,11 +197,11 @@ def plan_trim(
         stop: called before every block; once it returns True nothing more is read.
 
     Raises:
-        UnsupportedError: the contents or the frames of `space` cannot be seen.
-        NotPermittedError: these rights do not suffice.
+            UnsupportedError: the contents or the frames of `space` cannot be read.
+            NotPermittedError: the rights do not suffice.
     """
     geometry, size = space.geometry, space.geometry.page_size
-    abilities.zero_filled(space, space.read([]))  # Fails at once where there are no contents.
+    abilities.zero_filled(space, space.read([]))  # Fails at once for a target without contents.
     segments = space.populated(list(_anonymous(space, options.within)), size)
     total, done, looked_at = sum(end - start for start, end in segments), 0, 0
     ways = space.trims_by if isinstance(space, Trimming) else ()
@@ -216,7 +215,7 @@ def plan_trim(
         folios = _whole_folios(columns, geometry)
         looked_at += len(folios)
         for folio, zero in _with_zeroes(space, columns, folios, options.zero):
-            # Where nothing can be trimmed, what MADV_COLD would give back is what there is to be had.
+            # Where nothing can be trimmed, report what MADV_COLD would give back.
             if gain := int(given_back(zero, by or "cold", size).sum()):
                 found.append((gain, folio, zero))
         done += sum(end - start for start, end in block)
@@ -244,7 +243,7 @@ def trim_space(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrimReport:
-    """Give back the pages of zeroes of `space`.
+    """Give back the pages of zeroes of `space`, and return the report.
 
     Args:
         stop: called before every batch; once it returns True nothing more is begun.
@@ -315,7 +314,7 @@ def _carry_out(
 
 
 def _remade(space: AddressSpace, plan: TrimPlan) -> Remade:
-    """Predict what khugepaged makes huge again of PMD folios that are trimmed."""
+    """Predict which of the trimmed PMD folios khugepaged will make huge again."""
     pmd_order = plan.geometry.pmd_order
     huge = [at for at, (_, order) in enumerate(plan.folios) if order == pmd_order]
     addresses = np.array([plan.folios[at][0] for at in huge], np.uint64)
@@ -334,7 +333,7 @@ def _whole_folios(columns: PteColumns, geometry: Geometry) -> list[Block]:
     """Return the large anonymous folios that are mapped in order, from their first page to their last.
 
     Raises:
-        UnsupportedError: frames cannot be seen.
+            UnsupportedError: frames cannot be read.
     """
     if columns.pfn is None:
         raise UnsupportedError(
@@ -346,7 +345,7 @@ def _whole_folios(columns: PteColumns, geometry: Geometry) -> list[Block]:
     heads = large[frame[large] & ((np.int64(1) << order[large]) - 1) == 0]
     last = heads + (np.int64(1) << order[heads]) - 1
     heads, last = heads[last < len(order)], last[last < len(order)]
-    # A run of pages and of frames of one length is mapped in order.
+    # Pages and frames that advance by the same length are mapped in order.
     whole = (page[last] - page[heads] == last - heads) & (frame[last] - frame[heads] == last - heads)
     whole &= order[last] == order[heads]
     runs = np.cumsum(np.diff(frame - page, prepend=0) != 0)
@@ -358,10 +357,10 @@ def _whole_folios(columns: PteColumns, geometry: Geometry) -> list[Block]:
 def _with_zeroes(
     space: AddressSpace, columns: PteColumns, folios: list[Block], share: float
 ) -> Iterator[tuple[Block, NDArray[np.bool_]]]:
-    """Yield the folios of which `share` of the pages hold nothing but zeroes, with these pages.
+    """Yield the folios of whose pages at least `share` contain only zeroes, with these pages.
 
     Raises:
-        As :func:`mthp.abilities.zero_filled`.
+        MthpError: as :func:`mthp.abilities.zero_filled`.
     """
     size = space.geometry.page_size
     sampled = []

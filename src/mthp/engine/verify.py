@@ -1,14 +1,14 @@
-"""Whether memory lies in folios as it is expected to: ``2M>=95%``, ``heap:64K>=90%``, ``guest-ram:2M>=99%``.
+"""Check that memory lies in folios as expected: ``2M>=95%``, ``heap:64K>=90%``, ``guest-ram:2M>=99%``.
 
-What counts is what the hardware can use (:class:`~mthp.metrics.Coverage`): the PMD size by a PMD entry, smaller sizes
-as whole blocks that are aligned in memory and in the address space, which is also what arm64 can fold (contpte).
+Only memory that the hardware can use counts (:class:`~mthp.metrics.Coverage`): the PMD size if a PMD entry maps it,
+smaller sizes as whole blocks, aligned in memory and in the address space, as arm64 can fold them (contpte).
 
 Without a mapping, an expectation is about the anonymous memory of the whole process; with one, about all resident
 memory of the mappings of that name: ``heap`` and ``stack``, ``guest-ram``, an address in the mapping, or a shell
 pattern of its name.
 
-Guest RAM is what a virtual machine monitor keeps from its children (MADV_DONTFORK, as QEMU does), and else its largest
-writable mapping.
+Guest RAM is the writable memory that a virtual machine monitor keeps from its children (MADV_DONTFORK, as QEMU does),
+else its largest writable mapping.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _NOT_COPIED = "dc"
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What is expected of some memory.
+    """An expectation of some memory.
 
     Attributes:
-        text: as it was written.
-        mapping: of which mappings; ``""`` for the anonymous memory of all.
-        size: of the folios, as written.
-        least: the share of the resident memory that lies in folios of that size or larger ones.
+        text: as the user wrote it.
+        mapping: name of the mappings; ``""`` for the anonymous memory of all.
+        size: folio size, as written.
+        least: the least share of the resident memory in folios of that size or larger.
     """
 
     text: str
@@ -54,10 +54,10 @@ class Expectation:
 
     @classmethod
     def parse(cls, text: str) -> Expectation:
-        """Read an expectation.
+        """Return the expectation that `text` states.
 
         Raises:
-            UsageError: it is not one.
+            UsageError: `text` is not an expectation.
         """
         found = _EXPECTATION.fullmatch(text)
         if found is None:
@@ -73,15 +73,15 @@ class Expectation:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One expectation, and what is the case.
+    """One expectation, and the result of checking it.
 
     Attributes:
-        expectation: as it was written.
+        expectation: as the user wrote it.
         mapping, size, least: its parts.
-        mappings: how many mappings it is about.
-        resident_bytes: what is resident of them.
-        share: the part of it in folios of that size or larger ones; None if nothing is resident.
-        verdict: ``unknown`` where folios cannot be seen, and what can be seen does not suffice.
+        mappings: number of mappings that it is about.
+        resident_bytes: resident bytes of these.
+        share: the part of these bytes in folios of that size or larger; None if nothing is resident.
+        verdict: ``unknown`` if folio sizes are not visible, and what is visible does not suffice.
         reason: why it did not pass; ``""`` if it did.
     """
 
@@ -98,13 +98,13 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Verification(Tabular):
-    """What came of the expectations of one target.
+    """The checked expectations of one target.
 
     Attributes:
-        label: the target's name.
-        geometry: of its machine.
-        checks: each expectation.
-        missing: what could not be seen, and what would make it visible.
+        label: name of the target.
+        geometry: geometry of its machine.
+        checks: the result of each expectation.
+        missing: what could not be read, and what would make it readable.
     """
 
     ROWS: ClassVar = "checks"
@@ -122,7 +122,7 @@ class Verification(Tabular):
 
     @property
     def exit_code(self) -> int:
-        """1 if one is not met, 3 if one cannot be seen to be met, else 0."""
+        """1 if an expectation failed, 3 if one is unknown, else 0."""
         verdicts = {check.verdict for check in self.checks}
         return 1 if "failed" in verdicts else 3 if "unknown" in verdicts else 0
 
@@ -130,7 +130,7 @@ class Verification(Tabular):
 def verify_space(
     space: AddressSpace, expectations: Sequence[Expectation], progress: Progress | None = None
 ) -> Verification:
-    """Check what is expected of the memory of `space`.
+    """Check expectations of the memory of `space`.
 
     Raises:
         UsageError: a size that no folio has here.
@@ -172,14 +172,14 @@ def _checked(census: Census, expectation: Expectation, order: int) -> Checked:
 
 
 def _mappings(census: Census, name: str) -> list[VmaCensus]:
-    """Return the mappings that `name` means; none if there is none."""
+    """Return the mappings that `name` means."""
     if name == "guest-ram":
         return _guest_ram(census)
     if re.fullmatch("0x[0-9a-fA-F]+", name):
         address = int(name[:18], 16)
         return [each for each in census.vmas if each.vma.start <= address < each.vma.end]
     wanted = f"[{name}]" if name in ("heap", "stack") else name
-    # A name in brackets is the kernel's own, and not a set of characters.
+    # A name in brackets is the kernel's own, not a set of characters, so it is also compared literally.
     return [each for each in census.vmas if each.vma.name == wanted or fnmatchcase(each.vma.name, wanted)]
 
 

@@ -1,14 +1,14 @@
 """Visit an address space of any kind: read PMD ranges, walk over them, admit, collapse, report.
 
-khugepaged scans a range, releases its locks and tries to collapse; then it scans the next. Behind the seam, scanning is
-cheap by the block and dear by the call, and so is collapsing: the mover stops a target for each batch. So a visit reads
-the PMD ranges of a block at once and walks over all of them (:class:`~mthp.engine.walk.Walk`), as a plan does. The runs
-that the walk would collapse are tried as one batch. That is sound because the runs are disjoint, and none depends on
-the success of another.
+khugepaged scans a range, releases its locks and tries to collapse; then it scans the next. Behind the seam both cost
+little per range and much per call: the mover stops a target for each batch. So a visit reads the PMD ranges of a block
+at once and walks over all of them (:class:`~mthp.engine.walk.Walk`), as a plan does. The runs that the walk would
+collapse are tried as one batch. That is sound because the runs are disjoint, and none depends on the success of
+another.
 
-A run that is not admitted is barred, and the walk made again, so that smaller orders are tried in its place. What page
-tables do not show (a page that is locked, or waits for its LRU list) shows as an outcome: the smaller orders that the
-kernel would try in its place are tried in the next pass, if the range still looks the same.
+A run that is not admitted is barred, and the walk repeated, so that smaller orders are tried in its place. Obstacles
+that page tables do not show (a page that is locked, or waits for its LRU list) show as an outcome: the smaller orders
+that the kernel would try in its place are tried in the next pass, if the range still looks the same.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from mthp.results import DONE_THERE, LOWER_ORDERS_MAY_SUCCEED, BlockOutcome, Sca
 from mthp.vma import VmaKind
 
 FRESH = 1.0
-"""Seconds for which a listing of the mappings is taken to hold; a failure that says otherwise ends that at once."""
+"""Seconds for which a listing of the mappings is used; a failure that contradicts it ends that at once."""
 
 FILLING = Means(fill=True)
-"""The means of a visit by default: what may be filled is decided by the policy."""
+"""The default means of a visit: the policy decides what is filled."""
 
 _LISTING_IS_STALE = frozenset({ScanResult.VMA_NULL, ScanResult.VMA_CHECK, ScanResult.ADDRESS_RANGE})
 
 Choose = Callable[[AddressSpace, NDArray[np.uint64]], Bits]
-"""Given the addresses of some PMD ranges (uint64, shape (ranges,)), returns which of them are to be read: bool, same
-shape. The others are passed over, as one entry each."""
+"""Takes the addresses of some PMD ranges (uint64, shape (ranges,)), and returns which of them to read: bool, same
+shape. The others are skipped, and count as one entry each."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Area:
-    """Whole PMD ranges of one mapping that may be collapsed, and that may hold something."""
+    """Whole PMD ranges of one mapping that may be collapsed, and may have contents."""
 
     start: int
     end: int
     job: Job
     passed: int
-    """Mappings, and stretches without anything, between the area before and this one."""
+    """Mappings and empty stretches between the previous area and this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +78,22 @@ class Visit:
     """One address space, as :class:`~mthp.engine.scanner.Scanner` goes over it.
 
     Args:
-        space: not closed with this.
-        choice: which folios are made of which memory.
-        means: by what means, and what that may cost the target.
+        space: the address space, which :meth:`close` does not close.
+        choice: which folios to make of which memory.
+        means: the mechanism, and what it may cost the target.
         admit: called before each attempt; None to admit all.
         choose: called before ranges are read; None to read all.
-        clock: the time by which a listing of the mappings grows old.
+        clock: the time that ages a listing of the mappings.
 
     Raises:
         UsageError: an unknown policy, or an order or a limit that does not exist on this geometry; `small`.
 
     Attributes:
-        space, means, admit, choose: as given.
-        choice: may be replaced between passes, but for the policy; :meth:`forget` then.
-        policy: that of `choice`.
-        filled: pages that collapses filled, for policies that remember them.
-        touching: whether the memory of the space is being worked on at this moment.
+            space, means, admit, choose: the arguments.
+            choice: may be replaced between passes, except for the policy; call :meth:`forget` then.
+            policy: the policy of `choice`.
+            filled: pages that collapses filled, for policies that remember them.
+            touching: whether a collapse works on the memory of the space at this moment.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class Visit:
 
     @property
     def geometry(self) -> Geometry:
-        """Of the machine."""
+        """Geometry of the machine."""
         return self.space.geometry
 
     @property
     def exiting(self) -> bool:
-        """Never known beforehand: a space whose process is gone raises TargetVanishedError when it is next used."""
+        """Always False: a space whose process is gone raises TargetVanishedError at its next use instead."""
         return False
 
     @property
@@ -138,26 +138,26 @@ class Visit:
 
     @property
     def refused(self) -> dict[tuple[VmaKind, str], tuple[int, int]]:
-        """How many mappings, and bytes, may not be collapsed, by what they are made of and the reason."""
+        """Mappings, and their bytes, that may not be collapsed, by kind and reason."""
         return self._listing().refused
 
     @property
     def has_room(self) -> bool:
-        """Whether an anonymous mapping is as large as a PMD range."""
+        """Whether an anonymous mapping is at least as large as a PMD range."""
         return self._listing().has_room
 
     @property
     def wanted(self) -> bool:
-        """Whether anything in it may be collapsed, so that a visit is worth it (khugepaged_enter_vma)."""
+        """Whether anything in the space may be collapsed (khugepaged_enter_vma(), mm/khugepaged.c)."""
         listing = self._listing()
         return bool(listing.areas) and not listing.thp_disabled
 
     def forget(self) -> None:
-        """List the mappings again when they are next needed."""
+        """Discard the listing of the mappings, so that the next use lists them again."""
         self._listed = None
 
     def close(self) -> None:
-        """Do nothing: the address space stays open until its owner closes it."""
+        """Do nothing, because the owner of the address space closes it."""
 
     # The mappings.
 
@@ -183,7 +183,7 @@ class Visit:
             for listed, segment in zip(job.listed, job.segments, strict=True)
         ]
         areas: list[_Area] = []
-        # How many mappings were listed, and stretches passed over, up to the last area.
+        # Mappings listed, and stretches skipped, up to the last area.
         passed = behind = 0
         for listed, (first, last), job in sorted(members, key=lambda member: member[0]):
             passed += listed - behind
@@ -198,7 +198,7 @@ class Visit:
 
     def find(self, address: int) -> Found:
         if address == 0 and self._served:
-            # A new round: what was mapped since the last one is to be seen.
+            # A new round must see what was mapped since the last one.
             self.forget()
         listing, self._served = self._listing(), address > 0
         at = bisect_right(listing.areas, address, key=lambda area: area.end)
@@ -218,7 +218,7 @@ class Visit:
         size, n = self.geometry.pmd_size, self.geometry.ptes_per_pmd
         area = self._area(stretch[0])
         if area is None:
-            # Unmapped since it was found, as a new listing says.
+            # Unmapped since it was found: a new listing does not have it.
             empty = np.zeros(0, np.int8)
             return Passage(stretch[0] + size, 1, empty.astype(np.uint64), empty, ScanResult.VMA_NULL)
         needed = -(-budget // n)
@@ -231,7 +231,7 @@ class Visit:
             progress[np.searchsorted(addresses, chosen)] = block.progress
         through = int(np.searchsorted(np.cumsum(progress), budget)) + 1
         end = int(addresses[min(through, len(addresses)) - 1]) + size
-        # Ranges that cost next to nothing are read in larger and larger blocks, as long as the budget is far away.
+        # Ranges that cost next to nothing are read in larger and larger blocks until the budget is near.
         self._ahead = min(BLOCK_PMD_RANGES, 2 * len(addresses)) if progress.sum() < budget else 0
         looked_at, count = int(progress[:through].sum()), int(np.searchsorted(chosen, end))
         if block is None or not count:
@@ -243,13 +243,13 @@ class Visit:
 
 
 class _Block:
-    """Some PMD ranges under one set of rules, read at one moment: what is to be done in each, and what came of it.
+    """Some PMD ranges under one set of rules, read at one moment, with the runs to try in each and their results.
 
     Args:
         addresses: uint64, shape (ranges,), ascending; at least one.
 
     Attributes:
-        progress: int64, shape (ranges,): the entries that each counts for.
+        progress: int64, shape (ranges,): the entries that each range counts for.
     """
 
     def __init__(self, visit: Visit, job: Job, addresses: NDArray[np.uint64]) -> None:
@@ -258,7 +258,7 @@ class _Block:
         self._checks = PolicyChecks(visit.policy, job.rules)
         self._columns, planes = read_planes(visit.space, job, addresses)
         if visit.policy.remembers_filled and (filled := visit.filled.of(addresses)) is not None:
-            # What was unmapped since is not a page any more.
+            # A page that was unmapped since is not filled any more.
             planes = dataclasses.replace(planes, filled=filled & planes.present)
         self._planes = planes
         self._bars: dict[int, NDArray[np.int8]] = {}
@@ -268,11 +268,11 @@ class _Block:
         self.progress: NDArray[np.int64] = np.where(without_table, 1, visit.geometry.ptes_per_pmd)
 
     def carry_out(self, count: int) -> tuple[NDArray[np.int8], list[BlockOutcome], bool]:
-        """Try what is to be tried in the first `count` ranges.
+        """Try the admitted runs of the first `count` ranges.
 
         Returns:
             The scan result of each range (int8, shape (count,)), the attempts in the kernel's order, and whether any
-            was made.
+            run was tried.
         """
         results = self._results[:count].copy()
         rows: list[int] = []
@@ -287,7 +287,7 @@ class _Block:
         return results, attempts, bool(candidates)
 
     def _admitted(self, count: int, results: NDArray[np.int8]) -> list[tuple[int, Candidate]]:
-        """Return the runs to be tried, each with its row; note in `results` why ranges are left without one."""
+        """Return the runs to try, each with its row; set `results` of ranges that are left without one."""
         admit, policy = self._visit.admit, self._visit.policy
         admitted: list[tuple[int, Candidate]] = []
         decided: set[tuple[int, int, int]] = set()
@@ -307,14 +307,14 @@ class _Block:
                     continue
                 if result in DONE_THERE:
                     continue
-                # As in the kernel, a range without a collapse reports a failed allocation above all.
+                # As in the kernel, a range without a collapse reports a failed allocation before other results.
                 if left.get(row) is not ScanResult.ALLOC_HUGE_PAGE_FAIL:
                     left[row] = result
                 if result in LOWER_ORDERS_MAY_SUCCEED:
                     self._bar(row, candidate, result)
                     barred = True
                     if policy.scans_each_run:
-                        # An order that failed is not tried again in the range, so what follows changes.
+                        # An order that failed is not tried again in the range, so the next runs of the walk change.
                         waiting.add(row)
                 else:
                     ended.add(row)
@@ -348,7 +348,7 @@ class _Block:
         bars[order][row, (candidate.address - int(self._addresses[row])) // geometry.size_of(order)] = result
 
     def _foreseen(self, count: int) -> list[BlockOutcome]:
-        """Return the attempts that the columns show to be in vain, in ranges in which others are made."""
+        """Return the attempts that must fail by the columns, in ranges in which others succeed."""
         tried, page_size = self._walk.attempts, self._visit.geometry.page_size
         made = self._results[tried.range] == ScanResult.SUCCEED
         failing = tried[made & (tried.range < count) & (tried.result != ScanResult.SUCCEED)]
@@ -362,7 +362,7 @@ class _Block:
     def _collapse(
         self, rows: Sequence[int], candidates: Sequence[Candidate], results: NDArray[np.int8]
     ) -> list[BlockOutcome]:
-        """Collapse the admitted runs as one batch, and put what came of them into `results`."""
+        """Collapse the admitted runs as one batch, and set `results` from the outcomes."""
         visit = self._visit
         visit.touching = True
         try:
@@ -382,7 +382,7 @@ class _Block:
         return outcomes
 
     def _remember(self, rows: Sequence[int], outcomes: Sequence[BlockOutcome]) -> None:
-        """Note which pages the collapses filled."""
+        """Remember which pages the collapses filled."""
         planes, page_size = self._planes, self._visit.geometry.page_size
         before = planes.occupied if planes.swap is None else planes.occupied | planes.swap
         made: Bits = np.zeros_like(before)

@@ -1,4 +1,4 @@
-"""What khugepaged needs of an address space that it visits, and of the time.
+"""The interface that khugepaged needs of an address space that it visits, and of the time.
 
 The simulated machine's address spaces are :class:`VisitedSpace`, and so is a :class:`~mthp.engine.visit.Visit` of any
 :class:`~mthp.addrspace.AddressSpace`.
@@ -23,8 +23,8 @@ class Found:
     """The next PMD ranges of an address space that may be collapsed.
 
     Attributes:
-        passed: mappings, and stretches without anything in them, that were passed over on the way.
-        stretch: adjoining PMD ranges of one mapping; None if nothing is left behind the cursor.
+            passed: mappings and empty stretches that were skipped on the way.
+            stretch: adjoining PMD ranges of one mapping; None if nothing is left behind the cursor.
     """
 
     passed: int
@@ -33,17 +33,17 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What came of some PMD ranges that were looked at, one after another.
+    """The results of some PMD ranges that were scanned, one after another.
 
     Attributes:
         end: the address behind the last of them.
-        progress: entries looked at; a range without a page table, or mapped by one PMD entry, counts as one.
-        addresses: uint64, shape (ranges,): where they begin.
+        progress: entries scanned; a range without a page table, or mapped by one PMD entry, counts as one.
+        addresses: uint64, shape (ranges,): start address of each.
         results: int8, shape (ranges,): :class:`~mthp.results.ScanResult` of each.
-        result: the one that decides how the pass goes on: that of the last range, or ALLOC_HUGE_PAGE_FAIL if memory
-            could not be allocated.
+        result: the result that decides how the pass goes on: ALLOC_HUGE_PAGE_FAIL if memory could not be allocated,
+            else that of the last range.
         released: collapses were tried, so the address space may have changed behind the cursor.
-        attempts: in order.
+        attempts: the attempts, in order.
     """
 
     end: int
@@ -63,19 +63,19 @@ class VisitedSpace(Protocol):
 
     @property
     def exiting(self) -> bool:
-        """Whether its last user is gone (hpage_collapse_test_exit)."""
+        """Whether its last user is gone (hpage_collapse_test_exit(), mm/khugepaged.c)."""
 
     @property
     def thp_disabled(self) -> bool:
         """Whether the process switched THP off for itself."""
 
     def find(self, address: int) -> Found:
-        """The next PMD ranges at or behind `address` that may be collapsed."""
+        """Return the next PMD ranges at or behind `address` that may be collapsed."""
 
     def scan(self, stretch: Segment, budget: int) -> Passage:
-        """Look at ranges of `stretch` from its start on, and collapse what is to be collapsed in them.
+        """Scan ranges of `stretch` from its start on, and collapse runs in them.
 
-        At least one range, and no further one once `budget` entries were looked at.
+        At least one range, and no further one once `budget` entries were scanned.
         """
 
     def close(self) -> None:
@@ -86,14 +86,14 @@ class Clock(Protocol):
     """The time of a machine."""
 
     def now(self) -> float:
-        """Seconds since some moment; never goes back."""
+        """Return the seconds since a fixed moment, which never decrease."""
 
     def sleep(self, seconds: float, wake: threading.Event) -> None:
-        """Let `seconds` pass, or less: until `wake` is set."""
+        """Let `seconds` pass, or less if `wake` is set."""
 
 
 class WallClock:
-    """The time of this machine; it does not jump when the calendar is set."""
+    """The time of this machine, which does not jump when the calendar is set."""
 
     def now(self) -> float:
         return time.monotonic()

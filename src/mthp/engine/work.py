@@ -1,4 +1,4 @@
-"""What the parts of a collapse share: the target, the report, the pace, and the wish to stop."""
+"""The state that the parts of a collapse share: the target, the report, the pace, and the caller's wish to stop."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from mthp.pacing import ByteBudget
 from mthp.results import ScanResult
 
 PACE = 0.1
-"""Seconds: with a rate, no more is collapsed between two rests than the rate allows in this time."""
+"""Seconds: between two rests, at most the bytes that the rate allows in this time are collapsed."""
 
 Progress = Callable[[int, int, str], None]
-"""Told (bytes done, bytes in all, what is being made) after every step."""
+"""Called with (bytes done, bytes in all, what is being made) after every step."""
 
 
 class Work:
-    """One carrying-out of a plan.
+    """One run of a plan.
 
     Args:
         total: bytes that are planned.
 
     Attributes:
-        space, means, report: of the collapse.
-        room: what fits below the target's memory limits; renewed before every batch.
-        has_begun: whether anything was carried out that would be lost with an error.
+        space, means, report: those of the collapse.
+        room: the room below the target's memory limits; renewed before every batch.
+        has_begun: whether anything was carried out that an error would lose.
     """
 
     def __init__(
@@ -59,40 +59,40 @@ class Work:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the run began."""
         return time.monotonic() - self._started
 
     def told_to_stop(self) -> bool:
-        """Whether nothing more is to be begun; noted in the report."""
+        """Return whether nothing more is to be begun, and note a stop in the report."""
         if self._stop():
             self.report.interrupted = True
         return self.report.interrupted or bool(self.report.out_of_memory)
 
     def step(self, size: int, what: str) -> None:
-        """`size` bytes more are done with, be it well or not."""
+        """Count `size` bytes as finished, successfully or not."""
         self._done += size
         if self._progress is not None:
             self._progress(self._done, self._total, what)
 
     def began(self) -> None:
-        """Something was carried out."""
+        """Note that something was carried out."""
         self.has_begun = True
 
     def tried(self, size: int) -> None:
-        """`size` bytes were collapsed, or tried to be."""
+        """Count `size` bytes that were collapsed or tried against the rate."""
         self._budget.spend(size)
 
     def keep_pace(self) -> None:
-        """Rest until no more bytes a second were tried than the rate allows."""
+        """Rest until the bytes tried per second are within the rate."""
         while (rest := self._budget.wait()) > 0 and not self._stop():
             time.sleep(min(rest, PACE))
 
     @contextlib.contextmanager
     def reported(self) -> Iterator[None]:
-        """Carry something out: whatever ends it, the report says how far it came, and what is huge then.
+        """Run the body, and complete the report however it ends.
 
         Raises:
-            MthpError: nothing had begun that would be lost with it.
+            MthpError: nothing had begun that would be lost with the error.
         """
         try:
             yield
@@ -106,25 +106,25 @@ class Work:
         self.report.elapsed = self.elapsed
 
     def rest(self, seconds: float) -> None:
-        """Let some time pass."""
+        """Sleep."""
         time.sleep(seconds)
 
     def most_at_once(self, size: int, at_most: int) -> int:
-        """How many runs of `size` bytes make a batch: fewer than `at_most` if a rate makes them take long."""
+        """Return the runs of `size` bytes that make a batch: fewer than `at_most` if a rate makes them take long."""
         if self.means.rate is None:
             return at_most
         return min(at_most, max(1, int(PACE * self.means.rate) // size))
 
     def bloat_left(self) -> int | None:
-        """Return the bytes that filling may still add; None for no bound."""
+        """Return the bytes that filling may still add; None without a bound."""
         budget = self.report.bloat_budget
         return None if budget is None else budget - self.report.filled_bytes
 
     def copied_left(self) -> int | None:
-        """Return the bytes that may still be copied; None for no bound."""
+        """Return the bytes that may still be copied; None without a bound."""
         budget = self.report.copy_budget
         return None if budget is None else budget - self.report.copied_bytes
 
     def out_of_memory(self, result: ScanResult) -> None:
-        """End the run because of a failed charge: the target is at a limit, whatever was measured before."""
+        """End the run because of a failed charge: the target is at a limit, contrary to what was measured before."""
         self.report.out_of_memory = self.report.out_of_memory or f"{result.name}: {result.meaning}"
