@@ -1,9 +1,9 @@
 """The command line: one module per command; parses, calls the library, prints.
 
-Errors are told on standard error. With ``--json`` they are also the one object on standard output: its schema is the
+Errors go to standard error. With ``--json`` they are also the one object on standard output: its schema is the
 command's, and ``error`` holds ``message``, ``help`` and ``exit_code``.
 
-Only this module and click are imported for ``mthp --help``; a command's module is imported when it is run.
+Only this module and click are imported for ``mthp --help``; a command's module is imported when the command runs.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ COMMANDS = {
     "completion": "The script by which a shell completes mthp's command line; --install puts it in place.",
     "demo": "mTHPs beside huge pages on processes of its own: memory, pauses, speed; then trim.",
 }
-"""The commands, in the order of a first day with them; each is the module ``mthp.cli.<name>_command``."""
+"""The commands, in the order in which a new user needs them; each is the module ``mthp.cli.<name>_command``."""
 
 
 class _Commands(click.Group):
-    """Imports a command's module when it is asked for."""
+    """Imports a command's module on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -82,13 +82,13 @@ def _mthp() -> None:
     unit:redis.service, cgroup:/kubepods.slice/*, pod:shop/redis-*, container:3f2a, user:redis. A bare word is the name
     of a process. Sizes are written 64K, 2M, or order=4; durations 500us, 90s or 2min; shares 20% or 0.2.
     """
-    # These two do it themselves: one says what it did, the other tries again later.
+    # These two put switches back themselves: doctor reports it, and the daemon retries later.
     if click.get_current_context().invoked_subcommand not in ("doctor", "daemon"):
         _put_back_leftovers()
 
 
 def _put_back_leftovers() -> None:
-    """Put back the switches that an mthp left which was killed with its watcher, as by cgroup.kill."""
+    """Put back the switches that mthp left changed when it was killed with its watcher, as by cgroup.kill."""
     from mthp.linux.journal.files import all_roots, has_entries
 
     with contextlib.suppress(UnsupportedError):
@@ -115,20 +115,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return its exit code (docs/exit-codes.md).
 
     Args:
-        arguments: those behind the program's name; by default the process's own.
+        arguments: arguments after the program's name; by default the process's own.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if sys.stdout is None:
-        # Closed by whoever started us. What is printed then goes nowhere.
+        # The parent process closed standard output: print to nowhere.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A locale without the characters of a name, or without an ellipsis, gets question marks and no traceback.
+        # Characters that the locale lacks become question marks, because a traceback would replace the result.
         sys.stdout.reconfigure(errors="replace")
     try:
         return _run_until_signal(given)
     except OSError as error:
-        # What the output goes to takes no more: a reader that has enough, a full disk, or a terminal that is closed.
-        # Nothing that is still buffered can be written there at exit either.
+        # The output cannot be written: its reader has closed the pipe, the disk is full, or the terminal is closed.
+        # Redirect it, because Python would try to write the rest of the buffer at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             with contextlib.suppress(OSError):
@@ -143,7 +143,7 @@ def _run_until_signal(arguments: list[str]) -> int:
             sys.stdout.flush()
             return code
     except (KeyboardInterrupt, click.Abort) as error:
-        # Caught here: a signal may come before the first line of _run(), and Python would die of SIGINT.
+        # Caught here, because a signal may come before the first line of _run(), and Python would die of SIGINT.
         _say("interrupted", "")
         return _failed(arguments, "interrupted", "", exit_code_of(error))
 

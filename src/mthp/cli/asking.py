@@ -1,4 +1,4 @@
-"""What commands that speak with the running daemon share: where it is, and what they make of its answer."""
+"""Requests to the running daemon: the place of its socket, and a check of its answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mthp.cli.render.output import print_json
 from mthp.errors import MthpError
 
 PAUSE_SECONDS = 10.0
-"""For so long `mthp pause` waits for the piece of work at hand."""
+"""Seconds that `mthp pause` waits for the current piece of work."""
 
 run_dir_option = click.option(
     "--run-dir",
@@ -25,7 +25,7 @@ run_dir_option = click.option(
 
 
 def ask_daemon(command: str, run_dir: Path | None) -> dict[str, Any]:
-    """Ask the daemon whose socket is in `run_dir`."""
+    """Return the answer of the daemon whose socket is in `run_dir`."""
     from mthp.daemon.control import NAME, ask
     from mthp.linux.journal.files import default_root
 
@@ -34,7 +34,7 @@ def ask_daemon(command: str, run_dir: Path | None) -> dict[str, Any]:
 
 @contextmanager
 def of_this_version() -> Iterator[None]:
-    """Refuse an answer in which something is missing: a daemon of another version, or something else, made it."""
+    """Refuse an incomplete answer: it comes from another version's daemon, or from another program."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -48,7 +48,7 @@ def of_this_version() -> Iterator[None]:
 
 @of_this_version()
 def set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
-    """Tell the daemon to pause or to resume; a pause is there when this returns."""
+    """Have the daemon pause or resume, and return the exit code. Wait until a pause is in effect."""
     answer = ask_daemon(word, run_dir)
     deadline = time.monotonic() + PAUSE_SECONDS
     while answer["paused"] and answer["busy"] and time.monotonic() < deadline:

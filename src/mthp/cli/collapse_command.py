@@ -1,4 +1,4 @@
-"""``mthp collapse TARGET``: carry out the plan, now, within a budget; say what came of it."""
+"""``mthp collapse TARGET``: carry out the plan, now, within a budget, and print the result."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from mthp.units import format_size, percent
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What was wanted of a collapse beside the plan.
+    """Requests for a collapse beside the plan.
 
     Attributes:
-        move_hindrances: why the mover would not begin; only of a dry run.
-        min_coverage, min_coverage_reached: the coverage that was wanted, and whether it is reached.
+        move_hindrances: reasons for which the mover would not begin; only of a dry run.
+        min_coverage, min_coverage_reached: the requested coverage, and whether it is reached.
     """
 
     move_hindrances: list[str]
@@ -55,7 +55,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Collapsed:
-    """What came of the collapse of one of several targets, and what was wanted of it."""
+    """The result of the collapse of one of several targets, and the requests for it."""
 
     JSON: ClassVar = "*report *wanted"
 
@@ -64,7 +64,7 @@ class Collapsed:
 
     @property
     def geometry(self) -> Geometry:
-        """The machine's."""
+        """Return the machine's geometry."""
         return self.report.geometry
 
 
@@ -78,32 +78,32 @@ class CollapseSum:
 
     @property
     def collapsed_bytes(self) -> int:
-        """Bytes that PMD entries map now and did not before."""
+        """Return the bytes that PMD entries map now and did not before."""
         return sum(report.collapsed_bytes for report in self.reports)
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes in folios below the PMD size now, and not before."""
+        """Return the bytes in folios below the PMD size now, and not before."""
         return sum(report.moved_bytes for report in self.reports)
 
     @property
     def copied_bytes(self) -> int:
-        """Contents of all that was collapsed."""
+        """Return the bytes of contents in all collapsed memory."""
         return sum(report.copied_bytes for report in self.reports)
 
     @property
     def filled_bytes(self) -> int:
-        """Bytes that the targets grew by."""
+        """Return the bytes that the targets grew by."""
         return sum(report.filled_bytes for report in self.reports)
 
     @property
     def coverage_before(self) -> float:
-        """The share of all targets' memory in folios of the sizes asked for, before."""
+        """Return the share of all targets' memory in folios of the requested sizes, before."""
         return self._share([report.before for report in self.reports])
 
     @property
     def coverage(self) -> float:
-        """The same, afterwards."""
+        """Return the same share afterwards."""
         return self._share([report.plan.after if report.dry_run else report.after for report in self.reports])
 
     def _share(self, parts: list[Coverage]) -> float:
@@ -112,10 +112,10 @@ class CollapseSum:
 
 @dataclass(frozen=True, slots=True)
 class Collapses:
-    """What came of the collapses of several targets.
+    """The results of the collapses of several targets.
 
     Attributes:
-        targets: the report of each, or what went wrong.
+        targets: the report of each, or its error.
         total: their sums.
     """
 
@@ -187,19 +187,19 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Collapse the memory of each TARGET, now, as `mthp plan` says with the same options.
+    """Collapse the memory of each TARGET, now, as `mthp plan` predicts with the same options.
 
     A TARGET is a PID, the word self, or a name as `mthp --help` lists them. The kernel's MADV_COLLAPSE makes folios of
     the PMD size. Smaller ones are made by splitting such a folio in place where debugfs is open (Linux 6.12), or by the
-    kernel's khugepaged (Linux 7.2), else only by --mechanism move, which injects code into TARGET and stops it again
-    and again for about a millisecond. The largest come first, and of each size the fullest; with --heat those that
-    serve most accesses for each byte copied. Ctrl-C ends it after the range or the batch at hand.
+    kernel's khugepaged (Linux 7.2), else only by --mechanism move, which injects code into TARGET and repeatedly stops
+    it for about a millisecond. The largest come first, and of each size the fullest; with --heat those that serve most
+    accesses for each byte copied. Ctrl-C ends it after the current range or batch.
 
-    khugepaged goes by its own order, works for all processes while it is driven, and knows only memory that was mapped
-    or advised while a size was on.
+    khugepaged keeps its own order, works for all processes while it is driven, and knows only memory that was mapped or
+    advised while a size was on.
 
     Holes are filled up to --max-bloat, pages are copied up to --max-copied, and memory is left free below every limit
-    of TARGET's cgroups and of the machine, as --reserve says. The first failed charge ends the run.
+    of TARGET's cgroups and of the machine, up to --reserve. The first failed charge ends the run.
     """
     means = Means(
         mechanism=mechanism,
@@ -290,7 +290,7 @@ def _cells(total: CollapseSum) -> list[str]:
 
 
 def _announce(space: AddressSpace, means: Means, plan: SpacePlan, mechanism: Mechanism) -> None:
-    """Say on standard error, before it begins, what moving pages means for a process that is not ours."""
+    """Warn on standard error, before it begins, of the effects of moving pages on a process that is not ours."""
     if space.label.split()[0] == str(os.getpid()):
         return
     if mechanism == "khugepaged":

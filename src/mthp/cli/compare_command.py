@@ -1,4 +1,4 @@
-"""``mthp compare TARGET``: policies side by side: coverage, bloat, creep, and in words which are worth a look."""
+"""``mthp compare TARGET``: policies side by side: coverage, bloat, creep, and in words the best ones."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from mthp.units import format_size, percent
 @at_option
 @json_option
 def command(target: str, as_json: bool, at: str | None, scans: str, **options: Any) -> None:
-    """Say what each of several policies would make of TARGET, and which of them are worth a look.
+    """Compare the effect of several policies on TARGET, and name the best ones.
 
-    A policy is on the frontier if no other gives more coverage for the same bloat, or the same for less. With --scans
+    A policy is on the frontier if no other reaches more coverage for the same bloat, or the same for less. With --scans
     every policy's plan is carried out in memory and scanned again, which shows creep. Nothing of the target changes.
 
-    Page walks are counted of the trace that a recording was made from, or of random accesses as --heat, or what was
-    recorded with it, says which memory is used.
+    Page walks are counted for the trace that a recording was made from, or for random accesses to the memory that
+    --heat, or the heat in the recording, shows to be used.
     """
     from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
     from mthp.lab.tlb import Processor
@@ -81,7 +81,7 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
 
 
 def _accesses(target: str) -> Any:
-    """The trace that the recording `target` was made of, as :func:`compare` takes it; None for other targets."""
+    """Return the trace that the recording `target` was made of, as :func:`compare` takes it; None for other targets."""
     from mthp.snapshot.stream import is_recording
 
     if pid_of(target) is not None or not is_recording(target):
@@ -154,7 +154,7 @@ def _words(text: str) -> list[str]:
 
 
 def _numbers(option: str, text: str | None) -> list[int | None]:
-    """Read ``64,511``.
+    """Return the numbers of ``64,511``.
 
     Raises:
         UsageError: not a list of numbers.

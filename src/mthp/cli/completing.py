@@ -1,4 +1,4 @@
-"""What the shell can complete: targets and policies. Options, commands and files are click's own."""
+"""Completion of targets and policies in the shell. Options, commands and files are click's own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from click.shell_completion import CompletionItem
 from mthp.text import clean
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-"""Names of processes that are one word in every shell. A process chooses its name, and another could run commands."""
+"""Pattern for names of processes that are one word in every shell. A process chooses its name, and other characters
+could run commands.
+"""
 
 Item = CompletionItem[str]
 
 
 def complete_target(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:
     """Return the PIDs and names of processes that begin with `incomplete`, and have the shell look for files."""
-    # The shell takes files into account only if this item comes first.
+    # The shell completes files too only if this item comes first.
     found = [CompletionItem(incomplete, type="file")]
     found += [CompletionItem(word, help=_WORDS[word]) for word in _WORDS if word.startswith(incomplete)]
     found += complete_pid(context, parameter, incomplete)
-    # A name that is a number or a word is taken for the PID or the word.
+    # Names that are a number or one of these words would be read as a PID or as the word.
     names = {name for _, name in _processes() if _PLAIN_NAME.fullmatch(name) and not name.isdecimal()} - set(_WORDS)
     if incomplete:
         found += [CompletionItem(each, help=_NAMED) for each in sorted(names) if each.startswith(incomplete)]

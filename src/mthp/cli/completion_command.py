@@ -1,4 +1,4 @@
-"""``mthp completion SHELL``: the script by which a shell completes mthp's command line, printed or installed."""
+"""``mthp completion SHELL``: print or install the script by which a shell completes mthp's command line."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from mthp.errors import MthpError
 from mthp.files import write_whole
 
 VARIABLE = "_MTHP_COMPLETE"
-"""The environment variable by which the script asks mthp, as click derives it from the program's name."""
+"""The environment variable by which the script requests completions, as click derives it from the program's name."""
 
 FILES = {
     "bash": "bash-completion/completions/mthp",
     "zsh": "zsh/site-functions/_mthp",
     "fish": "fish/vendor_completions.d/mthp.fish",
 }
-"""Where each shell looks for the script below the directories of data: /usr/local/share, and those of a user.
+"""Path of each shell's script below the data directory: /usr/local/share, or a user's.
 
-bash looks there if it has the package bash-completion, and fish because of XDG_DATA_HOME. zsh has the first alone in
-its `fpath`.
+bash reads it with the package bash-completion, fish because of XDG_DATA_HOME. The `fpath` of zsh has only the first.
 """
 
 
@@ -34,7 +33,7 @@ its `fpath`.
 def command(shell: str, install: bool) -> None:
     """Print the script by which SHELL completes commands, options, targets, policies and files of mthp.
 
-    With --install a new shell has it.
+    With --install every new shell loads it.
     """
     text = script(shell)
     if not install:
@@ -60,7 +59,7 @@ def script(shell: str) -> str:
 
 
 def destination(shell: str) -> Path:
-    """Return the path of the script for all users if this is root, else for this user."""
+    """Return the path of the script: for all users if this is root, else for this user."""
     if os.geteuid() == 0:
         return Path("/usr/local/share") / FILES[shell]
     data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")

@@ -1,4 +1,4 @@
-"""``mthp conformance replay FILE...``: cases recorded on real kernels, replayed in the simulated machine."""
+"""``mthp conformance replay FILE...``: replay cases of real kernels in the simulated machine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mthp.sim.golden.cases import case_lines, parse_case
 from mthp.sim.golden.conformance import APART, CaseReport, Replay, replay_case
 
 SHOWN_CASES = 20
-"""Cases that do not agree and are printed; the JSON object has them all."""
+"""Differing cases that are printed; the JSON object has them all."""
 
 
 @click.group("conformance")
 def command() -> None:
-    """Hold the simulated machine against what real kernels did."""
+    """Compare the simulated machine with recordings of real kernels."""
 
 
 @command.command("replay")
@@ -39,7 +39,7 @@ def replay_command(context: click.Context, files: tuple[str, ...], policy: str |
 
     Every case's state is built in the simulated machine, its trigger is run, and the orders of all pages, the scan's
     result, the trace events, the counters and the contents are compared after each pass. Exit code 1 if any differ.
-    Cases that rest on what nothing recorded tells are counted apart, by name.
+    Cases that depend on unrecorded state are counted apart, by name.
     """
     totals = Replay(files)
     chosen = None if policy is None else policy_in_file(policy) if ".py:" in policy else policy_named(policy)
@@ -67,7 +67,7 @@ def replay_command(context: click.Context, files: tuple[str, ...], policy: str |
 
 
 def _replayed(case: dict[str, Any], policy: Policy | None) -> CaseReport:
-    """Replay a case; what goes wrong in the file of a policy is an error with its place.
+    """Replay a case and return its report. Exceptions in a policy's file become an error with the line.
 
     Raises:
         UsageError: the case or the policy is at fault.
@@ -82,13 +82,13 @@ def _replayed(case: dict[str, Any], policy: Policy | None) -> CaseReport:
 
 
 def _place_in(policy: Policy, error: Exception) -> str | None:
-    """The last line of the policy's own file that the error came through; None if it came from elsewhere."""
+    """Return the line of the policy's own file in which `error` was raised; None if it was raised elsewhere."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}" if frame.filename == inspect.getsourcefile(type(policy)) else None
 
 
 def _lines(report: CaseReport) -> list[str]:
-    """A case that does not agree, as text."""
+    """Return a case that differs, as text."""
     lines = [f"case {report.id}"]
     for mismatch in report.mismatches:
         lines += [

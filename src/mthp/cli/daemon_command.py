@@ -75,14 +75,14 @@ from mthp.text import clean
 @click.option("--print-unit", is_flag=True, help="Print a systemd unit that runs it with these options, and end.")
 @click.option("--install-unit", is_flag=True, help="Install that unit, and end.")
 def command(run_dir: Path | None, **options: Any) -> int:
-    """Collapse the memory of chosen processes to large folios, in the background, as their rules say.
+    """Collapse the memory of chosen processes to large folios, in the background, by their rules.
 
     Rules choose them, of --config or of /etc/mthp/mthp.toml and /etc/mthp/conf.d/*.toml; or without rules a PID, all,
     comm:NAME, exe:PATH, unit:NAME, cgroup:/PATH, pod:NAMESPACE/NAME, container:ID or user:NAME; * stands for any text.
-    Switches and tunables are at any moment those of /sys/kernel/mm/transparent_hugepage, unless the rules say
-    otherwise.
+    Switches and tunables are always the current ones of /sys/kernel/mm/transparent_hugepage, unless the rules set
+    others.
 
-    It runs in the foreground until SIGTERM or Ctrl-C. `mthp status`, `mthp pause` and `mthp resume` talk to it.
+    It runs in the foreground until SIGTERM or Ctrl-C. `mthp status`, `mthp pause` and `mthp resume` control it.
     """
     if options["print_config"]:
         from mthp.daemon.configuration import example
@@ -124,7 +124,7 @@ def _say(line: str) -> None:
 
 
 def _loader(options: dict[str, Any]) -> Callable[[], Any]:
-    """Return what reads the configuration, again at each call."""
+    """Return a function that reads the configuration, afresh at each call."""
     from mthp.daemon import configuration
     from mthp.linux.sysfs import ThpSysfs
 
@@ -150,13 +150,13 @@ _SETTINGS = (
     *("policy", "orders", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mechanism", "max_pause", "pause_share"),
     *("max_bloat", "reserve", "max_threads", "eagerness", "min_split_share", "rate"),
 )
-"""Options that are settings, under the names that a rules file has for them."""
+"""Options that are settings, under their names in a rules file."""
 
 _MATCHES = ("pid", "exe", "comm", "cgroup", "uid")
-"""Options that say what a rule matches, under its names."""
+"""Options for the ``match`` of a rule, under its names."""
 
 _OF_RULES = (*_MATCHES, "every_process", "targets", *_SETTINGS)
-"""Options that a rules file says."""
+"""Options that a rules file replaces."""
 
 
 def _flag(name: str) -> str:
@@ -166,7 +166,7 @@ def _flag(name: str) -> str:
 
 
 def _from_options(options: dict[str, Any], geometry: Any) -> Any:
-    """The configuration that options alone make up: they are what a file would say, and are checked as such."""
+    """Return the configuration of the options alone, checked as a file with the same content is."""
     from mthp.daemon.configuration import configuration_of
 
     defaults = {name: options[name] for name in _SETTINGS if options[name] is not None}
@@ -190,12 +190,12 @@ def _match(word: str) -> dict[str, Any]:
 
 
 def _user(text: str) -> str | int:
-    """Return a user as a rules file has it: by number or by name."""
+    """Return a user as in a rules file: by number or by name."""
     return int(text) if text.isdecimal() else text
 
 
 def _with_daemon_options(configuration: Any, options: dict[str, Any], geometry: Geometry) -> Any:
-    """Return `configuration` with what the options say of the daemon itself."""
+    """Return `configuration` with the options for the daemon itself."""
     kept, most = options["keep_max_ptes_none"], geometry.ptes_per_pmd - 1
     if kept is not None and not 0 <= kept <= most:
         raise UsageError(f"--keep-max-ptes-none is out of range: {kept}", help=f"use 0 to {most}")
@@ -220,13 +220,13 @@ def _unit(events: Path | None, metrics: tuple[str, int] | None, *, install: bool
 
 
 def _own_arguments() -> list[str]:
-    """The arguments behind the word ``daemon``."""
+    """Return the arguments after the word ``daemon``."""
     given: list[str] = click.get_current_context().find_root().meta.get("mthp.arguments", sys.argv[1:])
     return given[given.index("daemon") + 1 :]
 
 
 def _absolute(arguments: list[str]) -> list[str]:
-    """Arguments with paths that do not depend on the directory in which they were given."""
+    """Return `arguments` with absolute paths."""
     made = []
     for word, before in zip(arguments, ["", *arguments], strict=False):
         option, equals, value = word.partition("=")

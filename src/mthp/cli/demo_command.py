@@ -33,8 +33,8 @@ def command(size: int | None, seconds: float, as_json: bool) -> int:
     """Show mTHPs beside huge pages on processes of its own: memory, time, pauses, speed; and give memory back.
 
     Two workloads have the same data: in-memory SQLite databases with holes in their heaps, on base pages at first. One
-    is collapsed to folios of 64K and more, the other to huge pages, and these are trimmed. Both are measured before
-    and after. Nothing else on the machine is touched.
+    is collapsed to folios of 64K and more, the other to huge pages, and these are trimmed. Both are measured before and
+    after. Nothing else on the machine is touched.
     """
     if not 0 < seconds <= 600:
         raise UsageError(f"--seconds {seconds:g} is not above 0 and up to 600")
@@ -49,7 +49,7 @@ def command(size: int | None, seconds: float, as_json: bool) -> int:
 
 @contextmanager
 def _progress(*, hidden: bool) -> Iterator[Progress]:
-    """Progress of several steps: a bar for each on a terminal, else a line for each as it begins."""
+    """Show the progress of several steps: a bar for each on a terminal, else a line for each as it begins."""
     if hidden:
         yield lambda what, done, total: None
     elif sys.stderr.isatty():
@@ -75,7 +75,7 @@ def _progress(*, hidden: bool) -> Iterator[Progress]:
 
 
 def print_story(out: Console, story: Story) -> None:
-    """Print the story: what was done beside what was before, how it was done, and what to type next."""
+    """Print the story: each state beside the one before, the mechanisms, and the next commands to type."""
     geometry = story.geometry
     size = geometry.label(story.order)
     say(out, f"{story.target}, Linux {story.kernel}, {geometry.name}")

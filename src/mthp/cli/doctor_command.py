@@ -1,4 +1,4 @@
-"""``mthp doctor``: what this kernel and these rights allow, and how to get the rest."""
+"""``mthp doctor``: the abilities that this kernel and these rights allow, and how to get the rest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mthp.linux.mover.leftovers import Removed, remove_leftovers
 
 @dataclass(frozen=True, slots=True)
 class Restoration:
-    """What `mthp doctor --restore` did.
+    """The result of `mthp doctor --restore`.
 
     Attributes:
         restored: switches that a killed run had changed.
@@ -36,13 +36,13 @@ class Restoration:
 )
 @json_option
 def command(restore: bool, as_json: bool) -> int:
-    """Say what this kernel and these rights allow, and how to get the rest.
+    """Show which abilities this kernel and these rights allow, and how to get the rest.
 
-    Everything is tried out, and nothing is changed. It exits with 0 whatever it finds, but with 3 where the kernel has
-    no THP at all.
+    Everything is tried out, and nothing is changed. The exit code is 0 for all findings, but 3 if the kernel has no
+    THP.
 
-    With --restore it puts back what a run left that was killed with its watcher, and removes what an older version left
-    in a process, and nothing else. Switches that were changed since by another program are left alone.
+    With --restore it only puts back switches that a run left changed when it was killed with its watcher, and removes
+    leftovers of an older version from processes. Switches that another program has changed since are left alone.
     """
     if restore:
         restored = SwitchJournal.restore_all()
@@ -77,7 +77,7 @@ def print_examination(out: Console, examination: Examination) -> None:
 
 
 def print_restored(out: Console, restored: list[Restored], removed: list[Removed]) -> None:
-    """Print what was put back of the system, and what was removed from processes."""
+    """Print the switches that were put back, and the leftovers that were removed from processes."""
     if not restored and not removed:
         say(out, "there is nothing to put back")
     for each in (*restored, *removed):

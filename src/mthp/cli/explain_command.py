@@ -23,10 +23,10 @@ from mthp.units import format_size
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What happened to the memory of a process.
+    """The history of the memory of a process.
 
     Attributes:
-        happened: in sentences.
+        happened: events, as sentences.
     """
 
     JSON: ClassVar = "happened"
@@ -48,9 +48,9 @@ class History:
 def command(
     target: str, address: str | None, watch: float | None, at: str | None, run_dir: Path | None, as_json: bool
 ) -> None:
-    """Say what the memory of TARGET is, what each policy would make of it, what stops it, and what happened to it.
+    """Explain the state of TARGET's memory: what each policy would do, what stops it, and what happened to it.
 
-    With ADDRESS (in hex) it is about the PMD range around it, without about the whole process. Nothing is changed.
+    With ADDRESS (in hex) it explains only the PMD range around it. Nothing is changed.
     """
     number = None if address is None else _number(address)
     chosen = resolve(target)
@@ -93,7 +93,7 @@ def _print(explanation: Explanation, history: History) -> None:
 
 
 def _watched(space: AddressSpace, address: int | None, seconds: float) -> list[str]:
-    """Return what the kernel was seen doing, in sentences."""
+    """Return the kernel's observed actions, in sentences."""
     if not isinstance(space, ProcessSpace):
         raise UsageError("--watch needs a process that runs, not a file", help="leave --watch out")
     size = space.geometry.pmd_size
@@ -103,7 +103,7 @@ def _watched(space: AddressSpace, address: int | None, seconds: float) -> list[s
 
 
 def _daemon_says(pid: int, run_dir: Path | None) -> Iterator[str]:
-    """What the running daemon has done in a process, and why it left memory alone; nothing without one."""
+    """Yield sentences on the running daemon's work in a process, and why it left memory alone."""
     try:
         status = ask_daemon("status", run_dir)
         with of_this_version():

@@ -20,7 +20,7 @@ from mthp.targets import Found, find_targets
 from mthp.units import format_size, percent
 
 TOP_MAPPINGS = 20
-"""Mappings shown without --all: the largest ones by what is resident."""
+"""Mappings shown without --all: those with most resident memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Censuses:
     """The pages of several targets.
 
     Attributes:
-        geometry: of their machine.
-        targets: the census of each, or what went wrong.
-        total, anonymous: the pages of all of them; a page that several of them map counts for each.
+        geometry: geometry of their machine.
+        targets: the census of each, or its error.
+        total, anonymous: the pages of all targets; a page that several of them map counts for each.
     """
 
     JSON: ClassVar = "geometry targets total anonymous"
@@ -54,7 +54,7 @@ def command(
     """Count the pages of each TARGET by folio order, per mapping and in all.
 
     A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Pages of zeroes in
-    large folios are what huge pages cost: the kernel frees those of a PMD-sized folio when memory gets scarce, if
+    large folios are the cost of huge pages: the kernel frees those of a PMD-sized folio when memory gets scarce, if
     shrink_underused is on and the folio has more of them than max_ptes_none.
     """
 
@@ -129,7 +129,7 @@ def print_census(out: Console, census: Census, *, show_all: bool = False) -> Non
     title = f"Mappings ({len(rows)} of {len(census.vmas)})"
     columns = ["address", "perm", "size", "resident", "huge", "folios", "may become", "nodes", "name"]
     if not any(vma.vma.node_pages for vma in shown):
-        # Not asked for, or not to be had.
+        # NUMA nodes were not requested, or cannot be read.
         rows, columns = [[*row[:-2], row[-1]] for row in rows], [*columns[:-2], columns[-1]]
     out.print(Table(title, columns, rows, right={2, 3, 4}, names={len(columns) - 1}))
     reach = out_of_reach(census.anonymous.coverage, geometry)
@@ -173,7 +173,7 @@ def sizes_table(census: Census) -> Table:
 
 
 def _alignments(pages: PageCounts, order: int, geometry: Geometry) -> list[str]:
-    """How the folios of an order are mapped: all of each, at a multiple of its size or not, or a part of it."""
+    """Return sizes by how the folios of an order are mapped: wholly and aligned, wholly and unaligned, in part."""
     if not order:
         return ["", "", ""]
     aligned = pages.mapped_as(PMD, order) + pages.mapped_as(ALIGNED, order)
@@ -198,7 +198,7 @@ def _mapping_row(vma: VmaCensus, geometry: Geometry) -> list[str]:
 
 
 def _may_become(vma: VmaCensus, geometry: Geometry) -> str:
-    """What a mapping may become by the kernel's own doing, or, if nothing, on request; or why not at all."""
+    """Return the sizes that khugepaged may make of a mapping, else those on request, else the reason for none."""
     if vma.khugepaged:
         return _labels(vma.khugepaged.orders, geometry)
     if vma.madvise:
@@ -207,7 +207,7 @@ def _may_become(vma: VmaCensus, geometry: Geometry) -> str:
 
 
 def _labels(orders: Sequence[int], geometry: Geometry) -> str:
-    """A list of sizes; a run of neighbouring ones by its ends."""
+    """Return a list of sizes, abbreviated to its ends if they are consecutive."""
     if len(orders) > 2 and orders[-1] - orders[0] == len(orders) - 1:
         return f"{geometry.label(orders[0])} to {geometry.label(orders[-1])}"
     return ",".join(geometry.label(order) for order in orders)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their texts become values."""
+"""Options that several commands share, and their conversion from text."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3
-    """The type of an option with a unit: how its help shows it, how its text is read, and whether it may be 0.
+    """The type of an option with a unit: its name in the help, its parser, and whether it may be 0.
 
-    What is refused is a :class:`~mthp.errors.UsageError` that names the option, not click's own error, because that
-    has no instruction.
+    Errors are :class:`~mthp.errors.UsageError` with the option's name, because click's own errors have no instruction.
     """
 
     def __init__(self, name: str, read: Callable[[object], Any], *, zero: bool = False) -> None:
@@ -31,7 +30,7 @@ class Quantity(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
-            # click converts what it has converted again, as well as a default.
+            # click converts a value that is converted already, and also a default.
             return value
         try:
             read = self._read(value)
@@ -52,7 +51,7 @@ AMOUNT = Quantity("SIZE|%", parse_amount, zero=True)
 """A share or a size, as an :class:`~mthp.budget.Amount`."""
 
 BLOAT = Quantity("SIZE|%|none", parse_bloat, zero=True)
-"""The same; None for no bound."""
+"""The same; None for unlimited."""
 
 SIZE = Quantity("SIZE", lambda text: parse_size(text, bare=False))
 """Bytes, above 0."""
@@ -68,7 +67,7 @@ SECONDS = Quantity("TIME", lambda text: parse_duration(text, bare="s") / 1e9)
 
 
 HEAT = Quantity("TIME|FILE", parse_heat, zero=True)
-"""Where heat comes from, as a :class:`~mthp.heat.HeatRequest`; a time is above 0."""
+"""The source of heat, as a :class:`~mthp.heat.HeatRequest`; a time is above 0."""
 
 heat_option = click.option(
     "--heat",
@@ -88,7 +87,7 @@ at_option = click.option(
 
 
 def plan_options(function: Command) -> Command:
-    """Add the options that say what shall be planned; :func:`planned` gathers them."""
+    """Add the options for the contents of a plan; :func:`planned` gathers them."""
     for option in reversed(_PLAN_OPTIONS):
         function = option(function)
     return function
@@ -127,12 +126,12 @@ PLAN_NAMES = frozenset(f.name for f in dataclasses.fields(PlanOptions))
 
 
 def planned(options: dict[str, Any]) -> PlanOptions:
-    """The :class:`PlanOptions` among a command's `options`."""
+    """Return the :class:`PlanOptions` among a command's `options`."""
     return PlanOptions(**{name: value for name, value in options.items() if name in PLAN_NAMES})
 
 
 def bounds_options(function: Command) -> Command:
-    """Add the options that bound what a collapse may add, and what it may cost."""
+    """Add the options that limit the bloat and the cost of a collapse."""
     for option in reversed(_BOUNDS_OPTIONS):
         function = option(function)
     return function

@@ -16,6 +16,6 @@ from mthp.cli.options import json_option
 def command(run_dir: Path | None, as_json: bool) -> int:
     """Have the running daemon touch no process until `mthp resume`. It still finds new ones.
 
-    When this returns, it is at rest.
+    When this returns, the daemon is at rest.
     """
     return set_paused("pause", run_dir, as_json)

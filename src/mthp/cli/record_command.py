@@ -33,7 +33,7 @@ from mthp.text import clean
 from mthp.units import format_size, percent
 
 STRETCHED = 1.5
-"""From so many times the wanted interval on, a person is told that steps came later."""
+"""Ratio of the actual to the requested interval, from which on late steps are reported."""
 
 
 @click.command("record")
@@ -66,15 +66,15 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Record which pages of each TARGET are mapped, and how, again and again: what changed from step to step.
+    """Record repeatedly which pages of each TARGET are mapped, and how: the changes from step to step.
 
     A TARGET is a PID, the word self, or a name as `mthp --help` lists them. Several processes are recorded side by
     side; FILE is then a directory, with a file for each.
 
-    Stops at Ctrl-C, after --for, or when the target exits. What was written can be read whatever becomes of the
-    recorder. `mthp inspect`, `plan`, `compare` and `report` take the file in place of a PID, at the step --at. It
-    holds no contents of memory, no environment and no arguments. FILE is an Arrow stream, which takes pyarrow; if its
-    name ends with .mthp, it is a format of mthp's own that takes nothing.
+    Stops at Ctrl-C, after --for, or when the target exits. A file can be read even if the recorder was killed. `mthp
+    inspect`, `plan`, `compare` and `report` take the file in place of a PID, at the step --at. It holds no contents of
+    memory, no environment and no arguments. FILE is an Arrow stream, which needs pyarrow; if its name ends with .mthp,
+    it is in mthp's own format, which needs no package.
     """
     if from_trace is not None:
         if targets:
@@ -115,7 +115,7 @@ def _record(
             done = recorder.record(named.found[0], output, stop)
         else:
             each = recorder.record_all(named, stop)
-    # Ctrl-C is how a recording without --for is ended.
+    # Ctrl-C is the normal end of a recording without --for.
     code = 0 if stop.number in (0, signal.SIGINT) else exit_code(stop.number)
     if each is None:
         if as_json:
@@ -153,10 +153,10 @@ class _Recorder:
             line = f"recording {space.label}: {steps} steps, {at:.0f} s, {format_size(size)}; Ctrl-C ends it"
             self._status.update(Text(clean(line)))
 
-        # Each thread counts its own processor time, not that of the others.
+        # Processor time by thread, so that each counts only its own.
         spent = time.process_time if among == 1 else time.thread_time
         with found.open() as space:
-            # Seen before the first step, and kept with all of them.
+            # Noted before the first step, and kept with all steps.
             heat = heat_of(space, self._heat, stop)
             return record_series(
                 space, path, pace, stop=stop, overwrite=self._force, heat=heat, told=told, cpu_clock=spent
@@ -190,10 +190,10 @@ class _Recorder:
 
 @dataclass(frozen=True, slots=True)
 class Recordings:
-    """What the recordings of several processes came to.
+    """The results of the recordings of several processes.
 
     Attributes:
-        targets: each, or what went wrong.
+        targets: the result of each, or its error.
     """
 
     targets: tuple[Recorded | Failed, ...]
@@ -206,17 +206,17 @@ class Recordings:
 
     @property
     def steps(self) -> int:
-        """Steps of all recordings."""
+        """Return the number of steps of all recordings."""
         return sum(each.steps for each in self._done)
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Return the size of all files, in bytes."""
         return sum(each.bytes for each in self._done)
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time of all threads."""
+        """Return the processor time of all threads, in seconds."""
         return sum(each.cpu_seconds for each in self._done)
 
 

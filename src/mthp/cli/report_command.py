@@ -1,4 +1,4 @@
-"""``mthp report FILE -o OUT.html``: one page on a process: its address space, and what policies would make of it."""
+"""``mthp report FILE -o OUT.html``: one page on a process: its address space, and the effect of policies on it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Written:
     """A page that was written.
 
     Attributes:
-        target: what it is on.
-        path: of the file.
-        bytes: of it.
+        target: subject of the page.
+        path: path of the file.
+        bytes: size of the file.
     """
 
     target: str
@@ -72,11 +72,11 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write one HTML page on FILE: its address space, what each policy would make of it, and at what price.
+    """Write one HTML page on FILE: its address space, the effect of each policy on it, and the price.
 
-    FILE is a snapshot, a recording, a PID for a quick look, what `mthp compare --json` printed, or what `mthp sweep`
-    or `mthp simulate` wrote. The page is complete in itself: it loads nothing from anywhere and runs no script. It
-    holds no contents of memory, no environment, and no arguments unless asked for.
+    FILE is a snapshot, a recording, a PID for a quick view, what `mthp compare --json` printed, or what `mthp sweep` or
+    `mthp simulate` wrote. The page is complete in itself: it loads nothing from anywhere and runs no script. It holds
+    no contents of memory, no environment, and no arguments unless requested.
     """
     from mthp.lab import swept
     from mthp.lab.simulated import is_simulated, read
@@ -126,7 +126,7 @@ def command(
 
 @contextmanager
 def still(target: str, at: str | None, *, hidden: bool) -> Iterator[tuple[AddressSpace, str]]:
-    """The address space of `target` at one moment, and which moment that is: a process is recorded first."""
+    """Yield the address space of `target` at one moment, and that moment in words; a process is recorded first."""
     from mthp.snapshot import load, record
 
     if pid_of(target) is None:
@@ -142,7 +142,7 @@ def still(target: str, at: str | None, *, hidden: bool) -> Iterator[tuple[Addres
 
 
 def _when(space: AddressSpace) -> str:
-    """When what a file holds was as it is."""
+    """Return the time of a file's contents, in words."""
     from mthp.snapshot import SnapshotSpace
     from mthp.snapshot.recording import RecordingSpace
 
@@ -153,7 +153,7 @@ def _when(space: AddressSpace) -> str:
 
 
 def _timeline(path: str) -> Timeline | None:
-    """How memory came to be as it is, if the file at `path` is a recording."""
+    """Return the timeline of the file at `path` if it is a recording, else None."""
     from mthp.report.timeline import chosen_steps, gather
     from mthp.snapshot.recording import Recording
     from mthp.snapshot.stream import is_recording
@@ -168,10 +168,10 @@ def _timeline(path: str) -> Timeline | None:
 
 
 def _arguments(pid: int | None) -> str:
-    """The command line of a process, as a shell would take it.
+    """Return the command line of a process, quoted for a shell.
 
     Raises:
-        UsageError: it is no process.
+        UsageError: it is not a process.
     """
     if pid is None:
         raise UsageError("--with-arguments needs a PID: files hold no arguments")
@@ -183,7 +183,7 @@ def _arguments(pid: int | None) -> str:
 
 
 def _commands(file: str, pid: int | None) -> tuple[Command, ...]:
-    """What to type to see the same again, and to carry it out."""
+    """Return the commands that repeat the report and carry out its plan."""
     again = Command("This page", shlex.join(["mthp", *sys.argv[1:]]))
     if pid is None:
         name = shlex.quote(file)

@@ -1,4 +1,4 @@
-"""``mthp schema COMMAND``: the JSON Schema of what a command prints with ``--json``."""
+"""``mthp schema COMMAND``: the JSON Schema of a command's output with ``--json``."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ OBJECTS = {
     "conformance": [["mthp.sim.golden.conformance:Replay"]],
     "demo": [["mthp.demo.story:Story"]],
 }
-"""What each command prints: one of some objects, each with the keys of one or two classes. By name, because a command
-needs only its own."""
+"""Classes of each command's output: alternative objects, each with the keys of one or two classes. By name, so that
+only those of one command are imported.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a command prints that failed."""
+    """Output of a command that failed."""
 
     error: MthpError
 
@@ -52,15 +53,15 @@ class Failure:
 @click.command("schema")
 @click.argument("name", metavar="COMMAND", type=click.Choice(list(OBJECTS)))
 def command(name: str) -> None:
-    """Print the JSON Schema of what COMMAND prints with --json.
+    """Print the JSON Schema of the output of COMMAND with --json.
 
-    An object that has only `schema` and `error` is what is printed where the command failed. docs/figures.md says what
-    every key is.
+    An object that has only `schema` and `error` is the output of a command that failed. docs/figures.md defines every
+    key.
     """
     click.echo(json.dumps(schema(name), indent=2))
 
 
 def schema(name: str) -> Schema:
-    """Return the JSON Schema of what a command prints."""
+    """Return the JSON Schema of a command's output."""
     alternatives = [tuple(map(resolve_name, classes)) for classes in OBJECTS[name]]
     return schema_of(f"mthp.{name}/1", *alternatives, (Failure,))

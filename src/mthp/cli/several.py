@@ -1,4 +1,4 @@
-"""Several targets of one command: each is worked on by itself, and what goes wrong with one is a line of its own.
+"""Several targets of one command: each is worked on by itself, and its errors are a line of its own.
 
 A process that a name found may exit before its turn comes, or be the shell that mthp was started from. That is a line
 of the table, and not a failure of the command.
@@ -26,11 +26,11 @@ targets_argument = click.argument(
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A target with which something went wrong.
+    """A target with an error.
 
     Attributes:
-        label: its name.
-        error: what went wrong.
+        label: name of the target.
+        error: the error.
     """
 
     JSON: ClassVar = "target=label error"
@@ -41,10 +41,10 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Each(Generic[R]):
-    """What came of each target.
+    """The result of each target.
 
     Attributes:
-        results: by target, in their order: a result, or what went wrong.
+        results: a result or an error for each target, in their order.
         codes: the exit code of each.
     """
 
@@ -53,23 +53,23 @@ class Each(Generic[R]):
 
     @property
     def done(self) -> list[R]:
-        """The results of those targets with which nothing went wrong."""
+        """Return the results of the targets without an error."""
         return [result for _, result in self.results if not isinstance(result, Failed)]
 
     @property
     def counted(self) -> str:
-        """The number of targets, and of those with a result if something went wrong with others, for a heading."""
+        """Return the number of targets for a heading, with the number of results if some have errors."""
         done, every = len(self.done), len(self.results)
         return f"{'' if done == every else f'{done} of '}{every} target{'' if every == 1 else 's'}"
 
     @property
     def all(self) -> tuple[R | Failed, ...]:
-        """What came of each target."""
+        """Return the result or error of each target."""
         return tuple(result for _, result in self.results)
 
     @property
     def code(self) -> int:
-        """The exit code of the command: 0, the one that all targets have, or 1."""
+        """Return the exit code of the command: 0, the common one of all targets, or 1."""
         codes = set(self.codes)
         return codes.pop() if len(codes) == 1 else int(bool(codes))
 
@@ -84,17 +84,17 @@ class Each(Generic[R]):
 
 
 class OnMachine(Protocol):
-    """A result that knows the machine it is about."""
+    """A result with the geometry of its machine."""
 
     @property
     def geometry(self) -> Geometry: ...
 
 
 def common_geometry(results: Iterable[OnMachine]) -> Geometry:
-    """Return the geometry of the machine that all `results` are about; of this machine if there are no results.
+    """Return the geometry of the machine of all `results`; of this machine if there are none.
 
     Raises:
-        UsageError: their geometries differ, so that nothing of them can be added up.
+        UsageError: their geometries differ, so that they cannot be added up.
     """
     from mthp.linux.sysfs import ThpSysfs
 
@@ -117,7 +117,7 @@ def do_each(
     Args:
         work: returns a result, and the exit code that a command for it alone would have.
         changes: whether `work` changes the target, so that ancestors of this process are left out.
-        stop: asked before each; once it returns True the others are not begun.
+        stop: called before each target; after it returns True the others are not begun.
     """
     results: list[tuple[Found, R | Failed]] = []
     codes = []
@@ -131,7 +131,7 @@ def do_each(
             result, code = work(found)
         except MthpError as error:
             if isinstance(error, UsageError) and pid_of(found.target) is not None:
-                # The process can be used: an option cannot, and would not for the next one.
+                # The process can be used but an option cannot, so the next target would fail in the same way.
                 raise
             results.append((found, Failed(found.label, error)))
             code = error.exit_code
@@ -144,11 +144,11 @@ def do_each(
 
 
 def _check_ancestor(found: Found) -> None:
-    """Refuse to change a process on which this one depends; of those that a name finds it is left out.
+    """Refuse to change a process on which this one depends; leave it out if a name found it.
 
     Raises:
-        UsageError: it was named itself.
-        TargetVanishedError: a name found it.
+        UsageError: the process was named itself.
+        TargetVanishedError: a name found the process.
     """
     try:
         refuse_ancestor(found.target)

@@ -1,11 +1,11 @@
-"""What ends a command: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal is closed). Each ends it in order.
+"""Signals that end a command cleanly: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (the terminal is closed).
 
-A command that works in steps asks :func:`stopping_on_signals` between two steps, finishes what it is at, and reports.
-In all other code these signals raise KeyboardInterrupt or a subclass, so everything that is open is closed. A second
-signal does so while a step is finished. The exit code is 128 and the signal's number, as a shell has it.
+A command that works in steps calls :func:`stopping_on_signals`, finishes the current step after a signal, and reports.
+In all other code these signals raise KeyboardInterrupt or a subclass, so that open resources are closed. A second
+signal does so while a step is finished. The exit code is 128 plus the signal's number, as in a shell.
 
-A signal that was ignored when mthp started stays ignored: nohup(1) has SIGHUP ignored, and a shell without job control
-has its background processes ignore SIGINT.
+A signal that was ignored when mthp started stays ignored: nohup(1) sets SIGHUP to be ignored, and a shell without job
+control starts background processes with SIGINT ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def exit_code(number: int) -> int:
 
 
 def exit_code_of(error: BaseException | None) -> int:
-    """Return the exit code of a command that `error` ended, a KeyboardInterrupt or one that has it as its cause."""
+    """Return the exit code of a command that `error` ended: a KeyboardInterrupt, or an error with one as its cause."""
     while error is not None:
         if isinstance(error, EndedBySignalError):
             return exit_code(error.number)
@@ -46,7 +46,7 @@ def exit_code_of(error: BaseException | None) -> int:
 
 
 def exit_code_if_ended() -> int:
-    """Return the exit code if a signal has come; else 0."""
+    """Return the exit code of the last signal that came; 0 if none did."""
     return exit_code(_came[-1]) if _came else 0
 
 
@@ -73,10 +73,10 @@ def raising_on_signals() -> Iterator[None]:
 
 
 class Wish:
-    """Calling it returns whether to stop.
+    """A callable that returns whether to stop.
 
     Attributes:
-        number: the signal that came; 0 before one does.
+        number: the signal that came; 0 before the first.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""``mthp simulate SCENARIO.toml``: programs and khugepaged on a simulated machine, and what came of it."""
+"""``mthp simulate SCENARIO.toml``: programs and khugepaged on a simulated machine, and the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mthp.lab.tables import Scenario
 
 WANTED = 0.5
-"""The coverage until which time is told."""
+"""The coverage until which the time is printed."""
 
 
 @click.command("simulate")
@@ -51,8 +51,8 @@ def command(
 ) -> int:
     """Run programs, as SCENARIO.toml describes them, on a simulated machine with khugepaged.
 
-    The machine does page for page what a real kernel does; time is simulated, and the same seed gives the same rows to
-    the byte. `mthp report` shows the output. Ctrl-C ends the run; what was simulated is kept.
+    The machine behaves page for page as a real kernel; time is simulated, and the same seed produces the same rows to
+    the byte. `mthp report` shows the output. Ctrl-C ends the run and keeps the rows so far.
     """
     from mthp.lab import simulated
     from mthp.lab.scenario import example, load_scenario

@@ -25,10 +25,10 @@ def command(target: str, output: Path, force: bool, heat: HeatRequest | None, as
 
     The file holds addresses, page states, the names of mappings and the system's switches. It holds no contents of
     memory, no environment and no arguments. `mthp inspect` and `mthp plan` take it in place of a PID. With --heat it
-    keeps which memory is used, by which plans and comparisons of the file weigh.
+    also holds which memory is used, which plans and comparisons of the file then weigh.
 
-    The file is Parquet, which takes pyarrow; if its name ends with .mthp, it is a format of mthp's own that takes
-    nothing.
+    The file is Parquet, which needs pyarrow; if its name ends with .mthp, it is in mthp's own format, which needs no
+    package.
     """
     from mthp.snapshot import record
 

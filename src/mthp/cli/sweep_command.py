@@ -33,12 +33,12 @@ def command(
     print_grid: bool,
     as_json: bool,
 ) -> int:
-    """Take every snapshot and recording in DIR through every setting of a grid, and write the figures to a table.
+    """Apply every setting of a grid to every snapshot and recording in DIR, and write the figures to a table.
 
     The grid, which --print-grid shows, names policies, and lists of values of max_ptes_none, max_ptes_swap,
     max_ptes_shared, mthp_min_order and orders; every combination is a setting. scans = "all" goes on until nothing
-    changes, steps = "all" takes every step of recordings. A sweep that was interrupted goes on where it was when it is
-    started again. Inputs that cannot be read are reported, and the exit code is 1.
+    changes, steps = "all" takes every step of recordings. An interrupted sweep continues when it is started again.
+    Inputs that cannot be read are reported, and the exit code is 1.
     """
     from mthp.errors import UsageError
     from mthp.lab import runners

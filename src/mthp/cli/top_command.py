@@ -1,4 +1,4 @@
-"""``mthp top [TARGET]``: processes by what a collapse could gain, kept up to date."""
+"""``mthp top [TARGET]``: a live table of processes by the gain of a collapse."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from mthp.targets import open_target, pid_of, refuse_ancestor
 )
 @plan_options
 def command(target: str | None, cpu: float, **options: Any) -> int:
-    """Show processes by what a collapse could gain, and keep it up to date.
+    """Show processes by what a collapse could gain, and keep the table up to date.
 
-    With a TARGET (a PID, a snapshot, a recording) show its mappings; a recording can be gone through in time. The key ?
-    lists the keys. A collapse is asked about first, runs beside the screen, and can be stopped.
+    With a TARGET (a PID, a snapshot, a recording) show its mappings; keys step through a recording in time. The key ?
+    lists the keys. A collapse begins after a question, runs beside the screen, and can be stopped.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UnsupportedError("top needs a terminal", help="in scripts use: mthp inspect TARGET --json")
@@ -52,7 +52,7 @@ def command(target: str | None, cpu: float, **options: Any) -> int:
 
 
 def view_of(target: str | None, options: PlanOptions, cpu: float) -> Any:
-    """What is to be shown.
+    """Return the view to show.
 
     Raises:
         MthpError: as :func:`mthp.targets.open_target`.
@@ -64,7 +64,7 @@ def view_of(target: str | None, options: PlanOptions, cpu: float) -> Any:
     chosen = "self" if target is None else target
     with open_target(chosen) as space:
         geometry, title, switches = space.geometry, space.label, _switches(space)
-        # Told now, where it can be, and not on every row.
+        # Fail now, where the error is readable, and not on every row.
         base_rules(space, options)
         policy_named(options.policy)
     if target is None:
@@ -91,7 +91,7 @@ def _opened_to_collapse(pid: int) -> AddressSpace:
 
 
 def _steps(path: str) -> tuple[float, ...]:
-    """The seconds of each step if the file at `path` is a recording."""
+    """Return the seconds of each step if the file at `path` is a recording."""
     from mthp.snapshot.recording import Recording
     from mthp.snapshot.stream import is_recording
 
@@ -99,7 +99,7 @@ def _steps(path: str) -> tuple[float, ...]:
 
 
 def _switches(space: AddressSpace) -> str:
-    """The kernel and its switches in one line, sizes that are switched alike together."""
+    """Return the kernel and its switches in one line, with equal switches together."""
     geometry, switches = space.geometry, space.switches
     by_word: dict[str, list[str]] = {}
     for order, word in sorted(switches.sizes.items(), reverse=True):
@@ -109,7 +109,7 @@ def _switches(space: AddressSpace) -> str:
 
 
 def daemon_status() -> Mapping[str, Any] | None:
-    """What the daemon of this machine says; None if none is running, or it is not ours to ask."""
+    """Return the status of this machine's daemon; None if it does not run, or refuses this user."""
     try:
         return ask_daemon("status", None)
     except MthpError:

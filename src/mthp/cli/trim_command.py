@@ -29,26 +29,26 @@ class TrimSum:
 
     @property
     def zero_bytes(self) -> int:
-        """Bytes in pages of zeroes that could be given back."""
+        """Return the bytes in pages of zeroes that could be given back."""
         return sum(report.plan.zero_bytes for report in self.reports)
 
     @property
     def trimmed(self) -> int:
-        """Folios that were split."""
+        """Return the number of folios that were split."""
         return sum(report.trimmed for report in self.reports)
 
     @property
     def given_back_bytes(self) -> int:
-        """Bytes that are not resident any more."""
+        """Return the bytes that are no longer resident."""
         return sum(report.given_back_bytes for report in self.reports)
 
 
 @dataclass(frozen=True, slots=True)
 class Trims:
-    """What came of the trims of several targets.
+    """The results of the trims of several targets.
 
     Attributes:
-        targets: the report of each, or what went wrong.
+        targets: the report of each, or its error.
         total: their sums.
     """
 
@@ -80,7 +80,7 @@ def command(
 
     A TARGET is a PID, the word self, or a name as `mthp --help` lists them. The kernel splits a folio and maps the
     shared zero page in place of each page of zeroes (Linux 6.12 and later). No code is injected, and nothing is
-    stopped. The folios with the most zeroes come first. Ctrl-C ends it after the folios at hand.
+    stopped. The folios with the most zeroes come first. Ctrl-C ends it after the current folios.
     """
     options = TrimOptions(zero=zero, by=by, rate=rate)
     named = find_targets(targets)
@@ -127,7 +127,7 @@ def targets_table(each: Each[TrimReport]) -> Table:
 
 
 def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None:
-    """Print what a trim gave back."""
+    """Print the result of a trim."""
     plan, geometry = report.plan, report.plan.geometry
     rows = [[geometry.label(order), str(count)] for order, count in plan.folios_by_order.items()]
     title = f"{plan.label}: large folios with {percent(options.zero)} of zeroes, of {plan.looked_at} in all"

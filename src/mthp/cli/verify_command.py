@@ -1,4 +1,4 @@
-"""``mthp verify TARGET --expect '2M>=95%'``: whether memory lies in folios as it is expected to."""
+"""``mthp verify TARGET --expect '2M>=95%'``: check that memory lies in folios as expected."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mthp.units import format_size, percent
 
 @dataclass(frozen=True, slots=True)
 class Verifications:
-    """What came of the expectations of several targets.
+    """The results of the expectations of several targets.
 
     Attributes:
-        targets: the checks of each, or what went wrong.
+        targets: the checks of each, or its error.
         passed: whether all expectations of all targets are met.
     """
 
@@ -53,10 +53,10 @@ class Verifications:
 @at_option
 @json_option
 def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_json: bool, at: str | None) -> int:
-    """Check that the memory of each TARGET lies in folios as it is expected to. Exits with 1 if it does not.
+    """Check that the memory of each TARGET lies in folios as expected. Exits with 1 if it does not.
 
-    A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. What counts is
-    what the hardware can use: the PMD size by a PMD entry, smaller sizes as whole, aligned, contiguous blocks.
+    A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Only memory that
+    the hardware can use counts: the PMD size by a PMD entry, smaller sizes as whole, aligned, contiguous blocks.
     """
     if as_json and form != "table":
         raise UsageError(f"both --json and --format {form}", help="give one of them")
@@ -146,13 +146,13 @@ def _junit(each: Each[Verification]) -> str:
 
 
 _STATES = {0: "OK", 1: "WARNING"}
-"""What a plugin's exit code means to Nagios; 3 is UNKNOWN."""
+"""Meaning of a plugin's exit code in Nagios; 3 is UNKNOWN."""
 
 
 def _nagios(verified: Callable[[], tuple[Targets, Each[Verification]]]) -> int:
-    """Print the one line that a plugin of Nagios prints, and return its exit code.
+    """Print the one line of a Nagios plugin, and return its exit code.
 
-    To Nagios 2 is CRITICAL, so an expectation that cannot be read is UNKNOWN, too.
+    In Nagios 2 is CRITICAL, so an expectation that cannot be read is UNKNOWN, too.
     """
     try:
         _, each = verified()
@@ -170,7 +170,7 @@ def _nagios(verified: Callable[[], tuple[Targets, Each[Verification]]]) -> int:
 
 
 def _plain(text: str) -> str:
-    """Return a text without what ends a line or begins the performance data."""
+    """Return a text without characters that end a line or begin the performance data."""
     return clean(text).replace("|", "/")
 
 

@@ -1,1 +1,1 @@
-"""How results look on a terminal, apart from the commands that produce them."""
+"""Printing of results on a terminal, apart from the commands that produce them."""

@@ -1,4 +1,4 @@
-"""What a collapse did, as tables and as the JSON object of the contract."""
+"""The result of a collapse, as tables and as the JSON object of the contract."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mthp.results import ScanResult
 from mthp.units import format_size, percent
 
 MAX_REASONS = 5
-"""Reasons why nothing was done that are printed as remarks; the table has more."""
+"""Most reasons for an idle run that are printed as remarks; the table has more."""
 
 
 def print_report(
     out: Console, report: CollapseReport, wanted: float | None = None, hindrances: Sequence[str] = ()
 ) -> None:
-    """Print what a collapse did."""
+    """Print the result of a collapse."""
     if report.dry_run:
         print_plan(out, report.plan)
         _print_mechanisms(out, report)
@@ -60,7 +60,7 @@ def print_report(
 
 
 def _print_mechanisms(out: Console, report: CollapseReport) -> None:
-    """By what each size would be made."""
+    """Print the mechanism for each size."""
     geometry = report.plan.geometry
     meanings = {
         "madvise": "MADV_COLLAPSE: nothing is written into the process, and it is not stopped",
@@ -116,7 +116,7 @@ def _left_alone(report: CollapseReport, tally: FolioTally) -> list[list[str]]:
 
 
 def coverage_table(report: CollapseReport) -> Table:
-    """Return the coverage before and after, for every size that was asked for, and for the PMD size."""
+    """Return the coverage before and after, for every requested size, and for the PMD size."""
     plan, geometry = report.plan, report.plan.geometry
     orders = sorted({*plan.orders, plan.asked_order, geometry.pmd_order}, reverse=True)
     rows = [

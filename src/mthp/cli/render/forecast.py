@@ -1,4 +1,4 @@
-"""How long something is going to take, in one line on standard error: also where no progress bar is shown."""
+"""A forecast of a long duration, in one line on standard error, also where no progress bar is shown."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import click
 
 
 class Forecast:
-    """Says on standard error, once, how long something is going to take, if that is long.
+    """Prints the remaining time on standard error, once, if it is long.
 
     Args:
-        what: is being done, as the subject of a sentence.
-        end: what Ctrl-C does.
+        what: subject of the sentence.
+        end: effect of Ctrl-C.
     """
 
     AFTER = 2.0
-    """Seconds of work by which the rest is reckoned."""
+    """Seconds of work before the estimate."""
 
     LONG = 30.0
-    """Seconds from which on it is worth a line."""
+    """Seconds that are long enough for a line."""
 
     def __init__(self, what: str, end: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._what, self._end, self._clock = what, end, clock
@@ -29,7 +29,7 @@ class Forecast:
         self._due = self._begin + self.AFTER
 
     def __call__(self, done: float, total: float) -> None:
-        """Take note that `done` of `total` are done."""
+        """Note that `done` of `total` are done, and print the forecast when it is due."""
         if (now := self._clock()) < self._due or done <= 0:
             return
         self._due = math.inf
@@ -39,7 +39,7 @@ class Forecast:
 
 
 def about(seconds: float) -> str:
-    """A long time in its largest unit: ``"40 s"``, ``"12 min"``, ``"3 h"``, ``"20 days"``."""
+    """Return a long time in its largest unit: ``"40 s"``, ``"12 min"``, ``"3 h"``, ``"20 days"``."""
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:,.0f} {name}"

@@ -1,4 +1,4 @@
-"""How commands print: one JSON object, or tables and progress on a terminal, or plain text when piped."""
+"""Output of commands: one JSON object, or tables and progress on a terminal, or plain text when piped."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mthp.units import format_size
 
 
 class ProgressBar(Protocol):
-    """Shows how far something has come."""
+    """Shows the progress of some work."""
 
     def __call__(self, done: int, total: int, what: str = "") -> None:
-        """Show that `done` of `total` are done, and what is being worked on."""
+        """Show that `done` of `total` are done, and the current step."""
 
 
 PLAIN_WIDTH = 1 << 16
@@ -48,7 +48,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def _columns() -> int | None:
-    """Return the width that the environment asks for; None if it does not."""
+    """Return the width in the environment; None if it is not set to a number."""
     text = os.environ.get("COLUMNS", "")
     if not re.fullmatch("[0-9]{1,5}", text) or not int(text):
         return None
@@ -58,7 +58,7 @@ def _columns() -> int | None:
 def print_json(command: str, *objects: object) -> None:
     """Print the one JSON object of `command`, which has the keys of all `objects`; its schema comes first.
 
-    A list is written item by item as they are made, however many there are.
+    A list is written item by item while it is made, so its length does not matter.
     """
     click.echo(f'{{\n  "schema": "mthp.{command}/1"', nl=False)
     for each in objects:
@@ -68,7 +68,7 @@ def print_json(command: str, *objects: object) -> None:
             if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
                 _print_list(value, geometry)
             else:
-                # A newline of a text is an escape, so these are all between values.
+                # Newlines within texts are escaped, so these are all between values.
                 click.echo(json.dumps(to_json(value, geometry), indent=2).replace("\n", "\n  "), nl=False)
     click.echo("\n}")
 
@@ -83,7 +83,7 @@ def _print_list(values: Iterable[object], geometry: object) -> None:
 
 @contextlib.contextmanager
 def progress_bar(text: str, *, hidden: bool = False) -> Iterator[ProgressBar]:
-    """A progress bar on standard error, where that is a terminal. Gives a function that takes (done, in all, what)."""
+    """Yield a function of (done, in all, step) that draws a bar on standard error, if that is a terminal."""
     if hidden or not sys.stderr.isatty():
         yield lambda done, total, what="": None
         return
@@ -103,7 +103,7 @@ def progress_bar(text: str, *, hidden: bool = False) -> Iterator[ProgressBar]:
 
 
 def milliseconds(seconds: float) -> str:
-    """A duration in milliseconds."""
+    """Return a duration in milliseconds."""
     return f"{1000 * seconds:.2f} ms"
 
 
@@ -114,7 +114,7 @@ def note(out: Console, lines: Sequence[str]) -> None:
 
 
 def out_of_reach(measured: Coverage, geometry: Geometry) -> str:
-    """Return how much of what was measured no kernel collapses, as a sentence; ``""`` if it is nothing."""
+    """Return as a sentence how much of the measured memory no kernel collapses; ``""`` if none."""
     if not measured.out_of_reach:
         return ""
     return (

@@ -2,7 +2,7 @@
 
 A cell is one of three kinds:
 
-- a *figure* stands whole on one line;
+- a *figure* is whole on one line;
 - a *name* may be shortened in the middle, with an ellipsis, because its ends identify it;
 - any other *text* is wrapped between words.
 
@@ -13,7 +13,7 @@ do not fit go below each row, every cell with its head::
     mainline      50.0%      400M
         bloat: 3.0M  copied: 20M  khugepaged: 0.20 s
 
-Narrower than :data:`MIN_WIDTH` no table becomes.
+No table becomes narrower than :data:`MIN_WIDTH`.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from rich.text import Text
 from mthp.text import clean, shortened
 
 MIN_WIDTH = 40
-"""Columns of the narrowest layout: a terminal that is narrower breaks the lines itself, and cuts nothing either."""
+"""Columns of the narrowest layout: a narrower terminal breaks the lines itself, and cuts nothing either."""
 
 GAP = 2
 """Blanks between two columns."""
 
 INDENT = 4
-"""Blanks before the cells that stand below their row."""
+"""Blanks before the cells below their row."""
 
 TEXT_WIDTH = 20
-"""A text column becomes this narrow before columns go below the row: narrower ones become towers of single words."""
+"""Least width of a text column before columns go below the row: narrower ones become towers of single words."""
 
 NAME_WIDTH = 24
 """The same for a column of names: the ends of a path that identify a library fit in it."""
 
 _WORD = re.compile(r"[0-9.,]+ [num]?s\b\S*|\S+")
-"""What is not broken: a word, and a number with its unit of time."""
+"""Pattern for text that is not broken: a word, or a number with its unit of time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Table:
     Attributes:
         title: a line above it.
         columns: heads.
-        rows: cells, as many in each row as there are heads.
+        rows: cells, one for each head in every row.
         right: indexes of the columns that hold figures, and are aligned to the right.
         names: indexes of the columns that hold names, which may be shortened.
     """
@@ -90,7 +90,7 @@ class Table:
         widths = _widths(columns[:beside], width)
         below = columns[beside:]
         heads = list(_side_by_side([column.head_in(room) for column, room in _pairs(columns, widths)], widths, columns))
-        # The head of one text need not stand in front of every cell.
+        # If only one text column is below, its head is not repeated before every cell.
         alone = len(below) == 1 and not below[0].figures
         if alone:
             heads += _indented(wrapped(below[0].head, width - INDENT))
@@ -132,12 +132,12 @@ class _Column:
 
     @property
     def natural(self) -> int:
-        """The width at which nothing is wrapped or shortened."""
+        """Return the width at which nothing is wrapped or shortened."""
         return max(map(cell_len, [self.head, *self.cells]))
 
     @property
     def least(self) -> int:
-        """The smallest width in which a reader would want it."""
+        """Return the smallest width that is still easy to read."""
         widest = max(map(cell_len, self.cells), default=0)
         head = _longest_word(self.head)
         if self.figures:
@@ -167,7 +167,7 @@ def _beside(columns: Sequence[_Column], width: int) -> int:
 
 
 def _widths(columns: Sequence[_Column], width: int) -> list[int]:
-    """Return the widths of `columns` within `width` in all: the smallest wishes for more are granted first."""
+    """Return the widths of `columns` within `width` in all; columns that need least beyond their minimum come first."""
     least = [column.least if len(columns) > 1 else min(column.least, width) for column in columns]
     widths = list(least)
     spare = width - sum(least) - GAP * (len(columns) - 1)
@@ -184,7 +184,7 @@ def _pairs(columns: Sequence[_Column], widths: Sequence[int]) -> Iterator[tuple[
 
 
 def _side_by_side(cells: Sequence[list[str]], widths: Sequence[int], columns: Sequence[_Column]) -> Iterator[str]:
-    """The lines of one row of `cells`, each of which has lines of its own."""
+    """Yield the lines of one row of `cells`, each of which has lines of its own."""
     for number in range(max(map(len, cells), default=0)):
         line = []
         for cell, width, column in zip(cells, widths, columns, strict=False):
@@ -195,7 +195,7 @@ def _side_by_side(cells: Sequence[list[str]], widths: Sequence[int], columns: Se
 
 
 def _below(columns: Sequence[_Column], row: int, width: int) -> list[str]:
-    """The lines below a row: the cells of `columns` that are not empty, each with its head."""
+    """Return the lines below a row: the cells of `columns` that are not empty, each with its head."""
     room = width - INDENT
     lines = [""]
     for column in columns:
@@ -203,7 +203,7 @@ def _below(columns: Sequence[_Column], row: int, width: int) -> list[str]:
             continue
         label, cell = f"{column.head}: " if column.head else "", column.cells[row]
         if column.names:
-            # Behind its head if at least half of the line is left for it, else on a line of its own.
+            # After its head if that leaves at least half of the line, else on a line of its own.
             left = room - cell_len(label)
             cell = shortened(cell, left if left >= room // 2 else room)
         item = label + cell
@@ -211,7 +211,8 @@ def _below(columns: Sequence[_Column], row: int, width: int) -> list[str]:
         if cell_len(joined) <= room:
             lines[-1] = joined
         else:
-            # A figure or name that does not fit behind its head has a line of its own: wrapping keeps it whole.
+            # A figure or name that does not fit after its head has a line of its own, because wrapping must keep it
+            # whole.
             pieces = [*wrapped(label, room), cell] if column.figures or column.names else wrapped(item, room)
             whole = [item] if cell_len(item) <= room else pieces
             lines[len(lines) - (not lines[-1]) :] = [piece.rstrip() for piece in whole]
