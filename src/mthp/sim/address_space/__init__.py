@@ -1,1 +1,1 @@
-"""What a program does to its address space: accesses and their faults, and system calls."""
+"""What programs do to their address spaces: accesses with their page faults, and system calls."""

@@ -1,8 +1,8 @@
-"""What a program's reads and writes do: page faults, as handle_mm_fault() (mm/memory.c) resolves them.
+"""Reads and writes of a program, with page faults resolved as by handle_mm_fault() (mm/memory.c).
 
-A write to nothing allocates the largest folio that the switches, the mapping and the emptiness of the aligned block
-allow (do_huge_pmd_anonymous_page, alloc_anon_folio); a read of nothing maps the zero page, the huge one where a folio
-of the PMD order would fit; a write to a page that somebody else may see copies it.
+A write to a none entry allocates the largest folio that the switches, the mapping and the emptiness of the aligned
+block allow (do_huge_pmd_anonymous_page, alloc_anon_folio). A read of a none entry maps the zero page, or the huge one
+where a folio of the PMD order would fit. A write to a page that others may share copies it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class Fault(enum.Enum):
 
     DONE = "done"
     SIGSEGV = "SIGSEGV"
-    """Nothing is mapped there, or a guard marker is."""
+    """The address is not mapped, or has a guard marker."""
     SIGBUS = "SIGBUS"
     """The page is poisoned."""
     OOM = "OOM"
-    """There is no memory, or the memory cgroup is at its limit."""
+    """Memory ran out, or the memory cgroup is at its limit."""
     USERFAULT = "userfaultfd"
-    """The program's own handler is to resolve it; nothing was changed."""
+    """The program's own userfaultfd handler must resolve it; nothing was changed."""
 
 
 def access(parts: Parts, mm: Mm, address: int, content: int | None) -> tuple[Fault, int]:
     """Read the page at `address`, or write `content` to it.
 
     Returns:
-        How it ended, and what the page holds.
+        How it ended, and the content of the page.
     """
     page = parts.geometry.page_size
     address = address // page * page
@@ -60,7 +60,7 @@ def access(parts: Parts, mm: Mm, address: int, content: int | None) -> tuple[Fau
 
 
 def make_present(parts: Parts, mm: Mm, vma: SimVma, address: int, *, write: bool) -> Fault:
-    """Resolve the faults of one access to the page at `address`, which lies in `vma` and is permitted there."""
+    """Resolve the faults of one access to the page at `address`, which `vma` covers and permits."""
     return _Access(parts, mm, vma, address).make_present(write=write)
 
 
@@ -100,10 +100,10 @@ class _Access:
         return Fault.DONE
 
     def allocate(self, *, write: bool) -> Fault:
-        """Map something where nothing is: a new folio of the largest order that fits here and can be had, or zero.
+        """Map a new folio of the largest order that fits and can be allocated, or the zero page, at a none entry.
 
-        Follows do_huge_pmd_anonymous_page() and do_anonymous_page(). A read gets a folio of the PMD order only where
-        the huge zero page is switched off.
+        Follows do_huge_pmd_anonymous_page() and do_anonymous_page(). A read gets a folio of the PMD order only if the
+        huge zero page is switched off.
         """
         if write:
             self.parts.anon_vma_prepare(self.mm, self.vma)
@@ -129,14 +129,14 @@ class _Access:
         self.mm.have_table(self.address)
 
     def map_huge_zero(self) -> None:
-        """Map the huge zero page, which is allocated when the first one asks for it (mm_get_huge_zero_folio)."""
+        """Map the huge zero page; the first mapping allocates it (mm_get_huge_zero_folio)."""
         if not self.parts.counters["thp_zero_page_alloc"]:
             self.parts.counters.count("thp_zero_page_alloc")
         self.mm.set_pmd(self.address, Pmd.HUGE)
         self.mm.entry(self.address).bits[:] = P.PRESENT | P.ZERO | P.YOUNG
 
     def new_folio(self, order: int) -> int | None:
-        """A folio for this fault, and what is counted of it."""
+        """Allocate and count a folio for this fault; return its head, or None."""
         may_wait = not order or self.parts.knobs.fault_may_wait(advised=HUGEPAGE in self.vma.flags)
         head = new_folio(self.parts, order, self.mm.charge, may_wait=may_wait)
         if order:
@@ -149,7 +149,7 @@ class _Access:
         self.parts.counters.count_mthp(order, f"anon_fault_{outcome}")
 
     def orders(self) -> list[int]:
-        """Orders to be tried, the largest first, 0 last: enabled, aligned within the mapping, and all none there."""
+        """Return the orders to try, the largest first, 0 last: enabled, fitting the mapping, all entries none."""
         geometry = self.parts.geometry
         fitting = []
         for order in reversed(self.parts.fault_orders(self.mm, self.vma)):
@@ -168,7 +168,7 @@ class _Access:
         parts, size = self.parts, 1 << order
         span = parts.geometry.size_of(order)
         ptes = self.mm.ptes(self.address // span * span, size)
-        # A faulted page starts out referenced: the multi-generational LRU counts the fault itself.
+        # A faulted page starts as referenced: the multi-generational LRU counts the fault itself.
         parts.memory.set(head, Fl.UPTODATE | Fl.REFERENCED)
         parts.rmap.add_new_anon(head, self.mm.id, swapbacked=not self.vma.droppable)
         parts.memory.refcount[head] = size
@@ -181,7 +181,7 @@ class _Access:
             self.mm.set_pmd(self.address, Pmd.HUGE)
 
     def unshare(self) -> Fault:
-        """Make a present page writable: as it is if nobody else may see it, else as a copy (do_wp_page)."""
+        """Make a present page writable: in place if it is not shared, else as a copy (do_wp_page)."""
         parts, mm = self.parts, self.mm
         parts.anon_vma_prepare(mm, self.vma)
         if not self.ptes.pages()[0]:
@@ -194,7 +194,7 @@ class _Access:
             mm.entry(self.address).bits[:] |= P.WRITE
             return Fault.DONE
         split_pmd(parts, mm, self.address)
-        # Held, so that reclaim leaves it where it is.
+        # Held, so that reclaim does not move or free it.
         parts.memory.refcount[head] += 1
         new = new_folio(parts, 0, mm.charge, may_wait=True)
         if new is not None:
@@ -208,7 +208,7 @@ class _Access:
         return Fault.OOM if new is None else Fault.DONE
 
     def replace_zero(self) -> Fault:
-        """Write where the zero page is mapped; a huge one is replaced as a whole if possible (do_huge_zero_wp_pmd)."""
+        """Write to the zero page; a huge one is replaced as a whole if possible (do_huge_zero_wp_pmd)."""
         pmd_order = self.parts.geometry.pmd_order
         if self.mm.pmd(self.address) is Pmd.HUGE:
             head = self.new_folio(pmd_order) if pmd_order in self.parts.fault_orders(self.mm, self.vma) else None

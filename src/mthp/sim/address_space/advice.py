@@ -1,4 +1,4 @@
-"""madvise(2), but for MADV_COLLAPSE: what each advice does to pages (mm/madvise.c)."""
+"""madvise(2), without MADV_COLLAPSE: the effect of each advice on pages (mm/madvise.c)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mthp.sim.parts import Parts
 
 
 def madvise(parts: Parts, mm: Mm, start: int, end: int, advice: str) -> int:
-    """madvise with one of the words of ADVICE.
+    """Call madvise with one of the words of ADVICE.
 
     Returns:
-        EINVAL for anything else, and for locked memory where pages would go; ENOMEM if some of the range is not mapped.
-        What is mapped was advised; an EINVAL ends the call where it occurs.
+        0; EINVAL for other words, and for locked memory that would lose pages; ENOMEM if some of the range is not
+        mapped. The mapped part was advised; an EINVAL ends the call where it occurs.
     """
     if advice not in ADVICE or start % parts.geometry.page_size or end < start:
         return errno.EINVAL
@@ -45,14 +45,14 @@ def madvise(parts: Parts, mm: Mm, start: int, end: int, advice: str) -> int:
 
 
 def _dontneed(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
-    """MADV_DONTNEED: what is there goes; guards stay."""
+    """MADV_DONTNEED: unmap everything but guards."""
     zap(parts, mm, start, end, keep_guards=True)
 
 
 def _pages_of_whole_folios(parts: Parts, mm: Mm, start: int, end: int, ptes: Ptes) -> NDArray[np.intp]:
-    """Entries that map pages nobody else may see, of folios that lie in the range as a whole.
+    """Return the entries of unshared folios that lie in the range as a whole: intp, shape (pages,).
 
-    A large folio of which only a part lies there is split, unless somebody else has it in use or may see it.
+    A large folio that lies there only partly is split, unless it is shared or has other users.
     """
     offsets = np.flatnonzero(ptes.pages())
     pfns = ptes.value[offsets].astype(np.int64)
@@ -64,13 +64,13 @@ def _pages_of_whole_folios(parts: Parts, mm: Mm, start: int, end: int, ptes: Pte
     usable = ~cut
     for at in np.flatnonzero(cut).tolist():
         usable[at] = split_folio(parts, int(folios[at]))
-    # A split maps the zero page in place of pages of zeroes.
+    # A split may have replaced pages of zeroes by the zero page.
     chosen: NDArray[np.intp] = offsets[usable[inverse] & ptes.pages()[offsets]]
     return chosen
 
 
 def _free(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
-    """MADV_FREE: pages become lazyfree, clean and old; slots are dropped (madvise_free_pte_range)."""
+    """MADV_FREE: make pages lazyfree, clean and old; drop swap slots (madvise_free_pte_range)."""
     parts.lru.drain()
     for address, _, ptes in mm.ranges(start, end):
         offsets = _pages_of_whole_folios(parts, mm, start, end, ptes)
@@ -87,7 +87,7 @@ def _free(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
 
 
 def _cold(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
-    """MADV_COLD: pages become old (madvise_cold_or_pageout_pte_range)."""
+    """MADV_COLD: make pages old (madvise_cold_or_pageout_pte_range)."""
     parts.lru.drain()
     for _, _, ptes in mm.ranges(start, end):
         offsets = _pages_of_whole_folios(parts, mm, start, end, ptes)
@@ -97,7 +97,7 @@ def _cold(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
 
 
 def _pageout(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
-    """MADV_PAGEOUT: pages are reclaimed, whether they were used lately or not."""
+    """MADV_PAGEOUT: reclaim pages, whether they were used lately or not."""
     parts.lru.drain()
     for address, _, ptes in mm.ranges(start, end):
         offsets = _pages_of_whole_folios(parts, mm, start, end, ptes)
@@ -113,7 +113,7 @@ def _pageout(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
 
 
 def _guard_install(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
-    """MADV_GUARD_INSTALL: what is there goes, and an access ends with SIGSEGV."""
+    """MADV_GUARD_INSTALL: unmap everything; from then on an access ends with SIGSEGV."""
     parts.anon_vma_prepare(mm, vma)
     zap(parts, mm, start, end)
     for address, _, ptes in mm.all_ranges(start, end):
@@ -122,7 +122,7 @@ def _guard_install(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> N
 
 
 def _guard_remove(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
-    """MADV_GUARD_REMOVE: guards go, everything else stays."""
+    """MADV_GUARD_REMOVE: remove guards; everything else stays."""
     for _, _, ptes in mm.ranges(start, end):
         ptes.bits[(ptes.bits & P.GUARD) != 0] = 0
 
@@ -137,4 +137,4 @@ _ON_PAGES: dict[str, Callable[[Parts, Mm, SimVma, int, int], None]] = {
 }
 
 ADVICE = frozenset({"HUGEPAGE", "NOHUGEPAGE", *_ON_PAGES})
-"""The words that :func:`madvise` takes."""
+"""The words that :func:`madvise` accepts."""

@@ -1,7 +1,7 @@
-"""What a program can ask of the machine: its system calls, each giving 0 or an error number.
+"""The system calls of a program, each returning 0 or an error number.
 
-The programs of :mod:`mthp.lab` make few of them. The random life tests alone make the others (locking, mremap,
-userfaultfd, drivers' pages, migration): khugepaged has to cope with what they leave in page tables.
+The programs of :mod:`mthp.lab` use few of them. Only the random life tests use the others (locking, mremap,
+userfaultfd, drivers' pages, migration), because khugepaged has to cope with the page tables that they leave.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _call(function: Callable[Concatenate[Parts, _P], _R]) -> Callable[Concatenat
 
 
 class SystemCalls:
-    """The calls that need nothing but the machine's parts."""
+    """The calls that need only the machine's parts."""
 
     parts: Parts
 
@@ -42,7 +42,7 @@ class SystemCalls:
         raise NotImplementedError
 
     def mmap(self, mm: Mm, size: int, *, flags: Iterable[str] = ()) -> int:
-        """Map `size` bytes wherever there is room, from the top down; aligned to the PMD size if a multiple of it.
+        """Map `size` bytes in the highest free range; aligned to the PMD size if `size` is a multiple of it.
 
         Returns:
             The address, or the negative of EINVAL or ENOMEM.
@@ -58,21 +58,21 @@ class SystemCalls:
         return address
 
     munmap = _call(syscalls.munmap)
-    """Unmap a range: 0 or an error number."""
+    """Unmap a range; return 0 or an error number."""
 
     mprotect = _call(syscalls.mprotect)
-    """Change what accesses a range permits, to such as ``"r--"``: 0, EINVAL or ENOMEM."""
+    """Change the permissions of a range, for example to ``"r--"``; return 0, EINVAL or ENOMEM."""
 
     mlock = _call(syscalls.mlock)
-    """Lock a range in memory, and bring all of it there: 0, EINVAL, ENOMEM or EAGAIN."""
+    """Lock a range in memory, and make all of it present; return 0, EINVAL, ENOMEM or EAGAIN."""
 
     munlock = _call(syscalls.munlock)
-    """Unlock a range: 0, EINVAL or ENOMEM."""
+    """Unlock a range; return 0, EINVAL or ENOMEM."""
 
     def mremap(
         self, mm: Mm, start: int, end: int, size: int, flags: Remap = Remap.MAYMOVE, new_address: int | None = None
     ) -> int:
-        """Make the mapping of a range one of `size` bytes, here or elsewhere (:mod:`~mthp.sim.address_space.mremap`).
+        """Resize the mapping of a range to `size` bytes, in place or elsewhere (:mod:`~mthp.sim.address_space.mremap`).
 
         Returns:
             The new address, or the negative of an error number.
@@ -80,32 +80,32 @@ class SystemCalls:
         return mremap(self.parts, mm, start, end, size, flags, new_address, ADDRESS_LIMIT)
 
     def thp_disable(self, mm: Mm, disabled: bool) -> int:
-        """prctl(PR_SET_THP_DISABLE): no large folios for this address space from now on, or again; 0."""
+        """prctl(PR_SET_THP_DISABLE): disallow or allow large folios for this address space; return 0."""
         mm.thp_disabled = disabled
         return 0
 
     uffd_register = _call(uffd.register)
-    """UFFDIO_REGISTER for ``"missing"``, ``"wp"`` or both: 0 or EINVAL."""
+    """UFFDIO_REGISTER for ``"missing"``, ``"wp"`` or both; return 0 or EINVAL."""
 
     uffd_unregister = _call(uffd.unregister)
-    """UFFDIO_UNREGISTER: 0 or EINVAL."""
+    """UFFDIO_UNREGISTER; return 0 or EINVAL."""
 
     uffd_writeprotect = _call(uffd.writeprotect)
-    """UFFDIO_WRITEPROTECT: 0, EINVAL or ENOENT."""
+    """UFFDIO_WRITEPROTECT; return 0, EINVAL or ENOENT."""
 
     uffd_copy = _call(uffd.copy)
-    """UFFDIO_COPY of one page: 0, EINVAL, ENOENT, EEXIST or ENOMEM."""
+    """UFFDIO_COPY of one page; return 0, EINVAL, ENOENT, EEXIST or ENOMEM."""
 
     uffd_zeropage = _call(uffd.zeropage)
-    """UFFDIO_ZEROPAGE of one page: 0, EINVAL, ENOENT or EEXIST."""
+    """UFFDIO_ZEROPAGE of one page; return 0, EINVAL, ENOENT or EEXIST."""
 
     insert_page = _call(driver.insert_page)
-    """A driver maps a page of its own: 0, EFAULT, EBUSY or ENOMEM."""
+    """Map a page of a driver; return 0, EFAULT, EBUSY or ENOMEM."""
 
     start_migration = _call(start_migration)
-    """Begin to move the folio at an address to other frames: 0, EFAULT or EBUSY."""
+    """Begin to move the folio at an address to other frames; return 0, EFAULT or EBUSY."""
 
     def finish_migrations(self) -> None:
-        """Let all folios arrive that are on their way."""
+        """Finish all migrations that were started."""
         for head in list(self.parts.migrating):
             finish_migration(self.parts, head)

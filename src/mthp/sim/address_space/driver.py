@@ -1,4 +1,4 @@
-"""Pages in a program's memory that are not its own: what a driver maps there (vm_insert_page, vmf_insert_pfn)."""
+"""Pages that a driver maps into a program's memory (vm_insert_page, vmf_insert_pfn)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mthp.sim.parts import Parts
 
 
 def insert_page(parts: Parts, mm: Mm, address: int, *, managed: bool) -> int:
-    """Map a page of a driver's.
+    """Map a page of a driver.
 
     Args:
-        managed: it is one of the machine's frames, which the driver holds and which is not anonymous; otherwise it is
-            device memory that no frame stands for.
+        managed: the page is one of the machine's frames, held by the driver and not anonymous; otherwise it is device
+            memory without a frame.
 
     Returns:
-        EFAULT where nothing may be mapped, EBUSY where something is, ENOMEM if there is no frame.
+        0; EFAULT if the address is not mapped, EBUSY if its entry is not none, ENOMEM if no frame is free.
     """
     vma = mm.find_vma(address)
     if vma is None or vma.start > address or address % parts.geometry.page_size:

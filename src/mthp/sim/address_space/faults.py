@@ -1,4 +1,4 @@
-"""Reading pages back from swap, as a page fault does it (do_swap_page, mm/memory.c)."""
+"""Swap-in by a page fault (do_swap_page, mm/memory.c)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MARKERS = P.GUARD | P.UFFD_MARKER
 
 
 def do_swap_page(parts: Parts, mm: Mm, vma: SimVma, address: int) -> bool:
-    """Read the page behind the swap entry at `address` back, perhaps with its neighbours, and map it for reading.
+    """Read the page at the swap entry at `address`, perhaps with its neighbours, and map it for reading.
 
     Returns:
-        False if that cannot be: the entry is a marker, or there is no memory.
+        False if the entry is a marker, or memory ran out.
     """
     ptes = mm.ptes(address, 1)
     if ptes.bits[0] & _MARKERS:
@@ -43,7 +43,7 @@ def _map_cached(parts: Parts, mm: Mm, ptes: Ptes, pfn: int, slot: int) -> None:
 
 
 def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -> bool:
-    """Read a folio in, of the largest order that entries and slots allow, and map all of it."""
+    """Read a folio of the largest order that entries and slots allow, and map all of it."""
     memory, swap = parts.memory, parts.swap
     for order in (*_swapin_orders(parts, mm, vma, address, slot), 0):
         head = _folio_for(parts, mm, order, slot & -(1 << order))
@@ -65,7 +65,7 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
     parts.counters.count("pgmajfault")
     if order:
         parts.counters.count_mthp(order, "swpin")
-    # Through the swap cache and from there on the lists, whatever the mapping: it is not mlocked by this.
+    # Swap-in puts the folio on the LRU lists whatever the mapping, so this does not mlock it.
     parts.lru.add(head)
     memory.refcount[head] += size - 1
     parts.rmap.add_new_anon(head, mm.id, swapbacked=True)
@@ -75,7 +75,7 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
 
 
 def _folio_for(parts: Parts, mm: Mm, order: int, slot: int) -> int | None:
-    """A charged folio to read the slots from `slot` on into (__swap_cache_alloc); None if that cannot be."""
+    """Allocate a charged folio for the slots from `slot` on (__swap_cache_alloc); None if that fails."""
     if order and parts.swap.cached[slot : slot + (1 << order)].any():
         return None
     head = take_folio(parts, order, may_wait=not order)
@@ -88,10 +88,10 @@ def _folio_for(parts: Parts, mm: Mm, order: int, slot: int) -> int | None:
 
 
 def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -> list[int]:
-    """Orders that a folio read in for `address` may have, the largest first, without 0.
+    """Return the orders that a folio read in for `address` may have, the largest first, without 0.
 
     Follows thp_swapin_suitable_orders: the device is synchronous, userfaultfd is not armed, the mapping has all of the
-    aligned block, and its entries name adjoining slots, aligned alike.
+    aligned block, and its entries refer to adjoining slots, aligned alike.
     """
     if not parts.swap.synchronous or vma.userfaultfd_armed:
         return []
@@ -117,9 +117,9 @@ def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -
 
 
 def _replace_entries(parts: Parts, mm: Mm, ptes: Ptes, pfn: int, slot: int) -> None:
-    """Make entries that name slots from `slot` on name frames from `pfn` on."""
+    """Make entries that refer to slots from `slot` on map frames from `pfn` on."""
     size = len(ptes.bits)
-    # A swap entry that may be written is that of an exclusive page (pte_swp_exclusive); only golden cases have any.
+    # A writable swap entry belongs to an exclusive page (pte_swp_exclusive); only golden cases have any.
     ptes.bits[:] = (P.PRESENT | P.YOUNG) | (ptes.bits & (P.UFFD_WP | P.WRITE))
     ptes.value[:] = np.arange(pfn, pfn + size)
     parts.swap.count[slot : slot + size] -= np.uint16(1)
@@ -128,6 +128,6 @@ def _replace_entries(parts: Parts, mm: Mm, ptes: Ptes, pfn: int, slot: int) -> N
 
 
 def _try_to_free_swap(parts: Parts, head: int) -> None:
-    """Free the slots at once where the device is synchronous (should_try_to_free_swap)."""
+    """Free the slots at once if the device is synchronous (should_try_to_free_swap)."""
     if parts.swap.synchronous:
         parts.swap.free_cache(head)

@@ -1,4 +1,4 @@
-"""mremap(2): mappings grow, shrink and move, with their pages and without a copy (mm/mremap.c)."""
+"""mremap(2): grow, shrink and move mappings with their pages, without a copy (mm/mremap.c)."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class Remap(enum.Flag):
     NONE = 0
     MAYMOVE = enum.auto()
     FIXED = enum.auto()
-    """Move to the new address that is given, and unmap what is there."""
+    """Move to the given address, and unmap that range first."""
     DONTUNMAP = enum.auto()
-    """Take the pages away, and leave the old mapping, empty."""
+    """Move the pages, and leave the old mapping empty."""
 
 
 def mremap(
     parts: Parts, mm: Mm, start: int, end: int, size: int, flags: Remap, new_address: int | None, limit: int
 ) -> int:
-    """Make the mapping of a range one of `size` bytes, here or elsewhere.
+    """Resize the mapping of a range to `size` bytes, in place or elsewhere.
 
     Args:
-        new_address: for FIXED, or as a wish for DONTUNMAP.
+        new_address: address for FIXED, or a hint for DONTUNMAP.
         limit: the end of user space.
 
     Returns:
-        The new address; or the negative of EINVAL, of EFAULT if the range is not all of one mapping, or of ENOMEM if
-        there is no room.
+        The new address; or the negative of EINVAL, of EFAULT if one mapping does not cover the range, or of ENOMEM if
+        no range is free.
     """
     page = parts.geometry.page_size
     size = -(-size // page) * page
@@ -45,7 +45,7 @@ def mremap(
     if vma is None or vma.start > start or vma.end < end:
         return -errno.EFAULT
     if start == end:
-        return -errno.EINVAL  # A copy of the mapping: for shared memory only.
+        return -errno.EINVAL  # This would duplicate the mapping, which only shared memory allows.
     if not flags & (Remap.FIXED | Remap.DONTUNMAP):
         if size <= end - start:
             if size < end - start:
@@ -60,7 +60,7 @@ def mremap(
 
 
 def _possible(start: int, end: int, size: int, flags: Remap, new_address: int | None, page: int, limit: int) -> bool:
-    """Whether the arguments can be meant."""
+    """Return whether the combination of arguments is valid."""
     if flags & (Remap.FIXED | Remap.DONTUNMAP) and not flags & Remap.MAYMOVE:
         return False
     if flags & Remap.DONTUNMAP and size != end - start:
@@ -96,7 +96,7 @@ def _move(
     move_entries(parts, mm, start, end, to)
     parts.clock.spend("syscall")
     if flags & Remap.DONTUNMAP:
-        # All of the mapping is unlocked, however little of it was moved (dontunmap_complete, mm/mremap.c).
+        # All of the mapping is unlocked, even if only a part was moved (dontunmap_complete, mm/mremap.c).
         vma.flags = vma.flags - {LOCKED}
         if (vma.start, vma.end) == (start, end):
             vma.anon_vma = 0
@@ -108,7 +108,7 @@ def _move(
 
 
 def move_entries(parts: Parts, mm: Mm, start: int, end: int, to: int) -> None:
-    """Move the page table entries of a range (move_page_tables); a PMD entry as such where both ends are aligned."""
+    """Move the page table entries of a range (move_page_tables); a PMD entry as a whole if both ends are aligned."""
     size, page = parts.geometry.pmd_size, parts.geometry.page_size
     while start < end:
         stop = min(end, start // size * size + size, start + size - to % size)

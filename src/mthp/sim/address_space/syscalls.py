@@ -1,7 +1,7 @@
-"""System calls on address spaces: mmap's kin, mprotect, mlock, fork, exit.
+"""System calls on address spaces: munmap, mprotect, mlock, fork, exit.
 
-Each gives 0 or an error number, as the kernel does; what gives an address gives the negative of the error number
-instead. madvise, userfaultfd and mremap have modules of their own: advice, uffd, mremap.
+Each returns 0 or an error number, as the kernel does; a call that returns an address returns the negative of the error
+number instead. madvise, userfaultfd and mremap have their own modules: advice, uffd, mremap.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mthp.sim.page_tables.zap import split_at, split_pmd, zap
 from mthp.sim.parts import Parts
 
 NOT_INHERITED = {LOCKED, UFFD_WP, UFFD_MISSING}
-"""Flags of a mapping that a child does not get (dup_mmap)."""
+"""Flags of a mapping that a child does not inherit (dup_mmap)."""
 
 Change = Callable[[SimVma], tuple[set[str], str]]
-"""The flags and the permissions that a mapping is to have."""
+"""A function that returns the new flags and permissions of a mapping."""
 
 
 def whole_pages(parts: Parts, start: int, end: int) -> bool:
-    """Whether a range is one of whole pages, and not empty."""
+    """Return whether a range consists of whole pages, and is not empty."""
     page = parts.geometry.page_size
     return start % page == 0 and end % page == 0 and start < end
 
 
 def munmap(parts: Parts, mm: Mm, start: int, end: int) -> int:
-    """Unmap a range, whatever of it is mapped."""
+    """Unmap a range, even if only parts of it are mapped."""
     if not whole_pages(parts, start, end):
         return errno.EINVAL
     for edge in (start, end):
@@ -48,16 +48,16 @@ def munmap(parts: Parts, mm: Mm, start: int, end: int) -> int:
 
 
 def cut(parts: Parts, mm: Mm, address: int) -> None:
-    """Make two mappings of the one that `address` lies inside of, if any; no PMD entry maps memory of both."""
+    """Split the mapping at `address`, if one covers it, and a PMD entry that would map memory of both halves."""
     if mm.split_vma(address) and address % parts.geometry.pmd_size:
         split_pmd(parts, mm, address)
 
 
 def modify(parts: Parts, mm: Mm, start: int, end: int, change: Change) -> tuple[list[SimVma], int]:
-    """Change the mappings of a range: split what reaches over it, and merge what is alike then (vma_modify).
+    """Change the mappings of a range: split those that extend beyond it, then merge equal neighbours (vma_modify).
 
     Returns:
-        The mappings that were changed, before they were merged with others; bytes of the range that are mapped.
+        The changed mappings before merging; bytes of the range that are mapped.
     """
     changed, covered = [], 0
     for vma in mm.vmas_in(start, end):
@@ -77,10 +77,10 @@ def modify(parts: Parts, mm: Mm, start: int, end: int, change: Change) -> tuple[
 
 
 def change_flags(parts: Parts, mm: Mm, start: int, end: int, add: set[str], remove: set[str]) -> int:
-    """Change the flags of the mappings in a range: MADV_HUGEPAGE, userfaultfd registration, and their like.
+    """Change the flags of the mappings in a range, as for MADV_HUGEPAGE or userfaultfd registration.
 
     Returns:
-        ENOMEM if some of the range is not mapped; what is mapped was changed.
+        0 or EINVAL; ENOMEM if some of the range is not mapped; the mapped part was changed.
     """
     if not whole_pages(parts, start, end):
         return errno.EINVAL
@@ -89,7 +89,7 @@ def change_flags(parts: Parts, mm: Mm, start: int, end: int, add: set[str], remo
 
 
 def _first_hole(mm: Mm, start: int, end: int) -> int:
-    """The first address of a range that is not mapped; its end if all is."""
+    """Return the first address of a range that is not mapped; its end if all is mapped."""
     for vma in mm.vmas_in(start, end):
         if vma.start > start:
             break
@@ -98,14 +98,14 @@ def _first_hole(mm: Mm, start: int, end: int) -> int:
 
 
 def mprotect(parts: Parts, mm: Mm, start: int, end: int, permissions: str) -> int:
-    """Change what accesses a range permits.
+    """Change the permissions of a range.
 
     Args:
-        permissions: such as ``"rw-"`` or ``"---"``.
+        permissions: for example ``"rw-"`` or ``"---"``.
 
     Returns:
-        EINVAL for what is no range of whole pages, or no permissions; ENOMEM if some of it is not mapped, where what
-        lies before the hole was changed.
+        0; EINVAL if the range does not consist of whole pages, or the permissions are not valid; ENOMEM if some of it
+        is not mapped: then the part before the hole was changed.
     """
     words = zip(permissions, "rwx", strict=False)
     if len(permissions) != 3 or any(letter not in (word, "-") for letter, word in words):
@@ -127,10 +127,11 @@ def mprotect(parts: Parts, mm: Mm, start: int, end: int, permissions: str) -> in
 
 
 def mlock(parts: Parts, mm: Mm, start: int, end: int) -> int:
-    """Lock a range in memory, and bring all of it there.
+    """Lock a range in memory, and make all of it present.
 
     Returns:
-        ENOMEM if some of it is not mapped, where what lies before the hole was locked; EAGAIN if memory is out.
+        0 or EINVAL; ENOMEM if some of it is not mapped: then the part before the hole was locked; EAGAIN if memory
+        ran out.
     """
     if not whole_pages(parts, start, end):
         return errno.EINVAL
@@ -150,7 +151,7 @@ def mlock(parts: Parts, mm: Mm, start: int, end: int) -> int:
 
 
 def _lock_pages(parts: Parts, mm: Mm, piece: SimVma) -> None:
-    """Mark the pages that are there (mlock_pte_range): a large folio only if all of it lies in the mapping."""
+    """Mark the present pages (mlock_pte_range); a large folio only if all of it lies in the mapping."""
     memory = parts.memory
     for _, _, ptes in mm.ranges(piece.start, piece.end):
         heads = memory.heads(ptes.value[ptes.pages()].astype(np.int64))
@@ -162,7 +163,7 @@ def _lock_pages(parts: Parts, mm: Mm, piece: SimVma) -> None:
 
 
 def munlock(parts: Parts, mm: Mm, start: int, end: int) -> int:
-    """Unlock a range: ENOMEM if some of it is not mapped, where what lies before the hole was unlocked."""
+    """Unlock a range; ENOMEM if some of it is not mapped: then the part before the hole was unlocked."""
     if not whole_pages(parts, start, end):
         return errno.EINVAL
     stop = _first_hole(mm, start, end)
@@ -183,13 +184,13 @@ def _unlock_pages(parts: Parts, mm: Mm, start: int, end: int) -> None:
 
 
 def fork(parts: Parts, parent: Mm, child: Mm) -> int:
-    """Fill a new address space with all that `parent` maps, to be copied when either writes (dup_mmap).
+    """Fill a new address space with all mappings of `parent`, to be copied on write (dup_mmap).
 
-    Droppable mappings come without their pages. Pages that are pinned are copied at once, so that the pin stays good
-    for the parent.
+    Droppable mappings come without their pages. Pinned pages are copied at once, so that the pin stays valid for the
+    parent.
 
     Returns:
-        ENOMEM if there is no memory for such a copy; the child has what was copied until then.
+        0, or ENOMEM if memory for such a copy ran out; the child keeps what was copied until then.
     """
     anon_vmas: dict[int, int] = {0: 0}
     for vma in parent.vmas:
@@ -231,7 +232,7 @@ def _copy_range(parts: Parts, parent: Mm, child: Mm, vma: SimVma) -> bool:
 
 
 def _pinned(parts: Parts, ptes: Ptes) -> NDArray[np.bool_]:
-    """Which entries map pages of pinned folios: bool, shape (pages,)."""
+    """Return which entries map pages of pinned folios: bool, shape (pages,)."""
     page = ptes.pages()
     if not parts.pins:
         return np.zeros_like(page)
@@ -242,7 +243,7 @@ def _pinned(parts: Parts, ptes: Ptes) -> NDArray[np.bool_]:
 
 
 def _copy_page(parts: Parts, child: Mm, vma: SimVma, ours: Ptes, theirs: Ptes, at: int) -> bool:
-    """Give the child a page of its own (copy_present_page)."""
+    """Copy one page for the child (copy_present_page)."""
     new = new_folio(parts, 0, child.charge, may_wait=True)
     if new is None:
         return False

@@ -1,12 +1,12 @@
-"""Many accesses of a program at once, which leave what the same accesses leave one after another.
+"""Many accesses of a program at once, with the same result as one after another.
 
-Accesses are taken a block at a time. Those that need no fault cost no more than a look at their columns. The faults of
-the others are resolved first, for as many pages at a time as may be: a block of new folios of the order that a single
-fault would take, the zero page; swap, copying and the like go page by page (:mod:`~mthp.sim.address_space.access`).
-Then all accesses happen. Blocks are small where memory is short; where it is so short that what was made present is
-gone again until the accesses happen, they happen one by one.
+Accesses are taken a block at a time. Those that need no fault cost only reading their columns. The faults of the others
+are resolved first, for many pages at a time: new folios of the order that a single fault would allocate, or the zero
+page; swap-in, copying and the like go page by page (:mod:`~mthp.sim.address_space.access`). Then all accesses happen.
+Blocks are small if memory is short. If it is so short that pages made present are reclaimed before the accesses happen,
+the accesses happen one by one.
 
-Only the numbers of frames, and which of the pages wait in the LRU batch, may differ from accesses one by one.
+Only the frame numbers, and which of the pages wait in the LRU batch, may differ from accesses one by one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mthp.sim.mm import UFFD_MISSING, Mm, P, Pmd, SimVma, Table
 from mthp.sim.parts import Parts
 
 BLOCK = 1 << 15
-"""Accesses that are done together."""
+"""Most accesses done together."""
 
 _TRIES = 3
 _SINGLE_FAULTS = 64
@@ -33,11 +33,11 @@ _SINGLE_FAULTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """What came of many accesses.
+    """Result of many accesses.
 
     Attributes:
-        done: accesses that happened: the first so many.
-        outcome: DONE if that is all of them, else how the next one ended.
+        done: number of accesses that happened, from the first on.
+        outcome: DONE if all happened, else the outcome of the next one.
     """
 
     done: int
@@ -64,10 +64,10 @@ def touch(parts: Parts, mm: Mm, addresses: NDArray[np.int64], contents: NDArray[
 
 
 def fault_in(parts: Parts, mm: Mm, start: int, end: int, *, write: bool) -> Fault:
-    """Make all pages of a range present, without an access to them (populate_vma_page_range).
+    """Make all pages of a range present, without accessing them (populate_vma_page_range).
 
     Returns:
-        DONE, or why it ended before.
+        DONE, or why it ended early.
     """
     page = parts.geometry.page_size
     while start < end:
@@ -85,7 +85,7 @@ def fault_in(parts: Parts, mm: Mm, start: int, end: int, *, write: bool) -> Faul
 
 
 def _block_size(parts: Parts, mm: Mm) -> int:
-    """Accesses that can be done together: for all of them there is memory, even if each takes a large folio."""
+    """Return how many accesses memory suffices for, even if each allocates a large folio."""
     room = min(parts.memory.free_frames, parts.memory.cgroups.room(mm.charge))
     largest = max((order for vma in mm.vmas for order in parts.fault_orders(mm, vma)), default=0)
     return min(max(room >> largest, _SINGLE_FAULTS), BLOCK)
@@ -103,7 +103,7 @@ class _Block:
         self.page_size = parts.geometry.page_size
 
     def run(self) -> tuple[int, Fault]:
-        """The accesses up to the first that may end with a signal, and that one: how many happened, and the outcome."""
+        """Run the accesses through the first that may end with a signal; return the number done and the outcome."""
         strange = np.flatnonzero(self.strange())
         together = int(strange[0]) if len(strange) else len(self.pages)
         rest = self.pages[together : together + 1]
@@ -122,7 +122,7 @@ class _Block:
         return together + happened, outcome
 
     def one_by_one(self) -> tuple[int, Fault]:
-        """The accesses, each for itself, until one ends with a signal."""
+        """Run the accesses one by one, until one ends with a signal."""
         contents = [None] * len(self.pages) if self.contents is None else self.contents.tolist()
         for at, (page, content) in enumerate(zip(self.pages.tolist(), contents, strict=True)):
             outcome, _ = access(self.parts, self.mm, page * self.page_size, content)
@@ -131,7 +131,7 @@ class _Block:
         return len(self.pages), Fault.DONE
 
     def vmas(self) -> list[tuple[SimVma, NDArray[np.intp]]]:
-        """The mappings that the accesses fall into, and which of them fall into each."""
+        """Return the mappings that the accesses fall into, and the indices of the accesses to each."""
         ends = np.array([vma.end for vma in self.mm.vmas], np.int64) // self.page_size
         at = np.searchsorted(ends, self.pages, side="right")
         starts = np.array([vma.start for vma in self.mm.vmas] + [1 << 62], np.int64) // self.page_size
@@ -143,7 +143,7 @@ class _Block:
         ]
 
     def strange(self) -> NDArray[np.bool_]:
-        """Which accesses may end with a signal, or in the hands of userfaultfd: bool, shape (accesses,)."""
+        """Return which accesses may end with a signal or in userfaultfd: bool, shape (accesses,)."""
         strange = np.ones(len(self.pages), np.bool_)
         bits = self.bits()
         marks = P.GUARD | P.UFFD_MARKER | P.MIGRATION | P.SPECIAL
@@ -160,19 +160,19 @@ class _Block:
         return strange
 
     def bits(self) -> NDArray[np.uint16]:
-        """The entries' bits: uint16, shape (accesses,); 0 where there is no page table."""
+        """Return the entries' bits: uint16, shape (accesses,); 0 without a page table."""
         bits = np.zeros(len(self.pages), np.uint16)
         for table, which, entries in self.mm.locate(self.pages):
             bits[which] = table.bits.ravel()[entries]
         return bits
 
     def lacking(self) -> NDArray[np.intp]:
-        """Which accesses would fault: intp, shape (faults,)."""
+        """Return which accesses would fault: intp, shape (faults,)."""
         wanted = P.PRESENT | P.WRITE if self.write else P.PRESENT
         return np.flatnonzero((self.bits() & wanted) != wanted)
 
     def all_present(self) -> bool:
-        """Resolve the faults of all accesses; False if some page cannot be had, or is gone again."""
+        """Resolve the faults of all accesses; return False if memory ran out or a page was reclaimed again."""
         least, tries = len(self.pages) + 1, _TRIES
         while lacking := len(self.lacking()):
             tries = _TRIES if lacking < least else tries - 1
@@ -182,7 +182,7 @@ class _Block:
         return True
 
     def fault_in(self, vma: SimVma, which: NDArray[np.intp]) -> bool:
-        """Resolve the faults of those accesses that fall into one mapping; False if a page cannot be had."""
+        """Resolve the faults of the accesses to one mapping; return False if a page cannot be allocated."""
         if self.write:
             self.parts.anon_vma_prepare(self.mm, vma)
         orders = self.parts.fault_orders(self.mm, vma)
@@ -192,8 +192,8 @@ class _Block:
         elif self.parts.geometry.pmd_order not in orders:
             self.map_zero(self.none_among(which))
         lacking = np.intersect1d(self.lacking(), which)
-        # Folios that are short are asked for one by one, each by the first page of its block. What is left of the block
-        # has smaller ones. After some of these there may be enough for all others together again.
+        # Folios that were not available are tried one by one, each by the first page of its block. The rest of the
+        # block gets smaller ones. After some of these, memory may suffice for all the others together.
         _, first = np.unique(self.pages[lacking] >> short, return_index=True)
         for at in np.sort(first)[:_SINGLE_FAULTS].tolist():
             page = int(self.pages[lacking[at]])
@@ -206,18 +206,18 @@ class _Block:
         return True
 
     def fill(self, vma: SimVma, orders: Sequence[int], which: NDArray[np.intp]) -> int:
-        """Put new folios where nothing is, the largest first: the order of which there are too few, 0 if of none."""
+        """Map new folios at none entries, the largest first; return the order that ran out, or 0."""
         for order in orders:
             if not _NewFolios(self, vma, order).fill(self.none_among(which)):
                 return order
         return 0
 
     def none_among(self, which: NDArray[np.intp]) -> Frames:
-        """The pages among some accesses where nothing is, each once, in the order in which they come."""
+        """Return the pages of some accesses whose entries are none, without duplicates, in order of access."""
         return _first_seen(self.pages[which[self.bits()[which] == 0]])
 
     def map_zero(self, pages: Frames) -> None:
-        """Map the zero page."""
+        """Map the zero page at `pages`."""
         for table, _, entries in self.mm.locate(pages):
             table.bits.ravel()[entries] = P.PRESENT | P.ZERO | P.YOUNG
             rows = np.unique(entries >> self.parts.geometry.pmd_order)
@@ -226,7 +226,7 @@ class _Block:
         self.parts.clock.spend("fault", len(pages))
 
     def happen(self) -> None:
-        """All accesses, none of which faults."""
+        """Run all accesses, none of which faults."""
         used = P.YOUNG | P.DIRTY if self.write else P.YOUNG
         for table, which, entries in self.mm.locate(self.pages):
             table.bits.ravel()[entries] |= used
@@ -247,7 +247,7 @@ class _NewFolios:
         self.page_size = block.page_size
 
     def fill(self, pages: Frames) -> bool:
-        """Map folios at the aligned blocks that some pages lie in, wherever they fit; False if there are too few."""
+        """Map folios at the aligned blocks of some pages, wherever they fit; return False if there were too few."""
         size = 1 << self.order
         starts = _first_seen(pages & -size)
         if self.order:
@@ -258,7 +258,7 @@ class _NewFolios:
         )
 
     def _empty(self, table: Table, entries: Frames) -> NDArray[np.bool_]:
-        """Which blocks, given by their first entries, may be filled: bool, shape (blocks,)."""
+        """Return which blocks, identified by their first entries, may be filled: bool, shape (blocks,)."""
         if self.order == self.parts.geometry.pmd_order:
             none: NDArray[np.bool_] = table.pmd[entries >> self.order] == Pmd.NONE
             return none
@@ -306,6 +306,6 @@ class _NewFolios:
 
 
 def _first_seen(numbers: Frames) -> Frames:
-    """Each number once, in the order in which they come first."""
+    """Return each number once, in the order of first occurrence."""
     _, first = np.unique(numbers, return_index=True)
     return numbers[np.sort(first)]

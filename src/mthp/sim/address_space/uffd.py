@@ -1,4 +1,4 @@
-"""userfaultfd: ranges whose faults the program itself resolves, and how (fs/userfaultfd.c, mm/userfaultfd.c)."""
+"""userfaultfd: ranges with faults that the program itself resolves (fs/userfaultfd.c, mm/userfaultfd.c)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MODES = {"missing": UFFD_MISSING, "wp": UFFD_WP}
 
 
 def register(parts: Parts, mm: Mm, start: int, end: int, modes: Sequence[str]) -> int:
-    """UFFDIO_REGISTER for ``"missing"``, ``"wp"`` or both: EINVAL for other words, or where nothing is mapped."""
+    """UFFDIO_REGISTER for ``"missing"``, ``"wp"`` or both; return EINVAL for other words, or an unmapped range."""
     if not modes or not set(modes) <= _MODES.keys() or not whole_pages(parts, start, end):
         return errno.EINVAL
     if not mm.vmas_in(start, end):
@@ -27,7 +27,7 @@ def register(parts: Parts, mm: Mm, start: int, end: int, modes: Sequence[str]) -
 
 
 def unregister(parts: Parts, mm: Mm, start: int, end: int) -> int:
-    """UFFDIO_UNREGISTER, which takes write-protection away, too."""
+    """UFFDIO_UNREGISTER, which also removes write-protection."""
     if not whole_pages(parts, start, end) or not mm.vmas_in(start, end):
         return errno.EINVAL
     for vma in mm.vmas_in(start, end):
@@ -38,7 +38,7 @@ def unregister(parts: Parts, mm: Mm, start: int, end: int) -> int:
 
 
 def writeprotect(parts: Parts, mm: Mm, start: int, end: int, *, on: bool) -> int:
-    """UFFDIO_WRITEPROTECT: ENOENT if some mapping of the range is not registered for it, or there is none."""
+    """UFFDIO_WRITEPROTECT; return ENOENT if a mapping of the range is not registered for it, or none is mapped."""
     if not whole_pages(parts, start, end):
         return errno.EINVAL
     vmas = mm.vmas_in(start, end)
@@ -50,7 +50,7 @@ def writeprotect(parts: Parts, mm: Mm, start: int, end: int, *, on: bool) -> int
 
 
 def _protect(parts: Parts, mm: Mm, start: int, end: int, *, on: bool) -> None:
-    """Set the protection of all that is there; what is not there has none."""
+    """Set or clear the protection of present, swap and migration entries."""
     split_at(parts, mm, start, end)
     for _, _, ptes in mm.ranges(start, end):
         if on:
@@ -62,10 +62,10 @@ def _protect(parts: Parts, mm: Mm, start: int, end: int, *, on: bool) -> None:
 
 
 def copy(parts: Parts, mm: Mm, address: int, content: int) -> int:
-    """UFFDIO_COPY of one page, where one is missing.
+    """UFFDIO_COPY of one missing page.
 
     Returns:
-        ENOENT if the mapping is not registered, EEXIST if something is there, ENOMEM if there is no page for it.
+        0 or EINVAL; ENOENT if the mapping is not registered, EEXIST if the entry is not none, ENOMEM if memory ran out.
     """
     vma = _registered(mm, address)
     if address % parts.geometry.page_size:
@@ -91,7 +91,7 @@ def copy(parts: Parts, mm: Mm, address: int, content: int) -> int:
 
 
 def zeropage(parts: Parts, mm: Mm, address: int) -> int:
-    """UFFDIO_ZEROPAGE of one page: errors as :func:`copy`."""
+    """UFFDIO_ZEROPAGE of one page; return the errors of :func:`copy`."""
     vma = _registered(mm, address)
     if address % parts.geometry.page_size:
         return errno.EINVAL
