@@ -1,1 +1,1 @@
-"""Collapse: what khugepaged and MADV_COLLAPSE do to PMD ranges, step by step."""
+"""Collapse: the steps of khugepaged and MADV_COLLAPSE in PMD ranges."""

@@ -1,4 +1,4 @@
-"""Which runs of some PMD ranges a policy finds full enough, order by order, asked when the walk gets there."""
+"""Which runs of some PMD ranges are full enough for a policy, computed by order when the walk reaches the order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mthp.engine.policy import Policy, Rules
 
 
 class Fullness:
-    """Answers of one policy about some PMD ranges; each order is asked about once, for all of them."""
+    """Answers of one policy about some PMD ranges; it is called once per order, for all of them."""
 
     def __init__(self, occupancy: Occupancy, policy: Policy, rules: Rules) -> None:
         self._occupancy = occupancy
@@ -16,13 +16,13 @@ class Fullness:
         self._answers: dict[int, Bits | None] = {}
 
     def of(self, order: int) -> Bits | None:
-        """Bool, shape (ranges, runs per range): which runs of `order` are full enough; None for all."""
+        """Return which runs of `order` are full enough: bool, shape (ranges, runs per range); None for all."""
         if order not in self._answers:
             self._answers[order] = self._policy.full_enough(self._occupancy.runs(order), self._rules)
         return self._answers[order]
 
     def enough(self, order: int, row: int, index: int) -> bool:
-        """Whether run `index` of `order` in the range of row `row` is full enough."""
+        """Return whether run `index` of `order` in the range of row `row` is full enough."""
         answer = self.of(order)
-        # A policy may give one row for all ranges, where they do not differ.
+        # A policy may return one row for all ranges if they do not differ.
         return answer is None or bool(answer[row if len(answer) > 1 else 0, index])

@@ -1,18 +1,18 @@
 """collapse_huge_page: the steps that turn the pages of a run into one folio, for any order.
 
-The order of the steps is the kernel's (mm/khugepaged.c), because what one step leaves behind when a later one fails
-can be seen: a folio that was allocated is counted though it is freed again, pages that were read from swap stay,
-and pages that were isolated wait in the CPU's batch with a reference too many.
+The order of the steps is the kernel's (mm/khugepaged.c), because the effects of a step remain visible when a later one
+fails: an allocated folio is counted although it is freed again, pages that were read from swap stay, and pages that
+were isolated wait in the CPU's batch with an extra reference.
 
 =====================  ===============================================================================================
 alloc_charge           take a free folio, charge it to the memory cgroup of the address space
-revalidate             the mapping is still there, covers the whole PMD range, allows the order, is anonymous
-swapin                 read swap entries back one by one; a marker ends it; a smaller order gives up if there are more
-                       of them than the policy allows it, of which mainline allows none
+revalidate             the mapping still exists, covers the whole PMD range, allows the order, is anonymous
+swapin                 read swap entries one by one; a marker ends it; a smaller order gives up if it has more of them
+                       than the policy allows (mainline allows none)
 revalidate again       after the lock is taken for writing
-isolate                look at every page again; lock it, and take it off the LRU lists
-copy                   copy pages, clear what was none or zero; a poisoned page undoes the isolation
-install                let go of the old pages, map the new folio: by a PMD entry, or, below the PMD order, by the
+isolate                check every page again; lock it, and take it off the LRU lists
+copy                   copy pages, clear none entries and zero pages; a poisoned page undoes the isolation
+install                release the old pages, map the new folio: by a PMD entry, or, below the PMD order, by the
                        PTEs of the run while their neighbours stay as they are
 =====================  ===============================================================================================
 """
@@ -51,7 +51,7 @@ def collapse_huge_page(
     """Try to collapse the run of 2**order pages at `address`.
 
     Args:
-        scan: what the scan of the PMD range saw.
+        scan: result of the scan of the PMD range.
         node_load: int64, shape (nodes,): pages of the PMD range on each node.
     """
     result = Attempt(parts, mm, address, order, scan, policy, rules).run(node_load)
@@ -83,7 +83,7 @@ class Attempt:
         return self.mm.ptes(self.address, self.size)
 
     def let_in(self, step: Step) -> None:
-        """Give other actors their turn before a step."""
+        """Let other actors run before a step."""
         self.parts.let_in(step, self.mm, self.address, self.order)
 
     def run(self, node_load: NDArray[np.int64]) -> ScanResult:
@@ -103,7 +103,7 @@ class Attempt:
         self.parts.clock.spend("free_folio")
 
     def alloc_charge(self, node_load: NDArray[np.int64]) -> int | ScanResult:
-        """A folio for the run, from a node that most pages of the PMD range are on; or why there is none."""
+        """Allocate a folio for the run, on a node that holds most pages of the PMD range; return why not on failure."""
         nodes = np.flatnonzero(node_load == node_load.max()).tolist()
         may_wait = self.rules.forced or self.parts.tunables.defrag
         folio = take_folio(self.parts, self.order, nodes, may_wait=may_wait)
@@ -117,7 +117,7 @@ class Attempt:
         return folio
 
     def fill(self, folio: int) -> ScanResult:
-        """All steps behind the allocation."""
+        """Run all steps after the allocation."""
         self.let_in(Step.REVALIDATE)
         vma = self.revalidate()
         if isinstance(vma, ScanResult):
@@ -147,7 +147,7 @@ class Attempt:
         return ScanResult.SUCCEED
 
     def revalidate(self) -> SimVma | ScanResult:
-        """The mapping, if it and the PMD entry still allow the collapse (and check_pmd_state)."""
+        """Return the mapping if it and the PMD entry still allow the collapse (with check_pmd_state), or why not."""
         vma = revalidate(self.parts, self.mm, self.pmd_address, self.order, self.rules.trigger)
         if isinstance(vma, ScanResult):
             return vma
@@ -157,7 +157,7 @@ class Attempt:
         return ScanResult.PMD_MAPPED if pmd is Pmd.HUGE else ScanResult.NO_PTE_TABLE
 
     def swapin(self, vma: SimVma) -> ScanResult:
-        """Read the run's swap entries back (__collapse_huge_page_swapin)."""
+        """Read the run's swap entries (__collapse_huge_page_swapin)."""
         parts = self.parts
         result, swapped_in = ScanResult.SUCCEED, 0
         offsets = np.flatnonzero(_unmapped(self.ptes)).tolist()
@@ -166,7 +166,7 @@ class Attempt:
             result, offsets = ScanResult.EXCEED_SWAP_PTE, []
         for offset in offsets:
             if self.ptes.bits[offset] & P.PRESENT:
-                continue  # Read back together with an earlier one.
+                continue  # Was read together with an earlier one.
             if not do_swap_page(parts, self.mm, vma, self.address + offset * parts.geometry.page_size):
                 result = ScanResult.FAIL
                 break
@@ -177,7 +177,7 @@ class Attempt:
         return result
 
     def isolate(self, vma: SimVma) -> Look:
-        """Look at every page of the run again, lock it and take it off the LRU lists, or undo that."""
+        """Check every page of the run again, lock it and take it off the LRU lists, or undo that."""
         parts = self.parts
         limits = self.limits._replace(none=0) if vma.userfaultfd_armed else self.limits
         large = None if self.order == self.pmd_order else self.order
@@ -201,7 +201,7 @@ class Attempt:
         return look
 
     def _writable(self, look: Look) -> bool:
-        """Whether the run may be collapsed though none of its pages can be written, or one can."""
+        """Return whether the run may be collapsed, considering whether any of its pages is writable."""
         if self.parts.kernel.wants_writable:
             return look.writable
         leaves = self.parts.kernel.leaves_empty_runs and self.policy.leaves_empty_runs and self.rules.forced
@@ -215,7 +215,7 @@ class Attempt:
             self.parts.count_order(self.order, *names_of_both)
 
     def release(self, look: Look) -> None:
-        """Put back what was isolated: small folios from the last to the first, then large ones (release_pte_pages)."""
+        """Put back the isolated pages: small folios from the last to the first, then large ones (release_pte_pages)."""
         memory, lru = self.parts.memory, self.parts.lru
         small, large = self._folios(look)
         memory.flags[small] &= ~Fl.LOCKED
@@ -225,12 +225,12 @@ class Attempt:
             lru.putback(head)
 
     def _folios(self, look: Look) -> tuple[Frames, list[int]]:
-        """The folios that were isolated: those of order 0, and the heads of large ones, each in order of address."""
+        """Return the isolated folios: those of order 0, and the heads of large ones, each in order of address."""
         is_large = self.parts.memory.order[look.pfns] > 0
         return look.pfns[~is_large], list(dict.fromkeys(look.heads[is_large].tolist()))
 
     def copy(self, folio: int, look: Look) -> bool:
-        """Copy the pages' contents; the rest of the folio is clear already. False at a poisoned page."""
+        """Copy the pages' contents; the rest of the folio is clear already. Return False at a poisoned page."""
         memory = self.parts.memory
         if (memory.flags[look.pfns] & Fl.POISONED).any():
             return False
@@ -241,7 +241,7 @@ class Attempt:
         return True
 
     def remove_old(self, vma: SimVma, look: Look) -> None:
-        """Let go of the old pages (__collapse_huge_page_copy_succeeded)."""
+        """Unmap and release the old pages (__collapse_huge_page_copy_succeeded)."""
         memory, lru, rmap, swap = self.parts.memory, self.parts.lru, self.parts.rmap, self.parts.swap
         small, large = self._folios(look)
         self.mm.anon_pages += self.size - len(look.pfns)
@@ -283,19 +283,19 @@ class Attempt:
 
 
 def revalidate(parts: Parts, mm: Mm, address: int, order: int, trigger: Trigger) -> SimVma | ScanResult:
-    """The mapping of a PMD range, if it still allows a collapse to `order` there (hugepage_vma_revalidate)."""
+    """Return the mapping of a PMD range if it allows a collapse to `order` (hugepage_vma_revalidate), or why not."""
     if mm.exiting or mm.thp_disabled:
         return ScanResult.ANY_PROCESS
     vma = mm.find_vma(address)
     if vma is None:
         return ScanResult.VMA_NULL
-    # Always the whole PMD range, so that no other mapping has a part of the page table.
+    # Always the whole PMD range, so that the page table belongs to one mapping only.
     if not vma.covers(address, address + parts.geometry.pmd_size):
         return ScanResult.ADDRESS_RANGE
     return vma if order in parts.collapse_orders(mm, vma, trigger) else ScanResult.VMA_CHECK
 
 
 def _unmapped(ptes: Ptes) -> NDArray[np.bool_]:
-    """Which entries are neither none nor present: bool, shape (pages,)."""
+    """Return which entries are neither none nor present: bool, shape (pages,)."""
     mask: NDArray[np.bool_] = (ptes.bits != 0) & ((ptes.bits & P.PRESENT) == 0)
     return mask

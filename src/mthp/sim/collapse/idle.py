@@ -1,22 +1,22 @@
-"""What khugepaged passes over without trying anything, many PMD ranges at once.
+"""Idle PMD ranges, in which no collapse can succeed: many of them are skipped at once.
 
-Most of what khugepaged looks at it leaves alone: ranges without a page table, ranges that one PMD entry maps already,
-ranges with too many none PTEs. One look (:mod:`mthp.sim.collapse.look`) asks many questions of every entry and of the
-folio behind it. Here the answers for ordinary entries are found in a few passes over whole columns:
+khugepaged leaves most ranges alone: those without a page table, those that a PMD entry maps already, those with too
+many none PTEs. A single scan (:mod:`mthp.sim.collapse.look`) makes many checks of every entry and of its folio. Here
+the results for ordinary entries are computed in a few passes over whole columns:
 
-- An *ordinary* entry is none, or maps the zero page, or maps a folio that nothing speaks against: on the LRU lists,
-  unlocked, mapped by nobody else, with no reference but those of its mappings, not lazyfree. None but the first two
-  count against a limit. So the scan of a range of ordinary entries ends at the none PTE that is one too many, or
-  passes; where that is, the packed bits of the none PTEs tell.
-- The frames of a range mostly adjoin. So whether its folios are ordinary is asked of the frames between its lowest and
-  its highest, as slices of the frames' columns; only where one of those is not are the range's own frames looked up.
-- A range that passes its scan is idle too if no run in it is full enough for the policy, or none that is not in a
-  large folio already. In the latter khugepaged tries to collapse time and again: it takes a free folio, finds at the
-  first page that the run has one, and gives it back. That leaves nothing behind but counts, which are made here.
+- An *ordinary* entry is none, or maps the zero page, or maps a folio that passes all checks: on the LRU lists,
+  unlocked, not shared, with no references but from its mappings, not lazyfree. Only the first two count against a
+  limit. So the scan of a range of ordinary entries ends at the none PTE that exceeds the limit, or passes; the packed
+  bits of the none PTEs show where.
+- The frames of a range mostly adjoin. So the frames between its lowest and its highest are checked, as slices of the
+  frames' columns. Only if one of those is not ordinary are the range's own frames looked up.
+- A range that passes its scan is idle too if the policy finds no run in it full enough, or only runs that are in a
+  large folio already. For the latter khugepaged repeats the same attempt: it takes a free folio, finds at the run's
+  first page that the run has one, and frees it. Only counters change, and they are counted here.
 
-Any other range ends the run of idle ones, and is looked at for itself. While events are traced nothing but ranges
-without page tables is passed over, because events have counts that are not made here; nor while the distance of nodes
-matters (zone_reclaim_mode), or that of entries which may be written.
+Any other range ends the run of idle ones, and is scanned on its own. While events are traced, only ranges without
+page tables are skipped, because their events need no counts of entries. The same holds while the distance of nodes
+matters (zone_reclaim_mode), or which entries are writable.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from mthp.sim.parts import Parts
 from mthp.sim.trace import ScanPmd
 
 MAX_RANGES = 1024
-"""PMD ranges looked at together at most; the work around the columns is small beside them then."""
+"""Most PMD ranges scanned together; the fixed cost of the column passes is then small per range."""
 
 SPARSE = 8
-"""Where more than so many frames lie between the lowest and the highest for each entry, they are looked up singly."""
+"""Look frames up one by one if the span from the lowest to the highest has more than this many frames per entry."""
 
 _WANTED = Fl.LRU | Fl.ANON | Fl.SWAPBACKED
 _LOOKED_AT = _WANTED | Fl.LOCKED | Fl.SWAPCACHE
@@ -51,15 +51,15 @@ _ORDINARY = P.PRESENT | P.YOUNG | P.DIRTY | P.WRITE | P.ZERO
 
 @dataclass(frozen=True, slots=True)
 class _Idle:
-    """What was found out about some adjoining PMD ranges, from the first on.
+    """Results for some adjoining PMD ranges, from the first on.
 
     Attributes:
-        idle: bool, shape (ranges,): nothing is tried there.
+        idle: bool, shape (ranges,): no collapse can succeed there.
         results: int8, shape (ranges,): ScanResult where `idle`.
-        entries: int64, shape (ranges,): entries that the scan looks at where `idle`.
-        scanned: bool, shape (ranges,): it has a page table.
-        passed: bool, shape (ranges,): the scan lets it pass, though nothing in it can be collapsed.
-        tried: by order, which runs it tries in vain: bool, shape (ranges, runs per range).
+        entries: int64, shape (ranges,): entries that the scan reads where `idle`.
+        scanned: bool, shape (ranges,): the range has a page table.
+        passed: bool, shape (ranges,): the range passes its scan, but nothing in it can be collapsed.
+        tried: by order, runs that are tried without success: bool, shape (ranges, runs per range).
     """
 
     idle: Bits
@@ -73,14 +73,13 @@ class _Idle:
 def pass_over(
     parts: Parts, mm: Mm, vma: SimVma, stretch: Segment, control: CollapseControl, budget: int, ahead: int
 ) -> Passage | None:
-    """Pass over the ranges at the start of `stretch` in which nothing is tried.
+    """Skip the idle ranges at the start of `stretch`.
 
     Args:
-        ahead: ranges with page tables that are looked at together; 0 for none of them.
+        ahead: ranges with page tables to scan together; 0 for none.
 
     Returns:
-        What came of them, counted and timed as if one had been looked at after the other; None if something may be
-        tried in the first.
+        Their results, counted and timed as if they had been scanned one after another; None if the first is not idle.
     """
     start, end = stretch
     found = mm.row(start)
@@ -105,8 +104,8 @@ def pass_over(
 
 
 def _passage(parts: Parts, mm: Mm, seen: _Idle, count: int, start: int, budget: int) -> Passage:
-    """Count the first `count` ranges, as far as the budget goes."""
-    # A range that passes its scan ends the visit; the next one, which counts as an entry, goes on behind it.
+    """Count the first `count` ranges, until the budget is used up."""
+    # A range that passes its scan ends the visit; the next visit, which counts as an entry, continues behind it.
     progress = np.cumsum(seen.entries[:count] + seen.passed[:count]) - seen.passed[:count]
     count = min(count, int(progress.searchsorted(budget)) + 1)
     results, scanned = seen.results[:count], seen.scanned[:count]
@@ -129,7 +128,7 @@ def _passage(parts: Parts, mm: Mm, seen: _Idle, count: int, start: int, budget: 
 
 
 def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[BlockOutcome, ...]:
-    """The attempts in the first `count` ranges, which begin at `start`: counted, timed, and in order."""
+    """Count and time the attempts in the first `count` ranges, which begin at `start`; return them in order."""
     geometry, found = parts.geometry, []
     for order, runs in seen.tried.items():
         rows, indices = np.nonzero(runs[:count])
@@ -142,7 +141,11 @@ def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[BlockO
 
 
 def _without_tables(pmds: NDArray[np.uint8]) -> _Idle:
-    """Ranges without page tables, and those that one PMD entry maps: uint8 :class:`Pmd`, shape (ranges,)."""
+    """Return results for ranges without page tables: those not mapped, and those that one PMD entry maps.
+
+    Args:
+        pmds: uint8 :class:`Pmd`, shape (ranges,).
+    """
     no_table, huge = np.int8(ScanResult.NO_PTE_TABLE), np.int8(ScanResult.PMD_MAPPED)
     count = len(pmds)
     results = np.where(pmds == Pmd.HUGE, huge, no_table)
@@ -158,7 +161,7 @@ def _look(
     columns: tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint32]],
     rows: slice,
 ) -> _Idle:
-    """Look at ranges that may have page tables.
+    """Scan ranges that may have page tables.
 
     Args:
         columns: PMD entries, and bits and values of the PTEs, of a table.
@@ -172,7 +175,7 @@ def _look(
     if limit is None:
         seen.idle[tables] = False
         return seen
-    # Mostly all of them have one, and then these are views.
+    # Mostly all ranges have page tables, and then these are views.
     everywhere = len(tables) == len(pmds)
     bits = columns[1][rows] if everywhere else columns[1][rows][tables]
     values = columns[2][rows] if everywhere else columns[2][rows][tables]
@@ -207,7 +210,7 @@ def _look(
 
 
 def _none_limit(vma: SimVma, control: CollapseControl) -> int | None:
-    """None PTEs that the scan lets pass; None where ranges are not scanned as a whole."""
+    """Return the none PTEs that the scan allows; None if ranges are not scanned as a whole."""
     policy, rules = control.policy, control.rules
     limits = policy.scan_limits(rules)
     if limits is None or policy.scans_each_run:
@@ -216,12 +219,12 @@ def _none_limit(vma: SimVma, control: CollapseControl) -> int | None:
 
 
 def _all_ordinary(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bits:
-    """In which ranges nothing speaks against any folio: bool, shape (ranges,).
+    """Return the ranges in which all folios are ordinary: bool, shape (ranges,).
 
     Args:
         values: uint32, shape (ranges, ptes_per_pmd): frames, 0 where `none`.
     """
-    # One less, so that 0 becomes more than any frame and does not count for the lowest.
+    # Subtracting 1 makes 0 wrap around, so that it is not the lowest.
     lowest = (values - np.uint32(1)).min(axis=1).astype(np.int64) + 1
     highest = values.max(axis=1).astype(np.int64)
     mapped = highest > 0
@@ -242,15 +245,15 @@ def _all_ordinary(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bit
 
 
 def _odd_frames(memory: Memory, first: int, end: int) -> NDArray[np.intp]:
-    """Frames from `first` to `end` that are of no ordinary folio: intp, shape (frames,), ascending."""
+    """Return the frames from `first` to `end` whose folios are not ordinary: intp, shape (frames,), ascending."""
     first = memory.head(first)
     run = slice(first, end)
     odd = (memory.flags[run] & _LOOKED_AT) != _WANTED
-    # What is mapped and has one reference is mapped once.
+    # A mapped folio with one reference is mapped once.
     odd |= memory.refcount[run] != 1
     order = memory.order[run]
     if order.any():
-        # A large folio is judged at its head, and speaks for all its frames.
+        # A large folio is checked at its head, for all its frames.
         odd &= order == 0
         large = np.flatnonzero(order)
         heads = large[(large + first) & ((1 << order[large].astype(np.int64)) - 1) == 0] + first
@@ -260,9 +263,9 @@ def _odd_frames(memory: Memory, first: int, end: int) -> NDArray[np.intp]:
 
 
 def _ordinary_folios(memory: Memory, pfns: NDArray[np.int64], heads: NDArray[np.int64]) -> Bits:
-    """Whether nothing speaks against the folios of some pages: bool, shape (pages,)."""
+    """Return whether the folios of some pages are ordinary: bool, shape (pages,)."""
     large = memory.order[pfns] > 0
-    # Of a large folio the first tail frame counts the mappings, the second those of its first address space.
+    # The first tail frame of a large folio counts its mappings, the second those of its first address space.
     mappings = np.where(large, memory.refcount[heads + large], memory.mapcount[pfns])
     alone = np.where(large, memory.refcount[heads + 2 * large], 1)
     ordinary: Bits = (memory.flags[heads] & _LOOKED_AT) == _WANTED
@@ -271,7 +274,7 @@ def _ordinary_folios(memory: Memory, pfns: NDArray[np.int64], heads: NDArray[np.
 
 
 def _ordinary_one_by_one(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bits:
-    """The same as :func:`_all_ordinary`, asking the frames that are mapped and no others."""
+    """Return the same as :func:`_all_ordinary`, looking up only the mapped frames."""
     rows, columns = np.nonzero(~none)
     pfns = values[rows, columns].astype(np.int64)
     ordinary = _ordinary_folios(memory, pfns, memory.heads(pfns))
@@ -283,17 +286,17 @@ def _ordinary_one_by_one(memory: Memory, values: NDArray[np.uint32], none: Bits)
 def _nothing_to_do(
     parts: Parts, mm: Mm, control: CollapseControl, pages: Bits, values: NDArray[np.uint32]
 ) -> tuple[Bits, dict[int, Bits]]:
-    """In which ranges the policy finds no run to collapse, and which runs it tries there all the same.
+    """Return the ranges without a run to collapse, and the runs that are tried there all the same.
 
-    As the walk does: a run that is full enough is tried; if its first page lies in a folio of the order, that is all,
-    and its halves are not looked at unless the policy has failures lead there.
+    Follows the walk: a run that is full enough is tried. If its first page lies in a folio of the order, its halves are
+    not tried, unless the policy tries halves after failures.
 
     Args:
-        pages: bool, shape (ranges, ptes_per_pmd): pages that are not the zero page.
+        pages: bool, shape (ranges, ptes_per_pmd): pages other than the zero page.
         values: uint32, same shape: their frames.
 
     Returns:
-        bool, shape (ranges,), all False where the policy asks for more; and by order: bool, shape (ranges, runs).
+        bool, shape (ranges,), all False if the policy needs more data; and by order: bool, shape (ranges, runs).
     """
     policy, rules, pmd_order = control.policy, control.rules, parts.geometry.pmd_order
     nothing: Bits = np.zeros(len(pages), np.bool_)
@@ -322,7 +325,7 @@ def _nothing_to_do(
 
 
 def _can_be_tried_in_vain(parts: Parts, mm: Mm, order: int, pages: Bits, values: NDArray[np.uint32]) -> Bits:
-    """Which runs begin with a page of a folio of the order, and a folio can be had for the attempt: bool, by run."""
+    """Return the runs whose first page is in a folio of the order, if a folio for the attempt is free: bool, by run."""
     memory = parts.memory
     first: Bits = pages[:, :: 1 << order]
     if order == parts.geometry.pmd_order or memory.cgroups.room(mm.charge) < 1 << order:
@@ -333,11 +336,11 @@ def _can_be_tried_in_vain(parts: Parts, mm: Mm, order: int, pages: Bits, values:
 
 
 def _nth_set(packed: NDArray[np.uint8], counts: NDArray[np.uint8], before: int) -> NDArray[np.int64]:
-    """Where in each row the set bit stands that has `before` set bits in front of it: int64, shape (rows,).
+    """Return the position in each row of the set bit with `before` set bits in front of it: int64, shape (rows,).
 
     Args:
-        packed: uint8, shape (rows, bytes): bit i of byte j is position 8 * j + i; each row has enough bits.
-        counts: uint8, the same shape: the set bits of each byte.
+        packed: uint8, shape (rows, bytes): bit i of byte j is position 8 * j + i; each row has enough set bits.
+        counts: uint8, same shape: set bits of each byte.
     """
     if before == 0:
         at = (packed != 0).argmax(axis=1)
@@ -352,7 +355,7 @@ def _nth_set(packed: NDArray[np.uint8], counts: NDArray[np.uint8], before: int) 
 
 
 def _nth_of_byte() -> NDArray[np.int64]:
-    """Table: the position of the set bit of a byte that has so many set bits in front of it; 0 if there is none."""
+    """Return a table of (byte, n): the position of the byte's set bit number n, from 0; 0 if it has fewer."""
     table = np.zeros((256, 8), np.int64)
     for byte in range(256):
         places = [bit for bit in range(8) if byte >> bit & 1]

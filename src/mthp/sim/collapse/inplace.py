@@ -1,4 +1,4 @@
-"""Splits folios of one address space in place, as mthp does to processes: down to planned orders, or to trim them."""
+"""In-place splits in one address space, as mthp makes them in processes: down to planned orders, or to trim folios."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mthp.trimming import TrimBy, in_use
 def divide(
     parts: Parts, mm: Mm, folio: Block, head: int, layout: NDArray[np.int8], calls_ns: list[int]
 ) -> list[tuple[int, int]]:
-    """Split a folio until no page lies in a larger folio than `layout` says, the largest parts first.
+    """Split a folio until no page lies in a larger folio than in `layout`, the largest parts first.
 
     Args:
-        folio: the address that its first page is mapped at, and its order.
-        head: its first frame.
-        layout: int8, shape (pages,): the order of the folio that each page is to lie in.
-        calls_ns: gets the simulated nanoseconds of each write.
+        folio: address and order of the folio.
+        head: first frame of the folio.
+        layout: int8, shape (pages,): order of the folio that each page is to lie in.
+        calls_ns: list to which the simulated nanoseconds of each write are appended.
 
     Returns:
-        The parts that could not be split: first page in the folio, and order, of each.
+        (first page in the folio, order) of each part that could not be split.
     """
     page, refused = parts.geometry.page_size, []
     todo = [(0, folio[1])]
@@ -34,7 +34,7 @@ def divide(
         largest = int(layout[first : first + (1 << order)].max())
         if largest == order:
             continue
-        # One page is enough. Linux 6.18 wants a write for each PMD entry that maps the folio.
+        # One page is enough. Linux 6.18 needs a write for each PMD entry that maps the folio.
         begin = folio[0] + first * page
         for _ in range(len(parts.mms)):
             began = parts.clock.now_ns
@@ -50,11 +50,11 @@ def divide(
 
 
 def trim_folio(parts: Parts, mm: Mm, folio: Block, head: int, zero: NDArray[np.bool_], by: TrimBy) -> tuple[int, int]:
-    """Split a folio so that pages of zeroes go back: 0 or an error number, and the simulated nanoseconds that it took.
+    """Split a folio to free its pages of zeroes; return 0 or an error number, and the simulated nanoseconds used.
 
     Args:
         folio, head: as for :func:`divide`.
-        zero: which of its pages hold nothing but zeroes, at least one: bool, shape (pages,).
+        zero: bool, shape (pages,): pages that contain only zeroes, at least one.
     """
     began, error, page = parts.clock.now_ns, 0, parts.geometry.page_size
     if by == "split":

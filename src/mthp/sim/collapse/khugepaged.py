@@ -1,4 +1,4 @@
-"""khugepaged and MADV_COLLAPSE of the simulated machine: its address spaces, as the engine goes over them."""
+"""khugepaged and MADV_COLLAPSE of the simulated machine: its address spaces, as the engine visits them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mthp.sim.parts import Parts
 
 
 class SimTime:
-    """The machine's clock, as a khugepaged needs it (:class:`~mthp.engine.visited.Clock`): rests move it on."""
+    """The machine's clock for khugepaged (:class:`~mthp.engine.visited.Clock`): rests advance it."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -58,7 +58,7 @@ class Visit:
             if address > end or not self._may_collapse(vma):
                 passed += 1
             else:
-                # A mapping without a whole range counts for nothing, but moves the cursor, too.
+                # A mapping without a whole PMD range is not counted, but it moves the cursor.
                 address = max(address, start)
                 if address < end:
                     return Found(passed, (address, end))
@@ -70,7 +70,7 @@ class Visit:
         vma = self.mm.find_vma(address)
         assert vma is not None, f"nothing is mapped at {address:#x}"
         control = CollapseControl.begun(parts, "khugepaged", parts.collapse_orders(self.mm, vma, "khugepaged"))
-        # The more idle ranges came one after another, the more are looked at together; behind a busy one, one alone.
+        # Scan more ranges together, the more idle ones came one after another; after a busy one, scan one.
         ahead = min(MAX_RANGES, 8 * self._idle)
         if (passed := pass_over(parts, self.mm, vma, (address, end), control, budget, ahead)) is not None:
             self._idle += len(passed.results)
@@ -89,29 +89,29 @@ class Visit:
         )
 
     def _may_collapse(self, vma: SimVma) -> bool:
-        """Return whether an order is enabled for `vma` that the policy walks."""
+        """Return whether the policy walks an order that is enabled for `vma`."""
         orders = self._parts.collapse_orders(self.mm, vma, "khugepaged")
         control = CollapseControl.begun(self._parts, "khugepaged", orders)
         return bool(orders) and bool(control.policy.orders_walked(control.rules))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resource is held."""
 
 
 class Khugepaged(Scanner):
-    """The daemon of one machine."""
+    """khugepaged of one machine."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(lambda: parts.tunables, SimTime(parts.clock))
         self._parts = parts
 
     def rest_by(self, clock: RestClock) -> None:
-        """Rest by another clock: one that lets others act meanwhile, for example."""
+        """Rest by another clock, for example one that runs other actors meanwhile."""
         self._clock = clock
 
     @property
     def mms(self) -> list[Mm]:
-        """The address spaces that are visited, in order."""
+        """The visited address spaces, in order."""
         return [slot.mm for slot in self.slots if isinstance(slot, Visit)]
 
     def enter(self, mm: Mm, vma: SimVma) -> None:
@@ -125,7 +125,7 @@ class Khugepaged(Scanner):
             self.add(Visit(self._parts, mm))
 
     def exit(self, mm: Mm) -> None:
-        """Visit `mm` no more (khugepaged_exit)."""
+        """Stop visiting `mm` (khugepaged_exit)."""
         for slot in self.slots:
             if isinstance(slot, Visit) and slot.mm is mm:
                 self.remove(slot)
@@ -135,7 +135,7 @@ class Khugepaged(Scanner):
         return super()._collapsed(passage) + int(mapped)
 
     def count_advised(self, result: ScanResult) -> None:
-        """Count a PMD range that MADV_COLLAPSE went over, if the policy's series does that."""
+        """Count a PMD range that MADV_COLLAPSE processed, if the policy's series does that."""
         if self._parts.policy.counts_mapped and result in (ScanResult.SUCCEED, ScanResult.PMD_MAPPED):
             self._count("pages_collapsed", 1)
 
@@ -148,7 +148,7 @@ class Khugepaged(Scanner):
 
 
 class Advised:
-    """One address space, as MADV_COLLAPSE goes over it.
+    """One address space, as MADV_COLLAPSE processes it.
 
     Args:
         count: called with the result of each PMD range.

@@ -1,10 +1,9 @@
-"""One look at adjoining page table entries: the first hindrance, and what was counted until then.
+"""One scan of adjoining page table entries: the first entry that fails a check, and the counts up to it.
 
-The scan of a PMD range and the isolation of a run go over the entries in the same manner: they count none, swapped
-and shared entries against limits, and end at the first entry that hinders. They differ in the limits and in the
-order in which they look at a page's folio. Both orders are here, as the checks of collapse_scan_pmd() and
-__collapse_huge_page_isolate() (mm/khugepaged.c); the entries are looked at all at once, and the first one that
-hinders is picked afterwards. Nothing is changed.
+The scan of a PMD range and the isolation of a run go over the entries in the same manner: they count none, swap and
+shared entries against limits, and end at the first entry that fails a check. They differ in the limits and in the order
+of the checks of a page's folio. Both orders are here, as in collapse_scan_pmd() and __collapse_huge_page_isolate()
+(mm/khugepaged.c). All entries are checked at once, and the first failing one is picked afterwards. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from mthp.sim.parts import Parts
 
 _SUCCEED = np.int8(ScanResult.SUCCEED)
 RECLAIM_DISTANCE = 30
-"""Nodes farther apart do not help each other out (node_reclaim_distance, mm/page_alloc.c)."""
+"""Pages on nodes farther apart than this are not collapsed together (node_reclaim_distance, mm/page_alloc.c)."""
 
 _REFERENCED = Fl.REFERENCED | Fl.YOUNG
 _PLAIN = P.PRESENT | P.ZERO | P.SPECIAL | P.UFFD_WP
@@ -31,14 +30,14 @@ _PLAIN = P.PRESENT | P.ZERO | P.SPECIAL | P.UFFD_WP
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was seen.
+    """Result of a scan.
 
     Attributes:
-        result: SUCCEED, or the first hindrance.
-        at: the number of the entry that hindered; that of all entries if none did.
-        none_or_zero, unmapped: entries without a page, and swap entries or markers, up to and with that entry.
+        result: SUCCEED, or the result of the first entry that fails a check.
+        at: the number of that entry; the number of entries if none fails.
+        none_or_zero, unmapped: none entries and zero pages, and swap entries or markers, up to and with that entry.
         referenced: pages before it that were used recently.
-        writable: one of the pages up to and with that entry may be written, or the kernel does not ask.
+        writable: whether a page up to and with that entry is writable, or the kernel does not check.
         offsets: intp, shape (pages,): the entries before it that map a page other than the zero page.
         pfns, heads: int64, same shape: their frames, and the heads of the folios.
     """
@@ -55,11 +54,11 @@ class Look:
 
 
 def scan_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, forced: bool) -> Look:
-    """Look at a PMD range as collapse_scan_pmd does.
+    """Scan a PMD range as collapse_scan_pmd does.
 
     Args:
-        limits: how many none, swap and shared entries may be there.
-        forced: MADV_COLLAPSE asks, which minds neither lazyfree pages nor references.
+        limits: none, swap and shared entries allowed.
+        forced: scan for MADV_COLLAPSE, which ignores lazyfree and references.
     """
     look = _Looker(parts, ptes, limits)
     look.count_swap()
@@ -80,13 +79,13 @@ def isolate_look(
     large: int | None = None,
     large_first: bool = False,
 ) -> Look:
-    """Look at a run as __collapse_huge_page_isolate does.
+    """Scan a run as __collapse_huge_page_isolate does.
 
     Args:
-        limits: how many none and shared entries may be there; any swap entry hinders.
-        forced: MADV_COLLAPSE asks.
-        large: a page of a folio of this order or larger hinders.
-        large_first: that is looked for before a shared page is counted.
+        limits: none and shared entries allowed; swap entries are not.
+        forced: scan for MADV_COLLAPSE.
+        large: fail at a page of a folio of this order or larger.
+        large_first: whether the check for `large` comes before the count of shared pages.
     """
     if large is not None and _begins_with_large(parts, ptes, large):
         nothing = np.zeros(0, np.int64)
@@ -108,10 +107,10 @@ def isolate_look(
 
 
 def _begins_with_large(parts: Parts, ptes: Ptes, large: int) -> bool:
-    """Whether the first entry already says that the run has a folio of this order or larger.
+    """Return whether the first entry shows that the run has a folio of this order or larger.
 
-    Mostly it does where folios were made by an earlier scan. What is asked before that must not hinder: userfaultfd,
-    lazyfree, a folio that others map.
+    It mostly does where an earlier scan made folios. The checks before that one must pass: userfaultfd, lazyfree,
+    shared folios.
     """
     bits, pfn = ptes.bits[0], int(ptes.value[0])
     if bits & _PLAIN != P.PRESENT or parts.memory.order[pfn] < large:
@@ -123,11 +122,11 @@ def _begins_with_large(parts: Parts, ptes: Ptes, large: int) -> bool:
 
 
 def run_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, forced: bool, large: int | None) -> Look:
-    """Look at one run as is done where each run is scanned for itself.
+    """Scan one run on its own, for policies that scan each run.
 
     Args:
-        forced: MADV_COLLAPSE asks.
-        large: a page of a folio of this order or larger hinders.
+        forced: scan for MADV_COLLAPSE.
+        large: fail at a page of a folio of this order or larger.
     """
     look = _Looker(parts, ptes, limits)
     look.count_swap()
@@ -141,7 +140,7 @@ def run_look(parts: Parts, vma: SimVma, ptes: Ptes, limits: Limits, *, forced: b
 
 
 class _Looker:
-    """Notes for each entry the first check that it fails: later calls stand for earlier checks, and overwrite."""
+    """Notes the first check that each entry fails: later calls are for earlier checks, and overwrite."""
 
     def __init__(self, parts: Parts, ptes: Ptes, limits: Limits) -> None:
         self._parts = parts
@@ -162,7 +161,7 @@ class _Looker:
 
     @staticmethod
     def _over(mask: NDArray[np.bool_], limit: int) -> NDArray[np.bool_]:
-        """Which of the marked entries are more than `limit`, counted from the first."""
+        """Return the marked entries beyond the first `limit`: bool, shape of `mask`."""
         if limit >= len(mask):
             return np.zeros_like(mask)
         over: NDArray[np.bool_] = mask & (np.cumsum(mask, dtype=np.int32) > limit)
@@ -170,40 +169,40 @@ class _Looker:
 
     @property
     def expected_references(self) -> NDArray[np.int32]:
-        """References of each page's folio that its mappings and the swap cache explain (folio_expected_ref_count)."""
+        """References to each page's folio that its mappings and the swap cache explain (folio_expected_ref_count)."""
         memory, rmap = self._parts.memory, self._parts.rmap
         sizes = np.left_shift(np.int32(1), memory.order[self.pfns].astype(np.int32))
         expected: NDArray[np.int32] = rmap.mapcounts(self.pfns, self.heads) + sizes * self.folio_has(Fl.SWAPCACHE)
         return expected
 
     def folio_has(self, flag: np.uint16) -> NDArray[np.bool_]:
-        """Which pages' folios have a flag: bool, shape (pages,)."""
+        """Return which pages' folios have a flag: bool, shape (pages,)."""
         mask: NDArray[np.bool_] = (self._folio_flags & flag) != 0
         return mask
 
     def page(self, mask: NDArray[np.bool_], result: ScanResult) -> None:
-        """Note a hindrance of the pages that `mask` (shape (pages,)) marks."""
+        """Note `result` for the pages marked in `mask` (shape (pages,))."""
         self._found[self._offsets[mask]] = result
 
     def count_swap(self) -> None:
-        """Swap entries: write-protected by userfaultfd, or, before that is asked, too many."""
+        """Note swap entries: those write-protected by userfaultfd, and, checked before that, too many."""
         protected = self._unmapped & ((self._ptes.bits & P.UFFD_WP) != 0)
         self._found[protected] = ScanResult.PTE_UFFD
         self._found[self._over(self._unmapped, self._limits.swap)] = ScanResult.EXCEED_SWAP_PTE
 
     def no_swap(self) -> None:
-        """Any entry that is neither none nor present hinders."""
+        """Note any entry that is neither none nor present."""
         self._found[self._unmapped] = ScanResult.PTE_NON_PRESENT
 
     def folios(self) -> None:
-        """What a scan asks of every page's folio."""
+        """Run a scan's checks of every page's folio."""
         self.page(self.expected_references != self._parts.memory.refcount[self.heads], ScanResult.PAGE_COUNT)
         self.page(self.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
         self.page(~self.folio_has(Fl.LRU), ScanResult.PAGE_LRU)
         self.far_nodes()
 
     def far_nodes(self) -> None:
-        """A page too far from an earlier one, where nodes reclaim for themselves (hpage_collapse_scan_abort)."""
+        """Note a page too far from an earlier one, if nodes reclaim locally (hpage_collapse_scan_abort)."""
         memory = self._parts.memory
         if not self._parts.knobs.zone_reclaim_mode:
             return
@@ -215,12 +214,12 @@ class _Looker:
                 return
 
     def count_shared(self) -> None:
-        """Pages that another address space maps too: too many."""
+        """Note shared pages beyond the limit."""
         shared = self._parts.rmap.maybe_shared(self.pfns, self.heads)
         self.page(self._over(shared, self._limits.shared), ScanResult.EXCEED_SHARED_PTE)
 
     def page_itself(self, vma: SimVma, *, forced: bool) -> None:
-        """What is looked at before anything is counted: write-protected pages, pages of a driver, clean lazyfree."""
+        """Run the checks that precede all counts: write-protected pages, pages of a driver, clean lazyfree."""
         bits = self._ptes.bits[self._offsets]
         if self._parts.kernel.lazyfree_stops and not forced and not vma.droppable:
             lazyfree = (self._folio_flags & (Fl.ANON | Fl.SWAPBACKED)) == Fl.ANON
@@ -229,13 +228,13 @@ class _Looker:
         self.page((bits & P.UFFD_WP) != 0, ScanResult.PTE_UFFD)
 
     def _writable(self, at: int) -> bool:
-        """Whether one of the pages up to entry `at` may be written; True where the kernel does not ask."""
+        """Return whether a page up to entry `at` is writable; True if the kernel does not check."""
         if not self._parts.kernel.wants_writable:
             return True
         return bool((self._ptes.bits[self._offsets[self._offsets <= at]] & P.WRITE).any())
 
     def taken(self) -> Look:
-        """The look as a whole."""
+        """Return the result of the scan."""
         hindered = self._found != _SUCCEED
         at = int(hindered.argmax())
         if not hindered[at]:

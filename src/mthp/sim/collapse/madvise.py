@@ -1,7 +1,7 @@
-"""MADV_COLLAPSE: collapse a range of addresses now, and say in one errno what came of it.
+"""MADV_COLLAPSE: collapse a range of addresses now, and return one errno for all of it.
 
-Follows madvise_walk_vmas() (mm/madvise.c) and madvise_collapse() (mm/khugepaged.c). It ignores switches and limits;
-each PMD range goes through the same function as khugepaged's. The errno is that of the last range that could not be
+Follows madvise_walk_vmas() (mm/madvise.c) and madvise_collapse() (mm/khugepaged.c). It ignores switches and limits.
+Each PMD range goes through the same function as khugepaged's. The errno is that of the last range that could not be
 collapsed, and 0 only if all were.
 """
 
@@ -16,26 +16,26 @@ from mthp.results import ScanResult
 
 
 class AdvisedSpace(Protocol):
-    """An address space as MADV_COLLAPSE goes over it."""
+    """An address space, as MADV_COLLAPSE processes it."""
 
     @property
     def geometry(self) -> Geometry:
-        """Of its machine."""
+        """Geometry of its machine."""
 
     def find_vma(self, address: int) -> Segment | None:
-        """The range of the first mapping that ends behind `address` (find_vma)."""
+        """Return the range of the first mapping that ends behind `address` (find_vma)."""
 
     def possible(self, address: int) -> bool:
-        """Whether the mapping at `address` may be collapsed at all (collapse_possible)."""
+        """Return whether the mapping at `address` may be collapsed at all (collapse_possible)."""
 
     def drain(self) -> None:
-        """Empty the batches in front of the LRU lists (lru_add_drain_all), where there are such."""
+        """Drain the batches of the LRU lists (lru_add_drain_all), if the backend has any."""
 
     def revalidate(self, address: int) -> ScanResult:
-        """Whether the PMD range at `address` may still be collapsed (hugepage_vma_revalidate)."""
+        """Return SUCCEED if the PMD range at `address` may still be collapsed (hugepage_vma_revalidate), or why not."""
 
     def collapse_pmd(self, address: int) -> tuple[ScanResult, bool]:
-        """Collapse the PMD range at `address`: the result, and whether the lock was let go of for it."""
+        """Collapse the PMD range at `address`; return the result, and whether mmap_lock was dropped."""
 
 
 _GOES_ON_AFTER = frozenset(
@@ -51,7 +51,7 @@ _GOES_ON_AFTER = frozenset(
         ScanResult.DEL_PAGE_LRU,
     }
 )
-"""Failures of one PMD range after which MADV_COLLAPSE goes on with the next."""
+"""Failures of one PMD range after which MADV_COLLAPSE continues with the next."""
 
 _ERRNO = {
     ScanResult.ALLOC_HUGE_PAGE_FAIL: errno.ENOMEM,
@@ -62,16 +62,16 @@ _ERRNO = {
     ScanResult.PAGE_LRU: errno.EAGAIN,
     ScanResult.DEL_PAGE_LRU: errno.EAGAIN,
 }
-"""madvise_collapse_errno (mm/khugepaged.c); EINVAL for the rest."""
+"""Error number by scan result, EINVAL for the rest (madvise_collapse_errno, mm/khugepaged.c)."""
 
 
 def madvise_collapse(space: AdvisedSpace, start: int, end: int) -> int:
-    """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number.
+    """Run madvise(start, end - start, MADV_COLLAPSE); return 0 or the error number.
 
     Returns:
         EINVAL if `start` is not page-aligned, `end` lies before it, or a mapping may not be collapsed; ENOMEM if some
-        of the range is not mapped (what is mapped was collapsed) or memory could not be allocated; EBUSY if the memory
-        cgroup is at its limit or none PTEs must not be filled; EAGAIN if a page is busy, so that another try may do.
+        of the range is not mapped (the mapped part was collapsed) or an allocation failed; EBUSY if the memory cgroup
+        is at its limit or none PTEs must not be filled; EAGAIN if a page is busy, so that a retry may succeed.
     """
     page = space.geometry.page_size
     end = -(-end // page) * page
@@ -107,7 +107,7 @@ def _collapse_mapping(space: AdvisedSpace, part: Segment) -> int:
             if (found := space.revalidate(address)) is not ScanResult.SUCCEED:
                 last_fail = found
                 break
-            # The mapping may have become smaller while the lock was let go of.
+            # The mapping may have shrunk while mmap_lock was dropped.
             vma = space.find_vma(address)
             assert vma is not None, "revalidation found the mapping"
             stop = min(stop, vma[1] // size * size)

@@ -1,8 +1,8 @@
 """The mover on the simulated machine, for blocks in no whole PMD range of their mapping, which no kernel collapses.
 
-The pages of a block become one folio by the steps of a collapse. What differs is what allows it: the mapping has to
-have all of the block, not of the PMD range, and to be one that the mover takes (:mod:`mthp.movechecks`); nothing is
-read back from swap, nothing shared is copied, and holes are filled only if that is wanted.
+The pages of a block become one folio by the steps of a collapse. The conditions differ: the mapping has to cover the
+block, not the PMD range, and be one that the mover accepts (:mod:`mthp.movechecks`); swap entries are not read, shared
+pages are not copied, and holes are filled only on request.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mthp.sim.parts import Parts
 
 
 def move_block(parts: Parts, mm: Mm, address: int, order: int, *, fill: bool) -> tuple[ScanResult, str]:
-    """Make one folio of the aligned block at `address`: the result, and the reason where it has one.
+    """Make one folio of the aligned block at `address`; return the result, and the reason if it has one.
 
     Args:
-        order: of the folio, below the PMD order.
-        fill: whether holes are filled.
+        order: order of the folio, below the PMD order.
+        fill: whether to fill holes.
     """
     vma = mm.find_vma(address)
     if vma is None or not vma.covers(address, address + parts.geometry.size_of(order)):
@@ -48,7 +48,7 @@ class _Move(Attempt):
     """A move of one block."""
 
     def revalidate(self) -> SimVma | ScanResult:
-        """The mapping, if it still has all of the block, and allows folios."""
+        """Return the mapping if it still covers the block and allows the order, or why not."""
         vma = self.mm.find_vma(self.address)
         if vma is None or self.mm.exiting:
             return ScanResult.VMA_NULL if vma is None else ScanResult.ANY_PROCESS

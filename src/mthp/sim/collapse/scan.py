@@ -1,4 +1,4 @@
-"""A mapping of the simulated machine, as khugepaged looks at it and works on it."""
+"""Scans and collapses of a PMD range on the simulated machine, for khugepaged and MADV_COLLAPSE."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _EXCEEDED = {
     ScanResult.EXCEED_SWAP_PTE: ("thp_scan_exceed_swap_pte", "collapse_exceed_swap_pte"),
     ScanResult.EXCEED_SHARED_PTE: ("thp_scan_exceed_share_pte", "collapse_exceed_shared_pte"),
 }
-"""The counter of the machine and the counter of the size for each limit that was exceeded."""
+"""By scan result for an exceeded limit: counter of the machine, and counter of the size."""
 
 
 @dataclass
 class CollapseControl:
-    """Who collapses, by what rules, and how far it got (struct collapse_control).
+    """Policy, rules and progress of a collapse (struct collapse_control).
 
     Attributes:
-        rules: the circumstances, the orders enabled for the mapping at hand among them.
-        progress: entries looked at, and ranges and mappings passed over.
-        node_load: int64, shape (nodes,): pages of the PMD range at hand on each node.
-        lock_dropped: the range at hand passed its scan, so that mmap_lock was let go of for the attempts.
-        attempts: every attempt that was made.
+        rules: trigger and limits, with the orders enabled for the current mapping.
+        progress: entries scanned, plus ranges and mappings skipped.
+        node_load: int64, shape (nodes,): pages of the current PMD range on each node.
+        lock_dropped: whether the current range passed its scan, so that mmap_lock was dropped for the attempts.
+        attempts: all attempts.
     """
 
     policy: Policy
@@ -51,7 +51,7 @@ class CollapseControl:
 
     @classmethod
     def begun(cls, parts: Parts, trigger: Trigger, orders: tuple[int, ...] = ()) -> Self:
-        """Return the account of a collapse that begins now, under the limits of this moment."""
+        """Return the control of a collapse that begins now, under the current limits."""
         return cls(parts.policy, Rules(parts.geometry, orders, trigger, parts.tunables, parts.mthp_min_order))
 
 
@@ -76,7 +76,7 @@ class SimRange:
         ptes = self._mm.ptes(address, parts.geometry.ptes_per_pmd)
         limits = control.policy.scan_limits(control.rules)
         if limits is None or control.policy.scans_each_run:
-            # Each run is scanned for itself, and counted there.
+            # Each run is scanned on its own, and counted there.
             control.lock_dropped = True
             return RangeScan(ScanResult.SUCCEED, self._fullness(address, ptes))
         if self._vma.userfaultfd_armed and control.policy.scan_honours_uffd(control.rules):
@@ -91,7 +91,7 @@ class SimRange:
     def scan_run(self, address: int, order: int) -> RangeScan:
         parts, control = self._parts, self._control
         if self._mm.pmd(address) is not Pmd.TABLE:
-            # What an attempt just made here may have left behind, or the walk has got behind the range.
+            # An attempt in this range may have changed the PMD entry, or the walk has gone beyond the range.
             return RangeScan(ScanResult.PMD_MAPPED if self._mm.pmd(address) is Pmd.HUGE else ScanResult.NO_PTE_TABLE)
         limits = control.policy.attempt_limits(order, control.rules)
         if self._vma.userfaultfd_armed:
@@ -101,7 +101,7 @@ class SimRange:
         ptes = self._mm.ptes(address, min(1 << order, (size - address % size) // page))
         look = run_look(parts, self._vma, ptes, limits, forced=control.rules.forced, large=large)
         if look.result is ScanResult.SUCCEED and len(ptes.bits) < 1 << order:
-            # A run that is not aligned may reach over the end of the page table: what lies there are no entries.
+            # An unaligned run may extend beyond the page table, and nothing there is a PTE.
             parts.beyond_table = address
             look = dataclasses.replace(look, result=ScanResult.PAGE_NULL)
         scan = self._judged(look, order)
@@ -111,7 +111,7 @@ class SimRange:
         return scan
 
     def _judged(self, look: Look, order: int) -> RangeScan:
-        """What a look at all entries of a run amounts to: count it, and ask whether enough of it was referenced."""
+        """Count the scan of a run, check that enough of it was referenced, and return the result."""
         parts, control = self._parts, self._control
         entries = min(look.at + 1, 1 << order)
         control.progress += entries
@@ -134,9 +134,9 @@ class SimRange:
         return RangeScan(result, None, 0, referenced, look.none_or_zero, look.unmapped)
 
     def _may_be_written(self, look: Look) -> bool:
-        """Whether what was seen may be collapsed though none of its pages can be written, or one can.
+        """Return whether a run may be collapsed, considering whether any of its pages is writable.
 
-        A page that was seen in an earlier run of the PMD range counts, too: the series never forgets it.
+        A page of an earlier run of the PMD range counts too, because the series never resets the flag.
         """
         parts, control = self._parts, self._control
         self._writable |= look.writable
@@ -146,10 +146,10 @@ class SimRange:
         return not leaves or bool(len(look.offsets)) or look.unmapped > 0
 
     def _fullness(self, address: int, ptes: Ptes) -> Fullness:
-        """Which runs are full enough, by what the policy may ask about them."""
+        """Return which runs are full enough, from only the columns that the policy may read."""
         parts, control = self._parts, self._control
         if type(control.policy) in BUILT_IN.values():
-            # These ask for pages and swap entries alone.
+            # The built-in policies read only pages and swap entries.
             pages = ptes.pages()
             unmapped = (ptes.bits != 0) & ((ptes.bits & P.PRESENT) == 0)
             planes = Planes(present=pages[None], swap=unmapped[None] if unmapped.any() else None)
@@ -178,7 +178,7 @@ class SimRange:
         return result
 
     def _contents(self, address: int) -> NDArray[np.bool_]:
-        """Which pages of the PMD range around `address` have contents: bool, shape (1, ptes_per_pmd)."""
+        """Return which pages of the PMD range around `address` have contents: bool, shape (1, ptes_per_pmd)."""
         geometry = self._parts.geometry
         start = address // geometry.pmd_size * geometry.pmd_size
         bits = self._mm.ptes(start, geometry.ptes_per_pmd).bits
@@ -191,7 +191,7 @@ class SimRange:
 
 
 def collapse_range(parts: Parts, mm: Mm, vma: SimVma, address: int, control: CollapseControl) -> ScanResult:
-    """Collapse what is to be collapsed of one PMD range, for khugepaged and MADV_COLLAPSE alike."""
+    """Collapse one PMD range as the policy wants, for khugepaged and MADV_COLLAPSE alike."""
     control.rules = dataclasses.replace(
         control.rules,
         orders=parts.collapse_orders(mm, vma, "khugepaged"),

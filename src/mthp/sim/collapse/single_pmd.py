@@ -1,23 +1,23 @@
 """The collapse of one PMD range: scan it, walk over it, try the runs that are full enough.
 
-One function for khugepaged and for MADV_COLLAPSE. It decides nothing about pages: what can be seen and done lies behind
-:class:`RangeTarget`, and the policy says which runs are worth an attempt. Follows collapse_single_pmd(),
-collapse_scan_pmd() and mthp_collapse() of mm/khugepaged.c.
+One function serves khugepaged and MADV_COLLAPSE. It does not touch pages: :class:`RangeTarget` reads and collapses, and
+the policy decides which runs are worth an attempt. Follows collapse_single_pmd(), collapse_scan_pmd() and
+mthp_collapse() of mm/khugepaged.c.
 
-All policies walk alike. The runs of a PMD range are the nodes of a binary tree, and whether one keeps an explicit
-stack of (order, offset) and pushes the halves of what was not collapsed, as the seed does, or counts an offset
-upwards and lets its alignment say which order comes next, as mainline does, the nodes are met in the same order:
-depth first, the left half first. The policies differ in which nodes are full enough, and in what a failed attempt ends.
-Only where each run is scanned for itself, as in Dev Jain's series, the walk is another one, :func:`scan_runs`. If every
-attempt ends as its PTEs foretell, the walk makes the attempts of :class:`~mthp.engine.walk.Walk`, which plans.
+All policies walk alike. The runs of a PMD range are the nodes of a binary tree. The seed keeps an explicit stack of
+(order, offset) and pushes the halves of a run that was not collapsed. Mainline increases an offset, and the alignment
+of the offset decides the next order. Both visit the nodes in the same order: depth first, the left half first. The
+policies differ in which nodes are full enough, and in how much of the walk a failed attempt ends. Only series that scan
+each run on its own, like Dev Jain's, walk differently (:func:`scan_runs`). If every attempt ends as predicted from its
+PTEs, the walk makes the attempts of :class:`~mthp.engine.walk.Walk`, which plans.
 
 The series have bugs. A target keeps them if it is :attr:`~mthp.engine.visited.RangeTarget.as_it_was`, as the
 simulated machine is and a live process is not:
 
 - the seed allocates folios of orders that are not enabled. Its only result for a range without a collapse is FAIL, so
-  that khugepaged does not rest after a failed allocation;
-- Dev Jain's series goes on at any page behind a large folio, aligned or not, even behind the PMD range, and the result
-  of the range is that of the last run alone.
+  khugepaged does not rest after a failed allocation;
+- Dev Jain's series continues at any page behind a large folio, aligned or not, even behind the PMD range, and the
+  result of the range is that of the last run only.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from mthp.sim.collapse.fullness import Fullness
 
 @dataclass(frozen=True, slots=True)
 class RangeScan:
-    """What the scan of one PMD range saw, or that of one run where each run is scanned for itself.
+    """Result of the scan of one PMD range, or of one run where each run is scanned on its own.
 
     Attributes:
         result: SUCCEED if a collapse may be tried, or why not.
         fullness: which runs are full enough; None unless `result` is SUCCEED.
-        row: the row that the range has in `fullness`.
+        row: row of the range in `fullness`.
         referenced, none_or_zero, unmapped: entries counted until the scan ended.
-        behind: where the walk goes on after a large folio was hit, if not behind the run.
+        behind: address at which the walk continues after a large folio, if not behind the run.
     """
 
     result: ScanResult
@@ -52,39 +52,39 @@ class RangeScan:
 
 
 class RangeTarget(Protocol):
-    """A mapping of an address space, as the collapse of one of its PMD ranges sees it."""
+    """A mapping of an address space, as the collapse of one of its PMD ranges uses it."""
 
     @property
     def as_it_was(self) -> bool:
-        """Whether what is a bug of a policy's series is kept (:mod:`mthp.sim.collapse.single_pmd`)."""
+        """Whether the bugs of a policy's series are kept (:mod:`mthp.sim.collapse.single_pmd`)."""
 
     def scan_pmd(self, address: int) -> RangeScan:
-        """Look at the PMD range at `address` (collapse_scan_pmd up to its walk)."""
+        """Scan the PMD range at `address` (collapse_scan_pmd up to its walk)."""
 
     def scan_run(self, address: int, order: int) -> RangeScan:
-        """Look at one run under the limits of its order, for policies that scan each run for itself."""
+        """Scan one run under the limits of its order, for policies that scan each run on its own."""
 
     def collapse_huge_page(self, address: int, order: int, scan: RangeScan) -> ScanResult:
         """Try to collapse the aligned run at `address` to one folio of `order` (collapse_huge_page)."""
 
     def scanned(self, address: int, scan: RangeScan, result: ScanResult) -> None:
-        """Take note of what came of the range in the end (mm_khugepaged_scan_pmd)."""
+        """Note the final result of the range (mm_khugepaged_scan_pmd)."""
 
 
 _SUCCEED_ALONE = frozenset({ScanResult.SUCCEED})
 
 _NO_TABLE = frozenset({ScanResult.NO_PTE_TABLE, ScanResult.PMD_MAPPED})
-"""Results of a run's scan where there are no PTEs to scan."""
+"""Results of a run's scan without a page table."""
 
 
 def collapse_single_pmd(target: RangeTarget, address: int, policy: Policy, rules: Rules) -> ScanResult:
-    """Collapse what `policy` wants collapsed in the PMD range at `address`.
+    """Collapse the runs of the PMD range at `address` that `policy` wants collapsed.
 
     Args:
         rules: the orders enabled for the mapping, the trigger and the limits.
 
     Returns:
-        SUCCEED if anything was collapsed, else the scan's hindrance, or the last attempt's.
+        SUCCEED if anything was collapsed, else the result of the scan or of the last attempt.
     """
     scan = target.scan_pmd(address)
     result = scan.result
@@ -100,8 +100,8 @@ def collapse_single_pmd(target: RangeTarget, address: int, policy: Policy, rules
 def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Policy, rules: Rules) -> ScanResult:
     """Walk over a scanned PMD range and try the runs that are full enough, the larger before the smaller.
 
-    At an offset the orders are tried downwards; behind a run that was collapsed, or that has a large folio already, or
-    at which the smallest order failed, the walk goes on with the largest order that the new offset's alignment allows.
+    At an offset the orders are tried downwards. Behind a run that was collapsed, that has a large folio already, or at
+    which the smallest order failed, the walk continues with the largest order that the new offset's alignment allows.
     """
     assert scan.fullness is not None, "only a range that passed the scan is walked"
     geometry = rules.geometry
@@ -138,9 +138,9 @@ def scan_runs(
 ) -> tuple[RangeScan, ScanResult]:
     """Scan a run and try to collapse it, run after run (hpage_collapse_scan_ptes of Dev Jain's series).
 
-    It begins with the largest order. An order that fails is not tried again, and when none is left, the rest of the
-    range is given up. Behind a run that was collapsed or skipped it goes on with the order that the address is aligned
-    to if that is left, else with the largest that is left. An attempt that reaches the range's end is the last.
+    It begins with the largest order. An order that fails is not tried again, and when none is left, the walk ends.
+    Behind a run that was collapsed or skipped it continues with the order of the address's alignment if that is left,
+    else with the largest order left. An attempt that reaches the range's end is the last.
 
     Returns:
         The scan of the last run, and the result of the range.
@@ -174,12 +174,12 @@ def scan_runs(
 
 
 def _full(scan: RangeScan, order: int, offset: int) -> bool:
-    """Whether the run of `order` at `offset` is full enough.
+    """Return whether the run of `order` at `offset` is full enough.
 
-    Runs that are not aligned belong to a series that does not ask.
+    Unaligned runs occur only in a series that does not check.
 
     Args:
-        scan: of the PMD range.
+        scan: scan of the PMD range.
     """
     fullness = scan.fullness
     assert fullness is not None, "only a range that passed the scan is walked"
@@ -187,7 +187,7 @@ def _full(scan: RangeScan, order: int, offset: int) -> bool:
 
 
 def _goes_on(result: ScanResult, order: int, policy: Policy, rules: Rules) -> bool:
-    """Whether an attempt that failed leaves the rest of the PMD range to be tried."""
+    """Return whether the rest of the PMD range is tried after an attempt that failed."""
     if policy.halves_after_failure:
         return True
     if result is ScanResult.FAIL:
@@ -196,5 +196,5 @@ def _goes_on(result: ScanResult, order: int, policy: Policy, rules: Rules) -> bo
 
 
 def _alignment(offset: int) -> int:
-    """The largest order to which an offset above 0 is aligned."""
+    """Return the largest order to which an offset above 0 is aligned."""
     return (offset & -offset).bit_length() - 1
