@@ -1,7 +1,6 @@
-"""A thread of a stopped target that runs the boot code, and what we watch of it.
+"""Run the boot code in a thread of a stopped target, and watch it.
 
-The boot code makes the system calls that bring the stub in and take it out again; the essay is that of
-:mod:`~mthp.linux.mover.inject`.
+The boot code makes the system calls that map and unmap the stub's memory; :mod:`~mthp.linux.mover.inject` explains it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mthp.linux.mover.steps import Step, report
 from mthp.linux.mover.tracee import CannotStopError, State, Tracee
 
 CALLS = 4
-"""Rows of the table of the boot code; the last one is made alone at the end."""
+"""Rows of the boot code's table of calls; the last row is made alone, at the end."""
 
 _CALL_BYTES = 56
 _FIRST_ERROR = (1 << 64) - 4095
@@ -29,13 +28,13 @@ _POLL_SECONDS = 5e-6
 _LONGEST_POLL_SECONDS = 250e-6
 
 IMPATIENCE_NS = 20_000_000
-"""After how long a thread that does not say that it has made its calls is stopped, to see whether one failed."""
+"""Nanoseconds after which a thread that reports no result is stopped, to see whether a call failed."""
 
 _Calls = NDArray[np.uint64]
 
 
 class RemoteError(OSError):
-    """A system call that the target made for us failed."""
+    """A system call that the target made for the mover failed."""
 
 
 class BootedThread:
@@ -43,8 +42,8 @@ class BootedThread:
 
     Args:
         slot: address of the padding that it runs in.
-        calls: number and six arguments of each: uint64, shape (CALLS, 7).
-        layout: where the stub will be; None if only calls are to be made, all but the last.
+        calls: number and six arguments of each call: uint64, shape (CALLS, 7).
+        layout: the stub's layout; None to make only the calls, all but the last.
     """
 
     def __init__(
@@ -71,10 +70,10 @@ class BootedThread:
         return self._slot + self._machine.boot_unmap
 
     def start(self) -> None:
-        """Send the thread to its calls. It blocks all signals itself, in case we cannot any more.
+        """Start the thread. It blocks all signals itself, in case the tracer dies before it can do so.
 
         Raises:
-            OSError: ESRCH, it was killed.
+            OSError: ESRCH if the thread was killed.
         """
         self._jump(self._machine.boot_entry)
         report(Step.BOOTED)
@@ -113,7 +112,7 @@ class BootedThread:
         if not self.stop():
             return
         error = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.boot_error])
-        # Without the first call nothing is to be undone; otherwise the last one undoes it, and must be over.
+        # If the first call failed, there is nothing to undo; otherwise the last one undoes it, and must be over.
         if self.is_inside and error >= _FIRST_ERROR and self._calls_made() in (0, CALLS):
             raise RemoteError((1 << 64) - error, os.strerror((1 << 64) - error))
         ptrace.cont(self.tracee.tid)
@@ -122,20 +121,20 @@ class BootedThread:
         """Stop the thread; return False if the target was killed.
 
         Raises:
-            CannotStopError: it does not stop.
+            CannotStopError: the thread does not stop.
         """
         return self._frozen.stop_again(self.tracee.tid)
 
     @property
     def is_inside(self) -> bool:
-        """Whether the thread, which is stopped, still is in the boot code."""
+        """Return whether the thread, which is stopped, is still in the boot code."""
         pc = int(ptrace.get_registers(self.tracee.tid, self._machine.words)[0, self._machine.pc])
         return self._slot <= pc < self._slot + self._machine.slot_bytes
 
     @property
     def has_made_calls(self) -> bool:
-        """Whether the thread, which is stopped, has made all calls but the last."""
-        # Before its first instruction the register still holds a value of the thread's own.
+        """Return whether the thread, which is stopped, has made all calls but the last."""
+        # Before the boot code's first instruction the register still holds the thread's own value.
         return self.is_inside and self._calls_made() in (CALLS - 1, CALLS)
 
     def _calls_made(self) -> int:
@@ -153,10 +152,10 @@ class BootedThread:
 
 
 def await_worker(frozen: FrozenProcess, tid: int, condition: Callable[[], bool], poll_seconds: float) -> None:
-    """Wait until `condition` holds, while the thread `tid` runs code of ours.
+    """Wait until `condition` holds, while the thread `tid` runs injected code.
 
     Args:
-        condition: checked again after `poll_seconds`, and the less often the longer it takes.
+        condition: checked again after `poll_seconds`, and less and less often.
 
     Raises:
         CannotStopError: the thread does not run.
@@ -165,7 +164,7 @@ def await_worker(frozen: FrozenProcess, tid: int, condition: Callable[[], bool],
     while not condition():
         waited = time.monotonic_ns() - begun
         if (stop := frozen.poll(tid)) is not None:
-            # SIGSTOP and the stop of the group are passed. A fault of its own kills the target, as it should.
+            # SIGSTOP and group stops are passed on. A fault of the thread's own kills the target, as without the mover.
             frozen.resume(tid, stop)
         elif frozen.has_exited(tid):
             raise TargetVanishedError(f"process {frozen.process.label} was killed")
@@ -175,5 +174,5 @@ def await_worker(frozen: FrozenProcess, tid: int, condition: Callable[[], bool],
                 help="its cgroup is frozen, or leaves it no time; once it runs, it restores itself",
             )
         else:
-            # Bounded: it may be stopped by a signal, and stands still with all others until that is seen here.
+            # Bounded: a signal may have stopped the thread, and all others wait until this loop resumes it.
             time.sleep(min(poll_seconds + waited * 1e-9 / 8, _LONGEST_POLL_SECONDS))

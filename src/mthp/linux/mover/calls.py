@@ -1,13 +1,13 @@
-"""Many system calls in one go.
+"""Make many system calls at once.
 
-What a window costs is, for the most part, system calls, a dozen for every thread, each of which takes the kernel one or
-two microseconds, and Python as much again to make it. So the calls are written down beforehand, as rows of a table of
-numbers, and made by a few instructions of machine code (``calls_x86_64.S``, ``calls_aarch64.S``; assembled below). The
-tables do not change from one window to the next and are kept. Where this process may not have executable memory of its
-own, the rows are made one by one through the C library, which takes longer and is the same otherwise.
+A window costs mostly system calls, a dozen for every thread. Each takes the kernel one or two microseconds, and Python
+as much again to make it. So the calls are prepared as rows of a table of numbers, and a few instructions of machine
+code make them (``calls_x86_64.S``, ``calls_aarch64.S``; assembled below). The tables do not change from one window to
+the next and are kept. Where this process may not have executable memory, the C library makes the rows one by one,
+which takes longer and has the same result.
 
-The interpreter's lock is held meanwhile: nothing here blocks, and another Python thread that gets its turn in between
-would lengthen the time for which the target stands still.
+The interpreter's lock is held meanwhile, because no call here blocks, and another Python thread that ran in between
+would lengthen the time for which the target is stopped.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CODE = {
         "e90300aaea0301aa4a0100b4280140a9210941a9231142a9251940f9010000d4201d00f9290101914a0500f101ffff54c0035fd6"
     ),
 }
-"""The two sources, assembled; a test compares them."""
+"""The two sources, assembled; a test compares them with this."""
 
 WORDS = 8
-"""In a row: the call's number, six arguments, and its result."""
+"""64-bit words of a row: the call's number, six arguments, and its result."""
 
 PROT_EXEC = 4
 
@@ -48,11 +48,11 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Calls:
-    """System calls to be made together, as often as wanted.
+    """System calls that are made together, any number of times.
 
     Attributes:
-        table: number, six arguments and result of each: uint64, shape (rows, 8).
-        results: what the calls returned, errors as negative numbers: int64, shape (rows,).
+        table: number, six arguments and result of each call: uint64, shape (rows, 8).
+        results: results of the calls, errors as negative numbers: int64, shape (rows,).
     """
 
     def __init__(self, rows: int) -> None:
@@ -66,7 +66,7 @@ class Calls:
         self._run(self._address + 8 * WORDS * first, len(self.table) - first if count is None else count)
 
     def run_each(self, first: int, count: int, after: Callable[[], None]) -> None:
-        """As :meth:`run`, one by one, with `after` called after each."""
+        """Make `count` calls from row `first` on one by one, and call `after` after each."""
         for row in range(first, first + count):
             self._run(self._address + 8 * WORDS * row, 1)
             after()
@@ -74,13 +74,13 @@ class Calls:
 
 @functools.cache
 def _runner() -> Callable[[int, int], None]:
-    """What makes the calls of so many rows from an address on."""
+    """Return the function that makes the calls of a number of rows from an address on."""
     address = executable(CODE.get(os.uname().machine, b""))
     return ctypes.PYFUNCTYPE(None, ctypes.c_long, ctypes.c_long)(address) if address else one_by_one
 
 
 def executable(code: bytes) -> int:
-    """Return the address of a copy of `code` that can be called; 0 if there is none, or memory cannot be executed."""
+    """Return the address of a callable copy of `code`; 0 if `code` is empty or memory cannot be executed."""
     if not code:
         return 0
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -95,7 +95,7 @@ def executable(code: bytes) -> int:
 
 
 def one_by_one(address: int, rows: int) -> None:
-    """What the machine code does, through the C library."""
+    """Make the calls of `rows` rows through the C library."""
     table = (ctypes.c_int64 * WORDS * rows).from_address(address)
     for row in table:
         result = _libc.syscall(*row[:_RESULT])

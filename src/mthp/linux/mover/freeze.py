@@ -1,18 +1,18 @@
-"""Stop every thread of a process, and let all of them go again as they were.
+"""Stop every thread of a process, and release all of them as they were.
 
-Each pitfall here was met:
+Pitfalls, each of which has happened:
 
-- A thread may be about to take a signal when it is seized. Its first stop is then that signal's; it is continued with
-  the signal until it stops for us (PTRACE_EVENT_STOP), otherwise the signal would be lost.
+- A thread may be about to take a signal when it is seized. Its first stop is then that signal's. It is continued with
+  the signal until it stops for the tracer (PTRACE_EVENT_STOP), otherwise the signal would be lost.
 - Threads come and go meanwhile. The list is read again until it shows only stopped threads. A thread that exits cannot
   be seized (EPERM), yet writes to the process's memory until it has released it (clear_child_tid and the robust list,
-  mm_release in kernel/fork.c): the window waits until it is gone or a zombie.
-- A stop interrupts system calls. The kernel restarts most of them, but some return EINTR. Such an EINTR is turned into
-  -ERESTARTNOHAND: restart the call unless a handler runs. (A timeout that is given as a length starts again. A read or
-  write that has transferred a part returns that part, as after SIGSTOP and SIGCONT; this cannot be repaired.)
-- A thread inside a restartable sequence (rseq(2)) would be sent to the abort handler on its way back to user mode. If
-  its registers are changed first, the kernel forgets the sequence, and the thread would go on in it. So what is
-  restored is :attr:`Tracee.home`, which is at the abort handler then.
+  mm_release in kernel/fork.c). So the window waits until it is gone or a zombie.
+- A stop interrupts system calls. The kernel restarts most of them, but some return EINTR. The mover replaces such an
+  EINTR by -ERESTARTNOHAND: restart the call unless a handler runs. (A relative timeout starts again. A read or write
+  that has transferred a part returns that part, as after SIGSTOP and SIGCONT; this cannot be repaired.)
+- The kernel would send a thread inside a restartable sequence (rseq(2)) to the abort handler on its way back to user
+  mode. If its registers are changed first, the kernel forgets the sequence, and the thread would go on in it. So the
+  mover restores :attr:`Tracee.home`, which then is at the abort handler.
 - Threads in uninterruptible sleep (state D, vfork(2)) do not stop. After a short timeout all threads are released.
 
 The state of each thread is in one table (:class:`~mthp.linux.mover.tracee.State`). A thread that was seized but has not
@@ -49,40 +49,40 @@ from mthp.linux.mover.tracee import (
 from mthp.linux.process import Process
 
 STOP_TIMEOUT_NS = 200_000_000
-"""How long threads may take to stop before all of them are let go. Those that can stop do so in microseconds."""
+"""Nanoseconds that threads may take to stop before all are released. Those that can stop do so in microseconds."""
 
 WORKER_TIMEOUT_NS = 10_000_000_000
-"""How long the thread that runs our code may take to stop, or to get on. Only a busy machine delays it."""
+"""Nanoseconds that the thread with injected code may take to stop, or to get on. Only a busy machine delays it."""
 
 _POLL_SECONDS = 20e-6
 _LONGEST_POLL_SECONDS = 5e-3
 _PATIENCE = 0.125
 _SPIN_NS = 30_000
-"""For so long we look without sleeping, which would take longer than a thread needs to stop that has a processor."""
+"""Nanoseconds of polling before the first sleep: a running thread stops sooner than the shortest sleep ends."""
 
 _STOP_SECONDS = 2e-6
-"""What it takes a thread to stop, once it has a processor."""
+"""Seconds that a thread takes to stop, once it has a processor."""
 
 _DYING = "ZX"
 _STOPS_OF_OURS = (signal.SIGTRAP, signal.SIGTRAP | 0x80)
-"""Those at a system call; these "signals" are none of the target's."""
+"""Stops at a system call; these "signals" are not the target's."""
 _EXIT_CODES = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
 
 class FrozenProcess(ProcessMemory):
-    """A process of which every thread stands still, from :meth:`stop` to :meth:`release`.
+    """A process whose threads are all stopped, from :meth:`stop` to :meth:`release`.
 
-    All methods are to be called from one thread, whose end would release the process too.
+    Call all methods from one thread; when that thread ends, the kernel releases the process.
 
     Args:
-        timeout_ns: how long threads may take to stop.
-        machine: that it runs on; by default the one that we run on.
-        like: threads that were stopped before; what was made for them is used again if they still are the same.
+        timeout_ns: time that threads may take to stop, in nanoseconds.
+        machine: architecture of the target; by default that of this program.
+        like: threads of an earlier window; their tables are used again if the threads are the same.
 
     Attributes:
-        machine: that it runs on.
+        machine: architecture of the target.
         threads: the state of each thread that was seen, by TID.
-        begun_ns: when :meth:`stop` began, by :func:`time.perf_counter_ns`.
+        begun_ns: start of :meth:`stop`, by :func:`time.perf_counter_ns`.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class FrozenProcess(ProcessMemory):
 
     @property
     def tracees(self) -> dict[int, Tracee]:
-        """The threads that are stopped, by TID."""
+        """Return the threads that are stopped, by TID."""
         return {tid: tracee for tid, tracee in self.threads.items() if tracee.state in STANDING}
 
     @property
     def stopped(self) -> Stopped:
-        """What is known of the threads that were stopped, in columns."""
+        """Return the columns of the threads that were stopped."""
         if self._stopped is None:
             raise RuntimeError("the process was not stopped")
         return self._stopped
@@ -123,10 +123,10 @@ class FrozenProcess(ProcessMemory):
         """Stop all threads.
 
         Args:
-            known: threads that :func:`check_threads` found harmless; others are looked at when they have stopped.
+            known: threads that :func:`check_threads` found harmless; others are checked when they have stopped.
 
         Raises:
-            CannotStopError: one is in uninterruptible sleep, traced by somebody else, or must not be given our code.
+            CannotStopError: one sleeps uninterruptibly, has another tracer, or must not run injected code.
             NotPermittedError: tracing is not allowed.
         """
         self.begun_ns = time.perf_counter_ns()
@@ -150,20 +150,20 @@ class FrozenProcess(ProcessMemory):
             self.threads[tid].place(stopped, row)
 
     def _unstopped(self) -> list[int]:
-        """Threads that may still run or write: all that were not stopped, less the dead."""
+        """Return the threads that may still run or write: all that were not stopped, less the dead."""
         standing = len(self.tracees)
         if standing and thread_count(self.process) == standing:
             return []
         return [tid for tid in task_ids(self.process) if tid not in self.threads]
 
     def _stop(self, tids: list[int]) -> Stopped | None:
-        """Stop those of `tids` that are not exiting; None if all are.
+        """Stop those of `tids` that are not exiting; return None if all are.
 
         Raises:
             CannotStopError, NotPermittedError: as :meth:`stop`.
         """
         part = self._like if self._like is not None and self._like.tids == tids else Stopped(self.machine, tids)
-        # Before anything else can go wrong: whoever was seized must be let go.
+        # Recorded before any error can occur, because every seized thread must be released.
         self.threads |= {tid: Tracee(tid) for tid in tids}
         exiting = part.attach()
         for tid in exiting:
@@ -178,12 +178,12 @@ class FrozenProcess(ProcessMemory):
         return Stopped(self.machine, standing) if standing else None
 
     def _explain(self, tid: int, error: int) -> None:
-        """Do nothing if a thread that could not be seized is exiting; note whether it is dead already.
+        """Do nothing if a thread that could not be seized is exiting; record it as dead if it is.
 
-        For that, too, the kernel says EPERM.
+        The kernel's error is EPERM for an exiting thread, too.
 
         Raises:
-            CannotStopError, NotPermittedError: it is not exiting.
+            CannotStopError, NotPermittedError: the thread is not exiting.
         """
         text = read_task_file(self.process, tid, "status")
         thread = Thread.parse(tid, text) if text else None
@@ -195,7 +195,7 @@ class FrozenProcess(ProcessMemory):
                 f"process {self.process.label} is traced already, by {thread.tracer}",
                 help="a process has one tracer at a time: end the debugger, strace or other mthp",
             )
-        # An exiting thread keeps its memory for a moment in which it cannot be seized any more.
+        # An exiting thread keeps its memory for a moment in which it cannot be seized.
         if error == errno.EPERM and time.monotonic_ns() > self._deadline:
             raise NotPermittedError(
                 f"not permitted to trace process {self.process.label}",
@@ -208,10 +208,9 @@ class FrozenProcess(ProcessMemory):
         self._deadline = self._waiting_since + timeout_ns
 
     def _rest(self, waiting: int = 0) -> None:
-        """Wait a moment: for many threads, or after a long time, a longer one.
+        """Wait a moment, longer for many threads and after a long time.
 
-        They need the processors that we leave to them, and where there is much else to do, to look often is to be in
-        the way.
+        The threads need the processors, and on a busy machine frequent polling would delay them.
 
         Raises:
             CannotStopError: the time is up.
@@ -229,10 +228,10 @@ class FrozenProcess(ProcessMemory):
         time.sleep(min(_POLL_SECONDS + max(waiting * _STOP_SECONDS, waited * _PATIENCE), _LONGEST_POLL_SECONDS))
 
     def _await_our_stops(self, tids: list[int], together: Stopped | None = None) -> None:
-        """Wait until all of `tids` stop for PTRACE_INTERRUPT, with every signal before that delivered, or exit.
+        """Wait until each of `tids` has exited, or stops for PTRACE_INTERRUPT with every earlier signal delivered.
 
         Args:
-            together: these threads, if they can be waited for together.
+            together: the columns of these threads, if one table of calls can wait for them.
 
         Raises:
             CannotStopError: the time is up.
@@ -255,7 +254,7 @@ class FrozenProcess(ProcessMemory):
             waiting, stops = still, None
 
     def stop_again(self, tid: int) -> bool:
-        """Stop a thread that was let run meanwhile; False if it exited.
+        """Stop a thread that was resumed meanwhile; return False if it exited.
 
         Raises:
             CannotStopError: the time is up.
@@ -266,7 +265,7 @@ class FrozenProcess(ProcessMemory):
         return self.threads[tid].state is not State.DEAD
 
     def poll(self, tid: int) -> int | None:
-        """The stop that `tid` is in and that was not reported yet: signal | event << 8; None if there is none."""
+        """Return the unreported stop that `tid` is in: signal | event << 8; None if there is none."""
         try:
             status = os.waitid(os.P_PID, tid, os.WSTOPPED | os.WNOHANG | WALL)
         except ChildProcessError:
@@ -274,13 +273,13 @@ class FrozenProcess(ProcessMemory):
         return None if status is None else status.si_status
 
     def has_exited(self, tid: int) -> bool:
-        """Whether a seized thread has exited. It is reaped, so that its process can end.
+        """Return whether a seized thread has exited. It is reaped, so that its process can end.
 
-        A leader that is our own child is left to whoever started it: one exit status, one taker.
+        A leader that is this process's child is not reaped: its exit status belongs to the code that started it.
         """
         try:
             status = os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL)
-            # A stop of a tracee is reported whatever was asked for (wait_task_stopped, kernel/exit.c).
+            # A stop of a tracee is reported whatever the flags are (wait_task_stopped, kernel/exit.c).
             if status is None or status.si_code not in _EXIT_CODES:
                 if tid == self.process.pid:
                     self._reap_killed()
@@ -293,10 +292,10 @@ class FrozenProcess(ProcessMemory):
         return True
 
     def _reap_killed(self) -> None:
-        """Reap threads that stood still and have exited, as only SIGKILL makes them: the whole process is ending.
+        """Reap stopped threads that have exited, as only SIGKILL makes them: the whole process is ending.
 
-        The end of its first thread is not told before all others are reaped (delay_group_leader, kernel/exit.c), and
-        those that are traced are reaped by nobody else.
+        The kernel does not report the end of the first thread before all others are reaped (delay_group_leader,
+        kernel/exit.c), and only the tracer can reap traced threads.
         """
         for tid in self.tracees:
             if tid != self.process.pid and not self.has_exited(tid):
@@ -309,7 +308,7 @@ class FrozenProcess(ProcessMemory):
             return True
 
     def resume(self, tid: int, stop: int) -> None:
-        """Let `tid` go on from `stop`, with its signal if it is one of delivery. A stopped group keeps being so."""
+        """Continue `tid` from `stop`, with its signal if it is one of delivery. A stopped group stays stopped."""
         delivered = stop if not stop >> 8 and stop not in _STOPS_OF_OURS else 0
         try:
             ptrace.cont(tid, delivered)
@@ -318,7 +317,7 @@ class FrozenProcess(ProcessMemory):
                 raise
 
     def check_thread(self, tid: int) -> None:
-        """Do nothing if a stopped thread, as it is now, may be given our code.
+        """Do nothing if a stopped thread, as it is now, may run injected code.
 
         Raises:
             CannotStopError: it must not.
@@ -327,10 +326,10 @@ class FrozenProcess(ProcessMemory):
             check_thread(self.process, Thread.parse(tid, text))
 
     def examine_again(self, tid: int) -> None:
-        """Take a thread that has just stopped, and runs code of its own, as it is now.
+        """Read the state of a thread that has just stopped and runs code of its own.
 
         Raises:
-            CannotStopError: it must not be given our code.
+            CannotStopError: it must not run injected code.
         """
         alone = Stopped(self.machine, [tid])
         alone.examine(self.process.label, self.read, self.read_words)
@@ -338,18 +337,18 @@ class FrozenProcess(ProcessMemory):
         self.threads[tid].place(alone, 0)
 
     def abandon(self) -> None:
-        """Do nothing more to the threads: the end of the tracing thread lets them go, and they restore themselves."""
+        """Do nothing more to the threads: the end of the tracing thread releases them; they restore themselves."""
         self.threads.clear()
 
     def release(self) -> None:
-        """Let all threads go, those first put back whose registers are not their own."""
+        """Release all threads; first put back those with borrowed registers."""
         self._put_back()
         again, standing = before_calls(self), self.tracees
         if not again and self._stopped is not None and standing.keys() == set(self._stopped.tids):
             for tid in self._stopped.detach():
                 self.has_exited(tid)
         else:
-            # Those that are not let go at once come last.
+            # Those that are not released at once come last.
             for tid in sorted(standing, key=again.__contains__):
                 try:
                     make_again(self, tid) if tid in again else ptrace.detach(tid)
@@ -362,7 +361,7 @@ class FrozenProcess(ProcessMemory):
         self.close()
 
     def put_back_others(self, worker: Tracee) -> None:
-        """Restore the registers of all threads but `worker`, which is the last."""
+        """Restore the registers of all threads but `worker`, which is restored last."""
         for tid in self.stopped.put_back(worker.row):
             self.has_exited(tid)
         for tracee in self.tracees.values():
@@ -380,7 +379,7 @@ class FrozenProcess(ProcessMemory):
                 self._accept_exit(tracee.tid, error)
 
     def _accept_exit(self, tid: int, error: OSError) -> None:
-        """Reap a thread that `error` shows to have been killed."""
+        """Reap a thread that was killed, as `error` shows; raise other errors."""
         if error.errno != errno.ESRCH:
             raise error
         if not self.has_exited(tid):

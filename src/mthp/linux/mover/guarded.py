@@ -1,39 +1,39 @@
-"""Moves memory of this very process into folios of a wanted order, while its other threads go on using it.
+"""Move memory of this very process into folios of a wanted order, while its other threads go on using it.
 
-No thread is stopped and nothing is traced. Instead a userfaultfd stands guard: whoever touches a page that is away
+No thread is stopped or traced. Instead a userfaultfd guards the memory: a thread that touches a page that is away
 waits in its page fault, and goes on when the page is back. For each block, one after another:
 
-1. Register the block with the userfaultfd (MISSING), which makes it a mapping of its own for the moment.
-2. UFFDIO_MOVE takes its pages away into a scratch area. From here on a touch waits. The kernel refuses what is pinned
-   or shared; then what was moved is moved back, and the block stays as it was.
-3. mremap(MREMAP_DONTUNMAP) makes an empty twin of the block's mapping at another address, which nobody knows. Why not
-   fill the block itself? Because UFFDIO_COPY and UFFDIO_MOVE put in single pages, and an ordinary fault would wait for
-   ourselves.
+1. Register the block with the userfaultfd (MISSING), which temporarily makes it a mapping of its own.
+2. UFFDIO_MOVE takes its pages away into a scratch area. From here on a touch waits. The kernel refuses pinned and
+   shared pages; then the pages already moved are moved back, and the block stays as it was.
+3. mremap(MREMAP_DONTUNMAP) makes an empty twin of the block's mapping at another address, unknown to all other code.
+   The block itself cannot be filled, because UFFDIO_COPY and UFFDIO_MOVE insert single pages, and an ordinary fault of
+   this thread would wait for this thread.
 4. Copying the bytes into the twin faults in one folio. The twin is a mapping of exactly the block's size, so a larger
-   folio does not fit; a smaller one comes if memory is short. Its size must be on: a switch of the system, for which
-   there is a journal (:mod:`~mthp.linux.journal`).
-5. mremap puts the twin in the block's place, folio and all, in one step for everybody else. The kernel then makes one
-   mapping again of it and its neighbours, since it has their flags, their anon_vma and their offsets.
-6. Those that waited are woken, and find the page.
+   folio does not fit; a smaller one comes if memory is short. Its size must be enabled: a switch of the system, which
+   has a journal (:mod:`~mthp.linux.journal`).
+5. mremap puts the twin in the block's place, with its folio, in one step for all other threads. The kernel then merges
+   it with its neighbours into one mapping, because it has their flags, their anon_vma and their offsets.
+6. The waiting threads are woken, and find the page.
 
-The hard part is who does this. Not Python: another thread may hold the interpreter's lock while it waits for the
-block, and the thread that moves the block would then wait for that lock for ever. And the block may hold anything:
-objects of the interpreter, or the very list of blocks. So steps 1 to 6 are done by a hundred and fifty instructions of
-machine code (``guarded_x86_64.S``, kept as bytes below), called through ctypes, which gives the lock away for the time
-of the call. They touch nothing but registers, the stack and memory made for them. What the calling thread itself would
-touch without asking is refused beforehand: a block with its stack, its robust list or its rseq area. Signals are held
-back in this thread, so that no handler runs in between.
+Python cannot do these steps: another thread may hold the interpreter's lock while it waits for the block, and the
+thread that moves the block would then wait for that lock for ever. And the block may hold anything: objects of the
+interpreter, or the very list of blocks. So a hundred and fifty instructions of machine code do steps 1 to 6
+(``guarded_x86_64.S``, kept as bytes below). They are called through ctypes, which releases the lock for the call. They
+touch nothing but registers, the stack and memory made for them. Blocks that the calling thread uses without an explicit
+access are refused beforehand: those with its stack, its robust list or its rseq area. Signals are blocked in this
+thread, so that no handler runs in between.
 
 What remains visible:
 
-- A system call of another thread that uses the block's memory waits too. That takes a userfaultfd that sees faults in
-  the kernel, which unprivileged users have only with CAP_SYS_PTRACE or ``vm.unprivileged_userfaultfd=1``. Without the
-  *guard* (``guarded=False``) a userfaultfd for faults in user mode is enough, and such a call would fail with EFAULT:
-  then nobody else may use the memory meanwhile.
-- A child forked in the middle would find the block empty. ``os.fork`` waits for us; C code that forks without Python
-  must not do so meanwhile. Starting programs (vfork, posix_spawn) is no matter.
+- A system call of another thread that uses the block's memory waits too. This needs a userfaultfd that handles faults
+  in the kernel, which unprivileged users have only with CAP_SYS_PTRACE or ``vm.unprivileged_userfaultfd=1``. Without
+  the *guard* (``guarded=False``) a userfaultfd for faults in user mode is enough, and such a call would fail with
+  EFAULT: then no other thread may use the memory meanwhile.
+- A child forked in the middle would find the block empty. ``os.fork`` waits for the call; C code that forks without
+  Python must not do so meanwhile. Starting programs (vfork, posix_spawn) is harmless.
 - Folios of the PMD order are left to MADV_COLLAPSE, which locks others out in the kernel.
-- vmsplice(2) and other references that do not pin a page cannot be seen, as everywhere in the mover.
+- References that do not pin a page, such as those of vmsplice(2), cannot be seen, as everywhere in the mover.
 """
 
 from __future__ import annotations
@@ -102,16 +102,16 @@ MAP_NORESERVE = 0x4000
 
 ARGUMENTS_BYTES = 192
 OPERATION = np.dtype([("block", "=u8"), ("length", "=u8"), ("error", "=i8"), ("stage", "=u8")])
-"""The layout that the code works on; see its first lines."""
+"""The layout of an operation in the code's table; see the code's first lines."""
 
 ALL_DONE, PLACE_LOST, BLOCK_LOST = range(3)
-"""What the code returns."""
+"""Results of the code."""
 
 BLOCKS_PER_CALL = 256
-"""Blocks moved between two moments at which a signal is heard and a fork may go ahead."""
+"""Blocks moved in one call. Between two calls signals are handled and a fork may go ahead."""
 
 TABLE_BYTES = ARGUMENTS_BYTES + BLOCKS_PER_CALL * OPERATION.itemsize
-"""Size of the memory that the code alone reads and writes while it runs."""
+"""Size of the memory that only the code reads and writes while it runs, in bytes."""
 
 _Int64s = NDArray[np.int64]
 
@@ -123,10 +123,10 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 STACK_MARGIN = 64 << 10
-"""How far from its stack pointer a thread may use its stack between the check and the call, in bytes."""
+"""Bytes that a thread may move its stack pointer between the check and the call."""
 
 THREAD_MARGIN = 4096
-"""How far from its robust list, in bytes, a thread's rseq area may be: C libraries keep both in one structure."""
+"""Bytes between a thread's robust list and its rseq area at most: C libraries keep both in one structure."""
 
 _no_fork = threading.Lock()
 
@@ -135,15 +135,15 @@ class Guard(Closing):
     """Holds blocks of this process: threads that touch them wait (:class:`~mthp.linux.mover.mover.Hold`).
 
     Args:
-        guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Without, only
-            the kernel may.
+        guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Otherwise
+            only the kernel may.
     """
 
     waived = frozenset(("itself", "init", "ancestor", "traced", "threads", "vfork", "uninterruptible")) | {
         "shared_vm",
         "shared_vm_unknown",
     }
-    """Refusals of processes that are stopped from outside. Sharers of the address space meet the guard too."""
+    """Refusals that apply only to processes stopped from outside. Sharers of the address space meet the guard too."""
 
     checks_again = False
 
@@ -153,7 +153,7 @@ class Guard(Closing):
         self._mover: OwnMover | None = None
 
     def admit(self, means: Means, refusals: Sequence[Refusal]) -> None:
-        """Refuse what is refused for all blocks: the program that calls us had better know."""
+        """Raise on any refusal of the process: the calling program has to be informed."""
         if means.verify:
             raise UnsupportedError(
                 "own memory cannot be verified: other threads go on writing to it", help="leave --verify out"
@@ -166,7 +166,7 @@ class Guard(Closing):
         return range(order, order)
 
     def around(self, special: SpecialRanges) -> SpecialRanges:
-        """Return what threads use without a fault that could wait, with a margin."""
+        """Return the memory that threads use without a fault that could wait, with a margin."""
         return SpecialRanges(
             robust_lists=tuple((start - THREAD_MARGIN, end + THREAD_MARGIN) for start, end in special.robust_lists),
             stacks=tuple((start - STACK_MARGIN, end + STACK_MARGIN) for start, end in special.stacks),
@@ -176,14 +176,14 @@ class Guard(Closing):
         """Return the code and its userfaultfd, to be closed afterwards.
 
         Raises:
-            UnsupportedError: not on this machine or kernel; the reason is in the message.
-            NotPermittedError: these rights do not suffice for the guard.
+            UnsupportedError: this machine or kernel cannot do it; the message has the reason.
+            NotPermittedError: the rights are not sufficient for the guard.
         """
         self._mover = OwnMover(self._geometry.size_of(order), guarded=self._guarded)
         return self._mover
 
     def windows(self, blocks: Sequence[Block], means: Means, _before: Before) -> Iterator[list[BlockOutcome]]:
-        """Move as many blocks at a time as one call takes. A block that could not be moved has its bytes as before."""
+        """Move as many blocks at a time as fit into one call. A block that could not be moved keeps its bytes."""
         assert self._mover is not None
         for start in range(0, len(blocks), BLOCKS_PER_CALL):
             part = blocks[start : start + BLOCKS_PER_CALL]
@@ -200,14 +200,14 @@ class Guard(Closing):
         return []
 
     def close(self) -> None:
-        """Do nothing: nothing is kept between two orders."""
+        """Do nothing: there is nothing to close between two orders."""
 
 
 class OwnMover(Closing):
-    """The code, its scratch memory and its userfaultfd. A context manager.
+    """The machine code, its scratch memory and its userfaultfd. A context manager.
 
     Args:
-        guarded: whether faults in the kernel are to wait too.
+        guarded: whether faults in the kernel also wait.
     """
 
     def __init__(self, size: int, *, guarded: bool) -> None:
@@ -235,16 +235,16 @@ class OwnMover(Closing):
             fill: populate absent pages first.
 
         Returns:
-            An errno for each, 0 for success: int64, shape (blocks,).
+            An errno for each block, 0 for success: int64, shape (blocks,).
 
         Raises:
-            LostBytesError: a block could not be put back; its bytes are kept and whoever touches it waits.
+            LostBytesError: a block could not be put back; its bytes are kept, and threads that touch it wait.
         """
         if fill:
             for address in addresses.tolist():
                 _libc.madvise(address, self.size, MADV_POPULATE_WRITE)
         errors = self._move(addresses)
-        # Pages that a child was forked from, and that has exited, are ours alone again only when they are written.
+        # Pages once shared with a child that has exited become exclusive only when they are written again.
         again = np.flatnonzero((errors == errno.EBUSY) | (errors == errno.EAGAIN))
         for address in addresses[again].tolist():
             _libc.madvise(address, self.size, MADV_POPULATE_WRITE)
@@ -262,11 +262,11 @@ class OwnMover(Closing):
             with interruptions_held_back():
                 with _undisturbed():
                     answer = _function()(self._table)
-                # Before anything else may happen, these are no longer ours to give back.
+                # Record at once that these must not be unmapped or closed any more.
                 if answer == PLACE_LOST:
                     self._place = -1
                 if answer == BLOCK_LOST:
-                    # To close the userfaultfd would wake those who wait, to find an empty page.
+                    # Closing the userfaultfd would wake the waiting threads, and they would find an empty page.
                     kept, self._fd, self._away = self._away, -1, -1
             if answer == BLOCK_LOST:
                 lost = int(operations["block"][len(addresses) - int(words[0])])
@@ -274,12 +274,12 @@ class OwnMover(Closing):
             if answer == PLACE_LOST:
                 words[3] = self._place = _reserve(self.size)
         errors: _Int64s = -operations["error"].copy()
-        # mremap(2) gives -1 to -4095 for errors like all others, but an address that was not asked for is none.
+        # mremap(2) returns -1 to -4095 for errors as all calls do; any other wrong address is not an errno.
         errors[(errors < 0) | (errors > 4095)] = errno.EFAULT
         return errors
 
     def close(self) -> None:
-        """Give back what is ours. Closing twice does nothing."""
+        """Unmap the memory and close the userfaultfd. Closing twice does nothing."""
         for address, size in ((self._away, self.size), (self._place, self.size), (self._table, TABLE_BYTES)):
             if address >= 0:
                 _libc.munmap(address, size)
@@ -290,7 +290,7 @@ class OwnMover(Closing):
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold back signals in this thread, and forks in all."""
+    """Block signals in this thread, and forks in all threads."""
     with _no_fork:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
@@ -302,7 +302,7 @@ def _undisturbed() -> Iterator[None]:
 
 @functools.cache
 def _function() -> Callable[[int], int]:
-    """The code in executable memory, as a function that runs without the interpreter's lock."""
+    """Return the code in executable memory, as a function that runs without the interpreter's lock."""
     address = executable(CODE)
     if not address:
         raise UnsupportedError(
@@ -315,10 +315,10 @@ def _function() -> Callable[[int], int]:
 
 
 def _userfaultfd(*, guarded: bool) -> int:
-    """A userfaultfd of this process.
+    """Return a new userfaultfd of this process.
 
     Raises:
-        NotPermittedError: it may not see faults in the kernel.
+        NotPermittedError: it may not handle faults in the kernel.
         UnsupportedError: the kernel cannot move pages.
     """
     flags = os.O_CLOEXEC | (0 if guarded else UFFD_USER_MODE_ONLY)

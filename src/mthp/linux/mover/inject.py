@@ -1,28 +1,28 @@
 """Bring the stub into a stopped target for one window, and take it out again.
 
-There is no code of ours in the target, so one of its threads is made to do the first system calls. A tracer that lives
-could make it do so from outside, call by call; one that dies in between would leave it with registers that are not its
-own. So the calls are made by code that needs no tracer, the *boot code* (``arch/boot_*.S``). It is written, with all of
-the thread's registers as data, into the padding behind the code of the target
-(:mod:`~mthp.linux.mover.padding`); then one PTRACE_SETREGSET sends the thread there. From that moment on the thread
-finds its way home by itself, and we only watch words of its memory::
+The target contains no code of the mover at first, so one of its threads has to make the first system calls. A tracer
+could make it do so call by call, but if it died in between, the thread would keep registers that are not its own. So
+code that needs no tracer makes the calls, the *boot code* (``arch/boot_*.S``). It is written, with all of the thread's
+registers as data, into the padding behind the target's code (:mod:`~mthp.linux.mover.padding`); then one
+PTRACE_SETREGSET sends the thread there. From then on the thread restores itself without help, and the tracer only
+watches words of its memory::
 
-    mmap      R-X, at a free address; a mapping that is to be executable must be so from the start (PR_SET_MDWE)
+    mmap      R-X, at a free address; an executable mapping must be so from the start (PR_SET_MDWE)
     mprotect  RW- for all but the code; the code is written through /proc/PID/mem, which does not need PROT_WRITE
-    madvise   MADV_DONTFORK: a child has no use for it
-              here the thread waits for us to write the stub, and goes there; without us it continues:
+    madvise   MADV_DONTFORK: a child does not need it
+              here the thread waits for the tracer to write the stub, and goes there; without a tracer it continues:
     munmap
               and restores itself
 
 At the end of the window, once all other threads have their own registers again, it comes back for the last call. Then
-it is put back through ptrace, exactly, and the padding is zero again. Nothing of a window is left in the target but a
-private copy of that page of code. The thread is stopped once on the way: on a busy machine, to wait for it to run
-again and again would take longer than all that it does.
+ptrace restores it exactly, and the padding is zero again. A window leaves nothing in the target but a private copy of
+that page of code. The thread is stopped only once on the way, because on a busy machine waiting for it to run again
+takes longer than all its work.
 
-If we die while threads are parked, the parked worker unmaps everything (``keeper`` in the stub) through the same code.
+If the tracer dies while threads are parked, the worker unmaps everything (``keeper`` in the stub) with the same code.
 
-A target may be frozen by its cgroup: it stops for a tracer, but runs nothing until it is thawed. That is refused
-beforehand; if it happens now, the thread goes on by itself once it is thawed.
+A target frozen by its cgroup stops for a tracer, but runs nothing until it is thawed. It is refused beforehand. If it
+is frozen later, the thread goes on by itself once it is thawed.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ _Calls = NDArray[np.uint64]
 
 @dataclass(slots=True)
 class Place:
-    """Where a target has room for the stub; found once, and looked at again in every window.
+    """The room for the stub in a target; found once, and checked again in every window.
 
     Attributes:
-        padding: that of its code, the largest first.
+        padding: the padding of its code, the largest first.
         base: a free address.
-        size: bytes that are free there.
+        size: free bytes at `base`.
     """
 
     padding: list[Padding]
@@ -70,10 +70,10 @@ class Place:
 
     @classmethod
     def find(cls, frozen: FrozenProcess, size: int, alignment: int) -> Place:
-        """Look for room for `size` bytes.
+        """Find room for `size` bytes.
 
         Raises:
-            UnsupportedError: there is none.
+            UnsupportedError: there is no room.
         """
         padding = find_padding(frozen.process, frozen.machine.slot_bytes, frozen.read)
         base = find_gap(read_mappings(frozen.process), size, alignment)
@@ -82,11 +82,11 @@ class Place:
         return cls(padding, base, size)
 
     def slot(self, frozen: FrozenProcess) -> int:
-        """Return the address of a slot that is free, or that no thread can return to any more.
+        """Return the address of a slot that is free, or that no thread can return to.
 
         Raises:
             TargetVanishedError: the target executed another program.
-            UnsupportedError: all slots may be needed still.
+            UnsupportedError: threads may still need all slots.
         """
         machine = frozen.machine
         pointers = frozen.stopped.registers[:, [machine.pc, machine.sp]].tolist()
@@ -114,11 +114,11 @@ class Place:
 
 @dataclass(slots=True)
 class Injection:
-    """What is in the target during a window.
+    """The stub in a target during a window.
 
     Attributes:
-        layout: where.
-        worker: the thread that brought it in, and that is to move the blocks.
+        layout: addresses of its parts.
+        worker: the thread that mapped it, and that moves the blocks.
     """
 
     layout: stub.Layout
@@ -128,18 +128,18 @@ class Injection:
 
     @property
     def unmap(self) -> int:
-        """Address of the code, outside of the mapping, that unmaps it."""
+        """Return the address of the code, outside of the mapping, that unmaps it."""
         return self._booted.unmap
 
     def take_out(self) -> None:
-        """Have the worker unmap everything, and put it back. All other threads have their own registers by now.
+        """Make the worker unmap everything, and put it back. All other threads already have their own registers.
 
         Raises:
-            CannotStopError: the worker does not get on; it unmaps everything and restores itself when it does.
+            CannotStopError: the worker does not get on; later it unmaps everything and restores itself.
             OSError: ESRCH, the target was killed.
         """
         start = self.layout.header + stub.START_OFFSET
-        # We may have been so slow that it has unmapped everything by itself.
+        # If the tracer was slow, the worker has unmapped everything by itself.
         with contextlib.suppress(MthpError):
             self._frozen.write(start, stub.UNMAP_ALL.to_bytes(8, sys.byteorder))
         report(Step.UNMAPPING)
@@ -151,7 +151,7 @@ class Injection:
         if self._booted.is_inside:
             self._booted.put_back()
         else:
-            # It has restored itself, and is as it is now.
+            # It has restored itself; its present state counts.
             self._frozen.examine_again(self.worker.tid)
 
     def _is_mapped(self) -> bool:
@@ -182,10 +182,10 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injecti
     Raises:
         UnsupportedError: the target's limits do not allow it, or it has no room.
         NotPermittedError: a security module forbids it.
-        CannotStopError: it must not be given our code, or does not run.
+        CannotStopError: it must not run injected code, or does not run.
     """
     worker = choose(frozen)
-    # It may have come to filter its calls since all threads were looked at.
+    # It may have begun to filter its system calls since all threads were checked.
     frozen.check_thread(worker.tid)
     layout = replace(planned, base=place.base)
     booted = BootedThread(frozen, worker, place.slot(frozen), _calls(frozen, layout), layout)
@@ -196,13 +196,13 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injecti
         injection.await_mapping()
         begun = True
     except RemoteError as error:
-        # What was mapped is unmapped by now: the thread waits behind its last call.
+        # All is unmapped again: the thread waits behind its last call.
         booted.put_back()
         begun = True
         raise _explained(frozen.process.label, error) from error
     finally:
         if not begun:
-            # It goes on without us.
+            # The thread goes on without a tracer.
             frozen.abandon()
     report(Step.MAPPED)
     return injection
@@ -221,7 +221,7 @@ def _calls(frozen: FrozenProcess, layout: stub.Layout) -> _Calls:
 
 
 def choose(frozen: FrozenProcess) -> Tracee:
-    """Return the thread to be given our registers: one outside restartable sequences, if there is one.
+    """Return the thread that gets the boot code's registers: one outside restartable sequences, if there is one.
 
     It has the table of files of the first thread, which no other process shares
     (:func:`~mthp.linux.mover.refuse.sharing.new_sharer`).
@@ -234,7 +234,7 @@ def choose(frozen: FrozenProcess) -> Tracee:
 
 
 def explain_preparation(label: str, stage: int, error: int) -> MthpError:
-    """Return the exception for a stage of the worker's preparation that failed with an errno."""
+    """Return the exception for an errno of a stage of the worker's preparation."""
     if stage == stub.EMPTY:
         return UnsupportedError(f"process {label} locks all memory that it maps", help="it called mlockall(MCL_FUTURE)")
     if stage == stub.CREATE:

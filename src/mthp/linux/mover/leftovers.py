@@ -1,8 +1,8 @@
-"""Find and remove what a killed mover left in a process.
+"""Find and remove the remains of a killed mover in a process.
 
-Older versions kept the mapping of the stub and a userfaultfd in a target for as long as a session, and left them there
-when they were killed. This one has both for the time of a window only. After its death the target unmaps everything by
-itself, unless a thread cannot be shown to have left within two seconds.
+Older versions kept the stub's mapping and a userfaultfd in a target for a whole session, and left them there when they
+were killed. This version has both only during a window. After its death the target unmaps everything by itself, unless
+a thread may still be inside after two seconds.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from mthp.linux.process import Process
 from mthp.linux.sysfs import ThpSysfs
 
 _MARK = slice(16, 48)
-"""The bytes of the stub's code that tell it from all else; its first instruction jumps to another place in each."""
+"""The bytes of the stub's code that identify it; its first instruction jumps to another place in each version."""
 
 _OLD_MARKS = (
     bytes.fromhex("b80e000000bf02000000488d7548ba0000000041ba080000000f058b4d0083f902"),
     bytes.fromhex("400080d261230191020080d2030180d2e81080d2010000d469ffdf883f090071"),
 )
-"""Those of the versions that kept it for a session, on x86-64 and aarch64."""
+"""Marks of the versions that kept the stub for a session, on x86-64 and aarch64."""
 
 _HEADER = struct.Struct("=4Q")
 """State, number of operations, address of the scratch memory, number of the userfaultfd; the same in all versions."""
 
 _MOMENT = 0.005
-"""Seconds between two looks at a thread that makes the calls."""
+"""Seconds between two checks of a thread that makes the calls."""
 
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """What is left in a process.
+    """The remains of a mover in a process.
 
     Attributes:
         pid: the process.
-        start, end: of the mappings.
-        uffd: number of the userfaultfd, -1 if there is none.
+        start, end: addresses of the mappings.
+        uffd: descriptor of the userfaultfd, -1 if there is none.
     """
 
     pid: int
@@ -63,10 +63,10 @@ class Leftover:
 
 
 def find_leftovers(scratch_size: int) -> Iterator[Leftover]:
-    """Yield what is left in any process that we may look into.
+    """Yield the remains in every process that this one may read.
 
     Args:
-        scratch_size: bytes of the mover's scratch memory: a PMD range.
+        scratch_size: size of the mover's scratch memory in bytes: a PMD range.
     """
     marks = (*_OLD_MARKS, *(by_name(name).code[_MARK] for name in MACHINES))
     for path in Path("/proc").iterdir():
@@ -95,7 +95,7 @@ def _leftovers_of(process: Process, marks: tuple[bytes, ...], scratch_size: int)
 
 
 def _is_whole(mappings: list[Mapping], code: Mapping, end: int) -> bool:
-    """Return whether from `code` to `end` there is private memory without a gap, and nothing of the program's own."""
+    """Return whether from `code` to `end` there is private memory without a gap and without a file."""
     at = code.end
     for mapping in mappings[mappings.index(code) + 1 :]:
         if mapping.start != at or mapping.permissions != "rw-p" or mapping.inode or mapping.end > end:
@@ -113,10 +113,10 @@ def _is_userfaultfd(pid: int, number: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """A leftover that was to be removed.
+    """A leftover after the attempt to remove it.
 
     Attributes:
-        pid, start, uffd: as of the leftover.
+        pid, start, uffd: those of the leftover.
         reason: why it was not removed; "" if it was.
     """
 
@@ -132,7 +132,7 @@ class Removed:
 
 
 def remove_leftovers() -> list[Removed]:
-    """Remove what killed movers left in any process; return what was found."""
+    """Remove the remains of killed movers in all processes; return those found."""
     found = []
     for leftover in list(find_leftovers(ThpSysfs().geometry().pmd_size)):
         reason = ""
@@ -145,11 +145,11 @@ def remove_leftovers() -> list[Removed]:
 
 
 def remove(leftover: Leftover) -> None:
-    """Unmap and close what is left in a process, by one of its threads.
+    """Make a thread of the process unmap and close a leftover.
 
     Raises:
-        CannotStopError: the process does not stop, or a thread is in there.
-        UnsupportedError, NotPermittedError: its memory has no room for the code that does it, or it is not ours.
+        CannotStopError: the process does not stop, or a thread runs the leftover code.
+        UnsupportedError, NotPermittedError: its memory has no room for the boot code, or it may not be traced.
     """
     with Process(leftover.pid) as process:
         in_tracing_thread(lambda: _remove(process, leftover))

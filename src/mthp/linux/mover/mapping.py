@@ -1,4 +1,4 @@
-"""The mappings of a process without their flags: all from /proc/PID/maps, or one by PROCMAP_QUERY."""
+"""Read the mappings of a process without their flags: all from /proc/PID/maps, or one by PROCMAP_QUERY."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Mapping:
 
     Attributes:
         start, end: addresses.
-        permissions: as ``rw-p``.
-        offset: of the file, in bytes.
-        device, inode: of the file; an inode of 0 is no file.
-        name: of the file; "" where that was not asked.
+        permissions: letters such as ``rw-p``.
+        offset: offset in the file, in bytes.
+        device, inode: those of the file; an inode of 0 means no file.
+        name: path of the file; "" where it was not queried.
     """
 
     start: int
@@ -51,7 +51,7 @@ class Mapping:
         return cls(start, end, permissions.decode(), int(offset, 16), (major, minor), int(inode), text)
 
     def is_like(self, other: Mapping | None) -> bool:
-        """Return whether `other` is the same mapping, whatever it is called."""
+        """Return whether `other` is the same mapping; names are not compared."""
         return other is not None and self._key() == other._key()
 
     def _key(self) -> tuple[int, int, str, int, tuple[int, int], int]:
@@ -75,7 +75,7 @@ def query_mapping(process: Process, maps: int, address: int) -> Mapping | None:
     except FileNotFoundError:
         return None
     except OSError:
-        # A kernel before 6.11.
+        # The kernel is older than 6.11.
         return next((each for each in read_mappings(process) if each.start <= address < each.end), None)
     _, _, _, start, end, flags, _, offset, inode, major, minor, *_ = _PROCMAP.unpack(request)
     letters = zip((_READABLE, _WRITABLE, _EXECUTABLE), "rwx", strict=True)
@@ -86,10 +86,10 @@ def query_mapping(process: Process, maps: int, address: int) -> Mapping | None:
 def find_gap(mappings: list[Mapping], size: int, alignment: int) -> int:
     """Return an aligned address in the middle of the largest gap between `mappings`; 0 if `size` does not fit.
 
-    There it is in the way of nothing that grows: neither the heap, nor a stack, nor the mappings.
+    There it does not limit the growth of the heap, of a stack or of the mappings.
     """
     gaps = ((after.start - before.end, before.end) for before, after in itertools.pairwise(mappings))
-    # The last mapping may be the vsyscall page of x86, behind all that a program can map.
+    # The last mapping may be the vsyscall page of x86, above all addresses that a program can map.
     fitting = [gap for gap in gaps if gap[0] >= size + 2 * alignment and gap[1] + gap[0] < 1 << 56]
     if not fitting:
         return 0

@@ -19,7 +19,7 @@ class ProcessMemory(Closing):
     """The memory of a process, through /proc/PID/mem.
 
     Args:
-        process: the process; it stays the caller's.
+        process: the process; the caller keeps it open and closes it.
 
     Attributes:
         process: the process.
@@ -31,7 +31,7 @@ class ProcessMemory(Closing):
 
     @cached_property
     def _file(self) -> int:
-        """The descriptor, opened at the first read or write: it is that of the program that runs then."""
+        """Return the descriptor, opened at the first read or write: it refers to the program that runs then."""
         try:
             self._fd = os.open(f"/proc/{self.process.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -62,7 +62,7 @@ class ProcessMemory(Closing):
         )
 
     def write(self, address: int, data: bytes) -> None:
-        """Write `data`, also where the process may not write itself."""
+        """Write `data`, also where the process itself may not write."""
         try:
             written = os.pwrite(self._file, data, address)
         except OSError as error:

@@ -1,18 +1,18 @@
-"""The loop of the mover: check, switch, move, verify. It is the same for another process and for this one.
+"""Move blocks of a process: check, switch, move, verify. The loop is the same for another process and for this one.
 
-1. *Check* the process, and then the mappings and blocks (:mod:`mthp.linux.mover.refuse`). A reason against the process
-   is that of every block, and nothing is touched. It is checked again in the next batch, because it may pass: a thread
-   that sleeps uninterruptibly now may not do so then.
+1. *Check* the process, then the mappings and blocks (:mod:`mthp.linux.mover.refuse`). A refusal of the process refuses
+   every block, and nothing is touched. The next batch checks it again, because it may pass: a thread in
+   uninterruptible sleep wakes up.
 2. *Switch*, order by order, the largest first: set the machine's switches so that a fault brings a folio of just this
    order (:mod:`mthp.linux.journal`), once for all its blocks. Smaller sizes may stay on, because a fault takes the
    largest that fits.
-3. *Move*, window by window. A :class:`Hold` keeps every other user of the blocks away while they are moved. It is what
-   differs: another process is stopped, checked again and made to run a stub (:mod:`~mthp.linux.mover.session`); in
-   this process a userfaultfd has those wait that touch a block (:mod:`~mthp.linux.mover.guarded`).
+3. *Move*, window by window. A :class:`Hold` keeps every other user of the blocks away while they are moved. Only the
+   hold differs: another process is stopped, checked again and made to run a stub (:mod:`~mthp.linux.mover.session`);
+   in this process a userfaultfd blocks threads that touch a block (:mod:`~mthp.linux.mover.guarded`).
 4. *Verify*: if the bytes of a block are wrong, or cannot be put back, nothing of this process is moved any more.
 
-Every block has an outcome, whatever happens: if the target exits in the middle, what was done before is reported, and
-the rest is ANY_PROCESS.
+Every block has an outcome, whatever happens: if the target exits in the middle, the blocks done before are reported,
+and the rest is ANY_PROCESS.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ from mthp.results import BlockOutcome, ScanResult
 from mthp.vma import Vma
 
 VMAS_AGE_NS = 200_000_000
-"""How long a list of mappings is used, in nanoseconds, by a hold that notices what has changed since."""
+"""Nanoseconds for which a list of mappings is used by a hold that notices later changes."""
 
 VMAS_SHARE = 0.1
-"""The part of the time that reading the list may take, if that takes long."""
+"""The share of the time that reading the list may take, where reading takes long."""
 
 
 class Hold(Protocol):
-    """Keeps other users of some blocks away while these are moved."""
+    """Keeps other users of some blocks away while these blocks are moved."""
 
     @property
     def waived(self) -> frozenset[str]:
-        """Keys of refusals that do not matter to it."""
+        """Return the keys of refusals that do not apply to this hold."""
 
     @property
     def checks_again(self) -> bool:
-        """Whether it notices what has changed since the check, so that an older list of mappings will do."""
+        """Return whether it notices changes since the check, so that an older list of mappings is good enough."""
 
     def admit(self, means: Means, refusals: Sequence[Refusal]) -> None:
-        """Do nothing if blocks are to have outcomes under these conditions.
+        """Do nothing if the blocks can have outcomes under these conditions.
 
         Raises:
             UnsupportedError: the call itself is refused.
@@ -75,28 +75,28 @@ class Hold(Protocol):
         """Return the orders whose folios would fit where one of `order` is wanted."""
 
     def around(self, special: SpecialRanges) -> SpecialRanges:
-        """Return `special` with what may be used beside it until the blocks are held."""
+        """Return `special` plus adjoining memory that may be used until the blocks are held."""
 
     def ready(self, order: int) -> AbstractContextManager[object]:
-        """Return what has to be open while blocks of `order` are moved."""
+        """Return the context that has to be open while blocks of `order` are moved."""
 
     def windows(self, blocks: Sequence[Block], means: Means, before: Before) -> Iterator[list[BlockOutcome]]:
-        """Move blocks of one order: yield the outcomes window by window, in any order.
+        """Move blocks of one order; yield the outcomes window by window, in any order.
 
         Raises:
             LostBytesError: the bytes of a block could not be put back.
-            TargetVanishedError, MthpError: the other blocks are as they were.
+            TargetVanishedError, MthpError: the other blocks are unchanged.
         """
 
     def take_pauses(self) -> list[int]:
-        """Return how long each window was, in nanoseconds, since the last call."""
+        """Return the lengths of the windows since the last call, in nanoseconds."""
 
     def close(self) -> None:
         """Close what is open. Closing twice does nothing."""
 
 
 def hold_of(target: MoveTarget, *, guarded: bool = True) -> Hold:
-    """Return what holds the memory of `target`: `guarded` says whether others may use that of this process."""
+    """Return the hold for the memory of `target`; `guarded`: whether other threads may use memory of this process."""
     if target.process.is_self:
         return Guard(target.geometry, guarded=guarded)
     return MoverSession(target.process, target.geometry)
@@ -108,9 +108,9 @@ class _Batch:
 
     Attributes:
         blocks: all of them.
-        means: what it may cost.
+        means: permitted costs.
         last_pid: the last PID that the system had given out before the process was checked.
-        outcomes: of the blocks that have one.
+        outcomes: outcomes so far, by block.
     """
 
     blocks: Sequence[Block]
@@ -120,23 +120,23 @@ class _Batch:
 
     @property
     def open(self) -> list[Block]:
-        """Those without an outcome, in their order."""
+        """Return the blocks without an outcome, in their order."""
         return [block for block in self.blocks if block not in self.outcomes]
 
     @property
     def done(self) -> bool:
-        """Whether a block was moved."""
+        """Return whether a block was moved."""
         return any(outcome.result is ScanResult.SUCCEED for outcome in self.outcomes.values())
 
     def reopen(self, reason: str) -> bool:
-        """Take their outcomes from the blocks that were left for `reason`; return whether there are any."""
+        """Remove the outcomes with `reason`; return whether there were any."""
         again = [block for block, outcome in self.outcomes.items() if outcome.reason == reason]
         for block in again:
             del self.outcomes[block]
         return bool(again)
 
     def give_up(self, blocks: Sequence[Block], error: MthpError) -> None:
-        """Give those of `blocks` without an outcome that of an error."""
+        """Give those of `blocks` without an outcome the outcome for `error`."""
         result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
         reason = f"{error.message} ({error.help})" if error.help else error.message
         passing = isinstance(error, CannotStopError)
@@ -163,18 +163,18 @@ class Mover(Closing):
         self._vmas_good_until = 0
 
     def refusals(self, means: Means) -> list[Refusal]:
-        """Return all that speaks against moving memory of the process by `means` at this moment."""
+        """Return the refusals of the process for `means` at this moment."""
         found = refuse_process(self._process, self._geometry, means)
         return [refusal for refusal in found if refusal.key not in self._hold.waived]
 
     def collapse(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
-        """Move `blocks`, disjoint and below the PMD order: the outcome of each, in their order.
+        """Move `blocks`, disjoint and below the PMD order; return the outcome of each, in their order.
 
         Args:
-            before: the entries of the blocks, as just read.
+            before: the entries of the blocks, just read.
 
         Raises:
-            TargetVanishedError: the process was gone before anything was moved.
+            TargetVanishedError: the process exited before anything was moved.
             NotPermittedError, UnsupportedError, MthpError: nothing was moved: the switches cannot be set, or this
                 process cannot move its own memory.
         """
@@ -191,7 +191,7 @@ class Mover(Closing):
         with suspension_held_back():
             self._collapse(batch, before)
             if batch.reopen(MAPPING_CHANGED.reason):
-                # The list of mappings that they were checked by was too old.
+                # The list of mappings used for the check was too old.
                 self._vmas_good_until = 0
                 self._collapse(batch, self._target.read(segments_of(batch.open, self._geometry.page_size)))
         return [batch.outcomes[block] for block in blocks]
@@ -213,7 +213,7 @@ class Mover(Closing):
                 batch.give_up(blocks, error)
 
     def _check(self, batch: _Batch, entries: PteColumns) -> Before:
-        """Give those blocks their outcome that are not to be moved; return what the others were checked by."""
+        """Record the outcomes of refused blocks; return the data that the other blocks were checked by."""
         blocks = batch.open
         uffd = has_userfaultfd(self._process)
         vmas = self._mappings()
@@ -237,7 +237,7 @@ class Mover(Closing):
         return Before(vmas, zero_pages_of(entries), batch.last_pid, uffd, batch.means.fill)
 
     def _mappings(self) -> list[Vma]:
-        """Return the mappings, not older than need be. The kernel walks all page tables to write the list."""
+        """Return the mappings, cached for a moment, because the kernel walks all page tables to write the list."""
         now = time.monotonic_ns()
         if now > self._vmas_good_until or not self._hold.checks_again:
             self._vmas = procfs.read_vmas(self._process)
@@ -246,7 +246,7 @@ class Mover(Closing):
         return self._vmas
 
     def _move(self, blocks: Sequence[Block], batch: _Batch, before: Before) -> None:
-        """Move blocks, all of one order, and look whether their bytes are what they were."""
+        """Move blocks, all of one order, and check their bytes."""
         try:
             for done in self._hold.windows(blocks, batch.means, before):
                 batch.outcomes |= {(outcome.address, outcome.order): outcome for outcome in done}
@@ -258,9 +258,9 @@ class Mover(Closing):
             batch.give_up(blocks, error)
 
     def take_pauses(self) -> list[int]:
-        """Return how long each window was, in nanoseconds, since the last call."""
+        """Return the lengths of the windows since the last call, in nanoseconds."""
         return self._hold.take_pauses()
 
     def close(self) -> None:
-        """Close what is open; there is nothing in the target. Closing twice does nothing."""
+        """Close what is open; the target contains nothing to remove. Closing twice does nothing."""
         self._hold.close()

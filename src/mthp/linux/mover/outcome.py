@@ -1,4 +1,4 @@
-"""What the errno of a move means, and what speaks against moving a block."""
+"""Translate the errno of a move into scan result and reason, and hold the reasons not to move a block."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class LostBytesError(MthpError):
 
 
 class Objection(NamedTuple):
-    """Why a block is not moved.
+    """The reason why a block is not moved.
 
     Attributes:
         result: the scan result nearest to it.
-        reason: for a person, as a sentence without a full stop.
+        reason: text for users, a sentence without a full stop.
     """
 
     result: ScanResult
@@ -49,10 +49,10 @@ class Objection(NamedTuple):
 
 
 def result_of_move(error: int) -> ScanResult:
-    """The scan result nearest to the errno of UFFDIO_MOVE (move_pages, mm/userfaultfd.c) or of populating."""
+    """Return the scan result nearest to the errno of UFFDIO_MOVE (move_pages, mm/userfaultfd.c) or of populating."""
     return _RESULTS.get(error, ScanResult.FAIL)
 
 
 def reason_of_move(error: int) -> str:
-    """What that errno says to a person; ``""`` for 0."""
+    """Return the text for that errno; ``""`` for 0."""
     return _REASONS.get(error, os.strerror(error)) if error else ""

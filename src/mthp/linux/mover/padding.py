@@ -2,10 +2,10 @@
 
 A segment of code ends somewhere in its last page, and the linker fills the rest of the file's page with zeroes. The
 kernel maps that page as a whole, so the padding can be executed, but nothing refers to it. Only files that stay mapped
-for the life of the program are used: a plugin may be unloaded while a thread that lost its tracer is still in there.
+for the life of the program are used: a plugin may be unloaded while a thread that lost its tracer still is inside.
 
-After the death of a tracer the code stays, without a thread in it. It is not overwritten before that is certain,
-since a signal handler may return to it (:func:`is_left`): the next tracer takes the next slot.
+If the tracer dies, the code stays, without a thread in it. It is not overwritten before that is certain, because a
+signal handler may return to it (:func:`is_left`): the next tracer takes the next slot.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PT_LOAD, PF_X = 1, 1
 """include/uapi/linux/elf.h."""
 
 MAX_SEGMENTS = 64
-"""Program headers that are read; executables have about a dozen."""
+"""Program headers that are read at most; executables have about a dozen."""
 
 LONGEST_SEARCH = 1 << 20
 """Bytes of a stack that are searched for a return to a slot."""
@@ -40,7 +40,7 @@ _ELF_HEADER = struct.Struct("=16s2HI3QI6H")
 _PROGRAM_HEADER = struct.Struct("=2I6Q")
 
 Reader = Callable[[int, int], bytes]
-"""Returns the target's memory: so many bytes from an address on."""
+"""Returns a number of bytes of the target's memory from an address on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Padding:
 
     Attributes:
         start, end: addresses.
-        mapping: the mapping that it is part of.
+        mapping: the mapping that contains it.
     """
 
     start: int
@@ -57,15 +57,15 @@ class Padding:
     mapping: Mapping
 
     def slots(self, size: int) -> range:
-        """Return the addresses of the slots of `size` bytes in it."""
+        """Return the addresses of the slots of `size` bytes in the padding."""
         return range(self.start, self.end - size + 1, size)
 
 
 def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:
-    """Return the padding of a process that has room for a slot, the largest first.
+    """Return the paddings of a process that have room for a slot, the largest first.
 
     Raises:
-        UnsupportedError: there is none.
+        UnsupportedError: there are none.
     """
     mappings = read_mappings(process)
     addresses = _loaded_at(process)
@@ -95,13 +95,13 @@ def _loaded_at(process: Process) -> list[int]:
 
 
 def _is_kept(mapping: Mapping, addresses: list[int]) -> bool:
-    """Return whether a file stays mapped as long as the program runs: it is at one of `addresses`, or the C library."""
+    """Return whether a file stays mapped while the program runs: it holds one of `addresses`, or is the C library."""
     inside = any(mapping.start <= address < mapping.end for address in addresses)
     return inside or _C_LIBRARY.search(mapping.name) is not None
 
 
 def _end_of_code(first: Mapping, mapping: Mapping, read: Reader) -> int:
-    """Return the address behind the code of the segment that `mapping` maps; 0 if the file's headers do not say."""
+    """Return the address behind the code of the segment that `mapping` maps; 0 if the file's headers lack it."""
     if first.offset:
         return 0
     try:
@@ -126,8 +126,8 @@ class Occupant:
     """The thread that left its boot code in a slot.
 
     Attributes:
-        tid: its number, 0 if that is not known.
-        stack: its stack pointer then.
+        tid: its number, 0 if unknown.
+        stack: its stack pointer at that time.
     """
 
     tid: int
@@ -142,8 +142,8 @@ def is_left(slot: range, occupant: Occupant, pointers: Iterable[tuple[int, int, 
         occupant: the thread that ran it.
         pointers: TID, program counter and stack pointer of every thread.
 
-    A thread is in there if its program counter is. It may also have been interrupted by a signal while it left: then
-    the handler's frame, with the address, lies on its stack below the pointer that it was to leave with.
+    A thread is inside if its program counter is. A signal may also have interrupted it while it left: then the frame of
+    the handler, with the address, lies on its stack below the stack pointer that it would have left with.
     """
     for tid, pc, stack in pointers:
         if pc in slot:
@@ -162,12 +162,12 @@ def is_left(slot: range, occupant: Occupant, pointers: Iterable[tuple[int, int, 
 
 
 def pack_slot(boot: bytes, tid: int, size: int) -> bytes:
-    """Return what is written into a slot: boot code with its data, and the number of the thread that runs it."""
+    """Return the bytes for a slot: boot code with its data, and the number of the thread that runs it."""
     return boot.ljust(size - 8, b"\0") + struct.pack("=Q", tid)
 
 
 def occupant_of(content: bytes, machine: Machine) -> Occupant | None:
-    """Return the thread whose boot code `content`, a slot, holds; None if it is not boot code."""
+    """Return the thread whose boot code the slot with `content` holds; None if it holds no boot code."""
     if not content.startswith(machine.boot):
         return None
     (stack,) = struct.unpack_from("=Q", content, len(machine.boot) + machine.boot_stack)

@@ -1,20 +1,20 @@
-"""Park all threads, let one of them move blocks, fetch it again, and restore all of them.
+"""Park all threads, let one of them move blocks, fetch it again, and restore all threads.
 
-The order of things is what makes the tracer's death harmless at every point:
+The order of the steps makes the tracer's death harmless at every point:
 
-1. Contexts and operations are written while no register was changed. A context has all that a thread needs to restore
-   itself.
-2. Each thread is given the registers of the parking loop, and only then has all signals blocked. In between it could
-   run a handler, but in the loop, on its own stack, and the loop blocks the signals itself.
-3. The worker, which has mapped the stub's memory, is the first in there. As the very last step it is told to work, and
-   changes the state from SETUP to GO, atomically. If we die before that, the threads wait half a second, change SETUP
-   to ABORT and restore themselves; nothing was moved. If we die later, the worker finishes all blocks, closes the
-   userfaultfd, sets DONE, and the threads restore themselves.
-4. A living tracer waits for DONE, restores every other thread exactly as it was, has the worker unmap everything, and
-   restores it. After our death the worker waits until all others have left, and unmaps everything then.
+1. Contexts and operations are written before any register is changed. A context has everything that a thread needs to
+   restore itself.
+2. Each thread gets the registers of the parking loop, and only then has all signals blocked. In between it could run a
+   handler, but within the loop, on its own stack, and the loop blocks the signals itself.
+3. The worker, which has mapped the stub's memory, is parked first. The very last step starts it: it changes the state
+   from SETUP to GO, atomically. If the tracer dies before that, the threads wait half a second, change SETUP to ABORT
+   and restore themselves; nothing was moved. If it dies later, the worker finishes all blocks, closes the userfaultfd,
+   sets DONE, and the threads restore themselves.
+4. A living tracer waits for DONE, restores every other thread exactly, has the worker unmap everything, and restores
+   it. Without a tracer the worker waits until all others have left, and then unmaps everything.
 
-Once the worker may run, nothing but DONE makes it right to let another thread go. Whatever goes wrong in between, even
-in this very program, is answered by doing nothing: the tracing thread ends, and the target restores itself.
+Once the worker may run, no thread may be released before DONE. The answer to every error in between, also one in this
+program, is to do nothing: the tracing thread ends, and the target restores itself.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WORD_BYTES = 8
 
 
 def special_ranges(frozen: FrozenProcess) -> list[tuple[int, int]]:
-    """Memory that the kernel uses for threads while they are stopped: rseq areas and tops of stacks."""
+    """Return memory that the kernel uses for threads while they are stopped: rseq areas and tops of stacks."""
     stopped, machine = frozen.stopped, frozen.machine
     pointers = stopped.registers[:, machine.sp].tolist()
     ranges = [(pointer - machine.red_zone, pointer + _WORD_BYTES) for pointer in pointers]
@@ -53,14 +53,14 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
         operations: :data:`~mthp.linux.mover.stub.OPERATION`, shape (blocks,).
 
     Raises:
-        OSError: ESRCH, likewise.
+        OSError: ESRCH if the target was killed.
     """
     layout, stopped, worker = injection.layout, frozen.stopped, injection.worker
     numbers = frozen.inner_tids()
     frozen.write(layout.base, layout.executable)
     frozen.write(layout.contexts, layout.pack_contexts(stopped.homes, stopped.masks, numbers, worker.row))
     frozen.write(layout.header, stub.pack_header(layout, injection.unmap, operations))
-    # From here on the worker, in the stub now, waits for the others after our death before it unmaps everything.
+    # From here on, if the tracer dies, the worker waits in the stub for the other threads before it unmaps everything.
     frozen.write(layout.header + stub.WRITTEN_OFFSET, _ONE)
     report(Step.WRITTEN)
     for tracee in frozen.tracees.values():
@@ -82,7 +82,7 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
     try:
         frozen.write(layout.header + stub.START_OFFSET, stub.WORK.to_bytes(8, sys.byteorder))
         report(Step.RUNNING)
-        # Where the two share a processor, to look is to interrupt the worker.
+        # Polling interrupts the worker where both share a processor.
         state = functools.partial(frozen.read, layout.header, stub.STATE_BYTES)
         await_worker(frozen, worker.tid, lambda: stub.unpack_state(state()) >= stub.DONE, _POLL_SECONDS)
         report(Step.DONE)

@@ -1,13 +1,13 @@
-"""How long the target stood still, and how much to do while it does.
+"""Measure how long the target was stopped, and limit the blocks of the next window accordingly.
 
 A window costs a fixed time (stopping, parking, restoring, and waiting for the worker; it grows with the threads) and a
-time for each byte moved, which the worker measures itself. The two are kept apart in every window, also in the first
-one, which has one block; and the next one is filled so that it should stay below the limit. What was measured
-last counts as much as the average of all before, and the worse of the two is believed, so that a target that has become
-slower is noticed at once.
+time for each byte moved, which the worker measures itself. Every window measures the two separately, also the first
+one, which has one block. The next one gets blocks so that it should stay below the limit. The last measurement counts
+as much as the average of all before, and the worse of the two is used, so that a target that has become slower is
+noticed at once.
 
-Where the fixed time alone is over the limit, or so near that no block fits, no window can keep to it. The fewer blocks
-each had, the more of them there would be, each almost as long: such windows are a part longer than need be
+If the fixed time alone exceeds the limit, or leaves no time for a block, no window can keep the limit. Windows of few
+blocks would then be many, each almost as long. So such windows are longer than necessary by a share
 (:data:`UNAVOIDABLE`), and have many blocks.
 """
 
@@ -19,28 +19,28 @@ from dataclasses import dataclass
 import numpy as np
 
 MARGIN = 0.8
-"""The part of the limit that is planned for; the rest is for what cannot be foreseen."""
+"""The share of the limit that is planned for; the rest is for unpredicted delays."""
 
 UNAVOIDABLE = 0.5
-"""For how long blocks are moved where the limit cannot be kept to: by so much of the fixed time the pause is longer."""
+"""Time for moving blocks where the limit cannot be kept, as a share of the fixed time."""
 
 _WEIGHT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """One window, from the first thread that was stopped to the last that was let go. Times in nanoseconds.
+    """One window, from the first thread stopped to the last thread released. Times in nanoseconds.
 
     Attributes:
-        blocks: blocks that the worker was given.
-        size: bytes in them.
-        threads: threads of the target.
-        stop_ns: until all threads stood still.
-        park_ns: until all were parked and the operations written.
-        move_ns: while the worker ran, less what copying took.
-        copy_ns: copying bytes back, with the faults that this takes.
-        restore_ns: until all threads were let go.
-        work_ns: what the worker spent on the blocks by its own clock; a part of moving and copying.
+        blocks: number of blocks that the worker had.
+        size: size of these blocks in bytes.
+        threads: number of threads of the target.
+        stop_ns: time until all threads were stopped.
+        park_ns: time until all were parked and the operations written.
+        move_ns: time while the worker ran, less the time for copying.
+        copy_ns: time for copying bytes back, with the faults in it.
+        restore_ns: time until all threads were released.
+        work_ns: the worker's time for the blocks by its own clock; a part of moving and copying.
     """
 
     blocks: int
@@ -55,21 +55,21 @@ class Pause:
 
     @property
     def total_ns(self) -> int:
-        """All of it."""
+        """Return the whole time."""
         return self.fixed_ns + self.move_ns + self.copy_ns
 
     @property
     def fixed_ns(self) -> int:
-        """All but moving and copying."""
+        """Return the time without moving and copying."""
         return self.stop_ns + self.park_ns + self.restore_ns
 
 
 class PauseBudget:
-    """Says how many blocks the next window may have.
+    """Predicts how many blocks the next window may have.
 
     Args:
-        max_pause_ns: length of a pause that is not to be exceeded, as far as can be foreseen.
-        max_blocks: the most that a window can have.
+        max_pause_ns: limit of a pause in nanoseconds, kept as far as it can be predicted.
+        max_blocks: limit of the blocks in a window.
     """
 
     def __init__(self, max_pause_ns: int, max_blocks: int) -> None:
@@ -80,11 +80,11 @@ class PauseBudget:
         self._measured = False
 
     def limit(self, max_pause_ns: int) -> None:
-        """Keep to another length from now on."""
+        """Set another limit of a pause, in nanoseconds."""
         self._limit_ns = MARGIN * max_pause_ns
 
     def blocks(self, sizes: Sequence[int]) -> int:
-        """How many of the next blocks, of `sizes` bytes, fit into a window: at least 1, and at first 1."""
+        """Return how many of the next blocks, of `sizes` bytes, fit into a window: at least 1, and at first 1."""
         if not self._measured:
             return 1
         costs = np.cumsum(np.array(sizes[: self._max_blocks]) * self._ns_per_byte)
@@ -92,7 +92,7 @@ class PauseBudget:
         return fitting or max(1, int(np.searchsorted(costs, UNAVOIDABLE * self._fixed_ns, side="right")))
 
     def observe(self, pause: Pause) -> None:
-        """Learn from a window; one in which nothing was moved says nothing about the cost of moving."""
+        """Learn from a window; one in which nothing was moved has no information about the cost of moving."""
         self._fixed_ns = self._believe(self._fixed_ns, pause.total_ns - pause.work_ns)
         if pause.size:
             self._ns_per_byte = self._believe(self._ns_per_byte, pause.work_ns / pause.size)
@@ -104,5 +104,5 @@ class PauseBudget:
 
 
 def rest_seconds(pause: Pause, duty: float) -> float:
-    """How long to let the target run after `pause`, so that it stands still for the part `duty` of the time at most."""
+    """Return how long to let the target run after `pause`, so that it is stopped for at most the share `duty`."""
     return pause.total_ns * 1e-9 * (1 - duty) / duty

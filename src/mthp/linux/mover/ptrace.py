@@ -1,11 +1,11 @@
-"""ptrace(2) as the mover needs it: requests for one thread, each a function that raises OSError.
+"""Make the ptrace(2) requests of the mover for one thread; each function raises OSError.
 
-What is asked of all threads at once goes through :mod:`~mthp.linux.mover.calls`, with the same numbers, which are those
-of include/uapi/linux/ptrace.h. General registers are read and set as the register set NT_PRSTATUS, which every
-architecture has; what is in it is the machine's matter (:mod:`~mthp.linux.mover.arch.machine`).
+Requests for all threads at once go through :mod:`~mthp.linux.mover.calls`, with the same numbers, those of
+include/uapi/linux/ptrace.h. General registers are read and set as the register set NT_PRSTATUS, which every
+architecture has; its layout is in the machine (:mod:`~mthp.linux.mover.arch.machine`).
 
-The C library is called with the interpreter's lock held (:class:`ctypes.PyDLL`): no request here blocks, and letting
-another Python thread in between two of them would lengthen the time for which the target stands still.
+The C library is called with the interpreter's lock held (:class:`ctypes.PyDLL`), because no request here blocks, and
+another Python thread between two of them would lengthen the time for which the target is stopped.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _request(request: int, tid: int, address: int = 0, data: int = 0) -> None:
 
 
 def failure(request: int, tid: int, error: int) -> OSError:
-    """The exception for a request that ended with errno `error`."""
+    """Return the exception for a request that ended with errno `error`."""
     return OSError(error, f"ptrace({request:#x}, {tid}): {os.strerror(error)}")
 
 
@@ -80,7 +80,7 @@ def run_to_syscall(tid: int, signal: int = 0) -> None:
 
 
 def detach(tid: int) -> None:
-    """Let a stopped thread go."""
+    """Release a stopped thread."""
     _request(PTRACE_DETACH, tid)
 
 
@@ -90,7 +90,7 @@ def set_options(tid: int, options: int) -> None:
 
 
 def get_registers(tid: int, words: int) -> NDArray[np.uint64]:
-    """The general registers of a stopped thread: uint64, shape (1, words)."""
+    """Return the general registers of a stopped thread: uint64, shape (1, words)."""
     registers = np.zeros((1, words), np.uint64)
     vector = vectors(registers)
     _request(PTRACE_GETREGSET, tid, NT_PRSTATUS, address_of(vector))
@@ -98,7 +98,7 @@ def get_registers(tid: int, words: int) -> NDArray[np.uint64]:
 
 
 def get_register_set(tid: int, kind: int, words: int) -> NDArray[np.uint64] | None:
-    """The first words of a stopped thread's register set `kind` (``NT_*``); None if this machine has no such set."""
+    """Return the first words of a stopped thread's register set `kind` (``NT_*``); None if the machine lacks it."""
     registers = np.zeros((1, words), np.uint64)
     vector = vectors(registers)
     try:
@@ -124,18 +124,18 @@ def set_signal_mask(tid: int, mask: int) -> None:
 
 
 def address_of(array: NDArray[np.uint64]) -> int:
-    """Where a contiguous array lies."""
+    """Return the address of a contiguous array."""
     address: int = array.__array_interface__["data"][0]
     return address
 
 
 def addresses_of(array: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Where each row of a contiguous array lies: uint64, shape (rows,)."""
+    """Return the address of each row of a contiguous array: uint64, shape (rows,)."""
     return address_of(array) + np.arange(len(array), dtype=np.uint64) * np.uint64(array.strides[0])
 
 
 def vectors(registers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A ``struct iovec`` for each row of a contiguous array: uint64, shape (rows, 2)."""
+    """Return a ``struct iovec`` for each row of a contiguous array: uint64, shape (rows, 2)."""
     made = np.empty((len(registers), 2), np.uint64)
     made[:, 0], made[:, 1] = addresses_of(registers), registers.strides[0]
     return made

@@ -1,29 +1,29 @@
-"""What is asked once more when all threads of the target stand still, and why that is enough.
+"""Check again, once all threads of the target are stopped, whatever may have changed.
 
-Processes, mappings and blocks are judged before the stop (:mod:`mthp.linux.mover.refuse`), which takes milliseconds:
-the kernel walks all page tables to write smaps, every process of the machine is compared, every open file is looked at.
-Nobody may stand still for that long. So afterwards only that is asked which can have changed in between, in a form
-that takes a fraction of a millisecond (bench/bench_mover.py; 0.3 ms for 8 blocks, and 0.6 ms with 64 threads, on a busy
-machine):
+Processes, mappings and blocks are checked before the stop (:mod:`mthp.linux.mover.refuse`), which takes milliseconds:
+the kernel walks all page tables to write smaps, every process of the machine is compared, every open file is read. No
+target may be stopped for that long. So after the stop only facts that can have changed in between are checked, in a
+form that takes a fraction of a millisecond (bench/bench_mover.py; 0.3 ms for 8 blocks, and 0.6 ms with 64 threads, on
+a busy machine):
 
-- *Pages*: the pagemap words of the blocks. A page is there, anonymous, without markers, and mapped by this process
-  alone, or the block is left as it is. Folios and counts of other kinds have been looked at, and what a page lies in
-  the kernel looks at itself when it moves it.
-- *Mappings*: one question for each (PROCMAP_QUERY, Linux 6.11; elsewhere maps is read). A mapping that is as large as
-  it was or larger, with the same permissions, has the flags that it had: the kernel joins only what has the same.
-  What can have changed without a trace are flags of the whole mapping. Those that matter are refused by the kernel (one
-  that was locked), or show in what follows.
-- *Sharers of the address space*: nobody new has a PID, or those who have are compared (kcmp(2)). PIDs are given out in
-  order, and /proc/loadavg names the last one. Who was compared once while all threads stood still is not compared
-  again: only who shares an address space can make another process share it.
-- *Pins, THP switched off, system calls filtered*: status of the process. Threads that are new are looked at by whoever
-  stopped them (:mod:`mthp.linux.mover.freeze`), robust lists here.
-- *userfaultfd*: a mapping that was registered with one meanwhile would have the refill wait for a thread of the
-  target's. A process that had none when its mappings were judged, and has none now, cannot have done that. Where so
-  many files are open that this takes long, the earlier answer stands. A process that had one is judged anew, long as
-  it takes.
-- *io_uring, asynchronous I/O, devices*: nothing. What they hold at this moment is pinned, which the kernel sees, and
-  threads that work for them are refused as threads.
+- *Pages*: the pagemap words of the blocks. Each page is present, anonymous, without markers, and mapped by this process
+  alone, or the block is left as it is. Folios and other counts were checked before, and the kernel checks the folio
+  itself when it moves a page.
+- *Mappings*: one query for each (PROCMAP_QUERY, Linux 6.11; elsewhere maps is read). A mapping that is at least as
+  large as before, with the same permissions, has the same flags: the kernel merges only mappings with equal flags.
+  Flags of the whole mapping can have changed without a trace. Those that are important make the kernel refuse (a
+  locked mapping), or show in what follows.
+- *Sharers of the address space*: there is no new PID, or the new processes are compared (kcmp(2)). PIDs are given out
+  in order, and /proc/loadavg names the last one. A process that was compared once while all threads were stopped is
+  not compared again: only a process that shares an address space can make another one share it.
+- *Pins, THP switched off, system calls filtered*: status of the process. :mod:`mthp.linux.mover.freeze` checks new
+  threads when it stops them, this module their robust lists.
+- *userfaultfd*: if a mapping was registered with one meanwhile, the refill would wait for a thread of the target. A
+  process that had none when its mappings were checked, and has none now, cannot have done that. Where so
+  many files are open that this takes long, the earlier answer is used. A process that had one has its mappings
+  checked again, although that takes long.
+- *io_uring, asynchronous I/O, devices*: nothing. The pages that they hold at this moment are pinned, which the kernel
+  sees, and threads that work for them are refused as threads.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from mthp.results import ScanResult
 from mthp.vma import Vma
 
 MAX_FILES = 256
-"""Open files that are looked at while the target stands still; about a microsecond each."""
+"""Open files that are checked while the target is stopped; about a microsecond each."""
 
 _Int64s = NDArray[np.int64]
 _USERFAULTFD = "anon_inode:[userfaultfd]"
 MAPPING_CHANGED = Objection(ScanResult.VMA_CHECK, "its mapping changed meanwhile")
-"""Given for blocks of a mapping that is smaller than before, or another one; they may be judged again."""
+"""For blocks of a mapping that is smaller than before, or another one; they may be checked again."""
 
 
 _SHARED_NOW = Objection(ScanResult.EXCEED_SHARED_PTE, "a page of it is shared with another process now")
@@ -66,13 +66,13 @@ _GONE = Objection(ScanResult.PTE_NON_PRESENT, "a page of it went away meanwhile"
 
 @dataclass(slots=True)
 class Before:
-    """What was found before the stop, or in an earlier window since.
+    """Facts found before the stop, or in an earlier window since.
 
     Attributes:
         vmas: the mappings, ascending, with their flags.
         zero_pages: frames of the zero pages in the blocks: uint64, sorted.
         last_pid: the last PID that the system had given out when other processes were last compared.
-        has_userfaultfd: whether the process had one of its own then.
+        has_userfaultfd: whether the process itself had one then.
         fill: whether holes are to be filled.
     """
 
@@ -84,7 +84,7 @@ class Before:
 
 
 class Recheck:
-    """Asks again. To be called in the thread that traces."""
+    """Checks blocks again. Call its methods in the tracing thread."""
 
     def __init__(self, process: Process, geometry: Geometry) -> None:
         self._process = process
@@ -96,10 +96,10 @@ class Recheck:
         self._pagemap.close()
 
     def objections(self, frozen: FrozenProcess, blocks: Sequence[Block], before: Before) -> list[Objection | None]:
-        """Why each block must not be moved after all, or None.
+        """Return the reason not to move each block after all, or None.
 
         Args:
-            before: what was found before the stop.
+            before: the facts found before the stop.
         """
         if objection := self._process_objection(before):
             return [objection] * len(blocks)
@@ -142,8 +142,8 @@ class Recheck:
     def _look_at_pages(
         self, addresses: _Int64s, ends: _Int64s, before: Before, objections: list[Objection | None]
     ) -> None:
-        """Object to blocks of which a page is not there any more, or not its own."""
-        # Blocks that follow one another are read together.
+        """Object to blocks that have lost a page, or share one."""
+        # Adjacent blocks are read together.
         breaks = np.flatnonzero(addresses[1:] != ends[:-1]) + 1
         firsts, lasts = np.r_[0, breaks], np.r_[breaks, len(ends)] - 1
         words = self._pagemap.read(list(zip(addresses[firsts].tolist(), ends[lasts].tolist(), strict=True)))
@@ -167,7 +167,7 @@ class Recheck:
 
 
 class _Mappings:
-    """What each mapping is now, against what it was; each is asked about once."""
+    """The present mappings, compared with the earlier ones; each is queried once."""
 
     def __init__(self, process: Process, vmas: Sequence[Vma]) -> None:
         self._process = process
@@ -177,7 +177,7 @@ class _Mappings:
         self._answers: dict[int, Objection | None] = {}
 
     def objection(self, start: int, end: int) -> Objection | None:
-        """Why the block from `start` to `end` must not be moved, as far as its mapping goes."""
+        """Return the reason in its mapping not to move the block from `start` to `end`, or None."""
         at = bisect_right(self._starts, start) - 1
         vma = self._vmas[at] if at >= 0 else None
         if vma is None or end > vma.end:
@@ -220,7 +220,7 @@ def has_userfaultfd(process: Process, *, at_most: int = 1 << 30) -> bool:
 
 
 def zero_pages_of(columns: PteColumns) -> NDArray[np.uint64]:
-    """Frames of the zero pages in `columns`, sorted; empty where frames cannot be seen."""
+    """Return the frames of the zero pages in `columns`, sorted; empty where frames cannot be seen."""
     if columns.pfn is None:
         return np.empty(0, np.uint64)
     return np.unique(columns.pfn[columns.has(Pte.ZERO)])

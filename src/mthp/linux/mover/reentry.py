@@ -1,19 +1,19 @@
 """Have a thread make its interrupted system call again, before any signal reaches it.
 
-Where a signal interrupts a system call, it depends on the call and on the signal's handler whether the call is made
-again or returns EINTR. The kernel decides that when it delivers the signal. On x86-64 what it has to know for that is
-in the registers, and is put back with them. On aarch64 it is known to one visit to the kernel alone: a thread that
-stopped in a call is rewound to the call's instruction, and the kernel keeps to itself that there was one (do_signal,
-arch/arm64/kernel/signal.c). Threads that stand still for the whole window do not leave that visit. But the one that ran
-our code has: if it were let go with a signal pending, it would run the handler as if it had not been waiting, and then
-begin to wait. Whoever waits for that very signal, in pause(2) or in a read(2) with an alarm, would do so for ever.
+Whether an interrupted system call is made again or returns EINTR depends on the call and on the signal's handler. The
+kernel decides it when it delivers the signal. On x86-64 the registers hold all that it needs for that, and are put back
+with it. On aarch64 only one visit to the kernel knows it: a thread that stopped in a call is rewound to the call's
+instruction, and the kernel keeps the call itself in local variables (do_signal, arch/arm64/kernel/signal.c). Threads
+that are stopped for the whole window do not leave that visit. But the thread that ran the injected code has: released
+with a signal pending, it would run the handler as if it had not been waiting, and then begin to wait. A thread that
+waits for that very signal, in pause(2) or in a read(2) with an alarm, would then wait for ever.
 
-So such a thread, back at its instruction, is led into the call first, and is let go at its entry. From there on all is
-the kernel's matter again. Signals that are pending are blocked on the way; one that comes on the way shows itself by a
-stop before its delivery, and goes back to where it came from as soon as it is blocked (ptrace_signal, kernel/signal.c).
-While they are blocked for our sake, our death would leave them so. So for this short time PTRACE_O_EXITKILL is set, as
-it is while the code is brought in; without a signal it is not. But a real-time signal that goes back does so behind
-those of its number that came right after it. So of programs that handle such signals they are blocked from the first.
+So such a thread, back at its instruction, is led into the call first, and is released at its entry. From there on the
+kernel decides as usual. Pending signals are blocked on the way. One that arrives on the way causes a stop before its
+delivery, and is queued again as soon as it is blocked (ptrace_signal, kernel/signal.c). If the tracer died while they
+are blocked, they would stay so. So for this short time PTRACE_O_EXITKILL is set, as it is while the code is brought in;
+without a signal it is not. But a real-time signal is queued again behind later ones of its number. So signals of
+programs that handle such signals are blocked from the start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mthp.linux.process import Process
 from mthp.text import lines
 
 TIMEOUT_NS = 10_000_000_000
-"""How long a thread may take to get to its call. Only a busy machine, or a frozen cgroup, delays it."""
+"""Nanoseconds that a thread may take to get to its call. Only a busy machine, or a frozen cgroup, delays it."""
 
 SYSCALL_STOP = signal.SIGTRAP | 0x80
 """The stop at a system call, with PTRACE_O_TRACESYSGOOD."""
@@ -45,7 +45,7 @@ _POLL_SECONDS = 5e-6
 
 
 class Frozen(Protocol):
-    """What is needed here of :class:`~mthp.linux.mover.freeze.FrozenProcess`."""
+    """The part of :class:`~mthp.linux.mover.freeze.FrozenProcess` that this module needs."""
 
     @property
     def process(self) -> Process: ...
@@ -72,15 +72,15 @@ def _is_before_call(frozen: Frozen, tid: int) -> bool:
     try:
         return frozen.read(int(frozen.tracees[tid].home[0, machine.pc]), len(machine.syscall)) == machine.syscall
     except MthpError:
-        return False  # The thread has nothing there to run.
+        return False  # Nothing is mapped at the program counter.
 
 
 def make_again(frozen: Frozen, tid: int) -> None:
-    """Lead a stopped thread that has its own registers again into the system call before which it stands; let it go.
+    """Lead a stopped, restored thread into the system call at its program counter, and release it there.
 
     Raises:
         OSError: ESRCH if it was killed.
-        CannotStopError: it neither runs nor stops.
+        CannotStopError: the thread neither runs nor stops.
     """
     mask = int(frozen.tracees[tid].stopped.masks[frozen.tracees[tid].row])
     held = _is_to_be_held(frozen, tid, mask)
@@ -111,13 +111,13 @@ def make_again(frozen: Frozen, tid: int) -> None:
 
 
 def _hold(tid: int) -> None:
-    """Block all signals of a stopped thread; if we die before they are let go, so does the target."""
+    """Block all signals of a stopped thread; if the tracer dies before they are unblocked, the target dies too."""
     ptrace.set_options(tid, ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACESYSGOOD)
     ptrace.set_signal_mask(tid, ptrace.ALL_SIGNALS)
 
 
 def _is_to_be_held(frozen: Frozen, tid: int, mask: int) -> bool:
-    """Whether a signal is pending that is not in `mask`, or may come whose place in its queue matters."""
+    """Return whether a signal outside `mask` is pending, or one may come whose place in its queue counts."""
     text = read_task_file(frozen.process, tid, "status") or b""
     fields = {line[:7]: int(line[7:], 16) for line in lines(text) if line[:7] in _SIGNAL_SETS}
     pending = fields.get(b"SigPnd:", 0) | fields.get(b"ShdPnd:", 0)

@@ -1,19 +1,18 @@
-"""Blocks that lie side by side are moved together, and what became of each is told from that.
+"""Move adjacent blocks together, and derive the outcome of each.
 
-To move a block costs the kernel something besides what each page does: a system call to move, another to drop what was
-moved, and the address translations that both make void. With 16 pages that is as much as the pages themselves. So
-neighbours of one order become one operation of the worker, a *run*, which never reaches beyond the range of one page
-table, and so fits into the scratch area.
+Moving a block costs the kernel a part that does not depend on its pages: a system call to move, another to drop the
+moved pages, and the flushes of address translations for both. With 16 pages that is as much as the pages themselves. So
+neighbours of one order become one operation of the worker, a *run*, which never crosses the range of one page table,
+and so fits into the scratch area.
 
-The worker does with a run what it does with a block: move it away, copy it back, drop it. Each block still gets a folio
-of its own, since a fault takes the largest size that is enabled, and no larger one is. What a run may not do is to blur
-what is said of a block:
+The worker treats a run as a block: move it away, copy it back, drop it. Each block still gets a folio of its own,
+because a fault takes the largest enabled size, and no larger one is enabled. The outcome of each block stays exact:
 
-- The kernel moves page by page and ends at the first that it refuses, so the blocks before that one are done. All
-  others of a run that failed are to be moved once more, each alone, and only then is an error the block's own.
-- A page that is shared after a fork has the worker populate and begin anew. For a run that would be to move again what
-  was moved already; it is told not to, and leaves that to the second time, too.
-- A hash is of an operation, so blocks whose bytes are to be verified are moved alone.
+- The kernel moves page by page and ends at the first page that it refuses, so the blocks before that one are done. All
+  others of a failed run are moved once more, each alone, and only then is an error the block's own.
+- For a page that is shared after a fork the worker populates and begins again. For a run this would move blocks that
+  were moved already; so the worker does not do it, and leaves that to the second time, too.
+- A hash covers a whole operation, so blocks whose bytes are to be verified are moved alone.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ _Int64s = NDArray[np.int64]
 
 
 def run_lengths(addresses: _Int64s, sizes: _Int64s, reach: int) -> _Int64s:
-    """How many blocks each run has, if neighbours of one size within a range of `reach` bytes make one.
+    """Return the number of blocks in each run of neighbours of one size within a range of `reach` bytes.
 
     Args:
-        addresses, sizes: of the blocks, in the order in which they are to be moved: int64, shape (blocks,).
-        reach: a multiple of every size.
+        addresses, sizes: those of the blocks, in the order in which they are moved: int64, shape (blocks,).
+        reach: a multiple of every size, in bytes.
 
     Returns:
         int64, shape (runs,); the sum is the number of blocks.
@@ -48,7 +47,7 @@ def run_lengths(addresses: _Int64s, sizes: _Int64s, reach: int) -> _Int64s:
 
 
 def operations_of(addresses: _Int64s, sizes: _Int64s, lengths: _Int64s, flags: int) -> NDArray[np.void]:
-    """An operation for each run of `lengths` blocks: :data:`~mthp.linux.mover.stub.OPERATION`, shape (runs,)."""
+    """Return an operation for each run of `lengths` blocks: :data:`~mthp.linux.mover.stub.OPERATION`, shape (runs,)."""
     firsts = np.cumsum(lengths) - lengths
     operations = stub.operations_for(addresses[firsts], sizes[firsts] * lengths, flags)
     operations["populated"] = lengths > 1
@@ -61,15 +60,15 @@ def outcomes_of(
     operations: NDArray[np.void],
     lengths: _Int64s,
 ) -> tuple[list[BlockOutcome], list[Block]]:
-    """What became of the blocks of a window.
+    """Return the outcomes of the blocks of a window, and the blocks to move again.
 
     Args:
-        objections: what spoke against each; the others were in the runs, in this order.
-        operations: of the runs, with their results: :data:`~mthp.linux.mover.stub.OPERATION`, shape (runs,).
+        objections: reason not to move each block; the blocks without one were in the runs, in this order.
+        operations: those of the runs, with their results: :data:`~mthp.linux.mover.stub.OPERATION`, shape (runs,).
         lengths: blocks in each run: int64, shape (runs,).
 
     Returns:
-        The outcomes of those that have one, in their order; and the blocks that are to be moved again, each alone.
+        The outcomes of those that have one, in their order; and the blocks to be moved again, each alone.
     """
     run = np.repeat(np.arange(len(lengths)), lengths)
     size = operations["length"].astype(np.int64)[run] // lengths[run]
@@ -101,6 +100,6 @@ def outcomes_of(
 
 
 def taken(begun: NDArray[np.void], ended: NDArray[np.void]) -> _Int64s:
-    """Nanoseconds between two times of each operation, 0 where one was not taken: int64, shape (operations,)."""
+    """Return the nanoseconds between two times of each operation, 0 without one: int64, shape (operations,)."""
     first, last = stub.nanoseconds(begun), stub.nanoseconds(ended)
     return np.where((first > 0) & (last > 0), last - first, 0)

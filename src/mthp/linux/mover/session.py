@@ -1,7 +1,7 @@
 """Hold the memory of another process: stop all its threads and have one of them move the blocks.
 
-A window in the order in which it happens is :meth:`MoverSession._stop_and_move`: stop (freeze), check again (recheck),
-bring the stub in (inject), park all threads and let one of them work (park), let all go (freeze).
+:meth:`MoverSession._stop_and_move` shows a window in its order: stop (freeze), check again (recheck), bring the stub
+in (inject), park all threads and let one of them work (park), release all (freeze).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def in_tracing_thread(deed: Callable[[], _T]) -> _T:
     """Run `deed` in a new thread, and return its result.
 
-    A tracer is a thread. The end of this one lets go of whatever is still traced, also of threads that never stopped
-    and so could not be detached. And signal handlers of Python, KeyboardInterrupt among them, run in the main thread
-    only, so nothing interrupts a window: leaving the ``with`` block waits for its end. An interruption that comes while
-    the thread is being started may leave it unknown to the executor, so it begins only when it is told to.
+    A tracer is a thread. When this one ends, the kernel releases all its tracees, also threads that never stopped and
+    so could not be detached. Python runs signal handlers, and raises KeyboardInterrupt, in the main thread only, so
+    nothing interrupts a window: leaving the ``with`` block waits for its end. An interruption while the thread is being
+    started may leave it unknown to the executor, so it waits for an explicit permission to begin.
     """
     begin: SimpleQueue[bool] = SimpleQueue()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mthp-mover", initializer=_hurry) as executor:
@@ -64,22 +64,22 @@ def in_tracing_thread(deed: Callable[[], _T]) -> _T:
             begin.put(True)
             return cast("_T", future.result())
         except BaseException:
-            begin.put(False)  # read by nobody if it was told to begin
+            begin.put(False)  # Not read if the thread has its permission already.
             raise
 
 
 def _hurry() -> None:
-    """Have this thread, which ends soon, run before the target's threads and sleep no longer than it asks for."""
+    """Have this thread, which ends soon, run before the target's threads and sleep no longer than requested."""
     _libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
 MAX_BLOCKS = 512
-"""Blocks in one window at most."""
+"""Limit of the blocks in one window."""
 
 CheckAgain = Callable[[FrozenProcess, Sequence[Block]], Sequence[Objection | None]]
-"""Called when all threads stand still: gives for each block why it must not be moved after all, or None."""
+"""Called when all threads are stopped: returns for each block the reason not to move it after all, or None."""
 
 _Int64s = NDArray[np.int64]
 
@@ -91,7 +91,7 @@ def all_stopped(
     machine: Machine | None = None,
     like: Stopped | None = None,
 ) -> Iterator[FrozenProcess]:
-    """Yield `process`, every thread of it standing still; all are released afterwards.
+    """Yield `process` with every thread stopped; release all afterwards.
 
     Raises:
         CannotStopError, NotPermittedError: as :meth:`FrozenProcess.stop`.
@@ -113,21 +113,21 @@ def all_stopped(
 class MoverSession(Closing):
     """Moves blocks of one process to new folios (:class:`~mthp.linux.mover.mover.Hold`).
 
-    Between two windows nothing of it is in the target, and what it keeps are measurements.
+    Between two windows the target contains nothing of it; it keeps only measurements.
 
-    The caller has enabled exactly one folio size for the time of :meth:`move`, and has refused what must be refused
-    (:mod:`mthp.linux.mover.refuse`). If the target is a child of this process, nobody else in it may wait for that
-    child meanwhile: wait(2) would report the stops of a tracee to whoever asks first.
+    The caller has enabled exactly one folio size for the time of :meth:`move`, and has made all checks of
+    :mod:`mthp.linux.mover.refuse`. If the target is a child of this process, no other thread may wait for that child
+    meanwhile, because wait(2) would report the stops of a tracee to the first caller.
 
     Args:
-        process: the target; it stays the caller's.
-        max_pause_ns: how long a pause may be, in nanoseconds; measured, and adapted to.
-        duty: the part of the time that the target may stand still, above 0, up to 1.
-        stop_timeout_ns: how long threads may take to stop before they are let go.
-        recheck: asked again for every block once all threads stand still.
+        process: the target; the caller keeps it open and closes it.
+        max_pause_ns: limit of a pause in nanoseconds; pauses are measured, and windows adapted to it.
+        duty: the share of the time that the target may be stopped, above 0, up to 1.
+        stop_timeout_ns: nanoseconds that threads may take to stop before they are released.
+        recheck: called for all blocks once all threads are stopped.
 
     Attributes:
-        pauses: every window in which blocks were moved; whoever keeps a session for long may empty the list.
+        pauses: every window in which blocks were moved; the owner of a long session may empty the list.
 
     Raises:
         UnsupportedError: no stub for this machine, or the target is this process.
@@ -160,12 +160,12 @@ class MoverSession(Closing):
         self._budget = PauseBudget(max_pause_ns, MAX_BLOCKS)
         self.limit(max_pause_ns, duty)
         self._place: Place | None = None
-        # A protection key may bar the worker, one thread of the target with its rights, from another one's memory.
-        # Populating finds out with an error where the copying would fault.
+        # A protection key may bar the worker, a thread with its own rights, from another thread's memory.
+        # Populating then returns an error where the copying would fault.
         self._populate_first = has_protection_keys()
 
     def limit(self, max_pause_ns: int, duty: float) -> None:
-        """From now on keep pauses to `max_pause_ns`, and to the part `duty` of the time.
+        """Limit pauses to `max_pause_ns`, and to the share `duty` of the time, from now on.
 
         Raises:
             UsageError: out of range.
@@ -178,14 +178,14 @@ class MoverSession(Closing):
         self._budget.limit(max_pause_ns)
 
     def admit(self, means: Means, refusals: Sequence[Refusal]) -> None:
-        """Do nothing: what speaks against another process is the outcome of its blocks."""
+        """Do nothing: refusals of another process become the outcome of its blocks."""
 
     def too_large(self, order: int) -> range:
         """Return all larger orders but the PMD's, whose folios do not fit where there is a page table."""
         return range(order + 1, self._geometry.pmd_order)
 
     def around(self, special: SpecialRanges) -> SpecialRanges:
-        """Return `special`: what changes until the stop is noticed after it."""
+        """Return `special`: changes until the stop are noticed after it."""
         return special
 
     def ready(self, _order: int) -> contextlib.nullcontext[None]:
@@ -193,10 +193,10 @@ class MoverSession(Closing):
         return contextlib.nullcontext()
 
     def windows(self, blocks: Sequence[Block], means: Means, before: Before) -> Iterator[list[BlockOutcome]]:
-        """As :meth:`move`, window by window: the outcomes of each, before the next is opened, in any order.
+        """Move blocks as :meth:`move` does; yield the outcomes of each window before the next is opened, in any order.
 
         Args:
-            before: what the blocks were checked by; it is checked again after the stop.
+            before: the facts that the blocks were checked by; they are checked again after the stop.
 
         Raises:
             CannotStopError, TargetVanishedError: as :meth:`move`.
@@ -204,12 +204,12 @@ class MoverSession(Closing):
         self.limit(means.max_pause_ns, means.pause_share)
         self._recheck = self._recheck or Recheck(self._process, self._geometry)
         self._check_again = functools.partial(self._recheck.objections, before=before)
-        # Populating first makes pages this process's own again that a child which has exited had shared. It fills no
-        # hole that is not to be filled: after the stop such blocks are refused.
+        # Populating first makes pages exclusive again that were shared with a child that has exited. It does not fill
+        # unwanted holes: after the stop blocks with such holes are refused.
         return self._windows(blocks, verify=means.verify, fill=True)
 
     def take_pauses(self) -> list[int]:
-        """Return how long each window was, in nanoseconds, since the last call."""
+        """Return the lengths of the windows since the last call, in nanoseconds."""
         pauses, self.pauses = self.pauses, []
         return [pause.total_ns for pause in pauses]
 
@@ -222,8 +222,8 @@ class MoverSession(Closing):
     def move(self, blocks: Sequence[Block], *, verify: bool = False, fill: bool = False) -> list[BlockOutcome]:
         """Move each block to new memory, which is one folio of its order if the machine's switches make it so.
 
-        An outcome says whether the bytes lie in new memory, and in `copied` how many pages were moved; of what order
-        their folios are, the page tables show.
+        An outcome shows whether the bytes lie in new memory, and in `copied` how many pages were moved; the page tables
+        show the order of their folios.
 
         Args:
             blocks: (address, order) of each; aligned, distinct.
@@ -231,7 +231,7 @@ class MoverSession(Closing):
             fill: populate absent pages first.
 
         Returns:
-            The outcome of each block, in their order.
+            The outcomes of the blocks, in their order.
 
         Raises:
             UsageError: a block is not aligned, or of an order that does not exist or is the PMD order.
@@ -245,7 +245,7 @@ class MoverSession(Closing):
         """Open one window after the other, with a rest between them; blocks that failed in a run get one alone."""
         for address, order in blocks:
             if order == self._geometry.pmd_order:
-                # The page table stays when its pages are moved away, and with it there is no PMD fault.
+                # The page table stays when its pages are moved away, and prevents a PMD fault.
                 raise UsageError(
                     f"the mover makes no folios of {self._geometry.label(order)}", help="MADV_COLLAPSE does"
                 )
@@ -271,7 +271,7 @@ class MoverSession(Closing):
     def _window(
         self, batch: Sequence[Block], flags: int, *, alone: bool
     ) -> tuple[list[BlockOutcome], list[Block], Pause]:
-        """Move the blocks of one window; give the outcomes, and the blocks that are to be moved again, each alone."""
+        """Move the blocks of one window; return the outcomes, and the blocks to be moved again, each alone."""
         addresses, orders = np.array(batch, np.int64).T
         sizes = np.int64(self._geometry.page_size) << orders
         deed = functools.partial(self._stop_and_move, batch, addresses, sizes, flags, alone=alone)
@@ -284,7 +284,7 @@ class MoverSession(Closing):
     def _stop_and_move(
         self, batch: Sequence[Block], addresses: _Int64s, sizes: _Int64s, flags: int, *, alone: bool
     ) -> tuple[Sequence[Objection | None], NDArray[np.void], _Int64s, Pause]:
-        """Carry out a window: what speaks against each block, the operations on the others, and the lengths of runs."""
+        """Carry out a window; return the objections to blocks, operations on the others, and the lengths of runs."""
         parked = worked = 0
         lengths, operations = np.empty(0, np.int64), stub.operations_for([], [], 0)
         with all_stopped(self._process, self._stop_timeout_ns, self._machine, self._threads) as frozen:
@@ -327,14 +327,14 @@ class MoverSession(Closing):
         try:
             return inject(frozen, self._place, layout)
         except MthpError:
-            # What was free may be taken by now.
+            # Addresses that were free may be taken by now.
             self._place = None
             raise
 
     def _refuse(
         self, frozen: FrozenProcess, batch: Sequence[Block], addresses: _Int64s, ends: _Int64s
     ) -> list[Objection | None]:
-        """Return for each block why it must not be moved after all, now that nothing changes any more."""
+        """Return for each block the reason not to move it after all, now that nothing changes any more, or None."""
         none: list[Objection | None] = [None] * len(batch)
         objections = list(self._check_again(frozen, batch)) if self._check_again else none
         for index in np.flatnonzero(touches(addresses, ends, special_ranges(frozen))).tolist():

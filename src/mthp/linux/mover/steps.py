@@ -1,4 +1,4 @@
-"""The numbered steps of a window, and the instrument that follows them: tests have the tracer die at each."""
+"""The numbered steps of a window, and the observer that follows them: tests kill the tracer at each."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 
 class Step(enum.IntEnum):
-    """What has just been done."""
+    """The step that has just been done."""
 
     STOPPED = enum.auto()
-    """All threads stand still."""
+    """All threads are stopped."""
     LOADED = enum.auto()
     """The boot code lies in the padding; no register was changed yet."""
     BOOTED = enum.auto()
     """One thread has the registers of the boot code, and still its own signal mask."""
     MAPPED = enum.auto()
-    """That thread, the worker, has mapped the memory for the stub, and waits for it to be written."""
+    """That thread, the worker, has mapped the memory for the stub, and waits until the stub is written."""
     WRITTEN = enum.auto()
     """Code, contexts and operations are in place, and the worker is parked."""
     PARKED_UNMASKED = enum.auto()
@@ -26,7 +26,7 @@ class Step(enum.IntEnum):
     RUNNING = enum.auto()
     """The worker may begin."""
     DONE = enum.auto()
-    """The worker has said that it is done."""
+    """The worker has set the state DONE."""
     UNPARKED = enum.auto()
     """One more thread has its own registers and mask."""
     UNMAPPING = enum.auto()
@@ -36,13 +36,13 @@ class Step(enum.IntEnum):
     FETCHED = enum.auto()
     """The worker is stopped again."""
     RELEASED = enum.auto()
-    """One more thread was let go."""
+    """One more thread was released."""
 
 
 Observer = Callable[[Step], None]
 
 observer: Observer | None = None
-"""Called after every step, in the tracing thread and inside the window: it had better be quick."""
+"""Called after every step, in the tracing thread and inside the window, so it should be quick."""
 
 
 def report(step: Step) -> None:

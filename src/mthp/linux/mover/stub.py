@@ -1,12 +1,12 @@
-"""The memory that the code inside a target works on: where it lies, and what stands in it.
+"""The memory that the code inside a target works on: its layout and its contents.
 
-The code itself is each machine's own (:mod:`~mthp.linux.mover.arch`); header, operations and the order of things are
-the same for all. The code is position-independent. It is one mapping, which exists for one window::
+Each machine has code of its own (:mod:`~mthp.linux.mover.arch`); header, operations and the order of steps are the same
+for all. The code is position-independent. It is one mapping, which exists for one window::
 
     code | trampolines, one for each thread | header, operations, contexts | scratch
     R-X  | R-X                              | RW-                          | RW-, armed with a userfaultfd meanwhile
 
-Each part begins on a page of its own. What a trampoline does is the machine's matter, too: on x86-64 it restores the
+Each part begins on a page of its own. The machine also defines the trampolines: on x86-64 a trampoline restores the
 last registers of one thread.
 """
 
@@ -27,21 +27,21 @@ from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE, UFFDIO_REGISTER_MODE_MISSING
 
 SETUP, GO, DONE, ABORT = range(4)
-"""States of the header: the tracer sets up, the worker works, it has finished, nothing was begun and nothing will."""
+"""States of the header: set-up by the tracer, work, finished, abandoned before any work."""
 
 NO_FD = (1 << 64) - 1
-"""-1: the number of a descriptor that is not there."""
+"""-1: the number of a missing descriptor."""
 
 FLAG_VERIFY = 1
 FLAG_FILL = 2
 
 NOT_TRIED = 1
-"""In an operation's error field until the worker has come to it; errors are negative, success is 0."""
+"""Value of an operation's error field until the worker reaches it; errors are negative, success is 0."""
 
 HEADER_BYTES = 256
 
 NO_STAGE, EMPTY, CREATE, HANDSHAKE, ARM = range(5)
-"""Stages of the worker's preparation: empty the scratch memory, and create, shake hands with and arm a userfaultfd."""
+"""Stages of the worker's preparation: empty the scratch memory, then create, handshake and arm a userfaultfd."""
 
 _STATE = "=I"
 _HEADER = "=32Q"
@@ -50,7 +50,7 @@ PREPARED_OFFSET = 80
 MAPPED_OFFSET, WRITTEN_OFFSET, START_OFFSET = 232, 240, 248
 
 WORK, UNMAP_ALL = 1, 2
-"""Values of START: what the worker may do."""
+"""Values of START: the work that the worker may do."""
 
 _CPUCLOCK_PERTHREAD, _CPUCLOCK_SCHED = 4, 2
 """Bits of the clock of a thread's processor time (include/linux/posix-timers.h)."""
@@ -79,15 +79,15 @@ OPERATION = np.dtype(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are in the injected mapping. All addresses and sizes in bytes.
+    """Addresses and sizes of the parts of the injected mapping, in bytes.
 
     Attributes:
-        base: where it begins.
-        threads: how many contexts it has.
-        operations: how many operations.
-        scratch_size: size of the scratch area, as much as the largest block.
-        machine: whose code it holds.
-        page_size: of the target.
+        base: start of the mapping.
+        threads: number of contexts.
+        operations: number of operations.
+        scratch_size: size of the scratch area, as large as the largest block.
+        machine: architecture of its code.
+        page_size: page size of the target.
     """
 
     base: int
@@ -99,7 +99,7 @@ class Layout:
 
     @cached_property
     def code_size(self) -> int:
-        """The part that may be executed."""
+        """Return the size of the executable part."""
         return self._trampolines - self.base + self._whole_pages(self.threads * self.machine.trampoline_bytes)
 
     @property
@@ -108,41 +108,41 @@ class Layout:
 
     @cached_property
     def header(self) -> int:
-        """Address of the header."""
+        """Return the address of the header."""
         return self.base + self.code_size
 
     @cached_property
     def data_size(self) -> int:
-        """Header, operations and contexts."""
+        """Return the size of header, operations and contexts."""
         used = HEADER_BYTES + self.operations * OPERATION.itemsize + self.threads * self.machine.context_bytes
         return self._whole_pages(used)
 
     @property
     def scratch(self) -> int:
-        """Address of the scratch area."""
+        """Return the address of the scratch area."""
         return self.header + self.data_size
 
     @property
     def size(self) -> int:
-        """All of it."""
+        """Return the size of all parts."""
         return self.code_size + self.data_size + self.scratch_size
 
     @cached_property
     def contexts(self) -> int:
-        """Address of the first context."""
+        """Return the address of the first context."""
         return self.header + HEADER_BYTES + self.operations * OPERATION.itemsize
 
     def context(self, index: int) -> int:
-        """Address of a thread's context."""
+        """Return the address of a thread's context."""
         return self.contexts + index * self.machine.context_bytes
 
     def trampoline(self, index: int) -> int:
-        """Address of a thread's trampoline."""
+        """Return the address of a thread's trampoline."""
         return self._trampolines + index * self.machine.trampoline_bytes
 
     @cached_property
     def executable(self) -> bytes:
-        """Code and trampolines, as they are written to :attr:`base`."""
+        """Return code and trampolines, as they are written to :attr:`base`."""
         machine = self.machine
         trampolines = (machine.trampoline(self.trampoline(row), self.context(row)) for row in range(self.threads))
         return machine.code.ljust(self._trampolines - self.base, b"\0") + b"".join(trampolines)
@@ -153,13 +153,13 @@ class Layout:
         return self.machine.parked(homes, contexts, self.base, self.header)
 
     def pack_contexts(self, homes: Registers, masks: NDArray[np.uint64], numbers: Sequence[int], keeper: int) -> bytes:
-        """Return what threads restore themselves from after our death, as it is written to :attr:`contexts`.
+        """Return the data from which threads restore themselves without a tracer, as it is written to :attr:`contexts`.
 
         Args:
             homes: their registers: uint64, shape (threads, words).
             masks: their blocked signals: uint64, shape (threads,).
             numbers: their TIDs in the target's PID namespace.
-            keeper: row of the one that unmaps everything.
+            keeper: row of the thread that unmaps everything.
         """
         own_code = self._trampolines + np.arange(len(homes)) * self.machine.trampoline_bytes
         contexts = self.machine.pack_contexts(homes, masks, own_code.astype(np.uint64))
@@ -190,7 +190,7 @@ def pack_header(layout: Layout, unmap: int, operations: NDArray[np.void]) -> byt
 
 
 def operations_for(addresses: ArrayLike, lengths: ArrayLike, flags: int) -> NDArray[np.void]:
-    """Operations to move `lengths` bytes from each of `addresses` on: :data:`OPERATION`, shape (operations,)."""
+    """Return operations to move `lengths` bytes from each of `addresses` on: :data:`OPERATION`, shape (operations,)."""
     operations = np.zeros(np.shape(addresses), OPERATION)
     operations["address"], operations["length"] = addresses, lengths
     operations["flags"] = flags
@@ -202,18 +202,18 @@ STATE_BYTES = struct.calcsize(_STATE)
 
 
 def unpack_state(data: bytes) -> int:
-    """The state from the first bytes of the header."""
+    """Return the state in the first bytes of the header."""
     return int(struct.unpack(_STATE, data)[0])
 
 
 def nanoseconds(times: NDArray[np.void]) -> NDArray[np.int64]:
-    """Times of the target's monotonic clock in nanoseconds, 0 where none was taken: int64, shape (operations,)."""
+    """Return times of the target's monotonic clock in nanoseconds, 0 where missing: int64, shape (operations,)."""
     total: NDArray[np.int64] = times["seconds"] * 1_000_000_000 + times["nanoseconds"]
     return total
 
 
 def unpack_preparation(data: bytes) -> tuple[int, int]:
-    """Return the stage that the worker began last, and its errno, from what stands at :data:`PREPARED_OFFSET`."""
+    """Return the last stage that the worker began, and its errno, from the bytes at :data:`PREPARED_OFFSET`."""
     stage, error = _PREPARED.unpack(data)
     return stage, -error
 

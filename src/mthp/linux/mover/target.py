@@ -1,4 +1,4 @@
-"""What the mover is handed of a process: :class:`MoveTarget`."""
+"""The mover's view of a process: :class:`MoveTarget`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class MoveTarget:
     """A process whose memory is moved.
 
     Attributes:
-        process: the process; it stays the caller's.
-        geometry: of this machine.
-        read: reads the page table entries of segments, one after another.
-        mapcounts: returns how often each page of such entries is mapped, if they have frame numbers.
+        process: the process; the caller keeps it open and closes it.
+        geometry: page and folio sizes of this machine.
+        read: function that reads the page table entries of segments, one after another.
+        mapcounts: function that returns how often each page of such entries is mapped, if they have frame numbers.
     """
 
     process: Process

@@ -1,7 +1,7 @@
-"""The threads of a process as /proc shows them: which there are, and a file of one of them.
+"""Read the threads of a process from /proc: the list of them, and a file of one of them.
 
-A thread can exit between being listed and being looked at. That is ordinary and not an error: what belongs to such a
-thread reads as None, while a process that is gone raises.
+A thread can exit between being listed and being read. That is ordinary and not an error: the files of such a thread
+read as None, while a process that is gone raises.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _READ_SIZE = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Thread:
-    """What ``/proc/PID/task/TID/status`` says (proc_pid_status(5)); all of it may be read by everybody.
+    """Fields of ``/proc/PID/task/TID/status`` (proc_pid_status(5)); every user may read them all.
 
     Attributes:
         tid: its number.
         comm: its name.
         state: one letter; D is uninterruptible sleep.
-        tracer: TID of the thread that traces it, 0 if none does.
+        tracer: TID of the thread that traces it, 0 if there is none.
         seccomp: 0 none, 1 strict, 2 a filter.
     """
 
@@ -50,7 +50,7 @@ class Thread:
 
 
 def task_ids(process: Process) -> list[int]:
-    """The threads of `process`, ascending."""
+    """Return the threads of `process`, ascending."""
     directory = process.open("task")
     try:
         return sorted(int(name) for name in os.listdir(directory))  # noqa: PTH208 - of an open directory
@@ -61,16 +61,16 @@ def task_ids(process: Process) -> list[int]:
 
 
 def thread_count(process: Process) -> int:
-    """How many threads `process` has, those included that are exiting or dead and not reaped."""
+    """Return the number of threads of `process`, including those that are exiting, or dead and not reaped."""
     try:
-        # Each has a directory in there, besides "." and ".." (proc_task_getattr, fs/proc/base.c).
+        # Each thread has a directory, as "." and ".." have (proc_task_getattr, fs/proc/base.c).
         return os.stat(f"/proc/{process.pid}/task").st_nlink - 2  # noqa: PTH116 - a path object costs microseconds
     except OSError as error:
         process.fail(error, "its threads")
 
 
 def read_task_file(process: Process, tid: int, name: str) -> bytes | None:
-    """The text of ``/proc/PID/task/TID/<name>``; None if the thread is gone."""
+    """Return the text of ``/proc/PID/task/TID/<name>``; None if the thread is gone."""
     directory = process.open("task")
     try:
         fd = os.open(f"{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
@@ -87,7 +87,7 @@ def read_task_file(process: Process, tid: int, name: str) -> bytes | None:
 
 
 def read_threads(process: Process) -> list[Thread]:
-    """All threads that are still there, by ascending number."""
+    """Return all threads that still exist, by ascending number."""
     texts = ((tid, read_task_file(process, tid, "status")) for tid in task_ids(process))
     return [Thread.parse(tid, text) for tid, text in texts if text]
 
@@ -95,7 +95,7 @@ def read_threads(process: Process) -> list[Thread]:
 def inner_tids(process: Process, tids: list[int]) -> list[int]:
     """Return the numbers of threads in the PID namespace that their process lives in (NSpid, proc_pid_status(5))."""
     if len(_namespace_tids(process.read("status"), process.pid)) == 1:
-        # We live in the same namespace.
+        # This process lives in the same namespace.
         return tids
     return [_namespace_tids(read_task_file(process, tid, "status") or b"", tid)[-1] for tid in tids]
 

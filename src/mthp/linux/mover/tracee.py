@@ -1,10 +1,10 @@
-"""The threads of a stopped target, in columns: what is to be known of them, how they are stopped, parked and put back.
+"""The threads of a stopped target, in columns: attach, examine, park, put back and detach them.
 
-Whatever is done to all threads is one table of system calls (:mod:`~mthp.linux.mover.calls`), made when the threads are
-first met and used again in every window for as long as they are the same.
+Each request for all threads is one table of system calls (:mod:`~mthp.linux.mover.calls`), made for the first window
+and used again in every later window with the same threads.
 
-Two things that a stop does to a thread are made good here, as the essay of :mod:`mthp.linux.mover.freeze` tells: an
-EINTR that only the stop caused, and a restartable sequence that it interrupted.
+Two effects of a stop on a thread are repaired here, as :mod:`mthp.linux.mover.freeze` explains: an EINTR that only the
+stop caused, and a restartable sequence that it interrupted.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mthp.linux.mover.taskfiles import Thread
 from mthp.linux.process import Process
 
 Reader = Callable[[int, int], bytes]
-"""Gives so many bytes of the target's memory, from an address on."""
+"""Returns a number of bytes of the target's memory from an address on."""
 
 WordReader = Callable[[NDArray[np.uint64]], NDArray[np.uint64]]
-"""Gives the 64-bit words at many addresses of the target's memory."""
+"""Returns the 64-bit words at many addresses of the target's memory."""
 
 WALL = 0x40000000
 """__WALL of wait(2): threads as well as processes."""
@@ -45,26 +45,27 @@ _RSEQ_CS = "=IIQQQ"
 
 
 class CannotStopError(UnsupportedError):
-    """The threads of the target could not be stopped, or must not be; everything was let go."""
+    """The threads of the target could not be stopped, or must not be; all were released."""
 
 
 class Stopped:
     """Threads that are stopped together.
 
     Args:
-        tids: their numbers; at least one.
+        tids: numbers of the threads; at least one.
 
     Attributes:
-        machine: whose registers they have.
-        tids: their numbers.
-        inner_tids: those in the PID namespace of their process; empty until they are asked for.
-        registers: as they stopped, an EINTR that only the stop caused made good: uint64, shape (threads, words).
-        masks: their blocked signals; where a system call set them for its own time, those that it will put back:
-            uint64, shape (threads,).
+        machine: architecture of their registers.
+        tids: numbers of the threads.
+        inner_tids: their numbers in the PID namespace of their process; empty until they are first needed.
+        registers: those of the stop, after the repair of an EINTR that only the stop caused: uint64, shape
+            (threads, words).
+        masks: their blocked signals; where a system call replaced them temporarily, those that it will restore: uint64,
+            shape (threads,).
         rseq_areas: addresses of their ``struct rseq``, or 0: uint64, shape (threads,).
-        rseq_aborts: where they go on if their registers are changed meanwhile, because they stand in a restartable
-            sequence; 0 otherwise: uint64, shape (threads,).
-        homes: registers to go on with once others were set: those of the stop, or the sequence's abort handler.
+        rseq_aborts: address of the abort handler of the restartable sequence that the thread is in, where it goes on if
+            its registers are changed; otherwise 0: uint64, shape (threads,).
+        homes: registers to go on with once others were set: those of the stop, or at the sequence's abort handler.
     """
 
     def __init__(self, machine: Machine, tids: list[int]) -> None:
@@ -109,7 +110,7 @@ class Stopped:
         self._wait.table[:, 4] = os.WSTOPPED | os.WNOHANG | WALL
 
     def _table(self, *requests: tuple[int, int, int | NDArray[np.uint64]]) -> Calls:
-        """A table of ptrace requests with their address and data: each of them for all threads, one after the other."""
+        """Return a table of ptrace requests, each for all threads, one after the other, with their address and data."""
         threads = len(self.tids)
         calls = Calls(threads * len(requests))
         calls.table[:, 0] = self.machine.calls["ptrace"]
@@ -120,7 +121,7 @@ class Stopped:
 
     @classmethod
     def joined(cls, parts: Sequence[Stopped]) -> Stopped:
-        """One of several, of which there is one at least."""
+        """Return one of several; there is at least one."""
         if len(parts) == 1:
             return parts[0]
         whole = cls(parts[0].machine, [tid for part in parts for tid in part.tids])
@@ -129,34 +130,34 @@ class Stopped:
         return whole
 
     def attach(self) -> dict[int, int]:
-        """Become the tracer of all, and have them stop soon; give the errno for those that could not be seized."""
+        """Seize all threads, and request a stop of each; return the errno for those that could not be seized."""
         self._attach.run()
         results = self._attach.results[: len(self.tids)]
         return {self.tids[row]: -int(results[row]) for row in np.flatnonzero(results)} if results.any() else {}
 
     def wait(self) -> list[int]:
-        """The stop that each thread is in and that was not reported yet: signal | event << 8; 0 if there is none."""
+        """Return each thread's unreported stop: signal | event << 8; 0 if there is none."""
         self._wait.run()
         stops: list[int] = self._siginfos.view(np.int32)[:, _SIGINFO_STATUS].tolist()
         return stops
 
     def examine(self, label: str, read: Reader, read_words: WordReader) -> None:
-        """Read what is needed of threads that have just stopped and run code of their own; repair their EINTR.
+        """Read the state of threads that have just stopped and run code of their own; repair their EINTR.
 
         Raises:
-            CannotStopError: one must not be given our code.
+            CannotStopError: one must not run injected code.
             OSError: ESRCH if one was killed.
         """
         threads, machine = len(self.tids), self.machine
-        # What is kept from the last time must not pass for an answer of this one.
+        # Old values must not pass for new results.
         self._rseq[:], self._dispatch[:], self._vectors[0][:, 1] = 0, 0, self.registers.strides[0]
         self._look.run()
         if (self._look.results < 0).any():
-            # The kernel may not know of rseq and of the dispatching of system calls.
+            # The kernel may lack rseq and the dispatching of system calls.
             self._check(self._look, 2 * threads)
             self._check(self._look, 4 * threads, allowed=(errno.EIO, errno.EINVAL))
         short = self._vectors[0][:, 1] != self.registers.strides[0]
-        # So that nobody runs them (copy_thread, arch/*/kernel/process.c). They read and write for io_uring or vhost.
+        # Threads without a user program counter (copy_thread, arch/*/kernel/process.c) work for io_uring or vhost.
         if (kernels := ~short & (self.registers[:, machine.pc] == 0)).any():
             raise CannotStopError(
                 f"process {label}: thread {self.tids[int(kernels.argmax())]} is the kernel's, and may hold its pages"
@@ -188,7 +189,7 @@ class Stopped:
             self.homes[aborted] = changed
 
     def park(self, registers: Registers, but: int) -> None:
-        """Set the registers of all threads but that in row `but`, and only then have them block all signals.
+        """Set the registers of all threads but the one in row `but`, and only then have them block all signals.
 
         Raises:
             OSError: ESRCH if one was killed.
@@ -201,9 +202,9 @@ class Stopped:
         self._check(self._park, len(self._park.table))
 
     def put_back(self, but: int) -> list[int]:
-        """Restore the masks and registers of all threads but that in row `but`.
+        """Restore the masks and registers of all threads but the one in row `but`.
 
-        Masks come first: a thread that may run handlers still runs only harmless code.
+        Masks come first, because a thread that may run handlers then still runs only harmless code.
 
         Returns:
             The threads that were killed meanwhile.
@@ -215,7 +216,7 @@ class Stopped:
         return self._killed(self._restore)
 
     def detach(self) -> list[int]:
-        """Let all go; give those that were killed meanwhile."""
+        """Release all; return those that were killed meanwhile."""
         self._run(self._detach, 0, Step.RELEASED)
         return self._killed(self._detach)
 
@@ -229,10 +230,10 @@ class Stopped:
             calls.run_each(first, len(rows), lambda: report(step))
 
     def _check(self, calls: Calls, rows: int, allowed: Sequence[int] = ()) -> None:
-        """Do nothing if the first `rows` of calls have succeeded or failed as is allowed.
+        """Do nothing if the first `rows` of `calls` have succeeded, or failed with an `allowed` errno.
 
         Raises:
-            OSError: one has not.
+            OSError: one has failed with another errno.
         """
         for row in np.flatnonzero(calls.results[:rows] < 0).tolist():
             error = -int(calls.results[row])
@@ -247,9 +248,9 @@ class Stopped:
         return list(dict.fromkeys(self.tids[row % len(self.tids)] for row in rows))
 
 
-# Of integers: they are hashed several times for each thread while all are stopped, and an Enum hashes its name.
+# Integers, because they are hashed several times for each thread while all are stopped, and an Enum hashes its name.
 class State(enum.IntEnum):
-    """What a thread of the target is doing, as far as we have brought it there.
+    """State of a thread of the target, as far as the tracer has brought it.
 
     The permitted transitions; from each state also to DEAD, and to SEIZED if it was killed and has not gone yet::
 
@@ -262,21 +263,21 @@ class State(enum.IntEnum):
     STOPPED = enum.auto()
     """It has registers of its own, in the stop in which it was found."""
     BORROWED = enum.auto()
-    """It has registers or a mask of ours, in that same stop."""
+    """It has borrowed registers or a borrowed mask, in that same stop."""
     RUNNING = enum.auto()
-    """It runs code of ours, or is stopped in there."""
+    """It runs injected code, or is stopped in it."""
     RETURNED = enum.auto()
-    """It has its own registers again, in another stop: the kernel may have forgotten the system call that it was in
+    """It has its own registers again, in another stop: the kernel may have forgotten its system call
     (:mod:`~mthp.linux.mover.reentry`)."""
     DEAD = enum.auto()
     """It has exited."""
 
 
 BORROWED_STATES = frozenset({State.BORROWED, State.RUNNING})
-"""In these a thread is to be put back."""
+"""States from which a thread has to be put back."""
 
 STANDING = BORROWED_STATES | {State.STOPPED, State.RETURNED}
-"""In these it was stopped by us, and is to be let go."""
+"""States of a thread that the tracer has stopped, and has to release."""
 
 
 @dataclass(slots=True, eq=False)
@@ -285,8 +286,8 @@ class Tracee:
 
     Attributes:
         tid: its number.
-        state: where we have brought it.
-        row: where it is in `stopped`.
+        state: its state.
+        row: its row in `stopped`.
     """
 
     tid: int
@@ -295,47 +296,47 @@ class Tracee:
     _stopped: Stopped | None = None
 
     def place(self, stopped: Stopped, row: int) -> None:
-        """Note where that stands which is known of it."""
+        """Record the columns and the row that belong to this thread."""
         self._stopped, self.row = stopped, row
 
     def has_stopped(self) -> None:
-        """Note a stop that we asked for; one that runs our code stays a thread that does."""
+        """Record a requested stop; a thread that runs injected code keeps its state."""
         if self.state is State.SEIZED:
             self.state = State.STOPPED
 
     def borrow(self) -> None:
-        """Note that it is about to get registers or a mask of ours."""
+        """Record that it is about to get borrowed registers or a borrowed mask."""
         if self.state is State.STOPPED:
             self.state = State.BORROWED
 
     def is_put_back(self) -> None:
-        """Note that registers and mask are its own again."""
+        """Record that registers and mask are its own again."""
         if self.state in BORROWED_STATES:
             self.state = State.RETURNED if self.state is State.RUNNING else State.STOPPED
 
     @property
     def stopped(self) -> Stopped:
-        """What is known of it and the threads that were stopped with it."""
+        """Return the columns of it and of the threads that were stopped with it."""
         assert self._stopped is not None
         return self._stopped
 
     @property
     def registers(self) -> Registers:
-        """As it stopped, an EINTR that only the stop caused made good: uint64, shape (1, words)."""
+        """Return those of the stop, with an EINTR that only the stop caused repaired: uint64, shape (1, words)."""
         return self.stopped.registers[self.row : self.row + 1]
 
     @property
     def rseq_abort(self) -> int:
-        """Where it goes on if its registers are changed, 0 if just where it stopped."""
+        """Return the address where it goes on if its registers are changed, 0 if where it stopped."""
         return int(self.stopped.rseq_aborts[self.row])
 
     @property
     def home(self) -> Registers:
-        """Registers to go on with once others were set: uint64, shape (1, words)."""
+        """Return the registers to go on with once others were set: uint64, shape (1, words)."""
         return self.stopped.homes[self.row : self.row + 1]
 
     def put_back(self) -> None:
-        """Give mask and registers back, as :meth:`Stopped.put_back` does for all.
+        """Restore mask and registers, as :meth:`Stopped.put_back` does for all.
 
         Raises:
             OSError: ESRCH if it was killed.
@@ -346,11 +347,10 @@ class Tracee:
 
 
 def rseq_aborts(stopped: Stopped, read: Reader, read_words: WordReader) -> NDArray[np.uint64]:
-    """The abort handler of the restartable sequence that each thread is in, 0 if none (include/uapi/linux/rseq.h).
+    """Return the abort handler of each thread's restartable sequence, 0 if none: uint64, shape (threads,).
 
-    A thread in a system call is in none: there must be no call inside of one.
-
-    uint64, shape (threads,).
+    The layout is that of include/uapi/linux/rseq.h. A thread in a system call is in no sequence, because a sequence
+    must not contain a call.
     """
     aborts = np.zeros(len(stopped.tids), np.uint64)
     rows = np.flatnonzero((stopped.rseq_areas != 0) & ~stopped.machine.in_call(stopped.registers))
@@ -364,7 +364,7 @@ def rseq_aborts(stopped: Stopped, read: Reader, read_words: WordReader) -> NDArr
 
 
 def check_threads(process: Process, threads: list[Thread]) -> dict[int, Thread]:
-    """Give `threads` by TID if all may be given our code.
+    """Return `threads` by TID if all may run injected code.
 
     Raises:
         CannotStopError: one may not.
@@ -375,10 +375,10 @@ def check_threads(process: Process, threads: list[Thread]) -> dict[int, Thread]:
 
 
 def check_thread(process: Process, thread: Thread) -> None:
-    """Do nothing if `thread` may be given our code.
+    """Do nothing if `thread` may run injected code.
 
     Raises:
-        CannotStopError: it filters system calls, which may kill it for ours, or is one of io_uring's.
+        CannotStopError: it filters system calls, which may kill it for the mover's, or is a thread of io_uring.
     """
     if thread.seccomp:
         raise CannotStopError(

@@ -1,4 +1,4 @@
-"""What the mover has to know of each architecture, and the one that this program runs on."""
+"""The architectures of the mover, and the one that this program runs on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mthp.linux.mover.arch.machine import Machine
 from mthp.linux.mover.arch.x86_64 import X8664
 
 MACHINES: Mapping[str, type[Machine]] = {"x86_64": X8664, "aarch64": Aarch64}
-"""The machines that there is a stub for, by their names in ``uname -m``."""
+"""The machines that have a stub, by their names in ``uname -m``."""
 
 
 def by_name(name: str) -> Machine:
-    """Return the machine that ``uname -m`` calls `name`.
+    """Return the machine with the ``uname -m`` name `name`.
 
     Raises:
         UnsupportedError: there is no stub for it.

@@ -1,19 +1,19 @@
 """The mover on aarch64; the stub is ``stub_aarch64.S`` beside this file, assembled.
 
-What is different from x86-64, as far as the kernel shows it (arch/arm64/kernel/signal.c, do_signal):
+Differences from x86-64, as far as the kernel shows them (do_signal, arch/arm64/kernel/signal.c):
 
 - When a thread stops, the kernel has already rewound it to its interrupted system call, and has forgotten the call: the
-  registers are whole without its help. So there is nothing to do to leave a call or to restart one alone. Relative
-  timeouts of the worker, and of threads that restore themselves, start again. What a signal makes of the worker's call
-  is a matter of its own (:mod:`~mthp.linux.mover.reentry`); to threads that restore themselves nobody sees in this way.
+  registers are whole without its help. So no code is needed to leave a call or to restart one without a tracer.
+  Relative timeouts of the worker, and of threads that restore themselves, start again. Signals and the worker's call
+  have a module of their own (:mod:`~mthp.linux.mover.reentry`); threads that restore themselves have no such help.
 - For the same reason an EINTR that only the stop caused (epoll_wait(2), semop(2) and the others of
-  :mod:`~mthp.linux.mover.arch.x86_64`) cannot be told from one that a handler of the program caused, and the first
-  argument of the call is gone from the registers. It is not made good: these calls return EINTR, as after SIGSTOP and
-  SIGCONT.
-- System calls throw away the parts of SVE registers beyond the vector registers, and rt_sigreturn(2), with which a
-  thread restores itself, leaves the streaming mode of SME and wants a token on a guarded control stack; and on
-  processors with permission overlays, some kernels set those at random if the frame says nothing of them. A thread in
-  such a state is not given our code.
+  :mod:`~mthp.linux.mover.arch.x86_64`) cannot be distinguished from one that a handler of the program caused, and the
+  first argument of the call is gone from the registers. It is not repaired: these calls return EINTR, as after SIGSTOP
+  and SIGCONT.
+- System calls discard the parts of SVE registers beyond the vector registers. rt_sigreturn(2), with which a thread
+  restores itself, leaves the streaming mode of SME and needs a token on a guarded control stack. On processors with
+  permission overlays, some kernels set those at random if the frame does not have them. A thread in such a state does
+  not get injected code.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ NT_ARM_SVE, NT_ARM_SSVE, NT_ARM_POE, NT_ARM_GCS = 0x405, 0x40B, 0x40F, 0x410
 """Register sets of include/uapi/linux/elf.h."""
 
 SVE_PT_REGS_SVE = 1
-"""In the flags of ``struct user_sve_header``: there is more than the vector registers."""
+"""In the flags of ``struct user_sve_header``: the set has more than the vector registers."""
 
 PR_SHADOW_STACK_ENABLE = 1
 
@@ -84,7 +84,7 @@ _WORDS = 34
 
 _MODE = 0x1F
 _NO_BRANCH_TYPE = np.uint64(~(3 << 10) & ((1 << 64) - 1))
-"""All but PSTATE.BTYPE: what kind of branch came before, which only the place that was branched to is to know of."""
+"""All but PSTATE.BTYPE: the kind of the preceding branch, which is valid only at the target of that branch."""
 
 _FPSIMD_MAGIC, _FPSIMD_BYTES = 0x46508001, 528
 """The head of ``struct fpsimd_context``."""
@@ -140,20 +140,20 @@ class Aarch64(Machine):
     trampoline_bytes = 0
 
     def foreign(self, registers: Registers) -> NDArray[np.bool_]:
-        """Any mode but that of 64-bit programs."""
+        """Return which threads are in any mode but that of 64-bit programs."""
         different: NDArray[np.bool_] = (registers[:, _PSTATE] & np.uint64(_MODE)) != 0
         return different
 
     def in_call(self, registers: Registers) -> NDArray[np.bool_]:
-        """The kernel does not tell."""
+        """Return no thread, because the kernel does not show it."""
         return np.zeros(len(registers), np.bool_)
 
     def repair(self, registers: Registers) -> NDArray[np.bool_]:
-        """Cannot be done; see above."""
+        """Return no row: the repair is impossible; see above."""
         return np.zeros(len(registers), np.bool_)
 
     def leave_call(self, registers: Registers) -> None:
-        """The kernel has forgotten the call already; but a branch may just have been taken, and not to where we go."""
+        """Clear the branch type, because a branch may just have been taken. The kernel has already forgotten the call."""
         registers[:, _PSTATE] &= _NO_BRANCH_TYPE
 
     def parked(self, homes: Registers, contexts: NDArray[np.uint64], entry: int, header: int) -> Registers:
@@ -176,7 +176,7 @@ class Aarch64(Machine):
         self, tid: int, home: Registers, mask: int, stub: tuple[int, int, int], calls: NDArray[np.uint64]
     ) -> bytes:
         frame = self.pack_contexts(home, np.array([mask], np.uint64), np.zeros(1, np.uint64))[0, : FRAME_BYTES // 8]
-        # The padding cannot be written to by the code in it, as a context is just before it is used.
+        # The code cannot write to the padding that it runs in, as it writes to a context just before it is used.
         vectors = ptrace.get_register_set(tid, _NT_PRFPREG, _VECTOR_WORDS)
         if vectors is not None:
             frame[_C_VREGS // 8 : _C_VREGS // 8 + 64] = vectors[:64]

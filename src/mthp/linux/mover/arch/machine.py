@@ -1,7 +1,7 @@
-"""What the mover has to know of a machine: registers, system calls, and the code that runs inside a target.
+"""A machine as the mover needs it: registers, system calls, and the code that runs inside a target.
 
-All else is the same on every architecture. Registers come as columns, one row for each thread, so that whatever is
-done to them is done to those of all threads at once: a stop is paid for by the microsecond, and by the thread.
+All else is the same on every architecture. Registers come as columns, one row for each thread, so that every operation
+covers all threads at once: a stop costs microseconds for each thread.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _Addresses = NDArray[np.uint64]
 _Bools = NDArray[np.bool_]
 
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
-"""What a system call that a signal interrupted leaves as its result, negated (include/linux/errno.h)."""
+"""Negated results of a system call that a signal interrupted (include/linux/errno.h)."""
 
 
 class Machine(abc.ABC):
-    """One architecture. Has no state; all is the same for every process.
+    """One architecture. It has no state and is the same for every process.
 
     Attributes:
-        name: as ``uname -m`` gives it.
-        words: how many general registers there are.
+        name: name in ``uname -m``.
+        words: number of general registers.
         pc, sp: columns of the program counter and the stack pointer.
         number, result: columns of a system call's number and its result.
-        arguments: those of its arguments.
+        arguments: columns of its arguments.
         syscall: the bytes of the instruction.
-        alignment: of instructions, in bytes.
+        alignment: alignment of instructions, in bytes.
         forgets_calls: whether the kernel forgets which system call a stop has interrupted, once the thread goes on from
             there (:mod:`~mthp.linux.mover.reentry`).
         calls: numbers of the system calls that the tracer makes, or has the target make.
@@ -45,11 +45,11 @@ class Machine(abc.ABC):
             all signals, and of the last call alone.
         boot_row, boot_error: columns of the call that it makes, and of the error of one that failed.
         boot_rows: offset of its calls.
-        slot_bytes: what the boot code takes up with its data, a multiple of 64.
+        slot_bytes: size of the boot code with its data, a multiple of 64.
         boot_stack: offset behind it of the stack pointer that the thread is restored with.
-        context_bytes: of what a thread restores itself from.
+        context_bytes: size of a context, from which a thread restores itself.
         keeper_word: index of the first of a context's words that :class:`~mthp.linux.mover.stub.Layout` fills in.
-        trampoline_bytes: of code that every thread has for itself.
+        trampoline_bytes: size of each thread's own code.
     """
 
     name: ClassVar[str]
@@ -80,33 +80,33 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def foreign(self, registers: Registers) -> _Bools:
-        """Which threads do not run code of this machine's full word size: bool, shape (threads,)."""
+        """Return which threads do not run code of this machine's full word size: bool, shape (threads,)."""
 
     @abc.abstractmethod
     def in_call(self, registers: Registers) -> _Bools:
-        """Which threads surely stand in a system call: bool, shape (threads,)."""
+        """Return which threads are certainly in a system call: bool, shape (threads,)."""
 
     @abc.abstractmethod
     def repair(self, registers: Registers) -> _Bools:
-        """Make good, in place, an EINTR that only the stop caused; which rows were changed: bool, shape (threads,)."""
+        """Repair, in place, an EINTR that only the stop caused; return the changed rows: bool, shape (threads,)."""
 
     @abc.abstractmethod
     def leave_call(self, registers: Registers) -> None:
-        """Have the kernel take these registers as they are, in place: no system call is to be restarted with them."""
+        """Change registers in place so that the kernel does not restart a system call with them."""
 
     @abc.abstractmethod
     def parked(self, homes: Registers, contexts: _Addresses, entry: int, header: int) -> Registers:
-        """The registers of threads that are to run the stub.
+        """Return the registers of threads that are to run the stub.
 
         Args:
             contexts: addresses of their contexts: uint64, shape (threads,).
-            entry: address that they are to run from.
+            entry: address at which they begin.
             header: address of the header.
         """
 
     @abc.abstractmethod
     def pack_contexts(self, homes: Registers, masks: _Addresses, trampolines: _Addresses) -> _Addresses:
-        """What threads restore themselves from, if nobody else does: uint64, shape (threads, context_bytes / 8).
+        """Return the contexts from which threads restore themselves: uint64, shape (threads, context_bytes / 8).
 
         Args:
             masks: their blocked signals: uint64, shape (threads,).
@@ -117,7 +117,7 @@ class Machine(abc.ABC):
     def pack_boot(
         self, tid: int, home: Registers, mask: int, stub: tuple[int, int, int], calls: NDArray[np.uint64]
     ) -> bytes:
-        """Return :attr:`boot` with what follows it: the thread to be restored, and the calls that it makes.
+        """Return :attr:`boot` with its data: the thread to be restored, and the calls that it makes.
 
         Args:
             tid: the thread, which is stopped.
@@ -129,9 +129,9 @@ class Machine(abc.ABC):
 
     @abc.abstractmethod
     def trampoline(self, at: int, context: int) -> bytes:
-        """The code at address `at` that a thread with the context at `context` has for itself."""
+        """Return the thread's own code at address `at`, for the thread with the context at `context`."""
 
     def refuse_extended(self, tids: list[int]) -> str:
-        """Why the stub must not run in one of the stopped `tids` for its registers beyond the general; "" if it may."""
+        """Return why the stub must not run in one of `tids`, stopped, for its non-general registers; "" if it may."""
         del tids
         return ""

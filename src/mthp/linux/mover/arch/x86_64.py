@@ -74,7 +74,7 @@ BOOT = bytes.fromhex(
 """The code of ``boot_x86_64.S``, assembled; a test compares the two."""
 
 NO_SYSCALL = (1 << 64) - 1
-"""In ``orig_rax``: not in a system call, so nothing is there to be restarted."""
+"""Value of ``orig_rax`` outside of system calls: nothing is to be restarted."""
 
 USER_CS = 0x33
 """Code segment of a thread that runs 64-bit code (__USER_CS)."""
@@ -110,7 +110,7 @@ EINTR_CALLS = frozenset(
         328,  # pwritev2
     }
 )
-"""System calls that a stop makes return EINTR, where signal(7) has them restarted or not interrupted."""
+"""System calls that return EINTR after a stop, although signal(7) has them restarted or not interrupted."""
 
 _SYSCALL = b"\x0f\x05"
 REGISTERS = (
@@ -130,21 +130,21 @@ CONTEXT = (
     *(f"r{number}" for number in range(8, 16)),
     *("mask", "ticks", "nap_seconds", "nap_nanoseconds", "trampoline"),
 )
-"""The first words of a context; what the keeper wants to know of a thread follows."""
+"""The first words of a context; the keeper's words about a thread follow."""
 
 _CONTEXT_BYTES = 384
 NT_X86_XSTATE = 0x202
-"""The register set with all that XSAVE saves (include/uapi/linux/elf.h)."""
+"""The register set of all XSAVE components (include/uapi/linux/elf.h)."""
 
 _XSTATE_WORDS = 2048
-"""Room for it: 16 KiB, of which AMX, the largest, needs 11."""
+"""Words for it: 16 KiB, of which AMX, the largest component, needs 11."""
 
 _XSTATE_BV, _PKRU_COMPONENT, _PKRU_KEY_0 = 512, 9, 0b11
 """Offset of the components that are present; the number of PKRU; its bits that bar accesses and writes to key 0."""
 
 _XSTATE_LEAF = 0x0D
 _CPUID = bytes.fromhex("5389f889f10fa289d85bc3")
-"""push rbx; mov eax, edi; mov ecx, esi; cpuid; mov eax, ebx; pop rbx; ret: the offset of a component of XSAVE."""
+"""push rbx; mov eax, edi; mov ecx, esi; cpuid; mov eax, ebx; pop rbx; ret: returns the offset of an XSAVE component."""
 
 _IN_CONTEXT = [COLUMN[name] for name in CONTEXT[:18]]
 
@@ -188,7 +188,7 @@ class X8664(Machine):
     trampoline_bytes = 32
 
     def foreign(self, registers: Registers) -> NDArray[np.bool_]:
-        """Code that runs in another segment than the ordinary one is 32-bit code."""
+        """Return the threads whose code segment is not the ordinary one: they run 32-bit code."""
         different: NDArray[np.bool_] = registers[:, _CS] != USER_CS
         return different
 
@@ -197,7 +197,7 @@ class X8664(Machine):
         return called
 
     def repair(self, registers: Registers) -> NDArray[np.bool_]:
-        """-ERESTARTNOHAND in its place is EINTR again where a handler is to run, and restarts the call elsewhere."""
+        """Replace EINTR by -ERESTARTNOHAND: EINTR again where a handler is to run, otherwise the call is restarted."""
         changed: NDArray[np.bool_] = registers[:, _RAX] == _negative(errno.EINTR)
         for row in np.flatnonzero(changed).tolist():
             changed[row] = int(registers[row, _ORIG_RAX]) in EINTR_CALLS
@@ -230,7 +230,7 @@ class X8664(Machine):
         return BOOT + alone(home)[0, _IN_CONTEXT].tobytes() + words.tobytes() + calls.tobytes()
 
     def refuse_extended(self, tids: list[int]) -> str:
-        """Our memory has protection key 0: a thread barred from that would die of its first access (pkeys(7))."""
+        """Return why a thread is barred from the stub's protection key, 0: its first access would kill it (pkeys(7))."""
         if not has_protection_keys():
             return ""
         offset = _pkru_offset()
@@ -252,10 +252,10 @@ class X8664(Machine):
 
 
 def alone(homes: Registers) -> Registers:
-    """Registers with which threads go on that the kernel does not help any more to restart their system calls.
+    """Return registers with which threads go on without the kernel's help to restart their system calls.
 
-    What arch_do_signal_or_restart (arch/x86/kernel/signal.c) does to a thread that leaves an interrupted call without
-    a handler to run, done beforehand.
+    They are changed as arch_do_signal_or_restart (arch/x86/kernel/signal.c) changes those of a thread that leaves an
+    interrupted call without a handler to run.
     """
     registers = homes.copy()
     called = homes[:, _ORIG_RAX]
@@ -274,10 +274,10 @@ def bars_key_0(state: NDArray[np.uint64], offset: int) -> bool:
 
     Args:
         state: its register set NT_X86_XSTATE in the standard format: uint64.
-        offset: where PKRU is in it, in bytes.
+        offset: offset of PKRU in it, in bytes.
     """
     present = int(state[_XSTATE_BV // 8]) >> _PKRU_COMPONENT & 1
-    # A component that is not present has its initial value, with which nothing is barred.
+    # A component that is not present has its initial value, which bars nothing.
     return bool(present and int(state.view(np.uint32)[offset // 4]) & _PKRU_KEY_0)
 
 
@@ -291,7 +291,7 @@ def has_protection_keys() -> bool:
 
 @functools.cache
 def _pkru_offset() -> int:
-    """Return where PKRU is in the standard format of XSAVE, in bytes; 0 if that cannot be found out."""
+    """Return the offset of PKRU in the standard format of XSAVE, in bytes; 0 if it is unknown."""
     address = executable(_CPUID)
     function = ctypes.PYFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32)
     return function(address)(_XSTATE_LEAF, _PKRU_COMPONENT) if address else 0

@@ -1,19 +1,19 @@
-"""Which blocks of a process must not be moved: a verdict for many blocks at once, from columns.
+"""Check which blocks of a process must not be moved: many blocks at once, from columns.
 
-A *block* is a naturally aligned run of 2**order pages that is to become one folio. It is judged by what was read a
-moment ago; the process may have gone on since. So these verdicts are made twice: before the threads are stopped, to
-spare them a stop for nothing, and after it, when nothing of the process can change the answer any more.
+A *block* is a naturally aligned run of 2**order pages that is to become one folio. The columns were read a moment ago;
+the process may have gone on since. So blocks are checked twice: before the threads are stopped, to spare them a useless
+stop, and after it, when the process can no longer change the answer.
 
-Three kinds of memory inside an otherwise ordinary mapping are used by the kernel on behalf of a thread, also while
-that thread is stopped: the rseq area is written when a thread goes back to user mode on another CPU, the robust list
-is walked when a thread is killed, and a signal frame is pushed below the stack pointer. A block that holds one of them
-is left alone. :func:`special_ranges` finds what can be found:
+The kernel uses three kinds of memory inside an otherwise ordinary mapping on behalf of a thread, also while that thread
+is stopped: it writes the rseq area when a thread returns to user mode on another CPU, walks the robust list when a
+thread is killed, and pushes a signal frame below the stack pointer. A block that holds one of them is not moved.
+:func:`special_ranges` finds these ranges as far as possible:
 
 - robust lists with get_robust_list(2), at any time;
 - stack pointers from ``/proc/PID/task/TID/syscall``, for every thread that does not run at this moment, which means
-  for all of them once they are stopped. The field ``kstkesp`` of ``/proc/PID/stat`` is no help: the kernel fills it in
-  for exiting threads only (do_task_stat, fs/proc/array.c);
-- rseq areas only with PTRACE_GET_RSEQ_CONFIGURATION, which wants the thread stopped and traced
+  for all of them once they are stopped. The field ``kstkesp`` of ``/proc/PID/stat`` does not help: the kernel fills it
+  in for exiting threads only (do_task_stat, fs/proc/array.c);
+- rseq areas only with PTRACE_GET_RSEQ_CONFIGURATION, for which the thread must be stopped and traced
   (:func:`mthp.linux.mover.park.special_ranges`).
 """
 
@@ -43,7 +43,7 @@ ROBUST_LIST_HEAD_BYTES = 24
 """``sizeof(struct robust_list_head)``, include/uapi/linux/futex.h."""
 
 RED_ZONE_BYTES = 128
-"""What a function may use below its stack pointer (System V ABI of x86-64, 3.2.2; aarch64 has none)."""
+"""Bytes that a function may use below its stack pointer (System V ABI of x86-64, 3.2.2; aarch64 has none)."""
 
 WORD_BYTES = 8
 
@@ -55,7 +55,7 @@ _Bools = NDArray[np.bool_]
 
 
 class BlockRefusal(enum.IntEnum):
-    """Why a block is not moved, in the order in which the reasons take precedence; NONE if it may be moved."""
+    """The reason not to move a block, in the order of precedence; NONE if it may be moved."""
 
     objection: Objection
 
@@ -83,7 +83,7 @@ class BlockRefusal(enum.IntEnum):
 
 
 def objection_of(verdict: int, vmas: Sequence[Vma], address: int) -> Objection:
-    """Return what speaks against a block, as exactly as it can be told.
+    """Return the objection to a block, as exact as possible.
 
     Args:
         verdict: of :func:`refuse_blocks`, not NONE.
@@ -111,12 +111,12 @@ class SpecialRanges:
 
     @property
     def ranges(self) -> tuple[Segment, ...]:
-        """All of them."""
+        """Return all ranges."""
         return self.robust_lists + self.stacks
 
 
 def special_ranges(process: Process) -> SpecialRanges:
-    """What of :class:`SpecialRanges` can be told at this moment, without stopping anything."""
+    """Return the :class:`SpecialRanges` that are visible at this moment, without stopping anything."""
     robust: list[Segment] = []
     stacks: list[Segment] = []
     for tid in task_ids(process):
@@ -127,7 +127,7 @@ def special_ranges(process: Process) -> SpecialRanges:
             continue
         words = text.split()
         if len(words) < 3:
-            continue  # It runs, and its stack pointer is not known.
+            continue  # It runs, and its stack pointer is unknown.
         # Number, arguments, stack pointer, program counter (proc_pid_syscall, fs/proc/base.c).
         pointer = int(words[-2], 16)
         stacks.append((max(0, pointer - RED_ZONE_BYTES), pointer + WORD_BYTES))
@@ -135,7 +135,7 @@ def special_ranges(process: Process) -> SpecialRanges:
 
 
 def robust_list(tid: int) -> int:
-    """Address of the head of a thread's robust list; 0 if it has none or is gone."""
+    """Return the address of the head of a thread's robust list; 0 if it has none or is gone."""
     number = NR_GET_ROBUST_LIST.get(os.uname().machine)
     head, length = ctypes.c_uint64(), ctypes.c_size_t()
     if number is None or _libc.syscall(
@@ -157,19 +157,19 @@ def refuse_blocks(
     page_size: int,
     fill: bool = False,
 ) -> NDArray[np.uint8]:
-    """Judge blocks.
+    """Check blocks, and return the refusal of each.
 
-    Pages freed with MADV_FREE are no reason: moving them is as right as writing to them would be. Whether it is
-    wanted is for the plan to say.
+    Pages freed with MADV_FREE are not refused: moving them is as right as writing to them would be. The plan decides
+    whether it is wanted.
 
     Args:
         columns: the page table entries around the blocks; segments in any order, not overlapping.
-        mapcounts: how often each page of `columns` is mapped, or None to go by the bit SHARED alone. The bit counts in
-            any case, since for large folios the kernel may give an average only.
+        mapcounts: how often each page of `columns` is mapped, or None to use the bit SHARED alone. The bit counts in
+            any case, because the kernel may count only an average for large folios.
         addresses: start of each block in bytes: int64, shape (blocks,).
         orders: order of each block: int8, shape (blocks,).
         vmas: the mappings, ascending.
-        refuse_vma: gives something for a mapping that is refused, None for others.
+        refuse_vma: function that returns an object for a mapping that is refused, None for others.
         special: memory that the kernel uses.
         fill: whether holes and zero pages are to be filled.
 
@@ -201,7 +201,7 @@ def refuse_blocks(
 def _by_vma(
     addresses: _Int64s, ends: _Int64s, vmas: Sequence[Vma], refuse_vma: Callable[[Vma], object | None]
 ) -> tuple[_Bools, _Bools]:
-    """Whether each block lies inside one mapping, and whether that one may be touched: bool, shape (blocks,)."""
+    """Return whether each block lies inside one mapping, and whether that one may be touched: bool, shape (blocks,)."""
     # [vsyscall] lies beyond what an int64 holds.
     user = [vma for vma in vmas if vma.end < LARGEST_ADDRESS]
     if not user:
@@ -217,10 +217,10 @@ def _by_vma(
 
 
 def touches(addresses: _Int64s, ends: _Int64s, ranges: Sequence[Segment]) -> _Bools:
-    """Which blocks one of `ranges` overlaps: bool, shape (blocks,).
+    """Return which blocks overlap one of `ranges`: bool, shape (blocks,).
 
     Args:
-        addresses, ends: of the blocks: int64, shape (blocks,).
+        addresses, ends: those of the blocks: int64, shape (blocks,).
         ranges: half-open, in any order, of any lengths; those beyond user space touch nothing.
     """
     user = sorted(pair for pair in ranges if pair[1] < LARGEST_ADDRESS)
@@ -243,7 +243,7 @@ def _by_pages(
     *,
     fill: bool,
 ) -> NDArray[np.uint8]:
-    """Verdicts from the entries of blocks that lie in `columns` from page `first` on: uint8, shape (blocks,)."""
+    """Return refusals from the entries of blocks that lie in `columns` from page `first` on: uint8, shape (blocks,)."""
     verdict = np.zeros(len(first), np.uint8)
     pages = spread(first, counts)
     begins = np.cumsum(counts) - counts
@@ -277,10 +277,10 @@ def _by_pages(
 
 
 def _one_folio(columns: PteColumns, pages: _Int64s, begins: _Int64s, counts: _Int64s, large: _Bools) -> _Bools:
-    """Which blocks lie in one folio of their order or more: bool, shape (blocks,).
+    """Return which blocks lie in one folio of their order or more: bool, shape (blocks,).
 
     Folios are naturally aligned, so such a block's frames are consecutive from one aligned like the block. Without
-    frame numbers only what a PMD entry maps has a known order, and it is whole.
+    frame numbers only folios mapped by a PMD entry have a known order, and they are whole.
     """
     whole: _Bools = np.logical_and.reduceat(large, begins)
     if columns.pfn is None:

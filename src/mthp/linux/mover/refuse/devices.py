@@ -1,12 +1,12 @@
-"""Open files of a process behind which a driver may hold its pages, or use its memory while it is stopped.
+"""Refuse processes with open files whose driver may hold pages, or use memory while the process is stopped.
 
 A driver can pin pages, which the kernel shows when they are to be moved. But it can also keep a second page table that
-points to them (a virtual machine), let a thread of the kernel's write to the process's memory (vhost), let another
-process map it (XPMEM), or let a device use the process's own page table (shared virtual addressing). None of that
-is visible page by page: only the open file shows it.
+points to them (a virtual machine), let a kernel thread write to the process's memory (vhost), let another process map
+it (XPMEM), or let a device use the process's own page table (shared virtual addressing). None of that is visible page
+by page: only the open file shows it.
 
-As with flags of mappings there is a list of what is allowed: a character device that is not on it is refused. Block
-devices and files of file systems pin what they transfer.
+As with flags of mappings, a list names the allowed devices: a character device outside the list is refused. Block
+devices and files of file systems pin the pages that they transfer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _HOLDERS = (
     ("sva", ("/dev/dsa/", "/dev/iax/", "/dev/hisi_"), "a device uses its page table (shared virtual addressing)"),
     ("xpmem", ("/dev/xpmem",), "other processes may have mapped its memory (XPMEM)"),
 )
-"""Key, how the targets of links in ``/proc/PID/fd`` begin, and what holding such a file means."""
+"""Key, prefixes of links in ``/proc/PID/fd``, and the effect of holding such a file."""
 
 _KMEM = ((1, 1), (1, 2), (1, 4))
-"""``mem``, ``kmem`` and ``port``: of major number 1, what is not as harmless as ``null`` and ``random``."""
+"""``mem``, ``kmem`` and ``port``: the devices of major number 1 that are not as harmless as ``null`` and ``random``."""
 
 _HARMLESS_MAJORS = frozenset({1, 4, 5, 13, *range(136, 144)})
 """Memory devices (null, zero, random), terminals, input (Documentation/admin-guide/devices.txt)."""
@@ -45,19 +45,19 @@ _HARMLESS_NAMES = (
     *("rfkill", "rtc", "snd/", "tpm", "ttyA", "ttyS", "ttyU", "uhid", "uinput", "userfaultfd", "vcs", "vga_arbiter"),
     *("vport", "vsock", "watchdog"),
 )
-"""Devices of other numbers, many of which are given out as they come, by how their names below ``/dev`` begin. All of
-these copy what they read and write, or pin it while they transfer it."""
+"""Prefixes of names below ``/dev`` of further harmless devices, many of which have dynamic numbers. All of these copy
+the memory that they read and write, or pin it while they transfer it."""
 
 
 def open_files(process: Process, directory: str) -> list[tuple[str, int]]:
-    """What the descriptors in ``/proc/PID/<directory>`` refer to: link, and number of the character device or 0."""
+    """Return link and number of the character device, or 0, of each descriptor in ``/proc/PID/<directory>``."""
     files = []
     try:
         handle = process.open(directory)
     except NotPermittedError:
         raise
     except MthpError:
-        # A thread that has exited.
+        # The thread has exited.
         process.check_alive()
         return []
     try:
@@ -77,13 +77,13 @@ def open_files(process: Process, directory: str) -> list[tuple[str, int]]:
 
 
 def _device(name: str, directory: int) -> int:
-    """Number of the character device that a descriptor refers to, 0 if it refers to anything else."""
+    """Return the number of the character device that a descriptor refers to, 0 for other files."""
     status = os.stat(name, dir_fd=directory)
     return status.st_rdev if stat.S_ISCHR(status.st_mode) else 0
 
 
 def refuse_files(files: Iterable[tuple[str, int]]) -> list[Refusal]:
-    """What speaks against moving memory of a process that has `files` open, as :func:`open_files` gives them."""
+    """Return the refusals of a process that has `files`, as :func:`open_files` returns them, open."""
     refused: dict[str, Refusal] = {}
     for link, device in dict.fromkeys(files):
         key = device_of(link)
@@ -103,7 +103,7 @@ def refuse_files(files: Iterable[tuple[str, int]]) -> list[Refusal]:
 
 
 def device_of(link: str) -> str | None:
-    """Which kind of device, of those that hold on to memory, a link of ``/proc/PID/fd`` leads to."""
+    """Return the key of the memory-holding device that a link of ``/proc/PID/fd`` leads to; None for others."""
     for key, prefixes, _ in _HOLDERS:
         if link.startswith(prefixes):
             return key
@@ -111,7 +111,7 @@ def device_of(link: str) -> str | None:
 
 
 def is_harmless(link: str, device: int) -> bool:
-    """Whether a character device is known not to hold on to memory.
+    """Return whether a character device is known not to hold memory.
 
     Args:
         link: its path, as ``/proc/PID/fd`` has it.

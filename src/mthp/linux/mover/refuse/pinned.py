@@ -1,11 +1,11 @@
-"""Large folios that are held: they are found by splitting them before the stop.
+"""Find large folios that are held, by splitting them before the stop.
 
-UFFDIO_MOVE splits the large folios that it comes to. Where one is held (a pin, a page in a pipe) that fails, and
-some kernels then try again for as long as it lasts (move_pages, mm/userfaultfd.c; seen on 6.12, 7.0 and 7.2, while 6.18
-and 7.3 say EBUSY). All threads of the target would be stopped meanwhile, and perhaps one of them has to release
-the folio. No interface shows what holds a page. But MADV_COLD over a part of a large folio splits it, too, and
-leaves it as it is where it cannot (madvise_cold_or_pageout_pte_range, mm/madvise.c). So the large folios in blocks that
-are to be moved are split that way, and a block that still has one after that is not moved.
+UFFDIO_MOVE splits the large folios that it meets. Where one is held (a pin, a page in a pipe) the split fails, and some
+kernels then repeat it until the holder is gone (move_pages, mm/userfaultfd.c; seen on 6.12, 7.0 and 7.2, while 6.18 and
+7.3 return EBUSY). All threads of the target would be stopped meanwhile, perhaps with the one that has to release the
+folio. No interface shows which pages are held. But MADV_COLD over a part of a large folio splits it, too, and leaves it
+as it is if that fails (madvise_cold_or_pageout_pte_range, mm/madvise.c). So the large folios in blocks to be moved are
+split that way, and a block that still has one after that is not moved.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ HELD = Objection(
 
 
 def has_large_folios(columns: PteColumns) -> bool:
-    """Whether a large folio is among the pages, as far as frames can be seen."""
+    """Return whether a large folio is among the pages, as far as frames can be seen."""
     return columns.pfn is not None and bool(_large(columns).any())
 
 
 def split_large_folios(target: MoveTarget, blocks: Sequence[Block]) -> list[Block]:
-    """Split the large folios that `blocks` lie in; give the blocks that still have one.
+    """Split the large folios that `blocks` lie in; return the blocks that still have one.
 
     Args:
-        target: the process; it need not stand still.
+        target: the process; it need not be stopped.
         blocks: disjoint, ascending.
     """
     size = target.geometry.page_size
@@ -58,7 +58,7 @@ def split_large_folios(target: MoveTarget, blocks: Sequence[Block]) -> list[Bloc
 
 
 def _large(columns: PteColumns) -> NDArray[np.bool_]:
-    """Which pages are those of a large folio."""
+    """Return which pages belong to a large folio."""
     mapped = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == np.uint16(Pte.PRESENT)
     large: NDArray[np.bool_] = mapped & (columns.folio_order > 0)
     return large

@@ -1,7 +1,7 @@
-"""Which processes the mover refuses; why there are refusals at all stands in :mod:`~mthp.linux.mover.refuse`.
+"""Check which processes the mover refuses; :mod:`~mthp.linux.mover.refuse` explains why it refuses any.
 
-Everything is asked of the kernel at the moment of asking: nothing follows from names of programs or from versions.
-What can change afterwards is asked again once the threads are stopped; being traced by ourselves is no reason then.
+Every check queries the kernel at that moment: nothing follows from names of programs or from versions. Facts that can
+change afterwards are checked again once the threads are stopped; being traced by this program is then not a refusal.
 No check stops or changes anything.
 """
 
@@ -36,22 +36,22 @@ from mthp.units import format_size
 
 ELFCLASS64 = 2
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
-"""``EM_X86_64`` and ``EM_AARCH64`` of include/uapi/linux/elf-em.h, by machine as ``uname -m`` gives it."""
+"""``EM_X86_64`` and ``EM_AARCH64`` of include/uapi/linux/elf-em.h, by name in ``uname -m``."""
 
 PER_MASK = 0xFF
 READ_IMPLIES_EXEC = 0x0400000
 """include/uapi/linux/personality.h."""
 
 CLONING_CALLS = {"x86_64": (56, 58, 435), "aarch64": (220, 435)}
-"""``clone``, ``vfork`` and ``clone3``: the calls that wait for a child to exec, in ``asm/unistd.h``."""
+"""``clone``, ``vfork`` and ``clone3`` in ``asm/unistd.h``: the calls that wait for a child to exec."""
 
 UNINTERRUPTIBLE_LOOKS = 5
 UNINTERRUPTIBLE_PAUSE = 0.002
-"""A thread found in state D each time, with so many seconds between, is taken to stay there; most are there for the
-length of a disk access or a page fault."""
+"""Number of checks and seconds between them: a thread in state D each time is expected to stay so. Most leave it after
+a disk access or a page fault."""
 
 PASSING = frozenset({"vfork", "uninterruptible"})
-"""Keys of refusals that may be over a moment later."""
+"""Keys of refusals that may pass in a moment."""
 
 _ELF_HEADER = struct.Struct("<4sB13xH")
 _MAPPED_AIO = re.compile(rb" /\[aio\](?: \(deleted\))?$", re.MULTILINE)
@@ -59,7 +59,7 @@ _MAPPED_IO_URING = re.compile(rb" anon_inode:\[io_uring\]$", re.MULTILINE)
 
 
 class _Target:
-    """What the checks look at; each thing is read once, when a check first wants it."""
+    """The data that the checks use; each item is read once, when a check first needs it."""
 
     def __init__(self, process: Process, geometry: Geometry, means: Means, proc: Path) -> None:
         self.process = process
@@ -77,7 +77,7 @@ class _Target:
 
     @cached_property
     def files(self) -> list[tuple[str, int]]:
-        """What the file descriptors of all threads refer to, as :func:`open_files` gives it."""
+        """Return the targets of the file descriptors of all threads, as :func:`open_files` does."""
         own_tables = [
             thread.tid
             for thread in self.threads
@@ -90,16 +90,16 @@ class _Target:
 def refuse_process(
     process: Process, geometry: Geometry, means: Means = USUAL_MEANS, *, proc: Path = Path("/proc")
 ) -> list[Refusal]:
-    """All that speaks against moving memory of `process` at this moment; empty if nothing does.
+    """Return the refusals of `process` at this moment; empty if it may be moved.
 
     Args:
-        means: what moving may cost the target and the machine.
-        proc: where the machine's memory is looked up.
+        means: permitted costs for the target and the machine.
+        proc: directory from which the machine's memory is read.
     """
     target = _Target(process, geometry, means, proc)
     refused = [refusal for check in _BY_ANYBODY if (refusal := check(target))]
     if refusal := _not_permitted(target):
-        # The others look at what these rights do not show.
+        # The other checks read files that these rights do not open.
         return [*refused, refusal]
     try:
         for check in _BY_TRACERS:
@@ -107,12 +107,12 @@ def refuse_process(
                 refused.append(refusal)
         refused += refuse_files(target.files)
     except NotPermittedError as error:
-        # It became somebody else's by execve(2) meanwhile.
+        # Its owner has changed by execve(2) meanwhile.
         refused.append(Refusal("not_permitted", error.message, error.help))
     return refused
 
 
-# --- What anybody may see ---------------------------------------------------------------------------------------------
+# --- Checks without special rights ------------------------------------------------------------------------------------
 
 
 def _itself(target: _Target) -> Refusal | None:
@@ -134,7 +134,7 @@ def _ancestor(target: _Target) -> Refusal | None:
             text = (target.proc / str(pid) / "stat").read_bytes()
         except OSError:
             return None
-        # The parent is the second field behind the name, which may hold anything (proc_pid_stat(5)).
+        # The parent is the second field behind the name, which may contain any character (proc_pid_stat(5)).
         pid = int(text[text.rindex(b")") + 2 :].split()[1])
         if pid == target.process.pid:
             return Refusal(
@@ -165,7 +165,7 @@ def _traced(target: _Target) -> Refusal | None:
 
 
 def _threads(target: _Target) -> Refusal | None:
-    """Stopping takes time for every thread, so that a target of thousands stands still for long in every window."""
+    """Refuse too many threads: each takes time to stop, so that every window of thousands of threads would be long."""
     threads, pause = int(target.process.status("Threads") or 1), target.means.max_pause_ns
     most = target.means.max_threads or most_threads(pause)
     if threads <= most:
@@ -225,21 +225,21 @@ def _userfaultfd(target: _Target) -> Refusal | None:
 
 
 def _low_memory(target: _Target) -> Refusal | None:
-    """A move takes a second set of pages for a moment; if there were none, the OOM killer might end the target."""
+    """Refuse if memory is short: a move briefly takes a second set of pages; the OOM killer might end the target."""
     membership = target.process.read("cgroup").decode(errors="replace")
     reserve = as_amount(target.means.reserve)
     return low_memory(Room(lambda: memory_bounds(membership, target.proc), reserve), target.geometry)
 
 
 def low_memory(room: Room, geometry: Geometry) -> Refusal | None:
-    """Return whether there is too little room for the smallest move: one window with a page table of its own."""
+    """Return a refusal if there is too little room for the smallest move: one window with a page table of its own."""
     if room.take(2 * geometry.pmd_size):
         return None
     return Refusal("low_memory", room.reason, "free some memory, raise the limit, or lower the reserve (--reserve)")
 
 
 def _frozen(target: _Target) -> Refusal | None:
-    """Frozen threads stop for a tracer, but run nothing of ours until they are thawed (do_freezer_trap)."""
+    """Refuse frozen threads: they stop for a tracer, but run no code until they are thawed (do_freezer_trap)."""
     membership = target.process.read("cgroup").decode(errors="replace")
     mounts = cgroup_mounts((target.proc / "self/mountinfo").read_text())
     if not is_frozen(mounts, membership):
@@ -247,11 +247,11 @@ def _frozen(target: _Target) -> Refusal | None:
     return Refusal("frozen", "its cgroup is frozen, so that it could not run what moves its pages", "thaw it first")
 
 
-# --- What those may see who may trace it ------------------------------------------------------------------------------
+# --- Checks with the right to trace -----------------------------------------------------------------------------------
 
 
 def _not_permitted(target: _Target) -> Refusal | None:
-    """Opening ``mem`` takes PTRACE_MODE_ATTACH, Yama and all (proc_mem_open, fs/proc/base.c), and stops nobody."""
+    """Try to open ``mem``, which takes PTRACE_MODE_ATTACH and Yama (proc_mem_open, fs/proc/base.c), but no stop."""
     if target.process.is_self:
         return None
     try:
@@ -278,10 +278,10 @@ def _bits(target: _Target) -> Refusal | None:
 
 
 def foreign_executable(header: bytes, machine: str) -> Refusal | None:
-    """Whether an executable is of another word size or machine than the stub (elf(5)).
+    """Return a refusal if an executable is of another word size or machine than the stub (elf(5)).
 
     Args:
-        machine: as ``uname -m`` gives it.
+        machine: name in ``uname -m``.
     """
     if len(header) < _ELF_HEADER.size:
         return Refusal("executable", "its executable is no ELF file")
@@ -328,7 +328,7 @@ def _state(process: Process, tid: int) -> str:
 
 
 def _call(process: Process, tid: int) -> int:
-    """Number of the system call that a thread waits in, -1 if in none."""
+    """Return the number of the system call that a thread waits in, -1 if in none."""
     words = (read_task_file(process, tid, "syscall") or b"").split()
     return int(words[0]) if len(words) > 2 else -1
 
@@ -350,9 +350,9 @@ def _sharer(target: _Target) -> Refusal | None:
 
 
 def _padding(target: _Target) -> Refusal | None:
-    """Code of ours starts in the padding behind the target's own (:mod:`~mthp.linux.mover.padding`)."""
+    """Refuse a target without padding behind its code, where the boot code runs (:mod:`~mthp.linux.mover.padding`)."""
     if _bits(target):
-        return None  # Its executable is not one of ours, which is reason enough.
+        return None  # Its executable has a refusal of its own.
     try:
         with ProcessMemory(target.process) as memory:
             find_padding(target.process, native().slot_bytes, memory.read)

@@ -1,6 +1,6 @@
-"""Other processes that share the address space or the table of open files of a target.
+"""Find other processes that share the address space or the table of open files of a target.
 
-All of them are compared before the stop; after it only those that have come since.
+All processes are compared before the stop; after it only the new ones.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from mthp.linux.process import Process
 from mthp.movechecks import Refusal
 
 MAX_NEW_PROCESSES = 512
-"""PIDs given out meanwhile that are compared one by one."""
+"""New PIDs that are compared one by one at most."""
 
 
 def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
-    """Return what speaks against `process` if another one shares its address space or its table of open files.
+    """Return a refusal if another process shares the address space or the table of open files of `process`.
 
-    That one would go on running while `process` is stopped.
+    The other process would go on running while `process` is stopped.
 
     Args:
-        proc: where processes are looked up.
+        proc: directory of the processes.
     """
     pid = process.pid
     unknown = []
@@ -38,7 +38,7 @@ def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
             unknown.append(other)
     if not unknown:
         return None
-    # Processes in one address space have one size. Anybody may read it, and kernel threads have none.
+    # Processes in one address space have one size. Every user may read it, and kernel threads have none.
     size = vm_size(proc, pid)
     for other in unknown:
         if size == vm_size(proc, other):
@@ -51,7 +51,7 @@ def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
 
 
 def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
-    """Size, text and data in pages (proc_pid_statm(5))."""
+    """Return size, text and data in pages (proc_pid_statm(5))."""
     try:
         words = (proc / str(pid) / "statm").read_bytes().split()
     except OSError:
@@ -60,19 +60,19 @@ def vm_size(proc: Path, pid: int) -> tuple[bytes, ...]:
 
 
 def last_pid() -> int:
-    """The PID that was last given out in this PID namespace (loadavg in proc.rst)."""
+    """Return the PID that was last given out in this PID namespace (loadavg in proc.rst)."""
     return int(Path("/proc/loadavg").read_bytes().split()[-1])
 
 
 def new_sharer(pid: int, last_then: int, last_now: int) -> bool:
     """Return whether a process newer than `last_then` shares the address space or the table of files of `pid`.
 
-    One that shares the files alone would run during a window, and could pass on the userfaultfd.
+    A process that shares only the files would run during a window, and could pass on the userfaultfd.
     """
     if last_now == last_then:
         return False
     if not 0 < last_now - last_then <= MAX_NEW_PROCESSES:
-        # The numbers wrapped, or there are too many to ask one by one.
+        # The numbers wrapped, or are too many to compare one by one.
         return any(_may_share(pid, int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit())
     return any(_may_share(pid, other) for other in range(last_then + 1, last_now + 1))
 
@@ -84,7 +84,7 @@ def _may_share(pid: int, other: int) -> bool:
     if answer and kcmp(pid, other, KCMP_FILES):
         return False
     try:
-        # Threads of the target have numbers of the same kind.
+        # Threads of the target have PIDs of the same sequence.
         return f"\nTgid:\t{pid}\n" not in Path(f"/proc/{other}/status").read_text()
     except OSError:
         return False
