@@ -153,7 +153,7 @@ class Aarch64(Machine):
         return np.zeros(len(registers), np.bool_)
 
     def leave_call(self, registers: Registers) -> None:
-        """Clear the branch type, because a branch may just have been taken. The kernel has already forgotten the call."""
+        """Clear the branch type, because a branch may just have been taken. The kernel has forgotten the call."""
         registers[:, _PSTATE] &= _NO_BRANCH_TYPE
 
     def parked(self, homes: Registers, contexts: NDArray[np.uint64], entry: int, header: int) -> Registers:

@@ -230,7 +230,7 @@ class X8664(Machine):
         return BOOT + alone(home)[0, _IN_CONTEXT].tobytes() + words.tobytes() + calls.tobytes()
 
     def refuse_extended(self, tids: list[int]) -> str:
-        """Return why a thread is barred from the stub's protection key, 0: its first access would kill it (pkeys(7))."""
+        """Return why a thread may not use protection key 0, the stub's: its first access would kill it (pkeys(7))."""
         if not has_protection_keys():
             return ""
         offset = _pkru_offset()
