@@ -71,6 +71,16 @@ def test_memory_that_nothing_stops(puppet: Puppet, small: int) -> None:
     assert all(each.folios for each in explanation.prospects)
 
 
+def test_a_process_that_is_huge_already(puppet: Puppet, small: int) -> None:
+    start = puppet.map(32 * PMD_SIZE)
+    puppet.tell("madvise", start, 32 * PMD_SIZE, MADV_HUGEPAGE)
+    puppet.write(start, 32 * N)
+    puppet.tell("mlock", small, PMD_SIZE, 0)
+    puppet.tell("madvise", small, PMD_SIZE, MADV_NOHUGEPAGE)
+    told = explained(puppet.pid).prospects
+    assert {each.reason.partition(":")[0] for each in told if not each.folios} <= {"PMD_MAPPED"}
+
+
 def test_locked(puppet: Puppet, small: int) -> None:
     puppet.tell("mlock", small, PMD_SIZE, 0)
     assert "locked (mlock)" in stopped(puppet.pid, small)["move"]

@@ -179,11 +179,13 @@ def _prospect(plan: SpacePlan, geometry: Geometry) -> Prospect:
 
 
 def _reason_of(plan: SpacePlan) -> str:
-    """Return why a plan makes nothing of its range, or of its process."""
-    if plan.refused:
-        return plan.refused[0][1]
-    results = [result for result in plan.ranges_by_result if result is not ScanResult.SUCCEED]
-    return f"{results[0].name}: {results[0].meaning}" if results else "it holds nothing"
+    """Return why a plan makes nothing of most of its range, or of its process."""
+    reasons = {left.reason: left.resident for left in plan.left}
+    for result, count in plan.ranges_by_result.items():
+        # Those in which nothing stops a folio, because there is one.
+        if result is not ScanResult.SUCCEED:
+            reasons.setdefault(f"{result.name}: {result.meaning}", count * plan.geometry.pmd_size)
+    return max(reasons, key=reasons.__getitem__, default="it holds nothing")
 
 
 def _what_it_is(space: AddressSpace, vma: Vma, address: int, part: Segment, columns: PteColumns) -> Iterator[str]:
