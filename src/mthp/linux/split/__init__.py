@@ -1,1 +1,1 @@
-"""Folios split in place through ``split_huge_pages`` of debugfs: made by collapse and split, or trimmed of zeroes."""
+"""Split folios in place with ``split_huge_pages`` of debugfs: to make mTHPs after a collapse, or to trim zeroes."""

@@ -1,12 +1,12 @@
-"""Makes mTHPs in place: MADV_COLLAPSE of a PMD range, then splits down to exactly the planned folios.
+"""Make mTHPs in place: MADV_COLLAPSE of a PMD range, then splits down to exactly the planned folios.
 
-For a moment the whole range is one PMD folio, whose holes are filled with zeroes; the split to base pages gives those
-of them back that no block was to have. Nothing is injected into the target, no thread of it stops, and no switch
-changes, so wherever this process ends there is nothing to undo: at worst a range stays larger than planned.
+For a moment the whole range is one PMD folio, whose holes are filled with zeroes; the split to base pages gives back
+the zeroes outside of planned blocks. Nothing is injected into the target, no thread of it stops, and no switch changes,
+so wherever this process ends there is nothing to undo: at worst a range stays larger than planned.
 
-Each range goes by itself: checked (:mod:`mthp.splitchecks`), room for one PMD folio taken, collapsed, divided
-(:mod:`~mthp.linux.split.divide`). A folio that was pinned or shared between collapse and split cannot be divided. What
-was filled in it besides the blocks is given back by bringing it to base pages, and told where even that is refused.
+Each range is handled by itself: check it (:mod:`mthp.splitchecks`), take room for one PMD folio, collapse it, divide it
+(:mod:`~mthp.linux.split.divide`). A folio that was pinned or shared between collapse and split cannot be divided. Its
+fill outside of the blocks is given back by bringing it to base pages, and reported where even that is refused.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from mthp.splitchecks import RangeLayout, Refusal, layout_of, refusal_of_mapping
 from mthp.vma import Vma
 
 RENEW_SECONDS = 0.05
-"""How long the room that was left counts. The target and its neighbours grow meanwhile."""
+"""Seconds for which the remaining room is valid. The target and its neighbours grow meanwhile."""
 
 LISTING_FACTOR = 20
-"""How many times as long as it took a listing of mappings is used at least: a process can have 65 530 of them."""
+"""A listing of mappings is used at least this many times as long as it took: a process can have 65 530 mappings."""
 
 UNDIVIDED = "its folio could not be split, as it is pinned, or shared since the collapse"
 AT_BASE_PAGES = f"{UNDIVIDED}; it was brought back to base pages"
@@ -49,9 +49,9 @@ class SplitBlocks(Closing):
     """Makes folios below the PMD order in the memory of one process.
 
     Args:
-        space: of the process.
-        ability: what the kernel does; found out if None.
-        file: to split by; the system's if None.
+        space: address space of the process.
+        ability: the kernel's ability to split; found by trials if None.
+        file: the file to split by; the system's if None.
 
     Raises:
         NotPermittedError, UnsupportedError: folios cannot be split here.
@@ -71,12 +71,12 @@ class SplitBlocks(Closing):
         self._divider.close()
 
     def collapse(self, blocks: Sequence[Block], means: Means) -> list[BlockOutcome]:
-        """Collapse disjoint `blocks`, one PMD range after the other: what came of each, in their order.
+        """Collapse disjoint `blocks`, one PMD range after the other; return the outcome of each, in their order.
 
-        Large folios in their ranges that are not among them stay as large as they are.
+        Other large folios in their ranges keep their size.
 
         Raises:
-            NotPermittedError, UnsupportedError: as the kernel's call.
+            NotPermittedError, UnsupportedError: the kernel's call fails.
             TargetVanishedError: the process is gone.
         """
         size = self._geometry.pmd_size
@@ -107,13 +107,13 @@ class SplitBlocks(Closing):
         return [outcomes[block] for block in blocks]
 
     def take_calls(self) -> list[int]:
-        """Return how long each collapse and each split took since the last time, in nanoseconds."""
+        """Return the durations of the collapses and splits since the last call, in nanoseconds."""
         calls = self._calls_ns + self._divider.calls_ns
         self._calls_ns, self._divider.calls_ns = [], []
         return calls
 
     def _room(self, means: Means) -> _RenewedRoom:
-        """Return what fits below the limits of the target, kept from call to call."""
+        """Return the room below the limits of the target, kept from call to call."""
         if means.reserve not in self._rooms:
             self._rooms[means.reserve] = _RenewedRoom(self._space, means)
         return self._rooms[means.reserve]
@@ -121,7 +121,7 @@ class SplitBlocks(Closing):
     def _range(
         self, start: int, blocks: list[Block], vma: Vma, room: _RenewedRoom, share: float
     ) -> dict[Block, BlockOutcome]:
-        """Make the blocks of one PMD range, if they have this share of its contents.
+        """Make the blocks of one PMD range, if they are this share of its contents; return their outcomes.
 
         Raises:
             As :meth:`collapse`.
@@ -138,13 +138,13 @@ class SplitBlocks(Closing):
         collapsed = self._madvise.collapse_range(start)
         self._calls_ns.append(collapsed.elapsed_ns)
         if collapsed.result is not ScanResult.SUCCEED:
-            # The target is at a limit, whatever was left a moment ago.
+            # The target is at a limit, although there was room a moment ago.
             charge = collapsed.result is ScanResult.CGROUP_CHARGE_FAIL
             full = charge or (collapsed.result is ScanResult.ALLOC_HUGE_PAGE_FAIL and room.limited)
             return _alike(blocks, dataclasses.replace(collapsed, everywhere=full))
         folio = self._divider.folio_at(start, geometry.pmd_order)
         results = dict.fromkeys(blocks, (ScanResult.SUCCEED, ""))
-        # Without a folio it was split or unmapped again at once, which the page tables will show.
+        # Without a folio the range was split or unmapped again at once, and the page tables will show it.
         if folio is not None:
             refused = self._divider.divide(folio, layout.orders)
             results |= self._given_back(folio, layout, refused, blocks)
@@ -159,10 +159,10 @@ class SplitBlocks(Closing):
     def _given_back(
         self, folio: LargeFolio, layout: RangeLayout, refused: list[Part], blocks: list[Block]
     ) -> dict[Block, tuple[ScanResult, str]]:
-        """Bring what could not be divided to base pages where it holds more than was planned.
+        """Bring undivided parts to base pages where they hold more than was planned.
 
         Returns:
-            Result and reason of the blocks in it.
+            Result and reason of the blocks in these parts.
 
         Raises:
             TargetVanishedError: the process is gone.
@@ -179,10 +179,10 @@ class SplitBlocks(Closing):
         return results
 
     def _left_filled(self, folio: LargeFolio | None, layout: RangeLayout) -> int:
-        """Return how many pages of zeroes the collapse added beside the blocks that are still there.
+        """Return the number of zero-filled pages that the collapse added outside of the blocks and that still exist.
 
         Compaction may have moved the folio, or a part of it, to other frames between two steps (migrate_pages(),
-        mm/migrate.c). What it moved is divided where it is now.
+        mm/migrate.c). The moved parts are divided at their present place.
 
         Raises:
             TargetVanishedError: the process is gone.
@@ -194,7 +194,7 @@ class SplitBlocks(Closing):
             self._divider.divide(each, layout.orders[first : first + (1 << each.order)])
         if moved:
             columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
-        # What the target wrote to meanwhile is its own.
+        # Pages that the target wrote to meanwhile are its own.
         kept = layout.spare & columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
         return int((kept & zero_filled(self._space, columns)).sum())
 
@@ -202,12 +202,12 @@ class SplitBlocks(Closing):
 def moved_folios(
     folio: LargeFolio | None, layout: RangeLayout, columns: PteColumns, page_size: int
 ) -> list[LargeFolio]:
-    """Return the folios with fill that are larger than planned, and not where `folio` was.
+    """Return the folios with fill that are larger than planned and outside of the frames of `folio`.
 
     Args:
-        folio: that of the whole range when it was collapsed; None if it was not found.
-        layout: of the range.
-        columns: the entries of the range as they are now.
+        folio: the folio of the whole range after its collapse; None if it was not found.
+        layout: the layout of the range.
+        columns: the present entries of the range.
         page_size: in bytes.
     """
     if columns.pfn is None:
@@ -218,7 +218,7 @@ def moved_folios(
     for page in np.flatnonzero(larger).tolist():
         order = int(columns.folio_order[page])
         first = page - frames[page] % (1 << order)
-        # A folio that mremap(2) has brought to another place in its range may reach over its ends.
+        # A folio that mremap(2) has moved within its range may reach over the ends of the range.
         inside = first >= 0 and first % (1 << order) == 0
         if inside and (folio is None or frames[page] != folio.pfn + page):
             address = layout.start + first * page_size
@@ -227,10 +227,10 @@ def moved_folios(
 
 
 class _Mappings:
-    """The mappings of the target, listed again as time goes on.
+    """The mappings of the target, listed again from time to time.
 
-    A listing may be old: the kernel checks for itself what would do harm (hugepage_vma_revalidate(), mm/khugepaged.c),
-    and what was locked since keeps its fill, which is reported. Nothing is refused because of an old listing.
+    A listing may be old: the kernel itself checks whatever would do harm (hugepage_vma_revalidate(), mm/khugepaged.c),
+    and memory that was locked since keeps its fill, which is reported. Nothing is refused because of an old listing.
     """
 
     def __init__(self, space: ProcessSpace) -> None:
@@ -239,7 +239,7 @@ class _Mappings:
         self._vmas: list[Vma] = []
 
     def at(self, start: int) -> tuple[Vma | None, Refusal | None]:
-        """Return the mapping that the PMD range at `start` begins in, and why nothing there may be collapsed.
+        """Return the mapping in which the PMD range at `start` begins, and the reason not to collapse there, or None.
 
         Raises:
             TargetVanishedError: the process is gone.
@@ -268,7 +268,7 @@ class _Mappings:
 
 
 class _RenewedRoom:
-    """The room for one PMD folio, asked again as time goes on."""
+    """The room for one PMD folio, computed again from time to time."""
 
     def __init__(self, space: ProcessSpace, means: Means) -> None:
         self._geometry = space.geometry
@@ -278,7 +278,7 @@ class _RenewedRoom:
     def take(self, layout: RangeLayout) -> bool:
         """Take room for one range; return whether it fits.
 
-        A new folio is charged, and what is swapped out read back, before any page is freed (collapse_huge_page(),
+        A new folio is charged, and swapped-out pages are read back, before any page is freed (collapse_huge_page(),
         mm/khugepaged.c).
         """
         if time.monotonic() - self._asked > RENEW_SECONDS:
@@ -290,12 +290,12 @@ class _RenewedRoom:
 
     @property
     def limited(self) -> bool:
-        """Whether a cgroup limits the target."""
+        """Return whether a cgroup limits the target."""
         return self._room.limited
 
     @property
     def reason(self) -> str:
-        """Why a folio does not fit."""
+        """Return why a folio does not fit."""
         return f"for a moment it takes {self._geometry.label(self._geometry.pmd_order)}: {self._room.reason}"
 
 

@@ -1,9 +1,9 @@
-"""Divides one large folio in place into the folios of a layout, looking before every step down.
+"""Divide one large folio in place into the folios of a layout, and check every step.
 
 A write to `split_huge_pages` returns success whether it split or not: a pinned folio stays, and so does one whose lock
-was taken; and of a folio that is shared after a fork the first write only splits the PMD entries that map it. A write
-for a smaller order would then split the whole larger folio to it. So after each write pagemap and kpageflags must show
-the parts before anything smaller is written for one of them.
+was taken; for a folio that is shared after a fork the first write only splits the PMD entries that map it. A write for
+a smaller order would then split the whole larger folio to it. So after each write pagemap and kpageflags must show the
+parts before a smaller order is written for one of them.
 
 One page of a folio is enough for a write: the kernel walks every page between the addresses.
 """
@@ -29,11 +29,11 @@ from mthp.linux.split.file import SplitAbility, SplitFile
 from mthp.linux.split.steps import Part, Step, Steps
 
 PAUSES = (0.0, 0.0, 0.001, 0.005)
-"""Seconds before each try of a split. A folio that is shared takes two writes on Linux 6.18, a lock is released within
+"""Seconds before each attempt to split. A shared folio takes two writes on Linux 6.18, a lock is released within
 microseconds, and a pin of direct I/O within milliseconds."""
 
 BACK_OFF = (0.0, 0.01, 0.1)
-"""Seconds before each try to bring a folio to base pages that could not be divided."""
+"""Seconds before each attempt to bring a folio that could not be divided to base pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class LargeFolio:
     """A folio that is mapped as a whole, its pages one after another.
 
     Attributes:
-        address: of its first page.
+        address: address of its first page.
         pfn: its first frame.
-        order: of it.
+        order: its order.
     """
 
     address: int
@@ -55,15 +55,15 @@ class FolioDivider(Closing):
     """Divides folios of one process.
 
     Args:
-        process: whose; it stays the caller's.
-        geometry: of the machine.
-        pagemap: of the process.
+        process: owner of the folios; the caller keeps it open and closes it.
+        geometry: page and folio sizes of the machine.
+        pagemap: reader of the process's pagemap.
         folios: reader of kpageflags.
-        file: to split by; None if there is only MADV_COLD.
-        offset: whether the kernel knows at which page to split, see :class:`~mthp.linux.split.file.SplitAbility`.
+        file: the file to split by; None if there is only MADV_COLD.
+        offset: whether the kernel can split around a page, see :class:`~mthp.linux.split.file.SplitAbility`.
 
     Attributes:
-        calls_ns: how long each write took, and each advice, in nanoseconds.
+        calls_ns: duration of each write, and of each advice, in nanoseconds.
 
     The readers and the file are closed with this object.
     """
@@ -89,21 +89,21 @@ class FolioDivider(Closing):
             self._file.close()
 
     def folio_at(self, address: int, order: int) -> LargeFolio | None:
-        """Return the folio of `order` whose first page is mapped at `address`; None if that is something else.
+        """Return the folio of `order` whose first page is mapped at `address`; None if there is no such folio.
 
         Raises:
             TargetVanishedError: the process is gone.
         """
         word = self._pagemap.word(address)
         pfn = word & abi.PM_PFRAME_MASK
-        # Naturally aligned, a folio whose tail begins the second half has both halves.
+        # A naturally aligned folio whose tail begins the second half has both halves.
         if not word & abi.PM_PRESENT or pfn % (1 << order) or not self._is_tail(pfn + (1 << order - 1)):
             return None
         folio = LargeFolio(address, pfn, order)
         return folio if self._is_apart(folio, Part(0, order)) else None
 
     def divide(self, folio: LargeFolio, layout: NDArray[np.int8]) -> list[Part]:
-        """Split `folio` until no page lies in a larger folio than `layout` says: the parts that could not be.
+        """Split `folio` until no page lies in a larger folio than in `layout`; return the parts that cannot be split.
 
         Args:
             layout: int8, shape (pages,): the order of the folio that each page is to lie in.
@@ -125,7 +125,7 @@ class FolioDivider(Closing):
         return refused
 
     def _split(self, folio: LargeFolio, part: Part, step: Step) -> bool:
-        """Carry out a step on `part` of `folio`; return whether it was, or there is nothing of the part any more."""
+        """Carry out a step on `part` of `folio`; return whether it succeeded, or the part is not mapped any more."""
         for pause in PAUSES:
             time.sleep(pause)
             page = self._mapped(folio, part)
@@ -139,10 +139,10 @@ class FolioDivider(Closing):
         return False
 
     def to_base_pages(self, folio: LargeFolio, part: Part, holes: NDArray[np.bool_]) -> bool:
-        """Bring `part` of `folio` to base pages by whatever works; return whether it lies in a larger folio no more.
+        """Bring `part` of `folio` to base pages by any means; return whether it lies in no larger folio any more.
 
         Args:
-            holes: pages of `folio` whose ages do not matter: bool, shape (pages,).
+            holes: pages of `folio` whose age may be lost: bool, shape (pages,).
 
         Raises:
             TargetVanishedError: the process is gone.
@@ -171,7 +171,7 @@ class FolioDivider(Closing):
         words = self._pagemap.read([(address, address + len(wanted) * self._geometry.page_size)])
         there = wanted & ((words & np.uint64(abi.PM_PRESENT)) != 0)
         frames = np.unique(words[there] & np.uint64(abi.PM_PFRAME_MASK)).tolist()
-        # There is one zero page.
+        # There is only one zero page.
         return len(frames) > 1 or any(not self._folios.word(frame) & abi.KPF_ZERO_PAGE for frame in frames)
 
     def _pages_mapped(self, folio: LargeFolio, part: Part) -> NDArray[np.bool_]:
@@ -187,7 +187,7 @@ class FolioDivider(Closing):
         """Advise MADV_COLD of one page, which splits its large folio to base pages (madvise_cold(), mm/madvise.c).
 
         Returns:
-            0, which does not say that it was split, or errno.
+            0, which does not prove a split, or errno.
         """
         begin = time.perf_counter_ns()
         error = self._process.advise(address, self._geometry.page_size, abi.MADV_COLD)
@@ -195,12 +195,12 @@ class FolioDivider(Closing):
         return error
 
     def _write(self, address: int, order: int, at: int | None = None) -> bool:
-        """Write to the file; return whether it took it.
+        """Write to the file; return whether the kernel accepted it.
 
         Raises:
             TargetVanishedError: the process is gone.
         """
-        # The file takes a number, which must still be that of our process: whose folios are split otherwise?
+        # The file takes a PID, which must not be that of another process by now.
         self._process.check_alive()
         if self._file is None:
             return False
@@ -212,7 +212,7 @@ class FolioDivider(Closing):
         return not error
 
     def _mapped(self, folio: LargeFolio, part: Part, wanted: NDArray[np.bool_] | None = None) -> int | None:
-        """Return the address of a page of `part`, one of the `wanted`, that is mapped as it was; None without one."""
+        """Return the address of a page of `part`, one of the `wanted`, with its old mapping; None without one."""
         size = self._geometry.page_size
         begin = folio.address + part.offset * size
         if wanted is None and self._maps(self._pagemap.word(begin), folio.pfn + part.offset):
@@ -236,7 +236,7 @@ class FolioDivider(Closing):
 
 
 def divider_of(space: ProcessSpace, file: SplitFile | None, ability: SplitAbility) -> FolioDivider:
-    """Return what divides folios of `space` by `file`, which is closed with it.
+    """Return a divider for folios of `space` by `file`, which is closed with it.
 
     Raises:
         NotPermittedError: frames cannot be seen with these rights.

@@ -1,12 +1,12 @@
-"""``split_huge_pages`` of debugfs, which splits folios in place, and what of it this kernel does.
+"""Split folios in place with ``split_huge_pages`` of debugfs, and find the parts of it that this kernel supports.
 
-``PID,0xSTART,0xEND,ORDER`` written to it has every folio that lies between the addresses split to folios of ORDER
-(split_huge_pages_pid(), mm/huge_memory.c). How much of that a kernel does depends on its release: before ORDER was
-known (Linux 6.9) the word is ignored and base pages come of it; a fifth word, the page at which a folio is split while
-its other halves stay large, is ignored before it was known, too. A write says nothing of what it did. So each is found
-out on memory of this process, once a run; a release is never compared.
+``PID,0xSTART,0xEND,ORDER`` written to it splits every folio between the addresses to folios of ORDER
+(split_huge_pages_pid(), mm/huge_memory.c). The kernel's release decides how much of that happens: before Linux 6.9
+ORDER is ignored and the result is base pages; older kernels also ignore a fifth word, the page around which a folio is
+split while its other halves stay large. A write does not report its effect. So trials on memory of this process find
+each ability, once a run; releases are never compared.
 
-The file is closed where debugfs is not mounted, to others than root, and under kernel lockdown.
+The file is closed where debugfs is not mounted, to users other than root, and under kernel lockdown.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from mthp.linux.process import Process
 SPLIT_FILE = Path("/sys/kernel/debug/split_huge_pages")
 
 LARGEST_TRIAL = 64 << 20
-"""The largest folio, in bytes, that is made for a trial; arm64 with 64 KiB pages has a PMD size of 512 MiB."""
+"""Size of the largest folio made for a trial, in bytes; arm64 with 64 KiB pages has a PMD size of 512 MiB."""
 
 
 TRIALS = 3
-"""A folio of this process can be referenced for a moment by what scans memory, or by a fork in another thread."""
+"""Attempts of each trial, because a scan of memory, or a fork in another thread, briefly references folios."""
 
 
 class SplitFile(Closing):
@@ -50,11 +50,11 @@ class SplitFile(Closing):
         self._fd = os.open(SPLIT_FILE, os.O_WRONLY | os.O_CLOEXEC)
 
     def split(self, pid: int, address: int, page_size: int, order: int, at: int | None = None) -> int:
-        """Have the folio that the page at `address` lies in split to `order`; success does not say that it was.
+        """Split the folio of the page at `address` to `order`; success does not prove that it was split.
 
         Args:
-            pid: of the process that maps it, in the PID namespace of this process.
-            at: the page of the folio around which alone it is split, where the kernel knows this; None for equal parts.
+            pid: PID of the process that maps it, in the PID namespace of this process.
+            at: the page of the folio around which alone it is split, where the kernel can; None for equal parts.
 
         Returns:
             0, or errno: ESRCH for a process that is gone.
@@ -87,16 +87,16 @@ def opened() -> SplitFile:
 
 @dataclass(frozen=True, slots=True)
 class SplitAbility:
-    """What the trials found; None where one could not be made.
+    """Results of the trials; None for a trial that could not be made.
 
     Attributes:
         file: errno of opening `split_huge_pages`, 0 if it is open to this process.
-        mounted: whether debugfs is mounted where the file is looked for.
+        mounted: whether debugfs is mounted where the file is expected.
         untried: why nothing could be tried on memory of this process; ``""`` if it could.
-        orders: whether folios of an order above 0 come of a split.
-        offset: whether one write leaves the halves that hold no page of interest large.
-        zeroes: whether pages of zeroes go back to the kernel in a split to base pages.
-        cold: whether MADV_COLD of one page splits its folio to base pages, and gives pages of zeroes back.
+        orders: whether a split makes folios of an order above 0.
+        offset: whether one write keeps the halves without the given page large.
+        zeroes: whether pages of zeroes return to the kernel in a split to base pages.
+        cold: whether MADV_COLD of one page splits its folio to base pages, and returns pages of zeroes.
     """
 
     file: int
@@ -109,14 +109,14 @@ class SplitAbility:
 
     @property
     def splits(self) -> bool:
-        """Whether any layout can be made of a PMD folio, and what it was filled with goes back."""
+        """Return whether any layout can be made of a PMD folio, and the fill outside of it is given back."""
         return bool(self.orders and self.zeroes)
 
     def require_split(self) -> None:
         """Do nothing if :attr:`splits`.
 
         Raises:
-            NotPermittedError, UnsupportedError: why not, with what would make it so.
+            NotPermittedError, UnsupportedError: the reason, and the remedy.
         """
         if self.splits:
             return
@@ -128,14 +128,14 @@ class SplitAbility:
         """Do nothing if :attr:`cold`.
 
         Raises:
-            UnsupportedError: why not, with what would make it so.
+            UnsupportedError: the reason, and the remedy.
         """
         if not self.cold:
             reason = self.untried or "MADV_COLD does not split large folios and take back zeroes"
             raise UnsupportedError(f"large folios cannot be trimmed here: {reason}", help="Linux 6.12 or later")
 
     def why_no_split(self) -> tuple[str, str]:
-        """Return why folios cannot be split to any order here, and what would make it so; ``""`` if they can."""
+        """Return why folios cannot be split to any order here, and the remedy; ``""`` if they can."""
         if self.splits:
             return "", ""
         if self.file:
@@ -148,7 +148,7 @@ class SplitAbility:
 
 
 def why_closed(error: int, *, mounted: bool) -> tuple[str, str]:
-    """Return why `SPLIT_FILE` cannot be opened, and what would make it so."""
+    """Return why `SPLIT_FILE` cannot be opened, and the remedy."""
     if error == errno.ENOENT and not mounted:
         return "debugfs is not mounted", "mount -t debugfs debugfs /sys/kernel/debug (as root)"
     if error == errno.ENOENT:
@@ -163,14 +163,14 @@ def why_closed(error: int, *, mounted: bool) -> tuple[str, str]:
 
 @functools.cache
 def split_ability(geometry: Geometry) -> SplitAbility:
-    """Return what this kernel does for these rights, found out the first time; takes some milliseconds."""
+    """Return the abilities of this kernel for these rights, found at the first call; takes some milliseconds."""
     return probe_split(geometry)
 
 
 def probe_split(geometry: Geometry) -> SplitAbility:
-    """Find out what this kernel does, on memory of this process that is mapped for it and released.
+    """Find the abilities of this kernel on memory of this process, which is mapped for it and released.
 
-    It takes frame numbers, without which no split can be seen.
+    It needs frame numbers, without which no split can be seen.
     """
     error, file = 0, None
     try:
@@ -188,7 +188,7 @@ def probe_split(geometry: Geometry) -> SplitAbility:
 
 
 def _is_mounted() -> bool:
-    """Return whether there is anything where debugfs is looked for."""
+    """Return whether debugfs has any entry at its usual place."""
     try:
         return any(SPLIT_FILE.parent.iterdir())
     except OSError:
@@ -196,7 +196,7 @@ def _is_mounted() -> bool:
 
 
 class _UntriedError(Exception):
-    """A trial could not be made; its text says why."""
+    """A trial could not be made; the text has the reason."""
 
 
 def _tried(file: SplitFile | None, ability: SplitAbility, geometry: Geometry) -> SplitAbility:
@@ -215,11 +215,11 @@ def _tried(file: SplitFile | None, ability: SplitAbility, geometry: Geometry) ->
 
 
 class _Trial:
-    """One PMD range of this process, whose first page alone was written.
+    """One PMD range of this process, of which only the first page was written.
 
     Args:
         start: its address.
-        forget: empties it.
+        forget: function that empties it.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class _Trial:
         """Make one new PMD folio of it, with one page of contents.
 
         Raises:
-            _UntriedError: the kernel does not.
+            _UntriedError: the kernel refuses.
         """
         self._forget()
         ctypes.memset(self.start, 1, 1)
@@ -241,7 +241,7 @@ class _Trial:
             raise _UntriedError(f"not tried, since MADV_COLLAPSE of memory of this process fails: {os.strerror(error)}")
 
     def shows(self, act: Callable[[], object], wanted: Callable[[], bool]) -> bool:
-        """Return whether a new folio is `wanted` after `act`; what fails for a passing reference is tried again.
+        """Return whether a new folio is `wanted` after `act`; failures from passing references are tried again.
 
         Raises:
             _UntriedError: as :meth:`collapse`.
@@ -263,11 +263,11 @@ class _Trial:
         abi.madvise(last, self._geometry.page_size, abi.MADV_COLD)
 
     def orders(self, *pages: int) -> tuple[int, ...]:
-        """Return the orders of the folios that some of its pages lie in."""
+        """Return the orders of the folios that contain `pages`."""
         return tuple(self._folios.folio_of(self._pfn(page))[1] for page in pages)
 
     def given_back(self) -> bool:
-        """Return whether the page that was written is a base page, and the others are not there or the zero page."""
+        """Return whether the written page is a base page, and the others are not mapped or the zero page."""
         others = (self._pfn(page) for page in (1, self._geometry.ptes_per_pmd - 1))
         if self._folios.folio_of(self._pfn(0))[1]:
             return False

@@ -1,8 +1,8 @@
-"""Chooses the writes to ``split_huge_pages`` that divide a folio into a layout: few of them, of few pages.
+"""Choose the writes to ``split_huge_pages`` that divide a folio into a layout: few writes, of few pages.
 
-A write splits one folio to equal parts, or, where the kernel knows the page to split around, to the halves on the way
-to that page, each of which stays as large as it is. So a half that is to become base pages throughout can stay whole
-until one write brings all of it there, instead of one for every small part.
+A write splits one folio to equal parts or, where the kernel can split around a page, to the halves on the way to that
+page, each of which keeps its size. So a half that is to become base pages throughout can stay whole until one write
+splits all of it, instead of one write for every small part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mthp.geometry import MIN_ANON_ORDER
 
 WRITE_PAGES = 64
-"""What a write costs besides the pages of the folio that it splits, which are unmapped and mapped again, in such pages.
+"""Fixed cost of a write, in units of the cost of unmapping and mapping one page of the folio that it splits.
 
 On Linux 6.18 a split of 512 pages to order 4 takes about 30 us, and a write that splits 16 pages 3 to 5 us."""
 
@@ -30,7 +30,7 @@ class Part:
 
     @property
     def pages(self) -> slice:
-        """Its pages in the folio."""
+        """Return its pages in the folio."""
         return slice(self.offset, self.offset + (1 << self.order))
 
 
@@ -39,7 +39,7 @@ class Step:
     """A write for one part of a folio.
 
     Attributes:
-        apart: a part that is a folio of its own afterwards, and shows that the part was split.
+        apart: a part that is a folio of its own afterwards, which proves the split.
         at: the page of the part around which it is split; None for equal parts.
         left: parts that have to be divided further.
     """
@@ -52,23 +52,23 @@ class Step:
 class Steps:
     """The writes for one folio.
 
-    The folio and its halves, theirs, and so on are numbered as in a heap: 1, then 2 and 3, then 4 to 7.
+    The folio, its halves, their halves, and so on are numbered as in a heap: 1, then 2 and 3, then 4 to 7.
 
     Args:
         layout: int8, shape (pages,): the order of the folio that each page is to lie in.
-        offset: whether the kernel knows at which page to split.
+        offset: whether the kernel can split around a page.
     """
 
     def __init__(self, layout: NDArray[np.int8], *, offset: bool) -> None:
         self._order, self._offset = len(layout).bit_length() - 1, offset
-        # Folios are of MIN_ANON_ORDER at least, so that the pages of a part of that order are alike.
+        # Folios are of MIN_ANON_ORDER at least, so that the pages of a part of that order are equal.
         leaves: list[int] = layout[:: 1 << MIN_ANON_ORDER].tolist()
         self._largest, self._smallest = _up(leaves, max), _up(leaves, min)
         self._costs: dict[int, int] = {}
         self._ways: dict[int, tuple[int, int]] = {}
 
     def next(self, part: Part) -> Step | None:
-        """Return the write for `part`, a folio of its own; None if it is as it is to be."""
+        """Return the write for `part`, a folio of its own; None if it has its final order."""
         number = (1 << self._order - part.order) + (part.offset >> part.order)
         largest = self._largest[number]
         if largest == part.order:
@@ -98,12 +98,12 @@ class Steps:
         return Part((number - (1 << self._order - order)) << order, order)
 
     def _below(self, number: int, order: int) -> range:
-        """Return the parts of an order that a part has."""
+        """Return the parts of an order within a part."""
         down = self._order - number.bit_length() + 1 - order
         return range(number << down, number + 1 << down)
 
     def _cost(self, number: int) -> int:
-        """Return what it costs to bring a part that is a folio to its layout, in pages."""
+        """Return the cost of bringing a part that is a folio to its layout, in pages."""
         order, largest = self._order - number.bit_length() + 1, self._largest[number]
         if largest == order:
             return 0
@@ -116,13 +116,13 @@ class Steps:
         return self._costs[number]
 
     def _equal(self, number: int) -> tuple[int, int]:
-        """Return what equal parts cost after the write that makes them, and the order that is best for them."""
+        """Return the cost of equal parts after the write that makes them, and the best order for them."""
         half = self._order - number.bit_length()
         orders = {half, self._largest[number]}
         return min((sum(map(self._cost, self._below(number, order))), order) for order in orders)
 
     def _way(self, number: int) -> tuple[int, int]:
-        """Return what the parts cost after a split around a page of one half, and that half."""
+        """Return the cost of the parts after a split around a page of one half, and that half."""
         if number not in self._ways:
             self._ways[number] = min(
                 (self._end(half) + self._cost(half ^ 1), half) for half in (2 * number, 2 * number + 1)
@@ -135,14 +135,14 @@ class Steps:
     def _way_goes_on(self, number: int) -> bool:
         """Return whether it is better to split a part on the way down further than to leave it whole.
 
-        Base pages come of parts of any size, and what is as it is to be is not split.
+        Parts of any size can become base pages, and a part with its final order is not split.
         """
         order, largest = self._order - number.bit_length() + 1, self._largest[number]
         return largest not in (0, order) and self._way(number)[0] < self._cost(number)
 
 
 def _up(leaves: list[int], choose: Callable[[int, int], int]) -> list[int]:
-    """Return one value for each part by its number, from those of the smallest parts."""
+    """Return one value for each part by its number, from the values of the smallest parts."""
     values = [0] * len(leaves) + leaves
     for number in range(len(leaves) - 1, 0, -1):
         values[number] = choose(values[2 * number], values[2 * number + 1])

@@ -1,10 +1,10 @@
-"""Gives back pages of zeroes that lie in large folios of a process.
+"""Give back pages of zeroes that lie in large folios of a process.
 
-The kernel maps the shared zero page in place of a page of zeroes when it splits a folio to base pages, since Linux 6.12
-(try_to_map_unused_to_zeropage(), mm/migrate.c), and looks at the bytes itself with the page unmapped: what is written
-meanwhile is not lost. So all that has to be caused is a split. MADV_COLD of a part of a folio does (mm/madvise.c,
-madvise_cold_or_pageout_pte_range()); it makes the page that it names look old, hence a page of zeroes is named.
-``split_huge_pages`` of debugfs leaves large what is in use.
+Since Linux 6.12 the kernel maps the shared zero page in place of a page of zeroes when it splits a folio to base pages
+(try_to_map_unused_to_zeropage(), mm/migrate.c). It checks the bytes itself with the page unmapped, so no concurrent
+write is lost. Only a split has to be caused. MADV_COLD of a part of a folio causes it (mm/madvise.c,
+madvise_cold_or_pageout_pte_range()), but makes the given page look old, hence a page of zeroes is given.
+``split_huge_pages`` of debugfs leaves large folios that are in use.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from mthp.trimchecks import trim_each
 from mthp.trimming import TrimBy, TrimOutcome, in_use
 
 PAUSE = 0.002
-"""Seconds before folios are tried a second time whose lock or reference may have passed."""
+"""Seconds before the second attempt at folios whose lock or reference may have passed."""
 
 
 class Trimmer(Closing):
     """Trims folios of one process.
 
     Args:
-        space: of the process; it stays the caller's.
-        ability: what the kernel does; found out if None.
-        file: to split by; the system's if None.
+        space: address space of the process; the caller keeps it open and closes it.
+        ability: the kernel's ability to split; found by trials if None.
+        file: the file to split by; the system's if None.
 
     Raises:
         NotPermittedError: frames cannot be seen.
@@ -43,7 +43,7 @@ class Trimmer(Closing):
         self._space, self._geometry = space, space.geometry
         self._ability = split_ability(self._geometry) if ability is None else ability
         self._file = file
-        # MADV_COLD takes no file, which may have been closed to this process meanwhile.
+        # MADV_COLD needs no file, which may have been closed to this process meanwhile.
         self._dividers = {"cold": divider_of(space, None, self._ability)}
 
     def close(self) -> None:
@@ -51,10 +51,10 @@ class Trimmer(Closing):
             divider.close()
 
     def trim(self, folios: Sequence[Block], zero: Sequence[NDArray[np.bool_]], by: TrimBy) -> list[TrimOutcome]:
-        """Do what :meth:`mthp.trimming.Trimming.trim_folios` says.
+        """Trim folios as :meth:`mthp.trimming.Trimming.trim_folios` does.
 
         Raises:
-            UnsupportedError, NotPermittedError: not in this way here.
+            UnsupportedError, NotPermittedError: this way is not possible here.
         """
         self._ability.require_split() if by == "split" else self._ability.require_cold()
         if by not in self._dividers:
@@ -69,7 +69,7 @@ class Trimmer(Closing):
         )
 
     def _one(self, folio: Block, pfn: int, zero: NDArray[np.bool_], by: TrimBy) -> tuple[int, int]:
-        """Trim one folio: errno, and how long it took in nanoseconds."""
+        """Trim one folio; return errno and duration in nanoseconds."""
         begin = time.perf_counter_ns()
         address, order = folio
         error = 0
