@@ -1,4 +1,4 @@
-"""Count what a piece of work did in a target, for the target, its service and all together."""
+"""Counting of the work in a target, for the target, its service and the whole daemon."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def account(
     space: AddressSpace,
     passage: Passage,
 ) -> int:
-    """Count what a passage over some PMD ranges did; return the bytes in the folios that it made.
+    """Count the work of a passage over some PMD ranges; return the bytes in the folios that it made.
 
     Args:
-        counters, service: of the target.
-        space: of the target, whose pauses and calls are taken.
+        counters, service: counters of the target.
+        space: address space of the target, which hands over its pauses and calls.
     """
     geometry = environment.geometry
     made: Counter[int] = Counter()

@@ -1,8 +1,8 @@
-"""An HTTP server for one page, which no client can make large: its connections are bounded, in number and in time.
+"""An HTTP server for one page, with limits on the number and the time of connections.
 
-A connection has a thread, as in wsgiref, which the official client of Prometheus uses. There it may have one for
-ever: a client that connects and sends nothing holds it. Here a connection ends after :data:`CONNECTION_SECONDS`
-whatever it does, and when all places are taken the oldest makes room, since one that is honest takes milliseconds.
+A connection has a thread, as in wsgiref, which the official client of Prometheus uses. There a client that connects and
+sends nothing holds its thread forever. Here a connection ends after :data:`CONNECTION_SECONDS`, and when all places are
+taken the oldest is closed, because an honest one takes milliseconds.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 MAX_CONNECTIONS = 16
-"""Threads at a time. Prometheus asks with one connection every some seconds."""
+"""Most threads at a time. Prometheus uses one connection every few seconds."""
 
 CONNECTION_SECONDS = 10.0
-"""How long a connection may take from its beginning to its end: Prometheus itself waits 10 s by default."""
+"""Seconds from the beginning of a connection to its end: Prometheus itself waits 10 s by default."""
 
 _ROOM_SECONDS = 1.0
-"""How long a new connection waits for the thread of the oldest to end."""
+"""Seconds that a new connection waits for the thread of the oldest to end."""
 
 
 class _Handler(WSGIRequestHandler):
     timeout = CONNECTION_SECONDS
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: who asks for metrics does so every few seconds."""
+        """Log nothing, because metrics are read every few seconds."""
 
 
 class BoundedServer(WSGIServer):
@@ -39,12 +39,12 @@ class BoundedServer(WSGIServer):
 
     Args:
         host: name or address to listen at, of IPv4 or IPv6.
-        port: to listen at; 0 for any.
+        port: port to listen at; 0 for any.
         application: the WSGI application.
         entered: called first in each thread that serves.
 
     Raises:
-        OSError: the address cannot be listened at.
+        OSError: the server cannot listen at the address.
     """
 
     request_queue_size = 128
@@ -62,13 +62,13 @@ class BoundedServer(WSGIServer):
         self.set_app(application)
 
     def server_bind(self) -> None:
-        """Bind, and do not look one's own name up, which may take seconds."""
+        """Bind without resolving the host's own name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a connection a thread, if need be that of the oldest one."""
+        """Start a thread for a connection, if necessary in place of the oldest connection."""
         if not self._places.acquire(blocking=False):
             with self._turn:
                 _shut(next(iter(self._open), None))
@@ -80,7 +80,7 @@ class BoundedServer(WSGIServer):
         self._threads.submit(self._serve, request, client_address)
 
     def _serve(self, request: Any, client_address: Any) -> None:
-        # A client that went away is nothing to report.
+        # A client that disconnected is not worth a report.
         with contextlib.suppress(Exception):
             self.finish_request(request, client_address)
         self.shutdown_request(request)
@@ -94,7 +94,7 @@ class BoundedServer(WSGIServer):
         self._threads.shutdown()
 
     def close_request(self, request: Any) -> None:
-        """Close a connection, and have its place free."""
+        """Close a connection, and free its place."""
         with self._turn:
             counted = self._open.pop(request, None)
             request.close()
@@ -110,8 +110,8 @@ class BoundedServer(WSGIServer):
 
 
 def _shut(request: socket.socket | None) -> None:
-    """Make a connection end: its thread reads the end of it, and cannot write."""
+    """Shut a connection down: its thread then reads the end of file, and cannot write."""
     if request is not None:
-        # One that its client has closed is about to end.
+        # A connection that the client closed is about to end.
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_RDWR)

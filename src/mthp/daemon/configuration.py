@@ -1,6 +1,6 @@
-"""The rules files: TOML to a :class:`Configuration`, or a refusal that names each line, key and what is allowed.
+"""The rules files: TOML to a :class:`Configuration`, or a refusal that names each line, key and allowed value.
 
-Files are taken as a whole or not at all, and every key is checked, also in rules that fit no process.
+Files are accepted as a whole or not at all, and every key is checked, also in rules that fit no process.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mthp.tunables import LIMITS, Switches, Tunables, read_switches, read_tunabl
 from mthp.units import parse_duration, parse_rate, parse_share
 
 Pace = Literal["cpu", "kernel"]
-"""What decides how fast it goes: the CPU budget, or pages_to_scan and scan_sleep_millisecs as in the kernel."""
+"""The pace of the daemon: the CPU budget, or pages_to_scan and scan_sleep_millisecs as in the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The table ``[daemon]``: what concerns the daemon itself.
+    """The table ``[daemon]``: settings of the daemon itself.
 
     Attributes:
         cpu: share of one core that its work on processes may use.
@@ -38,11 +38,11 @@ class Own:
         max_memory_pressure: the daemon rests while tasks wait for memory for more of the time (some avg10 of
             /proc/pressure/memory).
         notice_ns: a new process is noticed within this time.
-        keep_max_ptes_none: the system's max_ptes_none while the daemon runs, put back whatever ends it: with more, the
-            kernel's khugepaged makes huge folios of small ones. Every program sees it; the daemon itself goes by the
-            value from before. Not set (None): the system's.
-        pace: what decides how fast it goes: "cpu", the CPU budget, or "kernel", pages_to_scan PTEs and then
-            scan_sleep_millisecs, whatever the CPU budget.
+        keep_max_ptes_none: the system's max_ptes_none while the daemon runs, put back however the daemon ends: with a
+            larger value the kernel's khugepaged makes huge folios of small ones. Every program sees it; the daemon
+            itself uses the value from before. Not set (None): the system's.
+        pace: limit of its speed: "cpu", the CPU budget, or "kernel", pages_to_scan PTEs and then scan_sleep_millisecs,
+            whatever the CPU budget.
         metrics: host and port to serve Prometheus metrics at; not set (None): none are served.
         events: file of the event log; not set (None): none is written.
     """
@@ -59,11 +59,11 @@ class Own:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration(Own):
-    """All that a rules file says.
+    """The contents of a rules file.
 
     Attributes:
-        rules: which processes to work on, and how.
-        tunables: those of khugepaged's that are set here; the others are the system's at any moment.
+        rules: processes to work on, and how.
+        tunables: those of khugepaged's that are set here; the others are the system's current ones.
         enabled, sizes: the same for the switches: the top-level word, and words by order.
     """
 
@@ -73,18 +73,18 @@ class Configuration(Own):
     sizes: Mapping[int, str] = field(default_factory=dict)
 
     def tunables_over(self, system: Tunables, geometry: Geometry) -> Tunables:
-        """The tunables that hold, where those of the system are `system`."""
+        """Return the effective tunables, where those of the system are `system`."""
         return system.replaced(geometry, **self.tunables) if self.tunables else system
 
     def switches_over(self, system: Switches) -> Switches:
-        """The switches that hold, where those of the system are `system`."""
+        """Return the effective switches, where those of the system are `system`."""
         if self.enabled is None and not self.sizes:
             return system
         return Switches(self.enabled or system.enabled, dict(system.sizes) | dict(self.sizes))
 
 
 def example() -> str:
-    """Return a rules file that shows every key, with the value that holds without it."""
+    """Return a rules file with every key at its default value."""
     defaults = Tunables.defaults(X86_64)
     switches = Switches.defaults(X86_64)
     words = {"enabled": switches.enabled, **switches.words_by_size(X86_64)}
@@ -155,8 +155,8 @@ _SETTINGS = {
 def configuration_files(path: Path) -> list[Path]:
     """Return the files of the configuration at `path`.
 
-    A file is all of it. Of a directory these are `mthp.toml`, and the files of `conf.d` that end with .toml, in the
-    order of their names; those that are hidden are an editor's.
+    A file is all of it. A directory has `mthp.toml`, and the files of `conf.d` that end with .toml, in the order of
+    their names. Hidden files are left out, because editors write them.
 
     Raises:
         UsageError: the directory has no such file, or cannot be read.
@@ -176,7 +176,7 @@ def configuration_files(path: Path) -> list[Path]:
 
 
 DIRECTORY = Path("/etc/mthp")
-"""Where the daemon looks for its configuration if no option names one."""
+"""Directory of the configuration if no option names one."""
 
 MAIN = "mthp.toml"
 
@@ -184,25 +184,25 @@ _MAKE_ONE = "write one: mthp daemon --print-config > {}"
 
 
 def load_configuration(path: Path, geometry: Geometry) -> Configuration:
-    """Read a rules file, or a directory of such files.
+    """Return the configuration of a rules file, or of a directory of such files.
 
-    The rules of all files hold. Each key of the other tables may be set in one of them, and holds for all.
+    The rules of all files apply. Each key of the other tables may be set in one of the files, and applies to all.
 
     Raises:
-        UsageError: one of them cannot be read, is not TOML, or says something that cannot be; or a key is set twice.
+        UsageError: a file cannot be read, is not TOML, or has an invalid value; or a key is set twice.
     """
     paths = configuration_files(path)
     return _configuration([Document.load(each, _readers(geometry)) for each in paths], geometry, str(path))
 
 
 def parse_configuration(text: str, geometry: Geometry, name: str = "configuration") -> Configuration:
-    """Read the text of a rules file.
+    """Return the configuration in the text of a rules file.
 
     Args:
-        name: how to call it in messages.
+        name: name of the file in messages.
 
     Raises:
-        UsageError: it is not TOML, or says something that cannot be.
+        UsageError: the text is not TOML, or has an invalid value.
     """
     with named(name):
         document = Document.parse(text, name, _readers(geometry))
@@ -210,10 +210,10 @@ def parse_configuration(text: str, geometry: Geometry, name: str = "configuratio
 
 
 def configuration_of(data: dict[str, Any], geometry: Geometry, name: str = "configuration") -> Configuration:
-    """Return what the tables of a file mean, wherever they come from.
+    """Return the configuration in the tables of a file, or in equal tables from elsewhere.
 
     Raises:
-        UsageError: they say something that cannot be.
+        UsageError: a value is invalid.
     """
     return _configuration([Document("", data, name, _readers(geometry))], geometry, name)
 
@@ -253,7 +253,7 @@ _TABLES = ("daemon", "tunables", "switches", "defaults")
 
 
 def _refuse_doubles(documents: Sequence[Document], geometry: Geometry) -> None:
-    """Keep an error for every key that one file sets and another has set before."""
+    """Record an error for every key that two files set."""
     first: dict[tuple[str, str | int], tuple[Document, str]] = {}
     for document in documents:
         for table in _TABLES:

@@ -1,8 +1,8 @@
-"""The daemon's socket: ``mthp status``, ``pause`` and ``resume`` ask here.
+"""The daemon's socket, for ``mthp status``, ``pause`` and ``resume``.
 
-A client sends one JSON object in a line, ``{"command": "status"}``, and gets one back; then it may send the next.
-No client can hold the daemon up, or another client: one that sends too much, or does not read its answer, is dropped,
-and when all places are taken, the one that has been silent for longest makes room.
+A client sends one JSON object in a line, ``{"command": "status"}``, and receives one as the answer; then it may send
+the next. No client can delay the daemon or another client: one that sends too much, or does not read its answer, is
+dropped, and when all places are taken, the one that has been silent for longest is dropped.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ MODE = 0o660
 MAX_REQUEST = 4096
 MAX_CLIENTS = 32
 BACKLOG = 128
-"""Clients that wait to be accepted."""
+"""Clients in the queue of listen(2)."""
 
 MAX_UNREAD = 16 << 20
-"""Bytes of answers that wait for one client at most."""
+"""Most bytes of answers that wait for one client."""
 
 CLIENT_TIMEOUT = 5.0
 """Seconds to wait for the next part of an answer."""
 
 ANSWER_TIMEOUT = 30.0
-"""Seconds to wait for all of it."""
+"""Seconds to wait for the whole answer."""
 
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class ControlSocket:
-    """Listens, and answers.
+    """Listens at the socket, and answers.
 
     Args:
-        path: of the socket.
-        selector: of the main loop; what is registered in it has a function as its data, called with the events.
-        answer: gives the answer to a request.
+        path: path of the socket.
+        selector: selector of the main loop; the data of a registration is a function that is called with the events.
+        answer: returns the answer to a request.
 
     Raises:
         UsageError: the socket is taken, or cannot be made.
@@ -56,7 +56,7 @@ class ControlSocket:
 
     def __init__(self, path: Path, selector: selectors.BaseSelector, answer: Answer) -> None:
         self._path, self._selector, self._answer = path, selector, answer
-        # In the order of when they were last heard of.
+        # Ordered by the time of the last event, the oldest first.
         self._clients: dict[_Client, None] = {}
         self._socket = _bound(path)
         self._socket.setblocking(False)
@@ -64,7 +64,7 @@ class ControlSocket:
         selector.register(self._socket, selectors.EVENT_READ, self._accept)
 
     def _accept(self, _events: int) -> None:
-        # Nobody is there any more, or there is no file descriptor left: no reason to end.
+        # The client has disconnected, or file descriptors have run out: the daemon goes on.
         with contextlib.suppress(OSError):
             connection, _ = self._socket.accept()
             if len(self._clients) >= MAX_CLIENTS:
@@ -75,7 +75,7 @@ class ControlSocket:
 
     def _serve(self, client: _Client, events: int) -> None:
         if client not in self._clients:
-            # It was dropped after the selector had seen something of it.
+            # The client was dropped in the same round of the selector.
             return
         if not client.serve(events):
             self._drop(client)
@@ -91,7 +91,7 @@ class ControlSocket:
         client.socket.close()
 
     def close(self) -> None:
-        """Stop listening; the socket's file is removed."""
+        """Stop listening, and remove the socket's file."""
         for client in list(self._clients):
             self._drop(client)
         self._selector.unregister(self._socket)
@@ -110,15 +110,15 @@ class _Client:
         self._asked = b""
 
     def serve(self, events: int) -> bool:
-        """Read, answer and write what can be; False once it is to be dropped."""
+        """Read, answer and write without blocking. Return False if the client must be dropped."""
         try:
             if events & selectors.EVENT_READ:
                 part = self.socket.recv(MAX_REQUEST)
                 self._asked += part
                 if not part or len(self._asked) > 2 * MAX_REQUEST:
                     return False
-            # The next request is answered when the answer to the one before is on its way: however many a client
-            # sends at once, it has one answer in our memory.
+            # Answer the next request only after the previous answer is sent, so that a client never has more than one
+            # answer in our memory.
             while self.unread or b"\n" in self._asked:
                 if not self.unread:
                     line, _, self._asked = self._asked.partition(b"\n")
@@ -142,16 +142,16 @@ def _answered(line: bytes, answer: Answer) -> dict[str, Any]:
         return answer(request)
     except MthpError as error:
         return {"error": error.message, "help": error.help}
-    except Exception as error:  # A question that cannot be answered is no reason to end.
+    except Exception as error:  # a failed request must not end the daemon
         return {"error": f"an error of mthp: {error!r}", "help": ""}
 
 
 def _bound(path: Path) -> socket.socket:
-    """A socket bound to `path`. What a daemon that was killed left there is removed; anything else is not."""
+    """Return a socket bound to `path`, in place of the socket of a killed daemon but of no other file."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         _clear(path)
-        # The mode is right from the beginning on, not a moment later.
+        # bind(2) creates the file with the right mode, so that there is no moment with a wider one.
         mask = os.umask(0o777 & ~MODE)
         try:
             sock.bind(str(path))
@@ -187,7 +187,7 @@ def _clear(path: Path) -> None:
 
 
 def _connect(sock: socket.socket, path: str, deadline: float) -> None:
-    """Connect `sock`, and wait where other clients crowd: connect(2) of a local socket does not wait by itself."""
+    """Connect `sock`, and retry while the queue is full, because connect(2) of a local socket does not wait for it."""
     while True:
         try:
             sock.connect(path)
@@ -199,11 +199,11 @@ def _connect(sock: socket.socket, path: str, deadline: float) -> None:
 
 
 def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
-    """Ask the running daemon, and give its answer.
+    """Send `command` to the running daemon, and return its answer.
 
     Raises:
         MthpError: no daemon is running, it does not answer, or it refuses.
-        NotPermittedError: its socket is not ours to use.
+        NotPermittedError: this user may not use its socket.
     """
     request = json.dumps({"command": command} | values).encode() + b"\n"
     parts: list[bytes] = []

@@ -1,4 +1,4 @@
-"""What the daemon counts, of all processes together, of each target and of each service."""
+"""Counters of the daemon's work: of all processes together, of each target and of each service."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PAUSE_BUCKETS = (50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3
 """Upper bounds of the pause histogram, in seconds."""
 
 RECENT_PAUSES = 1024
-"""So many of the last pauses are kept for percentiles."""
+"""Latest pauses that are kept for percentiles."""
 
 
 MOST_SERVICES = 256
-"""Services that are counted by name: each is a label of metrics, and a process may take as many names as it likes."""
+"""Services that are counted by name: each is a label of metrics, and a process may take any number of names."""
 
 OTHERS = "others"
-"""The name of all services beyond those, for each rule."""
+"""The name of all services beyond :data:`MOST_SERVICES`, for each rule."""
 
 
 class Pauses:
-    """How long threads stood still, or calls kept their memory busy: a histogram, and percentiles of the last ones."""
+    """Durations for which threads were stopped, or calls kept memory busy: a histogram, and percentiles of the last."""
 
     def __init__(self) -> None:
         self.buckets = [0] * (len(PAUSE_BUCKETS) + 1)
@@ -38,7 +38,7 @@ class Pauses:
         self._recent: deque[int] = deque(maxlen=RECENT_PAUSES)
 
     def add(self, pauses_ns: Iterable[int]) -> None:
-        """Take note of some pauses, in nanoseconds."""
+        """Add pauses, in nanoseconds."""
         for pause in pauses_ns:
             self.buckets[bisect.bisect_left(PAUSE_BUCKETS, pause / 1e9)] += 1
             self.total_ns += pause
@@ -47,12 +47,12 @@ class Pauses:
 
     @property
     def count(self) -> int:
-        """How many there were."""
+        """Return the number of pauses."""
         return sum(self.buckets)
 
     @property
     def durations(self) -> Durations:
-        """Their durations; p50 and p99 are of the last 1024."""
+        """Return their durations; p50 and p99 are of the last 1024."""
         recent = Durations.of(np.array(self._recent, np.float64) / 1e9)
         return replace(recent, count=self.count, max=self.max_ns / 1e9, total=self.total_ns / 1e9)
 
@@ -64,14 +64,14 @@ class Counters:
     Attributes:
         collapsed: folios made, by order.
         failed: attempts that failed, by scan result.
-        ranges: PMD ranges looked at, by scan result.
-        scanned_ptes: PTEs looked at.
+        ranges: PMD ranges scanned, by scan result.
+        scanned_ptes: PTEs scanned.
         copied_bytes, bloat_bytes: copied by collapses, and added by filling holes.
         trimmed_bytes: given back out of large folios.
-        passes: times that a process was gone through.
-        looks: times that a process was looked at to see whether it had changed.
-        skipped: PMD ranges that were not looked at, since they had not changed since they were finished.
-        stopped: pauses in which all threads of a process stood still.
+        passes: passes through processes.
+        looks: cheap checks of processes for changes.
+        skipped: PMD ranges not scanned, because they had not changed since they were finished.
+        stopped: pauses in which all threads of a process were stopped.
         called: calls of the kernel, in which its memory may have been busy.
     """
 
@@ -95,7 +95,7 @@ class Counters:
     called: Pauses = field(default_factory=Pauses)
 
     def collapsed_bytes(self, geometry: Geometry) -> int:
-        """Bytes in the folios that were made."""
+        """Return the bytes in the folios that were made."""
         return sum(count * geometry.size_of(order) for order, count in dict(self.collapsed).items())
 
     def collapsed_by_size(self, geometry: Geometry) -> dict[str, int]:
@@ -127,7 +127,7 @@ class Services:
         self._counters: dict[tuple[str, str], ServiceCounters] = {}
 
     def of(self, rule: str, service: str) -> ServiceCounters:
-        """Return the counters of a service, or those of all others of its rule where there are too many."""
+        """Return the counters of a service, or those of all others of its rule if too many have their own."""
         if (rule, service) not in self._counters and len(self._counters) >= MOST_SERVICES:
             service = OTHERS
         return self._counters.setdefault((rule, service), ServiceCounters(rule, service))

@@ -1,4 +1,4 @@
-"""What all targets of the daemon share."""
+"""State that all targets of the daemon share."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from mthp.pacing import ByteBudget, Clock
 from mthp.tunables import Switches, Tunables
 
 SHORTEST_LOOK = 0.02
-"""Seconds between two looks at the same process at least, whatever scan_sleep_millisecs says."""
+"""Least seconds between two looks at the same process, whatever scan_sleep_millisecs is."""
 
 
 @dataclass
 class Environment:
-    """What all targets share.
+    """State that all targets share.
 
     Attributes:
-        geometry: of the machine.
-        configuration: what holds now.
-        switches, tunables: the system's at this moment, the configuration's over them.
-        free: of which orders there are folios.
+        geometry: geometry of the machine.
+        configuration: the current configuration.
+        switches, tunables: the current ones: the configuration's over the system's.
+        free: orders with free folios.
         total: counters of all targets together.
         services: counters by rule and service.
-        bytes: the budget of bytes per second of all together.
+        bytes: budget of bytes per second of all targets together.
         opened: opens the address space of a PID.
         event: writes an event.
-        say: tells a person what happens.
-        looks: how often targets are looked at.
-        stopping: asked between pieces: whether to end.
-        clock: the time.
-        said: what a person was told of, see :meth:`say_once`.
+        say: prints a line for the operator.
+        looks: intervals between looks at targets.
+        stopping: called between pieces; returns whether to stop.
+        clock: the time, in seconds.
+        said: subjects of lines that were printed, see :meth:`say_once`.
     """
 
     geometry: Geometry
@@ -60,7 +60,7 @@ class Environment:
     said: set[object] = field(default_factory=set)
 
     def mechanisms(self, space: AddressSpace, means: Means) -> dict[int, Mechanism | None]:
-        """Return what makes the folios of each order by `means`: found out once, as it lies in the machine."""
+        """Return the mechanism for each order by `means`, cached because it depends on the machine alone."""
         key = means.mechanism, means.rate is None
         if key not in self._mechanisms:
             orders = self.geometry.anon_orders
@@ -68,22 +68,22 @@ class Environment:
         return self._mechanisms[key]
 
     def say_once(self, about: object, line: str) -> None:
-        """Tell a person what holds for many passes, once until the configuration is read again."""
+        """Print a line about a lasting condition, once until the configuration is read again."""
         if about not in self.said:
             self.said.add(about)
             self.say(line)
 
     @property
     def scan_sleep(self) -> float:
-        """Seconds."""
+        """Return the seconds between two looks by scan_sleep_millisecs, at least `SHORTEST_LOOK`."""
         return max(self.tunables.scan_sleep_millisecs / 1000, SHORTEST_LOOK)
 
     def ranges_within(self, rate: int | None, most: int) -> int:
-        """Return how many PMD ranges one piece of work may have: fewer where a rate would make more of them a burst.
+        """Return the most PMD ranges for one piece of work, fewer if a rate would make more of them a burst.
 
         Args:
-            rate: bytes a second of the target; None for no bound.
-            most: if no rate allows fewer; one is always allowed.
+            rate: bytes a second of the target; None for unlimited.
+            most: result if no rate allows fewer; one is always allowed.
         """
         rates = [each for each in (rate, self.configuration.bytes_per_second) if each]
         if self.configuration.pace == "kernel":

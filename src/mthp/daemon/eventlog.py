@@ -1,10 +1,10 @@
 """The event log: one JSON object a line, appended.
 
-A full disk stops nothing: what cannot be written is counted, that is said once, and when writing works again a line
-tells how much is missing. A line that was cut short by a full disk is ended first, so that readers can pass over it.
+A full disk stops nothing: lost events are counted, the operator is warned once, and when writing works again a line has
+their number. A line that a full disk cut short is ended first, so that readers can skip it.
 
-The daemon has all rights, and the file may be named in a directory in which others write, too. So links are followed
-only if they are the daemon's user's or root's, and a file with several names is not written to.
+The daemon has all rights, and other users may write to the log's directory. So links are followed only if they belong
+to the daemon's user or to root, and a file with several names is not written to.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class EventLog:
 
     Args:
         path: the file.
-        say: tells a person that events are lost, and that they are written again.
+        say: prints a line when events are lost, and when writing works again.
 
     Attributes:
-        lost: events that could not be written since the last that could.
+        lost: events lost since the last one that was written.
 
     Raises:
         UsageError: the file cannot be opened.
@@ -75,7 +75,7 @@ class EventLog:
         self.lost += 1
 
     def reopen(self) -> None:
-        """Open the file anew: it may have been moved away (logrotate)."""
+        """Open the file again, because logrotate may have moved it away."""
         with self._turn:
             try:
                 fd = _open(self.path)
@@ -93,7 +93,7 @@ class EventLog:
 
 
 def _open(path: Path) -> int:
-    # Without O_NONBLOCK a pipe that nobody reads would hold us up.
+    # O_NONBLOCK, because a pipe without a reader would block the daemon.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW, 0o640)

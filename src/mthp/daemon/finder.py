@@ -1,9 +1,9 @@
-"""Which processes are targets: those that a rule fits, found when they come, change and go.
+"""The choice of targets: processes that fit a rule, found when they start, change and exit.
 
-A rule that names a PID means the process that has it when the rules are read, and not one that gets the number later.
-Changes of processes are told by the kernel or looked for (:mod:`mthp.linux.procevents`). Who changed is let settle and
-looked into (:mod:`~mthp.daemon.discovery`), and becomes a target, stays one under another rule, or is let go. Every so
-often all processes are listed, for what changes without an event.
+A rule that names a PID means the process that has it when the rules are read, and not a later one with the same number.
+Changes of processes come from the kernel's events or from lists (:mod:`mthp.linux.procevents`). A changed process
+settles and is read (:mod:`~mthp.daemon.discovery`), and becomes a target, stays one under another rule, or stops being
+one. Periodically all processes are listed, for changes without an event.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from mthp.linux.procevents import Changes, list_pids, open_events
 from mthp.naming import ProcessFacts
 
 NOBODY = 0
-"""In place of a PID that no rule means."""
+"""Stands in place of a PID that no rule means."""
 
 REMATCH_SECONDS = 10.0
-"""Between two listings of all processes; what may change without an event is looked at anew then."""
+"""Seconds between two listings of all processes, for changes without an event."""
 
 TOLD_OF = frozenset(("pid", "comm", "exe"))
-"""Properties whose change the kernel tells. The others change without an event: a process is put into another control
-group, and the log of a container is linked after it has started."""
+"""Properties whose change is a kernel event. The others change without one: a process is moved to another control
+group, and the log of a container is linked after it has started.
+"""
 
 
 class Finder:
     """Finds processes for the worker, in the main thread.
 
     Args:
-        worker: gets the targets; its environment's configuration has the rules.
+        worker: receives the targets; its environment's configuration has the rules.
         loop: waits for events of processes, and for the end of each target.
-        say: tells a person what happened.
+        say: prints a line for the operator.
 
     Attributes:
-        left_out: why processes that a rule fits are no targets, by how often.
+        left_out: reasons for which processes that fit a rule are not targets, with the number of times.
     """
 
     left_out: Counter[str]
@@ -66,21 +67,21 @@ class Finder:
 
     @property
     def means(self) -> str:
-        """How new processes are found."""
+        """Return the name of the way in which new processes are found."""
         return self._changes.name
 
     @property
     def known(self) -> int:
-        """How many processes were looked into."""
+        """Return the number of processes that were read."""
         return len(self._known)
 
     @property
     def next_due(self) -> float | None:
-        """When there is a process to look into; None if nobody waits."""
+        """Return when the next process has settled; None if none waits."""
         return self._nursery.next_due()
 
     def start(self) -> None:
-        """Look into all processes, and into those that change from now on."""
+        """Read all processes, and from now on every process that changes."""
         self._watch_processes()
         self._take_names()
         self._nursery.add(list_pids(), at_once=True)
@@ -88,14 +89,14 @@ class Finder:
         self._loop.every("rematch", REMATCH_SECONDS, self._rematch)
 
     def renew(self) -> None:
-        """There are other rules now: look into all processes anew."""
+        """Read all processes again, because the rules have changed."""
         self._nursery.settle = self._tick
         self._known.clear()
         self._take_names()
         self._nursery.add(list_pids(), at_once=True)
 
     def _take_names(self) -> None:
-        """Note who has the PIDs that rules name."""
+        """Note which processes have the PIDs that rules name."""
         rules = self._environment.configuration.rules
         if hidden := self._facts.hidden(rules.properties):
             self._say(f"rules may fit nothing: {hidden}")
@@ -108,7 +109,7 @@ class Finder:
                 self._named[pid] = facts.starttime
 
     def close(self) -> None:
-        """Hear of no more changes."""
+        """Stop receiving changes."""
         self._changes.close()
 
     def _watch_processes(self) -> None:
@@ -119,11 +120,11 @@ class Finder:
 
     @property
     def _tick(self) -> float:
-        """Seconds for which events of processes are gathered."""
+        """Return the seconds for which events of processes are gathered."""
         return SETTLE_SHARE * self._environment.configuration.notice_ns / 1e9
 
     def _processes_changed(self, _events: int) -> None:
-        """Take what came, and let more come for a while: one by one, each event would wake us."""
+        """Take the pending events, and gather the next ones, because each single event would wake the daemon."""
         self._loop.selector.unregister(self._changes.fileno())
         self._take(self._changes.changes())
         self._loop.after("events", self._tick, self._watch_processes)
@@ -140,7 +141,7 @@ class Finder:
             self._nursery.add(list_pids())
 
     def _rematch(self) -> None:
-        """Look at all processes again that may have changed without an event: moved to another cgroup, above all."""
+        """Read all processes that may have changed without an event: moved to another cgroup, above all."""
         pids = set(list_pids())
         for pid in self._known.keys() - pids:
             del self._known[pid]
@@ -148,12 +149,12 @@ class Finder:
         self._nursery.add(pids - {pid for pid, starttime in self._known.items() if told_of or starttime < 0})
 
     def look_into(self) -> None:
-        """Look into processes that have settled."""
+        """Read processes that have settled, and match them."""
         rules = self._environment.configuration.rules
         for pid in self._nursery.take():
             facts = self._facts.read(pid, rules.properties)
             if facts is None:
-                # A kernel thread stays one; one that is gone does no harm here.
+                # A kernel thread remains one, and an entry for a process that is gone does no harm.
                 self._known[pid] = -1
                 continue
             self._known[pid] = facts.starttime
@@ -164,7 +165,7 @@ class Finder:
             self._match(facts, rule)
 
     def _match(self, facts: ProcessFacts, rule: Rule | None) -> None:
-        """Have `rule` hold for a process from now on; None to leave it alone."""
+        """Apply `rule` to a process from now on; None to leave it alone."""
         target = self._worker.targets.get(facts.pid)
         if target is not None and target.facts.starttime != facts.starttime:
             self._forget(facts.pid)
@@ -194,11 +195,11 @@ class Finder:
         self._environment.event("target", pid=pid, comm=facts.comm, rule=rule.name)
 
     def _forget(self, pid: int) -> None:
-        """It is gone, or to be left alone."""
+        """Drop the target of a process that is gone, or to be left alone."""
         target = self._worker.targets.get(pid)
         if target is None:
             return
-        # Before it is closed: its number may soon be that of another file.
+        # Before the pidfd is closed, because its number may soon be that of another file.
         self._loop.selector.unregister(target.process.pidfd)
         alive = target.process.is_alive()
         self._worker.drop(pid)
@@ -206,7 +207,7 @@ class Finder:
 
 
 def _ancestors() -> frozenset[int]:
-    """This process and those that it descends from, which are left alone: we would wait for ourselves."""
+    """Return this process and its ancestors, which are left alone because the daemon would wait for itself."""
     found: list[int] = []
     pid = os.getpid()
     while pid > 0:

@@ -1,11 +1,11 @@
-"""The children that a target has forked, whose memory is the target's until they begin another program or end.
+"""The children that a target has forked, which share its memory until they execute another program or exit.
 
-A collapse in that time copies what parent and child share, for both. What the parent writes to is copied page by page,
-which breaks up its folios: so it goes while Redis saves its data. So nothing is collapsed until the last child is gone.
-Then all is looked at again, what was broken up first.
+A collapse in that time copies pages that parent and child share, for both. When the parent writes, copy-on-write breaks
+up its folios page by page, as while Redis saves its data. So nothing is collapsed until the last child is gone. Then
+everything is scanned again, broken folios first.
 
-A server may have children for good, as PostgreSQL has; they are waited for no longer than `LONGEST_SECONDS`. What is
-shared then is left alone by max_ptes_shared as before.
+A server may have permanent children, as PostgreSQL does, so they are waited for at most `LONGEST_SECONDS`. Pages that
+are still shared then are left alone by max_ptes_shared as before.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 CHILD = "a child shares its memory since a fork: nothing is collapsed until that ends or begins another program"
 
 LONGEST_SECONDS = 600.0
-"""How long a child is waited for: Redis writes some 100 MB a second to its file, so this is 60 GB."""
+"""Longest wait for a child: Redis writes some 100 MB a second to its file, so this is 60 GB."""
 
 SHORT_SECONDS = 0.25
-"""A child that was there for less, as of system(3), began another program before anything was copied."""
+"""Seconds below which a child, as of system(3), executed another program before anything was copied."""
 
 
 class Forks:
@@ -37,19 +37,19 @@ class Forks:
         self._children[child] = now
 
     def ended(self, child: int, now: float) -> bool:
-        """Note that a child shares nothing any more; return whether memory is to be looked at again because of it.
+        """Note that a child no longer shares memory; return whether memory must be scanned again because of it.
 
-        A child of before this was watched counts too: nothing is known of how long it was there.
+        A child from before the target was watched counts too, because the duration of its sharing is unknown.
         """
         since = self._children.pop(child, now - SHORT_SECONDS)
         self._over |= now - since >= SHORT_SECONDS
         return self._over and not self.holds(now)
 
     def holds(self, now: float) -> bool:
-        """Return whether nothing may be collapsed now, because a child shares the memory."""
+        """Return whether a child shares the memory, so that nothing may be collapsed now."""
         return any(now - since < LONGEST_SECONDS for since in list(self._children.values()))
 
     def take_over(self) -> bool:
-        """Return whether children ended since the last call, and memory is to be looked at again."""
+        """Return whether children ended since the last call, so that memory must be scanned again."""
         over, self._over = self._over, False
         return over

@@ -1,4 +1,4 @@
-"""Give back pages of zeroes that lie in large folios of one target."""
+"""Trimming of one target: pages of zeroes in large folios are given back."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mthp.naming import ProcessFacts
 
 
 def give_back(environment: Environment, facts: ProcessFacts, share: float) -> int:
-    """Trim folios of which `share` holds nothing but zeroes, write an event, and return the bytes that went back.
+    """Trim folios of which `share` is zeroes, write an event, and return the bytes that were given back.
 
     Raises:
-        TargetVanishedError: it is gone.
+        TargetVanishedError: the process is gone.
     """
     try:
         with environment.opened(facts.pid) as space:

@@ -1,4 +1,4 @@
-"""Which memory of a process is used, seen in a thread of its own while the worker goes on with other processes."""
+"""The used memory of a process, sampled in a separate thread while the worker goes on with other processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mthp.errors import MthpError
 from mthp.heat import Heat, HeatRequest
 
 FRESH_SECONDS = 300.0
-"""For which heat is taken to hold. Measuring takes some seconds, so that it is at work for a hundredth of the time."""
+"""Seconds for which heat is valid. A measurement takes some seconds, so it runs for a hundredth of the time."""
 
 
 class HeatKeeper:
     """The heat of one process.
 
     Attributes:
-        heat: what was seen last; None if nothing was.
-        failed: why nothing could be seen; ``""`` otherwise.
+        heat: last measurement; None if there is none.
+        failed: reason for which the last measurement failed; ``""`` otherwise.
     """
 
     def __init__(self) -> None:
@@ -32,16 +32,16 @@ class HeatKeeper:
 
     @property
     def measuring(self) -> bool:
-        """Whether accesses are being seen at this moment."""
+        """Return whether a measurement is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def is_there(
         self, now: float, request: HeatRequest | None, opened: Callable[[], AddressSpace], stopping: Callable[[], bool]
     ) -> bool:
-        """Return whether there is heat to go by, or none is to be had; if not, begin to measure it.
+        """Return whether heat is measured, or unavailable; if not, begin to measure it.
 
         Args:
-            request: what the rule wants; None for nothing.
+            request: the rule's request; None for no heat.
             opened: opens the address space.
             stopping: returns whether to end early.
         """
@@ -69,5 +69,5 @@ class HeatKeeper:
             self.failed = error.message
 
     def close(self) -> None:
-        """Have a measurement end as soon as it can."""
+        """End a measurement as soon as possible."""
         self._closed = True

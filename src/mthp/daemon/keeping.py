@@ -1,8 +1,8 @@
-"""Keep max_ptes_none of the kernel's khugepaged at a number for as long as the daemon runs, and put it back.
+"""Keeps max_ptes_none of the kernel's khugepaged at a number while the daemon runs, and puts it back.
 
-At its default khugepaged makes huge folios of the small ones that the daemon makes (:mod:`mthp.engine.lasting`). What
-ends the daemon has the number put back: it does so itself at its end; the watcher of the journal if it is killed; the
-next mthp if both are (:mod:`mthp.linux.journal`). The daemon itself goes on by the number that was there before.
+At its default khugepaged makes huge folios of the small ones that the daemon makes (:mod:`mthp.engine.lasting`). The
+daemon puts the number back at its end; the watcher of the journal does if the daemon is killed; the next mthp does if
+both are killed (:mod:`mthp.linux.journal`). The daemon itself continues to use the number from before.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from mthp.linux.journal.switches import SwitchJournal
 TUNABLE = "khugepaged/max_ptes_none"
 
 RETRY_SECONDS = 5.0
-"""Between two tries while another mthp is in a window."""
+"""Seconds between two tries while another mthp is in a window."""
 
 
 class Keeping:
-    """What is kept.
+    """The kept tunable.
 
     Args:
-        knobs: told what was there before.
-        loop: has it tried again.
-        say: tells a person what happens.
-        journal: of the switches; the system's if not given.
+        knobs: receives the value from before.
+        loop: schedules the next try.
+        say: prints a line for the operator.
+        journal: journal of the switches; the system's if not given.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Keeping:
         self._delayed_by = ""
 
     def keep(self, number: int | None) -> None:
-        """Keep the tunable at `number` from now on, or soon; None to put back what was there before."""
+        """Keep the tunable at `number` from now on, or soon; None to put back the value from before."""
         self._wanted = number
         if number == self._kept:
             return
@@ -63,7 +63,7 @@ class Keeping:
             MthpError: another process keeps it, or does not finish its window in time.
         """
         was = self._knobs.word(TUNABLE)
-        # Before it is written: what the worker reads from now on is not what the operator chose.
+        # Before the write, because from then on the worker reads a value that the operator did not choose.
         self._knobs.keep(TUNABLE, str(number), was)
         try:
             self._journal.keep({TUNABLE: str(number)})
@@ -74,7 +74,7 @@ class Keeping:
         self._say(f"{TUNABLE} is {number} for as long as this daemon runs; it was {was}")
 
     def _put_back(self) -> None:
-        """Put back what was there.
+        """Put back the value from before.
 
         Raises:
             MthpError: another process does not finish its window in time.
@@ -88,7 +88,7 @@ class Keeping:
             self._say(str(each))
 
     def close(self) -> None:
-        """Put back what was there. What cannot be put back now is left to the watcher of the journal."""
+        """Put back the value from before, or leave that to the watcher of the journal if it fails now."""
         self._wanted = None
         try:
             self._put_back()

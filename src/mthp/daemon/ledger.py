@@ -1,10 +1,10 @@
-"""What is known of the PMD ranges of one target, so that finished ones are not scanned again.
+"""The record of the PMD ranges of one target, so that finished ones are not scanned again.
 
-A range is due when its layout (:class:`~mthp.outline.Outline`) is not what it was when it was last looked at, or when
-its time has come: soon for one that failed for a passing reason, late for one in which nothing was to do, since a folio
-that was split or exchanged for base pages leaves the layout as it is. Waiting times double as long as nothing comes of
-them. No soft-dirty bit is cleared and no write tracking is set up, which others (checkpointers, garbage collectors,
-virtual machine managers) may be using.
+A range is due when its layout (:class:`~mthp.outline.Outline`) has changed since its last scan, or when its time has
+come: soon after a failure that may pass, late after a scan that changed nothing, because a folio that was split or
+exchanged for base pages leaves the layout as it is. Waiting times double while nothing changes. No soft-dirty bit is
+cleared and no write tracking is set up, because checkpointers, garbage collectors and virtual machine managers may be
+using them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PASSING = (
     ScanResult.CGROUP_CHARGE_FAIL,
     ScanResult.PAGE_LAZYFREE,
 )
-"""Results that may be others a moment later, without any change of the layout."""
+"""Results that may differ a moment later, without any change of the layout."""
 
 FIRST_AGE, LAST_AGE = 60.0, 3600.0
-"""Seconds after which a finished range is looked at again, at first and in the end."""
+"""Seconds after which a finished range is scanned again, at first and in the end."""
 
 FIRST_RETRY, LAST_RETRY = 0.5, 600.0
-"""Seconds after which one that failed for a passing reason is tried again."""
+"""Seconds after which a range that failed for a passing reason is tried again, at first and in the end."""
 
 _PMD_MAPPED = np.int8(ScanResult.PMD_MAPPED)
 
@@ -45,12 +45,12 @@ _IS_PASSING[list(PASSING)] = True
 
 
 class Ledger:
-    """One row per PMD range of the target that holds anything.
+    """One row per PMD range of the target that is not empty.
 
     Attributes:
         address: uint64, shape (ranges,), ascending.
-        was_large: bool, shape (ranges,): which were huge, or had folios made in them, when last looked at before the
-            last call of :meth:`due`.
+        was_large: bool, shape (ranges,): ranges that were huge, or had folios made in them, at their last scan before
+            the last call of :meth:`due`.
     """
 
     def __init__(self) -> None:
@@ -62,10 +62,10 @@ class Ledger:
         self._result = np.empty(0, np.int8)
 
     def due(self, outline: Outline, now: float, *, touched: bool = True) -> NDArray[np.bool_]:
-        """Which ranges of `outline` are to be looked at, bool, shape (ranges,); what is not in it is forgotten.
+        """Return which ranges of `outline` are due, bool, shape (ranges,); ranges outside of it are forgotten.
 
         Args:
-            touched: whether the target can have changed anything since it was last asked; if not, age does not count.
+            touched: whether the target can have changed anything since the last call; if not, age does not count.
         """
         row = np.searchsorted(self.address, outline.address)
         known = row < len(self.address)
@@ -77,7 +77,7 @@ class Ledger:
         layout[known], due[known], wait[known] = self._layout[row], self._due[row], self._wait[row]
         result[known] = self._result[row]
         passing = _IS_PASSING[result]
-        # Who waits for a second try does so whatever happens meanwhile; its turn comes soon.
+        # A range that waits for another try keeps waiting in spite of a change, because its turn comes soon.
         changed = (layout != outline.layout) & ~passing
         due[changed], wait[changed] = -np.inf, 0
         self.address, self._layout = outline.address, layout
@@ -89,15 +89,15 @@ class Ledger:
         return chosen
 
     def next_retry(self) -> float:
-        """When the first range that failed for a passing reason may be tried again; infinity if there is none."""
-        if not len(self._due):  # Most targets hold nothing, and are looked at often.
+        """Return when the first range that failed for a passing reason may be tried again; infinity if none."""
+        if not len(self._due):  # most targets are empty, and are checked often
             return math.inf
         return float(self._due[_IS_PASSING[self._result]].min(initial=np.inf))
 
     def scanned(
         self, addresses: NDArray[np.uint64], results: NDArray[np.int8], after: Outline, now: float, retry: float
     ) -> None:
-        """Take note of what came of some ranges.
+        """Record the results of some ranges.
 
         Args:
             addresses: uint64, shape (ranges,).
@@ -121,7 +121,7 @@ class Ledger:
         self._layout[row[seen]] = after.layout[at[seen]]
 
     def forget(self) -> None:
-        """Everything is due: the rules that it was finished under are no more."""
+        """Make every range due, because the rules under which it was finished have changed."""
         self._due[:] = -np.inf
         self._wait[:] = 0
         self._result[_IS_PASSING[self._result]] = ScanResult.NO_PTE_TABLE

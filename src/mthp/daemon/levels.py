@@ -1,4 +1,4 @@
-"""The level of eagerness that a target has now, and the settings of its rule at that level."""
+"""The current level of eagerness of a target, and the settings of its rule at that level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mthp.daemon.rules import Settings
 from mthp.geometry import Geometry
 
 MEASURE_SECONDS = 1.0
-"""Between two measurements: avg10 is renewed every two seconds (PSI_FREQ, include/linux/psi_types.h)."""
+"""Seconds between two measurements: avg10 is renewed every two seconds (PSI_FREQ, include/linux/psi_types.h)."""
 
 
 class Level:
@@ -22,10 +22,10 @@ class Level:
         now: seconds.
 
     Attributes:
-        settings: those that hold now.
+        settings: the current settings.
         makes: whether folios are made at this level.
-        gives_back: whether so little is wanted that none will be; False while the level rises from 0.
-        value: the level, 0 to 10; None where the rule has no eagerness.
+        gives_back: whether even the wanted level makes no folios; False while the level rises from 0.
+        value: the level, 0 to 10; None if the rule has no eagerness.
     """
 
     value: float | None
@@ -40,7 +40,7 @@ class Level:
             self._set(0.0 if rule.eagerness < MOST else float(MOST))
 
     def follow(self, now: float, measure: Callable[[], Measured]) -> bool:
-        """Measure again if it is time to; return whether other settings hold now."""
+        """Measure again if it is time to; return whether the settings have changed."""
         if self.value is None or self._rule.eagerness is None or now - self._at < MEASURE_SECONDS:
             return False
         found = measure()
@@ -53,7 +53,7 @@ class Level:
 
     def _set(self, level: float) -> None:
         self.value = level
-        # In whole steps: with each change all that was finished is looked at again.
+        # In whole steps, because after each change all finished ranges are scanned again.
         at = settings_at(int(level))
         fill = Amount(share=at.fill)
         self.makes = at.makes

@@ -13,10 +13,10 @@ NAME = "daemon.lock"
 
 
 class DaemonLock:
-    """Held from the making of this object until :meth:`close`; the kernel lets go of it however we end.
+    """Held from the making of this object until :meth:`close`; the kernel releases it however the process ends.
 
     Args:
-        directory: where the lock file is.
+        directory: directory of the lock file.
 
     Raises:
         MthpError: another daemon holds it.
@@ -33,7 +33,7 @@ class DaemonLock:
             ) from error
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            # It is written to, and what has another name might be somebody else's.
+            # The file is written to, and under another name it might belong to another user.
             os.close(self._fd)
             raise NotPermittedError(f"{path} is no file of its own", help="remove it, or give another --run-dir")
         try:
@@ -49,6 +49,6 @@ class DaemonLock:
         os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         os.ftruncate(self._fd, 0)
         os.close(self._fd)

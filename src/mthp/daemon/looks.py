@@ -1,4 +1,4 @@
-"""How often targets are looked at: as often as a small share of a core allows, on this machine and with these targets.
+"""The interval of looks at targets, from a small share of a core, on this machine and with these targets.
 
 A look is one read of ``/proc/PID/stat``. Targets in which folios may be made, and those in which no mapping allows it,
 have a share each: a thousand idle shells do not delay the look that notices new memory of an advised process.
@@ -13,31 +13,33 @@ from mthp.pacing import Clock
 
 LOOK_SHARE = 0.0015
 """The part of a core that the looks at one kind of targets may take. Waking up and choosing the target cost two to
-three times as much as the look (measured, with warm and with cold caches), so all of it costs half a percent."""
+three times as much as the look (measured, with warm and with cold caches), so all of it costs half a percent.
+"""
 
 SHORTEST_ROUND = 0.5
-"""Seconds between two looks at the same idle target at least: new memory is then worked on within a second."""
+"""Least seconds between two looks at the same idle target: new memory is then worked on within a second."""
 
 FIRST_LOOK = 0.5
-"""Seconds until the next look after something was found. They double up to the interval of :mod:`mthp.daemon.looks`, or
-to scan_sleep_millisecs if that is shorter."""
+"""Seconds until the next look after a change. They double up to the interval of :mod:`mthp.daemon.looks`, or to
+scan_sleep_millisecs if that is shorter.
+"""
 
 WAKE_GRID = 0.25
 """Seconds: the looks of idle targets begin at multiples of this, because each wake costs more than a look."""
 
 _WEIGHT = 1 / 64
-"""Of the last look in the mean of what a look takes."""
+"""Weight of the last look in the mean duration of a look."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """What changes in ``/proc/PID/stat`` when memory may have come to be mapped.
+    """The fields of ``/proc/PID/stat`` that change when memory may have been mapped.
 
     Attributes:
         faults: page faults so far.
         mapped: bytes of its mappings.
         resident: pages; not compared.
-        comm: its name.
+        comm: name of the process.
     """
 
     faults: int
@@ -47,14 +49,14 @@ class Sign:
 
     @classmethod
     def parse(cls, text: bytes) -> Sign:
-        """Read the text of ``/proc/PID/stat`` (proc_pid_stat(5))."""
+        """Return the fields in the text of ``/proc/PID/stat`` (proc_pid_stat(5))."""
         end = text.rindex(b")")
         fields = text[end + 2 :].split(maxsplit=23)
         return cls(int(fields[7]) + int(fields[9]), int(fields[20]), int(fields[21]), text[text.index(b"(") + 1 : end])
 
 
 class Looks:
-    """What a look takes, and how many targets share the looks.
+    """The mean cost of a look, and the targets that share the looks.
 
     Args:
         spent: CPU seconds of the calling thread.
@@ -80,7 +82,7 @@ class Looks:
             kind.discard(target)
 
     def interval(self, target: object) -> float:
-        """Return the seconds between two looks at a target in which nothing happens."""
+        """Return the seconds between two looks at an idle target."""
         kind = self._targets[target in self._targets[True]]
         return max(SHORTEST_ROUND, len(kind) * self._mean / LOOK_SHARE)
 

@@ -1,4 +1,4 @@
-"""The main thread's loop: it waits for whatever comes first of files to read, timers and a given moment."""
+"""The main thread's loop: it waits for the first of files to read, timers and a given moment."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 
 class Loop:
-    """Files and timers, and who is called for each.
+    """Files and timers, with the function to call for each.
 
     Attributes:
-        selector: what is registered in it has a function as its data, called with the events.
+        selector: the data of a registration is a function that is called with the events.
     """
 
     def __init__(self) -> None:
@@ -19,11 +19,11 @@ class Loop:
         self._timers: dict[str, tuple[float, Callable[[], None]]] = {}
 
     def after(self, name: str, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` once, so much later; a timer of that name is replaced."""
+        """Call `act` once after `seconds`, in place of an earlier timer with that name."""
         self._timers[name] = time.monotonic() + seconds, act
 
     def every(self, name: str, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` again and again, with so much time between."""
+        """Call `act` repeatedly, every `seconds`."""
 
         def again() -> None:
             self.after(name, seconds, again)
@@ -32,7 +32,7 @@ class Loop:
         self.after(name, seconds, again)
 
     def once(self, due: float | None = None) -> None:
-        """Wait for what comes first, `due` at the latest (of the monotonic clock), and see to all that is there."""
+        """Wait for the first event, `due` at the latest (of the monotonic clock), and handle all pending ones."""
         moments = [at for at, _ in self._timers.values()]
         if due is not None:
             moments.append(due)
@@ -47,5 +47,5 @@ class Loop:
                 act()
 
     def close(self) -> None:
-        """Let go of the selector; what was registered stays open."""
+        """Close the selector; registered files stay open."""
         self.selector.close()

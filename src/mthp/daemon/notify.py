@@ -1,4 +1,4 @@
-"""What a service manager is told: sd_notify(3), a datagram of assignments to the socket that it names."""
+"""Notifications to a service manager: sd_notify(3), a datagram of assignments to the socket that it names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import time
 
 
 class Notifier:
-    """Tells the service manager, if there is one.
+    """Notifies the service manager, if there is one.
 
     Args:
-        environment: of the process, with ``NOTIFY_SOCKET`` and ``WATCHDOG_USEC``.
+        environment: environment of the process, with ``NOTIFY_SOCKET`` and ``WATCHDOG_USEC``.
 
     Attributes:
-        watchdog: seconds between two signs of life; None if nobody waits for them. Half of what the manager allows.
+        watchdog: seconds between two signs of life, half of the manager's limit; None without a watchdog.
     """
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
@@ -28,19 +28,19 @@ class Notifier:
         self.watchdog = int(usec) / 2e6 if allowed and mine and self._address else None
 
     def ready(self, status: str) -> None:
-        """It works now."""
+        """Notify that the daemon works."""
         self._tell("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
-        """Rules are being read again; :meth:`ready` follows."""
+        """Notify that the rules are being read again; :meth:`ready` follows."""
         self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self) -> None:
-        """It is about to end."""
+        """Notify that the daemon is about to end."""
         self._tell("STOPPING=1")
 
     def alive(self, status: str) -> None:
-        """A sign of life."""
+        """Send a sign of life."""
         self._tell("WATCHDOG=1", f"STATUS={status}")
 
     def _tell(self, *assignments: str) -> None:

@@ -1,4 +1,4 @@
-"""What the machine and this process have left: memory pressure, free folios, file descriptors, resident memory.
+"""Memory pressure and free folios of the machine; file descriptors and resident memory of this process.
 
 The worker checks pressure and free folios before it begins work. Neither sleeps; budgets are in :mod:`mthp.pacing`.
 """
@@ -16,21 +16,21 @@ from mthp.linux.headroom import free_beyond_reserve, parse_buddyinfo, parse_memi
 from mthp.pacing import Clock
 
 ASK_SECONDS = 0.5
-"""The machine is asked for its pressure and its free memory no more often than that."""
+"""Least seconds between two reads of the machine's pressure and its free memory."""
 
 FIRST_RETRY_SECONDS = 1.0
-"""After the first failed allocation of an order; it doubles with every further one, up to alloc_sleep_millisecs."""
+"""Seconds after the first failed allocation of an order; doubled by every further one, up to alloc_sleep_millisecs."""
 
 _EASED = 0.5
-"""Once it rests, pressure must fall to this part of the limit before work goes on."""
+"""Part of the limit to which pressure must fall before work goes on."""
 
 
 class MemoryPressure:
-    """Whether tasks wait for memory so much that more work should not be made for it (PSI, accounting/psi.rst).
+    """The check whether tasks wait too much for memory to add more work (PSI, accounting/psi.rst).
 
     Args:
         limit: share of time in which some task waits, averaged over 10 seconds.
-        path: of ``/proc/pressure/memory``; a kernel without it has no pressure.
+        path: path of ``/proc/pressure/memory``; a kernel without it has no pressure.
     """
 
     def __init__(self, limit: float, path: Path = Path("/proc/pressure/memory"), clock: Clock = time.monotonic) -> None:
@@ -41,7 +41,7 @@ class MemoryPressure:
         self.resting = False
 
     def rests(self) -> bool:
-        """Whether work should wait."""
+        """Return whether work should wait."""
         now = self._clock()
         if now - self._asked >= ASK_SECONDS:
             self._asked = now
@@ -51,16 +51,17 @@ class MemoryPressure:
 
 
 def measured(membership: str, proc: Path = Path("/proc")) -> Measured:
-    """Return what is measured of a target; a kernel without PSI has no pressure.
+    """Return the pressure and free memory for a target; the pressure is 0 on a kernel without PSI.
 
     Args:
         membership: the text of its ``/proc/PID/cgroup``.
-        proc: where /proc is.
+        proc: path of /proc.
     """
     mounts = _mounts(proc)
     tops = {mount.point for mount in mounts}
     files = [each / "memory.pressure" for each in cgroup_directories(mounts, membership, "memory") if each not in tops]
-    # At the top is the root cgroup, or what a container shows in place of a cgroup that is outside of it.
+    # The top is the root cgroup, or a container's stand-in for a cgroup outside of it, so the machine's pressure
+    # counts.
     pressure = _some_avg10(next((file for file in files if file.exists()), proc / "pressure/memory"))
     try:
         meminfo = (proc / "meminfo").read_text()
@@ -72,7 +73,7 @@ def measured(membership: str, proc: Path = Path("/proc")) -> Measured:
 
 @functools.cache
 def _mounts(proc: Path) -> tuple[CgroupMount, ...]:
-    """Return where control groups are: read once, because on large machines the list of mounts is long."""
+    """Return the mounts of control groups, read once because on large machines the list of mounts is long."""
     try:
         return cgroup_mounts((proc / "self/mountinfo").read_text(errors="replace"))
     except OSError:
@@ -80,10 +81,10 @@ def _mounts(proc: Path) -> tuple[CgroupMount, ...]:
 
 
 class FreeFolios:
-    """Of which orders the machine has a folio to give at once, and which were refused a short while ago.
+    """The orders of which the machine has a free folio, and those that it recently refused.
 
     Args:
-        path: of ``/proc/buddyinfo``; where it cannot be read, every order is tried.
+        path: path of ``/proc/buddyinfo``; if it cannot be read, every order is tried.
     """
 
     def __init__(self, path: Path = Path("/proc/buddyinfo"), clock: Clock = time.monotonic) -> None:
@@ -93,7 +94,7 @@ class FreeFolios:
         self._refused: dict[int, tuple[float, float]] = {}
 
     def available(self, order: int) -> bool:
-        """Whether a folio of `order` may be asked for now."""
+        """Return whether a folio of `order` may be requested now."""
         now = self._clock()
         if now - self._asked >= ASK_SECONDS:
             self._asked = now
@@ -104,9 +105,9 @@ class FreeFolios:
         return now >= until
 
     def refused(self, order: int, alloc_sleep: float) -> None:
-        """The kernel had no folio of `order`: do not ask for a while, `alloc_sleep` seconds at most.
+        """Note that the kernel had no folio of `order`: wait before the next request, `alloc_sleep` seconds at most.
 
-        Where the machine has such folios free, the reason lies in the target, and other targets need not wait.
+        If the machine has such folios free, the reason lies in the target, and other targets need not wait.
         """
         if free_beyond_reserve(order, self._path):
             return
@@ -118,17 +119,17 @@ class FreeFolios:
         self._refused[order] = now + rest, rest
 
     def given(self, order: int) -> None:
-        """The kernel gave a folio of `order`."""
+        """Note that the kernel allocated a folio of `order`."""
         self._refused.pop(order, None)
 
     def exhausted(self) -> list[int]:
-        """The orders that are not asked for at this moment because they were refused."""
+        """Return the orders that are not requested at the moment because they were refused."""
         now = self._clock()
         return sorted(order for order, (until, _) in self._refused.items() if now < until)
 
 
 def _some_avg10(path: Path) -> float:
-    """The share of time of the line ``some avg10=1.23 ...``; 0.0 where there is none."""
+    """Return the share of time in the line ``some avg10=1.23 ...``; 0.0 without such a line."""
     try:
         text = path.read_text()
     except OSError:
@@ -140,7 +141,7 @@ def _some_avg10(path: Path) -> float:
 
 
 def _largest_free(path: Path) -> int | None:
-    """The largest order that any node has a free block of; None if that cannot be seen."""
+    """Return the largest order of which any node has a free block; None if unknown."""
     try:
         nodes = parse_buddyinfo(path.read_text())
     except (OSError, ValueError):
@@ -150,7 +151,7 @@ def _largest_free(path: Path) -> int | None:
 
 
 def raise_open_files_limit() -> None:
-    """Allow this process as many file descriptors as it may allow itself: each target takes two."""
+    """Raise the soft limit of file descriptors to the hard one, because each target takes two."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -158,6 +159,6 @@ def raise_open_files_limit() -> None:
 
 
 def memory_used() -> int:
-    """Bytes of this process that are resident."""
+    """Return the resident bytes of this process."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")

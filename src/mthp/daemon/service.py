@@ -1,8 +1,8 @@
 """The daemon: one event loop in the main thread, one worker for the targets.
 
-The main thread waits for whatever comes first: events of processes, the end of a target (its pidfd becomes readable), a
-client of the socket, a signal, a timer. None of what it does takes long, so a signal is obeyed at once whatever the
-worker is at. The worker owns the targets' memory and all that is done there (:mod:`mthp.daemon.worker`).
+The main thread waits for the first of events of processes, the end of a target (its pidfd becomes readable), a client
+of the socket, a signal, a timer. All its actions are short, so a signal takes effect at once whatever the worker does.
+The worker owns the targets' memory and all operations on it (:mod:`mthp.daemon.worker`).
 """
 
 from __future__ import annotations
@@ -46,37 +46,37 @@ from mthp.objects import to_object
 from mthp.pacing import ByteBudget, CpuBudget
 
 STOP_SECONDS = 0.8
-"""For so long the piece of work at hand is waited for when the daemon is told to end."""
+"""Seconds that the daemon waits for the current piece of work before it ends."""
 
 TOUCHING_SECONDS = 8.0
-"""And for so long if it is changing a target, so that switches and threads are left as they were."""
+"""The same while the worker changes a target, so that switches and threads are left as they were."""
 
 STUCK_SECONDS = 60.0
-"""A worker that was not seen for so long gives no sign of life any more, for the watchdog to see."""
+"""Seconds without progress of the worker after which the daemon sends no sign of life to the watchdog."""
 
 RESTORE_SECONDS = 5.0
-"""Between two tries to put back what a killed run has left."""
+"""Seconds between two tries to put back switches that a killed run has left."""
 
 NEEDED = {
     CAP_SYS_PTRACE: "to look at other users' processes and to stop their threads",
     CAP_SYS_ADMIN: "to see page frames and so the orders of folios",
     CAP_SYS_NICE: "for MADV_COLLAPSE in other processes",
 }
-"""The capabilities without which there is nothing to do, and what each is for."""
+"""The required capabilities, and the purpose of each."""
 
 _Handler = Callable[[int], None]
 
 
 @dataclass
 class Options:
-    """What the daemon is started with.
+    """Parameters of the daemon.
 
     Attributes:
         load: reads the configuration: at the start, and at every SIGHUP.
         run_dir: directory of the lock and of the socket.
         events: file of the event log, over the configuration's.
         metrics: (host, port) to serve metrics at, over the configuration's.
-        say: tells a person what happens.
+        say: prints a line for the operator.
     """
 
     load: Callable[[], Configuration]
@@ -87,10 +87,10 @@ class Options:
 
 
 def check_rights() -> None:
-    """Do nothing if these rights suffice.
+    """Check that this process has the required capabilities.
 
     Raises:
-        NotPermittedError: a capability is missing; says which, and what for.
+        NotPermittedError: a capability is missing; names it and its purpose.
     """
     rights = Rights.read(Path("/proc/self"))
     missing = [(capability, use) for capability, use in NEEDED.items() if not rights.has(capability)]
@@ -103,10 +103,10 @@ class Daemon:
     """The running daemon.
 
     Args:
-        options: what it is started with.
+        options: parameters of the daemon.
 
     Raises:
-        UsageError: a configuration that cannot be; a socket or a port that is taken; a log that cannot be written.
+        UsageError: the configuration is invalid; a socket or a port is taken; a log cannot be written.
         MthpError: another daemon is running.
         NotPermittedError, UnsupportedError: these rights, or this kernel, do not suffice.
     """
@@ -118,7 +118,7 @@ class Daemon:
         " reloads refused_reloads orders_refused switches=environment.switches left_out=finder.left_out"
         " counters=environment.total targets"
     )
-    """What `mthp status` prints."""
+    """Output of `mthp status`."""
 
     configuration: Configuration
     environment: Environment
@@ -190,7 +190,7 @@ class Daemon:
         self._serve_metrics()
 
     def _restore(self) -> None:
-        """Put back the switches that a run which was killed has left changed; later, while another run is at work."""
+        """Put back the switches that a killed run has left changed; later, while another run is at work."""
         try:
             restored = SwitchJournal.restore_all()
         except NotPermittedError:
@@ -239,10 +239,11 @@ class Daemon:
         """Work until SIGTERM or SIGINT.
 
         Raises:
-            MthpError: it ended for an error of its own.
+            MthpError: an internal error stopped the daemon.
         """
         with self._undo, self._signals():
-            # This thread answers, and finds processes: that costs what others do, and must not stop the work.
+            # The budget leaves this thread out: answers and new processes cost as much as others cause, and must not
+            # stop the work.
             self.worker.cpu.leave_out()
             self.worker.start()
             self.finder.start()
@@ -298,7 +299,7 @@ class Daemon:
             self._stopping = True
 
     def _suspend(self) -> None:
-        """Be stopped by Ctrl-Z once nothing is being worked on: a target would stand still for as long."""
+        """Stop for Ctrl-Z once no target is being worked on, because a target would stay stopped for as long."""
         paused = self.worker.paused
         self.worker.pause(True)
         self.worker.wait_for_rest(TOUCHING_SECONDS)
@@ -321,10 +322,10 @@ class Daemon:
         self._event("stop", in_time=in_time)
         self._say("ended" if in_time else "ended in the middle of reading a process, which that does not harm")
 
-    # What it is told.
+    # Requests.
 
     def reload(self) -> None:
-        """Read the configuration again; if it cannot be, the old one stays."""
+        """Read the configuration again; if it is invalid, keep the old one."""
         self._notifier.reloading()
         if self._events is not None:
             self._events.reopen()
@@ -361,33 +362,33 @@ class Daemon:
 
     @property
     def pid(self) -> int:
-        """Of this process."""
+        """Return the PID of this process."""
         return os.getpid()
 
     @property
     def uptime_seconds(self) -> float:
-        """Since it was started."""
+        """Return the seconds since the start."""
         return time.monotonic() - self._started
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time of this process."""
+        """Return the processor time of this process, in seconds."""
         times = os.times()
         return times.user + times.system
 
     @property
     def resident_memory_bytes(self) -> int:
-        """Memory of this process."""
+        """Return the resident memory of this process, in bytes."""
         return memory_used()
 
     @property
     def orders_refused(self) -> list[str]:
-        """Sizes that are not tried at the moment, because the machine had no folio of them."""
+        """Return the sizes that are not tried at the moment, because the machine had no folio of them."""
         return [self.geometry.label(order) for order in self.environment.free.exhausted()]
 
     @property
     def targets(self) -> list[Target]:
-        """The processes that are worked on."""
+        """Return the processes that are worked on."""
         return list(self.worker.targets.values())
 
 

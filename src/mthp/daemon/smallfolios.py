@@ -20,10 +20,10 @@ from mthp.results import BlockOutcome, ScanResult
 
 
 class SmallFolios:
-    """What is known of them.
+    """The small folios of one target.
 
     Attributes:
-        remade: what khugepaged will make huge again of them.
+        remade: prediction of those that khugepaged will make huge again.
     """
 
     remade: Remade
@@ -34,7 +34,7 @@ class SmallFolios:
         self._due = False
 
     def stale(self) -> None:
-        """Find out again what lasts: switches, tunables or rules changed."""
+        """Predict again at the next :meth:`look`, because switches, tunables or rules changed."""
         self._due = True
 
     def note(self, attempts: Iterable[BlockOutcome], geometry: Geometry) -> None:
@@ -51,10 +51,10 @@ class SmallFolios:
     def look(
         self, environment: Environment, space: AddressSpace, outline: Outline, facts: ProcessFacts, rule: Rule
     ) -> None:
-        """Predict what lasts, if that is to be found out again, and say what does not, once for a rule.
+        """Predict what lasts, if the prediction is stale, and warn once for a rule of folios that do not.
 
         Args:
-            outline: of all that may be collapsed, as it is now.
+            outline: current outline of all that may be collapsed.
 
         Raises:
             TargetVanishedError: the process is gone.

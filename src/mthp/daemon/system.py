@@ -1,8 +1,8 @@
-"""The machine's switches and tunables, followed live: read again before every piece of work, parsed when they changed.
+"""The machine's switches and tunables: read before every piece of work, parsed when they changed.
 
-Reading a kept-open file of sysfs again takes about a microsecond. What is read while another mthp has a window open (a
-moment in which it has set switches to make folios of one order, :mod:`mthp.linux.journal`) is not what the
-operator chose, so the lock of the windows is checked, and while it is held the last values stay.
+Reading an open file of sysfs again takes about a microsecond. In a window, another mthp has set switches to make folios
+of one order (:mod:`mthp.linux.journal`), and the operator did not choose these values. So the lock of the windows is
+checked, and while it is held the last values stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SystemKnobs:
 
     Args:
         sysfs: the THP directory.
-        lock: the lock file of windows; None where there is none to look at.
+        lock: the lock file of windows; None to check no lock.
     """
 
     def __init__(self, sysfs: ThpSysfs, geometry: Geometry, lock: Path | None = None) -> None:
@@ -36,11 +36,11 @@ class SystemKnobs:
         self.switches = Switches.defaults(geometry)
         self.tunables = Tunables.defaults(geometry)
         self.version = 0
-        """Grows with every change."""
+        """Number of changes so far."""
         self.refresh()
 
     def refresh(self) -> bool:
-        """Read again. Gives whether anything changed."""
+        """Read the files again, and return whether anything changed."""
         with _unless_locked(self._lock) as undisturbed:
             if not undisturbed:
                 return False
@@ -52,7 +52,7 @@ class SystemKnobs:
         for path, (ours, was) in self._kept.items():
             if words.get(path, "").strip() == ours:
                 words[path] = was
-        # A word of a newer kernel, or a number out of range, is no reason to stop: what was known holds.
+        # An unknown word of a newer kernel, or a number out of range, must not stop the daemon: keep the last values.
         with contextlib.suppress(MthpError):
             self.switches = Switches.from_sysfs(words, self._geometry)
         with contextlib.suppress(MthpError):
@@ -63,11 +63,11 @@ class SystemKnobs:
         return True
 
     def word(self, path: str) -> str:
-        """Return what was last read of a file, by its path below the THP directory."""
+        """Return the last text of a file, by its path below the THP directory."""
         return self._texts.get(path, b"").decode(errors="replace").strip()
 
     def keep(self, path: str, ours: str | None, was: str) -> None:
-        """Take the word `ours` in a file for `was`, which the operator had chosen; None to take it as it is again."""
+        """Read the word `ours` in a file as `was`, the operator's choice; None to read it as it is again."""
         self._kept = {} if ours is None else {path: (ours, was)}
         self._texts = {}
 
@@ -100,7 +100,7 @@ def _read(fd: int) -> bytes | None:
 
 @contextlib.contextmanager
 def _unless_locked(path: Path | None) -> Iterator[bool]:
-    """Hold the shared lock of a file; return False if another process holds it alone."""
+    """Hold the shared lock of a file, and yield False if another process holds it exclusively."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path else -1
     except OSError:

@@ -1,15 +1,15 @@
-"""One process that the daemon works on: when to look at it, what to look at in it, and what came of that.
+"""One process that the daemon works on: when to check it, which ranges to scan, and the results.
 
-There are three depths of looking, each dearer than the one before and only gone to if the one before gives cause:
+There are three steps, each more expensive than the one before and taken only if that one found a reason:
 
 1. *Look*: one line of ``/proc/PID/stat``. A process that took no page fault and mapped nothing has nothing new to
-   collapse. This is all that an idle process costs, as often as :mod:`mthp.daemon.looks` allows.
-2. *Outline*: which PMD ranges its mappings have, and how much each holds (:class:`~mthp.outline.Outline`). What is laid
-   out as it was when it was finished is passed over (:class:`~mthp.daemon.ledger.Ledger`).
-3. *Scan*: the entries of the ranges that are left, the fullest first, and the collapse of what the policy wants
-   (:class:`mthp.engine.visit.Visit`).
+collapse. An idle process costs only this, as often as :mod:`mthp.daemon.looks` allows.
+2. *Outline*: which PMD ranges its mappings have, and how much memory is in each (:class:`~mthp.outline.Outline`).
+Ranges with the same layout as when they were finished are skipped (:class:`~mthp.daemon.ledger.Ledger`).
+3. *Scan*: the entries of the remaining ranges, the fullest first, and the collapse by the policy
+(:class:`mthp.engine.visit.Visit`).
 
-A pass is 2 and 3; it is cut into pieces of some milliseconds, and the target may be left between any two.
+A pass is 2 and 3; it is cut into pieces of some milliseconds, and the worker may leave the target between any two.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ from mthp.outline import Outline
 from mthp.pacing import ByteBudget
 
 PIECE_RANGES = 32
-"""PMD ranges in one piece of work at most."""
+"""Most PMD ranges in one piece of work."""
 
 PIECE_SECONDS = 0.1
-"""How long a piece should take: as many ranges as that allows, going by the last ones, but at least one."""
+"""Intended seconds of a piece: its number of ranges follows from the last pieces, but is at least one."""
 
 FIRST_LIST = 1.0
 """Seconds after which the mappings of a process without a fault are listed again: advice may have changed..."""
 
 LAST_LIST = 60
-"""... which doubles, up to so many times scan_sleep_millisecs."""
+"""... doubled each time, up to this multiple of scan_sleep_millisecs."""
 
 LIST_SHARE = 0.02
 """The part of the time that listing the mappings of one process may take."""
 
 REACH_SECONDS = 600.0
-"""Between two counts of what is out of reach in one process: its mappings are listed and their edges read for each."""
+"""Seconds between two counts of memory out of reach in one process: each lists mappings and reads their edges."""
 
 TRIM_SECONDS, TRIM_SHARE = 60.0, 0.02
-"""Between two trims of one process at least, and the part of the time that they may take: its contents are read."""
+"""Least seconds between two trims of one process, and their share of the time, because they read its contents."""
 
 HELD_SECONDS = 1.0
-"""Between two looks at whether a child that shares the memory, or its pressure, still holds the work back."""
+"""Seconds between two checks whether a child that shares the memory, or eagerness, still holds the work back."""
 
 LEFT_OUT_SECONDS = 60.0
-"""After which a process that could not be worked on is tried again."""
+"""Seconds after which a process that could not be worked on is tried again."""
 
 
 NOT_EAGER = "its eagerness, at this pressure and free memory, is below 1: nothing is made, and memory is given back"
@@ -75,29 +75,29 @@ class Target:
     """One process.
 
     Args:
-        process: a handle of it; closed with this.
-        facts: what its rule was found by.
-        rule: the rule that holds for it.
+        process: handle of the process; closed with this.
+        facts: properties of the process by which its rule was found.
+        rule: the rule for the process.
 
     Attributes:
         facts, rule: as given; may be replaced.
-        counters: of the work done in it.
+        counters: counters of the work in the process.
         service: counters of its service.
-        resident, huge: bytes that are resident, and that PMD entries map, as last seen.
-        next_at: when to go on with it.
-        turn: its place in the worker's queue.
-        trim_at: when it may be trimmed again.
-        gain: pages that the rest of the pass may gain; what is worth most is done first.
-        left_out: why it is not worked on, or ``""``.
-        reasons: why the last attempts failed, where the backend said so, by how often.
+        resident, huge: bytes that are resident, and that PMD entries map, as last read.
+        next_at: time of the next step.
+        turn: place in the worker's queue.
+        trim_at: time of the next trim.
+        gain: pages that the rest of the pass may gain; the most valuable is done first.
+        left_out: reason for which the process is not worked on, or ``""``.
+        reasons: reasons of the backend for the last failed attempts, with the number of times.
         left_alone: mappings in which nothing may be made, by reason.
         out_of_reach_bytes: memory in no whole PMD range of its mapping, as last counted.
-        level: the level of eagerness that holds now.
-        small_folios: those that were made, and whether they last.
-        forks: children that it has forked.
+        level: the current level of eagerness.
+        small_folios: small folios that were made, and whether they last.
+        forks: children that the process has forked.
         needs_move: sizes that are wanted and not made, with the reason; ``""`` if there are none.
-        vanished: it was found to be gone.
-        closed: it is to be worked on no more.
+        vanished: whether the process was found to be gone.
+        closed: whether the target is out of use.
     """
 
     JSON = (
@@ -105,7 +105,7 @@ class Target:
         " eagerness_level=level.value next_look_seconds bloat_left_bytes=bloat_left reasons left_alone"
         " out_of_reach_bytes needs_move:null service=facts.service remade=small_folios.remade *counters"
     )
-    """What `mthp status` prints of it."""
+    """Its entry in the output of `mthp status`."""
 
     facts: ProcessFacts
     rule: Rule
@@ -157,39 +157,39 @@ class Target:
 
     @property
     def settings(self) -> Settings:
-        """Those of its rule, at the level of eagerness that holds now."""
+        """Return the settings of its rule, at the current level of eagerness."""
         return self.level.settings
 
     @property
     def label(self) -> str:
-        """PID and name."""
+        """Return PID and name."""
         return f"{self.facts.pid} ({self.facts.comm})"
 
     @property
     def bloat_left(self) -> int | None:
-        """Bytes that filling may still add; None for no bound."""
+        """Return the bytes that filling may still add; None for unlimited."""
         if self.settings.max_bloat is None:
             return None
         return self.settings.max_bloat.of(self.resident) - self.counters.bloat_bytes
 
     @property
     def next_look_seconds(self) -> float:
-        """Seconds until it is gone on with."""
+        """Return the seconds until the next step."""
         return max(0.0, self.next_at - self._environment.clock())
 
     @property
     def working(self) -> bool:
-        """Whether it is in the middle of a pass."""
+        """Return whether a pass is unfinished."""
         return self._pass is not None
 
     @property
     def touched_now(self) -> bool:
-        """Whether its memory is being worked on at this moment; callable from any thread."""
+        """Return whether its memory is being worked on at this moment; callable from any thread."""
         current = self._pass
         return current is not None and current.touching
 
     def renew(self, facts: ProcessFacts, rule: Rule) -> None:
-        """Go on under another rule: everything is looked at anew."""
+        """Go on under another rule, and scan everything again."""
         self.facts, self.rule = facts, rule
         self.service = self._environment.services.of(rule.name, facts.service)
         self.level = Level(rule.settings, self._environment.geometry, self._environment.clock())
@@ -197,24 +197,24 @@ class Target:
         self.stale()
 
     def follow(self) -> None:
-        """The system's switches or tunables are others now: if that matters here, everything is looked at anew."""
+        """Scan everything again if the new switches or tunables change the work in this process."""
         if self._rules_of_the_moment() != self._found_under:
             self.stale()
         elif not self.left_out:
             self.next_at = min(self.next_at, self._environment.clock() + self._environment.scan_sleep)
 
     def _rules_of_the_moment(self) -> object:
-        """What of the switches and tunables decides what is to be done in it.
+        """Return the part of the switches and tunables that decides the work in this process.
 
-        Most processes have no mapping with room for a PMD range, so that nothing does. One that gets such a mapping
-        later shows that by its size, and has its mappings listed again.
+        Most processes have no mapping with room for a PMD range, so that nothing does. One that maps such room later
+        changes its size, and has its mappings listed again.
         """
         if not self._has_room:
             return ()
         return decided_by(self._environment, self._makes)
 
     def stale(self) -> None:
-        """What was found finished was so under switches, tunables or rules that hold no more."""
+        """Forget finished ranges, because they were decided under old settings."""
         self._end_pass()
         self._ledger.forget()
         self.small_folios.stale()
@@ -225,7 +225,7 @@ class Target:
         """Do one piece of work, and set `next_at`.
 
         Raises:
-            TargetVanishedError: it is gone.
+            TargetVanishedError: the process is gone.
         """
         try:
             if reason := self._held_back():
@@ -247,7 +247,7 @@ class Target:
             self._leave_out(f"{error.message}; {error.help}" if error.help else error.message)
 
     def _held_back(self) -> str:
-        """Return why nothing may be made now, whatever is there to do, or an empty text."""
+        """Return why nothing may be made now, or an empty text."""
         now, level = self._environment.clock(), self.level
         if level.follow(now, lambda: measured(self.process.read("cgroup").decode(errors="replace"))):
             self._rate.set_rate(level.settings.rate)
@@ -267,7 +267,7 @@ class Target:
         """Give back pages of zeroes, and set `trim_at`.
 
         Raises:
-            TargetVanishedError: it is gone.
+            TargetVanishedError: the process is gone.
         """
         share = self.settings.trim
         assert share is not None, "only a process whose rule has it is trimmed"
@@ -282,7 +282,7 @@ class Target:
     # Looking.
 
     def _look(self) -> None:
-        """See whether anything may have changed, and begin a pass if so."""
+        """Check whether anything may have changed, and begin a pass if so."""
         environment, looks = self._environment, self._environment.looks
         if self.heat.measuring:
             self.next_at = environment.clock() + FIRST_LOOK
@@ -292,7 +292,7 @@ class Target:
         looks.took(looks.spent() - spent)
         self.resident = sign.resident * self._environment.geometry.page_size
         self._count("looks")
-        # What copy-on-write broke up shows in no layout where folios below the PMD order were, so all is due.
+        # Copy-on-write of folios below the PMD order does not change the layout, so every range is due.
         after_fork = self.forks.take_over()
         if after_fork:
             self._ledger.forget()
@@ -327,13 +327,13 @@ class Target:
         todo = due & ~outline.pmd_mapped
         opened, stopping = partial(environment.opened, self.facts.pid), environment.stopping
         if todo.any() and not self.heat.is_there(now, self.settings.heat, opened, stopping):
-            # It is gone on with once that is over, as if it had been touched.
+            # Continue as if the process had been touched, once the measurement is over.
             self._end_pass()
             self._seen = None
             return
         self._pass.todo(outline[todo], self._ledger.was_large[todo] & after_fork, self.heat.heat)
         taken = self._environment.clock() - now
-        # Advice makes nothing of a process that has no room for a PMD range: only a new mapping can, and that shows.
+        # Without room for a PMD range, advice changes nothing, and a new mapping shows in the process's size.
         self._has_room, self._makes = self._pass.has_room, self._pass.makes
         self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._has_room else math.inf
         self._found_under = self._rules_of_the_moment()
@@ -373,12 +373,12 @@ class Target:
         rest = self._rate.wait()
         if current.is_done:
             self._end_pass()
-            # Looked at again soon: what was collapsed may have made more possible, and it is an active process.
+            # Check the process again soon, because it is active, and the collapses may have made more possible.
             rest = max(rest, min(FIRST_LOOK, environment.scan_sleep))
         self.next_at = environment.clock() + rest
 
     def _account(self, current: Pass, passage: Passage, after: Outline) -> None:
-        """Count what a passage did, and note what is to be done about it later."""
+        """Count the work of a passage, and note what must be done later."""
         environment = self._environment
         size = account(environment, self.counters, self.service, self.facts, current.space, passage)
         self._rate.spend(size)
@@ -397,11 +397,11 @@ class Target:
         self._pass = None
 
     def end(self) -> None:
-        """Leave its memory as it is; what was put into it is taken out."""
+        """End the pass and leave the memory as it is; code that was injected is removed."""
         self._end_pass()
 
     def close(self) -> None:
-        """Let go of the process. Closing twice does nothing. Nobody may wait for its pidfd any more."""
+        """Close the process; a second call does nothing. The caller must have unregistered its pidfd."""
         self.closed = True
         self._environment.looks.drop(self)
         self.heat.close()

@@ -1,7 +1,7 @@
-"""The systemd unit: its text, and where it is put.
+"""The systemd unit: its text, and its installation.
 
-What it may do is what it needs, and each right is named with its reason. It cannot be put into a namespace of processes
-or users, nor be denied ptrace or debugging system calls: looking into other processes is its work.
+The unit has only the rights that it needs, each with its reason. It cannot be put into a namespace of processes or
+users, nor be denied ptrace or debugging system calls, because it reads and changes other processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CAPABILITIES = {
     "CAP_DAC_OVERRIDE": "open pagemap and mem of processes of other users",
     "CAP_NET_ADMIN": "be told of new processes by the kernel (before Linux 6.6); without it they are looked for",
 }
-"""The capabilities of the unit, and what each is for."""
+"""The capabilities of the unit, and the purpose of each."""
 
 
 NOTIFY_RELOAD = 253
@@ -37,7 +37,7 @@ NOTIFY_RELOAD = 253
 
 
 def systemd_release() -> int:
-    """Return the release of this machine's systemd; `NOTIFY_RELOAD` where it cannot be found out."""
+    """Return the release of this machine's systemd; `NOTIFY_RELOAD` if it is unknown."""
     try:
         done = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -57,11 +57,11 @@ def unit_text(
 
     Args:
         events: file of the event log, whose directory has to be writable.
-        metrics: (host, port) of the metrics page, which is shut off from other machines unless it is for them.
-        program: what starts mthp.
-        systemd: release that the unit is for.
+        metrics: (host, port) of the metrics page; the unit blocks other machines if it is a loopback address.
+        program: command line that starts mthp.
+        systemd: release for which the unit is written.
     """
-    # An unknown type makes systemd ignore the line, and then READY=1 and reloads mean nothing to it.
+    # systemd ignores a line with an unknown type, and then also READY=1 and reloads.
     kind = "Type=notify-reload" if systemd >= NOTIFY_RELOAD else "Type=notify\nExecReload=/bin/kill -HUP $MAINPID"
     command = shlex.join([*program, "daemon", *arguments])
     reasons = "\n".join(f"#   {name}: {reason}" for name, reason in CAPABILITIES.items())
@@ -130,7 +130,7 @@ WantedBy=multi-user.target
 
 
 def install(text: str, directory: Path = DIRECTORY) -> Path:
-    """Write the unit `text`, in place of one that is there or the link that masks it, and return its path.
+    """Write the unit `text`, in place of an older one or of the link that masks it, and return its path.
 
     Raises:
         NotPermittedError: this process may not write to the directory.

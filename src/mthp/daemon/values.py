@@ -1,4 +1,4 @@
-"""Values of the rules file that only the daemon knows: where to serve metrics, and files."""
+"""Values of the rules file that only the daemon uses: the address of metrics, and files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ METRICS_PORT = 9464
 
 
 def parse_endpoint(value: object) -> tuple[str, int]:
-    """Read where metrics are served: ``127.0.0.1:9464``, ``:9464``, ``9464``, ``[::1]:9464``. Loopback by default.
+    """Return host and port of ``127.0.0.1:9464``, ``:9464``, ``9464`` or ``[::1]:9464``. Loopback by default.
 
     Raises:
-        UsageError: no port, or not one that there is.
+        UsageError: not a port, or not a valid one.
     """
     written = text(value)
     host, separator, port = written.strip().rpartition(":")
@@ -30,5 +30,5 @@ def parse_endpoint(value: object) -> tuple[str, int]:
 
 
 def file_path(value: object) -> Path:
-    """Read the path of a file."""
+    """Return the path of a file."""
     return Path(text(value))

@@ -1,9 +1,9 @@
-"""The thread that does the work: it goes through the targets, one piece at a time, within the budgets.
+"""The worker's thread: it works on the targets in turn, one piece at a time, within the budgets.
 
-There is just one, so that budgets, the windows of the mover and the switches it reads are nobody else's concern. The
-main thread adds, renews and drops targets, pauses and stops. A piece takes some milliseconds; between two of them the
-worker sees what it was told. Only reading the mappings of a very large process can take longer, and nothing is harmed
-by ending in the middle of that.
+There is one thread, so budgets, the windows of the mover and the switches that it reads need no further locks. The main
+thread adds, renews and drops targets, pauses and stops. A piece takes some milliseconds; between two of them the worker
+handles these requests. Only reading the mappings of a very large process can take longer, and an end in the middle of
+that does no harm.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from mthp.naming import ProcessFacts
 from mthp.pacing import Clock, CpuBudget
 
 FOLLOW_SECONDS = 0.1
-"""While nothing is collapsed, the system's switches are read no more often than that."""
+"""Least seconds between two reads of the system's switches while nothing is collapsed."""
 
 RESTING_SECONDS = 0.5
-"""Between two questions whether memory pressure has eased."""
+"""Seconds between two checks whether memory pressure has eased."""
 
 
 class Worker:
     """Works on targets in a thread of its own.
 
     Args:
-        environment: what the targets share.
+        environment: state that the targets share.
         knobs: the system's switches and tunables.
-        pressure: whether the machine is short of memory.
+        pressure: the machine's memory pressure.
         cpu: the CPU budget.
-        say: tells a person what happened.
-        died: called in the worker's thread if it ends for an error of ours.
+        say: prints a line for the operator.
+        died: called in the worker's thread if an internal error ends it.
 
     Attributes:
         cpu: as given.
-        targets: all of them, by PID.
-        failed: whether it did.
-        beat: when the worker was last seen at work, or at rest with nothing to do.
+        targets: all targets, by PID.
+        failed: whether an internal error ended the thread.
+        beat: time when the worker last worked, or rested with nothing to do.
     """
 
     JSON = "paused busy"
@@ -89,25 +89,25 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="mthp-worker", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
-    # What the main thread tells.
+    # Requests of the main thread.
 
     def add(self, target: Target) -> None:
         """Work on `target` from now on."""
         with self._turn:
             self.targets[target.facts.pid] = target
             if target.facts.pid in self._parents:
-                # A child shares its parent's memory as much as the parent shares it.
+                # A child shares its parent's memory as much as the parent shares the child's.
                 target.forks.began(target.facts.pid, self._clock())
             self._queue(target)
             self._turn.notify()
 
     def drop(self, pid: int) -> Target | None:
-        """Work on a process no more: gives its target, if it was one. It is closed when nobody is at work on it.
+        """Remove a process, and return its target, if any. The target is closed once no work on it is running.
 
-        Nobody may wait for its pidfd any more: the number may soon be that of another file.
+        The caller must have unregistered its pidfd, because the number may soon be that of another file.
         """
         with self._turn:
             target = self.targets.pop(pid, None)
@@ -118,13 +118,13 @@ class Worker:
             return target
 
     def renew(self, target: Target, facts: ProcessFacts, rule: Rule) -> None:
-        """Have another rule hold for a target."""
+        """Apply another rule to a target."""
         with self._turn:
             self._renewals.append((target, facts, rule))
             self._turn.notify()
 
     def forked(self, changes: Changes) -> None:
-        """Note which targets have children that share their memory, and which have none any more."""
+        """Note which targets have children that share their memory, and which no longer have any."""
         if changes.lost:
             gone = [child for child in self._parents if not Path(f"/proc/{child}").exists()]
             changes.unshared |= dict.fromkeys(gone, 0)
@@ -146,7 +146,7 @@ class Worker:
                 self._turn.notify()
 
     def configure(self, configuration: Configuration) -> None:
-        """Have other budgets and rules hold."""
+        """Apply the budgets and rules of another configuration."""
         with self._turn:
             environment = self.environment
             environment.configuration = configuration
@@ -157,22 +157,22 @@ class Worker:
             self._version = -1
 
     def pause(self, paused: bool) -> None:
-        """Begin nothing until told otherwise."""
+        """Begin nothing while `paused` is set."""
         with self._turn:
             self.paused = paused
             self._turn.notify()
 
     def wait_for_rest(self, timeout: float) -> bool:
-        """Wait until no target is worked on, so many seconds at most; gives whether that is so."""
+        """Wait until no target is worked on, `timeout` seconds at most; return whether that is so."""
         with self._turn:
             return self._turn.wait_for(lambda: self._busy is None, timeout)
 
     def stop(self, timeout: float, longest: float) -> bool:
-        """End after the piece at hand, and let go of all targets; gives whether that was so in time.
+        """End after the current piece, and end the work on all targets; return whether that was so in time.
 
         Args:
-            timeout: seconds to wait for it.
-            longest: seconds to wait if a target is being touched: that is brought to its end.
+            timeout: seconds to wait.
+            longest: seconds to wait while a target is being changed, because the change must be finished.
         """
         with self._turn:
             self._stop = True
@@ -190,17 +190,17 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether it is at work on a target at this moment."""
+        """Return whether a piece of work is running."""
         return self._busy is not None
 
     @property
     def resting(self) -> bool:
-        """Whether it waits for memory pressure to ease."""
+        """Return whether the worker waits for memory pressure to ease."""
         return self._pressure.resting
 
     @property
     def pressure(self) -> float:
-        """The share of time in which tasks wait for memory."""
+        """Return the share of time in which tasks wait for memory."""
         return self._pressure.share
 
     def _interrupted(self) -> bool:
@@ -244,14 +244,14 @@ class Worker:
         with self._turn:
             self._busy = None
             if target.closed:
-                # It was dropped meanwhile.
+                # The main thread dropped it meanwhile.
                 target.close()
             elif queue and not target.vanished:
                 self._queue(target)
             self._turn.notify_all()
 
     def _must_wait(self) -> float:
-        """Seconds for which nothing may be begun."""
+        """Return the seconds for which nothing may be begun."""
         if self.paused:
             return RESTING_SECONDS
         if not self.targets:
@@ -271,7 +271,7 @@ class Worker:
         self.environment.event("resting" if resting else "going_on", memory_pressure=self._pressure.share)
 
     def _kernel_pace(self) -> float:
-        """Under the kernel's pace: the rest after every pages_to_scan entries."""
+        """Return the rest that is left after pages_to_scan entries, under the kernel's pace; 0.0 under others."""
         environment, now = self.environment, self._clock()
         if environment.configuration.pace != "kernel":
             return 0.0
@@ -283,7 +283,7 @@ class Worker:
         return max(self._rests_until - now, 0.0)
 
     def _next(self) -> Target | None:
-        """The target to go on with: of those whose time has come, the one that has most to gain."""
+        """Return the next target: of those whose time has come, the one with the largest gain; None without one."""
         now = self._clock()
         for target, facts, rule in self._renewals:
             if not target.closed:
@@ -301,7 +301,7 @@ class Worker:
         return None
 
     def _queue(self, target: Target) -> None:
-        """Have its turn come when it wants, after those that wait already."""
+        """Queue `target` for its next step, after those that wait already."""
         target.turn = next(self._numbers)
         self._wait(target)
 
@@ -309,15 +309,15 @@ class Worker:
         heapq.heappush(self._waiting, (target.next_at, target.turn, target))
 
     def _requeue(self) -> None:
-        """The same for all, but for the one that is being worked on: they may want it earlier now."""
+        """Queue all targets again but the current one, because their next steps may be earlier now."""
         self._ready, self._waiting = [], []
         for target in self.targets.values():
             if target is not self._busy and not target.vanished:
-                # In the same order as before: this may happen so often that the last ones would never have a turn.
+                # Turns stay as they were: this may happen often, and new turns would starve the last targets.
                 self._wait(target)
 
     def _trim(self) -> bool:
-        """Trim the process whose turn it is while memory is short; return whether there was one."""
+        """Trim the next process while memory is short; return whether there was one."""
         now = self._clock()
         with self._turn:
             wanted = [
@@ -331,19 +331,19 @@ class Worker:
         try:
             self._guarded(target, target.trim)
         finally:
-            # It waits for its next step as before.
+            # The target is queued for its next step already.
             self._let_go(target, queue=False)
         return True
 
     def _guarded(self, target: Target, work: Callable[[], None]) -> None:
-        """Do one piece of `work` on a process; whatever goes wrong leaves the others as they are."""
+        """Do one piece of `work` on a process; an error in it leaves the others as they are."""
         self.beat = self._clock()
         try:
             work()
         except TargetVanishedError:
-            # The main thread hears of it too, and drops it.
+            # The main thread learns of the end too, and drops the target.
             target.vanished = True
-        except Exception as error:  # A fault of ours in one target is no reason to leave all others.
+        except Exception as error:  # an internal error in one target must not stop the others
             self._say(f"process {target.label}: {error!r}\n{traceback.format_exc()}")
             self.environment.event("error", pid=target.facts.pid, comm=target.facts.comm, error=repr(error))
             target.stale()
@@ -352,10 +352,10 @@ class Worker:
         self.beat = self._clock()
 
     def _follow_system(self, *, at_once: bool) -> None:
-        """Have the switches and tunables of this moment hold; what they matter to is looked at anew if they changed.
+        """Apply the current switches and tunables; targets whose work they change are scanned again.
 
         Args:
-            at_once: something is about to be collapsed under them; if not, they may be some moments old.
+            at_once: read them now, because a collapse follows; if not, they may be some moments old.
         """
         now = self._clock()
         if at_once or self._version < 0 or now - self._followed >= FOLLOW_SECONDS:
