@@ -1,9 +1,9 @@
-"""The file of the journal of switches, and its lock: what is written in it, and how it is kept from others.
+"""The file of the journal of switches, and its lock: format, durability and exclusion of other processes.
 
-What it is for stands in :mod:`mthp.linux.journal.switches`.
+:mod:`mthp.linux.journal.switches` explains its purpose.
 
-A lock of flock(2) belongs to the open file, which a child of fork(2) shares, and would hold after the death of its
-parent. So a child made by Python closes these files at once.
+A lock of flock(2) belongs to the open file, which a child of fork(2) shares, and which would keep the lock after the
+death of its parent. So a child made by Python closes these files at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def default_root() -> Path:
     """Return the directory of the journal: ``/run/mthp`` for root, else one in the user's runtime directory.
 
     The environment variable MTHP_RUN_DIR names another directory. Windows of two directories do not wait for each
-    other, so it is for tests, which hold the usual one themselves, and for machines without either.
+    other, so it is for tests, which hold the usual directory themselves, and for machines without either.
 
     Raises:
         UnsupportedError: there is no runtime directory.
@@ -60,7 +60,7 @@ def default_root() -> Path:
 def all_roots() -> tuple[Path, ...]:
     """Return the directories of all journals of this user: :func:`default_root`, and below it that of DAMON.
 
-    A window in which accesses are seen takes seconds, in which switches are changed all the same.
+    A window for measuring accesses takes seconds, and must not delay changes of switches.
 
     Raises:
         UnsupportedError: as :func:`default_root`.
@@ -83,17 +83,17 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One line of the journal.
+    """One line of the journal: a change of a switch.
 
     Attributes:
         switch: path below the THP directory, such as ``"hugepages-64kB/enabled"``, or
             :data:`~mthp.linux.journal.instance.INSTANCE`.
-        was: the word that was there.
-        ours: the word that was put there.
-        boot: ID of the boot that it happened in.
-        owner: the process whose window it is, as :func:`owner_of` writes it, and behind another colon the number of
-            the window in that process; ``""`` in entries of earlier versions.
-        kept: whether it holds until its owner ends, outside of windows.
+        was: the word before the change.
+        ours: the word that was written.
+        boot: ID of the boot in which it was written.
+        owner: the process of the window, as :func:`owner_of` writes it, and behind another colon the number of the
+            window in that process; ``""`` in entries of earlier versions.
+        kept: whether it lasts until its owner ends, outside of windows.
     """
 
     switch: str
@@ -105,7 +105,7 @@ class Change:
 
     @property
     def holds(self) -> bool:
-        """Whether it is kept by a process that runs still."""
+        """Return whether it is kept by a process that still runs."""
         return self.kept and is_alive(self.owner)
 
     @classmethod
@@ -127,13 +127,13 @@ class Change:
 
 
 def owner_of(pid: int) -> str:
-    """Return what tells the process `pid` from all others of this boot: its PID and its start in clock ticks."""
-    # The name in parentheses may contain anything; the start is the 20th field behind it (proc_pid_stat(5)).
+    """Return an identity of the process `pid`, unique in this boot: its PID and its start in clock ticks."""
+    # The name in parentheses may contain any character; the start is the 20th field behind it (proc_pid_stat(5)).
     return f"{pid}:{stat_of(pid).split()[19]}"
 
 
 def stat_of(pid: int) -> str:
-    """Return the fields of /proc/PID/stat that follow the name, which begin with the state.
+    """Return the fields of /proc/PID/stat behind the name; the first one is the state.
 
     Raises:
         OSError: there is no such process, or no /proc.
@@ -142,7 +142,7 @@ def stat_of(pid: int) -> str:
 
 
 def is_alive(owner: str) -> bool:
-    """Return whether the process that an entry names runs still; a zombie does not."""
+    """Return whether the process of an entry still runs; a zombie does not."""
     pid, _, rest = owner.partition(":")
     try:
         fields = stat_of(int(pid)).split()
@@ -154,8 +154,8 @@ def is_alive(owner: str) -> bool:
 class JournalFiles:
     """The journal and its lock in an open directory.
 
-    An entry reaches the disk before its switch is touched. That an entry is gone need not: what comes back after a
-    power failure is of an earlier boot.
+    An entry reaches the disk before its switch is touched. The removal of an entry need not reach it, because after a
+    power failure old entries belong to an earlier boot.
     """
 
     def __init__(self, root: Path, *, create: bool) -> None:
@@ -203,7 +203,7 @@ class JournalFiles:
         """Wait until no other process is in a window.
 
         Raises:
-            MthpError: one still is after `timeout` seconds.
+            MthpError: another one is still in a window after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         while not self.try_lock():
@@ -228,26 +228,26 @@ class JournalFiles:
 
     @property
     def identity(self) -> tuple[int, int]:
-        """What tells this journal from one in a directory that was removed and made again."""
+        """Return an identity that differs from that of a journal in a directory that was removed and made again."""
         status = os.fstat(self._journal)
         return status.st_dev, status.st_ino
 
     @property
     def empty(self) -> bool:
-        """Whether there are no entries. It costs one fstat(2)."""
+        """Return whether there are no entries. It costs one fstat(2)."""
         return os.fstat(self._journal).st_size == 0
 
     def read(self) -> list[Change]:
-        """The entries that are whole, in the order in which they were written."""
+        """Return the complete entries, in the order in which they were written."""
         size = os.fstat(self._journal).st_size
         lines = os.pread(self._journal, size, 0).split(b"\n")
-        # What follows the last newline was cut short.
+        # Text behind the last newline is an incomplete entry.
         return [change for line in lines[:-1] if (change := Change.parse(line))]
 
     def write(self, changes: Sequence[Change]) -> None:
-        """Have just these entries in the journal; those that are new are on the disk when this returns.
+        """Replace the entries by `changes`; new entries are on the disk when this returns.
 
-        It only ever grows or loses its end, so whatever moment it is cut off at, the rest is true.
+        The file only grows or loses its end, so if this is interrupted, the remaining entries are true.
 
         Raises:
             MthpError: there is no room for them.
@@ -257,7 +257,7 @@ class JournalFiles:
         os.ftruncate(self._journal, min(len(text), size))
         if len(text) > size:
             try:
-                # On a full disk a part may be written, which is an entry cut short.
+                # On a full disk a part may be written, which is an incomplete entry.
                 if os.pwrite(self._journal, text[size:], size) < len(text) - size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(self._journal)
@@ -269,7 +269,7 @@ class JournalFiles:
                 ) from error
 
     def close(self) -> None:
-        """Close all, and so let go of the lock. Closing twice does nothing."""
+        """Close all files, and so release the lock. Closing twice does nothing."""
         while self._fds:
             os.close(self._fds.pop())
 

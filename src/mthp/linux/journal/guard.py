@@ -1,9 +1,9 @@
-"""Starts the watcher of this process (:mod:`mthp.linux.journal.watcher`), and knows whether there is one.
+"""Start the watcher of this process (:mod:`mthp.linux.journal.watcher`), and check whether it runs.
 
 The watcher is spawned rather than forked: a fork of a process with threads may hold their locks for ever, and one of a
-large process costs its page tables. Nothing has to wait until the watcher is ready, because once the program has been
-replaced (posix_spawn(3) returns after that), the death of this process cannot prevent it from starting. It makes itself
-a child of init: a program that uses this library may wait for any child of its own.
+large process costs its page tables. No caller waits until the watcher is ready: once the program has been replaced
+(posix_spawn(3) returns after that), the death of this process cannot prevent its start. It makes itself a child of
+init, because a program that uses this library may wait for any child of its own.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mthp.linux.journal import watcher
 from mthp.linux.journal.files import owner_of
 
 READY_SECONDS = 10.0
-"""How long a second watcher is waited for if the first ended before it was ready."""
+"""Seconds to wait for a second watcher if the first ended before it was ready."""
 
 REAP_SECONDS = 0.5
-"""How long the parent of the watcher is waited for. It ends after some 10 ms, when its interpreter has started."""
+"""Seconds to wait for the watcher's parent. It ends after some 10 ms, when its interpreter has started."""
 
 _PROGRAM = """\
 import os, sys
@@ -48,7 +48,7 @@ class Guard:
         self._journal = (0, 0)
         """Identity of the journal that the watcher has open."""
         self._watcher = b""
-        """What the watcher wrote when it was ready: its PID."""
+        """The text that the watcher wrote when it was ready: its PID."""
 
     def ensure(self, journal: tuple[int, int]) -> None:
         """Start a watcher if there is none.
@@ -86,7 +86,7 @@ class Guard:
             )
 
     def _alive(self) -> bool:
-        """Whether the other end of the pipe is open."""
+        """Return whether the other end of the pipe is open."""
         while True:
             try:
                 read = os.read(self._status, 16)
@@ -101,7 +101,7 @@ class Guard:
         pid = os.getpid()
         package = Path(__file__).parents[3]
         arguments = [package, self._root, self._sysfs, pid, owner_of(pid)]
-        # What the dynamic linker finds the interpreter's libraries by is all that it needs.
+        # The interpreter needs only the variables by which the dynamic linker finds its libraries.
         environment = {name: value for name, value in os.environ.items() if name.startswith("LD_")}
         with contextlib.ExitStack() as stack:
             owner = _opened(stack, os.pidfd_open(pid))
@@ -125,7 +125,7 @@ class Guard:
         self._owner, self._watcher = pid, b""
 
     def reap(self) -> None:
-        """Leave no zombie of the process that made the watcher."""
+        """Reap the process that made the watcher."""
         begin = time.monotonic()
         while self._parent >= 0 and self._owner == os.getpid() and time.monotonic() - begin < REAP_SECONDS:
             try:
@@ -143,15 +143,15 @@ _guards: dict[tuple[Path, Path], Guard] = {}
 
 
 def guard_of(root: Path, sysfs: Path) -> Guard:
-    """Return this process's guard of the journal in `root`: one for all who change its switches."""
+    """Return this process's guard of the journal in `root`: one for all that change its switches."""
     key = (root.absolute(), sysfs.absolute())
     return _guards.setdefault(key, Guard(*key))
 
 
 def _reap_adopted(pid: bytes) -> None:
-    """Leave no zombie of a watcher that ended, where this process adopts orphans: as PID 1 of a container, say."""
+    """Reap a watcher that ended, where this process adopts orphans, for example as PID 1 of a container."""
     with contextlib.suppress(OSError):
-        # Where it is not a zombie of ours, its PID may be that of another child by now.
+        # If the watcher is not a zombie of this process, its PID may be that of another child by now.
         if Path(f"/proc/{pid.decode()}/comm").read_text() == f"{watcher.NAME}\n":
             os.waitpid(int(pid), os.WNOHANG)
 
@@ -167,7 +167,7 @@ def _opened(stack: contextlib.ExitStack, fd: int) -> int:
 
 
 def _interpreter() -> str:
-    """Return the path of a Python like this one. A program that embeds Python is its own `sys.executable`.
+    """Return the path of a Python like this one: in a program that embeds Python, `sys.executable` is that program.
 
     Raises:
         UnsupportedError: there is none.

@@ -1,9 +1,9 @@
-"""Our instance of DAMON, as one switch of the journal: its word is ``0`` without one, and its mark while it is there.
+"""mthp's instance of DAMON as one switch of the journal: its word is ``0`` without one, otherwise the instance's mark.
 
-Who may stop a kdamond is a question of whose it is, and sysfs has no place for a name. So the instance is marked by a
-number in its update interval, which nothing reads where the addresses that are monitored are fixed
+Only the program that made a kdamond may stop it, but sysfs has no place for a name. So the instance is marked by a
+number in its update interval, which the kernel does not read where the monitored addresses are fixed
 (damon_va_operations_init() and damon_pa_initcall(), mm/damon/vaddr.c and paddr.c: fvaddr and paddr have no update). An
-instance with another number is another program's, and is left alone.
+instance with another number belongs to another program, and is not touched.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ TAKEN = "taken"
 """Its word with an instance of another program."""
 
 BUSY_SECONDS = 2.0
-"""How long a write is tried again: the kernel refuses it while another process reads or writes any file of DAMON's
+"""Seconds for which a write is repeated: the kernel refuses it while another process reads or writes any file of DAMON
 (nr_kdamonds_store() and state_store(), mm/damon/sysfs.c, only try their lock)."""
 
 _MARK = "0/contexts/0/monitoring_attrs/intervals/update_us"
 _TARGETS = "0/contexts/0/targets/nr_targets"
 
 _UNMARKED = "60000000"
-"""The update interval of a context that was just made (damon_sysfs_attrs_add_dirs(), mm/damon/sysfs.c)."""
+"""The update interval of a new context (damon_sysfs_attrs_add_dirs(), mm/damon/sysfs.c)."""
 
 
 def kdamonds_of(sysfs: Path) -> Path:
     """Return the directory of the kdamonds.
 
     Args:
-        sysfs: the THP directory, which is beside that of DAMON.
+        sysfs: the THP directory; that of DAMON is its sibling.
     """
     return sysfs.parent / "damon" / "admin" / "kdamonds"
 
@@ -57,20 +57,20 @@ def read_instance(kdamonds: Path) -> str | None:
     if unused and _text(kdamonds / "0/state") == "off":
         # Without a context, or with one that has no target: its program died between two writes.
         return NONE
-    # Another program may have set its interval to 0, which is not our word for no instance.
+    # Another program may have set its interval to 0, which must not pass for the word without an instance.
     return TAKEN if mark in (None, NONE) else mark
 
 
 def write_instance(kdamonds: Path, word: str) -> None:
-    """Make an instance with the mark `word`, not running yet; or, for ``0``, end the one that is there.
+    """Make an instance with the mark `word`, not running yet; or, for ``0``, end the present one.
 
     Raises:
-        NotPermittedError: these rights do not suffice.
+        NotPermittedError: these rights are not sufficient.
         UnsupportedError: there is an instance already.
         MthpError: the kernel refuses.
     """
     if word == NONE:
-        # One that never ran, or whose target exited, refuses that.
+        # The kernel refuses it for an instance that never ran, or whose target exited.
         with contextlib.suppress(OSError):
             write_file(kdamonds / "0/state", "off")
         write_setting(kdamonds / "nr_kdamonds", NONE)
@@ -83,7 +83,7 @@ def write_instance(kdamonds: Path, word: str) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file of sysfs, again while it is busy, as DAMON's may be.
+    """Write a file of sysfs; repeat it while the file is busy, as DAMON's may be.
 
     Raises:
         OSError: the kernel refuses it.
@@ -105,10 +105,10 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_setting(path: Path, text: str) -> None:
-    """Write a file of sysfs, as :func:`write_file`.
+    """Write a file of sysfs, as :func:`write_file` does.
 
     Raises:
-        NotPermittedError: these rights do not suffice.
+        NotPermittedError: these rights are not sufficient.
         MthpError: the kernel refuses it.
     """
     try:

@@ -1,4 +1,4 @@
-"""Reads and writes switches, and undoes the changes of a journal."""
+"""Read and write switches, and undo the changes of a journal."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _CHOSEN = re.compile(r"\[(\w+)\]")
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What became of one switch that a run which crashed had changed.
+    """The result of undoing one change of a run that crashed.
 
     Attributes:
         switch: as in :class:`~mthp.linux.journal.files.Change`.
-        found: the word that was there now, or ``""`` if the switch is gone.
+        found: the word before undoing, or ``""`` if the switch is gone.
         was: the word from before that run's change.
-        put_back: whether it was put back; if not, another program has changed it since, and it is left alone.
+        put_back: whether it was put back; if not, another program has changed it since, and it keeps that word.
     """
 
     switch: str
@@ -43,10 +43,10 @@ def path_of(sysfs: Path, switch: str) -> Path:
 
 
 def read_word(sysfs: Path, switch: str) -> str | None:
-    """Return the word or number that is chosen now; None if there is no such switch.
+    """Return the chosen word or number; None if there is no such switch.
 
     Args:
-        switch: path below it, or :data:`~mthp.linux.journal.instance.INSTANCE`.
+        switch: path below `sysfs`, or :data:`~mthp.linux.journal.instance.INSTANCE`.
     """
     if switch == INSTANCE:
         return read_instance(kdamonds_of(sysfs))
@@ -59,10 +59,10 @@ def read_word(sysfs: Path, switch: str) -> str | None:
 
 
 def write_word(sysfs: Path, switch: str, word: str) -> None:
-    """Choose `word`.
+    """Write `word` to a switch.
 
     Raises:
-        NotPermittedError: these rights do not suffice.
+        NotPermittedError: these rights are not sufficient.
         MthpError: the kernel refuses it.
     """
     if switch == INSTANCE:
@@ -76,11 +76,11 @@ Write = Callable[[str, str], None]
 
 
 def put_back(sysfs: Path, changes: Sequence[Change], write: Write | None = None) -> list[Restored]:
-    """Undo `changes`, last first, where the switch still has our word.
+    """Undo `changes`, last first, where the switch still has mthp's word; return the results.
 
     Args:
-        changes: of one journal, in its order.
-        write: in place of :func:`write_word`.
+        changes: changes of one journal, in its order.
+        write: function to call instead of :func:`write_word`.
 
     Raises:
         NotPermittedError, MthpError: one could not be undone; all others were.
@@ -96,7 +96,7 @@ def put_back(sysfs: Path, changes: Sequence[Change], write: Write | None = None)
             try:
                 write(change.switch, change.was) if write else write_word(sysfs, change.switch, change.was)
             except MthpError as error:
-                # The others are put back all the same; this one stays in the journal.
+                # The others are put back nevertheless; this one stays in the journal.
                 failed = error
         restored.append(Restored(change.switch, found or "", change.was, found == change.ours))
     if failed is not None:
@@ -107,17 +107,17 @@ def put_back(sysfs: Path, changes: Sequence[Change], write: Write | None = None)
 def settle(
     files: JournalFiles, sysfs: Path, *, but: Collection[Change] = (), write: Write | None = None
 ) -> list[Restored]:
-    """Put back what stands in the journal, and empty it but for what is kept by a process that runs.
+    """Put back the changes in the journal; keep only entries that a running process keeps.
 
     The caller holds the lock, so the writers of all other entries are dead.
 
     Args:
         files: the journal.
-        but: entries that were put back before; what has the same word now was set since.
+        but: entries that were put back before; if a switch has the same word now, it was set since.
         write: as for :func:`put_back`.
 
     Raises:
-        NotPermittedError, MthpError: as :func:`put_back`; the journal is as it was.
+        NotPermittedError, MthpError: as :func:`put_back`; the journal is unchanged.
     """
     changes = files.read()
     held = [change for change in changes if change.holds]
@@ -127,14 +127,14 @@ def settle(
 
 
 def restore(root: Path, sysfs: Path, timeout: float) -> list[Restored]:
-    """Put back what runs that died left in the journal of the directory `root`, and return what was found.
+    """Put back the changes that dead runs left in the journal of the directory `root`, and return the results.
 
     Args:
         root: directory of the journal; it need not exist.
-        timeout: seconds to wait for windows that are open.
+        timeout: seconds to wait for open windows.
 
     Raises:
-        NotPermittedError: these rights do not suffice, or the directory is not ours.
+        NotPermittedError: these rights are not sufficient, or the directory has another owner.
         MthpError: another process did not finish its window in time.
     """
     if not root.exists():

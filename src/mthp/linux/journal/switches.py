@@ -1,32 +1,32 @@
-"""Per-size switches, set for a moment and put back: by us, or after our death by the watcher.
+"""Set per-size switches for a moment and put them back; after this process's death the watcher does so.
 
-Which folio a page fault brings is decided by switches of the whole system, ``hugepages-<size>kB/enabled``. To get
-folios of just one order the mover turns that size on and others off, for a *window* of milliseconds. Nothing that it
-changes may outlive it, so the order of things is that of a database's undo log:
+Switches of the whole system, ``hugepages-<size>kB/enabled``, decide which folio a page fault brings. To get folios of
+just one order the mover turns that size on and others off, for a *window* of milliseconds. None of its changes may
+outlive it, so the steps are those of a database's undo log:
 
 1. Take a lock (flock(2)), so that two windows do not mistake each other's words for the original ones.
-2. If there are entries in the journal, their writer died in its window: the lock is free. Put back what it left.
+2. If the journal has entries, their writer died in its window, because the lock is free. Put its changes back.
 3. Have a watcher process (:mod:`mthp.linux.journal.guard`), which does step 2 as soon as this process dies.
-4. Write down, for each switch, the word that is there and the word that is to come. fsync(2). Then write the switch.
+4. Record, for each switch, the present word and the new word. fsync(2). Then write the switch.
 5. Afterwards put back, last change first, then empty the journal.
 
-A process that dies after 4 leaves entries behind, and those tell exactly what to do: a switch that still has our word
+A process that dies after 4 leaves entries behind, and these determine the repair: a switch that still has mthp's word
 gets the old one back; one that has another word was changed by another program meanwhile, and stays; one that was never
-reached has the old word. Doing it twice does no harm. An entry is one line of JSON. A line that is cut short or
-cannot be understood was not written out before its switch was touched, or is not ours, and is passed over; and since
-only names of switches and words of switches are understood, a forged journal could do no more than choose among these.
-After a reboot the switches are new and entries of an earlier boot mean nothing, so they carry the boot's ID.
+reached has the old word. Undoing twice is harmless. An entry is one line of JSON. An incomplete or unknown line was not
+written out before its switch was touched, or is not mthp's, and is skipped. Only names and words of switches are
+accepted, so a forged journal could do no more than choose among these. After a reboot the switches are new and entries
+of an earlier boot are void, so entries carry the boot's ID.
 
-The directory is made with mode 0700, and must be a directory of ours in which nobody else may write. Files in it are
+The directory is made with mode 0700, and must belong to this user and be writable by no other. Files in it are
 opened relative to the open directory and never through symbolic links.
 
 A signal that raises an exception in Python (Ctrl-C) waits until switches are set or put back, and Ctrl-Z until the
-window is over. A signal that kills leaves the journal to the watcher.
+window is over. After a signal that kills, the watcher uses the journal.
 
 Windows may nest in one thread; other threads and other processes wait for their turn.
 
-The daemon may *keep* a number of khugepaged's for as long as it runs. Such an entry does not hold the lock. It stands
-before those of windows, and is left in place while its owner runs; after that it is undone like any other.
+The daemon may *keep* a tunable of khugepaged for as long as it runs. Such an entry does not hold the lock. It comes
+before those of windows, and stays while its owner runs; after that it is undone like any other.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
 
 LOCK_TIMEOUT = 5.0
-"""Seconds to wait for the windows of others, each of which takes milliseconds."""
+"""Seconds to wait for windows of other processes, each of which takes milliseconds."""
 
 _numbers = itertools.count()
-"""Tell windows of this process apart."""
+"""Numbers of the windows of this process."""
 
 
 class SwitchJournal:
@@ -85,17 +85,17 @@ class SwitchJournal:
 
     @contextlib.contextmanager
     def only(self, order: int, *, off: Container[int] | None = None) -> Iterator[None]:
-        """A window in which `order` is the one size that is on.
+        """Open a window in which `order` is the only enabled size.
 
         Switches that are off, or inherit from a top-level ``never``, are not touched.
 
         Args:
-            order: its size's switch is set to ``always``, all others that are on to ``never``.
-            off: which others have to be off, if not all: those whose folios would fit as well.
+            order: its size's switch is set to ``always``, the switches of all others that are on to ``never``.
+            off: the orders that have to be off, if not all others: those whose folios would fit as well.
 
         Raises:
             UnsupportedError: this kernel has no switch for that size.
-            NotPermittedError: these rights do not suffice to set switches, or the journal's directory is not ours.
+            NotPermittedError: these rights cannot set switches, or the journal's directory has another owner.
             MthpError: another process did not finish its window in time.
         """
         with self._window(lambda: self._wanted(order, off)):
@@ -103,10 +103,10 @@ class SwitchJournal:
 
     @contextlib.contextmanager
     def settings(self, wanted: Mapping[str, str]) -> Iterator[None]:
-        """A window in which switches of sizes and numbers of khugepaged's are as `wanted`, set in that order.
+        """Open a window in which switches of sizes and tunables of khugepaged are as `wanted`, set in that order.
 
         Args:
-            wanted: by path below the THP directory, such as ``"khugepaged/pages_to_scan"``.
+            wanted: words by path below the THP directory, such as ``"khugepaged/pages_to_scan"``.
 
         Raises:
             UnsupportedError: this kernel lacks one of them.
@@ -116,7 +116,7 @@ class SwitchJournal:
             yield
 
     def keep(self, wanted: Mapping[str, str]) -> None:
-        """Set what is in `wanted`, as :meth:`settings`, until :meth:`release` or the end of this process.
+        """Set the words in `wanted`, as :meth:`settings`, until :meth:`release` or the end of this process.
 
         Windows of any process may open and close meanwhile.
 
@@ -141,7 +141,7 @@ class SwitchJournal:
                 self._close()
 
     def release(self) -> list[Restored]:
-        """Put back what this process keeps.
+        """Put back all that this process keeps; return the results.
 
         Raises:
             NotPermittedError, MthpError: as :meth:`settings`.
@@ -159,7 +159,7 @@ class SwitchJournal:
 
     @contextlib.contextmanager
     def _window(self, changes: Callable[[], list[Change]]) -> Iterator[None]:
-        """A window with `changes`, which are asked for once the lock is held."""
+        """Open a window with `changes`, which is called once the lock is held."""
         with self._turn, suspension_held_back():
             if not self._may_have_to_write(changes()):
                 yield
@@ -178,11 +178,11 @@ class SwitchJournal:
                     with interruptions_held_back():
                         undo.close()
                 finally:
-                    # Ctrl-C may have come just before signals were held back. What is undone is not undone again.
+                    # Ctrl-C may have come just before signals were held back. Nothing is undone twice.
                     undo.close()
 
     def _may_have_to_write(self, wanted: Sequence[Change]) -> bool:
-        """Whether a window takes the lock. Who can set no switch and need not set one has nothing to hold on to.
+        """Return whether a window takes the lock. A process that cannot and need not set a switch needs no lock.
 
         Raises:
             NotPermittedError: a switch would have to be set, and may not be.
@@ -197,18 +197,18 @@ class SwitchJournal:
         return bool(wanted) or os.geteuid() == 0
 
     def restore_after_crash(self) -> list[Restored]:
-        """Put back what a run that was killed in its window left. Waits for windows that are open just now.
+        """Put back the changes of a run that was killed in its window. Waits for open windows.
 
         Returns:
-            What became of each switch that it had changed; empty if there was nothing to do.
+            The result for each switch that it had changed; empty if there was nothing to do.
 
         Raises:
-            NotPermittedError: these rights do not suffice, or the journal's directory is not ours.
+            NotPermittedError: these rights are not sufficient, or the journal's directory has another owner.
             MthpError: another process did not finish its window in time.
         """
         with self._turn, interruptions_held_back():
             if self._files is not None:
-                # In a window of ours: what was left had been put back before it opened.
+                # In a window of this process, whose opening has put back all leftovers.
                 return []
             if not (self._root or default_root()).exists():
                 return []
@@ -222,12 +222,12 @@ class SwitchJournal:
 
         Raises:
             UnsupportedError: there is no runtime directory.
-            NotPermittedError, MthpError: as there.
+            NotPermittedError, MthpError: as :meth:`restore_after_crash`.
         """
         return [restored for root in all_roots() for restored in cls(root).restore_after_crash()]
 
     def _open(self, *, create: bool) -> list[Restored]:
-        """Take the lock, and put back what is found in the journal."""
+        """Take the lock, and put back the changes found in the journal."""
         files = JournalFiles(self._root or default_root(), create=create)
         try:
             files.lock(self._lock_timeout)
@@ -248,7 +248,7 @@ class SwitchJournal:
         self._changes = []
 
     def _wanted(self, order: int, must_be_off: Container[int] | None) -> list[Change]:
-        """The changes that leave one size on, those that turn something off first."""
+        """Return the changes that leave one size on, those that turn something off first."""
         page_size = os.sysconf("SC_PAGESIZE")
         words = {
             other: (switch, found)
@@ -274,7 +274,7 @@ class SwitchJournal:
         return off + on
 
     def _differing(self, wanted: Mapping[str, str]) -> list[Change]:
-        """The changes that make everything as `wanted`."""
+        """Return the changes that lead to `wanted`."""
         boot = boot_id()
         changes = []
         for switch, word in wanted.items():
@@ -289,7 +289,7 @@ class SwitchJournal:
         return changes
 
     def _set(self, changes: Sequence[Change], *, kept: bool = False) -> None:
-        """Write `changes` down, then make them; `kept` ones are no part of a window."""
+        """Record `changes`, then make them; `kept` ones do not belong to a window."""
         assert self._files is not None
         if not changes:
             return
@@ -309,7 +309,7 @@ class SwitchJournal:
         del self._changes[depth:]
         self._files.write(self._changes)
         if all(change.kept for change in self._changes) and not all(change.holds for change in self._changes):
-            # A process that kept something died in this window, the end of which its watcher does not wait for.
+            # A process that kept something died in this window, for whose end its watcher does not wait.
             settle(self._files, self._sysfs.root, write=self._write)
             self._changes = self._files.read()
 

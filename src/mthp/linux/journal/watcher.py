@@ -1,11 +1,11 @@
-"""The watcher process: it waits for the end of one mthp, its *owner*, and puts back what that has left in the journal.
+"""The watcher process: it waits for the end of one mthp, its *owner*, and puts back the changes left in the journal.
 
-It is started by :mod:`mthp.linux.journal.guard` as ``python -I -S -c ...`` with a session of its own and all signals
-blocked, so that what ends the owner's process group or terminal does not end the watcher. Its standard input is a
-pidfd of the owner; its standard output is a pipe to which it writes its PID when it is ready, and whose closing tells
-the owner that there is no watcher any more.
+:mod:`mthp.linux.journal.guard` starts it as ``python -I -S -c ...`` with a session of its own and all signals blocked,
+so that the end of the owner's process group or terminal does not end the watcher. Its standard input is a pidfd of the
+owner; its standard output is a pipe to which it writes its PID when it is ready, and whose closing informs the owner
+that the watcher is gone.
 
-It polls slowly, for what no file descriptor reports: whether the owner is stopped, and whether the journal has entries
+It polls slowly for two events that no file descriptor reports: the owner is stopped, or the journal has entries
 although its lock is free (the owner replaced itself by execve(2)).
 """
 
@@ -28,27 +28,27 @@ OWNER, STATUS = 0, 1
 """File descriptors: a pidfd of the owner, and the pipe to it."""
 
 TICK_SECONDS = 0.25
-"""From one poll to the next. One costs some 50 microseconds of processor time."""
+"""Seconds between two polls. One costs some 50 microseconds of processor time."""
 
 STOPPED_TICKS = 4
-"""An owner that is stopped at this many polls in a row is taken to stay so; a tracer stops it for less."""
+"""Number of polls in a row after which a stopped owner is expected to stay so; a tracer stops it for less."""
 
 IDLE_TICKS = 40
-"""After this many polls without an open window, ten seconds, the watcher ends. The next window starts another."""
+"""Number of polls without an open window, ten seconds, after which the watcher ends. The next window starts another."""
 
 LOCK_SECONDS = 0.2
-"""How long the watcher waits for the lock of a dead owner. A child that was forked by other means than Python's may
-have inherited it, and hold it for years."""
+"""Seconds to wait for the lock of a dead owner. A child that was forked by other means than Python's may have
+inherited it, and hold it for years."""
 
 RETRY_SECONDS = 5.0
-"""How long the watcher tries again when the kernel refuses to write a switch. The entries stay for `doctor`."""
+"""Seconds for which a write of a switch is repeated if the kernel refuses it. The entries stay for `doctor`."""
 
 
 def main(root: str, sysfs: str, pid: str, owner: str) -> None:
     """Watch until the owner is gone, or has had no window for a while.
 
     Args:
-        owner: what the owner's entries begin with, see :func:`mthp.linux.journal.files.owner_of`.
+        owner: prefix of the owner's entries, see :func:`mthp.linux.journal.files.owner_of`.
     """
     _detach()
     files = JournalFiles(Path(root), create=False)
@@ -59,11 +59,11 @@ def main(root: str, sysfs: str, pid: str, owner: str) -> None:
 
 
 def _detach() -> None:
-    """Keep nothing of the owner, and be hard to kill."""
-    # Descriptors that other libraries opened without O_CLOEXEC.
+    """Close everything inherited from the owner, and make the process hard to kill."""
+    # Other libraries may have opened descriptors without O_CLOEXEC.
     os.closerange(STATUS + 2, os.sysconf("SC_OPEN_MAX"))
     os.chdir("/")
-    # To lower one's own value takes CAP_SYS_RESOURCE: __set_oom_adj() in fs/proc/base.c.
+    # Lowering one's own value needs CAP_SYS_RESOURCE: __set_oom_adj() in fs/proc/base.c.
     for file, text in (("comm", NAME), ("oom_score_adj", "-1000")):
         with contextlib.suppress(OSError):
             Path(f"/proc/self/{file}").write_text(text)
@@ -74,8 +74,8 @@ class Watcher:
 
     Args:
         files: the journal.
-        owner: what its entries begin with.
-        status: end of the pipe to it.
+        owner: prefix of its entries.
+        status: the watcher's end of the pipe to it.
     """
 
     def __init__(self, files: JournalFiles, sysfs: Path, pid: int, owner: str, status: int = STATUS) -> None:
@@ -94,7 +94,7 @@ class Watcher:
         self._after_death()
 
     def _tick(self) -> bool:
-        """Poll the owner once. Return whether to end."""
+        """Poll the owner once; return whether to end."""
         if self._files.empty:
             self._stopped = 0
             self._idle += 1
@@ -104,18 +104,18 @@ class Watcher:
             if self._settle():
                 return False
         self._stopped = self._stopped + 1 if self._owner_is_stopped() else 0
-        # Once in each stop: what has the same word later was set since.
+        # Once in each stop: a switch that has the same word later was set since.
         if self._stopped == STOPPED_TICKS:
             with contextlib.suppress(MthpError):
-                # What is kept harms nothing while its owner is stopped.
+                # Kept changes are harmless while their owner is stopped.
                 self._undo(kept=False)
         return False
 
     def _retire(self) -> bool:
-        """Tell the owner that there is no watcher any more, if no window is open."""
+        """Close the pipe, so that the owner knows that the watcher is gone, if no window is open."""
         if not self._files.try_lock():
             return False
-        # An owner looks at the pipe while it holds the lock, so this happens either before that or after its window.
+        # An owner checks the pipe while it holds the lock, so the pipe closes either before that or after its window.
         os.close(self._status)
         return True
 
@@ -126,7 +126,7 @@ class Watcher:
             return False
 
     def _after_death(self) -> None:
-        """Put back what the owner left, or see that another mthp has done so."""
+        """Put back the owner's changes, or wait until another mthp has done so."""
         begin = time.monotonic()
         pause = 0.001
         while time.monotonic() - begin < RETRY_SECONDS:
@@ -140,7 +140,7 @@ class Watcher:
             pause = min(2 * pause, TICK_SECONDS)
 
     def _settle(self) -> bool:
-        """Put back whatever stands in the journal. Return False if another process has the lock."""
+        """Put back all changes in the journal; return False if another process has the lock."""
         if not self._files.try_lock():
             return False
         try:
@@ -156,7 +156,7 @@ class Watcher:
         return [change for change in entries if change not in self._undone]
 
     def _undo(self, *, kept: bool = True) -> None:
-        """Put back what the owner left without the lock, and leave the entries, as only the lock allows to change them.
+        """Put back the owner's changes without the lock, and keep the entries, because changing them takes the lock.
 
         Another mthp that takes the lock puts back the entries of a dead owner before it opens a window.
         """
