@@ -1,1 +1,1 @@
-"""Golden cases: what real kernels were recorded doing, read, staged and replayed."""
+"""Golden cases: recordings of real kernels, read, staged and replayed."""

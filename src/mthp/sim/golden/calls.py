@@ -1,4 +1,4 @@
-"""The calls that a golden case of a split or a trim makes, one in each pass."""
+"""The calls of a golden case of a split or a trim, one in each pass."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ CALLS: dict[str, tuple[str, ...]] = {
     "split": (*_PAGES, "order"),
     "split_at": (*_PAGES, "order", "at"),
 }
-"""The words of calls, and the numbers that each takes (tests/golden/README.md)."""
+"""Words of calls, and the numbers of each (tests/golden/README.md)."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a pass does: a word of :data:`CALLS`, and the numbers behind it.
+    """The call of a pass: a word of :data:`CALLS`, and its numbers.
 
     Attributes:
         first, count: pages of the range.
-        order: of the folios that are to be made.
-        at: page of the folio that it is split around.
+        order: order of the folios to make.
+        at: page of the folio around which to split.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Call:
 
     @property
     def pages(self) -> slice:
-        """The pages that it names."""
+        """The pages of the range."""
         return slice(self.first, self.first + self.count)
 
 
 def call_of(words: Any, pages: int) -> Call | None:
-    """Return the call in a case's list of a word and numbers, for a range of `pages`; None if it is not one."""
+    """Return the call in a case's list of a word and numbers, for a range of `pages`; None if it is not valid."""
     if not isinstance(words, list) or not words or not isinstance(words[0], str) or words[0] not in CALLS:
         return None
     name, *numbers = words

@@ -1,8 +1,8 @@
-"""Golden cases: what a real kernel was recorded doing, as one JSON object a line, read and checked.
+"""Golden cases: recordings of a real kernel, one JSON object a line, read and checked.
 
-A case is one PMD range of one mapping, before and after up to three passes. What it must have is in :data:`REQUIRED`;
-the rest is optional, and what is not known here is passed over. A field that cannot be is refused with the name of the
-case and of the field, so that nothing behind this module meets a surprise.
+A case is one PMD range of one mapping, before and after up to three passes. :data:`REQUIRED` lists its required fields;
+the others are optional, and unknown fields are skipped. An invalid field is refused with the name of the case and of
+the field, so that later modules need no checks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from mthp.tunables import LIMITS, Tunables
 REQUIRED = ("id", "trigger", "orders_enabled", *LIMITS, "before", "after")
 
 TRIGGERS = ("khugepaged", "madvise", "split", "trim")
-"""``split`` and ``trim`` make the calls that the case lists (:mod:`mthp.sim.golden.calls`)."""
+"""``split`` and ``trim`` make the calls in the case's list (:mod:`mthp.sim.golden.calls`)."""
 
 NEWEST = "7.3"
-"""The kernel of a case that names none."""
+"""Kernel of a case without the field ``kernel``."""
 
 NO_PAGE = frozenset({"none", "zero", "guard", "uffd_zero", "uffd_marker"})
 SWAPPED = frozenset({"swap", "swap_shared", "uffd_swap"})
@@ -41,48 +41,48 @@ SMALL = frozenset(
     {"anon", "shared", "swapcache", "swapped_back", "cold", "lazyfree", "lazyfree_dirty", "mlocked", "pinned", "uffdwp"}
 )
 KINDS = NO_PAGE | SWAPPED | SMALL | LARGE
-"""What an entry of the page table may be; a kind of :data:`LARGE` has the folio's order behind a colon."""
+"""The kinds of page table entries; a kind of :data:`LARGE` has the folio's order behind a colon."""
 
 _LETTERS = {"cold": "", "lazyfree": "lr", "lazyfree_dirty": "lr", "mlocked": "mr"}
-"""What is seen of pages of a kind where the case does not say; ``r`` of all others (MGLRU marks what is faulted)."""
+"""Default letters by kind, for cases without letters; ``r`` for other kinds, because MGLRU marks faulted pages."""
 
 VMA_WORDS = ("uffd_wp_registered", "uffd_missing_registered", "mlocked", "droppable")
 
 MAX_SLOT = 1 << 22
-"""Largest swap slot of a case; a device has room for all up to the largest that is named."""
+"""Largest swap slot of a case; the simulated device has all slots up to the largest used."""
 
 FILE_BYTES = Bound(1 << 28, "bytes of golden cases")
-"""Also when inflated; the largest of the recorded files has 20 MiB."""
+"""Also after decompression; the largest recorded file has 20 MiB."""
 
 LINES = Bound(1 << 17, "lines of golden cases")
-"""The largest of the recorded files has 3 924."""
+"""The largest recorded file has 3 924."""
 
 CASE_BYTES = Bound(1 << 20, "bytes of one golden case")
-"""The largest that was recorded has 124 KiB."""
+"""The largest recorded case has 124 KiB."""
 
 PASSES = Bound(16, "passes of one golden case")
-"""Three are recorded. Each is simulated."""
+"""Each pass is simulated; recordings have three."""
 
 Runs = list[list[Any]]
 
 
 def runs_of(values: Iterable[Any]) -> Runs:
-    """Run lengths: [value, count] of equal neighbours."""
+    """Return the run lengths of values: [value, count] of equal neighbours."""
     return [[value, len(list(group))] for value, group in groupby(values)]
 
 
 def expanded(runs: Runs) -> list[Any]:
-    """Values, from run lengths."""
+    """Return the values of run lengths."""
     return [value for value, count in runs for _ in range(count)]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What was recorded of a full scan, or of a call of MADV_COLLAPSE.
+    """The record of a full scan, or of a call of MADV_COLLAPSE.
 
     Attributes:
-        orders: run lengths of what pagemap and kpageflags showed afterwards.
-        seen: all else that it is to be compared with, by name.
+        orders: run lengths of the orders that pagemap and kpageflags showed afterwards.
+        seen: all other recorded values, by name.
     """
 
     orders: Runs
@@ -95,18 +95,18 @@ class Case:
 
     Attributes:
         release: major and minor number of the kernel.
-        series: what it was built with, if it is no release; the rules are the series' then (:mod:`mthp.sim.kernel`).
-        setup: how its pages came to be: the word of :data:`SETUPS`; ``""`` if the case does not say.
-        forced: MADV_COLLAPSE was called; otherwise khugepaged scanned.
-        orders: enabled.
-        tunables: with the case's limits.
+        series: series that the kernel was built with, if any; its rules then apply (:mod:`mthp.sim.kernel`).
+        setup: way in which its pages were made: a word of :data:`SETUPS`; ``""`` if the case has none.
+        forced: whether MADV_COLLAPSE was called; otherwise khugepaged scanned.
+        orders: enabled orders.
+        tunables: tunables, with the case's limits.
         vma: words of the mapping.
-        kinds: str, shape (ptes_per_pmd,): what each entry is.
-        folio_orders: int, same shape: of the large folio that it is a part of.
-        letters: the letters of what was seen of each page.
-        slots: int64, same shape: the swap slot of each entry that has one, else 0.
-        intact: the contents were found to be what was written.
-        calls: what the passes do; empty where each is a scan, or MADV_COLLAPSE.
+        kinds: str, shape (ptes_per_pmd,): kind of each entry.
+        folio_orders: int, same shape: order of the large folio that the entry is a part of.
+        letters: letters recorded for each page.
+        slots: int64, same shape: swap slot of each entry that has one, else 0.
+        intact: whether the contents were found unchanged.
+        calls: calls of the passes; empty if each is a scan, or MADV_COLLAPSE.
     """
 
     id: str
@@ -127,28 +127,28 @@ class Case:
     calls: tuple[Call, ...] = ()
 
     def seen(self, letter: str) -> NDArray[np.bool_]:
-        """Which entries were seen with a letter: bool, shape (ptes_per_pmd,)."""
+        """Return which entries were recorded with a letter: bool, shape (ptes_per_pmd,)."""
         return np.array([letter in letters for letters in self.letters], np.bool_)
 
 
 EVENT_WORDS = {"isolate": 6, "collapse": 4, "swapin": 5}
-"""The events of a pass, and how many words each has (tests/golden/README.md)."""
+"""Number of words of each event of a pass (tests/golden/README.md)."""
 
 
 def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a golden file: one a line, compressed if the name ends in ``.gz``.
+    """Return the JSON objects of a golden file: one a line, compressed if the name ends in ``.gz``.
 
     Raises:
-        UsageError: as :func:`case_lines`.
+        UsageError: see :func:`case_lines`.
     """
     return map(parse_case, case_lines(path))
 
 
 def case_lines(path: str | Path) -> list[bytes]:
-    """The lines of a golden file that hold a case, each checked to have what every case has.
+    """Return the lines of a golden file that hold a case, each checked for the required fields.
 
     Raises:
-        UsageError: it cannot be read, is too large, or a line has not what every case has.
+        UsageError: the file cannot be read or is too large, or a required field is missing.
     """
     path = Path(path)
     data = io.BytesIO(read_small(path, FILE_BYTES))
@@ -167,7 +167,7 @@ def case_lines(path: str | Path) -> list[bytes]:
                     lines.append(line)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         what, hint = getattr(error, "strerror", None) or str(error), getattr(error, "help", "")
-        # A line that was read is at fault, or the next could not be read.
+        # Either the last line read is wrong, or the next could not be read.
         number += not isinstance(error, UsageError)
         raise UsageError(f"{path} cannot be replayed: line {number}: {what}", help=hint or _HOW) from error
     return lines
@@ -177,19 +177,19 @@ _HOW = "give a file of golden cases: JSON lines, compressed if the name ends in 
 
 
 def parse_case(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line, which has what every case has.
+    """Return the JSON object of a line, checked for the required fields.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: the line is not such an object.
     """
     return _with_all_keys(parse_json(line, size=CASE_BYTES))
 
 
 def _with_all_keys(case: Any) -> dict[str, Any]:
-    """The case, if it has what every case has.
+    """Return the case if it has the required fields.
 
     Raises:
-        UsageError: it has not.
+        UsageError: a field is missing.
     """
     if not isinstance(case, dict):
         raise UsageError("not a JSON object")
@@ -199,10 +199,10 @@ def _with_all_keys(case: Any) -> dict[str, Any]:
 
 
 def case_of(raw: dict[str, Any]) -> Case:
-    """A case, checked.
+    """Return a case, checked.
 
     Raises:
-        UsageError: something in it cannot be; the message names the case and the field.
+        UsageError: a field is invalid; the message names the case and the field.
     """
     try:
         return _case(raw)
@@ -253,7 +253,7 @@ def _wrong(key: str, value: Any, help: str = "") -> UsageError:
 
 
 def _list(raw: dict[str, Any], key: str) -> list[Any]:
-    """An optional list."""
+    """Return an optional list."""
     value = raw.get(key)
     if value is None:
         return []
@@ -282,7 +282,7 @@ def _words(raw: dict[str, Any], key: str, known: tuple[str, ...]) -> tuple[str, 
 
 
 def _release(kernel: Any) -> tuple[int, int]:
-    """Major and minor number of a kernel's release."""
+    """Return major and minor number of a kernel's release."""
     numbers = str(kernel).split(".")[:2]
     if len(numbers) != 2 or not all(re.fullmatch("[0-9]{1,4}", number) for number in numbers):
         raise _wrong("kernel", kernel, "use two or three numbers: 7.3.4")
@@ -290,7 +290,7 @@ def _release(kernel: Any) -> tuple[int, int]:
 
 
 def _runs(raw: dict[str, Any], key: str) -> Runs:
-    """Run lengths, as they are written: [value, count] each."""
+    """Return run lengths as written: [value, count] each."""
     runs = _list(raw, key)
     for run in runs:
         if not isinstance(run, list) or len(run) != 2 or not isinstance(run[1], int) or run[1] < 1:
@@ -299,7 +299,7 @@ def _runs(raw: dict[str, Any], key: str) -> Runs:
 
 
 def _expanded(raw: dict[str, Any], key: str, size: int) -> list[Any]:
-    """Run lengths, one value for each entry of a PMD range."""
+    """Return one value for each entry of a PMD range, from run lengths."""
     runs = _runs(raw, key)
     if (entries := sum(count for _, count in runs)) != size:
         raise UsageError(f"{key} has {entries} entries, a PMD range has {size}")
@@ -307,7 +307,7 @@ def _expanded(raw: dict[str, Any], key: str, size: int) -> list[Any]:
 
 
 def _kind(state: str, pmd_order: int) -> tuple[str, int]:
-    """The kind in a state such as ``large:4``, and the order, which is 0 for any but large folios."""
+    """Return the kind in a state such as ``large:4``, and the order, which is 0 except for large folios."""
     kind, _, order = state.partition(":")
     if kind not in KINDS:
         raise UsageError(f"unknown state {state!r}", help=f"use {', '.join(sorted(KINDS))}")
@@ -318,7 +318,7 @@ def _kind(state: str, pmd_order: int) -> tuple[str, int]:
 
 
 def _calls(raw: dict[str, Any], n: int, passes: int) -> tuple[Call, ...]:
-    """What each pass does."""
+    """Return the call of each pass."""
     calls = []
     for words in _list(raw, "calls"):
         if (call := call_of(words, n)) is None:
@@ -330,7 +330,7 @@ def _calls(raw: dict[str, Any], n: int, passes: int) -> tuple[Call, ...]:
 
 
 def _slots(raw: dict[str, Any], kinds: NDArray[np.str_]) -> NDArray[np.int64]:
-    """The swap slot of each entry that needs one: as recorded, else the next one behind all that are; else 0."""
+    """Return the swap slot of each entry: recorded, or, if it needs one, behind the recorded ones; else 0."""
     slots = np.zeros(len(kinds), np.int64)
     needed = np.isin(kinds, [*SWAPPED, "swapcache"])
     for run in _list(raw, "swap_offsets"):
@@ -349,11 +349,11 @@ def _slots(raw: dict[str, Any], kinds: NDArray[np.str_]) -> NDArray[np.int64]:
 
 
 def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
-    """What was recorded of each pass; orders that did not change are not written again."""
+    """Return the record of each pass; unchanged orders are not repeated in the file."""
     recorded = _list(raw, "passes")
     PASSES.check(len(recorded))
     if not recorded:
-        # What the first pass has is at the top of the case, too, and then only there.
+        # The values of the first pass are also at the top of the case, and sometimes only there.
         recorded = [{key: raw[key] for key in ("scan_result", "stats") if key in raw}]
     _expanded(raw, "after", n)
     orders, passes = _runs(raw, "after"), []
@@ -383,7 +383,7 @@ def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
 
 
 def _check_events(events: list[Any]) -> None:
-    """Check that events are lists of a known name, an order, what belongs to the name, and how often it came."""
+    """Check that events are lists of a known name, an order, the values of that name, and a number of repetitions."""
     for event in events:
         length = EVENT_WORDS.get(event[0]) if isinstance(event, list) and event and isinstance(event[0], str) else None
         if length is None or len(event) != length or not isinstance(event[1], int) or not isinstance(event[-1], int):

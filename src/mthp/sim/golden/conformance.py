@@ -1,10 +1,10 @@
-"""Golden cases of real kernels, replayed: the state before, the trigger, and a comparison of everything afterwards.
+"""Replay of golden cases of real kernels: stage the state before, trigger, and compare everything afterwards.
 
 A case (one JSON object of a golden file) is one PMD range of one mapping, and up to three passes of khugepaged, or
-calls of MADV_COLLAPSE, with all that the kernel let be seen of them: the order of the folio at every page, the scan's
-result and its counts, the trace events in order, the counters, which pages moved, their flags, the swap slots still
-in use. Contents are followed by the machine itself. :mod:`mthp.sim.golden.stage` builds the state; from there on the
-machine knows nothing of the case.
+calls of MADV_COLLAPSE, with everything that the kernel shows of them: the order of the folio at every page, the scan's
+result and its counts, the trace events in order, the counters, which pages moved, their flags, the swap slots still in
+use. The machine itself tracks contents. :mod:`mthp.sim.golden.stage` builds the state; from then on the machine does
+not use the case.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from mthp.sim.kernel import MTHP_COLLAPSE, NO_PTE_TABLE, SWPIN, Kernel, Release,
 from mthp.sim.trace import Collapse, Event, Isolate, ScanPmd, Swapin
 
 _OF_OTHERS = "thp_split_pmd"
-"""A counter of the whole machine that no scan moves: what a record of one has of it, some other process did."""
+"""A counter of the whole machine that no scan changes: in a recorded scan, other processes changed it."""
 
 _UNRECORDED = re.compile("pgfault|fault_|munlocked|cleared")
-"""Counters that the recorder leaves out, since other processes move them."""
+"""Counters that the recorder leaves out, because other processes change them."""
 
 _SINCE_MTHP_COLLAPSE = re.compile("hugepages-[0-9]+kB/collapse_.*")
-"""The counters that came with collapse to orders below PMD order."""
+"""The counters added with collapse to orders below the PMD order."""
 
 ANON_COLLAPSE_ALLOC = "jain-rfc-2024-12"
-"""The series that counts folios allocated below the PMD order as anon_collapse_alloc of their size."""
+"""The series that counts folios allocated below the PMD order in anon_collapse_alloc of their size."""
 
 _OLD_WORDS = {"pmd_none": "no_pte_table", "pmd_null": "no_pte_table"}
-"""Words of the trace of older kernels for results that have another name today."""
+"""Trace words of older kernels for results that were renamed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class Mismatch:
     """One difference between the record and the replay.
 
     Attributes:
-        where: such as ``"pass 2: orders"``.
-        expected, got: what the kernel did, and what the machine did; the first part that differs.
+        where: for example ``"pass 2: orders"``.
+        expected, got: the kernel's value and the machine's; the first part that differs.
     """
 
     where: str
@@ -58,17 +58,17 @@ APART = {
     WRITABLE: "a kernel before 6.18 wants a PTE that may be written, and nothing recorded tells whether one may",
     BEYOND_TABLE: "the series reads on behind the end of the page table, and nothing recorded tells what is there",
 }
-"""Why cases are counted apart, by name."""
+"""Reasons to count cases apart, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaseReport:
-    """What came of one case.
+    """Result of one case.
 
     Attributes:
-        mismatches: the differences of the first pass that has any; none if the case agrees.
-        apart: what decided the case, where nothing recorded tells it: a name of :data:`APART`. Such a case agrees for
-            one of the states that it may have been in, and is not a match.
+        mismatches: differences of the first pass that has any; empty if the case agrees.
+        apart: unrecorded state that decided the case, a name of :data:`APART`. Such a case agrees for one of the states
+            that it may have been in, and is not counted as a match.
     """
 
     JSON: ClassVar = "case=id differences=mismatches"
@@ -83,10 +83,10 @@ class Replay:
     """The totals of a replay.
 
     Attributes:
-        files: that they are from.
-        cases: cases replayed.
-        failed: the reports of those that do not agree.
-        apart: the cases that are counted apart, by a name of :data:`APART`.
+        files: golden files.
+        cases: number of cases replayed.
+        failed: reports of the cases that do not agree.
+        apart: ids of the cases counted apart, by a name of :data:`APART`.
     """
 
     JSON: ClassVar = "files cases match=matches mismatch=mismatches apart mismatches=failed"
@@ -98,12 +98,12 @@ class Replay:
 
     @property
     def matches(self) -> int:
-        """Cases that agree."""
+        """Number of cases that agree."""
         return self.cases - len(self.failed) - sum(map(len, self.apart.values()))
 
     @property
     def mismatches(self) -> int:
-        """Cases that do not agree."""
+        """Number of cases that do not agree."""
         return len(self.failed)
 
     def add(self, report: CaseReport) -> None:
@@ -119,10 +119,10 @@ def replay(cases: Iterable[dict[str, Any]], policy: str | Policy | None = None) 
     """Replay cases one after another.
 
     Args:
-        policy: as :func:`replay_case`.
+        policy: see :func:`replay_case`.
 
     Raises:
-        UsageError: a case cannot be (:mod:`mthp.sim.golden.cases`).
+        UsageError: a case is invalid (:mod:`mthp.sim.golden.cases`).
     """
     totals = Replay()
     for case in cases:
@@ -133,15 +133,15 @@ def replay(cases: Iterable[dict[str, Any]], policy: str | Policy | None = None) 
 def replay_case(case: dict[str, Any], policy: str | Policy | None = None) -> CaseReport:
     """Build a case's state, run its passes, and compare after each.
 
-    Whether a kernel before 6.18 wanted a writable PTE is decided by what agrees: the rule is left out first, since
-    recordings were made without it, too. If only the rule explains the case, and the pages of which nothing tells
-    whether they may be written decide it, the case is counted apart.
+    For a kernel before 6.18, agreement decides whether it required a writable PTE: the rule is left out first, because
+    some recordings were made without it. If only the rule explains the case, and only pages of which it is not recorded
+    whether they are writable decide it, the case is counted apart.
 
     Args:
-        policy: in place of that of the case's release or series.
+        policy: used instead of that of the case's release or series.
 
     Raises:
-        UsageError: the case cannot be (:mod:`mthp.sim.golden.cases`), or nothing is known of its series.
+        UsageError: the case is invalid (:mod:`mthp.sim.golden.cases`), or its series is not known.
     """
     known = case_of(case)
     policy = policy_of(known.release, known.series) if policy is None else policy
@@ -159,7 +159,7 @@ def replay_case(case: dict[str, Any], policy: str | Policy | None = None) -> Cas
 
 
 def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writable: bool = False) -> CaseReport:
-    """Replay a case under given rules."""
+    """Return the report of a replay under the given rules."""
     stage = Stage(case, policy, kernel, doubtful_writable=doubtful_writable)
     before = stage.observe()
     for number, recorded in enumerate(case.passes, 1):
@@ -187,7 +187,7 @@ def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writab
 
 
 def _up_to(entry: int, wanted: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a pass did before it read behind the page table: the orders in front of `entry`, and the events."""
+    """Return what a pass did before it read beyond the page table: the orders in front of `entry`, and the events."""
     events = found["events"]
     early = {"orders": runs_of(expanded(found["orders"])[:entry]), "events": events}
     recorded = wanted.get("events", events)[: len(events)]
@@ -195,7 +195,7 @@ def _up_to(entry: int, wanted: dict[str, Any], found: dict[str, Any]) -> tuple[d
 
 
 def _stats(case: Case, changed: dict[str, int]) -> dict[str, int]:
-    """The counters that the case's kernel has, under its names."""
+    """Return the counters that the case's kernel has, under its names."""
     stats = {name: by for name, by in changed.items() if not _UNRECORDED.search(name)}
     if not case.calls:
         stats.pop(_OF_OTHERS, None)
@@ -213,7 +213,7 @@ def _stats(case: Case, changed: dict[str, int]) -> dict[str, int]:
 
 
 def _recorded(case: Case, recorded: Pass) -> dict[str, Any]:
-    """What a pass is to be compared with: what the record has of it."""
+    """Return the recorded values of a pass that the replay must match."""
     seen = recorded.seen
     wanted: dict[str, Any] = {
         name: seen[name] for name in ("scan", "events", "pmd_mapped", "moved", "errno", "rss_kb") if name in seen
@@ -227,7 +227,7 @@ def _recorded(case: Case, recorded: Pass) -> dict[str, Any]:
         stats = seen["stats"].items()
         wanted["stats"] = {name: by for name, by in stats if by and (name != _OF_OTHERS or case.calls)}
     if seen.get("events") is not None:
-        # A full record, in which nothing said of slots and flags says that there are none.
+        # A full record: without slots and flags there were none.
         entries = sum(count for _, count in recorded.orders)
         wanted["swap_offsets"] = seen.get("swap_offsets") or []
         wanted["flags"] = [["".join(sorted(letters)), count] for letters, count in seen.get("flags") or [["", entries]]]
@@ -235,12 +235,12 @@ def _recorded(case: Case, recorded: Pass) -> dict[str, Any]:
 
 
 def _word(recorded: Any) -> Any:
-    """A result's word of today."""
+    """Return today's word for a result."""
     return _OLD_WORDS.get(recorded, recorded) if isinstance(recorded, str) else recorded
 
 
 def _seen(stage: Stage, before: Observation, now: Observation, counters: dict[str, int]) -> dict[str, Any]:
-    """A pass of the machine, in the form of the record."""
+    """Return a pass of the machine, in the form of the record."""
     events = stage.machine.trace.take()
     changed = stage.machine.counters.since(counters)
     scan = _scan(events)
@@ -260,7 +260,7 @@ def _seen(stage: Stage, before: Observation, now: Observation, counters: dict[st
 
 
 def _scan(events: list[Event]) -> dict[str, Any] | None:
-    """The scan of the PMD range; None if there was none."""
+    """Return the scan of the PMD range; None if there was none."""
     for event in events:
         if isinstance(event, ScanPmd):
             return {
@@ -273,8 +273,8 @@ def _scan(events: list[Event]) -> dict[str, Any] | None:
 
 
 def _rows(events: list[Event], release: Release) -> Runs:
-    """The other events, each with how often it came in succession."""
-    # The trace has the number of a swap-in's result. Older kernels have one result more before it.
+    """Return the other events, each with its number of repetitions in succession."""
+    # The trace has the number of a swap-in's result. Older kernels have one more result before it.
     shift = int(release < NO_PTE_TABLE)
     rows: Runs = []
     for event in events:

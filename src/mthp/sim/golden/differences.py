@@ -1,6 +1,6 @@
-"""The differences between a recorded pass and a replayed one, in words.
+"""Differences between a recorded and a replayed pass, in words.
 
-Both sides name the same entries, events or counters, so that two lines one above the other show what differs.
+Both sides show the same entries, events or counters, so that two lines one above the other can be compared.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from mthp.sim.golden.cases import Runs, expanded
 
 SHOWN = 3
-"""Runs of entries, or events, that are shown of each difference: enough to see what goes wrong first."""
+"""Runs of entries, or events, shown of each difference: enough to see the first error."""
 
 _LETTERS = {
     "c": "in the swap cache",
@@ -22,11 +22,11 @@ _LETTERS = {
     "s": "shared",
     "w": "write-protected",
 }
-"""What the letters of a page's flags mean (tests/golden/README.md)."""
+"""Meanings of the letters of a page's flags (tests/golden/README.md)."""
 
 
 def difference(what: str, wanted: Any, found: Any) -> tuple[str, str]:
-    """Return what of a value was recorded, and what was found in its place, as far as they differ.
+    """Return the recorded value and the found value, as far as they differ.
 
     Args:
         what: ``orders``, ``moved``, ``flags``, ``events``, ``swap_offsets``, ``stats``, ``scan`` or another name.
@@ -56,11 +56,11 @@ def _flags(value: str) -> str:
 
 
 _ENTRIES: dict[str, Callable[[Any], str]] = {"orders": _order, "moved": _moved, "flags": _flags}
-"""What has a value for each entry, and how the value is written."""
+"""Values with one item per entry, and how an item is written."""
 
 
 def _entries(what: str, wanted: list[Any], found: list[Any]) -> tuple[str, str]:
-    """The runs of entries in which both have one value each, and not the same."""
+    """Return the runs of entries in which both sides are constant, and differ."""
     runs = []
     start = 0
     for (one, other), group in groupby(zip_longest(wanted, found, fillvalue="no entry")):
@@ -75,7 +75,7 @@ def _entries(what: str, wanted: list[Any], found: list[Any]) -> tuple[str, str]:
 
 
 def _events(wanted: Runs, found: Runs) -> tuple[str, str]:
-    """The events from the first on that differs."""
+    """Return the events from the first difference on."""
     pairs = enumerate(zip_longest(wanted, found))
     at = next((number for number, (one, other) in pairs if one != other), 0)
 
@@ -88,7 +88,7 @@ def _events(wanted: Runs, found: Runs) -> tuple[str, str]:
 
 
 def _event(event: list[Any]) -> str:
-    """One event and how often it came: ``isolate order 4: succeeded, 3 none, 13 referenced, 2 times``."""
+    """Return one event with its repetitions: ``isolate order 4: succeeded, 3 none, 13 referenced, 2 times``."""
     name, order, *rest, times = event
     if name == "isolate":
         result, none, referenced = rest

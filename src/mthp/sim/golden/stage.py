@@ -1,8 +1,8 @@
-"""A golden case's state, built from the frames up, and what pagemap and kpageflags would show of it.
+"""The state of a golden case, built from the frames up, and what pagemap and kpageflags would show of it.
 
-A *stage* is a machine with one mapping of one PMD range, and a child process that shares some of its pages. How a
-kernel came to a state (a fault, a fork, MADV_FREE, a pin) is not played again: pages are given the flags and
-references that those leave behind.
+A *stage* is a machine with one mapping of one PMD range, and a child process that shares some of its pages. The events
+that led a kernel to a state (a fault, a fork, MADV_FREE, a pin) are not repeated: pages get the flags and references
+that those events leave.
 """
 
 from __future__ import annotations
@@ -54,37 +54,37 @@ _ENTRIES = {
     "large": _DIRTY,
     "large_shared": _DIRTY,
 }
-"""The bits of an entry, by its kind. PTEs are old: the references that the case has are those of the folio."""
+"""Bits of an entry, by its kind. PTEs are old, because the case's references are those of the folio."""
 
 _CHILD_HAS = ("shared", "large_shared", "swap_shared")
 _REWRITTEN = ("anon", "cold", "lazyfree", "lazyfree_dirty", "mlocked", "pinned", "swapped_back")
-"""What the recorder wrote to once more after it had forked, so that it could be written again (tests/vm/recorder.c)."""
+"""Kinds that the recorder wrote to again after its fork, so that they are writable again (tests/vm/recorder.c)."""
 
 _WRITTEN = ("anon", "cold", "lazyfree_dirty", "mlocked", "pinned", "large", "swap")
-"""What a process that never forked can write: what is swapped out is its own then, and is read back for writing."""
+"""Kinds that a process can write if it never forked: a swapped page is then its own, and is read for writing."""
 _NEVER_WRITTEN = {"none", "zero", "uffd_zero", "uffd_marker"}
-"""What a mapping can hold without an anon_vma."""
+"""Kinds that a mapping without an anon_vma can hold."""
 
 _ZERO_FRAME = -1
-"""Stands for the frame of the zero page."""
+"""Frame number for the zero page."""
 
 _AWAY = 8
-"""PMD ranges between a page and the place that it is moved to."""
+"""PMD ranges between a page and the address that it is moved to."""
 
 _FOLIO_FLAGS = {"r": Fl.REFERENCED, "m": Fl.MLOCKED}
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What pagemap and kpageflags show of the PMD range.
+    """The PMD range as pagemap and kpageflags show it.
 
     Attributes:
         orders: per entry the order of the folio, or a word.
-        frames: int64, shape (pages,): frame of a mapped page, else 0; the zero page has one of its own.
+        frames: int64, shape (pages,): frame of a mapped page, else 0; the zero page has a number of its own.
         flags: per entry the letters of its state, sorted.
         swap: [first entry, slot, count] of adjoining entries with adjoining slots.
         pmd_mapped: whether one PMD entry maps the range.
-        rss_kb: its Rss in smaps, which leaves the zero page out.
+        rss_kb: its Rss in smaps, in KiB, without the zero page.
     """
 
     orders: list[int | str]
@@ -99,10 +99,10 @@ class Stage:
     """A machine in the state of a case.
 
     Args:
-        policy: of the kernel that is simulated.
+        policy: policy of the simulated kernel.
         kernel: its other rules.
-        doubtful_writable: entries of which nothing recorded tells may be written. By default those may of which the
-            recorder's way of staging a case says so.
+        doubtful_writable: make entries writable if it is not recorded whether they were. By default only those entries
+            are writable that the recorder's way of staging made writable.
     """
 
     def __init__(self, case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writable: bool = False) -> None:
@@ -139,7 +139,7 @@ class Stage:
         return mm.ptes(self.start, self.n)
 
     def _are(self, *kinds: str) -> NDArray[np.bool_]:
-        """Which entries are of one of these kinds: bool, shape (pages,)."""
+        """Return which entries are of one of these kinds: bool, shape (pages,)."""
         return np.isin(self._case.kinds, kinds)
 
     # Building.
@@ -164,7 +164,7 @@ class Stage:
             self.machine.pin(self.mm, self.start + i * self.machine.geometry.page_size)
 
     def _writable(self) -> NDArray[np.bool_]:
-        """Which entries may be written, or, if they are swapped out, once they are read back: bool, shape (pages,)."""
+        """Return which entries are writable, or, if swapped out, become so once read: bool, shape (pages,)."""
         alone = ~self._child_has & self._are(*SMALL, *LARGE, "swap") & ~self._are("uffdwp")
         if self._doubtful_writable:
             return alone
@@ -192,7 +192,7 @@ class Stage:
             self.machine.parts.swap.add_to_cache(int(ptes.value[i]), int(self._case.slots[i]))
 
     def _build_large(self, ptes: Ptes, order: int, first: int) -> None:
-        """A folio that was mapped throughout, then unmapped where the case has something else."""
+        """Build a folio that was mapped throughout, then unmapped where the case has something else."""
         memory, rmap = self.machine.parts.memory, self.machine.parts.rmap
         size = 1 << order
         head = memory.alloc(order)
@@ -211,7 +211,7 @@ class Stage:
         if seen["l"].any():
             memory.clear(head, Fl.SWAPBACKED)
         if not seen["r"].all():
-            # What is seen of some pages only is in their PTEs.
+            # A reference of only some pages is in their PTEs.
             ptes.bits[first + offsets[seen["r"]]] |= P.YOUNG
         ptes.value[first + offsets] = head + offsets
         for i in np.flatnonzero(~mapped).tolist():
@@ -220,7 +220,7 @@ class Stage:
         self.mm.anon_pages += len(offsets)
 
     def _share(self, ptes: Ptes, offsets: NDArray[np.intp]) -> None:
-        """Give the child what it has, too."""
+        """Share the pages at `offsets` with the child."""
         parts, child = self.machine.parts, self._ptes(self.child)
         child.bits[offsets] = ptes.bits[offsets]
         child.value[offsets] = ptes.value[offsets]
@@ -232,10 +232,10 @@ class Stage:
         self.child.swap_entries += int(swapped.sum())
         self.child.anon_pages += len(pfns)
 
-    # Running, and looking.
+    # Running, and observing.
 
     def run_pass(self) -> int | None:
-        """A full scan of khugepaged, or one call, whose errno is given."""
+        """Run a full scan of khugepaged, or one call; return the errno of a call."""
         if self._case.calls:
             return self._make(next(self._calls))
         if self._case.forced:
@@ -244,7 +244,7 @@ class Stage:
         return None
 
     def _make(self, call: Call) -> int:
-        """Make a call, and note what the pages hold afterwards."""
+        """Make a call, and update the expected contents."""
         machine, mm, page = self.machine, self.mm, self.machine.geometry.page_size
         start, end = self.start + call.first * page, self.start + call.pages.stop * page
         if call.name in ("split", "split_at"):
@@ -276,16 +276,16 @@ class Stage:
 
     @property
     def release(self) -> tuple[int, int]:
-        """Of the case's kernel."""
+        """Release of the case's kernel."""
         return self._case.release
 
     def entries_told(self) -> int | None:
-        """How many entries there are in front of a run that was read beyond the page table; None if none was."""
+        """Return the number of entries before a run that was read beyond the page table; None if none was."""
         beyond = self.machine.parts.beyond_table
         return None if beyond is None else (beyond - self.start) // self.machine.geometry.page_size
 
     def observe(self) -> Observation:
-        """What pagemap and kpageflags show now."""
+        """Return what pagemap and kpageflags show now."""
         memory, ptes = self.machine.parts.memory, self._ptes(self.mm)
         frames = np.where(ptes.pages(), ptes.value, 0).astype(np.int64)
         orders: list[int | str] = memory.order[frames].tolist()
@@ -318,7 +318,7 @@ class Stage:
         return letters
 
     def contents(self) -> str:
-        """``intact``, or the first page, the child's included, that does not hold what was written there."""
+        """Return ``intact``, or a message about the first page, of the child too, that lost its contents."""
         parts = self.machine.parts
         for mm, wanted, whose in ((self.mm, self._contents, "page"), *self._held):
             ptes = self._ptes(mm)
@@ -332,7 +332,7 @@ class Stage:
 
 
 def _swapped(ptes: Ptes) -> Runs:
-    """[first entry, slot, count] of adjoining swap entries with adjoining slots."""
+    """Return [first entry, slot, count] of adjoining swap entries with adjoining slots."""
     offsets = np.flatnonzero(ptes.bits & P.SWAP)
     slots = ptes.value[offsets].astype(np.int64)
     starts = np.flatnonzero(np.diff(offsets, prepend=-2) + np.abs(np.diff(slots, prepend=-2) - 1) != 1)
