@@ -1,8 +1,8 @@
-"""Simulated time: what everything that the machine does would have cost, summed up.
+"""Simulated time: the sum of what every operation of the machine would have cost.
 
-Nothing here measures anything. Whatever takes time on a real machine says how often it was done
-(:meth:`Clock.spend`), and the table of :class:`Costs` says what once takes. Sums are whole picoseconds, so that the
-same calls give the same time on any machine. Who waits moves the clock on without anything being spent.
+Nothing is measured here. Every operation that takes time on a real machine is counted (:meth:`Clock.spend`), and
+the table of :class:`Costs` has its cost. Sums are whole picoseconds, so that the same calls take the same time on any
+machine. Waiting advances the clock without cost.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ _PS_PER_NS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What things take, in picoseconds each.
+    """Cost of each operation, in picoseconds.
 
-    The defaults are those of a virtual machine of two cores on an x86-64 server (Linux 6.18, 4 KiB pages), rounded
-    medians of three runs of ``bench/measure_costs.py``, which says how each is measured; give its table where another
-    machine's time matters. `scan_pte` is that of khugepaged at full throttle over 4 GiB (``bench/bench_idle_scan.py``:
-    24 to 27 million entries a second). Estimated are `collapse`, which cannot be told from the clearing beside it, and
-    `split_folio` and `split_page`.
+    The defaults are those of a virtual machine of two cores on an x86-64 server (Linux 6.18, 4 KiB pages): rounded
+    medians of three runs of ``bench/measure_costs.py``, which documents how each is measured; use its table for
+    another machine's time. `scan_pte` is that of khugepaged at full throttle over 4 GiB (``bench/bench_idle_scan.py``:
+    24 to 27 million entries a second). `collapse`, which cannot be separated from the clearing, `split_folio` and
+    `split_page` are estimates.
 
     Attributes:
-        fault: entering and leaving a page fault, and its entry in the page table.
+        fault: entering and leaving a page fault, and its page table entry.
         syscall: entering and leaving a system call.
-        zero_byte, copy_byte: clearing and copying memory.
+        zero_byte, copy_byte: clearing and copying a byte.
         alloc_small, alloc_large: taking a folio of order 0, or of a larger one, from the free lists.
-        free_folio: unmapping one where a program has no use for it any more, and giving it back.
-        scan_pte: khugepaged's look at one entry.
-        scan_range: its look at one PMD range as a whole.
-        collapse: all of one collapse that does not depend on the order: locks, flushing the TLB, the new entry.
+        free_folio: unmapping a folio that a program does not need any more, and freeing it.
+        scan_pte: khugepaged's scan of one entry.
+        scan_range: its scan of one PMD range, without the entries.
+        collapse: the part of a collapse that does not depend on the order: locks, flushing the TLB, the new entry.
         collapse_pte: isolating, unmapping and freeing one page of it.
         reclaim_pte: ageing one entry.
-        swap_out, swap_in: one page to the device, and back.
-        compact_frame: the look of compaction at one frame.
-        migrate_folio: unmapping, mapping and noting a folio that moves; its bytes are extra.
+        swap_out, swap_in: writing one page to the device, and reading it.
+        compact_frame: compaction's scan of one frame.
+        migrate_folio: unmapping, mapping and accounting a folio that moves, without its bytes.
         split_folio, split_page: splitting a folio, and each page of it.
     """
 
@@ -73,10 +73,10 @@ class Clock:
     """The time of a machine, from 0.
 
     Args:
-        costs: what things take.
+        costs: cost of each operation.
 
     Attributes:
-        costs: the table.
+        costs: cost of each operation.
     """
 
     def __init__(self, costs: Costs | None = None) -> None:
@@ -90,7 +90,7 @@ class Clock:
         return self._ps // _PS_PER_NS
 
     def spend(self, cost: str, times: int = 1) -> None:
-        """Something was done `times` times; `cost` is the name of a field of :class:`Costs`."""
+        """Add the cost of an operation done `times` times; `cost` is the name of a field of :class:`Costs`."""
         if not times:
             return
         ps = getattr(self.costs, cost) * int(times)
@@ -98,15 +98,15 @@ class Clock:
         self._ps += ps
 
     def wait_ns(self, nanoseconds: int) -> None:
-        """Time goes by in which nothing is done.
+        """Advance the time without an operation.
 
         Raises:
-            UsageError: it would go backwards.
+            UsageError: the time is negative.
         """
         if nanoseconds < 0:
             raise UsageError(f"time does not go back by {-nanoseconds} ns")
         self._ps += nanoseconds * _PS_PER_NS
 
     def spent_ns(self) -> dict[str, int]:
-        """Nanoseconds that went into each kind of work, by its name in :class:`Costs`; without what was never done."""
+        """Return the nanoseconds spent on each operation, by its name in :class:`Costs`, without those never done."""
         return {name: ps // _PS_PER_NS for name, ps in sorted(self._spent.items())}

@@ -1,8 +1,8 @@
-"""What the machine counts, under the kernel's names.
+"""The machine's counters, under the kernel's names.
 
-A name without a slash is one of ``/proc/vmstat`` or of khugepaged's directory (``pages_collapsed``, ``full_scans``);
-``hugepages-64kB/collapse_alloc`` is a file of ``hugepages-<size>kB/stats/``. A counter that was never touched is 0
-and not there.
+A name without a slash is in ``/proc/vmstat`` or in khugepaged's directory (``pages_collapsed``, ``full_scans``);
+``hugepages-64kB/collapse_alloc`` is a file of ``hugepages-<size>kB/stats/``. A counter that was never changed is 0, and
+has no entry.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mthp.geometry import Geometry
 
 
 class Counters:
-    """Counters by name. Those per size may go down: ``nr_anon`` is a level."""
+    """Counters by name. Levels such as ``nr_anon`` may go down."""
 
     def __init__(self, geometry: Geometry) -> None:
         self._values: Counter[str] = Counter()
@@ -33,10 +33,10 @@ class Counters:
             self._values[f"{self._sizes[order]}/{name}"] += by
 
     def values(self) -> dict[str, int]:
-        """All counters that were ever touched, by name."""
+        """Return all counters that were ever changed, by name."""
         return dict(self._values)
 
     def since(self, before: dict[str, int]) -> dict[str, int]:
-        """What changed since `before`, a former answer of :meth:`values`: the differences that are not 0."""
+        """Return the differences that are not 0 from `before`, an earlier result of :meth:`values`."""
         now = self._values
         return {name: value - before.get(name, 0) for name, value in now.items() if value != before.get(name, 0)}

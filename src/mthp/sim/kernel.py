@@ -1,6 +1,6 @@
-"""What kernels do differently apart from the policy: the rules of releases, and of series that were built on one.
+"""Differences between kernels other than the policy: rules of releases, and of series built on a release.
 
-A golden case names its release, and its series if the kernel was built with one. A series has a policy of its own, and
+A golden case has the release of its kernel, and the series if it was built with one. A series has its own policy, and
 the rules of the release that it was built on.
 """
 
@@ -14,31 +14,31 @@ Release = tuple[int, int]
 """Major and minor number."""
 
 MTHP_COLLAPSE: Release = (7, 2)
-"""The first release whose khugepaged collapses to orders below the PMD order, and counts per size what it does."""
+"""The first release in which khugepaged collapses to orders below the PMD order, and counts per size."""
 
 LAZYFREE_STOPS: Release = (7, 1)
-"""The first release whose khugepaged leaves ranges with clean lazyfree pages alone."""
+"""The first release in which khugepaged leaves ranges with clean lazyfree pages alone."""
 
 SWAPIN_THROUGH_CACHE: Release = (7, 0)
-"""The first release that reads a large folio back from swap even where another address space has its entries, too.
-Before, do_swap_page() (mm/memory.c) did so only for entries that one PTE names."""
+"""The first release that reads a large folio from swap even if another address space has its entries too. Before,
+do_swap_page() (mm/memory.c) did so only for entries with a count of one."""
 
 NO_PTE_TABLE: Release = (7, 0)
 """The first release known to have one scan result for a PMD entry without a page table; 6.18 has two."""
 
 NO_WRITABLE: Release = (6, 18)
-"""The first release that does not want a PTE that may be written (SCAN_PAGE_RO is gone)."""
+"""The first release that does not require a writable PTE (SCAN_PAGE_RO was removed)."""
 
 UNMAPS_EVERYWHERE: Release = (7, 0)
-"""The first release known to split a folio at once that PMD entries of several address spaces map. Before,
-try_to_migrate_one() (mm/rmap.c) ended the walk over the mappings with the first PMD entry that it split; in 6.12 the
+"""The first release known to split, at once, a folio mapped by PMD entries of several address spaces. Before,
+try_to_migrate_one() (mm/rmap.c) ended the walk over the mappings at the first PMD entry that it split; in 6.12 the
 entries were split before the walk."""
 
 SPLITS_PMD_IN_WALK: Release = (6, 15)
 """The first release that splits PMD entries in that walk; seen in 6.18, and not yet in 6.12."""
 
 SPLITS_AT: Release = (6, 15)
-"""The first release that takes a fifth word in split_huge_pages, the page to split around; 6.12 reads four."""
+"""The first release that accepts a fifth word in split_huge_pages, the page to split around; 6.12 reads four."""
 
 BATCHES: Release = (6, 17)
 """The first release in which a collapse unmaps adjoining pages of an old large folio together."""
@@ -47,10 +47,10 @@ SWPIN: Release = (6, 13)
 """The first release with the counter swpin of each size."""
 
 MM_IDS: Release = (6, 15)
-"""The first release whose large folios know the address spaces that map them (folio_maybe_mapped_shared)."""
+"""The first release in which large folios note the address spaces that map them (folio_maybe_mapped_shared)."""
 
 SERIES = {"jain-rfc-2024-12": "per-order", "pache-rfc1-reconstructed": "rfc", "pache-rfc2": "rfc2"}
-"""The series of which there are recordings, and the policy of each."""
+"""The series with recordings, and the policy of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +59,19 @@ class Kernel:
 
     Attributes:
         lazyfree_stops: khugepaged leaves ranges with clean lazyfree pages alone.
-        wants_writable: a scan, and an isolation, that met no PTE that may be written ends in PAGE_RO.
-        leaves_empty_runs: what is left of that rule where the policy has it: MADV_COLLAPSE makes no folio of a run
-            without contents.
-        shared_by_first_page: whether a large folio counts as shared is guessed from its first page
+        wants_writable: a scan, or an isolation, without a writable PTE ends in PAGE_RO.
+        leaves_empty_runs: the remainder of that rule, for policies that have it: MADV_COLLAPSE does not make a folio of
+            a run without contents.
+        shared_by_first_page: a large folio's first page decides whether it counts as shared
             (folio_likely_mapped_shared, include/linux/mm.h of Linux 6.12).
-        swaps_in_shared_singly: a swap entry that is not one PTE's alone is read back as a single page.
-        unmaps_one_by_one: a collapse unmaps the pages of an old large folio one after another, so that each such folio
-            counts as partially mapped for a moment (split_deferred).
-        unmaps_up_to_pmd: a split takes the mappings of a folio away up to the first PMD entry; it fails if more map it.
-        splits_at: split_huge_pages takes the page of the folio to split around.
+        swaps_in_shared_singly: a swap entry that several PTEs share is read as a single page.
+        unmaps_one_by_one: a collapse unmaps the pages of an old large folio one by one, so that each such folio counts
+            as partially mapped for a moment (split_deferred).
+        unmaps_up_to_pmd: a split removes the mappings of a folio up to the first PMD entry; it fails if more map it.
+        splits_at: split_huge_pages accepts the page of the folio to split around.
         counts_refused_splits: a split to order 1, or of a folio in the swap cache to large ones, counts as failed.
         counts_every_order: thp_collapse_alloc and thp_scan_exceed_* of ``/proc/vmstat`` count all orders, as in the
-            series, and not the PMD order alone.
+            series, not only the PMD order.
     """
 
     lazyfree_stops: bool = True
@@ -108,7 +108,7 @@ def policy_of(release: Release, series: str | None = None) -> str:
     """Return the name of the policy of a release, or of a series that was built on it.
 
     Raises:
-        UsageError: nothing is known of the series.
+        UsageError: the series is not known.
     """
     if series is None:
         return "mainline" if release >= MTHP_COLLAPSE else "pmd-only"

@@ -1,11 +1,11 @@
-"""What can be set on the machine beside khugepaged's tunables and the switches of the sizes."""
+"""Settings of the machine other than khugepaged's tunables and the switches of the sizes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 DEFRAG_WORDS = ("always", "defer", "defer+madvise", "madvise", "never")
-"""Words of the ``defrag`` file beside ``enabled``."""
+"""Words of the ``defrag`` file next to ``enabled``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,11 +13,11 @@ class Knobs:
     """Files of the transparent_hugepage directory and of ``/proc/sys/vm``, under their names, with their defaults.
 
     Attributes:
-        defrag: for whose faults memory is compacted and reclaimed to get a large folio; khugepaged has its own.
-        use_zero_page: whether a read of nothing maps the huge zero page.
+        defrag: faults that compact and reclaim memory to get a large folio; khugepaged has its own setting.
+        use_zero_page: whether a read of a none entry maps the huge zero page.
         shrink_underused: whether huge folios that are mostly zero are split when memory is short.
-        zone_reclaim_mode: whether a node reclaims before the next one is asked; khugepaged then leaves ranges alone
-            whose pages lie on nodes far apart.
+        zone_reclaim_mode: whether a node reclaims before the next one is tried; khugepaged then skips ranges with pages
+            on nodes far apart.
     """
 
     defrag: str = "madvise"
@@ -26,5 +26,5 @@ class Knobs:
     zone_reclaim_mode: int = 0
 
     def fault_may_wait(self, *, advised: bool) -> bool:
-        """Whether a fault may compact and reclaim for a large folio (vma_thp_gfp_mask, mm/huge_memory.c)."""
+        """Return whether a fault may compact and reclaim for a large folio (vma_thp_gfp_mask, mm/huge_memory.c)."""
         return self.defrag == "always" or (advised and self.defrag in ("madvise", "defer+madvise"))

@@ -1,4 +1,4 @@
-"""The simulated machine: memory, swap, address spaces, and the two who collapse.
+"""The simulated machine: memory, swap, address spaces, khugepaged and MADV_COLLAPSE.
 
 >>> from mthp.sim import Machine
 >>> machine = Machine()
@@ -41,14 +41,14 @@ from mthp.sim.trace import Trace
 from mthp.tunables import Switches, Tunables
 
 GUP_PIN = 1024
-"""References that a pin takes of a folio of order 0 (GUP_PIN_COUNTING_BIAS, include/linux/mm.h)."""
+"""References that a pin takes to a folio of order 0 (GUP_PIN_COUNTING_BIAS, include/linux/mm.h)."""
 
 MAX_MMS = 0x7FFE
-"""Address spaces that a machine can have at a time; a large folio has 15 bits for the number of one."""
+"""Most address spaces of a machine at a time, because a large folio has 15 bits for the number of one."""
 
 
 _POPULATED = 1 << 18
-"""Pages that are populated at a time, so that their addresses take little memory."""
+"""Pages that are populated at a time, so that their addresses need little memory."""
 
 
 class Machine(SystemCalls):
@@ -56,25 +56,26 @@ class Machine(SystemCalls):
 
     Args:
         node_frames: frames of each NUMA node; by default one node of 64 PMD ranges.
-        low_frames: of the first node, how many lie in the zone DMA32, which is asked last; by default there is none.
-            Random life tests alone have it.
+        low_frames: frames of the first node in the zone DMA32, which is tried last; by default none. Only random life
+            tests use it.
         swap_slots: pages of the swap device.
         switches, tunables: by default those that a kernel starts with.
-        policy: what khugepaged and MADV_COLLAPSE collapse to.
-        costs: what things take, of simulated time.
-        node_distances: of every node to every node, as in ``/sys/devices/system/node/node0/distance``; by default 20.
+        policy: policy of khugepaged and MADV_COLLAPSE.
+        costs: simulated time of each operation.
+        node_distances: distance of every node to every node, as in ``/sys/devices/system/node/node0/distance``; by
+            default 20.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
-        kernel: the rules of the kernel, apart from the policy; those of the newest release by default.
+        kernel: rules of the kernel, apart from the policy; by default those of the newest release.
 
     Raises:
-        UsageError: there is no policy of that name, a node without a frame, or a limit out of range.
+        UsageError: the policy does not exist, a node has no frame, or a limit is out of range.
 
     Attributes:
         parts: memory, swap, LRU, reverse map, counters and trace.
         geometry: page size and PMD order.
         counters: vmstat, khugepaged's counts and the per-size stats.
         trace: the trace events of the collapse path.
-        clock: simulated time, and what it went into.
+        clock: simulated time, and the operations that it was spent on.
         mms: the address spaces, by number.
         sysfs: the files below transparent_hugepage, and some of ``/proc``.
     """
@@ -124,10 +125,10 @@ class Machine(SystemCalls):
         return SimTime(self.parts.clock)
 
     def create_mm(self, cgroup: int = 0) -> Mm:
-        """A new, empty address space.
+        """Create an empty address space.
 
         Raises:
-            UsageError: there are too many already.
+            UsageError: the machine has too many already.
         """
         number = next((n for n in range(1, MAX_MMS + 1) if n not in self.mms), None)
         if number is None:
@@ -137,7 +138,7 @@ class Machine(SystemCalls):
         return mm
 
     def space(self, mm: Mm) -> SimSpace:
-        """One of the address spaces, as :func:`mthp.engine.planning.plan_space` and their like take it."""
+        """Return an address space for :func:`mthp.engine.planning.plan_space` and similar functions."""
         return SimSpace(self.parts, mm)
 
     def map(self, mm: Mm, start: int, end: int, *, flags: Iterable[str] = (), anon_vma: bool = False) -> SimVma:
@@ -146,10 +147,10 @@ class Machine(SystemCalls):
         Args:
             start, end: half-open range of addresses.
             flags: two-letter words of VmFlags.
-            anon_vma: as if something had been written there already.
+            anon_vma: create it as if it had been written already.
 
         Raises:
-            UsageError: not whole pages, outside user space, or over another mapping.
+            UsageError: the range is not whole pages, outside user space, or overlaps another mapping.
         """
         page = self.geometry.page_size
         if start % page or end % page or not 0 < start < end <= ADDRESS_LIMIT:
@@ -165,11 +166,11 @@ class Machine(SystemCalls):
         return vma
 
     def read(self, mm: Mm, address: int) -> tuple[Fault, int]:
-        """A program reads the page at `address`: how that ended, and what the page holds."""
+        """Read the page at `address` as a program; return the outcome, and the content of the page."""
         return access(self.parts, mm, address, None)
 
     def write(self, mm: Mm, address: int, content: int) -> Fault:
-        """A program writes to the page at `address`, which holds `content` from then on."""
+        """Write `content` to the page at `address` as a program; return the outcome."""
         outcome, _ = access(self.parts, mm, address, content)
         return outcome
 
@@ -181,21 +182,21 @@ class Machine(SystemCalls):
         write: bool = True,
         contents: ArrayLike | None = None,
     ) -> Touched:
-        """A program reads or writes many pages, in order, until an access ends with a signal or memory is out.
+        """Read or write many pages as a program, in order, until an access ends with a signal or memory runs out.
 
-        It leaves what as many calls of :meth:`read` or :meth:`write` leave, apart from the numbers of frames, much
+        The result is that of as many calls of :meth:`read` or :meth:`write`, apart from the frame numbers, and much
         faster.
 
         Args:
-            addresses: int64, shape (accesses,): of one byte in each page.
-            contents: uint32, same shape, or one number for all: what the pages hold from then on; by default the number
-                of the page (its address divided by the page size, modulo 2**32), or 1 where that is 0.
+            addresses: int64, shape (accesses,): address of one byte in each page.
+            contents: uint32, same shape, or one number for all: new contents of the pages; by default the number of
+                the page (its address divided by the page size, modulo 2**32), or 1 where that is 0.
 
         Returns:
-            How many accesses happened, and how the next one ended.
+            Number of accesses that happened, and the outcome of the next one.
 
         Raises:
-            UsageError: an address outside user space, or contents for a read.
+            UsageError: an address is outside user space, or a read has contents.
         """
         where = np.asarray(addresses, np.int64).ravel()
         if len(where) and not 0 <= int(where.min()) <= int(where.max()) < ADDRESS_LIMIT:
@@ -221,25 +222,25 @@ class Machine(SystemCalls):
     def fragment(self, index: float, order: int | None = None, *, movable: float = 0.0, seed: int = 0) -> int:
         """Fragment free memory until the unusable free space index of `order` is at least `index`.
 
-        The index is the part of the free memory that lies in blocks smaller than `order`: 0 if all of it can be had in
-        blocks of that order, 1 if none. See :func:`mthp.sim.allocation.fragment.fragment`.
+        The index is the share of the free memory in blocks smaller than `order`: 0 if all of it can be had in blocks of
+        that order, 1 if none. See :func:`mthp.sim.allocation.fragment.fragment`.
 
         Args:
             order: by default the PMD order.
-            movable: how many of the pages strewn in compaction can move and reclaim can drop, from 0 to 1.
-            seed: chooses where they lie.
+            movable: share of the pages allocated for this that compaction can move and reclaim can drop, from 0 to 1.
+            seed: chooses their places.
 
         Returns:
-            Pages strewn in.
+            Pages allocated.
 
         Raises:
-            UsageError: an index or a share outside 0 to 1, or an order that the allocator does not have.
+            UsageError: an index or a share is outside 0 to 1, or the allocator does not have the order.
         """
         order = self.geometry.pmd_order if order is None else order
         return fragment(self.parts, index, order, movable=movable, seed=seed)
 
     def madvise(self, mm: Mm, start: int, end: int, advice: str) -> int:
-        """madvise(2) with ``"COLLAPSE"`` or what :mod:`~mthp.sim.address_space.advice` has: 0 or an error number."""
+        """madvise(2) with ``"COLLAPSE"`` or a word of :mod:`~mthp.sim.address_space.advice`; return 0 or an errno."""
         if advice == "COLLAPSE":
             return self.madvise_collapse(mm, start, end)
         error = madvise(self.parts, mm, start, end, advice)
@@ -248,10 +249,10 @@ class Machine(SystemCalls):
         return error
 
     def fork(self, parent: Mm) -> Mm:
-        """A child with all that `parent` maps.
+        """Create a child with all mappings of `parent`.
 
         Raises:
-            MemoryError: a page that is pinned could not be copied; there is no child.
+            MemoryError: a pinned page could not be copied; no child was created.
         """
         child = self.create_mm(parent.charge)
         child.thp_disabled = parent.thp_disabled
@@ -263,18 +264,18 @@ class Machine(SystemCalls):
         return child
 
     def exit(self, mm: Mm) -> None:
-        """The last thread of a process ends."""
+        """End the last thread of a process."""
         syscalls.exit_mm(self.parts, mm)
         self.khugepaged.exit(mm)
         del self.mms[mm.id]
 
     def pin(self, mm: Mm, address: int) -> int:
-        """Pin the page at `address` as I/O does that writes to it, and give its frame to unpin it by.
+        """Pin the page at `address` as I/O that writes to it does; return its frame, for :meth:`unpin`.
 
-        Follows pin_user_pages() with FOLL_WRITE: the page is brought in, and made the program's own, like for a write.
+        Follows pin_user_pages() with FOLL_WRITE: the page is made present and exclusive, as for a write.
 
         Raises:
-            UsageError: nothing is mapped there, or a write would end with a signal.
+            UsageError: the address is not mapped, or a write would end with a signal.
         """
         page = self.geometry.page_size
         address = address // page * page
@@ -289,7 +290,7 @@ class Machine(SystemCalls):
         return pfn
 
     def unpin(self, pfn: int) -> None:
-        """Take back one pin of a frame."""
+        """Undo one pin of a frame."""
         head = self.parts.memory.head(pfn)
         references = GUP_PIN if self.parts.memory.order[pfn] == 0 else 1
         self.parts.pins[head] -= references
@@ -301,13 +302,13 @@ class Machine(SystemCalls):
         self.parts.memory.refcount[head] += references
 
     def array_bytes(self) -> int:
-        """Bytes of memory in all columns: of frames, of page table entries, of swap slots."""
+        """Return the bytes of memory in all columns: of frames, of page table entries, of swap slots."""
         return sum(column.nbytes for column in columns(self.parts))
 
     def digest(self) -> str:
-        """A checksum of the whole state: the same on any machine after the same calls (:mod:`mthp.sim.state`)."""
+        """Return a checksum of the whole state, the same on any machine after the same calls."""
         return digest(self.parts)
 
     def madvise_collapse(self, mm: Mm, start: int, end: int) -> int:
-        """madvise(start, end - start, MADV_COLLAPSE): 0 or the error number (:mod:`mthp.sim.collapse.madvise`)."""
+        """madvise(start, end - start, MADV_COLLAPSE); return 0 or an errno (:mod:`mthp.sim.collapse.madvise`)."""
         return madvise_collapse(Advised(self.parts, mm, self.khugepaged.count_advised), start, end)

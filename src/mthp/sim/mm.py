@@ -1,11 +1,11 @@
 """Address spaces: mappings, and page tables as columns.
 
-A page table page is one row of a :class:`Table`: N entries as two columns, what they are (bits of :class:`P`) and
-what they name (a frame, or a swap slot). The entry above it, the PMD, is one of three things. While it maps the whole
-range as one folio, the row below holds what the PTEs would be, so that splitting it changes the PMD alone; the
-kernel keeps ("deposits") an empty page table for the same purpose.
+A page table page is one row of a :class:`Table`: N entries as two columns, their state (bits of :class:`P`) and their
+value (a frame, or a swap slot). The PMD entry above it has one of three states. While it maps the whole range as one
+folio, the row below holds the PTEs that a split would make, so that splitting changes only the PMD entry; the kernel
+keeps ("deposits") an empty page table for the same purpose.
 
-An entry costs 6 bytes here.
+An entry costs 6 bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mthp.geometry import Geometry
 from mthp.vma import Vma
 
 HUGEPAGE, NOHUGEPAGE, LOCKED, DROPPABLE, UFFD_WP, UFFD_MISSING = "hg", "nh", "lo", "dp", "uw", "um"
-"""Words of smaps' VmFlags line (fs/proc/task_mmu.c) that matter here."""
+"""The words of smaps' VmFlags line (fs/proc/task_mmu.c) that are used here."""
 
 
 _LETTERS = {"rd": "r", "wr": "w", "ex": "x"}
@@ -40,18 +40,18 @@ class P:
     GUARD = np.uint16(1 << 3)
     """A marker that guards the page (MADV_GUARD_INSTALL)."""
     UFFD_MARKER = np.uint16(1 << 4)
-    """A marker that only remembers the write-protection of a page that is not there."""
+    """A marker that only notes the write-protection of a page that is not present."""
     MIGRATION = np.uint16(1 << 5)
     YOUNG = np.uint16(1 << 6)
     DIRTY = np.uint16(1 << 7)
     WRITE = np.uint16(1 << 8)
     UFFD_WP = np.uint16(1 << 9)
     SPECIAL = np.uint16(1 << 10)
-    """Present: memory of a device, for which there is no frame (pte_special)."""
+    """Present: device memory, which has no frame (pte_special)."""
 
 
 class Pmd(enum.IntEnum):
-    """What a PMD entry is."""
+    """State of a PMD entry."""
 
     NONE = 0
     TABLE = 1
@@ -67,8 +67,8 @@ class SimVma:
     Attributes:
         start, end: half-open range of addresses in bytes.
         flags: two-letter words of VmFlags.
-        anon_vma: 0 until something is written here, or was about to be; from then on a number that mappings have in
-            common whose pages may be looked for together.
+        anon_vma: 0 until the first write, or preparation for one; then the number of the anon_vma, which mappings may
+            share.
         permissions: as in ``/proc/PID/maps``.
     """
 
@@ -80,40 +80,40 @@ class SimVma:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.end - self.start
 
     @property
     def userfaultfd_armed(self) -> bool:
-        """Whether userfaultfd wants to hear of missing or of write-protected pages (userfaultfd_armed)."""
+        """Whether userfaultfd handles missing or write-protected pages (userfaultfd_armed)."""
         return not self.flags.isdisjoint((UFFD_WP, UFFD_MISSING))
 
     @property
     def locked(self) -> bool:
-        """VM_LOCKED."""
+        """Whether VM_LOCKED is set."""
         return LOCKED in self.flags
 
     @property
     def droppable(self) -> bool:
-        """VM_DROPPABLE."""
+        """Whether VM_DROPPABLE is set."""
         return DROPPABLE in self.flags
 
     def permits(self, *, write: bool) -> bool:
-        """Whether its permissions allow an access."""
+        """Return whether its permissions allow an access."""
         return ("w" if write else "r") in self.permissions
 
     def covers(self, start: int, end: int) -> bool:
-        """Whether the mapping has all of this range."""
+        """Return whether the mapping covers all of this range."""
         return self.start <= start and end <= self.end
 
     def alike(self, other: SimVma) -> bool:
-        """Whether the two may become one if they are neighbours (can_vma_merge_before, mm/vma.c)."""
+        """Return whether two neighbours may be merged (can_vma_merge_before, mm/vma.c)."""
         if (self.flags, self.permissions) != (other.flags, other.permissions):
             return False
         return self.anon_vma == other.anon_vma or not (self.anon_vma and other.anon_vma)
 
     def described(self) -> Vma:
-        """The mapping as the seam has it, with the words that smaps has for permissions."""
+        """Return the mapping in the form of the seam, with smaps' words for permissions."""
         words = {"mr", "mw", "me", "ac"} | {word for word in ("rd", "wr", "ex") if _LETTERS[word] in self.permissions}
         flags = frozenset(self.flags | words)
         return Vma(self.start, self.end, self.permissions, flags=flags, has_anon_vma=bool(self.anon_vma))
@@ -143,7 +143,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Ptes:
-    """Some adjoining entries of one page table page, as views: what is written here is written there.
+    """Some adjoining entries of one page table page, as views: writes go through to the table.
 
     Attributes:
         bits: uint16, shape (pages,): :class:`P`.
@@ -154,7 +154,7 @@ class Ptes:
     value: NDArray[np.uint32]
 
     def pages(self) -> NDArray[np.bool_]:
-        """Which entries map a page that is not the zero page: bool, shape (pages,)."""
+        """Return which entries map a page other than the zero page: bool, shape (pages,)."""
         mask: NDArray[np.bool_] = (self.bits & (P.PRESENT | P.ZERO | P.SPECIAL)) == P.PRESENT
         return mask
 
@@ -165,9 +165,9 @@ class Mm:
     Attributes:
         id: number of the address space, from 1.
         charge: number of the memory cgroup that its pages are charged to.
-        anon_pages, swap_entries: its RSS of anonymous pages, and how many entries name a swap slot.
-        exiting: its last user is gone.
-        thp_disabled: PR_SET_THP_DISABLE.
+        anon_pages, swap_entries: RSS of anonymous pages, in pages, and number of swap entries.
+        exiting: whether its last user exited.
+        thp_disabled: whether PR_SET_THP_DISABLE is set.
         filled: pages that collapses filled, for policies that remember them.
     """
 
@@ -194,26 +194,26 @@ class Mm:
         return self._tables
 
     def find_vma(self, address: int) -> SimVma | None:
-        """The first mapping that ends behind `address` (find_vma)."""
+        """Return the first mapping that ends behind `address` (find_vma)."""
         at = bisect_right(self._vmas, address, key=lambda vma: vma.end)
         return self._vmas[at] if at < len(self._vmas) else None
 
     def insert_vma(self, vma: SimVma) -> None:
-        """Add a mapping that overlaps no other, and the page tables for it."""
+        """Add a mapping that does not overlap another, and its page tables."""
         at = bisect_right(self._vmas, vma.start, key=lambda other: other.start)
         self._vmas.insert(at, vma)
         size = self._geometry.pmd_size
         self._cover(vma.start // size, (vma.end - 1) // size)
 
     def is_free(self, start: int, end: int) -> bool:
-        """Whether nothing is mapped in a range."""
+        """Return whether no mapping overlaps a range."""
         vma = self.find_vma(start)
         return vma is None or vma.start >= end
 
     def free_range(self, size: int, limit: int) -> int | None:
-        """The highest address below `limit` with `size` free bytes, aligned to the PMD size if `size` is a multiple.
+        """Return the highest free range of `size` bytes below `limit`: its address, or None.
 
-        Follows thp_get_unmapped_area(); None if there is none.
+        Follows thp_get_unmapped_area(): aligned to the PMD size if `size` is a multiple of it.
         """
         geometry = self._geometry
         align = geometry.page_size if size % geometry.pmd_size else geometry.pmd_size
@@ -226,14 +226,14 @@ class Mm:
         return None
 
     def grow_vma(self, vma: SimVma, end: int) -> None:
-        """Move the end of a mapping up, over nothing."""
+        """Move the end of a mapping up, over a free range."""
         size = self._geometry.pmd_size
         self._cover(vma.end // size, (end - 1) // size)
         vma.end = end
         self.merge_vmas(vma.start, end)
 
     def split_vma(self, address: int) -> bool:
-        """Make two mappings of the one that `address` lies inside of (split_vma); False if there is none."""
+        """Split the mapping that `address` lies inside of (split_vma); return False if there is none."""
         vma = self.find_vma(address)
         if vma is None or vma.start >= address:
             return False
@@ -243,7 +243,7 @@ class Mm:
         return True
 
     def merge_vmas(self, start: int, end: int) -> None:
-        """Make one mapping of neighbours in a range, and at its edges, that differ in nothing (vma_merge)."""
+        """Merge neighbours in a range, and at its edges, that do not differ (vma_merge)."""
         at = max(bisect_right(self._vmas, start, key=lambda vma: vma.end) - 1, 0)
         while at + 1 < len(self._vmas) and self._vmas[at].end <= end:
             here, after = self._vmas[at], self._vmas[at + 1]
@@ -255,22 +255,22 @@ class Mm:
                 at += 1
 
     def remove_vmas(self, start: int, end: int) -> None:
-        """Take away the mappings of a range; the caller has unmapped its pages, and split what reaches over it."""
+        """Remove the mappings of a range; the caller has unmapped its pages, and split mappings at its ends."""
         first, last = self._span(start, end)
         del self._vmas[first:last]
 
     def vmas_in(self, start: int, end: int) -> list[SimVma]:
-        """The mappings that have any of a range."""
+        """Return the mappings that overlap a range."""
         first, last = self._span(start, end)
         return self._vmas[first:last]
 
     def _span(self, start: int, end: int) -> tuple[int, int]:
-        """Where the mappings that have any of a range begin and end in the list."""
+        """Return the begin and the end, in the list, of the mappings that overlap a range."""
         first = bisect_right(self._vmas, start, key=lambda vma: vma.end)
         return first, bisect_left(self._vmas, end, lo=first, key=lambda vma: vma.start)
 
     def _cover(self, first: int, last: int) -> None:
-        """See to it that every PMD range from `first` to `last` has a row."""
+        """Ensure that every PMD range from `first` to `last` has a row."""
         for start, stop in self._gaps(first, last):
             table = Table(start, stop - start, self._geometry.ptes_per_pmd)
             at = bisect_right(self._tables, start, key=lambda other: other.first)
@@ -291,7 +291,7 @@ class Mm:
         return gaps
 
     def row(self, address: int) -> tuple[Table, int] | None:
-        """The table and the row of the PMD range at `address`; None if nothing was ever mapped there."""
+        """Return the table and the row of the PMD range at `address`; None if it was never mapped."""
         number = address // self._geometry.pmd_size
         at = bisect_right(self._tables, number, key=lambda table: table.first) - 1
         if at < 0 or self._tables[at].last < number:
@@ -299,14 +299,14 @@ class Mm:
         return self._tables[at], number - self._tables[at].first
 
     def locate(self, pages: NDArray[np.int64]) -> list[tuple[Table, NDArray[np.intp], NDArray[np.int64]]]:
-        """Where the entries of many pages are.
+        """Find the entries of many pages.
 
         Args:
-            pages: int64, shape (pages,): page numbers, which is addresses divided by the page size.
+            pages: int64, shape (pages,): page numbers (addresses divided by the page size).
 
         Returns:
-            By table: the table, which of `pages` lie in it, and the number of the entry of each of those, counted
-            through the table. Pages for which there is no table are left out.
+            By table: the table, the indices of its `pages`, and the number of the entry of each of those, counted
+            through the table. Pages without a table are left out.
         """
         order, found = self._geometry.pmd_order, []
         firsts = np.array([table.first for table in self._tables], np.int64)
@@ -318,7 +318,7 @@ class Mm:
         return found
 
     def pmd(self, address: int) -> Pmd:
-        """The PMD entry at `address`."""
+        """Return the PMD entry at `address`."""
         found = self.row(address)
         return Pmd(found[0].pmd[found[1]]) if found else Pmd.NONE
 
@@ -329,12 +329,12 @@ class Mm:
         found[0].pmd[found[1]] = pmd
 
     def have_table(self, address: int) -> None:
-        """See to it that there is a page table page for `address`, now that an entry there was filled."""
+        """Ensure that `address` has a page table page, after its entry was filled."""
         if self.pmd(address) is Pmd.NONE:
             self.set_pmd(address, Pmd.TABLE)
 
     def ptes(self, address: int, pages: int) -> Ptes:
-        """`pages` entries from `address` on, which must lie in one PMD range of a mapping."""
+        """Return `pages` entries from `address` on, which must lie in one PMD range of a mapping."""
         found = self.row(address)
         assert found is not None, f"nothing is mapped at {address:#x}"
         table, row = found
@@ -344,14 +344,14 @@ class Mm:
         return Ptes(table.bits[row, run], table.value[row, run])
 
     def entry(self, address: int) -> Ptes:
-        """The entry that maps `address`: of the PTE, or, where the PMD entry maps it, all those that stand for that."""
+        """Return the entry that maps `address`: one PTE, or all the PTEs that stand for a PMD entry."""
         geometry = self._geometry
         if self.pmd(address) is Pmd.HUGE:
             return self.ptes(address // geometry.pmd_size * geometry.pmd_size, geometry.ptes_per_pmd)
         return self.ptes(address, 1)
 
     def ranges(self, start: int, end: int) -> Iterator[tuple[int, int, Ptes]]:
-        """Go over the entries of a range of addresses, PMD range by PMD range.
+        """Iterate over the entries of a range of addresses, PMD range by PMD range.
 
         Yields:
             (address, pages, entries) of every PMD range that has a page table.
@@ -364,7 +364,7 @@ class Mm:
             start = stop
 
     def all_ranges(self, start: int, end: int) -> Iterator[tuple[int, int, Ptes]]:
-        """:meth:`ranges`, with those that have no page table yet; all of it must be mapped."""
+        """Iterate as :meth:`ranges`, also over ranges without page tables; all of it must be mapped."""
         page, size = self._geometry.page_size, self._geometry.pmd_size
         while start < end:
             stop = min(end, start // size * size + size)

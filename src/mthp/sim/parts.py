@@ -1,4 +1,4 @@
-"""What the paths through the machine work on, and where others are let in between their steps."""
+"""The parts of the machine, which all its paths share, and the hook for other actors between steps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mthp.tunables import Switches, Tunables
 
 
 class Step(enum.Enum):
-    """The steps of collapse_huge_page, and what others may do just before each of them.
+    """The steps of collapse_huge_page, and what other actors may do just before each of them.
 
     The kernel holds no lock of the address space before ALLOC_CHARGE, REVALIDATE and REVALIDATE_AGAIN: anything may
-    happen there. Before SWAPIN it holds mmap_lock for reading: faults, pins and reclaim go on. From ISOLATE on it
-    holds it for writing and has taken the PMD entry away: memory may still fail, and pages that other address spaces
-    map may be pinned from there.
+    happen there. Before SWAPIN it holds mmap_lock for reading: faults, pins and reclaim continue. From ISOLATE on it
+    holds it for writing and has cleared the PMD entry: memory may still fail, and pages that other address spaces map
+    may be pinned through those.
     """
 
     ALLOC_CHARGE = enum.auto()
@@ -50,17 +50,17 @@ class Parts:
     """The parts of a machine.
 
     Attributes:
-        policy: what khugepaged and MADV_COLLAPSE collapse to.
+        policy: policy of khugepaged and MADV_COLLAPSE.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``.
         mms: the address spaces, by number.
         pins: references that pins hold, by the head of the folio.
-        migrating: heads of the folios that are on their way to other frames.
-        anon_vmas: numbers of anon_vmas given out so far.
-        reclaim_at: number of the address space, and address in it, where reclaim goes on.
-        hook: lets other actors in between the steps of a collapse.
-        kernel: the rules of the kernel, apart from the policy.
-        beyond_table: address of the first run in which a series read entries behind the end of a page table; nothing
-            tells what they hold.
+        migrating: heads of the folios under migration.
+        anon_vmas: numbers of anon_vmas used so far.
+        reclaim_at: number of the address space, and address in it, where reclaim continues.
+        hook: called between the steps of a collapse, for other actors.
+        kernel: rules of the kernel, apart from the policy.
+        beyond_table: address of the first run in which a series read entries beyond the end of a page table; their
+            contents are not known.
     """
 
     geometry: Geometry
@@ -86,23 +86,23 @@ class Parts:
     beyond_table: int | None = None
 
     def count_order(self, order: int, of_machine: str, of_size: str, by: int = 1) -> None:
-        """Count under a name of ``/proc/vmstat``, which most kernels do for the PMD order alone, and under a size's."""
+        """Count in ``/proc/vmstat``, which most kernels do for the PMD order only, and in the stats of the size."""
         if order == self.geometry.pmd_order or self.kernel.counts_every_order:
             self.counters.count(of_machine, by)
         self.counters.count_mthp(order, of_size, by)
 
     def let_in(self, step: Step, mm: Mm, address: int, order: int) -> None:
-        """Give other actors their turn."""
+        """Let other actors run."""
         if self.hook is not None:
             self.hook(step, mm, address, order)
 
     def new_anon_vma(self) -> int:
-        """The number of a new anon_vma."""
+        """Return the number of a new anon_vma."""
         self.anon_vmas += 1
         return self.anon_vmas
 
     def anon_vma_prepare(self, mm: Mm, vma: SimVma) -> None:
-        """Something is about to be written to a mapping: give it an anon_vma, a neighbour's if they could be one."""
+        """Before a write, give a mapping an anon_vma: that of a mergeable neighbour, else a new one."""
         if vma.anon_vma:
             return
         beside = (mm.find_vma(vma.end), mm.find_vma(vma.start - 1))
@@ -113,7 +113,7 @@ class Parts:
     def add_lru_vma(self, vma: SimVma, head: int) -> None:
         """Put a new folio on the LRU lists (folio_add_lru_vma).
 
-        In a locked mapping it goes through the batch of mlock instead of lru_add: what waits there goes on waiting.
+        In a locked mapping it goes through the batch of mlock instead of lru_add, and does not drain that.
         """
         if vma.locked:
             self.memory.set(head, Fl.MLOCKED | Fl.LRU)
@@ -122,10 +122,10 @@ class Parts:
             self.lru.add(head)
 
     def collapse_orders(self, mm: Mm, vma: SimVma, trigger: Trigger) -> tuple[int, ...]:
-        """Orders to which `vma` may be collapsed, ascending (collapse_possible_orders).
+        """Return the orders to which `vma` may be collapsed, ascending (collapse_possible_orders).
 
-        What :func:`mthp.eligibility.eligibility` says of anonymous memory, without its reasons: this is asked twice
-        for every attempt.
+        The same result as :func:`mthp.eligibility.eligibility` for anonymous memory, without the reasons: fast, because
+        every attempt calls it twice.
         """
         if mm.thp_disabled or NOHUGEPAGE in vma.flags or not vma.anon_vma:
             return ()
@@ -134,7 +134,7 @@ class Parts:
         return self.switches.orders(advised=HUGEPAGE in vma.flags)
 
     def fault_orders(self, mm: Mm, vma: SimVma) -> tuple[int, ...]:
-        """Orders that a fault in `vma` may allocate, ascending (thp_vma_allowable_orders with TVA_PAGEFAULT)."""
+        """Return the orders that a fault in `vma` may allocate, ascending (thp_vma_allowable_orders, TVA_PAGEFAULT)."""
         if mm.thp_disabled or NOHUGEPAGE in vma.flags:
             return ()
         return self.switches.orders(advised=HUGEPAGE in vma.flags)

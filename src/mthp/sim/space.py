@@ -1,7 +1,7 @@
 """The seam on the simulated machine: one of its address spaces as an :class:`~mthp.addrspace.AddressSpace`.
 
-What a live process shows through pagemap and kpageflags, a simulated one shows through its page tables and frames, so
-everything above the seam runs on it as it does on a process: inspect, plan, collapse, the daemon.
+Page tables and frames of the simulated machine take the place of pagemap and kpageflags, so everything above the seam
+runs on it as on a process: inspect, plan, collapse, the daemon.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SimSpace(AddressSpace):
     """One address space of a simulated machine.
 
     Args:
-        parts: those of its machine.
+        parts: parts of its machine.
         mm: the address space.
     """
 
@@ -47,37 +47,37 @@ class SimSpace(AddressSpace):
 
     @property
     def geometry(self) -> Geometry:
-        """That of the machine."""
+        """Geometry of the machine."""
         return self._parts.geometry
 
     @property
     def label(self) -> str:
-        """The number of the address space: ``"1 (simulated)"``."""
+        """Number of the address space: ``"1 (simulated)"``."""
         return f"{self._mm.id} (simulated)"
 
     @property
     def kernel(self) -> str:
-        """What is simulated."""
+        """The simulated kernel and its policy."""
         return f"simulated, policy {self._parts.policy.name}"
 
     @property
     def switches(self) -> Switches:
-        """The machine's switches at this moment."""
+        """The machine's current switches."""
         return self._parts.switches
 
     @property
     def tunables(self) -> Tunables:
-        """khugepaged's tunables at this moment."""
+        """khugepaged's current tunables."""
         return self._parts.tunables
 
     @property
     def thp_disabled(self) -> bool:
-        """PR_SET_THP_DISABLE."""
+        """Whether PR_SET_THP_DISABLE is set."""
         return self._mm.thp_disabled
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Nothing: all can be seen."""
+        """Empty: everything can be read."""
         return ()
 
     def vmas(self) -> list[Vma]:
@@ -99,7 +99,7 @@ class SimSpace(AddressSpace):
         return columns_of(self._parts, self._mm, segments)
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
-        """Which present pages hold the content 0, as what a collapse filled does."""
+        """Return which present pages have content 0, as pages that a collapse filled do."""
         self._check_alive()
         assert columns.pfn is not None, "the machine sees its own frames"
         contents = self._parts.memory.content[columns.pfn.astype(np.int64)]
@@ -107,7 +107,7 @@ class SimSpace(AddressSpace):
         return zero
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
-        """The parts of `segments` that have page tables or are mapped by PMD entries, in whole granules."""
+        """Return the parts of `segments` that have page tables or are mapped by PMD entries, in whole granules."""
         self._check_alive()
         found: list[Segment] = []
         for segment in segments:
@@ -131,7 +131,7 @@ class SimSpace(AddressSpace):
         return found
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
-        """Collapse blocks one by one, or, where the mechanism is ``split``, the PMD ranges that they lie in.
+        """Collapse blocks one by one, or, with the mechanism ``split``, the PMD ranges that they lie in.
 
         Blocks in no whole PMD range of their mapping are moved, if the mechanism does that.
 
@@ -159,7 +159,7 @@ class SimSpace(AddressSpace):
         return calls
 
     def _make_in_range(self, start: int, blocks: list[Block], share: float) -> dict[Block, Refusal]:
-        """Collapse a PMD range and split its folio down to `blocks`: result and reason of each."""
+        """Collapse a PMD range and split its folio down to `blocks`; return result and reason of each."""
         geometry = self.geometry
         vma = self._mm.find_vma(start)
         inside = None if vma is None or vma.start > start else vma.described()
@@ -207,7 +207,7 @@ class SimSpace(AddressSpace):
         )
 
     def _attempt_one(self, block: Block, means: Means) -> BlockOutcome:
-        """Collapse one block; move it if the mechanism does that, and it lies in no whole PMD range of its mapping."""
+        """Collapse one block; move it if the mechanism does that and it lies in no whole PMD range of its mapping."""
         address, order = block
         size, began = self.geometry.pmd_size, self._parts.clock.now_ns
         start, vma = address // size * size, self._mm.find_vma(address)
@@ -218,7 +218,7 @@ class SimSpace(AddressSpace):
         return BlockOutcome(address, order, result, reason, elapsed_ns=self._parts.clock.now_ns - began)
 
     def attempt(self, address: int, order: int) -> BlockOutcome:
-        """Collapse one run, of any order: at the PMD order as MADV_COLLAPSE does, below it by the same steps.
+        """Collapse one run of any order: at the PMD order as MADV_COLLAPSE does, below it by the same steps.
 
         Raises:
             TargetVanishedError: the process exited.

@@ -1,7 +1,7 @@
-"""The whole state of a machine as one checksum, to tell whether two lives went the same way.
+"""A checksum of the whole state of a machine, to compare two runs.
 
-It goes over every column, the free lists in their order, the mappings, the counters and the clock. All of these are
-whole numbers of fixed width, so that the checksum is the same on any parts.
+It covers every column, the free lists in their order, the mappings, the counters and the clock. All of these are whole
+numbers of fixed width, so that the checksum is the same on any machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mthp.sim.parts import Parts
 
 
 def columns(parts: Parts) -> Iterator[NDArray[np.integer[Any]]]:
-    """All columns of the parts."""
+    """Yield all columns of the parts."""
     memory, swap = parts.memory, parts.swap
     yield from (memory.flags, memory.order, memory.refcount, memory.mapcount, memory.content, memory.cgroup)
     yield from (swap.count, swap.content, swap.cached)
@@ -28,7 +28,7 @@ def columns(parts: Parts) -> Iterator[NDArray[np.integer[Any]]]:
 
 
 def digest(parts: Parts) -> str:
-    """The checksum, in hexadecimal digits."""
+    """Return the checksum, in hexadecimal digits."""
     hashed = hashlib.blake2b(digest_size=16)
     for column in columns(parts):
         hashed.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).data)

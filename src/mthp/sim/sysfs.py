@@ -1,8 +1,8 @@
-"""The machine's files: transparent_hugepage below sysfs, and what of ``/proc`` has to do with it.
+"""The machine's files: transparent_hugepage in sysfs, and the related files of ``/proc``.
 
-Texts are those of the kernel, byte for byte where it has fixed ones, and a write is accepted or refused as there:
-:meth:`Sysfs.write` raises :class:`OSError` with the error number that write(2) would give. A path without a leading
-slash is one below ``/sys/kernel/mm/transparent_hugepage``.
+Texts are those of the kernel, byte for byte where it has fixed ones, and writes are accepted or refused as there:
+:meth:`Sysfs.write` raises :class:`OSError` with the error number of write(2). A path without a leading slash is below
+``/sys/kernel/mm/transparent_hugepage``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ _NUMBER = re.compile(r"\+?[0-9]+\n?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One file: how it is read, and how written if it may be."""
+    """One file: its read function, and its write function if it is writable."""
 
     read: Callable[[], str]
     write: Callable[[str], None] | None = None
@@ -102,10 +102,10 @@ class Sysfs:
         self._files = {THP + path: file for path, file in self._thp().items()} | self._proc()
 
     def read(self, path: str) -> str:
-        """The text of a file, with its newline.
+        """Return the text of a file, with its newline.
 
         Raises:
-            OSError: ENOENT, or EACCES for a file that is only written.
+            OSError: ENOENT, or EACCES for a write-only file.
         """
         return self._file(path).read()
 
@@ -113,7 +113,7 @@ class Sysfs:
         """Write to a file, all at once.
 
         Raises:
-            OSError: ENOENT; EACCES for a file that is only read; EINVAL or ERANGE for what the kernel does not take.
+            OSError: ENOENT; EACCES for a read-only file; EINVAL or ERANGE for values that the kernel refuses.
         """
         file = self._file(path)
         if file.write is None:
@@ -124,7 +124,7 @@ class Sysfs:
             raise _error(error.errno or errno.EINVAL, path) from None
 
     def paths(self) -> list[str]:
-        """All files, sorted."""
+        """Return the paths of all files, sorted."""
         return sorted(self._files)
 
     def _file(self, path: str) -> _File:
@@ -162,7 +162,7 @@ class Sysfs:
         return files
 
     def _size(self, order: int) -> dict[str, _File]:
-        """The directory of one folio size."""
+        """Return the files of the directory of one folio size."""
         name, parts = self._parts.geometry.sysfs_name(order), self._parts
         enabled = self._words(
             SIZE_WORDS, lambda: parts.switches.sizes.get(order, "never"), lambda word: self._set_size(order, word)
@@ -172,7 +172,7 @@ class Sysfs:
         }
 
     def _words(self, words: tuple[str, ...], get: Callable[[], str], put: Callable[[str], None]) -> _File:
-        """A file that shows all choices, and the one that is made in brackets."""
+        """Return a file that shows all words, with the current one in brackets."""
 
         def write(text: str) -> None:
             word = text.removesuffix("\n")
@@ -232,13 +232,13 @@ class Sysfs:
         }
 
     def _compact_memory(self, text: str) -> None:
-        """Compact all zones as far as that goes (compact_nodes)."""
+        """Compact all zones as far as possible (compact_nodes)."""
         if _number(text, _UINT_MAX) != 1:
             raise _error(errno.EINVAL)
         compact_all(self._parts)
 
     def _drop_caches(self, text: str) -> None:
-        """Drop all of the page cache; 2 alone drops what this machine does not have."""
+        """Drop all of the page cache; 2 drops only slab objects, which this machine does not have."""
         if _number(text, 4, lowest=1) & 1:
             drop_cache(self._parts, len(self._parts.memory.cache))
 
@@ -270,7 +270,7 @@ class Sysfs:
         return frames * self._parts.geometry.page_size >> 10
 
     def _set_min_free_kbytes(self, kbytes: int) -> None:
-        """Shared out over the zones by their size (__setup_per_zone_wmarks, mm/page_alloc.c)."""
+        """Distribute the frames to the zones by their size (__setup_per_zone_wmarks, mm/page_alloc.c)."""
         zones = self._parts.memory.zones
         total = (kbytes << 10) // self._parts.geometry.page_size
         frames = sum(zone.frames for zone in zones)
@@ -283,10 +283,10 @@ def _unreadable() -> str:
 
 
 def _number(text: str, highest: int, *, lowest: int = 0) -> int:
-    """A number as kstrtoul() reads it: decimal digits, perhaps a plus in front and one newline behind.
+    """Return a number as kstrtoul() parses it: decimal digits, perhaps with a plus in front and one newline behind.
 
     Raises:
-        OSError: EINVAL, also for a number that is out of range; ERANGE for one that no unsigned long holds.
+        OSError: EINVAL, also for a number out of range; ERANGE for one beyond an unsigned long.
     """
     if not _NUMBER.fullmatch(text):
         raise _error(errno.EINVAL)

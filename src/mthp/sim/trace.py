@@ -1,4 +1,4 @@
-"""Trace events of the collapse path, as ``include/trace/events/huge_memory.h`` names and fills them."""
+"""Trace events of the collapse path, with the names and fields of ``include/trace/events/huge_memory.h``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mthp.results import ScanResult
 
 @dataclass(frozen=True, slots=True)
 class ScanPmd:
-    """mm_khugepaged_scan_pmd: a PMD range was looked at, and this came of it.
+    """mm_khugepaged_scan_pmd: the scan of a PMD range ended.
 
     Attributes:
         mm: number of the address space.
-        address: of the range, in bytes.
-        result: of the scan, or of the collapse that it led to.
+        address: address of the range, in bytes.
+        result: result of the scan, or of the collapse after it.
         referenced, none_or_zero, unmapped: PTEs counted until the scan ended.
     """
 
@@ -37,7 +37,7 @@ class Collapse:
 
 @dataclass(frozen=True, slots=True)
 class Isolate:
-    """mm_collapse_huge_page_isolate: the pages of a run were isolated, or were not."""
+    """mm_collapse_huge_page_isolate: the isolation of the pages of a run ended."""
 
     order: int
     result: ScanResult
@@ -47,7 +47,7 @@ class Isolate:
 
 @dataclass(frozen=True, slots=True)
 class Swapin:
-    """mm_collapse_huge_page_swapin: swap entries of a run were read back, or were not."""
+    """mm_collapse_huge_page_swapin: the swap-in of a run ended."""
 
     mm: int
     order: int
@@ -60,7 +60,7 @@ Event = ScanPmd | Collapse | Isolate | Swapin
 
 
 class Trace:
-    """The events in the order in which they happened; kept only while `enabled`."""
+    """The events in the order in which they happened; recorded only while `enabled`."""
 
     def __init__(self) -> None:
         self.enabled = False
@@ -72,6 +72,6 @@ class Trace:
             self._events.append(event)
 
     def take(self) -> list[Event]:
-        """Give the events recorded so far, and forget them."""
+        """Return the events recorded so far, and forget them."""
         events, self._events = self._events, []
         return events

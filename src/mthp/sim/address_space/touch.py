@@ -213,7 +213,7 @@ class _Block:
         return 0
 
     def none_among(self, which: NDArray[np.intp]) -> Frames:
-        """Return the pages of some accesses whose entries are none, without duplicates, in order of access."""
+        """Return the pages with none entries among some accesses, without duplicates, in order of access."""
         return _first_seen(self.pages[which[self.bits()[which] == 0]])
 
     def map_zero(self, pages: Frames) -> None:

@@ -1,7 +1,7 @@
 """Reclaim: which pages go to swap or are dropped, and in which order.
 
 The kernel's multi-generational LRU finds the pages in use by walking page tables (walk_mm, mm/vmscan.c), and so does
-this. A sweep goes over the entries of all address spaces, from where the last one stopped. A page whose entry was used
+this. A sweep goes over the entries of all address spaces, from where the last one stopped. A page with an entry used
 since the last visit becomes referenced, or active if it was referenced already. An unused page steps down by one of
 these grades, and is evicted at the bottom: to swap, or, if it is clean lazyfree memory, dropped. Cheaper memory goes
 first: page cache, and pages of large folios that are unmapped or zero. Without room on a swap device, pages that would

@@ -245,7 +245,7 @@ def _all_ordinary(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bit
 
 
 def _odd_frames(memory: Memory, first: int, end: int) -> NDArray[np.intp]:
-    """Return the frames from `first` to `end` whose folios are not ordinary: intp, shape (frames,), ascending."""
+    """Return the frames from `first` to `end` in folios that are not ordinary: intp, shape (frames,), ascending."""
     first = memory.head(first)
     run = slice(first, end)
     odd = (memory.flags[run] & _LOOKED_AT) != _WANTED
@@ -325,7 +325,7 @@ def _nothing_to_do(
 
 
 def _can_be_tried_in_vain(parts: Parts, mm: Mm, order: int, pages: Bits, values: NDArray[np.uint32]) -> Bits:
-    """Return the runs whose first page is in a folio of the order, if a folio for the attempt is free: bool, by run."""
+    """Return the runs that begin in a folio of the order, if a folio for the attempt is free: bool, by run."""
     memory = parts.memory
     first: Bits = pages[:, :: 1 << order]
     if order == parts.geometry.pmd_order or memory.cgroups.room(mm.charge) < 1 << order:
