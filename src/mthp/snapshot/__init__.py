@@ -1,7 +1,7 @@
-"""The seam on a file: a snapshot, stored as Parquet, or a recording of many steps, an Arrow stream; or both plain.
+"""The seam on a file: a snapshot (Parquet), or a recording of many steps (an Arrow stream); or a plain file of either.
 
 The package can be called, because it has the name of a verb: ``mthp.snapshot(target, path)`` takes a snapshot. Type
-checkers take no module for callable: typed programs call :func:`mthp.take_snapshot`, which is the same.
+checkers do not accept a module as a callable: typed programs call :func:`mthp.take_snapshot`, which is the same.
 """
 
 import importlib
@@ -30,10 +30,10 @@ __all__ = [
 
 
 class _Verb(types.ModuleType):
-    """This package, which can be called."""
+    """This package as a callable."""
 
     def __call__(self, *arguments: Any, **options: Any) -> SnapshotInfo:
-        # By name: what stands above the backends is none of their imports.
+        # By name, because this package must not import modules above the backends.
         taken: SnapshotInfo = importlib.import_module("mthp").take_snapshot(*arguments, **options)
         return taken
 

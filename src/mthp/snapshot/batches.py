@@ -1,9 +1,9 @@
-"""What the batches of an Arrow stream hold, found out from their headers, before Arrow reads and inflates them.
+"""Checks of the batches of an Arrow stream by their headers, before Arrow reads and decompresses them.
 
 A message of the stream is a mark, the length of a header, the header and a body (Arrow Columnar Format, "Encapsulated
 message format"). The header is a FlatBuffer with the lengths of the body and of its buffers; a compressed buffer begins
-with the length that it inflates to. Arrow allocates by these lengths whatever they are, so they are checked here: each
-against the file, and against the rows that the batch says it has.
+with its decompressed length. Arrow allocates by these lengths without checks, so this module checks each against the
+file, and against the number of rows of the batch.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from mthp.snapshot.bounds import RUNS
 
 _MARK = 0xFFFF_FFFF
 _SCHEMA, _RECORD_BATCH = 1, 3
-"""Types of messages (Message.fbs, MessageHeader); others, such as dictionaries, recordings do not have."""
+"""Types of messages (Message.fbs, MessageHeader); recordings do not have others, such as dictionaries."""
 
 _WIDEST = 8
 """Bytes of a value of the widest column."""
 
 _PADDING = 1 << 10
-"""Bytes that a buffer may be longer than its values: Arrow pads to 64."""
+"""Most bytes of a buffer beyond its values; Arrow pads to 64."""
 
 
 def check_message(file: BinaryIO, columns: int) -> None:
-    """Check the message that begins where `file` is, and leave `file` there.
+    """Check the message at the current position of `file`, and restore the position.
 
-    A message that is cut off is left to Arrow, which tells so.
+    A truncated message is left to Arrow, which reports it.
 
     Args:
-        columns: that a batch has.
+        columns: number of columns of a batch.
 
     Raises:
-        UsageError: it would take more memory than is allowed, or its header makes no sense.
+        UsageError: it would need more memory than is allowed, or its header makes no sense.
     """
     begin = file.tell()
     try:
@@ -54,7 +54,7 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
     mark, size = struct.unpack("<II", begin)
     if mark != _MARK:
         raise UsageError("damaged: there is no step where one should begin")
-    # What a step says is in its header.
+    # The JSON object of a step is in its header.
     JSON_BYTES.check(size)
     if size == 0 or size > there - 8:
         return
@@ -87,7 +87,7 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
 
 
 class _Table:
-    """A table of a FlatBuffer: what its fields are is found by number (FlatBuffer Internals, "Tables")."""
+    """A table of a FlatBuffer with fields by number (FlatBuffer Internals, "Tables")."""
 
     def __init__(self, data: bytes, at: int) -> None:
         self._data, self._at = data, at
@@ -96,17 +96,17 @@ class _Table:
             raise struct.error
 
     def _offset(self, field: int) -> int:
-        """Where a field lies behind the table's beginning; 0 if it is not there."""
+        """Return the offset of a field from the table's beginning; 0 if it is absent."""
         size: int = struct.unpack_from("<H", self._data, self._fields)[0]
         place = 4 + 2 * field
         return int(struct.unpack_from("<H", self._data, self._fields + place)[0]) if place < size else 0
 
     def has(self, field: int) -> bool:
-        """Whether a field is there."""
+        """Return whether a field is present."""
         return self._offset(field) != 0
 
     def number(self, field: int, form: str) -> int:
-        """A number; 0 if the field is not there."""
+        """Return a number; 0 if the field is absent."""
         offset = self._offset(field)
         return int(struct.unpack_from(form, self._data, self._at + offset)[0]) if offset else 0
 
@@ -118,10 +118,10 @@ class _Table:
         return at + int(struct.unpack_from("<I", self._data, at)[0])
 
     def table(self, field: int) -> _Table:
-        """A table that a field refers to."""
+        """Return a table that a field refers to."""
         return _Table(self._data, self._target(field))
 
     def vector(self, field: int) -> tuple[int, int]:
-        """Where the elements of a vector begin, and how many there are."""
+        """Return the position of the elements of a vector, and their number."""
         at = self._target(field)
         return at + 4, int(struct.unpack_from("<I", self._data, at)[0])

@@ -1,13 +1,13 @@
-"""What a snapshot says besides its runs: the mappings, the machine's settings, where and when it was made.
+"""The description of a snapshot: mappings, the machine's settings, time and place of recording.
 
 It is one JSON object in the Parquet file's key-value metadata, under :data:`KEY`. Any Parquet reader shows it, and
-the runs beside it are an ordinary table.
+the runs next to it are an ordinary table.
 
 Versions: ``version`` counts changes that an older reader would misunderstand, and such a reader refuses the file.
-Keys that a reader does not know are ignored, so new ones need no new version. The bits of the ``state`` column are
-named in ``state_bits``: a reader finds them by name, and drops the ones that it has no name for.
+Readers ignore unknown keys, so new keys do not need a new version. ``state_bits`` names the bits of the ``state``
+column: a reader finds them by name, and drops bits with unknown names.
 
-What is not in it: memory contents, environment, command-line arguments.
+It does not contain memory contents, environment or command-line arguments.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VERSION = 1
 SCHEMA = "mthp.snapshot-file/1"
 
 STATE_BITS: Mapping[str, int] = {bit.name: bit.value for bit in Pte if bit.name}
-"""The bits of the `state` column as this version writes them, by name."""
+"""The bits of the `state` column in this version, by name."""
 
 ADDRESS_LIMIT = 1 << 64
 PAGE_SIZE_LIMIT = 1 << 24
@@ -45,18 +45,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """What a snapshot is, at a glance.
+    """Summary of a snapshot.
 
     Attributes:
-        path: the file.
-        label: the recorded process, such as ``"1234 (redis-server)"``.
-        kernel: the release of the kernel that it ran on.
+        path: path of the file.
+        label: the recorded process, for example ``"1234 (redis-server)"``.
+        kernel: release of its kernel.
         recorded_at: when the recording began: UTC, ISO 8601.
         vmas: number of mappings.
         pages: base pages that are not none.
         runs: rows of the file.
         bytes: size of the file.
-        version: of the format.
+        version: version of the format.
     """
 
     JSON: ClassVar = "path target=label kernel recorded_at vmas pages runs bytes version"
@@ -74,14 +74,14 @@ class SnapshotInfo:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The JSON object as a value. Fields are those of :class:`~mthp.addrspace.AddressSpace` where they share a name.
+    """The JSON object as a value. Fields are those of :class:`~mthp.addrspace.AddressSpace` if they share a name.
 
     Attributes:
         recorded_at: UTC, ISO 8601.
-        pages: base pages that the runs hold together.
-        service: the pod, container or service that the process was a part of; ``""`` in files that do not say.
-        state_bits: bits of the `state` column by name, as the file has them.
-        heat: which memory the target used when it was recorded; None if that was not measured.
+        pages: base pages in all runs together.
+        service: pod, container or service of the process; ``""`` if the file has none.
+        state_bits: bits of the `state` column by name, as in the file.
+        heat: memory that the target used when it was recorded; None if that was not measured.
     """
 
     label: str
@@ -99,11 +99,11 @@ class Description:
     heat: Heat | None = None
 
     def info(self, path: str, runs: int, bytes: int) -> SnapshotInfo:
-        """The summary of the file at `path`, which has so many `runs` and `bytes`."""
+        """Return the summary of the file at `path`, with its number of `runs` and of `bytes`."""
         return SnapshotInfo(path, self.label, self.kernel, self.recorded_at, len(self.vmas), self.pages, runs, bytes)
 
     def to_json(self) -> str:
-        """The text that :meth:`from_json` reads. ASCII: names that are not UTF-8 keep their surrogates as escapes."""
+        """Return the text for :meth:`from_json`, in ASCII: names that are not UTF-8 keep surrogates as escapes."""
         return json.dumps(
             {
                 "version": VERSION,
@@ -133,7 +133,7 @@ class Description:
         """Read and check the description of a file.
 
         Raises:
-            UsageError: it is of a newer version, or something in it is missing, of the wrong type or contradictory.
+            UsageError: it has a newer version, or a value is missing, of the wrong type or contradictory.
         """
         try:
             data = parse_json(text)
@@ -145,10 +145,10 @@ class Description:
 
     @classmethod
     def from_data(cls, data: Mapping[str, object]) -> Description:
-        """Check the description that is the JSON object `data`.
+        """Check the description in the JSON object `data`.
 
         Raises:
-            UsageError: as :meth:`from_json`.
+            UsageError: see :meth:`from_json`.
         """
         _check_version(data)
         geometry = _geometry(_get(data, "geometry", dict))
@@ -171,7 +171,7 @@ class Description:
 
 def _get(data: Mapping[str, object], key: str, kind: type[_T]) -> _T:
     value = data.get(key)
-    # JSON's true is an int to Python.
+    # In Python, JSON's true is an int.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise _damaged(key)
     if isinstance(value, str):
@@ -257,7 +257,7 @@ def _time(text: str) -> str:
 
 
 def _geometry(data: Mapping[str, object]) -> Geometry:
-    """The recorded geometry. Its numbers count; a name that this version knows must stand for the same numbers."""
+    """Return the recorded geometry. Its numbers decide; a known name must stand for the same numbers."""
     name, page_size, pmd_order = _get(data, "name", str), _get(data, "page_size", int), _get(data, "pmd_order", int)
     if page_size > PAGE_SIZE_LIMIT:
         raise _damaged("page_size")
@@ -297,7 +297,7 @@ def _state_bits(data: Mapping[str, object]) -> dict[str, int]:
 
 
 def _vmas(items: list[object], geometry: Geometry) -> tuple[Vma, ...]:
-    """The mapping table, checked to ascend without overlap and to consist of whole pages."""
+    """Return the mapping table, checked to ascend without overlap and to consist of whole pages."""
     MAPPINGS.check(len(items))
     vmas = tuple(_vma_from_json(item) for item in items)
     end = 0
@@ -309,7 +309,7 @@ def _vmas(items: list[object], geometry: Geometry) -> tuple[Vma, ...]:
 
 
 def vma_to_json(vma: Vma) -> dict[str, object]:
-    """One mapping as an entry of ``vmas``."""
+    """Return a mapping as an entry of ``vmas``."""
     return {
         "start": vma.start,
         "end": vma.end,

@@ -1,4 +1,4 @@
-"""Choose the format of a file: of a new one by its name, of one that is there by how it begins."""
+"""Choose the format of a file: of a new file by its name, of an existing one by its first bytes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def check_format(path: str | os.PathLike[str]) -> None:
     """Check, before long work, that a file of this name can be written.
 
     Raises:
-        UnsupportedError: it takes pyarrow, which is not installed.
+        UnsupportedError: it needs pyarrow, which is not installed.
     """
     if not is_plain(path):
         pyarrow()
 
 
 def run_writer(file: BinaryIO, path: str | os.PathLike[str], page_size: int) -> RunWriter:
-    """Return what writes the runs of a snapshot into `file`."""
+    """Return a writer of the runs of a snapshot into `file`."""
     return (PlainRunWriter if is_plain(path) else RunWriter)(file, os.fspath(path), page_size)
 
 
@@ -31,16 +31,16 @@ def run_reader(path: str | os.PathLike[str]) -> RunReader:
     """Open the snapshot at `path`.
 
     Raises:
-        UsageError, UnsupportedError: as :class:`RunReader`.
+        UsageError, UnsupportedError: see :class:`RunReader`.
     """
     return (PlainRunReader if begins(path, len(PLAIN_RUNS)) == PLAIN_RUNS else RunReader)(path)
 
 
 def stream_writer(path: str | os.PathLike[str], description: Description, *, overwrite: bool) -> StreamWriter:
-    """Return what writes a recording to `path`.
+    """Return a writer of a recording to `path`.
 
     Raises:
-        UsageError, UnsupportedError: as :class:`StreamWriter`.
+        UsageError, UnsupportedError: see :class:`StreamWriter`.
     """
     return (PlainStreamWriter if is_plain(path) else StreamWriter)(path, description, overwrite=overwrite)
 
@@ -49,6 +49,6 @@ def stream_reader(path: str | os.PathLike[str]) -> StreamReader:
     """Open the recording at `path`.
 
     Raises:
-        UsageError, UnsupportedError: as :class:`StreamReader`.
+        UsageError, UnsupportedError: see :class:`StreamReader`.
     """
     return (PlainStreamReader if begins(path, len(PLAIN_STEPS)) == PLAIN_STEPS else StreamReader)(path)

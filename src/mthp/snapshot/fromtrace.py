@@ -1,9 +1,9 @@
-"""A recording made of a trace of memory accesses (:mod:`mthp.snapshot.traces`).
+"""Recordings made from traces of memory accesses (:mod:`mthp.snapshot.traces`).
 
-A trace says what was used, not what was mapped. So a page counts as mapped, by a base page, from its first use on, and
-as not recently used in the steps in which it was not. Mappings are guessed: pages that lie in one PMD range or in
-neighbouring ones are taken for one anonymous mapping, of whole PMD ranges. The accesses themselves are kept as well,
-in their order, for the model of the TLB.
+A trace shows which memory was used, not which was mapped. So a page counts as mapped, by a base page, from its first
+use on, and as not recently used in the steps without an access to it. Mappings are guessed: pages in one PMD range or
+in neighbouring ones form one anonymous mapping of whole PMD ranges. The accesses themselves are also kept, in order,
+for the model of the TLB.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class RecordedTrace:
-    """What a recording of a trace came to.
+    """Summary of a recording of a trace.
 
     Attributes:
-        path: of the file.
-        label: what the trace is called.
-        kind: of the trace.
-        steps: how many.
-        accesses: in the trace.
-        pages: different pages that were used.
-        skipped: lines that were passed over.
+        path: path of the file.
+        label: name of the trace.
+        kind: kind of the trace.
+        steps: number of steps.
+        accesses: number of accesses in the trace.
+        pages: number of different pages used.
+        skipped: number of lines skipped.
         bytes: size of the file.
     """
 
@@ -70,22 +70,22 @@ def record_trace(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> RecordedTrace:
-    """Make a recording at `path` of the trace at `trace`.
+    """Make a recording at `path` from the trace at `trace`.
 
     Args:
-        kind: of the trace; found out if None.
-        geometry: of the machine that it was made on.
+        kind: kind of the trace; detected if None.
+        geometry: geometry of the machine that it was made on.
         overwrite: replace a regular file or a symbolic link of that name.
 
     Raises:
-        UsageError: not a trace, or not of that kind; or `path` exists.
+        UsageError: `trace` is not a trace, or not of that kind; or `path` exists.
         MthpError: the recording cannot be written.
     """
     check_format(path)
     check_output(path, overwrite=overwrite)
     opened = Trace(trace, kind, geometry.page_size)
     steps = opened.steps(progress)
-    # Before a file is made, the first step shows that there is anything in the trace.
+    # The first step shows that the trace is not empty, before a file is created.
     step = next(steps, None)
     space = _TraceSpace(f"{opened.kind} trace {Path(trace).name}", geometry)
     taker = StepTaker(space)
@@ -103,7 +103,7 @@ def record_trace(
 
 
 class _TraceSpace(RecordingSpace):
-    """The address space that a trace tells of, as it grows."""
+    """The address space of a trace, as it grows."""
 
     def __init__(self, label: str, geometry: Geometry) -> None:
         description = Description(
@@ -123,7 +123,7 @@ class _TraceSpace(RecordingSpace):
 
     @property
     def pages(self) -> int:
-        """Different pages that were used so far."""
+        """Number of different pages used so far."""
         return len(self._seen)
 
     def use(self, pages: NDArray[np.int64]) -> None:
@@ -147,7 +147,7 @@ class _TraceSpace(RecordingSpace):
         )
 
     def _encoded(self, state: NDArray[np.uint16]) -> Runs:
-        """The pages seen as runs; neighbours are one only where nothing lies between."""
+        """Return the seen pages as runs; only adjoining pages share a segment."""
         breaks = np.flatnonzero(np.diff(self._seen) != 1) + 1
         page = self.geometry.page_size
         firsts, lasts = self._seen[np.r_[0, breaks]], self._seen[np.r_[breaks - 1, len(self._seen) - 1]] + 1

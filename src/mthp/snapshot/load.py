@@ -1,8 +1,8 @@
 """A recorded address space, read from its file through the seam.
 
-Loading reads the whole file once, row group by row group, to check it and to note which addresses each row group
-covers; afterwards a read decodes the row groups that it needs and keeps the last few. So neither needs more memory
-than a few row groups, whatever the size of the process that was recorded.
+Loading reads the whole file once, row group by row group, to check it and to note the addresses of each row group.
+Afterwards a read decodes the row groups that it needs and keeps the last few. So neither needs more memory than a few
+row groups, whatever the size of the recorded process.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def load(path: str | os.PathLike[str]) -> SnapshotSpace:
 
 
 def info(path: str | os.PathLike[str]) -> SnapshotInfo:
-    """Say what the snapshot at `path` is. Reads its description only, so damage elsewhere is not seen.
+    """Return the summary of the snapshot at `path`, from its description; damage elsewhere is not noticed.
 
     Raises:
-        UsageError: as :func:`load`, as far as the description tells.
+        UsageError: see :func:`load`, as far as the description shows.
     """
     reader = run_reader(path)
     try:
@@ -79,7 +79,7 @@ class SnapshotSpace(RecordedSpace):
         return self._reader.info
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
-        """The entries of `segments` as recorded; what was not mapped or not read then is none.
+        """Return the entries of `segments` as recorded; addresses that were not mapped or not read then are none.
 
         Raises:
             UsageError: the file was damaged since it was loaded.
@@ -90,7 +90,7 @@ class SnapshotSpace(RecordedSpace):
         return PteColumns(tuple(segments), state, folio_order)
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
-        """The parts of `segments` that hold runs, in aligned granules, clipped to their segment.
+        """Return the parts of `segments` that hold runs, in aligned granules, clipped to their segment.
 
         Raises:
             UsageError: the file was damaged since it was loaded.
@@ -111,7 +111,7 @@ class SnapshotSpace(RecordedSpace):
         self._reader.close()
 
     def _row_groups(self, spans: NDArray[np.int64]) -> Iterable[int]:
-        """The row groups that any of `spans` may touch, ascending."""
+        """Return the row groups that any of `spans` may touch, ascending."""
         low = np.searchsorted(self._end, spans[:, 0], "right")
         high = np.searchsorted(self._first, spans[:, 1], "left")
         # +1 where a span's row groups begin, -1 behind them: the running sum is positive on the needed ones.
@@ -124,7 +124,7 @@ class SnapshotSpace(RecordedSpace):
 
     @staticmethod
     def _overlapping(runs: Runs, spans: NDArray[np.int64]) -> Runs:
-        """The slice of `runs` from the first to the last that any of `spans` touches."""
+        """Return the slice of `runs` from the first to the last that any of `spans` touches."""
         low = int(np.searchsorted(runs.end, spans[:, 0].min(), "right"))
         return runs[low : int(np.searchsorted(runs.first, spans[:, 1].max(), "left"))]
 
@@ -136,7 +136,7 @@ def _checked_cover(reader: RunReader) -> NDArray[np.int64]:
         int64, shape (row groups, 2): number of the first page of each row group, and of the page behind it.
 
     Raises:
-        UsageError: they contradict.
+        UsageError: they contradict each other.
     """
     description = reader.description
     mappings = page_numbers([(vma.start, vma.end) for vma in description.vmas], description.geometry.page_size)
@@ -158,7 +158,7 @@ def _checked_cover(reader: RunReader) -> NDArray[np.int64]:
 
 
 def _contradiction(runs: Runs, mappings: NDArray[np.int64], end: int) -> str:
-    """What is wrong with `runs`, which must lie behind page number `end` and in their mappings; ``""`` if nothing."""
+    """Return the error in `runs`, which must lie behind page number `end` and in their mappings; ``""`` if none."""
     if (runs.vma < 0).any() or (runs.vma >= len(mappings)).any():
         return "a run of a mapping that is not listed"
     if (runs.first < mappings[runs.vma, 0]).any() or (runs.end > mappings[runs.vma, 1]).any():
@@ -174,11 +174,10 @@ def open_file(path: str | os.PathLike[str], *, at: str | None = None) -> Address
     """Open a snapshot, or one step of a recording.
 
     Args:
-        at: which step of a recording, as :meth:`~mthp.snapshot.recording.Recording.step_at` reads it; the last by
-            default.
+        at: step of a recording, in the form of :meth:`~mthp.snapshot.recording.Recording.step_at`; by default the last.
 
     Raises:
-        UsageError: neither of them, damaged, or a step that there is not.
+        UsageError: the file is neither of them or is damaged, or the step does not exist.
     """
     if is_recording(path):
         recording = Recording(path)

@@ -1,9 +1,9 @@
-"""What the pages of a Parquet file inflate to, found out from their headers, before Arrow inflates them.
+"""The decompressed sizes of the pages of a Parquet file, read from their headers before Arrow decompresses them.
 
-The footer says how large each column chunk is, compressed and not, but only the header in front of each page is what
-Arrow allocates by: up to 2 GiB for every few kilobytes of file. So the headers are walked here. They are structures of
-Thrift's compact protocol (parquet.thrift, ``PageHeader``): field 2 is the size of the page when inflated, field 3 that
-in the file. Nothing else of them matters here, but all of it is passed over to find where the header ends.
+The footer has the size of each column chunk, compressed and not, but Arrow allocates by the header in front of each
+page: up to 2 GiB for every few kilobytes of file. So the headers are walked here. They are structures of Thrift's
+compact protocol (parquet.thrift, ``PageHeader``): field 2 is the decompressed size of the page, field 3 its size in the
+file. The other fields are parsed only to find the end of the header.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any, BinaryIO
 from mthp.errors import UsageError
 
 HEADER_BYTES = 1 << 16
-"""A header is some 50 bytes; statistics in it may hold two values of a text column."""
+"""A header has some 50 bytes; its statistics may hold two values of a text column."""
 
 MOST_PAGES = 1 << 16
 """Pages of one column chunk. Writers make one for each megabyte."""
 
 _DEPTH = 8
-"""Structures in structures: a header has three."""
+"""Most nested structures; a header has three."""
 
 
 def inflated_bytes(file: BinaryIO, chunk: Any) -> int:
-    """Return the bytes that the pages of a column chunk inflate to together, and at least those that its footer names.
+    """Return the decompressed size of the pages of a column chunk, or its size in the footer if that is larger.
 
     Args:
         chunk: pyarrow's metadata of the column chunk.
 
     Raises:
-        UsageError: the headers do not fill the chunk as the footer says.
+        UsageError: the headers do not fill the chunk as in the footer.
     """
     at = chunk.data_page_offset
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
@@ -62,7 +62,7 @@ class _Thrift:
         self.at = 0
 
     def page_sizes(self) -> tuple[int, int]:
-        """Return the fields 2 and 3 of the structure, which are 32-bit integers, and go behind it."""
+        """Return the fields 2 and 3 of the structure, 32-bit integers, and move behind the structure."""
         found = {2: -1, 3: -1}
         try:
             self._structure(found, 0)
@@ -83,7 +83,7 @@ class _Thrift:
                 self._skip(kind, depth)
 
     def _skip(self, kind: int, depth: int) -> None:
-        if kind in (1, 2):  # a truth value, which is in the kind
+        if kind in (1, 2):  # a truth value, encoded in the kind
             return
         if kind == 3:
             self._go(1)
@@ -97,7 +97,7 @@ class _Thrift:
             head = self._byte()
             size = head >> 4 if head >> 4 != 15 else self._unsigned()
             for _ in range(size):
-                # Truth values of a list take a byte each.
+                # Truth values in a list have a byte each.
                 self._skip(3 if head & 15 in (1, 2) else head & 15, depth + 1)
                 self._go(0)
         elif kind == 12:

@@ -1,10 +1,10 @@
-"""Snapshots and recordings without pyarrow: blocks of JSON and deflated columns, behind one another.
+"""Snapshots and recordings without pyarrow: a sequence of blocks of JSON and deflated columns.
 
-A file is plain if its name ends with :data:`SUFFIX`; readers know it by its first eight bytes. What it holds is what
-the Parquet file of a snapshot and the Arrow stream of a recording hold, and readers of both kinds have the same
-methods. It is for machines where 170 MB of pyarrow are too much; other programs read Parquet and Arrow.
+A file is plain if its name ends with :data:`SUFFIX`; readers recognise it by its first eight bytes. It has the same
+contents as the Parquet file of a snapshot or the Arrow stream of a recording, and readers of both kinds have the same
+methods. It is for machines on which 170 MB of pyarrow are too much; other programs read Parquet and Arrow.
 
-Behind the first eight bytes there are blocks::
+The first eight bytes are followed by blocks::
 
     uint32  length of the JSON text
     uint32  rows
@@ -12,9 +12,9 @@ Behind the first eight bytes there are blocks::
     uint32  CRC-32 of text and columns
     text, columns
 
-Numbers are little-endian. The columns stand one behind another, as :data:`COLUMNS` has them, ``start`` as differences
-from one to the next. The first block of a recording says what was recorded, and each of the others is a step. A
-snapshot has its runs first, and says in the last block, which has no rows, what it is.
+Numbers are little-endian. The columns follow one another in the order of :data:`COLUMNS`, ``start`` as differences
+between neighbours. The first block of a recording has its description, and each of the others is a step. A snapshot has
+its runs first, and its description in the last block, which has no rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mthp.snapshot.stream import PLAIN_STEPS, Meta, StreamReader, StreamWriter
 from mthp.snapshot.table import PLAIN_RUNS, RunReader, RunWriter
 
 SUFFIX = ".mthp"
-"""End of the name of a plain file."""
+"""Suffix of the name of a plain file."""
 
 COLUMNS = {"vma": "<i4", "start": "<u8", "pages": "<u8", "state": "<u2", "folio_order": "i1"}
 """Columns of a block, and their NumPy types."""
@@ -69,8 +69,8 @@ class _Block:
     """A block of a file.
 
     Attributes:
-        text: what it says.
-        rows: how many runs it has.
+        text: the JSON text.
+        rows: number of runs.
         columns: the deflated columns.
     """
 
@@ -80,10 +80,10 @@ class _Block:
 
     @classmethod
     def read(cls, file: BinaryIO) -> _Block | None:
-        """Return the block that begins where `file` is; None at the end of the file.
+        """Return the block at the current position of `file`; None at the end of the file.
 
         Raises:
-            UsageError: it is cut short or damaged, or would take more memory than is allowed.
+            UsageError: it is cut short or damaged, or would need more memory than is allowed.
         """
         header = file.read(_HEADER.size)
         if not header:
@@ -91,7 +91,7 @@ class _Block:
         if len(header) < _HEADER.size:
             raise UsageError("damaged: cut short")
         said, rows, packed, checksum = _HEADER.unpack(header)
-        # Lengths are checked before anything of that length is read: deflate never doubles what it packs.
+        # Lengths are checked before data of that length is read: deflate never doubles its input.
         JSON_BYTES.check(said)
         RUNS.check(rows)
         if packed > 2 * _ROW * rows + 1024 or (packed == 0) != (rows == 0):
@@ -167,7 +167,7 @@ class PlainRunReader(RunReader):
 
     @property
     def row_groups(self) -> int:
-        """How many there are."""
+        """Number of row groups."""
         return len(self._begins)
 
     def _read(self, row_group: int) -> Runs:
@@ -185,7 +185,7 @@ class PlainStreamWriter(StreamWriter):
         self._new.raw.write(PLAIN_STEPS + _packed(description.to_json(), Runs.joined([]), self._page_size))
 
     def _write(self, runs: Runs, meta: Meta) -> None:
-        # In one call: a block that is there in part is one that broke off.
+        # In one call, so that an incomplete block means that the file broke off.
         self._new.raw.write(_packed(json.dumps(meta, separators=(",", ":")), runs, self._page_size))
 
     def _close(self) -> None:
@@ -219,7 +219,7 @@ class PlainStreamReader(StreamReader):
             raise UsageError(f"damaged or cut short: {error}") from error
 
     def steps(self) -> Iterator[tuple[Meta, Runs]]:
-        """Yield all steps that are whole, as :meth:`StreamReader.steps` does."""
+        """Yield all complete steps, as :meth:`StreamReader.steps` does."""
         with self._file() as file:
             self._next(file)
             while True:
@@ -231,7 +231,7 @@ class PlainStreamReader(StreamReader):
                     if not isinstance(meta, dict):
                         raise UsageError("damaged: what a step says is not a JSON object")
                 except UsageError as error:
-                    # What passes a bound is not a file that broke off: its reader has to know.
+                    # A file beyond a bound is not a truncated file: the reader must report it.
                     if error.help:
                         raise UsageError(f"{self.path}: {error.message}", help=error.help) from error
                     yield {"broken": error.message}, Runs.joined([])

@@ -1,7 +1,7 @@
 """Recording an address space into a file.
 
-The file appears under its name whole or not at all (:mod:`mthp.files`). Like ``perf.data`` it is readable by its owner
-only, since it shows where a live process keeps what.
+The file appears under its name whole or not at all (:mod:`mthp.files`). Like ``perf.data``, only its owner can read it,
+because it shows the memory layout of a live process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLOCK_SIZE = 256 << 20
 """Bytes of address space read at a time: 65 536 entries of 4 KiB."""
 
 Progress = Callable[[int, int], None]
-"""Is told (bytes of mappings done, bytes of mappings in all)."""
+"""Called with (bytes of mappings done, bytes of mappings in all)."""
 
 
 def record(
@@ -44,12 +44,12 @@ def record(
     Args:
         block_size: bytes of address space read at a time, rounded up to whole PMD ranges.
         overwrite: replace a regular file or a symbolic link of that name.
-        heat: which memory `space` uses, to be kept with it.
+        heat: memory that `space` uses, stored with it.
 
     Raises:
         UsageError: `path` exists, is not a regular file, or cannot be created; `block_size` is not positive.
-        MthpError: the file cannot be written to its end, such as on a full disk. No file is left.
-        TargetVanishedError: the process is gone. No file is left.
+        MthpError: the file cannot be completed, for example on a full disk. No file is left.
+        TargetVanishedError: the process exited. No file is left.
     """
     if block_size < 1:
         raise UsageError(f"block size {block_size} is not positive")
@@ -66,14 +66,14 @@ def record(
 
 
 def _silent(done: int, total: int) -> None:
-    """No progress wanted."""
+    """Ignore the progress."""
 
 
 def describe(space: AddressSpace, vmas: Sequence[Vma], heat: Heat | None = None) -> Description:
-    """What `space` is at this moment, with these mappings, and the heat that was seen of it.
+    """Return the description of `space` at this moment, with these mappings and its measured heat.
 
     Raises:
-        TargetVanishedError: the process is gone.
+        TargetVanishedError: the process exited.
     """
     return Description(
         label=space.label,
@@ -92,12 +92,12 @@ def describe(space: AddressSpace, vmas: Sequence[Vma], heat: Heat | None = None)
 
 
 def _runs(space: AddressSpace, vmas: Sequence[Vma], block_size: int, progress: Progress) -> Iterator[Runs]:
-    """The runs of all readable mappings, block by block."""
+    """Yield the runs of all readable mappings, block by block."""
     geometry = space.geometry
     block_size = -(-block_size // geometry.pmd_size) * geometry.pmd_size
     vma_first = page_numbers([(vma.start, vma.end) for vma in vmas], geometry.page_size)[:, 0]
     total = sum(vma.size for vma in vmas)
-    # By the end of a block, all of the mappings that lie below is done.
+    # At the end of a block, all mappings below it are done.
     below, index = 0, 0
     for block in in_blocks(_segments(space, vmas), block_size):
         yield encode(space.read(block), vma_first, geometry.page_size)
@@ -111,7 +111,7 @@ def _runs(space: AddressSpace, vmas: Sequence[Vma], block_size: int, progress: P
 
 
 def _segments(space: AddressSpace, vmas: Sequence[Vma]) -> Iterator[Segment]:
-    """What may be populated in the readable mappings, ascending.
+    """Yield the segments that may be populated in the readable mappings, ascending.
 
     A segment that begins inside a PMD range is cut at that range's end, so that blocks, which are cut at multiples of
     their size from a segment's start, never cut a PMD range and the folios in it.

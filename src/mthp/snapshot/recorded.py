@@ -1,4 +1,4 @@
-"""What all recorded address spaces share: they say what was, and nothing happens in them any more."""
+"""The common base of recorded address spaces: they can be read, but not changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mthp.vma import Vma
 
 
 def _as_recorded(name: str) -> Any:
-    """Return the property of a recorded space that is the field `name` of its description."""
+    """Return a property of a recorded space: the field `name` of its description."""
     return property(lambda space: getattr(space._description, name))
 
 
@@ -21,7 +21,7 @@ class RecordedSpace(AddressSpace):
     """The base of address spaces in files. They can be read and planned on, not collapsed; frames are not recorded.
 
     Args:
-        description: what was recorded of the target and its machine.
+        description: recorded description of the target and its machine.
     """
 
     def __init__(self, description: Description, path: str, kind: str) -> None:
@@ -40,7 +40,7 @@ class RecordedSpace(AddressSpace):
 
     @property
     def recorded_heat(self) -> Heat | None:
-        """As recorded."""
+        """The heat as recorded."""
         return self._description.heat
 
     def vmas(self) -> list[Vma]:

@@ -1,8 +1,8 @@
-"""Recording an address space over time: step after step what changed, at a cost that stays within bounds.
+"""Recording an address space over time: the changes of each step, at a bounded cost.
 
-The target is looked at with the seam's :func:`mthp.abilities.watch`, which leaves out what it knows not
-to have changed. Of what remains each PMD range is encoded to runs, and written if they differ from those that were
-written last (their 64-bit sum is kept, not they themselves). So memory use is a few bytes for each PMD range.
+:func:`mthp.abilities.watch` of the seam reads the target, and leaves out memory known to be unchanged. Each remaining
+PMD range is encoded to runs, which are written if they differ from those written last (only their 64-bit sum is kept).
+So memory use is a few bytes for each PMD range.
 
 Listing mappings with all their properties makes the kernel walk the whole address space. So it is done when their
 addresses changed, and otherwise only every :data:`MAPPINGS_EVERY` steps.
@@ -36,23 +36,23 @@ from mthp.snapshot.stream import Meta
 from mthp.vma import Vma, VmaKind
 
 MAPPINGS_EVERY = 16
-"""Steps after which the properties of all mappings are looked at again."""
+"""Steps after which the properties of all mappings are read again."""
 
 PATIENCE = 0.05
-"""Seconds between two looks at whether to stop."""
+"""Seconds between two checks whether to stop."""
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When steps are taken.
+    """Times at which steps are taken.
 
     Attributes:
         every: seconds from one step to the next.
-        duration: seconds after which the recording ends; None for when it is stopped.
-        cpu: the share of one processor that recording may take, above 0; None for no bound. Where a step takes more,
-            the next is put off.
+        duration: seconds after which the recording ends; None to end when it is stopped.
+        cpu: share of one processor that recording may use, above 0; None for no bound. If a step uses more, the next is
+            delayed.
 
     Raises:
         UsageError: one of them is not above 0.
@@ -70,19 +70,19 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a recording came to.
+    """Summary of a recording.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         label: the target's name.
-        steps: how many.
-        seconds: from the first step to the last.
+        steps: number of steps.
+        seconds: seconds from the first step to the last.
         bytes: size of the file.
         cpu_seconds: processor time of this process.
         end: why it ended.
         interval: mean seconds from one step to the next; 0.0 for a single step.
-        every: seconds that were wanted.
-        missing: what could not be seen, and what would make it visible.
+        every: requested seconds from one step to the next.
+        missing: data that could not be read, and how to make it readable.
     """
 
     JSON: ClassVar = "path target=label steps seconds bytes cpu_seconds end interval every missing"
@@ -112,17 +112,17 @@ def record_series(
     sleep: Callable[[float], None] = time.sleep,
     cpu_clock: Clock = time.process_time,
 ) -> Recorded:
-    """Record `space` into a new file at `path` until `stop` says so, the duration is over, or the target is gone.
+    """Record `space` into a new file at `path` until `stop` returns True, the duration is over, or the target exits.
 
     Args:
         overwrite: replace a regular file or a symbolic link of that name.
-        heat: which memory `space` uses, to be kept with it.
+        heat: memory that `space` uses, stored with it.
         told: called after every step with (steps, seconds, bytes).
 
     Raises:
         UsageError: the file exists or cannot be created.
-        MthpError: it cannot be written any more. The steps that were written are there; without any, no file is.
-        TargetVanishedError: the target was gone before the first step. No file is left.
+        MthpError: it cannot be written any more. The steps written before are kept; without any, no file is left.
+        TargetVanishedError: the target exited before the first step. No file is left.
     """
     pace = pace or Pace()
     check_format(path)
@@ -171,7 +171,7 @@ def record_series(
 
 
 def _wait(until: float, stop: Callable[[], bool], clock: Clock, sleep: Callable[[float], None]) -> bool:
-    """Wait; whether nobody wished to stop."""
+    """Wait until a time; return False if `stop` ended the wait."""
     while (rest := until - clock()) > 0:
         if stop():
             return False
@@ -180,10 +180,10 @@ def _wait(until: float, stop: Callable[[], bool], clock: Clock, sleep: Callable[
 
 
 class StepTaker:
-    """Takes one step after the other of an address space.
+    """Takes the steps of an address space, one after another.
 
     Attributes:
-        description: of the target as it was at the first step; its mappings are in the steps.
+        description: description of the target at the first step; its mappings are in the steps.
     """
 
     def __init__(self, space: AddressSpace, heat: Heat | None = None) -> None:
@@ -199,7 +199,7 @@ class StepTaker:
         self._number = 0
 
     def take(self) -> tuple[Meta, Runs]:
-        """What changed since the step before."""
+        """Return the changes since the step before."""
         meta: Meta = self._mappings()
         vmas = list(self._vmas.values())
         geometry = self._space.geometry
@@ -223,7 +223,7 @@ class StepTaker:
         return meta, runs[np.argsort(runs.first, kind="stable")]
 
     def _mappings(self) -> Meta:
-        """What changed about the mappings and about the machine, as far as it is time to look."""
+        """Return the changes of the mappings and of the machine, if it is time to read them."""
         mapped = self._space.mapped()
         if mapped == self._mapped and self._number % MAPPINGS_EVERY:
             return {}
@@ -241,7 +241,7 @@ class StepTaker:
         return meta
 
     def _changed(self, columns: PteColumns, vma_first: NDArray[np.int64]) -> Runs:
-        """The runs of those PMD ranges in `columns` that differ from what was written of them."""
+        """Return the runs of those PMD ranges in `columns` that differ from the runs written last."""
         geometry = self._space.geometry
         cut = tuple(_by_range(columns.segments, geometry))
         runs = encode(replace(columns, segments=cut), vma_first, geometry.page_size)
@@ -263,7 +263,7 @@ class StepTaker:
         return Runs.joined([runs[differs[index]], _nothing_in(emptied, n)])
 
     def _emptied(self, segments: Sequence[Segment]) -> Runs:
-        """For every PMD range that was written and does not lie in `segments` any more, that it is empty."""
+        """Return an empty run for every PMD range that was written and does not lie in `segments` any more."""
         size = self._space.geometry.pmd_size
         known = np.array(sorted(self._sums), np.int64)
         spans = np.array([(start // size, -(-end // size)) for start, end in segments], np.int64).reshape(-1, 2)
@@ -277,13 +277,13 @@ class StepTaker:
 
 
 def _said(description: Description) -> dict[str, Any]:
-    """What a description says that may change from step to step."""
+    """Return the values of a description that may change from step to step."""
     said: dict[str, Any] = json.loads(description.to_json())
     return {key: said[key] for key in CHANGING}
 
 
 def _by_range(segments: Sequence[Segment], geometry: Geometry) -> Iterator[Segment]:
-    """`segments` cut at the borders of PMD ranges."""
+    """Yield `segments`, cut at the borders of PMD ranges."""
     size = geometry.pmd_size
     for start, end in segments:
         while start < end:
@@ -293,7 +293,7 @@ def _by_range(segments: Sequence[Segment], geometry: Geometry) -> Iterator[Segme
 
 
 def _nothing_in(numbers: list[int], ptes: int) -> Runs:
-    """Runs that say of some PMD ranges, by number, that they are empty."""
+    """Return runs that mark PMD ranges, by number, as empty."""
     count = len(numbers)
     return Runs(
         np.zeros(count, np.int32),
@@ -305,7 +305,7 @@ def _nothing_in(numbers: list[int], ptes: int) -> Runs:
 
 
 def _mixed(runs: Runs) -> NDArray[np.uint64]:
-    """A 64-bit number for each run that another run hardly ever has, and never 0."""
+    """Return a 64-bit hash of each run, never 0."""
     mixed: NDArray[np.uint64] = runs.first.astype(np.uint64)
     for column in (runs.pages, runs.state, runs.folio_order):
         mixed ^= mixed >> np.uint64(31)

@@ -1,14 +1,14 @@
 """A recording, opened: its steps, and the address space at each of them.
 
-What a step says besides its runs (:mod:`mthp.snapshot.stream`), all of it relative to the step before:
+In addition to its runs (:mod:`mthp.snapshot.stream`), a step has these keys, all relative to the step before:
 
-``seconds``      since the first step
-``cpu_seconds``  processor time that taking it took
-``vmas``         mappings that are new, or not what they were; by ``start``
-``vmas_gone``    addresses of mappings that are gone
-``counters``     what the machine counts, where the number is another one (:meth:`mthp.abilities.Counting.counters`)
-``changed``      keys of the description whose value is another one: switches, tunables, ...
-``accesses``     of a recording made from a trace: the pages that were used, in order (:func:`packed_pages`)
+``seconds``      seconds since the first step
+``cpu_seconds``  processor seconds used to take it
+``vmas``         mappings that are new, or changed; by ``start``
+``vmas_gone``    addresses of mappings that were removed
+``counters``     the machine's counters that changed (:meth:`mthp.abilities.Counting.counters`)
+``changed``      keys of the description with a new value: switches, tunables, ...
+``accesses``     of a recording made from a trace: the pages used, in order (:func:`packed_pages`)
 
 A recording that was cut off in the middle, because its writer was killed or its disk full, has all steps before.
 """
@@ -42,7 +42,7 @@ CHANGING = ("switches", "tunables", "thp_disabled", "missing")
 """Keys of the description that may change from step to step."""
 
 _PENDING = 64
-"""Steps whose runs are put together at a time."""
+"""Most steps with runs that are merged at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class Step:
 
     Attributes:
         number: 0 for the first.
-        seconds: since the first step.
-        cpu_seconds: processor time that taking it took.
-        counters: what the machine counted by then, by name.
-        rows: runs that it stored.
+        seconds: seconds since the first step.
+        cpu_seconds: processor seconds used to take it.
+        counters: the machine's counters at the step, by name.
+        rows: number of runs that it stored.
     """
 
     number: int
@@ -65,14 +65,14 @@ class Step:
 
 
 class Recording:
-    """A recording. Opening it reads the file once, to see how far it goes; each space is read from the file again.
+    """A recording. Opening it reads the file once, to find its end; each space is read from the file again.
 
     Attributes:
-        path: of the file.
-        description: of the target, as the recording began; without mappings.
-        steps: all that are whole, at least one.
+        path: path of the file.
+        description: description of the target at the beginning, without mappings.
+        steps: all complete steps, at least one.
         end: why it ended; ``""`` if it was cut off.
-        trouble: what a person should know of its end; ``""`` if nothing.
+        trouble: a message for the user about its end; ``""`` if none.
 
     Raises:
         UsageError: not a recording, or cut off before the end of its first step.
@@ -112,14 +112,14 @@ class Recording:
             )
 
     def step_at(self, text: str | None) -> int:
-        """The number of the step that a person means; the last for None.
+        """Return the number of the step that `text` selects; the last for None.
 
         Args:
             text: a number, counted from the end if it is negative; or a time from the beginning, such as ``30s``,
-                which means the last step by then.
+                which selects the last step by then.
 
         Raises:
-            UsageError: neither, or there is no such step.
+            UsageError: the text is neither, or the step does not exist.
         """
         if text is None:
             return len(self.steps) - 1
@@ -151,11 +151,11 @@ class Recording:
         return max(0, sum(step.seconds <= wanted for step in self.steps) - 1)
 
     def space(self, number: int = -1) -> RecordingSpace:
-        """The address space at a step.
+        """Return the address space at a step.
 
         Raises:
-            IndexError: there is no such step.
-            UsageError: the file says something that cannot be.
+            IndexError: the step does not exist.
+            UsageError: the file has an invalid value.
         """
         number = range(len(self.steps))[number]
         state = _State(self)
@@ -167,14 +167,14 @@ class Recording:
         return space.noting(self.trouble) if self.trouble and number == len(self.steps) - 1 else space
 
     def walk(self) -> Iterator[RecordingSpace]:
-        """The address space at every step, one after another; much less work than asking for each."""
+        """Yield the address space at every step; much less work than a call of :meth:`space` for each."""
         state = _State(self)
         for step, (meta, runs) in zip(self.steps, self._reader.steps(), strict=False):
             state.add(meta, runs)
             yield state.space(step)
 
     def accesses(self) -> Iterator[NDArray[np.int64]]:
-        """The page numbers that were used in each step, in order, if the recording was made from a trace."""
+        """Yield the page numbers used in each step, in order, if the recording was made from a trace."""
         for _, (meta, _) in zip(self.steps, self._reader.steps(), strict=False):
             if "accesses" in meta:
                 yield unpacked_pages(self.path, meta["accesses"])
@@ -184,7 +184,7 @@ class RecordingSpace(RecordedSpace):
     """The address space at one step of a recording.
 
     Args:
-        runs: all that was mapped then, by ascending address.
+        runs: all runs at the step, by ascending address.
     """
 
     def __init__(self, description: Description, runs: Runs, step: Step, path: str) -> None:
@@ -193,29 +193,29 @@ class RecordingSpace(RecordedSpace):
         self.step = step
 
     def noting(self, remark: str) -> RecordingSpace:
-        """The same, with one more thing that a person should know."""
+        """Return the same space with another remark for the user."""
         description = replace(self._description, missing=(*self._description.missing, remark))
         return RecordingSpace(description, self._runs, self.step, self._path)
 
     def counters(self) -> dict[str, int]:
-        """As recorded."""
+        """Return the counters as recorded."""
         return dict(self.step.counters)
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
-        """The entries of `segments` as recorded; what was not mapped then is none."""
+        """Return the entries of `segments` as recorded; addresses that were not mapped then are none."""
         spans = page_numbers(segments, self.geometry.page_size)
         state, folio_order = decode(self._runs, spans)
         return PteColumns(tuple(segments), state, folio_order)
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
-        """The parts of `segments` that hold runs, in aligned granules, clipped to their segment."""
+        """Return the parts of `segments` that hold runs, in aligned granules, clipped to their segment."""
         page_size = self.geometry.page_size
         found = granules(self._runs, page_numbers(segments, page_size), max(1, granule // page_size))
         return [(first * page_size, end * page_size) for _, first, end in found.tolist()]
 
 
 class _State:
-    """What is known after some steps."""
+    """State after some steps."""
 
     def __init__(self, recording: Recording) -> None:
         self._path = recording.path
@@ -226,7 +226,7 @@ class _State:
         self._pending: list[Runs] = []
 
     def add(self, meta: Meta, runs: Runs) -> None:
-        """Take one step."""
+        """Apply one step."""
         for start in _checked(self._path, meta, "vmas_gone", list, []):
             if not isinstance(start, int):
                 raise UsageError(f"{self._path}: damaged: a mapping that is gone has no address")
@@ -245,7 +245,7 @@ class _State:
                 RUNS.check(len(self._runs))
 
     def space(self, step: Step) -> RecordingSpace:
-        """The address space now."""
+        """Return the current address space."""
         self._put_together()
         vmas = [self._vmas[start] for start in sorted(self._vmas)]
         if _overlap(self._runs):
@@ -257,7 +257,7 @@ class _State:
         return RecordingSpace(description, self._runs, step, self._path)
 
     def _put_together(self) -> None:
-        """Of every PMD range the runs of the last step that stored it."""
+        """Keep, of every PMD range, the runs of the last step that stored it."""
         parts = [self._runs, *self._pending]
         self._pending = []
         if not any(len(part) for part in parts[1:]):
@@ -290,15 +290,15 @@ def _checked_counters(path: str, counters: dict[str, Any]) -> dict[str, int]:
 
 
 def packed_pages(pages: NDArray[np.int64]) -> str:
-    """Page numbers as text: differences from one to the next, int64, deflated, base 64."""
+    """Return page numbers as text: differences between neighbours, int64, deflated, base 64."""
     return base64.b64encode(zlib.compress(np.diff(pages, prepend=np.int64(0)).tobytes(), 3)).decode()
 
 
 def unpacked_pages(path: str, text: object) -> NDArray[np.int64]:
-    """What :func:`packed_pages` packed.
+    """Return the page numbers that :func:`packed_pages` packed.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: the text is not valid.
     """
     with named(path):
         try:

@@ -1,4 +1,4 @@
-"""Results in Parquet files, as rows of Python objects: small tables with figures and names in them."""
+"""Results in Parquet files, as rows of Python objects: small tables of figures and names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def columns_and_metadata(path: str | os.PathLike[str]) -> tuple[list[str], dict[bytes, bytes]]:
-    """The names of the columns of the Parquet file at `path`, and what is told beside them; nothing of other files."""
+    """Return the column names and the metadata of the Parquet file at `path`; empty for other files."""
     if begins(path, len(PARQUET_MAGIC)) != PARQUET_MAGIC:
         return [], {}
     try:
@@ -28,16 +28,16 @@ def columns_and_metadata(path: str | os.PathLike[str]) -> tuple[list[str], dict[
 
 
 def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], dict[bytes, bytes]]:
-    """The rows of the Parquet file at `path`, and what is told beside them.
+    """Return the rows and the metadata of the Parquet file at `path`.
 
     Raises:
-        UsageError: it cannot be read, is damaged, or larger than a result may be.
+        UsageError: it cannot be read, is damaged, or exceeds the bounds.
     """
     with reading(os.fspath(path)), open_regular(path) as file:
         parquet = open_parquet(file)
         metadata = parquet.metadata
         CELLS.check(metadata.num_rows * metadata.num_columns)
-        # Arrow would repeat a text for every row that has it; as a dictionary it does not.
+        # Arrow would repeat a text for every row; as a dictionary it does not.
         texts = [field.name for field in parquet.schema_arrow if _is_text(field.type)]
         _check_sizes(parquet, file)
         file.seek(0)
@@ -73,7 +73,7 @@ def _is_figure(kind: Any) -> bool:
 
 
 def _text_bytes(column: Any) -> int:
-    """The bytes of all texts of a column whose texts are in dictionaries."""
+    """Return the bytes of all texts of a column with dictionaries."""
     compute = pyarrow("pyarrow.compute")
     total = 0
     for chunk in column.chunks:

@@ -1,18 +1,18 @@
 """Runs of pages with equal state: from columns to runs, and back.
 
-A process of 64 GiB has 16 million page table entries, but its memory was mostly faulted in and freed in stretches:
-a few hundred thousand runs describe it, and none pages need no run at all. This module turns blocks of
-:class:`~mthp.ptes.PteColumns` into :class:`Runs` and cuts any segments out of runs again.
+A process of 64 GiB has 16 million page table entries, but its memory was mostly faulted in and freed in stretches. A
+few hundred thousand runs describe it, and none pages need no runs. This module turns blocks of
+:class:`~mthp.ptes.PteColumns` into :class:`Runs`, and cuts segments out of runs again.
 
-Everything is counted in page numbers (address / page size), as int64: an address of the highest pages, such as that
-of ``[vsyscall]``, does not fit a signed 64-bit integer, and the end of the address space fits no 64-bit integer at
-all, while their page numbers do.
+All positions are page numbers (address / page size), as int64: an address of the highest pages, such as that of
+``[vsyscall]``, does not fit a signed 64-bit integer, and the end of the address space does not fit any 64-bit integer,
+but their page numbers do.
 
-Encoding marks the page at which a run begins: the first of each segment, and each whose state or folio order differs
-from its predecessor's. Neighbours that two blocks have cut apart are joined afterwards, so the runs do not depend on
-the block size. Decoding finds, for each segment, the slice of runs that overlap it (two binary searches, as runs are
-sorted and disjoint), clips them to it, and lays them out with the gaps in between: gap, run, gap, run, ..., gap. One
-``np.repeat`` over that list is the column, whatever the number of segments.
+Encoding marks the page at which a run begins: the first of each segment, and each that differs in state or folio order
+from its predecessor. Neighbours in different blocks are joined afterwards, so the runs do not depend on the block size.
+Decoding finds, for each segment, the slice of runs that overlap it (two binary searches, because runs are sorted and
+disjoint), clips them to it, and lays them out with the gaps in between: gap, run, gap, run, ..., gap. One ``np.repeat``
+over that list is the column, whatever the number of segments.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Runs(Table):
 
 
 def checked_runs(columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_size: int, address_limit: int) -> Runs:
-    """The runs that the columns `start`, `pages`, `state` and `folio_order` of a file stand for.
+    """Return the runs in the columns `start`, `pages`, `state` and `folio_order` of a file.
 
     Raises:
-        UsageError: one of them has no whole pages, or does not lie below `address_limit`.
+        UsageError: a run does not have whole pages, or does not lie below `address_limit`.
     """
     start, pages, state, folio_order = columns
     first, most = start // page_size, address_limit // page_size
@@ -68,15 +68,15 @@ def checked_runs(columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_s
 
 
 def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int64]:
-    """Segments of addresses as page numbers: int64, shape (segments, 2)."""
+    """Return segments of addresses as page numbers: int64, shape (segments, 2)."""
     return np.array([(start // page_size, end // page_size) for start, end in segments], np.int64).reshape(-1, 2)
 
 
 def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) -> Runs:
-    """The runs of `columns`, none pages left out.
+    """Return the runs of `columns`, without none pages.
 
     Args:
-        columns: of segments that each lie in one mapping.
+        columns: columns of segments that each lie in one mapping.
         vma_first: int64, shape (vmas,), ascending: number of the first page of each mapping.
     """
     if not len(columns.state):
@@ -99,7 +99,7 @@ def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) ->
 
 
 def joined(runs: Runs) -> Runs:
-    """`runs` with neighbours of the same mapping, state and order made one."""
+    """Return `runs` with neighbours of the same mapping, state and order joined."""
     if not len(runs):
         return runs
     heads = np.ones(len(runs), np.bool_)
@@ -111,10 +111,10 @@ def joined(runs: Runs) -> Runs:
 
 
 def decode(runs: Runs, spans: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.int8]]:
-    """The state and folio order of every page of `spans`, one span after another.
+    """Return the state and folio order of every page of `spans`, one span after another.
 
     Args:
-        runs: those that overlap any of the spans; more do no harm.
+        runs: runs that overlap any of the spans; others are ignored.
         spans: int64, shape (spans, 2): page numbers, half-open, in any order.
 
     Returns:
@@ -136,7 +136,7 @@ def decode(runs: Runs, spans: NDArray[np.int64]) -> tuple[NDArray[np.uint16], ND
 
 
 def granules(runs: Runs, spans: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Which aligned granules of `spans` the runs touch, neighbours joined.
+    """Return the aligned granules of `spans` that the runs touch, neighbours joined.
 
     Args:
         spans: int64, shape (spans, 2): page numbers, half-open.
@@ -152,7 +152,7 @@ def granules(runs: Runs, spans: NDArray[np.int64], size: int) -> NDArray[np.int6
 
 
 def join_granules(parts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`parts` as :func:`granules` gives them, ascending within each span, with those that touch made one."""
+    """Join those `parts` of :func:`granules` that touch; they must ascend within each span."""
     heads = np.ones(len(parts), np.bool_)
     heads[1:] = (parts[1:, 0] != parts[:-1, 0]) | (parts[1:, 1] > parts[:-1, 2])
     lasts = np.append(heads[1:], True)[: len(heads)]
@@ -162,7 +162,7 @@ def join_granules(parts: NDArray[np.int64]) -> NDArray[np.int64]:
 def _overlaps(
     runs: Runs, spans: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Every pair of a span and a run that overlap: index of the span, of the run, first page, page behind."""
+    """Return every pair of a span and a run that overlap: index of the span, of the run, first page, page behind."""
     # An empty span that lies inside a run overlaps nothing.
     spans = np.where(spans[:, :1] < spans[:, 1:], spans, 0)
     low = np.searchsorted(runs.end, spans[:, 0], "right")

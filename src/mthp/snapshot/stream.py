@@ -1,16 +1,16 @@
-"""The file of a recording: an Arrow IPC stream, which is whole up to any batch that is.
+"""The file of a recording: an Arrow IPC stream, which is readable up to its last complete batch.
 
-A Parquet file says at its end what it is, so half of one is nothing. In Arrow's stream format every record batch
-stands for itself behind a header that says how long it is: a writer that is killed, or a disk that is full, costs the
-last batch, and what lies before can be read as if nothing had happened. Any Arrow library reads the file.
+A Parquet file has its description at its end, so half of one is useless. In Arrow's stream format every record batch is
+independent, behind a header with its length: if the writer is killed, or the disk is full, only the last batch is lost,
+and the ones before can be read as usual. Any Arrow library reads the file.
 
 One batch is one step. Its rows are runs of pages (:mod:`mthp.snapshot.runs`), cut at the borders of PMD ranges:
-``start`` an address, ``pages``, ``state`` and ``folio_order``. All runs of each PMD range that differs from the step
-before are there, and nothing of the others. A row with ``state`` 0 says that a range is empty now.
+``start`` is an address; the others are ``pages``, ``state`` and ``folio_order``. A step has all runs of each PMD range
+that differs from the step before, and none of the others. A row with ``state`` 0 marks a range as empty.
 
-What else a step says is one JSON object in the batch's metadata, under :data:`KEY`: see
+The other data of a step are one JSON object in the batch's metadata, under :data:`KEY`: see
 :mod:`mthp.snapshot.recording`. Its ``crc`` is that of the rows. The stream's schema has the description of the
-recording under the same key, and the last batch an ``end``, so that a reader knows whether it has seen everything.
+recording under the same key, and the last batch an ``end``, so that a reader knows whether the file is complete.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from mthp.snapshot.table import pyarrow, reading
 
 KEY = "mthp.recording"
 MAGIC = b"\xff\xff\xff\xff"
-"""How an Arrow stream begins: the mark before the length of its first message."""
+"""First bytes of an Arrow stream: the mark before the length of its first message."""
 
 PLAIN_STEPS = b"mthpstep"
-"""How a plain recording begins (:mod:`mthp.snapshot.plain`)."""
+"""First bytes of a plain recording (:mod:`mthp.snapshot.plain`)."""
 
 COLUMNS = {"start": "uint64", "pages": "uint64", "state": "uint16", "folio_order": "int8"}
 """Columns of the table and their Arrow types."""
@@ -47,22 +47,22 @@ Meta = dict[str, Any]
 
 
 def is_recording(path: str | os.PathLike[str]) -> bool:
-    """Whether the file at `path` begins as a recording does; what cannot be read does not."""
+    """Return whether the file at `path` begins as a recording does; False if it cannot be read."""
     return begins(path, len(PLAIN_STEPS)).startswith((MAGIC, PLAIN_STEPS))
 
 
 class StreamWriter:
     """Writes a recording step by step; each is in the file when :meth:`add` returns. A context manager.
 
-    The file has its name from the first step on: what was there before is replaced by something that can be read.
+    The file gets its name with the first step, so that only a readable file replaces an existing one.
 
     Args:
-        path: of a new file, readable by its owner only.
+        path: path of a new file, readable by its owner only.
         overwrite: replace a regular file or a symbolic link of that name.
 
     Attributes:
-        bytes: written so far.
-        steps: that are whole.
+        bytes: bytes written so far.
+        steps: number of complete steps.
 
     Raises:
         UsageError: the file exists or cannot be created.
@@ -107,8 +107,8 @@ class StreamWriter:
         """Append one step.
 
         Args:
-            runs: as the module says; a run of state 0 empties its range.
-            meta: what else the step says; JSON.
+            runs: runs in the form of the module's docstring; a run of state 0 empties its range.
+            meta: other data of the step; JSON.
 
         Raises:
             MthpError: the file cannot be written. If this is the first step, no file is left.
@@ -122,7 +122,7 @@ class StreamWriter:
             said = f"what was recorded before is whole, and can be read; steps: {self.steps}"
             raise MthpError(error.message, help=said) from error
         if not self.steps:
-            # Only now is there something to read.
+            # Before the first step the file is not readable.
             self._new.publish()
         self.steps += 1
 
@@ -152,7 +152,7 @@ class StreamReader:
     """Reads a recording from its beginning.
 
     Attributes:
-        description: of the recording, as it began.
+        description: description of the recording at its beginning.
 
     Raises:
         UsageError: missing, unreadable, not a recording, or of a newer version.
@@ -183,11 +183,11 @@ class StreamReader:
             yield file, stream
 
     def steps(self) -> Iterator[tuple[Meta, Runs]]:
-        """All steps that are whole, from the first one on. After a step that is not nothing is read.
+        """Yield all complete steps, from the first one on; nothing after an incomplete step is read.
 
         Yields:
-            What the step says, and its runs; their `vma` is not set. What a step says has ``broken`` as its only key,
-            with the reason, where the file breaks off or is damaged.
+            The JSON object of a step, and its runs; their `vma` is not set. Where the file breaks off or is damaged,
+            the object has only the key ``broken``, with the reason.
         """
         arrow = pyarrow()
         with self._opened() as (file, stream):
@@ -202,7 +202,7 @@ class StreamReader:
                 except StopIteration:
                     return
                 except UsageError as error:
-                    # What passes a bound is not a file that broke off: its reader has to know.
+                    # A file beyond a bound is not a truncated file: the reader must report it.
                     if error.help:
                         raise UsageError(f"{self.path}: {error.message}", help=error.help) from error
                     yield {"broken": error.message}, Runs.joined([])

@@ -1,4 +1,4 @@
-"""The Parquet file of a snapshot. pyarrow is imported when a file is opened, and not before.
+"""The Parquet file of a snapshot. pyarrow is imported only when a file is opened.
 
 One row is one run (:mod:`mthp.snapshot.runs`); ``start`` is an address in bytes. Row groups hold about
 :data:`ROW_GROUP_RUNS` rows each, so that writer and reader need the memory of a few row groups, not of the file.
@@ -34,7 +34,7 @@ COLUMNS = {"vma": "int32", "start": "uint64", "pages": "uint64", "state": "uint1
 
 
 def pyarrow(module: str = "pyarrow") -> Any:
-    """The optional dependency, imported now.
+    """Return the optional dependency, imported now.
 
     Raises:
         UnsupportedError: it is not installed, or does not work.
@@ -49,14 +49,14 @@ def pyarrow(module: str = "pyarrow") -> Any:
 
 
 def _arrow_errors() -> tuple[type[Exception], ...]:
-    """Return what pyarrow raises, if it was imported: without it, none of its errors can be on its way."""
+    """Return pyarrow's exceptions if it was imported; without it, it cannot raise any."""
     arrow = sys.modules.get("pyarrow")
     return () if arrow is None else (arrow.ArrowException,)
 
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turn what can go wrong while `path` is read into a :class:`~mthp.errors.UsageError` that names it."""
+    """Turn errors from reading `path` into a :class:`~mthp.errors.UsageError` with the path."""
     try:
         yield
     except UsageError as error:
@@ -71,15 +71,15 @@ def reading(path: str) -> Iterator[None]:
 
 
 class RunWriter:
-    """Writes runs into a file in row groups. A context manager; without :meth:`finish` the file is not whole.
+    """Writes runs into a file in row groups. A context manager; without :meth:`finish` the file is incomplete.
 
     Args:
         file: open for writing, at its start.
-        path: what to call it in errors.
+        path: name of the file in errors.
 
     Attributes:
         runs: rows written so far.
-        pages: base pages in them.
+        pages: number of base pages in them.
     """
 
     def __init__(self, file: BinaryIO, path: str, page_size: int) -> None:
@@ -93,7 +93,7 @@ class RunWriter:
             self._begin(file)
 
     def add(self, runs: Runs) -> None:
-        """Append runs that lie behind all before them. The last is held back: the next block may go on with it.
+        """Append runs that lie behind all before them. The last is held back, because the next block may extend it.
 
         Raises:
             MthpError: the file cannot be written.
@@ -106,7 +106,7 @@ class RunWriter:
             self._flush()
 
     def finish(self, description: Description) -> Description:
-        """Write what is left, then `description` with the number of pages put in, which is given back.
+        """Write the remaining runs, then `description` with the number of pages; return that description.
 
         Raises:
             MthpError: the file cannot be written.
@@ -157,7 +157,7 @@ class RunWriter:
         self._writer.close()
 
     def _close(self) -> None:
-        # After a failure the writer would finish its file when it is garbage collected, long after the file is gone.
+        # After a failure the writer would finish its file when it is garbage collected, after the file was removed.
         with contextlib.suppress(OSError):
             self._writer.close()
 
@@ -174,7 +174,7 @@ class RunReader:
     """An open snapshot file: its description, and its runs by row group.
 
     Attributes:
-        description: checked; what it says of the runs is not compared with them here.
+        description: checked, but not compared with the runs.
 
     Raises:
         UsageError: missing, unreadable, not a snapshot, damaged, or of a newer version.
@@ -189,7 +189,7 @@ class RunReader:
             self._opened = opened.pop_all()
 
     def _open(self, file: BinaryIO) -> None:
-        """Read the description, and see how many runs there are."""
+        """Read the description and the number of runs."""
         self._parquet = _snapshot(file)
         self.description = _description(self._parquet)
         RUNS_IN_ALL.check(self._row_count)
@@ -200,7 +200,7 @@ class RunReader:
 
     @property
     def row_groups(self) -> int:
-        """How many there are."""
+        """Number of row groups."""
         return int(self._parquet.num_row_groups)
 
     @property
@@ -209,10 +209,10 @@ class RunReader:
         return self.description.info(self.path, self._row_count, self._size)
 
     def runs(self, row_group: int) -> Runs:
-        """The runs of one row group, their state in this version's bits.
+        """Return the runs of one row group, their state in this version's bits.
 
         Raises:
-            UsageError: damaged.
+            UsageError: the row group is damaged.
         """
         with reading(self.path):
             runs = self._read(row_group)
@@ -242,44 +242,44 @@ class RunReader:
 
 
 PARQUET_MAGIC = b"PAR1"
-"""How a Parquet file begins."""
+"""First bytes of a Parquet file."""
 
 PLAIN_RUNS = b"mthpruns"
-"""How a plain snapshot begins (:mod:`mthp.snapshot.plain`)."""
+"""First bytes of a plain snapshot (:mod:`mthp.snapshot.plain`)."""
 
 _FOOTER = {"thrift_string_size_limit": 1 << 27, "thrift_container_size_limit": 1 << 20}
-"""What Arrow takes of a footer: bytes of one text, which the description is, and elements of one list."""
+"""Arrow's limits on a footer: bytes of one text, such as the description, and elements of one list."""
 
 
 def open_parquet(file: BinaryIO, **options: Any) -> Any:
-    """The Parquet file in `file`; nothing of its columns is read yet.
+    """Return the Parquet file in `file`, with its columns not read yet.
 
     Raises:
-        ArrowException, OSError: it is something else, or damaged; :func:`reading` turns them into a UsageError.
+        ArrowException, OSError: it is not a Parquet file, or damaged; :func:`reading` turns them into a UsageError.
     """
     return pyarrow("pyarrow.parquet").ParquetFile(file, page_checksum_verification=True, **_FOOTER, **options)
 
 
 def _check_row_group(parquet: Any, file: BinaryIO, number: int) -> None:
-    """Check what reading a row group would take.
+    """Check the memory that reading a row group would need.
 
     Raises:
-        UsageError: too much, or the file contradicts itself.
+        UsageError: it is too much, or the file contradicts itself.
     """
     group = parquet.metadata.row_group(number)
     RUNS.check(group.num_rows)
     for index in range(group.num_columns):
         chunk = group.column(index)
-        # A value of the widest column has 8 bytes; besides there are levels, a dictionary, and checksums.
+        # A value of the widest column has 8 bytes; the rest is for levels, a dictionary, and checksums.
         if chunk.path_in_schema in COLUMNS and inflated_bytes(file, chunk) > 16 * group.num_rows + (1 << 20):
             raise UsageError("damaged: its columns are larger than its rows")
 
 
 def _snapshot(file: BinaryIO) -> Any:
-    """The Parquet file in `file`, which must have this project's columns and key.
+    """Return the Parquet file in `file`, checked to have this project's key.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is another file.
     """
     magic = file.read(4)
     if magic != PARQUET_MAGIC:
@@ -294,7 +294,7 @@ _MAKE_ONE = "make one with: mthp snapshot PID -o FILE"
 
 
 def _description(parquet: Any) -> Description:
-    """The file's description; its columns are checked after the version, which may explain why they differ."""
+    """Return the file's description; its columns are checked after the version, which may explain a difference."""
     description = Description.from_json(parquet.metadata.metadata[KEY.encode()])
     schema = parquet.schema_arrow
     for name, kind in COLUMNS.items():

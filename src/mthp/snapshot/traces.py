@@ -1,15 +1,14 @@
-"""Traces of memory accesses, as text that standard tools write: which pages were used, in order, and when.
+"""Traces of memory accesses, as text that standard tools write: pages used, in order, and when.
 
 ``lackey``  ``valgrind --tool=lackey --trace-mem=yes --log-file=FILE PROGRAM``: every load and store. Instruction
-            fetches are left out: they go through another TLB. There are no times, so a step is
+            fetches are left out, because they use another TLB. It has no times, so a step is
             :data:`ACCESSES_A_STEP` lines.
-``perf``    ``perf script > FILE`` of samples that have an address: ``perf mem record``, or ``perf record -d``.
+``perf``    ``perf script > FILE`` of samples with an address: ``perf mem record``, or ``perf record -d``.
             Addresses of the kernel are left out. A step is one second.
-``damon``   ``damo report access --raw_form``, in older versions of damo ``damo report raw``: for every interval how
-            often regions were found accessed. A region that was counts as used throughout. A step is one interval.
+``damon``   ``damo report access --raw_form``, in older versions of damo ``damo report raw``: for every interval the
+            number of accesses found in each region. An accessed one counts as used throughout. A step is one interval.
 
-What a line of another form may be: the program's own output in between, or a remark of the tool. It is passed over,
-and counted.
+Lines of another form may be the program's own output, or a remark of the tool. They are skipped, and counted.
 """
 
 from __future__ import annotations
@@ -34,29 +33,29 @@ from mthp.files import open_regular
 from mthp.snapshot.bounds import ACCESSES
 
 ACCESSES_A_STEP = 1 << 20
-"""Accesses of a trace without times that make one step."""
+"""Accesses that make one step of a trace without times."""
 
 SECONDS_A_STEP = 1.0
 
 PROBE_LINES = 2000
-"""Lines by which the kind of a trace is found out."""
+"""Lines from which the kind of a trace is detected."""
 
 USER_LIMIT = 1 << 63
-"""Addresses from here on are the kernel's, on every architecture."""
+"""Addresses from here on belong to the kernel, on every architecture."""
 
 REGION_LIMIT = 1 << 46
-"""Bytes that one region of DAMON may have to be believed."""
+"""Most bytes of a plausible region of DAMON."""
 
 MOST_DIGITS = 20
-"""Digits of nanoseconds: of 64-bit ones."""
+"""Digits of a 64-bit number of nanoseconds."""
 
 LINE_LIMIT = 1 << 10
-"""Characters of a line; a longer one, such as a program's output, is passed over. The tools write at most 300."""
+"""Characters of a line; longer ones, such as a program's output, are skipped. The tools write at most 300."""
 
 _LACKEY = re.compile(r" [LSM] +([0-9a-f]{1,16}),\d+\s*\Z")
 _LACKEY_OTHER = re.compile(r"I  [0-9a-f]+,\d+\s*\Z|==\d+== ")
 _PERF = re.compile(
-    # A name of a process ends at a word's end, which keeps the search from trying every character of a long line.
+    # A process name ends at a word's end, which keeps the search from trying every character of a long line.
     r"\s*+(?:\S.*?(?<=\S)\s++-?\d++(?:/-?\d++)?\s++(?:\[\d++\]\s++)?)?"
     r"(?P<time>\d{1,15}\.\d{1,15}):\s++(?:(?:\d++\s++)?(?=[\d:]*+[^\s\d:])\S++(?<=:)\s++)?"
     r"(?P<address>[0-9a-f]{1,16})(?:\s|\Z)"
@@ -79,17 +78,17 @@ _BINARY = {
 }
 
 Progress = Callable[[int, int], None]
-"""Told (bytes read, bytes in all) after every step."""
+"""Called with (bytes read, bytes in all) after every step."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceStep:
-    """What was used in one step.
+    """The accesses of one step.
 
     Attributes:
-        seconds: when it ended, from the beginning of the trace; the number of the step where there are no times.
-        pages: int64, shape (uses,): page numbers in order, the same one not twice in a row.
-        accesses: lines that this is from.
+        seconds: its end, in seconds from the beginning of the trace; without times, the number of the step.
+        pages: int64, shape (uses,): page numbers in order, without repetitions in a row.
+        accesses: number of lines with its accesses.
     """
 
     seconds: float
@@ -101,15 +100,15 @@ class Trace:
     """An open trace. Iterating over :meth:`steps` reads it once.
 
     Args:
-        kind: ``lackey``, ``perf`` or ``damon``; found out if None.
-        page_size: of base pages, in bytes.
+        kind: ``lackey``, ``perf`` or ``damon``; detected if None.
+        page_size: size of base pages, in bytes.
 
     Attributes:
-        kind: of the trace.
-        skipped: lines that were passed over so far.
+        kind: kind of the trace.
+        skipped: number of lines skipped so far.
 
     Raises:
-        UsageError: missing, unreadable, no trace, or not of that kind.
+        UsageError: missing, unreadable, not a trace, or not of that kind.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str | None, page_size: int) -> None:
@@ -129,10 +128,10 @@ class Trace:
         self.kind = found
 
     def steps(self, progress: Progress | None = None) -> Iterator[TraceStep]:
-        """The steps of the trace in which anything was used.
+        """Yield the steps of the trace that have accesses.
 
         Raises:
-            UsageError: there is no access in it, or it cannot be read.
+            UsageError: the trace has no access, or cannot be read.
         """
         some = False
         size = Path(self.path).stat().st_size
@@ -169,7 +168,7 @@ class Trace:
             match = _PERF.match(line)
             bare = None if match else _PERF_ADDRESS.match(line)
             if match is None and bare is None:
-                # Lines of a call chain and empty ones are no surprise.
+                # Lines of a call chain and empty ones are expected.
                 self.skipped += bool(line.strip())
                 continue
             at = float(match["time"]) if match else 0.0
@@ -196,7 +195,7 @@ class Trace:
                 seconds = _nanoseconds(match[1]) / 1e9
             elif match := _REGION.match(line):
                 start, end = int(match[1], 16), int(match[2], 16)
-                # A number of accesses that is not 0, however many digits it has.
+                # A number of accesses other than 0, whatever its number of digits.
                 hits = (match[3] or match[4] or "").replace("0", "").split()
                 if not start < end <= USER_LIMIT or end - start > REGION_LIMIT:
                     self.skipped += 1
@@ -220,7 +219,7 @@ class Trace:
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    """The lines of `file`; of one that is too long only an empty one, so that it is neither an access nor memory."""
+    """Yield the lines of `file`; instead of too long a line, a short one that is not an access."""
     while line := file.readline(LINE_LIMIT):
         whole = True
         while len(line) == LINE_LIMIT and not line.endswith("\n"):
@@ -237,10 +236,10 @@ KINDS: dict[str, Callable[[Trace, Iterator[str]], Iterator[TraceStep]]] = {
 
 
 def _kind_of(path: str) -> str | None:
-    """The kind of the trace at `path` by its first lines; None if it is none that is known.
+    """Return the kind of the trace at `path` by its first lines; None if it is not known.
 
     Raises:
-        UsageError: missing, unreadable, or a binary file that has to be made text first.
+        UsageError: missing, unreadable, or a binary file that must be converted to text first.
     """
     try:
         with open_regular(path) as file:
@@ -271,7 +270,7 @@ def _example(path: str) -> str:
 
 
 def _nanoseconds(text: str) -> float:
-    """A time as damo writes it, such as ``2 m 19.834 s``, or nanoseconds."""
+    """Return the nanoseconds in a time as damo writes it, such as ``2 m 19.834 s``, or a number of nanoseconds."""
     if text.isdecimal():
         return float(text[:MOST_DIGITS])
     return sum(float(number) * _NANOSECONDS[unit] for number, unit in _TIME.findall(text))
