@@ -1,13 +1,13 @@
-"""What sees the accesses of a process: DAMON, idle page tracking, or the young bits; the best that this machine has.
+"""Measure the accesses of a process by DAMON, idle page tracking, or young bits; the best that this machine has.
 
-- :mod:`~mthp.linux.heat.damon` samples each PMD range, by virtual addresses or by the frames behind them. It takes
-  nothing from reclaim: where it clears a young bit, it notes that the folio is young.
-- :mod:`~mthp.linux.heat.idle` samples single pages of each PMD range, and takes nothing either.
-- :mod:`~mthp.linux.heat.young` tells how much of each mapping was used. The pages look unused to reclaim until they are
+- :mod:`~mthp.linux.heat.damon` samples each PMD range, by virtual addresses or by the frames behind them. It does not
+  disturb reclaim: where it clears a young bit, it records that the folio is young.
+- :mod:`~mthp.linux.heat.idle` samples single pages of each PMD range, and does not disturb reclaim either.
+- :mod:`~mthp.linux.heat.young` measures the used part of each mapping. The pages look unused to reclaim until they are
   used again.
 
-Each is a :class:`HeatSource`. It takes as long as the caller says, and no more than :data:`MAX_SHARE` of one processor:
-the intervals between two looks grow until that is so.
+Each is a :class:`HeatSource`. The caller sets the duration. A source uses at most :data:`MAX_SHARE` of one processor:
+the intervals between two samples grow until that is so.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from mthp.ptes import Segment
 from mthp.vma import VmaKind
 
 MAX_SHARE = 0.05
-"""The part of one processor that seeing accesses may take, the kernel's threads included: what a collapse is worth is
-a few per cent of a program's time, and must not be spent beforehand."""
+"""The share of one processor that measuring may use, kernel threads included: a collapse saves a few per cent of a
+program's time, which must not be spent beforehand."""
 
 ROUND_SECONDS = 1.0
-"""From one look at all pages to the next, at least, for sources that look at all at once."""
+"""Shortest time between two reads of all pages, in seconds, for sources that read all pages at once."""
 
 PATIENCE = 0.05
-"""Seconds between two looks at whether to stop."""
+"""Seconds between two checks whether to stop."""
 
 Stop = Callable[[], bool]
 
 
 class HeatSource(Protocol):
-    """One way to see accesses."""
+    """A way to measure accesses."""
 
     def measure(self, space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
-        """Return what was accessed for some time; less once `stop` returns True.
+        """Return the accesses of `seconds`; of a shorter time once `stop` returns True.
 
         Raises:
-            UnsupportedError: this kernel does not have it, or another program uses it.
-            NotPermittedError: these rights do not suffice.
+            UnsupportedError: this kernel lacks it, or another program uses it.
+            NotPermittedError: these rights are not sufficient.
         """
 
 
 def measure_heat(space: ProcessSpace, request: HeatRequest, stop: Stop) -> Heat:
-    """Return what `space` accesses for the time that `request` names, by the source that it names.
+    """Return the accesses of `space` for the time, and by the source, of `request`.
 
     Raises:
         UnsupportedError, NotPermittedError, TargetVanishedError: as :meth:`HeatSource.measure`; for ``auto`` of all
@@ -79,17 +79,17 @@ def measure_heat(space: ProcessSpace, request: HeatRequest, stop: Stop) -> Heat:
 
 
 def anonymous_segments(space: ProcessSpace) -> list[Segment]:
-    """Return where anonymous memory of `space` may be populated, in whole PMD ranges, without overlap."""
+    """Return the whole PMD ranges in which anonymous memory of `space` may be populated, without overlap."""
     size = space.geometry.pmd_size
     whole = [(vma.start, vma.end) for vma in space.vmas() if vma.kind is VmaKind.ANON]
     return space.populated([segment for segment in whole if segment[1] - segment[0] >= size], size)
 
 
 def pmd_pieces(segments: list[Segment], size: int, most: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Cut `segments` at multiples of `size`, or of a multiple of it so that about `most` pieces come of them.
+    """Cut `segments` at multiples of `size`, or of a multiple of it that leads to about `most` pieces.
 
     Returns:
-        Where each piece begins and ends: uint64, shape (pieces,).
+        Start and end of each piece: uint64, shape (pieces,).
     """
     total = sum(end - start for start, end in segments)
     size *= max(1, -(-total // (size * most)))
@@ -104,9 +104,9 @@ def pmd_pieces(segments: list[Segment], size: int, most: int) -> tuple[NDArray[n
 
 
 def rounds(seconds: float, stop: Stop) -> Iterator[None]:
-    """Yield after every round in which the target may use its memory; the caller looks at all pages then.
+    """Yield after every round in which the target may use its memory; the caller then reads all pages.
 
-    A round is as long as keeps the processor time of this process, and of the kernel on its behalf, below
+    A round is long enough to keep the processor time of this process, and of the kernel on its behalf, below
     :data:`MAX_SHARE`.
     """
     end, length = time.monotonic() + seconds, min(ROUND_SECONDS, seconds)
@@ -122,7 +122,7 @@ def rounds(seconds: float, stop: Stop) -> Iterator[None]:
 
 
 def wait(seconds: float, stop: Stop) -> None:
-    """Let `seconds` pass; less once `stop` returns True."""
+    """Wait `seconds`; less once `stop` returns True."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and not stop():
         time.sleep(min(left, PATIENCE))

@@ -1,16 +1,16 @@
-"""Accesses by DAMON: the kernel samples one page of every region, at every interval.
+"""Measure accesses by DAMON: the kernel samples one page of every region, at every interval.
 
-An instance of our own is made in sysfs (Documentation/admin-guide/mm/damon/usage.rst), with fixed regions: the virtual
-addresses of the target's anonymous memory (``fvaddr``), or where the kernel has only physical ones (``paddr``) the
-frames behind it. Its scheme does nothing (``stat``) but list the regions with their accesses (``tried_regions``, Linux
-6.2).
+mthp makes an instance of its own in sysfs (Documentation/admin-guide/mm/damon/usage.rst), with fixed regions: the
+virtual addresses of the target's anonymous memory (``fvaddr``), or where the kernel has only physical ones (``paddr``)
+the frames behind it. Its scheme (``stat``) only lists the regions with their accesses (``tried_regions``, Linux 6.2).
 
 sysfs holds the kdamonds of all programs in one list, which cannot grow while one of them runs, and loses all of them
-when it is resized (damon_sysfs_kdamonds_add_dirs(), mm/damon/sysfs.c). So ours is made only where there is none. It is
-in the journal under a mark (:mod:`mthp.linux.journal.instance`): what ends us, it is ended, too.
+when it is resized (damon_sysfs_kdamonds_add_dirs(), mm/damon/sysfs.c). So mthp makes its kdamond only where there is
+none. It is in the journal under a mark (:mod:`mthp.linux.journal.instance`), so that it ends with mthp, however that
+ends.
 
-Cost: a region is checked once for each sample. So the interval grows with the number of regions, and again if the
-kdamond turns out to take more of a processor than :data:`~mthp.linux.heat.MAX_SHARE`.
+Cost: each sample checks a region once. So the interval grows with the number of regions, and again if the kdamond uses
+more of a processor than :data:`~mthp.linux.heat.MAX_SHARE`.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ from mthp.linux.sysfs import ThpSysfs
 from mthp.ptes import Segment
 
 MOST_PIECES = 1024
-"""Regions at first: with that many, 2 GiB of x86-64 are seen PMD range by PMD range."""
+"""Initial number of regions at most: enough to monitor 2 GiB of x86-64 PMD range by PMD range."""
 
 SHORTEST_SAMPLE, LONGEST_SAMPLE = 0.005, 0.5
 """Seconds from one sample to the next."""
 
 CHECK_SECONDS = {"fvaddr": 2e-6, "paddr": 6e-6}
-"""What one sample of one region takes at first reckoning; the kdamond's processor time corrects it."""
+"""Initial estimate of the seconds for one sample of one region; the kdamond's processor time corrects it."""
 
 SAMPLES = 10
 """Samples in one aggregation, at least."""
 
 AGGREGATION = 0.2
-"""Seconds of one aggregation, at least: reading all regions takes some milliseconds."""
+"""Shortest aggregation in seconds: reading all regions takes some milliseconds."""
 
 EXCLUSIVE = ("damon_stat", "damon_reclaim", "damon_lru_sort")
-"""Modules that let no other kdamond run beside theirs (damon_start(), mm/damon/core.c)."""
+"""Modules that do not permit another kdamond (damon_start(), mm/damon/core.c)."""
 
 _ULONG_MAX = str((1 << 64) - 1)
 _UINT_MAX = str((1 << 32) - 1)
 
 
 def lack(mm: Path, modules: Path = Path("/sys/module")) -> tuple[str, str]:
-    """Return why DAMON cannot be used now, and the way out; empty texts if nothing is known to hinder it.
+    """Return why DAMON cannot be used now, and the remedy; empty texts if no reason is known.
 
     Args:
         mm: the directory ``/sys/kernel/mm``.
@@ -86,10 +86,10 @@ def lack(mm: Path, modules: Path = Path("/sys/module")) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Regions:
-    """Regions with the samples of one aggregation that found them used.
+    """Regions with their hits: samples of one aggregation that found them used.
 
     Attributes:
-        start, end: uint64, shape (regions,), in the address space that is monitored.
+        start, end: uint64, shape (regions,), in the monitored address space.
         hits: float64, the same shape.
     """
 
@@ -102,7 +102,7 @@ class Damon:
     """The source.
 
     Args:
-        sysfs: the THP directory, beside which that of DAMON is.
+        sysfs: the THP directory; that of DAMON is its sibling.
     """
 
     def __init__(self, sysfs: ThpSysfs | None = None, root: Path | None = None) -> None:
@@ -118,7 +118,7 @@ class Damon:
             raise kind(f"DAMON: {what}", help=remedy)
         segments = anonymous_segments(space)
         journal = SwitchJournal(self._root or all_roots()[1], self._sysfs)
-        # Above what a person would choose (71 minutes), and no other program's by chance.
+        # Above values that people choose (71 minutes), and random, so that no other program has it by chance.
         mark = str((1 << 32) + secrets.randbelow(1 << 48))
         with journal.settings({INSTANCE: mark}), self._errors(space):
             operations = self._operations()
@@ -136,7 +136,7 @@ class Damon:
         return dataclasses.replace(heat, source=f"damon ({operations})", seconds=took, cpu_seconds=spent)
 
     def _operations(self) -> str:
-        """Choose the address space that is monitored."""
+        """Choose the monitored address space, and return its name."""
         known = (self._context / "avail_operations").read_text().split()
         for operations in CHECK_SECONDS:
             if operations in known:
@@ -148,18 +148,18 @@ class Damon:
         )
 
     def _set_up(self, space: ProcessSpace, operations: str, segments: list[Segment]) -> float:
-        """Set everything up and turn it on; return the seconds from sample to sample."""
+        """Set everything up and turn it on; return the seconds between two samples."""
         start, end = pmd_pieces(segments, space.geometry.pmd_size, MOST_PIECES)
         sample = CHECK_SECONDS[operations] * len(start) / MAX_SHARE
         sample = min(max(sample, SHORTEST_SAMPLE), LONGEST_SAMPLE)
         self._set_intervals(sample)
         few = max(len(start), 10)
         if int((end - start).max()) > space.geometry.pmd_size:
-            # Larger than a PMD range: DAMON splits them, and merges what is used alike.
+            # Regions are larger than a PMD range: DAMON splits them, and merges those with similar use.
             least, most = few // 4, 4 * few
         else:
-            # None is split where more than half of the most are there (kdamond_split_regions(), mm/damon/core.c), and
-            # none is merged beyond the size that the fewest would have (kdamond_merge_regions()).
+            # DAMON splits no region above half of the maximum number (kdamond_split_regions(), mm/damon/core.c), and
+            # merges none beyond the size at the minimum number (kdamond_merge_regions()).
             least, most = few, few + 10
         self._write("monitoring_attrs/nr_regions/max", str(most))
         self._write("monitoring_attrs/nr_regions/min", str(least))
@@ -178,19 +178,19 @@ class Damon:
         return sample
 
     def _set_intervals(self, sample: float) -> None:
-        """Set the intervals; the longer one first, which may not be below the other."""
+        """Set the intervals; the longer one first, because it may not be below the other."""
         aggregation = max(SAMPLES * sample, AGGREGATION)
         self._write("monitoring_attrs/intervals/aggr_us", str(int(aggregation * 1e6)))
         self._write("monitoring_attrs/intervals/sample_us", str(int(sample * 1e6)))
 
     def _watch(self, sample: float, seconds: float, stop: Stop) -> tuple[list[Regions], float, float]:
-        """Read the regions until the time is over: them, the processor time that it took, and how long it was."""
+        """Read the regions until the time is over; return them, their processor seconds and the elapsed seconds."""
         begin, begun = time.monotonic(), time.process_time()
         pid = (self._kdamonds / "0/pid").read_text().strip()
         parts: list[Regions] = []
         cpu = 0.0
         while not stop() and time.monotonic() - begin < seconds:
-            # It returns after the end of an aggregation, with what was seen in that.
+            # The write returns after the end of an aggregation, with its results.
             self._state("update_schemes_tried_regions")
             parts.append(self._tried())
             cpu = _cpu_seconds(pid)
@@ -218,7 +218,7 @@ class Damon:
 
     @contextlib.contextmanager
     def _errors(self, space: ProcessSpace) -> Iterator[None]:
-        """Turn what DAMON's files refuse into errors that say what to do."""
+        """Turn errors of DAMON's files into errors with a remedy."""
         try:
             yield
         except OSError as error:
@@ -237,7 +237,7 @@ class Damon:
 
 
 def _joined(parts: list[Regions], page_size: int) -> Heat:
-    """Return the accesses of all aggregations: a sample that found a region used stands for all of its pages."""
+    """Return the accesses of all aggregations: a sample that found a region used counts for all of its pages."""
     start = np.concatenate([np.empty(0, np.uint64), *(part.start for part in parts)])
     end = np.concatenate([np.empty(0, np.uint64), *(part.end for part in parts)])
     hits = np.concatenate([np.empty(0), *(part.hits for part in parts)])
@@ -245,7 +245,7 @@ def _joined(parts: list[Regions], page_size: int) -> Heat:
 
 
 def _cpu_seconds(pid: str) -> float:
-    """Return the processor time of a thread of the kernel; 0.0 where that is not visible."""
+    """Return the processor time of a kernel thread; 0.0 where it is not visible."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
     except (OSError, ValueError, IndexError):

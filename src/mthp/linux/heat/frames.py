@@ -1,4 +1,4 @@
-"""The frames behind the pages of a process, for sources that see physical memory."""
+"""Find the frames behind the pages of a process, for sources that monitor physical memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mthp.linux.space import ProcessSpace
 from mthp.ptes import Pte, Segment, in_blocks
 
 GAP_FRAMES = 512
-"""Frames of the target that lie no further apart are in one segment of physical memory."""
+"""Largest distance of two frames of the target in one segment of physical memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def frames_of(space: ProcessSpace, segments: list[Segment], *, shared: bool = Tr
     """Return the pages of `segments` that are present, with their frames.
 
     Args:
-        shared: whether also frames that other processes have, too.
+        shared: whether to include frames that other processes map, too.
 
     Raises:
         NotPermittedError: these rights do not show frames.
@@ -71,7 +71,7 @@ def frame_segments(frames: Frames, page_size: int, most: int) -> list[Segment]:
 
 
 def to_virtual(heat: Heat, frames: Frames, space: ProcessSpace) -> Heat:
-    """Return the heat of physical addresses by PMD range of the pages that lay there."""
+    """Return the heat of physical addresses by PMD range of the pages mapped there."""
     page_size, size = np.uint64(space.geometry.page_size), np.uint64(space.geometry.pmd_size)
     begin = frames.frame * page_size
     accesses = heat.within(begin, begin + page_size)

@@ -1,11 +1,11 @@
-"""Accesses by idle page tracking (Documentation/admin-guide/mm/idle_page_tracking.rst).
+"""Measure accesses by idle page tracking (Documentation/admin-guide/mm/idle_page_tracking.rst).
 
-A page is marked idle; an access takes the mark away. Reclaim is not misled, because the kernel notes what it found used
-(page_idle_clear_pte_refs_one(), mm/page_idle.c). A page inside of a large folio has no mark of its own
-(page_idle_get_folio()), so the first page of each folio is taken.
+A page is marked idle; an access removes the mark. Reclaim is not misled, because the kernel records the young bits that
+it clears (page_idle_clear_pte_refs_one(), mm/page_idle.c). A page inside of a large folio has no mark of its own
+(page_idle_get_folio()), so the first page of each folio is used.
 
-To mark a page walks all mappings of it, some microseconds each: a few pages of each PMD range are looked at, other ones
-in every round.
+Marking a page walks all mappings of it, some microseconds each. So each round checks a few pages of each PMD range,
+other ones than the round before.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ BITMAP = "page_idle/bitmap"
 """The file below ``/sys/kernel/mm``: one bit for each frame, read and written in words of 64."""
 
 PAGES_OF_RANGE = 8
-"""Pages of each PMD range that are looked at in one round."""
+"""Pages of each PMD range that are checked in one round."""
 
 MOST_PAGES = 1 << 18
-"""Pages in one round: about a second of processor time."""
+"""Limit of the pages in one round: about a second of processor time."""
 
 _NO_FILE = "this kernel has no idle page tracking"
 _A_KERNEL = "a kernel with CONFIG_IDLE_PAGE_TRACKING"
 
 
 def lack(mm: Path) -> tuple[str, str]:
-    """Return why idle page tracking cannot be used, and the way out; empty texts if it can.
+    """Return why idle page tracking cannot be used, and the remedy; empty texts if it can.
 
     Args:
         mm: the directory ``/sys/kernel/mm``.
@@ -55,7 +55,7 @@ class IdlePages:
 
     Args:
         mm: the directory ``/sys/kernel/mm``.
-        seed: of the choice of pages.
+        seed: seed of the choice of pages.
     """
 
     def __init__(self, mm: Path = Path("/sys/kernel/mm"), seed: int = 0) -> None:
@@ -100,14 +100,14 @@ class IdlePages:
         """Choose pages and mark them as idle; return their indices, without those that have no mark."""
         chosen = self._chosen(at)
         _set_bits(fd, frames.frame[chosen])
-        # What is no mark of its own reads as used at once.
+        # Pages without a mark of their own read as used at once.
         return chosen[_bits(fd, frames.frame[chosen])]
 
     def _chosen(self, at: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Choose some pages of each PMD range by chance.
+        """Choose some pages of each PMD range at random; return their indices.
 
         Args:
-            at: intp, shape (pages,): the range of each page, ascending.
+            at: the range of each page, ascending: intp, shape (pages,).
         """
         if not len(at):
             return np.empty(0, np.intp)
@@ -119,7 +119,7 @@ class IdlePages:
 
 
 def _set_bits(fd: int, frames: NDArray[np.uint64]) -> None:
-    """Mark frames as idle; the bits of others are 0, which leaves them as they are."""
+    """Mark frames as idle; the bits of others are 0, which does not change them."""
     words, at = np.unique(frames // np.uint64(64), return_inverse=True)
     bits = np.zeros(len(words), np.uint64)
     np.bitwise_or.at(bits, at, np.uint64(1) << (frames % np.uint64(64)))
@@ -127,13 +127,13 @@ def _set_bits(fd: int, frames: NDArray[np.uint64]) -> None:
         try:
             os.pwrite(fd, value.tobytes(), 8 * word)
         except OSError as error:
-            # Behind the last frame of memory, where devices have theirs (page_idle_bitmap_write()).
+            # The frame lies behind the last frame of memory, like those of devices (page_idle_bitmap_write()).
             if error.errno != errno.ENXIO:
                 raise
 
 
 def _bits(fd: int, frames: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return which frames are idle still: bool, shape (frames,)."""
+    """Return which frames are still idle: bool, shape (frames,)."""
     words, at = np.unique(frames // np.uint64(64), return_inverse=True)
     read = b"".join(os.pread(fd, 8, 8 * word).ljust(8, b"\0") for word in words.tolist())
     bits = np.frombuffer(read, np.uint64)

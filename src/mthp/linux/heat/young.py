@@ -1,8 +1,8 @@
-"""Accesses by the young bits of page table entries: cleared through clear_refs, and counted by smaps, for each mapping.
+"""Measure accesses by the young bits of page table entries, cleared through clear_refs, counted by smaps by mapping.
 
-No file tells them page by page, so a mapping is as hot as its mean. And clearing is not free for the target: it takes
-away the young bits *and* the referenced flags of its pages (clear_refs_pte_range(), fs/proc/task_mmu.c), which is what
-reclaim goes by. Where memory is short, pages that were in use may be swapped out before they are used again.
+No file shows young bits page by page, so a mapping is as hot as its mean. And clearing costs the target something: it
+clears the young bits *and* the referenced flags of its pages (clear_refs_pte_range(), fs/proc/task_mmu.c), which
+reclaim uses. Where memory is short, pages in use may be swapped out before they are used again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ REMARK = (
 )
 
 CLEAR_YOUNG = b"1"
-"""Of all pages (proc_pid_clear_refs(5))."""
+"""Word for clearing those of all pages (proc_pid_clear_refs(5))."""
 
 _HEAD = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
 _REFERENCED = re.compile(rb"^Referenced:\s+(\d+) kB", re.MULTILINE)
 
 
 def lack(proc: Path) -> tuple[str, str]:
-    """Return why the young bits cannot be used, and the way out; empty texts if they can.
+    """Return why the young bits cannot be used, and the remedy; empty texts if they can.
 
     Args:
         proc: the directory ``/proc``.
@@ -67,7 +67,7 @@ class YoungBits:
 
 
 def parse_referenced(text: bytes) -> list[tuple[int, int, int]]:
-    """Return start, end and bytes referenced of each mapping in the text of ``/proc/PID/smaps``."""
+    """Return start, end and referenced bytes of each mapping in the text of ``/proc/PID/smaps``."""
     found = []
     heads = list(_HEAD.finditer(text))
     for head, until in zip(heads, [each.start() for each in heads[1:]] + [len(text)], strict=False):
