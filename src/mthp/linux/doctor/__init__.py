@@ -1,1 +1,1 @@
-"""``mthp doctor``: what this kernel and these rights allow, found out by trials, and how to get the rest."""
+"""``mthp doctor``: what this kernel and these rights allow, found by trials, and how to get the rest."""

@@ -1,9 +1,9 @@
-"""What this kernel and these rights allow, and how to get the rest.
+"""Find out what this kernel and these rights allow, and how to get the rest.
 
-:func:`examine` asks a fixed list of questions and answers each with a :class:`Finding`. An answer comes from a trial
-(``probes``) or from a file that is there or not; the kernel's release is reported but never compared,
-since distributions carry features back and configure them away. Kernel versions stand in remedies only: they say in
-which release of kernel.org the thing came. Nothing is changed, and whatever a trial takes it gives back.
+:func:`examine` answers a fixed list of questions with a :class:`Finding` each. An answer comes from a trial
+(``probes``) or from the existence of a file; the kernel's release is reported but never compared, because distributions
+backport features and configure them away. Kernel versions occur in remedies only: they name the release of kernel.org
+that introduced the feature. Nothing is changed, and trials release whatever they allocate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mthp.results import result_of_madvise
 from mthp.units import format_size
 
 SLOW_SECONDS_PER_GIB = 60
-"""A khugepaged that rests longer than this on its way through 1 GiB is called limited."""
+"""Seconds for 1 GiB above which khugepaged's rests make it limited."""
 
 _GIB = 1 << 30
 
@@ -42,12 +42,12 @@ def examine(
     geometry: Geometry | None = None,
     probed: Probed | None = None,
 ) -> Examination:
-    """Find out what this kernel and these rights allow. Takes some milliseconds.
+    """Return what this kernel and these rights allow. Takes some milliseconds.
 
     Args:
-        sysfs, proc: where they are mounted; tests give trees of their own.
-        geometry: of the machine; found out if not given.
-        probed: outcome of the trials; they are made if not given.
+        sysfs, proc: mount points; tests have trees of their own.
+        geometry: page and folio sizes of the machine; read from it if not given.
+        probed: results of the trials; they are made if not given.
     """
     thp = ThpSysfs(sysfs / "kernel/mm/transparent_hugepage", proc / "vmstat")
     geometry = geometry or thp.geometry()
@@ -61,7 +61,7 @@ def examine(
             try:
                 answer = ask(facts)
             except UsageError as error:
-                # A kernel whose files say something that this version does not know.
+                # A file of this kernel has a word that this version does not know.
                 answer = Answer(State.LIMITED, error.message, "a newer mthp may know it")
         findings.append(Finding(key, title, *answer))
     return Examination(facts.text("sys/kernel/osrelease") or os.uname().release, geometry, has_thp, tuple(findings))
@@ -107,7 +107,7 @@ def _sizes(facts: Facts) -> Answer:
         return Answer(State.OK, what)
     if not smaller:
         return Answer(State.LIMITED, what, "smaller sizes: Linux 6.8 or later")
-    # 64K is what most processors gain from, but a machine of large pages may not have it.
+    # Most processors gain from 64K, but a machine of large pages may not have it.
     size = facts.geometry.sysfs_name(min(smaller, key=lambda order: abs(facts.geometry.size_of(order) - (64 << 10))))
     return Answer(State.LIMITED, what, f"smaller sizes: echo madvise > {facts.thp.root}/{size}/enabled (as root)")
 
@@ -158,7 +158,7 @@ def _process_madvise(facts: Facts) -> Answer:
 
 
 def _other_processes(facts: Facts) -> Answer:
-    # Looking takes PTRACE_MODE_READ; Yama restricts PTRACE_MODE_ATTACH alone (yama_ptrace_access_check).
+    # Reading takes PTRACE_MODE_READ; Yama restricts PTRACE_MODE_ATTACH alone (yama_ptrace_access_check).
     if facts.rights.has(CAP_SYS_PTRACE):
         return Answer(State.OK, "the memory of every process of this user namespace may be looked at")
     what = f"only processes of user {facts.rights.fsuid} that have no more capabilities than this one"

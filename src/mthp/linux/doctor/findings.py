@@ -1,4 +1,4 @@
-"""What `mthp doctor` finds, and what it asks to find it."""
+"""The findings of `mthp doctor`, and the facts from which they are derived."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PTRACE_SCOPE = "sys/kernel/yama/ptrace_scope"
 
 
 class State(StrEnum):
-    """How it stands with a finding."""
+    """The state of a finding."""
 
     OK = "ok"
     LIMITED = "limited"
@@ -30,11 +30,11 @@ class Finding:
     """The answer to one question.
 
     Attributes:
-        key: a word for scripts, which stays.
-        title: what it is about.
-        state: how it stands.
-        what: what is the case.
-        remedy: what would make it better: a capability, a setting, a kernel, a package; or ``""``.
+        key: a stable word for scripts.
+        title: the subject.
+        state: whether it works.
+        what: the facts.
+        remedy: a way to improve it: a capability, a setting, a kernel, a package; or ``""``.
     """
 
     key: str
@@ -46,13 +46,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What was found out about a machine and the rights of this process.
+    """The abilities of a machine and the rights of this process.
 
     Attributes:
         kernel: its release.
-        geometry: of the machine.
+        geometry: page and folio sizes of the machine.
         has_thp: whether this kernel has THP at all.
-        findings: in the order of a person's interest.
+        findings: in the order of their interest to users.
     """
 
     JSON: ClassVar = "kernel geometry findings"
@@ -73,14 +73,14 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the questions are asked of.
+    """The facts from which questions are answered.
 
     Attributes:
         thp: the THP directory.
-        proc: where proc is mounted.
-        geometry: of the machine.
-        probed: outcome of the trials.
-        rights: of this process.
+        proc: mount point of proc.
+        geometry: page and folio sizes of the machine.
+        probed: results of the trials.
+        rights: rights of this process.
     """
 
     thp: ThpSysfs
@@ -91,11 +91,11 @@ class Facts:
 
     @property
     def pmd(self) -> str:
-        """The PMD size, as people write it."""
+        """Return the PMD size, as users write it."""
         return self.geometry.label(self.geometry.pmd_order)
 
     def text(self, path: str) -> str | None:
-        """The text of a file of proc; None if it cannot be read."""
+        """Return the text of a file of proc; None if it cannot be read."""
         try:
             return (self.proc / path).read_text(errors="replace").strip()
         except OSError:
@@ -103,19 +103,19 @@ class Facts:
 
     @property
     def switched_off(self) -> bool:
-        """Whether this process, or one that it descends from, switched THP off (THP_enabled, proc_pid_status(5))."""
+        """Return whether this process, or an ancestor of it, switched THP off (THP_enabled, proc_pid_status(5))."""
         return "THP_enabled:\t0" in (self.text("self/status") or "")
 
     def size_list(self, orders: tuple[int, ...]) -> str:
-        """Sizes as people write them."""
+        """Return sizes as users write them."""
         return ", ".join(self.geometry.label(order) for order in orders) or "none"
 
 
 def name_of(error: int) -> str:
-    """The name of an errno, such as ``"EPERM"``."""
+    """Return the name of an errno, such as ``"EPERM"``."""
     return errno.errorcode.get(error, f"errno {error}")
 
 
 def refused(call: str, error: int) -> str:
-    """That `call` fails with `error`, for a person."""
+    """Return a sentence for users: `call` fails with `error`."""
     return f"{call} fails with {name_of(error)} ({os.strerror(error)})"

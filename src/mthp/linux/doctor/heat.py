@@ -1,4 +1,4 @@
-"""What sees which memory a process uses: what `mthp doctor` finds about ``--heat``."""
+"""Answer which sources can measure the accesses of a process: the questions of `mthp doctor` about ``--heat``."""
 
 from __future__ import annotations
 

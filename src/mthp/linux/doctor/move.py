@@ -1,4 +1,4 @@
-"""Whether the mover can: what `mthp doctor` asks about folios below the PMD size."""
+"""Answer whether the mover works here: the questions of `mthp doctor` about folios below the PMD size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _userfaultfd(facts: Facts) -> Answer:
 
 
 def _ptrace(facts: Facts) -> Answer:
-    # Documentation/admin-guide/LSM/Yama.rst; without the module there is no such file, and no such restriction.
+    # Documentation/admin-guide/LSM/Yama.rst; without the module neither the file nor the restriction exists.
     scope = facts.text(PTRACE_SCOPE) or "0"
     yama = f"{facts.proc}/{PTRACE_SCOPE} is {scope}"
     if scope == "3":
@@ -52,7 +52,7 @@ def _machine(facts: Facts) -> Answer:
 
 
 def _switches(facts: Facts) -> Answer:
-    """A move needs the switch of its size on; who may not set it depends on what is on already."""
+    """Answer whether the switch of a size can be on, as a move needs: without the right to set it, it has to be on."""
     directories = facts.thp.size_directories(facts.geometry.page_size)
     smaller = {
         order: path / "enabled"

@@ -1,4 +1,4 @@
-"""Whether folios can be split in place and trimmed: what `mthp doctor` asks about the mechanism split."""
+"""Answer whether folios can be split in place and trimmed: the questions of `mthp doctor` about the mechanism split."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _cold(facts: Facts) -> Answer:
 
 
 def _of_file(ability: SplitAbility, found: bool | None) -> Answer | None:
-    """Return why something about the file could not be found out; None if it was."""
+    """Return why an ability of the file is unknown; None if it is known."""
     if found is not None:
         return None
     if ability.file:
