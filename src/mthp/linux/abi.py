@@ -1,7 +1,7 @@
-"""The numbers that the kernel and a program agree on, each under the name that its header gives it.
+"""The numbers of the kernel's interface to programs, each with the name in its header.
 
-Only what this package uses is here. The source of each group is named above it. All of them are the same on every
-architecture that has THP, but for the numbers of system calls that are given by machine.
+Only those that this package uses are here. The source of each group is above it. All of them are the same on every
+architecture that has THP, except the numbers of system calls that are listed by machine.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ _PERF_SAMPLE_TIME_RAW = 1 << 2 | 1 << 10
 _PERF_FLAG_FD_CLOEXEC = 8
 
 _UNEQUAL = 3
-"""The answer for two threads of which one is gone: the kernel's word for "not equal, in no order"."""
+"""Result for two threads of which one is gone: the kernel's value for "not equal, in no order"."""
 
 
 class IoVec(ctypes.Structure):
@@ -114,7 +114,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.syscall.restype = ctypes.c_long
 
-# Holds the interpreter's lock: the call does not block, and another thread's turn would lengthen a window.
+# Holds the interpreter's lock: the call does not block, and a switch to another thread would lengthen a window.
 _locked_libc = ctypes.PyDLL(None, use_errno=True)
 _locked_libc.process_vm_readv.restype = ctypes.c_ssize_t
 _locked_libc.process_vm_readv.argtypes = (ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong)
@@ -122,7 +122,7 @@ _MOST_VECTORS = os.sysconf("SC_IOV_MAX")
 
 
 def madvise(address: int, length: int, advice: int) -> int:
-    """``madvise(2)`` on this process.
+    """Call ``madvise(2)`` on this process.
 
     Returns:
         0, or errno.
@@ -131,11 +131,11 @@ def madvise(address: int, length: int, advice: int) -> int:
 
 
 def process_madvise(pidfd: int, address: int, length: int, advice: int) -> int:
-    """``process_madvise(2)`` for one range of another process.
+    """Call ``process_madvise(2)`` for one range of another process.
 
     Returns:
         0 if the whole range was advised, else errno. The call can also end early with success and fewer bytes than
-        asked (man page, "Return value"); that comes back as EAGAIN, since the rest may be asked for again.
+        requested (man page, "Return value"); the result is then EAGAIN, because the rest may be requested again.
     """
     vector = IoVec(address, length)
     advised = _libc.syscall(
@@ -152,7 +152,7 @@ def process_madvise(pidfd: int, address: int, length: int, advice: int) -> int:
 
 
 def enter_namespace(fd: int, kind: int) -> int:
-    """Have this thread alone enter the namespace that `fd` refers to, by setns(2).
+    """Have only this thread enter the namespace that `fd` refers to, by setns(2).
 
     Args:
         kind: ``CLONE_NEW*``.
@@ -164,14 +164,14 @@ def enter_namespace(fd: int, kind: int) -> int:
 
 
 def kcmp(one: int, other: int, kind: int) -> int | None:
-    """Compare what `kind` names of two threads, by kcmp(2).
+    """Compare the resources `kind` of two threads, by kcmp(2).
 
     Args:
         one, other: TIDs.
         kind: ``KCMP_*``.
 
     Returns:
-        0 if they share it, 1 to 3 if not or if one of them is gone, None if these rights or this kernel do not tell.
+        0 if they share it, 1 to 3 if not or if one of them is gone, None without the rights or the kernel's support.
     """
     number = NR_KCMP.get(os.uname().machine)
     if number is None:
@@ -184,7 +184,7 @@ def kcmp(one: int, other: int, kind: int) -> int | None:
 
 
 def perf_tracepoint(number: int, cpu: int) -> int | None:
-    """Open a tracepoint on one processor, for all processes: each sample holds its time, and the record.
+    """Open a tracepoint on one processor, for all processes: each sample has its time and the record.
 
     Args:
         number: its ID.
@@ -213,7 +213,7 @@ def read_words(pid: int, addresses: NDArray[np.uint64]) -> NDArray[np.uint64] | 
     """Read the 64-bit words at `addresses` in the memory of `pid`, in one call of process_vm_readv(2).
 
     Returns:
-        uint64, shape (addresses,); None if one of them is not there, or if the call is not to be had.
+        uint64, shape (addresses,); None if one of them is not mapped, or if the call is not available.
     """
     words = np.empty(len(addresses), np.uint64)
     here = IoVec()

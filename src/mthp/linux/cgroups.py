@@ -1,9 +1,9 @@
-"""Which control groups a process is in, and where they are: of version 1, version 2, or both side by side.
+"""Find the control groups of a process and their directories: of version 1, version 2, or both side by side.
 
-``/proc/PID/cgroup`` has the path of a process in each hierarchy, and ``/proc/self/mountinfo`` what part of a hierarchy
-is mounted where (cgroups(7), proc_pid_mountinfo(5)). Both are relative to the cgroup namespace of the process that
-reads them (cgroup_show_path() and proc_cgroup_show(), kernel/cgroup/cgroup.c), so they fit together in a container too.
-What a person writes is a path in the whole hierarchy, so :class:`Namespace` makes the paths absolute.
+``/proc/PID/cgroup`` has the path of a process in each hierarchy, and ``/proc/self/mountinfo`` the mounted part of each
+hierarchy and its mount point (cgroups(7), proc_pid_mountinfo(5)). Both are relative to the cgroup namespace of the
+process that reads them (cgroup_show_path() and proc_cgroup_show(), kernel/cgroup/cgroup.c), so they fit together in a
+container too. Users write paths in the whole hierarchy, so :class:`Namespace` makes the paths absolute.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class CgroupMount:
     """A mounted cgroup hierarchy, or a part of one.
 
     Attributes:
-        point: where it is mounted.
-        root: path in the hierarchy of what is mounted.
-        controllers: of version 1, as mount options; None for version 2.
+        point: mount point.
+        root: path of the mounted part in the hierarchy.
+        controllers: mount options of version 1; None for version 2.
     """
 
     point: Path
@@ -38,15 +38,15 @@ class CgroupMount:
     controllers: frozenset[str] | None
 
     def directories(self, path: str) -> list[Path]:
-        """Return the directories of the cgroup at `path` and of all above it that can be seen here, lowest first.
+        """Return the directories of the cgroup at `path` and of all above it that are visible here, lowest first.
 
-        A path outside of what is mounted, as that of a container whose host path alone is known, leaves the top.
+        For a path outside of the mounted part, such as a container's path on the host, only the top is returned.
         """
         root = self.root.rstrip("/")
         inside = path.removeprefix(root) if f"{path}/".startswith(f"{root}/") else ""
         parts = [part for part in inside.split("/") if part]
         if ".." in parts:
-            # Outside of the cgroup namespace that is mounted: below the top something else may have these names.
+            # The path is outside of the mounted namespace: below the top another cgroup may have these names.
             parts = []
         return [self.point.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
 
@@ -67,10 +67,10 @@ def cgroup_mounts(mountinfo: str) -> tuple[CgroupMount, ...]:
 
 
 def cgroup_directories(mounts: Sequence[CgroupMount], membership: str, controller: str) -> Iterator[Path]:
-    """Return the directories of the cgroup that `controller` sees a process in, and of all above it, lowest first.
+    """Return the directories of a process's cgroup for `controller`, and of all above it, lowest first.
 
     Args:
-        mounts: what is mounted here.
+        mounts: the mounted hierarchies.
         membership: text of the process's ``/proc/PID/cgroup``.
     """
     for line in lines(membership):
@@ -82,7 +82,7 @@ def cgroup_directories(mounts: Sequence[CgroupMount], membership: str, controlle
             for mount in mounts
             if (mount.controllers is None if number == "0" else controller in (mount.controllers or ()))
         ]
-        # Mounted more than once: the mount that shows most levels.
+        # If mounted more than once, use the mount that shows most levels.
         levels = [mount.directories(path) for mount in fitting]
         yield from max(levels, key=len, default=[])
 
@@ -102,15 +102,14 @@ def is_frozen(mounts: Sequence[CgroupMount], membership: str) -> bool:
 
 
 class Namespace:
-    """The cgroup namespace of this process, and the paths that the kernel tells in it, made absolute.
+    """The cgroup namespace of this process; makes the kernel's paths in it absolute.
 
     In a namespace of its own (a container's), a process outside of it has a path such as ``/../../redis.service``, and
-    one inside a path that begins at the container. The root of the namespace shows once: to a thread that enters the
-    first namespace for a moment, by way of a process that is in it. That takes the host's PID namespace and
-    CAP_SYS_ADMIN.
+    one inside a path that begins at the container. The root of the namespace is visible only to a thread that briefly
+    enters the first namespace, by way of a process in it. That takes the host's PID namespace and CAP_SYS_ADMIN.
 
     Args:
-        proc: where /proc is, for tests.
+        proc: mount point of proc, for tests.
 
     Attributes:
         hidden: why paths are not absolute, as a sentence; ``""`` if they are.
@@ -134,7 +133,7 @@ class Namespace:
             )
 
     def _look_from_outside(self) -> None:
-        """Note the root of each hierarchy. Runs in a thread of its own, which ends in the other namespace."""
+        """Record the root of each hierarchy. Runs in a thread of its own, which ends in the other namespace."""
         with contextlib.suppress(OSError):
             here = _memberships(_read(f"{self._proc}/thread-self/cgroup"))
             if not self._enter_first():
@@ -145,12 +144,12 @@ class Namespace:
                     self._roots[key] = absolute.removesuffix(inside) or "/"
 
     def _enter_first(self) -> bool:
-        """Have this thread enter the first cgroup namespace, if a process is in it whose namespaces are visible."""
+        """Have this thread enter the first cgroup namespace, if a process with visible namespaces is in it."""
         for process in filter(str.isdecimal, os.listdir(self._proc)):  # noqa: PTH208  (the names are wanted)
             if _namespace_number(self._proc, process) != abi.CGROUP_INIT_INO:
                 continue
             with contextlib.suppress(OSError), open(f"{self._proc}/{process}/ns/cgroup", "rb") as file:
-                # The PID may be that of another process by now, in another namespace.
+                # By now the PID may belong to another process, in another namespace.
                 if os.fstat(file.fileno()).st_ino == abi.CGROUP_INIT_INO:
                     return not abi.enter_namespace(file.fileno(), abi.CLONE_NEWCGROUP)
         return False
@@ -158,8 +157,8 @@ class Namespace:
     def path_of(self, membership: str) -> str:
         """Return the absolute path of a process's control group; ``""`` if it is in none.
 
-        That is its path in the version 2 hierarchy. Where it is at the top of that, or where there is none, its path in
-        systemd's hierarchy of version 1, else the first of another one that says anything.
+        It is the path in the version 2 hierarchy. If that is the top, or there is none, it is the path in systemd's
+        hierarchy of version 1, else the first non-empty one of the others.
 
         Args:
             membership: text of the process's ``/proc/PID/cgroup``.

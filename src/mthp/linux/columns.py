@@ -1,19 +1,19 @@
-"""From a live process to :class:`~mthp.ptes.PteColumns`: three sources put together for every page.
+"""Read :class:`~mthp.ptes.PteColumns` of a live process: combine three sources for every page.
 
-pagemap says whether and how a page is mapped. kpageflags says what its frame is: of which folio order, the zero page,
-freed lazily. PAGEMAP_SCAN says what neither does: whether a PMD entry maps it. Asking that of everything would cost
-as much as pagemap again, so it is asked only of those PMD ranges whose first and last page lie in the frames that one
-aligned folio of PMD order would put them in; and of a range that a PMD entry maps, kpageflags is read for the head
-alone, which makes memory that is huge already almost free to look at.
+pagemap has whether and how a page is mapped. kpageflags has the kind of its frame: the folio order, the zero page,
+freed lazily. PAGEMAP_SCAN has the rest: whether a PMD entry maps it. Scanning everything would cost as much as reading
+pagemap again, so only those PMD ranges are scanned whose first and last page lie in the frames of one possible aligned
+folio of PMD order. For a range that a PMD entry maps, only the head is read from kpageflags, so that huge memory costs
+almost nothing.
 
-Without frame numbers (CAP_SYS_ADMIN), PAGEMAP_SCAN is asked about everything: it knows the zero page too. The order
-of a folio is then known only where a PMD entry maps it, and lazily freed pages look like others.
+Without frame numbers (CAP_SYS_ADMIN), everything is scanned: PAGEMAP_SCAN knows the zero page too. The order of a
+folio is then known only where a PMD entry maps it, and lazily freed pages look like others.
 
 The three are read one after the other while the process runs, so they may disagree about a page that changed in
-between. Each is right about its moment, and nothing is concluded from two of them that would do harm if wrong.
+between. Each is right about its moment, and no conclusion from two of them does harm if it is wrong.
 
-Before Linux 6.7 there is no PAGEMAP_SCAN. What PMD entries map is then told from smaps, which says how much of a
-mapping they map, but not where: see :meth:`ColumnReader._told_by_smaps`.
+Before Linux 6.7 there is no PAGEMAP_SCAN. Then smaps shows how much of a mapping PMD entries map, but not where: see
+:meth:`ColumnReader._told_by_smaps`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Windows:
 
     Attributes:
         page: page number (address / page size) of the first page.
-        index: where it stands among the pages of the segments.
-        count: pages.
+        index: position of the first page among the pages of the segments.
+        count: number of pages.
     """
 
     page: _Index
@@ -57,18 +57,18 @@ class Windows:
         return len(self.page)
 
     def where(self, chosen: NDArray[np.bool_]) -> Windows:
-        """The windows that are `chosen`: bool, shape (windows,)."""
+        """Return the windows that are `chosen`: bool, shape (windows,)."""
         return Windows(self.page[chosen], self.index[chosen], self.count[chosen])
 
     def indices(self) -> _Index:
-        """Where all their pages stand, one after another."""
+        """Return the positions of all their pages, one after another."""
         return spread(self.index, self.count)
 
 
 def windows_of(segments: Sequence[Segment], geometry: Geometry) -> Windows:
     """Cut `segments` at the borders of PMD ranges."""
     n = geometry.ptes_per_pmd
-    # Divided before NumPy sees them: [vsyscall] lies beyond what an int64 holds.
+    # Divided before NumPy stores them, because [vsyscall] lies beyond the range of int64.
     size = geometry.page_size
     pages = np.array([(start // size, end // size) for start, end in segments], np.int64).reshape(-1, 2)
     starts, ends = pages[:, 0], pages[:, 1]
@@ -97,7 +97,7 @@ class ColumnReader:
         self._believed = _believed(folios)
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
-        """The page table entries of `segments`, one after another.
+        """Return the page table entries of `segments`, one after another.
 
         The order of a zero page is that of its folio: 0, or the PMD order for the huge one.
         """
@@ -126,7 +126,7 @@ class ColumnReader:
         state: NDArray[np.uint16],
         order: NDArray[np.int8],
     ) -> None:
-        """Add to `state` and `order` what kpageflags says of the frames `pfn`."""
+        """Add to `state` and `order` the flags and orders in kpageflags of the frames `pfn`."""
         singly = (state & _PRESENT) != 0
         huge = self._pmd_mapped(folios, segments, pfn, state)
         if len(huge):
@@ -147,7 +147,7 @@ class ColumnReader:
     def _pmd_mapped(
         self, folios: FolioReader, segments: Sequence[Segment], pfn: NDArray[np.uint64], state: NDArray[np.uint16]
     ) -> Windows:
-        """The windows that a PMD entry maps."""
+        """Return the windows that a PMD entry maps."""
         windows = windows_of(segments, self._geometry)
         n = self._geometry.ptes_per_pmd
         last = windows.index + windows.count - 1
@@ -167,11 +167,11 @@ class ColumnReader:
         return windows.where((regions[at, 0] <= windows.page) & (windows.page < regions[at, 1]))
 
     def _told_by_smaps(self, folios: FolioReader, windows: Windows, pfn: NDArray[np.uint64]) -> Windows:
-        """Of `windows` whose frames lie as one PMD entry would map them, those that one does map, for want of a scan.
+        """Return those of `windows` that a PMD entry maps, as far as smaps shows it: all must have suitable frames.
 
-        They must lie in one folio of PMD order, and in a mapping of which smaps says that PMD entries map something.
-        Such a folio that PTEs map, beside one in the same mapping that a PMD entry maps, is taken for the other: no
-        interface of these kernels tells them apart.
+        They must lie in one folio of PMD order, and in a mapping in which PMD entries map something according to smaps.
+        If such a mapping also has a folio of PMD order that PTEs map, that folio is returned too: no interface of these
+        kernels distinguishes the two.
         """
         orders = folios.read(pfn[windows.index])[1]
         huge = [vma for vma, totals in read_smaps(self._pagemap.process) if totals.pmd_mapped]
@@ -179,7 +179,7 @@ class ColumnReader:
         return self._within(windows, [(vma.start, vma.end) for vma in huge])
 
     def _within(self, windows: Windows, parts: Sequence[Segment]) -> Windows:
-        """Those of `windows` that begin within one of `parts`, which ascend."""
+        """Return those of `windows` that begin within one of `parts`, which ascend."""
         size = self._geometry.page_size
         bounds = np.array([(start // size, end // size) for start, end in parts], np.int64).reshape(-1, 2)
         at = np.searchsorted(bounds[:, 0], windows.page, side="right") - 1
@@ -188,7 +188,7 @@ class ColumnReader:
         return windows.where(inside)
 
     def huge_regions(self, windows: Windows) -> _Index:
-        """Runs that PMD entries map, within `windows`: int64, shape (runs, 2), page numbers, ascending."""
+        """Return the runs that PMD entries map, within `windows`: int64, shape (runs, 2), page numbers, ascending."""
         page_size = self._geometry.page_size
         order = np.argsort(windows.page)
         starts, ends = windows.page[order], (windows.page + windows.count)[order]
@@ -205,7 +205,7 @@ class ColumnReader:
     def _huge_orders(
         self, folios: FolioReader, heads: NDArray[np.uint64], flags: NDArray[np.uint64]
     ) -> NDArray[np.int8]:
-        """Orders of folios that PMD entries map: the PMD order, but for hugetlbfs, whose pages may be larger."""
+        """Return the orders of folios that PMD entries map: the PMD order, but those of hugetlbfs may be larger."""
         orders = np.full(len(heads), self._geometry.pmd_order, np.int8)
         head, order = 0, ORDER_UNKNOWN
         for at in np.flatnonzero(flags & np.uint64(abi.KPF_HUGE)).tolist():
@@ -216,7 +216,7 @@ class ColumnReader:
         return orders
 
     def _paint_scanned(self, segments: Sequence[Segment], state: NDArray[np.uint16], order: NDArray[np.int8]) -> None:
-        """Add to `state` and `order` what PAGEMAP_SCAN says, for want of frame numbers."""
+        """Add to `state` and `order` the results of PAGEMAP_SCAN, without frame numbers."""
         if not self._pagemap.can_scan:
             self._paint_wholly_huge(segments, state, order)
             return
@@ -240,7 +240,7 @@ class ColumnReader:
     def _paint_wholly_huge(
         self, segments: Sequence[Segment], state: NDArray[np.uint16], order: NDArray[np.int8]
     ) -> None:
-        """Add what smaps alone tells: the mappings in which PMD entries map every PMD range."""
+        """Add the results of smaps alone: the mappings in which PMD entries map every PMD range."""
         found = read_smaps(self._pagemap.process)
         ranges = [(vma.pmd_ranges(self._geometry), totals.pmd_mapped) for vma, totals in found if totals.pmd_mapped]
         whole = [(start, end) for (start, end), mapped in ranges if mapped == end - start]
@@ -251,10 +251,10 @@ class ColumnReader:
 
 
 def _believed(folios: FolioReader | None) -> np.uint64:
-    """The flags of kpageflags that mean what they say, as a mask.
+    """Return a mask of the flags of kpageflags that are valid on this kernel.
 
-    Linux 6.12 to 7.0, some of their stable releases excepted, show KPF_KSM for every anonymous page (stable_page_flags,
-    fs/proc/page.c). There it means nothing, and it shows on a page of this process that nobody can have merged.
+    Linux 6.12 to 7.0, except some of their stable releases, show KPF_KSM for every anonymous page (stable_page_flags,
+    fs/proc/page.c). The flag is invalid there, and is set on a page of this process that cannot have been merged.
     """
     frame = own_frame() if folios else 0
     lies = folios is not None and frame and int(folios.words_at(np.array([frame], np.uint64))[0]) & abi.KPF_KSM
@@ -262,9 +262,9 @@ def _believed(folios: FolioReader | None) -> np.uint64:
 
 
 def _share_whole_folios(pfn: NDArray[np.uint64], state: NDArray[np.uint16], order: NDArray[np.int8]) -> None:
-    """Mark every page of an anonymous large folio shared if one is, as khugepaged takes it (folio_maybe_mapped_shared).
+    """Mark every page of an anonymous large folio shared if one is, as khugepaged does (folio_maybe_mapped_shared).
 
-    pagemap tells of each page by itself, and another process may map only some of the pages of a folio.
+    pagemap shows each page by itself, and another process may map only some of the pages of a folio.
     """
     if not (int(np.bitwise_or.reduce(state)) & Pte.SHARED and len(order) and order.max() > 0):
         return

@@ -1,11 +1,10 @@
-"""Which pages of a process hold nothing but zeroes: the one thing that mthp reads contents for.
+"""Find the pages of a process that contain only zeroes; mthp reads contents for no other purpose.
 
-The bytes come from /proc/PID/mem, piece by piece into one buffer, and nothing is kept. It reads through protections,
-where the kernel lets others than tracers do so (proc_mem.force_override, since Linux 6.12); pages that cannot be read
-count as not zero.
-Only pages that were there a moment ago are read. One that was swapped out since is read back, and for one that was
-freed since the kernel maps the zero page, so no byte that the process sees changes; that its pages were used just now
-the kernel notes as for any access.
+The bytes come from /proc/PID/mem, piece by piece into one buffer, and are not kept. The file ignores protections,
+where the kernel permits this to processes other than tracers (proc_mem.force_override, since Linux 6.12); unreadable
+pages count as not zero.
+Only pages that were present a moment ago are read. A page swapped out since is read back, and for one freed since the
+kernel maps the zero page, so no byte that the process sees changes. The kernel records the access as any other.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from mthp.linux.process import Process
 from mthp.ptes import Pte, PteColumns, Segment
 
 PIECE = 4 << 20
-"""Bytes read at a time: few enough to stay in a processor's cache until they are looked at."""
+"""Bytes read at a time: few enough to stay in a processor's cache until they are checked."""
 
 _GONE = frozenset({errno.EIO, errno.EFAULT, errno.ENOMEM})
-"""What pread of /proc/PID/mem says of a page that is not there any more, or has a guard in its place."""
+"""Errors of pread of /proc/PID/mem for a page that is gone, or has a guard in its place."""
 
 
 class Contents:
-    """The contents of a process, to be closed after use."""
+    """Reads the contents of a process. Close it after use."""
 
     def __init__(self, process: Process, page_size: int) -> None:
         self._process = process
@@ -37,7 +36,7 @@ class Contents:
         self._words = np.frombuffer(self._buffer, np.uint64)
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
-        """Which present pages of `columns` hold nothing but zeroes: bool, shape (pages,)."""
+        """Return which present pages of `columns` contain only zeroes: bool, shape (pages,)."""
         zero = columns.has(Pte.PRESENT) & columns.has(Pte.ZERO)
         wanted = columns.has(Pte.PRESENT) & ~zero
         at = 0
@@ -53,7 +52,7 @@ class Contents:
         return zero
 
     def _look(self, segment: Segment) -> NDArray[np.bool_]:
-        """Which pages of a segment hold nothing but zeroes; False for what cannot be read."""
+        """Return which pages of a segment contain only zeroes; False for unreadable pages."""
         size = self._page_size
         zero = np.zeros((segment[1] - segment[0]) // size, np.bool_)
         address = segment[0]
@@ -62,15 +61,15 @@ class Contents:
             got = self._read(address, wanted) // size
             words = self._words[: got * size // 8].reshape(got, size // 8)
             first = (address - segment[0]) // size
-            # Most pages have something at their beginning, and are not read to their end.
+            # Most pages have a nonzero byte near their start, and are not read to their end.
             maybe = np.flatnonzero(~words[:, :8].any(axis=1))
             zero[first + maybe] = np.bitwise_or.reduce(words[maybe], axis=1) == 0
-            # A page that cannot be read is passed over.
+            # Skip a page that cannot be read.
             address += (got or 1) * size
         return zero
 
     def _read(self, address: int, size: int) -> int:
-        """Read into the buffer as far as it goes; gives how many bytes there were."""
+        """Read as many bytes as possible into the buffer; return their number."""
         try:
             return os.preadv(self._file, [self._buffer[:size]], address)
         except OSError as error:

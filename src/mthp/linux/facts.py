@@ -1,9 +1,9 @@
-"""What is known of a process by which it can be named: facts out of /proc, and the names of Kubernetes pods.
+"""Read the facts of /proc by which a process can be named, and the names of Kubernetes pods.
 
-Pods are found without asking a server. The kubelet keeps a link for each container in /var/log/containers, called
-``<pod>_<namespace>_<container>-<ID>.log``, and the ID stands in the path of the container's control group too. The link
-leads to ``/var/log/pods/<namespace>_<pod>_<UID>/...``, and the UID of a pod stands in the paths of all its containers,
-the one that holds its namespaces included, which has no log.
+Pods are found without a request to a server. The kubelet keeps a link for each container in /var/log/containers, called
+``<pod>_<namespace>_<container>-<ID>.log``, and the path of the container's control group contains the ID too. The link
+leads to ``/var/log/pods/<namespace>_<pod>_<UID>/...``. The paths of all containers of a pod contain its UID, also the
+path of the container that holds its namespaces, which has no log.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from mthp.linux.process import ProcStat
 from mthp.naming import ProcessFacts, container_of
 
 PROC = "/proc"
-"""Where the processes are."""
+"""Mount point of proc."""
 
 LOGS = (Path("/var/log/containers"), Path("/proc/1/root/var/log/containers"))
-"""Where the links are; in a container with the host's PID namespace below the root of the first process."""
+"""Directories of the links; in a container with the host's PID namespace below the root of the first process."""
 
 _IN_CGROUP = frozenset(("cgroup", "unit", "pod", "container"))
-"""Properties that stand in the path of a control group."""
+"""Properties that come from the path of a control group."""
 
 _LINK = re.compile(r"(?P<pod>[^_/]+)_(?P<namespace>[^_/]+)_(?P<container>.+)-(?P<id>[0-9a-f]{64})\.log")
 _LOG = re.compile(r"/(?P<namespace>[^_/]+)_(?P<pod>[^_/]+)_(?P<uid>[0-9a-f][0-9a-f-]*)/")
 _POD_UID = re.compile(r"pod([0-9a-f]{8}[0-9a-f_-]{24,28})(?![0-9a-f])")
-"""A pod's UID in the path of a control group; systemd has underscores in it, because a dash separates slices."""
+"""A pod's UID in the path of a control group; systemd uses underscores in it, because a dash separates slices."""
 
 
 class Pods:
-    """The Kubernetes pods of this machine, as the links of their logs tell them.
+    """The Kubernetes pods of this machine, from the links to their logs.
 
     Args:
-        directories: where the links may be; the first that there is counts.
+        directories: possible directories of the links; the first existing one is used.
     """
 
     def __init__(self, directories: Iterable[Path] = LOGS) -> None:
@@ -47,7 +47,7 @@ class Pods:
         self._by_uid: dict[str, str] = {}
 
     def of(self, cgroup: str) -> tuple[str, str]:
-        """Return ``namespace/name`` of a control group's pod, and its container's name; ``""`` for what it has not."""
+        """Return ``namespace/name`` of a control group's pod, and its container's name; ``""`` for an unknown one."""
         self._renew()
         known = self._by_container.get(container_of(cgroup))
         if known is not None:
@@ -56,7 +56,7 @@ class Pods:
         return (self._by_uid.get(uid[1].replace("_", "-"), "") if uid else "", "")
 
     def _renew(self) -> None:
-        """Read the links if any came or went since they were read."""
+        """Read the links again if any was added or removed."""
         for directory in self._directories:
             try:
                 state = directory.stat()
@@ -86,10 +86,10 @@ class Pods:
 
 
 class FactsReader:
-    """Reads what processes can be named by.
+    """Reads the facts by which processes can be named.
 
     Args:
-        proc, logs: where /proc is, and where the links of containers are; for tests.
+        proc, logs: mount point of proc, and directories of the links of containers; for tests.
     """
 
     def __init__(self, proc: str | None = None, logs: Iterable[Path] = LOGS) -> None:
@@ -99,13 +99,13 @@ class FactsReader:
 
     @property
     def namespace(self) -> Namespace:
-        """The cgroup namespace, looked at when a control group is first wanted."""
+        """Return the cgroup namespace, read when a control group is first needed."""
         if self._namespace is None:
             self._namespace = Namespace(self._proc)
         return self._namespace
 
     def hidden(self, properties: Iterable[str]) -> str:
-        """Return why some of `properties` may fit nothing here, as a sentence; ``""`` if nothing hides them."""
+        """Return why some of `properties` may match no process here, as a sentence; ``""`` if nothing hides them."""
         return self.namespace.hidden if _IN_CGROUP & set(properties) else ""
 
     def pids(self) -> list[int]:
@@ -114,10 +114,10 @@ class FactsReader:
         return sorted(int(name) for name in names if name[0] in "123456789" and name.isdecimal())
 
     def read(self, pid: int, properties: Iterable[str]) -> ProcessFacts | None:
-        """Return what is known of a process; None if it is gone, a zombie or a kernel thread.
+        """Return the facts of a process; None if it is gone, a zombie or a kernel thread.
 
         Args:
-            properties: what has to be found out besides the name.
+            properties: the facts to read apart from the name.
         """
         directory, wanted = f"{self._proc}/{pid}", frozenset(properties)
         try:

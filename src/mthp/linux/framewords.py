@@ -1,9 +1,9 @@
-"""Files with a 64-bit word for every page frame of the machine: ``/proc/kpageflags`` and ``/proc/kpagecount``.
+"""Read files with a 64-bit word for every page frame of the machine: ``/proc/kpageflags`` and ``/proc/kpagecount``.
 
-Reading a word costs the kernel about 0.1 microseconds, a call from Python about 1.5, and the frames of a process lie
-scattered. So the frames are sorted, and read as they lie: neighbours in one call, and gaps with them that are read
-faster than a new call is made. Large reads are shared out among a few threads: nearly all of the time is spent in the
-kernel, which takes no lock for it, and Python lets other threads run meanwhile.
+Reading a word costs the kernel about 0.1 microseconds, a call from Python about 1.5, and the frames of a process are
+scattered. So the frames are sorted and read in that order: neighbours in one call, together with gaps that are read
+faster than a new call is made. Large reads are divided among a few threads, because nearly all of the time is spent in
+the kernel, which takes no lock for it, and Python lets other threads run meanwhile.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from mthp.linux import abi
 KPAGECOUNT = "/proc/kpagecount"
 
 BLOCK_FRAMES = 1 << 18
-"""Frames that are looked up at a time, which bounds the memory that it takes."""
+"""Frames that are looked up at a time, to bound the memory for it."""
 
 SECONDS_PER_CALL = 1.1e-6
 SECONDS_PER_WORD = 0.098e-6
-"""What reading costs, measured on x86-64: a call from Python, and a word in it."""
+"""Seconds for a call from Python, and for a word in it, measured on x86-64."""
 
 _WORDS_A_CALL = int(SECONDS_PER_CALL / SECONDS_PER_WORD)
 """Words that are read in the time of a call."""
 
 _MOST_THREADS = 4
 _FEWEST_WORDS_A_THREAD = 1 << 14
-"""About 1.5 milliseconds of reading, a good deal more than it takes to start a thread."""
+"""About 1.5 milliseconds of reading, much more than the start of a thread takes."""
 
 _FEWEST_WORDS_A_CALL = 1 << 5
-"""Shorter calls leave the interpreter little time between them in which it could serve another thread."""
+"""Shorter calls leave the interpreter little time between them for other threads."""
 
 Frames = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -58,7 +58,7 @@ class FrameWords:
         self._fd = -1
 
     def words(self, pfns: Words) -> Words:
-        """The words of `pfns`: uint64, shape (frames,)."""
+        """Return the words of `pfns`: uint64, shape (frames,)."""
         frames = pfns.view(np.int64)
         words = np.empty(len(frames), np.uint64)
         for at in range(0, len(frames), BLOCK_FRAMES):
@@ -67,11 +67,11 @@ class FrameWords:
         return words
 
     def words_at(self, pfns: Words) -> Words:
-        """The words of each of `pfns`, one call for each: uint64, shape (frames,). For few frames, far apart."""
+        """Return the words of `pfns`, by one call for each: uint64, shape (frames,). For few frames, far apart."""
         return np.fromiter((self.word(pfn) for pfn in pfns.tolist()), np.uint64, len(pfns))
 
     def word(self, pfn: int) -> int:
-        """The bare word of one frame; KPF_NOPAGE where there is no memory."""
+        """Return the bare word of one frame; KPF_NOPAGE where there is no memory."""
         text = os.pread(self._fd, abi.PM_ENTRY_BYTES, pfn * abi.PM_ENTRY_BYTES)
         return int.from_bytes(text, sys.byteorder) if text else abi.KPF_NOPAGE
 
@@ -79,8 +79,8 @@ class FrameWords:
         """Fill in the bare `words` of `frames`, at most `BLOCK_FRAMES`."""
         if not len(frames):
             return
-        # Each frame with its index below it, since sorting these takes less than half the time of np.argsort. They fit:
-        # a frame number has at most 40 bits, because physical addresses have at most 52 (x86-64, and arm64 with LPA).
+        # Each frame with its index in the low bits, because sorting these takes less than half the time of np.argsort.
+        # They fit: a frame number has at most 40 bits, as physical addresses have at most 52 (x86-64, arm64 with LPA).
         bits = BLOCK_FRAMES.bit_length() - 1
         place = frames << bits
         place |= np.arange(len(frames))
@@ -90,12 +90,12 @@ class FrameWords:
         firsts = np.flatnonzero(np.diff(place, prepend=-BLOCK_FRAMES) > _WORDS_A_CALL + 1)
         starts, ends = place[firsts], place[np.append(firsts[1:], len(place)) - 1] + 1
         buffer = self._load(starts, ends - starts)
-        # From where each range stands in the file to where it stands in the buffer.
+        # Move from each range's position in the file to its position in the buffer.
         place += np.repeat(np.cumsum(ends - starts) - ends, np.diff(firsts, append=len(place)))
         words[index] = buffer.take(place)
 
     def _load(self, starts: Frames, sizes: Frames) -> Words:
-        """Return the words of ranges of frames, one after another.
+        """Return the words of ranges of frames, one range after another.
 
         Args:
             starts, sizes: first frame, and number of frames, of each range: int64, shape (ranges,).
@@ -119,15 +119,15 @@ class FrameWords:
         """Read the words from `begin` to the end of `buffer`.
 
         Args:
-            moved: where each range begins among the frames, less where it begins in the buffer.
-            ends: where it ends in the buffer.
+            moved: start of each range in frames, less its start in the buffer.
+            ends: end of each range in the buffer.
         """
         first = int(np.searchsorted(ends, begin, side="right"))
         last = int(np.searchsorted(ends, len(buffer))) + 1
         stops = np.minimum(ends[first:last], len(buffer))
         starts = np.concatenate(([begin], stops[:-1]))
         size = abi.PM_ENTRY_BYTES
-        # A slice of a memoryview is made faster than one of an array, and there are many.
+        # A memoryview is sliced faster than an array, and there are many slices.
         memory = buffer.view(np.uint8).data
         offsets = (starts + moved[first:last]) * size
         for start, stop, offset in zip(
@@ -136,7 +136,7 @@ class FrameWords:
             got = os.preadv(self._fd, [memory[start:stop]], offset)
             while got < stop - start:
                 if not (more := os.preadv(self._fd, [memory[start + got : stop]], offset + got)):
-                    # What is not there lies beyond the last frame of memory: the memory of a device.
+                    # Missing words lie beyond the last frame of memory: the memory of a device.
                     buffer[(start + got) // size : stop // size] = abi.KPF_NOPAGE
                     break
                 got += more

@@ -1,8 +1,8 @@
-"""How much room there is for new folios: free blocks of the machine, and what the limits of a process leave.
+"""Measure the room for new folios: free blocks of the machine, and the remainder below the limits of a process.
 
-A page is charged to the memory cgroup of the process and to all above it; the first that is at its limit has the kernel
-reclaim memory, and end a process of it if that does not help (try_charge_memcg(), mm/memcontrol.c). Above
-``memory.high`` threads are made to wait for every page instead, and so are those that a collapse works for.
+A page is charged to the memory cgroup of the process and to all above it. At the limit of any of them the kernel
+reclaims memory, and kills a process of it if that does not help (try_charge_memcg(), mm/memcontrol.c). Above
+``memory.high`` threads have to wait for every page instead, also those for which a collapse works.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
 class FreeBlocks:
     """Free memory of one NUMA node, as ``/proc/buddyinfo`` counts it (proc_buddyinfo(5)).
 
-    The buddy allocator keeps it in aligned blocks of 2**order pages. A folio is had at once from a block of its order
-    or a larger one; otherwise the kernel compacts or reclaims first, which is what makes a collapse stall. The counts
+    The buddy allocator keeps it in aligned blocks of 2**order pages. A block of its order or a larger one supplies a
+    folio at once; otherwise the kernel compacts or reclaims first, and the collapse stalls. The counts
     are an upper bound: watermarks, and zones kept for devices, withhold some of it.
 
     Attributes:
@@ -35,16 +35,16 @@ class FreeBlocks:
 
     @property
     def pages(self) -> int:
-        """Free base pages."""
+        """Return the number of free base pages."""
         return sum(count << order for order, count in enumerate(self.blocks))
 
     def folios(self, order: int) -> int:
-        """How many folios of `order` could be had at once."""
+        """Return the number of folios of `order` that can be allocated at once."""
         return sum(count << larger - order for larger, count in enumerate(self.blocks) if larger >= order)
 
 
 def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
-    """The nodes in a text of ``/proc/buddyinfo``, ascending."""
+    """Return the nodes in a text of ``/proc/buddyinfo``, ascending."""
     nodes: dict[int, list[int]] = {}
     for line in text.splitlines():
         # Node 0, zone   Normal      1   2578 ...
@@ -61,11 +61,11 @@ def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
 def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -> int | None:
     """Return the bytes in free blocks of `order` or larger that the kernel does not hold back.
 
-    Below its high watermark a zone may refuse, which is above min_free_kbytes by half at most by default
+    A zone may refuse below its high watermark, which by default is at most 1.5 times min_free_kbytes
     (__setup_per_zone_wmarks, mm/page_alloc.c).
 
     Returns:
-        None if it cannot be seen.
+        None if it is not visible.
     """
     try:
         nodes = parse_buddyinfo(buddyinfo.read_text())
@@ -79,7 +79,7 @@ def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -
 
 
 def parse_meminfo(text: str, field: str) -> int | None:
-    """One field of ``/proc/meminfo`` in bytes, such as ``"MemAvailable"``; None if it is not there."""
+    """Return a field of ``/proc/meminfo`` in bytes, such as ``"MemAvailable"``; None if it is missing."""
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -88,30 +88,30 @@ def parse_meminfo(text: str, field: str) -> int | None:
 
 
 _V1_NO_LIMIT = 1 << 62
-"""No limit in a version 1 memory cgroup is the largest number of whole pages, just below 2**63 bytes."""
+"""Bytes from which a limit of version 1 means none: the kernel then shows the last whole page below 2**63 bytes."""
 
 _FILES = (
     ("memory.max", "memory.current"),
     ("memory.high", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    # Memory and swap together; what is swapped out does not make way in it.
+    # Memory and swap together; swapping pages out does not lower it.
     ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"),
 )
 
 
 def memory_bounds(membership: str, proc: Path = Path("/proc")) -> list[MemoryBound]:
-    """Return the limits that hold for a process.
+    """Return the limits for a process.
 
     Args:
         membership: text of its ``/proc/PID/cgroup``.
-        proc: where the machine's memory and our mounts are looked up.
+        proc: mount point of proc, for the machine's memory and the mounts of this process.
     """
     mounts = cgroup_mounts(_text(proc / "self/mountinfo"))
     return [*machine_bounds(_text(proc / "meminfo")), *cgroup_bounds(mounts, membership)]
 
 
 def machine_bounds(meminfo: str) -> list[MemoryBound]:
-    """Return the machine's memory as a limit, from a text of ``/proc/meminfo``; nothing if it does not have it."""
+    """Return the machine's memory as a limit, from a text of ``/proc/meminfo``; empty if the text lacks it."""
     total, available = parse_meminfo(meminfo, "MemTotal"), parse_meminfo(meminfo, "MemAvailable")
     return [] if total is None or available is None else [MemoryBound(MACHINE, total, available)]
 
@@ -136,7 +136,7 @@ def _droppable(cgroup: Path) -> int:
     counters = dict(zip(words[::2], words[1::2], strict=False))
 
     def bytes_of(name: str, name_v1: str) -> int:
-        # Version 1 has the sums of the cgroups below under other names.
+        # Version 1 has the sums over the cgroups below under other names.
         return int(counters.get(f"total_{name_v1}", counters.get(name, 0)))
 
     unclean = bytes_of("file_dirty", "dirty") + bytes_of("file_writeback", "writeback")

@@ -1,12 +1,12 @@
-"""Holds back the exceptions that signals raise, such as KeyboardInterrupt, for a few steps that belong together.
+"""Hold back the exceptions that signals raise, such as KeyboardInterrupt, for a few steps that belong together.
 
-To block the signals in the thread is not enough: the kernel delivers a process's signal to any thread that does not
+Blocking the signals in the thread is not enough: the kernel delivers a process's signal to any thread that does not
 block it, such as a worker of a numerical library, and Python then runs the handler in its main thread nevertheless.
-So for the time it is the handlers that are exchanged. A signal whose default action ends the process is left alone.
+So the handlers are exchanged temporarily. A signal whose default action ends the process is not changed.
 
-Ctrl-Z stops the process rather than to raise anything, and stops it wherever it is: a target whose threads stand still
-would do so until somebody says ``fg``, and a switch would stay changed. So it waits, too, and longer. (SIGSTOP cannot
-be held back, and leaves both as they are until SIGCONT.)
+Ctrl-Z raises nothing, but stops the process at any instruction: a target with stopped threads would stay stopped until
+the user types ``fg``, and a switch would stay changed. So it waits, too, and longer. (SIGSTOP cannot be held back, and
+leaves both as they are until SIGCONT.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Handler = Callable[[int, FrameType | None], object] | int | None
 
 @contextlib.contextmanager
 def interruptions_held_back() -> Iterator[None]:
-    """Have Python's handlers of the usual signals run afterwards. Only the main thread runs such handlers at all."""
+    """Run Python's handlers of the usual signals afterwards. Only the main thread runs such handlers at all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -34,9 +34,9 @@ def interruptions_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def suspension_held_back() -> Iterator[None]:
-    """Have Ctrl-Z (SIGTSTP) stop this process afterwards, if the main thread is what runs this.
+    """Have Ctrl-Z (SIGTSTP) stop this process afterwards, if this is the main thread.
 
-    A background process that writes to its terminal is not stopped for it meanwhile either (SIGTTOU).
+    Meanwhile a background process that writes to its terminal is not stopped either (SIGTTOU).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,7 +55,7 @@ def suspension_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_back(handlers: Mapping[int, _Handler]) -> Iterator[None]:
-    """Take note of signals, and raise them once their `handlers` are back."""
+    """Record signals, and raise them once their `handlers` are back."""
     arrived: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
