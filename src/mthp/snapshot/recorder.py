@@ -3,9 +3,6 @@
 :func:`mthp.abilities.watch` of the seam reads the target, and leaves out memory known to be unchanged. Each remaining
 PMD range is encoded to runs, which are written if they differ from those written last (only their 64-bit sum is kept).
 So memory use is a few bytes for each PMD range.
-
-Listing mappings with all their properties makes the kernel walk the whole address space. So it is done when their
-addresses changed, and otherwise only every :data:`MAPPINGS_EVERY` steps.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ from mthp.snapshot.stream import Meta
 from mthp.vma import Vma, VmaKind
 
 MAPPINGS_EVERY = 16
-"""Steps after which the properties of all mappings are read again."""
+"""Steps after which the properties of all mappings are read again even if their addresses did not change."""
 
 PATIENCE = 0.05
 """Seconds between two checks whether to stop."""
@@ -225,6 +222,7 @@ class StepTaker:
     def _mappings(self) -> Meta:
         """Return the changes of the mappings and of the machine, if it is time to read them."""
         mapped = self._space.mapped()
+        # Listing mappings with all their properties makes the kernel walk the whole address space.
         if mapped == self._mapped and self._number % MAPPINGS_EVERY:
             return {}
         meta: Meta = {}

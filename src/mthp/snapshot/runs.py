@@ -4,10 +4,6 @@ A process of 64 GiB has 16 million page table entries, but its memory was mostly
 few hundred thousand runs describe it, and none pages need no runs. This module turns blocks of
 :class:`~mthp.ptes.PteColumns` into :class:`Runs`, and cuts segments out of runs again.
 
-All positions are page numbers (address / page size), as int64: an address of the highest pages, such as that of
-``[vsyscall]``, does not fit a signed 64-bit integer, and the end of the address space does not fit any 64-bit integer,
-but their page numbers do.
-
 Encoding marks the page at which a run begins: the first of each segment, and each that differs in state or folio order
 from its predecessor. Neighbours in different blocks are joined afterwards, so the runs do not depend on the block size.
 Decoding finds, for each segment, the slice of runs that overlap it (two binary searches, because runs are sorted and
@@ -69,6 +65,8 @@ def checked_runs(columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_s
 
 def page_numbers(segments: Sequence[Segment], page_size: int) -> NDArray[np.int64]:
     """Return segments of addresses as page numbers: int64, shape (segments, 2)."""
+    # Addresses of the highest pages, such as [vsyscall], do not fit a signed 64-bit integer, and the end of the address
+    # space does not fit any 64-bit integer, but their page numbers do.
     return np.array([(start // page_size, end // page_size) for start, end in segments], np.int64).reshape(-1, 2)
 
 

@@ -3,8 +3,6 @@
 Accesses are taken a block at a time. Those that need no fault cost only reading their columns. The faults of the others
 are resolved first, for many pages at a time: new folios of the order that a single fault would allocate, or the zero
 page; swap-in, copying and the like go page by page (:mod:`~mthp.sim.address_space.access`). Then all accesses happen.
-Blocks are small if memory is short. If it is so short that pages made present are reclaimed before the accesses happen,
-the accesses happen one by one.
 
 Only the frame numbers, and which of the pages wait in the LRU batch, may differ from accesses one by one.
 """
@@ -114,6 +112,7 @@ class _Block:
         if self.all_present():
             self.happen()
         else:
+            # Memory is so short that pages made present are reclaimed before the accesses happen.
             happened, outcome = self.one_by_one()
             if outcome is not Fault.DONE:
                 return happened, outcome

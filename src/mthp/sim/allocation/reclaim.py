@@ -3,9 +3,7 @@
 The kernel's multi-generational LRU finds the pages in use by walking page tables (walk_mm, mm/vmscan.c), and so does
 this. A sweep goes over the entries of all address spaces, from where the last one stopped. A page with an entry used
 since the last visit becomes referenced, or active if it was referenced already. An unused page steps down by one of
-these grades, and is evicted at the bottom: to swap, or, if it is clean lazyfree memory, dropped. Cheaper memory goes
-first: page cache, and pages of large folios that are unmapped or zero. Without room on a swap device, pages that would
-have to be written there are not scanned (get_swappiness).
+these grades, and is evicted at the bottom: to swap, or, if it is clean lazyfree memory, dropped.
 
 So the order of eviction is not exactly the kernel's. It depends on the same causes: use, pins, locked mappings, limits
 of memory cgroups, room on the swap device.
@@ -81,6 +79,7 @@ class _Reclaim:
     def run(self) -> int:
         parts = self.parts
         parts.lru.drain()
+        # Cheaper memory goes first: page cache, then pages of large folios that are unmapped or zero.
         if self.cgroup == ROOT:
             drop_cache(parts, self.wanted)
         if self.freed < self.wanted:
@@ -141,6 +140,7 @@ class _Reclaim:
         heads, inverse = np.unique(memory.heads(frames), return_inverse=True)
         ours = (memory.flags[heads] & (Fl.LRU | Fl.ANON | Fl.LOCKED | Fl.MLOCKED)) == Fl.LRU | Fl.ANON
         ours &= self.groups[memory.cgroup[heads]]
+        # Without room on a swap device, pages that would have to be written there are not scanned (get_swappiness).
         if not self.swappable:
             ours &= (memory.flags[heads] & Fl.SWAPBACKED) == 0
         if not ours.any():

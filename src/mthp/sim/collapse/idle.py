@@ -14,9 +14,7 @@ the results for ordinary entries are computed in a few passes over whole columns
   large folio already. For the latter khugepaged repeats the same attempt: it takes a free folio, finds at the run's
   first page that the run has one, and frees it. Only counters change, and they are counted here.
 
-Any other range ends the run of idle ones, and is scanned on its own. While events are traced, only ranges without
-page tables are skipped, because their events need no counts of entries. The same holds while the distance of nodes
-matters (zone_reclaim_mode), or which entries are writable.
+Any other range ends the run of idle ones, and is scanned on its own.
 """
 
 from __future__ import annotations
@@ -90,6 +88,8 @@ def pass_over(
     pmds = table.pmd[row : row + rows]
     tables = pmds == Pmd.TABLE
     leading = int(tables.argmax()) if tables.any() else len(pmds)
+    # Trace events of ranges with page tables need counts of entries, zone_reclaim_mode needs the distance of nodes, and
+    # wants_writable needs the writable entries: none of them are computed here.
     everything = parts.trace.enabled or parts.knobs.zone_reclaim_mode or parts.kernel.wants_writable
     if everything or leading >= ahead:
         seen = _without_tables(pmds[:leading])

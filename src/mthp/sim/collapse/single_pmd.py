@@ -12,12 +12,7 @@ each run on its own, like Dev Jain's, walk differently (:func:`scan_runs`). If e
 PTEs, the walk makes the attempts of :class:`~mthp.engine.walk.Walk`, which plans.
 
 The series have bugs. A target keeps them if it is :attr:`~mthp.engine.visited.RangeTarget.as_it_was`, as the
-simulated machine is and a live process is not:
-
-- the seed allocates folios of orders that are not enabled. Its only result for a range without a collapse is FAIL, so
-  khugepaged does not rest after a failed allocation;
-- Dev Jain's series continues at any page behind a large folio, aligned or not, even behind the PMD range, and the
-  result of the range is that of the last run only.
+simulated machine is and a live process is not.
 """
 
 from __future__ import annotations
@@ -106,6 +101,7 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
     assert scan.fullness is not None, "only a range that passed the scan is walked"
     geometry = rules.geometry
     done_there = _SUCCEED_ALONE if policy.halves_after_failure else DONE_THERE
+    # The seed allocates folios of orders that are not enabled.
     orders = policy.orders_allocated(rules) if target.as_it_was else policy.orders_walked(rules)
     highest = [next((order for order in orders if order <= most), None) for most in range(geometry.pmd_order + 1)]
     last, collapsed, alloc_failed = ScanResult.FAIL, False, False
@@ -129,6 +125,7 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
     if collapsed:
         return ScanResult.SUCCEED
     if target.as_it_was and policy.halves_after_failure:
+        # The seed has no other result without a collapse, so khugepaged does not rest after a failed allocation.
         return ScanResult.FAIL
     return ScanResult.ALLOC_HUGE_PAGE_FAIL if alloc_failed else last
 
@@ -163,12 +160,14 @@ def scan_runs(
                 if behind == end:
                     break
         if result in DONE_THERE:
+            # Behind a large folio any page may follow, aligned or not, in the series even behind the PMD range.
             at = behind if scan.behind is None else scan.behind
             order = aligned if (aligned := _alignment(at // page)) in left else left[0]
         else:
             left = [other for other in left if other != order]
             order = left[0] if left else None
     if target.as_it_was:
+        # In the series the result of the range is that of the last run only.
         return scan, last
     return scan, ScanResult.SUCCEED if collapsed else ScanResult.ALLOC_HUGE_PAGE_FAIL if alloc_failed else last
 

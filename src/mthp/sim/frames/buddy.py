@@ -3,9 +3,6 @@
 Follows the shape of mm/page_alloc.c: the frame number of a block's buddy differs in the bit of the block's order; a
 freed block is merged with its buddy while that is free and of the same order. A zone allocates nothing that would
 bring it below its ``min`` watermark.
-
-The free blocks of an order are the keys of a dict: it returns the last one freed first, finds and removes a buddy in
-constant time, and keeps the same order in every run.
 """
 
 from __future__ import annotations
@@ -79,6 +76,7 @@ class Zone:
         self.reserve = 0
         self.watermarks = Watermarks()
         self.compaction = Compaction(start)
+        # By order. A dict finds and removes a buddy in constant time, and keeps the same order in every run.
         self._free: list[dict[int, None]] = [{} for _ in range(max_order + 1)]
         self.free_range(start, frames)
 
