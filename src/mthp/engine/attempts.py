@@ -19,7 +19,7 @@ class Attempts(Table):
         range: int64, index of the PMD range.
         offset: int32, first PTE of the run within its range.
         order: int8.
-            filled: int32, PTEs of the run without contents, which its collapse fills.
+        filled: int32, PTEs of the run without contents, which its collapse fills.
         result: int8, :class:`~mthp.results.ScanResult`.
     """
 

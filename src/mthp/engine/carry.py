@@ -86,7 +86,7 @@ class Carrier:
         """Make `folios`.
 
         Raises:
-                MthpError: the collapse cannot go on; the report holds what was done until then.
+            MthpError: the collapse cannot go on; the report holds what was done until then.
         """
         for blocks in self._lists(folios):
             done = 0

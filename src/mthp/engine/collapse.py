@@ -50,11 +50,11 @@ def collapse_space(
         before_move: called with the plan and the mechanism before the first page is moved, or khugepaged is driven.
 
     Raises:
-            UsageError: as :func:`mthp.plan_ranges`; the PMD order with the mechanism ``move``, which cannot make it; an
-                option that the mechanism does not support.
-            NotPermittedError: the rights do not suffice to collapse in the target.
-            UnsupportedError: the backend or this kernel cannot collapse, or not by this mechanism.
-            TargetVanishedError: the process exited before anything was done.
+        UsageError: as :func:`mthp.plan_ranges`; the PMD order with the mechanism ``move``, which cannot make it; an
+            option that the mechanism does not support.
+        NotPermittedError: the rights do not suffice to collapse in the target.
+        UnsupportedError: the backend or this kernel cannot collapse, or not by this mechanism.
+        TargetVanishedError: the process exited before anything was done.
     """
     check_mechanism(means, small=choice.small)
     plan = plan_space(space, _to_be_planned(choice, means, space.geometry), stop=stop)
@@ -129,8 +129,8 @@ def carry_out(
         means, dry_run, progress, stop, before_move: as for :func:`collapse_space`.
 
     Raises:
-            NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error after
-                something was done is in the report instead.
+        NotPermittedError, UnsupportedError, TargetVanishedError: as :func:`collapse_space`. An error after
+            something was done is in the report instead.
     """
     check_mechanism(means, small=plan.small)
     geometry = space.geometry

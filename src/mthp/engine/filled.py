@@ -62,7 +62,7 @@ class FilledPages:
         """Replace what is remembered of some PMD ranges.
 
         Args:
-                addresses: uint64, shape (ranges,): start address of each range.
+            addresses: uint64, shape (ranges,): start address of each range.
             filled: bool, shape (ranges, ptes_per_pmd).
         """
         any_filled = np.logical_or.reduce(filled, axis=1)

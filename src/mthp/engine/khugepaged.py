@@ -100,7 +100,7 @@ class Khugepaged(Scanner):
         """Return what to choose, and the other options of a visit.
 
         Raises:
-                UsageError: an option does not exist.
+            UsageError: an option does not exist.
         """
         others = {name: value for name, value in options.items() if name in _OF_VISITS}
         chosen = {name: value for name, value in options.items() if name not in _OF_VISITS}

@@ -178,7 +178,7 @@ def plan_ranges(
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
 
     Raises:
-            UsageError: an unknown policy or trigger, an order or limit that does not exist on this geometry, or planes
+        UsageError: an unknown policy or trigger, an order or limit that does not exist on this geometry, or planes
             whose shapes differ or contradict each other.
     """
     planes = Planes.checked(

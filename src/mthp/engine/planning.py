@@ -50,11 +50,11 @@ def plan_space(
     """Plan the collapse of `space`.
 
     Args:
-            stop: called while heat is measured; once it returns True the plan uses the heat seen until then.
+        stop: called while heat is measured; once it returns True the plan uses the heat seen until then.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
-            TargetVanishedError: the process exited in the meantime.
+        TargetVanishedError: the process exited in the meantime.
         UnsupportedError, NotPermittedError: as :func:`mthp.abilities.heat_of`.
     """
     policy = policy_named(options.policy)

@@ -14,7 +14,7 @@ The methods get all runs of an order in all PMD ranges at once, so they return a
 class::
 
     class ThreeQuarters(mthp.Policy):
-            \"\"\"Collapse a run when three quarters of it have contents.\"\"\"
+        \"\"\"Collapse a run when three quarters of it have contents.\"\"\"
 
         name = "three-quarters"
 

@@ -88,23 +88,23 @@ class SpacePlan(Tabular):
     """What a collapse would make of an address space.
 
     Attributes:
-            label: name of the target.
-            geometry: geometry of its machine.
-            policy: name of the policy.
-            orders: the orders that were enabled for any mapping.
-            trigger, tunables: the circumstances that the plan assumes.
-            ranges: the PMD ranges that have contents.
-            folios: the folios that would be made.
-            refused: mappings that are left alone, each with the reason; with `within`, only those inside it.
-            planned_bytes: size of the PMD ranges of the mappings that were planned.
-            asked_order: coverage counts folios of this order and larger ones: the smallest requested order, or the PMD
-                order if none was named.
-            scope: the memory that the coverage is of.
-            before, after: the coverage now, and after the plan is carried out.
-            eligible: as `before`, of only those mappings that may be collapsed.
-            refused_resident: pages that count for the coverage in each of the `refused` mappings.
-            heat: which memory the target uses; None if unknown.
-            small: whether memory outside of whole PMD ranges of its mapping was planned too.
+        label: name of the target.
+        geometry: geometry of its machine.
+        policy: name of the policy.
+        orders: the orders that were enabled for any mapping.
+        trigger, tunables: the circumstances that the plan assumes.
+        ranges: the PMD ranges that have contents.
+        folios: the folios that would be made.
+        refused: mappings that are left alone, each with the reason; with `within`, only those inside it.
+        planned_bytes: size of the PMD ranges of the mappings that were planned.
+        asked_order: coverage counts folios of this order and larger ones: the smallest requested order, or the PMD
+            order if none was named.
+        scope: the memory that the coverage is of.
+        before, after: the coverage now, and after the plan is carried out.
+        eligible: as `before`, of only those mappings that may be collapsed.
+        refused_resident: pages that count for the coverage in each of the `refused` mappings.
+        heat: which memory the target uses; None if unknown.
+        small: whether memory outside of whole PMD ranges of its mapping was planned too.
     """
 
     ROWS: ClassVar = "folios"

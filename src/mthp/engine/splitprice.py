@@ -28,8 +28,8 @@ class SplitPrice:
     Attributes:
         ranges: PMD ranges that are collapsed as a whole.
         copied: pages with contents that this copies.
-            wanted: those of `copied` that end up in planned folios.
-            writes: splits, each into equal parts; a kernel that splits around one page needs fewer.
+        wanted: those of `copied` that end up in planned folios.
+        writes: splits, each into equal parts; a kernel that splits around one page needs fewer.
     """
 
     JSON: ClassVar = (

@@ -74,13 +74,13 @@ class TrimPlan:
     """The folios to be trimmed, those with the most pages of zeroes first.
 
     Attributes:
-            label, geometry: name of the target, and geometry of its machine.
-            by: the way to trim; None if none works here.
-            folios: address and order of each.
-            zero: for each the pages that contain only zeroes: bool, shape (2**order,).
-            gains: for each the number of these pages that would be given back.
-            looked_at: number of large folios scanned.
-            interrupted: the caller stopped it before all folios were scanned.
+        label, geometry: name of the target, and geometry of its machine.
+        by: the way to trim; None if none works here.
+        folios: address and order of each.
+        zero: for each the pages that contain only zeroes: bool, shape (2**order,).
+        gains: for each the number of these pages that would be given back.
+        looked_at: number of large folios scanned.
+        interrupted: the caller stopped it before all folios were scanned.
     """
 
     JSON: ClassVar = "target=label by folios_by_order looked_at zero_bytes"
@@ -110,20 +110,20 @@ class TrimReport(Tabular):
     """What a trim gave back.
 
     Attributes:
-            plan: the plan that was carried out.
-            dry_run: nothing was done.
-            trimmed: number of folios that were split.
-            failed: number of the others that were tried, by scan result and reason.
-            not_tried: number of folios left when the trim ended early.
-            given_back_bytes: bytes that are no longer resident according to the page tables.
-            left_by_order: number of folios by order that the memory of trimmed ones lies in, base pages as order 0.
-            rss_before_bytes, rss_after_bytes: resident bytes of the whole target.
-            calls: durations of the trims of single folios.
-            elapsed: seconds, rests included.
-            interrupted: the caller stopped it.
-            vanished: the target exited in the meantime.
-            remade: trimmed memory that khugepaged will make huge again.
-            error: another error that ended it early; ``""`` if none did.
+        plan: the plan that was carried out.
+        dry_run: nothing was done.
+        trimmed: number of folios that were split.
+        failed: number of the others that were tried, by scan result and reason.
+        not_tried: number of folios left when the trim ended early.
+        given_back_bytes: bytes that are no longer resident according to the page tables.
+        left_by_order: number of folios by order that the memory of trimmed ones lies in, base pages as order 0.
+        rss_before_bytes, rss_after_bytes: resident bytes of the whole target.
+        calls: durations of the trims of single folios.
+        elapsed: seconds, rests included.
+        interrupted: the caller stopped it.
+        vanished: the target exited in the meantime.
+        remade: trimmed memory that khugepaged will make huge again.
+        error: another error that ended it early; ``""`` if none did.
     """
 
     ROWS: ClassVar = "rows"
@@ -197,8 +197,8 @@ def plan_trim(
         stop: called before every block; once it returns True nothing more is read.
 
     Raises:
-            UnsupportedError: the contents or the frames of `space` cannot be read.
-            NotPermittedError: the rights do not suffice.
+        UnsupportedError: the contents or the frames of `space` cannot be read.
+        NotPermittedError: the rights do not suffice.
     """
     geometry, size = space.geometry, space.geometry.page_size
     abilities.zero_filled(space, space.read([]))  # Fails at once for a target without contents.
@@ -333,7 +333,7 @@ def _whole_folios(columns: PteColumns, geometry: Geometry) -> list[Block]:
     """Return the large anonymous folios that are mapped in order, from their first page to their last.
 
     Raises:
-            UnsupportedError: frames cannot be read.
+        UnsupportedError: frames cannot be read.
     """
     if columns.pfn is None:
         raise UnsupportedError(

@@ -89,11 +89,11 @@ class Visit:
         UsageError: an unknown policy, or an order or a limit that does not exist on this geometry; `small`.
 
     Attributes:
-            space, means, admit, choose: the arguments.
-            choice: may be replaced between passes, except for the policy; call :meth:`forget` then.
-            policy: the policy of `choice`.
-            filled: pages that collapses filled, for policies that remember them.
-            touching: whether a collapse works on the memory of the space at this moment.
+        space, means, admit, choose: the arguments.
+        choice: may be replaced between passes, except for the policy; call :meth:`forget` then.
+        policy: the policy of `choice`.
+        filled: pages that collapses filled, for policies that remember them.
+        touching: whether a collapse works on the memory of the space at this moment.
     """
 
     def __init__(

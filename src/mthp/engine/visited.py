@@ -23,8 +23,8 @@ class Found:
     """The next PMD ranges of an address space that may be collapsed.
 
     Attributes:
-            passed: mappings and empty stretches that were skipped on the way.
-            stretch: adjoining PMD ranges of one mapping; None if nothing is left behind the cursor.
+        passed: mappings and empty stretches that were skipped on the way.
+        stretch: adjoining PMD ranges of one mapping; None if nothing is left behind the cursor.
     """
 
     passed: int
