@@ -1,6 +1,6 @@
 """khugepaged with multi-size transparent huge pages, in user space.
 
-Everything public is here, and imported when it is first used, so that ``import mthp`` costs next to nothing.
+All public names are here. Each is imported at its first use, so that ``import mthp`` costs next to nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _HOMES = {
 }
 
 _SUBPACKAGES = frozenset(("sim", "snapshot"))
-"""Subpackages that are reached as attributes, without an import of their own."""
+"""Subpackages that are available as attributes without an import of their own."""
 
 __all__ = ["__version__", *_HOMES, *_SUBPACKAGES]  # noqa: PLE0604
 

@@ -1,4 +1,4 @@
-"""Lets ``python -m mthp`` run the command line."""
+"""The entry point of ``python -m mthp``."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""What an address space may know beyond the seam: each a small protocol, and a function for any address space.
+"""Optional abilities of address spaces: each a small protocol, and a function that works for any address space.
 
-:class:`~mthp.addrspace.AddressSpace` is what every backend has. A recorded snapshot has no threads, and only the kernel
-knows the nodes of a mapping. So a backend has the methods of those protocols that it can keep, and callers use the
-functions, which return what holds for every other backend. A method returns what the function of its name says.
+:class:`~mthp.addrspace.AddressSpace` has the methods of every backend. A recorded snapshot has no threads, and only
+the kernel knows the nodes of a mapping, so a backend implements those protocols here that it can. Callers use the
+functions, which have a default for all other backends. A method returns the same as the function of its name.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from mthp.ptes import Pte, PteColumns, Segment, in_blocks, in_range_blocks
 from mthp.vma import Vma
 
 READ_BLOCK = 256 << 20
-"""Bytes of address space that are read at a time where everything is read."""
+"""Bytes of address space per read when all of it is read."""
 
 
 @runtime_checkable
 class Threaded(Protocol):
-    """An address space that threads use."""
+    """An address space in which threads run."""
 
     def threads(self) -> int: ...
 
 
 def threads(space: AddressSpace) -> int:
-    """Return how many threads run in `space`; 1 where it has none."""
+    """Return the number of threads that run in `space`; 1 if it is not :class:`Threaded`."""
     return space.threads() if isinstance(space, Threaded) else 1
 
 
@@ -47,28 +47,28 @@ class Stopped(Protocol):
 
 
 def take_pauses(space: AddressSpace) -> list[int]:
-    """Return how long the threads of `space` were stopped, in nanoseconds, for every window since the last call."""
+    """Return how long the threads of `space` were stopped, in nanoseconds, for each window since the last call."""
     return space.take_pauses() if isinstance(space, Stopped) else []
 
 
 @runtime_checkable
 class Timed(Protocol):
-    """An address space that knows how long calls of the kernel took that were made for several blocks together."""
+    """An address space that measures kernel calls made for several blocks together."""
 
     def take_calls(self) -> list[int]: ...
 
 
 def take_calls(space: AddressSpace) -> list[int]:
-    """Return how long calls of the kernel took that were made for several blocks together, in nanoseconds each.
+    """Return the durations of kernel calls made for several blocks together since the last time, in nanoseconds.
 
-    Of every call since the last time. What was made block by block is in the outcomes of the blocks.
+    Calls for single blocks are in the outcomes of the blocks.
     """
     return space.take_calls() if isinstance(space, Timed) else []
 
 
 @runtime_checkable
 class Movable(Protocol):
-    """An address space whose memory may be moved."""
+    """An address space whose memory can be moved."""
 
     def move_refusals(self, means: Means) -> list[str]: ...
 
@@ -80,24 +80,24 @@ def move_refusals(space: AddressSpace, means: Means) -> list[str]:
 
 @runtime_checkable
 class Hindered(Protocol):
-    """An address space whose memory something may hold."""
+    """An address space that knows what prevents moves, and what pins its pages."""
 
     def objections(self, vma: Vma | None) -> list[str]: ...
     def pins(self, vma: Vma | None) -> list[str]: ...
 
 
 def objections(space: AddressSpace, vma: Vma | None) -> list[str]:
-    """Return what speaks against moving memory of a mapping, or of the process, each as a sentence.
+    """Return the reasons not to move memory of a mapping, or of the process, each as a sentence.
 
-    None where memory is only read.
+    Empty for a backend that only reads.
     """
     return space.objections(vma) if isinstance(space, Hindered) else []
 
 
 def pins(space: AddressSpace, vma: Vma | None) -> list[str]:
-    """Return what holds pages of a mapping, or of the process, as far as it shows, each as a sentence.
+    """Return the visible pins of pages of a mapping, or of the process, each as a sentence.
 
-    None where memory is only read.
+    Empty for a backend that only reads.
     """
     return space.pins(vma) if isinstance(space, Hindered) else []
 
@@ -111,7 +111,7 @@ class Served(Protocol):
 
 
 def service(space: AddressSpace) -> str:
-    """Return the pod, container or service of `space`, as a target is written; ``""`` if it is not known."""
+    """Return the pod, container or service of `space`, as it is written in a target; ``""`` if unknown."""
     return space.service if isinstance(space, Served) else ""
 
 
@@ -123,7 +123,7 @@ class Limited(Protocol):
 
 
 def memory_bounds(space: AddressSpace) -> list[MemoryBound]:
-    """Return the limits that new memory of `space` counts against, as they are at this moment."""
+    """Return the limits that new memory of `space` counts against, with their present use."""
     return space.memory_bounds() if isinstance(space, Limited) else []
 
 
@@ -135,19 +135,19 @@ class OnFreeMemory(Protocol):
 
 
 def free_bytes(space: AddressSpace, order: int) -> int | None:
-    """Return the bytes that the machine can make folios of `order` of at once; None where that is not visible."""
+    """Return the bytes that the machine can at once allocate in folios of `order`; None if unknown."""
     return space.free_bytes(order) if isinstance(space, OnFreeMemory) else None
 
 
 @runtime_checkable
 class Resident(Protocol):
-    """An address space of which the kernel counts what is in memory."""
+    """An address space with a resident size that the kernel counts."""
 
     def resident_bytes(self) -> int: ...
 
 
 def resident_bytes(space: AddressSpace) -> int:
-    """Return how many bytes of `space` are in memory."""
+    """Return the resident bytes of `space`."""
     if isinstance(space, Resident):
         return space.resident_bytes()
     pages = 0
@@ -159,15 +159,15 @@ def resident_bytes(space: AddressSpace) -> int:
 
 @runtime_checkable
 class Counting(Protocol):
-    """An address space on a machine that counts."""
+    """An address space on a machine that has counters."""
 
     def counters(self) -> dict[str, int]: ...
 
 
 def counters(space: AddressSpace) -> dict[str, int]:
-    """Return what the machine of `space` counts of the target (``minflt``, ``majflt``) and of folios, by name.
+    """Return the machine's counters of the target (``minflt``, ``majflt``) and of folios, by name.
 
-    Counters of folio sizes are called as below sysfs: ``hugepages-64kB/anon_fault_alloc``.
+    Counters of folio sizes have their path below sysfs as name: ``hugepages-64kB/anon_fault_alloc``.
     """
     return space.counters() if isinstance(space, Counting) else {}
 
@@ -180,21 +180,21 @@ class OnNodes(Protocol):
 
 
 def with_nodes(space: AddressSpace, vmas: Sequence[Vma]) -> list[Vma]:
-    """Return `vmas` with their `node_pages`, where they are known. It takes about as long as listing them."""
+    """Return `vmas` with their `node_pages` if known. It takes about as long as listing them."""
     return space.with_nodes(vmas) if isinstance(space, OnNodes) else list(vmas)
 
 
 @runtime_checkable
 class WithContents(Protocol):
-    """An address space whose pages have contents that can be read."""
+    """An address space whose page contents can be read."""
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]: ...
 
 
 def zero_filled(space: AddressSpace, columns: PteColumns) -> NDArray[np.bool_]:
-    """Return which present pages of `columns`, as just read, hold nothing but zeroes: bool, shape (pages,).
+    """Return which present pages of `columns`, as just read, contain only zeroes: bool, shape (pages,).
 
-    A page that went away meanwhile counts as one that does not.
+    False for a page that went away in the meantime.
 
     Raises:
         UnsupportedError: `space` has no contents, or this kernel cannot tell.
@@ -209,37 +209,37 @@ def zero_filled(space: AddressSpace, columns: PteColumns) -> NDArray[np.bool_]:
 
 @runtime_checkable
 class HeatMeasured(Protocol):
-    """An address space whose accesses can be seen as they happen."""
+    """An address space whose accesses can be measured as they happen."""
 
     def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
-        """Return what is accessed from now on, for the time that `request` names; less once `stop` returns True.
+        """Measure accesses for the time that `request` names, or until `stop` returns True, and return them.
 
         Raises:
             TargetVanishedError: the process is gone.
-            UnsupportedError: nothing here measures it, or not the source that `request` names.
-            NotPermittedError: these rights do not suffice.
+            UnsupportedError: nothing here measures accesses, or not the source that `request` names.
+            NotPermittedError: the rights do not suffice.
         """
 
 
 @runtime_checkable
 class HeatRecorded(Protocol):
-    """An address space that was recorded, and its heat perhaps with it."""
+    """A recorded address space, perhaps with its heat."""
 
     @property
     def recorded_heat(self) -> Heat | None:
-        """The accesses that were seen when it was recorded; None if none were."""
+        """The accesses seen while it was recorded; None if none were."""
 
 
 AnyHeat = Heat | HeatRequest | str | os.PathLike[str] | None
-"""Heat, or where it is to come from: a text is what ``--heat`` takes."""
+"""Heat, or its source: a text has the syntax of ``--heat``."""
 
 
 def heat_of(space: AddressSpace, wanted: AnyHeat = None, stop: Callable[[], bool] = lambda: False) -> Heat | None:
-    """Return the heat of `space`: what was recorded with it, unless something else is `wanted`; None if there is none.
+    """Return the heat of `space` from the source `wanted`, by default what was recorded with it; None without any.
 
     Raises:
-        UsageError: not a source of heat, or a file that cannot be read.
-        UnsupportedError: `space` is no live process, so that nothing can be measured; otherwise as
+        UsageError: `wanted` is not a source of heat, or a file that cannot be read.
+        UnsupportedError: `space` is not a live process, so nothing can be measured; otherwise as
             :meth:`HeatMeasured.measure_heat`.
     """
     if isinstance(wanted, Heat):
@@ -258,25 +258,25 @@ def heat_of(space: AddressSpace, wanted: AnyHeat = None, stop: Callable[[], bool
 
 
 class Watch(Protocol):
-    """Reads an address space again and again, and leaves out what it knows not to have changed."""
+    """A repeated reading of an address space that leaves out what has certainly not changed."""
 
     def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
-        """Yield the entries of those PMD ranges in which anything may have changed since the last look.
+        """Yield the entries of the PMD ranges in which anything may have changed since the last look.
 
-        Every part of `segments` that lies in such a PMD range is there. Both are by ascending address.
+        The result has every part of `segments` that lies in such a PMD range. Both are by ascending address.
         """
         ...
 
 
 @runtime_checkable
 class Watchable(Protocol):
-    """An address space of which changes can be seen without reading everything."""
+    """An address space that detects changes without reading everything."""
 
     def watch(self) -> Watch: ...
 
 
 def watch(space: AddressSpace) -> Watch:
-    """Return what reads `space` again and again, as cheaply as its backend can."""
+    """Return the cheapest :class:`Watch` of `space` that its backend has."""
     return space.watch() if isinstance(space, Watchable) else Reading(space)
 
 

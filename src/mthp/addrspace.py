@@ -1,11 +1,11 @@
-"""The seam: what the engine needs of an address space, whatever stands behind it.
+"""The seam: the interface between the engine and all address spaces.
 
-Behind it stand a live Linux process (:mod:`mthp.linux`), a recorded snapshot (:mod:`mthp.snapshot`) and a simulated
-machine (:mod:`mthp.sim`). An :class:`AddressSpace` lists its mappings as :class:`Vma`, gives its page table entries
-as :class:`PteColumns`, and collapses. Reading is done in blocks of segments, so that memory use stays bounded
-however large the target is; a segment is a half-open pair of page-aligned addresses.
+Behind it are a live Linux process (:mod:`mthp.linux`), a recorded snapshot (:mod:`mthp.snapshot`) and a simulated
+machine (:mod:`mthp.sim`). An :class:`AddressSpace` lists its mappings as :class:`Vma`, reads its page table entries
+as :class:`PteColumns`, and collapses. Reads take blocks of segments, so that memory use stays bounded however large
+the target is; a segment is a half-open pair of page-aligned addresses.
 
-A live address space changes while it is read. What is unmapped in between reads as nothing mapped; a process that
+A live address space changes while it is read. Memory unmapped in the meantime reads as nothing mapped; a process that
 exits raises :class:`~mthp.errors.TargetVanishedError`; a collapse that fails is a
 :class:`~mthp.results.ScanResult`.
 """
@@ -30,7 +30,7 @@ from mthp.vma import Vma
 
 
 class AddressSpace(Closing, abc.ABC):
-    """One address space and the machine around it. A context manager: leaving it lets go of the target.
+    """One address space and its machine. A context manager that releases the target at the end of the block.
 
     One thread may list the mappings while another reads.
     """
@@ -43,7 +43,7 @@ class AddressSpace(Closing, abc.ABC):
     @property
     @abc.abstractmethod
     def label(self) -> str:
-        """How to name it to a person, such as ``"1234 (redis-server)"``."""
+        """The name to print, such as ``"1234 (redis-server)"``."""
 
     @property
     @abc.abstractmethod
@@ -68,11 +68,11 @@ class AddressSpace(Closing, abc.ABC):
     @property
     @abc.abstractmethod
     def missing(self) -> tuple[str, ...]:
-        """What cannot be seen with these rights, each as a sentence that says what would make it visible."""
+        """What the rights do not allow to read, each as a sentence that names the remedy."""
 
     @abc.abstractmethod
     def vmas(self) -> list[Vma]:
-        """The mappings, by ascending address.
+        """Return the mappings, by ascending address.
 
         Raises:
             TargetVanishedError: the process is gone.
@@ -80,37 +80,37 @@ class AddressSpace(Closing, abc.ABC):
 
     @abc.abstractmethod
     def read(self, segments: Sequence[Segment]) -> PteColumns:
-        """The page table entries of `segments`, one after another.
+        """Return the page table entries of `segments`, one after another.
 
         Raises:
             TargetVanishedError: the process is gone.
         """
 
     def collapse(self, address: int, order: int) -> BlockOutcome:
-        """Collapse the aligned run at `address` to one folio of `order`.
+        """Collapse the aligned run at `address` to one folio of `order`, and return the outcome.
 
         Raises:
-            As :meth:`collapse_blocks`.
+            MthpError: as :meth:`collapse_blocks`.
         """
         return self.collapse_blocks([(address, order)])[0]
 
     def collapse_blocks(
         self, blocks: Sequence[Block], means: Means = USUAL_MEANS, before: PteColumns | None = None
     ) -> list[BlockOutcome]:
-        """Collapse disjoint `blocks`, as many at a time as `means` allows: the outcome of each, in their order.
+        """Collapse disjoint `blocks`, as many at a time as `means` allows; return their outcomes in order.
 
-        SUCCEED is what the page tables show: the block lies in one folio of its order, or a larger one, and did not
-        before. A block that did before is left alone (PMD_MAPPED, PTE_MAPPED_HUGEPAGE). If the target exits meanwhile,
-        the outcomes of what was left, or could not be seen any more, are ANY_PROCESS.
+        The page tables decide: SUCCEED means that the block lies in one folio of its order or a larger one, and did not
+        before. A block that did before is left alone (PMD_MAPPED, PTE_MAPPED_HUGEPAGE). If the target exits in the
+        meantime, blocks that were left, or could not be read again, have ANY_PROCESS.
 
         Args:
-            before: entries that hold the blocks, as just read; read here if None.
+            before: entries just read that contain the blocks; None to read them here.
 
         Raises:
             TargetVanishedError: the process is gone.
-            UnsupportedError: this backend cannot, at all or at this order.
-            NotPermittedError: these rights do not suffice.
-            UsageError: a block is not aligned, or there is no such order.
+            UnsupportedError: this backend cannot collapse, at all or at this order.
+            NotPermittedError: the rights do not suffice.
+            UsageError: a block is not aligned, or its order does not exist.
         """
         geometry, page_size = self.geometry, self.geometry.page_size
         for address, order in blocks:
@@ -133,28 +133,28 @@ class AddressSpace(Closing, abc.ABC):
         return [seen.get(block) or already(block, geometry) for block in blocks]
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
-        """Try to collapse disjoint `blocks` for :meth:`collapse_blocks`: what the mechanism says of each.
+        """Try to collapse disjoint `blocks` for :meth:`collapse_blocks`; return the mechanism's result of each.
 
         Args:
             before: the entries of the blocks, as just read.
 
         Raises:
-            As :meth:`collapse_blocks`.
+            MthpError: as :meth:`collapse_blocks`.
         """
         return [self.attempt(address, order) for address, order in blocks]
 
     @abc.abstractmethod
     def attempt(self, address: int, order: int) -> BlockOutcome:
-        """Try to collapse one block: what the mechanism says, which need not be what it did.
+        """Try to collapse one block; return the mechanism's result, which the page tables may contradict.
 
         Raises:
-            As :meth:`collapse_blocks`.
+            MthpError: as :meth:`collapse_blocks`.
         """
 
     def mechanism_for(self, order: int, asked: Mechanism) -> Mechanism | None:
-        """Return what makes a folio of `order` if the mechanism `asked` is chosen; None if nothing does.
+        """Return the mechanism that makes a folio of `order` if `asked` is requested; None if none does.
 
-        ``auto`` is what the kernel does by itself here: the mover injects code, so it must be asked for by name.
+        ``auto`` uses what the kernel offers. The mover injects code, so the user must name it.
         """
         if asked == "khugepaged":
             return asked
@@ -167,15 +167,15 @@ class AddressSpace(Closing, abc.ABC):
         return "move" if "move" in asked else None
 
     def splits(self) -> bool:
-        """Return whether folios of any order can be made here by collapsing a PMD range and splitting its folio."""
+        """Return whether a collapse of a PMD range and splits of its folio can make folios of any order here."""
         return False
 
     def drives_khugepaged(self, order: int) -> bool:
-        """Return whether the machine's own khugepaged makes folios of `order`, and may be driven with these rights."""
+        """Return whether the machine's khugepaged makes folios of `order`, and the rights suffice to drive it."""
         return False
 
     def mapped(self) -> list[Segment]:
-        """The ranges of all mappings, by ascending address: :meth:`vmas` without what costs time to find out.
+        """Return the ranges of all mappings, by ascending address, without the slow parts of :meth:`vmas`.
 
         Raises:
             TargetVanishedError: the process is gone.
@@ -183,14 +183,14 @@ class AddressSpace(Closing, abc.ABC):
         return [(vma.start, vma.end) for vma in self.vmas()]
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
-        """The parts of `segments` that may hold something, in whole granules of `granule` bytes.
+        """Return the parts of `segments` that may have contents, in whole granules of `granule` bytes.
 
-        What is left out reads as none throughout. A backend that cannot tell cheaply gives `segments` back.
+        The rest reads as none throughout. A backend that cannot tell cheaply returns `segments`.
         """
         return list(segments)
 
     def outline(self, segments: Sequence[Segment]) -> Outline:
-        """What the PMD ranges of `segments`, which are whole and ascend, hold, without looking at their folios.
+        """Return the outline of the PMD ranges of `segments`, which are whole and ascend, without their folios.
 
         A backend that cannot tell cheaply reads everything.
 
@@ -204,16 +204,16 @@ class AddressSpace(Closing, abc.ABC):
         return Outline.joined(parts)
 
     def close(self) -> None:
-        """Let go of the target."""
+        """Release the target."""
         return
 
 
 _OUTLINE_PMD_RANGES = 128
-"""PMD ranges that are read at a time for an outline."""
+"""PMD ranges per read for an outline."""
 
 
 def _outline_of_block(columns: PteColumns, geometry: Geometry) -> Outline:
-    """The outline of what was read: runs of pages that are alike."""
+    """Return the outline of what was read: runs of pages of one kind."""
     kinds = np.zeros(len(columns.state), np.uint8)
     for kind, bit in ((PRESENT, Pte.PRESENT), (HUGE, Pte.PMD_MAPPED), (ZERO, Pte.ZERO), (SWAP, Pte.SWAP)):
         kinds[columns.has(bit)] |= kind

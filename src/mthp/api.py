@@ -1,4 +1,4 @@
-"""The library's verbs: what the commands do, in one call each."""
+"""The library's verbs: one function for each command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inspect(target: Target, *, zero_filled: bool = False) -> Census:
 
     Args:
         target: a PID, ``"self"``, or the path of a snapshot.
-        zero_filled: read the contents too, and count the pages of nothing but zeroes.
+        zero_filled: also read the contents, and count the pages that contain only zeroes.
 
     Raises:
         UsageError, TargetVanishedError, NotPermittedError, UnsupportedError: as
@@ -53,7 +53,7 @@ def plan(target: Target, **options: Any) -> SpacePlan:
         options: the fields of :class:`mthp.engine.select.PlanOptions`.
 
     Raises:
-        UsageError: as :func:`mthp.plan_ranges`; an option that does not exist.
+        UsageError: as :func:`mthp.plan_ranges`; or an option does not exist.
         TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.targets.open_target`.
     """
     with open_target(target) as space:
@@ -61,7 +61,7 @@ def plan(target: Target, **options: Any) -> SpacePlan:
 
 
 def collapse(target: Target, *, dry_run: bool = False, **options: Any) -> CollapseReport:
-    """Collapse `target` now, as planned, and say what came of it.
+    """Plan and collapse `target` now, and return the report.
 
     Args:
         target: a PID, or ``"self"``.
@@ -79,7 +79,7 @@ def collapse(target: Target, *, dry_run: bool = False, **options: Any) -> Collap
 
 
 def trim(target: Target, *, dry_run: bool = False, **options: Any) -> TrimReport:
-    """Give back pages of large folios of `target` that hold nothing but zeroes.
+    """Give back pages of large folios of `target` that contain only zeroes.
 
     Args:
         target: a PID, or ``"self"``.
@@ -87,7 +87,7 @@ def trim(target: Target, *, dry_run: bool = False, **options: Any) -> TrimReport
         options: the fields of :class:`mthp.engine.trim.TrimOptions`.
 
     Raises:
-        UsageError: an option that does not exist, or is out of range.
+        UsageError: an option does not exist, or is out of range.
         TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.engine.trim.trim_space`.
     """
     try:
@@ -106,7 +106,7 @@ def verify(target: Target, *expectations: str) -> Verification:
         expectations: such as ``"2M>=95%"`` or ``"heap:64K>=90%"`` (:mod:`mthp.engine.verify`).
 
     Raises:
-        UsageError: not an expectation, or a size that no folio has there.
+        UsageError: a text that is not an expectation, or a size that no folio has there.
         TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.targets.open_target`.
     """
     expected = [Expectation.parse(each) for each in expectations]
@@ -115,11 +115,11 @@ def verify(target: Target, *expectations: str) -> Verification:
 
 
 def explain(target: Target, address: int | None = None) -> Explanation:
-    """Say what the memory of `target` is, what each policy would make of it, and what stops it.
+    """Explain the memory of `target`: its kind, what each policy would make of it, and what stops it.
 
     Args:
         target: a PID, ``"self"``, the path of a snapshot, or a name that fits one process.
-        address: explain the PMD range around it; the whole process by default.
+        address: explain the PMD range around it; by default the whole process.
 
     Raises:
         UsageError: nothing is mapped there.
@@ -132,11 +132,11 @@ def explain(target: Target, address: int | None = None) -> Explanation:
 def take_snapshot(target: Target, path: str | os.PathLike[str], *, overwrite: bool = False) -> SnapshotInfo:
     """Record which pages of `target` are mapped, and how, into a file that every verb takes as a target.
 
-    ``mthp.snapshot(target, path)`` is the same, but for type checkers, which see a package there.
+    ``mthp.snapshot(target, path)`` does the same, but type checkers see a package of that name.
 
     Args:
-        target: a PID, ``"self"``, a name that fits one process, or the path of a recording, whose last step it is.
-        path: of the file, Parquet.
+        target: a PID, ``"self"``, a name that fits one process, or a path of a recording, whose last step is taken.
+        path: path of the file, Parquet.
         overwrite: replace a file that exists.
 
     Raises:
@@ -177,11 +177,11 @@ def record(
 
 
 def compare(target: Target, policies: Sequence[str] = (), *, scans: int | None = 1, **limits: Any) -> Comparison:
-    """Say what each of several policies would make of `target`, side by side.
+    """Compute side by side what several policies would make of `target`.
 
     Args:
-        policies: their names; the four and no-creep by default.
-        scans: how often each policy's plan is carried out in memory and planned again; None: until nothing changes.
+        policies: their names; by default :data:`mthp.lab.compare.DEFAULT_POLICIES`.
+        scans: times that each policy's plan is carried out in memory and planned again; None: until nothing changes.
         limits: lists of values of max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order and orders.
 
     Raises:
@@ -204,11 +204,11 @@ def sweep(
     jobs: int | None = None,
     overwrite: bool = False,
 ) -> SweepReport:
-    """Take all snapshots and recordings in a directory through all settings of a grid, into one Parquet file.
+    """Run all snapshots and recordings in a directory through all settings of a grid, into one Parquet file.
 
     Args:
         grid: a TOML file, as for `mthp sweep`.
-        jobs: processes; as many as this one may use processors by default.
+        jobs: processes; by default as many as this one may use processors.
 
     Raises:
         UsageError, MthpError, UnsupportedError: as :func:`mthp.lab.sweep.sweep`.
@@ -222,11 +222,11 @@ def sweep(
 
 
 def collapse_self(*, dry_run: bool = False, **options: Any) -> CollapseReport:
-    """Collapse this process itself, while its other threads go on.
+    """Collapse this process itself, while its other threads run.
 
-    The kernel's call makes folios of the PMD order. With ``mechanism="madvise,move"`` smaller ones are made by moving
-    pages behind a userfaultfd: a thread that touches a page that is away waits for it, and nothing is traced or stopped
-    (:mod:`mthp.linux.mover.guarded`). What that takes is in :func:`collapse_buffer`.
+    MADV_COLLAPSE makes folios of the PMD order. ``mechanism="madvise,move"`` also makes smaller ones, by moving pages
+    behind a userfaultfd: a thread that touches a moving page waits for it, and no thread is traced or stopped
+    (:mod:`mthp.linux.mover.guarded`). :func:`collapse_buffer` lists the requirements.
 
     Args:
         dry_run, options: as for :func:`collapse`.
@@ -242,29 +242,28 @@ def collapse_buffer(
 ) -> CollapseReport:
     """Collapse memory of this process: a NumPy array, an mmap or another buffer.
 
-    Without `order`, everything in the whole PMD ranges within it that holds anything is collapsed to the PMD order,
-    shared memory too (which an mmap is by default), unless `options` say otherwise. That needs no rights. There is no
-    bloat budget by default, because the caller named the memory; the reserve holds.
+    Without `order`, all contents in whole PMD ranges within the buffer are collapsed to the PMD order, shared memory
+    too (which an mmap is by default), unless `options` say otherwise. That needs no rights. There is no bloat budget by
+    default, because the caller named the memory; the reserve holds.
 
-    With `order`, every aligned run of 2**order pages within it becomes one folio, if it is private memory and full, or
-    may be filled. Other threads may go on using the memory, also in system calls. That takes:
+    With `order`, every aligned run of 2**order pages within the buffer becomes one folio, if it is private memory and
+    full, or may be filled. Other threads may use the memory meanwhile, also in system calls. Requirements:
 
-    - the switch of that size: it is turned on for the time, as root; without rights it has to be on;
-    - a userfaultfd that sees faults in the kernel, which users have with CAP_SYS_PTRACE or with
-      ``vm.unprivileged_userfaultfd=1``. Without it, ``guarded=False`` will do, as long as nobody else uses the memory
-      meanwhile;
+    - the switch of that size: as root it is turned on for the time; without rights it must be on;
+    - a userfaultfd that handles faults in the kernel, which users have with CAP_SYS_PTRACE or with
+      ``vm.unprivileged_userfaultfd=1``. Without it, ``guarded=False`` works while no other thread uses the memory;
     - x86-64, and Linux 6.8.
 
     Args:
         buffer: contiguous memory of this process: an object with the buffer protocol or ``__array_interface__``, a
-            tensor of DLPack, or an Arrow array, of which the largest buffer counts.
-        order: of the folios; the PMD order if not given.
-        guarded: whether others may use the memory meanwhile.
+            tensor of DLPack, or an Arrow array, whose largest buffer is used.
+        order: order of the folios; None for the PMD order.
+        guarded: whether other threads may use the memory meanwhile.
         dry_run: plan only.
         options: as for :func:`collapse`; with `order` only those of :class:`mthp.means.Means`.
 
     Raises:
-        UsageError: not a contiguous buffer; no such order; as :func:`plan`.
+        UsageError: a buffer that is not contiguous; an order that does not exist; as :func:`plan`.
         NotPermittedError: the switch is off, or the guard is not permitted.
         UnsupportedError: as :func:`mthp.engine.collapse.collapse_space`.
     """
@@ -291,7 +290,7 @@ def _collapse_blocks(
     unknown = options.keys() & _PLAN_FIELDS
     if unknown:
         raise UsageError(f"{', '.join(sorted(unknown))}: with an order, nothing is left to be planned")
-    # The caller named this memory and this size: there is nothing to be asked for by name.
+    # The caller named this memory and this size, which counts as naming the mover.
     _, means = _options({"mechanism": "madvise,move", "max_bloat": None} | options)
     with open_live("self") as space:
         space.guarded = guarded
@@ -307,7 +306,7 @@ def _plan_options(options: dict[str, Any]) -> PlanOptions:
 
 
 def _options(options: dict[str, Any]) -> tuple[PlanOptions, Means]:
-    """Sort keyword arguments into what to choose, and how to do it."""
+    """Split keyword arguments into what to choose, and how to do it."""
     choice = _plan_options({name: value for name, value in options.items() if name in _PLAN_FIELDS})
     try:
         return choice, Means(**{name: value for name, value in options.items() if name not in _PLAN_FIELDS})

@@ -1,4 +1,4 @@
-"""The state of blocks before and after an attempt, and its outcome as the page tables show it."""
+"""The state of blocks before and after an attempt, and the outcome that these states show."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ EXITED = "the target exited before its page tables could be read again"
 
 @dataclass(frozen=True, slots=True)
 class BlockStates:
-    """What is in some blocks at one moment: columns of shape (blocks,).
+    """The contents of some blocks at one moment: columns of shape (blocks,).
 
     Attributes:
-        large: bool: all of it lies in one folio of its order or a larger one, as far as frames can be seen; of the PMD
-            order: one PMD entry maps it.
-        partly: bool: a page of it lies in a folio of its order or a larger one.
-        seen: bool: whether that can be seen.
+        large: bool: the whole block lies in one folio of its order or a larger one, as far as frames are readable; at
+            the PMD order, one PMD entry maps it.
+        partly: bool: a page of the block lies in a folio of its order or a larger one.
+        seen: bool: whether folio sizes are readable.
         full: bool: all its pages are present, and none is the zero page.
         contents: int64: pages that are present and not zero, or swapped out.
-        swapped: int64: those that are swapped out.
+        swapped: int64: pages that are swapped out.
     """
 
     large: NDArray[np.bool_]
@@ -40,7 +40,7 @@ class BlockStates:
 
 
 def states_of(columns: PteColumns, blocks: Sequence[Block], geometry: Geometry) -> BlockStates:
-    """Return what is in `blocks`, which `columns` hold, each in one segment."""
+    """Return the states of `blocks`, each of which lies in one segment of `columns`."""
     page_size = geometry.page_size
     segments = [(address, address + (page_size << order)) for address, order in blocks]
     firsts, lasts = page_numbers(segments, page_size).T
@@ -53,7 +53,7 @@ def states_of(columns: PteColumns, blocks: Sequence[Block], geometry: Geometry) 
     in_large = real & (order >= np.repeat(orders, counts))
     large = np.logical_and.reduceat(in_large, begins)
     if columns.pfn is not None:
-        # Pages of one folio are neighbours in memory, and folios are naturally aligned.
+        # Pages of one folio are contiguous in memory, and folios are naturally aligned.
         frames = columns.pfn[pages].view(np.int64)
         expected = np.repeat(frames[begins] - begins, counts) + np.arange(len(pages))
         large &= np.logical_and.reduceat(frames == expected, begins) & (frames[begins] % counts == 0)
@@ -71,7 +71,7 @@ def states_of(columns: PteColumns, blocks: Sequence[Block], geometry: Geometry) 
 
 
 def already(block: Block, geometry: Geometry) -> BlockOutcome:
-    """Return the outcome of a block that needs no attempt, because it is large."""
+    """Return the outcome of a block that is already large, so that it needs no attempt."""
     by_pmd = block[1] == geometry.pmd_order
     result = ScanResult.PMD_MAPPED if by_pmd else ScanResult.PTE_MAPPED_HUGEPAGE
     return BlockOutcome(*block, result, result.meaning)
@@ -80,17 +80,17 @@ def already(block: Block, geometry: Geometry) -> BlockOutcome:
 def shown(
     claims: Sequence[BlockOutcome], before: BlockStates, after: BlockStates, geometry: Geometry
 ) -> list[BlockOutcome]:
-    """Return what the page tables show of attempts.
+    """Return the outcomes of attempts as the page tables show them.
 
-    The kernel's call succeeds for a range that was split again at once, a fault falls back to smaller folios, and what
-    the one did not make another may have.
+    MADV_COLLAPSE also succeeds for a range that was split again at once, a fault falls back to smaller folios, and a
+    block that one mechanism did not make may have been made by another.
 
     Args:
-        claims: what the mechanism says of each block.
+        claims: the mechanism's result of each block.
         before, after: the states of these blocks.
     """
     outcomes = []
-    # One page that the target freed and wrote again is not in the folio any more, the others still are.
+    # A page that the target freed and wrote again is not in the folio any more, but the others are.
     small = after.full & ~after.partly
     columns = (before.contents, before.large, after.large, after.seen, small)
     rows = zip(claims, *(column.tolist() for column in columns), strict=True)
@@ -98,7 +98,7 @@ def shown(
         succeeded = claim.result is ScanResult.SUCCEED
         if claim.verified is not False and ((is_large and not was_large) or (succeeded and not is_seen)):
             filled = (1 << claim.order) - contents
-            # What held for the whole space did not hold here: another mthp may have made it.
+            # The refusal of the whole space does not hold for this block: another mthp may have made it.
             outcome = replace(
                 claim,
                 result=ScanResult.SUCCEED,

@@ -1,9 +1,9 @@
-"""Read what somebody else wrote, within bounds: small files, JSON, TOML and deflated bytes.
+"""Read untrusted input within bounds: small files, JSON, TOML and deflated bytes.
 
 A file that arrives by mail may be made to hurt its reader: brackets nested a hundred thousand deep, a number of a
 million digits, four kilobytes that inflate to eight gibibytes. So every reader of this package names its bounds as
-:class:`Bound`, and checks them before it allocates. Each is far above what mthp writes itself; where that is not
-enough, :data:`FACTOR_VARIABLE` in the environment multiplies all of them, and the error says by how much.
+:class:`Bound`, and checks them before it allocates. Each is far above what mthp writes itself. For larger input
+:data:`FACTOR_VARIABLE` in the environment multiplies all bounds, and the error names the factor that it takes.
 
 All errors are :class:`~mthp.errors.UsageError`. None of them repeats more than a few words of the input.
 """
@@ -23,10 +23,10 @@ from typing import Any, NoReturn
 from mthp.errors import UsageError
 
 FACTOR_VARIABLE = "MTHP_INPUT_FACTOR"
-"""The environment variable by which every bound on input is multiplied: a whole number, 1 by default."""
+"""The environment variable that multiplies every bound on input: a whole number, 1 by default."""
 
 MAX_FACTOR = 1 << 16
-"""The largest factor. Above it a bound would not be a bound on any machine of today."""
+"""The largest factor. Above it a bound would exceed the memory of any machine of today."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Bound:
 
     Attributes:
         most: the number, before :data:`FACTOR_VARIABLE` multiplies it.
-        what: what is counted, in the plural, as it stands in the error: ``"bytes of JSON"``.
+        what: the counted things, in the plural, for the error: ``"bytes of JSON"``.
     """
 
     most: int
@@ -51,16 +51,16 @@ class Bound:
         return self.most * factor()
 
     def check(self, count: int) -> None:
-        """Do nothing if `count` is within the bound.
+        """Check that `count` is within the bound.
 
         Raises:
-            UsageError: it is not.
+            UsageError: `count` exceeds the bound.
         """
         if count > self.now:
             self.exceeded(count)
 
     def exceeded(self, count: int | None = None) -> NoReturn:
-        """Raise the error for `count`, or for a number that is not known but above the bound."""
+        """Raise the error for `count`, or for an unknown number above the bound."""
         found = "more" if count is None else f"{count:,}" if count < 1 << 64 else "far more"
         needed = 2 * factor() if count is None else math.ceil(min(count, 1 << 64) / self.most)
         raise UsageError(
@@ -72,19 +72,19 @@ class Bound:
 
 
 DEPTH = Bound(64, "levels of nesting")
-"""Of JSON and TOML. What mthp writes nests 5 deep; beyond some hundred, Python's own recursion ends."""
+"""Levels of nesting in JSON and TOML. mthp writes 5; at some hundred, Python's own recursion ends."""
 
 JSON_BYTES = Bound(64 << 20, "bytes of JSON")
-"""A snapshot's description takes 170 bytes a mapping: this is six times the mappings of vm.max_map_count."""
+"""Bytes. A snapshot's description takes 170 bytes a mapping: this is six times the mappings of vm.max_map_count."""
 
 JSON_VALUES = Bound(1 << 22, "values in JSON")
-"""A value takes up to 100 bytes of memory and may be 2 bytes of text, so the bytes alone bound little."""
+"""Values. One takes up to 100 bytes of memory and may be 2 bytes of text, so the bound on bytes does not suffice."""
 
 TOML_BYTES = Bound(1 << 20, "bytes of TOML")
-"""A rules file with a thousand rules is 100 KiB; Python's parser takes a second for this much."""
+"""Bytes. A rules file with a thousand rules is 100 KiB; Python's parser takes a second for this bound."""
 
 KEY_PARTS = Bound(64, "parts of a dotted key")
-"""The parser's time grows with the square of them."""
+"""Parts of a dotted key. The parser's time grows with their square."""
 
 DIGITS = 20
 """Digits of a whole number: 2**64 has 20."""
@@ -100,10 +100,10 @@ _BRACKETS = str.maketrans("{}", "[]")
 
 
 def factor() -> int:
-    """Return the factor of the environment.
+    """Return the factor set in the environment.
 
     Raises:
-        UsageError: it is not a whole number within bounds.
+        UsageError: the variable is not a whole number within bounds.
     """
     text = os.environ.get(FACTOR_VARIABLE, "1")
     if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_FACTOR:
@@ -115,10 +115,10 @@ def factor() -> int:
 
 
 def read_small(path: str | os.PathLike[str], bound: Bound) -> bytes:
-    """Return the contents of the file at `path`; of a pipe too, until its writer closes it.
+    """Return the contents of the file at `path`; for a pipe, until its writer closes it.
 
     Raises:
-        UsageError: it cannot be read, or is larger than `bound`.
+        UsageError: the file cannot be read, or is larger than `bound`.
     """
     try:
         with Path(path).open("rb") as file:
@@ -132,7 +132,7 @@ def read_small(path: str | os.PathLike[str], bound: Bound) -> bytes:
 
 
 class named:  # noqa: N801 - reads as a statement
-    """Put the name of a file before the message of every UsageError that is raised in the block."""
+    """Prefix the message of every UsageError raised in the block with the name of a file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.fspath(path)
@@ -146,10 +146,10 @@ class named:  # noqa: N801 - reads as a statement
 
 
 def parse_json(text: bytes | str, *, size: Bound = JSON_BYTES) -> Any:
-    """Return the value of a JSON text, whose numbers are finite and fit 64 bits.
+    """Return the value of a JSON text with finite numbers of at most 64 bits.
 
     Raises:
-        UsageError: not JSON, not UTF-8, or beyond a bound.
+        UsageError: the text is not JSON, not UTF-8, or beyond a bound.
     """
     size.check(len(text))
     try:
@@ -164,7 +164,7 @@ def parse_json(text: bytes | str, *, size: Bound = JSON_BYTES) -> Any:
 
 
 def _check_json(text: str) -> None:
-    """Count values and nesting on the text, in which strings are left out."""
+    """Check the number of values and the nesting on the text without its strings."""
     if text.count("[") + text.count("{") + text.count(",") + text.count(":") <= DEPTH.most:
         return
     structure = _JSON_STRUCTURE.sub("", _JSON_STRING.sub("", text))
@@ -173,7 +173,7 @@ def _check_json(text: str) -> None:
 
 
 def _check_depth(brackets: str) -> None:
-    """Check the nesting of a text of brackets alone: each round of removing empty pairs takes away one level."""
+    """Check the nesting of a text of brackets alone: removing empty pairs once removes one level."""
     rest = brackets.translate(_BRACKETS)
     for _ in range(DEPTH.now):
         if "[]" not in rest:
@@ -184,10 +184,10 @@ def _check_depth(brackets: str) -> None:
 
 
 def parse_toml(text: bytes | str) -> dict[str, Any]:
-    """Return the tables of a TOML text, whose whole numbers fit 64 bits, as TOML says.
+    """Return the tables of a TOML text with whole numbers of at most 64 bits, as TOML requires.
 
     Raises:
-        UsageError: not TOML, not UTF-8, or beyond a bound.
+        UsageError: the text is not TOML, not UTF-8, or beyond a bound.
     """
     TOML_BYTES.check(len(text))
     try:
@@ -195,7 +195,7 @@ def parse_toml(text: bytes | str) -> dict[str, Any]:
             text = text.decode()
         bare = _TOML_TEXT.sub("0", text)
         _check_depth(re.sub(r"[^\[\]{}]+", "", bare))
-        # The look back keeps the search from beginning in the middle of a word, as often as the word is long.
+        # Without the look-behind the search starts at every letter of a long word, which takes quadratic time.
         if re.search(rf"(?<![\w \t-])[ \t]*+(?:[\w-]*+[ \t]*+\.[ \t]*+){{{KEY_PARTS.now}}}", bare):
             KEY_PARTS.exceeded()
         data = tomllib.loads(text)
@@ -211,7 +211,7 @@ def read_toml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """Return the text and the tables of the TOML file at `path`.
 
     Raises:
-        UsageError: it cannot be read, or as :func:`parse_toml`; the message begins with the path.
+        UsageError: the file cannot be read, or as :func:`parse_toml`; the message begins with the path.
     """
     data = read_small(path, TOML_BYTES)
     with named(path):
@@ -220,7 +220,7 @@ def read_toml(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _check_tables(data: dict[str, Any]) -> None:
-    """Check numbers and nesting of parsed TOML: several headers may nest one table in another."""
+    """Check numbers and nesting of parsed TOML, because several headers may nest one table in another."""
     waiting: list[tuple[Any, int]] = [(data, 1)]
     deepest = DEPTH.now
     while waiting:
@@ -236,13 +236,13 @@ def _check_tables(data: dict[str, Any]) -> None:
 
 
 def inflate(data: bytes, bound: Bound, *, unit: int = 1) -> bytes:
-    """Return what the zlib stream `data` inflates to.
+    """Return the inflated bytes of the zlib stream `data`.
 
     Args:
-        bound: of what is counted, `unit` bytes each.
+        bound: the most units of `unit` bytes.
 
     Raises:
-        UsageError: it inflates to more, or is damaged.
+        UsageError: `data` inflates to more, or is damaged.
     """
     most = bound.now * unit
     stream = zlib.decompressobj()
@@ -275,11 +275,11 @@ def _no_number(word: str) -> NoReturn:
 
 
 def _said(error: Exception) -> str:
-    """Return the first line of what a parser says, which repeats parts of the input."""
+    """Return the first line of a parser's message, which repeats parts of the input."""
     if isinstance(error, RecursionError):
         return "nested too deep"
     if type(error) is ValueError:
-        # Python's own, which advises to change a setting of Python.
+        # Python's own message, which advises to change a setting of Python.
         return "a number of thousands of digits"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}"

@@ -1,13 +1,13 @@
-"""How much memory a collapse may add to a target, and how much it must leave free.
+"""The memory that a collapse may add to a target, and the memory that it must leave free.
 
-There are two bounds, and each answers for something that the other does not:
+There are two bounds, for two dangers:
 
-- The *bloat budget* bounds what filling holes adds to the target: by default a tenth of what is resident.
-- The *reserve* is what must stay free below every limit that new memory of the target counts against: those of its
-  memory cgroup and of all cgroups above, and the machine's memory. A collapse that took it would leave the target to
-  the OOM killer as soon as it grows. No budget lifts it.
+- The *bloat budget* bounds what filling holes adds to the target: by default a tenth of its resident memory.
+- The *reserve* must stay free below every limit that new memory of the target counts against: those of its memory
+  cgroup and of all cgroups above, and the machine's memory. A collapse that took it would leave the target to the OOM
+  killer as soon as it grows. No budget lifts it.
 
-Both are asked again as a collapse goes on (:class:`Room`), because the target and its neighbours grow meanwhile.
+Both are read again during a collapse (:class:`Room`), because the target and its neighbours grow meanwhile.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from mthp.errors import UsageError
 from mthp.units import format_size, parse_share_or_size
 
 MACHINE = "the machine"
-"""Name of the bound that the machine's memory is."""
+"""Name of the bound that is the machine's memory."""
 
 RESERVE_SHARE = 0.1
 RESERVE_LEAST = 64 << 20
 RESERVE_MOST = 1 << 30
-"""The reserve by default: a tenth of the limit, but not less than 64M and not more than 1G.
+"""The default reserve: a tenth of the limit, in bytes at least 64M and at most 1G.
 
-A tenth, because programs grow in proportion to what they have. At least 64M, in bytes, because one malloc arena of
-glibc, a thread pool or a garbage collector's next step takes tens of megabytes however small the container is. At most
-1G, because what must fit is the growth between two questions, which are a batch (0.1 s) apart: one processor clears
-some gigabytes a second. A tenth of a large machine would keep a database that fills it from having any large folio.
+A tenth, because programs grow in proportion to their memory. At least 64M, because one malloc arena of glibc, a thread
+pool or a garbage collector's next step takes tens of megabytes however small the container is. At most 1G, because the
+growth between two readings must fit, which are a batch (0.1 s) apart: one processor clears some gigabytes a second. A
+tenth of a large machine would deny every large folio to a database that fills it.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """A size, or a share of something that is measured later.
+    """A size, or a share of an amount that is measured later.
 
     Attributes:
         share: of 1; None if `size` is set.
         size: in bytes; None if `share` is set.
 
     Raises:
-        UsageError: below 0.
+        UsageError: the amount is below 0.
     """
 
     share: float | None = None
     size: int | None = None
 
     def __post_init__(self) -> None:
-        # Written so that NaN is refused, too.
+        # The condition is negated so that NaN is refused, too.
         if not (self.share or 0.0) >= 0 or (self.size or 0) < 0:
             raise UsageError(f"an amount is below 0: {self}", help="use 0 or more")
 
     def of(self, whole: int) -> int:
-        """Return the bytes that it stands for, as a share of `whole` bytes."""
+        """Return the amount in bytes; a share is of `whole` bytes."""
         return self.size if self.size is not None else int((self.share or 0.0) * whole)
 
     def __str__(self) -> str:
@@ -62,25 +62,25 @@ class Amount:
 
 
 def as_amount(value: Amount | int | None) -> Amount | None:
-    """Return `value` as an amount, where a number stands for bytes."""
+    """Return `value` as an amount; a number is in bytes."""
     return Amount(size=value) if isinstance(value, int) else value
 
 
 DEFAULT_BLOAT = Amount(share=0.1)
-"""What filling may add by default, as a share of what is resident: programs vary by about as much from day to day."""
+"""The default bloat budget, a share of the resident bytes: programs vary by about this much from day to day."""
 
 
 def parse_amount(value: object) -> Amount:
-    """Read ``5%``, ``0.05`` or ``64M``.
+    """Return the amount that ``5%``, ``0.05`` or ``64M`` means.
 
     Raises:
-        UsageError: neither a share nor a size.
+        UsageError: `value` is neither a share nor a size.
     """
     return Amount(*parse_share_or_size(value))
 
 
 def parse_bloat(value: object) -> Amount | None:
-    """Read a bloat budget: an amount, or ``none`` for no bound.
+    """Return a bloat budget: an amount, or None for ``none``, which means no bound.
 
     Raises:
         UsageError: as :func:`parse_amount`.
@@ -95,7 +95,7 @@ class MemoryBound:
     Attributes:
         name: `MACHINE`, or the directory of a memory cgroup.
         limit: bytes.
-        left: bytes that are not used, or that the kernel frees before it ends a process: clean file cache.
+        left: bytes that are unused, or that the kernel frees before it kills a process: clean file cache.
     """
 
     name: str
@@ -107,7 +107,7 @@ def kept_free(limit: int, reserve: Amount | None = None) -> int:
     """Return the bytes that must stay free below `limit`.
 
     Args:
-        reserve: what the user chose; None for the default.
+        reserve: the user's reserve; None for the default.
     """
     if reserve is not None:
         return reserve.of(limit)
@@ -115,14 +115,14 @@ def kept_free(limit: int, reserve: Amount | None = None) -> int:
 
 
 class Room:
-    """What new memory of a target still fits below all of its limits, less the reserve.
+    """The room for new memory of a target below all of its limits, less the reserve.
 
     Args:
-        bounds: returns the limits as they are at this moment.
+        bounds: returns the present limits.
         reserve: what must stay free below each; None for the default.
 
     Attributes:
-        limited: whether a cgroup limits the target, and not the machine alone.
+        limited: whether a cgroup limits the target, not only the machine.
     """
 
     def __init__(self, bounds: Callable[[], Sequence[MemoryBound]], reserve: Amount | None = None) -> None:
@@ -134,7 +134,7 @@ class Room:
         self.renew()
 
     def renew(self) -> None:
-        """Ask for the limits again; what was taken before is in them now."""
+        """Read the limits again, which now include what was taken before."""
         bounds = self._bounds()
         spare = [(bound.left - kept_free(bound.limit, self._reserve), bound) for bound in bounds]
         self._spare, self._tightest = min(spare, key=lambda each: each[0], default=(None, None))
@@ -150,8 +150,8 @@ class Room:
         """Take room for an operation if it fits; return whether it does.
 
         Args:
-            added: bytes that are charged when it is over.
-            at_once: bytes that it charges on its way, before it frees any.
+            added: bytes that stay charged after the operation.
+            at_once: bytes that it charges before it frees any.
         """
         if self._spare is not None and self._taken + max(added, at_once) > self._spare:
             return False
@@ -160,7 +160,7 @@ class Room:
 
     @property
     def reason(self) -> str:
-        """Return why something does not fit, as a sentence without a full stop; ``""`` without a limit."""
+        """The reason why something does not fit, as a sentence without a full stop; ``""`` without a limit."""
         bound = self._tightest
         if bound is None:
             return ""

@@ -1,4 +1,4 @@
-"""The memory behind an object of this process, whichever protocol it has for showing it."""
+"""The memory behind an object of this process, by any of the protocols that expose it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def memory_of(buffer: Any) -> tuple[int, int]:
     """Return address and size in bytes of the memory behind `buffer`.
 
     It may be a NumPy array, have the buffer protocol or ``__array_interface__``, be a tensor of DLPack on the CPU, or
-    an Arrow array: of its buffers the largest counts, because the others are its bits of validity and its offsets.
+    an Arrow array. Of an Arrow array's buffers the largest is used, because the others are validity bits and offsets.
 
     Raises:
-        UsageError: none of these, or not contiguous.
-        UnsupportedError: an Arrow array of another library, and pyarrow is missing.
+        UsageError: `buffer` is none of these, or not contiguous.
+        UnsupportedError: `buffer` is an Arrow array of another library, and pyarrow is missing.
     """
     try:
         array = _array(buffer)
-    # TypeError: it has none of the protocols. ValueError: it is closed, or describes itself wrongly. What DLPack
-    # refuses (memory of a GPU, a tensor with gradients) is a BufferError, in older libraries a RuntimeError.
+    # TypeError: it has none of the protocols. ValueError: it is closed, or describes itself wrongly. DLPack refuses
+    # memory of a GPU and a tensor with gradients with a BufferError, older libraries with a RuntimeError.
     except (TypeError, ValueError, BufferError, RuntimeError) as error:
         raise UsageError(f"a {type(buffer).__name__} is not a buffer that can be collapsed: {error}") from error
     if not array.flags.forc:
@@ -43,7 +43,7 @@ def _array(buffer: Any) -> Any:
         ("__arrow_c_array__", _of_foreign_arrow),
     ]
     for name, read in ways:
-        # pyarrow.Array has __dlpack__, which refuses all that may be missing: its buffers say more.
+        # pyarrow.Array has __dlpack__, which refuses arrays that may have nulls. Its buffers always work.
         if hasattr(buffer, name) and not (name == "__dlpack__" and hasattr(buffer, "buffers")):
             return read(buffer)
     return np.frombuffer(buffer, np.uint8)

@@ -1,4 +1,4 @@
-"""Objects that a ``with`` block closes."""
+"""A base class for objects that a ``with`` block closes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Closing:
     """A context manager that closes itself."""
 
     def close(self) -> None:
-        """Close what is open. Closing twice does nothing."""
+        """Close the object. Closing twice does nothing."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

@@ -1,8 +1,8 @@
-"""Which folio orders a mapping may be collapsed to, and if none, why not.
+"""The folio orders that a mapping may be collapsed to, or the reason why none.
 
 Follows ``__thp_vma_allowable_orders`` (mm/huge_memory.c) for the two triggers: ``khugepaged`` obeys the switches,
-``madvise`` (MADV_COLLAPSE, and this project's own doing) does not. Both obey MADV_NOHUGEPAGE and
-PR_SET_THP_DISABLE: who said no is not overruled.
+``madvise`` (MADV_COLLAPSE, and this project's own collapses) does not. Both obey MADV_NOHUGEPAGE and
+PR_SET_THP_DISABLE, because a program's refusal is not overruled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
 
 Trigger = Literal["khugepaged", "madvise"]
-"""Who wants the collapse: the background scan, or a call for it now."""
+"""The cause of a collapse: the background scan, or a call for it now."""
 
 NO_COLLAPSE_FLAGS = {
     "io": "device memory (VM_IO)",
@@ -25,16 +25,16 @@ NO_COLLAPSE_FLAGS = {
     "de": "may not be expanded (VM_DONTEXPAND)",
     "ht": "hugetlbfs pages",
 }
-"""VmFlags words of VM_NO_KHUGEPAGED (mm.h), and what each says."""
+"""VmFlags words of VM_NO_KHUGEPAGED (include/linux/mm.h), and their meaning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Eligibility:
-    """What a mapping may have.
+    """The orders that a mapping may have.
 
     Attributes:
         orders: allowed folio orders, ascending; empty if none.
-        reason: why there are none, or which condition bounds them; ``""`` if nothing does.
+        reason: why there are none, or which condition bounds them; ``""`` if none does.
     """
 
     JSON: ClassVar = "sizes reason"
@@ -60,13 +60,13 @@ def eligibility(
     include_file: bool = False,
     small: bool = False,
 ) -> Eligibility:
-    """Say which orders `vma` may be collapsed to.
+    """Return the orders that `vma` may be collapsed to.
 
     Args:
-        switches: the machine's; they count for the trigger ``khugepaged`` only.
+        switches: switches of the machine, used for the trigger ``khugepaged`` only.
         thp_disabled: whether the process set PR_SET_THP_DISABLE.
-        include_file: count memory of files and shared memory too, which only ever collapses to the PMD order.
-        small: count anonymous mappings without a whole PMD range too, which only the mover collapses.
+        include_file: include memory of files and shared memory, which collapses to the PMD order only.
+        small: include anonymous mappings without a whole PMD range, which only the mover collapses.
     """
     if reason := _refused(vma, geometry, thp_disabled, small=small):
         return Eligibility((), reason)
@@ -91,7 +91,7 @@ def eligibility(
 
 
 def _refused(vma: Vma, geometry: Geometry, thp_disabled: bool, *, small: bool) -> str:
-    """Why no order at all is possible, whatever the trigger; ``""`` if some may be."""
+    """Return why no order is possible with either trigger; ``""`` if some may be."""
     if thp_disabled:
         return "the process switched THP off for itself (PR_SET_THP_DISABLE)"
     if vma.kind is VmaKind.HUGETLB:

@@ -1,7 +1,7 @@
-"""What can go wrong, as exceptions that carry their own help.
+"""Errors, as exceptions that carry their own help.
 
-Every exception that a person may see derives from :class:`MthpError`. Its text names the value and what is
-allowed, its ``help`` says what to do about it, and its ``exit_code`` is the one of the command line's contract:
+Every exception for the user derives from :class:`MthpError`. Its text names the value and what is allowed, its
+``help`` is the remedy, and its ``exit_code`` follows the contract of the command line:
 
 ====  =========================================================
  1    some of it could not be done
@@ -10,11 +10,10 @@ allowed, its ``help`` says what to do about it, and its ``exit_code`` is the one
  4    the target vanished
 ====  =========================================================
 
-Whatever looks into a process may raise TargetVanishedError and NotPermittedError, and what reads or writes Parquet
-UnsupportedError without pyarrow: docstrings name what is raised beside that.
+Every function that reads a process may raise TargetVanishedError and NotPermittedError, and every reader and writer of
+Parquet UnsupportedError without pyarrow. Docstrings name the others.
 
-What happens to a PTE or a range while it is worked on is not an exception but a
-:class:`~mthp.results.ScanResult`.
+The failure of a PTE or a range while it is worked on is a :class:`~mthp.results.ScanResult`, not an exception.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class MthpError(Exception):
 
     Args:
         message: one sentence that names the value and what is wrong with it.
-        help: what the person can do about it, or ``""``.
+        help: the remedy, or ``""``.
     """
 
     JSON: ClassVar = "message help exit_code"
@@ -43,24 +42,24 @@ class MthpError(Exception):
 
 
 class UsageError(MthpError, ValueError):
-    """A value, name, size, order, limit or file that cannot be used as given."""
+    """A value, name, size, order, limit or file that cannot be used."""
 
     exit_code = 2
 
 
 class NotPermittedError(MthpError):
-    """The kernel refuses this to these rights; ``help`` names the capability or sysctl that is missing."""
+    """The rights do not suffice for the kernel; ``help`` names the missing capability or sysctl."""
 
     exit_code = 3
 
 
 class UnsupportedError(MthpError):
-    """This kernel, machine or installation cannot do it; ``help`` says what would make it so."""
+    """This kernel, machine or installation cannot do it; ``help`` names what it would take."""
 
     exit_code = 3
 
 
 class TargetVanishedError(MthpError):
-    """The target process is gone: it exited, or never was."""
+    """The target process is gone: it exited, or never existed."""
 
     exit_code = 4

@@ -1,13 +1,12 @@
-"""Create output files: for every command and function that writes one, whatever is in it.
+"""Create output files, for every command and function that writes one.
 
-A file appears under exactly the name that was given, whole, or not at all. It is written without a name (O_TMPFILE)
-or, where the file system has no such files, under a hidden temporary one, and takes its name when it is finished. So
-an error, a full disk or kill -9 leaves nothing; only on a file system without O_TMPFILE, kill -9 leaves a file called
-``.mthp-*.tmp``.
+A file appears under its name whole, or not at all. It is written without a name (O_TMPFILE) or, on file systems
+without such files, under a hidden temporary one, and gets its name when it is finished. So an error, a full disk or
+kill -9 leaves nothing; only on a file system without O_TMPFILE, kill -9 leaves a file called ``.mthp-*.tmp``.
 
-The directory may be one in which other users write, such as /tmp. So the name is never followed if it is a symbolic
-link: without `overwrite` it counts as taken, with it the link is replaced, and what it points to stays as it is. All
-steps use the directory as it was opened in the beginning.
+Other users may write in the directory, such as /tmp. So a name that is a symbolic link is never followed: without
+`overwrite` it counts as taken, with it the link is replaced, and its destination stays unchanged. All steps use the
+directory descriptor that was opened first.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from mthp.closing import Closing
 from mthp.errors import MthpError, UsageError
 
 PRIVATE = 0o600
-"""Mode of files that show where a live process keeps what, as that of ``perf.data``."""
+"""Mode of files that show the memory layout of a live process, as that of ``perf.data``."""
 
 PUBLIC = 0o666
-"""Mode of all others; the umask takes its part of it."""
+"""Mode of all others, less the umask."""
 
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
-"""What open(2) says where file system or kernel have no O_TMPFILE ("BUGS" there); ENOENT by FUSE."""
+"""Errors of open(2) if the file system or kernel has no O_TMPFILE (its "BUGS"); ENOENT comes from FUSE."""
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-"""What link(2) says on FAT and some network file systems, which have no hard links."""
+"""Errors of link(2) on FAT and some network file systems, which have no hard links."""
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Check, before long work, that a file may be created at `path`.
 
     Raises:
-        UsageError: something is there already, or the directory is not.
+        UsageError: the name exists, or the directory does not.
     """
     with NewFile(path, overwrite=overwrite):
         pass
@@ -59,7 +58,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = 
 
 @contextlib.contextmanager
 def creating(path: str | os.PathLike[str], *, overwrite: bool = False, mode: int = PRIVATE) -> Iterator[BinaryIO]:
-    """Yield a file to write, which takes the name `path` at the end of the block, and none after an exception.
+    """Yield a file to write, which gets the name `path` at the end of the block, or vanishes after an exception.
 
     Raises:
         UsageError, MthpError: as :class:`NewFile`.
@@ -72,7 +71,7 @@ def creating(path: str | os.PathLike[str], *, overwrite: bool = False, mode: int
                 file.flush()
             new.publish()
         finally:
-            # Closing writes what is buffered, which fails again on a full disk; the error is known already.
+            # Closing writes the buffer, which fails again on a full disk, after the error that is already raised.
             with contextlib.suppress(OSError):
                 file.close()
 
@@ -87,10 +86,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class _WholeWrites(io.FileIO):
-    """A file without a buffer: what was written is the kernel's, and stays when this process is killed.
+    """A file without a buffer: written bytes are in the kernel, and stay when this process is killed.
 
-    A disk that is nearly full takes a part of what is written, which Arrow does not notice; here the rest is tried
-    again, and so either written or an error.
+    A nearly full disk accepts a part of a write, which Arrow does not notice. So this class writes the rest, too, and
+    either all is written or an error is raised.
     """
 
     def write(self, data: Any, /) -> int:
@@ -101,18 +100,18 @@ class _WholeWrites(io.FileIO):
 
 
 class NewFile(Closing):
-    """A file that has no name yet. A context manager: leaving it without :meth:`publish` leaves nothing.
+    """A file that has no name yet. A context manager that leaves nothing behind without :meth:`publish`.
 
     Args:
         path: the name that it will have.
         overwrite: replace a regular file or a symbolic link of that name.
-        mode: permissions, of which the umask takes its part. A file that is replaced never becomes readable to more.
+        mode: permissions, less the umask. A file that is replaced never becomes readable to more users.
 
     Attributes:
-        raw: to write to, without a buffer.
+        raw: file to write to, without a buffer.
 
     Raises:
-        UsageError: something of that name is there, or the directory is not or takes no files.
+        UsageError: the name exists, or the directory does not exist or takes no files.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, mode: int = PRIVATE) -> None:
@@ -144,7 +143,7 @@ class NewFile(Closing):
         return UsageError(f"{self._path!r} cannot be created: {getattr(error, 'strerror', None) or error}")
 
     def _check_name(self) -> None:
-        """Check what has the name at this moment."""
+        """Check that the name is free or may be replaced at this moment."""
         try:
             there = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError:
@@ -162,7 +161,7 @@ class NewFile(Closing):
     def _unnamed(self) -> int:
         flags = os.O_WRONLY | os.O_CLOEXEC
         try:
-            # Without /proc, as in a bare chroot, it could not be named later.
+            # In a bare chroot without /proc, the file could not be named later.
             if os.path.exists("/proc/self/fd"):  # noqa: PTH110 - as everything here, without path objects
                 return os.open(".", flags | os.O_TMPFILE, PRIVATE, dir_fd=self._directory)
         except OSError as error:
@@ -177,8 +176,8 @@ class NewFile(Closing):
         """Give the file its name; writing may go on.
 
         Raises:
-            UsageError: without `overwrite`, something has that name by now.
-            MthpError: it cannot be synced or named.
+            UsageError: the name was taken in the meantime, without `overwrite`.
+            MthpError: the file cannot be synced or named.
         """
         with writing(self._path):
             os.fchmod(self.raw.fileno(), self._mode)
@@ -201,7 +200,7 @@ class NewFile(Closing):
 
     def _link(self, name: str) -> None:
         if not self._temporary:
-            # With a dst_dir_fd Python calls linkat(2) with AT_SYMLINK_FOLLOW, which names a file of O_TMPFILE.
+            # With a dst_dir_fd Python calls linkat(2) with AT_SYMLINK_FOLLOW, which can name an O_TMPFILE file.
             os.link(f"/proc/self/fd/{self.raw.fileno()}", name, dst_dir_fd=self._directory)
             return
         try:
@@ -216,7 +215,7 @@ class NewFile(Closing):
             self._temporary = ""
 
     def close(self) -> None:
-        """Close it. What was not published is gone. Closing twice does nothing."""
+        """Close the file, and remove it if it was not published. Closing twice does nothing."""
         self.raw.close()
         if self._temporary:
             with contextlib.suppress(OSError):
@@ -228,11 +227,11 @@ class NewFile(Closing):
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open the regular file at `path` for reading; anything else is refused without waiting for it, as a FIFO would.
+    """Open the regular file at `path` for reading; refuse anything else without blocking, as a FIFO would.
 
     Raises:
-        UsageError: it is not a regular file.
-        OSError: it cannot be opened.
+        UsageError: the file is not regular.
+        OSError: the file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -242,7 +241,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def begins(path: str | os.PathLike[str], size: int) -> bytes:
-    """Return the first `size` bytes of a regular file; ``b""`` of anything else, and of what cannot be read."""
+    """Return the first `size` bytes of a regular file; ``b""`` if it is not regular or cannot be read."""
     try:
         with open_regular(path) as file:
             return file.read(size)
@@ -251,7 +250,7 @@ def begins(path: str | os.PathLike[str], size: int) -> bytes:
 
 
 def _umask() -> int:
-    """Return this process's umask; Linux has no call that does not set it, so its own status is read."""
+    """Return this process's umask, from its status, because umask(2) always sets it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_bytes().split(b"\n"):
             if line.startswith(b"Umask:"):

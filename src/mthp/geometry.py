@@ -1,8 +1,8 @@
-"""Page size, PMD order, and the way from orders to bytes to "64K" and back.
+"""Page size and PMD order, and the conversion between orders, bytes and "64K".
 
 A folio of *order* k is 2**k base pages, naturally aligned. The *PMD order* is the order that one entry of the
-second-lowest page table level maps; a *PMD range* is one aligned run of ``2**pmd_order`` pages. Both differ
-between architectures, so everything in this package takes them from a :class:`Geometry`.
+second-lowest page table level maps; a *PMD range* is one aligned run of ``2**pmd_order`` pages. Both differ between
+architectures, so everything in this package takes them from a :class:`Geometry`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from mthp.errors import UsageError
 from mthp.units import format_size, parse_order_or_size
 
 MIN_ANON_ORDER = 2
-"""The smallest order above 0 that the kernel maps for anonymous memory (THP_ORDERS_ALL_ANON, huge_mm.h)."""
+"""The smallest order above 0 of anonymous memory (THP_ORDERS_ALL_ANON, include/linux/huge_mm.h)."""
 
 MAX_PMD_ORDER = 15
-"""The largest PMD order that this package counts with; the largest of any architecture is 13."""
+"""The largest PMD order that this package supports; the largest of any architecture is 13."""
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How memory is divided on one kind of machine.
+    """The division of memory on one kind of machine.
 
     Attributes:
-        name: such as ``"x86-64"``.
+        name: name, such as ``"x86-64"``.
         page_size: bytes in a base page.
         pmd_order: order of the folio that one PMD entry maps.
     """
@@ -60,25 +60,25 @@ class Geometry:
         return tuple(range(MIN_ANON_ORDER, self.pmd_order + 1))
 
     def size_of(self, order: int) -> int:
-        """Bytes in a folio of `order`."""
+        """Return the bytes in a folio of `order`."""
         return self.page_size << order
 
     def label(self, order: int) -> str:
-        """The size of a folio of `order` as people write it, such as ``"64K"``."""
+        """Return the size of a folio of `order` as text, such as ``"64K"``."""
         return format_size(self.size_of(order))
 
     def sysfs_name(self, order: int) -> str:
-        """The kernel's name of the order's directory, such as ``"hugepages-64kB"``."""
+        """Return the name of the order's directory in sysfs, such as ``"hugepages-64kB"``."""
         return f"hugepages-{self.size_of(order) >> 10}kB"
 
     def parse_order(self, text: str | int) -> int:
-        """Read one folio size, written ``64K``, ``64kB``, ``65536`` or ``order=4``.
+        """Return the order of one folio size, written ``64K``, ``64kB``, ``65536`` or ``order=4``.
 
         Args:
             text: the size; an int is an order.
 
         Raises:
-            UsageError: not a size, or not one that anonymous folios of this geometry have.
+            UsageError: `text` is not a size, or not one of anonymous folios of this geometry.
         """
         if not isinstance(text, str):
             return self.check_order(text)
@@ -92,10 +92,10 @@ class Geometry:
         return order
 
     def check_order(self, order: int) -> int:
-        """Give `order` back, as an int, if anonymous folios can have it.
+        """Return `order` as an int, if anonymous folios can have it.
 
         Raises:
-            UsageError: it is below 2 or above the PMD order, or no integer.
+            UsageError: `order` is below 2, above the PMD order, or not an integer.
         """
         try:
             order = operator.index(order)
@@ -106,13 +106,13 @@ class Geometry:
         return order
 
     def parse_orders(self, text: str | Iterable[str | int]) -> tuple[int, ...]:
-        """Read a list of folio sizes: ``"16K,64K,2M"``, ``"order=2,order=9"``, ``"all"``, or an iterable of them.
+        """Return the orders of a list of sizes: ``"16K,64K,2M"``, ``"order=2,order=9"``, ``"all"``, or an iterable.
 
         Returns:
             The orders, ascending, each once.
 
         Raises:
-            UsageError: empty, or one of them is not a folio size.
+            UsageError: the list is empty, or has an entry that is not a folio size.
         """
         if isinstance(text, str):
             if text.strip().lower() == "all":
@@ -150,10 +150,10 @@ X86_64 = GEOMETRIES["x86-64"]
 
 
 def geometry_named(name: str) -> Geometry:
-    """The preset called `name`.
+    """Return the preset called `name`.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no preset has that name.
     """
     try:
         return GEOMETRIES[name]
@@ -162,10 +162,10 @@ def geometry_named(name: str) -> Geometry:
 
 
 def geometry_for_ptes(ptes_per_pmd: int) -> Geometry:
-    """A geometry with so many PTEs in a PMD range: the first preset that has, else one of 4 KiB pages.
+    """Return a geometry with that number of PTEs per PMD range: the first such preset, else one of 4 KiB pages.
 
     Raises:
-        UsageError: not a power of two from 4 to 32 768.
+        UsageError: the number is not a power of two from 4 to 32 768.
     """
     for geometry in GEOMETRIES.values():
         if geometry.ptes_per_pmd == ptes_per_pmd:

@@ -1,8 +1,8 @@
-"""Which memory a program uses: accesses that were seen, by span of addresses.
+"""Heat: the memory that a program uses, as accesses seen by span of addresses.
 
-Every source counts in units of its own: DAMON samples, idle pages, samples of a profiler. So the numbers of one
-:class:`Heat` are compared with each other alone. What a collapse is worth is the accesses that a block serves, times
-the TLB entries that it saves, for each byte that it copies (:func:`worth`).
+Every source counts in its own unit: DAMON samples, idle pages, samples of a profiler. So only numbers of one
+:class:`Heat` can be compared. The worth of a collapse is the accesses to a block, times the TLB entries that it saves,
+for each byte that it copies (:func:`worth`).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from mthp.errors import UsageError
 from mthp.units import above_zero, parse_duration
 
 Source = Literal["auto", "damon", "idle", "young"]
-"""What measures heat; ``auto`` is the best of the others that this machine has."""
+"""The source of a measurement; ``auto`` is the best of the others that this machine has."""
 
 LONGEST = 600.0
-"""Seconds that one measurement may take: its kdamond, or its cleared bits, are in the way of others for as long."""
+"""The longest measurement, in seconds: its kdamond, or its cleared bits, disturb others for that time."""
 
 _MEASURED = re.compile(rf"(?:({'|'.join(get_args(Source))}):)?([0-9]+(?:\.[0-9]+)?[a-z]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class HeatRequest:
-    """Where heat is to come from.
+    """The source of heat that the user wants.
 
     Attributes:
-        source: what measures it.
-        seconds: for how long; 0.0 if a file is read.
-        path: the file to read; ``""`` if it is measured.
+        source: the source of a measurement.
+        seconds: its duration; 0.0 for a file.
+        path: the file to read; ``""`` for a measurement.
     """
 
     source: Source = "auto"
@@ -43,10 +43,10 @@ class HeatRequest:
 
 
 def parse_heat(value: object) -> HeatRequest:
-    """Read ``5s``, ``damon:5s``, or the path of a file.
+    """Return the request that ``5s``, ``damon:5s``, or the path of a file means.
 
     Raises:
-        UsageError: nothing of these, or too long.
+        UsageError: `value` is none of these, or too long.
     """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text or "\0" in text:
@@ -62,10 +62,10 @@ def parse_heat(value: object) -> HeatRequest:
 
 
 def parse_measured(value: object) -> HeatRequest:
-    """Read ``5s`` or ``damon:5s``, but no file.
+    """Return the request that ``5s`` or ``damon:5s`` means; a file is refused.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: `value` is neither.
     """
     request = parse_heat(value)
     if request.path:
@@ -75,15 +75,15 @@ def parse_measured(value: object) -> HeatRequest:
 
 @dataclass(frozen=True, eq=False)
 class Heat:
-    """Accesses seen in spans of addresses. :meth:`of_spans` makes one of any spans.
+    """Accesses seen in spans of addresses. :meth:`of_spans` accepts any spans.
 
     Attributes:
         start, end: uint64, shape (spans,): disjoint, by ascending address.
-        accesses: float64, the same shape: how many were seen in each span, above 0.
-        source: what saw them, such as ``"damon (fvaddr)"``.
-        seconds: how long it looked; 0.0 if that is not known.
-        cpu_seconds: processor time that looking took, the kernel's included.
-        remark: what there is to say of the measurement, as a sentence; ``""`` for nothing.
+        accesses: float64, the same shape: accesses seen in each span, above 0.
+        source: name of the source, such as ``"damon (fvaddr)"``.
+        seconds: duration of the measurement; 0.0 if unknown.
+        cpu_seconds: processor time of the measurement, the kernel's included.
+        remark: a remark on the measurement, as a sentence; ``""`` for none.
     """
 
     JSON: ClassVar = "source seconds cpu_seconds cpu_share spans accesses=total remark:null"
@@ -122,7 +122,7 @@ class Heat:
         for at, sign in ((first, 1), (last, -1)):
             np.add.at(steps, at, sign * density)
             np.add.at(cover, at, sign * (accesses > 0))
-        # Where no span lies, adding and subtracting densities leaves the rounding error, not 0.
+        # Where no span lies, sums of densities leave a rounding error instead of 0.
         dense = np.where(np.cumsum(cover) > 0, np.maximum(np.cumsum(steps), 0.0), 0.0)[:-1]
         hot = dense > 0
         low, high = bounds[:-1][hot], bounds[1:][hot]
@@ -130,7 +130,7 @@ class Heat:
 
     @property
     def spans(self) -> int:
-        """How many spans there are."""
+        """Number of spans."""
         return len(self.start)
 
     @property
@@ -140,11 +140,11 @@ class Heat:
 
     @property
     def cpu_share(self) -> float:
-        """`cpu_seconds` as a part of one processor; 0.0 if the duration is not known."""
+        """`cpu_seconds` as a part of one processor; 0.0 if the duration is unknown."""
         return self.cpu_seconds / self.seconds if self.seconds else 0.0
 
     def within(self, start: NDArray[np.uint64], end: NDArray[np.uint64]) -> NDArray[np.float64]:
-        """Return the accesses between two addresses each, as if each span were used evenly: float64, shape (ranges,).
+        """Return the accesses in some ranges, if each span is used evenly: float64, shape (ranges,).
 
         Args:
             start, end: uint64, shape (ranges,).
@@ -152,7 +152,7 @@ class Heat:
         return self._below(end) - self._below(start)
 
     def share(self, start: NDArray[np.uint64], end: NDArray[np.uint64]) -> float:
-        """Return the share of all accesses that go to disjoint ranges; 0.0 if there are none."""
+        """Return the share of all accesses that lie in disjoint ranges; 0.0 without accesses."""
         total = self.total
         return float(self.within(start, end).sum()) / total if total else 0.0
 
@@ -167,7 +167,7 @@ class Heat:
         return np.asarray(before + self.accesses[at] * part)
 
     def coarser(self, most: int) -> Heat:
-        """Return the same in about `most` spans: neighbours are joined, and what lies between them with them."""
+        """Return the heat in about `most` spans: neighbours are joined, together with the gap between them."""
         if self.spans <= most:
             return self
         firsts = np.arange(0, self.spans, -(-self.spans // most))
@@ -177,10 +177,11 @@ class Heat:
 
 
 def worth(heat: NDArray[np.float64], copied: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return what blocks are worth: accesses, times the TLB entries that are saved, for each page that is copied.
+    """Return the worth of blocks: accesses, times the saved TLB entries, for each page that is copied.
 
     Args:
         heat: float64, shape (blocks,): accesses to each.
+        copied: int64, the same shape: pages with contents, each of which takes one entry until one maps them all.
         copied: int64, the same shape: its pages with contents, each of which takes an entry until one serves all.
     """
     return heat * np.maximum(copied - 1, 0) / np.maximum(copied, 1)

@@ -1,8 +1,8 @@
-"""Heat in a file: what a profiler saw, as lines of CSV or JSON; ``docs/how-to/heat.md`` makes one of other output.
+"""Heat in a file of CSV or JSON lines from a profiler; ``docs/how-to/heat.md`` converts other output.
 
-CSV has the columns ``start,end,accesses``, and may have a line of these words first. JSON has one object a line, with
-these keys. Addresses are decimal, or hexadecimal with ``0x``; in JSON they may be numbers. The end lies behind the
-span. Empty lines and lines that begin with ``#`` are passed over. Spans may overlap, and come in any order.
+CSV has the columns ``start,end,accesses``, and may begin with a line of these words. JSON has one object a line, with
+these keys. Addresses are decimal, or hexadecimal with ``0x``; in JSON they may be numbers. The end is the address
+behind the span. Empty lines and lines that begin with ``#`` are skipped. Spans may overlap, and have any order.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mthp.heat import Heat
 from mthp.ptes import LARGEST_ADDRESS
 
 HEAT_BYTES = Bound(64 << 20, "bytes of heat")
-"""A line takes some 40 bytes."""
+"""The most bytes; a line takes some 40."""
 
 HEAT_SPANS = Bound(1 << 20, "spans of heat")
-"""Half a million PMD ranges of x86-64, which are 1 TiB, each cut in two."""
+"""The most spans: half a million PMD ranges of x86-64, which are 1 TiB, each cut in two."""
 
 LINE_BYTES = Bound(1 << 10, "bytes of one line")
 
@@ -38,10 +38,10 @@ _HELP = "write lines of start,end,accesses, or JSON objects with these keys; see
 
 
 def read_heat(path: str | os.PathLike[str]) -> Heat:
-    """Read the heat in the file at `path`.
+    """Return the heat in the file at `path`.
 
     Raises:
-        UsageError: it cannot be read, is too large, or a line of it makes no sense.
+        UsageError: the file cannot be read, is too large, or has a line that is not a span.
     """
     data = read_small(path, HEAT_BYTES)
     with named(path):
@@ -56,7 +56,7 @@ def read_heat(path: str | os.PathLike[str]) -> Heat:
 
 
 def _span(line: bytes, number: int) -> tuple[int, int, float] | None:
-    """Return the span in a line; None if it has none."""
+    """Return the span in a line; None for an empty line, a comment and the header."""
     if not line or line.startswith(b"#"):
         return None
     try:
@@ -107,5 +107,5 @@ def _count(text: str) -> float:
 
 
 def _shown(line: bytes) -> str:
-    """Return the beginning of a line, as it may be printed."""
+    """Return the beginning of a line, fit to be printed."""
     return repr(line[:40])[1:]

@@ -1,6 +1,6 @@
-"""The coverage of an address space, measured as its entries are read: now, and once planned folios are made.
+"""The coverage of an address space, measured as its entries are read: now, and after planned folios are made.
 
-What coverage is, :mod:`mthp.metrics` says.
+:mod:`mthp.metrics` defines coverage.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mthp.ptes import Pte, PteColumns, Segment, in_range_blocks, without
 from mthp.vma import Vma, VmaKind
 
 BLOCK_PAGES = 1 << 18
-"""Pages read at a time: enough that the cost of a call does not count, little enough to stay in bounds."""
+"""Pages per read: enough to amortise the cost of a call, and few enough to bound memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What a coverage is of: anonymous memory, of the whole process by default.
+    """The memory that a coverage is of: by default the anonymous memory of the whole process.
 
     Attributes:
-        within: the whole pages in this range of addresses alone.
+        within: only the whole pages in this range of addresses.
         files: memory of files and shared memory, too.
     """
 
@@ -39,9 +39,9 @@ class Measured:
     """The coverage of an address space at one moment.
 
     Attributes:
-        now: as it is.
-        planned: as it will be once some folios are made.
-        by_vma: the coverage of each mapping that was given.
+        now: the present coverage.
+        planned: the coverage after the expected folios are made.
+        by_vma: the present coverage of each mapping.
     """
 
     now: Coverage
@@ -61,8 +61,8 @@ def measure(
 
     Args:
         vmas: its mappings, by ascending address.
-        scope: what counts; the anonymous memory of all of them by default.
-        addresses, orders: folios that are to be made, by ascending address: uint64 and int8, shape (folios,).
+        scope: the memory that counts; by default the anonymous memory of all mappings.
+        addresses, orders: planned folios, by ascending address: uint64 and int8, shape (folios,).
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -76,7 +76,7 @@ def measure(
 
 
 def out_of_reach_bytes(space: AddressSpace) -> int:
-    """Return the bytes of anonymous memory in no whole PMD range of its mapping, without reading the other memory.
+    """Return the bytes of anonymous memory outside of whole PMD ranges of its mapping, reading only that memory.
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -93,10 +93,10 @@ class Meter:
 
     Args:
         vmas: its mappings, by ascending address.
-        scope: what counts; the anonymous memory of all of them by default.
+        scope: the memory that counts; by default the anonymous memory of all mappings.
 
     Attributes:
-        segments: what is to be read: what may hold pages that count.
+        segments: segments to read: those that may have pages that count.
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -113,19 +113,19 @@ class Meter:
         self.segments = space.populated(wanted, page_size)
 
     def blocks(self, segments: Iterable[Segment]) -> Iterator[list[Segment]]:
-        """Group and cut `segments` at PMD ranges, so that no folio that the hardware could use falls into two reads."""
+        """Group and cut `segments` at PMD ranges, so that no folio that the hardware could use spans two reads."""
         return in_range_blocks(segments, self._geometry, BLOCK_PAGES * self._geometry.page_size)
 
     def expect(self, addresses: NDArray[np.uint64], orders: NDArray[np.int8]) -> None:
-        """Expect that some folios are made of what is added next.
+        """Expect folios to be made of the entries that are added next.
 
         Args:
-            addresses, orders: of the folios, by ascending address: uint64 and int8, shape (folios,).
+            addresses, orders: the folios, by ascending address: uint64 and int8, shape (folios,).
         """
         self._planned.expect(addresses, orders)
 
     def add(self, columns: PteColumns) -> None:
-        """Count entries, each of which lies in one mapping with all of its segment."""
+        """Count entries; each of their segments must lie in one mapping."""
         chosen = anonymous_pages(columns)
         if self._scope.files:
             chosen = resident_pages(columns) & ~columns.has(Pte.HUGETLB)
@@ -133,15 +133,15 @@ class Meter:
         self._planned.add(columns, chosen)
 
     def measured(self) -> Measured:
-        """Return what was counted."""
+        """Return the coverage of all added entries."""
         by_vma = tuple(self._counter.coverage(at, at + 1) for at in range(self._mappings))
         now = Coverage.total(by_vma)
         return Measured(now, self._planned.after(now), by_vma)
 
 
 def _counted(vma: Vma, scope: Scope, page_size: int) -> Segment | None:
-    """Return the part of a mapping that may hold pages that count; None if there is none."""
-    # A private mapping of a file holds anonymous memory once something was written; smaps says so at once.
+    """Return the part of a mapping that may have pages that count; None if it has none."""
+    # A private mapping of a file has anonymous memory once it was written to, which smaps shows.
     private = vma.kind is VmaKind.FILE and vma.has_anon_vma is True and not vma.permissions.endswith("s")
     if vma.kind is not VmaKind.ANON and not private and not (scope.files and vma.kind in (VmaKind.FILE, VmaKind.SHMEM)):
         return None
@@ -153,10 +153,10 @@ def _counted(vma: Vma, scope: Scope, page_size: int) -> Segment | None:
 
 
 class _Planned:
-    """What of the memory that is counted lies where folios are to be made.
+    """The counted memory that lies where folios are planned.
 
-    A planned folio of some order is aligned to its size, so every block of that order or a smaller one lies either in
-    it or outside of it: what such blocks count for now is taken away, and the folio is put in their place.
+    A planned folio is aligned to its size, so every block of its order or a smaller one lies either in it or outside of
+    it: the present counts of such blocks are subtracted, and the folio is added.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -167,7 +167,7 @@ class _Planned:
         self._unknown = 0
 
     def expect(self, addresses: NDArray[np.uint64], orders: NDArray[np.int8]) -> None:
-        """Look for the pages of these folios, by ascending address, in what is added next."""
+        """Count pages of these folios, by ascending address, in the entries that are added next."""
         self._page = (addresses // np.uint64(self._geometry.page_size)).astype(np.int64)
         self._order = orders.astype(np.int64)
         pages = np.int64(1) << self._order
@@ -189,7 +189,7 @@ class _Planned:
             self._inside[order] += int(runs.usable(order, self._geometry)[planned >= order].sum())
 
     def after(self, now: Coverage) -> Coverage:
-        """Return the coverage once the folios are made."""
+        """Return the coverage after the folios are made."""
         in_larger = np.cumsum(self._made[::-1])[::-1]
         pages = np.array(now.pages, np.int64) - self._inside + in_larger
         return Coverage(tuple(pages.tolist()), now.unknown - self._unknown, now.out_of_reach)

@@ -1,16 +1,16 @@
 """Coverage: the share of anonymous resident memory that lies in folios of a size, as the hardware uses them.
 
-A folio saves TLB entries only where it is mapped in one piece and aligned: the PMD size by a PMD entry, smaller sizes
-by a naturally aligned run of PTEs whose frames are aligned alike. So a page counts for an order if the aligned block of
-that order around it is mapped throughout, in one folio, at frames that are aligned as the addresses are. A 2M folio
-that mremap(2) moved off its alignment counts as nothing of 2M; if it was moved by 64K, it still counts for 64K.
+A folio saves TLB entries only if it is mapped in one piece and aligned: the PMD size by a PMD entry, smaller sizes by a
+naturally aligned run of PTEs whose frames have the same alignment. So a page counts for an order if the aligned block
+of that order around it is mapped completely, in one folio, at frames that are aligned as the addresses are. A 2M folio
+that mremap(2) moved off its alignment does not count for 2M; if it was moved by 64K, it still counts for 64K.
 
 Anonymous memory is what the kernel counts as RssAnon (proc_pid_status(5)) and smaps as Anonymous: pages without a file,
-copies of a private file mapping's pages included; zero pages and hugetlbfs pages are not among them.
+copies of a private file mapping's pages included, zero pages and hugetlbfs pages excluded.
 
-How each folio is mapped is told as tools/mm/thpmaps of the kernel tells it: by a PMD entry, or by PTEs and aligned,
-unaligned (all of it, at an address that is not a multiple of its size) or partial. Where frame numbers cannot be seen
-(snapshots, no CAP_SYS_ADMIN), frames are taken to be aligned as the addresses are.
+The mapping of each folio has the categories of the kernel's tools/mm/thpmaps: by a PMD entry, or by PTEs and aligned,
+unaligned (all of it, at an address that is not a multiple of its size) or partial. Without readable frame numbers
+(snapshots, no CAP_SYS_ADMIN), frames are assumed to be aligned as the addresses are.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from mthp.geometry import Geometry
 from mthp.ptes import Pte, PteColumns, Segment
 
 MAX_FOLIO_ORDER = 20
-"""The largest folio order that is counted: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""
+"""The largest folio order to count: a 1 GiB hugetlbfs page of 4 KiB base pages has order 18."""
 
 ORDERS = MAX_FOLIO_ORDER + 1
 
 PMD, ALIGNED, UNALIGNED, PARTIAL = range(4)
 ALIGNMENTS = ("pmd_mapped", "aligned", "unaligned", "partial")
-"""How a folio is mapped, by the names that the output has; the order is that of the constants above."""
+"""How a folio is mapped, by the names in the output, in the order of the constants above."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How much of some resident memory lies in folios of each size, as the hardware uses them.
+    """The amounts of some resident memory that lie in folios of each size, as the hardware uses them.
 
     Attributes:
         pages: pages in blocks of each order or a larger one; index 0 counts all resident pages.
-        unknown: of these, the pages whose folio's order cannot be seen; they count for order 0 alone.
-        out_of_reach: resident pages that lie in no whole PMD range of their mapping. No kernel collapses them, to any
+        unknown: those of them in a folio of unknown order, which count for order 0 alone.
+        out_of_reach: resident pages outside of whole PMD ranges of their mapping. No kernel collapses them, to any
             order (hugepage_vma_revalidate(), mm/khugepaged.c); only the mover does.
     """
 
@@ -59,7 +59,7 @@ class Coverage:
         return self.pages[0]
 
     def share(self, order: int) -> float:
-        """The share of the resident pages in blocks of `order` or larger; 0.0 if nothing is resident."""
+        """Return the share of the resident pages in blocks of `order` or larger; 0.0 if nothing is resident."""
         return self.pages[min(order, MAX_FOLIO_ORDER)] / self.resident if self.resident else 0.0
 
     def resident_bytes(self, geometry: Geometry) -> int:
@@ -75,12 +75,12 @@ class Coverage:
         return self.out_of_reach * geometry.page_size
 
     def share_by_order(self, geometry: Geometry) -> dict[int, float]:
-        """Return the share of every order that anonymous memory may have."""
+        """Return the share of every order that anonymous memory can have."""
         return {order: self.share(order) for order in geometry.anon_orders}
 
     @classmethod
     def total(cls, parts: Sequence[Coverage]) -> Coverage:
-        """The sum of `parts`."""
+        """Return the sum of `parts`."""
         pages = np.array([part.pages for part in parts], np.int64).reshape(-1, ORDERS).sum(axis=0)
         out_of_reach = sum(part.out_of_reach for part in parts)
         return cls(tuple(pages.tolist()), sum(part.unknown for part in parts), out_of_reach)
@@ -88,11 +88,11 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class Durations:
-    """How long some calls, or pauses, took, in seconds.
+    """The durations of some calls, or pauses, in seconds.
 
     Attributes:
-        count: how many there were.
-        p50, p99, max, total: of their durations; 0.0 if there were none.
+        count: number of calls or pauses.
+        p50, p99, max, total: percentiles, maximum and sum; 0.0 without any.
     """
 
     JSON: ClassVar = "count p50_seconds=p50 p99_seconds=p99 max_seconds=max total_seconds=total"
@@ -115,15 +115,15 @@ class Durations:
 
 @dataclass(frozen=True, slots=True)
 class MappedRuns:
-    """Runs of pages of large folios: neighbours in the folio and in the address space. Columns of shape (runs,).
+    """Runs of pages of large folios, contiguous in the folio and in the address space. Columns of shape (runs,).
 
     Attributes:
-        index: int64, where the first page is among the columns that were read.
+        index: int64, index of the first page in the columns that were read.
         page: int64, its address divided by the page size.
-        frame: int64, its frame number, or `page` where frame numbers cannot be seen.
-        order: int64, of the folio.
-        count: int64, pages.
-        pmd_mapped: bool.
+        frame: int64, its frame number, or `page` if frame numbers are not readable.
+        order: int64, order of the folio.
+        count: int64, pages of the run.
+        pmd_mapped: bool, mapped by a PMD entry.
     """
 
     index: NDArray[np.int64]
@@ -134,10 +134,10 @@ class MappedRuns:
     pmd_mapped: NDArray[np.bool_]
 
     def usable(self, order: int, geometry: Geometry) -> NDArray[np.int64]:
-        """Return how many pages of each run lie in blocks of `order` that the hardware can use: int64, shape (runs,).
+        """Return the pages of each run in blocks of `order` that the hardware can use: int64, shape (runs,).
 
-        A PMD entry maps its whole range, so pages under it count without looking at their neighbours, which may not
-        have been read.
+        A PMD entry maps its whole range, so pages under it count without their neighbours, which may not have been
+        read.
         """
         by_pmd = np.where(self.pmd_mapped & (self.order >= order), self.count, 0)
         if order >= geometry.pmd_order:
@@ -169,8 +169,8 @@ def anonymous_pages(columns: PteColumns) -> NDArray[np.bool_]:
 
 
 def page_numbers(columns: PteColumns, page_size: int, index: NDArray[np.intp] | None = None) -> NDArray[np.int64]:
-    """Return the address of each entry, or of those at an ascending `index`, divided by the page size: int64."""
-    # Divided before NumPy sees them: [vsyscall] lies beyond what an int64 holds.
+    """Return the page number of each entry, or of those at an ascending `index`: int64."""
+    # Divided as Python integers, because the address of [vsyscall] exceeds an int64.
     starts = np.array([start // page_size for start, _ in columns.segments], np.int64)
     counts = np.array([(end - start) // page_size for start, end in columns.segments], np.int64)
     ends = np.cumsum(counts)
@@ -185,11 +185,11 @@ def mapped_runs(
     chosen: NDArray[np.bool_],
     group: NDArray[np.int64] | None = None,
 ) -> MappedRuns:
-    """Cut the large folios of `columns` into runs.
+    """Return the large folios of `columns` as runs.
 
     Args:
         chosen: bool, shape (pages,): the pages that count.
-        group: int64, shape (pages,): cut where it changes.
+        group: int64, shape (pages,): runs are cut where it changes.
     """
     index = np.flatnonzero(chosen & (columns.folio_order > 0))
     page = page_numbers(columns, page_size, index)
@@ -208,10 +208,10 @@ def mapped_runs(
 
 
 class CoverageCounter:
-    """Adds up the coverage of mappings.
+    """Sums of the coverage of mappings.
 
     Args:
-        mappings: where they begin and end, ascending; what lies in none of them counts for the one below.
+        mappings: start and end of each, ascending; a page in none of them counts for the one below.
     """
 
     def __init__(self, mappings: Sequence[Segment], geometry: Geometry) -> None:
@@ -241,7 +241,7 @@ class CoverageCounter:
         np.add.at(self._alignments, (owner, runs.alignment(), runs.order), runs.count)
 
     def _edges(self, columns: PteColumns, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Return how many `chosen` pages of each segment lie in no whole PMD range of its mapping."""
+        """Return the `chosen` pages of each segment that lie outside of whole PMD ranges of its mapping."""
         n = self._geometry.ptes_per_pmd
         firsts, ends = ptes.page_numbers(columns.segments, self._geometry.page_size).T
         owner = self._owner(firsts)
@@ -257,12 +257,12 @@ class CoverageCounter:
         return np.searchsorted(self._starts, pages, side="right") - 1
 
     def coverage(self, first: int, last: int) -> Coverage:
-        """Return the coverage of the mappings from number `first` up to but not including `last`."""
+        """Return the coverage of the mappings from index `first` up to but not including `last`."""
         pages = self._pages[first:last].sum(axis=0).tolist()
         unknown, out_of_reach = (int(sums[first:last].sum()) for sums in (self._unknown, self._out_of_reach))
         return Coverage(tuple(pages), unknown, out_of_reach)
 
     def alignments(self, first: int, last: int) -> NDArray[np.int64]:
-        """Return their pages in large folios by `ALIGNMENTS` and order: int64, shape (4, ORDERS)."""
+        """Return the pages of these mappings in large folios by `ALIGNMENTS` and order: int64, shape (4, ORDERS)."""
         alignments: NDArray[np.int64] = self._alignments[first:last].sum(axis=0)
         return alignments

@@ -1,23 +1,23 @@
-"""Which mappings the mover refuses: by what /proc/PID/smaps shows of them, so for live, recorded and simulated ones.
+"""The mappings that the mover refuses, by their /proc/PID/smaps, for live, recorded and simulated ones.
 
-There is a list of flags that are allowed rather than of those that are not, so that a flag which a later kernel brings
-is refused until it has been examined. On the list are:
+The list has the allowed flags, not the refused ones, so that a flag of a later kernel is refused until it has been
+examined. It has:
 
-- ``rd wr mr mw me``: what it is, and what it may become.
-- ``ac`` and ``nr``: whether it counts against the overcommit limit. Counted was the mapping, when it was made
+- ``rd wr mr mw me``: the permissions, and those that the mapping may get.
+- ``ac`` and ``nr``: whether the mapping counts against the overcommit limit. It was counted when it was made
   (vm_enough_memory); its pages may come and go. Heaps of glibc's threads and of jemalloc have ``nr``.
 - ``hg``: MADV_HUGEPAGE.
 - ``dc``: MADV_DONTFORK. V8 sets it on its whole heap, so that fork(2) has less to copy (OS::Allocate,
   src/base/platform/platform-posix.cc), and drivers' libraries on memory that a device writes to. UFFDIO_MOVE refuses
-  what such a device has pinned, and a process that has one open is refused as a whole
+  pages that such a device has pinned, and a process that has one open is refused as a whole
   (:mod:`mthp.linux.mover.refuse.devices`).
-- ``sd``: soft-dirty (Documentation/admin-guide/mm/soft-dirty.rst). It says that the mapping is newer than the last
-  clearing of such bits, so a checkpointer takes all of its pages as written. A moved page is a written page, and its
-  own bit is set: what was clean is then saved once more, and nothing is missed. Kernels built with
-  CONFIG_MEM_SOFT_DIRTY show it on nearly every mapping.
+- ``sd``: soft-dirty (Documentation/admin-guide/mm/soft-dirty.rst). It means that the mapping is newer than the last
+  clearing of such bits, so a checkpointer treats all of its pages as written. A moved page is a written page with its
+  own bit set: a clean page is then saved once more, and none is missed. Kernels built with CONFIG_MEM_SOFT_DIRTY show
+  it on nearly every mapping.
 
-The protection key of a mapping (pkeys(7)) is no flag, and is not seen here: whoever runs code inside of a target has
-to see to it that a key does not bar that.
+The protection key of a mapping (pkeys(7)) is not a flag, and is not checked here: a caller that runs code inside a
+target has to make sure that no key prevents that.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from mthp.vma import Vma, VmaKind
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why something is not moved.
+    """A reason not to move something.
 
     Attributes:
-        key: a word for scripts, which stays.
-        reason: what is the case, as a sentence without a full stop.
-        remedy: what would make it possible, or ``""``.
+        key: a word for scripts, which does not change between versions.
+        reason: a sentence without a full stop.
+        remedy: what would allow the move, or ``""``.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Refusal:
 
 
 ALLOWED_FLAGS = frozenset({"rd", "wr", "mr", "mw", "me", "ac", "nr", "hg", "dc", "sd"})
-"""VmFlags words that do not stand in the way (show_smap_vma_flags, fs/proc/task_mmu.c)."""
+"""VmFlags words that allow a move (show_smap_vma_flags(), fs/proc/task_mmu.c)."""
 
 _FLAG_REFUSALS = {
     "sl": Refusal("vma_sealed", "it is sealed (mseal): its contents are not to be taken away"),
@@ -64,7 +64,7 @@ _FLAG_REFUSALS = {
     "ex": Refusal("vma_executable", "it may be executed"),
     "mt": Refusal("vma_tagged", "its pages carry memory tags (MTE), which a copy of the bytes would lose"),
 }
-"""Refusals for flags that have a reason of their own; the first that is there is given."""
+"""Refusals of flags with a reason of their own; the first that applies is returned."""
 
 _NOT_ANON = Refusal("vma_not_anonymous", "it is not anonymous memory", "MADV_COLLAPSE takes memory of files")
 _NOT_PRIVATE = Refusal("vma_not_private", "it is shared memory", "MADV_COLLAPSE takes shared memory")
@@ -74,13 +74,13 @@ _STACK = Refusal("vma_stack", "it is the stack of the first thread")
 
 
 def refuse_vma(vma: Vma) -> Refusal | None:
-    """What speaks against moving memory of a mapping; None if nothing does."""
+    """Return the reason not to move memory of a mapping; None if there is none."""
     return _refuse(vma.permissions, vma.kind, vma.flags, vma.name.startswith("[stack"))
 
 
 @functools.lru_cache(maxsize=1024)
 def _refuse(permissions: str, kind: VmaKind, flags: frozenset[str], stack: bool) -> Refusal | None:
-    """As :func:`refuse_vma`. Of many mappings of a process few differ in these."""
+    """Do the work of :func:`refuse_vma`, cached because few mappings of a process differ in these."""
     if kind is VmaKind.SHMEM or permissions.endswith("s"):
         return _NOT_PRIVATE
     if kind is not VmaKind.ANON:

@@ -1,19 +1,19 @@
-"""What processes are named by: one grammar and one matcher, for the command line and for the rules of the daemon.
+"""Names of processes: one grammar and one matcher, for the command line and for the rules of the daemon.
 
 A name is a kind, a colon and a shell pattern (fnmatch), in which ``*`` also stands for slashes:
 
 =============================  =====================================================================================
-``comm:redis-server``          the name that the kernel has for a process, 15 bytes at most
+``comm:redis-server``          the kernel's name of a process, at most 15 bytes
 ``exe:/usr/bin/qemu-*``        the path of its executable
-``unit:redis.service``         a systemd unit that it is in; ``unit:redis`` means redis.service
+``unit:redis.service``         a systemd unit of the process; ``unit:redis`` means redis.service
 ``cgroup:/kubepods.slice/*``   its control group, or one above it
 ``pod:shop/redis-*``           its Kubernetes pod, as namespace/pod; ``pod:redis-*`` in any namespace
-``container:3f2a``             its container, by how its ID begins, or by its name
+``container:3f2a``             its container, by the beginning of its ID, or by its name
 ``user:redis``                 its real user, by name or number
 ``all``                        every process with memory of its own, mthp itself left out
 =============================  =====================================================================================
 
-Units, pods and containers stand in the path of a control group: systemd and the container runtimes put them there.
+Units, pods and containers are part of the path of a control group: systemd and the container runtimes put them there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mthp.toml import text, whole
 WILDCARDS = re.compile(r"[*?]|\[[^]]*\]")
 
 COMM_BYTES = 15
-"""The kernel keeps so much of a name (TASK_COMM_LEN less the final zero, include/linux/sched.h)."""
+"""Bytes of a name that the kernel keeps (TASK_COMM_LEN less the final zero, include/linux/sched.h)."""
 
 HOW_TO_NAME = (
     "write a PID, self, a file, all, or comm:NAME, exe:PATH, unit:NAME, cgroup:/PATH, pod:NAMESPACE/NAME, container:ID"
@@ -41,26 +41,26 @@ HOW_TO_NAME = (
 )
 
 ALL = ("uid", "cgroup", "unit", "pod", "container", "comm", "exe", "pid")
-"""Properties, by how much they tell, the least first."""
+"""Properties, the least specific first."""
 
 _WEIGHTS = {name: 1 << at for at, name in enumerate(ALL)}
-"""What a property counts when rules are compared: each more than all before it together."""
+"""The weight of a property when rules are compared: each exceeds the sum of all before it."""
 
 _KINDS = frozenset(("user", "cgroup", "unit", "pod", "container", "comm", "exe"))
-"""Words before the colon: properties, and the word for a uid that a person reads."""
+"""Words before the colon: properties, and the word for a uid."""
 
 _UNIT = re.compile(r"[^/]+\.(?:service|scope|socket|mount|swap)")
-"""A systemd unit that has processes (systemd.unit(5)). Slices contain units and are none of them here."""
+"""A systemd unit that has processes (systemd.unit(5)). Slices contain units, so they are left out."""
 
 _CONTAINER = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
-"""An ID as docker, containerd, CRI-O and podman put it into the name of a control group."""
+"""An ID as docker, containerd, CRI-O and podman write it in the name of a control group."""
 
 
 def pattern(value: Any) -> str:
-    """Read a shell pattern that fits something.
+    """Return a shell pattern that can fit something.
 
     Raises:
-        UsageError: not a text, or empty.
+        UsageError: `value` is not a text, or empty.
     """
     if not text(value):
         raise UsageError("an empty pattern fits no process", help='use "*" for every process')
@@ -68,10 +68,10 @@ def pattern(value: Any) -> str:
 
 
 def cgroup_pattern(value: Any) -> str:
-    """Read a pattern of paths below the root of the version 2 hierarchy.
+    """Return a pattern of paths below the root of the version 2 hierarchy.
 
     Raises:
-        UsageError: as :func:`pattern`, or a path of the file system.
+        UsageError: as :func:`pattern`, or `value` is a path of the file system.
     """
     given = pattern(value)
     if given.startswith("/sys/fs/cgroup/"):
@@ -83,7 +83,7 @@ def cgroup_pattern(value: Any) -> str:
 
 
 def unit_pattern(value: Any) -> str:
-    """Read a pattern of systemd units; a name without a suffix is a service, as for systemctl(1).
+    """Return a pattern of systemd units; a name without a suffix is a service, as for systemctl(1).
 
     Raises:
         UsageError: as :func:`pattern`.
@@ -93,7 +93,7 @@ def unit_pattern(value: Any) -> str:
 
 
 def pod_pattern(value: Any) -> str:
-    """Read a pattern of ``namespace/pod``; without a slash it is of any namespace.
+    """Return a pattern of ``namespace/pod``; a pattern without a slash fits any namespace.
 
     Raises:
         UsageError: as :func:`pattern`.
@@ -103,7 +103,7 @@ def pod_pattern(value: Any) -> str:
 
 
 def comm_pattern(value: Any) -> str:
-    """Read a pattern of names; a literal name is cut as the kernel cuts it.
+    """Return a pattern of names; a literal name is cut as the kernel cuts it.
 
     Raises:
         UsageError: as :func:`pattern`.
@@ -113,10 +113,10 @@ def comm_pattern(value: Any) -> str:
 
 
 def user_id(value: Any) -> int:
-    """Return the number of a user, who is written as a number or a name.
+    """Return the number of a user, given as a number or a name.
 
     Raises:
-        UsageError: there is no user of that name.
+        UsageError: no user has that name.
     """
     if not isinstance(value, str):
         return int(whole()(value))
@@ -130,17 +130,17 @@ def user_id(value: Any) -> int:
 
 @dataclass(frozen=True)
 class ProcessFacts:
-    """What names are matched against.
+    """The properties of a process that names are matched against.
 
     Attributes:
         pid: its PID.
-        starttime: when it started, in clock ticks since boot.
+        starttime: its start, in clock ticks since boot.
         uid: its real user.
-        comm: its name, as the kernel has it.
-        exe: path of its executable, ``""`` if it cannot be seen.
-        cgroup: absolute path of its control group, ``""`` if it is not visible.
-        pod: ``namespace/name`` of its Kubernetes pod, ``""`` if it is in none that is known.
-        container_name: what Kubernetes calls its container.
+        comm: its name in the kernel.
+        exe: path of its executable; ``""`` if not readable.
+        cgroup: absolute path of its control group; ``""`` if not visible.
+        pod: ``namespace/name`` of its Kubernetes pod; ``""`` if none is known.
+        container_name: Kubernetes's name of its container.
     """
 
     pid: int
@@ -154,22 +154,22 @@ class ProcessFacts:
 
     @cached_property
     def container(self) -> str:
-        """The ID of its container, of the innermost one; ``""`` if it is in none."""
+        """The ID of its innermost container; ``""`` if it is in none."""
         return container_of(self.cgroup)
 
     @cached_property
     def units(self) -> tuple[str, ...]:
-        """The systemd units that it is in: of a user's service first user@1000.service."""
+        """The systemd units that it is in, the outermost first: user@1000.service before a user's own service."""
         return tuple(part for part in self.cgroup.split("/") if _UNIT.fullmatch(part))
 
     @property
     def label(self) -> str:
-        """How messages name it: ``"1234 (comm)"``."""
+        """Its name in messages: ``"1234 (comm)"``."""
         return f"{self.pid} ({self.comm})"
 
     @property
     def service(self) -> str:
-        """The name of what it is a part of, as a target is written: its pod, container, service, or its own name."""
+        """The name of its pod, container or service, else its own, as it is written in a target."""
         service = next((unit for unit in reversed(self.units) if unit.endswith(".service")), "")
         if self.pod:
             return f"pod:{self.pod}"
@@ -179,7 +179,7 @@ class ProcessFacts:
 
 
 def container_of(cgroup: str) -> str:
-    """Return the ID of the innermost container that the path of a control group names; ``""`` if none."""
+    """Return the ID of the innermost container in the path of a control group; ``""`` if none."""
     found: list[str] = _CONTAINER.findall(cgroup)
     return found[-1] if found else ""
 
@@ -189,7 +189,7 @@ Patterns = tuple[Annotated[str, pattern], ...]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The properties that a rule or a target names, the keys of a rule's ``match``; empty tuples name nothing.
+    """The properties that a rule or a target names, the keys of a rule's ``match``; empty tuples fit everything.
 
     Attributes:
         pid, uid: any of these numbers.
@@ -206,7 +206,7 @@ class Match:
     container: Patterns = ()
 
     def fits(self, facts: ProcessFacts) -> bool:
-        """Whether all properties that are named are those of a process."""
+        """Return whether a process has all the named properties."""
         return (
             (not self.pid or facts.pid in self.pid)
             and (not self.uid or facts.uid in self.uid)
@@ -225,13 +225,13 @@ class Match:
 
     @property
     def specificity(self) -> tuple[int, int]:
-        """The larger, the more specific."""
+        """A number that is larger for a more specific match, as a tuple."""
         texts = itertools.chain(*(getattr(self, name) for name in self.named if name not in ("pid", "uid")))
         literal = min((len(WILDCARDS.sub("", each)) for each in texts), default=0)
         return sum(_WEIGHTS[name] for name in self.named), literal
 
     def may_share_a_process(self, other: Match) -> bool:
-        """Whether some process could fit both, as far as the texts tell."""
+        """Return whether some process could fit both, as far as the texts tell."""
         for name in self.named:
             ours, theirs = getattr(self, name), getattr(other, name)
             if theirs and not any(_overlap(one, another) for one in ours for another in theirs):
@@ -240,10 +240,10 @@ class Match:
 
 
 def match_of(word: str) -> Match | None:
-    """Return what a name means; None if `word` is not one: no kind that there is, a colon, and a pattern.
+    """Return the match that a name means; None if `word` is not a known kind, a colon, and a pattern.
 
     Raises:
-        UsageError: the pattern makes no sense, or there is no such user.
+        UsageError: the pattern is not valid, or the user does not exist.
     """
     if word == "all":
         return Match()
@@ -262,7 +262,7 @@ def _any_fits(patterns: tuple[str, ...], texts: Iterable[str]) -> bool:
 
 
 def _container_fits(facts: ProcessFacts, patterns: tuple[str, ...]) -> bool:
-    """Return whether the ID of a container begins so, or its name is so."""
+    """Return whether the ID of a container begins with, or its name fits, one of the patterns."""
     begins = (f"{pattern}*" for pattern in patterns)
     return bool(facts.container) and (
         any(fnmatchcase(facts.container, each) for each in begins) or _any_fits(patterns, (facts.container_name,))
@@ -277,7 +277,7 @@ def _with_parents(path: str) -> Iterator[str]:
 
 
 def _overlap(one: str | int, other: str | int) -> bool:
-    """Whether something may fit both patterns. Where both have wildcards, their fixed ends decide."""
+    """Return whether something may fit both patterns. If both have wildcards, their fixed ends decide."""
     if isinstance(one, int) or isinstance(other, int):
         return one == other
     if fnmatchcase(one, other) or fnmatchcase(other, one):

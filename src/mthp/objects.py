@@ -1,20 +1,20 @@
 """JSON objects, and their JSON Schema, from the classes of results: one description for both.
 
-``JSON`` of a class says which keys its object has, as words separated by blanks:
+``JSON`` of a class names the keys of its object, as words separated by blanks:
 
 ==================  ===========================================================================================
 word                key
 ==================  ===========================================================================================
 ``coverage``        the attribute of that name: a field, a property, or a method
 ``target=label``    the attribute `label`, under another name; ``rule=rule.name`` is an attribute of an attribute
-``*plan``           all keys of the object that the attribute `plan` is
+``*plan``           all keys of the object in the attribute `plan`
 ``start:hex``       an address, as text
 ``error:null``      a text; null in place of an empty one
 ==================  ===========================================================================================
 
 A method is called without arguments, or with the machine's geometry: the attribute `geometry` of the innermost object
-that has one. A dataclass without ``JSON`` has all of its fields as keys. The schema is made of the annotations of these
-attributes: one that was renamed, or has no type, fails when the schema is made.
+that has one. A dataclass without ``JSON`` has all of its fields as keys. The schema is made from the annotations of
+these attributes, so an attribute that was renamed, or has no type, raises an error when the schema is made.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SCALARS: dict[object, Schema] = {
 
 
 class _Key(NamedTuple):
-    """One word of ``JSON``: the key, where its value is, and what becomes of it; key ``""`` is ``*``."""
+    """One word of ``JSON``: the key, the path to its value, and the form of the value; key ``""`` is ``*``."""
 
     key: str
     path: tuple[str, ...]
@@ -53,13 +53,13 @@ class _Key(NamedTuple):
 
 
 def items(value: object, geometry: object = None) -> Iterator[tuple[str, Any]]:
-    """Yield the keys of the object that `value` is, each with what becomes its value.
+    """Yield the keys of the object of `value`, each with its value before conversion.
 
     Args:
-        geometry: of the object around it.
+        geometry: geometry of the enclosing object.
     """
     if isinstance(value, Mapping):
-        # The daemon counts in another thread meanwhile; copying is one step.
+        # A single step, because another thread of the daemon may count meanwhile.
         yield from ((_key_text(key), each) for key, each in dict(value).items())
         return
     geometry = getattr(value, "geometry", geometry)
@@ -78,16 +78,16 @@ def items(value: object, geometry: object = None) -> Iterator[tuple[str, Any]]:
 
 
 def to_object(value: object, geometry: object = None) -> dict[str, Any]:
-    """Return an object as json.dumps takes it."""
+    """Return the JSON object of `value`, for json.dumps()."""
     geometry = getattr(value, "geometry", geometry)
     return {key: to_json(each, geometry) for key, each in items(value, geometry)}
 
 
 def to_json(value: object, geometry: object = None) -> Any:
-    """Return `value` as json.dumps takes it.
+    """Return `value` in a form for json.dumps().
 
     Raises:
-        TypeError: it has no form in JSON.
+        TypeError: `value` has no form in JSON.
     """
     if isinstance(value, enum.Enum):
         return _key_text(value)
@@ -105,10 +105,10 @@ def to_json(value: object, geometry: object = None) -> Any:
 
 
 def schema_of(name: str, *alternatives: tuple[type, ...]) -> Schema:
-    """Return the JSON Schema of objects whose ``schema`` is `name`.
+    """Return the JSON Schema of objects with `name` as their ``schema``.
 
     Args:
-        alternatives: what such an object may be: the classes whose keys it has.
+        alternatives: for each alternative, the classes whose keys such an object has.
     """
     defs: dict[str, Schema] = {}
     made = []
@@ -150,7 +150,7 @@ def _parsed(word: str) -> _Key:
 
 
 def _key_text(key: object) -> str:
-    """Return a key as JSON has it: results by their names, orders as numbers."""
+    """Return a key as JSON has it: results by name, orders as numbers."""
     return key.name if isinstance(key, enum.Enum) and not isinstance(key, str) else str(key)
 
 
@@ -173,7 +173,7 @@ def _hint(kind: type, name: str) -> Any:
     """Return the type of an attribute.
 
     Raises:
-        TypeError: there is no such attribute, or it has no type.
+        TypeError: the attribute does not exist, or has no type.
     """
     hints = get_type_hints(kind, include_extras=True)
     if name in hints:
@@ -195,12 +195,12 @@ def _object(properties: Schema) -> Schema:
 
 
 def _schema(hint: Any, defs: dict[str, Schema]) -> Schema:
-    """Return the schema of a type; classes go into `defs`."""
+    """Return the schema of a type; the schemas of classes are added to `defs`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint in _SCALARS:
         return dict(_SCALARS[hint])
     if origin is Annotated:
-        # A row of a table knows its columns by name alone; the others are keys of TOML.
+        # A row of a table names its columns in the annotation; other annotations are keys of TOML.
         row = get_origin(arguments[0]) is dict
         return {**arguments[1](), "additionalProperties": False} if row else _schema(arguments[0], defs)
     if origin is Literal:

@@ -1,8 +1,8 @@
-"""The outline of an address space: how much each PMD range holds, without looking at its pages one by one.
+"""The outline of an address space: the amount of memory in each PMD range, without its single pages.
 
-A live kernel tells runs of pages that are alike (PAGEMAP_SCAN) in a small part of the time that reading all entries and
-the orders of their folios takes. That is enough to know which ranges may have become worth a look: a range whose layout
-is what it was when nothing was left to do in it, has most likely nothing to do in it now.
+A live kernel reports runs of pages of one kind (PAGEMAP_SCAN) in a small part of the time of reading all entries and
+the orders of their folios. That is enough to find the ranges worth a scan: a range that had nothing left to do, and
+whose layout has not changed since, most likely has nothing to do now.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 @dataclass(frozen=True)
 class Outline(Table):
-    """The PMD ranges that hold anything, as columns; rows are by ascending address.
+    """The PMD ranges that have contents, as columns, by ascending address.
 
     Attributes:
-        address: uint64.
+        address: uint64, start address.
         present: int32, pages that are present and not zero.
         pmd_mapped: bool, one PMD entry maps it.
         layout: uint64, a hash of which of its pages are present, zero, swapped out.
@@ -44,18 +44,18 @@ PRESENT, HUGE, ZERO, SWAP = 1, 2, 4, 8
 def outline_of(
     starts: NDArray[np.uint64], ends: NDArray[np.uint64], kinds: NDArray[np.uint8], geometry: Geometry
 ) -> Outline:
-    """The outline that runs of alike pages make up.
+    """Return the outline made up of runs of pages of one kind.
 
     Args:
-        starts, ends: uint64, shape (runs,): the ranges of addresses of disjoint runs, ascending.
-        kinds: uint8, shape (runs,): what their pages are; never 0.
+        starts, ends: uint64, shape (runs,): address ranges of disjoint runs, ascending.
+        kinds: uint8, shape (runs,): kind of their pages; never 0.
     """
     if not len(starts):
         return Outline.joined([])
     size = np.uint64(geometry.pmd_size)
     first, last = starts // size, (ends - np.uint64(1)) // size
     pieces = (last - first).astype(np.int64) + 1
-    # A run that goes over the end of a PMD range is cut there.
+    # A run across the end of a PMD range is cut there.
     row = np.repeat(np.arange(len(starts)), pieces)
     begin = np.cumsum(pieces) - pieces
     number = first[row] + (np.arange(len(row)) - begin[row]).astype(np.uint64)

@@ -1,11 +1,11 @@
-"""Budgets of what may be used in a time: CPU seconds, bytes. Every pace of mthp that has a rate is one of them.
+"""Budgets of CPU seconds and bytes over time, for every pace of mthp that has a rate.
 
-A budget earns at its rate, saves up to a bound, and may be overdrawn by one piece of work. A caller asks how long to
-wait before it begins work, and reports afterwards what the work took. An overdrawn budget has its caller wait until a
-slice is saved that is worth waking up for. Waking up costs CPU time too: a thread that sleeps just long enough to earn
-the cost of one wake never earns any work.
+A budget earns at its rate, saves up to a bound, and may be overdrawn by one piece of work. Before it begins work a
+caller gets the seconds to wait, and afterwards it reports what the work took. After an overdraft the wait lasts until a
+slice is saved that is worth a wake-up. A wake-up costs CPU time too: a thread that sleeps just long enough to earn the
+cost of one wake-up never earns any work.
 
-No budget sleeps: it returns the seconds. Times are of a monotonic clock, so setting the calendar changes nothing.
+Budgets return seconds, and do not sleep. Times are of a monotonic clock, so setting the calendar changes nothing.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ import time
 from collections.abc import Callable
 
 Clock = Callable[[], float]
-"""Seconds since some moment; never goes back."""
+"""Returns the seconds since a fixed moment, which never decrease."""
 
 CPU_SLICE = 0.02
-"""Seconds of CPU time that are earned during one wait at least: some hundred times what a wake costs, and with the
-daemon's 10 % of a core a wait of 0.2 s, which leaves most of a second to notice new memory."""
+"""CPU seconds that one wait earns at least: some hundred times the cost of a wake-up, and with the daemon's 10 % of a
+core a wait of 0.2 s, which leaves most of a second to notice new memory."""
 
 CPU_BURST = 0.25
-"""Seconds of CPU time that may be saved up while nothing is to be done."""
+"""CPU seconds that may be saved up while there is nothing to do."""
 
 BYTES_SLICE_SECONDS = 0.05
-"""The slice of a byte rate, as the time in which it is earned."""
+"""The slice of a byte rate, as the seconds that earn it."""
 
 BYTES_BURST_SECONDS = 0.1
-"""How much of a byte rate may be saved up, as the time in which it is earned."""
+"""The most of a byte rate that may be saved up, as the seconds that earn it."""
 
 _ROUNDING = 1e-4
-"""Seconds that a wait is longer than its slice takes to earn, so that rounding does not make it two waits."""
+"""Seconds that a wait is longer than its slice takes to earn, so that rounding does not split it into two waits."""
 
 
 class Budget:
     """An allowance per second that can be saved up to a bound, and overdrawn by one piece of work.
 
     Args:
-        rate: earned per second; None for no bound.
-        burst: saved up at most.
-        worth: saved at least when a wait ends; no more than `burst`.
+        rate: earned per second; None without a bound.
+        burst: the most that is saved up.
+        worth: the least that is saved when a wait ends; at most `burst`.
     """
 
     def __init__(self, rate: float | None, burst: float, worth: float, clock: Clock = time.monotonic) -> None:
@@ -49,18 +49,18 @@ class Budget:
         self._at = self._resume_at = clock()
 
     def set(self, rate: float | None, burst: float, worth: float) -> None:
-        """Go on with another allowance; the debt of the old one stays."""
+        """Switch to another allowance; the debt of the old one stays."""
         self.wait()
         self._rate, self._burst, self._worth = rate, burst, worth
         self._saved = min(self._saved, burst)
         self._resume_at = self._at
 
     def spend(self, amount: float) -> None:
-        """Take note of what was used."""
+        """Subtract the amount that was used."""
         self._saved -= amount
 
     def wait(self) -> float:
-        """Return the seconds until work may begin; 0.0 for now."""
+        """Return the seconds until work may begin; 0.0 if it may begin now."""
         now = self._clock()
         elapsed, self._at = max(now - self._at, 0.0), now
         if self._rate is None:
@@ -69,22 +69,22 @@ class Budget:
         self._saved = min(self._saved + elapsed * self._rate, self._burst)
         if self._saved <= 0:
             self._resume_at = now + (self._worth - self._saved) / self._rate
-        # A moment, not an amount: the wake itself has taken a part of the slice by now, and must not prolong the wait.
+        # A moment, not an amount: the wake-up itself takes a part of the slice, and must not prolong the wait.
         return self._resume_at - now + _ROUNDING if now < self._resume_at else 0.0
 
 
 class ByteBudget(Budget):
-    """Bytes that may be worked on.
+    """A budget of bytes to work on.
 
     Args:
-        rate: bytes per second; None for no bound.
+        rate: bytes per second; None without a bound.
     """
 
     def __init__(self, rate: float | None, clock: Clock = time.monotonic) -> None:
         super().__init__(rate, *_byte_bounds(rate), clock)
 
     def set_rate(self, rate: float | None) -> None:
-        """Go on with another rate."""
+        """Switch to another rate."""
         self.set(rate, *_byte_bounds(rate))
 
 
@@ -93,13 +93,13 @@ def _byte_bounds(rate: float | None) -> tuple[float, float]:
 
 
 class CpuBudget:
-    """The CPU time of this process or thread, less that of threads that are left out, as a share of one core.
+    """The CPU time of this process or thread, without that of some threads, as a share of one core.
 
     Args:
         share: of one core.
-        used: CPU seconds used so far.
+        used: returns the CPU seconds used until now.
         burst: CPU seconds that may be saved up.
-        read: returns the CPU seconds of a thread by its clock.
+        read: returns the CPU seconds of a thread, given its clock.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class CpuBudget:
         self._before = used()
 
     def set(self, share: float) -> None:
-        """Go on with another share."""
+        """Switch to another share."""
         self._budget.set(share, self._burst, CPU_SLICE)
 
     def wait(self) -> float:
@@ -128,7 +128,7 @@ class CpuBudget:
         return self._budget.wait()
 
     def leave_out(self) -> None:
-        """Count nothing that the calling thread spends: clients that ask without end must not stop the work."""
+        """Do not count the calling thread from now on: clients with endless requests must not stop the work."""
         own = time.pthread_getcpuclockid(threading.get_ident())
         self._before -= self._read(own)
         self._left_out.append(own)

@@ -1,4 +1,4 @@
-"""Page table entries of segments of an address space, as columns, and where blocks lie in them."""
+"""Page table entries of segments of an address space, as columns, and the positions of blocks in them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Segment = tuple[int, int]
 """A half-open, page-aligned range of addresses: (start, end)."""
 
 Block = tuple[int, int]
-"""An aligned run of memory: its address, and the order of the folio that it is to become."""
+"""An aligned run of memory: its address, and the order of the folio that it will become."""
 
 LARGEST_ADDRESS = 1 << 63
-"""Addresses from here on do not fit into an int64; of user space, only [vsyscall] lies there."""
+"""Addresses from here on exceed an int64; of user space, only [vsyscall] lies there."""
 
 ORDER_NONE = -1
 """In `PteColumns.folio_order`: no folio is mapped here."""
 
 ORDER_UNKNOWN = -2
-"""In `PteColumns.folio_order`: a folio is mapped, but its order cannot be seen with these rights."""
+"""In `PteColumns.folio_order`: a folio is mapped, but the rights do not suffice to read its order."""
 
 
 class Pte(enum.IntFlag):
@@ -39,7 +39,7 @@ class Pte(enum.IntFlag):
     SWAP = 1 << 2
     """Not present and not none: a swap entry, or a marker that the kernel counts as one."""
     SHARED = 1 << 3
-    """The folio is mapped by another process too, or more than once."""
+    """The folio is also mapped by another process, or more than once."""
     LAZYFREE = 1 << 4
     """Freed with MADV_FREE, and clean."""
     UFFD_WP = 1 << 5
@@ -49,7 +49,7 @@ class Pte(enum.IntFlag):
     PMD_MAPPED = 1 << 7
     """Mapped by a PMD entry, not by a PTE of its own."""
     UNREFERENCED = 1 << 8
-    """Known not to have been used recently. Where the kernel does not tell, the bit is clear."""
+    """Known not to have been used recently. The bit is clear if the kernel does not say."""
     GUARD = 1 << 9
     """A guard marker (MADV_GUARD_INSTALL); SWAP is set with it."""
     HUGETLB = 1 << 10
@@ -61,11 +61,11 @@ class PteColumns:
     """Page table entries of some segments, one after another, as columns.
 
     Attributes:
-        segments: what was read, in order.
+        segments: the segments that were read, in order.
         state: uint16, shape (pages,): bits of :class:`Pte`.
         folio_order: int8, shape (pages,): order of the folio that the page lies in (0 for a base page),
             ``ORDER_NONE`` or ``ORDER_UNKNOWN``.
-        pfn: uint64, shape (pages,): page frame numbers, 0 where not present; None if they cannot be seen.
+        pfn: uint64, shape (pages,): page frame numbers, 0 where not present; None if not readable.
     """
 
     segments: tuple[Segment, ...]
@@ -74,12 +74,12 @@ class PteColumns:
     pfn: NDArray[np.uint64] | None = None
 
     def has(self, bits: Pte) -> NDArray[np.bool_]:
-        """Which entries have at least one of `bits`: bool, shape (pages,)."""
+        """Return which entries have at least one of `bits`: bool, shape (pages,)."""
         chosen: NDArray[np.bool_] = (self.state & np.uint16(bits)) != 0
         return chosen
 
     def first_pages(self, firsts: NDArray[np.int64], lasts: NDArray[np.int64], page_size: int) -> NDArray[np.int64]:
-        """Return where in the columns some blocks begin, -1 if no one segment holds all of a block.
+        """Return the index in the columns at which each block begins; -1 if no segment contains the whole block.
 
         Args:
             firsts, lasts: page numbers of the blocks' half-open ranges (:func:`page_numbers`): int64, shape (blocks,).
@@ -98,7 +98,7 @@ class PteColumns:
         return np.where(inside, offsets[at] + firsts - segments[at, 0], -1)
 
     def select(self, segments: Sequence[Segment], page_size: int) -> PteColumns:
-        """Return the entries of `segments`, each of which lies in one segment of these."""
+        """Return the entries of `segments`, each of which must lie in one of the present segments."""
         firsts, lasts = page_numbers(segments, page_size).T
         pages = spread(self.first_pages(firsts, lasts, page_size), lasts - firsts)
         pfn = None if self.pfn is None else self.pfn[pages]
@@ -120,7 +120,7 @@ def spread(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.i
 
 
 def segments_of(blocks: Sequence[Block], page_size: int) -> list[Segment]:
-    """Return the segments that disjoint `blocks` make up, by ascending address; neighbours are joined."""
+    """Return the segments of disjoint `blocks`, by ascending address; neighbours are joined."""
     if not blocks:
         return []
     addresses, orders = np.array(sorted(blocks), np.uint64).T
@@ -131,7 +131,7 @@ def segments_of(blocks: Sequence[Block], page_size: int) -> list[Segment]:
 
 
 def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[Segment]:
-    """`segments`, those that begin inside a PMD range cut at its end.
+    """Yield `segments`, cut at the end of a PMD range if they begin inside it.
 
     :func:`in_blocks` cuts at multiples of its size from a segment's start, so it cuts these at PMD ranges only.
     """
@@ -144,7 +144,7 @@ def at_pmd_ranges(segments: Iterable[Segment], geometry: Geometry) -> Iterator[S
 
 
 def in_range_blocks(segments: Iterable[Segment], geometry: Geometry, block_size: int) -> Iterator[list[Segment]]:
-    """As :func:`in_blocks`, but what lies in one PMD range comes in one group, which may be that much larger."""
+    """Group as :func:`in_blocks`, but keep each PMD range in one group, which may exceed the size by that much."""
     block: list[Segment] = []
     room = block_size
     for [segment] in (group for piece in at_pmd_ranges(segments, geometry) for group in in_blocks([piece], block_size)):
@@ -159,9 +159,9 @@ def in_range_blocks(segments: Iterable[Segment], geometry: Geometry, block_size:
 
 
 def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Segment]]:
-    """Group and cut `segments` so that each group holds at most `block_size` bytes.
+    """Group and cut `segments` so that each group has at most `block_size` bytes.
 
-    Cuts fall on multiples of `block_size` from a segment's start, so segments of whole PMD ranges are cut into such,
+    Cuts fall on multiples of `block_size` from a segment's start, so segments of whole PMD ranges are cut at PMD ranges
     if the block size is a multiple of the PMD size.
     """
     block: list[Segment] = []
@@ -180,7 +180,7 @@ def in_blocks(segments: Iterable[Segment], block_size: int) -> Iterator[list[Seg
 
 
 def without(segments: Iterable[Segment], removed: Iterable[Segment]) -> Iterator[Segment]:
-    """Yield what of `segments` lies in none of `removed`. Both ascend, and their segments do not overlap."""
+    """Yield the parts of `segments` outside of `removed`. Both ascend, and their segments do not overlap."""
     holes = iter(removed)
     hole = next(holes, None)
     for begin, end in segments:
@@ -198,7 +198,7 @@ def without(segments: Iterable[Segment], removed: Iterable[Segment]) -> Iterator
 
 @dataclass(frozen=True)
 class Table(Tabular):
-    """Base of such dataclasses. All fields are arrays of the shape (rows,)."""
+    """Base of dataclasses that are tables. All fields are arrays of the shape (rows,)."""
 
     DTYPES: ClassVar[tuple[type[np.generic], ...]]
     """The dtype of each column, in the order of the fields."""
@@ -207,12 +207,12 @@ class Table(Tabular):
         return len(getattr(self, fields(self)[0].name))
 
     def __getitem__(self, chosen: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Self:
-        """The chosen rows."""
+        """Return the chosen rows."""
         return type(self)(*(column[chosen] for column in self._columns()))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Return all rows of `parts`, one part after another; none for no part, and a single part as it is."""
+        """Return all rows of `parts`, one part after another; a single part is not copied."""
         if len(parts) == 1:
             return parts[0]
         if not parts:

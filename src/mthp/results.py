@@ -1,7 +1,7 @@
-"""The scan results: what became of a PMD range, of a run in it, or of a PTE, and what that means to a person.
+"""The scan results: the outcome of a PMD range, of a run in it, or of a PTE, and its meaning in words.
 
-The names are those of ``enum scan_result`` in the kernel's ``mm/khugepaged.c`` without their prefix; the words of
-the trace events (``include/trace/events/huge_memory.h``) are in :attr:`ScanResult.trace_word`.
+The names are those of ``enum scan_result`` (mm/khugepaged.c) without their prefix; the words of the trace events
+(include/trace/events/huge_memory.h) are in :attr:`ScanResult.trace_word`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class ScanResult(enum.IntEnum):
 
     @property
     def meaning(self) -> str:
-        """One clause that tells a person what happened."""
+        """The meaning of the result, as one clause."""
         return _MEANING[self]
 
     @property
     def trace_word(self) -> str:
-        """The word that the kernel's trace events print for it."""
+        """The word that the kernel's trace events print for the result."""
         return _TRACE_WORDS.get(self, self.name.lower())
 
 
@@ -71,7 +71,7 @@ LOWER_ORDERS_MAY_SUCCEED = frozenset(
 )
 """Results of an attempt after which smaller orders are tried at the same place (mthp_collapse(), mm/khugepaged.c).
 
-After any other, success and a folio that is large enough aside, nothing more is tried in the PMD range."""
+After any other except SUCCEED and PTE_MAPPED_HUGEPAGE, nothing more is tried in the PMD range."""
 
 DONE_THERE = frozenset({ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE})
 """Results of an attempt after which the walk goes on behind the run."""
@@ -79,22 +79,22 @@ DONE_THERE = frozenset({ScanResult.SUCCEED, ScanResult.PTE_MAPPED_HUGEPAGE})
 
 @dataclass(frozen=True, slots=True)
 class BlockOutcome:
-    """What came of an attempt to make one folio of a block.
+    """The outcome of an attempt to make one folio of a block.
 
     Attributes:
-        address, order: of the block.
+        address, order: address and order of the block.
         result: SUCCEED, or why not.
-        reason: why not, for a person, where there is more to say than the result's meaning.
-        copied, filled: pages with contents, swapped-out ones included, and PTEs without, that the folio was made of;
-            0 if it was not made.
-        elapsed_ns: time that it took, in nanoseconds; 0 where that is not measured, or where it was not tried.
-        errno: the system's error number where there was one, else 0.
-        everywhere: whether this holds for the whole address space at this moment, so that other blocks would fare no
-            better.
-        passing: whether it may be otherwise a moment later, so that another try is worth it.
-        verified: whether its bytes were the same before and after; None if that was not asked for.
-        left_filled: pages of zeroes that the attempt added outside of the block and that could not be given back, told
-            with one block of a PMD range; `reason` says why they stay.
+        reason: why not, in words, if there is more to say than the result's meaning.
+        copied, filled: pages with contents, swapped-out ones included, and PTEs without, in the new folio; 0 if none
+            was made.
+        elapsed_ns: duration of the attempt in nanoseconds; 0 if not measured, or not tried.
+        errno: error number of the system call; 0 if it did not fail.
+        everywhere: whether the result holds for the whole address space at this moment, so that other blocks would have
+            it too.
+        passing: whether the result may differ a moment later, so that another try is worth it.
+        verified: whether its bytes were the same before and after; None if not compared.
+        left_filled: pages of zeroes that the attempt added outside of the block and that could not be given back,
+            counted for one block of a PMD range; `reason` says why they stay.
     """
 
     address: int
@@ -174,11 +174,11 @@ _FROM_ERRNO = {
 
 
 def result_of_madvise(error: int) -> ScanResult:
-    """The scan result behind the errno of one MADV_COLLAPSE call over one PMD range.
+    """Return the scan result behind the errno of one MADV_COLLAPSE call over one PMD range.
 
-    The kernel folds its results into few errno values (``madvise_collapse_errno``, ``mm/khugepaged.c``), so this
-    is the most likely member of each class: EAGAIN stands for every passing hindrance of a page (locked, pinned,
-    not on the LRU), EINVAL for every property of the mapping or the range.
+    The kernel maps its results to few errno values (madvise_collapse_errno(), mm/khugepaged.c), so this is the most
+    likely member of each class: EAGAIN stands for every passing state of a page (locked, pinned, not on the LRU),
+    EINVAL for every property of the mapping or the range.
 
     Args:
         error: errno, 0 for success.

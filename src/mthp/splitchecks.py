@@ -1,8 +1,7 @@
-"""What keeps a PMD range from being collapsed and split: checked by us, since MADV_COLLAPSE goes by no policy.
+"""Checks before a PMD range is collapsed and split, because MADV_COLLAPSE follows no policy.
 
-It fills holes, reads back what is swapped out, copies what is shared, and keeps what was to be freed lazily, wherever
-that lies in the range. What the planned blocks hold was decided on with the plan; the rest of the range must come out
-as it was.
+In the whole range it fills holes, reads back swapped-out pages, copies shared pages, and keeps pages freed lazily. The
+plan decided on the contents of the planned blocks. The rest of the range must not change.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
 
 Refusal = tuple[ScanResult, str]
-"""Why a range is left alone: the result that its blocks have, and the reason."""
+"""The reason why a range is left alone: the result of its blocks, and the reason in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class RangeLayout:
-    """What a PMD range is to become.
+    """The planned layout of a PMD range.
 
     Attributes:
-        start: its address.
-        orders: int8, shape (pages,): the order of the folio that each page is to lie in, 0 for base pages and holes.
+        start: start address.
+        orders: int8, shape (pages,): the planned order of each page's folio, 0 for base pages and holes.
         planned: bool, shape (pages,): which pages lie in planned blocks.
         holes: bool, shape (pages,): which pages are none or the zero page.
-        swapped: how many of its pages are swapped out.
+        swapped: number of its pages that are swapped out.
     """
 
     start: int
@@ -43,17 +42,17 @@ class RangeLayout:
 
     @property
     def fill(self) -> int:
-        """Pages that planned blocks add."""
+        """Number of pages that planned blocks add."""
         return int((self.holes & self.planned).sum())
 
     @property
     def spare(self) -> NDArray[np.bool_]:
-        """Which pages a collapse fills although no block has them: bool, shape (pages,)."""
+        """The pages that a collapse fills outside of planned blocks: bool, shape (pages,)."""
         return self.holes & ~self.planned
 
 
 def layout_of(start: int, blocks: list[Block], columns: PteColumns, geometry: Geometry) -> RangeLayout:
-    """Return what the PMD range at `start` is to become: the blocks in it, and the large folios that it has.
+    """Return the planned layout of the PMD range at `start`: the blocks in it, and its present large folios.
 
     Args:
         columns: the entries of the range, as just read.
@@ -70,7 +69,7 @@ def layout_of(start: int, blocks: list[Block], columns: PteColumns, geometry: Ge
 
 
 def _whole_folios(columns: PteColumns, present: NDArray[np.bool_]) -> NDArray[np.int8]:
-    """Return the order of the folio that each page lies in, where all of the folio is there, aligned; else 0."""
+    """Return the order of each page's folio if the folio is complete and aligned, else 0."""
     orders = np.where(present, np.maximum(columns.folio_order, 0), 0).astype(np.int8)
     if columns.pfn is None or not orders.any():
         return np.zeros_like(orders)
@@ -84,10 +83,10 @@ def _whole_folios(columns: PteColumns, present: NDArray[np.bool_]) -> NDArray[np
 
 
 def refusal_of_mapping(vma: Vma | None, start: int, geometry: Geometry, *, thp_disabled: bool) -> Refusal | None:
-    """Return why nothing in the PMD range at `start` may be collapsed, whatever it holds; None if something may.
+    """Return why nothing in the PMD range at `start` may be collapsed, by its mapping; None if something may.
 
     Args:
-        vma: the mapping that `start` lies in, if there is one.
+        vma: the mapping at `start`; None without one.
         thp_disabled: whether the process switched THP off for itself.
     """
     if vma is None:
@@ -106,12 +105,12 @@ def refusal_of_mapping(vma: Vma | None, start: int, geometry: Geometry, *, thp_d
 def refusal_of_pages(
     layout: RangeLayout, columns: PteColumns, *, locked: bool, least_share: float = 0.0
 ) -> Refusal | None:
-    """Return why a range is not collapsed because of what it holds; None if it may be.
+    """Return why a range is not collapsed, by its contents; None if it may be.
 
     Args:
         columns: the entries of the range, as just read.
         locked: whether its mapping is locked in memory.
-        least_share: the part of its contents that planned blocks must have, because a collapse copies all of them.
+        least_share: the least share of its contents in planned blocks, because a collapse copies all contents.
     """
     outside = ~layout.planned
     for result, bits, where, reason in _PAGES:
@@ -149,4 +148,4 @@ _PAGES: tuple[tuple[ScanResult, Pte, str, str], ...] = (
         "pages beside it in its PMD range were freed lazily (MADV_FREE), and would be kept",
     ),
 )
-"""Result, what stands for it, whether it counts in planned blocks too, and the reason where there is more to say."""
+"""Result, the bits that cause it, where ("anywhere" includes planned blocks), and the reason if it is not clear."""

@@ -1,6 +1,6 @@
 """Results as tables of other libraries: Arrow and pandas, which are imported at their first use.
 
-A row has the keys that its JSON object has; what is nested goes into columns of its own, ``khugepaged_reason`` for one.
+A row has the keys of its JSON object; nested objects become columns of their own, such as ``khugepaged_reason``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Tabular:
     """Base of results that have rows.
 
     Attributes:
-        ROWS: the attribute that holds the rows.
+        ROWS: name of the attribute with the rows.
     """
 
     __slots__ = ()
@@ -25,7 +25,7 @@ class Tabular:
     ROWS: ClassVar[str]
 
     def table_columns(self) -> Mapping[str, Any]:
-        """Return the columns of the table by name, each a list or an array, all of one length."""
+        """Return the columns of the table by name, each a list or an array, all of the same length."""
         rows: Iterable[Any] = getattr(self, self.ROWS)
         flat = [dict(_flat("", to_json(row, getattr(self, "geometry", None)))) for row in rows]
         names = dict.fromkeys(name for row in flat for name in row)
@@ -57,10 +57,10 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def imported(name: Literal["pyarrow", "pandas"]) -> Any:
-    """Return a library that mthp does without.
+    """Return an optional library.
 
     Raises:
-        UnsupportedError: it is missing.
+        UnsupportedError: the library is missing.
     """
     try:
         return importlib.import_module(name)

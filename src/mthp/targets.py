@@ -1,4 +1,4 @@
-"""What a person may name as a target, and the address space behind it."""
+"""Targets, as a user may name them, and the address spaces behind them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 Target = int | str | os.PathLike[str]
 """A PID, ``"self"``, the path of a snapshot or recording, or a name (:mod:`mthp.naming`) that fits one process.
 
-A PID may be written as text. A word that is nothing of these is the name of a process, as after ``comm:``.
+A PID may be written as text. Any other word is the name of a process, as after ``comm:``.
 """
 
 PID_MAX = 1 << 22
 """No process has a larger PID (PID_MAX_LIMIT, include/linux/threads.h)."""
 
 SHOWN = 5
-"""Processes and names that an error lists."""
+"""The most processes and names that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Found:
 
     Attributes:
         target: a PID, or the path of a snapshot or recording.
-        label: how to name it: ``"1234 (comm)"``, or the path.
-        facts: what is known of a process that was found by a name; None for one that was named itself.
+        label: name to print: ``"1234 (comm)"``, or the path.
+        facts: the known facts of a process that was found by a name; None for a PID or a file.
     """
 
     target: Target
@@ -46,14 +46,14 @@ class Found:
 
     @property
     def service(self) -> str:
-        """The name of the pod, container or service that a process is a part of, or its own; ``""`` for a file."""
+        """The name of the pod, container or service of a process, or its own; ``""`` for a file."""
         return self.facts.service if self.facts else ""
 
     def open(self, *, at: str | None = None) -> AddressSpace:
         """Open its address space, as :func:`open_target`.
 
         Raises:
-            TargetVanishedError: another process has its PID now.
+            TargetVanishedError: the process is gone, and another may have its PID.
         """
         space = open_target(self.target, at=at)
         process = getattr(space, "process", None)
@@ -65,12 +65,12 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What some words name.
+    """The targets that some words name.
 
     Attributes:
         found: the targets, each once, in the order of the words, and of the PIDs for each word.
         missing: words that fit no process, each with the reason.
-        single: whether one process or file was named itself, so that there is one target whatever runs.
+        single: whether the words are one PID or file, so that there is one target whatever processes run.
     """
 
     found: tuple[Found, ...]
@@ -79,15 +79,15 @@ class Targets:
 
 
 def find(*names: Target) -> list[Found]:
-    """Find the processes and files that `names` name.
+    """Return the processes and files that `names` name.
 
     Args:
         names: PIDs, ``"self"``, paths of snapshots and recordings, and names such as ``"unit:redis.service"``,
-            ``"pod:shop/*"``, ``"comm:java"`` or ``"all"`` (:mod:`mthp.naming`). What a name finds is without this
-            process, kernel threads and zombies.
+            ``"pod:shop/*"``, ``"comm:java"`` or ``"all"`` (:mod:`mthp.naming`). A name never finds this process, kernel
+            threads and zombies.
 
     Raises:
-        UsageError: neither of these.
+        UsageError: a word is none of these.
         TargetVanishedError: a name fits no process.
     """
     targets = find_targets(names)
@@ -97,10 +97,10 @@ def find(*names: Target) -> list[Found]:
 
 
 def find_targets(words: Sequence[Target]) -> Targets:
-    """Find what `words` name; what fits nothing is among the result's `missing`, unless all of them do.
+    """Return the targets of `words`; words that fit nothing are in `missing` of the result.
 
     Raises:
-        UsageError: neither a PID nor a file nor a name.
+        UsageError: a word is neither a PID nor a file nor a name.
         TargetVanishedError: no word fits anything.
     """
     if not words:
@@ -121,10 +121,10 @@ def find_targets(words: Sequence[Target]) -> Targets:
 
 
 class _Finder:
-    """Finds what words name.
+    """A search for the targets of words.
 
     Attributes:
-        searched: whether processes were searched for one that a name fits.
+        searched: whether a word was a name, so that processes were searched.
     """
 
     def __init__(self) -> None:
@@ -157,14 +157,14 @@ class _Finder:
 
     def _facts(self) -> FactsReader:
         if self._reader is None:
-            # Imported here: a file is found without it.
+            # Imported here, because a file is found without it.
             from mthp.linux.facts import FactsReader
 
             self._reader = FactsReader()
         return self._reader
 
     def _fitting(self, match: Match) -> Iterator[ProcessFacts]:
-        """The processes that fit, with all that can be known of them."""
+        """Yield the processes that fit, with all facts that are known of them."""
         reader, own = self._facts(), os.getpid()
         for pid in reader.pids():
             facts = reader.read(pid, match.named)
@@ -185,7 +185,7 @@ class _Finder:
         )
 
     def _close(self, word: str) -> str:
-        """Return a question for a name that `word` may have been meant as; ``""`` if there is none."""
+        """Return the question whether `word` was meant as a similar name; ``""`` if none is similar."""
         reader = self._facts()
         comms = {facts.comm for pid in reader.pids() if (facts := reader.read(pid, ())) is not None}
         close = difflib.get_close_matches(word.rpartition(":")[2][:64], sorted(comms), n=1)
@@ -193,10 +193,10 @@ class _Finder:
 
 
 def resolve(target: Target) -> Target:
-    """Return the PID of the one process that a name fits, and every other target as it is.
+    """Return the PID of the one process that a name fits; return other targets unchanged.
 
     Raises:
-        UsageError: not a target, or several processes fit.
+        UsageError: `target` is not a target, or several processes fit.
         TargetVanishedError: no process fits.
     """
     found = find(target)
@@ -213,18 +213,18 @@ def open_target(target: Target, *, at: str | None = None) -> AddressSpace:
     """Open the address space that `target` names. The caller closes it (it is a context manager).
 
     Args:
-        at: which step of a recording; see :meth:`mthp.snapshot.recording.Recording.step_at`. The last by default.
+        at: a step of a recording, as for :meth:`mthp.snapshot.recording.Recording.step_at`; by default the last.
 
     Raises:
-        UsageError: not a target; a name that fits several processes; a file that is neither snapshot nor recording; a
-            step that there is not.
-        TargetVanishedError: there is no such process.
-        NotPermittedError: its memory is not ours to look at.
-        UnsupportedError: it has no memory to look at; or what reads snapshots is not installed.
+        UsageError: `target` is not a target, a name that fits several processes, or a file that is neither snapshot
+            nor recording; or the step does not exist.
+        TargetVanishedError: the process does not exist.
+        NotPermittedError: the rights do not suffice to read its memory.
+        UnsupportedError: it has no memory to read; or the reader of snapshots is not installed.
     """
     target = resolve(target)
     if (pid := pid_of(target)) is not None:
-        # The backends are imported where they are chosen: neither is small, and a command needs one of them.
+        # Imported here, because both backends are large, and a command needs one of them.
         from mthp.linux.live import open_live
 
         if at is not None:
@@ -232,22 +232,22 @@ def open_target(target: Target, *, at: str | None = None) -> AddressSpace:
         return open_live("self" if pid == os.getpid() else pid)
     from mthp.snapshot import open_file
 
-    assert not isinstance(target, int)  # which is a PID
+    assert not isinstance(target, int)  # pid_of() returned None.
     return open_file(target, at=at)
 
 
 def pid_of(target: Target) -> int | None:
-    """The PID that `target` is, or None if it is a file.
+    """Return the PID that `target` is; None if it is not a PID.
 
     Raises:
-        TargetVanishedError: a number that no process can have.
+        TargetVanishedError: no process can have this number.
     """
     if target == "self":
         return os.getpid()
     if isinstance(target, str):
         if not re.fullmatch(r"-?[0-9]+", target):
             return None
-        # Python converts no numbers of thousands of digits; these are as far from a PID as they were.
+        # Python does not convert numbers of thousands of digits. The first 20 are as invalid as all of them.
         target = int(target[:20])
     if not isinstance(target, int):
         return None
@@ -257,7 +257,7 @@ def pid_of(target: Target) -> int | None:
 
 
 def refuse_ancestor(target: Target) -> None:
-    """Refuse to change a process on which this one depends: its shell, its terminal, its service manager.
+    """Refuse a process that this one depends on: its shell, its terminal, its service manager.
 
     Raises:
         UsageError: `target` is an ancestor of this process.
@@ -274,10 +274,10 @@ def refuse_ancestor(target: Target) -> None:
 
 
 def _parent_of(pid: int) -> int:
-    """The parent's PID; 0 for the first process and for one that is gone or hidden."""
+    """Return the parent's PID; 0 for the first process, and for one that is gone or hidden."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return 0
-    # The name in parentheses may hold anything; what follows it does not: state, then the parent (proc_pid_stat(5)).
+    # The name in parentheses may contain anything. The rest does not: state, then the parent (proc_pid_stat(5)).
     return int(stat.rpartition(")")[2].split()[1])

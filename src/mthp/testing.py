@@ -1,12 +1,12 @@
-"""What every :class:`~mthp.addrspace.AddressSpace` must hold to, as a check that anybody's backend can be put to.
+"""A check of the contract of :class:`~mthp.addrspace.AddressSpace`, for any backend.
 
 >>> from mthp.testing import check_address_space
 >>> check_address_space(space)
 >>> check_address_space(space, collapse=True, end=process.kill)
 
-The live, the simulated and the recorded address space pass it, each as far as it can: what a backend cannot do it says
-with an :class:`~mthp.errors.UnsupportedError`. The target should stand still meanwhile; what differs between two looks
-is looked at again a few times before it counts.
+The live, the simulated and the recorded address space pass it, each as far as it can: a backend raises
+:class:`~mthp.errors.UnsupportedError` for operations that it lacks. The target should not run meanwhile. A check that
+finds a difference between two reads is repeated a few times before it fails.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
 
 MAX_PAGES = 1 << 18
-"""Pages that are read at most, from the lowest address on."""
+"""The most pages to read, from the lowest address on."""
 
 LOOKS = 3
-"""How often something is looked at before a difference counts."""
+"""Times that a check is made before a difference counts."""
 
 _NEEDS_PRESENT = Pte.ZERO | Pte.SHARED | Pte.LAZYFREE | Pte.FILE | Pte.PMD_MAPPED | Pte.UNREFERENCED | Pte.HUGETLB
 
@@ -51,14 +51,14 @@ def check_address_space(
     """Check `space` against everything that the seam promises.
 
     Args:
-        space: an address space that stands still; closed afterwards if `end` was given.
-        collapse: collapse some of it too. That changes it; its contents must be expendable.
+        space: an address space of a stopped target; closed afterwards if `end` is set.
+        collapse: also collapse some of it. That changes it; its contents must be expendable.
         orders: the orders to collapse to; the PMD order alone if empty.
-        end: ends what stands behind it, such as a process's kill; afterwards everything must say that it vanished.
-        seed: of the choice of pieces.
+        end: ends the target, such as a process's kill; afterwards every operation must report that it vanished.
+        seed: seed of the choice of pieces.
 
     Raises:
-        AssertionError: it does not hold to the seam; names every point that it misses.
+        AssertionError: `space` breaks the contract; the message names every violation.
     """
     problems = problems_of(space, collapse=collapse, orders=orders, end=end, seed=seed)
     assert not problems, "\n".join((f"{space.label} does not hold to the seam:", *problems))
@@ -72,7 +72,7 @@ def problems_of(
     end: Callable[[], object] | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Every point that `space` misses, as a sentence; arguments as of :func:`check_address_space`."""
+    """Return every violation of the contract, as a sentence; arguments as for :func:`check_address_space`."""
     check = _Check(space, random.Random(seed))
     check.descriptions()
     check.mappings()
@@ -109,10 +109,10 @@ class _Check:
         return bool(holds)
 
     def expect_soon(self, looks_right: Callable[[], bool], problem: str) -> None:
-        """Note `problem` unless one of a few looks is right."""
+        """Note `problem` unless one of a few tries is right."""
         self.expect(any(looks_right() for _ in range(LOOKS)), problem)
 
-    # What is said of it.
+    # The descriptions.
 
     def descriptions(self) -> None:
         space = self.space
@@ -153,7 +153,7 @@ class _Check:
     # The entries.
 
     def segments(self) -> list[Segment]:
-        """The mappings, from the lowest on, up to a number of pages."""
+        """Return the mappings, from the lowest on, up to `MAX_PAGES` pages."""
         room, page = MAX_PAGES, self.geometry.page_size
         chosen = []
         for start, end in self.space.mapped():
@@ -186,7 +186,7 @@ class _Check:
                 self.expect(False, f"the page at {at:#x}: {problem}")
 
     def _contradictions(self, columns: PteColumns, segment: Segment) -> Iterator[tuple[NDArray[np.bool_], str]]:
-        """Which pages (bool, shape (pages,)) contradict themselves, and how."""
+        """Yield which pages (bool, shape (pages,)) contradict themselves, and how."""
         order, has = columns.folio_order, columns.has
         present, swap, zero, huge = has(Pte.PRESENT), has(Pte.SWAP), has(Pte.ZERO), has(Pte.PMD_MAPPED)
         yield present & swap, "both present and swapped"
@@ -210,7 +210,7 @@ class _Check:
         yield mixed, "in a PMD range of which a PMD entry maps a part"
 
     def _whole_ranges(self, plane: NDArray[np.bool_], segment: Segment) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-        """The whole PMD ranges in a plane of `segment`: number of the first page, and the pages."""
+        """Yield the whole PMD ranges in a plane of `segment`: index of the first page, and the pages."""
         geometry = self.geometry
         first = -(-segment[0] // geometry.pmd_size) * geometry.pmd_size
         for address in range(first, segment[1] - geometry.pmd_size + 1, geometry.pmd_size):
@@ -218,7 +218,7 @@ class _Check:
             yield at, plane[at : at + geometry.ptes_per_pmd]
 
     def pieces(self) -> None:
-        """What is read in pieces, and in any order, is what is read as a whole."""
+        """Check that reads in pieces, and in any order, return the same as one read."""
         for start, end in self._some(self.segments()):
             self.expect_soon(
                 lambda start=start, end=end: self._same_in_pieces(start, end),  # type: ignore[misc]
@@ -245,7 +245,7 @@ class _Check:
         return self.chooser.sample(segments, min(len(segments), 12))
 
     def gaps(self) -> None:
-        """Where nothing is mapped, nothing is read."""
+        """Check that unmapped addresses read as none."""
         page = self.geometry.page_size
         mapped = self.space.mapped()
         free = [(low, high) for (_, low), (high, _) in pairwise(mapped) if low < high]
@@ -254,7 +254,7 @@ class _Check:
             self.expect(not columns.state.any(), f"entries at {low:#x}, where nothing is mapped")
 
     def populated(self) -> None:
-        """What populated() leaves out is none throughout, and what it gives lies in what it was asked."""
+        """Check that populated() leaves out only none entries, and returns only parts of its argument."""
         segments = self.segments()
         size = self.geometry.pmd_size
         self.expect_soon(lambda: self._nothing_left_out(segments, size), "populated() leaves out what holds something")
@@ -274,7 +274,7 @@ class _Check:
     # Collapsing.
 
     def collapse(self, order: int) -> None:
-        """Collapse one run that should work, one that is mapped nowhere, and none at all."""
+        """Collapse one run that should work, one at an unmapped address, and an empty list."""
         nowhere = max((end for _, end in self.space.mapped()), default=0)
         nowhere = -(-nowhere // self.geometry.pmd_size) * self.geometry.pmd_size
         outcome = self._outcome(nowhere, order)
@@ -286,7 +286,7 @@ class _Check:
             self._collapse_at(address, order)
 
     def _outcome(self, address: int, order: int) -> BlockOutcome | None:
-        """The outcome of one collapse; None where the backend cannot."""
+        """Return the outcome of one collapse; None if the backend cannot."""
         try:
             return self.space.collapse_blocks([(address, order)], Means("madvise,move", fill=True))[0]
         except UnsupportedError:
@@ -299,7 +299,7 @@ class _Check:
             return None
 
     def _candidate(self, order: int) -> int | None:
-        """A run of small pages in a mapping that may be collapsed, full of them; None if there is none."""
+        """Return the address of a run full of small pages in a mapping that may be collapsed; None without one."""
         geometry = self.geometry
         for vma in self.space.vmas():
             if not eligibility(vma, geometry, self.space.switches, trigger="madvise", thp_disabled=False):
@@ -382,7 +382,7 @@ def _same(one: PteColumns, other: PteColumns) -> bool:
 
 
 def _without(segment: Segment, found: Sequence[Segment]) -> Iterator[Segment]:
-    """The parts of `segment` that none of `found`, ascending, covers."""
+    """Yield the parts of `segment` outside of `found`, which ascends."""
     at, end = segment
     for low, high in found:
         if high <= at or low >= end:

@@ -1,10 +1,10 @@
-"""Find out whether a process may have THP only where it is advised (PR_THP_DISABLE_EXCEPT_ADVISED, Linux 6.18).
+"""Detect processes that may have THP only where advised (PR_THP_DISABLE_EXCEPT_ADVISED, Linux 6.18).
 
-prctl(PR_SET_THP_DISABLE, 1, PR_THP_DISABLE_EXCEPT_ADVISED), as systemd's MemoryTHP=madvise does it, keeps page faults
-from making folios in mappings without MADV_HUGEPAGE; MADV_COLLAPSE is not affected (vma_thp_disabled,
-include/linux/huge_mm.h). /proc/PID/status shows THP_enabled: 1, and only PR_GET_THP_DISABLE inside of the process
-tells, for which code would have to be injected. The mover makes its folios by faults, so it shows by the first batch:
-every block comes back as small pages, although the machine has free folios.
+prctl(PR_SET_THP_DISABLE, 1, PR_THP_DISABLE_EXCEPT_ADVISED), used by systemd for MemoryTHP=madvise, keeps page faults
+from making folios in mappings without MADV_HUGEPAGE; MADV_COLLAPSE is not affected (vma_thp_disabled(),
+include/linux/huge_mm.h). /proc/PID/status has THP_enabled: 1 all the same, and only PR_GET_THP_DISABLE inside the
+process reports it, for which code would have to be injected. The mover makes its folios by faults, so the first batch
+shows it: every block comes back as small pages, although the machine has free folios.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REASON = (
 )
 
 RESULT = ScanResult.VMA_CHECK
-"""The result of blocks in such memory, those that were tried included."""
+"""The result of blocks in such memory, also of those that were tried."""
 
 
 def came_back_small(outcome: BlockOutcome) -> bool:
@@ -45,9 +45,9 @@ def lies_in(address: int, segments: Sequence[Segment]) -> bool:
 def corrected(space: AddressSpace, blocks: Sequence[Block], outcomes: Sequence[BlockOutcome]) -> list[BlockOutcome]:
     """Return the outcomes of a batch, with `RESULT` for its blocks that came back small for this reason.
 
-    It is taken to be the reason if no block in memory without advice became a folio, and if the machine and the memory
-    cgroup have more than the batch took free for each of the orders. A memory policy that binds the process to a node
-    without free folios looks the same.
+    It is assumed to be the reason if no block in memory without advice became a folio, and if the machine and the
+    memory cgroup have more free memory for each of the orders than the batch took. A memory policy that binds the
+    process to a node without free folios looks the same.
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -71,5 +71,5 @@ def corrected(space: AddressSpace, blocks: Sequence[Block], outcomes: Sequence[B
 
 def _has_free(space: AddressSpace, order: int, size: int) -> bool:
     free = abilities.free_bytes(space, order)
-    # A charge that fails makes the fault fall back to small pages, too (alloc_anon_folio, mm/memory.c).
+    # A failed charge also makes the fault fall back to small pages (alloc_anon_folio(), mm/memory.c).
     return free is not None and min([free, *(bound.left for bound in abilities.memory_bounds(space))]) > size

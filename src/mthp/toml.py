@@ -1,19 +1,19 @@
-"""Make dataclasses from the tables of a TOML file, and report everything that is wrong with it at once.
+"""Make dataclasses from the tables of a TOML file, and report all of its errors at once.
 
-A table is a dataclass, and a key of it is a field; the field's type says how the value is written:
+A table is a dataclass, and a key of it is a field; the field's type defines how the value is written:
 
 =====================================  ==========================================================================
 type                                   value
 =====================================  ==========================================================================
-``Annotated[X, read]``                 what `read` takes: a function that raises UsageError for anything else
+``Annotated[X, read]``                 a value that `read` accepts: a function that raises UsageError for all others
 ``Annotated[X, "word"]``               the same, by the document's own reader of that name (:class:`Document`)
 ``bool``, ``str``, ``Literal[...]``    true or false; a text; one of some words
-``tuple[X, ...]``                      one value, or a list of values that is not empty
+``tuple[X, ...]``                      one value, or a non-empty list of values
 ``X | None``                           X; TOML has no null
 =====================================  ==========================================================================
 
-A field called ``pause_ns`` is the key ``pause``: in a file the unit stands beside the number. An unknown key is an
-error, because a limit that is misspelled would otherwise not be a limit.
+A field called ``pause_ns`` is the key ``pause``, because in a file the unit stands beside the number. An unknown key is
+an error, because a misspelled limit would have no effect.
 
 Errors name their line (:mod:`mthp.tomllines`).
 """
@@ -37,21 +37,21 @@ from mthp.tomllines import Place, key_lines
 from mthp.units import above_zero
 
 Reader = Callable[[Any], Any]
-"""Returns what a value of TOML means, or raises UsageError."""
+"""Returns the meaning of a TOML value, or raises UsageError."""
 
 MAX_ERRORS = 20
-"""Errors of a file that are shown; the rest is counted."""
+"""Errors of a file that are printed; the rest is counted."""
 
 _T = TypeVar("_T")
 
 
 class Document:
-    """A TOML file while it is read. Errors are kept until :meth:`check` raises all of them.
+    """A TOML file while it is read. Errors are collected until :meth:`check` raises all of them.
 
     Args:
-        text: where the tables were read from; "" if from elsewhere, and then no error has a line.
+        text: the source of the tables; "" if unknown, so that errors have no line.
         data: the tables.
-        readers: of the types that are annotated with a word.
+        readers: readers of the types that are annotated with a word.
     """
 
     def __init__(self, text: str, data: dict[str, Any], name: str, readers: Mapping[str, Reader] | None = None) -> None:
@@ -64,7 +64,7 @@ class Document:
         """Read the file at `path`.
 
         Raises:
-            UsageError: it cannot be read, or is not TOML.
+            UsageError: the file cannot be read, or is not TOML.
         """
         text, data = read_toml(path)
         return cls(text, data, os.fspath(path), readers)
@@ -74,7 +74,7 @@ class Document:
         """Read a text.
 
         Raises:
-            UsageError: it is not TOML.
+            UsageError: the text is not TOML.
         """
         return cls(text, parse_toml(text), name, readers)
 
@@ -84,11 +84,11 @@ class Document:
         return self._text
 
     def where(self, *place: str | int) -> str:
-        """Return the file and the line of what stands at `place`."""
+        """Return the file and the line of `place`."""
         return _at_line(self._name, _line_at(place, key_lines(self._text)))
 
     def table(self, kind: type[_T], *place: str | int, beside: Sequence[str] = ()) -> _T | None:
-        """Return a table as a dataclass; None if a value that it needs is missing or wrong.
+        """Return a table as a dataclass; None if a required value is missing or wrong.
 
         Args:
             beside: keys of the table that are read elsewhere.
@@ -104,10 +104,10 @@ class Document:
     def values(
         self, place: Place, readers: Mapping[str, tuple[str, Reader | str]], *, beside: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Return the values of a table that can be read; the others are kept as errors.
+        """Return the valid values of a table; collect errors for the others.
 
         Args:
-            readers: by key, the name that the value is returned under, and how to read it.
+            readers: by key, the name for the returned value, and its reader.
             beside: keys of the table that are read elsewhere.
         """
         known = sorted({*readers, *beside})
@@ -118,7 +118,7 @@ class Document:
                 with self.at(*place, key):
                     found[name] = self._reader(reader)(value)
             elif key not in known:
-                # Slow, and a hostile file may have a hundred thousand such keys.
+                # Matching is slow, and a hostile file may have a hundred thousand such keys.
                 close = difflib.get_close_matches(key, known, n=1) if len(self._errors) < MAX_ERRORS else []
                 meant = f"did you mean {close[0]!r}? " if close else ""
                 self.refuse((*place, key), "is an unknown key", help=f"{meant}known are {', '.join(known)}")
@@ -137,7 +137,7 @@ class Document:
         return list(self._table_at(place))
 
     def value(self, *place: str | int) -> Any:
-        """Return what stands at a place; None if nothing does."""
+        """Return the value at a place; None if there is none."""
         value: Any = self._data
         for part in place:
             value = value.get(part) if isinstance(value, dict) else value[part]
@@ -153,16 +153,16 @@ class Document:
         return self.readers[reader] if isinstance(reader, str) else reader
 
     def refuse(self, place: Place, message: str, *, help: str = "") -> None:
-        """Keep an error about what stands at `place`, or should stand there."""
+        """Collect an error about `place`."""
         self._errors[place, f"{shown_place(place)} {message}" if place else message, help] = None
 
     def refused(self, *place: str | int) -> bool:
-        """Whether something is wrong with what stands at `place`."""
+        """Return whether there is an error at or below `place`."""
         return any(each[: len(place)] == place for each, *_ in self._errors)
 
     @contextmanager
     def at(self, *place: str | int) -> Iterator[None]:
-        """Keep an error that is raised in the block as one about what stands at `place`."""
+        """Collect an error that is raised in the block as one about `place`."""
         try:
             yield
         except MthpError as error:
@@ -170,7 +170,7 @@ class Document:
             self._errors[place, f"{before}{error.message}", error.help] = None
 
     def check(self) -> None:
-        """Raise everything that was found wrong.
+        """Raise all collected errors as one.
 
         Raises:
             UsageError: the first error, with the others in its help.
@@ -182,7 +182,7 @@ class Document:
         errors.sort(key=lambda error: error[0])
         shown = [(f"{_at_line(self._name, line)}: {message}", remedy) for line, message, remedy in errors]
         (first, remedy), others = shown[0], shown[1:MAX_ERRORS]
-        # Errors are printed line by line, so a name that the file chose must not hold a line's end.
+        # Errors are printed line by line, so a name from the file must not contain a line's end.
         also = [clean(f"also {message}" + (f" ({more})" if more else "")) for message, more in others]
         if len(shown) > MAX_ERRORS:
             also.append(f"and {len(shown) - MAX_ERRORS} more")
@@ -191,7 +191,7 @@ class Document:
 
 @functools.cache
 def readers_of(kind: type) -> dict[str, tuple[str, Reader | str]]:
-    """Return the keys of a dataclass: the field of each, and how its value is read."""
+    """Return the keys of a dataclass, each with the name of its field and the reader of its value."""
     hints = get_type_hints(kind, include_extras=True)
     return {
         _key_of(field.name): (field.name, reader)
@@ -211,7 +211,7 @@ def _required(kind: type) -> list[str]:
 
 
 def _reader_of(hint: Any) -> Reader | str | None:
-    """Return how a value of a type is read; None for a type that no value of TOML is."""
+    """Return the reader of values of a type; None for a type without TOML values."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         found: Reader | str = next(word for word in arguments[1:] if isinstance(word, str) or callable(word))
@@ -227,7 +227,7 @@ def _reader_of(hint: Any) -> Reader | str | None:
 
 
 def shown_place(place: Sequence[str | int]) -> str:
-    """Return a place as errors write it: ``rule 2.match.uid``, with positions from 1."""
+    """Return a place in the form that errors use: ``rule 2.match.uid``, with positions from 1."""
     shown = ""
     for part in place:
         if isinstance(part, int):
@@ -238,14 +238,14 @@ def shown_place(place: Sequence[str | int]) -> str:
 
 
 def text(value: Any) -> str:
-    """Read a text."""
+    """Return a text, or refuse another value."""
     if not isinstance(value, str):
         raise UsageError(f"{_shown(value)} is not a text in quotes")
     return value
 
 
 def flag(value: Any) -> bool:
-    """Read true or false."""
+    """Return true or false, or refuse another value."""
     if not isinstance(value, bool):
         raise UsageError(f"{_shown(value)} is not true or false")
     return value
@@ -266,7 +266,7 @@ def whole(lowest: int = 0, highest: int | None = None) -> Reader:
 
 
 def positive(reader: Reader) -> Reader:
-    """Return a reader of what `reader` takes, if it is above 0."""
+    """Return a reader that accepts what `reader` does, if it is above 0."""
 
     def read(value: Any) -> Any:
         number = reader(value)
@@ -288,7 +288,7 @@ def one_of(*words: str) -> Reader:
 
 
 def many(reader: Reader) -> Reader:
-    """Return a reader of one value or a list of them, each once: a tuple."""
+    """Return a reader of one value or a list of them, which makes a tuple without duplicates."""
 
     def read(value: Any) -> tuple[Any, ...]:
         values = value if isinstance(value, list) else [value]
@@ -309,7 +309,7 @@ def _at_line(name: str, line: int) -> str:
 
 
 def _line_at(place: Place, lines: Mapping[Place, int]) -> int:
-    """Return the line of a place, or of the table in which it is missing; 0 if that is not known."""
+    """Return the line of a place, or of the table in which it is missing; 0 if unknown."""
     while place:
         if place in lines:
             return lines[place]

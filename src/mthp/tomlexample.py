@@ -1,7 +1,7 @@
-"""Print the tables of a TOML file with every key, what holds without it, and what it means.
+"""Print the tables of a TOML file with every key, its default, and its meaning.
 
-The text is made of the dataclasses that :mod:`mthp.toml` reads the file into: their fields, defaults and docstrings. A
-key that may be left out is a comment, so the text means the same as an empty file, and a comment of the form
+The text is made from the dataclasses that :mod:`mthp.toml` reads the file into: their fields, defaults and docstrings.
+An optional key is a comment, so the text means the same as an empty file, and a comment of the form
 ``# key = value`` can be uncommented.
 """
 
@@ -67,9 +67,9 @@ def commented(text: str) -> str:
 
 
 def attributes(kind: type) -> dict[str, str]:
-    """Return what the docstring of a class says about each attribute; nothing under ``python -OO``.
+    """Return the meaning of each attribute from the docstring of a class; nothing under ``python -OO``.
 
-    TOML has no null, so what is "not set (None)" in Python is "not set" here.
+    TOML has no null, so "not set (None)" in Python becomes "not set" here.
     """
     found: dict[str, str] = {}
     _, _, text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
@@ -96,7 +96,7 @@ def _line(key: str, value: Any, meaning: str, *, comment: bool) -> Iterator[str]
     if not rest:
         yield start
         return
-    # A value that reaches into the column of meanings has its meaning below.
+    # A value that reaches into the column of meanings has its meaning on the next line.
     if len(start) >= INDENT:
         yield start
     else:
@@ -105,7 +105,7 @@ def _line(key: str, value: Any, meaning: str, *, comment: bool) -> Iterator[str]
 
 
 def _written(value: Any, reader: Reader | str) -> Any:
-    """Return how TOML says a value: the first notation that is read as this value."""
+    """Return a value as TOML writes it: the first notation that is read as this value."""
     if isinstance(value, bool | str) or isinstance(reader, str) or (isinstance(value, int) and not value):
         return value
     for text in _notations(value):

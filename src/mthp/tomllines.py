@@ -1,4 +1,4 @@
-"""Find the lines of keys in a TOML text, for errors: tomllib does not say where a key stands."""
+"""Find the lines of keys in a TOML text, for errors, because tomllib does not report them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 Place = tuple[str | int, ...]
-"""Where a value stands: keys, and positions in arrays from 0."""
+"""The place of a value: keys, and positions in arrays from 0."""
 
 _TOKEN = re.compile(
     r"(?P<blank>(?:[ \t]|\#[^\n]*)+)"
@@ -25,7 +25,7 @@ _TOKEN = re.compile(
 def key_lines(text: str) -> dict[Place, int]:
     """Return the line, from 1, of every key, table and element of an array of a TOML text.
 
-    The text has been accepted by tomllib. Where this scan does not understand it, it ends, and the rest has no line.
+    The text has been accepted by tomllib. The scan ends where it does not understand it, and the rest has no line.
     """
     scan = _Scan(text)
     with suppress(_LostError, RecursionError, tomllib.TOMLDecodeError):
@@ -34,7 +34,7 @@ def key_lines(text: str) -> dict[Place, int]:
 
 
 class _LostError(Exception):
-    """The scan met something that it does not understand."""
+    """The scan met a part that it does not understand."""
 
 
 class _Scan:
@@ -93,11 +93,11 @@ class _Scan:
                 self._expect("]")
                 self._counts[place] = self._counts.get(place, -1) + 1
             self._put(place, line)
-            # A table below an array of tables belongs to the last of them.
+            # A table below an array of tables belongs to the last element.
             if place in self._counts:
                 place = (*place, self._counts[place])
                 self._put(place, line)
-        # A table may be named after a table below it was; the header of its own is its line.
+        # A table may be named after a table below it. Its own header is its line.
         self.lines[place] = line
         return place
 
@@ -115,7 +115,7 @@ class _Scan:
         parts: list[str] = []
         while True:
             if self._kind == "text":
-                # The parser that understands escapes.
+                # tomllib resolves the escapes.
                 parts += tomllib.loads(f"{self._token} = 0")
             elif self._kind == "word":
                 parts.append(self._token)
@@ -169,7 +169,7 @@ class _Scan:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
-    """Yield kind, text and line of each token of a TOML text but blanks and comments."""
+    """Yield kind, text and line of each token of a TOML text except blanks and comments."""
     at, line = 0, 1
     while at < len(text):
         match = _TOKEN.match(text, at)

@@ -1,6 +1,6 @@
-"""Trim large folios, whatever splits them: what may be tried, what is tried again, and what the page tables show.
+"""Trim large folios, by any splitter: which may be tried, which are tried again, and what the page tables show.
 
-A refused split returns success all the same, so the outcome of a folio is what its page tables show afterwards.
+A refused split also returns success, so the outcome of a folio is read from its page tables afterwards.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NO_ZEROES = "no page of it held nothing but zeroes"
 UNSPLIT = "it could not be split, as it is pinned, or was shared since"
 
 TrimOne = Callable[[Block, int, NDArray[np.bool_]], tuple[int, int]]
-"""Called with a folio, its first frame, and which of its pages hold nothing but zeroes: returns errno, and how long it
-took in nanoseconds."""
+"""Called with a folio, its first frame, and which of its pages contain only zeroes: returns errno, and the duration in
+nanoseconds."""
 
 
 def trim_each(
@@ -37,10 +37,10 @@ def trim_each(
     trim_one: TrimOne,
     pause: Callable[[], None],
 ) -> list[TrimOutcome]:
-    """Trim `folios` of `space`, and once more those that were not split: the outcome of each, in their order.
+    """Trim `folios` of `space`, retry those that were not split, and return the outcomes in their order.
 
     Args:
-        zero: which pages of each held nothing but zeroes when they were last read: bool, shape (2**order,).
+        zero: the pages of each that contained only zeroes when they were last read: bool, shape (2**order,).
         trim_one: tries one folio.
         pause: called before folios are tried again.
 
@@ -87,7 +87,7 @@ def trim_each(
 
 
 class _Tables:
-    """What the page tables show of some folios at one moment.
+    """The page tables of some folios at one moment.
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -106,7 +106,7 @@ class _Tables:
         self._pfn = np.zeros(len(pages), np.int64) if columns.pfn is None else columns.pfn[pages].view(np.int64)
         there = (self._state & np.uint16(Pte.PRESENT | Pte.ZERO)) == np.uint16(Pte.PRESENT)
         self._resident = np.add.reduceat(there, self._begins, dtype=np.int64)
-        # Where the folio begins, by each of its pages; those that are not there have no say.
+        # Where the folio begins, by each of its present pages.
         offsets = np.arange(len(pages)) - np.repeat(self._begins, counts)
         large = there & (self._folio_order == np.repeat(self._orders, counts))
         heads = np.where(large, self._pfn - offsets, -1)
@@ -117,32 +117,32 @@ class _Tables:
         self._there = there
 
     def is_one(self, index: int) -> bool:
-        """Whether all that is there of it lies in one folio of its order, aligned. Parts may have been unmapped."""
+        """Return whether all its present pages lie in one aligned folio of its order; parts may be unmapped."""
         return bool(self._large[index])
 
     def is_split(self, index: int) -> bool:
-        """Whether nothing of it lies in a folio of its order any more."""
+        """Return whether none of its pages lies in a folio of its order any more."""
         return not self._any_large[index]
 
     def there(self, index: int) -> NDArray[np.bool_]:
-        """Which of its pages are there and not the zero page: bool, shape (pages,)."""
+        """Return which of its pages are present and not the zero page: bool, shape (pages,)."""
         pages: NDArray[np.bool_] = self._there[self._pages(index)]
         return pages
 
     def resident(self, index: int) -> int:
-        """Pages of it that are there and not the zero page."""
+        """Return the number of its pages that are present and not the zero page."""
         return int(self._resident[index])
 
     def first_pfn(self, index: int) -> int:
-        """Its first frame."""
+        """Return its first frame."""
         return int(self._head[index])
 
     def has(self, index: int, bits: Pte) -> bool:
-        """Whether a page of it has one of `bits`."""
+        """Return whether one of its pages has one of `bits`."""
         return bool((self._state[self._pages(index)] & np.uint16(bits)).any())
 
     def left(self, index: int) -> dict[int, int]:
-        """How many folios of which order there are; one of which only some pages are there counts as a part."""
+        """Return the number of its folios by order; a folio of which only some pages are present counts, too."""
         pages = self._pages(index)
         orders = self._folio_order[pages][self._there[pages]]
         found, counts = np.unique(orders[orders >= 0], return_counts=True)
@@ -154,7 +154,7 @@ class _Tables:
 
 
 def _refusal(tables: _Tables, index: int, vma: Vma | None, zero: NDArray[np.bool_]) -> tuple[ScanResult, str] | None:
-    """Return why a folio is left alone; None if it is tried."""
+    """Return why a folio is left alone; None if it may be tried."""
     if not tables.is_one(index) or vma is None:
         return ScanResult.PTE_NON_PRESENT, NOT_ONE
     if tables.has(index, Pte.FILE | Pte.HUGETLB):
@@ -169,11 +169,11 @@ def _refusal(tables: _Tables, index: int, vma: Vma | None, zero: NDArray[np.bool
 
 
 def _end(outcome: TrimOutcome, error: int, *, is_split: bool) -> TrimOutcome:
-    """Return what the calls and the page tables say."""
+    """Return the outcome that the calls and the page tables show."""
     if is_split:
         return outcome
     if error == errno.EINVAL:
-        # can_madv_lru_vma(): mlocked since, or another mapping.
+        # can_madv_lru_vma() (mm/madvise.c) refused: the mapping was locked since, or is another one.
         return dataclasses.replace(outcome, result=ScanResult.VMA_CHECK, reason=LOCKED)
     if error == errno.ENOMEM:
         return dataclasses.replace(outcome, result=ScanResult.VMA_NULL)

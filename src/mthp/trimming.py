@@ -1,4 +1,4 @@
-"""Giving back the pages of large folios that hold nothing but zeroes: what a backend does, and what came of it."""
+"""Trimming: giving back the pages of large folios that contain only zeroes; the interface, and its outcome."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from mthp.ptes import Block
 from mthp.results import ScanResult
 
 TrimBy = Literal["cold", "split"]
-"""How a folio is trimmed. ``cold``: MADV_COLD of one page of zeroes splits all of it to base pages. ``split``: only
-what is empty becomes base pages, and the rest stays large."""
+"""The way to trim a folio. ``cold``: MADV_COLD of one page of zeroes splits the whole folio to base pages. ``split``:
+only the empty part becomes base pages, and the rest stays large."""
 
 
 SMALLEST_LARGE = 64 << 10
-"""Bytes of the smallest folio that a split leaves of what is in use: what arm64 maps by one TLB entry, and most
-processors gain from."""
+"""Bytes of the smallest folio that a split leaves of the part in use: arm64 maps it by one TLB entry, and most
+processors gain from it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrimOutcome:
-    """What came of trimming one folio, as the page tables show it.
+    """The outcome of trimming one folio, as the page tables show it.
 
     Attributes:
-        address, order: of the folio.
+        address, order: address and order of the folio.
         result: SUCCEED if it was split, or why not.
-        reason: why not, for a person, where there is more to say than the result's meaning.
-        given_back: pages of it that are not resident any more.
-        left: how many folios of which order its memory lies in afterwards, base pages as order 0.
-        elapsed_ns: time that the calls took, in nanoseconds.
-        errno: the system's error number where there was one, else 0.
+        reason: why not, in words, if there is more to say than the result's meaning.
+        given_back: number of its pages that are not resident any more.
+        left: number of folios by order in which its memory lies afterwards, base pages as order 0.
+        elapsed_ns: duration of the calls in nanoseconds.
+        errno: error number of the system call; 0 if it did not fail.
     """
 
     address: int
@@ -53,22 +53,22 @@ class Trimming(Protocol):
 
     @property
     def trims_by(self) -> tuple[TrimBy, ...]:
-        """How folios can be trimmed here, the better way first; empty if not at all."""
+        """The ways to trim folios here, the best first; empty if there is none."""
         ...
 
     def trim_folios(self, folios: Sequence[Block], zero: Sequence[NDArray[np.bool_]], by: TrimBy) -> list[TrimOutcome]:
-        """Give back pages of zeroes of large `folios`: the outcome of each, in their order.
+        """Give back pages of zeroes of large `folios`, and return the outcomes in their order.
 
-        Parts of a folio may have been unmapped; they are given back as well. What does not lie in one folio of that
-        order any more is left alone. A page that was written to meanwhile stays as it is.
+        Parts of a folio may have been unmapped; they are given back as well. A block that no longer lies in one folio
+        of that order is left alone. A page that was written to in the meantime stays.
 
         Args:
-            folios: the address at which each is mapped, and its order.
-            zero: which pages of each held nothing but zeroes when they were last read: bool, shape (2**order,).
+            folios: address and order of each.
+            zero: the pages of each that contained only zeroes when they were last read: bool, shape (2**order,).
 
         Raises:
             TargetVanishedError: the process is gone.
-            UnsupportedError, NotPermittedError: not in this way here.
+            UnsupportedError, NotPermittedError: this way does not work here.
         """
         ...
 
@@ -77,7 +77,7 @@ def in_use(zero: NDArray[np.bool_], page_size: int) -> NDArray[np.int8]:
     """Return the largest aligned folios of a folio that have no empty block of 64 KiB: int8, shape (pages,).
 
     Args:
-        zero: which of its pages hold nothing but zeroes: bool, shape (pages,).
+        zero: which of its pages contain only zeroes: bool, shape (pages,).
     """
     order = max(MIN_ANON_ORDER, (SMALLEST_LARGE // page_size).bit_length() - 1)
     orders = np.zeros(len(zero), np.int8)
@@ -96,6 +96,6 @@ def given_back(zero: NDArray[np.bool_], by: TrimBy, page_size: int) -> NDArray[n
     """Return which pages of a folio a trim gives back: bool, shape (pages,).
 
     Args:
-        zero: which of its pages hold nothing but zeroes: bool, shape (pages,).
+        zero: which of its pages contain only zeroes: bool, shape (pages,).
     """
     return zero if by == "cold" else zero & (in_use(zero, page_size) == 0)

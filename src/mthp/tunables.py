@@ -1,9 +1,9 @@
-"""khugepaged's knobs and the per-size switches: what they may be, what they are by default, how sysfs writes them.
+"""khugepaged's tunables and the per-size switches: their ranges, their defaults, and their form in sysfs.
 
 :class:`Tunables` are the files of ``/sys/kernel/mm/transparent_hugepage/khugepaged/``; :class:`Switches` are
-``enabled`` beside it and ``hugepages-<size>kB/enabled`` below it. Both are plain values: where they come from (a
-live sysfs, a snapshot, a simulated machine, the command line) is not known here. Kernels differ in the files that
-they have, so nothing expects a fixed set of sizes.
+``enabled`` beside it and ``hugepages-<size>kB/enabled`` below it. Both are plain values from any source (a live sysfs,
+a snapshot, a simulated machine, the command line). Kernels differ in the files that they have, so nothing expects a
+fixed set of sizes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Tunables:
     Attributes:
         max_ptes_none: none or zero PTEs that a collapse may fill, per PMD range.
         max_ptes_swap: swapped-out PTEs that it may read back, per PMD range.
-        max_ptes_shared: pages mapped by another process too that it may copy, per PMD range.
+        max_ptes_shared: pages also mapped by another process that it may copy, per PMD range.
         pages_to_scan: PTEs scanned in one pass.
         scan_sleep_millisecs: rest between passes.
         alloc_sleep_millisecs: rest after a failed allocation.
@@ -50,15 +50,15 @@ class Tunables:
 
     @classmethod
     def defaults(cls, geometry: Geometry) -> Tunables:
-        """What a kernel of this geometry starts with (khugepaged_init, mm/khugepaged.c)."""
+        """Return the initial tunables of a kernel of this geometry (khugepaged_init(), mm/khugepaged.c)."""
         n = geometry.ptes_per_pmd
         return cls(max_ptes_none=n - 1, max_ptes_swap=n // 8, max_ptes_shared=n // 2, pages_to_scan=8 * n)
 
     def checked(self, geometry: Geometry) -> Tunables:
-        """Give these tunables back if a kernel of this geometry would accept every one of them.
+        """Return these tunables if a kernel of this geometry would accept every one of them.
 
         Raises:
-            UsageError: a limit outside 0 to N - 1 for N PTEs per PMD range, or a pace that is not positive.
+            UsageError: a limit is outside 0 to N - 1 for N PTEs per PMD range, or a pace is not positive.
         """
         for knob in dataclasses.fields(self):
             if not isinstance(getattr(self, knob.name), Integral):
@@ -76,7 +76,7 @@ class Tunables:
         return self
 
     def replaced(self, geometry: Geometry, **values: int | None) -> Tunables:
-        """These tunables with the `values` that are not None in place of theirs, checked.
+        """Return these tunables with those `values` that are not None, checked.
 
         Raises:
             UsageError: as :meth:`checked`.
@@ -86,10 +86,10 @@ class Tunables:
 
     @classmethod
     def from_sysfs(cls, texts: Mapping[str, str], geometry: Geometry) -> Tunables:
-        """Read the texts of the khugepaged directory's files, by file name; a missing one takes its default.
+        """Return the tunables in the files of the khugepaged directory, by file name; a missing file has its default.
 
         Raises:
-            UsageError: a text that is not a number, or out of range.
+            UsageError: a text is not a number, or out of range.
         """
         values: dict[str, int] = {}
         for knob in dataclasses.fields(cls):
@@ -110,7 +110,7 @@ LIMITS = ("max_ptes_none", "max_ptes_swap", "max_ptes_shared")
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """Which folio sizes the system lets anonymous memory have.
+    """The folio sizes that the system allows anonymous memory.
 
     Attributes:
         enabled: the top-level word: always, madvise, never.
@@ -133,19 +133,19 @@ class Switches:
 
     @classmethod
     def defaults(cls, geometry: Geometry) -> Switches:
-        """What a kernel starts with: the PMD size inherits, the smaller sizes are off."""
+        """Return the initial switches of a kernel: the PMD size inherits, the smaller sizes are off."""
         sizes = dict.fromkeys(geometry.anon_orders, "never") | {geometry.pmd_order: "inherit"}
         return cls("madvise", sizes)
 
     @classmethod
     def from_sysfs(cls, texts: Mapping[str, str], geometry: Geometry) -> Switches:
-        """Read ``enabled`` and ``hugepages-<size>kB/enabled`` texts, by path below the THP directory.
+        """Return the switches in the files ``enabled`` and ``hugepages-<size>kB/enabled``, by path below the THP one.
 
-        Sizes that are not anonymous folio sizes of this geometry (some kernels show an 8 kB directory) are left out.
-        A kernel without per-size switches (before 6.8) has the PMD size alone, inheriting.
+        Sizes that are not anonymous folio sizes of this geometry (some kernels have an 8 kB directory) are left out. A
+        kernel without per-size switches (before 6.8) has only the PMD size, which inherits.
 
         Raises:
-            UsageError: a text in which no known word is chosen.
+            UsageError: a text has no known word in brackets.
         """
         top = chosen_word(texts["enabled"], TOP_WORDS, "enabled") if "enabled" in texts else "never"
         sizes = {}
@@ -156,7 +156,7 @@ class Switches:
         return cls(top, sizes or {geometry.pmd_order: "inherit"})
 
     def orders(self, *, advised: bool) -> tuple[int, ...]:
-        """The orders that are on for memory that carries MADV_HUGEPAGE (`advised`) or no advice, ascending."""
+        """Return the orders that are on for memory with MADV_HUGEPAGE (`advised`), or without advice, ascending."""
         words = {"always"} | ({"madvise"} if advised else set())
         return tuple(
             sorted(
@@ -168,7 +168,7 @@ class Switches:
 
 
 def read_tunables(document: Document, geometry: Geometry) -> dict[str, int]:
-    """Read the table ``[tunables]``: those that it sets, by name."""
+    """Return the values that the table ``[tunables]`` sets, by name."""
     limit = whole(0, geometry.ptes_per_pmd - 1)
     special = dict.fromkeys(LIMITS, limit) | {"pages_to_scan": whole(1), "defrag": whole(0, 1)}
     names = [knob.name for knob in dataclasses.fields(Tunables)]
@@ -176,11 +176,11 @@ def read_tunables(document: Document, geometry: Geometry) -> dict[str, int]:
 
 
 def read_switches(document: Document, geometry: Geometry) -> tuple[str | None, dict[int, str]]:
-    """Read the table ``[switches]``: the top-level word, None if it has none, and the words by order."""
+    """Return the top-level word of the table ``[switches]``, None without one, and the words by order."""
     keys = {"enabled": ("enabled", one_of(*TOP_WORDS))}
     keys |= {geometry.label(order): (str(order), one_of(*SIZE_WORDS)) for order in geometry.anon_orders}
     for key in document.keys("switches"):
-        # Any way of writing a size is a key.
+        # A key may be a size in any notation.
         with suppress(UsageError):
             keys.setdefault(key, (str(geometry.parse_order(key)), one_of(*SIZE_WORDS)))
     found = document.values(("switches",), keys)
@@ -189,10 +189,10 @@ def read_switches(document: Document, geometry: Geometry) -> tuple[str | None, d
 
 
 def chosen_word(text: str, words: Iterable[str], name: str) -> str:
-    """The word in brackets of a sysfs choice such as ``"always [madvise] never"``, or the single word there.
+    """Return the word in brackets of a sysfs choice such as ``"always [madvise] never"``, or the only word.
 
     Raises:
-        UsageError: no word, or one that is not among `words`.
+        UsageError: no word, or one that is not in `words`.
     """
     parts = text.split()
     chosen = [part[1:-1] for part in parts if part.startswith("[") and part.endswith("]")] or parts

@@ -1,19 +1,19 @@
-"""Sizes, durations and shares as people write them: one grammar for options, TOML files and the library.
+"""Sizes, durations and shares in text form: one grammar for options, TOML files and the library.
 
 ==========  ==========================================  =====================================================
-what        written                                     a number without a unit
+value       written                                     a number without a unit
 ==========  ==========================================  =====================================================
-size        ``64K``, ``64kB``, ``64 KiB``, ``1.5G``      bytes, where the caller says so; else refused
+size        ``64K``, ``64kB``, ``64 KiB``, ``1.5G``      bytes if the caller allows it; else refused
 folio size  ``64K``, ``order=4``                        bytes
 rate        ``500M``, ``500M/s``                        refused
-duration    ``90s``, ``2m``, ``2min``, ``500us``         seconds, where the caller says so; else refused
+duration    ``90s``, ``2m``, ``2min``, ``500us``         seconds if the caller allows it; else refused
 share       ``20%``, ``0.2``                            a part of 1; a whole number other than 0 is refused
 ==========  ==========================================  =====================================================
 
-Units of sizes are powers of 1024, as the kernel's are. Shares end at 100 %. 0 needs no unit.
+Units of sizes are powers of 1024, as the kernel's are. Shares are at most 100 %. 0 needs no unit.
 
-A TOML value may be a number where a text without a unit would be taken. What is refused raises a
-:class:`~mthp.errors.UsageError` that shows how the value was understood, and how to write what was meant.
+A TOML value may be a number if a text without a unit is accepted. A refused value raises a
+:class:`~mthp.errors.UsageError` that shows how the value was understood, and how to write the intended one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Literal
 from mthp.errors import UsageError
 
 MAX_SIZE = (1 << 63) - 1
-"""The largest size, in bytes: offsets of the kernel are signed and have 64 bits."""
+"""The largest size, in bytes, because the kernel's offsets are signed 64-bit numbers."""
 
 MAX_DURATION_NS = (1 << 63) - 1
-"""The longest duration, in nanoseconds (292 years): the kernel's times are signed and have 64 bits."""
+"""The longest duration, in nanoseconds (292 years), because the kernel's times are signed 64-bit numbers."""
 
 _NUMBER = r"([0-9]{1,20}(?:\.[0-9]{1,20})?)"
-"""Twenty digits hold every number that is allowed. Without a bound, one of thousands would take seconds to convert."""
+"""Twenty digits suffice for every allowed number. A number of thousands of digits would take seconds to convert."""
 
 _SIZE = re.compile(rf"\s*{_NUMBER}\s*(?:([KMGTPE])(?:I?B)?|(B))?\s*", re.IGNORECASE)
 _ORDER = re.compile(r"\s*order\s*=\s*([0-9]{1,9})\s*", re.IGNORECASE)
@@ -46,7 +46,7 @@ _SHOWN = 40
 
 
 def format_size(size: int) -> str:
-    """Return a number of bytes in the largest unit that keeps it short: ``"64K"``, ``"1.5G"``, ``"0"``."""
+    """Return a number of bytes in the unit that makes it shortest: ``"64K"``, ``"1.5G"``, ``"0"``."""
     if size < 0:
         return "-" + format_size(-size)
     if size < 1024:
@@ -61,10 +61,11 @@ def parse_size(value: object, *, bare: bool = True) -> int:
 
     Args:
         value: a text, or an int of bytes.
-        bare: whether a number without a unit is bytes. Otherwise it is refused, because it was hardly meant.
+        bare: whether a number without a unit is bytes. If not, it is refused, because bytes are hardly meant.
 
     Raises:
-        UsageError: not a number with one of the units, not a whole number of bytes, or above :data:`MAX_SIZE`.
+        UsageError: `value` is not a number with one of the units, not a whole number of bytes, or above
+            :data:`MAX_SIZE`.
     """
     match = _SIZE.fullmatch(_text(value))
     if match is None:
@@ -84,10 +85,10 @@ def parse_size(value: object, *, bare: bool = True) -> int:
 
 
 def parse_order_or_size(text: str) -> tuple[int | None, int | None]:
-    """Return (order, None) of ``order=4``, and (None, bytes) of ``64K``.
+    """Return (order, None) for ``order=4``, and (None, bytes) for ``64K``.
 
     Raises:
-        UsageError: neither.
+        UsageError: `text` is neither.
     """
     if match := _ORDER.fullmatch(text):
         return int(match[1]), None
@@ -95,10 +96,10 @@ def parse_order_or_size(text: str) -> tuple[int | None, int | None]:
 
 
 def parse_rate(value: object) -> int:
-    """Return the bytes a second of ``500M`` or ``500M/s``.
+    """Return the bytes per second of ``500M`` or ``500M/s``.
 
     Raises:
-        UsageError: not a size with a unit, or 0.
+        UsageError: `value` is not a size with a unit, or 0.
     """
     text = _text(value)
     rate = parse_size(re.sub(r"\s*/\s*s\s*$", "", text), bare=False)
@@ -111,11 +112,11 @@ def parse_duration(value: object, *, bare: Literal["s"] | None = None) -> int:
     """Return the nanoseconds of a duration.
 
     Args:
-        value: a text, or a number of seconds where `bare` allows it.
-        bare: the unit of a number without one; None if that is refused.
+        value: a text, or a number of seconds if `bare` allows it.
+        bare: the unit of a number without one; None to refuse it.
 
     Raises:
-        UsageError: not a number with one of the units, or above :data:`MAX_DURATION_NS`.
+        UsageError: `value` is not a number with one of the units, or above :data:`MAX_DURATION_NS`.
     """
     match = _DURATION.fullmatch(_text(value))
     if match is None:
@@ -136,7 +137,7 @@ def parse_share(value: object) -> float:
     """Return a share as a part of 1.
 
     Raises:
-        UsageError: neither a percentage nor a part of 1, or above 100 %.
+        UsageError: `value` is neither a percentage nor a part of 1, or above 100 %.
     """
     if (share := _part(value)) > 1:
         raise UsageError(f"{_shown(value)} is more than 100%", help="write it as 20% or 0.2, up to 100%")
@@ -144,16 +145,16 @@ def parse_share(value: object) -> float:
 
 
 def parse_factor(value: object) -> float:
-    """Return a factor, which is written as a share and may be above 100 %: ``200%`` or ``2.0`` is twice as much.
+    """Return a factor, which is written as a share and may exceed 100 %: ``200%`` or ``2.0`` doubles.
 
     Raises:
-        UsageError: neither a percentage nor a number with a decimal point.
+        UsageError: `value` is neither a percentage nor a number with a decimal point.
     """
     return float(_part(value))
 
 
 def _part(value: object) -> Fraction:
-    """Return the number behind a percentage or a part of 1."""
+    """Return the number that a percentage or a part of 1 means."""
     match = _SHARE.fullmatch(_text(value))
     if match is None:
         raise UsageError(f"{_shown(value)} is not a share", help="write it as 20% or 0.2")
@@ -167,10 +168,10 @@ def _part(value: object) -> Fraction:
 
 
 def parse_share_or_size(value: object) -> tuple[float | None, int | None]:
-    """Return (share, None) of ``5%`` or ``0.05``, and (None, bytes) of ``64M``.
+    """Return (share, None) for ``5%`` or ``0.05``, and (None, bytes) for ``64M``.
 
     Raises:
-        UsageError: neither, or a whole number, which may mean both.
+        UsageError: `value` is neither, or a whole number, which may mean both.
     """
     text = _text(value)
     if match := _SHARE.fullmatch(text):
@@ -190,33 +191,33 @@ def above_zero(value: object, parsed: float) -> None:
     """Refuse a quantity that must not be 0.
 
     Args:
-        value: as it was written.
-        parsed: what it means.
+        value: the value as written.
+        parsed: its meaning.
 
     Raises:
-        UsageError: it is 0.
+        UsageError: `parsed` is 0.
     """
     if not parsed > 0:
         raise UsageError(f"{_shown(value)} is not above 0", help="use a larger value, or leave it out")
 
 
 def _text(value: object) -> str:
-    """Return `value` as it would be written; a number of TOML has no unit."""
+    """Return `value` as a text; a TOML number has no unit."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
         return ""
     if isinstance(value, int):
-        # Python refuses to write integers of more than 4300 digits.
+        # Python refuses to convert integers of more than 4300 digits to text.
         return str(value) if -(10**30) < value < 10**30 else ""
     if isinstance(value, float):
-        # No grammar here has exponents. NaN and infinity are written as words, and refused.
+        # The grammar has no exponents. NaN and infinity become words, which are refused.
         return repr(value) if "e" not in repr(value) else f"{value:.20f}"
     return ""
 
 
 def _shown(value: object) -> str:
-    """Return `value` as messages repeat it."""
+    """Return `value` as messages repeat it, shortened."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
         return "a number of more than 30 digits"
     shown = repr(value)
@@ -224,7 +225,7 @@ def _shown(value: object) -> str:
 
 
 def _both_shares(text: str, number: Fraction) -> str:
-    """Return how to write what a whole number may have meant as a share."""
+    """Return the two notations of a share that a whole number may have meant."""
     if number == 1:
         return "write 1% or 100%"
     if number == 100:

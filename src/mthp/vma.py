@@ -11,7 +11,7 @@ from mthp.ptes import Segment
 
 
 class VmaKind(enum.StrEnum):
-    """What a mapping is made of."""
+    """The kind of memory of a mapping."""
 
     ANON = "anon"
     """Private memory without a file."""
@@ -21,7 +21,7 @@ class VmaKind(enum.StrEnum):
     """Shared memory: tmpfs, memfd, System V, or a shared anonymous mapping."""
     HUGETLB = "hugetlb"
     SPECIAL = "special"
-    """Made by a driver or by the kernel itself: vdso, device memory."""
+    """Memory of a driver or of the kernel itself: vdso, device memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class Vma:
 
     Attributes:
         start, end: half-open range of addresses in bytes.
-        permissions: such as ``"rw-p"``.
+        permissions: text of ``/proc/PID/maps``, such as ``"rw-p"``.
         name: the path or the bracketed name of ``/proc/PID/maps``, or ``""``.
-        kind: what it is made of.
-        flags: two-letter words of the VmFlags line of smaps (Documentation/filesystems/proc.rst); empty if they
-            cannot be read.
-        has_anon_vma: whether something was ever written here; None if that cannot be told.
-        node_pages: pages by NUMA node; empty if not asked for or not known.
-        offset: where in its file it begins, in bytes; 0 without a file.
+        kind: the kind of memory.
+        flags: two-letter words of the VmFlags line of smaps (Documentation/filesystems/proc.rst); empty if not
+            readable.
+        has_anon_vma: whether anything was ever written here; None if unknown.
+        node_pages: pages by NUMA node; empty if not requested or unknown.
+        offset: start in its file, in bytes; 0 without a file.
     """
 
     JSON: ClassVar = "start:hex end:hex permissions name kind flags pages_by_node"
@@ -54,17 +54,17 @@ class Vma:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return self.end - self.start
 
     @property
     def pages_by_node(self) -> dict[int, int]:
-        """The same as `node_pages`."""
+        """`node_pages` as a dictionary."""
         return dict(self.node_pages)
 
     @property
     def uffd_armed(self) -> bool:
-        """Whether it is registered with userfaultfd, in any of its modes (userfaultfd_armed(), userfaultfd_k.h)."""
+        """Whether it is registered with userfaultfd, in any mode (userfaultfd_armed(), linux/userfaultfd_k.h)."""
         return not self.flags.isdisjoint(("um", "uw", "ui"))
 
     @property
@@ -73,15 +73,15 @@ class Vma:
         return "dp" in self.flags
 
     def pmd_ranges(self, geometry: Geometry) -> Segment:
-        """The part that whole PMD ranges make up, (start, end); empty (start == end) if there is none."""
+        """Return the whole PMD ranges of the mapping as (start, end); empty (start == end) without any."""
         start = -(-self.start // geometry.pmd_size) * geometry.pmd_size
         return start, max(start, self.end // geometry.pmd_size * geometry.pmd_size)
 
     def parts(self, geometry: Geometry, within: Segment | None = None) -> list[Segment]:
-        """Return the parts of PMD ranges at its edges, or all of it if it has no whole range, that can hold a folio.
+        """Return the parts of PMD ranges at its edges that can hold a folio, or all of it if it has no whole range.
 
         Args:
-            within: the mapping counts as far as it lies in this range of addresses.
+            within: the range of addresses to which the mapping is cut.
         """
         page, size, smallest = geometry.page_size, geometry.pmd_size, geometry.size_of(MIN_ANON_ORDER)
         start, end = self.start, self.end
