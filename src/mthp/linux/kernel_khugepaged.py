@@ -1,15 +1,14 @@
-"""The kernel's own khugepaged, driven: on Linux 7.2 and later it collapses to orders below PMD order, too.
+"""Drive the kernel's own khugepaged: on Linux 7.2 and later it collapses to orders below PMD order, too.
 
-It cannot be told what to collapse. What it can be told is which sizes are wanted, whether holes are filled, and how
-fast it goes; so for a *window* of seconds the sizes that are planned are on and all others off, its budget is without
-bound, and its rest is short. All of that is written down first and put back afterwards
-(:mod:`mthp.linux.journal`).
+Its targets cannot be chosen, only the wanted sizes, whether holes are filled, and its speed. So for a *window* of
+seconds the planned sizes are on and all others off, its budget is unlimited, and its rest is short. All of that is
+recorded first and put back afterwards (:mod:`mthp.linux.journal`).
 
-Compared with the mover, the target is not stopped, nothing is injected into it, and its pages are moved by those who
-own them: it is the better way for a process that may not be stopped or traced, or that the mover refuses. It is the
-worse one wherever the rest of the system matters: the switches hold for all processes, khugepaged works for all whose
-memory it knows, and it knows those alone that mapped or advised memory while a size was on. What it left as it is, it
-does not explain.
+Compared with the mover, the target is not stopped, nothing is injected into it, and the kernel moves its own pages: it
+is the better way for a process that may not be stopped or traced, or that the mover refuses. It is the worse one
+wherever the rest of the system counts: the switches apply to all processes, and khugepaged works for all whose memory
+it knows. It knows only memory that was mapped or advised while a size was on. It does not explain why it left a range
+unchanged.
 
 Progress is read where the kernel shows it: full_scans, the counters of each size, and then the page tables.
 """
@@ -30,10 +29,10 @@ from mthp.ptes import Block
 from mthp.results import BlockOutcome, ScanResult
 
 WINDOW_SECONDS = 5.0
-"""A window takes no longer."""
+"""Longest window in seconds."""
 
 FULL_SCANS = 2
-"""After so many, khugepaged has seen all it knows at least once with our settings."""
+"""Full scans after which khugepaged has scanned all known memory at least once under the window's settings."""
 
 POLL_SECONDS = 0.02
 
@@ -62,14 +61,14 @@ class KernelKhugepaged:
         self._journal = journal or SwitchJournal(sysfs=space.sysfs)
 
     def collapse(self, blocks: Sequence[Block], *, fill: bool) -> list[BlockOutcome]:
-        """Have khugepaged at work for a window: what became of each of `blocks`.
+        """Run khugepaged for a window; return the outcome of each of `blocks`.
 
         Args:
             fill: whether runs with holes may be filled.
 
         Raises:
             UnsupportedError: this kernel's khugepaged does not collapse to orders below PMD order.
-            NotPermittedError: these rights do not suffice to set switches.
+            NotPermittedError: these rights cannot set switches.
             MthpError: another process did not finish its window in time.
         """
         begin = time.perf_counter_ns()
@@ -101,11 +100,11 @@ class KernelKhugepaged:
         return self._counts(order) and os.access(self._sysfs.root / "khugepaged/scan_sleep_millisecs", os.W_OK)
 
     def _counts(self, order: int) -> bool:
-        """Return whether khugepaged counts what it makes of `order`, which it does for every size that it makes."""
+        """Return whether khugepaged counts folios of `order`, as it does for every size that it makes."""
         return "collapse_alloc" in self._sysfs.stats(self._geometry).get(order, {})
 
     def _settings(self, orders: Sequence[int], blocks: Sequence[Block], *, fill: bool) -> dict[str, str]:
-        """What khugepaged is told, those switches that turn sizes off last.
+        """Return khugepaged's settings for a window; the switches that turn sizes off come last.
 
         Raises:
             UnsupportedError: as :meth:`collapse`.
@@ -125,11 +124,11 @@ class KernelKhugepaged:
         switches = {order: f"{path.name}/enabled" for order, path in directories.items() if (path / "enabled").exists()}
         settings |= {switches[order]: word for order in orders}
         settings |= {switch: "never" for order, switch in switches.items() if order not in orders}
-        # Last: to write it wakes khugepaged.
+        # Last, because writing it wakes khugepaged.
         return settings | {"khugepaged/scan_sleep_millisecs": _REST}
 
     def _all_advised(self, blocks: Sequence[Block]) -> bool:
-        """Whether all blocks lie in memory with MADV_HUGEPAGE: then nobody else's needs a size to be on for it."""
+        """Return whether all blocks lie in memory with MADV_HUGEPAGE: then a size need not be on for other memory."""
         advised = [(vma.start, vma.end) for vma in self._space.vmas() if "hg" in vma.flags]
         starts = np.array([start for start, _ in advised], np.int64)
         ends = np.array([end for _, end in advised], np.int64)
@@ -138,7 +137,7 @@ class KernelKhugepaged:
         return bool((at >= 0).all() and (addresses < ends[at]).all()) if advised else False
 
     def _made(self, blocks: Sequence[Block]) -> NDArray[np.bool_]:
-        """Which blocks lie in folios of their order or larger: bool, shape (blocks,)."""
+        """Return which blocks lie in folios of their order or larger: bool, shape (blocks,)."""
         size = self._geometry.size_of
         columns = self._space.read([(address, address + size(order)) for address, order in blocks])
         counts = np.array([1 << order for _, order in blocks], np.int64)
@@ -152,6 +151,6 @@ class KernelKhugepaged:
         return int(self._sysfs.text("khugepaged/full_scans") or 0)
 
     def _counted(self) -> int:
-        """Folios that khugepaged has allocated since boot, of all sizes."""
+        """Return the number of folios that khugepaged has allocated since boot, of all sizes."""
         stats = self._sysfs.stats(self._geometry)
         return sum(counters.get("collapse_alloc", 0) for counters in stats.values())

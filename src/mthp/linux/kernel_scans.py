@@ -1,9 +1,9 @@
-"""What the kernel does in the PMD ranges of one process while it is watched, by its tracepoints.
+"""Watch the kernel's scans of the PMD ranges of one process, by its tracepoints.
 
-Khugepaged and MADV_COLLAPSE scan a range, and collapse it if they may; the event of the scan comes last, with what came
-of both (mm/khugepaged.c). It names the address space by a pointer, which says nothing to a program, and the range by
-the frame of the page at which the scan ended. So the frames of the process tell which pointer is its own, and which
-range was scanned. That takes 16 bytes of memory a page.
+Khugepaged and MADV_COLLAPSE scan a range, and collapse it if they may; the event of the scan comes last, with the
+result of both (mm/khugepaged.c). It names the address space by a pointer, which a program cannot resolve, and the range
+by the frame of the page at which the scan ended. So the frames of the process determine which pointer is its own, and
+which range was scanned. That takes 16 bytes of memory a page.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ COLLAPSE = "mm_collapse_huge_page"
 ISOLATE = "mm_collapse_huge_page_isolate"
 
 KHUGEPAGED = "khugepaged"
-"""The name of the kernel's thread."""
+"""The name of the kernel thread."""
 
 SHOWN = 3
 """Ranges that a sentence names."""
 
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-"""PROC_PID_INIT_INO (include/linux/proc_ns.h). Events hold PIDs of that namespace."""
+"""PROC_PID_INIT_INO (include/linux/proc_ns.h). Events have PIDs of that namespace."""
 
 _BY_WORD = {result.trace_word: result for result in ScanResult}
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One PMD range was scanned.
+    """One scan of a PMD range.
 
     Attributes:
         space: the kernel's pointer to the address space.
-        frame: where the scan ended; one that does not exist if it found no page.
-        by: the thread: "khugepaged", or the name and PID of one that called MADV_COLLAPSE; "" if that is not known.
-        word: what came of it, in the kernel's word.
-        collapsing: whether the range was scanned through and its collapse begun.
+        frame: frame at which the scan ended; a nonexistent one if it found no page.
+        by: the thread: "khugepaged", or name and PID of one that called MADV_COLLAPSE; "" if unknown.
+        word: the kernel's word for the result.
+        collapsing: whether the whole range was scanned and its collapse begun.
     """
 
     space: int
@@ -61,7 +61,7 @@ class Scan:
 
     @property
     def outcome(self) -> str:
-        """What came of it, for a person."""
+        """Return the result in words for users."""
         result = _BY_WORD.get(self.word)
         if result is ScanResult.SUCCEED:
             return "collapsed"
@@ -71,15 +71,15 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What was seen.
+    """The result of watching a process.
 
     Attributes:
-        seconds: how long.
-        scans: of the process, each with the address of its range; None where no page tells that.
-        others: scans of other processes.
-        lost: events that came too fast.
-        visible: whether the process has pages of its own by which its scans are known.
-        sleep_ms: how long khugepaged rests between two passes.
+        seconds: duration.
+        scans: scans of the process, each with the address of its range; None where no page determines it.
+        others: number of scans of other processes.
+        lost: number of events that came too fast.
+        visible: whether the process has pages of its own by which its scans can be identified.
+        sleep_ms: khugepaged's rest between two passes, in milliseconds.
     """
 
     seconds: float
@@ -91,7 +91,7 @@ class Watched:
 
     @property
     def sentences(self) -> list[str]:
-        """The same for a person."""
+        """Return the result in sentences for users."""
         lines = list(self._told())
         if self.lost:
             lines.append(f"{self.lost} events were lost, because they came faster than they could be read")
@@ -126,11 +126,11 @@ def watch_scans(
     within: Segment | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Watched:
-    """Watch for `seconds` what the kernel does in `space`. Nothing is changed.
+    """Watch the kernel's scans of `space` for `seconds`. Nothing is changed.
 
     Args:
-        within: the PMD range that is asked about; all anonymous memory if not given.
-        progress: called with the milliseconds that are over, and all of them.
+        within: the PMD range of interest; all anonymous memory if not given.
+        progress: called with the elapsed and the total milliseconds.
 
     Raises:
         NotPermittedError, UnsupportedError, MthpError: these rights, or this kernel, show no tracepoints.
@@ -147,7 +147,7 @@ def watch_scans(
         over = time.monotonic() - begin
         visits.take(events.read(), threads)
         lost = events.lost
-    # Pages that came or moved meanwhile.
+    # Pages may have come or moved meanwhile.
     with contextlib.suppress(TargetVanishedError):
         known.append(_frames(space, within))
     scans, others = told_apart(visits.scans, known, space.geometry.pmd_size, within)
@@ -187,10 +187,10 @@ class Threads:
 
 @dataclass(slots=True)
 class Visits:
-    """Puts the events of each thread together: attempts to collapse, then the scan that they belong to.
+    """Joins the events of each thread: attempts to collapse, then the scan that they belong to.
 
     Attributes:
-        scans: so far.
+        scans: scans so far.
     """
 
     scans: list[Scan] = field(default_factory=list)
@@ -218,8 +218,8 @@ def told_apart(
 
     Args:
         known: frames in ascending order, at several times.
-        size: of a PMD range.
-        within: the range that is asked about; scans of the others are left out.
+        size: size of a PMD range in bytes.
+        within: the range of interest; scans of other ranges are left out.
     """
     addresses = [_address(scan.frame, known) for scan in scans]
     spaces = Counter(scan.space for scan, address in zip(scans, addresses, strict=True) if address is not None)

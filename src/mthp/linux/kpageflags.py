@@ -1,29 +1,29 @@
-"""``/proc/kpageflags``: from page frame numbers to flags and folio orders, in as few and as large reads as pays.
+"""Read ``/proc/kpageflags``: from page frame numbers to flags and folio orders, in few and large reads.
 
 The file is an array with one 64-bit word for every page frame of the machine. Reading a word costs the kernel about
-0.1 microseconds, a call from Python about 1.5, so the frames of a process, which lie scattered, are not read one by
-one, and not by reading everything from the lowest to the highest either. Instead:
+0.1 microseconds, a call from Python about 1.5. The frames of a process are scattered, so they are not read one by one,
+and not by reading everything from the lowest to the highest either. Instead:
 
-1. Frames are put into *chunks* of 2**shift frames, naturally aligned. A table with one cell per chunk is marked with a
-   single NumPy assignment. The marked cells are the chunks to read, neighbours in one call.
-2. The largest chunk has the size of a PMD range. If the marked chunks hold many more frames than are wanted, the
+1. Frames are put into *chunks* of 2**shift frames, naturally aligned. One NumPy assignment marks a table with one cell
+   per chunk. The marked cells are the chunks to read, neighbours in one call.
+2. The largest chunk has the size of a PMD range. If the marked chunks have many more frames than are wanted, the
    marked ones are divided into smaller chunks, as long as words saved are worth more than calls added.
-3. Large reads are shared out among a few threads: nearly all of the time is spent in the kernel, which takes no lock
-   for it, and Python lets other threads run meanwhile.
-4. Flags are picked out of the buffer at the place of each frame.
+3. Large reads are divided among a few threads, because nearly all of the time is spent in the kernel, which takes no
+   lock for it, and Python lets other threads run meanwhile.
+4. Flags are taken from the buffer at the position of each frame.
 
-Chunks are what folios are measured in. Most memory has none but base pages, and needs no chunks: if a few of its frames
-show no folio, the frames are sorted and read as they lie, gaps included that are read faster than a new call is made.
-Only those that turn out to lie in folios are looked up in chunks.
+Chunks serve to measure folios. Most memory has only base pages, and needs no chunks: if a sample of its frames shows no
+folio, the frames are sorted and read in that order, together with gaps that are read faster than a new call is made.
+Only frames that turn out to lie in folios are looked up in chunks.
 
 The order of a folio is not a field of the word: a folio is a head followed by its tails. It is naturally aligned, so
 a folio smaller than a chunk lies whole within one, and its order is the distance from its head to the next page that
-is no tail. A folio that fills its chunk may be larger than it. So its frames are *open*, and are looked up again with
-larger chunks; what is still open with the largest is followed page by page to its head and end (PMD-order folios, of
-which there is one in 2 MiB, and hugetlbfs pages).
+is not a tail. A folio that fills its chunk may be larger than it. So its frames are *open*, and are looked up again
+with larger chunks; frames still open with the largest are followed page by page to head and end (PMD-order folios, one
+for 2 MiB, and hugetlbfs pages).
 
-Pages move while they are read: a frame may have been freed and used anew since pagemap named it. Then the word tells
-of the new owner. Nothing here can see that; whoever acts on it checks again at the time of the act.
+Pages move while they are read: a frame may have been freed and used again since pagemap named it. Then the word belongs
+to the new owner. This module cannot detect that; callers check again before they act on it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _SMALLER_SHIFTS = (9, 3)
 _LARGEST_ORDER = 24
 
 _SECONDS_PER_DIVISION = 10e-9
-"""What dividing the chunks costs, per frame wanted."""
+"""Seconds for dividing the chunks, per frame wanted."""
 
 _SAMPLE = 64
-"""Frames that are looked at to see whether memory has folios; if they show none, it has few."""
+"""Frames that are read to see whether memory has folios; if they show none, it has few."""
 
 _OPEN = -3
-"""In an array of orders: the folio fills its chunk, and may be larger."""
+"""Value in an array of orders: the folio fills its chunk, and may be larger."""
 
 _HEAD = np.uint64(abi.KPF_COMPOUND_HEAD)
 _TAIL = np.uint64(abi.KPF_COMPOUND_TAIL)
@@ -62,10 +62,10 @@ _Orders = NDArray[np.int8]
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
-    """Chunks that hold the frames wanted.
+    """Chunks that contain the wanted frames.
 
     Attributes:
-        shift: each has 2**shift frames.
+        shift: binary logarithm of the frames in a chunk.
         ids: frame number >> shift of each chunk, ascending: int64, shape (chunks,).
         index: for each frame wanted, the position of its chunk in `ids`: int64, shape (frames,).
     """
@@ -76,27 +76,27 @@ class _Chunks:
 
     @property
     def words(self) -> int:
-        """Words that reading all of them gives."""
+        """Return the number of words in all of them."""
         return len(self.ids) << self.shift
 
     def seconds(self) -> float:
-        """Estimated time to read them."""
+        """Return the estimated time to read them, in seconds."""
         return self.words * SECONDS_PER_WORD + len(_runs(self.ids)[0]) * SECONDS_PER_CALL
 
     def closed(self) -> _Chunks:
-        """These and the chunks between any two whose gap is read faster than a new call is made."""
+        """Return these and the chunks between any two whose gap is read faster than a new call is made."""
         between = np.diff(self.ids, append=self.ids[-1:] + 1) - 1
         between[(between << self.shift) * SECONDS_PER_WORD > SECONDS_PER_CALL] = 0
         if not between.any():
             return self
         before = np.cumsum(between) - between
         place = np.arange(len(self.ids)) + before
-        # Each chunk, and as many after it as the gap behind it has.
+        # Each chunk, followed by the chunks of the gap behind it.
         ids = np.arange(place[-1] + 1) + np.repeat(self.ids - place, between + 1)
         return _Chunks(self.shift, ids, place[self.index])
 
     def divided(self, frames: Frames, shift: int) -> _Chunks:
-        """The same frames in smaller chunks of 2**shift frames."""
+        """Return the same frames in smaller chunks of 2**shift frames."""
         bits = self.shift - shift
         # Number the small chunks within the chosen large ones only, so that the table stays small.
         distinct, index = _distinct(self.index << bits | frames >> shift & (1 << bits) - 1)
@@ -119,7 +119,7 @@ class FolioReader(FrameWords):
         self._shifts = (pmd_order, *(shift for shift in _SMALLER_SHIFTS if shift < pmd_order))
 
     def read(self, pfns: Words) -> tuple[Words, _Orders]:
-        """Flags, and the order of the folio, of each of `pfns`.
+        """Return the flags, and the order of the folio, of each of `pfns`.
 
         Args:
             pfns: uint64, shape (frames,), in any order, repeated or not.
@@ -127,7 +127,7 @@ class FolioReader(FrameWords):
         Returns:
             Flags: ``KPF_*``, uint64, shape (frames,). Those of a tail have the SWAPBACKED bit of its head, also on
             kernels that do not show it for tails. A frame without memory has NOPAGE.
-            Orders: int8, shape (frames,); ORDER_UNKNOWN if the folio changed while it was looked at.
+            Orders: int8, shape (frames,); ORDER_UNKNOWN if the folio changed during the read.
         """
         frames = pfns.view(np.int64)
         flags = np.empty(len(frames), np.uint64)
@@ -141,10 +141,10 @@ class FolioReader(FrameWords):
         return flags, orders
 
     def folio_of(self, pfn: int) -> tuple[int, int]:
-        """First frame and order of the folio that `pfn` lies in, found by following it, at any size.
+        """Return first frame and order of the folio that `pfn` lies in, found page by page, at any size.
 
         Returns:
-            (head, order), with ORDER_UNKNOWN if the folio changed while it was looked at.
+            (head, order), with ORDER_UNKNOWN if the folio changed during the read.
         """
         head = pfn
         for order in range(_LARGEST_ORDER):
@@ -162,7 +162,7 @@ class FolioReader(FrameWords):
         return head, order
 
     def _shows_folios(self, frames: Frames) -> bool:
-        """Whether some of `frames`, evenly chosen, lie in large folios."""
+        """Return whether some of `frames`, evenly chosen, lie in large folios."""
         step = max(1, len(frames) // _SAMPLE)
         return any(self.word(pfn) & (abi.KPF_COMPOUND_HEAD | abi.KPF_COMPOUND_TAIL) for pfn in frames[::step].tolist())
 
@@ -187,7 +187,7 @@ class FolioReader(FrameWords):
         _give_tails_swapbacked(buffer, shift, place, flags, orders)
 
     def _gather(self, frames: Frames, shifts: tuple[int, ...], words: Words) -> tuple[Words, int, NDArray[np.int64]]:
-        """Fill in the `words` of `frames`; give the buffer that was read, its shift, and the places in it."""
+        """Fill in the `words` of `frames`; return the buffer that was read, its shift, and the places in it."""
         chunks = self._choose(frames, shifts)
         starts, ends = _runs(chunks.ids)
         buffer = self._load(chunks.ids[starts] << chunks.shift, (ends - starts) << chunks.shift)
@@ -209,19 +209,19 @@ class FolioReader(FrameWords):
             orders[still_open] = self._follow(frames[still_open])
 
     def _follow(self, frames: Frames) -> _Orders:
-        """Orders of `frames` whose folios fill the largest chunk, one search for each folio."""
+        """Return the orders of `frames` whose folios fill the largest chunk, by one search for each folio."""
         ids, index = _distinct(frames >> self._top)
         orders = np.empty(len(ids), np.int8)
         head, order = 0, ORDER_UNKNOWN
         for at, pfn in enumerate((ids << self._top).tolist()):
             if order < 0 or not head <= pfn < head + (1 << order):
                 head, order = self.folio_of(pfn)
-            # A tail in a chunk that no folio fills has lost its head while it was read.
+            # A tail in a chunk that no folio fills has lost its head during the read.
             orders[at] = order if order >= self._top else ORDER_UNKNOWN
         return orders[index]
 
     def _choose(self, frames: Frames, shifts: tuple[int, ...]) -> _Chunks:
-        """The chunks that `frames` are read in the least time with."""
+        """Return the chunks with which `frames` are read in the least time."""
         chunks = _Chunks(shifts[0], *_distinct(frames >> shifts[0]))
         seconds = chunks.seconds()
         for shift in shifts[1:]:
@@ -236,14 +236,14 @@ class FolioReader(FrameWords):
 
 
 def states_of(flags: Words) -> NDArray[np.uint16]:
-    """What kpageflags words say, as bits of :class:`~mthp.ptes.Pte`: uint16, the shape of `flags`.
+    """Return the bits of :class:`~mthp.ptes.Pte` for kpageflags words: uint16, the shape of `flags`.
 
     ZERO, HUGETLB, SHARED (a KSM page) and LAZYFREE: anonymous and not backed by swap (folio_mark_lazyfree, mm/swap.c).
-    A lazily freed page that was written since looks the same until reclaim meets it: that it is dirty stands only in
-    the page table, which no interface shows by the page.
+    A lazily freed page that was written since looks the same until reclaim reaches it: only the page table has its
+    dirty bit, and no interface shows that by the page.
     """
     state = np.zeros(len(flags), np.uint16)
-    # Most memory has none of these; two reductions find that out in a tenth of the time of the comparisons.
+    # Most memory has none of these; two reductions detect that in a tenth of the time of the comparisons.
     some, all_of = int(np.bitwise_or.reduce(flags)), int(np.bitwise_and.reduce(flags))
     for bit, pte in ((abi.KPF_ZERO_PAGE, Pte.ZERO), (abi.KPF_HUGE, Pte.HUGETLB), (abi.KPF_KSM, Pte.SHARED)):
         if some & bit:
@@ -255,13 +255,13 @@ def states_of(flags: Words) -> NDArray[np.uint16]:
 
 
 def _runs(ids: Frames) -> tuple[Frames, Frames]:
-    """Runs of neighbouring chunks: positions in `ids` of their starts, and of their ends (exclusive)."""
+    """Return the runs of neighbouring chunks: positions in `ids` of their starts, and of their ends (exclusive)."""
     breaks = np.flatnonzero(np.diff(ids) != 1) + 1
     return np.concatenate(([0], breaks)), np.concatenate((breaks, [len(ids)]))
 
 
 def _distinct(values: Frames) -> tuple[Frames, NDArray[np.int64]]:
-    """The different `values`, ascending, and for each value its position among them; both int64."""
+    """Return the distinct `values`, ascending, and for each value its position among them; both int64."""
     if not len(values):
         return values, values
     low = int(values.min())
@@ -279,9 +279,9 @@ def _distinct(values: Frames) -> tuple[Frames, NDArray[np.int64]]:
 
 
 def _orders_in(buffer: Words, shift: int) -> _Orders:
-    """The order of the folio of every page in a buffer of whole chunks, `_OPEN` where the folio fills its chunk."""
+    """Return the folio order of every page in a buffer of whole chunks, `_OPEN` where the folio fills its chunk."""
     orders = np.zeros(len(buffer), np.int8)
-    # Most memory is base pages, which need no more looking at.
+    # Most memory is base pages, which need no search.
     members = np.flatnonzero(buffer & (_HEAD | _TAIL))
     words = buffer[members]
     begins = (words & _TAIL) == 0
@@ -290,7 +290,7 @@ def _orders_in(buffer: Words, shift: int) -> _Orders:
     starts = np.flatnonzero(begins)
     lengths = np.diff(starts, append=len(members))
     first = words[starts]
-    # frexp gives 2**k as 0.5 * 2**(k + 1), exactly.
+    # frexp returns 2**k as 0.5 * 2**(k + 1), exactly.
     found = (np.frexp(lengths)[1] - 1).astype(np.int8)
     found[lengths == 1 << shift] = _OPEN
     found[(first & _TAIL) != 0] = _OPEN
@@ -299,9 +299,9 @@ def _orders_in(buffer: Words, shift: int) -> _Orders:
 
 
 def _give_tails_swapbacked(buffer: Words, shift: int, place: NDArray[np.int64], flags: Words, orders: _Orders) -> None:
-    """Give anonymous tails the SWAPBACKED bit of their head: before Linux 6.16 they show flags of their own.
+    """Give anonymous tails the SWAPBACKED bit of their head, because before Linux 6.16 tails have flags of their own.
 
-    Folios larger than a chunk have had it from the larger chunk that they were looked up in.
+    Folios larger than a chunk have it already from the larger chunk in which they were looked up.
     """
     bare = np.flatnonzero((flags & _ANON_MEMBER) == np.uint64(abi.KPF_ANON | abi.KPF_COMPOUND_TAIL))
     bare = bare[(orders[bare] > 0) & (orders[bare] <= shift)]

@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from mthp.linux.mover.mover import Mover
 
 SPARSE_BYTES = 64 << 20
-"""Less than this is read without first asking what of it is populated."""
+"""Requests below this size are read without a scan for their populated parts."""
 
 SPARSE_RATIO = 4
-"""So many times the memory that the process has must be asked for to make the question worth its cost."""
+"""Use PAGEMAP_SCAN to skip holes only if the request is this many times RSS plus swap."""
 
 NO_PFNS = (
     "page frame numbers, and with them the folio orders below the PMD size, lazily freed pages and KSM pages:"
@@ -71,13 +71,13 @@ class LiveAddressSpace(ProcessSpace):
     """One process of this machine.
 
     Args:
-        process: whose memory; closed with this object.
+        process: the process; closed with this object.
         sysfs: the THP directory of the machine.
 
     Attributes:
         process: the process.
         sysfs: the THP directory.
-        guarded: for this process itself: whether others may use memory that is being moved. To be set before.
+        guarded: for this process itself: whether others may use memory that is being moved. Set it beforehand.
     """
 
     def __init__(self, process: Process, sysfs: ThpSysfs | None = None) -> None:
@@ -111,12 +111,12 @@ class LiveAddressSpace(ProcessSpace):
 
     @property
     def thp_disabled(self) -> bool:
-        """Whether the process switched THP off for itself (THP_enabled in proc_pid_status(5))."""
+        """Return whether the process switched THP off for itself (THP_enabled in proc_pid_status(5))."""
         return self.process.status("THP_enabled") == "0"
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """What cannot be seen with these rights or on this kernel, each with what would show it."""
+        """Return what these rights or this kernel do not show, each with a remedy."""
         missing = [self._no_folios] if self._no_folios else []
         if not self._pagemap.can_scan:
             missing.append(NO_SCAN if self._folios else f"{NO_SCAN}; and the zero page")
@@ -136,13 +136,13 @@ class LiveAddressSpace(ProcessSpace):
         return free_beyond_reserve(order)
 
     def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
-        # Imported here: DAMON reads the switch journal, which reading alone does not need.
+        # Imported here: DAMON uses the switch journal, which reading alone does not need.
         from mthp.linux.heat import measure_heat
 
         return measure_heat(self, request, stop)
 
     def watch(self) -> Watch:
-        # Without frame numbers a page that moved into a huge one looks like before.
+        # Without frame numbers a page that moved into a huge one looks unchanged.
         return Reading(self) if self._folios is None else LiveWatch(self._pagemap, self._columns, self._geometry)
 
     def counters(self) -> dict[str, int]:
@@ -154,7 +154,7 @@ class LiveAddressSpace(ProcessSpace):
         return counters | self.sysfs.vmstat()
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
-        """The page table entries of `segments`, one after another. It takes about 50 bytes of memory a page."""
+        """Return the page table entries of `segments`, one after another. It takes about 50 bytes of memory a page."""
         return self._columns.read(segments)
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
@@ -165,7 +165,7 @@ class LiveAddressSpace(ProcessSpace):
         return Contents(self.process, self._geometry.page_size)
 
     def mapcounts(self, columns: PteColumns) -> NDArray[np.int64]:
-        # Some kernels count large folios only as a whole: their pages have the average then (pagemap.rst).
+        # Some kernels count large folios only as a whole: their pages then have the average (pagemap.rst).
         if columns.pfn is None:
             raise NotPermittedError("how often a page is mapped cannot be seen", help=NO_PFNS)
         counts = np.zeros(len(columns.pfn), np.int64)
@@ -178,10 +178,10 @@ class LiveAddressSpace(ProcessSpace):
         return counts
 
     def populated(self, segments: Sequence[Segment], granule: int) -> list[Segment]:
-        """The parts of `segments` that may hold something, in whole granules of `granule` bytes.
+        """Return the parts of `segments` that may be populated, in whole granules of `granule` bytes.
 
-        They are looked for (with PAGEMAP_SCAN) only if `segments` are much larger than what the process has in
-        memory and swap; otherwise reading everything is cheaper, and `segments` come back.
+        PAGEMAP_SCAN searches for them only if `segments` are much larger than the process's memory and swap; otherwise
+        reading everything is cheaper, and `segments` are returned.
         """
         self.process.check_alive()
         asked = sum(end - start for start, end in segments)
@@ -193,7 +193,7 @@ class LiveAddressSpace(ProcessSpace):
         return found
 
     def _in_memory_or_swap(self) -> int:
-        """Bytes that the process has in memory and swap."""
+        """Return the bytes that the process has in memory and swap."""
         swapped = (self.process.status("VmSwap") or "0").split()[0]
         return self.resident_bytes() + (int(swapped) << 10)
 
@@ -223,14 +223,14 @@ class LiveAddressSpace(ProcessSpace):
         return self.attempt_blocks([block], Means(), self.read(segments_of([block], self._geometry.page_size)))[0]
 
     def attempt_blocks(self, blocks: Sequence[Block], means: Means, before: PteColumns) -> list[BlockOutcome]:
-        """Collapse disjoint `blocks`, each by what :meth:`mechanism_for` returns for its order.
+        """Collapse disjoint `blocks`, each by the mechanism that :meth:`mechanism_for` returns for its order.
 
-        Where that is nothing, a block is left alone, with the reason. MADV_COLLAPSE is a call of process_madvise(2), or
-        of madvise(2) for this process.
+        Without a mechanism, a block is not touched, and its outcome has the reason. MADV_COLLAPSE is a call of
+        process_madvise(2), or of madvise(2) for this process.
 
         Raises:
             UnsupportedError: this kernel cannot, or not for this process.
-            NotPermittedError: CAP_SYS_NICE or the right to look at the process is missing.
+            NotPermittedError: CAP_SYS_NICE or the right to read the process is missing.
         """
         by: dict[Mechanism | None, list[Block]] = {}
         for block in blocks:
@@ -243,13 +243,13 @@ class LiveAddressSpace(ProcessSpace):
     def _attempt_by(
         self, mechanism: Mechanism | None, blocks: list[Block], means: Means, before: PteColumns
     ) -> list[BlockOutcome]:
-        """Collapse `blocks` by one mechanism; None leaves them alone."""
+        """Collapse `blocks` by one mechanism; None does not touch them."""
         if mechanism == "madvise":
             return Madvise(self).collapse(blocks)
         if mechanism == "move":
             return self._mover.collapse(blocks, means, before)
         if mechanism == "khugepaged":
-            # It chooses the ranges itself, so it keeps to no bound on what filling adds.
+            # It chooses the ranges itself, so it does not keep a limit of bloat.
             return self._khugepaged().collapse(blocks, fill=means.fill and means.max_bloat is None)
         if mechanism == "split":
             return self._splitter.collapse(blocks, means)
@@ -281,7 +281,7 @@ class LiveAddressSpace(ProcessSpace):
         return self._khugepaged().makes(order)
 
     def _khugepaged(self) -> KernelKhugepaged:
-        # Imported here: it reads the switch journal, which reading alone does not need.
+        # Imported here: it uses the switch journal, which reading alone does not need.
         from mthp.linux.kernel_khugepaged import KernelKhugepaged
 
         return KernelKhugepaged(self)
@@ -362,7 +362,7 @@ def open_live(target: int | Literal["self"]) -> LiveAddressSpace:
 
 
 def _open_folios(geometry: Geometry) -> tuple[FolioReader | None, str]:
-    """A reader of kpageflags if these rights include frame numbers, and if not, the sentence that says so."""
+    """Return a reader of kpageflags if these rights include frame numbers, otherwise None and the reason."""
     if not can_see_pfns():
         return None, NO_PFNS
     try:

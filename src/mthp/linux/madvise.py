@@ -1,4 +1,4 @@
-"""MADV_COLLAPSE of PMD ranges: process_madvise(2), or madvise(2) for this process, and what its errno says."""
+"""Collapse PMD ranges by MADV_COLLAPSE: process_madvise(2), or madvise(2) for this process, and explain its errno."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mthp.results import BlockOutcome, ScanResult, result_of_madvise
 class Madvise:
     """Collapses PMD ranges of one process.
 
-    The methods raise TargetVanishedError if the process is gone, UnsupportedError if this kernel cannot or not for this
-    process, and NotPermittedError if CAP_SYS_NICE or the right to look at the process is missing.
+    The methods raise TargetVanishedError if the process is gone, UnsupportedError if this kernel cannot do it or not
+    for this process, and NotPermittedError if CAP_SYS_NICE or the right to read the process is missing.
     """
 
     def __init__(self, space: ProcessSpace) -> None:
         self._space, self._process, self._geometry = space, space.process, space.geometry
 
     def collapse(self, blocks: list[Block]) -> list[BlockOutcome]:
-        """Collapse PMD ranges; after a failed charge no more are tried, since the target is at a limit."""
+        """Collapse PMD ranges; after a failed charge no more are tried, because the target is at a limit."""
         outcomes: list[BlockOutcome] = []
         for address, _ in blocks:
             outcome = self.collapse_range(address)
@@ -40,7 +40,7 @@ class Madvise:
         return outcomes + [BlockOutcome(*block, last.result, errno=last.errno, everywhere=True) for block in left]
 
     def collapse_range(self, address: int) -> BlockOutcome:
-        """Collapse one PMD range: what the call says."""
+        """Collapse one PMD range; return the result of the call."""
         size = self._geometry.pmd_size
         begin = time.perf_counter_ns()
         error = self._process.advise(address, size, abi.MADV_COLLAPSE)
@@ -66,9 +66,9 @@ class Madvise:
         if error == errno.EINVAL and not self._space.sysfs.exists:
             raise UnsupportedError("this kernel has no THP", help="it takes CONFIG_TRANSPARENT_HUGEPAGE")
         if error == errno.ENOMEM and not procfs.is_mapped(self._process, address, address + size):
-            # madvise(2) says ENOMEM both for no memory and for no mapping.
+            # madvise(2) returns ENOMEM both for no memory and for no mapping.
             return ScanResult.VMA_NULL
         if error == errno.EBUSY and any(vma.uffd_armed for vma in self._space.vmas() if vma.start <= address < vma.end):
-            # The kernel says EBUSY both for a cgroup at its limit and for none PTEs that must not be filled.
+            # The kernel returns EBUSY both for a cgroup at its limit and for none PTEs that must not be filled.
             return ScanResult.EXCEED_NONE_PTE
         return result_of_madvise(error)

@@ -1,14 +1,14 @@
-"""``/proc/PID/pagemap``: a 64-bit word for every page, and the PAGEMAP_SCAN ioctl, which gives runs instead.
+"""Read ``/proc/PID/pagemap``: a 64-bit word for every page, and the PAGEMAP_SCAN ioctl, which returns runs instead.
 
-The words are read in one large pread per segment. They say which pages are present, swapped, of a file, mapped by one
-process only, write-protected by userfaultfd, or guard markers; and, with CAP_SYS_ADMIN, the page frame number (PFN)
-by which /proc/kpageflags is read. They do not say what is mapped by a PMD entry, and without PFNs not what is the
-zero page. PAGEMAP_SCAN (Linux 6.7) knows both, skips over empty page tables, and needs no rights beyond those for
-the file. A populated table costs it as much as reading does, an empty one next to nothing.
+The words are read in one large pread per segment. They show which pages are present, swapped, of a file, mapped by one
+process only, write-protected by userfaultfd, or guard markers; and, with CAP_SYS_ADMIN, the page frame number (PFN),
+with which /proc/kpageflags is read. They do not show which pages a PMD entry maps, and without PFNs not the zero page.
+PAGEMAP_SCAN (Linux 6.7) shows both, skips empty page tables, and needs no rights beyond those for the file. A populated
+table costs it as much as reading does, an empty one next to nothing.
 
-Ways to fail: the file gives no bytes once the process has given up its address space, and opening it then gives
-ESRCH. It also gives none above the addresses that a process can have ([vsyscall]), which reads as nothing mapped, and
-none after execve(2), which replaced the address space that the file was opened for: then it is opened anew.
+Ways to fail: the file returns no bytes once the process has given up its address space, and opening it then fails with
+ESRCH. It also returns none above the addresses that a process can have ([vsyscall]), which reads as nothing mapped, and
+none after execve(2), which replaced the address space of the open file: then it is opened again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Pagemap:
     """The pagemap file of one process.
 
     Args:
-        process: whose; it stays the caller's.
+        process: the process; the caller keeps it open and closes it.
 
     Attributes:
-        process: whose.
+        process: the process.
         can_scan: whether this kernel has PAGEMAP_SCAN.
 
     Raises:
@@ -56,7 +56,7 @@ class Pagemap:
         self.can_scan = self._probe_scan()
 
     def read(self, segments: Sequence[Segment]) -> NDArray[np.uint64]:
-        """The words of `segments`, one after another: uint64, shape (pages,). What is not mapped is 0."""
+        """Return the words of `segments`, one after another: uint64, shape (pages,). Unmapped pages have 0."""
         counts = [(end - start) // self._page_size for start, end in segments]
         words = np.empty(sum(counts), np.uint64)
         at = 0
@@ -66,7 +66,7 @@ class Pagemap:
         return words
 
     def word(self, address: int) -> int:
-        """The word of one page, 0 where nothing is mapped: for few pages, whose process is known to be alive."""
+        """Return the word of one page, 0 where nothing is mapped: for few pages of a process known to be alive."""
         try:
             text = os.pread(self._fd, abi.PM_ENTRY_BYTES, address // self._page_size * abi.PM_ENTRY_BYTES)
         except OSError as error:
@@ -100,7 +100,7 @@ class Pagemap:
         self._fd = fd
 
     def scan(self, segment: Segment, *, any_of: int = 0, all_of: int = 0) -> Iterator[NDArray[np.uint64]]:
-        """Runs of pages in `segment` that have one of the categories `any_of` and all of `all_of`.
+        """Yield runs of pages in `segment` that have one of the categories `any_of` and all of `all_of`.
 
         Only on a kernel with :attr:`can_scan`.
 
@@ -108,7 +108,7 @@ class Pagemap:
             any_of, all_of: ``PAGE_IS_*`` of include/uapi/linux/fs.h; 0 for no such condition.
 
         Yields:
-            Some runs: uint64, shape (runs, 3): start and end addresses, and the categories asked for that they have.
+            Some runs: uint64, shape (runs, 3): start and end addresses, and their categories among those requested.
         """
         regions = np.zeros((_REGIONS_PER_CALL, 3), np.uint64)
         start, end = segment
@@ -123,8 +123,8 @@ class Pagemap:
             if count:
                 yield regions[:count].copy()
             if count < len(regions):
-                # All was walked, whatever walk_end says: past its inner buffer of 512 regions the kernel leaves
-                # there where that was last full (do_pagemap_scan, seen on 6.18).
+                # All was walked, whatever walk_end is: beyond 512 regions, the size of the kernel's buffer, it stays
+                # where the buffer was last full (do_pagemap_scan, seen on 6.18).
                 break
             start = walk_end
         self.process.check_alive()
@@ -132,7 +132,7 @@ class Pagemap:
     def _scan_once(
         self, regions: NDArray[np.uint64], start: int, end: int, any_of: int, all_of: int
     ) -> tuple[int, int]:
-        """One call: the number of regions, and the address to go on at if all of `regions` was needed."""
+        """Make one call; return the number of regions, and the address to go on at if `regions` is full."""
         argument = bytearray(
             struct.pack(
                 abi.PM_SCAN_ARG,
@@ -162,7 +162,7 @@ class Pagemap:
 
 
 def _state_of(top: int) -> int:
-    """The :class:`~mthp.ptes.Pte` bits behind the top byte of a pagemap word."""
+    """Return the :class:`~mthp.ptes.Pte` bits for the top byte of a pagemap word."""
     word = top << 56
     state = Pte(0)
     if word & abi.PM_PRESENT:
@@ -185,20 +185,20 @@ _STATES = np.array([_state_of(top) for top in range(256)], np.uint16)
 
 
 def states(words: NDArray[np.uint64]) -> NDArray[np.uint16]:
-    """What pagemap words say, as bits of :class:`~mthp.ptes.Pte`: uint16, the shape of `words`.
+    """Return the bits of :class:`~mthp.ptes.Pte` for pagemap words: uint16, the shape of `words`.
 
-    A zero page comes out as SHARED (a small one) or FILE (a huge one), since only its frame, or PAGEMAP_SCAN, tells.
+    A zero page becomes SHARED (a small one) or FILE (a huge one), as only its frame, or PAGEMAP_SCAN, identifies it.
     """
     return _STATES.take(words.view(np.uint8)[_TOP_BYTE::8])
 
 
 def can_see_pfns() -> bool:
-    """Whether this process gets page frame numbers, which takes CAP_SYS_ADMIN in the first user namespace."""
+    """Return whether this process may see page frame numbers: CAP_SYS_ADMIN in the first user namespace."""
     return bool(own_frame())
 
 
 def own_frame() -> int:
-    """The frame of a page of this process that is certainly there: private, anonymous and never merged.
+    """Return the frame of a certainly present page of this process: private, anonymous and never merged.
 
     Without the right to see frame numbers, or without pagemap, it is 0.
     """
@@ -227,7 +227,7 @@ _ANY = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED | abi.PAGE_IS_PFNZERO | abi.PAG
 
 
 def scan_outline(pagemap: Pagemap, segments: Sequence[Segment], geometry: Geometry) -> Outline:
-    """Return what the PMD ranges of `segments`, which are whole and ascend, hold.
+    """Return the outline of the PMD ranges of `segments`, which are whole and ascend.
 
     The scan changes nothing: it clears no soft-dirty bits, and sets up no write tracking, which others may be using.
     """

@@ -1,9 +1,9 @@
-"""Pages that a driver holds for a process, as far as the kernel shows them.
+"""Find pages that a driver holds for a process, as far as the kernel shows them.
 
-A pinned page cannot be collapsed or moved, because a device may write to it. VmPin of ``/proc/PID/status`` is what
-RDMA, VFIO and io_uring have accounted (``mm->pinned_vm``), and the fdinfo of an io_uring lists the buffers that were
-registered with it (io_uring_show_fdinfo(), io_uring/fdinfo.c). What a pipe or a transfer holds at the moment shows
-nowhere: only an attempt tells it (PAGE_COUNT).
+A pinned page cannot be collapsed or moved, because a device may write to it. VmPin of ``/proc/PID/status`` is the
+amount that RDMA, VFIO and io_uring have accounted (``mm->pinned_vm``), and the fdinfo of an io_uring lists the buffers
+registered with it (io_uring_show_fdinfo(), io_uring/fdinfo.c). Pages held by a pipe or a transfer at the moment are
+shown nowhere: only an attempt detects them (PAGE_COUNT).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BUFFER = re.compile(r"^\s*[0-9]+: 0x([0-9a-f]+)/([0-9]+)", re.MULTILINE)
 
 
 def pinned_by(process: Process, vma: Vma | None) -> list[str]:
-    """Return what holds pages of a mapping, or of the whole process, each as a sentence.
+    """Return the holders of pages of a mapping, or of the whole process, each as a sentence.
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -42,7 +42,7 @@ def pinned_by(process: Process, vma: Vma | None) -> list[str]:
 
 
 def _registered(process: Process) -> Iterator[Segment]:
-    """The buffers that are registered with the io_uring instances of a process; none where they are not visible."""
+    """Yield the buffers registered with the io_uring instances of a process; none where they are not visible."""
     try:
         directory = process.open("fd")
     except MthpError:

@@ -1,18 +1,18 @@
-"""Trials that find out what the kernel does for these rights, instead of guessing it from versions.
+"""Try what the kernel does for these rights, instead of deriving it from versions.
 
-Each trial asks the kernel itself and leaves nothing behind: memory is unmapped, file descriptors are closed, the one
-child process is ended. Two of them rest on what the system calls check before they look at their range:
+Each trial calls the kernel and leaves nothing behind: memory is unmapped, file descriptors are closed, the one
+child process is ended. Two of them rely on the checks that system calls make before they use their range:
 
 - An advice over a range of length 0 fails with EINVAL if the kernel does not know the advice, and else succeeds
   without touching anything (madvise(2), "EINVAL" and "length").
 - process_madvise(2) with nothing to advise still looks up the target and checks the rights over it: EACCES without
   those to read its memory, EINVAL if this advice cannot be given to others, EPERM without CAP_SYS_NICE. Advising one's
-  own memory needs no rights on newer kernels, so the target must be another process; a child is one that certainly
-  belongs to the same user, and that nobody misses.
+  own memory needs no rights on newer kernels, so the target must be another process. A child certainly belongs to the
+  same user, and is used by no other program.
 
-For the trial of MADV_COLLAPSE one page must be there that no huge page brought along, whatever the machine's switches
-say: a collapse of what is huge already succeeds without doing anything. Hence the page is touched while the rest of
-its PMD range is inaccessible, and so another mapping; then the two become one again.
+The trial of MADV_COLLAPSE needs one present page without a huge page, whatever the machine's switches are, because a
+collapse of huge memory succeeds without doing anything. So the page is touched while the rest of its PMD range is
+inaccessible, and hence another mapping; then the two become one again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ UFFDIO_REGISTER_MODE_MISSING = 1
 UFFD_FEATURE_MOVE = 1 << 16
 
 NR_USERFAULTFD = {"x86_64": 323, "ppc64": 364, "ppc64le": 364, "s390x": 355, "aarch64": 282, "riscv64": 282}
-"""``userfaultfd`` in each architecture's ``asm/unistd.h``, by machine as ``uname -m`` gives it."""
+"""``userfaultfd`` in each architecture's ``asm/unistd.h``, by name in ``uname -m``."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -59,17 +59,17 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """What the trials found; an errno is 0 for success, and None where the trial could not be made.
+    """Results of the trials; an errno is 0 for success, and None where the trial could not be made.
 
     Attributes:
         collapse_known: errno of MADV_COLLAPSE over nothing: EINVAL if the kernel does not know it.
         collapse: errno of MADV_COLLAPSE over memory of this process.
         process_madvise: errno of process_madvise(MADV_COLLAPSE) over nothing of a child.
         pfns: whether pagemap shows page frame numbers.
-        pagemap_scan: whether there is PAGEMAP_SCAN.
-        userfaultfd: errno of making a userfaultfd for faults in user mode and asking for its features.
+        pagemap_scan: whether the kernel has PAGEMAP_SCAN.
+        userfaultfd: errno of making a userfaultfd for faults in user mode and requesting its features.
         userfaultfd_features: ``UFFD_FEATURE_*`` that the kernel has; 0 if it failed.
-        split: what came of splitting folios of this process.
+        split: the ability to split folios of this process.
     """
 
     collapse_known: int
@@ -103,7 +103,7 @@ def probe_collapse(geometry: Geometry) -> int:
     """Collapse one PMD range of fresh memory, in which one page was written, and release it.
 
     Returns:
-        0, or the errno of what failed.
+        0, or the errno of the step that failed.
     """
     try:
         memory = mmap.mmap(-1, 2 * geometry.pmd_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -130,7 +130,7 @@ def probe_process_madvise() -> int | None:
         0, the errno of process_madvise(2) or pidfd_open(2), or None if no child could be started.
     """
     try:
-        # It ends by itself, should this process be killed right now.
+        # It ends by itself, in case this process is killed right now.
         child = subprocess.Popen(
             [sys.executable, "-ISc", "import time; time.sleep(10)"],
             stdin=subprocess.DEVNULL,
@@ -154,22 +154,22 @@ def probe_process_madvise() -> int | None:
 
 
 def probe_pagemap_scan() -> bool:
-    """Whether PAGEMAP_SCAN works on this process."""
+    """Return whether PAGEMAP_SCAN works on this process."""
     try:
         with Process("self") as process:
             pagemap = Pagemap(process)
             pagemap.close()
             return pagemap.can_scan
     except MthpError:
-        # Without pidfds or pagemap there is none either.
+        # Without pidfds or pagemap it does not work either.
         return False
 
 
 def probe_userfaultfd() -> tuple[int | None, int]:
-    """Make a userfaultfd that sees faults in user mode only, which needs no rights, and ask for its features.
+    """Make a userfaultfd for faults in user mode only, which needs no rights, and return its features.
 
     Returns:
-        (0 or errno, features). The errno is None on an architecture whose system call number is not known here.
+        (0 or errno, features). The errno is None on an architecture whose system call number is unknown here.
     """
     number = NR_USERFAULTFD.get(os.uname().machine)
     if number is None:

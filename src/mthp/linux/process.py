@@ -1,18 +1,18 @@
-"""One process, held so that it cannot be mistaken for another.
+"""Hold one process so that it cannot be mistaken for another.
 
-A PID is a number that the kernel gives to somebody else as soon as its owner is gone. Three things together make
-sure that what is read and advised here always concerns the process of the first look:
+The kernel gives a PID to another process as soon as its owner is gone. Three things together make sure that all reads
+and advice here concern the process that was opened:
 
 1. A *pidfd* (pidfd_open(2)) refers to the process itself. It becomes readable when the process exits, and never
    refers to another one.
 2. A directory handle of ``/proc/PID`` is pinned in the same way: the kernel looks its files up through the
-   ``struct pid`` that the directory was opened for (fs/proc/base.c, get_proc_task), so opening a file relative to it
+   ``struct pid`` for which the directory was opened (fs/proc/base.c, get_proc_task), so opening a file relative to it
    fails with ESRCH once that process is gone, also when a new one has the number.
-3. The two are opened one after the other, and the number could change hands in between. So the pidfd is asked again
+3. The two are opened one after the other, and the number could get another owner in between. So the pidfd is polled
    afterwards: a process that has not exited by then still owns its number, hence the directory is its own.
 
-How it can fail: the process is gone (:class:`~mthp.errors.TargetVanishedError`), was a zombie or a kernel thread from
-the start (:class:`~mthp.errors.UnsupportedError`), or belongs to somebody else
+Ways to fail: the process is gone (:class:`~mthp.errors.TargetVanishedError`), was a zombie or a kernel thread from
+the start (:class:`~mthp.errors.UnsupportedError`), or belongs to another user
 (:class:`~mthp.errors.NotPermittedError`).
 """
 
@@ -38,15 +38,15 @@ _REFUSED = (errno.EACCES, errno.EPERM)
 
 @dataclass(frozen=True, slots=True)
 class ProcStat:
-    """The fields of ``/proc/PID/stat`` that tell what kind of process it is, and its faults (proc_pid_stat(5)).
+    """The fields of ``/proc/PID/stat`` that determine the kind of process, and its faults (proc_pid_stat(5)).
 
     Attributes:
         state: one letter; Z a zombie, X dead.
-        ppid: its parent.
+        ppid: PID of its parent.
         flags: ``PF_*`` of include/linux/sched.h.
-        minflt, majflt: faults that took no input and output, and such that did.
-        threads: how many it has, one that has exited and is its first among them.
-        starttime: when it started, in clock ticks since boot.
+        minflt, majflt: faults without input and output, and faults with it.
+        threads: number of its threads; an exited first thread counts.
+        starttime: its start, in clock ticks since boot.
     """
 
     state: str
@@ -59,7 +59,7 @@ class ProcStat:
 
     @classmethod
     def parse(cls, text: bytes) -> ProcStat:
-        """Read the text of ``/proc/PID/stat``; the name in it may hold spaces and parentheses."""
+        """Read the text of ``/proc/PID/stat``; the name in it may contain spaces and parentheses."""
         fields = text[text.rindex(b")") + 2 :].split()
         ppid, flags, minflt, majflt, threads, starttime = (int(fields[index]) for index in (1, 6, 7, 9, 17, 19))
         return cls(fields[0].decode(), ppid, flags, minflt, majflt, threads, starttime)
@@ -73,10 +73,10 @@ class Process(Closing):
 
     Attributes:
         pid: its number.
-        comm: its name, as the kernel has it (at most 15 bytes).
+        comm: its name in the kernel (at most 15 bytes).
         is_self: whether it is this process.
         pidfd: its file descriptor from pidfd_open(2).
-        starttime: when it started, in clock ticks since boot.
+        starttime: its start, in clock ticks since boot.
 
     Raises:
         TargetVanishedError: there is no such process.
@@ -115,7 +115,7 @@ class Process(Closing):
             self.fail(error, "its directory in /proc")
 
     def _look(self) -> int:
-        """Check what kind of process it is, and that directory and pidfd are of the same one; give its start time."""
+        """Check the kind of process, and that directory and pidfd belong to the same one; return its start time."""
         stat = ProcStat.parse(self.read("stat"))
         self.comm = self.read("comm").decode(errors="replace").rstrip("\n")
         if stat.flags & abi.PF_KTHREAD:
@@ -138,18 +138,18 @@ class Process(Closing):
 
     @property
     def label(self) -> str:
-        """How to name it to a person: ``"1234 (comm)"``."""
+        """Return its name for users: ``"1234 (comm)"``."""
         return f"{self.pid} ({self.comm})"
 
     def is_alive(self) -> bool:
-        """Whether it has not exited yet. Never true for another process that took over the number."""
-        # Made anew each time: threads may ask side by side, and a poll object takes one caller at a time.
+        """Return whether it has not exited yet. Never true for another process that took over the number."""
+        # A new one each time, because threads may call this side by side, and a poll object serves one at a time.
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
 
     def check_alive(self) -> None:
-        """Do nothing if it is alive."""
+        """Raise TargetVanishedError if it has exited."""
         if not self.is_alive():
             self._vanished()
 
@@ -164,7 +164,7 @@ class Process(Closing):
             self._vanished()
 
     def open(self, name: str) -> int:
-        """A new file descriptor for reading ``/proc/PID/<name>``, which the caller closes.
+        """Return a new file descriptor for reading ``/proc/PID/<name>``, which the caller closes.
 
         Raises:
             UnsupportedError: this kernel has no such file.
@@ -175,7 +175,7 @@ class Process(Closing):
             self.fail(error, f"/proc/{self.pid}/{name}")
 
     def read(self, name: str) -> bytes:
-        """The whole of ``/proc/PID/<name>``, for files that are small.
+        """Return the whole of ``/proc/PID/<name>``, for files that are small.
 
         Raises:
             TargetVanishedError, NotPermittedError, UnsupportedError: as :meth:`open`.
@@ -207,7 +207,7 @@ class Process(Closing):
             self.fail(error, f"/proc/{self.pid}/{name}")
 
     def status(self, field: str) -> str | None:
-        """One field of ``/proc/PID/status``, such as ``"THP_enabled"``; None where the kernel has none of that name."""
+        """Return one field of ``/proc/PID/status``, such as ``"THP_enabled"``; None where the kernel lacks it."""
         return _status_field(self.read("status"), field)
 
     def advise(self, address: int, size: int, advice: int) -> int:
@@ -221,7 +221,7 @@ class Process(Closing):
         return abi.process_madvise(self.pidfd, address, size, advice)
 
     def fail(self, error: OSError, what: str) -> NoReturn:
-        """Raise the error of this package that `error`, met while using `what`, stands for."""
+        """Raise this package's error for `error`, which occurred while using `what`."""
         if error.errno == errno.ESRCH or not self.is_alive():
             self._vanished()
         if error.errno in _REFUSED:
@@ -241,7 +241,7 @@ class Process(Closing):
         return self.label if self.comm else str(self.pid)
 
     def close(self) -> None:
-        """Let go of it. Closing twice does nothing."""
+        """Close the handle. Closing twice does nothing."""
         for fd in (self.pidfd, self._directory):
             if fd >= 0:
                 os.close(fd)
@@ -249,15 +249,15 @@ class Process(Closing):
 
 
 def _check_proc() -> None:
-    """Do nothing if PIDs mean in /proc what they mean in system calls (pid_namespaces(7)).
+    """Do nothing if PIDs in /proc are those of system calls (pid_namespaces(7)).
 
     Raises:
-        UnsupportedError: what would be read were another process than the one that is advised, or stopped.
+        UnsupportedError: otherwise files of one process would be read, and another one be advised or stopped.
     """
     try:
         ours = (_PROC / "self").readlink().name
     except OSError:
-        # There is no /proc: that will be said of its files.
+        # Without /proc, opening its files will raise an error.
         return
     if ours != str(os.getpid()):
         raise UnsupportedError(

@@ -1,17 +1,17 @@
-"""Which processes are new, changed or gone: told by the kernel, or found by looking.
+"""Find new, changed and exited processes: from events of the kernel, or by polling.
 
 :class:`ProcConnector` listens to the process events connector (drivers/connector/cn_proc.c): the kernel sends a netlink
-message for every fork, exec, rename and exit. A socket filter lets through only what concerns whole processes, so a
-program that starts threads costs nothing. It is there in the first PID and network namespaces, and took CAP_NET_ADMIN
-before Linux 6.6. Messages are lost only when the buffer overflows, and then the kernel says so.
+message for every fork, exec, rename and exit. A socket filter passes only events of whole processes, so a program that
+starts threads costs nothing. It works in the first PID and network namespaces, and took CAP_NET_ADMIN before Linux 6.6.
+Messages are lost only when the buffer overflows, and then the kernel reports it.
 
-:class:`ProcPolling` does without rights. PIDs are given out in ascending order, and the last one is in
-``/proc/loadavg`` (proc_loadavg(5)); as long as that stays, nobody was born. When it moved on, only the numbers in
-between are looked at. Every `SWEEP_SECONDS` all of ``/proc`` is listed, since a number can also be chosen (clone3(2),
-ns_last_pid), or come from another PID namespace.
+:class:`ProcPolling` needs no rights. PIDs are given out in ascending order, and the last one is in
+``/proc/loadavg`` (proc_loadavg(5)); as long as that is unchanged, there is no new process. When it has changed, only
+the numbers in between are checked. Every `SWEEP_SECONDS` all of ``/proc`` is listed, because a number can also be
+chosen (clone3(2), ns_last_pid), or come from another PID namespace.
 
-Both give what happened since the last call as :class:`Changes`. A process that was born and ended in between is in none
-of its sets, so it costs its owner nothing.
+Both return the events since the last call as :class:`Changes`. A process that was born and ended in between is in none
+of its sets, so it costs the caller nothing.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from typing import Protocol
 from mthp.errors import NotPermittedError, UnsupportedError
 
 SWEEP_SECONDS = 10.0
-"""Between two listings of all processes, where they have to be looked for."""
+"""Seconds between two listings of all processes, where they have to be polled."""
 
 MAX_GAP = 4096
-"""More new PIDs than this since the last look are not tried one by one: all are listed."""
+"""Limit of the new PIDs that are tried one by one; above it all processes are listed."""
 
 RECEIVE_BUFFER = 8 << 20
-"""Bytes that the kernel may keep for us: some 20 000 events."""
+"""Bytes that the kernel may buffer for the socket: some 20 000 events."""
 
 MOST_EVENTS = 1 << 16
-"""Events taken at a time, more than the kernel keeps: where they come faster than they are read, no call would end."""
+"""Events taken at a time, more than the kernel buffers, because a call would not end if events came too fast."""
 
 _ACK_SECONDS = 0.5
 
@@ -65,15 +65,15 @@ _LD_WORD, _JUMP, _JEQ_K, _JEQ_X, _TAX, _RET = 0x20, 0x05, 0x15, 0x1D, 0x07, 0x06
 
 @dataclass(slots=True)
 class Changes:
-    """What happened to processes since the last look, by PID.
+    """Events of processes since the last call, by PID.
 
     Attributes:
-        born: were forked.
-        changed: began another program, or took another name.
-        gone: ended, and had been there at the last look.
-        forked: children that run still and began no other program, each with its parent.
-        unshared: children that ended or began another program, each with its parent, 0 where that is not known.
-        lost: something may be missing: list all processes.
+        born: processes that were forked.
+        changed: processes that began another program, or took another name.
+        gone: processes that ended, and existed at the last call.
+        forked: children that still run and began no other program, each with its parent.
+        unshared: children that ended or began another program, each with its parent, 0 where it is unknown.
+        lost: whether events may be missing: list all processes.
     """
 
     born: set[int] = field(default_factory=set)
@@ -85,16 +85,16 @@ class Changes:
 
 
 class ProcessEvents(Protocol):
-    """Where changes come from."""
+    """The source of changes."""
 
     name: str
-    """How it finds out, for a person."""
+    """How it gets the changes, as text for users."""
 
     def fileno(self) -> int:
-        """What becomes readable when something happened; -1 if it has to be asked."""
+        """Return a descriptor that becomes readable after an event; -1 if the source has to be polled."""
 
     def changes(self) -> Changes:
-        """What happened since the last call. Does not wait."""
+        """Return the events since the last call. Does not wait."""
 
     def close(self) -> None:
         """Stop."""
@@ -145,7 +145,7 @@ class ProcConnector:
             *(_CN_IDX_PROC, _CN_VAL_PROC, 0, 0, len(wish), 0),
         )
         self._socket.send(headers + wish)
-        # In another PID namespace the kernel neither sends events nor says why: it does not answer.
+        # In another PID namespace the kernel sends neither events nor an error: it does not answer.
         self._socket.settimeout(_ACK_SECONDS)
         deadline = time.monotonic() + _ACK_SECONDS
         while True:
@@ -159,7 +159,7 @@ class ProcConnector:
         self._socket.setblocking(False)
 
     def _next(self) -> tuple[int, tuple[int, ...]]:
-        """One message: what happened, and the first words that belong to it."""
+        """Return one message: the kind of event, and its first words."""
         size = self._socket.recv_into(self._buffer)
         if size < _DATA_AT + _WORDS.size:
             self._buffer[size:] = bytes(len(self._buffer) - size)
@@ -169,7 +169,7 @@ class ProcConnector:
         return self._socket.fileno()
 
     def changes(self) -> Changes:
-        """Return the events that have come, `MOST_EVENTS` at most, without what was born and ended since."""
+        """Return the events that have come, `MOST_EVENTS` at most, without processes born and ended since."""
         changes = Changes()
         for _ in range(MOST_EVENTS):
             try:
@@ -193,7 +193,7 @@ class ProcConnector:
             elif what == _EXIT:
                 changes.changed.discard(words[1])
                 changes.forked.pop(words[1], None)
-                # struct exit_proc_event: the thread group of the parent stands last.
+                # struct exit_proc_event: the thread group of the parent is the last field.
                 changes.unshared[words[1]] = words[5]
                 if words[1] in changes.born:
                     changes.born.discard(words[1])
@@ -206,10 +206,10 @@ class ProcConnector:
 
 
 class ProcPolling:
-    """Looks for new processes.
+    """Polls for new processes.
 
     Args:
-        proc: where proc is mounted.
+        proc: mount point of proc.
     """
 
     name = "looking at /proc"
@@ -226,7 +226,7 @@ class ProcPolling:
         return -1
 
     def changes(self) -> Changes:
-        """What is new since the last call; that others are gone shows at the next listing of all."""
+        """Return the new processes since the last call; exited ones are found at the next listing of all."""
         now, last = self._clock(), self._last_pid()
         if now >= self._sweep_at or not 0 <= last - self._last <= MAX_GAP:
             self._sweep_at = now + SWEEP_SECONDS
@@ -247,7 +247,7 @@ class ProcPolling:
         return int(os.pread(self._loadavg, 128, 0).split()[-1])
 
     def _is_process(self, pid: int) -> bool:
-        """Whether it is one, and not a thread, whose directory can be opened but is not listed."""
+        """Return whether it is a process, and not a thread, whose directory can be opened but is not listed."""
         try:
             with open(f"{self._proc}/{pid}/status", "rb") as file:
                 text = file.read(512)
@@ -260,13 +260,13 @@ class ProcPolling:
 
 
 def list_pids(proc: str = "/proc") -> list[int]:
-    """The PIDs of all processes at this moment, in no order."""
+    """Return the PIDs of all processes at this moment, in no order."""
     names = os.listdir(proc)  # noqa: PTH208  (Path.iterdir makes an object of each)
     return [int(name) for name in names if name[0] in "123456789" and name.isdecimal()]
 
 
 def open_events() -> tuple[ProcessEvents, str]:
-    """The best source of changes that these rights give, and why not the best of all, or ``""``."""
+    """Return the best source of changes for these rights, and the reason against a better one, or ``""``."""
     try:
         return ProcConnector(), ""
     except (NotPermittedError, UnsupportedError) as error:
@@ -278,9 +278,9 @@ Instruction = tuple[int, int, int, int]
 
 
 def _only_processes() -> list[Instruction]:
-    """A filter that passes events of whole processes: forks of processes, execs, renames and exits of leaders.
+    """Return a filter that passes events of whole processes: forks of processes, execs, renames and exits of leaders.
 
-    Words are loaded in network order, so the constants are what they look like in it. Jumps are relative.
+    Words are loaded in network order, so the constants are converted to it. Jumps are relative.
     """
     leader, child, compare, accept, refuse = 6, 10, 13, 14, 15
     return [
@@ -290,12 +290,12 @@ def _only_processes() -> list[Instruction]:
         (_JEQ_K, child - 4, 0, socket.htonl(_FORK)),
         (_JEQ_K, leader - 5, 0, socket.htonl(_EXIT)),
         (_JEQ_K, leader - 6, refuse - 6, socket.htonl(_COMM)),
-        # PID and thread group of who did it.
+        # PID and thread group of the process of the event.
         (_LD_WORD, 0, 0, _DATA_AT),
         (_TAX, 0, 0, 0),
         (_LD_WORD, 0, 0, _DATA_AT + 4),
         (_JUMP, 0, 0, compare - 10),
-        # Those of the child.
+        # PID and thread group of the child.
         (_LD_WORD, 0, 0, _DATA_AT + 8),
         (_TAX, 0, 0, 0),
         (_LD_WORD, 0, 0, _DATA_AT + 12),

@@ -1,12 +1,12 @@
-"""The mappings of a process: smaps, maps, numa_maps and mountinfo as :class:`~mthp.vma.Vma` and totals.
+"""Read the mappings of a process: smaps, maps, numa_maps and mountinfo as :class:`~mthp.vma.Vma` and totals.
 
-smaps is the one file that has the VmFlags line, and with it MADV_HUGEPAGE and what else decides about THP. It is
-text, about 800 bytes a mapping, and a process can have 65 530 mappings and more, so it is read in pieces and each
-mapping is cut out with a few searches for just the fields that are wanted. Where a kernel is built without smaps
-(CONFIG_PROC_PAGE_MONITOR), maps gives the same list without flags.
+smaps is the one file with the VmFlags line, and so with MADV_HUGEPAGE and all other flags that decide about THP. It is
+text, about 800 bytes a mapping, and a process can have 65 530 mappings and more. So it is read in pieces, and a few
+searches extract just the wanted fields of each mapping. Where a kernel is built without smaps
+(CONFIG_PROC_PAGE_MONITOR), maps has the same list without flags.
 
-The list is no snapshot: the kernel writes it piece by piece, and the process may map and unmap meanwhile. What is
-promised (Documentation/filesystems/proc.rst, "/proc/PID/maps") is that ranges ascend and do not overlap. A file that
+The list is not a snapshot: the kernel writes it piece by piece, and the process may map and unmap meanwhile. The kernel
+promises (Documentation/filesystems/proc.rst, "/proc/PID/maps") that ranges ascend and do not overlap. A file that
 is empty, or ends early because the process does, is the sign that the process has exited.
 """
 
@@ -35,7 +35,7 @@ _NO_FLAGS: frozenset[str] = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class SmapsTotals:
-    """What smaps says of the memory of one mapping, in bytes; a field that the kernel does not have is 0.
+    """The counters of one mapping in smaps, in bytes; a field that the kernel does not have is 0.
 
     Attributes:
         rss: resident, zero pages not counted.
@@ -44,7 +44,7 @@ class SmapsTotals:
         shmem_pmd_mapped, file_pmd_mapped: the same for shared memory and for files.
         lazyfree: freed with MADV_FREE, and clean.
         swap: swapped out.
-        thp_eligible: whether the kernel would give it some THP order; None on kernels that do not say.
+        thp_eligible: whether the kernel would use some THP order for it; None on kernels without this field.
     """
 
     rss: int
@@ -58,22 +58,22 @@ class SmapsTotals:
 
     @property
     def pmd_mapped(self) -> int:
-        """Bytes that PMD entries map, of whatever kind."""
+        """Return the bytes that PMD entries map, of any kind."""
         return self.anon_huge_pages + self.shmem_pmd_mapped + self.file_pmd_mapped
 
 
 def read_vmas(process: Process) -> list[Vma]:
-    """The mappings of `process`, by ascending address."""
+    """Return the mappings of `process`, by ascending address."""
     return [vma for vma, _ in _read_records(process)]
 
 
 def read_smaps(process: Process) -> list[tuple[Vma, SmapsTotals]]:
-    """The mappings with what smaps says of their memory."""
+    """Return the mappings with their counters in smaps."""
     return [(vma, parse_totals(block)) for vma, block in _read_records(process)]
 
 
 def read_mapped(process: Process) -> list[Segment]:
-    """The ranges of addresses that are mapped, one for each mapping: a small part of the work of :func:`read_vmas`."""
+    """Return the mapped ranges of addresses, one for each mapping: a small part of the work of :func:`read_vmas`."""
     segments = [(int(match[1], 16), int(match[2], 16)) for match in _HEADER.finditer(process.read("maps"))]
     if not segments:
         process.check_memory()
@@ -81,7 +81,7 @@ def read_mapped(process: Process) -> list[Segment]:
 
 
 def is_mapped(process: Process, start: int, end: int) -> bool:
-    """Whether mappings cover all of `start` to `end` at this moment."""
+    """Return whether mappings cover all of `start` to `end` at this moment."""
     for low, high in read_mapped(process):
         if low <= start < high:
             start = high
@@ -89,7 +89,7 @@ def is_mapped(process: Process, start: int, end: int) -> bool:
 
 
 def read_numa(process: Process, page_size: int) -> dict[int, tuple[tuple[int, int], ...]]:
-    """Base pages by NUMA node for each mapping, by its start address; empty on kernels without NUMA.
+    """Return base pages by NUMA node for each mapping, by its start address; empty on kernels without NUMA.
 
     The kernel walks the page tables of the whole process for this, about as long as for smaps.
     """
@@ -101,7 +101,7 @@ def read_numa(process: Process, page_size: int) -> dict[int, tuple[tuple[int, in
 
 
 def parse_numa_line(line: bytes, page_size: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """One line of numa_maps (numa(7)): its start address, and base pages by node.
+    """Return start address and base pages by node of one line of numa_maps (numa(7)).
 
     The kernel counts in pages of ``kernelpagesize_kB``, which for hugetlbfs is not the base page.
     """
@@ -118,7 +118,7 @@ def parse_numa_line(line: bytes, page_size: int) -> tuple[int, tuple[tuple[int, 
 
 
 def parse_totals(block: bytes) -> SmapsTotals:
-    """The totals of one mapping's part of smaps."""
+    """Return the totals of one mapping's part of smaps."""
     eligible = _number(block, b"\nTHPeligible:")
     return SmapsTotals(
         rss=_kilobytes(block, b"\nRss:"),
@@ -133,7 +133,7 @@ def parse_totals(block: bytes) -> SmapsTotals:
 
 
 def shmem_devices(mountinfo: bytes) -> frozenset[str]:
-    """Device numbers of the tmpfs mounts in a mountinfo text, as maps writes them (``"00:1b"``)."""
+    """Return the device numbers of the tmpfs mounts in a mountinfo text, as maps writes them (``"00:1b"``)."""
     devices = set()
     for line in lines(mountinfo):
         mount, _, source = line.partition(b" - ")
@@ -146,10 +146,10 @@ def shmem_devices(mountinfo: bytes) -> frozenset[str]:
 class VmaParser:
     """Makes a :class:`~mthp.vma.Vma` of one mapping's part of smaps, or of a line of maps.
 
-    Processes with many mappings have few different names and flag lines, so what is made of those is kept.
+    Processes with many mappings have few different names and flag lines, so the results for those are kept.
 
     Args:
-        shmem_devices: devices whose files are shared memory, as :func:`shmem_devices` gives them.
+        shmem_devices: devices whose files are shared memory, as :func:`shmem_devices` returns them.
     """
 
     def __init__(self, shmem_devices: frozenset[str] = frozenset()) -> None:
@@ -158,7 +158,7 @@ class VmaParser:
         self._names: dict[bytes, str] = {}
 
     def parse(self, header: re.Match[bytes], block: bytes) -> Vma:
-        """The mapping of a header line (a match of the module's pattern) and the lines up to the next one."""
+        """Return the mapping of a header line (a match of the module's pattern) and the lines up to the next one."""
         start, end, permissions, offset, device, inode, raw_name = header.groups()
         if (name := self._names.get(raw_name)) is None:
             name = self._names[raw_name] = _unescape(os.fsdecode(raw_name))
@@ -174,8 +174,8 @@ class VmaParser:
             kind=kind,
             offset=int(offset, 16) if inode != b"0" else 0,
             flags=flags,
-            # Written once and empty now looks like never written: "Anonymous: 0 kB" proves nothing. In shared
-            # memory the swapped pages are those of the file.
+            # Memory written once and empty now looks like memory never written: "Anonymous: 0 kB" proves nothing. In
+            # shared memory the swapped pages are those of the file.
             has_anon_vma=True if written and kind is not VmaKind.SHMEM else None,
         )
 
@@ -208,12 +208,12 @@ class VmaParser:
 def split_records(pieces: Iterator[bytes]) -> Iterator[tuple[re.Match[bytes], bytes]]:
     """Cut smaps or maps text, which comes in `pieces` of any size, into (header match, its block).
 
-    A line that the end of the text cuts is left out.
+    An incomplete last line is left out.
     """
     rest = b""
     for piece in pieces:
         text = rest + piece
-        # The last mapping may go on in the next piece.
+        # The last mapping may continue in the next piece.
         headers = list(_HEADER.finditer(text, 0, text.rfind(b"\n") + 1))
         if not headers:
             rest = text
@@ -245,7 +245,7 @@ def _pieces(process: Process) -> Iterator[bytes]:
     parts: list[bytes] = []
     size = 0
     try:
-        # One read gives about a page of text, whatever is asked for: gather them for the search.
+        # One read returns about a page of text, whatever the size: gather several for the search.
         while part := os.read(fd, _READ_CHUNK):
             parts.append(part)
             size += len(part)
@@ -279,7 +279,7 @@ def _kilobytes(block: bytes, field: bytes) -> int:
 
 
 def _unescape(name: str) -> str:
-    """Undo what the kernel does to names with a newline in them (seq_file_path): octal after a backslash."""
+    """Undo the kernel's escapes in names with a newline (seq_file_path): octal after a backslash."""
     if "\\" not in name:
         return name
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), name)

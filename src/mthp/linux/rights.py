@@ -1,7 +1,7 @@
-"""The capabilities of this process, and what to do where one is missing (capabilities(7), user_namespaces(7)).
+"""Read the capabilities of this process, and explain how to get a missing one (capabilities(7), user_namespaces(7)).
 
-A capability can hold in a user namespace (a rootless container) only, while the kernel asks for many of them in the
-first one (``capable()``, kernel/capability.c). So this explains a refusal; what is refused is found out by trying.
+A capability can be effective in a user namespace only (a rootless container), while the kernel requires many of them in
+the first one (``capable()``, kernel/capability.c). So this explains a refusal; only a trial shows what is refused.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _EVERY_UID = ["0", "0", "4294967295"]
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What a process may do.
+    """The capabilities of a process.
 
     Attributes:
-        fsuid: the user as which it opens files and looks at processes; -1 if not known.
+        fsuid: the user as which it opens files and reads processes; -1 if unknown.
         effective: bits of the capabilities that it has in its own user namespace.
-        in_first_namespace: whether that is the first one, as far as its map of user IDs tells.
+        in_first_namespace: whether that is the first one, according to its map of user IDs.
     """
 
     fsuid: int
@@ -36,7 +36,7 @@ class Rights:
 
     @classmethod
     def read(cls, directory: Path) -> Rights:
-        """Those of the process whose directory in proc this is; none where it cannot be read."""
+        """Return those of the process with this directory in proc; none where it cannot be read."""
         try:
             status = lines((directory / "status").read_bytes().decode(errors="replace"))
             uid_map = (directory / "uid_map").read_text().split()
@@ -46,11 +46,11 @@ class Rights:
         return cls(int(fields["Uid"][3]), int(fields["CapEff"][0], 16), uid_map == _EVERY_UID)
 
     def has(self, capability: int) -> bool:
-        """Whether it has `capability`, be it in its own user namespace only."""
+        """Return whether it has `capability`, perhaps only in its own user namespace."""
         return bool(self.effective >> capability & 1)
 
     def how_to_have(self, capability: int) -> str:
-        """What to do where the kernel refused something that takes `capability`."""
+        """Return the remedy where the kernel refused an operation that needs `capability`."""
         name = _NAMES[capability]
         if not self.has(capability):
             return f"{name} (run as root; in a container --cap-add={name.removeprefix('CAP_')})"

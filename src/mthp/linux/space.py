@@ -1,4 +1,4 @@
-"""What works on a process's memory needs of its address space, beyond the seam."""
+"""The address space of a process beyond the seam, for code that works on its memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The machine's side: ``/sys/kernel/mm/transparent_hugepage`` and the counters of ``/proc/vmstat``.
+"""Read the machine's THP files: ``/sys/kernel/mm/transparent_hugepage`` and the counters of ``/proc/vmstat``.
 
-Kernels differ in the files that they have: none at all without CONFIG_TRANSPARENT_HUGEPAGE, no per-size directories
-before 6.8, an 8 kB directory for shared memory, counters that come and go. So nothing here expects a fixed set: what
-is there is read, and a missing file is ordinary.
+Kernels differ in their files: none at all without CONFIG_TRANSPARENT_HUGEPAGE, no per-size directories before 6.8, an
+8 kB directory for shared memory, counters that come and go. So this module expects no fixed set: it reads the existing
+files, and a missing file is ordinary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ThpSysfs:
     """The THP directory of one machine.
 
     Args:
-        root: the directory; tests give one of their own.
+        root: the directory; tests have one of their own.
         vmstat: the file of the counters.
     """
 
@@ -37,19 +37,19 @@ class ThpSysfs:
 
     @property
     def exists(self) -> bool:
-        """Whether this kernel has THP at all."""
+        """Return whether this kernel has THP at all."""
         return self.root.is_dir()
 
     def text(self, path: str) -> str | None:
-        """The text of a file below the directory, without its newline; None if it cannot be read."""
+        """Return the text of a file below the directory, without its newline; None if it cannot be read."""
         return _text(self.root / path)
 
     def geometry(self, page_size: int | None = None, machine: str | None = None) -> Geometry:
-        """The geometry of this machine.
+        """Return the geometry of this machine.
 
         Args:
             page_size: in bytes; the running kernel's if not given.
-            machine: as ``uname -m`` says; the running kernel's if not given.
+            machine: name in ``uname -m``; the running kernel's if not given.
         """
         page_size = page_size or os.sysconf("SC_PAGESIZE")
         preset = _preset(machine or os.uname().machine, page_size)
@@ -58,7 +58,7 @@ class ThpSysfs:
         return dataclasses.replace(preset, pmd_order=pmd_order)
 
     def size_directories(self, page_size: int) -> dict[int, Path]:
-        """The directories ``hugepages-<size>kB`` that are there, by order, ascending."""
+        """Return the existing directories ``hugepages-<size>kB``, by order, ascending."""
         found = {}
         for path in self.root.glob("hugepages-*kB"):
             if match := _SIZE_DIRECTORY.fullmatch(path.name):
@@ -66,7 +66,7 @@ class ThpSysfs:
         return dict(sorted(found.items()))
 
     def switches(self, geometry: Geometry) -> Switches:
-        """The switches at this moment.
+        """Return the switches at this moment.
 
         Raises:
             UsageError: a file in which no known word is chosen.
@@ -77,19 +77,19 @@ class ThpSysfs:
         return Switches.from_sysfs(texts, geometry)
 
     def tunables(self, geometry: Geometry) -> Tunables:
-        """khugepaged's tunables at this moment; what is missing has the kernel's default.
+        """Return khugepaged's tunables at this moment; a missing one has the kernel's default.
 
         Raises:
-            UsageError: a file that holds no number, or one out of range.
+            UsageError: a file that contains no number, or one out of range.
         """
         names = [knob.name for knob in dataclasses.fields(Tunables)]
         texts = {name: text for name in names if (text := self.text(f"khugepaged/{name}")) is not None}
         return Tunables.from_sysfs(texts, geometry)
 
     def stats(self, geometry: Geometry) -> dict[int, dict[str, int]]:
-        """The per-size counters ``hugepages-<size>kB/stats/*``: order, then name, then value since boot.
+        """Return the per-size counters ``hugepages-<size>kB/stats/*``: order, then name, then value since boot.
 
-        What is not a number is left out: kernels add files there.
+        Files without a number are left out, because kernels add files there.
         """
         counters: dict[int, dict[str, int]] = {}
         for order, path in self.size_directories(geometry.page_size).items():
@@ -100,7 +100,7 @@ class ThpSysfs:
         return counters
 
     def vmstat(self) -> dict[str, int]:
-        """The ``thp_*`` counters of ``/proc/vmstat``, by name."""
+        """Return the ``thp_*`` counters of ``/proc/vmstat``, by name."""
         lines = (_text(self.vmstat_path) or "").splitlines()
         pairs = (line.split() for line in lines if line.startswith("thp_"))
         return {name: int(value) for name, value in pairs}
@@ -114,7 +114,7 @@ def _text(path: Path) -> str | None:
 
 
 def _preset(machine: str, page_size: int) -> Geometry:
-    """The preset of an architecture, or one of its name in which a PMD entry maps what one page of entries does."""
+    """Return the preset of an architecture, or one of its name in which one page of entries covers a PMD range."""
     name = _ARCHITECTURES.get(machine, machine)
     if name in _SEVERAL_PAGE_SIZES:
         name = f"{name}-{page_size >> 10}k"

@@ -1,9 +1,9 @@
-"""Tracepoints of the kernel, seen through perf_event_open(2).
+"""Read tracepoints of the kernel through perf_event_open(2).
 
-What an event holds stands in tracefs, in ``events/GROUP/NAME/format``; its fields and the numbers of its symbols differ
-from release to release, so they are read there. The events themselves come through perf rather than through an
-instance of ftrace, because a perf event is no more than a file descriptor: it ends with its process, whatever ends
-that, and changes no file of tracefs.
+tracefs describes the fields of an event in ``events/GROUP/NAME/format``. Fields and the numbers of symbols differ from
+release to release, so they are read there. The events themselves come through perf, not through an instance of ftrace,
+because a perf event is only a file descriptor: it ends with its process, however that ends, and changes no file of
+tracefs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mthp.errors import MthpError, NotPermittedError, UnsupportedError
 from mthp.linux.abi import PERF_RECORD_LOST, PERF_RECORD_SAMPLE, perf_tracepoint
 
 RING_BYTES = 1 << 16
-"""Room for the records of one event on one processor between two reads: some 700 records."""
+"""Bytes for the records of one event on one processor between two reads: some 700 records."""
 
 _FIELD = re.compile(
     r"\tfield:(?P<declared>[^;]+);\toffset:(?P<offset>\d+);\tsize:(?P<size>\d+);\tsigned:(?P<signed>\d);"
@@ -39,13 +39,13 @@ _DATA_HEAD, _DATA_TAIL = 1024, 1032
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a record of an event holds.
+    """The layout of an event's records.
 
     Attributes:
-        name: of the event.
+        name: name of the event.
         number: its ID in this boot of the machine.
-        fields: where each number stands: offset, and its code for :mod:`struct`.
-        symbols: the words that the numbers of a field stand for.
+        fields: offset of each number, and its code for :mod:`struct`.
+        symbols: the words for the numbers of a field.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Format:
         """Read a file ``format``.
 
         Raises:
-            ValueError: it is not one.
+            ValueError: the text is not such a file.
         """
         name, number = re.search(r"^name: (\S+)$", text, re.M), re.search(r"^ID: (\d+)$", text, re.M)
         if name is None or number is None:
@@ -66,7 +66,7 @@ class Format:
         fields = {}
         for match in _FIELD.finditer(text):
             code = _CODES.get(int(match["size"]))
-            # Arrays (of a fixed or a variable length) hold no single number.
+            # Arrays (of a fixed or a variable length) are not single numbers.
             if code is not None and "[" not in match["declared"]:
                 code = code if match["signed"] == "1" else code.upper()
                 fields[match["declared"].split()[-1].lstrip("*")] = int(match["offset"]), code
@@ -77,7 +77,7 @@ class Format:
         return cls(name[1], int(number[1]), fields, symbols)
 
     def read(self, data: bytes) -> dict[str, int | str]:
-        """Return what a record says, by field: a word for a number that has one."""
+        """Return the values of a record, by field: a word for a number that has one."""
         found: dict[str, int | str] = {}
         for name, (offset, code) in self.fields.items():
             number: int = struct.unpack_from("=" + code, data, offset)[0]
@@ -86,10 +86,10 @@ class Format:
 
 
 def tracefs(mounts: Path = Path("/proc/self/mounts")) -> Path:
-    """Return where tracefs is mounted.
+    """Return the mount point of tracefs.
 
     Raises:
-        UnsupportedError: nowhere.
+        UnsupportedError: it is not mounted.
     """
     for line in mounts.read_text(errors="surrogateescape").splitlines():
         _, where, kind, *_ = line.split(" ")
@@ -104,11 +104,11 @@ def read_formats(root: Path, group: str, names: Sequence[str]) -> list[Format]:
     """Return the formats of those of `names` that this kernel has.
 
     Args:
-        root: where tracefs is mounted.
-        group: of the events.
+        root: mount point of tracefs.
+        group: group of the events.
 
     Raises:
-        NotPermittedError: these rights do not suffice to read them.
+        NotPermittedError: these rights cannot read them.
         UnsupportedError: it has none of them.
     """
     found = []
@@ -130,9 +130,9 @@ class Event:
     """An event.
 
     Attributes:
-        time_ns: when, by the clock of perf.
-        name: of the tracepoint.
-        values: what it says, as :meth:`Format.read`.
+        time_ns: time by the clock of perf.
+        name: name of the tracepoint.
+        values: its fields, as :meth:`Format.read` returns them.
     """
 
     time_ns: int
@@ -144,10 +144,10 @@ class Tracepoints:
     """Events of all processors, from now until :meth:`close`.
 
     Attributes:
-        lost: how many events found no room because they were not read in time.
+        lost: number of events that found no room because they were not read in time.
 
     Args:
-        formats: of the tracepoints.
+        formats: formats of the tracepoints.
 
     Raises:
         NotPermittedError, UnsupportedError, MthpError: the kernel does not open them.
@@ -194,10 +194,10 @@ class Tracepoints:
 
 
 def take_records(ring: mmap.mmap) -> tuple[list[bytes], int]:
-    """Take what a ring of perf holds.
+    """Take the records in a ring of perf.
 
     Returns:
-        The samples, each its time (uint64), the length of its data (uint32), and its data; and how many were lost.
+        The samples, each its time (uint64), the length of its data (uint32), and its data; and the number of lost ones.
     """
     head, tail = struct.unpack_from("=QQ", ring, _DATA_HEAD)
     size = len(ring) - mmap.PAGESIZE
@@ -206,7 +206,7 @@ def take_records(ring: mmap.mmap) -> tuple[list[bytes], int]:
     while tail < head:
         at = tail % size
         kind, _, length = struct.unpack_from("=IHH", data, at)
-        # A record may go on at the beginning of the ring, but for its first eight bytes.
+        # A record may continue at the beginning of the ring, except its first eight bytes.
         record = (data[at : at + length] + data[: max(0, at + length - size)])[8:]
         if kind == PERF_RECORD_SAMPLE:
             samples.append(record)

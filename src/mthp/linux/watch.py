@@ -1,15 +1,15 @@
-"""A live process looked at again and again, for little more than reading its pagemap.
+"""Read a live process repeatedly, for little more than the cost of its pagemap.
 
-Of the two files that say what a page is, pagemap costs 7 ns a page and kpageflags 30 or more. But a page that nobody
-touched since the last look has the same word in pagemap: the same frame, the same bits. So only pagemap is read every
-time, its words are summed up for each PMD range, and all else is read only of the ranges whose sum is another one now.
-A sum is over products with random odd numbers, one for each place in the range: that two contents have the same is
-as likely as to guess a 64-bit number.
+Of the two files with the state of a page, pagemap costs 7 ns a page and kpageflags 30 or more. But an untouched page
+keeps its word in pagemap: the same frame, the same bits. So only pagemap is read every time, its words are summed up
+for each PMD range, and all else is read only for the ranges whose sum has changed.
+A sum is over products with random odd numbers, one for each place in the range: two contents have the same sum with the
+probability of guessing a 64-bit number.
 
-Three things change without a word of pagemap changing. A PMD entry may be replaced by PTEs of the same folio: the
-ranges that PMD entries map are asked about with PAGEMAP_SCAN every time, which for them costs next to nothing. A large
-folio may be split in place, and memory may be marked as lazily free: for these, one of every :data:`ROUNDS` ranges is
-read anew at each look, so they are seen, only later.
+Three changes leave pagemap's words unchanged. A PMD entry may be replaced by PTEs of the same folio: PAGEMAP_SCAN
+checks the ranges that PMD entries map every time, which for them costs next to nothing. A large folio may be split in
+place, and memory may be marked as lazily free: for these, one of every :data:`ROUNDS` ranges is read again each time,
+so they are seen later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mthp.linux.pagemap import Pagemap
 from mthp.ptes import Pte, PteColumns, Segment, in_range_blocks
 
 ROUNDS = 16
-"""Looks within which every range is read anew at least once."""
+"""Reads of the process within which every range is read fully at least once."""
 
 _Sums = NDArray[np.uint64]
 _Numbers = NDArray[np.int64]
@@ -47,7 +47,7 @@ class LiveWatch:
         self._seen = _Seen.nothing()
 
     def look(self, segments: Sequence[Segment]) -> Iterator[PteColumns]:
-        """As :meth:`mthp.abilities.Watch.look`."""
+        """Yield entries as :meth:`mthp.abilities.Watch.look` does."""
         seen: list[_Seen] = []
         for block in in_range_blocks(segments, self._geometry, READ_BLOCK):
             now = self._sums(block)
@@ -61,27 +61,27 @@ class LiveWatch:
         self._round += 1
 
     def _sums(self, block: Sequence[Segment]) -> _Seen:
-        """The PMD ranges of `block`, each with the sum of its words; whether they are huge is what it was."""
+        """Return the PMD ranges of `block`, each with the sum of its words, and huge if it was so before."""
         words = self._pagemap.read(block)
         windows = windows_of(block, self._geometry)
         n = self._geometry.ptes_per_pmd
         at = 0
         for start, end in block:
             first, count = start // self._geometry.page_size % n, (end - start) // self._geometry.page_size
-            # A word of none is 0 wherever it stands.
+            # A word of none is 0 with any factor.
             words[at : at + count] *= self._factors[first : first + count]
             at += count
         numbers = windows.page // n
         begins = np.flatnonzero(np.diff(numbers, prepend=-1))
         if not len(begins):
             return _Seen.nothing()
-        # Unmapping a window that held nothing changes a range too.
+        # Unmapping a window without pages changes a range too.
         sums = np.add.reduceat(words, windows.index[begins]) + np.add.reduceat(windows.count, begins).astype(np.uint64)
         ranges = numbers[begins]
         return _Seen(ranges, sums, self._seen.huge_at(ranges))
 
     def _changed(self, now: _Seen) -> NDArray[np.bool_]:
-        """Which ranges have another sum than at the last look, were split since then, or have their turn."""
+        """Return which ranges have another sum than the last time, were split since then, or have their turn."""
         changed = ~self._seen.same(now)
         changed |= (now.ranges + self._round) % ROUNDS == 0
         unsure = np.flatnonzero(now.huge & ~changed)
@@ -100,7 +100,7 @@ class LiveWatch:
         return still
 
     def _parts(self, ranges: _Numbers, block: Sequence[Segment]) -> list[Segment]:
-        """The parts of `block` that lie in `ranges`."""
+        """Return the parts of `block` that lie in `ranges`."""
         size = self._geometry.pmd_size
         breaks = np.flatnonzero(np.diff(ranges) != 1) + 1
         firsts, lasts = ranges[np.r_[0, breaks]], ranges[np.r_[breaks - 1, len(ranges) - 1]] + 1
@@ -116,7 +116,7 @@ class LiveWatch:
         return parts
 
     def _huge_ranges(self, columns: PteColumns) -> _Numbers:
-        """The numbers of the ranges of `columns` that one PMD entry maps whole."""
+        """Return the numbers of the ranges of `columns` that one PMD entry maps whole."""
         windows = windows_of(columns.segments, self._geometry)
         huge = (columns.state[windows.index] & np.uint16(Pte.PMD_MAPPED)) != 0
         huge &= windows.count == self._geometry.ptes_per_pmd
@@ -125,12 +125,12 @@ class LiveWatch:
 
 
 class _Seen:
-    """What was seen of some PMD ranges, by ascending number.
+    """The state of some PMD ranges at the last read, by ascending number.
 
     Args:
         ranges: int64, shape (ranges,): their numbers.
         sums: uint64, the same shape.
-        huge: bool, the same shape: a PMD entry maps it.
+        huge: whether a PMD entry maps the range: bool, the same shape.
     """
 
     def __init__(self, ranges: _Numbers, sums: _Sums, huge: NDArray[np.bool_]) -> None:
@@ -149,23 +149,23 @@ class _Seen:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ranges", "sums", "huge")))
 
     def _at(self, ranges: _Numbers) -> tuple[_Numbers, NDArray[np.bool_]]:
-        """Where each of `ranges` stands here, and whether it does."""
+        """Return the position of each of `ranges` here, and whether it is present."""
         at = np.minimum(np.searchsorted(self.ranges, ranges), max(0, len(self.ranges) - 1))
         return at, self.ranges[at] == ranges if len(self.ranges) else np.zeros(len(ranges), np.bool_)
 
     def same(self, now: _Seen) -> NDArray[np.bool_]:
-        """Which of `now` have the sum that they have here: bool, shape (ranges of now,)."""
+        """Return which of `now` have the same sum here: bool, shape (ranges of now,)."""
         at, there = self._at(now.ranges)
         if len(self.ranges):
             there = there & (self.sums[at] == now.sums)
         return there
 
     def huge_at(self, ranges: _Numbers) -> NDArray[np.bool_]:
-        """Which of `ranges` were huge: bool, shape (ranges,)."""
+        """Return which of `ranges` were huge: bool, shape (ranges,)."""
         at, there = self._at(ranges)
         return there & self.huge[at] if len(self.ranges) else there
 
     def with_huge(self, looked_at: _Numbers, huge: _Numbers) -> _Seen:
-        """The same once of the ranges `looked_at`, those in `huge` are known to be huge, and the others not to be."""
+        """Return the same with new knowledge: of the ranges `looked_at`, those in `huge` are huge, others are not."""
         known = np.isin(self.ranges, looked_at)
         return _Seen(self.ranges, self.sums, np.where(known, np.isin(self.ranges, huge), self.huge))
