@@ -1,4 +1,4 @@
-"""``mthp plan TARGET``: what a collapse would do: folios by order, bytes copied, bytes of bloat, ranges by outcome."""
+"""``mthp plan TARGET``: a predicted collapse: folios by order, bytes copied, bytes of bloat, ranges by outcome."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from mthp.units import format_size, percent
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """What `mthp collapse` would do of a plan.
+    """The part of a plan that `mthp collapse` would carry out, and its price.
 
     Attributes:
-        geometry: of the machine.
-        by_default: what it would do.
-        missing: what could not be seen, and what would make it visible.
-        move_hindrances: why the mover would not begin.
-        split_price: what splits would cost.
-        rss_after_bytes: what is resident of the whole target once all of the plan was made by splits, at most; None
-            where nothing is made by splits.
-        remade: what khugepaged would make huge again of the folios below the PMD size.
+        geometry: geometry of the machine.
+        by_default: the part within the default bounds.
+        missing: facts that could not be read, and what would make them readable.
+        move_hindrances: reasons for which the mover would not begin.
+        split_price: cost of splits.
+        rss_after_bytes: resident bytes of the whole target after splits made all of the plan, at most; None if nothing
+            is made by splits.
+        remade: folios below the PMD size that khugepaged would make huge again.
     """
 
     JSON: ClassVar = "by_default missing move_hindrances split_price rss_after_bytes remade"
@@ -56,7 +56,7 @@ class Now:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, and what `mthp collapse` would do of it.
+    """A plan, and the part of it that `mthp collapse` would carry out.
 
     Attributes:
         plan, now: as the object of a single target.
@@ -69,7 +69,7 @@ class Planned:
 
     @property
     def geometry(self) -> Geometry:
-        """The machine's."""
+        """Return the machine's geometry."""
         return self.plan.geometry
 
 
@@ -78,7 +78,7 @@ class PlanSum:
     """The sums of several plans.
 
     Attributes:
-        plans: of the targets.
+        plans: plans of the targets.
     """
 
     JSON: ClassVar = (
@@ -89,37 +89,37 @@ class PlanSum:
 
     @property
     def planned_bytes(self) -> int:
-        """Bytes in the PMD ranges that were planned."""
+        """Return the bytes in the PMD ranges that were planned."""
         return sum(plan.planned_bytes for plan in self.plans)
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes with contents in these."""
+        """Return the bytes with contents in these ranges."""
         return sum(plan.resident_bytes for plan in self.plans)
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes that would be copied."""
+        """Return the bytes that would be copied."""
         return sum(plan.copied_bytes for plan in self.plans)
 
     @property
     def filled_bytes(self) -> int:
-        """Bytes that resident memory would grow by."""
+        """Return the bytes that resident memory would grow by."""
         return sum(plan.filled_bytes for plan in self.plans)
 
     @property
     def already_bytes(self) -> int:
-        """Bytes that lie in folios of the sizes asked for already."""
+        """Return the bytes that already lie in folios of the requested sizes."""
         return sum(plan.already_bytes for plan in self.plans)
 
     @property
     def coverage(self) -> float:
-        """The share of all targets' memory in folios of the sizes asked for."""
+        """Return the share of all targets' memory in folios of the requested sizes."""
         return self._share([plan.before for plan in self.plans])
 
     @property
     def coverage_after(self) -> float:
-        """The same, once the plans are carried out."""
+        """Return the same share after the plans are carried out."""
         return self._share([plan.after for plan in self.plans])
 
     def _share(self, parts: list[Coverage]) -> float:
@@ -131,7 +131,7 @@ class Plans:
     """The plans of several targets.
 
     Attributes:
-        targets: the plan of each, or what went wrong.
+        targets: the plan of each, or its error.
         total: their sums.
     """
 
@@ -146,7 +146,7 @@ class Plans:
 @at_option
 @json_option
 def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: Any) -> int:
-    """Say what a collapse of each TARGET could do, what of it `mthp collapse` would do by default, and change nothing.
+    """Predict a collapse of each TARGET, and the part that `mthp collapse` would do by default. Changes nothing.
 
     A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Limits are the
     system's own unless given.
@@ -185,7 +185,7 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: 
 
 
 def _resident_after(space: AddressSpace, wanted: PlanOptions) -> int:
-    # Imported here: most plans need nothing of the lab, which takes time to load.
+    # Imported here, because the lab takes time to load and most plans do not need it.
     from mthp.lab.evaluate import resident_by_splitting
 
     return resident_by_splitting(space, wanted)

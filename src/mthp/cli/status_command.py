@@ -1,4 +1,4 @@
-"""``mthp status``: what the running daemon does and has done."""
+"""``mthp status``: the running daemon's state and work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mthp.units import format_size, percent
 @run_dir_option
 @json_option
 def command(run_dir: Path | None, as_json: bool) -> int:
-    """Say what the running daemon does: its targets, what was collapsed in each, what failed and why."""
+    """Show the running daemon's targets, what it collapsed in each, what failed and why."""
     status = ask_daemon("status", run_dir)
     if as_json:
         print_json("status", status)

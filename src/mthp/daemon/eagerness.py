@@ -1,17 +1,18 @@
-"""Eagerness: one number, 0 to 10, from which follow how much is filled, how fast it goes, and what is trimmed.
+"""Eagerness: one number, 0 to 10, that sets the fill limit, the pace and the trimming.
 
 0 only gives memory back. 10 fills as the kernel does where THP is ``always``, and gives nothing back. The number of a
-rule is the most that holds; the *level* that holds now is below it while memory is short:
+rule is the maximum; the current *level* is below it while memory is short:
 
-- *Pressure* is that of the target's own cgroup (memory.pressure, some avg10). It says that the target already waits for
-  memory, so that more of it must not be spent on filling.
-- *Free memory* of the machine says the same of what is to come: below a twentieth nothing is made.
+- *Pressure* is that of the target's own cgroup (memory.pressure, some avg10). It shows that the target already waits
+  for memory, so filling must not take more.
+- *Free memory* of the machine shows a shortage before it comes: below a twentieth nothing is made.
 
-Bloat is bounded by the same number: filling may add the share of what is resident that may be empty in a PMD range.
+Bloat is bounded by the same number: filling may add at most the share of the resident memory that may be empty in a PMD
+range.
 
-The level falls at once, because pressure hurts now, and rises slowly, because avg10 looks back 10 seconds: a level that
-rose as fast as it fell would be back before the effect of the last fall is seen, and would swing. A dead band keeps
-small changes of the measurement from moving it at all. The level that is wanted never grows with pressure, so after a
+The level falls at once, because pressure does harm at once, and rises slowly, because avg10 covers 10 seconds: a level
+that rose as fast as it fell would be back before the effect of the last fall is visible, and would swing. A dead band
+keeps small changes of the measurement from moving it at all. The wanted level never grows with pressure, so after a
 step of pressure the level moves in one direction and stops.
 
 :func:`next_level` and :func:`settings_at` are pure: no clock, no file.
@@ -24,25 +25,26 @@ from dataclasses import dataclass
 MOST = 10.0
 
 PRESSURE_BAND = (0.01, 0.10)
-"""Shares of time in which some task of the cgroup waits for memory: up to the first nothing is held back, from the
-second on nothing is made. The daemon rests at the second for the whole machine, too (max_memory_pressure)."""
+"""Shares of time in which some task of the cgroup waits for memory: up to the first the level is not reduced, from the
+second on nothing is made. The daemon rests at the second for the whole machine, too (max_memory_pressure).
+"""
 
 FREE_BAND = (0.05, 0.20)
-"""Shares of the machine's memory that are available: up to the first nothing is made, from the second on all is."""
+"""Available shares of the machine's memory: up to the first nothing is made, from the second on the level is full."""
 
 RISE_PER_SECOND = MOST / 30
-"""From 0 to 10 in 30 s, three times as long as what avg10 looks back."""
+"""From 0 to 10 in 30 s, three times the period of avg10."""
 
 DEAD_BAND = 0.5
-"""A level rises to this less than is wanted where that is little, and to all of it where that is what the rule says."""
+"""A level rises to this much below the wanted one if that is low, and all the way if that is the rule's number."""
 
 FIRST_BYTES_PER_SECOND = 16 << 20
-"""Bytes a second that are collapsed at level 1; each level doubles them, and 10 has no bound."""
+"""Bytes a second that are collapsed at level 1; each level doubles them, and 10 is unlimited."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What is measured of a target.
+    """Measured values of a target.
 
     Attributes:
         pressure: share of time in which some task of its cgroup waits for memory.
@@ -55,12 +57,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class LevelSettings:
-    """What a level means.
+    """The settings of a level.
 
     Attributes:
         makes: whether folios are made at all.
-        fill: the share of a PMD range that may be empty, and of what is resident that filling may add.
-        bytes_per_second: bytes collapsed a second at most; None for no bound.
+        fill: the share of a PMD range that may be empty, and of the resident memory that filling may add.
+        bytes_per_second: bytes collapsed a second at most; None for unlimited.
         trim: the share of zeroes from which a folio is trimmed; None for no trimming.
     """
 
@@ -71,12 +73,12 @@ class LevelSettings:
 
 
 def settings_at(level: float) -> LevelSettings:
-    """Return what holds at `level`. All of it grows with the level, and what is trimmed is never what is filled."""
+    """Return the settings at `level`. All grow with the level, and no filled page is trimmed at that level."""
     makes = level >= 1.0
-    # Cubed: most of what coverage gains comes with the first holes, most of the bloat with the last.
+    # Cubed, because the first holes add most of the coverage, and the last ones most of the bloat.
     fill = (level / MOST) ** 3 if makes else 0.0
     rate = None if level >= MOST else int(FIRST_BYTES_PER_SECOND * 2 ** max(level - 1.0, 0.0))
-    # A collapse fills at most half of the share from which a folio is trimmed, so nothing is above level 7.
+    # A collapse fills at most half of the share from which a folio is trimmed, so nothing is trimmed above level 7.
     trim = None if fill > 0.5 else max(0.5, 2 * fill)
     return LevelSettings(makes, fill, rate, trim)
 
@@ -90,11 +92,11 @@ def wanted_level(eagerness: float, measured: Measured) -> float:
 
 
 def next_level(level: float, eagerness: float, measured: Measured, seconds: float) -> float:
-    """Return the level after `seconds` more, in which this was measured: it falls at once, and rises slowly."""
+    """Return the level `seconds` later, under the measured values: it falls at once, and rises slowly."""
     wanted = wanted_level(eagerness, measured)
     if wanted <= level:
         return wanted
-    # No step, however late the measurement comes to its end: the band closes towards what the rule says.
+    # The band narrows towards the rule's number, so that the level never jumps, however late the measurement recovers.
     rises_to = wanted - DEAD_BAND * (1 - wanted / eagerness)
     return min(max(level, rises_to), level + RISE_PER_SECOND * seconds)
 

@@ -1,11 +1,11 @@
-"""Which processes the daemon works on, and how: rules, matched against what is known of a process.
+"""The processes that the daemon works on, and their settings: rules, matched against the properties of a process.
 
-A rule names properties of a process (:mod:`mthp.naming`); all that it names must fit.
+A rule names properties of a process (:mod:`mthp.naming`); all of them must fit.
 
 Of several rules that fit, one that denies wins; else the most specific one: a rule that names a PID goes before one
 that names an executable, that before a name, a container, a pod, a unit, a cgroup, a user; of two that name the same
-properties, the one with more characters that are no wildcards. Two rules that are equally specific, may fit the same
-process and want different things clash: such a file is refused, because it does not say which of them holds.
+properties, the one with more characters that are not wildcards. Two rules clash if they are equally specific, may fit
+the same process and have different settings: such a file is refused, because it does not decide between them.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ Limit = Annotated[int, "limit"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a process is worked on: the keys of ``[defaults]`` and of a ``[[rule]]``. None stands for the level above.
+    """Settings of a process: the keys of ``[defaults]`` and of a ``[[rule]]``. None stands for the level above.
 
     Attributes:
         policy: pmd-only, rfc, per-order, mainline, or one of your own.
         orders: the orders that may be made, ascending: "64K,2M"; "all", whatever switches and advice are; or "enabled",
-            what the machine's switches allow.
+            the orders that the machine's switches allow.
         max_ptes_none, max_ptes_swap, max_ptes_shared: limits, per PMD range; not set (None): the tunables.
-        mechanism: by what means. "auto" injects no code: the PMD size by madvise, below it split (Linux 6.12 with
+        mechanism: how blocks are made. "auto" injects no code: the PMD size by madvise, below it split (Linux 6.12 with
             debugfs) or else khugepaged (7.2, while no rate is set). "move": the sizes below the PMD size, by injected
             code that stops the process for max_pause. "madvise,move": both.
-        max_pause_ns: how long its threads may stand still at a time.
-        pause_share: the part of the time that they may stand still, above 0, up to 1.
-        max_bloat: how much it may grow by filling holes: a share of what is resident, bytes, or "none" (None) for no
+        max_pause_ns: longest time for which its threads may be stopped at once.
+        pause_share: the part of the time that they may be stopped, above 0, up to 1.
+        max_bloat: memory that filling holes may add: a share of the resident memory, bytes, or "none" (None) for no
             bound.
-        reserve: what must stay free below each memory limit of its cgroups and of the machine, as bytes or a share; not
-            set (None): 10%, within 64M and 1G.
-        max_threads: move no memory of a process with more threads; not set (None): what max_pause allows, 333 for each
-            millisecond.
+        reserve: memory that must stay free below each memory limit of its cgroups and of the machine, as bytes or a
+            share; not set (None): 10%, within 64M and 1G.
+        max_threads: move no memory of a process with more threads; not set (None): as many as max_pause allows, 333 for
+            each millisecond.
         eagerness: 0 to 10 sets max_ptes_none, max_bloat, trim and the rate, by how short memory is, and below 1 gives
             memory back even while none is short; 10 fills as the kernel does for "always". It is lowered while the
             process's cgroup waits for memory, or the machine has less than 20% available. Not set (None): these keys.
-        min_split_share: leave PMD ranges alone of whose contents less would lie in folios made by splits.
+        min_split_share: leave PMD ranges alone if a smaller share of their contents would lie in folios made by splits.
         rate: bytes collapsed in one process per second at most; not set (None): no bound.
-        trim: while memory is short, give back the pages of zeroes of large folios of which this share holds nothing
-            else; not set (None): no trimming. Collapses fill less than half of that, so that they make nothing that a
-            trim would undo.
-        heat: for that long see which memory is used (5% of a processor), and collapse that first: "5s", or by one
-            source alone "damon:5s", "idle:5s", "young:5s"; not set (None): go by fullness alone.
+        trim: while memory is short, give back the pages of zeroes of large folios in which this share of the pages
+            holds nothing else; not set (None): no trimming. Collapses fill less than half of that, so that they make
+            nothing that a trim would undo.
+        heat: time for which to observe which memory is used (5% of a processor), and collapse that first: "5s", or by
+            one source alone "damon:5s", "idle:5s", "young:5s"; not set (None): order by fullness alone.
     """
 
     policy: Annotated[str, known_policy] = "mainline"
@@ -84,10 +84,10 @@ class Rule:
     """One rule.
 
     Attributes:
-        name: how to call it to a person.
-        match: whom it is for.
+        name: name in messages.
+        match: properties of its processes.
         deny: leave these processes alone.
-        settings: how to work on them.
+        settings: settings for these processes.
     """
 
     name: str
@@ -120,12 +120,12 @@ class Rules:
             )
 
     def rule_for(self, facts: ProcessFacts) -> Rule | None:
-        """The rule that holds for a process; None if none fits."""
+        """Return the rule for a process; None if none fits."""
         return next((rule for rule in self.rules if rule.match.fits(facts)), None)
 
     @property
     def properties(self) -> frozenset[str]:
-        """The properties that any rule names, and so have to be found out of every process."""
+        """Return the properties that any rule names, and that must be read of every process."""
         return frozenset(name for rule in self.rules for name in rule.match.named)
 
 
