@@ -1,4 +1,4 @@
-"""A simulated machine: frames, address spaces, and the collapse path with everything that can fail in it.
+"""A simulated machine: frames, address spaces, and the whole collapse path.
 
 It is deterministic: the same calls lead to the same frames, counters and events on any machine
 (:mod:`~mthp.sim.state` computes a checksum). The parts, from the bottom up:

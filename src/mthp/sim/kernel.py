@@ -1,4 +1,4 @@
-"""Differences between kernels other than the policy: rules of releases, and of series built on a release.
+"""Differences between kernels other than the policy: rules of releases and series.
 
 A golden case has the release of its kernel, and the series if it was built with one. A series has its own policy, and
 the rules of the release that it was built on.

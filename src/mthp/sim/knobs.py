@@ -10,7 +10,7 @@ DEFRAG_WORDS = ("always", "defer", "defer+madvise", "madvise", "never")
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """Files of the transparent_hugepage directory and of ``/proc/sys/vm``, under their names, with their defaults.
+    """Files of transparent_hugepage and ``/proc/sys/vm``, with their defaults.
 
     Attributes:
         defrag: faults that compact and reclaim memory to get a large folio; khugepaged has its own setting.

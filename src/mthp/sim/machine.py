@@ -182,10 +182,10 @@ class Machine(SystemCalls):
         write: bool = True,
         contents: ArrayLike | None = None,
     ) -> Touched:
-        """Read or write many pages as a program, in order, until an access ends with a signal or memory runs out.
+        """Read or write many pages as a program, in order.
 
-        The result is that of as many calls of :meth:`read` or :meth:`write`, apart from the frame numbers, and much
-        faster.
+        Ends early if an access ends with a signal or memory runs out. The result is that of as many calls of
+        :meth:`read` or :meth:`write`, apart from the frame numbers, and much faster.
 
         Args:
             addresses: int64, shape (accesses,): address of one byte in each page.
@@ -270,7 +270,7 @@ class Machine(SystemCalls):
         del self.mms[mm.id]
 
     def pin(self, mm: Mm, address: int) -> int:
-        """Pin the page at `address` as I/O that writes to it does; return its frame, for :meth:`unpin`.
+        """Pin the page at `address` for I/O; return its frame, for :meth:`unpin`.
 
         Follows pin_user_pages() with FOLL_WRITE: the page is made present and exclusive, as for a write.
 

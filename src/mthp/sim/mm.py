@@ -143,7 +143,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Ptes:
-    """Some adjoining entries of one page table page, as views: writes go through to the table.
+    """Views of adjoining entries of one page table page: writes reach the table.
 
     Attributes:
         bits: uint16, shape (pages,): :class:`P`.

@@ -1,4 +1,4 @@
-"""The seam on the simulated machine: one of its address spaces as an :class:`~mthp.addrspace.AddressSpace`.
+"""The simulated machine's address spaces as :class:`~mthp.addrspace.AddressSpace`.
 
 Page tables and frames of the simulated machine take the place of pagemap and kpageflags, so everything above the seam
 runs on it as on a process: inspect, plan, collapse, the daemon.
@@ -218,7 +218,7 @@ class SimSpace(AddressSpace):
         return BlockOutcome(address, order, result, reason, elapsed_ns=self._parts.clock.now_ns - began)
 
     def attempt(self, address: int, order: int) -> BlockOutcome:
-        """Collapse one run of any order: at the PMD order as MADV_COLLAPSE does, below it by the same steps.
+        """Collapse one run of any order, by the steps of MADV_COLLAPSE.
 
         Raises:
             TargetVanishedError: the process exited.

@@ -283,7 +283,7 @@ def _unreadable() -> str:
 
 
 def _number(text: str, highest: int, *, lowest: int = 0) -> int:
-    """Return a number as kstrtoul() parses it: decimal digits, perhaps with a plus in front and one newline behind.
+    """Return a number as kstrtoul() parses it: ``[+]DIGITS[newline]``.
 
     Raises:
         OSError: EINVAL, also for a number out of range; ERANGE for one beyond an unsigned long.

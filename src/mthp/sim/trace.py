@@ -1,4 +1,4 @@
-"""Trace events of the collapse path, with the names and fields of ``include/trace/events/huge_memory.h``."""
+"""Trace events of the collapse path, as in ``include/trace/events/huge_memory.h``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The seam on a file: a snapshot (Parquet), or a recording of many steps (an Arrow stream); or a plain file of either.
+"""Snapshots and recordings: the seam on a file.
 
-The package can be called, because it has the name of a verb: ``mthp.snapshot(target, path)`` takes a snapshot. Type
-checkers do not accept a module as a callable: typed programs call :func:`mthp.take_snapshot`, which is the same.
+A snapshot is a Parquet file, a recording of many steps is an Arrow stream, and both can be plain files. The package can
+be called, because it has the name of a verb: ``mthp.snapshot(target, path)`` takes a snapshot. Type checkers do not
+accept a module as a callable: typed programs call :func:`mthp.take_snapshot`, which is the same.
 """
 
 import importlib

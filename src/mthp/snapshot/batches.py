@@ -1,4 +1,4 @@
-"""Checks of the batches of an Arrow stream by their headers, before Arrow reads and decompresses them.
+"""Checks of the batches of an Arrow stream before Arrow decompresses them.
 
 A message of the stream is a mark, the length of a header, the header and a body (Arrow Columnar Format, "Encapsulated
 message format"). The header is a FlatBuffer with the lengths of the body and of its buffers; a compressed buffer begins

@@ -1,4 +1,4 @@
-"""Bounds on the size of files of this package and of results; :mod:`mthp.bounded` documents how to raise them."""
+"""Bounds on the size of files and results; :mod:`mthp.bounded` documents how to raise them."""
 
 from __future__ import annotations
 

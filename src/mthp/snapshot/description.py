@@ -74,7 +74,9 @@ class SnapshotInfo:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The JSON object as a value. Fields are those of :class:`~mthp.addrspace.AddressSpace` if they share a name.
+    """The JSON object as a value.
+
+    Fields are those of :class:`~mthp.addrspace.AddressSpace` if they share a name.
 
     Attributes:
         recorded_at: UTC, ISO 8601.

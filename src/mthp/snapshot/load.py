@@ -44,7 +44,9 @@ def load(path: str | os.PathLike[str]) -> SnapshotSpace:
 
 
 def info(path: str | os.PathLike[str]) -> SnapshotInfo:
-    """Return the summary of the snapshot at `path`, from its description; damage elsewhere is not noticed.
+    """Return the summary of the snapshot at `path`, from its description only.
+
+    Damage elsewhere is not noticed.
 
     Raises:
         UsageError: see :func:`load`, as far as the description shows.
@@ -57,7 +59,9 @@ def info(path: str | os.PathLike[str]) -> SnapshotInfo:
 
 
 class SnapshotSpace(RecordedSpace):
-    """The address space in a file. It can be read and planned on, not collapsed; page frames are not recorded.
+    """The address space in a file.
+
+    It can be read and planned on, not collapsed; page frames are not recorded.
 
     Args:
         reader: an open file, closed with this.
@@ -79,7 +83,9 @@ class SnapshotSpace(RecordedSpace):
         return self._reader.info
 
     def read(self, segments: Sequence[Segment]) -> PteColumns:
-        """Return the entries of `segments` as recorded; addresses that were not mapped or not read then are none.
+        """Return the entries of `segments` as recorded.
+
+        Addresses that were not mapped or not read then are none.
 
         Raises:
             UsageError: the file was damaged since it was loaded.

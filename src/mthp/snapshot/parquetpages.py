@@ -1,9 +1,9 @@
-"""The decompressed sizes of the pages of a Parquet file, read from their headers before Arrow decompresses them.
+"""Decompressed sizes of the pages of a Parquet file, read from their headers.
 
 The footer has the size of each column chunk, compressed and not, but Arrow allocates by the header in front of each
-page: up to 2 GiB for every few kilobytes of file. So the headers are walked here. They are structures of Thrift's
-compact protocol (parquet.thrift, ``PageHeader``): field 2 is the decompressed size of the page, field 3 its size in the
-file. The other fields are parsed only to find the end of the header.
+page: up to 2 GiB for every few kilobytes of file. So the headers are walked before Arrow decompresses the pages. They
+are structures of Thrift's compact protocol (parquet.thrift, ``PageHeader``): field 2 is the decompressed size of the
+page, field 3 its size in the file. The other fields are parsed only to find the end of the header.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _DEPTH = 8
 
 
 def inflated_bytes(file: BinaryIO, chunk: Any) -> int:
-    """Return the decompressed size of the pages of a column chunk, or its size in the footer if that is larger.
+    """Return the decompressed size of a column chunk, in bytes.
+
+    It is the sum of the pages, or the size in the footer if that is larger.
 
     Args:
         chunk: pyarrow's metadata of the column chunk.

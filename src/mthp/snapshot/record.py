@@ -70,7 +70,7 @@ def _silent(done: int, total: int) -> None:
 
 
 def describe(space: AddressSpace, vmas: Sequence[Vma], heat: Heat | None = None) -> Description:
-    """Return the description of `space` at this moment, with these mappings and its measured heat.
+    """Return the current description of `space`, with these mappings and heat.
 
     Raises:
         TargetVanishedError: the process exited.

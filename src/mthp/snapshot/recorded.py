@@ -18,7 +18,9 @@ def _as_recorded(name: str) -> Any:
 
 
 class RecordedSpace(AddressSpace):
-    """The base of address spaces in files. They can be read and planned on, not collapsed; frames are not recorded.
+    """The base of address spaces in files.
+
+    They can be read and planned on, not collapsed; frames are not recorded.
 
     Args:
         description: recorded description of the target and its machine.

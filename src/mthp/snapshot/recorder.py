@@ -109,7 +109,9 @@ def record_series(
     sleep: Callable[[float], None] = time.sleep,
     cpu_clock: Clock = time.process_time,
 ) -> Recorded:
-    """Record `space` into a new file at `path` until `stop` returns True, the duration is over, or the target exits.
+    """Record `space` over time into a new file at `path`.
+
+    Ends when `stop` returns True, the duration is over, or the target exits.
 
     Args:
         overwrite: replace a regular file or a symbolic link of that name.

@@ -65,7 +65,9 @@ class Step:
 
 
 class Recording:
-    """A recording. Opening it reads the file once, to find its end; each space is read from the file again.
+    """A recording.
+
+    Opening it reads the file once, to find its end; each space is read from the file again.
 
     Attributes:
         path: path of the file.

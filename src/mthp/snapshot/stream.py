@@ -1,4 +1,4 @@
-"""The file of a recording: an Arrow IPC stream, which is readable up to its last complete batch.
+"""The file of a recording: an Arrow IPC stream, readable up to its last whole batch.
 
 A Parquet file has its description at its end, so half of one is useless. In Arrow's stream format every record batch is
 independent, behind a header with its length: if the writer is killed, or the disk is full, only the last batch is lost,
@@ -52,9 +52,10 @@ def is_recording(path: str | os.PathLike[str]) -> bool:
 
 
 class StreamWriter:
-    """Writes a recording step by step; each is in the file when :meth:`add` returns. A context manager.
+    """Writes a recording step by step. A context manager.
 
-    The file gets its name with the first step, so that only a readable file replaces an existing one.
+    A step is in the file when :meth:`add` returns. The file gets its name with the first step, so that only a readable
+    file replaces an existing one.
 
     Args:
         path: path of a new file, readable by its owner only.
@@ -183,7 +184,7 @@ class StreamReader:
             yield file, stream
 
     def steps(self) -> Iterator[tuple[Meta, Runs]]:
-        """Yield all complete steps, from the first one on; nothing after an incomplete step is read.
+        """Yield the steps up to the first incomplete one.
 
         Yields:
             The JSON object of a step, and its runs; their `vma` is not set. Where the file breaks off or is damaged,

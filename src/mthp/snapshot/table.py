@@ -71,7 +71,9 @@ def reading(path: str) -> Iterator[None]:
 
 
 class RunWriter:
-    """Writes runs into a file in row groups. A context manager; without :meth:`finish` the file is incomplete.
+    """Writes runs into a file in row groups. A context manager.
+
+    Without :meth:`finish` the file is incomplete.
 
     Args:
         file: open for writing, at its start.
@@ -93,12 +95,13 @@ class RunWriter:
             self._begin(file)
 
     def add(self, runs: Runs) -> None:
-        """Append runs that lie behind all before them. The last is held back, because the next block may extend it.
+        """Append runs that lie behind all before them.
 
         Raises:
             MthpError: the file cannot be written.
         """
         runs = joined(Runs.joined([self._tail, runs]))
+        # The last run is held back, because the next block may extend it.
         self._tail = runs[-1:]
         if len(runs) > 1:
             self._waiting.append(runs[:-1])
@@ -106,7 +109,7 @@ class RunWriter:
             self._flush()
 
     def finish(self, description: Description) -> Description:
-        """Write the remaining runs, then `description` with the number of pages; return that description.
+        """Write the remaining runs and `description`; return it with the number of pages.
 
         Raises:
             MthpError: the file cannot be written.

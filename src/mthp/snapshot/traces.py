@@ -270,7 +270,7 @@ def _example(path: str) -> str:
 
 
 def _nanoseconds(text: str) -> float:
-    """Return the nanoseconds in a time as damo writes it, such as ``2 m 19.834 s``, or a number of nanoseconds."""
+    """Return the nanoseconds in a time of damo, such as ``2 m 19.834 s`` or ``139834000000``."""
     if text.isdecimal():
         return float(text[:MOST_DIGITS])
     return sum(float(number) * _NANOSECONDS[unit] for number, unit in _TIME.findall(text))

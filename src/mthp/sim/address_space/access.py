@@ -100,10 +100,10 @@ class _Access:
         return Fault.DONE
 
     def allocate(self, *, write: bool) -> Fault:
-        """Map a new folio of the largest order that fits and can be allocated, or the zero page, at a none entry.
+        """Map a new folio, or the zero page, at a none entry.
 
-        Follows do_huge_pmd_anonymous_page() and do_anonymous_page(). A read gets a folio of the PMD order only if the
-        huge zero page is switched off.
+        The folio has the largest order that fits and can be allocated. Follows do_huge_pmd_anonymous_page() and
+        do_anonymous_page(). A read gets a folio of the PMD order only if the huge zero page is switched off.
         """
         if write:
             self.parts.anon_vma_prepare(self.mm, self.vma)

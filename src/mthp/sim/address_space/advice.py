@@ -50,9 +50,10 @@ def _dontneed(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
 
 
 def _pages_of_whole_folios(parts: Parts, mm: Mm, start: int, end: int, ptes: Ptes) -> NDArray[np.intp]:
-    """Return the entries of unshared folios that lie in the range as a whole: intp, shape (pages,).
+    """Return the entries of unshared folios that lie in the range as a whole.
 
     A large folio that lies there only partly is split, unless it is shared or has other users.
+    Entries are intp, shape (pages,).
     """
     offsets = np.flatnonzero(ptes.pages())
     pfns = ptes.value[offsets].astype(np.int64)

@@ -42,10 +42,10 @@ class SystemCalls:
         raise NotImplementedError
 
     def mmap(self, mm: Mm, size: int, *, flags: Iterable[str] = ()) -> int:
-        """Map `size` bytes in the highest free range; aligned to the PMD size if `size` is a multiple of it.
+        """Map `size` bytes in the highest free range.
 
         Returns:
-            The address, or the negative of EINVAL or ENOMEM.
+            The address, aligned to the PMD size if `size` is a multiple of it; or the negative of EINVAL or ENOMEM.
         """
         page = self.parts.geometry.page_size
         size = -(-size // page) * page
@@ -72,7 +72,7 @@ class SystemCalls:
     def mremap(
         self, mm: Mm, start: int, end: int, size: int, flags: Remap = Remap.MAYMOVE, new_address: int | None = None
     ) -> int:
-        """Resize the mapping of a range to `size` bytes, in place or elsewhere (:mod:`~mthp.sim.address_space.mremap`).
+        """Resize the mapping of a range (:mod:`~mthp.sim.address_space.mremap`).
 
         Returns:
             The new address, or the negative of an error number.

@@ -14,7 +14,7 @@ _MARKERS = P.GUARD | P.UFFD_MARKER
 
 
 def do_swap_page(parts: Parts, mm: Mm, vma: SimVma, address: int) -> bool:
-    """Read the page at the swap entry at `address`, perhaps with its neighbours, and map it for reading.
+    """Read and map the swapped page at `address`, perhaps with neighbours.
 
     Returns:
         False if the entry is a marker, or memory ran out.
@@ -88,7 +88,7 @@ def _folio_for(parts: Parts, mm: Mm, order: int, slot: int) -> int | None:
 
 
 def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -> list[int]:
-    """Return the orders that a folio read in for `address` may have, the largest first, without 0.
+    """Return the orders for a swap-in at `address`, the largest first, without 0.
 
     Follows thp_swapin_suitable_orders: the device is synchronous, userfaultfd is not armed, the mapping has all of the
     aligned block, and its entries refer to adjoining slots, aligned alike.

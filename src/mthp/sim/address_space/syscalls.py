@@ -54,7 +54,7 @@ def cut(parts: Parts, mm: Mm, address: int) -> None:
 
 
 def modify(parts: Parts, mm: Mm, start: int, end: int, change: Change) -> tuple[list[SimVma], int]:
-    """Change the mappings of a range: split those that extend beyond it, then merge equal neighbours (vma_modify).
+    """Change the mappings of a range, with splits and merges (vma_modify).
 
     Returns:
         The changed mappings before merging; bytes of the range that are mapped.
@@ -77,7 +77,7 @@ def modify(parts: Parts, mm: Mm, start: int, end: int, change: Change) -> tuple[
 
 
 def change_flags(parts: Parts, mm: Mm, start: int, end: int, add: set[str], remove: set[str]) -> int:
-    """Change the flags of the mappings in a range, as for MADV_HUGEPAGE or userfaultfd registration.
+    """Change mapping flags in a range, as for MADV_HUGEPAGE or userfaultfd.
 
     Returns:
         0 or EINVAL; ENOMEM if some of the range is not mapped; the mapped part was changed.

@@ -43,11 +43,11 @@ class Touched:
 
 
 def touch(parts: Parts, mm: Mm, addresses: NDArray[np.int64], contents: NDArray[np.uint32] | None) -> Touched:
-    """Read the pages at `addresses`, or write `contents` to them, up to the first access that ends with a signal.
+    """Read or write pages, up to the first access that ends with a signal.
 
     Args:
         addresses: int64, shape (accesses,), in the order in which they happen.
-        contents: uint32, same shape; None to read.
+        contents: uint32, same shape: new contents; None to read.
     """
     pages = addresses // parts.geometry.page_size
     done = 0
@@ -101,7 +101,7 @@ class _Block:
         self.page_size = parts.geometry.page_size
 
     def run(self) -> tuple[int, Fault]:
-        """Run the accesses through the first that may end with a signal; return the number done and the outcome."""
+        """Run accesses through the first that may end with a signal; return the number done and the outcome."""
         strange = np.flatnonzero(self.strange())
         together = int(strange[0]) if len(strange) else len(self.pages)
         rest = self.pages[together : together + 1]

@@ -1,1 +1,1 @@
-"""Allocation of folios when memory is short (compaction, migration, reclaim), and deliberate fragmentation."""
+"""Allocation when memory is short, compaction, migration, reclaim, and deliberate fragmentation."""

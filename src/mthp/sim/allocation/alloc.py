@@ -47,7 +47,7 @@ def _small(parts: Parts, nodes: Sequence[int]) -> int | None:
 
 
 def _large(parts: Parts, order: int, nodes: Sequence[int]) -> int | None:
-    """Allocate a large folio after compaction, then after reclaim of its size, then after compaction once more."""
+    """Allocate a large folio after compaction, then after reclaim, then after compaction again."""
     if compact(parts, order, nodes) and (head := parts.memory.alloc(order, nodes)) is not None:
         return head
     if not reclaim(parts, 2 << order):
@@ -59,10 +59,13 @@ def _large(parts: Parts, order: int, nodes: Sequence[int]) -> int | None:
 
 
 def charge(parts: Parts, head: int, cgroup: int, *, may_wait: bool) -> bool:
-    """Charge a new folio to a memory cgroup (mem_cgroup_charge); False if it, or an ancestor, is at its limit.
+    """Charge a new folio to a memory cgroup (mem_cgroup_charge).
 
     Args:
         may_wait: reclaim memory of the cgroup that is at its limit.
+
+    Returns:
+        False if the cgroup, or an ancestor, is at its limit.
     """
     memory = parts.memory
     for _ in range(_RETRIES):
@@ -87,9 +90,9 @@ def new_folio(parts: Parts, order: int, cgroup: int, *, may_wait: bool) -> int |
 
 
 def take_folios(parts: Parts, order: int, cgroup: int, count: int) -> Frames:
-    """Allocate many folios of one order, each with one reference, charged and cleared, without compaction or reclaim.
+    """Allocate many folios of one order, without compaction or reclaim.
 
-    For the rest, the caller allocates them one by one.
+    Each has one reference, and is charged and cleared. The caller allocates the rest one by one.
 
     Returns:
         int64, shape (folios,): their heads; `count` or fewer.

@@ -45,7 +45,7 @@ def compact_all(parts: Parts) -> None:
 
 
 def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
-    """Free a block of `order` in one zone, unless compaction is deferred or too few free frames are left as targets."""
+    """Free a block of `order` in one zone, unless compaction is deferred or the zone has too few free frames."""
     state, size = zone.compaction, 1 << order
     if order > zone.max_order or zone.free_frames < zone.reserve + zone.watermarks.min + 2 * size:
         return False
@@ -64,9 +64,10 @@ def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
 
 
 def _stretches(zone: Zone, cursor: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of the zone, (first frame, end), from the block at the cursor to its end, then from its start.
+    """Yield ranges of the zone, (first frame, end), beginning at the cursor.
 
-    The first range is one block, because that usually suffices; the following ones grow.
+    They go to the zone's end, then continue from its start. The first range is one block, because that usually
+    suffices; the following ones grow.
     """
     begin, step = cursor & -size, size
     for at, end in ((begin, zone.end), (zone.start, begin)):

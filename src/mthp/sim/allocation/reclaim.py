@@ -226,7 +226,7 @@ def _count_out(parts: Parts, pages: int) -> None:
 
 
 def evict_folio(parts: Parts, head: int) -> bool:
-    """Evict one folio from all address spaces; a large one that cannot go as a whole is split and goes page by page.
+    """Evict one folio from all address spaces, or split it and evict its pages.
 
     Returns:
         Whether any of it was evicted.

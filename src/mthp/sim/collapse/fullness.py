@@ -1,4 +1,4 @@
-"""Which runs of some PMD ranges are full enough for a policy, computed by order when the walk reaches the order."""
+"""Which runs of some PMD ranges are full enough for a policy, computed when the walk reaches their order."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Attempt:
         self.parts.clock.spend("free_folio")
 
     def alloc_charge(self, node_load: NDArray[np.int64]) -> int | ScanResult:
-        """Allocate a folio for the run, on a node that holds most pages of the PMD range; return why not on failure."""
+        """Allocate a folio for the run, on a node with most pages of the PMD range; return it, or why not."""
         nodes = np.flatnonzero(node_load == node_load.max()).tolist()
         may_wait = self.rules.forced or self.parts.tunables.defrag
         folio = take_folio(self.parts, self.order, nodes, may_wait=may_wait)

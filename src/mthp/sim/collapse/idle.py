@@ -141,7 +141,7 @@ def _attempts(parts: Parts, seen: _Idle, count: int, start: int) -> tuple[BlockO
 
 
 def _without_tables(pmds: NDArray[np.uint8]) -> _Idle:
-    """Return results for ranges without page tables: those not mapped, and those that one PMD entry maps.
+    """Return results for ranges that are not mapped, or mapped by a PMD entry.
 
     Args:
         pmds: uint8 :class:`Pmd`, shape (ranges,).
@@ -286,7 +286,7 @@ def _ordinary_one_by_one(memory: Memory, values: NDArray[np.uint32], none: Bits)
 def _nothing_to_do(
     parts: Parts, mm: Mm, control: CollapseControl, pages: Bits, values: NDArray[np.uint32]
 ) -> tuple[Bits, dict[int, Bits]]:
-    """Return the ranges without a run to collapse, and the runs that are tried there all the same.
+    """Return the ranges without a run to collapse, and the runs tried in them.
 
     Follows the walk: a run that is full enough is tried. If its first page lies in a folio of the order, its halves are
     not tried, unless the policy tries halves after failures.
@@ -336,9 +336,10 @@ def _can_be_tried_in_vain(parts: Parts, mm: Mm, order: int, pages: Bits, values:
 
 
 def _nth_set(packed: NDArray[np.uint8], counts: NDArray[np.uint8], before: int) -> NDArray[np.int64]:
-    """Return the position in each row of the set bit with `before` set bits in front of it: int64, shape (rows,).
+    """Return the position of set bit number `before` of each row: int64, shape (rows,).
 
     Args:
+        before: number of the set bit, from 0.
         packed: uint8, shape (rows, bytes): bit i of byte j is position 8 * j + i; each row has enough set bits.
         counts: uint8, same shape: set bits of each byte.
     """

@@ -1,4 +1,4 @@
-"""In-place splits in one address space, as mthp makes them in processes: down to planned orders, or to trim folios."""
+"""In-place splits in one address space, down to planned orders or to trim folios, as mthp makes them in processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mthp.trimming import TrimBy, in_use
 def divide(
     parts: Parts, mm: Mm, folio: Block, head: int, layout: NDArray[np.int8], calls_ns: list[int]
 ) -> list[tuple[int, int]]:
-    """Split a folio until no page lies in a larger folio than in `layout`, the largest parts first.
+    """Split a folio down to the orders of `layout`, the largest parts first.
 
     Args:
         folio: address and order of the folio.
@@ -50,7 +50,7 @@ def divide(
 
 
 def trim_folio(parts: Parts, mm: Mm, folio: Block, head: int, zero: NDArray[np.bool_], by: TrimBy) -> tuple[int, int]:
-    """Split a folio to free its pages of zeroes; return 0 or an error number, and the simulated nanoseconds used.
+    """Split a folio to free its pages of zeroes; return (errno or 0, simulated nanoseconds).
 
     Args:
         folio, head: as for :func:`divide`.

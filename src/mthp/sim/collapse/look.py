@@ -1,4 +1,4 @@
-"""One scan of adjoining page table entries: the first entry that fails a check, and the counts up to it.
+"""One scan of page table entries: the first failing entry, and counts up to it.
 
 The scan of a PMD range and the isolation of a run go over the entries in the same manner: they count none, swap and
 shared entries against limits, and end at the first entry that fails a check. They differ in the limits and in the order
@@ -107,7 +107,7 @@ def isolate_look(
 
 
 def _begins_with_large(parts: Parts, ptes: Ptes, large: int) -> bool:
-    """Return whether the first entry shows that the run has a folio of this order or larger.
+    """Return whether the run begins with a folio of this order or larger.
 
     It mostly does where an earlier scan made folios. The checks before that one must pass: userfaultfd, lazyfree,
     shared folios.

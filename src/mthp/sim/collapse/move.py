@@ -1,8 +1,9 @@
-"""The mover on the simulated machine, for blocks in no whole PMD range of their mapping, which no kernel collapses.
+"""The mover on the simulated machine.
 
-The pages of a block become one folio by the steps of a collapse. The conditions differ: the mapping has to cover the
-block, not the PMD range, and be one that the mover accepts (:mod:`mthp.movechecks`); swap entries are not read, shared
-pages are not copied, and holes are filled only on request.
+It makes blocks in no whole PMD range of their mapping, which no kernel collapses. The pages of a block become one folio
+by the steps of a collapse. The conditions differ: the mapping has to cover the block, not the PMD range, and be one
+that the mover accepts (:mod:`mthp.movechecks`); swap entries are not read, shared pages are not copied, and holes are
+filled only on request.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mthp.sim.parts import Parts
 
 
 def move_block(parts: Parts, mm: Mm, address: int, order: int, *, fill: bool) -> tuple[ScanResult, str]:
-    """Make one folio of the aligned block at `address`; return the result, and the reason if it has one.
+    """Make one folio of the aligned block at `address`; return result and reason.
 
     Args:
         order: order of the folio, below the PMD order.

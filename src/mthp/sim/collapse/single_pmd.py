@@ -93,10 +93,11 @@ def collapse_single_pmd(target: RangeTarget, address: int, policy: Policy, rules
 
 
 def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Policy, rules: Rules) -> ScanResult:
-    """Walk over a scanned PMD range and try the runs that are full enough, the larger before the smaller.
+    """Walk over a scanned PMD range and try the runs that are full enough.
 
-    At an offset the orders are tried downwards. Behind a run that was collapsed, that has a large folio already, or at
-    which the smallest order failed, the walk continues with the largest order that the new offset's alignment allows.
+    At an offset, larger orders are tried before smaller ones. Behind a run that was collapsed, that has a large folio
+    already, or at which the smallest order failed, the walk continues with the largest order that the new offset's
+    alignment allows.
     """
     assert scan.fullness is not None, "only a range that passed the scan is walked"
     geometry = rules.geometry
@@ -133,11 +134,12 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
 def scan_runs(
     target: RangeTarget, address: int, scan: RangeScan, policy: Policy, rules: Rules
 ) -> tuple[RangeScan, ScanResult]:
-    """Scan a run and try to collapse it, run after run (hpage_collapse_scan_ptes of Dev Jain's series).
+    """Scan and try to collapse one run after another.
 
-    It begins with the largest order. An order that fails is not tried again, and when none is left, the walk ends.
-    Behind a run that was collapsed or skipped it continues with the order of the address's alignment if that is left,
-    else with the largest order left. An attempt that reaches the range's end is the last.
+    Follows hpage_collapse_scan_ptes() of Dev Jain's series. It begins with the largest order. An order that fails is
+    not tried again, and when none is left, the walk ends. Behind a run that was collapsed or skipped it continues with
+    the order of the address's alignment if that is left, else with the largest order left. An attempt that reaches the
+    range's end is the last.
 
     Returns:
         The scan of the last run, and the result of the range.

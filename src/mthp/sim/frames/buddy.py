@@ -1,4 +1,4 @@
-"""The binary buddy allocator: free blocks of 2**order frames, split on the way down and merged on the way up.
+"""The binary buddy allocator: free blocks of 2**order frames.
 
 Follows the shape of mm/page_alloc.c: the frame number of a block's buddy differs in the bit of the block's order; a
 freed block is merged with its buddy while that is free and of the same order. A zone allocates nothing that would
@@ -86,10 +86,13 @@ class Zone:
         return self.start + self.frames
 
     def alloc(self, order: int, *, low: bool = False) -> int | None:
-        """Take a block of `order`; return its first frame, or None if there is none or the watermark forbids it.
+        """Take a block of `order`; return its first frame, or None.
 
         Args:
             low: keep to the ``low`` watermark instead of ``min``.
+
+        Returns:
+            None if no block is free or the watermark forbids it.
         """
         at = self._order_of_block(order, low=low)
         if at is None:
@@ -183,9 +186,10 @@ class Zone:
         return claimed
 
     def unusable_index(self, order: int) -> float:
-        """Return the share of free memory in blocks too small for `order` (unusable_free_index, mm/vmstat.c).
+        """Return the share of free memory in blocks too small for `order`.
 
-        0: all of it can be allocated in blocks of that order. 1: none can, or no memory is free.
+        Follows unusable_free_index() (mm/vmstat.c). 0: all of it can be allocated in blocks of that order. 1: none can,
+        or no memory is free.
         """
         if not self.free_frames:
             return 1.0

@@ -116,9 +116,9 @@ class Swap:
         self._memory.refcount[head] += size
 
     def free_cache(self, head: int) -> bool:
-        """Remove a folio from the swap cache if no entry refers to its slots; return whether it was (folio_free_swap).
+        """Remove a folio with unused slots from the swap cache (folio_free_swap).
 
-        The caller has a reference of its own.
+        The caller has a reference of its own. Return whether it was removed.
         """
         if not self._memory.has(head, Fl.SWAPCACHE):
             return False

@@ -383,7 +383,7 @@ def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
 
 
 def _check_events(events: list[Any]) -> None:
-    """Check that events are lists of a known name, an order, the values of that name, and a number of repetitions."""
+    """Check that each event is a list of a name, an order, its values and the repetitions."""
     for event in events:
         length = EVENT_WORDS.get(event[0]) if isinstance(event, list) and event and isinstance(event[0], str) else None
         if length is None or len(event) != length or not isinstance(event[1], int) or not isinstance(event[-1], int):

@@ -1,4 +1,4 @@
-"""Replay of golden cases of real kernels: stage the state before, trigger, and compare everything afterwards.
+"""Replay of golden cases: stage the state, trigger, and compare with the record.
 
 A case (one JSON object of a golden file) is one PMD range of one mapping, and up to three passes of khugepaged, or
 calls of MADV_COLLAPSE, with everything that the kernel shows of them: the order of the folio at every page, the scan's
@@ -187,7 +187,7 @@ def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writab
 
 
 def _up_to(entry: int, wanted: dict[str, Any], found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a pass did before it read beyond the page table: the orders in front of `entry`, and the events."""
+    """Return the orders in front of `entry`, and the events, recorded and found."""
     events = found["events"]
     early = {"orders": runs_of(expanded(found["orders"])[:entry]), "events": events}
     recorded = wanted.get("events", events)[: len(events)]

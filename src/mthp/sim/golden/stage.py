@@ -1,4 +1,4 @@
-"""The state of a golden case, built from the frames up, and what pagemap and kpageflags would show of it.
+"""The state of a golden case, built from the frames up, and observed.
 
 A *stage* is a machine with one mapping of one PMD range, and a child process that shares some of its pages. The events
 that led a kernel to a state (a fault, a fork, MADV_FREE, a pin) are not repeated: pages get the flags and references

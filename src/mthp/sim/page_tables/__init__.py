@@ -1,1 +1,1 @@
-"""Page tables: finding, removing and splitting the entries that map a frame, and reading them through the seam."""
+"""Page tables: finding, removing, splitting and reading entries."""

@@ -34,7 +34,7 @@ def columns_of(parts: Parts, mm: Mm, segments: Sequence[Segment]) -> PteColumns:
 
 
 def tables_in(mm: Mm, first: int, end: int, ptes_per_pmd: int) -> Iterator[tuple[Table, int, int]]:
-    """Yield the page tables that hold pages `first` to `end` (excluded): (table, first page, page behind the last)."""
+    """Yield (table, first page, page behind the last) for the tables of pages `first` to `end`."""
     for table in mm.tables:
         low = max(first, table.first * ptes_per_pmd)
         high = min(end, (table.last + 1) * ptes_per_pmd)

@@ -35,7 +35,7 @@ _INHERITED = (
 
 
 def unexplained_references(parts: Parts, head: int) -> int:
-    """Return the number of references that neither mappings nor the swap cache explain: pins and other users."""
+    """Return the number of references of pins and other users, beyond mappings and the swap cache."""
     memory = parts.memory
     of_mappings = int(parts.rmap.mapcounts(np.array([head]), np.array([head]))[0])
     of_cache = memory.size(head) if memory.has(head, Fl.SWAPCACHE) else 0
@@ -43,9 +43,10 @@ def unexplained_references(parts: Parts, head: int) -> int:
 
 
 def split_folio(parts: Parts, head: int, order: int = 0, at: int | None = None) -> bool:
-    """Split a large folio; unmapped pages are freed, and base pages of zeroes become the zero page.
+    """Split a large folio; return whether it was split.
 
-    Follows __folio_split() (mm/huge_memory.c). A folio that another path has locked is left alone and not counted.
+    Unmapped pages are freed, and base pages of zeroes become the zero page. Follows __folio_split()
+    (mm/huge_memory.c). A folio that another path has locked is left alone and not counted.
 
     Args:
         order: order of the new folios.
@@ -84,10 +85,11 @@ def split_folio(parts: Parts, head: int, order: int = 0, at: int | None = None) 
 
 
 def _unmap(parts: Parts, mapped: list[Mapped], head: int) -> bool:
-    """Split the PMD entries that map a folio; return whether all its mappings could be removed (unmap_folio).
+    """Remove all mappings of a folio (unmap_folio); return whether that succeeded.
 
-    PTEs are removed one after another, so the folio is partially mapped for a moment. A locked mapping takes the
-    folio's mlock with it; when restored, it locks base pages only (folio_add_anon_rmap_ptes, mm/rmap.c).
+    PMD entries are split first. PTEs are removed one after another, so the folio is partially mapped for a moment. A
+    locked mapping takes the folio's mlock with it; when restored, it locks base pages only (folio_add_anon_rmap_ptes,
+    mm/rmap.c).
     """
     memory, by_pmd = parts.memory, False
     for number, mapping in enumerate(mapped, 1):

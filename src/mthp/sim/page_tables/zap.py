@@ -31,7 +31,7 @@ def split_at(parts: Parts, mm: Mm, start: int, end: int) -> None:
 
 
 def zap(parts: Parts, mm: Mm, start: int, end: int, *, keep_guards: bool = False) -> None:
-    """Unmap a range of addresses (zap_page_range_single), and free pages and slots that have no other user.
+    """Unmap a range, and free unused pages and slots (zap_page_range_single).
 
     Args:
         keep_guards: leave guard markers, as MADV_DONTNEED does.
