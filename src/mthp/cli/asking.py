@@ -25,7 +25,7 @@ run_dir_option = click.option(
 
 
 def ask_daemon(command: str, run_dir: Path | None) -> dict[str, Any]:
-    """Return the answer of the daemon whose socket is in `run_dir`."""
+    """Return the answer of the daemon with its socket in `run_dir`."""
     from mthp.daemon.control import NAME, ask
     from mthp.linux.journal.files import default_root
 

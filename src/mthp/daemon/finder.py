@@ -33,7 +33,7 @@ REMATCH_SECONDS = 10.0
 """Seconds between two listings of all processes, for changes without an event."""
 
 TOLD_OF = frozenset(("pid", "comm", "exe"))
-"""Properties whose change is a kernel event. The others change without one: a process is moved to another control
+"""Properties with changes that are kernel events. The others change without one: a process is moved to another control
 group, and the log of a container is linked after it has started.
 """
 

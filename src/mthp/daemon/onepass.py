@@ -1,9 +1,8 @@
-"""One way through a target: its address space, opened, and the PMD ranges that are left to do in it.
+"""One pass through a target: its open address space, and the PMD ranges that are left to scan in it.
 
-What is worth a look is sorted by how full it is, the fullest first, so that a budget buys as much as it can; ranges
-that are about equally full are gone through by address, so that neighbours are read and moved together. Scanning and
-collapsing is the engine's (:class:`mthp.engine.visit.Visit`); here is what the daemon adds: the switches and
-tunables X
+Ranges are sorted by fullness, the fullest first, so that a budget makes the most of its bytes; ranges that are about
+equally full are done by address, so that neighbours are read and moved together. The engine scans and collapses
+(:class:`mthp.engine.visit.Visit`); this module adds the current switches and tunables, the rule's limits and the heat.
 """
 
 from __future__ import annotations
@@ -34,14 +33,15 @@ from mthp.tunables import Switches, Tunables
 from mthp.vma import VmaKind
 
 TRIM_DISTANCE = 0.5
-"""Where folios are trimmed, a collapse fills at most this part of the share of zeroes at which they are: what is made
-stays, although some of its pages come to hold zeroes."""
+"""Part of the share of zeroes from which folios are trimmed that a collapse may fill, so that new folios are not
+trimmed although some of their pages come to hold zeroes.
+"""
 
 _FULLNESS_STEPS = 4
-"""So many classes of fullness are told apart."""
+"""Classes of fullness."""
 
 _HEAT_STEPS = 8
-"""And of heat, each half as hot as the one above; what is colder than all of them, or not used, is one class more."""
+"""Classes of heat, each half as hot as the one above; one more is for memory that is colder or not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class LeftAlone:
     """Mappings in which nothing may be made, for one reason.
 
     Attributes:
-        reason: why.
-        mappings: how many.
-        bytes: of them.
+        reason: the reason.
+        mappings: number of mappings.
+        bytes: size of the mappings.
     """
 
     reason: str
@@ -60,24 +60,24 @@ class LeftAlone:
 
 
 class Pass:
-    """One way through a target.
+    """One pass through a target.
 
     Args:
-        environment: what all targets share.
-        pid: of the target.
-        settings: how it is worked on.
-        bloat_left: tells how many bytes filling may still add; None for no bound.
+        environment: state that all targets share.
+        pid: PID of the target.
+        settings: settings of the target.
+        bloat_left: returns the bytes that filling may still add; None for unlimited.
 
     Attributes:
-        space: its address space, opened; closed with this.
-        means: by what means blocks are collapsed.
+        space: open address space of the target; closed with this.
+        means: means of collapsing blocks.
         out_of_memory: the limit at which a charge failed, which ends the pass; ``""`` if none did.
-        reasons: why attempts failed or were not made, where there is more to say than their result.
+        reasons: reasons beyond the scan result for failed and refused attempts, with the number of times.
         unadvised: whether folios below the PMD order are made in advised memory only.
         eligible: whether :meth:`outline` found a mapping in which folios may be made.
 
     Raises:
-        TargetVanishedError, NotPermittedError, UnsupportedError: it cannot be opened.
+        TargetVanishedError, NotPermittedError, UnsupportedError: the address space cannot be opened.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Pass:
 
     @property
     def makes(self) -> frozenset[int]:
-        """The orders that the rule's mechanism makes."""
+        """Return the orders that the rule's mechanism makes."""
         return frozenset(order for order, mechanism in self._mechanisms.items() if mechanism is not None)
 
     def _orders(self) -> tuple[int, ...] | str:
@@ -143,7 +143,7 @@ class Pass:
 
     @property
     def needs_move(self) -> str:
-        """Which sizes the rule's mechanism does not make, with the price of the mover; ``""`` if it makes all."""
+        """Return the sizes that the rule's mechanism does not make, with the price of the mover; ``""`` if none."""
         geometry = self._environment.geometry
         left = sorted(self._wanted - {geometry.pmd_order} - self.makes)
         if not left:
@@ -153,12 +153,12 @@ class Pass:
 
     @property
     def _wanted(self) -> frozenset[int]:
-        """The orders that the rule, or the system's switches, want."""
+        """Return the orders that the rule, or the system's switches, want."""
         orders = self._settings.orders
         return frozenset(self._environment.switches.orders(advised=True) if isinstance(orders, str) else orders)
 
     def _tell_of_khugepaged(self) -> None:
-        """Say once that the kernel's khugepaged is driven, which concerns all processes."""
+        """Print once that the kernel's khugepaged is driven, because that affects all processes."""
         geometry = self._environment.geometry
         driven = sorted(order for order in self._wanted if self._mechanisms.get(order) == "khugepaged")
         if driven:
@@ -169,13 +169,13 @@ class Pass:
             )
 
     def govern(self) -> None:
-        """Have the switches and tunables of this moment hold from now on."""
+        """Apply the current switches and tunables from now on."""
         if (choice := self._choice()) != self._visit.choice:
             self._visit.choice = choice
             self._visit.forget()
 
     def outline(self) -> Outline:
-        """The outline of all that may be collapsed."""
+        """Return the outline of all that may be collapsed."""
         segments: list[Segment] = []
         address = 0
         if self._visit.thp_disabled:
@@ -187,7 +187,7 @@ class Pass:
         return self.space.outline(segments)
 
     def todo(self, outline: Outline, broken: NDArray[np.bool_], heat: Heat | None = None) -> None:
-        """Do these ranges: `broken` ones first (bool, shape (ranges,)), then the hottest, then the fullest.
+        """Set the ranges to scan: `broken` ones first (bool, shape (ranges,)), then the hottest, then the fullest.
 
         Ranges of one class of heat and fullness are done by address, so that neighbours are read and moved together.
         """
@@ -204,7 +204,7 @@ class Pass:
 
     @property
     def left_alone(self) -> list[LeftAlone]:
-        """The mappings in which nothing may be made, by reason.
+        """Return the mappings in which nothing may be made, by reason.
 
         Anonymous memory comes first, and the most memory.
         """
@@ -214,26 +214,26 @@ class Pass:
 
     @property
     def has_room(self) -> bool:
-        """Whether an anonymous mapping of the target is as large as a PMD range."""
+        """Return whether an anonymous mapping of the target is as large as a PMD range."""
         return self._visit.has_room
 
     @property
     def touching(self) -> bool:
-        """Whether the target's memory is being worked on at this moment; callable from any thread."""
+        """Return whether the target's memory is being worked on at this moment; callable from any thread."""
         return self._visit.touching
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Return whether no range is left."""
         return not self._stretches
 
     @property
     def gain(self) -> int:
-        """Pages in the next stretch to do."""
+        """Return the present pages in the next stretch."""
         return self._stretches[-1][1] if self._stretches else 0
 
     def piece(self, ranges: int) -> list[tuple[Passage, Outline]]:
-        """Scan so many ranges at most: what came of them, and their outline afterwards."""
+        """Scan at most `ranges` PMD ranges; return the result of each stretch, and its outline afterwards."""
         size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
         done: list[tuple[Passage, Outline]] = []
         self._admission.renew()
@@ -254,7 +254,7 @@ class Pass:
         trim = self._settings.trim
         if trim is not None and candidate.filled > trim * TRIM_DISTANCE * (1 << candidate.order):
             return ScanResult.EXCEED_NONE_PTE
-        # It chooses the ranges itself, so it fills nothing where a budget is to be kept.
+        # khugepaged chooses the ranges itself, so it must not fill anything if there is a budget.
         by_khugepaged = self._mechanisms.get(candidate.order) == "khugepaged"
         if by_khugepaged and candidate.filled and self.means.max_bloat is not None:
             return ScanResult.EXCEED_NONE_PTE
@@ -264,7 +264,7 @@ class Pass:
         return result
 
     def _note(self, attempts: Sequence[BlockOutcome]) -> None:
-        """Note why attempts failed, and what that means for those that follow."""
+        """Note the reasons of failed attempts, and their consequences for the next attempts."""
         self.reasons.update(attempt.reason for attempt in attempts if attempt.reason)
         if any(attempt.reason == thp_unadvised.REASON for attempt in attempts):
             self.only_advised()
@@ -273,30 +273,30 @@ class Pass:
             self._stretches.clear()
 
     def close(self) -> None:
-        """Let go of the address space."""
+        """Close the address space."""
         self.space.close()
 
 
 def governed(environment: Environment, makes: Collection[int]) -> tuple[Switches, Tunables]:
-    """Return the switches and tunables that hold for a target: sizes that its mechanism does not make are off.
+    """Return the effective switches and tunables for a target: sizes that its mechanism does not make are off.
 
     Args:
-        makes: the orders that it makes.
+        makes: the orders that the mechanism makes.
     """
     sizes = {order: word if order in makes else "never" for order, word in environment.switches.sizes.items()}
     return replace(environment.switches, sizes=sizes), environment.tunables
 
 
 def decided_by(environment: Environment, makes: Collection[int]) -> object:
-    """Return what of :func:`governed` decides what is done in a target, to be compared with that of another time."""
+    """Return the part of :func:`governed` that decides the work in a target, for comparison with another time."""
     switches, tunables = governed(environment, makes)
-    # Advice may have come since, so that both count, whatever its mappings had.
+    # Both with and without advice, because mappings may have been advised since.
     sizes = [switches.orders(advised=advised) for advised in (True, False)]
     return sizes, tunables.max_ptes_none, tunables.max_ptes_swap, tunables.max_ptes_shared
 
 
 def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64]:
-    """Return how hot some PMD ranges are, from 0 to `_HEAT_STEPS`: int64, shape (ranges,); all 0 without heat."""
+    """Return the class of heat of some PMD ranges, 0 to `_HEAT_STEPS`: int64, shape (ranges,); all 0 without heat."""
     classes = np.zeros(len(outline), np.int64)
     if heat is None or not len(outline):
         return classes

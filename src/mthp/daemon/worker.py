@@ -283,7 +283,7 @@ class Worker:
         return max(self._rests_until - now, 0.0)
 
     def _next(self) -> Target | None:
-        """Return the next target: of those whose time has come, the one with the largest gain; None without one."""
+        """Return the due target with the largest gain; None if none is due."""
         now = self._clock()
         for target, facts, rule in self._renewals:
             if not target.closed:
@@ -352,7 +352,7 @@ class Worker:
         self.beat = self._clock()
 
     def _follow_system(self, *, at_once: bool) -> None:
-        """Apply the current switches and tunables; targets whose work they change are scanned again.
+        """Apply the current switches and tunables; targets that they affect are scanned again.
 
         Args:
             at_once: read them now, because a collapse follows; if not, they may be some moments old.

@@ -12,7 +12,7 @@ BLOCKS = "░▒▓█"
 """Characters for base pages, the lower half of orders, the upper half, the PMD order: bars work without colour."""
 
 UNKNOWN = -1
-"""Key among orders for memory whose folio's order is unknown."""
+"""Key among orders for memory in folios of unknown order."""
 
 
 @dataclass(frozen=True, slots=True)
