@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import click
 
+from mthp import __version__
 from mthp.cli.asking import run_dir_option
 from mthp.cli.completing import complete_pid, complete_policy, complete_target
 from mthp.cli.options import RATE, SHARE
@@ -108,6 +109,7 @@ def command(run_dir: Path | None, **options: Any) -> int:
             say=_say,
             events=options["events"],
             metrics=_endpoint(options),
+            version=__version__,
         )
     ).run()
     return 0

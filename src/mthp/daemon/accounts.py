@@ -8,7 +8,7 @@ import numpy as np
 
 from mthp.abilities import take_calls, take_pauses
 from mthp.addrspace import AddressSpace
-from mthp.daemon.counters import Counters, ServiceCounters
+from mthp.daemon.counters import Counters, RuleCounters, ServiceCounters
 from mthp.daemon.environment import Environment
 from mthp.engine.visited import Passage
 from mthp.naming import ProcessFacts
@@ -32,22 +32,26 @@ def account(
     geometry = environment.geometry
     made: Counter[int] = Counter()
     failed: Counter[ScanResult] = Counter()
+    rule = environment.services.rules.setdefault(service.rule, RuleCounters())
     copied = filled = 0
     calls = take_calls(space)
     for attempt in passage.attempts:
-        filled += attempt.left_filled
+        added = attempt.left_filled + (attempt.filled if attempt.result is ScanResult.SUCCEED else 0)
+        filled += added
+        rule.bloat_bytes[attempt.order] += added * geometry.page_size
         if attempt.result is ScanResult.SUCCEED:
             made[attempt.order] += 1
             copied += attempt.copied
-            filled += attempt.filled
             environment.free.given(attempt.order)
         elif attempt.result is not ScanResult.PTE_MAPPED_HUGEPAGE:
             failed[attempt.result] += 1
+            rule.failed[attempt.order] += 1
             if attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
                 environment.free.refused(attempt.order, environment.tunables.alloc_sleep_millisecs / 1000)
         if attempt.order == geometry.pmd_order and attempt.elapsed_ns:
             calls.append(attempt.elapsed_ns)
     pauses = take_pauses(space)
+    rule.collapsed.update(made)
     results = {ScanResult(index): count for index, count in enumerate(np.bincount(passage.results).tolist()) if count}
     for one in (counters, environment.total):
         one.collapsed.update(made)

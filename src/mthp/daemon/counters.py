@@ -120,11 +120,31 @@ class ServiceCounters:
     trimmed_bytes: int = 0
 
 
+@dataclass
+class RuleCounters:
+    """Work done under one rule, by order.
+
+    Attributes:
+        collapsed: folios made.
+        failed: attempts that failed.
+        bloat_bytes: added by filling holes.
+    """
+
+    collapsed: Counter[int] = field(default_factory=Counter)
+    failed: Counter[int] = field(default_factory=Counter)
+    bloat_bytes: Counter[int] = field(default_factory=Counter)
+
+
 class Services:
-    """The counters of all services; a thread may read them while another counts."""
+    """The counters of all services and rules; a thread may read them while another counts.
+
+    Attributes:
+        rules: counters by the name of the rule.
+    """
 
     def __init__(self) -> None:
         self._counters: dict[tuple[str, str], ServiceCounters] = {}
+        self.rules: dict[str, RuleCounters] = {}
 
     def of(self, rule: str, service: str) -> ServiceCounters:
         """Return the counters of a service, or those of all others of its rule if too many have their own."""

@@ -32,6 +32,9 @@ class Environment:
         free: orders with free folios.
         total: counters of all targets together.
         services: counters by rule and service.
+        reload_at: time of the last reading of the configuration, in seconds since 1970.
+        reload_refused: whether that configuration was refused.
+        pass_at: time of the end of the last pass, in seconds since 1970; 0.0 before the first.
         bytes: budget of bytes per second of all targets together.
         opened: opens the address space of a PID.
         event: writes an event.
@@ -53,6 +56,9 @@ class Environment:
     event: Callable[..., None]
     say: Callable[[str], None] = lambda line: None
     services: Services = field(default_factory=Services)
+    reload_at: float = field(default_factory=time.time)
+    reload_refused: bool = False
+    pass_at: float = 0.0
     looks: Looks = field(default_factory=Looks)
     stopping: Callable[[], bool] = lambda: False
     clock: Clock = time.monotonic

@@ -8,8 +8,11 @@ from mthp.errors import MthpError, TargetVanishedError
 from mthp.naming import ProcessFacts
 
 
-def give_back(environment: Environment, facts: ProcessFacts, share: float) -> int:
-    """Trim folios of which `share` is zeroes, write an event, and return the bytes that were given back.
+def give_back(environment: Environment, facts: ProcessFacts, share: float) -> tuple[int, int | None]:
+    """Trim folios of which `share` is zeroes, and write an event.
+
+    Returns:
+        The bytes that were given back, and the bytes of zeroes that were found and remain; None if the trim failed.
 
     Raises:
         TargetVanishedError: the process is gone.
@@ -21,7 +24,7 @@ def give_back(environment: Environment, facts: ProcessFacts, share: float) -> in
         raise
     except MthpError as error:
         environment.event("trim_failed", pid=facts.pid, comm=facts.comm, reason=error.message)
-        return 0
+        return 0, None
     if report.plan.folios:
         environment.event(
             "trimmed",
@@ -31,4 +34,4 @@ def give_back(environment: Environment, facts: ProcessFacts, share: float) -> in
             failed=report.failed_by_result,
             trimmed_bytes=report.given_back_bytes,
         )
-    return report.given_back_bytes
+    return report.given_back_bytes, max(0, report.plan.zero_bytes - report.given_back_bytes)

@@ -14,6 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from mthp.metrics import ORDERS
 from mthp.outline import Outline
 from mthp.results import ScanResult
 
@@ -60,6 +61,8 @@ class Ledger:
         self._due = np.empty(0, np.float64)
         self._wait = np.empty(0, np.float64)
         self._result = np.empty(0, np.int8)
+        self._pages = np.empty((0, ORDERS), np.int32)
+        self._huge = np.empty(0, np.bool_)
 
     def due(self, outline: Outline, now: float, *, touched: bool = True) -> NDArray[np.bool_]:
         """Return which ranges of `outline` are due, bool, shape (ranges,); ranges outside of it are forgotten.
@@ -76,6 +79,9 @@ class Ledger:
         result = np.full(len(outline), ScanResult.NO_PTE_TABLE, np.int8)
         layout[known], due[known], wait[known] = self._layout[row], self._due[row], self._wait[row]
         result[known] = self._result[row]
+        pages = np.zeros((len(outline), ORDERS), np.int32)
+        pages[known] = self._pages[row]
+        self._pages, self._huge = pages, outline.pmd_mapped
         passing = _IS_PASSING[result]
         # A range that waits for another try keeps waiting in spite of a change, because its turn comes soon.
         changed = (layout != outline.layout) & ~passing
@@ -95,7 +101,13 @@ class Ledger:
         return float(self._due[_IS_PASSING[self._result]].min(initial=np.inf))
 
     def scanned(
-        self, addresses: NDArray[np.uint64], results: NDArray[np.int8], after: Outline, now: float, retry: float
+        self,
+        addresses: NDArray[np.uint64],
+        results: NDArray[np.int8],
+        after: Outline,
+        now: float,
+        retry: float,
+        pages: NDArray[np.int32] | None = None,
     ) -> None:
         """Record the results of some ranges.
 
@@ -104,10 +116,13 @@ class Ledger:
             results: int8, shape (ranges,): :class:`~mthp.results.ScanResult`.
             after: their outline now.
             retry: seconds, the shortest time after which a passing failure may be tried again.
+            pages: int32, shape (ranges, ORDERS): present pages by the order of their folio.
         """
         row = np.searchsorted(self.address, addresses)
         there = (row < len(self.address)) & np.isin(addresses, self.address)
         row, results, addresses = row[there], results[there], addresses[there]
+        if pages is not None:
+            self._pages[row], self._huge[row] = pages[there], False
         passing = _IS_PASSING[results]
         again = passing == _IS_PASSING[self._result[row]]
         first = np.where(passing, min(FIRST_RETRY, retry), FIRST_AGE)
@@ -119,6 +134,13 @@ class Ledger:
         at = np.searchsorted(after.address, addresses)
         seen = (at < len(after)) & np.isin(addresses, after.address)
         self._layout[row[seen]] = after.layout[at[seen]]
+
+    def folio_pages(self, pmd_order: int) -> list[int]:
+        """Return the present pages by the order of their folio, as each range was last seen."""
+        pages = self._pages[~self._huge].sum(axis=0, dtype=np.int64)
+        pages[pmd_order] += np.count_nonzero(self._huge) << pmd_order
+        counted: list[int] = pages.tolist()
+        return counted
 
     def forget(self) -> None:
         """Make every range due, because the rules under which it was finished have changed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from mthp.daemon.boundedserver import BoundedServer
@@ -32,6 +33,7 @@ class MetricsServer:
     Args:
         environment, worker: what is counted.
         host, port: where to serve it.
+        version: of mthp.
 
     Raises:
         UsageError: the port is taken, or not ours.
@@ -40,10 +42,11 @@ class MetricsServer:
         url: where it is.
     """
 
-    def __init__(self, environment: Environment, worker: Worker, host: str, port: int) -> None:
+    def __init__(self, environment: Environment, worker: Worker, host: str, port: int, version: str) -> None:
         registry = CollectorRegistry()
-        registry.register(_DaemonCollector(environment, worker))
+        registry.register(DaemonCollector(environment, worker, version))
         registry.register(ServiceCollector(environment.services, lambda: list(worker.targets.values())))
+        registry.register(RuleCollector(environment, lambda: list(worker.targets.values())))
         try:
             self._server = BoundedServer(host, port, make_wsgi_app(registry), worker.cpu.leave_out)
         except OSError as error:
@@ -66,9 +69,16 @@ class MetricsServer:
         self._thread.join()
 
 
-class _DaemonCollector(Collector):
-    def __init__(self, environment: Environment, worker: Worker) -> None:
-        self._environment, self._worker = environment, worker
+class DaemonCollector(Collector):
+    """What is known of the daemon, and of all processes together.
+
+    Args:
+        environment, worker: what is counted.
+        version: of mthp.
+    """
+
+    def __init__(self, environment: Environment, worker: Worker, version: str) -> None:
+        self._environment, self._worker, self._version = environment, worker, version
 
     def collect(self) -> Iterator[Metric]:
         counters, geometry, worker = self._environment.total, self._environment.geometry, self._worker
@@ -108,6 +118,20 @@ class _DaemonCollector(Collector):
         yield GaugeMetricFamily("mthp_targets_left_out", "Of these, left out for now.", left_out)
         yield GaugeMetricFamily("mthp_paused", "Whether it was told to pause.", int(worker.paused))
         yield GaugeMetricFamily("mthp_memory_pressure_ratio", "Share of time in which tasks wait.", worker.pressure)
+        environment = self._environment
+        build = GaugeMetricFamily("mthp_build_info", "1, with the version as a label.", labels=["version"])
+        build.add_metric([self._version], 1)
+        yield build
+        yield GaugeMetricFamily(
+            "mthp_config_last_reload_successful",
+            "Whether the configuration that was last read holds.",
+            int(not environment.reload_refused),
+        )
+        yield GaugeMetricFamily(
+            "mthp_config_last_reload_timestamp_seconds", "When it was last read.", environment.reload_at
+        )
+        if environment.pass_at:
+            yield GaugeMetricFamily("mthp_last_pass_timestamp_seconds", "When a pass last ended.", environment.pass_at)
         times = os.times()
         yield CounterMetricFamily("mthp_cpu_seconds", "CPU time of the daemon.", times.user + times.system)
         yield GaugeMetricFamily("mthp_resident_memory_bytes", "Memory of the daemon.", memory_used())
@@ -149,6 +173,54 @@ class ServiceCollector(Collector):
             for gauge, value in zip(gauges, values, strict=True):
                 gauge.add_metric(list(name_of), value)
         yield from gauges
+
+
+class RuleCollector(Collector):
+    """What is known by rule and folio size. Passes and trims have measured all of it: nothing is read for the page.
+
+    Args:
+        environment: what is counted.
+        targets: returns the processes that are worked on.
+    """
+
+    def __init__(self, environment: Environment, targets: Callable[[], Sequence[Target]]) -> None:
+        self._services, self._geometry, self._targets = environment.services, environment.geometry, targets
+
+    def collect(self) -> Iterator[Metric]:
+        geometry, labels = self._geometry, ["rule", "size"]
+        made = CounterMetricFamily("mthp_rule_collapses", "Folios made by collapse.", labels=labels)
+        failed = CounterMetricFamily("mthp_rule_collapse_failures", "Attempts that failed.", labels=labels)
+        bloat = CounterMetricFamily("mthp_rule_bloat_bytes", "Bytes added by filling holes.", labels=labels)
+        for rule, counters in list(self._services.rules.items()):
+            for order in geometry.anon_orders:
+                names = [rule, geometry.label(order)]
+                made.add_metric(names, counters.collapsed.get(order, 0))
+                failed.add_metric(names, counters.failed.get(order, 0))
+                bloat.add_metric(names, counters.bloat_bytes.get(order, 0))
+        yield from (made, failed, bloat)
+        pages: Counter[tuple[str, int]] = Counter()
+        trimmable: Counter[str] = Counter()
+        for target in self._targets():
+            rule = target.rule.name
+            pages.update({(rule, order): count for order, count in enumerate(target.folio_pages) if count})
+            if target.trimmable_bytes is not None:
+                trimmable[rule] += target.trimmable_bytes
+        folios = GaugeMetricFamily(
+            "mthp_rule_folio_bytes",
+            "Resident memory in folios of a size, where folios may be made, as passes last saw it.",
+            labels=labels,
+        )
+        for (rule, order), count in sorted(pages.items()):
+            folios.add_metric([rule, geometry.label(order)], count * geometry.page_size)
+        yield folios
+        found = GaugeMetricFamily(
+            "mthp_rule_trimmable_bytes",
+            "Bytes in pages of zeroes of large folios that trims last found and left.",
+            labels=["rule"],
+        )
+        for rule, count in trimmable.items():
+            found.add_metric([rule], count)
+        yield found
 
 
 def _by(name: str, help: str, label: str, values: dict[str, int]) -> Metric:

@@ -109,7 +109,7 @@ class Pass:
                 raise UnsupportedError(self.needs_move or "the rule's mechanism makes none of its sizes")
             room = Room(lambda: abilities.memory_bounds(self.space), settings.reserve)
             self._admission = Admission(self.space, room, bloat_left, available=environment.free.available)
-            self._visit = Visit(self.space, self._choice(), self.means, admit=self._admit)
+            self._visit = Visit(self.space, self._choice(), self.means, admit=self._admit, count_folios=True)
         except MthpError:
             self.space.close()
             raise

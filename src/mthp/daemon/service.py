@@ -76,6 +76,7 @@ class Options:
         run_dir: directory of the lock and of the socket.
         events: file of the event log, over the configuration's.
         metrics: (host, port) to serve metrics at, over the configuration's.
+        version: version of mthp.
         say: prints a line for the operator.
     """
 
@@ -84,6 +85,7 @@ class Options:
     say: Callable[[str], None]
     events: Path | None = None
     metrics: tuple[str, int] | None = None
+    version: str = ""
 
 
 def check_rights() -> None:
@@ -217,7 +219,7 @@ class Daemon:
             return
         from mthp.daemon.metrics import MetricsServer
 
-        server = MetricsServer(self.environment, self.worker, *endpoint)
+        server = MetricsServer(self.environment, self.worker, *endpoint, self._options.version)
         self._undo.callback(server.close)
         self._say(f"metrics: {server.url}")
 
@@ -333,11 +335,13 @@ class Daemon:
             configuration = self._options.load()
         except MthpError as error:
             self.refused_reloads += 1
+            self.environment.reload_at, self.environment.reload_refused = time.time(), True
             self._say(f"the new configuration is refused, the old one stays: {error.message}")
             self._event("reload_refused", error=error.message)
             self._notifier.ready(self._status_line())
             return
         self.reloads += 1
+        self.environment.reload_at, self.environment.reload_refused = time.time(), False
         for name in ("metrics", "events"):
             if getattr(configuration, name) != getattr(self.configuration, name):
                 self._say(f"{name} is another now: that takes a restart")

@@ -15,6 +15,7 @@ A pass is 2 and 3; it is cut into pieces of some milliseconds, and the worker ma
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from functools import partial
 
@@ -84,6 +85,8 @@ class Target:
         counters: counters of the work in the process.
         service: counters of its service.
         resident, huge: bytes that are resident, and that PMD entries map, as last read.
+        folio_pages: present pages by the order of their folio, in ranges where folios may be made, as last read.
+        trimmable_bytes: zeroes that the last trim found and left; None before the first.
         next_at: time of the next step.
         turn: place in the worker's queue.
         trim_at: time of the next trim.
@@ -145,6 +148,8 @@ class Target:
         self.level = Level(rule.settings, environment.geometry, environment.clock())
         self._rate = ByteBudget(self.settings.rate, environment.clock)
         self.resident = self.huge = 0
+        self.folio_pages: list[int] = []
+        self.trimmable_bytes: int | None = None
         self._at_a_time = 2
         self._unadvised = Unadvised()
         self.forks = Forks()
@@ -273,7 +278,7 @@ class Target:
         assert share is not None, "only a process whose rule has it is trimmed"
         begun = self._environment.clock()
         self.trim_at = begun + TRIM_SECONDS
-        given = give_back(self._environment, self.facts, share)
+        given, self.trimmable_bytes = give_back(self._environment, self.facts, share)
         self._count("trimmed_bytes", given)
         self.service.trimmed_bytes += given
         now = self._environment.clock()
@@ -343,7 +348,7 @@ class Target:
             environment.say_once(("needs_move", self.rule.name), f"rule {self.rule.name}: {self.needs_move}")
         self.small_folios.look(environment, self._pass.space, outline, self.facts, self.rule)
         if self._pass.is_done:
-            self._end_pass()
+            self._pass_done()
         else:
             self.gain = self._pass.gain
             self.next_at = self._environment.clock()
@@ -372,7 +377,7 @@ class Target:
         self.gain = current.gain
         rest = self._rate.wait()
         if current.is_done:
-            self._end_pass()
+            self._pass_done()
             # Check the process again soon, because it is active, and the collapses may have made more possible.
             rest = max(rest, min(FIRST_LOOK, environment.scan_sleep))
         self.next_at = environment.clock() + rest
@@ -383,12 +388,19 @@ class Target:
         size = account(environment, self.counters, self.service, self.facts, current.space, passage)
         self._rate.spend(size)
         environment.bytes.spend(size)
-        self._ledger.scanned(passage.addresses, passage.results, after, environment.clock(), environment.scan_sleep)
+        now, retry, pages = environment.clock(), environment.scan_sleep, passage.folio_pages
+        self._ledger.scanned(passage.addresses, passage.results, after, now, retry, pages)
         self.small_folios.note(passage.attempts, environment.geometry)
 
     def _count(self, name: str, by: int = 1) -> None:
         for counters in (self.counters, self._environment.total):
             setattr(counters, name, getattr(counters, name) + by)
+
+    def _pass_done(self) -> None:
+        """End a pass that has gone through everything."""
+        self.folio_pages = self._ledger.folio_pages(self._environment.geometry.pmd_order)
+        self._environment.pass_at = time.time()
+        self._end_pass()
 
     def _end_pass(self) -> None:
         if self._pass is not None:

@@ -34,7 +34,8 @@ from mthp.engine.walk import Walk
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.means import Means
-from mthp.ptes import Segment
+from mthp.metrics import ORDERS
+from mthp.ptes import ORDER_NONE, Pte, Segment
 from mthp.results import DONE_THERE, LOWER_ORDERS_MAY_SUCCEED, BlockOutcome, ScanResult
 from mthp.vma import VmaKind
 
@@ -43,6 +44,8 @@ FRESH = 1.0
 
 FILLING = Means(fill=True)
 """The default means of a visit: the policy decides what is filled."""
+
+_PRESENT, _MAPPED = np.uint16(Pte.PRESENT), np.uint16(Pte.PRESENT | Pte.ZERO)
 
 _LISTING_IS_STALE = frozenset({ScanResult.VMA_NULL, ScanResult.VMA_CHECK, ScanResult.ADDRESS_RANGE})
 
@@ -84,6 +87,7 @@ class Visit:
         admit: called before each attempt; None to admit all.
         choose: called before ranges are read; None to read all.
         clock: the time that ages a listing of the mappings.
+        count_folios: whether passages say how many pages lie in folios of each order.
 
     Raises:
         UsageError: an unknown policy, or an order or a limit that does not exist on this geometry; `small`.
@@ -105,6 +109,7 @@ class Visit:
         admit: Admit | None = None,
         choose: Choose | None = None,
         clock: Clock | None = None,
+        count_folios: bool = False,
     ) -> None:
         self.space = space
         self.choice = choice or PlanOptions()
@@ -112,6 +117,7 @@ class Visit:
         self.admit = admit
         self.choose = choose
         self.touching = False
+        self._count_folios = count_folios
         if self.choice.small:
             raise UsageError("a visit goes over whole PMD ranges only", help="leave small out, or use mthp.collapse")
         self.policy: Policy = policy_named(self.choice.policy)
@@ -239,7 +245,8 @@ class Visit:
         results, attempts, released = block.carry_out(count)
         failed = any(attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL for attempt in attempts)
         result = ScanResult.ALLOC_HUGE_PAGE_FAIL if failed else ScanResult(int(results[-1]))
-        return Passage(end, looked_at, chosen[:count], results, result, released, tuple(attempts))
+        pages = block.folio_pages(count, attempts) if self._count_folios else None
+        return Passage(end, looked_at, chosen[:count], results, result, released, tuple(attempts), pages)
 
 
 class _Block:
@@ -285,6 +292,27 @@ class _Block:
             attempts += self._collapse(rows, candidates, results)
             attempts.sort(key=lambda attempt: (attempt.address, -attempt.order))
         return results, attempts, bool(candidates)
+
+    def folio_pages(self, count: int, attempts: Sequence[BlockOutcome]) -> NDArray[np.int32]:
+        """Return the present pages of the first `count` ranges by the order of their folio: int32, (count, ORDERS)."""
+        n, page_size = self._visit.geometry.ptes_per_pmd, self._visit.geometry.page_size
+        there = self._columns.state[: count * n] & _MAPPED == _PRESENT
+        order = np.where(there, self._columns.folio_order[: count * n], np.int8(ORDER_NONE))
+        for attempt in attempts:
+            if attempt.result is ScanResult.SUCCEED:
+                row = int(np.searchsorted(self._addresses, attempt.address, side="right")) - 1
+                first = row * n + (attempt.address - int(self._addresses[row])) // page_size
+                order[first : first + (1 << attempt.order)] = attempt.order
+        # By runs of one order, because pages are many and runs are few.
+        begins = np.ones(count * n, np.bool_)
+        begins[1:] = order[1:] != order[:-1]
+        begins[::n] = True
+        at = np.flatnonzero(begins)
+        pages = np.diff(at, append=count * n)
+        known = order[at] >= 0
+        at, pages = at[known], pages[known]
+        cells = np.bincount(at // n * ORDERS + order[at], pages, minlength=count * ORDERS)
+        return cells.reshape(count, ORDERS).astype(np.int32)
 
     def _admitted(self, count: int, results: NDArray[np.int8]) -> list[tuple[int, Candidate]]:
         """Return the runs to try, each with its row; set `results` of ranges that are left without one."""

@@ -44,6 +44,8 @@ class Passage:
             else that of the last range.
         released: collapses were tried, so the address space may have changed behind the cursor.
         attempts: the attempts, in order.
+        folio_pages: int32, shape (ranges, ORDERS): present pages by the order of their folio, after the attempts; None
+            if they were not counted.
     """
 
     end: int
@@ -53,6 +55,7 @@ class Passage:
     result: ScanResult
     released: bool = False
     attempts: tuple[BlockOutcome, ...] = ()
+    folio_pages: NDArray[np.int32] | None = None
 
 
 class VisitedSpace(Protocol):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +27,7 @@ from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.daemon.target import LEFT_OUT_SECONDS, NOT_EAGER, REACH_SECONDS, TRIM_SECONDS, TRIM_SHARE, Target
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
+from mthp.daemon.worker import Worker
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.heat import Heat, HeatRequest
@@ -544,9 +547,9 @@ def test_a_level_that_only_rises_from_0_gives_nothing_back(monkeypatch: pytest.M
 def test_a_trim_takes_no_more_than_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(HUGE, trim=0.5)
 
-    def long(*_: object) -> int:
+    def long(*_: object) -> tuple[int, int | None]:
         stage.now += 10.0
-        return 0
+        return 0, None
 
     monkeypatch.setattr("mthp.daemon.target.give_back", long)
     stage.target.trim()
@@ -558,9 +561,9 @@ def trimming(monkeypatch: pytest.MonkeyPatch, stage: Stage, now: Callable[[], Sh
     given: list[float] = []
     monkeypatch.setattr("mthp.daemon.target.measured", lambda *_: now())
 
-    def give_back(*_: object) -> int:
+    def give_back(*_: object) -> tuple[int, int | None]:
         given.append(stage.now)
-        return 0
+        return 0, None
 
     monkeypatch.setattr("mthp.daemon.target.give_back", give_back)
     read = stage.process.read
@@ -791,18 +794,76 @@ def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypat
 # Services.
 
 
-def samples(stage: Stage, *targets: Target) -> dict[tuple[str, str, str], float]:
-    """What the page of metrics has of services, by metric, rule and service."""
+def samples(stage: Stage, *targets: Target) -> dict[tuple[str, ...], float]:
+    """What the page of metrics says of services, rules and the daemon: by metric and values of labels."""
     pytest.importorskip("prometheus_client")
     from prometheus_client import CollectorRegistry, generate_latest
 
-    from mthp.daemon.metrics import ServiceCollector
+    from mthp.daemon.metrics import DaemonCollector, RuleCollector, ServiceCollector
 
+    worker = SimpleNamespace(targets={target.facts.pid: target for target in targets}, paused=False, pressure=0.0)
     registry = CollectorRegistry()
     registry.register(ServiceCollector(stage.environment.services, lambda: list(targets)))
+    registry.register(RuleCollector(stage.environment, lambda: list(targets)))
+    registry.register(DaemonCollector(stage.environment, cast("Worker", worker), "1.2.3"))
     assert generate_latest(registry)
     found = [sample for family in registry.collect() for sample in family.samples]
-    return {(each.name, each.labels["rule"], each.labels["service"]): each.value for each in found}
+    return {(each.name, *each.labels.values()): each.value for each in found}
+
+
+def test_memory_is_counted_by_rule_and_size_as_passes_saw_it() -> None:
+    # A range that is huge, one that becomes it, one of 64K folios and base pages that holds too little for a collapse.
+    sparse = ((32, int(Pte.PRESENT), 4), (8, int(Pte.PRESENT), 0), (N - 40, 0, ORDER_NONE))
+    stage = Stage(HUGE, FULL, sparse, orders=(G.pmd_order,), max_ptes_none=10)
+    assert not [key for key in samples(stage, stage.target) if key[0] == "mthp_rule_folio_bytes"]
+    stage.steps(20.0)
+    opened = stage.opened
+    found = samples(stage, stage.target)
+    sizes = {key[2]: value for key, value in found.items() if key[0] == "mthp_rule_folio_bytes"}
+    assert sizes == {"2M": 2 * G.pmd_size, "64K": 32 * G.page_size, "4K": 8 * G.page_size}
+    assert found["mthp_rule_collapses_total", "all", "2M"] == 1
+    assert found["mthp_rule_collapses_total", "all", "64K"] == 0
+    assert stage.opened == opened, "the page of metrics has memory read"
+    # What is unmapped is forgotten at the next pass.
+    stage.space.write(START + G.pmd_size, 0, ORDER_NONE, N)
+    stage.target.stale()
+    stage.steps(20.0)
+    assert samples(stage, stage.target)["mthp_rule_folio_bytes", "all", "2M"] == G.pmd_size
+    assert not [key for key in samples(stage) if key[0] == "mthp_rule_folio_bytes"]
+
+
+def test_bloat_and_failures_are_counted_by_rule_and_size() -> None:
+    stage = Stage(HALF, FULL, orders=(G.pmd_order,))
+    stage.space.fails = {START + G.pmd_size: ScanResult.PAGE_COUNT}
+    stage.steps(1.0)
+    found = samples(stage, stage.target)
+    counters = stage.target.counters
+    assert found["mthp_rule_bloat_bytes_total", "all", "2M"] == counters.bloat_bytes
+    assert found["mthp_rule_collapse_failures_total", "all", "2M"] == counters.failed.total() > 0
+
+
+def test_zeroes_that_a_trim_found_and_left_are_known_after_it() -> None:
+    stage = Stage(HUGE, trim=0.5)
+    assert not [key for key in samples(stage, stage.target) if key[0] == "mthp_rule_trimmable_bytes"]
+    stage.space = Trimmable([(stage.space.vmas()[0], *page_runs(*HUGE))])
+    stage.target.trim()
+    assert samples(stage, stage.target)["mthp_rule_trimmable_bytes", "all"] == 0
+    assert not [key for key in samples(stage) if key[0] == "mthp_rule_trimmable_bytes"]
+
+
+def test_the_page_names_the_version_the_last_reload_and_the_last_pass() -> None:
+    stage = Stage(FULL)
+    found = samples(stage, stage.target)
+    assert found["mthp_build_info", "1.2.3"] == 1
+    assert found["mthp_config_last_reload_successful",] == 1
+    assert ("mthp_last_pass_timestamp_seconds",) not in found
+    before = time.time()
+    assert found["mthp_config_last_reload_timestamp_seconds",] <= before
+    stage.steps(20.0)
+    stage.environment.reload_refused = True
+    found = samples(stage, stage.target)
+    assert before <= found["mthp_last_pass_timestamp_seconds",] <= time.time()
+    assert found["mthp_config_last_reload_successful",] == 0
 
 
 def test_work_is_counted_by_rule_and_service_also_after_the_process_has_ended() -> None:
