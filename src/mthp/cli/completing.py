@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeAlias
 
 import click
 from click.shell_completion import CompletionItem
@@ -17,7 +18,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 could run commands.
 """
 
-Item = CompletionItem[str]
+# In quotes, because the class is not generic before click 8.3.
+Item: TypeAlias = "CompletionItem[str]"
 
 
 def complete_target(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Item]:

@@ -137,3 +137,9 @@ def test_bash_completes_with_the_script(tmp_path: Path, capsys: pytest.CaptureFi
         timeout=PATIENCE,
     )
     assert done.stdout.split() == ["mainline"], done.stderr
+
+
+def test_commands_are_imported_with_a_click_whose_classes_are_not_generic() -> None:
+    old = "import click.shell_completion as s; s.CompletionItem = type('CompletionItem', (), {})"
+    load = "import importlib, mthp.cli as c; [importlib.import_module(f'mthp.cli.{n}_command') for n in c.COMMANDS]"
+    subprocess.run([sys.executable, "-c", f"{old}; {load}"], check=True, timeout=PATIENCE)
