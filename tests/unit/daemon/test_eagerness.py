@@ -163,7 +163,7 @@ def test_the_curve_is_nowhere_below_a_fixed_max_ptes_none_with_the_same_orders(p
 
 
 def test_the_documented_levels_are_those_that_hold() -> None:
-    page = (Path(__file__).parents[2] / "docs/how-to/service.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/how-to/service.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (\d+)% \| (.+?) \| (.+?) \|$", page, re.M)
     assert [int(row[0]) for row in rows] == list(range(11))
     for level, fill, rate, trim in rows:
