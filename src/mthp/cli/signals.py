@@ -3,9 +3,6 @@
 A command that works in steps calls :func:`stopping_on_signals`, finishes the current step after a signal, and reports.
 In all other code these signals raise KeyboardInterrupt or a subclass, so that open resources are closed. A second
 signal does so while a step is finished. The exit code is 128 plus the signal's number, as in a shell.
-
-A signal that was ignored when mthp started stays ignored: nohup(1) sets SIGHUP to be ignored, and a shell without job
-control starts background processes with SIGINT ignored.
 """
 
 from __future__ import annotations
@@ -57,6 +54,8 @@ def raising_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # A signal that was ignored when mthp started stays ignored: nohup(1) sets SIGHUP to be ignored, and a shell without
+    # job control starts background processes with SIGINT ignored.
     numbers = [number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, _frame: FrameType | None) -> None:

@@ -2,7 +2,7 @@
 
 A client sends one JSON object in a line, ``{"command": "status"}``, and receives one as the answer; then it may send
 the next. No client can delay the daemon or another client: one that sends too much, or does not read its answer, is
-dropped, and when all places are taken, the one that has been silent for longest is dropped.
+dropped.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class ControlSocket:
         with contextlib.suppress(OSError):
             connection, _ = self._socket.accept()
             if len(self._clients) >= MAX_CLIENTS:
+                # The client that has been silent for longest.
                 self._drop(next(iter(self._clients)))
             client = _Client(connection, self._answer)
             self._clients[client] = None

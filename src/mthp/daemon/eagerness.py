@@ -10,10 +10,8 @@ rule is the maximum; the current *level* is below it while memory is short:
 Bloat is bounded by the same number: filling may add at most the share of the resident memory that may be empty in a PMD
 range.
 
-The level falls at once, because pressure does harm at once, and rises slowly, because avg10 covers 10 seconds: a level
-that rose as fast as it fell would be back before the effect of the last fall is visible, and would swing. A dead band
-keeps small changes of the measurement from moving it at all. The wanted level never grows with pressure, so after a
-step of pressure the level moves in one direction and stops.
+The level falls at once and rises slowly. A dead band keeps small changes of the measurement from moving it at all. The
+wanted level never grows with pressure, so after a step of pressure the level moves in one direction and stops.
 
 :func:`next_level` and :func:`settings_at` are pure: no clock, no file.
 """
@@ -95,7 +93,10 @@ def next_level(level: float, eagerness: float, measured: Measured, seconds: floa
     """Return the level `seconds` later, under the measured values: it falls at once, and rises slowly."""
     wanted = wanted_level(eagerness, measured)
     if wanted <= level:
+        # At once, because pressure does harm at once.
         return wanted
+    # Slowly, because avg10 covers 10 seconds: otherwise the level would be back before the effect of its last fall is
+    # visible, and would swing.
     # The band narrows towards the rule's number, so that the level never jumps, however late the measurement recovers.
     rises_to = wanted - DEAD_BAND * (1 - wanted / eagerness)
     return min(max(level, rises_to), level + RISE_PER_SECOND * seconds)

@@ -2,9 +2,6 @@
 
 A full disk stops nothing: lost events are counted, the operator is warned once, and when writing works again a line has
 their number. A line that a full disk cut short is ended first, so that readers can skip it.
-
-The daemon has all rights, and other users may write to the log's directory. So links are followed only if they belong
-to the daemon's user or to root, and a file with several names is not written to.
 """
 
 from __future__ import annotations
@@ -95,6 +92,8 @@ class EventLog:
 def _open(path: Path) -> int:
     # O_NONBLOCK, because a pipe without a reader would block the daemon.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    # The daemon has all rights, and other users may write to the directory. So links are followed only if they belong
+    # to the daemon's user or to root, and a file with several names is not written to.
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW, 0o640)
     except OSError as error:

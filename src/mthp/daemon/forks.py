@@ -3,9 +3,6 @@
 A collapse in that time copies pages that parent and child share, for both. When the parent writes, copy-on-write breaks
 up its folios page by page, as while Redis saves its data. So nothing is collapsed until the last child is gone. Then
 everything is scanned again, broken folios first.
-
-A server may have permanent children, as PostgreSQL does, so they are waited for at most `LONGEST_SECONDS`. Pages that
-are still shared then are left alone by max_ptes_shared as before.
 """
 
 from __future__ import annotations
@@ -13,7 +10,9 @@ from __future__ import annotations
 CHILD = "a child shares its memory since a fork: nothing is collapsed until that ends or begins another program"
 
 LONGEST_SECONDS = 600.0
-"""Longest wait for a child: Redis writes some 100 MB a second to its file, so this is 60 GB."""
+"""Longest wait for a child, because a server may have permanent ones (PostgreSQL): Redis writes some 100 MB a second to
+its file, so this is 60 GB. Pages that are still shared then are left alone by max_ptes_shared as before.
+"""
 
 SHORT_SECONDS = 0.25
 """Seconds below which a child, as of system(3), executed another program before anything was copied."""

@@ -1,8 +1,6 @@
 """The machine's switches and tunables: read before every piece of work, parsed when they changed.
 
-Reading an open file of sysfs again takes about a microsecond. In a window, another mthp has set switches to make folios
-of one order (:mod:`mthp.linux.journal`), and the operator did not choose these values. So the lock of the windows is
-checked, and while it is held the last values stay.
+Reading an open file of sysfs again takes about a microsecond.
 """
 
 from __future__ import annotations
@@ -43,6 +41,8 @@ class SystemKnobs:
         """Read the files again, and return whether anything changed."""
         with _unless_locked(self._lock) as undisturbed:
             if not undisturbed:
+                # Another mthp is in a window: it has set switches to make folios of one order (mthp.linux.journal),
+                # and the operator did not choose these values.
                 return False
             texts = {path: text for path, fd in self._files.items() if (text := _read(fd)) is not None}
         if texts == self._texts:

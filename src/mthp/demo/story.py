@@ -2,7 +2,7 @@
 
 The demo compares two processes with the same data that it starts itself (:mod:`mthp.demo.workload`). One is collapsed
 to folios of 64 KiB and more, the other to huge pages alone, as khugepaged does by default; then the memory that the
-huge pages waste is given back. Both are measured in turn, so that other programs on the machine disturb both alike.
+huge pages waste is given back.
 """
 
 from __future__ import annotations
@@ -221,6 +221,7 @@ class _Telling:
         measured: list[list[Measurement]] = [[] for _ in sides]
         for number in range(MEASUREMENTS):
             self._progress(f"measuring {when}", number, MEASUREMENTS)
+            # In turn, so that other programs on the machine disturb both alike.
             for side, measurements in zip(sides, measured, strict=True):
                 measurements.append(side.workload.measure(self._seconds))
         self._progress(f"measuring {when}", MEASUREMENTS, MEASUREMENTS)

@@ -22,8 +22,7 @@ Small pages first
 -----------------
 The comparison must begin with 4 KiB pages, whatever the system's switches are. So the process sets PR_SET_THP_DISABLE
 while it grows, and clears it when it is ready, because MADV_COLLAPSE honours it too
-(``Documentation/admin-guide/mm/transhuge.rst``). The interpreter may have a huge page before its first line runs;
-execve(2) drops that memory and keeps the flag, so the process sets the flag and starts itself once more.
+(``Documentation/admin-guide/mm/transhuge.rst``).
 
 The protocol
 ------------
@@ -314,6 +313,7 @@ def have_small_pages_only() -> None:
     """Return with PR_SET_THP_DISABLE set since execve(2), by executing this program again if necessary."""
     if not prctl(PR_GET_THP_DISABLE):
         prctl(PR_SET_THP_DISABLE, 1)
+        # The interpreter may have a huge page already: execve(2) drops that memory, and keeps the flag.
         os.execv(sys.executable, sys.orig_argv)
 
 
