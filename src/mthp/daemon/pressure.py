@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from mthp.daemon.eagerness import Measured
+from mthp.freememory import parse_buddyinfo
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
-from mthp.linux.headroom import free_beyond_reserve, parse_buddyinfo, parse_meminfo
+from mthp.linux.headroom import free_beyond_reserve, parse_meminfo
 from mthp.pacing import Clock
 
 ASK_SECONDS = 0.5

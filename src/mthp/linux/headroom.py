@@ -10,52 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mthp.budget import MACHINE, MemoryBound
+from mthp.freememory import FreeMemory, parse_buddyinfo, parse_free_memory
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
-
-
-@dataclass(frozen=True, slots=True)
-class FreeBlocks:
-    """Free memory of one NUMA node, as ``/proc/buddyinfo`` counts it (proc_buddyinfo(5)).
-
-    The buddy allocator keeps it in aligned blocks of 2**order pages. A block of its order or a larger one supplies a
-    folio at once; otherwise the kernel compacts or reclaims first, and the collapse stalls. The counts
-    are an upper bound: watermarks, and zones kept for devices, withhold some of it.
-
-    Attributes:
-        node: its number.
-        blocks: number of free blocks, by order, all zones together.
-    """
-
-    node: int
-    blocks: tuple[int, ...]
-
-    @property
-    def pages(self) -> int:
-        """Return the number of free base pages."""
-        return sum(count << order for order, count in enumerate(self.blocks))
-
-    def folios(self, order: int) -> int:
-        """Return the number of folios of `order` that can be allocated at once."""
-        return sum(count << larger - order for larger, count in enumerate(self.blocks) if larger >= order)
-
-
-def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
-    """Return the nodes in a text of ``/proc/buddyinfo``, ascending."""
-    nodes: dict[int, list[int]] = {}
-    for line in text.splitlines():
-        # Node 0, zone   Normal      1   2578 ...
-        words = line.split()
-        if len(words) < 5 or words[0] != "Node":
-            continue
-        counts = [int(word) for word in words[4:]]
-        blocks = nodes.setdefault(int(words[1].rstrip(",")), [0] * len(counts))
-        for order, count in enumerate(counts):
-            blocks[order] += count
-    return tuple(FreeBlocks(node, tuple(blocks)) for node, blocks in sorted(nodes.items()))
 
 
 def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -> int | None:
@@ -76,6 +35,16 @@ def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -
         return None
     free = sum(node.folios(order) for node in nodes) * (os.sysconf("SC_PAGESIZE") << order)
     return max(0, free - reserve * 3 // 2)
+
+
+def free_memory(proc: Path = Path("/proc")) -> FreeMemory | None:
+    """Return the free memory of the machine; None if it cannot be seen.
+
+    Reading /proc/pagetypeinfo takes root, and milliseconds: it goes through the free lists (pagetypeinfo_showfree(),
+    mm/vmstat.c).
+    """
+    texts = [_text(proc / name) for name in ("buddyinfo", "zoneinfo", "pagetypeinfo")]
+    return parse_free_memory(*texts) if texts[0] and texts[1] else None
 
 
 def parse_meminfo(text: str, field: str) -> int | None:

@@ -21,6 +21,7 @@ def columns(parts: Parts) -> Iterator[NDArray[np.integer[Any]]]:
     """Yield all columns of the parts."""
     memory, swap = parts.memory, parts.swap
     yield from (memory.flags, memory.order, memory.refcount, memory.mapcount, memory.content, memory.cgroup)
+    yield memory.unmovable.view(np.uint8)
     yield from (swap.count, swap.content, swap.cached)
     for mm in parts.mms.values():
         for table in mm.tables:

@@ -19,6 +19,7 @@ from mthp.sim.frames.buddy import Watermarks
 from mthp.sim.knobs import DEFRAG_WORDS
 from mthp.sim.page_tables.split import split_huge_pages
 from mthp.sim.parts import Parts
+from mthp.sim.zones import buddyinfo, pagetypeinfo, zoneinfo
 from mthp.tunables import SIZE_WORDS, TOP_WORDS, Switches
 
 THP = "/sys/kernel/mm/transparent_hugepage/"
@@ -216,7 +217,9 @@ class Sysfs:
     def _proc(self) -> dict[str, _File]:
         parts = self._parts
         return {
-            "/proc/buddyinfo": _File(self._buddyinfo),
+            "/proc/buddyinfo": _File(lambda: buddyinfo(parts)),
+            "/proc/pagetypeinfo": _File(lambda: pagetypeinfo(parts)),
+            "/proc/zoneinfo": _File(lambda: zoneinfo(parts)),
             "/proc/vmstat": _File(self._vmstat),
             "/proc/sys/vm/min_free_kbytes": _File(
                 lambda: f"{self._min_free_kbytes()}\n", lambda text: self._set_min_free_kbytes(_number(text, _UINT_MAX))
@@ -245,13 +248,6 @@ class Sysfs:
     def _split_huge_pages(self, text: str) -> None:
         if error := split_huge_pages(self._parts, text):
             raise _error(error)
-
-    def _buddyinfo(self) -> str:
-        lines = []
-        for zone in self._parts.memory.zones:
-            counts = "".join(f"{count:6d} " for count in zone.free_counts())
-            lines.append(f"Node {zone.node}, zone {zone.name:>8} {counts}\n")
-        return "".join(lines)
 
     def _unusable_index(self) -> str:
         lines = []

@@ -259,6 +259,26 @@ def test_it_fails_where_they_cannot_and_then_rests() -> None:
     assert check(machine) == []
 
 
+def test_nothing_is_moved_to_page_blocks_with_pages_of_the_kernel() -> None:
+    """All but a few free pages lie in such blocks at first, so no other block can be emptied."""
+    machine = Machine(SMALL, node_frames=[1024])
+    machine.fragment(0.9, seed=1)
+    memory, mm = machine.parts.memory, machine.create_mm()
+    machine.map(mm, START, START + 128 * SIZE)
+    movable = np.flatnonzero(~memory.unmovable[1024 >> 4 :]).size * 16
+    machine.populate(mm, START, START + movable * PAGE)
+    for page in range(0, 16, 2):
+        machine.munmap(mm, START + page * PAGE, START + (page + 1) * PAGE)
+    assert memory.free_frames > 512
+    machine.sysfs.write("/proc/sys/vm/compact_memory", "1")
+    assert not any(zone.has(4) for zone in memory.zones)
+    for page in range(16, 32, 2):
+        machine.munmap(mm, START + page * PAGE, START + (page + 1) * PAGE)
+    machine.sysfs.write("/proc/sys/vm/compact_memory", "1")
+    assert any(zone.has(4) for zone in memory.zones)
+    assert check(machine) == []
+
+
 @pytest.mark.parametrize(("word", "waits"), [("never", False), ("defer", False), ("madvise", True), ("always", True)])
 def test_defrag_says_who_waits(word: str, waits: bool) -> None:
     machine = fragmented(1.0)

@@ -7,6 +7,7 @@ import errno
 import pytest
 
 from mthp.errors import UsageError
+from mthp.freememory import parse_free_memory
 from mthp.geometry import GEOMETRIES, Geometry
 from mthp.sim import Machine
 from mthp.sim.address_space.access import Fault
@@ -120,6 +121,26 @@ def test_buddyinfo_has_a_line_for_every_node() -> None:
         "Node 0, zone   Normal      1      1      1      1      1      1      1      1      1      1      1 \n"
         "Node 1, zone   Normal      0      0      0      0      0      0      0      0      0      0      1 \n"
     )
+
+
+def test_pagetypeinfo_tells_blocks_with_pages_of_the_kernel_apart() -> None:
+    machine = Machine(node_frames=[64 * 512], swap_slots=0)
+    machine.fragment(0.5, seed=3)
+    mm = machine.create_mm()
+    machine.map(mm, START, 3 * START)
+    machine.populate(mm, START, 2 * START)
+    machine.sysfs.write("/proc/sys/vm/min_free_kbytes", "512")
+    read = machine.sysfs.read
+    memory = machine.parts.memory
+    blocks = int(memory.unmovable.sum())
+    assert f"Node 0, zone   Normal {blocks:12d} {64 - blocks:12d} \n" in read("/proc/pagetypeinfo")
+    files = ("buddyinfo", "zoneinfo", "pagetypeinfo")
+    (zone,) = parse_free_memory(*(read(f"/proc/{name}") for name in files)).zones
+    assert zone.blocks == tuple(memory.zones[0].free_counts())
+    assert zone.kept == 512 // 4
+    assert zone.spare == memory.free_frames - zone.kept
+    assert (zone.movable, zone.used) == ((64 - blocks) * 512 - 512, 512)
+    assert zone.listed == 512
 
 
 @pytest.mark.parametrize(("index", "order"), [(0.0, 9), (0.3, 9), (0.9, 9), (1.0, 9), (0.5, 4), (1.0, 2)])

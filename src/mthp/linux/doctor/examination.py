@@ -16,13 +16,14 @@ from pathlib import Path
 
 from mthp.engine.lasting import lasting_on
 from mthp.errors import UsageError
+from mthp.freememory import parse_buddyinfo
 from mthp.geometry import Geometry
 from mthp.linux.cgroups import cgroup_mounts
 from mthp.linux.doctor.findings import PTRACE_SCOPE, Answer, Examination, Facts, Finding, State, name_of, refused
 from mthp.linux.doctor.heat import HEAT_QUESTIONS
 from mthp.linux.doctor.move import MOVE_QUESTIONS
 from mthp.linux.doctor.split import SPLIT_QUESTIONS
-from mthp.linux.headroom import cgroup_bounds, parse_buddyinfo, parse_meminfo
+from mthp.linux.headroom import cgroup_bounds, parse_meminfo
 from mthp.linux.probes import Probed, probe
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
 from mthp.linux.sysfs import ThpSysfs

@@ -116,11 +116,13 @@ def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
     frames = np.arange(block, block + size)
     heads = np.unique(memory.heads(frames[(memory.flags[memory.heads(frames)] & Fl.ALLOCATED) != 0])).tolist()
     target: dict[int, int] = {}
-    for head in sorted(heads, key=lambda head: -int(memory.order[head])):
-        new = zone.alloc(int(memory.order[head]))
-        if new is None:
-            break
-        target[head] = new
+    # Pages are moved into page blocks of movable memory alone (suitable_migration_target(), mm/compaction.c).
+    with zone.without(memory.unmovable, parts.geometry.pmd_order):
+        for head in sorted(heads, key=lambda head: -int(memory.order[head])):
+            new = zone.alloc(int(memory.order[head]))
+            if new is None:
+                break
+            target[head] = new
     parts.counters.count("compact_isolated", sum(memory.size(head) for head in target))
     relocate(parts, target)
     for head, at in claimed:

@@ -7,6 +7,8 @@ bring it below its ``min`` watermark.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,6 +186,23 @@ class Zone:
                 self.free_frames -= 1 << at
                 claimed.append((head, at))
         return claimed
+
+    @contextlib.contextmanager
+    def without(self, hidden: NDArray[np.bool_], order: int) -> Iterator[None]:
+        """Take nothing from some aligned blocks of `order` meanwhile; what is free there counts for the watermarks.
+
+        Args:
+            hidden: bool, shape (blocks,): which ones, of all of the machine.
+        """
+        kept: list[tuple[dict[int, None], list[int]]] = []
+        for blocks in self._free[:order] if hidden.any() else []:
+            heads = np.fromiter(blocks, np.int64, len(blocks))
+            kept.append((blocks, heads[hidden[heads >> order]].tolist()))
+            for head in kept[-1][1]:
+                del blocks[head]
+        yield
+        for blocks, inside in kept:
+            blocks.update(dict.fromkeys(inside))
 
     def unusable_index(self, order: int) -> float:
         """Return the share of free memory in blocks too small for `order`.

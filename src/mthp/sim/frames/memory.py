@@ -88,6 +88,7 @@ class Memory:
         distances: int64, shape (nodes, nodes).
         deferred: heads of the folios to be split when memory is short, in the order in which they were added.
         cache: frames of the page cache, the oldest first; no address space maps them.
+        unmovable: bool, shape (page blocks,): which aligned blocks of the PMD order have the migrate type Unmovable.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Memory:
         self.mapcount: NDArray[np.int32] = np.zeros(start, np.int32)
         self.content: NDArray[np.uint32] = np.zeros(start, np.uint32)
         self.cgroup: NDArray[np.uint16] = np.zeros(start, np.uint16)
+        self.unmovable: NDArray[np.bool_] = np.zeros(start >> geometry.pmd_order, np.bool_)
         self.cgroups = Cgroups()
         self.deferred: dict[int, None] = {}
         self.cache: dict[int, None] = {}
@@ -244,10 +246,15 @@ class Memory:
     def own(self, pfns: Frames, *flags: np.uint16) -> None:
         """Mark frames that were taken from a zone as the kernel's own, with one reference each.
 
+        Those that are on no LRU list claim their page blocks, as they do in a kernel where most of these are free
+        (try_to_claim_block(), mm/page_alloc.c).
+
         Args:
             pfns: int64, shape (pages,).
             flags: flags to set in addition to ALLOCATED and OWNED.
         """
+        if Fl.LRU not in flags:
+            self.unmovable[pfns >> self.geometry.pmd_order] = True
         self.flags[pfns] = Fl.ALLOCATED | Fl.OWNED
         for flag in flags:
             self.flags[pfns] |= flag
