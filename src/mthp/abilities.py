@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace
 from mthp.budget import MemoryBound
 from mthp.errors import UnsupportedError
+from mthp.freememory import FreeMemory
 from mthp.heat import Heat, HeatRequest, parse_heat
 from mthp.heatfile import read_heat
 from mthp.means import Means
@@ -137,6 +138,18 @@ class OnFreeMemory(Protocol):
 def free_bytes(space: AddressSpace, order: int) -> int | None:
     """Return the bytes that the machine can at once allocate in folios of `order`; None if unknown."""
     return space.free_bytes(order) if isinstance(space, OnFreeMemory) else None
+
+
+@runtime_checkable
+class OnMachine(Protocol):
+    """An address space on a machine whose free memory is known by order."""
+
+    def free_memory(self) -> FreeMemory | None: ...
+
+
+def free_memory(space: AddressSpace) -> FreeMemory | None:
+    """Return the free memory of the machine that `space` is on; None where that is not visible."""
+    return space.free_memory() if isinstance(space, OnMachine) else None
 
 
 @runtime_checkable

@@ -123,16 +123,11 @@ class Carrier:
 
     def _by_range(self, folios: Folios) -> Iterator[list[Block]]:
         """Yield the blocks of each PMD range, the most valuable ranges first, of equals those with least to fill."""
-        ranges, at = np.unique(folios.address // np.uint64(self._geometry.pmd_size), return_inverse=True)
-        filled = np.bincount(at, weights=folios.filled, minlength=len(ranges))
-        pages = (1 << folios.order.astype(np.int64)) - folios.filled
-        # The worth of a block is per copied page, and so is the worth of a range.
-        gained = np.bincount(at, weights=self._work.report.plan.worth(folios) * pages, minlength=len(ranges))
-        worth = gained / np.maximum(np.bincount(at, weights=pages, minlength=len(ranges)), 1)
-        blocks: list[list[Block]] = [[] for _ in ranges]
-        for index, address, order in zip(at.tolist(), folios.address.tolist(), folios.order.tolist(), strict=True):
-            blocks[index].append((address, order))
-        yield from (blocks[index] for index in np.lexsort((filled, -worth)).tolist())
+        ranks = self._work.report.plan.range_ranks(folios).tolist()
+        blocks: list[list[Block]] = [[] for _ in range(max(ranks, default=-1) + 1)]
+        for rank, address, order in zip(ranks, folios.address.tolist(), folios.order.tolist(), strict=True):
+            blocks[rank].append((address, order))
+        yield from blocks
 
     def _batch(self, blocks: list[Block]) -> int:
         """Make some blocks of one order, or of one PMD range; return the number of blocks that are finished."""

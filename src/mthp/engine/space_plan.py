@@ -147,8 +147,26 @@ class SpacePlan(Tabular):
         The largest first; of one order those of the greatest worth, then the fullest, then by ascending address, so
         that a budget buys as much as it can.
         """
-        by_rank = (folios.address, folios.filled, -self.worth(folios), -folios.order.astype(np.int16))
-        return folios[np.lexsort(by_rank)]
+        return folios[self.ranking(folios)]
+
+    def ranking(self, folios: Folios) -> NDArray[np.intp]:
+        """Return the rows of `folios` in the order in which they are made: intp, shape (folios,)."""
+        return np.lexsort((folios.address, folios.filled, -self.worth(folios), -folios.order.astype(np.int16)))
+
+    def range_ranks(self, folios: Folios) -> NDArray[np.intp]:
+        """Return the rank of the PMD range that each folio lies in: intp, shape (folios,).
+
+        Those come first that are worth most, then those with least to be filled.
+        """
+        ranges, at = np.unique(folios.address // np.uint64(self.geometry.pmd_size), return_inverse=True)
+        filled = np.bincount(at, weights=folios.filled, minlength=len(ranges))
+        pages = (1 << folios.order.astype(np.int64)) - folios.filled
+        # The worth of a block is for each page that is copied, and so is that of a range.
+        gained = np.bincount(at, weights=self.worth(folios) * pages, minlength=len(ranges))
+        worth = gained / np.maximum(np.bincount(at, weights=pages, minlength=len(ranges)), 1)
+        ranks = np.empty(len(ranges), np.intp)
+        ranks[np.lexsort((filled, -worth))] = np.arange(len(ranges))
+        return ranks[at]
 
     @cached_property
     def heat_share(self) -> float | None:

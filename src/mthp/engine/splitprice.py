@@ -83,7 +83,7 @@ class SplitRanges:
         self._ranges, self._at = np.unique(self._folios.address // size * size, return_inverse=True)
         contents = (1 << self._folios.order.astype(np.int64)) - self._folios.filled
         self._wanted = np.bincount(self._at, weights=contents, minlength=len(self._ranges)).astype(np.int64)
-        self._resident = np.maximum(_resident(plan, self._ranges), self._wanted)
+        self._resident = np.maximum(resident_in(plan, self._ranges), self._wanted)
         self.share = np.ones(len(plan.folios))
         self.share[by_split] = (self._wanted / np.maximum(self._resident, 1))[self._at]
         self.copied = (np.int64(1) << plan.folios.order.astype(np.int64)) - plan.folios.filled
@@ -112,7 +112,7 @@ class SplitRanges:
         return orders
 
 
-def _resident(plan: SpacePlan, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
+def resident_in(plan: SpacePlan, addresses: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return the pages with contents of the PMD ranges at `addresses`; 0 for ranges that are not in the plan."""
     at = np.minimum(np.searchsorted(plan.ranges.address, addresses), max(0, len(plan.ranges) - 1))
     resident = np.zeros(len(addresses), np.int64)

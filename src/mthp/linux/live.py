@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mthp.abilities import Reading, Watch
 from mthp.budget import MemoryBound
 from mthp.errors import MthpError, NotPermittedError
+from mthp.freememory import FreeMemory
 from mthp.geometry import Geometry
 from mthp.heat import Heat, HeatRequest
 from mthp.linux import abi, procfs
@@ -25,7 +26,7 @@ from mthp.linux.columns import ColumnReader
 from mthp.linux.contents import Contents
 from mthp.linux.facts import FactsReader
 from mthp.linux.framewords import KPAGECOUNT, FrameWords
-from mthp.linux.headroom import free_beyond_reserve, memory_bounds
+from mthp.linux.headroom import free_beyond_reserve, free_memory, memory_bounds
 from mthp.linux.kpageflags import KPAGEFLAGS, FolioReader
 from mthp.linux.madvise import Madvise
 from mthp.linux.pagemap import Pagemap, can_see_pfns, scan_outline
@@ -134,6 +135,9 @@ class LiveAddressSpace(ProcessSpace):
 
     def free_bytes(self, order: int) -> int | None:
         return free_beyond_reserve(order)
+
+    def free_memory(self) -> FreeMemory | None:
+        return free_memory()
 
     def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
         # Imported here: DAMON uses the switch journal, which reading alone does not need.
