@@ -12,12 +12,13 @@ from mthp.abilities import move_refusals
 from mthp.addrspace import AddressSpace
 from mthp.cli.options import at_option, json_option, plan_options, planned, small_option
 from mthp.cli.render.output import console, note, out_of_reach, print_json, progress_bar
-from mthp.cli.render.plan import print_allowed, print_plan
+from mthp.cli.render.plan import print_allowed, print_plan, reach_table, reached_share
 from mthp.cli.render.tables import Table
 from mthp.cli.several import Each, Failed, common_geometry, do_each, targets_argument
 from mthp.engine.allowed import Allowed, allowed_of, split_price_of
 from mthp.engine.lasting import Remade, remade_of_plan
 from mthp.engine.planning import plan_space
+from mthp.engine.reached import Reach, reach_of
 from mthp.engine.select import PlanOptions
 from mthp.engine.space_plan import SpacePlan
 from mthp.engine.splitprice import SplitPrice
@@ -41,9 +42,10 @@ class Now:
         rss_after_bytes: resident bytes of the whole target after splits made all of the plan, at most; None if nothing
             is made by splits.
         remade: folios below the PMD size that khugepaged would make huge again.
+        reach: the part that memory allows; None if that was not requested.
     """
 
-    JSON: ClassVar = "by_default missing move_hindrances split_price rss_after_bytes remade"
+    JSON: ClassVar = "by_default missing move_hindrances split_price rss_after_bytes remade reach"
 
     geometry: Geometry
     by_default: Allowed
@@ -52,6 +54,7 @@ class Now:
     split_price: SplitPrice
     rss_after_bytes: int | None
     remade: Remade
+    reach: Reach | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +146,15 @@ class Plans:
 @targets_argument
 @plan_options
 @small_option
+@click.option(
+    "--reachable",
+    is_flag=True,
+    help="Predict the coverage that this machine's memory allows, too: now, after compaction, and after a trim, for"
+    " which it looks for zeroes in TARGET's large folios.",
+)
 @at_option
 @json_option
-def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: Any) -> int:
+def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: bool, **options: Any) -> int:
     """Predict a collapse of each TARGET, and the part that `mthp collapse` would do by default. Changes nothing.
 
     A TARGET is a PID, the word self, a snapshot or recording, or a name as `mthp --help` lists them. Limits are the
@@ -162,7 +171,9 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, **options: 
             allowed, again = allowed_of(space, plan, means), remade_of_plan(space, plan)
             price = split_price_of(space, plan, means)
             resident = _resident_after(space, wanted) if price.ranges else None
-            return Planned(plan, Now(plan.geometry, allowed, space.missing, hindrances, price, resident, again)), 0
+            reach = reach_of(space, plan, means) if reachable else None
+            now = Now(plan.geometry, allowed, space.missing, hindrances, price, resident, again, reach)
+            return Planned(plan, now), 0
 
     named = find_targets(targets)
     if named.single:
@@ -194,6 +205,8 @@ def _resident_after(space: AddressSpace, wanted: PlanOptions) -> int:
 def _print_one(out: Console, made: Planned) -> None:
     print_plan(out, made.plan)
     print_allowed(out, made.plan, made.now.by_default)
+    if made.now.reach is not None:
+        out.print(reach_table(made.plan, made.now.reach))
     refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in made.now.move_hindrances]
     heat = made.plan.heat.remark if made.plan.heat is not None else ""
     price = made.now.split_price.remark(made.plan.geometry)
@@ -208,10 +221,20 @@ def targets_table(each: Each[Planned]) -> Table:
     """Return a table with a line for each target, and their sum."""
     total = PlanSum(tuple(made.plan for made in each.done))
     columns = ["target", "resident", "copied", "bloat", "before", "after", "service", "reason"]
-    rows = each.lines(lambda found, made: [made.plan.label, *_cells(made.plan), found.service, ""], len(columns))
-    rows.append(["in all", *_cells(total), "", ""])
+    ways: list[str] = []
+    if any(made.now.reach is not None for made in each.done):
+        # Each as if it were alone.
+        ways = ["now", "compacted", "trimmed"]
+        columns += ["now", "after compaction", "after a trim"]
+
+    def line(found: Found, made: Planned) -> list[str]:
+        reached = [getattr(made.now.reach, way) for way in ways]
+        return [made.plan.label, *_cells(made.plan), found.service, "", *map(reached_share, reached)]
+
+    rows = each.lines(line, len(columns))
+    rows.append(["in all", *_cells(total), "", "", *("" for _ in ways)])
     title = f"{each.counted}: what a collapse could do; before and after are shares of anonymous memory"
-    return Table(title, columns, rows, right={1, 2, 3, 4, 5}, names={0, 6})
+    return Table(title, columns, rows, right={1, 2, 3, 4, 5, 8, 9, 10}, names={0, 6})
 
 
 def _cells(plan: SpacePlan | PlanSum) -> list[str]:

@@ -7,6 +7,7 @@ from rich.console import Console
 from mthp.cli.render.output import say
 from mthp.cli.render.tables import Table
 from mthp.engine.allowed import Allowed
+from mthp.engine.reached import Reach, Reached
 from mthp.engine.space_plan import SpacePlan
 from mthp.heat import Heat
 from mthp.means import SMALL_MEANS
@@ -14,6 +15,28 @@ from mthp.units import format_size, percent
 
 TOP_REASONS = 8
 """Reasons for leaving memory alone that are shown, the ones that concern most memory."""
+
+
+def reach_table(plan: SpacePlan, reach: Reach) -> Table:
+    """Return what of a plan memory allows in each way, and what limits it."""
+    ways = {"now": reach.now, "after compaction": reach.compacted, "after a trim": reach.trimmed}
+    rows = [
+        [
+            way,
+            reached_share(reached),
+            "" if reached.size is None else format_size(reached.size),
+            " ".join(f"{count} of {plan.geometry.label(order)}" for order, count in reached.folios_by_order.items()),
+            reached.limit,
+        ]
+        for way, reached in ways.items()
+    ]
+    title = f"In reach: the share mapped as {size_and_more(plan)} that this machine's memory allows"
+    return Table(title, ["when", "in reach", "bytes", "folios", "limited by"], rows, right={1, 2})
+
+
+def reached_share(reached: Reached) -> str:
+    """Return the coverage in reach as a cell."""
+    return "unknown" if reached.coverage is None else percent(reached.coverage)
 
 
 def size_and_more(plan: SpacePlan) -> str:
