@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from mthp.daemon.boundedserver import BoundedServer
 from mthp.daemon.counters import PAUSE_BUCKETS, Pauses, Services
 from mthp.daemon.environment import Environment
-from mthp.daemon.pressure import memory_used
+from mthp.daemon.pressure import MachineReach, memory_used
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.errors import UnsupportedError, UsageError
@@ -79,6 +79,7 @@ class DaemonCollector(Collector):
 
     def __init__(self, environment: Environment, worker: Worker, version: str) -> None:
         self._environment, self._worker, self._version = environment, worker, version
+        self._reach = MachineReach(environment.geometry.pmd_order)
 
     def collect(self) -> Iterator[Metric]:
         counters, geometry, worker = self._environment.total, self._environment.geometry, self._worker
@@ -118,6 +119,7 @@ class DaemonCollector(Collector):
         yield GaugeMetricFamily("mthp_targets_left_out", "Of these, left out for now.", left_out)
         yield GaugeMetricFamily("mthp_paused", "Whether it was told to pause.", int(worker.paused))
         yield GaugeMetricFamily("mthp_memory_pressure_ratio", "Share of time in which tasks wait.", worker.pressure)
+        yield _reach(self._reach.shares())
         environment = self._environment
         build = GaugeMetricFamily("mthp_build_info", "1, with the version as a label.", labels=["version"])
         build.add_metric([self._version], 1)
@@ -227,6 +229,14 @@ def _by(name: str, help: str, label: str, values: dict[str, int]) -> Metric:
     family = CounterMetricFamily(name, help, labels=[label])
     for word, value in values.items():
         family.add_metric([word], value)
+    return family
+
+
+def _reach(shares: dict[str, float]) -> Metric:
+    meaning = "Share of the machine's anonymous memory that lies in PMD folios or could."
+    family = GaugeMetricFamily("mthp_reachable_ratio", meaning, labels=["when"])
+    for when, share in shares.items():
+        family.add_metric([when], share)
     return family
 
 

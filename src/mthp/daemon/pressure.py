@@ -10,14 +10,20 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+
 from mthp.daemon.eagerness import Measured
+from mthp.engine.reach import Steps, Supply, reachable
 from mthp.freememory import parse_buddyinfo
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
-from mthp.linux.headroom import free_beyond_reserve, parse_meminfo
+from mthp.linux.headroom import free_beyond_reserve, free_memory, parse_meminfo
 from mthp.pacing import Clock
 
 ASK_SECONDS = 0.5
 """Least seconds between two reads of the machine's pressure and its free memory."""
+
+REACH_SECONDS = 60.0
+"""What is in reach on the machine is found out no more often than that."""
 
 FIRST_RETRY_SECONDS = 1.0
 """Seconds after the first failed allocation of an order; doubled by every further one, up to alloc_sleep_millisecs."""
@@ -127,6 +133,44 @@ class FreeFolios:
         """Return the orders that are not requested at the moment because they were refused."""
         now = self._clock()
         return sorted(order for order, (until, _) in self._refused.items() if now < until)
+
+
+class MachineReach:
+    """How much of the machine's anonymous memory could lie in PMD folios: read once a minute, and only if it is wanted.
+
+    Reading /proc/pagetypeinfo goes through the free lists of the machine (pagetypeinfo_showfree(), mm/vmstat.c).
+    """
+
+    def __init__(self, pmd_order: int, proc: Path = Path("/proc"), clock: Clock = time.monotonic) -> None:
+        self._order, self._proc, self._clock = pmd_order, proc, clock
+        self._read = -REACH_SECONDS
+        self._shares: dict[str, float] = {}
+
+    def shares(self) -> dict[str, float]:
+        """Return the share ``now`` and ``after_compaction``; without what is not known."""
+        now = self._clock()
+        if now - self._read >= REACH_SECONDS:
+            self._read = now
+            self._shares = self._measured()
+        return self._shares
+
+    def _measured(self) -> dict[str, float]:
+        free = free_memory(self._proc)
+        try:
+            meminfo = (self._proc / "meminfo").read_text()
+        except OSError:
+            return {}
+        anonymous, huge = (parse_meminfo(meminfo, name) for name in ("AnonPages", "AnonHugePages"))
+        if free is None or anonymous is None or huge is None:
+            return {}
+        size = os.sysconf("SC_PAGESIZE") << self._order
+        count = max(0, anonymous - huge) // size
+        pages = np.full(count, 1 << self._order, np.int64)
+        nothing = np.zeros(count, np.int64)
+        steps = Steps(np.full(count, self._order, np.int8), pages, nothing, nothing)
+        ways = {"now": Supply(free)} | ({"after_compaction": Supply(free, compacted=True)} if free.known_types else {})
+        made = {way: int(reachable(steps, supply)[0].sum()) for way, supply in ways.items()}
+        return {way: (huge + number * size) / max(1, anonymous) for way, number in made.items()}
 
 
 def _some_avg10(path: Path) -> float:
