@@ -1,7 +1,7 @@
-"""Policies side by side on one target, and in words which of them are worth a look.
+"""Policies side by side on one target, with a verdict in words.
 
-A policy is *on the frontier* if no other gives at least the coverage at no more bloat, better in one of the two.
-Coverage is the share of the resident memory in folios of a size to choose, the PMD size by default.
+A policy is *on the frontier* if no other policy has at least its coverage and at most its bloat, and is better in one
+of the two. Coverage is the share of the resident memory in folios of a chosen size, the PMD size by default.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Comparison(Tabular):
     """Settings compared on one target.
 
     Attributes:
-        label: the target's name.
-        geometry: of its machine.
+        label: name of the target.
+        geometry: geometry of its machine.
         outcomes: one for each setting.
-        covered: the order from which on a folio counts as covered.
-        processor: whose TLB the figures are about.
-        costs: what khugepaged's work costs.
-        misses_before, misses: what the target's trace does to that TLB, now and after the last scan under each
-            setting; None and empty if it has no trace.
-        missing: what could not be seen, and what would make it visible.
-        heat: which memory the target uses, if that is known.
+        covered: the smallest order that counts as covered.
+        processor: the processor whose TLB is modelled.
+        costs: costs of khugepaged's work.
+        misses_before, misses: TLB counts of the target's trace, now and after the last scan under each setting; None
+            and empty without a trace.
+        missing: what could not be read, and what would make it readable.
+        heat: which memory the target uses, if known.
     """
 
     ROWS: ClassVar = "rows"
@@ -69,8 +69,8 @@ class Comparison(Tabular):
     def rows(self) -> list[Row]:
         """One row for every setting and scan, the state before included: see :meth:`Outcome.rows`.
 
-        Besides the columns there: ``setting``, the setting's name, and ``coverage``; with a trace ``tlb_misses``, of
-        the state before and after the last scan, None in between.
+        They also have the columns ``setting``, the setting's name, and ``coverage``; with a trace also ``tlb_misses``,
+        for the state before and after the last scan, None in between.
         """
         names = self.names
         tlb = {
@@ -85,7 +85,7 @@ class Comparison(Tabular):
         return rows if self.misses_before is None else [row | {"tlb_misses": self._walks(row)} for row in rows]
 
     def _walks(self, row: Row) -> int | None:
-        """The page walks of the trace in the state that a row is about, if that is known."""
+        """Return the page walks of the trace in the state of a row, if known."""
         if row["scan"] == 0 and self.misses_before is not None:
             return self.misses_before.walks
         index = self.names.index(row["setting"])
@@ -93,14 +93,14 @@ class Comparison(Tabular):
 
     @property
     def names(self) -> list[str]:
-        """What to call each setting: the policy, and where settings differ in more than that, what they differ in."""
+        """The name of each setting: the policy, and the other values in which the settings differ."""
         rows = [outcome.rows()[0] for outcome in self.outcomes]
         keys = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
         differing = [key for key in keys if len({row[key] for row in rows}) > 1]
         return [" ".join([row["policy"], *(f"{key}={row[key]}" for key in differing)]) for row in rows]
 
     def coverage(self, outcome: Outcome, scan: int = -1) -> float:
-        """The share of the resident memory that is covered after a scan, by default the last."""
+        """Return the share of the resident memory that is covered after a scan, by default the last."""
         counts = outcome.scans[scan]
         if self.covered >= self.geometry.pmd_order:
             return share(counts.pmd_mapped, int(counts.by_order.sum()))
@@ -108,7 +108,7 @@ class Comparison(Tabular):
 
     @property
     def frontier(self) -> list[bool]:
-        """For each setting whether it is on the frontier of coverage against bloat, after the last scan."""
+        """Whether each setting is on the frontier of coverage against bloat, after the last scan."""
         points = np.array([(-self.coverage(outcome), outcome.scans[-1].filled) for outcome in self.outcomes])
         return [
             not bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any())
@@ -122,7 +122,7 @@ class Comparison(Tabular):
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """What the columns of the rows are that hold figures."""
+        """The definitions of the columns that are figures."""
         return {
             name: metric_of(name)
             for name in self.rows[0]
@@ -139,7 +139,7 @@ class Comparison(Tabular):
         best = [
             (name, outcome) for name, outcome, on in zip(self.names, self.outcomes, self.frontier, strict=True) if on
         ]
-        # Settings that come to the same are named in one breath.
+        # Settings with equal results share one entry.
         groups: dict[tuple[float, int], list[str]] = {}
         for name, outcome in sorted(best, key=lambda pair: self.coverage(pair[1])):
             groups.setdefault((self.coverage(outcome), outcome.scans[-1].filled), []).append(name)
@@ -154,7 +154,7 @@ class Comparison(Tabular):
         return sentences
 
     def _beaten(self) -> list[str]:
-        """A sentence for each setting that another makes pointless."""
+        """Return a sentence for each setting that another one beats."""
         sentences = []
         pairs = list(zip(self.names, self.outcomes, strict=True))
         for (name, outcome), on in zip(pairs, self.frontier, strict=True):
@@ -178,7 +178,7 @@ class Comparison(Tabular):
         return sentences
 
     def _creep(self) -> list[str]:
-        """A sentence on which settings add memory after the first scan."""
+        """Return a sentence on the settings that add memory after the first scan."""
         creeping = [
             f"{name} (bloat {self._bytes(outcome.scans[1].filled)} after the first scan,"
             f" {self._bytes(outcome.scans[-1].filled)} after {_settled(outcome)})"
@@ -192,7 +192,7 @@ class Comparison(Tabular):
         return []
 
     def _trace(self) -> list[str]:
-        """A sentence on the page walks of the trace."""
+        """Return a sentence on the page walks of the trace."""
         if self.misses_before is None:
             return []
         told = (f"{counts.walks:,} ({name})" for name, counts in zip(self.names, self.misses, strict=True))
@@ -206,7 +206,7 @@ class Comparison(Tabular):
 
 
 def _settled(outcome: Outcome) -> int:
-    """The number of the last scan that added memory."""
+    """Return the number of the last scan that added memory."""
     scans = outcome.scans
     return max(index for index in range(1, len(scans)) if scans[index].filled > scans[index - 1].filled)
 
@@ -231,15 +231,15 @@ def compare(
     """Compare `settings` on the memory of `space`; see :func:`mthp.lab.evaluate.evaluate`.
 
     Args:
-        covered: the order from which on a folio counts as covered; the PMD order by default.
-        processor: whose TLB the figures are about.
-        contents: read the contents too, see there.
-        accesses: the trace that the memory was recorded from, if there is one.
-        heat: which memory is used; in place of a trace, accesses are drawn by it.
+        covered: the smallest order that counts as covered; by default the PMD order.
+        processor: the processor whose TLB is modelled.
+        contents: also read the contents, as for :func:`mthp.lab.evaluate.evaluate`.
+        accesses: the trace that the memory was recorded from, if any.
+        heat: which memory is used; without a trace, accesses are drawn by it.
 
     Raises:
         UsageError: no settings; fewer than one scan; an unknown policy, order or limit.
-        TargetVanishedError: the process exited meanwhile.
+        TargetVanishedError: the process exited in the meantime.
     """
     if not settings:
         raise UsageError("no policy was given", help=f"use --policies with some of {', '.join(policy_names())}")
@@ -275,7 +275,7 @@ def settings_of(
     mthp_min_order: Sequence[int | None] = (None,),
     include_file: bool = False,
 ) -> list[PlanOptions]:
-    """Every combination of the values, as options of a plan; None stands for the target machine's own value."""
+    """Return every combination of the values as options of a plan; None is the value of the target's machine."""
     return [
         PlanOptions(
             policy=policy,

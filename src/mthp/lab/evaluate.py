@@ -1,12 +1,12 @@
 """What settings make of a target, scan by scan: the numbers behind every comparison.
 
-A scan is planned (:mod:`mthp.engine.plan`), the plan is carried out on the planes of bits, and the next scan sees
-what that made, until nothing changes any more. PMD ranges do not depend on each other, so this is done block by block:
-each block is read once, and taken through all settings and all scans before the next is read. Memory use depends on
-the size of a block, not of the target.
+A scan is planned (:mod:`mthp.engine.plan`) and the plan is carried out on the planes of bits. The next scan sees the
+result, until nothing changes any more. PMD ranges do not depend on each other, so this is done block by block: each
+block is read once, and taken through all settings and all scans before the next is read. Memory use depends on the size
+of a block, not of the target.
 
-What is not modelled here: other processes, allocation failures, and what the program does meanwhile. The simulated
-machine does that; here it is one moment's memory, and every attempt succeeds that the PTEs do not rule out.
+Not modelled are other processes, allocation failures, and what the program does meanwhile, which the simulated machine
+has. Here memory is that of one moment, and every attempt succeeds that the PTEs do not rule out.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from mthp.trimming import TrimBy, Trimming
 from mthp.vma import Vma
 
 BLOCK_RANGES = 512
-"""PMD ranges read at a time: 256 Ki PTEs on x86-64, so that all planes of a block stay in the processor's caches."""
+"""PMD ranges per read: 256 Ki PTEs on x86-64, so that all planes of a block stay in the processor's caches."""
 
 MAX_SCANS = 64
-"""Scans after which a comparison ends that wants to see the last; creep needs one for every order, and few more."""
+"""The most scans of a comparison until nothing changes; creep needs one for every order, and few more."""
 
 Progress = Callable[[int, int], None]
-"""Told (bytes done, bytes in all) after every block."""
+"""Called with (bytes done, bytes in all) after every block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,10 @@ class Counts:
     Attributes:
         by_order: int64, shape (MAX_ORDER + 1,): resident pages by the order of their folio.
         pmd_mapped: resident pages that PMD entries map.
-        copied, filled: pages that collapses copied, and made where none were, all scans together.
-        folios: int64, shape (MAX_ORDER + 1,): folios made by order, all scans together.
-        scanned: PTEs that this scan looked at.
-        split: PMD ranges that were split, all scans together.
+        copied, filled: pages that collapses copied, and made where none were, of all scans together.
+        folios: int64, shape (MAX_ORDER + 1,): folios made by order, of all scans together.
+        scanned: PTEs that this scan read.
+        split: PMD ranges that were split, of all scans together.
         trimmable: pages that a trim would give back.
     """
 
@@ -95,8 +95,8 @@ class Outcome:
 
     Attributes:
         options: the setting.
-        policy: the name of what makes the folios (:mod:`mthp.lab.makers`).
-        rules: what it comes to on the target's machine, for anonymous memory.
+        policy: name of the maker of folios (:mod:`mthp.lab.makers`).
+        rules: the setting's rules for anonymous memory on the target's machine.
         scans: the state before the first scan, and after each.
     """
 
@@ -107,16 +107,16 @@ class Outcome:
 
     @property
     def geometry(self) -> Geometry:
-        """The machine's."""
+        """Geometry of the machine."""
         return self.rules.geometry
 
     def rows(self, costs: Costs | None = None, *, tlb_entries: int = 1536, coalesced_order: int = 0) -> list[Row]:
-        """The figures of :mod:`mthp.lab.figures` for the state before the first scan, and after each.
+        """Return the figures of :mod:`mthp.lab.figures` for the state before the first scan, and after each.
 
         Args:
-            costs: what khugepaged's work costs.
+            costs: costs of khugepaged's work.
             tlb_entries: entries of the last level of the TLB.
-            coalesced_order: order of the largest run of PTEs that one of them holds.
+            coalesced_order: order of the largest run of PTEs in one entry.
         """
         costs = costs or Costs()
         rows: list[Row] = []
@@ -186,23 +186,23 @@ def evaluate(
     """Take the memory of `space` through scans under each of some settings.
 
     Args:
-        settings: what shall be planned, by a policy as :mod:`mthp.lab.makers` names it; `within` and `filled` of each
-            count too.
-        scans: how many scans; None for as many as it takes until nothing changes.
-        contents: read the contents too, so that pages of zeroes are known that the program wrote itself.
-        progress: told after every block.
+        settings: what to plan; a policy may be any maker of :mod:`mthp.lab.makers`, and `within` and `filled` of
+            each setting apply.
+        scans: number of scans; None for as many as it takes until nothing changes.
+        contents: also read the contents, to find pages of zeroes that the program wrote itself.
+        progress: called after every block.
 
     Returns:
         One outcome per setting. All have the same number of scans.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
-        UnsupportedError: `contents` of an address space that has none.
-        TargetVanishedError: the process exited meanwhile.
+        UnsupportedError: `contents` of an address space without any.
+        TargetVanishedError: the process exited in the meantime.
     """
     by: TrimBy = next(iter(space.trims_by), "cold") if isinstance(space, Trimming) else "cold"
     limit = MAX_SCANS if scans is None else scans
-    # Listed once: those of a live target change, and all settings are to see the same.
+    # Listed once, because mappings of a live target change, and all settings must have the same.
     vmas = space.vmas()
     courses = [_Course.of(space, vmas, options, limit) for options in settings]
     work: dict[_Places, list[_Course]] = {}
@@ -233,13 +233,13 @@ def evaluate(
 
 
 def resident_by_splitting(space: AddressSpace, options: PlanOptions) -> int:
-    """Return the bytes of `space` that are in memory once a plan was carried out by splitting, at most.
+    """Return the most bytes of `space` that are resident after a plan was carried out by splitting.
 
-    Contents are not read: pages of zeroes that the program wrote beside the planned folios go back, too.
+    Contents are not read: pages of zeroes that the program wrote outside of planned folios are given back, too.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
-        TargetVanishedError: the process exited meanwhile.
+        TargetVanishedError: the process exited in the meantime.
     """
     by_splits = replace(options, policy=f"{policy_named(options.policy).name}{SPLIT}", heat=None)
     [outcome] = evaluate(space, [by_splits])
@@ -248,12 +248,12 @@ def resident_by_splitting(space: AddressSpace, options: PlanOptions) -> int:
 
 
 _Places = tuple[tuple[Segment, ...], ...]
-"""For every job of a setting, the addresses that it is about."""
+"""The segments of every job of a setting."""
 
 
 @dataclass
 class _Course:
-    """One setting on its way through the blocks."""
+    """The progress of one setting through the blocks."""
 
     options: PlanOptions
     maker: Maker
@@ -274,7 +274,7 @@ class _Course:
     def add(self, planes: Planes, before: Counts, rules: Rules, empty: Bits | None, by: TrimBy) -> None:
         """Take one more block through all scans."""
         block = history(planes, before, self.maker, rules, self.limit, empty, by)
-        # From its last scan on, a block stays as it is: what the sum so far does, and so does what is added to it.
+        # After its last scan a block does not change, and neither does the sum.
         length = max(len(self.scans), len(block))
         self.scans = [_at(self.scans, index) + _at(block, index) for index in range(length)]
 
@@ -287,7 +287,7 @@ def _at(scans: Sequence[Counts], index: int) -> Counts:
 
 
 def settled(planes: Planes, maker: Maker, rules: Rules, limit: int) -> Planes:
-    """Some PMD ranges as they are once a scan makes nothing any more, or after `limit` scans."""
+    """Return the planes of some PMD ranges after a scan makes nothing any more, or after `limit` scans."""
     for _ in range(limit):
         plan = plan_planes(planes, maker.policy, rules)
         made = by_splitting(planes, plan).made if maker.splits else plan.made
@@ -309,13 +309,13 @@ def history(
     """Take some PMD ranges through scans until one makes nothing, or `limit` are done.
 
     Args:
-        planes: of the ranges.
-        before: their pages, as :func:`counted` gives them.
-        empty: pages that hold nothing but zeroes, as far as is known: bool, shape (ranges, ptes_per_pmd).
-        by: how a trim would give pages back.
+        planes: the planes of the ranges.
+        before: their pages, as :func:`counted` returns them.
+        empty: pages known to contain only zeroes: bool, shape (ranges, ptes_per_pmd).
+        by: the way in which a trim would give pages back.
 
     Returns:
-        The state before the first scan and after each; the last one, which made nothing, included.
+        The state before the first scan and after each, including a last one that made nothing.
     """
     scans, geometry = [before], rules.geometry
     empty = np.zeros_like(planes.present) if empty is None else empty
@@ -359,7 +359,7 @@ def _folios_by_order(made: NDArray[np.int8]) -> NDArray[np.int64]:
 
 
 def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> tuple[Planes, Counts]:
-    """The planes and the pages of some PMD ranges once the folios of `made` are made in them."""
+    """Return the planes and the pages of some PMD ranges after the folios of `made` are made in them."""
     inside: Bits = made != 0
     outside = ~inside
 
@@ -388,7 +388,7 @@ def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> t
 
 
 def counted(planes: Planes, geometry: Geometry) -> Counts:
-    """The resident pages of some PMD ranges: by the order of their folio, and how many PMD entries map."""
+    """Return the resident pages of some PMD ranges: by the order of their folio, and those that PMD entries map."""
     occupied = planes.occupied
     by_order = np.zeros(MAX_ORDER + 1, np.int64)
     by_order[0] = np.count_nonzero(occupied)
@@ -402,7 +402,8 @@ def counted(planes: Planes, geometry: Geometry) -> Counts:
 
 
 def _without_empty(planes: Planes, empty: Bits | None) -> tuple[Planes, Bits | None]:
-    """Without the PMD ranges in which nothing is mapped or swapped out: which of them are read is up to the backend."""
+    """Return the rows in which anything is mapped or swapped out."""
+    # Which empty ranges are read depends on the backend, so none count.
     some: Bits = np.logical_or.reduce(planes.present, axis=1)
     if planes.swap is not None:
         some |= np.logical_or.reduce(planes.swap, axis=1)

@@ -1,4 +1,4 @@
-"""How large a scenario may be: what its simulation takes of this machine, checked before it begins."""
+"""Bounds on a scenario: what its simulation takes of this machine, checked before it begins."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from mthp.lab.tables import MachineSettings, ProcessPlan, Settings, TrimSettings
 from mthp.units import format_size
 
 BYTES_PER_PAGE = 20
-"""Memory that a simulated machine takes for each of its pages, about."""
+"""Approximate bytes that the simulation takes for each page of the simulated machine."""
 
 BYTES_PER_PTE = 6
-"""Memory that it takes for each page that a program maps, touched or not."""
+"""Approximate bytes that it takes for each page that a program maps, touched or not."""
 
 PROCESSES = Bound(1 << 12, "processes")
-"""A simulated machine has room for 32 766 address spaces, and each process may fork some."""
+"""The most processes. A simulated machine has room for 32 766 address spaces, and each process may fork some."""
 
 ROWS = Bound(1 << 18, "rows of results")
-"""One for each sample of each process, and one for all together, of some 2 KiB each."""
+"""The most rows: one for each sample of each process, and one for all together, of some 2 KiB each."""
 
 COUNT = Bound(1 << 12, "workers, batches or the like of a workload")
-"""Each is a process, or an action in every simulated second."""
+"""The most of each count of a workload. Each is a process, or an action in every simulated second."""
 
 TRIMS = Bound(1 << 16, "trims")
-"""Each reads what all processes have in large folios."""
+"""The most trims. Each reads the large folios of all processes."""
 
 NODES = Bound(1 << 10, "nodes")
-"""MAX_NUMNODES (include/linux/numa.h) is 1 << NODES_SHIFT, of which x86-64 has 10."""
+"""The most nodes: MAX_NUMNODES (include/linux/numa.h) is 1 << NODES_SHIFT, and x86-64 has at most 10."""
 
 LONGEST_STEP = 10.0
-"""Seconds that a program may do at once: in between, nothing else happens, Ctrl-C included."""
+"""Seconds between ticks of programs, at most: in between nothing else happens, Ctrl-C included."""
 
 TIMES_ITS_MACHINE = 64
-"""So many times the machine's memory and swap a size of a workload may be: a part of it that is mapped, or allocated
-in a second."""
+"""A size of a workload may be this many times the machine's memory and swap, because it may be mapped untouched, or
+allocated in a second."""
 
 
 def check_machine(machine: MachineSettings, geometry: Geometry) -> None:
-    """Refuse a machine that this one cannot hold.
+    """Refuse a machine whose simulation does not fit into the memory of this one.
 
     Raises:
         UsageError: it is too large, or has too many nodes.
@@ -66,7 +66,7 @@ def check_trims(trim: TrimSettings | None, settings: Settings) -> None:
     """Refuse more trims than can be simulated.
 
     Raises:
-        UsageError: so it is.
+        UsageError: there are too many.
     """
     if trim is not None:
         TRIMS.check(int(settings.duration / trim.every))
@@ -78,7 +78,7 @@ def check_processes(
     """Refuse processes that are too many, map too much, or whose results would take too much memory.
 
     Raises:
-        UsageError: so it is.
+        UsageError: one of these.
     """
     if settings.step > LONGEST_STEP:
         raise UsageError(
@@ -113,7 +113,7 @@ def _whole_numbers(model: Any) -> list[tuple[str, int]]:
 
 
 def _check_room(processes: Sequence[ProcessPlan], machine: MachineSettings) -> None:
-    """Refuse what cannot fit: it would only show the kernel's killing."""
+    """Refuse processes that cannot fit, because the kernel would only kill them."""
     wanted = 0
     for process in processes:
         most = process.model.most * process.settings.count

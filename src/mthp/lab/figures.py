@@ -1,10 +1,10 @@
-"""Every figure of this project's comparisons, defined once: its name, its unit, and what it is.
+"""Every figure of this project's comparisons, defined once: its name, its unit, and its meaning.
 
-:data:`METRICS` is the dictionary of the definitions; tables use the names as columns, and reports show the meanings.
-The functions below turn raw counts into these figures. Shares are of 1, sizes in bytes, times in seconds.
+:data:`METRICS` has the definitions; tables use the names as columns, and reports print the meanings. The functions
+below turn raw counts into these figures. Shares are of 1, sizes in bytes, times in seconds.
 
-"Resident" is what the target has in memory in the PMD ranges that may be collapsed: pages with contents, and those
-that a collapse filled; the zero page does not count. Bloat counts from the state before the first collapse.
+"Resident" is the target's memory in the PMD ranges that may be collapsed: pages with contents, and those that a
+collapse filled; the zero page does not count. Bloat counts from the state before the first collapse.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from mthp.sim.clock import Costs
 
 MAX_ORDER = 20
-"""The largest folio order that is counted: a 1 GiB page of hugetlbfs has 18. Larger ones count as this."""
+"""The largest folio order to count: a 1 GiB page of hugetlbfs has 18. Larger ones count as this."""
 
 Better = Literal["more", "less", ""]
 
@@ -29,10 +29,10 @@ class Metric:
     """One figure.
 
     Attributes:
-        name: as a column is called.
+        name: name of its column.
         unit: ``bytes``, ``share`` (of 1), ``seconds``, ``pages``, ``entries``, ``folios``, ``count``, or ``""``.
-        meaning: what it is, for a person.
-        better: whether more of it is better, or less; ``""`` where neither is.
+        meaning: its meaning in words.
+        better: whether ``more`` or ``less`` of it is better; ``""`` for neither.
     """
 
     JSON: ClassVar = "unit meaning"
@@ -87,7 +87,7 @@ _SETTINGS = {
     **dict.fromkeys(("setting", "policy", "orders", "trigger", "process"), "string"),
     **dict.fromkeys(("max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order", "scan"), "integer"),
 }
-"""The other columns of rows, with their types in JSON: what a row is about."""
+"""The other columns of rows, which identify a row, with their types in JSON."""
 
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _ALL}
 """The definitions, by name."""
@@ -102,19 +102,19 @@ def row_schema() -> dict[str, Any]:
 
 
 Row = Annotated[dict[str, Any], row_schema]
-"""One row of a result table: what it is about, and metrics by name."""
+"""One row of a result table: the columns that identify it, and metrics by name."""
 
 
 def order_column(order: int) -> str:
-    """The name of the column of one order's share: ``"order_share_9"``."""
+    """Return the name of the column of one order's share: ``"order_share_9"``."""
     return f"order_share_{order}"
 
 
 def metric_of(column: str) -> Metric:
-    """The definition behind a column of a result table.
+    """Return the definition of a column of a result table.
 
     Raises:
-        KeyError: no metric is called so.
+        KeyError: no metric has that name.
     """
     return METRICS["order_share" if column.startswith("order_share_") else column]
 
@@ -122,11 +122,11 @@ def metric_of(column: str) -> Metric:
 def khugepaged_seconds(
     costs: Costs, *, ptes: int, ranges: int, copied_bytes: int, zeroed_bytes: int, folios: int, folio_pages: int
 ) -> float:
-    """The processor time of khugepaged's work, by the simulated machine's table of costs.
+    """Return the processor seconds of khugepaged's work, by the simulated machine's table of costs.
 
     Args:
-        ptes, ranges: PTEs and PMD ranges that were looked at.
-        copied_bytes, zeroed_bytes: contents that were copied, and memory that was cleared.
+        ptes, ranges: PTEs and PMD ranges that were scanned.
+        copied_bytes, zeroed_bytes: bytes that were copied, and cleared.
         folios, folio_pages: folios that were made, and the pages in them.
     """
     picoseconds = ptes * costs.scan_pte + ranges * costs.scan_range
@@ -136,12 +136,12 @@ def khugepaged_seconds(
 
 
 def share(part: float, whole: float) -> float:
-    """`part` of `whole`; 0.0 of nothing."""
+    """Return `part` as a share of `whole`; 0.0 if `whole` is 0."""
     return part / whole if whole else 0.0
 
 
 def coverage_from(pages: ArrayLike, order: int) -> float:
-    """The share of pages in folios of `order` or larger.
+    """Return the share of pages in folios of `order` or larger.
 
     Args:
         pages: int, shape (orders,): resident pages by the order of their folio.
@@ -151,12 +151,12 @@ def coverage_from(pages: ArrayLike, order: int) -> float:
 
 
 def translations(pages: ArrayLike, pmd_mapped: float, pmd_order: int, coalesced_order: int = 0) -> float:
-    """TLB entries that it takes to hold all of the pages at once.
+    """Return the TLB entries that hold all of the pages at once.
 
     Args:
         pages: int, shape (orders,): resident pages by the order of their folio.
-        pmd_mapped: how many of them PMD entries map.
-        coalesced_order: order of the largest run of PTEs that the processor holds in one entry; 0 if it does not.
+        pmd_mapped: pages of these that PMD entries map.
+        coalesced_order: order of the largest run of PTEs in one entry; 0 for a processor that does not coalesce.
     """
     counts = np.array(pages, np.float64)
     largest = len(counts) - 1
@@ -166,17 +166,17 @@ def translations(pages: ArrayLike, pmd_mapped: float, pmd_order: int, coalesced_
 
 
 def time_to_coverage(seconds: ArrayLike, coverage: ArrayLike, wanted: float) -> float:
-    """When `coverage` first was at least `wanted`; ``inf`` if never.
+    """Return the time at which `coverage` first was at least `wanted`; ``inf`` if never.
 
     Args:
-        seconds, coverage: float, shape (steps,): when, and how much.
+        seconds, coverage: float, shape (steps,): time of each step, and its coverage.
     """
     reached = np.flatnonzero(np.asarray(coverage, np.float64) >= wanted)
     return float(np.asarray(seconds, np.float64)[reached[0]]) if len(reached) else float("inf")
 
 
 def fairness(values: Sequence[float] | NDArray[np.float64]) -> float:
-    """Jain's index of what processes have (Jain, Chiu, Hawe 1984): from 1/n to 1; 1.0 if nobody has anything."""
+    """Return Jain's index of processes' shares (Jain, Chiu, Hawe 1984): from 1/n to 1; 1.0 if all are 0."""
     shares = np.asarray(values, np.float64)
     squares = float((shares**2).sum())
     return float(shares.sum()) ** 2 / (len(shares) * squares) if squares else 1.0

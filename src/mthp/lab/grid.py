@@ -1,4 +1,4 @@
-"""A grid of settings, as a TOML file says it: every combination of the values is one setting."""
+"""A grid of settings from a TOML file: every combination of its values is one setting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mthp.toml import Document, whole
 from mthp.tomlexample import commented, table_text
 
 SETTINGS = Bound(1 << 14, "settings of a grid")
-"""Each is a plan of every input."""
+"""The most settings, because each is a plan of every input."""
 
 NUMBERS = ("max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
 
@@ -30,15 +30,15 @@ def _scans(value: object) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Settings, and how far each is taken.
+    """The values of the settings, and the number of scans.
 
     Attributes:
         policies: names of policies.
         max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order: values; not set (empty): the machine's own.
         orders: folio sizes that may be made: "64K,2M", "all", or "enabled"; not set (empty): all.
-        include_file: memory of files and shared memory, too.
-        scans: how many; "all" (None) for as many as it takes until nothing changes.
-        steps: which steps of a recording: "last" or "all".
+        include_file: whether memory of files and shared memory counts, too.
+        scans: number of scans; "all" (None) for as many as it takes until nothing changes.
+        steps: steps of a recording: "last" or "all".
     """
 
     policies: tuple[Annotated[str, known_policy], ...]
@@ -52,7 +52,7 @@ class Grid:
     steps: Literal["last", "all"] = field(default="last")
 
     def settings(self) -> list[PlanOptions]:
-        """Every combination, in the same order every time."""
+        """Return every combination of the values, always in the same order."""
         return settings_of(
             self.policies,
             max_ptes_none=self.max_ptes_none or (None,),
@@ -64,12 +64,12 @@ class Grid:
         )
 
     def text(self) -> str:
-        """The grid as one line, the same for the same grid."""
+        """Return the grid as one line, which is equal for equal grids."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
 def example() -> str:
-    """Return a grid that shows every key."""
+    """Return the text of a grid with every key."""
     return commented(_ABOVE) + table_text(Grid, "", examples=_EXAMPLES)
 
 
@@ -89,10 +89,10 @@ _EXAMPLES = {
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:
-    """Read the grid in the TOML file at `path`.
+    """Return the grid in the TOML file at `path`.
 
     Raises:
-        UsageError: missing, not TOML, an unknown key, a value of the wrong kind, or an unknown policy.
+        UsageError: a missing file, not TOML, an unknown key, a value of the wrong kind, or an unknown policy.
     """
     document = Document.load(path)
     grid = document.table(Grid)

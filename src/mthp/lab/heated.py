@@ -1,4 +1,4 @@
-"""A trace made up of heat, for the model of the TLB: accesses at random, as many to each span as were seen."""
+"""A trace of random accesses drawn by heat, for the model of the TLB."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mthp.lab.replay import Accesses
 from mthp.ptes import Pte, in_blocks
 
 DRAWN = 1 << 19
-"""Accesses that are drawn: each page of a gigabyte twice."""
+"""Number of accesses drawn: each page of a gigabyte twice."""
 
 
 def accesses_of(space: AddressSpace, heat: Heat, seed: int = 0) -> Accesses:
-    """Return accesses to present pages of `space`, by chance, as often as `heat` says.
+    """Return random accesses to present pages of `space`, as often as `heat` says.
 
-    What heat does not tell is the order: a program that goes through its memory in turn misses the TLB less often.
+    Heat does not have the order: a program that goes through its memory in turn misses the TLB less often.
 
     Raises:
-        TargetVanishedError: the process exited meanwhile.
+        TargetVanishedError: the process exited in the meantime.
     """
     rng, page, size = np.random.default_rng(seed), space.geometry.page_size, space.geometry.pmd_size
     span = rng.choice(heat.spans, DRAWN, p=heat.accesses / heat.total)

@@ -1,7 +1,7 @@
-"""What makes folios in a comparison or a simulation, by name: a policy, and ``:split`` behind it where mthp does it.
+"""The makers of folios in a comparison or a simulation, by name: a policy, with the suffix ``:split`` for mthp.
 
-Without the suffix the kernel's khugepaged makes them, one by one; with it, mthp collapses a PMD range and splits its
-folio.
+Without the suffix the kernel's khugepaged makes the folios, one by one. With it, mthp collapses a PMD range and splits
+its folio.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from mthp.engine.policy_lookup import policy_named
 from mthp.toml import text
 
 SPLIT = ":split"
-"""What stands behind the name of a policy that mthp carries out by splitting."""
+"""The suffix of a policy that mthp carries out by splitting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """What makes folios.
+    """A maker of folios.
 
     Attributes:
-        policy: which.
+        policy: its policy.
         splits: whether mthp makes them, by splitting.
     """
 
@@ -30,7 +30,7 @@ class Maker:
 
     @property
     def name(self) -> str:
-        """What results call it."""
+        """Its name in results."""
         return self.policy.name + (SPLIT if self.splits else "")
 
     @classmethod
@@ -38,7 +38,7 @@ class Maker:
         """Return the maker of that name.
 
         Raises:
-            UsageError: there is no such policy.
+            UsageError: no policy has that name.
         """
         if isinstance(name, Policy):
             return cls(name)
@@ -46,9 +46,9 @@ class Maker:
 
 
 def known_maker(name: object) -> str:
-    """Return the name of a maker, if there is one of that name.
+    """Return the name of a maker, if a maker has that name.
 
     Raises:
-        UsageError: not a text, or as :meth:`Maker.named`.
+        UsageError: `name` is not a text, or as :meth:`Maker.named`.
     """
     return Maker.named(text(name)).name

@@ -1,7 +1,7 @@
-"""The directory in which a sweep keeps what it has done, until all is done and one file takes its place.
+"""The directory that keeps the finished parts of a sweep, until all are done and one file takes its place.
 
-It lies beside the result, maybe in a directory in which other users write. So it must be a directory of this user, not
-a link to one, and only files that a sweep made are read and removed: a planted link to another directory is refused.
+It lies beside the result, maybe in a directory in which other users write. So it must be a directory of this user and
+not a link, and only files that a sweep made are read and removed: a planted link to another directory is refused.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Parts(Closing):
     """An open directory of parts. A context manager.
 
     Args:
-        path: of the directory, which is made if it is not there.
+        path: path of the directory, which is created if it does not exist.
 
     Raises:
-        UsageError: it cannot be made, is not a directory, or others may write in it.
+        UsageError: it cannot be created, is not a directory, or other users may write in it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class Parts(Closing):
         return stat.S_ISREG(status.st_mode)
 
     def keep(self, key: str, data: bytes) -> None:
-        """Keep `data` under the name `key`, whole or not at all.
+        """Store `data` under the name `key`, whole or not at all.
 
         Raises:
             MthpError: it cannot be written.
@@ -67,7 +67,7 @@ class Parts(Closing):
             os.rename(temporary, f"{key}.arrow", src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def read(self, key: str) -> bytes:
-        """Return what was kept under the name `key`.
+        """Return the data stored under the name `key`.
 
         Raises:
             OSError: it cannot be read.
@@ -76,7 +76,7 @@ class Parts(Closing):
             return file.read()
 
     def drop(self, key: str) -> None:
-        """Forget what was kept under the name `key`."""
+        """Remove the data stored under the name `key`."""
         with contextlib.suppress(OSError):
             os.unlink(f"{key}.arrow", dir_fd=self._fd)
 
@@ -93,7 +93,7 @@ class Parts(Closing):
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
 
     def close(self) -> None:
-        """Close it. Closing twice does nothing."""
+        """Close the directory. Closing twice does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

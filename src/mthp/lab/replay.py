@@ -1,7 +1,7 @@
-"""A trace of accesses replayed against the memory that each of some settings makes, for the model of the TLB.
+"""The replay of a trace of accesses on the memory that each setting makes, for the model of the TLB.
 
-The memory is that of the trace's last step, taken through all scans at once and then left alone: what is compared is
-the folios, not when they come.
+The memory is that of the trace's last step, taken through all scans before the replay, because the comparison is of the
+folios, not of the time at which they are made.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mthp.lab.tlb import Processor, Tlb, TlbCounts
 from mthp.ptes import in_blocks
 
 Accesses = Callable[[], Iterable[NDArray[np.int64]]]
-"""Gives the page numbers of a trace, in order, from its beginning: int64, shape (accesses,), a part at a time."""
+"""Yields the page numbers of a trace, in order, from its beginning: int64, shape (accesses,), in parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """How pages are mapped, by ascending page number. What is not there is a base page.
+    """The mapping of pages in large folios, by ascending page number. All others are base pages.
 
     Attributes:
         page: int64, shape (pages,): page numbers.
@@ -39,7 +39,7 @@ class Mapped:
     huge: NDArray[np.bool_]
 
     def of(self, pages: NDArray[np.int64]) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
-        """Order and huge of some page numbers, in any order: int8 and bool, their shape."""
+        """Return the order and the huge bit of some page numbers, in any order: int8 and bool, their shape."""
         if not len(self.page):
             return np.zeros(len(pages), np.int8), np.zeros(len(pages), np.bool_)
         at = np.minimum(np.searchsorted(self.page, pages), len(self.page) - 1)
@@ -48,14 +48,14 @@ class Mapped:
 
 
 def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -> Mapped:
-    """How the large folios of `space` are mapped after some scans under one setting.
+    """Return how the large folios of `space` are mapped after some scans under one setting.
 
     Args:
-        scans: how many; 0 for as it is, None for as many as it takes until nothing changes.
+        scans: number of scans; 0 for the present state, None for as many as it takes until nothing changes.
 
     Raises:
         UsageError: as :func:`mthp.plan_ranges`.
-        TargetVanishedError: the process exited meanwhile.
+        TargetVanishedError: the process exited in the meantime.
     """
     maker, base = Maker.named(options.policy), base_rules(space, options)
     jobs, _ = jobs_of(space, options, base)
@@ -75,7 +75,7 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
 
 
 def _large(first: NDArray[np.uint64], planes: Planes) -> Mapped:
-    """The pages of large folios in some PMD ranges that begin at the page numbers `first`."""
+    """Return the pages of large folios in some PMD ranges, whose first page numbers are `first`."""
     if planes.folio_order is None:
         return Mapped(np.empty(0, np.int64), np.empty(0, np.int8), np.empty(0, np.bool_))
     rows, offsets = np.nonzero((planes.folio_order > 0) & planes.occupied)
@@ -86,10 +86,10 @@ def _large(first: NDArray[np.uint64], planes: Planes) -> Mapped:
 def misses(
     space: AddressSpace, settings: Sequence[PlanOptions], accesses: Accesses, processor: Processor, scans: int | None
 ) -> tuple[TlbCounts, list[TlbCounts]]:
-    """What a trace does to a TLB, with the memory as it is, and as each of `settings` makes it.
+    """Return the TLB counts of a trace with the present memory, and with the memory that each of `settings` makes.
 
     Raises:
-        As :func:`mapped_after`.
+        MthpError: as :func:`mapped_after`.
     """
     before = mapped_after(space, settings[0], 0)
     return (
@@ -102,7 +102,7 @@ def misses(
 
 
 def replayed(accesses: Accesses, mapped: Mapped, processor: Processor, page_size: int) -> TlbCounts:
-    """What a trace does to a TLB that is empty at first."""
+    """Return the counts of a trace on a TLB that is empty at first."""
     tlb = Tlb(processor, page_size)
     for pages in accesses():
         tlb.access(pages, *mapped.of(pages))

@@ -1,4 +1,4 @@
-"""Rows of results that come from a file: checked to be what their readers reckon with."""
+"""Rows of results from a file, checked for what their readers need."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from mthp.errors import UsageError
 from mthp.lab.figures import Row
 
 MOST_SCANS = 1000
-"""Scans of one setting; a grid and `mthp compare` allow no more."""
+"""The most scans of one setting; a grid and `mthp compare` allow no more."""
 
 MOST = 1 << 63
-"""No figure is as large: bytes of a machine and seconds fit 63 bits."""
+"""A bound on figures: bytes of a machine and seconds fit 63 bits."""
 
 MOST_TEXT = 1 << 13
-"""Characters of a name."""
+"""The most characters of a text."""
 
 
 def checked_rows(rows: object, columns: Mapping[str, type]) -> list[Row]:
-    """Return `rows` if each is an object that has all `columns`, and nothing that cannot be printed and reckoned with.
+    """Return `rows` if each is an object with all `columns`, whose values can be printed and computed with.
 
     Args:
-        columns: names and types of what must be there: ``int``, ``float`` (which an int is, too) or ``str``.
+        columns: names and types of required columns: ``int``, ``float`` (which includes int) or ``str``.
 
     Raises:
-        UsageError: something is missing or of the wrong kind.
+        UsageError: a value is missing or of the wrong kind.
     """
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not all(isinstance(row, dict) for row in rows):
         raise UsageError("damaged: its rows are not a list of objects")

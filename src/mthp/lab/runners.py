@@ -1,4 +1,4 @@
-"""Where the tasks of a sweep run: in processes of this machine, or on a cluster."""
+"""The runners of a sweep's tasks: processes of this machine, or a cluster."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mthp.errors import MthpError, UnsupportedError, UsageError
 from mthp.lab.sweep import Done, Runner, Task, measure
 
 SILENCE = 5.0
-"""Seconds without a connection to the scheduler after which it is given up."""
+"""Seconds without a connection to the scheduler until it counts as gone."""
 
 LOOK = 0.02
-"""Seconds between two looks at what is done."""
+"""Seconds between two checks for finished tasks."""
 
 AHEAD = 4
-"""Tasks that are sent to the cluster for every thread of its workers, so that none waits for the next."""
+"""Tasks sent to the cluster for every thread of its workers, so that no thread waits for the next."""
 
 _LOGGERS = (
     "distributed",
@@ -34,13 +34,13 @@ _GO_ON = "what is done is kept: run the same command again to go on"
 
 
 def local(jobs: int | None = None) -> Runner:
-    """Processes of this machine.
+    """Return a runner in processes of this machine.
 
     Args:
-        jobs: how many; as many as this process may use processors if None.
+        jobs: number of processes; None for as many as this process may use processors.
 
     Raises:
-        UsageError: fewer than one.
+        UsageError: fewer than one process.
         UnsupportedError: joblib is missing.
     """
     joblib = _imported("joblib", "lab")
@@ -56,20 +56,20 @@ def local(jobs: int | None = None) -> Runner:
         try:
             yield from parallel(joblib.delayed(measure)(task) for task in tasks)
         except (RuntimeError, OSError) as error:
-            # A worker that was killed; the memory of the machine was over, most of the time.
+            # A worker was killed, most often because the machine ran out of memory.
             raise MthpError(f"a worker process died: {str(error).splitlines()[0]}", help=_GO_ON) from error
 
     return run
 
 
 def dask(address: str) -> Runner:
-    """The workers of a Dask scheduler. They must have this package, and see the inputs at the same paths.
+    """Return a runner on a Dask scheduler, whose workers must have this package, and the inputs at the same paths.
 
     Args:
-        address: such as ``tcp://127.0.0.1:8786``.
+        address: address of the scheduler, such as ``tcp://127.0.0.1:8786``.
 
     Raises:
-        UsageError: not such an address.
+        UsageError: `address` is not such an address.
         UnsupportedError: distributed is missing.
     """
     distributed = _imported("distributed", "dask")
@@ -97,7 +97,7 @@ def dask(address: str) -> Runner:
 
 
 def _on_cluster(distributed: Any, client: Any, address: str, tasks: Sequence[Task]) -> Iterator[Done]:
-    """Send tasks a few at a time, and give their results as they come."""
+    """Send tasks a few at a time, and yield their results as they arrive."""
     waiting = list(reversed(tasks))
     running: set[Any] = set()
     lost_since: float | None = None
@@ -131,7 +131,7 @@ def _gone(address: str, error: BaseException | None) -> MthpError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep distributed from logging tracebacks of what is told in one line here."""
+    """Keep distributed from logging tracebacks of errors that are reported in one line here."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -144,7 +144,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _let_go(client: Any) -> None:
-    """Close the client, whatever state the scheduler is in."""
+    """Close the client in any state of the scheduler."""
     with contextlib.suppress(Exception):
         client.close(timeout=1)
 

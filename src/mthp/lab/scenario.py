@@ -1,6 +1,6 @@
-"""Scenarios: what `mthp simulate` runs, as a TOML file.
+"""Scenarios of `mthp simulate`, as TOML files.
 
-Every table is a dataclass of :mod:`mthp.lab.tables`, which :mod:`mthp.toml` makes of it.
+Every table is a dataclass of :mod:`mthp.lab.tables`, which :mod:`mthp.toml` reads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mthp.tunables import Switches, Tunables, read_switches, read_tunables
 
 
 def example() -> str:
-    """Return a scenario that shows every key, with the value that holds without it."""
+    """Return the text of a scenario with every key and its default."""
     machine = MachineSettings()
     geometry = geometry_named(machine.geometry)
     switches, tunables = Switches.defaults(geometry), Tunables.defaults(geometry)
@@ -61,7 +61,7 @@ comment has the value that holds without it. The values of [switches] and [tunab
 
 
 def _process_text(workload: str) -> str:
-    """Return a process of a workload with every key; a comment, except for the first workload."""
+    """Return the text of a process with every key of its workload; a comment, except for the first workload."""
     model, optional = MODELS[workload], workload != next(iter(MODELS))
     ours = "" if optional else table_text(ProcessSettings, "[[process]]", examples={"workload": workload})
     header, keys = ("[[process]]", f'# workload = "{workload}"') if optional else ("", "")
@@ -70,10 +70,10 @@ def _process_text(workload: str) -> str:
 
 
 def load_scenario(path: Path) -> Scenario:
-    """Read and check the scenario at `path`.
+    """Return the scenario at `path`, checked.
 
     Raises:
-        UsageError: it is not there, not TOML, or says something that cannot be; the message names the place.
+        UsageError: the file does not exist, is not TOML, or has an impossible value; the message names the place.
     """
     if _is_foreign(path):
         remedy = 'write a scenario whose process has workload = "recording" and file = "..." to simulate a recording'
@@ -82,7 +82,7 @@ def load_scenario(path: Path) -> Scenario:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether the file at `path` begins as no text does."""
+    """Return whether the file at `path` begins as a Parquet file or one of mthp's, not as text."""
     return begins(path, 4) in (b"PAR1", b"mthp", b"\xff\xff\xff\xff")
 
 
@@ -97,13 +97,13 @@ def _scenario(document: Document, path: Path) -> Scenario:
     processes = [process for place in document.tables("process") if (process := _process(document, place))]
     if not document.value("process"):
         document.refuse((), "it has no [[process]]", help=f"workloads are {', '.join(MODELS)}")
-    # What a wrong process is called is not known.
+    # The name of an invalid process is unknown.
     names = None if document.refused("process") else [process.settings.name for process in processes]
     faults = [fault for place in document.tables("fault") if (fault := _fault(document, place, names))]
     tunables: dict[str, int] = {}
     enabled: str | None = None
     sizes: dict[int, str] = {}
-    # Limits and sizes depend on it.
+    # Limits and sizes depend on the geometry.
     if not document.refused("machine", "geometry"):
         tunables = read_tunables(document, geometry)
         enabled, sizes = read_switches(document, geometry)

@@ -1,4 +1,4 @@
-"""Results of simulations in a file: Parquet, one row for each sample, with the scenario beside the rows."""
+"""Results of simulations in a Parquet file: one row for each sample, with the scenario as metadata."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _KINDS = {
     **dict.fromkeys(("seconds", "huge_coverage", "large_coverage"), float),
     "resident_bytes": int,
 }
-"""What every row has."""
+"""The required columns of every row, with their types."""
 
 _KINDS_OF_ALL = {
     **dict.fromkeys(("khugepaged_seconds", "alloc_failure_share", "bloat_share"), float),
     **dict.fromkeys(("bloat_bytes", "copied_bytes"), int),
 }
-"""What the row of all processes together has besides."""
+"""The required columns of rows of all processes together, in addition to `_KINDS`."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        rows: of all runs, in their order.
+        rows: rows of all runs, in their order.
         about: ``scenario`` (the file's text), ``name``, ``seed``, ``geometry``, ``policies``, ``version``.
     """
 
@@ -50,7 +50,7 @@ class Simulated:
 
 
 def about(scenario: Scenario, seed: int, policies: Sequence[str], version: str) -> dict[str, Any]:
-    """What is told beside the rows."""
+    """Return the metadata of a file."""
     return {
         "schema": SCHEMA,
         "name": scenario.name,
@@ -63,7 +63,7 @@ def about(scenario: Scenario, seed: int, policies: Sequence[str], version: str) 
 
 
 def write(path: Path, outcomes: Sequence[Outcome], told: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Write the rows of `outcomes` to `path`. The same rows give the same bytes.
+    """Write the rows of `outcomes` to `path`. Equal rows make equal bytes.
 
     Raises:
         MthpError: the file exists, or cannot be written.
@@ -79,15 +79,15 @@ def write(path: Path, outcomes: Sequence[Outcome], told: dict[str, Any], *, over
 
 
 def is_simulated(path: Path) -> bool:
-    """Whether the file at `path` holds results of a simulation; False if it cannot be read."""
+    """Return whether the file at `path` has results of a simulation; False if it cannot be read."""
     return KEY in columns_and_metadata(path)[1]
 
 
 def read(path: Path) -> Simulated:
-    """What :func:`write` wrote.
+    """Return the contents of a file that :func:`write` wrote.
 
     Raises:
-        UsageError: it is something else, or damaged.
+        UsageError: the file is another one, or damaged.
         UnsupportedError: pyarrow is not installed.
     """
     rows, metadata = read_rows(path)

@@ -1,10 +1,10 @@
-"""A scenario, run: programs and khugepaged on one simulated machine, in simulated time.
+"""The run of a scenario: programs and khugepaged on one simulated machine, in simulated time.
 
-Everything that happens is an event with a time: ticks of programs, faults, samples. khugepaged scans and rests as it
-does on a real machine, and what it sleeps through is when the others act: its clock's sleep is the loop over the
-events. What an event costs moves the clock on, so a machine that is too slow for its programs falls behind, as a real
-one would. Events of the same time happen in the order of their making. Nothing depends on the time or the chance of the
-machine that simulates, so two runs of one scenario give the same table, byte for byte.
+Everything is an event with a time: ticks of programs, faults, samples. khugepaged scans and rests as on a real machine,
+and while it sleeps the others act: the sleep of its clock is the loop over the events. The cost of an event moves the
+clock on, so a machine that is too slow for its programs falls behind, as a real one would. Events of the same time
+happen in the order of their creation. Nothing depends on the time or the random numbers of the simulating machine, so
+two runs of one scenario make the same table, byte for byte.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from mthp.ptes import Pte
 from mthp.sim import Machine
 
 Progress = Callable[[float, float], None]
-"""Told (simulated seconds done, in all), after whatever happens."""
+"""Called with (simulated seconds done, in all) after every event."""
 
 MOST_PINS = 4096
-"""Pages of one process that a fault pins at most."""
+"""The most pages of one process that a fault pins."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        policy: under which it ran, as :mod:`mthp.lab.makers` names it.
+        policy: the policy of the run, as :mod:`mthp.lab.makers` names it.
         rows: one for each sample and process, and one for all processes together, whose `process` is ``""``; the
-            names are those of :mod:`mthp.lab.figures`.
-        interrupted: it was told to stop.
+            columns are those of :mod:`mthp.lab.figures`.
+        interrupted: the caller stopped it.
     """
 
     policy: str
@@ -57,7 +57,7 @@ class Outcome:
         return next(row for row in reversed(self.rows) if not row["process"])
 
     def time_to_coverage(self, wanted: float) -> float:
-        """Simulated seconds until PMD entries mapped the part `wanted` of all memory; infinite if they never did."""
+        """Return the simulated seconds until PMD entries mapped the part `wanted` of all memory; inf if never."""
         whole = [row for row in self.rows if not row["process"]]
         return figures.time_to_coverage(
             [row["seconds"] for row in whole], [row["huge_coverage"] for row in whole], wanted
@@ -69,10 +69,10 @@ class Simulation:
     """Runs of one scenario.
 
     Attributes:
-        scenario: what was run.
-        seed: of all chance.
+        scenario: the scenario.
+        seed: seed of all random numbers.
         policies: one for each run.
-        outcomes: of the runs; fewer than policies if it was interrupted.
+        outcomes: outcomes of the runs; fewer than policies if interrupted.
     """
 
     JSON: ClassVar = "name=scenario.name seed policies geometry interrupted rows"
@@ -84,17 +84,17 @@ class Simulation:
 
     @property
     def geometry(self) -> Geometry:
-        """Of the simulated machine."""
+        """Geometry of the simulated machine."""
         return self.scenario.geometry
 
     @property
     def interrupted(self) -> bool:
-        """Whether it was told to stop."""
+        """Whether the caller stopped it."""
         return self.outcomes[-1].interrupted
 
     @property
     def rows(self) -> list[Row]:
-        """Those of all runs."""
+        """The rows of all runs."""
         return [row for outcome in self.outcomes for row in outcome.rows]
 
 
@@ -106,14 +106,14 @@ def simulate(
     progress: Progress = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Run `scenario`.
+    """Run `scenario`, and return its outcome.
 
     Args:
-        policy, seed: in place of the scenario's own.
-        stop: asked all the time; once it says True the run ends, and the rows up to then are given.
+        policy, seed: used in place of the scenario's own.
+        stop: called after every event; once it returns True the run ends, with the rows up to then.
 
     Raises:
-        UsageError: a policy that does not exist.
+        UsageError: the policy does not exist.
     """
     return _Run(scenario, policy or scenario.settings.policy, seed, progress, stop).run()
 
@@ -130,7 +130,7 @@ class _Member:
 
 
 class _Time:
-    """khugepaged's clock: while it sleeps, the events happen."""
+    """khugepaged's clock, which runs the events while khugepaged sleeps."""
 
     def __init__(self, run: _Run) -> None:
         self._run = run
@@ -143,7 +143,7 @@ class _Time:
         before = clock.now_ns
         self._run.until(self._run.now + seconds)
         if clock.now_ns == before:
-            # Less than a nanosecond: who sleeps until then would sleep for ever.
+            # Less than a nanosecond: without this, a sleep until then would never end.
             clock.wait_ns(1)
 
 
@@ -180,7 +180,7 @@ class _Run:
         return self.machine.clock.now_ns / 1e9
 
     def run(self) -> Outcome:
-        """Everything, from the first event to the end."""
+        """Run from the first event to the end."""
         settings, machine = self._scenario.settings, self.machine
         if self._scenario.machine.fragmentation:
             where = self._scenario.machine
@@ -201,7 +201,7 @@ class _Run:
         else:
             self.until(settings.duration)
         if not self._rows:
-            # It was stopped before anything happened.
+            # It was stopped before the first event.
             self._sample()
         return Outcome(self._policy, self._rows, self._interrupted)
 
@@ -216,7 +216,7 @@ class _Run:
         self._made += 1
 
     def until(self, seconds: float) -> None:
-        """Let happen what is due until then, and let that time come."""
+        """Run the events that are due until then, and advance the time to it."""
         end = min(seconds, self._scenario.settings.duration)
         while self._events and self._events[0][0] <= end and not self._interrupted:
             due, _, action = heapq.heappop(self._events)
@@ -264,11 +264,11 @@ class _Run:
         began = self.now
         if self._act(member, lambda: member.life.send(began - member.began)):
             self._mthp.enter(member.program)
-            # Who takes longer than a tick has no time left to wait.
+            # A program that takes longer than a tick has no time left to wait.
             self._at(max(began + self._scenario.settings.step, self.now), lambda: self._tick(member))
 
     def _act(self, member: _Member, move: Callable[[], object]) -> bool:
-        """Let a program move: whether it lives afterwards."""
+        """Let a program move; return whether it lives afterwards."""
         if not member.program.alive:
             return False
         before = self._spent_ns()
@@ -377,7 +377,7 @@ _ALLOCATIONS = ("collapse_alloc", "collapse_alloc_failed")
 
 
 def _present(program: Program) -> NDArray[np.int64]:
-    """Addresses of the pages that a program has in memory."""
+    """Return the addresses of a program's present pages."""
     space = program.machine.space(program.mm)
     found = [np.empty(0, np.int64)]
     for start, end in space.mapped():

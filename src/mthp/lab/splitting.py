@@ -1,4 +1,4 @@
-"""What splits and trims make of planes of bits: the price of a collapse of whole PMD ranges, and what goes back."""
+"""Splits and trims on planes of bits: the price of collapsing whole PMD ranges, and the pages that are given back."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mthp.trimming import SMALLEST_LARGE, TrimBy
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What a plan comes to if folios below the PMD order are made by splitting.
+    """The result of a plan whose folios below the PMD order are made by splitting.
 
     Attributes:
-        made: the order of the folio that each page is collapsed into: int8, shape (ranges, ptes_per_pmd); 0 if none.
-        ranges: the PMD ranges that are split: bool, shape (ranges,).
+        made: int8, shape (ranges, ptes_per_pmd): order that each page is collapsed to; 0 if it is not.
+        ranges: bool, shape (ranges,): PMD ranges that are split.
         copied, filled: pages with contents that are copied, and PTEs that become memory.
     """
 
@@ -30,9 +30,9 @@ class Split:
 
 
 def by_splitting(planes: Planes, plan: Plan) -> Split:
-    """Return what `plan` of `planes` comes to by splitting.
+    """Return the result of carrying out `plan` of `planes` by splitting.
 
-    A PMD range is copied as a whole, and left alone if something beside its blocks must not be
+    A PMD range is copied as a whole, and left alone if pages outside of its blocks forbid that
     (:mod:`mthp.splitchecks`).
     """
     made = plan.made
@@ -52,15 +52,15 @@ def by_splitting(planes: Planes, plan: Plan) -> Split:
 
 
 def given_back(planes: Planes, split: Split, empty: Bits) -> tuple[Planes, Bits]:
-    """Return the planes once pages of zeroes of split ranges went back, and which pages went.
+    """Return the planes after pages of zeroes of split ranges are given back, and these pages.
 
     Args:
-        planes: once the split was carried out.
-        empty: pages that hold nothing but zeroes: bool, shape (ranges, ptes_per_pmd).
+        planes: the planes after the split.
+        empty: pages that contain only zeroes: bool, shape (ranges, ptes_per_pmd).
     """
     gone: Bits = empty & planes.occupied & split.ranges[:, None] & (split.made == 0)
     if planes.folio_order is not None:
-        # Large folios that were there stay as they are.
+        # Large folios that existed before are not split.
         gone &= planes.folio_order == 0
     zero = gone if planes.zero is None else planes.zero | gone
     filled = None if planes.filled is None else planes.filled & ~gone
@@ -68,12 +68,12 @@ def given_back(planes: Planes, split: Split, empty: Bits) -> tuple[Planes, Bits]
 
 
 def trimmed(planes: Planes, empty: Bits, by: TrimBy, share: float, geometry: Geometry) -> int:
-    """Return how many pages a trim gives back.
+    """Return the number of pages that a trim gives back.
 
     Args:
-        empty: pages that hold nothing but zeroes: bool, shape (ranges, ptes_per_pmd).
-        by: how folios are trimmed.
-        share: the part of a folio's pages that must hold nothing but zeroes.
+        empty: pages that contain only zeroes: bool, shape (ranges, ptes_per_pmd).
+        by: the way to trim.
+        share: the part of a folio's pages that must contain only zeroes.
     """
     if planes.folio_order is None or not empty.any():
         return 0

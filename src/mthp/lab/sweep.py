@@ -1,11 +1,10 @@
 """Many snapshots and recordings by many settings: the figures of each, in one table.
 
 One input is one task: it is opened once, and taken through all settings (:func:`mthp.lab.evaluate.evaluate`). Tasks
-run in processes of this machine (joblib), or on a cluster (Dask distributed), and give back the bytes of a small Arrow
-table. Only the process that was started writes. What one task gave is kept in a directory beside the result, under a
-name that stands for the input as it is and the grid; so a sweep that was interrupted goes on where it was. When all
-is done the parts become one Parquet file, by the name of the input. Nothing in it depends on where or in which order
-the tasks ran.
+run in processes of this machine (joblib), or on a cluster (Dask distributed), and return the bytes of a small Arrow
+table. Only the main process writes. The table of a task is kept in a directory beside the result, under a name derived
+from the present input and the grid, so that an interrupted sweep can go on. When all tasks are done the parts become
+one Parquet file, sorted by the name of the input. Its contents do not depend on where or in which order the tasks ran.
 
 An input that cannot be read is reported, and the others go on.
 """
@@ -35,18 +34,18 @@ from mthp.snapshot.table import pyarrow
 from mthp.tabular import Tabular
 
 Progress = Callable[[int, int], None]
-"""Told (inputs done, inputs in all) after every input."""
+"""Called with (inputs done, inputs in all) after every input."""
 
 PARTS_SUFFIX = ".parts"
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One input and what shall be done with it.
+    """One input with its settings.
 
     Attributes:
-        path: of the file, absolute: wherever the task runs must see it there.
-        name: what the table calls it.
+        path: absolute path of the file, which must be valid where the task runs.
+        name: name of the input in the table.
         grid: the settings.
     """
 
@@ -57,10 +56,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What became of a task.
+    """The result of a task.
 
     Attributes:
-        name: of the input.
+        name: name of the input.
         table: an Arrow IPC file of its rows; ``b""`` if it failed.
         error: why it failed; ``""`` if it did not.
     """
@@ -71,7 +70,7 @@ class Done:
 
 
 Runner = Callable[[Sequence[Task]], Iterator[Done]]
-"""Runs tasks, and gives what became of them in any order."""
+"""Runs tasks, and yields their results in any order."""
 
 
 @dataclass
@@ -79,14 +78,14 @@ class SweepReport(Tabular):
     """What a sweep did.
 
     Attributes:
-        path: of the result; ``""`` if there is none yet.
-        inputs: how many there are.
-        settings: how many for each.
+        path: path of the result; ``""`` if there is none yet.
+        inputs: number of inputs.
+        settings: number of settings for each.
         resumed: inputs that an earlier run had done.
-        done: inputs that are done, those included.
-        rows: of the result.
-        failed: inputs that could not be done, by name, with the reason.
-        interrupted: it was stopped before all were done.
+        done: inputs that are done, including `resumed`.
+        rows: rows of the result.
+        failed: inputs that failed, by name, with the reason.
+        interrupted: the caller stopped it before all were done.
     """
 
     path: str
@@ -99,7 +98,7 @@ class SweepReport(Tabular):
     interrupted: bool = False
 
     def table_columns(self) -> dict[str, Any]:
-        """Return the columns of the result, as its file has them; none if there is no result yet."""
+        """Return the columns of the result's file; none if there is no result yet."""
         if not self.path:
             return {}
         table = pyarrow("pyarrow.parquet").read_table(self.path)
@@ -119,14 +118,14 @@ def sweep(
     """Take all `inputs` through all settings of `grid`, and write the figures to the Parquet file `output`.
 
     Args:
-        inputs: names and files, as :func:`inputs_in` gives them.
+        inputs: names and files, as :func:`inputs_in` returns them.
         runner: :func:`mthp.lab.runners.local` or :func:`mthp.lab.runners.dask`.
-        overwrite: replace a file that is there.
-        stop: asked after every input; what is done is kept for the next run.
+        overwrite: replace an existing file.
+        stop: called after every input; finished inputs are kept for the next run.
 
     Raises:
-        UsageError: the file exists or cannot be made.
-        MthpError: what runs the tasks went away; what is done is kept for the next run.
+        UsageError: the file exists or cannot be created.
+        MthpError: the runner failed; finished inputs are kept for the next run.
         UnsupportedError: pyarrow is missing.
     """
     pyarrow()
@@ -159,7 +158,8 @@ def sweep(
 
 
 def _done(parts: Parts, key: str) -> bool:
-    """Whether an earlier run did it. A part that a power failure cut short is done again."""
+    """Return whether an earlier run did the task."""
+    # A part that a power failure cut short is done again.
     if key not in parts:
         return False
     try:
@@ -171,10 +171,10 @@ def _done(parts: Parts, key: str) -> bool:
 
 
 def inputs_in(directory: str | os.PathLike[str]) -> list[tuple[str, Path]]:
-    """The files in `directory` and below, by name relative to it; hidden ones and what a sweep writes left out.
+    """Return the files in `directory` and below, by relative name, without hidden ones and those that a sweep writes.
 
     Raises:
-        UsageError: not a directory, or nothing in it.
+        UsageError: `directory` is not a directory, or has no files.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -189,11 +189,11 @@ def inputs_in(directory: str | os.PathLike[str]) -> list[tuple[str, Path]]:
 
 
 def measure(task: Task) -> Done:
-    """Do one task. What is wrong with its input is in what is given back."""
+    """Do one task. An error of its input is in the result."""
     try:
         return Done(task.name, _packed(list(_rows(task))))
     except MthpError as error:
-        # The name of the input is told with it; the path that errors begin with may be another machine's.
+        # The result has the name of the input. The path that errors begin with may be another machine's.
         return Done(task.name, b"", error.message.removeprefix(f"{task.path}: "))
 
 
@@ -216,7 +216,7 @@ def _rows(task: Task) -> Iterator[Row]:
 
 
 def _spaces(task: Task) -> Iterator[tuple[int, float, Any]]:
-    """The address spaces of an input, with step and seconds."""
+    """Yield the address spaces of an input, with step and seconds."""
     if not is_recording(task.path):
         yield 0, 0.0, load(task.path)
         return
@@ -230,7 +230,7 @@ def _spaces(task: Task) -> Iterator[tuple[int, float, Any]]:
 
 
 def _packed(rows: Sequence[Row]) -> bytes:
-    """Rows as the bytes of an Arrow IPC file; shares and seconds are doubles, counts are int64."""
+    """Return rows as the bytes of an Arrow IPC file; shares and seconds are doubles, counts are int64."""
     arrow = pyarrow()
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     schema = arrow.schema([(name, _arrow_type(name, values[0])) for name, values in columns.items()])
@@ -251,7 +251,7 @@ def _arrow_type(name: str, value: object) -> Any:
 
 
 def _key(name: str, path: Path, grid: Grid) -> str:
-    """A name for what comes of an input as it is now, the grid, and this version."""
+    """Return the name of the result of a present input, the grid, and this version."""
     try:
         there = path.stat()
         state = (there.st_size, there.st_mtime_ns)

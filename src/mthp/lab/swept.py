@@ -1,4 +1,4 @@
-"""The table of a sweep, read back, and summed up over its inputs."""
+"""The table of a sweep, read from its file, and summed over its inputs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from mthp.snapshot.rowfiles import columns_and_metadata, read_rows
 from mthp.units import parse_size
 
 COLUMNS = ("input", "target", "setting", "policy", "orders", "scan", "resident_bytes", "huge_coverage", "bloat_bytes")
-"""Columns by which the table of a sweep is known."""
+"""Columns that identify the table of a sweep."""
 
 SETTING = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
-"""Columns that make up a setting, besides the policy."""
+"""Columns that make up a setting, in addition to the policy."""
 
 _KINDS = {
     **dict.fromkeys(("input", "target", "policy", "orders"), str),
     **dict.fromkeys(("step", "setting", "scan", "resident_bytes", "bloat_bytes", "creep_bytes", "copied_bytes"), int),
     **dict.fromkeys(("translations", "huge_coverage", "large_coverage", "bloat_share"), float),
 }
-"""What of a row a report needs, and its type."""
+"""The columns of a row that a report needs, and their types."""
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether the file at `path` is the table of a sweep; False if it cannot be read."""
+    """Return whether the file at `path` is the table of a sweep; False if it cannot be read."""
     return set(COLUMNS) <= set(columns_and_metadata(path)[0])
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of the sweep at `path`, of a recording the last step's only.
+    """Return the rows of the sweep at `path`, of a recording only those of the last step.
 
     Raises:
-        UsageError: it is something else, empty, or damaged.
+        UsageError: the file is another one, empty, or damaged.
     """
     rows, _ = read_rows(path)
     if not rows or not set(COLUMNS) <= rows[0].keys():
@@ -50,7 +50,7 @@ def read(path: Path) -> list[Row]:
 
 
 def geometry_of(rows: Sequence[Row]) -> Geometry:
-    """The geometry that the orders and their sizes tell; that of x86-64 where they tell none."""
+    """Return the geometry with these orders and sizes; that of x86-64 if none has them."""
     orders = max((int(name[12:]) for name in rows[0] if name.startswith("order_share_")), default=0)
     try:
         largest = max(parse_size(label) for label in str(rows[0]["orders"]).split(","))
@@ -61,9 +61,10 @@ def geometry_of(rows: Sequence[Row]) -> Geometry:
 
 
 def summed(rows: Sequence[Row]) -> list[Row]:
-    """One row for each setting and scan: all inputs together, as if they were one.
+    """Return one row for each setting and scan, of all inputs together.
 
-    Sums of bytes and counts; shares are of the sum. An input whose scans ended earlier stays as its last scan left it.
+    Bytes and counts are sums; shares are of the sum. An input whose scans ended earlier keeps the values of its last
+    scan.
     """
     names = _names(rows)
     scans = max(row["scan"] for row in rows)
@@ -79,7 +80,7 @@ def summed(rows: Sequence[Row]) -> list[Row]:
 
 def _at(by_scan: dict[int, Row], scan: int) -> Row:
     row = by_scan[max(at for at in by_scan if at <= max(scan, min(by_scan)))]
-    # What a scan that was not needed adds is nothing.
+    # A scan after the last one adds nothing.
     return row if row["scan"] == scan else row | {"creep_bytes": 0}
 
 

@@ -21,12 +21,12 @@ class MachineSettings:
     """The table ``[machine]``.
 
     Attributes:
-        memory: of all nodes together.
-        nodes: NUMA nodes.
-        swap: the size of the swap device.
-        geometry: page size and PMD order, by the name of a kernel's.
-        fragmentation: the part of the free memory that cannot be had in blocks of the PMD order, at the start.
-        movable: the part of the pages that are in the way which compaction can move.
+        memory: bytes of all nodes together.
+        nodes: number of NUMA nodes.
+        swap: bytes of the swap device.
+        geometry: page size and PMD order, by the name of a kernel's geometry.
+        fragmentation: the part of the free memory that is not available in blocks of the PMD order, at the start.
+        movable: the part of the pages in the way that compaction can move.
     """
 
     memory: Size = 1 << 30
@@ -39,17 +39,17 @@ class MachineSettings:
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """A table ``[[process]]``, without what is the model's own.
+    """A table ``[[process]]``, without the keys of its model.
 
     Attributes:
         workload: the model.
-        name: in the results; the workload's by default.
-        count: how many of them.
-        start: when they begin.
-        stop: when they end; 0 for at the end.
-        advise: whether their memory carries MADV_HUGEPAGE.
-        advise_after: how long after its start a process asks for that; until then its memory is faulted in small, and
-            what becomes large is khugepaged's doing.
+        name: name in the results; by default the workload's.
+        count: number of processes.
+        start: time at which they begin.
+        stop: time at which they end; 0 for at the end.
+        advise: whether their memory has MADV_HUGEPAGE.
+        advise_after: time from a process's start to its MADV_HUGEPAGE; until then its memory is faulted in small, and
+            only khugepaged makes it large.
         limit: ``memory.max`` of a cgroup of its own, for each of them; 0 for none.
     """
 
@@ -65,17 +65,16 @@ class ProcessSettings:
 
 @dataclass(frozen=True)
 class FaultSettings:
-    """A table ``[[fault]]``: something that goes wrong.
+    """A table ``[[fault]]``: a disturbance.
 
     Attributes:
-        at: when.
+        at: time of the fault.
         kind: ``fragment``: free memory is fragmented to `share`; ``kill``: processes called `process` die; ``pin``: for
-            `lasts`, `share` of their pages are pinned, as I/O does; ``limit``: the cgroup of each gets `size` as its
-            limit.
+            `lasts`, `share` of their pages are pinned, as by I/O; ``limit``: the cgroup of each gets the limit `size`.
         process: name of the processes.
-        share: of the free memory to fragment, or of the pages to pin.
+        share: part of the free memory to fragment, or of the pages to pin.
         size: the new limit; 0 for none.
-        lasts: how long pages are pinned.
+        lasts: time for which pages are pinned.
     """
 
     at: Duration
@@ -91,10 +90,10 @@ class TrimSettings:
     """The table ``[trim]``: mthp gives back pages of zeroes of all processes.
 
     Attributes:
-        every: from one trim to the next.
-        start: no trim before that.
-        zero: the part of a folio's pages that must hold nothing but zeroes.
-        free: a trim only while less than this part of the machine's memory is free.
+        every: time from one trim to the next.
+        start: time of the earliest trim.
+        zero: the part of a folio's pages that must contain only zeroes.
+        free: trim only while less than this part of the machine's memory is free.
     """
 
     every: Period
@@ -113,16 +112,15 @@ class ProcessPlan:
 
 @dataclass(frozen=True)
 class Settings:
-    """What stands above all tables.
+    """The keys above all tables.
 
     Attributes:
-        duration: how long it runs.
-        seed: of all chance.
-        policy: what khugepaged collapses to; with ``:split`` behind it, what mthp collapses to by splitting, while
-            khugepaged rests.
-        step: from one tick of the programs to the next.
-        sample: from one row of the results to the next.
-        khugepaged: whether it runs, or mthp in its place.
+        duration: simulated time of the run.
+        seed: seed of all random numbers.
+        policy: policy of khugepaged; with the suffix ``:split``, policy of mthp, which splits while khugepaged rests.
+        step: time from one tick of the programs to the next.
+        sample: time from one row of the results to the next.
+        khugepaged: whether khugepaged runs, or mthp in its place.
     """
 
     duration: Period
@@ -138,11 +136,11 @@ class Scenario:
     """A scenario, checked.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         text: its contents.
         settings, machine, processes, faults: its tables.
         trim: its table of that name; None without one.
-        geometry, switches, tunables: of the machine.
+        geometry, switches, tunables: those of the machine.
     """
 
     path: str

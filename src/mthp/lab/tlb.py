@@ -1,20 +1,19 @@
-"""How often a trace of accesses misses the TLB: the levels of named processors, set by set, with LRU replacement.
+"""TLB misses of a trace of accesses: the levels of named processors, set by set, with LRU replacement.
 
-A TLB entry maps one page of a size that the processor knows, or a run of PTEs that it *coalesces* into one: an aligned
-run whose frames follow each other, which every large folio is. So the translations of an access depend on how its
-memory is mapped: a PMD entry, or PTEs of a folio of some order.
+A TLB entry maps one page of a size that the processor knows, or a run of PTEs that it *coalesces*: an aligned run with
+contiguous frames, which every large folio has. So the translations of an access depend on how its memory is mapped: by
+a PMD entry, or by PTEs of a folio of some order.
 
 *LRU without a loop over accesses.* An access hits an LRU set of w ways exactly if fewer than w other pages were used in
-that set since the last access to its page (the stack distance; Mattson et al., 1970). A page is used for the first time
-since then where its own previous access lies before that. So with prev[t] the previous access to the page of access
-t, the distance of t is the number of accesses j between prev[t] and t with prev[j] < prev[t]; and as every access up
-to prev[t] has an earlier prev than prev[t], that is the number of all j before t with prev[j] <= prev[t], less
-prev[t] + 1.
-Counting how many values to the left are smaller is done for all accesses at once, by merging sorted blocks. Sets only
+that set since the last access to its page (the stack distance; Mattson et al., 1970). An access is the first to its
+page in that time if its own previous access lies before it. So with prev[t] the previous access to the page of access
+t, the distance of t is the number of accesses j between prev[t] and t with prev[j] < prev[t]; and as every access up to
+prev[t] has an earlier prev than prev[t], that is the number of all j before t with prev[j] <= prev[t], less
+prev[t] + 1. The smaller values to the left are counted for all accesses at once, by merging sorted blocks. Sets only
 have to lie one after another.
 
-*Sources.* Every processor names the documents that its figures are from, by title and number, and says where one is
-assumed. That Zen 4 has 72 and 3 072 entries is also what its CPUID says (leaves 8000_0005h and 8000_0006h).
+*Sources.* Every processor names the documents of its figures, by title and number, and marks assumptions. The 72 and
+3 072 entries of Zen 4 are also in its CPUID (leaves 8000_0005h and 8000_0006h).
 
 Simplifications: true LRU (processors approximate it), data accesses of one thread only, no prefetching of
 translations, no sharing with instructions or page directory entries, and a walk fills all levels. A folio smaller than
@@ -34,10 +33,10 @@ from mthp.errors import UsageError
 _KB, _MB, _GB = 1 << 10, 1 << 20, 1 << 30
 
 CHUNK = 1 << 20
-"""Accesses simulated at a time."""
+"""Accesses to simulate at a time."""
 
 _SMALL = 64
-"""Values to the left are compared one by one within blocks of this size; larger blocks are merged."""
+"""Block size up to which values to the left are compared one by one; larger blocks are merged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,8 @@ class Structure:
     """One array of TLB entries.
 
     Attributes:
-        entries: how many.
-        ways: of each set; as many as there are entries if it is fully associative.
+        entries: number of entries.
+        ways: ways of each set; equal to `entries` if the array is fully associative.
         largest: bytes of the largest page that an entry maps.
     """
 
@@ -56,7 +55,7 @@ class Structure:
 
     @property
     def sets(self) -> int:
-        """How many sets, a power of two."""
+        """The number of sets, a power of two."""
         return self.entries // self.ways
 
 
@@ -65,12 +64,12 @@ class Processor:
     """The data TLB of one processor.
 
     Attributes:
-        name: what to call it on the command line.
-        title: what it is.
-        source: where its figures are from, and what is assumed.
-        levels: the first level first; each is one structure or several, ordered by the sizes that they hold.
-        coalesced: for sizes of base pages the bytes of the largest run of PTEs that one entry holds; with others
-            nothing is coalesced.
+        name: name on the command line.
+        title: name of the product.
+        source: the sources of its figures, and the assumptions.
+        levels: the first level first; each is one or several structures, by the largest size that they hold.
+        coalesced: pairs of a base page size and the bytes of the largest run of PTEs in one entry; other sizes are not
+            coalesced.
     """
 
     JSON: ClassVar = "name source"
@@ -83,10 +82,10 @@ class Processor:
 
     @classmethod
     def named(cls, name: str) -> Processor:
-        """The processor of that name.
+        """Return the processor of that name.
 
         Raises:
-            UsageError: there is none.
+            UsageError: no processor has that name.
         """
         if name not in PROCESSORS:
             raise UsageError(f"unknown processor {name!r}", help=f"use {', '.join(PROCESSORS)}")
@@ -94,11 +93,11 @@ class Processor:
 
     @property
     def last_level_entries(self) -> int:
-        """Entries of the last level that hold base pages."""
+        """Number of entries of the last level that hold base pages."""
         return self.levels[-1][0].entries
 
     def coalesced_order(self, page_size: int) -> int:
-        """Order of the largest run of PTEs that one entry holds."""
+        """Return the order of the largest run of PTEs in one entry."""
         return (dict(self.coalesced).get(page_size, page_size) // page_size).bit_length() - 1
 
 
@@ -144,11 +143,11 @@ PROCESSORS: dict[str, Processor] = {processor.name: processor for processor in _
 
 @dataclass(frozen=True, slots=True)
 class TlbCounts:
-    """What a trace did to a TLB.
+    """The counts of a trace on a TLB.
 
     Attributes:
-        accesses: in the trace.
-        misses: of each level; those of the last are page walks.
+        accesses: accesses of the trace.
+        misses: misses of each level; those of the last are page walks.
     """
 
     accesses: int
@@ -156,16 +155,16 @@ class TlbCounts:
 
     @property
     def walks(self) -> int:
-        """Page walks."""
+        """Number of page walks."""
         return self.misses[-1]
 
 
 class Tlb:
-    """The data TLB of a processor, empty at first. Its contents stay from one call to the next.
+    """The data TLB of a processor, empty at first. It keeps its contents between calls.
 
     Args:
-        processor: which.
-        page_size: of the base pages, in bytes.
+        processor: the processor.
+        page_size: bytes of a base page.
     """
 
     def __init__(self, processor: Processor, page_size: int) -> None:
@@ -177,7 +176,7 @@ class Tlb:
 
     @property
     def counts(self) -> TlbCounts:
-        """What it has seen so far."""
+        """The counts of all accesses so far."""
         return TlbCounts(self._accesses, tuple(self._misses))
 
     def access(self, pages: NDArray[np.int64], orders: NDArray[np.int8], pmd_mapped: NDArray[np.bool_]) -> None:
@@ -199,7 +198,7 @@ class Tlb:
             sizes = [array.structure.largest for array in arrays]
             largest = (np.array(sizes, np.int64) // self._page_size).astype(np.float64)
             limits = np.log2(largest).astype(np.int64)
-            # A page larger than any entry is held in pieces of the largest size.
+            # A page larger than any entry takes several entries of the largest size.
             order_here = np.minimum(order, limits[-1])
             which = np.searchsorted(limits, order_here)
             missed: NDArray[np.bool_] = np.zeros(len(pages), np.bool_)
@@ -212,7 +211,7 @@ class Tlb:
 
 
 class _LruArray:
-    """One structure and what is in it."""
+    """One structure and its contents."""
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
@@ -237,11 +236,11 @@ class _LruArray:
 
 
 def lru_misses(tags: NDArray[np.int64], sets: int, ways: int) -> NDArray[np.bool_]:
-    """Which accesses miss in an LRU array that is empty at first.
+    """Return which accesses miss in an LRU array that is empty at first.
 
     Args:
-        tags: int64, shape (accesses,): what is accessed; the lowest bits choose the set.
-        sets: a power of two.
+        tags: int64, shape (accesses,): tags of the accesses; the lowest bits select the set.
+        sets: number of sets, a power of two.
         ways: entries of a set.
 
     Returns:
@@ -249,7 +248,7 @@ def lru_misses(tags: NDArray[np.int64], sets: int, ways: int) -> NDArray[np.bool
     """
     order = np.argsort(tags & (sets - 1), kind="stable")
     grouped = tags[order]
-    # What is accessed again at once hits, and changes nothing.
+    # A repeated access hits, and changes nothing.
     fresh = np.ones(len(tags), np.bool_)
     fresh[1:] = grouped[1:] != grouped[:-1]
     missed: NDArray[np.bool_] = np.zeros(len(tags), np.bool_)
@@ -258,7 +257,7 @@ def lru_misses(tags: NDArray[np.int64], sets: int, ways: int) -> NDArray[np.bool
 
 
 def _previous(tags: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The index of the previous access to the same tag; -1 for the first: int64, shape (accesses,)."""
+    """Return the index of the previous access to the same tag; -1 for the first: int64, shape (accesses,)."""
     order = np.argsort(tags, kind="stable")
     same = tags[order[1:]] == tags[order[:-1]]
     previous = np.full(len(tags), -1, np.int64)
@@ -270,20 +269,20 @@ _FAR = np.iinfo(np.int64).max
 
 
 def _distances(previous: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The stack distance of every access: the other tags since its previous access; huge for the first of a tag."""
+    """Return the stack distance of each access: the other tags since its previous one; huge for a tag's first."""
     distances = _smaller_to_the_left(previous) - (previous + 1)
     distances[previous < 0] = _FAR
     return distances
 
 
 def _smaller_to_the_left(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each value how many before it are not larger: int64, shape (values,)."""
+    """Return for each value the number of values before it that are not larger: int64, shape (values,)."""
     count = len(values)
     size = _SMALL
     blocks = -(-max(count, 1) // size)
     while blocks & (blocks - 1):
         blocks += 1
-    # What is added behind is larger than everything, and so counts nowhere.
+    # The padding is larger than all values, so it does not count.
     padded = np.full(blocks * size, count, np.int64)
     padded[:count] = values
     counts = _within_small_blocks(padded.reshape(blocks, size))
@@ -298,13 +297,13 @@ def _smaller_to_the_left(values: NDArray[np.int64]) -> NDArray[np.int64]:
         counts[pairs[:, 1].ravel()] += found
         size *= 2
         order = order.reshape(blocks, size)
-        # Both halves are sorted, which a stable sort makes use of.
+        # Both halves are sorted, which makes a stable sort fast.
         order = np.take_along_axis(order, np.argsort(padded[order], axis=1, kind="stable"), axis=1)
     return counts[:count]
 
 
 def _within_small_blocks(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each value how many before it in its block are not larger: int64, shape (values,)."""
+    """Return for each value the number of values before it in its block that are not larger: int64, shape (values,)."""
     counts = np.zeros(blocks.shape, np.int64)
     for distance in range(1, blocks.shape[1]):
         counts[:, distance:] += blocks[:, :-distance] <= blocks[:, distance:]
@@ -312,9 +311,9 @@ def _within_small_blocks(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _most_recent(tags: NDArray[np.int64], sets: int, ways: int) -> NDArray[np.int64]:
-    """The tags that an LRU array holds in the end, the least recently used first: int64, shape (entries held,)."""
+    """Return the tags in an LRU array at the end, the least recently used first: int64, shape (entries held,)."""
     unique, last = np.unique(tags[::-1], return_index=True)
-    # Most recent first, set by set; the first `ways` of each set are there.
+    # Most recent first, set by set; the array holds the first `ways` of each set.
     order = np.lexsort((last, unique & (sets - 1)))
     chosen = unique[order] & (sets - 1)
     first_of_set = np.searchsorted(chosen, chosen, side="left")

@@ -1,4 +1,4 @@
-"""What mthp does on the machine of a simulation: it visits programs in khugepaged's place, and trims them."""
+"""mthp on the machine of a simulation, where it visits programs in khugepaged's place, and trims them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Upkeep:
 
     Args:
         machine: the machine.
-        maker: what makes folios; mthp visits programs if it splits.
-        time: what lets the programs act while mthp rests.
+        maker: the maker of folios; mthp visits programs if it splits.
+        time: clock that lets the programs act while mthp rests.
 
     Attributes:
-        khugepaged: what visits the programs; None where the kernel's own does.
-        given_back_bytes: what trims gave back, all together.
-        trim_ns: simulated nanoseconds that they took.
+        khugepaged: mthp's visitor of the programs; None if the kernel's khugepaged visits them.
+        given_back_bytes: bytes that all trims gave back.
+        trim_ns: simulated nanoseconds that the trims took.
     """
 
     def __init__(self, machine: Machine, maker: Maker, time: Clock) -> None:
@@ -50,7 +50,7 @@ class Upkeep:
             self.khugepaged.enter(space)
 
     def _account(self, space: VisitedSpace, passage: Passage) -> None:
-        # What reading pagemap takes for an entry is taken for what khugepaged's look at one takes.
+        # Reading a pagemap entry is assumed to cost as much as khugepaged's scan of a PTE.
         self._machine.clock.spend("scan_range", len(passage.results))
         self._machine.clock.spend("scan_pte", passage.progress)
 

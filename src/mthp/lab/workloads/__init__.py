@@ -1,8 +1,8 @@
-"""Programs for the simulated machine that use memory as real ones do: how they allocate, age, fork and give back.
+"""Models of programs for the simulated machine, which allocate, age, fork and free memory as real ones do.
 
-Each model is a dataclass of its parameters, whose docstring says what it follows, and a generator of *moves*
-(:mod:`~mthp.lab.workloads.program`). None has code of the program that it stands for; what they share with it is which
-pages it touches, frees and copies, and when.
+Each model is a dataclass of its parameters, whose docstring names its sources, and a generator of *moves*
+(:mod:`~mthp.lab.workloads.program`). None has code of the program that it models; it has the same pattern of which
+pages are touched, freed and copied, and when.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Much address space and little in it."""
+"""A program with a large address space of which it uses little."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from mthp.lab.workloads.program import Life, Program
 
 @dataclass(frozen=True)
 class SparseArena:
-    """A few hundred megabytes strewn over gigabytes: a process of 369 MB that huge pages made gigabytes of.
+    """A few hundred megabytes scattered over gigabytes: a process of 369 MB that huge pages made gigabytes of.
 
-    Operators of servers report this of their programs, and it is why they switch THP off; gperftools issue 1494 is an
-    example, in which khugepaged's max_ptes_none lets it happen. Each thread has heaps of 64 MiB of its own
-    (malloc/arena.c of glibc, HEAP_MAX_SIZE on 64-bit), touches short runs of pages all over them, and stays idle most
-    of the time.
+    Operators of servers report this of their programs as the reason to switch THP off; in gperftools issue 1494
+    khugepaged's max_ptes_none allows it. Each thread has heaps of 64 MiB of its own (malloc/arena.c of glibc,
+    HEAP_MAX_SIZE on 64-bit), touches short runs of pages all over them, and is idle most of the time.
 
     Attributes:
-        memory: what is touched.
-        reserve: what is mapped.
+        memory: bytes that are touched.
+        reserve: bytes that are mapped.
         run: bytes that are touched together.
-        grow: how long it takes.
-        reuse: part of what is touched that is written again every second.
+        grow: duration of the growth.
+        reuse: part of the touched memory that is written again every second.
     """
 
     SOURCE: ClassVar[str] = "glibc malloc/arena.c (HEAP_MAX_SIZE); gperftools issue 1494"
@@ -41,7 +40,7 @@ class SparseArena:
 
     @property
     def most(self) -> int:
-        """What is touched; what a collapse fills comes on top."""
+        """The bytes that are touched, without those that a collapse fills."""
         return self.memory
 
     def live(self, program: Program) -> Life:

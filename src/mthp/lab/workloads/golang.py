@@ -1,4 +1,4 @@
-"""A garbage-collected heap whose runtime gives free memory back in the background."""
+"""A garbage-collected heap with a runtime that gives free memory back in the background."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mthp.lab.workloads.program import Life, Program
 class GoHeap:
     """A Go heap: allocation up to a goal, a collection, and a scavenger behind it.
 
-    The heap grows from what was live after the last collection to (1 + GOGC/100) times as much, then dead spans become
-    free and are used again from the lowest address up (runtime/mgc.go, runtime/mpagealloc.go). What is free beyond the
+    The heap grows from its live size after the last collection to (1 + GOGC/100) times that size. Then dead spans are
+    free and are used again from the lowest address up (runtime/mgc.go, runtime/mpagealloc.go). Free memory beyond the
     goal and a tenth is given back to the kernel in the background with MADV_DONTNEED, from the highest address down, at
     a bounded pace (runtime/mgcscavenge.go). Spans are 8 KiB and up; the heap is mapped in arenas of 64 MiB.
 
     Attributes:
-        live_memory: what survives a collection.
+        live_memory: bytes that survive a collection.
         allocate: bytes allocated every second.
-        gogc: growth between collections, as a factor of what is live: GOGC=200 is 200%.
+        gogc: growth between collections, as a factor of the live memory: GOGC=200 is 200%.
         span: pages' worth of bytes that live and die together.
-        phase: every so often half of what is live becomes garbage, as when a cache is dropped; 0 for never.
+        phase: time from one drop of half of the live memory, as of a cache, to the next; 0 for none.
     """
 
     SOURCE: ClassVar[str] = "Go runtime: mgc.go, mgcscavenge.go, mpagealloc.go; A Guide to the Go Garbage Collector"
@@ -41,7 +41,7 @@ class GoHeap:
 
     @property
     def most(self) -> int:
-        """The goal, and the tenth that the scavenger leaves."""
+        """The goal, and the tenth more that the scavenger leaves."""
         return int(self.live_memory * (1 + self.gogc) * 1.1)
 
     def live(self, program: Program) -> Life:
@@ -65,7 +65,7 @@ class GoHeap:
                 wanted -= len(new)
                 if len(new) < room:
                     break
-                # A collection: old and new die alike, as what is reachable is strewn over the heap.
+                # Old and new spans die alike, because reachable objects are scattered over the heap.
                 users = np.flatnonzero(in_use)
                 in_use[rng.permutation(users)[live:]] = False
             if self.phase and now >= next_phase:

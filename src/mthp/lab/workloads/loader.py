@@ -1,4 +1,4 @@
-"""Worker processes that make batches for training."""
+"""A program with worker processes that make batches for training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mthp.sim.mm import Mm
 
 @dataclass(frozen=True)
 class TorchLoader:
-    """A data loader: a parent with a dataset, forked workers that copy it by reading it, and batches that come and go.
+    """A data loader: a parent with a dataset, forked workers that copy it by reading, and short-lived batches.
 
     Workers are forked when an epoch begins and end with it (torch.utils.data.DataLoader, ``num_workers``); each keeps
     ``prefetch_factor`` batches, 2 by default. Reading a Python object writes its reference count, so a page of the
@@ -28,7 +28,7 @@ class TorchLoader:
         batch: bytes of one batch.
         batches: batches made every second, by all workers together.
         prefetch: batches that are kept, for each worker.
-        epoch: how long workers live.
+        epoch: lifetime of workers.
         objects: part of a page's worth of objects of the dataset that each batch reads, for one byte of batch.
     """
 
@@ -44,7 +44,7 @@ class TorchLoader:
 
     @property
     def most(self) -> int:
-        """The dataset, copied for every worker in the end, and the batches."""
+        """The dataset, with a full copy for every worker, and the batches."""
         return self.dataset * (1 + self.workers) + self.batch * (self.prefetch * max(1, self.workers) + 1)
 
     def live(self, program: Program) -> Life:

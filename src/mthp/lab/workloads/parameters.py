@@ -1,4 +1,4 @@
-"""The types of what a scenario says, each with how it is written (:mod:`mthp.units`)."""
+"""The types of a scenario's values, each with its notation (:mod:`mthp.units`)."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ Count = Annotated[int, whole()]
 """A whole number, at least 0."""
 
 FilePath = Annotated[str, "file"]
-"""A file, seen from the directory of the scenario."""
+"""A file, relative to the directory of the scenario."""

@@ -1,10 +1,10 @@
-"""What a model of a program can do, and how it is run.
+"""The operations of a model of a program, and how it is run.
 
-A model says what a program does from tick to tick as a generator: each ``yield`` ends a tick, and gives the time of the
+A model is a generator of a program's actions from tick to tick: each ``yield`` ends a tick, and returns the time of the
 next. So a model reads like the program's life: grow, then serve, then fork.
 
-Its only means is a :class:`Program`: one address space of the machine, and what a program can do with it. All chance
-comes from its generator of random numbers, which the scenario seeds, so a run repeats to the letter.
+It acts only through a :class:`Program`: one address space of the machine, with a program's operations on it. All
+chance comes from its generator of random numbers, which the scenario seeds, so runs are repeatable.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from mthp.sim.address_space.access import Fault
 from mthp.sim.mm import Mm
 
 Life = Generator[None, float, None]
-"""What a program does: every ``yield`` gives the seconds since it started."""
+"""A program's actions: every ``yield`` returns the seconds since its start."""
 
 BASE = 0x7F00_0000_0000
-"""Where the first mapping of a program begins; those of one program follow each other, a PMD range apart."""
+"""Address of a program's first mapping; its mappings follow each other, a PMD range apart."""
 
 
 class KilledError(Exception):
-    """The program is no more: memory was out."""
+    """The program was killed because no memory was left."""
 
 
 class Model(Protocol):
     """A model: a dataclass of parameters."""
 
     SOURCE: ClassVar[str]
-    """What it follows."""
+    """The documents that the model follows."""
 
     @property
     def most(self) -> int:
-        """Bytes that it may have resident at a time, about; to be compared with the machine."""
+        """About the most bytes that it has resident at one time, for comparison with the machine."""
 
     def live(self, program: Program) -> Life:
-        """What the program does."""
+        """Return the generator of the program's actions."""
 
 
 class Program:
-    """A program: an address space, and what happens in it.
+    """A program: an address space, and the operations on it.
 
     Args:
         machine: the machine.
-        name: of the program.
+        name: name of the program.
         rng: its source of chance.
         cgroup: its memory cgroup.
-        advise: whether its mappings carry MADV_HUGEPAGE.
+        advise: whether its mappings have MADV_HUGEPAGE.
         tick: seconds from one tick to the next.
 
     Attributes:
-        machine, name, rng, tick: as given.
+        machine, name, rng, tick: the arguments.
         mm: the address space.
-        children: address spaces that it forked and that live.
+        children: living address spaces that it forked.
     """
 
     def __init__(
@@ -84,43 +84,43 @@ class Program:
         return self.machine.geometry.page_size
 
     def pages(self, size: float) -> int:
-        """Whole pages in `size` bytes, rounded up."""
+        """Return the whole pages in `size` bytes, rounded up."""
         return -(-int(size) // self.page)
 
     def map(self, size: int, *, at: int | None = None) -> int:
-        """Map `size` bytes, rounded up to pages: the address, aligned to the PMD size unless `at` says where."""
+        """Map `size` bytes, rounded up to pages; return the address, by default aligned to the PMD size."""
         pmd = self.machine.geometry.pmd_size
         size = self.pages(size) * self.page
         start = self._next if at is None else at
         self.machine.map(self.mm, start, start + size, flags=self._flags)
         if at is None:
-            # The gap keeps mappings from being one, as a guard page does.
+            # The gap keeps mappings from merging, as a guard page does.
             self._next = start + -(-size // pmd) * pmd + pmd
         return start
 
     def advise(self) -> None:
-        """MADV_HUGEPAGE for all that is mapped, and all that will be."""
+        """Set MADV_HUGEPAGE for all present and future mappings."""
         self._flags = {"hg"}
         for vma in list(self.mm.vmas) if self.alive else ():
             self.machine.madvise(self.mm, vma.start, vma.end, "HUGEPAGE")
 
     def unmap(self, start: int, size: int) -> None:
-        """munmap(2)."""
+        """Unmap `size` bytes (munmap(2))."""
         self.machine.munmap(self.mm, start, start + self.pages(size) * self.page)
 
     def write(self, start: int, pages: NDArray[np.int64] | Iterable[int], *, mm: Mm | None = None) -> None:
         """Write to pages by their number behind `start`.
 
         Raises:
-            KilledError: memory was out.
+            KilledError: no memory was left.
         """
         self._touch(start, pages, self.mm if mm is None else mm, write=True)
 
     def read(self, start: int, pages: NDArray[np.int64] | Iterable[int], *, mm: Mm | None = None) -> None:
-        """Read from them.
+        """Read from pages by their number behind `start`.
 
         Raises:
-            KilledError: memory was out.
+            KilledError: no memory was left.
         """
         self._touch(start, pages, self.mm if mm is None else mm, write=False)
 
@@ -141,19 +141,19 @@ class Program:
             self.machine.madvise(self.mm, start + first * self.page, start + (last + 1) * self.page, "DONTNEED")
 
     def fork(self) -> Mm:
-        """A child."""
+        """Fork, and return the address space of the child."""
         child = self.machine.fork(self.mm)
         self.children.append(child)
         return child
 
     def end_child(self, child: Mm) -> None:
-        """The child exits."""
+        """Let a child exit."""
         if child in self.children:
             self.children.remove(child)
             self.machine.exit(child)
 
     def end(self) -> None:
-        """The program and its children exit. Ending twice does nothing."""
+        """Let the program and its children exit. Ending twice does nothing."""
         for child in list(self.children):
             self.end_child(child)
         if self.alive:

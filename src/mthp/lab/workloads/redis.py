@@ -17,18 +17,18 @@ class Redis:
     """A store that grows to its size, is then overwritten and deleted from, and saves itself by forking.
 
     Values lie in slabs of an arena, filled from the lowest free address up, as jemalloc does. Deleting frees short runs
-    of pages all over; what is not used again within ten seconds goes back to the kernel (jemalloc(3),
+    of pages all over; pages that are not used again within ten seconds go back to the kernel (jemalloc(3),
     ``opt.dirty_decay_ms``: 10 000 by default, MADV_DONTNEED when muzzy decay is 0, as Redis builds it). A save is a
-    fork that lives while the child writes the file (Redis documentation, "Redis persistence", BGSAVE): every page
-    that the parent writes meanwhile is copied.
+    fork that lives while the child writes the file (Redis documentation, "Redis persistence", BGSAVE): every page that
+    the parent writes meanwhile is copied.
 
     Attributes:
-        memory: what it grows to.
-        grow: how long that takes.
+        memory: size of the store.
+        grow: duration of the growth.
         churn: part of the store that is overwritten or deleted every second afterwards.
         deletes: part of these that are deletes.
-        save_every: from one save to the next; 0 for none.
-        save_takes: how long the child lives.
+        save_every: time from one save to the next; 0 for none.
+        save_takes: lifetime of the child.
     """
 
     SOURCE: ClassVar[str] = "jemalloc(3) opt.dirty_decay_ms; Redis documentation, Redis persistence"
@@ -44,7 +44,7 @@ class Redis:
 
     @property
     def most(self) -> int:
-        """All of it, and what is copied during a save."""
+        """The store, and the pages that are copied during a save."""
         return int(self.memory * (1 + self.churn * self.save_takes))
 
     def live(self, program: Program) -> Life:
@@ -71,7 +71,7 @@ class Redis:
                 freed.append((now, gone))
                 live = np.flatnonzero(used)
                 program.write(arena, rng.choice(live, min(len(live), writes - deleted)))
-                # What was deleted is set again, most of it, at the lowest free addresses.
+                # Most of the deleted keys are set again, at the lowest free addresses.
                 goal = int(used.sum()) + int(len(gone) * 0.95)
             new = np.flatnonzero(~used)[: max(0, goal - int(used.sum()))]
             used[new] = True

@@ -1,4 +1,4 @@
-"""A recording, lived again on the simulated machine."""
+"""A recording, replayed on the simulated machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mthp.ptes import Pte
 from mthp.vma import VmaKind
 
 HELD = Bound(1 << 30, "pages of all steps of a recording together")
-"""A byte of memory each: what is mapped by any step, times the steps."""
+"""One byte of memory each: the pages mapped by any step, times the steps."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What `mthp record` saw: pages that came are written, pages that went are given back, at the time of their step.
+    """A recording of `mthp record`: new pages are written, and missing pages given back, at the time of their step.
 
-    Only anonymous memory is replayed. What happened between two steps is not known, and not made up.
+    Only anonymous memory is replayed. What happened between two steps is unknown, and not invented.
 
     Attributes:
-        file: a recording; a snapshot is one of one step.
-        speed: how much faster than it was; 200% is twice as fast.
+        file: a recording, or a snapshot, which counts as one step.
+        speed: speed as a factor of the recorded one; 200% is twice as fast.
     """
 
     SOURCE: ClassVar[str] = "mthp record"
@@ -38,7 +38,7 @@ class Replay:
 
     @property
     def most(self) -> int:
-        """What was resident at the fullest step."""
+        """The resident bytes of the fullest step."""
         return max((int(held.sum()) * self._page for _, held in self._steps), default=0)
 
     @cached_property
@@ -64,7 +64,7 @@ class Replay:
 
     @cached_property
     def _steps(self) -> list[tuple[float, np.ndarray[tuple[int], np.dtype[np.bool_]]]]:
-        """For each step its time, and which pages of the segments held anything."""
+        """For each step its time, and which pages of the segments had contents."""
         segments, page = self._segments, self._page
         pages = sum(end - start for start, end in segments) // page
         steps: list[tuple[float, np.ndarray[tuple[int], np.dtype[np.bool_]]]] = []
@@ -74,7 +74,7 @@ class Replay:
         return steps
 
     def _walk(self) -> Iterator[tuple[float, AddressSpace]]:
-        # Recordings are a backend; the lab reads them only here.
+        # Imported here, because recordings are a backend that only this model of the lab reads.
         from mthp.snapshot import load
         from mthp.snapshot.recording import Recording
         from mthp.snapshot.stream import is_recording
@@ -87,7 +87,7 @@ class Replay:
             yield 0.0, snapshot
 
     def live(self, program: Program) -> Life:
-        """Step after step."""
+        """Replay step after step."""
         starts = [program.map(end - start, at=start) for start, end in self._segments]
         before = np.zeros(sum(end - start for start, end in self._segments) // self._page, np.bool_)
         ends = np.cumsum([(end - start) // self._page for start, end in self._segments])

@@ -15,15 +15,15 @@ from mthp.lab.workloads.program import Life, Program
 class Service:
     """A service in a memory cgroup: a steady core, work that comes in bursts, and long idle times.
 
-    The core is what a runtime and its libraries hold; a burst of requests takes memory from the top of the heap and
+    The core is the memory of a runtime and its libraries. A burst of requests takes memory from the top of the heap and
     gives most of it back when it is over, as glibc does when the top of the heap is free beyond M_TRIM_THRESHOLD
     (mallopt(3)). Holes stay where objects outlive the burst. Services of one machine are not in step.
 
     Attributes:
-        core: bytes that are always there.
-        burst: bytes that a burst takes more.
-        every: from one burst to the next, about.
-        lasts: how long a burst lasts.
+        core: bytes that are always resident.
+        burst: additional bytes during a burst.
+        every: mean time from one burst to the next.
+        lasts: duration of a burst.
         stays: part of a burst's pages that outlive it.
     """
 
