@@ -136,7 +136,7 @@ class Ledger:
         self._layout[row[seen]] = after.layout[at[seen]]
 
     def folio_pages(self, pmd_order: int) -> list[int]:
-        """Return the present pages by the order of their folio, as each range was last seen."""
+        """Return the present pages by the order of their folio, as each range was last scanned."""
         pages = self._pages[~self._huge].sum(axis=0, dtype=np.int64)
         pages[pmd_order] += np.count_nonzero(self._huge) << pmd_order
         counted: list[int] = pages.tolist()

@@ -1,7 +1,7 @@
-"""What the daemon counts, as Prometheus metrics, through the official client (the extra ``mthp[daemon]``).
+"""The daemon's counters as Prometheus metrics, through the official client (the extra ``mthp[daemon]``).
 
-The counters are the daemon's own; they are put into the client's form when somebody asks for the page, so that nothing
-is counted twice and nothing costs anything while nobody looks.
+The client's objects are made from the daemon's own counters when the page is read, so nothing is counted twice and a
+page that is not read costs nothing.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class MetricsServer:
     """The page of metrics, served by a thread of its own.
 
     Args:
-        environment, worker: what is counted.
-        host, port: where to serve it.
-        version: of mthp.
+        environment, worker: sources of the counters.
+        host, port: address of the page.
+        version: version of mthp.
 
     Raises:
-        UsageError: the port is taken, or not ours.
+        UsageError: the port is taken, or this user may not use it.
 
     Attributes:
-        url: where it is.
+        url: URL of the page.
     """
 
     def __init__(self, environment: Environment, worker: Worker, host: str, port: int, version: str) -> None:
@@ -70,11 +70,11 @@ class MetricsServer:
 
 
 class DaemonCollector(Collector):
-    """What is known of the daemon, and of all processes together.
+    """Metrics of the daemon, and of all processes together.
 
     Args:
-        environment, worker: what is counted.
-        version: of mthp.
+        environment, worker: sources of the counters.
+        version: version of mthp.
     """
 
     def __init__(self, environment: Environment, worker: Worker, version: str) -> None:
@@ -140,10 +140,10 @@ class DaemonCollector(Collector):
 
 
 class ServiceCollector(Collector):
-    """What is known by rule and service: no PID is a label, so processes that come and go make no new series.
+    """Metrics by rule and service. A PID is not a label, so processes that start and exit make no new series.
 
     Args:
-        services: what was counted.
+        services: the counters.
         targets: returns the processes that are worked on.
     """
 
@@ -178,10 +178,10 @@ class ServiceCollector(Collector):
 
 
 class RuleCollector(Collector):
-    """What is known by rule and folio size. Passes and trims have measured all of it: nothing is read for the page.
+    """Metrics by rule and folio size. Passes and trims have measured all of them: nothing is read for the page.
 
     Args:
-        environment: what is counted.
+        environment: source of the counters.
         targets: returns the processes that are worked on.
     """
 

@@ -86,7 +86,7 @@ class Target:
         service: counters of its service.
         resident, huge: bytes that are resident, and that PMD entries map, as last read.
         folio_pages: present pages by the order of their folio, in ranges where folios may be made, as last read.
-        trimmable_bytes: zeroes that the last trim found and left; None before the first.
+        trimmable_bytes: bytes of zeroes that the last trim found and left; None before the first.
         next_at: time of the next step.
         turn: place in the worker's queue.
         trim_at: time of the next trim.
@@ -397,7 +397,7 @@ class Target:
             setattr(counters, name, getattr(counters, name) + by)
 
     def _pass_done(self) -> None:
-        """End a pass that has gone through everything."""
+        """End a complete pass, and record its results."""
         self.folio_pages = self._ledger.folio_pages(self._environment.geometry.pmd_order)
         self._environment.pass_at = time.time()
         self._end_pass()
