@@ -24,7 +24,7 @@ _Handler = Callable[[int, FrameType | None], object] | int | None
 
 @contextlib.contextmanager
 def interruptions_held_back() -> Iterator[None]:
-    """Run Python's handlers of the usual signals afterwards. Only the main thread runs such handlers at all."""
+    """Delay Python's handlers of the usual signals. Only the main thread runs such handlers at all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -34,7 +34,7 @@ def interruptions_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def suspension_held_back() -> Iterator[None]:
-    """Have Ctrl-Z (SIGTSTP) stop this process afterwards, if this is the main thread.
+    """Delay the stop by Ctrl-Z (SIGTSTP), if this is the main thread.
 
     Meanwhile a background process that writes to its terminal is not stopped either (SIGTTOU).
     """

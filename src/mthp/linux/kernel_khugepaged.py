@@ -4,7 +4,7 @@ Its targets cannot be chosen, only the wanted sizes, whether holes are filled, a
 seconds the planned sizes are on and all others off, its budget is unlimited, and its rest is short. All of that is
 recorded first and put back afterwards (:mod:`mthp.linux.journal`).
 
-Compared with the mover, the target is not stopped, nothing is injected into it, and the kernel moves its own pages: it
+Compared with the mover, the target is not stopped, nothing is injected into it, and the kernel moves the pages: it
 is the better way for a process that may not be stopped or traced, or that the mover refuses. It is the worse one
 wherever the rest of the system counts: the switches apply to all processes, and khugepaged works for all whose memory
 it knows. It knows only memory that was mapped or advised while a size was on. It does not explain why it left a range

@@ -19,8 +19,8 @@ Only frames that turn out to lie in folios are looked up in chunks.
 The order of a folio is not a field of the word: a folio is a head followed by its tails. It is naturally aligned, so
 a folio smaller than a chunk lies whole within one, and its order is the distance from its head to the next page that
 is not a tail. A folio that fills its chunk may be larger than it. So its frames are *open*, and are looked up again
-with larger chunks; frames still open with the largest are followed page by page to head and end (PMD-order folios, one
-for 2 MiB, and hugetlbfs pages).
+with larger chunks; frames still open with the largest are followed page by page to head and end (PMD-order folios, at
+most one in 2 MiB, and hugetlbfs pages).
 
 Pages move while they are read: a frame may have been freed and used again since pagemap named it. Then the word belongs
 to the new owner. This module cannot detect that; callers check again before they act on it.

@@ -66,7 +66,7 @@ class BootedThread:
 
     @property
     def unmap(self) -> int:
-        """Address of the code that makes the last call."""
+        """Return the address of the code that makes the last call."""
         return self._slot + self._machine.boot_unmap
 
     def start(self) -> None:

@@ -1,5 +1,5 @@
-/* Makes many system calls, one after the other: x0 points to rows of eight words (number, six arguments, and room for
- * the result), x1 says how many. A leaf in C's eyes; calls.py has it assembled, and a test compares the two.
+/* Make many system calls, one after the other: x0 points to rows of eight words (number, six arguments, and room for
+ * the result), x1 is their number. A leaf function in C; calls.py has it assembled, and a test compares the two.
  */
         .text
         mov     x9, x0

@@ -1,5 +1,5 @@
-/* Makes many system calls, one after the other: rdi points to rows of eight words (number, six arguments, and room for
- * the result), rsi says how many. A leaf in C's eyes; calls.py has it assembled, and a test compares the two.
+/* Make many system calls, one after the other: rdi points to rows of eight words (number, six arguments, and room for
+ * the result), rsi is their number. A leaf function in C; calls.py has it assembled, and a test compares the two.
  */
         .text
         push    %rbx

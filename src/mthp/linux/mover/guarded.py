@@ -24,7 +24,7 @@ touch nothing but registers, the stack and memory made for them. Blocks that the
 access are refused beforehand: those with its stack, its robust list or its rseq area. Signals are blocked in this
 thread, so that no handler runs in between.
 
-What remains visible:
+Visible effects:
 
 - A system call of another thread that uses the block's memory waits too. This needs a userfaultfd that handles faults
   in the kernel, which unprivileged users have only with CAP_SYS_PTRACE or ``vm.unprivileged_userfaultfd=1``. Without

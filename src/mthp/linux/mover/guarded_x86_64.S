@@ -1,17 +1,17 @@
-# Moves blocks of the very process that calls it, one after another, while its other threads go on.
+# Move blocks of the very process that calls it, one after another, while its other threads go on.
 #
 #   long guarded_move(struct arguments *)        System V calling convention
 #
-# The essay is in guarded.py. From the first instruction to the last nothing is touched but the registers, the stack,
-# the arguments, the two scratch areas and the block's mapping by system call: no other memory of the program, which
-# might lie in the block.
+# guarded.py explains it. From the first instruction to the last the code touches only the registers, the stack, the
+# arguments, the two scratch areas and the block's mapping by system call: no other memory of the program, which might
+# lie in the block.
 #
 # arguments, 64-bit words at these offsets:
 #   0 operations left   8 userfaultfd   16 away: scratch, registered   24 place: scratch, aligned like a block
 #   32 first operation left: {block, length, error, stage}             40 bytes to bring back   48 bytes brought back
 #   64 struct uffdio_register   96 struct uffdio_move or uffdio_copy, alike   136 struct uffdio_range
 # returns
-#   0 all done   1 one done, and the place is no longer ours   2 a block could not be put back
+#   0 all done   1 one done, and the place is lost   2 a block could not be put back
 
     .intel_syntax noprefix
     .text
@@ -45,7 +45,7 @@ next_block:
     test    rax, rax
     jnz     advance
 
-    # block -> away: whoever touches the block from now on waits
+    # block -> away: a thread that touches the block from now on waits
     mov     rdi, [rbx+16]
     mov     rsi, r15
     mov     rdx, r14
@@ -97,10 +97,10 @@ bring_back:                         # rax: error; rcx: bytes that are away, or l
     mov     esi, 0xc028aa05         # UFFDIO_MOVE
     call    bring_rest
     jz      1b
-    mov     esi, 0xc028aa03         # UFFDIO_COPY, should the page not let itself be moved
+    mov     esi, 0xc028aa03         # UFFDIO_COPY, if the page cannot be moved
     call    bring_rest
     jz      1b
-    cmp     rax, -12                # ENOMEM: wait for some
+    cmp     rax, -12                # ENOMEM: wait for memory
     jne     lost
     mov     eax, 24                 # sched_yield
     syscall
@@ -128,7 +128,7 @@ wake:
     cmp     rax, 2
     je      advance
     ja      place_lost
-    # the twin has left the place: reserve it again, if nobody else was given it meanwhile
+    # the twin has left the place: reserve it again, unless it was given away meanwhile
     mov     eax, 9                  # mmap
     mov     rdi, rbp
     mov     rsi, r14
@@ -156,7 +156,7 @@ leave_with_rax:
     pop     rbx
     ret
 
-bring_rest:                         # with the request in esi; zero flag: some came back, or it is worth another try
+bring_rest:                         # with the request in esi; zero flag: some came back, or another attempt may succeed
     mov     rcx, [rbx+48]
     lea     rdi, [r15+rcx]
     mov     rdx, [rbx+40]

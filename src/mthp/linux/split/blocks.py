@@ -121,7 +121,7 @@ class SplitBlocks(Closing):
     def _range(
         self, start: int, blocks: list[Block], vma: Vma, room: _RenewedRoom, share: float
     ) -> dict[Block, BlockOutcome]:
-        """Make the blocks of one PMD range, if they are this share of its contents; return their outcomes.
+        """Make the blocks of one PMD range, if they are at least this share of its contents; return their outcomes.
 
         Raises:
             As :meth:`collapse`.

@@ -1,5 +1,5 @@
-/* What boot_x86_64.S does, for aarch64. The thread is restored by rt_sigreturn(2), from a frame that the tracer has
- * written, vector registers included: the padding cannot be written to from here.
+/* The same as boot_x86_64.S for aarch64. rt_sigreturn(2) restores the thread from a frame that the tracer has written,
+ * vector registers included, because this code cannot write to the padding.
  */
 
 #define NR_PPOLL          73
@@ -13,13 +13,13 @@
 #define MAPPED            232
 #define WRITTEN           240
 
-#define SPINS             20000         /* looks at a word between two naps */
-#define TICKS             400           /* so many naps, and the tracer is taken for dead */
+#define SPINS             20000         /* polls of a word between two naps */
+#define TICKS             400           /* naps until the tracer counts as dead */
 
 .macro nap time
         mov     x0, #0
         mov     x1, #0
-        adr     x2, \time                       /* the kernel cannot write the rest of the time there, and does not mind */
+        adr     x2, \time                       /* the kernel ignores that it cannot write the remaining time there */
         mov     x3, #0
         mov     x4, #8
         mov     x8, #NR_PPOLL
@@ -29,7 +29,7 @@
 
         .text
 entry:                                          /* offset 0 */
-        mov     x0, #SIG_SETMASK                /* in case the tracer died before it did that */
+        mov     x0, #SIG_SETMASK                /* in case the tracer died before it did so */
         adr     x1, all
         mov     x2, #0
         mov     x3, #8
@@ -74,14 +74,14 @@ next:
         ldr     x16, park
         br      x16
 
-rest:                                           /* a tracer that lives takes the thread here */
+rest:                                           /* a living tracer stops the thread here */
         nap     patience
 leave:
         adr     x9, frame
         mov     sp, x9
         mov     x8, #NR_RT_SIGRETURN
         svc     #0                              /* does not come back */
-failed:                                         /* without the first call there is nothing to unmap */
+failed:                                         /* if the first call failed, nothing is mapped */
         mov     x21, x0
         adr     x9, rows
         cmp     x19, x9
@@ -100,10 +100,10 @@ patience:
         .quad   0, 50000000
 
         .balign 16
-data:                                           /* the end of the code; the rest is written by the tracer */
+data:                                           /* the end of the code; the tracer writes the rest */
 frame:  .fill   FRAME, 1, 0
 all:    .quad   0
-header: .quad   0                               /* 0: there is no stub, only calls to be made */
+header: .quad   0                               /* 0: without a stub, for calls only */
 context:
         .quad   0
 park:   .quad   0

@@ -1,8 +1,8 @@
-/* What is written into the padding behind code of the target: it maps or unmaps the memory for a window, and restores the
- * thread that ran it, whether or not the tracer lives on. Between the two the thread runs the stub.
+/* The code in the padding behind code of the target: it maps or unmaps the memory for a window, and restores the thread
+ * that ran it, with or without a tracer. Between the two the thread runs the stub.
  *
- * Nothing here is written to while it runs (the padding may only be executed), no byte of a stack is touched, no vector or
- * FPU register is used, and there is neither a call nor a return.
+ * The code never writes to itself (the padding may only be executed), touches no byte of a stack, uses no vector or FPU
+ * register, and has neither a call nor a return.
  */
 
 #define NR_RT_SIGPROCMASK 14
@@ -15,8 +15,8 @@
 #define MAPPED            232
 #define WRITTEN           240
 
-#define SPINS             20000         /* looks at a word between two naps, about half a millisecond */
-#define TICKS             400           /* so many naps, and the tracer is taken for dead */
+#define SPINS             20000         /* polls of a word between two naps, about half a millisecond */
+#define TICKS             400           /* naps until the tracer counts as dead */
 
 .macro signal_mask where
         mov     $NR_RT_SIGPROCMASK, %eax
@@ -31,7 +31,7 @@
         mov     $NR_PPOLL, %eax
         xor     %edi, %edi
         xor     %esi, %esi
-        lea     \time(%rip), %rdx               /* the kernel cannot write the rest of the time there, and does not mind */
+        lea     \time(%rip), %rdx               /* the kernel ignores that it cannot write the remaining time there */
         xor     %r10d, %r10d
         mov     $8, %r8d
         syscall
@@ -39,7 +39,7 @@
 
         .text
 entry:                                          /* offset 0 */
-        signal_mask all                         /* in case the tracer died before it did that */
+        signal_mask all                         /* in case the tracer died before it did so */
         jmp     begin
 
         .balign 32
@@ -81,7 +81,7 @@ next:
 3:      mov     context(%rip), %rbx
         jmp     *park(%rip)
 
-rest:                                           /* a tracer that lives takes the thread here */
+rest:                                           /* a living tracer stops the thread here */
         nap     patience
 leave:
         lea     flags(%rip), %rsp
@@ -104,7 +104,7 @@ leave:
         mov     registers+104(%rip), %r14
         mov     registers+112(%rip), %r15
         jmp     *home(%rip)
-failed:                                         /* without the first call there is nothing to unmap */
+failed:                                         /* if the first call failed, nothing is mapped */
         mov     %rax, %r13
         lea     rows(%rip), %rax
         cmp     %rax, %r12
@@ -123,7 +123,7 @@ patience:
         .quad   0, 50000000
 
         .balign 8
-data:                                           /* the end of the code; the rest is written by the tracer */
+data:                                           /* the end of the code; the tracer writes the rest */
 home:   .quad   0
 stack:  .quad   0
 flags:  .quad   0
@@ -131,7 +131,7 @@ registers:
         .fill   15, 8, 0
 mask:   .quad   0
 all:    .quad   0
-header: .quad   0                               /* 0: there is no stub, only calls to be made */
+header: .quad   0                               /* 0: without a stub, for calls only */
 context:
         .quad   0
 park:   .quad   0

@@ -1,11 +1,11 @@
-/* What runs inside the target while it stands still: the parking loop of every thread, and the worker. For aarch64.
+/* The code inside a stopped target: the parking loop of every thread, and the worker. For aarch64.
  *
- * It does what stub_x86_64.S does, with the same header and operations; the bytes in aarch64.py are this file, assembled,
- * and a test compares the two. The same rules hold: no byte of the target's stacks is touched, there is neither a call
- * nor a return, and nothing is read from an address that may be missing. What differs:
+ * It does the same as stub_x86_64.S, with the same header and operations; the bytes in aarch64.py are this file,
+ * assembled, and a test compares the two. The rules are the same: it touches no byte of the target's stacks, has no
+ * call and no return, and reads nothing from an address that may be missing. Differences:
  *
  * No thread can restore its last register and branch without a register, so a thread leaves with rt_sigreturn(2), which
- * sets all registers and the signal mask at once. Its context begins with the frame which that call reads
+ * sets all registers and the signal mask at once. Its context begins with the frame that this call reads
  * (struct rt_sigframe, arch/arm64/kernel/signal.c; records in asm/sigcontext.h). The vector registers, which nothing
  * here touches, are written into the frame just before.
  *
@@ -16,19 +16,19 @@
 #define STATE          0
 #define COUNT          8
 #define SCRATCH        16
-#define UFFD           24       /* -1 while there is none */
+#define UFFD           24       /* -1 without one */
 #define MOVE_DST       32       /* struct uffdio_move */
 #define MOVE_SRC       40
 #define MOVE_LEN       48
 #define MOVE_MODE      56
 #define MOVE_MOVED     64
 #define ALL_SIGNALS    72       /* a signal set with every bit set */
-#define PREPARED       80       /* the stage that was begun last, and its error */
+#define PREPARED       80       /* the last stage begun, and its error */
 #define ERROR          88
 #define API            96       /* struct uffdio_api */
 #define REGISTER       120      /* struct uffdio_register */
 #define SCRATCH_SIZE   152
-#define BASE           160      /* what the stub may be executed from */
+#define BASE           160      /* start of the executable part */
 #define CODE_END       168
 #define CONTEXTS       176
 #define THREADS        184
@@ -36,9 +36,9 @@
 #define PASSES         200
 #define GOOD           208
 #define NOW            216      /* struct timespec */
-#define MAPPED         232      /* 1 once there is this mapping, and once it is written; see boot_aarch64.S */
+#define MAPPED         232      /* 1 once this mapping exists, and once it is written; see boot_aarch64.S */
 #define WRITTEN        240
-#define START          248      /* what the tracer lets the worker do: 1 to work, 2 to unmap everything */
+#define START          248      /* permission of the tracer to the worker: 1 to work, 2 to unmap everything */
 #define OPS            256
 
 /* states */
@@ -64,7 +64,7 @@
 #define FLAG_VERIFY    1
 #define FLAG_FILL      2
 
-/* a thread's context: the frame, then what is ours */
+/* a thread's context: the frame, then words of the mover */
 #define C_MASK         168
 #define C_REGS         312
 #define C_SP           560
@@ -79,9 +79,9 @@
 #define C_NAP          1144     /* struct timespec */
 #define C_HERE         1160     /* 1 once the thread runs here, and once it leaves */
 #define C_LEFT         1168
-#define C_CLOCK        1176     /* the clock of its processor time, and what it showed first */
+#define C_CLOCK        1176     /* the clock of its processor time, and its first value */
 #define C_USED         1184
-#define C_KEEPER       1192     /* 1 for the thread that unmaps everything in the end */
+#define C_KEEPER       1192     /* 1 for the thread that finally unmaps everything */
 #define C_PATH         1200     /* /proc/self/task/TID/syscall */
 #define C_SIZE         1248
 
@@ -107,7 +107,7 @@
 #define AT_FDCWD             -100
 
 /* stages of the preparation */
-#define EMPTY          1        /* scratch memory must hold nothing: what is locked cannot be emptied */
+#define EMPTY          1        /* scratch memory must be empty: locked memory cannot be emptied */
 #define CREATE         2
 #define HANDSHAKE      3
 #define ARM            4
@@ -115,16 +115,16 @@
 #define WORK           1
 #define UNMAP_ALL      2
 
-#define SPINS         20000     /* looks of the worker at what it may do between two naps */
+#define SPINS         20000     /* polls of START by the worker between two naps */
 #define TICK_NS       5000000   /* a nap while the tracer sets up */
-#define TICKS         100       /* so many of them, and the tracer is taken for dead */
+#define TICKS         100       /* number of naps until the tracer counts as dead */
 #define WAIT_NS       200000    /* a nap while the worker works */
 #define GRACE_NS      500000    /* a nap of a worker that is done */
-#define GRACES        100       /* so many of them, and the tracer is taken for dead */
+#define GRACES        100       /* number of naps until the tracer counts as dead */
 #define KEEP_NS       5000000   /* a nap of the keeper */
-#define MAX_PASSES    400       /* so many of them, and the mapping stays */
-#define GOOD_PASSES   3         /* so many in a row find all threads outside: a handler may have run in between */
-#define CPU_NS        50000000  /* leaving takes a microsecond: a thread that has used so much has left */
+#define MAX_PASSES    400       /* number of passes after which the mapping stays */
+#define GOOD_PASSES   3         /* passes in a row that find all threads outside; a handler may run in between */
+#define CPU_NS        50000000  /* processor time after which a thread has left; leaving takes a microsecond */
 
 .macro nap nanoseconds
         movz    x9, #(\nanoseconds & 0xffff)
@@ -186,7 +186,7 @@
 entry_park:                                     /* offset 0 */
         mov     x9, #1
         str     x9, [x28, #C_HERE]
-        mov     x0, #SIG_SETMASK                /* in case the tracer died before it did that */
+        mov     x0, #SIG_SETMASK                /* in case the tracer died before it did so */
         add     x1, x27, #ALL_SIGNALS
         mov     x2, #0
         mov     x3, #8
@@ -296,7 +296,7 @@ next_block:
         str     x0, [x20, #OP_ERROR]
         cbnz    x0, block_ended
 1:      tbz     x23, #0, move_away              /* FLAG_VERIFY */
-        advise_block MADV_POPULATE_READ         /* an error here is a SIGSEGV spared */
+        advise_block MADV_POPULATE_READ         /* an error here prevents a SIGSEGV below */
         str     x0, [x20, #OP_ERROR]
         cbnz    x0, block_ended
         hash_block OP_HASH_BEFORE
@@ -342,7 +342,7 @@ nothing_moved:
         cbnz    x9, moved
         mov     x9, #1
         str     x9, [x20, #OP_POPULATED]
-        advise_block MADV_POPULATE_WRITE        /* what a fork left write-protected is made exclusive again */
+        advise_block MADV_POPULATE_WRITE        /* pages write-protected by a fork become exclusive again */
         cbz     x0, move_away
 moved:
         tbz     x23, #0, block_ended
@@ -456,7 +456,7 @@ next_thread:
         ldr     x9, [x27, #CODE_END]
         cmp     x12, x9
         b.hs    outside
-        str     xzr, [x27, #PASSES]             /* in here, asleep: a tracer that is itself stopped may hold it */
+        str     xzr, [x27, #PASSES]             /* inside, asleep: a tracer that is itself stopped may hold it */
 inside:
         add     x22, x22, #1
 outside:
@@ -474,7 +474,7 @@ outside:
         cmp     x10, #GOOD_PASSES
         b.hs    unmap
         ldr     x10, [x27, #START]
-        cmp     x10, #UNMAP_ALL                 /* it lives after all, and has restored the others */
+        cmp     x10, #UNMAP_ALL                 /* the tracer lives after all, and has restored the others */
         b.eq    unmap
         cmp     x9, #MAX_PASSES
         b.hs    restore

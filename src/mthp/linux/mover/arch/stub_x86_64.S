@@ -1,9 +1,9 @@
-/* What runs inside the target while it stands still: the parking loop of every thread, and the worker.
+/* The code inside a stopped target: the parking loop of every thread, and the worker.
  *
- * The bytes in stub.py are this file, assembled; a test compares the two. The essay in __init__.py tells why it is
- * built as it is. Rules that every line keeps: no byte of the target's stacks is touched, no vector or FPU register
- * is used, no system call is made that replaces the thread's restart_block (nanosleep(2) would), there is neither a
- * call nor a return (shadow stacks), and nothing is read from an address that may be missing.
+ * The bytes in x86_64.py are this file, assembled; a test compares the two. The mover's __init__.py has the reasons for
+ * its structure. Rules for every line: it touches no byte of the target's stacks, uses no vector or FPU register, makes
+ * no system call that replaces the thread's restart_block (nanosleep(2) would), has neither a call nor a return (shadow
+ * stacks), and reads nothing from an address that may be missing.
  *
  * rbx  the thread's context, rbp  the shared header; both are set by the tracer.
  */
@@ -12,19 +12,19 @@
 #define STATE          0
 #define COUNT          8
 #define SCRATCH        16
-#define UFFD           24       /* -1 while there is none */
+#define UFFD           24       /* -1 without one */
 #define MOVE_DST       32       /* struct uffdio_move */
 #define MOVE_SRC       40
 #define MOVE_LEN       48
 #define MOVE_MODE      56
 #define MOVE_MOVED     64
 #define ALL_SIGNALS    72       /* a signal set with every bit set */
-#define PREPARED       80       /* the stage that was begun last, and its error */
+#define PREPARED       80       /* the last stage begun, and its error */
 #define ERROR          88
 #define API            96       /* struct uffdio_api */
 #define REGISTER       120      /* struct uffdio_register */
 #define SCRATCH_SIZE   152
-#define BASE           160      /* what the stub may be executed from */
+#define BASE           160      /* start of the executable part */
 #define CODE_END       168
 #define CONTEXTS       176
 #define THREADS        184
@@ -32,9 +32,9 @@
 #define PASSES         200
 #define GOOD           208
 #define NOW            216      /* struct timespec */
-#define MAPPED         232      /* 1 once there is this mapping, and once it is written; see boot_x86_64.S */
+#define MAPPED         232      /* 1 once this mapping exists, and once it is written; see boot_x86_64.S */
 #define WRITTEN        240
-#define START          248      /* what the tracer lets the worker do: 1 to work, 2 to unmap everything */
+#define START          248      /* permission of the tracer to the worker: 1 to work, 2 to unmap everything */
 #define OPS            256
 
 /* states */
@@ -85,9 +85,9 @@
 #define C_TRAMPOLINE   176
 #define C_HERE         184      /* 1 once the thread runs here, and once it has its signal mask again */
 #define C_LEFT         192
-#define C_CLOCK        200      /* the clock of its processor time, and what it showed first */
+#define C_CLOCK        200      /* the clock of its processor time, and its first value */
 #define C_USED         208
-#define C_KEEPER       216      /* 1 for the thread that unmaps everything in the end */
+#define C_KEEPER       216      /* 1 for the thread that finally unmaps everything */
 #define C_PATH         224      /* /proc/self/task/TID/syscall */
 #define C_SIZE         384      /* its end is the top of a stack of 64 bytes */
 
@@ -115,7 +115,7 @@
 #define EBUSY                16
 
 /* stages of the preparation */
-#define EMPTY          1        /* scratch memory must hold nothing: what is locked cannot be emptied */
+#define EMPTY          1        /* scratch memory must be empty: locked memory cannot be emptied */
 #define CREATE         2
 #define HANDSHAKE      3
 #define ARM            4
@@ -123,16 +123,16 @@
 #define WORK           1
 #define UNMAP_ALL      2
 
-#define SPINS         20000     /* looks of the worker at what it may do between two naps, about half a millisecond */
+#define SPINS         20000     /* polls of START by the worker between two naps, about half a millisecond */
 #define TICK_NS       5000000   /* a nap while the tracer sets up */
-#define TICKS         100       /* so many of them, and the tracer is taken for dead */
+#define TICKS         100       /* number of naps until the tracer counts as dead */
 #define WAIT_NS       200000    /* a nap while the worker works */
 #define GRACE_NS      500000    /* a nap of a worker that is done */
-#define GRACES        100       /* so many of them, and the tracer is taken for dead */
+#define GRACES        100       /* number of naps until the tracer counts as dead */
 #define KEEP_NS       5000000   /* a nap of the keeper */
-#define MAX_PASSES    400       /* so many of them, and the mapping stays */
-#define GOOD_PASSES   3         /* so many in a row find all threads outside: a handler may have run in between */
-#define CPU_NS        50000000  /* leaving takes a microsecond: a thread that has used so much has left */
+#define MAX_PASSES    400       /* number of passes after which the mapping stays */
+#define GOOD_PASSES   3         /* passes in a row that find all threads outside; a handler may run in between */
+#define CPU_NS        50000000  /* processor time after which a thread has left; leaving takes a microsecond */
 
 .macro signal_mask where
         mov     $NR_RT_SIGPROCMASK, %eax
@@ -195,7 +195,7 @@
         .text
 entry_park:                                     /* offset 0 */
         movq    $1, C_HERE(%rbx)
-        signal_mask ALL_SIGNALS(%rbp)           /* in case the tracer died before it did that */
+        signal_mask ALL_SIGNALS(%rbp)           /* in case the tracer died before it did so */
 park:
         mov     STATE(%rbp), %ecx
         cmp     $DONE, %ecx
@@ -291,7 +291,7 @@ next_block:
         jnz     block_ended
 1:      testq   $FLAG_VERIFY, OP_FLAGS(%r13)
         jz      move_away
-        advise_block MADV_POPULATE_READ         /* an error here is a SIGSEGV spared */
+        advise_block MADV_POPULATE_READ         /* an error here prevents a SIGSEGV below */
         mov     %rax, OP_ERROR(%r13)
         test    %rax, %rax
         jnz     block_ended
@@ -334,7 +334,7 @@ nothing_moved:
         cmpq    $0, OP_POPULATED(%r13)
         jne     moved
         movq    $1, OP_POPULATED(%r13)
-        advise_block MADV_POPULATE_WRITE        /* what a fork left write-protected is made exclusive again */
+        advise_block MADV_POPULATE_WRITE        /* pages write-protected by a fork become exclusive again */
         test    %rax, %rax
         jz      move_away
 moved:
@@ -445,7 +445,7 @@ next_thread:
         jb      outside
         cmp     CODE_END(%rbp), %rax
         jae     outside
-        movq    $0, PASSES(%rbp)                /* in here, asleep: a tracer that is itself stopped may hold it */
+        movq    $0, PASSES(%rbp)                /* inside, asleep: a tracer that is itself stopped may hold it */
 inside:
         inc     %r15d
 outside:
@@ -459,7 +459,7 @@ outside:
         movq    $0, GOOD(%rbp)
 6:      cmpq    $GOOD_PASSES, GOOD(%rbp)
         jae     unmap
-        cmpq    $UNMAP_ALL, START(%rbp)         /* it lives after all, and has restored the others */
+        cmpq    $UNMAP_ALL, START(%rbp)         /* the tracer lives after all, and has restored the others */
         je      unmap
         cmpq    $MAX_PASSES, PASSES(%rbp)
         jae     restore
