@@ -198,8 +198,8 @@ def command(
     khugepaged keeps its own order, works for all processes while it is driven, and knows only memory that was mapped or
     advised while a size was on.
 
-    Holes are filled up to --max-bloat, pages are copied up to --max-copied, and memory is left free below every limit
-    of TARGET's cgroups and of the machine, up to --reserve. The first failed charge ends the run.
+    Holes are filled up to --max-bloat, pages are copied up to --max-copied, and the memory that --reserve names is left
+    free below every limit of TARGET's cgroups and of the machine. The first failed charge ends the run.
     """
     means = Means(
         mechanism=mechanism,

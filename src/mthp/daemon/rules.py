@@ -57,7 +57,7 @@ class Settings:
         trim: while memory is short, give back the pages of zeroes of large folios in which this share of the pages
             holds nothing else; not set (None): no trimming. Collapses fill less than half of that, so that they make
             nothing that a trim would undo.
-        heat: time for which to observe which memory is used (5% of a processor), and collapse that first: "5s", or by
+        heat: time for which to observe which memory is used (5% of a processor); that is collapsed first: "5s", or by
             one source alone "damon:5s", "idle:5s", "young:5s"; not set (None): order by fullness alone.
     """
 
