@@ -100,7 +100,7 @@ class Watched:
     def _told(self) -> Iterator[str]:
         begin = f"in {self.seconds:.0f} s of watching"
         if not self.visible:
-            yield f"{begin} no scan could be told apart: no page there is of this process alone"
+            yield f"{begin} no scan could be told apart: no page that khugepaged may scan is of this process alone"
             return
         if not self.scans:
             rest = f"; khugepaged rests {self.sleep_ms} ms after each pass" if self.sleep_ms else ""

@@ -222,4 +222,7 @@ def _refused(error: OSError) -> MthpError:
         return NotPermittedError("perf_event_open(2) is not allowed", help="run as root, or with CAP_PERFMON")
     if error.errno == errno.ENOSYS:
         return UnsupportedError("this kernel has no perf events", help="a kernel with CONFIG_PERF_EVENTS")
-    return MthpError(f"tracepoints cannot be opened: {error.strerror}", help="have fewer perf events open")
+    if error.errno == errno.EMFILE:
+        remedy = "allow more open files: each processor takes three (ulimit -n)"
+        return MthpError("tracepoints cannot be opened: too many open files", help=remedy)
+    return MthpError(f"tracepoints cannot be opened: {error.strerror}", help="end other programs that trace or profile")

@@ -178,7 +178,7 @@ def test_scans_are_told_in_sentences() -> None:
 
 def test_why_nothing_was_seen_is_told() -> None:
     assert "12 times in other processes; khugepaged rests 10000 ms" in told(others=12)
-    assert "no page there is of this process alone" in told(visible=False)
+    assert "is of this process alone" in told(visible=False)
     assert "3 events were lost" in told(lost=3)
 
 
