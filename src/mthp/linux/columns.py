@@ -84,7 +84,7 @@ def windows_of(segments: Sequence[Segment], geometry: Geometry) -> Windows:
 
 
 class ColumnReader:
-    """Reads the page table entries of one process.
+    """A reader of the page table entries of one process.
 
     Args:
         folios: reader of kpageflags, or None if these rights do not include it.

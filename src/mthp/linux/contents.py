@@ -26,7 +26,7 @@ _GONE = frozenset({errno.EIO, errno.EFAULT, errno.ENOMEM})
 
 
 class Contents:
-    """Reads the contents of a process. Close it after use."""
+    """A reader of the contents of a process. Close it after use."""
 
     def __init__(self, process: Process, page_size: int) -> None:
         self._process = process

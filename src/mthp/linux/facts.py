@@ -86,7 +86,7 @@ class Pods:
 
 
 class FactsReader:
-    """Reads the facts by which processes can be named.
+    """A reader of the facts by which processes can be named.
 
     Args:
         proc, logs: mount point of proc, and directories of the links of containers; for tests.

@@ -41,7 +41,7 @@ Words = NDArray[np.uint64]
 
 
 class FrameWords:
-    """Reads the words of frames. Several threads may use one at once.
+    """A reader of the words of frames. Several threads may use one at once.
 
     Raises:
         OSError: it cannot be opened: it takes root and CAP_SYS_ADMIN.

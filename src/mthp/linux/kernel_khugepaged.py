@@ -48,7 +48,7 @@ _UNBOUNDED = "1000000000"
 
 
 class KernelKhugepaged:
-    """Drives the machine's khugepaged for one process.
+    """The machine's khugepaged, driven for one process.
 
     Args:
         journal: of the switches; the system's if not given.

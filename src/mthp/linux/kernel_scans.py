@@ -187,7 +187,7 @@ class Threads:
 
 @dataclass(slots=True)
 class Visits:
-    """Joins the events of each thread: attempts to collapse, then the scan that they belong to.
+    """Joined events of each thread: attempts to collapse, then the scan that they belong to.
 
     Attributes:
         scans: scans so far.

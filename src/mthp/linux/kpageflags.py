@@ -104,7 +104,7 @@ class _Chunks:
 
 
 class FolioReader(FrameWords):
-    """Reads ``/proc/kpageflags``. Several threads may use one at once.
+    """A reader of ``/proc/kpageflags``. Several threads may use one at once.
 
     Args:
         pmd_order: PMD order of the machine; the size of the largest chunk.

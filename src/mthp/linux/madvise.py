@@ -15,7 +15,7 @@ from mthp.results import BlockOutcome, ScanResult, result_of_madvise
 
 
 class Madvise:
-    """Collapses PMD ranges of one process.
+    """MADV_COLLAPSE of PMD ranges of one process.
 
     The methods raise TargetVanishedError if the process is gone, UnsupportedError if this kernel cannot do it or not
     for this process, and NotPermittedError if CAP_SYS_NICE or the right to read the process is missing.

@@ -206,7 +206,7 @@ class ProcConnector:
 
 
 class ProcPolling:
-    """Polls for new processes.
+    """A source that polls for new processes.
 
     Args:
         proc: mount point of proc.

@@ -144,7 +144,7 @@ def shmem_devices(mountinfo: bytes) -> frozenset[str]:
 
 
 class VmaParser:
-    """Makes a :class:`~mthp.vma.Vma` of one mapping's part of smaps, or of a line of maps.
+    """A parser that makes a :class:`~mthp.vma.Vma` of one mapping's part of smaps, or of a line of maps.
 
     Processes with many mappings have few different names and flag lines, so the results for those are kept.
 

@@ -127,7 +127,7 @@ def read_formats(root: Path, group: str, names: Sequence[str]) -> list[Format]:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event.
+    """An event of a tracepoint.
 
     Attributes:
         time_ns: time by the clock of perf.

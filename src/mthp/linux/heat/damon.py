@@ -99,7 +99,7 @@ class Regions:
 
 
 class Damon:
-    """The source.
+    """DAMON as a source of accesses.
 
     Args:
         sysfs: the THP directory; that of DAMON is its sibling.

@@ -51,7 +51,7 @@ def lack(mm: Path) -> tuple[str, str]:
 
 
 class IdlePages:
-    """The source.
+    """Idle page tracking as a source of accesses.
 
     Args:
         mm: the directory ``/sys/kernel/mm``.

@@ -42,7 +42,7 @@ def lack(proc: Path) -> tuple[str, str]:
 
 
 class YoungBits:
-    """The source."""
+    """Young bits as a source of accesses."""
 
     def measure(self, space: ProcessSpace, seconds: float, stop: Stop) -> Heat:
         begin, begun = time.monotonic(), time.process_time()

@@ -56,7 +56,7 @@ _numbers = itertools.count()
 
 
 class SwitchJournal:
-    """Sets switches for a while. Threads may share one.
+    """A setter of switches for a limited time. Threads may share one.
 
     Args:
         root: directory of the journal; :func:`default_root` if not given.

@@ -70,7 +70,7 @@ def _detach() -> None:
 
 
 class Watcher:
-    """Watches one owner.
+    """The watcher of one owner.
 
     Args:
         files: the journal.

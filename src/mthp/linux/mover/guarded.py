@@ -132,7 +132,7 @@ _no_fork = threading.Lock()
 
 
 class Guard(Closing):
-    """Holds blocks of this process: threads that touch them wait (:class:`~mthp.linux.mover.mover.Hold`).
+    """A hold on blocks of this process: threads that touch them wait (:class:`~mthp.linux.mover.mover.Hold`).
 
     Args:
         guarded: whether other threads may use the memory meanwhile, by themselves and in system calls. Otherwise

@@ -54,7 +54,7 @@ VMAS_SHARE = 0.1
 
 
 class Hold(Protocol):
-    """Keeps other users of some blocks away while these blocks are moved."""
+    """A hold on some blocks that keeps other users away while these blocks are moved."""
 
     @property
     def waived(self) -> frozenset[str]:
@@ -146,7 +146,7 @@ class _Batch:
 
 
 class Mover(Closing):
-    """Moves blocks of one process to folios of their orders.
+    """A mover of blocks of one process to folios of their orders.
 
     Args:
         hold: keeps other users of its blocks away.

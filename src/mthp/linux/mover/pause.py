@@ -65,7 +65,7 @@ class Pause:
 
 
 class PauseBudget:
-    """Predicts how many blocks the next window may have.
+    """A prediction of the number of blocks that the next window may have.
 
     Args:
         max_pause_ns: limit of a pause in nanoseconds, kept as far as it can be predicted.

@@ -84,7 +84,7 @@ class Before:
 
 
 class Recheck:
-    """Checks blocks again. Call its methods in the tracing thread."""
+    """The second check of blocks. Call its methods in the tracing thread."""
 
     def __init__(self, process: Process, geometry: Geometry) -> None:
         self._process = process

@@ -111,7 +111,7 @@ def all_stopped(
 
 
 class MoverSession(Closing):
-    """Moves blocks of one process to new folios (:class:`~mthp.linux.mover.mover.Hold`).
+    """A hold on another process, whose blocks it moves to new folios (:class:`~mthp.linux.mover.mover.Hold`).
 
     Between two windows the target contains nothing of it; it keeps only measurements.
 

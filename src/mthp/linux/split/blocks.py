@@ -46,7 +46,7 @@ STAYS = "{pages} pages of zeroes that the collapse added to its PMD range stay: 
 
 
 class SplitBlocks(Closing):
-    """Makes folios below the PMD order in the memory of one process.
+    """A maker of folios below the PMD order in the memory of one process.
 
     Args:
         space: address space of the process.

@@ -52,7 +52,7 @@ class LargeFolio:
 
 
 class FolioDivider(Closing):
-    """Divides folios of one process.
+    """A divider of folios of one process.
 
     Args:
         process: owner of the folios; the caller keeps it open and closes it.

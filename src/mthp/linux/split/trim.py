@@ -28,7 +28,7 @@ PAUSE = 0.002
 
 
 class Trimmer(Closing):
-    """Trims folios of one process.
+    """A trimmer of folios of one process.
 
     Args:
         space: address space of the process; the caller keeps it open and closes it.
