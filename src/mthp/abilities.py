@@ -142,13 +142,13 @@ def free_bytes(space: AddressSpace, order: int) -> int | None:
 
 @runtime_checkable
 class OnMachine(Protocol):
-    """An address space on a machine whose free memory is known by order."""
+    """An address space on a machine with known free memory by order."""
 
     def free_memory(self) -> FreeMemory | None: ...
 
 
 def free_memory(space: AddressSpace) -> FreeMemory | None:
-    """Return the free memory of the machine that `space` is on; None where that is not visible."""
+    """Return the free memory of the machine of `space`; None if unknown."""
     return space.free_memory() if isinstance(space, OnMachine) else None
 
 

@@ -1,7 +1,7 @@
-"""Free memory of a machine as the kernel shows it: by order, beyond its reserve, and in blocks that can be emptied.
+"""Free memory of a machine as the kernel reports it: by order, beyond its reserve, and in blocks that can be emptied.
 
 Linux and the simulated machine print the same texts: ``/proc/buddyinfo``, ``/proc/zoneinfo`` and
-``/proc/pagetypeinfo``. The last takes root on Linux.
+``/proc/pagetypeinfo``. Only root can read the last one on Linux.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FreeBlocks:
 
     @property
     def pages(self) -> int:
-        """Return the number of free base pages."""
+        """Number of free base pages."""
         return _pages(self.blocks)
 
     def folios(self, order: int) -> int:
@@ -43,10 +43,10 @@ class FreeZone:
 
     Attributes:
         blocks: number of free blocks, by order.
-        kept: pages that the kernel keeps free: the ``min`` watermark, and the reserve for those who can use no other
-            zone (__zone_watermark_ok(), mm/page_alloc.c).
+        kept: pages that the kernel keeps free: the ``min`` watermark, and the reserve for allocations that can use no
+            other zone (__zone_watermark_ok(), mm/page_alloc.c).
         movable: free pages in page blocks of the migrate type Movable, which compaction empties and moves pages to;
-            None if that is not known.
+            None if unknown.
         used: pages in use in such page blocks.
         listed: pages on the LRU lists: the memory of programs and files.
     """
@@ -68,7 +68,7 @@ class FreeMemory:
     """Free memory of a machine.
 
     Attributes:
-        zones: those that the memory of programs comes from.
+        zones: the zones that the memory of programs comes from.
     """
 
     zones: tuple[FreeZone, ...]
@@ -80,20 +80,20 @@ class FreeMemory:
 
     @property
     def known_types(self) -> bool:
-        """Whether it is known where movable memory lies."""
+        """Whether the place of movable memory is known."""
         return any(zone.movable is not None for zone in self.zones)
 
     def packed(self, sure: int = 0) -> float:
         """Return the share of the memory of programs that lies in page blocks of movable memory.
 
         Args:
-            sure: pages that are known to lie there, and do not count.
+            sure: pages that certainly lie there, and do not count.
         """
         used, listed = (sum(getattr(zone, name) for zone in self.zones) - sure for name in ("used", "listed"))
         return min(1.0, max(0.0, used / listed)) if listed > 0 else 1.0
 
     def folios(self, order: int) -> int:
-        """Return how many folios of `order` are free, in zones that have one beyond what is kept."""
+        """Return the number of free folios of `order`, in zones that have one beyond what is kept."""
         return sum(_folios(zone.blocks, order) for zone in self.zones if zone.spare >> order)
 
     def compactable(self, order: int) -> int:
@@ -104,8 +104,8 @@ class FreeMemory:
         return sum(zone.movable or 0 for zone in self.zones if zone.spare >= 2 << order)
 
     def plus(self, pages: int) -> FreeMemory:
-        """Return what is free once programs give some more pages back, each alone."""
-        # Where they lie is not known: most likely where most of such memory is.
+        """Return the free memory after programs give some more single pages back."""
+        # Their zone is unknown, and most likely the one with most of such memory.
         most = max(self.zones, key=lambda zone: zone.used, default=None)
         more = [
             replace(zone, kept=zone.kept - pages, movable=(zone.movable or 0) + pages) if zone is most else zone
@@ -125,10 +125,10 @@ def parse_buddyinfo(text: str) -> tuple[FreeBlocks, ...]:
 
 
 def parse_free_memory(buddyinfo: str, zoneinfo: str, pagetypeinfo: str = "") -> FreeMemory:
-    """Return the free memory that these texts tell.
+    """Return the free memory in these texts.
 
     Args:
-        buddyinfo, zoneinfo, pagetypeinfo: of the files of ``/proc``; the last is empty where it cannot be read.
+        buddyinfo, zoneinfo, pagetypeinfo: texts of the files of ``/proc``; the last is empty if it cannot be read.
     """
     details = dict(_zone_details(zoneinfo))
     movable = _movable_pages(pagetypeinfo)
@@ -141,7 +141,7 @@ def parse_free_memory(buddyinfo: str, zoneinfo: str, pagetypeinfo: str = "") -> 
 
 
 _Zone = tuple[int, str]
-"""Number of its node, and name."""
+"""Number of the zone's node, and name of the zone."""
 
 _ZONE = re.compile(r"Node\s+(\d+), zone\s+(\w+)(?:, type\s+(\w+))?\s*(.*)")
 
@@ -152,19 +152,19 @@ def _free_blocks(text: str) -> dict[_Zone, list[int]]:
 
 
 def _rows(text: str) -> Iterator[tuple[int, str, str, list[int]]]:
-    """Yield node, zone, migrate type and numbers of each line that has them."""
+    """Yield node, zone, migrate type and numbers of each line of a zone."""
     for line in text.splitlines():
         if match := _ZONE.fullmatch(line.strip()):
-            # A list of more than 100 000 blocks is not counted to its end: ">100000".
+            # The kernel stops counting a list at 100 000 blocks, and prints ">100000".
             numbers = [int(word.lstrip(">")) for word in match[4].split()]
             yield int(match[1]), match[2], match[3] or "", numbers
 
 
 def _zone_details(text: str) -> Iterator[tuple[_Zone, tuple[int, int]]]:
-    """Yield of each zone what it keeps free, and its pages on the LRU lists, both in pages."""
+    """Yield for each zone the pages that it keeps free, and its pages on the LRU lists."""
     for part in re.split(r"(?m)^(?=Node)", text):
         head = _ZONE.match(part)
-        # The first "min" and the "protection" are of the zone; those further down of its lists for processors.
+        # The first "min" and the "protection" are of the zone. Further down are those of its lists for processors.
         least, protection = re.search(r"\bmin\s+(\d+)", part), re.search(r"protection: \(([^)]*)\)", part)
         if head is None or least is None:
             continue

@@ -1,7 +1,7 @@
-"""What `mthp inspect` tells: the pages of an address space by folio order, mapping by mapping and in all.
+"""The census that `mthp inspect` prints: the pages of an address space by folio order, per mapping and in all.
 
-Page table entries are read in blocks and reduced at once to runs of equal entries, then to counts per mapping, so
-that memory use depends on the number of mappings alone.
+Page table entries are read in blocks and reduced at once to runs of equal entries, then to counts per mapping, so that
+memory use depends on the number of mappings alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
 
 CONTENTS_PAGES = 1 << 14
-"""Pages whose contents are read between two reports of progress."""
+"""Pages of contents to read between two reports of progress."""
 
 STATES = {
     "zero": Pte.ZERO,
@@ -37,24 +37,24 @@ STATES = {
     "guard": Pte.GUARD,
     "pmd_mapped": Pte.PMD_MAPPED,
 }
-"""States that are counted, by the name that they have in the output."""
+"""States that are counted, by their name in the output."""
 
 Progress = Callable[[int, int], None]
-"""Told (bytes done, bytes in all) after every block."""
+"""Called with (bytes done, bytes in all) after every block."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageCounts:
-    """How many pages there are of what.
+    """Counts of pages by kind.
 
     Attributes:
         orders: int64, shape (MAX_FOLIO_ORDER + 1,): pages with contents, by the order of their folio.
-        unknown: pages with contents whose folio's order cannot be seen.
-        coverage: what of the pages with contents lies in folios of each size as the hardware uses them.
+        unknown: pages with contents in a folio of unknown order.
+        coverage: the pages with contents that lie in folios of each size as the hardware uses them.
         alignments: int64, shape (len(ALIGNMENTS), ORDERS): pages of large folios by how the folio is mapped, and order.
         states: int64, shape (len(STATES),): pages by state, in the order of ``STATES``.
-        zero_filled: int64, shape (MAX_FOLIO_ORDER + 2,): pages with contents that are nothing but zeroes, by the order
-            of their folio, those whose order cannot be seen last; None if that was not looked for.
+        zero_filled: int64, shape (MAX_FOLIO_ORDER + 2,): pages with contents that contain only zeroes, by the order
+            of their folio, the unknown order last; None if contents were not read.
     """
 
     JSON: ClassVar = (
@@ -75,15 +75,15 @@ class PageCounts:
         return int(self.orders.sum()) + self.unknown
 
     def state(self, name: str) -> int:
-        """Pages in the state called `name` in ``STATES``."""
+        """Return the pages in the state called `name` in ``STATES``."""
         return int(self.states[list(STATES).index(name)])
 
     def by_order(self) -> dict[int, int]:
-        """Pages by folio order, without the orders that have none."""
+        """Return the pages by folio order, without the orders that have none."""
         return {order: int(pages) for order, pages in enumerate(self.orders) if pages}
 
     def mapped_as(self, alignment: int, order: int) -> int:
-        """Pages of folios of `order` that are mapped as this index into ``ALIGNMENTS`` says."""
+        """Return the pages of folios of `order` that are mapped as `alignment`, an index into ``ALIGNMENTS``."""
         return int(self.alignments[alignment, order])
 
     def resident_bytes(self, geometry: Geometry) -> int:
@@ -97,7 +97,7 @@ class PageCounts:
 
     @property
     def pages_by_state(self) -> dict[str, int]:
-        """The same as `states`."""
+        """`states` by name."""
         return dict(zip(STATES, self.states.tolist(), strict=True))
 
     @property
@@ -111,7 +111,7 @@ class PageCounts:
 
     @property
     def zero_filled_pages_by_order(self) -> dict[str, int] | None:
-        """The same as `zero_filled`; those whose order cannot be seen are ``unknown``."""
+        """`zero_filled` by the name of the order; ``unknown`` for the unknown order."""
         if self.zero_filled is None:
             return None
         names = [*map(str, range(MAX_FOLIO_ORDER + 1)), "unknown"]
@@ -127,12 +127,12 @@ class PageCounts:
         return self.coverage.share(1)
 
     def out_of_reach_bytes(self, geometry: Geometry) -> int:
-        """Return the bytes in no whole PMD range of their mapping (:class:`~mthp.metrics.Coverage`)."""
+        """Return the bytes outside of whole PMD ranges of their mapping (:class:`~mthp.metrics.Coverage`)."""
         return self.coverage.out_of_reach_bytes(geometry)
 
     @classmethod
     def total(cls, counts: Sequence[PageCounts]) -> PageCounts:
-        """The sum of `counts`."""
+        """Return the sum of `counts`."""
         orders = sum((count.orders for count in counts), np.zeros(ORDERS, np.int64))
         alignments = sum((count.alignments for count in counts), np.zeros((len(ALIGNMENTS), ORDERS), np.int64))
         coverage = Coverage.total([count.coverage for count in counts])
@@ -150,8 +150,8 @@ class VmaCensus:
         vma: the mapping.
         pages: its pages.
         anonymous: those of them that are anonymous memory (:func:`mthp.metrics.anonymous_pages`).
-        khugepaged: what the kernel's own khugepaged may make of it, with the switches as they are.
-        madvise: what a collapse on request may make of it.
+        khugepaged: the orders to which the kernel's khugepaged may collapse it, with the present switches.
+        madvise: the orders to which a collapse on request may collapse it.
     """
 
     JSON: ClassVar = "*vma khugepaged madvise *pages"
@@ -165,15 +165,15 @@ class VmaCensus:
 
 @dataclass(frozen=True, slots=True)
 class Census(Tabular):
-    """An address space, counted.
+    """The counted pages of an address space.
 
     Attributes:
-        label: the target's name.
+        label: name of the target.
         kernel: release of the kernel.
-        geometry: of the machine.
-        switches: as they were.
+        geometry: geometry of the machine.
+        switches: switches of the machine at the time.
         thp_disabled: the process switched THP off for itself.
-        missing: what could not be seen, and what would make it visible.
+        missing: what could not be read, and what would make it readable.
         vmas: every mapping, by address.
     """
 
@@ -195,7 +195,7 @@ class Census(Tabular):
 
     @property
     def anonymous(self) -> PageCounts:
-        """The anonymous pages, which is what coverage is about."""
+        """The anonymous pages, which coverage is of."""
         return PageCounts.total([vma.anonymous for vma in self.vmas])
 
 
@@ -205,18 +205,18 @@ def take_census(
     """Count the pages of `space`.
 
     Args:
-        nodes: find out as well on which NUMA nodes the pages of each mapping lie.
-        zero_filled: read the contents of anonymous mappings too, and count the pages of nothing but zeroes.
+        nodes: also read on which NUMA nodes the pages of each mapping lie.
+        zero_filled: also read the contents of anonymous mappings, and count the pages that contain only zeroes.
 
     Raises:
-        TargetVanishedError: the process exited meanwhile.
-        UnsupportedError: `zero_filled` of an address space that has no contents.
+        TargetVanishedError: the process exited in the meantime.
+        UnsupportedError: `zero_filled` of an address space without contents.
     """
     page_size = space.geometry.page_size
     if zero_filled:
-        abilities.zero_filled(space, space.read([]))  # says at once if it cannot
-    # What the kernel tells about a mapping takes it a walk over all its pages, and this process only waits for that.
-    # So another thread asks for it, while this one reads the pages themselves.
+        abilities.zero_filled(space, space.read([]))  # Fails at once for an address space without contents.
+    # For the details of a mapping the kernel walks over all its pages, and this process only waits for that. So another
+    # thread reads them, while this one reads the pages themselves.
     with ThreadPoolExecutor(1) as pool:
         listing = pool.submit(lambda: abilities.with_nodes(space, space.vmas()) if nodes else space.vmas())
         mapped = space.mapped()
@@ -255,7 +255,7 @@ def take_census(
 
 
 def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | None) -> dict[int, NDArray[np.int64]]:
-    """:attr:`PageCounts.zero_filled` of each anonymous mapping of `vmas`, by its index."""
+    """Return :attr:`PageCounts.zero_filled` of each anonymous mapping of `vmas`, by its index."""
     page_size, found = space.geometry.page_size, {}
     anonymous = [(index, vma) for index, vma in enumerate(vmas) if vma.kind is VmaKind.ANON]
     populated = {index: space.populated([(vma.start, vma.end)], page_size) for index, vma in anonymous}
@@ -274,7 +274,7 @@ def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | 
 
 
 class _Counts:
-    """Adds up columns by mapping: all pages, and the anonymous ones."""
+    """Sums of columns by mapping: of all pages, and of the anonymous ones."""
 
     def __init__(self, mapped: Sequence[Segment], geometry: Geometry) -> None:
         self._page_size = geometry.page_size
@@ -283,7 +283,7 @@ class _Counts:
         self._anonymous = _Sums(CoverageCounter(mapped, geometry), len(mapped), anonymous_pages, but=Pte.FILE)
 
     def add(self, columns: PteColumns) -> None:
-        """Count the pages of `columns`, whose segments each lie within one mapping."""
+        """Count the pages of `columns`; each of its segments must lie within one mapping."""
         if not len(columns.state):
             return
         first, pages = runs_of_equal(columns, self._page_size)
@@ -295,14 +295,14 @@ class _Counts:
             sums.add(columns, first, pages, vma)
 
     def of(self, vmas: Sequence[Vma]) -> list[tuple[PageCounts, ...]]:
-        """The counts of each of `vmas`: those of the mappings that began within it when they were read.
+        """Return the counts of each of `vmas`: those of the mappings that began within it when they were read.
 
-        What the kernel or a driver mapped is not the process's memory, and counts as nothing.
+        Memory that the kernel or a driver mapped is not the process's, and does not count.
         """
         first = np.searchsorted(self._starts, np.array([vma.start for vma in vmas], np.uint64))
         ends = [vma.start if vma.kind is VmaKind.SPECIAL else vma.end for vma in vmas]
         last = np.searchsorted(self._starts, np.array(ends, np.uint64))
-        # Not all backends know which pages of shared memory are a file's.
+        # Not all backends know which pages of shared memory belong to a file.
         own = np.where([vma.kind in (VmaKind.ANON, VmaKind.FILE) for vma in vmas], last, first)
         return [
             (self._every.of(a, b), self._anonymous.of(a, c))
@@ -314,8 +314,8 @@ class _Sums:
     """The counts of some of the pages, by mapping.
 
     Args:
-        coverage: counts the coverage of the same mappings.
-        mappings: how many there are.
+        coverage: counter of the coverage of the same mappings.
+        mappings: number of mappings.
         choose: returns which entries map a page that counts: bool, shape (pages,).
         but: entries with one of these bits count for no state.
     """
@@ -337,11 +337,11 @@ class _Sums:
     def add(
         self, columns: PteColumns, first: NDArray[np.intp], pages: NDArray[np.int64], vma: NDArray[np.intp]
     ) -> None:
-        """Count what counts of `columns`.
+        """Count the chosen pages of `columns`.
 
         Args:
             first, pages: runs of equal entries, as :func:`runs_of_equal` returns them.
-            vma: the number of each run's mapping.
+            vma: index of each run's mapping.
         """
         chosen = self._choose(columns)
         self._coverage.add(columns, chosen)
@@ -355,7 +355,7 @@ class _Sums:
             np.add.at(self._states[:, index], vma[having], pages[having])
 
     def of(self, first: int, last: int) -> PageCounts:
-        """The counts of the mappings from number `first` up to but not including `last`."""
+        """Return the counts of the mappings from index `first` up to but not including `last`."""
         return PageCounts(
             self._orders[first:last].sum(axis=0),
             int(self._unknown[first:last].sum()),
@@ -366,7 +366,7 @@ class _Sums:
 
 
 def runs_of_equal(columns: PteColumns, page_size: int) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-    """Cut `columns` into runs of equal state and folio order that do not cross a segment's end.
+    """Return the runs of equal state and folio order in `columns`, which do not cross a segment's end.
 
     Returns:
         For every run the index of its first page (intp) and its number of pages (int64).

@@ -1,12 +1,12 @@
-"""Predict how much of a plan the memory of a machine allows: at this moment, once compacted, and after a trim.
+"""Predict how much of a plan the memory of a machine allows: at this moment, after compaction, and after a trim.
 
-A collapse takes a free block of its folio's order, and the base pages that it copied become free afterwards. These lie
-where they lay: they make a larger block only where a whole one was theirs, or once compaction moves what lies between
-them. A split takes a block of the PMD order for each PMD range, one after the other.
+A collapse takes a free block of its folio's order, and the base pages that it copied become free afterwards. These do
+not move: they make a larger block only if they fill it completely, or after compaction moves the pages between them. A
+split takes a block of the PMD order for each PMD range, one after the other.
 
-Compaction empties page blocks of the migrate type Movable into other such blocks, so what it can make is bounded by
-what is free in these (suitable_migration_target(), mm/compaction.c). It is an upper bound: pinned pages, and the
-kernel's own that lie in such blocks, do not move.
+Compaction empties page blocks of the migrate type Movable into other such blocks, so the free memory in these bounds
+what it can make (suitable_migration_target(), mm/compaction.c). It is an upper bound: pinned pages, and the kernel's
+own pages in such blocks, do not move.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mthp.ptes import Table
 
 
 class Limit(enum.Enum):
-    """What keeps a folio from being made."""
+    """The reason why a folio cannot be made."""
 
     NOTHING = "nothing"
     FOLIOS = "folios"
@@ -33,13 +33,13 @@ class Limit(enum.Enum):
 
 @dataclass(frozen=True)
 class Steps(Table):
-    """What is done one after another, the blocks of one order together, as columns of pages.
+    """Steps of a plan, the blocks of one order together, as columns of pages.
 
     Attributes:
-        order: int8, of the free block that a step takes.
-        released: int64, pages of the target that are free again afterwards in page blocks of movable memory.
-        holes: int64, pages of the block that are free again afterwards.
-        filled: int64, by how many pages the target has grown afterwards.
+        order: int8, order of the free block that a step takes.
+        released: int64, pages of the target that become free in page blocks of movable memory.
+        holes: int64, pages of the block that become free.
+        filled: int64, pages by which the target grows.
     """
 
     DTYPES = (np.int8, np.int64, np.int64, np.int64)
@@ -52,14 +52,14 @@ class Steps(Table):
 
 @dataclass(frozen=True, slots=True)
 class Supply:
-    """What new folios are made of.
+    """The memory that new folios are made of.
 
     Attributes:
-        free: of the machine.
-        room: pages by which the target may grow, the old pages and the new folio together; None for no bound.
-        compacted: whether memory is compacted where no free block is left.
-        merged: by order, how many aligned blocks of that order are free again as a whole once a step, and all before
-            it, are done: int64, shape (steps,).
+        free: free memory of the machine.
+        room: pages by which the target may grow, the old pages and the new folio together; None without a bound.
+        compacted: whether memory is compacted when no free block is left.
+        merged: by order, the aligned blocks of that order that become completely free once a step, and all before it,
+            are done: int64, shape (steps,).
     """
 
     free: FreeMemory
@@ -69,7 +69,7 @@ class Supply:
 
 
 def reachable(steps: Steps, supply: Supply) -> tuple[NDArray[np.bool_], dict[int, Limit]]:
-    """Return which steps can be done, and what stops those of each order.
+    """Return which steps can be done, and what limits those of each order.
 
     Returns:
         bool, shape (steps,); and the limit by order, in the order of the steps.
@@ -91,14 +91,14 @@ _LIMITS = tuple(Limit)
 def _stops(
     steps: Steps, supply: Supply, done: NDArray[np.bool_], rows: NDArray[np.intp], order: int
 ) -> NDArray[np.int8]:
-    """Return what stops each step of one order if all before it were done: int8, shape (rows,), an index of `_LIMITS`.
+    """Return what stops each step of one order if all before it were done: int8, shape (rows,), index in `_LIMITS`.
 
     Args:
-        done: bool, shape (steps,): which steps of the orders before were done.
+        done: bool, shape (steps,): steps of earlier orders that were done.
     """
     free, size, before = supply.free, 1 << order, steps[done]
     run = steps[rows]
-    # Each sum is of what was done before a step.
+    # Each sum is of the steps before a step.
     grown = int(before.filled.sum()) + _sums(run.filled)
     spare = free.spare - grown
     merged = supply.merged.get(order, np.zeros(len(steps), np.int64))
@@ -115,12 +115,12 @@ def _stops(
 
 
 def _lost(steps: Steps) -> NDArray[np.int64]:
-    """Return by how much each step leaves less free in page blocks of movable memory: int64, shape (steps,)."""
+    """Return the free pages that each step takes from page blocks of movable memory: int64, shape (steps,)."""
     lost: NDArray[np.int64] = (np.int64(1) << steps.order.astype(np.int64)) - steps.holes - steps.released
     return lost
 
 
 def _sums(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the sum of all values before each: int64, shape of `values`."""
+    """Return the sum of all values before each: int64, the shape of `values`."""
     sums: NDArray[np.int64] = np.cumsum(values) - values
     return sums

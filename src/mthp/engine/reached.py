@@ -1,4 +1,4 @@
-"""What of a plan memory allows (:mod:`mthp.engine.reach`), with the coverage that comes of it."""
+"""The part of a plan that memory allows (:mod:`mthp.engine.reach`), and the resulting coverage."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ NO_TYPES = "not known: /proc/pagetypeinfo cannot be read, run it as root"
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """What can be reached of a plan.
+    """The reachable part of a plan, in one way.
 
     Attributes:
-        coverage: after that, by the plan's definition; None if it is not known.
-        size: bytes in the folios that can be made; None likewise.
-        folios_by_order: how many of which order, the largest first.
-        limit: what limits it, or why it is not known, as a clause.
+        coverage: the coverage afterwards, by the plan's definition; None if unknown.
+        size: bytes in the folios that can be made; None if unknown.
+        folios_by_order: number of folios by order, the largest first.
+        limit: what limits it, or why it is unknown, as a clause.
     """
 
     JSON: ClassVar = "coverage bytes=size folios_by_order limited_by=limit"
@@ -52,18 +52,18 @@ class Reached:
 
     @classmethod
     def unknown(cls, why: str) -> Reached:
-        """Return what is not known for a reason."""
+        """Return a result that is unknown for the reason `why`."""
         return cls(None, None, {}, why)
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What can be reached of a plan.
+    """The reachable part of a plan, in three ways.
 
     Attributes:
-        now: at this moment, of the folios that are free.
-        compacted: once movable memory is compacted as folios are wanted, as the kernel's call does it itself.
-        trimmed: the same, after zeroes in large folios that the plan leaves alone were given back.
+        now: at this moment, with the folios that are free.
+        compacted: with compaction of movable memory when folios are needed, as MADV_COLLAPSE does.
+        trimmed: as `compacted`, after zeroes in large folios that the plan leaves alone were given back.
     """
 
     JSON: ClassVar = "now after_compaction=compacted after_trim=trimmed"
@@ -80,14 +80,14 @@ def reach_of(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Reach:
-    """Predict what of `plan` can be reached by `means`, each way by itself.
+    """Predict the part of `plan` that `means` can reach, in each way separately.
 
     Args:
-        progress, stop: of the reading of contents.
+        progress, stop: used while contents are read.
 
     Raises:
-        UnsupportedError: the free memory of the machine cannot be seen.
-        TargetVanishedError: the process exited meanwhile.
+        UnsupportedError: the free memory of the machine cannot be read.
+        TargetVanishedError: the process exited in the meantime.
     """
     free = free_memory(space)
     if free is None:
@@ -109,7 +109,7 @@ def reach_of(
 
 
 class _Reaching:
-    """The steps of a plan, and what they may take."""
+    """The steps of a plan, and the memory that they may take."""
 
     def __init__(self, space: AddressSpace, plan: SpacePlan, means: Means) -> None:
         self._space, self._plan, self._geometry = space, plan, plan.geometry
@@ -119,7 +119,7 @@ class _Reaching:
         self._measured: dict[bytes, Coverage] = {}
 
     def reached(self, free: FreeMemory, *, compacted: bool, trim: TrimPlan | None = None) -> Reached:
-        """Return what is reached with this free memory, or after a trim of large folios."""
+        """Return the part that is reached with this free memory, or after a trim of large folios."""
         page_size = self._geometry.page_size
         given_back = 0 if trim is None else sum(trim.gains)
         room = None if self._room.spare is None else self._room.spare // page_size + given_back
@@ -129,11 +129,11 @@ class _Reaching:
         if self._frames is None:
             done, limits = reachable(steps, supply)
             if set(limits.values()) - {Limit.NOTHING}:
-                # Frames are read only where it depends on them.
+                # Frames are read only if the result depends on them.
                 self._frames = _frames(self._space, self._work)
         if self._frames is not None:
             sure = self._frames.sure
-            # What is huge lies in no other page block either.
+            # Pages of huge folios do not lie in other page blocks either.
             share = free.packed(int(sure.sum()) + self._plan.before.pages[self._plan.geometry.pmd_order])
             others = np.rint(np.cumsum(share * np.maximum(steps.released - sure, 0))).astype(np.int64)
             released = sure + np.diff(others, prepend=0)
@@ -150,7 +150,7 @@ class _Reaching:
         )
 
     def _coverage(self, chosen: NDArray[np.bool_]) -> Coverage:
-        """Return the coverage once these folios are made: bool, shape (folios,)."""
+        """Return the coverage after the chosen folios are made: bool, shape (folios,)."""
         if chosen.all():
             return self._plan.after
         if not chosen.any():
@@ -162,7 +162,7 @@ class _Reaching:
         return self._measured[key]
 
     def _sentence(self, limits: dict[int, Limit], supply: Supply) -> str:
-        """Say what limits the largest folios that are not all made."""
+        """Return the limit of the largest folios that are not all made, as a clause."""
         for order, limit in limits.items():
             label = self._geometry.label(order)
             if limit is Limit.ROOM:
@@ -178,7 +178,7 @@ class _Reaching:
 
 
 def _beside(trim: TrimPlan, plan: SpacePlan) -> TrimPlan:
-    """Return of `trim` the folios that `plan` makes nothing of."""
+    """Return the folios of `trim` in which `plan` makes no folios."""
     addresses = np.array([address for address, _ in trim.folios], np.uint64)
     at = np.searchsorted(plan.folios.address, addresses, side="right") - 1
     ends = plan.folios.ends(plan.geometry)
@@ -192,7 +192,7 @@ def _beside(trim: TrimPlan, plan: SpacePlan) -> TrimPlan:
 
 
 def _without(coverage: Coverage, trim: TrimPlan) -> Coverage:
-    """Return a coverage once the folios of `trim` are trimmed."""
+    """Return a coverage after the folios of `trim` are trimmed."""
     pages = np.array(coverage.pages, np.int64)
     for (address, order), zero, gain in zip(trim.folios, trim.zero, trim.gains, strict=True):
         left = in_use(zero, trim.geometry.page_size) if trim.by == "split" else np.zeros(len(zero), np.int8)
@@ -208,9 +208,9 @@ class _Work:
     """The steps that a collapse takes for a plan, in their order.
 
     Attributes:
-        steps: what each takes and leaves.
-        step_of: intp, shape (folios,): the step of each folio of the plan.
-        begins, pages: uint64 and int64, shape (steps,): where the memory of each step begins, and its pages.
+        steps: the blocks and pages of each step.
+        step_of: intp, shape (folios,): index of the step of each folio of the plan.
+        begins, pages: uint64 and int64, shape (steps,): start address of each step's memory, and its pages.
     """
 
     steps: Steps
@@ -229,7 +229,7 @@ def _work_of(space: AddressSpace, plan: SpacePlan, means: Means) -> _Work:
     begins[split] = begins[split] // np.uint64(geometry.pmd_size) * np.uint64(geometry.pmd_size)
     taken[split] = geometry.pmd_order
     rank[split] = count + plan.range_ranks(folios[split])
-    # The largest first, and splits behind the folios of the PMD order.
+    # The largest first, and splits after the folios of the PMD order.
     key = (taken.max(initial=0) - taken) * (2 * count + 1) + rank
     _, first, step_of = np.unique(key, return_index=True, return_inverse=True)
     filled = np.bincount(step_of, folios.filled, len(first)).astype(np.int64)
@@ -241,11 +241,11 @@ def _work_of(space: AddressSpace, plan: SpacePlan, means: Means) -> _Work:
 
 @dataclass(frozen=True)
 class _Frames:
-    """Where the memory of the steps lies.
+    """The frames of the steps' memory.
 
     Attributes:
-        merged: by order, the blocks that come free as a whole with each step: int64, shape (steps,).
-        sure: int64, shape (steps,): pages in page blocks that hold nothing but pages of steps, so that all are movable.
+        merged: by order, the blocks that become completely free with each step: int64, shape (steps,).
+        sure: int64, shape (steps,): pages in page blocks that contain only pages of steps, so that all are movable.
     """
 
     merged: dict[int, NDArray[np.int64]]
@@ -253,7 +253,7 @@ class _Frames:
 
 
 def _frames(space: AddressSpace, work: _Work) -> _Frames:
-    """Return where the memory of some steps lies now; nothing is known where frames cannot be seen."""
+    """Return the present frames of some steps; all counts are 0 if frames cannot be read."""
     page_size, pmd_order = space.geometry.page_size, space.geometry.pmd_order
     by_address = np.argsort(work.begins)
     begins, pages = work.begins[by_address], work.pages[by_address]
@@ -283,10 +283,10 @@ def _frames(space: AddressSpace, work: _Work) -> _Frames:
 
 
 def _whole_blocks(blocks: NDArray[np.int64], order: int) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Number the blocks that frames lie in: the number of each frame's, and which blocks are there as a whole.
+    """Return the number of the block of each frame, and which blocks are complete.
 
     Args:
-        blocks: int64, shape (frames,).
+        blocks: int64, shape (frames,): the block that each frame lies in.
     """
     _, number, frames = np.unique(blocks, return_inverse=True, return_counts=True)
     return number, frames == 1 << order

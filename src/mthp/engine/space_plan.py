@@ -154,14 +154,14 @@ class SpacePlan(Tabular):
         return np.lexsort((folios.address, folios.filled, -self.worth(folios), -folios.order.astype(np.int16)))
 
     def range_ranks(self, folios: Folios) -> NDArray[np.intp]:
-        """Return the rank of the PMD range that each folio lies in: intp, shape (folios,).
+        """Return the rank of each folio's PMD range: intp, shape (folios,).
 
-        Those come first that are worth most, then those with least to be filled.
+        The ranges of the greatest worth come first, of equals those with least to fill.
         """
         ranges, at = np.unique(folios.address // np.uint64(self.geometry.pmd_size), return_inverse=True)
         filled = np.bincount(at, weights=folios.filled, minlength=len(ranges))
         pages = (1 << folios.order.astype(np.int64)) - folios.filled
-        # The worth of a block is for each page that is copied, and so is that of a range.
+        # The worth of a block is per copied page, and so is the worth of a range.
         gained = np.bincount(at, weights=self.worth(folios) * pages, minlength=len(ranges))
         worth = gained / np.maximum(np.bincount(at, weights=pages, minlength=len(ranges)), 1)
         ranks = np.empty(len(ranges), np.intp)
