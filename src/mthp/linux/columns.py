@@ -1,10 +1,7 @@
 """Read :class:`~mthp.ptes.PteColumns` of a live process: combine three sources for every page.
 
 pagemap has whether and how a page is mapped. kpageflags has the kind of its frame: the folio order, the zero page,
-freed lazily. PAGEMAP_SCAN has the rest: whether a PMD entry maps it. Scanning everything would cost as much as reading
-pagemap again, so only those PMD ranges are scanned whose first and last page lie in the frames of one possible aligned
-folio of PMD order. For a range that a PMD entry maps, only the head is read from kpageflags, so that huge memory costs
-almost nothing.
+freed lazily. PAGEMAP_SCAN has the rest: whether a PMD entry maps it.
 
 Without frame numbers (CAP_SYS_ADMIN), everything is scanned: PAGEMAP_SCAN knows the zero page too. The order of a
 folio is then known only where a PMD entry maps it, and lazily freed pages look like others.
@@ -130,6 +127,7 @@ class ColumnReader:
         singly = (state & _PRESENT) != 0
         huge = self._pmd_mapped(folios, segments, pfn, state)
         if len(huge):
+            # Only heads are read from kpageflags, so that huge memory costs almost nothing.
             heads = pfn[huge.index] - (huge.page % self._geometry.ptes_per_pmd).astype(np.uint64)
             flags = folios.words_at(heads)
             pages = huge.indices()
@@ -152,6 +150,8 @@ class ColumnReader:
         n = self._geometry.ptes_per_pmd
         last = windows.index + windows.count - 1
         first_pfn, last_pfn = pfn[windows.index].view(np.int64), pfn[last].view(np.int64)
+        # Scanning everything would cost as much as reading pagemap again. So scan only the windows whose first and last
+        # page lie in the frames of one possible aligned folio of PMD order.
         likely = (state[windows.index] & state[last] & _PRESENT) != 0
         likely &= (first_pfn - windows.page) % n == 0
         likely &= last_pfn - first_pfn == windows.count - 1

@@ -8,8 +8,7 @@ and not by reading everything from the lowest to the highest either. Instead:
    per chunk. The marked cells are the chunks to read, neighbours in one call.
 2. The largest chunk has the size of a PMD range. If the marked chunks have many more frames than are wanted, the
    marked ones are divided into smaller chunks, as long as words saved are worth more than calls added.
-3. Large reads are divided among a few threads, because nearly all of the time is spent in the kernel, which takes no
-   lock for it, and Python lets other threads run meanwhile.
+3. Large reads are divided among a few threads (:mod:`~mthp.linux.framewords`).
 4. Flags are taken from the buffer at the position of each frame.
 
 Chunks serve to measure folios. Most memory has only base pages, and needs no chunks: if a sample of its frames shows no

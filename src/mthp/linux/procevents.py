@@ -6,9 +6,7 @@ starts threads costs nothing. It works in the first PID and network namespaces, 
 Messages are lost only when the buffer overflows, and then the kernel reports it.
 
 :class:`ProcPolling` needs no rights. PIDs are given out in ascending order, and the last one is in
-``/proc/loadavg`` (proc_loadavg(5)); as long as that is unchanged, there is no new process. When it has changed, only
-the numbers in between are checked. Every `SWEEP_SECONDS` all of ``/proc`` is listed, because a number can also be
-chosen (clone3(2), ns_last_pid), or come from another PID namespace.
+``/proc/loadavg`` (proc_loadavg(5)); when it has changed, only the numbers in between are checked.
 
 Both return the events since the last call as :class:`Changes`. A process that was born and ended in between is in none
 of its sets, so it costs the caller nothing.
@@ -228,6 +226,7 @@ class ProcPolling:
     def changes(self) -> Changes:
         """Return the new processes since the last call; exited ones are found at the next listing of all."""
         now, last = self._clock(), self._last_pid()
+        # A number can also be chosen (clone3(2), ns_last_pid), or come from another PID namespace: list all at times.
         if now >= self._sweep_at or not 0 <= last - self._last <= MAX_GAP:
             self._sweep_at = now + SWEEP_SECONDS
             self._last = last

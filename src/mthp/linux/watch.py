@@ -6,10 +6,8 @@ for each PMD range, and all else is read only for the ranges whose sum has chang
 A sum is over products with random odd numbers, one for each place in the range: two contents have the same sum with the
 probability of guessing a 64-bit number.
 
-Three changes leave pagemap's words unchanged. A PMD entry may be replaced by PTEs of the same folio: PAGEMAP_SCAN
-checks the ranges that PMD entries map every time, which for them costs next to nothing. A large folio may be split in
-place, and memory may be marked as lazily free: for these, one of every :data:`ROUNDS` ranges is read again each time,
-so they are seen later.
+Three changes leave pagemap's words unchanged. PTEs of the same folio replace a PMD entry: PAGEMAP_SCAN detects it. A
+large folio is split in place, or memory is marked as lazily free: both are seen within :data:`ROUNDS` reads.
 """
 
 from __future__ import annotations
@@ -83,7 +81,9 @@ class LiveWatch:
     def _changed(self, now: _Seen) -> NDArray[np.bool_]:
         """Return which ranges have another sum than the last time, were split since then, or have their turn."""
         changed = ~self._seen.same(now)
+        # Words do not show folios split in place, or lazily freed pages: read a part of the ranges in any case.
         changed |= (now.ranges + self._round) % ROUNDS == 0
+        # Words do not show a split PMD entry either. A scan of ranges that PMD entries map costs next to nothing.
         unsure = np.flatnonzero(now.huge & ~changed)
         if len(unsure):
             changed[unsure] = ~self._still_huge(now.ranges[unsure])

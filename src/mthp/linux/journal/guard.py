@@ -1,9 +1,8 @@
 """Start the watcher of this process (:mod:`mthp.linux.journal.watcher`), and check whether it runs.
 
-The watcher is spawned rather than forked: a fork of a process with threads may hold their locks for ever, and one of a
-large process costs its page tables. No caller waits until the watcher is ready: once the program has been replaced
-(posix_spawn(3) returns after that), the death of this process cannot prevent its start. It makes itself a child of
-init, because a program that uses this library may wait for any child of its own.
+No caller waits until the watcher is ready: once the program has been replaced (posix_spawn(3) returns after that), the
+death of this process cannot prevent its start. It makes itself a child of init, because a program that uses this
+library may wait for any child of its own.
 """
 
 from __future__ import annotations
@@ -111,6 +110,7 @@ class Guard:
                 (os.POSIX_SPAWN_DUP2, theirs, watcher.STATUS),
                 (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
             ]
+            # Not a fork: one of a process with threads may hold their locks for ever, a large one costs page tables.
             self._parent = os.posix_spawn(
                 python,
                 [python, "-I", "-S", "-c", _PROGRAM, *map(str, arguments)],

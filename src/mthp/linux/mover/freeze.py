@@ -2,11 +2,8 @@
 
 Pitfalls, each of which has happened:
 
-- A thread may be about to take a signal when it is seized. Its first stop is then that signal's. It is continued with
-  the signal until it stops for the tracer (PTRACE_EVENT_STOP), otherwise the signal would be lost.
-- Threads come and go meanwhile. The list is read again until it shows only stopped threads. A thread that exits cannot
-  be seized (EPERM), yet writes to the process's memory until it has released it (clear_child_tid and the robust list,
-  mm_release in kernel/fork.c). So the window waits until it is gone or a zombie.
+- A thread that exits cannot be seized (EPERM), yet writes to the process's memory until it has released it
+  (clear_child_tid and the robust list, mm_release in kernel/fork.c). So the window waits until it is gone or a zombie.
 - A stop interrupts system calls. The kernel restarts most of them, but some return EINTR. The mover replaces such an
   EINTR by -ERESTARTNOHAND: restart the call unless a handler runs. (A relative timeout starts again. A read or write
   that has transferred a part returns that part, as after SIGSTOP and SIGCONT; this cannot be repaired.)
@@ -132,6 +129,7 @@ class FrozenProcess(ProcessMemory):
         self.begun_ns = time.perf_counter_ns()
         self._begin_to_wait(self._timeout_ns)
         parts = []
+        # Threads come and go meanwhile: read the list again until it shows only stopped threads.
         while fresh := self._unstopped():
             part = self._stop(fresh)
             if part is None:
@@ -245,6 +243,7 @@ class FrozenProcess(ProcessMemory):
                 if stop >> 8 == ptrace.PTRACE_EVENT_STOP:
                     self.threads[tid].has_stopped()
                 elif stop:
+                    # It was about to take a signal when it was seized. Without this the signal would be lost.
                     self.resume(tid, stop)
                     still.append(tid)
                 elif stops or not self.has_exited(tid):
