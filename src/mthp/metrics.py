@@ -247,10 +247,13 @@ class CoverageCounter:
         owner = self._owner(firsts)
         low = np.clip(-(-self._starts[owner] // n) * n, firsts, ends)
         high = np.clip(self._ends[owner] // n * n, low, ends)
-        before = np.cumsum(np.r_[0, chosen])
         begin = np.cumsum(ends - firsts) - ends
-        edges: NDArray[np.int64] = before[begin + ends] - before[begin + high]
-        edges += before[begin + low] - before[begin + firsts]
+        # Few pages lie there, so they are looked up, and the others not even added up.
+        edges = np.zeros(len(firsts), np.int64)
+        for starts, counts in ((firsts, low - firsts), (high, ends - high)):
+            segments = np.repeat(np.arange(len(counts)), counts)
+            pages = ptes.spread(begin + starts, counts)
+            edges += np.bincount(segments[chosen[pages]], minlength=len(edges))
         return edges
 
     def _owner(self, pages: NDArray[np.int64]) -> NDArray[np.intp]:
