@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mthp.engine.occupancy import Bits, Runs
+from mthp.engine.bits import Bits
+from mthp.engine.occupancy import Runs
 from mthp.engine.policy import Limits, PerOrder, Policy, Rules
 from mthp.results import ScanResult
 from mthp.sim.golden.cases import Case, case_lines, case_of, expanded, parse_case

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mthp
+from mthp.engine.bits import Bits
 from mthp.engine.checks import PolicyChecks, first_hindrances
-from mthp.engine.occupancy import Bits, Planes, Runs
+from mthp.engine.occupancy import Planes, Runs
 from mthp.engine.policy import BUILT_IN, Limits, Policy, Rules
 from mthp.engine.walk import Walk
 from mthp.geometry import GEOMETRIES

@@ -2,7 +2,7 @@
 
 It contains no Linux call, no simulator and no file. In reading order:
 
-- ``occupancy``, ``filled``: planes of bits over PMD ranges, and counts of every aligned run;
+- ``bits``, ``occupancy``, ``filled``: planes of bits over PMD ranges, and counts of every aligned run;
 - ``policy``, ``checks``: which runs are full enough, and what stops an attempt at one;
 - ``walk``, ``attempts``, ``pageorders``, ``plan``: the walk over many PMD ranges at once, and its totals;
 - ``select``: which mappings may be collapsed, and under which rules;

@@ -14,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.engine.occupancy import Bits, Planes
+from mthp.engine.bits import Bits
+from mthp.engine.occupancy import Planes
 from mthp.engine.policy import Limits, Policy, Rules
 from mthp.results import ScanResult
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.engine.occupancy import Bits
+from mthp.engine.bits import Bits
 from mthp.geometry import Geometry
 
 

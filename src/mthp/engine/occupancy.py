@@ -18,12 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mthp.engine.bits import PART_ORDER, Bits, Counts, nibble_counts, packed_bits, pair_sums
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns
-
-Bits = NDArray[np.bool_]
-Counts = NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +99,18 @@ class Planes:
         if zero is not None and bool((zero & ~bits).any()):
             raise UsageError("a zero page is present: zero has bits that present lacks")
         return cls(bits, **given)  # type: ignore[arg-type]
+
+    def in_parts(self) -> Planes:
+        """Return the planes of all parts of the PMD ranges, one row a part."""
+        parts = self.present.shape[1] >> PART_ORDER
+        planes = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Planes(
+            **{
+                name: plane.repeat(parts) if name in _PER_RANGE else plane.reshape(-1, 1 << PART_ORDER)
+                for name, plane in planes
+                if plane is not None
+            }
+        )
 
     def chosen(self, rows: slice | Bits | NDArray[np.intp]) -> Planes:
         """The planes of some PMD ranges: a slice of them, as views, or those that a mask or indices choose."""
@@ -206,20 +216,26 @@ class Occupancy:
         self.given = frozenset(f.name for f in fields(planes) if getattr(planes, f.name) is not None)
         self._whole = planes
         self._source: tuple[Occupancy, NDArray[np.intp]] | None = None
+        self._ptes = geometry.ptes_per_pmd
         self._packed: dict[str, NDArray[np.uint8] | None] = {}
         self._counts: dict[tuple[str, int], Counts] = {}
         self._largest: dict[int, NDArray[np.int8]] = {}
 
-    def chosen(self, rows: NDArray[np.intp]) -> Occupancy:
-        """The same of some of the PMD ranges, from the bits that are packed here already."""
+    def parts(self, parts: NDArray[np.intp]) -> Occupancy:
+        """Return the same of some parts of the PMD ranges, from the bits that are packed here already.
+
+        Args:
+            parts: indices among the parts of all ranges: int, shape (parts,).
+        """
         some = Occupancy(self._whole, self.geometry)
-        some._source = self, rows
+        some._source = self, parts
+        some._ptes = 1 << PART_ORDER
         return some
 
     @cached_property
     def planes(self) -> Planes:
-        """The planes of these PMD ranges."""
-        return self._whole if self._source is None else self._source[0].planes.chosen(self._source[1])
+        """The planes of these PMD ranges, or parts."""
+        return self._whole if self._source is None else self._source[0].planes.in_parts().chosen(self._source[1])
 
     def runs(self, order: int) -> Runs:
         """The aligned runs of `order`."""
@@ -236,11 +252,11 @@ class Occupancy:
         key = name, order
         if key not in self._counts:
             if order > 6 or 3 < order < 6:
-                self._counts[key] = _pair_sums(self.count(name, order - 1), order)
+                self._counts[key] = pair_sums(self.count(name, order - 1), order)
             elif (packed := self._pack(name)) is None:
-                self._counts[key] = np.zeros((1, self.geometry.ptes_per_pmd >> order), np.uint8)
+                self._counts[key] = np.zeros((1, self._ptes >> order), np.uint8)
             elif order == 2:
-                self._counts[key] = _nibble_counts(packed)
+                self._counts[key] = nibble_counts(packed)
             else:
                 # From bytes to words of eight at once: of most ranges only large runs are looked at.
                 self._counts[key] = np.bitwise_count(packed if order == 3 else packed.view(np.uint64))
@@ -257,7 +273,11 @@ class Occupancy:
             if order == chunk_order + 3:
                 self._counts[key] = np.bitwise_count(self.chunks(chunk_order, chunk_order, none).view(np.uint64))
             elif order > chunk_order:
-                self._counts[key] = _pair_sums(self.chunks(chunk_order, order - 1, none), order)
+                self._counts[key] = pair_sums(self.chunks(chunk_order, order - 1, none), order)
+            elif chunk_order == 3 and not none and "swap" not in self.given:
+                packed = self._pack("occupied")
+                assert packed is not None
+                self._counts[key] = (packed == 255).view(np.uint8)
             else:
                 size, swap = 1 << chunk_order, "swap" in self.given
                 contents = self.count("occupied", chunk_order)
@@ -293,10 +313,12 @@ class Occupancy:
         if name not in self._packed:
             if self._source is not None:
                 packed = self._source[0]._pack(name)
-                packed = None if packed is None else packed[self._source[1]]
+                packed = (
+                    None if packed is None else packed.view(np.uint64).reshape(-1, 1)[self._source[1]].view(np.uint8)
+                )
             else:
                 plane = self._plane(name)
-                packed = None if plane is None else _packed(plane)
+                packed = None if plane is None else packed_bits(plane)
             self._packed[name] = packed
         return self._packed[name]
 
@@ -367,33 +389,3 @@ class Runs:
     def chunks(self, chunk_order: int, none: int) -> Counts:
         """Chunks of 2**chunk_order PTEs that have at most `none` none PTEs, and a page at the end."""
         return self.occupancy.chunks(chunk_order, self.order, none)
-
-
-def _packed(plane: Bits) -> NDArray[np.uint8]:
-    """The packed bits of each row. Rows of whole bytes are packed all at once, which is faster."""
-    rows = plane if plane.shape[1] < 8 else plane.reshape(1, -1)
-    return np.packbits(rows, axis=1, bitorder="little").reshape(len(plane), -1)
-
-
-def _nibble_counts(packed: NDArray[np.uint8]) -> Counts:
-    """The set bits of every half byte, lower half first: uint8, shape (ranges, 2 * bytes)."""
-    halves = np.empty((*packed.shape, 2), np.uint8)
-    np.bitwise_count(packed & 15, out=halves[..., 0])
-    np.bitwise_count(packed >> 4, out=halves[..., 1])
-    return halves.reshape(packed.shape[0], -1)
-
-
-def _pair_sums(counts: Counts, order: int) -> Counts:
-    """The sums of neighbouring pairs along each row: the counts of `order`, from those of the order below.
-
-    Strided slices do not vectorise; two bytes read as one 16-bit word do. A byte holds the counts up to order 7.
-    """
-    if counts.dtype != np.uint8:
-        return counts[:, 0::2] + counts[:, 1::2]
-    words = counts.view(np.uint16)
-    if order > 7:
-        return (words & 255) + (words >> 8)
-    # The lower byte of the sum is that of both bytes, which a byte still holds.
-    sums = words >> 8
-    sums += words
-    return sums.astype(np.uint8)

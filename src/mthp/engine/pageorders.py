@@ -10,39 +10,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.engine.occupancy import Bits
-from mthp.geometry import Geometry
-
-Repeated = TypeVar("Repeated", np.bool_, np.uint8)
+from mthp.engine.bits import PART_ORDER, Bits, repeated
 
 States = NDArray[np.uint8]
-"""How each eight pages of a PMD range are collapsed: uint8, shape (ranges, ptes_per_pmd / 8), at least one a range.
+"""How the pages of each eight, or of each part, are collapsed: uint8, shape (ranges, as many as one holds).
 
-An order plus 1: all eight lie in a folio of this order. Values below 4 are bits: bit 0 if the first four pages become a
-folio of order 2, bit 1 if the last four do.
+An order plus 1: all pages lie in a folio of this order. Values below 4, of eight pages, are bits: bit 0 if the first
+four become a folio of order 2, bit 1 if the last four do.
 """
 
-FILL_SHARE = 0.25
-"""If at most this share of the ranges do not become one folio, all are filled with the PMD order first."""
+REST_SHARE = 0.4
+"""If at most this share of the parts does not lie in one folio, the orders are written part by part."""
 
 PIECE = 1 << 15
 """States per lookup: their indices take 256 KiB, and stay in the processor's cache."""
 
 
-def states_of(collapsed: Mapping[int, Bits], ranges: int, geometry: Geometry) -> States:
-    """Return the state of the pages of some PMD ranges.
+def states_of(collapsed: Mapping[int, Bits], ranges: int, top: int, bottom: int = 3) -> States:
+    """Return the states of the runs of order `bottom`: at least one in each of some PMD ranges, or parts.
 
     Args:
         collapsed: by order, the runs that become one folio: bool, shape (ranges, runs per range).
+        top: the order of a range.
     """
     states: States = np.zeros((ranges, 1), np.uint8)
-    for order in range(geometry.pmd_order, 2, -1):
-        if order < geometry.pmd_order:
+    for order in range(top, bottom - 1, -1):
+        if order < top:
             states = repeated(states)
         if order in collapsed:
             states |= collapsed[order].view(np.uint8) * np.uint8(order + 1)
@@ -60,36 +57,44 @@ def _halves(runs: Bits) -> States:
     return states
 
 
-def write_orders(states: States, present: NDArray[np.uint8], out: NDArray[np.int8], geometry: Geometry) -> None:
+def write_orders(
+    wholes: States,
+    rest: tuple[NDArray[np.intp], States],
+    present: NDArray[np.uint8],
+    out: NDArray[np.int8],
+    top: int,
+) -> None:
     """Write the order of each page's folio: 0 for base pages, -1 for none.
 
     Args:
-        states: states of the pages.
-        present: the packed plane of present pages, in the shape of `states`.
+        wholes: states of the parts.
+        rest: indices of parts that become smaller folios, and the states of their pages.
+        present: the packed plane of present pages.
         out: int8, shape (ranges, ptes_per_pmd).
+        top: the order of a range.
     """
-    table, order = _order_table(geometry.pmd_order), geometry.pmd_order
-    # A range that becomes one folio has one state throughout. Filling memory is several times faster than lookups.
-    others = np.flatnonzero(states[:, 0] != order + 1)
-    if len(others) > FILL_SHARE * len(out):
-        _look_up(table, _index(states, present), out)
+    others = np.flatnonzero(wholes == 0)
+    if len(others) > REST_SHARE * wholes.size:
+        states = repeated(repeated(repeated(wholes)))
+        states.view(np.uint64).reshape(-1)[rest[0]] = rest[1].view(np.uint64)[:, 0]
+        look_up_orders(states, present, out, top)
         return
-    out.fill(order)
-    some = np.empty((len(others), out.shape[1]), np.int8)
-    _look_up(table, _index(states[others], present[others]), some)
-    out[others] = some
+    parts = out.reshape(-1, 1 << PART_ORDER)
+    _part_table(top).take(wholes.reshape(-1).astype(np.intp), axis=0, out=parts, mode="wrap")
+    in_rest = np.zeros(wholes.size, np.bool_)
+    in_rest[rest[0]] = True
+    states = np.zeros((len(others), 8), np.uint8)
+    states[in_rest[others]] = rest[1]
+    some = np.empty((len(others), 1 << PART_ORDER), np.int8)
+    look_up_orders(states, present.view(np.uint64).reshape(-1, 1)[others].view(np.uint8), some, top)
+    parts[others] = some
 
 
-def _index(states: States, present: NDArray[np.uint8]) -> NDArray[np.uint16]:
-    """Return the index into the table of orders for each eight pages."""
+def look_up_orders(states: States, present: NDArray[np.uint8], out: NDArray[np.int8], top: int) -> None:
+    """Write the order of each page's folio; arguments as :func:`write_orders`, `states` being those of its pages."""
     index: NDArray[np.uint16] = states * np.uint16(256)
     index |= present
-    return index
-
-
-def write_made(states: States, out: NDArray[np.int8], geometry: Geometry) -> None:
-    """Write the order that each page is collapsed to, 0 if it is not; arguments as :func:`write_orders`."""
-    _look_up(_made_table(geometry.pmd_order), states, out)
+    _look_up(_order_table(top), index, out)
 
 
 def _look_up(table: NDArray[np.uint64], index: NDArray[np.unsignedinteger], out: NDArray[np.int8]) -> None:
@@ -110,20 +115,9 @@ def _look_up(table: NDArray[np.uint64], index: NDArray[np.unsignedinteger], out:
 
 @lru_cache
 def _order_table(pmd_order: int) -> NDArray[np.uint64]:
-    """Return the orders of eight pages by state, then by the byte of present pages."""
+    """Return the orders of eight pages, a word each, by state, then by the byte that says which are present."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    return _table(bits.view(np.int8) - np.int8(1), pmd_order)
-
-
-@lru_cache
-def _made_table(pmd_order: int) -> NDArray[np.uint64]:
-    """Return the orders that eight pages are collapsed to, by state."""
-    return _table(np.zeros((1, 8), np.int8), pmd_order)
-
-
-def _table(uncollapsed: NDArray[np.int8], pmd_order: int) -> NDArray[np.uint64]:
-    """Return a table of eight orders a word, by state and by row of `uncollapsed`, the orders in state 0."""
-    table = np.tile(uncollapsed, (max(pmd_order + 2, 4), 1, 1))
+    table = np.tile(bits.view(np.int8) - np.int8(1), (max(pmd_order + 2, 4), 1, 1))
     table[[1, 3], :, :4] = 2
     table[[2, 3], :, 4:] = 2
     for order in range(3, pmd_order + 1):
@@ -131,11 +125,7 @@ def _table(uncollapsed: NDArray[np.int8], pmd_order: int) -> NDArray[np.uint64]:
     return table.view(np.uint64).reshape(-1)
 
 
-def repeated(runs: NDArray[Repeated]) -> NDArray[Repeated]:
-    """Return every element of each row twice: the runs of an order, as those of the order below.
-
-    The product of a wide word does it, because ``np.repeat`` is slow for small repeats.
-    """
-    product = runs.view(np.uint8).astype(np.uint16, order="C")
-    product *= 257
-    return product.view(runs.dtype)
+@lru_cache
+def _part_table(pmd_order: int) -> NDArray[np.int8]:
+    """Return the orders of the pages of a part that all lie in one folio, by state."""
+    return np.repeat(np.arange(-1, pmd_order + 1, dtype=np.int8)[:, None], 1 << PART_ORDER, axis=1)

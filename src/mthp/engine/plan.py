@@ -6,7 +6,7 @@ failures, locked pages, races) is left to the backends.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
@@ -25,6 +25,7 @@ from mthp.errors import UsageError
 from mthp.geometry import Geometry, geometry_for_ptes, geometry_named
 from mthp.tunables import Tunables
 
+Made = TypeVar("Made")
 T = TypeVar("T", bound=np.generic)
 
 BLOCK_PTES = 1 << 22
@@ -49,19 +50,18 @@ class Plan:
         """Return the number of PMD ranges."""
         return len(self._planes.present)
 
-    def _walks(self) -> Iterator[tuple[slice, Walk]]:
-        """Yield the PMD ranges of each block, and the walk over them.
+    def _each(self, make: Callable[[slice, Walk], Made]) -> list[Made]:
+        """Return what `make` returns for each block: for a slice of the PMD ranges, and the walk over them.
 
         The walk over a single block is kept. Walks over several are repeated for each property that is read: their
-        arrays are as large as the planes, and writing them to memory takes longer than the walk.
+        arrays are as large as the planes, and writing them to memory takes longer than the walk. Each is dropped
+        before the next, which then finds its memory in the cache.
         """
         step = max(1, BLOCK_PTES >> self.geometry.pmd_order)
         if 0 < len(self) <= step:
-            yield slice(0, len(self)), self._only_walk
-            return
-        for start in range(0, len(self), step):
-            stop = min(start + step, len(self))
-            yield slice(start, stop), Walk(self._planes.chosen(slice(start, stop)), self._checks)
+            return [make(slice(0, len(self)), self._only_walk)]
+        blocks = (slice(start, min(start + step, len(self))) for start in range(0, len(self), step))
+        return [make(rows, Walk(self._planes.chosen(rows), self._checks)) for rows in blocks]
 
     @cached_property
     def _only_walk(self) -> Walk:
@@ -74,22 +74,20 @@ class Plan:
         0 is a base page or the zero page, -1 is none; a page that is not collapsed keeps its present order.
         """
         orders = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
-        for rows, walk in self._walks():
-            walk.orders(orders[rows])
+        self._each(lambda rows, walk: walk.orders(orders[rows]))
         return orders
 
     @cached_property
     def made(self) -> NDArray[np.int8]:
         """The order of the folio that each page would be collapsed to: int8, shape as `orders`; 0 if none."""
         made = np.empty((len(self), self.geometry.ptes_per_pmd), np.int8)
-        for rows, walk in self._walks():
-            walk.made(made[rows])
+        self._each(lambda rows, walk: walk.made(made[rows]))
         return made
 
     @cached_property
     def looked_at(self) -> int:
         """The PTEs that one scan of all these PMD ranges reads."""
-        return sum(walk.looked_at() for _, walk in self._walks())
+        return sum(self._each(lambda _, walk: walk.looked_at()))
 
     @cached_property
     def scan_result(self) -> NDArray[np.int8]:
@@ -97,12 +95,12 @@ class Plan:
 
         SUCCEED if anything is collapsed, else what ended the scan, else the result of the last attempt, else FAIL.
         """
-        return self._joined([walk.scan_result() for _, walk in self._walks()], np.int8)
+        return self._joined(self._each(lambda _, walk: walk.scan_result()), np.int8)
 
     @cached_property
     def resident(self) -> NDArray[np.int32]:
         """Pages with contents that are mapped now, per PMD range: int32, shape (ranges,)."""
-        return self._joined([walk.resident() for _, walk in self._walks()], np.int32)
+        return self._joined(self._each(lambda _, walk: walk.resident()), np.int32)
 
     @property
     def copied(self) -> NDArray[np.int32]:
@@ -116,7 +114,7 @@ class Plan:
 
     @cached_property
     def _copied_and_filled(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        parts = [walk.copied_and_filled for _, walk in self._walks()]
+        parts = self._each(lambda _, walk: walk.copied_and_filled)
         return self._joined([copied for copied, _ in parts], np.int32), self._joined(
             [filled for _, filled in parts], np.int32
         )
@@ -124,8 +122,8 @@ class Plan:
     @cached_property
     def attempts(self) -> Attempts:
         """All attempts, in the kernel's order."""
-        parts = [(rows.start, walk.attempts) for rows, walk in self._walks()]
-        return Attempts.joined([replace(part, range=part.range + start) for start, part in parts])
+        parts = self._each(lambda rows, walk: replace(walk.attempts, range=walk.attempts.range + rows.start))
+        return Attempts.joined(parts)
 
     @property
     def folios(self) -> Attempts:

@@ -32,7 +32,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from mthp.eligibility import Trigger
-from mthp.engine.occupancy import Bits, Runs
+from mthp.engine.bits import Bits
+from mthp.engine.occupancy import Runs
 from mthp.geometry import MIN_ANON_ORDER, Geometry
 from mthp.tunables import Tunables
 

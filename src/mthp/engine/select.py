@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from mthp.abilities import AnyHeat
 from mthp.addrspace import AddressSpace
 from mthp.eligibility import Trigger, eligibility
+from mthp.engine.bits import Bits
 from mthp.engine.filled import FilledPages
-from mthp.engine.occupancy import Bits, Planes, planes_of
+from mthp.engine.occupancy import Planes, planes_of
 from mthp.engine.plan import make_rules
 from mthp.engine.policy import Policy, Rules
 from mthp.engine.policy_lookup import policy_named

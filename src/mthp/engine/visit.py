@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from mthp.addrspace import AddressSpace
 from mthp.engine.admission import Admit, Candidate, collapse_batch
+from mthp.engine.bits import Bits
 from mthp.engine.checks import PolicyChecks
 from mthp.engine.filled import FilledPages
-from mthp.engine.occupancy import Bits
 from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, jobs_of, read_planes

@@ -9,8 +9,8 @@ instead, from the PMD order down, for all PMD ranges together, each level a few 
 (:mod:`mthp.engine.policy`); single PTEs are looked at only for runs whose counts leave open what stops them
 (:mod:`mthp.engine.checks`).
 
-Most PMD ranges become one folio, or have nothing that passes the scan. So below the PMD order the walk goes on over the
-ranges that are left alone, if they are few.
+Most memory becomes folios of order 6 or larger. So below that order the walk goes on over the *parts* alone that are
+left of the PMD ranges, if they are few: runs whose bits fill one word (:data:`~mthp.engine.bits.PART_ORDER`).
 
 One policy walks no tree. Where each run is scanned for itself, as ``per-order`` does, an order that failed once is not
 tried again in the PMD range. So the walk goes over the runs of the largest order up to the first that fails, then from
@@ -29,13 +29,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp.engine.attempts import Attempts
+from mthp.engine.bits import PART_ORDER, Bits, repeated
 from mthp.engine.checks import Checks, PolicyChecks, first_hindrances
-from mthp.engine.occupancy import Bits, Occupancy, Planes, Runs
-from mthp.engine.pageorders import States, repeated, states_of, write_made, write_orders
+from mthp.engine.occupancy import Occupancy, Planes, Runs
+from mthp.engine.pageorders import States, look_up_orders, states_of, write_orders
 from mthp.results import ScanResult
 
 REST_SHARE = 0.75
-"""If the PMD order leaves at most this share of the ranges, which is the rule, they are walked by themselves."""
+"""If at most this share of the parts is left, they are walked by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,10 @@ class Walk:
 
     Attributes:
         checks, barred: as given.
-        ranges: how many PMD ranges.
+        ranges: how many PMD ranges, or parts of such.
         passed: bool, shape (ranges,): which of them the scan lets pass.
         levels: by order, what became of its runs.
-        rest: where few ranges are left below the PMD order, the rest of the walk: their indices, and a walk over them.
+        rest: if few parts are left after PART_ORDER, their indices, and the rest of the walk over them.
         occupancy: of the ranges as the policy sees them.
         there: of the ranges as they are; the same but for policies that remember what was filled.
     """
@@ -71,37 +72,42 @@ class Walk:
         there = seen = Occupancy(planes, checks.rules.geometry)
         if checks.policy.remembers_filled and planes.filled is not None:
             seen = Occupancy(planes.without_filled(), checks.rules.geometry)
-        self._begin(len(planes.present), there, seen, checks, barred or {})
+        self._begin(len(planes.present), checks.rules.geometry.pmd_order, there, seen, checks, barred or {})
         self.passed = self._passed()
         if self.policy.scans_each_run:
             self._walk_runs(checks.orders)
         elif checks.orders:
-            self._walk(self._pmd_order, self.passed[:, None])
+            self._walk(self._order, self.passed[:, None])
 
     def _begin(
         self,
         ranges: int,
+        order: int,
         there: Occupancy,
         seen: Occupancy,
         checks: PolicyChecks,
         barred: Mapping[int, NDArray[np.int8]],
     ) -> None:
-        self.ranges, self.there, self.occupancy, self.checks, self.barred = ranges, there, seen, checks, barred
+        self.ranges, self._order = ranges, order
+        self.there, self.occupancy, self.checks, self.barred = there, seen, checks, barred
         self.policy, self.rules = checks.policy, checks.rules
         self.levels: dict[int, Level] = {}
         self.rest: tuple[NDArray[np.intp], Walk] | None = None
-        self._pmd_order = self.rules.geometry.pmd_order
         self._reached: int = 0
 
     @classmethod
-    def _rest_of(cls, walk: Walk, rows: NDArray[np.intp]) -> Walk:
-        """Return the walk over the ranges `rows` alone, from below the PMD order on."""
+    def _rest_of(cls, walk: Walk, parts: NDArray[np.intp]) -> Walk:
+        """Return the walk over these parts alone, from below their order on."""
         rest = cls.__new__(cls)
-        there = walk.there.chosen(rows)
-        seen = there if walk.occupancy is walk.there else walk.occupancy.chosen(rows)
-        barred = {order: results[rows] for order, results in walk.barred.items()}
-        rest._begin(len(rows), there, seen, walk.checks, barred)
-        rest._walk(rest._pmd_order - 1, np.ones((len(rows), 2), np.bool_))
+        there = walk.there.parts(parts)
+        seen = there if walk.occupancy is walk.there else walk.occupancy.parts(parts)
+        barred = {
+            order: results.reshape(-1, 1 << PART_ORDER - order)[parts]
+            for order, results in walk.barred.items()
+            if order < PART_ORDER
+        }
+        rest._begin(len(parts), PART_ORDER, there, seen, walk.checks, barred)
+        rest._walk(PART_ORDER - 1, np.ones((len(parts), 2), np.bool_))
         return rest
 
     @property
@@ -113,7 +119,7 @@ class Walk:
 
     def _passed(self) -> Bits:
         """Which PMD ranges the scan lets pass: bool, shape (ranges,)."""
-        whole = self.occupancy.runs(self._pmd_order)
+        whole = self.occupancy.runs(self._order)
         passed: Bits = (whole.occupied + whole.swap)[:, 0] > 0
         if self.planes.pmd_mapped is not None:
             passed &= ~self.planes.pmd_mapped
@@ -126,10 +132,10 @@ class Walk:
         result: NDArray[np.int8] = np.full(self.ranges, ScanResult.SUCCEED, np.int8)
         rows = np.flatnonzero(~self.passed)
         if (checks := self.checks.scan) is not None:
-            result[rows] = first_hindrances(self.planes, self._pmd_order, rows, np.zeros_like(rows), checks)
-        whole = self.occupancy.runs(self._pmd_order)
+            result[rows] = first_hindrances(self.planes, self._order, rows, np.zeros_like(rows), checks)
+        whole = self.occupancy.runs(self._order)
         empty = (whole.occupied + whole.swap)[:, 0] == 0
-        zero = self.occupancy.count("zero", self._pmd_order)[:, 0] > 0
+        zero = self.occupancy.count("zero", self._order)[:, 0] > 0
         result[empty & ~zero] = ScanResult.NO_PTE_TABLE
         if self.checks.orders:
             result[empty & zero] = ScanResult.EXCEED_NONE_PTE
@@ -145,7 +151,7 @@ class Walk:
         if self.policy.scans_each_run:
             return self._reached
         mapped = 0 if self.planes.pmd_mapped is None else int(np.count_nonzero(self.planes.pmd_mapped))
-        return int(self.ranges - mapped) << self._pmd_order
+        return int(self.ranges - mapped) << self._order
 
     # The walk, level by level.
 
@@ -162,9 +168,9 @@ class Walk:
             left = np.count_nonzero(reached)
             if not left:
                 break
-            if order == self._pmd_order and left <= REST_SHARE * self.ranges:
-                rows = np.flatnonzero(reached)
-                self.rest = rows, self._rest_of(self, rows)
+            if order == PART_ORDER and left <= REST_SHARE * reached.size:
+                parts = np.flatnonzero(reached)
+                self.rest = parts, self._rest_of(self, parts)
                 break
             reached = repeated(reached)
 
@@ -172,7 +178,7 @@ class Walk:
         """Return which of the `reached` runs of `order` have their halves looked at next."""
         # a > b of two bools is a & ~b, in one operation.
         onward: Bits = np.greater(reached, level.succeeded)
-        if order == self._pmd_order and self.policy.fail_ends_range and "guard" in self.occupancy.given:
+        if order == self._order and self.policy.fail_ends_range and "guard" in self.occupancy.given:
             onward &= ~self._fails(order, level.attempted & (self.occupancy.count("guard", order) > 0))
         return onward if skipped is None or self.policy.halves_after_failure else onward & ~skipped
 
@@ -288,27 +294,33 @@ class Walk:
 
     def orders(self, out: NDArray[np.int8]) -> None:
         """Write the order of each page's folio afterwards to `out`: int8, shape (ranges, ptes_per_pmd)."""
-        write_orders(self._states(), self.there.packed_present(), out, self.rules.geometry)
+        self._write(self.there.packed_present(), out)
         planes = self.there.planes
         if planes.folio_order is not None:
             np.maximum(out, planes.present + planes.occupied * planes.folio_order - 1, out=out)
 
     def made(self, out: NDArray[np.int8]) -> None:
         """Write the order of the folio that each page would be collapsed into, 0 if none, to `out`: int8, as above."""
-        write_made(self._states(), out, self.rules.geometry)
+        self._write(np.full_like(self.there.packed_present(), 255), out)
 
-    def _states(self) -> States:
-        """Return how each eight pages are collapsed."""
-        collapsed = {order: level.succeeded for order, level in self.levels.items()}
-        states = states_of(collapsed, self.ranges, self.rules.geometry)
+    def _write(self, present: NDArray[np.uint8], out: NDArray[np.int8]) -> None:
+        """Write the orders to `out` that these bits of present pages have afterwards."""
+        if self._order < PART_ORDER or min(self.levels, default=PART_ORDER) < PART_ORDER:
+            look_up_orders(self._states(), present, out, self._order)
+            return
+        rest = np.empty(0, np.intp), np.empty((0, 8), np.uint8)
         if self.rest is not None:
-            rows, walk = self.rest
-            states[rows] |= walk._states()
-        return states
+            rest = self.rest[0], self.rest[1]._states()
+        write_orders(self._states(PART_ORDER), rest, present, out, self._order)
+
+    def _states(self, bottom: int = 3) -> States:
+        """Return how the runs of order `bottom` are collapsed, but for the rest."""
+        collapsed = {order: level.succeeded for order, level in self.levels.items()}
+        return states_of(collapsed, self.ranges, self._order, bottom)
 
     def resident(self) -> NDArray[np.int32]:
         """Present, non-zero pages: int32, shape (ranges,)."""
-        return self.there.runs(self._pmd_order).occupied[:, 0].astype(np.int32)
+        return self.there.runs(self._order).occupied[:, 0].astype(np.int32)
 
     @cached_property
     def copied_and_filled(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -321,9 +333,10 @@ class Walk:
             pages += level.succeeded.sum(axis=1, dtype=np.int32) << order
         filled = pages - copied
         if self.rest is not None:
-            rows, walk = self.rest
-            copied[rows] += walk.copied_and_filled[0]
-            filled[rows] += walk.copied_and_filled[1]
+            parts, walk = self.rest
+            rows = parts >> self._order - PART_ORDER
+            np.add.at(copied, rows, walk.copied_and_filled[0])
+            np.add.at(filled, rows, walk.copied_and_filled[1])
         return copied, filled
 
     @cached_property
@@ -352,8 +365,10 @@ class Walk:
                 )
             )
         if self.rest is not None:
-            rows, walk = self.rest
-            parts.append(replace(walk.attempts, range=rows[walk.attempts.range]))
+            part = self.rest[0][(rest := self.rest[1].attempts).range]
+            shift = self._order - PART_ORDER
+            within = (part & (1 << shift) - 1) << PART_ORDER
+            parts.append(replace(rest, range=part >> shift, offset=rest.offset + within.astype(np.int32)))
         attempts = Attempts.joined(parts)
         return attempts[np.lexsort((-attempts.order, attempts.offset, attempts.range))]
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from mthp.abilities import resident_bytes, zero_filled
 from mthp.addrspace import AddressSpace
-from mthp.engine.occupancy import Bits, Planes
+from mthp.engine.bits import Bits
+from mthp.engine.occupancy import Planes
 from mthp.engine.plan import plan_planes
 from mthp.engine.policy import Rules
 from mthp.engine.policy_lookup import policy_named

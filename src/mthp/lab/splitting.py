@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.engine.occupancy import Bits, Planes
+from mthp.engine.bits import Bits
+from mthp.engine.occupancy import Planes
 from mthp.engine.plan import Plan
 from mthp.geometry import Geometry
 from mthp.trimming import SMALLEST_LARGE, TrimBy

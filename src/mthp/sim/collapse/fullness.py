@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mthp.engine.occupancy import Bits, Occupancy
+from mthp.engine.bits import Bits
+from mthp.engine.occupancy import Occupancy
 from mthp.engine.policy import Policy, Rules
 
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.engine.occupancy import Bits, Occupancy, Planes
+from mthp.engine.bits import Bits
+from mthp.engine.occupancy import Occupancy, Planes
 from mthp.engine.policy import BUILT_IN
 from mthp.engine.visited import Passage
 from mthp.ptes import Segment
