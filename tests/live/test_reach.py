@@ -1,0 +1,143 @@
+"""What is predicted to be in reach is what a collapse reaches: with plenty, in a cgroup, and in fragmented memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.helpers import Actor, mthp, mthp_json
+from memory_cgroups import memory_cgroup
+from mthp.linux.headroom import parse_meminfo
+from targets import MADV_HUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
+from thp_switches import THP_ROOT, ThpSwitches
+from waiting import until
+
+pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "mthp", "4k-pages")]
+
+MIB = 1 << 20
+PMD = ("--orders", f"order={PMD_ORDER}")
+POINTS = 0.05
+RANGES = 32
+SMALL_MACHINE = 4 << 30
+"""Bytes of memory up to which a machine is taken to be a guest of the lab, whose memory may be fragmented."""
+
+HOG = """
+import mmap, sys
+size, holes = map(int, sys.argv[1:])
+memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(15)
+for at in range(0, size, mmap.PAGESIZE):
+    memory[at] = 1
+for at in range(0, holes, 2 * mmap.PAGESIZE):
+    memory.madvise(4, at, mmap.PAGESIZE)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def faults_of_one_page(thp_switches: ThpSwitches) -> None:
+    thp_switches.set("enabled", "madvise")
+    thp_switches.only()
+
+
+@pytest.fixture
+def target() -> Iterator[Actor]:
+    with Actor() as actor:
+        yield actor
+
+
+def predicted(pid: int) -> dict[str, Any]:
+    reach = mthp_json("plan", pid, *PMD, "--reachable")["reach"]
+    assert isinstance(reach, dict)
+    return reach
+
+
+def reached(pid: int) -> float:
+    """Collapse all that can be: the coverage that comes of it."""
+    done = mthp("collapse", pid, *PMD, "--max-bloat", "none", "--json")
+    assert done.returncode in (0, 1), done.stderr
+    return float(json.loads(done.stdout)["coverage"])
+
+
+def test_where_memory_is_plenty_all_of_a_plan_is_in_reach(target: Actor) -> None:
+    target.fill(target.map(RANGES * PMD_SIZE), RANGES * PMD_SIZE // PAGE_SIZE)
+    now = predicted(target.pid)["now"]
+    if not now["limited_by"].startswith("nothing"):
+        pytest.skip(f"this machine has no {RANGES} free folios: {now['limited_by']}")
+    assert now["bytes"] >= RANGES * PMD_SIZE
+    assert reached(target.pid) == pytest.approx(now["coverage"], abs=POINTS)
+
+
+def test_the_room_of_a_cgroup_limits_what_is_in_reach(target: Actor) -> None:
+    reserve, room = 64 * MIB, 12 * MIB
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(memory_cgroup())
+        stack.callback(target.kill)
+        group.enter(target.pid)
+        # Each range grows by half of a folio.
+        target.fill(target.map(RANGES * PMD_SIZE), RANGES * PMD_SIZE // PAGE_SIZE // 2, 2)
+        group.limit(group.used + reserve + room)
+        reach = predicted(target.pid)
+        assert str(group.directory) in reach["now"]["limited_by"]
+        assert 0 < reach["now"]["bytes"] < RANGES * PMD_SIZE // 2
+        assert reached(target.pid) == pytest.approx(reach["now"]["coverage"], abs=POINTS)
+
+
+@contextlib.contextmanager
+def fragmented(left: int, holes: int) -> Iterator[None]:
+    """Leave so many bytes free, and as many more as half of `holes` in single pages."""
+    meminfo = Path("/proc/meminfo").read_text()
+    total, free = (parse_meminfo(meminfo, name) or 0 for name in ("MemTotal", "MemFree"))
+    if total > SMALL_MACHINE:
+        pytest.skip("fragments the memory of the whole machine: only in a guest")
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    command = [sys.executable, "-c", HOG, str(free - left), str(holes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hog:
+        try:
+            assert hog.stdout is not None
+            assert hog.stdout.readline() == "ready\n"
+            yield
+        finally:
+            hog.kill()
+
+
+LEFT = 40 * MIB
+HOLES = [0, 16 * MIB, 60 * MIB, 200 * MIB]
+
+
+@pytest.mark.parametrize("holes", HOLES)
+def test_a_collapse_reaches_what_compaction_allows(target: Actor, holes: int) -> None:
+    target.fill(target.map(RANGES * PMD_SIZE), RANGES * PMD_SIZE // PAGE_SIZE)
+    with fragmented(LEFT, holes):
+        reach = predicted(target.pid)
+        print(reach)
+        assert reached(target.pid) == pytest.approx(reach["after_compaction"]["coverage"], abs=POINTS)
+
+
+@pytest.mark.parametrize("holes", HOLES)
+def test_khugepaged_reaches_what_is_free_now(target: Actor, holes: int, thp_switches: ThpSwitches) -> None:
+    """Without defrag it takes free folios alone."""
+    for name, value in {"defrag": 0, "alloc_sleep_millisecs": 1, "scan_sleep_millisecs": 1}.items():
+        thp_switches.set(f"khugepaged/{name}", str(value))
+    thp_switches.set("khugepaged/pages_to_scan", str(1 << 20))
+    address = target.map(RANGES * PMD_SIZE)
+    target.fill(address, RANGES * PMD_SIZE // PAGE_SIZE)
+    with fragmented(LEFT, holes):
+        now = predicted(target.pid)["now"]
+        print(now)
+        thp_switches.only(f"{PMD_SIZE >> 10}kB")
+        target.tell("madvise", address, RANGES * PMD_SIZE, MADV_HUGEPAGE)
+        file = THP_ROOT / "khugepaged" / "full_scans"
+        scans = int(file.read_text())
+        until(lambda: int(file.read_text()) > scans + 2, "khugepaged has been everywhere three times")
+        thp_switches.only()
+        coverage = mthp_json("plan", target.pid, *PMD)["coverage"]
+        assert coverage == pytest.approx(now["coverage"], abs=POINTS)
