@@ -171,7 +171,7 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: 
             allowed, again = allowed_of(space, plan, means), remade_of_plan(space, plan)
             price = split_price_of(space, plan, means)
             resident = _resident_after(space, wanted) if price.ranges else None
-            reach = reach_of(space, plan, means) if reachable else None
+            reach = reach_of(space, plan, means, progress) if reachable else None
             now = Now(plan.geometry, allowed, space.missing, hindrances, price, resident, again, reach)
             return Planned(plan, now), 0
 

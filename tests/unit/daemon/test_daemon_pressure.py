@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fakes import FakeClock
-from mthp.daemon.pressure import ASK_SECONDS, FreeFolios, MemoryPressure
+from mthp.daemon.pressure import ASK_SECONDS, REACH_SECONDS, FreeFolios, MachineReach, MemoryPressure
 
 
 def test_it_rests_under_pressure_until_that_has_eased_well(tmp_path: Path) -> None:
@@ -69,3 +70,29 @@ def test_a_refusal_is_the_machines_fault_only_if_it_has_no_such_folio(tmp_path: 
     file.write_text(buddyinfo(1000, 0, 0, 0, 1))
     free.refused(4, alloc_sleep=6.0)
     assert free.exhausted() == [4]
+
+
+def test_what_the_machine_could_have_huge_is_read_once_a_minute(tmp_path: Path) -> None:
+    clock = FakeClock()
+    reach = MachineReach(9, tmp_path, clock)
+    assert reach.shares() == {}
+    page = os.sysconf("SC_PAGESIZE")
+    huge = page << 9
+    (tmp_path / "meminfo").write_text(f"AnonPages: {10 * huge >> 10} kB\nAnonHugePages: {2 * huge >> 10} kB\n")
+    (tmp_path / "buddyinfo").write_text(buddyinfo(1024, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1))
+    (tmp_path / "zoneinfo").write_text("Node 0, zone   Normal\n  pages free 2560\n        min      9\n")
+    assert reach.shares() == {}
+    clock.now += REACH_SECONDS
+    # Two huge already, and three free folios.
+    assert reach.shares() == {"now": 0.5}
+    (tmp_path / "pagetypeinfo").write_text(
+        "Page block order: 9\n\nFree pages count per migrate type at order 0\n"
+        "Node    0, zone   Normal, type      Movable   1024 0 0 0 0 0 0 0 0 1 1\n\n"
+        "Number of blocks type      Movable\nNode 0, zone   Normal           20\n"
+    )
+    clock.now += REACH_SECONDS
+    assert reach.shares() == {"now": 0.5, "after_compaction": 1.0}
+    (tmp_path / "meminfo").write_text("")
+    assert reach.shares() == {"now": 0.5, "after_compaction": 1.0}
+    clock.now += REACH_SECONDS
+    assert reach.shares() == {}
