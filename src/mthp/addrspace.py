@@ -68,7 +68,7 @@ class AddressSpace(Closing, abc.ABC):
     @property
     @abc.abstractmethod
     def missing(self) -> tuple[str, ...]:
-        """What the rights do not allow to read, each as a sentence that names the remedy."""
+        """The properties that the rights do not suffice to read, each as a sentence with the remedy."""
 
     @abc.abstractmethod
     def vmas(self) -> list[Vma]:

@@ -1,4 +1,4 @@
-"""The mechanism that collapses blocks, and what it may cost the target."""
+"""The mechanism that collapses blocks, and the bounds on its cost for the target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ throughput (bench/bench_redis.py)."""
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """How to collapse blocks, and what that may cost the target.
+    """How to collapse blocks, and the bounds on the cost for the target.
 
     Attributes:
         mechanism: the mechanism; see :data:`Mechanism`.

@@ -1,9 +1,9 @@
 """Budgets of CPU seconds and bytes over time, for every pace of mthp that has a rate.
 
 A budget earns at its rate, saves up to a bound, and may be overdrawn by one piece of work. Before it begins work a
-caller gets the seconds to wait, and afterwards it reports what the work took. After an overdraft the wait lasts until a
-slice is saved that is worth a wake-up. A wake-up costs CPU time too: a thread that sleeps just long enough to earn the
-cost of one wake-up never earns any work.
+caller gets the seconds to wait, and afterwards it reports the cost of the work. After an overdraft the wait lasts until
+a slice is saved that is worth a wake-up. A wake-up costs CPU time too: a thread that sleeps just long enough to earn
+the cost of one wake-up never earns any work.
 
 Budgets return seconds, and do not sleep. Times are of a monotonic clock, so setting the calendar changes nothing.
 """

@@ -1,4 +1,4 @@
-"""Trim large folios, by any splitter: which may be tried, which are tried again, and what the page tables show.
+"""Trim large folios, by any splitter: check them, retry some, and read the outcome from the page tables.
 
 A refused split also returns success, so the outcome of a folio is read from its page tables afterwards.
 """

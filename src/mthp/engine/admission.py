@@ -80,7 +80,7 @@ class Admission:
         self.room.renew()
 
     def settle(self) -> None:
-        """Forget the bytes of admitted runs, because `bloat_left` counts what they filled by now."""
+        """Forget the bytes of admitted runs, because `bloat_left` counts their filled pages by now."""
         self._pending = 0
 
     def only_advised(self) -> None:

@@ -44,7 +44,7 @@ class LeftFolios:
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What a collapse would do.
+    """The predicted outcome of a collapse.
 
     Attributes:
         folios_by_order: number of folios that it would make, by order, the largest order first.

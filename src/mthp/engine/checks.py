@@ -1,4 +1,4 @@
-"""What stops a scan or an attempt, checked PTE by PTE in the kernel's order.
+"""The checks of a scan or an attempt, PTE by PTE in the kernel's order.
 
 The kernel walks the PTEs of a run upwards and stops at the first failed check. Which check fails first decides what
 happens next: a run with a large folio is skipped, one with too many shared pages is tried at smaller orders.
@@ -54,7 +54,7 @@ class Checks:
 
 
 class PolicyChecks:
-    """What a policy walks and checks under some rules, computed once for all blocks of a plan.
+    """The orders and the checks of a policy under some rules, computed once for all blocks of a plan.
 
     Attributes:
         policy, rules: the arguments.

@@ -46,7 +46,7 @@ def collapse_space(
         choice: what to collapse.
         means: how, and at what cost.
         stop: called before every range and every batch; once it returns True nothing more is begun, and the report
-            holds what was done.
+            holds the outcomes until then.
         before_move: called with the plan and the mechanism before the first page is moved, or khugepaged is driven.
 
     Raises:

@@ -80,7 +80,7 @@ class Hindrance:
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What a policy would make of the memory, with the machine's limits and every size on.
+    """The predicted result of a policy, with the machine's limits and every size on.
 
     Attributes:
         policy: name of the policy.

@@ -7,7 +7,7 @@ has to remember them. :class:`FilledPages` keeps a bit for every page of the PMD
 64 bytes for a range of 512 pages. Policies with :attr:`~mthp.engine.policy.Policy.remembers_filled` count these pages
 as none.
 
-What the program later writes to such a page cannot be seen without reading contents, and nothing here reads them. So
+A later write of the program to such a page is visible only in its contents, which nothing here reads. So
 a filled page counts as filled for as long as it is mapped, which errs on the side of less memory. A page that was
 unmapped since is forgotten.
 """
@@ -59,7 +59,7 @@ class FilledPages:
         return plane
 
     def update(self, addresses: NDArray[np.uint64], filled: Bits) -> None:
-        """Replace what is remembered of some PMD ranges.
+        """Replace the filled pages of some PMD ranges.
 
         Args:
             addresses: uint64, shape (ranges,): start address of each range.
@@ -74,7 +74,7 @@ class FilledPages:
                 self._packed.pop(address, None)
 
     def add(self, addresses: NDArray[np.uint64], before: Bits, after: Bits, made: Bits) -> None:
-        """Remember what a collapse filled, from the contents of some PMD ranges before and after it.
+        """Remember the pages that a collapse filled, from the contents of some PMD ranges before and after it.
 
         Args:
             addresses: uint64, shape (ranges,): start address of each range.

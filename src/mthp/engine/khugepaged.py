@@ -37,7 +37,7 @@ class Khugepaged(Scanner):
         clock: the time; by default that of this machine. Pass a simulated machine's ``machine.time``, so that its rests
             take no real time.
         listener: called in the scanning thread with every :class:`~mthp.engine.visited.Passage`: the scanned ranges
-            with their scan results, and the attempts with what they copied and filled.
+            with their scan results, and the attempts with their copied and filled pages.
         options: what to choose, as the fields of :class:`~mthp.engine.select.PlanOptions`, by default the orders that
             the machine's switches allow each mapping at each moment; and `means`, `admit` and `choose` of
             :class:`~mthp.engine.visit.Visit`.

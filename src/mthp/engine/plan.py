@@ -1,7 +1,7 @@
 """Plans: the folios that a collapse would make of many PMD ranges, what it would copy and fill, and why not more.
 
-A plan assumes that every attempt succeeds that the PTEs do not rule out. What a real kernel adds (allocation
-failures, locked pages, races) is left to the backends.
+A plan assumes that every attempt succeeds that the PTEs do not rule out. Other failures of a real kernel
+(allocations, locked pages, races) are left to the backends.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCK_PTES = 1 << 22
 
 
 class Plan:
-    """What a collapse would make of some PMD ranges. All but the walk itself is computed at first use.
+    """The plan of a collapse of some PMD ranges. All but the walk itself is computed at first use.
 
     Attributes:
         policy: name of the policy.

@@ -83,7 +83,7 @@ class FolioTally:
 
 @dataclass
 class CollapseReport(Tabular):
-    """What a collapse did. Counts are of PMD ranges unless stated otherwise.
+    """The report of a collapse. Counts are of PMD ranges unless stated otherwise.
 
     Attributes:
         plan: the plan that was carried out.
@@ -98,7 +98,7 @@ class CollapseReport(Tabular):
         needs_move: folios below the PMD order that only the mover makes, by order, if `move` was not requested.
         move_price: what the mover would cost the target, as a clause, if `needs_move` has any.
         split_price: price of the planned splits.
-        copied_bytes: contents of all that was collapsed, and what splits copied outside the planned folios.
+        copied_bytes: contents of all collapsed folios, and pages that splits copied outside the planned ones.
         filled_bytes: bytes by which memory grew.
         heat_share: the share of the accesses seen that go to folios that were made; None if none were seen.
         durations: durations of the kernel's calls, the longest that the target may have waited for its memory.

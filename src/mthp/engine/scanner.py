@@ -260,7 +260,7 @@ class Scanner:
         setattr(self, name, getattr(self, name) + by)
 
     def _begin_pass(self) -> None:
-        """Do what the machine does before a pass: lru_add_drain_all() (mm/swap.c)."""
+        """Do the machine's work before a pass: lru_add_drain_all() (mm/swap.c)."""
 
     # The pace.
 

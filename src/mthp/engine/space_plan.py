@@ -85,7 +85,7 @@ class Left:
 
 @dataclass(frozen=True)
 class SpacePlan(Tabular):
-    """What a collapse would make of an address space.
+    """The plan of a collapse of an address space.
 
     Attributes:
         label: name of the target.

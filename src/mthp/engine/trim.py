@@ -107,7 +107,7 @@ class TrimPlan:
 
 @dataclass
 class TrimReport(Tabular):
-    """What a trim gave back.
+    """The report of a trim.
 
     Attributes:
         plan: the plan that was carried out.

@@ -83,7 +83,7 @@ class Visit:
     Args:
         space: the address space, which :meth:`close` does not close.
         choice: which folios to make of which memory.
-        means: the mechanism, and what it may cost the target.
+        means: the mechanism, and the bounds on its cost for the target.
         admit: called before each attempt; None to admit all.
         choose: called before ranges are read; None to read all.
         clock: the time that ages a listing of the mappings.
@@ -204,7 +204,7 @@ class Visit:
 
     def find(self, address: int) -> Found:
         if address == 0 and self._served:
-            # A new round must see what was mapped since the last one.
+            # A new round must see mappings that are newer than the last one.
             self.forget()
         listing, self._served = self._listing(), address > 0
         at = bisect_right(listing.areas, address, key=lambda area: area.end)

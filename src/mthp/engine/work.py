@@ -19,7 +19,7 @@ PACE = 0.1
 """Seconds: between two rests, at most the bytes that the rate allows in this time are collapsed."""
 
 Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in all, what is being made) after every step."""
+"""Called with (bytes done, bytes in all, the size being made) after every step."""
 
 
 class Work:

@@ -1,4 +1,4 @@
-"""What settings make of a target, scan by scan: the numbers behind every comparison.
+"""The evaluation of settings on a target, scan by scan: the numbers behind every comparison.
 
 A scan is planned (:mod:`mthp.engine.plan`) and the plan is carried out on the planes of bits. The next scan sees the
 result, until nothing changes any more. PMD ranges do not depend on each other, so this is done block by block: each
@@ -92,7 +92,7 @@ NOTHING = Counts(np.zeros(MAX_ORDER + 1, np.int64))
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one setting makes of a target.
+    """The states of a target under one setting.
 
     Attributes:
         options: the setting.

@@ -75,7 +75,7 @@ Runner = Callable[[Sequence[Task]], Iterator[Done]]
 
 @dataclass
 class SweepReport(Tabular):
-    """What a sweep did.
+    """The report of a sweep.
 
     Attributes:
         path: path of the result; ``""`` if there is none yet.

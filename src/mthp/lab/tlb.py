@@ -218,7 +218,7 @@ class _LruArray:
         self._contents: NDArray[np.int64] = np.empty(0, np.int64)
 
     def access(self, numbers: NDArray[np.int64], orders: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Look up pages of some sizes, one after another, and load what is missing.
+        """Look up pages of some sizes, one after another, and load the missing ones.
 
         Args:
             numbers: int64, shape (accesses,): page numbers in units of their size.
