@@ -248,7 +248,7 @@ class CoverageCounter:
         low = np.clip(-(-self._starts[owner] // n) * n, firsts, ends)
         high = np.clip(self._ends[owner] // n * n, low, ends)
         begin = np.cumsum(ends - firsts) - ends
-        # Few pages lie there, so they are looked up, and the others not even added up.
+        # Few pages lie there, so only these are read.
         edges = np.zeros(len(firsts), np.int64)
         for starts, counts in ((firsts, low - firsts), (high, ends - high)):
             segments = np.repeat(np.arange(len(counts)), counts)

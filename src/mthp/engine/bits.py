@@ -1,6 +1,6 @@
 """Operations on the bits, and counts of bits, of all runs of an order.
 
-Arrays have the shape (ranges, runs per range). Each operation is the one of its kind that NumPy vectorises.
+Arrays have the shape (ranges, runs per range). Each operation has the form that NumPy vectorises.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Repeated = TypeVar("Repeated", np.bool_, np.uint8)
 
 
 def packed_bits(plane: Bits) -> NDArray[np.uint8]:
-    """Return the packed bits of each row. Rows of whole bytes are packed all at once, which is faster."""
+    """Return the packed bits of each row."""
+    # Rows of whole bytes are packed all at once, which is faster.
     rows = plane if plane.shape[1] < 8 else plane.reshape(1, -1)
     return np.packbits(rows, axis=1, bitorder="little").reshape(len(plane), -1)
 
@@ -42,7 +43,7 @@ def pair_sums(counts: Counts, order: int) -> Counts:
     words = counts.view(np.uint16)
     if order > 7:
         return (words & 255) + (words >> 8)
-    # The lower byte of the sum is that of both bytes, which a byte still holds.
+    # The lower byte of the sum is the sum of both bytes, which fits a byte up to order 7.
     sums = words >> 8
     sums += words
     return sums.astype(np.uint8)

@@ -1,11 +1,11 @@
-"""What is in a PMD range: planes of bits over its PTEs, and how many of each every aligned run holds.
+"""The contents of PMD ranges: planes of bits over their PTEs, and the counts of every aligned run.
 
-The walk of a collapse asks one question over and over: of the 2**k PTEs of this aligned run, how many are occupied
-(swapped out, shared, ...)? All runs of an order tile the range, and a run of order k is two runs of order k - 1, so
-the counts of every order form a pyramid. Its base are packed bits, eight PTEs to a byte: the population counts of
-bytes are the runs of order 3 (and of order 2, by nibbles), those of 64 bits the runs of order 6. Each other level is
-the sum of neighbouring pairs of the level below. The whole pyramid costs little more than packing
-the bits, for all PMD ranges together, and levels that no policy asks for are never made.
+The walk of a collapse needs one number over and over: of the 2**k PTEs of an aligned run, how many are occupied
+(swapped out, shared, ...)? All runs of an order tile the range, and a run of order k is two runs of order k - 1, so the
+counts of every order form a pyramid. Its base are packed bits, eight PTEs to a byte: the population counts of bytes are
+the runs of order 3 (and of order 2, by nibbles), those of 64 bits the runs of order 6. Each other level is the sum of
+neighbouring pairs of the level below. The whole pyramid costs little more than packing the bits, for all PMD ranges
+together, and levels that no policy needs are never made.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """What the PTEs of some PMD ranges are, one plane of bits per property.
+    """The PTEs of some PMD ranges, one plane of bits per property.
 
     Every plane has the shape (ranges, ptes_per_pmd); None stands for a plane without a set bit.
 
@@ -35,16 +35,16 @@ class Planes:
         zero: bool; the shared zero page is mapped. Only where `present` is.
         swap: bool; a swap entry, or a marker that counts as one. Only where `present` is not.
         guard: bool; a guard marker, which counts as a swap entry that cannot be read back. Only where `swap` is.
-        shared: bool; the page is mapped by another process too.
+        shared: bool; the page is also mapped by another process.
         lazyfree: bool; freed with MADV_FREE and clean.
         uffd: bool; write-protected by userfaultfd: a page or a swap entry.
         unreferenced: bool; not used recently.
         folio_order: int8; order of the folio that the page lies in.
         filled: bool; a collapse made the page where none was. Policies that remember this count it as none
-            (:mod:`mthp.engine.filled`), for others it is a page like any.
-        outside: bool; the entry does not belong to the mapping, so no run with it is collapsed. Nothing else is set
+            (:mod:`mthp.engine.filled`), others as any page.
+        outside: bool; the entry does not belong to the mapping, so no run with it is collapsed. No other bit is set
             there.
-        pmd_mapped: bool, shape (ranges,); one PMD entry maps the whole range already.
+        pmd_mapped: bool, shape (ranges,); one PMD entry already maps the whole range.
         uffd_armed: bool, shape (ranges,); the mapping is registered with userfaultfd.
         droppable: bool, shape (ranges,); the mapping is VM_DROPPABLE.
     """
@@ -66,14 +66,14 @@ class Planes:
 
     @classmethod
     def checked(cls, present: ArrayLike, others: Mapping[str, ArrayLike | None]) -> Planes:
-        """Make planes of what a caller gave.
+        """Return planes made from a caller's arrays.
 
         Args:
             present: bool or integer, shape (ranges, ptes_per_pmd).
             others: the other planes by name; scalars are allowed for the planes of shape (ranges,).
 
         Raises:
-            UsageError: a wrong shape or dtype, or a PTE that is both present and swapped.
+            UsageError: a wrong shape or dtype, or planes that contradict each other.
         """
         bits = _as_bits(present, "present")
         if bits.ndim != 2:
@@ -113,12 +113,12 @@ class Planes:
         )
 
     def chosen(self, rows: slice | Bits | NDArray[np.intp]) -> Planes:
-        """The planes of some PMD ranges: a slice of them, as views, or those that a mask or indices choose."""
+        """Return the planes of some PMD ranges: a slice of them, as views, or those that a mask or indices choose."""
         planes = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: plane[rows] for name, plane in planes if plane is not None})
 
     def without_filled(self) -> Planes:
-        """The planes as they would be if no collapse had filled anything."""
+        """Return the planes without the pages that collapses filled."""
         if self.filled is None:
             return self
         return replace(
@@ -149,13 +149,13 @@ def _as_orders(plane: ArrayLike) -> NDArray[np.int8]:
     array = _as_array(plane, "folio_order")
     if array.size and not ORDER_UNKNOWN <= array.min() <= array.max() <= np.iinfo(np.int8).max:
         raise UsageError(f"folio_order has values from {array.min()} to {array.max()}: folio orders are 0 to 127")
-    # What lies in no folio, or in an unknown one, counts as a base page.
+    # A page in no folio, or in an unknown one, counts as a base page.
     orders: NDArray[np.int8] = np.maximum(array, 0).astype(np.int8, copy=False)
     return orders
 
 
 def _as_array(plane: ArrayLike, name: str) -> NDArray[Any]:
-    """The plane as a C-contiguous array of bool or integers."""
+    """Return the plane as a C-contiguous array of bool or integers."""
     try:
         array = np.ascontiguousarray(plane) if np.ndim(plane) else np.asarray(plane)
     except ValueError:
@@ -172,10 +172,10 @@ def planes_of(
     uffd_armed: NDArray[np.bool_] | None = None,
     droppable: NDArray[np.bool_] | None = None,
 ) -> Planes:
-    """The planes of whole PMD ranges, from the columns that an address space was read as.
+    """Return the planes of whole PMD ranges, from the columns that were read of an address space.
 
     Args:
-        columns: of segments that consist of whole PMD ranges.
+        columns: entries of segments that consist of whole PMD ranges.
         uffd_armed, droppable: bool, shape (ranges,): properties of each range's mapping.
     """
     state = columns.state.reshape(-1, geometry.ptes_per_pmd)
@@ -202,13 +202,13 @@ def planes_of(
 
 
 class Occupancy:
-    """The counts of every aligned run of some PMD ranges, made when asked for.
+    """The counts of every aligned run of some PMD ranges, computed at first use.
 
-    All counts of order k have the shape (ranges, ptes_per_pmd >> k): uint8 up to order 7, uint16 above. A plane
-    that was not given counts 0 everywhere, as an array that broadcasts.
+    All counts of order k have the shape (ranges, ptes_per_pmd >> k): uint8 up to order 7, uint16 above. A missing plane
+    counts 0 everywhere, as an array that broadcasts.
 
     Attributes:
-        given: the names of the planes that were given.
+        given: names of the planes that are not None.
     """
 
     def __init__(self, planes: Planes, geometry: Geometry) -> None:
@@ -222,10 +222,10 @@ class Occupancy:
         self._largest: dict[int, NDArray[np.int8]] = {}
 
     def parts(self, parts: NDArray[np.intp]) -> Occupancy:
-        """Return the same of some parts of the PMD ranges, from the bits that are packed here already.
+        """Return the occupancy of some parts of the PMD ranges, which reuses the packed bits of this one.
 
         Args:
-            parts: indices among the parts of all ranges: int, shape (parts,).
+            parts: int, shape (parts,): indices among the parts of all ranges.
         """
         some = Occupancy(self._whole, self.geometry)
         some._source = self, parts
@@ -238,11 +238,11 @@ class Occupancy:
         return self._whole if self._source is None else self._source[0].planes.in_parts().chosen(self._source[1])
 
     def runs(self, order: int) -> Runs:
-        """The aligned runs of `order`."""
+        """Return the aligned runs of `order`."""
         return Runs(self, order)
 
     def count(self, name: str, order: int) -> Counts:
-        """How many PTEs of plane `name` each run of `order` has.
+        """Return the number of PTEs of plane `name` in each run of `order`.
 
         Args:
             name: ``occupied``, ``referenced``, ``swap``, ``guard``, ``shared``, ``zero``, ``lazyfree``, ``uffd`` or
@@ -258,15 +258,15 @@ class Occupancy:
             elif order == 2:
                 self._counts[key] = nibble_counts(packed)
             else:
-                # From bytes to words of eight at once: of most ranges only large runs are looked at.
+                # From bytes to words of eight at once, because most ranges need only the counts of large runs.
                 self._counts[key] = np.bitwise_count(packed if order == 3 else packed.view(np.uint64))
         return self._counts[key]
 
     def chunks(self, chunk_order: int, order: int, none: int) -> Counts:
-        """How many chunks of 2**chunk_order PTEs in each run of `order` have a bit in the seed's bitmap.
+        """Return the number of chunks of 2**chunk_order PTEs in each run of `order` with a bit in the seed's bitmap.
 
-        A chunk has one if at most `none` of its PTEs are none or zero, and the last one maps a page: the scan sets the
-        bit when it gets past that page. A swap entry does not count as none.
+        A chunk has a bit if at most `none` of its PTEs are none or zero, and the last one maps a page, because the scan
+        sets the bit when it passes that page. A swap entry does not count as none.
         """
         key = f"chunks of {chunk_order} with {none} none", order
         if key not in self._counts:
@@ -290,7 +290,7 @@ class Occupancy:
         return self._counts[key]
 
     def largest(self, order: int) -> NDArray[np.int8] | None:
-        """The order of the largest folio that each run of `order` touches: int8; None without that plane."""
+        """Return the order of the largest folio that each run of `order` touches: int8; None without that plane."""
         folio_order = self.planes.folio_order if "folio_order" in self.given else None
         if folio_order is None:
             return None
@@ -303,13 +303,13 @@ class Occupancy:
         return self._largest[order]
 
     def packed_present(self) -> NDArray[np.uint8]:
-        """The packed bits of the present pages: bit i of byte j is PTE 8 * j + i."""
+        """Return the packed bits of the present pages: bit i of byte j is PTE 8 * j + i."""
         packed = self._pack("present" if "zero" in self.given else "occupied")
         assert packed is not None
         return packed
 
     def _pack(self, name: str) -> NDArray[np.uint8] | None:
-        """The packed bits of plane `name`; None without that plane."""
+        """Return the packed bits of plane `name`; None without that plane."""
         if name not in self._packed:
             if self._source is not None:
                 packed = self._source[0]._pack(name)
@@ -323,7 +323,7 @@ class Occupancy:
         return self._packed[name]
 
     def _plane(self, name: str) -> Bits | None:
-        """The plane called `name`, with only those bits set that mean something there."""
+        """Return the plane called `name`, with only the bits set that are valid for the PTE."""
         planes = self.planes
         if name == "occupied":
             return planes.occupied
@@ -359,7 +359,7 @@ class Runs:
 
     @property
     def referenced(self) -> Counts:
-        """Occupied PTEs whose page was used recently, as far as is known."""
+        """Occupied PTEs with a page that was used recently, as far as known."""
         if "unreferenced" not in self.occupancy.given:
             return self.occupied
         return self.occupancy.count("referenced", self.order)
@@ -371,7 +371,7 @@ class Runs:
 
     @property
     def shared(self) -> Counts:
-        """PTEs whose page another process maps too."""
+        """PTEs with a page that is also mapped by another process."""
         return self.occupancy.count("shared", self.order)
 
     @property
@@ -383,9 +383,9 @@ class Runs:
 
     @property
     def largest_folio(self) -> NDArray[np.int8] | None:
-        """Order of the largest folio that the run touches; None if folios are not known."""
+        """Order of the largest folio that the run touches; None if folios are unknown."""
         return self.occupancy.largest(self.order)
 
     def chunks(self, chunk_order: int, none: int) -> Counts:
-        """Chunks of 2**chunk_order PTEs that have at most `none` none PTEs, and a page at the end."""
+        """Return the chunks of 2**chunk_order PTEs with at most `none` none PTEs, and a page at the end."""
         return self.occupancy.chunks(chunk_order, self.order, none)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from mthp.engine.bits import PART_ORDER, Bits, repeated
 
 States = NDArray[np.uint8]
-"""How the pages of each eight, or of each part, are collapsed: uint8, shape (ranges, as many as one holds).
+"""How each eight pages, or the pages of each part, are collapsed: uint8, shape (ranges, of these per range).
 
-An order plus 1: all pages lie in a folio of this order. Values below 4, of eight pages, are bits: bit 0 if the first
-four become a folio of order 2, bit 1 if the last four do.
+An order plus 1: all pages lie in a folio of this order. Values below 4 of eight pages are bits: bit 0 if the first four
+become a folio of order 2, bit 1 if the last four do.
 """
 
 REST_SHARE = 0.4
@@ -91,7 +91,7 @@ def write_orders(
 
 
 def look_up_orders(states: States, present: NDArray[np.uint8], out: NDArray[np.int8], top: int) -> None:
-    """Write the order of each page's folio; arguments as :func:`write_orders`, `states` being those of its pages."""
+    """Write the order of each page's folio; arguments as :func:`write_orders`, with the `states` of its pages."""
     index: NDArray[np.uint16] = states * np.uint16(256)
     index |= present
     _look_up(_order_table(top), index, out)
@@ -115,7 +115,7 @@ def _look_up(table: NDArray[np.uint64], index: NDArray[np.unsignedinteger], out:
 
 @lru_cache
 def _order_table(pmd_order: int) -> NDArray[np.uint64]:
-    """Return the orders of eight pages, a word each, by state, then by the byte that says which are present."""
+    """Return the orders of eight pages, a word each, by state, then by the byte of present pages."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     table = np.tile(bits.view(np.int8) - np.int8(1), (max(pmd_order + 2, 4), 1, 1))
     table[[1, 3], :, :4] = 2

@@ -51,7 +51,7 @@ class Plan:
         return len(self._planes.present)
 
     def _each(self, make: Callable[[slice, Walk], Made]) -> list[Made]:
-        """Return what `make` returns for each block: for a slice of the PMD ranges, and the walk over them.
+        """Return the results of `make` for each block: a slice of the PMD ranges, and the walk over them.
 
         The walk over a single block is kept. Walks over several are repeated for each property that is read: their
         arrays are as large as the planes, and writing them to memory takes longer than the walk. Each is dropped

@@ -1,22 +1,20 @@
 """The walk of a collapse over many PMD ranges at once.
 
-The kernel walks one PMD range at a time, depth first: try the largest order; where that is not possible try the
-halves, the left one first; go on behind whatever was collapsed. The runs that it looks at are the nodes of a binary
-tree, and if every attempt ends as its PTEs foretell, no node depends on another but through its ancestors: a run is
-looked at exactly when none of the runs around it was collapsed or skipped. So the walk can be made level by level
-instead, from the PMD order down, for all PMD ranges together, each level a few operations on arrays of counts
-(:mod:`mthp.engine.occupancy`). What differs between policies is asked of the policy
-(:mod:`mthp.engine.policy`); single PTEs are looked at only for runs whose counts leave open what stops them
-(:mod:`mthp.engine.checks`).
+The kernel walks one PMD range at a time, depth first: it tries the largest order; if that fails, the halves, the left
+one first; it goes on behind each collapsed run. The runs are the nodes of a binary tree. If every attempt ends as
+its PTEs predict, a node depends only on its ancestors: a run is scanned exactly if none of the runs around it was
+collapsed or skipped. So the walk can go level by level instead, from the PMD order down, for all PMD ranges together,
+each level with a few operations on arrays of counts (:mod:`mthp.engine.occupancy`). Policies differ in the methods of
+:mod:`mthp.engine.policy`. Single PTEs are read only for runs that counts do not decide (:mod:`mthp.engine.checks`).
 
-Most memory becomes folios of order 6 or larger. So below that order the walk goes on over the *parts* alone that are
-left of the PMD ranges, if they are few: runs whose bits fill one word (:data:`~mthp.engine.bits.PART_ORDER`).
+Most memory becomes folios of order 6 or larger. So below that order the walk goes on over only those *parts* of the PMD
+ranges that are left, if they are few: runs whose bits fill one word (:data:`~mthp.engine.bits.PART_ORDER`).
 
-One policy walks no tree. Where each run is scanned for itself, as ``per-order`` does, an order that failed once is not
-tried again in the PMD range. So the walk goes over the runs of the largest order up to the first that fails, then from
-there on over those of the next smaller order, and so on: a few operations for each order, too. (Dev Jain's series
-itself goes on at any page behind a large folio that it hits, and so makes folios that are not aligned. A plan goes on
-behind the run; the simulated machine does as the series.)
+One policy walks no tree. If each run is scanned separately, as by ``per-order``, an order that failed once is not tried
+again in the PMD range. So the walk goes over the runs of the largest order up to the first that fails, then from there
+over those of the next smaller order, and so on, with a few operations for each order, too. (Dev Jain's series itself
+goes on at any page behind a large folio that it meets, and so makes folios that are not aligned. A plan goes on behind
+the run; the simulated machine does as the series.)
 """
 
 from __future__ import annotations
@@ -36,34 +34,34 @@ from mthp.engine.pageorders import States, look_up_orders, states_of, write_orde
 from mthp.results import ScanResult
 
 REST_SHARE = 0.75
-"""If at most this share of the parts is left, they are walked by themselves."""
+"""If at most this share of the parts is left, only these are walked further."""
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What became of the runs of one order. Bool arrays of the shape (ranges, runs per range)."""
+    """The results of the runs of one order. Bool arrays of the shape (ranges, runs per range)."""
 
     attempted: Bits
     succeeded: Bits
 
 
 class Walk:
-    """One walk over some PMD ranges. What it amounts to is made when asked for.
+    """One walk over some PMD ranges. Its results are computed at first use.
 
     Args:
-        planes: of the ranges.
-        checks: what the policy walks and checks.
-        barred: by order, runs that are not to be collapsed, and the result of an attempt at them: int8
-            :class:`~mthp.results.ScanResult`, shape (ranges, runs per range), SUCCEED for those that may be.
+        planes: planes of the ranges.
+        checks: the policy's orders and checks.
+        barred: by order, runs that must not be collapsed, with the result of an attempt at them: int8
+            :class:`~mthp.results.ScanResult`, shape (ranges, runs per range), SUCCEED for runs that may be.
 
     Attributes:
-        checks, barred: as given.
-        ranges: how many PMD ranges, or parts of such.
-        passed: bool, shape (ranges,): which of them the scan lets pass.
-        levels: by order, what became of its runs.
+        checks, barred: the arguments.
+        ranges: number of PMD ranges, or of parts.
+        passed: bool, shape (ranges,): whether each passes the scan.
+        levels: by order, the results of its runs.
         rest: if few parts are left after PART_ORDER, their indices, and the rest of the walk over them.
-        occupancy: of the ranges as the policy sees them.
-        there: of the ranges as they are; the same but for policies that remember what was filled.
+        occupancy: occupancy of the ranges as the policy sees them.
+        there: occupancy of the ranges as they are; it differs only for policies that remember filled pages.
     """
 
     def __init__(
@@ -97,7 +95,7 @@ class Walk:
 
     @classmethod
     def _rest_of(cls, walk: Walk, parts: NDArray[np.intp]) -> Walk:
-        """Return the walk over these parts alone, from below their order on."""
+        """Return the walk over only these parts, from below their order on."""
         rest = cls.__new__(cls)
         there = walk.there.parts(parts)
         seen = there if walk.occupancy is walk.there else walk.occupancy.parts(parts)
@@ -118,7 +116,7 @@ class Walk:
     # The scan of whole PMD ranges.
 
     def _passed(self) -> Bits:
-        """Which PMD ranges the scan lets pass: bool, shape (ranges,)."""
+        """Return which PMD ranges pass the scan: bool, shape (ranges,)."""
         whole = self.occupancy.runs(self._order)
         passed: Bits = (whole.occupied + whole.swap)[:, 0] > 0
         if self.planes.pmd_mapped is not None:
@@ -128,7 +126,7 @@ class Walk:
         return passed if stopped is None else passed & ~stopped[:, 0]
 
     def scanned(self) -> NDArray[np.int8]:
-        """What the scan says of each PMD range: int8 ScanResult, shape (ranges,), SUCCEED where the walk began."""
+        """Return the scan's result of each PMD range: int8 ScanResult, shape (ranges,), SUCCEED if it passes."""
         result: NDArray[np.int8] = np.full(self.ranges, ScanResult.SUCCEED, np.int8)
         rows = np.flatnonzero(~self.passed)
         if (checks := self.checks.scan) is not None:
@@ -144,9 +142,9 @@ class Walk:
         return result
 
     def looked_at(self) -> int:
-        """PTEs that the scan reads: those of each range that no PMD entry maps, or of every run where each is scanned.
+        """Return the PTEs that the scan reads: of each range that no PMD entry maps, or of every run that is scanned.
 
-        What a scan that ends early leaves out is counted, and isolation's own check of a run is not.
+        PTEs that a scan skips by ending early are counted. Isolation's own check of a run is not.
         """
         if self.policy.scans_each_run:
             return self._reached
@@ -156,7 +154,7 @@ class Walk:
     # The walk, level by level.
 
     def _walk(self, first: int, reached: Bits) -> None:
-        """Walk from the order `first` down, of whose runs those `reached` are looked at."""
+        """Walk from the order `first` down, over those of its runs that are `reached`."""
         orders = self.checks.orders
         for order in range(first, orders[-1] - 1, -1):
             if order in orders:
@@ -175,7 +173,7 @@ class Walk:
             reached = repeated(reached)
 
     def _onward(self, order: int, reached: Bits, level: Level, skipped: Bits | None) -> Bits:
-        """Return which of the `reached` runs of `order` have their halves looked at next."""
+        """Return which of the `reached` runs of `order` are split into halves to walk next."""
         # a > b of two bools is a & ~b, in one operation.
         onward: Bits = np.greater(reached, level.succeeded)
         if order == self._order and self.policy.fail_ends_range and "guard" in self.occupancy.given:
@@ -196,7 +194,7 @@ class Walk:
         return attempted, succeeded, skipped
 
     def _walk_runs(self, orders: tuple[int, ...]) -> None:
-        """Walk where each run is scanned for itself: each order as far as its runs pass, then the next smaller one."""
+        """Walk with a scan of each run: each order as far as its runs pass, then the next smaller one."""
         n, outside = self.rules.geometry.ptes_per_pmd, self.planes.outside
         begin = 0 if outside is None else outside.argmin(axis=1)
         at: NDArray[np.intp] = np.where(self.passed, begin, n)
@@ -214,10 +212,10 @@ class Walk:
             self._reached += int(np.count_nonzero(ahead & (number <= first[:, None]))) << order
             before = number < first[:, None]
             tried = done & before
-            # An order that does not fit into the mapping is passed over.
+            # An order that does not fit into the mapping is skipped.
             at = np.where(ahead.any(axis=1), first << order, at)
             if "guard" in self.occupancy.given:
-                # A guard marker passes the scan of a run as a swap entry, and makes the attempt fail.
+                # A guard marker passes the scan of a run as a swap entry, but makes the attempt fail.
                 guarded = self.occupancy.count("guard", order) > 0
                 failed = self._fails(order, attempted & guarded & (number == first[:, None]))
                 tried |= failed
@@ -227,7 +225,7 @@ class Walk:
         self.given_up = at
 
     def _fails(self, order: int, attempted: Bits) -> Bits:
-        """Which of the `attempted` runs of `order` end in FAIL, which nothing but a look at their PTEs tells."""
+        """Return which of the `attempted` runs of `order` end in FAIL, which only their single PTEs show."""
         failed: Bits = attempted.copy()
         rows, indices = np.nonzero(attempted)
         checks = self.checks.attempt(order)
@@ -236,9 +234,9 @@ class Walk:
         return failed
 
     def _hindered(self, runs: Runs, attempted: Bits) -> tuple[Bits | None, Bits | None]:
-        """Which runs of an order cannot be collapsed, and which of the attempted ones are skipped for a large folio.
+        """Return which runs of an order cannot be collapsed, and which attempted ones are skipped for a large folio.
 
-        None stands for "none of them".
+        None stands for no runs.
         """
         checks = self.checks.attempt(runs.order)
         other = self._stopped_by_counts(runs, checks)
@@ -256,14 +254,14 @@ class Walk:
         return hindered, skipped
 
     def _stopped_by_counts(self, runs: Runs, checks: Checks) -> Bits | None:
-        """Which runs anything but a large folio stops; None if no run can be stopped."""
+        """Return which runs fail a check other than that for a large folio; None if no run can."""
         stopped: Bits | None = None
         for bits in self._stops(runs, checks):
             stopped = bits if stopped is None else stopped | bits
         return stopped
 
     def _stops(self, runs: Runs, checks: Checks) -> Iterator[Bits]:
-        """Yield the runs that each hindrance but a large folio stops."""
+        """Yield the runs that fail each check other than that for a large folio."""
         given, count = self.occupancy.given, self.occupancy.count
         if checks.limits.none < runs.size:
             contents = runs.occupied + runs.swap if "swap" in given else runs.occupied
@@ -284,27 +282,27 @@ class Walk:
         if checks.page:
             yield (runs.occupied + runs.swap == 0) if "swap" in given else (runs.occupied == 0)
         if checks.references:
-            # A run that may not be filled throughout has a page; it is referenced unless pages say otherwise.
+            # A run with a limit on holes has a page, which is referenced unless a plane says otherwise.
             if checks.limits.none >= runs.size - 1 or "unreferenced" in given or "swap" in given:
                 yield runs.referenced == 0
             if "swap" in given and checks.references > 1:
                 yield (runs.swap > 0) & (runs.referenced < checks.references)
 
-    # What the walk amounts to, made when asked for.
+    # The results of the walk, computed at first use.
 
     def orders(self, out: NDArray[np.int8]) -> None:
-        """Write the order of each page's folio afterwards to `out`: int8, shape (ranges, ptes_per_pmd)."""
+        """Write the order of each page's folio after the walk to `out`: int8, shape (ranges, ptes_per_pmd)."""
         self._write(self.there.packed_present(), out)
         planes = self.there.planes
         if planes.folio_order is not None:
             np.maximum(out, planes.present + planes.occupied * planes.folio_order - 1, out=out)
 
     def made(self, out: NDArray[np.int8]) -> None:
-        """Write the order of the folio that each page would be collapsed into, 0 if none, to `out`: int8, as above."""
+        """Write the order that each page is collapsed to, 0 if it is not, to `out`, as for :meth:`orders`."""
         self._write(np.full_like(self.there.packed_present(), 255), out)
 
     def _write(self, present: NDArray[np.uint8], out: NDArray[np.int8]) -> None:
-        """Write the orders to `out` that these bits of present pages have afterwards."""
+        """Write the orders after the walk of pages with these packed bits to `out`."""
         if self._order < PART_ORDER or min(self.levels, default=PART_ORDER) < PART_ORDER:
             look_up_orders(self._states(), present, out, self._order)
             return
@@ -314,12 +312,12 @@ class Walk:
         write_orders(self._states(PART_ORDER), rest, present, out, self._order)
 
     def _states(self, bottom: int = 3) -> States:
-        """Return how the runs of order `bottom` are collapsed, but for the rest."""
+        """Return how the runs of order `bottom` are collapsed, without the rest."""
         collapsed = {order: level.succeeded for order, level in self.levels.items()}
         return states_of(collapsed, self.ranges, self._order, bottom)
 
     def resident(self) -> NDArray[np.int32]:
-        """Present, non-zero pages: int32, shape (ranges,)."""
+        """Return the present, non-zero pages: int32, shape (ranges,)."""
         return self.there.runs(self._order).occupied[:, 0].astype(np.int32)
 
     @cached_property
@@ -373,22 +371,22 @@ class Walk:
         return attempts[np.lexsort((-attempts.order, attempts.offset, attempts.range))]
 
     def scan_result(self) -> NDArray[np.int8]:
-        """One ScanResult per PMD range: int8, shape (ranges,)."""
+        """Return one ScanResult per PMD range: int8, shape (ranges,)."""
         result = self.scanned()
         result[result == ScanResult.SUCCEED] = ScanResult.FAIL
         if self.policy.scans_each_run and self.levels:
             self._add_run_scans(result)
         tried = self.attempts
-        # Of several values stored at one place the last one stays: the last attempt's.
+        # Of several values stored at one index the last one stays, which is the last attempt's.
         result[tried.range] = tried.result
         result[tried.succeeded.range] = ScanResult.SUCCEED
         return result
 
     def _add_run_scans(self, result: NDArray[np.int8]) -> None:
-        """Say what stopped the last run that was scanned, where the rest of a PMD range was given up."""
+        """Set the result of ranges that were given up: that of the last run that was scanned."""
         smallest = min(self.levels)
         rows = np.flatnonzero((self.given_up < self.rules.geometry.ptes_per_pmd) & (result == ScanResult.FAIL))
         stopped = first_hindrances(self.planes, smallest, rows, self.given_up[rows], self.checks.attempt(smallest))
-        # A run that nothing hinders was not full enough for its policy, and so not scanned.
+        # A run that fails no check was not full enough for its policy, and so was not scanned.
         stopped[stopped == ScanResult.SUCCEED] = ScanResult.FAIL
         result[rows] = stopped
