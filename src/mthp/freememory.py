@@ -7,6 +7,7 @@ Linux and the simulated machine print the same texts: ``/proc/buddyinfo``, ``/pr
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -131,19 +132,23 @@ def parse_free_memory(buddyinfo: str, zoneinfo: str, pagetypeinfo: str = "") -> 
         buddyinfo, zoneinfo, pagetypeinfo: texts of the files of ``/proc``; the last is empty if it cannot be read.
     """
     details = dict(_zone_details(zoneinfo))
-    movable = _movable_pages(pagetypeinfo)
+    types = dict(_types(pagetypeinfo))
     zones = []
     for name, blocks in _free_blocks(buddyinfo).items():
         kept, listed = details.get(name, (0, 0))
-        free, used = movable.get(name, (None, 0))
-        zones.append(FreeZone(tuple(blocks), kept, free, used, listed))
+        movable, used = None, 0
+        if name in types:
+            pages, elsewhere = types[name]
+            movable = max(0, _pages(blocks) - elsewhere)
+            used = max(0, pages - movable)
+        zones.append(FreeZone(tuple(blocks), kept, movable, used, listed))
     return FreeMemory(tuple(zones))
 
 
 _Zone = tuple[int, str]
 """Number of the zone's node, and name of the zone."""
 
-_ZONE = re.compile(r"Node\s+(\d+), zone\s+(\w+)(?:, type\s+(\w+))?\s*(.*)")
+_ZONE = re.compile(r"Node\s+(\d+), zone\s+(\w+)(?:, type\s+(\w+))?\s*((?:>?\d+\s*)*)")
 
 
 def _free_blocks(text: str) -> dict[_Zone, list[int]]:
@@ -155,7 +160,7 @@ def _rows(text: str) -> Iterator[tuple[int, str, str, list[int]]]:
     """Yield node, zone, migrate type and numbers of each line of a zone."""
     for line in text.splitlines():
         if match := _ZONE.fullmatch(line.strip()):
-            # The kernel stops counting a list at 100 000 blocks, and prints ">100000".
+            # The kernel stops counting a list of a type at 100 000 blocks, and prints ">100000".
             numbers = [int(word.lstrip(">")) for word in match[4].split()]
             yield int(match[1]), match[2], match[3] or "", numbers
 
@@ -168,25 +173,30 @@ def _zone_details(text: str) -> Iterator[tuple[_Zone, tuple[int, int]]]:
         least, protection = re.search(r"\bmin\s+(\d+)", part), re.search(r"protection: \(([^)]*)\)", part)
         if head is None or least is None:
             continue
-        reserve = max(
-            (int(word) for word in (protection[1] if protection else "").split(",") if word.strip()), default=0
-        )
+        reserve = max(map(int, re.findall(r"\d+", protection[1])), default=0) if protection else 0
         lists = re.findall(r"nr_zone_(?:in)?active_(?:anon|file)\s+(\d+)|nr_zone_unevictable\s+(\d+)", part)
         on_lists = sum(int(either or other) for either, other in lists)
         yield (int(head[1]), head[2]), (int(least[1]) + reserve, on_lists)
 
 
-def _movable_pages(text: str) -> dict[_Zone, tuple[int, int]]:
-    """Return the free and the used pages in movable page blocks of each zone."""
+def _types(text: str) -> Iterator[tuple[_Zone, tuple[int, int]]]:
+    """Yield for each zone the pages of its movable page blocks, and the free pages of the other types.
+
+    Movable lists are the long ones, which the kernel does not count to their end (pagetypeinfo_showfree_print(),
+    mm/vmstat.c).
+    """
     order = re.search(r"Page block order:\s*(\d+)", text)
     free_text, _, blocks_text = text.partition("Number of blocks type")
     names, _, counts_text = blocks_text.partition("\n")
     if order is None or "Movable" not in names.split():
-        return {}
+        return
     column = names.split().index("Movable")
-    free = {(node, zone): _pages(counts) for node, zone, kind, counts in _rows(free_text) if kind == "Movable"}
-    blocks = {(node, zone): counts[column] for node, zone, _, counts in _rows(counts_text)}
-    return {name: (free[name], (count << int(order[1])) - free[name]) for name, count in blocks.items() if name in free}
+    elsewhere: Counter[_Zone] = Counter()
+    for node, zone, kind, counts in _rows(free_text):
+        elsewhere[node, zone] += _pages(counts) if kind != "Movable" else 0
+    for node, zone, _, counts in _rows(counts_text):
+        if len(counts) > column:
+            yield (node, zone), (counts[column] << int(order[1]), elsewhere[node, zone])
 
 
 def _pages(blocks: Sequence[int]) -> int:

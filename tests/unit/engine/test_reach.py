@@ -54,7 +54,7 @@ Free pages count per migrate type at order       0      1      2      3
 Node    0, zone      DMA, type    Unmovable      0      0      1      0
 Node    0, zone      DMA, type      Movable      0      0      0      0
 Node    0, zone   Normal, type    Unmovable      0      0      0      0
-Node    0, zone   Normal, type      Movable     >8      3      0      2
+Node    0, zone   Normal, type      Movable     >5      3      0      2
 
 Number of blocks type     Unmovable      Movable      Isolate
 Node 0, zone      DMA            1            0            0
@@ -73,6 +73,14 @@ def test_the_texts_of_linux_are_read_zone_by_zone() -> None:
     assert free.packed(sure=6) == 0.4
     assert free.plus(4).spare == free.spare + 4
     assert not parse_free_memory(BUDDYINFO, ZONEINFO).known_types
+
+
+@pytest.mark.parametrize("noise", ["Node", "Node 0, zone   Normal a b", "Node 0, zone   Normal, type", "\0"])
+def test_lines_that_are_none_of_these_are_passed_over(noise: str) -> None:
+    texts = [f"{noise}\n{text}{noise}\n" for text in (BUDDYINFO, ZONEINFO, PAGETYPEINFO)]
+    assert parse_free_memory(*texts) == parse_free_memory(BUDDYINFO, ZONEINFO, PAGETYPEINFO)
+    cut = PAGETYPEINFO.replace("            2            6            0", "            2")
+    assert parse_free_memory(BUDDYINFO, ZONEINFO, cut).zones[1].movable is None
 
 
 @pytest.mark.parametrize("missing", ["buddyinfo", "zoneinfo"])
