@@ -9,7 +9,7 @@ RUNS := $(VENV)/.runs
 MINUTES ?= 10
 KERNELS ?= 7.3
 
-.PHONY: demo test lint types docs picture man changelog dist deb image bench vm vm-fuzz clean
+.PHONY: demo test lint types docs picture man changelog dist deb deb-check image bench vm vm-fuzz clean
 
 demo: $(RUNS)  ## mTHPs beside huge pages on two live processes
 	$(BIN)/mthp demo
@@ -48,6 +48,9 @@ dist: $(RUNS)  ## wheel and sdist, in dist
 
 deb: $(STAMP)  ## a package for Debian 13 and later, in dist
 	packaging/build_deb.sh $(abspath $(BIN)/python)
+
+deb-check: deb  ## install that package in a bare Debian 13, and run it there (takes root, debootstrap and a mirror)
+	packaging/check_deb.sh $$(ls -t dist/*.deb | head -n 1)
 
 image: ## a container image called mthp, by docker or podman
 	$(or $(shell command -v docker || command -v podman),$(error there is neither docker nor podman)) build \
