@@ -92,15 +92,15 @@ class Watched:
     @property
     def sentences(self) -> list[str]:
         """Return the result in sentences for users."""
-        lines = list(self._told())
+        lines = list(self._described())
         if self.lost:
             lines.append(f"{self.lost} events were lost, because they came faster than they could be read")
         return lines
 
-    def _told(self) -> Iterator[str]:
+    def _described(self) -> Iterator[str]:
         begin = f"in {self.seconds:.0f} s of watching"
         if not self.visible:
-            yield f"{begin} no scan could be told apart: no page that khugepaged may scan is of this process alone"
+            yield f"{begin} no scan could be attributed: no page that khugepaged may scan is of this process alone"
             return
         if not self.scans:
             rest = f"; khugepaged rests {self.sleep_ms} ms after each pass" if self.sleep_ms else ""
@@ -110,13 +110,13 @@ class Watched:
         for address, scan in self.scans:
             grouped.setdefault((scan.by, scan.outcome), []).append(address)
         for (by, outcome), addresses in grouped.items():
-            who = by if by in ("", KHUGEPAGED) else f"MADV_COLLAPSE of {by}"
+            agent = by if by in ("", KHUGEPAGED) else f"MADV_COLLAPSE of {by}"
             ranges = list(dict.fromkeys(address for address in addresses if address is not None))
             where = ", ".join(f"{address:#x}" for address in ranges[:SHOWN])
             where += f" and {len(ranges) - SHOWN} more" if len(ranges) > SHOWN else ""
             times = "once" if len(addresses) == 1 else f"{len(addresses)} times"
             at = f" at {where}" if where else " where it names no page"
-            yield f"{begin} {who or 'the kernel'} scanned {times}{at}: {outcome}"
+            yield f"{begin} {agent or 'the kernel'} scanned {times}{at}: {outcome}"
 
 
 def watch_scans(
@@ -150,7 +150,7 @@ def watch_scans(
     # Pages may have come or moved meanwhile.
     with contextlib.suppress(TargetVanishedError):
         known.append(_frames(space, within))
-    scans, others = told_apart(visits.scans, known, space.geometry.pmd_size, within)
+    scans, others = attributed(visits.scans, known, space.geometry.pmd_size, within)
     visible = any(len(each.frame) for each in known)
     return Watched(over, scans, others, lost, visible, space.sysfs.text("khugepaged/scan_sleep_millisecs") or "")
 
@@ -209,7 +209,7 @@ class Visits:
             self.scans.append(scan)
 
 
-def told_apart(
+def attributed(
     scans: Sequence[Scan], known: Sequence[Frames], size: int, within: Segment | None
 ) -> tuple[tuple[tuple[int | None, Scan], ...], int]:
     """Return the scans of the process that has the frames `known`, with their PMD ranges, and the number of others.

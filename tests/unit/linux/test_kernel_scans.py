@@ -14,7 +14,7 @@ from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.geometry import X86_64
 from mthp.linux.abi import PERF_RECORD_LOST, PERF_RECORD_SAMPLE
 from mthp.linux.heat.frames import Frames
-from mthp.linux.kernel_scans import COLLAPSE, KHUGEPAGED, SCAN, Scan, Threads, Visits, Watched, told_apart
+from mthp.linux.kernel_scans import COLLAPSE, KHUGEPAGED, SCAN, Scan, Threads, Visits, Watched, attributed
 from mthp.linux.tracepoints import Event, Format, read_formats, take_records, tracefs
 from mthp.results import ScanResult
 
@@ -24,7 +24,7 @@ NO_FRAME = (1 << 64) - 1
 COMMON = [("unsigned short common_type", 2, 0), ("int common_pid", 4, 1)]
 SIX = [*COMMON, ("struct mm_struct * mm", 8, 0), ("unsigned long pfn", 8, 0), ("int status", 4, 1)]
 FIVE = [*SIX[:-1], ("bool writable", 1, 0), *SIX[-1:]]
-"""Earlier releases also told whether a page was writable."""
+"""Earlier releases also have whether a page was writable."""
 FILE = [*SIX[:-1], ("__data_loc char[] filename", 4, 0), *SIX[-1:]]
 
 
@@ -120,19 +120,19 @@ def test_the_space_with_most_of_the_frames_is_the_own() -> None:
     # The frame 1001 went to another process meanwhile; the scan without a frame is of the same space as the others.
     scans = [scan(1000), scan(1001, OTHER), scan(1512), scan(NO_FRAME), scan(NO_FRAME, OTHER), scan(5)]
     scans[-1] = scan(5, OTHER)
-    found, others = told_apart(scans, [frames(*range(1024))], PMD, None)
+    found, others = attributed(scans, [frames(*range(1024))], PMD, None)
     assert [address for address, _ in found] == [BASE, BASE + PMD, None]
     assert others == 3
 
 
 def test_pages_that_moved_are_known_by_either_look() -> None:
     looks = [frames(0, 1), frames(0, 1, first=3000)]
-    found, _ = told_apart([scan(1000), scan(3001)], looks, PMD, None)
+    found, _ = attributed([scan(1000), scan(3001)], looks, PMD, None)
     assert [address for address, _ in found] == [BASE, BASE]
 
 
 def test_within_a_range_scans_of_others_are_left_out() -> None:
-    found, others = told_apart([scan(1000), scan(77), scan(78, OTHER)], [frames(0, 1)], PMD, (BASE, BASE + PMD))
+    found, others = attributed([scan(1000), scan(77), scan(78, OTHER)], [frames(0, 1)], PMD, (BASE, BASE + PMD))
     assert [address for address, _ in found] == [BASE]
     assert others == 1
 
@@ -161,13 +161,13 @@ def test_threads_are_named_in_the_first_namespace_alone(tmp_path: Path) -> None:
     assert Threads(tmp_path)[52] == ""
 
 
-def told(*scans: tuple[int | None, Scan], others: int = 0, lost: int = 0, visible: bool = True) -> str:
+def described(*scans: tuple[int | None, Scan], others: int = 0, lost: int = 0, visible: bool = True) -> str:
     return " / ".join(Watched(5.0, scans, others, lost, visible, "10000").sentences)
 
 
-def test_scans_are_told_in_sentences() -> None:
+def test_scans_are_described_in_sentences() -> None:
     refused = scan(1, word=ScanResult.EXCEED_NONE_PTE.trace_word)
-    said = told(
+    said = described(
         *((BASE + at * PMD, refused) for at in range(5)), (BASE, scan(1, by="java (99)")), (None, scan(1, by=""))
     )
     assert f"khugepaged scanned 5 times at {BASE:#x}" in said
@@ -176,11 +176,11 @@ def test_scans_are_told_in_sentences() -> None:
     assert "the kernel scanned once where it names no page: collapsed" in said
 
 
-def test_why_nothing_was_seen_is_told() -> None:
-    assert "12 times in other processes; khugepaged rests 10000 ms" in told(others=12)
-    assert "is of this process alone" in told(visible=False)
-    assert "3 events were lost" in told(lost=3)
+def test_why_nothing_was_seen_is_explained() -> None:
+    assert "12 times in other processes; khugepaged rests 10000 ms" in described(others=12)
+    assert "is of this process alone" in described(visible=False)
+    assert "3 events were lost" in described(lost=3)
 
 
-def test_a_word_of_a_later_release_is_told_as_it_is() -> None:
+def test_a_word_of_a_later_release_is_shown_as_it_is() -> None:
     assert scan(1, word="too_hot_to_handle").outcome == "left alone, too hot to handle"
