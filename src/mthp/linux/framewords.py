@@ -93,11 +93,15 @@ class FrameWords:
         place >>= bits
         # A frame that is mapped twice makes runs overlap.
         end = np.maximum.accumulate(place + counts[run])
-        firsts = np.append(0, np.flatnonzero(place[1:] - end[:-1] > _WORDS_A_CALL) + 1)
+        gaps = place[1:] - end[:-1]
+        skipped = gaps > _WORDS_A_CALL
+        firsts = np.append(0, np.flatnonzero(skipped) + 1)
         starts, ends = place[firsts], end[np.append(firsts[1:], len(end)) - 1]
         buffer = self._load(starts, ends - starts)
         # Move from each run's position in the file to its position in the buffer.
-        place += np.repeat(np.cumsum(ends - starts) - ends, np.diff(firsts, append=len(place)))
+        gaps *= skipped
+        place -= place[0]
+        place[1:] -= np.cumsum(gaps)
         moved = np.empty_like(place)
         moved[run] = place
         moved -= at
