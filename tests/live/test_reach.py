@@ -14,7 +14,16 @@ import pytest
 
 from e2e.helpers import Actor, mthp, mthp_json
 from memory_cgroups import memory_cgroup
+from mthp.budget import Amount
+from mthp.engine.collapse import carry_out
+from mthp.engine.planning import plan_space
+from mthp.engine.reached import Reach, reach_of
+from mthp.engine.select import PlanOptions
+from mthp.engine.space_plan import SpacePlan
 from mthp.linux.headroom import parse_meminfo
+from mthp.linux.live import LiveAddressSpace, open_live
+from mthp.means import Means
+from mthp.measuring import measure
 from targets import MADV_HUGEPAGE, PAGE_SIZE, PMD_ORDER, PMD_SIZE
 from thp_switches import THP_ROOT, ThpSwitches
 from waiting import until
@@ -25,6 +34,7 @@ MIB = 1 << 20
 PMD = ("--orders", f"order={PMD_ORDER}")
 POINTS = 0.05
 RANGES = 32
+MEANS = Means(max_bloat=None, reserve=Amount(size=0))
 SMALL_MACHINE = 4 << 30
 """Bytes of memory up to which a machine is taken to be a guest of the lab, whose memory may be fragmented."""
 
@@ -109,17 +119,30 @@ def fragmented(left: int, holes: int) -> Iterator[None]:
             hog.kill()
 
 
-LEFT = 40 * MIB
+LEFT = 96 * MIB
 HOLES = [0, 16 * MIB, 60 * MIB, 200 * MIB]
+
+
+@contextlib.contextmanager
+def planned(target: Actor, holes: int) -> Iterator[tuple[LiveAddressSpace, SpacePlan, Reach]]:
+    """Fragment memory beside a target; in this process, as another one would take of what is left."""
+    with open_live(target.pid) as space, fragmented(LEFT, holes):
+        plan = plan_space(space, PlanOptions(orders=[PMD_ORDER]))
+        reach = reach_of(space, plan, MEANS)
+        print(holes, plan.folios_by_order, reach)
+        yield space, plan, reach
+
+
+def covered(space: LiveAddressSpace) -> float:
+    return measure(space, space.vmas()).now.share(PMD_ORDER)
 
 
 @pytest.mark.parametrize("holes", HOLES)
 def test_a_collapse_reaches_what_compaction_allows(target: Actor, holes: int) -> None:
     target.fill(target.map(RANGES * PMD_SIZE), RANGES * PMD_SIZE // PAGE_SIZE)
-    with fragmented(LEFT, holes):
-        reach = predicted(target.pid)
-        print(reach)
-        assert reached(target.pid) == pytest.approx(reach["after_compaction"]["coverage"], abs=POINTS)
+    with planned(target, holes) as (space, plan, reach):
+        carry_out(space, plan, MEANS)
+        assert covered(space) == pytest.approx(reach.compacted.coverage, abs=POINTS)
 
 
 @pytest.mark.parametrize("holes", HOLES)
@@ -130,14 +153,11 @@ def test_khugepaged_reaches_what_is_free_now(target: Actor, holes: int, thp_swit
     thp_switches.set("khugepaged/pages_to_scan", str(1 << 20))
     address = target.map(RANGES * PMD_SIZE)
     target.fill(address, RANGES * PMD_SIZE // PAGE_SIZE)
-    with fragmented(LEFT, holes):
-        now = predicted(target.pid)["now"]
-        print(now)
+    with planned(target, holes) as (space, _, reach):
         thp_switches.only(f"{PMD_SIZE >> 10}kB")
         target.tell("madvise", address, RANGES * PMD_SIZE, MADV_HUGEPAGE)
         file = THP_ROOT / "khugepaged" / "full_scans"
         scans = int(file.read_text())
         until(lambda: int(file.read_text()) > scans + 2, "khugepaged has been everywhere three times")
         thp_switches.only()
-        coverage = mthp_json("plan", target.pid, *PMD)["coverage"]
-        assert coverage == pytest.approx(now["coverage"], abs=POINTS)
+        assert covered(space) == pytest.approx(reach.now.coverage, abs=POINTS)

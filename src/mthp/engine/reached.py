@@ -29,6 +29,10 @@ from mthp.units import format_size
 
 Progress = Callable[[int, int, str], None]
 
+MOST_FRAMES = 1 << 24
+"""Pages of a plan up to which their frames are looked up, 64 GiB on x86-64. It takes some 50 bytes for each; in larger
+plans the blocks that come free as a whole are left out, so what is predicted is less than what is reached."""
+
 NO_TYPES = "not known: /proc/pagetypeinfo cannot be read, run it as root"
 
 
@@ -73,17 +77,11 @@ class Reach:
     trimmed: Reached
 
 
-def reach_of(
-    space: AddressSpace,
-    plan: SpacePlan,
-    means: Means,
-    progress: Progress | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Reach:
+def reach_of(space: AddressSpace, plan: SpacePlan, means: Means, progress: Progress | None = None) -> Reach:
     """Predict the part of `plan` that `means` can reach, in each way separately.
 
     Args:
-        progress, stop: used while contents are read.
+        progress: called while contents are read.
 
     Raises:
         UnsupportedError: the free memory of the machine cannot be read.
@@ -100,7 +98,7 @@ def reach_of(
         return Reach(now, Reached.unknown(NO_TYPES), Reached.unknown(NO_TYPES))
     compacted = reaching.reached(free, compacted=True)
     try:
-        trim = plan_trim(space, TrimOptions(), progress, stop)
+        trim = plan_trim(space, TrimOptions(), progress)
     except (UnsupportedError, NotPermittedError) as error:
         return Reach(now, compacted, Reached.unknown(f"not known: {error.message}"))
     if trim.by is None:
@@ -262,6 +260,8 @@ def _frames(space: AddressSpace, work: _Work) -> _Frames:
     ]
     firsts = (begins // np.uint64(page_size)).astype(np.int64)
     frames, at = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    if pages.sum() > MOST_FRAMES:
+        segments = []
     for block in in_range_blocks(segments, space.geometry, BLOCK_PAGES * page_size):
         columns = space.read(block)
         if columns.pfn is None:
