@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from fakes import FakeSpace, page_runs
+from mthp.cli import main
+from mthp.cli.render.plan import reach_table
 from mthp.engine.planning import plan_space
 from mthp.engine.reach import Limit, Steps, Supply, reachable
 from mthp.engine.reached import NO_TYPES, reach_of
@@ -20,6 +22,7 @@ from mthp.ptes import Pte
 from mthp.vma import Vma
 
 BASE = 1 << 40
+EXAMPLE = Path(__file__).parents[2] / "example.parquet"
 
 BUDDYINFO = """\
 Node 0, zone      DMA      0      0      1      0
@@ -171,3 +174,20 @@ def test_what_cannot_be_known_has_its_reason() -> None:
     trimmed = reach_of(known, plan, Means()).trimmed
     assert trimmed.coverage is None
     assert "no contents" in trimmed.limit
+
+
+def test_the_table_fits_into_a_terminal_and_names_what_limits_each_way() -> None:
+    space = OnMachine(free(*[0] * 9, 1))
+    plan = plan_space(space, PlanOptions(orders=[9]))
+    reach = reach_of(space, plan, Means(max_bloat=None))
+    heads, lines = reach_table(plan, reach).laid_out(80)
+    assert max(map(len, heads + lines)) <= 80
+    text = " ".join(" ".join(heads + lines).split())
+    assert "50.0%" in text
+    assert "1 of 2M" in text
+    assert reach.now.limit in text
+
+
+def test_a_file_has_no_machine_whose_memory_could_be_short(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLE), "--reachable"]) == UnsupportedError.exit_code
+    assert "free memory of its machine cannot be seen" in capsys.readouterr().err
