@@ -229,6 +229,33 @@ def test_metrics_are_read_by_a_parser_of_prometheus(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("pmd_only")
+def test_the_service_is_known_of_a_process_that_a_rule_finds_by_its_pid(run: Path) -> None:
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    mount = next((words[1] for words in mounts if words[2] == "cgroup2"), None)
+    if mount is None:
+        pytest.skip("needs cgroup v2")
+    group = Path(mount) / f"mthp-test-{os.getpid()}.service"
+    group.mkdir()
+    port = _free_port()
+    try:
+        with Puppet() as puppet:
+            (group / "cgroup.procs").write_text(str(puppet.pid))
+            small_pages(puppet)
+            with RunningDaemon(run, "--pid", str(puppet.pid), *HUGE, "--metrics", str(port)) as daemon:
+                until(lambda: daemon.collapsed(puppet.pid) >= RANGES * PMD_SIZE, "the collapse")
+                target = daemon.target(puppet.pid)
+                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE).read().decode()
+    finally:
+        until(lambda: not (group / "cgroup.procs").read_text(), "the end of the process")
+        group.rmdir()
+    assert target is not None
+    assert target["service"] == f"unit:{group.name}"
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    (sample,) = families["mthp_service_collapsed_bytes"].samples
+    assert (sample.labels["service"], sample.value >= RANGES * PMD_SIZE) == (target["service"], True)
+
+
+@pytest.mark.usefixtures("pmd_only")
 def test_clients_that_ask_without_end_do_not_stop_the_work(run: Path) -> None:
     port, stop = _free_port(), threading.Event()
 

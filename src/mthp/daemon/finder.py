@@ -37,6 +37,9 @@ TOLD_OF = frozenset(("pid", "comm", "exe"))
 group, and the log of a container is linked after it has started.
 """
 
+SERVICE = frozenset(("pod", "container", "unit"))
+"""Properties that name the service of a process."""
+
 
 class Finder:
     """Finds processes for the worker, in the main thread.
@@ -162,7 +165,12 @@ class Finder:
             rule = rules.rule_for(facts if was_named else replace(facts, pid=NOBODY))
             if rule is not None and (rule.deny or pid in self._ancestors):
                 rule = None
-            self._match(facts, rule)
+            self._match(facts if rule is None else self._with_service(facts), rule)
+
+    def _with_service(self, facts: ProcessFacts) -> ProcessFacts:
+        """Return `facts` with those that name the service too, whether or not a rule names one of them."""
+        found = self._facts.read(facts.pid, self._environment.configuration.rules.properties | SERVICE)
+        return found if found is not None and found.starttime == facts.starttime else facts
 
     def _match(self, facts: ProcessFacts, rule: Rule | None) -> None:
         """Apply `rule` to a process from now on; None to leave it alone."""
