@@ -177,6 +177,25 @@ def test_rules_are_read_again_on_sighup_and_bad_ones_are_refused_as_a_whole(run:
         assert threads_of(puppet.pid)
 
 
+def test_files_of_conf_d_come_and_go_on_sighup(run: Path, tmp_path: Path) -> None:
+    more = tmp_path / "etc" / "conf.d"
+    more.mkdir(parents=True)
+    (tmp_path / "etc" / "mthp.toml").write_text('[daemon]\ncpu = "5%"\n')
+    with Puppet() as puppet, RunningDaemon(run, "--config", str(tmp_path / "etc")) as daemon:
+        (more / "twice.toml").write_text('[daemon]\ncpu = "6%"\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: daemon.status()["refused_reloads"] == 1, "the refusal")
+        assert "twice.toml:2: daemon.cpu is set twice" in daemon.said
+        (more / "twice.toml").unlink()
+        (more / "mine.toml").write_text(f"[[rule]]\nmatch = {{ pid = {puppet.pid} }}\n")
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: daemon.target(puppet.pid) is not None, "the new rule")
+        assert daemon.status()["cpu"] == 0.05
+        (more / "mine.toml").unlink()
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: daemon.target(puppet.pid) is None, "the end of the rule")
+
+
 @pytest.mark.usefixtures("thp_switches")
 def test_sizes_that_take_the_mover_are_left_with_the_price(run: Path) -> None:
     with (

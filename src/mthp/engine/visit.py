@@ -29,13 +29,12 @@ from mthp.engine.filled import FilledPages
 from mthp.engine.policy import Policy
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import BLOCK_PMD_RANGES, Job, PlanOptions, base_rules, jobs_of, read_planes
-from mthp.engine.visited import Clock, Found, Passage, WallClock
+from mthp.engine.visited import Clock, Found, Passage, WallClock, folio_pages
 from mthp.engine.walk import Walk
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.means import Means
-from mthp.metrics import ORDERS
-from mthp.ptes import ORDER_NONE, Pte, Segment
+from mthp.ptes import Segment
 from mthp.results import DONE_THERE, LOWER_ORDERS_MAY_SUCCEED, BlockOutcome, ScanResult
 from mthp.vma import VmaKind
 
@@ -44,8 +43,6 @@ FRESH = 1.0
 
 FILLING = Means(fill=True)
 """The default means of a visit: the policy decides what is filled."""
-
-_PRESENT, _MAPPED = np.uint16(Pte.PRESENT), np.uint16(Pte.PRESENT | Pte.ZERO)
 
 _LISTING_IS_STALE = frozenset({ScanResult.VMA_NULL, ScanResult.VMA_CHECK, ScanResult.ADDRESS_RANGE})
 
@@ -245,7 +242,7 @@ class Visit:
         results, attempts, released = block.carry_out(count)
         failed = any(attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL for attempt in attempts)
         result = ScanResult.ALLOC_HUGE_PAGE_FAIL if failed else ScanResult(int(results[-1]))
-        pages = block.folio_pages(count, attempts) if self._count_folios else None
+        pages = folio_pages(block.columns, chosen[:count], attempts, self.geometry) if self._count_folios else None
         return Passage(end, looked_at, chosen[:count], results, result, released, tuple(attempts), pages)
 
 
@@ -263,7 +260,7 @@ class _Block:
         self._visit = visit
         self._addresses = addresses
         self._checks = PolicyChecks(visit.policy, job.rules)
-        self._columns, planes = read_planes(visit.space, job, addresses)
+        self.columns, planes = read_planes(visit.space, job, addresses)
         if visit.policy.remembers_filled and (filled := visit.filled.of(addresses)) is not None:
             # A page that was unmapped since is not filled any more.
             planes = dataclasses.replace(planes, filled=filled & planes.present)
@@ -292,27 +289,6 @@ class _Block:
             attempts += self._collapse(rows, candidates, results)
             attempts.sort(key=lambda attempt: (attempt.address, -attempt.order))
         return results, attempts, bool(candidates)
-
-    def folio_pages(self, count: int, attempts: Sequence[BlockOutcome]) -> NDArray[np.int32]:
-        """Return the present pages of the first `count` ranges by the order of their folio: int32, (count, ORDERS)."""
-        n, page_size = self._visit.geometry.ptes_per_pmd, self._visit.geometry.page_size
-        there = self._columns.state[: count * n] & _MAPPED == _PRESENT
-        order = np.where(there, self._columns.folio_order[: count * n], np.int8(ORDER_NONE))
-        for attempt in attempts:
-            if attempt.result is ScanResult.SUCCEED:
-                row = int(np.searchsorted(self._addresses, attempt.address, side="right")) - 1
-                first = row * n + (attempt.address - int(self._addresses[row])) // page_size
-                order[first : first + (1 << attempt.order)] = attempt.order
-        # By runs of one order, because pages are many and runs are few.
-        begins = np.ones(count * n, np.bool_)
-        begins[1:] = order[1:] != order[:-1]
-        begins[::n] = True
-        at = np.flatnonzero(begins)
-        pages = np.diff(at, append=count * n)
-        known = order[at] >= 0
-        at, pages = at[known], pages[known]
-        cells = np.bincount(at // n * ORDERS + order[at], pages, minlength=count * ORDERS)
-        return cells.reshape(count, ORDERS).astype(np.int32)
 
     def _admitted(self, count: int, results: NDArray[np.int8]) -> list[tuple[int, Candidate]]:
         """Return the runs to try, each with its row; set `results` of ranges that are left without one."""
@@ -395,7 +371,7 @@ class _Block:
         visit.touching = True
         try:
             blocks = [candidate.block for candidate in candidates]
-            outcomes = collapse_batch(visit.space, blocks, visit.means, self._columns)
+            outcomes = collapse_batch(visit.space, blocks, visit.means, self.columns)
         finally:
             visit.touching = False
         done: set[int] = set()

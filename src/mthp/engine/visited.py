@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.ptes import Segment
+from mthp.geometry import Geometry
+from mthp.metrics import ORDERS
+from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 
 
@@ -56,6 +59,39 @@ class Passage:
     released: bool = False
     attempts: tuple[BlockOutcome, ...] = ()
     folio_pages: NDArray[np.int32] | None = None
+
+
+def folio_pages(
+    columns: PteColumns, addresses: NDArray[np.uint64], attempts: Sequence[BlockOutcome], geometry: Geometry
+) -> NDArray[np.int32]:
+    """Return the present pages of some PMD ranges by the order of their folio: int32, shape (ranges, ORDERS).
+
+    Args:
+        columns: the entries of these ranges, and maybe of others behind them, before the attempts.
+        addresses: uint64, shape (ranges,), ascending.
+        attempts: of the folios that were made since.
+    """
+    n, count = geometry.ptes_per_pmd, len(addresses)
+    there = columns.state[: count * n] & _MAPPED == _PRESENT
+    order = np.where(there, columns.folio_order[: count * n], np.int8(ORDER_NONE))
+    for attempt in attempts:
+        if attempt.result is ScanResult.SUCCEED:
+            row = int(np.searchsorted(addresses, attempt.address, side="right")) - 1
+            first = row * n + (attempt.address - int(addresses[row])) // geometry.page_size
+            order[first : first + (1 << attempt.order)] = attempt.order
+    # By runs of one order, because pages are many and runs are few.
+    begins = np.ones(count * n, np.bool_)
+    begins[1:] = order[1:] != order[:-1]
+    begins[::n] = True
+    at = np.flatnonzero(begins)
+    pages = np.diff(at, append=count * n)
+    known = order[at] >= 0
+    at, pages = at[known], pages[known]
+    cells = np.bincount(at // n * ORDERS + order[at], pages, minlength=count * ORDERS)
+    return cells.reshape(count, ORDERS).astype(np.int32)
+
+
+_PRESENT, _MAPPED = np.uint16(Pte.PRESENT), np.uint16(Pte.PRESENT | Pte.ZERO)
 
 
 class VisitedSpace(Protocol):
