@@ -162,8 +162,10 @@ assert libc.syscall(ctypes.c_long(427), ctypes.c_long(ring), ctypes.c_long(0), v
 
 
 @pytest.fixture
-def program(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
+def program(request: pytest.FixtureRequest, thp_switches: ThpSwitches) -> Iterator[tuple[int, int]]:
     """A process that does what the parameter says: its PID, and the address of its memory."""
+    # No fault brings a huge page.
+    thp_switches.default()
     code = (PROGRAM + request.param).format(pmd=PMD_SIZE, page=PAGE_SIZE)
     code += "\nprint(start, flush=True)\nsys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, text=True) as process:
