@@ -28,6 +28,7 @@ from split_ranges import ABILITY, PAGES, SPLIT, SPLITS, Target, memory_of, rando
 from split_targets import Churn
 from targets import PAGE_SIZE, PMD_ORDER, PMD_SIZE, Puppet
 from thp_switches import ThpSwitches, size_name
+from waiting import PATIENCE
 
 CHURN_SECONDS = float(os.environ.get("MTHP_TEST_CHURN_SECONDS", "10"))
 
@@ -78,7 +79,10 @@ def of_several_orders(puppet: Puppet, seed: int) -> Target:
     rng = random.Random(seed)
     while True:
         target = Target(puppet, puppet.map(PMD_SIZE), rng)
-        if len({order for _, order in target.blocks}) > 1:
+        # One write splits one half of the folio around a page, or both into equal parts.
+        small = [block for block in target.blocks if block[1] < PMD_ORDER - 1]
+        halves = {(address - target.address) // (PMD_SIZE // 2) for address, _ in small}
+        if len(halves) == 2 and len({order for _, order in target.blocks}) > 1:
             return target
 
 
@@ -332,7 +336,8 @@ def test_threads_lose_nothing_while_their_memory_is_made_again_and_again(flags: 
 
 def test_khugepaged_works_on_the_same_memory(thp_switches: ThpSwitches) -> None:
     for name, word in (
-        ("scan_sleep_millisecs", "0"),
+        # Not 0: where there is one processor, khugepaged would leave the others none of it.
+        ("scan_sleep_millisecs", "10"),
         ("alloc_sleep_millisecs", "0"),
         ("pages_to_scan", str(8 * PAGES)),
     ):
@@ -350,11 +355,11 @@ def test_khugepaged_works_on_the_same_memory(thp_switches: ThpSwitches) -> None:
 def made_beside_threads(flags: str, seconds: float) -> tuple[int, Counter[str]]:
     """Make random folios of the memory of threads that use it: how many were made, and what came of the others."""
     rng = random.Random(3)
-    end = time.monotonic() + seconds
     made = 0
     results: Counter[str] = Counter()
     with Churn(3, max(8, 2 * PMD_SIZE >> 20), 40, flags) as churn, open_live(churn.pid) as space:
-        while time.monotonic() < end:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end or (not (made or results) and time.monotonic() < end + PATIENCE):
             address = churn.address + rng.randrange(churn.size // PMD_SIZE) * PMD_SIZE
             columns = space.read([(address, address + PMD_SIZE)])
             present = columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
