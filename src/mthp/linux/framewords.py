@@ -79,36 +79,20 @@ class FrameWords:
         """Fill in the bare `words` of `frames`, at most `BLOCK_FRAMES`."""
         if not len(frames):
             return
-        # Neighbours in the address space are often neighbours in memory, so it pays to sort runs of them.
-        at = np.append(0, np.flatnonzero(np.diff(frames) != 1) + 1)
-        counts = np.diff(at, append=len(frames))
-        # Each run's frame with its index in the low bits, because sorting these takes less than half the time of
-        # np.argsort. They fit: a frame number has at most 40 bits, as physical addresses have at most 52 (x86-64, arm64
-        # with LPA).
+        # Each frame with its index in the low bits, because sorting these takes less than half the time of np.argsort.
+        # They fit: a frame number has at most 40 bits, as physical addresses have at most 52 (x86-64, arm64 with LPA).
         bits = BLOCK_FRAMES.bit_length() - 1
-        place = frames[at] << bits
-        place |= np.arange(len(at))
+        place = frames << bits
+        place |= np.arange(len(frames))
         place.sort()
-        run = place & BLOCK_FRAMES - 1
+        index = place & BLOCK_FRAMES - 1
         place >>= bits
-        # A frame that is mapped twice makes runs overlap.
-        end = np.maximum.accumulate(place + counts[run])
-        gaps = place[1:] - end[:-1]
-        skipped = gaps > _WORDS_A_CALL
-        firsts = np.append(0, np.flatnonzero(skipped) + 1)
-        starts, ends = place[firsts], end[np.append(firsts[1:], len(end)) - 1]
+        firsts = np.flatnonzero(np.diff(place, prepend=-BLOCK_FRAMES) > _WORDS_A_CALL + 1)
+        starts, ends = place[firsts], place[np.append(firsts[1:], len(place)) - 1] + 1
         buffer = self._load(starts, ends - starts)
-        # Move from each run's position in the file to its position in the buffer.
-        gaps *= skipped
-        place -= place[0]
-        place[1:] -= np.cumsum(gaps)
-        moved = np.empty_like(place)
-        moved[run] = place
-        moved -= at
-        index = np.repeat(moved, counts)
-        index += np.arange(len(frames))
-        # No index lies outside the buffer; with any other mode NumPy writes to a buffer of its own first.
-        buffer.take(index, out=words, mode="wrap")
+        # Move from each range's position in the file to its position in the buffer.
+        place += np.repeat(np.cumsum(ends - starts) - ends, np.diff(firsts, append=len(place)))
+        words[index] = buffer.take(place)
 
     def _load(self, starts: Frames, sizes: Frames) -> Words:
         """Return the words of ranges of frames, one range after another.
