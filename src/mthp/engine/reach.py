@@ -5,8 +5,8 @@ not move: they make a larger block only if they fill it completely, or after com
 split takes a block of the PMD order for each PMD range, one after the other.
 
 Compaction empties page blocks of the migrate type Movable into other such blocks, so the free memory in these bounds
-what it can make (suitable_migration_target(), mm/compaction.c). It is an upper bound: pinned pages, and the kernel's
-own pages in such blocks, do not move.
+what it can make (suitable_migration_target(), mm/compaction.c). Pinned pages, and the kernel's own pages in such
+blocks, do not move, and are not known here. Reclaim, which a collapse makes as well, is not counted.
 """
 
 from __future__ import annotations
