@@ -37,6 +37,14 @@ def test_a_case_that_was_altered(tmp_path: Path, data: st.DataObject) -> None:
     replayed(tmp_path / "cases")
 
 
+@pytest.mark.parametrize("name", ["moved", "flags"])
+def test_a_run_that_is_longer_than_the_range(name: str) -> None:
+    case: Any = next(case for case in map(json.loads, LINES) if case["passes"][0].get(name))
+    case["passes"][0][name][0][1] = 1 << 40
+    with pytest.raises(UsageError, match=f"{name} has .* entries, a PMD range has"):
+        replay_case(parse_case(json.dumps(case).encode()))
+
+
 @EXAMPLES
 @given(st.data())
 def test_bytes_of_cases(tmp_path: Path, data: st.DataObject) -> None:

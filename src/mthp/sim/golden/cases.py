@@ -367,14 +367,13 @@ def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
             not isinstance(stats, dict) or not all(isinstance(by, int) for by in stats.values())
         ):
             raise _wrong("stats", stats, "it is an object of numbers")
-        if seen.get("flags") is not None:
-            for letters in _expanded(seen, "flags", n):
-                _word(seen, "flags", letters)
+        # One value for each entry, or none at all: a run may be as long as a number can be written.
+        for name, check in (("flags", _word), ("moved", _number)):
+            for value in _expanded(seen, name, n) if seen.get(name) is not None else ():
+                check(seen, name, value)
         if not isinstance(seen.get("scan") or {}, dict):
             raise _wrong("scan", seen["scan"], "it is an object")
         _check_events(_list(seen, "events"))
-        for moved, _ in _runs(seen, "moved"):
-            _number(seen, "moved", moved)
         for run in _list(seen, "swap_offsets"):
             if not isinstance(run, list) or len(run) != 3 or not all(isinstance(number, int) for number in run):
                 raise _wrong("swap_offsets", run, "it is a list of [first entry, slot, count]")
