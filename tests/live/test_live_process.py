@@ -123,6 +123,29 @@ def test_a_target_that_exits_while_it_is_read() -> None:
                 killer.join()
 
 
+def test_a_process_without_namespaces_is_as_good_as_gone() -> None:
+    """Between exit_task_namespaces() and its end a process has files that cannot be opened any more."""
+    exits = {"x86_64": 60, "aarch64": 93}[os.uname().machine]
+    code = (
+        "import ctypes, sys, threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n"
+        f"sys.stdin.readline()\nctypes.CDLL(None).syscall({exits}, 0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True) as program:
+        try:
+            process = Process(program.pid)
+            assert program.stdin is not None
+            program.stdin.write("\n")
+            program.stdin.flush()
+            until(lambda: b") Z " in process.read("stat"), "the end of its first thread")
+            with pytest.raises(OSError, match="Invalid argument"):
+                Path(f"/proc/{program.pid}/mountinfo").read_bytes()
+            with pytest.raises(TargetVanishedError):
+                process.read("mountinfo")
+            process.close()
+        finally:
+            program.kill()
+
+
 @pytest.mark.requires("root")
 def test_a_proc_of_another_namespace_is_not_believed() -> None:
     """Its numbers are those of other processes than the ones that system calls would stop."""

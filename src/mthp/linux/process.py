@@ -160,8 +160,13 @@ class Process(Closing):
             TargetVanishedError: it has exited, or is about to.
         """
         self.check_alive()
-        if not any(int(field) for field in self.read("statm").split()):
+        if self._is_exiting():
             self._vanished()
+
+    def _is_exiting(self) -> bool:
+        # do_exit() (kernel/exit.c) takes the address space before the namespaces, without which mountinfo cannot be
+        # opened (mounts_open_common(), fs/proc_namespace.c: EINVAL), and both before the pidfd reports the exit.
+        return not any(int(field) for field in self.read("statm").split())
 
     def open(self, name: str) -> int:
         """Return a new file descriptor for reading ``/proc/PID/<name>``, which the caller closes.
@@ -222,7 +227,7 @@ class Process(Closing):
 
     def fail(self, error: OSError, what: str) -> NoReturn:
         """Raise this package's error for `error`, which occurred while using `what`."""
-        if error.errno == errno.ESRCH or not self.is_alive():
+        if error.errno == errno.ESRCH or not self.is_alive() or (error.errno == errno.EINVAL and self._is_exiting()):
             self._vanished()
         if error.errno in _REFUSED:
             raise NotPermittedError(
