@@ -25,7 +25,7 @@ from mthp.errors import TargetVanishedError
 from mthp.linux.interruptions import interruptions_held_back
 from mthp.linux.madvise import Madvise
 from mthp.linux.space import ProcessSpace
-from mthp.linux.split.divide import LargeFolio, divider_of
+from mthp.linux.split.divide import BACK_OFF, LargeFolio, divider_of
 from mthp.linux.split.file import SplitAbility, SplitFile, opened, split_ability
 from mthp.linux.split.steps import Part
 from mthp.means import Means
@@ -187,16 +187,25 @@ class SplitBlocks(Closing):
         Raises:
             TargetVanishedError: the process is gone.
         """
-        columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
+        columns = self._settled(layout)
         moved = moved_folios(folio, layout, columns, self._geometry.page_size)
         for each in moved:
             first = (each.address - layout.start) // self._geometry.page_size
             self._divider.divide(each, layout.orders[first : first + (1 << each.order)])
         if moved:
-            columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
+            columns = self._settled(layout)
         # Pages that the target wrote to meanwhile are its own.
         kept = layout.spare & columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO)
         return int((kept & zero_filled(self._space, columns)).sum())
+
+    def _settled(self, layout: RangeLayout) -> PteColumns:
+        """Return the entries of a range, read again while compaction moves pages outside of the blocks."""
+        for pause in (*BACK_OFF, 0.0):
+            columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
+            if not (layout.spare & columns.has(Pte.SWAP)).any():
+                break
+            time.sleep(pause)
+        return columns
 
 
 def moved_folios(

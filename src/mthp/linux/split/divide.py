@@ -165,10 +165,14 @@ class FolioDivider(Closing):
     def holds(self, address: int, wanted: NDArray[np.bool_]) -> bool:
         """Return whether one of the `wanted` pages from `address` on is mapped, and not to the shared zero page.
 
+        A page that compaction is moving has a migration entry, which pagemap shows as swapped: it counts as mapped.
+
         Raises:
             TargetVanishedError: the process is gone.
         """
         words = self._pagemap.read([(address, address + len(wanted) * self._geometry.page_size)])
+        if (wanted & ((words & np.uint64(abi.PM_SWAP)) != 0)).any():
+            return True
         there = wanted & ((words & np.uint64(abi.PM_PRESENT)) != 0)
         frames = np.unique(words[there] & np.uint64(abi.PM_PFRAME_MASK)).tolist()
         # There is only one zero page.

@@ -35,6 +35,7 @@ class Space:
         bounds: the limits of memory.
         filled: whether pages of zeroes are still there afterwards.
         moved_order: of folios on other frames that everything lies in afterwards.
+        moving: how often what is filled is seen under migration before it has frames again.
     """
 
     geometry, thp_disabled, process = X86_64, False, None
@@ -46,7 +47,7 @@ class Space:
         self.flags: frozenset[str] = frozenset()
         self.filled = False
         self.listed = 0
-        self.moved_order = 0
+        self.moved_order = self.moving = 0
 
     def vmas(self) -> list[Vma]:
         self.listed += 1
@@ -64,6 +65,9 @@ class Space:
     def read(self, segments: list[Segment]) -> PteColumns:
         state = np.zeros(PAGES, np.uint16)
         state[: PAGES if self.filled and self.collapsed else 20] = Pte.PRESENT
+        if self.collapsed and self.moving:
+            self.moving -= 1
+            state[20:] = Pte.SWAP
         order = np.where(state, self.moved_order if self.collapsed else 0, -1).astype(np.int8)
         frames = np.arange(PAGES, dtype=np.uint64)
         return PteColumns(tuple(segments), state, order, frames + 2048 if self.moved_order else frames * 3)
@@ -192,6 +196,13 @@ def test_one_that_stays_is_told_as_bloat(space: Space, divider: Divider) -> None
     assert outcome.left_filled == PAGES - 20
     assert str(PAGES - 20) in outcome.reason
     assert (other.result, other.reason, other.left_filled) == (ScanResult.PAGE_COUNT, UNDIVIDED, 0)
+
+
+def test_fill_that_is_being_moved_is_waited_for(space: Space, divider: Divider) -> None:
+    """It has migration entries meanwhile, which are not present."""
+    divider.refused, divider.releases, space.filled, space.moving = [Part(0, 9)], False, True, 2
+    (outcome,) = SplitBlocks(cast(Any, space), ALL, cast(Any, object())).collapse(BLOCKS[:1], Means("split"))
+    assert outcome.left_filled == PAGES - 20
 
 
 @pytest.mark.parametrize("order", [9, 8])
