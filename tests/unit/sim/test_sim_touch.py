@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mthp.errors import UsageError
@@ -77,6 +77,7 @@ def seen(machine: Machine, mm: Mm) -> dict[str, Any]:
     }
 
 
+@example(orders={2, 3, 4}, mess=3558, pages=[8, 16], write=True, scarce=4)
 @settings(max_examples=150, deadline=None)
 @given(
     orders=st.sets(st.integers(2, 4)),
@@ -100,8 +101,8 @@ def test_it_leaves_what_single_accesses_leave(
     touched = many.touch(other, [START + page * PAGE for page in pages], write=write, contents=contents)
     assert (touched.done, touched.outcome) == (done, outcome)
     together, single = seen(many, other), seen(one, mm)
-    if single["counters"].get("compact_stall"):
-        # Compaction between two accesses may move a page of the first; how often that faults is not the same.
+    if scarce and any(name.endswith("/split") for name in together["counters"]):
+        # The shrinker gives pages of zeroes back. A batch has not written to its pages when it does, and faults again.
         for figures in (together, single):
             del figures["counters"], figures["spent"]
     assert together == single

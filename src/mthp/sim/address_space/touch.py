@@ -4,7 +4,8 @@ Accesses are taken a block at a time. Those that need no fault cost only reading
 are resolved first, for many pages at a time: new folios of the order that a single fault would allocate, or the zero
 page; swap-in, copying and the like go page by page (:mod:`~mthp.sim.address_space.access`). Then all accesses happen.
 
-Only the frame numbers, and which of the pages wait in the LRU batch, may differ from accesses one by one.
+Only the frame numbers, and which of the pages wait in the LRU batch, may differ from accesses one by one; where memory
+is short also the number of faults, because the shrinker may split a folio of zeroes before the accesses happen.
 """
 
 from __future__ import annotations
