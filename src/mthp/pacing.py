@@ -10,6 +10,7 @@ Budgets return seconds, and do not sleep. Times are of a monotonic clock, so set
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -113,7 +114,7 @@ class CpuBudget:
         self._burst = burst
         self._budget = Budget(share, burst, CPU_SLICE, clock)
         self._used, self._read = used, read
-        self._left_out: list[int] = []
+        self._left_out: dict[int, float] = {}
         self._before = used()
 
     def set(self, share: float) -> None:
@@ -122,7 +123,7 @@ class CpuBudget:
 
     def wait(self) -> float:
         """Return the seconds until work may begin."""
-        used = self._spent_by_others()
+        used = self._spent_by_work()
         self._budget.spend(used - self._before)
         self._before = used
         return self._budget.wait()
@@ -130,8 +131,12 @@ class CpuBudget:
     def leave_out(self) -> None:
         """Do not count the calling thread from now on: clients with endless requests must not stop the work."""
         own = time.pthread_getcpuclockid(threading.get_ident())
-        self._before -= self._read(own)
-        self._left_out.append(own)
+        self._left_out[own] = self._read(own)
+        self._before -= self._left_out[own]
 
-    def _spent_by_others(self) -> float:
-        return self._used() - sum(map(self._read, self._left_out))
+    def _spent_by_work(self) -> float:
+        for clock in list(self._left_out):
+            # The clock of a thread that has ended cannot be read; what it spent stays in the time of the process.
+            with contextlib.suppress(OSError):
+                self._left_out[clock] = self._read(clock)
+        return self._used() - sum(self._left_out.values())

@@ -77,10 +77,19 @@ def test_the_cpu_time_of_all_threads_counts() -> None:
 
 def test_what_a_thread_spends_that_is_left_out_does_not_count() -> None:
     clock, used, answering = FakeClock(), FakeClock(), FakeClock()
-    cpu = CpuBudget(0.1, clock, used, read=lambda _: answering.now)
+    ended: list[bool] = []
+
+    def read(_: int) -> float:
+        if ended:
+            raise OSError("the clock of a thread that has ended")
+        return answering.now
+
+    cpu = CpuBudget(0.1, clock, used, read=read)
     cpu.leave_out()
     used.now += 100.0
     answering.now += 100.0
+    assert cpu.wait() == 0
+    ended.append(True)
     assert cpu.wait() == 0
     used.now += CPU_BURST + 0.1
     assert cpu.wait() > 1.0
