@@ -48,10 +48,10 @@ def pyarrow(module: str = "pyarrow") -> Any:
         ) from error
 
 
-def _arrow_errors() -> tuple[type[Exception], ...]:
-    """Return pyarrow's exceptions if it was imported; without it, it cannot raise any."""
+def _read_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of damaged files; pyarrow's only if it was imported, because it raises none otherwise."""
     arrow = sys.modules.get("pyarrow")
-    return () if arrow is None else (arrow.ArrowException,)
+    return (OSError, ValueError, MemoryError, *(() if arrow is None else (arrow.ArrowException,)))
 
 
 @contextlib.contextmanager
@@ -61,9 +61,7 @@ def reading(path: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", help=error.help) from error
-    except Exception as error:
-        if not isinstance(error, (OSError, ValueError, MemoryError, *_arrow_errors())):
-            raise
+    except _read_errors() as error:
         # Arrow raises OSError without an errno for damaged contents, and ArrowMemoryError for absurd sizes in them.
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = getattr(error, "strerror", None) or f"damaged or cut short: {first_line}"
