@@ -131,6 +131,7 @@ class Carrier:
 
     def _batch(self, blocks: list[Block]) -> int:
         """Make some blocks of one order, or of one PMD range; return the number of blocks that are finished."""
+        # A refusal of the whole process holds for every later block, so none is tried again.
         if self._refused is not None:
             for block in blocks:
                 self._account(dataclasses.replace(self._refused, address=block[0], order=block[1]))
@@ -139,6 +140,7 @@ class Carrier:
         columns = self._work.space.read(self._segments(blocks))
         before = states_of(columns, blocks, self._geometry)
         if self._mechanism == "split":
+            # MADV_COLLAPSE copies the whole PMD range, also the pages outside of planned blocks.
             pages = np.count_nonzero(columns.has(Pte.PRESENT | Pte.SWAP) & ~columns.has(Pte.ZERO))
             self._beside = int(pages - before.contents[~before.large].sum()) * self._geometry.page_size
         at, at_once = 0, 1 if self._mechanism == "madvise" else len(blocks)
@@ -182,6 +184,7 @@ class Carrier:
             if contents == 0:
                 self._account(BlockOutcome(address, order, ScanResult.NO_PTE_TABLE))
                 continue
+            # Filled pages are zeroed, not copied, so only contents count against the copy budget.
             size = contents * self._geometry.page_size
             if copied_left is not None and size > copied_left:
                 self._done(order).over_copied += 1
@@ -212,6 +215,7 @@ class Carrier:
         try:
             outcomes = self._patiently(blocks, columns)
         except MthpError as error:
+            # Every block is accounted for, also if the call failed as a whole: the report's counts add up to the plan.
             result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
             for block in blocks:
                 self._account(BlockOutcome(*block, result, error.message))
@@ -273,6 +277,7 @@ class Carrier:
                     self._done(outcome.order).unchanged += 1
                 else:
                     left.append(outcome)
+            # khugepaged passed over all of it without making anything, so another window would not either.
             if len(left) == len(blocks):
                 break
             blocks, outcomes = [(outcome.address, outcome.order) for outcome in left], left
@@ -302,5 +307,6 @@ class Carrier:
     def _adapt(self, seconds: float, blocks: int) -> None:
         """Choose the size of the next batch by the time that this one took."""
         each = max(seconds, 1e-6) / blocks
+        # At most doubled, because one batch that was fast by chance must not make the next one hold up Ctrl-C.
         fitting = max(int(BATCH_SECONDS / each), min(FIRST_BATCH, int(SMALL_BATCH_SECONDS / each)))
         self._batch_size = max(1, min(fitting, 2 * self._batch_size, LARGEST_BATCH))

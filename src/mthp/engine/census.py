@@ -257,6 +257,7 @@ def take_census(
 def _zero_filled(space: AddressSpace, vmas: Sequence[Vma], progress: Progress | None) -> dict[int, NDArray[np.int64]]:
     """Return :attr:`PageCounts.zero_filled` of each anonymous mapping of `vmas`, by its index."""
     page_size, found = space.geometry.page_size, {}
+    # Contents of files are not the process's own, and zeroes in them cannot be given back.
     anonymous = [(index, vma) for index, vma in enumerate(vmas) if vma.kind is VmaKind.ANON]
     populated = {index: space.populated([(vma.start, vma.end)], page_size) for index, vma in anonymous}
     size, done = sum(end - start for segments in populated.values() for start, end in segments), 0

@@ -67,6 +67,7 @@ class PolicyChecks:
         self.rules = rules
         self._attempts: dict[int, Checks] = {}
         self.orders = policy.orders_walked(rules)
+        # A policy that tries no order in a mapping does not scan it either.
         limits = policy.scan_limits(rules) if self.orders else None
         self.scan = None if limits is None else self._scan(limits)
 
@@ -116,6 +117,7 @@ def first_hindrances(
     swap = run.plane("swap")
     occupied = run.plane("present") & ~run.plane("zero")
     contents = occupied | swap
+    # One limit a run, because each range may belong to another mapping.
     none_limit: NDArray[np.intp] = np.full(len(rows), checks.limits.none)
     if checks.zero_none_if_armed and planes.uffd_armed is not None:
         none_limit[planes.uffd_armed[rows]] = 0
@@ -131,6 +133,7 @@ def first_hindrances(
         if planes.droppable is not None:
             clean &= ~planes.droppable[rows, None]
         first.meet(_first_set(clean), ScanResult.PAGE_LAZYFREE)
+    # At one PTE the check made first wins, and the kernels differ in which of these two that is.
     met = [(_exceeds(run.plane("shared") & occupied, np.full(len(rows), checks.limits.shared)), _SHARED)]
     if checks.large is not None and planes.folio_order is not None:
         large = run.of(planes.folio_order) >= checks.large
@@ -138,6 +141,8 @@ def first_hindrances(
     for positions, result in met:
         first.meet(positions, result)
     guard = run.plane("guard") if checks.guard else np.zeros_like(swap)
+    # Swap entries are read back before isolation reads the first PTE (__collapse_huge_page_swapin(), mm/khugepaged.c),
+    # so these failures precede all others, wherever they lie.
     if checks.swap_in:
         first.override(_first_set(guard), ScanResult.FAIL)
         first.override(too_much_swap, ScanResult.EXCEED_SWAP_PTE)

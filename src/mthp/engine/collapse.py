@@ -141,6 +141,7 @@ def carry_out(
         for mechanism in ORDER_OF_MECHANISMS
     }
     report.needs_move = {order: n for order, n in plan.folios_by_order.items() if report.mechanisms[order] is None}
+    # The price is stated only if the user has a choice to make.
     if report.needs_move:
         report.move_price = price_of_moving(threads(space), means.max_pause_ns)
     for order, count in plan.folios_by_order.items():
@@ -159,11 +160,13 @@ def carry_out(
         for mechanism, carrier in carriers.items():
             if not len(by[mechanism]) or report.ended_early:
                 continue
+            # Both change more than the planned memory: the mover injects code, khugepaged scans every process.
             if mechanism in ("khugepaged", "move"):
                 before_move(plan, mechanism)
             carrier.carry_out(by[mechanism])
             report.verified |= mechanism == "move" and means.verify
         report.heat_share = _heat_share(plan, [block for carrier in carriers.values() for block in carrier.made])
+        # Only folios below the PMD order are at risk: khugepaged makes no PMD folio smaller.
         if any(tally.made for tally in report.folios.values()):
             report.remade = remade_of_plan(space, plan)
     report.durations = Durations.of(carriers["madvise"].seconds + carriers["split"].seconds)
@@ -178,7 +181,3 @@ def _heat_share(plan: SpacePlan, made: list[Block]) -> float | None:
     start = np.array([address for address, _ in made], np.uint64)
     sizes = np.array([plan.geometry.size_of(order) for _, order in made], np.uint64)
     return plan.heat.share(start, start + sizes)
-
-
-def _bytes_of(orders: np.typing.NDArray[np.int8], geometry: Geometry) -> int:
-    return int((np.int64(geometry.page_size) << orders.astype(np.int64)).sum())

@@ -88,6 +88,7 @@ def remade(space: AddressSpace, addresses: NDArray[np.uint64], none: NDArray[np.
         if pmd_order in job.rules.orders:
             for start, end in job.segments:
                 eligible |= (addresses >= np.uint64(start)) & (addresses < np.uint64(end))
+    # A range without any page has nothing to collapse, whatever the limit is.
     again = eligible & (none <= limit) & (none < space.geometry.ptes_per_pmd)
     if not again.any():
         return Remade(max_ptes_none=limit)

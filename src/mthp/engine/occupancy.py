@@ -157,6 +157,7 @@ def _as_orders(plane: ArrayLike) -> NDArray[np.int8]:
 def _as_array(plane: ArrayLike, name: str) -> NDArray[Any]:
     """Return the plane as a C-contiguous array of bool or integers."""
     try:
+        # Contiguous, because words and bytes of it are read through views of other types.
         array = np.ascontiguousarray(plane) if np.ndim(plane) else np.asarray(plane)
     except ValueError:
         raise UsageError(f"{name} is ragged: all its rows must have the same length") from None
@@ -180,6 +181,7 @@ def planes_of(
     """
     state = columns.state.reshape(-1, geometry.ptes_per_pmd)
     order = columns.folio_order.reshape(state.shape)
+    # Most memory has few kinds of PTEs. A bit that no entry has becomes no plane, and costs nothing in the walk.
     seen = Pte(int(np.bitwise_or.reduce(state, axis=None)))
 
     def plane(bit: Pte) -> NDArray[np.bool_] | None:
@@ -251,9 +253,11 @@ class Occupancy:
         """
         key = name, order
         if key not in self._counts:
+            # Orders 2, 3 and 6 are counted from the packed bits, in half bytes, bytes and words.
             if order > 6 or 3 < order < 6:
                 self._counts[key] = pair_sums(self.count(name, order - 1), order)
             elif (packed := self._pack(name)) is None:
+                # One row, which broadcasts over all ranges.
                 self._counts[key] = np.zeros((1, self._ptes >> order), np.uint8)
             elif order == 2:
                 self._counts[key] = nibble_counts(packed)

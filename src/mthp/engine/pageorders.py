@@ -52,6 +52,7 @@ def _halves(runs: Bits) -> States:
     """Return the states of pages whose runs of order 2 are collapsed where `runs` is set."""
     if runs.shape[1] == 1:  # A PMD range has four pages.
         return runs.view(np.uint8)
+    # Two bools read as one little-endian word: bit 0 is the first run's, bit 8 the second's.
     pairs = runs.view("<u2")
     states: States = ((pairs | pairs >> 7) & 3).astype(np.uint8)
     return states

@@ -237,6 +237,7 @@ def make_rules(
 
 def plan_planes(planes: Planes, policy: Policy, rules: Rules) -> Plan:
     """Plan the collapse of PMD ranges whose planes and rules are already checked."""
+    # collapse_file() (mm/khugepaged.c) makes only PMD folios, under every kernel's policy for anonymous memory.
     if rules.of_file:
         policy = PmdOnly()
     return Plan(policy, rules, planes)

@@ -67,6 +67,7 @@ def plan_space(
     meter = Meter(space, vmas, scope)
     granule = space.geometry.pmd_size
     todo = [(job, space.populated(job.segments, granule)) for job in jobs]
+    # Memory that counts for the coverage, and that no job reads.
     others = list(without(meter.segments, sorted(segment for _, segments in todo for segment in segments)))
     size = sum(end - start for segments in (*(segments for _, segments in todo), others) for start, end in segments)
     parts: list[tuple[Ranges, Folios]] = []
@@ -92,6 +93,7 @@ def plan_space(
         progressed(block)
     ranges = Ranges.joined([part for part, _ in parts])
     folios = Folios.joined([part for _, part in parts])
+    # Jobs group mappings by rules, not by address.
     folios = folios[np.argsort(folios.address)]
     orders = tuple(sorted({order for job in jobs for order in job.rules.orders}))
     measured = meter.measured()

@@ -94,6 +94,7 @@ def reach_of(space: AddressSpace, plan: SpacePlan, means: Means, progress: Progr
         )
     reaching = _Reaching(space, plan, means)
     now = reaching.reached(free, compacted=False)
+    # Without migrate types it is unknown which free and used pages compaction could move.
     if not free.known_types:
         return Reach(now, Reached.unknown(NO_TYPES), Reached.unknown(NO_TYPES))
     compacted = reaching.reached(free, compacted=True)
@@ -134,6 +135,7 @@ class _Reaching:
             # Pages of huge folios do not lie in other page blocks either.
             share = free.packed(int(sure.sum()) + self._plan.before.pages[self._plan.geometry.pmd_order])
             others = np.rint(np.cumsum(share * np.maximum(steps.released - sure, 0))).astype(np.int64)
+            # Rounded as a running sum, so that many small steps do not each lose their fraction.
             released = sure + np.diff(others, prepend=0)
             done, limits = reachable(replace(steps, released=released), replace(supply, merged=self._frames.merged))
         chosen = done[self._work.step_of]

@@ -155,6 +155,7 @@ class CollapseReport(Tabular):
     error: MthpError | None = None
 
     def __post_init__(self) -> None:
+        # Until something is measured afterwards, nothing has changed.
         if not self.after.resident:
             self.after = self.plan.before
 

@@ -143,6 +143,7 @@ class Scanner:
         with self._lock:
             if not any(slot is space for slot in self._slots):
                 return
+            # The scanning thread uses the space now. It drops the space itself when its scan is over.
             if space is self._current and self._scanning:
                 self._unwanted.add(id(space))
             elif space is self._current:
@@ -174,6 +175,8 @@ class Scanner:
             with self._lock:
                 if not self._slots:
                     return PassEnd.ROUND if self._progress else PassEnd.IDLE
+                # The second time that the cursor starts from the first space ends the pass, so an idle machine is not
+                # scanned in a circle until the budget is spent.
                 rounds += self._current is None
                 if rounds >= 2:
                     return PassEnd.ROUND
@@ -203,6 +206,7 @@ class Scanner:
 
     def _visit(self, slot: VisitedSpace) -> ScanResult:
         """Go on in an address space until a collapse was tried, the budget is spent, or the end is reached."""
+        # Entering an address space counts as one entry, also if it has nothing to scan.
         self._count_progress(1)
         result, gone = ScanResult.FAIL, False
         try:
@@ -216,6 +220,7 @@ class Scanner:
                 self._progress += passage.progress
                 self._account(slot, passage)
                 result = passage.result
+                # After a collapse the mappings may have changed, so the kernel looks the cursor's address up again.
                 if passage.released or self._progress >= self._budget:
                     return result
             gone = slot.exiting

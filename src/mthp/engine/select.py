@@ -136,12 +136,14 @@ def jobs_of(
             small=options.small,
         )
         if not allowed:
+            # A mapping outside of `within` was not requested, so it is not a refusal.
             if options.within is None or (vma.start < options.within[1] and options.within[0] < vma.end):
                 refused.append((vma, allowed.reason))
             continue
         rules = _rules_for(vma, allowed.orders, base, switches, follow_switches=follow_switches)
         segment = _clipped(vma.pmd_ranges(geometry), options.within, geometry)
         if segment is not None:
+            # Parts differ from whole ranges in how they are read, so they never share a job.
             groups.setdefault((rules, False), []).append((at, vma, segment))
         for part in _parts(vma, options, geometry) if options.small else ():
             groups.setdefault((rules, True), []).append((at, vma, part))
@@ -188,6 +190,7 @@ def _parts(vma: Vma, options: PlanOptions, geometry: Geometry) -> list[Segment]:
     If a policy gives up an order for the rest of a PMD range, each of the largest aligned blocks is returned as a
     separate part, because an order that does not fit at one place has not failed.
     """
+    # A plan must not promise what the mover will refuse.
     if vma.kind is not VmaKind.ANON or refuse_vma(vma):
         return []
     parts = vma.parts(geometry, options.within)
@@ -241,6 +244,7 @@ def read_planes(space: AddressSpace, job: Job, addresses: NDArray[np.uint64]) ->
     """
     size = space.geometry.pmd_size
     vma = np.searchsorted(job.starts, addresses, side="right") - 1
+    # One read per run of adjoining ranges, because a live target costs a system call for each segment.
     breaks = np.flatnonzero((np.diff(addresses) != size) | (np.diff(vma) != 0)) + 1
     starts, ends = addresses[np.r_[0, breaks]], addresses[np.r_[breaks - 1, len(addresses) - 1]]
     columns = space.read([(start, end + size) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])

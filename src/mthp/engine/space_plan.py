@@ -151,6 +151,7 @@ class SpacePlan(Tabular):
 
     def ranking(self, folios: Folios) -> NDArray[np.intp]:
         """Return the rows of `folios` in the order in which they are made: intp, shape (folios,)."""
+        # The last key of lexsort is the first to sort by.
         return np.lexsort((folios.address, folios.filled, -self.worth(folios), -folios.order.astype(np.int16)))
 
     def range_ranks(self, folios: Folios) -> NDArray[np.intp]:
@@ -247,6 +248,7 @@ class SpacePlan(Tabular):
                 resident = int(self.ranges.resident[self.ranges.scan_result == result].sum(dtype=np.int64))
                 reason = f"{result.name}: {result.meaning}"
                 left.append(Left(reason, 0, count * self.geometry.pmd_size, resident * page))
+        # What is resident in eligible mappings and in no scanned range lies at the mappings' ends.
         ends = (self.eligible.resident - int(self.ranges.resident.sum(dtype=np.int64))) * page
         if ends > 0:
             smallest = self.geometry.label(MIN_ANON_ORDER)

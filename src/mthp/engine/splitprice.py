@@ -83,6 +83,7 @@ class SplitRanges:
         self._ranges, self._at = np.unique(self._folios.address // size * size, return_inverse=True)
         contents = (1 << self._folios.order.astype(np.int64)) - self._folios.filled
         self._wanted = np.bincount(self._at, weights=contents, minlength=len(self._ranges)).astype(np.int64)
+        # A plan of blocks alone has no ranges, so at least the planned contents are copied.
         self._resident = np.maximum(resident_in(plan, self._ranges), self._wanted)
         self.share = np.ones(len(plan.folios))
         self.share[by_split] = (self._wanted / np.maximum(self._resident, 1))[self._at]
@@ -131,6 +132,8 @@ def _writes(orders: NDArray[np.int8], pmd_order: int) -> int:
         largest = orders.reshape(len(orders), -1, 1 << order).max(axis=2)
         split = parts[order] & (largest < order)
         writes += int(split.sum())
+        # One write splits a folio into equal parts of the largest order planned in it. Parts with smaller plans are
+        # split again.
         for smaller in np.unique(largest[split]).tolist():
             if smaller:
                 into = np.repeat(split & (largest == smaller), 1 << order - smaller, axis=1)

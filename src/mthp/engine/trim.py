@@ -299,6 +299,7 @@ def _carry_out(
             report.interrupted = True
             return
         through, size = at, 0
+        # A batch has at least one folio, and otherwise as many as fit.
         while through < len(sizes) and (through == at or size + sizes[through] <= BATCH_BYTES):
             size += sizes[through]
             through += 1

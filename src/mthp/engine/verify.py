@@ -176,6 +176,7 @@ def _mappings(census: Census, name: str) -> list[VmaCensus]:
     if name == "guest-ram":
         return _guest_ram(census)
     if re.fullmatch("0x[0-9a-fA-F]+", name):
+        # 18 characters hold every 64-bit address; more digits name no mapping, and must not cost time.
         address = int(name[:18], 16)
         return [each for each in census.vmas if each.vma.start <= address < each.vma.end]
     wanted = f"[{name}]" if name in ("heap", "stack") else name

@@ -224,6 +224,7 @@ class Visit:
             # Unmapped since it was found: a new listing does not have it.
             empty = np.zeros(0, np.int8)
             return Passage(stretch[0] + size, 1, empty.astype(np.uint64), empty, ScanResult.VMA_NULL)
+        # Enough ranges to spend the budget if each costs all its entries.
         needed = -(-budget // n)
         end = min(stretch[1], area.end, stretch[0] + min(BLOCK_PMD_RANGES, max(needed, self._ahead)) * size)
         addresses = np.arange(stretch[0], end, size, dtype=np.uint64)
@@ -232,6 +233,7 @@ class Visit:
         block = _Block(self, area.job, chosen) if len(chosen) else None
         if block is not None:
             progress[np.searchsorted(addresses, chosen)] = block.progress
+        # khugepaged checks its budget after each range, so the last one may exceed it.
         through = int(np.searchsorted(np.cumsum(progress), budget)) + 1
         end = int(addresses[min(through, len(addresses)) - 1]) + size
         # Ranges that cost next to nothing are read in larger and larger blocks until the budget is near.
@@ -301,6 +303,7 @@ class _Block:
         while barred:
             barred, waiting = False, set(ended)
             for row, candidate in self._candidates(count):
+                # The walk is repeated after each bar, and offers runs again that were admitted before.
                 key = row, *candidate.block
                 if row in waiting or key in decided:
                     continue
@@ -327,6 +330,7 @@ class _Block:
                 self._walk = Walk(self._planes, self._checks, barred=self._bars)
         with_any = {row for row, _ in admitted}
         for row in np.flatnonzero(results == ScanResult.SUCCEED).tolist():
+            # The walk would have collapsed something here, but nothing was admitted.
             if row not in with_any:
                 results[row] = left.get(row, ScanResult.FAIL)
         return admitted
@@ -360,6 +364,7 @@ class _Block:
         return [
             BlockOutcome(int(self._addresses[row]) + offset * page_size, order, ScanResult(result))
             for row, offset, order, result in zip(*(column.tolist() for column in columns), strict=True)
+            # Barred runs failed by admission, not by their PTEs, and are not attempts.
             if order not in self._bars or self._bars[order][row, offset >> order] == ScanResult.SUCCEED
         ]
 
@@ -378,6 +383,7 @@ class _Block:
         for row, outcome in zip(rows, outcomes, strict=True):
             if outcome.result is ScanResult.SUCCEED:
                 done.add(row)
+            # One success makes a success of the range, whatever its later attempts end in.
             results[row] = ScanResult.SUCCEED if row in done else outcome.result
             if outcome.result in _LISTING_IS_STALE:
                 visit.forget()

@@ -72,6 +72,7 @@ def folio_pages(
         attempts: of the folios that were made since.
     """
     n, count = geometry.ptes_per_pmd, len(addresses)
+    # The zero page is present but belongs to no folio of the process.
     there = columns.state[: count * n] & _MAPPED == _PRESENT
     order = np.where(there, columns.folio_order[: count * n], np.int8(ORDER_NONE))
     for attempt in attempts:

@@ -156,6 +156,7 @@ class Walk:
     def _walk(self, first: int, reached: Bits) -> None:
         """Walk from the order `first` down, over those of its runs that are `reached`."""
         orders = self.checks.orders
+        # Disabled orders are passed too: the tree halves runs one order at a time, whether they may be tried or not.
         for order in range(first, orders[-1] - 1, -1):
             if order in orders:
                 attempted, succeeded, skipped = self._tried(order, reached)
@@ -166,6 +167,7 @@ class Walk:
             left = np.count_nonzero(reached)
             if not left:
                 break
+            # Gathering the parts costs about as much as one level, so it is done only if few are left.
             if order == PART_ORDER and left <= REST_SHARE * reached.size:
                 parts = np.flatnonzero(reached)
                 self.rest = parts, self._rest_of(self, parts)
@@ -201,6 +203,7 @@ class Walk:
         for order in orders:
             if not (at < n).any():
                 break
+            # `at` is a multiple of the larger orders before, so no run of this order is cut by it.
             number = np.arange(n >> order)
             ahead: Bits = number >= (at >> order)[:, None]
             if outside is not None:
@@ -246,6 +249,8 @@ class Walk:
         large: Bits = largest >= checks.large
         skipped = attempted & large
         hindered = large if other is None else large | other
+        # Counts do not show which obstacle lies at the lower address, and only a large folio met first makes the kernel
+        # skip the run instead of trying its halves.
         unclear = skipped if other is None else skipped & other
         if bool(unclear.any()):
             rows, indices = np.nonzero(unclear)
@@ -263,10 +268,13 @@ class Walk:
     def _stops(self, runs: Runs, checks: Checks) -> Iterator[Bits]:
         """Yield the runs that fail each check other than that for a large folio."""
         given, count = self.occupancy.given, self.occupancy.count
+        # A limit that is at least the size of the run cannot be exceeded, so nothing is counted for it.
         if checks.limits.none < runs.size:
             contents = runs.occupied + runs.swap if "swap" in given else runs.occupied
             yield contents < runs.size - checks.limits.none
         armed = self.planes.uffd_armed if "uffd_armed" in given and checks.zero_none_if_armed else None
+        # A filled PTE would never fault, so the process that handles the faults would miss it (userfaultfd_armed(),
+        # used in mm/khugepaged.c).
         if armed is not None:
             yield armed[:, None] & (runs.none_or_zero > 0)
         if "swap" in given and checks.limits.swap < runs.size:
@@ -295,6 +303,8 @@ class Walk:
         self._write(self.there.packed_present(), out)
         planes = self.there.planes
         if planes.folio_order is not None:
+            # -1 for none, 0 for the zero page or a base page, else the order of its present folio: a page that is not
+            # collapsed keeps it.
             np.maximum(out, planes.present + planes.occupied * planes.folio_order - 1, out=out)
 
     def made(self, out: NDArray[np.int8]) -> None:
@@ -332,6 +342,7 @@ class Walk:
         filled = pages - copied
         if self.rest is not None:
             parts, walk = self.rest
+            # Several parts may lie in one PMD range, so their counts are added, not stored.
             rows = parts >> self._order - PART_ORDER
             np.add.at(copied, rows, walk.copied_and_filled[0])
             np.add.at(filled, rows, walk.copied_and_filled[1])
@@ -350,6 +361,7 @@ class Walk:
                 self.planes, order, rows[failed], offsets[failed], self.checks.attempt(order)
             )
             if (barred := self.barred.get(order)) is not None:
+                # A bar decides only where the PTEs do not: the kernel checks PTEs before it allocates.
                 free = failed[results[failed] == ScanResult.SUCCEED]
                 results[free] = barred[rows[free], indices[free]]
             none = np.broadcast_to(self.there.runs(order).none_or_zero, level.attempted.shape)
