@@ -73,6 +73,7 @@ def collapse(target: Target, *, dry_run: bool = False, **options: Any) -> Collap
         TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.engine.collapse.collapse_space`.
     """
     target = resolve(target)
+    # A window of the mover stops its target, and a stopped shell or terminal would stop this process with it.
     refuse_ancestor(target)
     with open_target(target) as space:
         return collapse_space(space, *_options(options), dry_run=dry_run)
@@ -188,6 +189,7 @@ def compare(target: Target, policies: Sequence[str] = (), *, scans: int | None =
         UsageError: as :func:`mthp.lab.compare.compare`.
         TargetVanishedError, NotPermittedError, UnsupportedError: as :func:`mthp.targets.open_target`.
     """
+    # Imported here and below, because `import mthp` must not load what only some verbs need.
     from mthp.lab.compare import DEFAULT_POLICIES, settings_of
     from mthp.lab.compare import compare as compare_space
 
@@ -275,6 +277,7 @@ def collapse_buffer(
         "trigger": "madvise",
         "include_file": True,
         "within": (start, start + size),
+        # The caller named this memory, so filling it is wanted.
         "max_bloat": None,
     }
     with open_target("self") as space:

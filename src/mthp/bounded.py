@@ -122,6 +122,7 @@ def read_small(path: str | os.PathLike[str], bound: Bound) -> bytes:
     """
     try:
         with Path(path).open("rb") as file:
+            # Not by the size that stat(2) reports: a pipe has none, and a file may grow meanwhile.
             data = file.read(bound.now + 1)
     except (OSError, ValueError) as error:
         raise UsageError(f"{os.fspath(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -165,6 +166,7 @@ def parse_json(text: bytes | str, *, size: Bound = JSON_BYTES) -> Any:
 
 def _check_json(text: str) -> None:
     """Check the number of values and the nesting on the text without its strings."""
+    # So few brackets cannot nest too deep, and most texts are small: the regular expressions cost more than parsing.
     if text.count("[") + text.count("{") + text.count(",") + text.count(":") <= DEPTH.most:
         return
     structure = _JSON_STRUCTURE.sub("", _JSON_STRING.sub("", text))
@@ -247,6 +249,7 @@ def inflate(data: bytes, bound: Bound, *, unit: int = 1) -> bytes:
     most = bound.now * unit
     stream = zlib.decompressobj()
     try:
+        # One byte more than allowed shows that there is more, without inflating the rest.
         inflated = stream.decompress(data, most + 1)
     except zlib.error as error:
         raise UsageError(f"damaged: {error}") from error

@@ -136,6 +136,7 @@ class Room:
     def renew(self) -> None:
         """Read the limits again, which now include what was taken before."""
         bounds = self._bounds()
+        # The bound with the least room decides, which need not be the lowest limit.
         spare = [(bound.left - kept_free(bound.limit, self._reserve), bound) for bound in bounds]
         self._spare, self._tightest = min(spare, key=lambda each: each[0], default=(None, None))
         self._taken = 0
@@ -155,6 +156,7 @@ class Room:
         """
         if self._spare is not None and self._taken + max(added, at_once) > self._spare:
             return False
+        # What an operation frees again is not counted as taken: the next one may use it.
         self._taken += added
         return True
 

@@ -72,6 +72,8 @@ def eligibility(
         return Eligibility((), reason)
     if vma.kind in (VmaKind.FILE, VmaKind.SHMEM):
         what = "memory of a file" if vma.kind is VmaKind.FILE else "shared memory"
+        # A PMD entry maps an aligned piece of the file at an aligned address (thp_vma_suitable_order(),
+        # include/linux/huge_mm.h).
         if (vma.start - vma.offset) % geometry.pmd_size:
             return Eligibility(
                 (), f"{what}, whose place in the file is not aligned to {geometry.label(geometry.pmd_order)}"
@@ -79,6 +81,8 @@ def eligibility(
         if include_file:
             return Eligibility((geometry.pmd_order,), f"{what}: {geometry.label(geometry.pmd_order)} only")
         return Eligibility((), f"{what}, not anonymous")
+    # __thp_vma_allowable_orders() (mm/huge_memory.c) requires an anon_vma, which the first write makes. None is unknown,
+    # and left to the kernel.
     if vma.has_anon_vma is False:
         return Eligibility((), "nothing was ever written here")
     if trigger == "madvise":

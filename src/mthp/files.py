@@ -153,6 +153,7 @@ class NewFile(Closing):
         if not self._overwrite:
             raise self._taken()
         if stat.S_ISREG(there.st_mode):
+            # A file that its owner closed to others must not open up because its contents were replaced.
             self._mode &= there.st_mode | PRIVATE
 
     def _taken(self) -> UsageError:
@@ -181,6 +182,7 @@ class NewFile(Closing):
         """
         with writing(self._path):
             os.fchmod(self.raw.fileno(), self._mode)
+            # The name must not reach the disk before the contents, or a crash leaves an empty file under it.
             os.fsync(self.raw.fileno())
             try:
                 self._replace() if self._overwrite else self._link(self._name)
@@ -195,6 +197,7 @@ class NewFile(Closing):
             name = f".mthp-{os.urandom(8).hex()}.tmp"
             self._link(name)
             self._temporary = name
+        # rename(2) replaces a link itself, not what it points to.
         os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         self._temporary = ""
 
@@ -233,6 +236,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         UsageError: the file is not regular.
         OSError: the file cannot be opened.
     """
+    # Without O_NONBLOCK, opening a FIFO waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -161,6 +161,7 @@ class Heat:
         if not self.spans:
             return np.zeros(len(address))
         at = np.maximum(np.searchsorted(self.start, address, side="right") - 1, 0)
+        # An address between two spans has all of the span below it behind it.
         inside = np.clip(address, self.start[at], self.end[at]) - self.start[at]
         before = np.concatenate([[0.0], np.cumsum(self.accesses)])[at]
         part = inside.astype(np.float64) / (self.end[at] - self.start[at]).astype(np.float64)
@@ -182,6 +183,5 @@ def worth(heat: NDArray[np.float64], copied: NDArray[np.int64]) -> NDArray[np.fl
     Args:
         heat: float64, shape (blocks,): accesses to each.
         copied: int64, the same shape: pages with contents, each of which takes one entry until one maps them all.
-        copied: int64, the same shape: its pages with contents, each of which takes an entry until one serves all.
     """
     return heat * np.maximum(copied - 1, 0) / np.maximum(copied, 1)

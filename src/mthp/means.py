@@ -71,7 +71,6 @@ class Means:
         if not 0 < self.pause_share <= 1:
             message = f"a pause_share of {self.pause_share:g} is not above 0 and at most 1"
             raise UsageError(message, help=f"the default is {PAUSE_SHARE:g}")
-
         if not 0 <= self.min_split_share <= 1:
             message = f"a min_split_share of {self.min_split_share:g} is not within 0 and 1"
             raise UsageError(message, help="0 leaves no range alone")

@@ -190,6 +190,7 @@ class _Planned:
 
     def after(self, now: Coverage) -> Coverage:
         """Return the coverage after the folios are made."""
+        # Coverage counts a folio for its order and for all smaller ones.
         in_larger = np.cumsum(self._made[::-1])[::-1]
         pages = np.array(now.pages, np.int64) - self._inside + in_larger
         return Coverage(tuple(pages.tolist()), now.unknown - self._unknown, now.out_of_reach)

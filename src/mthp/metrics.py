@@ -140,6 +140,7 @@ class MappedRuns:
         read.
         """
         by_pmd = np.where(self.pmd_mapped & (self.order >= order), self.count, 0)
+        # Only a PMD entry serves these sizes: without it the hardware needs an entry for each smaller block.
         if order >= geometry.pmd_order:
             return by_pmd
         size = 1 << order
@@ -197,6 +198,7 @@ def mapped_runs(
     order = np.minimum(columns.folio_order[index], MAX_FOLIO_ORDER).astype(np.int64)
     pmd_mapped = (columns.state[index] & np.uint16(Pte.PMD_MAPPED)) != 0
     head = (frame & ((np.int64(1) << order) - 1)) == 0
+    # A run ends where a page is skipped, frames stop to advance with pages, or the folio's order or mapping changes.
     parts = [page - np.arange(len(page)), frame - page, order, pmd_mapped]
     parts += [] if group is None else [group[index]]
     for part in parts:
@@ -235,6 +237,7 @@ class CoverageCounter:
         runs = mapped_runs(columns, page_size, chosen)
         if not len(runs.index):
             return
+        # A run lies in one segment, and so in one mapping.
         owner = self._owner(runs.page)
         for order in range(1, int(runs.order.max()) + 1):
             np.add.at(self._pages[:, order], owner, runs.usable(order, self._geometry))

@@ -81,6 +81,7 @@ def refuse_vma(vma: Vma) -> Refusal | None:
 @functools.lru_cache(maxsize=1024)
 def _refuse(permissions: str, kind: VmaKind, flags: frozenset[str], stack: bool) -> Refusal | None:
     """Do the work of :func:`refuse_vma`, cached because few mappings of a process differ in these."""
+    # The order is that of the most useful reason: the kind of memory, then its permissions, then its flags.
     if kind is VmaKind.SHMEM or permissions.endswith("s"):
         return _NOT_PRIVATE
     if kind is not VmaKind.ANON:

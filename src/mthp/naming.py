@@ -227,6 +227,7 @@ class Match:
     def specificity(self) -> tuple[int, int]:
         """A number that is larger for a more specific match, as a tuple."""
         texts = itertools.chain(*(getattr(self, name) for name in self.named if name not in ("pid", "uid")))
+        # Of several patterns the shortest decides, because each of them alone fits.
         literal = min((len(WILDCARDS.sub("", each)) for each in texts), default=0)
         return sum(_WEIGHTS[name] for name in self.named), literal
 

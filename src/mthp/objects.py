@@ -219,6 +219,7 @@ def _schema(hint: Any, defs: dict[str, Schema]) -> Schema:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"enum": [_key_text(each) for each in hint]}
     if isinstance(hint, type) and _is_object(hint):
+        # Entered before its properties are made, so that a class that contains itself ends here.
         if hint.__name__ not in defs:
             defs[hint.__name__] = {}
             defs[hint.__name__] = _object(_properties(hint, defs))

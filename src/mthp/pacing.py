@@ -51,6 +51,7 @@ class Budget:
 
     def set(self, rate: float | None, burst: float, worth: float) -> None:
         """Switch to another allowance; the debt of the old one stays."""
+        # Earnings until now are at the old rate.
         self.wait()
         self._rate, self._burst, self._worth = rate, burst, worth
         self._saved = min(self._saved, burst)

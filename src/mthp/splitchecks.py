@@ -77,6 +77,7 @@ def _whole_folios(columns: PteColumns, present: NDArray[np.bool_]) -> NDArray[np
     for order in np.unique(orders[orders > 0]).tolist():
         size = 1 << order
         first = pages >> order << order
+        # Complete and aligned: all pages map the same folio's frames in order, from its first one on.
         fits = (orders == order) & (frames - pages == frames[first] - first) & (frames[first] % size == 0)
         orders[(orders == order) & ~fits.reshape(-1, size).all(axis=1).repeat(size)] = 0
     return orders
@@ -120,6 +121,8 @@ def refusal_of_pages(
         return ScanResult.FAIL, "the folio orders in its PMD range cannot be seen"
     if not (columns.has(Pte.PRESENT | Pte.SWAP) & ~columns.has(Pte.ZERO)).any():
         return ScanResult.NO_PTE_TABLE, ""
+    # Fill of a locked mapping could not be given back: zeroes in locked memory stay (try_to_map_unused_to_zeropage(),
+    # mm/migrate.c).
     if locked and layout.spare.any():
         return ScanResult.VMA_CHECK, "mlocked: the kernel keeps the zeroes that the collapse fills its holes with"
     contents = ~layout.holes

@@ -168,9 +168,11 @@ class _Finder:
         reader, own = self._facts(), os.getpid()
         for pid in reader.pids():
             facts = reader.read(pid, match.named)
+            # This process reads while it is measured, so it never means itself by a name.
             if facts is None or pid == own or not match.fits(facts):
                 continue
             known = reader.read(pid, ALL)
+            # The PID may belong to another process by now.
             if known is not None and known.starttime == facts.starttime:
                 yield known
 
@@ -264,6 +266,7 @@ def refuse_ancestor(target: Target) -> None:
     """
     pid = pid_of(target)
     parent = os.getppid()
+    # Up to the first process, because any of them may hold the terminal that this one writes to.
     while parent > 0:
         if parent == pid:
             raise UsageError(

@@ -61,6 +61,7 @@ def corrected(space: AddressSpace, blocks: Sequence[Block], outcomes: Sequence[B
     small = [at for at in small if not lies_in(blocks[at][0], spared)]
     made = [at for at in moved if outcomes[at].result is ScanResult.SUCCEED and not lies_in(blocks[at][0], spared)]
     size = sum(space.geometry.size_of(blocks[at][1]) for at in small)
+    # One success, or a lack of free folios, explains the small pages otherwise.
     if made or any(not _has_free(space, order, size) for order in {blocks[at][1] for at in small}):
         return list(outcomes)
     return [

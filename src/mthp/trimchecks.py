@@ -57,6 +57,7 @@ def trim_each(
     tried: dict[int, tuple[int, int]] = {}
     refused: dict[int, tuple[ScanResult, str]] = {}
     for index, (pages, each) in enumerate(zip(zero, at.tolist(), strict=True)):
+        # A page that was unmapped since has nothing to give back, and may belong to something new.
         wanted.append(pages & before.there(index))
         why = _refusal(before, index, vmas[each] if each >= 0 else None, wanted[index])
         if why is None:
@@ -109,6 +110,7 @@ class _Tables:
         # Where the folio begins, by each of its present pages.
         offsets = np.arange(len(pages)) - np.repeat(self._begins, counts)
         large = there & (self._folio_order == np.repeat(self._orders, counts))
+        # Each page of a folio that is mapped in order has the same difference to its frame.
         heads = np.where(large, self._pfn - offsets, -1)
         self._head = np.maximum.reduceat(heads, self._begins)
         alike = np.logical_and.reduceat(~there | (heads == np.repeat(self._head, counts)), self._begins)
