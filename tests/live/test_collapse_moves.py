@@ -120,7 +120,7 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
     report = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run")
     assert report["mechanism_by_order"][str(PMD_ORDER)] == "madvise"
     assert report["mechanism_by_order"]["6"] == "move"
-    assert report["move_hindrances"] == []
+    assert report["move_refusals"] == []
     assert report["pauses"]["count"] == 0
     only_call = mthp_json("collapse", actor.pid, "--max-ptes-none", 0, "--dry-run", "--mechanism", "madvise")
     assert only_call["mechanism_by_order"]["6"] is None
@@ -224,7 +224,7 @@ def test_a_refusal_is_the_reason_of_all(tmp_path: Path) -> None:
             assert report["folios"]["4"]["made"] == 0
             assert any("seccomp" in reason for reason in reasons(report))
             dry = mthp_json("collapse", target.pid, "--orders", "order=4", "--max-ptes-none", 0, *MOVE, "--dry-run")
-            assert any("seccomp" in reason for reason in dry["move_hindrances"])
+            assert any("seccomp" in reason for reason in dry["move_refusals"])
             assert target.poll() is None
         finally:
             target.kill()

@@ -47,7 +47,7 @@ def explained(pid: int, address: int | None = None) -> Explanation:
 def stopped(pid: int, address: int | None = None) -> dict[str, str]:
     """What stops each maker of folios."""
     found: dict[str, str] = {}
-    for each in explained(pid, address).hindrances:
+    for each in explained(pid, address).refusals:
         found[each.maker] = f"{found.get(each.maker, '')}; {each.reason}"
     return found
 
@@ -67,7 +67,7 @@ def test_switches_off(puppet: Puppet, small: int, thp_switches: ThpSwitches) -> 
 def test_memory_that_nothing_stops(puppet: Puppet, small: int) -> None:
     puppet.tell("madvise", small, PMD_SIZE, MADV_HUGEPAGE)
     explanation = explained(puppet.pid, small)
-    assert not explanation.hindrances
+    assert not explanation.refusals
     assert all(each.folios for each in explanation.prospects)
 
 
@@ -195,7 +195,7 @@ def test_the_command_says_the_same_in_sentences_and_in_json(puppet: Puppet, smal
     said = mthp("explain", puppet.pid, f"{small:x}").stdout
     assert "What stops it:" in said
     assert "no daemon is running" in said
-    assert mthp_json("explain", puppet.pid, hex(small))["hindrances"][0]["mechanism"] == "khugepaged"
+    assert mthp_json("explain", puppet.pid, hex(small))["refusals"][0]["mechanism"] == "khugepaged"
     assert mthp("explain", puppet.pid).returncode == 0
     assert mthp("explain", puppet.pid, "0x10").returncode == 2
     assert mthp("explain", puppet.pid, "heap").returncode == 2

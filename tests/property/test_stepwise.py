@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import mthp
 from mthp.engine.bits import Bits
-from mthp.engine.checks import PolicyChecks, first_hindrances
+from mthp.engine.checks import PolicyChecks, scan_results
 from mthp.engine.occupancy import Planes, Runs
 from mthp.engine.policy import BUILT_IN, Limits, Policy, Rules
 from mthp.engine.walk import Walk
@@ -68,7 +68,7 @@ class Page:
 
     def _judged(self, address: int, order: int) -> ScanResult:
         where = np.array([0]), np.array([address // self.rules.geometry.page_size])
-        return ScanResult(int(first_hindrances(self.planes, order, *where, self.walk.checks.attempt(order))[0]))
+        return ScanResult(int(scan_results(self.planes, order, *where, self.walk.checks.attempt(order))[0]))
 
     def scan_run(self, address: int, order: int) -> RangeScan:
         result = self._judged(address, order)

@@ -44,11 +44,11 @@ class Wanted:
     """Requests for a collapse beside the plan.
 
     Attributes:
-        move_hindrances: reasons for which the mover would not begin; only of a dry run.
+        move_refusals: reasons for which the mover would not begin; only of a dry run.
         min_coverage, min_coverage_reached: the requested coverage, and whether it is reached.
     """
 
-    move_hindrances: list[str]
+    move_refusals: list[str]
     min_coverage: float | None
     min_coverage_reached: bool
 
@@ -228,13 +228,13 @@ def command(
             if as_json:
                 print_json("collapse", made.report, made.wanted)
             else:
-                print_report(console(), made.report, min_coverage, made.wanted.move_hindrances)
+                print_report(console(), made.report, min_coverage, made.wanted.move_refusals)
             return exit_code(stop.number) if made.report.interrupted and stop() else code
         each = do_each(named, work, changes=True, stop=stop)
     if as_json:
         print_json("collapse", Collapses(each.all, CollapseSum(tuple(made.report for made in each.done))))
     elif len(each.results) == len(each.done) == 1:
-        print_report(console(), each.done[0].report, min_coverage, each.done[0].wanted.move_hindrances)
+        print_report(console(), each.done[0].report, min_coverage, each.done[0].wanted.move_refusals)
     else:
         console().print(targets_table(each))
     return exit_code(stop.number) if stop() else each.code
@@ -261,9 +261,9 @@ def _collapse_one(
                 stop=stop,
                 before_move=partial(_announce, space, means),
             )
-        hindrances = abilities.move_refusals(space, means) if dry_run and report.folios else []
+        refusals = abilities.move_refusals(space, means) if dry_run and report.folios else []
     covered = min_coverage is None or _coverage(report) >= min_coverage
-    return Collapsed(report, Wanted(hindrances, min_coverage, covered))
+    return Collapsed(report, Wanted(refusals, min_coverage, covered))
 
 
 def targets_table(each: Each[Collapsed]) -> Table:

@@ -80,7 +80,7 @@ def _print(explanation: Explanation, history: History) -> None:
     parts: list[tuple[str, list[str]]] = [
         ("What it is", list(explanation.memory)),
         ("What policies would do", [each.sentence for each in explanation.prospects]),
-        ("What stops it", [each.sentence for each in explanation.hindrances] or ["nothing stops it"]),
+        ("What stops it", [each.sentence for each in explanation.refusals] or ["nothing stops it"]),
         ("What happened", list(history.happened)),
     ]
     say(out, explanation.label)

@@ -37,7 +37,7 @@ class Now:
         geometry: geometry of the machine.
         by_default: the part within the default bounds.
         missing: facts that could not be read, and what would make them readable.
-        move_hindrances: reasons for which the mover would not begin.
+        move_refusals: reasons for which the mover would not begin.
         split_price: cost of splits.
         rss_after_bytes: resident bytes of the whole target after splits made all of the plan, at most; None if nothing
             is made by splits.
@@ -45,12 +45,12 @@ class Now:
         reach: the part that memory allows; None if that was not requested.
     """
 
-    JSON: ClassVar = "by_default missing move_hindrances split_price rss_after_bytes remade reach"
+    JSON: ClassVar = "by_default missing move_refusals split_price rss_after_bytes remade reach"
 
     geometry: Geometry
     by_default: Allowed
     missing: tuple[str, ...]
-    move_hindrances: list[str]
+    move_refusals: list[str]
     split_price: SplitPrice
     rss_after_bytes: int | None
     remade: Remade
@@ -166,13 +166,13 @@ def command(targets: tuple[str, ...], as_json: bool, at: str | None, reachable: 
         with found.open(at=at) as space, progress_bar(f"planning {found.label}", hidden=as_json) as progress:
             plan = plan_space(space, wanted, progress)
             smaller = any(order < plan.geometry.pmd_order for order in plan.folios_by_order)
-            hindrances = move_refusals(space, Means(mechanism="move")) if smaller else []
+            refusals = move_refusals(space, Means(mechanism="move")) if smaller else []
             means = SMALL_MEANS if plan.small else USUAL_MEANS
             allowed, again = allowed_of(space, plan, means), remade_of_plan(space, plan)
             price = split_price_of(space, plan, means)
             resident = _resident_after(space, wanted) if price.ranges else None
             reach = reach_of(space, plan, means, progress) if reachable else None
-            now = Now(plan.geometry, allowed, space.missing, hindrances, price, resident, again, reach)
+            now = Now(plan.geometry, allowed, space.missing, refusals, price, resident, again, reach)
             return Planned(plan, now), 0
 
     named = find_targets(targets)
@@ -207,7 +207,7 @@ def _print_one(out: Console, made: Planned) -> None:
     print_allowed(out, made.plan, made.now.by_default)
     if made.now.reach is not None:
         out.print(reach_table(made.plan, made.now.reach))
-    refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in made.now.move_hindrances]
+    refused = [f"the mover (--mechanism move) would not begin: {reason}" for reason in made.now.move_refusals]
     heat = made.plan.heat.remark if made.plan.heat is not None else ""
     price = made.now.split_price.remark(made.plan.geometry)
     if made.now.rss_after_bytes is not None:

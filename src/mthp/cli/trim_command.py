@@ -130,7 +130,7 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
     """Print the result of a trim."""
     plan, geometry = report.plan, report.plan.geometry
     rows = [[geometry.label(order), str(count)] for order, count in plan.folios_by_order.items()]
-    title = f"{plan.label}: large folios with {percent(options.zero)} of zeroes, of {plan.looked_at} in all"
+    title = f"{plan.label}: large folios with {percent(options.zero)} of zeroes, of {plan.scanned_folios} in all"
     out.print(Table(title, ["size", "folios"], rows, right={1}))
     how = f" (--by {plan.by})" if plan.by else ""
     say(out, f"{format_size(plan.zero_bytes)} in pages of nothing but zeroes can be given back{how}")

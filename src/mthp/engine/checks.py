@@ -100,7 +100,7 @@ class PolicyChecks:
         return self._attempts[order]
 
 
-def first_hindrances(
+def scan_results(
     planes: Planes, order: int, rows: NDArray[np.intp], offsets: NDArray[np.intp], checks: Checks
 ) -> NDArray[np.int8]:
     """Return the scan result of each of some runs of one order.

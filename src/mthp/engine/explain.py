@@ -59,7 +59,7 @@ TOP = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Hindrance:
+class MakerRefusal:
     """A reason why one maker of folios makes none.
 
     Attributes:
@@ -116,17 +116,17 @@ class Explanation:
         geometry: geometry of its machine.
         memory: the kind and state of the memory, in sentences.
         prospects: what each policy would make of it.
-        hindrances: what stops each maker.
+        refusals: what stops each maker.
         missing: what could not be read, and what would make it readable.
     """
 
-    JSON: ClassVar = "target=label memory prospects hindrances missing"
+    JSON: ClassVar = "target=label memory prospects refusals missing"
 
     label: str
     geometry: Geometry
     memory: tuple[str, ...]
     prospects: tuple[Prospect, ...]
-    hindrances: tuple[Hindrance, ...]
+    refusals: tuple[MakerRefusal, ...]
     missing: tuple[str, ...]
 
     @property
@@ -135,7 +135,7 @@ class Explanation:
         return [
             *self.memory,
             *(each.sentence for each in self.prospects),
-            *(each.sentence for each in self.hindrances),
+            *(each.sentence for each in self.refusals),
         ]
 
 
@@ -162,7 +162,7 @@ def explain_space(space: AddressSpace, address: int | None = None) -> Explanatio
         space.geometry,
         tuple(_what_it_is(space, vma, address, part, columns)),
         tuple(_prospect(plan, space.geometry) for plan in plans),
-        tuple(dict.fromkeys(_hindrances(space, vma, (start, start + size), whole))),
+        tuple(dict.fromkeys(_refusals(space, vma, (start, start + size), whole))),
         space.missing,
     )
 
@@ -213,31 +213,31 @@ def _what_it_is(space: AddressSpace, vma: Vma, address: int, part: Segment, colu
         yield "one PMD entry maps it: it is as large as it can be"
 
 
-def _hindrances(space: AddressSpace, vma: Vma, within: Segment, whole: bool) -> Iterator[Hindrance]:
+def _refusals(space: AddressSpace, vma: Vma, within: Segment, whole: bool) -> Iterator[MakerRefusal]:
     """Yield what stops each maker of folios in one PMD range."""
     geometry, switches, disabled = space.geometry, space.switches, space.thp_disabled
     by_kernel = eligibility(vma, geometry, switches, thp_disabled=disabled)
     on_call = eligibility(vma, geometry, switches, trigger="madvise", thp_disabled=disabled, include_file=True)
     ends = f"it lies at the end of the mapping, outside of whole {geometry.label(geometry.pmd_order)} ranges"
     if not by_kernel:
-        yield Hindrance("khugepaged", by_kernel.reason)
+        yield MakerRefusal("khugepaged", by_kernel.reason)
     elif not whole:
-        yield Hindrance("khugepaged", ends)
+        yield MakerRefusal("khugepaged", ends)
     else:
         options = PlanOptions(within=within, orders=ORDERS_ENABLED)
         yield from _results(plan_space(space, options), "khugepaged", vma)
     if not on_call:
-        yield Hindrance("madvise", on_call.reason)
+        yield MakerRefusal("madvise", on_call.reason)
     elif not whole:
-        yield Hindrance("madvise", ends)
+        yield MakerRefusal("madvise", ends)
     else:
         options = PlanOptions(policy="pmd-only", within=within, trigger="madvise", include_file=True)
         yield from _results(plan_space(space, options), "madvise", vma)
-    yield from (Hindrance("move", reason) for reason in objections(space, vma))
-    yield from (Hindrance(maker, reason) for reason in pins(space, vma) for maker in _MAKERS)
+    yield from (MakerRefusal("move", reason) for reason in objections(space, vma))
+    yield from (MakerRefusal(maker, reason) for reason in pins(space, vma) for maker in _MAKERS)
 
 
-def _results(plan: SpacePlan, maker: Maker, vma: Vma) -> Iterator[Hindrance]:
+def _results(plan: SpacePlan, maker: Maker, vma: Vma) -> Iterator[MakerRefusal]:
     limits = plan.tunables
     values = {
         ScanResult.EXCEED_NONE_PTE: f" (max_ptes_none is {limits.max_ptes_none})",
@@ -250,7 +250,7 @@ def _results(plan: SpacePlan, maker: Maker, vma: Vma) -> Iterator[Hindrance]:
         value = values.get(result, "")
         if result is ScanResult.EXCEED_NONE_PTE and vma.uffd_armed:
             value = ", which is 0 in memory that is registered with userfaultfd"
-        yield Hindrance(maker, f"{result.name}: {result.meaning}{value}")
+        yield MakerRefusal(maker, f"{result.name}: {result.meaning}{value}")
 
 
 def _explained_process(space: AddressSpace) -> Explanation:
@@ -266,12 +266,12 @@ def _explained_process(space: AddressSpace) -> Explanation:
     if space.thp_disabled:
         memory.append("it has switched THP off for itself (PR_SET_THP_DISABLE)")
     found = [
-        Hindrance("khugepaged", f"{left.reason} ({format_size(left.resident)} resident)")
+        MakerRefusal("khugepaged", f"{left.reason} ({format_size(left.resident)} resident)")
         for left in enabled.left[:TOP]
         if left.resident
     ]
-    found += [Hindrance("move", reason) for reason in objections(space, None)]
-    found += [Hindrance(maker, reason) for reason in pins(space, None) for maker in _MAKERS]
+    found += [MakerRefusal("move", reason) for reason in objections(space, None)]
+    found += [MakerRefusal(maker, reason) for reason in pins(space, None) for maker in _MAKERS]
     largest = _largest(enabled)
     if largest is not None:
         memory.append(f"most of what is left alone lies at {largest:#x}: give that address for more")

@@ -85,9 +85,9 @@ class Plan:
         return made
 
     @cached_property
-    def looked_at(self) -> int:
+    def scanned_ptes(self) -> int:
         """The PTEs that one scan of all these PMD ranges reads."""
-        return sum(self._each(lambda _, walk: walk.looked_at()))
+        return sum(self._each(lambda _, walk: walk.scanned_ptes()))
 
     @cached_property
     def scan_result(self) -> NDArray[np.int8]:

@@ -79,11 +79,11 @@ class TrimPlan:
         folios: address and order of each.
         zero: for each the pages that contain only zeroes: bool, shape (2**order,).
         gains: for each the number of these pages that would be given back.
-        looked_at: number of large folios scanned.
+        scanned_folios: number of large folios scanned.
         interrupted: the caller stopped it before all folios were scanned.
     """
 
-    JSON: ClassVar = "target=label by folios_by_order looked_at zero_bytes"
+    JSON: ClassVar = "target=label by folios_by_order scanned_folios zero_bytes"
 
     label: str
     geometry: Geometry
@@ -91,7 +91,7 @@ class TrimPlan:
     folios: list[Block]
     zero: list[NDArray[np.bool_]]
     gains: list[int]
-    looked_at: int
+    scanned_folios: int
     interrupted: bool = False
 
     @property
@@ -203,7 +203,7 @@ def plan_trim(
     geometry, size = space.geometry, space.geometry.page_size
     abilities.zero_filled(space, space.read([]))  # Fails at once for a target without contents.
     segments = space.populated(list(_anonymous(space, options.within)), size)
-    total, done, looked_at = sum(end - start for start, end in segments), 0, 0
+    total, done, scanned = sum(end - start for start, end in segments), 0, 0
     ways = space.trims_by if isinstance(space, Trimming) else ()
     by = options.by or next(iter(ways), None)
     found: list[tuple[int, Block, NDArray[np.bool_]]] = []
@@ -213,7 +213,7 @@ def plan_trim(
             break
         columns = space.read(block)
         folios = _whole_folios(columns, geometry)
-        looked_at += len(folios)
+        scanned += len(folios)
         for folio, zero in _with_zeroes(space, columns, folios, options.zero):
             # Where nothing can be trimmed, report what MADV_COLD would give back.
             if gain := int(given_back(zero, by or "cold", size).sum()):
@@ -230,7 +230,7 @@ def plan_trim(
         folios=[folio for _, folio, _ in found],
         zero=[zero for _, _, zero in found],
         gains=[gain for gain, _, _ in found],
-        looked_at=looked_at,
+        scanned_folios=scanned,
         interrupted=interrupted,
     )
 

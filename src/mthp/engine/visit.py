@@ -238,14 +238,14 @@ class Visit:
         end = int(addresses[min(through, len(addresses)) - 1]) + size
         # Ranges that cost next to nothing are read in larger and larger blocks until the budget is near.
         self._ahead = min(BLOCK_PMD_RANGES, 2 * len(addresses)) if progress.sum() < budget else 0
-        looked_at, count = int(progress[:through].sum()), int(np.searchsorted(chosen, end))
+        scanned, count = int(progress[:through].sum()), int(np.searchsorted(chosen, end))
         if block is None or not count:
-            return Passage(end, looked_at, chosen[:0], np.zeros(0, np.int8), ScanResult.FAIL)
+            return Passage(end, scanned, chosen[:0], np.zeros(0, np.int8), ScanResult.FAIL)
         results, attempts, released = block.carry_out(count)
         failed = any(attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL for attempt in attempts)
         result = ScanResult.ALLOC_HUGE_PAGE_FAIL if failed else ScanResult(int(results[-1]))
         pages = folio_pages(block.columns, chosen[:count], attempts, self.geometry) if self._count_folios else None
-        return Passage(end, looked_at, chosen[:count], results, result, released, tuple(attempts), pages)
+        return Passage(end, scanned, chosen[:count], results, result, released, tuple(attempts), pages)
 
 
 class _Block:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from mthp.engine.attempts import Attempts
 from mthp.engine.bits import PART_ORDER, Bits, repeated
-from mthp.engine.checks import Checks, PolicyChecks, first_hindrances
+from mthp.engine.checks import Checks, PolicyChecks, scan_results
 from mthp.engine.occupancy import Occupancy, Planes, Runs
 from mthp.engine.pageorders import States, look_up_orders, states_of, write_orders
 from mthp.results import ScanResult
@@ -130,7 +130,7 @@ class Walk:
         result: NDArray[np.int8] = np.full(self.ranges, ScanResult.SUCCEED, np.int8)
         rows = np.flatnonzero(~self.passed)
         if (checks := self.checks.scan) is not None:
-            result[rows] = first_hindrances(self.planes, self._order, rows, np.zeros_like(rows), checks)
+            result[rows] = scan_results(self.planes, self._order, rows, np.zeros_like(rows), checks)
         whole = self.occupancy.runs(self._order)
         empty = (whole.occupied + whole.swap)[:, 0] == 0
         zero = self.occupancy.count("zero", self._order)[:, 0] > 0
@@ -141,7 +141,7 @@ class Walk:
             result[self.planes.pmd_mapped] = ScanResult.PMD_MAPPED
         return result
 
-    def looked_at(self) -> int:
+    def scanned_ptes(self) -> int:
         """Return the PTEs that the scan reads: of each range that no PMD entry maps, or of every run that is scanned.
 
         PTEs that a scan skips by ending early are counted. Isolation's own check of a run is not.
@@ -232,7 +232,7 @@ class Walk:
         failed: Bits = attempted.copy()
         rows, indices = np.nonzero(attempted)
         checks = self.checks.attempt(order)
-        results = first_hindrances(self.planes, order, rows, indices << order, checks)
+        results = scan_results(self.planes, order, rows, indices << order, checks)
         failed[rows, indices] = results == ScanResult.FAIL
         return failed
 
@@ -254,7 +254,7 @@ class Walk:
         unclear = skipped if other is None else skipped & other
         if bool(unclear.any()):
             rows, indices = np.nonzero(unclear)
-            results = first_hindrances(self.planes, runs.order, rows, indices << runs.order, checks)
+            results = scan_results(self.planes, runs.order, rows, indices << runs.order, checks)
             skipped[rows, indices] = results == ScanResult.PTE_MAPPED_HUGEPAGE
         return hindered, skipped
 
@@ -357,7 +357,7 @@ class Walk:
             offsets = indices << order
             results: NDArray[np.int8] = np.full(len(rows), ScanResult.SUCCEED, np.int8)
             failed = np.flatnonzero(~level.succeeded[rows, indices])
-            results[failed] = first_hindrances(
+            results[failed] = scan_results(
                 self.planes, order, rows[failed], offsets[failed], self.checks.attempt(order)
             )
             if (barred := self.barred.get(order)) is not None:
@@ -398,7 +398,7 @@ class Walk:
         """Set the result of ranges that were given up: that of the last run that was scanned."""
         smallest = min(self.levels)
         rows = np.flatnonzero((self.given_up < self.rules.geometry.ptes_per_pmd) & (result == ScanResult.FAIL))
-        stopped = first_hindrances(self.planes, smallest, rows, self.given_up[rows], self.checks.attempt(smallest))
+        stopped = scan_results(self.planes, smallest, rows, self.given_up[rows], self.checks.attempt(smallest))
         # A run that fails no check was not full enough for its policy, and so was not scanned.
         stopped[stopped == ScanResult.SUCCEED] = ScanResult.FAIL
         result[rows] = stopped

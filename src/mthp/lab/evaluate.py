@@ -329,7 +329,7 @@ def history(
             copied, filled = split.copied, split.filled
         last = scans[-1]
         if not copied + filled:
-            scans.append(replace(last, scanned=plan.looked_at))
+            scans.append(replace(last, scanned=plan.scanned_ptes))
             break
         had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
         planes, now = carried_out(planes, made, geometry)
@@ -344,7 +344,7 @@ def history(
                 copied=last.copied + copied,
                 filled=last.filled + filled,
                 folios=folios,
-                scanned=plan.looked_at,
+                scanned=plan.scanned_ptes,
                 split=last.split + (0 if split is None else int(split.ranges.sum())),
                 trimmable=trimmed(planes, empty, by, TrimOptions().zero, geometry),
             )

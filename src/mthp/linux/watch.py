@@ -165,7 +165,7 @@ class _Seen:
         at, there = self._at(ranges)
         return there & self.huge[at] if len(self.ranges) else there
 
-    def with_huge(self, looked_at: _Numbers, huge: _Numbers) -> _Seen:
-        """Return the same with new knowledge: of the ranges `looked_at`, those in `huge` are huge, others are not."""
-        known = np.isin(self.ranges, looked_at)
+    def with_huge(self, scanned: _Numbers, huge: _Numbers) -> _Seen:
+        """Return the same with new knowledge: of the ranges `scanned`, those in `huge` are huge, others are not."""
+        known = np.isin(self.ranges, scanned)
         return _Seen(self.ranges, self.sums, np.where(known, np.isin(self.ranges, huge), self.huge))

@@ -85,7 +85,7 @@ def test_those_with_most_zeroes_come_first_and_the_full_ones_are_left_alone() ->
     target = space(300, 0, 500, 200)
     plan = plan_trim(target, TrimOptions())
     assert plan.folios == [(BASE + 2 * PMD, 9), (BASE, 9)]
-    assert (plan.looked_at, plan.zero_bytes, plan.by) == (4, 800 * PAGE, "cold")
+    assert (plan.scanned_folios, plan.zero_bytes, plan.by) == (4, 800 * PAGE, "cold")
     report = trim_space(target, TrimOptions())
     assert target.batches == [plan.folios]
     assert (report.trimmed, report.given_back_bytes, report.left_by_order) == (2, 800 * PAGE, {0: 2 * N - 800})

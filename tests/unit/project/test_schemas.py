@@ -96,7 +96,7 @@ def test_what_a_command_prints_is_as_its_schema_says(
 
 @pytest.mark.parametrize("mechanism", ["madvise", "move"])
 def test_a_collapse_is_as_its_schema_says(mechanism: Any) -> None:
-    wanted: dict[str, Any] = {"move_hindrances": [], "min_coverage": None, "min_coverage_reached": True}
+    wanted: dict[str, Any] = {"move_refusals": [], "min_coverage": None, "min_coverage_reached": True}
     report = collapse_space(holed(range(2, 10)), PlanOptions(max_ptes_none=0), Means(mechanism=mechanism))
     assert report.folios or report.needs_move
     check("collapse", {"schema": "mthp.collapse/1"} | to_object(report) | wanted)

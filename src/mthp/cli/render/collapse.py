@@ -27,7 +27,7 @@ MAX_REASONS = 5
 
 
 def print_report(
-    out: Console, report: CollapseReport, wanted: float | None = None, hindrances: Sequence[str] = ()
+    out: Console, report: CollapseReport, wanted: float | None = None, refusals: Sequence[str] = ()
 ) -> None:
     """Print the result of a collapse."""
     if report.dry_run:
@@ -36,7 +36,7 @@ def print_report(
         if report.allowed is not None:
             print_allowed(out, report.plan, report.allowed)
         price = report.split_price.remark(report.geometry)
-        refused = [f"the mover would not begin: {reason}" for reason in hindrances]
+        refused = [f"the mover would not begin: {reason}" for reason in refusals]
         reach = out_of_reach(report.plan.before, report.plan.geometry)
         note(out, [*filter(None, [price, reach]), *refused, "dry run: nothing was changed"])
         return

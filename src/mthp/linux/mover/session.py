@@ -49,8 +49,8 @@ _T = TypeVar("_T")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def in_tracing_thread(deed: Callable[[], _T]) -> _T:
-    """Run `deed` in a new thread, and return its result.
+def in_tracing_thread(operation: Callable[[], _T]) -> _T:
+    """Run `operation` in a new thread, and return its result.
 
     A tracer is a thread. When this one ends, the kernel releases all its tracees, also threads that never stopped and
     so could not be detached. Python runs signal handlers, and raises KeyboardInterrupt, in the main thread only, so
@@ -60,7 +60,7 @@ def in_tracing_thread(deed: Callable[[], _T]) -> _T:
     begin: SimpleQueue[bool] = SimpleQueue()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mthp-mover", initializer=_hurry) as executor:
         try:
-            future = executor.submit(lambda: deed() if begin.get() else None)
+            future = executor.submit(lambda: operation() if begin.get() else None)
             begin.put(True)
             return cast("_T", future.result())
         except BaseException:
@@ -274,8 +274,8 @@ class MoverSession(Closing):
         """Move the blocks of one window; return the outcomes, and the blocks to be moved again, each alone."""
         addresses, orders = np.array(batch, np.int64).T
         sizes = np.int64(self._geometry.page_size) << orders
-        deed = functools.partial(self._stop_and_move, batch, addresses, sizes, flags, alone=alone)
-        objections, operations, lengths, pause = in_tracing_thread(deed)
+        operation = functools.partial(self._stop_and_move, batch, addresses, sizes, flags, alone=alone)
+        objections, operations, lengths, pause = in_tracing_thread(operation)
         if pause.blocks:
             self.pauses.append(pause)
         self._budget.observe(pause)

@@ -82,7 +82,7 @@ class SimRange:
         if self._vma.userfaultfd_armed and control.policy.scan_honours_uffd(control.rules):
             limits = limits._replace(none=0)
         look = scan_look(parts, self._vma, ptes, limits, forced=control.rules.forced)
-        scan = self._judged(look, parts.geometry.pmd_order)
+        scan = self._counted(look, parts.geometry.pmd_order)
         if scan.result is not ScanResult.SUCCEED:
             return scan
         control.lock_dropped = True
@@ -104,13 +104,13 @@ class SimRange:
             # An unaligned run may extend beyond the page table, and nothing there is a PTE.
             parts.beyond_table = address
             look = dataclasses.replace(look, result=ScanResult.PAGE_NULL)
-        scan = self._judged(look, order)
+        scan = self._counted(look, order)
         if scan.result is ScanResult.PTE_MAPPED_HUGEPAGE:
             large_pages = 1 << int(parts.memory.order[ptes.value[look.at]])
             return dataclasses.replace(scan, behind=address + (look.at + large_pages) * page)
         return scan
 
-    def _judged(self, look: Look, order: int) -> RangeScan:
+    def _counted(self, look: Look, order: int) -> RangeScan:
         """Count the scan of a run, check that enough of it was referenced, and return the result."""
         parts, control = self._parts, self._control
         entries = min(look.at + 1, 1 << order)
