@@ -81,8 +81,8 @@ def eligibility(
         if include_file:
             return Eligibility((geometry.pmd_order,), f"{what}: {geometry.label(geometry.pmd_order)} only")
         return Eligibility((), f"{what}, not anonymous")
-    # __thp_vma_allowable_orders() (mm/huge_memory.c) requires an anon_vma, which the first write makes. None is unknown,
-    # and left to the kernel.
+    # __thp_vma_allowable_orders() (mm/huge_memory.c) requires an anon_vma, which the first write makes. If it is not
+    # known (None), the kernel decides.
     if vma.has_anon_vma is False:
         return Eligibility((), "nothing was ever written here")
     if trigger == "madvise":

@@ -95,6 +95,7 @@ class Comparison(Tabular):
     def names(self) -> list[str]:
         """The name of each setting: the policy, and the other values in which the settings differ."""
         rows = [outcome.rows()[0] for outcome in self.outcomes]
+        # A value that all settings share would only make the names longer.
         keys = ("orders", "trigger", "max_ptes_none", "max_ptes_swap", "max_ptes_shared", "mthp_min_order")
         differing = [key for key in keys if len({row[key] for row in rows}) > 1]
         return [" ".join([row["policy"], *(f"{key}={row[key]}" for key in differing)]) for row in rows]
@@ -109,6 +110,7 @@ class Comparison(Tabular):
     @property
     def frontier(self) -> list[bool]:
         """Whether each setting is on the frontier of coverage against bloat, after the last scan."""
+        # Both are to be small, so coverage is negated.
         points = np.array([(-self.coverage(outcome), outcome.scans[-1].filled) for outcome in self.outcomes])
         return [
             not bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any())

@@ -140,6 +140,7 @@ class Outcome:
                 folio_pages=now.copied + now.filled,
             )
             if now.split:
+                # A split range costs a collapse to the PMD order, and then the splits of all its pages.
                 split_ps = (folios - huge) * costs.split_folio + (now.split << pmd_order) * costs.split_page
                 spent += split_ps / 1e12
             row: Row = self._settings() | {
@@ -208,6 +209,7 @@ def evaluate(
     courses = [_Course.of(space, vmas, options, limit) for options in settings]
     work: dict[_Places, list[_Course]] = {}
     for course in courses:
+        # Settings that choose the same ranges share each read; others (a trigger, a size that is off) read their own.
         work.setdefault(course.places(), []).append(course)
     granule = space.geometry.pmd_size
     todo = [
@@ -218,6 +220,7 @@ def evaluate(
     size, done = sum(end - start for _, _, segments in todo for start, end in segments), 0
     for members, index, segments in todo:
         for block in in_blocks(segments, BLOCK_RANGES * granule):
+            # Any member's job will do: they have the same segments, and only rules differ.
             columns, planes = read_planes(space, members[0].jobs[index], ranges_of(block, space.geometry))
             empty = zero_filled(space, columns).reshape(planes.present.shape) if contents else None
             planes, empty = _without_empty(planes, empty)
@@ -369,6 +372,7 @@ def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> t
 
     had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
     filled = inside & ~had
+    # A folio of the PMD order begins at the first page of its range.
     huge = made[:, 0] == geometry.pmd_order
     orders = made if planes.folio_order is None else np.where(inside, made, planes.folio_order)
     after = replace(

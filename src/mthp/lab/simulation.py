@@ -197,6 +197,7 @@ class _Run:
             self._at(max(trim.start, trim.every), lambda: self._trim(trim))
         machine.khugepaged.rest_by(_Time(self))
         if settings.khugepaged:
+            # khugepaged's rests run the programs (class _Time).
             self._khugepaged.run(lambda: self._over)
         else:
             self.until(settings.duration)
@@ -212,6 +213,7 @@ class _Run:
         return self._interrupted or self.now >= self._scenario.settings.duration
 
     def _at(self, seconds: float, action: Callable[[], None]) -> None:
+        # The number breaks ties by creation, because functions cannot be compared.
         heapq.heappush(self._events, (seconds, self._made, action))
         self._made += 1
 
@@ -242,6 +244,7 @@ class _Run:
         program = Program(
             self.machine,
             f"{settings.name}-{copy + 1}" if settings.count > 1 else settings.name,
+            # A generator for each program, so that one more program does not change the others.
             np.random.default_rng([self._seed, number]),
             cgroup=cgroup,
             advise=settings.advise and not settings.advise_after,

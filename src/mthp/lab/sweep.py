@@ -137,6 +137,7 @@ def sweep(
         todo = [Task(str(path.resolve()), name, grid) for name, path in inputs if not _done(parts, keys[name])]
         report.resumed = report.done = len(inputs) - len(todo)
         with contextlib.closing(runner(todo)) as results:  # type: ignore[type-var]
+            # No runner is started for nothing.
             for number, result in enumerate(results if todo else (), 1):
                 if result.error:
                     report.failed[result.name] = result.error
@@ -269,6 +270,7 @@ def _merge(parts: Parts, keys: Sequence[str], target: Path, *, overwrite: bool) 
         creating(target, overwrite=overwrite, mode=PUBLIC) as file,
         parquet.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
+        # A row group for 256 inputs: a sweep of thousands would make one table larger than memory.
         for group in range(0, len(keys), 256):
             tables = [_opened(parts, key).read_all() for key in keys[group : group + 256]]
             table = arrow.concat_tables([schema.empty_table(), *tables], promote_options="default")

@@ -207,6 +207,7 @@ class Tlb:
                 if len(chosen):
                     missed[chosen] = array.access(pages[chosen] >> order_here[chosen], order_here[chosen])
             self._misses[index] += int(np.count_nonzero(missed))
+            # The next level sees only the misses of this one.
             pages, order = pages[missed], order[missed]
 
 
@@ -290,6 +291,7 @@ def _smaller_to_the_left(values: NDArray[np.int64]) -> NDArray[np.int64]:
     while blocks > 1:
         blocks //= 2
         pairs = order.reshape(blocks, 2, size)
+        # All pairs are searched at once. An offset larger than any value keeps one pair's values below the next pair's.
         offsets = (np.arange(blocks) * (count + 2))[:, None]
         left = (padded[pairs[:, 0]] + offsets).ravel()
         right = (padded[pairs[:, 1]] + offsets).ravel()
