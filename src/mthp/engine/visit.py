@@ -1,14 +1,11 @@
 """Visit an address space of any kind: read PMD ranges, walk over them, admit, collapse, report.
 
-khugepaged scans a range, releases its locks and tries to collapse; then it scans the next. Behind the seam both cost
-little per range and much per call: the mover stops a target for each batch. So a visit reads the PMD ranges of a block
-at once and walks over all of them (:class:`~mthp.engine.walk.Walk`), as a plan does. The runs that the walk would
-collapse are tried as one batch. That is sound because the runs are disjoint, and none depends on the success of
-another.
+Behind the seam a call costs much, and one more range in it little: the mover stops a target for each batch. So a visit
+reads a block of PMD ranges at once, and walks over all of them (:class:`~mthp.engine.walk.Walk`), as a plan does. It
+tries the runs that the walk would collapse as one batch: they are disjoint, and none depends on another's success.
 
-A run that is not admitted is barred, and the walk repeated, so that smaller orders are tried in its place. Obstacles
-that page tables do not show (a page that is locked, or waits for its LRU list) show as an outcome: the smaller orders
-that the kernel would try in its place are tried in the next pass, if the range still looks the same.
+Obstacles that page tables do not show (a page that is locked, or waits for its LRU list) show as an outcome: the
+smaller orders that the kernel would try in its place are tried in the next pass, if the range still looks the same.
 """
 
 from __future__ import annotations
@@ -222,8 +219,7 @@ class Visit:
         area = self._area(stretch[0])
         if area is None:
             # Unmapped since it was found: a new listing does not have it.
-            empty = np.zeros(0, np.int8)
-            return Passage(stretch[0] + size, 1, empty.astype(np.uint64), empty, ScanResult.VMA_NULL)
+            return Passage(stretch[0] + size, 1, np.zeros(0, np.uint64), np.zeros(0, np.int8), ScanResult.VMA_NULL)
         # Enough ranges to spend the budget if each costs all its entries.
         needed = -(-budget // n)
         end = min(stretch[1], area.end, stretch[0] + min(BLOCK_PMD_RANGES, max(needed, self._ahead)) * size)
@@ -242,8 +238,9 @@ class Visit:
         if block is None or not count:
             return Passage(end, scanned, chosen[:0], np.zeros(0, np.int8), ScanResult.FAIL)
         results, attempts, released = block.carry_out(count)
-        failed = any(attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL for attempt in attempts)
-        result = ScanResult.ALLOC_HUGE_PAGE_FAIL if failed else ScanResult(int(results[-1]))
+        result = ScanResult(int(results[-1]))
+        if any(attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL for attempt in attempts):
+            result = ScanResult.ALLOC_HUGE_PAGE_FAIL
         pages = folio_pages(block.columns, chosen[:count], attempts, self.geometry) if self._count_folios else None
         return Passage(end, scanned, chosen[:count], results, result, released, tuple(attempts), pages)
 
@@ -293,7 +290,10 @@ class _Block:
         return results, attempts, bool(candidates)
 
     def _admitted(self, count: int, results: NDArray[np.int8]) -> list[tuple[int, Candidate]]:
-        """Return the runs to try, each with its row; set `results` of ranges that are left without one."""
+        """Return the runs to try, each with its row; set `results` of ranges that are left without one.
+
+        A run that is not admitted is barred, and the walk repeated, so that smaller orders are tried in its place.
+        """
         admit, policy = self._visit.admit, self._visit.policy
         admitted: list[tuple[int, Candidate]] = []
         decided: set[tuple[int, int, int]] = set()
@@ -375,8 +375,7 @@ class _Block:
         visit = self._visit
         visit.touching = True
         try:
-            blocks = [candidate.block for candidate in candidates]
-            outcomes = collapse_batch(visit.space, blocks, visit.means, self.columns)
+            outcomes = collapse_batch(visit.space, [each.block for each in candidates], visit.means, self.columns)
         finally:
             visit.touching = False
         done: set[int] = set()

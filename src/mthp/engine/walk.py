@@ -10,11 +10,7 @@ each level with a few operations on arrays of counts (:mod:`mthp.engine.occupanc
 Most memory becomes folios of order 6 or larger. So below that order the walk goes on over only those *parts* of the PMD
 ranges that are left, if they are few: runs whose bits fill one word (:data:`~mthp.engine.bits.PART_ORDER`).
 
-One policy walks no tree. If each run is scanned separately, as by ``per-order``, an order that failed once is not tried
-again in the PMD range. So the walk goes over the runs of the largest order up to the first that fails, then from there
-over those of the next smaller order, and so on, with a few operations for each order, too. (Dev Jain's series itself
-goes on at any page behind a large folio that it meets, and so makes folios that are not aligned. A plan goes on behind
-the run; the simulated machine does as the series.)
+One policy walks no tree: it scans each run separately (:meth:`Walk._walk_runs`).
 """
 
 from __future__ import annotations
@@ -196,7 +192,11 @@ class Walk:
         return attempted, succeeded, skipped
 
     def _walk_runs(self, orders: tuple[int, ...]) -> None:
-        """Walk with a scan of each run: each order as far as its runs pass, then the next smaller one."""
+        """Walk with a scan of each run: each order up to its first run that fails, then the next smaller one.
+
+        An order that failed once is not tried again in the PMD range. (Dev Jain's series goes on at any page behind a
+        large folio, and so makes unaligned folios. A plan goes on behind the run; the simulated machine does as it.)
+        """
         n, outside = self.rules.geometry.ptes_per_pmd, self.planes.outside
         begin = 0 if outside is None else outside.argmin(axis=1)
         at: NDArray[np.intp] = np.where(self.passed, begin, n)
@@ -237,10 +237,7 @@ class Walk:
         return failed
 
     def _hindered(self, runs: Runs, attempted: Bits) -> tuple[Bits | None, Bits | None]:
-        """Return which runs of an order cannot be collapsed, and which attempted ones are skipped for a large folio.
-
-        None stands for no runs.
-        """
+        """Return the runs that cannot be collapsed, and attempted ones that are skipped for a large folio; None: none."""
         checks = self.checks.attempt(runs.order)
         other = self._stopped_by_counts(runs, checks)
         largest = runs.largest_folio
