@@ -237,7 +237,7 @@ class Walk:
         return failed
 
     def _hindered(self, runs: Runs, attempted: Bits) -> tuple[Bits | None, Bits | None]:
-        """Return the runs that cannot be collapsed, and attempted ones that are skipped for a large folio; None: none."""
+        """Return the runs that cannot be collapsed, and attempted ones skipped for a large folio; None if none."""
         checks = self.checks.attempt(runs.order)
         other = self._stopped_by_counts(runs, checks)
         largest = runs.largest_folio
