@@ -1,5 +1,5 @@
 """Print the systemd unit of a package: the program is /usr/bin/mthp, the rules are those below /etc/mthp."""
 
-from mthp.daemon.unit import unit_text
+from mthp.daemon.systemd import unit_text
 
 print(unit_text([], program=["/usr/bin/mthp"]), end="")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mthp.daemon.control import NAME, ask
+from mthp.daemon.ipc import SOCKET_NAME, ask
 from mthp.errors import MthpError
 from waiting import PATIENCE, until
 
@@ -50,7 +50,7 @@ class RunningDaemon:
     @property
     def socket(self) -> Path:
         """Where it is asked."""
-        return self._directory / NAME
+        return self._directory / SOCKET_NAME
 
     @property
     def said(self) -> str:

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from daemons import RunningDaemon, events_of
 from e2e.helpers import ancestors
-from mthp.daemon.finder import REMATCH_SECONDS
+from mthp.daemon.processes import REMATCH_SECONDS
 from mthp.linux.live import open_live
 from pids import successor_of
 from targets import MADV_HUGEPAGE, PMD_SIZE, Puppet, threads_of

@@ -208,14 +208,14 @@ def _with_daemon_options(configuration: Any, options: dict[str, Any], geometry: 
 
 def _unit(events: Path | None, metrics: tuple[str, int] | None, *, install: bool) -> int:
     """Print or install the unit that runs the daemon with the arguments of this call."""
-    from mthp.daemon import unit
+    from mthp.daemon import systemd
 
     arguments = _absolute([word for word in _own_arguments() if word not in ("--print-unit", "--install-unit")])
-    text = unit.unit_text(arguments, events and events.absolute(), metrics, systemd=unit.systemd_release())
+    text = systemd.unit_text(arguments, events and events.absolute(), metrics, systemd=systemd.systemd_release())
     if not install:
         click.echo(text, nl=False)
         return 0
-    path = unit.install(text)
+    path = systemd.install(text)
     click.echo(f"installed {path}")
     click.echo("next: systemctl daemon-reload && systemctl enable --now mthp")
     return 0

@@ -4,7 +4,7 @@ khugepaged scans the memory of all processes at one pace. The daemon scans that 
 (:mod:`~mthp.daemon.rules`, read from a file by :mod:`~mthp.daemon.configuration`), and only changed memory:
 
 - New processes come from the kernel's events or a list (:mod:`mthp.linux.procevents`), are left to settle
-  (:mod:`~mthp.daemon.discovery`), and are matched (:mod:`~mthp.daemon.finder`).
+  (:mod:`~mthp.daemon.processes`), and are matched (:mod:`~mthp.daemon.processes`).
 - Each process that fits a rule is a :class:`~mthp.daemon.target.Target`: checked cheaply, scanned when it has changed
   (:mod:`~mthp.daemon.onepass`), with finished ranges remembered (:mod:`~mthp.daemon.ledger`). The engine decides what
   is collapsed, and how (:mod:`mthp.engine.visit`).
@@ -12,7 +12,7 @@ khugepaged scans the memory of all processes at one pace. The daemon scans that 
   machine's free memory (:mod:`~mthp.daemon.pressure`), under the current switches and tunables
   (:mod:`~mthp.daemon.system`).
 - The main thread (:mod:`~mthp.daemon.service`, around :mod:`~mthp.daemon.loop`) serves signals, and the socket of
-  ``mthp status``, ``pause`` and ``resume`` (:mod:`~mthp.daemon.control`).
+  ``mthp status``, ``pause`` and ``resume`` (:mod:`~mthp.daemon.ipc`).
 - The work is counted (:mod:`~mthp.daemon.counters`), and reported as metrics, as events, and to the service manager.
 
 All parts take a clock as an argument, so tests need neither a process, nor a kernel, nor real time.

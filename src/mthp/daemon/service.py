@@ -21,18 +21,16 @@ from typing import Any
 
 from mthp.addrspace import AddressSpace
 from mthp.daemon.configuration import Configuration
-from mthp.daemon.control import NAME as SOCKET_NAME
-from mthp.daemon.control import ControlSocket
 from mthp.daemon.counters import Counters
 from mthp.daemon.environment import Environment
 from mthp.daemon.eventlog import EventLog
-from mthp.daemon.finder import Finder
+from mthp.daemon.ipc import SOCKET_NAME, ControlSocket, DaemonLock
 from mthp.daemon.keeping import Keeping
-from mthp.daemon.lock import DaemonLock
 from mthp.daemon.loop import Loop
-from mthp.daemon.notify import Notifier
 from mthp.daemon.pressure import FreeFolios, MemoryPressure, memory_used, raise_open_files_limit
+from mthp.daemon.processes import Finder
 from mthp.daemon.system import SystemKnobs
+from mthp.daemon.systemd import Notifier
 from mthp.daemon.target import Target
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError

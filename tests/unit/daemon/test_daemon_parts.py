@@ -17,13 +17,11 @@ from typing import Any
 
 import pytest
 
-from mthp.daemon.control import MAX_CLIENTS, MAX_REQUEST, ControlSocket, ask
 from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
 from mthp.daemon.eventlog import EventLog
-from mthp.daemon.lock import DaemonLock
-from mthp.daemon.notify import Notifier
+from mthp.daemon.ipc import MAX_CLIENTS, MAX_REQUEST, ControlSocket, DaemonLock, ask
 from mthp.daemon.system import SystemKnobs
-from mthp.daemon.unit import CAPABILITIES, install, systemd_release, unit_text
+from mthp.daemon.systemd import CAPABILITIES, Notifier, install, systemd_release, unit_text
 from mthp.daemon.values import parse_endpoint
 from mthp.errors import MthpError, NotPermittedError, UsageError
 from mthp.geometry import X86_64

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mthp.daemon.discovery import Nursery
+from mthp.daemon.processes import Nursery
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.linux.facts import FactsReader
 from mthp.linux.procevents import MAX_GAP, MOST_EVENTS, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling

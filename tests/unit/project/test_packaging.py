@@ -16,7 +16,7 @@ import pytest
 import mthp
 from mthp.daemon import metrics
 from mthp.daemon.configuration import parse_configuration
-from mthp.daemon.unit import CAPABILITIES
+from mthp.daemon.systemd import CAPABILITIES
 from mthp.geometry import X86_64
 
 ROOT = Path(__file__).parents[3]

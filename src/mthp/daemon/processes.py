@@ -2,20 +2,24 @@
 
 A rule that names a PID means the process that has it when the rules are read, and not a later one with the same number.
 Changes of processes come from the kernel's events or from lists (:mod:`mthp.linux.procevents`). A changed process
-settles and is read (:mod:`~mthp.daemon.discovery`), and becomes a target, stays one under another rule, or stops being
-one. Periodically all processes are listed, for changes without an event.
+settles and is read, and becomes a target, stays one under another rule, or stops being one. Periodically all processes
+are listed, for changes without an event.
+
+A process that was just forked is about to become another program, and most exit a moment later. So it is left alone for
+a while first (:class:`Nursery`); a process that exits meanwhile is never read. Only :data:`AT_A_TIME` are read at once,
+so that a storm of new processes delays others and never the daemon.
 """
 
 from __future__ import annotations
 
 import os
 import selectors
-from collections import Counter
-from collections.abc import Callable
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from mthp.daemon.discovery import SETTLE_SHARE, Nursery
 from mthp.daemon.loop import Loop
 from mthp.daemon.rules import Rule
 from mthp.daemon.target import Target
@@ -25,6 +29,7 @@ from mthp.linux.facts import FactsReader
 from mthp.linux.process import Process, ProcStat
 from mthp.linux.procevents import Changes, list_pids, open_events
 from mthp.naming import ProcessFacts
+from mthp.pacing import Clock
 
 NOBODY = 0
 """Stands in place of a PID that no rule means."""
@@ -225,3 +230,55 @@ def _ancestors() -> frozenset[int]:
         except OSError:
             break
     return frozenset(found)
+
+
+AT_A_TIME = 128
+"""Processes read before the daemon turns to its other events."""
+
+SETTLE_SHARE = 0.4
+"""The part of the noticing time for which a new process is left alone."""
+
+
+class Nursery:
+    """New processes that wait to be read.
+
+    Args:
+        settle: seconds for which each is left alone.
+    """
+
+    def __init__(self, settle: float, clock: Clock = time.monotonic) -> None:
+        self.settle = settle
+        self._clock = clock
+        self._due: dict[int, float] = {}
+        self._queue: deque[tuple[float, int]] = deque()
+
+    def add(self, pids: Iterable[int], *, at_once: bool = False) -> None:
+        """Add processes. One that waits already starts waiting again, because it has changed."""
+        due = self._clock() + (0 if at_once else self.settle)
+        for pid in pids:
+            self._due[pid] = due
+            self._queue.append((due, pid))
+
+    def drop(self, pids: Iterable[int]) -> None:
+        """Remove processes that are gone."""
+        for pid in pids:
+            self._due.pop(pid, None)
+
+    def next_due(self) -> float | None:
+        """Return when the next process has settled; None if none waits."""
+        while self._queue and self._due.get(self._queue[0][1]) != self._queue[0][0]:
+            self._queue.popleft()
+        return self._queue[0][0] if self._queue else None
+
+    def take(self, limit: int = AT_A_TIME) -> list[int]:
+        """Return the processes that have settled, `limit` at most."""
+        taken: list[int] = []
+        now = self._clock()
+        while len(taken) < limit and (due := self.next_due()) is not None and due <= now:
+            _, pid = self._queue.popleft()
+            del self._due[pid]
+            taken.append(pid)
+        return taken
+
+    def __len__(self) -> int:
+        return len(self._due)

@@ -1,4 +1,4 @@
-"""The daemon's socket, for ``mthp status``, ``pause`` and ``resume``.
+"""The daemon's socket, for ``mthp status``, ``pause`` and ``resume``, and the lock that allows one daemon at a time.
 
 A client sends one JSON object in a line, ``{"command": "status"}``, and receives one as the answer; then it may send
 the next. No client can delay the daemon or another client: one that sends too much, or does not read its answer, is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import selectors
@@ -22,7 +23,7 @@ from typing import Any
 from mthp.bounded import parse_json
 from mthp.errors import MthpError, NotPermittedError, UsageError
 
-NAME = "daemon.sock"
+SOCKET_NAME = "daemon.sock"
 MODE = 0o660
 
 MAX_REQUEST = 4096
@@ -241,3 +242,50 @@ def ask(path: Path, command: str, **values: Any) -> dict[str, Any]:
     if "error" in answer:
         raise MthpError(str(answer["error"]), help=str(answer.get("help", "")))
     return answer
+
+
+LOCK_NAME = "daemon.lock"
+
+
+class DaemonLock:
+    """A lock file that names its holder.
+
+    It is held from the making of this object until :meth:`close`; the kernel releases it however the process ends.
+
+    Args:
+        directory: directory of the lock file.
+
+    Raises:
+        MthpError: another daemon holds it.
+        NotPermittedError: the file cannot be made.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / LOCK_NAME
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise NotPermittedError(
+                f"{path}: {error.strerror}", help="run as root, or give a directory of yours with --run-dir"
+            ) from error
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            # The file is written to, and under another name it might belong to another user.
+            os.close(self._fd)
+            raise NotPermittedError(f"{path} is no file of its own", help="remove it, or give another --run-dir")
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 64, 0).decode(errors="replace").strip()
+            os.close(self._fd)
+            raise MthpError(
+                f"another mthp daemon is running{f': process {holder}' if holder else ''}",
+                help="`mthp status` asks it; end it first (systemctl stop mthp, or SIGTERM)",
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.ftruncate(self._fd, 0)
+        os.close(self._fd)
