@@ -22,7 +22,7 @@ from mkdocs.structure.files import File, Files
 import mthp
 from mthp.cli import COMMANDS, _mthp
 from mthp.cli.schema_command import OBJECTS, schema
-from mthp.daemon import configuration
+from mthp.daemon import config
 from mthp.lab import grid, scenario
 
 DEFINITIONS = Path(__file__).with_name("figures.md")
@@ -73,7 +73,7 @@ def _helps(command: click.Command, name: str, parent: click.Context) -> Iterator
 
 def rules_page() -> str:
     """Return what a rules file may say."""
-    return _example("Rules", "mthp daemon --print-config", configuration.example())
+    return _example("Rules", "mthp daemon --print-config", config.example())
 
 
 def scenarios_page() -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mthp.cli import main
-from mthp.daemon import configuration
-from mthp.daemon.configuration import Own, parse_configuration
+from mthp.daemon import config
+from mthp.daemon.config import Own, parse_configuration
 from mthp.daemon.rules import Settings
 from mthp.geometry import X86_64
 from mthp.lab import grid, scenario, tables
@@ -33,7 +33,7 @@ def uncommented(example: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arguments", "example"),
     [
-        (["daemon", "--print-config"], configuration.example),
+        (["daemon", "--print-config"], config.example),
         (["simulate", "--print-scenario"], scenario.example),
         (["sweep", "--print-grid"], grid.example),
     ],
@@ -49,8 +49,8 @@ def test_the_text_is_printed_without_any_other_argument(
 @pytest.mark.parametrize(
     ("kind", "example", "place"),
     [
-        (Own, configuration.example, ("daemon",)),
-        (Settings, configuration.example, ("defaults",)),
+        (Own, config.example, ("daemon",)),
+        (Settings, config.example, ("defaults",)),
         (Grid, grid.example, ()),
         (tables.Settings, scenario.example, ()),
         (tables.MachineSettings, scenario.example, ("machine",)),
@@ -76,7 +76,7 @@ def test_every_key_of_a_table_is_there_with_its_default(
             assert getattr(found, field.name) == field.default
 
 
-@pytest.mark.parametrize("example", [configuration.example, scenario.example])
+@pytest.mark.parametrize("example", [config.example, scenario.example])
 def test_every_tunable_and_switch_is_there_with_the_value_of_a_kernel(example: Callable[[], str]) -> None:
     data, switches = uncommented(example()), Switches.defaults(X86_64)
     assert data["tunables"] == dataclasses.asdict(Tunables.defaults(X86_64))
@@ -84,10 +84,10 @@ def test_every_tunable_and_switch_is_there_with_the_value_of_a_kernel(example: C
 
 
 def test_rules_that_are_printed_set_no_defaults() -> None:
-    printed, nothing = parse_configuration(configuration.example(), X86_64), parse_configuration("", X86_64)
+    printed, nothing = parse_configuration(config.example(), X86_64), parse_configuration("", X86_64)
     assert dataclasses.replace(printed, rules=nothing.rules) == nothing
     assert [rule.deny for rule in printed.rules.rules] == [True, False, False]
-    assert parse_configuration(UNCOMMENTED.sub("", configuration.example()), X86_64).keep_max_ptes_none == 0
+    assert parse_configuration(UNCOMMENTED.sub("", config.example()), X86_64).keep_max_ptes_none == 0
 
 
 def test_a_scenario_and_a_grid_that_are_printed_can_be_used(tmp_path: Path) -> None:

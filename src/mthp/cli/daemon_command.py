@@ -86,7 +86,7 @@ def command(run_dir: Path | None, **options: Any) -> int:
     It runs in the foreground until SIGTERM or Ctrl-C. `mthp status`, `mthp pause` and `mthp resume` control it.
     """
     if options["print_config"]:
-        from mthp.daemon.configuration import example
+        from mthp.daemon.config import example
 
         click.echo(example(), nl=False)
         return 0
@@ -116,7 +116,7 @@ def command(run_dir: Path | None, **options: Any) -> int:
 
 
 def _endpoint(options: dict[str, Any]) -> tuple[str, int] | None:
-    from mthp.daemon.values import parse_endpoint
+    from mthp.daemon.config import parse_endpoint
 
     return None if options["metrics"] is None else parse_endpoint(options["metrics"])
 
@@ -127,17 +127,17 @@ def _say(line: str) -> None:
 
 def _loader(options: dict[str, Any]) -> Callable[[], Any]:
     """Return a function that reads the configuration, afresh at each call."""
-    from mthp.daemon import configuration
+    from mthp.daemon import config
     from mthp.linux.sysfs import ThpSysfs
 
     geometry = ThpSysfs().geometry()
     if any(options[name] for name in (*_MATCHES, "every_process", "targets")) and options["config"] is None:
         return lambda: _with_daemon_options(_from_options(options, geometry), options, geometry)
-    path: Path = (options["config"] or configuration.DIRECTORY).absolute()
+    path: Path = (options["config"] or config.DIRECTORY).absolute()
     if options["config"] is None and not path.exists():
         raise UsageError(
             f"nothing says which processes to work on: there is no {path}",
-            help=f"write {path / configuration.MAIN}, which mthp daemon --print-config shows, or {HOW_TO_NAME}",
+            help=f"write {path / config.MAIN}, which mthp daemon --print-config shows, or {HOW_TO_NAME}",
         )
     clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
     if clash:
@@ -145,7 +145,7 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
         raise UsageError(
             f"{rules} and {_flag(clash[0])} are given", help="say it in the rules file: [defaults] or [[rule]]"
         )
-    return lambda: _with_daemon_options(configuration.load_configuration(path, geometry), options, geometry)
+    return lambda: _with_daemon_options(config.load_configuration(path, geometry), options, geometry)
 
 
 _SETTINGS = (
@@ -169,7 +169,7 @@ def _flag(name: str) -> str:
 
 def _from_options(options: dict[str, Any], geometry: Any) -> Any:
     """Return the configuration of the options alone, checked as a file with the same content is."""
-    from mthp.daemon.configuration import configuration_of
+    from mthp.daemon.config import configuration_of
 
     defaults = {name: options[name] for name in _SETTINGS if options[name] is not None}
     rules = [

@@ -8,8 +8,8 @@ import numpy as np
 
 from mthp.abilities import take_calls, take_pauses
 from mthp.addrspace import AddressSpace
-from mthp.daemon.counters import Counters, RuleCounters, ServiceCounters
 from mthp.daemon.environment import Environment
+from mthp.daemon.telemetry import Counters, RuleCounters, ServiceCounters
 from mthp.engine.visited import Passage
 from mthp.naming import ProcessFacts
 from mthp.results import ScanResult

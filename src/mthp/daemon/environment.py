@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mthp.addrspace import AddressSpace
-from mthp.daemon.configuration import Configuration
-from mthp.daemon.counters import Counters, Services
+from mthp.daemon.config import Configuration
 from mthp.daemon.looks import Looks
 from mthp.daemon.pressure import FreeFolios
+from mthp.daemon.telemetry import Counters, Services
 from mthp.engine.allowed import mechanism_of
 from mthp.geometry import Geometry
 from mthp.means import Means, Mechanism

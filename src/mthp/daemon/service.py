@@ -20,18 +20,16 @@ from types import FrameType
 from typing import Any
 
 from mthp.addrspace import AddressSpace
-from mthp.daemon.configuration import Configuration
-from mthp.daemon.counters import Counters
+from mthp.daemon.config import Configuration
 from mthp.daemon.environment import Environment
-from mthp.daemon.eventlog import EventLog
 from mthp.daemon.ipc import SOCKET_NAME, ControlSocket, DaemonLock
-from mthp.daemon.keeping import Keeping
+from mthp.daemon.knobs import Keeping, SystemKnobs
 from mthp.daemon.loop import Loop
 from mthp.daemon.pressure import FreeFolios, MemoryPressure, memory_used, raise_open_files_limit
 from mthp.daemon.processes import Finder
-from mthp.daemon.system import SystemKnobs
 from mthp.daemon.systemd import Notifier
 from mthp.daemon.target import Target
+from mthp.daemon.telemetry import Counters, EventLog
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
@@ -215,7 +213,7 @@ class Daemon:
         endpoint = self._options.metrics or self.configuration.metrics
         if endpoint is None:
             return
-        from mthp.daemon.metrics import MetricsServer
+        from mthp.daemon.exporter import MetricsServer
 
         server = MetricsServer(self.environment, self.worker, *endpoint, self._options.version)
         self._undo.callback(server.close)

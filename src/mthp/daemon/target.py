@@ -20,18 +20,18 @@ from collections import Counter
 from functools import partial
 
 from mthp.daemon.accounts import account
-from mthp.daemon.counters import Counters
+from mthp.daemon.eagerness import Level
 from mthp.daemon.environment import SHORTEST_LOOK, Environment
 from mthp.daemon.forks import CHILD, Forks
 from mthp.daemon.givingback import give_back
-from mthp.daemon.heat import HeatKeeper
 from mthp.daemon.ledger import Ledger
-from mthp.daemon.levels import Level
 from mthp.daemon.looks import FIRST_LOOK, Sign, on_grid
 from mthp.daemon.onepass import LeftAlone, Pass, decided_by
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
 from mthp.daemon.smallfolios import SmallFolios
+from mthp.daemon.state import HeatKeeper
+from mthp.daemon.telemetry import Counters
 from mthp.daemon.unadvised import Unadvised
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError

@@ -16,11 +16,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from mthp.daemon.configuration import Configuration
+from mthp.daemon.config import Configuration
 from mthp.daemon.environment import Environment
+from mthp.daemon.knobs import SystemKnobs
 from mthp.daemon.pressure import MemoryPressure
 from mthp.daemon.rules import Rule
-from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import LEFT_OUT_SECONDS, Target
 from mthp.errors import TargetVanishedError
 from mthp.linux.procevents import Changes

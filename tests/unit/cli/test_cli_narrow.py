@@ -23,7 +23,7 @@ from mthp.cli.demo_command import print_story
 from mthp.cli.doctor_command import print_examination
 from mthp.cli.render.collapse import print_report
 from mthp.cli.render.output import console
-from mthp.daemon.counters import Counters
+from mthp.daemon.telemetry import Counters
 from mthp.demo.story import Chapter, Speed, Story
 from mthp.engine.collapse import collapse_space
 from mthp.engine.select import PlanOptions

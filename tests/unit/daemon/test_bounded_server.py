@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mthp.daemon import boundedserver
-from mthp.daemon.boundedserver import MAX_CONNECTIONS, BoundedServer
+from mthp.daemon import exporter
+from mthp.daemon.exporter import MAX_CONNECTIONS, BoundedServer
 from waiting import wait_for
 
 
@@ -56,7 +56,7 @@ def test_half_open_connections_are_bounded(server: BoundedServer) -> None:
 
 
 def test_a_client_that_trickles_is_ended(server: BoundedServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boundedserver, "CONNECTION_SECONDS", 0.2)
+    monkeypatch.setattr(exporter, "CONNECTION_SECONDS", 0.2)
     with connected(server) as slow:
         slow.settimeout(0.02)
         ended = False

@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 
-from mthp.daemon.counters import PAUSE_BUCKETS, Pauses
-from mthp.daemon.eventlog import EventLog
+from mthp.daemon.config import parse_endpoint
 from mthp.daemon.ipc import MAX_CLIENTS, MAX_REQUEST, ControlSocket, DaemonLock, ask
-from mthp.daemon.system import SystemKnobs
+from mthp.daemon.knobs import SystemKnobs
 from mthp.daemon.systemd import CAPABILITIES, Notifier, install, systemd_release, unit_text
-from mthp.daemon.values import parse_endpoint
+from mthp.daemon.telemetry import PAUSE_BUCKETS, EventLog, Pauses
 from mthp.errors import MthpError, NotPermittedError, UsageError
 from mthp.geometry import X86_64
 from mthp.linux.sysfs import ThpSysfs

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mthp.cli import main
-from mthp.daemon import configuration
-from mthp.daemon.configuration import Configuration, load_configuration, parse_configuration
+from mthp.daemon import config
+from mthp.daemon.config import Configuration, load_configuration, parse_configuration
 from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.errors import UsageError
 from mthp.geometry import X86_64
@@ -267,7 +267,7 @@ def test_a_broken_link_in_conf_d_is_not_left_out(tmp_path: Path) -> None:
 def test_the_daemon_reads_the_files_of_the_system_unless_an_option_names_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(configuration, "DIRECTORY", tmp_path / "etc")
+    monkeypatch.setattr(config, "DIRECTORY", tmp_path / "etc")
     assert main(["daemon", "--check-config"]) == 2
     assert f"there is no {tmp_path}/etc" in capsys.readouterr().err
     (tmp_path / "etc").mkdir()

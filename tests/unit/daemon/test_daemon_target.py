@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from fakes import FakeClock, FakeSpace, page_runs
 from mthp.budget import Amount, MemoryBound
-from mthp.daemon.configuration import Configuration
-from mthp.daemon.counters import MOST_SERVICES, OTHERS, Counters, Services
+from mthp.daemon.config import Configuration
 from mthp.daemon.eagerness import Measured as Short
 from mthp.daemon.environment import Environment
 from mthp.daemon.forks import CHILD, LONGEST_SECONDS, SHORT_SECONDS
@@ -26,6 +25,7 @@ from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, WAKE_GRID, Looks, Sign
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.daemon.target import LEFT_OUT_SECONDS, NOT_EAGER, REACH_SECONDS, TRIM_SECONDS, TRIM_SHARE, Target
+from mthp.daemon.telemetry import MOST_SERVICES, OTHERS, Counters, Services
 from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.daemon.worker import Worker
 from mthp.errors import NotPermittedError, TargetVanishedError
@@ -799,7 +799,7 @@ def samples(stage: Stage, *targets: Target) -> dict[tuple[str, ...], float]:
     pytest.importorskip("prometheus_client")
     from prometheus_client import CollectorRegistry, generate_latest
 
-    from mthp.daemon.metrics import DaemonCollector, RuleCollector, ServiceCollector
+    from mthp.daemon.exporter import DaemonCollector, RuleCollector, ServiceCollector
 
     worker = SimpleNamespace(targets={target.facts.pid: target for target in targets}, paused=False, pressure=0.0)
     registry = CollectorRegistry()

@@ -9,14 +9,14 @@ from typing import Any, cast
 
 import pytest
 
-from mthp.daemon.configuration import Configuration, Pace
-from mthp.daemon.counters import Counters
+from mthp.daemon.config import Configuration, Pace
 from mthp.daemon.environment import Environment
 from mthp.daemon.forks import SHORT_SECONDS, Forks
+from mthp.daemon.knobs import SystemKnobs
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
 from mthp.daemon.rules import Rules, Settings
-from mthp.daemon.system import SystemKnobs
 from mthp.daemon.target import Target
+from mthp.daemon.telemetry import Counters
 from mthp.daemon.worker import Worker
 from mthp.geometry import X86_64
 from mthp.linux.procevents import Changes

@@ -18,12 +18,12 @@ from mthp.daemon.eagerness import (
     FREE_BAND,
     MOST,
     PRESSURE_BAND,
+    Level,
     Measured,
     next_level,
     settings_at,
     wanted_level,
 )
-from mthp.daemon.levels import Level
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Settings
 from mthp.geometry import X86_64

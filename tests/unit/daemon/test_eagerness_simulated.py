@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mthp.daemon.eagerness import DEAD_BAND, Measured
-from mthp.daemon.levels import Level
+from mthp.daemon.eagerness import DEAD_BAND, Level, Measured
 from mthp.daemon.rules import Settings
 from mthp.engine.trim import TrimOptions, trim_space
 from mthp.geometry import Geometry

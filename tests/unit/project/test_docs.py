@@ -22,8 +22,8 @@ import pytest
 
 import mthp
 from mthp.cli import COMMANDS, _mthp
-from mthp.daemon import configuration
-from mthp.daemon.configuration import parse_configuration
+from mthp.daemon import config
+from mthp.daemon.config import parse_configuration
 from mthp.engine.policy_lookup import known_policy
 from mthp.engine.select import PlanOptions
 from mthp.engine.verify import Expectation
@@ -145,7 +145,7 @@ def test_the_reference_has_every_key_of_the_toml_files(monkeypatch: pytest.Monke
     pytest.importorskip("mkdocs", reason="needs mkdocs (mthp[docs])")
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     reference = importlib.import_module("reference")
-    assert configuration.example().rstrip() in reference.rules_page()
+    assert config.example().rstrip() in reference.rules_page()
     assert scenario.example().rstrip() in reference.scenarios_page()
     assert grid.example().rstrip() in reference.grids_page()
 

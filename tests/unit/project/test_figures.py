@@ -14,7 +14,7 @@ import pytest
 import mthp
 from mthp.cli import COMMANDS, _mthp
 from mthp.cli.schema_command import OBJECTS, schema
-from mthp.daemon.configuration import Own
+from mthp.daemon.config import Own
 from mthp.daemon.rules import Settings
 from mthp.lab import tables
 from mthp.lab.grid import Grid

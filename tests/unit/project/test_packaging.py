@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import mthp
-from mthp.daemon import metrics
-from mthp.daemon.configuration import parse_configuration
+from mthp.daemon import exporter
+from mthp.daemon.config import parse_configuration
 from mthp.daemon.systemd import CAPABILITIES
 from mthp.geometry import X86_64
 
@@ -25,7 +25,7 @@ PACKAGING = ROOT / "packaging"
 
 def families() -> set[str]:
     """Names of the metric families, from the source of the page."""
-    tree = ast.parse(Path(metrics.__file__).read_text())
+    tree = ast.parse(Path(exporter.__file__).read_text())
     words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return {word for word in words if re.fullmatch("mthp_[a-z_]+", word)}
 

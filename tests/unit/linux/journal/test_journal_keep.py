@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from journal_owners import BEFORE, INNER, OUTER, Tunables, dying_at, ended, forked
-from mthp.daemon.keeping import TUNABLE, Keeping
+from mthp.daemon.knobs import TUNABLE, Keeping, SystemKnobs
 from mthp.daemon.loop import Loop
-from mthp.daemon.system import SystemKnobs
 from mthp.errors import MthpError
 from mthp.geometry import X86_64
 from mthp.linux.journal.files import has_entries

@@ -6,6 +6,7 @@ Files are accepted as a whole or not at all, and every key is checked, also in r
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 from mthp.bounded import named
 from mthp.daemon.rules import Limit, Rule, Rules, Settings
-from mthp.daemon.values import file_path, parse_endpoint
 from mthp.errors import UsageError
 from mthp.geometry import X86_64, Geometry
 from mthp.naming import Match
@@ -289,3 +289,29 @@ def _rule(document: Document, place: Place, defaults: Settings) -> Rule:
     if deny and found:
         document.refuse(place, f"denies, and sets {', '.join(found)}", help="remove these keys, or deny")
     return Rule(rule_name, match, deny, dataclasses.replace(defaults, **found))
+
+
+METRICS_HOST = "127.0.0.1"
+METRICS_PORT = 9464
+
+
+def parse_endpoint(value: object) -> tuple[str, int]:
+    """Return host and port of ``127.0.0.1:9464``, ``:9464``, ``9464`` or ``[::1]:9464``. Loopback by default.
+
+    Raises:
+        UsageError: not a port, or not a valid one.
+    """
+    written = text(value)
+    host, separator, port = written.strip().rpartition(":")
+    if not separator and not port.isdecimal():
+        host, port = port, str(METRICS_PORT)
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"{written[:60]!r} is not an address to serve metrics at", help="write it as 127.0.0.1:9464 or 9464"
+        )
+    return host.strip("[]") or METRICS_HOST, int(port)
+
+
+def file_path(value: object) -> Path:
+    """Return the path of a file."""
+    return Path(text(value))
