@@ -6,7 +6,7 @@ khugepaged scans the memory of all processes at one pace. The daemon scans that 
 - New processes come from the kernel's events or a list (:mod:`mthp.linux.procevents`), are left to settle
   (:mod:`~mthp.daemon.processes`), and are matched (:mod:`~mthp.daemon.processes`).
 - Each process that fits a rule is a :class:`~mthp.daemon.target.Target`: checked cheaply, scanned when it has changed
-  (:mod:`~mthp.daemon.onepass`), with finished ranges remembered (:mod:`~mthp.daemon.ledger`). The engine decides what
+  (:mod:`~mthp.daemon.pass_`), with finished ranges remembered (:mod:`~mthp.daemon.ledger`). The engine decides what
   is collapsed, and how (:mod:`mthp.engine.visit`).
 - One thread works on targets in turn (:mod:`~mthp.daemon.worker`), within budgets (:mod:`mthp.pacing`) and the
   machine's free memory (:mod:`~mthp.daemon.pressure`), under the current switches and tunables

@@ -1,15 +1,62 @@
-"""The used memory of a process, sampled in a separate thread while the worker goes on with other processes."""
+"""What is kept of one target between two passes.
+
+- :class:`Sign`: the signs that its memory may have changed.
+- :class:`HeatKeeper`: its used memory, sampled in a separate thread while the worker goes on with other processes.
+- :class:`Forks`: the children that it has forked, which share its memory until they execute another program or exit. A
+  collapse in that time copies pages that parent and child share, for both. When the parent writes, copy-on-write breaks
+  up its folios page by page, as while Redis saves its data. So nothing is collapsed until the last child is gone. Then
+  everything is scanned again, broken folios first.
+- :class:`SmallFolios`: the folios below the PMD order that were made in it, and whether they last. The kernel's own
+  khugepaged makes huge folios of them again where max_ptes_none lets it (:mod:`mthp.engine.lasting`).
+- :class:`Unadvised`: the time of the next try to move memory for which no folio could be allocated
+  (:mod:`mthp.thp_unadvised`).
+"""
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from mthp.abilities import heat_of
 from mthp.addrspace import AddressSpace
+from mthp.daemon.environment import Environment
+from mthp.daemon.rules import Rule
+from mthp.engine.lasting import Remade, remade
 from mthp.errors import MthpError
+from mthp.geometry import Geometry
 from mthp.heat import Heat, HeatRequest
+from mthp.naming import ProcessFacts
+from mthp.outline import Outline
+from mthp.results import BlockOutcome, ScanResult
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """The fields of ``/proc/PID/stat`` that change when memory may have been mapped.
+
+    Attributes:
+        faults: page faults so far.
+        mapped: bytes of its mappings.
+        resident: pages; not compared.
+        comm: name of the process.
+    """
+
+    faults: int
+    mapped: int
+    resident: int = field(compare=False)
+    comm: bytes
+
+    @classmethod
+    def parse(cls, text: bytes) -> Sign:
+        """Return the fields in the text of ``/proc/PID/stat`` (proc_pid_stat(5))."""
+        end = text.rindex(b")")
+        fields = text[end + 2 :].split(maxsplit=23)
+        return cls(int(fields[7]) + int(fields[9]), int(fields[20]), int(fields[21]), text[text.index(b"(") + 1 : end])
+
 
 FRESH_SECONDS = 300.0
 """Seconds for which heat is valid. A measurement takes some seconds, so it runs for a hundredth of the time."""
@@ -71,3 +118,128 @@ class HeatKeeper:
     def close(self) -> None:
         """End a measurement as soon as possible."""
         self._closed = True
+
+
+CHILD = "a child shares its memory since a fork: nothing is collapsed until that ends or begins another program"
+
+LONGEST_SECONDS = 600.0
+"""Longest wait for a child, because a server may have permanent ones (PostgreSQL): Redis writes some 100 MB a second to
+its file, so this is 60 GB. Pages that are still shared then are left alone by max_ptes_shared as before.
+"""
+
+SHORT_SECONDS = 0.25
+"""Seconds below which a child, as of system(3), executed another program before anything was copied."""
+
+
+class Forks:
+    """The children of one target. The caller of each method but :meth:`holds` holds the worker's lock.
+
+    Attributes:
+        count: forks seen.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._children: dict[int, float] = {}
+        self._over = False
+
+    def began(self, child: int, now: float) -> None:
+        """Note a child."""
+        self.count += 1
+        self._children[child] = now
+
+    def ended(self, child: int, now: float) -> bool:
+        """Note that a child no longer shares memory; return whether memory must be scanned again because of it.
+
+        A child from before the target was watched counts too, because the duration of its sharing is unknown.
+        """
+        since = self._children.pop(child, now - SHORT_SECONDS)
+        self._over |= now - since >= SHORT_SECONDS
+        return self._over and not self.holds(now)
+
+    def holds(self, now: float) -> bool:
+        """Return whether a child shares the memory, so that nothing may be collapsed now."""
+        return any(now - since < LONGEST_SECONDS for since in list(self._children.values()))
+
+    def take_over(self) -> bool:
+        """Return whether children ended since the last call, so that memory must be scanned again."""
+        over, self._over = self._over, False
+        return over
+
+
+class SmallFolios:
+    """The small folios of one target.
+
+    Attributes:
+        remade: prediction of those that khugepaged will make huge again.
+    """
+
+    remade: Remade
+
+    def __init__(self) -> None:
+        self.remade = Remade()
+        self._ranges = np.empty(0, np.uint64)
+        self._due = False
+
+    def stale(self) -> None:
+        """Predict again at the next :meth:`look`, because switches, tunables or rules changed."""
+        self._due = True
+
+    def note(self, attempts: Iterable[BlockOutcome], geometry: Geometry) -> None:
+        """Note the folios that were made."""
+        found = [
+            attempt.address // geometry.pmd_size * geometry.pmd_size
+            for attempt in attempts
+            if attempt.result is ScanResult.SUCCEED and attempt.order < geometry.pmd_order
+        ]
+        if found:
+            self._ranges = np.union1d(self._ranges, np.array(found, np.uint64))
+            self._due = True
+
+    def look(
+        self, environment: Environment, space: AddressSpace, outline: Outline, facts: ProcessFacts, rule: Rule
+    ) -> None:
+        """Predict what lasts, if the prediction is stale, and warn once for a rule of folios that do not.
+
+        Args:
+            outline: current outline of all that may be collapsed.
+
+        Raises:
+            TargetVanishedError: the process is gone.
+        """
+        if not self._due:
+            return
+        self._due = False
+        ours = outline[np.isin(outline.address, self._ranges) & ~outline.pmd_mapped]
+        self._ranges = ours.address
+        self.remade = remade(space, ours.address, space.geometry.ptes_per_pmd - ours.present.astype(np.int64))
+        if not self.remade.ranges:
+            return
+        environment.event("not_lasting", pid=facts.pid, comm=facts.comm, reason=self.remade.remark)
+        remark = f"process {facts.pid} ({facts.comm}): {self.remade.remark}"
+        if self.remade.keeps is not None:
+            remark += f"; keep_max_ptes_none = {self.remade.keeps} in the rules file has the daemon see to that"
+        environment.say_once(("not_lasting", rule.name), remark)
+
+
+FIRST_SECONDS, LAST_SECONDS = 60.0, 3600.0
+"""Seconds until a target is tried again, at first and in the end, because it may undo its prctl, which is not visible.
+"""
+
+
+class Unadvised:
+    """The state of one target."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._wait = 0.0
+
+    def holds(self, now: float) -> bool:
+        """Return whether memory without advice must be left alone."""
+        return now < self._until
+
+    def found(self, now: float) -> None:
+        """Note that the folios of a batch came out small; does nothing while :meth:`holds` is true."""
+        if not self.holds(now):
+            self._wait = min(max(2 * self._wait, FIRST_SECONDS), LAST_SECONDS)
+            self._until = now + self._wait

@@ -3,7 +3,7 @@
 There are three steps, each more expensive than the one before and taken only if that one found a reason:
 
 1. *Look*: one line of ``/proc/PID/stat``. A process that took no page fault and mapped nothing has nothing new to
-collapse. An idle process costs only this, as often as :mod:`mthp.daemon.looks` allows.
+collapse. An idle process costs only this, as often as :mod:`mthp.daemon.environment` allows.
 2. *Outline*: which PMD ranges its mappings have, and how much memory is in each (:class:`~mthp.outline.Outline`).
 Ranges with the same layout as when they were finished are skipped (:class:`~mthp.daemon.ledger.Ledger`).
 3. *Scan*: the entries of the remaining ranges, the fullest first, and the collapse by the policy
@@ -19,20 +19,14 @@ import time
 from collections import Counter
 from functools import partial
 
-from mthp.daemon.accounts import account
 from mthp.daemon.eagerness import Level
-from mthp.daemon.environment import SHORTEST_LOOK, Environment
-from mthp.daemon.forks import CHILD, Forks
-from mthp.daemon.givingback import give_back
+from mthp.daemon.environment import FIRST_LOOK, SHORTEST_LOOK, Environment, on_grid
 from mthp.daemon.ledger import Ledger
-from mthp.daemon.looks import FIRST_LOOK, Sign, on_grid
-from mthp.daemon.onepass import LeftAlone, Pass, decided_by
+from mthp.daemon.pass_ import LeftAlone, Pass, account, decided_by, give_back
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
-from mthp.daemon.smallfolios import SmallFolios
-from mthp.daemon.state import HeatKeeper
+from mthp.daemon.state import CHILD, Forks, HeatKeeper, Sign, SmallFolios, Unadvised
 from mthp.daemon.telemetry import Counters
-from mthp.daemon.unadvised import Unadvised
 from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process

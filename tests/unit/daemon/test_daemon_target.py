@@ -18,15 +18,13 @@ from fakes import FakeClock, FakeSpace, page_runs
 from mthp.budget import Amount, MemoryBound
 from mthp.daemon.config import Configuration
 from mthp.daemon.eagerness import Measured as Short
-from mthp.daemon.environment import Environment
-from mthp.daemon.forks import CHILD, LONGEST_SECONDS, SHORT_SECONDS
+from mthp.daemon.environment import LOOK_SHARE, SHORTEST_ROUND, WAKE_GRID, Environment, Looks
 from mthp.daemon.ledger import FIRST_AGE
-from mthp.daemon.looks import LOOK_SHARE, SHORTEST_ROUND, WAKE_GRID, Looks, Sign
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Rule, Rules, Settings
+from mthp.daemon.state import CHILD, FIRST_SECONDS, LAST_SECONDS, LONGEST_SECONDS, SHORT_SECONDS, Sign, Unadvised
 from mthp.daemon.target import LEFT_OUT_SECONDS, NOT_EAGER, REACH_SECONDS, TRIM_SECONDS, TRIM_SHARE, Target
 from mthp.daemon.telemetry import MOST_SERVICES, OTHERS, Counters, Services
-from mthp.daemon.unadvised import FIRST_SECONDS, LAST_SECONDS, Unadvised
 from mthp.daemon.worker import Worker
 from mthp.errors import NotPermittedError, TargetVanishedError
 from mthp.geometry import X86_64

@@ -11,10 +11,10 @@ import pytest
 
 from mthp.daemon.config import Configuration, Pace
 from mthp.daemon.environment import Environment
-from mthp.daemon.forks import SHORT_SECONDS, Forks
 from mthp.daemon.knobs import SystemKnobs
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
 from mthp.daemon.rules import Rules, Settings
+from mthp.daemon.state import SHORT_SECONDS, Forks
 from mthp.daemon.target import Target
 from mthp.daemon.telemetry import Counters
 from mthp.daemon.worker import Worker

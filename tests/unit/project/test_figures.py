@@ -72,7 +72,7 @@ def toml_keys() -> set[str]:
 
 
 def metrics() -> set[str]:
-    tree = ast.parse((SOURCE / "daemon" / "metrics.py").read_text())
+    tree = ast.parse((SOURCE / "daemon" / "exporter.py").read_text())
     words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     return {word for word in words if isinstance(word, str) and re.fullmatch("mthp_[a-z_]+", word)}
 

@@ -3,6 +3,7 @@
 Ranges are sorted by fullness, the fullest first, so that a budget makes the most of its bytes; ranges that are about
 equally full are done by address, so that neighbours are read and moved together. The engine scans and collapses
 (:class:`mthp.engine.visit.Visit`); this module adds the current switches and tunables, the rule's limits and the heat.
+It counts the work (:func:`account`), and trims (:func:`give_back`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mthp import abilities, thp_unadvised
+from mthp.abilities import take_calls, take_pauses
+from mthp.addrspace import AddressSpace
 from mthp.budget import Room
 from mthp.daemon.environment import Environment
 from mthp.daemon.rules import Settings
+from mthp.daemon.telemetry import Counters, RuleCounters, ServiceCounters
 from mthp.engine.admission import Admission, Candidate
 from mthp.engine.select import PlanOptions
+from mthp.engine.trim import TrimOptions, trim_space
 from mthp.engine.visit import Visit
 from mthp.engine.visited import Passage
-from mthp.errors import MthpError, UnsupportedError
+from mthp.errors import MthpError, TargetVanishedError, UnsupportedError
 from mthp.heat import Heat, worth
 from mthp.means import Means, needs_move_reason, price_of_moving
+from mthp.naming import ProcessFacts
 from mthp.outline import Outline
 from mthp.ptes import Segment
 from mthp.results import BlockOutcome, ScanResult
@@ -310,3 +316,96 @@ def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64
 def _slices(breaks: NDArray[np.intp], length: int) -> list[tuple[int, int]]:
     bounds = [0, *breaks.tolist(), length]
     return [(low, high) for low, high in itertools.pairwise(bounds) if low < high]
+
+
+def account(
+    environment: Environment,
+    counters: Counters,
+    service: ServiceCounters,
+    facts: ProcessFacts,
+    space: AddressSpace,
+    passage: Passage,
+) -> int:
+    """Count the work of a passage over some PMD ranges; return the bytes in the folios that it made.
+
+    Args:
+        counters, service: counters of the target.
+        space: address space of the target, which hands over its pauses and calls.
+    """
+    geometry = environment.geometry
+    made: Counter[int] = Counter()
+    failed: Counter[ScanResult] = Counter()
+    rule = environment.services.rules.setdefault(service.rule, RuleCounters())
+    copied = filled = 0
+    calls = take_calls(space)
+    for attempt in passage.attempts:
+        added = attempt.left_filled + (attempt.filled if attempt.result is ScanResult.SUCCEED else 0)
+        filled += added
+        rule.bloat_bytes[attempt.order] += added * geometry.page_size
+        if attempt.result is ScanResult.SUCCEED:
+            made[attempt.order] += 1
+            copied += attempt.copied
+            environment.free.given(attempt.order)
+        elif attempt.result is not ScanResult.PTE_MAPPED_HUGEPAGE:
+            failed[attempt.result] += 1
+            rule.failed[attempt.order] += 1
+            if attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
+                environment.free.refused(attempt.order, environment.tunables.alloc_sleep_millisecs / 1000)
+        if attempt.order == geometry.pmd_order and attempt.elapsed_ns:
+            calls.append(attempt.elapsed_ns)
+    pauses = take_pauses(space)
+    rule.collapsed.update(made)
+    results = {ScanResult(index): count for index, count in enumerate(np.bincount(passage.results).tolist()) if count}
+    for one in (counters, environment.total):
+        one.collapsed.update(made)
+        one.failed.update(failed)
+        one.ranges.update(results)
+        one.scanned_ptes += passage.progress
+        one.copied_bytes += copied * geometry.page_size
+        one.bloat_bytes += filled * geometry.page_size
+        one.stopped.add(pauses)
+        one.called.add(calls)
+    size = sum(geometry.size_of(order) * count for order, count in made.items())
+    service.collapsed_bytes += size
+    service.bloat_bytes += filled * geometry.page_size
+    if made or failed:
+        environment.event(
+            "collapsed" if made else "failed",
+            pid=facts.pid,
+            comm=facts.comm,
+            folios={geometry.label(order): count for order, count in sorted(made.items())},
+            failed={result.name: count for result, count in failed.items()},
+            copied_bytes=copied * geometry.page_size,
+            bloat_bytes=filled * geometry.page_size,
+            max_pause_seconds=max(pauses, default=0) / 1e9,
+        )
+    return size
+
+
+def give_back(environment: Environment, facts: ProcessFacts, share: float) -> tuple[int, int | None]:
+    """Trim folios of which `share` is zeroes, and write an event.
+
+    Returns:
+        The bytes that were given back, and the bytes of zeroes that were found and remain; None if the trim failed.
+
+    Raises:
+        TargetVanishedError: the process is gone.
+    """
+    try:
+        with environment.opened(facts.pid) as space:
+            report = trim_space(space, TrimOptions(zero=share), stop=environment.stopping)
+    except TargetVanishedError:
+        raise
+    except MthpError as error:
+        environment.event("trim_failed", pid=facts.pid, comm=facts.comm, reason=error.message)
+        return 0, None
+    if report.plan.folios:
+        environment.event(
+            "trimmed",
+            pid=facts.pid,
+            comm=facts.comm,
+            folios=report.trimmed,
+            failed=report.failed_by_result,
+            trimmed_bytes=report.given_back_bytes,
+        )
+    return report.given_back_bytes, max(0, report.plan.zero_bytes - report.given_back_bytes)
