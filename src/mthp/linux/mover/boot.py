@@ -77,7 +77,9 @@ class BootedThread:
         """
         self._jump(self._machine.boot_entry)
         report(Step.BOOTED)
+        # If the tracer dies before this line, the code blocks the signals itself from its first instruction on.
         ptrace.set_signal_mask(self.tracee.tid, ptrace.ALL_SIGNALS)
+        # The mask is set now: skip the code's own call for it.
         self._jump(self._machine.boot_begin)
         self.tracee.state = State.RUNNING
         ptrace.cont(self.tracee.tid)
@@ -101,6 +103,7 @@ class BootedThread:
             nonlocal impatient
             if condition():
                 return True
+            # Stopping the thread costs it time, so it is done rarely, and ever more rarely.
             if (now := time.monotonic_ns()) > impatient:
                 impatient = now + 4 * (now - begun)
                 self._look_for_error()
@@ -148,6 +151,7 @@ class BootedThread:
             OSError: ESRCH, the target was killed.
         """
         self.tracee.put_back()
+        # Last, because the thread was inside until its registers were its own.
         self._frozen.write(self._slot, bytes(self._machine.slot_bytes))
 
 

@@ -5,9 +5,6 @@ as much again to make it. So the calls are prepared as rows of a table of number
 code make them (``calls_x86_64.S``, ``calls_aarch64.S``; assembled below). The tables do not change from one window to
 the next and are kept. Where this process may not have executable memory, the C library makes the rows one by one,
 which takes longer and has the same result.
-
-The interpreter's lock is held meanwhile, because no call here blocks, and another Python thread that ran in between
-would lengthen the time for which the target is stopped.
 """
 
 from __future__ import annotations
@@ -38,6 +35,8 @@ WORDS = 8
 PROT_EXEC = 4
 
 _RESULT = 7
+# PyDLL and PYFUNCTYPE hold the interpreter's lock: no call here blocks, and another Python thread that ran in between
+# would lengthen the time for which the target is stopped.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.syscall.argtypes = (ctypes.c_long,) * 7

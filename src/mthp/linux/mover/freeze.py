@@ -1,20 +1,8 @@
 """Stop every thread of a process, and release all of them as they were.
 
-Pitfalls, each of which has happened:
-
-- A thread that exits cannot be seized (EPERM), yet writes to the process's memory until it has released it
-  (clear_child_tid and the robust list, mm_release in kernel/fork.c). So the window waits until it is gone or a zombie.
-- A stop interrupts system calls. The kernel restarts most of them, but some return EINTR. The mover replaces such an
-  EINTR by -ERESTARTNOHAND: restart the call unless a handler runs. (A relative timeout starts again. A read or write
-  that has transferred a part returns that part, as after SIGSTOP and SIGCONT; this cannot be repaired.)
-- The kernel would send a thread inside a restartable sequence (rseq(2)) to the abort handler on its way back to user
-  mode. If its registers are changed first, the kernel forgets the sequence, and the thread would go on in it. So the
-  mover restores :attr:`Tracee.home`, which then is at the abort handler.
-- Threads in uninterruptible sleep (state D, vfork(2)) do not stop. After a short timeout all threads are released.
-
-The state of each thread is in one table (:class:`~mthp.linux.mover.tracee.State`). A thread that was seized but has not
-stopped cannot be detached (ptrace(2): ESRCH). Only the end of the tracing thread releases it (exit_ptrace,
-kernel/ptrace.c), so every window has a thread of its own (:mod:`mthp.linux.mover.session`).
+Threads in uninterruptible sleep (state D, vfork(2)) do not stop: after a short timeout all threads are released. The
+state of each thread is in one table (:class:`~mthp.linux.mover.tracee.State`), with its registers, in which the effects
+of the stop are repaired (:meth:`~mthp.linux.mover.tracee.Stopped.examine`).
 """
 
 from __future__ import annotations
@@ -132,6 +120,7 @@ class FrozenProcess(ProcessMemory):
         # Threads come and go meanwhile: read the list again until it shows only stopped threads.
         while fresh := self._unstopped():
             part = self._stop(fresh)
+            # All of them are exiting: they still write to the memory, and are waited for.
             if part is None:
                 self._rest()
                 continue
@@ -150,6 +139,8 @@ class FrozenProcess(ProcessMemory):
     def _unstopped(self) -> list[int]:
         """Return the threads that may still run or write: all that were not stopped, less the dead."""
         standing = len(self.tracees)
+        # One stat(2) for the whole list of threads. It counts exiting and dead threads too, so nothing still runs or
+        # writes.
         if standing and thread_count(self.process) == standing:
             return []
         return [tid for tid in task_ids(self.process) if tid not in self.threads]
@@ -183,11 +174,14 @@ class FrozenProcess(ProcessMemory):
         Raises:
             CannotStopError, NotPermittedError: the thread is not exiting.
         """
+        # Until it has released the memory it writes there: clear_child_tid and its robust list (exit_mm_release,
+        # kernel/fork.c).
         text = read_task_file(self.process, tid, "status")
         thread = Thread.parse(tid, text) if text else None
         if thread is None or thread.state in _DYING or not _has_memory(self.process, tid):
             self.threads[tid] = Tracee(tid, State.DEAD)
             return
+        # A second tracer gets EPERM (ptrace_attach, kernel/ptrace.c).
         if thread.tracer:
             raise CannotStopError(
                 f"process {self.process.label} is traced already, by {thread.tracer}",
@@ -240,6 +234,8 @@ class FrozenProcess(ProcessMemory):
             still = []
             for index, tid in enumerate(waiting):
                 stop = stops[index] if stops else self.poll(tid) or 0
+                # With SIGTRAP for PTRACE_INTERRUPT, with a stopping signal where the whole group is stopped
+                # (do_jobctl_trap).
                 if stop >> 8 == ptrace.PTRACE_EVENT_STOP:
                     self.threads[tid].has_stopped()
                 elif stop:
@@ -304,10 +300,11 @@ class FrozenProcess(ProcessMemory):
         try:
             return self.process.status("PPid") == str(os.getpid())
         except MthpError:
-            return True
+            return True  # In doubt its exit status is left alone.
 
     def resume(self, tid: int, stop: int) -> None:
         """Continue `tid` from `stop`, with its signal if it is one of delivery. A stopped group stays stopped."""
+        # Once it is released, a thread of a stopped group stops again by itself (__ptrace_unlink, kernel/ptrace.c).
         delivered = stop if not stop >> 8 and stop not in _STOPS_OF_OURS else 0
         try:
             ptrace.cont(tid, delivered)
@@ -354,6 +351,8 @@ class FrozenProcess(ProcessMemory):
                     report(Step.RELEASED)
                 except OSError as error:
                     self._accept_exit(tid, error)
+        # Only reaped: a thread that has not stopped cannot be detached (ESRCH, ptrace(2)), and the end of the tracing
+        # thread releases it.
         for tid in [tid for tid, tracee in self.threads.items() if tracee.state is State.SEIZED]:
             self.has_exited(tid)
         self.threads.clear()
@@ -381,6 +380,7 @@ class FrozenProcess(ProcessMemory):
         """Reap a thread that was killed, as `error` shows; raise other errors."""
         if error.errno != errno.ESRCH:
             raise error
+        # Killed, but not gone yet: neither its registers nor its release concern this process any more.
         if not self.has_exited(tid):
             self.threads[tid].state = State.SEIZED
 

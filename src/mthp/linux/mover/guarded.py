@@ -16,24 +16,9 @@ waits in its page fault, and goes on when the page is back. For each block, one 
    it with its neighbours into one mapping, because it has their flags, their anon_vma and their offsets.
 6. The waiting threads are woken, and find the page.
 
-Python cannot do these steps: another thread may hold the interpreter's lock while it waits for the block, and the
-thread that moves the block would then wait for that lock for ever. And the block may hold anything: objects of the
-interpreter, or the very list of blocks. So a hundred and fifty instructions of machine code do steps 1 to 6
-(``guarded_x86_64.S``, kept as bytes below). They are called through ctypes, which releases the lock for the call. They
-touch nothing but registers, the stack and memory made for them. Blocks that the calling thread uses without an explicit
-access are refused beforehand: those with its stack, its robust list or its rseq area. Signals are blocked in this
-thread, so that no handler runs in between.
-
-Visible effects:
-
-- A system call of another thread that uses the block's memory waits too. This needs a userfaultfd that handles faults
-  in the kernel, which unprivileged users have only with CAP_SYS_PTRACE or ``vm.unprivileged_userfaultfd=1``. Without
-  the *guard* (``guarded=False``) a userfaultfd for faults in user mode is enough, and such a call would fail with
-  EFAULT: then no other thread may use the memory meanwhile.
-- A child forked in the middle would find the block empty. ``os.fork`` waits for the call; C code that forks without
-  Python must not do so meanwhile. Starting programs (vfork, posix_spawn) is harmless.
-- Folios of the PMD order are left to MADV_COLLAPSE, which locks others out in the kernel.
-- References that do not pin a page, such as those of vmsplice(2), cannot be seen, as everywhere in the mover.
+Machine code does these steps (``guarded_x86_64.S``, kept as bytes below). It touches nothing but registers, the stack
+and memory made for it. C code that forks without Python must not do so meanwhile; starting programs (vfork,
+posix_spawn) is harmless.
 """
 
 from __future__ import annotations
@@ -140,10 +125,11 @@ class Guard(Closing):
     """
 
     waived = frozenset(("itself", "init", "ancestor", "traced", "threads", "vfork", "uninterruptible")) | {
+        # A process in the same address space faults in it too, and waits for the guard like a thread.
         "shared_vm",
         "shared_vm_unknown",
     }
-    """Refusals that apply only to processes stopped from outside. Sharers of the address space meet the guard too."""
+    """Refusals that apply only to processes stopped from outside."""
 
     checks_again = False
 
@@ -168,6 +154,7 @@ class Guard(Closing):
     def around(self, special: SpecialRanges) -> SpecialRanges:
         """Return the memory that threads use without a fault that could wait, with a margin."""
         return SpecialRanges(
+            # This covers the rseq area too, which only a tracer could ask the kernel for.
             robust_lists=tuple((start - THREAD_MARGIN, end + THREAD_MARGIN) for start, end in special.robust_lists),
             stacks=tuple((start - STACK_MARGIN, end + STACK_MARGIN) for start, end in special.stacks),
         )
@@ -222,6 +209,7 @@ class OwnMover(Closing):
             self._fd = _userfaultfd(guarded=guarded)
             self._away = _map(size, mmap.PROT_READ | mmap.PROT_WRITE)
             self._place = _reserve(size)
+            # UFFDIO_MOVE takes only a destination that is registered with its own userfaultfd (mm/userfaultfd.c).
             words = struct.pack("=4Q", self._away, size, UFFDIO_REGISTER_MODE_MISSING, 0)
             fcntl.ioctl(self._fd, UFFDIO_REGISTER, words)
         except (OSError, MthpError):
@@ -260,6 +248,9 @@ class OwnMover(Closing):
         words[:] = len(addresses), self._fd, self._away, self._place, self._table + ARGUMENTS_BYTES
         while words[0]:
             with interruptions_held_back():
+                # Not in Python: another thread may hold the interpreter's lock while it waits for the block, and would
+                # wait for ever. The block may also hold the interpreter's own objects, even the list of blocks. ctypes
+                # releases the lock.
                 with _undisturbed():
                     answer = _function()(self._table)
                 # Record at once that these must not be unmapped or closed any more.
@@ -292,8 +283,10 @@ class OwnMover(Closing):
 def _undisturbed() -> Iterator[None]:
     """Block signals in this thread, and forks in all threads."""
     with _no_fork:
+        # Asked first: the call that blocks them may raise what a handler raises, and then returns no mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
+            # A handler in this thread could touch the block, and would wait for this very thread.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             yield
         finally:
@@ -309,6 +302,7 @@ def _function() -> Callable[[int], int]:
             f"memory cannot be made executable: {os.strerror(ctypes.get_errno())}",
             help="a security module or prctl(PR_SET_MDWE) forbids it",
         )
+    # A child forked in the middle would find the block empty.
     os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_no_fork.release)
     function: Callable[[int], int] = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_void_p)(address)
     return function
@@ -321,6 +315,8 @@ def _userfaultfd(*, guarded: bool) -> int:
         NotPermittedError: it may not handle faults in the kernel.
         UnsupportedError: the kernel cannot move pages.
     """
+    # The guard waits in faults of the kernel, too: without it a system call of another thread that uses the block fails
+    # with EFAULT. It takes privilege (userfaultfd_syscall_allowed, fs/userfaultfd.c in 6.18).
     flags = os.O_CLOEXEC | (0 if guarded else UFFD_USER_MODE_ONLY)
     fd = int(_libc.syscall(ctypes.c_long(NR_USERFAULTFD[os.uname().machine]), ctypes.c_long(flags)))
     if fd < 0:
@@ -350,6 +346,7 @@ def _map(size: int, protection: int, flags: int = 0) -> int:
 
 def _reserve(size: int) -> int:
     """Reserve `size` bytes of addresses, naturally aligned."""
+    # mmap aligns to pages only: of twice the size, the aligned part is kept.
     start = _map(2 * size, PROT_NONE, MAP_NORESERVE)
     address = -(-start // size) * size
     for low, high in ((start, address), (address + size, start + 2 * size)):

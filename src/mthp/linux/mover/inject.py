@@ -5,24 +5,9 @@ could make it do so call by call, but if it died in between, the thread would ke
 code that needs no tracer makes the calls, the *boot code* (``arch/boot_*.S``). It is written, with all of the thread's
 registers as data, into the padding behind the target's code (:mod:`~mthp.linux.mover.padding`); then one
 PTRACE_SETREGSET sends the thread there. From then on the thread restores itself without help, and the tracer only
-watches words of its memory::
-
-    mmap      R-X, at a free address; an executable mapping must be so from the start (PR_SET_MDWE)
-    mprotect  RW- for all but the code; the code is written through /proc/PID/mem, which does not need PROT_WRITE
-    madvise   MADV_DONTFORK: a child does not need it
-              here the thread waits for the tracer to write the stub, and goes there; without a tracer it continues:
-    munmap
-              and restores itself
-
-At the end of the window, once all other threads have their own registers again, it comes back for the last call. Then
-ptrace restores it exactly, and the padding is zero again. A window leaves nothing in the target but a private copy of
-that page of code. The thread is stopped only once on the way, because on a busy machine waiting for it to run again
-takes longer than all its work.
-
-If the tracer dies while threads are parked, the worker unmaps everything (``keeper`` in the stub) with the same code.
-
-A target frozen by its cgroup stops for a tracer, but runs nothing until it is thawed. It is refused beforehand. If it
-is frozen later, the thread goes on by itself once it is thawed.
+watches words of its memory. Before the last call, munmap, the thread waits for the tracer to write the stub, and goes
+there; at the end of the window it comes back for that call. A window leaves nothing in the target but a private copy of
+that page of code.
 """
 
 from __future__ import annotations
@@ -94,6 +79,7 @@ class Place:
         maps = frozen.process.open("maps")
         try:
             for padding in self.padding:
+                # execve(2) keeps the PID; writing into another program's code would be fatal.
                 if not padding.mapping.is_like(query_mapping(frozen.process, maps, padding.start)):
                     raise TargetVanishedError(
                         f"process {frozen.process.label} has another memory than before", help="it executed a program"
@@ -102,6 +88,7 @@ class Place:
                     content = frozen.read(slot, machine.slot_bytes)
                     occupant = occupant_of(content, machine)
                     inside = range(slot, slot + machine.slot_bytes)
+                    # After a tracer's death its code stays, and a signal handler may still return to it.
                     if not any(content) or (occupant and is_left(inside, occupant, threads, frozen.read)):
                         return slot
         finally:
@@ -145,6 +132,7 @@ class Injection:
         report(Step.UNMAPPING)
         self._booted.await_that(lambda: not self._is_mapped())
         report(Step.UNMAPPED)
+        # The only stop on the way: on a busy machine waiting for a thread to run again takes longer than all its work.
         if not self._booted.stop():
             raise TargetVanishedError(f"process {self._frozen.process.label} was killed")
         report(Step.FETCHED)
@@ -189,6 +177,7 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injecti
     frozen.check_thread(worker.tid)
     layout = replace(planned, base=place.base)
     booted = BootedThread(frozen, worker, place.slot(frozen), _calls(frozen, layout), layout)
+    # From start() on the thread needs no tracer: without one it unmaps everything and restores itself.
     injection = Injection(layout, worker, frozen, booted)
     begun = False
     try:
@@ -210,10 +199,13 @@ def inject(frozen: FrozenProcess, place: Place, planned: stub.Layout) -> Injecti
 
 def _calls(frozen: FrozenProcess, layout: stub.Layout) -> _Calls:
     numbers = frozen.machine.calls
+    # The address was free when it was chosen; the target may have mapped something there since.
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
     rows = (
+        # Executable from the start, as PR_SET_MDWE demands; /proc/PID/mem writes the code without PROT_WRITE.
         (numbers["mmap"], layout.base, layout.size, PROT_READ | PROT_EXEC, flags, stub.NO_FD, 0),
         (numbers["mprotect"], layout.header, layout.size - layout.code_size, PROT_READ | PROT_WRITE, 0, 0, 0),
+        # If the tracer dies, the target may fork before everything is unmapped.
         (numbers["madvise"], layout.base, layout.size, MADV_DONTFORK, 0, 0, 0),
         (numbers["munmap"], layout.base, layout.size, 0, 0, 0, 0),
     )
@@ -227,7 +219,10 @@ def choose(frozen: FrozenProcess) -> Tracee:
     (:func:`~mthp.linux.mover.refuse.sharing.new_sharer`).
     """
     pid, tracees = frozen.process.pid, list(frozen.tracees.values())
+    # With other registers a thread goes on at the abort handler, and begins its sequence again.
     chosen = next((tracee for tracee in tracees if not tracee.rseq_abort), tracees[0])
+    # A thread can have a table of its own (unshare(CLONE_FILES)), which another process may share and use in the
+    # window.
     if chosen.tid != pid and kcmp(pid, chosen.tid, KCMP_FILES) not in (0, None):
         return frozen.tracees.get(pid, chosen)
     return chosen
@@ -235,6 +230,7 @@ def choose(frozen: FrozenProcess) -> Tracee:
 
 def explain_preparation(label: str, stage: int, error: int) -> MthpError:
     """Return the exception for an errno of a stage of the worker's preparation."""
+    # MADV_DONTNEED refuses locked memory (madvise_dontneed_free_valid_vma, mm/madvise.c).
     if stage == stub.EMPTY:
         return UnsupportedError(f"process {label} locks all memory that it maps", help="it called mlockall(MCL_FUTURE)")
     if stage == stub.CREATE:

@@ -88,6 +88,7 @@ def _leftovers_of(process: Process, marks: tuple[bytes, ...], scratch_size: int)
         for mapping in code:
             if memory.read(mapping.start + _MARK.start, 32) not in marks:
                 continue
+            # The header lies behind the code in all versions, and the scratch memory behind the header.
             _, _, scratch, uffd = _HEADER.unpack(memory.read(mapping.end, _HEADER.size))
             end = scratch + scratch_size
             if _is_whole(mappings, mapping, end):
@@ -170,10 +171,12 @@ def _remove(process: Process, leftover: Leftover) -> None:
     with all_stopped(process) as frozen:
         machine = frozen.machine
         inside = range(leftover.start, leftover.end)
+        # It may still restore threads: unmapping it under one would kill the process.
         if any(int(pc) in inside for pc in frozen.stopped.registers[:, machine.pc]):
             raise CannotStopError(f"process {process.label}: a thread runs the code that is left", help="try again")
         numbers = machine.calls
         rows = np.zeros((CALLS, 7), np.uint64)
+        # The boot code makes all of its calls: this one has no effect.
         rows[:, 0] = numbers["getpid"]
         rows[0, :3] = numbers["munmap"], leftover.start, leftover.end - leftover.start
         if leftover.uffd >= 0:

@@ -1,18 +1,15 @@
 """Move blocks of a process: check, switch, move, verify. The loop is the same for another process and for this one.
 
 1. *Check* the process, then the mappings and blocks (:mod:`mthp.linux.mover.refuse`). A refusal of the process refuses
-   every block, and nothing is touched. The next batch checks it again, because it may pass: a thread in
-   uninterruptible sleep wakes up.
-2. *Switch*, order by order, the largest first: set the machine's switches so that a fault brings a folio of just this
-   order (:mod:`mthp.linux.journal`), once for all its blocks. Smaller sizes may stay on, because a fault takes the
-   largest that fits.
+   every block.
+2. *Switch*, order by order: set the machine's switches so that a fault brings a folio of just this order
+   (:mod:`mthp.linux.journal`).
 3. *Move*, window by window. A :class:`Hold` keeps every other user of the blocks away while they are moved. Only the
    hold differs: another process is stopped, checked again and made to run a stub (:mod:`~mthp.linux.mover.session`);
    in this process a userfaultfd blocks threads that touch a block (:mod:`~mthp.linux.mover.guarded`).
-4. *Verify*: if the bytes of a block are wrong, or cannot be put back, nothing of this process is moved any more.
+4. *Verify*: after wrong bytes nothing of this process is moved any more.
 
-Every block has an outcome, whatever happens: if the target exits in the middle, the blocks done before are reported,
-and the rest is ANY_PROCESS.
+Every block has an outcome, whatever happens.
 """
 
 from __future__ import annotations
@@ -137,6 +134,8 @@ class _Batch:
 
     def give_up(self, blocks: Sequence[Block], error: MthpError) -> None:
         """Give those of `blocks` without an outcome the outcome for `error`."""
+        # The target may exit in the middle: the blocks done before keep their outcomes, and only the rest gets this
+        # one.
         result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL
         reason = f"{error.message} ({error.help})" if error.help else error.message
         passing = isinstance(error, CannotStopError)
@@ -178,16 +177,19 @@ class Mover(Closing):
             NotPermittedError, UnsupportedError, MthpError: nothing was moved: the switches cannot be set, or this
                 process cannot move its own memory.
         """
+        # Before the checks: a process that starts during them has a larger PID, and is compared after the stop.
         batch = _Batch(blocks, means, last_pid())
         if self._lost:
             batch.give_up(blocks, self._lost)
             return [batch.outcomes[block] for block in blocks]
         refusals = self.refusals(means)
         self._hold.admit(means, refusals)
+        # Remembered for this batch only: a thread in uninterruptible sleep, for example, wakes up.
         if refusals:
             reason = "; ".join(why.reason for why in refusals)
             passing = all(why.key in PASSING for why in refusals)
             return [BlockOutcome(*block, ScanResult.FAIL, reason, everywhere=True, passing=passing) for block in blocks]
+        # Ctrl-Z in here would leave the target stopped and the switches changed until the user types `fg`.
         with suspension_held_back():
             self._collapse(batch, before)
             if batch.reopen(MAPPING_CHANGED.reason):
@@ -205,9 +207,14 @@ class Mover(Closing):
                 batch.give_up(blocks, self._lost)
                 continue
             try:
+                # Smaller sizes may stay on: a fault takes the largest enabled size whose aligned range is empty and in
+                # the mapping (alloc_anon_folio, mm/memory.c). If memory is short, a smaller one comes: the bytes are
+                # right, and the page tables show the order afterwards.
                 with self._journal.only(order, off=self._hold.too_large(order)), self._hold.ready(order):
                     self._move(blocks, batch, before)
             except MthpError as error:
+                # Nothing was moved, so the caller gets the error itself; otherwise the blocks that were moved must be
+                # reported.
                 if not batch.done:
                     raise
                 batch.give_up(blocks, error)
@@ -215,10 +222,13 @@ class Mover(Closing):
     def _check(self, batch: _Batch, entries: PteColumns) -> Before:
         """Record the outcomes of refused blocks; return the data that the other blocks were checked by."""
         blocks = batch.open
+        # Before the mappings are read: if there is no userfaultfd now nor after the stop, none of them was registered
+        # between.
         uffd = has_userfaultfd(self._process)
         vmas = self._mappings()
         verdicts = refuse_blocks(
             entries,
+            # Frame numbers take CAP_SYS_ADMIN (pagemap_open, fs/proc/task_mmu.c).
             None if entries.pfn is None else self._target.mapcounts(entries),
             np.array([address for address, _ in blocks], np.int64),
             np.array([order for _, order in blocks], np.int8),
@@ -232,6 +242,7 @@ class Mover(Closing):
             if verdict:
                 batch.outcomes[block] = BlockOutcome(*block, *objection_of(verdict, vmas, block[0]))
         if batch.open and has_large_folios(entries):
+            # Last, because splitting changes the target's memory: only blocks that nothing else refuses are split.
             for block in split_large_folios(self._target, sorted(batch.open)):
                 batch.outcomes[block] = BlockOutcome(*block, *HELD)
         return Before(vmas, zero_pages_of(entries), batch.last_pid, uffd, batch.means.fill)
@@ -250,6 +261,7 @@ class Mover(Closing):
         try:
             for done in self._hold.windows(blocks, batch.means, before):
                 batch.outcomes |= {(outcome.address, outcome.order): outcome for outcome in done}
+                # The cause is unknown, so any further move could destroy more.
                 if any(outcome.verified is False for outcome in done):
                     raise LostBytesError("bytes of another block are not what they were before: end the target")
         except MthpError as error:

@@ -1,11 +1,7 @@
 """Find room for the boot code in a target: the zero padding behind the code of its executable, loader or C library.
 
 A segment of code ends somewhere in its last page, and the linker fills the rest of the file's page with zeroes. The
-kernel maps that page as a whole, so the padding can be executed, but nothing refers to it. Only files that stay mapped
-for the life of the program are used: a plugin may be unloaded while a thread that lost its tracer still is inside.
-
-If the tracer dies, the code stays, without a thread in it. It is not overwritten before that is certain, because a
-signal handler may return to it (:func:`is_left`): the next tracer takes the next slot.
+kernel maps that page as a whole, so the padding can be executed, but nothing refers to it.
 """
 
 from __future__ import annotations
@@ -69,6 +65,7 @@ def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:
     """
     mappings = read_mappings(process)
     addresses = _loaded_at(process)
+    # A plugin could be unloaded while a thread that lost its tracer is still inside.
     kept = {(each.device, each.inode) for each in mappings if each.inode and _is_kept(each, addresses)}
     found = []
     for mapping in mappings:
@@ -115,6 +112,7 @@ def _end_of_code(first: Mapping, mapping: Mapping, read: Reader) -> int:
     except MthpError:
         return 0
     for kind, flags, at, _, _, in_file, in_memory, _ in _PROGRAM_HEADER.iter_unpack(table):
+        # Where a segment is larger in memory than in the file, the rest of its last page belongs to the program.
         inside = mapping.offset <= at < mapping.offset + (mapping.end - mapping.start)
         if kind == PT_LOAD and flags & PF_X and inside and in_file == in_memory:
             return int(mapping.start + (at - mapping.offset) + in_file)
@@ -141,13 +139,12 @@ def is_left(slot: range, occupant: Occupant, pointers: Iterable[tuple[int, int, 
         slot: its addresses.
         occupant: the thread that ran it.
         pointers: TID, program counter and stack pointer of every thread.
-
-    A thread is inside if its program counter is. A signal may also have interrupted it while it left: then the frame of
-    the handler, with the address, lies on its stack below the stack pointer that it would have left with.
     """
     for tid, pc, stack in pointers:
         if pc in slot:
             return False
+        # A signal may have interrupted it while it left: then the frame of the handler, with the address to return to,
+        # lies on its stack below the stack pointer that it would have left with.
         if tid != occupant.tid or stack >= occupant.stack:
             continue
         if occupant.stack - stack > LONGEST_SEARCH:

@@ -1,20 +1,9 @@
 """Park all threads, let one of them move blocks, fetch it again, and restore all threads.
 
-The order of the steps makes the tracer's death harmless at every point:
-
-1. Contexts and operations are written before any register is changed. A context has everything that a thread needs to
-   restore itself.
-2. Each thread gets the registers of the parking loop, and only then has all signals blocked. In between it could run a
-   handler, but within the loop, on its own stack, and the loop blocks the signals itself.
-3. The worker, which has mapped the stub's memory, is parked first. The very last step starts it: it changes the state
-   from SETUP to GO, atomically. If the tracer dies before that, the threads wait half a second, change SETUP to ABORT
-   and restore themselves; nothing was moved. If it dies later, the worker finishes all blocks, closes the userfaultfd,
-   sets DONE, and the threads restore themselves.
-4. A living tracer waits for DONE, restores every other thread exactly, has the worker unmap everything, and restores
-   it. Without a tracer the worker waits until all others have left, and then unmaps everything.
-
-Once the worker may run, no thread may be released before DONE. The answer to every error in between, also one in this
-program, is to do nothing: the tracing thread ends, and the target restores itself.
+The order of the steps makes the tracer's death harmless at every point. If it dies before the worker may run, the
+threads give up after half a second, and nothing was moved; afterwards the worker finishes all blocks, and the threads
+restore themselves. Once the worker may run, no thread may be released before DONE. The answer to every error in
+between, also one in this program, is to do nothing: the tracing thread ends, and the target restores itself.
 """
 
 from __future__ import annotations
@@ -42,6 +31,7 @@ def special_ranges(frozen: FrozenProcess) -> list[tuple[int, int]]:
     stopped, machine = frozen.stopped, frozen.machine
     pointers = stopped.registers[:, machine.sp].tolist()
     ranges = [(pointer - machine.red_zone, pointer + _WORD_BYTES) for pointer in pointers]
+    # Written by the kernel when the thread returns to user mode on another CPU.
     ranges += [(area, area + _RSEQ_BYTES) for area in stopped.rseq_areas.tolist() if area]
     return ranges
 
@@ -57,6 +47,7 @@ def park(frozen: FrozenProcess, injection: Injection, operations: NDArray[np.voi
     """
     layout, stopped, worker = injection.layout, frozen.stopped, injection.worker
     numbers = frozen.inner_tids()
+    # Everything that a thread needs to restore itself, before any register is changed.
     frozen.write(layout.base, layout.executable)
     frozen.write(layout.contexts, layout.pack_contexts(stopped.homes, stopped.masks, numbers, worker.row))
     frozen.write(layout.header, stub.pack_header(layout, injection.unmap, operations))
@@ -80,6 +71,8 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
     layout, worker = injection.layout, injection.worker
     finished = False
     try:
+        # The worker changes SETUP to GO, atomically, and a thread that gives up changes SETUP to ABORT: only one of
+        # them can.
         frozen.write(layout.header + stub.START_OFFSET, stub.WORK.to_bytes(8, sys.byteorder))
         report(Step.RUNNING)
         # Polling interrupts the worker where both share a processor.
@@ -89,6 +82,7 @@ def work(frozen: FrozenProcess, injection: Injection, blocks: int) -> NDArray[np
         prepared = frozen.read(layout.header + stub.PREPARED_OFFSET, stub.PREPARED_BYTES)
         size = blocks * stub.OPERATION.itemsize
         results: NDArray[np.void] = np.frombuffer(frozen.read(layout.header + stub.HEADER_BYTES, size), stub.OPERATION)
+        # Before everything is unmapped: they are still in the stub's code.
         frozen.put_back_others(worker)
         injection.take_out()
         report(Step.UNPARKED)

@@ -1,14 +1,8 @@
 """Measure how long the target was stopped, and limit the blocks of the next window accordingly.
 
 A window costs a fixed time (stopping, parking, restoring, and waiting for the worker; it grows with the threads) and a
-time for each byte moved, which the worker measures itself. Every window measures the two separately, also the first
-one, which has one block. The next one gets blocks so that it should stay below the limit. The last measurement counts
-as much as the average of all before, and the worse of the two is used, so that a target that has become slower is
-noticed at once.
-
-If the fixed time alone exceeds the limit, or leaves no time for a block, no window can keep the limit. Windows of few
-blocks would then be many, each almost as long. So such windows are longer than necessary by a share
-(:data:`UNAVOIDABLE`), and have many blocks.
+time for each byte moved, which the worker measures itself. Every window measures the two separately, and the next one
+gets blocks so that it should stay below the limit.
 """
 
 from __future__ import annotations
@@ -89,6 +83,8 @@ class PauseBudget:
             return 1
         costs = np.cumsum(np.array(sizes[: self._max_blocks]) * self._ns_per_byte)
         fitting = int(np.searchsorted(costs, self._limit_ns - self._fixed_ns, side="right"))
+        # The fixed time leaves no time for a block, so that no window can keep the limit. Windows of few blocks would
+        # be almost as long, and many: rather longer ones, with many blocks.
         return fitting or max(1, int(np.searchsorted(costs, UNAVOIDABLE * self._fixed_ns, side="right")))
 
     def observe(self, pause: Pause) -> None:
@@ -100,6 +96,7 @@ class PauseBudget:
 
     def _believe(self, before: float, now: float) -> float:
         average = now if not self._measured else (1 - _WEIGHT) * before + _WEIGHT * now
+        # The worse of the two, so that a target that has become slower is noticed at once.
         return max(average, now)
 
 

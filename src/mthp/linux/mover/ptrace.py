@@ -3,9 +3,6 @@
 Requests for all threads at once go through :mod:`~mthp.linux.mover.calls`, with the same numbers, those of
 include/uapi/linux/ptrace.h. General registers are read and set as the register set NT_PRSTATUS, which every
 architecture has; its layout is in the machine (:mod:`~mthp.linux.mover.arch.machine`).
-
-The C library is called with the interpreter's lock held (:class:`ctypes.PyDLL`), because no request here blocks, and
-another Python thread between two of them would lengthen the time for which the target is stopped.
 """
 
 from __future__ import annotations
@@ -49,6 +46,8 @@ RSEQ_CONFIGURATION_WORDS = 3
 DISPATCH_CONFIGURATION_WORDS = 4
 """``struct ptrace_sud_config``; the first is the mode."""
 
+# PyDLL holds the interpreter's lock: no request here blocks, and another Python thread between two of them would
+# lengthen the time for which the target is stopped.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long)

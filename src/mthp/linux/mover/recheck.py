@@ -6,22 +6,12 @@ target may be stopped for that long. So after the stop only facts that can have 
 form that takes a fraction of a millisecond (bench/bench_mover.py; 0.3 ms for 8 blocks, and 0.6 ms with 64 threads, on
 a busy machine):
 
-- *Pages*: the pagemap words of the blocks. Each page is present, anonymous, without markers, and mapped by this process
-  alone, or the block is left as it is. Folios and other counts were checked before, and the kernel checks the folio
-  itself when it moves a page.
-- *Mappings*: one query for each (PROCMAP_QUERY, Linux 6.11; elsewhere maps is read). A mapping that is at least as
-  large as before, with the same permissions, has the same flags: the kernel merges only mappings with equal flags.
-  Flags of the whole mapping can have changed without a trace. Those that are important make the kernel refuse (a
-  locked mapping), or show in what follows.
-- *Sharers of the address space*: there is no new PID, or the new processes are compared (kcmp(2)). PIDs are given out
-  in order, and /proc/loadavg names the last one. A process that was compared once while all threads were stopped is
-  not compared again: only a process that shares an address space can make another one share it.
+- *Pages*: the pagemap words of the blocks, but not folios and other counts.
+- *Mappings*: one query for each (PROCMAP_QUERY, Linux 6.11; elsewhere maps is read).
+- *Sharers of the address space*: there is no new PID, or the new processes are compared (kcmp(2)).
 - *Pins, THP switched off, system calls filtered*: status of the process. :mod:`mthp.linux.mover.freeze` checks new
   threads when it stops them, this module their robust lists.
-- *userfaultfd*: if a mapping was registered with one meanwhile, the refill would wait for a thread of the target. A
-  process that had none when its mappings were checked, and has none now, cannot have done that. Where so
-  many files are open that this takes long, the earlier answer is used. A process that had one has its mappings
-  checked again, although that takes long.
+- *userfaultfd*: the process has none, or its mappings are checked again.
 - *io_uring, asynchronous I/O, devices*: nothing. The pages that they hold at this moment are pinned, which the kernel
   sees, and threads that work for them are refused as threads.
 """
@@ -104,6 +94,8 @@ class Recheck:
         if objection := self._process_objection(before):
             return [objection] * len(blocks)
         vmas = before.vmas
+        # If a mapping was registered with it meanwhile, the refill would wait for a thread of the target. Only smaps
+        # shows that, which takes long.
         if before.has_userfaultfd:
             vmas = procfs.read_vmas(self._process)
         mappings, size = _Mappings(self._process, vmas), self._geometry.size_of
@@ -129,10 +121,14 @@ class Recheck:
             return Objection(ScanResult.FAIL, "the process switched THP off for itself meanwhile (PR_SET_THP_DISABLE)")
         if (at := status.find(b"\nVmPin:")) >= 0 and int(status[at + 7 : status.index(b"kB", at)]):
             return Objection(ScanResult.PAGE_COUNT, "the process pinned memory meanwhile (VmPin)")
+        # PIDs are given out in order, and /proc/loadavg names the last one.
         newest = last_pid()
         if new_sharer(self._process.pid, before.last_pid, newest):
             return Objection(ScanResult.FAIL, "another process shares its memory or files now (CLONE_VM, CLONE_FILES)")
+        # Not compared again in later windows: only a process that shares an address space can make another one share
+        # it.
         before.last_pid = newest
+        # With too many files to look through in a window, the answer from before the stop counts.
         if not before.has_userfaultfd and has_userfaultfd(self._process, at_most=MAX_FILES):
             return Objection(
                 ScanResult.VMA_CHECK, "the process has a userfaultfd now: its mappings are to be judged again"
@@ -151,6 +147,8 @@ class Recheck:
         begins = np.cumsum(counts) - counts
         own = np.uint64(abi.PM_PRESENT | abi.PM_MMAP_EXCLUSIVE)
         bad = np.uint64(abi.PM_FILE | abi.PM_SWAP | abi.PM_UFFD_WP | abi.PM_GUARD_REGION)
+        # No look at the folios: they were checked before, and the kernel checks each again when it moves it
+        # (move_present_ptes).
         good = ((words & own) == own) & ((words & bad) == 0)
         if before.fill and not good.all():
             rest = np.flatnonzero(~good)
@@ -190,6 +188,9 @@ class _Mappings:
         if refusal := refuse_vma(vma):
             return Objection(ScanResult.VMA_CHECK, refusal.reason)
         now = query_mapping(self._process, self._fd, address)
+        # A mapping that has grown has the same flags: the kernel merges only mappings with equal flags
+        # (is_mergeable_vma, mm/vma.c). Flags that changed for the whole mapping do not show here; the important ones,
+        # such as VM_LOCKED, make the kernel refuse the move.
         if now is None or now.inode or now.start > vma.start or now.end < vma.end or now.permissions != vma.permissions:
             return MAPPING_CHANGED
         return None

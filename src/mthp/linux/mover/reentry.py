@@ -9,11 +9,7 @@ with a signal pending, it would run the handler as if it had not been waiting, a
 waits for that very signal, in pause(2) or in a read(2) with an alarm, would then wait for ever.
 
 So such a thread, back at its instruction, is led into the call first, and is released at its entry. From there on the
-kernel decides as usual. Pending signals are blocked on the way. One that arrives on the way causes a stop before its
-delivery, and is queued again as soon as it is blocked (ptrace_signal, kernel/signal.c). If the tracer died while they
-are blocked, they would stay so. So for this short time PTRACE_O_EXITKILL is set, as it is while the code is brought in;
-without a signal it is not. But a real-time signal is queued again behind later ones of its number. So signals of
-programs that handle such signals are blocked from the start.
+kernel decides as usual.
 """
 
 from __future__ import annotations
@@ -93,6 +89,7 @@ def make_again(frozen: Frozen, tid: int) -> None:
     while (stop := frozen.poll(tid)) != SYSCALL_STOP:
         if stop is not None:
             delivered = 0 if stop >> 8 else stop & 0xFF
+            # Once it is blocked, a signal is queued again instead of being delivered (ptrace_signal, kernel/signal.c).
             if delivered and not held:
                 held = True
                 _hold(tid)
@@ -112,6 +109,7 @@ def make_again(frozen: Frozen, tid: int) -> None:
 
 def _hold(tid: int) -> None:
     """Block all signals of a stopped thread; if the tracer dies before they are unblocked, the target dies too."""
+    # If the tracer died now, the signals would stay blocked for good: rather the target dies, for this short time.
     ptrace.set_options(tid, ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACESYSGOOD)
     ptrace.set_signal_mask(tid, ptrace.ALL_SIGNALS)
 
@@ -121,4 +119,5 @@ def _is_to_be_held(frozen: Frozen, tid: int, mask: int) -> bool:
     text = read_task_file(frozen.process, tid, "status") or b""
     fields = {line[:7]: int(line[7:], 16) for line in lines(text) if line[:7] in _SIGNAL_SETS}
     pending = fields.get(b"SigPnd:", 0) | fields.get(b"ShdPnd:", 0)
+    # A real-time signal that is queued again comes behind later ones of its number: block it before it arrives.
     return bool(pending & ~mask or fields.get(b"SigCgt:", 0) & _QUEUED)

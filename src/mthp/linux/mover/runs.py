@@ -6,13 +6,8 @@ neighbours of one order become one operation of the worker, a *run*, which never
 and so fits into the scratch area.
 
 The worker treats a run as a block: move it away, copy it back, drop it. Each block still gets a folio of its own,
-because a fault takes the largest enabled size, and no larger one is enabled. The outcome of each block stays exact:
-
-- The kernel moves page by page and ends at the first page that it refuses, so the blocks before that one are done. All
-  others of a failed run are moved once more, each alone, and only then is an error the block's own.
-- For a page that is shared after a fork the worker populates and begins again. For a run this would move blocks that
-  were moved already; so the worker does not do it, and leaves that to the second time, too.
-- A hash covers a whole operation, so blocks whose bytes are to be verified are moved alone.
+because a fault takes the largest enabled size, and no larger one is enabled. The outcome of each block stays exact: a
+block of a failed run is moved once more, alone.
 """
 
 from __future__ import annotations
@@ -50,6 +45,8 @@ def operations_of(addresses: _Int64s, sizes: _Int64s, lengths: _Int64s, flags: i
     """Return an operation for each run of `lengths` blocks: :data:`~mthp.linux.mover.stub.OPERATION`, shape (runs,)."""
     firsts = np.cumsum(lengths) - lengths
     operations = stub.operations_for(addresses[firsts], sizes[firsts] * lengths, flags)
+    # For a page shared after a fork the worker populates and begins again. In a run it would move blocks that it has
+    # moved already: pretend that it has populated, and leave that to the second time.
     operations["populated"] = lengths > 1
     return operations
 
@@ -73,9 +70,11 @@ def outcomes_of(
     run = np.repeat(np.arange(len(lengths)), lengths)
     size = operations["length"].astype(np.int64)[run] // lengths[run]
     before = (np.arange(len(run)) - (np.cumsum(lengths) - lengths)[run]) * size
+    # The kernel moves page by page and ends at the first page that it refuses: the blocks before that one are done.
     moved = np.clip(operations["moved"][run] - before, 0, size)
     error, alone = -operations["error"][run], lengths[run] == 1
     again = ~alone & (error != 0) & (moved < size)
+    # An error of a run is not yet one of a block: those that were not moved are moved again, each alone.
     error[~alone] = 0
     hashed = (operations["flags"][run] & np.uint64(stub.FLAG_VERIFY) != 0) & (moved > 0)
     same = (operations["hash_before"] == operations["hash_after"])[run]

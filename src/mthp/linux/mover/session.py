@@ -50,14 +50,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def in_tracing_thread(operation: Callable[[], _T]) -> _T:
-    """Run `operation` in a new thread, and return its result.
-
-    A tracer is a thread. When this one ends, the kernel releases all its tracees, also threads that never stopped and
-    so could not be detached. Python runs signal handlers, and raises KeyboardInterrupt, in the main thread only, so
-    nothing interrupts a window: leaving the ``with`` block waits for its end. An interruption while the thread is being
-    started may leave it unknown to the executor, so it waits for an explicit permission to begin.
-    """
+    """Run `operation` in a new thread, which nothing interrupts, and return its result."""
+    # An interruption while the thread is being started may leave it unknown to the executor, which then would not wait
+    # for its end. So it begins only with this permission.
     begin: SimpleQueue[bool] = SimpleQueue()
+    # A tracer is a thread, and its end releases all its tracees (exit_ptrace, kernel/ptrace.c): also those that never
+    # stopped, which PTRACE_DETACH refuses. And Python raises KeyboardInterrupt in the main thread only, which waits
+    # here.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mthp-mover", initializer=_hurry) as executor:
         try:
             future = executor.submit(lambda: operation() if begin.get() else None)
@@ -70,8 +69,10 @@ def in_tracing_thread(operation: Callable[[], _T]) -> _T:
 
 def _hurry() -> None:
     """Have this thread, which ends soon, run before the target's threads and sleep no longer than requested."""
+    # Where the next line is not permitted: by default an ordinary thread sleeps up to 50 us too long (prctl(2)).
     _libc.prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
     with contextlib.suppress(OSError):
+        # Threads of the target that spin would delay the release of the others by milliseconds.
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
@@ -96,6 +97,7 @@ def all_stopped(
     Raises:
         CannotStopError, NotPermittedError: as :meth:`FrozenProcess.stop`.
     """
+    # Before the stop, so that its time is no part of the pause; only threads that are new then are checked inside.
     known = check_threads(process, read_threads(process))
     frozen = FrozenProcess(process, timeout_ns, machine, like)
     try:
@@ -103,6 +105,7 @@ def all_stopped(
         report(Step.STOPPED)
         yield frozen
     except OSError as error:
+        # Every request for a thread that SIGKILL has woken from its stop ends with ESRCH.
         if error.errno != errno.ESRCH:
             raise
         raise TargetVanishedError(f"process {process.label} was killed") from error
@@ -258,8 +261,10 @@ class MoverSession(Closing):
             ahead = left or blocks[count : count + MAX_BLOCKS]
             batch = ahead[: self._budget.blocks([self._geometry.size_of(order) for _, order in ahead])]
             done, failed, pause = self._window(batch, flags, alone=verify or bool(left))
+            # Before the caller gets the outcomes: what it does with them is rest for the target, too.
             ended = time.perf_counter()
             yield done
+            # The blocks of a failed run come before further ones, each alone, so that an error is the block's own.
             if left:
                 left = left[len(batch) :]
             else:
@@ -276,6 +281,7 @@ class MoverSession(Closing):
         sizes = np.int64(self._geometry.page_size) << orders
         operation = functools.partial(self._stop_and_move, batch, addresses, sizes, flags, alone=alone)
         objections, operations, lengths, pause = in_tracing_thread(operation)
+        # A window in which every block was refused still tells what stopping costs.
         if pause.blocks:
             self.pauses.append(pause)
         self._budget.observe(pause)
@@ -288,19 +294,24 @@ class MoverSession(Closing):
         parked = worked = 0
         lengths, operations = np.empty(0, np.int64), stub.operations_for([], [], 0)
         with all_stopped(self._process, self._stop_timeout_ns, self._machine, self._threads) as frozen:
+            # Kept for the next window, which uses their tables of system calls again if the threads are the same.
             self._threads = frozen.stopped
             stopped = time.perf_counter_ns()
             threads = len(frozen.tracees)
+            # From here to the end of the block no thread runs user code, and so no mapping, file or block changes.
             objections = self._refuse(frozen, batch, addresses, addresses + sizes)
             rows = np.flatnonzero([objection is None for objection in objections])
             if len(rows):
                 addresses, sizes = addresses[rows], sizes[rows]
                 reach = self._geometry.pmd_size
+                # A hash covers a whole operation, so blocks whose bytes are verified are moved alone.
                 lengths = np.ones(len(rows), np.int64) if alone else run_lengths(addresses, sizes, reach)
                 operations = operations_of(addresses, sizes, lengths, flags)
                 injection = self._inject(frozen, len(operations))
                 park(frozen, injection, operations)
                 parked = time.perf_counter_ns()
+                # The worker creates and closes the userfaultfd in there, while no thread can fork: a child would have
+                # it, bound to its parent's memory, because close-on-exec does not concern fork(2).
                 operations = work(frozen, injection, len(operations))
             worked = time.perf_counter_ns()
         copied = int(taken(operations["away"], operations["copied"]).sum())

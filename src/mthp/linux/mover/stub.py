@@ -26,6 +26,8 @@ from mthp.linux.mover.arch.machine import Machine, Registers
 from mthp.linux.mover.ptrace import ALL_SIGNALS
 from mthp.linux.probes import UFFD_API, UFFD_FEATURE_MOVE, UFFDIO_REGISTER_MODE_MISSING
 
+# SETUP becomes GO when the worker begins, and GO becomes DONE after all blocks; without a tracer for half a second
+# SETUP becomes ABORT.
 SETUP, GO, DONE, ABORT = range(4)
 """States of the header: set-up by the tracer, work, finished, abandoned before any work."""
 
@@ -164,8 +166,10 @@ class Layout:
         own_code = self._trampolines + np.arange(len(homes)) * self.machine.trampoline_bytes
         contexts = self.machine.pack_contexts(homes, masks, own_code.astype(np.uint64))
         _here, _left, clock, _used, kept, path = range(self.machine.keeper_word, self.machine.keeper_word + 6)
+        # A thread that has used processor time since it had its signal mask again has left the code.
         clocks = (~np.array(numbers, np.int64) << 3) | _CPUCLOCK_PERTHREAD | _CPUCLOCK_SCHED
         contexts[:, clock], contexts[keeper, kept] = clocks.view(np.uint64), 1
+        # Shows the keeper the program counter and the stack pointer of a thread that sleeps.
         paths = np.array([f"/proc/self/task/{number}/syscall" for number in numbers], f"S{_PATH_BYTES}")
         contexts[:, path : path + _PATH_BYTES // 8] = paths.view(np.uint64).reshape(len(numbers), -1)
         return contexts.tobytes()
@@ -184,6 +188,7 @@ def pack_header(layout: Layout, unmap: int, operations: NDArray[np.void]) -> byt
     move, api = (0,) * 5, (UFFD_API, UFFD_FEATURE_MOVE, 0)
     register = (layout.scratch, layout.scratch_size, UFFDIO_REGISTER_MODE_MISSING, 0)
     code = (layout.base, layout.base + layout.code_size, layout.contexts, layout.threads, unmap)
+    # The order of the words is that of the offsets at the top of the stub's source.
     head = (SETUP, len(operations), layout.scratch, NO_FD, *move, ALL_SIGNALS, NO_STAGE, 0)
     header = struct.pack(_HEADER, *head, *api, *register, layout.scratch_size, *code, *(0,) * 7)
     return header.ljust(HEADER_BYTES, b"\0") + operations.tobytes()

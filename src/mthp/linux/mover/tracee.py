@@ -88,6 +88,7 @@ class Stopped:
     def _make_tables(self) -> None:
         at, sigset = ptrace.addresses_of, ptrace.SIGSET_BYTES
         registers, homes, parked = map(at, self._vectors)
+        # PTRACE_SEIZE does not stop, unlike PTRACE_ATTACH, and sends no SIGSTOP that the target could notice.
         self._attach = self._table((ptrace.PTRACE_SEIZE, 0, 0), (ptrace.PTRACE_INTERRUPT, 0, 0))
         self._look = self._table(
             (ptrace.PTRACE_GETREGSET, ptrace.NT_PRSTATUS, registers),
@@ -107,6 +108,8 @@ class Stopped:
         self._wait = Calls(len(self.tids))
         self._wait.table[:, 0], self._wait.table[:, 1] = self.machine.calls["waitid"], os.P_PID
         self._wait.table[:, 2], self._wait.table[:, 3] = self._numbers, at(self._siginfos)
+        # The kernel writes a status of 0 where there is nothing to report (waitid, kernel/exit.c), over that of the
+        # last time.
         self._wait.table[:, 4] = os.WSTOPPED | os.WNOHANG | WALL
 
     def _table(self, *requests: tuple[int, int, int | NDArray[np.uint64]]) -> Calls:
@@ -132,6 +135,7 @@ class Stopped:
     def attach(self) -> dict[int, int]:
         """Seize all threads, and request a stop of each; return the errno for those that could not be seized."""
         self._attach.run()
+        # Those of the first request: a thread that was not seized fails the second one, too.
         results = self._attach.results[: len(self.tids)]
         return {self.tids[row]: -int(results[row]) for row in np.flatnonzero(results)} if results.any() else {}
 
@@ -151,6 +155,7 @@ class Stopped:
         threads, machine = len(self.tids), self.machine
         # Old values must not pass for new results.
         self._rseq[:], self._dispatch[:], self._vectors[0][:, 1] = 0, 0, self.registers.strides[0]
+        # PTRACE_GETREGSET puts the length of the set into the vector: less for 32-bit registers (ptrace_regset).
         self._look.run()
         if (self._look.results < 0).any():
             # The kernel may lack rseq and the dispatching of system calls.
@@ -166,6 +171,7 @@ class Stopped:
             raise CannotStopError(
                 f"process {label}: thread {self.tids[int(foreign.argmax())]} does not run 64-bit code"
             )
+        # Each call of the stub would end in the program's handler for SIGSYS.
         if self._dispatch[:, 0].any():
             raise CannotStopError(
                 f"process {label}: thread {self.tids[int(self._dispatch[:, 0].argmax())]} intercepts its system calls",
@@ -173,6 +179,8 @@ class Stopped:
             )
         if reason := machine.refuse_extended(self.tids):
             raise CannotStopError(f"process {label}: {reason}", help="try again later")
+        # Some calls return EINTR for the stop itself, where the kernel restarts others. (A read or write that has
+        # transferred a part returns that part, as after SIGSTOP and SIGCONT: that cannot be repaired.)
         for row in np.flatnonzero(machine.repair(self.registers)).tolist():
             ptrace.set_registers(self.tids[row], self.registers[row : row + 1])
         self.rseq_aborts[:] = rseq_aborts(self, read, read_words)
@@ -182,6 +190,8 @@ class Stopped:
         """Fill in :attr:`homes`."""
         self.homes[:] = self.registers
         aborted = self.rseq_aborts != 0
+        # On its way back to user mode the kernel would send the thread to the abort handler of its sequence (rseq(2));
+        # but it forgets the sequence if the registers are changed first, and the thread would go on in the middle.
         if aborted.any():
             changed = self.homes[aborted]
             changed[:, self.machine.pc] = self.rseq_aborts[aborted]
@@ -196,6 +206,8 @@ class Stopped:
         """
         self._parked[:] = registers
         self._park.results[:] = 0
+        # In between a thread may run a handler, but within the loop, which blocks the signals itself. The other way
+        # round it would run its own code with all signals blocked if the tracer died.
         for part, step in enumerate((Step.PARKED_UNMASKED, Step.PARKED)):
             self._run(self._park, part, step, range(but))
             self._run(self._park, part, step, range(but + 1, len(self.tids)))

@@ -6,14 +6,7 @@ Differences from x86-64, as far as the kernel shows them (do_signal, arch/arm64/
   registers are whole without its help. So no code is needed to leave a call or to restart one without a tracer.
   Relative timeouts of the worker, and of threads that restore themselves, start again. Signals and the worker's call
   have a module of their own (:mod:`~mthp.linux.mover.reentry`); threads that restore themselves have no such help.
-- For the same reason an EINTR that only the stop caused (epoll_wait(2), semop(2) and the others of
-  :mod:`~mthp.linux.mover.arch.x86_64`) cannot be distinguished from one that a handler of the program caused, and the
-  first argument of the call is gone from the registers. It is not repaired: these calls return EINTR, as after SIGSTOP
-  and SIGCONT.
-- System calls discard the parts of SVE registers beyond the vector registers. rt_sigreturn(2), with which a thread
-  restores itself, leaves the streaming mode of SME and needs a token on a guarded control stack. On processors with
-  permission overlays, some kernels set those at random if the frame does not have them. A thread in such a state does
-  not get injected code.
+- For the same reason an EINTR that only the stop caused is not repaired.
 """
 
 from __future__ import annotations
@@ -149,7 +142,9 @@ class Aarch64(Machine):
         return np.zeros(len(registers), np.bool_)
 
     def repair(self, registers: Registers) -> NDArray[np.bool_]:
-        """Return no row: the repair is impossible; see above."""
+        """Return no row: epoll_wait(2), semop(2) and others return EINTR, as after SIGSTOP and SIGCONT."""
+        # It cannot be distinguished from an EINTR that a handler of the program caused, and the call's first argument
+        # is gone from the registers.
         return np.zeros(len(registers), np.bool_)
 
     def leave_call(self, registers: Registers) -> None:
@@ -193,11 +188,15 @@ class Aarch64(Machine):
             for kind, what in ((NT_ARM_SVE, "SVE"), (NT_ARM_SSVE, "SME")):
                 header = ptrace.get_register_set(tid, kind, 2)
                 # size, max_size; vl, max_vl, flags: struct user_sve_header.
+                # System calls discard what SVE registers hold beyond the vector registers, and rt_sigreturn(2) leaves
+                # the streaming mode of SME.
                 if header is not None and int(header[1]) >> 32 & SVE_PT_REGS_SVE:
                     return f"thread {tid} is in the middle of {what} code, whose registers a system call would clear"
             shadow = ptrace.get_register_set(tid, NT_ARM_GCS, 1)
+            # rt_sigreturn(2) needs a token on the guarded control stack.
             if shadow is not None and int(shadow[0]) & PR_SHADOW_STACK_ENABLE:
                 return f"thread {tid} has a guarded control stack, with which it cannot be put back after our death"
+            # Some kernels set them at random if the signal frame does not have them.
             if ptrace.get_register_set(tid, NT_ARM_POE, 1) is not None:
                 return f"thread {tid} has permission overlays (POR_EL0), which it could not put back after our death"
         return ""

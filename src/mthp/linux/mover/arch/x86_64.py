@@ -210,7 +210,9 @@ class X8664(Machine):
     def parked(self, homes: Registers, contexts: NDArray[np.uint64], entry: int, header: int) -> Registers:
         registers = homes.copy()
         registers[:, _RIP], registers[:, _RBX], registers[:, _RBP] = entry, contexts, header
+        # Otherwise the kernel may take the thread for one in an interrupted call, and move rip back to restart it.
         registers[:, _ORIG_RAX] = NO_SYSCALL
+        # The stub copies upwards with string instructions, and must not trap after each instruction.
         registers[:, _EFLAGS] &= np.uint64(~_CLEARED_FLAGS & NO_SYSCALL)
         return registers
 
@@ -245,6 +247,7 @@ class X8664(Machine):
         def relative(name: str, end: int) -> bytes:
             return struct.pack("=i", context + 8 * CONTEXT.index(name) - (at + end))
 
+        # Relative to rip: by now all registers have the thread's own values but rbx, the context's address.
         code = b"\x48\x8b\x1d" + relative("rbx", 7)  # mov rbx, [rip + ...]
         code += b"\x48\x8b\x25" + relative("rsp", 14)  # mov rsp, [rip + ...]
         code += b"\xff\x25" + relative("rip", 20)  # jmp [rip + ...]

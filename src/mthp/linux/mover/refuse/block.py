@@ -5,16 +5,8 @@ the process may have gone on since. So blocks are checked twice: before the thre
 stop, and after it, when the process can no longer change the answer.
 
 The kernel uses three kinds of memory inside an otherwise ordinary mapping on behalf of a thread, also while that thread
-is stopped: it writes the rseq area when a thread returns to user mode on another CPU, walks the robust list when a
-thread is killed, and pushes a signal frame below the stack pointer. A block that holds one of them is not moved.
-:func:`special_ranges` finds these ranges as far as possible:
-
-- robust lists with get_robust_list(2), at any time;
-- stack pointers from ``/proc/PID/task/TID/syscall``, for every thread that does not run at this moment, which means
-  for all of them once they are stopped. The field ``kstkesp`` of ``/proc/PID/stat`` does not help: the kernel fills it
-  in for exiting threads only (do_task_stat, fs/proc/array.c);
-- rseq areas only with PTRACE_GET_RSEQ_CONFIGURATION, for which the thread must be stopped and traced
-  (:func:`mthp.linux.mover.park.special_ranges`).
+is stopped: rseq areas, robust lists and the memory below the stack pointer. A block that holds one of them is not
+moved.
 """
 
 from __future__ import annotations
@@ -120,8 +112,11 @@ def special_ranges(process: Process) -> SpecialRanges:
     robust: list[Segment] = []
     stacks: list[Segment] = []
     for tid in task_ids(process):
+        # The kernel walks the list when the thread is killed (exit_robust_list, kernel/futex/core.c).
         if head := robust_list(tid):
             robust.append((head, head + ROBUST_LIST_HEAD_BYTES))
+        # The kernel pushes a signal's frame below the stack pointer. Not `kstkesp` of stat: the kernel fills it in for
+        # exiting threads only (do_task_stat, fs/proc/array.c). Rseq areas take a tracer (mthp.linux.mover.park).
         text = read_task_file(process, tid, "syscall")
         if text is None:
             continue

@@ -3,9 +3,7 @@
 UFFDIO_MOVE splits the large folios that it meets. Where one is held (a pin, a page in a pipe) the split fails, and some
 kernels then repeat it until the holder is gone (move_pages, mm/userfaultfd.c; seen on 6.12, 7.0 and 7.2, while 6.18 and
 7.3 return EBUSY). All threads of the target would be stopped meanwhile, perhaps with the one that has to release the
-folio. No interface shows which pages are held. But MADV_COLD over a part of a large folio splits it, too, and leaves it
-as it is if that fails (madvise_cold_or_pageout_pte_range, mm/madvise.c). So the large folios in blocks to be moved are
-split that way, and a block that still has one after that is not moved.
+folio. No interface shows which pages are held.
 """
 
 from __future__ import annotations
@@ -52,6 +50,8 @@ def split_large_folios(target: MoveTarget, blocks: Sequence[Block]) -> list[Bloc
     shifts = columns.folio_order[rows].astype(np.uint64)
     _, firsts = np.unique(columns.pfn[rows] >> shifts << shifts, return_index=True)
     for page in pages[rows[firsts]].tolist():
+        # Over a part of a large folio it splits the folio, and leaves it as it is if that fails
+        # (madvise_cold_or_pageout_pte_range, mm/madvise.c).
         abi.process_madvise(target.process.pidfd, page, size, abi.MADV_COLD)
     left = np.logical_or.reduceat(_large(target.read(segments)), begins)
     return [block for block, is_left in zip(blocks, left.tolist(), strict=True) if is_left]

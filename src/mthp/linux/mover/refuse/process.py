@@ -153,6 +153,7 @@ def _machine(target: _Target) -> Refusal | None:
 
 
 def _traced(target: _Target) -> Refusal | None:
+    # After the stop the tracer is a thread of this program.
     ours = {int(path.name) for path in Path("/proc/self/task").iterdir()}
     for thread in target.threads:
         if thread.tracer and thread.tracer not in ours:
@@ -188,6 +189,7 @@ def _seccomp(target: _Target) -> Refusal | None:
 
 
 def _io_uring_threads(target: _Target) -> Refusal | None:
+    # io_uring names its threads iou-sqp-PID and iou-wrk-PID (io_uring/sqpoll.c, io_uring/io-wq.c).
     if workers := [thread for thread in target.threads if thread.comm.startswith("iou-")]:
         return Refusal(
             "io_uring_threads",
@@ -204,6 +206,7 @@ def _pinned(target: _Target) -> Refusal | None:
 
 
 def _thp_disabled(target: _Target) -> Refusal | None:
+    # Shows only a complete PR_SET_THP_DISABLE (task_thp_status, fs/proc/array.c), not one that excepts advised memory.
     if target.process.status("THP_enabled") != "0":
         return None
     return Refusal("thp_disabled", "the process switched THP off for itself (PR_SET_THP_DISABLE)")
@@ -297,6 +300,7 @@ def foreign_executable(header: bytes, machine: str) -> Refusal | None:
 
 def _personality(target: _Target) -> Refusal | None:
     word = int(target.process.read("personality"), 16)
+    # READ_IMPLIES_EXEC makes every readable mapping executable, and so the stub's data.
     if not word & (PER_MASK | READ_IMPLIES_EXEC):
         return None
     return Refusal(
