@@ -59,7 +59,7 @@ def test_says_so(before: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert f"put back: {SIZE} from always to never\n" in done.stdout
     assert words() == before
-    assert mthp("doctor", "--restore").stdout == "there is nothing to put back\n"
+    assert mthp("doctor", "--restore").stdout == "nothing to put back\n"
 
 
 def test_leaves_alone_what_somebody_else_changed(before: dict[str, str], thp_switches: ThpSwitches) -> None:

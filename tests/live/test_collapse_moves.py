@@ -127,7 +127,7 @@ def test_a_dry_run_says_which_mechanism_each_size_needs(actor: Actor) -> None:
     actor.tell("set_thp_disable", 0)
     assert folios(actor.pid, address, 2 * PMD_SIZE) == before
     text = mthp("collapse", actor.pid, "--max-ptes-none", 0, *BOTH, "--dry-run").stdout
-    assert "stopped again and again" in text
+    assert "stopped repeatedly" in text
 
 
 def test_by_default_nothing_is_injected_and_the_price_is_named(actor: Actor) -> None:

@@ -371,7 +371,7 @@ def test_where_the_kernel_tells_of_no_processes_it_looks_for_them_itself(run: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "nothing says which processes"),
+        ((), "no rules: "),
         (("--config", "/nonexistent/rules.toml"), "No such file"),
         (("--all", "--orders", "3K"), "is not a folio size"),
         (("--all", "--policy", "best"), "unknown policy"),

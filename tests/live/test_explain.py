@@ -193,7 +193,7 @@ def test_pinned(program: tuple[int, int]) -> None:
 
 def test_the_command_says_the_same_in_sentences_and_in_json(puppet: Puppet, small: int) -> None:
     said = mthp("explain", puppet.pid, f"{small:x}").stdout
-    assert "What stops it:" in said
+    assert "Refusals:" in said
     assert "no daemon is running" in said
     assert mthp_json("explain", puppet.pid, hex(small))["refusals"][0]["mechanism"] == "khugepaged"
     assert mthp("explain", puppet.pid).returncode == 0

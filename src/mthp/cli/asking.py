@@ -41,8 +41,8 @@ def of_this_version() -> Iterator[None]:
         if isinstance(error, MthpError):
             raise
         raise MthpError(
-            f"the daemon's answer makes no sense: {str(error)[:60]}",
-            help="it may be of another version than this mthp: restart it",
+            f"the daemon's answer is not valid: {str(error)[:60]}",
+            help="restart the daemon: its version may not be that of this mthp",
         ) from error
 
 
@@ -59,5 +59,5 @@ def set_paused(word: str, run_dir: Path | None, as_json: bool) -> int:
         print_json(word, answer)
     else:
         busy = ", but it is still at work on one process" if answer["paused"] and answer["busy"] else ""
-        click.echo(f"{'paused' if answer['paused'] else 'going on'}{busy}")
+        click.echo(f"{'paused' if answer['paused'] else 'resumed'}{busy}")
     return 1 if answer["paused"] and answer["busy"] else 0

@@ -133,14 +133,14 @@ class Collapses:
     default="auto",
     show_default=True,
     help="madvise: MADV_COLLAPSE, for the PMD size. move: inject code that moves pages, for sizes below. madvise,move:"
-    " each where it fits. khugepaged: drive the kernel's own. auto: what needs no injected code.",
+    " each where it fits. khugepaged: drive the kernel's own. auto: the ones without injected code.",
 )
 @bounds_options
 @click.option("--rate", type=RATE, help="Bytes collapsed per second at most, such as 500M.")
 @click.option(
     "--min-coverage",
     type=SHARE_OR_ZERO,
-    help="Exit with 1 if less than this share of the anonymous memory is mapped in folios of the sizes asked for"
+    help="Exit with 1 if less than this share of the anonymous memory is mapped in folios of the requested sizes"
     " (--orders; the PMD size without) or larger ones afterwards.",
 )
 @click.option(
@@ -148,26 +148,26 @@ class Collapses:
     type=DURATION,
     default="1ms",
     show_default=True,
-    help="How long TARGET may stand still at a time while pages are moved.",
+    help="The longest time for which TARGET may be stopped at once while pages are moved.",
 )
 @click.option(
     "--pause-share",
     type=SHARE,
     default=f"{PAUSE_SHARE:.0%}",
     show_default=True,
-    help="The part of the time that it may stand still then.",
+    help="The part of the time for which TARGET may then be stopped.",
 )
 @click.option(
     "--min-split-share",
     type=SHARE_OR_ZERO,
     default="0%",
     show_default=True,
-    help="Leave PMD ranges alone of whose contents splits would put less than this share into planned folios: all of a"
-    " range is copied for them.",
+    help="Leave PMD ranges alone if less than this share of their contents would lie in planned folios: a split copies"
+    " all of a range.",
 )
 @click.option("--fill", is_flag=True, help="Fill holes by moving, too; MADV_COLLAPSE always does.")
 @click.option("--verify", is_flag=True, help="Compare the bytes of every moved folio before and after.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the predicted result, and change nothing.")
 @json_option
 def command(
     targets: tuple[str, ...],
@@ -306,10 +306,9 @@ def _announce(space: AddressSpace, means: Means, plan: SpacePlan, mechanism: Mec
     pause = milliseconds(window_ns(threads, means.max_pause_ns) / 1e9)
     for line in (
         f"moving pages of {plan.label} into folios below {plan.geometry.label(plan.geometry.pmd_order)}: all of its"
-        f" {threads} threads are stopped again and again. The aim is {pause} at a time and"
-        f" {percent(means.pause_share)} of the time; the result says how long the pauses were. One thread runs a"
-        " small piece of code that is injected,"
-        " which moves pages away (UFFDIO_MOVE) and copies them back;",
+        f" {threads} threads are stopped repeatedly. The aim is {pause} at a time and"
+        f" {percent(means.pause_share)} of the time; the result shows the pauses. One thread runs a small piece of"
+        " injected code, which moves pages away (UFFDIO_MOVE) and copies them back;",
         "meanwhile the switch of one folio size (hugepages-<size>kB/enabled) is `always` for the whole system. It is"
         " put back at the end, and if mthp is killed",
     ):

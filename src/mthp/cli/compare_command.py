@@ -33,7 +33,9 @@ from mthp.units import format_size, percent
 @click.option("--orders", metavar="SIZES", help="Folio sizes, such as 16K,64K,2M; all by default; or 'enabled'.")
 @click.option("--scans", default="1", show_default=True, metavar="N", help="Scans, or 'all': until nothing changes.")
 @click.option("--covered", metavar="SIZE", help="Folio size from which on memory counts as covered; the PMD size.")
-@click.option("--processor", default="skylake", show_default=True, metavar="NAME", help="Whose TLB the figures are of.")
+@click.option(
+    "--processor", default="skylake", show_default=True, metavar="NAME", help="Processor that the TLB figures are for."
+)
 @click.option("--zero-filled", is_flag=True, help="Read the contents, for what splits and a trim would give back.")
 @click.option("--include-file", is_flag=True, help="Memory of files and shared memory too, at the PMD size.")
 @heat_option

@@ -44,19 +44,23 @@ from mthp.text import clean
 @click.option("--uid", multiple=True, metavar="USER", help="Work on processes of this user.")
 @click.option("--all", "every_process", is_flag=True, help="Work on all processes.")
 @click.option(
-    "--policy", metavar="NAME", shell_complete=complete_policy, help="How orders are chosen; mainline by default."
+    "--policy", metavar="NAME", shell_complete=complete_policy, help="Policy that chooses orders; mainline by default."
 )
 @click.option("--orders", metavar="SIZES", help="16K,64K,2M; all; or enabled (the default): what the switches allow.")
 @click.option("--max-ptes-none", type=int, metavar="N", help="Empty pages a collapse may fill, per PMD range.")
 @click.option("--max-ptes-swap", type=int, metavar="N", help="Swapped pages it may read back, per PMD range.")
 @click.option("--max-ptes-shared", type=int, metavar="N", help="Shared pages it may copy, per PMD range.")
 @click.option("--mechanism", type=click.Choice(get_args(Mechanism)), help="As in mthp collapse; auto by default.")
-@click.option("--max-pause", metavar="TIME", help="How long threads may stand still at a time; 5ms by default.")
-@click.option("--pause-share", metavar="%", help="The part of the time that they may; 20% by default.")
-@click.option("--max-bloat", metavar="SIZE|%|none", help="Bytes, or share of what is resident, that filling may add.")
+@click.option(
+    "--max-pause", metavar="TIME", help="The longest time for which threads may be stopped at once; 5ms by default."
+)
+@click.option("--pause-share", metavar="%", help="The part of the time for which they may be stopped; 20% by default.")
+@click.option(
+    "--max-bloat", metavar="SIZE|%|none", help="Bytes, or share of the resident memory, that filling may add."
+)
 @click.option("--reserve", metavar="SIZE|%", help="As in mthp collapse.")
 @click.option("--max-threads", type=click.IntRange(1), metavar="N", help="As in mthp collapse.")
-@click.option("--eagerness", type=int, metavar="0..10", help="One number for how much is filled, and how fast.")
+@click.option("--eagerness", type=int, metavar="0..10", help="One number: how much is filled, and how fast.")
 @click.option("--min-split-share", metavar="%", help="As in mthp collapse.")
 @click.option("--rate", metavar="SIZE", help="Bytes collapsed per second in one process at most.")
 @click.option("--cpu", type=SHARE, help="CPU time, as a share of one core; 10% by default.")
@@ -71,7 +75,7 @@ from mthp.text import clean
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve Prometheus metrics there; on the loopback by default.")
 @click.option("--events", type=click.Path(path_type=Path), metavar="FILE", help="Append events as JSON lines.")
 @run_dir_option
-@click.option("--check-config", is_flag=True, help="Read the rules, say what is wrong with them, and end.")
+@click.option("--check-config", is_flag=True, help="Read the rules, print their errors, and end.")
 @click.option("--print-config", is_flag=True, help="Print an example of a rules file that shows every key, and end.")
 @click.option("--print-unit", is_flag=True, help="Print a systemd unit that runs it with these options, and end.")
 @click.option("--install-unit", is_flag=True, help="Install that unit, and end.")
@@ -97,7 +101,7 @@ def command(run_dir: Path | None, **options: Any) -> int:
         return _unit(events, _endpoint(options) or configuration.metrics, install=options["install_unit"])
     if options["check_config"]:
         configuration = load()
-        click.echo(f"{len(configuration.rules.rules)} rules, nothing wrong with them")
+        click.echo(f"{len(configuration.rules.rules)} rules, no errors")
         return 0
     from mthp.daemon.service import Daemon, Options
     from mthp.linux.journal.files import default_root
@@ -136,14 +140,14 @@ def _loader(options: dict[str, Any]) -> Callable[[], Any]:
     path: Path = (options["config"] or config.DIRECTORY).absolute()
     if options["config"] is None and not path.exists():
         raise UsageError(
-            f"nothing says which processes to work on: there is no {path}",
+            f"no rules: {path} does not exist",
             help=f"write {path / config.MAIN}, which mthp daemon --print-config shows, or {HOW_TO_NAME}",
         )
     clash = [name for name in _OF_RULES if options[name] not in (None, (), False)]
     if clash:
         rules = "--config" if options["config"] else str(path)
         raise UsageError(
-            f"{rules} and {_flag(clash[0])} are given", help="say it in the rules file: [defaults] or [[rule]]"
+            f"{rules} and {_flag(clash[0])} are given", help="set it in the rules file: [defaults] or [[rule]]"
         )
     return lambda: _with_daemon_options(config.load_configuration(path, geometry), options, geometry)
 

@@ -26,7 +26,7 @@ from mthp.units import format_size, percent
     type=SECONDS,
     default="500ms",
     show_default=True,
-    help="How long each of 25 measurements takes.",
+    help="Duration of each of 25 measurements.",
 )
 @json_option
 def command(size: int | None, seconds: float, as_json: bool) -> int:
@@ -118,7 +118,7 @@ def _waited(chapter: Chapter, which: str) -> str:
 
 NEXT = """
 Next, with the PID of a process of yours:
-  mthp doctor                   what of this works here, and how to get the rest
-  mthp plan PID                 what a collapse would do
-  mthp collapse PID --dry-run   and without --dry-run it does it
-  mthp trim PID --dry-run       what its large folios waste"""
+  mthp doctor                   which abilities this machine has, and how to get the rest
+  mthp plan PID                 predict a collapse
+  mthp collapse PID --dry-run   the same; without --dry-run, carry it out
+  mthp trim PID --dry-run       find the memory that its large folios waste"""

@@ -79,6 +79,6 @@ def print_examination(out: Console, examination: Examination) -> None:
 def print_restored(out: Console, restored: list[Restored], removed: list[Removed]) -> None:
     """Print the switches that were put back, and the leftovers that were removed from processes."""
     if not restored and not removed:
-        say(out, "there is nothing to put back")
+        say(out, "nothing to put back")
     for each in (*restored, *removed):
         say(out, str(each))

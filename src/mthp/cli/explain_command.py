@@ -78,10 +78,10 @@ def _number(text: str) -> int:
 def _print(explanation: Explanation, history: History) -> None:
     out = console()
     parts: list[tuple[str, list[str]]] = [
-        ("What it is", list(explanation.memory)),
-        ("What policies would do", [each.sentence for each in explanation.prospects]),
-        ("What stops it", [each.sentence for each in explanation.refusals] or ["nothing stops it"]),
-        ("What happened", list(history.happened)),
+        ("Memory", list(explanation.memory)),
+        ("Effect of policies", [each.sentence for each in explanation.prospects]),
+        ("Refusals", [each.sentence for each in explanation.refusals] or ["none"]),
+        ("History", list(history.happened)),
     ]
     say(out, explanation.label)
     for title, lines in parts:
@@ -114,7 +114,7 @@ def _daemon_says(pid: int, run_dir: Path | None) -> Iterator[str]:
 
 def _of_target(target: dict[str, Any] | None) -> Iterator[str]:
     if target is None:
-        yield "no rule of the running daemon fits this process"
+        yield "no rule of the running daemon matches this process"
         return
     collapsed, bloat = (format_size(target[key]) for key in ("collapsed_bytes", "bloat_bytes"))
     yield f"the daemon works on it by rule {target['rule']!r}: it collapsed {collapsed} and added {bloat}"

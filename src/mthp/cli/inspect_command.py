@@ -44,7 +44,7 @@ class Censuses:
 @click.command("inspect")
 @targets_argument
 @click.option("--all", "show_all", is_flag=True, help="Show every mapping, not just the largest.")
-@click.option("--numa", is_flag=True, help="Tell as well on which NUMA nodes the pages of each mapping lie.")
+@click.option("--numa", is_flag=True, help="Show also on which NUMA nodes the pages of each mapping lie.")
 @click.option("--zero-filled", is_flag=True, help="Read the contents, and count the pages of nothing but zeroes.")
 @at_option
 @json_option

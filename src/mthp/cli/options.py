@@ -72,8 +72,8 @@ HEAT = Quantity("TIME|FILE", parse_heat, zero=True)
 heat_option = click.option(
     "--heat",
     type=HEAT,
-    help="Hot memory first: see for TIME, such as 5s, what is used (by DAMON, idle page tracking or young bits; or"
-    " damon:5s, idle:5s, young:5s), or read a FILE of start,end,accesses.",
+    help="Hot memory first: measure for TIME, such as 5s, which memory is used (by DAMON, idle page tracking or young"
+    " bits; or damon:5s, idle:5s, young:5s), or read a FILE of start,end,accesses.",
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -81,8 +81,8 @@ target_argument = click.argument("target", shell_complete=complete_target)
 at_option = click.option(
     "--at",
     metavar="STEP",
-    help="Which step of a recording: its number, negative from the end; or a time from its beginning, such as 30s or"
-    " 5m. By default the last.",
+    help="Step of a recording: its number, negative from the end; or a time from its beginning, such as 30s or 5m. By"
+    " default the last.",
 )
 
 
@@ -100,7 +100,7 @@ _PLAN_OPTIONS = (
         show_default=True,
         metavar="NAME",
         shell_complete=complete_policy,
-        help="How orders are chosen.",
+        help="Policy that chooses orders.",
     ),
     click.option(
         "--orders",
@@ -143,13 +143,13 @@ _BOUNDS_OPTIONS = (
         type=BLOAT,
         default=str(DEFAULT_BLOAT),
         show_default=True,
-        help="Bytes, or share of what is resident, that filling may add.",
+        help="Bytes, or share of the resident memory, that filling may add.",
     ),
     click.option(
         "--max-copied",
         type=AMOUNT,
-        help="Bytes, or share of what is resident, that a collapse may copy; no bound by default. With --heat, what is"
-        " used most comes first.",
+        help="Bytes, or share of the resident memory, that a collapse may copy; no bound by default. With --heat, the"
+        " most used memory comes first.",
     ),
     click.option(
         "--reserve",
@@ -161,6 +161,7 @@ _BOUNDS_OPTIONS = (
         "--max-threads",
         type=click.IntRange(1),
         metavar="N",
-        help="Move memory of a TARGET of up to N threads; by default what keeps a stop within 10 times --max-pause.",
+        help="Move memory of a TARGET of up to N threads; by default the number that keeps a stop within 10 times"
+        " --max-pause.",
     ),
 )

@@ -14,7 +14,7 @@ from mthp.cli.options import json_option
 @run_dir_option
 @json_option
 def command(run_dir: Path | None, as_json: bool) -> int:
-    """Have the running daemon touch no process until `mthp resume`. It still finds new ones.
+    """Stop the running daemon from working on processes until `mthp resume`. It still finds new ones.
 
     When this returns, the daemon is at rest.
     """

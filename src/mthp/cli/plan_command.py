@@ -149,8 +149,8 @@ class Plans:
 @click.option(
     "--reachable",
     is_flag=True,
-    help="Predict the coverage that this machine's memory allows, too: now, after compaction, and after a trim, for"
-    " which it looks for zeroes in TARGET's large folios.",
+    help="Predict the coverage that this machine's memory allows, too: now, after compaction, and after a trim, which"
+    " searches TARGET's large folios for zeroes.",
 )
 @at_option
 @json_option

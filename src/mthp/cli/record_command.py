@@ -39,22 +39,24 @@ STRETCHED = 1.5
 @click.command("record")
 @click.argument("targets", nargs=-1, metavar="[TARGET]...", shell_complete=complete_target)
 @click.option("-o", "--output", required=True, metavar="FILE", type=click.Path(path_type=Path), help="File to write.")
-@click.option("--every", type=SECONDS, default="1s", show_default=True, help="From one step to the next.")
-@click.option("--for", "duration", type=SECONDS, help="How long; until Ctrl-C or the target's end by default.")
+@click.option("--every", type=SECONDS, default="1s", show_default=True, help="Time between two steps.")
+@click.option("--for", "duration", type=SECONDS, help="Duration; until Ctrl-C or the target's end by default.")
 @click.option(
     "--cpu",
     type=SHARE,
     default="2%",
     show_default=True,
-    help="Of one processor, which recording may take; steps come later where they would take more. 100% for no bound.",
+    help="Share of one processor that recording may use; steps are delayed if they would use more. 100% for no bound.",
 )
 @click.option(
     "--from-trace",
     type=click.Path(),
     metavar="FILE",
-    help="Make the recording of a trace of memory accesses, not of a process.",
+    help="Convert a trace of memory accesses to a recording, instead of recording a process.",
 )
-@click.option("--trace-format", metavar="KIND", help="lackey, perf or damon; found out by default.")
+@click.option(
+    "--trace-format", metavar="KIND", help="lackey, perf or damon; by default recognised from its first lines."
+)
 @heat_option
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @json_option
@@ -78,13 +80,13 @@ def command(
     """
     if from_trace is not None:
         if targets:
-            raise UsageError(f"both a target ({targets[0]}) and --from-trace {from_trace}", help="give one of them")
+            raise UsageError(f"both a target ({targets[0]}) and --from-trace {from_trace}", help="use one of them")
         _from_trace(from_trace, trace_format, output, as_json=as_json, force=options["force"])
         return 0
     if not targets:
-        raise UsageError("nothing to record was named", help=f"{HOW_TO_NAME}; or --from-trace FILE")
+        raise UsageError("no target was named", help=f"{HOW_TO_NAME}; or --from-trace FILE")
     if trace_format is not None:
-        raise UsageError("--trace-format is of no use without --from-trace")
+        raise UsageError("--trace-format needs --from-trace")
     return _record(targets, output, as_json=as_json, **options)
 
 
@@ -101,7 +103,7 @@ def _record(
 ) -> int:
     named = find_targets(targets)
     if heat is not None and not named.single:
-        raise UsageError("--heat is for one target at a time", help="record each in a call of its own")
+        raise UsageError("--heat works with one target only", help="record each target separately")
     for found in named.found:
         if pid_of(found.target) is None:
             raise UsageError(f"{found.label!r} is not a process", help="record takes a PID, self, or a name")

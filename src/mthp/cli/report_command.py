@@ -74,9 +74,9 @@ def command(
 ) -> None:
     """Write one HTML page on FILE: its address space, the effect of each policy on it, and the price.
 
-    FILE is a snapshot, a recording, a PID for a quick view, what `mthp compare --json` printed, or what `mthp sweep` or
-    `mthp simulate` wrote. The page is complete in itself: it loads nothing from anywhere and runs no script. It holds
-    no contents of memory, no environment, and no arguments unless requested.
+    FILE is a snapshot, a recording, a PID for a quick view, the output of `mthp compare --json`, or the file of `mthp
+    sweep` or `mthp simulate`. The page is complete in itself: it loads nothing and runs no script. It holds no contents
+    of memory, no environment, and no arguments unless requested.
     """
     from mthp.lab import swept
     from mthp.lab.simulated import is_simulated, read
@@ -194,8 +194,10 @@ def _commands(file: str, pid: int | None) -> tuple[Command, ...]:
         )
     return (
         again,
-        Command("The same memory in a file, to look at it again", f"mthp snapshot {pid} -o before.parquet"),
+        Command("The same memory in a file, to inspect it again", f"mthp snapshot {pid} -o before.parquet"),
         Command("Carry the plan out, within a budget", f"mthp collapse {pid} --max-bloat 5%"),
-        Command("Show what came of it", f"mthp snapshot {pid} -o after.parquet"),
-        Command("... and set it beside what was", "mthp report before.parquet --after after.parquet -o collapse.html"),
+        Command("Record the result", f"mthp snapshot {pid} -o after.parquet"),
+        Command(
+            "Compare it with the state before", "mthp report before.parquet --after after.parquet -o collapse.html"
+        ),
     )

@@ -14,5 +14,5 @@ from mthp.cli.options import json_option
 @run_dir_option
 @json_option
 def command(run_dir: Path | None, as_json: bool) -> int:
-    """Have the running daemon go on after `mthp pause`."""
+    """Let the running daemon continue after `mthp pause`."""
     return set_paused("resume", run_dir, as_json)

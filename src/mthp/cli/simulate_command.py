@@ -35,7 +35,7 @@ WANTED = 0.5
     shell_complete=complete_policies,
     help="Run once under each, separated by commas; the scenario's by default. NAME:split is mthp by splitting.",
 )
-@click.option("--seed", type=int, metavar="N", help="In place of the scenario's.")
+@click.option("--seed", type=int, metavar="N", help="Seed in place of the scenario's.")
 @click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the rows as Parquet.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--print-scenario", is_flag=True, help="Print a scenario that shows every key, and end.")

@@ -55,7 +55,11 @@ def print_status(out: Console, status: dict[str, Any]) -> None:
     if failed:
         say(out, f"failed: {failed}")
     if status["orders_refused"]:
-        say(out, f"not asked for at the moment, since the machine had none: {', '.join(status['orders_refused'])}")
+        say(
+            out,
+            "not tried at the moment, because the machine had no free folio of these sizes:"
+            f" {', '.join(status['orders_refused'])}",
+        )
     rows = [_row(target) for target in sorted(status["targets"], key=lambda target: -target["collapsed_bytes"])]
     columns = ["pid", "name", "rule", "policy", "collapsed", "bloat", "longest pause", "state"]
     out.print(Table(f"{len(rows)} targets", columns, rows, right={0, 4, 5, 6}, names={1, 2}))

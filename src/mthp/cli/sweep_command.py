@@ -54,7 +54,9 @@ def command(
             f"{missing} is missing", help="write mthp sweep DIR --grid FILE -o FILE; --print-grid prints a grid"
         )
     if scheduler is not None and jobs is not None:
-        raise UsageError("--jobs is of no use with --scheduler", help="the cluster has as many as its workers have")
+        raise UsageError(
+            "--jobs and --scheduler exclude each other", help="the cluster has as many as its workers have"
+        )
     settings = read_grid(grid)
     inputs = inputs_in(directory)
     runner = runners.local(jobs) if scheduler is None else runners.dask(scheduler)

@@ -25,7 +25,7 @@ from mthp.targets import open_target, pid_of, refuse_ancestor
     type=SHARE,
     default="10%",
     show_default=True,
-    help="Share of one processor that looking may take.",
+    help="Share of one processor that reading processes may use.",
 )
 @plan_options
 def command(target: str | None, cpu: float, **options: Any) -> int:

@@ -63,7 +63,7 @@ class Trims:
     type=SHARE,
     default="50%",
     show_default=True,
-    help="Trim folios of whose pages at least this share hold nothing but zeroes.",
+    help="Trim folios with at least this share of pages that hold nothing but zeroes.",
 )
 @click.option(
     "--by",
@@ -71,7 +71,7 @@ class Trims:
     help="cold: split the whole folio to base pages. split: only its empty parts. By default the better way here.",
 )
 @click.option("--rate", type=RATE, help="Bytes of folios split per second, such as 256M.")
-@click.option("--dry-run", is_flag=True, help="Say what would be given back, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the predicted result, and change nothing.")
 @json_option
 def command(
     targets: tuple[str, ...], zero: float, by: TrimBy | None, rate: int | None, dry_run: bool, as_json: bool
@@ -139,7 +139,7 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
         return
     if report.left_by_order:
         left = [[geometry.label(order), str(count)] for order, count in sorted(report.left_by_order.items())]
-        out.print(Table("What is left of them", ["size", "folios"], left, right={1}))
+        out.print(Table("Folios afterwards", ["size", "folios"], left, right={1}))
     if report.failed:
         failed = [[result.name, str(count), reason] for (result, reason), count in report.failed.most_common()]
         out.print(Table("Folios left as they are", ["result", "folios", "reason"], failed, right={1}))
@@ -147,7 +147,7 @@ def print_report(out: Console, report: TrimReport, options: TrimOptions) -> None
     say(out, f"gave back {format_size(report.given_back_bytes)}: {before} of memory before, {after} now")
     remarks = [report.remade.remark] if report.remade.remark else []
     if report.not_tried:
-        remarks.append(f"{report.not_tried} folios were not tried: it ended early")
+        remarks.append(f"{report.not_tried} folios were not tried: the run ended early")
     if report.vanished:
         remarks.append("the target exited")
     if report.error:

@@ -59,7 +59,7 @@ def command(targets: tuple[str, ...], expected: tuple[str, ...], form: str, as_j
     the hardware can use counts: the PMD size by a PMD entry, smaller sizes as whole, aligned, contiguous blocks.
     """
     if as_json and form != "table":
-        raise UsageError(f"both --json and --format {form}", help="give one of them")
+        raise UsageError(f"both --json and --format {form}", help="use one of them")
     hidden = as_json or form != "table"
 
     def verified() -> tuple[Targets, Each[Verification]]:

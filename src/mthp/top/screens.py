@@ -217,11 +217,11 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
     if len(left) > MAX_REASONS:
         lines.append(f"not made for other reasons: {sum(count for count, _, _ in left[MAX_REASONS:]):,}")
     if report.out_of_memory:
-        lines.append(f"it ended at the first failed charge: {report.out_of_memory}")
+        lines.append(f"the run ended at the first failed charge: {report.out_of_memory}")
     if report.error is not None:
-        lines.append(f"it ended early: {report.error.message}")
+        lines.append(f"the run ended early: {report.error.message}")
     if report.interrupted:
-        lines.append("stopped: what was done stays done")
+        lines.append("stopped: the folios made so far are kept")
     if report.vanished:
         lines.append("the process exited meanwhile")
     return Text("\n".join(clean(line) for line in lines))

@@ -65,13 +65,13 @@ def _print_mechanisms(out: Console, report: CollapseReport) -> None:
     meanings = {
         "madvise": "MADV_COLLAPSE: nothing is written into the process, and it is not stopped",
         "split": "MADV_COLLAPSE, then splits: nothing is written into the process, and it is not stopped",
-        "move": "the mover: the process is stopped again and again (--max-pause, --pause-share)",
+        "move": "the mover: the process is stopped repeatedly (--max-pause, --pause-share)",
         "khugepaged": "the kernel's own khugepaged: switches change for the whole system meanwhile",
         None: needs_move_reason(report.move_price),
     }
     rows = [[geometry.label(order), by or "none", meanings[by]] for order, by in report.mechanisms.items()]
     if rows:
-        out.print(Table("What makes them", ["size", "mechanism", "meaning"], rows))
+        out.print(Table("Mechanisms", ["size", "mechanism", "meaning"], rows))
 
 
 def _print_ranges(out: Console, report: CollapseReport) -> None:
@@ -110,7 +110,7 @@ def _left_alone(report: CollapseReport, tally: FolioTally) -> list[list[str]]:
         ("over budget", tally.over_budget, "filling them would exceed --max-bloat"),
         ("over budget", tally.over_copied, "copying them would exceed --max-copied"),
         ("no room", tally.over_reserve, f"{report.room}: --reserve"),
-        ("not tried", tally.not_tried, "it ended early"),
+        ("not tried", tally.not_tried, "the run ended early"),
     )
     return [[name, str(count), meaning] for name, count, meaning in rows if count]
 
@@ -143,7 +143,7 @@ def _print_sums(out: Console, report: CollapseReport) -> None:
         f" in {report.elapsed:.2f} s ({format_size(int(speed))}/s)",
     )
     if report.heat_share is not None:
-        say(out, f"{percent(report.heat_share)} of the accesses that were seen go to what was collapsed")
+        say(out, f"{percent(report.heat_share)} of the observed accesses go to the collapsed memory")
     if times.count or not report.folios:
         say(out, f"{times.count} calls: {_spread(times)}")
     if windows.count:
@@ -171,14 +171,14 @@ def reason_of(report: CollapseReport) -> str:
 def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     remarks = []
     if report.interrupted:
-        remarks.append("interrupted: what was done stays done")
+        remarks.append("interrupted: the folios made so far are kept")
     if report.vanished:
         remarks.append("the target exited meanwhile")
     if report.out_of_memory:
-        remarks.append(f"it ended at the first failed charge: {report.out_of_memory}")
+        remarks.append(f"the run ended at the first failed charge: {report.out_of_memory}")
     if report.error is not None:
         remedy = f" ({report.error.help})" if report.error.help else ""
-        remarks.append(f"it ended early: {report.error.message}{remedy}")
+        remarks.append(f"the run ended early: {report.error.message}{remedy}")
     holes = sum(tally.failed_by_result[ScanResult.EXCEED_NONE_PTE] for tally in report.folios.values())
     if holes:
         remarks.append(f"{holes} runs have holes: --fill fills them")
@@ -194,7 +194,7 @@ def _remarks(report: CollapseReport, wanted: float | None) -> list[str]:
     if wanted is not None and report.coverage < wanted:
         remarks.append(
             f"{percent(report.coverage)} {scope_name(report.plan)} is mapped as {size_and_more(report.plan)}:"
-            f" less than the {percent(wanted)} that --min-coverage asks for"
+            f" less than the {percent(wanted)} that --min-coverage requires"
         )
     return remarks
 
@@ -203,7 +203,7 @@ def _nothing_done(report: CollapseReport) -> list[str]:
     """Return why nothing was done, if so: the work is finished, or reasons with their bytes."""
     plan = report.plan
     if plan.finished:
-        return [f"nothing left to do: {format_size(plan.already_bytes)} already in folios of the sizes asked for"]
+        return [f"nothing left to do: {format_size(plan.already_bytes)} already in folios of the requested sizes"]
     if not report.done_nothing:
         return []
     reasons = [f"{left.reason} ({format_size(left.resident)} resident)" for left in plan.left if left.resident]

@@ -86,8 +86,8 @@ def heat_line(heat: Heat, share: float | None) -> str:
     """Say what saw the accesses, at what cost, and which share of them folios would serve."""
     cost = f" in {heat.seconds:.1f} s, for {percent(heat.cpu_share)} of one processor" if heat.seconds else ""
     if share is None:
-        return f"heat by {heat.source}{cost}: no access was seen"
-    return f"heat by {heat.source}{cost}: these folios would serve {percent(share)} of the accesses seen"
+        return f"heat by {heat.source}{cost}: no access was observed"
+    return f"heat by {heat.source}{cost}: these folios would serve {percent(share)} of the observed accesses"
 
 
 def left_table(plan: SpacePlan) -> Table:
