@@ -56,6 +56,7 @@ def examine(
     has_thp = thp.exists
     findings = []
     for key, title, of_thp, ask in _QUESTIONS:
+        # Without THP there are no files to answer from; one reason for all of these questions.
         if of_thp and not has_thp:
             answer = Answer(State.MISSING, "this kernel has no THP")
         else:
@@ -82,6 +83,8 @@ def _thp(facts: Facts) -> Answer:
             f"there, enabled is {word}, but switched off for this process",
             "start it from a process that has not called prctl(PR_SET_THP_DISABLE), which is inherited",
         )
+    # MADV_COLLAPSE ignores the switches (TVA_FORCED_COLLAPSE in __thp_vma_allowable_orders(), mm/huge_memory.c, in
+    # 7.3).
     if word == "never":
         return Answer(
             State.LIMITED,
@@ -123,6 +126,7 @@ def _size_stats(facts: Facts) -> Answer:
 
 def _madv_collapse(facts: Facts) -> Answer:
     known, error = facts.probed.collapse_known, facts.probed.collapse
+    # Over an empty range an advice that the kernel knows succeeds (see probes).
     if known == errno.EINVAL:
         return Answer(State.MISSING, "the kernel does not know it", "Linux 6.1 or later")
     if known:
@@ -198,6 +202,7 @@ def _pagemap_scan(facts: Facts) -> Answer:
 
 def _mthp_khugepaged(facts: Facts) -> Answer:
     stats = facts.thp.stats(facts.geometry)
+    # The counter came with khugepaged's support of these orders; there is no other sign of it.
     if not any("collapse_alloc" in names for order, names in stats.items() if order < facts.geometry.pmd_order):
         return Answer(State.MISSING, f"collapses to {facts.pmd} only", "Linux 7.2 or later")
     lacking = [key for key, _, _, question in MOVE_QUESTIONS if question(facts).state is State.MISSING]
@@ -257,6 +262,7 @@ def _free_memory(facts: Facts) -> Answer:
 def _memory_limit(facts: Facts) -> Answer:
     mounts = cgroup_mounts(facts.text("self/mountinfo") or "")
     bounds = cgroup_bounds(mounts, facts.text("self/cgroup") or "")
+    # Every cgroup on the way to the root limits what is charged below it.
     bound = min(bounds, key=lambda each: each.left, default=None)
     if bound is None:
         return Answer(State.OK, "none for this process; a collapse is charged to the target's cgroup")

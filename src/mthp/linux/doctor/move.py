@@ -30,6 +30,7 @@ def _ptrace(facts: Facts) -> Answer:
     # Documentation/admin-guide/LSM/Yama.rst; without the module neither the file nor the restriction exists.
     scope = facts.text(PTRACE_SCOPE) or "0"
     yama = f"{facts.proc}/{PTRACE_SCOPE} is {scope}"
+    # Not even with CAP_SYS_PTRACE (yama_ptrace_access_check(), security/yama/yama_lsm.c).
     if scope == "3":
         return Answer(State.MISSING, f"{yama}: nobody may attach", "boot with a lower kernel.yama.ptrace_scope")
     if facts.rights.has(CAP_SYS_PTRACE):

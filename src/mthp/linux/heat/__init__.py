@@ -66,6 +66,7 @@ def measure_heat(space: ProcessSpace, request: HeatRequest, stop: Stop) -> Heat:
     sources: dict[str, Callable[[], HeatSource]] = {"damon": Damon, "idle": IdlePages, "young": YoungBits}
     if request.source != "auto":
         return sources[request.source]().measure(space, request.seconds, stop)
+    # In the order of what they disturb: only the last one makes pages look unused to reclaim.
     reasons: list[str] = []
     permitted = False
     for name, source in sources.items():
@@ -82,6 +83,7 @@ def anonymous_segments(space: ProcessSpace) -> list[Segment]:
     """Return the whole PMD ranges in which anonymous memory of `space` may be populated, without overlap."""
     size = space.geometry.pmd_size
     whole = [(vma.start, vma.end) for vma in space.vmas() if vma.kind is VmaKind.ANON]
+    # Smaller mappings cannot hold a folio of the PMD size, and would cost samples.
     return space.populated([segment for segment in whole if segment[1] - segment[0] >= size], size)
 
 
@@ -118,6 +120,8 @@ def rounds(seconds: float, stop: Stop) -> Iterator[None]:
         yield
         if stop():
             return
+        # The round before the next read is long enough for the read that was just made; a short one does not shorten it
+        # again.
         length = max(length, (time.process_time() - begin) / MAX_SHARE)
 
 

@@ -4,13 +4,8 @@ mthp makes an instance of its own in sysfs (Documentation/admin-guide/mm/damon/u
 virtual addresses of the target's anonymous memory (``fvaddr``), or where the kernel has only physical ones (``paddr``)
 the frames behind it. Its scheme (``stat``) only lists the regions with their accesses (``tried_regions``, Linux 6.2).
 
-sysfs holds the kdamonds of all programs in one list, which cannot grow while one of them runs, and loses all of them
-when it is resized (damon_sysfs_kdamonds_add_dirs(), mm/damon/sysfs.c). So mthp makes its kdamond only where there is
-none. It is in the journal under a mark (:mod:`mthp.linux.journal.instance`), so that it ends with mthp, however that
-ends.
-
-Cost: each sample checks a region once. So the interval grows with the number of regions, and again if the kdamond uses
-more of a processor than :data:`~mthp.linux.heat.MAX_SHARE`.
+mthp makes its kdamond only where there is none. It is in the journal under a mark
+(:mod:`mthp.linux.journal.instance`), so that it ends with mthp, however that ends.
 """
 
 from __future__ import annotations
@@ -73,6 +68,8 @@ def lack(mm: Path, modules: Path = Path("/sys/module")) -> tuple[str, str]:
     word = read_instance(kdamonds)
     if word is None:
         return "its files may not be read", "run as root"
+    # sysfs has one list of the kdamonds of all programs: it cannot grow while one of them runs, and loses all of them
+    # when it is resized (damon_sysfs_kdamonds_add_dirs(), mm/damon/sysfs.c).
     if word != NONE:
         what = "another program uses DAMON, and a second instance cannot be made beside it"
         return what, "stop that one first (damo stop), or use another source"
@@ -150,6 +147,8 @@ class Damon:
     def _set_up(self, space: ProcessSpace, operations: str, segments: list[Segment]) -> float:
         """Set everything up and turn it on; return the seconds between two samples."""
         start, end = pmd_pieces(segments, space.geometry.pmd_size, MOST_PIECES)
+        # Each sample checks every region once, so the cost of a second grows with the regions and falls with the
+        # interval.
         sample = CHECK_SECONDS[operations] * len(start) / MAX_SHARE
         sample = min(max(sample, SHORTEST_SAMPLE), LONGEST_SAMPLE)
         self._set_intervals(sample)
@@ -158,8 +157,9 @@ class Damon:
             # Regions are larger than a PMD range: DAMON splits them, and merges those with similar use.
             least, most = few // 4, 4 * few
         else:
-            # DAMON splits no region above half of the maximum number (kdamond_split_regions(), mm/damon/core.c), and
-            # merges none beyond the size at the minimum number (kdamond_merge_regions()).
+            # DAMON splits no region above half of the maximum number (kdamond_split_regions(), mm/damon/core.c; 7.3
+            # splits some of them, up to the maximum), and merges none beyond the size at the minimum number
+            # (kdamond_merge_regions()).
             least, most = few, few + 10
         self._write("monitoring_attrs/nr_regions/max", str(most))
         self._write("monitoring_attrs/nr_regions/min", str(least))
@@ -172,6 +172,7 @@ class Damon:
             self._write(f"targets/0/regions/{index}/end", str(high))
         self._write("schemes/nr_schemes", "1")
         self._write("schemes/0/action", "stat")
+        # The bounds of a new scheme are 0, with which it would list no region.
         for name, bound in (("sz", _ULONG_MAX), ("nr_accesses", _UINT_MAX), ("age", _UINT_MAX)):
             self._write(f"schemes/0/access_pattern/{name}/max", bound)
         self._state("on")
@@ -194,6 +195,7 @@ class Damon:
             self._state("update_schemes_tried_regions")
             parts.append(self._tried())
             cpu = _cpu_seconds(pid)
+            # The initial estimate was too low for this machine: correct it by what the kernel thread has really used.
             if cpu > MAX_SHARE * (time.monotonic() - begin) and sample < LONGEST_SAMPLE:
                 sample = min(2 * sample, LONGEST_SAMPLE)
                 self._set_intervals(sample)

@@ -1,11 +1,8 @@
 """Measure accesses by idle page tracking (Documentation/admin-guide/mm/idle_page_tracking.rst).
 
 A page is marked idle; an access removes the mark. Reclaim is not misled, because the kernel records the young bits that
-it clears (page_idle_clear_pte_refs_one(), mm/page_idle.c). A page inside of a large folio has no mark of its own
-(page_idle_get_folio()), so the first page of each folio is used.
-
-Marking a page walks all mappings of it, some microseconds each. So each round checks a few pages of each PMD range,
-other ones than the round before.
+it clears (page_idle_clear_pte_refs_one(), mm/page_idle.c). Each round checks a few pages of each PMD range, other ones
+than the round before.
 """
 
 from __future__ import annotations
@@ -86,6 +83,7 @@ class IdlePages:
             raise NotPermittedError(f"{self._path}: {error.strerror}", help="run as root") from error
         finally:
             os.close(fd)
+        # From the pages that were checked to all pages of the range that are present.
         accesses = np.divide(hits * resident, looked, out=np.zeros(len(ranges)), where=looked > 0)
         return Heat.of_spans(
             ranges,
@@ -101,6 +99,7 @@ class IdlePages:
         chosen = self._chosen(at)
         _set_bits(fd, frames.frame[chosen])
         # Pages without a mark of their own read as used at once.
+        # Only the first page of a large folio has one (page_idle_get_folio(), mm/page_idle.c).
         return chosen[_bits(fd, frames.frame[chosen])]
 
     def _chosen(self, at: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -113,6 +112,7 @@ class IdlePages:
             return np.empty(0, np.intp)
         first = np.flatnonzero(np.r_[True, np.diff(at) != 0])
         count = np.diff(np.r_[first, len(at)])
+        # Marking a page walks all mappings of it, some microseconds each.
         each = max(1, min(PAGES_OF_RANGE, MOST_PAGES // len(first)))
         picked = first[:, None] + self._random.integers(0, count[:, None], (len(first), each))
         return np.unique(picked)

@@ -51,6 +51,7 @@ class YoungBits:
         space.process.write("clear_refs", CLEAR_YOUNG)
         for _ in rounds(seconds, stop):
             for start, end, size in parse_referenced(space.process.read("smaps")):
+                # A mapping that has changed its ends since is left out: what its count belongs to is unknown.
                 if anonymous.get(start) == end:
                     referenced[start, end] = referenced.get((start, end), 0) + size // space.geometry.page_size
             space.process.write("clear_refs", CLEAR_YOUNG)

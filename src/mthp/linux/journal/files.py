@@ -1,9 +1,6 @@
 """The file of the journal of switches, and its lock: format, durability and exclusion of other processes.
 
 :mod:`mthp.linux.journal.switches` explains its purpose.
-
-A lock of flock(2) belongs to the open file, which a child of fork(2) shares, and which would keep the lock after the
-death of its parent. So a child made by Python closes these files at once.
 """
 
 from __future__ import annotations
@@ -113,6 +110,7 @@ class Change:
         """Read a line of the journal; None if it is not one."""
         try:
             data = parse_json(line)
+            # Only names and words of switches are accepted: a forged journal can do no more than choose among these.
             change = cls(data["switch"], data["was"], data["ours"], data["boot"])
             change = dataclasses.replace(change, owner=str(data.get("owner", "")), kept=data.get("kept") is True)
             words = (change.was, change.ours)
@@ -148,6 +146,7 @@ def is_alive(owner: str) -> bool:
         fields = stat_of(int(pid)).split()
     except (OSError, ValueError):
         return False
+    # With another start time the PID belongs to another process by now.
     return fields[0] not in ("Z", "X") and rest.partition(":")[0] == fields[19]
 
 
@@ -166,6 +165,8 @@ class JournalFiles:
             if create:
                 with contextlib.suppress(FileExistsError):
                     root.mkdir(0o700, parents=True)
+            # Files are opened relative to the directory that was checked, never through a symbolic link: root writes to
+            # them.
             self._directory = self._keep(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
             self._check(self._directory)
             self._lock = self._keep(self._open(LOCK_NAME))
@@ -193,6 +194,7 @@ class JournalFiles:
 
     def _check(self, fd: int) -> None:
         status = os.fstat(fd)
+        # Another user could exchange the journal, and so have root set switches.
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise NotPermittedError(
                 f"{self._root} belongs to somebody else, or others may write in it",
@@ -245,7 +247,7 @@ class JournalFiles:
         return [change for line in lines[:-1] if (change := Change.parse(line))]
 
     def write(self, changes: Sequence[Change]) -> None:
-        """Replace the entries by `changes`; new entries are on the disk when this returns.
+        """Replace the entries by `changes`, which continue them or are the first of them; sync what is new.
 
         The file only grows or loses its end, so if this is interrupted, the remaining entries are true.
 
@@ -282,4 +284,5 @@ def _close_in_child() -> None:
         files.close()
 
 
+# A lock of flock(2) belongs to the open file, which a child shares: it would keep the lock after its parent's death.
 os.register_at_fork(after_in_child=_close_in_child)

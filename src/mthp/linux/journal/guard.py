@@ -1,9 +1,4 @@
-"""Start the watcher of this process (:mod:`mthp.linux.journal.watcher`), and check whether it runs.
-
-No caller waits until the watcher is ready: once the program has been replaced (posix_spawn(3) returns after that), the
-death of this process cannot prevent its start. It makes itself a child of init, because a program that uses this
-library may wait for any child of its own.
-"""
+"""Start the watcher of this process (:mod:`mthp.linux.journal.watcher`), and check whether it runs."""
 
 from __future__ import annotations
 
@@ -26,6 +21,7 @@ READY_SECONDS = 10.0
 REAP_SECONDS = 0.5
 """Seconds to wait for the watcher's parent. It ends after some 10 ms, when its interpreter has started."""
 
+# It forks first, and so becomes a child of init: a program that uses this library may wait for any child of its own.
 _PROGRAM = """\
 import os, sys
 if os.fork():
@@ -63,6 +59,7 @@ class Guard:
         alive = not first and self._alive()
         if alive and journal == self._journal:
             return
+        # The last one ended before it was ready: only then is it worth waiting to see whether this one does, too.
         failed = not first and not alive and not self._watcher
         if self._status >= 0:
             os.close(self._status)
@@ -72,6 +69,8 @@ class Guard:
         if not first:
             _reap_adopted(self._watcher)
         try:
+            # No wait until it is ready: posix_spawn(3) returns once the program has been replaced, and after that the
+            # death of this process cannot prevent its start.
             self._start()
         except OSError as error:
             raise MthpError(
@@ -113,6 +112,8 @@ class Guard:
             # Not a fork: one of a process with threads may hold their locks for ever, a large one costs page tables.
             self._parent = os.posix_spawn(
                 python,
+                # Isolated and without site: it starts quickly, and neither the environment nor the user's packages have
+                # a say.
                 [python, "-I", "-S", "-c", _PROGRAM, *map(str, arguments)],
                 environment,
                 file_actions=actions,
@@ -121,6 +122,7 @@ class Guard:
                 setsigmask=signal.valid_signals(),
             )
             self._status = os.dup(ours)
+        # The pipe closes when the watcher ends: reading it without blocking shows whether it runs.
         os.set_blocking(self._status, False)
         self._owner, self._watcher = pid, b""
 

@@ -1,9 +1,7 @@
 """mthp's instance of DAMON as one switch of the journal: its word is ``0`` without one, otherwise the instance's mark.
 
 Only the program that made a kdamond may stop it, but sysfs has no place for a name. So the instance is marked by a
-number in its update interval, which the kernel does not read where the monitored addresses are fixed
-(damon_va_operations_init() and damon_pa_initcall(), mm/damon/vaddr.c and paddr.c: fvaddr and paddr have no update). An
-instance with another number belongs to another program, and is not touched.
+number in its update interval. An instance with another number belongs to another program, and is not touched.
 """
 
 from __future__ import annotations
@@ -29,6 +27,8 @@ BUSY_SECONDS = 2.0
 """Seconds for which a write is repeated: the kernel refuses it while another process reads or writes any file of DAMON
 (nr_kdamonds_store() and state_store(), mm/damon/sysfs.c, only try their lock)."""
 
+# The kernel does not read it where the monitored addresses are fixed: fvaddr and paddr have no update
+# (damon_va_initcall() and damon_pa_initcall(), mm/damon/vaddr.c and paddr.c).
 _MARK = "0/contexts/0/monitoring_attrs/intervals/update_us"
 _TARGETS = "0/contexts/0/targets/nr_targets"
 
@@ -79,6 +79,7 @@ def write_instance(kdamonds: Path, word: str) -> None:
         raise UnsupportedError("DAMON is in use by another program", help="wait until that has ended")
     write_setting(kdamonds / "nr_kdamonds", "1")
     write_setting(kdamonds / "0/contexts/nr_contexts", "1")
+    # The mark comes last: until then the instance has no target, and counts as unused if this process dies.
     write_setting(kdamonds / _MARK, word)
 
 

@@ -88,10 +88,13 @@ def put_back(sysfs: Path, changes: Sequence[Change], write: Write | None = None)
     boot = boot_id()
     restored = []
     failed: MthpError | None = None
+    # Last first, because windows nest: an inner one found the word of the outer one.
     for change in reversed(changes):
         found = read_word(sysfs, change.switch)
+        # After a reboot the switches are new. A switch that has the old word was never reached, or was put back before.
         if change.boot != boot or found == change.was:
             continue
+        # Any other word was written by another program meanwhile, and stays.
         if found == change.ours:
             try:
                 write(change.switch, change.was) if write else write_word(sysfs, change.switch, change.was)

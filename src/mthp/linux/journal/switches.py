@@ -2,31 +2,12 @@
 
 Switches of the whole system, ``hugepages-<size>kB/enabled``, decide which folio a page fault brings. To get folios of
 just one order the mover turns that size on and others off, for a *window* of milliseconds. None of its changes may
-outlive it, so the steps are those of a database's undo log:
+outlive it, so the steps are those of a database's undo log: take a lock, put back what a dead run left, have a watcher
+(:mod:`mthp.linux.journal.guard`), record the changes, make them; afterwards put back, and empty the journal.
 
-1. Take a lock (flock(2)), so that two windows do not mistake each other's words for the original ones.
-2. If the journal has entries, their writer died in its window, because the lock is free. Put its changes back.
-3. Have a watcher process (:mod:`mthp.linux.journal.guard`), which does step 2 as soon as this process dies.
-4. Record, for each switch, the present word and the new word. fsync(2). Then write the switch.
-5. Afterwards put back, last change first, then empty the journal.
-
-A process that dies after 4 leaves entries behind, and these determine the repair: a switch that still has mthp's word
-gets the old one back; one that has another word was changed by another program meanwhile, and stays; one that was never
-reached has the old word. Undoing twice is harmless. An entry is one line of JSON. An incomplete or unknown line was not
-written out before its switch was touched, or is not mthp's, and is skipped. Only names and words of switches are
-accepted, so a forged journal could do no more than choose among these. After a reboot the switches are new and entries
-of an earlier boot are void, so entries carry the boot's ID.
-
-The directory is made with mode 0700, and must belong to this user and be writable by no other. Files in it are
-opened relative to the open directory and never through symbolic links.
-
-A signal that raises an exception in Python (Ctrl-C) waits until switches are set or put back, and Ctrl-Z until the
-window is over. After a signal that kills, the watcher uses the journal.
-
-Windows may nest in one thread; other threads and other processes wait for their turn.
-
-The daemon may *keep* a tunable of khugepaged for as long as it runs. Such an entry does not hold the lock. It comes
-before those of windows, and stays while its owner runs; after that it is undone like any other.
+Windows may nest in one thread; other threads and other processes wait for their turn. The daemon may *keep* a tunable
+of khugepaged for as long as it runs. Such an entry does not hold the lock. It comes before those of windows, and stays
+while its owner runs; after that it is undone like any other.
 """
 
 from __future__ import annotations
@@ -128,6 +109,7 @@ class SwitchJournal:
                 return
             self._open(create=True)
             try:
+                # After _open() has settled the journal, entries are left only by processes that still run.
                 others = {change.switch for change in self._changes}
                 if taken := sorted(others & set(wanted)):
                     raise MthpError(f"{taken[0]} is kept by another process", help="end that mthp daemon first")
@@ -160,6 +142,7 @@ class SwitchJournal:
     @contextlib.contextmanager
     def _window(self, changes: Callable[[], list[Change]]) -> Iterator[None]:
         """Open a window with `changes`, which is called once the lock is held."""
+        # Ctrl-Z in a window would leave the system's switches changed until the user types `fg`.
         with self._turn, suspension_held_back():
             if not self._may_have_to_write(changes()):
                 yield
@@ -170,6 +153,7 @@ class SwitchJournal:
                     if self._files is None:
                         self._open(create=True)
                         undo.callback(self._close)
+                    # Registered before the first write, so that a part of the changes is undone, too.
                     undo.callback(self._put_back_to, len(self._changes))
                     self._set(changes())
                 yield
@@ -194,6 +178,8 @@ class SwitchJournal:
                     f"{path} is {change.was}, would have to be {change.ours}, and may not be written",
                     help=f"run as root with /sys mounted read-write, or have root do it: echo {change.ours} > {path}",
                 )
+        # Root takes the lock even where nothing is to be written: another process's window may change the switches
+        # meanwhile.
         return bool(wanted) or os.geteuid() == 0
 
     def restore_after_crash(self) -> list[Restored]:
@@ -230,7 +216,9 @@ class SwitchJournal:
         """Take the lock, and put back the changes found in the journal."""
         files = JournalFiles(self._root or default_root(), create=create)
         try:
+            # Two windows at once would take each other's words for the original ones.
             files.lock(self._lock_timeout)
+            # The lock is free, so the writer of any entry died in its window.
             restored = settle(files, self._sysfs.root, write=self._write)
         except BaseException:
             files.close()
@@ -295,9 +283,11 @@ class SwitchJournal:
             return
         if self._watched:
             self._guard = guard_of(self._root or default_root(), self._sysfs.root)
+            # Before the first change: if this process dies, the watcher puts it back within milliseconds.
             self._guard.ensure(self._files.identity)
         owner = f"{owner_of(os.getpid())}:{next(_numbers)}"
         self._changes += [dataclasses.replace(change, owner=owner, kept=kept) for change in changes]
+        # On the disk before any switch is touched: a lost entry would be a change that nothing undoes.
         self._files.write(self._changes)
         for change in changes:
             self._write(change.switch, change.ours)

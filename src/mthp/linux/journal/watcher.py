@@ -4,9 +4,6 @@
 so that the end of the owner's process group or terminal does not end the watcher. Its standard input is a pidfd of the
 owner; its standard output is a pipe to which it writes its PID when it is ready, and whose closing informs the owner
 that the watcher is gone.
-
-It polls slowly for two events that no file descriptor reports: the owner is stopped, or the journal has entries
-although its lock is free (the owner replaced itself by execve(2)).
 """
 
 from __future__ import annotations
@@ -88,6 +85,7 @@ class Watcher:
         """Return when there is nothing to watch any more."""
         poll = select.poll()
         poll.register(OWNER, select.POLLIN)
+        # The pidfd reports the owner's death at once. Ticks are for what no descriptor reports: see _tick().
         while not poll.poll(TICK_SECONDS * 1000):
             if self._tick():
                 return
@@ -101,8 +99,11 @@ class Watcher:
             return self._idle >= IDLE_TICKS and self._retire()
         self._idle = 0
         with contextlib.suppress(MthpError):
+            # The lock is free although there are entries: the owner has replaced itself by execve(2), which closes its
+            # files.
             if self._settle():
                 return False
+        # A stopped owner holds the lock, so its switches are put back without it.
         self._stopped = self._stopped + 1 if self._owner_is_stopped() else 0
         # Once in each stop: a switch that has the same word later was set since.
         if self._stopped == STOPPED_TICKS:
@@ -133,6 +134,7 @@ class Watcher:
             with contextlib.suppress(MthpError):
                 if self._settle() or not self._left():
                     return
+                # Something that the owner forked still holds the lock, perhaps for years.
                 if time.monotonic() - begin >= LOCK_SECONDS:
                     self._undo()
                     return

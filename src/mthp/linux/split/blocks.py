@@ -1,12 +1,9 @@
 """Make mTHPs in place: MADV_COLLAPSE of a PMD range, then splits down to exactly the planned folios.
 
-For a moment the whole range is one PMD folio, whose holes are filled with zeroes; the split to base pages gives back
-the zeroes outside of planned blocks. Nothing is injected into the target, no thread of it stops, and no switch changes,
-so wherever this process ends there is nothing to undo: at worst a range stays larger than planned.
-
 Each range is handled by itself: check it (:mod:`mthp.splitchecks`), take room for one PMD folio, collapse it, divide it
-(:mod:`~mthp.linux.split.divide`). A folio that was pinned or shared between collapse and split cannot be divided. Its
-fill outside of the blocks is given back by bringing it to base pages, and reported where even that is refused.
+(:mod:`~mthp.linux.split.divide`). For a moment the whole range is one PMD folio, whose holes are filled with zeroes.
+Nothing is injected into the target, no thread of it stops, and no switch changes, so wherever this process ends there
+is nothing to undo: at worst a range stays larger than planned.
 """
 
 from __future__ import annotations
@@ -61,6 +58,7 @@ class SplitBlocks(Closing):
     def __init__(self, space: ProcessSpace, ability: SplitAbility | None = None, file: SplitFile | None = None) -> None:
         self._space, self._geometry, self._madvise = space, space.geometry, Madvise(space)
         ability = split_ability(self._geometry) if ability is None else ability
+        # Before anything is opened: a kernel that cannot split would leave every range as one filled PMD folio.
         ability.require_split()
         self._mappings = _Mappings(space)
         self._rooms: dict[Amount | int | None, _RenewedRoom] = {}
@@ -84,6 +82,7 @@ class SplitBlocks(Closing):
         mappings = self._mappings
         ranges: dict[int, list[Block]] = {}
         for block in blocks:
+            # MADV_COLLAPSE makes whole PMD ranges only, so the blocks of one range share a collapse.
             ranges.setdefault(block[0] // size * size, []).append(block)
         outcomes: dict[Block, BlockOutcome] = {}
         ended: BlockOutcome | None = None
@@ -130,6 +129,7 @@ class SplitBlocks(Closing):
         geometry = self._geometry
         columns = self._space.read([(start, start + geometry.pmd_size)])
         layout = layout_of(start, blocks, columns, geometry)
+        # The kernel keeps zeroes in locked memory (try_to_map_unused_to_zeropage(), mm/migrate.c).
         if refusal := refusal_of_pages(layout, columns, locked="lo" in vma.flags, least_share=share):
             return _alike(blocks, BlockOutcome(start, 0, *refusal))
         if not room.take(layout):
@@ -144,10 +144,12 @@ class SplitBlocks(Closing):
             return _alike(blocks, dataclasses.replace(collapsed, everywhere=full))
         folio = self._divider.folio_at(start, geometry.pmd_order)
         results = dict.fromkeys(blocks, (ScanResult.SUCCEED, ""))
-        # Without a folio the range was split or unmapped again at once, and the page tables will show it.
+        # Without a folio the range was split or unmapped again at once, and the page tables will show it. A folio that
+        # was pinned or shared since the collapse cannot be divided, and goes to base pages for the sake of its fill.
         if folio is not None:
             refused = self._divider.divide(folio, layout.orders)
             results |= self._given_back(folio, layout, refused, blocks)
+        # A look at the entries alone rules fill out for almost every range.
         left = self._left_filled(folio, layout) if self._divider.holds(start, layout.spare) else 0
         elapsed = (time.perf_counter_ns() - begin) // len(blocks)
         outcomes = {block: BlockOutcome(*block, *end, elapsed_ns=elapsed) for block, end in results.items()}
@@ -181,13 +183,12 @@ class SplitBlocks(Closing):
     def _left_filled(self, folio: LargeFolio | None, layout: RangeLayout) -> int:
         """Return the number of zero-filled pages that the collapse added outside of the blocks and that still exist.
 
-        Compaction may have moved the folio, or a part of it, to other frames between two steps (migrate_pages(),
-        mm/migrate.c). The moved parts are divided at their present place.
-
         Raises:
             TargetVanishedError: the process is gone.
         """
         columns = self._settled(layout)
+        # Compaction may have moved the folio, or a part of it, to other frames between two steps (migrate_pages(),
+        # mm/migrate.c): such parts are still whole, and are divided where they are now.
         moved = moved_folios(folio, layout, columns, self._geometry.page_size)
         for each in moved:
             first = (each.address - layout.start) // self._geometry.page_size
@@ -202,6 +203,7 @@ class SplitBlocks(Closing):
         """Return the entries of a range, read again while compaction moves pages outside of the blocks."""
         for pause in (*BACK_OFF, 0.0):
             columns = self._space.read([(layout.start, layout.start + self._geometry.pmd_size)])
+            # A migration entry: pagemap shows it as swapped, and what it holds is unknown until it is resolved.
             if not (layout.spare & columns.has(Pte.SWAP)).any():
                 break
             time.sleep(pause)
@@ -236,11 +238,7 @@ def moved_folios(
 
 
 class _Mappings:
-    """The mappings of the target, listed again from time to time.
-
-    A listing may be old: the kernel itself checks whatever would do harm (hugepage_vma_revalidate(), mm/khugepaged.c),
-    and memory that was locked since keeps its fill, which is reported. Nothing is refused because of an old listing.
-    """
+    """The mappings of the target, listed again from time to time."""
 
     def __init__(self, space: ProcessSpace) -> None:
         self._space = space
@@ -253,10 +251,13 @@ class _Mappings:
         Raises:
             TargetVanishedError: the process is gone.
         """
+        # An old listing does no harm: the kernel checks the mapping itself (hugepage_vma_revalidate(),
+        # mm/khugepaged.c), and memory that was locked since keeps its fill, which is reported.
         is_old = time.monotonic() < self._until
         if not is_old:
             self._list()
         vma, refusal = self._look(start)
+        # Nothing is refused because of an old listing.
         if refusal is not None and is_old:
             self._list()
             vma, refusal = self._look(start)
@@ -285,16 +286,14 @@ class _RenewedRoom:
         self._asked = time.monotonic()
 
     def take(self, layout: RangeLayout) -> bool:
-        """Take room for one range; return whether it fits.
-
-        A new folio is charged, and swapped-out pages are read back, before any page is freed (collapse_huge_page(),
-        mm/khugepaged.c).
-        """
+        """Take room for one range; return whether it fits."""
         if time.monotonic() - self._asked > RENEW_SECONDS:
             self._room.renew()
             self._asked = time.monotonic()
         page_size = self._geometry.page_size
         swapped = layout.swapped * page_size
+        # For a moment the whole folio: it is charged, and swapped pages are read back, before any page is freed
+        # (collapse_huge_page(), mm/khugepaged.c).
         return self._room.take(layout.fill * page_size + swapped, self._geometry.pmd_size + swapped)
 
     @property

@@ -1,11 +1,7 @@
 """Divide one large folio in place into the folios of a layout, and check every step.
 
-A write to `split_huge_pages` returns success whether it split or not: a pinned folio stays, and so does one whose lock
-was taken; for a folio that is shared after a fork the first write only splits the PMD entries that map it. A write for
-a smaller order would then split the whole larger folio to it. So after each write pagemap and kpageflags must show the
-parts before a smaller order is written for one of them.
-
-One page of a folio is enough for a write: the kernel walks every page between the addresses.
+A write to `split_huge_pages` returns success whether it split or not. So after each write pagemap and kpageflags must
+show the parts before a smaller order is written for one of them.
 """
 
 from __future__ import annotations
@@ -118,6 +114,7 @@ class FolioDivider(Closing):
             step = steps.next(part)
             if step is None:
                 continue
+            # If this did not split, a write for a smaller order would split the whole larger folio to it.
             if self._split(folio, part, step):
                 todo += step.left
             else:
@@ -132,6 +129,9 @@ class FolioDivider(Closing):
             if page is None:
                 # The target unmapped it meanwhile, or it was swapped out, or copied to another folio.
                 return True
+            # Success means only that the call was understood: a pinned or locked folio is skipped
+            # (split_huge_pages_pid(), mm/huge_memory.c), and the first write for one that is shared after a fork splits
+            # only its PMD entries on 6.18.
             if not self._write(page, step.apart.order, step.at):
                 return False
             if self._is_apart(folio, step.apart):
@@ -155,6 +155,7 @@ class FolioDivider(Closing):
             self._write(page, 0)
             if self._is_apart(folio, Part(part.offset, 0)):
                 return True
+            # Without the file, or where it did not split. MADV_COLD makes its page look old, so it gets a hole.
             hole = self._mapped(folio, part, holes)
             if hole is not None:
                 self.cool(hole)
@@ -209,6 +210,7 @@ class FolioDivider(Closing):
         if self._file is None:
             return False
         begin = time.perf_counter_ns()
+        # One page of the folio is enough, and quicker: the kernel walks every page between the addresses.
         error = self._file.split(self._process.pid, address, self._geometry.page_size, order, at)
         self.calls_ns.append(time.perf_counter_ns() - begin)
         if error == errno.ESRCH:

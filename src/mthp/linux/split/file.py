@@ -1,12 +1,9 @@
 """Split folios in place with ``split_huge_pages`` of debugfs, and find the parts of it that this kernel supports.
 
 ``PID,0xSTART,0xEND,ORDER`` written to it splits every folio between the addresses to folios of ORDER
-(split_huge_pages_pid(), mm/huge_memory.c). The kernel's release decides how much of that happens: before Linux 6.9
-ORDER is ignored and the result is base pages; older kernels also ignore a fifth word, the page around which a folio is
-split while its other halves stay large. A write does not report its effect. So trials on memory of this process find
-each ability, once a run; releases are never compared.
-
-The file is closed where debugfs is not mounted, to users other than root, and under kernel lockdown.
+(split_huge_pages_pid(), mm/huge_memory.c); a fifth word is the page around which a folio is split while its other
+halves stay large. A write does not report its effect. So trials on memory of this process find each ability, once a
+run; releases are never compared.
 """
 
 from __future__ import annotations
@@ -206,10 +203,14 @@ def _tried(file: SplitFile | None, ability: SplitAbility, geometry: Geometry) ->
         orders = offset = zeroes = None
         small, top, half = MIN_ANON_ORDER, geometry.pmd_order, geometry.ptes_per_pmd // 2
         if file is not None:
+            # Before Linux 6.9 the order is ignored, and the result is base pages.
             orders = trial.shows(lambda: trial.split(file, small), lambda: trial.orders(0, 4) == (small, small))
+            # One page of contents, so that all other pages are fill, which kernels before 6.12 keep.
             zeroes = trial.shows(lambda: trial.split(file, 0), trial.given_back)
             parts = top - 1, small
+            # Split around the first page of the second half, the first half stays one folio.
             offset = trial.shows(lambda: trial.split(file, small, half), lambda: trial.orders(0, half) == parts)
+        # Tried without the file, too: `trim` needs nothing else.
         cold = trial.shows(trial.cool, trial.given_back)
     return SplitAbility(ability.file, ability.mounted, "", orders, offset, zeroes, cold)
 
@@ -259,6 +260,7 @@ class _Trial:
 
     def cool(self) -> None:
         """Advise MADV_COLD of a page that was not written."""
+        # The range must be a part of the folio: advice for all of it only ages its pages.
         last = self.start + self._geometry.pmd_size - self._geometry.page_size
         abi.madvise(last, self._geometry.page_size, abi.MADV_COLD)
 

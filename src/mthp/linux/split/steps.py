@@ -88,6 +88,7 @@ class Steps:
         end = number
         while end == number or self._way_goes_on(end):
             end = self._way(end)[1]
+            # The sibling in the heap: the half that stays whole.
             parts.append(end ^ 1)
         apart = self._part(end)
         left = [self._part(each) for each in (*parts, end) if self._cost(each)]

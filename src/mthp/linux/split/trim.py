@@ -2,9 +2,7 @@
 
 Since Linux 6.12 the kernel maps the shared zero page in place of a page of zeroes when it splits a folio to base pages
 (try_to_map_unused_to_zeropage(), mm/migrate.c). It checks the bytes itself with the page unmapped, so no concurrent
-write is lost. Only a split has to be caused. MADV_COLD of a part of a folio causes it (mm/madvise.c,
-madvise_cold_or_pageout_pte_range()), but makes the given page look old, hence a page of zeroes is given.
-``split_huge_pages`` of debugfs leaves large folios that are in use.
+write is lost. Only a split has to be caused. ``split_huge_pages`` of debugfs leaves large folios that are in use.
 """
 
 from __future__ import annotations
@@ -77,5 +75,7 @@ class Trimmer(Closing):
             layout = in_use(zero, self._geometry.page_size)
             self._dividers[by].divide(LargeFolio(address, pfn, order), layout)
         else:
+            # MADV_COLD of a part splits the folio (madvise_cold_or_pageout_pte_range(), mm/madvise.c), but makes its
+            # page look old: a page of zeroes, since nothing uses it.
             error = self._dividers[by].cool(address + int(zero.argmax()) * self._geometry.page_size)
         return error, time.perf_counter_ns() - begin
