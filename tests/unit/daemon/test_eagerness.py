@@ -24,13 +24,16 @@ from mthp.daemon.eagerness import (
     settings_at,
     wanted_level,
 )
-from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Settings
 from mthp.geometry import X86_64
 from mthp.units import format_size
 
 N = X86_64.ptes_per_pmd
+
+
 shares = st.floats(0, 1)
+
+
 levels = st.floats(0, MOST)
 
 
@@ -186,35 +189,6 @@ def test_a_level_sets_what_a_rule_does_not_say() -> None:
     without = Level(Settings(), X86_64, 0.0)
     assert not without.follow(100.0, lambda: pytest.fail("nothing is measured"))
     assert without.settings == Settings()
-
-
-@pytest.mark.parametrize(
-    ("root", "membership", "pressure"),
-    [
-        ("/", "1:cpu:/x\n0::/own/it\n", 0.125),
-        ("/", "0::/\n", 0.03),
-        # A name that would be a line of its own where lines ended at a carriage return.
-        ("/", "0::/none\r0::/own/it\n", 0.03),
-        # In a cgroup namespace: with the mounts of the host, and with its own.
-        ("/../..", "0::/../../own/it\n", 0.125),
-        ("/", "0::/../own/it\n", 0.03),
-    ],
-)
-def test_the_cgroups_own_pressure_is_measured(tmp_path: Path, root: str, membership: str, pressure: float) -> None:
-    cgroups = tmp_path / "cgroups"
-    (cgroups / "own/it").mkdir(parents=True)
-    (tmp_path / "pressure").mkdir()
-    (tmp_path / "self").mkdir()
-    (tmp_path / "self/mountinfo").write_text(f"30 24 0:26 {root} {cgroups} ro - cgroup2 cgroup2 ro\n")
-    (cgroups / "own/it/memory.pressure").write_text("some avg10=12.50 avg60=0.00 avg300=0.00 total=0\n")
-    (cgroups / "memory.pressure").write_text("some avg10=99.00 avg60=0.00 avg300=0.00 total=0\n")
-    (tmp_path / "pressure/memory").write_text("some avg10=3.00 avg60=0.00 avg300=0.00 total=0\n")
-    (tmp_path / "meminfo").write_text("MemTotal:       1000 kB\nMemAvailable:    250 kB\n")
-    assert measured(membership, tmp_path) == Measured(pressure, 0.25)
-
-
-def test_a_machine_that_shows_nothing_has_no_pressure(tmp_path: Path) -> None:
-    assert measured("0::/../gone\n", tmp_path) == Measured()
 
 
 def test_the_shorter_of_calm_and_room_decides_and_the_last_step_to_the_rule_is_taken() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from mthp.daemon.processes import Nursery
 from mthp.errors import NotPermittedError, UnsupportedError
 from mthp.linux.facts import FactsReader
 from mthp.linux.procevents import MAX_GAP, MOST_EVENTS, SWEEP_SECONDS, Changes, ProcConnector, ProcPolling
@@ -140,38 +139,6 @@ def test_a_storm_of_events_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     events = ProcConnector.__new__(ProcConnector)
     assert events.changes().born == set(range(1, MOST_EVENTS + 1))
     assert min(events.changes().born) == MOST_EVENTS + 1, "the next call goes on behind it"
-
-
-# The nursery, and what is found out.
-
-
-def test_new_processes_are_left_alone_until_they_have_settled() -> None:
-    clock = Time()
-    nursery = Nursery(0.04, clock)
-    nursery.add([5, 6])
-    assert nursery.take() == []
-    assert nursery.next_due() == 0.04
-    clock.now = 0.03
-    nursery.add([6])
-    nursery.drop([99])
-    clock.now = 0.05
-    assert nursery.take() == [5]
-    clock.now = 0.08
-    assert nursery.take() == [6]
-    assert nursery.next_due() is None
-
-
-def test_a_storm_of_short_lived_processes_is_never_looked_into() -> None:
-    clock = Time()
-    nursery = Nursery(0.04, clock)
-    for pid in range(10_000):
-        nursery.add([pid])
-        nursery.drop([pid])
-    clock.now = 1.0
-    assert nursery.take() == []
-    assert len(nursery) == 0
-    nursery.add(range(1000), at_once=True)
-    assert len(nursery.take(limit=128)) == 128
 
 
 def test_facts_are_those_that_were_asked_for() -> None:

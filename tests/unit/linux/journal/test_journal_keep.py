@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 
 from journal_owners import BEFORE, INNER, OUTER, Tunables, dying_at, ended, forked
-from mthp.daemon.knobs import TUNABLE, Keeping, SystemKnobs
-from mthp.daemon.loop import Loop
+from mthp.daemon.knobs import TUNABLE
 from mthp.errors import MthpError
-from mthp.geometry import X86_64
 from mthp.linux.journal.files import has_entries
 from mthp.linux.journal.putback import restore
-from mthp.linux.sysfs import ThpSysfs
 from waiting import until
 
 KILLS = int(os.environ.get("MTHP_TEST_KILLS", "30"))
+
+
 KEPT = {TUNABLE: "7"}
 
 
@@ -141,72 +140,3 @@ def test_killed_at_every_step(tunables: Tunables) -> None:
     for event in sorted(random.sample(range(1, steps), min(KILLS, steps - 1))):
         assert ended(forked(lambda event=event: work(event))) in (-signal.SIGKILL, 0)  # type: ignore[misc]
         until(tunables.settled, lambda: str(tunables.values()))
-
-
-def test_the_daemon_goes_on_by_what_was_there_before(tunables: Tunables) -> None:
-    (tunables.thp / "enabled").write_text("[always] madvise never\n")
-    for name, value in (
-        ("max_ptes_swap", 64),
-        ("max_ptes_shared", 256),
-        ("alloc_sleep_millisecs", 60000),
-        ("defrag", 1),
-    ):
-        tunables.set(name, str(value))
-    said: list[str] = []
-    loop = Loop()
-    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
-    one = Keeping(knobs, loop, said.append, tunables.journal(watched=False))
-    one.keep(0)
-    knobs.refresh()
-    assert (number(tunables), knobs.tunables.max_ptes_none) == ("0", 511)
-    one.keep(64)
-    knobs.refresh()
-    assert (number(tunables), knobs.tunables.max_ptes_none) == ("64", 511)
-    # The operator's choice holds from then on, and stays.
-    tunables.set("max_ptes_none", "5")
-    knobs.refresh()
-    assert knobs.tunables.max_ptes_none == 5
-    one.keep(None)
-    one.close()
-    assert number(tunables) == "5"
-    assert any("changed since" in line for line in said)
-    knobs.close()
-    loop.close()
-
-
-def test_while_another_is_in_a_window_it_is_tried_again(tunables: Tunables) -> None:
-    loop, said = Loop(), list[str]()
-    journal = tunables.journal(watched=False)
-    journal._lock_timeout = 0.0
-    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
-    one = Keeping(knobs, loop, said.append, journal)
-    with tunables.journal(watched=False).settings(OUTER):
-        one.keep(7)
-        one.keep(7)
-    assert len(said) == 1
-    (_, again) = loop._timers["keep"]
-    again()
-    assert number(tunables) == "7"
-    one.close()
-    assert tunables.values() == BEFORE
-    knobs.close()
-    loop.close()
-
-
-def test_what_could_not_be_kept_changes_nothing_and_is_not_tried_again_after_the_end(tunables: Tunables) -> None:
-    loop, said = Loop(), list[str]()
-    journal = tunables.journal(watched=False)
-    journal._lock_timeout = 0.0
-    knobs = SystemKnobs(ThpSysfs(tunables.thp), X86_64)
-    one = Keeping(knobs, loop, said.append, journal)
-    with tunables.journal(watched=False).settings(OUTER):
-        # A number that the other's window sets.
-        one.keep(7)
-        knobs.refresh()
-        assert str(knobs.tunables.max_ptes_none) == number(tunables)
-        one.close()
-    (_, again) = loop._timers["keep"]
-    again()
-    assert tunables.values() == BEFORE
-    knobs.close()
-    loop.close()

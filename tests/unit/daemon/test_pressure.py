@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from fakes import FakeClock
-from mthp.daemon.pressure import ASK_SECONDS, REACH_SECONDS, FreeFolios, MachineReach, MemoryPressure
+from mthp.daemon.eagerness import (
+    Measured,
+)
+from mthp.daemon.pressure import ASK_SECONDS, REACH_SECONDS, FreeFolios, MachineReach, MemoryPressure, measured
 
 
 def test_it_rests_under_pressure_until_that_has_eased_well(tmp_path: Path) -> None:
@@ -96,3 +101,32 @@ def test_what_the_machine_could_have_huge_is_read_once_a_minute(tmp_path: Path) 
     assert reach.shares() == {"now": 0.5, "after_compaction": 1.0}
     clock.now += REACH_SECONDS
     assert reach.shares() == {}
+
+
+@pytest.mark.parametrize(
+    ("root", "membership", "pressure"),
+    [
+        ("/", "1:cpu:/x\n0::/own/it\n", 0.125),
+        ("/", "0::/\n", 0.03),
+        # A name that would be a line of its own where lines ended at a carriage return.
+        ("/", "0::/none\r0::/own/it\n", 0.03),
+        # In a cgroup namespace: with the mounts of the host, and with its own.
+        ("/../..", "0::/../../own/it\n", 0.125),
+        ("/", "0::/../own/it\n", 0.03),
+    ],
+)
+def test_the_cgroups_own_pressure_is_measured(tmp_path: Path, root: str, membership: str, pressure: float) -> None:
+    cgroups = tmp_path / "cgroups"
+    (cgroups / "own/it").mkdir(parents=True)
+    (tmp_path / "pressure").mkdir()
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/mountinfo").write_text(f"30 24 0:26 {root} {cgroups} ro - cgroup2 cgroup2 ro\n")
+    (cgroups / "own/it/memory.pressure").write_text("some avg10=12.50 avg60=0.00 avg300=0.00 total=0\n")
+    (cgroups / "memory.pressure").write_text("some avg10=99.00 avg60=0.00 avg300=0.00 total=0\n")
+    (tmp_path / "pressure/memory").write_text("some avg10=3.00 avg60=0.00 avg300=0.00 total=0\n")
+    (tmp_path / "meminfo").write_text("MemTotal:       1000 kB\nMemAvailable:    250 kB\n")
+    assert measured(membership, tmp_path) == Measured(pressure, 0.25)
+
+
+def test_a_machine_that_shows_nothing_has_no_pressure(tmp_path: Path) -> None:
+    assert measured("0::/../gone\n", tmp_path) == Measured()

@@ -1,25 +1,17 @@
-"""Rules: who fits, which of several wins, which clash; and the file that they are written in."""
+"""The rules files: what is read, and what is refused with its place."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mthp.cli import main
 from mthp.daemon import config
-from mthp.daemon.config import Configuration, load_configuration, parse_configuration
-from mthp.daemon.rules import Rule, Rules, Settings
+from mthp.daemon.config import Configuration, load_configuration, parse_configuration, parse_endpoint
 from mthp.errors import UsageError
 from mthp.geometry import X86_64
-from mthp.naming import Match, ProcessFacts
 from mthp.tunables import Switches, Tunables
-
-REDIS = ProcessFacts(
-    77, 1, uid=1000, comm="redis-server", exe="/usr/bin/redis-server", cgroup="/system.slice/redis.service/sub"
-)
 
 
 def parsed(text: str) -> Configuration:
@@ -30,41 +22,6 @@ def refused(text: str) -> UsageError:
     with pytest.raises(UsageError) as caught:
         parsed(text)
     return caught.value
-
-
-@pytest.mark.parametrize(
-    ("match", "fits"),
-    [
-        (Match(), True),
-        (Match(pid=(77,)), True),
-        (Match(pid=(78, 79)), False),
-        (Match(uid=(0, 1000)), True),
-        (Match(comm=("redis*",)), True),
-        (Match(comm=("redis",)), False),
-        (Match(exe=("/usr/bin/*",)), True),
-        (Match(cgroup=("/system.slice/redis.service",)), True),
-        (Match(cgroup=("/system.slice",)), True),
-        (Match(cgroup=("/",)), True),
-        (Match(cgroup=("/system.slice/r",)), False),
-        (Match(comm=("redis*",), uid=(0,)), False),
-    ],
-)
-def test_all_that_a_rule_names_must_fit(match: Match, fits: bool) -> None:
-    assert match.fits(REDIS) is fits
-
-
-def test_the_most_specific_rule_wins_and_denial_before_all() -> None:
-    by_uid = Rule("uid", Match(uid=(1000,)), settings=Settings(policy="rfc"))
-    by_glob = Rule("glob", Match(comm=("redis*",)), settings=Settings(policy="rfc"))
-    by_name = Rule("name", Match(comm=("redis-server",)), settings=Settings(policy="per-order"))
-    by_exe = Rule("exe", Match(exe=("/usr/*",)), settings=Settings(policy="pmd-only"))
-    rules = (by_uid, by_glob, by_name, by_exe)
-    assert Rules(rules).rule_for(REDIS) is by_exe
-    assert Rules(rules[:3]).rule_for(REDIS) is by_name
-    assert Rules(rules[:2]).rule_for(REDIS) is by_glob
-    deny = Rule("deny", Match(uid=(1000,)), deny=True)
-    assert Rules((*rules, deny)).rule_for(REDIS) is deny
-    assert Rules(rules).rule_for(ProcessFacts(1, 1, comm="bash")) is None
 
 
 def test_rules_that_are_equally_specific_and_differ_clash_by_name() -> None:
@@ -94,18 +51,6 @@ def test_rules_for_different_processes_or_with_the_same_settings_do_not_clash(
 ) -> None:
     found = parsed(f"[[rule]]\nmatch = {{ {one} }}\n[[rule]]\nmatch = {{ {other} }}\n{settings}\n")
     assert len(found.rules.rules) == 2
-
-
-@given(
-    pattern=st.text("ab*?", min_size=1, max_size=5),
-    other=st.text("ab*?", min_size=1, max_size=5),
-    name=st.text("ab", max_size=6),
-)
-def test_patterns_that_fit_the_same_name_are_never_taken_for_disjoint(pattern: str, other: str, name: str) -> None:
-    facts = ProcessFacts(1, 1, comm=name)
-    one, two = Match(comm=(pattern,)), Match(comm=(other,))
-    if one.fits(facts) and two.fits(facts):
-        assert one.may_share_a_process(two)
 
 
 @pytest.mark.parametrize(
@@ -278,3 +223,23 @@ def test_the_daemon_reads_the_files_of_the_system_unless_an_option_names_somethi
     assert capsys.readouterr().out.startswith("1 rules")
     assert main(["daemon", "--policy", "rfc", "--check-config"]) == 2
     assert "etc and --policy are given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("9464", ("127.0.0.1", 9464)),
+        (":80", ("127.0.0.1", 80)),
+        ("0.0.0.0:9464", ("0.0.0.0", 9464)),
+        ("[::1]:9464", ("::1", 9464)),
+        ("localhost", ("localhost", 9464)),
+    ],
+)
+def test_metrics_are_on_the_loopback_unless_said_otherwise(text: str, endpoint: tuple[str, int]) -> None:
+    assert parse_endpoint(text) == endpoint
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "host:" + "9" * 5000, "host:\u0663", "host:0", "65536"])
+def test_ports_that_there_are_not(text: str) -> None:
+    with pytest.raises(UsageError, match="is not an address"):
+        parse_endpoint(text)

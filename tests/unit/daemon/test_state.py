@@ -1,0 +1,171 @@
+"""What is kept of a target between passes: signs of change, heat, children, small folios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from daemon_stage import (
+    BLOCK,
+    FULL,
+    HALF,
+    HUGE,
+    START,
+    FakeProcess,
+    G,
+    N,
+    Stage,
+    small_stage,
+)
+from fakes import FakeSpace
+from mthp.daemon.ledger import FIRST_AGE
+from mthp.daemon.state import CHILD, FIRST_SECONDS, LAST_SECONDS, LONGEST_SECONDS, SHORT_SECONDS, Sign, Unadvised
+from mthp.heat import Heat, HeatRequest
+from mthp.objects import to_object
+from mthp.ptes import ORDER_NONE, Pte
+from mthp.results import ScanResult
+from mthp.tunables import Switches
+from waiting import until
+
+
+def test_faults_and_mappings_are_read_whatever_the_name_is() -> None:
+    process = FakeProcess()
+    sign = Sign.parse(process.read("stat"))
+    assert (sign.faults, sign.mapped, sign.resident, sign.comm) == (103, 8_000_000, 50_000, b"a (b) c")
+
+
+def test_unadvised_memory_is_tried_again_less_and_less_often() -> None:
+    known, now, waits = Unadvised(), 0.0, []
+    for _ in range(9):
+        known.found(now)
+        begun = now
+        while known.holds(now):
+            known.found(now)
+            now += 30.0
+        waits.append(now - begun)
+    assert waits[:3] == [FIRST_SECONDS, 2 * FIRST_SECONDS, 4 * FIRST_SECONDS]
+    assert waits[-1] == LAST_SECONDS
+
+
+def test_small_folios_that_khugepaged_makes_huge_again_are_told_of_once_with_the_remedy() -> None:
+    stage = small_stage("split", BLOCK, BLOCK, orders=(4,), max_ptes_none=0)
+    for _ in range(5):
+        stage.process.faults += 1
+        stage.steps(5.0)
+    told = to_object(stage.target, G)["remade"]
+    assert (told["remade_ranges"], told["keeps"]) == (2, N - 16 - 1)
+    (line,) = stage.said
+    assert f"keep_max_ptes_none = {N - 16 - 1}" in line
+    # Another size switched off: nothing is made huge any more, and nothing is said of it.
+    stage.space._switches = Switches("never", {9: "never"})
+    stage.target.stale()
+    stage.steps(5.0)
+    assert to_object(stage.target, G)["remade"]["remade_ranges"] == 0
+
+
+def test_nothing_is_collapsed_while_a_child_shares_the_memory_and_all_of_it_after() -> None:
+    stage = Stage(FULL, FULL, HALF)
+    stage.target.forks.began(8, stage.now)
+    stage.target.forks.began(9, stage.now)
+    stage.steps(30.0)
+    assert stage.collapsed == []
+    assert stage.target.left_out == CHILD
+    assert not stage.target.forks.ended(8, stage.now)
+    assert stage.target.forks.ended(9, stage.now)
+    stage.steps(2.0)
+    assert stage.collapsed == [0, 1, 2]
+    assert stage.target.left_out == ""
+
+
+def test_a_child_that_stays_is_waited_for_no_longer_than_that() -> None:
+    stage = Stage(FULL)
+    stage.target.forks.began(8, stage.now)
+    stage.steps(LONGEST_SECONDS - 1)
+    assert stage.collapsed == []
+    stage.steps(5.0)
+    assert stage.collapsed == [0]
+
+
+def test_what_was_shared_is_tried_again_when_the_child_is_gone_and_not_after_an_hour() -> None:
+    stage = Stage(FULL, FULL)
+    stage.space.fails = {START: ScanResult.EXCEED_SHARED_PTE}
+    stage.steps(2 * FIRST_AGE)
+    tried = len(stage.collapsed)
+    assert stage.target.counters.collapsed == {G.pmd_order: 1}
+    stage.space.fails = {}
+    # A child of before the daemon began to listen; its end is known all the same.
+    assert stage.target.forks.ended(8, stage.now)
+    stage.target.next_at = stage.now
+    stage.steps(1.0)
+    assert stage.collapsed[tried:] == [0]
+
+
+def test_what_copy_on_write_broke_up_comes_first() -> None:
+    stage = Stage(HALF, HUGE, FULL, max_ptes_none=511)
+    stage.space.fails = {START + 2 * G.pmd_size: ScanResult.PAGE_COUNT}
+    stage.steps(1.0)
+    tried = len(stage.collapsed)
+    stage.target.forks.began(8, stage.now)
+    # Its PMD entry was split by a write, and half of it unmapped meanwhile.
+    stage.space.write(START + G.pmd_size, Pte.PRESENT, 0, pages=N // 2)
+    stage.space.write(START + G.pmd_size + G.pmd_size // 2, 0, ORDER_NONE, pages=N // 2)
+    stage.now += 5.0
+    assert stage.target.forks.ended(8, stage.now)
+    stage.space.fails = {}
+    stage.target.next_at = stage.now
+    stage.steps(1.0)
+    assert stage.collapsed[tried:] == [1, 2]
+
+
+def test_small_folios_that_copy_on_write_broke_up_are_made_again() -> None:
+    stage = small_stage("split", FULL, orders=(4,))
+    stage.steps(1.0)
+    made = len(stage.collapsed)
+    assert made
+    stage.target.forks.began(8, stage.now)
+    # As many pages are present as before, and none was mapped by a PMD entry.
+    stage.space.write(START, Pte.PRESENT, 0, pages=N)
+    stage.now += 5.0
+    assert stage.target.forks.ended(8, stage.now)
+    stage.target.next_at = stage.now
+    stage.steps(1.0)
+    assert len(stage.collapsed) == 2 * made
+
+
+def test_children_that_begin_another_program_at_once_cost_no_second_look() -> None:
+    stage = Stage(FULL)
+    stage.steps(5.0)
+    scanned = stage.target.counters.scanned_ptes
+    stage.target.forks.began(8, stage.now)
+    stage.now += SHORT_SECONDS / 2
+    assert not stage.target.forks.ended(8, stage.now)
+    stage.steps(5.0)
+    assert stage.target.counters.scanned_ptes == scanned
+
+
+class Measured(FakeSpace):
+    """Memory of which the third PMD range is used."""
+
+    def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
+        start = np.array([START + 2 * G.pmd_size], np.uint64)
+        return Heat.of_spans(start, start + np.uint64(G.pmd_size), np.array([9.0]))
+
+
+def test_what_is_used_comes_first_once_that_is_known() -> None:
+    stage = Stage(FULL, FULL, HALF, FULL, heat=HeatRequest("damon", 1.0))
+    stage.space.__class__ = Measured
+    stage.target.step()
+    assert stage.collapsed == []
+    until(lambda: not stage.target.heat.measuring, "the heat")
+    stage.steps(30.0)
+    assert stage.collapsed == [2, 0, 1, 3]
+
+
+def test_without_a_source_of_heat_fullness_decides() -> None:
+    stage = Stage(HALF, FULL, heat=HeatRequest("damon", 1.0))
+    stage.target.step()
+    until(lambda: not stage.target.heat.measuring, "the attempt")
+    stage.steps(30.0)
+    assert stage.collapsed == [1, 0]
+    assert "not a live process" in stage.target.heat.failed

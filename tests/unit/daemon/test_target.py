@@ -1,0 +1,312 @@
+"""One target: when it is looked at, what is done in it and in what order, and within which budgets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from daemon_stage import (
+    EMPTY,
+    FULL,
+    HALF,
+    HUGE,
+    START,
+    G,
+    N,
+    Stage,
+)
+from fakes import FakeSpace, page_runs
+from mthp.daemon.eagerness import Measured as Short
+from mthp.daemon.environment import SHORTEST_ROUND
+from mthp.daemon.ledger import FIRST_AGE
+from mthp.daemon.rules import Rule, Settings
+from mthp.daemon.target import LEFT_OUT_SECONDS, NOT_EAGER, REACH_SECONDS, TRIM_SECONDS, TRIM_SHARE
+from mthp.errors import NotPermittedError, TargetVanishedError
+from mthp.naming import Match
+from mthp.objects import to_object
+from mthp.ptes import ORDER_NONE, Pte
+from mthp.results import ScanResult
+from mthp.tunables import Switches
+from mthp.vma import Vma
+
+
+def test_it_collapses_what_the_policy_wants_the_fullest_first_and_then_rests() -> None:
+    stage = Stage(HALF, FULL, EMPTY, FULL)
+    stage.steps(5.0)
+    assert stage.collapsed == [1, 3, 0]
+    assert stage.target.counters.collapsed == {G.pmd_order: 3}
+    assert stage.target.counters.copied_bytes == (2 * N + N // 2) * G.page_size
+    assert stage.target.counters.bloat_bytes == N // 2 * G.page_size
+    assert stage.environment.total.collapsed == {G.pmd_order: 3}
+    opened = stage.opened
+    stage.steps(600.0)
+    assert stage.collapsed == [1, 3, 0]
+    assert stage.opened - opened < 10
+
+
+def test_an_idle_process_costs_looks_and_no_scan() -> None:
+    stage = Stage(((N, Pte.PRESENT, 9),))
+    stage.steps(60.0)
+    scanned, opened, looks = stage.target.counters.scanned_ptes, stage.opened, stage.target.counters.looks
+    stage.steps(600.0)
+    assert stage.target.counters.scanned_ptes == scanned
+    assert stage.opened - opened <= 10
+    assert stage.target.counters.looks - looks <= 600 / SHORTEST_ROUND
+
+
+def test_new_memory_is_noticed_within_a_second_however_long_the_process_was_idle() -> None:
+    stage = Stage(FULL, EMPTY)
+    stage.steps(3600.0)
+    assert stage.collapsed == [0]
+    stage.space.write(START + G.pmd_size, Pte.PRESENT, 0, pages=N)
+    stage.process.faults += N
+    stage.steps(1.0)
+    assert stage.collapsed == [0, 1]
+
+
+def test_ranges_that_did_not_change_are_not_scanned_again() -> None:
+    stage = Stage(*[((100, Pte.PRESENT, 0), (N - 100, 0, ORDER_NONE))] * 3, max_ptes_none=50)
+    stage.steps(2.0)
+    scanned = stage.target.counters.scanned_ptes
+    assert scanned >= 3 * N
+    stage.process.faults += 1
+    stage.space.write(START + G.pmd_size + 200 * G.page_size, int(Pte.PRESENT), 0)
+    stage.steps(10.0)
+    assert stage.target.counters.scanned_ptes == scanned + N
+    assert stage.target.counters.skipped >= 2
+    stage.process.faults += 1
+    stage.now += FIRST_AGE
+    stage.steps(10.0)
+    assert stage.target.counters.scanned_ptes == scanned + 4 * N
+
+
+def test_new_memory_is_found_by_the_faults_that_made_it() -> None:
+    stage = Stage(EMPTY, EMPTY)
+    stage.steps(300.0)
+    assert stage.collapsed == []
+    stage.space.write(START, int(Pte.PRESENT), 0, pages=N)
+    stage.process.faults += N
+    stage.steps(10.5)
+    assert stage.collapsed == [0]
+
+
+def test_advice_without_any_fault_is_found_too() -> None:
+    stage = Stage(FULL)
+    vma, state, order = stage.space._mappings[0]
+    stage.space._mappings[0] = (Vma(vma.start, vma.end, "rw-p", has_anon_vma=True), state, order)
+    stage.steps(2.0)
+    assert stage.collapsed == []
+    stage.space._mappings[0] = (vma, state, order)
+    stage.steps(10.0)
+    assert stage.collapsed == [0]
+
+
+def test_a_rate_holds_back_what_would_be_too_much() -> None:
+    stage = Stage(*[FULL] * 20, rate=4 * G.pmd_size)
+    stage.steps(1.0)
+    assert 4 <= len(stage.collapsed) <= 6
+    stage.steps(2.0)
+    assert 10 <= len(stage.collapsed) <= 14
+    stage.steps(5.0)
+    assert len(stage.collapsed) == 20
+
+
+def test_passing_failures_are_counted_and_tried_again_later_and_later() -> None:
+    stage = Stage(FULL)
+    stage.space.fails = {START: ScanResult.PAGE_COUNT}
+    stage.steps(60.0)
+    tried = len(stage.collapsed)
+    assert 4 <= tried <= 9
+    assert stage.target.counters.failed == {ScanResult.PAGE_COUNT: tried}
+    stage.space.fails = {}
+    stage.steps(120.0)
+    assert stage.target.counters.collapsed == {G.pmd_order: 1}
+
+
+def test_a_process_that_goes_ends_it_and_nothing_stays_open() -> None:
+    stage = Stage(FULL, FULL)
+    stage.target.step()
+    stage.space.vanished = stage.process.vanished = True
+    with pytest.raises(TargetVanishedError):
+        stage.steps(1.0)
+    assert stage.space.closed
+    assert not stage.process.closed, "somebody may wait for its pidfd"
+    stage.target.close()
+    assert stage.process.closed
+
+
+def test_a_process_that_may_not_be_looked_at_is_left_out_with_the_reason_and_tried_again() -> None:
+    stage = Stage(FULL)
+    stage.error = NotPermittedError("not yours", help="be root")
+    stage.steps(0.5)
+    assert stage.target.left_out == "not yours; be root"
+    assert [event for event, _ in stage.events] == ["left_out"]
+    stage.error = None
+    stage.steps(LEFT_OUT_SECONDS + 1)
+    assert stage.collapsed == [0]
+    assert stage.target.left_out == ""
+
+
+def test_switches_that_change_have_everything_looked_at_anew() -> None:
+    stage = Stage(FULL)
+    stage.environment.switches = Switches("never", {9: "inherit"})
+    stage.steps(5.0)
+    assert stage.collapsed == []
+    stage.environment.switches = Switches.defaults(G)
+    stage.target.stale()
+    stage.steps(1.0)
+    assert stage.collapsed == [0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "opened"),
+    [({9: "madvise"}, 0), ({9: "inherit", 4: "never"}, 0), ({9: "inherit", 4: "madvise"}, 1), ({9: "always"}, 1)],
+)
+def test_switches_that_change_no_size_for_it_cost_it_nothing(sizes: dict[int, str], opened: int) -> None:
+    stage = Stage(FULL, mechanism="madvise,move")
+    stage.steps(5.0)
+    before = stage.opened
+    stage.environment.switches = Switches("madvise", sizes)
+    stage.target.follow()
+    stage.steps(0.0)
+    assert stage.opened - before == opened
+
+
+def test_a_process_without_room_for_a_range_is_not_concerned_by_any_switch() -> None:
+    stage = Stage(((N // 2, Pte.PRESENT, 0),))
+    stage.steps(5.0)
+    before = stage.opened
+    stage.environment.switches = Switches("always", dict.fromkeys(range(2, 10), "always"))
+    stage.environment.tunables = replace(stage.environment.tunables, max_ptes_none=0)
+    stage.target.follow()
+    stage.steps(60.0)
+    assert stage.opened == before == 1
+
+
+def test_limits_that_change_have_everything_looked_at_anew_and_a_shorter_rest_holds_at_once() -> None:
+    stage = Stage(HALF, max_ptes_swap=0)
+    stage.environment.tunables = replace(stage.environment.tunables, max_ptes_none=0)
+    stage.steps(60.0)
+    assert stage.collapsed == []
+    opened, looks = stage.opened, stage.target.counters.looks
+    stage.environment.tunables = replace(stage.environment.tunables, scan_sleep_millisecs=100)
+    stage.target.follow()
+    stage.steps(0.1)
+    assert (stage.opened, stage.target.counters.looks) == (opened, looks + 1)
+    stage.environment.tunables = replace(stage.environment.tunables, max_ptes_none=511)
+    stage.target.follow()
+    stage.steps(1.0)
+    assert stage.collapsed == [0]
+
+
+def test_a_new_rule_holds_from_the_next_turn_on() -> None:
+    stage = Stage(HALF, max_ptes_none=0)
+    stage.steps(5.0)
+    assert stage.collapsed == []
+    stage.target.renew(stage.target.facts, Rule("other", Match(), settings=Settings()))
+    stage.steps(1.0)
+    assert stage.collapsed == [0]
+
+
+def test_what_it_tells_of_itself_is_json() -> None:
+    stage = Stage(FULL)
+    stage.steps(1.0)
+    told = json.loads(json.dumps(to_object(stage.target, G)))
+    assert told["pid"] == 7
+    assert told["collapses"] == {"2M": 1}
+    assert told["calls"]["count"] == 1
+
+
+def test_what_is_out_of_reach_is_told_and_counted_now_and_then() -> None:
+    """The edges of a mapping, of which a part is written; read again no sooner than after REACH_SECONDS."""
+    stage = Stage(FULL)
+    page = G.page_size
+    vma = Vma(START - 8 * page, START + G.pmd_size + 8 * page, "rw-p", has_anon_vma=True)
+    runs = (*((3, Pte.PRESENT, 0), (5, 0, ORDER_NONE)), *FULL, (8, Pte.PRESENT, 0))
+    stage.space = FakeSpace([(vma, *page_runs(*runs))])
+    stage.steps(1.0)
+    assert to_object(stage.target, G)["out_of_reach_bytes"] == 11 * page
+    stage.space.write(vma.start + 3 * page, int(Pte.PRESENT), 0, 5)
+    stage.target.stale()
+    stage.steps(1.0)
+    assert to_object(stage.target, G)["out_of_reach_bytes"] == 11 * page
+    stage.now += REACH_SECONDS
+    stage.target.stale()
+    stage.steps(1.0)
+    assert to_object(stage.target, G)["out_of_reach_bytes"] == 16 * page
+
+
+def test_eagerness_of_0_gives_back_on_a_calm_machine_at_its_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = Short()
+    stage = Stage(HUGE, eagerness=0)
+    given = trimming(monkeypatch, stage, lambda: calm)
+    stage.steps(0.5)
+    assert given == []
+    stage.steps(2 * TRIM_SECONDS + 5.0)
+    assert len(given) == 3
+    assert min(np.diff(given)) >= TRIM_SECONDS
+    assert stage.target.left_out == NOT_EAGER
+    assert to_object(stage.target)["eagerness_level"] == 0.0
+
+
+def test_a_level_that_only_rises_from_0_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = Short()
+    stage = Stage(HUGE, eagerness=5)
+    given = trimming(monkeypatch, stage, lambda: now)
+    stage.steps(60.0)
+    assert given == []
+    assert to_object(stage.target)["eagerness_level"] == 5.0
+    now = Short(pressure=0.2)
+    stage.steps(5.0)
+    assert len(given) == 1, "its own control group waits for memory, although the machine does not"
+
+
+def test_a_trim_takes_no_more_than_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(HUGE, trim=0.5)
+
+    def long(*_: object) -> tuple[int, int | None]:
+        stage.now += 10.0
+        return 0, None
+
+    monkeypatch.setattr("mthp.daemon.target.give_back", long)
+    stage.target.trim()
+    assert stage.target.trim_at == stage.now + 10.0 / TRIM_SHARE
+
+
+def trimming(monkeypatch: pytest.MonkeyPatch, stage: Stage, now: Callable[[], Short]) -> list[float]:
+    """Return the times of trims, which go into a list that grows."""
+    given: list[float] = []
+    monkeypatch.setattr("mthp.daemon.target.measured", lambda *_: now())
+
+    def give_back(*_: object) -> tuple[int, int | None]:
+        given.append(stage.now)
+        return 0, None
+
+    monkeypatch.setattr("mthp.daemon.target.give_back", give_back)
+    read = stage.process.read
+    monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
+    return given
+
+
+def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = Short()
+    monkeypatch.setattr("mthp.daemon.target.measured", lambda cgroup: now)
+    stage = Stage(HALF, FULL, eagerness=8)
+    read = stage.process.read
+    monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
+    stage.steps(0.5)
+    assert stage.target.left_out == NOT_EAGER
+    assert stage.collapsed == []
+    stage.steps(30.0)
+    # At level 8 half of a PMD range may be empty, and half as much filled as is resident.
+    assert sorted(stage.collapsed) == [0, 1]
+    assert stage.target.left_out == ""
+    assert stage.target.settings.trim is None
+    now = Short(pressure=0.2)
+    stage.steps(3.0)
+    assert stage.target.left_out == NOT_EAGER
+    assert stage.target.settings.trim == 0.5
