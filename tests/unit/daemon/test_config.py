@@ -214,7 +214,7 @@ def test_the_daemon_reads_the_files_of_the_system_unless_an_option_names_somethi
 ) -> None:
     monkeypatch.setattr(config, "DIRECTORY", tmp_path / "etc")
     assert main(["daemon", "--check-config"]) == 2
-    assert f"there is no {tmp_path}/etc" in capsys.readouterr().err
+    assert f"no rules: {tmp_path}/etc does not exist" in capsys.readouterr().err
     (tmp_path / "etc").mkdir()
     written(tmp_path / "etc", main="[[rule]]\nmatch = {}", other="[[rule]]\nmatch = { pid = 1 }")
     assert main(["daemon", "--check-config"]) == 0
