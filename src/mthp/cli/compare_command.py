@@ -48,7 +48,8 @@ def command(target: str, as_json: bool, at: str | None, scans: str, **options: A
     every policy's plan is carried out in memory and scanned again, which shows creep. Nothing of the target changes.
 
     Page walks are counted for the trace that a recording was made from, or for random accesses to the memory that
-    --heat, or the heat in the recording, shows to be used.
+    --heat, or the heat in the recording, shows to be used. Hot coverage is the part of the accesses that go to memory
+    that PMD entries map.
     """
     from mthp.lab.compare import DEFAULT_POLICIES, compare, settings_of
     from mthp.lab.tlb import Processor
@@ -119,10 +120,13 @@ def _print(result: Any) -> None:
     cells = [_cells(before | {"setting": "now"}, "")]
     cells += [_cells(row, "yes" if frontier[row["setting"]] else "") for row in shown]
     title = "After one scan" if last == 1 else f"After {last} scans"
+    if before["hot_coverage"] is not None:
+        columns.append("hot coverage")
+        cells = [[*row, percent(shown["hot_coverage"])] for row, shown in zip(cells, [before, *shown], strict=True)]
     if "tlb_misses" in before:
         columns.append("page walks")
         cells = [[*row, f"{shown['tlb_misses']:,}"] for row, shown in zip(cells, [before, *shown], strict=True)]
-    out.print(Table(title, columns, cells, right={*range(1, 9), 10}))
+    out.print(Table(title, columns, cells, right={*range(1, 9), 10, 11}))
     if last > 1:
         lines = [
             [name, *(format_size(row["creep_bytes"]) for row in rows if row["setting"] == name and row["scan"] > 0)]

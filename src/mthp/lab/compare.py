@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from mthp.abilities import heat_of
 from mthp.addrspace import AddressSpace
 from mthp.engine.policy_lookup import policy_names
 from mthp.engine.select import PlanOptions
@@ -22,11 +23,11 @@ from mthp.heat import Heat
 from mthp.lab.evaluate import Outcome, Progress, evaluate
 from mthp.lab.figures import METRICS, Metric, Row, coverage_from, metric_of, order_column, share
 from mthp.lab.heated import accesses_of
-from mthp.lab.replay import Accesses, misses
+from mthp.lab.replay import Accesses, misses, walks_at
 from mthp.lab.tlb import Processor, TlbCounts
 from mthp.sim.clock import Costs
 from mthp.tabular import Tabular
-from mthp.units import format_size
+from mthp.units import format_size, percent
 
 DEFAULT_POLICIES = ("pmd-only", "rfc", "per-order", "mainline", "no-creep")
 
@@ -86,10 +87,9 @@ class Comparison(Tabular):
 
     def _walks(self, row: Row) -> int | None:
         """Return the page walks of the trace in the state of a row, if known."""
-        if row["scan"] == 0 and self.misses_before is not None:
-            return self.misses_before.walks
         index = self.names.index(row["setting"])
-        return self.misses[index].walks if row["scan"] == len(self.outcomes[index].scans) - 1 else None
+        assert self.misses_before is not None
+        return walks_at(row["scan"], len(self.outcomes[index].scans) - 1, self.misses_before, self.misses[index])
 
     @property
     def names(self) -> list[str]:
@@ -152,6 +152,7 @@ class Comparison(Tabular):
         sentences = [f"On the frontier of {size} coverage against bloat: {'; '.join(told)}."]
         sentences += self._beaten()
         sentences += self._creep()
+        sentences += self._hot()
         sentences += self._trace()
         return sentences
 
@@ -193,6 +194,16 @@ class Comparison(Tabular):
             return ["No setting creeps: no scan after the first adds memory."]
         return []
 
+    def _hot(self) -> list[str]:
+        """Return a sentence on the accesses that memory that PMD entries map serves."""
+        if not any(outcome.heated for outcome in self.outcomes):
+            return []
+        size = self.geometry.label(self.geometry.pmd_order)
+        pairs = zip(self.names, self.outcomes, strict=True)
+        told = ", ".join(f"{percent(outcome.scans[-1].hot)} ({name})" for name, outcome in pairs)
+        now = percent(self.outcomes[0].scans[0].hot)
+        return [f"Of the accesses seen, {now} go to memory mapped as {size} as it is; {told}."]
+
     def _trace(self) -> list[str]:
         """Return a sentence on the page walks of the trace."""
         if self.misses_before is None:
@@ -228,6 +239,7 @@ def compare(
     accesses: Accesses | None = None,
     heat: Heat | None = None,
     contents: bool = False,
+    walks: bool = True,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare `settings` on the memory of `space`; see :func:`mthp.lab.evaluate.evaluate`.
@@ -237,7 +249,8 @@ def compare(
         processor: the processor whose TLB is modelled.
         contents: also read the contents, as for :func:`mthp.lab.evaluate.evaluate`.
         accesses: the trace that the memory was recorded from, if any.
-        heat: which memory is used; without a trace, accesses are drawn by it.
+        heat: which memory is used; without a trace, accesses are drawn by it. By default what was recorded with it.
+        walks: count page walks of accesses drawn by heat, which takes a second for each setting.
 
     Raises:
         UsageError: no settings; fewer than one scan; an unknown policy, order or limit.
@@ -249,9 +262,10 @@ def compare(
         raise UsageError(f"{scans} scans are too few", help="1 shows what the next scan would do; all, where it ends")
     geometry = space.geometry
     processor = processor or Processor.named("skylake")
-    outcomes = evaluate(space, settings, scans=scans, contents=contents, progress=progress)
+    heat = heat_of(space, heat)
+    outcomes = evaluate(space, settings, scans=scans, contents=contents, heat=heat, progress=progress)
     if accesses is None and heat is not None and heat.spans:
-        accesses = accesses_of(space, heat)
+        accesses = accesses_of(space, heat) if walks else None
     before, after = (None, []) if accesses is None else misses(space, settings, accesses, processor, scans)
     return Comparison(
         label=space.label,

@@ -27,6 +27,7 @@ from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
 from mthp.engine.trim import TrimOptions
 from mthp.geometry import Geometry
+from mthp.heat import Heat
 from mthp.lab import figures
 from mthp.lab.figures import MAX_ORDER, Row
 from mthp.lab.makers import SPLIT, Maker
@@ -58,6 +59,7 @@ class Counts:
         scanned: PTEs that this scan read.
         split: PMD ranges that were split, of all scans together.
         trimmable: pages that a trim would give back.
+        hot: part of the observed accesses that go to memory that PMD entries map.
     """
 
     by_order: NDArray[np.int64]
@@ -68,6 +70,7 @@ class Counts:
     scanned: int = 0
     split: int = 0
     trimmable: int = 0
+    hot: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
         mine, theirs = _or_none(self.folios), _or_none(other.folios)
@@ -80,6 +83,7 @@ class Counts:
             self.scanned + other.scanned,
             self.split + other.split,
             self.trimmable + other.trimmable,
+            self.hot + other.hot,
         )
 
 
@@ -99,12 +103,14 @@ class Outcome:
         policy: name of the maker of folios (:mod:`mthp.lab.makers`).
         rules: the setting's rules for anonymous memory on the target's machine.
         scans: the state before the first scan, and after each.
+        heated: whether accesses were observed.
     """
 
     options: PlanOptions
     policy: str
     rules: Rules
     scans: tuple[Counts, ...]
+    heated: bool = False
 
     @property
     def geometry(self) -> Geometry:
@@ -147,6 +153,7 @@ class Outcome:
                 "scan": index,
                 "resident_bytes": resident * page,
                 "huge_coverage": figures.share(now.pmd_mapped, resident),
+                "hot_coverage": now.hot if self.heated else None,
                 "large_coverage": figures.coverage_from(now.by_order, 1),
                 "bloat_bytes": now.filled * page,
                 "bloat_share": figures.share(now.filled, before),
@@ -183,6 +190,7 @@ def evaluate(
     *,
     scans: int | None = 1,
     contents: bool = False,
+    heat: Heat | None = None,
     progress: Progress | None = None,
 ) -> list[Outcome]:
     """Take the memory of `space` through scans under each of some settings.
@@ -192,6 +200,7 @@ def evaluate(
             each setting apply.
         scans: number of scans; None for as many as it takes until nothing changes.
         contents: also read the contents, to find pages of zeroes that the program wrote itself.
+        heat: which memory is used, for the part of the accesses that go to memory that PMD entries map.
         progress: called after every block.
 
     Returns:
@@ -220,20 +229,26 @@ def evaluate(
     size, done = sum(end - start for _, _, segments in todo for start, end in segments), 0
     for members, index, segments in todo:
         for block in in_blocks(segments, BLOCK_RANGES * granule):
+            address = ranges_of(block, space.geometry)
             # Any member's job will do: they have the same segments, and only rules differ.
-            columns, planes = read_planes(space, members[0].jobs[index], ranges_of(block, space.geometry))
+            columns, planes = read_planes(space, members[0].jobs[index], address)
             empty = zero_filled(space, columns).reshape(planes.present.shape) if contents else None
-            planes, empty = _without_empty(planes, empty)
-            before = counted(planes, space.geometry)
+            hot = _shares(heat, address, granule)
+            some = _with_pages(planes)
+            if not some.all():
+                planes, hot = planes.chosen(some), hot[some]
+                empty = None if empty is None else empty[some]
+            before = replace(counted(planes, space.geometry), hot=_hot(planes, hot))
             if empty is not None:
                 before = replace(before, trimmable=trimmed(planes, empty, by, TrimOptions().zero, space.geometry))
             for course in members:
-                course.add(planes, before, course.jobs[index].rules, empty, by)
+                course.add(planes, before, course.jobs[index].rules, hot, empty, by)
             done += sum(end - start for start, end in block)
             if progress is not None:
                 progress(done, size)
     longest = max((len(course.scans) for course in courses), default=0)
-    return [course.outcome(longest if scans is None else scans + 1) for course in courses]
+    heated = heat is not None and heat.spans > 0
+    return [course.outcome(longest if scans is None else scans + 1, heated=heated) for course in courses]
 
 
 def resident_by_splitting(space: AddressSpace, options: PlanOptions) -> int:
@@ -275,15 +290,24 @@ class _Course:
     def places(self) -> _Places:
         return tuple(tuple(job.segments) for job in self.jobs)
 
-    def add(self, planes: Planes, before: Counts, rules: Rules, empty: Bits | None, by: TrimBy) -> None:
+    def add(
+        self,
+        planes: Planes,
+        before: Counts,
+        rules: Rules,
+        hot: NDArray[np.float64],
+        empty: Bits | None,
+        by: TrimBy,
+    ) -> None:
         """Take one more block through all scans."""
-        block = history(planes, before, self.maker, rules, self.limit, empty, by)
+        block = history(planes, before, self.maker, rules, self.limit, empty, by, hot)
         # After its last scan a block does not change, and neither does the sum.
         length = max(len(self.scans), len(block))
         self.scans = [_at(self.scans, index) + _at(block, index) for index in range(length)]
 
-    def outcome(self, length: int) -> Outcome:
-        return Outcome(self.options, self.maker.name, self.base, tuple(_at(self.scans, i) for i in range(length)))
+    def outcome(self, length: int, *, heated: bool) -> Outcome:
+        scans = tuple(_at(self.scans, index) for index in range(length))
+        return Outcome(self.options, self.maker.name, self.base, scans, heated)
 
 
 def _at(scans: Sequence[Counts], index: int) -> Counts:
@@ -309,6 +333,7 @@ def history(
     limit: int,
     empty: Bits | None = None,
     by: TrimBy = "cold",
+    hot: NDArray[np.float64] | None = None,
 ) -> list[Counts]:
     """Take some PMD ranges through scans until one makes nothing, or `limit` are done.
 
@@ -317,6 +342,7 @@ def history(
         before: their pages, as :func:`counted` returns them.
         empty: pages known to contain only zeroes: bool, shape (ranges, ptes_per_pmd).
         by: the way in which a trim would give pages back.
+        hot: float64, shape (ranges,): the part of the observed accesses that each range has.
 
     Returns:
         The state before the first scan and after each, including a last one that made nothing.
@@ -350,6 +376,7 @@ def history(
                 scanned=plan.scanned_ptes,
                 split=last.split + (0 if split is None else int(split.ranges.sum())),
                 trimmable=trimmed(planes, empty, by, TrimOptions().zero, geometry),
+                hot=0.0 if hot is None else _hot(planes, hot),
             )
         )
     return scans
@@ -406,12 +433,22 @@ def counted(planes: Planes, geometry: Geometry) -> Counts:
     return Counts(by_order, huge)
 
 
-def _without_empty(planes: Planes, empty: Bits | None) -> tuple[Planes, Bits | None]:
-    """Return the rows in which anything is mapped or swapped out."""
+def _with_pages(planes: Planes) -> Bits:
+    """Return the PMD ranges in which anything is mapped or swapped out: bool, shape (ranges,)."""
     # Which empty ranges are read depends on the backend, so none count.
     some: Bits = np.logical_or.reduce(planes.present, axis=1)
     if planes.swap is not None:
         some |= np.logical_or.reduce(planes.swap, axis=1)
-    if some.all():
-        return planes, empty
-    return planes.chosen(some), None if empty is None else empty[some]
+    return some
+
+
+def _shares(heat: Heat | None, address: NDArray[np.uint64], size: int) -> NDArray[np.float64]:
+    """Return the part of all accesses that go to each PMD range: float64, shape (ranges,); 0.0 without heat."""
+    if heat is None or not heat.spans:
+        return np.zeros(len(address))
+    return heat.within(address, address + np.uint64(size)) / heat.total
+
+
+def _hot(planes: Planes, hot: NDArray[np.float64]) -> float:
+    """Return the sum of `hot` over the ranges that a PMD entry maps."""
+    return 0.0 if planes.pmd_mapped is None else float(hot[planes.pmd_mapped].sum())

@@ -46,6 +46,7 @@ class Metric:
 _ALL = (
     Metric("resident_bytes", "bytes", "memory in the PMD ranges that may be collapsed, what was filled included"),
     Metric("huge_coverage", "share", "part of the resident memory that PMD entries map", "more"),
+    Metric("hot_coverage", "share", "part of the observed accesses that go to memory that PMD entries map", "more"),
     Metric("large_coverage", "share", "part of the resident memory in folios of order 1 or larger", "more"),
     Metric("order_share", "share", "part of the resident memory in folios of one order; one column for each order"),
     Metric("bloat_bytes", "bytes", "zero-filled memory that collapses added, all scans together", "less"),
@@ -65,7 +66,7 @@ _ALL = (
         "memory that the last level of the TLB maps at once, at the target's mean size",
         "more",
     ),
-    Metric("tlb_misses", "count", "page walks of a trace of accesses, by the model of a processor's TLB", "less"),
+    Metric("tlb_misses", "count", "page walks of a trace, or of accesses drawn by heat, by the model of a TLB", "less"),
     Metric("alloc_attempts", "count", "folios that collapses asked the allocator for"),
     Metric("alloc_failures", "count", "of these, the ones that it did not have", "less"),
     Metric("alloc_failure_share", "share", "alloc_failures as a part of alloc_attempts", "less"),

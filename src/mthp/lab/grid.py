@@ -12,6 +12,7 @@ from mthp.bounded import Bound, named
 from mthp.engine.policy_lookup import known_policy
 from mthp.engine.select import PlanOptions
 from mthp.lab.compare import settings_of
+from mthp.lab.tlb import known_processor
 from mthp.toml import Document, whole
 from mthp.tomlexample import commented, table_text
 
@@ -39,6 +40,8 @@ class Grid:
         include_file: whether memory of files and shared memory counts, too.
         scans: number of scans; "all" (None) for as many as it takes until nothing changes.
         steps: steps of a recording: "last" or "all".
+        processor: count page walks of this processor's TLB, for accesses that are distributed like the recorded heat,
+            which takes a second for each setting; not set (None): none are counted.
     """
 
     policies: tuple[Annotated[str, known_policy], ...]
@@ -50,6 +53,7 @@ class Grid:
     include_file: bool = False
     scans: Annotated[int | None, _scans] = 1
     steps: Literal["last", "all"] = field(default="last")
+    processor: Annotated[str, known_processor] | None = None
 
     def settings(self) -> list[PlanOptions]:
         """Return every combination of the values, always in the same order."""
@@ -85,6 +89,7 @@ _EXAMPLES = {
     "max_ptes_shared": [256],
     "mthp_min_order": [3],
     "orders": ["all", "64K,2M", "enabled"],
+    "processor": "skylake",
 }
 
 

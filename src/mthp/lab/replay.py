@@ -101,6 +101,11 @@ def misses(
     )
 
 
+def walks_at(scan: int, last: int, before: TlbCounts, after: TlbCounts) -> int | None:
+    """Return the page walks in the state after `scan`; None between the first and the last, which are not replayed."""
+    return before.walks if scan == 0 else after.walks if scan == last else None
+
+
 def replayed(accesses: Accesses, mapped: Mapped, processor: Processor, page_size: int) -> TlbCounts:
     """Return the counts of a trace on a TLB that is empty at first."""
     tlb = Tlb(processor, page_size)

@@ -26,7 +26,10 @@ from mthp.files import PUBLIC, check_output, creating
 from mthp.lab.evaluate import evaluate
 from mthp.lab.figures import METRICS, Row
 from mthp.lab.grid import Grid
+from mthp.lab.heated import accesses_of
 from mthp.lab.parts import Parts
+from mthp.lab.replay import misses, walks_at
+from mthp.lab.tlb import Processor
 from mthp.snapshot import Recording
 from mthp.snapshot.load import load
 from mthp.snapshot.stream import is_recording
@@ -199,11 +202,14 @@ def measure(task: Task) -> Done:
 
 
 def _rows(task: Task) -> Iterator[Row]:
-    settings = task.grid.settings()
+    grid, settings = task.grid, task.grid.settings()
     for step, at, space in _spaces(task):
         with space:
-            label, service = space.label, abilities.service(space)
-            outcomes = evaluate(space, settings, scans=task.grid.scans)
+            label, service, heat = space.label, abilities.service(space), abilities.heat_of(space)
+            outcomes = evaluate(space, settings, scans=grid.scans, heat=heat)
+            walks = None
+            if grid.processor is not None and heat is not None and heat.spans:
+                walks = misses(space, settings, accesses_of(space, heat), Processor.named(grid.processor), grid.scans)
         for number, outcome in enumerate(outcomes):
             head = {
                 "input": task.name,
@@ -213,7 +219,13 @@ def _rows(task: Task) -> Iterator[Row]:
                 "seconds": at,
                 "setting": number,
             }
-            yield from (head | row for row in outcome.rows())
+            last = len(outcome.scans) - 1
+            for row in outcome.rows():
+                if grid.processor is not None:
+                    row["tlb_misses"] = (
+                        None if walks is None else walks_at(row["scan"], last, walks[0], walks[1][number])
+                    )
+                yield head | row
 
 
 def _spaces(task: Task) -> Iterator[tuple[int, float, Any]]:
@@ -247,8 +259,10 @@ def _arrow_type(name: str, value: object) -> Any:
     if isinstance(value, str):
         return arrow.string()
     unit = METRICS[name].unit if name in METRICS else "share" if name.startswith("order_share_") else ""
-    whole = isinstance(value, int) and unit not in ("share", "seconds", "entries") and name != "tlb_reach_bytes"
-    return arrow.int64() if whole else arrow.float64()
+    if unit in ("share", "seconds", "entries") or name == "tlb_reach_bytes":
+        return arrow.float64()
+    # Figures that an input does not have are null, in a column of the same type.
+    return arrow.int64() if isinstance(value, int) or unit else arrow.float64()
 
 
 def _key(name: str, path: Path, grid: Grid) -> str:

@@ -93,6 +93,12 @@ def _sum(rows: Sequence[Row], name: str, scan: int) -> Row:
         if key.startswith("order_share_") or key in ("huge_coverage", "large_coverage"):
             # An input of another machine may have no folios of this order.
             made[key] = share(sum((row[key] or 0.0) * row["resident_bytes"] for row in rows), resident)
+    # Inputs without heat have neither, and tables of older sweeps no such column.
+    seen = [row for row in rows if row.get("hot_coverage") is not None]
+    size = sum(row["resident_bytes"] for row in seen)
+    made["hot_coverage"] = sum(row["hot_coverage"] * row["resident_bytes"] for row in seen) / size if size else None
+    walks = [row["tlb_misses"] for row in rows if row.get("tlb_misses") is not None]
+    made["tlb_misses"] = sum(walks) if walks else None
     made["bloat_share"] = share(made["bloat_bytes"], resident - made["bloat_bytes"])
     return made | {"coverage": made["huge_coverage"]}
 

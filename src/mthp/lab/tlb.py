@@ -141,6 +141,15 @@ PROCESSORS: dict[str, Processor] = {processor.name: processor for processor in _
 """The processors, by name."""
 
 
+def known_processor(name: str) -> str:
+    """Return `name` if it is that of a processor.
+
+    Raises:
+        UsageError: no processor has that name.
+    """
+    return Processor.named(name).name
+
+
 @dataclass(frozen=True, slots=True)
 class TlbCounts:
     """The counts of a trace on a TLB.

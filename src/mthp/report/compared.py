@@ -5,7 +5,7 @@ Reads the rows of :mod:`mthp.lab.compare`, fresh or from a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,18 +174,37 @@ def _bars(compared: Compared) -> BarChart:
 
 
 def _table(compared: Compared) -> Table:
+    seen = [name for name in _BY_HEAT if any(row.get(name) is not None for row in compared.last)]
     rows = [
         (
             Cell(row["setting"], mark=row["setting"] in compared.frontier),
             *figures(percent(row["coverage"]), percent(row["large_coverage"]), format_size(row["bloat_bytes"])),
             *figures(percent(row["bloat_share"]), format_size(row["copied_bytes"]), f"{row['translations']:,.0f}"),
+            *figures(*("" if row.get(name) is None else _BY_HEAT[name][1](row[name]) for name in seen)),
             Cell("yes" if row["setting"] in compared.frontier else ""),
         )
         for row in compared.last
     ]
-    above = f"above {compared.geometry.label(0)}"
-    columns = ("setting", f"in {compared.size}", above, "bloat", "bloat %", "copied", "TLB entries", "frontier")
+    above, by_heat = f"above {compared.geometry.label(0)}", [_BY_HEAT[name][0] for name in seen]
+    columns = (
+        "setting",
+        f"in {compared.size}",
+        above,
+        "bloat",
+        "bloat %",
+        "copied",
+        "TLB entries",
+        *by_heat,
+        "frontier",
+    )
     return Table("All of them in figures", columns, rows, folded=len(rows) > 12)
+
+
+_BY_HEAT: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "hot_coverage": ("hot coverage", percent),
+    "tlb_misses": ("page walks", "{:,}".format),
+}
+"""Heads and formats of the columns that a target has whose accesses were observed."""
 
 
 def _creep_table(compared: Compared) -> Table:

@@ -87,6 +87,7 @@ def report_on(
         space,
         settings_of(DEFAULT_POLICIES, max_ptes_none=_limits(census.geometry), include_file=options.include_file),
         scans=None,
+        walks=False,
         progress=lambda done, total: progress("comparing", done, total),
     )
     return Document(

@@ -27,8 +27,10 @@ from mthp.lab.compare import compare, settings_of
 from mthp.means import Means
 from mthp.ptes import Pte
 from mthp.sim import Machine
+from mthp.snapshot import Pace, record, record_series
 from mthp.snapshot.description import Description
 from mthp.snapshot.record import describe
+from mthp.targets import open_target
 from mthp.vma import Vma
 
 BASE = 1 << 40
@@ -291,3 +293,39 @@ def test_a_comparison_weighs_page_walks_by_heat() -> None:
     # All goes to 512 pages, which fit into the last level.
     assert weighed.misses_before.walks == 512
     assert weighed.misses[0].walks == 1
+
+
+@pytest.mark.parametrize(("accesses", "served"), [((9, 1, 0), 0.9), ((1, 9, 0), 0.1), ((0, 0, 5), 0.0)])
+def test_a_comparison_weighs_coverage_by_heat(accesses: tuple[float, ...], served: float) -> None:
+    """The first range alone becomes huge, whichever is used."""
+    space, choice = space_of(512, 300, 300), settings_of(["pmd-only"], max_ptes_none=[0])
+    result = compare(space, choice, heat=hot(*accesses), walks=False)
+    before, after = result.rows
+    assert (before["hot_coverage"], after["hot_coverage"]) == (0.0, pytest.approx(served))
+    assert f"Of the accesses seen, 0.0% go to memory mapped as 2M as it is; {served:.1%} (pmd-only)." in result.verdict
+    assert "tlb_misses" not in after
+    assert compare(space, choice).rows[-1]["hot_coverage"] is None
+
+
+def test_heat_outside_of_what_may_be_collapsed_counts_as_not_served() -> None:
+    seen = heat((BASE, BASE + PMD, 1.0), (BASE + 4 * PMD, BASE + 5 * PMD, 3.0))
+    [_, after] = compare(space_of(512), settings_of(["pmd-only"]), heat=seen, walks=False).rows
+    assert after["hot_coverage"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("series", [False, True])
+def test_what_is_recorded_keeps_its_heat_and_is_ranked_and_weighed_by_it(tmp_path: Path, series: bool) -> None:
+    seen, path = hot(0, 1, 8), tmp_path / "recorded"
+    if series:
+        record_series(space_of(512, 512, 512), path, Pace(every=0.01, duration=0.02), heat=seen)
+    else:
+        record(space_of(512, 512, 512), path, heat=seen)
+    with open_target(str(path)) as space:
+        kept, plan = heat_of(space), plan_space(space, PlanOptions(policy="pmd-only"))
+        first = [(address - BASE) // PMD for address in plan.ranked(plan.folios).address.tolist()]
+        result = compare(space, settings_of(["pmd-only"]), walks=False)
+    assert kept is not None
+    assert kept.accesses.tolist() == [1.0, 8.0]
+    assert first == [2, 1, 0]
+    assert result.heat is kept
+    assert result.rows[-1]["hot_coverage"] == 1.0

@@ -46,6 +46,7 @@ def test_what_is_left_out_is_the_machines_own(tmp_path: Path) -> None:
         ('policies = ["rfc"]\nsteps = "some"', "last, all"),
         ('policies = ["rfc"]\ninclude_file = 1', "true or false"),
         ("policies = [7]", "policies: 7 is not a text"),
+        ('policies = ["rfc"]\nprocessor = "abacus"', "unknown processor 'abacus'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_files_name(tmp_path: Path, text: str, words: str) -> None:

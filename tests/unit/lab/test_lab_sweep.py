@@ -10,7 +10,9 @@ import pytest
 
 from fakes import FakeSpace, page_runs
 from mthp.errors import MthpError, UsageError
+from mthp.heat import Heat
 from mthp.lab import sweep as sweep_module
+from mthp.lab import swept
 from mthp.lab.evaluate import evaluate
 from mthp.lab.grid import Grid
 from mthp.lab.runners import dask, local
@@ -171,6 +173,32 @@ def test_targets_of_different_geometry_fit_in_one_table(directory: Path, tmp_pat
     [after] = [row for row in rows_of(tmp_path / "out.parquet") if row["input"] == "ppc.parquet" and row["scan"] == 1]
     assert after["order_share_5"] == 1.0
     assert after["order_share_9"] is None
+
+
+def test_inputs_are_weighed_by_their_heat_and_only_those_that_have_it(tmp_path: Path) -> None:
+    """The same memory, of which the first range alone may become huge, used in one of two places."""
+    (tmp_path / "in").mkdir()
+    state = np.full(2 * 512, P, np.uint16)
+    state[600:] = 0
+    order = np.where(state == P, np.int8(0), np.int8(ORDER_NONE))
+    space = FakeSpace([(Vma(BASE, BASE + (4 << 20), "rw-p"), state, order)])
+    starts = np.array([BASE, BASE + (2 << 20)], np.uint64)
+    for name, accesses in (("a first", (3.0, 1.0)), ("b second", (0.0, 4.0))):
+        heat = Heat.of_spans(starts, starts + np.uint64(88 * 4096), np.array(accesses))
+        record(space, tmp_path / "in" / f"{name}.parquet", heat=heat)
+    record(space, tmp_path / "in" / "c none.parquet")
+    grid = Grid(policies=("pmd-only",), max_ptes_none=(0,), processor="skylake")
+    out = tmp_path / "out.parquet"
+    sweep(inputs_in(tmp_path / "in"), grid, out, local(1))
+    rows = rows_of(out)
+    assert [row["hot_coverage"] for row in rows] == [0.0, 0.75, 0.0, 0.0, None, None]
+    # 88 pages in each place: one entry maps the first range afterwards, and 1536 entries hold all.
+    assert [row["tlb_misses"] for row in rows] == [176, 89, 88, 88, None, None]
+    sums = {row["scan"]: row for row in swept.summed(swept.read(out))}
+    assert sums[1]["hot_coverage"] == pytest.approx(0.375)
+    assert (sums[0]["tlb_misses"], sums[1]["tlb_misses"]) == (264, 177)
+    sweep(inputs_in(tmp_path / "in"), Grid(policies=("pmd-only",)), tmp_path / "plain.parquet", local(1))
+    assert "tlb_misses" not in rows_of(tmp_path / "plain.parquet")[0]
 
 
 def test_a_result_is_not_replaced_unasked(directory: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mthp.geometry import X86_64
+from mthp.heat import Heat
 from mthp.lab.compare import compare, settings_of
 from mthp.report import compared
 from mthp.report.charts import LEFT
+from mthp.units import percent
 from report_spaces import redis_like
 
 
@@ -52,6 +55,19 @@ def test_tables_hold_the_figures(result: compared.Compared) -> None:
     assert {row[0].text for row in figures.rows if row[0].mark} == set(result.frontier)
     assert len(creep.columns) == result.scans + 1
     assert section.remarks == result.verdict
+
+
+def test_a_column_weighs_by_heat_where_it_was_observed(result: compared.Compared) -> None:
+    space, settings = redis_like(), settings_of(["pmd-only"], max_ptes_none=[0, 511])
+    start = np.array([vma.start for vma in space.vmas()], np.uint64)
+    seen = Heat.of_spans(start, start + np.uint64(X86_64.pmd_size), np.ones(len(start)))
+    heated = compared.Compared.of(compare(space, settings, heat=seen))
+    [table] = compared.section(heated).tables
+    for name, key, text in (("hot coverage", "hot_coverage", percent), ("page walks", "tlb_misses", "{:,}".format)):
+        at = list(table.columns).index(name)
+        assert [row[at].text for row in table.rows] == [text(row[key]) for row in heated.last]
+        assert name not in compared.section(result).tables[0].columns
+    assert {row["hot_coverage"] for row in heated.last} != {0.0}
 
 
 def test_settings_that_come_to_the_same_share_a_bar(result: compared.Compared) -> None:
