@@ -139,6 +139,8 @@ def process_madvise(pidfd: int, address: int, length: int, advice: int) -> int:
     """
     vector = IoVec(address, length)
     advised = _libc.syscall(
+        # Every argument as a long: ctypes would pass a Python int as a C int, and leave the upper half of the register
+        # open.
         ctypes.c_long(NR_PROCESS_MADVISE),
         ctypes.c_long(pidfd),
         ctypes.byref(vector),
@@ -180,6 +182,7 @@ def kcmp(one: int, other: int, kind: int) -> int | None:
     answer: int = _libc.syscall(*words)
     if answer >= 0:
         return answer
+    # EPERM says nothing about the two: without the right to trace both, the kernel compares nothing (kcmp(2)).
     return _UNEQUAL if ctypes.get_errno() == errno.ESRCH else None
 
 
@@ -200,6 +203,7 @@ def perf_tracepoint(number: int, cpu: int) -> int | None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     size = struct.calcsize(_PERF_ATTR)
     attr = struct.pack(_PERF_ATTR, _PERF_TYPE_TRACEPOINT, size, number, 1, _PERF_SAMPLE_TIME_RAW, 0, 0, 1, 0, 0)
+    # PID -1 with a processor: the events of all processes there, which takes CAP_PERFMON (perf_event_open(2)).
     words = map(ctypes.c_long, (-1, cpu, -1, _PERF_FLAG_FD_CLOEXEC))
     fd: int = _libc.syscall(ctypes.c_long(call), attr, *words)
     if fd >= 0:
@@ -226,6 +230,8 @@ def read_words(pid: int, addresses: NDArray[np.uint64]) -> NDArray[np.uint64] | 
         done = _locked_libc.process_vm_readv(
             pid, ctypes.addressof(here), 1, theirs.__array_interface__["data"][0], len(theirs), 0
         )
+        # The call stops at the first address that is not mapped, with what it has read until then
+        # (process_vm_readv(2)).
         if done != part.nbytes:
             return None
     return words

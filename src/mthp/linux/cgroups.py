@@ -1,9 +1,8 @@
 """Find the control groups of a process and their directories: of version 1, version 2, or both side by side.
 
 ``/proc/PID/cgroup`` has the path of a process in each hierarchy, and ``/proc/self/mountinfo`` the mounted part of each
-hierarchy and its mount point (cgroups(7), proc_pid_mountinfo(5)). Both are relative to the cgroup namespace of the
-process that reads them (cgroup_show_path() and proc_cgroup_show(), kernel/cgroup/cgroup.c), so they fit together in a
-container too. Users write paths in the whole hierarchy, so :class:`Namespace` makes the paths absolute.
+hierarchy and its mount point (cgroups(7), proc_pid_mountinfo(5)). Users write paths in the whole hierarchy, so
+:class:`Namespace` makes the paths absolute.
 """
 
 from __future__ import annotations
@@ -43,6 +42,8 @@ class CgroupMount:
         For a path outside of the mounted part, such as a container's path on the host, only the top is returned.
         """
         root = self.root.rstrip("/")
+        # Both are relative to the cgroup namespace of the reader (cgroup_show_path() and proc_cgroup_show(),
+        # kernel/cgroup/cgroup.c), so they fit together in a container, too.
         inside = path.removeprefix(root) if f"{path}/".startswith(f"{root}/") else ""
         parts = [part for part in inside.split("/") if part]
         if ".." in parts:
@@ -75,6 +76,7 @@ def cgroup_directories(mounts: Sequence[CgroupMount], membership: str, controlle
     """
     for line in lines(membership):
         number, controllers, path = line.split(":", 2)
+        # Version 2 has the number 0 and names no controllers (cgroups(7)).
         if number != "0" and controller not in controllers.split(","):
             continue
         fitting = [
@@ -94,6 +96,7 @@ def is_frozen(mounts: Sequence[CgroupMount], membership: str) -> bool:
         mounts, membership: as for :func:`cgroup_directories`.
     """
     for directory in cgroup_directories(mounts, membership, "freezer"):
+        # A group freezes all groups below it, whose own cgroup.freeze does not show that.
         for file, word in (("cgroup.freeze", "1"), ("freezer.state", "FROZEN"), ("freezer.state", "FREEZING")):
             with contextlib.suppress(OSError):
                 if (directory / file).read_text().strip() == word:
@@ -123,6 +126,7 @@ class Namespace:
             self._find_roots()
 
     def _find_roots(self) -> None:
+        # setns(2) moves only the calling thread, and there is no way back: so it is one that ends.
         thread = threading.Thread(target=self._look_from_outside)
         thread.start()
         thread.join()
@@ -140,6 +144,8 @@ class Namespace:
                 return
             for key, absolute in _memberships(_read(f"{self._proc}/thread-self/cgroup")).items():
                 inside = here.get(key, "").rstrip("/")
+                # This thread's own path, seen from inside and from outside: what is in front of the common end is the
+                # root.
                 if absolute.endswith(inside) and not inside.startswith("/.."):
                     self._roots[key] = absolute.removesuffix(inside) or "/"
 

@@ -3,14 +3,8 @@
 pagemap has whether and how a page is mapped. kpageflags has the kind of its frame: the folio order, the zero page,
 freed lazily. PAGEMAP_SCAN has the rest: whether a PMD entry maps it.
 
-Without frame numbers (CAP_SYS_ADMIN), everything is scanned: PAGEMAP_SCAN knows the zero page too. The order of a
-folio is then known only where a PMD entry maps it, and lazily freed pages look like others.
-
 The three are read one after the other while the process runs, so they may disagree about a page that changed in
 between. Each is right about its moment, and no conclusion from two of them does harm if it is wrong.
-
-Before Linux 6.7 there is no PAGEMAP_SCAN. Then smaps shows how much of a mapping PMD entries map, but not where: see
-:meth:`ColumnReader._told_by_smaps`.
 """
 
 from __future__ import annotations
@@ -104,14 +98,18 @@ class ColumnReader:
         order = np.where(present, np.int8(ORDER_UNKNOWN), np.int8(ORDER_NONE))
         pfn = None
         if self._folios is None:
+            # Without frames an order is known only where a PMD entry maps the folio, and lazily freed pages look like
+            # others.
             self._paint_scanned(segments, state, order)
         else:
             pfn = words
+            # In place: the words are not needed any more, and a process has many pages.
             pfn &= _PFRAME_MASK
             if not present.all():
                 pfn[~present] = 0
             self._paint_folios(self._folios, segments, pfn, state, order)
         if int(np.bitwise_or.reduce(state)) & Pte.ZERO:
+            # pagemap shows the small zero page as not exclusive, and the huge one as of a file.
             state[(state & np.uint16(Pte.ZERO)) != 0] &= _NOT_SHARED_NOR_FILE
         return PteColumns(tuple(segments), state, order, pfn)
 
@@ -159,6 +157,7 @@ class ColumnReader:
         if not len(windows):
             return windows
         if not self._pagemap.can_scan:
+            # Before Linux 6.7 only smaps shows PMD entries: how much of a mapping they map, but not where.
             return self._told_by_smaps(folios, windows, pfn)
         regions = self.huge_regions(windows)
         if not len(regions):
@@ -228,6 +227,7 @@ class ColumnReader:
                 counts = bounds[:, 1] - bounds[:, 0]
                 pages = spread(bounds[:, 0], counts)
                 categories = np.repeat(regions[:, 2], counts)
+                # The scan is later than the read of pagemap: a page that has come in between keeps its word as absent.
                 still = (state[pages] & _PRESENT) != 0
                 zero = pages[still & ((categories & np.uint64(abi.PAGE_IS_PFNZERO)) != 0)]
                 state[zero] |= np.uint16(Pte.ZERO)
@@ -251,21 +251,16 @@ class ColumnReader:
 
 
 def _believed(folios: FolioReader | None) -> np.uint64:
-    """Return a mask of the flags of kpageflags that are valid on this kernel.
-
-    Linux 6.12 to 7.0, except some of their stable releases, show KPF_KSM for every anonymous page (stable_page_flags,
-    fs/proc/page.c). The flag is invalid there, and is set on a page of this process that cannot have been merged.
-    """
+    """Return a mask of the flags of kpageflags that are valid on this kernel."""
+    # Linux 6.12 to 7.0, except some of their stable releases, show KPF_KSM for every anonymous page (stable_page_flags,
+    # fs/proc/page.c): then it is set on a page of this process, too, which cannot have been merged.
     frame = own_frame() if folios else 0
     lies = folios is not None and frame and int(folios.words_at(np.array([frame], np.uint64))[0]) & abi.KPF_KSM
     return np.uint64(0xFFFFFFFFFFFFFFFF & ~abi.KPF_KSM if lies else 0xFFFFFFFFFFFFFFFF)
 
 
 def _share_whole_folios(pfn: NDArray[np.uint64], state: NDArray[np.uint16], order: NDArray[np.int8]) -> None:
-    """Mark every page of an anonymous large folio shared if one is, as khugepaged does (folio_maybe_mapped_shared).
-
-    pagemap shows each page by itself, and another process may map only some of the pages of a folio.
-    """
+    """Mark every page of an anonymous large folio shared if one is, as khugepaged does (folio_maybe_mapped_shared)."""
     if not (int(np.bitwise_or.reduce(state)) & Pte.SHARED and len(order) and order.max() > 0):
         return
     large = (order > 0) & ((state & np.uint16(Pte.FILE | Pte.PMD_MAPPED)) == 0)
@@ -274,5 +269,6 @@ def _share_whole_folios(pfn: NDArray[np.uint64], state: NDArray[np.uint16], orde
         return
     pages = np.flatnonzero(large)
     shifts = order[pages].astype(np.uint64)
+    # pagemap shows each page by itself, and another process may map only some of the pages of a folio.
     heads = pfn[pages] >> shifts << shifts
     state[pages[np.isin(heads, np.unique(heads[shared[pages]]))]] |= np.uint16(Pte.SHARED)

@@ -1,10 +1,7 @@
 """Find the pages of a process that contain only zeroes; mthp reads contents for no other purpose.
 
-The bytes come from /proc/PID/mem, piece by piece into one buffer, and are not kept. The file ignores protections,
-where the kernel permits this to processes other than tracers (proc_mem.force_override, since Linux 6.12); unreadable
-pages count as not zero.
-Only pages that were present a moment ago are read. A page swapped out since is read back, and for one freed since the
-kernel maps the zero page, so no byte that the process sees changes. The kernel records the access as any other.
+The bytes come from /proc/PID/mem, piece by piece into one buffer, and are not kept. Unreadable pages count as not zero.
+The kernel records the access as any other.
 """
 
 from __future__ import annotations
@@ -38,6 +35,8 @@ class Contents:
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]:
         """Return which present pages of `columns` contain only zeroes: bool, shape (pages,)."""
         zero = columns.has(Pte.PRESENT) & columns.has(Pte.ZERO)
+        # Only what was present a moment ago: a read would fill holes. For a page freed since, the kernel maps the zero
+        # page, and one that was swapped out is read back, so no byte that the process sees changes.
         wanted = columns.has(Pte.PRESENT) & ~zero
         at = 0
         for start, end in columns.segments:
@@ -71,6 +70,7 @@ class Contents:
     def _read(self, address: int, size: int) -> int:
         """Read as many bytes as possible into the buffer; return their number."""
         try:
+            # Protections do not matter, unless the kernel forbids that (proc_mem.force_override, Linux 6.12).
             return os.preadv(self._file, [self._buffer[:size]], address)
         except OSError as error:
             if error.errno in _GONE:

@@ -52,6 +52,8 @@ class Pods:
         known = self._by_container.get(container_of(cgroup))
         if known is not None:
             return known
+        # A container without a log, such as the one that holds the namespaces of the pod: its path has the pod's UID,
+        # too.
         uid = _POD_UID.search(cgroup)
         return (self._by_uid.get(uid[1].replace("_", "-"), "") if uid else "", "")
 
@@ -60,6 +62,8 @@ class Pods:
         for directory in self._directories:
             try:
                 state = directory.stat()
+                # A link that comes or goes changes the directory's time; its inode changes if the directory was made
+                # again.
                 if self._read_at == (state.st_ino, state.st_mtime_ns):
                     return
                 names = os.listdir(directory)  # noqa: PTH208  (the names are wanted)
@@ -124,6 +128,7 @@ class FactsReader:
             with open(f"{directory}/stat", "rb") as file:
                 text = file.read()
             stat = ProcStat.parse(text)
+            # Neither has memory. Other files of a zombie read as empty.
             if stat.flags & abi.PF_KTHREAD or stat.state in "ZX":
                 return None
             comm = text[text.index(b"(") + 1 : text.rindex(b")")].decode(errors="replace")

@@ -1,9 +1,7 @@
 """Read files with a 64-bit word for every page frame of the machine: ``/proc/kpageflags`` and ``/proc/kpagecount``.
 
-Reading a word costs the kernel about 0.1 microseconds, a call from Python about 1.5, and the frames of a process are
-scattered. So the frames are sorted and read in that order: neighbours in one call, together with gaps that are read
-faster than a new call is made. Large reads are divided among a few threads, because nearly all of the time is spent in
-the kernel, which takes no lock for it, and Python lets other threads run meanwhile.
+The frames of a process are scattered, and a call costs as much as a dozen words. So the frames are sorted and read in
+that order: neighbours in one call, together with gaps that are read faster than a new call is made.
 """
 
 from __future__ import annotations
@@ -87,6 +85,7 @@ class FrameWords:
         place.sort()
         index = place & BLOCK_FRAMES - 1
         place >>= bits
+        # A gap of fewer words is read along, in less time than another call takes.
         firsts = np.flatnonzero(np.diff(place, prepend=-BLOCK_FRAMES) > _WORDS_A_CALL + 1)
         starts, ends = place[firsts], place[np.append(firsts[1:], len(place)) - 1] + 1
         buffer = self._load(starts, ends - starts)
@@ -106,6 +105,8 @@ class FrameWords:
         if share < _FEWEST_WORDS_A_THREAD or len(buffer) < _FEWEST_WORDS_A_CALL * len(ends):
             self._load_part(starts - (ends - sizes), ends, 0, buffer)
             return buffer
+        # Nearly all of the time is spent in the kernel, which takes no lock for it, and Python lets other threads run
+        # meanwhile.
         with ThreadPoolExecutor(self._threads) as pool:
             parts = [
                 pool.submit(self._load_part, starts - (ends - sizes), ends, at, buffer[: at + share])

@@ -1,8 +1,7 @@
 """Measure the room for new folios: free blocks of the machine, and the remainder below the limits of a process.
 
 A page is charged to the memory cgroup of the process and to all above it. At the limit of any of them the kernel
-reclaims memory, and kills a process of it if that does not help (try_charge_memcg(), mm/memcontrol.c). Above
-``memory.high`` threads have to wait for every page instead, also those for which a collapse works.
+reclaims memory, and kills a process of it if that does not help (try_charge_memcg(), mm/memcontrol.c).
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
 def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -> int | None:
     """Return the bytes in free blocks of `order` or larger that the kernel does not hold back.
 
-    A zone may refuse below its high watermark, which by default is at most 1.5 times min_free_kbytes
-    (__setup_per_zone_wmarks, mm/page_alloc.c).
-
     Returns:
         None if it is not visible.
     """
@@ -34,6 +30,8 @@ def free_beyond_reserve(order: int, buddyinfo: Path = Path("/proc/buddyinfo")) -
     if not nodes:
         return None
     free = sum(node.folios(order) for node in nodes) * (os.sysconf("SC_PAGESIZE") << order)
+    # A zone may refuse below its high watermark, by default at most 1.5 times min_free_kbytes (__setup_per_zone_wmarks,
+    # mm/page_alloc.c).
     return max(0, free - reserve * 3 // 2)
 
 
@@ -61,6 +59,7 @@ _V1_NO_LIMIT = 1 << 62
 
 _FILES = (
     ("memory.max", "memory.current"),
+    # Above it threads wait for every page, also those for which a collapse works (try_charge_memcg()).
     ("memory.high", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
     # Memory and swap together; swapping pages out does not lower it.
@@ -96,6 +95,8 @@ def cgroup_bounds(mounts: Sequence[CgroupMount], membership: str) -> Iterator[Me
                     continue
                 if droppable is None:
                     droppable = _droppable(directory)
+                # Clean, inactive file pages do not count as used: at the limit, reclaim drops them before anything
+                # else.
                 yield MemoryBound(str(directory), int(limit), int(limit) - used + droppable)
 
 

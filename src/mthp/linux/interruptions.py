@@ -1,9 +1,5 @@
 """Hold back the exceptions that signals raise, such as KeyboardInterrupt, for a few steps that belong together.
 
-Blocking the signals in the thread is not enough: the kernel delivers a process's signal to any thread that does not
-block it, such as a worker of a numerical library, and Python then runs the handler in its main thread nevertheless.
-So the handlers are exchanged temporarily. A signal whose default action ends the process is not changed.
-
 Ctrl-Z raises nothing, but stops the process at any instruction: a target with stopped threads would stay stopped until
 the user types ``fg``, and a switch would stay changed. So it waits, too, and longer. (SIGSTOP cannot be held back, and
 leaves both as they are until SIGCONT.)
@@ -28,6 +24,7 @@ def interruptions_held_back() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # A signal whose default action ends the process keeps it: only handlers raise.
     with _held_back({number: handler for number in _USUAL if callable(handler := signal.getsignal(number))}):
         yield
 
@@ -63,6 +60,8 @@ def _held_back(handlers: Mapping[int, _Handler]) -> Iterator[None]:
 
     try:
         for number in handlers:
+            # Blocking is not enough: the kernel delivers a process's signal to any thread that does not block it, such
+            # as a worker of a numerical library, and Python then runs the handler in its main thread nevertheless.
             signal.signal(number, note)
         yield
     finally:

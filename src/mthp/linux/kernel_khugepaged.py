@@ -7,10 +7,7 @@ recorded first and put back afterwards (:mod:`mthp.linux.journal`).
 Compared with the mover, the target is not stopped, nothing is injected into it, and the kernel moves the pages: it
 is the better way for a process that may not be stopped or traced, or that the mover refuses. It is the worse one
 wherever the rest of the system counts: the switches apply to all processes, and khugepaged works for all whose memory
-it knows. It knows only memory that was mapped or advised while a size was on. It does not explain why it left a range
-unchanged.
-
-Progress is read where the kernel shows it: full_scans, the counters of each size, and then the page tables.
+it knows. It does not explain why it left a range unchanged.
 """
 
 from __future__ import annotations
@@ -80,7 +77,9 @@ class KernelKhugepaged:
             end, scans = time.monotonic() + WINDOW_SECONDS, self._full_scans()
             counted = before
             while not made.all() and time.monotonic() < end:
+                # The scan in which the window began counts, too, although it has passed a part of the memory before.
                 over = self._full_scans() - scans > FULL_SCANS
+                # Reading page tables is what costs here: only after khugepaged has made something.
                 if over or self._counted() != counted:
                     counted = self._counted()
                     made = self._made(blocks)
@@ -91,6 +90,8 @@ class KernelKhugepaged:
                 over = False
         made = self._made(blocks)
         elapsed = (time.perf_counter_ns() - begin) // max(1, len(blocks))
+        # khugepaged knows an address space from the time at which it mapped or advised memory while a size was on
+        # (khugepaged_enter_vma(), mm/khugepaged.c).
         why = NOT_IN_TIME if not over else LEFT if self._counted() != before else NOT_KNOWN
         ends = [(ScanResult.SUCCEED, "") if one else (ScanResult.FAIL, why) for one in made.tolist()]
         return [BlockOutcome(*block, *end, elapsed_ns=elapsed) for block, end in zip(blocks, ends, strict=True)]
@@ -116,6 +117,8 @@ class KernelKhugepaged:
                 help="use Linux 7.2 or later, or the mechanism move",
             )
         settings = {
+            # Below the PMD order khugepaged knows only these two: any run with contents, or only full ones
+            # (collapse_max_ptes_none(), mm/khugepaged.c, 7.2).
             "khugepaged/max_ptes_none": str(self._geometry.ptes_per_pmd - 1 if fill else 0),
             "khugepaged/pages_to_scan": _UNBOUNDED,
         }

@@ -1,9 +1,8 @@
 """Watch the kernel's scans of the PMD ranges of one process, by its tracepoints.
 
-Khugepaged and MADV_COLLAPSE scan a range, and collapse it if they may; the event of the scan comes last, with the
-result of both (mm/khugepaged.c). It names the address space by a pointer, which a program cannot resolve, and the range
-by the frame of the page at which the scan ended. So the frames of the process determine which pointer is its own, and
-which range was scanned. That takes 16 bytes of memory a page.
+An event of a scan names the address space by a pointer, which a program cannot resolve, and the range by the frame of
+the page at which the scan ended. So the frames of the process determine which pointer is its own, and which range was
+scanned. That takes 16 bytes of memory a page.
 """
 
 from __future__ import annotations
@@ -141,6 +140,7 @@ def watch_scans(
     threads, visits, begin = Threads(), Visits(), time.monotonic()
     with Tracepoints(formats) as events:
         while (over := time.monotonic() - begin) < seconds:
+            # Read often: the ring of each processor holds some 700 records.
             time.sleep(min(PATIENCE, seconds - over))
             visits.take(events.read(), threads)
             progress(int(1000 * over), int(1000 * seconds))
@@ -157,6 +157,7 @@ def watch_scans(
 
 def _frames(space: ProcessSpace, within: Segment | None) -> Frames:
     segments = anonymous_segments(space) if within is None else space.populated([within], space.geometry.page_size)
+    # A frame that others map, too, could stand for any of them.
     frames = frames_of(space, segments, shared=False)
     order = np.argsort(frames.frame, kind="stable")
     return Frames(frames.address[order], frames.frame[order])
@@ -201,6 +202,7 @@ class Visits:
         for event in events:
             values = event.values
             tid = int(values["common_pid"])
+            # The event of the scan comes last, with the result of both (collapse_scan_pmd() in 7.3, mm/khugepaged.c).
             if event.name != SCAN:
                 self._attempts[tid] += 1
                 continue

@@ -1,25 +1,9 @@
 """Read ``/proc/kpageflags``: from page frame numbers to flags and folio orders, in few and large reads.
 
-The file is an array with one 64-bit word for every page frame of the machine. Reading a word costs the kernel about
-0.1 microseconds, a call from Python about 1.5. The frames of a process are scattered, so they are not read one by one,
-and not by reading everything from the lowest to the highest either. Instead:
-
-1. Frames are put into *chunks* of 2**shift frames, naturally aligned. One NumPy assignment marks a table with one cell
-   per chunk. The marked cells are the chunks to read, neighbours in one call.
-2. The largest chunk has the size of a PMD range. If the marked chunks have many more frames than are wanted, the
-   marked ones are divided into smaller chunks, as long as words saved are worth more than calls added.
-3. Large reads are divided among a few threads (:mod:`~mthp.linux.framewords`).
-4. Flags are taken from the buffer at the position of each frame.
-
-Chunks serve to measure folios. Most memory has only base pages, and needs no chunks: if a sample of its frames shows no
-folio, the frames are sorted and read in that order, together with gaps that are read faster than a new call is made.
-Only frames that turn out to lie in folios are looked up in chunks.
-
-The order of a folio is not a field of the word: a folio is a head followed by its tails. It is naturally aligned, so
-a folio smaller than a chunk lies whole within one, and its order is the distance from its head to the next page that
-is not a tail. A folio that fills its chunk may be larger than it. So its frames are *open*, and are looked up again
-with larger chunks; frames still open with the largest are followed page by page to head and end (PMD-order folios, at
-most one in 2 MiB, and hugetlbfs pages).
+The file is an array with one 64-bit word for every page frame of the machine. The order of a folio is not a field of
+the word: a folio is a head followed by its tails. So frames are read in *chunks* of 2**shift frames, naturally aligned,
+in which smaller folios lie whole. A folio that fills its chunk may be larger than it: its frames are *open*, and are
+looked up again with larger chunks, of a PMD range at most; frames still open then are followed page by page.
 
 Pages move while they are read: a frame may have been freed and used again since pagemap named it. Then the word belongs
 to the new owner. This module cannot detect that; callers check again before they act on it.
@@ -133,6 +117,7 @@ class FolioReader(FrameWords):
         orders = np.empty(len(frames), np.int8)
         for at in range(0, len(frames), BLOCK_FRAMES):
             block = slice(at, at + BLOCK_FRAMES)
+            # Chunks serve to measure folios, and most memory has only base pages, which need none.
             if self._shows_folios(frames[block]):
                 self._read(frames[block], self._shifts, flags[block], orders[block])
             else:
@@ -146,6 +131,7 @@ class FolioReader(FrameWords):
             (head, order), with ORDER_UNKNOWN if the folio changed during the read.
         """
         head = pfn
+        # A folio is naturally aligned: its head is at one of the alignments of its pages, the smallest of them first.
         for order in range(_LARGEST_ORDER):
             head = pfn >> order << order
             word = self.word(head)
@@ -224,6 +210,7 @@ class FolioReader(FrameWords):
         chunks = _Chunks(shifts[0], *_distinct(frames >> shifts[0]))
         seconds = chunks.seconds()
         for shift in shifts[1:]:
+            # Smaller chunks have fewer unwanted words, and more calls.
             spared = (chunks.words - len(frames)) * SECONDS_PER_WORD
             if spared < len(frames) * _SECONDS_PER_DIVISION:
                 break
@@ -269,6 +256,7 @@ def _distinct(values: Frames) -> tuple[Frames, NDArray[np.int64]]:
         distinct, index = np.unique(values, return_inverse=True)
         return distinct, index.astype(np.int64, copy=False)
     values = values - low
+    # One assignment to a table of all possible values is much faster than sorting the values.
     table = np.zeros(span, np.bool_)
     table[values] = True
     distinct = np.flatnonzero(table)
@@ -291,6 +279,7 @@ def _orders_in(buffer: Words, shift: int) -> _Orders:
     first = words[starts]
     # frexp returns 2**k as 0.5 * 2**(k + 1), exactly.
     found = (np.frexp(lengths)[1] - 1).astype(np.int8)
+    # It fills the chunk, or began in front of it: only a larger chunk shows its size.
     found[lengths == 1 << shift] = _OPEN
     found[(first & _TAIL) != 0] = _OPEN
     orders[members] = np.repeat(found, lengths)
@@ -298,11 +287,9 @@ def _orders_in(buffer: Words, shift: int) -> _Orders:
 
 
 def _give_tails_swapbacked(buffer: Words, shift: int, place: NDArray[np.int64], flags: Words, orders: _Orders) -> None:
-    """Give anonymous tails the SWAPBACKED bit of their head, because before Linux 6.16 tails have flags of their own.
-
-    Folios larger than a chunk have it already from the larger chunk in which they were looked up.
-    """
+    """Give anonymous tails the SWAPBACKED bit of their head: before Linux 6.16 they have flags of their own."""
     bare = np.flatnonzero((flags & _ANON_MEMBER) == np.uint64(abi.KPF_ANON | abi.KPF_COMPOUND_TAIL))
+    # Larger folios have it already, from the larger chunk in which they were looked up.
     bare = bare[(orders[bare] > 0) & (orders[bare] <= shift)]
     if len(bare):
         heads = buffer[place[bare] >> orders[bare] << orders[bare]]

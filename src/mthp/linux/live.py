@@ -189,6 +189,7 @@ class LiveAddressSpace(ProcessSpace):
         """
         self.process.check_alive()
         asked = sum(end - start for start, end in segments)
+        # A scan costs about as much as reading for every page table that has entries, and nothing for the holes.
         if asked < SPARSE_BYTES or not self._pagemap.can_scan or asked < SPARSE_RATIO * self._in_memory_or_swap():
             return list(segments)
         found: list[Segment] = []
@@ -210,6 +211,7 @@ class LiveAddressSpace(ProcessSpace):
             firsts, lasts = starts[np.r_[0, breaks]], ends[np.r_[breaks - 1, len(ends) - 1]]
             for start, end in zip(firsts.tolist(), lasts.tolist(), strict=True):
                 start, end = max(start, segment[0]), min(end, segment[1])
+                # The granule of one answer may reach into the next one.
                 if found and start <= found[-1][1]:
                     start = found.pop()[0]
                 found.append((start, end))
@@ -291,6 +293,7 @@ class LiveAddressSpace(ProcessSpace):
         return KernelKhugepaged(self)
 
     def take_pauses(self) -> list[int]:
+        # Looked up in vars(): the property would make a mover, only to find that it has no pauses.
         return self._mover.take_pauses() if "_mover" in vars(self) else []
 
     def take_calls(self) -> list[int]:
@@ -311,6 +314,7 @@ class LiveAddressSpace(ProcessSpace):
     @property
     def service(self) -> str:
         facts = FactsReader().read(self.process.pid, ALL)
+        # The facts are read by PID, which may be another process's by now.
         return facts.service if facts is not None and facts.starttime == self.process.starttime else ""
 
     def objections(self, vma: Vma | None) -> list[str]:

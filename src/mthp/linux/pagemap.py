@@ -3,12 +3,7 @@
 The words are read in one large pread per segment. They show which pages are present, swapped, of a file, mapped by one
 process only, write-protected by userfaultfd, or guard markers; and, with CAP_SYS_ADMIN, the page frame number (PFN),
 with which /proc/kpageflags is read. They do not show which pages a PMD entry maps, and without PFNs not the zero page.
-PAGEMAP_SCAN (Linux 6.7) shows both, skips empty page tables, and needs no rights beyond those for the file. A populated
-table costs it as much as reading does, an empty one next to nothing.
-
-Ways to fail: the file returns no bytes once the process has given up its address space, and opening it then fails with
-ESRCH. It also returns none above the addresses that a process can have ([vsyscall]), which reads as nothing mapped, and
-none after execve(2), which replaced the address space of the open file: then it is opened again.
+PAGEMAP_SCAN (Linux 6.7) shows both, skips empty page tables, and needs no rights beyond those for the file.
 """
 
 from __future__ import annotations
@@ -86,6 +81,9 @@ class Pagemap:
             except OSError as error:
                 self.process.fail(error, "pagemap")
             done += size // abi.PM_ENTRY_BYTES
+            # The file returns no bytes for three reasons: the process is exiting; it has a new address space since
+            # execve(2), while the open file belongs to the old one; or no process can have these addresses
+            # ([vsyscall]).
             if size == 0:
                 self.process.check_memory()
                 if reopened:
@@ -147,6 +145,7 @@ class Pagemap:
 
     def _probe_scan(self) -> bool:
         try:
+            # Over the first page, where nothing is mapped (vm.mmap_min_addr): only the errno counts.
             self._scan_once(np.zeros((1, 3), np.uint64), 0, self._page_size, abi.PAGE_IS_PRESENT, 0)
         except OSError as error:
             if error.errno in _NO_IOCTL:
@@ -189,6 +188,7 @@ def states(words: NDArray[np.uint64]) -> NDArray[np.uint16]:
 
     A zero page becomes SHARED (a small one) or FILE (a huge one), as only its frame, or PAGEMAP_SCAN, identifies it.
     """
+    # All flags lie in the top byte, so a table of 256 answers replaces a comparison for each flag.
     return _STATES.take(words.view(np.uint8)[_TOP_BYTE::8])
 
 
@@ -203,6 +203,7 @@ def own_frame() -> int:
     Without the right to see frame numbers, or without pagemap, it is 0.
     """
     page_size = os.sysconf("SC_PAGESIZE")
+    # Not zero, so that KSM cannot have merged it with the zero page; it was just written, so it is present.
     witness = ctypes.create_string_buffer(b"\1")
     try:
         fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)

@@ -35,6 +35,7 @@ def pinned_by(process: Process, vma: Vma | None) -> list[str]:
         if vma is None or (start < vma.end and vma.start < end)
     ]
     size = int((process.status("VmPin") or "0").split()[0]) << 10
+    # VmPin counts the registered buffers, too.
     if size and not found:
         where = "" if vma is None else "; the kernel does not tell whether here"
         found.append(f"{meaning}: {format_size(size)} of the process are pinned (VmPin){where}")

@@ -1,18 +1,7 @@
 """Try what the kernel does for these rights, instead of deriving it from versions.
 
 Each trial calls the kernel and leaves nothing behind: memory is unmapped, file descriptors are closed, the one
-child process is ended. Two of them rely on the checks that system calls make before they use their range:
-
-- An advice over a range of length 0 fails with EINVAL if the kernel does not know the advice, and else succeeds
-  without touching anything (madvise(2), "EINVAL" and "length").
-- process_madvise(2) with nothing to advise still looks up the target and checks the rights over it: EACCES without
-  those to read its memory, EINVAL if this advice cannot be given to others, EPERM without CAP_SYS_NICE. Advising one's
-  own memory needs no rights on newer kernels, so the target must be another process. A child certainly belongs to the
-  same user, and is used by no other program.
-
-The trial of MADV_COLLAPSE needs one present page without a huge page, whatever the machine's switches are, because a
-collapse of huge memory succeeds without doing anything. So the page is touched while the rest of its PMD range is
-inaccessible, and hence another mapping; then the two become one again.
+child process is ended. Two of them rely on the checks that system calls make before they use their range.
 """
 
 from __future__ import annotations
@@ -84,6 +73,8 @@ class Probed:
 
 def probe(geometry: Geometry) -> Probed:
     """Make all trials. Takes a few milliseconds, and twice the PMD size of address space."""
+    # Over nothing, an unknown advice fails with EINVAL, and a known one succeeds (madvise_behavior_valid() comes before
+    # the length in do_madvise(), mm/madvise.c).
     known = abi.madvise(0, 0, abi.MADV_COLLAPSE)
     tried = known == 0 and geometry.pmd_size <= LARGEST_TRIAL
     uffd_error, features = probe_userfaultfd()
@@ -114,6 +105,8 @@ def probe_collapse(geometry: Geometry) -> int:
         address = -(-ctypes.addressof(view) // geometry.pmd_size) * geometry.pmd_size
         # The mapping cannot be released while the view exists.
         del view
+        # A collapse of huge memory would succeed without doing anything. So the page is touched while the rest of its
+        # PMD range is inaccessible, and hence another mapping: no huge page fits, whatever the switches are.
         rest, size = address + geometry.page_size, geometry.pmd_size - geometry.page_size
         if _libc.mprotect(rest, size, PROT_NONE):
             return ctypes.get_errno()
@@ -131,6 +124,7 @@ def probe_process_madvise() -> int | None:
     """
     try:
         # It ends by itself, in case this process is killed right now.
+        # Not this process: newer kernels let it advise its own memory without any rights.
         child = subprocess.Popen(
             [sys.executable, "-ISc", "import time; time.sleep(10)"],
             stdin=subprocess.DEVNULL,
@@ -146,6 +140,8 @@ def probe_process_madvise() -> int | None:
             return error.errno
         else:
             try:
+                # With nothing to advise the rights are checked nevertheless: EACCES without those to read the target,
+                # EINVAL if this advice cannot be given to others, EPERM without CAP_SYS_NICE.
                 return abi.process_madvise(pidfd, 0, 0, abi.MADV_COLLAPSE)
             finally:
                 os.close(pidfd)

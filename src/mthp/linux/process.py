@@ -1,15 +1,8 @@
 """Hold one process so that it cannot be mistaken for another.
 
-The kernel gives a PID to another process as soon as its owner is gone. Three things together make sure that all reads
-and advice here concern the process that was opened:
-
-1. A *pidfd* (pidfd_open(2)) refers to the process itself. It becomes readable when the process exits, and never
-   refers to another one.
-2. A directory handle of ``/proc/PID`` is pinned in the same way: the kernel looks its files up through the
-   ``struct pid`` for which the directory was opened (fs/proc/base.c, get_proc_task), so opening a file relative to it
-   fails with ESRCH once that process is gone, also when a new one has the number.
-3. The two are opened one after the other, and the number could get another owner in between. So the pidfd is polled
-   afterwards: a process that has not exited by then still owns its number, hence the directory is its own.
+The kernel gives a PID to another process as soon as its owner is gone. A pidfd (pidfd_open(2)) refers to the process
+itself, and so does an open directory ``/proc/PID``; together they make sure that all reads and advice here concern the
+process that was opened.
 
 Ways to fail: the process is gone (:class:`~mthp.errors.TargetVanishedError`), was a zombie or a kernel thread from
 the start (:class:`~mthp.errors.UnsupportedError`), or belongs to another user
@@ -97,6 +90,9 @@ class Process(Closing):
         self.pidfd = _open_pidfd(pid)
         self._directory = -1
         try:
+            # The kernel looks files up through the struct pid for which the directory was opened (get_proc_task,
+            # fs/proc/base.c): a file relative to it fails with ESRCH once that process is gone, also when another one
+            # has the number.
             self._directory = self._open_directory()
             self.starttime = self._look()
         except MthpError:
@@ -123,6 +119,7 @@ class Process(Closing):
                 f"process {self.pid} ({self.comm}) is a kernel thread",
                 help="kernel threads have no memory of their own: choose a user process",
             )
+        # /proc/PID shows the first thread, which gave up its memory, while the process lives on.
         if stat.state == "Z" and stat.threads > 1:
             raise UnsupportedError(
                 f"the first thread of process {self.pid} ({self.comm}) has exited, while others go on",
@@ -133,6 +130,7 @@ class Process(Closing):
                 f"process {self.pid} ({self.comm}) is a zombie",
                 help="it has exited and has no memory; its parent has not waited for it yet",
             )
+        # The pidfd came first. A process that has not exited by now still owns its number, so the directory is its own.
         self.check_alive()
         return stat.starttime
 
@@ -227,6 +225,7 @@ class Process(Closing):
 
     def fail(self, error: OSError, what: str) -> NoReturn:
         """Raise this package's error for `error`, which occurred while using `what`."""
+        # EINVAL comes from mountinfo, whose namespaces are gone before the pidfd reports the exit.
         if error.errno == errno.ESRCH or not self.is_alive() or (error.errno == errno.EINVAL and self._is_exiting()):
             self._vanished()
         if error.errno in _REFUSED:

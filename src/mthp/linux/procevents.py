@@ -1,12 +1,8 @@
 """Find new, changed and exited processes: from events of the kernel, or by polling.
 
 :class:`ProcConnector` listens to the process events connector (drivers/connector/cn_proc.c): the kernel sends a netlink
-message for every fork, exec, rename and exit. A socket filter passes only events of whole processes, so a program that
-starts threads costs nothing. It works in the first PID and network namespaces, and took CAP_NET_ADMIN before Linux 6.6.
-Messages are lost only when the buffer overflows, and then the kernel reports it.
-
-:class:`ProcPolling` needs no rights. PIDs are given out in ascending order, and the last one is in
-``/proc/loadavg`` (proc_loadavg(5)); when it has changed, only the numbers in between are checked.
+message for every fork, exec, rename and exit. It works in the first PID and network namespaces, and took CAP_NET_ADMIN
+before Linux 6.6. :class:`ProcPolling` needs no rights.
 
 Both return the events since the last call as :class:`Changes`. A process that was born and ended in between is in none
 of its sets, so it costs the caller nothing.
@@ -131,8 +127,11 @@ class ProcConnector:
             ) from error
 
     def _listen(self) -> None:
+        # Only events of whole processes, so that a program that starts threads costs nothing; before bind(), so that no
+        # other message is in the buffer.
         _attach(self._socket, _only_processes())
         try:
+            # Above net.core.rmem_max, which takes CAP_NET_ADMIN (socket(7)).
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
         except OSError:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
@@ -175,12 +174,15 @@ class ProcConnector:
             except BlockingIOError:
                 break
             except OSError as error:
+                # The buffer was full: the kernel reports it once, and goes on with the next message that fits
+                # (netlink(7)).
                 if error.errno != errno.ENOBUFS:
                     raise
                 changes.lost = True
                 continue
             if what == _FORK:
                 changes.born.add(words[3])
+                # The PID of a process that ended since the last call may be in use again.
                 changes.gone.discard(words[3])
                 changes.forked[words[3]] = words[1]
             elif what in (_EXEC, _COMM):
@@ -216,6 +218,7 @@ class ProcPolling:
         self._proc = str(proc)
         self._clock = clock
         self._loadavg = os.open(proc / "loadavg", os.O_RDONLY | os.O_CLOEXEC)
+        # Before the list: a process that starts between the two is in both, and is not missed.
         self._last = self._last_pid()
         self._known = set(list_pids(self._proc))
         self._sweep_at = clock() + SWEEP_SECONDS
@@ -227,6 +230,8 @@ class ProcPolling:
         """Return the new processes since the last call; exited ones are found at the next listing of all."""
         now, last = self._clock(), self._last_pid()
         # A number can also be chosen (clone3(2), ns_last_pid), or come from another PID namespace: list all at times.
+        # PIDs are given out in ascending order, and /proc/loadavg has the last one (proc_loadavg(5)): only the numbers
+        # in between can be new.
         if now >= self._sweep_at or not 0 <= last - self._last <= MAX_GAP:
             self._sweep_at = now + SWEEP_SECONDS
             self._last = last

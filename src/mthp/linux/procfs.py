@@ -2,12 +2,10 @@
 
 smaps is the one file with the VmFlags line, and so with MADV_HUGEPAGE and all other flags that decide about THP. It is
 text, about 800 bytes a mapping, and a process can have 65 530 mappings and more. So it is read in pieces, and a few
-searches extract just the wanted fields of each mapping. Where a kernel is built without smaps
-(CONFIG_PROC_PAGE_MONITOR), maps has the same list without flags.
+searches extract just the wanted fields of each mapping.
 
 The list is not a snapshot: the kernel writes it piece by piece, and the process may map and unmap meanwhile. The kernel
-promises (Documentation/filesystems/proc.rst, "/proc/PID/maps") that ranges ascend and do not overlap. A file that
-is empty, or ends early because the process does, is the sign that the process has exited.
+promises (Documentation/filesystems/proc.rst, "/proc/PID/maps") that ranges ascend and do not overlap.
 """
 
 from __future__ import annotations
@@ -139,6 +137,7 @@ def shmem_devices(mountinfo: bytes) -> frozenset[str]:
         mount, _, source = line.partition(b" - ")
         if source.split(b" ", 1)[0] in _SHMEM_FILESYSTEMS:
             major, _, minor = mount.split()[2].partition(b":")
+            # mountinfo has decimal numbers, maps hexadecimal ones.
             devices.add(f"{int(major):02x}:{int(minor):02x}")
     return frozenset(devices)
 
@@ -180,6 +179,7 @@ class VmaParser:
         )
 
     def _parse_flags(self, block: bytes) -> frozenset[str]:
+        # From the end: it is the last line of a mapping.
         at = block.rfind(b"VmFlags:")
         if at < 0:
             return _NO_FLAGS
@@ -189,8 +189,10 @@ class VmaParser:
         return flags
 
     def _kind(self, name: str, flags: frozenset[str], device: str, *, shared: bool, has_file: bool) -> VmaKind:
+        # Without flags the name shows it (HUGETLB_ANON_FILE, include/linux/hugetlb.h).
         if "ht" in flags or name.startswith("/anon_hugepage"):
             return VmaKind.HUGETLB
+        # VM_IO and VM_PFNMAP: memory of devices, without pages that khugepaged could take.
         if "io" in flags or "pf" in flags:
             return VmaKind.SPECIAL
         if name.startswith(_SHMEM_NAMES):
@@ -232,6 +234,7 @@ def _read_records(process: Process) -> Iterator[tuple[Vma, bytes]]:
     for header, block in split_records(_pieces(process)):
         empty = False
         yield parser.parse(header, block), block
+    # The list of an exiting process is empty, or ends early.
     if empty:
         process.check_memory()
     process.check_alive()
@@ -241,6 +244,7 @@ def _pieces(process: Process) -> Iterator[bytes]:
     try:
         fd = process.open("smaps")
     except UnsupportedError:
+        # Without CONFIG_PROC_PAGE_MONITOR there is no smaps: maps has the same list without flags.
         fd = process.open("maps")
     parts: list[bytes] = []
     size = 0

@@ -1,7 +1,6 @@
 """Read the capabilities of this process, and explain how to get a missing one (capabilities(7), user_namespaces(7)).
 
-A capability can be effective in a user namespace only (a rootless container), while the kernel requires many of them in
-the first one (``capable()``, kernel/capability.c). So this explains a refusal; only a trial shows what is refused.
+This explains a refusal; only a trial shows what is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ class Rights:
         except OSError:
             return cls(-1, 0, False)
         fields = {name: words.split() for name, _, words in (line.partition(":") for line in status)}
+        # The fourth is the filesystem UID, by which access to files and processes is checked (proc_pid_status(5)).
         return cls(int(fields["Uid"][3]), int(fields["CapEff"][0], 16), uid_map == _EVERY_UID)
 
     def has(self, capability: int) -> bool:
@@ -54,6 +54,8 @@ class Rights:
         name = _NAMES[capability]
         if not self.has(capability):
             return f"{name} (run as root; in a container --cap-add={name.removeprefix('CAP_')})"
+        # Effective in a namespace of its own, where the kernel asks for it in the first one (capable(),
+        # kernel/capability.c).
         if not self.in_first_namespace:
             return f"{name} in the first user namespace: this process has it in its own only"
         return f"{name} is there: a seccomp filter or security module refuses; run outside of it"

@@ -121,5 +121,6 @@ def _preset(machine: str, page_size: int) -> Geometry:
     preset = GEOMETRIES.get(name)
     if preset and preset.page_size == page_size:
         return preset
+    # Eight bytes an entry on every 64-bit architecture.
     entries_per_page = page_size // 8
     return Geometry(name, page_size, entries_per_page.bit_length() - 1)

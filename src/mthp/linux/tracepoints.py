@@ -1,9 +1,7 @@
 """Read tracepoints of the kernel through perf_event_open(2).
 
 tracefs describes the fields of an event in ``events/GROUP/NAME/format``. Fields and the numbers of symbols differ from
-release to release, so they are read there. The events themselves come through perf, not through an instance of ftrace,
-because a perf event is only a file descriptor: it ends with its process, however that ends, and changes no file of
-tracefs.
+release to release, so they are read there.
 """
 
 from __future__ import annotations
@@ -160,10 +158,13 @@ class Tracepoints:
         room = max(RING_BYTES, mmap.PAGESIZE)
         try:
             for cpu, each in itertools.product(range(os.sysconf("SC_NPROCESSORS_CONF")), formats):
+                # Not an instance of ftrace: a perf event is only a descriptor, which ends with this process however
+                # that ends, and changes no file of tracefs.
                 fd = perf_tracepoint(each.number, cpu)
                 if fd is None:
                     continue
                 self._closing.callback(os.close, fd)
+                # One page of control words, then a power of two of pages (perf_event_open(2)).
                 ring = self._closing.enter_context(mmap.mmap(fd, mmap.PAGESIZE + room))
                 self._rings.append((each, ring))
         except OSError as error:
@@ -190,6 +191,7 @@ class Tracepoints:
             found += [
                 Event(struct.unpack_from("=Q", record)[0], each.name, each.read(record[12:])) for record in records
             ]
+        # Each ring is in order, but a thread may have gone from one processor to another.
         return sorted(found, key=lambda event: event.time_ns)
 
 
@@ -213,6 +215,7 @@ def take_records(ring: mmap.mmap) -> tuple[list[bytes], int]:
         elif kind == PERF_RECORD_LOST:
             lost += struct.unpack_from("=QQ", record)[1]
         tail += length
+    # Last: it gives the room back to the kernel.
     struct.pack_into("=Q", ring, _DATA_TAIL, tail)
     return samples, lost
 

@@ -2,12 +2,8 @@
 
 Of the two files with the state of a page, pagemap costs 7 ns a page and kpageflags 30 or more. But an untouched page
 keeps its word in pagemap: the same frame, the same bits. So only pagemap is read every time, its words are summed up
-for each PMD range, and all else is read only for the ranges whose sum has changed.
-A sum is over products with random odd numbers, one for each place in the range: two contents have the same sum with the
-probability of guessing a 64-bit number.
-
-Three changes leave pagemap's words unchanged. PTEs of the same folio replace a PMD entry: PAGEMAP_SCAN detects it. A
-large folio is split in place, or memory is marked as lazily free: both are seen within :data:`ROUNDS` reads.
+for each PMD range, and all else is read only for the ranges whose sum has changed. Two changes that leave the words
+unchanged are seen within :data:`ROUNDS` reads: a folio split in place, and memory marked as lazily free.
 """
 
 from __future__ import annotations
@@ -38,6 +34,8 @@ class LiveWatch:
         self._columns = columns
         self._geometry = geometry
         n = geometry.ptes_per_pmd
+        # A random number for each place in the range, so that words that trade places change the sum; odd, so that no
+        # bit of a word is lost in the product.
         factors = np.random.default_rng().integers(0, 1 << 63, n, np.uint64) << np.uint64(1) | np.uint64(1)
         # As long as a block and a range, so that the factors from any place on are a slice.
         self._factors = np.tile(factors, READ_BLOCK // geometry.pmd_size + 2)
