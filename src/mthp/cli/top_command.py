@@ -32,7 +32,7 @@ def command(target: str | None, cpu: float, **options: Any) -> int:
     """Show processes by what a collapse could gain, and keep the table up to date.
 
     With a TARGET (a PID, a snapshot, a recording) show its mappings; keys step through a recording in time. The key ?
-    lists the keys. A collapse begins after a question, runs beside the screen, and can be stopped.
+    lists the keys. A collapse begins after a confirmation, runs beside the screen, and can be stopped.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UnsupportedError("top needs a terminal", help="in scripts use: mthp inspect TARGET --json")

@@ -256,7 +256,7 @@ class Workload(Closing):
         how = f"exited with status {status}" if status >= 0 else f"was ended by a signal: {signal.strsignal(-status)}"
         return TargetVanishedError(
             f"the demo's workload, PID {process.pid}, {how}",
-            help=tail or "if the system ran out of memory, ask for a smaller size",
+            help=tail or "if the system ran out of memory, use a smaller size",
         )
 
 

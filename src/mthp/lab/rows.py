@@ -54,4 +54,4 @@ def _sensible(name: str, value: object) -> bool:
 
 
 def _damaged(name: str) -> UsageError:
-    return UsageError(f"damaged: {str(name)[:40]!r} of a row is missing or makes no sense")
+    return UsageError(f"damaged: {str(name)[:40]!r} of a row is missing or not valid")

@@ -78,11 +78,11 @@ def section(compared: Compared) -> Section:
         tables.append(_creep_table(compared))
     scans = f"{compared.scans} scans" if compared.scans > 1 else "one scan"
     lead = (
-        "A policy says which folios are tried, max_ptes_none how many empty pages of a PMD range a collapse may fill."
-        f" Bloat is memory that was not there before. All figures are those after {scans}."
+        "A policy chooses the folios to make; max_ptes_none is the number of empty pages that a collapse may fill in a"
+        f" PMD range. Bloat is the memory of filled holes. All figures are those after {scans}."
     )
     return Section(
-        "What each policy would make of it",
+        "Effect of each policy",
         lead,
         bars=(_bars(compared),),
         charts=charts,
@@ -107,9 +107,9 @@ def frontier_chart(compared: Compared) -> Chart:
     }
     return chart(
         "Coverage against bloat",
-        "Up is better, left is better. Nothing covers more for less than what the dashed line joins.",
+        "Up and left are better. The dashed line joins the settings that no other beats.",
         [Series(policy, points) for policy, points in series.items()],
-        x_name="bloat, % of what was resident",
+        x_name="bloat, % of the resident memory",
         y_name=f"in {compared.size} folios, %",
         x_unit="%",
         y_unit="%",
@@ -133,11 +133,11 @@ def creep_chart(compared: Compared) -> Chart:
     creeping = [name for name in shown if growth(name) > 0]
     said = f"It grows for {', '.join(creeping)}." if creeping else "It grows for none of them."
     return chart(
-        "Creep: bloat that goes on after the first scan",
-        f"Every scan sees what the one before it made. {said}",
+        "Creep: bloat that grows after the first scan",
+        f"Every scan reads the result of the one before. {said}",
         [Series(name, bloat[name], joined=True) for name in shown],
         x_name="scans",
-        y_name="bloat, % of what was resident",
+        y_name="bloat, % of the resident memory",
         y_unit="%",
     )
 
@@ -197,7 +197,7 @@ def _table(compared: Compared) -> Table:
         *by_heat,
         "frontier",
     )
-    return Table("All of them in figures", columns, rows, folded=len(rows) > 12)
+    return Table("All settings in figures", columns, rows, folded=len(rows) > 12)
 
 
 _BY_HEAT: Mapping[str, tuple[str, Callable[[Any], str]]] = {

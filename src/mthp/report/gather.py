@@ -153,14 +153,14 @@ def _figures(census: Census, plan: SpacePlan, after: Census | None) -> tuple[Fig
             *figures,
             Figure(percent(_covered(census)), f"{pmd} pages before", "of the anonymous memory"),
             Figure(percent(_covered(after)), f"{pmd} pages afterwards", "of the anonymous memory"),
-            Figure(format_size(grown), "grown", f"{percent(grown / resident)} of what was resident"),
+            Figure(format_size(grown), "grown", f"{percent(grown / resident)} of the resident memory before"),
         )
     share = plan.filled_bytes / resident if resident else 0.0
     return (
         *figures,
         Figure(percent(plan.before.share(geometry.pmd_order)), f"{pmd} pages now", "of the anonymous memory"),
         Figure(percent(plan.after.share(geometry.pmd_order)), f"{pmd} pages with the plan", f"policy {plan.policy}"),
-        Figure(format_size(plan.filled_bytes), "would be added", f"{percent(share)} of what is resident"),
+        Figure(format_size(plan.filled_bytes), "would be added", f"{percent(share)} of the resident memory"),
     )
 
 
@@ -197,7 +197,7 @@ def _map_section(source: Source, census: Census, plan: SpacePlan, progress: Prog
     )
     lead = (
         "Each column is filled from below with what its stretch of addresses holds, the largest folios first."
-        " What is hatched was empty and would become memory."
+        " Hatched parts are empty, and a collapse would fill them."
     )
     return Section("The address space", lead, maps=(memory,))
 
@@ -260,7 +260,7 @@ def _mappings_section(census: Census) -> Section:
     rows = [_mapping(vma, geometry) for vma in largest if vma.pages.resident or vma.pages.state("swap")]
     columns = ("address", "size", "resident", _pmd(geometry), "may become", "name")
     return Section(
-        "What it is made of",
+        "Composition",
         tables=(
             Table("Resident memory by folio size", ("folio size", "bytes", "share", "anonymous"), sizes),
             Table("States of pages", ("state", "bytes"), states, folded=True),

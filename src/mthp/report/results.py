@@ -56,7 +56,7 @@ def report_on_comparison(path: Path, commands: Sequence[Command], *, version: st
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", help=error.help or _MAKE_ONE) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: damaged: {error} is missing or makes no sense", help=_MAKE_ONE) from error
+        raise UsageError(f"{path}: damaged: {error} is missing or not valid", help=_MAKE_ONE) from error
     return Document(
         title=target,
         verdict=compared.verdict[0],

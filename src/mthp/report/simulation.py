@@ -15,8 +15,8 @@ from mthp.units import format_size, percent
 Row = Mapping[str, Any]
 
 CHARTS = (
-    ("huge_coverage", "Memory mapped by PMD entries", "% of what is resident"),
-    ("large_coverage", "Memory in large folios", "% of what is resident"),
+    ("huge_coverage", "Memory mapped by PMD entries", "% of the resident memory"),
+    ("large_coverage", "Memory in large folios", "% of the resident memory"),
     ("resident_bytes", "Resident memory", "bytes"),
     ("bloat_bytes", "Bloat", "bytes"),
     ("khugepaged_seconds", "khugepaged's processor time", "seconds"),
@@ -24,7 +24,7 @@ CHARTS = (
 )
 """Metric, title and unit of each chart."""
 
-MEANINGS = {"resident_bytes": "memory that all programs have together, what collapses filled included"}
+MEANINGS = {"resident_bytes": "memory of all programs together, filled holes included"}
 """Meanings of metrics that differ from those of a comparison, which reads PMD ranges."""
 
 

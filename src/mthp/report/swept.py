@@ -45,7 +45,7 @@ def report_on_sweep(
         facts=(("table", path.name), ("machine", f"{geometry.name}, pages of {geometry.label(0)}")),
         sections=(
             section(Compared(geometry, size, sums, frontier, [verdict])),
-            Section("How far inputs lie apart", tables=(_spread(rows, sums),)),
+            Section("Spread of the inputs", tables=(_spread(rows, sums),)),
         ),
         commands=commands,
         version=version,

@@ -117,7 +117,7 @@ def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart
     mapped = [(m.seconds, float(m.huge), told(f"{pmd} mapped", format_size(m.huge), m)) for m in moments]
     coverage = chart(
         "Coverage over time",
-        "Of the anonymous memory that is resident at each moment.",
+        "Share of the anonymous memory that is resident at each moment.",
         [Series(f"mapped as {pmd}", huge, joined=True), Series(f"in folios above {base}", large, joined=True)],
         x_name="seconds",
         y_name="% of the anonymous memory",
@@ -126,7 +126,7 @@ def _charts(moments: Sequence[Moment], geometry: Geometry) -> tuple[Chart, Chart
     )
     memory = chart(
         "Memory over time",
-        "All that is resident, and what of it is anonymous and mapped by PMD entries.",
+        "Resident memory, and the anonymous part of it that PMD entries map.",
         [Series("resident", resident, joined=True), Series(f"mapped as {pmd}", mapped, joined=True)],
         x_name="seconds",
         y_name="bytes",

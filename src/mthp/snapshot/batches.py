@@ -42,7 +42,7 @@ def check_message(file: BinaryIO, columns: int) -> None:
     try:
         _check(file, os.fstat(file.fileno()).st_size - begin, columns)
     except (struct.error, IndexError) as error:
-        raise UsageError("damaged: the header of a step makes no sense") from error
+        raise UsageError("damaged: the header of a step is not valid") from error
     finally:
         file.seek(begin)
 
@@ -68,7 +68,7 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
     batch = message.table(2)
     rows = batch.number(0, "<q")
     if rows < 0:
-        raise UsageError("damaged: the rows of a step make no sense")
+        raise UsageError("damaged: the rows of a step are not valid")
     RUNS.check(rows)
     buffers, count = batch.vector(2)
     if count != 2 * columns:

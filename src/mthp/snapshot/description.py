@@ -189,7 +189,7 @@ def _pages(count: int) -> int:
 
 
 def _damaged(what: str) -> UsageError:
-    return UsageError(f"damaged: {what!r} in its description is missing or makes no sense")
+    return UsageError(f"damaged: {what!r} in its description is missing or not valid")
 
 
 def _strings(values: list[object], what: str) -> tuple[str, ...]:

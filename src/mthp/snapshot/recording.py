@@ -281,7 +281,7 @@ def _overlap(runs: Runs) -> bool:
 def _checked(path: str, meta: Meta, key: str, kind: Any, default: Any) -> Any:
     value = meta.get(key, default)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise UsageError(f"{path}: damaged: {key!r} of a step makes no sense")
+        raise UsageError(f"{path}: damaged: {key!r} of a step is not valid")
     return value
 
 
@@ -309,7 +309,7 @@ def unpacked_pages(path: str, text: object) -> NDArray[np.int64]:
         except UsageError:
             raise
         except ValueError as error:
-            raise UsageError("damaged: the accesses of a step make no sense") from error
+            raise UsageError("damaged: the accesses of a step are not valid") from error
         if (pages < 0).any() or (pages >= 1 << 52).any():
             raise UsageError("damaged: the accesses of a step lie outside of the address space")
     return pages

@@ -278,7 +278,7 @@ class TopApp(App[int]):
 
     @work
     async def action_collapse(self) -> None:
-        """Collapse the chosen process, after a question."""
+        """Collapse the chosen process, after a confirmation."""
         row, opened = self.chosen, self.view.opened
         if row is None:
             return

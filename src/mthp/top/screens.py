@@ -24,9 +24,9 @@ from mthp.units import format_size
 KEYS = (
     ("up, down, page up, page down", "choose a row"),
     ("enter, p", "its plan in full"),
-    ("c", "collapse it, after a question"),
+    ("c", "collapse it, after a confirmation"),
     ("s, r", "sort by the next column; the other way round"),
-    ("/", "show only rows whose name or number contains a text; escape shows all"),
+    ("/", "show only rows with a text in their name or number; escape shows all"),
     ("left, right", "on a recording: the step before, the step after; home and end: the first, the last"),
     ("t", "light or dark"),
     ("q", "end"),
@@ -50,7 +50,7 @@ def plan_text(row: Row, geometry: Geometry, policy: str) -> Text:
     if row.trouble:
         line("cannot be planned", row.trouble)
     elif not row.planned:
-        line("plan", "not made yet: a moment")
+        line("plan", "not made yet")
     else:
         folios = ", ".join(f"{count:,} of {geometry.label(order)}" for order, count in row.folios.items())
         line(f"plan ({policy})", folios or "nothing to collapse")
@@ -203,7 +203,9 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
         f" {report.after.share(geometry.pmd_order):.1%} now",
     ]
     if report.windows.count:
-        lines.append(f"it stood still {report.windows.count:,} times, for {1000 * report.windows.p50:.2f} ms at a time")
+        lines.append(
+            f"it was stopped {report.windows.count:,} times, for a median of {1000 * report.windows.p50:.2f} ms"
+        )
     left = [(count, pmd, result.meaning) for result, count in report.failed.items()]
     left += [(report.over_budget, pmd, "filling them would exceed the bloat budget")] if report.over_budget else []
     copied = report.ranges.over_copied
@@ -234,8 +236,8 @@ def keys_text() -> Text:
         text.append(f"{keys:<30}", style="bold")
         text.append(f"{meaning}\n")
     text.append(
-        "\ncould gain: bytes that a collapse would bring into larger folios; with a ~ before it is an upper bound,"
-        " until a plan is made of what is on the screen.\nadds: memory that it would take more (bloat).\n"
+        "\ncould gain: bytes that a collapse would bring into larger folios. A ~ marks an upper bound, until the row has"
+        " a plan, which only visible rows get.\nadds: memory that the collapse would add (bloat).\n"
     )
     return text
 

@@ -172,7 +172,7 @@ def test_a_plan_comes_up_and_goes_away(screenshots: Path) -> None:
         assert "30M of bloat" in text_of(app, "#text")
         app.save_screenshot("top-plan.svg", str(screenshots))
         await pilot.press("escape", "question_mark")
-        assert "collapse it, after a question" in text_of(app, "#text")
+        assert "collapse it, after a confirmation" in text_of(app, "#text")
         await pilot.press("q", "q")
         assert app.return_value == 0
 
