@@ -215,8 +215,8 @@ def zero_filled(space: AddressSpace, columns: PteColumns) -> NDArray[np.bool_]:
     if isinstance(space, WithContents):
         return space.zero_filled(columns)
     raise UnsupportedError(
-        f"{space.label} has no contents, so it cannot tell pages of nothing but zeroes",
-        help="ask it of the running process",
+        f"{space.label} has no contents, so pages of zeroes cannot be found",
+        help="use the running process",
     )
 
 
@@ -266,7 +266,7 @@ def heat_of(space: AddressSpace, wanted: AnyHeat = None, stop: Callable[[], bool
         return space.measure_heat(request, stop)
     raise UnsupportedError(
         f"{space.label} is not a live process, so its accesses cannot be measured",
-        help="leave heat out: what was recorded is used; or name a file of heat",
+        help="leave heat out to use the recorded accesses, or name a file of heat",
     )
 
 

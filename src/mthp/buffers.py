@@ -28,7 +28,7 @@ def memory_of(buffer: Any) -> tuple[int, int]:
     except (TypeError, ValueError, BufferError, RuntimeError) as error:
         raise UsageError(f"a {type(buffer).__name__} is not a buffer that can be collapsed: {error}") from error
     if not array.flags.forc:
-        raise UsageError("the array is not contiguous: collapse the array that it is a view of")
+        raise UsageError("the array is not contiguous: collapse its base array")
     return array.__array_interface__["data"][0], array.nbytes
 
 

@@ -76,7 +76,7 @@ def eligibility(
         # include/linux/huge_mm.h).
         if (vma.start - vma.offset) % geometry.pmd_size:
             return Eligibility(
-                (), f"{what}, whose place in the file is not aligned to {geometry.label(geometry.pmd_order)}"
+                (), f"{what}, at an offset in the file that is not aligned to {geometry.label(geometry.pmd_order)}"
             )
         if include_file:
             return Eligibility((geometry.pmd_order,), f"{what}: {geometry.label(geometry.pmd_order)} only")
@@ -84,14 +84,14 @@ def eligibility(
     # __thp_vma_allowable_orders() (mm/huge_memory.c) requires an anon_vma, which the first write makes. If it is not
     # known (None), the kernel decides.
     if vma.has_anon_vma is False:
-        return Eligibility((), "nothing was ever written here")
+        return Eligibility((), "it was never written")
     if trigger == "madvise":
         return Eligibility(geometry.anon_orders)
     advised = "hg" in vma.flags
     if orders := switches.orders(advised=advised):
         return Eligibility(orders)
-    whose = "with" if advised else "without"
-    return Eligibility((), f"no size is enabled for memory {whose} MADV_HUGEPAGE (enabled is {switches.enabled!r})")
+    advice = "with" if advised else "without"
+    return Eligibility((), f"no size is enabled for memory {advice} MADV_HUGEPAGE (enabled is {switches.enabled!r})")
 
 
 def _refused(vma: Vma, geometry: Geometry, thp_disabled: bool, *, small: bool) -> str:

@@ -106,8 +106,10 @@ def most_threads(max_pause_ns: int) -> int:
 
 def price_of_moving(threads: int, max_pause_ns: int) -> str:
     """Return the price as a clause: ``"injects code, and stops all 64 threads, with an aim of 2 ms at a time"``."""
-    who = "it" if threads <= 1 else f"all of its {threads} threads"
-    return f"injects code, and stops {who}, with an aim of {window_ns(threads, max_pause_ns) / 1e6:.3g} ms at a time"
+    stopped = "it" if threads <= 1 else f"all of its {threads} threads"
+    return (
+        f"injects code, and stops {stopped}, with an aim of {window_ns(threads, max_pause_ns) / 1e6:.3g} ms at a time"
+    )
 
 
 def needs_move_reason(price: str) -> str:

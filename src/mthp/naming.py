@@ -124,7 +124,7 @@ def user_id(value: Any) -> int:
         return pwd.getpwnam(value).pw_uid
     except (KeyError, ValueError):
         raise UsageError(
-            f"there is no user {value[:60]!r}", help="use a name that getent passwd(1) knows, or a number"
+            f"unknown user {value[:60]!r}", help="use a name that getent passwd(1) knows, or a number"
         ) from None
 
 

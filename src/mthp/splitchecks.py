@@ -99,7 +99,7 @@ def refusal_of_mapping(vma: Vma | None, start: int, geometry: Geometry, *, thp_d
     if vma.start > start or vma.end < start + geometry.pmd_size:
         return ScanResult.ADDRESS_RANGE, ""
     if vma.uffd_armed:
-        return ScanResult.VMA_CHECK, "registered with userfaultfd, which holes must not be filled behind"
+        return ScanResult.VMA_CHECK, "registered with userfaultfd, so its holes must not be filled"
     return None
 
 

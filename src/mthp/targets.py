@@ -180,10 +180,10 @@ class _Finder:
         kind, colon, _ = word.partition(":")
         close = self._close(word)
         if colon and kind.isalpha():
-            close = f"there is no kind {kind!r} of names; "
+            close = f"unknown kind of name {kind!r}; "
         return UsageError(
             f"target {word!r} is neither a PID nor 'self' nor a file that exists, nor the name of a process",
-            help=f"{close}{HOW_TO_NAME}; a file is what `mthp snapshot` or `record` wrote",
+            help=f"{close}{HOW_TO_NAME}; a file is the output of `mthp snapshot` or `record`",
         )
 
     def _close(self, word: str) -> str:

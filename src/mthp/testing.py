@@ -116,23 +116,25 @@ class _Check:
 
     def descriptions(self) -> None:
         space = self.space
-        self.expect(isinstance(space.geometry, Geometry), "geometry is no Geometry")
-        self.expect(isinstance(space.switches, Switches), "switches are no Switches")
-        self.expect(isinstance(space.thp_disabled, bool), "thp_disabled is no bool")
+        self.expect(isinstance(space.geometry, Geometry), "geometry is not a Geometry")
+        self.expect(isinstance(space.switches, Switches), "switches are not Switches")
+        self.expect(isinstance(space.thp_disabled, bool), "thp_disabled is not a bool")
         for name in ("label", "kernel"):
-            self.expect(isinstance(getattr(space, name), str) and getattr(space, name), f"{name} is no text")
-        self.expect(all(isinstance(each, str) and each for each in space.missing), "missing holds something but texts")
-        if self.expect(isinstance(space.tunables, Tunables), "tunables are no Tunables"):
+            self.expect(isinstance(getattr(space, name), str) and getattr(space, name), f"{name} is not a text")
+        self.expect(
+            all(isinstance(each, str) and each for each in space.missing), "missing holds items that are not texts"
+        )
+        if self.expect(isinstance(space.tunables, Tunables), "tunables are not Tunables"):
             try:
                 space.tunables.checked(space.geometry)
             except MthpError as error:
-                self.expect(False, f"tunables cannot be: {error}")
+                self.expect(False, f"tunables are not possible: {error}")
 
     def mappings(self) -> None:
         page, behind = self.geometry.page_size, 0
         for vma in self.space.vmas():
             where = f"the mapping at {vma.start:#x}"
-            self.expect(isinstance(vma, Vma) and isinstance(vma.kind, VmaKind), f"{where} is no Vma")
+            self.expect(isinstance(vma, Vma) and isinstance(vma.kind, VmaKind), f"{where} is not a Vma")
             self.expect(vma.start >= behind, f"{where} overlaps the one before it, or does not lie behind it")
             self.expect(vma.start < vma.end, f"{where} is empty")
             self.expect(vma.start % page == vma.end % page == 0, f"{where} is not made of whole pages")
@@ -140,9 +142,9 @@ class _Check:
             behind = vma.end
         self.expect_soon(
             lambda: self.space.mapped() == [(vma.start, vma.end) for vma in self.space.vmas()],
-            "mapped() does not give the ranges of vmas()",
+            "mapped() does not return the ranges of vmas()",
         )
-        self.expect_soon(self._same_with_nodes, "with_nodes() gives other mappings than it was given")
+        self.expect_soon(self._same_with_nodes, "with_nodes() returns other mappings than its argument")
 
     def _same_with_nodes(self) -> bool:
         vmas = self.space.vmas()
@@ -169,7 +171,7 @@ class _Check:
             for start, end in block:
                 self._entries_of((start, end))
         empty = self.space.read([])
-        self.expect(len(empty.state) == len(empty.folio_order) == 0, "read([]) gives entries")
+        self.expect(len(empty.state) == len(empty.folio_order) == 0, "read([]) returns entries")
 
     def _entries_of(self, segment: Segment) -> None:
         columns = self.space.read([segment])
@@ -257,14 +259,14 @@ class _Check:
         """Check that populated() leaves out only none entries, and returns only parts of its argument."""
         segments = self.segments()
         size = self.geometry.pmd_size
-        self.expect_soon(lambda: self._nothing_left_out(segments, size), "populated() leaves out what holds something")
+        self.expect_soon(lambda: self._nothing_left_out(segments, size), "populated() leaves out ranges with contents")
         for start, end in (found := self.space.populated(segments, size)):
             inside = any(low <= start < end <= high for low, high in segments)
-            self.expect(inside, f"populated() gives {start:#x}-{end:#x}, which was not asked")
+            self.expect(inside, f"populated() returns {start:#x}-{end:#x}, which is not in its argument")
         self.expect(found == sorted(found), "populated() does not ascend")
         overlapping = any(end > start for (_, end), (start, _) in pairwise(found))
-        self.expect(not overlapping, "populated() gives some of it twice")
-        self.expect(self.space.populated([], size) == [], "populated([]) gives something")
+        self.expect(not overlapping, "populated() returns overlapping ranges")
+        self.expect(self.space.populated([], size) == [], "populated([]) returns ranges")
 
     def _nothing_left_out(self, segments: list[Segment], granule: int) -> bool:
         found = self.space.populated(segments, granule)
@@ -280,7 +282,7 @@ class _Check:
         outcome = self._outcome(nowhere, order)
         if outcome is not None:
             self.expect(outcome.result is not ScanResult.SUCCEED, "a collapse where nothing is mapped succeeds")
-        self.expect(self._blocks([]) in ([], None), "collapse_blocks([]) gives outcomes")
+        self.expect(self._blocks([]) in ([], None), "collapse_blocks([]) returns outcomes")
         address = self._candidate(order)
         if address is not None:
             self._collapse_at(address, order)
@@ -324,7 +326,7 @@ class _Check:
         if outcome is None:
             return
         what = f"the collapse of {address:#x} to order {order}"
-        self.expect(isinstance(outcome.result, ScanResult), f"{what}: its result is no ScanResult")
+        self.expect(isinstance(outcome.result, ScanResult), f"{what}: its result is not a ScanResult")
         self.expect(outcome.elapsed_ns >= 0, f"{what} took {outcome.elapsed_ns} ns")
         after = self.space.read([around])
         contents = Pte.PRESENT | Pte.SWAP
@@ -352,12 +354,12 @@ class _Check:
         self.expect(same, f"{what} changes its neighbours")
         again = self._outcome(address, order)
         repeated = again is not None and again.result is ScanResult.SUCCEED
-        self.expect(again is not None and not repeated, f"{what} cannot be asked for twice, or succeeds twice")
+        self.expect(again is not None and not repeated, f"{what} cannot be repeated, or succeeds twice")
 
     def pauses(self) -> None:
         pauses = abilities.take_pauses(self.space)
         self.expect(all(isinstance(pause, int) and pause >= 0 for pause in pauses), f"pauses are {pauses}")
-        self.expect(abilities.take_pauses(self.space) == [], "take_pauses() gives the same pauses twice")
+        self.expect(abilities.take_pauses(self.space) == [], "take_pauses() returns the same pauses twice")
 
     # The end.
 

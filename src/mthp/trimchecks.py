@@ -18,7 +18,7 @@ from mthp.results import ScanResult
 from mthp.trimming import TrimOutcome
 from mthp.vma import Vma
 
-NOT_ONE = "what is there of it does not lie in one folio of this order"
+NOT_ONE = "its pages do not lie in one folio of this order"
 SHARED = "shared with another process"
 LOCKED = "mlocked: the kernel keeps zeroes of locked memory"
 ARMED = "registered with userfaultfd"

@@ -80,7 +80,7 @@ def test_a_recording_that_was_cut_off_says_so(recording: Path, tmp_path: Path) -
         (["record", "self", "-o", "{tmp}/r", "--trace-format", "perf"], 2, "needs --from-trace"),
         (["record", "self", "-o", "{tmp}/r", "--from-trace", "x"], 2, "both a target"),
         (["record", "--from-trace", "/dev/null", "-o", "{tmp}/r"], 2, "not a regular file"),
-        (["record", "--from-trace", "{tmp}/text", "-o", "{tmp}/r"], 2, "no trace that mthp knows"),
+        (["record", "--from-trace", "{tmp}/text", "-o", "{tmp}/r"], 2, "not a trace that mthp knows"),
     ],
 )
 def test_bad_input_has_clear_words(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:

@@ -48,7 +48,12 @@ def test_a_sweep_becomes_a_page(sweep: Path, tmp_path: Path) -> None:
     done = mthp("report", sweep, "-o", out)
     assert done.returncode == 0, done.stderr
     text = out.read_text("utf-8")
-    for wanted in ("table.parquet: a sweep", "Over 2 inputs together", "Coverage against bloat", "How far inputs lie"):
+    for wanted in (
+        "table.parquet: a sweep",
+        "Over 2 inputs together",
+        "Coverage against bloat",
+        "Spread of the inputs",
+    ):
         assert wanted in text
 
 

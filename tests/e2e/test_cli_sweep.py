@@ -127,7 +127,7 @@ def test_a_bad_input_makes_exit_code_1_and_ends_nothing(inputs: Path, tmp_path: 
         (["{in}", "--grid", "{tmp}/no", "-o", "{tmp}/o"], "No such file"),
         (["{in}", "--grid", "{grid}", "-o", "{tmp}/no/o"], "cannot be created"),
         (["{in}", "--grid", "{grid}", "-o", "{tmp}/o", "--jobs", "0"], "0 jobs are too few"),
-        (["{in}", "--grid", "{grid}", "-o", "{tmp}/o", "--scheduler", "here"], "no address of a scheduler"),
+        (["{in}", "--grid", "{grid}", "-o", "{tmp}/o", "--scheduler", "here"], "not the address of a scheduler"),
         (
             ["{in}", "--grid", "{grid}", "-o", "{tmp}/o", "--scheduler", "tcp://x:1", "--jobs", "2"],
             "exclude each other",

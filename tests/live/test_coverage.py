@@ -90,7 +90,7 @@ def test_memory_in_mappings_smaller_than_the_pmd_size_counts(start: int) -> None
     assert (done["complete"], done["min_coverage_reached"]) == (True, False)
     left = {each["reason"]: each["resident_bytes"] for each in done["plan"]["left_alone"]}
     assert sum(left.values()) == pytest.approx(smaps["Anonymous"] - smaps["AnonHugePages"], rel=0.05)
-    assert "that --min-coverage asks for" in mthp("collapse", start, "--min-coverage", "95%").stdout
+    assert "that --min-coverage requires" in mthp("collapse", start, "--min-coverage", "95%").stdout
 
 
 @pytest.mark.parametrize("start", [MANY_SMALL, MOVED], indirect=True)

@@ -180,14 +180,14 @@ BROKEN: dict[str, Callable[[FakeSpace], object]] = {
     ),
     "segments are": lambda space: broken(space, "read", lambda columns, _: replace(columns, segments=())),
     "leaves out": lambda space: broken(space, "populated", lambda found, *_: found[1:]),
-    "which was not asked": lambda space: broken(
+    "not in its argument": lambda space: broken(
         space, "populated", lambda found, *_: [*found, (0, SIZE)] if found else []
     ),
     "ranges of vmas()": lambda space: broken(space, "mapped", lambda found: found[:-1]),
     "other mappings": lambda space: setattr(space, "with_nodes", lambda vmas: vmas[1:]),
     "overlaps": lambda space: broken(space, "vmas", lambda found: found[::-1]),
-    "tunables cannot be": lambda space: setattr(space, "_tunables", Tunables(99, 0, 0, 1)),
-    "label is no text": lambda space: setattr(space, "_label", ""),
+    "tunables are not possible": lambda space: setattr(space, "_tunables", Tunables(99, 0, 0, 1)),
+    "label is not a text": lambda space: setattr(space, "_label", ""),
     "leaves a page that is not present": lambda space: spoiled(space, 0, (0, ORDER_NONE, 1)),
     "loses a page": lambda space: spoiled(space, 0, (0, ORDER_NONE, 1)),
     "no PMD entry maps it": lambda space: spoiled(space, 0, (int(Pte.PRESENT), 4, 16)),

@@ -137,7 +137,7 @@ def test_a_bare_word_is_the_name_of_a_process_or_the_error_says_what_to_write(ma
     assert "unit:NAME" in caught.value.help
     with pytest.raises(UsageError, match="neither a PID nor 'self' nor a file") as caught:
         find("namespace:x")
-    assert "no kind 'namespace'" in caught.value.help
+    assert "unknown kind of name 'namespace'" in caught.value.help
 
 
 def test_a_file_goes_before_a_process_of_that_name(machine: Path, tmp_path: Path) -> None:

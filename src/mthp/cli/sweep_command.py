@@ -68,7 +68,10 @@ def command(
         return code
     out = console()
     if report.interrupted:
-        say(out, f"interrupted: {report.done} of {report.inputs} inputs are done; run the same command again to go on")
+        say(
+            out,
+            f"interrupted: {report.done} of {report.inputs} inputs are done; run the same command again to continue",
+        )
     else:
         resumed = f" ({report.resumed} of them by an earlier run)" if report.resumed else ""
         say(

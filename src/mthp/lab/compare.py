@@ -136,7 +136,7 @@ class Comparison(Tabular):
         """The comparison in words, one sentence each."""
         size = self.geometry.label(self.covered)
         if not any(int(outcome.scans[0].by_order.sum()) for outcome in self.outcomes):
-            return [f"Nothing of {self.label} is in memory that may be collapsed: no policy would do anything."]
+            return [f"{self.label} has no resident memory that may be collapsed: no policy has an effect."]
         before = self.coverage(self.outcomes[0], 0)
         best = [
             (name, outcome) for name, outcome, on in zip(self.names, self.outcomes, self.frontier, strict=True) if on
@@ -259,7 +259,7 @@ def compare(
     if not settings:
         raise UsageError("no policy was given", help=f"use --policies with some of {', '.join(policy_names())}")
     if scans is not None and scans < 1:
-        raise UsageError(f"{scans} scans are too few", help="1 shows what the next scan would do; all, where it ends")
+        raise UsageError(f"{scans} scans are too few", help="use 1 for the next scan, or all for the final state")
     geometry = space.geometry
     processor = processor or Processor.named("skylake")
     heat = heat_of(space, heat)

@@ -44,20 +44,18 @@ class Metric:
 
 
 _ALL = (
-    Metric("resident_bytes", "bytes", "memory in the PMD ranges that may be collapsed, what was filled included"),
+    Metric("resident_bytes", "bytes", "memory in the PMD ranges that may be collapsed, filled holes included"),
     Metric("huge_coverage", "share", "part of the resident memory that PMD entries map", "more"),
     Metric("hot_coverage", "share", "part of the observed accesses that go to memory that PMD entries map", "more"),
     Metric("large_coverage", "share", "part of the resident memory in folios of order 1 or larger", "more"),
     Metric("order_share", "share", "part of the resident memory in folios of one order; one column for each order"),
     Metric("bloat_bytes", "bytes", "zero-filled memory that collapses added, all scans together", "less"),
-    Metric("bloat_share", "share", "bloat_bytes as a part of what was resident before the first collapse", "less"),
-    Metric("creep_bytes", "bytes", "bloat that this scan added; with creep it goes on after the first", "less"),
-    Metric(
-        "given_back_bytes", "bytes", "memory that trims gave back, or of a comparison, that one would give back then"
-    ),
+    Metric("bloat_share", "share", "bloat_bytes as a part of the resident memory before the first collapse", "less"),
+    Metric("creep_bytes", "bytes", "bloat that this scan added; creep is bloat after the first", "less"),
+    Metric("given_back_bytes", "bytes", "memory that trims gave back; of a comparison, the predicted effect of a trim"),
     Metric("copied_bytes", "bytes", "contents that collapses copied, all scans together", "less"),
     Metric("folios", "folios", "folios that collapses made, all scans together"),
-    Metric("scanned_ptes", "entries", "PTEs that khugepaged looked at, all scans together", "less"),
+    Metric("scanned_ptes", "entries", "PTEs scanned, all scans together", "less"),
     Metric("khugepaged_seconds", "seconds", "processor time of scanning, copying, clearing and installing", "less"),
     Metric("translations", "entries", "TLB entries that hold all of the resident memory at once", "less"),
     Metric(
@@ -67,14 +65,14 @@ _ALL = (
         "more",
     ),
     Metric("tlb_misses", "count", "page walks of a trace, or of accesses drawn by heat, by the model of a TLB", "less"),
-    Metric("alloc_attempts", "count", "folios that collapses asked the allocator for"),
-    Metric("alloc_failures", "count", "of these, the ones that it did not have", "less"),
+    Metric("alloc_attempts", "count", "folios that collapses requested from the allocator"),
+    Metric("alloc_failures", "count", "of these, the folios that could not be allocated", "less"),
     Metric("alloc_failure_share", "share", "alloc_failures as a part of alloc_attempts", "less"),
     Metric("time_to_coverage", "seconds", "time until a coverage was reached; infinite if it never was", "less"),
     Metric("coverage", "share", "part of the resident memory in folios of the size that counts, or larger", "more"),
     Metric("seconds", "seconds", "simulated time of the row, or time of the step of a recording"),
     Metric("processes", "count", "processes that live"),
-    Metric("killed", "count", "processes that died of want of memory", "less"),
+    Metric("killed", "count", "processes that the OOM killer ended", "less"),
     Metric("free_bytes", "bytes", "memory that is free on the machine"),
     Metric(
         "fairness",

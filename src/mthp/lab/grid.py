@@ -78,8 +78,8 @@ def example() -> str:
 
 
 _ABOVE = """\
-A grid for mthp sweep --grid FILE: every combination of the values is one setting. Every key is shown; one that is a
-comment has the value that holds without it, or an example where there is none.
+A grid for mthp sweep --grid FILE: every combination of the values is one setting. Every key is shown; a key in a
+comment has its default value, or an example if it has none.
 """
 
 _EXAMPLES = {

@@ -30,7 +30,7 @@ _LOGGERS = (
     "asyncio",
 )
 
-_GO_ON = "what is done is kept: run the same command again to go on"
+_GO_ON = "finished inputs are kept: run the same command again to continue"
 
 
 def local(jobs: int | None = None) -> Runner:
@@ -74,7 +74,7 @@ def dask(address: str) -> Runner:
     """
     distributed = _imported("distributed", "dask")
     if "://" not in address:
-        raise UsageError(f"{address!r} is no address of a scheduler", help="write it as tcp://HOST:8786")
+        raise UsageError(f"{address!r} is not the address of a scheduler", help="write it as tcp://HOST:8786")
 
     def run(tasks: Sequence[Task]) -> Iterator[Done]:
         with _quiet():

@@ -55,8 +55,8 @@ def example() -> str:
 
 
 _ABOVE = """\
-A scenario for mthp simulate FILE: programs and khugepaged on a simulated machine. Every key is shown; one that is a
-comment has the value that holds without it. The values of [switches] and [tunables] are those of the geometry x86-64.
+A scenario for mthp simulate FILE: programs and khugepaged on a simulated machine. Every key is shown; a key in a
+comment has its default value. The values of [switches] and [tunables] are those of the geometry x86-64.
 """
 
 
@@ -76,8 +76,10 @@ def load_scenario(path: Path) -> Scenario:
         UsageError: the file does not exist, is not TOML, or has an impossible value; the message names the place.
     """
     if _is_foreign(path):
-        remedy = 'write a scenario whose process has workload = "recording" and file = "..." to simulate a recording'
-        raise UsageError(f"{path}: not TOML, and no text", help=remedy)
+        remedy = (
+            'write a scenario with a process that has workload = "recording" and file = "..." to simulate a recording'
+        )
+        raise UsageError(f"{path}: not TOML, and not text", help=remedy)
     return _scenario(Document.load(path, {"file": lambda value: str(path.parent / text(value))}), path)
 
 

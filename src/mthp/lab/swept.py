@@ -40,7 +40,7 @@ def read(path: Path) -> list[Row]:
     """
     rows, _ = read_rows(path)
     if not rows or not set(COLUMNS) <= rows[0].keys():
-        raise UsageError(f"{path}: no table of a sweep, or an empty one")
+        raise UsageError(f"{path}: not a table of a sweep, or an empty one")
     with named(path):
         rows = checked_rows(rows, _KINDS)
         if len(set(_names(rows).values())) < len({row["setting"] for row in rows}):

@@ -113,8 +113,8 @@ _ALL = (
         "zen",
         "AMD Zen (family 17h, models 00h to 2Fh)",
         "Software Optimization Guide for AMD Family 17h Processors (55723), Memory Address Translation. Runs of 32 KiB:"
-        " Processor Programming Reference for AMD Family 17h Models 01h,08h (54945), PMCx045, whose third size of page"
-        " is 32K; that runs of 16 KiB are coalesced too is assumed.",
+        " Processor Programming Reference for AMD Family 17h Models 01h,08h (54945), PMCx045, with 32K as its third"
+        " size of page; that runs of 16 KiB are coalesced too is assumed.",
         ((Structure(64, 64, _GB),), (Structure(1536, 12, 2 * _MB),)),
         coalesced=((4 * _KB, 32 * _KB),),
     ),

@@ -203,7 +203,7 @@ class Machine(SystemCalls):
             raise UsageError(f"addresses from {where.min():#x} to {where.max():#x} are not all in user space")
         if not write:
             if contents is not None:
-                raise UsageError("a read leaves nothing: give contents for writes only")
+                raise UsageError("a read leaves no contents: pass contents for writes only")
             return touch(self.parts, mm, where, None)
         if contents is None:
             contents = np.maximum((where // self.geometry.page_size).astype(np.uint32), 1)

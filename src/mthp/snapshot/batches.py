@@ -53,7 +53,7 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
         return
     mark, size = struct.unpack("<II", begin)
     if mark != _MARK:
-        raise UsageError("damaged: there is no step where one should begin")
+        raise UsageError("damaged: a step does not begin where it should")
     # The JSON object of a step is in its header.
     JSON_BYTES.check(size)
     if size == 0 or size > there - 8:
@@ -62,7 +62,7 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
     message = _Table(header, struct.unpack_from("<I", header)[0])
     kind, body = message.number(1, "<B"), message.number(3, "<q")
     if kind not in (_SCHEMA, _RECORD_BATCH) or body < 0:
-        raise UsageError("damaged: a step that is no table")
+        raise UsageError("damaged: a step is not a table")
     if body > there - 8 - size or kind == _SCHEMA:
         return
     batch = message.table(2)

@@ -114,7 +114,7 @@ class _TraceSpace(RecordingSpace):
             switches=Switches.defaults(geometry),
             tunables=Tunables.defaults(geometry),
             thp_disabled=False,
-            missing=("what a trace does not tell: mappings, and memory that was not used while it was made",),
+            missing=("mappings, and memory that was not used while the trace was made: a trace does not show them",),
             vmas=(),
             pages=0,
         )

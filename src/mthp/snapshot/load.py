@@ -159,7 +159,9 @@ def _checked_cover(reader: RunReader) -> NDArray[np.int64]:
         total += int(runs.pages.sum())
         PAGES.check(total)
     if total != description.pages:
-        raise UsageError(f"{reader.path}: damaged: it holds {total} pages, not the {description.pages} that it says")
+        raise UsageError(
+            f"{reader.path}: damaged: it holds {total} pages, not the {description.pages} of its description"
+        )
     return np.array(covered, np.int64).reshape(-1, 2)
 
 

@@ -229,7 +229,7 @@ class PlainStreamReader(StreamReader):
                         return
                     meta, runs = parse_json(block.text), block.runs(self.description.geometry.page_size)
                     if not isinstance(meta, dict):
-                        raise UsageError("damaged: what a step says is not a JSON object")
+                        raise UsageError("damaged: the description of a step is not a JSON object")
                 except UsageError as error:
                     # A file beyond a bound is not a truncated file: the reader must report it.
                     if error.help:

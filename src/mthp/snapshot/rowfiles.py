@@ -59,7 +59,7 @@ def _is_text(kind: Any) -> bool:
 def _check_sizes(parquet: Any, file: Any) -> None:
     schema = parquet.schema_arrow
     if not all(_is_text(kind) or _is_figure(kind) for kind in schema.types):
-        raise UsageError("damaged: a column is neither of figures nor of texts")
+        raise UsageError("damaged: a column holds neither numbers nor texts")
     total = 0
     for number in range(parquet.metadata.num_row_groups):
         group = parquet.metadata.row_group(number)

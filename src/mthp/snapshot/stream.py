@@ -120,7 +120,7 @@ class StreamWriter:
         except MthpError as error:
             if not self.steps:
                 raise
-            said = f"what was recorded before is whole, and can be read; steps: {self.steps}"
+            said = f"the steps recorded before can be read; steps: {self.steps}"
             raise MthpError(error.message, help=said) from error
         if not self.steps:
             # Before the first step the file is not readable.

@@ -44,7 +44,7 @@ def pyarrow(module: str = "pyarrow") -> Any:
     except ImportError as error:
         raise UnsupportedError(
             f"this file needs pyarrow, which cannot be imported: {error}",
-            help="pip install 'mthp[snapshot]', or use files whose names end with .mthp",
+            help="pip install 'mthp[snapshot]', or use a file name that ends with .mthp",
         ) from error
 
 

@@ -119,7 +119,7 @@ class Trace:
             raise UsageError(f"unknown trace format {kind!r}", help=f"use {', '.join(KINDS)}")
         found = _kind_of(self.path)
         if found is None:
-            raise UsageError(f"{self.path} is no trace that mthp knows{_example(self.path)}", help=_HOW)
+            raise UsageError(f"{self.path} is not a trace that mthp knows{_example(self.path)}", help=_HOW)
         if kind is not None and kind != found:
             raise UsageError(
                 f"{self.path} is not a trace of the kind {kind!r}, it looks like {found!r}",

@@ -147,9 +147,9 @@ class _Shares:
     """The share of each mapping in a plan, in pages: int64, shape (mappings,)."""
 
     def __init__(self, plan: SpacePlan, starts: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
-        whose = np.searchsorted(starts, plan.ranges.address, side="right") - 1
-        self.copied = np.bincount(whose, weights=plan.ranges.copied, minlength=len(starts)).astype(np.int64)
-        self.filled = np.bincount(whose, weights=plan.ranges.filled, minlength=len(starts)).astype(np.int64)
+        mapping = np.searchsorted(starts, plan.ranges.address, side="right") - 1
+        self.copied = np.bincount(mapping, weights=plan.ranges.copied, minlength=len(starts)).astype(np.int64)
+        self.filled = np.bincount(mapping, weights=plan.ranges.filled, minlength=len(starts)).astype(np.int64)
         self._orders = plan.folios.order
         self._whose = np.searchsorted(starts, plan.folios.address, side="right") - 1
 

@@ -236,8 +236,8 @@ def keys_text() -> Text:
         text.append(f"{keys:<30}", style="bold")
         text.append(f"{meaning}\n")
     text.append(
-        "\ncould gain: bytes that a collapse would bring into larger folios. A ~ marks an upper bound, until the row has"
-        " a plan, which only visible rows get.\nadds: memory that the collapse would add (bloat).\n"
+        "\ncould gain: bytes that a collapse would bring into larger folios. A ~ marks an upper bound, until the row"
+        " has a plan, which only visible rows get.\nadds: memory that the collapse would add (bloat).\n"
     )
     return text
 

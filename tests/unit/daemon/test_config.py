@@ -68,7 +68,7 @@ def test_rules_for_different_processes_or_with_the_same_settings_do_not_clash(
         ('[defaults]\npolicy = "best"', "rules.toml:2: defaults.policy: unknown policy 'best'", "mainline"),
         ("[tunables]\nmax_ptes_none = 512", "rules.toml:2: tunables.max_ptes_none: 512 is out of range", "0 to 511"),
         ('[switches]\n"64K" = "on"', "rules.toml:2: switches.64K: 'on' is not known", "always"),
-        ('[[rule]]\nmatch = { uid = "nobody-of-that-name" }', "there is no user", "getent"),
+        ('[[rule]]\nmatch = { uid = "nobody-of-that-name" }', "unknown user", "getent"),
         ("[[rule]]\npolicy = 'rfc'", "rules.toml:1: rule 1 has no match", "match ="),
         ("[[rule]]\nmatch = {}\ndeny = true\npolicy = 'rfc'", "rules.toml:1: rule 1 denies, and sets policy", "remove"),
         ("[[rule]]\nmatch = { cgroup = '/sys/fs/cgroup/a' }", "is a path of the file system", "below"),

@@ -267,7 +267,7 @@ def test_what_lies_at_the_ragged_ends_is_left_out() -> None:
         ({"kind": VmaKind.SPECIAL}, "made by the kernel or a driver"),
         ({"kind": VmaKind.FILE}, "memory of a file, not anonymous"),
         ({"kind": VmaKind.SHMEM}, "shared memory, not anonymous"),
-        ({"has_anon_vma": False}, "nothing was ever written here"),
+        ({"has_anon_vma": False}, "it was never written"),
     ],
 )
 def test_what_must_not_be_collapsed_is_not_planned(properties: dict[str, Any], reason: str) -> None:

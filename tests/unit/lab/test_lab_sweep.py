@@ -245,6 +245,6 @@ def test_bad_arguments(tmp_path: Path) -> None:
         inputs_in(tmp_path)
     with pytest.raises(UsageError, match="0 jobs"):
         local(0)
-    with pytest.raises(UsageError, match="no address"):
+    with pytest.raises(UsageError, match="not the address"):
         dask("localhost")
     assert sweep_module.PARTS_SUFFIX == ".parts"

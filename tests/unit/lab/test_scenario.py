@@ -178,7 +178,7 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
 def test_a_recording_in_place_of_a_scenario_is_told_how_it_is_simulated(tmp_path: Path) -> None:
     path = tmp_path / "x.recording"
     path.write_bytes(b"\xff\xff\xff\xff")
-    with pytest.raises(UsageError, match="no text") as caught:
+    with pytest.raises(UsageError, match="not text") as caught:
         load_scenario(path)
     assert 'workload = "recording"' in caught.value.help
 

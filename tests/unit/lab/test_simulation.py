@@ -214,7 +214,7 @@ def test_results_become_a_report(tmp_path: Path) -> None:
     assert [series.name for series in charts[0].series] == ["mainline", "pmd-only"]
     assert len(charts[0].series[0].points) == 4
     memory = next(each for each in charts if each.title == "Resident memory")
-    assert memory.summary == "Memory that all programs have together, what collapses filled included."
+    assert memory.summary == "Memory of all programs together, filled holes included."
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -137,5 +137,5 @@ def test_what_makes_no_sense_is_refused() -> None:
     mm = machine.create_mm()
     with pytest.raises(UsageError, match="user space"):
         machine.touch(mm, [1 << 60])
-    with pytest.raises(UsageError, match="read leaves nothing"):
+    with pytest.raises(UsageError, match="read leaves no contents"):
         machine.touch(mm, [0], write=False, contents=1)

@@ -263,7 +263,7 @@ def test_a_full_disk_costs_the_last_step_and_says_what_is_there(r: Path) -> None
     recording = Recording(path)
     steps = len(recording.steps)
     assert 2 < steps < 20
-    assert caught.value.help == f"what was recorded before is whole, and can be read; steps: {steps}"
+    assert caught.value.help == f"the steps recorded before can be read; steps: {steps}"
     for number in range(steps):
         assert same(columns(recording.space(number)), history[number])
 

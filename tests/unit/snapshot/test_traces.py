@@ -143,9 +143,9 @@ def test_long_traces_make_several_steps(tmp_path: Path, monkeypatch: pytest.Monk
     ("content", "words"),
     [
         (b"", "it is empty"),
-        (b"once upon a time\nthere was a page\n", "no trace that mthp knows: its first line is 'once upon a time'"),
+        (b"once upon a time\nthere was a page\n", "not a trace that mthp knows: its first line is 'once upon a time'"),
         (b"PERFILE2\x00\x01", "is not text"),
-        (bytes(range(256)) * 8, "no trace that mthp knows"),
+        (bytes(range(256)) * 8, "not a trace that mthp knows"),
         (b"==1== Lackey\nI  0401ab70,3\n", "has no access to memory of a program"),
         (b"a 1 12.5: 1 page-faults: ffffffff817554ea\n", "has no access to memory of a program"),
     ],

@@ -53,9 +53,9 @@ class SparseArena:
         done = 0
 
         def write(chosen: NDArray[np.int64]) -> None:
-            whose, at = np.divmod(chosen, slots)
-            for number in np.unique(whose).tolist():
-                runs = at[whose == number]
+            owner, at = np.divmod(chosen, slots)
+            for number in np.unique(owner).tolist():
+                runs = at[owner == number]
                 program.write(heaps[number], (runs[:, None] * per_run + np.arange(per_run)).ravel())
 
         while True:

@@ -173,7 +173,7 @@ def case_lines(path: str | Path) -> list[bytes]:
     return lines
 
 
-_HOW = "give a file of golden cases: JSON lines, compressed if the name ends in .gz"
+_HOW = "use a file of golden cases: JSON lines, compressed if the name ends in .gz"
 
 
 def parse_case(line: bytes) -> dict[str, Any]:

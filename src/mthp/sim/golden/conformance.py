@@ -55,8 +55,8 @@ class Mismatch:
 WRITABLE, BEYOND_TABLE = "writable-pte", "beyond-page-table"
 
 APART = {
-    WRITABLE: "a kernel before 6.18 wants a PTE that may be written, and nothing recorded tells whether one may",
-    BEYOND_TABLE: "the series reads on behind the end of the page table, and nothing recorded tells what is there",
+    WRITABLE: "a kernel before 6.18 needs a PTE that may be written, and the case does not record whether one may",
+    BEYOND_TABLE: "the series reads beyond the end of the page table, and the case does not record the entries there",
 }
 """Reasons to count cases apart, by name."""
 

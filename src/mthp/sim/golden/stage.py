@@ -320,14 +320,14 @@ class Stage:
     def contents(self) -> str:
         """Return ``intact``, or a message about the first page, of the child too, that lost its contents."""
         parts = self.machine.parts
-        for mm, wanted, whose in ((self.mm, self._contents, "page"), *self._held):
+        for mm, wanted, name in ((self.mm, self._contents, "page"), *self._held):
             ptes = self._ptes(mm)
             held = np.where(ptes.pages(), parts.memory.content[np.where(ptes.pages(), ptes.value, 0)], 0)
             swapped = (ptes.bits & P.SWAP) != 0
             held[swapped] = parts.swap.content[ptes.value[swapped]]
             wrong = np.flatnonzero(held != wanted)
             if len(wrong):
-                return f"{whose} {wrong[0]} holds the contents of page {int(held[wrong[0]]) - 1}"
+                return f"{name} {wrong[0]} holds the contents of page {int(held[wrong[0]]) - 1}"
         return "intact"
 
 
