@@ -1,4 +1,4 @@
-"""Eagerness: one number, 0 to 10, that sets the fill limit, the pace and the trimming.
+"""Eagerness: one number, 0 to 10, that sets the fill limit, the orders, the pace and the trimming.
 
 0 only gives memory back. 10 fills as the kernel does where THP is ``always``, and gives nothing back. The number of a
 rule is the maximum; the current *level* is below it while memory is short:
@@ -10,6 +10,10 @@ rule is the maximum; the current *level* is below it while memory is short:
 Bloat is bounded by the same number: filling may add at most the share of the resident memory that may be empty in a PMD
 range.
 
+A level bounds the *smallest* order, because small folios save the fewest TLB entries for the bytes that they cost to
+copy, and the pace of a low level is small. No level bounds the *largest*, because a folio of a full run adds no memory,
+whatever its order: such a bound lowers coverage and saves nothing (tests/unit/daemon/test_eagerness_simulated.py).
+
 The level falls at once and rises slowly. A dead band keeps small changes of the measurement from moving it at all. The
 wanted level never grows with pressure, so after a step of pressure the level moves in one direction and stops.
 
@@ -19,12 +23,12 @@ target, and the settings of its rule at that level.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from mthp.budget import Amount
 from mthp.daemon.rules import Settings
-from mthp.geometry import Geometry
+from mthp.geometry import MIN_ANON_ORDER, Geometry
 
 MOST = 10.0
 
@@ -44,6 +48,13 @@ DEAD_BAND = 0.5
 
 FIRST_BYTES_PER_SECOND = 16 << 20
 """Bytes a second that are collapsed at level 1; each level doubles them, and 10 is unlimited."""
+
+
+SMALLEST = ((7.0, MIN_ANON_ORDER), (4.0, MIN_ANON_ORDER + 1), (0.0, MIN_ANON_ORDER + 2))
+"""Levels, and the smallest order from each on. Below level 4 it has 16 pages: arm64 maps so many pages of 4K by one TLB
+entry (CONT_PTES, arch/arm64/include/asm/pgtable-hwdef.h), and smaller folios are most of the copying where single pages
+are missing everywhere.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +77,35 @@ class LevelSettings:
     Attributes:
         makes: whether folios are made at all.
         fill: the share of a PMD range that may be empty, and of the resident memory that filling may add.
+        smallest: the smallest order that is made, if the rule has one as large.
         bytes_per_second: bytes collapsed a second at most; None for unlimited.
         trim: the share of zeroes from which a folio is trimmed; None for no trimming.
     """
 
     makes: bool
     fill: float
+    smallest: int
     bytes_per_second: int | None
     trim: float | None
 
 
 def settings_at(level: float) -> LevelSettings:
-    """Return the settings at `level`. All grow with the level, and no filled page is trimmed at that level."""
+    """Return the settings at `level`. All allow more as it grows, and no filled page is trimmed at that level."""
     makes = level >= 1.0
     # Cubed, because the first holes add most of the coverage, and the last ones most of the bloat.
     fill = (level / MOST) ** 3 if makes else 0.0
+    smallest = next(order for least, order in SMALLEST if level >= least)
     rate = None if level >= MOST else int(FIRST_BYTES_PER_SECOND * 2 ** max(level - 1.0, 0.0))
     # A collapse fills at most half of the share from which a folio is trimmed, so nothing is trimmed above level 7.
     trim = None if fill > 0.5 else max(0.5, 2 * fill)
-    return LevelSettings(makes, fill, rate, trim)
+    return LevelSettings(makes, fill, smallest, rate, trim)
+
+
+def large_enough(orders: Iterable[int], smallest: int) -> frozenset[int]:
+    """Return those of `orders` that are at least `smallest`; the largest alone if none is."""
+    all_orders = frozenset(orders)
+    # A rule of small orders alone would make nothing at a low level.
+    return frozenset(order for order in all_orders if order >= smallest) or frozenset(sorted(all_orders)[-1:])
 
 
 def wanted_level(eagerness: float, measured: Measured) -> float:
@@ -127,6 +148,7 @@ class Level:
         settings: the current settings.
         makes: whether folios are made at this level.
         gives_back: whether even the wanted level makes no folios; False while the level rises from 0.
+        smallest: the smallest order that is made; 0 if the rule has no eagerness.
         value: the level, 0 to 10; None if the rule has no eagerness.
     """
 
@@ -136,6 +158,7 @@ class Level:
         self.settings = self._rule = rule
         self.makes = True
         self.gives_back = False
+        self.smallest = 0
         self.value = None
         self._geometry, self._at = geometry, now
         if rule.eagerness is not None:
@@ -158,7 +181,7 @@ class Level:
         # In whole steps, because after each change all finished ranges are scanned again.
         at = settings_at(int(level))
         fill = Amount(share=at.fill)
-        self.makes = at.makes
+        self.makes, self.smallest = at.makes, at.smallest
         self.settings = replace(
             self._rule,
             max_ptes_none=int(at.fill * (self._geometry.ptes_per_pmd - 1)),

@@ -20,6 +20,7 @@ from mthp import abilities, thp_unadvised
 from mthp.abilities import take_calls, take_pauses
 from mthp.addrspace import AddressSpace
 from mthp.budget import Room
+from mthp.daemon.eagerness import large_enough
 from mthp.daemon.environment import Environment
 from mthp.daemon.rules import Settings
 from mthp.daemon.telemetry import Counters, RuleCounters, ServiceCounters
@@ -73,6 +74,7 @@ class Pass:
         pid: PID of the target.
         settings: settings of the target.
         bloat_left: returns the bytes that filling may still add; None for unlimited.
+        smallest: the smallest order to make, if the target may have one as large.
 
     Attributes:
         space: open address space of the target; closed with this.
@@ -87,10 +89,15 @@ class Pass:
     """
 
     def __init__(
-        self, environment: Environment, pid: int, settings: Settings, bloat_left: Callable[[], int | None]
+        self,
+        environment: Environment,
+        pid: int,
+        settings: Settings,
+        bloat_left: Callable[[], int | None],
+        smallest: int = 0,
     ) -> None:
         self._environment = environment
-        self._settings = settings
+        self._settings, self._smallest = settings, smallest
         self.out_of_memory = ""
         self.unadvised = False
         self.reasons: Counter[str] = Counter()
@@ -122,7 +129,7 @@ class Pass:
 
     def _choice(self) -> PlanOptions:
         settings = self._settings
-        switches, tunables = governed(self._environment, self.makes)
+        switches, tunables = governed(self._environment, self._chosen)
         return PlanOptions(
             policy=settings.policy,
             orders=self._orders(),
@@ -145,7 +152,12 @@ class Pass:
 
     def _orders(self) -> tuple[int, ...] | str:
         orders = self._settings.orders
-        return orders if isinstance(orders, str) else tuple(order for order in orders if order in self.makes)
+        return orders if isinstance(orders, str) else tuple(order for order in orders if order in self._chosen)
+
+    @property
+    def _chosen(self) -> frozenset[int]:
+        """Return the orders of `makes` that the rule wants, and that are large enough."""
+        return large_enough(self.makes & self._wanted, self._smallest)
 
     @property
     def needs_move(self) -> str:

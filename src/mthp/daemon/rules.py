@@ -49,9 +49,10 @@ class Settings:
             share; not set (None): 10%, within 64M and 1G.
         max_threads: move no memory of a process with more threads; not set (None): as many as max_pause allows, 333 for
             each millisecond.
-        eagerness: 0 to 10 sets max_ptes_none, max_bloat, trim and the rate, by how short memory is, and below 1 gives
-            memory back even while none is short; 10 fills as the kernel does for "always". It is lowered while the
-            process's cgroup waits for memory, or the machine has less than 20% available. Not set (None): these keys.
+        eagerness: 0 to 10 sets max_ptes_none, max_bloat, trim, the rate and the smallest of the orders that are made,
+            by how short memory is, and below 1 gives memory back even while none is short; 10 fills as the kernel does
+            for "always". It is lowered while the process's cgroup waits for memory, or the machine has less than 20%
+            available. Not set (None): these keys.
         min_split_share: leave PMD ranges alone if a smaller share of their contents would lie in folios made by splits.
         rate: bytes collapsed in one process per second at most; not set (None): no bound.
         trim: while memory is short, give back the pages of zeroes of large folios in which this share of the pages

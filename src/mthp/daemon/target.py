@@ -311,7 +311,9 @@ class Target:
     def _begin_pass(self, now: float, touched: bool, *, after_fork: bool = False) -> None:
         environment = self._environment
         self._count("passes")
-        self._pass = Pass(self._environment, self.facts.pid, self.settings, lambda: self.bloat_left)
+        self._pass = Pass(
+            self._environment, self.facts.pid, self.settings, lambda: self.bloat_left, self.level.smallest
+        )
         if self._unadvised.holds(now):
             self._pass.only_advised()
         outline = self._pass.outline()

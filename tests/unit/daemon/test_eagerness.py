@@ -20,12 +20,13 @@ from mthp.daemon.eagerness import (
     PRESSURE_BAND,
     Level,
     Measured,
+    large_enough,
     next_level,
     settings_at,
     wanted_level,
 )
 from mthp.daemon.rules import Settings
-from mthp.geometry import X86_64
+from mthp.geometry import MIN_ANON_ORDER, X86_64
 from mthp.units import format_size
 
 N = X86_64.ptes_per_pmd
@@ -43,6 +44,7 @@ def test_all_that_a_level_means_grows_with_it(one: float, other: float) -> None:
     low, high = settings_at(min(one, other)), settings_at(max(one, other))
     assert low.fill <= high.fill
     assert low.makes <= high.makes
+    assert low.smallest >= high.smallest
     assert (low.bytes_per_second or math.inf) <= (high.bytes_per_second or math.inf)
     for each in (low, high):
         assert each.trim is None or each.fill <= each.trim / 2 + 1e-9, "nothing that is filled is trimmed"
@@ -52,6 +54,7 @@ def test_the_ends_are_trimming_alone_and_what_the_kernel_does() -> None:
     nothing, everything = settings_at(0), settings_at(MOST)
     assert (nothing.makes, nothing.fill, nothing.trim) == (False, 0.0, 0.5)
     assert (everything.fill, everything.bytes_per_second, everything.trim) == (1.0, None, None)
+    assert large_enough(range(MIN_ANON_ORDER, 10), everything.smallest) == frozenset(range(MIN_ANON_ORDER, 10))
 
 
 def stepped(eagerness: int, level: float, before: float, after: float, free: float) -> list[float]:
@@ -106,13 +109,13 @@ def test_coverage_for_bloat_is_nowhere_below_a_fixed_max_ptes_none() -> None:
         rows.append(np.repeat(random.random(N) < share, lengths)[:N])
     present = np.array(rows)
 
-    def curve(policy: str, orders: str, limit: int) -> tuple[float, float]:
+    def curve(policy: str, orders: str | tuple[int, ...], limit: int) -> tuple[float, float]:
         orders_of = mthp.plan_ranges(present, policy=policy, orders=orders, max_ptes_none=limit).orders
         inside = orders_of >= 4
         return float((inside & ~present).sum() / present.sum()), float((inside & present).sum() / present.sum())
 
     def eager(level: float) -> tuple[float, float]:
-        return curve("mainline", "all", int(settings_at(level).fill * (N - 1) + 1e-9))
+        return curve("mainline", orders_at(level), int(settings_at(level).fill * (N - 1) + 1e-9))
 
     whole = [eager(level) for level in range(1, 11)]
     for level, (bloat, coverage) in enumerate(whole, 1):
@@ -125,6 +128,11 @@ def test_coverage_for_bloat_is_nowhere_below_a_fixed_max_ptes_none() -> None:
         print(f"max_ptes_none {limit:3}: coverage {coverage:.3f} bloat {bloat:.3f}, by eagerness {more:.3f}")
         assert more_bloat <= bloat + 1e-12
         assert more >= coverage
+
+
+def orders_at(level: float) -> tuple[int, ...]:
+    """Return the orders of a level, for a rule that allows all."""
+    return tuple(sorted(large_enough(X86_64.anon_orders, settings_at(level).smallest)))
 
 
 def occupancies() -> dict[str, NDArray[np.bool_]]:
@@ -148,12 +156,12 @@ def test_the_curve_is_nowhere_below_a_fixed_max_ptes_none_with_the_same_orders(p
     """Both may make folios of every order; coverage is what lies in 64K and more, bloat what was filled."""
     present = occupancies()[pattern]
 
-    def point(limit: int) -> tuple[float, float]:
-        orders_of = mthp.plan_ranges(present, policy=policy, orders="all", max_ptes_none=limit).orders
+    def point(limit: int, orders: str | tuple[int, ...] = "all") -> tuple[float, float]:
+        orders_of = mthp.plan_ranges(present, policy=policy, orders=orders, max_ptes_none=limit).orders
         inside = orders_of >= 4
         return float((inside & ~present).sum() / present.sum()), float((inside & present).sum() / present.sum())
 
-    whole = [point(int(settings_at(level).fill * (N - 1) + 1e-9)) for level in range(1, 11)]
+    whole = [point(int(settings_at(level).fill * (N - 1) + 1e-9), orders_at(level)) for level in range(1, 11)]
     assert (np.diff(whole, axis=0) >= 0).all()
     bloats, coverages = np.array(whole).T
     for limit in (0, 1, 64, 255, 511):
@@ -165,12 +173,46 @@ def test_the_curve_is_nowhere_below_a_fixed_max_ptes_none_with_the_same_orders(p
         assert between >= coverage - 0.03
 
 
+@pytest.mark.parametrize("pattern", occupancies())
+def test_the_orders_of_a_level_copy_less_and_cover_as_much(pattern: str) -> None:
+    """Print the share of the memory that is copied with all orders, and with those of the level."""
+    present = occupancies()[pattern]
+    for level in range(1, 11):
+        limit = int(settings_at(level).fill * (N - 1) + 1e-9)
+        plans = [
+            mthp.plan_ranges(present, policy="mainline", orders=orders, max_ptes_none=limit)
+            for orders in ("all", orders_at(level))
+        ]
+        covered, copied = zip(
+            *(
+                (int(((plan.orders >= 4) & present).sum()), float(((plan.orders > 0) & present).sum() / present.sum()))
+                for plan in plans
+            ),
+            strict=True,
+        )
+        share = covered[0] / present.sum()
+        print(
+            f"{pattern}, level {level:2}: {share:.1%} in 64K, copied {copied[0]:.1%} of all, {copied[1]:.1%} of these"
+        )
+        assert covered[0] == covered[1]
+        assert copied[1] <= copied[0]
+        assert level > 3 or copied[1] == pytest.approx(share), "nothing is copied for less than 64K"
+
+
+def test_a_rule_of_small_orders_keeps_the_largest_of_them() -> None:
+    assert large_enough({2, 3, 4, 9}, 4) == {4, 9}
+    assert large_enough({2, 3}, 4) == {3}
+    assert large_enough((), 4) == frozenset()
+    assert large_enough({2, 9}, 0) == {2, 9}
+
+
 def test_the_documented_levels_are_those_that_hold() -> None:
     page = (Path(__file__).parents[3] / "docs/how-to/service.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| (\d+)% \| (.+?) \| (.+?) \|$", page, re.M)
+    rows = re.findall(r"^\| (\d+) \| (\d+)% \| (.+?) \| (.+?) \| (.+?) \|$", page, re.M)
     assert [int(row[0]) for row in rows] == list(range(11))
-    for level, fill, rate, trim in rows:
+    for level, fill, smallest, rate, trim in rows:
         holds = settings_at(int(level))
+        assert smallest == (X86_64.label(holds.smallest) if holds.makes else "none")
         assert int(fill) == round(100 * holds.fill)
         bound = "no bound" if holds.bytes_per_second is None else f"{format_size(holds.bytes_per_second)}/s"
         assert rate == (bound if holds.makes else "nothing")
@@ -184,11 +226,13 @@ def test_a_level_sets_what_a_rule_does_not_say() -> None:
     assert level.follow(30.0, Measured)
     assert level.settings.max_ptes_none == int(0.125 * (N - 1))
     assert level.settings.trim == 0.5
+    assert X86_64.label(level.smallest) == "32K"
     assert level.follow(31.0, lambda: Measured(pressure=0.5))
     assert not level.makes
     without = Level(Settings(), X86_64, 0.0)
     assert not without.follow(100.0, lambda: pytest.fail("nothing is measured"))
     assert without.settings == Settings()
+    assert without.smallest == 0
 
 
 def test_the_shorter_of_calm_and_room_decides_and_the_last_step_to_the_rule_is_taken() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,19 +48,26 @@ class Stage:
     """A target under a rule, and a process that takes the share `taken` of the machine's memory, in the middle.
 
     Attributes:
+        largest: the largest order that is made at a level.
         levels: of each second.
         bloat: pages of the target's that it does not use, of each second.
+        huge: pages of the target's that PMD entries map, of each second.
+        waited: seconds that the programs waited for memory.
+        worked: seconds of khugepaged's work and of the trims.
     """
 
     eagerness: int
     taken: float
+    largest: Callable[[int], int] = lambda level: SMALL.pmd_order
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(7))
     levels: list[float] = field(default_factory=list)
     bloat: list[int] = field(default_factory=list)
+    huge: list[int] = field(default_factory=list)
+    waited: float = 0.0
+    worked: float = 0.0
 
     def __post_init__(self) -> None:
-        switches = Switches.defaults(SMALL)
-        switches = dataclasses.replace(switches, enabled="madvise")
+        switches = Switches("madvise", dict.fromkeys(SMALL.anon_orders, "inherit"))
         self.machine = Machine(
             SMALL, node_frames=[MEMORY * N], swap_slots=2 * MEMORY * N, switches=switches, costs=DISK
         )
@@ -78,16 +86,22 @@ class Stage:
             before = self._stalled()
             self._programs(second)
             share = (self._stalled() - before) / 1e9
+            self.waited += share
             if second % 2 == 0:
                 # calc_load() over ten seconds, every two (kernel/sched/psi.c).
                 self.average = share + (self.average - share) * math.exp(-2 / 10)
             memory = self.machine.parts.memory
             found = Measured(self.average, memory.free_frames / len(memory.refcount))
             self.level.follow(second + 1.0, lambda found=found: found)  # type: ignore[misc]
+            begun = sum(self.machine.clock.spent_ns().values())
             self._act()
+            self.worked += (sum(self.machine.clock.spent_ns().values()) - begun) / 1e9
             assert self.level.value is not None
             self.levels.append(self.level.value)
-            self.bloat.append(self._filled())
+            present, huge = self._pages()
+            unused = np.setdiff1d(np.arange(RANGES * N), self.own)
+            self.bloat.append(int(present[unused].sum()))
+            self.huge.append(int(huge.sum()))
 
     def _write(self, pages: NDArray[np.int64]) -> None:
         """Write to `pages` first, then advise them, so that no fault brings a folio that the level does not want."""
@@ -95,11 +109,10 @@ class Stage:
         start, end = int(pages[0]) // N * PMD, (int(pages[-1]) // N + 1) * PMD
         self.machine.madvise(self.target.mm, self.heap + start, self.heap + end, "HUGEPAGE")
 
-    def _filled(self) -> int:
-        """Return how many pages the target has that it does not use."""
-        unused = np.setdiff1d(np.arange(RANGES * N), self.own)
+    def _pages(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return which pages of the target are present, and which a PMD entry maps: bool, shape (pages,)."""
         columns = self.machine.space(self.target.mm).read([(self.heap, self.heap + RANGES * PMD)])
-        return int(columns.has(Pte.PRESENT)[unused].sum())
+        return columns.has(Pte.PRESENT), columns.has(Pte.PMD_MAPPED)
 
     def _stalled(self) -> int:
         spent = self.machine.clock.spent_ns()
@@ -123,6 +136,11 @@ class Stage:
         settings, machine = self.level.settings, self.machine
         if self.level.makes:
             pages = (settings.rate or 1 << 30) // PAGE
+            smallest, largest = self.level.smallest, self.largest(int(self.level.value or 0))
+            sizes = {
+                order: "inherit" if smallest <= order <= largest else "never" for order in machine.geometry.anon_orders
+            }
+            machine.parts.switches = dataclasses.replace(machine.parts.switches, sizes=sizes)
             tunables = machine.parts.tunables
             machine.parts.tunables = dataclasses.replace(
                 tunables, max_ptes_none=settings.max_ptes_none or 0, pages_to_scan=max(1, pages)
@@ -165,3 +183,22 @@ def test_what_waits_for_memory_is_not_filled(stage: Stage) -> None:
     print(f"eagerness {stage.eagerness}: {max(stage.bloat)} pages filled at most, {len(low)} s below level 1")
     assert max(stage.bloat) > 0
     assert all(stage.bloat[second] <= stage.bloat[second - 1] for second in low)
+
+
+@pytest.mark.parametrize(("eagerness", "taken"), [(8, 0.62), (10, 0.62), (10, 0.7)])
+def test_a_bound_on_the_largest_order_would_cover_less_and_spare_nothing(eagerness: int, taken: float) -> None:
+    """Why no level has one: each level that the shortage takes halves the largest folio, in the second run."""
+    free, bound = (
+        Stage(eagerness, taken),
+        Stage(eagerness, taken, largest=lambda level: max(3, SMALL.pmd_order - (eagerness - level))),
+    )
+    for stage, name in ((free, "no bound"), (bound, "a bound on the largest order")):
+        stage.run()
+        pages = RANGES * N
+        print(
+            f"eagerness {eagerness}, {taken:.0%} taken, {name}: {np.mean(stage.huge) / pages:.1%} huge, "
+            f"{np.mean(stage.bloat) / pages:.1%} bloat, {stage.waited:.2f} s waited, {1e3 * stage.worked:.1f} ms worked"
+        )
+    assert np.mean(free.huge) > np.mean(bound.huge)
+    assert free.waited <= bound.waited
+    assert free.worked <= bound.worked

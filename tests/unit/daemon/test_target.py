@@ -18,6 +18,7 @@ from daemon_stage import (
     G,
     N,
     Stage,
+    small_stage,
 )
 from fakes import FakeSpace, page_runs
 from mthp.daemon.eagerness import Measured as Short
@@ -290,6 +291,26 @@ def trimming(monkeypatch: pytest.MonkeyPatch, stage: Stage, now: Callable[[], Sh
     read = stage.process.read
     monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
     return given
+
+
+@pytest.mark.parametrize("by_switches", [False, True])
+@pytest.mark.parametrize(
+    ("eagerness", "orders", "made"),
+    [(3, (3, 4, 9), {4: 1}), (5, (3, 4, 9), {3: 1, 4: 1}), (3, (2, 3), {3: 3}), (3, (9,), {})],
+)
+def test_a_level_leaves_small_orders_out_and_never_all(
+    eagerness: int, orders: tuple[int, ...], made: dict[int, int], by_switches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present, none = int(Pte.PRESENT), 0
+    runs = ((16, present, 0), (16, none, ORDER_NONE), (8, present, 0), (N - 40, none, ORDER_NONE))
+    monkeypatch.setattr("mthp.daemon.target.measured", lambda cgroup: Short())
+    stage = small_stage("split", runs, orders="enabled" if by_switches else orders, eagerness=eagerness)
+    stage.environment.switches = Switches("always", dict.fromkeys(orders, "inherit"))
+    read = stage.process.read
+    monkeypatch.setattr(stage.process, "read", lambda name: b"0::/\n" if name == "cgroup" else read(name))
+    stage.steps(60.0)
+    assert stage.target.counters.collapsed == made
+    assert not stage.target.needs_move
 
 
 def test_eagerness_rises_while_memory_is_free_and_falls_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
