@@ -93,6 +93,7 @@ class Clock:
         """Add the cost of an operation done `times` times; `cost` is the name of a field of :class:`Costs`."""
         if not times:
             return
+        # int(): NumPy's integers would overflow silently at 2**63.
         ps = getattr(self.costs, cost) * int(times)
         self._spent[cost] += ps
         self._ps += ps

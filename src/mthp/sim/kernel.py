@@ -91,6 +91,7 @@ NEWEST = Kernel()
 
 def kernel_of(release: Release, series: str | None = None) -> Kernel:
     """Return the rules of a release, or of a series that was built on it."""
+    # A series keeps all other rules of the release that it was built on.
     return Kernel(
         lazyfree_stops=release >= LAZYFREE_STOPS,
         wants_writable=release < NO_WRITABLE,

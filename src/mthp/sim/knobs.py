@@ -27,4 +27,5 @@ class Knobs:
 
     def fault_may_wait(self, *, advised: bool) -> bool:
         """Return whether a fault may compact and reclaim for a large folio (vma_thp_gfp_mask, mm/huge_memory.c)."""
+        # `defer` wakes kswapd and kcompactd, and waits for neither.
         return self.defrag == "always" or (advised and self.defrag in ("madvise", "defer+madvise"))

@@ -130,6 +130,7 @@ class Machine(SystemCalls):
         Raises:
             UsageError: the machine has too many already.
         """
+        # The lowest free one: a large folio keeps the numbers of its address spaces in 15 bits.
         number = next((n for n in range(1, MAX_MMS + 1) if n not in self.mms), None)
         if number is None:
             raise UsageError(f"a machine has at most {MAX_MMS} address spaces")
@@ -206,6 +207,7 @@ class Machine(SystemCalls):
                 raise UsageError("a read leaves no contents: pass contents for writes only")
             return touch(self.parts, mm, where, None)
         if contents is None:
+            # Not 0, which would be a page of zeroes.
             contents = np.maximum((where // self.geometry.page_size).astype(np.uint32), 1)
         return touch(self.parts, mm, where, np.broadcast_to(np.asarray(contents, np.uint32), where.shape))
 
@@ -244,6 +246,7 @@ class Machine(SystemCalls):
         if advice == "COLLAPSE":
             return self.madvise_collapse(mm, start, end)
         error = madvise(self.parts, mm, start, end, advice)
+        # hugepage_madvise() registers the mapping with khugepaged; other advice does not.
         for vma in mm.vmas_in(start, end) if advice == "HUGEPAGE" else ():
             self.khugepaged.enter(mm, vma)
         return error
@@ -259,6 +262,7 @@ class Machine(SystemCalls):
         if syscalls.fork(self.parts, parent, child):
             self.exit(child)
             raise MemoryError("there is no memory for a copy of a pinned page")
+        # khugepaged_fork(): the child is known if the parent is.
         if parent in self.khugepaged.mms:
             self.khugepaged.visit(child)
         return child
@@ -286,6 +290,7 @@ class Machine(SystemCalls):
         if outcome is not Fault.DONE or not mm.ptes(address, 1).pages()[0]:
             raise UsageError(f"the page at {address:#x} cannot be pinned: {outcome.value}")
         pfn = int(mm.ptes(address, 1).value[0])
+        # A large folio has a counter of its own for pins (_pincount), and so one reference for each is enough.
         self._hold(pfn, GUP_PIN if self.parts.memory.order[pfn] == 0 else 1)
         return pfn
 

@@ -110,10 +110,12 @@ class SimVma:
         """Return whether two neighbours may be merged (can_vma_merge_before, mm/vma.c)."""
         if (self.flags, self.permissions) != (other.flags, other.permissions):
             return False
+        # One without an anon_vma takes that of the other (is_mergeable_anon_vma(), mm/vma.c).
         return self.anon_vma == other.anon_vma or not (self.anon_vma and other.anon_vma)
 
     def described(self) -> Vma:
         """Return the mapping in the form of the seam, with smaps' words for permissions."""
+        # VM_MAYREAD and so on, and VM_ACCOUNT, which every ordinary anonymous mapping has.
         words = {"mr", "mw", "me", "ac"} | {word for word in ("rd", "wr", "ex") if _LETTERS[word] in self.permissions}
         flags = frozenset(self.flags | words)
         return Vma(self.start, self.end, self.permissions, flags=flags, has_anon_vma=bool(self.anon_vma))
@@ -218,6 +220,7 @@ class Mm:
         geometry = self._geometry
         align = geometry.page_size if size % geometry.pmd_size else geometry.pmd_size
         end = limit
+        # The first PMD range stays free, as vm.mmap_min_addr keeps the first pages.
         for start, below in [(vma.start, vma.end) for vma in reversed(self._vmas)] + [(0, geometry.pmd_size)]:
             at = (end - size) // align * align
             if at >= below:
@@ -244,6 +247,7 @@ class Mm:
 
     def merge_vmas(self, start: int, end: int) -> None:
         """Merge neighbours in a range, and at its edges, that do not differ (vma_merge)."""
+        # From the mapping before the range: it may merge with the first one inside.
         at = max(bisect_right(self._vmas, start, key=lambda vma: vma.end) - 1, 0)
         while at + 1 < len(self._vmas) and self._vmas[at].end <= end:
             here, after = self._vmas[at], self._vmas[at + 1]
@@ -271,6 +275,7 @@ class Mm:
 
     def _cover(self, first: int, last: int) -> None:
         """Ensure that every PMD range from `first` to `last` has a row."""
+        # A row is never removed, although its mapping may be: the address may be mapped again.
         for start, stop in self._gaps(first, last):
             table = Table(start, stop - start, self._geometry.ptes_per_pmd)
             at = bisect_right(self._tables, start, key=lambda other: other.first)
@@ -311,6 +316,7 @@ class Mm:
         order, found = self._geometry.pmd_order, []
         firsts = np.array([table.first for table in self._tables], np.int64)
         at = np.searchsorted(firsts, pages >> order, side="right") - 1
+        # -1 for pages below all tables: shifted by one for bincount(), and left out.
         for number in np.flatnonzero(np.bincount(at + 1)[1:]).tolist():
             table = self._tables[number]
             which = np.flatnonzero((at == number) & (pages >> order <= table.last))

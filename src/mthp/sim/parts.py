@@ -24,18 +24,16 @@ from mthp.tunables import Switches, Tunables
 
 
 class Step(enum.Enum):
-    """The steps of collapse_huge_page, and what other actors may do just before each of them.
+    """The steps of collapse_huge_page, and what other actors may do just before each of them."""
 
-    The kernel holds no lock of the address space before ALLOC_CHARGE, REVALIDATE and REVALIDATE_AGAIN: anything may
-    happen there. Before SWAPIN it holds mmap_lock for reading: faults, pins and reclaim continue. From ISOLATE on it
-    holds it for writing and has cleared the PMD entry: memory may still fail, and pages that other address spaces map
-    may be pinned through those.
-    """
-
+    # The kernel holds no lock of the address space before the next two and REVALIDATE_AGAIN: anything may happen there.
     ALLOC_CHARGE = enum.auto()
     REVALIDATE = enum.auto()
+    # mmap_lock is held for reading: faults, pins and reclaim continue.
     SWAPIN = enum.auto()
     REVALIDATE_AGAIN = enum.auto()
+    # mmap_lock is held for writing, and the PMD entry is cleared: memory may still fail, and pages that other address
+    # spaces map may be pinned through those.
     ISOLATE = enum.auto()
     COPY = enum.auto()
     INSTALL = enum.auto()
@@ -107,14 +105,13 @@ class Parts:
             return
         beside = (mm.find_vma(vma.end), mm.find_vma(vma.start - 1))
         near = [other for other in beside if other and (other.start == vma.end or other.end == vma.start)]
+        # So that the two can still merge (reusable_anon_vma(), mm/vma.c).
         theirs = [other.anon_vma for other in near if other.anon_vma and other.alike(vma)]
         vma.anon_vma = theirs[0] if theirs else self.new_anon_vma()
 
     def add_lru_vma(self, vma: SimVma, head: int) -> None:
-        """Put a new folio on the LRU lists (folio_add_lru_vma).
-
-        In a locked mapping it goes through the batch of mlock instead of lru_add, and does not drain that.
-        """
+        """Put a new folio on the LRU lists (folio_add_lru_vma)."""
+        # Through the batch of mlock instead of lru_add, which it does not drain (mlock_new_folio(), mm/mlock.c).
         if vma.locked:
             self.memory.set(head, Fl.MLOCKED | Fl.LRU)
             self.counters.count("unevictable_pgs_mlocked", self.memory.size(head))
@@ -122,13 +119,11 @@ class Parts:
             self.lru.add(head)
 
     def collapse_orders(self, mm: Mm, vma: SimVma, trigger: Trigger) -> tuple[int, ...]:
-        """Return the orders to which `vma` may be collapsed, ascending (collapse_possible_orders).
-
-        The same result as :func:`mthp.eligibility.eligibility` for anonymous memory, without the reasons: fast, because
-        every attempt calls it twice.
-        """
+        """Return the orders to which `vma` may be collapsed, ascending (collapse_possible_orders)."""
+        # The same as mthp.eligibility for anonymous memory, without the reasons: every attempt calls this twice.
         if mm.thp_disabled or NOHUGEPAGE in vma.flags or not vma.anon_vma:
             return ()
+        # MADV_COLLAPSE ignores the switches (TVA_FORCED_COLLAPSE in __thp_vma_allowable_orders(), mm/huge_memory.c).
         if trigger == "madvise":
             return self.geometry.anon_orders
         return self.switches.orders(advised=HUGEPAGE in vma.flags)

@@ -148,6 +148,7 @@ class SimSpace(AddressSpace):
         ranges: dict[int, list[Block]] = {}
         outcomes: dict[Block, BlockOutcome] = {}
         for block in blocks:
+            # One collapse makes all blocks of a PMD range.
             if self.mechanism_for(block[1], means.mechanism) == "split":
                 ranges.setdefault(block[0] // self.geometry.pmd_size * self.geometry.pmd_size, []).append(block)
             else:
@@ -170,6 +171,7 @@ class SimSpace(AddressSpace):
         vma = self._mm.find_vma(start)
         inside = None if vma is None or vma.start > start else vma.described()
         refusal = refusal_of_mapping(inside, start, geometry, thp_disabled=self.thp_disabled)
+        # A mapping that begins inside the PMD range: it is not missing, but does not cover the range.
         if vma is not None and start < vma.start <= blocks[0][0]:
             refusal = ScanResult.ADDRESS_RANGE, ""
         if refusal is None and inside is not None:
@@ -217,6 +219,7 @@ class SimSpace(AddressSpace):
         address, order = block
         size, began = self.geometry.pmd_size, self._parts.clock.now_ns
         start, vma = address // size * size, self._mm.find_vma(address)
+        # The steps of a collapse need the whole PMD range in one mapping (hugepage_vma_revalidate()).
         is_whole = order == self.geometry.pmd_order or (vma is not None and vma.covers(start, start + size))
         if is_whole or "move" not in means.mechanism:
             return self.attempt(address, order)

@@ -32,13 +32,16 @@ def digest(parts: Parts) -> str:
     """Return the checksum, in hexadecimal digits."""
     hashed = hashlib.blake2b(digest_size=16)
     for column in columns(parts):
+        # In one byte order, so that machines of either kind agree.
         hashed.update(np.ascontiguousarray(column, column.dtype.newbyteorder("<")).data)
     rest = {
+        # In the order of the lists, because it decides which block is taken next.
         "free": [zone.free_blocks() for zone in parts.memory.zones],
         "charged": parts.memory.cgroups.usage.tolist(),
         "deferred": list(parts.memory.deferred),
         "cache": list(parts.memory.cache),
         "batch": parts.lru.waiting,
+        # Without pins that were undone: whether a folio was ever pinned is no part of the state.
         "pins": sorted((head, count) for head, count in parts.pins.items() if count),
         "mms": [
             [mm.id, mm.anon_pages, mm.swap_entries, [[v.start, v.end, sorted(v.flags), v.permissions] for v in mm.vmas]]

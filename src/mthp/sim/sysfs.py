@@ -176,6 +176,7 @@ class Sysfs:
         """Return a file that shows all words, with the current one in brackets."""
 
         def write(text: str) -> None:
+            # sysfs_streq() ignores one newline at the end, as `echo` writes it.
             word = text.removesuffix("\n")
             if word not in words:
                 raise _error(errno.EINVAL)
@@ -252,6 +253,7 @@ class Sysfs:
     def _unusable_index(self) -> str:
         lines = []
         for zone in self._parts.memory.zones:
+            # unusable_show_print() prints thousandths, rounded down.
             numbers = [int(zone.unusable_index(order) * 1000) for order in range(zone.max_order + 1)]
             values = "".join(f"{number // 1000}.{number % 1000:03d} " for number in numbers)
             lines.append(f"Node {zone.node}, zone {zone.name:>8} {values}\n")

@@ -32,6 +32,7 @@ def pagetypeinfo(parts: Parts) -> str:
     for zone in memory.zones:
         free = np.zeros((len(_TYPES), zone.max_order + 1), np.int64)
         for first, at in zone.free_blocks():
+            # A free block of more than a page block lies in the list of its first one.
             free[int(not memory.unmovable[first >> order]), at] += 1
         for name, counts in zip(_TYPES, free.tolist(), strict=True):
             numbers = "".join(f"{count:6d} " for count in counts)

@@ -1,8 +1,7 @@
 """Reads and writes of a program, with page faults resolved as by handle_mm_fault() (mm/memory.c).
 
-A write to a none entry allocates the largest folio that the switches, the mapping and the emptiness of the aligned
-block allow (do_huge_pmd_anonymous_page, alloc_anon_folio). A read of a none entry maps the zero page, or the huge one
-where a folio of the PMD order would fit. A write to a page that others may share copies it.
+A write to a none entry allocates the largest folio that fits. A read of a none entry maps the zero page, or the huge
+one where a folio of the PMD order would fit. A write to a page that others may share copies it.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ def access(parts: Parts, mm: Mm, address: int, content: int | None) -> tuple[Fau
     pfn = int(ptes.value[0])
     if parts.memory.flags[pfn] & Fl.POISONED:
         return Fault.SIGBUS, ZERO_CONTENT
+    # A PMD entry has one young bit and one dirty bit for all its pages.
     mm.entry(address).bits[:] |= P.YOUNG if content is None else P.YOUNG | P.DIRTY
     if content is not None:
         parts.memory.content[pfn] = content
@@ -83,6 +83,7 @@ class _Access:
             return Fault.USERFAULT
         if bits & P.PRESENT and (not write or bits & P.WRITE):
             return Fault.DONE
+        # Before anything is counted: a fault that userfaultfd takes is repeated once it is resolved.
         if bits == 0 and UFFD_MISSING in self.vma.flags:
             return Fault.USERFAULT
         self.parts.counters.count("pgfault")
@@ -93,6 +94,7 @@ class _Access:
             if not do_swap_page(self.parts, self.mm, self.vma, self.address):
                 return Fault.OOM
             bits = self.ptes.bits[0]
+            # Read from swap with its protection (pte_swp_uffd_wp()): the write faults once more.
             if write and bits & P.UFFD_WP:
                 return Fault.USERFAULT
         if write and not bits & P.WRITE:
@@ -111,6 +113,7 @@ class _Access:
             huge = order == self.parts.geometry.pmd_order
             if huge:
                 self.parts.anon_vma_prepare(self.mm, self.vma)
+            # Without the huge zero page a read gets a real folio of the PMD order, and no smaller one.
             if not write and huge and self.parts.knobs.use_zero_page:
                 self.map_huge_zero()
                 return Fault.DONE
@@ -137,6 +140,7 @@ class _Access:
 
     def new_folio(self, order: int) -> int | None:
         """Allocate and count a folio for this fault; return its head, or None."""
+        # A base page is always worth waiting for; a large folio only where `defrag` says so.
         may_wait = not order or self.parts.knobs.fault_may_wait(advised=HUGEPAGE in self.vma.flags)
         head = new_folio(self.parts, order, self.mm.charge, may_wait=may_wait)
         if order:
@@ -160,6 +164,7 @@ class _Access:
             if order == geometry.pmd_order:
                 if self.mm.pmd(self.address) is Pmd.NONE:
                     fitting.append(order)
+            # userfaultfd wants a fault for each page (alloc_anon_folio(), mm/memory.c); and a folio replaces no entry.
             elif not self.vma.userfaultfd_armed and not self.mm.ptes(start, 1 << order).bits.any():
                 fitting.append(order)
         return [*fitting, 0]
@@ -190,9 +195,11 @@ class _Access:
         head = parts.memory.head(int(pfn[0]))
         # Older kernels guess from the first page whether a large folio is shared, but not for a write.
         shared = parts.rmap.maybe_shared(pfn, np.array([head]))[0] or parts.memory.mapcount[pfn[0]] > 1
+        # Entries that refer to the slot could bring another process to this very page (wp_can_reuse_anon_folio()).
         if not shared and (not parts.memory.has(head, Fl.SWAPCACHE) or parts.swap.free_cache(head)):
             mm.entry(self.address).bits[:] |= P.WRITE
             return Fault.DONE
+        # Only the one page is copied, so a PMD entry is split first (do_huge_pmd_wp_page(), mm/huge_memory.c).
         split_pmd(parts, mm, self.address)
         # Held, so that reclaim does not move or free it.
         parts.memory.refcount[head] += 1

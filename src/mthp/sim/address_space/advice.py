@@ -38,6 +38,7 @@ def madvise(parts: Parts, mm: Mm, start: int, end: int, advice: str) -> int:
     for vma in mm.vmas_in(start, end):
         first, last = max(start, vma.start), min(end, vma.end)
         covered += last - first
+        # Locked memory stays as it is: every advice that takes pages away or ages them fails (VM_LOCKED, mm/madvise.c).
         if vma.locked and advice != "GUARD_REMOVE":
             return errno.EINVAL
         _ON_PAGES[advice](parts, mm, vma, first, last)
@@ -58,6 +59,7 @@ def _pages_of_whole_folios(parts: Parts, mm: Mm, start: int, end: int, ptes: Pte
     offsets = np.flatnonzero(ptes.pages())
     pfns = ptes.value[offsets].astype(np.int64)
     heads = parts.memory.heads(pfns)
+    # Another process may still want its pages (folio_maybe_mapped_shared()).
     alone = ~parts.rmap.maybe_shared(pfns, heads)
     offsets, heads = offsets[alone], heads[alone]
     folios, inverse, counts = np.unique(heads, return_inverse=True, return_counts=True)
@@ -76,6 +78,7 @@ def _free(parts: Parts, mm: Mm, vma: SimVma, start: int, end: int) -> None:
     for address, _, ptes in mm.ranges(start, end):
         offsets = _pages_of_whole_folios(parts, mm, start, end, ptes)
         heads = np.unique(parts.memory.heads(ptes.value[offsets].astype(np.int64)))
+        # A lazyfree page has no copy in swap, from which it could be read back.
         for head in heads[(parts.memory.flags[heads] & Fl.SWAPCACHE) != 0].tolist():
             parts.swap.free_cache(head)
         ptes.bits[offsets] &= ~(P.YOUNG | P.DIRTY)

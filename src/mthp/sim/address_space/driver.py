@@ -31,11 +31,13 @@ def insert_page(parts: Parts, mm: Mm, address: int, *, managed: bool) -> int:
         pfn = take_folio(parts, 0, may_wait=True)
         if pfn is None:
             return errno.ENOMEM
+        # Not anonymous, so a scan that meets it ends with PAGE_ANON.
         parts.memory.own(np.array([pfn]))
         parts.memory.mapcount[pfn] = 1
         parts.memory.refcount[pfn] += 1
         ptes.value[0] = pfn
         mm.anon_pages += 1
+    # pte_special: vm_normal_page() finds no page, and a scan ends with PAGE_NULL.
     ptes.bits[0] = P.PRESENT if managed else P.PRESENT | P.SPECIAL
     mm.have_table(address)
     return 0

@@ -45,6 +45,7 @@ def _map_cached(parts: Parts, mm: Mm, ptes: Ptes, pfn: int, slot: int) -> None:
 def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -> bool:
     """Read a folio of the largest order that entries and slots allow, and map all of it."""
     memory, swap = parts.memory, parts.swap
+    # Falling back order by order, each attempt counted (swpin_fallback).
     for order in (*_swapin_orders(parts, mm, vma, address, slot), 0):
         head = _folio_for(parts, mm, order, slot & -(1 << order))
         if head is not None:
@@ -67,6 +68,7 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
         parts.counters.count_mthp(order, "swpin")
     # Swap-in puts the folio on the LRU lists whatever the mapping, so this does not mlock it.
     parts.lru.add(head)
+    # One for each mapped page; the allocation has one already.
     memory.refcount[head] += size - 1
     parts.rmap.add_new_anon(head, mm.id, swapbacked=True)
     _replace_entries(parts, mm, mm.ptes(first, size), head, slots.start)
@@ -76,8 +78,10 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
 
 def _folio_for(parts: Parts, mm: Mm, order: int, slot: int) -> int | None:
     """Allocate a charged folio for the slots from `slot` on (__swap_cache_alloc); None if that fails."""
+    # Another fault has read a part of it already, and a slot has one page in the cache.
     if order and parts.swap.cached[slot : slot + (1 << order)].any():
         return None
+    # A large folio is only taken where that costs no reclaim: the page alone would do.
     head = take_folio(parts, order, may_wait=not order)
     if head is None or charge(parts, head, mm.charge, may_wait=not order):
         return head
@@ -93,6 +97,7 @@ def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -
     Follows thp_swapin_suitable_orders: the device is synchronous, userfaultfd is not armed, the mapping has all of the
     aligned block, and its entries refer to adjoining slots, aligned alike.
     """
+    # Other devices read ahead by single pages instead; and userfaultfd wants to know of each page.
     if not parts.swap.synchronous or vma.userfaultfd_armed:
         return []
     if parts.kernel.swaps_in_shared_singly and parts.swap.count[slot] > 1:
@@ -110,8 +115,10 @@ def _swapin_orders(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) -
             continue
         ptes = mm.ptes(first, size)
         slots = np.arange(slot - slot % size, slot - slot % size + size)
+        # As can_swapin_thp() compares them (mm/memory.c): one entry that differs, and the folio would map a wrong page.
         alike = (ptes.bits == ptes.bits[(page % size)]).all() and np.array_equal(ptes.value, slots)
         if alike:
+            # What is alike throughout a block is so in its halves.
             return [smaller for smaller in reversed(parts.fault_orders(mm, vma)) if smaller <= order]
     return []
 

@@ -92,12 +92,15 @@ def _move(
         cut(parts, mm, end)
     vma = mm.find_vma(start)
     assert vma is not None, "the mapping was there before"
+    # userfaultfd does not follow the pages, unless it asked for the event (mremap_userfaultfd_prep()), which none does
+    # here.
     mm.insert_vma(SimVma(to, to + size, vma.flags - _UFFD, vma.anon_vma, vma.permissions))
     move_entries(parts, mm, start, end, to)
     parts.clock.spend("syscall")
     if flags & Remap.DONTUNMAP:
         # All of the mapping is unlocked, even if only a part was moved (dontunmap_complete, mm/mremap.c).
         vma.flags = vma.flags - {LOCKED}
+        # The old mapping is empty, and so needs no anon_vma until it is written again (dontunmap_complete()).
         if (vma.start, vma.end) == (start, end):
             vma.anon_vma = 0
     else:
@@ -111,6 +114,7 @@ def move_entries(parts: Parts, mm: Mm, start: int, end: int, to: int) -> None:
     """Move the page table entries of a range (move_page_tables); a PMD entry as a whole if both ends are aligned."""
     size, page = parts.geometry.pmd_size, parts.geometry.page_size
     while start < end:
+        # Up to the next border of a page table, of the old place or of the new one.
         stop = min(end, start // size * size + size, start + size - to % size)
         if mm.pmd(start) is not Pmd.NONE:
             whole = stop - start == size

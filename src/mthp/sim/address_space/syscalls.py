@@ -116,6 +116,7 @@ def mprotect(parts: Parts, mm: Mm, start: int, end: int, permissions: str) -> in
         return 0
     if not whole_pages(parts, start, end):
         return errno.EINVAL
+    # The kernel works mapping by mapping, and finds the hole only when it gets there.
     stop = _first_hole(mm, start, end)
     changed, _ = modify(parts, mm, start, stop, lambda vma: (vma.flags, permissions + vma.permissions[3:]))
     for piece in changed:
@@ -201,6 +202,7 @@ def fork(parts: Parts, parent: Mm, child: Mm) -> int:
         )
     parts.clock.spend("syscall")
     for vma in parent.vmas:
+        # MAP_DROPPABLE sets VM_WIPEONFORK, too (do_mmap(), mm/mmap.c): the child's mapping is empty.
         if DROPPABLE not in vma.flags and not _copy_range(parts, parent, child, vma):
             return errno.ENOMEM
     return 0
@@ -208,6 +210,8 @@ def fork(parts: Parts, parent: Mm, child: Mm) -> int:
 
 def _copy_range(parts: Parts, parent: Mm, child: Mm, vma: SimVma) -> bool:
     for address, pages, ours in parent.ranges(vma.start, vma.end):
+        # A device writes to the pinned page: if it were shared, the parent's next write would copy it, and leave the
+        # device behind.
         pinned = _pinned(parts, ours)
         if pinned.any():
             split_pmd(parts, parent, address)
@@ -218,8 +222,10 @@ def _copy_range(parts: Parts, parent: Mm, child: Mm, vma: SimVma) -> bool:
         np.add.at(parts.memory.refcount, parts.memory.heads(pfns), 1)
         slots = ours.value[(ours.bits & P.SWAP) != 0]
         parts.swap.count[slots] += np.uint16(1)
+        # In the parent, too: whichever writes first gets a copy.
         ours.bits[page | ((ours.bits & P.MIGRATION) != 0)] &= ~P.WRITE
         marker = (ours.bits & P.UFFD_MARKER) != 0
+        # The child's mapping is not registered with userfaultfd, so its protection would mean nothing.
         theirs.bits[:] = np.where(marker | pinned, 0, ours.bits & ~P.UFFD_WP)
         theirs.value[:] = np.where(marker | pinned, 0, ours.value)
         child.anon_pages += len(pfns) + int(np.count_nonzero(ours.bits & P.MIGRATION))

@@ -85,6 +85,7 @@ def fault_in(parts: Parts, mm: Mm, start: int, end: int, *, write: bool) -> Faul
 
 def _block_size(parts: Parts, mm: Mm) -> int:
     """Return how many accesses memory suffices for, even if each allocates a large folio."""
+    # So that no reclaim is needed in the middle of a block: it could take away pages that the block needs.
     room = min(parts.memory.free_frames, parts.memory.cgroups.room(mm.charge))
     largest = max((order for vma in mm.vmas for order in parts.fault_orders(mm, vma)), default=0)
     return min(max(room >> largest, _SINGLE_FAULTS), BLOCK)
@@ -105,6 +106,7 @@ class _Block:
         """Run accesses through the first that may end with a signal; return the number done and the outcome."""
         strange = np.flatnonzero(self.strange())
         together = int(strange[0]) if len(strange) else len(self.pages)
+        # The one that may end with a signal comes alone, behind all before it.
         rest = self.pages[together : together + 1]
         last = self.contents[together : together + 1] if self.contents is not None else None
         self.pages = self.pages[:together]
@@ -175,6 +177,8 @@ class _Block:
         """Resolve the faults of all accesses; return False if memory ran out or a page was reclaimed again."""
         least, tries = len(self.pages) + 1, _TRIES
         while lacking := len(self.lacking()):
+            # Reclaim may take pages away as fast as they come: give up only if the number of missing ones does not
+            # fall.
             tries = _TRIES if lacking < least else tries - 1
             least = min(least, lacking)
             if not tries or not all(self.fault_in(vma, which) for vma, which in self.vmas()):
@@ -189,6 +193,7 @@ class _Block:
         short = 0
         if self.write:
             short = self.fill(vma, (*reversed(orders), 0), which)
+        # Otherwise a read may map the huge zero page, which is done fault by fault.
         elif self.parts.geometry.pmd_order not in orders:
             self.map_zero(self.none_among(which))
         lacking = np.intersect1d(self.lacking(), which)
@@ -231,6 +236,7 @@ class _Block:
         for table, which, entries in self.mm.locate(self.pages):
             table.bits.ravel()[entries] |= used
             rows = np.unique(entries >> self.parts.geometry.pmd_order)
+            # A PMD entry has one young bit and one dirty bit for all its pages.
             table.bits[rows[table.pmd[rows] == Pmd.HUGE]] |= used
             if self.contents is not None:
                 self.parts.memory.content[table.value.ravel()[entries]] = self.contents[which]
@@ -262,6 +268,7 @@ class _NewFolios:
         if self.order == self.parts.geometry.pmd_order:
             none: NDArray[np.bool_] = table.pmd[entries >> self.order] == Pmd.NONE
             return none
+        # userfaultfd wants a fault for each page.
         if self.order and self.vma.userfaultfd_armed:
             return np.zeros(len(entries), np.bool_)
         empty: NDArray[np.bool_] = ~table.bits.reshape(-1, 1 << self.order)[entries >> self.order].any(axis=1)

@@ -22,6 +22,7 @@ def register(parts: Parts, mm: Mm, start: int, end: int, modes: Sequence[str]) -
     if not mm.vmas_in(start, end):
         return errno.EINVAL
     wanted = {_MODES[mode] for mode in modes}
+    # Registering again replaces the modes; it does not add to them.
     change_flags(parts, mm, start, end, wanted, set(_MODES.values()) - wanted)
     return 0
 
@@ -54,6 +55,7 @@ def _protect(parts: Parts, mm: Mm, start: int, end: int, *, on: bool) -> None:
     split_at(parts, mm, start, end)
     for _, _, ptes in mm.ranges(start, end):
         if on:
+            # Without UFFD_FEATURE_WP_UNPOPULATED a none entry cannot be protected.
             able = (ptes.bits & (P.PRESENT | P.SWAP | P.MIGRATION)) != 0
             ptes.bits[able] = (ptes.bits[able] | P.UFFD_WP) & ~P.WRITE
         else:

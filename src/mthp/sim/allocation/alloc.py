@@ -1,8 +1,6 @@
 """Allocation of folios, and its slow path (__alloc_pages_slowpath, mm/page_alloc.c).
 
-Allocations first keep to the low watermark of the zones. If that fails, reclaim is woken in the background, and
-allocations may go down to the min watermark. If that fails too, allocations that may wait compact memory (for a large
-folio) and reclaim some themselves; the others fail.
+Allocations that may wait compact memory (for a large folio) and reclaim some themselves; the others fail.
 """
 
 from __future__ import annotations
@@ -25,8 +23,10 @@ def take_folio(parts: Parts, order: int, nodes: Sequence[int] = (), *, may_wait:
         nodes: nodes to try; by default all.
         may_wait: compact and reclaim memory if no block is free.
     """
+    # At first down to the low watermark (ALLOC_WMARK_LOW in __alloc_frozen_pages_noprof()).
     head = parts.memory.alloc(order, nodes, low=True)
     if head is None:
+        # The kernel wakes kswapd and goes on down to the min watermark; here kswapd has done its work at once.
         balance(parts)
         head = parts.memory.alloc(order, nodes)
     if head is None and may_wait:
@@ -48,8 +48,10 @@ def _small(parts: Parts, nodes: Sequence[int]) -> int | None:
 
 def _large(parts: Parts, order: int, nodes: Sequence[int]) -> int | None:
     """Allocate a large folio after compaction, then after reclaim, then after compaction again."""
+    # Compaction comes before reclaim for orders that are costly (can_compact in __alloc_pages_slowpath()).
     if compact(parts, order, nodes) and (head := parts.memory.alloc(order, nodes)) is not None:
         return head
+    # Twice the folio, so that compaction has frames to move pages to (compact_gap(), include/linux/compaction.h).
     if not reclaim(parts, 2 << order):
         return None
     head = parts.memory.alloc(order, nodes)
@@ -72,6 +74,7 @@ def charge(parts: Parts, head: int, cgroup: int, *, may_wait: bool) -> bool:
         if memory.charge(head, cgroup):
             return True
         full = memory.cgroups.full(cgroup, memory.size(head))
+        # In the cgroup that is full, not in the one that is charged: its siblings may hold the memory.
         if not may_wait or full is None or not reclaim(parts, memory.size(head), full):
             return False
     return memory.charge(head, cgroup)

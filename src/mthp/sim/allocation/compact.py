@@ -2,8 +2,7 @@
 
 Follows the outline of compact_zone() (mm/compaction.c). Compaction continues where it stopped last and goes over the
 aligned blocks of a zone. It skips blocks with a page that cannot be moved, and moves the pages of the others to free
-frames elsewhere, until a block of the wanted order is free. A zone in which it failed is left alone for a time that
-doubles with each failure (defer_compaction).
+frames elsewhere, until a block of the wanted order is free.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ _FRAMES = 1 << 15
 def compact(parts: Parts, order: int, nodes: Sequence[int] = ()) -> bool:
     """Free a block of `order` in the first zone of `nodes` (default: all) that succeeds (try_to_compact_pages)."""
     parts.counters.count("compact_stall")
+    # A page in a batch is on no list, and could not be isolated.
     parts.lru.drain()
     done = any(compact_zone(parts, zone, order) for zone in parts.memory.zonelist(nodes))
     parts.counters.count("compact_success" if done else "compact_fail")
@@ -47,8 +47,11 @@ def compact_all(parts: Parts) -> None:
 def compact_zone(parts: Parts, zone: Zone, order: int) -> bool:
     """Free a block of `order` in one zone, unless compaction is deferred or the zone has too few free frames."""
     state, size = zone.compaction, 1 << order
+    # Twice the block, because pages wait in free frames while others are still moved (compact_gap(),
+    # include/linux/compaction.h).
     if order > zone.max_order or zone.free_frames < zone.reserve + zone.watermarks.min + 2 * size:
         return False
+    # A zone in which it failed is left alone for a number of calls that doubles with each failure (defer_compaction()).
     if order >= state.order_failed and state.considered < (1 << state.defer_shift) - 1:
         state.considered += 1
         return False
@@ -104,6 +107,7 @@ def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDA
         ((flags & (Fl.LRU | Fl.LOCKED)) != Fl.LRU)
         | (explained != memory.refcount[heads])
         | ((memory.flags[frames] & Fl.POISONED) != 0)
+        # Moving a folio as large as the block takes a free block as large: nothing is gained.
         | (memory.order[heads] >= order)
     )
     return used, fixed
@@ -112,12 +116,14 @@ def _used_and_fixed(parts: Parts, start: int, end: int, order: int) -> tuple[NDA
 def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
     """Move all pages out of a block, and free it; return False if there is no room for all of them."""
     memory, size = parts.memory, 1 << order
+    # The block's own free frames first, so that no page moves from one end of the block to the other.
     claimed = zone.claim(block, order)
     frames = np.arange(block, block + size)
     heads = np.unique(memory.heads(frames[(memory.flags[memory.heads(frames)] & Fl.ALLOCATED) != 0])).tolist()
     target: dict[int, int] = {}
     # Pages are moved into page blocks of movable memory alone (suitable_migration_target(), mm/compaction.c).
     with zone.without(memory.unmovable, parts.geometry.pmd_order):
+        # The largest first, while large free blocks are left.
         for head in sorted(heads, key=lambda head: -int(memory.order[head])):
             new = zone.alloc(int(memory.order[head]))
             if new is None:
@@ -125,6 +131,7 @@ def _empty(parts: Parts, zone: Zone, block: int, order: int) -> bool:
             target[head] = new
     parts.counters.count("compact_isolated", sum(memory.size(head) for head in target))
     relocate(parts, target)
+    # After the pages have left, so that the frames merge into one block.
     for head, at in claimed:
         zone.free(head, at)
     if len(target) < len(heads):

@@ -47,6 +47,7 @@ def fragment(parts: Parts, index: float, order: int, *, movable: float = 0.0, se
         frames = _chosen(zone, index, order, seed)
         for frame in frames.tolist():
             zone.take(frame)
+        # 53 bits: as many as a float has, so that the comparison is exact.
         of_cache = (random_numbers(frames, seed + 1) >> np.uint64(11)) < movable * 2**53
         memory.own(frames[~of_cache])
         memory.own(frames[of_cache], Fl.LRU, Fl.UPTODATE)

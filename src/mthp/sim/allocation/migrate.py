@@ -31,6 +31,7 @@ def start_migration(parts: Parts, mm: Mm, address: int) -> int:
     movable = (memory.flags[head] & (Fl.LRU | Fl.ANON | Fl.LOCKED)) == Fl.LRU | Fl.ANON
     if not movable or unexplained_references(parts, head) or (memory.flags[head : head + size] & Fl.POISONED).any():
         return errno.EBUSY
+    # Held, because it loses the references of its mappings: migration entries hold none.
     memory.refcount[head] += 1
     for mapped in mappings_of(parts, head, size):
         parts.counters.count("thp_split_pmd", mapped.split_pmd())
@@ -55,10 +56,12 @@ def finish_migration(parts: Parts, head: int) -> None:
         mapped.set((mapped.bits() & ~P.MIGRATION) | P.PRESENT, mapped.frames())
         parts.rmap.add(mapped.frames(), mapped.mm.id)
         memory.refcount[head] += len(mapped.entries)
+    # All its mappings were removed meanwhile.
     if not back:
         parts.swap.free_cache(head)
         memory.put(head)
         return
+    # Some entries were unmapped meanwhile, when the folio could not be put on the list.
     if order and not memory.mapcount[head : head + size].all():
         parts.rmap.partially_mapped(head)
     # Held until the allocation is done, so that reclaim leaves it alone.

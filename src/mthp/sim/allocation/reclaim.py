@@ -1,12 +1,9 @@
 """Reclaim: which pages go to swap or are dropped, and in which order.
 
 The kernel's multi-generational LRU finds the pages in use by walking page tables (walk_mm, mm/vmscan.c), and so does
-this. A sweep goes over the entries of all address spaces, from where the last one stopped. A page with an entry used
-since the last visit becomes referenced, or active if it was referenced already. An unused page steps down by one of
-these grades, and is evicted at the bottom: to swap, or, if it is clean lazyfree memory, dropped.
-
-So the order of eviction is not exactly the kernel's. It depends on the same causes: use, pins, locked mappings, limits
-of memory cgroups, room on the swap device.
+this. A sweep goes over the entries of all address spaces, from where the last one stopped. The order of eviction is not
+exactly the kernel's. It depends on the same causes: use, pins, locked mappings, limits of memory cgroups, room on the
+swap device.
 """
 
 from __future__ import annotations
@@ -43,6 +40,7 @@ def reclaim(parts: Parts, wanted: int, cgroup: int = ROOT, *, by: str = "direct"
     Returns:
         Frames that became free, or uncharged from the cgroup; 0 if nothing can be reclaimed.
     """
+    # Never a page alone: the kernel reclaims in clusters, too, so that the next allocations need no reclaim.
     return _Reclaim(parts, max(wanted, CLUSTER), cgroup, by).run()
 
 
@@ -94,9 +92,11 @@ class _Reclaim:
         self.swappable = self.parts.swap.has_room()
         if not self.swappable and not self.parts.memory.has_lazyfree():
             return False
+        # From where the last call stopped: otherwise the first address space would always lose its pages first.
         start_mm, start_address = self.parts.reclaim_at
         numbers = sorted(self.parts.mms)
         at = next((i for i, number in enumerate(numbers) if number >= start_mm), 0)
+        # The address space at which the last sweep stopped is gone.
         if at < len(numbers) and numbers[at] != start_mm:
             start_address = 0
         rounds = [(number, 0, None) for number in numbers[at + 1 :] + numbers[:at]]
@@ -147,14 +147,17 @@ class _Reclaim:
             return False
         used = np.bincount(inverse, weights=young, minlength=len(heads)) > 0
         table.bits.ravel()[entries[ours[inverse] & young]] &= ~P.YOUNG
+        # A PMD entry has one young bit for all its pages.
         table.bits[rows][table.pmd[rows] == Pmd.HUGE] &= ~P.YOUNG
         flags = memory.flags[heads]
+        # Two grades up for use, the same two down without it; an unused page at the bottom is evicted.
         raised = np.where(flags & Fl.REFERENCED, flags | Fl.ACTIVE, flags | Fl.REFERENCED)
         lowered = np.where(flags & Fl.ACTIVE, flags & ~Fl.ACTIVE, flags & ~Fl.REFERENCED)
         memory.flags[heads] = np.where(ours, np.where(used, raised, lowered), flags)
         bottom = ours & ~used & ((flags & (Fl.ACTIVE | Fl.REFERENCED)) == 0)
         before = self.freed
         sizes = np.where(bottom, np.left_shift(1, memory.order[heads].astype(np.int64)), 0)
+        # No more than is wanted, rounded up to the end of a folio.
         bottom &= np.cumsum(sizes) - sizes < max(self.wanted - before, CLUSTER)
         which = bottom[inverse]
         evict(self.parts, mm, table, entries[which], frames[which])
@@ -179,6 +182,7 @@ def evict(parts: Parts, mm: Mm, table: Table, entries: NDArray[np.intp], frames:
         frames: int64, same shape: frames that they map.
     """
     memory = parts.memory
+    # Small folios with one mapping, which are nearly all, are evicted together; the others one by one.
     plain = (memory.order[frames] == 0) & (memory.refcount[frames] == 1)
     plain &= (memory.flags[frames] & (Fl.LRU | Fl.LOCKED | Fl.SWAPCACHE | Fl.POISONED)) == Fl.LRU
     plain &= ~Mapped(mm, table, entries).in_locked(parts.geometry)
@@ -193,9 +197,11 @@ def _evict_plain(parts: Parts, mapped: Mapped) -> None:
     memory, bits, frames = parts.memory, mapped.bits(), mapped.frames()
     lazyfree = (memory.flags[frames] & Fl.SWAPBACKED) == 0
     clean = (bits & P.DIRTY) == 0
+    # Written since MADV_FREE: no longer lazyfree (folio_set_swapbacked() in try_to_unmap_one(), mm/rmap.c).
     memory.flags[frames[lazyfree & ~clean]] |= Fl.SWAPBACKED
     _unmap(parts, Mapped(mapped.mm, mapped.table, mapped.entries[lazyfree & clean]), None)
     entries = mapped.entries[~lazyfree]
+    # As many as have room; the others stay mapped.
     slots = parts.swap.free_slots()[: len(entries)].astype(np.int64)
     going = Mapped(mapped.mm, mapped.table, entries[: len(slots)])
     parts.swap.take_many(slots, memory.content[going.frames()])
@@ -240,6 +246,7 @@ def evict_folio(parts: Parts, head: int) -> bool:
     if not mapped or any(mapping.in_locked(parts.geometry).any() for mapping in mapped):
         return False
     if not memory.has(head, Fl.SWAPBACKED):
+        # Written since MADV_FREE through one of its mappings.
         if any((m.bits() & P.DIRTY).any() for m in mapped):
             memory.set(head, Fl.SWAPBACKED)
             return False
@@ -249,6 +256,8 @@ def evict_folio(parts: Parts, head: int) -> bool:
         slot: int | None = parts.swap.slot_of(head)
     else:
         partial = memory.has(head, Fl.PARTIALLY_MAPPED)
+        # A partially mapped folio is split first, because its unmapped pages need no slot (shrink_folio_list(),
+        # mm/vmscan.c).
         slot = None if partial else parts.swap.free_cluster(order)
         if slot is None and order:
             return _evict_split(parts, head, size, partial=partial)
@@ -285,5 +294,6 @@ def _evict_split(parts: Parts, head: int, size: int, *, partial: bool) -> bool:
         parts.counters.count_mthp(order, "swpout_fallback")
         if order == parts.geometry.pmd_order:
             parts.counters.count("thp_swpout_fallback")
+    # The split has freed the unmapped ones.
     pages = [page for page in range(head, head + size) if parts.memory.flags[page] & Fl.ANON]
     return sum(evict_folio(parts, page) for page in pages) > 0

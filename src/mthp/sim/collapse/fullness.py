@@ -18,6 +18,7 @@ class Fullness:
 
     def of(self, order: int) -> Bits | None:
         """Return which runs of `order` are full enough: bool, shape (ranges, runs per range); None for all."""
+        # For all ranges at once, although the walk needs one range at a time: a column costs as much as an answer.
         if order not in self._answers:
             self._answers[order] = self._policy.full_enough(self._occupancy.runs(order), self._rules)
         return self._answers[order]

@@ -1,20 +1,9 @@
 """collapse_huge_page: the steps that turn the pages of a run into one folio, for any order.
 
-The order of the steps is the kernel's (mm/khugepaged.c), because the effects of a step remain visible when a later one
-fails: an allocated folio is counted although it is freed again, pages that were read from swap stay, and pages that
-were isolated wait in the CPU's batch with an extra reference.
-
-=====================  ===============================================================================================
-alloc_charge           take a free folio, charge it to the memory cgroup of the address space
-revalidate             the mapping still exists, covers the whole PMD range, allows the order, is anonymous
-swapin                 read swap entries one by one; a marker ends it; a smaller order gives up if it has more of them
-                       than the policy allows (mainline allows none)
-revalidate again       after the lock is taken for writing
-isolate                check every page again; lock it, and take it off the LRU lists
-copy                   copy pages, clear none entries and zero pages; a poisoned page undoes the isolation
-install                release the old pages, map the new folio: by a PMD entry, or, below the PMD order, by the
-                       PTEs of the run while their neighbours stay as they are
-=====================  ===============================================================================================
+The steps are alloc_charge, revalidate, swapin, revalidate again, isolate, copy, install. Their order is the kernel's
+(mm/khugepaged.c), because the effects of a step remain visible when a later one fails: an allocated folio is counted
+although it is freed again, pages that were read from swap stay, and pages that were isolated wait in the CPU's batch
+with an extra reference.
 """
 
 from __future__ import annotations
@@ -89,6 +78,8 @@ class Attempt:
     def run(self, node_load: NDArray[np.int64]) -> ScanResult:
         """Make the attempt; a folio that is not installed is freed again."""
         self.let_in(Step.ALLOC_CHARGE)
+        # Before mmap_lock is taken, because an allocation may compact and reclaim memory: so the mapping must be
+        # checked again.
         folio = self.alloc_charge(node_load)
         if isinstance(folio, ScanResult):
             return folio
@@ -104,10 +95,13 @@ class Attempt:
 
     def alloc_charge(self, node_load: NDArray[np.int64]) -> int | ScanResult:
         """Allocate a folio for the run, on a node with most pages of the PMD range; return it, or why not."""
+        # Every node with as many pages as the best one (collapse_find_target_node()).
         nodes = np.flatnonzero(node_load == node_load.max()).tolist()
+        # MADV_COLLAPSE always may (GFP_TRANSHUGE in alloc_charge_folio()).
         may_wait = self.rules.forced or self.parts.tunables.defrag
         folio = take_folio(self.parts, self.order, nodes, may_wait=may_wait)
         outcome = "collapse_alloc_failed" if folio is None else "collapse_alloc"
+        # Before the charge: a folio that a cgroup at its limit refuses has been counted as allocated.
         self.parts.count_order(self.order, f"thp_{outcome}", outcome)
         if folio is None:
             return ScanResult.ALLOC_HUGE_PAGE_FAIL
@@ -122,11 +116,13 @@ class Attempt:
         vma = self.revalidate()
         if isinstance(vma, ScanResult):
             return vma
+        # The count is that of the PMD range, so a run without swap entries comes here, too.
         if self.scan.unmapped:
             self.let_in(Step.SWAPIN)
             result = self.swapin(vma)
             if result is not ScanResult.SUCCEED:
                 return result
+        # mmap_lock, held for reading, is released before it is taken for writing.
         self.let_in(Step.REVALIDATE_AGAIN)
         vma = self.revalidate()
         if isinstance(vma, ScanResult):
@@ -139,6 +135,7 @@ class Attempt:
         self.parts.clock.spend("collapse_pte", len(look.pfns))
         self.let_in(Step.COPY)
         if not self.copy(folio, look):
+            # copy_mc_user_highpage() found a poisoned page: the old pages are put back as they were.
             self.release(look)
             return ScanResult.COPY_MC
         self.let_in(Step.INSTALL)
@@ -161,6 +158,7 @@ class Attempt:
         parts = self.parts
         result, swapped_in = ScanResult.SUCCEED, 0
         offsets = np.flatnonzero(_unmapped(self.ptes)).tolist()
+        # Pages read back for a small run could make the next scan find a larger one full enough: creep.
         if self.order != self.pmd_order and len(offsets) > self.limits.swap:
             parts.counters.count_mthp(self.order, "collapse_exceed_swap_pte")
             result, offsets = ScanResult.EXCEED_SWAP_PTE, []
@@ -171,6 +169,7 @@ class Attempt:
                 result = ScanResult.FAIL
                 break
             swapped_in += 1
+        # The batch holds a reference to each page that was read, and isolation would find one too many.
         if swapped_in and result is ScanResult.SUCCEED:
             parts.lru.drain()
         parts.trace.emit(Swapin(self.mm.id, self.order, result, swapped_in, self.scan.referenced))
@@ -179,7 +178,9 @@ class Attempt:
     def isolate(self, vma: SimVma) -> Look:
         """Check every page of the run again, lock it and take it off the LRU lists, or undo that."""
         parts = self.parts
+        # The program's handler must see every fault (userfaultfd_armed() in collapse_max_ptes_none()).
         limits = self.limits._replace(none=0) if vma.userfaultfd_armed else self.limits
+        # A PMD collapse takes large folios apart, too; a smaller one would only replace a folio by one like it.
         large = None if self.order == self.pmd_order else self.order
         large_first = self.policy.large_before_shared
         forced = self.rules.forced
@@ -244,16 +245,19 @@ class Attempt:
         """Unmap and release the old pages (__collapse_huge_page_copy_succeeded)."""
         memory, lru, rmap, swap = self.parts.memory, self.parts.lru, self.parts.rmap, self.parts.swap
         small, large = self._folios(look)
+        # none entries and zero pages become memory of the process: the bloat.
         self.mm.anon_pages += self.size - len(look.pfns)
         memory.flags[small] &= ~Fl.LOCKED
         lru.putback_small(small)
         rmap.remove_small(small)
+        # free_swap_cache() after each page's mapping is removed; it drops slots that no entry uses.
         in_cache = small[(memory.flags[small] & Fl.SWAPCACHE) != 0]
         for head in in_cache[memory.mapcount[in_cache] == 0].tolist():
             swap.free_cache(head)
         memory.put_small(small)
         is_large = memory.order[look.pfns] > 0
         batches = rmap.batches(look.offsets[is_large], look.pfns[is_large])
+        # Before 6.17, so that each large folio counts as partially mapped for a moment.
         if self.parts.kernel.unmaps_one_by_one:
             batches = [(pfn, 1) for pfn in look.pfns[is_large].tolist()]
         for pfn, count in batches:
@@ -262,6 +266,7 @@ class Attempt:
             memory.put(head, count)
         for head in large:
             memory.clear(head, Fl.LOCKED)
+            # The folio loses its mappings in a locked mapping (munlock_vma_folio() in folio_remove_rmap_ptes()).
             if vma.locked:
                 memory.clear(head, Fl.MLOCKED)
             if not memory.mapcount[head : head + memory.size(head)].any():
@@ -274,9 +279,11 @@ class Attempt:
         memory = parts.memory
         memory.set(folio, Fl.UPTODATE)
         parts.rmap.add_new_anon(folio, self.mm.id, swapbacked=not vma.droppable)
+        # One from the allocation, and one for each further page (folio_ref_add() in map_anon_folio_pte_nopf()).
         memory.refcount[folio] = self.size
         parts.add_lru_vma(vma, folio)
         ptes.value[:] = np.arange(folio, folio + self.size)
+        # As map_anon_folio_pte_nopf() does where the mapping may be written: no other address space has the folio.
         ptes.bits[:] = P.PRESENT | P.YOUNG | P.DIRTY | P.WRITE
         if self.order == self.pmd_order:
             self.mm.set_pmd(self.address, Pmd.HUGE)
@@ -284,6 +291,7 @@ class Attempt:
 
 def revalidate(parts: Parts, mm: Mm, address: int, order: int, trigger: Trigger) -> SimVma | ScanResult:
     """Return the mapping of a PMD range if it allows a collapse to `order` (hugepage_vma_revalidate), or why not."""
+    # collapse_test_exit_or_disable().
     if mm.exiting or mm.thp_disabled:
         return ScanResult.ANY_PROCESS
     vma = mm.find_vma(address)

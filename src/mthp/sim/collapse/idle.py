@@ -2,19 +2,9 @@
 
 khugepaged leaves most ranges alone: those without a page table, those that a PMD entry maps already, those with too
 many none PTEs. A single scan (:mod:`mthp.sim.collapse.look`) makes many checks of every entry and of its folio. Here
-the results for ordinary entries are computed in a few passes over whole columns:
-
-- An *ordinary* entry is none, or maps the zero page, or maps a folio that passes all checks: on the LRU lists,
-  unlocked, not shared, with no references but from its mappings, not lazyfree. Only the first two count against a
-  limit. So the scan of a range of ordinary entries ends at the none PTE that exceeds the limit, or passes; the packed
-  bits of the none PTEs show where.
-- The frames of a range mostly adjoin. So the frames between its lowest and its highest are checked, as slices of the
-  frames' columns. Only if one of those is not ordinary are the range's own frames looked up.
-- A range that passes its scan is idle too if the policy finds no run in it full enough, or only runs that are in a
-  large folio already. For the latter khugepaged repeats the same attempt: it takes a free folio, finds at the run's
-  first page that the run has one, and frees it. Only counters change, and they are counted here.
-
-Any other range ends the run of idle ones, and is scanned on its own.
+the results for ordinary entries are computed in a few passes over whole columns. An *ordinary* entry is none, or maps
+the zero page, or maps a folio that passes all checks: on the LRU lists, unlocked, not shared, with no references but
+from its mappings, not lazyfree. Any other range ends the run of idle ones, and is scanned on its own.
 """
 
 from __future__ import annotations
@@ -181,6 +171,7 @@ def _look(
     bits = columns[1][rows] if everywhere else columns[1][rows][tables]
     values = columns[2][rows] if everywhere else columns[2][rows][tables]
     n = bits.shape[1]
+    # All bits of a range at once: most ranges have none that needs a closer look.
     known = np.bitwise_or.reduce(bits, axis=1)
     none, young = bits == 0, (known & P.YOUNG) != 0
     if np.bitwise_or.reduce(known) & P.ZERO:
@@ -190,8 +181,10 @@ def _look(
     packed = np.packbits(none, axis=1, bitorder="little")
     counts = np.bitwise_count(packed)
     total = counts.sum(axis=1, dtype=np.int64)
+    # Only none entries and zero pages count against a limit, so the scan ends at the one that exceeds it, or passes.
     ordinary = ((known & ~_ORDINARY) == 0) & _all_ordinary(parts.memory, values, none)
     exceeded = total > limit
+    # Without a young entry the scan of khugepaged ends with LACK_REFERENCED_PAGE; such a range is scanned on its own.
     passed = ordinary & ~exceeded & young
     if passed.any():
         rows_passed = np.flatnonzero(passed)
@@ -203,6 +196,7 @@ def _look(
     seen.idle[tables] = ordinary & exceeded | passed
     seen.results[tables] = np.where(exceeded, np.int8(ScanResult.EXCEED_NONE_PTE), np.int8(ScanResult.FAIL))
     entries: NDArray[np.int64] = np.full(len(tables), n, np.int64)
+    # The scan reads the entry that exceeds the limit, and no further.
     entries[exceeded] = _nth_set(packed[exceeded], counts[exceeded], limit) + 1
     seen.entries[tables] = entries
     seen.passed[tables] = passed
@@ -234,11 +228,13 @@ def _all_ordinary(memory: Memory, values: NDArray[np.uint32], none: Bits) -> Bit
     first, last = int(lowest[mapped].min()), int(highest.max())
     if last - first > SPARSE * values.size:
         return _ordinary_one_by_one(memory, values, none)
+    # The frames of a range mostly adjoin: slices from the lowest to the highest cost less than looking up each frame.
     odd = _odd_frames(memory, first, last + 1)
     if not len(odd):
         return np.ones(len(values), np.bool_)
     between = odd.searchsorted(np.where(mapped, highest + 1, 0)) - odd.searchsorted(np.where(mapped, lowest, 0))
     ordinary: Bits = np.equal(between, 0)
+    # An odd frame in between may belong to another range, or to another process.
     unclear = np.flatnonzero(~ordinary)
     if len(unclear):
         ordinary[unclear] = _ordinary_one_by_one(memory, values[unclear], none[unclear])
@@ -302,8 +298,10 @@ def _nothing_to_do(
     policy, rules, pmd_order = control.policy, control.rules, parts.geometry.pmd_order
     nothing: Bits = np.zeros(len(pages), np.bool_)
     orders = policy.orders_walked(rules)
+    # Another policy may decide by data that is not computed here, and a hook must see every step.
     if type(policy) not in BUILT_IN.values() or parts.hook is not None or not orders:
         return nothing, {}
+    # The walk of the seed then tries orders that are not enabled.
     if policy.orders_allocated(rules) != orders:
         return nothing, {}
     fullness = Fullness(Occupancy(Planes(pages), parts.geometry), policy, rules)
@@ -315,6 +313,8 @@ def _nothing_to_do(
             enough = fullness.of(order)
             runs = reached if enough is None else reached & enough
             if runs.any():
+                # khugepaged repeats such an attempt in every pass: it takes a free folio, finds that the run's first
+                # page has one as large, and frees it again. Only counters change.
                 nothing &= ~(runs & ~_can_be_tried_in_vain(parts, mm, order, pages, values)).any(axis=1)
                 if not nothing.any():
                     return nothing, {}
@@ -329,6 +329,8 @@ def _can_be_tried_in_vain(parts: Parts, mm: Mm, order: int, pages: Bits, values:
     """Return the runs that begin in a folio of the order, if a folio for the attempt is free: bool, by run."""
     memory = parts.memory
     first: Bits = pages[:, :: 1 << order]
+    # An attempt at the PMD order takes large folios apart; one without room or a free folio ends otherwise, and may
+    # reclaim.
     if order == parts.geometry.pmd_order or memory.cgroups.room(mm.charge) < 1 << order:
         return np.zeros_like(first)
     if not all(any(zone.has(order, low=True) for zone in memory.zonelist([node])) for node in range(memory.nodes)):

@@ -40,11 +40,13 @@ def divide(
             began = parts.clock.now_ns
             split_huge_pages(parts, f"{mm.id},{begin:#x},{begin + page:#x},{largest}")
             calls_ns.append(parts.clock.now_ns - began)
+            # A write succeeds also where it skipped the folio.
             if parts.memory.order[head + first] <= largest:
                 break
         else:
             refused.append((first, order))
             continue
+        # Base pages cannot be split further.
         todo += [(part, largest) for part in range(first, first + (1 << order), 1 << largest) if largest]
     return refused
 

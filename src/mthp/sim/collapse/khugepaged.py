@@ -55,6 +55,7 @@ class Visit:
         vma = self.mm.find_vma(address)
         while vma is not None:
             start, end = -(-vma.start // size) * size, vma.end // size * size
+            # Each such mapping is progress, too: cc->progress++ in collapse_scan_mm_slot().
             if address > end or not self._may_collapse(vma):
                 passed += 1
             else:
@@ -76,6 +77,7 @@ class Visit:
             self._idle += len(passed.results)
             return passed
         result = collapse_range(parts, self.mm, vma, address, control)
+        # Such a range would have been idle, had it been scanned with others.
         in_vain = all(attempt.result is ScanResult.PTE_MAPPED_HUGEPAGE for attempt in control.attempts)
         self._idle = self._idle + 1 if in_vain and not ahead else 0
         return Passage(
@@ -131,6 +133,7 @@ class Khugepaged(Scanner):
                 self.remove(slot)
 
     def _collapsed(self, passage: Passage) -> int:
+        # In the seed pages_collapsed rises with every scan of a range that a PMD entry maps already.
         mapped = self._parts.policy.counts_mapped * np.count_nonzero(passage.results == ScanResult.PMD_MAPPED)
         return super()._collapsed(passage) + int(mapped)
 
@@ -140,6 +143,7 @@ class Khugepaged(Scanner):
             self._count("pages_collapsed", 1)
 
     def _begin_pass(self) -> None:
+        # khugepaged_do_scan() calls lru_add_drain_all(), which puts the batches of all CPUs on the lists.
         self._parts.lru.drain()
 
     def _count(self, name: str, by: int) -> None:

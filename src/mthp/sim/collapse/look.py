@@ -2,8 +2,8 @@
 
 The scan of a PMD range and the isolation of a run go over the entries in the same manner: they count none, swap and
 shared entries against limits, and end at the first entry that fails a check. They differ in the limits and in the order
-of the checks of a page's folio. Both orders are here, as in collapse_scan_pmd() and __collapse_huge_page_isolate()
-(mm/khugepaged.c). All entries are checked at once, and the first failing one is picked afterwards. Nothing is changed.
+of the checks of a page's folio. All entries are checked at once, and the first failing one is picked afterwards.
+Nothing is changed.
 """
 
 from __future__ import annotations
@@ -87,15 +87,20 @@ def isolate_look(
         large: fail at a page of a folio of this order or larger.
         large_first: whether the check for `large` comes before the count of shared pages.
     """
+    # One comparison instead of all checks of all entries, for the most frequent outcome.
     if large is not None and _begins_with_large(parts, ptes, large):
         nothing = np.zeros(0, np.int64)
         return Look(ScanResult.PTE_MAPPED_HUGEPAGE, 0, 0, 0, 0, False, nothing.astype(np.intp), nothing, nothing)
     look = _Looker(parts, ptes, limits)
     look.no_swap()
     if look.some_pages:
+        # The reverse of the kernel's order (__collapse_huge_page_isolate()), because later calls overwrite: there a
+        # page is checked for lazyfree, then counted as shared, and only last taken off its list.
         look.page(~look.folio_has(Fl.LRU), ScanResult.DEL_PAGE_LRU)
         look.page(look.expected_references != parts.memory.refcount[look.heads], ScanResult.PAGE_COUNT)
         look.page(look.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
+        # Noted first, and so overwritten: Dev Jain's series and the seed look for a large folio before they count
+        # shared pages.
         if large_first:
             look.count_shared()
         if large is not None:
@@ -156,6 +161,7 @@ class _Looker:
         self.pfns = ptes.value[self._offsets].astype(np.int64)
         self.heads = parts.memory.heads(self.pfns)
         self._folio_flags = parts.memory.flags[self.heads]
+        # A none entry has no page to check, so nothing overwrites this.
         self._found[self._over(self._none, limits.none)] = ScanResult.EXCEED_NONE_PTE
         self._found[special] = ScanResult.PAGE_NULL
 
@@ -186,6 +192,8 @@ class _Looker:
 
     def count_swap(self) -> None:
         """Note swap entries: those write-protected by userfaultfd, and, checked before that, too many."""
+        # The kernel counts first and looks for write-protection afterwards (collapse_scan_pmd()): here the other way
+        # round.
         protected = self._unmapped & ((self._ptes.bits & P.UFFD_WP) != 0)
         self._found[protected] = ScanResult.PTE_UFFD
         self._found[self._over(self._unmapped, self._limits.swap)] = ScanResult.EXCEED_SWAP_PTE
@@ -196,6 +204,7 @@ class _Looker:
 
     def folios(self) -> None:
         """Run a scan's checks of every page's folio."""
+        # From the last check of collapse_scan_pmd() to the first.
         self.page(self.expected_references != self._parts.memory.refcount[self.heads], ScanResult.PAGE_COUNT)
         self.page(self.folio_has(Fl.LOCKED), ScanResult.PAGE_LOCK)
         self.page(~self.folio_has(Fl.LRU), ScanResult.PAGE_LRU)
@@ -206,6 +215,8 @@ class _Looker:
         memory = self._parts.memory
         if not self._parts.knobs.zone_reclaim_mode:
             return
+        # A node with a page already is acceptable: only the first page on each node can end the scan
+        # (collapse_scan_abort()).
         nodes, first = np.unique(memory.nodes_of(self.pfns), return_index=True)
         for at, node in sorted(zip(first.tolist(), nodes.tolist(), strict=True)):
             earlier = nodes[first < at]
@@ -221,6 +232,7 @@ class _Looker:
     def page_itself(self, vma: SimVma, *, forced: bool) -> None:
         """Run the checks that precede all counts: write-protected pages, pages of a driver, clean lazyfree."""
         bits = self._ptes.bits[self._offsets]
+        # The new folio of a droppable mapping is lazyfree, too, so nothing is lost; elsewhere it would not be.
         if self._parts.kernel.lazyfree_stops and not forced and not vma.droppable:
             lazyfree = (self._folio_flags & (Fl.ANON | Fl.SWAPBACKED)) == Fl.ANON
             self.page(lazyfree & ((bits & P.DIRTY) == 0), ScanResult.PAGE_LAZYFREE)
@@ -240,6 +252,7 @@ class _Looker:
         if not hindered[at]:
             at = len(hindered)
         result = ScanResult.SUCCEED if at == len(hindered) else ScanResult(int(self._found[at]))
+        # The failing entry is counted: the kernel counts before it compares with the limit.
         through = slice(0, at + 1)
         before = slice(0, int(self._offsets.searchsorted(at)))
         offsets = self._offsets[before]

@@ -80,11 +80,13 @@ def madvise_collapse(space: AdvisedSpace, start: int, end: int) -> int:
     unmapped = 0
     while start < end:
         vma = space.find_vma(start)
+        # madvise_walk_vmas() remembers a hole, and goes on behind it.
         if vma is None or vma[0] > start:
             unmapped = errno.ENOMEM
         if vma is None or vma[0] >= end:
             break
         start, stop = max(start, vma[0]), min(end, vma[1])
+        # An error ends the call, also where later mappings could be collapsed.
         if error := _collapse_mapping(space, (start, stop)):
             return error
         start = stop
@@ -96,13 +98,16 @@ def _collapse_mapping(space: AdvisedSpace, part: Segment) -> int:
     size = space.geometry.pmd_size
     if not space.possible(part[0]):
         return errno.EINVAL
+    # Parts of PMD ranges at the ends are skipped silently: a range without a whole one succeeds.
     first, stop = -(-part[0] // size) * size, part[1] // size * size
     if first >= stop:
         return 0
+    # Pages in a batch have an extra reference, and would end in PAGE_COUNT.
     space.drain()
     last_fail, done, released = ScanResult.FAIL, 0, False
     address = first
     while address < stop:
+        # Each attempt drops mmap_lock, so the mapping may be another one by now.
         if released:
             if (found := space.revalidate(address)) is not ScanResult.SUCCEED:
                 last_fail = found
@@ -119,4 +124,5 @@ def _collapse_mapping(space: AdvisedSpace, part: Segment) -> int:
         last_fail = result
         if result not in _GOES_ON_AFTER:
             break
+    # Compared with what is left of the mapping, as in the kernel: one that shrank may succeed by fewer ranges.
     return 0 if done * size == stop - first else _ERRNO.get(last_fail, errno.EINVAL)

@@ -37,6 +37,7 @@ def move_block(parts: Parts, mm: Mm, address: int, order: int, *, fill: bool) ->
     control = CollapseControl.begun(parts, "madvise", parts.collapse_orders(mm, vma, "madvise"))
     limits = Limits((1 << order) - 1 if fill else 0, 0, 0)
     ptes = mm.ptes(address, 1 << order)
+    # forced: the mover asks neither whether pages were used nor whether they are lazyfree.
     look = run_look(parts, vma, ptes, limits, forced=True, large=order)
     if look.result is not ScanResult.SUCCEED:
         return look.result, ""

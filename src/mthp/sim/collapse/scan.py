@@ -71,6 +71,7 @@ class SimRange:
         parts, control = self._parts, self._control
         pmd = self._mm.pmd(address)
         if pmd is not Pmd.TABLE:
+            # A range without entries counts as one (cc->progress++ in collapse_scan_pmd()).
             control.progress += 1
             return RangeScan(ScanResult.PMD_MAPPED if pmd is Pmd.HUGE else ScanResult.NO_PTE_TABLE)
         ptes = self._mm.ptes(address, parts.geometry.ptes_per_pmd)
@@ -79,6 +80,7 @@ class SimRange:
             # Each run is scanned on its own, and counted there.
             control.lock_dropped = True
             return RangeScan(ScanResult.SUCCEED, self._fullness(address, ptes))
+        # The program's handler must see every fault, so no none entry may be filled.
         if self._vma.userfaultfd_armed and control.policy.scan_honours_uffd(control.rules):
             limits = limits._replace(none=0)
         look = scan_look(parts, self._vma, ptes, limits, forced=control.rules.forced)
@@ -106,6 +108,8 @@ class SimRange:
             look = dataclasses.replace(look, result=ScanResult.PAGE_NULL)
         scan = self._counted(look, order)
         if scan.result is ScanResult.PTE_MAPPED_HUGEPAGE:
+            # From the entry that was hit, not from the folio's first page: the series has this bug, and so unaligned
+            # runs.
             large_pages = 1 << int(parts.memory.order[ptes.value[look.at]])
             return dataclasses.replace(scan, behind=address + (look.at + large_pages) * page)
         return scan
@@ -125,20 +129,20 @@ class SimRange:
         if result is ScanResult.SUCCEED and not may_be_written:
             result = ScanResult.PAGE_RO
         elif result is ScanResult.SUCCEED and not control.rules.forced:
+            # Reading pages back is worth it only where half of the range is in use (collapse_scan_pmd()).
             wanted = (1 << order) // 2 if look.unmapped else 1
             if referenced < wanted:
                 result = ScanResult.LACK_REFERENCED_PAGE
         if result is ScanResult.SUCCEED:
             nodes = parts.memory.nodes_of(look.heads)
+            # Kept for the allocation of all runs of the range: it takes the node that has most pages.
             control.node_load = np.bincount(nodes, minlength=parts.memory.nodes).astype(np.int64)
         return RangeScan(result, None, 0, referenced, look.none_or_zero, look.unmapped)
 
     def _may_be_written(self, look: Look) -> bool:
-        """Return whether a run may be collapsed, considering whether any of its pages is writable.
-
-        A page of an earlier run of the PMD range counts too, because the series never resets the flag.
-        """
+        """Return whether a run may be collapsed, considering whether any of its pages is writable."""
         parts, control = self._parts, self._control
+        # A page of an earlier run of the PMD range counts, too: the series never resets the flag.
         self._writable |= look.writable
         if parts.kernel.wants_writable:
             return self._writable
@@ -168,6 +172,7 @@ class SimRange:
         result = collapse_huge_page(
             parts, self._mm, address, order, scan, control.policy, control.rules, control.node_load
         )
+        # A collapse raises MM_ANONPAGES by its none entries and zero pages alone.
         filled = self._mm.anon_pages - pages if result is ScanResult.SUCCEED else 0
         copied = (1 << order) - filled if result is ScanResult.SUCCEED else 0
         control.attempts.append(BlockOutcome(address, order, result, copied=copied, filled=filled))
@@ -194,6 +199,7 @@ def collapse_range(parts: Parts, mm: Mm, vma: SimVma, address: int, control: Col
     """Collapse one PMD range as the policy wants, for khugepaged and MADV_COLLAPSE alike."""
     control.rules = dataclasses.replace(
         control.rules,
+        # For MADV_COLLAPSE, too: policies that go below the PMD order take the sizes that sysfs has on.
         orders=parts.collapse_orders(mm, vma, "khugepaged"),
         always=tuple(sorted(order for order, word in parts.switches.sizes.items() if word == "always")),
         tunables=parts.tunables,

@@ -4,15 +4,9 @@ One function serves khugepaged and MADV_COLLAPSE. It does not touch pages: :clas
 the policy decides which runs are worth an attempt. Follows collapse_single_pmd(), collapse_scan_pmd() and
 mthp_collapse() of mm/khugepaged.c.
 
-All policies walk alike. The runs of a PMD range are the nodes of a binary tree. The seed keeps an explicit stack of
-(order, offset) and pushes the halves of a run that was not collapsed. Mainline increases an offset, and the alignment
-of the offset decides the next order. Both visit the nodes in the same order: depth first, the left half first. The
-policies differ in which nodes are full enough, and in how much of the walk a failed attempt ends. Only series that scan
-each run on its own, like Dev Jain's, walk differently (:func:`scan_runs`). If every attempt ends as predicted from its
-PTEs, the walk makes the attempts of :class:`~mthp.engine.walk.Walk`, which plans.
-
-The series have bugs. A target keeps them if it is :attr:`~mthp.engine.visited.RangeTarget.as_it_was`, as the
-simulated machine is and a live process is not.
+All policies walk alike; only series that scan each run on its own, like Dev Jain's, walk differently
+(:func:`scan_runs`). If every attempt ends as predicted from its PTEs, the walk makes the attempts of
+:class:`~mthp.engine.walk.Walk`, which plans. The series have bugs: a target keeps them if it is ``as_it_was``.
 """
 
 from __future__ import annotations
@@ -107,6 +101,8 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
     highest = [next((order for order in orders if order <= most), None) for most in range(geometry.pmd_order + 1)]
     last, collapsed, alloc_failed = ScanResult.FAIL, False, False
     offset, order = 0, highest[-1]
+    # Mainline's offset and the seed's stack of (order, offset) visit the runs in the same order: depth first, left half
+    # first.
     while order is not None and offset < geometry.ptes_per_pmd:
         result = None
         if scan.fullness.enough(order, scan.row, offset >> order):
@@ -114,6 +110,7 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
             result = target.collapse_huge_page(at, order, scan)
             collapsed |= result is ScanResult.SUCCEED
             alloc_failed |= result is ScanResult.ALLOC_HUGE_PAGE_FAIL
+            # The kernel keeps no result of a run that was collapsed, or whose folio is large enough already.
             last = last if result in done_there else result
             if result not in done_there and not _goes_on(result, order, policy, rules):
                 break
@@ -136,10 +133,7 @@ def scan_runs(
 ) -> tuple[RangeScan, ScanResult]:
     """Scan and try to collapse one run after another.
 
-    Follows hpage_collapse_scan_ptes() of Dev Jain's series. It begins with the largest order. An order that fails is
-    not tried again, and when none is left, the walk ends. Behind a run that was collapsed or skipped it continues with
-    the order of the address's alignment if that is left, else with the largest order left. An attempt that reaches the
-    range's end is the last.
+    Follows hpage_collapse_scan_ptes() of Dev Jain's series. It begins with the largest order.
 
     Returns:
         The scan of the last run, and the result of the range.
@@ -159,13 +153,16 @@ def scan_runs(
                 last = result = target.collapse_huge_page(at, order, scan)
                 collapsed |= result is ScanResult.SUCCEED
                 alloc_failed |= result is ScanResult.ALLOC_HUGE_PAGE_FAIL
+                # The series returns after an attempt that reaches the end of the range, whatever its result.
                 if behind == end:
                     break
         if result in DONE_THERE:
             # Behind a large folio any page may follow, aligned or not, in the series even behind the PMD range.
             at = behind if scan.behind is None else scan.behind
+            # The order of the address's alignment, unless that has failed: then the largest one left.
             order = aligned if (aligned := _alignment(at // page)) in left else left[0]
         else:
+            # An order that failed once is not tried again in this range, and without any left the walk ends.
             left = [other for other in left if other != order]
             order = left[0] if left else None
     if target.as_it_was:
@@ -193,6 +190,7 @@ def _goes_on(result: ScanResult, order: int, policy: Policy, rules: Rules) -> bo
         return True
     if result is ScanResult.FAIL:
         return order < rules.geometry.pmd_order or not policy.fail_ends_range
+    # The cases of the switch in mthp_collapse(); any other result ends the range.
     return result in LOWER_ORDERS_MAY_SUCCEED
 
 

@@ -99,9 +99,11 @@ class Zone:
         at = self._order_of_block(order, low=low)
         if at is None:
             return None
+        # The one freed last, as from the head of the kernel's list.
         head, _ = self._free[at].popitem()
         while at > order:
             at -= 1
+            # expand(): the upper halves go back to the lists.
             self._free[at][head + (1 << at)] = None
         self.free_frames -= 1 << order
         return head
@@ -113,6 +115,7 @@ class Zone:
     def _order_of_block(self, order: int, *, low: bool) -> int | None:
         """Return the order of the free block that :meth:`alloc` would take or split."""
         kept = self.reserve + (self.watermarks.low if low else self.watermarks.min)
+        # Checked for the frames left over, not for the present ones (__zone_watermark_ok(), mm/page_alloc.c).
         if self.free_frames - (1 << order) < kept:
             return None
         return next((at for at in range(order, self.max_order + 1) if self._free[at]), None)
@@ -177,6 +180,7 @@ class Zone:
         claimed, end = [], start + (1 << order)
         for at in range(order + 1):
             blocks = self._free[at]
+            # Whichever is shorter: the list of free blocks, or that of the possible heads.
             if len(blocks) < 1 << (order - at):
                 inside = [head for head in blocks if start <= head < end]
             else:

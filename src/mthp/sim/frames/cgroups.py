@@ -98,6 +98,7 @@ class Cgroups:
             cgroups: uint16, shape (folios,): cgroup of each.
             frames: size of each folio.
         """
+        # Without cgroups there is nothing to subtract, and this is called for every page that is freed.
         if len(self.usage) == 1:
             return
         gone = np.bincount(cgroups, minlength=len(self.usage)) * frames

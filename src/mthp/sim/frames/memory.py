@@ -102,6 +102,7 @@ class Memory:
         if not node_frames or min(node_frames) < 1:
             raise UsageError(f"nodes of {list(node_frames)} frames: at least one node with one frame is needed")
         number = len(node_frames)
+        # LOCAL_DISTANCE and REMOTE_DISTANCE (include/linux/topology.h).
         near = np.where(np.eye(number, dtype=np.bool_), 10, 20) if distances is None else np.array(distances)
         if near.shape != (number, number) or (near.diagonal() != 10).any() or (near < 10).any():
             raise UsageError(f"node distances {near.tolist()} are not a square of {number} with 10 on its diagonal")
@@ -154,6 +155,7 @@ class Memory:
     def heads(self, pfns: Frames) -> Frames:
         """Return the heads of the folios that frames lie in: int64, shape of `pfns`."""
         sizes: Frames = np.left_shift(np.int64(1), self.order[pfns].astype(np.int64))
+        # Folios are naturally aligned: the head follows from the order.
         return pfns & -sizes
 
     def head(self, pfn: int) -> int:
@@ -214,6 +216,7 @@ class Memory:
         frames = heads[:, None] + np.arange(1 << order)
         self.flags[frames] = Fl.ALLOCATED
         self.order[frames] = order
+        # Also of the tails: theirs hold the mapcounts of the folio.
         self.refcount[frames] = 0
         self.refcount[heads] = 1
         self.mapcount[frames] = 0
@@ -253,6 +256,7 @@ class Memory:
             pfns: int64, shape (pages,).
             flags: flags to set in addition to ALLOCATED and OWNED.
         """
+        # try_to_claim_block() (mm/page_alloc.c) gives the whole page block to the migrate type of such a page.
         if Fl.LRU not in flags:
             self.unmovable[pfns >> self.geometry.pmd_order] = True
         self.flags[pfns] = Fl.ALLOCATED | Fl.OWNED
@@ -296,6 +300,7 @@ class Memory:
             pfns: int64, shape (pages,), without duplicates.
         """
         self.refcount[pfns] -= 1
+        # In runs, because a buddy that is freed with its neighbour merges only once.
         freed = np.sort(pfns[self.refcount[pfns] == 0])
         self.flags[freed] = 0
         self.cgroups.uncharge(self.cgroup[freed])

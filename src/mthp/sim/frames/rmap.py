@@ -86,12 +86,14 @@ class Rmap:
         refcount = self._memory.refcount
         ids = int(refcount[head + _IDS])
         first, second = ids & 0xFFFF, ids >> 16
+        # folio_add_return_large_mapcount() (include/linux/rmap.h): a free place, or the address space's own.
         if first in (0, mm):
             refcount[head + _OF_FIRST] += count
             first = mm
         elif second in (0, mm):
             second = mm
         else:
+            # There are two places only: from the third address space on the folio counts as shared for good.
             second = MANY_MMS
         refcount[head + _IDS] = first | second << 16
         refcount[head + _ALL] += count
@@ -127,6 +129,7 @@ class Rmap:
             # Only the second one is left, if there is one.
             first, second = second, 0
             refcount[head + _OF_FIRST] = left
+        # The second has no mappings left, and its place is free.
         elif of_first == left:
             second = 0
         refcount[head + _IDS] = first | second << 16
@@ -144,6 +147,7 @@ class Rmap:
         Folios in the swap cache are left alone.
         """
         memory = self._memory
+        # As deferred_split_folio(): reclaim is handling a folio in the swap cache already.
         if memory.flags[head] & (Fl.PARTIALLY_MAPPED | Fl.SWAPCACHE) or not memory.flags[head] & Fl.ANON:
             return
         order = int(memory.order[head])
@@ -176,6 +180,7 @@ class Rmap:
         """Return the number of PTEs that map the folios that pages lie in: int32, shape (pages,) (folio_mapcount)."""
         memory = self._memory
         large = memory.order[pfns] > 0
+        # `large` is 0 or 1: the first tail frame of a large folio, the frame itself otherwise.
         counts: NDArray[np.int32] = np.where(large, memory.refcount[heads + large], memory.mapcount[pfns])
         return counts
 
@@ -188,6 +193,7 @@ class Rmap:
         large = memory.order[pfns] > 0
         if self._by_first_page:
             counts, sizes = self.mapcounts(pfns, heads), np.left_shift(1, memory.order[pfns].astype(np.int32))
+            # folio_likely_mapped_shared() of 6.12: more mappings than pages, or a first page that is mapped twice.
             guessed: NDArray[np.bool_] = (counts > 1) & ((counts > sizes) | (memory.mapcount[heads] > 1))
             return guessed
         of_first = np.where(large, memory.refcount[heads + 2 * large], 1)

@@ -46,6 +46,7 @@ class Swap:
     def free_slots(self) -> NDArray[np.intp]:
         """Return the slots that no entry refers to and no folio keeps: intp, shape (free slots,), ascending."""
         free = (self.count == 0) & (self.cached == 0)
+        # The header of the device.
         free[0] = False
         return np.flatnonzero(free)
 
@@ -113,6 +114,7 @@ class Swap:
         self.cached[slot : slot + size] = np.arange(head, head + size)
         self._slot_of[head] = slot
         self._memory.set(head, Fl.SWAPCACHE)
+        # One reference for each page (swap_cache_add_folio(), mm/swap_state.c).
         self._memory.refcount[head] += size
 
     def free_cache(self, head: int) -> bool:
@@ -123,6 +125,7 @@ class Swap:
         if not self._memory.has(head, Fl.SWAPCACHE):
             return False
         slot, size = self._slot_of[head], self._memory.size(head)
+        # Entries still refer to the slots, and what reads them must find this folio.
         if self.count[slot : slot + size].any():
             return False
         self.leave_cache(head)

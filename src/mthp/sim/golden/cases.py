@@ -156,6 +156,7 @@ def case_lines(path: str | Path) -> list[bytes]:
     number = total = 0
     try:
         with gzip.GzipFile(fileobj=data) if path.suffix == ".gz" else data as file:
+            # One byte more than is allowed, so that a longer line is noticed without being read.
             while line := file.readline(CASE_BYTES.now + 1):
                 number += 1
                 LINES.check(number)
@@ -312,6 +313,7 @@ def _kind(state: str, pmd_order: int) -> tuple[str, int]:
     if kind not in KINDS:
         raise UsageError(f"unknown state {state!r}", help=f"use {', '.join(sorted(KINDS))}")
     of_order = int(order) if order.isascii() and order.isdecimal() and len(order) < 3 else 0
+    # An order where none belongs, or none where one does.
     if (kind in LARGE) != (0 < of_order <= pmd_order) or (order and kind not in LARGE):
         raise UsageError(f"state {state!r} does not exist where the PMD order is {pmd_order}")
     return kind, of_order
@@ -342,6 +344,7 @@ def _slots(raw: dict[str, Any], kinds: NDArray[np.str_]) -> NDArray[np.int64]:
         slots[first : first + count] = np.arange(slot, slot + count)
     slots[~needed] = 0
     missing = needed & (slots == 0)
+    # With a gap, so that no folio's slots adjoin those that were recorded.
     slots[missing] = slots.max() + 2 + np.arange(np.count_nonzero(missing))
     if len(np.unique(slots[needed])) < np.count_nonzero(needed):
         raise UsageError("swap_offsets: two entries have one slot")

@@ -133,10 +133,6 @@ def replay(cases: Iterable[dict[str, Any]], policy: str | Policy | None = None) 
 def replay_case(case: dict[str, Any], policy: str | Policy | None = None) -> CaseReport:
     """Build a case's state, run its passes, and compare after each.
 
-    For a kernel before 6.18, agreement decides whether it required a writable PTE: the rule is left out first, because
-    some recordings were made without it. If only the rule explains the case, and only pages of which it is not recorded
-    whether they are writable decide it, the case is counted apart.
-
     Args:
         policy: used instead of that of the case's release or series.
 
@@ -148,10 +144,12 @@ def replay_case(case: dict[str, Any], policy: str | Policy | None = None) -> Cas
     kernel = kernel_of(known.release, known.series)
     if not kernel.wants_writable:
         return _report(known, policy, kernel)
+    # Some recordings were made without that rule of kernels before 6.18: a range needs a writable PTE.
     unruled = replace(kernel, wants_writable=False, leaves_empty_runs=False)
     if not (report := _report(known, policy, unruled)).mismatches:
         return report
     ruled = _report(known, policy, kernel)
+    # Whether an entry was writable is not always recorded: if only such entries decide the case, it is counted apart.
     in_doubt = _report(known, policy, kernel, doubtful_writable=True)
     if ruled.mismatches and in_doubt.mismatches:
         return ruled
@@ -175,6 +173,7 @@ def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writab
         if beyond is not None:
             wanted, found = _up_to(beyond, wanted, found)
         differing = [what for what, value in wanted.items() if value != found[what]]
+        # Later passes would only show what follows from this one.
         if differing:
             mismatches = (
                 Mismatch(f"pass {number}: {what}", *difference(what, wanted[what], found[what])) for what in differing

@@ -112,8 +112,10 @@ class Stage:
         self._doubtful_writable = doubtful_writable
         self.machine = Machine(
             geometry,
+            # Room for the case, its child, what it moves away, and a few collapses.
             node_frames=[24 << max(geometry.pmd_order, 10)],
             swap_slots=int(case.slots.max()),
+            # Only the mapping of the case is advised, so that khugepaged leaves the child alone.
             switches=Switches("madvise", dict.fromkeys(case.orders, "madvise")),
             policy=policy,
             kernel=kernel,
@@ -122,6 +124,7 @@ class Stage:
         self.start = geometry.pmd_size
         self.mm = self._space({HUGEPAGE} | {_VMA_WORDS[word] for word in case.vma})
         self.child = self._space({NOHUGEPAGE})
+        # Every page has a content of its own, so that a page in the wrong place shows.
         self._contents = np.where(self._are(*NO_PAGE), 0, np.arange(1, self.n + 1))
         self._child_has = self._are(*_CHILD_HAS) | case.seen("s")
         self._held = [(self.child, np.where(self._child_has, self._contents, 0), "the child's page")]
@@ -131,6 +134,7 @@ class Stage:
 
     def _space(self, flags: set[str]) -> Mm:
         mm = self.machine.create_mm()
+        # A mapping that was only read has no anon_vma, and is not collapsed.
         written = not _NEVER_WRITTEN.issuperset(self._case.kinds)
         self.machine.map(mm, self.start, self.start + self.machine.geometry.pmd_size, flags=flags, anon_vma=written)
         return mm
@@ -153,6 +157,7 @@ class Stage:
         if len(small):
             self._build_small(ptes, small)
         large, orders = np.flatnonzero(self._are(*LARGE)), self._case.folio_orders
+        # A folio may be mapped in part only: its aligned block and order identify it.
         blocks = {(int(order), int(i >> order)) for i, order in zip(large, orders[large], strict=True)}
         for order, block in sorted(blocks):
             self._build_large(ptes, order, block << order)
@@ -160,6 +165,7 @@ class Stage:
         for mm in (self.mm, self.child):
             if self._ptes(mm).bits.any():
                 mm.set_pmd(self.start, Pmd.TABLE)
+        # Last, because pinning is an access: it needs the entries in place.
         for i in np.flatnonzero(self._are("pinned")).tolist():
             self.machine.pin(self.mm, self.start + i * self.machine.geometry.page_size)
 
@@ -214,6 +220,7 @@ class Stage:
             # A reference of only some pages is in their PTEs.
             ptes.bits[first + offsets[seen["r"]]] |= P.YOUNG
         ptes.value[first + offsets] = head + offsets
+        # One by one, as a fault or an unmap does it: so the folio is on the deferred split list.
         for i in np.flatnonzero(~mapped).tolist():
             rmap.remove_large(head + i, 1, self.mm.id)
             memory.put(head)
@@ -228,6 +235,7 @@ class Stage:
         parts.swap.count[ptes.value[offsets[swapped]]] += 1
         pfns = ptes.value[offsets[~swapped]].astype(np.int64)
         parts.rmap.add(pfns, self.child.id)
+        # Not `+=`, which would count several pages of one folio once.
         np.add.at(parts.memory.refcount, parts.memory.heads(pfns), 1)
         self.child.swap_entries += int(swapped.sum())
         self.child.anon_pages += len(pfns)
@@ -308,6 +316,7 @@ class Stage:
             "c": pages & ((flags & Fl.SWAPCACHE) != 0),
             "l": pages & ((flags & (Fl.ANON | Fl.SWAPBACKED)) == Fl.ANON),
             "m": pages & ((flags & Fl.MLOCKED) != 0),
+            # As /proc/kpagecount shows it, page by page.
             "s": pages & (memory.mapcount[frames] > 1),
             "w": (ptes.bits & P.UFFD_WP) != 0,
         }

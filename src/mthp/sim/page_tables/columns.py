@@ -60,6 +60,7 @@ def _fill(
     state[(bits & P.ZERO) != 0] |= np.uint16(Pte.ZERO)
     state[(bits & P.SPECIAL) != 0] |= np.uint16(Pte.FILE)
     order[(bits & (P.ZERO | P.SPECIAL)) != 0] = 0
+    # As pagemap shows them: markers and migration entries have its swap bit.
     state[(bits & _NOT_PRESENT) != 0] |= np.uint16(Pte.SWAP)
     state[(bits & P.GUARD) != 0] |= np.uint16(Pte.GUARD)
     state[(bits & P.UFFD_WP) != 0] |= np.uint16(Pte.UFFD_WP)
@@ -69,6 +70,7 @@ def _fill(
     flags = memory.flags[heads]
     order[at] = memory.order[pfns].astype(np.int8)
     pfn[at] = pfns.astype(np.uint64)
+    # Better than a live process shows it: the dirty bit is in no file.
     lazyfree = ((flags & (Fl.ANON | Fl.SWAPBACKED)) == Fl.ANON) & ((bits[at] & P.DIRTY) == 0)
     unreferenced = ((bits[at] & P.YOUNG) == 0) & ((flags & _REFERENCED) == 0)
     shared = parts.rmap.maybe_shared(pfns, heads)

@@ -68,7 +68,9 @@ def mappings_of(parts: Parts, first: int, count: int, state: np.uint16 = P.PRESE
     for mm in parts.mms.values():
         for table in mm.tables:
             values, bits = table.value.ravel(), table.bits.ravel()
+            # One comparison for both ends: smaller numbers wrap around to large ones.
             near = np.flatnonzero((values - np.uint32(first)) < np.uint32(count))
+            # The value of another entry may be a slot, and happen to be one of these numbers.
             entries = near[(bits[near] & (state | P.SPECIAL | P.ZERO)) == state]
             if len(entries):
                 found.append(Mapped(mm, table, entries))

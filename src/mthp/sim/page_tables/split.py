@@ -1,8 +1,7 @@
 """Splitting of large folios, and the shrinker that splits them when memory is short.
 
-Follows split_folio(), split_huge_pages_pid() and deferred_split_scan() (mm/huge_memory.c). A folio is on the deferred
-split list for one of two reasons: only some of its pages are still mapped; or it has the PMD order and is new, and may
-turn out to be mostly zero. Splitting frees its unmapped pages and, down to base pages, its zero pages.
+Follows split_folio(), split_huge_pages_pid() and deferred_split_scan() (mm/huge_memory.c). Splitting frees a folio's
+unmapped pages and, down to base pages, its zero pages.
 """
 
 from __future__ import annotations
@@ -63,7 +62,9 @@ def split_folio(parts: Parts, head: int, order: int = 0, at: int | None = None) 
     refused = order == 1 or (memory.has(head, Fl.SWAPCACHE) and (order or at is not None))
     if refused and not parts.kernel.counts_refused_splits:
         return False
+    # A reference that nothing explains is a pin, or a batch in which the folio waits (folio_expected_ref_count()).
     busy = not memory.has(head, Fl.LRU) or unexplained_references(parts, head)
+    # Unmapped only after the checks: a split that fails later has split PMD entries already (unmap_folio()).
     if refused or busy or not _unmap(parts, mapped := mappings_of(parts, head, size), head):
         counters.count_mthp(old_order, "split_failed")
         if old_order == parts.geometry.pmd_order:
@@ -85,20 +86,19 @@ def split_folio(parts: Parts, head: int, order: int = 0, at: int | None = None) 
 
 
 def _unmap(parts: Parts, mapped: list[Mapped], head: int) -> bool:
-    """Remove all mappings of a folio (unmap_folio); return whether that succeeded.
-
-    PMD entries are split first. PTEs are removed one after another, so the folio is partially mapped for a moment. A
-    locked mapping takes the folio's mlock with it; when restored, it locks base pages only (folio_add_anon_rmap_ptes,
-    mm/rmap.c).
-    """
+    """Remove all mappings of a folio (unmap_folio); return whether that succeeded."""
     memory, by_pmd = parts.memory, False
     for number, mapping in enumerate(mapped, 1):
         by_pmd = bool(split := mapping.split_pmd())
         parts.counters.count("thp_split_pmd", split)
+        # The mapping takes the folio's mlock with it; restored, it locks base pages only (folio_add_anon_rmap_ptes,
+        # mm/rmap.c).
         if mapping.in_locked(parts.geometry).any():
             munlock_folio(parts, head)
+        # try_to_migrate_one() then ends the walk over the mappings, and the folio is still mapped.
         if by_pmd and number < len(mapped) and parts.kernel.unmaps_up_to_pmd:
             return False
+    # PTEs are removed one after another, so the folio is partially mapped for a moment (deferred_split_folio()).
     if not by_pmd and np.count_nonzero(memory.mapcount[head : head + memory.size(head)]) > 1:
         parts.rmap.partially_mapped(head)
     return True
@@ -127,6 +127,7 @@ def _scatter(parts: Parts, head: int, size: int, pieces: list[tuple[int, int]], 
     memory.deferred.pop(head, None)
     memory.flags[run] = flags | (memory.flags[run] & Fl.POISONED)
     memory.cgroup[run] = memory.cgroup[head]
+    # Counted again from the mappings, and from the cache for each of the new folios.
     memory.refcount[run] = 0
     memory.mapcount[run] = 0
     for first, order in pieces:
@@ -149,6 +150,7 @@ def _map_zero(parts: Parts, mapping: Mapped) -> None:
     """Map the zero page in place of base pages of zeroes (try_to_map_unused_to_zeropage)."""
     memory, frames = parts.memory, mapping.frames()
     zero = (memory.content[frames] == ZERO_CONTENT) & (memory.order[frames] == 0)
+    # The program has asked for its locked pages to stay.
     zero &= ((memory.flags[frames] & (Fl.MLOCKED | Fl.POISONED)) == 0) & ~mapping.in_locked(parts.geometry)
     emptied = Mapped(mapping.mm, mapping.table, mapping.entries[zero])
     memory.mapcount[frames[zero]] -= 1
@@ -162,6 +164,7 @@ def _free_unmapped(parts: Parts, pages: np.ndarray[tuple[int], np.dtype[np.int64
     memory = parts.memory
     heads = pages[memory.heads(pages) == pages]
     unmapped = heads[parts.rmap.mapcounts(heads, heads) == 0]
+    # Held, so that leaving the swap cache does not free it first.
     memory.refcount[unmapped] += 1
     for head in unmapped.tolist():
         parts.swap.free_cache(head)
@@ -177,7 +180,10 @@ def shrink_deferred(parts: Parts) -> int:
     A folio that is not worth splitting leaves the list; a partially mapped one that is in use stays.
     """
     memory, split = parts.memory, 0
+    # On the list because only some of its pages are mapped; or because it has the PMD order and is new, and may turn
+    # out to be mostly zero.
     for head in list(memory.deferred):
+        # A split before it may have freed or moved this one.
         if head not in memory.deferred:
             continue
         partial = memory.has(head, Fl.PARTIALLY_MAPPED)
@@ -195,6 +201,7 @@ def _underused(parts: Parts, head: int) -> bool:
     """Return whether a folio has more zero pages than khugepaged would fill (thp_underused)."""
     memory, allowed = parts.memory, parts.tunables.max_ptes_none
     run = slice(head, head + memory.size(head))
+    # With the default khugepaged would fill the holes again at once.
     if not parts.knobs.shrink_underused or allowed == parts.geometry.ptes_per_pmd - 1:
         return False
     if memory.has(head, Fl.MLOCKED) or (memory.flags[run] & Fl.POISONED).any():
@@ -224,11 +231,13 @@ def split_huge_pages(parts: Parts, text: str) -> int:
         return errno.EINVAL
     number, start, end = int(words[1]), int(words[2], 16), int(words[3], 16)
     order = int(words[4] or 0)
+    # An older kernel's sscanf() ignores what it does not ask for.
     at = int(words[5]) if words[5] and parts.kernel.splits_at else -1
     mm, page = parts.mms.get(number), parts.geometry.page_size
     if mm is None:
         return errno.ESRCH
     start, end = start // page * page, end // page * page
+    # split_huge_pages_pid() stops at the first hole (vma_lookup()).
     for _, _, ptes in mm.ranges(start, min(end, _mapped_up_to(mm, start))):
         _split_mapped(parts, ptes, order, at)
     return 0

@@ -42,12 +42,14 @@ def zap(parts: Parts, mm: Mm, start: int, end: int, *, keep_guards: bool = False
         parts.clock.spend("free_folio", len(np.unique(parts.memory.heads(ptes.value[mapped].astype(np.int64)))))
         unmap_entries(parts, mm, ptes, mapped)
         drop_swap(parts, mm, ptes)
+        # A page under migration still counts as resident, and is mapped by no entry that unmap_entries() would find.
         mm.anon_pages -= int(np.count_nonzero(ptes.bits & P.MIGRATION))
         guards = (ptes.bits & P.GUARD) != 0
         ptes.bits[:] = 0
         ptes.value[:] = 0
         if keep_guards and guards.any():
             ptes.bits[guards] = P.GUARD
+        # A page table of which only a part is unmapped stays, even when it is empty.
         elif mm.pmd(address) is Pmd.HUGE or pages == parts.geometry.ptes_per_pmd:
             mm.set_pmd(address, Pmd.NONE)
 
@@ -59,6 +61,7 @@ def unmap_entries(parts: Parts, mm: Mm, ptes: Ptes, offsets: np.ndarray[tuple[in
     is_large = memory.order[pfns] > 0
     small = pfns[~is_large]
     rmap.remove_small(small)
+    # With its last mapping a page leaves the cache, unless entries elsewhere still use its slot.
     in_cache = small[((memory.flags[small] & Fl.SWAPCACHE) != 0) & (memory.mapcount[small] == 0)]
     for head in in_cache.tolist():
         parts.swap.free_cache(head)
