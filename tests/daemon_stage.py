@@ -180,12 +180,11 @@ def samples(stage: Stage, *targets: Target) -> dict[tuple[str, ...], float]:
     pytest.importorskip("prometheus_client")
     from prometheus_client import CollectorRegistry, generate_latest
 
-    from mthp.daemon.exporter import DaemonCollector, RuleCollector, ServiceCollector
+    from mthp.daemon.exporter import DaemonCollector
 
-    worker = SimpleNamespace(targets={target.facts.pid: target for target in targets}, paused=False, pressure=0.0)
+    by_pid, calm = {target.facts.pid: target for target in targets}, SimpleNamespace(share=0.0)
+    worker = SimpleNamespace(targets=by_pid, paused=False, pressure=calm)
     registry = CollectorRegistry()
-    registry.register(ServiceCollector(stage.environment.services, lambda: list(targets)))
-    registry.register(RuleCollector(stage.environment, lambda: list(targets)))
     registry.register(DaemonCollector(stage.environment, cast("Worker", worker), "1.2.3"))
     assert generate_latest(registry)
     found = [sample for family in registry.collect() for sample in family.samples]

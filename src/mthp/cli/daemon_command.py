@@ -97,32 +97,16 @@ def command(run_dir: Path | None, **options: Any) -> int:
     load = _loader(options)
     if options["print_unit"] or options["install_unit"]:
         configuration = load()
-        events = options["events"] or configuration.events
-        return _unit(events, _endpoint(options) or configuration.metrics, install=options["install_unit"])
+        return _unit(configuration.events, configuration.metrics, install=options["install_unit"])
     if options["check_config"]:
         configuration = load()
         click.echo(f"{len(configuration.rules.rules)} rules, no errors")
         return 0
-    from mthp.daemon.service import Daemon, Options
+    from mthp.daemon.service import Daemon
     from mthp.linux.journal.files import default_root
 
-    Daemon(
-        Options(
-            load=load,
-            run_dir=run_dir or default_root(),
-            say=_say,
-            events=options["events"],
-            metrics=_endpoint(options),
-            version=__version__,
-        )
-    ).run()
+    Daemon(load, run_dir or default_root(), __version__, _say).run()
     return 0
-
-
-def _endpoint(options: dict[str, Any]) -> tuple[str, int] | None:
-    from mthp.daemon.config import parse_endpoint
-
-    return None if options["metrics"] is None else parse_endpoint(options["metrics"])
 
 
 def _say(line: str) -> None:
@@ -205,8 +189,12 @@ def _with_daemon_options(configuration: Any, options: dict[str, Any], geometry: 
     kept, most = options["keep_max_ptes_none"], geometry.ptes_per_pmd - 1
     if kept is not None and not 0 <= kept <= most:
         raise UsageError(f"--keep-max-ptes-none is out of range: {kept}", help=f"use 0 to {most}")
-    names = ("cpu", "bytes_per_second", "keep_max_ptes_none")
+    from mthp.daemon.config import parse_endpoint
+
+    names = ("cpu", "bytes_per_second", "keep_max_ptes_none", "events")
     changes = {name: options[name] for name in names if options[name] is not None}
+    if options["metrics"] is not None:
+        changes["metrics"] = parse_endpoint(options["metrics"])
     return dataclasses.replace(configuration, **changes)
 
 

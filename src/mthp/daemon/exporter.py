@@ -18,7 +18,7 @@ import socketserver
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -26,9 +26,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import MachineReach, memory_used
 from mthp.daemon.target import Target
-from mthp.daemon.telemetry import PAUSE_BUCKETS, Pauses, Services
+from mthp.daemon.telemetry import PAUSE_BUCKETS, Pauses
 from mthp.daemon.worker import Worker
 from mthp.errors import UnsupportedError, UsageError
+from mthp.results import ScanResult
 
 try:
     from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -56,8 +57,6 @@ class MetricsServer:
     def __init__(self, environment: Environment, worker: Worker, host: str, port: int, version: str) -> None:
         registry = CollectorRegistry()
         registry.register(DaemonCollector(environment, worker, version))
-        registry.register(ServiceCollector(environment.services, lambda: list(worker.targets.values())))
-        registry.register(RuleCollector(environment, lambda: list(worker.targets.values())))
         try:
             self._server = BoundedServer(host, port, make_wsgi_app(registry), worker.cpu.leave_out)
         except OSError as error:
@@ -81,7 +80,10 @@ class MetricsServer:
 
 
 class DaemonCollector(Collector):
-    """Metrics of the daemon, and of all processes together.
+    """The metrics of the daemon, of its rules and of the services in them.
+
+    A PID is not a label, so processes that start and exit make no new series. Passes and trims have measured all of
+    this: no process is read for the page.
 
     Args:
         environment, worker: sources of the counters.
@@ -93,162 +95,125 @@ class DaemonCollector(Collector):
         self._reach = MachineReach(environment.geometry.pmd_order)
 
     def collect(self) -> Iterator[Metric]:
-        counters, geometry, worker = self._environment.total, self._environment.geometry, self._worker
-        yield _by(
-            "mthp_collapses",
-            "Folios made by collapse.",
-            "size",
-            {geometry.label(order): counters.collapsed.get(order, 0) for order in geometry.anon_orders},
-        )
-        yield _by(
-            "mthp_collapse_failures",
-            "Attempts that failed, by scan result.",
-            "result",
-            {result.name: count for result, count in sorted(dict(counters.failed).items())},
-        )
-        yield _by(
-            "mthp_scanned_ranges",
-            "PMD ranges looked at, by scan result.",
-            "result",
-            {result.name: count for result, count in sorted(dict(counters.ranges).items())},
-        )
-        yield CounterMetricFamily("mthp_scanned_ptes", "PTEs looked at.", counters.scanned_ptes)
-        yield CounterMetricFamily(
-            "mthp_skipped_ranges", "PMD ranges passed over because they had not changed.", counters.skipped
-        )
-        yield CounterMetricFamily("mthp_copied_bytes", "Bytes copied by collapses.", counters.copied_bytes)
-        yield CounterMetricFamily(
-            "mthp_bloat_bytes", "Bytes that processes grew by, by filling holes.", counters.bloat_bytes
-        )
-        yield CounterMetricFamily("mthp_trimmed_bytes", "Bytes given back out of large folios.", counters.trimmed_bytes)
-        yield CounterMetricFamily("mthp_passes", "Times that a process was gone through.", counters.passes)
-        yield CounterMetricFamily("mthp_looks", "Times that a process was asked whether it changed.", counters.looks)
+        yield from self._work()
+        yield from self._daemon()
+        yield from self._services()
+        yield from self._rules()
+
+    def _work(self) -> Iterator[Metric]:
+        """Yield the work on all processes together."""
+        counters, geometry = self._environment.total, self._environment.geometry
+        made = {(geometry.label(order),): counters.collapsed.get(order, 0) for order in geometry.anon_orders}
+        yield _counters("mthp_collapses", "Folios made by collapse.", ["size"], made)
+        failed, ranges = _by_result(counters.failed), _by_result(counters.ranges)
+        yield _counters("mthp_collapse_failures", "Attempts that failed, by scan result.", ["result"], failed)
+        yield _counters("mthp_scanned_ranges", "PMD ranges looked at, by scan result.", ["result"], ranges)
+        for name, meaning, count in (
+            ("mthp_scanned_ptes", "PTEs looked at.", counters.scanned_ptes),
+            ("mthp_skipped_ranges", "PMD ranges passed over because they had not changed.", counters.skipped),
+            ("mthp_copied_bytes", "Bytes copied by collapses.", counters.copied_bytes),
+            ("mthp_bloat_bytes", "Bytes that processes grew by, by filling holes.", counters.bloat_bytes),
+            ("mthp_trimmed_bytes", "Bytes given back out of large folios.", counters.trimmed_bytes),
+            ("mthp_passes", "Times that a process was gone through.", counters.passes),
+            ("mthp_looks", "Times that a process was asked whether it changed.", counters.looks),
+        ):
+            yield CounterMetricFamily(name, meaning, count)
         yield _histogram("mthp_pause_seconds", "Pauses of all threads of a process (move).", counters.stopped)
         yield _histogram("mthp_call_seconds", "Calls of MADV_COLLAPSE.", counters.called)
-        yield GaugeMetricFamily("mthp_targets", "Processes worked on.", len(worker.targets))
-        left_out = sum(bool(target.left_out) for target in list(worker.targets.values()))
-        yield GaugeMetricFamily("mthp_targets_left_out", "Of these, left out for now.", left_out)
-        yield GaugeMetricFamily("mthp_paused", "Whether it was told to pause.", int(worker.paused))
-        yield GaugeMetricFamily("mthp_memory_pressure_ratio", "Share of time in which tasks wait.", worker.pressure)
-        yield _reach(self._reach.shares())
-        environment = self._environment
-        build = GaugeMetricFamily("mthp_build_info", "1, with the version as a label.", labels=["version"])
-        build.add_metric([self._version], 1)
-        yield build
-        yield GaugeMetricFamily(
-            "mthp_config_last_reload_successful",
-            "Whether the configuration that was last read holds.",
-            int(not environment.reload_refused),
-        )
-        yield GaugeMetricFamily(
-            "mthp_config_last_reload_timestamp_seconds", "When it was last read.", environment.reload_at
-        )
+
+    def _daemon(self) -> Iterator[Metric]:
+        """Yield the state of the daemon and of the machine."""
+        environment, worker, targets, times = self._environment, self._worker, self._targets, os.times()
+        yield CounterMetricFamily("mthp_cpu_seconds", "CPU time of the daemon.", times.user + times.system)
+        left_out = sum(bool(target.left_out) for target in targets)
+        good, reload_at = not environment.reload_refused, environment.reload_at
+        for name, meaning, value in (
+            ("mthp_targets", "Processes worked on.", len(targets)),
+            ("mthp_targets_left_out", "Of these, left out for now.", left_out),
+            ("mthp_paused", "Whether it was told to pause.", worker.paused),
+            ("mthp_memory_pressure_ratio", "Share of time in which tasks wait.", worker.pressure.share),
+            ("mthp_config_last_reload_successful", "Whether the configuration that was last read holds.", good),
+            ("mthp_config_last_reload_timestamp_seconds", "When it was last read.", reload_at),
+            ("mthp_resident_memory_bytes", "Memory of the daemon.", memory_used()),
+        ):
+            yield GaugeMetricFamily(name, meaning, value)
         if environment.pass_at:
             yield GaugeMetricFamily("mthp_last_pass_timestamp_seconds", "When a pass last ended.", environment.pass_at)
-        times = os.times()
-        yield CounterMetricFamily("mthp_cpu_seconds", "CPU time of the daemon.", times.user + times.system)
-        yield GaugeMetricFamily("mthp_resident_memory_bytes", "Memory of the daemon.", memory_used())
+        meaning = "Share of the machine's anonymous memory that lies in PMD folios or could."
+        shares = {(when,): share for when, share in self._reach.shares().items()}
+        yield _gauges("mthp_reachable_ratio", meaning, ["when"], shares)
+        yield _gauges("mthp_build_info", "1, with the version as a label.", ["version"], {(self._version,): 1})
 
+    def _services(self) -> Iterator[Metric]:
+        """Yield the work and the memory of each service under each rule."""
+        labels, services = ["rule", "service"], self._environment.services.all()
+        for name, meaning, attribute in (
+            ("mthp_service_collapsed_bytes", "Bytes in folios that were made.", "collapsed_bytes"),
+            ("mthp_service_bloat_bytes", "Bytes added by filling holes.", "bloat_bytes"),
+            ("mthp_service_trimmed_bytes", "Bytes given back.", "trimmed_bytes"),
+        ):
+            yield _counters(
+                name, meaning, labels, {(one.rule, one.service): getattr(one, attribute) for one in services}
+            )
+        nothing = dict.fromkeys(((one.rule, one.service) for one in services), 0)
+        count, resident, huge = Counter(nothing), Counter(nothing), Counter(nothing)
+        for target in self._targets:
+            key = target.service.rule, target.service.service
+            count[key] += 1
+            resident[key] += target.resident
+            huge[key] += target.huge
+        yield _gauges("mthp_service_targets", "Processes worked on.", labels, count)
+        yield _gauges("mthp_service_resident_bytes", "Their resident memory, as last seen.", labels, resident)
+        yield _gauges("mthp_service_huge_bytes", "Of that, mapped by PMD entries.", labels, huge)
 
-class ServiceCollector(Collector):
-    """Metrics by rule and service. A PID is not a label, so processes that start and exit make no new series.
-
-    Args:
-        services: the counters.
-        targets: returns the processes that are worked on.
-    """
-
-    def __init__(self, services: Services, targets: Callable[[], Sequence[Target]]) -> None:
-        self._services, self._targets = services, targets
-
-    def collect(self) -> Iterator[Metric]:
-        labels = ["rule", "service"]
-        services = self._services.all()
-        made = CounterMetricFamily("mthp_service_collapsed_bytes", "Bytes in folios that were made.", labels=labels)
-        bloat = CounterMetricFamily("mthp_service_bloat_bytes", "Bytes added by filling holes.", labels=labels)
-        trimmed = CounterMetricFamily("mthp_service_trimmed_bytes", "Bytes given back.", labels=labels)
-        for each in services:
-            names = [each.rule, each.service]
-            made.add_metric(names, each.collapsed_bytes)
-            bloat.add_metric(names, each.bloat_bytes)
-            trimmed.add_metric(names, each.trimmed_bytes)
-        yield from (made, bloat, trimmed)
-        sums = {(each.rule, each.service): [0, 0, 0] for each in services}
-        for target in self._targets():
-            of = sums.setdefault((target.service.rule, target.service.service), [0, 0, 0])
-            of[:] = of[0] + 1, of[1] + target.resident, of[2] + target.huge
-        gauges = [
-            GaugeMetricFamily("mthp_service_targets", "Processes worked on.", labels=labels),
-            GaugeMetricFamily("mthp_service_resident_bytes", "Their resident memory, as last seen.", labels=labels),
-            GaugeMetricFamily("mthp_service_huge_bytes", "Of that, mapped by PMD entries.", labels=labels),
-        ]
-        for name_of, values in sums.items():
-            for gauge, value in zip(gauges, values, strict=True):
-                gauge.add_metric(list(name_of), value)
-        yield from gauges
-
-
-class RuleCollector(Collector):
-    """Metrics by rule and folio size. Passes and trims have measured all of them: nothing is read for the page.
-
-    Args:
-        environment: source of the counters.
-        targets: returns the processes that are worked on.
-    """
-
-    def __init__(self, environment: Environment, targets: Callable[[], Sequence[Target]]) -> None:
-        self._services, self._geometry, self._targets = environment.services, environment.geometry, targets
-
-    def collect(self) -> Iterator[Metric]:
-        geometry, labels = self._geometry, ["rule", "size"]
-        made = CounterMetricFamily("mthp_rule_collapses", "Folios made by collapse.", labels=labels)
-        failed = CounterMetricFamily("mthp_rule_collapse_failures", "Attempts that failed.", labels=labels)
-        bloat = CounterMetricFamily("mthp_rule_bloat_bytes", "Bytes added by filling holes.", labels=labels)
-        for rule, counters in list(self._services.rules.items()):
-            for order in geometry.anon_orders:
-                names = [rule, geometry.label(order)]
-                made.add_metric(names, counters.collapsed.get(order, 0))
-                failed.add_metric(names, counters.failed.get(order, 0))
-                bloat.add_metric(names, counters.bloat_bytes.get(order, 0))
-        yield from (made, failed, bloat)
+    def _rules(self) -> Iterator[Metric]:
+        """Yield the work and the memory of each rule, by folio size."""
+        geometry, labels = self._environment.geometry, ["rule", "size"]
+        rules = list(self._environment.services.rules.items())
+        for name, meaning, attribute in (
+            ("mthp_rule_collapses", "Folios made by collapse.", "collapsed"),
+            ("mthp_rule_collapse_failures", "Attempts that failed.", "failed"),
+            ("mthp_rule_bloat_bytes", "Bytes added by filling holes.", "bloat_bytes"),
+        ):
+            orders = geometry.anon_orders
+            counts = {(rule, geometry.label(at)): getattr(one, attribute)[at] for rule, one in rules for at in orders}
+            yield _counters(name, meaning, labels, counts)
         pages: Counter[tuple[str, int]] = Counter()
-        trimmable: Counter[str] = Counter()
-        for target in self._targets():
+        trimmable: Counter[tuple[str]] = Counter()
+        for target in self._targets:
             rule = target.rule.name
             pages.update({(rule, order): count for order, count in enumerate(target.folio_pages) if count})
             if target.trimmable_bytes is not None:
-                trimmable[rule] += target.trimmable_bytes
-        folios = GaugeMetricFamily(
-            "mthp_rule_folio_bytes",
-            "Resident memory in folios of a size, where folios may be made, as passes last saw it.",
-            labels=labels,
-        )
-        for (rule, order), count in sorted(pages.items()):
-            folios.add_metric([rule, geometry.label(order)], count * geometry.page_size)
-        yield folios
-        found = GaugeMetricFamily(
-            "mthp_rule_trimmable_bytes",
-            "Bytes in pages of zeroes of large folios that trims last found and left.",
-            labels=["rule"],
-        )
-        for rule, count in trimmable.items():
-            found.add_metric([rule], count)
-        yield found
+                trimmable[rule,] += target.trimmable_bytes
+        meaning = "Resident memory in folios of a size, where folios may be made, as passes last saw it."
+        folios = {(rule, geometry.label(at)): n * geometry.page_size for (rule, at), n in sorted(pages.items())}
+        yield _gauges("mthp_rule_folio_bytes", meaning, labels, folios)
+        meaning = "Bytes in pages of zeroes of large folios that trims last found and left."
+        yield _gauges("mthp_rule_trimmable_bytes", meaning, ["rule"], trimmable)
+
+    @property
+    def _targets(self) -> list[Target]:
+        # A list of its own, because the main thread adds and drops targets meanwhile.
+        return list(self._worker.targets.values())
 
 
-def _by(name: str, help: str, label: str, values: dict[str, int]) -> Metric:
-    family = CounterMetricFamily(name, help, labels=[label])
-    for word, value in values.items():
-        family.add_metric([word], value)
+def _counters(name: str, help: str, labels: list[str], values: Mapping[Any, float]) -> Metric:
+    return _labelled(CounterMetricFamily(name, help, labels=labels), values)
+
+
+def _gauges(name: str, help: str, labels: list[str], values: Mapping[Any, float]) -> Metric:
+    return _labelled(GaugeMetricFamily(name, help, labels=labels), values)
+
+
+def _labelled(family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[Any, float]) -> Metric:
+    for words, value in values.items():
+        family.add_metric(words, value)
     return family
 
 
-def _reach(shares: dict[str, float]) -> Metric:
-    meaning = "Share of the machine's anonymous memory that lies in PMD folios or could."
-    family = GaugeMetricFamily("mthp_reachable_ratio", meaning, labels=["when"])
-    for when, share in shares.items():
-        family.add_metric([when], share)
-    return family
+def _by_result(counted: Counter[ScanResult]) -> dict[tuple[str], int]:
+    # Copied in one step, because the worker counts meanwhile.
+    return {(result.name,): count for result, count in sorted(dict(counted).items())}
 
 
 def _histogram(name: str, help: str, pauses: Pauses) -> Metric:

@@ -253,7 +253,7 @@ class DaemonLock:
     It is held from the making of this object until :meth:`close`; the kernel releases it however the process ends.
 
     Args:
-        directory: directory of the lock file.
+        directory: directory of the lock file; it is made if there is none.
 
     Raises:
         MthpError: another daemon holds it.
@@ -263,6 +263,7 @@ class DaemonLock:
     def __init__(self, directory: Path) -> None:
         path = directory / LOCK_NAME
         try:
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise NotPermittedError(

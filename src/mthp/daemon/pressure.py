@@ -38,7 +38,14 @@ class MemoryPressure:
     Args:
         limit: share of time in which some task waits, averaged over 10 seconds.
         path: path of ``/proc/pressure/memory``; a kernel without it has no pressure.
+
+    Attributes:
+        share: share of time in which tasks wait for memory.
+        resting: whether work waits for the pressure to ease.
     """
+
+    share: float
+    resting: bool
 
     def __init__(self, limit: float, path: Path = Path("/proc/pressure/memory"), clock: Clock = time.monotonic) -> None:
         self.limit = limit

@@ -16,7 +16,7 @@ import os
 import selectors
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +52,6 @@ class Finder:
     Args:
         worker: receives the targets; its environment's configuration has the rules.
         loop: waits for events of processes, and for the end of each target.
-        say: prints a line for the operator.
 
     Attributes:
         left_out: reasons for which processes that fit a rule are not targets, with the number of times.
@@ -60,10 +59,10 @@ class Finder:
 
     left_out: Counter[str]
 
-    def __init__(self, worker: Worker, loop: Loop, say: Callable[[str], None]) -> None:
+    def __init__(self, worker: Worker, loop: Loop) -> None:
         self.left_out: Counter[str] = Counter()
-        self._worker, self._loop, self._say = worker, loop, say
-        self._environment = worker.environment
+        self._worker, self._loop, self._environment = worker, loop, worker.environment
+        self._say = worker.environment.say
         self._known: dict[int, int] = {}
         self._named: dict[int, int] = {}
         self._ancestors = _ancestors()
@@ -71,7 +70,7 @@ class Finder:
         self._nursery = Nursery(self._tick)
         self._changes, hint = open_events()
         if hint:
-            say(f"finding new processes by {self._changes.name}: {hint}")
+            self._say(f"finding new processes by {self._changes.name}: {hint}")
 
     @property
     def means(self) -> str:
@@ -215,7 +214,7 @@ class Finder:
         # Before the pidfd is closed, because its number may soon be that of another file.
         self._loop.selector.unregister(target.process.pidfd)
         alive = target.process.is_alive()
-        self._worker.drop(pid)
+        self._worker.drop(target)
         self._environment.event("left" if alive else "gone", pid=pid, comm=target.facts.comm)
 
 

@@ -14,7 +14,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -60,29 +59,6 @@ NEEDED = {
 }
 """The required capabilities, and the purpose of each."""
 
-_Handler = Callable[[int], None]
-
-
-@dataclass
-class Options:
-    """Parameters of the daemon.
-
-    Attributes:
-        load: reads the configuration: at the start, and at every SIGHUP.
-        run_dir: directory of the lock and of the socket.
-        events: file of the event log, over the configuration's.
-        metrics: (host, port) to serve metrics at, over the configuration's.
-        version: version of mthp.
-        say: prints a line for the operator.
-    """
-
-    load: Callable[[], Configuration]
-    run_dir: Path
-    say: Callable[[str], None]
-    events: Path | None = None
-    metrics: tuple[str, int] | None = None
-    version: str = ""
-
 
 def check_rights() -> None:
     """Check that this process has the required capabilities.
@@ -101,7 +77,10 @@ class Daemon:
     """The running daemon.
 
     Args:
-        options: parameters of the daemon.
+        load: reads the configuration: at the start, and at every SIGHUP.
+        run_dir: directory of the lock and of the socket.
+        version: version of mthp.
+        say: prints a line for the operator.
 
     Raises:
         UsageError: the configuration is invalid; a socket or a port is taken; a log cannot be written.
@@ -110,15 +89,15 @@ class Daemon:
     """
 
     JSON = (
-        "pid uptime_seconds *worker resting=worker.resting memory_pressure=worker.pressure cpu_seconds"
-        " cpu=configuration.cpu keep_max_ptes_none=configuration.keep_max_ptes_none"
+        "pid uptime_seconds *worker resting=worker.pressure.resting memory_pressure=worker.pressure.share"
+        " cpu_seconds cpu=environment.configuration.cpu"
+        " keep_max_ptes_none=environment.configuration.keep_max_ptes_none"
         " resident_memory_bytes finds_processes_by=finder.means processes_known=finder.known"
         " reloads refused_reloads orders_refused switches=environment.switches left_out=finder.left_out"
         " counters=environment.total targets"
     )
     """Output of `mthp status`."""
 
-    configuration: Configuration
     environment: Environment
     worker: Worker
     finder: Finder
@@ -126,8 +105,10 @@ class Daemon:
     reloads: int
     refused_reloads: int
 
-    def __init__(self, options: Options) -> None:
-        self._options, self._say = options, options.say
+    def __init__(
+        self, load: Callable[[], Configuration], run_dir: Path, version: str, say: Callable[[str], None]
+    ) -> None:
+        self._load, self._say = load, say
         self._started = time.monotonic()
         self._stopping = False
         self.reloads = self.refused_reloads = 0
@@ -136,33 +117,31 @@ class Daemon:
         self._undo.callback(self._loop.close)
         self._notifier = Notifier()
         try:
-            self._set_up()
+            self._set_up(run_dir, version)
         except BaseException:
             self._undo.close()
             raise
 
-    def _set_up(self) -> None:
+    def _set_up(self, run_dir: Path, version: str) -> None:
         check_rights()
         sysfs = ThpSysfs()
         if not sysfs.exists:
             raise UnsupportedError("this kernel has no THP", help="it takes CONFIG_TRANSPARENT_HUGEPAGE")
-        self.configuration = self._options.load()
-        _make_directory(self._options.run_dir)
-        lock = DaemonLock(self._options.run_dir)
-        self._undo.callback(lock.close)
+        configuration = self._load()
+        self._undo.callback(DaemonLock(run_dir).close)
         self._restore()
         raise_open_files_limit()
-        geometry = sysfs.geometry()
-        self.geometry = geometry
-        self._events = self._open_events()
-        self.knobs = SystemKnobs(sysfs, geometry, default_root() / LOCK_NAME)
-        self._undo.callback(self.knobs.close)
-        configuration = self.configuration
+        self.geometry = geometry = sysfs.geometry()
+        self._events = None if configuration.events is None else EventLog(configuration.events, self._say)
+        if self._events is not None:
+            self._undo.callback(self._events.close)
+        knobs = SystemKnobs(sysfs, geometry, default_root() / LOCK_NAME)
+        self._undo.callback(knobs.close)
         self.environment = Environment(
             geometry=geometry,
             configuration=configuration,
-            switches=configuration.switches_over(self.knobs.switches),
-            tunables=configuration.tunables_over(self.knobs.tunables, geometry),
+            switches=configuration.switches_over(knobs.switches),
+            tunables=configuration.tunables_over(knobs.tunables, geometry),
             free=FreeFolios(),
             total=Counters(),
             bytes=ByteBudget(configuration.bytes_per_second),
@@ -172,20 +151,24 @@ class Daemon:
         )
         self.worker = Worker(
             self.environment,
-            self.knobs,
+            knobs,
             MemoryPressure(configuration.max_memory_pressure),
             CpuBudget(configuration.cpu),
-            self._say,
             died=lambda: signal.raise_signal(signal.SIGTERM),
         )
-        self._keeping = Keeping(self.knobs, self._loop, self._say)
+        self._keeping = Keeping(knobs, self._loop, self._say)
         self._undo.callback(self._keeping.close)
         self._keeping.keep(configuration.keep_max_ptes_none)
-        self.finder = Finder(self.worker, self._loop, self._say)
+        self.finder = Finder(self.worker, self._loop)
         self._undo.callback(self.finder.close)
-        self._control = ControlSocket(self._options.run_dir / SOCKET_NAME, self._loop.selector, self._answer)
-        self._undo.callback(self._control.close)
-        self._serve_metrics()
+        control = ControlSocket(run_dir / SOCKET_NAME, self._loop.selector, self._answer)
+        self._undo.callback(control.close)
+        if configuration.metrics is not None:
+            from mthp.daemon.exporter import MetricsServer
+
+            server = MetricsServer(self.environment, self.worker, *configuration.metrics, version)
+            self._undo.callback(server.close)
+            self._say(f"metrics: {server.url}")
 
     def _restore(self) -> None:
         """Put back the switches that a killed run has left changed; later, while another run is at work."""
@@ -200,24 +183,6 @@ class Daemon:
         for switch in restored:
             what = f"put back to {switch.was}" if switch.put_back else f"left at {switch.found}: changed since"
             self._say(f"{switch.switch}, which a killed mthp had changed: {what}")
-
-    def _open_events(self) -> EventLog | None:
-        path = self._options.events or self.configuration.events
-        if path is None:
-            return None
-        log = EventLog(path, self._say)
-        self._undo.callback(log.close)
-        return log
-
-    def _serve_metrics(self) -> None:
-        endpoint = self._options.metrics or self.configuration.metrics
-        if endpoint is None:
-            return
-        from mthp.daemon.exporter import MetricsServer
-
-        server = MetricsServer(self.environment, self.worker, *endpoint, self._options.version)
-        self._undo.callback(server.close)
-        self._say(f"metrics: {server.url}")
 
     def _event(self, event: str, **values: Any) -> None:
         if self._events is not None:
@@ -247,7 +212,7 @@ class Daemon:
             self.finder.start()
             if self._notifier.watchdog:
                 self._loop.every("watchdog", self._notifier.watchdog, self._sign_of_life)
-            self._event("start", pid=os.getpid(), rules=len(self.configuration.rules.rules))
+            self._event("start", pid=os.getpid(), rules=len(self.environment.configuration.rules.rules))
             self._notifier.ready(self._status_line())
             self._say(f"process {os.getpid()}: {self._status_line()}; new processes by {self.finder.means}")
             while not self._stopping:
@@ -311,7 +276,7 @@ class Daemon:
             self._notifier.alive(self._status_line())
 
     def _status_line(self) -> str:
-        state = "paused" if self.worker.paused else "resting" if self.worker.resting else "working"
+        state = "paused" if self.worker.paused else "resting" if self.worker.pressure.resting else "working"
         return f"{state}, {len(self.worker.targets)} targets, {self.environment.total.collapsed.total()} folios made"
 
     def _end(self) -> None:
@@ -328,7 +293,7 @@ class Daemon:
         if self._events is not None:
             self._events.reopen()
         try:
-            configuration = self._options.load()
+            configuration = self._load()
         except MthpError as error:
             self.refused_reloads += 1
             self.environment.reload_at, self.environment.reload_refused = time.time(), True
@@ -339,9 +304,8 @@ class Daemon:
         self.reloads += 1
         self.environment.reload_at, self.environment.reload_refused = time.time(), False
         for name in ("metrics", "events"):
-            if getattr(configuration, name) != getattr(self.configuration, name):
+            if getattr(configuration, name) != getattr(self.environment.configuration, name):
                 self._say(f"{name} is another now: that takes a restart")
-        self.configuration = configuration
         self._keeping.keep(configuration.keep_max_ptes_none)
         self.worker.configure(configuration)
         self.finder.renew()
@@ -390,12 +354,3 @@ class Daemon:
     def targets(self) -> list[Target]:
         """Return the processes that are worked on."""
         return list(self.worker.targets.values())
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
-    except OSError as error:
-        raise NotPermittedError(
-            f"{path}: {error.strerror}", help="run as root, or give a directory of yours with --run-dir"
-        ) from error

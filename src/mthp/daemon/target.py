@@ -214,7 +214,7 @@ class Target:
 
     def stale(self) -> None:
         """Forget finished ranges, because they were decided under old settings."""
-        self._end_pass()
+        self.end_pass()
         self._ledger.forget()
         self.small_folios.stale()
         self._seen = None
@@ -228,7 +228,7 @@ class Target:
         """
         try:
             if reason := self._held_back():
-                self._end_pass()
+                self.end_pass()
                 self.left_out, self._seen = reason, None
                 now = self._environment.clock()
                 self.next_at = now + HELD_SECONDS
@@ -239,10 +239,10 @@ class Target:
             else:
                 self._work(self._pass)
         except TargetVanishedError:
-            self._end_pass()
+            self.end_pass()
             raise
         except MthpError as error:
-            self._end_pass()
+            self.end_pass()
             self._leave_out(f"{error.message}; {error.help}" if error.help else error.message)
 
     def _held_back(self) -> str:
@@ -329,7 +329,7 @@ class Target:
         opened, stopping = partial(environment.opened, self.facts.pid), environment.stopping
         if todo.any() and not self.heat.is_there(now, self.settings.heat, opened, stopping):
             # Continue as if the process had been touched, once the measurement is over.
-            self._end_pass()
+            self.end_pass()
             self._seen = None
             return
         self._pass.todo(outline[todo], self._ledger.was_large[todo] & after_fork, self.heat.heat)
@@ -365,7 +365,7 @@ class Target:
             self.reasons = Counter(dict(current.reasons.most_common(8)))
             current.reasons.clear()
         if current.out_of_memory:
-            self._end_pass()
+            self.end_pass()
             self._leave_out(f"a charge failed: {current.out_of_memory}")
             return
         if current.unadvised:
@@ -396,22 +396,19 @@ class Target:
         """End a complete pass, and record its results."""
         self.folio_pages = self._ledger.folio_pages(self._environment.geometry.pmd_order)
         self._environment.pass_at = time.time()
-        self._end_pass()
+        self.end_pass()
 
-    def _end_pass(self) -> None:
+    def end_pass(self) -> None:
+        """End the pass and leave the memory as it is; code that was injected is removed."""
         if self._pass is not None:
             self._pass.close()
             self.gain = 0
         self._pass = None
-
-    def end(self) -> None:
-        """End the pass and leave the memory as it is; code that was injected is removed."""
-        self._end_pass()
 
     def close(self) -> None:
         """Close the process; a second call does nothing. The caller must have unregistered its pidfd."""
         self.closed = True
         self._environment.looks.drop(self)
         self.heat.close()
-        self._end_pass()
+        self.end_pass()
         self.process.close()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from mthp.daemon.target import LEFT_OUT_SECONDS, Target
 from mthp.errors import TargetVanishedError
 from mthp.linux.procevents import Changes
 from mthp.naming import ProcessFacts
-from mthp.pacing import Clock, CpuBudget
+from mthp.pacing import CpuBudget
 
 FOLLOW_SECONDS = 0.1
 """Least seconds between two reads of the system's switches while nothing is collapsed."""
@@ -42,11 +41,10 @@ class Worker:
         knobs: the system's switches and tunables.
         pressure: the machine's memory pressure.
         cpu: the CPU budget.
-        say: prints a line for the operator.
         died: called in the worker's thread if an internal error ends it.
 
     Attributes:
-        cpu: as given.
+        pressure, cpu: as given.
         targets: all targets, by PID.
         failed: whether an internal error ended the thread.
         beat: time when the worker last worked, or rested with nothing to do.
@@ -55,6 +53,7 @@ class Worker:
     JSON = "paused busy"
 
     paused: bool
+    pressure: MemoryPressure
 
     def __init__(
         self,
@@ -62,16 +61,14 @@ class Worker:
         knobs: SystemKnobs,
         pressure: MemoryPressure,
         cpu: CpuBudget,
-        say: Callable[[str], None],
-        clock: Clock = time.monotonic,
         died: Callable[[], None] = lambda: None,
     ) -> None:
-        self.environment = environment
+        self.environment, self.pressure, self.cpu = environment, pressure, cpu
         self.targets: dict[int, Target] = {}
         self.paused = False
         self.failed = False
         self._died = died
-        self._knobs, self._pressure, self.cpu, self._say, self._clock = knobs, pressure, cpu, say, clock
+        self._knobs, self._clock = knobs, environment.clock
         self._turn = threading.Condition()
         self._waiting: list[tuple[float, int, Target]] = []
         self._ready: list[tuple[int, int, Target]] = []
@@ -83,9 +80,8 @@ class Worker:
         self._stop = False
         self._parents: dict[int, int] = {}
         self._version = -1
-        self._followed = clock()
-        self.beat = clock()
-        environment.stopping = self._interrupted
+        self._followed = self.beat = self._clock()
+        environment.stopping = lambda: self._stop or self.paused
         self._thread = threading.Thread(target=self._run, name="mthp-worker", daemon=True)
 
     def start(self) -> None:
@@ -104,18 +100,16 @@ class Worker:
             self._queue(target)
             self._turn.notify()
 
-    def drop(self, pid: int) -> Target | None:
-        """Remove a process, and return its target, if any. The target is closed once no work on it is running.
+    def drop(self, target: Target) -> None:
+        """Remove a target. It is closed once no work on it is running.
 
         The caller must have unregistered its pidfd, because the number may soon be that of another file.
         """
         with self._turn:
-            target = self.targets.pop(pid, None)
-            if target is not None:
-                target.closed = True
-                if target is not self._busy:
-                    target.close()
-            return target
+            del self.targets[target.facts.pid]
+            target.closed = True
+            if target is not self._busy:
+                target.close()
 
     def renew(self, target: Target, facts: ProcessFacts, rule: Rule) -> None:
         """Apply another rule to a target."""
@@ -152,7 +146,7 @@ class Worker:
             environment.configuration = configuration
             environment.said.clear()
             self.cpu.set(configuration.cpu)
-            self._pressure.limit = configuration.max_memory_pressure
+            self.pressure.limit = configuration.max_memory_pressure
             environment.bytes.set_rate(configuration.bytes_per_second)
             self._version = -1
 
@@ -179,32 +173,14 @@ class Worker:
             self._turn.notify()
         begun = self._clock()
         self._thread.join(timeout)
-        while self._thread.is_alive() and self._touching and self._clock() - begun < longest:
+        while (target := self._busy) is not None and target.touched_now and self._clock() - begun < longest:
             self._thread.join(0.01)
         return not self._thread.is_alive()
-
-    @property
-    def _touching(self) -> bool:
-        target = self._busy
-        return target is not None and target.touched_now
 
     @property
     def busy(self) -> bool:
         """Return whether a piece of work is running."""
         return self._busy is not None
-
-    @property
-    def resting(self) -> bool:
-        """Return whether the worker waits for memory pressure to ease."""
-        return self._pressure.resting
-
-    @property
-    def pressure(self) -> float:
-        """Return the share of time in which tasks wait for memory."""
-        return self._pressure.share
-
-    def _interrupted(self) -> bool:
-        return self._stop or self.paused
 
     # The thread.
 
@@ -214,41 +190,26 @@ class Worker:
                 self._once()
         except BaseException:
             self.failed = True
-            self._say(f"the worker ends for an error of mthp\n{traceback.format_exc()}")
+            self.environment.say(f"the worker ends for an error of mthp\n{traceback.format_exc()}")
             self._died()
         finally:
             for target in list(self.targets.values()):
-                target.end()
+                target.end_pass()
 
     def _once(self) -> None:
         """Do one piece of work, or wait."""
         if (wait := self._must_wait()) > 0:
-            if self.paused or not self._pressure.resting or not self._trim():
+            if self.paused or not self.pressure.resting or not self._trim():
                 self._rest(wait)
             return
         with self._turn:
             target = self._next()
             if target is None:
-                now = self._clock()
-                self._rest_held(max(self._waiting[0][0] - now, 1e-3) if self._waiting else 1.0)
+                self._rest(max(self._waiting[0][0] - self._clock(), 1e-3) if self._waiting else 1.0)
                 return
             self._busy = target
-        try:
-            self._follow_system(at_once=target.working)
-            self._guarded(target, target.step)
-        finally:
-            self._let_go(target, queue=True)
-
-    def _let_go(self, target: Target, *, queue: bool) -> None:
-        """End the turn of `target`; `queue` it for the next."""
-        with self._turn:
-            self._busy = None
-            if target.closed:
-                # The main thread dropped it meanwhile.
-                target.close()
-            elif queue and not target.vanished:
-                self._queue(target)
-            self._turn.notify_all()
+        self._follow_system(at_once=target.working)
+        self._work(target, target.step, queue=True)
 
     def _must_wait(self) -> float:
         """Return the seconds for which nothing may be begun."""
@@ -256,19 +217,13 @@ class Worker:
             return RESTING_SECONDS
         if not self.targets:
             return 0.0
-        was = self._pressure.resting
-        if self._pressure.rests():
-            if not was:
-                self._rests(True)
+        was, rests, share = self.pressure.resting, self.pressure.rests(), self.pressure.share
+        if rests != was:
+            self.environment.say(f"memory pressure is {100 * share:.1f}%: {'resting' if rests else 'going on'}")
+            self.environment.event("resting" if rests else "going_on", memory_pressure=share)
+        if rests:
             return RESTING_SECONDS
-        if was:
-            self._rests(False)
         return max(self.cpu.wait(), self.environment.bytes.wait(), self._kernel_pace())
-
-    def _rests(self, resting: bool) -> None:
-        share = f"{100 * self._pressure.share:.1f}%"
-        self._say(f"memory pressure is {share}: {'resting' if resting else 'going on'}")
-        self.environment.event("resting" if resting else "going_on", memory_pressure=self._pressure.share)
 
     def _kernel_pace(self) -> float:
         """Return the rest that is left after pages_to_scan entries, under the kernel's pace; 0.0 under others."""
@@ -303,18 +258,14 @@ class Worker:
     def _queue(self, target: Target) -> None:
         """Queue `target` for its next step, after those that wait already."""
         target.turn = next(self._numbers)
-        self._wait(target)
-
-    def _wait(self, target: Target) -> None:
         heapq.heappush(self._waiting, (target.next_at, target.turn, target))
 
     def _requeue(self) -> None:
         """Queue all targets again but the current one, because their next steps may be earlier now."""
-        self._ready, self._waiting = [], []
-        for target in self.targets.values():
-            if target is not self._busy and not target.vanished:
-                # Turns stay as they were: this may happen often, and new turns would starve the last targets.
-                self._wait(target)
+        # Turns stay as they were: this may happen often, and new turns would starve the last targets.
+        queued = [each for each in self.targets.values() if each is not self._busy and not each.vanished]
+        self._ready, self._waiting = [], [(target.next_at, target.turn, target) for target in queued]
+        heapq.heapify(self._waiting)
 
     def _trim(self) -> bool:
         """Trim the next process while memory is short; return whether there was one."""
@@ -328,15 +279,12 @@ class Worker:
             if not wanted:
                 return False
             self._busy = target = min(wanted, key=lambda target: target.trim_at)
-        try:
-            self._guarded(target, target.trim)
-        finally:
-            # The target is queued for its next step already.
-            self._let_go(target, queue=False)
+        # The target is queued for its next step already.
+        self._work(target, target.trim, queue=False)
         return True
 
-    def _guarded(self, target: Target, work: Callable[[], None]) -> None:
-        """Do one piece of `work` on a process; an error in it leaves the others as they are."""
+    def _work(self, target: Target, work: Callable[[], None], *, queue: bool) -> None:
+        """Do one piece of `work` on the busy target, then `queue` it. An error in it leaves the others as they are."""
         self.beat = self._clock()
         try:
             work()
@@ -344,12 +292,21 @@ class Worker:
             # The main thread learns of the end too, and drops the target.
             target.vanished = True
         except Exception as error:  # an internal error in one target must not stop the others
-            self._say(f"process {target.label}: {error!r}\n{traceback.format_exc()}")
+            self.environment.say(f"process {target.label}: {error!r}\n{traceback.format_exc()}")
             self.environment.event("error", pid=target.facts.pid, comm=target.facts.comm, error=repr(error))
             target.stale()
             target.left_out = f"an error of mthp: {error!r}"
             target.next_at = self._clock() + LEFT_OUT_SECONDS
-        self.beat = self._clock()
+        finally:
+            self.beat = self._clock()
+            with self._turn:
+                self._busy = None
+                if target.closed:
+                    # The main thread dropped it meanwhile.
+                    target.close()
+                elif queue and not target.vanished:
+                    self._queue(target)
+                self._turn.notify_all()
 
     def _follow_system(self, *, at_once: bool) -> None:
         """Apply the current switches and tunables; targets that they affect are scanned again.
@@ -371,7 +328,8 @@ class Worker:
             return
         environment.switches, environment.tunables = switches, tunables
         if not first:
-            environment.event("switches", enabled=switches.enabled, sizes=_words(environment, switches.sizes))
+            sizes = switches.words_by_size(environment.geometry)
+            environment.event("switches", enabled=switches.enabled, sizes=sizes)
         with self._turn:
             for other in self.targets.values():
                 other.follow()
@@ -379,14 +337,6 @@ class Worker:
 
     def _rest(self, seconds: float) -> None:
         with self._turn:
-            self._rest_held(seconds)
-
-    def _rest_held(self, seconds: float) -> None:
-        self.beat = self._clock()
-        if not self._stop:
-            self._turn.wait(min(seconds, 1.0))
-
-
-def _words(environment: Environment, sizes: object) -> dict[str, str]:
-    assert isinstance(sizes, dict)
-    return {environment.geometry.label(order): word for order, word in sorted(sizes.items())}
+            self.beat = self._clock()
+            if not self._stop:
+                self._turn.wait(min(seconds, 1.0))

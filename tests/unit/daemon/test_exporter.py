@@ -1,4 +1,4 @@
-"""The HTTP server of the metrics: many clients that say nothing neither hold it up nor make it large."""
+"""The page of metrics: its figures, and its server against clients that hold connections."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ def test_a_lock_with_another_name_is_not_written_to(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_cannot_be_made_is_a_matter_of_rights(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(NotPermittedError):
-        DaemonLock(tmp_path / "none")
+        DaemonLock(tmp_path / "file" / "none")
 
 
 class Server:

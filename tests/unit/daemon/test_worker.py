@@ -59,7 +59,7 @@ class FakeTarget:
     def follow(self) -> None:
         self.followed += 1
 
-    def end(self) -> None:
+    def end_pass(self) -> None:
         self.ended = True
 
     def close(self) -> None:
@@ -88,8 +88,8 @@ class Stage:
         )
         pressure, cpu = MemoryPressure(0.1, NOWHERE, self.clock), CpuBudget(1.0, self.clock, lambda: 0.0)
         knobs = cast("SystemKnobs", self.knobs)
-        self.worker = Worker(self.environment, knobs, pressure, cpu, lambda text: None, self.clock)
-        self.worker._rest_held = self._rest  # type: ignore[method-assign]
+        self.worker = Worker(self.environment, knobs, pressure, cpu)
+        self.worker._rest = self._rest  # type: ignore[method-assign]
 
     def clock(self) -> float:
         return self.now
@@ -178,8 +178,8 @@ def test_while_memory_is_short_those_with_a_share_are_trimmed_in_turn(monkeypatc
             target.trim_at = stage.now + 60.0
 
         target.trim = trim
-    monkeypatch.setattr(stage.worker._pressure, "rests", lambda: True)
-    stage.worker._pressure.resting = True
+    monkeypatch.setattr(stage.worker.pressure, "rests", lambda: True)
+    stage.worker.pressure.resting = True
     for _ in range(400):
         stage.worker._once()
     assert trimmed[:4] == [1, 3, 1, 3]
@@ -207,8 +207,8 @@ def test_a_fault_in_a_trim_ends_neither_the_worker_nor_other_trims(monkeypatch: 
             trimmed.append(pid)
 
         target.trim = trim
-    monkeypatch.setattr(stage.worker._pressure, "rests", lambda: True)
-    stage.worker._pressure.resting = True
+    monkeypatch.setattr(stage.worker.pressure, "rests", lambda: True)
+    stage.worker.pressure.resting = True
     for _ in range(4):
         stage.worker._once()
     assert trimmed == [2]
