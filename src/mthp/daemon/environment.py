@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from mthp.addrspace import AddressSpace
 from mthp.daemon.config import Configuration
@@ -18,6 +19,7 @@ from mthp.daemon.telemetry import Counters, Services
 from mthp.engine.allowed import mechanism_of
 from mthp.geometry import Geometry
 from mthp.means import Means, Mechanism
+from mthp.naming import ProcessFacts
 from mthp.pacing import ByteBudget, Clock
 from mthp.tunables import Switches, Tunables
 
@@ -133,6 +135,10 @@ class Environment:
             orders = self.geometry.anon_orders
             self._mechanisms[key] = {order: mechanism_of(space, order, means) for order in orders}
         return self._mechanisms[key]
+
+    def event_of(self, facts: ProcessFacts, event: str, **values: Any) -> None:
+        """Write an event of a process."""
+        self.event(event, pid=facts.pid, comm=facts.comm, **values)
 
     def say_once(self, about: object, line: str) -> None:
         """Print a line about a lasting condition, once until the configuration is read again."""

@@ -79,6 +79,7 @@ class Pass:
     Attributes:
         space: open address space of the target; closed with this.
         means: means of collapsing blocks.
+        visit: the scan and collapse of its ranges.
         out_of_memory: the limit at which a charge failed, which ends the pass; ``""`` if none did.
         reasons: reasons beyond the scan result for failed and refused attempts, with the number of times.
         unadvised: whether folios below the PMD order are made in advised memory only.
@@ -122,7 +123,7 @@ class Pass:
                 raise UnsupportedError(self.needs_move or "the rule's mechanism makes none of its sizes")
             room = Room(lambda: abilities.memory_bounds(self.space), settings.reserve)
             self._admission = Admission(self.space, room, bloat_left, available=environment.free.available)
-            self._visit = Visit(self.space, self._choice(), self.means, admit=self._admit, count_folios=True)
+            self.visit = Visit(self.space, self._choice(), self.means, admit=self._admit, count_folios=True)
         except MthpError:
             self.space.close()
             raise
@@ -186,19 +187,13 @@ class Pass:
                 " at a time these sizes alone are on for the whole system",
             )
 
-    def govern(self) -> None:
-        """Apply the current switches and tunables from now on."""
-        if (choice := self._choice()) != self._visit.choice:
-            self._visit.choice = choice
-            self._visit.forget()
-
     def outline(self) -> Outline:
         """Return the outline of all that may be collapsed."""
         segments: list[Segment] = []
         address = 0
-        if self._visit.thp_disabled:
+        if self.visit.thp_disabled:
             return Outline.joined([])
-        while (stretch := self._visit.find(address).stretch) is not None:
+        while (stretch := self.visit.find(address).stretch) is not None:
             segments.append(stretch)
             address = stretch[1]
         self.eligible = bool(segments)
@@ -215,7 +210,7 @@ class Pass:
         order = np.lexsort((outline.address, -fullness))
         address, present = outline.address[order], outline.present[order]
         breaks = np.flatnonzero((np.diff(address.astype(np.int64)) != size) | (np.diff(fullness[order]) != 0)) + 1
-        for first, last in _slices(breaks, len(address)):
+        for first, last in itertools.pairwise([0, *breaks.tolist(), len(address)] if len(address) else []):
             start, end = int(address[first]), int(address[last - 1]) + size
             self._stretches.append(((start, end), int(present[first:last].sum())))
         self._stretches.reverse()
@@ -226,19 +221,9 @@ class Pass:
 
         Anonymous memory comes first, and the most memory.
         """
-        refused = self._visit.refused
+        refused = self.visit.refused
         ranked = sorted(refused, key=lambda one: (one[0] is not VmaKind.ANON, -refused[one][1]))
         return [LeftAlone(one[1], *refused[one]) for one in ranked]
-
-    @property
-    def has_room(self) -> bool:
-        """Return whether an anonymous mapping of the target is as large as a PMD range."""
-        return self._visit.has_room
-
-    @property
-    def touching(self) -> bool:
-        """Return whether the target's memory is being worked on at this moment; callable from any thread."""
-        return self._visit.touching
 
     @property
     def is_done(self) -> bool:
@@ -254,11 +239,15 @@ class Pass:
         """Scan at most `ranges` PMD ranges; return the result of each stretch, and its outline afterwards."""
         size, n = self._environment.geometry.pmd_size, self._environment.geometry.ptes_per_pmd
         done: list[tuple[Passage, Outline]] = []
+        # Switches and tunables may have changed since the last piece.
+        if (choice := self._choice()) != self.visit.choice:
+            self.visit.choice = choice
+            self.visit.forget()
         self._admission.renew()
         while ranges > 0 and self._stretches and not self._environment.stopping():
             (start, end), pages = self._stretches.pop()
             stop = min(end, start + ranges * size)
-            passage = self._visit.scan((start, stop), (stop - start) // size * n)
+            passage = self.visit.scan((start, stop), (stop - start) // size * n)
             ranges -= max(1, (passage.end - start) // size)
             if passage.end < end:
                 left = pages * (end - passage.end) // (end - start)
@@ -290,10 +279,6 @@ class Pass:
             self.out_of_memory = self._admission.room.reason or ScanResult.CGROUP_CHARGE_FAIL.meaning
             self._stretches.clear()
 
-    def close(self) -> None:
-        """Close the address space."""
-        self.space.close()
-
 
 def governed(environment: Environment, makes: Collection[int]) -> tuple[Switches, Tunables]:
     """Return the effective switches and tunables for a target: sizes that its mechanism does not make are off.
@@ -323,11 +308,6 @@ def _classes(outline: Outline, size: int, heat: Heat | None) -> NDArray[np.int64
     used = seen > 0
     classes[used] = np.maximum(_HEAT_STEPS + np.floor(np.log2(seen[used] / seen.max())), 0).astype(np.int64)
     return classes
-
-
-def _slices(breaks: NDArray[np.intp], length: int) -> list[tuple[int, int]]:
-    bounds = [0, *breaks.tolist(), length]
-    return [(low, high) for low, high in itertools.pairwise(bounds) if low < high]
 
 
 def account(
@@ -381,10 +361,9 @@ def account(
     service.collapsed_bytes += size
     service.bloat_bytes += filled * geometry.page_size
     if made or failed:
-        environment.event(
+        environment.event_of(
+            facts,
             "collapsed" if made else "failed",
-            pid=facts.pid,
-            comm=facts.comm,
             folios={geometry.label(order): count for order, count in sorted(made.items())},
             failed={result.name: count for result, count in failed.items()},
             copied_bytes=copied * geometry.page_size,
@@ -409,13 +388,12 @@ def give_back(environment: Environment, facts: ProcessFacts, share: float) -> tu
     except TargetVanishedError:
         raise
     except MthpError as error:
-        environment.event("trim_failed", pid=facts.pid, comm=facts.comm, reason=error.message)
+        environment.event_of(facts, "trim_failed", reason=error.message)
         return 0, None
     if report.plan.folios:
-        environment.event(
+        environment.event_of(
+            facts,
             "trimmed",
-            pid=facts.pid,
-            comm=facts.comm,
             folios=report.trimmed,
             failed=report.failed_by_result,
             trimmed_bytes=report.given_back_bytes,

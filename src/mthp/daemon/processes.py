@@ -204,7 +204,7 @@ class Finder:
         pid = facts.pid
         self._loop.selector.register(process.pidfd, selectors.EVENT_READ, lambda _events: self._forget(pid))
         self._worker.add(target)
-        self._environment.event("target", pid=pid, comm=facts.comm, rule=rule.name)
+        self._environment.event_of(facts, "target", rule=rule.name)
 
     def _forget(self, pid: int) -> None:
         """Drop the target of a process that is gone, or to be left alone."""
@@ -215,7 +215,7 @@ class Finder:
         self._loop.selector.unregister(target.process.pidfd)
         alive = target.process.is_alive()
         self._worker.drop(target)
-        self._environment.event("left" if alive else "gone", pid=pid, comm=target.facts.comm)
+        self._environment.event_of(target.facts, "left" if alive else "gone")
 
 
 def _ancestors() -> frozenset[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,14 +65,19 @@ FRESH_SECONDS = 300.0
 class HeatKeeper:
     """The heat of one process.
 
+    Args:
+        environment: state that all targets share.
+        pid: PID of the process.
+
     Attributes:
         heat: last measurement; None if there is none.
         failed: reason for which the last measurement failed; ``""`` otherwise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Environment, pid: int) -> None:
         self.heat: Heat | None = None
         self.failed = ""
+        self._environment, self._pid = environment, pid
         self._thread: threading.Thread | None = None
         self._at = -math.inf
         self._closed = False
@@ -82,16 +87,8 @@ class HeatKeeper:
         """Return whether a measurement is running."""
         return self._thread is not None and self._thread.is_alive()
 
-    def is_there(
-        self, now: float, request: HeatRequest | None, opened: Callable[[], AddressSpace], stopping: Callable[[], bool]
-    ) -> bool:
-        """Return whether heat is measured, or unavailable; if not, begin to measure it.
-
-        Args:
-            request: the rule's request; None for no heat.
-            opened: opens the address space.
-            stopping: returns whether to end early.
-        """
+    def is_there(self, now: float, request: HeatRequest | None) -> bool:
+        """Return whether heat is measured, unavailable or not wanted (None); if not, begin to measure it."""
         if request is None:
             self.heat = None
             return True
@@ -101,17 +98,15 @@ class HeatKeeper:
             self._thread, self._at = None, now
         if now - self._at < FRESH_SECONDS:
             return True
-        self._thread = threading.Thread(
-            target=self._measure, args=(request, opened, stopping), name="mthp-heat", daemon=True
-        )
+        self._thread = threading.Thread(target=self._measure, args=(request,), name="mthp-heat", daemon=True)
         self._thread.start()
         return False
 
-    def _measure(self, request: HeatRequest, opened: Callable[[], AddressSpace], stopping: Callable[[], bool]) -> None:
+    def _measure(self, request: HeatRequest) -> None:
         self.heat, self.failed = None, ""
         try:
-            with opened() as space:
-                self.heat = heat_of(space, request, lambda: self._closed or stopping())
+            with self._environment.opened(self._pid) as space:
+                self.heat = heat_of(space, request, lambda: self._closed or self._environment.stopping())
         except MthpError as error:
             self.failed = error.message
 
@@ -122,30 +117,24 @@ class HeatKeeper:
 
 CHILD = "a child shares its memory since a fork: nothing is collapsed until that ends or begins another program"
 
-LONGEST_SECONDS = 600.0
+LONGEST_CHILD_SECONDS = 600.0
 """Longest wait for a child, because a server may have permanent ones (PostgreSQL): Redis writes some 100 MB a second to
 its file, so this is 60 GB. Pages that are still shared then are left alone by max_ptes_shared as before.
 """
 
-SHORT_SECONDS = 0.25
+SHORT_CHILD_SECONDS = 0.25
 """Seconds below which a child, as of system(3), executed another program before anything was copied."""
 
 
 class Forks:
-    """The children of one target. The caller of each method but :meth:`holds` holds the worker's lock.
-
-    Attributes:
-        count: forks seen.
-    """
+    """The children of one target. The caller of each method but :meth:`holds` holds the worker's lock."""
 
     def __init__(self) -> None:
-        self.count = 0
         self._children: dict[int, float] = {}
         self._over = False
 
     def began(self, child: int, now: float) -> None:
         """Note a child."""
-        self.count += 1
         self._children[child] = now
 
     def ended(self, child: int, now: float) -> bool:
@@ -153,13 +142,13 @@ class Forks:
 
         A child from before the target was watched counts too, because the duration of its sharing is unknown.
         """
-        since = self._children.pop(child, now - SHORT_SECONDS)
-        self._over |= now - since >= SHORT_SECONDS
+        since = self._children.pop(child, now - SHORT_CHILD_SECONDS)
+        self._over |= now - since >= SHORT_CHILD_SECONDS
         return self._over and not self.holds(now)
 
     def holds(self, now: float) -> bool:
         """Return whether a child shares the memory, so that nothing may be collapsed now."""
-        return any(now - since < LONGEST_SECONDS for since in list(self._children.values()))
+        return any(now - since < LONGEST_CHILD_SECONDS for since in list(self._children.values()))
 
     def take_over(self) -> bool:
         """Return whether children ended since the last call, so that memory must be scanned again."""
@@ -215,14 +204,14 @@ class SmallFolios:
         self.remade = remade(space, ours.address, space.geometry.ptes_per_pmd - ours.present.astype(np.int64))
         if not self.remade.ranges:
             return
-        environment.event("not_lasting", pid=facts.pid, comm=facts.comm, reason=self.remade.remark)
+        environment.event_of(facts, "not_lasting", reason=self.remade.remark)
         remark = f"process {facts.pid} ({facts.comm}): {self.remade.remark}"
         if self.remade.keeps is not None:
             remark += f"; keep_max_ptes_none = {self.remade.keeps} in the rules file has the daemon see to that"
         environment.say_once(("not_lasting", rule.name), remark)
 
 
-FIRST_SECONDS, LAST_SECONDS = 60.0, 3600.0
+FIRST_WAIT, LAST_WAIT = 60.0, 3600.0
 """Seconds until a target is tried again, at first and in the end, because it may undo its prctl, which is not visible.
 """
 
@@ -241,5 +230,5 @@ class Unadvised:
     def found(self, now: float) -> None:
         """Note that the folios of a batch came out small; does nothing while :meth:`holds` is true."""
         if not self.holds(now):
-            self._wait = min(max(2 * self._wait, FIRST_SECONDS), LAST_SECONDS)
+            self._wait = min(max(2 * self._wait, FIRST_WAIT), LAST_WAIT)
             self._until = now + self._wait

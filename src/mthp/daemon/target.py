@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from functools import partial
 
 from mthp.daemon.eagerness import Level
 from mthp.daemon.environment import FIRST_LOOK, SHORTEST_LOOK, Environment, on_grid
@@ -27,12 +26,10 @@ from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
 from mthp.daemon.state import CHILD, Forks, HeatKeeper, Sign, SmallFolios, Unadvised
 from mthp.daemon.telemetry import Counters
-from mthp.engine.visited import Passage
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.measuring import out_of_reach_bytes
 from mthp.naming import ProcessFacts
-from mthp.outline import Outline
 from mthp.pacing import ByteBudget
 
 PIECE_RANGES = 32
@@ -84,7 +81,6 @@ class Target:
         next_at: time of the next step.
         turn: place in the worker's queue.
         trim_at: time of the next trim.
-        gain: pages that the rest of the pass may gain; the most valuable is done first.
         left_out: reason for which the process is not worked on, or ``""``.
         reasons: reasons of the backend for the last failed attempts, with the number of times.
         left_alone: mappings in which nothing may be made, by reason.
@@ -116,43 +112,33 @@ class Target:
     small_folios: SmallFolios
 
     def __init__(self, process: Process, facts: ProcessFacts, rule: Rule, environment: Environment) -> None:
-        self.process = process
-        self.facts = facts
-        self.rule = rule
+        self._environment = environment
+        self.process, self.facts, self.rule = process, facts, rule
         self.counters = Counters()
         self.service = environment.services.of(rule.name, facts.service)
         self.next_at = environment.clock()
         self.turn = 0
-        self.gain = 1 << 62
-        self.left_out = ""
+        self.left_out = self.needs_move = ""
         self.reasons: Counter[str] = Counter()
-        self.needs_move = ""
-        self._environment = environment
         self._ledger = Ledger()
-        self.heat = HeatKeeper()
+        self.heat = HeatKeeper(environment, facts.pid)
         self._pass: Pass | None = None
         self._seen: Sign | None = None
-        self._has_room = False
         self._found_under: object = None
-        self._makes: frozenset[int] = frozenset()
+        self._makes: frozenset[int] | None = None
         self.small_folios = SmallFolios()
-        self._interval = 0.0
-        self._list_at = 0.0
-        self._list_interval = 0.0
+        self._interval = self._list_interval = 0.0
+        self._list_at = self._reach_at = self.trim_at = 0.0
         self.level = Level(rule.settings, environment.geometry, environment.clock())
         self._rate = ByteBudget(self.settings.rate, environment.clock)
-        self.resident = self.huge = 0
+        self.resident = self.huge = self.out_of_reach_bytes = 0
         self.folio_pages: list[int] = []
         self.trimmable_bytes: int | None = None
         self._at_a_time = 2
         self._unadvised = Unadvised()
         self.forks = Forks()
         self.left_alone: list[LeftAlone] = []
-        self.out_of_reach_bytes = 0
-        self._reach_at = 0.0
-        self.trim_at = 0.0
-        self.vanished = False
-        self.closed = False
+        self.vanished = self.closed = False
 
     @property
     def settings(self) -> Settings:
@@ -172,6 +158,11 @@ class Target:
         return self.settings.max_bloat.of(self.resident) - self.counters.bloat_bytes
 
     @property
+    def gain(self) -> int:
+        """Return the pages that the rest of the pass may gain; most for a target that is new."""
+        return self._pass.gain if self._pass is not None else 0 if self.counters.passes else 1 << 62
+
+    @property
     def next_look_seconds(self) -> float:
         """Return the seconds until the next step."""
         return max(0.0, self.next_at - self._environment.clock())
@@ -185,7 +176,7 @@ class Target:
     def touched_now(self) -> bool:
         """Return whether its memory is being worked on at this moment; callable from any thread."""
         current = self._pass
-        return current is not None and current.touching
+        return current is not None and current.visit.touching
 
     def renew(self, facts: ProcessFacts, rule: Rule) -> None:
         """Go on under another rule, and scan everything again."""
@@ -208,9 +199,7 @@ class Target:
         Most processes have no mapping with room for a PMD range, so that nothing does. One that maps such room later
         changes its size, and has its mappings listed again.
         """
-        if not self._has_room:
-            return ()
-        return decided_by(self._environment, self._makes)
+        return () if self._makes is None else decided_by(self._environment, self._makes)
 
     def stale(self) -> None:
         """Forget finished ranges, because they were decided under old settings."""
@@ -255,7 +244,7 @@ class Target:
 
     def _leave_out(self, reason: str) -> None:
         if reason != self.left_out:
-            self._environment.event("left_out", pid=self.facts.pid, comm=self.facts.comm, reason=reason)
+            self._environment.event_of(self.facts, "left_out", reason=reason)
         self.left_out = reason
         self._seen = None
         self.next_at = self._environment.clock() + LEFT_OUT_SECONDS
@@ -326,8 +315,7 @@ class Target:
         due = self._ledger.due(outline, now, touched=touched)
         self._count("skipped", len(outline) - int(due.sum()))
         todo = due & ~outline.pmd_mapped
-        opened, stopping = partial(environment.opened, self.facts.pid), environment.stopping
-        if todo.any() and not self.heat.is_there(now, self.settings.heat, opened, stopping):
+        if todo.any() and not self.heat.is_there(now, self.settings.heat):
             # Continue as if the process had been touched, once the measurement is over.
             self.end_pass()
             self._seen = None
@@ -335,18 +323,18 @@ class Target:
         self._pass.todo(outline[todo], self._ledger.was_large[todo] & after_fork, self.heat.heat)
         taken = self._environment.clock() - now
         # Without room for a PMD range, advice changes nothing, and a new mapping shows in the process's size.
-        self._has_room, self._makes = self._pass.has_room, self._pass.makes
-        self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if self._has_room else math.inf
+        has_room = self._pass.visit.has_room
+        self._makes = self._pass.makes if has_room else None
+        self._list_at = now + max(self._list_interval, taken / LIST_SHARE) if has_room else math.inf
         self._found_under = self._rules_of_the_moment()
         self.left_out = ""
-        self.needs_move = self._pass.needs_move if self._has_room else ""
+        self.needs_move = self._pass.needs_move if has_room else ""
         if self.needs_move:
             environment.say_once(("needs_move", self.rule.name), f"rule {self.rule.name}: {self.needs_move}")
         self.small_folios.look(environment, self._pass.space, outline, self.facts, self.rule)
         if self._pass.is_done:
             self._pass_done()
         else:
-            self.gain = self._pass.gain
             self.next_at = self._environment.clock()
 
     # Working.
@@ -355,12 +343,16 @@ class Target:
         """Scan some ranges, the fullest that are left."""
         environment = self._environment
         begun, ranges = environment.clock(), environment.ranges_within(self.settings.rate, self._at_a_time)
-        current.govern()
         done = current.piece(ranges)
         taken = max(environment.clock() - begun, 1e-6)
         self._at_a_time = max(1, min(2 * ranges, PIECE_RANGES, int(ranges * PIECE_SECONDS / taken)))
+        now, retry = environment.clock(), environment.scan_sleep
         for passage, after in done:
-            self._account(current, passage, after)
+            size = account(environment, self.counters, self.service, self.facts, current.space, passage)
+            self._rate.spend(size)
+            environment.bytes.spend(size)
+            self._ledger.scanned(passage.addresses, passage.results, after, now, retry, passage.folio_pages)
+            self.small_folios.note(passage.attempts, environment.geometry)
         if current.reasons:
             self.reasons = Counter(dict(current.reasons.most_common(8)))
             current.reasons.clear()
@@ -369,24 +361,13 @@ class Target:
             self._leave_out(f"a charge failed: {current.out_of_memory}")
             return
         if current.unadvised:
-            self._unadvised.found(environment.clock())
-        self.gain = current.gain
+            self._unadvised.found(now)
         rest = self._rate.wait()
         if current.is_done:
             self._pass_done()
             # Check the process again soon, because it is active, and the collapses may have made more possible.
             rest = max(rest, min(FIRST_LOOK, environment.scan_sleep))
         self.next_at = environment.clock() + rest
-
-    def _account(self, current: Pass, passage: Passage, after: Outline) -> None:
-        """Count the work of a passage, and note what must be done later."""
-        environment = self._environment
-        size = account(environment, self.counters, self.service, self.facts, current.space, passage)
-        self._rate.spend(size)
-        environment.bytes.spend(size)
-        now, retry, pages = environment.clock(), environment.scan_sleep, passage.folio_pages
-        self._ledger.scanned(passage.addresses, passage.results, after, now, retry, pages)
-        self.small_folios.note(passage.attempts, environment.geometry)
 
     def _count(self, name: str, by: int = 1) -> None:
         for counters in (self.counters, self._environment.total):
@@ -401,8 +382,7 @@ class Target:
     def end_pass(self) -> None:
         """End the pass and leave the memory as it is; code that was injected is removed."""
         if self._pass is not None:
-            self._pass.close()
-            self.gain = 0
+            self._pass.space.close()
         self._pass = None
 
     def close(self) -> None:

@@ -293,7 +293,7 @@ class Worker:
             target.vanished = True
         except Exception as error:  # an internal error in one target must not stop the others
             self.environment.say(f"process {target.label}: {error!r}\n{traceback.format_exc()}")
-            self.environment.event("error", pid=target.facts.pid, comm=target.facts.comm, error=repr(error))
+            self.environment.event_of(target.facts, "error", error=repr(error))
             target.stale()
             target.left_out = f"an error of mthp: {error!r}"
             target.next_at = self._clock() + LEFT_OUT_SECONDS

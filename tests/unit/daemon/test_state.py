@@ -20,7 +20,7 @@ from daemon_stage import (
 )
 from fakes import FakeSpace
 from mthp.daemon.ledger import FIRST_AGE
-from mthp.daemon.state import CHILD, FIRST_SECONDS, LAST_SECONDS, LONGEST_SECONDS, SHORT_SECONDS, Sign, Unadvised
+from mthp.daemon.state import CHILD, FIRST_WAIT, LAST_WAIT, LONGEST_CHILD_SECONDS, SHORT_CHILD_SECONDS, Sign, Unadvised
 from mthp.heat import Heat, HeatRequest
 from mthp.objects import to_object
 from mthp.ptes import ORDER_NONE, Pte
@@ -44,8 +44,8 @@ def test_unadvised_memory_is_tried_again_less_and_less_often() -> None:
             known.found(now)
             now += 30.0
         waits.append(now - begun)
-    assert waits[:3] == [FIRST_SECONDS, 2 * FIRST_SECONDS, 4 * FIRST_SECONDS]
-    assert waits[-1] == LAST_SECONDS
+    assert waits[:3] == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT]
+    assert waits[-1] == LAST_WAIT
 
 
 def test_small_folios_that_khugepaged_makes_huge_again_are_told_of_once_with_the_remedy() -> None:
@@ -81,7 +81,7 @@ def test_nothing_is_collapsed_while_a_child_shares_the_memory_and_all_of_it_afte
 def test_a_child_that_stays_is_waited_for_no_longer_than_that() -> None:
     stage = Stage(FULL)
     stage.target.forks.began(8, stage.now)
-    stage.steps(LONGEST_SECONDS - 1)
+    stage.steps(LONGEST_CHILD_SECONDS - 1)
     assert stage.collapsed == []
     stage.steps(5.0)
     assert stage.collapsed == [0]
@@ -138,7 +138,7 @@ def test_children_that_begin_another_program_at_once_cost_no_second_look() -> No
     stage.steps(5.0)
     scanned = stage.target.counters.scanned_ptes
     stage.target.forks.began(8, stage.now)
-    stage.now += SHORT_SECONDS / 2
+    stage.now += SHORT_CHILD_SECONDS / 2
     assert not stage.target.forks.ended(8, stage.now)
     stage.steps(5.0)
     assert stage.target.counters.scanned_ptes == scanned

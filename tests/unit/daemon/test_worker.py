@@ -14,7 +14,7 @@ from mthp.daemon.environment import Environment
 from mthp.daemon.knobs import SystemKnobs
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
 from mthp.daemon.rules import Rules, Settings
-from mthp.daemon.state import SHORT_SECONDS, Forks
+from mthp.daemon.state import SHORT_CHILD_SECONDS, Forks
 from mthp.daemon.target import Target
 from mthp.daemon.telemetry import Counters
 from mthp.daemon.worker import Worker
@@ -223,7 +223,7 @@ def test_parent_and_child_are_held_until_the_child_shares_nothing_and_then_come_
     assert parent.forks.holds(stage.now)
     assert child.forks.holds(stage.now)
     parent.next_at = child.next_at = 500.0
-    stage.now += SHORT_SECONDS
+    stage.now += SHORT_CHILD_SECONDS
     stage.worker.forked(Changes(unshared={2: 0}))
     for target in (parent, child):
         assert not target.forks.holds(stage.now)
