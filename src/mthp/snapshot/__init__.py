@@ -1,8 +1,7 @@
 """Snapshots and recordings: the seam on a file.
 
 A snapshot is a Parquet file, a recording of many steps is an Arrow stream, and both can be plain files. The package can
-be called, because it has the name of a verb: ``mthp.snapshot(target, path)`` takes a snapshot. Type checkers do not
-accept a module as a callable: typed programs call :func:`mthp.take_snapshot`, which is the same.
+be called, because it has the name of a verb: ``mthp.snapshot(target, path)`` takes a snapshot.
 """
 
 import importlib
@@ -39,4 +38,6 @@ class _Verb(types.ModuleType):
         return taken
 
 
+# A module is callable if its class is (special methods are looked up there). Type checkers do not accept it: typed
+# programs call mthp.take_snapshot, which is the same.
 sys.modules[__name__].__class__ = _Verb

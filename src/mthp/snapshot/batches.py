@@ -1,9 +1,7 @@
 """Checks of the batches of an Arrow stream before Arrow decompresses them.
 
-A message of the stream is a mark, the length of a header, the header and a body (Arrow Columnar Format, "Encapsulated
-message format"). The header is a FlatBuffer with the lengths of the body and of its buffers; a compressed buffer begins
-with its decompressed length. Arrow allocates by these lengths without checks, so this module checks each against the
-file, and against the number of rows of the batch.
+Arrow allocates by the lengths in a message without checks, so this module checks each against the file, and against the
+number of rows of the batch.
 """
 
 from __future__ import annotations
@@ -51,6 +49,7 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
     position, begin = file.tell(), file.read(8)
     if len(begin) < 8:
         return
+    # A mark, the length of a header, the header and a body (Arrow Columnar Format, "Encapsulated message format").
     mark, size = struct.unpack("<II", begin)
     if mark != _MARK:
         raise UsageError("damaged: a step does not begin where it should")
@@ -59,10 +58,13 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
     if size == 0 or size > there - 8:
         return
     header = file.read(size)
+    # A FlatBuffer begins with the offset of its root table.
     message = _Table(header, struct.unpack_from("<I", header)[0])
+    # Fields by their place in Message.fbs: header_type, and bodyLength.
     kind, body = message.number(1, "<B"), message.number(3, "<q")
     if kind not in (_SCHEMA, _RECORD_BATCH) or body < 0:
         raise UsageError("damaged: a step is not a table")
+    # A truncated body is left to Arrow; a schema has none.
     if body > there - 8 - size or kind == _SCHEMA:
         return
     batch = message.table(2)
@@ -71,15 +73,18 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
         raise UsageError("damaged: the rows of a step are not valid")
     RUNS.check(rows)
     buffers, count = batch.vector(2)
+    # A map of missing values, and the values, for each column.
     if count != 2 * columns:
         raise UsageError("damaged: a step has not the columns of a recording")
     compressed = batch.has(3)
     for number in range(count):
+        # struct Buffer of Schema.fbs.
         offset, length = struct.unpack_from("<qq", header, buffers + 16 * number)
         if offset < 0 or length < 0 or offset + length > body:
             raise UsageError("damaged: a column of a step lies outside of it")
         if compressed and length:
             file.seek(position + 8 + size + offset)
+            # A compressed buffer begins with its decompressed length; -1 for one that is not compressed after all.
             (inflated,) = struct.unpack("<q", file.read(8))
             length = length if inflated < 0 else inflated
         if length > _WIDEST * rows + _PADDING:
@@ -91,6 +96,7 @@ class _Table:
 
     def __init__(self, data: bytes, at: int) -> None:
         self._data, self._at = data, at
+        # The vtable, which may lie on either side of its table.
         self._fields = at - struct.unpack_from("<i", data, at)[0]
         if self._fields < 0:
             raise struct.error
@@ -98,6 +104,7 @@ class _Table:
     def _offset(self, field: int) -> int:
         """Return the offset of a field from the table's beginning; 0 if it is absent."""
         size: int = struct.unpack_from("<H", self._data, self._fields)[0]
+        # Behind the sizes of the vtable and of the table. A short vtable lacks the fields that a newer schema added.
         place = 4 + 2 * field
         return int(struct.unpack_from("<H", self._data, self._fields + place)[0]) if place < size else 0
 

@@ -1,13 +1,7 @@
 """The description of a snapshot: mappings, the machine's settings, time and place of recording.
 
 It is one JSON object in the Parquet file's key-value metadata, under :data:`KEY`. Any Parquet reader shows it, and
-the runs next to it are an ordinary table.
-
-Versions: ``version`` counts changes that an older reader would misunderstand, and such a reader refuses the file.
-Readers ignore unknown keys, so new keys do not need a new version. ``state_bits`` names the bits of the ``state``
-column: a reader finds them by name, and drops bits with unknown names.
-
-It does not contain memory contents, environment or command-line arguments.
+the runs next to it are an ordinary table. It does not contain memory contents, environment or command-line arguments.
 """
 
 from __future__ import annotations
@@ -166,6 +160,7 @@ class Description:
             vmas=_vmas(_get(data, "vmas", list), geometry),
             pages=_pages(_get(data, "pages", int)),
             state_bits=_state_bits(_get(data, "state_bits", dict)),
+            # Files of earlier versions of mthp have neither this nor heat.
             service=_get(data, "service", str) if "service" in data else "",
             heat=None if data.get("heat") is None else _heat(_get(data, "heat", dict)),
         )
@@ -201,6 +196,8 @@ def _strings(values: list[object], what: str) -> tuple[str, ...]:
 
 def _check_version(data: Mapping[str, object]) -> None:
     version = _get(data, "version", int)
+    # It counts only changes that an older reader would misunderstand: unknown keys are ignored, and need no new
+    # version.
     if version > VERSION:
         raise UsageError(
             f"made by a newer mthp: its format is version {version}, this mthp reads version {VERSION}",
@@ -211,6 +208,7 @@ def _check_version(data: Mapping[str, object]) -> None:
 
 
 def _heat_to_json(heat: Heat) -> dict[str, object]:
+    # As many spans as readers accept.
     heat = heat.coarser(HEAT_SPANS.most)
     return {
         "source": heat.source,
@@ -229,7 +227,9 @@ def _heat(data: Mapping[str, object]) -> Heat:
     if len({len(column) for column in columns}) != 1:
         raise _damaged("heat")
     for start, end, accesses in zip(*columns, strict=True):
+        # type() and not isinstance(): in Python, JSON's true is an int.
         whole = type(start) is int and type(end) is int and 0 <= start < end < ADDRESS_LIMIT
+        # Also false for NaN, which json.loads() accepts.
         if not (whole and type(accesses) in (int, float) and 0 <= accesses < 1 << 62):
             raise _damaged("heat")
     return Heat.of_spans(
@@ -292,6 +292,7 @@ def _tunables(data: Mapping[str, object], geometry: Geometry) -> Tunables:
 
 
 def _state_bits(data: Mapping[str, object]) -> dict[str, int]:
+    # Readers find bits by name, and drop those with unknown names: so the numbers may change.
     bits = {name: _get(data, name, int) for name in data}
     if len(set(bits.values())) != len(bits) or not set(bits.values()) <= {1 << shift for shift in range(16)}:
         raise _damaged("state_bits")

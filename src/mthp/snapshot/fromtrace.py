@@ -130,6 +130,7 @@ class _TraceSpace(RecordingSpace):
         """Use some pages, by number."""
         used = np.unique(pages)
         self._seen = np.union1d(self._seen, used)
+        # Every step processes all pages seen so far, so their number is what costs time.
         TRACED_PAGES.check(len(self._seen))
         recently = np.isin(self._seen, used, assume_unique=True)
         state = np.where(recently, np.uint16(Pte.PRESENT), np.uint16(Pte.PRESENT | Pte.UNREFERENCED))
@@ -139,6 +140,7 @@ class _TraceSpace(RecordingSpace):
     def _mappings(self) -> tuple[Vma, ...]:
         size = self.geometry.pmd_size
         ranges = np.unique(self._seen // self.geometry.ptes_per_pmd)
+        # Neighbours, or with one unused range between them.
         breaks = np.flatnonzero(np.diff(ranges) > 2) + 1
         firsts, lasts = ranges[np.r_[0, breaks]], ranges[np.r_[breaks - 1, len(ranges) - 1]] + 1
         return tuple(

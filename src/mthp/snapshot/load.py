@@ -1,8 +1,6 @@
 """A recorded address space, read from its file through the seam.
 
-Loading reads the whole file once, row group by row group, to check it and to note the addresses of each row group.
-Afterwards a read decodes the row groups that it needs and keeps the last few. So neither needs more memory than a few
-row groups, whatever the size of the recorded process.
+Neither loading nor reading needs more memory than a few row groups, whatever the size of the recorded process.
 """
 
 from __future__ import annotations
@@ -73,7 +71,9 @@ class SnapshotSpace(RecordedSpace):
     def __init__(self, reader: RunReader) -> None:
         super().__init__(reader.description, reader.path, "snapshot")
         self._reader = reader
+        # Plans read ascending addresses, so the same row group is needed several times in a row.
         self._runs = functools.lru_cache(_ROW_GROUPS_KEPT)(reader.runs)
+        # The whole file once, so that damage is found now, and not in the middle of a plan.
         covered = _checked_cover(reader)
         self._first, self._end = covered[:, 0], covered[:, 1]
 
@@ -108,6 +108,7 @@ class SnapshotSpace(RecordedSpace):
         if not parts:
             return []
         found = np.concatenate(parts)
+        # A span may touch several row groups, whose parts are still apart.
         found = join_granules(found[np.argsort(found[:, 0], kind="stable")])
         return [(first * page_size, end * page_size) for _, first, end in found.tolist()]
 
@@ -171,6 +172,7 @@ def _contradiction(runs: Runs, mappings: NDArray[np.int64], end: int) -> str:
         return "a run of a mapping that is not listed"
     if (runs.first < mappings[runs.vma, 0]).any() or (runs.end > mappings[runs.vma, 1]).any():
         return "a run that leaves its mapping"
+    # decode() and the binary searches rely on this order.
     if runs.first[0] < end or (runs.first[1:] < runs.end[:-1]).any():
         return "runs that overlap or do not ascend"
     if (runs.folio_order < ORDER_UNKNOWN).any():

@@ -1,9 +1,7 @@
 """Decompressed sizes of the pages of a Parquet file, read from their headers.
 
 The footer has the size of each column chunk, compressed and not, but Arrow allocates by the header in front of each
-page: up to 2 GiB for every few kilobytes of file. So the headers are walked before Arrow decompresses the pages. They
-are structures of Thrift's compact protocol (parquet.thrift, ``PageHeader``): field 2 is the decompressed size of the
-page, field 3 its size in the file. The other fields are parsed only to find the end of the header.
+page: up to 2 GiB for every few kilobytes of file. So the headers are walked before Arrow decompresses the pages.
 """
 
 from __future__ import annotations
@@ -35,10 +33,12 @@ def inflated_bytes(file: BinaryIO, chunk: Any) -> int:
     """
     at = chunk.data_page_offset
     if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+        # Where there is a dictionary, its page comes first.
         at = min(at, chunk.dictionary_page_offset)
     end, total = at + chunk.total_compressed_size, 0
     if at < 0 or chunk.total_compressed_size < 0:
         raise _damaged()
+    # Bounded, because each page may claim a few bytes only.
     for _ in range(MOST_PAGES):
         if at >= end:
             return max(total, int(chunk.total_uncompressed_size))
@@ -65,6 +65,8 @@ class _Thrift:
 
     def page_sizes(self) -> tuple[int, int]:
         """Return the fields 2 and 3 of the structure, 32-bit integers, and move behind the structure."""
+        # PageHeader of parquet.thrift: the decompressed size of the page, and its size in the file. The other fields
+        # are parsed only to find the end of the header.
         found = {2: -1, 3: -1}
         try:
             self._structure(found, 0)
@@ -77,6 +79,7 @@ class _Thrift:
             raise _damaged()
         number = 0
         while head := self._byte():
+            # Thrift's compact protocol: a difference to the number of the last field, or 0 and the number itself.
             kind, delta = head & 15, head >> 4
             number = number + delta if delta else self._integer()
             if kind == 5 and number in wanted:
@@ -129,4 +132,5 @@ class _Thrift:
 
     def _integer(self) -> int:
         value = self._unsigned()
+        # Zigzag: the sign is the lowest bit.
         return (value >> 1) ^ -(value & 1)

@@ -57,6 +57,7 @@ def is_plain(path: str | os.PathLike[str]) -> bool:
 def _packed(text: str, runs: Runs, page_size: int) -> bytes:
     """Return the bytes of a block."""
     start = runs.first.astype(np.uint64) * np.uint64(page_size)
+    # Differences, because addresses hardly compress, and the steps from run to run do.
     steps = np.diff(start, prepend=np.uint64(0))
     columns: list[NDArray[Any]] = [runs.vma, steps, runs.pages, runs.state, runs.folio_order]
     raw = b"".join(column.astype(kind).tobytes() for column, kind in zip(columns, COLUMNS.values(), strict=True))
@@ -99,6 +100,7 @@ class _Block:
         text, columns = file.read(said), file.read(packed)
         if len(text) < said or len(columns) < packed:
             raise UsageError("damaged: cut short")
+        # Before anything is parsed or inflated.
         if zlib.crc32(columns, zlib.crc32(text)) != checksum:
             raise UsageError("damaged: a checksum is wrong")
         return cls(text, rows, columns)
@@ -153,6 +155,7 @@ class PlainRunReader(RunReader):
             block = _Block.read(file)
             if block is None:
                 raise UsageError("damaged: cut short")
+            # The description is the last block, and has no rows.
             if not block.rows:
                 break
             self._begins.append(begin)

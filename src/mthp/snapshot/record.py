@@ -111,13 +111,12 @@ def _runs(space: AddressSpace, vmas: Sequence[Vma], block_size: int, progress: P
 
 
 def _segments(space: AddressSpace, vmas: Sequence[Vma]) -> Iterator[Segment]:
-    """Yield the segments that may be populated in the readable mappings, ascending.
-
-    A segment that begins inside a PMD range is cut at that range's end, so that blocks, which are cut at multiples of
-    their size from a segment's start, never cut a PMD range and the folios in it.
-    """
+    """Yield the segments that may be populated in the readable mappings, ascending."""
     geometry = space.geometry
     for vma in vmas:
+        # Memory of drivers and of the kernel itself, which khugepaged never touches.
         if vma.kind is not VmaKind.SPECIAL:
             for segment in space.populated([(vma.start, vma.end)], geometry.pmd_size):
+                # Blocks are cut at multiples of their size from a segment's start: so no segment begins inside a PMD
+                # range and goes beyond it, and no block cuts a range and its folios.
                 yield from at_pmd_ranges([segment], geometry)

@@ -1,8 +1,7 @@
 """Recording an address space over time: the changes of each step, at a bounded cost.
 
-:func:`mthp.abilities.watch` of the seam reads the target, and leaves out memory known to be unchanged. Each remaining
-PMD range is encoded to runs, which are written if they differ from those written last (only their 64-bit sum is kept).
-So memory use is a few bytes for each PMD range.
+:func:`mthp.abilities.watch` of the seam reads the target, and leaves out memory known to be unchanged. Memory use is a
+few bytes for each PMD range.
 """
 
 from __future__ import annotations
@@ -137,10 +136,12 @@ def record_series(
             steps += 1
             if told is not None:
                 told(steps, last, writer.bytes)
+            # From the beginning of this step, so that its own time is a part of the interval.
             due = begin + last + max(pace.every, spent / pace.cpu if pace.cpu else 0.0)
             over = None if pace.duration is None else begin + pace.duration
             if not _wait(due if over is None else min(due, over), stop, clock, sleep):
                 break
+            # No step would be due before the end.
             if over is not None and due > over:
                 end = "the duration was over"
                 break
@@ -151,6 +152,7 @@ def record_series(
                 end = "the target exited"
                 break
             spent = cpu_clock() - before
+        # Without this a reader takes the file for one that was cut off.
         writer.add(Runs.joined([]), {"end": end, "seconds": round(clock() - begin, 6)})
         size = writer.bytes
     seconds = last
@@ -210,6 +212,7 @@ class StepTaker:
         ]
         first = page_numbers([(vma.start, vma.end) for vma in vmas], geometry.page_size)[:, 0]
         parts = [self._changed(columns, first) for columns in self._watch.look(segments)]
+        # Ranges that are not looked at any more must be marked as empty, or they would stay in the recording.
         if segments != self._looked:
             parts.append(self._emptied(segments))
             self._looked = segments
@@ -243,6 +246,7 @@ class StepTaker:
     def _changed(self, columns: PteColumns, vma_first: NDArray[np.int64]) -> Runs:
         """Return the runs of those PMD ranges in `columns` that differ from the runs written last."""
         geometry = self._space.geometry
+        # So that no run crosses a border, and each range can be replaced on its own.
         cut = tuple(_by_range(columns.segments, geometry))
         runs = encode(replace(columns, segments=cut), vma_first, geometry.page_size)
         n = geometry.ptes_per_pmd
@@ -253,6 +257,8 @@ class StepTaker:
         differs = np.zeros(len(ranges), np.bool_)
         emptied = []
         for at, (number, total) in enumerate(zip(ranges.tolist(), sums.tolist(), strict=True)):
+            # Only the sum of the runs that were written last is kept: runs themselves would need memory for all of the
+            # target.
             if self._sums.get(number, 0) != total:
                 differs[at] = True
                 if total:
@@ -313,4 +319,5 @@ def _mixed(runs: Runs) -> NDArray[np.uint64]:
         mixed += column.astype(np.int64).view(np.uint64)
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58_476D_1CE4_E5B9)
+    # 0 stands for a range without runs.
     return mixed | np.uint64(1)

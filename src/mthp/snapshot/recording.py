@@ -159,8 +159,10 @@ class Recording:
             IndexError: the step does not exist.
             UsageError: the file has an invalid value.
         """
+        # An index as that of a list: negative from the end, or IndexError.
         number = range(len(self.steps))[number]
         state = _State(self)
+        # From the beginning: a step holds only what has changed since the one before.
         for at, (meta, runs) in enumerate(self._reader.steps()):
             state.add(meta, runs)
             if at == number:
@@ -238,10 +240,12 @@ class _State:
                 raise UsageError(f"{self._path}: damaged: a mapping without a start")
             self._vmas[vma["start"]] = vma
         changed = _checked(self._path, meta, "changed", dict, {})
+        # Only these keys: a file must not change the geometry in its middle.
         self._says |= {key: changed[key] for key in CHANGING if key in changed}
         self._pending.append(runs)
         with named(self._path):
             MAPPINGS.check(len(self._vmas))
+            # Merging sorts all runs: not after every step, but before they need too much memory.
             if len(self._pending) >= _PENDING or sum(map(len, self._pending)) >= RUNS.now:
                 self._put_together()
                 RUNS.check(len(self._runs))
@@ -270,7 +274,9 @@ class _State:
         runs, age = runs[order], age[order]
         ranges = runs.first // self._geometry.ptes_per_pmd
         begins = np.flatnonzero(np.diff(ranges, prepend=-1))
+        # A step stores all runs of a range that has changed, so those of earlier steps are void.
         latest = np.repeat(np.maximum.reduceat(age, begins), np.diff(begins, append=len(age)))
+        # A run of state 0 has only marked its range as empty.
         self._runs = runs[(age == latest) & (runs.state != 0)]
 
 
@@ -293,6 +299,7 @@ def _checked_counters(path: str, counters: dict[str, Any]) -> dict[str, int]:
 
 def packed_pages(pages: NDArray[np.int64]) -> str:
     """Return page numbers as text: differences between neighbours, int64, deflated, base 64."""
+    # Differences are small and repeat, and so compress well.
     return base64.b64encode(zlib.compress(np.diff(pages, prepend=np.int64(0)).tobytes(), 3)).decode()
 
 
@@ -310,6 +317,7 @@ def unpacked_pages(path: str, text: object) -> NDArray[np.int64]:
             raise
         except ValueError as error:
             raise UsageError("damaged: the accesses of a step are not valid") from error
+        # 64 bits of address less 12 of the smallest page.
         if (pages < 0).any() or (pages >= 1 << 52).any():
             raise UsageError("damaged: the accesses of a step lie outside of the address space")
     return pages

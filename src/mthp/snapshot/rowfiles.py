@@ -36,14 +36,19 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[Row], dict[bytes, byte
     with reading(os.fspath(path)), open_regular(path) as file:
         parquet = open_parquet(file)
         metadata = parquet.metadata
+        # Before anything is read: the footer may claim any number.
         CELLS.check(metadata.num_rows * metadata.num_columns)
         # Arrow would repeat a text for every row; as a dictionary it does not.
         texts = [field.name for field in parquet.schema_arrow if _is_text(field.type)]
         _check_sizes(parquet, file)
         file.seek(0)
         table = pyarrow("pyarrow.parquet").read_table(
-            io.BytesIO(file.read()), read_dictionary=texts, use_threads=False, page_checksum_verification=True
+            io.BytesIO(file.read()),
+            read_dictionary=texts,
+            use_threads=False,
+            page_checksum_verification=True,
         )
+        # to_pylist() makes a text of its own for every row.
         TEXT_BYTES.check(sum(_text_bytes(table.column(name)) for name in texts))
         rows: list[Row] = table.to_pylist()
     return rows, dict(metadata.metadata or {})

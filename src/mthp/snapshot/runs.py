@@ -3,12 +3,6 @@
 A process of 64 GiB has 16 million page table entries, but its memory was mostly faulted in and freed in stretches. A
 few hundred thousand runs describe it, and none pages need no runs. This module turns blocks of
 :class:`~mthp.ptes.PteColumns` into :class:`Runs`, and cuts segments out of runs again.
-
-Encoding marks the page at which a run begins: the first of each segment, and each that differs in state or folio order
-from its predecessor. Neighbours in different blocks are joined afterwards, so the runs do not depend on the block size.
-Decoding finds, for each segment, the slice of runs that overlap it (two binary searches, because runs are sorted and
-disjoint), clips them to it, and lays them out with the gaps in between: gap, run, gap, run, ..., gap. One ``np.repeat``
-over that list is the column, whatever the number of segments.
 """
 
 from __future__ import annotations
@@ -82,12 +76,15 @@ def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) ->
     spans = page_numbers(columns.segments, page_size)
     lengths = spans[:, 1] - spans[:, 0]
     offsets = np.cumsum(lengths) - lengths
+    # A run begins at the first page of each segment, and at each page that differs from the one before.
     heads = np.empty(len(columns.state), np.bool_)
     heads[1:] = columns.state[1:] != columns.state[:-1]
     heads[1:] |= columns.folio_order[1:] != columns.folio_order[:-1]
+    # An empty segment would mark the first page of the next one, or lie behind the last.
     heads[offsets[lengths > 0]] = True
     at = np.flatnonzero(heads)
     pages = np.diff(at, append=len(heads))
+    # none pages need no runs: they are the gaps.
     mapped = columns.state[at] != 0
     at, pages = at[mapped], pages[mapped]
     segment = np.searchsorted(offsets, at, "right") - 1
@@ -100,6 +97,7 @@ def joined(runs: Runs) -> Runs:
     """Return `runs` with neighbours of the same mapping, state and order joined."""
     if not len(runs):
         return runs
+    # Neighbours in different blocks may continue each other, and must not depend on the block size.
     heads = np.ones(len(runs), np.bool_)
     heads[1:] = runs.first[1:] != runs.end[:-1]
     for column in (runs.vma, runs.state, runs.folio_order):
@@ -122,6 +120,7 @@ def decode(runs: Runs, spans: NDArray[np.int64]) -> tuple[NDArray[np.uint16], ND
     offsets = np.cumsum(lengths) - lengths
     span, run, begin, end = _overlaps(runs, spans)
     at = offsets[span] + begin - spans[span, 0]
+    # Laid out as gap, run, gap, run, ..., gap: one np.repeat() is then the column, whatever the number of spans.
     repeats = np.empty(2 * len(run) + 1, np.int64)
     repeats[1::2] = end - begin
     repeats[0::2] = np.append(at, lengths.sum())
@@ -163,6 +162,7 @@ def _overlaps(
     """Return every pair of a span and a run that overlap: index of the span, of the run, first page, page behind."""
     # An empty span that lies inside a run overlaps nothing.
     spans = np.where(spans[:, :1] < spans[:, 1:], spans, 0)
+    # Runs are sorted and disjoint, so those of a span are a slice.
     low = np.searchsorted(runs.end, spans[:, 0], "right")
     counts = np.maximum(np.searchsorted(runs.first, spans[:, 1], "left") - low, 0)
     span = np.repeat(np.arange(len(spans)), counts)

@@ -1,8 +1,7 @@
 """The file of a recording: an Arrow IPC stream, readable up to its last whole batch.
 
-A Parquet file has its description at its end, so half of one is useless. In Arrow's stream format every record batch is
-independent, behind a header with its length: if the writer is killed, or the disk is full, only the last batch is lost,
-and the ones before can be read as usual. Any Arrow library reads the file.
+In Arrow's stream format every record batch is independent, behind a header with its length: if the writer is killed, or
+the disk is full, only the last batch is lost. Any Arrow library reads the file.
 
 One batch is one step. Its rows are runs of pages (:mod:`mthp.snapshot.runs`), cut at the borders of PMD ranges:
 ``start`` is an address; the others are ``pages``, ``state`` and ``folio_order``. A step has all runs of each PMD range
@@ -87,6 +86,7 @@ class StreamWriter:
         fields = [(name, getattr(arrow, kind)()) for name, kind in COLUMNS.items()]
         self._schema = arrow.schema(fields, metadata={KEY: description.to_json()})
         options = pyarrow("pyarrow.ipc").IpcWriteOptions(compression="zstd")
+        # The unbuffered file: a step is in it when the write returns.
         self._writer = pyarrow("pyarrow.ipc").new_stream(self._new.raw, self._schema, options=options)
 
     def _write(self, runs: Runs, meta: Meta) -> None:
@@ -174,6 +174,7 @@ class StreamReader:
         with contextlib.ExitStack() as stack:
             with reading(self.path):
                 file = stack.enter_context(open_regular(self.path))
+                # Arrow also reads the format before 0.15, which has no mark: any four bytes would be a length.
                 if file.read(4) != MAGIC:
                     raise UsageError("not a recording", help=_MAKE_ONE)
                 file.seek(0)
@@ -198,6 +199,7 @@ class StreamReader:
                     batch, metadata = stream.read_next_batch_with_custom_metadata()
                     text = None if metadata is None else metadata.get(KEY.encode())
                     meta, runs = parse_json(text or "null"), self._runs(batch)
+                    # Arrow's stream has no checksums of its own.
                     if not isinstance(meta, dict) or meta.get("crc") != self._checksum(batch):
                         raise ValueError("its checksum is wrong")
                 except StopIteration:
@@ -215,10 +217,12 @@ class StreamReader:
                 yield meta, runs
 
     def _runs(self, batch: Any) -> Runs:
+        # Arrow does not check offsets and lengths of columns that it reads.
         batch.validate(full=True)
         if any(column.null_count for column in batch.columns):
             raise UsageError("damaged: a value is missing")
         columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in COLUMNS]
+        # A recording's mappings come and go, so runs are found by address alone.
         vma = np.zeros(batch.num_rows, np.int32)
         return checked_runs(columns, vma, self.description.geometry.page_size, ADDRESS_LIMIT)
 

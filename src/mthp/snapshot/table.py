@@ -138,6 +138,7 @@ class RunWriter:
             self._schema,
             compression="zstd",
             use_dictionary=["vma", "pages", "state", "folio_order"],
+            # Ascending numbers, all different: a dictionary would be as large as the column.
             column_encoding={"start": "DELTA_BINARY_PACKED"},
             write_page_checksum=True,
             store_schema=False,
@@ -187,6 +188,7 @@ class RunReader:
             file = self._file = opened.enter_context(open_regular(path))
             self._size = os.fstat(file.fileno()).st_size
             self._open(file)
+            # Now that nothing can fail any more, the file stays open until close().
             self._opened = opened.pop_all()
 
     def _open(self, file: BinaryIO) -> None:
@@ -218,6 +220,7 @@ class RunReader:
         with reading(self.path):
             runs = self._read(row_group)
         state = self._own_bits(runs.state)
+        # A state of unknown bits alone is none here, and a none page has no order.
         folio_order = np.where(state == 0, np.int8(ORDER_NONE), runs.folio_order)
         return dataclasses.replace(runs, state=state, folio_order=folio_order)
 
@@ -232,6 +235,7 @@ class RunReader:
     def _own_bits(self, state: NDArray[np.uint16]) -> NDArray[np.uint16]:
         if self.description.state_bits == STATE_BITS:
             return state
+        # Written by another version, whose bits have other numbers, or unknown names, which are dropped.
         own = np.zeros_like(state)
         for name, bit in self.description.state_bits.items():
             own[(state & bit) != 0] |= STATE_BITS.get(name, 0)

@@ -1,7 +1,6 @@
 """Traces of memory accesses, as text that standard tools write: pages used, in order, and when.
 
-``lackey``  ``valgrind --tool=lackey --trace-mem=yes --log-file=FILE PROGRAM``: every load and store. Instruction
-            fetches are left out, because they use another TLB. It has no times, so a step is
+``lackey``  ``valgrind --tool=lackey --trace-mem=yes --log-file=FILE PROGRAM``: every load and store. A step is
             :data:`ACCESSES_A_STEP` lines.
 ``perf``    ``perf script > FILE`` of samples with an address: ``perf mem record``, or ``perf record -d``.
             Addresses of the kernel are left out. A step is one second.
@@ -52,6 +51,7 @@ MOST_DIGITS = 20
 LINE_LIMIT = 1 << 10
 """Characters of a line; longer ones, such as a program's output, are skipped. The tools write at most 300."""
 
+# Loads, stores, and both; not instruction fetches (I), which use another TLB.
 _LACKEY = re.compile(r" [LSM] +([0-9a-f]{1,16}),\d+\s*\Z")
 _LACKEY_OTHER = re.compile(r"I  [0-9a-f]+,\d+\s*\Z|==\d+== ")
 _PERF = re.compile(
@@ -173,9 +173,11 @@ class Trace:
                 continue
             at = float(match["time"]) if match else 0.0
             begin = at if begin is None else begin
+            # A step of too many samples is cut, to bound its memory.
             if (at - begin >= due or len(addresses) >= ACCESSES_A_STEP) and addresses:
                 yield self._step(due, addresses)
                 addresses = array("Q")
+                # Seconds without samples have no step of their own.
                 due = max(due, (at - begin) // SECONDS_A_STEP * SECONDS_A_STEP) + SECONDS_A_STEP
             address = int(match["address"] if match else bare[1], 16)  # type: ignore[index]
             if 0 < address < USER_LIMIT:
@@ -188,6 +190,7 @@ class Trace:
         parts: list[NDArray[np.int64]] = []
         regions = pages = 0
         for line in file:
+            # It comes before the regions of its interval, so it ends the interval before.
             if match := _MONITORING_END.match(line):
                 if parts:
                     yield TraceStep(seconds, np.concatenate(parts), regions)
@@ -204,6 +207,7 @@ class Trace:
                     pages += len(span)
                     with named(self.path):
                         ACCESSES.check(pages)
+                    # DAMON samples one page of a region: which others were used is unknown, so all count.
                     parts.append(np.arange(span.start, span.stop))
                     regions += 1
             elif line.strip() and not _DAMON_OTHER.match(line):
@@ -213,6 +217,7 @@ class Trace:
 
     def _step(self, seconds: float, addresses: array[int]) -> TraceStep:
         pages = (np.frombuffer(addresses, np.uint64) // np.uint64(self._page_size)).astype(np.int64)
+        # Repeated uses of one page in a row hit the TLB in any case.
         kept = np.ones(len(pages), np.bool_)
         kept[1:] = pages[1:] != pages[:-1]
         return TraceStep(seconds, pages[kept], len(pages))
@@ -260,6 +265,7 @@ def _kind_of(path: str) -> str | None:
     }
     best = max(votes, key=lambda kind: votes[kind])
     told = sum(1 for line in lines if line.strip())
+    # A quarter of the lines: the output of the program may be in between.
     return best if votes[best] and 4 * votes[best] >= told else None
 
 
