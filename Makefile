@@ -46,15 +46,15 @@ dist: $(RUNS)  ## wheel and sdist, in dist
 	$(PIP) '.[release]'
 	$(BIN)/python -m build
 
-deb: $(STAMP)  ## a package for Debian 13 and later, in dist
+deb: $(STAMP)  ## a package for Debian 12 and later, in dist
 	packaging/build_deb.sh $(abspath $(BIN)/python)
 
-deb-check: deb  ## install that package in a bare Debian 13, and run it there (takes root, debootstrap and a mirror)
-	packaging/check_deb.sh $$(ls -t dist/*.deb | head -n 1)
+deb-check: deb  ## install that package in a bare Debian 12 and 13, and run it there (takes root, debootstrap and a mirror)
+	for suite in bookworm trixie; do packaging/check_deb.sh $$(ls -t dist/*.deb | head -n 1) $$suite || exit 1; done
 
-image: ## a container image called mthp, by docker or podman
+image: ## a container image called mthp, with the version as a tag, by docker or podman
 	$(or $(shell command -v docker || command -v podman),$(error there is neither docker nor podman)) build \
-	  -f packaging/container/Containerfile -t mthp .
+	  -f packaging/container/Containerfile -t mthp -t mthp:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/mthp/__init__.py) .
 
 bench: $(STAMP)  ## every figure, as a ratio against a peer measured in the same run
 	@for script in bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

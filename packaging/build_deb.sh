@@ -1,6 +1,6 @@
 #!/bin/sh
-# Build the Debian package: packaging/build_deb.sh PYTHON [DIRECTORY]. PYTHON has mthp, click-man and hatchling, the package goes to DIRECTORY
-# (dist). It depends on Debian's packages of Python, NumPy, click and rich (Debian 13 and later).
+# Build the Debian package: packaging/build_deb.sh PYTHON [DIRECTORY]. PYTHON has mthp, click-man and hatchling; DIRECTORY is dist by default.
+# The package depends on Debian's Python, NumPy, click and rich (Debian 12 and later).
 set -eu
 python=$1
 cd "$(dirname "$0")/.."
@@ -13,13 +13,13 @@ version=$("$python" -c 'import mthp; print(mthp.__version__)')
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --no-build-isolation \
   --target "$tree/usr/lib/python3/dist-packages" .
 rm -rf "$tree/usr/lib/python3/dist-packages/bin"
-# Debian's tools look for the files of a package by its list, not by pip's.
+# This file names the directory of the build. Debian has its own list of a package's files.
 rm -f "$tree"/usr/lib/python3/dist-packages/mthp-*.dist-info/direct_url.json
 
 mkdir -p "$tree/usr/bin" "$tree/usr/lib/systemd/system" "$tree/etc/mthp/conf.d" "$tree/usr/share/man/man1" \
   "$tree/usr/share/doc/mthp/examples" "$tree/DEBIAN"
 printf '#!/usr/bin/python3 -P\nimport sys\n\nfrom mthp.cli import main\n\nsys.exit(main())\n' > "$tree/usr/bin/mthp"
-# The rules of the example are comments in the package: a service that is enabled must not begin with processes that no administrator named.
+# The example's rules are comments in the package, because an enabled service must work only on processes that an administrator chose.
 "$python" -m mthp daemon --print-config | sed '/^\[\[rule\]\]/,$ s/^\([^#]\)/# \1/' > "$tree/etc/mthp/mthp.toml"
 "$python" packaging/unit.py > "$tree/usr/lib/systemd/system/mthp.service"
 "$python" docs/man.py "$tree/usr/share/man/man1" > /dev/null

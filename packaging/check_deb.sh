@@ -1,12 +1,13 @@
 #!/bin/sh
-# Install the Debian package in a bare system of trixie, and run it there: packaging/check_deb.sh PACKAGE [MIRROR]. It takes root and debootstrap.
-# The recommended packages are left out, so that what only some commands need is seen to be needed by these alone.
+# Install the Debian package in a bare system, and run it there: packaging/check_deb.sh PACKAGE [SUITE [MIRROR]]. The suite is trixie by default.
+# Needs root and debootstrap. Recommended packages are left out, because only some commands may need them.
 set -eu
 package=$1
+suite=${2:-trixie}
 root=$(mktemp -d)
 trap 'umount "$root/proc" 2>/dev/null || true; rm -rf --one-file-system "$root"' EXIT
 
-debootstrap --variant=minbase --include=python3,python3-numpy,python3-click,python3-rich trixie "$root" ${2:+"$2"} > "$root.log" 2>&1 ||
+debootstrap --variant=minbase --include=python3,python3-numpy,python3-click,python3-rich "$suite" "$root" ${3:+"$3"} > "$root.log" 2>&1 ||
   { tail -n 3 "$root.log"; exit 1; }
 rm -f "$root.log"
 mount -t proc proc "$root/proc"
@@ -28,4 +29,4 @@ inside dpkg --verify mthp
 inside dpkg --purge mthp
 left=$(find "$root" -xdev -path '*/mthp*' ! -name 'mthp.deb' ! -name '*.mthp' ! -path "$root/proc/*")
 [ -z "$left" ] || { echo "left behind: $left"; exit 1; }
-echo "$package works on a bare trixie"
+echo "$package works on a bare $suite"

@@ -25,11 +25,27 @@ def packed_bits(plane: Bits) -> NDArray[np.uint8]:
     return np.packbits(rows, axis=1, bitorder="little").reshape(len(plane), -1)
 
 
+_SET_BITS = np.array([byte.bit_count() for byte in range(256)], np.uint8)
+"""The set bits of each byte."""
+
+
+def set_bits(words: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Return the set bits of each word: uint8, of the same shape."""
+    # NumPy has bitwise_count from 2.0 on; Debian 12 and Ubuntu 24.04 have 1.24 and 1.26.
+    counts: NDArray[np.uint8]
+    if hasattr(np, "bitwise_count"):
+        counts = np.bitwise_count(words)
+    else:
+        by_byte = _SET_BITS[np.ascontiguousarray(words).view(np.uint8)]
+        counts = by_byte.reshape(*words.shape, words.itemsize).sum(axis=-1, dtype=np.uint8)
+    return counts
+
+
 def nibble_counts(packed: NDArray[np.uint8]) -> Counts:
     """Return the set bits of every half byte, lower half first: uint8, shape (ranges, 2 * bytes)."""
     halves = np.empty((*packed.shape, 2), np.uint8)
-    np.bitwise_count(packed & 15, out=halves[..., 0])
-    np.bitwise_count(packed >> 4, out=halves[..., 1])
+    halves[..., 0] = set_bits(packed & 15)
+    halves[..., 1] = set_bits(packed >> 4)
     return halves.reshape(packed.shape[0], -1)
 
 

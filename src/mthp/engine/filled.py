@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.engine.bits import Bits
+from mthp.engine.bits import Bits, set_bits
 from mthp.geometry import Geometry
 
 
@@ -36,7 +36,7 @@ class FilledPages:
 
     def __len__(self) -> int:
         """Return the number of pages that are remembered."""
-        return sum(int(np.bitwise_count(bits).sum()) for bits in self._packed.values())
+        return sum(int(set_bits(bits).sum()) for bits in self._packed.values())
 
     def of(self, addresses: NDArray[np.uint64]) -> Bits | None:
         """Return which pages of some PMD ranges were filled.

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mthp.engine.bits import PART_ORDER, Bits, Counts, nibble_counts, packed_bits, pair_sums
+from mthp.engine.bits import PART_ORDER, Bits, Counts, nibble_counts, packed_bits, pair_sums, set_bits
 from mthp.errors import UsageError
 from mthp.geometry import Geometry
 from mthp.ptes import ORDER_UNKNOWN, Pte, PteColumns
@@ -263,7 +263,7 @@ class Occupancy:
                 self._counts[key] = nibble_counts(packed)
             else:
                 # From bytes to words of eight at once, because most ranges need only the counts of large runs.
-                self._counts[key] = np.bitwise_count(packed if order == 3 else packed.view(np.uint64))
+                self._counts[key] = set_bits(packed if order == 3 else packed.view(np.uint64))
         return self._counts[key]
 
     def chunks(self, chunk_order: int, order: int, none: int) -> Counts:
@@ -275,7 +275,7 @@ class Occupancy:
         key = f"chunks of {chunk_order} with {none} none", order
         if key not in self._counts:
             if order == chunk_order + 3:
-                self._counts[key] = np.bitwise_count(self.chunks(chunk_order, chunk_order, none).view(np.uint64))
+                self._counts[key] = set_bits(self.chunks(chunk_order, chunk_order, none).view(np.uint64))
             elif order > chunk_order:
                 self._counts[key] = pair_sums(self.chunks(chunk_order, order - 1, none), order)
             elif chunk_order == 3 and not none and "swap" not in self.given:

@@ -1,4 +1,4 @@
-"""Packages of mthp: metrics of dashboards and alerts, capabilities of the DaemonSet, contents of the Debian package."""
+"""Packages of mthp: metadata, metrics of dashboards and alerts, the DaemonSet, contents of the Debian package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
+import zipfile
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +69,65 @@ def test_the_daemonset_has_the_capabilities_of_the_unit_and_rules_that_are_read(
     assert container["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
     assert {f"CAP_{name}" for name in container["securityContext"]["capabilities"]["add"]} == set(CAPABILITIES)
     assert container["image"] == f"mthp:{mthp.__version__}"
+
+
+def test_the_image_installs_what_the_daemon_needs() -> None:
+    text = (PACKAGING / "container" / "Containerfile").read_text()
+    (extras,) = re.findall(r"/src\[(.*)\]", text)
+    assert set(extras.split(",")) <= set(project()["optional-dependencies"])
+    ignored = set((ROOT / ".dockerignore").read_text().split())
+    assert ignored.isdisjoint({"src", "pyproject.toml", *project()["license-files"], project()["readme"]})
+
+
+def project() -> dict[str, Any]:
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel, and the source distribution."""
+    pytest.importorskip("hatchling", reason="needs hatchling (mthp[dev])")
+    directory = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", directory], cwd=ROOT, check=True)
+    return next(directory.glob("*.whl")), next(directory.glob("*.tar.gz"))
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        return Parser().parsestr(files.read(name).decode())
+
+
+def test_the_metadata_are_complete(built: tuple[Path, Path]) -> None:
+    found = metadata(built[0])
+    assert found["Version"] == mthp.__version__
+    assert found["License-Expression"] == "Apache-2.0"
+    assert found["Description-Content-Type"] == "text/markdown"
+    for key in ("Author", "Summary", "Keywords", "Classifier", "Requires-Python", "License-File"):
+        assert found[key], key
+    asked = {extra for path in (ROOT / "src").rglob("*.py") for extra in re.findall(r"mthp\[(\w+)\]", path.read_text())}
+    assert asked <= set(found.get_all("Provides-Extra", []))
+
+
+def test_the_source_distribution_has_what_make_needs(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[1]) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    makefile = (ROOT / "Makefile").read_text()
+    used = set(re.findall(r"\b((?:docs|packaging)/[\w/]+\.?\w*)", makefile))
+    assert used
+    assert used | {"Makefile", "mkdocs.yml", "CITATION.cff", "changes/README.md", "bench/peers.py"} <= names
+    with zipfile.ZipFile(built[0]) as files:
+        assert {"mthp/py.typed", "mthp/report/page.html.jinja"} <= set(files.namelist())
+
+
+def test_the_citation_and_the_package_agree() -> None:
+    yaml = pytest.importorskip("yaml", reason="needs PyYAML, which mthp[docs] brings")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == project()["license"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project()["authors"]]
+    assert citation.keys() >= {"cff-version", "message", "title", "type"}
+    # The version stands in one file.
+    assert "version" not in citation
 
 
 RESTART, RELOAD = "try-restart mthp.service", "daemon-reload"

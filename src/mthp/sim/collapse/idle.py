@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mthp.engine.bits import Bits
+from mthp.engine.bits import Bits, set_bits
 from mthp.engine.occupancy import Occupancy, Planes
 from mthp.engine.policy import BUILT_IN
 from mthp.engine.visited import Passage
@@ -179,7 +179,7 @@ def _look(
         young = ((bits & P.YOUNG) != 0) & ~none
         young = young.any(axis=1)
     packed = np.packbits(none, axis=1, bitorder="little")
-    counts = np.bitwise_count(packed)
+    counts = set_bits(packed)
     total = counts.sum(axis=1, dtype=np.int64)
     # Only none entries and zero pages count against a limit, so the scan ends at the one that exceeds it, or passes.
     ordinary = ((known & ~_ORDINARY) == 0) & _all_ordinary(parts.memory, values, none)
