@@ -1,4 +1,4 @@
-/* The ptrace requests of a window that nobody can do without, for a child with so many sleeping threads: seize,
+/* The ptrace requests of a window that no tracer can omit, for a child with some number of sleeping threads: seize,
  * interrupt, wait, read registers, mask and rseq's area, set both, set both again, detach. No memory is moved. */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -69,7 +69,7 @@ static long once(const int *tids, int threads)
     return now() - begun;
 }
 
-/* The median of so many rounds, in nanoseconds. */
+/* The median of `rounds` rounds, in nanoseconds. */
 long ptrace_floor(int threads, int rounds)
 {
     int tids[MOST], found = 0;

@@ -1,4 +1,4 @@
-/* One set-associative LRU array in plain C: the peer of bench_tlb.py. Gives the number of misses. */
+/* One set-associative LRU array in plain C: the peer of bench_tlb.py. Returns the number of misses. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

@@ -118,7 +118,7 @@ def test_a_kernel_thread(run: Run, command: str) -> None:
 @pytest.mark.live
 def test_a_thread(run: Run, actor: Actor) -> None:
     tid = actor.tell("start_thread")
-    refused(run("plan", tid), 2, f"{tid} is a thread of process {actor.pid}", f"give the PID {actor.pid}")
+    refused(run("plan", tid), 2, f"{tid} is a thread of process {actor.pid}", f"use the PID {actor.pid}")
 
 
 @pytest.mark.live

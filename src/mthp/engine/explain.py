@@ -75,7 +75,7 @@ class MakerRefusal:
     @property
     def sentence(self) -> str:
         """The reason as a sentence."""
-        return f"{_MAKERS[self.maker]} is stopped: {self.reason}"
+        return f"{_MAKERS[self.maker]} refuses: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,11 @@ class Prospect:
     def sentence(self) -> str:
         """The prospect as a sentence."""
         if not self.folios:
-            return f"policy {self.policy} would make nothing of it: {self.reason}"
+            return f"policy {self.policy} would make no folios: {self.reason}"
         made = ", ".join(f"{count} of {size}" for size, count in self.folios.items())
         return (
-            f"policy {self.policy} would make folios of it: {made}; it would copy {format_size(self.copied_bytes)} and"
-            f" add {format_size(self.bloat_bytes)}"
+            f"policy {self.policy} would make {made}; it would copy {format_size(self.copied_bytes)} and add"
+            f" {format_size(self.bloat_bytes)}"
         )
 
 
@@ -185,7 +185,7 @@ def _reason_of(plan: SpacePlan) -> str:
         # Those in which nothing stops a folio, because there is one.
         if result is not ScanResult.SUCCEED:
             reasons.setdefault(f"{result.name}: {result.meaning}", count * plan.geometry.pmd_size)
-    return max(reasons, key=reasons.__getitem__, default="it holds nothing")
+    return max(reasons, key=reasons.__getitem__, default="it is empty")
 
 
 def _what_it_is(space: AddressSpace, vma: Vma, address: int, part: Segment, columns: PteColumns) -> Iterator[str]:
@@ -210,7 +210,7 @@ def _what_it_is(space: AddressSpace, vma: Vma, address: int, part: Segment, colu
             said += f", {count} {what}"
     yield said
     if columns.has(Pte.PMD_MAPPED).any():
-        yield "one PMD entry maps it: it is as large as it can be"
+        yield "one PMD entry maps it: it is a huge page already"
 
 
 def _refusals(space: AddressSpace, vma: Vma, within: Segment, whole: bool) -> Iterator[MakerRefusal]:
@@ -274,7 +274,7 @@ def _explained_process(space: AddressSpace) -> Explanation:
     found += [MakerRefusal(maker, reason) for reason in pins(space, None) for maker in _MAKERS]
     largest = _largest(enabled)
     if largest is not None:
-        memory.append(f"most of what is left alone lies at {largest:#x}: give that address for more")
+        memory.append(f"most of the memory that is left alone lies at {largest:#x}: explain that address for details")
     prospects = tuple(_prospect(plan, geometry) for plan in plans)
     return Explanation(space.label, geometry, tuple(memory), prospects, tuple(found), space.missing)
 

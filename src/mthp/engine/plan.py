@@ -202,7 +202,7 @@ def plan_ranges(
     elif isinstance(geometry, str):
         geometry = geometry_named(geometry)
     if ptes != geometry.ptes_per_pmd:
-        raise UsageError(f"present has {ptes} PTEs per range, a PMD range of {geometry.name} {geometry.ptes_per_pmd}")
+        raise UsageError(f"present has {ptes} PTEs per range, but {geometry.name} has {geometry.ptes_per_pmd}")
     limits = {"max_ptes_none": max_ptes_none, "max_ptes_swap": max_ptes_swap, "max_ptes_shared": max_ptes_shared}
     rules = make_rules(
         geometry,

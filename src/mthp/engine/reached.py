@@ -90,7 +90,7 @@ def reach_of(space: AddressSpace, plan: SpacePlan, means: Means, progress: Progr
     free = free_memory(space)
     if free is None:
         raise UnsupportedError(
-            f"{space.label}: the free memory of its machine cannot be seen", help="ask it of a running process"
+            f"{space.label}: the free memory of its machine cannot be seen", help="use a running process"
         )
     reaching = _Reaching(space, plan, means)
     now = reaching.reached(free, compacted=False)
@@ -103,7 +103,7 @@ def reach_of(space: AddressSpace, plan: SpacePlan, means: Means, progress: Progr
     except (UnsupportedError, NotPermittedError) as error:
         return Reach(now, compacted, Reached.unknown(f"not known: {error.message}"))
     if trim.by is None:
-        return Reach(now, compacted, Reached.unknown("folios cannot be trimmed here: mthp doctor says what it takes"))
+        return Reach(now, compacted, Reached.unknown("folios cannot be trimmed here: run mthp doctor"))
     return Reach(now, compacted, reaching.reached(free, compacted=True, trim=_beside(trim, plan)))
 
 
@@ -174,7 +174,7 @@ class _Reaching:
                 return f"no {label} of movable memory is free, however it is compacted"
             if limit is Limit.FOLIOS:
                 return f"no free folio of {label} is left"
-        return "nothing: all planned folios can be had"
+        return "nothing: there is memory for all planned folios"
 
 
 def _beside(trim: TrimPlan, plan: SpacePlan) -> TrimPlan:

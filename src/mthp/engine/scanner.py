@@ -33,10 +33,10 @@ _MILLISECOND = 1e-3
 class PassEnd(enum.Enum):
     """Why a pass ended."""
 
-    BUDGET = "pages_to_scan entries were looked at"
+    BUDGET = "pages_to_scan entries were scanned"
     ROUND = "every address space was visited"
     ALLOC = "memory could not be allocated, for the second time in the pass"
-    STOPPED = "it was told to stop"
+    STOPPED = "the caller stopped it"
     IDLE = "there is no address space to visit"
 
 

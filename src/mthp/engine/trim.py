@@ -261,7 +261,7 @@ def trim_space(
         return report
     if not isinstance(space, Trimming) or plan.by is None:
         raise UnsupportedError(
-            f"folios of {space.label} cannot be trimmed here", help="run `mthp doctor`, which says what it takes"
+            f"folios of {space.label} cannot be trimmed here", help="run `mthp doctor` for the reason"
         )
     begun = time.monotonic()
     seconds: list[float] = []

@@ -202,7 +202,7 @@ class Comparison(Tabular):
         pairs = zip(self.names, self.outcomes, strict=True)
         told = ", ".join(f"{percent(outcome.scans[-1].hot)} ({name})" for name, outcome in pairs)
         now = percent(self.outcomes[0].scans[0].hot)
-        return [f"Of the accesses seen, {now} go to memory mapped as {size} as it is; {told}."]
+        return [f"Of the observed accesses, {now} go to memory mapped as {size} now; {told}."]
 
     def _trace(self) -> list[str]:
         """Return a sentence on the page walks of the trace."""
@@ -211,7 +211,7 @@ class Comparison(Tabular):
         told = (f"{counts.walks:,} ({name})" for name, counts in zip(self.names, self.misses, strict=True))
         return [
             f"On {self.processor.title}, the {self.misses_before.accesses:,} accesses of the trace that go to another"
-            f" page than the one before take {self.misses_before.walks:,} page walks as it is; {', '.join(told)}."
+            f" page than the one before take {self.misses_before.walks:,} page walks now; {', '.join(told)}."
         ]
 
     def _bytes(self, pages: int) -> str:

@@ -38,7 +38,7 @@ NOT_KNOWN = (
     " a size was on"
 )
 LEFT = "khugepaged left it as it is"
-NOT_IN_TIME = f"khugepaged did not come to it within {WINDOW_SECONDS:g} s"
+NOT_IN_TIME = f"khugepaged did not scan it within {WINDOW_SECONDS:g} s"
 
 _REST = "10"
 _UNBOUNDED = "1000000000"

@@ -65,7 +65,9 @@ NO_PFNS = (
 )
 NEEDS_MOVER = "MADV_COLLAPSE makes folios of the PMD size only: smaller ones need the mechanism move"
 NEEDS_CALL = "the mover makes no folios of the PMD size: MADV_COLLAPSE does"
-NO_SCAN = "where PMD entries map, beyond what smaps tells of whole mappings: Linux 6.7 or later shows it (PAGEMAP_SCAN)"
+NO_SCAN = (
+    "where PMD entries map, beyond the sums of smaps for whole mappings: Linux 6.7 or later shows it (PAGEMAP_SCAN)"
+)
 
 
 class LiveAddressSpace(ProcessSpace):

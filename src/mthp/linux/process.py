@@ -230,7 +230,7 @@ class Process(Closing):
             self._vanished()
         if error.errno in _REFUSED:
             raise NotPermittedError(
-                f"not permitted to look at process {self._name()}: {what}: {error.strerror}",
+                f"not permitted to read process {self._name()}: {what}: {error.strerror}",
                 help="run as the user of that process, or with CAP_SYS_PTRACE (root); a process that is not dumpable"
                 " (prctl(2)) or that a security module guards needs the latter",
             ) from error
@@ -266,7 +266,7 @@ def _check_proc() -> None:
     if ours != str(os.getpid()):
         raise UnsupportedError(
             "/proc shows the processes of another PID namespace than this process's",
-            help="mount it anew (unshare --mount-proc, or mount -t proc proc /proc)",
+            help="mount it again (unshare --mount-proc, or mount -t proc proc /proc)",
         )
 
 
@@ -300,7 +300,7 @@ def _thread_or_nothing(pid: int) -> MthpError:
         return _no_process(pid)
     if owner in (None, str(pid)):
         return _no_process(pid)
-    return UsageError(f"{pid} is a thread of process {owner}", help=f"give the PID {owner}")
+    return UsageError(f"{pid} is a thread of process {owner}", help=f"use the PID {owner}")
 
 
 def _status_field(text: bytes, field: str) -> str | None:

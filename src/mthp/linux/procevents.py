@@ -274,7 +274,7 @@ def open_events() -> tuple[ProcessEvents, str]:
     try:
         return ProcConnector(), ""
     except (NotPermittedError, UnsupportedError) as error:
-        return ProcPolling(), f"{error.message}; {error.help} would tell of new processes at once"
+        return ProcPolling(), f"{error.message}; {error.help} would report new processes at once"
 
 
 Instruction = tuple[int, int, int, int]

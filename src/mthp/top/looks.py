@@ -60,7 +60,7 @@ def second_look(row: Row, proc: str = "/proc") -> Row:
         with open(f"{proc}/{row.key}/smaps_rollup", "rb") as file:
             fields = {name: int(rest.split()[0]) << 10 for name, rest in _fields(file.read())}
     except PermissionError as error:
-        return dataclasses.replace(row, trouble=f"not permitted to look at it ({error.strerror}): run as root")
+        return dataclasses.replace(row, trouble=f"not permitted to read it ({error.strerror}): run as root")
     except (OSError, ValueError, IndexError) as error:
         raise TargetVanishedError(f"process {row.key} is gone") from error
     anonymous, huge = fields.get("Anonymous", 0), fields.get("AnonHugePages", 0)

@@ -302,7 +302,7 @@ def test_a_comparison_weighs_coverage_by_heat(accesses: tuple[float, ...], serve
     result = compare(space, choice, heat=hot(*accesses), walks=False)
     before, after = result.rows
     assert (before["hot_coverage"], after["hot_coverage"]) == (0.0, pytest.approx(served))
-    assert f"Of the accesses seen, 0.0% go to memory mapped as 2M as it is; {served:.1%} (pmd-only)." in result.verdict
+    assert f"Of the observed accesses, 0.0% go to memory mapped as 2M now; {served:.1%} (pmd-only)." in result.verdict
     assert "tlb_misses" not in after
     assert compare(space, choice).rows[-1]["hot_coverage"] is None
 

@@ -55,7 +55,7 @@ def test_compare_tells_the_walks_of_every_setting() -> None:
     last = max(scan for _, scan in by_scan)
     assert by_scan["mainline", 0] == by_scan["pmd-only", 0] == 512
     assert by_scan["mainline", last] == by_scan["pmd-only", last] == 1
-    assert "take 512 page walks as it is; 1 (mainline), 1 (pmd-only)" in result.verdict[-1]
+    assert "take 512 page walks now; 1 (mainline), 1 (pmd-only)" in result.verdict[-1]
     assert "tlb_misses" not in compare(space(), settings_of(["mainline"])).rows[0]
 
 

@@ -201,7 +201,7 @@ def test_nothing_is_left_when_the_measurement_fails(kernel: Kernel, tmp_path: Pa
 
 def test_an_exclusive_user_is_named(kernel: Kernel, tmp_path: Path) -> None:
     kernel.refuses["on"] = errno.EBUSY
-    with pytest.raises(UnsupportedError, match="no kdamond of ours") as caught:
+    with pytest.raises(UnsupportedError, match="refuses a kdamond") as caught:
         measured(kernel, tmp_path)
     assert "damon_stat" in caught.value.help
     assert not (kernel.kdamonds / "0").exists()

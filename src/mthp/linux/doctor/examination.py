@@ -134,7 +134,7 @@ def _madv_collapse(facts: Facts) -> Answer:
     if error is None:
         return Answer(State.OK, f"the kernel knows it; not tried, since a folio has {facts.pmd}")
     if not error:
-        return Answer(State.OK, f"collapsed {facts.pmd} of memory of its own, for trial")
+        return Answer(State.OK, f"collapsed {facts.pmd} of memory of its own, as a trial")
     remedies = {
         errno.ENOMEM: f"free memory in blocks of {facts.pmd}: see free_memory",
         errno.EBUSY: "room in the memory cgroup: see memory_limit",
@@ -151,7 +151,7 @@ def _process_madvise(facts: Facts) -> Answer:
     if error is None:
         return Answer(State.LIMITED, "not tried: no child process could be started")
     if not error:
-        return Answer(State.OK, "works on a child process; others: those whose memory may be looked at")
+        return Answer(State.OK, "works on a child process, and on processes with readable memory (other_processes)")
     remedies = {
         errno.EPERM: facts.rights.how_to_have(CAP_SYS_NICE),
         errno.EACCES: facts.rights.how_to_have(CAP_SYS_PTRACE),
@@ -165,17 +165,17 @@ def _process_madvise(facts: Facts) -> Answer:
 def _other_processes(facts: Facts) -> Answer:
     # Reading takes PTRACE_MODE_READ; Yama restricts PTRACE_MODE_ATTACH alone (yama_ptrace_access_check).
     if facts.rights.has(CAP_SYS_PTRACE):
-        return Answer(State.OK, "the memory of every process of this user namespace may be looked at")
+        return Answer(State.OK, "the memory of every process of this user namespace may be read")
     what = f"only processes of user {facts.rights.fsuid} that have no more capabilities than this one"
     if (scope := facts.text(PTRACE_SCOPE)) is not None:
-        what += f"; Yama's ptrace_scope, which is {scope}, does not matter to this"
+        what += f"; Yama's ptrace_scope, which is {scope}, has no effect on this"
     return Answer(State.LIMITED, what, facts.rights.how_to_have(CAP_SYS_PTRACE))
 
 
 def _pfns(facts: Facts) -> Answer:
     if facts.probed.pfns:
         return Answer(State.OK, "pagemap shows them")
-    what = f"pagemap hides them; folios below {facts.pmd} and lazily freed pages cannot be told from others"
+    what = f"pagemap hides them; folios below {facts.pmd} and lazily freed pages cannot be recognised"
     return Answer(State.MISSING, what, facts.rights.how_to_have(CAP_SYS_ADMIN))
 
 
@@ -188,15 +188,15 @@ def _kpageflags(facts: Facts) -> Answer:
         return Answer(State.MISSING, f"there is no {path}", "a kernel with CONFIG_PROC_PAGE_MONITOR")
     except OSError as error:
         return Answer(
-            State.MISSING, f"{path}: {error.strerror}", "run as root of the first user namespace, whose file it is"
+            State.MISSING, f"{path}: {error.strerror}", "run as root of the first user namespace, which owns the file"
         )
-    return Answer(State.OK, "readable; it tells the folio orders, where page frame numbers are seen")
+    return Answer(State.OK, "readable; it shows the folio orders where page frame numbers are visible")
 
 
 def _pagemap_scan(facts: Facts) -> Answer:
     if facts.probed.pagemap_scan:
-        return Answer(State.OK, "works; it tells what is mapped by PMD entries, and the zero page")
-    what = "not there; where PMD entries map is told from smaps, and the zero page from page frame numbers alone"
+        return Answer(State.OK, "works; it shows what PMD entries map, and the zero page")
+    what = "missing; smaps shows how much PMD entries map, and page frame numbers show the zero page"
     return Answer(State.MISSING, what, "Linux 6.7 or later with CONFIG_PROC_PAGE_MONITOR")
 
 
@@ -207,7 +207,7 @@ def _mthp_khugepaged(facts: Facts) -> Answer:
         return Answer(State.MISSING, f"collapses to {facts.pmd} only", "Linux 7.2 or later")
     lacking = [key for key, _, _, question in MOVE_QUESTIONS if question(facts).state is State.MISSING]
     if lacking:
-        when = f"the only way to these here, for want of {', '.join(lacking)}"
+        when = f"the only way to these sizes here, without {', '.join(lacking)}"
     else:
         when = "the better way for processes that may not be stopped or traced, or that moving refuses"
     what = "collapses to sizes below the PMD size too, and counts by size"
@@ -228,7 +228,7 @@ def _khugepaged(facts: Facts) -> Answer:
         f" {passes * rest:g} s and its own work"
     )
     if not facts.thp.switches(facts.geometry).orders(advised=True):
-        return Answer(State.LIMITED, f"stands still, since no folio size is on; {what}", "a size that is on: see sizes")
+        return Answer(State.LIMITED, f"idle, because no folio size is on; {what}", "a size that is on: see sizes")
     folder = f"{facts.thp.root}/khugepaged"
     if passes * rest > SLOW_SECONDS_PER_GIB:
         remedy = f"more in {folder}/pages_to_scan or less in scan_sleep_millisecs; `mthp collapse` does not wait for it"
@@ -247,7 +247,7 @@ def _free_memory(facts: Facts) -> Answer:
     memory = "" if available is None else f"; {format_size(available)} are available in all"
     nodes = parse_buddyinfo(facts.text("buddyinfo") or "")
     if not nodes:
-        return Answer(State.LIMITED, f"{facts.proc}/buddyinfo tells nothing{memory}")
+        return Answer(State.LIMITED, f"{facts.proc}/buddyinfo shows nothing{memory}")
     parts = []
     for node in nodes:
         free, folios = node.pages * geometry.page_size, node.folios(geometry.pmd_order)
@@ -273,7 +273,7 @@ def _memory_limit(facts: Facts) -> Answer:
 def _snapshot(_facts: Facts) -> Answer:
     if importlib.util.find_spec("pyarrow"):
         return Answer(State.OK, "pyarrow is installed")
-    what = "pyarrow is not installed: snapshots and recordings are files whose names end with .mthp"
+    what = "pyarrow is not installed: snapshots and recordings need file names that end with .mthp"
     return Answer(State.LIMITED, what, "pip install 'mthp[snapshot]' for Parquet and Arrow")
 
 
@@ -284,13 +284,13 @@ _QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (
     ("size_stats", "statistics by folio size", True, _size_stats),
     ("madv_collapse", "MADV_COLLAPSE", True, _madv_collapse),
     ("process_madvise", "MADV_COLLAPSE of other processes", True, _process_madvise),
-    ("other_processes", "looking at other processes", False, _other_processes),
+    ("other_processes", "reading other processes", False, _other_processes),
     ("pfns", "page frame numbers", False, _pfns),
     ("kpageflags", "kpageflags", False, _kpageflags),
     ("pagemap_scan", "PAGEMAP_SCAN", False, _pagemap_scan),
     ("khugepaged", "the kernel's khugepaged", True, _khugepaged),
     ("mthp_khugepaged", "the kernel's khugepaged, below the PMD size", True, _mthp_khugepaged),
-    ("lasting", "whether folios below the PMD size last", True, _lasting),
+    ("lasting", "lifetime of folios below the PMD size", True, _lasting),
     ("free_memory", "free memory", False, _free_memory),
     ("memory_limit", "memory cgroup limit", False, _memory_limit),
     ("snapshot", "snapshots", False, _snapshot),

@@ -26,10 +26,10 @@ def _young(facts: Facts) -> Answer:
     what, remedy = young.lack(facts.proc)
     if what:
         return Answer(State.MISSING, what, remedy)
-    told = "there, for whole mappings; where memory is short, reclaim then takes pages that are in use"
+    what = "there, for whole mappings; where memory is short, reclaim then takes pages that are in use"
     if State.OK in (_damon(facts).state, _idle(facts).state):
-        return Answer(State.OK, f"{told}: not taken here, because there is better")
-    return Answer(State.LIMITED, told, "heat_damon or heat_idle")
+        return Answer(State.OK, f"{what}; not used here, because a better source works")
+    return Answer(State.LIMITED, what, "heat_damon or heat_idle")
 
 
 HEAT_QUESTIONS: tuple[tuple[str, str, bool, Callable[[Facts], Answer]], ...] = (

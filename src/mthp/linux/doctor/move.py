@@ -32,7 +32,7 @@ def _ptrace(facts: Facts) -> Answer:
     yama = f"{facts.proc}/{PTRACE_SCOPE} is {scope}"
     # Not even with CAP_SYS_PTRACE (yama_ptrace_access_check(), security/yama/yama_lsm.c).
     if scope == "3":
-        return Answer(State.MISSING, f"{yama}: nobody may attach", "boot with a lower kernel.yama.ptrace_scope")
+        return Answer(State.MISSING, f"{yama}: no process may attach", "boot with a lower kernel.yama.ptrace_scope")
     if facts.rights.has(CAP_SYS_PTRACE):
         return Answer(State.OK, "every process of this user namespace may be attached to")
     remedy = facts.rights.how_to_have(CAP_SYS_PTRACE)

@@ -41,8 +41,8 @@ def _cold(facts: Facts) -> Answer:
     if ability.cold is None:
         return Answer(State.LIMITED, ability.untried or "not tried")
     if ability.cold:
-        return Answer(State.OK, "MADV_COLD of one page of a folio gives its pages of zeroes back")
-    return Answer(State.MISSING, "MADV_COLD of one page of a folio gives nothing back", _LATER)
+        return Answer(State.OK, "MADV_COLD of one page of a folio frees its pages of zeroes")
+    return Answer(State.MISSING, "MADV_COLD of one page of a folio frees nothing", _LATER)
 
 
 def _of_file(ability: SplitAbility, found: bool | None) -> Answer | None:
@@ -50,7 +50,7 @@ def _of_file(ability: SplitAbility, found: bool | None) -> Answer | None:
     if found is not None:
         return None
     if ability.file:
-        return Answer(State.MISSING, "not tried, for want of split")
+        return Answer(State.MISSING, "not tried, because split is missing")
     return Answer(State.LIMITED, ability.untried or "not tried")
 
 

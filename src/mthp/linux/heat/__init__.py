@@ -76,7 +76,7 @@ def measure_heat(space: ProcessSpace, request: HeatRequest, stop: Stop) -> Heat:
             permitted |= isinstance(error, UnsupportedError)
             reasons.append(f"{name}: {error.message}")
     kind: type[MthpError] = UnsupportedError if permitted else NotPermittedError
-    raise kind(f"nothing sees which memory is used: {'; '.join(reasons)}", help="see the lines heat_* of `mthp doctor`")
+    raise kind(f"no source of heat works: {'; '.join(reasons)}", help="see the lines heat_* of `mthp doctor`")
 
 
 def anonymous_segments(space: ProcessSpace) -> list[Segment]:

@@ -77,7 +77,7 @@ def lack(mm: Path, modules: Path = Path("/sys/module")) -> tuple[str, str]:
         with contextlib.suppress(OSError):
             enabled = modules / name / "parameters/enabled"
             if enabled.read_text().strip() == "Y":
-                return f"{name} is on, which lets no other kdamond run", f"echo N > {enabled} (as root)"
+                return f"{name} is on, so no other kdamond can run", f"echo N > {enabled} (as root)"
     return "", ""
 
 
@@ -140,7 +140,7 @@ class Damon:
                 self._write("operations", operations)
                 return operations
         raise UnsupportedError(
-            f"DAMON of this kernel knows no addresses that are of use: {', '.join(known) or 'none'}",
+            f"DAMON of this kernel has no usable operations: {', '.join(known) or 'none'}",
             help="a kernel with CONFIG_DAMON_VADDR (5.19)",
         )
 
@@ -230,7 +230,7 @@ class Damon:
                 raise not_permitted(Path(path), error) from error
             if error.errno == errno.EBUSY:
                 raise UnsupportedError(
-                    "DAMON: the kernel lets no kdamond of ours run beside those that do",
+                    "DAMON: the kernel refuses a kdamond beside those that run",
                     help=f"turn off {', '.join(EXCLUSIVE)}: echo N > /sys/module/NAME/parameters/enabled (as root)",
                 ) from error
             if error.errno == errno.ENOENT and "tried_regions" in str(path):

@@ -175,7 +175,7 @@ class JournalFiles:
             self.close()
             raise NotPermittedError(
                 f"the journal in {root} cannot be used: {error.strerror}",
-                help="it must be a directory of this user, in which nobody else may write",
+                help="it must be a directory of this user, in which no other user may write",
             ) from error
         except MthpError:
             self.close()
@@ -197,7 +197,7 @@ class JournalFiles:
         # Another user could exchange the journal, and so have root set switches.
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise NotPermittedError(
-                f"{self._root} belongs to somebody else, or others may write in it",
+                f"{self._root} belongs to another user, or others may write in it",
                 help="remove it, or give it to this user with mode 0700",
             )
 
@@ -212,7 +212,7 @@ class JournalFiles:
             if time.monotonic() >= deadline:
                 raise MthpError(
                     f"another process has held {self._root / LOCK_NAME} for {timeout:g} s",
-                    help=f"another mthp is at work; fuser(1) tells which: fuser {self._root / LOCK_NAME}",
+                    help=f"another mthp is at work; find it with: fuser {self._root / LOCK_NAME}",
                 )
             time.sleep(_LOCK_PAUSE)
 

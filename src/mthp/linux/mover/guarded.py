@@ -322,7 +322,7 @@ def _userfaultfd(*, guarded: bool) -> int:
     if fd < 0:
         raise NotPermittedError(
             f"userfaultfd: {os.strerror(ctypes.get_errno())}",
-            help="CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1; or guarded=False, while nobody uses the memory",
+            help="CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1; or guarded=False, while no thread uses the memory",
         )
     try:
         fcntl.ioctl(fd, UFFDIO_API, struct.pack(UFFDIO_API_ARG, UFFD_API, UFFD_FEATURE_MOVE, 0))

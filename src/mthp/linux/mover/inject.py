@@ -82,7 +82,8 @@ class Place:
                 # execve(2) keeps the PID; writing into another program's code would be fatal.
                 if not padding.mapping.is_like(query_mapping(frozen.process, maps, padding.start)):
                     raise TargetVanishedError(
-                        f"process {frozen.process.label} has another memory than before", help="it executed a program"
+                        f"process {frozen.process.label} has another address space than before",
+                        help="it executed a program",
                     )
                 for slot in padding.slots(machine.slot_bytes):
                     content = frozen.read(slot, machine.slot_bytes)

@@ -263,7 +263,7 @@ class Mover(Closing):
                 batch.outcomes |= {(outcome.address, outcome.order): outcome for outcome in done}
                 # The cause is unknown, so any further move could destroy more.
                 if any(outcome.verified is False for outcome in done):
-                    raise LostBytesError("bytes of another block are not what they were before: end the target")
+                    raise LostBytesError("bytes of another block changed: end the target")
         except MthpError as error:
             if isinstance(error, LostBytesError):
                 self._lost = error

@@ -131,7 +131,7 @@ class Recheck:
         # With too many files to look through in a window, the answer from before the stop counts.
         if not before.has_userfaultfd and has_userfaultfd(self._process, at_most=MAX_FILES):
             return Objection(
-                ScanResult.VMA_CHECK, "the process has a userfaultfd now: its mappings are to be judged again"
+                ScanResult.VMA_CHECK, "the process has a userfaultfd now: its mappings must be checked again"
             )
         return None
 

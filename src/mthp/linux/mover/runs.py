@@ -91,7 +91,7 @@ def outcomes_of(
             continue
         result, reason = result_of_move(errno), reason_of_move(errno)
         if was_hashed and not is_same:
-            result, reason = ScanResult.FAIL, "its bytes are not what they were before: end the target"
+            result, reason = ScanResult.FAIL, "its bytes changed: end the target"
         verified = is_same if was_hashed else None
         copied = (moved_bytes << order) // its_size
         outcomes.append(BlockOutcome(address, order, result, reason, copied, 0, elapsed_ns, errno, verified=verified))

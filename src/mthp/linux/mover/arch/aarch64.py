@@ -191,12 +191,12 @@ class Aarch64(Machine):
                 # System calls discard what SVE registers hold beyond the vector registers, and rt_sigreturn(2) leaves
                 # the streaming mode of SME.
                 if header is not None and int(header[1]) >> 32 & SVE_PT_REGS_SVE:
-                    return f"thread {tid} is in the middle of {what} code, whose registers a system call would clear"
+                    return f"thread {tid} runs {what} code, and a system call would clear its registers"
             shadow = ptrace.get_register_set(tid, NT_ARM_GCS, 1)
             # rt_sigreturn(2) needs a token on the guarded control stack.
             if shadow is not None and int(shadow[0]) & PR_SHADOW_STACK_ENABLE:
-                return f"thread {tid} has a guarded control stack, with which it cannot be put back after our death"
+                return f"thread {tid} has a guarded control stack, and could not be restored if mthp is killed"
             # Some kernels set them at random if the signal frame does not have them.
             if ptrace.get_register_set(tid, NT_ARM_POE, 1) is not None:
-                return f"thread {tid} has permission overlays (POR_EL0), which it could not put back after our death"
+                return f"thread {tid} has permission overlays (POR_EL0), which could not be restored if mthp is killed"
         return ""

@@ -94,7 +94,7 @@ def refuse_files(files: Iterable[tuple[str, int]]) -> list[Refusal]:
                 "unknown",
                 Refusal(
                     "device_unknown",
-                    f"it has {link} open, a device of which the mover does not know whether it holds on to memory"
+                    f"it has {link} open, a device that may hold memory: the mover does not know it"
                     f" ({os.major(device)}:{os.minor(device)})",
                     "close it",
                 ),

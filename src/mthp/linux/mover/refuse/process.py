@@ -287,10 +287,10 @@ def foreign_executable(header: bytes, machine: str) -> Refusal | None:
         machine: name in ``uname -m``.
     """
     if len(header) < _ELF_HEADER.size:
-        return Refusal("executable", "its executable is no ELF file")
+        return Refusal("executable", "its executable is not an ELF file")
     magic, word_class, kind = _ELF_HEADER.unpack_from(header)
     if magic != b"\x7fELF":
-        return Refusal("executable", "its executable is no ELF file")
+        return Refusal("executable", "its executable is not an ELF file")
     if word_class != ELFCLASS64:
         return Refusal("not_64_bit", "it is not a 64-bit process", "a 64-bit build of the program")
     if kind != ELF_MACHINES.get(machine):

@@ -45,7 +45,7 @@ def refuse_sharer(process: Process, proc: Path) -> Refusal | None:
             return Refusal(
                 "shared_vm_unknown",
                 f"process {other} has exactly its size, and may run in the same address space (CLONE_VM)",
-                "run as root, who can tell (kcmp)",
+                "run as root, which may check this (kcmp)",
             )
     return None
 
