@@ -8,18 +8,19 @@ STAMP := $(VENV)/.installed
 RUNS := $(VENV)/.runs
 MINUTES ?= 10
 KERNELS ?= 7.3
+QUICK := $(if $(ALL),,--quick)
 
 .PHONY: demo test lint types docs picture man changelog dist deb deb-check image bench vm vm-fuzz clean
 
 demo: $(RUNS)  ## mTHPs beside huge pages on two live processes
 	$(BIN)/mthp demo
 
-test: $(STAMP)  ## all tests; ARGS='tests/unit -k plan' for some of them
+test: $(STAMP)  ## all tests but the slow ones; ALL=1: those too; ARGS='tests/unit -k plan': these
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest -n auto tests/unit tests/property tests/golden
-	$(BIN)/python -m pytest tests/e2e tests/live tests/vm tests/web
+	$(BIN)/python -m pytest $(QUICK) -n auto -m "not live" tests/unit tests/property tests/golden tests/e2e tests/web
+	$(BIN)/python -m pytest $(QUICK) -m "live or vm" tests/e2e tests/live tests/vm
 endif
 
 lint: $(STAMP)

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -35,13 +35,6 @@ from waiting import until
 # imports, sets it behind the back of os.environ (rl_change_environment), so that it must be unset there too.
 os.environ.pop("COLUMNS", None)
 os.unsetenv("COLUMNS")
-
-with contextlib.suppress(ImportError):
-    # No test judges by time. (The guests of the kernel lab have no Hypothesis.)
-    from hypothesis import HealthCheck, settings
-
-    settings.register_profile("mthp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("mthp")
 
 _STATE = Path(tempfile.gettempdir()) / f"mthp-tests-switches-{os.getuid()}.json"
 _REQUIRE_LIVE = "MTHP_REQUIRE_LIVE"
@@ -97,11 +90,57 @@ _RIGHTS = {"root", "pfns", "thp", "mthp"}
 """What MTHP_REQUIRE_LIVE demands. The rest depends on the kernel's version, its configuration and the processor."""
 
 
+_LEFT_OUT = pytest.StashKey[int]()
+"""How many slow tests --quick has left out."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave slow tests out; a fifth of Hypothesis's examples")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LEFT_OUT] = 0
+    with contextlib.suppress(ImportError):
+        # No test fails because of time. (The guests of the kernel lab have no Hypothesis.)
+        from hypothesis import HealthCheck, settings
+
+        count = 20 if config.getoption("--quick") else 100
+        settings.register_profile(
+            "mthp", None, max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        )
+        settings.load_profile("mthp")
     config.addinivalue_line("markers", "requires(*words): skip where the machine or the rights lack one of them")
     # A shell has its jobs in the background ignore Ctrl-C, and so would the processes that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Mark what lies in tests/live, and leave slow tests out under --quick: those that `-m` has left of them."""
+    for item in items:
+        if item.path.parent.name == "live":
+            item.add_marker("live")
+    yield
+    if not config.getoption("--quick"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    config.stash[_LEFT_OUT] = len(slow)
+    if hasattr(config, "workeroutput"):  # a process of pytest-xdist: the one that prints has collected nothing
+        config.workeroutput["left_out"] = len(slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take the count of a process of pytest-xdist: each has collected all tests."""
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[_LEFT_OUT]:
+        terminalreporter.write_line(f"{config.stash[_LEFT_OUT]} slow tests were left out: run `make test ALL=1`")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -120,12 +159,15 @@ def skip_or_fail(reason: str) -> NoReturn:
 
 
 @pytest.fixture
-def thp_switches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThpSwitches]:
+def thp_switches(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ThpSwitches]:
     """The machine's THP switches, for this test alone: at first as a kernel has them, put back afterwards.
 
     Movers of others are kept out with the lock of the journal of switches; those that the test itself starts have a
     journal elsewhere. Where switches may not be written they are what they are.
     """
+    assert request.node.get_closest_marker("live"), "a test that changes switches must be marked live: it runs alone"
     if not _can_write(THP_ROOT / "enabled"):
         yield ThpSwitches(_STATE)
         return

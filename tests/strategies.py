@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -27,8 +28,11 @@ ROUNDS = int(os.environ.get("MTHP_TEST_ROUNDS", "1"))
 
 
 def examples(count: int) -> int:
-    """How many examples a property is tried on: so many, times MTHP_TEST_ROUNDS."""
-    return count * ROUNDS
+    """Return how many examples to try of a property whose share of the profile's 100 is `count`.
+
+    MTHP_TEST_ROUNDS multiplies it.
+    """
+    return max(1, count * ROUNDS * settings().max_examples // 100)
 
 
 SMALL_SIZES = (16, 32, 64)

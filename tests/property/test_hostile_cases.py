@@ -15,10 +15,11 @@ from hostile import altered, bomb, damaged, refuses
 from mthp.errors import UsageError
 from mthp.sim.golden.cases import CASE_BYTES, case_lines, parse_case
 from mthp.sim.golden.conformance import replay_case
+from strategies import examples
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "linux-7.2.13-ppc64-64k-corners.jsonl.gz"
 LINES = gzip.decompress(GOLDEN.read_bytes()).splitlines()[:20]
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def replayed(path: Path) -> None:

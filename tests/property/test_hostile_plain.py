@@ -22,10 +22,11 @@ from mthp.ptes import Pte
 from mthp.snapshot import Pace, Recording, load, open_file, record, record_series
 from mthp.snapshot.plain import _HEADER, _ROW
 from mthp.vma import Vma
+from strategies import examples
 
 PAGE = 4096
 HEAP = 0x5555_0000_0000
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def space() -> FakeSpace:

@@ -33,9 +33,10 @@ from mthp.report.results import report_on_comparison
 from mthp.report.simulation import report_on_simulation
 from mthp.report.swept import report_on_sweep
 from mthp.snapshot import record
+from strategies import examples
 
 BASE = 0x7F00_0000_0000
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,7 @@ def check(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(world=worlds(SMALL, 40))
-@settings(max_examples=examples(70), deadline=None, suppress_health_check=[*SLOW, HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(70), suppress_health_check=[*SLOW, HealthCheck.function_scoped_fixture])
 def test_small_ranges(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     check(world, monkeypatch)
 
@@ -207,7 +207,7 @@ def test_what_a_series_tries_in_vain(
 
 @pytest.mark.parametrize("name", ["x86-64", "s390x", "ppc64-64k"])
 @given(data=st.data())
-@settings(max_examples=8, deadline=None, suppress_health_check=[*SLOW, HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(8), suppress_health_check=[*SLOW, HealthCheck.function_scoped_fixture])
 def test_ranges_of_real_machines(monkeypatch: pytest.MonkeyPatch, name: str, data: st.DataObject) -> None:
     check(data.draw(worlds(GEOMETRIES[name], 12)), monkeypatch)
 

@@ -40,7 +40,7 @@ def posed(problem: Problem) -> tuple[Planes, Rules]:
 
 
 @given(problem=problems(SIZES))
-@settings(max_examples=examples(50), deadline=None)
+@settings(max_examples=examples(50))
 def test_no_scan_after_the_first_fills_anything(problem: Problem) -> None:
     planes, rules = posed(problem)
     scans = history(planes, counted(planes, rules.geometry), Maker.named("no-creep"), rules, 8)
@@ -48,7 +48,7 @@ def test_no_scan_after_the_first_fills_anything(problem: Problem) -> None:
 
 
 @given(problem=problems(SIZES))
-@settings(max_examples=examples(40), deadline=None)
+@settings(max_examples=examples(40))
 def test_every_folio_holds_more_of_the_programs_own_than_its_limit_leaves(problem: Problem) -> None:
     planes, rules = posed(problem)
     policy = policy_named("no-creep")
@@ -60,7 +60,7 @@ def test_every_folio_holds_more_of_the_programs_own_than_its_limit_leaves(proble
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=examples(30), deadline=None)
+@settings(max_examples=examples(30))
 def test_what_a_plan_says_is_what_is_there_once_it_is_carried_out(policy: str, problem: Problem) -> None:
     planes, rules = posed(problem)
     plan = plan_planes(planes, policy_named(policy), rules)
@@ -80,7 +80,7 @@ def test_what_a_plan_says_is_what_is_there_once_it_is_carried_out(policy: str, p
 
 @POLICIES
 @given(problem=problems(SIZES, max_ranges=3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_memory_only_grows_by_what_is_filled(policy: str, problem: Problem) -> None:
     planes, rules = posed(problem)
     before = counted(planes, rules.geometry)

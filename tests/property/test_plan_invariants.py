@@ -14,7 +14,7 @@ from mthp.engine.plan import Plan
 from mthp.geometry import MIN_ANON_ORDER
 from mthp.results import ScanResult
 from oracle import Range
-from strategies import SMALL_SIZES, Problem, problems
+from strategies import SMALL_SIZES, Problem, examples, problems
 
 POLICIES = pytest.mark.parametrize("policy", ["mainline", "no-creep", "per-order", "pmd-only", "rfc", "rfc2"])
 SIZES = (*SMALL_SIZES, 256, 512)
@@ -33,7 +33,7 @@ def collapsed_runs(plan: Plan) -> list[tuple[int, int, int]]:
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_runs_are_aligned_disjoint_and_inside(policy: str, problem: Problem) -> None:
     plan = planned(problem, policy)
     size = problem.ranges[0].size
@@ -50,7 +50,7 @@ def test_runs_are_aligned_disjoint_and_inside(policy: str, problem: Problem) -> 
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_copied_and_filled_pages_make_up_the_runs(policy: str, problem: Problem) -> None:
     plan = planned(problem, policy)
     for index, one in enumerate(problem.ranges):
@@ -63,7 +63,7 @@ def test_copied_and_filled_pages_make_up_the_runs(policy: str, problem: Problem)
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_orders_agree_with_the_attempts(policy: str, problem: Problem) -> None:
     plan = planned(problem, policy)
     expected = np.array(
@@ -80,7 +80,7 @@ def test_orders_agree_with_the_attempts(policy: str, problem: Problem) -> None:
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_only_a_range_that_succeeds_is_changed(policy: str, problem: Problem) -> None:
     plan = planned(problem, policy)
     changed = {index for index, _, _ in collapsed_runs(plan)}
@@ -94,7 +94,7 @@ def test_only_a_range_that_succeeds_is_changed(policy: str, problem: Problem) ->
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_a_range_armed_with_userfaultfd_is_never_filled(policy: str, problem: Problem) -> None:
     plan = planned(problem, policy)
     armed = np.array([one.uffd_armed for one in problem.ranges])
@@ -103,7 +103,7 @@ def test_a_range_armed_with_userfaultfd_is_never_filled(policy: str, problem: Pr
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_an_existing_folio_is_never_replaced_by_a_smaller_or_equal_one(policy: str, problem: Problem) -> None:
     plan = planned(problem, policy)
     for index, offset, order in collapsed_runs(plan):
@@ -115,7 +115,7 @@ def test_an_existing_folio_is_never_replaced_by_a_smaller_or_equal_one(policy: s
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_attempts_are_listed_by_range_and_never_go_back(policy: str, problem: Problem) -> None:
     attempts = planned(problem, policy).attempts
     places = list(zip(attempts.range.tolist(), attempts.offset.tolist(), (-attempts.order).tolist(), strict=True))
@@ -124,7 +124,7 @@ def test_attempts_are_listed_by_range_and_never_go_back(policy: str, problem: Pr
 
 @POLICIES
 @given(problem=problems(SIZES, max_ranges=6), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_a_range_is_planned_the_same_alone_and_among_others(policy: str, problem: Problem, data: st.DataObject) -> None:
     together = planned(problem, policy)
     index = data.draw(st.integers(0, len(problem.ranges) - 1))
@@ -136,7 +136,7 @@ def test_a_range_is_planned_the_same_alone_and_among_others(policy: str, problem
 
 
 @given(problem=problems(SIZES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_mainline_does_not_creep(problem: Problem) -> None:
     """With an intermediate max_ptes_none a run below the PMD order is never filled, so it cannot look fuller later."""
     if problem.rules.max_ptes_none == problem.ranges[0].size - 1:
@@ -148,7 +148,7 @@ def test_mainline_does_not_creep(problem: Problem) -> None:
 
 @POLICIES
 @given(problem=problems(SIZES))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80))
 def test_properties_of_pages_mean_nothing_where_there_is_no_page(policy: str, problem: Problem) -> None:
     """They are set wherever a PTE maps no page of its own; the same runs must be collapsed, to the same orders."""
     strewn = Problem([with_meaningless_bits(one) for one in problem.ranges], problem.rules)

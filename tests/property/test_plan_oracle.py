@@ -44,14 +44,14 @@ def readable(plan: Plan) -> list[tuple[int, int, int, str]]:
 
 @POLICIES
 @given(problem=problems(SMALL_SIZES), omit_empty=st.booleans())
-@settings(max_examples=examples(100), deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(100), suppress_health_check=SLOW)
 def test_small_ranges(policy: str, problem: Problem, omit_empty: bool) -> None:
     check(problem, policy, omit_empty=omit_empty)
 
 
 @POLICIES
 @given(problem=problems((256, 512), max_ranges=3), omit_empty=st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(40), suppress_health_check=SLOW)
 def test_ranges_of_4k_machines(policy: str, problem: Problem, omit_empty: bool) -> None:
     check(problem, policy, omit_empty=omit_empty)
 
@@ -59,7 +59,7 @@ def test_ranges_of_4k_machines(policy: str, problem: Problem, omit_empty: bool) 
 @POLICIES
 @pytest.mark.parametrize("size", [2048, 8192])
 @given(data=st.data())
-@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(8), suppress_health_check=SLOW)
 def test_ranges_of_big_page_machines(policy: str, size: int, data: st.DataObject) -> None:
     check(data.draw(problems((size,), max_ranges=1)), policy, omit_empty=False)
 
@@ -85,7 +85,7 @@ def test_every_geometry_with_random_columns(policy: str, name: str) -> None:
 
 @POLICIES
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 def test_every_pattern_of_a_few_pages(policy: str, data: st.DataObject) -> None:
     """All 65 536 patterns of 16 PTEs are too many for one example, so each takes 128 of them, and rules."""
     limits = data.draw(rules(16))
@@ -95,7 +95,7 @@ def test_every_pattern_of_a_few_pages(policy: str, data: st.DataObject) -> None:
 
 
 @given(problem=problems(SMALL_SIZES), data=st.data())
-@settings(max_examples=examples(60), deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(60), suppress_health_check=SLOW)
 def test_sizes_that_are_always_on(problem: Problem, data: st.DataObject) -> None:
     """Only the seed's second version asks which they are; a caller of plan_ranges cannot name them."""
     always = data.draw(st.frozensets(st.sampled_from(sorted(problem.rules.orders))))

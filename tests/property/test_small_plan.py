@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace
@@ -21,6 +21,7 @@ from mthp.ptes import ORDER_NONE, Pte
 from mthp.sim import Machine
 from mthp.vma import Vma
 from simcheck import check
+from strategies import examples
 
 PAGE = 4096
 GEOMETRY = Geometry("32-ptes", PAGE, 5)
@@ -65,7 +66,7 @@ def in_a_whole_range(space: FakeSpace, address: int) -> bool:
 
 @pytest.mark.parametrize("policy", policy_names())
 @given(space=spaces(), data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40))
 def test_blocks_lie_in_one_mapping_and_whole_ranges_are_planned_as_ever(
     policy: str, space: FakeSpace, data: st.DataObject
 ) -> None:
@@ -134,7 +135,7 @@ class Plainly:
 
 @pytest.mark.parametrize("policy", ["mainline", "no-creep", "per-order"])
 @given(space=spaces(), data=st.data())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(80))
 def test_small_blocks_are_those_of_the_policy(policy: str, space: FakeSpace, data: st.DataObject) -> None:
     choice = options(data, policy, small=True)
     found = [folio for folio in folios(plan_space(space, choice)) if not in_a_whole_range(space, folio[0])]
@@ -143,7 +144,7 @@ def test_small_blocks_are_those_of_the_policy(policy: str, space: FakeSpace, dat
 
 @pytest.mark.parametrize("policy", policy_names())
 @given(space=spaces(), data=st.data())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30))
 def test_a_collapse_makes_what_was_planned_and_accounts_for_it(
     policy: str, space: FakeSpace, data: st.DataObject
 ) -> None:
@@ -165,7 +166,7 @@ def test_a_collapse_makes_what_was_planned_and_accounts_for_it(
 
 @pytest.mark.parametrize("name", ["x86-64", "arm64-16k", "ppc64-64k"])
 @given(data=st.data())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30))
 def test_the_simulated_machine_moves_what_was_planned_and_keeps_every_byte(name: str, data: st.DataObject) -> None:
     geometry = GEOMETRIES[name]
     page, n = geometry.page_size, geometry.ptes_per_pmd

@@ -102,7 +102,7 @@ def file(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     return tmp_path_factory.mktemp("snapshots") / name
 
 
-@settings(deadline=None, max_examples=examples(50))
+@settings(max_examples=examples(50))
 @given(data=st.data(), space=address_spaces(), blocks=st.integers(1, 3))
 def test_a_snapshot_reads_as_its_process(file: Path, data: st.DataObject, space: FakeSpace, blocks: int) -> None:
     record(space, file, block_size=blocks * space.geometry.pmd_size, overwrite=True)
@@ -117,7 +117,7 @@ def test_a_snapshot_reads_as_its_process(file: Path, data: st.DataObject, space:
         np.testing.assert_array_equal(got.folio_order, expected.folio_order)
 
 
-@settings(deadline=None, max_examples=examples(40))
+@settings(max_examples=examples(40))
 @given(data=st.data(), space=address_spaces(), granule_order=st.integers(0, 10))
 def test_populated_leaves_out_only_what_reads_as_none(
     file: Path, data: st.DataObject, space: FakeSpace, granule_order: int

@@ -106,7 +106,7 @@ BY_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 @BY_POLICY
 @given(problem=problems(SMALL_SIZES))
-@settings(max_examples=examples(70), deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(70), suppress_health_check=SLOW)
 def test_small_ranges(policy: Policy, problem: Problem) -> None:
     check(problem, policy)
 
@@ -114,6 +114,6 @@ def test_small_ranges(policy: Policy, problem: Problem) -> None:
 @BY_POLICY
 @pytest.mark.parametrize("size", sorted({geometry.ptes_per_pmd for geometry in GEOMETRIES.values()}))
 @given(data=st.data())
-@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(8), suppress_health_check=SLOW)
 def test_ranges_of_every_machine(policy: Policy, size: int, data: st.DataObject) -> None:
     check(data.draw(problems((size,), max_ranges=1)), policy)

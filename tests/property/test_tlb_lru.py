@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mthp.lab import tlb
 from mthp.lab.tlb import PROCESSORS, Processor, Structure, Tlb, lru_misses
+from strategies import examples
 
 
 def plain_misses(tags: list[int], sets: int, ways: int) -> list[bool]:
@@ -31,13 +32,13 @@ def plain_misses(tags: list[int], sets: int, ways: int) -> list[bool]:
     sets=st.sampled_from([1, 2, 4, 8]),
     ways=st.sampled_from([1, 2, 3, 4, 8]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 def test_misses_are_those_of_plain_lru(tags: list[int], sets: int, ways: int) -> None:
     assert lru_misses(np.array(tags, np.int64), sets, ways).tolist() == plain_misses(tags, sets, ways)
 
 
 @given(data=st.data(), chunk=st.sampled_from([1, 7, 64, 1000]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_contents_stay_from_one_chunk_to_the_next(data: st.DataObject, chunk: int) -> None:
     pages = data.draw(st.lists(st.integers(0, 300), max_size=300))
     processor = Processor("test", "", "", ((Structure(8, 2, 4096),), (Structure(32, 4, 4096),)))

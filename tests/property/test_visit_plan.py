@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeSpace
@@ -17,6 +17,7 @@ from mthp.ptes import ORDER_NONE, Pte
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma
+from strategies import examples
 
 SMALL = Geometry("16-ptes", 4096, 4)
 SIZE = SMALL.pmd_size
@@ -59,7 +60,7 @@ def spaces(draw: st.DrawFn) -> FakeSpace:
 
 @pytest.mark.parametrize("policy", policy_names())
 @given(space=spaces(), data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60))
 def test_the_first_round_is_the_plan(policy: str, space: FakeSpace, data: st.DataObject) -> None:
     plan = plan_space(space, PlanOptions(policy=policy, orders="enabled"))
     wanted = list(zip(plan.folios.address.tolist(), plan.folios.order.tolist(), strict=True))
@@ -80,7 +81,7 @@ def test_the_first_round_is_the_plan(policy: str, space: FakeSpace, data: st.Dat
 
 @pytest.mark.parametrize("policy", ["mainline", "no-creep"])
 @given(space=spaces())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60))
 def test_policies_that_do_not_creep_are_done_after_one_round(policy: str, space: FakeSpace) -> None:
     daemon = Khugepaged(policy=policy)
     if not daemon.enter(space):

@@ -33,7 +33,7 @@ SHORT = {"MTHP_TEST_LAYOUTS": "20", "MTHP_TEST_CHURN_SECONDS": "1"}
 SECONDS = 900
 """Each guest's limit. On a calm machine the first takes half a minute, the second a few seconds."""
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from mthp.pacing import BYTES_BURST_SECONDS
 from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.vma import Vma
+from strategies import examples
 
 BASE = 1 << 40
 PPC = geometry_named("ppc64-64k")
@@ -99,7 +100,7 @@ def orders_now(space: FakeSpace) -> list[int]:
     return [int(order) for order in columns.folio_order]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.data())
 def test_every_folio_is_accounted_for(data: st.DataObject) -> None:
     runs = data.draw(st.lists(st.tuples(st.integers(0, 32), st.integers(0, 32)), min_size=1, max_size=6))
@@ -319,7 +320,7 @@ def test_an_error_in_the_middle_does_not_lose_the_report(monkeypatch: pytest.Mon
         moved(nothing, orders="64K")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.integers(0, 12), st.booleans())
 def test_a_target_that_vanishes_is_accounted_for(after: int, while_read: bool) -> None:
     class Dying(MovingSpace):

@@ -22,6 +22,7 @@ from mthp.sim import Machine
 from mthp.sim.mm import HUGEPAGE
 from mthp.tunables import Switches
 from mthp.vma import Vma, VmaKind
+from strategies import examples
 
 PAGE = 4096
 PMD = 2 << 20
@@ -96,7 +97,7 @@ run_lists = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.lists(st.tuples(run_lists, st.integers(0, 2)), max_size=5), st.integers(1, 70))
 def test_counts_are_those_of_a_loop_over_pages(layout: list[tuple[list[Run], int]], block_pages: int) -> None:
     mappings, address = [], HEAP

@@ -25,6 +25,7 @@ from mthp.pacing import BYTES_BURST_SECONDS, BYTES_SLICE_SECONDS
 from mthp.ptes import ORDER_NONE, Pte, PteColumns, Segment
 from mthp.results import BlockOutcome, ScanResult
 from mthp.vma import Vma
+from strategies import examples
 
 BASE = 1 << 40
 PPC = geometry_named("ppc64-64k")
@@ -79,7 +80,7 @@ def coverage_of(space: FakeSpace) -> float:
     return sum(1 for state in resident if state & Pte.PMD_MAPPED) / len(resident) if resident else 0.0
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=examples(150))
 @given(st.data())
 def test_everything_is_accounted_for(data: st.DataObject) -> None:
     fullness = data.draw(st.lists(st.sampled_from([-1, 0, 1, 16, 31, 32, 32]), min_size=1, max_size=12))
@@ -110,7 +111,7 @@ def test_everything_is_accounted_for(data: st.DataObject) -> None:
         assert fails.get(address) in {None, ScanResult.SUCCEED} or report.failed[fails[address]]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.lists(st.sampled_from([-1, 0, 5, 31, 32]), min_size=1, max_size=8), st.integers(0, 20), st.booleans())
 def test_a_target_that_vanishes_is_accounted_for(fullness: list[int], reads: int, while_read: bool) -> None:
     class Dying(FakeSpace):
@@ -269,7 +270,7 @@ def test_a_second_run_finds_nothing_left() -> None:
     assert second.plan.ranges_by_result == {ScanResult.PMD_MAPPED: 3}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.lists(st.sampled_from([-1, 0, 1, 20, 32]), min_size=1, max_size=8))
 def test_the_plan_foretells_the_coverage(fullness: list[int]) -> None:
     report = carried_out(space_of(*fullness, geometry=PPC))

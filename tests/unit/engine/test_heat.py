@@ -164,7 +164,7 @@ def test_a_file_is_read_within_bounds(tmp_path: Path, monkeypatch: pytest.Monkey
         read_heat(path)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_any_bytes_are_heat_or_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "heat"

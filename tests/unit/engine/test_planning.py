@@ -25,6 +25,7 @@ from mthp.ptes import ORDER_NONE, Pte, Segment, without
 from mthp.results import ScanResult
 from mthp.tunables import Switches, Tunables
 from mthp.vma import Vma, VmaKind
+from strategies import examples
 
 BASE = 1 << 40
 """A multiple of every geometry's PMD size."""
@@ -164,7 +165,7 @@ def plan_choices(draw: st.DrawFn, geometry: Geometry) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=examples(120))
 @given(st.data())
 def test_a_plan_is_that_of_each_mapping_alone(data: st.DataObject) -> None:
     space = data.draw(layouts())
@@ -191,7 +192,7 @@ def test_a_plan_is_that_of_each_mapping_alone(data: st.DataObject) -> None:
     assert space.attempts == []
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.data())
 def test_a_plan_stays_in_whole_ranges_of_mappings(data: st.DataObject) -> None:
     space = data.draw(layouts())
@@ -202,7 +203,7 @@ def test_a_plan_stays_in_whole_ranges_of_mappings(data: st.DataObject) -> None:
     assert {address // size * size for address, _, _ in folios(plan)} <= allowed
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.data())
 def test_it_does_not_matter_what_a_backend_knows_to_be_empty(data: st.DataObject) -> None:
     space = data.draw(layouts())
@@ -213,7 +214,7 @@ def test_it_does_not_matter_what_a_backend_knows_to_be_empty(data: st.DataObject
         assert same(planned(space, **options), knowing)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.data())
 def test_a_plan_on_a_snapshot_equals_that_on_its_origin(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

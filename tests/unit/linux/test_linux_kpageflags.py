@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mthp.linux import abi, framewords
 from mthp.linux.kpageflags import FolioReader, states_of
 from mthp.ptes import ORDER_UNKNOWN, Pte
+from strategies import examples
 
 ANON = abi.KPF_ANON | abi.KPF_SWAPBACKED
 MEMORY = 1 << 14
@@ -39,7 +40,7 @@ def lay_out(path: Path, orders: list[int], flags: int = ANON) -> NDArray[np.int8
 
 
 @pytest.mark.parametrize("pmd_order", [5, 8, 9, 11, 13])
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), suppress_health_check=list(HealthCheck))
 @given(orders=st.lists(st.integers(0, 12), min_size=1, max_size=200), seed=st.integers(0, 2**32), data=st.data())
 def test_every_frame_has_the_order_of_its_folio(
     tmp_path: Path, pmd_order: int, orders: list[int], seed: int, data: st.DataObject

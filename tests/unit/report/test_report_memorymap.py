@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import FakeSpace
@@ -44,7 +44,6 @@ def space_of(orders: list[int], start: int = START) -> FakeSpace:
     return FakeSpace([(Vma(start, start + len(orders) * PAGE, "rw-p", "", VmaKind.ANON), state, order)])
 
 
-@settings(deadline=None)
 @given(
     orders=st.lists(st.sampled_from([ORDER_NONE, 0, 2, 9]), min_size=1, max_size=2000),
     unaligned=st.integers(0, 511),
@@ -68,7 +67,6 @@ def test_every_page_is_counted_in_its_column(
     assert (counts == expected).all()
 
 
-@settings(deadline=None)
 @given(
     runs=st.lists(st.tuples(st.integers(0, 400), st.integers(2, 9)), max_size=20),
     present=st.integers(0, 2**32 - 1),

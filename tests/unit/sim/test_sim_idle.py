@@ -19,6 +19,7 @@ from mthp.sim.state import columns
 from mthp.tunables import Switches, Tunables
 from simcheck import check
 from simworld import PAGE, SMALL, START
+from strategies import examples
 
 RANGES = 24
 
@@ -89,7 +90,7 @@ def in_use(machine: Machine) -> NDArray[np.bool_]:
     return mask
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 @given(
     seed=st.integers(0, 1 << 30),
     orders=st.frozensets(st.integers(2, 4), min_size=1),

@@ -8,7 +8,6 @@ multiplies the lives that are lived: by default they take a few seconds, 50 make
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -26,12 +25,12 @@ from mthp.sim.mm import HUGEPAGE, Mm, P
 from mthp.sim.parts import Step
 from mthp.tunables import Switches, Tunables
 from simcheck import check
+from strategies import examples
 
 GEOMETRY = Geometry("small", 4096, 4)
 PAGES = 72
 BASE = GEOMETRY.pmd_size
 PAGE_SIZE = GEOMETRY.page_size
-ROUNDS = int(os.environ.get("MTHP_TEST_ROUNDS", "1"))
 
 SPAN = st.tuples(st.integers(0, PAGES - 1), st.sampled_from([1, 2, 4, 8, 16, 20, 32])).map(
     lambda span: (BASE + span[0] * PAGE_SIZE, BASE + min(PAGES, span[0] + span[1]) * PAGE_SIZE)
@@ -406,9 +405,8 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(
-    max_examples=40 * ROUNDS,
+    max_examples=examples(40),
     stateful_step_count=60,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 

@@ -17,6 +17,7 @@ from mthp.sim.address_space.access import Fault
 from mthp.sim.mm import HUGEPAGE, Mm, P, Pmd
 from mthp.tunables import Switches
 from simcheck import check
+from strategies import examples
 
 SMALL = Geometry("16-ptes", 4096, 4)
 START, SIZE, PAGE = SMALL.pmd_size, SMALL.pmd_size, SMALL.page_size
@@ -78,7 +79,7 @@ def seen(machine: Machine, mm: Mm) -> dict[str, Any]:
 
 
 @example(orders={2, 3, 4}, mess=3558, pages=[8, 16], write=True, scarce=4)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(
     orders=st.sets(st.integers(2, 4)),
     mess=st.integers(0, 1 << 30),

@@ -21,6 +21,7 @@ from mthp.linux.journal.putback import Restored
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import SIZE_WORDS
+from strategies import examples
 
 PAGE_KB = os.sysconf("SC_PAGESIZE") >> 10
 ORDERS = (2, 3, 4, 5, 9)
@@ -314,7 +315,7 @@ def test_entries_of_an_earlier_boot_mean_nothing(machine: Machine) -> None:
     assert machine.file.read_bytes() == b""
 
 
-@settings(suppress_health_check=list(HealthCheck), max_examples=40, deadline=None)
+@settings(suppress_health_check=list(HealthCheck), max_examples=examples(40))
 @given(data=st.data())
 def test_a_truncated_or_damaged_journal(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Whole lines that were not touched are obeyed, whatever follows or surrounds them; nothing else is written."""
