@@ -100,7 +100,8 @@ class FreeMemory:
     def compactable(self, order: int) -> int:
         """Return the free pages that compaction can make folios of `order` of.
 
-        A zone is compacted only if it has two such folios free beyond what is kept (compact_gap(), mm/internal.h).
+        A zone is compacted only if it has two such folios free beyond what is kept (compact_gap(),
+        include/linux/compaction.h).
         """
         return sum(zone.movable or 0 for zone in self.zones if zone.spare >= 2 << order)
 

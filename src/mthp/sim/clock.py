@@ -43,6 +43,7 @@ class Costs:
         split_folio, split_page: splitting a folio, and each page of it.
     """
 
+    # In picoseconds, because a byte takes less than a nanosecond; whole, so that sums do not depend on their order.
     fault: int = 900_000
     syscall: int = 200_000
     zero_byte: int = 85

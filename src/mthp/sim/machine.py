@@ -259,6 +259,7 @@ class Machine(SystemCalls):
         """
         child = self.create_mm(parent.charge)
         child.thp_disabled = parent.thp_disabled
+        # copy_present_page() has failed: what was copied goes back with the child.
         if syscalls.fork(self.parts, parent, child):
             self.exit(child)
             raise MemoryError("there is no memory for a copy of a pinned page")
@@ -286,6 +287,7 @@ class Machine(SystemCalls):
         vma = mm.find_vma(address)
         if vma is None or vma.start > address or not vma.permits(write=True):
             raise UsageError(f"nothing that may be written is mapped at {address:#x}")
+        # As for a write, so that the page is exclusive: a later fork copies it instead of sharing it.
         outcome = make_present(self.parts, mm, vma, address, write=True)
         if outcome is not Fault.DONE or not mm.ptes(address, 1).pages()[0]:
             raise UsageError(f"the page at {address:#x} cannot be pinned: {outcome.value}")
@@ -303,6 +305,7 @@ class Machine(SystemCalls):
 
     def _hold(self, pfn: int, references: int) -> None:
         head = self.parts.memory.head(pfn)
+        # Noted apart from the reference count: fork must know whether a folio is pinned (folio_maybe_dma_pinned()).
         self.parts.pins[head] += references
         self.parts.memory.refcount[head] += references
 

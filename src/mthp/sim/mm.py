@@ -1,11 +1,7 @@
 """Address spaces: mappings, and page tables as columns.
 
 A page table page is one row of a :class:`Table`: N entries as two columns, their state (bits of :class:`P`) and their
-value (a frame, or a swap slot). The PMD entry above it has one of three states. While it maps the whole range as one
-folio, the row below holds the PTEs that a split would make, so that splitting changes only the PMD entry; the kernel
-keeps ("deposits") an empty page table for the same purpose.
-
-An entry costs 6 bytes.
+value (a frame, or a swap slot). An entry costs 6 bytes.
 """
 
 from __future__ import annotations
@@ -56,6 +52,8 @@ class Pmd(enum.IntEnum):
     NONE = 0
     TABLE = 1
     """Points to a page table page."""
+    # The row below holds the PTEs that a split would make, so that splitting changes only the PMD entry: the kernel
+    # keeps ("deposits") an empty page table for that (pgtable_trans_huge_deposit()).
     HUGE = 2
     """Maps one folio of the PMD order."""
 
@@ -222,6 +220,7 @@ class Mm:
         end = limit
         # The first PMD range stays free, as vm.mmap_min_addr keeps the first pages.
         for start, below in [(vma.start, vma.end) for vma in reversed(self._vmas)] + [(0, geometry.pmd_size)]:
+            # From the top down, as mmap() does (arch_get_unmapped_area_topdown()).
             at = (end - size) // align * align
             if at >= below:
                 return at
@@ -238,6 +237,7 @@ class Mm:
     def split_vma(self, address: int) -> bool:
         """Split the mapping that `address` lies inside of (split_vma); return False if there is none."""
         vma = self.find_vma(address)
+        # Also at its very start, where there is nothing to split.
         if vma is None or vma.start >= address:
             return False
         after = dataclasses.replace(vma, start=address, flags=set(vma.flags))
@@ -365,6 +365,7 @@ class Mm:
         page, size = self._geometry.page_size, self._geometry.pmd_size
         while start < end:
             stop = min(end, start // size * size + size)
+            # Without a page table there is no entry to visit; a PMD entry is visited as the PTEs that stand for it.
             if self.pmd(start) is not Pmd.NONE:
                 yield start, (stop - start) // page, self.ptes(start, (stop - start) // page)
             start = stop

@@ -103,6 +103,7 @@ class Parts:
         """Before a write, give a mapping an anon_vma: that of a mergeable neighbour, else a new one."""
         if vma.anon_vma:
             return
+        # The next mapping first, as in find_mergeable_anon_vma() (mm/vma.c).
         beside = (mm.find_vma(vma.end), mm.find_vma(vma.start - 1))
         near = [other for other in beside if other and (other.start == vma.end or other.end == vma.start)]
         # So that the two can still merge (reusable_anon_vma(), mm/vma.c).

@@ -49,7 +49,6 @@ class SimSpace(AddressSpace):
 
     @property
     def geometry(self) -> Geometry:
-        """Geometry of the machine."""
         return self._parts.geometry
 
     @property
@@ -64,17 +63,14 @@ class SimSpace(AddressSpace):
 
     @property
     def switches(self) -> Switches:
-        """The machine's current switches."""
         return self._parts.switches
 
     @property
     def tunables(self) -> Tunables:
-        """khugepaged's current tunables."""
         return self._parts.tunables
 
     @property
     def thp_disabled(self) -> bool:
-        """Whether PR_SET_THP_DISABLE is set."""
         return self._mm.thp_disabled
 
     @property
@@ -124,6 +120,7 @@ class SimSpace(AddressSpace):
         page, n = self.geometry.page_size, self.geometry.ptes_per_pmd
         found: list[Segment] = []
         for table, low, high in tables_in(self._mm, segment[0] // page, -(-segment[1] // page), n):
+            # Page tables stand for what is populated, as PAGEMAP_SCAN skips empty ones.
             rows = np.flatnonzero(table.pmd != Pmd.NONE) + table.first
             breaks = np.flatnonzero(np.diff(rows) > 1) + 1
             for run in np.split(rows, breaks) if len(rows) else []:
@@ -174,6 +171,7 @@ class SimSpace(AddressSpace):
         # A mapping that begins inside the PMD range: it is not missing, but does not cover the range.
         if vma is not None and start < vma.start <= blocks[0][0]:
             refusal = ScanResult.ADDRESS_RANGE, ""
+        # The same checks as for a live process, so that the simulation predicts it.
         if refusal is None and inside is not None:
             columns = self.read([(start, start + geometry.pmd_size)])
             layout = layout_of(start, blocks, columns, geometry)
@@ -221,6 +219,7 @@ class SimSpace(AddressSpace):
         start, vma = address // size * size, self._mm.find_vma(address)
         # The steps of a collapse need the whole PMD range in one mapping (hugepage_vma_revalidate()).
         is_whole = order == self.geometry.pmd_order or (vma is not None and vma.covers(start, start + size))
+        # The steps of a collapse are cheaper than a move, and have the same result.
         if is_whole or "move" not in means.mechanism:
             return self.attempt(address, order)
         result, reason = move_block(self._parts, self._mm, address, order, fill=means.fill)

@@ -158,6 +158,7 @@ class Sysfs:
         )
         for name in ("scan_sleep_millisecs", "alloc_sleep_millisecs"):
             files[f"khugepaged/{name}"] = self._tunable(name, lambda text: _number(text, _UINT_MAX))
+        # Only sizes that anonymous memory can have: order 1 has no directory.
         for order in parts.geometry.anon_orders:
             files |= self._size(order)
         return files
@@ -190,6 +191,7 @@ class Sysfs:
 
     def _set_size(self, order: int, word: str) -> None:
         parts = self._parts
+        # A new object each time: a scan that has begun keeps the switches that it began with.
         parts.switches = Switches(parts.switches.enabled, dict(parts.switches.sizes) | {order: word})
 
     def _knob(self, name: str, value: object) -> None:

@@ -52,6 +52,7 @@ def zoneinfo(parts: Parts) -> str:
 
 def _zoneinfo(parts: Parts, zone: Zone) -> str:
     marks = zone.watermarks
+    # Flags are kept at the head, and each frame of a folio counts.
     heads = parts.memory.heads(np.arange(zone.start, zone.end))
     flags = parts.memory.flags[heads]
     anon = (flags & Fl.ANON) != 0

@@ -153,7 +153,7 @@ def why_closed(error: int, *, mounted: bool) -> tuple[str, str]:
     if error == errno.EACCES or (error == errno.EPERM and os.geteuid() != 0):
         return f"{SPLIT_FILE} is not open to this user", "run as root"
     if error == errno.EPERM:
-        # security_locked_down(LOCKDOWN_DEBUGFS) in open_file_generic() of fs/debugfs/file.c.
+        # security_locked_down(LOCKDOWN_DEBUGFS) in debugfs_locked_down() (fs/debugfs/file.c).
         return "kernel lockdown closes debugfs", "boot with lockdown=none, which needs Secure Boot to be off"
     return f"{SPLIT_FILE}: {os.strerror(error)}", ""
 

@@ -59,6 +59,7 @@ def _read_and_map(parts: Parts, mm: Mm, vma: SimVma, address: int, slot: int) ->
     first = address - shift * parts.geometry.page_size
     slots = slice(slot - shift, slot - shift + size)
     memory.content[head : head + size] = swap.content[slots]
+    # Even if it leaves the cache again at once: another fault of the same slot must find this folio.
     swap.add_to_cache(head, slots.start)
     memory.set(head, Fl.UPTODATE)
     parts.counters.count("pswpin", size)

@@ -37,6 +37,7 @@ def munmap(parts: Parts, mm: Mm, start: int, end: int) -> int:
     """Unmap a range, even if only parts of it are mapped."""
     if not whole_pages(parts, start, end):
         return errno.EINVAL
+    # Before anything is unmapped: a mapping that reaches beyond the range keeps the rest.
     for edge in (start, end):
         cut(parts, mm, edge)
     for vma in mm.vmas_in(start, end):
@@ -265,6 +266,7 @@ def _copy_page(parts: Parts, child: Mm, vma: SimVma, ours: Ptes, theirs: Ptes, a
 
 def exit_mm(parts: Parts, mm: Mm) -> None:
     """Unmap everything (exit_mmap)."""
+    # First, so that khugepaged leaves the address space alone (collapse_test_exit(), mm/khugepaged.c).
     mm.exiting = True
     for vma in list(mm.vmas):
         if vma.locked:

@@ -74,6 +74,7 @@ def fault_in(parts: Parts, mm: Mm, start: int, end: int, *, write: bool) -> Faul
         pages = np.arange(start // page, stop // page)
         block = _Block(parts, mm, pages, np.zeros(len(pages), np.uint32) if write else None)
         strange = block.strange()
+        # The others first, as far as the range goes; then the error.
         block.pages = pages[~strange]
         if not block.all_present():
             return Fault.OOM
@@ -255,6 +256,7 @@ class _NewFolios:
     def fill(self, pages: Frames) -> bool:
         """Map folios at the aligned blocks of some pages, wherever they fit; return False if there were too few."""
         size = 1 << self.order
+        # In the order of access, so that memory that runs out goes to the first ones.
         starts = _first_seen(pages & -size)
         if self.order:
             inside = (starts * self.page_size >= self.vma.start) & ((starts + size) * self.page_size <= self.vma.end)

@@ -75,6 +75,7 @@ def copy(parts: Parts, mm: Mm, address: int, content: int) -> int:
     if vma is None:
         return errno.ENOENT
     ptes = mm.ptes(address, 1)
+    # A marker that only notes protection may be overwritten; anything else is EEXIST (mfill_atomic_install_pte()).
     if ptes.bits[0] & ~(P.UFFD_MARKER | P.UFFD_WP):
         return errno.EEXIST
     head = new_folio(parts, 0, mm.charge, may_wait=True)

@@ -37,6 +37,7 @@ def compact_all(parts: Parts) -> None:
     parts.lru.drain()
     order = parts.geometry.pmd_order
     for zone in parts.memory.zones:
+        # compact_node() goes over the whole zone, and ignores what was deferred (whole_zone, ignore_skip_hint).
         zone.compaction = Compaction(zone.start)
         usable = -1
         while usable < zone.usable_frames(order):

@@ -65,6 +65,7 @@ def finish_migration(parts: Parts, head: int) -> None:
     if order and not memory.mapcount[head : head + size].all():
         parts.rmap.partially_mapped(head)
     # Held until the allocation is done, so that reclaim leaves it alone.
+    # No waiting: a migration that finds no frames fails, and its mappings come back.
     new = take_folio(parts, order, may_wait=False)
     memory.put(head)
     if new is not None:

@@ -49,6 +49,7 @@ def balance(parts: Parts) -> None:
     for zone in parts.memory.zones:
         while zone.free_frames < zone.watermarks.high:
             before = zone.free_frames
+            # What was freed may lie in another zone: give up, like kswapd after some tries (kswapd_failures).
             if not reclaim(parts, zone.watermarks.high - before, by="kswapd") or zone.free_frames <= before:
                 break
 
@@ -82,6 +83,7 @@ class _Reclaim:
             drop_cache(parts, self.wanted)
         if self.freed < self.wanted:
             shrink_deferred(parts)
+        # A used page becomes old only from sweep to sweep.
         for _ in range(_SWEEPS):
             if self.freed >= self.wanted or not self._sweep():
                 break
@@ -116,6 +118,7 @@ class _Reclaim:
     def _chunks(self, mm: Mm, first: int, last: int | None) -> list[tuple[Table, slice, int]]:
         """Return (table, rows, address behind them) in steps, from address `first` up to `last`."""
         size = self.parts.geometry.pmd_size
+        # Whole rows, so that a sweep can go on at a row; few of them, so that little more is aged than is wanted.
         step = max(self.wanted, _ENTRIES) // self.parts.geometry.ptes_per_pmd or 1
         chunks = []
         for table in mm.tables:

@@ -189,6 +189,7 @@ class Attempt:
         if len(look.heads):
             small, large_heads = self._folios(look)
             heads = np.concatenate((small, large_heads)) if large_heads else small
+            # All at once: what lies between locking and isolation shows nothing.
             parts.memory.flags[heads] |= Fl.LOCKED
             parts.lru.isolate(heads)
         self._count_exceeded(look.result)

@@ -94,6 +94,7 @@ class Visit:
         """Return whether the policy walks an order that is enabled for `vma`."""
         orders = self._parts.collapse_orders(self.mm, vma, "khugepaged")
         control = CollapseControl.begun(self._parts, "khugepaged", orders)
+        # A policy may walk none of the orders that are on: pmd-only where only smaller ones are.
         return bool(orders) and bool(control.policy.orders_walked(control.rules))
 
     def close(self) -> None:
@@ -186,6 +187,7 @@ class Advised:
     def collapse_pmd(self, address: int) -> tuple[ScanResult, bool]:
         vma = self._mm.find_vma(address)
         assert vma is not None, f"nothing is mapped at {address:#x}"
+        # Set by the range's scan; the last one's is no concern of this one.
         self._control.lock_dropped = False
         result = collapse_range(self._parts, self._mm, vma, address, self._control)
         self._count(result)

@@ -58,6 +58,7 @@ class CollapseControl:
 class SimRange:
     """The :class:`~mthp.engine.visited.RangeTarget` of the simulated machine."""
 
+    # The bugs of a series belong to what its golden cases recorded.
     as_it_was = True
 
     def __init__(self, parts: Parts, mm: Mm, vma: SimVma, control: CollapseControl) -> None:

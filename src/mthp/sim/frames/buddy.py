@@ -136,6 +136,7 @@ class Zone:
     def free(self, head: int, order: int) -> None:
         """Free a block, and merge it with its buddies while they are free."""
         self.free_frames += 1 << order
+        # Merging ends at the first buddy that is in use, or is free in smaller parts only.
         while order < self.max_order:
             buddy = head ^ (1 << order)
             if buddy not in self._free[order]:
@@ -149,6 +150,7 @@ class Zone:
         """Free any contiguous frames, in blocks as large as their alignment allows."""
         end = start + frames
         while start < end:
+            # As large as the rest of the range, and as the alignment of its start.
             order = min(self.max_order, (end - start).bit_length() - 1)
             if start:
                 order = min(order, (start & -start).bit_length() - 1)

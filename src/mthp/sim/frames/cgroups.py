@@ -51,6 +51,7 @@ class Cgroups:
         Raises:
             UsageError: the limit is below 0, or the cgroup is the root.
         """
+        # memory.max does not exist in the root cgroup (cgroup-v2.rst).
         if limit is not None and (limit < 0 or cgroup == ROOT):
             raise UsageError(f"{limit} frames cannot be the limit of memory cgroup {cgroup}")
         self._limits[cgroup] = limit
@@ -82,6 +83,7 @@ class Cgroups:
             for group in self.lineage(cgroup)
             if (limit := self._limits[group]) is not None
         ]
+        # A charge counts against every ancestor, so the narrowest of them decides.
         return min(rooms, default=(sys.maxsize, ROOT))
 
     def try_charge(self, cgroup: int, frames: int) -> bool:

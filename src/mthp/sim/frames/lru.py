@@ -1,10 +1,8 @@
 """The lru_add batch: folios wait in a batch of their CPU before they get on an LRU list.
 
-This batch explains most of the erratic results of a real khugepaged. A folio on its way to the LRU lists is first
-queued in ``cpu_fbatches.lru_add`` (mm/swap.c). The batch holds a reference to it until it is drained: when the batch
-is full, when a large folio is queued (those never wait), or by lru_add_drain(). A failed collapse puts back the pages
-that it had isolated. They land in the batch, have one reference more than their mappings explain, and fail the next
-attempt with PAGE_COUNT.
+This batch explains most of the erratic results of a real khugepaged: a failed collapse puts back the pages that it had
+isolated. They land in the batch, have one reference more than their mappings explain, and fail the next attempt with
+PAGE_COUNT.
 """
 
 from __future__ import annotations
@@ -32,8 +30,10 @@ class LruAddBatch:
 
     def add(self, head: int) -> None:
         """Queue a folio (folio_add_lru); a large one drains the batch at once."""
+        # cpu_fbatches.lru_add (mm/swap.c; mm/folio.c in 7.3) holds a reference until it is drained.
         self._memory.refcount[head] += 1
         self._waiting.append(head)
+        # Large folios never wait (folio_may_be_lru_cached()).
         if len(self._waiting) >= BATCH_SIZE or self._memory.order[head]:
             self.drain()
 
@@ -82,6 +82,7 @@ class LruAddBatch:
 
     def putback_small(self, pfns: Frames) -> None:
         """Undo :meth:`isolate` for folios of order 0, in this order (folio_putback_lru)."""
+        # The batch takes its reference before that of the isolation is dropped.
         self.add_small(pfns)
         self._memory.put_small(pfns)
 

@@ -108,6 +108,7 @@ class Memory:
             raise UsageError(f"node distances {near.tolist()} are not a square of {number} with 10 on its diagonal")
         self.distances: NDArray[np.int64] = near.astype(np.int64)
         self.geometry = geometry
+        # Some machines have a PMD order above the usual largest block, such as arm64 with 64 KiB pages: 13.
         self.max_order = max(MAX_PAGE_ORDER, geometry.pmd_order)
         block = 1 << self.max_order
         if not 0 <= low_frames <= node_frames[0]:
@@ -315,11 +316,13 @@ class Memory:
         order = int(self.order[head])
         flags = self.flags[head]
         assert not flags & (Fl.SWAPCACHE | Fl.LOCKED), f"folio {head} is freed with flags {flags:#x}"
+        # nr_anon counts large anonymous folios only (__free_pages_prepare(), mm/page_alloc.c).
         if order and flags & Fl.ANON:
             self._counters.count_mthp(order, "nr_anon", -1)
             if flags & Fl.PARTIALLY_MAPPED:
                 self._counters.count_mthp(order, "nr_anon_partially_mapped", -1)
         self.cgroups.uncharge(self.cgroup[head : head + 1], 1 << order)
+        # A folio that is freed leaves the list, whatever the reason for which it was there.
         self.deferred.pop(head, None)
         self.give_back(head, order)
 

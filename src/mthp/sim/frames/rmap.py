@@ -113,6 +113,7 @@ class Rmap:
         memory.mapcount[run] -= 1
         self._remove_mm(head, count, mm)
         lost = not memory.mapcount[run].all()
+        # A folio without any mapping is freed as a whole, and needs no split.
         if lost and memory.refcount[head + _ALL]:
             self.partially_mapped(head)
 

@@ -1,9 +1,7 @@
 """Swap: slots with their counts, and the swap cache.
 
 The count of a slot is the number of page table entries that refer to it. A folio in the swap cache keeps its slots
-whatever their counts, and the cache holds one reference to it per page. Reading a slot goes through the swap cache.
-Once the folio is mapped and no entry refers to its slots, it leaves the cache (should_try_to_free_swap, mm/memory.c)
-and may be written freely.
+whatever their counts, and the cache holds one reference to it per page.
 """
 
 from __future__ import annotations
@@ -45,6 +43,8 @@ class Swap:
 
     def free_slots(self) -> NDArray[np.intp]:
         """Return the slots that no entry refers to and no folio keeps: intp, shape (free slots,), ascending."""
+        # A slot without entries may still be kept by a folio in the cache, which could then be dropped without being
+        # written.
         free = (self.count == 0) & (self.cached == 0)
         # The header of the device.
         free[0] = False
@@ -109,12 +109,12 @@ class Swap:
         return self._slot_of[head]
 
     def add_to_cache(self, head: int, slot: int) -> None:
-        """Put a folio into the swap cache, with its pages at `slot` and behind (swap_cache_add_folio)."""
+        """Put a folio into the swap cache, with its pages at `slot` and behind (__swap_cache_add_folio)."""
         size = self._memory.size(head)
         self.cached[slot : slot + size] = np.arange(head, head + size)
         self._slot_of[head] = slot
         self._memory.set(head, Fl.SWAPCACHE)
-        # One reference for each page (swap_cache_add_folio(), mm/swap_state.c).
+        # One reference for each page (__swap_cache_add_folio(), mm/swap_state.c).
         self._memory.refcount[head] += size
 
     def free_cache(self, head: int) -> bool:

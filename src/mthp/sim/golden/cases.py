@@ -359,6 +359,7 @@ def _passes(raw: dict[str, Any], n: int) -> tuple[Pass, ...]:
         # The values of the first pass are also at the top of the case, and sometimes only there.
         recorded = [{key: raw[key] for key in ("scan_result", "stats") if key in raw}]
     _expanded(raw, "after", n)
+    # The state after a pass is recorded only where it differs from the one before.
     orders, passes = _runs(raw, "after"), []
     for number, seen in enumerate(recorded, 1):
         if not isinstance(seen, dict):

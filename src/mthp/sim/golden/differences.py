@@ -38,6 +38,7 @@ def difference(what: str, wanted: Any, found: Any) -> tuple[str, str]:
     if what == "swap_offsets" and isinstance(wanted, list) and isinstance(found, list):
         return _slots([run for run in wanted if run not in found]), _slots([run for run in found if run not in wanted])
     if isinstance(wanted, dict) and isinstance(found, dict):
+        # A counter that is missing did not change.
         names = [name for name in sorted({*wanted, *found}) if wanted.get(name, 0) != found.get(name, 0)]
         return _named(wanted, names), _named(found, names)
     return str(wanted), str(found)
@@ -65,6 +66,7 @@ def _entries(what: str, wanted: list[Any], found: list[Any]) -> tuple[str, str]:
     start = 0
     for (one, other), group in groupby(zip_longest(wanted, found, fillvalue="no entry")):
         end = start + len(list(group))
+        # Only runs in which both sides are constant: each can be written as one value.
         if one != other:
             runs.append((f"PTE {start}" if end == start + 1 else f"PTEs {start}-{end - 1}", one, other))
         start = end

@@ -73,6 +73,7 @@ def _fill(
     # Better than a live process shows it: the dirty bit is in no file.
     lazyfree = ((flags & (Fl.ANON | Fl.SWAPBACKED)) == Fl.ANON) & ((bits[at] & P.DIRTY) == 0)
     unreferenced = ((bits[at] & P.YOUNG) == 0) & ((flags & _REFERENCED) == 0)
+    # The order of a page, and whether it is shared, are properties of its folio.
     shared = parts.rmap.maybe_shared(pfns, heads)
     for mask, bit in ((lazyfree, Pte.LAZYFREE), (unreferenced, Pte.UNREFERENCED), (shared, Pte.SHARED)):
         state[at[mask]] |= np.uint16(bit)

@@ -1,7 +1,6 @@
 """Finding the entries that refer to a frame.
 
-The kernel keeps a reverse map for this (anon_vma). In the simulator it would need more memory than all the rest. So
-this searches the page tables instead, a column at a time, for all the frames of a block at once.
+The kernel keeps a reverse map for this (anon_vma). In the simulator it would need more memory than all the rest.
 """
 
 from __future__ import annotations
@@ -65,6 +64,7 @@ def mappings_of(parts: Parts, first: int, count: int, state: np.uint16 = P.PRESE
         state: PRESENT, or MIGRATION for the entries of pages under migration.
     """
     found = []
+    # All page tables, a column at a time: for all the frames of a block together that is cheap enough.
     for mm in parts.mms.values():
         for table in mm.tables:
             values, bits = table.value.ravel(), table.bits.ravel()

@@ -117,7 +117,7 @@ REGISTERS = (
     *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
     *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
 )
-"""``struct user_regs_struct`` of arch/x86/include/uapi/asm/ptrace.h."""
+"""``struct user_regs_struct`` of arch/x86/include/asm/user_64.h."""
 
 COLUMN = {name: column for column, name in enumerate(REGISTERS)}
 _RIP, _RAX, _ORIG_RAX, _EFLAGS = COLUMN["rip"], COLUMN["rax"], COLUMN["orig_rax"], COLUMN["eflags"]
