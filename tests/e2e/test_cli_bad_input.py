@@ -393,7 +393,9 @@ def test_without_json_standard_output_stays_empty(run: Run, command: str, tmp_pa
     assert not output.exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS.keys() - {"doctor", "demo", "status", "pause", "resume", "conformance"})
+@pytest.mark.parametrize(
+    "command", sorted(COMMANDS.keys() - {"doctor", "demo", "status", "pause", "resume", "conformance"})
+)
 def test_an_unknown_option_is_refused(run: Run, command: str) -> None:
     refused(run(command, "--bold"), 2, "--bold")
 
