@@ -42,7 +42,7 @@ def threads(space: AddressSpace) -> int:
 
 @runtime_checkable
 class Stopped(Protocol):
-    """An address space whose threads are stopped at times."""
+    """An address space with threads that are stopped at times."""
 
     def take_pauses(self) -> list[int]: ...
 
@@ -69,7 +69,7 @@ def take_calls(space: AddressSpace) -> list[int]:
 
 @runtime_checkable
 class Movable(Protocol):
-    """An address space whose memory can be moved."""
+    """An address space with movable memory."""
 
     def move_refusals(self, means: Means) -> list[str]: ...
 
@@ -118,7 +118,7 @@ def service(space: AddressSpace) -> str:
 
 @runtime_checkable
 class Limited(Protocol):
-    """An address space whose memory counts against limits."""
+    """An address space with memory that counts against limits."""
 
     def memory_bounds(self) -> list[MemoryBound]: ...
 
@@ -130,7 +130,7 @@ def memory_bounds(space: AddressSpace) -> list[MemoryBound]:
 
 @runtime_checkable
 class OnFreeMemory(Protocol):
-    """An address space on a machine whose free memory is known."""
+    """An address space on a machine with known free memory."""
 
     def free_bytes(self, order: int) -> int | None: ...
 
@@ -187,7 +187,7 @@ def counters(space: AddressSpace) -> dict[str, int]:
 
 @runtime_checkable
 class OnNodes(Protocol):
-    """An address space whose pages lie on NUMA nodes."""
+    """An address space with pages on NUMA nodes."""
 
     def with_nodes(self, vmas: Sequence[Vma]) -> list[Vma]: ...
 
@@ -199,7 +199,7 @@ def with_nodes(space: AddressSpace, vmas: Sequence[Vma]) -> list[Vma]:
 
 @runtime_checkable
 class WithContents(Protocol):
-    """An address space whose page contents can be read."""
+    """An address space with readable page contents."""
 
     def zero_filled(self, columns: PteColumns) -> NDArray[np.bool_]: ...
 
@@ -222,7 +222,7 @@ def zero_filled(space: AddressSpace, columns: PteColumns) -> NDArray[np.bool_]:
 
 @runtime_checkable
 class HeatMeasured(Protocol):
-    """An address space whose accesses can be measured as they happen."""
+    """An address space with accesses that can be measured as they happen."""
 
     def measure_heat(self, request: HeatRequest, stop: Callable[[], bool]) -> Heat:
         """Measure accesses for the time that `request` names, or until `stop` returns True, and return them.

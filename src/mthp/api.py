@@ -136,7 +136,7 @@ def take_snapshot(target: Target, path: str | os.PathLike[str], *, overwrite: bo
     ``mthp.snapshot(target, path)`` does the same, but type checkers see a package of that name.
 
     Args:
-        target: a PID, ``"self"``, a name that fits one process, or a path of a recording, whose last step is taken.
+        target: a PID, ``"self"``, a name that fits one process, or a path of a recording (its last step).
         path: path of the file, Parquet.
         overwrite: replace a file that exists.
 
@@ -258,7 +258,7 @@ def collapse_buffer(
 
     Args:
         buffer: contiguous memory of this process: an object with the buffer protocol or ``__array_interface__``, a
-            tensor of DLPack, or an Arrow array, whose largest buffer is used.
+            tensor of DLPack, or an Arrow array (its largest buffer is used).
         order: order of the folios; None for the PMD order.
         guarded: whether other threads may use the memory meanwhile.
         dry_run: plan only.

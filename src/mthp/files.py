@@ -174,7 +174,7 @@ class NewFile(Closing):
         return descriptor
 
     def publish(self) -> None:
-        """Give the file its name; writing may go on.
+        """Link the file to its name; writing may continue.
 
         Raises:
             UsageError: the name was taken in the meantime, without `overwrite`.

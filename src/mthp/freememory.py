@@ -106,7 +106,7 @@ class FreeMemory:
         return sum(zone.movable or 0 for zone in self.zones if zone.spare >= 2 << order)
 
     def plus(self, pages: int) -> FreeMemory:
-        """Return the free memory after programs give some more single pages back."""
+        """Return the free memory after programs free some more single pages."""
         # Their zone is unknown, and most likely the one with most of such memory.
         most = max(self.zones, key=lambda zone: zone.used, default=None)
         more = [

@@ -1,7 +1,7 @@
 """Coverage: the share of anonymous resident memory that lies in folios of a size, as the hardware uses them.
 
 A folio saves TLB entries only if it is mapped in one piece and aligned: the PMD size by a PMD entry, smaller sizes by a
-naturally aligned run of PTEs whose frames have the same alignment. So a page counts for an order if the aligned block
+naturally aligned run of PTEs with frames of the same alignment. So a page counts for an order if the aligned block
 of that order around it is mapped completely, in one folio, at frames that are aligned as the addresses are. A 2M folio
 that mremap(2) moved off its alignment does not count for 2M; if it was moved by 64K, it still counts for 64K.
 

@@ -108,7 +108,7 @@ def schema_of(name: str, *alternatives: tuple[type, ...]) -> Schema:
     """Return the JSON Schema of objects with `name` as their ``schema``.
 
     Args:
-        alternatives: for each alternative, the classes whose keys such an object has.
+        alternatives: for each alternative, the classes with the keys of such an object.
     """
     defs: dict[str, Schema] = {}
     made = []

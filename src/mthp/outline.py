@@ -2,7 +2,7 @@
 
 A live kernel reports runs of pages of one kind (PAGEMAP_SCAN) in a small part of the time of reading all entries and
 the orders of their folios. That is enough to find the ranges worth a scan: a range that had nothing left to do, and
-whose layout has not changed since, most likely has nothing to do now.
+has not changed its layout since, most likely has nothing to do now.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class TrimOutcome:
 
 @runtime_checkable
 class Trimming(Protocol):
-    """An address space whose large folios can be trimmed."""
+    """An address space with large folios that can be trimmed."""
 
     @property
     def trims_by(self) -> tuple[TrimBy, ...]:

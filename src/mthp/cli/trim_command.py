@@ -39,7 +39,7 @@ class TrimSum:
 
     @property
     def given_back_bytes(self) -> int:
-        """Return the bytes that are no longer resident."""
+        """Return the bytes that left the resident memory."""
         return sum(report.given_back_bytes for report in self.reports)
 
 

@@ -10,7 +10,7 @@ huge pages:
 - **Changes.** A part of the documents is deleted and a part rewritten at another length: pages split, move and lie on
   the free list. They stay resident, as they do in a real service.
 - **Holes.** A second database, of short-lived sessions, grows in between, in runs of very different length. At the end
-  it is dropped, and malloc_trim(3) gives its whole pages back: none PTEs between the documents, a few in some PMD
+  it is dropped, and malloc_trim(3) returns its whole pages: none PTEs between the documents, a few in some PMD
   ranges, many in others, as a service has them after its peak hour.
 
 A lookup is the uniformly random read of one document's last column by primary key. It walks the b-tree and steps over

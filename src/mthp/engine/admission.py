@@ -96,7 +96,7 @@ class Admission:
             return thp_unadvised.RESULT
         if not self._available(candidate.order):
             return ScanResult.ALLOC_HUGE_PAGE_FAIL
-        # MADV_COLLAPSE always fills; below the PMD order only mechanisms that were asked to do.
+        # MADV_COLLAPSE always fills; below the PMD order only mechanisms that were set to do so.
         fill = candidate.filled * geometry.page_size if self._fills or not small else 0
         left = self._bloat_left()
         if left is not None and fill and self._pending + fill > left:

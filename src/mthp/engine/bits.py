@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PART_ORDER = 6
-"""The order of a *part* of a PMD range: a run whose packed bits fill one 64-bit word."""
+"""The order of a *part* of a PMD range: a run with packed bits that fill one 64-bit word."""
 
 Bits = NDArray[np.bool_]
 Counts = NDArray[np.unsignedinteger]

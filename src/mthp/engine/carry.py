@@ -100,7 +100,7 @@ class Carrier:
                 done += self._batch(blocks[done : done + self._count(blocks[0][1])])
 
     def _count(self, order: int) -> int:
-        """Return the number of blocks in a batch of a list whose first block is of `order`."""
+        """Return the number of blocks in a batch of a list that begins with a block of `order`."""
         if self._mechanism == "split":
             return self._geometry.ptes_per_pmd
         size = self._geometry.size_of(order)
@@ -207,7 +207,7 @@ class Carrier:
         return tried, len(blocks), False
 
     def _try(self, blocks: list[Block], columns: PteColumns) -> None:
-        """Collapse `blocks`, whose entries are in `columns`, and count the outcomes."""
+        """Collapse `blocks`, which have their entries in `columns`, and count the outcomes."""
         self._work.tried(sum(self._geometry.size_of(order) for _, order in blocks))
         if self._mechanism == "move":
             self._work.report.moved_blocks += len(blocks)

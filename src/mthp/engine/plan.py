@@ -172,12 +172,12 @@ def plan_ranges(
         max_ptes_none, max_ptes_swap, max_ptes_shared: khugepaged's limits per PMD range; by default the kernel's.
         folio_order: int8; the order of the folio that each page lies in now.
         pmd_mapped, uffd_armed, droppable: bool, shape (ranges,) or one for all.
-        geometry: geometry of the machine, or its name; by default one whose PMD range has this number of PTEs.
+        geometry: geometry of the machine, or its name; by default one with this number of PTEs in a PMD range.
         mthp_min_order: the seed's MTHP_MIN_ORDER, for the policy ``rfc``; 3 by default.
 
     Raises:
         UsageError: an unknown policy or trigger, an order or limit that does not exist on this geometry, or planes
-            whose shapes differ or contradict each other.
+            with shapes that differ or contradict each other.
     """
     planes = Planes.checked(
         present,
@@ -236,7 +236,7 @@ def make_rules(
 
 
 def plan_planes(planes: Planes, policy: Policy, rules: Rules) -> Plan:
-    """Plan the collapse of PMD ranges whose planes and rules are already checked."""
+    """Plan the collapse of PMD ranges with planes and rules that are already checked."""
     # collapse_file() (mm/khugepaged.c) makes only PMD folios, under every kernel's policy for anonymous memory.
     if rules.of_file:
         policy = PmdOnly()

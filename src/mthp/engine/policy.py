@@ -51,7 +51,7 @@ class Rules:
         trigger: ``khugepaged``, or ``madvise`` for MADV_COLLAPSE.
         tunables: the limits in force.
         mthp_min_order: the seed's MTHP_MIN_ORDER: order of a chunk of its bitmap, and its smallest folio.
-        always: those of `orders` whose own switch is ``always``.
+        always: those of `orders` with ``always`` in their own switch.
         of_file: the memory belongs to a file, so collapse_file() (mm/khugepaged.c) collapses it, to the PMD order
             alone.
     """
@@ -78,7 +78,7 @@ class Limits(NamedTuple):
     swap: int
     """Swapped-out PTEs, which the collapse reads back."""
     shared: int
-    """PTEs whose page is also mapped by another process."""
+    """PTEs of pages that another process maps, too."""
 
 
 class Policy(abc.ABC):
@@ -147,7 +147,7 @@ class Policy(abc.ABC):
     def full_enough(self, runs: Runs, rules: Rules) -> Bits | None:
         """Return the runs that are full enough to be attempted: bool, shape of ``runs.occupied``; None for all.
 
-        By default those whose occupied PTEs leave at most ``limits().none`` to fill.
+        By default those with occupied PTEs that leave at most ``limits().none`` to fill.
         """
         if rules.forced:
             return None

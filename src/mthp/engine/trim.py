@@ -1,8 +1,8 @@
 """Give memory back: pages of large folios that contain only zeroes.
 
 Contents are read in two steps, because most folios have no such pages: a sample of the pages of each folio first, then
-all pages of the folios whose sample has a page of zeroes. The plan is a hint. The kernel reads the bytes again when it
-splits a folio, so a page that is written to in the meantime stays (:class:`~mthp.trimming.Trimming`).
+all pages of the folios with a page of zeroes in the sample. The plan is a hint. The kernel reads the bytes again when
+it splits a folio, so a page that is written to in the meantime stays (:class:`~mthp.trimming.Trimming`).
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def plan_trim(
     progress: Progress | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrimPlan:
-    """Find the folios whose share of zeroes is large enough.
+    """Find the folios with a share of zeroes that is large enough.
 
     Args:
         stop: called before every block; once it returns True nothing more is read.
@@ -358,7 +358,7 @@ def _whole_folios(columns: PteColumns, geometry: Geometry) -> list[Block]:
 def _with_zeroes(
     space: AddressSpace, columns: PteColumns, folios: list[Block], share: float
 ) -> Iterator[tuple[Block, NDArray[np.bool_]]]:
-    """Yield the folios of whose pages at least `share` contain only zeroes, with these pages.
+    """Yield the folios in which at least `share` of the pages contain only zeroes, with these pages.
 
     Raises:
         MthpError: as :func:`mthp.abilities.zero_filled`.

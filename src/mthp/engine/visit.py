@@ -129,7 +129,7 @@ class Visit:
 
     @property
     def exiting(self) -> bool:
-        """Always False: a space whose process is gone raises TargetVanishedError at its next use instead."""
+        """Always False: a space without its process raises TargetVanishedError at its next use instead."""
         return False
 
     @property

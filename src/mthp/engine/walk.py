@@ -8,7 +8,7 @@ each level with a few operations on arrays of counts (:mod:`mthp.engine.occupanc
 :mod:`mthp.engine.policy`. Single PTEs are read only for runs that counts do not decide (:mod:`mthp.engine.checks`).
 
 Most memory becomes folios of order 6 or larger. So below that order the walk goes on over only those *parts* of the PMD
-ranges that are left, if they are few: runs whose bits fill one word (:data:`~mthp.engine.bits.PART_ORDER`).
+ranges that are left, if they are few: runs with bits that fill one word (:data:`~mthp.engine.bits.PART_ORDER`).
 
 One policy walks no tree: it scans each run separately (:meth:`Walk._walk_runs`).
 """

@@ -41,7 +41,7 @@ class Comparison(Tabular):
         geometry: geometry of its machine.
         outcomes: one for each setting.
         covered: the smallest order that counts as covered.
-        processor: the processor whose TLB is modelled.
+        processor: the processor of the modelled TLB.
         costs: costs of khugepaged's work.
         misses_before, misses: TLB counts of the target's trace, now and after the last scan under each setting; None
             and empty without a trace.
@@ -246,7 +246,7 @@ def compare(
 
     Args:
         covered: the smallest order that counts as covered; by default the PMD order.
-        processor: the processor whose TLB is modelled.
+        processor: the processor of the modelled TLB.
         contents: also read the contents, as for :func:`mthp.lab.evaluate.evaluate`.
         accesses: the trace that the memory was recorded from, if any.
         heat: which memory is used; without a trace, accesses are drawn by it. By default what was recorded with it.

@@ -43,7 +43,7 @@ allocated in a second."""
 
 
 def check_machine(machine: MachineSettings, geometry: Geometry) -> None:
-    """Refuse a machine whose simulation does not fit into the memory of this one.
+    """Refuse a machine if its simulation does not fit into the memory of this one.
 
     Raises:
         UsageError: it is too large, or has too many nodes.
@@ -75,7 +75,7 @@ def check_trims(trim: TrimSettings | None, settings: Settings) -> None:
 def check_processes(
     processes: Sequence[ProcessPlan], machine: MachineSettings, settings: Settings, geometry: Geometry
 ) -> None:
-    """Refuse processes that are too many, map too much, or whose results would take too much memory.
+    """Refuse processes if they are too many, map too much, or their results would take too much memory.
 
     Raises:
         UsageError: one of these.

@@ -75,7 +75,7 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
 
 
 def _large(first: NDArray[np.uint64], planes: Planes) -> Mapped:
-    """Return the pages of large folios in some PMD ranges, whose first page numbers are `first`."""
+    """Return the pages of large folios in the PMD ranges that begin at the page numbers `first`."""
     if planes.folio_order is None:
         return Mapped(np.empty(0, np.int64), np.empty(0, np.int8), np.empty(0, np.bool_))
     rows, offsets = np.nonzero((planes.folio_order > 0) & planes.occupied)

@@ -20,7 +20,7 @@ MOST_TEXT = 1 << 13
 
 
 def checked_rows(rows: object, columns: Mapping[str, type]) -> list[Row]:
-    """Return `rows` if each is an object with all `columns`, whose values can be printed and computed with.
+    """Return `rows` if each is an object with all `columns`, with values to print and to compute with.
 
     Args:
         columns: names and types of required columns: ``int``, ``float`` (which includes int) or ``str``.

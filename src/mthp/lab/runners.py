@@ -63,7 +63,7 @@ def local(jobs: int | None = None) -> Runner:
 
 
 def dask(address: str) -> Runner:
-    """Return a runner on a Dask scheduler, whose workers must have this package, and the inputs at the same paths.
+    """Return a runner on a Dask scheduler. Its workers need this package, and the inputs at the same paths.
 
     Args:
         address: address of the scheduler, such as ``tcp://127.0.0.1:8786``.

@@ -42,7 +42,7 @@ class Outcome:
 
     Attributes:
         policy: the policy of the run, as :mod:`mthp.lab.makers` names it.
-        rows: one for each sample and process, and one for all processes together, whose `process` is ``""``; the
+        rows: one for each sample and process, and one for all processes together, with ``""`` as `process`; the
             columns are those of :mod:`mthp.lab.figures`.
         interrupted: the caller stopped it.
     """

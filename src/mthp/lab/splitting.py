@@ -16,7 +16,7 @@ from mthp.trimming import SMALLEST_LARGE, TrimBy
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The result of a plan whose folios below the PMD order are made by splitting.
+    """The result of a plan if splits make the folios below the PMD order.
 
     Attributes:
         made: int8, shape (ranges, ptes_per_pmd): order that each page is collapsed to; 0 if it is not.
@@ -69,7 +69,7 @@ def given_back(planes: Planes, split: Split, empty: Bits) -> tuple[Planes, Bits]
 
 
 def trimmed(planes: Planes, empty: Bits, by: TrimBy, share: float, geometry: Geometry) -> int:
-    """Return the number of pages that a trim gives back.
+    """Return the number of pages that a trim frees.
 
     Args:
         empty: pages that contain only zeroes: bool, shape (ranges, ptes_per_pmd).

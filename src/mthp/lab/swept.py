@@ -63,7 +63,7 @@ def geometry_of(rows: Sequence[Row]) -> Geometry:
 def summed(rows: Sequence[Row]) -> list[Row]:
     """Return one row for each setting and scan, of all inputs together.
 
-    Bytes and counts are sums; shares are of the sum. An input whose scans ended earlier keeps the values of its last
+    Bytes and counts are sums; shares are of the sum. An input that ended earlier keeps the values of its last
     scan.
     """
     names = _names(rows)

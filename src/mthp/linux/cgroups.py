@@ -96,7 +96,7 @@ def is_frozen(mounts: Sequence[CgroupMount], membership: str) -> bool:
         mounts, membership: as for :func:`cgroup_directories`.
     """
     for directory in cgroup_directories(mounts, membership, "freezer"):
-        # A group freezes all groups below it, whose own cgroup.freeze does not show that.
+        # A group freezes all groups below it, and their own cgroup.freeze does not show that.
         for file, word in (("cgroup.freeze", "1"), ("freezer.state", "FROZEN"), ("freezer.state", "FREEZING")):
             with contextlib.suppress(OSError):
                 if (directory / file).read_text().strip() == word:

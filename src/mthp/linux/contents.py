@@ -70,7 +70,7 @@ class Contents:
     def _read(self, address: int, size: int) -> int:
         """Read as many bytes as possible into the buffer; return their number."""
         try:
-            # Protections do not matter, unless the kernel forbids that (proc_mem.force_override, Linux 6.12).
+            # Protections have no effect, unless the kernel checks them (proc_mem.force_override, Linux 6.12).
             return os.preadv(self._file, [self._buffer[:size]], address)
         except OSError as error:
             if error.errno in _GONE:

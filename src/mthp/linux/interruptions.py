@@ -24,7 +24,7 @@ def interruptions_held_back() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # A signal whose default action ends the process keeps it: only handlers raise.
+    # A signal with a default action that ends the process keeps it: only handlers raise.
     with _held_back({number: handler for number in _USUAL if callable(handler := signal.getsignal(number))}):
         yield
 

@@ -6,8 +6,8 @@ recorded first and put back afterwards (:mod:`mthp.linux.journal`).
 
 Compared with the mover, the target is not stopped, nothing is injected into it, and the kernel moves the pages: it
 is the better way for a process that may not be stopped or traced, or that the mover refuses. It is the worse one
-wherever the rest of the system counts: the switches apply to all processes, and khugepaged works for all whose memory
-it knows. It does not explain why it left a range unchanged.
+wherever the rest of the system counts: the switches apply to all processes, and khugepaged works for all that it
+knows. It does not explain why it left a range unchanged.
 """
 
 from __future__ import annotations

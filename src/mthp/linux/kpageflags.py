@@ -67,7 +67,7 @@ class _Chunks:
         return self.words * SECONDS_PER_WORD + len(_runs(self.ids)[0]) * SECONDS_PER_CALL
 
     def closed(self) -> _Chunks:
-        """Return these and the chunks between any two whose gap is read faster than a new call is made."""
+        """Return these and the chunks between any two if it is faster to read them than to make a new call."""
         between = np.diff(self.ids, append=self.ids[-1:] + 1) - 1
         between[(between << self.shift) * SECONDS_PER_WORD > SECONDS_PER_CALL] = 0
         if not between.any():
@@ -194,7 +194,7 @@ class FolioReader(FrameWords):
             orders[still_open] = self._follow(frames[still_open])
 
     def _follow(self, frames: Frames) -> _Orders:
-        """Return the orders of `frames` whose folios fill the largest chunk, by one search for each folio."""
+        """Return the orders of `frames` in folios that fill the largest chunk, by one search for each folio."""
         ids, index = _distinct(frames >> self._top)
         orders = np.empty(len(ids), np.int8)
         head, order = 0, ORDER_UNKNOWN
@@ -287,7 +287,7 @@ def _orders_in(buffer: Words, shift: int) -> _Orders:
 
 
 def _give_tails_swapbacked(buffer: Words, shift: int, place: NDArray[np.int64], flags: Words, orders: _Orders) -> None:
-    """Give anonymous tails the SWAPBACKED bit of their head: before Linux 6.16 they have flags of their own."""
+    """Copy the SWAPBACKED bit of a head to its anonymous tails: before Linux 6.16 they have flags of their own."""
     bare = np.flatnonzero((flags & _ANON_MEMBER) == np.uint64(abi.KPF_ANON | abi.KPF_COMPOUND_TAIL))
     # Larger folios have it already, from the larger chunk in which they were looked up.
     bare = bare[(orders[bare] > 0) & (orders[bare] <= shift)]

@@ -165,7 +165,7 @@ def probe_userfaultfd() -> tuple[int | None, int]:
     """Make a userfaultfd for faults in user mode only, which needs no rights, and return its features.
 
     Returns:
-        (0 or errno, features). The errno is None on an architecture whose system call number is unknown here.
+        (0 or errno, features). The errno is None on an architecture if its system call number is unknown here.
     """
     number = NR_USERFAULTFD.get(os.uname().machine)
     if number is None:

@@ -1,6 +1,6 @@
 """Hold one process so that it cannot be mistaken for another.
 
-The kernel gives a PID to another process as soon as its owner is gone. A pidfd (pidfd_open(2)) refers to the process
+The kernel assigns a PID to another process as soon as its owner is gone. A pidfd (pidfd_open(2)) refers to the process
 itself, and so does an open directory ``/proc/PID``; together they make sure that all reads and advice here concern the
 process that was opened.
 
@@ -225,7 +225,7 @@ class Process(Closing):
 
     def fail(self, error: OSError, what: str) -> NoReturn:
         """Raise this package's error for `error`, which occurred while using `what`."""
-        # EINVAL comes from mountinfo, whose namespaces are gone before the pidfd reports the exit.
+        # EINVAL comes from mountinfo: the namespaces are gone before the pidfd reports the exit.
         if error.errno == errno.ESRCH or not self.is_alive() or (error.errno == errno.EINVAL and self._is_exiting()):
             self._vanished()
         if error.errno in _REFUSED:

@@ -251,7 +251,7 @@ class ProcPolling:
         return int(os.pread(self._loadavg, 128, 0).split()[-1])
 
     def _is_process(self, pid: int) -> bool:
-        """Return whether it is a process, and not a thread, whose directory can be opened but is not listed."""
+        """Return whether it is a process. The directory of a thread can be opened, too, but is not listed."""
         try:
             with open(f"{self._proc}/{pid}/status", "rb") as file:
                 text = file.read(512)

@@ -148,7 +148,7 @@ class VmaParser:
     Processes with many mappings have few different names and flag lines, so the results for those are kept.
 
     Args:
-        shmem_devices: devices whose files are shared memory, as :func:`shmem_devices` returns them.
+        shmem_devices: devices of files that are shared memory, as :func:`shmem_devices` returns them.
     """
 
     def __init__(self, shmem_devices: frozenset[str] = frozenset()) -> None:

@@ -2,7 +2,7 @@
 
 Of the two files with the state of a page, pagemap costs 7 ns a page and kpageflags 30 or more. But an untouched page
 keeps its word in pagemap: the same frame, the same bits. So only pagemap is read every time, its words are summed up
-for each PMD range, and all else is read only for the ranges whose sum has changed. Two changes that leave the words
+for each PMD range, and all else is read only for the ranges with a changed sum. Two changes that leave the words
 unchanged are seen within :data:`ROUNDS` reads: a folio split in place, and memory marked as lazily free.
 """
 
@@ -27,7 +27,7 @@ _Numbers = NDArray[np.int64]
 
 
 class LiveWatch:
-    """The :class:`~mthp.abilities.Watch` of a process whose page frames can be seen."""
+    """The :class:`~mthp.abilities.Watch` of a process with visible page frames."""
 
     def __init__(self, pagemap: Pagemap, columns: ColumnReader, geometry: Geometry) -> None:
         self._pagemap = pagemap

@@ -204,7 +204,7 @@ _BY_HEAT: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "hot_coverage": ("hot coverage", percent),
     "tlb_misses": ("page walks", "{:,}".format),
 }
-"""Heads and formats of the columns that a target has whose accesses were observed."""
+"""Heads and formats of the columns of a target with observed accesses."""
 
 
 def _creep_table(compared: Compared) -> Table:

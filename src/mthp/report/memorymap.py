@@ -62,7 +62,7 @@ class Picture:
     Attributes:
         rows: rows of columns in it.
         paths: the class of a kind, and the path of its runs.
-        summary: description in words, for readers who cannot see the drawing.
+        summary: description in words, for screen readers.
     """
 
     rows: int
@@ -266,7 +266,7 @@ def draw(counts: NDArray[np.int64], per_column: int, kinds: Kinds, geometry: Geo
     top = np.rint(np.cumsum(counts, axis=1) * (LEVELS / per_column)).astype(np.int64)
     padded = np.zeros((rows * COLUMNS, counts.shape[1]), np.int64)
     padded[: len(top)] = top
-    # The kind at a level is the first whose top is above it, so its number is the number of tops that are not.
+    # The kind at a level is the first with its top above it, so its number is the number of tops that are not.
     level = np.arange(LEVELS)
     raster = (padded[:, None, :] <= level[None, :, None]).sum(axis=2).reshape(rows, COLUMNS, LEVELS)
     lines = raster.transpose(0, 2, 1)[:, ::-1]

@@ -100,7 +100,7 @@ class Parts:
         return self.anon_vmas
 
     def anon_vma_prepare(self, mm: Mm, vma: SimVma) -> None:
-        """Before a write, give a mapping an anon_vma: that of a mergeable neighbour, else a new one."""
+        """Before a write, set the anon_vma of a mapping: that of a mergeable neighbour, else a new one."""
         if vma.anon_vma:
             return
         # The next mapping first, as in find_mergeable_anon_vma() (mm/vma.c).

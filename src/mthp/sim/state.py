@@ -41,7 +41,7 @@ def digest(parts: Parts) -> str:
         "deferred": list(parts.memory.deferred),
         "cache": list(parts.memory.cache),
         "batch": parts.lru.waiting,
-        # Without pins that were undone: whether a folio was ever pinned is no part of the state.
+        # Without pins that were undone: whether a folio was ever pinned is not a part of the state.
         "pins": sorted((head, count) for head, count in parts.pins.items() if count),
         "mms": [
             [mm.id, mm.anon_pages, mm.swap_entries, [[v.start, v.end, sorted(v.flags), v.permissions] for v in mm.vmas]]

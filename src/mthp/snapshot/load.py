@@ -108,7 +108,7 @@ class SnapshotSpace(RecordedSpace):
         if not parts:
             return []
         found = np.concatenate(parts)
-        # A span may touch several row groups, whose parts are still apart.
+        # A span may touch several row groups, and its parts are still apart.
         found = join_granules(found[np.argsort(found[:, 0], kind="stable")])
         return [(first * page_size, end * page_size) for _, first, end in found.tolist()]
 

@@ -212,7 +212,7 @@ class StepTaker:
         ]
         first = page_numbers([(vma.start, vma.end) for vma in vmas], geometry.page_size)[:, 0]
         parts = [self._changed(columns, first) for columns in self._watch.look(segments)]
-        # Ranges that are not looked at any more must be marked as empty, or they would stay in the recording.
+        # Ranges that are not read any more must be marked as empty, or they would stay in the recording.
         if segments != self._looked:
             parts.append(self._emptied(segments))
             self._looked = segments

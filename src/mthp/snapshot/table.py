@@ -235,7 +235,7 @@ class RunReader:
     def _own_bits(self, state: NDArray[np.uint16]) -> NDArray[np.uint16]:
         if self.description.state_bits == STATE_BITS:
             return state
-        # Written by another version, whose bits have other numbers, or unknown names, which are dropped.
+        # Another version wrote it: bits have other numbers, or unknown names, which are dropped.
         own = np.zeros_like(state)
         for name, bit in self.description.state_bits.items():
             own[(state & bit) != 0] |= STATE_BITS.get(name, 0)

@@ -58,7 +58,7 @@ def _columns() -> int | None:
 def print_json(command: str, *objects: object) -> None:
     """Print the one JSON object of `command`, which has the keys of all `objects`; its schema comes first.
 
-    A list is written item by item while it is made, so its length does not matter.
+    A list is written item by item while it is made, so it may be of any length.
     """
     click.echo(f'{{\n  "schema": "mthp.{command}/1"', nl=False)
     for each in objects:

@@ -1,6 +1,6 @@
 """Models of programs for the simulated machine, which allocate, age, fork and free memory as real ones do.
 
-Each model is a dataclass of its parameters, whose docstring names its sources, and a generator of *moves*
+Each model is a dataclass of its parameters, with its sources in the docstring, and a generator of *moves*
 (:mod:`~mthp.lab.workloads.program`). None has code of the program that it models; it has the same pattern of which
 pages are touched, freed and copied, and when.
 """

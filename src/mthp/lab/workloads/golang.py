@@ -1,4 +1,4 @@
-"""A garbage-collected heap with a runtime that gives free memory back in the background."""
+"""A garbage-collected heap with a runtime that returns free memory in the background."""
 
 from __future__ import annotations
 

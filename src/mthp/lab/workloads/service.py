@@ -16,7 +16,7 @@ class Service:
     """A service in a memory cgroup: a steady core, work that comes in bursts, and long idle times.
 
     The core is the memory of a runtime and its libraries. A burst of requests takes memory from the top of the heap and
-    gives most of it back when it is over, as glibc does when the top of the heap is free beyond M_TRIM_THRESHOLD
+    returns most of it when it is over, as glibc does when the top of the heap is free beyond M_TRIM_THRESHOLD
     (mallopt(3)). Holes stay where objects outlive the burst. Services of one machine are not in step.
 
     Attributes:

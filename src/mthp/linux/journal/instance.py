@@ -70,7 +70,7 @@ def write_instance(kdamonds: Path, word: str) -> None:
         MthpError: the kernel refuses.
     """
     if word == NONE:
-        # The kernel refuses it for an instance that never ran, or whose target exited.
+        # The kernel refuses it for an instance that never ran, or has a target that exited.
         with contextlib.suppress(OSError):
             write_file(kdamonds / "0/state", "off")
         write_setting(kdamonds / "nr_kdamonds", NONE)

@@ -72,7 +72,7 @@ class SwitchJournal:
 
         Args:
             order: its size's switch is set to ``always``, the switches of all others that are on to ``never``.
-            off: the orders that have to be off, if not all others: those whose folios would fit as well.
+            off: the orders that have to be off, if not all others: those with folios that would fit as well.
 
         Raises:
             UnsupportedError: this kernel has no switch for that size.
@@ -194,7 +194,7 @@ class SwitchJournal:
         """
         with self._turn, interruptions_held_back():
             if self._files is not None:
-                # In a window of this process, whose opening has put back all leftovers.
+                # In a window of this process, and its opening has put back all leftovers.
                 return []
             if not (self._root or default_root()).exists():
                 return []
@@ -299,7 +299,7 @@ class SwitchJournal:
         del self._changes[depth:]
         self._files.write(self._changes)
         if all(change.kept for change in self._changes) and not all(change.holds for change in self._changes):
-            # A process that kept something died in this window, for whose end its watcher does not wait.
+            # A process that kept something died in this window, and its watcher does not wait for the window's end.
             settle(self._files, self._sysfs.root, write=self._write)
             self._changes = self._files.read()
 

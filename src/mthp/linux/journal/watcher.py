@@ -2,7 +2,7 @@
 
 :mod:`mthp.linux.journal.guard` starts it as ``python -I -S -c ...`` with a session of its own and all signals blocked,
 so that the end of the owner's process group or terminal does not end the watcher. Its standard input is a pidfd of the
-owner; its standard output is a pipe to which it writes its PID when it is ready, and whose closing informs the owner
+owner; its standard output is a pipe to which it writes its PID when it is ready, and its end informs the owner
 that the watcher is gone.
 """
 

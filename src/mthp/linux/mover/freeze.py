@@ -55,7 +55,7 @@ _EXIT_CODES = (os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED)
 
 
 class FrozenProcess(ProcessMemory):
-    """A process whose threads are all stopped, from :meth:`stop` to :meth:`release`.
+    """A process with all threads stopped, from :meth:`stop` to :meth:`release`.
 
     Call all methods from one thread; when that thread ends, the kernel releases the process.
 

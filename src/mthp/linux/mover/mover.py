@@ -69,7 +69,7 @@ class Hold(Protocol):
         """
 
     def too_large(self, order: int) -> range:
-        """Return the orders whose folios would fit where one of `order` is wanted."""
+        """Return the orders with folios that would fit where one of `order` is wanted."""
 
     def around(self, special: SpecialRanges) -> SpecialRanges:
         """Return `special` plus adjoining memory that may be used until the blocks are held."""
@@ -133,7 +133,7 @@ class _Batch:
         return bool(again)
 
     def give_up(self, blocks: Sequence[Block], error: MthpError) -> None:
-        """Give those of `blocks` without an outcome the outcome for `error`."""
+        """Set the outcome for `error` for those of `blocks` without one."""
         # The target may exit in the middle: the blocks done before keep their outcomes, and only the rest gets this
         # one.
         result = ScanResult.ANY_PROCESS if isinstance(error, TargetVanishedError) else ScanResult.FAIL

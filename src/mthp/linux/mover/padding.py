@@ -164,7 +164,7 @@ def pack_slot(boot: bytes, tid: int, size: int) -> bytes:
 
 
 def occupant_of(content: bytes, machine: Machine) -> Occupant | None:
-    """Return the thread whose boot code the slot with `content` holds; None if it holds no boot code."""
+    """Return the thread of the boot code in the slot with `content`; None if it holds no boot code."""
     if not content.startswith(machine.boot):
         return None
     (stack,) = struct.unpack_from("=Q", content, len(machine.boot) + machine.boot_stack)

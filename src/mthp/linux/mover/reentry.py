@@ -115,7 +115,7 @@ def _hold(tid: int) -> None:
 
 
 def _is_to_be_held(frozen: Frozen, tid: int, mask: int) -> bool:
-    """Return whether a signal outside `mask` is pending, or one may come whose place in its queue counts."""
+    """Return whether a signal outside `mask` is pending, or one may come that must keep its place in the queue."""
     text = read_task_file(frozen.process, tid, "status") or b""
     fields = {line[:7]: int(line[7:], 16) for line in lines(text) if line[:7] in _SIGNAL_SETS}
     pending = fields.get(b"SigPnd:", 0) | fields.get(b"ShdPnd:", 0)

@@ -97,7 +97,7 @@ def all_stopped(
     Raises:
         CannotStopError, NotPermittedError: as :meth:`FrozenProcess.stop`.
     """
-    # Before the stop, so that its time is no part of the pause; only threads that are new then are checked inside.
+    # Before the stop, so that its time is not a part of the pause; only threads that are new then are checked inside.
     known = check_threads(process, read_threads(process))
     frozen = FrozenProcess(process, timeout_ns, machine, like)
     try:
@@ -114,7 +114,7 @@ def all_stopped(
 
 
 class MoverSession(Closing):
-    """A hold on another process, whose blocks it moves to new folios (:class:`~mthp.linux.mover.mover.Hold`).
+    """A hold on another process, to move its blocks to new folios (:class:`~mthp.linux.mover.mover.Hold`).
 
     Between two windows the target contains nothing of it; it keeps only measurements.
 
@@ -184,7 +184,7 @@ class MoverSession(Closing):
         """Do nothing: refusals of another process become the outcome of its blocks."""
 
     def too_large(self, order: int) -> range:
-        """Return all larger orders but the PMD's, whose folios do not fit where there is a page table."""
+        """Return all larger orders but the PMD's: its folios do not fit where there is a page table."""
         return range(order + 1, self._geometry.pmd_order)
 
     def around(self, special: SpecialRanges) -> SpecialRanges:
@@ -304,7 +304,7 @@ class MoverSession(Closing):
             if len(rows):
                 addresses, sizes = addresses[rows], sizes[rows]
                 reach = self._geometry.pmd_size
-                # A hash covers a whole operation, so blocks whose bytes are verified are moved alone.
+                # A hash covers a whole operation, so blocks to be verified are moved alone.
                 lengths = np.ones(len(rows), np.int64) if alone else run_lengths(addresses, sizes, reach)
                 operations = operations_of(addresses, sizes, lengths, flags)
                 injection = self._inject(frozen, len(operations))

@@ -15,7 +15,7 @@ from mthp.ptes import PteColumns, Segment
 
 @dataclass(frozen=True, slots=True)
 class MoveTarget:
-    """A process whose memory is moved.
+    """A process with memory to be moved.
 
     Attributes:
         process: the process; the caller keeps it open and closes it.

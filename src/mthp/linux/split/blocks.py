@@ -1,7 +1,7 @@
 """Make mTHPs in place: MADV_COLLAPSE of a PMD range, then splits down to exactly the planned folios.
 
 Each range is handled by itself: check it (:mod:`mthp.splitchecks`), take room for one PMD folio, collapse it, divide it
-(:mod:`~mthp.linux.split.divide`). For a moment the whole range is one PMD folio, whose holes are filled with zeroes.
+(:mod:`~mthp.linux.split.divide`). For a moment the whole range is one PMD folio, with its holes filled with zeroes.
 Nothing is injected into the target, no thread of it stops, and no switch changes, so wherever this process ends there
 is nothing to undo: at worst a range stays larger than planned.
 """

@@ -85,14 +85,14 @@ class FolioDivider(Closing):
             self._file.close()
 
     def folio_at(self, address: int, order: int) -> LargeFolio | None:
-        """Return the folio of `order` whose first page is mapped at `address`; None if there is no such folio.
+        """Return the folio of `order` with its first page mapped at `address`; None if there is no such folio.
 
         Raises:
             TargetVanishedError: the process is gone.
         """
         word = self._pagemap.word(address)
         pfn = word & abi.PM_PFRAME_MASK
-        # A naturally aligned folio whose tail begins the second half has both halves.
+        # A naturally aligned folio with a tail at the start of the second half has both halves.
         if not word & abi.PM_PRESENT or pfn % (1 << order) or not self._is_tail(pfn + (1 << order - 1)):
             return None
         folio = LargeFolio(address, pfn, order)
@@ -142,7 +142,7 @@ class FolioDivider(Closing):
         """Bring `part` of `folio` to base pages by any means; return whether it lies in no larger folio any more.
 
         Args:
-            holes: pages of `folio` whose age may be lost: bool, shape (pages,).
+            holes: pages of `folio` that may lose their age: bool, shape (pages,).
 
         Raises:
             TargetVanishedError: the process is gone.

@@ -83,7 +83,7 @@ class Steps:
         return Step(self._part(parts[0]), None, [self._part(each) for each in parts if self._cost(each)])
 
     def _around(self, number: int) -> Step:
-        """Return the write that splits a part around a page: the way down to it, whose other halves stay whole."""
+        """Return the write that splits a part around a page: on the way down to it the other halves stay whole."""
         parts = []
         end = number
         while end == number or self._way_goes_on(end):

@@ -22,7 +22,7 @@ from mthp.trimchecks import trim_each
 from mthp.trimming import TrimBy, TrimOutcome, in_use
 
 PAUSE = 0.002
-"""Seconds before the second attempt at folios whose lock or reference may have passed."""
+"""Seconds before the second attempt at folios that were locked or referenced for a moment."""
 
 
 class Trimmer(Closing):

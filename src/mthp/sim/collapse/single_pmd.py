@@ -110,7 +110,7 @@ def mthp_collapse(target: RangeTarget, address: int, scan: RangeScan, policy: Po
             result = target.collapse_huge_page(at, order, scan)
             collapsed |= result is ScanResult.SUCCEED
             alloc_failed |= result is ScanResult.ALLOC_HUGE_PAGE_FAIL
-            # The kernel keeps no result of a run that was collapsed, or whose folio is large enough already.
+            # The kernel keeps no result of a run that was collapsed, or has a folio that is large enough already.
             last = last if result in done_there else result
             if result not in done_there and not _goes_on(result, order, policy, rules):
                 break

@@ -94,7 +94,7 @@ class Swap:
         self.content[slot : slot + size] = self._memory.content[head : head + size]
 
     def split_cache(self, head: int, size: int) -> None:
-        """Give each page of a folio in the swap cache its own slot, because the folio was split."""
+        """Assign each page of a folio in the swap cache its own slot, because the folio was split."""
         slot = self._slot_of[head]
         self._slot_of |= {head + i: slot + i for i in range(size)}
 

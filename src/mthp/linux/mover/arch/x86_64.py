@@ -188,7 +188,7 @@ class X8664(Machine):
     trampoline_bytes = 32
 
     def foreign(self, registers: Registers) -> NDArray[np.bool_]:
-        """Return the threads whose code segment is not the ordinary one: they run 32-bit code."""
+        """Return the threads with another code segment than the ordinary one: they run 32-bit code."""
         different: NDArray[np.bool_] = registers[:, _CS] != USER_CS
         return different
 

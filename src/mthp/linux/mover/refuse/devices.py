@@ -1,4 +1,4 @@
-"""Refuse processes with open files whose driver may hold pages, or use memory while the process is stopped.
+"""Refuse processes with open files of drivers that may hold pages, or use memory while the process is stopped.
 
 A driver can pin pages, which the kernel shows when they are to be moved. But it can also keep a second page table that
 points to them (a virtual machine), let a kernel thread write to the process's memory (vhost), let another process map
