@@ -1,4 +1,4 @@
-"""Budgets of CPU seconds and bytes over time, for every pace of mthp that has a rate.
+"""Budgets of CPU seconds and bytes over time, for every pace of mthp that has a rate; and rests after failures.
 
 A budget earns at its rate, saves up to a bound, and may be overdrawn by one piece of work. Before it begins work a
 caller gets the seconds to wait, and afterwards it reports the cost of the work. After an overdraft the wait lasts until
@@ -92,6 +92,23 @@ class ByteBudget(Budget):
 
 def _byte_bounds(rate: float | None) -> tuple[float, float]:
     return BYTES_BURST_SECONDS * (rate or 0), BYTES_SLICE_SECONDS * (rate or 0)
+
+
+class Backoff:
+    """A rest after a failure, which every further failure doubles."""
+
+    def __init__(self) -> None:
+        self._until = self._rest = 0.0
+
+    def rests(self, now: float) -> bool:
+        """Return whether it is too early for another try."""
+        return now < self._until
+
+    def failed(self, now: float, first: float, last: float) -> None:
+        """Rest for `first` seconds, later for up to `last`; does nothing while it rests."""
+        if not self.rests(now):
+            self._rest = min(max(2 * self._rest, first), last)
+            self._until = now + self._rest
 
 
 class CpuBudget:

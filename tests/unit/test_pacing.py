@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import FakeClock
-from mthp.pacing import BYTES_SLICE_SECONDS, CPU_BURST, CPU_SLICE, Budget, ByteBudget, CpuBudget
+from mthp.pacing import BYTES_SLICE_SECONDS, CPU_BURST, CPU_SLICE, Backoff, Budget, ByteBudget, CpuBudget
 
 BURST, WORTH = 1.0, 0.2
 
@@ -125,3 +125,16 @@ def test_a_clock_that_goes_back_earns_nothing_and_breaks_nothing() -> None:
     budget.spend(2.0)
     clock.now -= 500
     assert budget.wait() == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_rest_doubles_with_every_failure_and_failures_within_it_do_not_count() -> None:
+    known, now, waits = Backoff(), 0.0, []
+    for _ in range(9):
+        known.failed(now, 60.0, 3600.0)
+        begun = now
+        while known.rests(now):
+            known.failed(now, 60.0, 3600.0)
+            now += 30.0
+        waits.append(now - begun)
+    assert waits[:3] == [60.0, 120.0, 240.0]
+    assert waits[-1] == 3600.0

@@ -324,53 +324,46 @@ def account(
         counters, service: counters of the target.
         space: address space of the target, which hands over its pauses and calls.
     """
-    geometry = environment.geometry
-    made: Counter[int] = Counter()
-    failed: Counter[ScanResult] = Counter()
+    geometry, size = environment.geometry, environment.geometry.page_size
+    calls, pauses = take_calls(space), take_pauses(space)
     rule = environment.services.rules.setdefault(service.rule, RuleCounters())
-    copied = filled = 0
-    calls = take_calls(space)
+    work = Counters(scanned_ptes=passage.progress)
     for attempt in passage.attempts:
-        added = attempt.left_filled + (attempt.filled if attempt.result is ScanResult.SUCCEED else 0)
-        filled += added
-        rule.bloat_bytes[attempt.order] += added * geometry.page_size
-        if attempt.result is ScanResult.SUCCEED:
-            made[attempt.order] += 1
-            copied += attempt.copied
-            environment.free.given(attempt.order)
-        elif attempt.result is not ScanResult.PTE_MAPPED_HUGEPAGE:
-            failed[attempt.result] += 1
-            rule.failed[attempt.order] += 1
-            if attempt.result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
-                environment.free.refused(attempt.order, environment.tunables.alloc_sleep_millisecs / 1000)
-        if attempt.order == geometry.pmd_order and attempt.elapsed_ns:
+        order, result = attempt.order, attempt.result
+        added = attempt.left_filled + (attempt.filled if result is ScanResult.SUCCEED else 0)
+        work.bloat_bytes += added * size
+        rule.bloat_bytes[order] += added * size
+        if result is ScanResult.SUCCEED:
+            work.collapsed[order] += 1
+            work.copied_bytes += attempt.copied * size
+            environment.free.given(order)
+        elif result is not ScanResult.PTE_MAPPED_HUGEPAGE:
+            work.failed[result] += 1
+            rule.failed[order] += 1
+            if result is ScanResult.ALLOC_HUGE_PAGE_FAIL and attempt.elapsed_ns:
+                environment.free.refused(order, environment.tunables.alloc_sleep_millisecs / 1000)
+        if order == geometry.pmd_order and attempt.elapsed_ns:
             calls.append(attempt.elapsed_ns)
-    pauses = take_pauses(space)
-    rule.collapsed.update(made)
-    results = {ScanResult(index): count for index, count in enumerate(np.bincount(passage.results).tolist()) if count}
+    work.ranges.update(map(ScanResult, passage.results.tolist()))
+    rule.collapsed.update(work.collapsed)
     for one in (counters, environment.total):
-        one.collapsed.update(made)
-        one.failed.update(failed)
-        one.ranges.update(results)
-        one.scanned_ptes += passage.progress
-        one.copied_bytes += copied * geometry.page_size
-        one.bloat_bytes += filled * geometry.page_size
+        one.add(work)
         one.stopped.add(pauses)
         one.called.add(calls)
-    size = sum(geometry.size_of(order) * count for order, count in made.items())
-    service.collapsed_bytes += size
-    service.bloat_bytes += filled * geometry.page_size
-    if made or failed:
+    made = work.collapsed_bytes(geometry)
+    service.collapsed_bytes += made
+    service.bloat_bytes += work.bloat_bytes
+    if work.collapsed or work.failed:
         environment.event_of(
             facts,
-            "collapsed" if made else "failed",
-            folios={geometry.label(order): count for order, count in sorted(made.items())},
-            failed={result.name: count for result, count in failed.items()},
-            copied_bytes=copied * geometry.page_size,
-            bloat_bytes=filled * geometry.page_size,
+            "collapsed" if work.collapsed else "failed",
+            folios=work.collapsed_by_size(geometry),
+            failed={result.name: count for result, count in work.failed.items()},
+            copied_bytes=work.copied_bytes,
+            bloat_bytes=work.bloat_bytes,
             max_pause_seconds=max(pauses, default=0) / 1e9,
         )
-    return size
+    return made
 
 
 def give_back(environment: Environment, facts: ProcessFacts, share: float) -> tuple[int, int | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from mthp.engine.reach import Steps, Supply, reachable
 from mthp.freememory import parse_buddyinfo
 from mthp.linux.cgroups import CgroupMount, cgroup_directories, cgroup_mounts
 from mthp.linux.headroom import free_beyond_reserve, free_memory, parse_meminfo
-from mthp.pacing import Clock
+from mthp.pacing import Backoff, Clock
 
 ASK_SECONDS = 0.5
 """Least seconds between two reads of the machine's pressure and its free memory."""
@@ -105,7 +106,7 @@ class FreeFolios:
         self._path, self._clock = path, clock
         self._asked = -ASK_SECONDS
         self._largest: int | None = None
-        self._refused: dict[int, tuple[float, float]] = {}
+        self._refused: defaultdict[int, Backoff] = defaultdict(Backoff)
 
     def available(self, order: int) -> bool:
         """Return whether a folio of `order` may be requested now."""
@@ -115,22 +116,15 @@ class FreeFolios:
             self._largest = _largest_free(self._path)
         if self._largest is not None and order > self._largest:
             return False
-        until, _ = self._refused.get(order, (0.0, 0.0))
-        return now >= until
+        return not self._refused[order].rests(now)
 
     def refused(self, order: int, alloc_sleep: float) -> None:
         """Note that the kernel had no folio of `order`: wait before the next request, `alloc_sleep` seconds at most.
 
         If the machine has such folios free, the reason lies in the target, and other targets need not wait.
         """
-        if free_beyond_reserve(order, self._path):
-            return
-        now = self._clock()
-        until, rest = self._refused.get(order, (0.0, 0.0))
-        if now < until:
-            return
-        rest = min(max(2 * rest, FIRST_RETRY_SECONDS), max(alloc_sleep, ASK_SECONDS))
-        self._refused[order] = now + rest, rest
+        if not free_beyond_reserve(order, self._path):
+            self._refused[order].failed(self._clock(), FIRST_RETRY_SECONDS, max(alloc_sleep, ASK_SECONDS))
 
     def given(self, order: int) -> None:
         """Note that the kernel allocated a folio of `order`."""
@@ -139,7 +133,7 @@ class FreeFolios:
     def exhausted(self) -> list[int]:
         """Return the orders that are not requested at the moment because they were refused."""
         now = self._clock()
-        return sorted(order for order, (until, _) in self._refused.items() if now < until)
+        return sorted(order for order, refused in dict(self._refused).items() if refused.rests(now))
 
 
 class MachineReach:

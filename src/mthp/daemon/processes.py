@@ -269,11 +269,11 @@ class Nursery:
             self._queue.popleft()
         return self._queue[0][0] if self._queue else None
 
-    def take(self, limit: int = AT_A_TIME) -> list[int]:
-        """Return the processes that have settled, `limit` at most."""
+    def take(self) -> list[int]:
+        """Return the processes that have settled, `AT_A_TIME` at most."""
         taken: list[int] = []
         now = self._clock()
-        while len(taken) < limit and (due := self.next_due()) is not None and due <= now:
+        while len(taken) < AT_A_TIME and (due := self.next_due()) is not None and due <= now:
             _, pid = self._queue.popleft()
             del self._due[pid]
             taken.append(pid)

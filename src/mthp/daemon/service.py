@@ -26,7 +26,7 @@ from mthp.daemon.knobs import Keeping, SystemKnobs
 from mthp.daemon.loop import Loop
 from mthp.daemon.pressure import FreeFolios, MemoryPressure, memory_used, raise_open_files_limit
 from mthp.daemon.processes import Finder
-from mthp.daemon.systemd import Notifier
+from mthp.daemon.systemd import CAPABILITIES, Notifier
 from mthp.daemon.target import Target
 from mthp.daemon.telemetry import Counters, EventLog
 from mthp.daemon.worker import Worker
@@ -35,7 +35,7 @@ from mthp.geometry import Geometry
 from mthp.linux.journal.files import LOCK_NAME, default_root
 from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.live import open_live
-from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, Rights
+from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, CAPABILITY_NAMES, Rights
 from mthp.linux.sysfs import ThpSysfs
 from mthp.objects import to_object
 from mthp.pacing import ByteBudget, CpuBudget
@@ -52,12 +52,8 @@ STUCK_SECONDS = 60.0
 RESTORE_SECONDS = 5.0
 """Seconds between two tries to put back switches that a killed run has left."""
 
-NEEDED = {
-    CAP_SYS_PTRACE: "to look at other users' processes and to stop their threads",
-    CAP_SYS_ADMIN: "to see page frames and so the orders of folios",
-    CAP_SYS_NICE: "for MADV_COLLAPSE in other processes",
-}
-"""The required capabilities, and the purpose of each."""
+NEEDED = (CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_SYS_NICE)
+"""The required capabilities; :data:`~mthp.daemon.systemd.CAPABILITIES` has the purpose of each."""
 
 
 def check_rights() -> None:
@@ -67,9 +63,9 @@ def check_rights() -> None:
         NotPermittedError: a capability is missing; names it and its purpose.
     """
     rights = Rights.read(Path("/proc/self"))
-    missing = [(capability, use) for capability, use in NEEDED.items() if not rights.has(capability)]
+    missing = [capability for capability in NEEDED if not rights.has(capability)]
     if missing:
-        lines = [f"{rights.how_to_have(capability)}: {use}" for capability, use in missing]
+        lines = [f"{rights.how_to_have(one)}: {CAPABILITIES[CAPABILITY_NAMES[one]]}" for one in missing]
         raise NotPermittedError("the daemon lacks rights", help="\n".join(lines))
 
 
@@ -213,7 +209,7 @@ class Daemon:
             if self._notifier.watchdog:
                 self._loop.every("watchdog", self._notifier.watchdog, self._sign_of_life)
             self._event("start", pid=os.getpid(), rules=len(self.environment.configuration.rules.rules))
-            self._notifier.ready(self._status_line())
+            self._notifier.send("READY=1", f"STATUS={self._status_line()}")
             self._say(f"process {os.getpid()}: {self._status_line()}; new processes by {self.finder.means}")
             while not self._stopping:
                 self._loop.once(self.finder.next_due)
@@ -273,14 +269,14 @@ class Daemon:
 
     def _sign_of_life(self) -> None:
         if time.monotonic() - self.worker.beat < STUCK_SECONDS:
-            self._notifier.alive(self._status_line())
+            self._notifier.send("WATCHDOG=1", f"STATUS={self._status_line()}")
 
     def _status_line(self) -> str:
         state = "paused" if self.worker.paused else "resting" if self.worker.pressure.resting else "working"
         return f"{state}, {len(self.worker.targets)} targets, {self.environment.total.collapsed.total()} folios made"
 
     def _end(self) -> None:
-        self._notifier.stopping()
+        self._notifier.send("STOPPING=1")
         in_time = self.worker.stop(STOP_SECONDS, TOUCHING_SECONDS)
         self._event("stop", in_time=in_time)
         self._say("ended" if in_time else "ended in the middle of reading a process, which that does not harm")
@@ -289,7 +285,8 @@ class Daemon:
 
     def reload(self) -> None:
         """Read the configuration again; if it is invalid, keep the old one."""
-        self._notifier.reloading()
+        # As Type=notify-reload wants it, until READY=1 (sd_notify(3)).
+        self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
         if self._events is not None:
             self._events.reopen()
         try:
@@ -299,7 +296,7 @@ class Daemon:
             self.environment.reload_at, self.environment.reload_refused = time.time(), True
             self._say(f"the new configuration is refused, the old one stays: {error.message}")
             self._event("reload_refused", error=error.message)
-            self._notifier.ready(self._status_line())
+            self._notifier.send("READY=1", f"STATUS={self._status_line()}")
             return
         self.reloads += 1
         self.environment.reload_at, self.environment.reload_refused = time.time(), False
@@ -311,7 +308,7 @@ class Daemon:
         self.finder.renew()
         self._say(f"configuration read again: {len(configuration.rules.rules)} rules")
         self._event("reload", rules=len(configuration.rules.rules))
-        self._notifier.ready(self._status_line())
+        self._notifier.send("READY=1", f"STATUS={self._status_line()}")
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         command = request.get("command")

@@ -8,8 +8,6 @@
   everything is scanned again, broken folios first.
 - :class:`SmallFolios`: the folios below the PMD order that were made in it, and whether they last. The kernel's own
   khugepaged makes huge folios of them again where max_ptes_none lets it (:mod:`mthp.engine.lasting`).
-- :class:`Unadvised`: the time of the next try to move memory for which no folio could be allocated
-  (:mod:`mthp.thp_unadvised`).
 """
 
 from __future__ import annotations
@@ -209,26 +207,3 @@ class SmallFolios:
         if self.remade.keeps is not None:
             remark += f"; keep_max_ptes_none = {self.remade.keeps} in the rules file has the daemon see to that"
         environment.say_once(("not_lasting", rule.name), remark)
-
-
-FIRST_WAIT, LAST_WAIT = 60.0, 3600.0
-"""Seconds until a target is tried again, at first and in the end, because it may undo its prctl, which is not visible.
-"""
-
-
-class Unadvised:
-    """The state of one target."""
-
-    def __init__(self) -> None:
-        self._until = 0.0
-        self._wait = 0.0
-
-    def holds(self, now: float) -> bool:
-        """Return whether memory without advice must be left alone."""
-        return now < self._until
-
-    def found(self, now: float) -> None:
-        """Note that the folios of a batch came out small; does nothing while :meth:`holds` is true."""
-        if not self.holds(now):
-            self._wait = min(max(2 * self._wait, FIRST_WAIT), LAST_WAIT)
-            self._until = now + self._wait

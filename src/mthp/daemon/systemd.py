@@ -13,7 +13,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -166,23 +165,8 @@ class Notifier:
         allowed = re.fullmatch("[0-9]{1,18}", usec)
         self.watchdog = int(usec) / 2e6 if allowed and mine and self._address else None
 
-    def ready(self, status: str) -> None:
-        """Notify that the daemon works."""
-        self._tell("READY=1", f"STATUS={status}")
-
-    def reloading(self) -> None:
-        """Notify that the rules are being read again; :meth:`ready` follows."""
-        self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
-
-    def stopping(self) -> None:
-        """Notify that the daemon is about to end."""
-        self._tell("STOPPING=1")
-
-    def alive(self, status: str) -> None:
-        """Send a sign of life."""
-        self._tell("WATCHDOG=1", f"STATUS={status}")
-
-    def _tell(self, *assignments: str) -> None:
+    def send(self, *assignments: str) -> None:
+        """Send assignments such as ``READY=1`` (sd_notify(3)); never fails."""
         if not self._address:
             return
         # A name that begins with @ is in the abstract namespace (unix(7)).

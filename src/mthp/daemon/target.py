@@ -24,13 +24,13 @@ from mthp.daemon.ledger import Ledger
 from mthp.daemon.pass_ import LeftAlone, Pass, account, decided_by, give_back
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
-from mthp.daemon.state import CHILD, Forks, HeatKeeper, Sign, SmallFolios, Unadvised
+from mthp.daemon.state import CHILD, Forks, HeatKeeper, Sign, SmallFolios
 from mthp.daemon.telemetry import Counters
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process
 from mthp.measuring import out_of_reach_bytes
 from mthp.naming import ProcessFacts
-from mthp.pacing import ByteBudget
+from mthp.pacing import Backoff, ByteBudget
 
 PIECE_RANGES = 32
 """Most PMD ranges in one piece of work."""
@@ -52,6 +52,11 @@ REACH_SECONDS = 600.0
 
 TRIM_SECONDS, TRIM_SHARE = 60.0, 0.02
 """Least seconds between two trims of one process, and their share of the time, because they read its contents."""
+
+UNADVISED_SECONDS = 60.0, 3600.0
+"""Seconds until memory without advice is tried again after no folio could be allocated for it, at first and in the end:
+the target may undo its prctl, which is not visible (:mod:`mthp.thp_unadvised`).
+"""
 
 HELD_SECONDS = 1.0
 """Seconds between two checks whether a child that shares the memory, or eagerness, still holds the work back."""
@@ -135,7 +140,7 @@ class Target:
         self.folio_pages: list[int] = []
         self.trimmable_bytes: int | None = None
         self._at_a_time = 2
-        self._unadvised = Unadvised()
+        self._unadvised = Backoff()
         self.forks = Forks()
         self.left_alone: list[LeftAlone] = []
         self.vanished = self.closed = False
@@ -303,7 +308,7 @@ class Target:
         self._pass = Pass(
             self._environment, self.facts.pid, self.settings, lambda: self.bloat_left, self.level.smallest
         )
-        if self._unadvised.holds(now):
+        if self._unadvised.rests(now):
             self._pass.only_advised()
         outline = self._pass.outline()
         self.huge = int(outline.pmd_mapped.sum()) * environment.geometry.pmd_size
@@ -361,7 +366,7 @@ class Target:
             self._leave_out(f"a charge failed: {current.out_of_memory}")
             return
         if current.unadvised:
-            self._unadvised.found(now)
+            self._unadvised.failed(now, *UNADVISED_SECONDS)
         rest = self._rate.wait()
         if current.is_done:
             self._pass_done()

@@ -16,7 +16,7 @@ import stat
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,6 +106,15 @@ class Counters:
     skipped: int = 0
     stopped: Pauses = field(default_factory=Pauses)
     called: Pauses = field(default_factory=Pauses)
+
+    def add(self, other: Counters) -> None:
+        """Add other work; its pauses and calls are added apart, one by one."""
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            elif isinstance(mine, int):
+                setattr(self, each.name, mine + theirs)
 
     def collapsed_bytes(self, geometry: Geometry) -> int:
         """Return the bytes in the folios that were made."""

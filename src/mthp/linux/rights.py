@@ -15,7 +15,7 @@ CAP_SYS_ADMIN = 21
 CAP_SYS_NICE = 23
 """Bits of ``CapEff``: include/uapi/linux/capability.h."""
 
-_NAMES = {CAP_SYS_PTRACE: "CAP_SYS_PTRACE", CAP_SYS_ADMIN: "CAP_SYS_ADMIN", CAP_SYS_NICE: "CAP_SYS_NICE"}
+CAPABILITY_NAMES = {CAP_SYS_PTRACE: "CAP_SYS_PTRACE", CAP_SYS_ADMIN: "CAP_SYS_ADMIN", CAP_SYS_NICE: "CAP_SYS_NICE"}
 _EVERY_UID = ["0", "0", "4294967295"]
 
 
@@ -51,7 +51,7 @@ class Rights:
 
     def how_to_have(self, capability: int) -> str:
         """Return the remedy where the kernel refused an operation that needs `capability`."""
-        name = _NAMES[capability]
+        name = CAPABILITY_NAMES[capability]
         if not self.has(capability):
             return f"{name} (run as root; in a container --cap-add={name.removeprefix('CAP_')})"
         # Effective in a namespace of its own, where the kernel asks for it in the first one (capable(),

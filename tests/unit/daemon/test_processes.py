@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fakes import FakeClock
-from mthp.daemon.processes import Nursery
+from mthp.daemon.processes import AT_A_TIME, Nursery
 
 
 def test_new_processes_are_left_alone_until_they_have_settled() -> None:
@@ -34,4 +34,4 @@ def test_a_storm_of_short_lived_processes_is_never_looked_into() -> None:
     assert nursery.take() == []
     assert len(nursery) == 0
     nursery.add(range(1000), at_once=True)
-    assert len(nursery.take(limit=128)) == 128
+    assert len(nursery.take()) == AT_A_TIME

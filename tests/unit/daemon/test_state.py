@@ -20,7 +20,7 @@ from daemon_stage import (
 )
 from fakes import FakeSpace
 from mthp.daemon.ledger import FIRST_AGE
-from mthp.daemon.state import CHILD, FIRST_WAIT, LAST_WAIT, LONGEST_CHILD_SECONDS, SHORT_CHILD_SECONDS, Sign, Unadvised
+from mthp.daemon.state import CHILD, LONGEST_CHILD_SECONDS, SHORT_CHILD_SECONDS, Sign
 from mthp.heat import Heat, HeatRequest
 from mthp.objects import to_object
 from mthp.ptes import ORDER_NONE, Pte
@@ -33,19 +33,6 @@ def test_faults_and_mappings_are_read_whatever_the_name_is() -> None:
     process = FakeProcess()
     sign = Sign.parse(process.read("stat"))
     assert (sign.faults, sign.mapped, sign.resident, sign.comm) == (103, 8_000_000, 50_000, b"a (b) c")
-
-
-def test_unadvised_memory_is_tried_again_less_and_less_often() -> None:
-    known, now, waits = Unadvised(), 0.0, []
-    for _ in range(9):
-        known.found(now)
-        begun = now
-        while known.holds(now):
-            known.found(now)
-            now += 30.0
-        waits.append(now - begun)
-    assert waits[:3] == [FIRST_WAIT, 2 * FIRST_WAIT, 4 * FIRST_WAIT]
-    assert waits[-1] == LAST_WAIT
 
 
 def test_small_folios_that_khugepaged_makes_huge_again_are_told_of_once_with_the_remedy() -> None:

@@ -18,17 +18,17 @@ def test_a_service_manager_is_told(tmp_path: Path) -> None:
         sock.bind(path)
         notifier = Notifier({"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "3000000"})
         assert notifier.watchdog == 1.5
-        notifier.ready("fine")
-        notifier.alive("still")
-        notifier.stopping()
+        notifier.send("READY=1", "STATUS=fine")
+        notifier.send("WATCHDOG=1")
+        notifier.send("STOPPING=1")
         assert [sock.recv(100).split(b"\n")[0] for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"STOPPING=1"]
 
 
 def test_without_a_manager_or_for_another_process_there_is_nothing_to_tell() -> None:
     assert Notifier({}).watchdog is None
-    Notifier({}).ready("")
+    Notifier({}).send("READY=1")
     assert Notifier({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}).watchdog is None
-    Notifier({"NOTIFY_SOCKET": "/nowhere/at/all"}).ready("")
+    Notifier({"NOTIFY_SOCKET": "/nowhere/at/all"}).send("READY=1")
 
 
 def test_the_unit_names_every_right_with_its_reason(tmp_path: Path) -> None:
