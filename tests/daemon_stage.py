@@ -18,14 +18,12 @@ from mthp.daemon.environment import Environment
 from mthp.daemon.pressure import FreeFolios
 from mthp.daemon.rules import Rule, Rules, Settings
 from mthp.daemon.target import Target
-from mthp.daemon.telemetry import Counters
 from mthp.daemon.worker import Worker
 from mthp.errors import TargetVanishedError
 from mthp.geometry import X86_64
 from mthp.linux.process import Process
 from mthp.means import Mechanism
 from mthp.naming import Match, ProcessFacts
-from mthp.pacing import ByteBudget
 from mthp.ptes import ORDER_NONE, Block, Pte, PteColumns, Segment
 from mthp.results import ScanResult
 from mthp.trimming import TrimBy, TrimOutcome
@@ -88,8 +86,6 @@ class Stage:
             switches=Switches.defaults(G),
             tunables=tunables,
             free=FreeFolios(Path("/nonexistent/buddyinfo"), self.clock),
-            total=Counters(),
-            bytes=ByteBudget(None, self.clock),
             opened=self._open,
             event=lambda event, **values: self.events.append((event, values)),
             say=self.said.append,

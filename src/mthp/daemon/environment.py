@@ -112,12 +112,11 @@ class Environment:
     configuration: Configuration
     switches: Switches
     tunables: Tunables
-    free: FreeFolios
-    total: Counters
-    bytes: ByteBudget
     opened: Callable[[int], AddressSpace]
     event: Callable[..., None]
     say: Callable[[str], None] = lambda line: None
+    free: FreeFolios = field(default_factory=FreeFolios)
+    total: Counters = field(default_factory=Counters)
     services: Services = field(default_factory=Services)
     reload_at: float = field(default_factory=time.time)
     reload_refused: bool = False
@@ -127,6 +126,9 @@ class Environment:
     clock: Clock = time.monotonic
     _mechanisms: dict[tuple[Mechanism, bool], dict[int, Mechanism | None]] = field(default_factory=dict)
     said: set[object] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.bytes = ByteBudget(self.configuration.bytes_per_second, self.clock)
 
     def mechanisms(self, space: AddressSpace, means: Means) -> dict[int, Mechanism | None]:
         """Return the mechanism for each order by `means`, cached because it depends on the machine alone."""

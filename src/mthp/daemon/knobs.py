@@ -25,6 +25,15 @@ from mthp.linux.journal.switches import SwitchJournal
 from mthp.linux.sysfs import ThpSysfs
 from mthp.tunables import Switches, Tunables
 
+TUNABLES = "khugepaged/"
+"""Directory of khugepaged's tunables, below that of the switches."""
+
+TUNABLE = f"{TUNABLES}max_ptes_none"
+"""The tunable that the daemon may keep."""
+
+RETRY_SECONDS = 5.0
+"""Seconds between two tries to set it while another mthp is in a window."""
+
 
 class SystemKnobs:
     """Switches and tunables of this machine.
@@ -35,10 +44,16 @@ class SystemKnobs:
     """
 
     def __init__(self, sysfs: ThpSysfs, geometry: Geometry, lock: Path | None = None) -> None:
-        self._sysfs, self._geometry, self._lock = sysfs, geometry, lock
-        self._files = {path: _open(sysfs.root / path) for path in _paths(sysfs, geometry)}
-        self._texts: dict[str, bytes] = {}
-        self._kept: dict[str, tuple[str, str]] = {}
+        self._geometry, self._lock = geometry, lock
+        sizes = [f"{path.name}/enabled" for path in sysfs.size_directories(geometry.page_size).values()]
+        tunables = [f"{TUNABLES}{knob.name}" for knob in dataclasses.fields(Tunables)]
+        self._files: dict[str, int] = {}
+        for path in ("enabled", *sizes, *tunables):
+            # A kernel without the file has the default.
+            with contextlib.suppress(OSError):
+                self._files[path] = os.open(sysfs.root / path, os.O_RDONLY | os.O_CLOEXEC)
+        self._texts: dict[str, str] = {}
+        self._kept = ("", "")
         self.switches = Switches.defaults(geometry)
         self.tunables = Tunables.defaults(geometry)
         self.version = 0
@@ -52,58 +67,39 @@ class SystemKnobs:
                 # Another mthp is in a window: it has set switches to make folios of one order (mthp.linux.journal),
                 # and the operator did not choose these values.
                 return False
-            texts = {path: text for path, fd in self._files.items() if (text := _read(fd)) is not None}
+            texts = {}
+            for path, fd in self._files.items():
+                with contextlib.suppress(OSError):
+                    texts[path] = os.pread(fd, 256, 0).decode(errors="replace").strip()
         if texts == self._texts:
             return False
         self._texts = texts
-        words = {path: text.decode(errors="replace") for path, text in texts.items()}
-        for path, (ours, was) in self._kept.items():
-            if words.get(path, "").strip() == ours:
-                words[path] = was
+        ours, was = self._kept
+        words = texts | ({TUNABLE: was} if ours and texts.get(TUNABLE) == ours else {})
         # An unknown word of a newer kernel, or a number out of range, must not stop the daemon: keep the last values.
         with contextlib.suppress(MthpError):
             self.switches = Switches.from_sysfs(words, self._geometry)
         with contextlib.suppress(MthpError):
-            prefix = "khugepaged/"
-            knobs = {path.removeprefix(prefix): word for path, word in words.items() if path.startswith(prefix)}
+            knobs = {path.removeprefix(TUNABLES): word for path, word in words.items() if path.startswith(TUNABLES)}
             self.tunables = Tunables.from_sysfs(knobs, self._geometry)
         self.version += 1
         return True
 
-    def word(self, path: str) -> str:
-        """Return the last text of a file, by its path below the THP directory."""
-        return self._texts.get(path, b"").decode(errors="replace").strip()
+    @property
+    def max_ptes_none(self) -> str:
+        """Return the text that the file of max_ptes_none last had."""
+        return self._texts.get(TUNABLE, "")
 
-    def keep(self, path: str, ours: str | None, was: str) -> None:
-        """Read the word `ours` in a file as `was`, the operator's choice; None to read it as it is again."""
-        self._kept = {} if ours is None else {path: (ours, was)}
+    def keep(self, ours: str, was: str) -> None:
+        """Read the word `ours` of max_ptes_none as `was`, the operator's choice; empty words to read it as it is."""
+        self._kept = ours, was
         self._texts = {}
 
     def close(self) -> None:
         """Close the files."""
         for fd in self._files.values():
-            if fd >= 0:
-                os.close(fd)
+            os.close(fd)
         self._files = {}
-
-
-def _paths(sysfs: ThpSysfs, geometry: Geometry) -> list[str]:
-    sizes = [f"{path.name}/enabled" for path in sysfs.size_directories(geometry.page_size).values()]
-    return ["enabled", *sizes, *(f"khugepaged/{knob.name}" for knob in dataclasses.fields(Tunables))]
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return -1
-
-
-def _read(fd: int) -> bytes | None:
-    try:
-        return os.pread(fd, 256, 0) if fd >= 0 else None
-    except OSError:
-        return None
 
 
 @contextlib.contextmanager
@@ -122,12 +118,6 @@ def _unless_locked(path: Path | None) -> Iterator[bool]:
     finally:
         if fd >= 0:
             os.close(fd)
-
-
-TUNABLE = "khugepaged/max_ptes_none"
-
-RETRY_SECONDS = 5.0
-"""Seconds between two tries while another mthp is in a window."""
 
 
 class Keeping:
@@ -172,13 +162,13 @@ class Keeping:
         Raises:
             MthpError: another process keeps it, or does not finish its window in time.
         """
-        was = self._knobs.word(TUNABLE)
+        was = self._knobs.max_ptes_none
         # Before the write, because from then on the worker reads a value that the operator did not choose.
-        self._knobs.keep(TUNABLE, str(number), was)
+        self._knobs.keep(str(number), was)
         try:
             self._journal.keep({TUNABLE: str(number)})
         except MthpError:
-            self._knobs.keep(TUNABLE, None, "")
+            self._knobs.keep("", "")
             raise
         self._kept = number
         self._say(f"{TUNABLE} is {number} for as long as this daemon runs; it was {was}")
@@ -193,7 +183,7 @@ class Keeping:
             return
         restored = self._journal.release()
         self._kept = None
-        self._knobs.keep(TUNABLE, None, "")
+        self._knobs.keep("", "")
         for each in restored:
             self._say(str(each))
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,11 +25,11 @@ from mthp.daemon.environment import Environment
 from mthp.daemon.ipc import SOCKET_NAME, ControlSocket, DaemonLock
 from mthp.daemon.knobs import Keeping, SystemKnobs
 from mthp.daemon.loop import Loop
-from mthp.daemon.pressure import FreeFolios, MemoryPressure, memory_used, raise_open_files_limit
+from mthp.daemon.pressure import MemoryPressure, memory_used, raise_open_files_limit
 from mthp.daemon.processes import Finder
 from mthp.daemon.systemd import CAPABILITIES, Notifier
 from mthp.daemon.target import Target
-from mthp.daemon.telemetry import Counters, EventLog
+from mthp.daemon.telemetry import EventLog
 from mthp.daemon.worker import Worker
 from mthp.errors import MthpError, NotPermittedError, UnsupportedError, UsageError
 from mthp.geometry import Geometry
@@ -38,7 +39,7 @@ from mthp.linux.live import open_live
 from mthp.linux.rights import CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_SYS_PTRACE, CAPABILITY_NAMES, Rights
 from mthp.linux.sysfs import ThpSysfs
 from mthp.objects import to_object
-from mthp.pacing import ByteBudget, CpuBudget
+from mthp.pacing import CpuBudget
 
 STOP_SECONDS = 0.8
 """Seconds that the daemon waits for the current piece of work before it ends."""
@@ -98,6 +99,7 @@ class Daemon:
     worker: Worker
     finder: Finder
     geometry: Geometry
+    pid: int
     reloads: int
     refused_reloads: int
 
@@ -107,10 +109,11 @@ class Daemon:
         self._load, self._say = load, say
         self._started = time.monotonic()
         self._stopping = False
+        self.pid = os.getpid()
         self.reloads = self.refused_reloads = 0
+        self._events: EventLog | None = None
         self._undo = contextlib.ExitStack()
-        self._loop = Loop()
-        self._undo.callback(self._loop.close)
+        self._loop = self._undo.enter_context(closing(Loop()))
         self._notifier = Notifier()
         try:
             self._set_up(run_dir, version)
@@ -124,23 +127,19 @@ class Daemon:
         if not sysfs.exists:
             raise UnsupportedError("this kernel has no THP", help="it takes CONFIG_TRANSPARENT_HUGEPAGE")
         configuration = self._load()
-        self._undo.callback(DaemonLock(run_dir).close)
+        begin = self._undo.enter_context
+        begin(closing(DaemonLock(run_dir)))
         self._restore()
         raise_open_files_limit()
         self.geometry = geometry = sysfs.geometry()
-        self._events = None if configuration.events is None else EventLog(configuration.events, self._say)
-        if self._events is not None:
-            self._undo.callback(self._events.close)
-        knobs = SystemKnobs(sysfs, geometry, default_root() / LOCK_NAME)
-        self._undo.callback(knobs.close)
+        if configuration.events is not None:
+            self._events = begin(closing(EventLog(configuration.events, self._say)))
+        knobs = begin(closing(SystemKnobs(sysfs, geometry, default_root() / LOCK_NAME)))
         self.environment = Environment(
             geometry=geometry,
             configuration=configuration,
             switches=configuration.switches_over(knobs.switches),
             tunables=configuration.tunables_over(knobs.tunables, geometry),
-            free=FreeFolios(),
-            total=Counters(),
-            bytes=ByteBudget(configuration.bytes_per_second),
             opened=self._opened,
             event=self._event,
             say=self._say,
@@ -152,18 +151,14 @@ class Daemon:
             CpuBudget(configuration.cpu),
             died=lambda: signal.raise_signal(signal.SIGTERM),
         )
-        self._keeping = Keeping(knobs, self._loop, self._say)
-        self._undo.callback(self._keeping.close)
+        self._keeping = begin(closing(Keeping(knobs, self._loop, self._say)))
         self._keeping.keep(configuration.keep_max_ptes_none)
-        self.finder = Finder(self.worker, self._loop)
-        self._undo.callback(self.finder.close)
-        control = ControlSocket(run_dir / SOCKET_NAME, self._loop.selector, self._answer)
-        self._undo.callback(control.close)
+        self.finder = begin(closing(Finder(self.worker, self._loop)))
+        begin(closing(ControlSocket(run_dir / SOCKET_NAME, self._loop.selector, self._answer)))
         if configuration.metrics is not None:
             from mthp.daemon.exporter import MetricsServer
 
-            server = MetricsServer(self.environment, self.worker, *configuration.metrics, version)
-            self._undo.callback(server.close)
+            server = begin(closing(MetricsServer(self.environment, self.worker, *configuration.metrics, version)))
             self._say(f"metrics: {server.url}")
 
     def _restore(self) -> None:
@@ -176,9 +171,8 @@ class Daemon:
             self._say(f"switches that a killed mthp may have left are looked at later: {error.message}")
             self._loop.after("restore", RESTORE_SECONDS, self._restore)
             return
-        for switch in restored:
-            what = f"put back to {switch.was}" if switch.put_back else f"left at {switch.found}: changed since"
-            self._say(f"{switch.switch}, which a killed mthp had changed: {what}")
+        for each in restored:
+            self._say(f"a killed mthp had changed a switch: {each}")
 
     def _event(self, event: str, **values: Any) -> None:
         if self._events is not None:
@@ -208,9 +202,9 @@ class Daemon:
             self.finder.start()
             if self._notifier.watchdog:
                 self._loop.every("watchdog", self._notifier.watchdog, self._sign_of_life)
-            self._event("start", pid=os.getpid(), rules=len(self.environment.configuration.rules.rules))
+            self._event("start", pid=self.pid, rules=len(self.environment.configuration.rules.rules))
             self._notifier.send("READY=1", f"STATUS={self._status_line()}")
-            self._say(f"process {os.getpid()}: {self._status_line()}; new processes by {self.finder.means}")
+            self._say(f"process {self.pid}: {self._status_line()}; new processes by {self.finder.means}")
             while not self._stopping:
                 self._loop.once(self.finder.next_due)
                 self.finder.look_into()
@@ -320,11 +314,6 @@ class Daemon:
             self._say("paused" if command == "pause" else "going on")
             return to_object(self.worker)
         raise UsageError(f"unknown command {command!r}", help="use status, pause or resume")
-
-    @property
-    def pid(self) -> int:
-        """Return the PID of this process."""
-        return os.getpid()
 
     @property
     def uptime_seconds(self) -> float:

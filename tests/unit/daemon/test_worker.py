@@ -16,12 +16,11 @@ from mthp.daemon.pressure import FreeFolios, MemoryPressure
 from mthp.daemon.rules import Rules, Settings
 from mthp.daemon.state import SHORT_CHILD_SECONDS, Forks
 from mthp.daemon.target import Target
-from mthp.daemon.telemetry import Counters
 from mthp.daemon.worker import Worker
 from mthp.geometry import X86_64
 from mthp.linux.procevents import Changes
 from mthp.naming import ProcessFacts
-from mthp.pacing import ByteBudget, CpuBudget
+from mthp.pacing import CpuBudget
 from mthp.tunables import Switches, Tunables
 
 G = X86_64
@@ -80,8 +79,6 @@ class Stage:
             switches=self.knobs.switches,
             tunables=self.knobs.tunables,
             free=FreeFolios(NOWHERE, self.clock),
-            total=Counters(),
-            bytes=ByteBudget(None, self.clock),
             opened=cast("Any", None),
             event=lambda event, **values: None,
             clock=self.clock,
