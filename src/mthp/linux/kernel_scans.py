@@ -159,6 +159,7 @@ def _frames(space: ProcessSpace, within: Segment | None) -> Frames:
     segments = anonymous_segments(space) if within is None else space.populated([within], space.geometry.page_size)
     # A frame that others map, too, could stand for any of them.
     frames = frames_of(space, segments, shared=False)
+    # For a binary search by frame; of equal frames the first address counts.
     order = np.argsort(frames.frame, kind="stable")
     return Frames(frames.address[order], frames.frame[order])
 
@@ -170,6 +171,7 @@ class Threads:
         self._proc = proc
         self._names: dict[int, str] = {}
         try:
+            # Elsewhere the TIDs of events are not those of /proc here.
             self._visible = (proc / "self/ns/pid").readlink().name == _FIRST_PID_NAMESPACE
         except OSError:
             self._visible = False
@@ -204,6 +206,7 @@ class Visits:
             tid = int(values["common_pid"])
             # The event of the scan comes last, with the result of both (collapse_scan_pmd() in 7.3, mm/khugepaged.c).
             if event.name != SCAN:
+                # An attempt comes before the scan that it belongs to, in the same thread.
                 self._attempts[tid] += 1
                 continue
             collapsing = self._attempts.pop(tid, 0) > 0

@@ -267,6 +267,7 @@ def _geometry(data: Mapping[str, object]) -> Geometry:
         geometry = Geometry(name, page_size, pmd_order)
     except UsageError as error:
         raise UsageError(f"damaged: unknown geometry {name!r}: {error.message}") from None
+    # A recording may come from a machine without a preset, but a preset's name must not lie.
     if GEOMETRIES.get(name, geometry) != geometry:
         raise UsageError(f"damaged: unknown geometry: {name!r} with {page_size}-byte pages and PMD order {pmd_order}")
     return geometry
@@ -275,6 +276,7 @@ def _geometry(data: Mapping[str, object]) -> Geometry:
 def _switches(data: Mapping[str, object], geometry: Geometry) -> Switches:
     words = _get(data, "sizes", dict)
     try:
+        # JSON has texts only as keys.
         sizes = {int(order): word for order, word in words.items()}
         if not all(0 < order <= geometry.pmd_order for order in sizes):
             raise _damaged("switches")

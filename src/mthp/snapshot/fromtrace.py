@@ -1,9 +1,6 @@
 """Recordings made from traces of memory accesses (:mod:`mthp.snapshot.traces`).
 
-A trace shows which memory was used, not which was mapped. So a page counts as mapped, by a base page, from its first
-use on, and as not recently used in the steps without an access to it. Mappings are guessed: pages in one PMD range or
-in neighbouring ones form one anonymous mapping of whole PMD ranges. The accesses themselves are also kept, in order,
-for the model of the TLB.
+Mappings are guessed: pages in one PMD range or in neighbouring ones form one anonymous mapping of whole PMD ranges.
 """
 
 from __future__ import annotations
@@ -94,6 +91,7 @@ def record_trace(
         while step is not None:
             space.use(step.pages)
             meta, runs = taker.take()
+            # The accesses themselves, too, in their order: the model of the TLB needs it.
             writer.add(runs, meta | {"seconds": step.seconds, "accesses": packed_pages(step.pages)})
             count, accesses = count + 1, accesses + step.accesses
             step = next(steps, None)
@@ -133,6 +131,7 @@ class _TraceSpace(RecordingSpace):
         # Every step processes all pages seen so far, so their number is what costs time.
         TRACED_PAGES.check(len(self._seen))
         recently = np.isin(self._seen, used, assume_unique=True)
+        # A trace shows use, not mapping: a page counts as mapped, by a base page, from its first use on.
         state = np.where(recently, np.uint16(Pte.PRESENT), np.uint16(Pte.PRESENT | Pte.UNREFERENCED))
         self._description = replace(self._description, vmas=self._mappings())
         self._runs = self._encoded(state)

@@ -155,6 +155,7 @@ def _checked_cover(reader: RunReader) -> NDArray[np.int64]:
             continue
         if problem := _contradiction(runs, mappings, end):
             raise UsageError(f"{reader.path}: damaged: {problem}")
+        # Row groups follow one another, so each must begin behind the one before.
         end = int(runs.end[-1])
         covered.append((int(runs.first[0]), end))
         total += int(runs.pages.sum())

@@ -113,6 +113,7 @@ class _Block:
         """
         if not self.rows:
             return Runs.joined([])
+        # The rows, which were checked, bound what is inflated.
         raw = inflate(self.columns, Bound(self.rows, "rows of a block"), unit=_ROW)
         if len(raw) != self.rows * _ROW:
             raise UsageError("damaged: the columns of a block do not fit its rows")

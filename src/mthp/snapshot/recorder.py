@@ -234,6 +234,7 @@ class StepTaker:
         now = {vma.start: vma for vma in self._space.vmas()}
         if gone := [start for start in self._vmas if start not in now]:
             meta["vmas_gone"] = gone
+        # Also a mapping that kept its start and changed otherwise: readers replace it.
         if new := [vma_to_json(vma) for start, vma in now.items() if self._vmas.get(start) != vma]:
             meta["vmas"] = new
         self._mapped, self._vmas = mapped, now

@@ -107,6 +107,7 @@ class Recording:
             raise UsageError(f"{self.path}: cut off before the end of its first step: {reason}")
         self.steps: tuple[Step, ...] = tuple(steps)
         self.trouble = ""
+        # The writer was killed, or the disk was full: all steps before are whole.
         if not self.end:
             last = self.steps[-1]
             self.trouble = (

@@ -101,6 +101,7 @@ class StreamWriter:
         self._writer.write_batch(batch, custom_metadata={KEY: text})
 
     def _close(self) -> None:
+        # The steps are written already: this writes only the mark of the stream's end.
         with contextlib.suppress(OSError, ValueError):
             self._writer.close()
 

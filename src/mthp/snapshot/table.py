@@ -103,6 +103,7 @@ class RunWriter:
         self._tail = runs[-1:]
         if len(runs) > 1:
             self._waiting.append(runs[:-1])
+        # Blocks of the address space have any number of runs; row groups should not.
         if sum(map(len, self._waiting)) >= ROW_GROUP_RUNS:
             self._flush()
 
@@ -155,6 +156,7 @@ class RunWriter:
         self._writer.write_table(self._table(columns, schema=self._schema), row_group_size=len(runs))
 
     def _end(self, description: Description) -> None:
+        # At the end, because the number of pages is known only now; Parquet's footer is there in any case.
         self._writer.add_key_value_metadata({KEY: description.to_json()})
         self._writer.close()
 

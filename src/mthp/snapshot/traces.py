@@ -153,6 +153,7 @@ class Trace:
             for line in islice(file, ACCESSES_A_STEP):
                 if not (match := _LACKEY.match(line)):
                     self.skipped += not _LACKEY_OTHER.match(line)
+                # Addresses of the kernel, and those that cannot be.
                 elif (address := int(match[1], 16)) < USER_LIMIT:
                     addresses.append(address)
             if addresses:
@@ -166,6 +167,7 @@ class Trace:
         addresses = array("Q")
         for line in file:
             match = _PERF.match(line)
+            # Some formats of perf script print the address alone.
             bare = None if match else _PERF_ADDRESS.match(line)
             if match is None and bare is None:
                 # Lines of a call chain and empty ones are expected.

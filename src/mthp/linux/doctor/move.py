@@ -62,6 +62,7 @@ def _switches(facts: Facts) -> Answer:
     }
     if not smaller:
         return Answer(State.MISSING, f"folios below {facts.pmd} have no switches", "Linux 6.8 or later")
+    # Asked of the kernel, not of the user ID: /sys may be mounted read-only, as in containers.
     if all(os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids) for path in smaller.values()):
         return Answer(State.OK, "may be set, for as long as a batch of folios takes, and are put back")
     on = set(facts.thp.switches(facts.geometry).orders(advised=False)) & set(smaller)

@@ -54,6 +54,7 @@ def read_word(sysfs: Path, switch: str) -> str | None:
         text = (sysfs / switch).read_text().rstrip("\n")
     except OSError:
         return None
+    # A switch shows all its words, with the chosen one in brackets; a tunable only its number.
     chosen = _CHOSEN.search(text)
     return chosen[1] if chosen else text if text.isdecimal() else None
 
@@ -123,6 +124,7 @@ def settle(
         NotPermittedError, MthpError: as :func:`put_back`; the journal is unchanged.
     """
     changes = files.read()
+    # A daemon that runs keeps them for its whole life, and without the lock.
     held = [change for change in changes if change.holds]
     restored = put_back(sysfs, [change for change in changes if change not in but and change not in held], write)
     files.write(held)

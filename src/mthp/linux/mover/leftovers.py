@@ -81,6 +81,7 @@ def find_leftovers(scratch_size: int) -> Iterator[Leftover]:
 
 def _leftovers_of(process: Process, marks: tuple[bytes, ...], scratch_size: int) -> Iterator[Leftover]:
     mappings = read_mappings(process)
+    # Anonymous memory that may be executed and not written is rare, so hardly any process is looked into.
     code = [each for each in mappings if each.permissions == "r-xp" and not each.inode and not each.name]
     if not code:
         return
@@ -91,6 +92,7 @@ def _leftovers_of(process: Process, marks: tuple[bytes, ...], scratch_size: int)
             # The header lies behind the code in all versions, and the scratch memory behind the header.
             _, _, scratch, uffd = _HEADER.unpack(memory.read(mapping.end, _HEADER.size))
             end = scratch + scratch_size
+            # The header could be any data: only a mapping of just this shape is the mover's.
             if _is_whole(mappings, mapping, end):
                 yield Leftover(process.pid, mapping.start, end, uffd if _is_userfaultfd(process.pid, uffd) else -1)
 
@@ -135,6 +137,7 @@ class Removed:
 def remove_leftovers() -> list[Removed]:
     """Remove the remains of killed movers in all processes; return those found."""
     found = []
+    # All are found before any is removed, because removing changes the processes that are searched.
     for leftover in list(find_leftovers(ThpSysfs().geometry().pmd_size)):
         reason = ""
         try:
@@ -181,6 +184,7 @@ def _remove(process: Process, leftover: Leftover) -> None:
         rows[0, :3] = numbers["munmap"], leftover.start, leftover.end - leftover.start
         if leftover.uffd >= 0:
             rows[1, :2] = numbers["close"], leftover.uffd
+        # Only for the padding: nothing is mapped.
         place = Place.find(frozen, 0, 1 << 21)
         booted = BootedThread(frozen, choose(frozen), place.slot(frozen), rows, None)
         booted.start()

@@ -69,6 +69,7 @@ def query_mapping(process: Process, maps: int, address: int) -> Mapping | None:
     Args:
         maps: a descriptor of its /proc/PID/maps, opened since it executed its program.
     """
+    # Without sizes for name and build ID, which would take the kernel longer (do_procmap_query(), fs/proc/task_mmu.c).
     request = bytearray(_PROCMAP.pack(_PROCMAP.size, 0, address, *(0,) * 6, *(0,) * 4, 0, 0))
     try:
         fcntl.ioctl(maps, PROCMAP_QUERY, request)
@@ -90,6 +91,7 @@ def find_gap(mappings: list[Mapping], size: int, alignment: int) -> int:
     """
     gaps = ((after.start - before.end, before.end) for before, after in itertools.pairwise(mappings))
     # The last mapping may be the vsyscall page of x86, above all addresses that a program can map.
+    # Twice the alignment more, so that an aligned address in the middle has room on both sides.
     fitting = [gap for gap in gaps if gap[0] >= size + 2 * alignment and gap[1] + gap[0] < 1 << 56]
     if not fitting:
         return 0

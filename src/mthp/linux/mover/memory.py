@@ -54,6 +54,7 @@ class ProcessMemory(Closing):
 
     def read_words(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return the 64-bit words at `addresses`: uint64, shape (addresses,)."""
+        # One call for all; where process_vm_readv(2) is filtered, one read for each.
         words = read_words(self.process.pid, addresses)
         if words is not None:
             return words
@@ -64,6 +65,7 @@ class ProcessMemory(Closing):
     def write(self, address: int, data: bytes) -> None:
         """Write `data`, also where the process itself may not write."""
         try:
+            # With FOLL_FORCE (mem_rw, fs/proc/base.c), unless proc_mem.force_override is `never` (Linux 6.12).
             written = os.pwrite(self._file, data, address)
         except OSError as error:
             self.process.fail(error, f"its memory at {address:#x}")

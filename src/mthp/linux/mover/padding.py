@@ -70,8 +70,10 @@ def find_padding(process: Process, size: int, read: Reader) -> list[Padding]:
     found = []
     for mapping in mappings:
         if mapping.permissions == "r-xp" and (mapping.device, mapping.inode) in kept:
+            # The file's headers are in its first mapping.
             first = next(each for each in mappings if (each.device, each.inode) == (mapping.device, mapping.inode))
             start = -(-_end_of_code(first, mapping, read) // 64) * 64
+            # Only in the last page: more than that cannot be padding.
             if mapping.end - mmap.PAGESIZE < start <= mapping.end - size:
                 found.append(Padding(start, mapping.end, mapping))
     if not found:
@@ -106,6 +108,7 @@ def _end_of_code(first: Mapping, mapping: Mapping, read: Reader) -> int:
         ident, offset, size, count = header[0], header[5], header[9], header[10]
         if ident[:4] != b"\x7fELF" or size != _PROGRAM_HEADER.size or count > MAX_SEGMENTS:
             return 0
+        # A hostile header must not lead out of the mapping.
         if offset + size * count > first.end - first.start:
             return 0
         table = read(first.start + offset, size * count)

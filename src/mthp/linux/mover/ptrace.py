@@ -103,6 +103,7 @@ def get_register_set(tid: int, kind: int, words: int) -> NDArray[np.uint64] | No
     try:
         _request(PTRACE_GETREGSET, tid, kind, address_of(vector))
     except OSError as error:
+        # EINVAL if the kernel does not know the set, ENODEV if the processor lacks it.
         if error.errno not in (errno.EINVAL, errno.ENODEV, errno.EIO):
             raise
         return None

@@ -148,7 +148,7 @@ class Recheck:
         own = np.uint64(abi.PM_PRESENT | abi.PM_MMAP_EXCLUSIVE)
         bad = np.uint64(abi.PM_FILE | abi.PM_SWAP | abi.PM_UFFD_WP | abi.PM_GUARD_REGION)
         # No look at the folios: they were checked before, and the kernel checks each again when it moves it
-        # (move_present_ptes).
+        # (move_present_ptes, mm/userfaultfd.c in 7.3).
         good = ((words & own) == own) & ((words & bad) == 0)
         if before.fill and not good.all():
             rest = np.flatnonzero(~good)

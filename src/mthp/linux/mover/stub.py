@@ -199,6 +199,7 @@ def operations_for(addresses: ArrayLike, lengths: ArrayLike, flags: int) -> NDAr
     operations = np.zeros(np.shape(addresses), OPERATION)
     operations["address"], operations["length"] = addresses, lengths
     operations["flags"] = flags
+    # If the worker never comes to it, this is what the tracer reads.
     operations["error"] = NOT_TRIED
     return operations
 

@@ -273,6 +273,7 @@ class _Trial:
         others = (self._pfn(page) for page in (1, self._geometry.ptes_per_pmd - 1))
         if self._folios.folio_of(self._pfn(0))[1]:
             return False
+        # Since 6.12 the kernel maps the zero page in place of zeroes; pages that were never mapped count as well.
         return all(not pfn or self._folios.word(pfn) & abi.KPF_ZERO_PAGE for pfn in others)
 
     def _pfn(self, page: int) -> int:
@@ -291,6 +292,7 @@ def _trial(geometry: Geometry) -> Iterator[_Trial]:
     except OSError as error:
         raise _UntriedError(f"not tried, since frames cannot be seen: {error.strerror} (run as root)") from error
     try:
+        # Twice the size has one aligned PMD range in it.
         with Process("self") as process, mmap.mmap(-1, 2 * geometry.pmd_size, mmap.MAP_PRIVATE) as memory:
             view = ctypes.c_char.from_buffer(memory)
             start = -(-ctypes.addressof(view) // geometry.pmd_size) * geometry.pmd_size

@@ -69,6 +69,7 @@ class Steps:
 
     def next(self, part: Part) -> Step | None:
         """Return the write for `part`, a folio of its own; None if it has its final order."""
+        # The heap's numbers of one order begin at 2**(depth of that order).
         number = (1 << self._order - part.order) + (part.offset >> part.order)
         largest = self._largest[number]
         if largest == part.order:
@@ -76,6 +77,8 @@ class Steps:
         if largest == 0:
             return Step(Part(part.offset, 0), None, [])
         mixed = self._smallest[number] != largest
+        # For one block of 64K in 2M: 6 writes instead of 32, because each half on the way stays whole until one write
+        # splits it.
         if self._offset and mixed and self._way(number)[0] < self._equal(number)[0]:
             return self._around(number)
         _, order = self._equal(number)
@@ -109,6 +112,7 @@ class Steps:
         if largest == order:
             return 0
         write = WRITE_PAGES + (1 << order)
+        # Equal parts throughout: one write, whatever their number.
         if self._smallest[number] == largest:
             return write
         if number not in self._costs:

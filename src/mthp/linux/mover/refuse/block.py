@@ -180,6 +180,7 @@ def refuse_blocks(
     def refuse(mask: _Bools, why: BlockRefusal) -> None:
         verdict[mask & (verdict == 0)] = why
 
+    # In the order of precedence: the first refusal of a block stays.
     refuse(addresses % (counts * page_size) != 0, BlockRefusal.MISALIGNED)
     inside, allowed = _by_vma(addresses, ends, vmas, refuse_vma)
     refuse(~inside, BlockRefusal.NOT_IN_ONE_VMA)
@@ -206,6 +207,7 @@ def _by_vma(
     at = np.searchsorted(starts, addresses, side="right") - 1
     inside = (at >= 0) & (ends <= vma_ends[at])
     allowed = np.zeros(len(user), np.bool_)
+    # Each mapping once, however many blocks lie in it.
     for index in np.unique(at[inside]).tolist():
         allowed[index] = refuse_vma(user[index]) is None
     return inside, inside & allowed[at]

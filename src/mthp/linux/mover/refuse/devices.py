@@ -66,6 +66,8 @@ def open_files(process: Process, directory: str) -> list[tuple[str, int]]:
         for name in names:
             try:
                 link = os.readlink(name, dir_fd=handle)
+                # Only paths can be devices: the others (`socket:[1]`, `anon_inode:...`) have no device number worth a
+                # system call.
                 files.append((link, _device(name, handle) if link.startswith("/") else 0))
             except FileNotFoundError:
                 continue
@@ -89,6 +91,7 @@ def refuse_files(files: Iterable[tuple[str, int]]) -> list[Refusal]:
         key = device_of(link)
         if key is not None:
             refused.setdefault(key, _holder(key))
+        # A list of what is allowed, as for flags of mappings: an unknown driver may keep references that nothing shows.
         elif device and not is_harmless(link, device):
             refused.setdefault(
                 "unknown",

@@ -213,6 +213,7 @@ def _thp_disabled(target: _Target) -> Refusal | None:
 
 
 def _userfaultfd(target: _Target) -> Refusal | None:
+    # Tried by this process: the target's own rights show only when it creates one in the window.
     error, features = probe_userfaultfd()
     if error in (errno.EPERM, errno.EACCES):
         return Refusal(
@@ -312,6 +313,7 @@ def _personality(target: _Target) -> Refusal | None:
 
 def _uninterruptible(target: _Target) -> Refusal | None:
     stuck = [thread.tid for thread in target.threads if thread.state == "D"]
+    # Most threads are in state D for a disk access or a page fault only.
     for look in range(UNINTERRUPTIBLE_LOOKS):
         if look and stuck:
             time.sleep(UNINTERRUPTIBLE_PAUSE)
