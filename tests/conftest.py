@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import functools
 import mmap
 import os
 import signal
@@ -25,6 +27,9 @@ from typing import Any, NoReturn
 
 import pytest
 
+from mthp.daemon.ipc import LOCK_NAME
+from mthp.errors import MthpError
+from mthp.linux.journal.files import default_root
 from mthp.linux.mover.arch import MACHINES
 from mthp.linux.pagemap import Pagemap, can_see_pfns
 from mthp.linux.process import Process
@@ -143,7 +148,33 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{config.stash[_LEFT_OUT]} slow tests were left out: run `make test ALL=1`")
 
 
+@functools.cache
+def _daemon_kept_out() -> str | None:
+    """Keep daemons of the system out until this process ends, or return why that cannot be: one is running.
+
+    They would collapse and trim what live tests look at. Test sessions share the daemon's lock; the daemons that tests
+    start have locks elsewhere.
+    """
+    try:
+        directory = default_root()
+        directory.mkdir(mode=0o755, exist_ok=True)
+        fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except (MthpError, OSError):
+        return None  # where the lock cannot be, no daemon is
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 64, 0).decode(errors="replace").strip()
+        os.close(fd)
+        return f"mthp daemon (process {holder}) would disturb live tests: stop it (systemctl stop mthp)"
+    return None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("live") and (reason := _daemon_kept_out()):
+        if os.environ.get(_REQUIRE_LIVE) == "1":
+            pytest.exit(reason, returncode=1)
+        pytest.skip(reason)
     for mark in item.iter_markers("requires"):
         for word in mark.args:
             check, reason = _REQUIREMENTS[word]
