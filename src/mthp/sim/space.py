@@ -249,6 +249,7 @@ class SimSpace(AddressSpace):
             return ScanResult.VMA_CHECK
         pmd = self._mm.pmd(start)
         if pmd is Pmd.HUGE:
+            # madvise_collapse() counts PMD_MAPPED as done.
             return ScanResult.SUCCEED
         if pmd is Pmd.NONE or not self._mm.ptes(address, 1 << order).bits.any():
             return ScanResult.NO_PTE_TABLE

@@ -76,6 +76,7 @@ def _check(file: BinaryIO, there: int, columns: int) -> None:
     # A map of missing values, and the values, for each column.
     if count != 2 * columns:
         raise UsageError("damaged: a step has not the columns of a recording")
+    # RecordBatch of Message.fbs: buffers are field 2, compression is field 3.
     compressed = batch.has(3)
     for number in range(count):
         # struct Buffer of Schema.fbs.

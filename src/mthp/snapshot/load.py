@@ -91,6 +91,7 @@ class SnapshotSpace(RecordedSpace):
             UsageError: the file was damaged since it was loaded.
         """
         spans = page_numbers(segments, self.geometry.page_size)
+        # Cut to what the spans need: a row group may have 65 536 runs, and a request one page.
         needed = [self._overlapping(self._runs(index), spans) for index in self._row_groups(spans)]
         state, folio_order = decode(Runs.joined(needed), spans)
         return PteColumns(tuple(segments), state, folio_order)

@@ -82,6 +82,7 @@ class _Thrift:
             # Thrift's compact protocol: a difference to the number of the last field, or 0 and the number itself.
             kind, delta = head & 15, head >> 4
             number = number + delta if delta else self._integer()
+            # 5 is a 32-bit integer; another type under that number is skipped, and leaves -1, which is refused.
             if kind == 5 and number in wanted:
                 wanted[number] = self._integer()
             else:

@@ -254,6 +254,7 @@ class StepTaker:
         ranges = np.unique([start // geometry.pmd_size for start, _ in cut])
         sums = np.zeros(len(ranges), np.uint64)
         index = np.searchsorted(ranges, runs.first // n)
+        # A sum, so that the order of the runs does not matter.
         np.add.at(sums, index, _mixed(runs))
         differs = np.zeros(len(ranges), np.bool_)
         emptied = []
@@ -313,6 +314,7 @@ def _nothing_in(numbers: list[int], ptes: int) -> Runs:
 
 def _mixed(runs: Runs) -> NDArray[np.uint64]:
     """Return a 64-bit hash of each run, never 0."""
+    # Multiplication mixes upwards only, and shifts bring the high bits down again, as in SplitMix64.
     mixed: NDArray[np.uint64] = runs.first.astype(np.uint64)
     for column in (runs.pages, runs.state, runs.folio_order):
         mixed ^= mixed >> np.uint64(31)

@@ -169,6 +169,7 @@ class Recording:
             if at == number:
                 break
         space = state.space(self.steps[number])
+        # Only the last step may be meant as the end of the target; those before it are whole.
         return space.noting(self.trouble) if self.trouble and number == len(self.steps) - 1 else space
 
     def walk(self) -> Iterator[RecordingSpace]:

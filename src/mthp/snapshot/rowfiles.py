@@ -63,6 +63,7 @@ def _is_text(kind: Any) -> bool:
 
 def _check_sizes(parquet: Any, file: Any) -> None:
     schema = parquet.schema_arrow
+    # Nested columns would escape the count of cells.
     if not all(_is_text(kind) or _is_figure(kind) for kind in schema.types):
         raise UsageError("damaged: a column holds neither numbers nor texts")
     total = 0
@@ -82,6 +83,7 @@ def _text_bytes(column: Any) -> int:
     compute = pyarrow("pyarrow.compute")
     total = 0
     for chunk in column.chunks:
+        # From the dictionary, without making the texts.
         lengths = compute.fill_null(compute.binary_length(chunk.dictionary), 0)
         total += int(compute.sum(compute.cast(compute.take(lengths, chunk.indices), "int64")).as_py() or 0)
     return total

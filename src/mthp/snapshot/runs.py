@@ -52,6 +52,7 @@ def checked_runs(columns: Sequence[NDArray[Any]], vma: NDArray[np.int32], page_s
     """
     start, pages, state, folio_order = columns
     first, most = start // page_size, address_limit // page_size
+    # `pages` is checked alone first: the sum of two 64-bit numbers may wrap.
     if (start % page_size).any() or not pages.all() or (pages > most).any() or (first + pages > most).any():
         raise UsageError("damaged: a run that has no whole pages")
     return Runs(vma, first.astype(np.int64), pages.astype(np.int64), state, folio_order)
@@ -87,6 +88,7 @@ def encode(columns: PteColumns, vma_first: NDArray[np.int64], page_size: int) ->
     # none pages need no runs: they are the gaps.
     mapped = columns.state[at] != 0
     at, pages = at[mapped], pages[mapped]
+    # Back from a place in the columns to the segment, and to the page number in it.
     segment = np.searchsorted(offsets, at, "right") - 1
     first = spans[segment, 0] + at - offsets[segment]
     vma = (np.searchsorted(vma_first, first, "right") - 1).astype(np.int32)
@@ -143,6 +145,7 @@ def granules(runs: Runs, spans: NDArray[np.int64], size: int) -> NDArray[np.int6
         int64, shape (parts, 3): the span's index, the first page, the page behind; clipped to the span.
     """
     span, _, begin, end = _overlaps(runs, spans)
+    # Granules may reach beyond their span, whose neighbour may belong to another mapping.
     begin = np.maximum(begin // size * size, spans[span, 0])
     end = np.minimum(-(-end // size) * size, spans[span, 1])
     return join_granules(np.stack((span, begin, end), axis=1))

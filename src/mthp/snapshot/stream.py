@@ -167,6 +167,7 @@ class StreamReader:
             metadata = stream.schema.metadata or {}
             with reading(self.path):
                 self.description = Description.from_json(metadata[KEY.encode()])
+                # After the description, whose version may explain other columns.
                 if [(field.name, str(field.type)) for field in stream.schema] != list(COLUMNS.items()):
                     raise UsageError(f"damaged: its columns are not {', '.join(COLUMNS)}")
 

@@ -174,6 +174,7 @@ class Trace:
                 self.skipped += bool(line.strip())
                 continue
             at = float(match["time"]) if match else 0.0
+            # perf's times count from the boot of the machine.
             begin = at if begin is None else begin
             # A step of too many samples is cut, to bound its memory.
             if (at - begin >= due or len(addresses) >= ACCESSES_A_STEP) and addresses:

@@ -153,6 +153,7 @@ def relocate(parts: Parts, target: dict[int, int]) -> None:
     old = np.concatenate([np.arange(head, head + memory.size(head)) for head in target])
     new = np.concatenate([np.arange(to, to + memory.size(head)) for head, to in target.items()])
     first, last = int(old.min()), int(old.max())
+    # The new frame of each old one; 0 for those in between, which stay.
     place = np.zeros(last - first + 1, np.int64)
     place[old - first] = new
     for mapped in mappings_of(parts, first, len(place)):

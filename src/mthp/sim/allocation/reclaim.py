@@ -104,6 +104,7 @@ class _Reclaim:
         rounds = [(number, 0, None) for number in numbers[at + 1 :] + numbers[:at]]
         looked = False
         for number, first, last in (
+            # The rest of the first address space, all others, and then its beginning.
             [(n, start_address, None) for n in numbers[at : at + 1]]
             + rounds
             + [(n, 0, start_address) for n in numbers[at : at + 1]]
@@ -246,6 +247,7 @@ def evict_folio(parts: Parts, head: int) -> bool:
         return False
     if (memory.flags[head : head + size] & Fl.POISONED).any():
         return False
+    # One locked mapping keeps the folio for all of them (try_to_unmap_one(), mm/rmap.c).
     if not mapped or any(mapping.in_locked(parts.geometry).any() for mapping in mapped):
         return False
     if not memory.has(head, Fl.SWAPBACKED):
@@ -256,6 +258,7 @@ def evict_folio(parts: Parts, head: int) -> bool:
         _unmap_all(parts, mapped, head, None)
         return True
     if memory.has(head, Fl.SWAPCACHE):
+        # Its slots still have its contents: a write would have taken it out of the cache first.
         slot: int | None = parts.swap.slot_of(head)
     else:
         partial = memory.has(head, Fl.PARTIALLY_MAPPED)

@@ -1,22 +1,8 @@
 """Physical memory: one column per property of a frame, and folios over them.
 
 A folio of order k is 2**k frames, aligned to that number, so its first frame, the *head*, follows from any of its
-frames and the order noted there. Properties of the whole folio are kept at its head. The kernel keeps some of them in
-the ``struct page`` of tail pages, which need no reference count of their own (``struct folio``,
-include/linux/mm_types.h); so does this module:
-
-========  ==========================================================================================================
-frame     ``refcount`` holds
-========  ==========================================================================================================
-head      the folio's references
-head + 1  the number of PTEs that map the folio, in all address spaces together (``_large_mapcount``)
-head + 2  the number of those in the first address space of head + 3 (``_mm_id_mapcount[0]``)
-head + 3  the numbers of two address spaces that map it (``_mm_ids``): the first in the low 16 bits, the second
-          above; ``MANY_MMS`` there means that a third one was not noted
-========  ==========================================================================================================
-
-A page mapped through a PMD entry counts as if it had a PTE. Sizes are in frames; pfn is a frame number.
-A frame costs 17 bytes.
+frames and the order noted there. Properties of the whole folio are kept at its head. A page mapped through a PMD entry
+counts as if it had a PTE. Sizes are in frames; pfn is a frame number. A frame costs 17 bytes.
 """
 
 from __future__ import annotations
@@ -130,6 +116,13 @@ class Memory:
         self._zone_nodes: NDArray[np.intp] = np.array([zone.node for zone in self.zones], np.intp)
         self.flags: NDArray[np.uint16] = np.zeros(start, np.uint16)
         self.order: NDArray[np.uint8] = np.zeros(start, np.uint8)
+        # Tails need no references of their own, and hold properties of a large folio that the kernel keeps in their
+        # struct page (struct folio, include/linux/mm_types.h):
+        #   head      the folio's references
+        #   head + 1  the number of PTEs that map it, in all address spaces together (_large_mapcount)
+        #   head + 2  the number of those in the first address space of head + 3 (_mm_id_mapcount[0])
+        #   head + 3  the numbers of two address spaces that map it (_mm_ids): the first in the low 16 bits, the second
+        #             above; MANY_MMS there means that a third one was not noted
         self.refcount: NDArray[np.int32] = np.zeros(start, np.int32)
         self.mapcount: NDArray[np.int32] = np.zeros(start, np.int32)
         self.content: NDArray[np.uint32] = np.zeros(start, np.uint32)

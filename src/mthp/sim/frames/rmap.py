@@ -172,6 +172,7 @@ class Rmap:
         if not len(pfns):
             return []
         heads = self._memory.heads(pfns)
+        # Each batch is unmapped in one step, so that its folio is partially mapped once and not after every page.
         follows = (np.diff(offsets) == 1) & (np.diff(pfns) == 1) & (np.diff(heads) == 0)
         starts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
         counts = np.diff(np.concatenate((starts, [len(pfns)])))

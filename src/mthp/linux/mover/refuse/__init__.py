@@ -1,11 +1,9 @@
 """The refusals of the mover, each with its own reason.
 
-The mover takes a page away from a program and puts the bytes into another page. The program's own threads do not
-notice, because they are stopped meanwhile. Everything else that refers to the page does: a device that writes to its
-physical address, an io_uring that remembers the page and not its address, a second process that runs in the same
-address space. The kernel itself refuses to move a page with a long-term pin. The other references cannot be seen page
-by page, so a process that could have such a holder is refused as a whole. Further processes are refused because they
-cannot be stopped, or because the mover's actions inside would be seen or would kill them.
+The mover takes a page away from a program and puts the bytes into another page. Everything but the program's stopped
+threads notices that: a device that writes to the page's physical address, an io_uring that remembers the page, a second
+process in the same address space. The kernel itself refuses to move a page with a long-term pin. The other references
+cannot be seen page by page, so a process that could have such a holder is refused as a whole.
 
 Refusals come at three levels, from the largest to the smallest:
 
