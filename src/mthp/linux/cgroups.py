@@ -126,7 +126,7 @@ class Namespace:
             self._find_roots()
 
     def _find_roots(self) -> None:
-        # setns(2) moves only the calling thread, and there is no way back: so it is one that ends.
+        # setns(2) moves only the calling thread: one that ends there has nothing to undo.
         thread = threading.Thread(target=self._look_from_outside)
         thread.start()
         thread.join()

@@ -83,7 +83,7 @@ CODE = bytes.fromhex(
 
 MADV_POPULATE_WRITE = 23
 MAP_NORESERVE = 0x4000
-"""include/uapi/asm-generic/mman-common.h."""
+"""include/uapi/asm-generic/mman-common.h and mman.h."""
 
 ARGUMENTS_BYTES = 192
 OPERATION = np.dtype([("block", "=u8"), ("length", "=u8"), ("error", "=i8"), ("stage", "=u8")])

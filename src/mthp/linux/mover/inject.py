@@ -34,7 +34,7 @@ from mthp.linux.mover.tracee import Tracee
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED_NOREPLACE = 0x02, 0x20, 0x4000, 0x100000
 MADV_DONTFORK = 10
-"""include/uapi/asm-generic/mman-common.h."""
+"""include/uapi/asm-generic/mman-common.h and mman.h, include/uapi/linux/mman.h."""
 
 _Calls = NDArray[np.uint64]
 

@@ -55,7 +55,7 @@ WORK, UNMAP_ALL = 1, 2
 """Values of START: the work that the worker may do."""
 
 _CPUCLOCK_PERTHREAD, _CPUCLOCK_SCHED = 4, 2
-"""Bits of the clock of a thread's processor time (include/linux/posix-timers.h)."""
+"""Bits of the clock of a thread's processor time (include/linux/posix-timers_types.h)."""
 
 _PATH_BYTES = 48
 
@@ -199,7 +199,6 @@ def operations_for(addresses: ArrayLike, lengths: ArrayLike, flags: int) -> NDAr
     operations = np.zeros(np.shape(addresses), OPERATION)
     operations["address"], operations["length"] = addresses, lengths
     operations["flags"] = flags
-    # If the worker never comes to it, this is what the tracer reads.
     operations["error"] = NOT_TRIED
     return operations
 

@@ -187,7 +187,7 @@ class Advised:
     def collapse_pmd(self, address: int) -> tuple[ScanResult, bool]:
         vma = self._mm.find_vma(address)
         assert vma is not None, f"nothing is mapped at {address:#x}"
-        # Set by the range's scan; the last one's is no concern of this one.
+        # Set by the scan of a range, and not reset by that of the next one.
         self._control.lock_dropped = False
         result = collapse_range(self._parts, self._mm, vma, address, self._control)
         self._count(result)

@@ -180,7 +180,7 @@ def _report(case: Case, policy: str | Policy, kernel: Kernel, *, doubtful_writab
             )
             return CaseReport(case.id, tuple(mismatches))
         if beyond is not None:
-            # What comes after depends on entries that nobody recorded.
+            # What comes after depends on entries that were not recorded.
             return CaseReport(case.id, (), BEYOND_TABLE)
         before = now
     return CaseReport(case.id, ())
