@@ -23,8 +23,11 @@ Reading order
 UFFDIO_MOVE (Linux 6.8) makes the kernel refuse pinned, shared and locked pages. Its destination has to be registered
 with a userfaultfd; one that handles only faults of user mode can be created without privilege.
 
-In doubt the mover ends the tracing thread and repairs nothing: the kernel then releases all threads of the target, and
-each restores itself, at the cost of a due EINTR or a restarted timeout (:mod:`~mthp.linux.mover.park`).
+Why the target is safe: none of its threads runs while blocks are away, also new and exiting ones; what other processes
+could do is refused beforehand; the userfaultfd exists only in the window, in which nothing can fork. Exactly the bytes
+that the kernel reports as moved are copied back, and `verify` compares hashes. If the tracer dies, every thread
+restores itself, at the cost of a due EINTR or a restarted timeout (:mod:`~mthp.linux.mover.park`). So in doubt the
+mover ends the tracing thread and repairs nothing.
 
 Not promised: references that the kernel cannot see as pins (pages in a pipe after vmsplice(2)); other processes that
 write into the target at that moment (process_vm_writev(2), /proc/PID/mem); the rest of an interrupted read or write

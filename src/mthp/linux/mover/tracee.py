@@ -3,8 +3,8 @@
 Each request for all threads is one table of system calls (:mod:`~mthp.linux.mover.calls`), made for the first window
 and used again in every later window with the same threads.
 
-Two effects of a stop on a thread are repaired here, as :mod:`mthp.linux.mover.freeze` explains: an EINTR that only the
-stop caused, and a restartable sequence that it interrupted.
+Two effects of a stop on a thread are repaired here: an EINTR that only the stop caused (:meth:`Stopped.examine`), and a
+restartable sequence that it interrupted (:meth:`Stopped.settle`).
 """
 
 from __future__ import annotations

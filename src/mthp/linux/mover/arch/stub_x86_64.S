@@ -1,7 +1,7 @@
 /* The code inside a stopped target: the parking loop of every thread, and the worker.
  *
- * The bytes in x86_64.py are this file, assembled; a test compares the two. The mover's __init__.py has the reasons for
- * its structure. Rules for every line: it touches no byte of the target's stacks, uses no vector or FPU register, makes
+ * The bytes in x86_64.py are this file, assembled; a test compares the two. park.py and inject.py have the reasons
+ * for its structure. Rules for every line: it touches no byte of the target's stacks, uses no vector or FPU register, makes
  * no system call that replaces the thread's restart_block (nanosleep(2) would), has neither a call nor a return (shadow
  * stacks), and reads nothing from an address that may be missing.
  *
