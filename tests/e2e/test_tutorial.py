@@ -1,4 +1,4 @@
-"""The tutorial, typed as it stands: docs/tutorial.md."""
+"""The tutorial, typed as it stands (docs/tutorial.md), and the programs of how-to pages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from thp_switches import ThpSwitches
 
 pytestmark = [pytest.mark.live, pytest.mark.requires("root", "thp", "4k-pages", "pagemap_scan")]
 
-TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
+DOCS = Path(__file__).parents[2] / "docs"
+TUTORIAL = DOCS / "tutorial.md"
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -43,3 +45,15 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path, thp_switches: ThpSwitche
     # The collapse did what the text says: the snapshot after it has the program's memory in folios of 2M.
     kept = mthp.inspect(tmp_path / "holes.parquet")
     assert kept.anonymous.coverage.pages[PMD_ORDER] * PAGE_SIZE > 0.9 * (64 << 20), done.stdout
+
+
+@pytest.mark.parametrize("page", ["policy.md", "python-buffers.md"])
+def test_the_program_of_a_page_runs(page: str, tmp_path: Path, thp_switches: ThpSwitches) -> None:
+    thp_switches.only("2048kB")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", (DOCS / "how-to" / page).read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search("[1-9]", done.stdout), "it prints what it found or made"
