@@ -198,3 +198,24 @@ def test_the_page_of_exit_codes_has_each_of_them() -> None:
     codes = set(re.findall(r"^\| (\d) \|", (ROOT / "docs" / "exit-codes.md").read_text(), re.MULTILINE))
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MthpError)]
     assert {str(kind.exit_code) for kind in kinds} <= codes
+
+
+def test_the_glossary_has_each_word_once_and_in_order() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    tables = [re.findall(r"^\| ([^|]+?) \| [^|]+ \|$", part, re.MULTILINE)[1:] for part in text.split("own words:")]
+    words = [word.partition(" (")[0] for table in tables for word in table if not word.startswith("---")]
+    assert len(set(words)) == len(words)
+    for table in tables:
+        lower = [word.lower() for word in table if not word.startswith("---")]
+        assert lower == sorted(lower)
+
+
+def test_the_modules_that_the_design_names_exist() -> None:
+    package = ROOT / "src" / "mthp"
+    for row in re.findall(r"^\| (`.+?) \| ", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE):
+        folder = ""
+        for word in re.findall(r"`([\w/]+)`", row):
+            # A row names the folder once: `engine/visit`, `visited`.
+            path = word if "/" in word or not folder else f"{folder}/{word}"
+            folder = path.rstrip("/").rpartition("/")[0]
+            assert (package / f"{path}.py").exists() or (package / path).is_dir(), word
