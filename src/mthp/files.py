@@ -127,7 +127,7 @@ class NewFile(Closing):
             flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
             self._directory = os.open(directory or ".", flags)
         except FileNotFoundError as error:
-            raise UsageError(f"{self._path!r} cannot be created: there is no directory {directory}") from error
+            raise UsageError(f"{self._path!r} cannot be created: directory {directory} does not exist") from error
         except (OSError, ValueError) as error:
             raise self._impossible(error) from error
         try:

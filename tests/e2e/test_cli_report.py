@@ -106,7 +106,7 @@ def test_what_is_there_is_replaced_only_on_request(snapshot: Path, tmp_path: Pat
     ("arguments", "code", "words"),
     [
         (["report", "nowhere.parquet", "-o", "{out}"], 2, "neither a PID"),
-        (["report", "{snapshot}", "-o", "{dir}/nowhere/out.html"], 2, "there is no directory"),
+        (["report", "{snapshot}", "-o", "{dir}/nowhere/out.html"], 2, "does not exist"),
         (["report", "{snapshot}", "-o", "{out}", "--with-arguments"], 2, "needs a PID"),
         (["report", "{snapshot}", "-o", "{out}", "--after", "self"], 2, "takes a snapshot"),
         (["report", "{snapshot}", "-o", "{out}", "--policy", "best"], 2, "best"),

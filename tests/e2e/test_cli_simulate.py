@@ -54,7 +54,7 @@ def test_as_json_it_is_the_same_every_time(scenario: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("64M", "16M"), "the processes want"),
+        (("64M", "16M"), "the processes need"),
         (("service", "mainframe"), "workload: 'mainframe' is not known"),
         (("burst", "brust"), "did you mean 'burst'?"),
     ],

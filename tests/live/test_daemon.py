@@ -360,7 +360,7 @@ def test_where_the_kernel_tells_of_no_processes_it_looks_for_them_itself(run: Pa
     # The connector is in the first network namespace only.
     with RunningDaemon(run, "--comm", "sleep", prefix=("unshare", "--net")) as daemon:
         assert "no process events" in daemon.said
-        assert daemon.status()["finds_processes_by"] == "looking at /proc"
+        assert daemon.status()["finds_processes_by"] == "reading /proc"
         child = subprocess.Popen(["sleep", "600"])
         until(lambda: daemon.target(child.pid) is not None, "the new process")
         child.kill()

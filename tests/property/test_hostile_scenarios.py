@@ -62,8 +62,11 @@ def test_the_forecast_is_one_line_and_only_of_what_is_long(
         ),
         ('duration = "1s"\nstep = "1h"\n' + SMALL, "step is longer"),
         ('duration = "1s"\n[[process]]\nworkload = "torch-loader"\ndataset = "1"\nworkers = 1000000000\n', "workers"),
-        ('duration = "1s"\n[[process]]\nworkload = "go-heap"\nallocate = "7E"\n', "times what the machine has"),
-        ('duration = "1s"\n[[process]]\nworkload = "sparse-arena"\nreserve = "8000T"\n', "times what the machine has"),
+        ('duration = "1s"\n[[process]]\nworkload = "go-heap"\nallocate = "7E"\n', "times the memory of the machine"),
+        (
+            'duration = "1s"\n[[process]]\nworkload = "sparse-arena"\nreserve = "8000T"\n',
+            "times the memory of the machine",
+        ),
         ("duration = 99999999999999999999999\n" + SMALL, "64 bits"),
         ("a = " + "[" * 2000 + "]" * 2000, "levels of nesting"),
         ("a." * 2000 + "a = 1", "parts of a dotted key"),

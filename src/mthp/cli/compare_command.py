@@ -36,7 +36,7 @@ from mthp.units import format_size, percent
 @click.option(
     "--processor", default="skylake", show_default=True, metavar="NAME", help="Processor that the TLB figures are for."
 )
-@click.option("--zero-filled", is_flag=True, help="Read the contents, for what splits and a trim would give back.")
+@click.option("--zero-filled", is_flag=True, help="Read the contents, to predict what splits and a trim give back.")
 @click.option("--include-file", is_flag=True, help="Memory of files and shared memory too, at the PMD size.")
 @heat_option
 @at_option

@@ -20,7 +20,7 @@ from mthp.units import format_size, percent
 
 
 @click.command("demo")
-@click.option("--size", type=SIZE, help="Memory of each workload; 256M by default, or what memory allows.")
+@click.option("--size", type=SIZE, help="Memory of each workload; 256M by default, or less if memory is short.")
 @click.option(
     "--seconds",
     type=SECONDS,
@@ -86,10 +86,10 @@ def print_story(out: Console, story: Story) -> None:
         ["anonymous memory", *(format_size(one.resident_bytes) for one in chapters)],
         ["  more than before", "", *(_signed(one.added_bytes) for one in chapters[1:])],
         ["it took", "", *(f"{one.elapsed:.2f} s" for one in chapters[1:])],
-        ["a lookup meanwhile: p50", *(_waited(one, "p50") for one in chapters)],
-        ["                    p99", *(_waited(one, "p99") for one in chapters)],
-        ["                    max", *(_waited(one, "max") for one in chapters)],
-        ["lookups a second then", *(f"{one.speed.median:,.0f}" if one.speed else "" for one in chapters)],
+        ["lookup meanwhile: p50", *(_waited(one, "p50") for one in chapters)],
+        ["                  p99", *(_waited(one, "p99") for one in chapters)],
+        ["                  max", *(_waited(one, "max") for one in chapters)],
+        ["lookups a second after", *(f"{one.speed.median:,.0f}" if one.speed else "" for one in chapters)],
         ["  times before", *(f"{one.speedup:.2f}" if one.speedup else "" for one in chapters)],
     ]
     out.print(Table("The same data, by mTHPs and by huge pages", heads, rows, right=set(range(1, len(heads)))))

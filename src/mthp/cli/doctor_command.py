@@ -72,7 +72,7 @@ def print_examination(out: Console, examination: Examination) -> None:
     for finding in examination.findings:
         rows.append([finding.state, finding.key, f"{finding.title}: {finding.what}"])
         if finding.remedy:
-            rows.append(["", "", f"to have more: {finding.remedy}"])
+            rows.append(["", "", f"remedy: {finding.remedy}"])
     out.print(Table("What this kernel and these rights allow", ["state", "key", "finding"], rows))
 
 

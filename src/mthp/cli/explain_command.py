@@ -40,7 +40,7 @@ class History:
 @click.option(
     "--watch",
     type=SECONDS,
-    help="Watch for TIME, such as 30s, what the kernel's khugepaged and MADV_COLLAPSE do there, by its tracepoints.",
+    help="Time for which to watch khugepaged and MADV_COLLAPSE there, such as 30s, by the kernel's tracepoints.",
 )
 @at_option
 @run_dir_option
@@ -48,7 +48,7 @@ class History:
 def command(
     target: str, address: str | None, watch: float | None, at: str | None, run_dir: Path | None, as_json: bool
 ) -> None:
-    """Explain the state of TARGET's memory: what each policy would do, what stops it, and what happened to it.
+    """Explain the state of TARGET's memory: the effect of each policy, refusals, and history.
 
     With ADDRESS (in hex) it explains only the PMD range around it. Nothing is changed.
     """

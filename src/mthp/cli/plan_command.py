@@ -233,7 +233,7 @@ def targets_table(each: Each[Planned]) -> Table:
 
     rows = each.lines(line, len(columns))
     rows.append(["in all", *_cells(total), "", "", *("" for _ in ways)])
-    title = f"{each.counted}: what a collapse could do; before and after are shares of anonymous memory"
+    title = f"{each.counted}: the effect of a collapse; before and after are shares of anonymous memory"
     return Table(title, columns, rows, right={1, 2, 3, 4, 5, 8, 9, 10}, names={0, 6})
 
 

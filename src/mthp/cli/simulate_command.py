@@ -70,7 +70,7 @@ def command(
     loaded = load_scenario(scenario)
     names = [loaded.settings.policy] if policies is None else _names(policies)
     outcomes = []
-    forecast = Forecast("the simulation", "Ctrl-C ends it, and what was simulated by then is kept")
+    forecast = Forecast("the simulation", "Ctrl-C ends it and keeps the rows so far")
     with stopping_on_signals() as stop, progress_bar("simulating", hidden=as_json) as progress:
         for number, name in enumerate(names):
 

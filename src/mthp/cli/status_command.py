@@ -19,7 +19,7 @@ from mthp.units import format_size, percent
 @run_dir_option
 @json_option
 def command(run_dir: Path | None, as_json: bool) -> int:
-    """Show the running daemon's targets, what it collapsed in each, what failed and why."""
+    """Show the running daemon's targets, their collapsed memory, failures and reasons."""
     status = ask_daemon("status", run_dir)
     if as_json:
         print_json("status", status)
@@ -72,7 +72,7 @@ def print_status(out: Console, status: dict[str, Any]) -> None:
 
 
 def _row(target: dict[str, Any]) -> list[str]:
-    state = "at work" if target["working"] else f"next look in {target['next_look_seconds']:.1f} s"
+    state = "at work" if target["working"] else f"next check in {target['next_look_seconds']:.1f} s"
     if target["left_out"]:
         state = f"left out: {target['left_out']}"
     elif target["reasons"]:

@@ -55,7 +55,7 @@ def command(
         )
     if scheduler is not None and jobs is not None:
         raise UsageError(
-            "--jobs and --scheduler exclude each other", help="the cluster has as many as its workers have"
+            "--jobs and --scheduler exclude each other", help="leave --jobs out: the cluster's workers decide"
         )
     settings = read_grid(grid)
     inputs = inputs_in(directory)

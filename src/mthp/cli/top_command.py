@@ -29,7 +29,7 @@ from mthp.targets import open_target, pid_of, refuse_ancestor
 )
 @plan_options
 def command(target: str | None, cpu: float, **options: Any) -> int:
-    """Show processes by what a collapse could gain, and keep the table up to date.
+    """Show processes by the gain of a collapse, and keep the table up to date.
 
     With a TARGET (a PID, a snapshot, a recording) show its mappings; keys step through a recording in time. The key ?
     lists the keys. A collapse begins after a confirmation, runs beside the screen, and can be stopped.

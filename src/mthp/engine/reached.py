@@ -169,9 +169,9 @@ class _Reaching:
                 return self._room.reason
             if limit is Limit.KEPT:
                 spare = format_size(supply.free.spare * self._geometry.page_size)
-                return f"{spare} are free beyond what the kernel keeps for itself (min_free_kbytes)"
+                return f"{spare} are free above the kernel's own reserve (min_free_kbytes)"
             if limit is Limit.FOLIOS and supply.compacted:
-                return f"no {label} of movable memory is free, however it is compacted"
+                return f"no {label} of movable memory is free, even after compaction"
             if limit is Limit.FOLIOS:
                 return f"no free folio of {label} is left"
         return "nothing: there is memory for all planned folios"

@@ -338,7 +338,7 @@ def _whole_folios(columns: PteColumns, geometry: Geometry) -> list[Block]:
     """
     if columns.pfn is None:
         raise UnsupportedError(
-            "page frames cannot be seen, so it is not known where a folio begins", help="run it with CAP_SYS_ADMIN"
+            "page frames cannot be seen, so the beginnings of folios are unknown", help="run it with CAP_SYS_ADMIN"
         )
     order = np.where(anonymous_pages(columns), columns.folio_order, -1).astype(np.int64)
     large = np.flatnonzero(order >= MIN_ANON_ORDER)

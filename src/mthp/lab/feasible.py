@@ -56,8 +56,8 @@ def _check_memory(place: str, machine: MachineSettings, needed: int) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there // 2:
         raise UsageError(
-            f"{place}: to simulate {format_size(machine.memory + machine.swap)}, swap included, takes about"
-            f" {format_size(needed)} of memory here, and there is {format_size(there)}",
+            f"{place}: simulating {format_size(machine.memory + machine.swap)} with swap needs about"
+            f" {format_size(needed)} of memory here, but this machine has {format_size(there)}",
             help="simulate a smaller machine, or larger pages (machine.geometry)",
         )
 
@@ -94,8 +94,8 @@ def check_processes(
                 COUNT.check(value)
             elif value > TIMES_ITS_MACHINE * room:
                 raise UsageError(
-                    f"process {number}.{name}: {format_size(value)} is more than {TIMES_ITS_MACHINE} times what the"
-                    f" machine has, {format_size(room)} with swap",
+                    f"process {number}.{name}: {format_size(value)} is more than {TIMES_ITS_MACHINE} times the"
+                    f" memory of the machine, {format_size(room)} with swap",
                     help="give the machine more memory or swap, or the workload less",
                 )
         reserve = getattr(process.model, "reserve", 0)
@@ -121,7 +121,7 @@ def _check_room(processes: Sequence[ProcessPlan], machine: MachineSettings) -> N
     room = machine.memory + machine.swap
     if wanted > room:
         raise UsageError(
-            f"the processes want {_size(wanted)} at their fullest, and the machine has {_size(room)}, swap included",
+            f"the processes need {_size(wanted)} at their peak, but the machine has {_size(room)} with swap",
             help="give the machine more memory or swap, or the processes less",
         )
 

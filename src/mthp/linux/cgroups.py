@@ -132,7 +132,7 @@ class Namespace:
         thread.join()
         if not self._roots:
             self.hidden = (
-                "this cgroup namespace hides what lies above it: paths of control groups begin at its root here"
+                "this cgroup namespace hides the groups above it: paths of control groups begin at its root here"
                 " (run it in the host's PID and cgroup namespaces: hostPID: true, or --pid=host --cgroupns=host)"
             )
 

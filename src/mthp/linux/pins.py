@@ -37,7 +37,7 @@ def pinned_by(process: Process, vma: Vma | None) -> list[str]:
     size = int((process.status("VmPin") or "0").split()[0]) << 10
     # VmPin counts the registered buffers, too.
     if size and not found:
-        where = "" if vma is None else "; the kernel does not tell whether here"
+        where = "" if vma is None else "; the kernel does not show whether here"
         found.append(f"{meaning}: {format_size(size)} of the process are pinned (VmPin){where}")
     return found
 

@@ -290,7 +290,7 @@ def _open_pidfd(pid: int) -> int:
 
 
 def _no_process(pid: int) -> TargetVanishedError:
-    return TargetVanishedError(f"no process {pid}", help="ps(1) and pgrep(1) list what runs")
+    return TargetVanishedError(f"no process {pid}", help="ps(1) and pgrep(1) list processes")
 
 
 def _thread_or_nothing(pid: int) -> MthpError:

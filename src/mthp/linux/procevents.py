@@ -212,7 +212,7 @@ class ProcPolling:
         proc: mount point of proc.
     """
 
-    name = "looking at /proc"
+    name = "reading /proc"
 
     def __init__(self, proc: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic) -> None:
         self._proc = str(proc)

@@ -262,7 +262,7 @@ class Machine(SystemCalls):
         # copy_present_page() has failed: what was copied goes back with the child.
         if syscalls.fork(self.parts, parent, child):
             self.exit(child)
-            raise MemoryError("there is no memory for a copy of a pinned page")
+            raise MemoryError("out of memory for a copy of a pinned page")
         # khugepaged_fork(): the child is known if the parent is.
         if parent in self.khugepaged.mms:
             self.khugepaged.visit(child)

@@ -68,7 +68,7 @@ _TIME = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) (h|ms|m|s|us|ns)")
 _NANOSECONDS = {"h": 3600e9, "m": 60e9, "s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
 
 _HOW = (
-    "use what one of these writes: valgrind --tool=lackey --trace-mem=yes --log-file=FILE PROGRAM;"
+    "use the output of one of these: valgrind --tool=lackey --trace-mem=yes --log-file=FILE PROGRAM;"
     " perf mem record and then perf script > FILE; damo report access --raw_form > FILE"
 )
 _BINARY = {

@@ -73,14 +73,14 @@ def _thp(facts: Facts) -> Answer:
     if not facts.thp.exists:
         return Answer(
             State.MISSING,
-            f"there is no {facts.thp.root}",
+            f"{facts.thp.root} does not exist",
             "a kernel with CONFIG_TRANSPARENT_HUGEPAGE, on a CPU with huge pages",
         )
     word = facts.thp.switches(facts.geometry).enabled
     if facts.switched_off:
         return Answer(
             State.LIMITED,
-            f"there, enabled is {word}, but switched off for this process",
+            f"available, enabled is {word}, but switched off for this process",
             "start it from a process that has not called prctl(PR_SET_THP_DISABLE), which is inherited",
         )
     # MADV_COLLAPSE ignores the switches (TVA_FORCED_COLLAPSE in __thp_vma_allowable_orders(), mm/huge_memory.c, in
@@ -88,10 +88,10 @@ def _thp(facts: Facts) -> Answer:
     if word == "never":
         return Answer(
             State.LIMITED,
-            "there, but enabled is never; MADV_COLLAPSE works nevertheless",
-            f"echo madvise > {facts.thp.root}/enabled (as root) lets programs ask for huge pages",
+            "available, but enabled is never; MADV_COLLAPSE works nevertheless",
+            f"echo madvise > {facts.thp.root}/enabled (as root) lets programs request huge pages",
         )
-    return Answer(State.OK, f"there, enabled is {word}")
+    return Answer(State.OK, f"available, enabled is {word}")
 
 
 def _size_switches(facts: Facts) -> Answer:
@@ -185,7 +185,7 @@ def _kpageflags(facts: Facts) -> Answer:
         with path.open("rb", buffering=0) as file:
             file.read(8)
     except FileNotFoundError:
-        return Answer(State.MISSING, f"there is no {path}", "a kernel with CONFIG_PROC_PAGE_MONITOR")
+        return Answer(State.MISSING, f"{path} does not exist", "a kernel with CONFIG_PROC_PAGE_MONITOR")
     except OSError as error:
         return Answer(
             State.MISSING, f"{path}: {error.strerror}", "run as root of the first user namespace, which owns the file"
@@ -217,7 +217,7 @@ def _mthp_khugepaged(facts: Facts) -> Answer:
 
 def _khugepaged(facts: Facts) -> Answer:
     if not (facts.thp.root / "khugepaged").is_dir():
-        return Answer(State.MISSING, f"there is no {facts.thp.root}/khugepaged")
+        return Answer(State.MISSING, f"{facts.thp.root}/khugepaged does not exist")
     tunables = facts.thp.tunables(facts.geometry)
     passes = -(-(_GIB // facts.geometry.page_size) // tunables.pages_to_scan)
     rest = tunables.scan_sleep_millisecs / 1000

@@ -12,21 +12,21 @@ def _damon(facts: Facts) -> Answer:
     what, remedy = damon.lack(facts.thp.root.parent, facts.thp.root.parents[2] / "module")
     if what:
         return Answer(State.MISSING, what, remedy)
-    return Answer(State.OK, "there, and no other program uses it: samples of each PMD range")
+    return Answer(State.OK, "available, and no other program uses it: samples of each PMD range")
 
 
 def _idle(facts: Facts) -> Answer:
     what, remedy = idle.lack(facts.thp.root.parent)
     if what:
         return Answer(State.MISSING, what, remedy)
-    return Answer(State.OK, "there: samples of single pages")
+    return Answer(State.OK, "available: samples of single pages")
 
 
 def _young(facts: Facts) -> Answer:
     what, remedy = young.lack(facts.proc)
     if what:
         return Answer(State.MISSING, what, remedy)
-    what = "there, for whole mappings; where memory is short, reclaim then takes pages that are in use"
+    what = "available, for whole mappings; if memory is short, reclaim then takes pages that are in use"
     if State.OK in (_damon(facts).state, _idle(facts).state):
         return Answer(State.OK, f"{what}; not used here, because a better source works")
     return Answer(State.LIMITED, what, "heat_damon or heat_idle")

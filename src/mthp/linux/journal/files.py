@@ -49,7 +49,7 @@ def default_root() -> Path:
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
     if not runtime.is_dir():
         raise UnsupportedError(
-            f"there is no runtime directory {runtime}", help="log in with a session manager, or set XDG_RUNTIME_DIR"
+            f"runtime directory {runtime} does not exist", help="log in with a session manager, or set XDG_RUNTIME_DIR"
         )
     return runtime / "mthp"
 
@@ -267,7 +267,7 @@ class JournalFiles:
                 os.ftruncate(self._journal, size)
                 raise MthpError(
                     f"the journal in {self._root} cannot be written: {error.strerror}",
-                    help="make room there; no switch is changed before that is written down",
+                    help="free space there: switches are changed only after the journal is written",
                 ) from error
 
     def close(self) -> None:

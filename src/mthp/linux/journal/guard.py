@@ -79,7 +79,7 @@ class Guard:
             ) from error
         if failed and not (select.select([self._status], [], [], READY_SECONDS)[0] and self._alive()):
             raise MthpError(
-                "the watcher process ends as soon as it is started",
+                "the watcher process exits at its start",
                 help=f"find out why: {_interpreter()} -I -S -c 'import json, pathlib, select'",
             )
 
@@ -179,6 +179,6 @@ def _interpreter() -> str:
         if path and Path(path).name.startswith("python") and os.access(path, os.X_OK):
             return path
     raise UnsupportedError(
-        f"there is no Python interpreter {path}, which would put switches back if this process died",
+        f"Python interpreter {path} does not exist: it would put switches back if this process died",
         help=f"install {name}",
     )

@@ -149,7 +149,7 @@ def why_closed(error: int, *, mounted: bool) -> tuple[str, str]:
     if error == errno.ENOENT and not mounted:
         return "debugfs is not mounted", "mount -t debugfs debugfs /sys/kernel/debug (as root)"
     if error == errno.ENOENT:
-        return f"there is no {SPLIT_FILE}", "a kernel with CONFIG_DEBUG_FS and CONFIG_TRANSPARENT_HUGEPAGE"
+        return f"{SPLIT_FILE} does not exist", "a kernel with CONFIG_DEBUG_FS and CONFIG_TRANSPARENT_HUGEPAGE"
     if error == errno.EACCES or (error == errno.EPERM and os.geteuid() != 0):
         return f"{SPLIT_FILE} is not open to this user", "run as root"
     if error == errno.EPERM:

@@ -38,7 +38,7 @@ class Cgroups:
             UsageError: the limit is below 0, or the parent does not exist.
         """
         if not 0 <= parent < len(self._parents):
-            raise UsageError(f"there is no memory cgroup {parent}")
+            raise UsageError(f"memory cgroup {parent} does not exist")
         self.usage = np.append(self.usage, np.int64(0))
         self._limits.append(None)
         self._parents.append(parent)

@@ -240,7 +240,7 @@ class X8664(Machine):
             state = ptrace.get_register_set(tid, NT_X86_XSTATE, _XSTATE_WORDS)
             if offset and state is not None and not bars_key_0(state, offset):
                 continue
-            return f"thread {tid} is barred from ordinary memory by its protection keys, or that cannot be seen"
+            return f"thread {tid} is barred from ordinary memory by its protection keys, or they cannot be read"
         return ""
 
     def trampoline(self, at: int, context: int) -> bytes:

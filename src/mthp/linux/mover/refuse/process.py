@@ -124,7 +124,9 @@ def _itself(target: _Target) -> Refusal | None:
 def _init(target: _Target) -> Refusal | None:
     if target.process.pid != 1:
         return None
-    return Refusal("init", "it is process 1: the system would end with it if mthp died while it prepares the move")
+    return Refusal(
+        "init", "it is process 1: the system would end with it if mthp were killed while it prepares the move"
+    )
 
 
 def _ancestor(target: _Target) -> Refusal | None:
@@ -248,7 +250,7 @@ def _frozen(target: _Target) -> Refusal | None:
     mounts = cgroup_mounts((target.proc / "self/mountinfo").read_text())
     if not is_frozen(mounts, membership):
         return None
-    return Refusal("frozen", "its cgroup is frozen, so that it could not run what moves its pages", "thaw it first")
+    return Refusal("frozen", "its cgroup is frozen, so it cannot run the code that moves its pages", "thaw it first")
 
 
 # --- Checks with the right to trace -----------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ def _bits(target: _Target) -> Refusal | None:
         fd = target.process.open("exe")
     except MthpError:
         target.process.check_alive()
-        return Refusal("executable", "its executable cannot be read, to see what machine it is for")
+        return Refusal("executable", "its executable cannot be read, so its machine is unknown")
     try:
         return foreign_executable(os.pread(fd, _ELF_HEADER.size, 0), os.uname().machine)
     finally:
