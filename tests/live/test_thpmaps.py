@@ -48,6 +48,7 @@ CASES = {
     "moved by 64K": "to = start + 16 * PMD + 16 * PAGE\nassert libc.mremap(start, 4 * PMD, 4 * PMD, 3, to) == to",
     "moved by a page": "to = start + 16 * PMD + PAGE\nassert libc.mremap(start, 4 * PMD, 4 * PMD, 3, to) == to",
     "partly unmapped": "libc.munmap(start + PMD + 7 * PAGE, 100 * PAGE)\nlibc.munmap(start + 3 * PMD, 256 * PAGE)",
+    "partly discarded": "libc.madvise(start + PMD + 8 * PAGE, 16 * PAGE, 4)",
     "forked": "if not os.fork(): sys.stdin.read(); os._exit(0)",
     "forked, then written to": (
         "if not os.fork(): sys.stdin.read(); os._exit(0)\nctypes.memset(start + PMD + 5 * PAGE, 2, 40 * PAGE)"

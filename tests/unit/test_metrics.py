@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -123,6 +126,30 @@ def test_two_folios_side_by_side_are_two_runs_even_at_neighbouring_frames() -> N
     segment = (HEAP, HEAP + 32 * PAGE)
     columns = PteColumns((segment,), np.ones(32, np.uint16), np.full(32, 4, np.int8), frames)
     assert mapped_runs(columns, PAGE, anonymous_pages(columns)).count.tolist() == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("pages", "frames", "pmd_mapped"),
+    [
+        # The end of a folio before the middle of another, as if both were one.
+        ([*range(8), *range(8, 16)], [*range(40, 48), *range(200, 208)], ()),
+        # The ends of a folio around a hole.
+        ([*range(8), *range(12, 20)], [*range(33, 41), *range(45, 53)], ()),
+        # A part that a PMD entry maps before one that PTEs map.
+        ([*range(16)], [*range(33, 49)], range(8)),
+    ],
+    ids=["frames apart", "a hole", "mapped otherwise"],
+)
+def test_parts_of_folios_that_do_not_belong_together_are_two_runs(
+    pages: list[int], frames: list[int], pmd_mapped: Sequence[int]
+) -> None:
+    size = pages[-1] + 1
+    state, pfn = np.zeros(size, np.uint16), np.zeros(size, np.uint64)
+    state[pages], pfn[pages] = np.uint16(Pte.PRESENT), frames
+    state[list(pmd_mapped)] |= np.uint16(Pte.PMD_MAPPED)
+    order = np.where(state != 0, np.int8(5), np.int8(ORDER_NONE))
+    columns = PteColumns(((HEAP, HEAP + size * PAGE),), state, order, pfn)
+    assert mapped_runs(columns, PAGE, anonymous_pages(columns)).count.tolist() == [8, 8]
 
 
 def test_a_huge_folio_off_its_alignment_is_not_huge() -> None:
