@@ -4,7 +4,7 @@ A name is a kind, a colon and a shell pattern (fnmatch), in which ``*`` also sta
 
 =============================  =====================================================================================
 ``comm:redis-server``          the kernel's name of a process, at most 15 bytes
-``exe:/usr/bin/qemu-*``        the path of its executable
+``exe:/usr/bin/qemu-*``        the path of its executable, or of a link to it
 ``unit:redis.service``         a systemd unit of the process; ``unit:redis`` means redis.service
 ``cgroup:/kubepods.slice/*``   its control group, or one above it
 ``pod:shop/redis-*``           its Kubernetes pod, as namespace/pod; ``pod:redis-*`` in any namespace
@@ -19,6 +19,7 @@ Units, pods and containers are part of the path of a control group: systemd and 
 from __future__ import annotations
 
 import itertools
+import os
 import pwd
 import re
 from collections.abc import Iterable, Iterator
@@ -79,6 +80,7 @@ def cgroup_pattern(value: Any) -> str:
             f"{given[:60]!r} is a path of the file system",
             help="write the path below /sys/fs/cgroup, as in /proc/PID/cgroup",
         )
+    given = given.rstrip("/") or "/"
     return given if given.startswith(("/", "*")) else f"/{given}"
 
 
@@ -109,7 +111,14 @@ def comm_pattern(value: Any) -> str:
         UsageError: as :func:`pattern`.
     """
     given = pattern(value)
-    return given if WILDCARDS.search(given) else given.encode()[:COMM_BYTES].decode(errors="ignore")
+    # Arguments that are not UTF-8 hold surrogates, and the kernel may cut a character in two: comm_of() shows both so.
+    raw = given.encode(errors="surrogateescape")
+    return comm_of(raw if WILDCARDS.search(given) else raw[:COMM_BYTES])
+
+
+def comm_of(raw: bytes) -> str:
+    """Return the name of a process as a text, with U+FFFD for what is not UTF-8."""
+    return raw.decode(errors="replace")
 
 
 def user_id(value: Any) -> int:
@@ -211,7 +220,7 @@ class Match:
             (not self.pid or facts.pid in self.pid)
             and (not self.uid or facts.uid in self.uid)
             and _any_fits(self.comm, (facts.comm,))
-            and _any_fits(self.exe, (facts.exe,))
+            and _exe_fits(facts.exe, self.exe)
             and _any_fits(self.unit, facts.units)
             and _any_fits(self.cgroup, _with_parents(facts.cgroup))
             and _any_fits(self.pod, (facts.pod,) if facts.pod else ())
@@ -260,6 +269,15 @@ def match_of(word: str) -> Match | None:
 
 def _any_fits(patterns: tuple[str, ...], texts: Iterable[str]) -> bool:
     return not patterns or any(fnmatchcase(each, pattern) for each in texts for pattern in patterns)
+
+
+def _exe_fits(exe: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether the path of an executable fits one of the patterns, or one is a link to it.
+
+    The kernel knows the file alone: Debian's /usr/bin/java and /usr/bin/redis-server are links.
+    """
+    links = (each for each in patterns if each.startswith("/") and not WILDCARDS.search(each))
+    return _any_fits(patterns, (exe,)) or any(os.path.realpath(each) == exe for each in links)
 
 
 def _container_fits(facts: ProcessFacts, patterns: tuple[str, ...]) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,16 @@ PID_MAX = 1 << 22
 
 SHOWN = 5
 """The most processes and names that an error lists."""
+
+
+_NAMES: dict[str, Callable[[ProcessFacts], Iterable[str]]] = {
+    "comm": lambda facts: (facts.comm,),
+    "exe": lambda facts: (facts.exe,),
+    "unit": lambda facts: (name for unit in facts.units for name in (unit, unit.removesuffix(".service"))),
+    "cgroup": lambda facts: (facts.cgroup,),
+    "pod": lambda facts: (facts.pod, facts.pod.rpartition("/")[2]),
+}
+"""The names of a process by kind, for hints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +199,18 @@ class _Finder:
 
     def _close(self, word: str) -> str:
         """Return the question whether `word` was meant as a similar name; ``""`` if none is similar."""
+        kind, _, given = word.rpartition(":")
+        for each in dict.fromkeys((kind, "comm")):
+            names = sorted(self._names(each)) if each in _NAMES else []
+            if close := difflib.get_close_matches(given[:64], names, n=1):
+                return f"did you mean {each}:{glob.escape(close[0])}? "
+        return ""
+
+    def _names(self, kind: str) -> set[str]:
+        """Return the names of one kind that processes have now."""
         reader = self._facts()
-        comms = {facts.comm for pid in reader.pids() if (facts := reader.read(pid, ())) is not None}
-        close = difflib.get_close_matches(word.rpartition(":")[2][:64], sorted(comms), n=1)
-        return f"did you mean comm:{close[0]}? " if close else ""
+        every = (facts for pid in reader.pids() if (facts := reader.read(pid, (kind,))) is not None)
+        return {name for facts in every for name in _NAMES[kind](facts) if name}
 
 
 def resolve(target: Target) -> Target:

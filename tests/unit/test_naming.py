@@ -10,7 +10,7 @@ import pytest
 from mthp.errors import UsageError
 from mthp.linux.cgroups import Namespace
 from mthp.linux.facts import FactsReader, Pods
-from mthp.naming import Match, ProcessFacts, match_of
+from mthp.naming import COMM_BYTES, Match, ProcessFacts, match_of
 
 ID = "3f2a" + "0" * 58 + "9b"
 OTHER_ID = "77aa" + "1" * 60
@@ -45,6 +45,8 @@ REDIS = ProcessFacts(
         ("unit:system", False),
         ("cgroup:/system.slice", True),
         ("cgroup:system.slice/*", True),
+        ("cgroup:/system.slice/", True),
+        ("cgroup:/", True),
         ("cgroup:/system", False),
         ("pod:shop/redis-*", True),
         ("pod:redis-0", True),
@@ -79,6 +81,32 @@ def test_a_long_literal_name_is_cut_as_the_kernel_cuts_it() -> None:
     match = match_of("comm:a-process-with-a-long-name")
     assert match is not None
     assert match.fits(ProcessFacts(1, 1, comm="a-process-with-"))
+
+
+def test_a_name_that_is_cut_within_a_character_or_is_no_text_fits_as_it_is_read(tmp_path: Path) -> None:
+    for pid, comm in ((7, "é" * 10), (8, b"\xff\xfebad".decode(errors="surrogateescape"))):
+        process(tmp_path, pid, cgroup="0::/\n")
+        stat = tmp_path / str(pid) / "stat"
+        raw = comm.encode(errors="surrogateescape")[:COMM_BYTES]
+        stat.write_bytes(stat.read_bytes().replace(b"redis (x) y", raw))
+        facts, match = FactsReader(str(tmp_path)).read(pid, ()), match_of(f"comm:{comm}")
+        assert facts is not None
+        assert match is not None
+        assert match.fits(facts)
+        shown = match_of(f"comm:{facts.comm}")
+        assert shown is not None
+        assert shown.fits(facts)
+
+
+def test_a_link_to_an_executable_names_it(tmp_path: Path) -> None:
+    program, link = tmp_path / "redis-check-rdb", tmp_path / "redis-server"
+    link.symlink_to(program)
+    match = match_of(f"exe:{link}")
+    assert match is not None
+    assert match.fits(ProcessFacts(1, 1, exe=str(program)))
+    # In another mount namespace it may be a file.
+    assert match.fits(ProcessFacts(1, 1, exe=str(link)))
+    assert not match.fits(ProcessFacts(1, 1, exe=str(tmp_path / "other")))
 
 
 def test_what_is_in_no_container_fits_no_pattern_of_containers_or_pods() -> None:

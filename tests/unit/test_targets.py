@@ -158,3 +158,30 @@ def test_a_pid_that_another_process_has_now_is_not_the_target(machine: Path) -> 
     with pytest.raises(TargetVanishedError, match="is gone"):
         # The fake process has a start time that this one does not have.
         replace(find("java")[0], target=os.getpid()).open()
+
+
+def test_a_hint_is_a_name_that_can_be_written_as_it_is(machine: Path) -> None:
+    for pid, comm in ((7, "[x]"), (8, "")):
+        stat = machine / str(pid) / "stat"
+        stat.write_text(stat.read_text().replace("redis-server", comm))
+    with pytest.raises(TargetVanishedError) as missing:
+        find("comm:[x]")
+    assert "did you mean comm:[[]x]?" in missing.value.help
+    assert [each.target for each in find("comm:[[]x]")] == [7]
+    with pytest.raises(UsageError) as unknown:
+        find("")
+    assert "did you mean" not in unknown.value.help
+
+
+def test_a_hint_is_of_the_kind_that_was_written_if_one_is_close(machine: Path) -> None:
+    for word, hint in (
+        ("unit:redi", "unit:redis?"),
+        ("unit:redi.service", "unit:redis.service?"),
+        ("cgroup:/system.slice/redi.service", "cgroup:/system.slice/redis.service?"),
+    ):
+        with pytest.raises(TargetVanishedError) as caught:
+            find(word)
+        assert f"did you mean {hint}" in caught.value.help
+    with pytest.raises(TargetVanishedError) as caught:
+        find("unit:javaa")
+    assert "did you mean comm:java?" in caught.value.help

@@ -16,7 +16,7 @@ from pathlib import Path
 from mthp.linux import abi
 from mthp.linux.cgroups import Namespace
 from mthp.linux.process import ProcStat
-from mthp.naming import ProcessFacts, container_of
+from mthp.naming import ProcessFacts, comm_of, container_of
 
 PROC = "/proc"
 """Mount point of proc."""
@@ -131,7 +131,7 @@ class FactsReader:
             # Neither has memory. Other files of a zombie read as empty.
             if stat.flags & abi.PF_KTHREAD or stat.state in "ZX":
                 return None
-            comm = text[text.index(b"(") + 1 : text.rindex(b")")].decode(errors="replace")
+            comm = comm_of(text[text.index(b"(") + 1 : text.rindex(b")")])
             cgroup = self._cgroup(directory) if wanted & _IN_CGROUP else ""
             pod, container = self._pods.of(cgroup) if wanted & {"pod", "container"} else ("", "")
             return ProcessFacts(
