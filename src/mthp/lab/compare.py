@@ -1,7 +1,7 @@
 """Policies side by side on one target, with a verdict in words.
 
 A policy is *on the frontier* if no other policy has at least its coverage and at most its bloat, and is better in one
-of the two. Coverage is the share of the resident memory in folios of a chosen size, the PMD size by default.
+of the two. Coverage is the share of the resident memory in folios of a chosen size or larger, the PMD size by default.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class Comparison(Tabular):
     def coverage(self, outcome: Outcome, scan: int = -1) -> float:
         """Return the share of the resident memory that is covered after a scan, by default the last."""
         counts = outcome.scans[scan]
+        # A folio of the PMD order counts only if a PMD entry maps it: PTEs may map it, too.
         if self.covered >= self.geometry.pmd_order:
             return share(counts.pmd_mapped, int(counts.by_order.sum()))
         return coverage_from(counts.by_order, self.covered)
@@ -170,6 +171,7 @@ class Comparison(Tabular):
                     for other_name, other in pairs
                     if self.coverage(other) >= coverage
                     and other.scans[-1].filled <= filled
+                    # Equal in both is not better.
                     and (self.coverage(other), -other.scans[-1].filled) != (coverage, -filled)
                 ),
                 key=lambda pair: (self.coverage(pair[1]), -pair[1].scans[-1].filled),
@@ -186,6 +188,7 @@ class Comparison(Tabular):
             f"{name} (bloat {self._bytes(outcome.scans[1].filled)} after the first scan,"
             f" {self._bytes(outcome.scans[-1].filled)} after {_settled(outcome)})"
             for name, outcome in zip(self.names, self.outcomes, strict=True)
+            # The state before the first scan is the first of `scans`, so creep needs three.
             if len(outcome.scans) > 2 and outcome.scans[-1].filled > outcome.scans[1].filled
         ]
         if creeping:
@@ -302,6 +305,7 @@ def settings_of(
             mthp_min_order=chunk,
             include_file=include_file,
         )
+        # The policy varies fastest, so policies with the same limits follow each other.
         for sizes, none, swap, shared, chunk, policy in itertools.product(
             orders, max_ptes_none, max_ptes_swap, max_ptes_shared, mthp_min_order, policies
         )

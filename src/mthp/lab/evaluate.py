@@ -1,9 +1,7 @@
 """The evaluation of settings on a target, scan by scan: the numbers behind every comparison.
 
 A scan is planned (:mod:`mthp.engine.plan`) and the plan is carried out on the planes of bits. The next scan sees the
-result, until nothing changes any more. PMD ranges do not depend on each other, so this is done block by block: each
-block is read once, and taken through all settings and all scans before the next is read. Memory use depends on the size
-of a block, not of the target.
+result, until nothing changes any more.
 
 Not modelled are other processes, allocation failures, and what the program does meanwhile, which the simulated machine
 has. Here memory is that of one moment, and every attempt succeeds that the PTEs do not rule out.
@@ -156,6 +154,7 @@ class Outcome:
                 "hot_coverage": now.hot if self.heated else None,
                 "large_coverage": figures.coverage_from(now.by_order, 1),
                 "bloat_bytes": now.filled * page,
+                # Of the memory before the first scan, so that bloat is not in both parts.
                 "bloat_share": figures.share(now.filled, before),
                 "creep_bytes": (now.filled - self.scans[index - 1].filled) * page if index else 0,
                 "given_back_bytes": now.trimmable * page,
@@ -164,6 +163,7 @@ class Outcome:
                 "scanned_ptes": scanned,
                 "khugepaged_seconds": spent,
                 "translations": entries,
+                # The entries, times the mean bytes that one of them maps.
                 "tlb_reach_bytes": figures.share(tlb_entries * resident * page, entries),
             }
             for order in range(pmd_order + 1):
@@ -228,6 +228,8 @@ def evaluate(
     ]
     size, done = sum(end - start for _, _, segments in todo for start, end in segments), 0
     for members, index, segments in todo:
+        # PMD ranges do not depend on each other. So each block is read once, and taken through all settings and scans
+        # before the next is read: memory use depends on the size of a block, not of the target.
         for block in in_blocks(segments, BLOCK_RANGES * granule):
             address = ranges_of(block, space.geometry)
             # Any member's job will do: they have the same segments, and only rules differ.
@@ -248,6 +250,7 @@ def evaluate(
                 progress(done, size)
     longest = max((len(course.scans) for course in courses), default=0)
     heated = heat is not None and heat.spans > 0
+    # A setting that settled earlier repeats its last state, so that all tables have the same rows.
     return [course.outcome(longest if scans is None else scans + 1, heated=heated) for course in courses]
 
 
@@ -357,13 +360,17 @@ def history(
         if split is not None:
             copied, filled = split.copied, split.filled
         last = scans[-1]
+        # The last scan costs time, too, though it makes nothing.
         if not copied + filled:
             scans.append(replace(last, scanned=plan.scanned_ptes))
             break
+        # Before the planes change: whatever had no contents is filled.
         had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
         planes, now = carried_out(planes, made, geometry)
+        # Pages that a collapse fills are zeroes, and the program is not modelled.
         empty = empty | ((made != 0) & ~had)
         if split is not None:
+            # Of a range that is collapsed whole, pages of zeroes outside of its blocks are freed after the split.
             planes, gone = given_back(planes, split, empty)
             empty, now = empty & ~gone, counted(planes, geometry)
         folios = _or_none(last.folios) + _folios_by_order(made)
@@ -385,6 +392,7 @@ def history(
 def _folios_by_order(made: NDArray[np.int8]) -> NDArray[np.int64]:
     folios = np.zeros(MAX_ORDER + 1, np.int64)
     for order in range(1, int(made.max(initial=0)) + 1):
+        # `made` has an entry for each page.
         folios[min(order, MAX_ORDER)] += np.count_nonzero(made == order) >> order
     return folios
 
@@ -405,6 +413,7 @@ def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> t
     after = replace(
         planes,
         present=planes.present | inside,
+        # A new folio is private, present and just written: the marks of the old entries are gone.
         zero=kept(planes.zero),
         swap=kept(planes.swap),
         guard=kept(planes.guard),

@@ -89,6 +89,7 @@ def check_processes(
     ROWS.check(int((settings.duration / settings.sample + 2) * (count + 1)))
     room, mapped = machine.memory + machine.swap, 0
     for number, process in enumerate(processes, 1):
+        # Durations and shares are floats: whole numbers are sizes, or counts.
         for name, value in _whole_numbers(process.model):
             if name in _COUNTED:
                 COUNT.check(value)
@@ -98,6 +99,7 @@ def check_processes(
                     f" memory of the machine, {format_size(room)} with swap",
                     help="give the machine more memory or swap, or the workload less",
                 )
+        # Only the sparse arena has it. Mappings of a recording have a bound of their own (Replay._segments).
         reserve = getattr(process.model, "reserve", 0)
         mapped += reserve * process.settings.count
     _check_memory("process.reserve", machine, mapped // geometry.page_size * BYTES_PER_PTE)
@@ -109,6 +111,7 @@ _COUNTED = ("workers", "batches", "prefetch")
 
 def _whole_numbers(model: Any) -> list[tuple[str, int]]:
     values = ((field.name, getattr(model, field.name)) for field in dataclasses.fields(model))
+    # In Python, a bool is an int.
     return [(name, value) for name, value in values if isinstance(value, int) and not isinstance(value, bool)]
 
 
@@ -117,6 +120,7 @@ def _check_room(processes: Sequence[ProcessPlan], machine: MachineSettings) -> N
     wanted = 0
     for process in processes:
         most = process.model.most * process.settings.count
+        # A process with a limit never has more resident than that.
         wanted += min(most, process.settings.limit * process.settings.count or most)
     room = machine.memory + machine.swap
     if wanted > room:

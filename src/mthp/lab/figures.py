@@ -159,7 +159,9 @@ def translations(pages: ArrayLike, pmd_mapped: float, pmd_order: int, coalesced_
     """
     counts = np.array(pages, np.float64)
     largest = len(counts) - 1
+    # One entry holds a folio that a PMD entry maps; PTEs map all others.
     counts[min(pmd_order, largest)] -= pmd_mapped
+    # A run that is coalesced never spans folios, because their frames need not be adjacent.
     per_entry = 1 << np.minimum(np.arange(len(counts)), coalesced_order)
     return float((counts / per_entry).sum()) + pmd_mapped / (1 << pmd_order)
 

@@ -104,5 +104,6 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     document.check()
     assert grid is not None
     with named(path):
+        # Before settings() makes them all.
         SETTINGS.check(math.prod(max(1, len(getattr(grid, key))) for key in ("policies", *NUMBERS, "orders")))
     return grid

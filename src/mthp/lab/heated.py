@@ -32,7 +32,9 @@ def accesses_of(space: AddressSpace, heat: Heat, seed: int = 0) -> Accesses:
     for block in in_blocks([(start, start + size) for start in ranges.tolist()], BLOCK_PMD_RANGES * size):
         columns = space.read(block)
         numbers = np.concatenate([np.arange(start // page, end // page) for start, end in block])
+        # Spans of heat have holes, and a program does not access pages that are not present.
         present = numbers[columns.has(Pte.PRESENT)]
         there |= np.isin(pages, present)
     drawn = pages[there]
+    # Called once for each setting that is replayed.
     return lambda: [drawn]

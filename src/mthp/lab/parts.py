@@ -1,7 +1,6 @@
 """The directory that keeps the finished parts of a sweep, until all are done and one file takes its place.
 
-It lies beside the result, maybe in a directory in which other users write. So it must be a directory of this user and
-not a link, and only files that a sweep made are read and removed: a planted link to another directory is refused.
+It lies beside the result, maybe in a directory in which other users write, such as /tmp.
 """
 
 from __future__ import annotations
@@ -32,8 +31,10 @@ class Parts(Closing):
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
+            # An earlier run's; or another user made it, which the status of the open directory shows.
             with contextlib.suppress(FileExistsError):
                 path.mkdir(0o700)
+            # A planted link may lead to any directory. The descriptor stays that of the checked one.
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be created: {getattr(error, 'strerror', None) or error}") from error
@@ -61,6 +62,7 @@ class Parts(Closing):
         with writing(self._path / f"{key}.arrow"):
             temporary = f"{key}.tmp"
             with contextlib.suppress(FileNotFoundError):
+                # Left by a run that was killed.
                 os.unlink(temporary, dir_fd=self._fd)
             with open(self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
                 file.write(data)
@@ -83,10 +85,12 @@ class Parts(Closing):
     def remove(self) -> None:
         """Remove the files that sweeps made, and the directory if nothing else is in it."""
         for name in os.listdir(self._fd):  # noqa: PTH208 - of an open directory
+            # Nothing else, because the directory may be one of the user that has this name by chance.
             if _OURS.fullmatch(name):
                 with contextlib.suppress(OSError):
                     os.unlink(name, dir_fd=self._fd)
         with contextlib.suppress(OSError):
+            # It stays if other files are in it.
             self._path.rmdir()
 
     def _open(self, name: str, flags: int) -> int:

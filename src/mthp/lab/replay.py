@@ -42,6 +42,7 @@ class Mapped:
         """Return the order and the huge bit of some page numbers, in any order: int8 and bool, their shape."""
         if not len(self.page):
             return np.zeros(len(pages), np.int8), np.zeros(len(pages), np.bool_)
+        # A page behind the last one is compared with the last, and differs.
         at = np.minimum(np.searchsorted(self.page, pages), len(self.page) - 1)
         there = self.page[at] == pages
         return np.where(there, self.order[at], np.int8(0)), there & self.huge[at]
@@ -70,6 +71,7 @@ def mapped_after(space: AddressSpace, options: PlanOptions, scans: int | None) -
     page = np.concatenate([part.page for part in parts] or [np.empty(0, np.int64)])
     order = np.concatenate([part.order for part in parts] or [np.empty(0, np.int8)])
     huge = np.concatenate([part.huge for part in parts] or [np.empty(0, np.bool_)])
+    # Mappings of different jobs alternate in the address space.
     by_page = np.argsort(page)
     return Mapped(page[by_page], order[by_page], huge[by_page])
 
@@ -91,6 +93,7 @@ def misses(
     Raises:
         MthpError: as :func:`mapped_after`.
     """
+    # Without a scan only the choice of mappings matters, which is that of the first setting.
     before = mapped_after(space, settings[0], 0)
     return (
         replayed(accesses, before, processor, space.geometry.page_size),

@@ -33,6 +33,7 @@ def checked_rows(rows: object, columns: Mapping[str, type]) -> list[Row]:
     for row in rows:
         for name, kind in columns.items():
             value = row.get(name)
+            # In Python, a bool is an int.
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
                 raise _damaged(name)
         for name, value in row.items():
@@ -43,6 +44,7 @@ def checked_rows(rows: object, columns: Mapping[str, type]) -> list[Row]:
 
 def _sensible(name: str, value: object) -> bool:
     if name.startswith("order_share_"):
+        # Readers compute with the number behind it.
         if not re.fullmatch(r"order_share_[0-9]{1,2}", name):
             return False
         return value is None or (isinstance(value, int | float) and 0 <= value <= 1)

@@ -49,9 +49,11 @@ def local(jobs: int | None = None) -> Runner:
     count: int = jobs or joblib.cpu_count()
 
     def run(tasks: Sequence[Task]) -> Iterator[Done]:
+        # One task at a time needs no other process.
         if count == 1 or len(tasks) == 1:
             yield from map(measure, tasks)
             return
+        # One task in a batch, and in any order: a result is kept as soon as it is finished.
         parallel = joblib.Parallel(n_jobs=count, return_as="generator_unordered", batch_size=1)
         try:
             yield from parallel(joblib.delayed(measure)(task) for task in tasks)
@@ -98,13 +100,17 @@ def dask(address: str) -> Runner:
 
 def _on_cluster(distributed: Any, client: Any, address: str, tasks: Sequence[Task]) -> Iterator[Done]:
     """Send tasks a few at a time, and yield their results as they arrive."""
+    # Reversed, because pop() takes the last.
     waiting = list(reversed(tasks))
     running: set[Any] = set()
     lost_since: float | None = None
     while waiting or running:
         try:
+            # Also before the first worker is there. While the client reconnects, nothing is sent.
             room = AHEAD * max(1, sum(client.nthreads().values())) if client.status == "running" else 0
             while waiting and len(running) < room:
+                # Not pure: a scheduler returns the result of an equal task that it knows, and the file may have changed
+                # since.
                 running.add(client.submit(measure, waiting.pop(), pure=False, retries=2))
             finished = [future for future in running if future.done()]
             if not finished:
@@ -119,6 +125,7 @@ def _on_cluster(distributed: Any, client: Any, address: str, tasks: Sequence[Tas
         if client.status == "running":
             lost_since = None
             continue
+        # The client reconnects by itself; only a long silence is an error.
         lost_since = lost_since or time.monotonic()
         if client.status in ("closed", "closing") or time.monotonic() - lost_since > SILENCE:
             raise _gone(address, None)

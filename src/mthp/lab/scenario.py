@@ -80,11 +80,13 @@ def load_scenario(path: Path) -> Scenario:
             'write a scenario with a process that has workload = "recording" and file = "..." to simulate a recording'
         )
         raise UsageError(f"{path}: not TOML, and not text", help=remedy)
+    # Files are relative to the scenario.
     return _scenario(Document.load(path, {"file": lambda value: str(path.parent / text(value))}), path)
 
 
 def _is_foreign(path: Path) -> bool:
     """Return whether the file at `path` begins as a Parquet file or one of mthp's, not as text."""
+    # Parquet, a plain snapshot or recording, and an Arrow stream (its continuation mark).
     return begins(path, 4) in (b"PAR1", b"mthp", b"\xff\xff\xff\xff")
 
 
@@ -114,6 +116,7 @@ def _scenario(document: Document, path: Path) -> Scenario:
         document.refuse(("machine", "memory"), f"is less than one PMD range of {pmd} for each node")
     with document.at("machine"):
         check_machine(machine, geometry)
+    # All refusals so far at once. The following needs valid tables.
     document.check()
     assert settings is not None
     with named(path):

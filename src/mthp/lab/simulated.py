@@ -71,6 +71,7 @@ def write(path: Path, outcomes: Sequence[Outcome], told: dict[str, Any], *, over
     """
     arrow, parquet = pyarrow(), pyarrow("pyarrow.parquet")
     rows = [row for outcome in outcomes for row in outcome.rows]
+    # Rows of one process lack the columns of all together.
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = arrow.table({name: [row.get(name) for row in rows] for name in names})
     table = table.replace_schema_metadata({KEY: json.dumps(told)})

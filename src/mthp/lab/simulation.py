@@ -1,10 +1,8 @@
 """The run of a scenario: programs and khugepaged on one simulated machine, in simulated time.
 
 Everything is an event with a time: ticks of programs, faults, samples. khugepaged scans and rests as on a real machine,
-and while it sleeps the others act: the sleep of its clock is the loop over the events. The cost of an event moves the
-clock on, so a machine that is too slow for its programs falls behind, as a real one would. Events of the same time
-happen in the order of their creation. Nothing depends on the time or the random numbers of the simulating machine, so
-two runs of one scenario make the same table, byte for byte.
+and while it sleeps the others act: the sleep of its clock is the loop over the events. Nothing depends on the time or
+the random numbers of the simulating machine, so two runs of one scenario make the same table, byte for byte.
 """
 
 from __future__ import annotations
@@ -185,10 +183,12 @@ class _Run:
         if self._scenario.machine.fragmentation:
             where = self._scenario.machine
             machine.fragment(where.fragmentation, movable=where.movable, seed=self._seed)
+        # First of the events at 0, so the first row is the machine without programs.
         self._at(0.0, self._sample)
         number = 0
         for plan in self._scenario.processes:
             for copy in range(plan.settings.count):
+                # Defaults bind the values of now; the loop goes on before the events happen.
                 self._at(plan.settings.start, lambda p=plan, c=copy, n=number: self._begin(p, c, n))  # type: ignore[misc]
                 number += 1
         for fault in self._scenario.faults:
@@ -213,7 +213,7 @@ class _Run:
         return self._interrupted or self.now >= self._scenario.settings.duration
 
     def _at(self, seconds: float, action: Callable[[], None]) -> None:
-        # The number breaks ties by creation, because functions cannot be compared.
+        # The number breaks ties, in the order of creation, because functions cannot be compared.
         heapq.heappush(self._events, (seconds, self._made, action))
         self._made += 1
 
@@ -230,6 +230,8 @@ class _Run:
 
     def _wait(self, seconds: float) -> None:
         behind = round(seconds * 1e9) - self.machine.clock.now_ns
+        # Else the time has passed already: the cost of actions moves the clock, too, so on a machine that is too slow
+        # for its programs they fall behind, as on a real one.
         if behind > 0:
             self.machine.clock.wait_ns(behind)
 
@@ -239,6 +241,7 @@ class _Run:
         settings, page = plan.settings, self._scenario.geometry.page_size
         groups = self.machine.parts.memory.cgroups
         cgroup = groups.create(settings.limit // page) if settings.limit or self._limited(settings.name) else 0
+        # A fault limits it later. A limit of 0 would be one.
         if cgroup and not settings.limit:
             groups.set_limit(cgroup, None)
         program = Program(
@@ -256,6 +259,7 @@ class _Run:
             self._at(settings.stop, program.end)
         if settings.advise and settings.advise_after:
             self._at(self.now + settings.advise_after, program.advise)
+        # Up to the first yield, which maps the memory.
         if self._act(member, lambda: next(member.life)):
             self._mthp.enter(program)
             self._at(self.now, lambda: self._tick(member))
@@ -266,6 +270,7 @@ class _Run:
     def _tick(self, member: _Member) -> None:
         began = self.now
         if self._act(member, lambda: member.life.send(began - member.began)):
+            # Again in every tick: a program without memory to collapse is not kept (Khugepaged.enter).
             self._mthp.enter(member.program)
             # A program that takes longer than a tick has no time left to wait.
             self._at(max(began + self._scenario.settings.step, self.now), lambda: self._tick(member))
@@ -294,6 +299,7 @@ class _Run:
 
     def _fault(self, fault: FaultSettings) -> None:
         if fault.kind == "fragment":
+            # Not the random numbers of the fragmentation at the start.
             self.machine.fragment(fault.share, movable=self._scenario.machine.movable, seed=self._seed + 1)
             return
         for member in self._members:
@@ -361,9 +367,12 @@ class _Run:
         made = {name: sum(v for key, v in counters.items() if key.endswith(f"/{name}")) for name in _ALLOCATIONS}
         return row | {
             "bloat_bytes": bloat,
+            # Programs grow and shrink, so the memory before the first collapse is estimated: that of now, without
+            # bloat.
             "bloat_share": figures.share(bloat, max(row["resident_bytes"] - bloat, 0)),
             "copied_bytes": done.copied.total() * page,
             "scanned_ptes": done.progress,
+            # All work that is not counted for programs (_act) or trims.
             "khugepaged_seconds": (self._spent_ns() - self._programs_ns - self._mthp.trim_ns) / 1e9,
             "given_back_bytes": self._mthp.given_back_bytes,
             "alloc_attempts": sum(made.values()),

@@ -39,14 +39,17 @@ def by_splitting(planes: Planes, plan: Plan) -> Split:
     made = plan.made
     small = (made > 0) & (made < plan.geometry.pmd_order)
     ranges: Bits = np.logical_or.reduce(small, axis=1)
+    # MADV_COLLAPSE reads these back, copies them, or keeps them; within blocks the plan wants that.
     for plane in (planes.swap, planes.shared, planes.lazyfree):
         if plane is not None:
             ranges &= ~np.logical_or.reduce(plane & (made == 0), axis=1)
+    # One of these fails the collapse of the whole range, in a block or not (mthp.splitchecks).
     for plane in (planes.guard, planes.uffd):
         if plane is not None:
             ranges &= ~np.logical_or.reduce(plane, axis=1)
     made = np.where(small & ~ranges[:, None], np.int8(0), made)
     inside = made != 0
+    # Outside of blocks pages are copied, but holes that were filled there are given back.
     contents = planes.occupied if planes.swap is None else planes.occupied | planes.swap
     copied = np.count_nonzero(contents & (inside | ranges[:, None]))
     return Split(made, ranges, int(copied), int(np.count_nonzero(inside & ~contents)))
@@ -82,11 +85,13 @@ def trimmed(planes: Planes, empty: Bits, by: TrimBy, share: float, geometry: Geo
     block = SMALLEST_LARGE // geometry.page_size
     for order in np.unique(planes.folio_order).tolist():
         size = 1 << order
+        # Anonymous folios of order 1 do not exist (THP_ORDERS_ALL_ANON, include/linux/huge_mm.h).
         if not 2 <= order <= geometry.pmd_order:
             continue
         whole = ((planes.folio_order == order) & occupied).reshape(-1, size).all(axis=1)
         folios = empty.reshape(-1, size)[whole]
         folios = folios[folios.sum(axis=1) >= max(1, share * size)]
+        # What stays large is made of such folios, so only whole empty ones go back (mthp.trimming.given_back).
         if by == "split" and 1 < block <= size:
             back += block * int(folios.reshape(-1, block).all(axis=1).sum())
         else:

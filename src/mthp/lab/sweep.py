@@ -2,11 +2,9 @@
 
 One input is one task: it is opened once, and taken through all settings (:func:`mthp.lab.evaluate.evaluate`). Tasks
 run in processes of this machine (joblib), or on a cluster (Dask distributed), and return the bytes of a small Arrow
-table. Only the main process writes. The table of a task is kept in a directory beside the result, under a name derived
-from the present input and the grid, so that an interrupted sweep can go on. When all tasks are done the parts become
-one Parquet file, sorted by the name of the input. Its contents do not depend on where or in which order the tasks ran.
-
-An input that cannot be read is reported, and the others go on.
+table. Only the main process writes. The table of a task is kept in a directory beside the result, so that an
+interrupted sweep can go on. When all tasks are done the parts become one Parquet file. Its contents do not depend on
+where or in which order the tasks ran. An input that cannot be read is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -131,6 +129,7 @@ def sweep(
         MthpError: the runner failed; finished inputs are kept for the next run.
         UnsupportedError: pyarrow is missing.
     """
+    # A missing package and an existing file are reported now, not after hours of tasks.
     pyarrow()
     check_output(output, overwrite=overwrite)
     target = Path(output)
@@ -139,6 +138,7 @@ def sweep(
     with Parts(target.with_name(target.name + PARTS_SUFFIX)) as parts:
         todo = [Task(str(path.resolve()), name, grid) for name, path in inputs if not _done(parts, keys[name])]
         report.resumed = report.done = len(inputs) - len(todo)
+        # Closing ends the workers, also after an error.
         with contextlib.closing(runner(todo)) as results:  # type: ignore[type-var]
             # No runner is started for nothing.
             for number, result in enumerate(results if todo else (), 1):
@@ -154,7 +154,9 @@ def sweep(
                     break
         if report.interrupted:
             return report
+        # They arrive in any order.
         report.failed = dict(sorted(report.failed.items()))
+        # By the name of the input, as `inputs` is sorted.
         report.rows = _merge(parts, [key for key in keys.values() if key in parts], target, overwrite=overwrite)
         report.path = os.fspath(output)
         parts.remove()
@@ -185,6 +187,7 @@ def inputs_in(directory: str | os.PathLike[str]) -> list[tuple[str, Path]]:
         raise UsageError(f"{root} is not a directory", help="name a directory of snapshots and recordings")
     found = []
     for folder, folders, files in os.walk(root):
+        # In place, which os.walk() reads: it does not enter the others.
         folders[:] = sorted(each for each in folders if not each.startswith(".") and not each.endswith(PARTS_SUFFIX))
         found += [Path(folder) / file for file in files if not file.startswith(".")]
     if not found:
@@ -272,6 +275,7 @@ def _key(name: str, path: Path, grid: Grid) -> str:
         state = (there.st_size, there.st_mtime_ns)
     except OSError:
         state = (0, 0)
+    # Another version may compute other figures, and a changed file has another size or time.
     return hashlib.sha256(repr((__version__, name, state, grid.text())).encode()).hexdigest()[:32]
 
 

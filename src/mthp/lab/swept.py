@@ -45,12 +45,14 @@ def read(path: Path) -> list[Row]:
         rows = checked_rows(rows, _KINDS)
         if len(set(_names(rows).values())) < len({row["setting"] for row in rows}):
             raise UsageError("damaged: two settings have the same values")
+    # Later steps of an input replace earlier ones.
     last = {row["input"]: row["step"] for row in sorted(rows, key=lambda row: row["step"])}
     return [row for row in rows if row["step"] == last[row["input"]]]
 
 
 def geometry_of(rows: Sequence[Row]) -> Geometry:
     """Return the geometry with these orders and sizes; that of x86-64 if none has them."""
+    # A table has no geometry, but a column for each order, and the largest size among its settings.
     orders = max((int(name[12:]) for name in rows[0] if name.startswith("order_share_")), default=0)
     try:
         largest = max(parse_size(label) for label in str(rows[0]["orders"]).split(","))
@@ -99,6 +101,7 @@ def _sum(rows: Sequence[Row], name: str, scan: int) -> Row:
     made["hot_coverage"] = sum(row["hot_coverage"] * row["resident_bytes"] for row in seen) / size if size else None
     walks = [row["tlb_misses"] for row in rows if row.get("tlb_misses") is not None]
     made["tlb_misses"] = sum(walks) if walks else None
+    # The memory before the first collapse is that of now, without what was filled.
     made["bloat_share"] = share(made["bloat_bytes"], resident - made["bloat_bytes"])
     return made | {"coverage": made["huge_coverage"]}
 

@@ -4,16 +4,7 @@ A TLB entry maps one page of a size that the processor knows, or a run of PTEs t
 contiguous frames, which every large folio has. So the translations of an access depend on how its memory is mapped: by
 a PMD entry, or by PTEs of a folio of some order.
 
-*LRU without a loop over accesses.* An access hits an LRU set of w ways exactly if fewer than w other pages were used in
-that set since the last access to its page (the stack distance; Mattson et al., 1970). An access is the first to its
-page in that time if its own previous access lies before it. So with prev[t] the previous access to the page of access
-t, the distance of t is the number of accesses j between prev[t] and t with prev[j] < prev[t]; and as every access up to
-prev[t] has an earlier prev than prev[t], that is the number of all j before t with prev[j] <= prev[t], less
-prev[t] + 1. The smaller values to the left are counted for all accesses at once, by merging sorted blocks. Sets only
-have to lie one after another.
-
-*Sources.* Every processor names the documents of its figures, by title and number, and marks assumptions. The 72 and
-3 072 entries of Zen 4 are also in its CPUID (leaves 8000_0005h and 8000_0006h).
+Every processor names the documents of its figures, by title and number, and marks assumptions.
 
 Simplifications: true LRU (processors approximate it), data accesses of one thread only, no prefetching of
 translations, no sharing with instructions or page directory entries, and a walk fills all levels. A folio smaller than
@@ -123,6 +114,7 @@ _ALL = (
         "AMD Zen 4 (of family 19h)",
         "Software Optimization Guide for the AMD Zen4 Microarchitecture (57647), Memory Address Translation. Runs of 16"
         " KiB: there, and in the description of PMCx045: a coalesced page is made of four adjacent 4 KiB pages.",
+        # Also in its CPUID: leaves 8000_0005h and 8000_0006h.
         ((Structure(72, 72, _GB),), (Structure(3072, 24, 2 * _MB),)),
         coalesced=((4 * _KB, 16 * _KB),),
     ),
@@ -209,6 +201,7 @@ class Tlb:
             limits = np.log2(largest).astype(np.int64)
             # A page larger than any entry takes several entries of the largest size.
             order_here = np.minimum(order, limits[-1])
+            # The smallest structure that holds pages of this size.
             which = np.searchsorted(limits, order_here)
             missed: NDArray[np.bool_] = np.zeros(len(pages), np.bool_)
             for number, array in enumerate(arrays):
@@ -237,7 +230,8 @@ class _LruArray:
         Returns:
             bool, shape (accesses,): which of them missed.
         """
-        # The set is found by the lowest bits, so the size goes into the highest: orders are below 32.
+        # The set is found by the lowest bits, so the size goes into the highest: orders are below 32. Accesses to the
+        # entries held so far, oldest first, rebuild the state of the array.
         tags = np.concatenate([self._contents, orders << 57 | numbers])
         missed = lru_misses(tags, self.structure.sets, self.structure.ways)
         held = len(self._contents)
@@ -256,12 +250,15 @@ def lru_misses(tags: NDArray[np.int64], sets: int, ways: int) -> NDArray[np.bool
     Returns:
         bool, shape (accesses,).
     """
+    # Stable, because the order of accesses within a set must stay.
     order = np.argsort(tags & (sets - 1), kind="stable")
     grouped = tags[order]
     # A repeated access hits, and changes nothing.
     fresh = np.ones(len(tags), np.bool_)
     fresh[1:] = grouped[1:] != grouped[:-1]
     missed: NDArray[np.bool_] = np.zeros(len(tags), np.bool_)
+    # An access hits a set of w ways exactly if fewer than w other pages were used in it since the last access to its
+    # page (the stack distance; Mattson et al., 1970). A page is in one set only, so sets may lie one after another.
     missed[order[fresh]] = _distances(_previous(grouped[fresh])) >= ways
     return missed
 
@@ -280,6 +277,9 @@ _FAR = np.iinfo(np.int64).max
 
 def _distances(previous: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the stack distance of each access: the other tags since its previous one; huge for a tag's first."""
+    # An access is the first to its page since prev[t] if its own previous access lies before prev[t]. So the distance
+    # of t is the number of accesses j between prev[t] and t with prev[j] < prev[t]. Every access up to prev[t] has an
+    # earlier prev than prev[t], so that is the number of all j before t with prev[j] <= prev[t], less prev[t] + 1.
     distances = _smaller_to_the_left(previous) - (previous + 1)
     distances[previous < 0] = _FAR
     return distances
@@ -290,6 +290,7 @@ def _smaller_to_the_left(values: NDArray[np.int64]) -> NDArray[np.int64]:
     count = len(values)
     size = _SMALL
     blocks = -(-max(count, 1) // size)
+    # A power of two, because blocks are merged in pairs.
     while blocks & (blocks - 1):
         blocks += 1
     # The padding is larger than all values, so it does not count.
@@ -323,6 +324,7 @@ def _within_small_blocks(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _most_recent(tags: NDArray[np.int64], sets: int, ways: int) -> NDArray[np.int64]:
     """Return the tags in an LRU array at the end, the least recently used first: int64, shape (entries held,)."""
+    # The first index of the reversed tags is the last access.
     unique, last = np.unique(tags[::-1], return_index=True)
     # Most recent first, set by set; the array holds the first `ways` of each set.
     order = np.lexsort((last, unique & (sets - 1)))

@@ -46,6 +46,7 @@ class Upkeep:
     def enter(self, program: Program) -> None:
         """Visit `program` from now on, as soon as anything in it may be collapsed."""
         if self.khugepaged is not None and program.alive:
+            # The same space each time, by which khugepaged knows a program again.
             space = self._spaces.setdefault(id(program), self._machine.space(program.mm))
             self.khugepaged.enter(space)
 
@@ -60,6 +61,7 @@ class Upkeep:
         if settings.free < 1 and memory.free_frames >= settings.free * len(memory.refcount):
             return
         for program in programs:
+            # The work of trims is not khugepaged's (_Run._whole).
             before = clock.now_ns
             report = trim_space(self._machine.space(program.mm), TrimOptions(zero=settings.zero))
             self.given_back_bytes += report.given_back_bytes

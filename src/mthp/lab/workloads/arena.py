@@ -17,8 +17,8 @@ class SparseArena:
     """A few hundred megabytes scattered over gigabytes: a process of 369 MB that huge pages made gigabytes of.
 
     Operators of servers report this of their programs as the reason to switch THP off; in gperftools issue 1494
-    khugepaged's max_ptes_none allows it. Each thread has heaps of 64 MiB of its own (malloc/arena.c of glibc,
-    HEAP_MAX_SIZE on 64-bit), touches short runs of pages all over them, and is idle most of the time.
+    khugepaged's max_ptes_none allows it. Each thread has heaps of its own, touches short runs of pages all over them,
+    and is idle most of the time.
 
     Attributes:
         memory: bytes that are touched.
@@ -36,6 +36,7 @@ class SparseArena:
     grow: Duration = 10.0
     reuse: Share = 0.05
 
+    # HEAP_MAX_SIZE on 64-bit (malloc/arena.c of glibc).
     HEAP: ClassVar[int] = 64 << 20
 
     @property
@@ -49,6 +50,7 @@ class SparseArena:
         size = min(self.HEAP, self.reserve)
         heaps = [program.map(size) for _ in range(max(1, -(-self.reserve // self.HEAP)))]
         slots = program.pages(size) // per_run
+        # Every slot at most once, so exactly `memory` becomes resident.
         order = rng.permutation(len(heaps) * slots)[: program.pages(self.memory) // per_run]
         done = 0
 

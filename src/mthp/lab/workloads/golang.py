@@ -15,10 +15,9 @@ from mthp.lab.workloads.program import Life, Program
 class GoHeap:
     """A Go heap: allocation up to a goal, a collection, and a scavenger behind it.
 
-    The heap grows from its live size after the last collection to (1 + GOGC/100) times that size. Then dead spans are
-    free and are used again from the lowest address up (runtime/mgc.go, runtime/mpagealloc.go). Free memory beyond the
-    goal and a tenth is given back to the kernel in the background with MADV_DONTNEED, from the highest address down, at
-    a bounded pace (runtime/mgcscavenge.go). Spans are 8 KiB and up; the heap is mapped in arenas of 64 MiB.
+    The heap grows from its live size after the last collection to (1 + GOGC/100) times that size (runtime/mgc.go). Then
+    dead spans are free. Free memory beyond the goal and a tenth is given back to the kernel in the background, with
+    MADV_DONTNEED. Spans are 8 KiB and up; the heap is mapped in arenas of 64 MiB.
 
     Attributes:
         live_memory: bytes that survive a collection.
@@ -55,10 +54,12 @@ class GoHeap:
         next_phase = self.phase
         while True:
             now = yield
+            # At least one more than lives, or nothing could be allocated and the loop below would not end.
             goal = max(live + 1, int(live * (1 + self.gogc)))
             wanted = int(self.allocate * program.tick / self.span)
             while wanted > 0:
                 room = max(0, goal - int(in_use.sum()))
+                # From the lowest address up (runtime/mpagealloc.go).
                 new = np.flatnonzero(~in_use)[: min(wanted, room)]
                 in_use[new] = resident[new] = True
                 program.write(heap, (new[:, None] * per_span + np.arange(per_span)).ravel())
@@ -74,6 +75,7 @@ class GoHeap:
                 next_phase += self.phase
             idle = np.flatnonzero(resident & ~in_use)
             excess = int(resident.sum()) - int(goal * 1.1)
+            # From the highest address down, at a bounded pace (runtime/mgcscavenge.go).
             gone = idle[::-1][: max(0, min(excess, int(len(idle) * self.SCAVENGE_SHARE) + 1))]
             resident[gone] = False
             program.give_back(heap, (gone[:, None] * per_span + np.arange(per_span)).ravel())

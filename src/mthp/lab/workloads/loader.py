@@ -18,9 +18,7 @@ class TorchLoader:
     """A data loader: a parent with a dataset, forked workers that copy it by reading, and short-lived batches.
 
     Workers are forked when an epoch begins and end with it (torch.utils.data.DataLoader, ``num_workers``); each keeps
-    ``prefetch_factor`` batches, 2 by default. Reading a Python object writes its reference count, so a page of the
-    dataset that a worker reads is copied for it (PyTorch issue 13246). A batch is larger than malloc's threshold, so it
-    is mapped, filled from end to end, and unmapped (mallopt(3), M_MMAP_THRESHOLD).
+    ``prefetch_factor`` batches, 2 by default.
 
     Attributes:
         dataset: bytes of Python objects in the parent.
@@ -61,13 +59,18 @@ class TorchLoader:
                     program.end_child(worker)
                 workers = [program.fork() for _ in range(self.workers)]
                 ends = now + self.epoch
+            # A fraction of a batch is kept for the next tick.
             due += self.batches * program.tick
             for _ in range(int(due)):
                 due -= 1
                 if workers:
                     worker = workers[int(program.rng.integers(len(workers)))]
                     sample = program.rng.integers(0, total, int(program.pages(self.batch) * self.objects) + 1)
+                    # Reading a Python object writes its reference count, so the page is copied for the worker (PyTorch
+                    # issue 13246).
                     program.write(data, sample, mm=worker)
+                # Larger than malloc's threshold, so mapped, and unmapped when it is freed (mallopt(3),
+                # M_MMAP_THRESHOLD).
                 start = program.map(self.batch)
                 program.write(start, np.arange(program.pages(self.batch)))
                 kept.append(start)

@@ -75,6 +75,7 @@ class Program:
         self.mm = machine.create_mm(cgroup)
         self.children: list[Mm] = []
         self.alive = True
+        # VM_HUGEPAGE, by its name in the VmFlags of smaps (fs/proc/task_mmu.c, show_smap_vma_flags).
         self._flags = {"hg"} if advise else set[str]()
         self._next = BASE
 

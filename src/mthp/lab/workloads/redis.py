@@ -16,11 +16,9 @@ from mthp.lab.workloads.program import Life, Program
 class Redis:
     """A store that grows to its size, is then overwritten and deleted from, and saves itself by forking.
 
-    Values lie in slabs of an arena, filled from the lowest free address up, as jemalloc does. Deleting frees short runs
-    of pages all over; pages that are not used again within ten seconds go back to the kernel (jemalloc(3),
-    ``opt.dirty_decay_ms``: 10 000 by default, MADV_DONTNEED when muzzy decay is 0, as Redis builds it). A save is a
-    fork that lives while the child writes the file (Redis documentation, "Redis persistence", BGSAVE): every page that
-    the parent writes meanwhile is copied.
+    Values lie in slabs of an arena. Deleting frees short runs of pages all over; pages that are not used again within
+    ten seconds go back to the kernel. A save is a fork that lives while the child writes the file (Redis documentation,
+    "Redis persistence", BGSAVE): every page that the parent writes meanwhile is copied.
 
     Attributes:
         memory: size of the store.
@@ -40,6 +38,7 @@ class Redis:
     save_every: Duration = 30.0
     save_takes: Duration = 5.0
 
+    # opt.dirty_decay_ms is 10 000 by default (jemalloc(3)).
     DECAY: ClassVar[float] = 10.0
 
     @property
@@ -61,6 +60,7 @@ class Redis:
             writes = int(total * self.churn * program.tick) if now >= self.grow else 0
             deleted = int(writes * self.deletes)
             if writes:
+                # Runs of 1 to 8 pages, so about a quarter as many runs as pages.
                 starts = rng.integers(0, total, max(1, deleted // 4))
                 runs = (starts[:, None] + np.arange(8)[None, :])[
                     np.arange(8)[None, :] < rng.integers(1, 9, (len(starts), 1))
@@ -73,11 +73,13 @@ class Redis:
                 program.write(arena, rng.choice(live, min(len(live), writes - deleted)))
                 # Most of the deleted keys are set again, at the lowest free addresses.
                 goal = int(used.sum()) + int(len(gone) * 0.95)
+            # From the lowest free address up, as jemalloc does.
             new = np.flatnonzero(~used)[: max(0, goal - int(used.sum()))]
             used[new] = True
             program.write(arena, new)
             while freed and now - freed[0][0] >= self.DECAY:
                 pages = freed.popleft()[1]
+                # MADV_DONTNEED, because muzzy decay is 0 as Redis builds jemalloc. Pages in use again stay.
                 program.give_back(arena, pages[~used[pages]])
             if child is not None and now >= child_ends:
                 program.end_child(child)

@@ -69,6 +69,7 @@ class Replay:
         pages = sum(end - start for start, end in segments) // page
         steps: list[tuple[float, np.ndarray[tuple[int], np.dtype[np.bool_]]]] = []
         for seconds, space in self._walk():
+            # Before the step is read.
             HELD.check(pages * (len(steps) + 1))
             steps.append((seconds, _held(space, segments)))
         return steps
@@ -105,4 +106,5 @@ class Replay:
 
 def _held(space: AddressSpace, segments: list[tuple[int, int]]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     columns = space.read(segments)
+    # Swapped-out pages have contents: the program wrote them.
     return columns.has(Pte.PRESENT) & ~columns.has(Pte.ZERO) | columns.has(Pte.SWAP)

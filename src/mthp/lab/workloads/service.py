@@ -16,8 +16,7 @@ class Service:
     """A service in a memory cgroup: a steady core, work that comes in bursts, and long idle times.
 
     The core is the memory of a runtime and its libraries. A burst of requests takes memory from the top of the heap and
-    returns most of it when it is over, as glibc does when the top of the heap is free beyond M_TRIM_THRESHOLD
-    (mallopt(3)). Holes stay where objects outlive the burst. Services of one machine are not in step.
+    returns most of it when it is over. Holes stay where objects outlive the burst.
 
     Attributes:
         core: bytes that are always resident.
@@ -45,6 +44,7 @@ class Service:
         rng = program.rng
         heap, core, extra = program.map(self.most), program.pages(self.core), program.pages(self.burst)
         program.write(heap, np.arange(core))
+        # Services of one machine are not in step.
         begins = float(rng.uniform(0, self.every))
         ends: float | None = None
         while True:
@@ -54,6 +54,7 @@ class Service:
                 ends = now + self.lasts
             elif ends is not None and now >= ends:
                 stay = rng.random(extra) < self.stays
+                # As glibc does when the top of the heap is free beyond M_TRIM_THRESHOLD (mallopt(3)).
                 program.give_back(heap, core + np.flatnonzero(~stay))
                 begins, ends = now + float(rng.exponential(self.every)), None
             program.write(heap, rng.integers(0, core, max(1, core // 200)))
