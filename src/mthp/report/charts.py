@@ -122,10 +122,13 @@ def chart(
     points = [point for one in series for point in one.points]
     x_values = nice_ticks(0.0, max((x for x, _, _ in points), default=1.0))
     low, high = y_range or (0.0, max((y for _, y, _ in points), default=1.0))
+    # Ticks of sizes are round in K, M or G, not in bytes.
     unit = 1024.0 ** int(math.log(high, 1024)) if y_unit == "bytes" and high >= 1 else 1.0
     y_values = [value * unit for value in nice_ticks(low / unit, high / unit)]
     across = _scale(x_values[0], x_values[-1], LEFT + PADDING, WIDTH - RIGHT)
+    # In SVG, y grows downwards.
     up = _scale(y_values[0], y_values[-1], HEIGHT - BOTTOM, TOP)
+    # Joined points are not moved: a line through them would show wrong values.
     places = _side_by_side(
         [(across(x), up(y)) for x, y, _ in points], DODGE if not any(s.joined for s in series) else 0
     )
@@ -133,10 +136,12 @@ def chart(
     for number, one in enumerate(series):
         at = tuple(Point(*next(places), text) for _, _, text in one.points)
         line = "M" + "L".join(f"{point.x:.1f} {point.y:.1f}" for point in at) if one.joined and len(at) > 1 else ""
+        # More series than shapes share them.
         drawn.append(DrawnSeries(f"s{number % len(MARKS)}", one.name, MARKS[number % len(MARKS)], at, line))
     stairs = ""
     if frontier:
         first, *others = frontier
+        # From the axis up. The coverage of a setting holds until the bloat of the next one.
         stairs = f"M{across(first[0]):.1f} {up(y_values[0]):.1f}V{up(first[1]):.1f}"
         stairs += "".join(f"H{across(x):.1f}V{up(y):.1f}" for x, y in others) + f"H{WIDTH - RIGHT}"
     return Chart(
@@ -160,16 +165,19 @@ def _side_by_side(places: Sequence[tuple[float, float]], by: float) -> Iterator[
     number = Counter(places)
     seen: Counter[tuple[float, float]] = Counter()
     for x, y in places:
+        # The middle of the group stays at the place.
         yield x + by * (seen[x, y] - (number[x, y] - 1) / 2), y
         seen[x, y] += 1
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """Return about five round values from `low` to at least `high`, in steps of 1, 2, 2.5 or 5 times a power of ten."""
+    # All values are equal: the scale would divide by 0.
     if not high > low:
         high = low + 1.0
     raw = (high - low) / 5
     magnitude = 10.0 ** math.floor(math.log10(raw))
+    # The tolerances here and below are for floats: 3 * 0.1 / 0.1 is more than 3, and would add a tick.
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * (1 - 1e-9))
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
@@ -230,6 +238,7 @@ def bar_chart(
         full_names: full names of bars with abbreviated names, by that name.
         size: formats a value.
     """
+    # All bars have the scale of the longest; not 0, by which widths are divided.
     whole = max((sum(value for _, _, value in parts) for _, parts in rows), default=0) or 1
     occurring = {key for _, parts in rows for key, _, value in parts if value}
     bars = []
@@ -239,6 +248,7 @@ def bar_chart(
             if not value:
                 continue
             width = 1000 * value / whole
+            # Rounded after the sum, so that errors do not add up along the bar.
             made.append(BarPart(key, round(start, 2), round(width, 2), f"{label}: {size(value)}"))
             start += width
         bars.append(

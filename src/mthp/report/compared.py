@@ -55,17 +55,18 @@ class Compared:
 
     @property
     def settings(self) -> list[str]:
-        """Return the settings' names, in order."""
+        """The settings' names, in order."""
         return list(dict.fromkeys(row["setting"] for row in self.rows))
 
     @property
     def last(self) -> list[Row]:
-        """Return the row of every setting after its last scan."""
+        """The row of every setting after its last scan."""
+        # Rows of a setting ascend by scan, and later ones replace earlier ones.
         return list({row["setting"]: row for row in self.rows}.values())
 
     @property
     def scans(self) -> int:
-        """Return the number of scans."""
+        """The number of scans."""
         return max((int(row["scan"]) for row in self.rows), default=0)
 
 
@@ -100,6 +101,7 @@ def frontier_chart(compared: Compared) -> Chart:
             f" {format_size(row['bloat_bytes'])} ({percent(row['bloat_share'])}) of bloat"
         )
         series.setdefault(row["policy"], []).append((100 * row["bloat_share"], 100 * row["coverage"], text))
+    # A set, because settings with equal results are one corner.
     best = {
         (100 * row["bloat_share"], 100 * row["coverage"])
         for row in compared.last
@@ -114,6 +116,7 @@ def frontier_chart(compared: Compared) -> Chart:
         x_unit="%",
         y_unit="%",
         y_range=(0.0, 100.0),
+        # By bloat. On the frontier more bloat has more coverage, so both ascend.
         frontier=sorted(best),
     )
 
@@ -127,8 +130,10 @@ def creep_chart(compared: Compared) -> Chart:
 
     def growth(name: str) -> float:
         points = bloat[name]
+        # Since the first scan: what that adds is not creep.
         return points[-1][1] - points[min(1, len(points) - 1)][1]
 
+    # Those that creep most, then again in the order of the table.
     shown = sorted(sorted(bloat, key=growth, reverse=True)[:CREEP_SETTINGS], key=list(bloat).index)
     creeping = [name for name in shown if growth(name) > 0]
     said = f"It grows for {', '.join(creeping)}." if creeping else "It grows for none of them."
@@ -147,6 +152,7 @@ def _bars(compared: Compared) -> BarChart:
 
     def parts(row: Row) -> list[tuple[str, str, int]]:
         found = []
+        # The largest folios first, as in the map of the address space.
         for order in range(compared.geometry.pmd_order, -1, -1):
             kind = kinds.of(order)
             # A table of several machines has None for orders that one of them does not have.
@@ -154,9 +160,11 @@ def _bars(compared: Compared) -> BarChart:
             found.append((kind.key, kind.label, round(share * row["resident_bytes"])))
         return found
 
+    # Settings with equal results share a bar.
     alike: dict[tuple[tuple[str, str, int], ...], list[str]] = {}
     for row in compared.last:
         alike.setdefault(tuple(parts(row)), []).append(row["setting"])
+    # The state before the first scan, which is the same for all settings.
     now = next(iter(compared.rows))
     bars, full_names = [("now", parts(now))], {}
     for made, names in alike.items():
@@ -174,6 +182,7 @@ def _bars(compared: Compared) -> BarChart:
 
 
 def _table(compared: Compared) -> Table:
+    # Columns without any value are left out.
     seen = [name for name in _BY_HEAT if any(row.get(name) is not None for row in compared.last)]
     rows = [
         (

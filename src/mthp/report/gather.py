@@ -87,6 +87,7 @@ def report_on(
         space,
         settings_of(DEFAULT_POLICIES, max_ptes_none=_limits(census.geometry), include_file=options.include_file),
         scans=None,
+        # Page walks take a second for each of the settings.
         walks=False,
         progress=lambda done, total: progress("comparing", done, total),
     )
@@ -109,6 +110,8 @@ def report_on(
 
 
 def _limits(geometry: Geometry) -> list[int]:
+    # From the kernel's default (khugepaged_max_ptes_none in khugepaged_init(), mm/khugepaged.c) down to no holes at
+    # all.
     n = geometry.ptes_per_pmd
     return [n - 1, n // 2, n // 8, 0]
 

@@ -35,6 +35,7 @@ class Kinds:
     """
 
     def __init__(self, geometry: Geometry) -> None:
+        # Anonymous folios have no order 1, but those of files may.
         orders = (*reversed(geometry.anon_orders), 1, 0)
         self.of_order: NDArray[np.int8] = np.zeros(128, np.int8)
         for number, order in enumerate(orders):
@@ -59,15 +60,18 @@ class Kinds:
         order = columns.folio_order
         kind = np.full(len(order), -1, np.int8)
         resident = (columns.state & np.uint16(Pte.PRESENT | Pte.ZERO)) == Pte.PRESENT
+        # ORDER_UNKNOWN is below 0; its pages get their kind in the next line.
         kind[resident] = self.of_order[np.maximum(order[resident], 0)]
         kind[resident & (order == ORDER_UNKNOWN)] = self.unknown
         kind[columns.has(Pte.SWAP)] = self.swap
+        # After SWAP, which is set with it: guard markers have no contents.
         kind[columns.has(Pte.GUARD)] = -1
         return kind
 
 
 def _shade(order: int, geometry: Geometry) -> int:
     """Return which of the ten shades an order has: 0 for base pages, 9 for the PMD order."""
+    # Base pages keep a shade of their own.
     return 0 if order == 0 else max(1, round(9 * order / geometry.pmd_order))
 
 

@@ -5,11 +5,6 @@ A process of 64 GiB has 16 million pages and a printed page has room for some te
 eighths. A column shows true proportions: there is no typical colour and no average colour. Columns are laid in rows, as
 text is, and every mapping begins a new row.
 
-Empty PMD ranges are left out, so a sparse arena of terabytes remains readable. The bytes of a column are the smallest
-power of two with which the whole map keeps within :data:`MAX_ROWS`, so a map costs the same for every size of process.
-The columns of the page table entries are read in blocks and reduced at once.
-
-The picture is one SVG path per kind of memory, made of horizontal runs (stroked lines of width 1) of a few bytes each.
 Kinds differ in lightness, which does not depend on colour vision, and memory that a collapse would add is hatched.
 """
 
@@ -71,7 +66,7 @@ class Picture:
 
     @property
     def height(self) -> int:
-        """Return the height of the drawing, in units of levels."""
+        """The height of the drawing, in units of levels."""
         return self.rows * (LEVELS + _GAP)
 
 
@@ -129,7 +124,7 @@ class Stretch:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of the parts."""
+        """The bytes of the parts."""
         return sum(end - start for start, end in self.segments)
 
 
@@ -152,6 +147,7 @@ def stretches(space: AddressSpace, census: Census, later: AddressSpace | None = 
     largest = ranked[:1] + [vma for vma in ranked[1:MAX_STRIPS] if _held(vma) >= enough]
     size = space.geometry.pmd_size
     return [
+        # Without empty PMD ranges, so that a sparse arena of terabytes remains readable.
         Stretch(vma, _merged([part for each in states for part in each.populated([(vma.start, vma.end)], size)]))
         for vma in sorted((each.vma for each in largest), key=lambda vma: vma.start)
     ]
@@ -159,6 +155,7 @@ def stretches(space: AddressSpace, census: Census, later: AddressSpace | None = 
 
 def _reaches_into(vma: Vma, others: Sequence[VmaCensus], ends: Sequence[int]) -> bool:
     """Return whether `vma` overlaps one of `others`, which ascend and have these `ends`."""
+    # The first that ends behind the start of `vma`, and so the only one to check.
     at = bisect.bisect_right(ends, vma.start)
     return at < len(others) and others[at].vma.start < vma.end
 
@@ -181,6 +178,7 @@ def _held(vma: VmaCensus) -> int:
 def column_bytes_for(parts: Sequence[Stretch], geometry: Geometry) -> int:
     """Return the smallest power of two of bytes per column with which `parts` keep within MAX_ROWS full rows."""
     size = geometry.page_size
+    # A map costs the same for every size of process.
     while sum(part.bytes for part in parts) > MAX_ROWS * COLUMNS * size:
         size *= 2
     return size
@@ -215,6 +213,7 @@ def shares(
             kind = kinds.numbers(space.read(block))
             if folios is not None:
                 _lay(kind, block, folios, kinds, page_size)
+            # Reduced at once, so memory use does not depend on the size of the process.
             _count(counts, kind, offset, column_bytes // page_size)
             offset += len(kind)
             if progress is not None:
@@ -229,6 +228,7 @@ def _count(counts: NDArray[np.int64], kind: NDArray[np.int8], offset: int, per_c
     # A column number for every page would take eight times the memory of the kinds; runs of one kind are few.
     heads = np.ones(len(kind), np.bool_)
     heads[1:] = kind[1:] != kind[:-1]
+    # A run ends at the border of a column, too.
     heads[-offset % per_column :: per_column] = True
     at = np.flatnonzero(heads)
     length = np.diff(at, append=len(kind))
@@ -251,6 +251,7 @@ def _lay(kind: NDArray[np.int8], block: Sequence[Segment], folios: Folios, kinds
         made = np.repeat(kinds.of_order[chosen.order], count)
         inside = (index >= first) & (index < stop)
         index, made = index[inside], made[inside]
+        # Empty pages in a planned folio are what the collapse fills.
         kind[index] = np.where(kind[index] < 0, kinds.added, made)
         first = stop
 
@@ -263,12 +264,14 @@ def draw(counts: NDArray[np.int64], per_column: int, kinds: Kinds, geometry: Geo
         per_column: pages in a full column.
     """
     rows = -(-len(counts) // COLUMNS)
+    # Sums are rounded, and not the kinds one by one, so that errors do not add up in a column.
     top = np.rint(np.cumsum(counts, axis=1) * (LEVELS / per_column)).astype(np.int64)
     padded = np.zeros((rows * COLUMNS, counts.shape[1]), np.int64)
     padded[: len(top)] = top
     # The kind at a level is the first with its top above it, so its number is the number of tops that are not.
     level = np.arange(LEVELS)
     raster = (padded[:, None, :] <= level[None, :, None]).sum(axis=2).reshape(rows, COLUMNS, LEVELS)
+    # Columns are filled from below, and in SVG y grows downwards.
     lines = raster.transpose(0, 2, 1)[:, ::-1]
     paths = tuple((kind.key, path) for number, kind in enumerate(kinds.all) if (path := _runs(lines == number)))
     return Picture(rows, paths, _summary(counts.sum(axis=0), kinds, geometry))
@@ -277,12 +280,14 @@ def draw(counts: NDArray[np.int64], per_column: int, kinds: Kinds, geometry: Geo
 def _runs(cells: NDArray[np.bool_]) -> str:
     """Return the SVG path of the horizontal runs of `cells`: bool, shape (rows, LEVELS, COLUMNS)."""
     rows, levels, columns = cells.shape
+    # A blank at both sides, so that runs at the edges begin and end.
     edges = np.zeros((rows, levels, columns + 2), np.int8)
     edges[:, :, 1:-1] = cells
     change = np.diff(edges, axis=2)
     row, line, start = np.nonzero(change == 1)
     length = np.nonzero(change == -1)[2] - start
     y = row * (LEVELS + _GAP) + line
+    # Strokes of width 1 lie around their path: half a unit lower they fill their line. They take a few bytes each.
     return "".join(f"M{x} {v}.5h{n}" for x, v, n in zip(start.tolist(), y.tolist(), length.tolist(), strict=True))
 
 

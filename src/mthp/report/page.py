@@ -25,6 +25,7 @@ def render(document: Document) -> str:
         UnsupportedError: Jinja2 is not installed.
     """
     template, style = load_template()
+    # A style in the page needs its hash in the policy.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = POLICY.format(style=f"sha256-{digest}")
     text: str = template.render(document=document, style=style, policy=policy)
@@ -59,6 +60,8 @@ def load_template() -> tuple[Any, str]:
             help="pip install jinja2, or apt install python3-jinja2",
         ) from error
     files = resources.files("mthp.report")
+    # Names of processes, files and mappings can hold any characters, so all text is escaped. A field that is missing is
+    # an error, and not an empty text.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_fit
     )

@@ -48,6 +48,7 @@ def report_on_comparison(path: Path, commands: Sequence[Command], *, version: st
         data = parse_json(text)
     except UsageError as error:
         raise UsageError(f"{path}: not a result, or cut short: {error}", help=error.help or _MAKE_ONE) from error
+    # A command that failed prints an object with its schema and the error.
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or "error" in data:
         raise UsageError(f"{path}: JSON, but not of `mthp compare`", help=_MAKE_ONE)
     try:
@@ -55,6 +56,7 @@ def report_on_comparison(path: Path, commands: Sequence[Command], *, version: st
         notes = [str(note) for note in data.get("missing", [])]
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", help=error.help or _MAKE_ONE) from error
+    # The file may have any JSON in these places.
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: damaged: {error} is missing or not valid", help=_MAKE_ONE) from error
     return Document(

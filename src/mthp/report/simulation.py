@@ -43,6 +43,7 @@ def report_on_simulation(
     try:
         geometry = Geometry(**about["geometry"])
         whole = [row for row in rows if not row["process"]]
+        # Rows ascend by time, and later ones replace earlier ones.
         last = {row["policy"]: row for row in whole}
         return Document(
             title=str(about["name"]),
@@ -62,6 +63,7 @@ def report_on_simulation(
             commands=commands,
             version=version,
         )
+    # StopIteration: there are no rows.
     except (KeyError, TypeError, StopIteration, AttributeError) as error:
         raise UsageError(f"damaged: {error} is missing in the results") from error
 
@@ -77,6 +79,7 @@ def _verdict(last: Mapping[str, Row], geometry: Geometry) -> str:
 
 
 def _over_time(whole: Sequence[Row]) -> Section:
+    # A chart of nothing but 0 is left out.
     charts = [_chart(whole, name, title, unit) for name, title, unit in CHARTS if any(row[name] for row in whole)]
     table = Table(
         "Sample by sample",
@@ -110,6 +113,7 @@ def _chart(whole: Sequence[Row], name: str, title: str, unit: str) -> Chart:
     return chart(
         title,
         f"{meaning[0].upper()}{meaning[1:]}.",
+        # More lines than marks could not be told apart; the table has all.
         [Series(policy, points, joined=True) for policy, points in list(lines.items())[: len(MARKS)]],
         x_name="simulated seconds",
         y_name=unit,
@@ -126,6 +130,7 @@ def _processes(rows: Sequence[Row], last: Mapping[str, Row]) -> Section:
             *figures(format_size(row["resident_bytes"]), *map(percent, (row["huge_coverage"], row["large_coverage"]))),
         )
         for row in rows
+        # The last sample; processes that ended before are not in it.
         if row["process"] and row["seconds"] == last[row["policy"]]["seconds"]
     ]
     columns = ("policy", "process", "resident", "mapped by PMD entries", "in large folios")

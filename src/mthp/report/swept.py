@@ -34,6 +34,7 @@ def report_on_sweep(
         f"Over {len(inputs)} inputs together, {best['setting']} covers most: {percent(best['coverage'])} in {size}"
         f" folios, for {format_size(best['bloat_bytes'])} of bloat."
     )
+    # Each input once: before the first scan all settings have the same.
     resident = sum(row["resident_bytes"] for row in rows if (row["setting"], row["scan"]) == _first(rows))
     return Document(
         title=f"{path.name}: a sweep",
@@ -68,6 +69,7 @@ def _spread(rows: Sequence[Row], sums: Sequence[Row]) -> Table:
     names = list(dict.fromkeys(row["setting"] for row in sums))
     last: dict[int, dict[str, Row]] = {}
     for row in rows:
+        # Rows of an input ascend by scan, so its last one stays.
         last.setdefault(row["setting"], {})[row["input"]] = row
     cells = []
     for name, inputs in zip(names, last.values(), strict=True):

@@ -53,6 +53,7 @@ def chosen_steps(count: int, most: int = MAX_MOMENTS) -> list[int]:
     """Return at most `most` of `count` steps, evenly spaced, with the first and the last."""
     if count <= most:
         return list(range(count))
+    # The divisor is one less, so that the last step is among them.
     return sorted({round(at * (count - 1) / (most - 1)) for at in range(most)})
 
 
