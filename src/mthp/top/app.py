@@ -79,6 +79,7 @@ class TopApp(App[int]):
         Binding("s", "sort", "sort"),
         Binding("r", "reverse", "reverse"),
         Binding("slash", "filter", "filter", key_display="/"),
+        # With priority over the table, which has its own actions for these keys.
         Binding("left", "step(-1)", "step back", show=False, priority=True),
         Binding("right", "step(1)", "step on", show=False, priority=True),
         Binding("home", "first", "first step", show=False, priority=True),
@@ -123,13 +124,13 @@ class TopApp(App[int]):
 
     @property
     def table(self) -> DataTable[Text]:
-        """Return the table."""
+        """The table."""
         table: DataTable[Text] = self.query_one("#table", DataTable)
         return table
 
     @property
     def chosen(self) -> Row | None:
-        """Return the row under the cursor."""
+        """The row under the cursor."""
         at = self.table.cursor_row
         return self._rows.get(self._drawn[at]) if 0 <= at < len(self._drawn) else None
 
@@ -144,14 +145,17 @@ class TopApp(App[int]):
 
     def draw(self) -> None:
         """Redraw the screen from the source's rows."""
+        # Another screen covers it.
         if len(self.screen_stack) > 1:
             return
+        # Read first, because emptying the table moves the cursor and scrolls to the top.
         cursor = self.table.cursor_row
         self._lay_out()
         rows = self.view.source.rows()
         shown = arranged(rows, self.sort, reverse=self.reversed, wanted=self.wanted)[:MAX_ROWS]
         self._rows = {row.key: row for row in shown}
         self._fill([row.key for row in shown], cursor)
+        # After the rows have changed, so that the next looks go to those that are visible now.
         self.view.source.show(self._visible())
         self._draw_head(len(rows), totals(rows))
         self._draw_steps()
@@ -169,6 +173,7 @@ class TopApp(App[int]):
         table.clear(columns=True)
         for head, width in zip(column_heads(widths, mapped=self._mapped is not None), widths, strict=True):
             table.add_column(head, width=width)
+        # Cells have the widths of their columns, so none can stay.
         self._widths = widths
         self._cells.clear()
         self._drawn = []
@@ -176,6 +181,7 @@ class TopApp(App[int]):
     def _fill(self, keys: list[int], cursor: int) -> None:
         """Put the rows `keys` into the table, the cursor in row `cursor`. Leave unchanged cells alone."""
         table = self.table
+        # Only then is the table filled again; else it keeps its place, and unchanged cells are not drawn.
         if len(keys) != len(self._drawn):
             scroll = table.scroll_offset
             table.clear()
@@ -225,6 +231,7 @@ class TopApp(App[int]):
             return
         where = f" ▶  step {mapped.step + 1} of {len(mapped.steps)}, {mapped.steps[mapped.step]:g} s"
         reading = "" if mapped.arrived else "  reading ..."
+        # With room for the last text also when it is absent, so that the bar keeps its length.
         width = max(10, self.size.width - len(f"◀ {where}  reading ...") - PADDING)
         last = max(1, len(mapped.steps) - 1)
         at = round(mapped.step / last * (width - 1))
@@ -253,6 +260,7 @@ class TopApp(App[int]):
     def ask_daemon(self) -> None:
         """Request the daemon's status and show it."""
         status = self.view.asked()
+        # Widgets belong to the thread of the event loop.
         self.call_from_thread(self._draw_daemon, status)
 
     def _draw_daemon(self, status: Mapping[str, Any] | None) -> None:
@@ -286,6 +294,7 @@ class TopApp(App[int]):
             self.notify("Nothing runs here: a file cannot be collapsed.", severity="warning")
             return
         if row.trouble:
+            # Without markup, because an error's text may have brackets.
             self.notify(clean(row.trouble), severity="warning", markup=False)
             return
         mapped = self._mapped
@@ -296,6 +305,7 @@ class TopApp(App[int]):
             try:
                 await self.push_screen_wait(Running(f"Collapsing {row.name}", carrying, self.view.geometry))
             finally:
+                # Also if the program ends before the collapse.
                 carrying.stop()
                 self.view.source.refresh(row.key)
 
@@ -350,6 +360,7 @@ class TopApp(App[int]):
         self._go(lambda mapped: len(mapped.steps) - 1)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        # These keys have priority, so without this the filter would not get them.
         if action in ("step", "first", "last"):
             return bool(self._mapped and self._mapped.steps) and not isinstance(self.focused, Input)
         return True
@@ -362,6 +373,7 @@ class TopApp(App[int]):
     def action_theme(self) -> None:
         """Switch between the light and the dark theme."""
         self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
+        # Shades of bars depend on the theme.
         self._cells.clear()
         self.draw()
 

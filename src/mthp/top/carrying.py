@@ -44,16 +44,17 @@ class Carrying:
 
     @property
     def stopping(self) -> bool:
-        """Return whether :meth:`stop` was called."""
+        """Whether :meth:`stop` was called."""
         return self._stopping.is_set()
 
     @property
     def running(self) -> bool:
-        """Return whether the thread is running."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until the thread has ended, for at most `seconds`."""
+        # Joining a thread that was not started is an error.
         if self._thread.ident is not None:
             self._thread.join(seconds)
 
@@ -69,5 +70,5 @@ class Carrying:
 
     @property
     def progress(self) -> str:
-        """Return the progress in words."""
+        """The progress in words."""
         return f"{self._what} folios: {format_size(self.done)} of {format_size(self.total)}" if self._what else ""

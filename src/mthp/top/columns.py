@@ -59,6 +59,7 @@ def column_widths(room: int, *, mapped: bool) -> list[int]:
     figures = sum(width or 0 for _, _, width in COLUMNS) + (ADDRESS_WIDTH - COLUMNS[0][2] if mapped else 0)
     spare = room - SCROLL_BAR - figures - PADDING * len(COLUMNS)
     with_bar = spare >= BAR_FROM
+    # Without the bar, the blanks around it are free.
     name = min(NAME_WIDTHS[1], max(NAME_WIDTHS[0], spare * 3 // 5 if with_bar else spare + PADDING))
     bars = [min(BAR_WIDTH, spare - name)] if with_bar else []
     own = [width or name for _, _, width in COLUMNS[:-1]]
@@ -68,9 +69,11 @@ def column_widths(room: int, *, mapped: bool) -> list[int]:
 def column_heads(widths: Sequence[int], *, mapped: bool) -> list[Text]:
     """Return the headings of columns of these `widths`."""
     heads = []
+    # Without the bar there is a width less.
     for (name, head, _), width in zip(COLUMNS, widths, strict=False):
         if name == "id" and mapped:
             head = "address"
+        # Only the bar may be narrower than its heading.
         if len(head) > width:
             head = "folios"
         heads.append(Text(head, justify="left" if name in ("name", "") else "right"))
@@ -84,6 +87,7 @@ def row_cells(row: Row, widths: Sequence[int], geometry: Geometry, *, dark: bool
         dark: whether the theme is dark.
         mapped: whether the row is a mapping, with its address as key.
     """
+    # An upper bound, which the list of keys explains.
     mark = "" if row.planned or row.gain is None else "~"
     share = row.huge_share
     dim = "dim" if row.trouble else ""
@@ -105,6 +109,7 @@ def _bar(row: Row, width: int, geometry: Geometry, *, dark: bool) -> Text:
     shades = SHADES[dark]
     top = geometry.pmd_order
     for order, characters in bar(row.by_order or {}, geometry, width):
+        # Base pages keep a shade of their own.
         shade = 0 if order <= 0 else max(1, round((len(shades) - 1) * min(order, top) / top))
         text.append(characters, Style(color=None if order == UNKNOWN else shades[shade], dim=order == UNKNOWN))
     return text

@@ -58,6 +58,7 @@ def second_look(row: Row, proc: str = "/proc") -> Row:
     """Return `row` with the values of ``smaps_rollup``, for which the kernel walks the whole process."""
     try:
         with open(f"{proc}/{row.key}/smaps_rollup", "rb") as file:
+            # In kB (proc_pid_smaps(5)).
             fields = {name: int(rest.split()[0]) << 10 for name, rest in _fields(file.read())}
     except PermissionError as error:
         return dataclasses.replace(row, trouble=f"not permitted to read it ({error.strerror}): run as root")
@@ -69,12 +70,14 @@ def second_look(row: Row, proc: str = "/proc") -> Row:
         resident=fields.get("Rss", row.resident),
         anonymous=anonymous,
         huge=huge,
+        # An upper bound, because no plan was made.
         gain=max(0, anonymous - huge),
         trouble="",
     )
 
 
 def _fields(text: bytes) -> Iterator[tuple[str, bytes]]:
+    # Without the first line, which is the range of addresses.
     for line in text.splitlines()[1:]:
         name, _, rest = line.partition(b":")
         yield name.decode(), rest
@@ -101,6 +104,7 @@ def third_look(row: Row, options: PlanOptions, stop: Stop = lambda: False) -> Ro
         anonymous=pages.resident * geometry.page_size,
         huge=pages.state("pmd_mapped") * geometry.page_size,
         by_order=_bytes_by_order(census.total, geometry),
+        # A collapse copies what it brings into larger folios.
         gain=plan.copied_bytes,
         bloat=plan.filled_bytes,
         folios=plan.folios_by_order,
@@ -147,6 +151,7 @@ class _Shares:
     """The share of each mapping in a plan, in pages: int64, shape (mappings,)."""
 
     def __init__(self, plan: SpacePlan, starts: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+        # The last mapping that begins at or below the range.
         mapping = np.searchsorted(starts, plan.ranges.address, side="right") - 1
         self.copied = np.bincount(mapping, weights=plan.ranges.copied, minlength=len(starts)).astype(np.int64)
         self.filled = np.bincount(mapping, weights=plan.ranges.filled, minlength=len(starts)).astype(np.int64)

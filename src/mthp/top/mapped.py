@@ -57,6 +57,7 @@ class Mapped:
 
     def start(self) -> None:
         """Read the target once, then go on in a thread."""
+        # In the caller's thread, so that the first screen has rows.
         self.look()
         self._thread = threading.Thread(target=self._run, name="mthp-mappings", daemon=True)
         self._thread.start()
@@ -73,6 +74,7 @@ class Mapped:
         """Do nothing: all mappings are read together, whichever are on the screen."""
 
     def refresh(self, key: int) -> None:
+        # So `arrived` is false, and the thread looks again.
         self._shown = None
         self._wake.set()
 
@@ -83,7 +85,7 @@ class Mapped:
 
     @property
     def arrived(self) -> bool:
-        """Return whether the rows are those of `step`."""
+        """Whether the rows are those of `step`."""
         return self._shown == self.step
 
     def close(self) -> None:
@@ -94,6 +96,7 @@ class Mapped:
 
     def look(self) -> None:
         """Read the target at the chosen step."""
+        # The screen may choose another meanwhile, which ends this look.
         step = self.step
         try:
             with self._opened(step if self.steps else None) as space:
@@ -115,11 +118,13 @@ class Mapped:
     def _run(self) -> None:
         pause = REST
         while not self._closing.is_set():
+            # A file does not change, and a process with an error has most likely exited: both wait for a key.
             self._wake.wait(pause if self._live and not self.trouble else None)
             self._wake.clear()
             if self._closing.is_set():
                 return
             if self._live or not self.arrived:
+                # The rest is in proportion to the work, so that looks keep within their share of a processor.
                 before = time.thread_time()
                 self.look()
                 pause = max(REST, (time.thread_time() - before) / self._cpu)

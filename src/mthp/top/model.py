@@ -48,13 +48,14 @@ class Row:
 
     @property
     def huge_share(self) -> float | None:
-        """Return the part of the anonymous memory that PMD entries map, None if unknown."""
+        """The part of the anonymous memory that PMD entries map, None if unknown."""
         if self.huge is None:
             return None
         return min(1.0, self.huge / self.anonymous) if self.anonymous else 0.0
 
 
 _SORT_VALUES: dict[str, Callable[[Row], float | str]] = {
+    # Unknown values come after 0.
     "gain": lambda row: -1 if row.gain is None else row.gain,
     "resident": lambda row: row.resident,
     "huge": lambda row: -1.0 if row.huge_share is None else row.huge_share,
@@ -78,6 +79,7 @@ def arranged(rows: Iterable[Row], sort: str, *, reverse: bool = False, wanted: s
     found = [row for row in rows if wanted in row.name.lower() or wanted in str(row.key)]
     # The key breaks ties, because equal rows would otherwise change places at every look.
     found.sort(key=lambda row: row.key)
+    # Sorting is stable, so this keeps the order of equal rows.
     found.sort(key=_SORT_VALUES[sort], reverse=(sort not in ("name", "id")) != reverse)
     return found
 
@@ -103,6 +105,7 @@ def bar(by_order: Mapping[int, int], geometry: Geometry, width: int) -> list[tup
     done, drawn = 0, 0
     for order in sorted(by_order, reverse=True):
         done += by_order[order]
+        # Sums are rounded, and not the parts one by one, so that the parts fill the bar.
         until = (2 * done * width + total) // (2 * total) if total else 0
         if until > drawn:
             parts.append((order, block_of(order, geometry) * (until - drawn)))

@@ -126,6 +126,7 @@ class Question(ModalScreen[bool]):
                 yield Button("Yes, collapse it (y)", id="yes", variant="warning")
 
     def on_mount(self) -> None:
+        # Enter presses the button with the focus.
         self.query_one("#no").focus()
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
@@ -162,7 +163,7 @@ class Running(ModalScreen[None]):
 
     @property
     def at_work(self) -> bool:
-        """Return whether the collapse is running."""
+        """Whether the collapse is running."""
         return self._carrying.running
 
     def look(self) -> None:
@@ -175,6 +176,7 @@ class Running(ModalScreen[None]):
             return
         self.query_one(".hint", Label).update("escape: back")
         if carrying.error is not None:
+            # As Text, because Textual reads markup in a str.
             text.update(Text(clean(f"{carrying.error.message}\n{carrying.error.help}")))
         elif carrying.report is not None:
             text.update(report_text(carrying.report, self._geometry))
@@ -214,6 +216,7 @@ def report_text(report: CollapseReport, geometry: Geometry) -> Text:
     left += [(n, geometry.label(order), needs_move_reason(report.move_price)) for order, n in report.needs_move.items()]
     for order, tally in report.folios.items():
         left += [(count, geometry.label(order), reason) for (_, reason), count in tally.failed.items()]
+    # The most frequent reasons first, because few are shown.
     left.sort(key=lambda entry: -entry[0])
     lines += [f"not made: {count:,} of {size}: {reason}" for count, size, reason in left[:MAX_REASONS]]
     if len(left) > MAX_REASONS:

@@ -126,6 +126,7 @@ class Survey:
 
     def work(self) -> bool:
         """Do the next piece of work. Return False if every wanted look is fresh."""
+        # The cheapest first: later looks need the rows of earlier ones.
         if self._clock() - self._listed >= self._round:
             self.list_all()
             return True
@@ -143,6 +144,7 @@ class Survey:
         self._round = max(ROUND, (self._spent() - before) / (LISTING * self._cpu))
         with self._lock:
             for key in self._known.keys() - found.keys():
+                # It has exited, and another process may get its PID.
                 del self._known[key]
             for key, row in found.items():
                 known = self._known.get(key)
@@ -155,11 +157,13 @@ class Survey:
         with self._lock:
             largest = sorted(self._known.values(), key=lambda known: -known.row.anonymous)[:LARGEST]
             wanted = [self._known[key] for key in self._shown if key in self._known] + largest
+        # A plan has these values, too.
         return self._stale(wanted, "second", lambda known: not known.row.planned)
 
     def _next_third(self) -> _Known | None:
         with self._lock:
             wanted = [self._known[key] for key in self._shown if key in self._known]
+        # A second look clears the error if the process can be read by now.
         return self._stale(wanted, "third", lambda known: not known.row.trouble)
 
     def _stale(self, wanted: Iterable[_Known], which: str, fit: Callable[[_Known], bool]) -> _Known | None:
@@ -178,6 +182,7 @@ class Survey:
             return False
         except MthpError as error:
             row = known.row
+            # Without the values of earlier looks, which hold no longer.
             row = Row(row.key, row.name, row.resident, row.anonymous, trouble=error.message)
         with self._lock:
             known.row = row
