@@ -94,7 +94,7 @@ class Workload(Closing):
 
     @property
     def pid(self) -> int:
-        """Return the PID of the workload.
+        """The PID of the workload.
 
         Raises:
             UsageError: the workload was not started.
@@ -120,6 +120,7 @@ class Workload(Closing):
             raise UsageError(f"size of {size} bytes for the demo's workload: at least {MIN_SIZE} are needed")
         if self._process is not None:
             raise UsageError(f"the demo's workload runs already, as PID {self._process.pid}")
+        # -P, because the working directory may have modules of the same names.
         command = [sys.executable, "-P", "-m", "mthp.demo.workload", "--size", str(size), "--parent", str(os.getpid())]
         self._patience = ANSWER_TIMEOUT + size / SLOWEST_BYTES_PER_S
         try:
@@ -179,6 +180,7 @@ class Workload(Closing):
         try:
             yield waits
         finally:
+            # Also after an error, because the workload takes no other request meanwhile.
             waits.append(Durations(**self._ask({"cmd": "stop"})))
 
     def collapse_itself(self) -> float:
@@ -190,12 +192,10 @@ class Workload(Closing):
         return float(self._ask({"cmd": "collapse"})["elapsed"])
 
     def close(self) -> None:
-        """Kill the process and wait for it. May be called at any time, and again.
-
-        Killing loses nothing worth saving, and works also when the workload is busy, stopped or traced.
-        """
+        """Kill the process and wait for it. May be called at any time, and again."""
         process, self._process = self._process, None
         if process is not None:
+            # It has nothing worth saving, and this works also when it is busy, stopped or traced.
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
@@ -235,6 +235,7 @@ class Workload(Closing):
         while b"\n" not in self._pending:
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise MthpError(f"the demo's workload, PID {process.pid}, has not answered for {timeout:.0f} s")
+            # Past the buffer of the file object, which poll(2) does not see.
             received = os.read(process.stdout.fileno(), 1 << 16)
             if not received:
                 raise self._ended()
@@ -248,6 +249,7 @@ class Workload(Closing):
         process, stderr = self._running(), self._stderr
         assert stderr is not None
         try:
+            # It may have closed only its output.
             status = process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return TargetVanishedError(f"the demo's workload, PID {process.pid}, closed its output")
@@ -261,10 +263,7 @@ class Workload(Closing):
 
 
 def fit_size(wanted: int, bounds: Sequence[MemoryBound], workloads: int) -> int:
-    """Return the size for each workload: `wanted`, or less if memory does not allow that.
-
-    All workloads together may take half of the memory that every limit leaves free. While it grows, and after a
-    collapse to huge pages, a workload has up to half more than its size.
+    """Return the size for each workload: `wanted`, or less, so that all take half of the memory that is free at most.
 
     Args:
         wanted: bytes.
@@ -278,6 +277,7 @@ def fit_size(wanted: int, bounds: Sequence[MemoryBound], workloads: int) -> int:
     if wanted < MIN_SIZE:
         raise UsageError(f"size of {wanted} bytes for the demo's workload: at least {MIN_SIZE} are needed")
     left = min((bound.left for bound in bounds), default=wanted * 3 * workloads)
+    # A third: while it grows, and after a collapse to huge pages, a workload has up to half more than its size.
     allowed = left // 3 // workloads
     if allowed < MIN_SIZE:
         raise UnsupportedError(

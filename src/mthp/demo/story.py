@@ -130,7 +130,7 @@ class Story:
 
     @property
     def complete(self) -> bool:
-        """Return whether every chapter could be shown."""
+        """Whether every operation was done, and the data reads as before."""
         return self.intact and not self.undone
 
 
@@ -148,6 +148,7 @@ def tell(size: int, seconds: float, progress: Progress) -> Story:
     """
     fitting = fit_size(size, memory_bounds(Path("/proc/self/cgroup").read_text()), workloads=2)
     with Workload() as first, Workload() as second:
+        # Both are started before either is awaited, so that they grow at the same time.
         for workload in (first, second):
             workload.begin(fitting)
         for number, workload in enumerate((first, second), 1):
@@ -192,6 +193,7 @@ class _Telling:
         story, small, huge = self._story, self._small, self._huge
         contents = self._contents("before")
         speeds = self._speeds("before", [small, huge])
+        # To compare the delays of lookups with, which a busy machine has, too.
         story.chapters.append(self._quiet(speeds[0]))
         for side, speed in zip((small, huge), speeds, strict=True):
             side.speed, side.resident = speed.median, self._chapter("", side).resident_bytes
@@ -243,6 +245,7 @@ class _Telling:
         # Without frame numbers, only memory that a PMD entry maps is known to be large.
         share = seen.share(geometry.pmd_order if seen.unknown else self._story.order)
         resident = seen.resident_bytes(geometry)
+        # Before the first operation there is nothing to compare with, and the difference is 0.
         return Chapter(name, share, resident, resident - (side.resident or resident), elapsed, waits)
 
     def _try(self, act: Callable[[], Chapter]) -> Chapter | None:
@@ -268,11 +271,13 @@ class _Telling:
 
     def _by_huge_pages(self) -> Chapter:
         geometry = self._story.geometry
+        # As khugepaged's default (khugepaged_init(), mm/khugepaged.c).
         choice = PlanOptions(orders=(geometry.pmd_order,), max_ptes_none=geometry.ptes_per_pmd - 1)
         means = Means(mechanism="madvise", max_bloat=None)
         try:
             report, waits = self._collapse(self._huge, choice, means, f"making folios of {self._pmd}")
         except NotPermittedError as error:
+            # process_madvise(2) on another process takes CAP_SYS_NICE; on itself a process needs no privilege.
             self._story.undone.append(f"{error.message}: the workload collapsed itself to {self._pmd}")
             return self._chapter("huge pages", self._huge, self._huge.workload.collapse_itself())
         return self._chapter("huge pages", self._huge, report.elapsed, waits)

@@ -18,12 +18,6 @@ the document to the column behind it: a handful of cache lines, each in a differ
 the size of pages. One SQL statement does a thousand lookups, so nearly all the time is SQLite's and not Python's. All
 of it follows a fixed seed.
 
-Small pages first
------------------
-The comparison must begin with 4 KiB pages, whatever the system's switches are. So the process sets PR_SET_THP_DISABLE
-while it grows, and clears it when it is ready, because MADV_COLLAPSE honours it too
-(``Documentation/admin-guide/mm/transhuge.rst``).
-
 The protocol
 ------------
 One JSON object a line. On stdout first ``{"event": "progress", "done_bytes", "total_bytes", "phase"}`` several times,
@@ -87,6 +81,8 @@ INSERT_SESSIONS = """
     WITH RECURSIVE counter(n) AS (SELECT :first UNION ALL SELECT n + 1 FROM counter WHERE n < :last)
     INSERT INTO cache.session SELECT n, substr(:pool, 1 + (n * 104729) % :span, 1960) FROM counter"""
 REWRITE_DOCUMENTS = f"UPDATE document SET body = substr(:pool, 1 + id % :span, {LONGEST_BODY}) WHERE id % 50 = 11"
+# SQLite does not reorder a CROSS JOIN, so each line of `probe` is looked up in `document` (its query optimizer
+# overview).
 LOOK_UP = """
     SELECT count(*), total(document.rank)
     FROM probe CROSS JOIN document ON document.id = 1 + (probe.r * :factor + :shift) % :documents"""
@@ -218,7 +214,8 @@ class Database:
         return done + count
 
     def _source(self) -> dict[str, object]:
-        """Return the source of contents in SQL: slices of one random string, cut in C, seeded unlike randomblob()."""
+        """Return the source of contents in SQL: slices of one random string."""
+        # SQLite cuts them in C, and unlike randomblob() they follow the seed.
         return {"pool": self._pool, "span": len(self._pool) - LONGEST_BODY}
 
     def _look_up(self, rng: random.Random) -> tuple[int, float]:
@@ -230,6 +227,7 @@ class Database:
 
 def _bucket(nanoseconds: int) -> int:
     """Return the number of the bucket for a duration."""
+    # The five highest bits are 16 to 31, so the 16 buckets of a doubling follow those of the one before.
     doublings = max(0, nanoseconds.bit_length() - 5)
     return min(doublings * BUCKETS_PER_DOUBLING + (nanoseconds >> doublings), 64 * BUCKETS_PER_DOUBLING - 1)
 
@@ -369,11 +367,13 @@ def main() -> None:
     parser.add_argument("--parent", type=int, default=os.getppid(), metavar="PID", help="process to end together with")
     arguments = parser.parse_args()
     depend_on(arguments.parent)
+    # The comparison must begin with 4 KiB pages, whatever the system's switches are.
     have_small_pages_only()
     prctl(PR_SET_NAME, COMM.encode())
     keep_the_heap_in_one_piece()
     database = Database()
     database.grow(arguments.size, progress_reporter())
+    # MADV_COLLAPSE honours it, too (Documentation/admin-guide/mm/transhuge.rst).
     prctl(PR_SET_THP_DISABLE, 0)
     say({"event": "ready"})
     for line in sys.stdin:
