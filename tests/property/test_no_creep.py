@@ -14,8 +14,8 @@ from mthp.engine.plan import make_rules, plan_planes
 from mthp.engine.policy import Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.geometry import geometry_for_ptes
-from mthp.lab.evaluate import carried_out, counted, history
 from mthp.lab.makers import Maker
+from mthp.lab.scans import carried_out, counted, history
 from mthp.tunables import Tunables
 from strategies import SMALL_SIZES, Problem, examples, problems
 

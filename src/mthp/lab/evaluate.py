@@ -19,7 +19,6 @@ from mthp.abilities import resident_bytes, zero_filled
 from mthp.addrspace import AddressSpace
 from mthp.engine.bits import Bits
 from mthp.engine.occupancy import Planes
-from mthp.engine.plan import plan_planes
 from mthp.engine.policy import Rules
 from mthp.engine.policy_lookup import policy_named
 from mthp.engine.select import Job, PlanOptions, base_rules, jobs_of, ranges_of, read_planes
@@ -27,9 +26,10 @@ from mthp.engine.trim import TrimOptions
 from mthp.geometry import Geometry
 from mthp.heat import Heat
 from mthp.lab import figures
-from mthp.lab.figures import MAX_ORDER, Row
+from mthp.lab.figures import Row
 from mthp.lab.makers import SPLIT, Maker
-from mthp.lab.splitting import by_splitting, given_back, trimmed
+from mthp.lab.scans import MAX_SCANS, NOTHING, Counts, counted, folios_of, history, hot_share, scan_at
+from mthp.lab.splitting import trimmed
 from mthp.ptes import Segment, in_blocks
 from mthp.sim.clock import Costs
 from mthp.trimming import TrimBy, Trimming
@@ -38,58 +38,9 @@ from mthp.vma import Vma
 BLOCK_RANGES = 512
 """PMD ranges per read: 256 Ki PTEs on x86-64, so that all planes of a block stay in the processor's caches."""
 
-MAX_SCANS = 64
-"""The most scans of a comparison until nothing changes; creep needs one for every order, and few more."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after every block."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """The state after a scan, in pages.
-
-    Attributes:
-        by_order: int64, shape (MAX_ORDER + 1,): resident pages by the order of their folio.
-        pmd_mapped: resident pages that PMD entries map.
-        copied, filled: pages that collapses copied, and made where none were, of all scans together.
-        folios: int64, shape (MAX_ORDER + 1,): folios made by order, of all scans together.
-        scanned: PTEs that this scan read.
-        split: PMD ranges that were split, of all scans together.
-        trimmable: pages that a trim would give back.
-        hot: part of the observed accesses that go to memory that PMD entries map.
-    """
-
-    by_order: NDArray[np.int64]
-    pmd_mapped: int = 0
-    copied: int = 0
-    filled: int = 0
-    folios: NDArray[np.int64] | None = None
-    scanned: int = 0
-    split: int = 0
-    trimmable: int = 0
-    hot: float = 0.0
-
-    def __add__(self, other: Counts) -> Counts:
-        mine, theirs = _or_none(self.folios), _or_none(other.folios)
-        return Counts(
-            self.by_order + other.by_order,
-            self.pmd_mapped + other.pmd_mapped,
-            self.copied + other.copied,
-            self.filled + other.filled,
-            mine + theirs,
-            self.scanned + other.scanned,
-            self.split + other.split,
-            self.trimmable + other.trimmable,
-            self.hot + other.hot,
-        )
-
-
-def _or_none(folios: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    return np.zeros(MAX_ORDER + 1, np.int64) if folios is None else folios
-
-
-NOTHING = Counts(np.zeros(MAX_ORDER + 1, np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +83,8 @@ class Outcome:
             scanned += now.scanned
             resident = int(now.by_order.sum())
             entries = figures.translations(now.by_order, now.pmd_mapped, pmd_order, coalesced_order)
-            folios = int(_or_none(now.folios).sum())
-            huge = int(_or_none(now.folios)[pmd_order])
+            folios = int(folios_of(now.folios).sum())
+            huge = int(folios_of(now.folios)[pmd_order])
             spent = figures.khugepaged_seconds(
                 costs,
                 ptes=scanned,
@@ -240,7 +191,7 @@ def evaluate(
             if not some.all():
                 planes, hot = planes.chosen(some), hot[some]
                 empty = None if empty is None else empty[some]
-            before = replace(counted(planes, space.geometry), hot=_hot(planes, hot))
+            before = replace(counted(planes, space.geometry), hot=hot_share(planes, hot))
             if empty is not None:
                 before = replace(before, trimmable=trimmed(planes, empty, by, TrimOptions().zero, space.geometry))
             for course in members:
@@ -306,140 +257,11 @@ class _Course:
         block = history(planes, before, self.maker, rules, self.limit, empty, by, hot)
         # After its last scan a block does not change, and neither does the sum.
         length = max(len(self.scans), len(block))
-        self.scans = [_at(self.scans, index) + _at(block, index) for index in range(length)]
+        self.scans = [scan_at(self.scans, index) + scan_at(block, index) for index in range(length)]
 
     def outcome(self, length: int, *, heated: bool) -> Outcome:
-        scans = tuple(_at(self.scans, index) for index in range(length))
+        scans = tuple(scan_at(self.scans, index) for index in range(length))
         return Outcome(self.options, self.maker.name, self.base, scans, heated)
-
-
-def _at(scans: Sequence[Counts], index: int) -> Counts:
-    return scans[min(index, len(scans) - 1)]
-
-
-def settled(planes: Planes, maker: Maker, rules: Rules, limit: int) -> Planes:
-    """Return the planes of some PMD ranges after a scan makes nothing any more, or after `limit` scans."""
-    for _ in range(limit):
-        plan = plan_planes(planes, maker.policy, rules)
-        made = by_splitting(planes, plan).made if maker.splits else plan.made
-        if not made.any():
-            break
-        planes, _ = carried_out(planes, made, rules.geometry)
-    return planes
-
-
-def history(
-    planes: Planes,
-    before: Counts,
-    maker: Maker,
-    rules: Rules,
-    limit: int,
-    empty: Bits | None = None,
-    by: TrimBy = "cold",
-    hot: NDArray[np.float64] | None = None,
-) -> list[Counts]:
-    """Take some PMD ranges through scans until one makes nothing, or `limit` are done.
-
-    Args:
-        planes: the planes of the ranges.
-        before: their pages, as :func:`counted` returns them.
-        empty: pages known to contain only zeroes: bool, shape (ranges, ptes_per_pmd).
-        by: the way in which a trim would give pages back.
-        hot: float64, shape (ranges,): the part of the observed accesses that each range has.
-
-    Returns:
-        The state before the first scan and after each, including a last one that made nothing.
-    """
-    scans, geometry = [before], rules.geometry
-    empty = np.zeros_like(planes.present) if empty is None else empty
-    for _ in range(limit):
-        plan = plan_planes(planes, maker.policy, rules)
-        split = by_splitting(planes, plan) if maker.splits else None
-        made = plan.made if split is None else split.made
-        copied, filled = int(plan.copied.sum(dtype=np.int64)), int(plan.filled.sum(dtype=np.int64))
-        if split is not None:
-            copied, filled = split.copied, split.filled
-        last = scans[-1]
-        # The last scan costs time, too, though it makes nothing.
-        if not copied + filled:
-            scans.append(replace(last, scanned=plan.scanned_ptes))
-            break
-        # Before the planes change: whatever had no contents is filled.
-        had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
-        planes, now = carried_out(planes, made, geometry)
-        # Pages that a collapse fills are zeroes, and the program is not modelled.
-        empty = empty | ((made != 0) & ~had)
-        if split is not None:
-            # Of a range that is collapsed whole, pages of zeroes outside of its blocks are freed after the split.
-            planes, gone = given_back(planes, split, empty)
-            empty, now = empty & ~gone, counted(planes, geometry)
-        folios = _or_none(last.folios) + _folios_by_order(made)
-        scans.append(
-            replace(
-                now,
-                copied=last.copied + copied,
-                filled=last.filled + filled,
-                folios=folios,
-                scanned=plan.scanned_ptes,
-                split=last.split + (0 if split is None else int(split.ranges.sum())),
-                trimmable=trimmed(planes, empty, by, TrimOptions().zero, geometry),
-                hot=0.0 if hot is None else _hot(planes, hot),
-            )
-        )
-    return scans
-
-
-def _folios_by_order(made: NDArray[np.int8]) -> NDArray[np.int64]:
-    folios = np.zeros(MAX_ORDER + 1, np.int64)
-    for order in range(1, int(made.max(initial=0)) + 1):
-        # `made` has an entry for each page.
-        folios[min(order, MAX_ORDER)] += np.count_nonzero(made == order) >> order
-    return folios
-
-
-def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> tuple[Planes, Counts]:
-    """Return the planes and the pages of some PMD ranges after the folios of `made` are made in them."""
-    inside: Bits = made != 0
-    outside = ~inside
-
-    def kept(plane: Bits | None) -> Bits | None:
-        return None if plane is None else plane & outside
-
-    had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
-    filled = inside & ~had
-    # A folio of the PMD order begins at the first page of its range.
-    huge = made[:, 0] == geometry.pmd_order
-    orders = made if planes.folio_order is None else np.where(inside, made, planes.folio_order)
-    after = replace(
-        planes,
-        present=planes.present | inside,
-        # A new folio is private, present and just written: the marks of the old entries are gone.
-        zero=kept(planes.zero),
-        swap=kept(planes.swap),
-        guard=kept(planes.guard),
-        shared=kept(planes.shared),
-        lazyfree=kept(planes.lazyfree),
-        uffd=kept(planes.uffd),
-        unreferenced=kept(planes.unreferenced),
-        folio_order=orders,
-        filled=filled if planes.filled is None else planes.filled | filled,
-        pmd_mapped=huge if planes.pmd_mapped is None else planes.pmd_mapped | huge,
-    )
-    return after, counted(after, geometry)
-
-
-def counted(planes: Planes, geometry: Geometry) -> Counts:
-    """Return the resident pages of some PMD ranges: by the order of their folio, and those that PMD entries map."""
-    occupied = planes.occupied
-    by_order = np.zeros(MAX_ORDER + 1, np.int64)
-    by_order[0] = np.count_nonzero(occupied)
-    orders = planes.folio_order
-    for order in range(1, 0 if orders is None else int(orders.max(initial=0)) + 1):
-        pages = np.count_nonzero((orders == order) & occupied)
-        by_order[min(order, MAX_ORDER)] += pages
-        by_order[0] -= pages
-    huge = 0 if planes.pmd_mapped is None else int(np.count_nonzero(occupied[planes.pmd_mapped]))
-    return Counts(by_order, huge)
 
 
 def _with_pages(planes: Planes) -> Bits:
@@ -456,8 +278,3 @@ def _shares(heat: Heat | None, address: NDArray[np.uint64], size: int) -> NDArra
     if heat is None or not heat.spans:
         return np.zeros(len(address))
     return heat.within(address, address + np.uint64(size)) / heat.total
-
-
-def _hot(planes: Planes, hot: NDArray[np.float64]) -> float:
-    """Return the sum of `hot` over the ranges that a PMD entry maps."""
-    return 0.0 if planes.pmd_mapped is None else float(hot[planes.pmd_mapped].sum())

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from mthp.addrspace import AddressSpace
 from mthp.engine.occupancy import Planes
 from mthp.engine.select import PlanOptions, base_rules, jobs_of, ranges_of, read_planes
-from mthp.lab.evaluate import BLOCK_RANGES, MAX_SCANS, settled
+from mthp.lab.evaluate import BLOCK_RANGES
 from mthp.lab.makers import Maker
+from mthp.lab.scans import MAX_SCANS, settled
 from mthp.lab.tlb import Processor, Tlb, TlbCounts
 from mthp.ptes import in_blocks
 

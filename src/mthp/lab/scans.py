@@ -1,0 +1,210 @@
+"""The scans of some PMD ranges under one setting, and their pages after each.
+
+A scan is planned (:mod:`mthp.engine.plan`) and the plan is carried out on the planes of bits. The next scan sees the
+result, until nothing changes any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mthp.engine.bits import Bits
+from mthp.engine.occupancy import Planes
+from mthp.engine.plan import plan_planes
+from mthp.engine.policy import Rules
+from mthp.engine.trim import TrimOptions
+from mthp.geometry import Geometry
+from mthp.lab.figures import MAX_ORDER
+from mthp.lab.makers import Maker
+from mthp.lab.splitting import by_splitting, given_back, trimmed
+from mthp.trimming import TrimBy
+
+MAX_SCANS = 64
+"""The most scans of a comparison until nothing changes; creep needs one for every order, and few more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The state after a scan, in pages.
+
+    Attributes:
+        by_order: int64, shape (MAX_ORDER + 1,): resident pages by the order of their folio.
+        pmd_mapped: resident pages that PMD entries map.
+        copied, filled: pages that collapses copied, and made where none were, of all scans together.
+        folios: int64, shape (MAX_ORDER + 1,): folios made by order, of all scans together.
+        scanned: PTEs that this scan read.
+        split: PMD ranges that were split, of all scans together.
+        trimmable: pages that a trim would give back.
+        hot: part of the observed accesses that go to memory that PMD entries map.
+    """
+
+    by_order: NDArray[np.int64]
+    pmd_mapped: int = 0
+    copied: int = 0
+    filled: int = 0
+    folios: NDArray[np.int64] | None = None
+    scanned: int = 0
+    split: int = 0
+    trimmable: int = 0
+    hot: float = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        mine, theirs = folios_of(self.folios), folios_of(other.folios)
+        return Counts(
+            self.by_order + other.by_order,
+            self.pmd_mapped + other.pmd_mapped,
+            self.copied + other.copied,
+            self.filled + other.filled,
+            mine + theirs,
+            self.scanned + other.scanned,
+            self.split + other.split,
+            self.trimmable + other.trimmable,
+            self.hot + other.hot,
+        )
+
+
+def folios_of(folios: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """Return the numbers of folios by order, zeroes for none."""
+    return np.zeros(MAX_ORDER + 1, np.int64) if folios is None else folios
+
+
+NOTHING = Counts(np.zeros(MAX_ORDER + 1, np.int64))
+
+
+def scan_at(scans: Sequence[Counts], index: int) -> Counts:
+    """Return the state after a scan; after the last scan nothing changes."""
+    return scans[min(index, len(scans) - 1)]
+
+
+def settled(planes: Planes, maker: Maker, rules: Rules, limit: int) -> Planes:
+    """Return the planes of some PMD ranges after a scan makes nothing any more, or after `limit` scans."""
+    for _ in range(limit):
+        plan = plan_planes(planes, maker.policy, rules)
+        made = by_splitting(planes, plan).made if maker.splits else plan.made
+        if not made.any():
+            break
+        planes, _ = carried_out(planes, made, rules.geometry)
+    return planes
+
+
+def history(
+    planes: Planes,
+    before: Counts,
+    maker: Maker,
+    rules: Rules,
+    limit: int,
+    empty: Bits | None = None,
+    by: TrimBy = "cold",
+    hot: NDArray[np.float64] | None = None,
+) -> list[Counts]:
+    """Take some PMD ranges through scans until one makes nothing, or `limit` are done.
+
+    Args:
+        planes: the planes of the ranges.
+        before: their pages, as :func:`counted` returns them.
+        empty: pages known to contain only zeroes: bool, shape (ranges, ptes_per_pmd).
+        by: the way in which a trim would give pages back.
+        hot: float64, shape (ranges,): the part of the observed accesses that each range has.
+
+    Returns:
+        The state before the first scan and after each, including a last one that made nothing.
+    """
+    scans, geometry = [before], rules.geometry
+    empty = np.zeros_like(planes.present) if empty is None else empty
+    for _ in range(limit):
+        plan = plan_planes(planes, maker.policy, rules)
+        split = by_splitting(planes, plan) if maker.splits else None
+        made = plan.made if split is None else split.made
+        copied, filled = int(plan.copied.sum(dtype=np.int64)), int(plan.filled.sum(dtype=np.int64))
+        if split is not None:
+            copied, filled = split.copied, split.filled
+        last = scans[-1]
+        # The last scan costs time, too, though it makes nothing.
+        if not copied + filled:
+            scans.append(replace(last, scanned=plan.scanned_ptes))
+            break
+        # Before the planes change: whatever had no contents is filled.
+        had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
+        planes, now = carried_out(planes, made, geometry)
+        # Pages that a collapse fills are zeroes, and the program is not modelled.
+        empty = empty | ((made != 0) & ~had)
+        if split is not None:
+            # Of a range that is collapsed whole, pages of zeroes outside of its blocks are freed after the split.
+            planes, gone = given_back(planes, split, empty)
+            empty, now = empty & ~gone, counted(planes, geometry)
+        folios = folios_of(last.folios) + _folios_by_order(made)
+        scans.append(
+            replace(
+                now,
+                copied=last.copied + copied,
+                filled=last.filled + filled,
+                folios=folios,
+                scanned=plan.scanned_ptes,
+                split=last.split + (0 if split is None else int(split.ranges.sum())),
+                trimmable=trimmed(planes, empty, by, TrimOptions().zero, geometry),
+                hot=0.0 if hot is None else hot_share(planes, hot),
+            )
+        )
+    return scans
+
+
+def _folios_by_order(made: NDArray[np.int8]) -> NDArray[np.int64]:
+    folios = np.zeros(MAX_ORDER + 1, np.int64)
+    for order in range(1, int(made.max(initial=0)) + 1):
+        # `made` has an entry for each page.
+        folios[min(order, MAX_ORDER)] += np.count_nonzero(made == order) >> order
+    return folios
+
+
+def carried_out(planes: Planes, made: NDArray[np.int8], geometry: Geometry) -> tuple[Planes, Counts]:
+    """Return the planes and the pages of some PMD ranges after the folios of `made` are made in them."""
+    inside: Bits = made != 0
+    outside = ~inside
+
+    def kept(plane: Bits | None) -> Bits | None:
+        return None if plane is None else plane & outside
+
+    had = planes.occupied if planes.swap is None else planes.occupied | planes.swap
+    filled = inside & ~had
+    # A folio of the PMD order begins at the first page of its range.
+    huge = made[:, 0] == geometry.pmd_order
+    orders = made if planes.folio_order is None else np.where(inside, made, planes.folio_order)
+    after = replace(
+        planes,
+        present=planes.present | inside,
+        # A new folio is private, present and just written: the marks of the old entries are gone.
+        zero=kept(planes.zero),
+        swap=kept(planes.swap),
+        guard=kept(planes.guard),
+        shared=kept(planes.shared),
+        lazyfree=kept(planes.lazyfree),
+        uffd=kept(planes.uffd),
+        unreferenced=kept(planes.unreferenced),
+        folio_order=orders,
+        filled=filled if planes.filled is None else planes.filled | filled,
+        pmd_mapped=huge if planes.pmd_mapped is None else planes.pmd_mapped | huge,
+    )
+    return after, counted(after, geometry)
+
+
+def counted(planes: Planes, geometry: Geometry) -> Counts:
+    """Return the resident pages of some PMD ranges: by the order of their folio, and those that PMD entries map."""
+    occupied = planes.occupied
+    by_order = np.zeros(MAX_ORDER + 1, np.int64)
+    by_order[0] = np.count_nonzero(occupied)
+    orders = planes.folio_order
+    for order in range(1, 0 if orders is None else int(orders.max(initial=0)) + 1):
+        pages = np.count_nonzero((orders == order) & occupied)
+        by_order[min(order, MAX_ORDER)] += pages
+        by_order[0] -= pages
+    huge = 0 if planes.pmd_mapped is None else int(np.count_nonzero(occupied[planes.pmd_mapped]))
+    return Counts(by_order, huge)
+
+
+def hot_share(planes: Planes, hot: NDArray[np.float64]) -> float:
+    """Return the sum of `hot` over the ranges that a PMD entry maps."""
+    return 0.0 if planes.pmd_mapped is None else float(hot[planes.pmd_mapped].sum())
