@@ -28,7 +28,7 @@ from mthp.heat import Heat
 from mthp.lab import figures
 from mthp.lab.figures import Row
 from mthp.lab.makers import SPLIT, Maker
-from mthp.lab.scans import MAX_SCANS, NOTHING, Counts, counted, folios_of, history, hot_share, scan_at
+from mthp.lab.scans import MAX_SCANS, Counts, counted, history, hot_share, scan_at
 from mthp.lab.splitting import trimmed
 from mthp.ptes import Segment, in_blocks
 from mthp.sim.clock import Costs
@@ -83,21 +83,7 @@ class Outcome:
             scanned += now.scanned
             resident = int(now.by_order.sum())
             entries = figures.translations(now.by_order, now.pmd_mapped, pmd_order, coalesced_order)
-            folios = int(folios_of(now.folios).sum())
-            huge = int(folios_of(now.folios)[pmd_order])
-            spent = figures.khugepaged_seconds(
-                costs,
-                ptes=scanned,
-                ranges=scanned >> pmd_order,
-                copied_bytes=now.copied * page,
-                zeroed_bytes=now.filled * page,
-                folios=huge + now.split if now.split else folios,
-                folio_pages=now.copied + now.filled,
-            )
-            if now.split:
-                # A split range costs a collapse to the PMD order, and then the splits of all its pages.
-                split_ps = (folios - huge) * costs.split_folio + (now.split << pmd_order) * costs.split_page
-                spent += split_ps / 1e12
+            folios = int(now.folios.sum())
             row: Row = self._settings() | {
                 "scan": index,
                 "resident_bytes": resident * page,
@@ -112,7 +98,7 @@ class Outcome:
                 "copied_bytes": now.copied * page,
                 "folios": folios,
                 "scanned_ptes": scanned,
-                "khugepaged_seconds": spent,
+                "khugepaged_seconds": self._khugepaged_seconds(costs, now, scanned),
                 "translations": entries,
                 # The entries, times the mean bytes that one of them maps.
                 "tlb_reach_bytes": figures.share(tlb_entries * resident * page, entries),
@@ -121,6 +107,22 @@ class Outcome:
                 row[figures.order_column(order)] = figures.share(int(now.by_order[order]), resident)
             rows.append(row)
         return rows
+
+    def _khugepaged_seconds(self, costs: Costs, now: Counts, scanned: int) -> float:
+        page, pmd_order = self.geometry.page_size, self.geometry.pmd_order
+        folios, huge = int(now.folios.sum()), int(now.folios[pmd_order])
+        spent = figures.khugepaged_seconds(
+            costs,
+            ptes=scanned,
+            ranges=scanned >> pmd_order,
+            copied_bytes=now.copied * page,
+            zeroed_bytes=now.filled * page,
+            folios=huge + now.split if now.split else folios,
+            folio_pages=now.copied + now.filled,
+        )
+        # A split range costs a collapse to the PMD order, and then the splits of all its pages.
+        split_ps = (folios - huge) * costs.split_folio + (now.split << pmd_order) * costs.split_page
+        return spent + (split_ps / 1e12 if now.split else 0.0)
 
     def _settings(self) -> Row:
         tunables = self.rules.tunables
@@ -184,13 +186,7 @@ def evaluate(
         for block in in_blocks(segments, BLOCK_RANGES * granule):
             address = ranges_of(block, space.geometry)
             # Any member's job will do: they have the same segments, and only rules differ.
-            columns, planes = read_planes(space, members[0].jobs[index], address)
-            empty = zero_filled(space, columns).reshape(planes.present.shape) if contents else None
-            hot = _shares(heat, address, granule)
-            some = _with_pages(planes)
-            if not some.all():
-                planes, hot = planes.chosen(some), hot[some]
-                empty = None if empty is None else empty[some]
+            planes, hot, empty = _read(space, members[0].jobs[index], address, contents, heat)
             before = replace(counted(planes, space.geometry), hot=hot_share(planes, hot))
             if empty is not None:
                 before = replace(before, trimmable=trimmed(planes, empty, by, TrimOptions().zero, space.geometry))
@@ -239,7 +235,7 @@ class _Course:
     def of(cls, space: AddressSpace, vmas: Sequence[Vma], options: PlanOptions, limit: int) -> _Course:
         base = base_rules(space, options)
         jobs, _ = jobs_of(space, options, base, vmas)
-        return cls(options, Maker.named(options.policy), base, jobs, limit, [NOTHING])
+        return cls(options, Maker.named(options.policy), base, jobs, limit, [Counts()])
 
     def places(self) -> _Places:
         return tuple(tuple(job.segments) for job in self.jobs)
@@ -262,6 +258,19 @@ class _Course:
     def outcome(self, length: int, *, heated: bool) -> Outcome:
         scans = tuple(scan_at(self.scans, index) for index in range(length))
         return Outcome(self.options, self.maker.name, self.base, scans, heated)
+
+
+def _read(
+    space: AddressSpace, job: Job, address: NDArray[np.uint64], contents: bool, heat: Heat | None
+) -> tuple[Planes, NDArray[np.float64], Bits | None]:
+    """Return the planes, the shares of accesses and the pages of zeroes of the PMD ranges that are not empty."""
+    columns, planes = read_planes(space, job, address)
+    empty = zero_filled(space, columns).reshape(planes.present.shape) if contents else None
+    hot = _shares(heat, address, space.geometry.pmd_size)
+    some = _with_pages(planes)
+    if some.all():
+        return planes, hot, empty
+    return planes.chosen(some), hot[some], None if empty is None else empty[some]
 
 
 def _with_pages(planes: Planes) -> Bits:

@@ -7,7 +7,7 @@ result, until nothing changes any more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,37 +42,18 @@ class Counts:
         hot: part of the observed accesses that go to memory that PMD entries map.
     """
 
-    by_order: NDArray[np.int64]
+    by_order: NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_ORDER + 1, np.int64))
     pmd_mapped: int = 0
     copied: int = 0
     filled: int = 0
-    folios: NDArray[np.int64] | None = None
+    folios: NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_ORDER + 1, np.int64))
     scanned: int = 0
     split: int = 0
     trimmable: int = 0
     hot: float = 0.0
 
     def __add__(self, other: Counts) -> Counts:
-        mine, theirs = folios_of(self.folios), folios_of(other.folios)
-        return Counts(
-            self.by_order + other.by_order,
-            self.pmd_mapped + other.pmd_mapped,
-            self.copied + other.copied,
-            self.filled + other.filled,
-            mine + theirs,
-            self.scanned + other.scanned,
-            self.split + other.split,
-            self.trimmable + other.trimmable,
-            self.hot + other.hot,
-        )
-
-
-def folios_of(folios: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """Return the numbers of folios by order, zeroes for none."""
-    return np.zeros(MAX_ORDER + 1, np.int64) if folios is None else folios
-
-
-NOTHING = Counts(np.zeros(MAX_ORDER + 1, np.int64))
+        return Counts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
 
 def scan_at(scans: Sequence[Counts], index: int) -> Counts:
@@ -118,10 +99,10 @@ def history(
     for _ in range(limit):
         plan = plan_planes(planes, maker.policy, rules)
         split = by_splitting(planes, plan) if maker.splits else None
-        made = plan.made if split is None else split.made
-        copied, filled = int(plan.copied.sum(dtype=np.int64)), int(plan.filled.sum(dtype=np.int64))
-        if split is not None:
-            copied, filled = split.copied, split.filled
+        if split is None:
+            made, copied, filled = plan.made, int(plan.copied.sum(dtype=np.int64)), int(plan.filled.sum(dtype=np.int64))
+        else:
+            made, copied, filled = split.made, split.copied, split.filled
         last = scans[-1]
         # The last scan costs time, too, though it makes nothing.
         if not copied + filled:
@@ -136,13 +117,12 @@ def history(
             # Of a range that is collapsed whole, pages of zeroes outside of its blocks are freed after the split.
             planes, gone = given_back(planes, split, empty)
             empty, now = empty & ~gone, counted(planes, geometry)
-        folios = folios_of(last.folios) + _folios_by_order(made)
         scans.append(
             replace(
                 now,
                 copied=last.copied + copied,
                 filled=last.filled + filled,
-                folios=folios,
+                folios=last.folios + _folios_by_order(made),
                 scanned=plan.scanned_ptes,
                 split=last.split + (0 if split is None else int(split.ranges.sum())),
                 trimmable=trimmed(planes, empty, by, TrimOptions().zero, geometry),
