@@ -10,7 +10,7 @@ khugepaged scans the memory of all processes at one pace. The daemon scans that 
   is collapsed, and how (:mod:`mthp.engine.visit`).
 - One thread works on targets in turn (:mod:`~mthp.daemon.worker`), within budgets (:mod:`mthp.pacing`) and the
   machine's free memory (:mod:`~mthp.daemon.pressure`), under the current switches and tunables
-  (:mod:`~mthp.daemon.knobs`).
+  (:mod:`~mthp.daemon.kernel_settings`).
 - The main thread (:mod:`~mthp.daemon.service`, around :mod:`~mthp.daemon.loop`) serves signals, and the socket of
   ``mthp status``, ``pause`` and ``resume`` (:mod:`~mthp.daemon.ipc`).
 - The work is counted (:mod:`~mthp.daemon.telemetry`), and reported as metrics, as events, and to the service manager.

@@ -23,7 +23,7 @@ from mthp.addrspace import AddressSpace
 from mthp.daemon.config import Configuration
 from mthp.daemon.environment import Environment
 from mthp.daemon.ipc import SOCKET_NAME, ControlSocket, DaemonLock
-from mthp.daemon.knobs import Keeping, SystemKnobs
+from mthp.daemon.kernel_settings import Keeping, SystemKnobs
 from mthp.daemon.loop import Loop
 from mthp.daemon.pressure import MemoryPressure, memory_used, raise_open_files_limit
 from mthp.daemon.processes import Finder

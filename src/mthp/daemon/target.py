@@ -24,7 +24,7 @@ from mthp.daemon.ledger import Ledger
 from mthp.daemon.pass_ import LeftAlone, Pass, account, decided_by, give_back
 from mthp.daemon.pressure import measured
 from mthp.daemon.rules import Rule, Settings
-from mthp.daemon.state import CHILD, Forks, HeatKeeper, Sign, SmallFolios
+from mthp.daemon.target_state import CHILD, Forks, HeatKeeper, Sign, SmallFolios
 from mthp.daemon.telemetry import Counters
 from mthp.errors import MthpError, TargetVanishedError
 from mthp.linux.process import Process

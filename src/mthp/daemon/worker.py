@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mthp.daemon.config import Configuration
 from mthp.daemon.environment import Environment
-from mthp.daemon.knobs import SystemKnobs
+from mthp.daemon.kernel_settings import SystemKnobs
 from mthp.daemon.pressure import MemoryPressure
 from mthp.daemon.rules import Rule
 from mthp.daemon.target import LEFT_OUT_SECONDS, Target

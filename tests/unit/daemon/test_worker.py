@@ -11,11 +11,11 @@ import pytest
 
 from mthp.daemon.config import Configuration, Pace
 from mthp.daemon.environment import Environment
-from mthp.daemon.knobs import SystemKnobs
+from mthp.daemon.kernel_settings import SystemKnobs
 from mthp.daemon.pressure import FreeFolios, MemoryPressure
 from mthp.daemon.rules import Rules, Settings
-from mthp.daemon.state import SHORT_CHILD_SECONDS, Forks
 from mthp.daemon.target import Target
+from mthp.daemon.target_state import SHORT_CHILD_SECONDS, Forks
 from mthp.daemon.worker import Worker
 from mthp.geometry import X86_64
 from mthp.linux.procevents import Changes

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from journal_owners import BEFORE, INNER, OUTER, Tunables, dying_at, ended, forked
-from mthp.daemon.knobs import TUNABLE
+from mthp.daemon.kernel_settings import TUNABLE
 from mthp.errors import MthpError
 from mthp.linux.journal.files import has_entries
 from mthp.linux.journal.putback import restore

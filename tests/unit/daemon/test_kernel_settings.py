@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from journal_owners import BEFORE, OUTER, Tunables
-from mthp.daemon.knobs import Keeping, SystemKnobs
+from mthp.daemon.kernel_settings import Keeping, SystemKnobs
 from mthp.daemon.loop import Loop
 from mthp.geometry import X86_64
 from mthp.linux.sysfs import ThpSysfs

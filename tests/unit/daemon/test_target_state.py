@@ -20,7 +20,7 @@ from daemon_stage import (
 )
 from fakes import FakeSpace
 from mthp.daemon.ledger import FIRST_AGE
-from mthp.daemon.state import CHILD, LONGEST_CHILD_SECONDS, SHORT_CHILD_SECONDS, Sign
+from mthp.daemon.target_state import CHILD, LONGEST_CHILD_SECONDS, SHORT_CHILD_SECONDS, Sign
 from mthp.heat import Heat, HeatRequest
 from mthp.objects import to_object
 from mthp.ptes import ORDER_NONE, Pte
